@@ -1,0 +1,42 @@
+"""minilora: LoRA from scratch in NumPy, to read, to run, and to check.
+
+The door: public names by the room they come from. `minilora.functional`, `minilora.formats`, `minilora.parallel` and
+`minilora.train` are rooms to go into by name.
+"""
+
+from .autograd import Tensor, gradients, no_grad
+from .backend import get_backend
+from .errors import MiniloraError
+from .generate import generate
+from .gradcheck import check_gradient
+from .lora import LoraConfig, LoraLinear, PeftModel, get_peft_model
+from .nn import Dropout, Embedding, LayerNorm, Linear, Module, Parameter, RMSNorm
+from .optim import SGD, AdamW
+from .transformer import CausalLM, TransformerConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "AdamW",
+    "CausalLM",
+    "Dropout",
+    "Embedding",
+    "LayerNorm",
+    "Linear",
+    "LoraConfig",
+    "LoraLinear",
+    "MiniloraError",
+    "Module",
+    "Parameter",
+    "PeftModel",
+    "RMSNorm",
+    "Tensor",
+    "TransformerConfig",
+    "check_gradient",
+    "generate",
+    "get_backend",
+    "get_peft_model",
+    "gradients",
+    "no_grad",
+]

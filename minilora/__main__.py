@@ -1,0 +1,7 @@
+"""python -m minilora"""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

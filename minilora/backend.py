@@ -1,0 +1,203 @@
+"""Where arrays live: NumPy on the CPU, CuPy on a GPU. The only room that imports cupy, and only when it is asked for.
+
+Operations are written once, on `xp`, the module that NumPy and CuPy have in common; a `Backend` adds what they do not
+share: how data moves, and the few kernels one of them does better. A tensor carries its backend; none is global.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .errors import DeviceError
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio, made odd
+
+
+def mix_key(*numbers: int) -> int:
+    """One 64-bit key out of several integers (seed, layer, step, ...), by SplitMix64's mixing of each in turn."""
+    z = 0
+    for n in numbers:
+        z = (z ^ (n & _MASK)) + _GOLDEN & _MASK
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
+        z ^= z >> 31
+    return z
+
+
+class Backend:
+    """One device: its array module `xp`, its `name` ("cpu", "cuda:0"), and what differs between array modules."""
+
+    name: str
+    xp: Any
+
+    def from_numpy(self, array: np.ndarray) -> Array:
+        """Host to device. With `to_numpy`, the only two ways that data moves."""
+        raise NotImplementedError
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        raise NotImplementedError
+
+    def add_rows(self, index: Array, rows: Array, count: int) -> Array:
+        """out[i] = sum of rows[n] over index[n] == i    index (N,), rows (N, C) -> (count, C), in a fixed order."""
+        raise NotImplementedError
+
+    def random_words(self, keys: list[int], count: int) -> Array:
+        """(len(keys), count) random uint64: row i depends on keys[i] alone, on every device alike.
+
+        SplitMix64 (Steele, Lea & Flood 2014, fig. 13): word j is a mix of key + (j + 1) * golden. As any word can be
+        computed without those before it, a dropout mask depends neither on threads nor on where a batch is cut.
+        """
+        step = self.xp.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+        start = self.from_numpy(np.array([k & _MASK for k in keys], dtype=np.uint64))
+        z = start[:, None] + step
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+    @functools.cached_property
+    def _erf_table(self) -> tuple[Array, Array]:
+        """erf and its slope at k / 512 for 0 <= k / 512 <= 6; beyond 6, erf is 1 in float64."""
+        grid = [k / 512 for k in range(6 * 512 + 1)]
+        slope = [2 / math.sqrt(math.pi) * math.exp(-x * x) for x in grid]
+        return self.from_numpy(np.array([math.erf(x) for x in grid])), self.from_numpy(np.array(slope))
+
+    def erf(self, x: Array) -> Array:
+        """The error function to 2 ulp, any shape; NumPy has none, and math.erf is one number at a time.
+
+        Around the nearest grid point c, with d = |x| - c: erf(c + d) = erf(c) + erf'(c) (d - c d^2 + (2c^2 - 1) d^3 / 3
+        + (c/2 - c^3/3) d^4 + ...). |d| <= 2^-10, so that four terms leave an error below 1e-16.
+        """
+        xp = self.xp
+        z = xp.minimum(xp.abs(x), 6.0)
+        k = xp.rint(z * 512.0)
+        c = k / 512.0
+        d = z - c
+        value, slope = (xp.take(t.astype(x.dtype), xp.nan_to_num(k).astype(np.int64)) for t in self._erf_table)
+        c2 = c * c
+        series = d * (1.0 + d * (-c + d * ((2.0 * c2 - 1.0) / 3.0 + d * (c * (0.5 - c2 / 3.0)))))
+        return xp.copysign(value + slope * series, x)
+
+
+class NumpyBackend(Backend):
+    name = "cpu"
+    xp = np
+
+    def from_numpy(self, array: np.ndarray) -> Array:
+        return array
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        return np.asarray(array)
+
+    def add_rows(self, index: Array, rows: Array, count: int) -> Array:
+        out = np.zeros((count, rows.shape[1]), rows.dtype)
+        if index.size:
+            order = np.argsort(index, kind="stable")
+            first = np.flatnonzero(np.diff(index[order], prepend=-1))  # where each run of equal indices begins
+            out[index[order[first]]] = np.add.reduceat(rows[order], first, axis=0)
+        return out
+
+
+class CupyBackend(Backend):
+    """One GPU. Where CuPy has NumPy's names, operations run as they are."""
+
+    def __init__(self, device: int):
+        import cupy
+
+        self.xp = cupy
+        self.device = device
+        self.name = f"cuda:{device}"
+
+    def from_numpy(self, array: np.ndarray) -> Array:
+        with self.xp.cuda.Device(self.device):
+            return self.xp.asarray(array)
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        return np.asarray(self.xp.asnumpy(array))
+
+    def add_rows(self, index: Array, rows: Array, count: int) -> Array:
+        # One thread an output element walks its own run of the sorted rows: CuPy's scatter_add uses atomics, whose
+        # order of addition, and so whose last bits, change from run to run.
+        xp = self.xp
+        order = xp.argsort(index)  # CuPy's sort is stable
+        start = xp.searchsorted(index[order], xp.arange(count + 1))
+        out = xp.empty((count, rows.shape[1]), rows.dtype)
+        real = {"float32": "float", "float64": "double"}[str(rows.dtype)]
+        kernel = _add_rows_kernel(real)
+        blocks = (out.size + 255) // 256
+        args = (xp.ascontiguousarray(rows), order.astype(np.int64), start.astype(np.int64), out)
+        if blocks:
+            kernel((blocks,), (256,), (*args, np.int64(count), np.int64(rows.shape[1])))
+        return out
+
+
+@functools.cache
+def _add_rows_kernel(real: str) -> Any:
+    import cupy
+
+    source = """extern "C" __global__ void add_rows(const REAL* rows, const long long* order, const long long* start,
+                                                    REAL* out, long long count, long long width) {
+        long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+        if (i >= count * width) return;
+        long long row = i / width, column = i % width;
+        REAL sum = 0;
+        for (long long n = start[row]; n < start[row + 1]; n++) sum += rows[order[n] * width + column];
+        out[i] = sum;
+    }"""
+    return cupy.RawKernel(source.replace("REAL", real), "add_rows")
+
+
+# ---- which backend --------------------------------------------------------------------------------------------------
+
+NUMPY = NumpyBackend()
+_owners: dict[type, Callable[[Array], Backend]] = {np.ndarray: lambda array: NUMPY}
+
+
+def register(array_type: type, owner: Callable[[Array], Backend]) -> None:
+    """Let arrays of `array_type` belong to the backend that `owner(array)` returns (CuPy, or a test's stand-in)."""
+    _owners[array_type] = owner
+
+
+def backend_of(array: Array) -> Backend:
+    """The backend an array lives on. DeviceError for anything that is not an array of a known module."""
+    owner = _owners.get(type(array))
+    if owner is None:
+        raise DeviceError(f"expected an array of {sorted(t.__module__ for t in _owners)}, got {type(array).__name__}")
+    return owner(array)
+
+
+@functools.cache
+def _gpu(device: int) -> CupyBackend:
+    """Find out by running a tiny kernel: a device can be listed and yet be unusable."""
+    # A GPU gives the same sums every time only if cuBLAS is told to; it reads this when its handle is made.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        backend = CupyBackend(device)
+        with backend.xp.cuda.Device(device):
+            backend.xp.arange(3).sum().item()
+    except Exception as error:  # cupy's own kinds are not importable without it
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        missing = isinstance(error, ImportError)
+        cure = "install minilora[cuda]" if missing else "check the driver and CUDA_VISIBLE_DEVICES"
+        raise DeviceError(f"device 'cuda:{device}' is not usable: {reason} ({cure}, or use 'cpu')") from error
+    register(backend.xp.ndarray, lambda array: _gpu(array.device.id))
+    return backend
+
+
+def get_backend(device: str | Backend) -> Backend:
+    """'cpu', 'cuda' or 'cuda:N' -> Backend. DeviceError with the reason where it cannot be used."""
+    if isinstance(device, Backend):
+        return device
+    kind, _, number = device.partition(":")
+    if device == "cpu":
+        return NUMPY
+    if kind == "cuda" and (number or "0").isdecimal() and not device.endswith(":"):
+        return _gpu(int(number or 0))
+    raise DeviceError(f"unknown device {device!r}: expected 'cpu', 'cuda' or 'cuda:N'")

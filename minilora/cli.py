@@ -1,0 +1,460 @@
+"""The command line: demo, pretrain, finetune, generate, evaluate, merge, inspect.
+
+Each command is a function here that turns options into calls of the rooms below. A user's mistake ends in one line on stderr
+and an exit code (errors.py); `--debug` shows where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import __version__
+from .data import ByteTokenizer, HubTokenizer, load_tokenizer, read_text, split_text
+from .errors import ConfigError, DataError, FormatError, MiniloraError
+from .formats import SafetensorsFile, read_adapter, read_checkpoint
+from .lora import LoraConfig, PeftModel, get_peft_model
+from .runs import numbered_folder, open_folder
+from .transformer import CausalLM, TransformerConfig
+
+SUCCESS, FAILED, USAGE, IO = 0, 1, 2, 4
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+def demo(args: argparse.Namespace) -> None:
+    from .demo import Plan
+    from .demo import demo as run
+
+    plan = Plan()
+    plan = plan.quick() if args.quick else plan
+    plan = dataclasses.replace(plan, lora=dataclasses.replace(plan.lora, r=args.r, lora_alpha=args.lora_alpha))
+    texts = {"pretrain_data": args.pretrain_data, "adapt_data": args.adapt_data}
+    for name, path in texts.items():
+        if path:
+            _long_enough(read_text(path), 10 * (plan.pretrain.context + 1), f"--{name.replace('_', '-')} {path}")
+    out = open_folder(args.out) if args.out else numbered_folder("runs", "demo")
+    run(out, plan, **texts, seed=args.seed, threads=args.threads, device=args.device)
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    from .train import Settings, bits_per_byte, train
+
+    settings = _settings(args, Settings)
+    tokenizer = ByteTokenizer()
+    shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
+    limit = args.max_position_embeddings or max(settings.context, 256)
+    _within_positions(settings.context, limit)
+    config = TransformerConfig(**shape, max_position_embeddings=limit, tie_word_embeddings=not args.untied)
+    tokens, held_out, _ = _texts(args.data, args.eval_data, tokenizer, settings.context)
+    model = CausalLM(config, seed=settings.seed, device=args.device)
+    out = open_folder(args.out or numbered_folder("runs", "pretrain"), args.resume is not None)
+    print(f"{sum(p.size for p in model.parameters()):,} parameters, {len(tokens):,} tokens -> {out}")
+    result = train(model, tokens, settings, out, held_out=held_out, resume=args.resume, title="pretrain")
+    model.save_pretrained(out)
+    tokenizer.save(out)
+    _print_result(result, bits_per_byte, 1.0)
+
+
+def finetune(args: argparse.Namespace) -> None:
+    from .train import Settings, bits_per_byte, train
+
+    settings = _settings(args, Settings)
+    config = LoraConfig(**{f.name: getattr(args, f.name) for f in _lora_fields()})
+    config.task_type, config.base_model_name_or_path = "CAUSAL_LM", args.base
+    model, tokenizer = _base(args)
+    _within_positions(settings.context, model.config.max_position_embeddings)
+    tokens, held_out, ratio = _texts(args.data, args.eval_data, tokenizer, settings.context)
+    peft_model = get_peft_model(model, config, seed=settings.seed)
+    out = open_folder(args.out or numbered_folder("runs", "finetune"), args.resume is not None)
+    peft_model.print_trainable_parameters()
+    print(f"{len(tokens):,} tokens -> {out}")
+    options: dict[str, Any] = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
+    result = train(peft_model, tokens, settings, out, **options, title="finetune")
+    peft_model.save_pretrained(out)
+    _print_result(result, bits_per_byte, ratio)
+
+
+def generate(args: argparse.Namespace) -> None:
+    from .generate import stream
+
+    model, tokenizer = _base(args)
+    prompt = tokenizer.encode(args.prompt)
+    if not len(prompt):
+        raise DataError("--prompt is empty: the model needs at least one token to go on from")
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    ids = list(map(int, prompt))
+    shown = ""
+    for token in stream(model, np.asarray(prompt)[None], args.max_new_tokens, **sampling):
+        ids.append(int(token[0]))
+        text = tokenizer.decode(ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # wait for the rest of a character
+            print(_printable(text[len(shown) :]), end="", flush=True)
+            shown = text
+    print(_printable(tokenizer.decode(ids)[len(shown) :]))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from .train import bits_per_byte
+    from .train import evaluate as measure
+
+    model, tokenizer = _base(args)
+    text = read_text(args.data)
+    tokens = tokenizer.encode(text)
+    context = args.context or min(256, model.config.max_position_embeddings)
+    _within_positions(context, model.config.max_position_embeddings)
+    loss = measure(model, tokens, context, limit=args.limit, threads=args.threads)
+    bits = bits_per_byte(loss, len(text) / len(tokens))
+    print(f"loss {loss:.6f} nats a token, {bits:.4f} bits a byte, perplexity {math.exp(min(loss, 700)):.4f}")
+
+
+def merge(args: argparse.Namespace) -> None:
+    base, out = Path(args.base).resolve(), Path(args.out).resolve()
+    if out == base or base in out.parents:
+        raise ConfigError(f"--out {args.out!r} is inside --base: choose another folder")
+    model, tokenizer = _base(args)
+    folder = open_folder(args.out)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(folder)
+    if not tokenizer.note:  # a base that came without a tokenizer.json stays without
+        tokenizer.save(folder)
+    print(f"merged into {folder}")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    folder = Path(args.directory)
+    report = _inspect_adapter(folder) if (folder / "adapter_config.json").exists() else _inspect_base(folder)
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return
+    for name, value in report.items():
+        if name != "tensors":
+            print(f"{name:18} {value if not isinstance(value, int) else format(value, ',')}")
+    rows = report["tensors"]
+    if rows:
+        widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
+        print("\n" + "  ".join(f"{key:{width}}" for key, width in widths.items()))
+        for row in rows:
+            print("  ".join(f"{_printable(str(row[key])):{width}}" for key, width in widths.items()))
+
+
+def _inspect_adapter(folder: Path) -> dict[str, Any]:
+    raw, tensors = read_adapter(folder)
+    config = LoraConfig.from_dict(raw, str(folder / "adapter_config.json"))
+    rows = []
+    for key, A in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            path = key.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
+            B = tensors.get(key.replace(".lora_A.", ".lora_B."))
+            if A.ndim != 2 or B is None or B.ndim != 2 or B.shape[1] != A.shape[0]:
+                raise FormatError(f"{folder}: {path}: lora_A {A.shape} has no lora_B that fits it")
+            # |s B A| and its singular values from the small factors: B = Q R, A^T = P S, so B A = Q (R S^T) P^T.
+            core = np.linalg.qr(B.astype(np.float64))[1] @ np.linalg.qr(A.T.astype(np.float64))[1].T
+            finite = bool(np.isfinite(core).all())
+            values = np.linalg.svd(core, compute_uv=False) * config.scaling(path) if finite else np.array([np.nan])
+            norm = float(np.linalg.norm(values))
+            share = (values / norm) ** 2 if norm > 0 else np.zeros(0)
+            share = share[share > 0]  # the effective rank of Roy & Vetterli 2007: exp of the spectrum's entropy
+            effective = float(np.exp(-(share * np.log(share)).sum())) if finite and share.size else 0.0
+            row = {"layer": path, "shape": f"{B.shape[0]} x {A.shape[1]}", "r": A.shape[0]}
+            rows.append({**row, "scaling": f"{config.scaling(path):g}", "|dW|": f"{norm:.4g}", "rank": f"{effective:.2f}"})
+    return {
+        "adapter": str(folder),
+        "base": str(config.base_model_name_or_path),
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "parameters": sum(a.size for a in tensors.values()),
+        "bytes": (folder / "adapter_model.safetensors").stat().st_size,
+        "finite": all(bool(np.isfinite(a).all()) for a in tensors.values()),
+        "tensors": rows,
+    }
+
+
+def _inspect_base(folder: Path) -> dict[str, Any]:
+    if folder.is_file():
+        with SafetensorsFile(folder) as file:
+            rows, config = _tensor_rows(file), {}
+    else:
+        config, checkpoint = read_checkpoint(folder)
+        with checkpoint:
+            rows = _tensor_rows(checkpoint)
+    report: dict[str, Any] = {"checkpoint": str(folder), "model_type": config.get("model_type", "-")}
+    report["parameters"] = sum(math.prod(row["shape"]) for row in rows)
+    return {**report, "tensors": rows}
+
+
+def _tensor_rows(file: Any) -> list[dict[str, Any]]:
+    return [{"tensor": key, "shape": list(file.shape(key)), "dtype": file.dtype(key)} for key in file.keys()]  # noqa: SIM118
+
+
+# ---- what commands share --------------------------------------------------------------------------------------------
+
+
+def _base(args: argparse.Namespace) -> tuple[Any, ByteTokenizer | HubTokenizer]:
+    """The model of --base, with --adapter if there is one, and its tokenizer."""
+    model: Any = CausalLM.from_pretrained(args.base, device=args.device)
+    tokenizer = load_tokenizer(args.base, model.config.vocab_size)
+    if tokenizer.note:
+        print(tokenizer.note, file=sys.stderr)
+    if getattr(args, "adapter", None):
+        model = PeftModel.from_pretrained(model, args.adapter)
+    return model, tokenizer
+
+
+def _settings(args: argparse.Namespace, settings: Any) -> Any:
+    return settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(settings) if hasattr(args, f.name)})
+
+
+def _texts(data: str, eval_data: str | None, tokenizer: ByteTokenizer | HubTokenizer, context: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """(training ids, held-out ids, bytes a token). Without --eval-data the last tenth of --data is held out."""
+    text = read_text(data)
+    _long_enough(text, 2, f"--data {data}")
+    text, held_out = (text, read_text(eval_data)) if eval_data else split_text(text)
+    tokens = tokenizer.encode(text)
+    if len(tokens) < context + 1:
+        whole = "" if eval_data else " once its last tenth is held out"
+        raise DataError(f"--data {data}: a context of {context} needs at least {context + 1} tokens, it has {len(tokens)}{whole}")
+    held_ids = tokenizer.encode(held_out)
+    if len(held_ids) < 2:
+        raise DataError(f"--eval-data {eval_data or data}: needs at least 2 tokens to evaluate on, has {len(held_ids)}")
+    return tokens, held_ids, len(held_out) / len(held_ids)
+
+
+def _long_enough(text: bytes, least: int, what: str) -> None:
+    if len(text) < least:
+        raise DataError(f"{what}: needs at least {least} bytes, has {len(text)}")
+
+
+def _within_positions(context: int, limit: int) -> None:
+    if context > limit:
+        raise ConfigError(f"--context {context} is more than max_position_embeddings = {limit}")
+
+
+def _print_result(result: Any, bits_per_byte: Callable[[float, float], float], ratio: float) -> None:
+    first, last = result.evaluations[0][1], result.evaluations[-1][1]
+    before, after = bits_per_byte(first, ratio), bits_per_byte(last, ratio)
+    print(f"held-out bits per byte {before:.3f} -> {after:.3f} in {result.seconds:.0f} s")
+
+
+def _printable(text: str) -> str:
+    """Control characters could steer the terminal: show them escaped."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def _targets(text: str) -> list[str] | str:
+    """Letters, digits, `_ . ,` alone are a list; "all-linear" is itself; anything else is a pattern."""
+    plain = all(c.isalnum() or c in "_.," for c in text)
+    return [name for name in text.split(",") if name] if plain else text
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _table(text: str) -> dict[str, Any]:
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return table
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layer numbers") from None
+
+
+def _initialiser(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return int(value) if value.is_integer() and "." not in text and abs(value) < 2**53 else value
+
+
+# How each field of LoraConfig is read from the command line; a field that is missing here is no option.
+LORA_OPTIONS: dict[str, dict[str, Any]] = {
+    "r": {"type": int},
+    "lora_alpha": {"type": _number},
+    "target_modules": {"type": _targets},
+    "exclude_modules": {"type": _targets},
+    "lora_dropout": {"type": float},
+    "bias": {"choices": ("none", "all", "lora_only")},
+    "use_rslora": {"action": "store_true"},
+    "init_lora_weights": {"type": _initialiser},
+    "rank_pattern": {"type": _table},
+    "alpha_pattern": {"type": _table},
+    "layers_to_transform": {"type": _layers},
+    "layers_pattern": {"type": _names},
+    "modules_to_save": {"type": _names},
+    "fan_in_fan_out": {"action": "store_true"},
+}
+
+
+def _lora_fields() -> list[Any]:
+    return [f for f in dataclasses.fields(LoraConfig) if f.name in LORA_OPTIONS]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="minilora", description="LoRA from scratch in NumPy: train, adapt, look inside.")
+    parser.add_argument("--version", action="version", version=f"minilora {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    def command(run: Callable[[argparse.Namespace], None], text: str, example: str) -> argparse.ArgumentParser:
+        options: dict[str, Any] = {"help": text, "description": text, "usage": f"minilora {run.__name__} [options]"}
+        options |= {"epilog": f"example: minilora {run.__name__} {example}", "allow_abbrev": False}
+        sub = commands.add_parser(run.__name__, **options, formatter_class=_Wide)
+        sub.set_defaults(run=run)
+        return sub
+
+    def common(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--device", default="cpu", metavar="DEV", help="cpu, cuda or cuda:N")
+        sub.add_argument("--threads", type=int, metavar="K", help="shards run at once (default: one a core)")
+        sub.add_argument("--seed", type=int, default=0, metavar="N")
+        sub.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+
+    def model(sub: argparse.ArgumentParser, adapter: bool | None = False) -> None:
+        sub.add_argument("--base", required=True, metavar="DIR", help="config.json and model.safetensors")
+        if adapter is not None:
+            sub.add_argument("--adapter", required=adapter, metavar="DIR", help="in PEFT's format")
+
+    def training(sub: argparse.ArgumentParser, lr: float) -> None:
+        sub.add_argument("--data", required=True, metavar="FILE", help="text to train on")
+        sub.add_argument("--eval-data", metavar="FILE", help="held-out text (default: the last tenth of --data)")
+        sub.add_argument("--out", metavar="DIR", help="a new folder (default: runs/...)")
+        sub.add_argument("--resume", nargs="?", const="auto", metavar="auto|DIR", help="go on from a checkpoint")
+        sub.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
+        sub.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations")
+        for name, default, kind in (
+            ("steps", 400, int), ("batch-size", 16, int), ("context", 128, int), ("lr", lr, float), ("warmup", 20, int),
+            ("weight-decay", 0.0, float), ("max-grad-norm", 1.0, float), ("accumulate", 1, int),
+        ):  # fmt: skip
+            sub.add_argument(f"--{name}", type=kind, default=default, metavar="X", help="(%(default)s)")
+        sub.add_argument("--shard", type=int, metavar="N", help="sequences that run together (default: by shape)")
+        common(sub)
+
+    sub = command(demo, "Pretrain a small model on prose, adapt it to code with LoRA, and measure.", "--out my-demo")
+    sub.add_argument("--quick", action="store_true", help="20 seconds: shows that everything runs, no more")
+    sub.add_argument("--pretrain-data", metavar="FILE", help="your own text in place of the language reference")
+    sub.add_argument("--adapt-data", metavar="FILE", help="your own text in place of the standard library")
+    sub.add_argument("--r", type=int, default=8, help="rank of the adapter (8)")
+    sub.add_argument("--lora-alpha", type=_number, default=16, metavar="X", help="scaling is lora_alpha / r (16)")
+    sub.add_argument("--out", metavar="DIR", help="a new folder (default: runs/demo-NNN)")
+    common(sub)
+
+    sub = command(pretrain, "Train a small Llama-shaped model on a text's bytes.", "--data book.txt --out base")
+    training(sub, 3e-3)
+    for name in (*SHAPE, "max_position_embeddings"):
+        sub.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
+    sub.add_argument("--untied", action="store_true", help="a head with weights of its own")
+
+    sub = command(finetune, "Train a LoRA adapter; the base stays as it is.", "--base base --data notes.txt --r 8")
+    model(sub, None)
+    training(sub, 2e-3)
+    defaults = {f.name: f.default for f in _lora_fields()}
+    for name, reading in LORA_OPTIONS.items():
+        default = None if isinstance(defaults[name], dataclasses._MISSING_TYPE) else defaults[name]
+        sub.add_argument(f"--{name.replace('_', '-')}", dest=name, default=default, **reading)
+
+    sub = command(generate, "Continue a prompt.", '--base base --adapter adapter --prompt "def "')
+    model(sub)
+    sub.add_argument("--prompt", required=True, metavar="TEXT")
+    sub.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="(%(default)s)")
+    sub.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest (%(default)s)")
+    sub.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
+    sub.add_argument("--top-p", type=float, metavar="P", help="only the likeliest, up to probability P")
+    common(sub)
+
+    sub = command(evaluate, "Loss, bits per byte and perplexity of a text.", "--base base --data held-out.txt")
+    model(sub)
+    sub.add_argument("--data", required=True, metavar="FILE")
+    sub.add_argument("--context", type=int, metavar="T", help="positions a window (default: up to 256)")
+    sub.add_argument("--limit", type=int, metavar="N", help="at most N windows, spread over the text")
+    common(sub)
+
+    sub = command(merge, "Add an adapter into its base's weights.", "--base base --adapter adapter --out merged")
+    model(sub, True)
+    sub.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    common(sub)
+
+    sub = command(inspect, "What an adapter or a checkpoint holds.", "adapter")
+    sub.add_argument("directory", metavar="DIR")
+    sub.add_argument("--json", action="store_true", help="for programs")
+    sub.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    return parser
+
+
+class _Wide(argparse.HelpFormatter):
+    """An option and its help on one line, so that the help of each command fits a screen."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+def _hyphens(argv: Sequence[str]) -> list[str]:
+    """--batch_size and --batch-size are the same option. What follows `=`, and what follows `--`, stays as it is."""
+    out = []
+    for i, word in enumerate(argv):
+        if word == "--":
+            return [*out, *argv[i:]]
+        name, equals, value = word.partition("=")
+        out.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    warnings.showwarning = lambda message, *rest: print(f"minilora: warning: {message}", file=sys.stderr)
+    try:
+        parser = build_parser()
+        args = parser.parse_args(_hyphens(argv))
+        if args.command is None:
+            parser.print_help()
+            return USAGE
+        args.run(args)
+        sys.stdout.flush()
+        return SUCCESS
+    except BrokenPipeError:  # the reader of our output has gone: not our failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SUCCESS
+    except (MiniloraError, OSError, MemoryError, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            print("\nminilora: interrupted", file=sys.stderr)
+            return 130
+        text = str(error) if isinstance(error, MiniloraError) else _os_message(error)
+        print(f"minilora: error: {_printable(text)}".replace("\n", " "), file=sys.stderr)
+        return error.exit_code if isinstance(error, MiniloraError) else IO if isinstance(error, OSError) else FAILED
+
+
+def _os_message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
+    return str(error) or "out of memory"

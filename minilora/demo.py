@@ -1,0 +1,235 @@
+"""The main job, whole: a language model from nothing, bent to another language by LoRA, and measured.
+
+English prose (Python's own language reference) teaches a small byte-level transformer; then its weights are frozen and a few
+per cent as many new ones, the adapter's, learn Python code. Held-out text is of other topics and other files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .autograd import no_grad
+from .data import ByteTokenizer, prose, python_sources, read_text, split, split_text
+from .formats import write_json
+from .generate import generate
+from .lora import LoraConfig, LoraLinear, PeftModel, get_peft_model
+from .train import Settings, bits_per_byte, evaluate, train
+from .transformer import CausalLM, TransformerConfig
+
+MODEL = TransformerConfig(
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    tie_word_embeddings=True,
+)
+PROMPT = "def read("
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a demo; the defaults take some three minutes on two cores."""
+
+    model: TransformerConfig = MODEL
+    pretrain: Settings = Settings(steps=700, batch_size=16, context=128, lr=3e-3, weight_decay=0.1, eval_every=100)
+    adapt: Settings = Settings(steps=400, batch_size=16, context=128, lr=5e-3, eval_every=50)
+    lora: LoraConfig = field(default_factory=lambda: LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    windows: int = 512  # held-out windows that the final figures are measured on
+    sample: int = 240  # bytes of text to write
+
+    def quick(self) -> Plan:
+        """A version of 20 seconds, for tests: it shows that everything runs, not what the method can do."""
+        model = replace(self.model, hidden_size=64, intermediate_size=160, num_hidden_layers=2)
+        settings = {"batch_size": 8, "context": 64, "eval_every": 20}
+        return replace(
+            self,
+            model=model,
+            pretrain=replace(self.pretrain, steps=120, **settings),
+            adapt=replace(self.adapt, steps=80, **settings),
+            windows=64,
+            sample=80,
+        )
+
+
+def demo(
+    out: Path,
+    plan: Plan,
+    pretrain_data: str | None = None,
+    adapt_data: str | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "cpu",
+    pictures: bool = True,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Run every stage, write everything into `out`, an empty folder, and return what summary.json holds."""
+    seconds: dict[str, float] = {}
+    plan = replace(
+        plan,
+        pretrain=replace(plan.pretrain, seed=seed, threads=threads),
+        adapt=replace(plan.adapt, seed=seed, threads=threads),
+    )
+    tokenizer = ByteTokenizer()
+    texts = {
+        "prose": split_text(read_text(pretrain_data)) if pretrain_data else split(prose()),
+        "code": split_text(read_text(adapt_data)) if adapt_data else split(python_sources()),
+    }
+    ids = {name: tuple(tokenizer.encode(text) for text in parts) for name, parts in texts.items()}
+
+    model = CausalLM(plan.model, seed=seed, device=device)
+    size = sum(p.size for p in model.parameters())
+    say(f"1. Pretrain {size:,} parameters on {len(ids['prose'][0]):,} bytes of prose")
+    with _timed(seconds, "pretrain"):
+        folder = _made(out / "base")
+        first = train(model, ids["prose"][0], plan.pretrain, folder, held_out=ids["prose"][1][:20_000], title="pretrain")
+        model.save_pretrained(folder)
+        tokenizer.save(folder)
+
+    def measure(some_model: Any) -> dict[str, float]:
+        context = plan.pretrain.context
+        held_out = {name: parts[1] for name, parts in ids.items()}
+        losses = {k: evaluate(some_model, v, context, limit=plan.windows, threads=threads) for k, v in held_out.items()}
+        return {name: bits_per_byte(loss) for name, loss in losses.items()}
+
+    def write_sample(some_model: Any) -> str:
+        prompt = tokenizer.encode(PROMPT)[None]
+        return tokenizer.decode(generate(some_model, prompt, plan.sample, temperature=0.7, top_k=40, seed=seed)[0])
+
+    with _timed(seconds, "evaluate base"):
+        figures = {"base": measure(model)}
+        samples = {"base": write_sample(model)}
+    before = _fingerprint(model)
+
+    peft_model = get_peft_model(model, plan.lora, seed=seed)
+    trainable, total = peft_model.get_nb_trainable_parameters()
+    say(f"2. Freeze them, and train {trainable:,} of LoRA (r = {plan.lora.r}) on {len(ids['code'][0]):,} bytes of code")
+    with _timed(seconds, "adapt"):
+        folder = _made(out / "adapter")
+        second = train(peft_model, ids["code"][0], plan.adapt, folder, held_out=ids["code"][1][:20_000], title="adapt")
+        peft_model.save_pretrained(folder)
+    with _timed(seconds, "evaluate adapter"):
+        figures["lora"] = measure(peft_model)
+        samples["lora"] = write_sample(peft_model)
+        figures["lzma"] = {name: _lzma(*parts) for name, parts in texts.items()}
+
+    checks = _checks(peft_model, ids["code"][1][None, : plan.pretrain.context], before)
+    summary = {
+        "bits_per_byte": figures,
+        "trainable": trainable,
+        "total": total,
+        "adapter_bytes": (out / "adapter" / "adapter_model.safetensors").stat().st_size,
+        "base_bytes": (out / "base" / "model.safetensors").stat().st_size,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "checks": checks,
+        "samples": samples,
+        "seed": seed,
+    }
+    if pictures:
+        summary["pictures"] = _draw(out, peft_model, first, second, say)
+    write_json(out / "summary.json", summary)
+    _report(summary, out, say)
+    return summary
+
+
+def _checks(model: PeftModel, ids: np.ndarray, before: str) -> dict[str, Any]:
+    """What must hold after training: the base untouched, and merging the same as adding."""
+    with no_grad():
+        adapted = model(ids).numpy()
+        with model.disable_adapter():
+            disabled = _fingerprint(model.get_base_model())
+        model.merge_adapter()
+        merged = model(ids).numpy()
+        model.unmerge_adapter()
+    return {
+        "base_bit_identical": before == disabled == _fingerprint(model.get_base_model()),
+        "merge_identity_error": float(np.abs(merged - adapted).max() / np.abs(adapted).max()),
+    }
+
+
+def _fingerprint(model: Any) -> str:
+    """SHA-256 of the base's weights, by name, whatever adapters are in it."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if ".adapters." not in name:
+            digest.update(name.replace(".base_layer", "").encode() + np.ascontiguousarray(p.numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def _lzma(seen: bytes, held_out: bytes) -> float:
+    """Bits per byte of a compressor that has read the same training text, for scale."""
+    return 8 * (len(lzma.compress(seen + held_out)) - len(lzma.compress(seen))) / len(held_out)
+
+
+def _draw(out: Path, model: PeftModel, first: Any, second: Any, say: Callable[[str], None]) -> list[str]:
+    from . import plots  # matplotlib is optional, and slow to import
+
+    if not plots.available():
+        say("(no pictures: pip install minilora[plot])")
+        return []
+
+    def in_bits(run: Any) -> tuple[list[float], list[tuple[int, float]]]:
+        return [bits_per_byte(v) for v in run.losses], [(step, bits_per_byte(v)) for step, v in run.evaluations]
+
+    stages = {"Pretraining on prose, all parameters": in_bits(first), "LoRA on code, base frozen": in_bits(second)}
+    plots.loss_curves(out / "loss.png", stages)
+    layers = {}
+    for path, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLinear):
+            W = layer.base_layer.weight.numpy()
+            dW = layer.delta_weight(model.active_adapter)
+            rank = model.peft_config[model.active_adapter].rank(path)
+            layers[path] = tuple(np.linalg.svd(w, compute_uv=False) for w in (W, dW))
+            layers[path] = (layers[path][0], layers[path][1][:rank])
+    plots.delta_spectrum(out / "delta_spectrum.png", layers)
+    return [str(out / "loss.png"), str(out / "delta_spectrum.png")]
+
+
+def _report(summary: dict[str, Any], out: Path, say: Callable[[str], None]) -> None:
+    bits, checks, samples = summary["bits_per_byte"], summary["checks"], summary["samples"]
+    say("\nHeld-out text, bits per byte (lower is better)\n")
+    say(f"  {'':24}{'prose':>8}{'code':>8}")
+    for key, label in {"base": "base", "lora": "base + LoRA", "lzma": "lzma, for scale"}.items():
+        say(f"  {label:24}{bits[key]['prose']:8.3f}{bits[key]['code']:8.3f}")
+    trainable, total = summary["trainable"], summary["total"]
+    say(f"\n  trainable parameters    {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
+    say(f"  adapter on disk         {summary['adapter_bytes']:,} bytes, the base {summary['base_bytes']:,}")
+    say(f"  merged = base + adapter to {checks['merge_identity_error']:.1e} of the largest logit")
+    say(f"  base weights unchanged  {'yes, every bit' if checks['base_bit_identical'] else 'NO'}")
+    for key, label in {"base": "Before", "lora": "After"}.items():
+        say(f"\n{label}, from {PROMPT!r}:\n")
+        text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in samples[key])
+        say("\n".join("    " + line for line in text.splitlines()))
+    say("\nWritten")
+    for name, what in {
+        "base": "the base, for transformers",
+        "adapter": "the adapter, for peft",
+        "summary.json": "these figures",
+        "loss.png": "both runs",
+        "delta_spectrum.png": "what the adapter changed",
+    }.items():
+        if (out / name).exists():
+            say(f"  {out / name!s:40} {what}")
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - begun
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder

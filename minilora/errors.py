@@ -1,0 +1,67 @@
+"""What can go wrong, by kind. Every mistake of a user ends in one of these, never in a bare traceback.
+
+Each kind carries the exit code with which the command line ends when it meets that kind:
+2 usage, 3 a bad input file, 4 input or output failed (an `OSError`), 5 training went non-finite, 6 locked.
+"""
+
+from __future__ import annotations
+
+
+class MiniloraError(Exception):
+    """The parent of every error that minilora raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(MiniloraError, ValueError):
+    """An option or a configuration that means nothing, or that does not fit the model."""
+
+    exit_code = 2
+
+
+class FormatError(MiniloraError, ValueError):
+    """A file that is damaged, or not what it claims to be."""
+
+    exit_code = 3
+
+
+class DataError(MiniloraError, ValueError):
+    """A text or a batch that cannot be trained on: empty, too short, ids outside the vocabulary."""
+
+    exit_code = 3
+
+
+class CheckpointError(MiniloraError):
+    """A training checkpoint that is missing, damaged, or belongs to another run."""
+
+    exit_code = 3
+
+
+class DeviceError(MiniloraError, RuntimeError):
+    """Arrays of two devices in one operation, or a device that cannot be used."""
+
+    exit_code = 2
+
+
+class GraphError(MiniloraError, RuntimeError):
+    """A backward pass that is not possible: the graph was freed, or a value it needs has changed."""
+
+
+class NonFiniteError(MiniloraError, ArithmeticError):
+    """A NaN or an infinity where the work cannot go on."""
+
+    exit_code = 5
+
+
+class LockError(MiniloraError):
+    """Another process is writing to the same folder."""
+
+    exit_code = 6
+
+
+class Interrupted(MiniloraError):
+    """A signal asked the run to stop; the step was finished and saved. `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,39 @@
+"""Files of the ecosystem <-> arrays and JSON: strict in, exact out. Nothing here knows what a model is.
+
+disk         a file appears whole or not at all; strict JSON
+safetensors  arrays in one file
+checkpoint   a base model's folder: config.json and model.safetensors, in one piece or in shards
+adapter      PEFT's folder: adapter_config.json and adapter_model.safetensors
+"""
+
+from .adapter import PEFT_CONFIG_DEFAULTS, read_adapter, write_adapter
+from .checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from .disk import atomic_file, read_json, write_json
+from .safetensors import (
+    Entry,
+    SafetensorsFile,
+    bf16_from,
+    bf16_to_float32,
+    load_file,
+    save_file,
+    write_stream,
+)
+
+__all__ = [
+    "PEFT_CONFIG_DEFAULTS",
+    "Checkpoint",
+    "Entry",
+    "SafetensorsFile",
+    "atomic_file",
+    "bf16_from",
+    "bf16_to_float32",
+    "load_file",
+    "read_adapter",
+    "read_checkpoint",
+    "read_json",
+    "save_file",
+    "write_adapter",
+    "write_checkpoint",
+    "write_json",
+    "write_stream",
+]

@@ -1,0 +1,88 @@
+"""PEFT's folder for one adapter: adapter_config.json and adapter_model.safetensors <-> a dict and arrays by key.
+
+What the fields mean and where the arrays belong is lora's business. A pickle (adapter_model.bin) is never opened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import FormatError
+from .disk import PathLike, quoted, read_json, require_folder, write_json
+from .safetensors import Array, load_file, save_file
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+# Every key that peft 0.21.2 writes for LoRA, with PEFT's default. Its loader warns about a key it does not know,
+# and other readers look some of these up without a default, so a written file always has all of them.
+PEFT_CONFIG_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "alora_invocation_tokens": None,
+        "alpha_pattern": {},
+        "arrow_config": None,
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "corda_config": None,
+        "ensure_weight_tying": False,
+        "eva_config": None,
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,  # not PEFT's default, but what it always writes: a saved adapter loads frozen
+        "init_lora_weights": True,
+        "kasa_config": None,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "loftq_config": {},
+        "lora_alpha": 8,
+        "lora_bias": False,
+        "lora_dropout": 0.0,
+        "lora_ga_config": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "modules_to_save": None,
+        "monteclora_config": None,
+        "peft_type": "LORA",
+        "peft_version": "0.21.2",
+        "qalora_group_size": 16,
+        "r": 8,
+        "rank_pattern": {},
+        "revision": None,
+        "target_modules": None,
+        "target_parameters": None,
+        "task_type": None,
+        "trainable_token_indices": None,
+        "use_bdlora": None,
+        "use_dora": False,
+        "use_qalora": False,
+        "use_rslora": False,
+        "velora_config": None,
+    }
+)
+
+
+def read_adapter(directory: PathLike) -> tuple[dict[str, Any], dict[str, Array]]:
+    """PEFT's folder -> (config as it stands in the file, arrays by PEFT's keys). BF16 comes as float32.
+
+    FileNotFoundError without the folder; FormatError when a file is missing or damaged.
+    """
+    require_folder(directory, "adapter")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not os.path.lexists(os.path.join(directory, name)):
+            pickled = os.path.lexists(os.path.join(directory, "adapter_model.bin")) and name == WEIGHTS_FILE
+            hint = "; adapter_model.bin is a pickle and is not read" if pickled else ""
+            raise FormatError(f"{quoted(directory)} has no {name}{hint}")
+    return read_json(os.path.join(directory, CONFIG_FILE)), load_file(os.path.join(directory, WEIGHTS_FILE))
+
+
+def write_adapter(directory: PathLike, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
+    """Write PEFT's folder. Keys that `config` leaves out get PEFT's defaults; keys that PEFT does not know are kept."""
+    os.makedirs(directory, exist_ok=True)
+    # The config comes last: a reader that finds it finds the weights that belong to it.
+    save_file(os.path.join(directory, WEIGHTS_FILE), tensors)
+    write_json(os.path.join(directory, CONFIG_FILE), {**PEFT_CONFIG_DEFAULTS, **config})

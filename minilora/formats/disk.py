@@ -1,0 +1,154 @@
+"""The disk: a file appears whole or not at all, and JSON is read as strictly as it is written.
+
+This room knows bytes, files and JSON. What a file means is the business of its neighbours.
+
+    atomic_file     write beside the old file, then put the new one in its place in one step; sync_folder
+    open_regular    open for reading; a folder, a pipe or a device is refused, never waited for
+    parse_json      strict JSON from bytes         read_json, write_json    the same, from and to a file
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from itertools import accumulate
+from typing import Any, BinaryIO
+
+from ..errors import ConfigError, FormatError
+
+PathLike = str | os.PathLike[str]
+
+MAX_JSON_BYTES = 16 << 20  # the largest config or shard index seen in the wild is far below one MiB
+MAX_DEPTH = 64  # real configs stay below 10; Python's own limit would end in a RecursionError
+MAX_INTEGER_DIGITS = 20  # 2^64 has 20 digits; Python takes quadratic time over longer ones, or refuses them
+
+
+def quoted(text: object, limit: int = 120) -> str:
+    """`text` for an error message: control characters escaped, and its middle left out when it is long."""
+    whole = os.fspath(text) if isinstance(text, os.PathLike) else str(text)
+    shown = repr(whole if len(whole) <= limit else whole[: limit // 2] + whole[-limit // 2 :])
+    return shown if len(shown) <= limit else shown[: limit // 2] + "..." + shown[3 - limit // 2 :]
+
+
+@contextmanager
+def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
+    """A binary file to write that becomes `path` when the block ends well; otherwise the old file stays untouched.
+
+    The bytes go to a temporary file in the same folder, are forced to the disk, and are renamed over `path`, which a
+    file system does in one step. A crash at any moment leaves the old file or the new one. A symbolic link stays a
+    link (its target is replaced), and an existing file keeps its mode. OSError when the disk says no.
+    """
+    target = os.path.realpath(path)
+    folder, name = os.path.split(target)
+    mode = None
+    with suppress(FileNotFoundError):
+        mode = os.stat(target).st_mode
+    if mode is not None and not stat.S_ISREG(mode):  # renaming over /dev/null would destroy the device
+        raise FileExistsError(errno.EEXIST, "exists and is not a regular file", os.fspath(path))
+    temporary = os.path.join(folder, f".{name[:40]}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        # Mode 0666 here is cut by the umask in the kernel; reading the umask in Python would race with other threads.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        with os.fdopen(descriptor, "wb") as file:
+            if mode is not None:
+                os.chmod(temporary, stat.S_IMODE(mode))
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        sync_folder(folder)
+    except BaseException:  # KeyboardInterrupt too: nothing half-written may stay behind
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def sync_folder(folder: PathLike) -> None:
+    """Make a rename survive a power cut: until its folder is on the disk, the new name may be forgotten."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder, and has no need to
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_regular(path: PathLike) -> FileIO:
+    """Open a regular file for unbuffered reading. FormatError for anything else, OSError when it cannot be opened."""
+    # Without O_NONBLOCK, opening a pipe would wait for somebody to write into it.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FormatError(f"{quoted(path)} is not a regular file")
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def require_folder(path: PathLike, what: str) -> None:
+    """FileNotFoundError or NotADirectoryError, unless `path` is a folder."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(errno.ENOENT, f"no such {what} folder (nothing is downloaded)", os.fspath(path))
+    if not os.path.isdir(path):
+        raise NotADirectoryError(errno.ENOTDIR, f"the {what} must be a folder", os.fspath(path))
+
+
+def parse_json(data: bytes, where: str, depth: int = MAX_DEPTH, containers: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in `data`, or a FormatError that begins with `where`.
+
+    Stricter than Python's parser, which takes NaN, repeated keys, 1e400, half of a surrogate pair and integers of any
+    length. `depth` and `containers` bound the nesting and the number of lists and objects before anything is built.
+    """
+    # What is left outside strings: drop escaped backslashes, then escaped quotes; then every second piece is outside.
+    outside = b"".join(data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    brackets = outside.translate(None, delete=bytes(set(range(256)) - set(b"{}[]")))
+    deepest = max(accumulate(1 if byte in b"{[" else -1 for byte in brackets), default=0)
+    if deepest > depth or len(brackets) > 2 * containers:
+        raise FormatError(f"{where}: JSON nested deeper than {depth}, or with more than {containers} lists and objects")
+
+    def integer(digits: str) -> int:
+        if len(digits) > MAX_INTEGER_DIGITS or digits == "-0":
+            raise ValueError(f"{digits[:30]} is not an integer that can be meant")
+        return int(digits)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError(f"{quoted(Counter(name for name, _ in pairs).most_common(1)[0][0])} appears twice")
+        return found
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_int=integer)
+        # Only what can be written again was JSON: this refuses NaN, Infinity, 1e400 and half of a surrogate pair.
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
+    except ValueError as error:  # UnicodeError and JSONDecodeError are ValueErrors
+        raise FormatError(f"{where}: not valid JSON: {str(error)[:200]}") from None
+    if type(value) is not dict:
+        raise FormatError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_json(path: PathLike, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes. FormatError names the file; OSError if it cannot be read."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise FormatError(f"{quoted(path)}: {size} bytes of JSON, expected at most {limit}")
+        return parse_json(file.read(), quoted(path))
+
+
+def write_json(path: PathLike, value: dict[str, Any]) -> None:
+    """Write `value` as JSON with sorted keys, atomically. ConfigError when `read_json` could not read it back."""
+    try:
+        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        parse_json(text.encode(), "read back")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{quoted(path)}: cannot be written as JSON: {str(error)[:200]}") from None
+    with atomic_file(path) as file:
+        file.write(text.encode())

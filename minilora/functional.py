@@ -1,0 +1,343 @@
+"""The neural operations: each forward stands beside its hand-written gradient, on one screen.
+
+Shapes: B batch, T time (queries), S keys, C channels, H heads, K key/value heads, G = H / K, D head size, V vocabulary,
+I in, O out, r rank, N rows (all leading axes flattened). dfoo is the gradient of foo. Every operation has a definition
+in elementary operations, which the tests hold beside it. Ordered by rising complexity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .autograd import Tensor, namespace, record
+from .backend import Array
+from .errors import DataError
+
+Grads = tuple[Array | None, ...]
+IGNORE = -100  # the target that counts for nothing
+
+
+def rows(x: Array) -> Array:
+    """(..., C) -> (N, C): one large product is faster than a loop of small ones."""
+    return x.reshape(-1, x.shape[-1])
+
+
+# ---- linear maps ----------------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + b    x (..., I), W (O, I), b (O,) -> (..., O)"""
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    namespace(*inputs)
+    X, W = rows(x.data), weight.data
+    y = X @ W.T  # (N, I) @ (I, O) -> (N, O)
+    if bias is not None:
+        y += bias.data
+    shape = x.shape
+    W_kept = W if x.requires_grad else None
+    X_kept = X if weight.requires_grad else None  # a frozen W's gradient is not wanted, and only that would read X
+    need_db = [bias.requires_grad] if bias is not None else []
+
+    def vjp(dy: Array) -> Grads:
+        dY = rows(dy)  # (N, O)
+        dx = None if W_kept is None else (dY @ W_kept).reshape(shape)  # (N, O) @ (O, I) -> (N, I)
+        dW = None if X_kept is None else dY.T @ X_kept  # (O, N) @ (N, I) -> (O, I)
+        return dx, dW, *(dY.sum(axis=0) if need else None for need in need_db)
+
+    return record(y.reshape(*shape[:-1], len(W)), inputs, vjp)
+
+
+def lora_linear(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """y + s (x A^T) B^T    x (..., I), y (..., O), A (r, I), B (O, r) -> (..., O)    Hu et al. 2021, eq. (3)
+
+    Never forms dW = s B A. With G = dL/dy: dA = s B^T G^T X and dB = s G^T X A^T, the projections of the full gradient.
+    """
+    namespace(x, y, A, B)
+    X, a, b, shape, scaling = rows(x.data), A.data, B.data, x.shape, float(scaling)
+    U = X @ a.T  # (N, I) @ (I, r) -> (N, r)
+    out = (U @ b.T).reshape(y.shape)  # (N, r) @ (r, O) -> (N, O)
+    out *= scaling
+    out += y.data
+    need_dx = x.requires_grad
+    X_kept = X if A.requires_grad else None
+    U_kept = U if B.requires_grad else None
+
+    def vjp(dy: Array) -> Grads:
+        dY = rows(dy)  # (N, O)
+        dU = (dY @ b) * scaling if need_dx or X_kept is not None else None  # (N, O) @ (O, r) -> (N, r)
+        dx = (dU @ a).reshape(shape) if need_dx else None  # (N, r) @ (r, I) -> (N, I)
+        dA = None if X_kept is None or dU is None else dU.T @ X_kept  # (r, N) @ (N, I) -> (r, I)
+        dB = None if U_kept is None else (dY.T @ U_kept) * scaling  # (O, N) @ (N, r) -> (O, r)
+        return dx, dy, dA, dB
+
+    return record(out, (x, y, A, B), vjp)
+
+
+def merged_linear(
+    x: Tensor, weight: Array, bias: Tensor | None, factors: Sequence[tuple[Tensor, Tensor, float]]
+) -> Tensor:
+    """y = x W'^T + b    x (..., I), weight W' (O, I), factors (A_i (r_i, I), B_i (O, r_i), s_i) -> (..., O)
+
+    The array W' = W + sum_i s_i B_i A_i was formed beforehand, once for many calls: by the merge identity this equals
+    `linear` followed by `lora_linear` for each pair, with one product a direction. W' is no parameter; A_i and B_i are.
+    """
+    inputs = (x, *(f for A, B, _ in factors for f in (A, B)), *(() if bias is None else (bias,)))
+    namespace(*inputs)
+    X, shape = rows(x.data), x.shape
+    y = X @ weight.T  # (N, I) @ (I, O) -> (N, O)
+    if bias is not None:
+        y += bias.data
+    pairs = [(A.data, B.data, float(s)) for A, B, s in factors]
+    need_dx = x.requires_grad
+    X_kept = X if any(f.requires_grad for A, B, _ in factors for f in (A, B)) else None
+    need_db = [bias.requires_grad] if bias is not None else []
+
+    def vjp(dy: Array) -> Grads:
+        dY = rows(dy)  # (N, O)
+        dx = (dY @ weight).reshape(shape) if need_dx else None  # (N, O) @ (O, I) -> (N, I)
+        low_rank: list[Array | None] = []
+        for a, b, s in pairs:
+            both = None if X_kept is None else ((dY @ b * s).T @ X_kept, dY.T @ (X_kept @ a.T) * s)
+            low_rank += both or (None, None)  # dA (r, N) @ (N, I), dB (O, N) @ (N, r)
+        return dx, *low_rank, *(dY.sum(axis=0) if need else None for need in need_db)
+
+    return record(y.reshape(*shape[:-1], len(weight)), inputs, vjp)
+
+
+def embedding(ids: Array, weight: Tensor) -> Tensor:
+    """weight[ids]    ids (...) integers in [0, V), weight (V, C) -> (..., C). Rows taken twice get both gradients."""
+    flat, count, backend = ids.reshape(-1), len(weight), weight.backend
+    if isinstance(ids, np.ndarray) and ids.size and not (ids.min() >= 0 and ids.max() < count):
+        raise DataError(f"id {ids.min() if ids.min() < 0 else ids.max()} is outside [0, {count})")
+    y = weight.backend.xp.take(weight.data, flat, axis=0).reshape(*ids.shape, weight.shape[1])
+    return record(y, (weight,), lambda dy: (backend.add_rows(flat, rows(dy), count),))
+
+
+# ---- dropout --------------------------------------------------------------------------------------------------------
+
+
+def dropout(x: Tensor, p: float, keys: list[int]) -> Tensor:
+    """Zero each element with probability p, scale the others by 1 / (1 - p).    x (B, ...), one key a sequence
+
+    The mask is a function of the keys (see `Backend.random_words`): backward makes it again rather than keep it.
+    """
+    if p == 0:
+        return x
+    backend, shape, dtype, scale = x.backend, x.shape, x.dtype, 1 / (1 - float(p))
+    each = x.size // len(keys)
+
+    def mask() -> Array:
+        words = backend.random_words(keys, (each + 1) // 2).view(np.uint32)[:, :each]  # 32 random bits an element
+        return (words >= np.uint32(min(round(p * 2**32), 2**32 - 1))).reshape(shape).astype(dtype) * scale
+
+    return record(x.data * mask(), (x,), lambda dy: (dy * mask(),))
+
+
+# ---- activations ----------------------------------------------------------------------------------------------------
+
+
+def _sigmoid(xp: Any, x: Array) -> Array:
+    with np.errstate(over="ignore"):  # exp(-x) may be infinite: then sigmoid is 0, exactly what is wanted
+        return 1.0 / (1.0 + xp.exp(-x))
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x)    any shape"""
+    X, s = x.data, _sigmoid(namespace(x), x.data)
+    return record(X * s, (x,), lambda dy: (dy * (s * (1 + X * (1 - s))),))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up    both (..., C) -> (..., C)    Shazeer 2020"""
+    g, u = gate.data, up.data
+    s = _sigmoid(namespace(gate, up), g)
+
+    def vjp(dy: Array) -> Grads:
+        gs = g * s
+        return dy * u * (s + gs * (1 - s)), dy * gs
+
+    return record(g * s * u, (gate, up), vjp)
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """x Phi(x), or for approximate="tanh" its tanh form    any shape    Hendrycks & Gimpel 2016"""
+    X, xp = x.data, namespace(x)
+    if approximate == "none":
+        phi = 0.5 * (1.0 + x.backend.erf(X * math.sqrt(0.5)))  # the normal distribution function
+
+        def vjp(dy: Array) -> Grads:
+            return (dy * (phi + X * (xp.exp(-0.5 * X * X) * (1 / math.sqrt(2 * math.pi)))),)
+
+        return record(X * phi, (x,), vjp)
+    if approximate != "tanh":
+        raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
+    # (1 + tanh(z)) / 2 = sigmoid(2z), and exp is twice as fast as tanh. 2z = c (x + 0.044715 x^3)
+    c = 2 * math.sqrt(2 / math.pi)
+    s = _sigmoid(xp, X * (c + (0.044715 * c) * (X * X)))
+
+    def vjp_tanh(dy: Array) -> Grads:
+        return (dy * (s + X * s * (1 - s) * (c + (3 * 0.044715 * c) * (X * X))),)
+
+    return record(X * s, (x,), vjp_tanh)
+
+
+# ---- softmax and the loss -------------------------------------------------------------------------------------------
+
+
+def softmax(x: Tensor, axis: int = -1) -> Tensor:
+    """exp(x) / sum exp(x) along `axis`    any shape"""
+    y = namespace(x).exp(x.data - x.data.max(axis=axis, keepdims=True))
+    y /= y.sum(axis=axis, keepdims=True)
+    return record(y, (x,), lambda dy: (y * (dy - (dy * y).sum(axis=axis, keepdims=True)),))
+
+
+def log_softmax(x: Tensor, axis: int = -1) -> Tensor:
+    """x - log sum exp(x) along `axis`    any shape"""
+    xp = namespace(x)
+    y = x.data - x.data.max(axis=axis, keepdims=True)
+    y -= xp.log(xp.exp(y).sum(axis=axis, keepdims=True))
+    return record(y, (x,), lambda dy: (dy - xp.exp(y) * dy.sum(axis=axis, keepdims=True),))
+
+
+def cross_entropy(logits: Tensor, targets: Array, ignore_index: int = IGNORE, reduction: str = "mean") -> Tensor:
+    """-log softmax(logits)[target]    logits (..., V), targets (...) integers -> scalar
+
+    `reduction` "mean" over the counted targets (0 if there is none) or "sum". DataError for a target outside [0, V).
+    """
+    xp, V = namespace(logits), logits.shape[-1]
+    if targets.shape != logits.shape[:-1]:
+        raise DataError(f"targets of shape {targets.shape} do not fit logits of shape {logits.shape}")
+    if isinstance(targets, np.ndarray):
+        counted = targets[targets != ignore_index]
+        if counted.size and not (counted.min() >= 0 and counted.max() < V):
+            raise DataError(f"target {counted.min() if counted.min() < 0 else counted.max()} is outside [0, {V})")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}")
+    Z, shape = rows(logits.data), logits.shape  # (N, V)
+    t = logits.backend.from_numpy(targets).reshape(-1) if isinstance(targets, np.ndarray) else targets.reshape(-1)
+    keep = (t != ignore_index).astype(Z.dtype)  # (N,) 1 where the target counts
+    t = xp.where(t == ignore_index, 0, t)
+    each = xp.arange(len(t))
+    top = Z.max(axis=-1, keepdims=True)
+    E = xp.exp(Z - top)  # (N, V)
+    total = E.sum(axis=-1, keepdims=True)  # (N, 1)
+    nll = (xp.log(total) + top)[:, 0] - Z[each, t]
+    weight = keep / xp.maximum(keep.sum(), 1) if reduction == "mean" else keep
+    kept = E if logits.requires_grad else None
+
+    def vjp(dy: Array) -> Grads:
+        # d nll / d logits = softmax - onehot(target), row by row times its weight
+        scale = (weight * dy)[:, None]  # (N, 1)
+        dZ = kept * (scale / total)
+        dZ[each, t] -= scale[:, 0]
+        return (dZ.reshape(shape),)
+
+    return record((nll * weight).sum(), (logits,), vjp)
+
+
+# ---- norms: rstd (..., 1) is kept, the normalised x is made again ----------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * w    x (..., C), w (C,)    Zhang & Sennrich 2019, eq. (4)"""
+    xp = namespace(x, weight)
+    X, w = x.data, weight.data
+    rstd = 1.0 / xp.sqrt((X * X).mean(axis=-1, keepdims=True) + float(eps))  # (..., 1)
+    need_dx, need_dw = x.requires_grad, weight.requires_grad
+
+    def vjp(dy: Array) -> Grads:
+        xhat = X * rstd
+        dw = rows(dy * xhat).sum(axis=0) if need_dw else None
+        if not need_dx:
+            return None, dw
+        dxhat = dy * w
+        return rstd * (dxhat - xhat * (dxhat * xhat).mean(axis=-1, keepdims=True)), dw
+
+    return record(X * rstd * w, (x, weight), vjp)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * w + b    x (..., C), w and b (C,)    Ba, Kiros & Hinton 2016, eq. (4)"""
+    xp = namespace(x, weight, bias)
+    X, w = x.data, weight.data
+    mean = X.mean(axis=-1, keepdims=True)
+    centred = X - mean
+    rstd = 1.0 / xp.sqrt((centred * centred).mean(axis=-1, keepdims=True) + float(eps))  # (..., 1)
+    need_dx, need_dw, need_db = x.requires_grad, weight.requires_grad, bias.requires_grad
+
+    def vjp(dy: Array) -> Grads:
+        xhat = (X - mean) * rstd
+        dw = rows(dy * xhat).sum(axis=0) if need_dw else None
+        db = rows(dy).sum(axis=0) if need_db else None
+        if not need_dx:
+            return None, dw, db
+        dxhat = dy * w
+        along = dxhat.mean(axis=-1, keepdims=True) + xhat * (dxhat * xhat).mean(axis=-1, keepdims=True)
+        return rstd * (dxhat - along), dw, db
+
+    return record(centred * rstd * w + bias.data, (x, weight, bias), vjp)
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+def rope(x: Tensor, cos: Array, sin: Array) -> Tensor:
+    """Rotate pairs (x_i, x_{i + D/2}) by position-dependent angles.    x (B, T, H, D), cos and sin (T, D/2)
+
+    Su et al. 2021, eq. (34), in the layout of Llama's checkpoints: the pair of i is i + D/2, not i + 1.
+    """
+    xp = namespace(x)
+    c, s = cos[:, None, :], sin[:, None, :]  # (T, 1, D/2)
+
+    def turn(z: Array, s: Array) -> Array:
+        half = z.shape[-1] // 2
+        z1, z2 = z[..., :half], z[..., half:]
+        return xp.concatenate([z1 * c - z2 * s, z2 * c + z1 * s], axis=-1)
+
+    return record(turn(x.data, s), (x,), lambda dy: (turn(dy, -s),))  # the transpose of a rotation turns it back
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Causal attention, softmax(scale q k^T) v.    q (B, T, H, D), k and v (B, S, K, D), S >= T -> (B, T, H, D)
+
+    The T queries are the last of the S positions: query t sees the keys up to t + S - T. Head h reads key/value head
+    h // G (grouped queries: Ainslie et al. 2023; K = H is the ordinary case). `scale` is 1/sqrt(D) unless given.
+    Scores are kept transposed, (.., S, T): the softmax then reduces over rows, which NumPy does with whole vectors.
+    """
+    xp = namespace(q, k, v)
+    (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
+    if H % K or T > S:
+        raise ValueError(f"attention: q {q.shape} does not fit k {k.shape}: H must be a multiple of K, and S >= T")
+    G = H // K
+    scale = 1 / math.sqrt(D) if scale is None else float(scale)
+    Q = (q.data * scale).reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4)  # (B, K, G, T, D)
+    Kt = k.data.transpose(0, 2, 1, 3)[:, :, None]  # (B, K, 1, S, D)
+    Vt = v.data.transpose(0, 2, 1, 3)[:, :, None]  # (B, K, 1, S, D)
+    P = Kt @ Q.swapaxes(-1, -2)  # (.., S, D) @ (.., D, T) -> (B, K, G, S, T)
+    if T > 1:
+        hidden = xp.arange(S)[:, None] > xp.arange(S - T, S)[None, :]  # (S, T) key in the query's future
+        P += xp.where(hidden, -np.inf, 0.0).astype(P.dtype)
+    P -= P.max(axis=-2, keepdims=True)
+    xp.exp(P, out=P)
+    inv = 1.0 / P.sum(axis=-2)[..., None]  # (B, K, G, T, 1): divide the T x D output, not the S x T scores
+    O = (P.swapaxes(-1, -2) @ Vt) * inv  # (.., T, S) @ (.., S, D) -> (B, K, G, T, D)
+
+    def merge_heads(z: Array) -> Array:  # (B, K, G, T, D) -> (B, T, H, D)
+        return z.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+    def vjp(dy: Array) -> Grads:
+        dO = dy.reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4) * inv  # (B, K, G, T, D), softmax's division included
+        dV = (P @ dO).sum(axis=2)  # (.., S, T) @ (.., T, D) -> (B, K, S, D)
+        # softmax's gradient p (dp - sum p dp): the sum over keys is rowsum(dO * O), T numbers (Dao et al. 2022, app. B)
+        dS = Vt @ dO.swapaxes(-1, -2)  # (.., S, D) @ (.., D, T) -> (B, K, G, S, T)
+        dS -= (dO * O).sum(axis=-1)[..., None, :]
+        dS *= P
+        dQ = (dS.swapaxes(-1, -2) @ Kt) * scale  # (.., T, S) @ (.., S, D) -> (B, K, G, T, D)
+        dK = (dS @ Q).sum(axis=2)  # Q carries the scale: (.., S, T) @ (.., T, D) -> (B, K, S, D)
+        return merge_heads(dQ), dK.transpose(0, 2, 1, 3), dV.transpose(0, 2, 1, 3)
+
+    return record(merge_heads(O), (q, k, v), vjp)

@@ -1,0 +1,88 @@
+"""Text from a model: one token after another, each drawn from the distribution that the model gives for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from .autograd import no_grad
+from .errors import ConfigError, DataError
+from .transformer import CausalLM, KeyValueCache
+
+
+def generate(model: Any, ids: Any, max_new_tokens: int, **sampling: Any) -> np.ndarray:
+    """ids (B, T) -> (B, T + max_new_tokens) integers: the prompts and what `stream` appends to them."""
+    prompt = np.asarray(ids)
+    new = list(stream(model, prompt, max_new_tokens, **sampling))
+    return np.concatenate([prompt, np.stack(new, axis=1)], axis=1) if new else prompt
+
+
+def stream(
+    model: Any,
+    ids: Any,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> Iterator[np.ndarray]:
+    """Yield the next token (B,) of each prompt, `max_new_tokens` times.
+
+    model         a CausalLM, or a PeftModel around one
+    ids           (B, T) integers, T >= 1; only the last max_position_embeddings of them are seen
+    temperature   divides the logits; 0 takes the likeliest token
+    top_k, top_p  keep the k likeliest tokens; keep the likeliest ones up to probability p (Holtzman et al. 2020)
+    seed          of NumPy's generator: the same seed gives the same text
+
+    When the context is full, generation goes on from its newer half. ConfigError for a setting out of range.
+    """
+    base: CausalLM = model.get_base_model() if hasattr(model, "get_base_model") else model
+    limit, V = base.config.max_position_embeddings, base.config.vocab_size
+    ids = np.asarray(ids)
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        raise DataError(f"a prompt needs at least one token: ids of shape (batch, time), got {ids.shape}")
+    _check(max_new_tokens, temperature, top_k, top_p)
+    rng = np.random.default_rng(seed)
+    window = ids[:, -limit:]  # what the cache will hold
+    cache = KeyValueCache(base, len(ids), min(limit, ids.shape[1] + max_new_tokens))
+    pending = window  # what the model has not seen yet
+    for _ in range(max_new_tokens):
+        if cache.length + pending.shape[1] > limit:
+            cache.length, pending = 0, window[:, -max(1, limit // 2) :]
+            window = pending
+        with no_grad():
+            logits = model(pending, cache)
+        token = sample(logits.backend.to_numpy(logits.data[:, -1]), rng, temperature, min(top_k or V, V), top_p or 1.0)
+        pending = token[:, None]
+        window = np.concatenate([window, pending], axis=1)
+        yield token
+
+
+def sample(logits: np.ndarray, rng: np.random.Generator, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    """One token a row.    logits (B, V) -> (B,)"""
+    z = logits.astype(np.float64)
+    if temperature == 0:
+        return np.asarray(z.argmax(axis=-1))
+    z = (z - z.max(axis=-1, keepdims=True)) / temperature
+    order = np.argsort(-z, axis=-1, kind="stable")  # likeliest first
+    p = np.exp(np.take_along_axis(z, order, axis=-1))
+    p[:, top_k:] = 0
+    p /= p.sum(axis=-1, keepdims=True)
+    before = p.cumsum(axis=-1) - p
+    p[before >= top_p] = 0  # a token stays if those before it do not yet reach top_p: one always stays
+    chosen = (p.cumsum(axis=-1) > rng.random((len(p), 1)) * p.sum(axis=-1, keepdims=True)).argmax(axis=-1)
+    return np.asarray(np.take_along_axis(order, chosen[:, None], axis=-1)[:, 0])
+
+
+def _check(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    if not (0 <= temperature < math.inf):
+        raise ConfigError(f"temperature must be a number >= 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p must be in (0, 1], got {top_p}")

@@ -1,0 +1,20 @@
+"""The LoRA family: one contract, and a room for each adapter.
+
+Orientation, once and for all, is the paper's and PEFT's: W (O, I), A (r, I), B (O, r), and
+
+    dW = s B A          y = x W^T + s (x A^T) B^T
+
+A is the first factor that x meets and starts random; B is the second and starts at zero. Some lessons write dW = A B for
+row vectors y = x W, with A (I, r) and B (r, O): that is the same product transposed, and their A is our A^T.
+
+config    what an adapter is to be, in PEFT's words         layer     where adapters live: base, adapters by name, merging
+targets   which layers a configuration means                model     get_peft_model and PeftModel
+lora      dW = s B A
+"""
+
+from .config import LoraConfig
+from .layer import LoraLinear, SavedModule
+from .lora import LoraAdapter
+from .model import PeftModel, get_peft_model
+
+__all__ = ["LoraAdapter", "LoraConfig", "LoraLinear", "PeftModel", "SavedModule", "get_peft_model"]

@@ -1,0 +1,158 @@
+"""What an adapter is to be: PEFT's field names and defaults, checked once, read from and written to adapter_config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ConfigError
+from ..formats import PEFT_CONFIG_DEFAULTS
+from .targets import Pattern, pattern_value
+
+# What target_modules=None means, by the model's type (PEFT's table).
+DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"]}
+MAX_NAMES = 10_000  # a list of targets longer than any model is a mistake, or an attack
+
+
+@dataclasses.dataclass
+class LoraConfig:
+    """Low-rank adaptation, dW = s B A (Hu et al. 2021).
+
+    r, lora_alpha      rank, and the numerator of the scaling s = lora_alpha / r
+    target_modules     names or endings of names; a pattern for whole names; "all-linear": every linear layer but the head;
+                       None: what PEFT takes for this type of model
+    exclude_modules    names, endings or a pattern: what is no target after all
+    lora_dropout       probability of dropping an element of the adapter's input, in training
+    bias               "none"; "all" or "lora_only" also train the base's biases: disabling the adapter then is not the base
+    use_rslora         s = lora_alpha / sqrt(r)    Kalajdzievski 2023
+    init_lora_weights  True: A uniform within 1/sqrt(in), B zero; "gaussian": A ~ N(0, 1/r^2), B zero; False: B random, too
+    rank_pattern, alpha_pattern    r and lora_alpha for names that match a pattern; the first that matches holds
+    layers_to_transform, layers_pattern    only layers of these numbers
+    modules_to_save    modules that are trained whole, as copies
+    fan_in_fan_out     for bases that store W as (in, out)
+    task_type          "CAUSAL_LM" or None
+
+    ConfigError for a value that means nothing.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    fan_in_fan_out: bool = False
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    inference_mode: bool = False
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # of a file: kept, and written back
+
+    peft_type = "LORA"  # a constant of the class, not a field
+
+    def __post_init__(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            setattr(self, name, getattr(self, name) or {})
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, (set, tuple)):
+                setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
+        need = self._need
+        need(_is_rank(self.r), "r", "an integer of at least 1")
+        need(_is_positive(self.lora_alpha), "lora_alpha", "a positive number")
+        need(_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)")
+        need(self.bias in ("none", "all", "lora_only"), "bias", "'none', 'all' or 'lora_only'")
+        known = isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"
+        need(known, "init_lora_weights", "True, False or 'gaussian'")
+        need(self.task_type in (None, "CAUSAL_LM"), "task_type", "'CAUSAL_LM' or None")
+        for name in ("use_rslora", "fan_in_fan_out", "inference_mode"):
+            need(isinstance(getattr(self, name), bool), name, "True or False")
+        for name, check in (("rank_pattern", _is_rank), ("alpha_pattern", _is_positive)):
+            table = getattr(self, name)
+            ok = isinstance(table, dict) and len(table) <= MAX_NAMES and all(isinstance(k, str) for k in table)
+            need(ok and all(check(v) for v in table.values()), name, "a dictionary from names to positive numbers")
+            for key in table:
+                Pattern(key)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            need(value is None or isinstance(value, str) or _is_names(value), name, "a list of names, or a pattern")
+            if isinstance(value, str) and value.lower() != "all-linear":
+                Pattern(value)
+        need(self.target_modules not in ([], ""), "target_modules", "at least one name")
+        need(self.modules_to_save is None or _is_names(self.modules_to_save), "modules_to_save", "a list of names")
+        layers = self.layers_to_transform
+        listed = isinstance(layers, list) and all(type(i) is int for i in layers)
+        need(layers is None or type(layers) is int or listed, "layers_to_transform", "an integer or a list of them")
+        pattern = self.layers_pattern
+        need(pattern is None or isinstance(pattern, str) or _is_names(pattern), "layers_pattern", "a name or names")
+        if layers is not None and isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+            raise ConfigError("layers_to_transform needs target_modules as a list: a pattern names its layers itself")
+        if layers is None and pattern:
+            raise ConfigError("layers_pattern says where the number of a layer stands; it needs layers_to_transform")
+
+    def _need(self, ok: bool, name: str, wanted: str) -> None:
+        if not ok:
+            raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)!r}"[:500])
+
+    def rank(self, name: str) -> int:
+        """r of the layer `name`."""
+        return pattern_value(name, self.rank_pattern, self.r)
+
+    def scaling(self, name: str) -> float:
+        """s of the layer `name`."""
+        alpha, r = pattern_value(name, self.alpha_pattern, self.lora_alpha), self.rank(name)
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], where: str = "adapter_config.json") -> LoraConfig:
+        """From the fields of an adapter_config.json.
+
+        A field of PEFT's that is not implemented here may hold its default, null, false or nothing: it is kept and written
+        back. Any other value would change what the adapter means, and raises. A name unknown to PEFT is kept with a warning.
+        """
+        kind = config.get("peft_type", "LORA")
+        if kind != cls.peft_type:
+            raise ConfigError(f"{where}: peft_type must be {cls.peft_type!r}, got {kind!r}"[:500])
+        own = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        given = {k: v for k, v in config.items() if k in own}
+        extra = {k: v for k, v in config.items() if k not in own and k != "peft_type"}
+        for name, value in extra.items():
+            if name not in PEFT_CONFIG_DEFAULTS:
+                warnings.warn(f"{where}: {name!r:.100} is no field that is known here; it is kept", stacklevel=2)
+            elif name not in ("peft_version", "revision", "auto_mapping") and value:
+                if value != PEFT_CONFIG_DEFAULTS[name]:
+                    raise ConfigError(f"{where}: {name} = {value!r:.100} is not supported"[:500])
+        try:
+            return cls(**given, extra=extra)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}"[:500]) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field that PEFT 0.21 writes, for adapter_config.json."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        return {**PEFT_CONFIG_DEFAULTS, **self.extra, **own, "peft_type": self.peft_type, "inference_mode": True}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**24
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_NAMES and all(isinstance(v, str) and v for v in value)

@@ -1,0 +1,199 @@
+"""Layers: parameters with names, and the few modules a transformer is made of.
+
+A Module is a plain object. Its parameters, sub-modules, and lists or dictionaries of sub-modules are found by looking at its
+attributes, in the order in which they were assigned; nothing is registered. Calling a module computes its output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import functional as F
+from .autograd import Tensor
+from .backend import Array, Backend, get_backend, mix_key
+
+_thread = threading.local()
+
+
+class Parameter(Tensor):
+    """A leaf that training may change. It requires a gradient unless it is frozen."""
+
+    __slots__ = ()
+
+    def __init__(self, data: Array, requires_grad: bool = True):
+        super().__init__(data, requires_grad=requires_grad)
+
+    def move(self, backend: Backend, dtype: Any) -> None:
+        """Give the parameter new storage, on another device or in another dtype."""
+        self._data = backend.from_numpy(self.numpy().astype(dtype, copy=False))
+        self.backend, self.grad = backend, None
+        assert self.version is not None
+        self.version[0] += 1
+
+
+class Module:
+    """Something with parameters. `training` switches dropout, and nothing else."""
+
+    training = True
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                yield name, value
+            elif isinstance(value, (list, dict)):
+                for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                    if isinstance(item, Module):
+                        yield f"{name}.{key}", item
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """(path, module) of this module (path "") and all below it, parents first."""
+        yield prefix, self
+        for name, child in self.named_children():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """(path, parameter), each parameter once: a tied one under its first name."""
+        seen = set()
+        for path, module in self.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Parameter) and id(value) not in seen:
+                    seen.add(id(value))
+                    yield f"{path}.{name}" if path else name, value
+
+    def parameters(self) -> Iterator[Parameter]:
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def train(self, mode: bool = True) -> Any:
+        for _, module in self.named_modules():
+            module.training = mode
+        return self
+
+    def eval(self) -> Any:
+        return self.train(False)
+
+    def to(self, device: str | Backend | None = None, dtype: Any = None) -> Any:
+        """Move every parameter to a device, or to a float dtype, in place; returns the module."""
+        for p in self.parameters():
+            backend = p.backend if device is None else get_backend(device)
+            if backend is not p.backend or (dtype is not None and p.dtype != np.dtype(dtype)):
+                p.move(backend, dtype or p.dtype)
+        return self
+
+    def prepare_step(self) -> None:
+        """Called once before a training step's shards run forward; a layer may compute what they share."""
+
+    def end_step(self) -> None:
+        """Called when the step is over; a layer drops what it prepared."""
+
+
+class Linear(Module):
+    """y = x W^T + b    weight (O, I), bias (O,) or None
+
+    A base for adapters: it offers `in_features`, `out_features`, `bias` and `dense_weight()`.
+    """
+
+    def __init__(self, weight: Array, bias: Array | None = None):
+        self.weight = Parameter(weight)
+        self.bias = None if bias is None else Parameter(bias)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def dense_weight(self) -> Array:
+        """W (O, I) as an array. A quantised base decodes it here."""
+        return self.weight.data
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def project(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of several linear layers that share an input (q, k and v; gate and up)."""
+    return tuple(layer(x) for layer in layers)
+
+
+class Embedding(Module):
+    """One row of weight (V, C) a token."""
+
+    def __init__(self, weight: Array):
+        self.weight = Parameter(weight)
+
+    def __call__(self, ids: Array) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class RMSNorm(Module):
+    def __init__(self, weight: Array, eps: float = 1e-6):
+        self.weight = Parameter(weight)
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(Module):
+    def __init__(self, weight: Array, bias: Array, eps: float = 1e-5):
+        self.weight = Parameter(weight)
+        self.bias = Parameter(bias)
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+@contextlib.contextmanager
+def dropout_counter(seed: int, step: int, first: int = 0) -> Iterator[None]:
+    """Inside, this thread's dropout masks are those of training step `step`, for sequences `first`, `first` + 1, ...
+
+    A mask is then a function of (seed, step, layer, sequence): it does not matter which thread runs which part of a batch.
+    """
+    _thread.counter = (seed, step, first)
+    try:
+        yield
+    finally:
+        del _thread.counter
+
+
+class Dropout(Module):
+    """Zero elements with probability p while training.    `stream` is a number that no other layer has
+
+    Outside a `dropout_counter` each call counts as a step of its own, so that a hand-written loop gets fresh masks.
+    """
+
+    def __init__(self, p: float, stream: int = 0):
+        self.p = p
+        self.stream = stream
+        self.calls = 0
+
+    @property
+    def active(self) -> bool:
+        return self.training and self.p > 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.active:
+            return x
+        seed, step, first = getattr(_thread, "counter", (0, self.calls, 0))
+        self.calls += 1
+        return F.dropout(x, self.p, [mix_key(seed, self.stream, step, first + b) for b in range(len(x))])
+
+
+def uniform(rng: np.random.Generator, bound: float, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """Values from U(-bound, bound); drawn in float64 and rounded, so that every dtype starts from the same numbers."""
+    return rng.uniform(-bound, bound, shape).astype(dtype)
+
+
+def normal(rng: np.random.Generator | None, std: float, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """Values from N(0, std^2). Without a generator, zeros, which cost nothing until they are written: a file fills them."""
+    return np.zeros(shape, dtype) if rng is None else (rng.standard_normal(shape) * std).astype(dtype)

@@ -1,0 +1,220 @@
+"""From gradients to new weights: SGD and AdamW, learning-rate schedules, clipping, LoRA+ groups.
+
+An optimiser owns its moments and step counts, nothing else. It computes no gradient and does not know where in a run it
+is: a schedule is a plain function of the step, whose factor is handed to `optimizer.step(grads, scale=factor)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from .backend import Array
+    from .nn import Parameter
+
+RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("lr", "ratio"), ("a finite number > 0", lambda x: 0 < x < math.inf)),
+    **dict.fromkeys(("eps", "weight_decay"), ("a finite number >= 0", lambda x: 0 <= x < math.inf)),
+    "betas": ("two numbers in [0, 1)", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x)),
+    "momentum": ("a number in [0, 1)", lambda x: 0 <= x < 1),
+    "max_norm": ("a number > 0", lambda x: x > 0),
+}
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value in Python floats: one NumPy float64 would turn the float32 arrays it meets into float64."""
+    expected, valid = RANGES[name]
+    try:
+        if valid(value):  # no NaN passes: every comparison with it is false
+            return tuple(map(float, value)) if name == "betas" else float(value)
+    except TypeError:
+        pass
+    raise ConfigError(f"{name} must be {expected}, got {value!r:.99}")
+
+
+@dataclass(eq=False)
+class Member:
+    """One parameter in an optimiser's care: its group, how many steps it has taken, its moments by name."""
+
+    name: str
+    parameter: Parameter
+    group: dict[str, Any]
+    steps: int = 0
+    moments: dict[str, Array] = field(default_factory=dict)
+
+
+class Optimizer:
+    """Parameters in groups of equal hyper-parameters.
+
+    params   parameters, or (name, parameter) pairs, or groups {"params": either of these, "lr": ...} that override the
+             defaults. Without a name, a parameter is called by its index.
+
+    A parameter without a gradient keeps its value, moments and step count. Moments are made at the first gradient, so a
+    frozen parameter costs nothing. ConfigError: a number out of its range, no parameters at all, one given twice.
+    """
+
+    slots: tuple[str, ...]  # the names of a parameter's moments
+
+    def __init__(self, params: Iterable[Any], **defaults: Any):
+        given = list(params)
+        self.groups: list[dict[str, Any]] = []
+        self.members: list[Member] = []
+        for item in given if any(isinstance(item, dict) for item in given) else [{"params": given}]:
+            if not isinstance(item, dict) or not {"params"} <= set(item) <= {"params", *defaults}:
+                got = list(item) if isinstance(item, dict) else type(item).__name__
+                raise ConfigError(f"expected groups of 'params' and some of {list(defaults)}, got {got!r:.300}")
+            self.groups.append({name: _checked(name, item.get(name, default)) for name, default in defaults.items()})
+            for entry in item["params"]:
+                name, p = entry if isinstance(entry, tuple) else (str(len(self.members)), entry)
+                self.members.append(Member(name, p, self.groups[-1]))
+        if not self.members:
+            raise ConfigError("the optimiser got no parameters: there is nothing to train")
+        if min(len({m.name for m in self.members}), len({id(p) for p in self.params})) < len(self.members):
+            raise ConfigError("a parameter, or a name, was given twice: one step would update it twice")
+
+    @property
+    def params(self) -> list[Parameter]:
+        """Every parameter, in the order that `step(grads)` expects."""
+        return [m.parameter for m in self.members]
+
+    def update(self, m: Member, g: Array, lr: float) -> None:
+        """One parameter's step number m.steps (from 1): change its moments in place, then assign its data."""
+        raise NotImplementedError
+
+    def step(self, grads: Sequence[Array | None] | None = None, scale: float = 1.0) -> None:
+        """Update every parameter that has a gradient: `grads`, aligned with `params`, or else each p.grad.
+
+        `scale` multiplies the learning rate of every group: the schedule's factor.
+        """
+        grads = [p.grad for p in self.params] if grads is None else grads
+        pairs = list(zip(self.members, grads, strict=False))
+        wrong = [m.name for m, g in pairs if g is not None and g.shape != m.parameter.shape]
+        if wrong or len(grads) != len(self.members):
+            raise ConfigError(f"{len(grads)} gradients for {len(self.members)} parameters, not fitting: {wrong!r:.300}")
+        for m, g in pairs:
+            if g is not None:
+                p, m.steps = m.parameter, m.steps + 1
+                m.moments = m.moments or {slot: p.backend.xp.zeros_like(p.data) for slot in self.slots}
+                self.update(m, g.astype(p.dtype, copy=False), float(m.group["lr"] * scale))
+
+    def zero_grad(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+    def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """(arrays, numbers): copies of the moments under "<slot>.<parameter>", and what goes into JSON beside them."""
+        moments = [(f"{k}.{m.name}", m.parameter.backend, a) for m in self.members for k, a in m.moments.items()]
+        arrays = {key: np.array(backend.to_numpy(moment)) for key, backend, moment in moments}
+        return arrays, {"optimizer": type(self).__name__, "steps": {m.name: m.steps for m in self.members}}
+
+    def load_state_dict(self, arrays: dict[str, np.ndarray], numbers: dict[str, Any]) -> None:
+        """Continue from a `state_dict`. CheckpointError says what differs from this optimiser; nothing changes then."""
+        kind, steps = numbers.get("optimizer"), numbers.get("steps")
+        if kind != type(self).__name__ or not isinstance(steps, dict):
+            raise CheckpointError(f"expected {type(self).__name__} and its 'steps', got {kind!r:.99} and {steps!r:.99}")
+        stepped = [m for m in self.members if steps.get(m.name)]  # the others have no moments yet
+        expected = {f"steps.{m.name}": "a count" for m in self.members}
+        expected |= {f"{k}.{m.name}": f"{m.parameter.dtype} {m.parameter.shape}" for m in stepped for k in self.slots}
+        found = {f"steps.{k}": "a count" if type(t) is int and t >= 0 else f"{t!r:.40}" for k, t in steps.items()}
+        found |= {key: f"{array.dtype} {array.shape}" for key, array in arrays.items()}
+        sides = {key: (expected.get(key, "nothing"), found.get(key, "nothing")) for key in [*expected, *found]}
+        wrong = [f"{key!r}: expected {e}, got {f}" for key, (e, f) in sides.items() if e != f]
+        if wrong:
+            raise CheckpointError(f"the optimiser's state differs in {len(wrong)} places: {'; '.join(wrong):.400}")
+        for m in self.members:
+            m.steps, m.moments = steps[m.name], {}
+        for m in stepped:
+            m.moments = {k: m.parameter.backend.from_numpy(arrays[f"{k}.{m.name}"].copy()) for k in self.slots}
+
+
+class SGD(Optimizer):
+    """u <- momentum u + g + weight_decay p;  p <- p - lr u. As in PyTorch, the decay is a part of the gradient."""
+
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.slots = ("u",) if any(group["momentum"] for group in self.groups) else ()
+
+    def update(self, m: Member, g: Array, lr: float) -> None:
+        u = g + m.group["weight_decay"] * m.parameter.data
+        if self.slots:
+            m.moments["u"] *= m.group["momentum"]
+            m.moments["u"] += u
+            u = m.moments["u"]
+        m.parameter.data = m.parameter.data - lr * u
+
+
+class AdamW(Optimizer):
+    """Adam (Kingma & Ba 2015, algorithm 1) with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2).
+
+    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  p <- (1 - lr wd) p - lr m' / (sqrt(v') + eps)
+    with m' = m / (1 - b1^t) and v' = v / (1 - b2^t), t counted per parameter. As in PyTorch, and unlike the paper, the
+    decay too is multiplied by lr; it applies to every parameter unless a group says otherwise.
+    """
+
+    slots = ("m", "v")
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.01):  # fmt: skip
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def update(self, m: Member, g: Array, lr: float) -> None:
+        p, xp, (b1, b2) = m.parameter, m.parameter.backend.xp, m.group["betas"]
+        first, second = m.moments["m"], m.moments["v"]
+        work = xp.empty_like(first)  # for every intermediate: fresh memory would cost more than the arithmetic
+        first *= b1
+        first += xp.multiply(g, 1 - b1, out=work)
+        second *= b2
+        second += xp.multiply(xp.multiply(g, g, out=work), 1 - b2, out=work)
+        xp.sqrt(second, out=work)
+        work /= math.sqrt(1 - b2**m.steps)
+        work += m.group["eps"]
+        xp.multiply(xp.divide(first, work, out=work), -lr / (1 - b1**m.steps), out=work)
+        p.data = xp.add(work, (1 - lr * m.group["weight_decay"]) * p.data, out=work)
+
+
+def constant(step: int, warmup: int = 0) -> float:
+    """A schedule: the factor of the learning rate at step 0, 1, ... is 1 / warmup, 2 / warmup, ..., 1, 1, 1."""
+    return min(1.0, (step + 1) / warmup) if warmup else 1.0
+
+
+def warmup_cosine(step: int, total: int, warmup: int = 0, floor: float = 0.0) -> float:
+    """A schedule: the same warm-up, then half a cosine from 1 at step == warmup to `floor` at step total - 1 and after.
+
+    Where the warm-up leaves no step to fall in (warmup >= total - 1), the factor stays 1.
+    """
+    if step <= warmup or warmup >= total - 1:
+        return constant(step, warmup)
+    x = min(1.0, (step - warmup) / (total - 1 - warmup))
+    return floor + (1 - floor) * (1 + math.cos(math.pi * x)) / 2
+
+
+def clip_by_global_norm(grads: Sequence[Array | None], max_norm: float) -> tuple[list[Array | None], float]:
+    """(grads * min(1, max_norm / (norm + 1e-6)), norm); norm is the length of all gradients as one vector, in float64.
+
+    None entries pass through, and so does everything when the norm is not finite: the caller decides what that means.
+    """
+    max_norm = _checked("max_norm", max_norm)
+    with np.errstate(over="ignore"):  # a float64 gradient beyond 1e154: the norm is inf, which says enough
+        norm = math.sqrt(float(sum(np.square(g, dtype=np.float64).sum() for g in grads if g is not None)))
+    if not math.isfinite(norm) or max_norm >= norm + 1e-6:
+        return list(grads), norm
+    return [None if g is None else g * (max_norm / (norm + 1e-6)) for g in grads], norm
+
+
+def loraplus_groups(named: Iterable[tuple[str, Parameter]], lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
+    """LoRA+ (Hayou et al. 2024): groups for an optimiser in which every B learns `ratio` times as fast as every A.
+
+    Vectors (biases, DoRA's magnitudes) go with B, as in PEFT. B is known by its name, "...lora_B.<adapter>[.weight]".
+    """
+    rates = {"slow": _checked("lr", lr), "fast": lr * _checked("ratio", ratio)}
+    groups: dict[str, list[tuple[str, Parameter]]] = {"slow": [], "fast": []}
+    for name, p in named:
+        groups["fast" if p.ndim == 1 or "lora_B" in name.split(".")[-3:-1] else "slow"].append((name, p))
+    return [{"params": pairs, "lr": rates[speed]} for speed, pairs in groups.items() if pairs]

@@ -1,0 +1,146 @@
+"""One step at every scale: a batch is cut into shards, each runs forward and backward on its own, and the sums are added up.
+
+Shards run one after another or by threads (NumPy releases the interpreter's lock inside its loops). A shard's activations
+stay in the processor's cache, and memory falls with the shard. The cut depends on shapes alone and gradients are added in the
+order of the shards, so the result has the same bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import numpy as np
+import threadpoolctl
+
+from .autograd import Tensor, gradients, no_grad
+from .backend import Array
+from .data import Batch
+from .errors import ConfigError
+from .functional import cross_entropy
+from .nn import Parameter, dropout_counter
+
+R = TypeVar("R")
+TOKENS_PER_SHARD = 256  # measured: beyond this the activations of a small model leave the cache
+
+
+def language_modelling_loss(model: Any, batch: Batch) -> Tensor:
+    """The sum over counted targets of -log p(target), a scalar."""
+    return cross_entropy(model(batch.ids), batch.targets, reduction="sum")
+
+
+def shard_size(context: int, device: str = "cpu") -> int:
+    """Sequences a shard, from the shape alone: a resumed run must cut alike. A GPU takes the batch whole."""
+    return max(1, TOKENS_PER_SHARD // context) if device == "cpu" else 2**31
+
+
+class ShardedStep:
+    """Gradients and losses of whole batches, shard by shard. Use it in a `with` block: it owns threads.
+
+    threads   shards that run at once; None: one a core. BLAS is held to one thread inside, with one thread too, because its
+              own threads would change the bits
+    shard     sequences a shard; None: `shard_size`
+    loss      (model, Batch) -> scalar Tensor: a sum over the batch's counted targets
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        threads: int | None = None,
+        shard: int | None = None,
+        loss: Callable[[Any, Batch], Tensor] = language_modelling_loss,
+    ):
+        for name, value in (("threads", threads), ("shard size", shard)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        self.model, self.loss, self.shard = model, loss, shard
+        self.threads = threads or available_cores()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> ShardedStep:
+        limits = self._stack.enter_context(threadpoolctl.threadpool_limits(1, "blas"))
+        if not limits.get_original_num_threads().get("blas"):
+            warnings.warn("no BLAS that threadpoolctl can hold: results may depend on its number of threads", stacklevel=2)
+        self._pool = self._stack.enter_context(ThreadPoolExecutor(self.threads, "minilora"))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def gradients(
+        self, batch: Batch, params: Sequence[Parameter], seed: int = 0, step: int = 0
+    ) -> tuple[float, list[Array | None]]:
+        """(mean loss, its gradients) over the counted targets of the whole batch; None where a parameter takes no part.
+
+        `seed` and `step` number the dropout masks. An exception in a shard surfaces here, with nothing half added.
+        """
+        counted = max(batch.tokens, 1)  # known before the cut: each shard's sum is divided by the whole batch's count
+        params = list(params)
+
+        def work(shard: Batch) -> tuple[float, list[Array | None]]:
+            with dropout_counter(seed, step, shard.first):
+                loss = self.loss(self.model, shard)
+            if not loss.requires_grad:
+                raise ConfigError("no parameter of the model requires a gradient: there is nothing to train")
+            found = gradients(loss, params, loss.backend.xp.full(loss.shape, 1 / counted, loss.dtype))
+            return loss.item(), found
+
+        total = 0.0
+        summed: list[Array | None] = [None] * len(params)
+        modules = [module for _, module in self.model.named_modules()]
+        try:
+            for module in modules:
+                module.prepare_step()
+            for loss, found in self._in_order(work, self._cut(batch)):
+                total += loss
+                for i, g in enumerate(found):
+                    if g is not None:
+                        summed[i] = g if summed[i] is None else np.add(summed[i], g, out=summed[i])
+        finally:
+            for module in modules:
+                module.end_step()
+        return total / counted, summed
+
+    def losses(self, batches: Iterable[Batch]) -> Iterator[tuple[float, int]]:
+        """(summed loss, counted targets) of each shard of the batches, without gradients."""
+
+        def work(shard: Batch) -> tuple[float, int]:
+            with no_grad():
+                return self.loss(self.model, shard).item(), shard.tokens
+
+        return self._in_order(work, (shard for batch in batches for shard in self._cut(batch)))
+
+    def _cut(self, batch: Batch) -> Iterator[Batch]:
+        device = next(iter(self.model.parameters())).backend.name
+        size = self.shard or shard_size(batch.ids.shape[1], device)
+        return (batch.shard(start, start + size) for start in range(0, len(batch), size))
+
+    def _in_order(self, work: Callable[[Batch], R], shards: Iterable[Batch]) -> Iterator[R]:
+        """work(shard) of each, in the order of the shards, at most `threads` at once and none far ahead."""
+        if self.threads == 1:
+            yield from map(work, shards)
+            return
+        waiting: collections.deque[Future[R]] = collections.deque()
+        try:
+            for shard in shards:
+                waiting.append(self._pool.submit(work, shard))
+                if len(waiting) > self.threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # after an exception: start no more, and wait for those that run
+            for future in waiting:
+                future.cancel()
+            for future in waiting:
+                if not future.cancelled():
+                    future.exception()
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,109 @@
+"""Pictures of a run. The only room that imports matplotlib, which is optional: `pip install minilora[plot]`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ConfigError
+
+INK, QUIET, WARM, COOL = "#222222", "#b0b0b0", "#c8553d", "#2a6f97"
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("pictures need matplotlib: pip install minilora[plot]") from None
+    matplotlib.use("agg")  # files only: no window, no display
+    import matplotlib.pyplot as plt
+
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK}
+    plt.rcParams.update({**style, "axes.titlesize": 9, "legend.frameon": False, "figure.dpi": 150, "svg.hashsalt": "0"})
+    return plt
+
+
+def available() -> bool:
+    """Can pictures be drawn here?"""
+    try:
+        _pyplot()
+    except ConfigError:
+        return False
+    return True
+
+
+def _smooth(values: Sequence[float], window: int) -> np.ndarray:
+    """A running mean of up to `window` values back."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    stop = np.arange(1, len(values) + 1)
+    start = np.maximum(stop - window, 0)
+    return (total[stop] - total[start]) / (stop - start)
+
+
+def loss_curves(path: Path, stages: Mapping[str, tuple[Sequence[float], Sequence[tuple[int, float]]]]) -> None:
+    """One panel a stage, side by side: bits per byte of every step, their running mean, and the held-out text.
+
+    stages   title -> (bits per byte of each step, [(step, bits per byte held out), ...])
+    """
+    plt = _pyplot()
+    widths = [max(len(losses), 1) for losses, _ in stages.values()]
+    figure, axes = plt.subplots(1, len(stages), figsize=(9, 3.4), sharey=True, squeeze=False, width_ratios=widths)
+    for axis, (title, (losses, held_out)) in zip(axes[0], stages.items(), strict=True):
+        axis.plot(losses, color=QUIET, linewidth=0.6)
+        axis.plot(_smooth(losses, max(1, len(losses) // 40)), color=COOL, linewidth=1.6, label="training")
+        if held_out:
+            steps, values = zip(*held_out, strict=True)
+            axis.plot(steps, values, color=WARM, marker="o", markersize=3.5, linewidth=1.2, label="held out")
+            axis.annotate(f"{values[-1]:.2f}", (steps[-1], values[-1]), (3, 5), textcoords="offset points", color=WARM)
+        axis.set_title(title, loc="left")
+        axis.set_xlabel("step")
+        axis.grid(axis="y", color="#eeeeee")
+        axis.set_axisbelow(True)
+    axes[0][0].set_ylabel("bits per byte")
+    axes[0][0].legend(loc="upper right")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def delta_spectrum(path: Path, layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Small multiples, a row a block and a column a projection: singular values of dW in front of those of W.
+
+    layers   module path ("model.layers.0.self_attn.q_proj") -> (singular values of W, those of dW), each descending
+    """
+    plt = _pyplot()
+    places = {name: _place(name) for name in layers}
+    blocks = sorted({block for block, _ in places.values()})
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    size = (1.35 * len(kinds) + 0.8, 1.15 * len(blocks) + 0.9)
+    figure, axes = plt.subplots(len(blocks), len(kinds), figsize=size, sharex=True, sharey=True, squeeze=False)
+    floor = min(float(d[d > d[0] * 1e-3].min()) for _, d in layers.values() if d.size and d[0] > 0) if layers else 1e-3
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for name, (of_weight, of_delta) in layers.items():
+        block, kind = places[name]
+        axis = axes[blocks.index(block)][kinds.index(kind)]
+        axis.set_visible(True)
+        axis.fill_between(np.arange(1, len(of_weight) + 1), of_weight, floor / 2, color="#dddddd", linewidth=0)
+        axis.plot(np.arange(1, len(of_delta) + 1), np.maximum(of_delta, floor / 2), color=WARM, marker=".", markersize=4, linewidth=1)
+        axis.set_yscale("log")
+        axis.set_xscale("log")
+        axis.set_ylim(bottom=floor / 2)
+        axis.tick_params(labelsize=7)
+        if block == blocks[0]:
+            axis.set_title(kind, fontsize=8)
+        if kind == kinds[0]:
+            axis.set_ylabel(f"layer {block}" if block >= 0 else "", fontsize=8)
+    figure.suptitle("Singular values by index: of W (grey) and of dW = s B A (red)", fontsize=9, x=0.01, ha="left")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _place(name: str) -> tuple[int, str]:
+    """(number of the block or -1, last part of the name)"""
+    parts = name.split(".")
+    return next((int(part) for part in parts if part.isdecimal()), -1), parts[-1]

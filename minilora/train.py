@@ -1,0 +1,247 @@
+"""The loop: batch, gradients, step, log; now and then evaluate and save. It trains whatever requires a gradient.
+
+The same loop pretrains a whole model and fine-tunes an adapter. A run depends on its settings, its text and the step number
+alone, never on how it got there: stopped at any step and resumed, it ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .data import Windows, evaluation_windows
+from .errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
+from .formats import load_file, save_file
+from .lora import PeftModel
+from .nn import Parameter
+from .optim import AdamW, clip_by_global_norm, warmup_cosine
+from .parallel import ShardedStep, shard_size
+from .runs import Log, find_checkpoint, save_checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to train. ConfigError names a value that is out of range.
+
+    batch_size     sequences a step; `accumulate` times as many if gradients are accumulated
+    context        positions a sequence (windows of context + 1 tokens)
+    warmup         steps of linear warm-up to `lr`, then half a cosine down to `floor` x lr
+    max_grad_norm  gradients are scaled down to this norm
+    shard          sequences that run forward and backward together; None: chosen from the shape
+    eval_every, save_every    in steps; None: at the end only
+    """
+
+    steps: int = 400
+    batch_size: int = 16
+    context: int = 128
+    lr: float = 1e-3
+    warmup: int = 20
+    floor: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    accumulate: int = 1
+    seed: int = 0
+    shard: int | None = None
+    threads: int | None = None
+    eval_every: int | None = None
+    save_every: int | None = None
+
+    FREE = ("threads", "eval_every", "save_every")  # may change on resuming: they do not change the result
+
+    def __post_init__(self) -> None:
+        whole = {"steps": 1, "batch_size": 1, "context": 1, "warmup": 0, "accumulate": 1, "seed": 0}
+        for name in ("shard", "threads", "eval_every", "save_every"):
+            if getattr(self, name) is not None:
+                whole[name] = 1
+        for name, least in whole.items():
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value < 2**63:
+                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}"[:300])
+        for name, least in {"lr": 0.0, "floor": -1.0, "weight_decay": -1.0, "max_grad_norm": 0.0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not (least < value < math.inf) or (least < 0 and value < 0):
+                wanted = "above 0" if least == 0 else "0 or above"
+                raise ConfigError(f"{name} must be a number {wanted}, got {value!r}"[:300])
+
+
+@dataclasses.dataclass
+class Result:
+    """What a run measured: the loss of every step, and (step, mean held-out loss) of every evaluation."""
+
+    losses: list[float]
+    evaluations: list[tuple[int, float]]
+    seconds: float
+
+
+def train(
+    model: Any,
+    tokens: np.ndarray,
+    settings: Settings,
+    out: Path,
+    *,
+    held_out: np.ndarray | None = None,
+    resume: str | Path | None = None,
+    bytes_per_token: float = 1.0,
+    title: str = "train",
+) -> Result:
+    """Train every parameter that requires a gradient on `tokens` (N,); returns in eval mode.
+
+    out       an existing folder, for log.jsonl, eval.jsonl and checkpoints
+    held_out  ids to evaluate on at step 0, every `eval_every` steps and at the end
+    resume    "auto" or a checkpoint's folder: go on from there
+
+    NonFiniteError, in the step in which it happens and before any weight changes, for a loss or gradient that is not
+    finite; CheckpointError if a checkpoint belongs to another run; Interrupted on SIGINT or SIGTERM, after the step was saved.
+    """
+    begun = time.perf_counter()
+    device = next(iter(model.parameters())).backend.name
+    if settings.shard is None:
+        settings = dataclasses.replace(settings, shard=shard_size(settings.context, device))
+    windows = Windows(tokens, settings.context, settings.batch_size * settings.accumulate, settings.seed)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+    identity = _identity(settings, tokens, trained)
+    start, losses, evaluations = 0, [], []
+    if resume is not None:
+        start, losses, evaluations = _restore(*find_checkpoint(resume, out), model, optimizer, identity)
+    model.train()
+
+    def save(step: int) -> None:
+        arrays, numbers = optimizer.state_dict()
+
+        def write(folder: Path) -> None:
+            model.save_pretrained(folder)
+            save_file(folder / "optimizer.safetensors", arrays)
+
+        state = {"run": identity, "optimizer": numbers, "losses": losses, "evaluations": evaluations}
+        save_checkpoint(out, step, state, write)
+
+    with contextlib.ExitStack() as stack:
+        sharded = stack.enter_context(ShardedStep(model, settings.threads, settings.shard))
+        log = stack.enter_context(Log(out / "log.jsonl", start))
+        evaluation_log = stack.enter_context(Log(out / "eval.jsonl", start + 1))
+        stopped = stack.enter_context(_stop_signals())
+        bar = stack.enter_context(tqdm(total=settings.steps, initial=start, desc=title, disable=None, dynamic_ncols=True))
+
+        def evaluate_now(step: int) -> None:
+            if held_out is not None:
+                loss = evaluate(model, held_out, settings.context, sharded=sharded)
+                evaluations.append((step, loss))
+                evaluation_log.write(step=step, loss=loss, bits_per_byte=bits_per_byte(loss, bytes_per_token))
+
+        if start == 0:
+            evaluate_now(0)
+        for step in range(start, settings.steps):
+            batch = windows.batch(step)
+            tick = time.perf_counter()
+            loss, grads = sharded.gradients(batch, optimizer.params, settings.seed, step)
+            grads, norm = clip_by_global_norm(grads, settings.max_grad_norm)
+            if not math.isfinite(loss + norm):
+                raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {norm}: the weights were left as before it")
+            scale = warmup_cosine(step, settings.steps, settings.warmup, settings.floor)
+            optimizer.step(grads, scale)
+            seconds = time.perf_counter() - tick
+            losses.append(loss)
+            lr = settings.lr * scale
+            log.write(step=step, loss=loss, lr=lr, grad_norm=norm, tokens=batch.tokens, seconds=round(seconds, 6))
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update()
+            done = step + 1
+            if done == settings.steps or (settings.eval_every and done % settings.eval_every == 0):
+                evaluate_now(done)
+            if stopped or (settings.save_every and done % settings.save_every == 0):
+                save(done)
+            if stopped and done < settings.steps:
+                name = signal.Signals(stopped[0]).name
+                raise Interrupted(f"{name} after step {step}: saved, go on with --resume auto", stopped[0])
+    model.eval()
+    return Result(losses, evaluations, time.perf_counter() - begun)
+
+
+def evaluate(
+    model: Any,
+    tokens: np.ndarray,
+    context: int,
+    *,
+    limit: int | None = None,
+    threads: int | None = None,
+    sharded: ShardedStep | None = None,
+) -> float:
+    """The mean of -log p over every token of a text but the first, in nats; at most `limit` windows of it."""
+    training = model.training
+    model.eval()
+    try:
+        with contextlib.ExitStack() as stack:
+            sharded = sharded or stack.enter_context(ShardedStep(model, threads))
+            totals = list(sharded.losses(evaluation_windows(tokens, context, 16, limit)))
+    finally:
+        model.train(training)
+    return math.fsum(loss for loss, _ in totals) / sum(count for _, count in totals)
+
+
+def bits_per_byte(loss: float, bytes_per_token: float = 1.0) -> float:
+    """A mean loss in nats a token, as bits a byte of text: comparable across tokenizers, and with a compressor."""
+    return loss / math.log(2) / bytes_per_token
+
+
+# ---- going on where a run stopped -------------------------------------------------------------------------------------
+
+
+def _identity(settings: Settings, tokens: np.ndarray, trained: list[tuple[str, Parameter]]) -> dict[str, Any]:
+    """What makes two runs the same run: settings, text, and the parameters that train."""
+    numbers = {k: v for k, v in dataclasses.asdict(settings).items() if k not in Settings.FREE}
+    names = hashlib.sha256(repr([(n, p.shape, str(p.dtype)) for n, p in trained]).encode()).hexdigest()
+    return {**numbers, "text": hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest(), "parameters": names}
+
+
+def _restore(
+    folder: Path, manifest: dict[str, Any], model: Any, optimizer: AdamW, identity: dict[str, Any]
+) -> tuple[int, list[float], list[tuple[int, float]]]:
+    state = manifest["state"]
+    before = state.get("run", {})
+    differing = [f"{k} ({before.get(k)!r:.40} there, {v!r:.40} now)" for k, v in identity.items() if before.get(k) != v]
+    if differing:
+        raise CheckpointError(f"{str(folder)!r} belongs to another run: {', '.join(differing)}"[:500])
+    adapter = isinstance(model, PeftModel)
+    own = model.adapter_parameters(model.active_adapter) if adapter else dict(model.named_parameters())
+    arrays = load_file(folder / ("adapter_model.safetensors" if adapter else "model.safetensors"))
+    if set(arrays) != set(own):
+        raise CheckpointError(f"{str(folder)!r} holds other parameters than the model has")
+    optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"), state["optimizer"])
+    for key, parameter in own.items():
+        parameter.data = parameter.backend.from_numpy(arrays[key])
+    return manifest["step"], list(state["losses"]), [(step, loss) for step, loss in state["evaluations"]]
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM are put into, so that the running step can end first; a second one stops at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread set handlers
+        yield received
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

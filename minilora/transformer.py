@@ -1,0 +1,342 @@
+"""The language model: one decoder, Llama-shaped, under the names that the ecosystem's files use.
+
+x = embed(ids);  per layer  x += attention(norm(x)),  x += mlp(norm(x));  logits = head(norm(x))
+Shapes: B batch, T time, C = hidden_size, H query heads, K key/value heads, D = head_dim, V vocabulary. Read bottom-up in call
+order: TransformerConfig, rotary tables, Attention, MLP, Block, Decoder, CausalLM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import functional as F
+from .autograd import Tensor
+from .backend import Array, Backend
+from .errors import ConfigError, DataError, FormatError
+from .formats import read_checkpoint, write_checkpoint
+from .nn import Embedding, Linear, Module, RMSNorm, normal, project
+
+ROPE_TYPES = ("default", "linear", "llama3")
+MODEL_TYPES = ("llama",)
+ACTIVATIONS = ("silu", "swish")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of a model, in config.json's own words. ConfigError names what does not fit.
+
+    num_key_value_heads   None: as many as query heads
+    head_dim              None: hidden_size / num_attention_heads
+    rope_parameters       {"rope_type": "default" | "linear" | "llama3", "rope_theta": 10000.0, ...}
+    extra                 fields of a config.json that mean nothing here; they are kept, and written back
+    """
+
+    vocab_size: int = 256
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 256
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    model_type: str = "llama"
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        def need(ok: bool, name: str, wanted: str) -> None:
+            if not ok:
+                raise ConfigError(f"config: {name} must be {wanted}, got {getattr(self, name)!r}"[:500])
+
+        need(self.model_type in MODEL_TYPES, "model_type", f"one of {', '.join(MODEL_TYPES)}")
+        need(self.hidden_act in ACTIVATIONS, "hidden_act", f"one of {', '.join(ACTIVATIONS)}")
+        if self.num_key_value_heads is None:
+            put("num_key_value_heads", self.num_attention_heads)
+        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        for name in [*sizes, "num_key_value_heads", "max_position_embeddings"]:
+            value = getattr(self, name)
+            need(type(value) is int and 0 < value < 2**31, name, "a positive integer")
+        if self.head_dim is None:
+            wanted = f"a multiple of num_attention_heads = {self.num_attention_heads}, or head_dim be given"
+            need(self.hidden_size % self.num_attention_heads == 0, "hidden_size", wanted)
+            put("head_dim", self.hidden_size // self.num_attention_heads)
+        need(type(self.head_dim) is int and 0 < self.head_dim < 2**16 and self.head_dim % 2 == 0, "head_dim", "even and positive")
+        fits = self.num_attention_heads % self.kv_heads == 0
+        need(fits, "num_key_value_heads", f"a divisor of num_attention_heads = {self.num_attention_heads}")
+        for name in ("rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            need(type(value) in (int, float) and 0 < value < 1e300, name, "a positive number")
+        for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+            need(isinstance(getattr(self, name), bool), name, "true or false")
+        need(isinstance(self.rope_parameters, Mapping), "rope_parameters", "an object")
+        put("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0, **self.rope_parameters})
+        rotary_frequencies(self)  # raises where the rotary parameters do not fit
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> TransformerConfig:
+        """From config.json as transformers writes it today, or did before `rope_parameters` and `dtype`."""
+        config = dict(config)
+        rope, scaling = (config.pop(name, None) or {} for name in ("rope_parameters", "rope_scaling"))
+        if not (isinstance(rope, Mapping) and isinstance(scaling, Mapping)):
+            raise ConfigError("config: rope_parameters, or rope_scaling, must be an object")
+        scaling = dict(scaling)
+        if "type" in scaling:  # the oldest spelling
+            scaling["rope_type"] = scaling.pop("type")
+        theta = config.pop("rope_theta", None)
+        rope = {**scaling, **({} if theta is None else {"rope_theta": theta}), **rope}
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra", "rope_parameters"}
+        given = {k: v for k, v in config.items() if k in known}
+        missing = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"} - set(given)
+        if given.get("model_type") not in MODEL_TYPES:
+            raise ConfigError(f"config: model_type must be one of {', '.join(MODEL_TYPES)}, got {given.get('model_type')!r}")
+        if missing:
+            raise ConfigError(f"config: missing {', '.join(sorted(missing))}")
+        extra = {k: v for k, v in config.items() if k not in known}
+        return cls(**given, rope_parameters=rope, extra=extra)
+
+    def to_dict(self, dtype: str = "float32") -> dict[str, Any]:
+        """For config.json."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        own["rope_parameters"] = dict(self.rope_parameters)
+        extra = {k: v for k, v in self.extra.items() if k != "torch_dtype"}
+        return {"architectures": ["LlamaForCausalLM"], **extra, **own, "dtype": dtype}
+
+
+def rotary_frequencies(config: TransformerConfig) -> np.ndarray:
+    """theta^(-2i/D) for i < D/2, float64, changed as `rope_type` says (Su et al. 2021; Llama 3's rule for "llama3")."""
+    p, D = config.rope_parameters, config.head_dim
+    assert D is not None
+
+    def number(name: str) -> float:
+        value = p.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-30 < value < 1e30:
+            raise ConfigError(f"config: rope_parameters.{name} must be a positive number, got {value!r}"[:500])
+        return float(value)
+
+    if p["rope_type"] not in ROPE_TYPES:
+        raise ConfigError(f"config: rope_type must be one of {', '.join(ROPE_TYPES)}, got {p['rope_type']!r}"[:500])
+    frequency = number("rope_theta") ** (-np.arange(0, D, 2, dtype=np.float64) / D)
+    if p["rope_type"] == "linear":
+        return frequency / number("factor")
+    if p["rope_type"] == "llama3":
+        # Long waves are stretched by `factor`, short ones kept, those between interpolated.
+        low, high, old = number("low_freq_factor"), number("high_freq_factor"), number("original_max_position_embeddings")
+        if high <= low:
+            raise ConfigError(f"config: rope_parameters.high_freq_factor must be above low_freq_factor = {low}, got {high}")
+        turns = old * frequency / (2 * math.pi)  # full turns within the old context
+        keep = np.clip((turns - low) / (high - low), 0, 1)
+        return frequency * (keep + (1 - keep) / number("factor"))
+    return frequency
+
+
+class RotaryTable:
+    """cos and sin of position * frequency, computed in float64 and rounded once; grows to the longest context seen."""
+
+    def __init__(self, config: TransformerConfig):
+        self.frequency = rotary_frequencies(config)
+        self.tables: dict[tuple[str, Any], tuple[Array, ...]] = {}
+
+    def __call__(self, start: int, stop: int, like: Tensor) -> tuple[Array, Array]:
+        """(cos, sin), each (stop - start, D/2), for positions start <= t < stop, in the dtype and on the device of `like`."""
+        key = (like.backend.name, like.dtype)
+        table = self.tables.get(key, ())  # read once: another thread may put a shorter one in its place
+        if not table or len(table[0]) < stop:
+            angle = np.arange(max(64, 1 << (stop - 1).bit_length()))[:, None] * self.frequency  # grows by doubling
+            table = tuple(like.backend.from_numpy(f(angle).astype(like.dtype)) for f in (np.cos, np.sin))
+            self.tables[key] = table
+        return table[0][start:stop], table[1][start:stop]
+
+
+class KeyValueCache:
+    """The keys and values of the positions seen so far, for up to `limit` positions: what makes generation incremental."""
+
+    def __init__(self, model: CausalLM, batch: int, limit: int):
+        c, like = model.config, model.model.embed_tokens.weight
+        shape = (c.num_hidden_layers, 2, batch, limit, c.kv_heads, c.head_dim)
+        self.data = like.backend.xp.empty(shape, like.dtype)
+        self.length = 0
+        self.limit = limit
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v (B, T, K, D) of one layer; returns all (B, S, K, D) so far. `advance` when every layer has."""
+        stop = self.length + k.shape[1]
+        keys, values = self.data[layer]
+        keys[:, self.length : stop], values[:, self.length : stop] = k.data, v.data
+        return Tensor(keys[:, :stop]), Tensor(values[:, :stop])
+
+    def advance(self, count: int) -> None:
+        self.length += count
+
+
+class Attention(Module):
+    """Grouped-query causal self-attention with rotary positions.    (B, T, C) -> (B, T, C)"""
+
+    def __init__(self, config: TransformerConfig, layer: int, rotary: RotaryTable, rng: np.random.Generator | None):
+        C, H, K, D = config.hidden_size, config.num_attention_heads, config.kv_heads, config.head_dim
+        assert D is not None
+        self.layer, self.head_dim, self.rotary = layer, D, rotary
+        self.q_proj = _linear(config, rng, C, H * D, config.attention_bias)
+        self.k_proj = _linear(config, rng, C, K * D, config.attention_bias)
+        self.v_proj = _linear(config, rng, C, K * D, config.attention_bias)
+        self.o_proj = _linear(config, rng, H * D, C, config.attention_bias)
+
+    def __call__(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = project((self.q_proj, self.k_proj, self.v_proj), x)
+        q, k, v = (z.reshape(B, T, -1, self.head_dim) for z in (q, k, v))  # (B, T, H or K, D)
+        start = cache.length if cache else 0
+        cos, sin = self.rotary(start, start + T, x)
+        q, k = F.rope(q, cos, sin), F.rope(k, cos, sin)
+        if cache:
+            k, v = cache.extend(self.layer, k, v)
+        return self.o_proj(F.attention(q, k, v).reshape(B, T, -1))
+
+
+class MLP(Module):
+    """down(silu(gate(x)) * up(x))    (..., C) -> (..., C)"""
+
+    def __init__(self, config: TransformerConfig, rng: np.random.Generator | None):
+        C, M = config.hidden_size, config.intermediate_size
+        self.gate_proj = _linear(config, rng, C, M, config.mlp_bias)
+        self.up_proj = _linear(config, rng, C, M, config.mlp_bias)
+        self.down_proj = _linear(config, rng, M, C, config.mlp_bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = project((self.gate_proj, self.up_proj), x)
+        return self.down_proj(F.swiglu(gate, up))
+
+
+class Block(Module):
+    def __init__(self, config: TransformerConfig, layer: int, rotary: RotaryTable, rng: np.random.Generator | None):
+        ones = np.ones(config.hidden_size, np.float32)
+        self.input_layernorm = RMSNorm(ones, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer, rotary, rng)
+        self.post_attention_layernorm = RMSNorm(ones.copy(), config.rms_norm_eps)
+        self.mlp = MLP(config, rng)
+
+    def __call__(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(Module):
+    """Everything but the head.    ids (B, T) -> (B, T, C)"""
+
+    def __init__(self, config: TransformerConfig, rng: np.random.Generator | None):
+        rotary = RotaryTable(config)
+        self.embed_tokens = Embedding(normal(rng, config.initializer_range, (config.vocab_size, config.hidden_size)))
+        self.layers = [Block(config, i, rotary, rng) for i in range(config.num_hidden_layers)]
+        self.norm = RMSNorm(np.ones(config.hidden_size, np.float32), config.rms_norm_eps)
+
+    def __call__(self, ids: Array, cache: KeyValueCache | None = None) -> Tensor:
+        x = self.embed_tokens(ids)
+        for block in self.layers:
+            x = block(x, cache)
+        return self.norm(x)
+
+
+class CausalLM(Module):
+    """A language model: the logits of the next token at every position.
+
+    seed   weights from N(0, initializer_range^2) by NumPy's generator on the CPU, norms at one, so every device starts alike;
+           None leaves them unset (`from_pretrained` fills them)
+    """
+
+    def __init__(
+        self, config: TransformerConfig, seed: int | None = 0, dtype: Any = "float32", device: str | Backend = "cpu"
+    ):
+        rng = None if seed is None else np.random.default_rng(seed)
+        self.config = config
+        self.model = Decoder(config, rng)
+        self.lm_head = _linear(config, rng, config.hidden_size, config.vocab_size, False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        if np.dtype(dtype) not in (np.float32, np.float64):
+            raise ConfigError(f"dtype must be float32 or float64, got {dtype!r}")
+        self.to(device, np.dtype(dtype))
+
+    def __call__(self, ids: Any, cache: KeyValueCache | None = None) -> Tensor:
+        """ids (B, T) integers -> logits (B, T, V). DataError for ids outside the vocabulary or more positions than it has."""
+        weight, c = self.model.embed_tokens.weight, self.config
+        ids = ids.data if isinstance(ids, Tensor) else ids
+        if not isinstance(ids, weight.backend.xp.ndarray) or isinstance(ids, np.ndarray):
+            ids = np.asarray(ids)
+            if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
+                raise DataError(f"ids must be integers of shape (batch, time), got {ids.dtype} {ids.shape}")
+            if not (ids.min() >= 0 and ids.max() < c.vocab_size):
+                raise DataError(f"ids must be in [0, {c.vocab_size}), got {ids.min()} to {ids.max()}")
+            ids = weight.backend.from_numpy(ids)
+        end = ids.shape[1] + (cache.length if cache else 0)
+        if end > c.max_position_embeddings:
+            raise DataError(f"{end} positions, but the model has max_position_embeddings = {c.max_position_embeddings}")
+        hidden = self.model(ids, cache)
+        if cache:
+            cache.advance(ids.shape[1])
+        return self.lm_head(hidden)
+
+    def get_input_embeddings(self) -> Embedding:
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> Linear:
+        return self.lm_head
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, dtype: Any = "float32", device: str | Backend = "cpu") -> CausalLM:
+        """Read config.json and the safetensors beside it, tensor by tensor; returns eval mode.
+
+        FormatError lists every tensor that is missing, unknown, or of another shape than config.json says.
+        """
+        raw, checkpoint = read_checkpoint(directory)
+        with checkpoint:
+            config = TransformerConfig.from_dict(raw)
+            keys = set(checkpoint.keys())
+            if config.num_hidden_layers > len(keys):
+                raise FormatError(f"{directory}: config.json says {config.num_hidden_layers} layers, the file has {len(keys)} tensors")
+            model = cls(config, seed=None, dtype=dtype)
+            own = dict(model.named_parameters())
+            tied = {"lm_head.weight"} & keys if config.tie_word_embeddings else set()
+            wrong = [f"missing {k}" for k in own if k not in keys]
+            wrong += [f"unknown {k}" for k in sorted(keys - set(own) - tied) if not k.endswith("rotary_emb.inv_freq")]
+            wrong += [
+                f"{k} is {checkpoint.shape(k)}, config.json says {p.shape}"
+                for k, p in own.items()
+                if k in keys and checkpoint.shape(k) != p.shape
+            ]
+            if wrong:
+                more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+                raise FormatError(f"{directory}: {'; '.join(wrong[:5])}{more}"[:500])
+            for key, p in own.items():
+                p.data = checkpoint.read(key, dtype=p.dtype)
+            for key in tied:
+                if not np.array_equal(checkpoint.read(key, dtype=dtype), model.lm_head.weight.data, equal_nan=True):
+                    raise FormatError(f"{directory}: tie_word_embeddings is true, but {key} differs from the embedding")
+        return model.to(device).eval()  # type: ignore[no-any-return]
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a folder that transformers loads: model.safetensors and config.json, each whole or not at all."""
+        tensors = {name: p.numpy() for name, p in self.named_parameters()}
+        write_checkpoint(directory, self.config.to_dict(str(self.model.embed_tokens.weight.dtype)), tensors)
+
+
+def _linear(config: TransformerConfig, rng: np.random.Generator | None, inputs: int, outputs: int, bias: bool) -> Linear:
+    weight = normal(rng, config.initializer_range, (outputs, inputs))
+    return Linear(weight, np.zeros(outputs, np.float32) if bias else None)

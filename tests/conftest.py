@@ -1,0 +1,45 @@
+"""What every test shares: the Hypothesis profiles, the two marks that skip, the golden data."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from minilora.backend import get_backend
+from minilora.errors import DeviceError
+
+settings.register_profile("ci", max_examples=50, derandomize=True, deadline=None, print_blob=True, database=None)
+settings.register_profile("nightly", max_examples=2000, derandomize=False, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("MINILORA_HYPOTHESIS", "ci"))
+
+
+def _why_no_oracle() -> str | None:
+    missing = [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(missing)}" if missing else None
+
+
+def _why_no_gpu() -> str | None:
+    try:
+        get_backend("cuda")
+    except DeviceError as error:
+        return str(error)
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for mark, find_reason in (("oracle", _why_no_oracle), ("gpu", _why_no_gpu)):
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        reason = find_reason() if marked else None
+        if reason is not None:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The directory of models, adapters and expected logits that the reference implementations wrote."""
+    return Path(__file__).parent / "golden"

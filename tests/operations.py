@@ -1,0 +1,390 @@
+"""The table of all public operations: what they are called with, how exact they must be, and what they must equal.
+
+Not a test itself. test_gradcheck differentiates each entry, test_functional holds each neural operation beside its
+definition in elementary operations, test_autograd looks at what each leaves behind. A missing operation is a failure.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minilora import autograd as ag
+from minilora import functional as F
+from minilora.autograd import Tensor
+from minilora.backend import NUMPY
+
+ELEMENTARY, COMPOSITE = 1e-10, 1e-9
+
+NOT_OPERATIONS = {
+    "record": "makes the output of every operation; no operation itself",
+    "grad_enabled": "returns a flag",
+    "no_grad": "a context manager",
+    "gradients": "the backward pass",
+    "operands": "turns arguments into Tensors",
+    "namespace": "returns an array module",
+    "unbroadcast": "works on arrays, inside vjps",
+    "rows": "works on arrays, inside operations",
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    name: str
+    variant: str
+    function: Callable[..., Tensor]  # takes one Tensor for each input
+    inputs: tuple[np.ndarray, ...]  # float64
+    reads: tuple[int, ...]  # the inputs whose values its backward needs
+    tolerance: float = ELEMENTARY
+    reference: Callable[..., Any] | None = None  # elementary: the same on NumPy arrays
+    definition: Callable[..., Tensor] | None = None  # neural: the same in elementary operations
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.variant}"
+
+    def leaves(self, dtype: Any = np.float64, requires_grad: bool = True) -> list[Tensor]:
+        return [Tensor(a.astype(dtype), requires_grad) for a in self.inputs]
+
+
+TABLE: list[Operation] = []
+_rng = np.random.default_rng(2106)
+
+
+def normal(*shapes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    return tuple(_rng.standard_normal(shape) for shape in shapes)
+
+
+def positive(*shapes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    return tuple(_rng.uniform(0.5, 2.0, shape) for shape in shapes)
+
+
+def apart(*shapes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Values at least 0.1 from each other, and from 0: no kink within reach of a finite difference."""
+    sizes = [math.prod(shape) for shape in shapes]
+    values = _rng.permutation(np.arange(sum(sizes)) - sum(sizes) // 2 + 0.5) * 0.2
+    return tuple(v.reshape(s) for v, s in zip(np.split(values, np.cumsum(sizes)[:-1]), shapes, strict=True))
+
+
+def public_operations() -> dict[str, Callable[..., Any]]:
+    """Every public function that autograd.py and functional.py define."""
+    return {
+        name: function
+        for room in (ag, F)
+        for name, function in vars(room).items()
+        if inspect.isfunction(function) and not name.startswith("_") and function.__module__ == room.__name__
+    }
+
+
+# ---- elementary: arithmetic and functions ---------------------------------------------------------------------------
+
+
+def elementary(
+    name: str, variant: str, inputs: Any, reads: tuple[int, ...], reference: Any, function: Any = None
+) -> None:
+    TABLE.append(Operation(name, variant, function or getattr(ag, name), inputs, reads, ELEMENTARY, reference))
+
+
+SHAPES = {
+    "same": ((3, 4), (3, 4)),
+    "row": ((3, 4), (4,)),
+    "column": ((3, 1), (3, 4)),
+    "outer": ((3, 1, 2), (4, 1)),
+    "scalar": ((), (2, 3)),
+    "0-d": ((), ()),
+}
+for variant, shapes in SHAPES.items():
+    elementary("add", variant, normal(*shapes), (), np.add)
+    elementary("sub", variant, normal(*shapes), (), np.subtract)
+    elementary("mul", variant, normal(*shapes), (0, 1), np.multiply)
+    elementary("div", variant, (*normal(shapes[0]), *positive(shapes[1])), (1,), np.divide)
+    elementary("power", variant, (*positive(shapes[0]), *normal(shapes[1])), (0, 1), np.power)
+    elementary("maximum", variant, apart(*shapes), (), np.maximum)
+    elementary("minimum", variant, apart(*shapes), (), np.minimum)
+    choice = _rng.random(np.broadcast_shapes(*shapes)) < 0.5
+    elementary("where", variant, normal(*shapes), (), lambda a, b, c=choice: np.where(c, a, b),
+               lambda a, b, c=choice: ag.where(c, a, b))  # fmt: skip
+elementary("where", "wide condition", normal((3,), ()), (), lambda a, b: np.where([[True] * 3, [False] * 3], a, b),
+           lambda a, b: ag.where(np.array([[True] * 3, [False] * 3]), a, b))  # fmt: skip
+elementary("add", "number", normal((2, 3)), (), lambda a: 2.5 + a, lambda a: ag.add(2.5, a))
+elementary("sub", "number", normal((2, 3)), (), lambda a: 2.5 - a, lambda a: ag.sub(2.5, a))
+elementary("mul", "number", normal((2, 3)), (), lambda a: a * 2.5, lambda a: ag.mul(a, 2.5))
+elementary("div", "number", positive((2, 3)), (0,), lambda a: 2.5 / a, lambda a: ag.div(2.5, a))
+elementary("power", "square", normal((2, 3)), (0,), lambda a: a**2, lambda a: ag.power(a, 2))
+elementary("power", "number", normal((2, 3)), (), lambda a: 2.0**a, lambda a: ag.power(2.0, a))
+for shape in ((3, 4), ()):
+    variant = "0-d" if shape == () else "2-d"
+    elementary("exp", variant, normal(shape), (), np.exp)
+    elementary("log", variant, positive(shape), (0,), np.log)
+    elementary("tanh", variant, normal(shape), (), np.tanh)
+    elementary("sqrt", variant, positive(shape), (), np.sqrt)
+    elementary("abs", variant, apart(shape), (0,), np.abs)
+    elementary("clip", variant, apart(shape), (), lambda a: np.clip(a, -0.6, 0.6), lambda a: ag.clip(a, -0.6, 0.6))
+
+# ---- elementary: reductions and shapes ------------------------------------------------------------------------------
+
+for axis in (None, 0, -1, (0, 2), (-1, 1), ()):
+    for keepdims in (False, True):
+        options: dict[str, Any] = {"axis": axis, "keepdims": keepdims}
+        variant = f"axis={axis},keepdims={keepdims}"
+        for name, inputs, reads in (
+            ("sum", normal((2, 3, 4)), ()),
+            ("mean", normal((2, 3, 4)), ()),
+            ("max", apart((2, 3, 4)), (0,)),
+            ("min", apart((2, 3, 4)), ()),
+        ):
+            function, reference = (functools.partial(getattr(room, name), **options) for room in (ag, np))
+            elementary(name, variant, inputs, reads, reference, function)
+for name in ("sum", "mean", "max", "min"):
+    elementary(name, "0-d", normal(()), (0,) if name == "max" else (), getattr(np, name))
+
+elementary("reshape", "tuple", normal((2, 6)), (), lambda a: a.reshape(3, 4), lambda a: ag.reshape(a, (3, 4)))
+elementary("reshape", "guess", normal((2, 6)), (), lambda a: a.reshape(-1), lambda a: ag.reshape(a, -1))
+elementary("reshape", "of a transpose", normal((2, 6)), (), lambda a: a.T.reshape(4, 3),
+           lambda a: ag.reshape(a.T, 4, 3))  # fmt: skip
+elementary("transpose", "reverse", normal((2, 3, 4)), (), np.transpose)
+elementary("transpose", "axes", normal((2, 3, 4)), (), lambda a: a.transpose(1, 2, 0),
+           lambda a: ag.transpose(a, 1, 2, 0))  # fmt: skip
+elementary("transpose", "negative", normal((2, 3, 4)), (), lambda a: a.transpose(0, -1, 1),
+           lambda a: ag.transpose(a, (0, -1, 1)))  # fmt: skip
+elementary("broadcast_to", "new axis", normal((3, 1)), (), lambda a: np.broadcast_to(a, (2, 3, 4)),
+           lambda a: ag.broadcast_to(a, (2, 3, 4)))  # fmt: skip
+elementary("broadcast_to", "0-d", normal(()), (), lambda a: np.broadcast_to(a, (2, 2)),
+           lambda a: ag.broadcast_to(a, (2, 2)))  # fmt: skip
+KEYS: dict[str, Any] = {
+    "integer": 1,
+    "slices": (slice(None, None, -1), slice(1, 4, 2)),
+    "ellipsis": (..., 0),
+    "None": (slice(None), None, 2),
+    "0-d": (1, 2),
+    "array": np.array([2, 0, 2, -1, 2]),
+    "arrays": (np.array([[0], [2]]), np.array([1, 1, 3])),
+    "array and slice": (slice(1, None), np.array([3, 3, 0])),
+    "list": [0, 0, 1],
+    "mask": np.array([True, False, True]),
+    "full mask": np.arange(12).reshape(3, 4) % 5 == 0,
+    "empty": slice(0, 0),
+}
+for variant, key in KEYS.items():
+    elementary("index", variant, normal((3, 4)), (), lambda a, k=key: a[k], lambda a, k=key: ag.index(a, k))
+for axis in (0, 1, -1):
+    pieces = {0: ((2, 3, 4), (1, 3, 4), (0, 3, 4)), 1: ((2, 1, 2), (2, 3, 2)), -1: ((2, 1), (2, 3))}[axis]
+    elementary("concat", f"axis={axis}", normal(*pieces), (), lambda *a, x=axis: np.concatenate(a, x),
+               lambda *a, x=axis: ag.concat(a, x))  # fmt: skip
+    elementary("stack", f"axis={axis}", normal((2, 3), (2, 3), (2, 3)), (), lambda *a, x=axis: np.stack(a, x),
+               lambda *a, x=axis: ag.stack(a, x))  # fmt: skip
+elementary("stack", "0-d", normal((), ()), (), lambda *a: np.stack(a), lambda *a: ag.stack(a))
+for shapes in (
+    ((3, 4), (4, 2)),
+    ((4,), (4,)),
+    ((4,), (4, 2)),
+    ((3, 4), (4,)),
+    ((2, 3, 4), (4, 2)),
+    ((3, 4), (2, 4, 5)),
+    ((2, 1, 3, 4), (5, 4, 2)),
+    ((5, 3, 4), (4,)),
+    ((4,), (5, 4, 2)),
+    ((2, 0), (0, 3)),
+):
+    elementary("matmul", f"{shapes[0]}@{shapes[1]}", normal(*shapes), (0, 1), np.matmul)
+
+
+# ---- neural operations, each with its definition --------------------------------------------------------------------
+
+
+def neural(name: str, variant: str, function: Any, definition: Any, inputs: Any, reads: tuple[int, ...]) -> None:
+    TABLE.append(Operation(name, variant, function, inputs, reads, COMPOSITE, None, definition))
+
+
+def _linear(x: Tensor, w: Tensor, b: Any = 0.0) -> Tensor:
+    return x @ w.T + b
+
+
+for shape in ((2, 3, 4), (5, 4), (4,), (0, 4)):
+    neural("linear", f"{shape}", F.linear, _linear, normal(shape, (3, 4)), (0, 1))
+    neural("linear", f"{shape},bias", F.linear, _linear, normal(shape, (3, 4), (3,)), (0, 1))
+    neural(
+        "lora_linear",
+        f"{shape}",
+        functools.partial(F.lora_linear, scaling=0.7),
+        lambda x, y, A, B: y + ((x @ A.T) @ B.T) * 0.7,
+        normal(shape, (*shape[:-1], 5), (2, 4), (5, 2)),
+        (0, 2, 3),
+    )
+
+_weight = _rng.standard_normal((5, 4))
+
+
+def _merged(x: Tensor, *rest: Tensor) -> Tensor:
+    """merged_linear with W' formed, as its caller does, from the factors' values."""
+    pairs = [(rest[i], rest[i + 1], 0.7 + i) for i in range(0, len(rest) - 1, 2)]
+    weight = np.sum([_weight, *(s * B.data @ A.data for A, B, s in pairs)], axis=0).astype(x.dtype)
+    return F.merged_linear(x, weight, rest[-1] if len(rest) % 2 else None, pairs)
+
+
+def _merged_definition(x: Tensor, *rest: Tensor) -> Tensor:
+    y = x @ _weight.T
+    for i in range(0, len(rest) - 1, 2):
+        y = y + (x @ rest[i].T @ rest[i + 1].T) * (0.7 + i)
+    return y + rest[-1] if len(rest) % 2 else y
+
+
+_one, _two = ((2, 3, 4), (2, 4), (5, 2)), ((2, 3, 4), (2, 4), (5, 2), (3, 4), (5, 3), (5,))
+neural("merged_linear", "one pair", _merged, _merged_definition, normal(*_one), (0, 1, 2))
+neural("merged_linear", "two pairs,bias", _merged, _merged_definition, normal(*_two), (0, 1, 2, 3, 4))
+neural("merged_linear", "no pair,bias", _merged, _merged_definition, normal((2, 4), (5,)), ())
+
+_ids = np.array([[1, 4, 1], [0, 1, 4]])
+for variant, ids in (("repeated", _ids), ("one", np.array(2)), ("none", np.zeros((0,), np.int64))):
+    neural("embedding", variant, functools.partial(F.embedding, ids), lambda w, i=ids: w[i], normal((6, 3)), ())
+
+DROP_KEYS = [11, 2**64 - 1]
+
+
+def _dropout_definition(x: Tensor, p: float) -> Tensor:
+    each = x.size // 2
+    bits = NUMPY.random_words(DROP_KEYS, (each + 1) // 2).astype("<u8").view("<u4")[:, :each]
+    return x * ((bits / 2**32 >= p) / (1 - p)).reshape(x.shape)
+
+
+for p in (0.0, 0.1, 0.5, 0.9):
+    neural(
+        "dropout",
+        f"p={p}",
+        functools.partial(F.dropout, p=p, keys=DROP_KEYS),
+        functools.partial(_dropout_definition, p=p),
+        normal((2, 3, 5)),
+        (),
+    )
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    return 1.0 / (1.0 + ag.exp(-x))
+
+
+_nodes, _weights = (np.polynomial.legendre.leggauss(48)[i] / 2 for i in range(2))  # for integrals from 0 to 1
+
+
+def _gelu_definition(x: Tensor) -> Tensor:
+    """x Phi(x), where Phi(x) = 1/2 + integral from 0 to x of exp(-t^2 / 2) / sqrt(2 pi), by quadrature."""
+    t = ag.reshape(x, *x.shape, 1) * (_nodes + 0.5)
+    integral = x * (ag.exp(t * t * -0.5) @ _weights)
+    return x * (0.5 + integral / math.sqrt(2 * math.pi))
+
+
+def _gelu_tanh_definition(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + ag.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+neural("silu", "2-d", F.silu, lambda x: x * _sigmoid(x), normal((3, 4)), (0,))
+neural("silu", "0-d", F.silu, lambda x: x * _sigmoid(x), normal(()), (0,))
+neural("swiglu", "2-d", F.swiglu, lambda g, u: g * _sigmoid(g) * u, normal((3, 4), (3, 4)), (0, 1))
+neural("gelu", "none", F.gelu, _gelu_definition, normal((3, 4)), (0,))
+neural("gelu", "none,wide", F.gelu, _gelu_definition, (np.linspace(-5, 5, 41),), (0,))
+neural("gelu", "tanh", functools.partial(F.gelu, approximate="tanh"), _gelu_tanh_definition, normal((3, 4)), (0,))
+neural("gelu", "0-d", F.gelu, _gelu_definition, normal(()), (0,))
+
+
+def _softmax(x: Tensor, axis: int = -1) -> Tensor:
+    e = ag.exp(x - x.max(axis, keepdims=True).detach())
+    return e / e.sum(axis, keepdims=True)
+
+
+for axis in (-1, 0, 1):
+    neural("softmax", f"axis={axis}", functools.partial(F.softmax, axis=axis), functools.partial(_softmax, axis=axis),
+           normal((3, 2, 4)), ())  # fmt: skip
+    neural("log_softmax", f"axis={axis}", functools.partial(F.log_softmax, axis=axis),
+           lambda x, a=axis: ag.log(_softmax(x, a)), normal((3, 2, 4)), ())  # fmt: skip
+
+
+def _cross_entropy(logits: Tensor, targets: np.ndarray, ignore_index: int, reduction: str) -> Tensor:
+    flat, t = ag.reshape(logits, -1, logits.shape[-1]), targets.reshape(-1)
+    counted = np.flatnonzero(t != ignore_index)
+    total = -ag.log(_softmax(flat))[counted, t[counted]].sum()
+    return total / max(len(counted), 1) if reduction == "mean" else total
+
+
+_targets = {
+    "2-d": ((2, 3, 5), np.array([[0, 4, 2], [-100, 1, 1]]), -100),
+    "1-d": ((4, 3), np.array([0, 2, 2, 1]), -100),
+    "other index": ((4, 3), np.array([0, 2, 1, 1]), 1),
+    "all ignored": ((2, 3), np.array([-100, -100]), -100),
+    "no target": ((0, 3), np.zeros(0, np.int64), -100),
+}
+for variant, (shape, targets, ignore) in _targets.items():
+    for reduction in ("mean", "sum"):
+        ce = {"targets": targets, "ignore_index": ignore, "reduction": reduction}
+        neural("cross_entropy", f"{variant},{reduction}", functools.partial(F.cross_entropy, **ce),
+               functools.partial(_cross_entropy, **ce), normal(shape), ())  # fmt: skip
+
+
+def _rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
+    return x / ag.sqrt((x * x).mean(-1, keepdims=True) + eps) * w
+
+
+def _layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / ag.sqrt((centred * centred).mean(-1, keepdims=True) + eps) * w + b
+
+
+for eps in (None, 0.1):
+    options = {} if eps is None else {"eps": eps}
+    for shape in ((2, 3, 4), (4,)):
+        variant = f"{shape},eps={eps}"
+        for name, norm, definition, count in (
+            ("rms_norm", F.rms_norm, _rms_norm, 1),
+            ("layer_norm", F.layer_norm, _layer_norm, 2),
+        ):
+            norm, definition = functools.partial(norm, **options), functools.partial(definition, **options)
+            neural(name, variant, norm, definition, normal(shape, *[(4,)] * count), (0, 1))
+
+
+def angles(T: int, D: int) -> np.ndarray:
+    return np.arange(T)[:, None] * 10000.0 ** (-np.arange(D // 2) * 2 / D)
+
+
+def _rope(x: Tensor) -> Tensor:
+    a = angles(x.shape[1], x.shape[3])
+    return F.rope(x, np.cos(a).astype(x.dtype), np.sin(a).astype(x.dtype))
+
+
+def _rope_definition(x: Tensor) -> Tensor:
+    """Each pair times a rotation matrix: (x1, x2) [[cos, sin], [-sin, cos]]."""
+    B, T, H, D = x.shape
+    a = angles(T, D)
+    turn = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]).transpose(2, 3, 0, 1)  # (T, D/2, 2, 2)
+    pairs = ag.transpose(ag.reshape(x, B, T, H, 2, D // 2), 0, 2, 1, 4, 3)  # (B, H, T, D/2, 2)
+    turned = ag.reshape(pairs, B, H, T, D // 2, 1, 2) @ turn
+    return ag.reshape(ag.transpose(ag.reshape(turned, B, H, T, D // 2, 2), 0, 2, 1, 4, 3), B, T, H, D)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    (T, H, D), (S, K) = q.shape[1:], k.shape[1:3]
+    heads = np.arange(H) // (H // K)  # which key head each query head reads
+    Q, Kt, V = (ag.transpose(z, 0, 2, 1, 3) for z in (q, k[:, :, heads], v[:, :, heads]))  # (B, H, T or S, D)
+    scores = (Q @ ag.transpose(Kt, 0, 1, 3, 2)) * (1 / math.sqrt(D) if scale is None else scale)  # (B, H, T, S)
+    seen = np.arange(S)[None, :] <= np.arange(S - T, S)[:, None]
+    return ag.transpose(_softmax(ag.where(seen, scores, -np.inf)) @ V, 0, 2, 1, 3)
+
+
+neural("rope", "4-d", _rope, _rope_definition, normal((2, 5, 3, 4)), ())
+for variant, (T, S, H, K) in {
+    "plain": (5, 5, 2, 2),
+    "grouped": (4, 4, 6, 2),
+    "one key head": (3, 3, 3, 1),
+    "fewer queries": (2, 5, 4, 2),
+    "one query": (1, 4, 4, 2),
+    "one token": (1, 1, 2, 1),
+}.items():
+    shapes = (2, T, H, 4), (2, S, K, 4), (2, S, K, 4)
+    neural("attention", variant, F.attention, _attention, normal(*shapes), (1, 2))
+neural("attention", "scale", functools.partial(F.attention, scale=0.3), functools.partial(_attention, scale=0.3),
+       normal((2, 3, 2, 4), (2, 3, 2, 4), (2, 3, 2, 4)), (1, 2))  # fmt: skip
+
+NEURAL = [op for op in TABLE if op.definition is not None]

@@ -1,0 +1,80 @@
+"""What README.md says must be true: its snippet, its tree, its commands, and its ceiling on the reading path."""
+
+import contextlib
+import io
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PACKAGE = ROOT / "minilora"
+READING_PATH = ["backend", "autograd", "functional", "nn", "transformer", "lora/config", "lora/layer", "lora/lora", "lora/model"]
+
+
+def blocks(language: str) -> list[str]:
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [text for name, text in fences if name == language]
+
+
+def test_the_snippet_prints_what_the_page_says():
+    (snippet,) = blocks("python")
+    expected = README.split("It prints\n\n```\n")[1].split("```")[0]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert printed.getvalue() == expected
+
+
+def test_the_two_commands_are_the_first_install_lines():
+    lines = [line for line in README.splitlines() if line.startswith("python -m pip install -e")]
+    assert len(lines) == 2
+    assert lines[0].endswith("&& python -m minilora demo")
+    assert lines[1].endswith("&& python -m pytest")
+
+
+def test_the_tree_names_every_room_and_no_other():
+    tree = next(block for block in blocks("") if block.startswith("minilora/"))
+    inside = tree.split("\ntests/")[0]
+    named, folder = set(), ""
+    for line in inside.splitlines()[1:]:
+        depth, name = len(line) - len(line.lstrip()), line.split()[0]
+        if name.endswith("/"):
+            folder = name
+        else:
+            named.add((folder if depth == 4 else "") + name)
+    rooms = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if not p.name.startswith("__")}
+    assert named == rooms
+
+
+def test_the_reading_path_is_an_afternoon():
+    lengths = {name: len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in READING_PATH}
+    assert sum(lengths.values()) <= 2500, lengths
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_an_example_is_short_and_says_what_you_should_see(example):
+    text = example.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 80
+    assert "You should see" in text.split('"""')[1]
+
+
+@pytest.mark.parametrize("name", ["01_autograd_by_hand", "03_lora"])
+def test_an_example_runs(name, capsys):
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert out
+    assert "False" not in out
+
+
+def test_every_dependency_has_a_reason_on_the_page():
+    sections = (ROOT / "setup.cfg").read_text(encoding="utf-8").split("install_requires =")[1].split("[options.entry_points]")[0]
+    packages = set(re.findall(r"^\s*(?:\w+ = )?([a-z][a-z0-9-]+)(?:\[\w+\])?\s*[>=]=", sections, re.MULTILINE))
+    table = README.split("## Dependencies")[1].split("## Papers")[0]
+    missing = {name for name in packages if name.replace("cupy-cuda13x", "cupy") not in table}
+    assert packages >= {"numpy", "tqdm", "threadpoolctl", "matplotlib", "torch", "pytest"}, packages
+    assert not missing
+    assert sys.version_info >= (3, 10)
