@@ -42,5 +42,7 @@ for step in tqdm(range(STEPS), disable=None):
     losses.append(loss.item())
     if step % 30 == 0:
         print(f"step {step:3}   loss {losses[-1]:.3f}   gradient norm {norm:.2f}")
-print(f"step {STEPS - 1:3}   loss {np.mean(losses[-10:]):.3f} nats a byte, {np.mean(losses[-10:]) / math.log(2):.2f} bits")
+print(
+    f"step {STEPS - 1:3}   loss {np.mean(losses[-10:]):.3f} nats a byte, {np.mean(losses[-10:]) / math.log(2):.2f} bits"
+)
 print("after: ", sample())

@@ -1,13 +1,14 @@
 """The command line: demo, pretrain, finetune, generate, evaluate, merge, inspect.
 
-Each command is a function here that turns options into calls of the rooms below. A user's mistake ends in one line on stderr
-and an exit code (errors.py); `--debug` shows where it came from.
+Each command is a function here that turns options into calls of the rooms below. A user's mistake ends in one line on
+stderr and an exit code (errors.py); `--debug` shows where it came from.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import math
 import os
@@ -20,13 +21,16 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .data import ByteTokenizer, HubTokenizer, load_tokenizer, read_text, split_text
+from .backend import get_backend
+from .data import ByteTokenizer, HubTokenizer, load_tokenizer, prose, read_text, split_text
 from .errors import ConfigError, DataError, FormatError, MiniloraError
 from .formats import SafetensorsFile, read_adapter, read_checkpoint
+from .formats.disk import parse_json
 from .lora import LoraConfig, PeftModel, get_peft_model
-from .runs import numbered_folder, open_folder
+from .runs import find_checkpoint, numbered_folder, open_folder
 from .transformer import CausalLM, TransformerConfig
 
+PATHS = ("base", "adapter", "data", "eval_data", "out", "resume", "pretrain_data", "adapt_data", "directory")
 SUCCESS, FAILED, USAGE, IO = 0, 1, 2, 4
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
@@ -44,6 +48,9 @@ def demo(args: argparse.Namespace) -> None:
     for name, path in texts.items():
         if path:
             _long_enough(read_text(path), 10 * (plan.pretrain.context + 1), f"--{name.replace('_', '-')} {path}")
+    get_backend(args.device)  # what cannot work ends here, before a folder is made
+    if not args.pretrain_data:
+        prose()
     out = open_folder(args.out) if args.out else numbered_folder("runs", "demo")
     run(out, plan, **texts, seed=args.seed, threads=args.threads, device=args.device)
 
@@ -59,7 +66,7 @@ def pretrain(args: argparse.Namespace) -> None:
     config = TransformerConfig(**shape, max_position_embeddings=limit, tie_word_embeddings=not args.untied)
     tokens, held_out, _ = _texts(args.data, args.eval_data, tokenizer, settings.context)
     model = CausalLM(config, seed=settings.seed, device=args.device)
-    out = open_folder(args.out or numbered_folder("runs", "pretrain"), args.resume is not None)
+    out = _run_folder(args, "pretrain")
     print(f"{sum(p.size for p in model.parameters()):,} parameters, {len(tokens):,} tokens -> {out}")
     result = train(model, tokens, settings, out, held_out=held_out, resume=args.resume, title="pretrain")
     model.save_pretrained(out)
@@ -72,12 +79,12 @@ def finetune(args: argparse.Namespace) -> None:
 
     settings = _settings(args, Settings)
     config = LoraConfig(**{f.name: getattr(args, f.name) for f in _lora_fields()})
-    config.task_type, config.base_model_name_or_path = "CAUSAL_LM", args.base
+    config.task_type, config.base_model_name_or_path = "CAUSAL_LM", os.fsencode(args.base).decode("utf-8", "replace")
     model, tokenizer = _base(args)
     _within_positions(settings.context, model.config.max_position_embeddings)
     tokens, held_out, ratio = _texts(args.data, args.eval_data, tokenizer, settings.context)
     peft_model = get_peft_model(model, config, seed=settings.seed)
-    out = open_folder(args.out or numbered_folder("runs", "finetune"), args.resume is not None)
+    out = _run_folder(args, "finetune")
     peft_model.print_trainable_parameters()
     print(f"{len(tokens):,} tokens -> {out}")
     options: dict[str, Any] = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
@@ -120,12 +127,13 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def merge(args: argparse.Namespace) -> None:
-    base, out = Path(args.base).resolve(), Path(args.out).resolve()
-    if out == base or base in out.parents:
-        raise ConfigError(f"--out {args.out!r} is inside --base: choose another folder")
+    out = Path(args.out).resolve()
+    for name, source in (("base", Path(args.base).resolve()), ("adapter", Path(args.adapter).resolve())):
+        if out == source or source in out.parents:
+            raise ConfigError(f"--out {args.out!r} is inside --{name}: choose another folder")
     model, tokenizer = _base(args)
-    folder = open_folder(args.out)
     merged = model.merge_and_unload()
+    folder = open_folder(args.out)
     merged.save_pretrained(folder)
     if not tokenizer.note:  # a base that came without a tokenizer.json stays without
         tokenizer.save(folder)
@@ -140,7 +148,7 @@ def inspect(args: argparse.Namespace) -> None:
         return
     for name, value in report.items():
         if name != "tensors":
-            print(f"{name:18} {value if not isinstance(value, int) else format(value, ',')}")
+            print(f"{name:18} {format(value, ',') if type(value) is int else _printable(str(value))}")
     rows = report["tensors"]
     if rows:
         widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
@@ -168,7 +176,9 @@ def _inspect_adapter(folder: Path) -> dict[str, Any]:
             share = share[share > 0]  # the effective rank of Roy & Vetterli 2007: exp of the spectrum's entropy
             effective = float(np.exp(-(share * np.log(share)).sum())) if finite and share.size else 0.0
             row = {"layer": path, "shape": f"{B.shape[0]} x {A.shape[1]}", "r": A.shape[0]}
-            rows.append({**row, "scaling": f"{config.scaling(path):g}", "|dW|": f"{norm:.4g}", "rank": f"{effective:.2f}"})
+            rows.append(
+                {**row, "scaling": f"{config.scaling(path):g}", "|dW|": f"{norm:.4g}", "rank": f"{effective:.2f}"}
+            )
     return {
         "adapter": str(folder),
         "base": str(config.base_model_name_or_path),
@@ -182,9 +192,10 @@ def _inspect_adapter(folder: Path) -> dict[str, Any]:
 
 
 def _inspect_base(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = {}
     if folder.is_file():
         with SafetensorsFile(folder) as file:
-            rows, config = _tensor_rows(file), {}
+            rows = _tensor_rows(file)
     else:
         config, checkpoint = read_checkpoint(folder)
         with checkpoint:
@@ -195,7 +206,7 @@ def _inspect_base(folder: Path) -> dict[str, Any]:
 
 
 def _tensor_rows(file: Any) -> list[dict[str, Any]]:
-    return [{"tensor": key, "shape": list(file.shape(key)), "dtype": file.dtype(key)} for key in file.keys()]  # noqa: SIM118
+    return [{"tensor": key, "shape": list(file.shape(key)), "dtype": file.dtype(key)} for key in list(file.keys())]
 
 
 # ---- what commands share --------------------------------------------------------------------------------------------
@@ -216,15 +227,30 @@ def _settings(args: argparse.Namespace, settings: Any) -> Any:
     return settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(settings) if hasattr(args, f.name)})
 
 
-def _texts(data: str, eval_data: str | None, tokenizer: ByteTokenizer | HubTokenizer, context: int) -> tuple[np.ndarray, np.ndarray, float]:
+def _run_folder(args: argparse.Namespace, stem: str) -> Path:
+    """--out, or a new folder in runs/. It may hold something only if the run goes on with a checkpoint from there."""
+    own = False
+    if args.resume is not None:
+        if args.resume == "auto" and args.out is None:
+            raise ConfigError("--resume auto needs --out, the folder of the run to go on with")
+        checkpoint, _ = find_checkpoint(args.resume, Path(args.out or "runs"))
+        own = args.out is not None and Path(args.out).resolve() in checkpoint.resolve().parents
+    return open_folder(args.out or numbered_folder("runs", stem), own)
+
+
+def _texts(
+    data: str, eval_data: str | None, tokenizer: ByteTokenizer | HubTokenizer, context: int
+) -> tuple[np.ndarray, np.ndarray, float]:
     """(training ids, held-out ids, bytes a token). Without --eval-data the last tenth of --data is held out."""
     text = read_text(data)
-    _long_enough(text, 2, f"--data {data}")
+    _long_enough(text, 2 if eval_data else 10, f"--data {data}")
     text, held_out = (text, read_text(eval_data)) if eval_data else split_text(text)
     tokens = tokenizer.encode(text)
     if len(tokens) < context + 1:
         whole = "" if eval_data else " once its last tenth is held out"
-        raise DataError(f"--data {data}: a context of {context} needs at least {context + 1} tokens, it has {len(tokens)}{whole}")
+        raise DataError(
+            f"--data {data}: a context of {context} needs at least {context + 1} tokens, it has {len(tokens)}{whole}"
+        )
     held_ids = tokenizer.encode(held_out)
     if len(held_ids) < 2:
         raise DataError(f"--eval-data {eval_data or data}: needs at least 2 tokens to evaluate on, has {len(held_ids)}")
@@ -252,6 +278,13 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
+def _tell(kind: str, text: str) -> None:
+    """An error or a warning: one line on stderr, its middle left out if it is long."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    line = line if len(line) <= 480 else f"{line[:240]} ... {line[-230:]}"
+    print(f"minilora: {kind}: {line}", file=sys.stderr)
+
+
 # ---- options --------------------------------------------------------------------------------------------------------
 
 
@@ -270,14 +303,21 @@ def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
+def _whole(least: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        value = int(text) if text.strip().lstrip("+-").isdecimal() and len(text) < 40 else -1
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least} and below 2^63, got {text!r:.60}")
+        return value
+
+    return whole
+
+
 def _table(text: str) -> dict[str, Any]:
     try:
-        table = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
-    if not isinstance(table, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return table
+        return parse_json(os.fsencode(text), repr(text))
+    except FormatError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _layers(text: str) -> list[int]:
@@ -333,8 +373,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     def common(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--device", default="cpu", metavar="DEV", help="cpu, cuda or cuda:N")
-        sub.add_argument("--threads", type=int, metavar="K", help="shards run at once (default: one a core)")
-        sub.add_argument("--seed", type=int, default=0, metavar="N")
+        sub.add_argument("--threads", type=_whole(1), metavar="K", help="shards run at once (default: one a core)")
+        sub.add_argument("--seed", type=_whole(0), default=0, metavar="N")
         sub.add_argument("--debug", action="store_true", help="show a traceback when something fails")
 
     def model(sub: argparse.ArgumentParser, adapter: bool | None = False) -> None:
@@ -369,7 +409,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(pretrain, "Train a small Llama-shaped model on a text's bytes.", "--data book.txt --out base")
     training(sub, 3e-3)
     for name in (*SHAPE, "max_position_embeddings"):
-        sub.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
+        sub.add_argument(f"--{name.replace('_', '-')}", type=_whole(1), metavar="N")
     sub.add_argument("--untied", action="store_true", help="a head with weights of its own")
 
     sub = command(finetune, "Train a LoRA adapter; the base stays as it is.", "--base base --data notes.txt --r 8")
@@ -392,7 +432,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(evaluate, "Loss, bits per byte and perplexity of a text.", "--base base --data held-out.txt")
     model(sub)
     sub.add_argument("--data", required=True, metavar="FILE")
-    sub.add_argument("--context", type=int, metavar="T", help="positions a window (default: up to 256)")
+    sub.add_argument("--context", type=_whole(1), metavar="T", help="positions a window (default: up to 256)")
     sub.add_argument("--limit", type=int, metavar="N", help="at most N windows, spread over the text")
     common(sub)
 
@@ -417,7 +457,7 @@ class _Wide(argparse.HelpFormatter):
 
 def _hyphens(argv: Sequence[str]) -> list[str]:
     """--batch_size and --batch-size are the same option. What follows `=`, and what follows `--`, stays as it is."""
-    out = []
+    out: list[str] = []
     for i, word in enumerate(argv):
         if word == "--":
             return [*out, *argv[i:]]
@@ -430,13 +470,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
-    warnings.showwarning = lambda message, *rest: print(f"minilora: warning: {message}", file=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without Unicode shows an escape, and no traceback
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *rest: _tell("warning", str(message))
+        return _run(argv, debug)
+
+
+def _run(argv: Sequence[str], debug: bool) -> int:
     try:
         parser = build_parser()
         args = parser.parse_args(_hyphens(argv))
         if args.command is None:
             parser.print_help()
-            return USAGE
+            parser.error("no command was given")
+        for name in PATHS:
+            path = getattr(args, name, None)
+            if path is not None and (not path or "\0" in path):  # "" is what a shell makes of an unset variable
+                parser.error(f"argument {name.replace('_', '-')}: {path!r} is no path")
         args.run(args)
         sys.stdout.flush()
         return SUCCESS
@@ -450,7 +501,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\nminilora: interrupted", file=sys.stderr)
             return 130
         text = str(error) if isinstance(error, MiniloraError) else _os_message(error)
-        print(f"minilora: error: {_printable(text)}".replace("\n", " "), file=sys.stderr)
+        _tell("error", text)
         return error.exit_code if isinstance(error, MiniloraError) else IO if isinstance(error, OSError) else FAILED
 
 

@@ -256,8 +256,7 @@ class Batch:
         return int(np.count_nonzero(self.targets != IGNORE))
 
     def shard(self, start: int, stop: int) -> Batch:
-        """Sequences start to stop (views, not copies)."""
-        start, stop, _ = slice(start, stop).indices(len(self))
+        """Sequences start to stop, 0 <= start; views, not copies."""
         return Batch(self.ids[start:stop], self.targets[start:stop], self.first + start)
 
 

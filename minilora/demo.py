@@ -1,14 +1,14 @@
 """The main job, whole: a language model from nothing, bent to another language by LoRA, and measured.
 
-English prose (Python's own language reference) teaches a small byte-level transformer; then its weights are frozen and a few
-per cent as many new ones, the adapter's, learn Python code. Held-out text is of other topics and other files.
+English prose (Python's own language reference) teaches a small byte-level transformer; then its weights are frozen
+and a few per cent as many new ones, the adapter's, learn Python code. Held-out text is of other topics and other
+files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import lzma
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +35,8 @@ MODEL = TransformerConfig(
     max_position_embeddings=256,
     tie_word_embeddings=True,
 )
+PRETRAIN = Settings(steps=700, batch_size=16, context=128, lr=3e-3, weight_decay=0.1, eval_every=100)
+ADAPT = Settings(steps=400, batch_size=16, context=128, lr=5e-3, eval_every=50)
 PROMPT = "def read("
 
 
@@ -43,8 +45,8 @@ class Plan:
     """The sizes of a demo; the defaults take some three minutes on two cores."""
 
     model: TransformerConfig = MODEL
-    pretrain: Settings = Settings(steps=700, batch_size=16, context=128, lr=3e-3, weight_decay=0.1, eval_every=100)
-    adapt: Settings = Settings(steps=400, batch_size=16, context=128, lr=5e-3, eval_every=50)
+    pretrain: Settings = PRETRAIN
+    adapt: Settings = ADAPT
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     windows: int = 512  # held-out windows that the final figures are measured on
     sample: int = 240  # bytes of text to write
@@ -93,7 +95,9 @@ def demo(
     say(f"1. Pretrain {size:,} parameters on {len(ids['prose'][0]):,} bytes of prose")
     with _timed(seconds, "pretrain"):
         folder = _made(out / "base")
-        first = train(model, ids["prose"][0], plan.pretrain, folder, held_out=ids["prose"][1][:20_000], title="pretrain")
+        first = train(
+            model, ids["prose"][0], plan.pretrain, folder, held_out=ids["prose"][1][:20_000], title="pretrain"
+        )
         model.save_pretrained(folder)
         tokenizer.save(folder)
 
@@ -122,7 +126,7 @@ def demo(
     with _timed(seconds, "evaluate adapter"):
         figures["lora"] = measure(peft_model)
         samples["lora"] = write_sample(peft_model)
-        figures["lzma"] = {name: _lzma(*parts) for name, parts in texts.items()}
+        figures["lzma"] = {name: 8 * len(lzma.compress(text)) / len(text) for name, (_, text) in texts.items()}
 
     checks = _checks(peft_model, ids["code"][1][None, : plan.pretrain.context], before)
     summary = {
@@ -167,11 +171,6 @@ def _fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _lzma(seen: bytes, held_out: bytes) -> float:
-    """Bits per byte of a compressor that has read the same training text, for scale."""
-    return 8 * (len(lzma.compress(seen + held_out)) - len(lzma.compress(seen))) / len(held_out)
-
-
 def _draw(out: Path, model: PeftModel, first: Any, second: Any, say: Callable[[str], None]) -> list[str]:
     from . import plots  # matplotlib is optional, and slow to import
 
@@ -190,8 +189,8 @@ def _draw(out: Path, model: PeftModel, first: Any, second: Any, say: Callable[[s
             W = layer.base_layer.weight.numpy()
             dW = layer.delta_weight(model.active_adapter)
             rank = model.peft_config[model.active_adapter].rank(path)
-            layers[path] = tuple(np.linalg.svd(w, compute_uv=False) for w in (W, dW))
-            layers[path] = (layers[path][0], layers[path][1][:rank])
+            of_delta = np.linalg.svd(dW, compute_uv=False)[:rank]  # the others are zero
+            layers[path] = np.linalg.svd(W, compute_uv=False), of_delta
     plots.delta_spectrum(out / "delta_spectrum.png", layers)
     return [str(out / "loss.png"), str(out / "delta_spectrum.png")]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from .autograd import no_grad
 from .errors import ConfigError, DataError
-from .transformer import CausalLM, KeyValueCache
+from .transformer import KeyValueCache
 
 
 def generate(model: Any, ids: Any, max_new_tokens: int, **sampling: Any) -> np.ndarray:
@@ -39,15 +39,14 @@ def stream(
 
     When the context is full, generation goes on from its newer half. ConfigError for a setting out of range.
     """
-    base: CausalLM = model.get_base_model() if hasattr(model, "get_base_model") else model
-    limit, V = base.config.max_position_embeddings, base.config.vocab_size
+    limit, V = model.config.max_position_embeddings, model.config.vocab_size
     ids = np.asarray(ids)
     if ids.ndim != 2 or ids.shape[1] == 0:
         raise DataError(f"a prompt needs at least one token: ids of shape (batch, time), got {ids.shape}")
     _check(max_new_tokens, temperature, top_k, top_p)
     rng = np.random.default_rng(seed)
     window = ids[:, -limit:]  # what the cache will hold
-    cache = KeyValueCache(base, len(ids), min(limit, ids.shape[1] + max_new_tokens))
+    cache = KeyValueCache(model, len(ids), min(limit, ids.shape[1] + max_new_tokens))
     pending = window  # what the model has not seen yet
     for _ in range(max_new_tokens):
         if cache.length + pending.shape[1] > limit:

@@ -1,13 +1,13 @@
 """Layers: parameters with names, and the few modules a transformer is made of.
 
-A Module is a plain object. Its parameters, sub-modules, and lists or dictionaries of sub-modules are found by looking at its
-attributes, in the order in which they were assigned; nothing is registered. Calling a module computes its output.
+A Module is a plain object. Its parameters, sub-modules, and lists or dictionaries of sub-modules are found by looking
+at its attributes, in the order in which they were assigned; nothing is registered. Calling a module computes its
+output.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -157,7 +157,7 @@ class LayerNorm(Module):
 def dropout_counter(seed: int, step: int, first: int = 0) -> Iterator[None]:
     """Inside, this thread's dropout masks are those of training step `step`, for sequences `first`, `first` + 1, ...
 
-    A mask is then a function of (seed, step, layer, sequence): it does not matter which thread runs which part of a batch.
+    A mask is then a function of (seed, step, layer, sequence), whichever thread runs whichever part of a batch.
     """
     _thread.counter = (seed, step, first)
     try:
@@ -195,5 +195,5 @@ def uniform(rng: np.random.Generator, bound: float, shape: tuple[int, ...], dtyp
 
 
 def normal(rng: np.random.Generator | None, std: float, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-    """Values from N(0, std^2). Without a generator, zeros, which cost nothing until they are written: a file fills them."""
+    """Values from N(0, std^2). Without a generator zeros, which cost nothing until a file fills them."""
     return np.zeros(shape, dtype) if rng is None else (rng.standard_normal(shape) * std).astype(dtype)

@@ -1,8 +1,8 @@
-"""One step at every scale: a batch is cut into shards, each runs forward and backward on its own, and the sums are added up.
+"""One step at every scale: a batch is cut into shards, each runs forward and backward on its own, the sums are added.
 
-Shards run one after another or by threads (NumPy releases the interpreter's lock inside its loops). A shard's activations
-stay in the processor's cache, and memory falls with the shard. The cut depends on shapes alone and gradients are added in the
-order of the shards, so the result has the same bits for any number of threads.
+Shards run one after another or by threads (NumPy releases the interpreter's lock inside its loops). A shard's
+activations stay in the processor's cache, and memory falls with the shard. The cut depends on shapes alone and
+gradients are added in the order of the shards, so the result has the same bits for any number of threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-import numpy as np
 import threadpoolctl
 
 from .autograd import Tensor, gradients, no_grad
@@ -27,6 +26,7 @@ from .nn import Parameter, dropout_counter
 
 R = TypeVar("R")
 TOKENS_PER_SHARD = 256  # measured: beyond this the activations of a small model leave the cache
+MAX_THREADS = 256  # more would only meet the system's own limit
 
 
 def language_modelling_loss(model: Any, batch: Batch) -> Tensor:
@@ -42,8 +42,8 @@ def shard_size(context: int, device: str = "cpu") -> int:
 class ShardedStep:
     """Gradients and losses of whole batches, shard by shard. Use it in a `with` block: it owns threads.
 
-    threads   shards that run at once; None: one a core. BLAS is held to one thread inside, with one thread too, because its
-              own threads would change the bits
+    threads   shards that run at once; None: one a core. BLAS is held to one thread inside, also with one thread,
+              because its own threads would change the bits
     shard     sequences a shard; None: `shard_size`
     loss      (model, Batch) -> scalar Tensor: a sum over the batch's counted targets
     """
@@ -56,16 +56,18 @@ class ShardedStep:
         loss: Callable[[Any, Batch], Tensor] = language_modelling_loss,
     ):
         for name, value in (("threads", threads), ("shard size", shard)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r:.100}")
         self.model, self.loss, self.shard = model, loss, shard
-        self.threads = threads or available_cores()
+        self.threads = min(threads or available_cores(), MAX_THREADS)
         self._stack = ExitStack()
 
     def __enter__(self) -> ShardedStep:
         limits = self._stack.enter_context(threadpoolctl.threadpool_limits(1, "blas"))
         if not limits.get_original_num_threads().get("blas"):
-            warnings.warn("no BLAS that threadpoolctl can hold: results may depend on its number of threads", stacklevel=2)
+            warnings.warn(
+                "no BLAS that threadpoolctl can hold: results may depend on its number of threads", stacklevel=2
+            )
         self._pool = self._stack.enter_context(ThreadPoolExecutor(self.threads, "minilora"))
         return self
 
@@ -99,8 +101,10 @@ class ShardedStep:
             for loss, found in self._in_order(work, self._cut(batch)):
                 total += loss
                 for i, g in enumerate(found):
-                    if g is not None:
-                        summed[i] = g if summed[i] is None else np.add(summed[i], g, out=summed[i])
+                    if summed[i] is None:
+                        summed[i] = g
+                    elif g is not None:
+                        summed[i] += g
         finally:
             for module in modules:
                 module.end_step()

@@ -40,7 +40,7 @@ def _smooth(values: Sequence[float], window: int) -> np.ndarray:
     total = np.concatenate([[0.0], np.cumsum(values)])
     stop = np.arange(1, len(values) + 1)
     start = np.maximum(stop - window, 0)
-    return (total[stop] - total[start]) / (stop - start)
+    return np.asarray((total[stop] - total[start]) / (stop - start))
 
 
 def loss_curves(path: Path, stages: Mapping[str, tuple[Sequence[float], Sequence[tuple[int, float]]]]) -> None:
@@ -78,9 +78,9 @@ def delta_spectrum(path: Path, layers: Mapping[str, tuple[np.ndarray, np.ndarray
     places = {name: _place(name) for name in layers}
     blocks = sorted({block for block, _ in places.values()})
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
-    size = (1.35 * len(kinds) + 0.8, 1.15 * len(blocks) + 0.9)
+    size = (max(5.2, 1.35 * len(kinds) + 0.8), 1.15 * len(blocks) + 0.9)
     figure, axes = plt.subplots(len(blocks), len(kinds), figsize=size, sharex=True, sharey=True, squeeze=False)
-    floor = min(float(d[d > d[0] * 1e-3].min()) for _, d in layers.values() if d.size and d[0] > 0) if layers else 1e-3
+    floor = min((float(d[d > d[0] * 1e-3].min()) for _, d in layers.values() if d.size and d[0] > 0), default=1e-3)
     for axis in axes.flat:
         axis.set_visible(False)
     for name, (of_weight, of_delta) in layers.items():
@@ -88,15 +88,23 @@ def delta_spectrum(path: Path, layers: Mapping[str, tuple[np.ndarray, np.ndarray
         axis = axes[blocks.index(block)][kinds.index(kind)]
         axis.set_visible(True)
         axis.fill_between(np.arange(1, len(of_weight) + 1), of_weight, floor / 2, color="#dddddd", linewidth=0)
-        axis.plot(np.arange(1, len(of_delta) + 1), np.maximum(of_delta, floor / 2), color=WARM, marker=".", markersize=4, linewidth=1)
+        axis.plot(
+            np.arange(1, len(of_delta) + 1),
+            np.maximum(of_delta, floor / 2),
+            color=WARM,
+            marker=".",
+            markersize=4,
+            linewidth=1,
+        )
         axis.set_yscale("log")
         axis.set_xscale("log")
-        axis.set_ylim(bottom=floor / 2)
         axis.tick_params(labelsize=7)
         if block == blocks[0]:
             axis.set_title(kind, fontsize=8)
         if kind == kinds[0]:
             axis.set_ylabel(f"layer {block}" if block >= 0 else "", fontsize=8)
+    tops = [float(values.max()) for pair in layers.values() for values in pair if values.size]
+    axes[0][0].set_ylim(floor / 2, 1.5 * max(max(tops, default=1.0), floor))  # one scale for all
     figure.suptitle("Singular values by index: of W (grey) and of dW = s B A (red)", fontsize=9, x=0.01, ha="left")
     figure.tight_layout()
     figure.savefig(path)

@@ -3,8 +3,8 @@
     OUT/log.jsonl, eval.jsonl        one line a step, one an evaluation
     OUT/checkpoints/step-N/          the ecosystem's own files, optimizer.safetensors, and manifest.json
 
-A checkpoint is written into a temporary folder; its manifest, with the size and SHA-256 of every file, comes last; then one
-rename makes it real. Whatever happens before that rename leaves the previous checkpoint the newest one.
+A checkpoint is written into a temporary folder; its manifest, with the size and SHA-256 of every file, comes last;
+then one rename makes it real. Whatever happens before that rename leaves the previous checkpoint the newest one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, ConfigError, FormatError
-from .formats import read_json, write_json
+from .formats import atomic_file, read_json, write_json
 from .formats.disk import sync_folder
 
 MANIFEST = "manifest.json"
@@ -32,7 +32,7 @@ def open_folder(out: str | Path, resume: bool = False) -> Path:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {str(out)!r} is a file, not a folder")
     if not resume and out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"--out {str(out)!r} is not empty: choose another folder, or go on with --resume auto")
+        raise ConfigError(f"--out {str(out)!r} is not empty: choose another one, or, for a stopped run, --resume auto")
     out.mkdir(parents=True, exist_ok=True)
     probe = out / f".probe-{os.getpid()}"  # a folder that cannot be written to is known now, not after the training
     probe.touch()
@@ -57,12 +57,15 @@ class Log:
     """A file of JSON lines. On resuming at `step`, lines of that step and later are dropped: none is written twice."""
 
     def __init__(self, path: Path, step: int = 0):
-        kept = []
         if step and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
-        self._file = open(path, "w", encoding="utf-8")
-        self._file.writelines(kept)
+            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            try:
+                kept = [line for line in lines if json.loads(line)["step"] < step]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{str(path)!r} has a line that is no JSON with a step: {error}"[:500]) from None
+            with atomic_file(path) as file:
+                file.writelines(kept)
+        self._file = open(path, "a" if step else "w", encoding="utf-8")  # noqa: SIM115 - __exit__ closes it
 
     def __enter__(self) -> Log:
         return self
@@ -79,7 +82,7 @@ class Log:
 
 
 def save_checkpoint(out: Path, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    """Make OUT/checkpoints/step-N real in one rename. `write(folder)` writes its files, `state` goes into the manifest."""
+    """Make OUT/checkpoints/step-N real in one rename: what `write(folder)` writes, and `state` in the manifest."""
     parent = out / "checkpoints"
     parent.mkdir(exist_ok=True)
     for stale in parent.glob("step-*.tmp-*"):  # left by a run that was killed while saving
@@ -99,8 +102,9 @@ def save_checkpoint(out: Path, step: int, state: dict[str, Any], write: Callable
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in _by_step(parent)[:-KEPT]:
-        shutil.rmtree(old)
+    others = [folder for folder in _by_step(parent) if folder != final]  # a run may have gone back to an older step
+    for old in others[: 1 - KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -121,7 +125,7 @@ def find_checkpoint(resume: str | Path, out: Path) -> tuple[Path, dict[str, Any]
 
 
 def _by_step(parent: Path) -> list[Path]:
-    found = [p for p in parent.glob("step-*") if p.name[5:].isdecimal()]
+    found = [p for p in parent.glob("step-*") if p.name[5:].isdecimal() and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
@@ -129,13 +133,14 @@ def _verified(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{str(folder)!r} is no checkpoint: it has no {MANIFEST}")
     try:
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST, limit=1 << 30)  # it holds the loss of every step
+        present = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
         step, state, files = manifest["step"], manifest["state"], manifest["files"]
         if type(step) is not int or not isinstance(state, dict):
             raise KeyError("step")
         for name, entry in files.items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != entry["size"] or _sha256(path) != entry["sha256"]:
+            path = present.get(name)  # so that no name leads out of the folder
+            if path is None or path.stat().st_size != entry["size"] or _sha256(path) != entry["sha256"]:
                 raise CheckpointError(f"{str(folder)!r} is damaged: {name!r:.100} is not what {MANIFEST} says")
     except (FormatError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{str(folder)!r} is damaged: {MANIFEST} cannot be read ({error})"[:500]) from error

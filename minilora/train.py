@@ -1,7 +1,7 @@
 """The loop: batch, gradients, step, log; now and then evaluate and save. It trains whatever requires a gradient.
 
-The same loop pretrains a whole model and fine-tunes an adapter. A run depends on its settings, its text and the step number
-alone, never on how it got there: stopped at any step and resumed, it ends with the same bits.
+The same loop pretrains a whole model and fine-tunes an adapter. A run depends on its settings, its text and the step
+number alone, never on how it got there: stopped at any step and resumed, it ends with the same bits.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from .nn import Parameter
 from .optim import AdamW, clip_by_global_norm, warmup_cosine
 from .parallel import ShardedStep, shard_size
 from .runs import Log, find_checkpoint, save_checkpoint
+
+MAX_SEQUENCES = 2**24  # a step: more is a mistake of typing, and would only end in an array that has no room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +71,15 @@ class Settings:
             value = getattr(self, name)
             if type(value) is not int or not least <= value < 2**63:
                 raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}"[:300])
-        for name, least in {"lr": 0.0, "floor": -1.0, "weight_decay": -1.0, "max_grad_norm": 0.0}.items():
+        for name in ("lr", "max_grad_norm", "floor", "weight_decay"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not (least < value < math.inf) or (least < 0 and value < 0):
-                wanted = "above 0" if least == 0 else "0 or above"
-                raise ConfigError(f"{name} must be a number {wanted}, got {value!r}"[:300])
+            zero = name in ("floor", "weight_decay")  # may be 0
+            if type(value) not in (int, float) or not (0 <= value < math.inf) or (value == 0 and not zero):
+                bound = "of at least" if zero else "above"
+                raise ConfigError(f"{name} must be a number {bound} 0, got {value!r}"[:300])
+        if self.batch_size * self.accumulate > MAX_SEQUENCES:
+            got = f"{self.batch_size} x {self.accumulate}"
+            raise ConfigError(f"batch_size x accumulate must be at most {MAX_SEQUENCES} sequences, got {got}")
 
 
 @dataclasses.dataclass
@@ -103,7 +109,8 @@ def train(
     resume    "auto" or a checkpoint's folder: go on from there
 
     NonFiniteError, in the step in which it happens and before any weight changes, for a loss or gradient that is not
-    finite; CheckpointError if a checkpoint belongs to another run; Interrupted on SIGINT or SIGTERM, after the step was saved.
+    finite; CheckpointError if a checkpoint belongs to another run; Interrupted on SIGINT or SIGTERM, after the step
+    was saved.
     """
     begun = time.perf_counter()
     device = next(iter(model.parameters())).backend.name
@@ -112,8 +119,10 @@ def train(
     windows = Windows(tokens, settings.context, settings.batch_size * settings.accumulate, settings.seed)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
-    identity = _identity(settings, tokens, trained)
-    start, losses, evaluations = 0, [], []
+    identity = _identity(model, settings, tokens, trained)
+    start = 0
+    losses: list[float] = []
+    evaluations: list[tuple[int, float]] = []
     if resume is not None:
         start, losses, evaluations = _restore(*find_checkpoint(resume, out), model, optimizer, identity)
     model.train()
@@ -131,9 +140,11 @@ def train(
     with contextlib.ExitStack() as stack:
         sharded = stack.enter_context(ShardedStep(model, settings.threads, settings.shard))
         log = stack.enter_context(Log(out / "log.jsonl", start))
-        evaluation_log = stack.enter_context(Log(out / "eval.jsonl", start + 1))
+        evaluation_log = stack.enter_context(Log(out / "eval.jsonl", start + 1 if start else 0))
         stopped = stack.enter_context(_stop_signals())
-        bar = stack.enter_context(tqdm(total=settings.steps, initial=start, desc=title, disable=None, dynamic_ncols=True))
+        bar = stack.enter_context(
+            tqdm(total=settings.steps, initial=start, desc=title, disable=None, dynamic_ncols=True)
+        )
 
         def evaluate_now(step: int) -> None:
             if held_out is not None:
@@ -149,7 +160,9 @@ def train(
             loss, grads = sharded.gradients(batch, optimizer.params, settings.seed, step)
             grads, norm = clip_by_global_norm(grads, settings.max_grad_norm)
             if not math.isfinite(loss + norm):
-                raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {norm}: the weights were left as before it")
+                raise NonFiniteError(
+                    f"step {step}: loss {loss}, gradient norm {norm}: the weights were left as before it"
+                )
             scale = warmup_cosine(step, settings.steps, settings.warmup, settings.floor)
             optimizer.step(grads, scale)
             seconds = time.perf_counter() - tick
@@ -165,7 +178,7 @@ def train(
                 save(done)
             if stopped and done < settings.steps:
                 name = signal.Signals(stopped[0]).name
-                raise Interrupted(f"{name} after step {step}: saved, go on with --resume auto", stopped[0])
+                raise Interrupted(f"{name} after step {step}: saved in {str(out)!r:.300}, for --resume", stopped[0])
     model.eval()
     return Result(losses, evaluations, time.perf_counter() - begun)
 
@@ -179,7 +192,10 @@ def evaluate(
     threads: int | None = None,
     sharded: ShardedStep | None = None,
 ) -> float:
-    """The mean of -log p over every token of a text but the first, in nats; at most `limit` windows of it."""
+    """The mean of -log p over every token of a text but the first, in nats; at most `limit` windows of it.
+
+    NonFiniteError if that is not a number: the weights, or what they give, have a NaN or an infinity.
+    """
     training = model.training
     model.eval()
     try:
@@ -188,6 +204,9 @@ def evaluate(
             totals = list(sharded.losses(evaluation_windows(tokens, context, 16, limit)))
     finally:
         model.train(training)
+    bad = next((loss for loss, _ in totals if not math.isfinite(loss)), None)
+    if bad is not None:
+        raise NonFiniteError(f"the loss of the held-out text is {bad}: the model's weights are broken, or too large")
     return math.fsum(loss for loss, _ in totals) / sum(count for _, count in totals)
 
 
@@ -196,38 +215,56 @@ def bits_per_byte(loss: float, bytes_per_token: float = 1.0) -> float:
     return loss / math.log(2) / bytes_per_token
 
 
-# ---- going on where a run stopped -------------------------------------------------------------------------------------
+# ---- going on where a run stopped -----------------------------------------------------------------------------------
 
 
-def _identity(settings: Settings, tokens: np.ndarray, trained: list[tuple[str, Parameter]]) -> dict[str, Any]:
-    """What makes two runs the same run: settings, text, and the parameters that train."""
+def _identity(
+    model: Any, settings: Settings, tokens: np.ndarray, trained: list[tuple[str, Parameter]]
+) -> dict[str, Any]:
+    """What makes two runs the same run: settings, text, the parameters that train, and all that they stand on."""
     numbers = {k: v for k, v in dataclasses.asdict(settings).items() if k not in Settings.FREE}
+    shape = dataclasses.asdict(model.config)
+    if isinstance(model, PeftModel):  # lora_alpha or the dropout change a run, and leave no trace in any shape
+        shape |= dataclasses.asdict(model.peft_config[model.active_adapter])
+    shape = {k: v for k, v in shape.items() if k not in ("extra", "base_model_name_or_path")}
     names = hashlib.sha256(repr([(n, p.shape, str(p.dtype)) for n, p in trained]).encode()).hexdigest()
-    return {**numbers, "text": hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest(), "parameters": names}
+    frozen = hashlib.sha256()
+    for _, p in model.named_parameters():
+        if not p.requires_grad:
+            frozen.update(np.ascontiguousarray(p.numpy()).data.cast("B"))
+    text = hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest()
+    return {**shape, **numbers, "text": text, "parameters": names, "frozen weights": frozen.hexdigest()}
 
 
 def _restore(
     folder: Path, manifest: dict[str, Any], model: Any, optimizer: AdamW, identity: dict[str, Any]
 ) -> tuple[int, list[float], list[tuple[int, float]]]:
-    state = manifest["state"]
-    before = state.get("run", {})
+    step, state = manifest["step"], manifest["state"]
+    try:
+        before, numbers = dict(state["run"]), dict(state["optimizer"])
+        losses = [float(loss) for loss in state["losses"]]
+        evaluations = [(int(at), float(loss)) for at, loss in state["evaluations"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{str(folder)!r} is damaged: the run's state cannot be read ({error!r:.99})") from None
     differing = [f"{k} ({before.get(k)!r:.40} there, {v!r:.40} now)" for k, v in identity.items() if before.get(k) != v]
     if differing:
         raise CheckpointError(f"{str(folder)!r} belongs to another run: {', '.join(differing)}"[:500])
+    if len(losses) != step:
+        raise CheckpointError(f"{str(folder)!r} is damaged: it has {len(losses)} losses after {step} steps")
     adapter = isinstance(model, PeftModel)
     own = model.adapter_parameters(model.active_adapter) if adapter else dict(model.named_parameters())
     arrays = load_file(folder / ("adapter_model.safetensors" if adapter else "model.safetensors"))
     if set(arrays) != set(own):
         raise CheckpointError(f"{str(folder)!r} holds other parameters than the model has")
-    optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"), state["optimizer"])
+    optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"), numbers)
     for key, parameter in own.items():
         parameter.data = parameter.backend.from_numpy(arrays[key])
-    return manifest["step"], list(state["losses"]), [(step, loss) for step, loss in state["evaluations"]]
+    return step, losses, evaluations
 
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM are put into, so that the running step can end first; a second one stops at once."""
+    """A list that SIGINT and SIGTERM are put into, so that the running step can end first; a second stops at once."""
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:

@@ -1,8 +1,8 @@
 """The language model: one decoder, Llama-shaped, under the names that the ecosystem's files use.
 
 x = embed(ids);  per layer  x += attention(norm(x)),  x += mlp(norm(x));  logits = head(norm(x))
-Shapes: B batch, T time, C = hidden_size, H query heads, K key/value heads, D = head_dim, V vocabulary. Read bottom-up in call
-order: TransformerConfig, rotary tables, Attention, MLP, Block, Decoder, CausalLM.
+Shapes: B batch, T time, C = hidden_size, H query heads, K key/value heads, D = head_dim, V vocabulary. Read bottom-up
+in call order: TransformerConfig, rotary tables, Attention, MLP, Block, Decoder, CausalLM.
 """
 
 from __future__ import annotations
@@ -75,7 +75,11 @@ class TransformerConfig:
             wanted = f"a multiple of num_attention_heads = {self.num_attention_heads}, or head_dim be given"
             need(self.hidden_size % self.num_attention_heads == 0, "hidden_size", wanted)
             put("head_dim", self.hidden_size // self.num_attention_heads)
-        need(type(self.head_dim) is int and 0 < self.head_dim < 2**16 and self.head_dim % 2 == 0, "head_dim", "even and positive")
+        need(
+            type(self.head_dim) is int and 0 < self.head_dim < 2**16 and self.head_dim % 2 == 0,
+            "head_dim",
+            "even and positive",
+        )
         fits = self.num_attention_heads % self.kv_heads == 0
         need(fits, "num_key_value_heads", f"a divisor of num_attention_heads = {self.num_attention_heads}")
         for name in ("rms_norm_eps", "initializer_range"):
@@ -105,9 +109,13 @@ class TransformerConfig:
         rope = {**scaling, **({} if theta is None else {"rope_theta": theta}), **rope}
         known = {f.name for f in dataclasses.fields(cls)} - {"extra", "rope_parameters"}
         given = {k: v for k, v in config.items() if k in known}
-        missing = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"} - set(given)
+        missing = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"} - set(
+            given
+        )
         if given.get("model_type") not in MODEL_TYPES:
-            raise ConfigError(f"config: model_type must be one of {', '.join(MODEL_TYPES)}, got {given.get('model_type')!r}")
+            raise ConfigError(
+                f"config: model_type must be one of {', '.join(MODEL_TYPES)}, got {given.get('model_type')!r}"
+            )
         if missing:
             raise ConfigError(f"config: missing {', '.join(sorted(missing))}")
         extra = {k: v for k, v in config.items() if k not in known}
@@ -139,9 +147,15 @@ def rotary_frequencies(config: TransformerConfig) -> np.ndarray:
         return frequency / number("factor")
     if p["rope_type"] == "llama3":
         # Long waves are stretched by `factor`, short ones kept, those between interpolated.
-        low, high, old = number("low_freq_factor"), number("high_freq_factor"), number("original_max_position_embeddings")
+        low, high, old = (
+            number("low_freq_factor"),
+            number("high_freq_factor"),
+            number("original_max_position_embeddings"),
+        )
         if high <= low:
-            raise ConfigError(f"config: rope_parameters.high_freq_factor must be above low_freq_factor = {low}, got {high}")
+            raise ConfigError(
+                f"config: rope_parameters.high_freq_factor must be above low_freq_factor = {low}, got {high}"
+            )
         turns = old * frequency / (2 * math.pi)  # full turns within the old context
         keep = np.clip((turns - low) / (high - low), 0, 1)
         return frequency * (keep + (1 - keep) / number("factor"))
@@ -156,7 +170,7 @@ class RotaryTable:
         self.tables: dict[tuple[str, Any], tuple[Array, ...]] = {}
 
     def __call__(self, start: int, stop: int, like: Tensor) -> tuple[Array, Array]:
-        """(cos, sin), each (stop - start, D/2), for positions start <= t < stop, in the dtype and on the device of `like`."""
+        """(cos, sin), each (stop - start, D/2), of positions start <= t < stop, in the dtype and place of `like`."""
         key = (like.backend.name, like.dtype)
         table = self.tables.get(key, ())  # read once: another thread may put a shorter one in its place
         if not table or len(table[0]) < stop:
@@ -167,10 +181,10 @@ class RotaryTable:
 
 
 class KeyValueCache:
-    """The keys and values of the positions seen so far, for up to `limit` positions: what makes generation incremental."""
+    """The keys and values of the positions seen so far, up to `limit`: what makes generation incremental."""
 
-    def __init__(self, model: CausalLM, batch: int, limit: int):
-        c, like = model.config, model.model.embed_tokens.weight
+    def __init__(self, model: Any, batch: int, limit: int):
+        c, like = model.config, next(iter(model.parameters()))
         shape = (c.num_hidden_layers, 2, batch, limit, c.kv_heads, c.head_dim)
         self.data = like.backend.xp.empty(shape, like.dtype)
         self.length = 0
@@ -257,8 +271,8 @@ class Decoder(Module):
 class CausalLM(Module):
     """A language model: the logits of the next token at every position.
 
-    seed   weights from N(0, initializer_range^2) by NumPy's generator on the CPU, norms at one, so every device starts alike;
-           None leaves them unset (`from_pretrained` fills them)
+    seed   weights from N(0, initializer_range^2) by NumPy's generator on the CPU, norms at one: every device starts
+           alike. None leaves them zero (`from_pretrained` fills them)
     """
 
     def __init__(
@@ -275,7 +289,7 @@ class CausalLM(Module):
         self.to(device, np.dtype(dtype))
 
     def __call__(self, ids: Any, cache: KeyValueCache | None = None) -> Tensor:
-        """ids (B, T) integers -> logits (B, T, V). DataError for ids outside the vocabulary or more positions than it has."""
+        """ids (B, T) integers -> logits (B, T, V). DataError for ids outside the vocabulary, or too many positions."""
         weight, c = self.model.embed_tokens.weight, self.config
         ids = ids.data if isinstance(ids, Tensor) else ids
         if not isinstance(ids, weight.backend.xp.ndarray) or isinstance(ids, np.ndarray):
@@ -310,7 +324,9 @@ class CausalLM(Module):
             config = TransformerConfig.from_dict(raw)
             keys = set(checkpoint.keys())
             if config.num_hidden_layers > len(keys):
-                raise FormatError(f"{directory}: config.json says {config.num_hidden_layers} layers, the file has {len(keys)} tensors")
+                raise FormatError(
+                    f"{directory}: config.json says {config.num_hidden_layers} layers, the file has {len(keys)} tensors"
+                )
             model = cls(config, seed=None, dtype=dtype)
             own = dict(model.named_parameters())
             tied = {"lm_head.weight"} & keys if config.tie_word_embeddings else set()
@@ -337,6 +353,8 @@ class CausalLM(Module):
         write_checkpoint(directory, self.config.to_dict(str(self.model.embed_tokens.weight.dtype)), tensors)
 
 
-def _linear(config: TransformerConfig, rng: np.random.Generator | None, inputs: int, outputs: int, bias: bool) -> Linear:
+def _linear(
+    config: TransformerConfig, rng: np.random.Generator | None, inputs: int, outputs: int, bias: bool
+) -> Linear:
     weight = normal(rng, config.initializer_range, (outputs, inputs))
     return Linear(weight, np.zeros(outputs, np.float32) if bias else None)

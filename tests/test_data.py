@@ -124,6 +124,13 @@ def test_without_a_file_texts_are_bytes_and_the_tokenizer_says_so(tmp_path):
     assert "tokenizer.model cannot be used" in data.load_tokenizer(tmp_path, 256).note
 
 
+def test_what_does_not_change_the_ids_does_not_make_another_tokenizer(saved, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    template = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}], "special_tokens": {}}
+    options = {"version": "2.0", "decoder": {"type": "ByteLevel"}, "post_processor": template, "truncation": {"x": 1}}
+    assert data.load_tokenizer(changed(saved, tmp_path, lambda f: f.update(options)), 256) == data.ByteTokenizer()
+
+
 def changed(saved, tmp_path, change):
     found = json.loads((saved / "tokenizer.json").read_text())
     change(found)
@@ -304,6 +311,11 @@ def test_documents_are_held_out_whole(documents, fraction, seed):
     assert all(size + len(text) > budget for text in train), "no document more would fit"
 
 
+def test_a_document_that_fits_exactly_is_held_out():
+    documents = [(str(i), b"%010d" % i) for i in range(10)]
+    assert len(data.split(documents, 0.2)[1]) == 10 + 1 + 10
+
+
 def test_another_seed_holds_out_other_documents():
     documents = [(str(i), b"%d" % (100 + i)) for i in range(50)]
     assert len({data.split(documents, 0.1, seed)[1] for seed in range(10)}) == 10
@@ -326,6 +338,11 @@ def test_the_end_of_a_text_is_held_out(text, fraction):
         return
     train.decode()
     held.decode()
+
+
+def test_the_cut_moves_by_three_bytes_at_most():
+    assert data.split_text(b"\x80" * 10, 0.5) == (b"\x80" * 2, b"\x80" * 8)
+    assert data.split_text("a\U0001f600".encode(), 0.2) == (b"a", "\U0001f600".encode())
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, float("nan")])
@@ -432,6 +449,7 @@ def test_shards_together_are_the_batch(cut, cuts):
         inner = shard.shard(len(shard) - 1, 99)
         assert np.array_equal(inner.ids[0], batch.ids[inner.first])
         assert len(inner) == 1
+        assert np.shares_memory(inner.ids, batch.ids)
 
 
 def test_ignored_targets_do_not_count():

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minilora import optim
@@ -121,7 +121,14 @@ def test_two_hundred_steps_equal_torch(kind, options):
             np.testing.assert_allclose(p.data, q.detach().numpy(), rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("make", [lambda p: optim.AdamW(p, lr=np.float64(0.1)), lambda p: optim.SGD(p, 0.1, 0.9, 0.1)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda named: optim.AdamW(named, lr=np.float64(0.1)),
+        lambda named: optim.SGD(named, lr=0.1, momentum=np.float64(0.9), weight_decay=np.float64(0.1)),
+        lambda named: optim.SGD(named, lr=0.1),
+    ],
+)
 @pytest.mark.parametrize("given_dtype", [np.float32, np.float64])
 def test_float32_stays_float32_in_the_same_storage(make, given_dtype):
     named = parameters(np.float32)
@@ -135,7 +142,7 @@ def test_float32_stays_float32_in_the_same_storage(make, given_dtype):
     for (_, p), array in zip(named, storage, strict=True):
         assert p.data is array
         assert p.version == [2]
-    assert {a.dtype for a in optimizer.state_dict()[0].values()} == {np.dtype(np.float32)}
+    assert all(array.dtype == np.float32 for array in optimizer.state_dict()[0].values())
 
 
 def test_float32_follows_float64():
@@ -245,7 +252,7 @@ def test_parameters_that_mean_nothing_are_refused():
     for params in ([p, p], [("x", p), ("x", q)], [{"params": [p]}, {"params": [p]}]):
         with pytest.raises(ConfigError, match="twice"):
             optim.AdamW(params)
-    for params in ([{"params": [p]}, q], [{"params": [p], "learning_rate": 1}], [{"lr": 1}]):
+    for params in ([{"params": [p]}, q], [{"params": [p]}, None], [{"params": [p], "learning_rate": 1}], [{"lr": 1}]):
         with pytest.raises(ConfigError, match="expected groups"):
             optim.AdamW(params)
 
@@ -347,6 +354,9 @@ def test_constant_is_a_ramp_and_then_one(warmup, step):
 
 
 @given(total=st.integers(1, 300), warmup=st.integers(0, 300), floor=st.floats(0, 1))
+@example(total=8, warmup=7, floor=0.5)
+@example(total=8, warmup=6, floor=0.5)
+@example(total=1, warmup=0, floor=0.5)
 def test_warmup_cosine_is_exact_at_its_ends_and_falls_between(total, warmup, floor):
     factors = [optim.warmup_cosine(step, total, warmup, floor) for step in range(max(total, warmup) + 2)]
     assert factors[0] == (1 / warmup if warmup else 1.0)
@@ -426,6 +436,13 @@ def test_a_norm_that_is_not_finite_clips_nothing(bad):
     assert all(a is b for a, b in zip(same, grads, strict=True))
 
 
+def test_a_norm_just_below_the_limit_is_clipped_as_torch_does():
+    (clipped,), _ = optim.clip_by_global_norm([np.array([1 - 5e-7])], 1.0)
+    assert clipped[0] == (1 - 5e-7) * (1 / (1 - 5e-7 + 1e-6)) < 1 - 5e-7
+    (clipped,), _ = optim.clip_by_global_norm([np.array([1 - 2e-6])], 1.0)
+    assert clipped[0] == 1 - 2e-6
+
+
 def test_clipping_nothing_and_refusing_nonsense():
     assert optim.clip_by_global_norm([None, None], 1.0) == ([None, None], 0.0)
     for max_norm in (0.0, -1.0, math.nan):
@@ -448,17 +465,18 @@ def test_loraplus_gives_b_and_vectors_the_higher_rate():
         "base_model.model.lora_B.q_proj.lora_A.default.weight": (2, 4),
         "base_model.model.model.norm.bias": (4,),
         "lm_head.modules_to_save.default.weight": (4, 4),
+        "head.lora_B": (4, 4),
     }
     named = [(name, Parameter(np.zeros(shape))) for name, shape in shapes.items()]
     slow, fast = optim.loraplus_groups(named, lr=0.1, ratio=8.0)
     names = list(shapes)
     assert [name for name, _ in fast["params"]] == [names[i] for i in (1, 3, 5, 7)]
-    assert [name for name, _ in slow["params"]] == [names[i] for i in (0, 2, 4, 6, 8)]
+    assert [name for name, _ in slow["params"]] == [names[i] for i in (0, 2, 4, 6, 8, 9)]
     assert (slow["lr"], fast["lr"]) == (0.1, 0.8)
     optimizer = optim.AdamW([slow, fast], weight_decay=0.0)
     optimizer.step([np.ones(p.shape) for p in optimizer.params])
     for m in optimizer.members:
-        assert np.allclose(m.parameter.data, -0.8 if m in optimizer.members[5:] else -0.1, rtol=1e-6)
+        assert np.allclose(m.parameter.data, -0.8 if m in optimizer.members[6:] else -0.1, rtol=1e-6)
 
 
 def test_loraplus_leaves_out_an_empty_group_and_refuses_nonsense():

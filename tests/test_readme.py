@@ -12,7 +12,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACKAGE = ROOT / "minilora"
-READING_PATH = ["backend", "autograd", "functional", "nn", "transformer", "lora/config", "lora/layer", "lora/lora", "lora/model"]
+READING_PATH = [
+    "backend",
+    "autograd",
+    "functional",
+    "nn",
+    "transformer",
+    "lora/config",
+    "lora/layer",
+    "lora/lora",
+    "lora/model",
+]
 
 
 def blocks(language: str) -> list[str]:
@@ -71,7 +81,12 @@ def test_an_example_runs(name, capsys):
 
 
 def test_every_dependency_has_a_reason_on_the_page():
-    sections = (ROOT / "setup.cfg").read_text(encoding="utf-8").split("install_requires =")[1].split("[options.entry_points]")[0]
+    sections = (
+        (ROOT / "setup.cfg")
+        .read_text(encoding="utf-8")
+        .split("install_requires =")[1]
+        .split("[options.entry_points]")[0]
+    )
     packages = set(re.findall(r"^\s*(?:\w+ = )?([a-z][a-z0-9-]+)(?:\[\w+\])?\s*[>=]=", sections, re.MULTILINE))
     table = README.split("## Dependencies")[1].split("## Papers")[0]
     missing = {name for name in packages if name.replace("cupy-cuda13x", "cupy") not in table}

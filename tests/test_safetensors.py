@@ -236,6 +236,7 @@ def test_golden_files_are_rewritten_byte_for_byte(tmp_path):
         ({"x": np.zeros(2, np.longdouble)}, None, "safetensors has no"),
         ({"x": [1.0]}, None, "list"),
         ({"__metadata__": np.zeros(2)}, None, "taken"),
+        ({"__metadata__": np.zeros(2)}, {}, "taken"),
         ({"\ud800": np.zeros(2)}, None, "Unicode"),
         ({3: np.zeros(2)}, None, "must be a str"),
         ({"x": np.zeros(2)}, {"a": 1}, "metadata"),

@@ -74,7 +74,7 @@ def read_adapter(directory: PathLike) -> tuple[dict[str, Any], dict[str, Array]]
     require_folder(directory, "adapter")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not os.path.lexists(os.path.join(directory, name)):
-            pickled = os.path.lexists(os.path.join(directory, "adapter_model.bin")) and name == WEIGHTS_FILE
+            pickled = os.path.lexists(os.path.join(directory, "adapter_model.bin"))
             hint = "; adapter_model.bin is a pickle and is not read" if pickled else ""
             raise FormatError(f"{quoted(directory)} has no {name}{hint}")
     return read_json(os.path.join(directory, CONFIG_FILE)), load_file(os.path.join(directory, WEIGHTS_FILE))

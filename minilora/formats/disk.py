@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
 import stat
 from collections import Counter
 from collections.abc import Iterator
@@ -52,7 +51,7 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
         mode = os.stat(target).st_mode
     if mode is not None and not stat.S_ISREG(mode):  # renaming over /dev/null would destroy the device
         raise FileExistsError(errno.EEXIST, "exists and is not a regular file", os.fspath(path))
-    temporary = os.path.join(folder, f".{name[:40]}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = os.path.join(folder, f".{name[:40]}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
     try:
         # Mode 0666 here is cut by the umask in the kernel; reading the umask in Python would race with other threads.
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
@@ -128,7 +127,7 @@ def parse_json(data: bytes, where: str, depth: int = MAX_DEPTH, containers: int 
         # Only what can be written again was JSON: this refuses NaN, Infinity, 1e400 and half of a surrogate pair.
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
     except ValueError as error:  # UnicodeError and JSONDecodeError are ValueErrors
-        raise FormatError(f"{where}: not valid JSON: {str(error)[:200]}") from None
+        raise FormatError(f"{where}: not valid JSON: {error}") from None
     if type(value) is not dict:
         raise FormatError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value

@@ -4,12 +4,15 @@ Orientation, once and for all, is the paper's and PEFT's: W (O, I), A (r, I), B 
 
     dW = s B A          y = x W^T + s (x A^T) B^T
 
-A is the first factor that x meets and starts random; B is the second and starts at zero. Some lessons write dW = A B for
-row vectors y = x W, with A (I, r) and B (r, O): that is the same product transposed, and their A is our A^T.
+A is the first factor that x meets and starts random; B is the second and starts at zero. Some lessons write dW = A B
+for row vectors y = x W, with A (I, r) and B (r, O): that is the same product transposed, and their A is our A^T.
 
-config    what an adapter is to be, in PEFT's words         layer     where adapters live: base, adapters by name, merging
-targets   which layers a configuration means                model     get_peft_model and PeftModel
+config    what an adapter is to be, in PEFT's words
 lora      dW = s B A
+layer     where adapters live: a base, adapters by name, merging
+model     get_peft_model and PeftModel
+plan      what a configuration means for a model, found out before anything is touched
+targets   names and patterns
 """
 
 from .config import LoraConfig

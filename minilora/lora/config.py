@@ -1,4 +1,4 @@
-"""What an adapter is to be: PEFT's field names and defaults, checked once, read from and written to adapter_config.json."""
+"""What an adapter is to be: PEFT's fields and defaults, checked once, read from and written to adapter_config.json."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ class LoraConfig:
     """Low-rank adaptation, dW = s B A (Hu et al. 2021).
 
     r, lora_alpha      rank, and the numerator of the scaling s = lora_alpha / r
-    target_modules     names or endings of names; a pattern for whole names; "all-linear": every linear layer but the head;
-                       None: what PEFT takes for this type of model
+    target_modules     names or endings of names; a pattern for whole names; "all-linear": every linear layer but
+                       the head; None: what PEFT takes for this type of model
     exclude_modules    names, endings or a pattern: what is no target after all
     lora_dropout       probability of dropping an element of the adapter's input, in training
-    bias               "none"; "all" or "lora_only" also train the base's biases: disabling the adapter then is not the base
+    bias               "none"; "all" or "lora_only" also train the base's biases: to disable the adapter is then not
+                       to have the base
     use_rslora         s = lora_alpha / sqrt(r)    Kalajdzievski 2023
-    init_lora_weights  True: A uniform within 1/sqrt(in), B zero; "gaussian": A ~ N(0, 1/r^2), B zero; False: B random, too
+    init_lora_weights  True: A uniform within 1/sqrt(in), B zero; "gaussian": A ~ N(0, 1/r^2), B zero; False: B random
     rank_pattern, alpha_pattern    r and lora_alpha for names that match a pattern; the first that matches holds
     layers_to_transform, layers_pattern    only layers of these numbers
-    modules_to_save    modules that are trained whole, as copies
+    modules_to_save    endings of names of modules that are trained whole, as copies
     fan_in_fan_out     for bases that store W as (in, out)
     task_type          "CAUSAL_LM" or None
 
@@ -116,8 +117,9 @@ class LoraConfig:
     def from_dict(cls, config: Mapping[str, Any], where: str = "adapter_config.json") -> LoraConfig:
         """From the fields of an adapter_config.json.
 
-        A field of PEFT's that is not implemented here may hold its default, null, false or nothing: it is kept and written
-        back. Any other value would change what the adapter means, and raises. A name unknown to PEFT is kept with a warning.
+        A field of PEFT's that is not implemented here may hold its default, null, false or nothing: it is kept and
+        written back. Any other value would change what the adapter means, and raises. A name unknown to PEFT is kept
+        with a warning.
         """
         kind = config.get("peft_type", "LORA")
         if kind != cls.peft_type:
@@ -126,11 +128,11 @@ class LoraConfig:
         given = {k: v for k, v in config.items() if k in own}
         extra = {k: v for k, v in config.items() if k not in own and k != "peft_type"}
         for name, value in extra.items():
+            default = PEFT_CONFIG_DEFAULTS.get(name)
             if name not in PEFT_CONFIG_DEFAULTS:
                 warnings.warn(f"{where}: {name!r:.100} is no field that is known here; it is kept", stacklevel=2)
-            elif name not in ("peft_version", "revision", "auto_mapping") and value:
-                if value != PEFT_CONFIG_DEFAULTS[name]:
-                    raise ConfigError(f"{where}: {name} = {value!r:.100} is not supported"[:500])
+            elif value and value != default and name not in ("peft_version", "revision", "auto_mapping"):
+                raise ConfigError(f"{where}: {name} = {value!r:.100} is not supported"[:500])
         try:
             return cls(**given, extra=extra)
         except ConfigError as error:

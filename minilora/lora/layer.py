@@ -1,7 +1,7 @@
 """Where adapters live: a base layer and, by name, what is added to it.
 
-`LoraLinear` wraps a linear base and holds adapters; `SavedModule` wraps any module and holds trained copies of it. Both keep
-the base as it is: to disable an adapter is to have the base back, bit for bit.
+`LoraLinear` wraps a linear base and holds adapters; `SavedModule` wraps any module and holds trained copies of it.
+Both keep the base as it is: to disable an adapter is to have the base back, bit for bit.
 """
 
 from __future__ import annotations
@@ -19,19 +19,48 @@ from ..nn import Linear, Module, Parameter
 from .lora import LoraAdapter
 
 
-class LoraLinear(Module):
-    """y = base(x), and then each active adapter in turn.    x (..., I) -> (..., O)
+class Wrapper(Module):
+    """Stands in a module's place: `inner` is what stood there, `held` what each adapter brings, by its name."""
 
-    A base offers `in_features`, `out_features`, `bias` and `dense_weight()`. Adapters read x, never each other's output, so
-    several active ones add up.
-    """
+    names: tuple[str, str]  # the attributes that these are, in PEFT's words
 
-    def __init__(self, base_layer: Linear):
-        self.base_layer = base_layer
-        self.adapters: dict[str, LoraAdapter] = {}
+    def __init__(self) -> None:
         self.active: list[str] = []
         self.enabled = True
         self.merged: list[str] = []
+
+    @property
+    def inner(self) -> Any:
+        return getattr(self, self.names[0])
+
+    @property
+    def held(self) -> dict[str, Any]:
+        return getattr(self, self.names[1])  # type: ignore[no-any-return]
+
+    def merge(self, names: list[str] | None = None) -> None:
+        """Put adapters into the inner module's weights, where that means something."""
+
+    def unmerge(self) -> None:
+        """Take all of them out again."""
+
+    def result(self) -> Any:
+        """What is left in this place once adapters are merged and gone."""
+        return self.inner
+
+
+class LoraLinear(Wrapper):
+    """y = base(x), and then each active adapter in turn.    x (..., I) -> (..., O)
+
+    A base offers `in_features`, `out_features`, `bias` and `dense_weight()`. Adapters read x, never each other's
+    output, so several active ones add up.
+    """
+
+    names = "base_layer", "adapters"
+
+    def __init__(self, base_layer: Linear):
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters: dict[str, LoraAdapter] = {}
         self._original: np.ndarray | None = None  # the base's weight while adapters are merged into it
         self._effective: Array | None = None  # W + sum of s B A, while a training step goes on
 
@@ -57,7 +86,8 @@ class LoraLinear(Module):
     def prepare_step(self) -> None:
         """Form W + sum s B A once for all shards of a step, unless dropout sits between x and A."""
         running = self.running
-        if running and not any(a.dropout.active for a in running):
+        frozen = not self.base_layer.weight.requires_grad
+        if running and frozen and not any(a.dropout.active for a in running):
             W = self.base_layer.dense_weight()
             for adapter in running:
                 W = adapter.merged_weight(W)
@@ -71,7 +101,7 @@ class LoraLinear(Module):
     def merge(self, names: list[str] | None = None) -> None:
         """Put adapters (the active ones) into the base's weight: one float64 sum from the original, rounded once.
 
-        The original is kept, so that `unmerge` restores every bit. NonFiniteError, with nothing changed, for a NaN or inf.
+        The original is kept, so that `unmerge` restores every bit. A NaN or inf raises NonFiniteError; nothing changes.
         """
         names = list(dict.fromkeys(self.active if names is None else names))
         names = [n for n in names if n in self.adapters and n not in self.merged]
@@ -85,7 +115,9 @@ class LoraLinear(Module):
                 W = self.adapters[name].merged_weight(W)
             W = W.astype(weight.dtype)
         if not bool(weight.backend.xp.isfinite(W).all()):
-            raise NonFiniteError(f"merging {', '.join(names)} gives weights that are not finite: the adapter or base is broken")
+            raise NonFiniteError(
+                f"merging {', '.join(names)} gives weights that are not finite: the adapter or base is broken"
+            )
         self._original, self.merged = original, [*self.merged, *names]
         weight.data = W
 
@@ -103,18 +135,23 @@ class LoraLinear(Module):
         return weight.backend.to_numpy(self.adapters[name].merged_weight(zero))
 
 
-class SavedModule(Module):
+class SavedModule(Wrapper):
     """A module that is trained whole: the original, and by adapter's name a copy of it that training may change."""
 
+    names = "original_module", "modules_to_save"
+
     def __init__(self, original_module: Module):
+        super().__init__()
         self.original_module = original_module
         self.modules_to_save: dict[str, Module] = {}
-        self.active: list[str] = []
-        self.enabled = True
 
     def add(self, name: str) -> None:
-        duplicate = copy.deepcopy(self.original_module, _sharing_backends(self.original_module))
-        self.modules_to_save[name] = duplicate
+        # Copies live where the original does: a backend is not a thing to copy.
+        backends = {id(p.backend): p.backend for p in self.original_module.parameters()}
+        self.modules_to_save[name] = copy.deepcopy(self.original_module, backends)
+
+    def result(self) -> Any:
+        return self.current
 
     @property
     def current(self) -> Any:
@@ -130,8 +167,3 @@ class SavedModule(Module):
 
     def __call__(self, *inputs: Any) -> Tensor:
         return self.current(*inputs)  # type: ignore[no-any-return]
-
-
-def _sharing_backends(module: Module) -> dict[int, Any]:
-    """deepcopy's memo: copies live where the original does, and a backend is not a thing to copy."""
-    return {id(p.backend): p.backend for p in module.parameters()}

@@ -25,7 +25,8 @@ from .config import LoraConfig
 class LoraAdapter(Module):
     """The trainable pair of one layer: lora_A (r, I) and lora_B (O, r), with its scaling s.
 
-    An adapter is: its forward `adapter(x, y)`, its merged weight, its tensors and their shapes. A relative of LoRA has the same.
+    An adapter is: its forward `adapter(x, y)`, its merged weight, its tensors and their shapes. A relative of LoRA
+    has the same.
     """
 
     def __init__(

@@ -200,7 +200,7 @@ class _Reader:
             if self._peek() == "-" and self.text[self.at + 1 : self.at + 2] not in ("", "]"):
                 self._take()
                 high, _ = self._member()
-                if not low or not high or high < low:
+                if not low or high < low:  # a class such as \d has no character, and "" is below all
                     raise self._error("a range that does not rise from one character to another")
                 test = _between(low, high)
             tests.append(test)

@@ -1,0 +1,58 @@
+"""How long `import minilora` takes beside `import numpy`, and what it brings along.
+
+    python benchmarks/import_time.py [--runs 20]
+
+Fresh processes, alternating, so that a busy machine slows both alike; the median of each, and of the ratio pair by pair.
+Writes benchmarks/results/import-time.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RESULT = Path(__file__).parent / "results" / "import-time.json"
+
+
+def seconds(statement: str) -> float:
+    """The processor time of one fresh interpreter that runs `statement`, less an empty one's being nearly nothing."""
+    before = os.times()
+    subprocess.run([sys.executable, "-c", statement], check=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=20)
+    runs = parser.parse_args().runs
+    pairs = [(seconds("import numpy"), seconds("import minilora")) for _ in range(runs + 1)][1:]
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import minilora, sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    heavy = sorted({"cupy", "matplotlib", "torch", "scipy", "tqdm", "threadpoolctl"} & set(loaded))
+    import numpy
+
+    result = {
+        "command": "python benchmarks/import_time.py",
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "runs": runs,
+        "import_numpy_seconds": round(statistics.median(a for a, _ in pairs), 4),
+        "import_minilora_seconds": round(statistics.median(b for _, b in pairs), 4),
+        "ratio": round(statistics.median(b / a for a, b in pairs), 3),
+        "optional_packages_imported": heavy,
+    }
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

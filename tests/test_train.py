@@ -1,0 +1,572 @@
+"""The loop: it learns, it stops in time, and a run that was stopped and resumed at any step ends with the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minilora.runs
+import minilora.train
+from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
+from minilora.errors import CheckpointError, ConfigError, DataError, Interrupted, NonFiniteError
+from minilora.formats import load_file
+from minilora.optim import warmup_cosine
+from minilora.parallel import ShardedStep
+from minilora.train import Settings, bits_per_byte, evaluate, train
+
+CONFIG = TransformerConfig(
+    vocab_size=16,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=16,
+)
+TEXT = np.random.default_rng(0).integers(0, 4, 400).cumsum().astype(np.int32) % 16  # each token is near the one before
+HELD_OUT = TEXT[:60]
+SHORT = Settings(steps=6, batch_size=4, context=8, lr=1e-2, warmup=2, weight_decay=0.1, threads=1, shard=2)
+
+
+def full(seed=1):
+    return CausalLM(CONFIG, seed=seed)
+
+
+def lora(seed=1, dropout=0.1, r=2, alpha=4, base=1):
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", lora_dropout=dropout)
+    return get_peft_model(full(base), config, seed=seed)
+
+
+def with_head(seed=1):
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], rank_pattern={"q_proj": 3})
+    return get_peft_model(full(), config, seed=seed)
+
+
+def weights(model):
+    return {name: p.numpy().copy() for name, p in model.named_parameters()}
+
+
+def bits(arrays):
+    return {name: (a.dtype.str, a.shape, a.tobytes()) for name, a in arrays.items()}
+
+
+def lines(path: Path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def log_without_time(out: Path):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines(out / "log.jsonl")]
+
+
+# ---- settings ----
+
+NO_NUMBERS = [float("nan"), float("inf"), -float("inf"), -1, True, False, "1", None, [1], 1j]
+NO_COUNTS = [*NO_NUMBERS, 1.0, 1e30, 2**63, 2**70]
+NO_OPTIONAL_COUNTS = [value for value in NO_COUNTS if value is not None]
+BAD = {
+    **{name: [*NO_COUNTS, 0] for name in ("steps", "batch_size", "context", "accumulate")},
+    "warmup": NO_COUNTS,
+    "seed": NO_COUNTS,
+    **{name: [*NO_OPTIONAL_COUNTS, 0] for name in ("shard", "threads", "eval_every", "save_every")},
+    **{name: [*NO_NUMBERS, 0, 0.0] for name in ("lr", "max_grad_norm")},
+    "floor": NO_NUMBERS,
+    "weight_decay": NO_NUMBERS,
+}
+
+
+def test_the_table_has_every_setting():
+    assert set(BAD) == {f.name for f in dataclasses.fields(Settings)}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_a_bad_setting_is_named(name, value):
+    with pytest.raises(ConfigError, match=rf"^{name} must be .*got "):
+        Settings(**{name: value})
+
+
+def test_long_values_give_short_messages():
+    for name in BAD:
+        with pytest.raises(ConfigError) as caught:
+            Settings(**{name: "x" * 10_000})
+        assert len(str(caught.value)) <= 500
+
+
+def test_more_sequences_than_a_step_can_hold():
+    with pytest.raises(ConfigError, match="batch_size x accumulate"):
+        Settings(batch_size=2**40, accumulate=2)
+
+
+def test_zero_is_allowed_where_it_means_something():
+    Settings(warmup=0, seed=0, floor=0, weight_decay=0)
+
+
+# ---- learning ----
+
+
+def test_a_fresh_model_starts_at_the_uniform_loss_and_training_lowers_it(tmp_path):
+    result = train(full(), TEXT, dataclasses.replace(SHORT, steps=60), tmp_path, held_out=HELD_OUT)
+    assert result.losses[0] == pytest.approx(math.log(16), abs=0.1)
+    assert result.losses[-1] < result.losses[0] - 0.8
+    assert [step for step, _ in result.evaluations] == [0, 60]
+    assert result.evaluations[-1][1] < result.evaluations[0][1] - 0.8
+
+
+@pytest.mark.parametrize("adapt", [False, True], ids=["full", "lora"])
+def test_one_batch_is_learned_by_heart(adapt, tmp_path):
+    model = CausalLM(dataclasses.replace(CONFIG, initializer_range=1.0))  # a frozen head needs some size to be sure
+    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear")) if adapt else model
+    settings = Settings(steps=150, batch_size=1, context=8, lr=4e-2, warmup=5, threads=1)
+    result = train(model, np.arange(9) * 7 % 16, settings, tmp_path)
+    assert min(result.losses) < 0.01
+
+
+def test_training_ends_in_eval_mode_and_measuring_keeps_the_mode(tmp_path):
+    model = lora()
+    for mode in (True, False):
+        model.train(mode)
+        evaluate(model, HELD_OUT, 8, threads=1)
+        assert {m.training for _, m in model.named_modules()} == {mode}
+    train(model.train(), TEXT, dataclasses.replace(SHORT, steps=2), tmp_path, held_out=HELD_OUT)
+    assert {m.training for _, m in model.named_modules()} == {False}
+
+
+def test_fine_tuning_changes_the_adapter_and_not_one_bit_of_the_base(tmp_path):
+    model = lora()
+    before = weights(model)
+    train(model, TEXT, SHORT, tmp_path, held_out=HELD_OUT)
+    after = weights(model)
+    changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
+    assert changed == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(".lora_" in name for name in changed)
+    assert len(changed) == 14
+
+
+def test_nothing_to_train(tmp_path):
+    model = full()
+    for p in model.parameters():
+        p.requires_grad = False
+    with pytest.raises(ConfigError, match="nothing to train"):
+        train(model, TEXT, SHORT, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- what is measured ----
+
+
+def test_evaluate_is_the_mean_over_every_token_but_the_first():
+    model = CausalLM(CONFIG, seed=3, dtype="float64")
+    tokens, context = TEXT[:61], 8
+    total = 0.0
+    for start in range(0, len(tokens) - 1, context):
+        window = tokens[start : start + context + 1]
+        logits = model(window[None, :-1]).numpy()[0]  # (T, V)
+        total += sum(np.logaddexp.reduce(row) - row[target] for row, target in zip(logits, window[1:], strict=True))
+    expected = total / (len(tokens) - 1)
+    for threads in (1, 2, 4):
+        assert evaluate(model, tokens, context, threads=threads) == pytest.approx(expected, rel=1e-12)
+    assert bits_per_byte(math.log(2)) == 1
+    assert bits_per_byte(math.log(2) * 6, 3.0) == pytest.approx(2, rel=1e-15)
+
+
+def test_evaluate_on_some_windows_only():
+    model = full(3)
+    first = evaluate(model, HELD_OUT[:9], 8, threads=1)
+    assert evaluate(model, HELD_OUT, 8, limit=1, threads=1) == first
+    assert evaluate(model, HELD_OUT, 8, limit=10**9, threads=1) == evaluate(model, HELD_OUT, 8, threads=1)
+    for bad in ({"limit": 0}, {"context": 0}):
+        with pytest.raises(ConfigError):
+            evaluate(model, HELD_OUT, **{"context": 8, "threads": 1, **bad})
+    with pytest.raises(DataError):
+        evaluate(model, HELD_OUT[:1], 8, threads=1)
+
+
+def test_the_logs_hold_one_line_a_step_and_one_an_evaluation(tmp_path):
+    settings = dataclasses.replace(SHORT, eval_every=4, accumulate=2)
+    result = train(full(), TEXT, settings, tmp_path, held_out=HELD_OUT, bytes_per_token=2.0)
+    log = lines(tmp_path / "log.jsonl")
+    assert [list(line) for line in log] == [["step", "loss", "lr", "grad_norm", "tokens", "seconds"]] * 6
+    assert [line["step"] for line in log] == list(range(6))
+    assert [line["loss"] for line in log] == result.losses
+    assert [line["lr"] for line in log] == [1e-2 * warmup_cosine(step, 6, 2, 0.1) for step in range(6)]
+    assert {line["tokens"] for line in log} == {2 * 4 * 8}
+    assert all(line["grad_norm"] > 0 and line["seconds"] > 0 for line in log)
+    held = lines(tmp_path / "eval.jsonl")
+    assert [list(line) for line in held] == [["step", "loss", "bits_per_byte"]] * 3
+    assert [(line["step"], line["loss"]) for line in held] == result.evaluations
+    assert [step for step, _ in result.evaluations] == [0, 4, 6]
+    assert all(line["bits_per_byte"] == bits_per_byte(line["loss"], 2.0) for line in held)
+
+
+def test_a_folder_used_again_without_resume_starts_new_logs(tmp_path):
+    for _ in range(2):
+        train(full(), TEXT, dataclasses.replace(SHORT, steps=1), tmp_path, held_out=HELD_OUT)
+    assert [line["step"] for line in lines(tmp_path / "log.jsonl")] == [0]
+    assert [line["step"] for line in lines(tmp_path / "eval.jsonl")] == [0, 1]
+
+
+# ---- the same bits ----
+
+
+@pytest.mark.parametrize("make", [full, lora], ids=["full", "lora"])
+def test_the_number_of_threads_changes_no_bit(make, tmp_path):
+    results = []
+    for threads in (1, 2, 4):
+        model, out = make(), tmp_path / str(threads)
+        out.mkdir()
+        settings = dataclasses.replace(SHORT, threads=threads, eval_every=3)
+        result = train(model, TEXT, settings, out, held_out=HELD_OUT)
+        results.append((result.losses, result.evaluations, bits(weights(model)), log_without_time(out)))
+    assert results[1] == results[0]
+    assert results[2] == results[0]
+
+
+def test_accumulating_is_a_larger_batch_bit_for_bit(tmp_path):
+    results = []
+    for sizes in ({"batch_size": 4, "accumulate": 3}, {"batch_size": 12}):
+        model = lora()
+        result = train(model, TEXT, dataclasses.replace(SHORT, **sizes), tmp_path)
+        results.append((result.losses, bits(weights(model)), log_without_time(tmp_path)))
+    assert results[0] == results[1]
+    assert results[0][2][0]["tokens"] == 96
+
+
+RUNS = {
+    "lora": (lora, {}),
+    "lora, accumulated": (lora, {"accumulate": 3}),
+    "saved head": (with_head, {}),
+    "full": (full, {}),
+    "full, accumulated": (full, {"accumulate": 3}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resuming_from_every_checkpoint_gives_the_same_bits(name, tmp_path, monkeypatch):
+    make, changes = RUNS[name]
+    settings = dataclasses.replace(SHORT, **changes, eval_every=2)
+    straight, model = tmp_path / "straight", make()
+    straight.mkdir()
+    expected = train(model, TEXT, settings, straight, held_out=HELD_OUT)
+    assert not (straight / "checkpoints").exists()
+
+    monkeypatch.setattr(minilora.runs, "KEPT", 100)
+    settings = dataclasses.replace(settings, save_every=1)
+    saving = tmp_path / "saving"
+    saving.mkdir()
+    train(make(), TEXT, settings, saving, held_out=HELD_OUT)
+    last = saving / "checkpoints" / f"step-{settings.steps}"
+    for step in range(1, settings.steps + 1):
+        out = tmp_path / f"from-{step}"
+        shutil.copytree(saving, out)
+        for later in range(step + 1, settings.steps + 1):
+            shutil.rmtree(out / "checkpoints" / f"step-{later}")
+        with open(out / "log.jsonl", "a", encoding="utf-8") as log:
+            log.write('{"step": 7, "lo')  # killed while it wrote a line
+        resumed = make(seed=77)  # other first values, which the checkpoint must replace
+        threads = dataclasses.replace(settings, threads=1 + step % 2)
+        result = train(resumed, TEXT, threads, out, held_out=HELD_OUT, resume="auto")
+        assert result.losses == expected.losses
+        assert result.evaluations == expected.evaluations
+        assert bits(weights(resumed)) == bits(weights(model))
+        assert log_without_time(out) == log_without_time(straight)
+        assert lines(out / "eval.jsonl") == lines(straight / "eval.jsonl")
+        for file in sorted(p.name for p in last.iterdir()):
+            ours, theirs = (folder / file for folder in (out / "checkpoints" / last.name, last))
+            if file.endswith(".safetensors"):
+                assert bits(load_file(ours)) == bits(load_file(theirs))
+            else:
+                assert ours.read_bytes() == theirs.read_bytes()
+
+
+# ---- resuming another run ----
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    out = tmp_path_factory.mktemp("stopped")
+    train(lora(), TEXT, dataclasses.replace(SHORT, save_every=3), out)
+    shutil.rmtree(out / "checkpoints" / "step-6")
+    return out
+
+
+OTHER = {
+    "steps": 7,
+    "batch_size": 5,
+    "context": 7,
+    "lr": 2e-2,
+    "warmup": 3,
+    "floor": 0.2,
+    "weight_decay": 0.2,
+    "max_grad_norm": 2.0,
+    "accumulate": 2,
+    "seed": 1,
+    "shard": 1,
+}
+
+
+def refused(stopped, tmp_path, model, tokens, settings, *names):
+    out = tmp_path / "out"
+    shutil.copytree(stopped, out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    first = bits(weights(model))
+    with pytest.raises(CheckpointError) as caught:
+        train(model, tokens, settings, out, resume="auto")
+    assert "belongs to another run" in str(caught.value)
+    assert all(name in str(caught.value) for name in names)
+    assert len(str(caught.value)) <= 500
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert bits(weights(model)) == first
+    return str(caught.value)
+
+
+def test_every_setting_either_is_free_or_makes_another_run():
+    assert set(OTHER) | set(Settings.FREE) == {f.name for f in dataclasses.fields(Settings)}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_changed_setting_is_named(name, stopped, tmp_path):
+    message = refused(stopped, tmp_path, lora(), TEXT, dataclasses.replace(SHORT, **{name: OTHER[name]}), name)
+    assert repr(OTHER[name]) in message
+    assert repr(getattr(SHORT, name)) in message
+
+
+def test_every_changed_setting_is_named_at_once(stopped, tmp_path):
+    refused(stopped, tmp_path, lora(), TEXT, dataclasses.replace(SHORT, lr=2e-2, seed=5), "lr (", "seed (")
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "name"),
+    [
+        (lora, TEXT[1:], "text"),
+        (lora, np.where(np.arange(400) == 399, TEXT ^ 1, TEXT), "text"),
+        (lambda: lora(r=3), TEXT, "parameters"),
+        (full, TEXT, "parameters"),
+        (lambda: lora(alpha=8), TEXT, "lora_alpha"),
+        (lambda: lora(dropout=0.2), TEXT, "lora_dropout"),
+        (lambda: lora(base=2), TEXT, "frozen weights"),
+    ],
+    ids=["shorter text", "one token", "rank", "no adapter", "alpha", "dropout", "base"],
+)
+def test_another_text_or_model_is_another_run(model, tokens, name, stopped, tmp_path):
+    refused(stopped, tmp_path, model(), tokens, SHORT, name)
+
+
+def test_free_settings_may_change(stopped, tmp_path):
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    straight.mkdir()
+    model = lora()
+    expected = train(model, TEXT, SHORT, straight)
+    shutil.copytree(stopped, out)
+    resumed = lora(seed=5)
+    free = dataclasses.replace(SHORT, threads=3, eval_every=2, save_every=2)
+    assert train(resumed, TEXT, free, out, resume="auto").losses == expected.losses
+    assert bits(weights(resumed)) == bits(weights(model))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run": None},
+        {"run": [1]},
+        {"optimizer": 3},
+        {"optimizer": {"optimizer": "SGD", "steps": {}}},
+        {"losses": None},
+        {"losses": ["a", "b", "c"]},
+        {"losses": [1.0, 2.0]},
+        {"evaluations": [[1]]},
+        {"evaluations": 5},
+    ],
+    ids=repr,
+)
+def test_a_state_that_makes_no_sense_is_a_damaged_checkpoint(change, stopped, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(stopped, out)
+    path = out / "checkpoints" / "step-3" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["state"] |= change
+    path.write_text(json.dumps(manifest))
+    model = lora()
+    first = bits(weights(model))
+    with pytest.raises(CheckpointError):
+        train(model, TEXT, SHORT, out, resume="auto")
+    assert bits(weights(model)) == first
+
+
+# ---- numbers that are none ----
+
+
+@pytest.fixture
+def before_each_step(monkeypatch):
+    """Weights as they were before each step's gradients; `trouble` may spoil what a step returns."""
+    seen: list[dict] = []
+    trouble: dict[int, object] = {}
+    plain = ShardedStep.gradients
+
+    def watched(self, batch, params, seed=0, step=0):
+        seen.append(weights(self.model))
+        loss, found = plain(self, batch, params, seed, step)
+        return trouble.get(step, lambda loss, found: (loss, found))(loss, found)
+
+    monkeypatch.setattr(ShardedStep, "gradients", watched)
+    return seen, trouble
+
+
+def spoil_one(loss, found):
+    found[-1].flat[0] = np.inf
+    return loss, found
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_poisoned_base_stops_the_first_step(value, tmp_path, before_each_step):
+    model = lora()
+    model.get_base_model().model.norm.weight.data[3] = value
+    with pytest.raises(NonFiniteError, match="step 0"):
+        train(model, TEXT, SHORT, tmp_path)
+    assert bits(weights(model)) == bits(before_each_step[0][-1])
+    assert lines(tmp_path / "log.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    "trouble", [lambda loss, found: (math.nan, found), lambda loss, found: (math.inf, found), spoil_one]
+)
+def test_a_loss_or_a_gradient_that_is_no_number_stops_its_own_step(trouble, tmp_path, before_each_step):
+    seen, troubles = before_each_step
+    troubles[4] = trouble
+    model = full()
+    with pytest.raises(NonFiniteError, match="step 4"):
+        train(model, TEXT, dataclasses.replace(SHORT, save_every=2), tmp_path)
+    assert len(seen) == 5
+    assert bits(weights(model)) == bits(seen[-1])
+    assert [line["step"] for line in lines(tmp_path / "log.jsonl")] == [0, 1, 2, 3]
+    saved = load_file(tmp_path / "checkpoints" / "step-4" / "model.safetensors")
+    assert bits(saved) == bits(weights(model))
+    assert all(np.isfinite(a).all() for a in saved.values())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_huge_learning_rate_ends_at_the_step_that_overflows(tmp_path, before_each_step):
+    model = full()
+    with pytest.raises(NonFiniteError) as caught:
+        train(model, TEXT, dataclasses.replace(SHORT, lr=1e30, warmup=0, max_grad_norm=1e30), tmp_path)
+    assert f"step {len(before_each_step[0]) - 1}:" in str(caught.value)
+    assert bits(weights(model)) == bits(before_each_step[0][-1])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_held_out_loss_that_is_no_number_is_an_error_not_a_figure(tmp_path):
+    model = full()
+    model.model.norm.weight.data[0] = np.nan
+    with pytest.raises(NonFiniteError, match="held-out"):
+        evaluate(model, HELD_OUT, 8, threads=1)
+    with pytest.raises(NonFiniteError, match="held-out"):
+        train(model, TEXT, SHORT, tmp_path, held_out=HELD_OUT)
+
+
+# ---- signals ----
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """signal_at({step: [signals]}): this process gets them while it prepares that step's batch."""
+    plain = minilora.train.Windows.batch
+
+    def arrange(plan):
+        def batch(self, step):
+            for number in plan.get(step, ()):
+                signal.raise_signal(number)
+            return plain(self, step)
+
+        monkeypatch.setattr(minilora.train.Windows, "batch", batch)
+
+    return arrange
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_saves_it(number, step, tmp_path, signal_at):
+    out, straight = tmp_path / "out", tmp_path / "straight"
+    out.mkdir()
+    straight.mkdir()
+    model = lora()
+    expected = train(model, TEXT, SHORT, straight, held_out=HELD_OUT)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    signal_at({step: [number]})
+    with pytest.raises(Interrupted, match=number.name) as caught:
+        train(lora(), TEXT, SHORT, out, held_out=HELD_OUT)
+    assert caught.value.exit_code == 128 + number
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{step + 1}"]
+    signal_at({})
+    resumed = lora(seed=5)
+    result = train(resumed, TEXT, SHORT, out, held_out=HELD_OUT, resume="auto")
+    assert (result.losses, result.evaluations) == (expected.losses, expected.evaluations)
+    assert bits(weights(resumed)) == bits(weights(model))
+    assert log_without_time(out) == log_without_time(straight)
+
+
+def test_a_signal_in_the_last_step_comes_too_late_to_matter(tmp_path, signal_at):
+    signal_at({5: [signal.SIGINT]})
+    assert len(train(lora(), TEXT, SHORT, tmp_path).losses) == 6
+
+
+def test_a_second_signal_stops_at_once(tmp_path, signal_at):
+    signal_at({3: [signal.SIGINT, signal.SIGINT]})
+    with pytest.raises(KeyboardInterrupt):
+        train(lora(), TEXT, dataclasses.replace(SHORT, save_every=2), tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_training_in_another_thread_leaves_signals_alone(tmp_path):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(train(lora(), TEXT, SHORT, tmp_path).losses))
+    thread.start()
+    thread.join()
+    (tmp_path / "here").mkdir()
+    assert found == [train(lora(), TEXT, SHORT, tmp_path / "here").losses]
+
+
+KILLED = """
+import os, signal, sys
+from minilora.data import Windows
+from minilora.cli import main
+plain = Windows.batch
+def batch(self, step):
+    if step == 3:
+        os.kill(os.getpid(), int(sys.argv[1]))
+    return plain(self, step)
+Windows.batch = batch
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_killed_command_goes_on_where_it_was(number, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_bytes(bytes(range(97, 123)) * 40)
+    options = {"steps": 6, "batch-size": 4, "context": 8, "threads": 2, "hidden-size": 16, "intermediate-size": 16}
+    options |= {"num-hidden-layers": 1, "num-attention-heads": 2}
+    arguments = ["pretrain", "--data", "book.txt", *(f"--{name}={value}" for name, value in options.items())]
+    command = [sys.executable, "-c", KILLED, str(int(number)), *arguments, "--out", "killed"]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == code, killed.stderr
+    assert "Traceback" not in killed.stderr
+    assert killed.stderr.splitlines()[-1].startswith(f"minilora: error: {number.name} after step 3")
+    assert [p.name for p in Path("killed/checkpoints").iterdir()] == ["step-4"]
+
+    from minilora.cli import main
+
+    assert main([*arguments, "--out", "straight"]) == 0
+    assert main([*arguments, "--out", "killed", "--resume", "auto"]) == 0
+    for name in ("model.safetensors", "config.json", "eval.jsonl"):
+        assert Path("killed", name).read_bytes() == Path("straight", name).read_bytes()
+    assert log_without_time(Path("killed")) == log_without_time(Path("straight"))
