@@ -95,6 +95,12 @@ class TransformerConfig:
     def kv_heads(self) -> int:
         return self.num_key_value_heads or self.num_attention_heads
 
+    def parameter_count(self) -> int:
+        """How many weights the model has; a tied head counts once, biases are left out."""
+        C, D, H, K = self.hidden_size, self.head_dim or 0, self.num_attention_heads, self.kv_heads
+        layer = 2 * C * D * (H + K) + 3 * C * self.intermediate_size + 2 * C
+        return (1 if self.tie_word_embeddings else 2) * self.vocab_size * C + self.num_hidden_layers * layer + C
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> TransformerConfig:
         """From config.json as transformers writes it today, or did before `rope_parameters` and `dtype`."""
@@ -323,10 +329,10 @@ class CausalLM(Module):
         with checkpoint:
             config = TransformerConfig.from_dict(raw)
             keys = set(checkpoint.keys())
-            if config.num_hidden_layers > len(keys):
-                raise FormatError(
-                    f"{directory}: config.json says {config.num_hidden_layers} layers, the file has {len(keys)} tensors"
-                )
+            stored = sum(math.prod(checkpoint.shape(key)) for key in keys)
+            if config.parameter_count() > 2 * stored:  # seen before memory is asked for
+                described = f"{config.parameter_count():,} parameters"
+                raise FormatError(f"{directory}: config.json describes {described}, the file holds {stored:,}")
             model = cls(config, seed=None, dtype=dtype)
             own = dict(model.named_parameters())
             tied = {"lm_head.weight"} & keys if config.tie_word_embeddings else set()

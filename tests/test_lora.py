@@ -566,7 +566,9 @@ def test_b_zero_and_disabled_are_the_base_bit_for_bit(config: LoraConfig, dtype:
     changed = logits(model.eval())
     assert changed.tobytes() != before
     with model.disable_adapter():
-        assert logits(model).tobytes() == before
+        with model.disable_adapter():
+            assert logits(model).tobytes() == before
+        assert logits(model).tobytes() == before  # the inner block gives back what it found
     assert logits(model).tobytes() == changed.tobytes()
     assert {p.dtype for p in model.parameters()} == {np.dtype(dtype)}
     assert model.unload() is plain
@@ -1195,3 +1197,19 @@ def test_what_only_the_future_knows_is_kept(tmp_path: Path) -> None:
         again = PeftModel.from_pretrained(base(), tmp_path)
     again.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text()) == written
+
+
+def test_the_order_of_patterns_survives_saving(tmp_path: Path) -> None:
+    patterns = {"q_proj": 1, "layers.1.*q_proj": 200}  # the first match holds; sorted, the second would come first
+    model = get_peft_model(base(), lora(alpha_pattern=patterns))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path)
+    assert list(again.peft_config["default"].alpha_pattern) == list(patterns)
+    assert again.get_base_model().model.layers[1].self_attn.q_proj.adapters["default"].scaling == 1 / 2
+
+
+def test_a_name_in_use_is_the_caller_s_mistake_not_the_file_s(tmp_path: Path) -> None:
+    model = get_peft_model(base(), lora())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="already"):
+        model.load_adapter(tmp_path, "default")

@@ -383,7 +383,7 @@ def test_every_mismatch_is_listed_in_one_error(tmp_path: Path) -> None:
         assert part in str(error.value)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**30}))
-    with pytest.raises(FormatError, match=f"{2**30} layers"):
+    with pytest.raises(FormatError, match="the file holds"):
         CausalLM.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
     with pytest.raises(FormatError, match=r"and 1\d more"):
@@ -409,3 +409,18 @@ def test_old_buffers_in_a_file_are_passed_over(tmp_path: Path) -> None:
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
     save_file(file, load_file(file) | buffer)
     assert bits(CausalLM.from_pretrained(tmp_path)) == bits(model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_parameter_count_is_a_formula(tied: bool) -> None:
+    config = TransformerConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+                               num_key_value_heads=2, head_dim=10, tie_word_embeddings=tied)  # fmt: skip
+    assert config.parameter_count() == sum(p.size for p in CausalLM(config).parameters())
+
+
+def test_a_configuration_far_larger_than_its_file_is_refused_before_memory_is_asked_for(tmp_path: Path) -> None:
+    CausalLM(TransformerConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 2**31 - 1, "vocab_size": 2**31 - 1}))
+    with pytest.raises(FormatError, match="the file holds"):
+        CausalLM.from_pretrained(tmp_path)

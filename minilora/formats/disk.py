@@ -143,11 +143,14 @@ def read_json(path: PathLike, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def write_json(path: PathLike, value: dict[str, Any]) -> None:
-    """Write `value` as JSON with sorted keys, atomically. ConfigError when `read_json` could not read it back."""
+    """Write `value` as JSON, atomically, its keys sorted. ConfigError when `read_json` could not read it back.
+
+    Objects inside keep their order, which can carry a meaning: in a rank_pattern the first entry that matches holds.
+    """
     try:
-        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        text = json.dumps(dict(sorted(value.items())), indent=2, allow_nan=False) + "\n"
         parse_json(text.encode(), "read back")
-    except (TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{quoted(path)}: cannot be written as JSON: {str(error)[:200]}") from None
     with atomic_file(path) as file:
         file.write(text.encode())

@@ -60,7 +60,7 @@ class PeftModel(Module):
 
     def __init__(self, model: Any, config: LoraConfig, adapter_name: str = "default", seed: int = 0):
         self._wrap_model(model)
-        self._inject(adapter_name, self._plan(adapter_name, config), seed)
+        self.add_adapter(adapter_name, config, seed)
         self.set_adapter(adapter_name)
 
     def _wrap_model(self, model: Any) -> None:
@@ -97,10 +97,11 @@ class PeftModel(Module):
 
     def add_adapter(self, adapter_name: str, config: LoraConfig, seed: int = 0) -> None:
         """Add another adapter; it stays inactive until `set_adapter`."""
-        self._inject(adapter_name, self._plan(adapter_name, config), seed)
+        self._check_name(adapter_name, config)
+        self._inject(adapter_name, plan_adapter(self.model, config), seed)
 
-    def _plan(self, adapter_name: str, config: LoraConfig) -> Plan:
-        """`plan_adapter`, for an adapter that these would be joined by."""
+    def _check_name(self, adapter_name: str, config: LoraConfig) -> None:
+        """ConfigError if an adapter of this name and configuration cannot join those that are here."""
         if adapter_name in self.peft_config:
             raise ConfigError(f"there is an adapter {adapter_name!r} already: {', '.join(self.peft_config)}")
         if not adapter_name or "." in adapter_name or adapter_name in "lora_":
@@ -108,15 +109,14 @@ class PeftModel(Module):
         biased = [n for n, c in self.peft_config.items() if c.bias != "none"]
         if biased and config.bias != "none":
             raise ConfigError(f"adapter {biased[0]!r} trains the base's biases already: a second one needs bias='none'")
-        return plan_adapter(self.model, config)
 
     def _inject(self, adapter_name: str, plan: Plan, seed: int) -> None:
         for path, base in plan.targets.items():
             layer = self._wrap(path, LoraLinear)
-            stream = zlib.crc32(path.encode())
+            place = zlib.crc32(path.encode())
             layer.adapters[adapter_name] = LoraAdapter(
-                base.in_features, base.out_features, path, plan.config, np.random.default_rng([seed, stream]),
-                base.weight.dtype, base.weight.backend, stream,
+                base.in_features, base.out_features, path, plan.config, np.random.default_rng([seed, place]),
+                base.weight.dtype, base.weight.backend, place + len(layer.adapters),
             ).train(base.training)  # fmt: skip
         for path in plan.saved:
             self._wrap(path, SavedModule).add(adapter_name)
@@ -300,8 +300,9 @@ class PeftModel(Module):
         """Add the adapter that a folder holds; it stays inactive until `set_adapter`."""
         raw, tensors = read_adapter(directory)
         config = LoraConfig.from_dict(raw, f"{directory}/adapter_config.json")
+        self._check_name(adapter_name, config)
         try:
-            plan = self._plan(adapter_name, dataclasses.replace(config, inference_mode=not is_trainable))
+            plan = plan_adapter(self.model, dataclasses.replace(config, inference_mode=not is_trainable))
         except ConfigError as error:
             raise FormatError(f"{directory}: the adapter does not fit this base: {error}"[:500]) from error
         expected = plan.shapes(self.model)
