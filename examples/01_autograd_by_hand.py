@@ -1,7 +1,7 @@
 """What a gradient is, three times: by hand, by minilora's autograd, and by measuring.
 
-You should see the same numbers from all three; then an operation of our own with its gradient written beside it, and what the
-checker says when that gradient is wrong by a hair.
+You should see the same numbers from all three; then an operation of our own with its gradient written beside it, and
+what the checker says when that gradient is wrong by a hair.
 """
 
 import numpy as np
@@ -40,7 +40,7 @@ for (name, hand), auto in zip(by_hand.items(), gradients(loss, [tA, tB]), strict
     print(f"{name}: autograd differs from the formula by {np.abs(hand - auto).max():.1e}")
 
 
-# ---- 3. an operation of our own ---------------------------------------------------------------------------------------
+# ---- 3. an operation of our own --------------------------------------------------------------------------------------
 def softplus(x: Tensor, wrong: float = 0.0) -> Tensor:
     """log(1 + e^x), whose derivative is 1 / (1 + e^-x)."""
     X = x.data

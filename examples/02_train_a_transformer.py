@@ -1,7 +1,7 @@
 """A transformer from nothing, by a loop written out: batch, loss, gradients, step.
 
-You should see the loss fall from ln 256 = 5.5 (every byte equally likely) to about 2.5 in 150 steps, and the samples turn from
-noise into something with the rhythm of English.
+You should see the loss fall from ln 256 = 5.5 (every byte equally likely) to about 2.7 in 150 steps, and the samples
+turn from noise into something with the rhythm of English.
 """
 
 import math

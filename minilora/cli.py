@@ -401,7 +401,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--quick", action="store_true", help="20 seconds: shows that everything runs, no more")
     sub.add_argument("--pretrain-data", metavar="FILE", help="your own text in place of the language reference")
     sub.add_argument("--adapt-data", metavar="FILE", help="your own text in place of the standard library")
-    sub.add_argument("--r", type=int, default=8, help="rank of the adapter (8)")
+    sub.add_argument("--r", type=int, default=4, help="rank of the adapter (4)")
     sub.add_argument("--lora-alpha", type=_number, default=16, metavar="X", help="scaling is lora_alpha / r (16)")
     sub.add_argument("--out", metavar="DIR", help="a new folder (default: runs/demo-NNN)")
     common(sub)

@@ -30,24 +30,24 @@ MODEL = TransformerConfig(
     vocab_size=256,
     hidden_size=128,
     intermediate_size=384,
-    num_hidden_layers=5,
+    num_hidden_layers=4,
     num_attention_heads=4,
     max_position_embeddings=256,
     tie_word_embeddings=True,
 )
-PRETRAIN = Settings(steps=700, batch_size=16, context=128, lr=3e-3, weight_decay=0.1, eval_every=100)
-ADAPT = Settings(steps=400, batch_size=16, context=128, lr=5e-3, eval_every=50)
+PRETRAIN = Settings(steps=600, batch_size=16, context=128, lr=3e-3, weight_decay=0.1, eval_every=100)
+ADAPT = Settings(steps=350, batch_size=16, context=128, lr=5e-3, eval_every=50)
 PROMPT = "def read("
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of a demo; the defaults take some three minutes on two cores."""
+    """The sizes of a demo; the defaults take some two to three minutes on two cores."""
 
     model: TransformerConfig = MODEL
     pretrain: Settings = PRETRAIN
     adapt: Settings = ADAPT
-    lora: LoraConfig = field(default_factory=lambda: LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    lora: LoraConfig = field(default_factory=lambda: LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"))
     windows: int = 512  # held-out windows that the final figures are measured on
     sample: int = 240  # bytes of text to write
 

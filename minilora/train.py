@@ -30,7 +30,7 @@ from .optim import AdamW, clip_by_global_norm, warmup_cosine
 from .parallel import ShardedStep, shard_size
 from .runs import Log, find_checkpoint, save_checkpoint
 
-MAX_SEQUENCES = 2**24  # a step: more is a mistake of typing, and would only end in an array that has no room
+MAX_SEQUENCES = 2**20  # a step: more is a mistake of typing, and would only end in an array that has no room
 
 
 @dataclasses.dataclass(frozen=True)

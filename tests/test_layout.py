@@ -1,4 +1,4 @@
-"""The structure of the code: imports point one way, cupy and matplotlib have one room each, nobody takes a private name."""
+"""The structure: imports point one way, cupy and matplotlib have a room each, private names stay private."""
 
 import ast
 from pathlib import Path
@@ -47,7 +47,7 @@ def room_of(path: Path) -> str:
 
 
 def imports(path: Path) -> list[tuple[str, str]]:
-    """(module, name) of every import in a file, also those inside functions; names of minilora without their package."""
+    """(module, name) of every import in a file, also those inside functions."""
     found = []
     package = ["minilora", *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

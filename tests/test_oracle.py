@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from minilora import functional as F
 from minilora.autograd import Tensor, gradients
+from minilora.demo import Plan, demo
 from minilora.formats import load_file
 from minilora.lora import LoraConfig, LoraLinear, PeftModel, get_peft_model
 from minilora.optim import AdamW
@@ -378,3 +380,31 @@ def test_the_lesson_s_snippet_counts_the_same(llama: tuple[Path, Any]) -> None:
         counts.append(make(model, config).get_nb_trainable_parameters())
     assert counts[0] == counts[1]
     assert counts[0][0] == 3 * 64 * ((8 + 8) + (8 + 4))
+
+
+# ---- the main job ----
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the demo wrote: the run that MINILORA_DEMO names, or else a quick one."""
+    if "MINILORA_DEMO" in os.environ:
+        return Path(os.environ["MINILORA_DEMO"])
+    folder = tmp_path_factory.mktemp("demo")
+    demo(folder, Plan().quick(), pictures=False, say=lambda text: None)
+    return folder
+
+
+def test_the_demo_s_base_loads_in_transformers_and_its_adapter_in_peft(demo_folder: Path) -> None:
+    base, adapter = demo_folder / "base", demo_folder / "adapter"
+    text = "def read(path):\n    return "
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    ids = tokenizer(text)["input_ids"]
+    assert ids == list(text.encode())
+    ours, theirs = CausalLM.from_pretrained(base), transformers.AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        assert close(theirs(torch.tensor([ids])).logits, ours([ids]).numpy(), 1e-5)
+        ours, theirs = PeftModel.from_pretrained(ours, adapter), peft.PeftModel.from_pretrained(theirs, adapter).eval()
+        assert close(theirs(torch.tensor([ids])).logits, ours([ids]).numpy(), 1e-5)
+        merged = theirs.merge_and_unload()
+        assert close(merged(torch.tensor([ids])).logits, ours.merge_and_unload()([ids]).numpy(), 1e-5)

@@ -635,7 +635,7 @@ def test_bfloat16_files_of_torch(tmp_path):
     reference.save_file({"h": half, "b": brain, "f": torch.ones(3)}, tmp_path / "theirs", {"format": "pt"})
     with SafetensorsFile(tmp_path / "theirs") as file:
         assert np.array_equal(file.read_bits("b"), patterns)
-        order = [Entry(k, file.dtype(k), file.shape(k), lambda k=k: file.read_bits(k)) for k in file.keys()]  # noqa: SIM118
+        order = [Entry(k, file.dtype(k), file.shape(k), lambda k=k: file.read_bits(k)) for k in list(file.keys())]
         write_stream(tmp_path / "ours", order)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 

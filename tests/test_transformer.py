@@ -421,6 +421,7 @@ def test_the_parameter_count_is_a_formula(tied: bool) -> None:
 def test_a_configuration_far_larger_than_its_file_is_refused_before_memory_is_asked_for(tmp_path: Path) -> None:
     CausalLM(TransformerConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 2**31 - 1, "vocab_size": 2**31 - 1}))
+    config |= {"intermediate_size": 2**31 - 1, "vocab_size": 2**31 - 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match="the file holds"):
         CausalLM.from_pretrained(tmp_path)
