@@ -31,6 +31,7 @@ from .runs import find_checkpoint, numbered_folder, open_folder
 from .transformer import CausalLM, TransformerConfig
 
 PATHS = ("base", "adapter", "data", "eval_data", "out", "resume", "pretrain_data", "adapt_data", "directory")
+MAX_PARAMETERS = 2**32  # 64 GiB to train; a shape beyond that is a mistake of typing
 SUCCESS, FAILED, USAGE, IO = 0, 1, 2, 4
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
@@ -64,6 +65,8 @@ def pretrain(args: argparse.Namespace) -> None:
     limit = args.max_position_embeddings or max(settings.context, 256)
     _within_positions(settings.context, limit)
     config = TransformerConfig(**shape, max_position_embeddings=limit, tie_word_embeddings=not args.untied)
+    if config.parameter_count() > MAX_PARAMETERS:
+        raise ConfigError(f"a model of {config.parameter_count():,} parameters: at most {MAX_PARAMETERS:,} are trained")
     tokens, held_out, _ = _texts(args.data, args.eval_data, tokenizer, settings.context)
     model = CausalLM(config, seed=settings.seed, device=args.device)
     out = _run_folder(args, "pretrain")
@@ -331,7 +334,7 @@ def _initialiser(text: str) -> bool | str:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def _number(text: str) -> float:
+def number(text: str) -> float:
     value = float(text)
     return int(value) if value.is_integer() and "." not in text and abs(value) < 2**53 else value
 
@@ -339,7 +342,7 @@ def _number(text: str) -> float:
 # How each field of LoraConfig is read from the command line; a field that is missing here is no option.
 LORA_OPTIONS: dict[str, dict[str, Any]] = {
     "r": {"type": int},
-    "lora_alpha": {"type": _number},
+    "lora_alpha": {"type": number},
     "target_modules": {"type": _targets},
     "exclude_modules": {"type": _targets},
     "lora_dropout": {"type": float},
@@ -402,7 +405,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--pretrain-data", metavar="FILE", help="your own text in place of the language reference")
     sub.add_argument("--adapt-data", metavar="FILE", help="your own text in place of the standard library")
     sub.add_argument("--r", type=int, default=4, help="rank of the adapter (4)")
-    sub.add_argument("--lora-alpha", type=_number, default=16, metavar="X", help="scaling is lora_alpha / r (16)")
+    sub.add_argument("--lora-alpha", type=number, default=16, metavar="X", help="scaling is lora_alpha / r (16)")
     sub.add_argument("--out", metavar="DIR", help="a new folder (default: runs/demo-NNN)")
     common(sub)
 
@@ -487,7 +490,8 @@ def _run(argv: Sequence[str], debug: bool) -> int:
         for name in PATHS:
             path = getattr(args, name, None)
             if path is not None and (not path or "\0" in path):  # "" is what a shell makes of an unset variable
-                parser.error(f"argument {name.replace('_', '-')}: {path!r} is no path")
+                flag = "DIR" if name == "directory" else f"--{name.replace('_', '-')}"
+                parser.error(f"argument {flag}: {path!r} is no path")
         args.run(args)
         sys.stdout.flush()
         return SUCCESS

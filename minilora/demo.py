@@ -186,7 +186,7 @@ def _draw(out: Path, model: PeftModel, first: Any, second: Any, say: Callable[[s
     layers = {}
     for path, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLinear):
-            W = layer.base_layer.weight.numpy()
+            W = layer.base_layer.dense_weight()
             dW = layer.delta_weight(model.active_adapter)
             rank = model.peft_config[model.active_adapter].rank(path)
             of_delta = np.linalg.svd(dW, compute_uv=False)[:rank]  # the others are zero

@@ -40,13 +40,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     shape = x.shape
     W_kept = W if x.requires_grad else None
     X_kept = X if weight.requires_grad else None  # a frozen W's gradient is not wanted, and only that would read X
-    need_db = [bias.requires_grad] if bias is not None else []
+    need_db, count = bias is not None and bias.requires_grad, len(inputs)
 
     def vjp(dy: Array) -> Grads:
         dY = rows(dy)  # (N, O)
         dx = None if W_kept is None else (dY @ W_kept).reshape(shape)  # (N, O) @ (O, I) -> (N, I)
         dW = None if X_kept is None else dY.T @ X_kept  # (O, N) @ (N, I) -> (O, I)
-        return dx, dW, *(dY.sum(axis=0) if need else None for need in need_db)
+        db = dY.sum(axis=0) if need_db else None
+        return (dx, dW, db)[:count]
 
     return record(y.reshape(*shape[:-1], len(W)), inputs, vjp)
 
@@ -85,27 +86,36 @@ def merged_linear(
     The array W' = W + sum_i s_i B_i A_i was formed beforehand, once for many calls: by the merge identity this equals
     `linear` followed by `lora_linear` for each pair, with one product a direction. W' is no parameter; A_i and B_i are.
     """
-    inputs = (x, *(f for A, B, _ in factors for f in (A, B)), *(() if bias is None else (bias,)))
+    inputs = (x, *(() if bias is None else (bias,)), *(f for A, B, _ in factors for f in (A, B)))
     namespace(*inputs)
     X, shape = rows(x.data), x.shape
     y = X @ weight.T  # (N, I) @ (I, O) -> (N, O)
     if bias is not None:
         y += bias.data
     pairs = [(A.data, B.data, float(s)) for A, B, s in factors]
-    need_dx = x.requires_grad
+    need_dx, has_bias, need_db = x.requires_grad, bias is not None, bias is not None and bias.requires_grad
     X_kept = X if any(f.requires_grad for A, B, _ in factors for f in (A, B)) else None
-    need_db = [bias.requires_grad] if bias is not None else []
 
     def vjp(dy: Array) -> Grads:
         dY = rows(dy)  # (N, O)
-        dx = (dY @ weight).reshape(shape) if need_dx else None  # (N, O) @ (O, I) -> (N, I)
-        low_rank: list[Array | None] = []
+        found = [(dY @ weight).reshape(shape) if need_dx else None]  # dx (N, O) @ (O, I) -> (N, I)
+        if has_bias:
+            found.append(dY.sum(axis=0) if need_db else None)
         for a, b, s in pairs:
-            both = None if X_kept is None else ((dY @ b * s).T @ X_kept, dY.T @ (X_kept @ a.T) * s)
-            low_rank += both or (None, None)  # dA (r, N) @ (N, I), dB (O, N) @ (N, r)
-        return dx, *low_rank, *(dY.sum(axis=0) if need else None for need in need_db)
+            found.append(None if X_kept is None else (dY @ b * s).T @ X_kept)  # dA (r, N) @ (N, I) -> (r, I)
+            found.append(None if X_kept is None else dY.T @ (X_kept @ a.T) * s)  # dB (O, N) @ (N, r) -> (O, r)
+        return tuple(found)
 
     return record(y.reshape(*shape[:-1], len(weight)), inputs, vjp)
+
+
+def worth_merging(tokens: int, inputs: int, outputs: int, r: int) -> bool:
+    """Is it cheaper to form W + dW once than to take the low-rank path at every one of `tokens` positions?
+
+    Counted from shapes alone, so that a resumed run chooses alike: 2 r I O operations and three passes over W, against
+    4 r (I + O) a position, forward and for dx. Skinny products run at half the speed of square ones.
+    """
+    return inputs * outputs * (2 * r + 12) < tokens * 2 * 4 * r * (inputs + outputs)
 
 
 def embedding(ids: Array, weight: Tensor) -> Tensor:
@@ -113,6 +123,7 @@ def embedding(ids: Array, weight: Tensor) -> Tensor:
     flat, count, backend = ids.reshape(-1), len(weight), weight.backend
     if isinstance(ids, np.ndarray) and ids.size and not (ids.min() >= 0 and ids.max() < count):
         raise DataError(f"id {ids.min() if ids.min() < 0 else ids.max()} is outside [0, {count})")
+    flat = backend.from_numpy(flat) if isinstance(flat, np.ndarray) else flat
     y = weight.backend.xp.take(weight.data, flat, axis=0).reshape(*ids.shape, weight.shape[1])
     return record(y, (weight,), lambda dy: (backend.add_rows(flat, rows(dy), count),))
 
@@ -225,7 +236,7 @@ def cross_entropy(logits: Tensor, targets: Array, ignore_index: int = IGNORE, re
     top = Z.max(axis=-1, keepdims=True)
     E = xp.exp(Z - top)  # (N, V)
     total = E.sum(axis=-1, keepdims=True)  # (N, 1)
-    nll = (xp.log(total) + top)[:, 0] - Z[each, t]
+    nll = xp.log(total)[:, 0] - (Z[each, t] - top[:, 0])  # in this order: near 0, adding top first would round it away
     weight = keep / xp.maximum(keep.sum(), 1) if reduction == "mean" else keep
     kept = E if logits.requires_grad else None
 

@@ -63,8 +63,8 @@ def stream(
 def sample(logits: np.ndarray, rng: np.random.Generator, temperature: float, top_k: int, top_p: float) -> np.ndarray:
     """One token a row.    logits (B, V) -> (B,)"""
     z = logits.astype(np.float64)
-    if np.isnan(z).any():
-        raise NonFiniteError("the model gives NaN for the next token: its weights are broken")
+    if not np.isfinite(z.max(axis=-1)).all():  # a NaN is the largest of whatever it is among
+        raise NonFiniteError("the model gives no finite logit for the next token: its weights are broken")
     if temperature == 0:
         return np.asarray(z.argmax(axis=-1))
     z = (z - z.max(axis=-1, keepdims=True)) / temperature

@@ -43,7 +43,10 @@ class Module:
     training = True
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
+        """(name, module) of what stands directly below; an attribute whose name begins with _ is no part of the tree."""
         for name, value in vars(self).items():
+            if name.startswith("_"):
+                continue
             if isinstance(value, Module):
                 yield name, value
             elif isinstance(value, (list, dict)):
@@ -86,33 +89,58 @@ class Module:
                 p.move(backend, dtype or p.dtype)
         return self
 
-    def prepare_step(self) -> None:
-        """Called once before a training step's shards run forward; a layer may compute what they share."""
+    def prepare_step(self, tokens: int | None = None) -> None:
+        """Called once before a step's shards run forward, over `tokens` positions: compute here what they share."""
 
     def end_step(self) -> None:
         """Called when the step is over; a layer drops what it prepared."""
 
 
-class Linear(Module):
-    """y = x W^T + b    weight (O, I), bias (O,) or None
+class LinearBase(Module):
+    """What an adapter can be put on: a linear map whose weight may be stored in any way.
 
-    A base for adapters: it offers `in_features`, `out_features`, `bias` and `dense_weight()`.
+    in_features, out_features    I and O
+    bias                         (O,) or None
+    dtype, backend               of what it computes in, and where
+    trainable                    does the weight itself require a gradient?
     """
+
+    in_features: int
+    out_features: int
+    bias: Parameter | None
+    dtype: Any
+    backend: Backend
+    trainable: bool
+
+    def dense_weight(self) -> Array:
+        """W (O, I) as an array, decoded where it is stored in another way."""
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Linear(LinearBase):
+    """y = x W^T + b    weight (O, I), bias (O,) or None"""
 
     def __init__(self, weight: Array, bias: Array | None = None):
         self.weight = Parameter(weight)
         self.bias = None if bias is None else Parameter(bias)
+        self.out_features, self.in_features = self.weight.shape
 
     @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
+    def dtype(self) -> Any:
+        return self.weight.dtype
 
     @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
+    def backend(self) -> Backend:  # type: ignore[override]
+        return self.weight.backend
+
+    @property
+    def trainable(self) -> bool:  # type: ignore[override]
+        return self.weight.requires_grad
 
     def dense_weight(self) -> Array:
-        """W (O, I) as an array. A quantised base decodes it here."""
         return self.weight.data
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -159,11 +187,12 @@ def dropout_counter(seed: int, step: int, first: int = 0) -> Iterator[None]:
 
     A mask is then a function of (seed, step, layer, sequence), whichever thread runs whichever part of a batch.
     """
+    before = getattr(_thread, "counter", None)
     _thread.counter = (seed, step, first)
     try:
         yield
     finally:
-        del _thread.counter
+        _thread.counter = before
 
 
 class Dropout(Module):
@@ -184,8 +213,11 @@ class Dropout(Module):
     def __call__(self, x: Tensor) -> Tensor:
         if not self.active:
             return x
-        seed, step, first = getattr(_thread, "counter", (0, self.calls, 0))
-        self.calls += 1
+        counter = getattr(_thread, "counter", None)
+        if counter is None:
+            counter = (0, self.calls, 0)
+            self.calls += 1
+        seed, step, first = counter
         return F.dropout(x, self.p, [mix_key(seed, self.stream, step, first + b) for b in range(len(x))])
 
 

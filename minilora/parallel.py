@@ -8,6 +8,7 @@ gradients are added in the order of the shards, so the result has the same bits 
 from __future__ import annotations
 
 import collections
+import contextvars
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -97,7 +98,7 @@ class ShardedStep:
         modules = [module for _, module in self.model.named_modules()]
         try:
             for module in modules:
-                module.prepare_step()
+                module.prepare_step(batch.ids.size)
             for loss, found in self._in_order(work, self._cut(batch)):
                 total += loss
                 for i, g in enumerate(found):
@@ -132,7 +133,8 @@ class ShardedStep:
         waiting: collections.deque[Future[R]] = collections.deque()
         try:
             for shard in shards:
-                waiting.append(self._pool.submit(work, shard))
+                here = contextvars.copy_context()  # what the caller has switched, its threads see too
+                waiting.append(self._pool.submit(here.run, work, shard))
                 if len(waiting) > self.threads:
                     yield waiting.popleft().result()
             while waiting:

@@ -99,9 +99,9 @@ def delta_spectrum(path: Path, layers: Mapping[str, tuple[np.ndarray, np.ndarray
         axis.set_yscale("log")
         axis.set_xscale("log")
         axis.tick_params(labelsize=7)
-        if block == blocks[0]:
+        if block == min(b for b, k in places.values() if k == kind):  # the first of its column
             axis.set_title(kind, fontsize=8)
-        if kind == kinds[0]:
+        if kind == min((k for b, k in places.values() if b == block), key=kinds.index):
             axis.set_ylabel(f"layer {block}" if block >= 0 else "", fontsize=8)
     tops = [float(values.max()) for pair in layers.values() for values in pair if values.size]
     axes[0][0].set_ylim(floor / 2, 1.5 * max(max(tops, default=1.0), floor))  # one scale for all

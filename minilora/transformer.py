@@ -18,7 +18,7 @@ import numpy as np
 from . import functional as F
 from .autograd import Tensor
 from .backend import Array, Backend
-from .errors import ConfigError, DataError, FormatError
+from .errors import ConfigError, DataError, FormatError, GraphError
 from .formats import read_checkpoint, write_checkpoint
 from .nn import Embedding, Linear, Module, RMSNorm, normal, project
 
@@ -198,6 +198,8 @@ class KeyValueCache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, T, K, D) of one layer; returns all (B, S, K, D) so far. `advance` when every layer has."""
+        if k.requires_grad or v.requires_grad:
+            raise GraphError("a KeyValueCache holds arrays, through which no gradient flows: use it under no_grad()")
         stop = self.length + k.shape[1]
         keys, values = self.data[layer]
         keys[:, self.length : stop], values[:, self.length : stop] = k.data, v.data
@@ -284,19 +286,20 @@ class CausalLM(Module):
     def __init__(
         self, config: TransformerConfig, seed: int | None = 0, dtype: Any = "float32", device: str | Backend = "cpu"
     ):
+        if dtype not in ("float32", "float64", np.float32, np.float64):
+            raise ConfigError(f"dtype must be float32 or float64, got {dtype!r:.99}")
         rng = None if seed is None else np.random.default_rng(seed)
         self.config = config
         self.model = Decoder(config, rng)
         self.lm_head = _linear(config, rng, config.hidden_size, config.vocab_size, False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        if np.dtype(dtype) not in (np.float32, np.float64):
-            raise ConfigError(f"dtype must be float32 or float64, got {dtype!r}")
         self.to(device, np.dtype(dtype))
+        self._names = {name for name, _ in self.named_parameters()}
 
     def __call__(self, ids: Any, cache: KeyValueCache | None = None) -> Tensor:
         """ids (B, T) integers -> logits (B, T, V). DataError for ids outside the vocabulary, or too many positions."""
-        weight, c = self.model.embed_tokens.weight, self.config
+        weight, c = self.get_input_embeddings().weight, self.config
         ids = ids.data if isinstance(ids, Tensor) else ids
         if not isinstance(ids, weight.backend.xp.ndarray) or isinstance(ids, np.ndarray):
             ids = np.asarray(ids)
@@ -354,9 +357,18 @@ class CausalLM(Module):
         return model.to(device).eval()  # type: ignore[no-any-return]
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write a folder that transformers loads: model.safetensors and config.json, each whole or not at all."""
+        """Write a folder that transformers loads: model.safetensors and config.json, each whole or not at all.
+
+        ConfigError while adapters are in the model.
+        """
         tensors = {name: p.numpy() for name, p in self.named_parameters()}
-        write_checkpoint(directory, self.config.to_dict(str(self.model.embed_tokens.weight.dtype)), tensors)
+        strange = [name for name in tensors if name not in self._names and name != "lm_head.weight"]
+        if strange:
+            raise ConfigError(
+                f"the model holds adapters ({strange[0]}, ...): save the PeftModel, or merge_and_unload first"
+            )
+        embedding = self.get_input_embeddings().weight
+        write_checkpoint(directory, self.config.to_dict(str(embedding.dtype)), tensors)
 
 
 def _linear(

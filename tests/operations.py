@@ -23,6 +23,7 @@ from minilora.backend import NUMPY
 ELEMENTARY, COMPOSITE = 1e-10, 1e-9
 
 NOT_OPERATIONS = {
+    "worth_merging": "counts operations; returns a flag",
     "record": "makes the output of every operation; no operation itself",
     "grad_enabled": "returns a flag",
     "no_grad": "a context manager",

@@ -115,8 +115,16 @@ def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_gradient():
 def test_losses_are_the_sums_of_each_shard_in_order_without_gradients():
     model, batch = lora_model().eval(), batch_of(5, 3)
     batch.targets[3:] = IGNORE
-    with ShardedStep(model, threads=3, shard=2) as sharded:
+    recorded = []
+
+    def loss(model, shard):
+        value = language_modelling_loss(model, shard)
+        recorded.append(value.requires_grad)
+        return value
+
+    with ShardedStep(model, threads=3, shard=2, loss=loss) as sharded:
         found = list(sharded.losses([batch, batch.shard(0, 1)]))
+    assert recorded == [False] * 4
     shards = [batch.shard(0, 2), batch.shard(2, 4), batch.shard(4, 6), batch.shard(0, 1)]
     assert found == [(language_modelling_loss(model, s).item(), s.tokens) for s in shards]
     assert [count for _, count in found] == [6, 3, 0, 3]
@@ -255,6 +263,25 @@ def test_an_exception_in_a_shard_surfaces_once_and_the_step_can_be_used_again(th
         broken[0] = False
         assert_same_to_rounding(sharded.gradients(batch, params), expected)
     assert not workers()
+
+
+def test_the_exception_waits_for_the_shards_that_still_run():
+    started, finished = threading.Event(), threading.Event()
+
+    def loss(model, shard):
+        if shard.first == 0:
+            assert started.wait(60)
+            raise ShardError
+        started.set()
+        finished.wait(0.2)  # long after the other has failed
+        finished.set()
+        return language_modelling_loss(model, shard)
+
+    model = lora_model()
+    with ShardedStep(model, threads=2, shard=1, loss=loss) as sharded:
+        with pytest.raises(ShardError):
+            sharded.gradients(batch_of(2, 3), trainable(model))
+        assert finished.is_set()
 
 
 def test_every_shard_failing_gives_the_first_shards_exception():

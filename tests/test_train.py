@@ -177,6 +177,18 @@ def test_evaluate_is_the_mean_over_every_token_but_the_first():
     assert bits_per_byte(math.log(2) * 6, 3.0) == pytest.approx(2, rel=1e-15)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_disabled_adapter_is_disabled_in_every_thread(threads):
+    base, model = full(1), lora(dropout=0.0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data = p.data + np.float32(0.5)
+    expected = evaluate(base, TEXT, 8, threads=1)
+    with model.disable_adapter():
+        assert evaluate(model, TEXT, 8, threads=threads) == expected
+    assert evaluate(model, TEXT, 8, threads=threads) != expected
+
+
 def test_evaluate_on_some_windows_only():
     model = full(3)
     first = evaluate(model, HELD_OUT[:9], 8, threads=1)

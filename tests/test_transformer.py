@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import functional as F
-from minilora.autograd import Tensor
-from minilora.errors import ConfigError, DataError, FormatError
+from minilora.autograd import Tensor, no_grad
+from minilora.errors import ConfigError, DataError, FormatError, GraphError
 from minilora.formats import load_file, save_file
 from minilora.gradcheck import directional_error
 from minilora.transformer import CausalLM, KeyValueCache, RotaryTable, TransformerConfig, rotary_frequencies
@@ -285,7 +285,8 @@ def test_a_cache_changes_nothing_but_rounding(config: TransformerConfig, parts: 
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, sum(parts)))
     cache, got = KeyValueCache(model, 2, sum(parts)), []
     for piece in np.split(ids, np.cumsum(parts)[:-1], axis=1):
-        got.append(model(piece, cache).data)
+        with no_grad():
+            got.append(model(piece, cache).data)
     assert cache.length == sum(parts)
     expected = model(ids).data
     assert np.abs(np.concatenate(got, axis=1) - expected).max() <= 1e-12 * max(1, np.abs(expected).max())
@@ -341,7 +342,10 @@ def test_ids_come_as_arrays_lists_and_tensors_and_of_any_integer_kind() -> None:
     for same in ([[1, 2, 3]], Tensor(ids), ids.astype(np.uint8), ids.astype(np.uint64)):
         assert np.array_equal(model(same).data, expected)
     cache = KeyValueCache(model, 1, 40)
-    model(np.zeros((1, 30), int), cache)
+    with pytest.raises(GraphError, match="under no_grad"):
+        model(np.zeros((1, 30), int), cache)
+    with no_grad():
+        model(np.zeros((1, 30), int), cache)
     with pytest.raises(DataError, match="33 positions"):
         model(ids, cache)
 

@@ -6,7 +6,10 @@ Both keep the base as it is: to disable an adapter is to have the base back, bit
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,130 +18,147 @@ from .. import functional as F
 from ..autograd import Tensor
 from ..backend import Array
 from ..errors import ConfigError, NonFiniteError
-from ..nn import Linear, Module, Parameter
+from ..nn import Linear, LinearBase, Module, Parameter
 from .lora import LoraAdapter
+
+_thread = threading.local()
 
 
 class Wrapper(Module):
     """Stands in a module's place: `inner` is what stood there, `held` what each adapter brings, by its name."""
 
-    names: tuple[str, str]  # the attributes that these are, in PEFT's words
+    ATTRIBUTES: tuple[str, str]  # where these two are, in PEFT's words
 
     def __init__(self) -> None:
-        self.active: list[str] = []
+        self.active: tuple[str, ...] | list[str] = ()
         self.enabled = True
-        self.merged: list[str] = []
+        self.merged: tuple[str, ...] = ()
 
     @property
     def inner(self) -> Any:
-        return getattr(self, self.names[0])
+        return getattr(self, self.ATTRIBUTES[0])
 
     @property
     def held(self) -> dict[str, Any]:
-        return getattr(self, self.names[1])  # type: ignore[no-any-return]
+        return getattr(self, self.ATTRIBUTES[1])  # type: ignore[no-any-return]
 
-    def merge(self, names: list[str] | None = None) -> None:
+    @property
+    def running(self) -> list[Any]:
+        """What the next forward of this thread applies."""
+        if self.merged or not self.enabled or self in getattr(_thread, "bypassed", ()):
+            return []
+        return [self.held[name] for name in self.active if name in self.held]
+
+    def merge(self, names: Sequence[str] | None = None) -> None:
         """Put adapters into the inner module's weights, where that means something."""
 
     def unmerge(self) -> None:
         """Take all of them out again."""
 
-    def result(self) -> Any:
-        """What is left in this place once adapters are merged and gone."""
+    def result(self, names: Sequence[str]) -> Any:
+        """What is left in this place once these adapters are merged and gone."""
         return self.inner
+
+
+@contextlib.contextmanager
+def bypassed(layers: Iterable[Wrapper]) -> Iterator[None]:
+    """Inside, this thread runs these layers' inner modules alone; what other threads run is their own affair."""
+    before: frozenset[Wrapper] = getattr(_thread, "bypassed", frozenset())
+    _thread.bypassed = before | frozenset(layers)
+    try:
+        yield
+    finally:
+        _thread.bypassed = before
 
 
 class LoraLinear(Wrapper):
     """y = base(x), and then each active adapter in turn.    x (..., I) -> (..., O)
 
-    A base offers `in_features`, `out_features`, `bias` and `dense_weight()`. Adapters read x, never each other's
-    output, so several active ones add up.
+    The base is any `LinearBase`. Adapters read x, never each other's output, so several active ones add up.
     """
 
-    names = "base_layer", "adapters"
+    ATTRIBUTES = "base_layer", "adapters"
 
-    def __init__(self, base_layer: Linear):
+    def __init__(self, base_layer: LinearBase):
         super().__init__()
         self.base_layer = base_layer
         self.adapters: dict[str, LoraAdapter] = {}
-        self._original: np.ndarray | None = None  # the base's weight while adapters are merged into it
-        self._effective: Array | None = None  # W + sum of s B A, while a training step goes on
-
-    @property
-    def running(self) -> list[LoraAdapter]:
-        """The adapters that the next forward applies."""
-        if self.merged or not self.enabled:
-            return []
-        return [self.adapters[name] for name in self.active if name in self.adapters]
+        self._original: LinearBase | None = None  # the base while adapters are merged into a copy of it
+        self._effective: tuple[Array, list[LoraAdapter]] | None = (
+            None  # W + dW and whose, during a step
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         running = self.running
-        if running and self._effective is not None:
+        if running and self._effective is not None and self._effective[1] == running:
             factors = [(a.lora_A, a.lora_B, a.scaling) for a in running]
-            return F.merged_linear(x, self._effective, self.base_layer.bias, factors)
+            return F.merged_linear(x, self._effective[0], self.base_layer.bias, factors)
         y = self.base_layer(x)
         for adapter in running:
-            y = adapter(x, y)
+            y = adapter(x, y, self.base_layer)
         return y
 
     # ---- one training step: the merge identity as a way to compute ----
 
-    def prepare_step(self) -> None:
-        """Form W + sum s B A once for all shards of a step, unless dropout sits between x and A."""
+    def prepare_step(self, tokens: int | None = None) -> None:
+        """Form W + dW once for all shards of a step, where that saves work and means the same.
+
+        Not with dropout between x and A, nor over a base that trains itself: that needs the gradient of W.
+        """
         running = self.running
-        frozen = not self.base_layer.weight.requires_grad
-        if running and frozen and not any(a.dropout.active for a in running):
+        ready = running and not self.base_layer.trainable and not any(a.dropout.active for a in running)
+        if ready and (tokens is None or F.worth_merging(tokens, running[0].lora_A.shape[1], self.base_layer.out_features,
+                                                        sum(a.r for a in running))):  # fmt: skip
             W = self.base_layer.dense_weight()
             for adapter in running:
-                W = adapter.merged_weight(W)
-            self._effective = W
+                W = W + adapter.delta_weight(W)
+            self._effective = W, running
 
     def end_step(self) -> None:
         self._effective = None
 
     # ---- merging ----
 
-    def merge(self, names: list[str] | None = None) -> None:
-        """Put adapters (the active ones) into the base's weight: one float64 sum from the original, rounded once.
+    def merge(self, names: Sequence[str] | None = None) -> None:
+        """Put adapters (the active ones) into a dense copy of the base: one float64 sum, rounded once.
 
-        The original is kept, so that `unmerge` restores every bit. A NaN or inf raises NonFiniteError; nothing changes.
+        The base itself is kept, so `unmerge` restores every bit. A NaN or inf raises NonFiniteError; nothing changes.
         """
         names = list(dict.fromkeys(self.active if names is None else names))
         names = [n for n in names if n in self.adapters and n not in self.merged]
         if not names:
             return
-        weight = self.base_layer.weight
-        original = weight.backend.to_numpy(weight.data).copy() if self._original is None else self._original
-        W = weight.backend.from_numpy(original).astype(np.float64)
+        base = self._original or self.base_layer
+        W = base.dense_weight()
         with np.errstate(all="ignore"):  # a sum that overflows is found below
+            total = W.astype(np.float64)
             for name in (*self.merged, *names):
-                W = self.adapters[name].merged_weight(W)
-            W = W.astype(weight.dtype)
-        if not bool(weight.backend.xp.isfinite(W).all()):
+                total = total + self.adapters[name].delta_weight(W.astype(np.float64))
+            total = total.astype(W.dtype)
+        if not bool(base.backend.xp.isfinite(total).all()):
             raise NonFiniteError(
                 f"merging {', '.join(names)} gives weights that are not finite: the adapter or base is broken"
             )
-        self._original, self.merged = original, [*self.merged, *names]
-        weight.data = W
+        dense = Linear(total)
+        dense.weight.requires_grad = False
+        dense.bias, dense.training = base.bias, base.training
+        self._original, self.base_layer, self.merged = base, dense, (*self.merged, *names)
 
     def unmerge(self) -> None:
-        """Take all merged adapters out again: the original weight comes back, bit for bit."""
+        """Take all merged adapters out again: the original base comes back, bit for bit."""
         if self._original is not None:
-            weight = self.base_layer.weight
-            weight.data = weight.backend.from_numpy(self._original.astype(weight.dtype, copy=False))
-            self._original, self.merged = None, []
+            self.base_layer, self._original, self.merged = self._original, None, ()
 
     def delta_weight(self, name: str) -> np.ndarray:
         """dW (O, I) of one adapter, in float64 on the host."""
-        weight = self.base_layer.weight
-        zero = weight.backend.xp.zeros(weight.shape, np.float64)
-        return weight.backend.to_numpy(self.adapters[name].merged_weight(zero))
+        base = self._original or self.base_layer
+        return base.backend.to_numpy(self.adapters[name].delta_weight(base.dense_weight().astype(np.float64)))
 
 
 class SavedModule(Wrapper):
     """A module that is trained whole: the original, and by adapter's name a copy of it that training may change."""
 
-    names = "original_module", "modules_to_save"
+    ATTRIBUTES = "original_module", "modules_to_save"
 
     def __init__(self, original_module: Module):
         super().__init__()
@@ -150,16 +170,19 @@ class SavedModule(Wrapper):
         backends = {id(p.backend): p.backend for p in self.original_module.parameters()}
         self.modules_to_save[name] = copy.deepcopy(self.original_module, backends)
 
-    def result(self) -> Any:
-        return self.current
-
     @property
     def current(self) -> Any:
-        """The module that the next forward runs. ConfigError where two active adapters would both replace it."""
-        names = [n for n in self.active if n in self.modules_to_save] if self.enabled else []
-        if len(names) > 1:
-            raise ConfigError(f"adapters {', '.join(names)} each replace this module: only one of them can be active")
-        return self.modules_to_save[names[0]] if names else self.original_module
+        """The module that the next forward runs."""
+        return self.running[0] if self.running else self.original_module
+
+    def result(self, names: Sequence[str]) -> Any:
+        """The copy of the one adapter among `names` that has one. ConfigError where two have."""
+        found = [n for n in names if n in self.modules_to_save]
+        if len(found) > 1:
+            raise ConfigError(
+                f"adapters {', '.join(found)} each replace the same module: only one of them can be active"
+            )
+        return self.modules_to_save[found[0]] if found else self.original_module
 
     @property
     def weight(self) -> Parameter:

@@ -17,53 +17,43 @@ import numpy as np
 
 from .. import functional as F
 from ..autograd import Tensor
-from ..backend import Array, Backend
-from ..nn import Dropout, Module, Parameter, normal, uniform
+from ..backend import Array
+from ..nn import Dropout, LinearBase, Module, Parameter, normal, uniform
 from .config import LoraConfig
 
 
 class LoraAdapter(Module):
     """The trainable pair of one layer: lora_A (r, I) and lora_B (O, r), with its scaling s.
 
-    An adapter is: its forward `adapter(x, y)`, its merged weight, its tensors and their shapes. A relative of LoRA
-    has the same.
+    What every adapter offers: its forward `adapter(x, y, base)`, its dW, and its tensors' names and shapes.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        name: str,
-        config: LoraConfig,
-        rng: np.random.Generator,
-        dtype: Any,
-        backend: Backend,
-        stream: int,
-    ):
-        self.scaling = config.scaling(name)
+    TENSORS = ("lora_A", "lora_B")  # the trainable attributes, in the order of PEFT's files
+
+    def __init__(self, base: LinearBase, name: str, config: LoraConfig, rng: np.random.Generator, stream: int = 0):
+        self.r, self.scaling = config.rank(name), config.scaling(name)
         self.dropout = Dropout(config.lora_dropout, stream)
-        shapes = self.shapes(in_features, out_features, config.rank(name))
-        r = config.rank(name)
-        # Kaiming-uniform with a = sqrt(5), as in PEFT: gain sqrt(2 / (1 + 5)) times sqrt(3 / in) is 1 / sqrt(in).
-        A = uniform(rng, 1 / math.sqrt(in_features), shapes["lora_A"], dtype)
-        B = np.zeros(shapes["lora_B"], dtype)
-        if config.init_lora_weights == "gaussian":
-            A = normal(rng, 1 / r, shapes["lora_A"], dtype)
-        elif config.init_lora_weights is False:
-            B = uniform(rng, 1 / math.sqrt(r), shapes["lora_B"], dtype)
-        self.lora_A = Parameter(backend.from_numpy(A))
-        self.lora_B = Parameter(backend.from_numpy(B))
+        init, I, O, dtype = config.init_lora_weights, base.in_features, base.out_features, base.dtype
+        # PEFT's kaiming_uniform(a = sqrt 5) has the bound sqrt(2 / 6) sqrt(3 / in) = 1 / sqrt(in).
+        A = normal(rng, 1 / self.r, (self.r, I), dtype) if init == "gaussian" else _uniform(rng, (self.r, I), dtype)
+        B = np.zeros((O, self.r), dtype) if init is not False else _uniform(rng, (O, self.r), dtype)
+        self.lora_A = Parameter(base.backend.from_numpy(A))
+        self.lora_B = Parameter(base.backend.from_numpy(B))
 
     @staticmethod
-    def shapes(in_features: int, out_features: int, r: int) -> dict[str, tuple[int, int]]:
-        """The trainable tensors by name: r (in + out) numbers."""
-        return {"lora_A": (r, in_features), "lora_B": (out_features, r)}
+    def shapes(base: LinearBase, r: int) -> dict[str, tuple[int, ...]]:
+        """The trainable tensors of a layer over `base`, by name: r (in + out) numbers."""
+        return {"lora_A": (r, base.in_features), "lora_B": (base.out_features, r)}
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """What the layer gives, y = base(x), with this adapter added.    x (..., I), y (..., O) -> (..., O)"""
+    def __call__(self, x: Tensor, y: Tensor, base: LinearBase) -> Tensor:
+        """y, what the layer gives so far, with this adapter added.    x (..., I), y (..., O) -> (..., O)"""
         return F.lora_linear(self.dropout(x), y, self.lora_A, self.lora_B, self.scaling)
 
-    def merged_weight(self, W: Array) -> Array:
-        """W + s B A in the precision of W (O, I), which is left as it is."""
+    def delta_weight(self, W: Array) -> Array:
+        """dW = s B A (O, I), over the base's weight W (O, I) and in its precision."""
         A, B = self.lora_A.data.astype(W.dtype), self.lora_B.data.astype(W.dtype)
-        return W + (B @ A) * self.scaling
+        return (B @ A) * self.scaling
+
+
+def _uniform(rng: np.random.Generator, shape: tuple[int, int], dtype: Any) -> np.ndarray:
+    return uniform(rng, 1 / math.sqrt(shape[1]), shape, dtype)

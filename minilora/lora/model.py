@@ -17,19 +17,22 @@ from typing import Any
 import numpy as np
 
 from ..autograd import Tensor
+from ..backend import mix_key
 from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import read_adapter, write_adapter
 from ..nn import Module, Parameter
 from .config import LoraConfig
-from .layer import LoraLinear, SavedModule, Wrapper
-from .lora import LoraAdapter
-from .plan import PREFIX, Plan, plan_adapter, wrappers
+from .layer import LoraLinear, SavedModule, Wrapper, bypassed
+from .plan import ADAPTERS, PREFIX, Plan, plan_adapter, wrappers
+
+TENSORS = {name for adapter in ADAPTERS.values() for name in adapter.TENSORS}
 
 
 def get_peft_model(model: Any, config: LoraConfig, adapter_name: str = "default", seed: int = 0) -> PeftModel:
     """Freeze `model`, put the adapter that `config` describes into it, and return it wrapped.
 
-    model   offers `config.model_type`, `get_input_embeddings()`, `get_output_embeddings()` and `named_modules()`
+    model   offers `get_input_embeddings()`, `get_output_embeddings()`, `named_modules()` and `config`, a dataclass with
+            `model_type` and `tie_word_embeddings`
     seed    of the adapter's first values; they depend on it and on the layer's name, and on nothing else
     """
     return PeftModel(model, config, adapter_name, seed)
@@ -48,7 +51,7 @@ def file_key(name: str, adapter_name: str) -> str:
     """A parameter's name in PEFT -> its key in adapter_model.safetensors, which does not know the adapter's name."""
     parts = name.split(".")
     for i, part in enumerate(parts[:-1]):
-        if part in ("lora_A", "lora_B") and parts[i + 1] == adapter_name:
+        if part in TENSORS and parts[i + 1] == adapter_name:
             return ".".join(parts[: i + 1] + parts[i + 2 :])
         if part == "modules_to_save" and parts[i + 1] == adapter_name:
             return ".".join(parts[:i] + parts[i + 2 :])
@@ -104,8 +107,8 @@ class PeftModel(Module):
         """ConfigError if an adapter of this name and configuration cannot join those that are here."""
         if adapter_name in self.peft_config:
             raise ConfigError(f"there is an adapter {adapter_name!r} already: {', '.join(self.peft_config)}")
-        if not adapter_name or "." in adapter_name or adapter_name in "lora_":
-            raise ConfigError(f"{adapter_name!r} cannot name an adapter: it needs letters, no dot, no part of 'lora_'")
+        if adapter_name in ("", *"lora_") or any(c in adapter_name for c in "./\\\0") or adapter_name in "lora_":
+            raise ConfigError(f"{adapter_name!r:.99} cannot name an adapter: no dot, no slash, no part of 'lora_'")
         biased = [n for n, c in self.peft_config.items() if c.bias != "none"]
         if biased and config.bias != "none":
             raise ConfigError(f"adapter {biased[0]!r} trains the base's biases already: a second one needs bias='none'")
@@ -114,10 +117,9 @@ class PeftModel(Module):
         for path, base in plan.targets.items():
             layer = self._wrap(path, LoraLinear)
             place = zlib.crc32(path.encode())
-            layer.adapters[adapter_name] = LoraAdapter(
-                base.in_features, base.out_features, path, plan.config, np.random.default_rng([seed, place]),
-                base.weight.dtype, base.weight.backend, place + len(layer.adapters),
-            ).train(base.training)  # fmt: skip
+            rng, stream = np.random.default_rng([seed, place]), mix_key(place, zlib.crc32(adapter_name.encode()))
+            adapter = ADAPTERS[plan.config.peft_type](base, path, plan.config, rng, stream)
+            layer.adapters[adapter_name] = adapter.train(base.training)
         for path in plan.saved:
             self._wrap(path, SavedModule).add(adapter_name)
         self.peft_config[adapter_name] = plan.config
@@ -141,10 +143,14 @@ class PeftModel(Module):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         self._known(names)
+        for layer in self._wrappers().values():
+            layer.result(names)  # raises where two of them would replace the same module
+            if layer.merged and set(layer.merged) != {n for n in names if n in layer.held}:
+                raise ConfigError(f"adapters {', '.join(layer.merged)} are merged: unmerge_adapter first")
         for parameter in self.model.parameters():
             parameter.requires_grad = False
         for layer in self._wrappers().values():
-            layer.active = names
+            layer.active = tuple(names)
         for name in names:
             frozen = self.peft_config[name].inference_mode if inference_mode is None else inference_mode
             for parameter in self.adapter_parameters(name).values():
@@ -173,22 +179,21 @@ class PeftModel(Module):
         """Inside, the model is its base, bit for bit (but for trained biases); merged adapters are out meanwhile."""
         if any(self.peft_config[n].bias != "none" for n in self.active_adapters):
             warnings.warn("the adapter trained the base's biases: disabling it does not bring them back", stacklevel=3)
-        state = [(layer, layer.enabled, layer.merged) for layer in self._wrappers().values()]
-        try:
-            for layer, _, _ in state:
-                layer.enabled = False
-                layer.unmerge()
-            yield
-        finally:
-            for layer, enabled, merged in state:
-                layer.enabled = enabled
-                layer.merge(merged)
+        merged = [(layer, layer.merged) for layer in self._wrappers().values() if layer.merged]
+        with bypassed(self._wrappers().values()):
+            try:
+                for layer, _ in merged:
+                    layer.unmerge()
+                yield
+            finally:
+                for layer, names in merged:
+                    layer.merge(names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first of the others takes its place."""
         self._known([adapter_name])
-        if any(adapter_name in layer.merged for layer in self._wrappers().values()):
-            raise ConfigError(f"adapter {adapter_name!r} is merged: unmerge_adapter first")
+        if any(layer.merged for layer in self._wrappers().values()):
+            raise ConfigError(f"adapter {adapter_name!r} cannot be deleted while any is merged: unmerge_adapter first")
         if len(self.peft_config) == 1:
             raise ConfigError(f"{adapter_name!r} is the only adapter: unload() gives the base back")
         del self.peft_config[adapter_name]
@@ -196,8 +201,9 @@ class PeftModel(Module):
             layer.held.pop(adapter_name, None)
             if not layer.held:
                 _put(self.model, path, layer.inner)
-        left = [n for n in self.active_adapters if n != adapter_name]
-        self.set_adapter(left or [next(iter(self.peft_config))])
+        if adapter_name in self.active_adapters:
+            left = [n for n in self.active_adapters if n != adapter_name]
+            self.set_adapter(left or [next(iter(self.peft_config))])
 
     def _known(self, names: Sequence[str]) -> None:
         unknown = [n for n in names if n not in self.peft_config]
@@ -216,16 +222,18 @@ class PeftModel(Module):
         """
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         self._known(names)
-        done: list[tuple[Wrapper, list[str]]] = []
+        done: list[tuple[Wrapper, tuple[str, ...]]] = []
         for path, layer in self._wrappers().items():
             before = layer.merged
             try:
                 layer.merge(names)
-            except NonFiniteError as error:
+            except BaseException as error:
                 for changed, merged in done:
                     changed.unmerge()
                     changed.merge(merged)
-                raise NonFiniteError(f"{path}: {error}") from error
+                if isinstance(error, NonFiniteError):
+                    raise NonFiniteError(f"{path}: {error}") from error
+                raise
             done.append((layer, before))
 
     def unmerge_adapter(self) -> None:
@@ -237,17 +245,21 @@ class PeftModel(Module):
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
     ) -> Any:
         """Merge, take the adapters out, and return the plain model. (`progressbar` is PEFT's: merging is quick.)"""
-        self.merge_adapter(adapter_names, safe_merge)
-        return self._unwrap(merge=True)
+        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        self._known(names)
+        for layer in self._wrappers().values():
+            layer.result(names)  # raises where two of them would replace the same module
+        self.merge_adapter(names, safe_merge)
+        return self._unwrap(names)
 
     def unload(self) -> Any:
         """Take the adapters out and return the base as it was."""
         self.unmerge_adapter()
-        return self._unwrap(merge=False)
+        return self._unwrap([])
 
-    def _unwrap(self, merge: bool) -> Any:
+    def _unwrap(self, names: Sequence[str]) -> Any:
         for path, layer in self._wrappers().items():
-            _put(self.model, path, layer.result() if merge else layer.inner)
+            _put(self.model, path, layer.result(names))
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         if self.model.config.tie_word_embeddings and head.weight is not embedding.weight:
             self.model.config = dataclasses.replace(self.model.config, tie_word_embeddings=False)

@@ -12,20 +12,21 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
-from ..nn import Linear, Module
+from ..nn import LinearBase, Module
 from .config import DEFAULT_TARGETS, LoraConfig
 from .layer import LoraLinear, SavedModule, Wrapper
 from .lora import LoraAdapter
 from .targets import in_layers, matches, pattern_value
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
+ADAPTERS: dict[str, type[LoraAdapter]] = {"LORA": LoraAdapter}  # by peft_type; a relative of LoRA is one line here
 Modules = dict[str, Any]  # by path
 
 
 class Plan(NamedTuple):
     """Layers to adapt and modules to copy, by path, and the configuration with its targets resolved."""
 
-    targets: dict[str, Linear]
+    targets: dict[str, LinearBase]
     saved: dict[str, Module]
     config: LoraConfig
 
@@ -33,7 +34,7 @@ class Plan(NamedTuple):
         """The keys of the adapter's file, and the shapes there."""
         found: dict[str, tuple[int, ...]] = {}
         for path, base in self.targets.items():
-            factors = LoraAdapter.shapes(base.in_features, base.out_features, self.config.rank(path))
+            factors = ADAPTERS[self.config.peft_type].shapes(base, self.config.rank(path))
             found.update({f"{PREFIX}{path}.{name}.weight": shape for name, shape in factors.items()})
             if self.config.bias != "none" and base.bias is not None:
                 found[f"{PREFIX}{path}.base_layer.bias"] = base.bias.shape
@@ -51,12 +52,12 @@ def plan_adapter(model: Any, config: LoraConfig) -> Plan:
     config = dataclasses.replace(config)
     modules = _inside(model)
     saved = _saved(modules, config)
-    linear = {p: m for p, m in modules.items() if isinstance(m, Linear) and not _within(p, saved)}
+    linear = {p: m for p, m in modules.items() if isinstance(m, LinearBase) and not _within(p, saved)}
     found = _targets(model, modules, linear, saved, config)
     for path, module in found.items():
         if path not in linear:
             raise ConfigError(f"target {path} is a {type(module).__name__}, not a linear layer; {_candidates(linear)}")
-        if module.weight is _unwrapped(model.get_input_embeddings()).weight:
+        if vars(module).get("weight") is _unwrapped(model.get_input_embeddings()).weight:
             raise ConfigError(f"target {path} shares its weight with the embedding: untie them, or leave it out")
     there = {p: type(m) for p, m in wrappers(model)}
     both = {**there, **dict.fromkeys(found, LoraLinear), **dict.fromkeys(saved, SavedModule)}
@@ -127,9 +128,9 @@ def _warn(config: LoraConfig, found: Modules) -> None:
         for key in getattr(config, name):
             if not any(pattern_value(path, {key: True}, False) for path in found):
                 notes.append(f"{name}: {key!r:.200} matches no target")
-    above = [p for p, layer in found.items() if config.rank(p) > min(layer.weight.shape)]
+    above = [p for p, layer in found.items() if config.rank(p) > min(layer.in_features, layer.out_features)]
     if above:
-        full = min(found[above[0]].weight.shape)
+        full = min(found[above[0]].in_features, found[above[0]].out_features)
         notes.append(f"{above[0]}: r = {config.rank(above[0])} is above the full rank {full}")
     for note in notes:
         warnings.warn(note, stacklevel=6)
@@ -137,7 +138,7 @@ def _warn(config: LoraConfig, found: Modules) -> None:
 
 def _inside(model: Module) -> Modules:
     """The model as it was without adapters: what a wrapper holds stands at the wrapper's own path."""
-    inside = {*LoraLinear.names, *SavedModule.names}
+    inside = {*LoraLinear.ATTRIBUTES, *SavedModule.ATTRIBUTES}
     return {path: _unwrapped(m) for path, m in model.named_modules() if not inside & set(path.split("."))}
 
 
