@@ -1,9 +1,9 @@
 """How long `import minilora` takes beside `import numpy`, and what it brings along.
 
-    python benchmarks/import_time.py [--runs 20]
+    python benchmarks/import_time.py [--runs 20] [--write]
 
 Fresh processes, alternating, so that a busy machine slows both alike; the median of each, and of the ratio pair by
-pair. Writes benchmarks/results/import-time.json.
+pair. `--write` keeps the result in benchmarks/results/import-time.json.
 """
 
 import argparse
@@ -33,7 +33,9 @@ def seconds(statement: str, cache: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=20)
-    runs = parser.parse_args().runs
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    runs = args.runs
     with tempfile.TemporaryDirectory() as cache:
         pairs = [(seconds("import numpy", cache), seconds("import minilora", cache)) for _ in range(runs + 1)][1:]
     loaded = subprocess.run(
@@ -43,7 +45,7 @@ def main() -> None:
     import numpy
 
     result = {
-        "command": "python benchmarks/import_time.py",
+        "command": "python benchmarks/import_time.py --write",
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "numpy": numpy.__version__,
@@ -53,8 +55,9 @@ def main() -> None:
         "ratio": round(statistics.median(b / a for a, b in pairs), 3),
         "optional_packages_imported": heavy,
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    if args.write:
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 

@@ -1,7 +1,7 @@
-"""What a gradient is, three times: by hand, by minilora's autograd, and by measuring.
+"""What a gradient is, three ways: by hand, by minilora's autograd, and by measuring.
 
-You should see the same numbers from all three; then an operation of our own with its gradient written beside it, and
-what the checker says when that gradient is wrong by a hair.
+You should see that hand and autograd agree to the last digits; then an operation of our own with its gradient written
+beside it, measured by a finite difference, and what the checker says when that gradient is wrong by a hair.
 """
 
 import numpy as np

@@ -6,6 +6,7 @@ The door: public names by the room they come from. `minilora.functional`, `minil
 
 from .autograd import Tensor, gradients, no_grad
 from .backend import get_backend
+from .data import ByteTokenizer
 from .errors import MiniloraError
 from .generate import generate
 from .gradcheck import check_gradient
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SGD",
     "AdamW",
+    "ByteTokenizer",
     "CausalLM",
     "Dropout",
     "Embedding",

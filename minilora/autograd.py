@@ -114,7 +114,7 @@ def gradients(
 
 def _backward(loss: Tensor, dy: Array | None, retain_graph: bool) -> dict[Tensor, Array]:
     if not loss.requires_grad:
-        raise GraphError("the loss depends on no tensor that requires a gradient")
+        raise GraphError("the loss depends on no tensor that requires a gradient, or was computed under no_grad")
     if dy is None:
         if loss.size != 1:
             raise GraphError(f"backward of a tensor of shape {loss.shape} needs dy of that shape: only a scalar has 1")
@@ -178,6 +178,7 @@ class Tensor:
     version: list[int] | None  # a cell shared with the graph: how often a leaf's data was changed through minilora
 
     def __init__(self, data: Any, requires_grad: bool = False, dtype: Any = None, device: str | Backend | None = None):
+        version = data.version if isinstance(data, Tensor) else None  # the same storage has the same version
         if isinstance(data, Tensor):
             data = data.data
         if isinstance(data, np.generic):  # what NumPy makes of a 0-d array
@@ -195,7 +196,7 @@ class Tensor:
             raise TypeError(f"only floating tensors can require a gradient, this one is {self._data.dtype}")
         self.requires_grad = requires_grad
         self.grad = self.node = None
-        self.version = [0]
+        self.version = version or [0]
 
     @property
     def data(self) -> Array:
@@ -242,15 +243,25 @@ class Tensor:
     def item(self) -> float:
         return self.numpy().item()  # type: ignore[no-any-return]
 
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self._data, dtype=dtype, copy=copy)  # a GPU's array refuses: .numpy() says it aloud
+
     def detach(self) -> Tensor:
         """The same array, without its history. Assigning to it is assigning to this tensor."""
-        tensor = Tensor(self._data)
+        tensor = Tensor(self)
         tensor.version = self.version
         return tensor
 
     def to(self, device: str | Backend) -> Tensor:
-        """A copy on another device, without history; itself where it is there already."""
-        return self if get_backend(device) is self.backend else Tensor(self._data, self.requires_grad, device=device)
+        """A leaf's copy on another device; itself where it is there already. GraphError for an operation's result."""
+        if get_backend(device) is self.backend:
+            return self
+        if self.node is not None:
+            raise GraphError("gradients do not flow between devices: move the leaves, or .detach() first")
+        return Tensor(self._data, self.requires_grad, device=device)
 
     def backward(self, dy: Array | None = None, *, retain_graph: bool = False) -> None:
         """Add d self / d leaf to `.grad` of every leaf that requires a gradient. See `gradients`."""

@@ -23,7 +23,7 @@ import numpy as np
 from . import __version__
 from .backend import get_backend
 from .data import ByteTokenizer, HubTokenizer, load_tokenizer, prose, read_text, split_text
-from .errors import ConfigError, DataError, FormatError, MiniloraError
+from .errors import ConfigError, DataError, FormatError, Interrupted, MiniloraError
 from .formats import SafetensorsFile, read_adapter, read_checkpoint
 from .formats.disk import parse_json
 from .lora import LoraConfig, PeftModel, get_peft_model
@@ -126,7 +126,8 @@ def evaluate(args: argparse.Namespace) -> None:
     _within_positions(context, model.config.max_position_embeddings)
     loss = measure(model, tokens, context, limit=args.limit, threads=args.threads)
     bits = bits_per_byte(loss, len(text) / len(tokens))
-    print(f"loss {loss:.6f} nats a token, {bits:.4f} bits a byte, perplexity {math.exp(min(loss, 700)):.4f}")
+    perplexity = math.exp(min(loss, 700))
+    print(f"loss {loss:.6f} nats a token, {bits:.4f} bits a byte, perplexity {perplexity:.4f} (context {context})")
 
 
 def merge(args: argparse.Namespace) -> None:
@@ -341,20 +342,20 @@ def number(text: str) -> float:
 
 # How each field of LoraConfig is read from the command line; a field that is missing here is no option.
 LORA_OPTIONS: dict[str, dict[str, Any]] = {
-    "r": {"type": int},
-    "lora_alpha": {"type": number},
-    "target_modules": {"type": _targets},
-    "exclude_modules": {"type": _targets},
-    "lora_dropout": {"type": float},
-    "bias": {"choices": ("none", "all", "lora_only")},
-    "use_rslora": {"action": "store_true"},
-    "init_lora_weights": {"type": _initialiser},
-    "rank_pattern": {"type": _table},
-    "alpha_pattern": {"type": _table},
-    "layers_to_transform": {"type": _layers},
-    "layers_pattern": {"type": _names},
-    "modules_to_save": {"type": _names},
-    "fan_in_fan_out": {"action": "store_true"},
+    "r": {"type": int, "metavar": "R", "help": "rank (%(default)s)"},
+    "lora_alpha": {"type": number, "metavar": "X", "help": "scaling is lora_alpha / r (%(default)s)"},
+    "target_modules": {"type": _targets, "metavar": "T", "help": "all-linear, q_proj,v_proj or a pattern"},
+    "exclude_modules": {"type": _targets, "metavar": "T", "help": "the same, for what is no target after all"},
+    "lora_dropout": {"type": float, "metavar": "P", "help": "(%(default)s)"},
+    "bias": {"choices": ("none", "all", "lora_only"), "help": "which of the base's biases train (%(default)s)"},
+    "use_rslora": {"action": "store_true", "help": "scaling is lora_alpha / sqrt(r)"},
+    "init_lora_weights": {"type": _initialiser, "metavar": "HOW", "help": "true, false or gaussian (true)"},
+    "rank_pattern": {"type": _table, "metavar": "JSON", "help": "such as '{\"q_proj\": 4}'"},
+    "alpha_pattern": {"type": _table, "metavar": "JSON", "help": "such as '{\"q_proj\": 8}'"},
+    "layers_to_transform": {"type": _layers, "metavar": "N,N", "help": "such as 0,1"},
+    "layers_pattern": {"type": _names, "metavar": "NAME", "help": "what the number follows in a name, such as layers"},
+    "modules_to_save": {"type": _names, "metavar": "NAME,NAME", "help": "trained whole, such as lm_head"},
+    "fan_in_fan_out": {"action": "store_true", "help": "W is stored as (in, out)"},
 }
 
 
@@ -505,7 +506,7 @@ def _run(argv: Sequence[str], debug: bool) -> int:
             print("\nminilora: interrupted", file=sys.stderr)
             return 130
         text = str(error) if isinstance(error, MiniloraError) else _os_message(error)
-        _tell("error", text)
+        _tell("interrupted" if isinstance(error, Interrupted) else "error", text)
         return error.exit_code if isinstance(error, MiniloraError) else IO if isinstance(error, OSError) else FAILED
 
 

@@ -94,7 +94,7 @@ class HubTokenizer:
 
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
         except ImportError:
-            raise DataError(f"{quoted(path)} needs the package 'tokenizers': pip install minilora[hf]") from None
+            raise DataError(f"{quoted(path)} needs the package 'tokenizers': pip install -e .[hf]") from None
         except Exception as error:  # the package raises nothing more special
             raise DataError(f"{quoted(path)} is not a usable tokenizer: {str(error)[:200]!r}") from None
         self._tokenizer.no_truncation()  # a file may ask for both, but a corpus is one long text

@@ -140,10 +140,11 @@ def demo(
         "samples": samples,
         "seed": seed,
     }
+    _report(summary, say)  # first of all: what follows needs room on the disk
     if pictures:
         summary["pictures"] = _draw(out, peft_model, first, second, say)
     write_json(out / "summary.json", summary)
-    _report(summary, out, say)
+    _list_files(out, say)
     return summary
 
 
@@ -175,7 +176,7 @@ def _draw(out: Path, model: PeftModel, first: Any, second: Any, say: Callable[[s
     from . import plots  # matplotlib is optional, and slow to import
 
     if not plots.available():
-        say("(no pictures: pip install minilora[plot])")
+        say("(no pictures: pip install -e .[plot])")
         return []
 
     def in_bits(run: Any) -> tuple[list[float], list[tuple[int, float]]]:
@@ -186,7 +187,7 @@ def _draw(out: Path, model: PeftModel, first: Any, second: Any, say: Callable[[s
     layers = {}
     for path, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLinear):
-            W = layer.base_layer.dense_weight()
+            W = layer.base_layer.backend.to_numpy(layer.base_layer.dense_weight())
             dW = layer.delta_weight(model.active_adapter)
             rank = model.peft_config[model.active_adapter].rank(path)
             of_delta = np.linalg.svd(dW, compute_uv=False)[:rank]  # the others are zero
@@ -195,7 +196,7 @@ def _draw(out: Path, model: PeftModel, first: Any, second: Any, say: Callable[[s
     return [str(out / "loss.png"), str(out / "delta_spectrum.png")]
 
 
-def _report(summary: dict[str, Any], out: Path, say: Callable[[str], None]) -> None:
+def _report(summary: dict[str, Any], say: Callable[[str], None]) -> None:
     bits, checks, samples = summary["bits_per_byte"], summary["checks"], summary["samples"]
     say("\nHeld-out text, bits per byte (lower is better)\n")
     say(f"  {'':24}{'prose':>8}{'code':>8}")
@@ -210,6 +211,9 @@ def _report(summary: dict[str, Any], out: Path, say: Callable[[str], None]) -> N
         say(f"\n{label}, from {PROMPT!r}:\n")
         text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in samples[key])
         say("\n".join("    " + line for line in text.splitlines()))
+
+
+def _list_files(out: Path, say: Callable[[str], None]) -> None:
     say("\nWritten")
     for name, what in {
         "base": "the base, for transformers",

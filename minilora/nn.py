@@ -43,7 +43,7 @@ class Module:
     training = True
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
-        """(name, module) of what stands directly below; an attribute whose name begins with _ is no part of the tree."""
+        """(name, module) of what stands directly below; an attribute that begins with _ is no part of the tree."""
         for name, value in vars(self).items():
             if name.startswith("_"):
                 continue
@@ -53,6 +53,14 @@ class Module:
                 for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                     if isinstance(item, Module):
                         yield f"{name}.{key}", item
+
+    def __repr__(self) -> str:
+        """One line a module: its path, by which an adapter can target it, and the shapes of its own parameters."""
+        lines = [type(self).__name__]
+        for path, module in self.named_modules():
+            shapes = {name: list(p.shape) for name, p in vars(module).items() if isinstance(p, Parameter)}
+            lines += [f"  {path}: {type(module).__name__} {shapes or ''}".rstrip()] if path else []
+        return "\n".join(lines)
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """(path, module) of this module (path "") and all below it, parents first."""

@@ -202,7 +202,7 @@ def clip_by_global_norm(grads: Sequence[Array | None], max_norm: float) -> tuple
     """
     max_norm = _checked("max_norm", max_norm)
     with np.errstate(over="ignore"):  # a float64 gradient beyond 1e154: the norm is inf, which says enough
-        norm = math.sqrt(float(sum(np.square(g, dtype=np.float64).sum() for g in grads if g is not None)))
+        norm = math.sqrt(float(sum((g.astype(np.float64) ** 2).sum() for g in grads if g is not None)))
     if not math.isfinite(norm) or max_norm >= norm + 1e-6:
         return list(grads), norm
     return [None if g is None else g * (max_norm / (norm + 1e-6)) for g in grads], norm

@@ -60,7 +60,8 @@ class ShardedStep:
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r:.100}")
         self.model, self.loss, self.shard = model, loss, shard
-        self.threads = min(threads or available_cores(), MAX_THREADS)
+        on_host = next(iter(model.parameters())).backend.name == "cpu"  # a GPU is kept busy by one thread
+        self.threads = min(threads or available_cores(), MAX_THREADS) if on_host else 1
         self._stack = ExitStack()
 
     def __enter__(self) -> ShardedStep:

@@ -1,4 +1,4 @@
-"""Pictures of a run. The only room that imports matplotlib, which is optional: `pip install minilora[plot]`."""
+"""Pictures of a run. The only room that imports matplotlib, which is optional: `pip install -e .[plot]`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise ConfigError("pictures need matplotlib: pip install minilora[plot]") from None
+        raise ConfigError("pictures need matplotlib: pip install -e .[plot]") from None
     matplotlib.use("agg")  # files only: no window, no display
     import matplotlib.pyplot as plt
 
@@ -56,7 +56,9 @@ def loss_curves(path: Path, stages: Mapping[str, tuple[Sequence[float], Sequence
         axis.plot(_smooth(losses, max(1, len(losses) // 40)), color=COOL, linewidth=1.6, label="training")
         if held_out:
             steps, values = zip(*held_out, strict=True)
-            axis.plot(steps, values, color=WARM, marker="o", markersize=3.5, linewidth=1.2, label="held out")
+            axis.plot(
+                steps, values, color=WARM, marker="o", markersize=3.5, linewidth=1.2, label="held out (its first 20 kB)"
+            )
             axis.annotate(f"{values[-1]:.2f}", (steps[-1], values[-1]), (3, 5), textcoords="offset points", color=WARM)
         axis.set_title(title, loc="left")
         axis.set_xlabel("step")

@@ -32,7 +32,8 @@ def open_folder(out: str | Path, resume: bool = False) -> Path:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {str(out)!r} is a file, not a folder")
     if not resume and out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"--out {str(out)!r} is not empty: choose another one, or, for a stopped run, --resume auto")
+        resumable = ", or go on with --resume auto" if _by_step(out / "checkpoints") else ""
+        raise ConfigError(f"--out {str(out)!r} is not empty: choose another folder, or remove it{resumable}")
     out.mkdir(parents=True, exist_ok=True)
     probe = out / f".probe-{os.getpid()}"  # a folder that cannot be written to is known now, not after the training
     probe.touch()
@@ -95,10 +96,11 @@ def save_checkpoint(out: Path, step: int, state: dict[str, Any], write: Callable
         entries = {name: {"size": p.stat().st_size, "sha256": _sha256(p)} for name, p in files.items()}
         write_json(temporary / MANIFEST, {"step": step, "state": state, "files": entries})
         sync_folder(temporary)
-        if final.exists():
-            shutil.rmtree(final)
+        if final.exists():  # a run that went back to an older step: at no moment is there neither
+            os.rename(final, parent / f"{temporary.name}-old")
         os.rename(temporary, final)
         sync_folder(parent)
+        shutil.rmtree(parent / f"{temporary.name}-old", ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

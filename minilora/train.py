@@ -42,7 +42,8 @@ class Settings:
     warmup         steps of linear warm-up to `lr`, then half a cosine down to `floor` x lr
     max_grad_norm  gradients are scaled down to this norm
     shard          sequences that run forward and backward together; None: chosen from the shape
-    eval_every, save_every    in steps; None: at the end only
+    eval_every    in steps; None: at the start and at the end only
+    save_every    in steps, and at the end; None: only when the run is stopped
     """
 
     steps: int = 400
@@ -91,6 +92,80 @@ class Result:
     seconds: float
 
 
+class Run:
+    """One run, and how far it has come: a model, its optimiser, its text, and what was measured so far."""
+
+    def __init__(self, model: Any, tokens: np.ndarray, settings: Settings, out: Path):
+        if settings.shard is None:
+            device = next(iter(model.parameters())).backend.name
+            settings = dataclasses.replace(settings, shard=shard_size(settings.context, device))
+        self.model, self.settings, self.out = model, settings, out
+        self.windows = Windows(tokens, settings.context, settings.batch_size * settings.accumulate, settings.seed)
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.optimizer = AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+        covered = {id(p) for _, parameters in _files(model) for p in parameters.values()}
+        lost = [name for name, p in trained if id(p) not in covered]
+        if lost:
+            raise ConfigError(f"{lost[0]} would train, but belongs to no active adapter: nothing would save it")
+        self.identity = _identity(model, settings, tokens, trained)
+        self.done = 0  # steps
+        self.losses: list[float] = []
+        self.evaluations: list[tuple[int, float]] = []
+
+    def step(self, sharded: ShardedStep) -> dict[str, Any]:
+        """Take the next step; returns its line of the log. NonFiniteError leaves everything as it was before it."""
+        s, number = self.settings, self.done
+        batch = self.windows.batch(number)
+        tick = time.perf_counter()
+        loss, grads = sharded.gradients(batch, self.optimizer.params, s.seed, number)
+        grads, norm = clip_by_global_norm(grads, s.max_grad_norm)
+        if not math.isfinite(loss + norm):
+            raise NonFiniteError(f"step {number}: loss {loss}, gradient norm {norm}: the weights are as before it")
+        scale = warmup_cosine(number, s.steps, s.warmup, s.floor)
+        self.optimizer.step(grads, scale)
+        seconds = round(time.perf_counter() - tick, 6)
+        self.losses.append(loss)
+        self.done += 1
+        line = {"step": number, "loss": loss, "lr": s.lr * scale, "grad_norm": norm}
+        return {**line, "tokens": batch.tokens, "seconds": seconds}
+
+    def save(self) -> Path:
+        """A checkpoint: the ecosystem's files of the model, and the optimiser's state beside them."""
+        arrays, numbers = self.optimizer.state_dict()
+
+        def write(folder: Path) -> None:
+            self.model.save_pretrained(folder)
+            save_file(folder / "optimizer.safetensors", arrays)
+
+        state = {"run": self.identity, "optimizer": numbers, "losses": self.losses, "evaluations": self.evaluations}
+        return save_checkpoint(self.out, self.done, state, write)
+
+    def restore(self, resume: str | Path) -> None:
+        """Go on from a checkpoint, "auto" for the newest. CheckpointError, with nothing changed, if it does not fit."""
+        folder, manifest = find_checkpoint(resume, self.out)
+        done, state = manifest["step"], manifest["state"]
+        try:
+            before, numbers = dict(state["run"]), dict(state["optimizer"])
+            losses = [float(loss) for loss in state["losses"]]
+            evaluations = [(int(at), float(loss)) for at, loss in state["evaluations"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{str(folder)!r} is damaged: its state cannot be read ({error!r:.99})") from None
+        now = self.identity
+        differing = [f"{k} ({before.get(k)!r:.40} there, {v!r:.40} now)" for k, v in now.items() if before.get(k) != v]
+        if differing:
+            raise CheckpointError(f"{str(folder)!r} belongs to another run: {', '.join(differing)}"[:500])
+        if len(losses) != done:
+            raise CheckpointError(f"{str(folder)!r} is damaged: it has {len(losses)} losses after {done} steps")
+        stored = [(load_file(folder / name), parameters) for name, parameters in _files(self.model)]
+        if any(set(arrays) != set(parameters) for arrays, parameters in stored):
+            raise CheckpointError(f"{str(folder)!r} holds other parameters than the model has")
+        self.optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"), numbers)
+        for arrays, parameters in stored:
+            for key, parameter in parameters.items():
+                parameter.data = parameter.backend.from_numpy(arrays[key])
+        self.done, self.losses, self.evaluations = done, losses, evaluations
+
+
 def train(
     model: Any,
     tokens: np.ndarray,
@@ -109,78 +184,55 @@ def train(
     resume    "auto" or a checkpoint's folder: go on from there
 
     NonFiniteError, in the step in which it happens and before any weight changes, for a loss or gradient that is not
-    finite; CheckpointError if a checkpoint belongs to another run; Interrupted on SIGINT or SIGTERM, after the step
-    was saved.
+    finite: the last good state is saved. CheckpointError if a checkpoint belongs to another run. Interrupted on SIGINT
+    or SIGTERM, after the step was saved.
     """
     begun = time.perf_counter()
-    device = next(iter(model.parameters())).backend.name
-    if settings.shard is None:
-        settings = dataclasses.replace(settings, shard=shard_size(settings.context, device))
-    windows = Windows(tokens, settings.context, settings.batch_size * settings.accumulate, settings.seed)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
-    identity = _identity(model, settings, tokens, trained)
-    start = 0
-    losses: list[float] = []
-    evaluations: list[tuple[int, float]] = []
+    run = Run(model, tokens, settings, out)
     if resume is not None:
-        start, losses, evaluations = _restore(*find_checkpoint(resume, out), model, optimizer, identity)
+        run.restore(resume)
+    start = run.done
     model.train()
-
-    def save(step: int) -> None:
-        arrays, numbers = optimizer.state_dict()
-
-        def write(folder: Path) -> None:
-            model.save_pretrained(folder)
-            save_file(folder / "optimizer.safetensors", arrays)
-
-        state = {"run": identity, "optimizer": numbers, "losses": losses, "evaluations": evaluations}
-        save_checkpoint(out, step, state, write)
-
     with contextlib.ExitStack() as stack:
-        sharded = stack.enter_context(ShardedStep(model, settings.threads, settings.shard))
+        sharded = stack.enter_context(ShardedStep(model, settings.threads, run.settings.shard))
         log = stack.enter_context(Log(out / "log.jsonl", start))
         evaluation_log = stack.enter_context(Log(out / "eval.jsonl", start + 1 if start else 0))
         stopped = stack.enter_context(_stop_signals())
-        bar = stack.enter_context(
-            tqdm(total=settings.steps, initial=start, desc=title, disable=None, dynamic_ncols=True)
-        )
+        bar = tqdm(total=settings.steps, initial=start, desc=title, disable=None, dynamic_ncols=True)
+        stack.enter_context(bar)
 
-        def evaluate_now(step: int) -> None:
+        def measure() -> None:
             if held_out is not None:
                 loss = evaluate(model, held_out, settings.context, sharded=sharded)
-                evaluations.append((step, loss))
-                evaluation_log.write(step=step, loss=loss, bits_per_byte=bits_per_byte(loss, bytes_per_token))
+                run.evaluations.append((run.done, loss))
+                evaluation_log.write(step=run.done, loss=loss, bits_per_byte=bits_per_byte(loss, bytes_per_token))
 
         if start == 0:
-            evaluate_now(0)
-        for step in range(start, settings.steps):
-            batch = windows.batch(step)
-            tick = time.perf_counter()
-            loss, grads = sharded.gradients(batch, optimizer.params, settings.seed, step)
-            grads, norm = clip_by_global_norm(grads, settings.max_grad_norm)
-            if not math.isfinite(loss + norm):
-                raise NonFiniteError(
-                    f"step {step}: loss {loss}, gradient norm {norm}: the weights were left as before it"
-                )
-            scale = warmup_cosine(step, settings.steps, settings.warmup, settings.floor)
-            optimizer.step(grads, scale)
-            seconds = time.perf_counter() - tick
-            losses.append(loss)
-            lr = settings.lr * scale
-            log.write(step=step, loss=loss, lr=lr, grad_norm=norm, tokens=batch.tokens, seconds=round(seconds, 6))
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            measure()
+        while run.done < settings.steps:
+            try:
+                line = run.step(sharded)
+            except NonFiniteError:
+                if run.done > start:
+                    run.save()
+                raise
+            log.write(**line)
+            bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
             bar.update()
-            done = step + 1
-            if done == settings.steps or (settings.eval_every and done % settings.eval_every == 0):
-                evaluate_now(done)
-            if stopped or (settings.save_every and done % settings.save_every == 0):
-                save(done)
-            if stopped and done < settings.steps:
+            last = run.done == settings.steps
+            if last or _due(run.done, settings.eval_every):
+                measure()
+            if stopped or (settings.save_every and last) or _due(run.done, settings.save_every):
+                folder = run.save()
+            if stopped:
                 name = signal.Signals(stopped[0]).name
-                raise Interrupted(f"{name} after step {step}: saved in {str(out)!r:.300}, for --resume", stopped[0])
+                raise Interrupted(f"{name}: stopped after {run.done} steps, saved in {str(folder)!r:.300}", stopped[0])
     model.eval()
-    return Result(losses, evaluations, time.perf_counter() - begun)
+    return Result(run.losses, run.evaluations, time.perf_counter() - begun)
+
+
+def _due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
 
 
 def evaluate(
@@ -225,8 +277,10 @@ def _identity(
     numbers = {k: v for k, v in dataclasses.asdict(settings).items() if k not in Settings.FREE}
     shape = dataclasses.asdict(model.config)
     if isinstance(model, PeftModel):  # lora_alpha or the dropout change a run, and leave no trace in any shape
-        shape |= dataclasses.asdict(model.peft_config[model.active_adapter])
-    shape = {k: v for k, v in shape.items() if k not in ("extra", "base_model_name_or_path")}
+        for name in model.active_adapters:
+            prefix = "" if name == "default" else f"{name}."
+            shape |= {prefix + k: v for k, v in dataclasses.asdict(model.peft_config[name]).items()}
+    shape = {k: v for k, v in shape.items() if not k.endswith(("extra", "base_model_name_or_path"))}
     names = hashlib.sha256(repr([(n, p.shape, str(p.dtype)) for n, p in trained]).encode()).hexdigest()
     frozen = hashlib.sha256()
     for _, p in model.named_parameters():
@@ -236,30 +290,12 @@ def _identity(
     return {**shape, **numbers, "text": text, "parameters": names, "frozen weights": frozen.hexdigest()}
 
 
-def _restore(
-    folder: Path, manifest: dict[str, Any], model: Any, optimizer: AdamW, identity: dict[str, Any]
-) -> tuple[int, list[float], list[tuple[int, float]]]:
-    step, state = manifest["step"], manifest["state"]
-    try:
-        before, numbers = dict(state["run"]), dict(state["optimizer"])
-        losses = [float(loss) for loss in state["losses"]]
-        evaluations = [(int(at), float(loss)) for at, loss in state["evaluations"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{str(folder)!r} is damaged: the run's state cannot be read ({error!r:.99})") from None
-    differing = [f"{k} ({before.get(k)!r:.40} there, {v!r:.40} now)" for k, v in identity.items() if before.get(k) != v]
-    if differing:
-        raise CheckpointError(f"{str(folder)!r} belongs to another run: {', '.join(differing)}"[:500])
-    if len(losses) != step:
-        raise CheckpointError(f"{str(folder)!r} is damaged: it has {len(losses)} losses after {step} steps")
-    adapter = isinstance(model, PeftModel)
-    own = model.adapter_parameters(model.active_adapter) if adapter else dict(model.named_parameters())
-    arrays = load_file(folder / ("adapter_model.safetensors" if adapter else "model.safetensors"))
-    if set(arrays) != set(own):
-        raise CheckpointError(f"{str(folder)!r} holds other parameters than the model has")
-    optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"), numbers)
-    for key, parameter in own.items():
-        parameter.data = parameter.backend.from_numpy(arrays[key])
-    return step, losses, evaluations
+def _files(model: Any) -> list[tuple[str, dict[str, Parameter]]]:
+    """(file in a checkpoint's folder, what it holds by key) of everything that such a model can train."""
+    if not isinstance(model, PeftModel):
+        return [("model.safetensors", dict(model.named_parameters()))]
+    folders = {name: "" if name == "default" else f"{name}/" for name in model.active_adapters}
+    return [(f"{f}adapter_model.safetensors", model.adapter_parameters(name)) for name, f in folders.items()]
 
 
 @contextlib.contextmanager

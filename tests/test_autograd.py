@@ -771,3 +771,17 @@ def test_an_error_leaves_no_cycle() -> None:
         assert gc.collect() == 0
     finally:
         gc.enable()
+
+
+def test_two_tensors_of_one_storage_have_one_version() -> None:
+    p = Tensor(np.array([2.0]), requires_grad=True)
+    alias = Tensor(p)
+    y = (p * alias).sum()
+    p.data = np.array([3.0])
+    with pytest.raises(GraphError, match="changed after the forward"):
+        y.backward()
+
+
+def test_a_tensor_is_a_number_and_an_array_where_one_is_asked_for() -> None:
+    assert float(Tensor([2.5])) == 2.5
+    assert np.asarray(Tensor([1.0, 2.0])).dtype == np.float32

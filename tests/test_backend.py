@@ -40,7 +40,7 @@ def test_without_cupy_the_gpu_is_refused_with_a_reason_and_a_cure(
     message = str(caught.value)
     assert message.startswith(f"device '{name}' is not usable: ")
     assert "cupy" in message
-    assert message.endswith("(install minilora[cuda], or use 'cpu')")
+    assert message.endswith("(pip install -e .[cuda], or use 'cpu')")
     assert len(message) <= 500
 
 

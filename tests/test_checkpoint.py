@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -535,3 +536,19 @@ def test_the_defaults_are_those_of_peft(tmp_path):
         pytest.skip("another peft")
     peft.LoraConfig(inference_mode=True).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text()) == PEFT_CONFIG_DEFAULTS
+
+
+def test_an_adapter_s_two_files_change_together_or_not_at_all(tmp_path, monkeypatch):
+    write_adapter(tmp_path, {"r": 1}, {"a": np.zeros(3, np.float32)})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    real = os.replace
+
+    def full(source, target):
+        if str(target).endswith(".safetensors"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=r"No space left.*adapter_model\.safetensors"):
+        write_adapter(tmp_path, {"r": 2}, {"a": np.ones(3, np.float32)})
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -152,7 +152,7 @@ def changed(saved, tmp_path, change):
 )
 def test_any_other_file_needs_the_package_and_says_how_to_get_it(saved, tmp_path, monkeypatch, change):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(DataError, match=r"pip install minilora\[hf\]"):
+    with pytest.raises(DataError, match=r"pip install -e .\[hf\]"):
         data.load_tokenizer(changed(saved, tmp_path, change), 256)
 
 

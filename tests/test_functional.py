@@ -350,3 +350,9 @@ def test_activations_of_extreme_values(approximate: str, dtype: type) -> None:
     with np.errstate(over="raise", invalid="raise"):
         up = Tensor(np.ones_like(x.data))
         np.testing.assert_array_equal(F.swiglu(x, up).data, F.silu(x).data)
+
+
+def test_a_small_loss_is_not_rounded_away() -> None:
+    logits = np.array([[20.0, 8.0]], np.float32)
+    exact = math.log1p(math.exp(-12))
+    assert abs(F.cross_entropy(Tensor(logits), np.array([0])).item() - exact) <= 2 * 2**-24  # of 1 + e^-12, not of 20

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.errors import ConfigError, DataError
+from minilora.errors import ConfigError, DataError, NonFiniteError
 from minilora.generate import generate, sample, stream
 from minilora.lora import LoraConfig, PeftModel, get_peft_model
 from minilora.transformer import CausalLM, TransformerConfig
@@ -212,3 +212,10 @@ def test_a_prompt_needs_a_token(ids: np.ndarray) -> None:
 def test_a_prompt_outside_the_vocabulary() -> None:
     with pytest.raises(DataError, match="ids must be in"):
         generate(model(), np.array([[13]]), 3)
+
+
+@pytest.mark.parametrize("row", [[np.nan, 1.0], [np.inf, 1.0], [-np.inf, -np.inf]])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_say_nothing_are_no_token(row: list[float], temperature: float) -> None:
+    with pytest.raises(NonFiniteError, match="no finite logit"):
+        sample(np.array([row]), np.random.default_rng(0), temperature, 2, 1.0)

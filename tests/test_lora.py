@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import re
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -1233,3 +1234,81 @@ def test_a_name_in_use_is_the_caller_s_mistake_not_the_file_s(tmp_path: Path) ->
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="already"):
         model.load_adapter(tmp_path, "default")
+
+
+# ---- what must not happen in silence ----
+
+
+def test_a_model_with_adapters_in_it_is_not_saved_as_a_base(tmp_path: Path) -> None:
+    plain = base()
+    get_peft_model(plain, lora())
+    with pytest.raises(ConfigError, match="the model holds adapters"):
+        plain.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "a/b", "a\\b", "/tmp/x", "..", "\0", "lora", "_"])
+def test_a_name_that_could_leave_the_folder_or_the_scheme_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot name an adapter"):
+        get_peft_model(base(), lora(), name)
+
+
+@pytest.mark.parametrize("wrong", [{"r": 4}, None, "lora"])
+def test_what_is_no_configuration_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="expected a LoraConfig"):
+        get_peft_model(base(), wrong)
+    with pytest.raises(ConfigError, match="expected a model"):
+        get_peft_model("base", lora())
+
+
+def test_deleting_an_inactive_adapter_leaves_the_active_one_as_it_was() -> None:
+    model = get_peft_model(base(), lora())
+    model.add_adapter("b", lora())
+    model.set_adapter("default", inference_mode=True)
+    model.delete_adapter("b")
+    assert trainable(model) == set()
+
+
+def test_adapters_of_one_layer_have_masks_of_their_own() -> None:
+    model = get_peft_model(base(), lora(lora_dropout=0.5))
+    model.add_adapter("b", lora(lora_dropout=0.5))
+    for layer in wrapped(model.model).values():
+        assert layer.adapters["default"].dropout.stream != layer.adapters["b"].dropout.stream
+
+
+def test_merging_keeps_the_copy_that_its_own_adapter_saved() -> None:
+    model = get_peft_model(base(), lora(modules_to_save=["lm_head"]))
+    model.add_adapter("b", lora(modules_to_save=["lm_head"]))
+    heads = model.get_base_model().lm_head.modules_to_save
+    merged = model.merge_and_unload(adapter_names=["b"])
+    assert merged.lm_head is heads["b"]
+
+
+def test_another_thread_s_disabling_is_its_own_affair() -> None:
+    model = get_peft_model(base(), lora()).eval()
+    expected = logits(model)
+    with model.disable_adapter():
+        disabled = logits(model)
+        beside: list[np.ndarray] = []
+        thread = threading.Thread(target=lambda: beside.append(logits(model)))
+        thread.start()
+        thread.join()
+    assert np.array_equal(beside[0], expected)
+    assert not np.array_equal(disabled, expected)
+
+
+def test_the_way_to_compute_follows_from_shapes() -> None:
+    few, many = 1, 10_000
+    for W in ((128, 128), (512, 128), (4096, 4096)):
+        assert not F.worth_merging(few, *W, 8)
+        assert F.worth_merging(many, *W, 8)
+    layer = get_peft_model(base(), lora()).get_base_model().model.layers[0].self_attn.q_proj
+    layer.prepare_step(few)
+    assert layer._effective is None
+    layer.prepare_step(many)
+    assert layer._effective is not None
+
+
+def test_a_model_shows_where_adapters_can_go() -> None:
+    shown = repr(base())
+    assert "model.layers.1.self_attn.q_proj: Linear {'weight': [8, 8], 'bias': [8]}" in shown

@@ -525,9 +525,11 @@ def test_a_signal_ends_the_step_and_saves_it(number, step, tmp_path, signal_at):
     assert log_without_time(out) == log_without_time(straight)
 
 
-def test_a_signal_in_the_last_step_comes_too_late_to_matter(tmp_path, signal_at):
+def test_a_signal_in_the_last_step_stops_what_would_follow(tmp_path, signal_at):
     signal_at({5: [signal.SIGINT]})
-    assert len(train(lora(), TEXT, SHORT, tmp_path).losses) == 6
+    with pytest.raises(Interrupted, match="stopped after 6 steps"):
+        train(lora(), TEXT, SHORT, tmp_path)
+    assert len(train(lora(), TEXT, SHORT, tmp_path, resume="auto").losses) == 6
 
 
 def test_a_second_signal_stops_at_once(tmp_path, signal_at):
@@ -572,7 +574,7 @@ def test_a_killed_command_goes_on_where_it_was(number, code, tmp_path, monkeypat
     killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == code, killed.stderr
     assert "Traceback" not in killed.stderr
-    assert killed.stderr.splitlines()[-1].startswith(f"minilora: error: {number.name} after step 3")
+    assert killed.stderr.splitlines()[-1].startswith(f"minilora: interrupted: {number.name}: stopped after 4 steps")
     assert [p.name for p in Path("killed/checkpoints").iterdir()] == ["step-4"]
 
     from minilora.cli import main
@@ -582,3 +584,30 @@ def test_a_killed_command_goes_on_where_it_was(number, code, tmp_path, monkeypat
     for name in ("model.safetensors", "config.json", "eval.jsonl"):
         assert Path("killed", name).read_bytes() == Path("straight", name).read_bytes()
     assert log_without_time(Path("killed")) == log_without_time(Path("straight"))
+
+
+@pytest.mark.parametrize("names", [["default", "task"], ["task"]])
+def test_every_active_adapter_goes_on_where_it_was(names, tmp_path):
+    def model():
+        made = lora()
+        made.add_adapter("task", dataclasses.replace(made.peft_config["default"]), seed=1)
+        made.set_adapter(names)
+        return made
+
+    settings = dataclasses.replace(SHORT, save_every=2)
+    (tmp_path / "a").mkdir()
+    straight = model()
+    train(straight, TEXT, settings, tmp_path / "a")
+    resumed = model()
+    train(resumed, TEXT, settings, tmp_path / "a", resume=tmp_path / "a" / "checkpoints" / "step-4")
+    for name in names:
+        expected = straight.state_dict(name)
+        got = resumed.state_dict(name)
+        assert {k: v.tobytes() for k, v in got.items()} == {k: v.tobytes() for k, v in expected.items()}
+
+
+def test_what_nothing_would_save_does_not_train(tmp_path):
+    model = lora()
+    model.get_base_model().model.norm.weight.requires_grad = True
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight would train, but belongs to no active adapter"):
+        train(model, TEXT, SHORT, tmp_path)

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import FormatError
-from .disk import PathLike, quoted, read_json, require_folder, write_json
+from .disk import PathLike, json_after, quoted, read_json, require_folder
 from .safetensors import Array, load_file, save_file
 
 CONFIG_FILE = "adapter_config.json"
@@ -83,6 +83,5 @@ def read_adapter(directory: PathLike) -> tuple[dict[str, Any], dict[str, Array]]
 def write_adapter(directory: PathLike, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
     """Write PEFT's folder. Keys that `config` leaves out get PEFT's defaults; keys that PEFT does not know are kept."""
     os.makedirs(directory, exist_ok=True)
-    # The config comes last: a reader that finds it finds the weights that belong to it.
-    save_file(os.path.join(directory, WEIGHTS_FILE), tensors)
-    write_json(os.path.join(directory, CONFIG_FILE), {**PEFT_CONFIG_DEFAULTS, **config})
+    with json_after(os.path.join(directory, CONFIG_FILE), {**PEFT_CONFIG_DEFAULTS, **config}):
+        save_file(os.path.join(directory, WEIGHTS_FILE), tensors)

@@ -13,7 +13,7 @@ from typing import Any
 from numpy.typing import DTypeLike
 
 from ..errors import FormatError
-from .disk import PathLike, quoted, read_json, require_folder, write_json
+from .disk import PathLike, json_after, quoted, read_json, require_folder
 from .safetensors import Array, Entry, SafetensorsFile, save_file, write_stream
 
 CONFIG_FILE = "config.json"
@@ -123,8 +123,8 @@ def write_checkpoint(
     """Write model.safetensors, then config.json. `tensors` are arrays, or entries to be written one at a time."""
     os.makedirs(directory, exist_ok=True)
     path = os.path.join(directory, WEIGHTS_FILE)
-    if isinstance(tensors, Mapping):
-        save_file(path, tensors)
-    else:
-        write_stream(path, tensors)
-    write_json(os.path.join(directory, CONFIG_FILE), config)
+    with json_after(os.path.join(directory, CONFIG_FILE), config):
+        if isinstance(tensors, Mapping):
+            save_file(path, tensors)
+        else:
+            write_stream(path, tensors)

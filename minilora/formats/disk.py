@@ -63,9 +63,11 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, target)
         sync_folder(folder)
-    except BaseException:  # KeyboardInterrupt too: nothing half-written may stay behind
+    except BaseException as error:  # KeyboardInterrupt too: nothing half-written may stay behind
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.fspath(path)  # a full disk does not say by itself which file it had no room for
         raise
 
 
@@ -143,7 +145,14 @@ def read_json(path: PathLike, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def write_json(path: PathLike, value: dict[str, Any]) -> None:
-    """Write `value` as JSON, atomically, its keys sorted. ConfigError when `read_json` could not read it back.
+    """Write `value` as JSON, atomically, its keys sorted. ConfigError when `read_json` could not read it back."""
+    with json_after(path, value):
+        pass
+
+
+@contextmanager
+def json_after(path: PathLike, value: dict[str, Any]) -> Iterator[None]:
+    """`write_json`, whose file becomes real after the block: so that two files change together, or neither does.
 
     Objects inside keep their order, which can carry a meaning: in a rank_pattern the first entry that matches holds.
     """
@@ -154,3 +163,6 @@ def write_json(path: PathLike, value: dict[str, Any]) -> None:
         raise ConfigError(f"{quoted(path)}: cannot be written as JSON: {str(error)[:200]}") from None
     with atomic_file(path) as file:
         file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())  # its room on the disk is taken before the block begins
+        yield

@@ -7,8 +7,8 @@ Both keep the base as it is: to disable an adapter is to have the base back, bit
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +21,8 @@ from ..errors import ConfigError, NonFiniteError
 from ..nn import Linear, LinearBase, Module, Parameter
 from .lora import LoraAdapter
 
-_thread = threading.local()
+# The layers that this thread, and the shards it hands to others, run without adapters.
+_bypassed: contextvars.ContextVar[frozenset[Any]] = contextvars.ContextVar("bypassed", default=frozenset())
 
 
 class Wrapper(Module):
@@ -45,7 +46,7 @@ class Wrapper(Module):
     @property
     def running(self) -> list[Any]:
         """What the next forward of this thread applies."""
-        if self.merged or not self.enabled or self in getattr(_thread, "bypassed", ()):
+        if self.merged or not self.enabled or self in _bypassed.get():
             return []
         return [self.held[name] for name in self.active if name in self.held]
 
@@ -62,13 +63,12 @@ class Wrapper(Module):
 
 @contextlib.contextmanager
 def bypassed(layers: Iterable[Wrapper]) -> Iterator[None]:
-    """Inside, this thread runs these layers' inner modules alone; what other threads run is their own affair."""
-    before: frozenset[Wrapper] = getattr(_thread, "bypassed", frozenset())
-    _thread.bypassed = before | frozenset(layers)
+    """Inside, these layers run their inner modules alone: in this thread, not in one that runs beside it."""
+    token = _bypassed.set(_bypassed.get() | frozenset(layers))
     try:
         yield
     finally:
-        _thread.bypassed = before
+        _bypassed.reset(token)
 
 
 class LoraLinear(Wrapper):
@@ -84,9 +84,7 @@ class LoraLinear(Wrapper):
         self.base_layer = base_layer
         self.adapters: dict[str, LoraAdapter] = {}
         self._original: LinearBase | None = None  # the base while adapters are merged into a copy of it
-        self._effective: tuple[Array, list[LoraAdapter]] | None = (
-            None  # W + dW and whose, during a step
-        )
+        self._effective: tuple[Array, list[LoraAdapter]] | None = None  # W + dW and whose, during a step
 
     def __call__(self, x: Tensor) -> Tensor:
         running = self.running
@@ -105,11 +103,10 @@ class LoraLinear(Wrapper):
 
         Not with dropout between x and A, nor over a base that trains itself: that needs the gradient of W.
         """
-        running = self.running
-        ready = running and not self.base_layer.trainable and not any(a.dropout.active for a in running)
-        if ready and (tokens is None or F.worth_merging(tokens, running[0].lora_A.shape[1], self.base_layer.out_features,
-                                                        sum(a.r for a in running))):  # fmt: skip
-            W = self.base_layer.dense_weight()
+        running, base, r = self.running, self.base_layer, sum(a.r for a in self.running)
+        same = running and not base.trainable and not any(a.dropout.active for a in running)
+        if same and (tokens is None or F.worth_merging(tokens, base.in_features, base.out_features, r)):
+            W = base.dense_weight()
             for adapter in running:
                 W = W + adapter.delta_weight(W)
             self._effective = W, running

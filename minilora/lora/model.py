@@ -67,9 +67,11 @@ class PeftModel(Module):
         self.set_adapter(adapter_name)
 
     def _wrap_model(self, model: Any) -> None:
+        if not isinstance(model, Module):
+            raise ConfigError(f"expected a model to put an adapter into, got {model!r:.99}")
         if isinstance(model, PeftModel) or any(wrappers(model)):
             raise ConfigError("the model has adapters already: use add_adapter or load_adapter, or unload it first")
-        self.model = model
+        self.model: Any = model
         self.peft_config: dict[str, LoraConfig] = {}
         self.active_adapters: list[str] = []
 
@@ -105,6 +107,8 @@ class PeftModel(Module):
 
     def _check_name(self, adapter_name: str, config: LoraConfig) -> None:
         """ConfigError if an adapter of this name and configuration cannot join those that are here."""
+        if not isinstance(config, LoraConfig):
+            raise ConfigError(f"expected a LoraConfig, got {config!r:.99}")
         if adapter_name in self.peft_config:
             raise ConfigError(f"there is an adapter {adapter_name!r} already: {', '.join(self.peft_config)}")
         if adapter_name in ("", *"lora_") or any(c in adapter_name for c in "./\\\0") or adapter_name in "lora_":
@@ -217,8 +221,7 @@ class PeftModel(Module):
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Put adapters (the active ones) into the base's weights; see `LoraLinear.merge`.
 
-        All layers or none: NonFiniteError names the layer and leaves the model as it was. (PEFT checks only if
-        `safe_merge`; here it is always done.)
+        All layers or none: NonFiniteError names the layer. (PEFT checks only if `safe_merge`; here it always is.)
         """
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         self._known(names)
@@ -231,9 +234,7 @@ class PeftModel(Module):
                 for changed, merged in done:
                     changed.unmerge()
                     changed.merge(merged)
-                if isinstance(error, NonFiniteError):
-                    raise NonFiniteError(f"{path}: {error}") from error
-                raise
+                raise NonFiniteError(f"{path}: {error}") if isinstance(error, NonFiniteError) else error from None
             done.append((layer, before))
 
     def unmerge_adapter(self) -> None:
@@ -309,7 +310,7 @@ class PeftModel(Module):
         return made.train(is_trainable)  # type: ignore[no-any-return]
 
     def load_adapter(self, directory: str | Path, adapter_name: str, is_trainable: bool = False) -> None:
-        """Add the adapter that a folder holds; it stays inactive until `set_adapter`."""
+        """Add the adapter that a folder holds, inactive until `set_adapter`; biases it trained change at once."""
         raw, tensors = read_adapter(directory)
         config = LoraConfig.from_dict(raw, f"{directory}/adapter_config.json")
         self._check_name(adapter_name, config)

@@ -1,0 +1,684 @@
+"""The command line, end to end: what it does, and that a mistake ends in one line, a code, and nothing changed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import minilora.demo
+import minilora.train
+from minilora import CausalLM, LoraConfig, PeftModel, TransformerConfig, __version__, get_peft_model
+from minilora.cli import LORA_OPTIONS, build_parser, main
+from minilora.errors import ConfigError
+from minilora.formats import load_file, save_file
+
+# pytest would turn a warning into an exception; on the command line it is a line on stderr.
+pytestmark = pytest.mark.filterwarnings("default")
+
+COMMANDS = ("demo", "pretrain", "finetune", "generate", "evaluate", "merge", "inspect")
+TINY = "--batch-size 2 --context 16 --threads 2"
+SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
+TEXT = b"the quick brown fox jumps over the lazy dog, again and again. " * 10
+
+
+def words(line: str, **quoted: str) -> list[str]:
+    """A command line as a shell would cut it; {name} stands for a word that is hard to write in one."""
+    return [word.format(**quoted) if quoted else word for word in shlex.split(line)]
+
+
+def run(argv: list[str]) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr)"""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(argv)
+    return code, out.getvalue(), err.getvalue()
+
+
+def ok(line: str) -> str:
+    code, out, err = run(words(line))
+    assert code == 0, err
+    return out
+
+
+def snapshot(folder: Path):
+    """Every folder, and every file with its bytes and its time."""
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a base, adapters, texts, and each of them damaged in some way."""
+    world = tmp_path_factory.mktemp("cli")
+    before = Path.cwd()
+    os.chdir(world)
+    try:
+        Path("book.txt").write_bytes(TEXT)
+        Path("latin.txt").write_bytes("ÀÉÎÕÜ äöü ß ".encode("latin-1") * 40)
+        Path("empty.txt").touch()
+        Path("short.txt").write_bytes(b"abcd")
+        Path("half.txt").write_bytes(TEXT[:18])
+        Path("smile.txt").write_text("\N{SLIGHTLY SMILING FACE}", encoding="utf-8")
+        Path("folder").mkdir()
+        Path("full").mkdir()
+        Path("full", "mine.txt").write_text("keep me")
+        ok(f"pretrain --data book.txt --out base --steps 4 --save-every 2 {TINY} {SHAPE}")
+        ok(f"finetune --base base --data book.txt --out adapter --steps 4 --save-every 2 {TINY} --lr 0.05")
+        ok(f"pretrain --data book.txt --out wide --steps 1 {TINY} {SHAPE.replace('16', '24')}")
+
+        def damaged(source: str, name: str, file: str, change) -> None:
+            shutil.copytree(source, name, ignore=shutil.ignore_patterns("checkpoints", "*.jsonl"))
+            path = Path(name, file)
+            path.write_bytes(change(path.read_bytes()))
+
+        for source, weights, config in (
+            ("base", "model.safetensors", "config.json"),
+            ("adapter", "adapter_model.safetensors", "adapter_config.json"),
+        ):
+            damaged(source, f"{source}-cut", weights, lambda data: data[:-3])
+            damaged(source, f"{source}-header", weights, lambda data: data[:20] + bytes([data[20] ^ 0xFF]) + data[21:])
+            damaged(source, f"{source}-nothing", weights, lambda data: b"")
+            damaged(source, f"{source}-config-cut", config, lambda data: data[: len(data) // 2])
+            damaged(source, f"{source}-config-list", config, lambda data: b"[]")
+            damaged(source, f"{source}-config-twice", config, lambda data: data.replace(b"{", b'{"r": 8, "r": 9,', 1))
+            damaged(source, f"{source}-no-weights", weights, lambda data: data)
+            Path(f"{source}-no-weights", weights).unlink()
+        damaged("base", "base-heads", "config.json", lambda data: data.replace(b'heads": 2', b'heads": 3'))
+        damaged("base", "base-layers", "config.json", lambda data: data.replace(b'layers": 1', b'layers": 2'))
+        damaged("adapter", "adapter-r0", "adapter_config.json", lambda data: data.replace(b'"r": 8', b'"r": 0'))
+        damaged("adapter", "adapter-r4", "adapter_config.json", lambda data: data.replace(b'"r": 8', b'"r": 4'))
+        damaged("adapter", "adapter-dora", "adapter_config.json", lambda data: data.replace(b'dora": f', b'dora": t'))
+        dora = Path("adapter-dora/adapter_config.json")
+        dora.write_text(dora.read_text().replace('"use_dora": talse', '"use_dora": true'))
+        damaged("base", "base-tokens", "tokenizer.json", lambda data: data[:100])
+        damaged("base", "base-nan", "config.json", lambda data: data)
+        tensors = load_file("base/model.safetensors")
+        save_file("base-nan/model.safetensors", {k: v * np.float32(np.nan) for k, v in tensors.items()})
+        damaged("adapter", "adapter-nan", "adapter_config.json", lambda data: data)
+        tensors = load_file("adapter/adapter_model.safetensors")
+        save_file("adapter-nan/adapter_model.safetensors", {k: v * np.float32(np.nan) for k, v in tensors.items()})
+        yield world
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def world(made, monkeypatch):
+    monkeypatch.chdir(made)
+    return made
+
+
+# ---- what the commands do ----
+
+
+def test_the_parts_load_as_models(world):
+    base = CausalLM.from_pretrained("base")
+    assert base.config.hidden_size == 16
+    adapted = PeftModel.from_pretrained(base, "adapter")
+    assert adapted.peft_config["default"].base_model_name_or_path == "base"
+    assert [p.name for p in sorted(Path("base/checkpoints").iterdir())] == ["step-2", "step-4"]
+
+
+@pytest.mark.parametrize(
+    "style", [str, lambda line: re.sub(r"(?<=\w)-(?=\w)", "_", line)], ids=["hyphens", "underscores"]
+)
+def test_hyphens_and_underscores_are_alike(style, world, tmp_path):
+    options = style("--batch-size=2 --target-modules o_proj --weight-decay 0.1 --lora-alpha 3 --eval-every 1")
+    ok(f"finetune --base base --data book.txt --steps 1 --context 8 --out '{tmp_path}/out' {options}")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["target_modules"]) == (3, ["o_proj"])
+    assert len((tmp_path / "out" / "eval.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_value_keeps_its_underscores_and_hyphens(world):
+    said = ok("generate --base base --prompt=a_b-c=d_e --max-new-tokens 0")
+    assert said == "a_b-c=d_e\n"
+
+
+def test_generate_goes_on_from_the_prompt_and_repeats_itself(world):
+    for options in ("", "--temperature 0", "--top-k 3", "--top-k 100000", "--top-p 0.5", "--adapter adapter"):
+        line = f"generate --base base --prompt 'the quick' --max-new-tokens 8 --seed 3 {options}"
+        first = ok(line)
+        assert first.startswith("the quick")
+        assert len(first) >= len("the quick") + 4
+        assert ok(line) == first
+    assert ok("generate --base base --prompt hi --max-new-tokens 0") == "hi\n"
+
+
+def test_a_prompt_may_be_longer_than_the_context_and_hold_any_bytes(world):
+    assert ok(f"generate --base base --prompt '{'long ' * 100}' --max-new-tokens 3").startswith("long long")
+    code, out, _ = run(["generate", "--base", "base", "--prompt", "\x1b[31m\udcff é", "--max-new-tokens", "2"])
+    assert code == 0
+    assert out.startswith("\\x1b[31m\N{REPLACEMENT CHARACTER} é")
+
+
+def test_merging_gives_the_same_measure_as_the_adapter(world, tmp_path):
+    adapted = ok("evaluate --base base --adapter adapter --data book.txt")
+    alone = ok("evaluate --base base --data book.txt --context 256 --threads 1")
+    before = snapshot(Path("base")) | snapshot(Path("adapter"))
+    ok(f"merge --base base --adapter adapter --out '{tmp_path}/merged'")
+    assert snapshot(Path("base")) | snapshot(Path("adapter")) == before
+    merged = ok(f"evaluate --base '{tmp_path}/merged' --data book.txt")
+
+    def loss(said):
+        return float(
+            re.match(r"loss ([\d.]+) nats a token, [\d.]+ bits a byte, perplexity [\d.]+ \(context \d+\)\n$", said)[1]
+        )
+
+    assert loss(merged) == pytest.approx(loss(adapted), abs=2e-6)
+    assert abs(loss(alone) - loss(adapted)) > 1e-3
+    assert sorted(p.name for p in (tmp_path / "merged").iterdir()) == sorted(
+        ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    )
+
+
+def test_evaluate_with_a_limit(world):
+    assert ok("evaluate --base base --data book.txt --context 16 --limit 1") != ok(
+        "evaluate --base base --data book.txt"
+    )
+
+
+def test_inspect(world):
+    said = ok("inspect adapter")
+    assert "model.layers.0.self_attn.q_proj" in said
+    assert re.search(r"^finite +True$", said, re.MULTILINE)
+    report = json.loads(ok("inspect adapter --json"))
+    tensors = load_file("adapter/adapter_model.safetensors")
+    assert report["parameters"] == sum(a.size for a in tensors.values())
+    assert [row["layer"] for row in report["tensors"]] == [f"model.layers.0.self_attn.{n}_proj" for n in "qv"]
+    name = report["tensors"][0]["layer"]
+    A, B = (tensors[f"base_model.model.{name}.lora_{x}.weight"].astype(float) for x in "AB")
+    assert float(report["tensors"][0]["|dW|"]) == pytest.approx(np.linalg.norm(B @ A), rel=1e-3)
+    model = CausalLM.from_pretrained("base")
+    for where in ("base", "base/model.safetensors"):
+        assert json.loads(ok(f"inspect {where} --json"))["parameters"] == sum(p.size for p in model.parameters())
+    assert "model.embed_tokens.weight" in ok("inspect base")
+    assert re.search(r"^finite +False$", ok("inspect adapter-nan"), re.MULTILINE)
+
+
+def test_escapes_in_a_file_do_not_reach_the_terminal(world, tmp_path):
+    shutil.copytree("adapter", tmp_path / "evil")
+    path = tmp_path / "evil" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "base_model_name_or_path": "\x1b[2J evil"}))
+    said = ok(f"inspect '{tmp_path}/evil'")
+    assert "\x1b" not in said
+    assert "\\x1b[2J evil" in said
+
+
+def test_resuming_a_finished_run_writes_the_same_files(world, tmp_path):
+    shutil.copytree("adapter", tmp_path / "again")
+    before = load_file("adapter/adapter_model.safetensors")
+    line = f"finetune --base base --data book.txt --steps 4 {TINY} --lr 0.05"
+    ok(f"{line} --out '{tmp_path}/again' --resume")
+    after = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert {k: v.tobytes() for k, v in before.items()} == {k: v.tobytes() for k, v in after.items()}
+    ok(f"{line} --out '{tmp_path}/elsewhere' --resume adapter/checkpoints/step-2")
+    after = load_file(tmp_path / "elsewhere" / "adapter_model.safetensors")
+    assert {k: v.tobytes() for k, v in before.items()} == {k: v.tobytes() for k, v in after.items()}
+
+
+def test_without_out_a_run_makes_its_own_folder(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in ("001", "002"):
+        ok(f"pretrain --data '{world}/book.txt' --steps 1 {TINY} {SHAPE}")
+        assert (tmp_path / "runs" / f"pretrain-{number}" / "model.safetensors").is_file()
+
+
+def test_texts_that_are_no_utf8_and_texts_of_their_own_to_evaluate_on(world, tmp_path):
+    ok(f"pretrain --data latin.txt --eval-data book.txt --steps 1 {TINY} {SHAPE} --untied --out '{tmp_path}/latin'")
+    model = CausalLM.from_pretrained(tmp_path / "latin")
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    ok(f"evaluate --base '{tmp_path}/latin' --data latin.txt")
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("q_proj", {"q_proj"}),
+        ("q_proj,v_proj", {"q_proj", "v_proj"}),
+        ("self_attn.o_proj", {"o_proj"}),
+        ("model.layers.0.mlp.up_proj,", {"up_proj"}),
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (r".*\.(gate|up)_proj", {"gate_proj", "up_proj"}),
+        ("model.layers.[0-9]+.self_attn.k_proj", {"k_proj"}),
+    ],
+)
+def test_the_forms_of_target_modules(targets, expected, world, tmp_path):
+    line = f"finetune --base base --data book.txt --steps 1 {TINY} --out '{tmp_path}/out' --target-modules '{targets}'"
+    ok(line)
+    keys = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {key.split(".")[-3] for key in keys} == expected
+
+
+LORA_WORDS = {
+    "r": ("3", 3),
+    "lora_alpha": ("32", 32),
+    "target_modules": ("q_proj,o_proj", ["q_proj", "o_proj"]),
+    "exclude_modules": ("o_proj", ["o_proj"]),
+    "lora_dropout": ("0.25", 0.25),
+    "bias": ("lora_only", "lora_only"),
+    "use_rslora": (None, True),
+    "init_lora_weights": ("gaussian", "gaussian"),
+    "rank_pattern": ('{"q_proj": 2}', {"q_proj": 2}),
+    "alpha_pattern": ('{"q_proj": 2.5}', {"q_proj": 2.5}),
+    "layers_to_transform": ("0,2", [0, 2]),
+    "layers_pattern": ("layers", ["layers"]),
+    "modules_to_save": ("lm_head,norm", ["lm_head", "norm"]),
+    "fan_in_fan_out": (None, True),
+}
+
+
+def test_every_field_of_the_configuration_is_an_option():
+    own = {"task_type", "base_model_name_or_path", "inference_mode", "extra"}
+    assert set(LORA_OPTIONS) == {f.name for f in dataclasses.fields(LoraConfig)} - own == set(LORA_WORDS)
+
+
+@pytest.mark.parametrize("name", LORA_WORDS)
+def test_an_option_arrives_in_the_configuration(name, world, tmp_path, monkeypatch):
+    seen = []
+
+    def look(model, config, **rest):
+        seen.append(config)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr("minilora.cli.get_peft_model", look)
+    word, value = LORA_WORDS[name]
+    option = [f"--{name.replace('_', '-')}", *([] if word is None else [word])]
+    extra = ["--layers-to-transform", "0"] if name == "layers_pattern" else []
+    assert run([*words(f"finetune --base base --data book.txt {TINY}"), *option, *extra])[0] == 2
+    assert getattr(seen[0], name) == value
+    assert type(getattr(seen[0], name)) is type(value)
+    run(words(f"finetune --base base --data book.txt {TINY}"))
+    assert getattr(seen[1], name) == getattr(LoraConfig(), name)
+
+
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("False", False), ("gaussian", "gaussian")])
+def test_initialisers(word, value):
+    args = build_parser().parse_args(["finetune", "--base", "b", "--data", "d", "--init-lora-weights", word])
+    assert args.init_lora_weights is value or args.init_lora_weights == value
+
+
+# ---- help ----
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_a_screen_and_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"] if command else ["--help"])
+    assert caught.value.code == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert len(lines) <= 44
+    assert max(map(len, lines)) <= 110
+    assert err == ""
+    if command:
+        example = next(line for line in lines if line.startswith("example: "))
+        build_parser().parse_args(shlex.split(example.removeprefix("example: minilora ")))
+    else:
+        assert all(name in out for name in COMMANDS)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"minilora {__version__}\n"
+
+
+def test_as_a_module(world):
+    def module(*arguments, **options):
+        return subprocess.run([sys.executable, "-m", "minilora", *arguments], capture_output=True, **options)
+
+    done = module("generate", "--base", "base", "--prompt", "é", "--max-new-tokens", "2", "--temperature", "0")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith("é".encode())
+    # A terminal without Unicode, and a byte in a path that is no character.
+    plain = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = module("inspect", b"adapter\xff", env=plain)
+    assert done.returncode == 4
+    assert done.stderr == b"minilora: error: no such model folder (nothing is downloaded): 'adapter\\udcff'\n"
+    done = module("generate", "--base", "base", "--prompt", "é", "--max-new-tokens", "0", env=plain)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\xe9\n", b"")
+
+
+def test_a_folder_whose_name_is_no_text_works(world, tmp_path):
+    odd = os.fsdecode(os.fsencode(str(tmp_path)) + b"/od\xffd \n")
+    try:
+        shutil.copytree("base", odd)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    assert run([*words(f"finetune --data book.txt --steps 1 {TINY} --out"), odd + "/new", "--base", odd])[0] == 0
+    assert (Path(odd) / "new" / "adapter_config.json").is_file()
+
+
+def test_debug_shows_where_an_error_came_from(world):
+    with pytest.raises(ConfigError, match="context"):
+        main(words("evaluate --base base --data book.txt --context 1000 --debug"))
+
+
+def test_an_interrupt_ends_without_a_traceback(world, monkeypatch):
+    def interrupted(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CausalLM, "from_pretrained", interrupted)
+    code, out, err = run(words("evaluate --base base --data book.txt"))
+    assert (code, out, err) == (130, "", "\nminilora: interrupted\n")
+
+
+def test_memory_that_runs_out_ends_without_a_traceback(world, monkeypatch):
+    def too_much(*_arguments, **_options):
+        raise MemoryError
+
+    monkeypatch.setattr(CausalLM, "from_pretrained", too_much)
+    assert run(words("evaluate --base base --data book.txt"))[::2] == (1, "minilora: error: out of memory\n")
+
+
+def test_warnings_are_one_line_and_showing_them_ends_with_the_command(world, tmp_path):
+    import warnings
+
+    shown = warnings.showwarning
+    line = f"finetune --base base --data book.txt --steps 1 {TINY} --out '{tmp_path}/out' --fan-in-fan-out"
+    code, _, err = run(words(line))
+    assert code == 0
+    assert len(err.splitlines()) == 1
+    assert err.startswith("minilora: warning: fan_in_fan_out")
+    assert warnings.showwarning is shown
+
+
+# ---- what cannot work ----
+
+F = f"finetune --base base --data book.txt --out new {TINY}"
+P = f"pretrain --data book.txt --out new {TINY} {SHAPE}"
+G = "generate --base base --prompt hi --max-new-tokens 2"
+E = "evaluate --base base --data book.txt"
+M = "merge --base base --adapter adapter --out new"
+LONG = "x" * 5000
+# command line, exit code, what the message names
+BAD = [
+    # usage
+    ("", 2, "no command"),
+    ("nothing", 2, "'nothing'"),
+    ("--nothing", 2, "--nothing"),
+    ("finetune", 2, "--base, --data"),
+    ("generate --base base", 2, "--prompt"),
+    ("inspect", 2, "DIR"),
+    (f"{E} --nothing", 2, "--nothing"),
+    (f"{E} extra words", 2, "extra words"),
+    (f"{E} --thread 1", 2, "--thread"),
+    (f"{E} --context", 2, "--context"),
+    (f"{E} {LONG}", 2, "unrecognized"),
+    (f"{E} --threads {'9' * 5000}", 2, "--threads"),
+    (f"{E} --limit {'9' * 5000}", 2, "--limit"),
+    # texts
+    (f"{P} --data missing.txt", 4, "missing.txt"),
+    (f"{P} --data folder", 3, "folder"),
+    (f"{P} --data /dev/zero", 3, "/dev/zero"),
+    (f"{P} --data empty.txt", 3, "empty.txt"),
+    (f"{P} --data short.txt", 3, "short.txt"),
+    (f"{P} --data smile.txt", 3, "smile.txt"),
+    (f"{P} --data half.txt", 3, "half.txt: a context of 16 needs at least 17 tokens, it has 16"),
+    (f"{P} --data book.txt/", 4, "book.txt/"),
+    (f"{P} --data {LONG}", 4, "xxx"),
+    (f"{P} --eval-data empty.txt", 3, "empty.txt"),
+    (f"{P} --eval-data missing.txt", 4, "missing.txt"),
+    (f"{P} --data ''", 2, "--data: '' is no path"),
+    (f"{P} --eval-data ''", 2, "--eval-data: ''"),
+    (f"{E} --data empty.txt", 3, "empty.txt"),
+    (f"{F} --data short.txt", 3, "short.txt"),
+    ("demo --out new --pretrain-data short.txt", 3, "--pretrain-data short.txt"),
+    ("demo --out new --adapt-data missing.txt", 4, "missing.txt"),
+    # context
+    *[(f"{line} --context 0", 2, "context") for line in (P, F, E)],
+    *[(f"{line} --context -1", 2, "context") for line in (P, F, E)],
+    (f"{F} --context 257", 2, "max_position_embeddings = 256"),
+    (f"{E} --context 257", 2, "max_position_embeddings = 256"),
+    (f"{P} --context 600", 3, "context of 600"),
+    (f"{P} --context 16 --max-position-embeddings 15", 2, "max_position_embeddings = 15"),
+    (f"{P} --max-position-embeddings 0", 2, "--max-position-embeddings"),
+    # numbers of a run
+    *[(f"{F} --lr={x}", 2, "lr") for x in ("nan", "inf", "-1", "0", "x", "")],
+    *[(f"{F} --steps={x}", 2, "steps") for x in ("-1", "0", "1e30", "1.5", "x", "9" * 30)],
+    *[(f"{F} --batch-size={x}", 2, "batch") for x in ("-1", "0", "1.5", 10**18)],
+    *[(f"{F} --accumulate={x}", 2, "accumulate") for x in ("-1", "0", 10**18)],
+    *[(f"{F} --{name}={x}", 2, name) for name in ("weight_decay", "max_grad_norm") for x in ("nan", "-1", "inf")],
+    *[(f"{F} --{name}=0", 2, name) for name in ("save_every", "eval_every", "shard", "max_grad_norm")],
+    *[(f"{line} --seed {x}", 2, "--seed") for line in (F, P, G, E, M) for x in (-1, 2**64, "x")],
+    *[(f"{line} --threads {x}", 2, "--threads") for line in (F, P, G, E, M, "demo --out new") for x in (0, -3, "1.5")],
+    *[(f"{line} --device {x}", 2, x) for line in (F, P, G, E, M, "demo --out new") for x in ("tpu", "cuda:x", "CPU")],
+    (f"{E} --limit 0", 2, "limit"),
+    (f"{F} --warmup -1", 2, "warmup"),
+    # the shape of a model
+    (f"{P} --hidden-size 0", 2, "--hidden-size"),
+    (f"{P} --hidden-size 15", 2, "hidden_size"),
+    (f"{P} --hidden-size 2147483640 --intermediate-size 2147483640 --num-attention-heads 357913940", 2, "parameters"),
+    (f"{P} --num-hidden-layers 1000000000", 2, "parameters"),
+    (f"{P} --num-attention-heads 16", 2, "head_dim"),
+    (f"{P} --num-key-value-heads 3", 2, "num_key_value_heads"),
+    (f"{P} --num-hidden-layers 1e9", 2, "--num-hidden-layers"),
+    # the adapter
+    *[(f"{F} --r={x}", 2, "r must be") for x in ("0", "-1", 2**40)],
+    *[(f"{F} --r={x}", 2, "argument --r:") for x in ("1.5", "x", "")],
+    *[(f"{F} --lora-alpha={x}", 2, "lora_alpha") for x in ("nan", "inf", "0", "-2", "1e400")],
+    (f"{F} --lora-alpha x", 2, "--lora-alpha: invalid number value: 'x'"),
+    *[(f"{F} --lora-dropout={x}", 2, "dropout") for x in ("-0.1", "1", "nan", "x")],
+    (f"{F} --target-modules nothing", 2, "q_proj"),
+    (f"{F} --target-modules q_proj,nothing", 2, "'nothing'"),
+    (f"{F} --target-modules '(([a-z_0-9]+)*\\.?)*!'", 2, "([a-z_0-9]+)*"),
+    (f"{F} --target-modules '(q_proj'", 2, "(q_proj"),
+    (f"{F} --target-modules ''", 2, "target_modules"),
+    (f"{F} --target-modules ,", 2, "target_modules"),
+    (f"{F} --target-modules lm_head", 2, "lm_head"),
+    (f"{F} --target-modules norm", 2, "norm"),
+    (f"{F} --target-modules '{'(' * 500}'", 2, "((("),
+    (f"{F} --exclude-modules 'q_proj,v_proj'", 2, "no target"),
+    (f"{F} --rank-pattern '{{'", 2, "--rank-pattern"),
+    (f"{F} --rank-pattern '[1]'", 2, "--rank-pattern"),
+    (f"{F} --rank-pattern {'[' * 5000}", 2, "--rank-pattern"),
+    (f'{F} --rank-pattern \'{{"q_proj": 1, "q_proj": 2}}\'', 2, "--rank-pattern"),
+    (f"{F} --rank-pattern '{{\"q_proj\": 0}}'", 2, "rank_pattern"),
+    (f"{F} --alpha-pattern '{{\"q_proj\": NaN}}'", 2, "--alpha-pattern"),
+    (f"{F} --alpha-pattern '{{\"(\": 1}}'", 2, "("),
+    (f"{F} --layers-to-transform x", 2, "--layers-to-transform"),
+    (f"{F} --layers-to-transform 7", 2, "no target"),
+    (f"{F} --layers-pattern layers", 2, "layers_pattern"),
+    (f"{F} --modules-to-save nothing", 2, "'nothing'"),
+    (f"{F} --bias some", 2, "--bias"),
+    (f"{F} --init-lora-weights magic", 2, "init_lora_weights"),
+    # folders to read
+    (f"{E} --base missing", 4, "missing"),
+    (f"{E} --base book.txt", 4, "book.txt"),
+    (f"{E} --base folder", 3, "config.json"),
+    (f"{E} --base ''", 2, "--base: ''"),
+    (f"{E} --adapter ''", 2, "--adapter: ''"),
+    (f"{E} --adapter missing", 4, "missing"),
+    (f"{E} --adapter base", 3, "adapter_config.json"),
+    (f"{E} --base adapter", 3, "config.json"),
+    ("inspect missing", 4, "missing"),
+    ("inspect folder", 3, "folder"),
+    ("inspect book.txt", 3, "book.txt"),
+    ("inspect ''", 2, "DIR: ''"),
+    *[(f"{E} --base base-{x}", 3, f"base-{x}") for x in ("cut", "header", "nothing", "no-weights")],
+    *[(f"{E} --base base-config-{x}", 3, f"base-config-{x}") for x in ("cut", "list", "twice")],
+    *[(f"inspect base-{x}", 3, f"base-{x}") for x in ("cut", "header", "nothing", "no-weights", "config-cut")],
+    *[(f"{E} --adapter adapter-{x}", 3, f"adapter-{x}") for x in ("cut", "header", "nothing", "no-weights")],
+    *[(f"{E} --adapter adapter-config-{x}", 3, f"adapter-config-{x}") for x in ("cut", "list", "twice")],
+    *[(f"inspect adapter-{x}", 3, f"adapter-{x}") for x in ("cut", "header", "nothing", "no-weights", "config-cut")],
+    (f"{E} --base base-heads", 3, "q_proj.weight is (16, 16), config.json says (24, 16); "),
+    (f"{E} --base base-layers", 3, "model.layers.1"),
+    (f"{E} --base base-tokens", 3, "tokenizer.json"),
+    (f"{E} --adapter adapter-r0", 2, "adapter-r0"),
+    (f"{E} --adapter adapter-r4", 3, "lora_A.weight is (8, 16), the base needs (4, 16)"),
+    (f"{E} --adapter adapter-dora", 2, "use_dora"),
+    (f"{E} --base wide --adapter adapter", 3, "q_proj.lora_A.weight is (8, 16), the base needs (8, 24); "),
+    (f"{E} --base wide --adapter adapter", 3, "q_proj.lora_B.weight is (16, 8), the base needs (24, 8); "),
+    (f"{E} --base wide --adapter adapter", 3, " and 1 more"),
+    # weights that are no numbers
+    (f"{E} --base base-nan", 5, "broken"),
+    (f"{E} --adapter adapter-nan", 5, "broken"),
+    (f"{G} --base base-nan", 5, "broken"),
+    (f"{M} --adapter adapter-nan", 5, "finite"),
+    # folders to write
+    *[(f"{line} --out full", 2, "'full' is not empty") for line in (F, P, M, "demo")],
+    *[(f"{line} --out book.txt", 2, "'book.txt' is a file") for line in (F, P, M, "demo")],
+    *[(f"{line} --out book.txt/new", 4, "book.txt/new") for line in (F, P, M, "demo")],
+    *[(f"{line} --out ''", 2, "--out: ''") for line in (F, P, M, "demo")],
+    *[(f"{line} --out {LONG}", 4, "File name too long") for line in (F, P, M, "demo")],
+    (f"{M} --out base", 2, "--base"),
+    (f"{M} --out ./folder/../base", 2, "--base"),
+    (f"{M} --out base/merged", 2, "--base"),
+    (f"{M} --out adapter", 2, "--adapter"),
+    (f"{M} --out adapter/merged", 2, "--adapter"),
+    # going on
+    (f"{F} --resume auto", 3, "no checkpoint"),
+    (f"{F} --resume missing", 3, "missing"),
+    (f"{F} --resume ''", 2, "--resume: ''"),
+    (f"{F.replace(' --out new', '')} --resume", 2, "--out"),
+    (f"{F} --out adapter --resume --steps 5 --lr 0.05", 3, "steps (4 there, 5 now)"),
+    (f"{F} --out adapter --resume --steps 4 --lr 0.05 --lora-alpha 3", 3, "lora_alpha (8 there, 3 now)"),
+    (f"{F} --out full --resume adapter/checkpoints/step-2 --steps 4 --lr 0.05", 2, "'full' is not empty"),
+    # generating
+    (f"{G} --temperature -1", 2, "temperature"),
+    (f"{G} --temperature nan", 2, "temperature"),
+    (f"{G} --temperature inf", 2, "temperature"),
+    (f"{G} --top-k 0", 2, "top_k"),
+    (f"{G} --top-p 0", 2, "top_p"),
+    (f"{G} --top-p 1.5", 2, "top_p"),
+    (f"{G} --top-p nan", 2, "top_p"),
+    (f"{G} --max-new-tokens -1", 2, "max_new_tokens"),
+    (f"{G} --prompt ''", 3, "--prompt"),
+    # words that would steer a terminal
+    ("inspect 'a\nb\x1b[2Jc\t\x07'", 4, r"a\nb\x1b[2Jc\t\x07"),
+    (f"{E} --data 'a\nb\x1b[2Jc'", 4, r"a\nb\x1b[2Jc"),
+    (f"{P} --data 'half\n.txt'", 4, r"half\n.txt"),
+    (f"{F} --target-modules 'a\nb\x1b[2J'", 2, r"a\nb\x1b[2J"),
+    ("'\x1b[2J'", 2, r"\x1b[2J"),
+    (f"{E} '\x1b[2J\r\n'", 2, r"\x1b[2J\r\n"),
+]
+if Path("/proc/self").exists():
+    BAD += [(f"{line} --out /proc/minilora", 4, "/proc/minilora") for line in (F, P, M, "demo")]
+
+
+def name_of(line: str) -> str:
+    """A name for the test: the command, and the end of its line, which is what is wrong with it."""
+    shown = repr(line)[1:-1]
+    return shown if len(shown) <= 60 else f"{shown[:8]} ... {shown[-45:]}"
+
+
+@pytest.mark.parametrize(("line", "code", "named"), BAD, ids=[name_of(line) for line, _, _ in BAD])
+def test_a_mistake_ends_in_one_line_and_changes_nothing(line, code, named, world):
+    before = snapshot(world)
+    got, out, err = run(words(line))
+    assert got == code, err
+    lines = err.split("\n")
+    assert len(lines) == 2
+    assert lines[1] == ""
+    assert lines[0].startswith("minilora: error: ")
+    assert lines[0].isprintable()
+    assert len(lines[0]) <= 500
+    assert named in lines[0]
+    assert "Traceback" not in out + err
+    assert snapshot(world) == before
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to_is_known_before_training(world, tmp_path):
+    tmp_path.chmod(0o500)
+    assert run(words(f"{F} --out '{tmp_path}/new'"))[0] == 4
+    tmp_path.chmod(0o700)
+
+
+def test_the_targets_that_there_are_are_listed():
+    model = CausalLM(
+        TransformerConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(ConfigError) as caught:
+        get_peft_model(model, LoraConfig(target_modules=["nothing"]))
+    assert all(f"{name}_proj" in str(caught.value) for name in ("q", "k", "v", "o", "gate", "up", "down"))
+
+
+def test_training_that_overflows_ends_with_its_own_code(world, tmp_path):
+    for start in (P, F):
+        code, _, err = run(words(f"{start} --out '{tmp_path}/{start[:8]}' --lr 1e39 --warmup 0 --steps 5"))
+        *others, last = err.splitlines()
+        assert code == 5
+        assert last.startswith("minilora: error: step ")
+        assert all(line.startswith("minilora: warning: ") for line in others)
+
+
+# ---- anything at all ----
+
+OPTIONS = sorted(
+    {o for a in build_parser()._subparsers._group_actions[0].choices.values() for o in a._option_string_actions}
+)
+WORDS = [
+    "0",
+    "1",
+    "-1",
+    "2",
+    "nan",
+    "1e30",
+    "base",
+    "adapter",
+    "short.txt",
+    "folder",
+    "",
+    "-",
+    "--",
+    "--r=2",
+    "\udc80",
+    "x\0y",
+]
+anything = st.text(st.characters(exclude_characters="/", exclude_categories=["Cs"]), max_size=8)
+argvs = st.builds(
+    lambda command, rest: [*command, *rest],
+    st.lists(st.sampled_from(COMMANDS), max_size=1),
+    st.lists(st.one_of(st.sampled_from(OPTIONS), st.sampled_from(WORDS), anything), max_size=9),
+)
+NEEDED = {  # so that some of them get past the parser
+    "finetune": ["--base", "base", "--data", "short.txt"],
+    "pretrain": ["--data", "short.txt"],
+    "generate": ["--base", "base", "--prompt", "x", "--max-new-tokens", "3"],
+    "evaluate": ["--base", "base", "--data", "short.txt"],
+    "merge": ["--base", "base", "--adapter", "adapter", "--out", "merged"],
+}
+
+
+@given(st.lists(argvs, min_size=4, max_size=4))
+def test_no_words_whatever_give_a_traceback(made, several):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made / "playground" if (made / "playground").exists() else playground(made))
+        patch.setattr(minilora.demo, "demo", lambda *a, **k: {})
+        patch.setattr(minilora.train, "train", lambda *a, **k: minilora.train.Result([], [(0, 1.0)], 0.0))
+        for argv in several:
+            argv = [*argv[:1], *NEEDED.get(argv[0], []), *argv[1:]] if argv else argv
+            try:
+                code, _, err = run([word for word in argv if word != "--debug"])
+            except SystemExit:
+                assert {"--help", "-h", "--version"} & set(argv)
+                continue
+            assert type(code) is int
+            assert 0 <= code <= 5
+            assert "Traceback" not in err
+            assert bool(code) == ("minilora: error: " in err)
+
+
+def playground(made: Path) -> Path:
+    for name in ("base", "adapter"):
+        shutil.copytree(made / name, made / "playground" / name)
+    (made / "playground" / "folder").mkdir()
+    (made / "playground" / "short.txt").write_bytes(b"0123456789" * 20)
+    return made / "playground"

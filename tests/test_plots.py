@@ -1,0 +1,106 @@
+"""The two pictures are drawn for ordinary runs and for odd ones: one step, nothing measured, nothing changed."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+
+from minilora import plots
+
+pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install -e .[plot]")
+
+
+def size_of(path):
+    """(width, height) of a PNG file, from its header."""
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert data.endswith(b"IEND\xaeB`\x82")
+    return struct.unpack(">II", data[16:24])
+
+
+def spectrum(count, top=1.0):
+    return top * np.exp(-np.arange(count) / 3)
+
+
+RUNS = {
+    "ordinary": {"a": (np.linspace(8, 4, 200), [(0, 8.0), (100, 5.0), (200, 4.2)]), "b": ([4.0] * 50, [(0, 4.1)])},
+    "one stage": {"a": ([8.0, 7.0, 6.0], [(3, 6.0)])},
+    "one step": {"a": ([8.0], [(0, 8.0), (1, 7.9)]), "b": ([4.0], [])},
+    "nothing measured": {"a": ([8.0, 7.0], []), "b": ([6.0, 5.0], [])},
+    "no steps": {"a": ([], []), "b": ([], [(0, 4.0)])},
+    "three stages": dict.fromkeys("abc", ([3.0, 2.0], [(0, 3.0)])),
+    "a long title with $ _ ^ and \\": {"a $x_^ \\frac": ([1.0, 2.0], [])},
+}
+
+
+@pytest.mark.parametrize("stages", RUNS.values(), ids=RUNS)
+def test_loss_curves(stages, tmp_path):
+    plots.loss_curves(tmp_path / "loss.png", stages)
+    width, height = size_of(tmp_path / "loss.png")
+    assert width > 2 * height > 400
+
+
+def block(number, delta):
+    return {f"model.layers.{number}.self_attn.{name}": (spectrum(16), delta) for name in ("q_proj", "v_proj")}
+
+
+LAYERS = {
+    "ordinary": {**block(0, spectrum(4, 0.1)), **block(1, spectrum(4, 3.0)), **block(10, spectrum(2, 0.2))},
+    "one layer": {"model.layers.0.mlp.up_proj": (spectrum(8), spectrum(2))},
+    "rank one": {"model.layers.0.mlp.up_proj": (spectrum(8), spectrum(1))},
+    "nothing changed": {**block(0, np.zeros(4)), **block(1, np.zeros(4))},
+    "one of two changed": {**block(0, np.zeros(4)), **block(1, spectrum(4))},
+    "no block number": {"lm_head": (spectrum(16), spectrum(4)), "score": (spectrum(3), spectrum(2))},
+    "some without": {**block(0, spectrum(4)), "lm_head": (spectrum(16), spectrum(4))},
+    "blocks of different kinds": {**block(0, spectrum(4)), "model.layers.1.mlp.up_proj": (spectrum(8), spectrum(2))},
+    "all zero": {"model.layers.0.mlp.up_proj": (np.zeros(8), np.zeros(2))},
+    "a tail of zeros": {"model.layers.0.mlp.up_proj": (spectrum(8), np.array([1e-3, 1e-12, 0.0]))},
+    "tiny and huge": {**block(0, spectrum(4, 1e-12)), **block(1, spectrum(4, 1e12))},
+}
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+def test_delta_spectrum(layers, tmp_path):
+    plots.delta_spectrum(tmp_path / "delta.png", layers)
+    width, height = size_of(tmp_path / "delta.png")
+    assert width > 300
+    assert height > 200
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+def test_every_row_and_column_is_named(layers, tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plt, "close", lambda figure: None)
+        plots.delta_spectrum(tmp_path / "delta.png", layers)
+    shown = [axis for axis in plt.gcf().axes if axis.get_visible()]
+    plt.close("all")
+    assert len(shown) == len(layers)
+    assert sorted(t for axis in shown if (t := axis.get_title())) == sorted({name.split(".")[-1] for name in layers})
+    numbers = {part for name in layers for part in name.split(".") if part.isdecimal()}
+    assert sorted(t for axis in shown if (t := axis.get_ylabel())) == sorted(f"layer {number}" for number in numbers)
+
+
+def test_a_picture_depends_on_its_numbers_alone(tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, name in zip(files, ("ordinary", "ordinary", "one of two changed"), strict=True):
+        plots.delta_spectrum(path, LAYERS[name])
+    assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
+
+
+def test_no_figure_stays_open(tmp_path):
+    import matplotlib.pyplot as plt
+
+    plots.loss_curves(tmp_path / "loss.png", RUNS["ordinary"])
+    plots.delta_spectrum(tmp_path / "delta.png", LAYERS["ordinary"])
+    assert plt.get_fignums() == []
+    assert plots.available()
+
+
+def test_the_running_mean():
+    assert plots._smooth([1.0, 2.0, 6.0, 0.0], 2).tolist() == [1.0, 1.5, 4.0, 3.0]
+    assert plots._smooth([3.0, 1.0], 100).tolist() == [3.0, 2.0]
+    assert plots._smooth([], 5).tolist() == []
