@@ -193,7 +193,7 @@ def _draw(out: Path, model: PeftModel, first: Any, second: Any, say: Callable[[s
             of_delta = np.linalg.svd(dW, compute_uv=False)[:rank]  # the others are zero
             layers[path] = np.linalg.svd(W, compute_uv=False), of_delta
     plots.delta_spectrum(out / "delta_spectrum.png", layers)
-    return [str(out / "loss.png"), str(out / "delta_spectrum.png")]
+    return ["loss.png", "delta_spectrum.png"]
 
 
 def _report(summary: dict[str, Any], say: Callable[[str], None]) -> None:

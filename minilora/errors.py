@@ -1,7 +1,7 @@
 """What can go wrong, by kind. Every mistake of a user ends in one of these, never in a bare traceback.
 
 Each kind carries the exit code with which the command line ends when it meets that kind:
-2 usage, 3 a bad input file, 4 input or output failed (an `OSError`), 5 training went non-finite, 6 locked.
+2 usage, 3 a bad input file, 4 input or output failed (an `OSError`), 5 training went non-finite.
 """
 
 from __future__ import annotations
@@ -51,12 +51,6 @@ class NonFiniteError(MiniloraError, ArithmeticError):
     """A NaN or an infinity where the work cannot go on."""
 
     exit_code = 5
-
-
-class LockError(MiniloraError):
-    """Another process is writing to the same folder."""
-
-    exit_code = 6
 
 
 class Interrupted(MiniloraError):

@@ -204,8 +204,11 @@ def train(
         def measure() -> None:
             if held_out is not None:
                 loss = evaluate(model, held_out, settings.context, sharded=sharded)
+                bits = bits_per_byte(loss, bytes_per_token)
                 run.evaluations.append((run.done, loss))
-                evaluation_log.write(step=run.done, loss=loss, bits_per_byte=bits_per_byte(loss, bytes_per_token))
+                evaluation_log.write(step=run.done, loss=loss, bits_per_byte=bits)
+                if bar.disable:  # no terminal, no bar: a line now and then
+                    print(f"{title}: step {run.done} of {settings.steps}, held out {bits:.3f} bits a byte", flush=True)
 
         if start == 0:
             measure()

@@ -10,15 +10,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from minilora.errors import ConfigError
-from minilora.lora.targets import (
-    MAX_LENGTH,
-    MAX_STATES,
-    Pattern,
-    in_layers,
-    layer_index,
-    matches,
-    pattern_value,
-)
+from minilora.lora.patterns import MAX_LENGTH, MAX_STATES, Pattern
+from minilora.lora.targets import in_layers, layer_index, matches, pattern_value
 
 LETTERS = "ab.0_"
 NAMES = st.text(LETTERS, max_size=8)

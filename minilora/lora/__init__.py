@@ -12,7 +12,8 @@ lora      dW = s B A
 layer     where adapters live: a base, adapters by name, merging
 model     get_peft_model and PeftModel
 plan      what a configuration means for a model, found out before anything is touched
-targets   names and patterns
+targets   which names are meant, by PEFT's rules
+patterns  regular expressions that cannot hang
 """
 
 from .config import LoraConfig

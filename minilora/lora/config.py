@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..formats import PEFT_CONFIG_DEFAULTS
-from .targets import Pattern, pattern_value
+from .patterns import Pattern
+from .targets import pattern_value
 
 # What target_modules=None means, by the model's type (PEFT's table).
 DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"]}

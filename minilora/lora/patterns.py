@@ -1,0 +1,213 @@
+"""Regular expressions of the usual subset, for strings that a stranger may have written.
+
+Over some patterns `re` takes years: `(([a-z]+)*\\.?)*!` on a name of thirty letters. This matcher follows all ways
+through a pattern at once (Thompson, "Regular expression search algorithm", 1968): its time is at most states x letters,
+whatever the pattern. It knows nothing of what the names mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+
+from ..errors import ConfigError
+
+Test = Callable[[str], bool]  # does this one character fit?
+Fragment = Callable[[int], int]  # a piece of pattern: given the state that follows it, add its own; return its first
+
+MAX_LENGTH, MAX_GROUPS, MAX_REPEAT, MAX_STATES = 200, 40, 100, 1000
+SUPPORTED = (
+    r"supported are literals, ., [a-z_0-9], [^.], \d \w \s \D \W \S, \. and the like, ( ), (?: ), |, *, +, ?, "
+    rf"{{m}}, {{m,n}}, ^, $, up to {MAX_LENGTH} characters, {MAX_GROUPS} groups and {MAX_REPEAT} repetitions"
+)
+CLASSES: dict[str, Test] = {"d": str.isdecimal, "w": lambda c: c.isalnum() or c == "_", "s": str.isspace}
+FREE, START, END = "", "^", "$"  # states that eat no character: pass always, pass at the start, pass at the end
+ACCEPT = 0
+
+
+class Pattern:
+    """A regular expression of the usual subset. ConfigError shows the pattern and says what is supported."""
+
+    def __init__(self, text: str) -> None:
+        reader = _Reader(text)
+        self._states = reader.states
+        self._first = reader.read()
+
+    def fullmatch(self, name: str) -> bool:
+        """Whether the whole of `name` matches, as `re.fullmatch` would say."""
+        return len(name) in self.ends(name, {0})
+
+    def ends(self, name: str, starts: Container[int]) -> set[int]:
+        """Every position of `name` where a match can end that begins at one of the positions `starts`."""
+        found = set()
+        arrived: set[int] = set()
+        for at in range(len(name) + 1):
+            if at in starts:
+                arrived.add(self._first)
+            live, pending = set(arrived), list(arrived)
+            while pending:
+                what, following = self._states[pending.pop()]
+                if what == FREE or (what == START and at == 0) or (what == END and at == len(name)):
+                    pending += [state for state in following if state not in live]
+                    live.update(following)
+            if ACCEPT in live:
+                found.add(at)
+            arrived = set()
+            for what, following in (self._states[state] for state in live):
+                if callable(what) and at < len(name) and what(name[at]):
+                    arrived.update(following)
+        return found
+
+
+class _Reader:
+    """Pattern text -> states, by recursive descent: alternatives of sequences of repeated atoms."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+        self.states: list[tuple[Test | str, tuple[int, ...]]] = [("accept", ())]
+
+    def read(self) -> int:
+        if len(self.text) > MAX_LENGTH or self.text.count("(") > MAX_GROUPS:  # so that recursion stays shallow
+            raise self._error(f"{len(self.text)} characters with {self.text.count('(')} groups")
+        whole = self._alternatives()
+        if self.at < len(self.text):
+            raise self._error("a ) without its (")
+        return whole(ACCEPT)
+
+    def _error(self, problem: str) -> ConfigError:
+        shown = repr(self.text[:60] + "..." if len(self.text) > 60 else self.text)[:120]
+        return ConfigError(f"pattern {shown}: {problem}, near character {self.at}; {SUPPORTED}")
+
+    def _peek(self) -> str:
+        return self.text[self.at : self.at + 1]  # "" at the end
+
+    def _take(self, wanted: str = "") -> str:
+        """The next character, taken; or "" when it is not the wanted one."""
+        char = self._peek()
+        if wanted and char != wanted:
+            return ""
+        self.at += 1
+        return char
+
+    def _add(self, what: Test | str, *following: int) -> int:
+        if len(self.states) >= MAX_STATES:
+            raise self._error("too many repetitions")
+        self.states.append((what, following))
+        return len(self.states) - 1
+
+    def _alternatives(self) -> Fragment:
+        branches = [self._sequence()]
+        while self._take("|"):
+            branches.append(self._sequence())
+        # Even an empty group takes this one state, so that MAX_STATES also bounds (((){99}){99}){99}.
+        return lambda after: self._add(FREE, *[branch(after) for branch in branches])
+
+    def _sequence(self) -> Fragment:
+        pieces: list[Fragment] = []
+        while self._peek() not in ("", "|", ")"):
+            pieces.append(self._repeated())
+
+        def link(after: int) -> int:
+            for piece in reversed(pieces):
+                after = piece(after)
+            return after
+
+        return link
+
+    def _repeated(self) -> Fragment:
+        repeatable = self._peek() not in (START, END)
+        piece = self._atom()
+        low, high = self._counts()
+        if (low, high) == (1, 1):
+            return piece
+        if not repeatable or self._peek() in ("*", "+", "?", "{"):
+            raise self._error("a repetition that is lazy, possessive, doubled or of nothing")
+
+        def link(after: int) -> int:
+            rest = after
+            if high is None:
+                rest = self._add(FREE)
+                self.states[rest] = (FREE, (piece(rest), after))
+            else:
+                for _ in range(high - low):
+                    rest = self._add(FREE, piece(rest), after)
+            for _ in range(low):
+                rest = piece(rest)
+            return rest
+
+        return link
+
+    def _counts(self) -> tuple[int, int | None]:
+        for sign, low, high in ("*", 0, None), ("+", 1, None), ("?", 0, 1):
+            if self._take(sign):
+                return low, high
+        if not self._take("{"):
+            return 1, 1
+        inside, closed, rest = self.text[self.at :].partition("}")
+        first, comma, last = inside.partition(",")
+        if not closed or not all(digits.isascii() and digits.isdecimal() for digits in (first, last or "0")):
+            raise self._error("a { that begins no {m}, {m,} or {m,n}")
+        least, most = int(first), int(last or first)
+        if not least <= most <= MAX_REPEAT:
+            raise self._error(f"repetition counts must rise and stay within {MAX_REPEAT}")
+        self.at = len(self.text) - len(rest)
+        return least, None if comma and not last else most
+
+    def _atom(self) -> Fragment:
+        char = self._take()
+        if char == "(":
+            if self._take("?") and not self._take(":"):
+                raise self._error("a group of another kind than ( ) or (?: )")
+            group = self._alternatives()
+            if not self._take(")"):
+                raise self._error("a ( without its )")
+            return group
+        if char in ("*", "+", "?", "{"):
+            raise self._error(f"nothing to repeat before {char}")
+        what: Test | str
+        if char in (START, END):
+            what = char
+        elif char == ".":
+            what = bool  # every character is true
+        elif char == "[":
+            what = self._set()
+        else:
+            what = self._escape() if char == "\\" else char.__eq__
+        return lambda after: self._add(what, after)
+
+    def _escape(self) -> Test:
+        char = self._take()
+        if char.lower() in CLASSES:
+            test = CLASSES[char.lower()]
+            return test if char.islower() else lambda c: not test(c)
+        if not char or char.isalnum():
+            raise self._error(rf"an escape \{char} that is not supported")
+        return char.__eq__
+
+    def _set(self) -> Test:
+        """The rest of [...], where a first ] and a last - stand for themselves."""
+        negated = self._take("^") == "^"
+        tests: list[Test] = []
+        while not (tests and self._take("]")):
+            low, test = self._member()
+            if self._peek() == "-" and self.text[self.at + 1 : self.at + 2] not in ("", "]"):
+                self._take()
+                high, _ = self._member()
+                if not low or high < low:  # a class such as \d has no character, and "" is below all
+                    raise self._error("a range that does not rise from one character to another")
+                test = _between(low, high)
+            tests.append(test)
+        return lambda c: any(test(c) for test in tests) != negated
+
+    def _member(self) -> tuple[str, Test]:
+        """One member of a set: the character ("" for a class such as \\d) and its test."""
+        char = self._take()
+        if not char:
+            raise self._error("a [ without its ]")
+        if char != "\\":
+            return char, char.__eq__
+        escaped = self._peek()
+        return "" if escaped.lower() in CLASSES else escaped, self._escape()
+
+
+def _between(low: str, high: str) -> Test:
+    return lambda c: low <= c <= high
