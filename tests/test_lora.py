@@ -1247,7 +1247,7 @@ def test_a_model_with_adapters_in_it_is_not_saved_as_a_base(tmp_path: Path) -> N
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "a/b", "a\\b", "/tmp/x", "..", "\0", "lora", "_"])
+@pytest.mark.parametrize("name", ["", "a.b", "a/b", "a\\b", "/x", "..", "\0", "lora", "_"])
 def test_a_name_that_could_leave_the_folder_or_the_scheme_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="cannot name an adapter"):
         get_peft_model(base(), lora(), name)
