@@ -171,6 +171,8 @@ class Embedding(Module):
 
 
 class RMSNorm(Module):
+    """x / sqrt(mean(x^2) + eps) * weight    x (..., C), weight (C,)"""
+
     def __init__(self, weight: Array, eps: float = 1e-6):
         self.weight = Parameter(weight)
         self.eps = eps
@@ -180,6 +182,8 @@ class RMSNorm(Module):
 
 
 class LayerNorm(Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias    x (..., C), weight and bias (C,)"""
+
     def __init__(self, weight: Array, bias: Array, eps: float = 1e-5):
         self.weight = Parameter(weight)
         self.bias = Parameter(bias)

@@ -248,6 +248,8 @@ class MLP(Module):
 
 
 class Block(Module):
+    """x += attention(norm(x)), x += mlp(norm(x))    (B, T, C) -> (B, T, C)"""
+
     def __init__(self, config: TransformerConfig, layer: int, rotary: RotaryTable, rng: np.random.Generator | None):
         ones = np.ones(config.hidden_size, np.float32)
         self.input_layernorm = RMSNorm(ones, config.rms_norm_eps)

@@ -133,9 +133,7 @@ class LoraLinear(Wrapper):
                 total = total + self.adapters[name].delta_weight(W.astype(np.float64))
             total = total.astype(W.dtype)
         if not bool(base.backend.xp.isfinite(total).all()):
-            raise NonFiniteError(
-                f"merging {', '.join(names)} gives weights that are not finite: the adapter or base is broken"
-            )
+            raise NonFiniteError(f"merging {', '.join(names)} gives weights that are not finite: something is broken")
         dense = Linear(total)
         dense.weight.requires_grad = False
         dense.bias, dense.training = base.bias, base.training

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -31,12 +30,13 @@ class LoraAdapter(Module):
     TENSORS = ("lora_A", "lora_B")  # the trainable attributes, in the order of PEFT's files
 
     def __init__(self, base: LinearBase, name: str, config: LoraConfig, rng: np.random.Generator, stream: int = 0):
-        self.r, self.scaling = config.rank(name), config.scaling(name)
+        self.r = r = config.rank(name)
+        self.scaling = config.scaling(name)
         self.dropout = Dropout(config.lora_dropout, stream)
         init, I, O, dtype = config.init_lora_weights, base.in_features, base.out_features, base.dtype
         # PEFT's kaiming_uniform(a = sqrt 5) has the bound sqrt(2 / 6) sqrt(3 / in) = 1 / sqrt(in).
-        A = normal(rng, 1 / self.r, (self.r, I), dtype) if init == "gaussian" else _uniform(rng, (self.r, I), dtype)
-        B = np.zeros((O, self.r), dtype) if init is not False else _uniform(rng, (O, self.r), dtype)
+        A = normal(rng, 1 / r, (r, I), dtype) if init == "gaussian" else uniform(rng, 1 / math.sqrt(I), (r, I), dtype)
+        B = np.zeros((O, r), dtype) if init is not False else uniform(rng, 1 / math.sqrt(r), (O, r), dtype)
         self.lora_A = Parameter(base.backend.from_numpy(A))
         self.lora_B = Parameter(base.backend.from_numpy(B))
 
@@ -53,7 +53,3 @@ class LoraAdapter(Module):
         """dW = s B A (O, I), over the base's weight W (O, I) and in its precision."""
         A, B = self.lora_A.data.astype(W.dtype), self.lora_B.data.astype(W.dtype)
         return (B @ A) * self.scaling
-
-
-def _uniform(rng: np.random.Generator, shape: tuple[int, int], dtype: Any) -> np.ndarray:
-    return uniform(rng, 1 / math.sqrt(shape[1]), shape, dtype)

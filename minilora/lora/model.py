@@ -1,4 +1,4 @@
-"""From a model and a configuration to a model with adapters, and back: find targets, freeze, switch, merge, save, load.
+"""From a model and a configuration to a model with adapters, and back: put in, freeze, switch, merge, save, load.
 
 `get_peft_model` puts adapters into the model that it is given, as PEFT does; `unload` and `merge_and_unload` take
 them out again. Every change is planned and checked whole before the first layer is touched.
@@ -111,7 +111,7 @@ class PeftModel(Module):
             raise ConfigError(f"expected a LoraConfig, got {config!r:.99}")
         if adapter_name in self.peft_config:
             raise ConfigError(f"there is an adapter {adapter_name!r} already: {', '.join(self.peft_config)}")
-        if adapter_name in ("", *"lora_") or any(c in adapter_name for c in "./\\\0") or adapter_name in "lora_":
+        if adapter_name in "lora_" or any(c in adapter_name for c in "./\\\0"):  # "" is a part of any text
             raise ConfigError(f"{adapter_name!r:.99} cannot name an adapter: no dot, no slash, no part of 'lora_'")
         biased = [n for n, c in self.peft_config.items() if c.bias != "none"]
         if biased and config.bias != "none":
@@ -212,9 +212,8 @@ class PeftModel(Module):
     def _known(self, names: Sequence[str]) -> None:
         unknown = [n for n in names if n not in self.peft_config]
         if unknown or not names:
-            raise ConfigError(
-                f"no adapter {', '.join(map(repr, unknown)) or '(none named)'}; there is {', '.join(self.peft_config)}"
-            )
+            shown = ", ".join(map(repr, unknown)) or "(none named)"
+            raise ConfigError(f"no adapter {shown}; there is {', '.join(self.peft_config)}")
 
     # ---- merging ----------------------------------------------------------------------------------------------------
 
