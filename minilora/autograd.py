@@ -314,7 +314,7 @@ def operands(*values: Any) -> tuple[Tensor, ...]:
         if not isinstance(v, Tensor):
             scalar = isinstance(v, (int, float, np.generic)) or (isinstance(v, np.ndarray) and v.ndim == 0)
             dtype = like.dtype if like.dtype.kind == "f" else None  # 2.5 beside integers stays 2.5
-            v = Tensor(like.backend.xp.asarray(v, dtype=dtype)) if scalar else Tensor(v)
+            v = Tensor(like.backend.xp.full((), v, dtype)) if scalar else Tensor(v)
         made.append(v)
     namespace(*made)
     return tuple(made)
@@ -522,6 +522,9 @@ def index(x: Tensor, key: Any) -> Tensor:
     xp, backend, shape, size = namespace(x), x.backend, x.shape, x.size
     parts = key if isinstance(key, tuple) else (key,)
     basic = all(k is None or k is Ellipsis or isinstance(k, (int, slice, np.integer)) for k in parts)
+    if not basic:  # lists and NumPy arrays go where x is, once for both directions; an empty list holds integers
+        there = (np.asarray(k, None if np.size(k) else np.intp) if isinstance(k, list) else k for k in parts)
+        key = tuple(backend.from_numpy(k) if isinstance(k, np.ndarray) else k for k in there)
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
         if basic:

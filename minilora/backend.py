@@ -22,7 +22,10 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio, made odd
 
 
 def mix_key(*numbers: int) -> int:
-    """One 64-bit key out of several integers (seed, layer, step, ...), by SplitMix64's mixing of each in turn."""
+    """One 64-bit key out of several integers (seed, layer, step, ...), by SplitMix64's mixing of each in turn.
+
+    A chain: `mix_key(*before, n)` is made of the key of `before` and n alone, by one more round.
+    """
     z = 0
     for n in numbers:
         z = (z ^ (n & _MASK)) + _GOLDEN & _MASK
@@ -49,18 +52,23 @@ class Backend:
         """out[i] = sum of rows[n] over index[n] == i    index (N,), rows (N, C) -> (count, C), in a fixed order."""
         raise NotImplementedError
 
-    def random_words(self, keys: list[int], count: int) -> Array:
-        """(len(keys), count) random uint64: row i depends on keys[i] alone, on every device alike.
+    def random_words(self, key: int, first: int, rows: int, count: int) -> Array:
+        """(rows, count) random uint64. With key = mix_key(...), row i depends on mix_key(..., first + i) alone.
 
-        SplitMix64 (Steele, Lea & Flood 2014, fig. 13): word j is a mix of key + (j + 1) * golden. As any word can be
-        computed without those before it, a dropout mask depends neither on threads nor on where a batch is cut.
+        SplitMix64 (Steele, Lea & Flood 2014, fig. 13): word j is a mix of its row's key + (j + 1) * golden. Any word
+        can be computed without those before it, and nothing is sent to a GPU but two numbers: a dropout mask depends
+        neither on the device, nor on threads, nor on where a batch is cut.
         """
-        step = self.xp.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-        start = self.from_numpy(np.array([k & _MASK for k in keys], dtype=np.uint64))
-        z = start[:, None] + step
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+
+        def mix(z: Array) -> Array:
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            return z ^ (z >> np.uint64(31))
+
+        golden = np.uint64(_GOLDEN)
+        place = self.xp.arange(first, first + rows, dtype=np.uint64)
+        keys = mix((place ^ np.uint64(key & _MASK)) + golden)  # the chain's last round, for every row at once
+        return mix(keys[:, None] + self.xp.arange(1, count + 1, dtype=np.uint64) * golden)
 
     @functools.cached_property
     def _erf_table(self) -> tuple[Array, Array]:

@@ -18,10 +18,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from .backend import Backend
 from .errors import ConfigError, DataError, FormatError
 from .formats.disk import PathLike, atomic_file, open_regular, quoted, read_json, write_json
+from .functional import IGNORE, within
 
-IGNORE = -100  # a target that is not counted: PyTorch's ignore_index
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest in use, of 256,000 tokens, take about 35 MB
 
 Ids = NDArray[np.integer[Any]]
@@ -254,6 +255,16 @@ class Batch:
     def tokens(self) -> int:
         """How many targets count."""
         return int(np.count_nonzero(self.targets != IGNORE))
+
+    def to(self, backend: Backend, vocab_size: int) -> Batch:
+        """The same batch where a model of `vocab_size` tokens lives: ids and targets move as one array.
+
+        DataError for an id outside [0, vocab_size), or a target that is neither there nor IGNORE.
+        """
+        within(self.ids, vocab_size, "id")
+        within(self.targets[self.targets != IGNORE], vocab_size, "target")
+        ids, targets = backend.from_numpy(np.stack([self.ids, self.targets]))
+        return Batch(ids, targets, self.first)
 
     def shard(self, start: int, stop: int) -> Batch:
         """Sequences start to stop, 0 <= start; views, not copies."""

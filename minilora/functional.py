@@ -18,7 +18,7 @@ from .backend import Array
 from .errors import DataError
 
 Grads = tuple[Array | None, ...]
-IGNORE = -100  # the target that counts for nothing
+IGNORE = -100  # a target that is not counted: PyTorch's ignore_index
 
 
 def rows(x: Array) -> Array:
@@ -118,31 +118,40 @@ def worth_merging(tokens: int, inputs: int, outputs: int, r: int) -> bool:
     return inputs * outputs * (2 * r + 12) < tokens * 2 * 4 * r * (inputs + outputs)
 
 
+def within(ids: np.ndarray, count: int, what: str) -> None:
+    """DataError, naming one, unless all ids are in [0, count). Only on the host: a GPU takes a wrong row silently."""
+    if ids.size and not (ids.min() >= 0 and ids.max() < count):
+        raise DataError(f"{what} {ids.min() if ids.min() < 0 else ids.max()} is outside [0, {count})")
+
+
 def embedding(ids: Array, weight: Tensor) -> Tensor:
     """weight[ids]    ids (...) integers in [0, V), weight (V, C) -> (..., C). Rows taken twice get both gradients."""
-    flat, count, backend = ids.reshape(-1), len(weight), weight.backend
-    if isinstance(ids, np.ndarray) and ids.size and not (ids.min() >= 0 and ids.max() < count):
-        raise DataError(f"id {ids.min() if ids.min() < 0 else ids.max()} is outside [0, {count})")
-    flat = backend.from_numpy(flat) if isinstance(flat, np.ndarray) else flat
-    y = weight.backend.xp.take(weight.data, flat, axis=0).reshape(*ids.shape, weight.shape[1])
+    count, backend = len(weight), weight.backend
+    if isinstance(ids, np.ndarray):
+        within(ids, count, "id")
+        ids = backend.from_numpy(ids)
+    flat = ids.reshape(-1)
+    y = backend.xp.take(weight.data, flat, axis=0).reshape(*ids.shape, weight.shape[1])
     return record(y, (weight,), lambda dy: (backend.add_rows(flat, rows(dy), count),))
 
 
 # ---- dropout --------------------------------------------------------------------------------------------------------
 
 
-def dropout(x: Tensor, p: float, keys: list[int]) -> Tensor:
-    """Zero each element with probability p, scale the others by 1 / (1 - p).    x (B, ...), one key a sequence
+def dropout(x: Tensor, p: float, key: int, first: int = 0) -> Tensor:
+    """Zero each element with probability p, scale the others by 1 / (1 - p).    x (B, ...)
 
-    The mask is a function of the keys (see `Backend.random_words`): backward makes it again rather than keep it.
+    The mask of sequence b is a function of (key, first + b): see `Backend.random_words`. So it does not depend on where
+    a batch was cut, and backward makes it again rather than keep it.
     """
     if p == 0:
         return x
     backend, shape, dtype, scale = x.backend, x.shape, x.dtype, 1 / (1 - float(p))
-    each = x.size // len(keys)
+    each = math.prod(shape[1:])
 
     def mask() -> Array:
-        words = backend.random_words(keys, (each + 1) // 2).view(np.uint32)[:, :each]  # 32 random bits an element
+        words = backend.random_words(key, first, shape[0], (each + 1) // 2)
+        words = words.view(np.uint32)[:, :each]  # 32 random bits an element
         return (words >= np.uint32(min(round(p * 2**32), 2**32 - 1))).reshape(shape).astype(dtype) * scale
 
     return record(x.data * mask(), (x,), lambda dy: (dy * mask(),))
@@ -223,13 +232,12 @@ def cross_entropy(logits: Tensor, targets: Array, ignore_index: int = IGNORE, re
     if targets.shape != logits.shape[:-1]:
         raise DataError(f"targets of shape {targets.shape} do not fit logits of shape {logits.shape}")
     if isinstance(targets, np.ndarray):
-        counted = targets[targets != ignore_index]
-        if counted.size and not (counted.min() >= 0 and counted.max() < V):
-            raise DataError(f"target {counted.min() if counted.min() < 0 else counted.max()} is outside [0, {V})")
+        within(targets[targets != ignore_index], V, "target")
+        targets = logits.backend.from_numpy(targets)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}")
     Z, shape = rows(logits.data), logits.shape  # (N, V)
-    t = logits.backend.from_numpy(targets).reshape(-1) if isinstance(targets, np.ndarray) else targets.reshape(-1)
+    t = targets.reshape(-1)
     keep = (t != ignore_index).astype(Z.dtype)  # (N,) 1 where the target counts
     t = xp.where(t == ignore_index, 0, t)
     each = xp.arange(len(t))

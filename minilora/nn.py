@@ -230,7 +230,7 @@ class Dropout(Module):
             counter = (0, self.calls, 0)
             self.calls += 1
         seed, step, first = counter
-        return F.dropout(x, self.p, [mix_key(seed, self.stream, step, first + b) for b in range(len(x))])
+        return F.dropout(x, self.p, mix_key(seed, self.stream, step), first)
 
 
 def uniform(rng: np.random.Generator, bound: float, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .backend import Array, backend_of
 from .errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from .backend import Array
     from .nn import Parameter
 
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -195,17 +195,19 @@ def warmup_cosine(step: int, total: int, warmup: int = 0, floor: float = 0.0) ->
     return floor + (1 - floor) * (1 + math.cos(math.pi * x)) / 2
 
 
-def clip_by_global_norm(grads: Sequence[Array | None], max_norm: float) -> tuple[list[Array | None], float]:
+def clip_by_global_norm(grads: Sequence[Array | None], max_norm: float) -> tuple[list[Array | None], Array]:
     """(grads * min(1, max_norm / (norm + 1e-6)), norm); norm is the length of all gradients as one vector, in float64.
 
     None entries pass through, and so does everything when the norm is not finite: the caller decides what that means.
+    The norm is a scalar where the gradients are, and decides there: nothing waits for a GPU until someone reads it.
     """
     max_norm = _checked("max_norm", max_norm)
-    with np.errstate(over="ignore"):  # a float64 gradient beyond 1e154: the norm is inf, which says enough
-        norm = math.sqrt(float(sum((g.astype(np.float64) ** 2).sum() for g in grads if g is not None)))
-    if not math.isfinite(norm) or max_norm >= norm + 1e-6:
-        return list(grads), norm
-    return [None if g is None else g * (max_norm / (norm + 1e-6)) for g in grads], norm
+    some = next((g for g in grads if g is not None), np.zeros(0))
+    xp = backend_of(some).xp
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond 1e154 the norm is inf, which says enough
+        norm = xp.sqrt(sum(((g.astype(np.float64) ** 2).sum() for g in grads if g is not None), xp.zeros(())))
+        factor = xp.where(xp.isfinite(norm), xp.minimum(1.0, max_norm / (norm + 1e-6)), 1.0)
+    return [None if g is None else g * factor.astype(g.dtype) for g in grads], norm
 
 
 def loraplus_groups(named: Iterable[tuple[str, Parameter]], lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:

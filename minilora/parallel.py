@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
+import numpy as np
 import threadpoolctl
 
 from .autograd import Tensor, gradients, no_grad
@@ -31,7 +32,8 @@ MAX_THREADS = 256  # more would only meet the system's own limit
 
 
 def language_modelling_loss(model: Any, batch: Batch) -> Tensor:
-    """The sum over counted targets of -log p(target), a scalar."""
+    """The sum over counted targets of -log p(target), a scalar. DataError for an id outside the vocabulary."""
+    batch = batch.to(next(iter(model.parameters())).backend, model.config.vocab_size)
     return cross_entropy(model(batch.ids), batch.targets, reduction="sum")
 
 
@@ -78,30 +80,31 @@ class ShardedStep:
 
     def gradients(
         self, batch: Batch, params: Sequence[Parameter], seed: int = 0, step: int = 0
-    ) -> tuple[float, list[Array | None]]:
+    ) -> tuple[Array, list[Array | None]]:
         """(mean loss, its gradients) over the counted targets of the whole batch; None where a parameter takes no part.
 
-        `seed` and `step` number the dropout masks. An exception in a shard surfaces here, with nothing half added.
+        The loss is a float64 scalar where the model is: nothing here waits for a GPU; float(loss) does. `seed` and
+        `step` number the dropout masks. An exception in a shard surfaces here, with nothing half added.
         """
         counted = max(batch.tokens, 1)  # known before the cut: each shard's sum is divided by the whole batch's count
         params = list(params)
 
-        def work(shard: Batch) -> tuple[float, list[Array | None]]:
+        def work(shard: Batch) -> tuple[Array, list[Array | None]]:
             with dropout_counter(seed, step, shard.first):
                 loss = self.loss(self.model, shard)
             if not loss.requires_grad:
                 raise ConfigError("no parameter of the model requires a gradient: there is nothing to train")
             found = gradients(loss, params, loss.backend.xp.full(loss.shape, 1 / counted, loss.dtype))
-            return loss.item(), found
+            return loss.data.astype(np.float64), found
 
-        total = 0.0
+        total: Array = 0.0
         summed: list[Array | None] = [None] * len(params)
         modules = [module for _, module in self.model.named_modules()]
         try:
             for module in modules:
                 module.prepare_step(batch.ids.size)
             for loss, found in self._in_order(work, self._cut(batch)):
-                total += loss
+                total = total + loss
                 for i, g in enumerate(found):
                     if summed[i] is None:
                         summed[i] = g

@@ -117,8 +117,11 @@ class Run:
         s, number = self.settings, self.done
         batch = self.windows.batch(number)
         tick = time.perf_counter()
-        loss, grads = sharded.gradients(batch, self.optimizer.params, s.seed, number)
-        grads, norm = clip_by_global_norm(grads, s.max_grad_norm)
+        mean, grads = sharded.gradients(batch, self.optimizer.params, s.seed, number)
+        grads, length = clip_by_global_norm(grads, s.max_grad_norm)
+        backend = self.optimizer.params[0].backend
+        # The one place where a step waits for a GPU: both numbers in one transfer, before any weight changes.
+        loss, norm = backend.to_numpy(backend.xp.stack([mean, length])).tolist()
         if not math.isfinite(loss + norm):
             raise NonFiniteError(f"step {number}: loss {loss}, gradient norm {norm}: the weights are as before it")
         scale = warmup_cosine(number, s.steps, s.warmup, s.floor)

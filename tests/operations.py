@@ -18,7 +18,7 @@ import numpy as np
 from minilora import autograd as ag
 from minilora import functional as F
 from minilora.autograd import Tensor
-from minilora.backend import NUMPY
+from minilora.backend import NUMPY, mix_key
 
 ELEMENTARY, COMPOSITE = 1e-10, 1e-9
 
@@ -32,6 +32,7 @@ NOT_OPERATIONS = {
     "namespace": "returns an array module",
     "unbroadcast": "works on arrays, inside vjps",
     "rows": "works on arrays, inside operations",
+    "within": "checks ids on the host",
 }
 
 
@@ -225,8 +226,8 @@ _weight = _rng.standard_normal((5, 4))
 def _merged(x: Tensor, *rest: Tensor) -> Tensor:
     """merged_linear with W' formed, as its caller does, from the factors' values."""
     pairs = [(rest[i], rest[i + 1], 0.7 + i) for i in range(0, len(rest) - 1, 2)]
-    weight = np.sum([_weight, *(s * B.data @ A.data for A, B, s in pairs)], axis=0).astype(x.dtype)
-    return F.merged_linear(x, weight, rest[-1] if len(rest) % 2 else None, pairs)
+    weight = np.sum([_weight, *(s * B.numpy() @ A.numpy() for A, B, s in pairs)], axis=0).astype(x.dtype)
+    return F.merged_linear(x, x.backend.from_numpy(weight), rest[-1] if len(rest) % 2 else None, pairs)
 
 
 def _merged_definition(x: Tensor, *rest: Tensor) -> Tensor:
@@ -245,12 +246,12 @@ _ids = np.array([[1, 4, 1], [0, 1, 4]])
 for variant, ids in (("repeated", _ids), ("one", np.array(2)), ("none", np.zeros((0,), np.int64))):
     neural("embedding", variant, functools.partial(F.embedding, ids), lambda w, i=ids: w[i], normal((6, 3)), ())
 
-DROP_KEYS = [11, 2**64 - 1]
+DROP_KEY = mix_key(11, 2**64 - 1)
 
 
 def _dropout_definition(x: Tensor, p: float) -> Tensor:
     each = x.size // 2
-    bits = NUMPY.random_words(DROP_KEYS, (each + 1) // 2).astype("<u8").view("<u4")[:, :each]
+    bits = NUMPY.random_words(DROP_KEY, 5, 2, (each + 1) // 2).astype("<u8").view("<u4")[:, :each]
     return x * ((bits / 2**32 >= p) / (1 - p)).reshape(x.shape)
 
 
@@ -258,7 +259,7 @@ for p in (0.0, 0.1, 0.5, 0.9):
     neural(
         "dropout",
         f"p={p}",
-        functools.partial(F.dropout, p=p, keys=DROP_KEYS),
+        functools.partial(F.dropout, p=p, key=DROP_KEY, first=5),
         functools.partial(_dropout_definition, p=p),
         normal((2, 3, 5)),
         (),
@@ -352,7 +353,7 @@ def angles(T: int, D: int) -> np.ndarray:
 
 def _rope(x: Tensor) -> Tensor:
     a = angles(x.shape[1], x.shape[3])
-    return F.rope(x, np.cos(a).astype(x.dtype), np.sin(a).astype(x.dtype))
+    return F.rope(x, *(x.backend.from_numpy(table.astype(x.dtype)) for table in (np.cos(a), np.sin(a))))
 
 
 def _rope_definition(x: Tensor) -> Tensor:

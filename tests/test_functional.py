@@ -61,7 +61,7 @@ def test_numpy_scalars_as_options_leave_float32_alone() -> None:
     for y in (
         F.lora_linear(x, f32(2, 3), f32(2, 4), f32(3, 2), half),
         F.merged_linear(x, np.ones((3, 4), np.float32), None, [(f32(2, 4), f32(3, 2), half)]),
-        F.dropout(x, half, [1, 2]),
+        F.dropout(x, half, 1),
         F.rms_norm(x, w, half),
         F.layer_norm(x, w, w, half),
         F.attention(q, q, q, half),
@@ -277,14 +277,14 @@ def test_rope_at_position_zero_changes_nothing() -> None:
 
 def test_dropout_of_nothing_is_the_tensor_itself() -> None:
     x = Tensor(np.ones((2, 3)), True)
-    assert F.dropout(x, 0.0, [1, 2]) is x
+    assert F.dropout(x, 0.0, 1) is x
 
 
 @given(st.floats(0.01, 0.99), st.integers(1, 4), st.integers(1, 9), st.sampled_from([np.float32, np.float64]))
 def test_survivors_are_scaled_once_and_backward_has_the_same_mask(p: float, B: int, C: int, dtype: type) -> None:
     x = Tensor(RNG.standard_normal((B, 3, C)).astype(dtype) + 10, True)
     dy = RNG.standard_normal(x.shape).astype(dtype)
-    y = F.dropout(x, p, list(range(B)))
+    y = F.dropout(x, p, 7)
     scale = dtype(1 / (1 - p))
     kept = y.data != 0
     np.testing.assert_array_equal(y.data, np.where(kept, x.data * scale, 0))
@@ -292,18 +292,18 @@ def test_survivors_are_scaled_once_and_backward_has_the_same_mask(p: float, B: i
 
 
 @given(st.integers(1, 5), st.integers(1, 7), st.data())
-def test_a_sequence_is_masked_by_its_key_alone(B: int, C: int, data: st.DataObject) -> None:
-    x, keys = RNG.standard_normal((B, 3, C)), [mix_key(9, b) for b in range(B)]
-    whole = F.dropout(Tensor(x), 0.5, keys).data
-    cut = data.draw(st.integers(0, B - 1))
-    stop = data.draw(st.integers(cut + 1, B))
-    np.testing.assert_array_equal(F.dropout(Tensor(x[cut:stop]), 0.5, keys[cut:stop]).data, whole[cut:stop])
+def test_a_sequence_is_masked_by_the_key_and_its_place_alone(B: int, C: int, data: st.DataObject) -> None:
+    x, key, first = RNG.standard_normal((B, 3, C)), data.draw(st.integers(0, 2**64 - 1)), data.draw(st.integers(0, 99))
+    whole = F.dropout(Tensor(x), 0.5, key, first).data
+    cut = data.draw(st.integers(0, B))
+    stop = data.draw(st.integers(cut, B))
+    np.testing.assert_array_equal(F.dropout(Tensor(x[cut:stop]), 0.5, key, first + cut).data, whole[cut:stop])
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_dropout_drops_with_its_probability_in_rows_and_columns(p: float) -> None:
     n = 1000
-    dropped = F.dropout(Tensor(np.ones((n, n), np.float32)), p, [mix_key(3, b) for b in range(n)]).data == 0
+    dropped = F.dropout(Tensor(np.ones((n, n), np.float32)), p, mix_key(3)).data == 0
 
     def z(count: np.ndarray, of: int) -> np.ndarray:
         return np.abs(count - of * p) / math.sqrt(of * p * (1 - p))

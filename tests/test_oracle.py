@@ -81,8 +81,8 @@ OPERATIONS: dict[str, Op] = {
         [(13, 4)],
     ),
     "dropout": (
-        lambda x: F.dropout(x, 0.3, [1, 2]),
-        lambda x: x * torch.tensor(F.dropout(Tensor(np.ones((2, 30))), 0.3, [1, 2]).data),
+        lambda x: F.dropout(x, 0.3, 1),
+        lambda x: x * torch.tensor(F.dropout(Tensor(np.ones((2, 30))), 0.3, 1).data),
         [(2, 30)],
     ),
     "silu": (F.silu, tf.silu, [(5, 7)]),

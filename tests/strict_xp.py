@@ -1,0 +1,372 @@
+"""A stand-in for CuPy that needs no GPU: NumPy underneath, and as strict as a GPU is.
+
+`xp` is the module, `DevArray` its array, `STRICT` a Backend on them. Results have NumPy's bits, so that an engine which
+runs here runs the same arithmetic as on the CPU; what differs is what is refused:
+
+  names that CuPy does not have, and parameters that it does not take (cupy_names.json)
+  host arrays and lists where a GPU wants its own, implicit conversion to NumPy, NumPy scalars that would widen a dtype
+  what CuPy gets wrong without a word: an index out of range (it wraps), an assignment through equal indices (undefined)
+
+`METER` counts what moves or waits: uploads, downloads, synchronisations, and array operations. In `no_sync()` whatever
+would wait raises. Stricter than CuPy on purpose: `np.f(x)` is refused, where CuPy would dispatch it; of ufuncs there is
+the call alone, no `.reduce` or `.at`; no submodules. More lenient: results may keep NumPy's memory order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.backend import NUMPY, Backend, register
+
+NAMES: dict[str, Any] = json.loads(Path(__file__).with_name("cupy_names.json").read_text(encoding="utf-8"))
+UFUNC_KEYWORDS = {"out", "dtype", "casting"}  # what cupy.ufunc.__call__ pops; anything else is "Wrong arguments"
+NOT_TAKEN = {"einsum": {"out"}}  # keywords that a signature of **kwargs hides, and that raise
+INTEGERS = {"shape", "newshape", "axis", "axes", "source", "destination", "indices_or_sections", "reps", "shift"}
+WAITS = {"item", "tolist", "tobytes", "tofile", "dump", "dumps", "nonzero"}  # methods
+WAITS |= {"unique", "argwhere", "flatnonzero", "bincount", "repeat", "extract", "compress", "asnumpy"}  # functions
+SCALARS = (bool, int, float, complex, np.generic)
+
+
+class Synchronised(Exception):
+    """Something waited for the device inside `no_sync()`."""
+
+
+class Silent(IndexError):
+    """CuPy would have gone on here, with another result than NumPy's."""
+
+
+class Meter:
+    """What moved and what waited, each by the name of the call that did it."""
+
+    def __init__(self) -> None:
+        self.forbidden = False
+        self.reset()
+
+    def reset(self) -> None:
+        self.uploads: list[str] = []
+        self.downloads: list[str] = []
+        self.syncs: list[str] = []  # downloads among them
+        self.operations = 0  # calls that gave a new array: on a GPU at least one kernel each
+
+    def wait(self, name: str) -> None:
+        if self.forbidden:
+            raise Synchronised(f"{name} waits for the device")
+        self.syncs.append(name)
+
+
+METER = Meter()
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Meter]:
+    """Count from zero."""
+    METER.reset()
+    yield METER
+
+
+@contextlib.contextmanager
+def no_sync() -> Iterator[None]:
+    """Inside, whatever would wait for the device, a download included, raises Synchronised."""
+    METER.forbidden = True
+    try:
+        yield
+    finally:
+        METER.forbidden = False
+
+
+# ---- what goes in, what comes out -----------------------------------------------------------------------------------
+
+
+def _operand(x: Any) -> Any:
+    """An argument of arithmetic: an array of the device or a number."""
+    if isinstance(x, DevArray):
+        return x._host
+    if isinstance(x, SCALARS):
+        return x
+    raise TypeError(f"Unsupported type {type(x)}")
+
+
+def _argument(name: str, x: Any) -> Any:
+    """An argument of a function, whose parameter is called `name`."""
+    if isinstance(x, DevArray):
+        return x._host
+    if isinstance(x, (list, tuple)):
+        if x and all(isinstance(item, DevArray) for item in x):
+            return type(x)(item._host for item in x)
+        if name in INTEGERS and all(isinstance(item, (int, np.integer, tuple)) for item in x):
+            return x
+    elif not isinstance(x, np.ndarray):
+        return x
+    raise TypeError(f"Unsupported type {type(x)}")
+
+
+def _check_scalars(operands: Any) -> None:
+    """A NumPy scalar keeps its dtype beside an array (NEP 50): one float64 makes float32 float64."""
+    arrays = [a.dtype for a in operands if isinstance(a, np.ndarray)]
+    for s in operands:
+        if arrays and isinstance(s, np.generic) and np.result_type(*arrays, s.dtype) != np.result_type(*arrays):
+            raise TypeError(f"a NumPy scalar of {s.dtype} would widen {np.result_type(*arrays)}: use a Python number")
+
+
+def _root(host: np.ndarray) -> np.ndarray:
+    while isinstance(host.base, np.ndarray):
+        host = host.base
+    return host
+
+
+def _result(value: Any, *owners: Any) -> Any:
+    """NumPy's result as the device has it: a 0-d array for a number, and a view that knows whose it is."""
+    if isinstance(value, (tuple, list)) and any(isinstance(item, np.ndarray) for item in value):
+        return type(value)(_result(item, *owners) for item in value)
+    if isinstance(value, np.generic):
+        value = np.asarray(value)
+    if not isinstance(value, np.ndarray):
+        return value  # a dtype, a shape, a flag
+    for owner in owners:
+        if isinstance(owner, DevArray) and _root(value) is _root(owner._host):
+            return owner if value is owner._host else DevArray(value, owner if owner.base is None else owner.base)
+    METER.operations += 1
+    return DevArray(value)
+
+
+def _check_keywords(name: str, parameters: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """The name of the parameter of each of `args`, as far as CuPy's signature goes. TypeError beyond it."""
+    known = parameters.split()
+    places = [p for p in known if not p.startswith("*")]
+    rest = next((p[1:] for p in known if p.startswith("*") and not p.startswith("**")), None)
+    wrong = set(kwargs) - set(places) if not any(p.startswith("**") for p in known) else set()
+    wrong |= set(kwargs) & NOT_TAKEN.get(name, set())
+    if wrong:
+        raise TypeError(f"{name}() got an unexpected keyword argument {sorted(wrong)[0]!r}: CuPy takes {parameters}")
+    if rest is not None:
+        return [rest] * len(args)
+    if len(args) > len(places):
+        raise TypeError(f"{name}() takes {len(places)} arguments, got {len(args)}: CuPy takes {parameters}")
+    return places
+
+
+def _call(name: str, function: Callable[..., Any], parameters: str, args: Any, kwargs: Any, owner: Any = None) -> Any:
+    places = _check_keywords(name, parameters, args, kwargs)
+    given = [_argument(place, x) for place, x in zip(places, args, strict=False)]
+    named = {key: _argument(key, x) for key, x in kwargs.items()}
+    if name in WAITS or (name == "where" and len(args) == 1):
+        METER.wait(name)
+    try:
+        value = function(*given, **named)
+    except IndexError as error:
+        raise Silent(f"{error}: CuPy would wrap it") from error
+    if kwargs.get("out") is not None:
+        METER.operations += 1
+        return kwargs["out"]
+    return _result(value, owner, *args, *(a for x in args if isinstance(x, (list, tuple)) for a in x))
+
+
+# ---- the array ------------------------------------------------------------------------------------------------------
+
+
+class DevArray:
+    """An array of the device. Not an ndarray: nothing that NumPy does by itself may touch it."""
+
+    __slots__ = ("__weakref__", "_host", "base")
+    __array_priority__ = 100
+    __array_ufunc__ = None  # NumPy's operators hand over to ours, and its functions refuse
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, host: np.ndarray, base: DevArray | None = None):
+        self._host, self.base = host, base
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`: a transfer is asked for")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("pickling an array of the device transfers it")
+
+    shape, dtype, ndim, size, itemsize, nbytes, strides = (
+        property(lambda self, name=name: getattr(self._host, name))
+        for name in ("shape", "dtype", "ndim", "size", "itemsize", "nbytes", "strides")
+    )
+
+    @property
+    def T(self) -> DevArray:
+        return self if self.ndim < 2 else _result(self._host.T, self)  # CuPy's is then the array itself, not a view
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "get":
+            return lambda: STRICT.to_numpy(self)
+        if name in NAMES["methods"] and hasattr(np.ndarray, name):
+            parameters = NAMES["methods"][name]
+            return lambda *args, **kwargs: _call(name, getattr(self._host, name), parameters, args, kwargs, self)
+        raise AttributeError(f"cupy.ndarray has no {name!r}, or this stand-in offers none")
+
+    # ---- what waits ----
+
+    def _wait(self, function: Callable[[Any], Any]) -> Any:
+        METER.wait(function.__name__)
+        return function(self._host)
+
+    # fmt: off
+    def __bool__(self) -> bool: return self._wait(bool)
+    def __int__(self) -> int: return self._wait(int)
+    def __float__(self) -> float: return self._wait(float)
+    def __complex__(self) -> complex: return self._wait(complex)
+    def __repr__(self) -> str: return self._wait(repr)
+    def __str__(self) -> str: return self._wait(str)
+    # fmt: on
+
+    def __format__(self, specification: str) -> str:
+        return self._wait(lambda host: format(host.item() if host.ndim == 0 else host, specification))
+
+    # ---- indices ----
+
+    def __len__(self) -> int:
+        return len(self._host)
+
+    def __iter__(self) -> Iterator[DevArray]:
+        if self.ndim == 0:
+            raise TypeError("iteration over a 0-d array")
+        return (self[i] for i in range(len(self)))
+
+    def _key(self, key: Any) -> tuple[Any, ...]:
+        parts = key if isinstance(key, tuple) else (key,)
+        for part in parts:
+            if isinstance(part, (list, np.ndarray)):
+                raise TypeError(f"Unsupported type {type(part)}: an index that is uploaded on the way")
+        return tuple(part._host if isinstance(part, DevArray) else part for part in parts)
+
+    def __getitem__(self, key: Any) -> DevArray:
+        parts = self._key(key)
+        arrays = [part for part in parts if isinstance(part, np.ndarray)]
+        if any(part.dtype == bool for part in arrays):
+            METER.wait("a mask as an index")  # how many are True decides the result's shape
+        if not arrays and Ellipsis not in parts:
+            parts = (*parts, Ellipsis)  # an element is a 0-d view, not a number
+        try:
+            return _result(self._host[parts], self)
+        except IndexError as error:
+            raise Silent(f"{error}: CuPy would wrap it") if arrays else error from error
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        parts, value = self._key(key), _operand(value)
+        if any(isinstance(part, np.ndarray) and part.dtype != bool for part in parts):
+            try:
+                places = np.arange(self.size).reshape(self.shape)[parts]
+            except IndexError as error:
+                raise Silent(f"{error}: CuPy would wrap it") from error
+            if len(np.unique(places)) < places.size:
+                raise Silent("an assignment through equal indices: on a GPU any of the values may stay")
+        METER.operations += 1
+        self._host[parts] = value
+
+    def __copy__(self) -> DevArray:
+        return _result(self._host.copy())
+
+    def __deepcopy__(self, memo: Any) -> DevArray:
+        return _result(self._host.copy())
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def apply(self: DevArray, *others: Any) -> Any:
+        for other in others:
+            if not isinstance(other, DevArray) and getattr(other, "__array_priority__", 0) > self.__array_priority__ > 0:
+                return NotImplemented  # as CuPy does: a Tensor knows better
+        operands = [_operand(other) for other in others]
+        _check_scalars([self._host, *operands])
+        value = getattr(self._host, name)(*operands)
+        if name.startswith("__i") and name != "__invert__":
+            METER.operations += 1
+            return self
+        return value if value is NotImplemented else _result(value)
+
+    return apply
+
+
+_WRITTEN = {name for name in vars(DevArray) if name.startswith("__")}
+for _name in NAMES["operators"]:
+    _arithmetic = hasattr(np.ndarray, _name) and not _name.startswith(("__array", "__dlpack", "__class"))
+    if _arithmetic and (_name not in _WRITTEN) and _name not in ("__delitem__",):
+        setattr(DevArray, _name, _operator(_name))
+
+
+# ---- the module -----------------------------------------------------------------------------------------------------
+
+
+class Module:
+    """What stands for `cupy`: looked up by name, once each."""
+
+    ndarray = DevArray
+
+    def __getattr__(self, name: str) -> Any:
+        made = self._make(name)
+        setattr(self, name, made)
+        return made
+
+    def _make(self, name: str) -> Any:
+        if name in ("array", "asarray"):
+            return functools.partial(self._array, name)
+        if name == "asnumpy":
+            return STRICT.to_numpy
+        if name in NAMES["ufuncs"] and hasattr(np, name):
+            return functools.partial(self._ufunc, name)
+        if name in NAMES["functions"] and hasattr(np, name):
+            parameters, function = NAMES["functions"][name], getattr(np, name)
+            return lambda *args, **kwargs: _call(name, function, parameters, args, kwargs)
+        if name in NAMES["others"] and isinstance(getattr(np, name, None), (type, float, type(None))) and name != "cuda":
+            return getattr(np, name)
+        raise AttributeError(f"module 'cupy' has no attribute {name!r}, or this stand-in offers none")
+
+    def _array(self, name: str, x: Any, *args: Any, **kwargs: Any) -> DevArray:
+        """The two functions that take what is on the host: an upload then, a number's too."""
+        _check_keywords(name, NAMES["functions"][name], (x, *args), kwargs)
+        if not isinstance(x, DevArray):
+            METER.uploads.append(name)
+        made = getattr(np, name)(x._host if isinstance(x, DevArray) else x, *args, **kwargs)
+        return _result(made, x) if isinstance(x, DevArray) else DevArray(np.array(made))
+
+    def _ufunc(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if set(kwargs) - UFUNC_KEYWORDS:
+            raise TypeError(f"Wrong arguments {kwargs}: a ufunc of CuPy takes {', '.join(sorted(UFUNC_KEYWORDS))}")
+        operands = [_operand(x) for x in args]
+        _check_scalars(operands)
+        out = kwargs.get("out")
+        value = getattr(np, name)(*operands, **(kwargs if out is None else {**kwargs, "out": _operand(out)}))
+        if out is None:
+            return _result(value)
+        METER.operations += 1
+        return out
+
+
+xp: Any = Module()
+
+
+class StrictBackend(Backend):
+    """The device behind `xp`. Its one kernel is NumPy's body."""
+
+    name = "strict"
+    xp = xp
+
+    def from_numpy(self, array: np.ndarray) -> DevArray:
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"from_numpy moves a NumPy array, got {type(array)}")
+        METER.uploads.append("from_numpy")
+        return DevArray(np.array(array))
+
+    def to_numpy(self, array: DevArray) -> np.ndarray:
+        if not isinstance(array, DevArray):
+            raise TypeError(f"to_numpy moves an array of the device, got {type(array)}")
+        METER.wait("to_numpy")
+        METER.downloads.append("to_numpy")
+        return array._host.copy()
+
+    def add_rows(self, index: DevArray, rows: DevArray, count: int) -> DevArray:
+        return _result(NUMPY.add_rows(index._host, rows._host, count))
+
+
+STRICT = StrictBackend()
+register(DevArray, lambda array: STRICT)
