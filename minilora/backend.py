@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import math
 import os
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio, made odd
 
 
 def mix_key(*numbers: int) -> int:
-    """One 64-bit key out of several integers (seed, layer, step, ...), by SplitMix64's mixing of each in turn.
-
-    A chain: `mix_key(*before, n)` is made of the key of `before` and n alone, by one more round.
-    """
+    """One 64-bit key out of several integers (seed, layer, step, ...): a chain of SplitMix64's mixing, a round each."""
     z = 0
     for n in numbers:
         z = (z ^ (n & _MASK)) + _GOLDEN & _MASK
@@ -117,7 +116,9 @@ class CupyBackend(Backend):
     """One GPU. Where CuPy has NumPy's names, operations run as they are."""
 
     def __init__(self, device: int):
-        import cupy
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # CuPy's, about libraries that nothing here needs
+            import cupy
 
         self.xp = cupy
         self.device = device
@@ -130,14 +131,11 @@ class CupyBackend(Backend):
         return np.asarray(self.xp.asnumpy(array))
 
     def add_rows(self, index: Array, rows: Array, count: int) -> Array:
-        # One thread an output element walks its own run of the sorted rows: CuPy's scatter_add uses atomics, whose
-        # order of addition, and so whose last bits, change from run to run.
         xp = self.xp
-        order = xp.argsort(index)  # CuPy's sort is stable
+        order = xp.argsort(index, kind="stable")
         start = xp.searchsorted(index[order], xp.arange(count + 1))
         out = xp.empty((count, rows.shape[1]), rows.dtype)
-        real = {"float32": "float", "float64": "double"}[str(rows.dtype)]
-        kernel = _add_rows_kernel(real)
+        kernel = _add_rows_kernel({"float32": "float", "float64": "double"}[str(rows.dtype)])
         blocks = (out.size + 255) // 256
         args = (xp.ascontiguousarray(rows), order.astype(np.int64), start.astype(np.int64), out)
         if blocks:
@@ -149,16 +147,8 @@ class CupyBackend(Backend):
 def _add_rows_kernel(real: str) -> Any:
     import cupy
 
-    source = """extern "C" __global__ void add_rows(const REAL* rows, const long long* order, const long long* start,
-                                                    REAL* out, long long count, long long width) {
-        long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
-        if (i >= count * width) return;
-        long long row = i / width, column = i % width;
-        REAL sum = 0;
-        for (long long n = start[row]; n < start[row + 1]; n++) sum += rows[order[n] * width + column];
-        out[i] = sum;
-    }"""
-    return cupy.RawKernel(source.replace("REAL", real), "add_rows")
+    source = Path(__file__).with_name("add_rows.cu").read_text(encoding="utf-8")
+    return cupy.RawKernel(source, "add_rows", options=(f"-DREAL={real}",))
 
 
 # ---- which backend --------------------------------------------------------------------------------------------------
@@ -187,15 +177,31 @@ def _gpu(device: int) -> CupyBackend:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         backend = CupyBackend(device)
-        backend.xp.cuda.Device(device).use()  # for this thread, and training on a GPU stays in it
-        backend.xp.arange(3).sum().item()
+        with backend.xp.cuda.Device(device):
+            backend.xp.arange(3).sum().item()
     except Exception as error:  # cupy's own kinds are not importable without it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0][:300]
         missing = isinstance(error, ImportError)
         cure = "pip install -e .[cuda]" if missing else "check the driver and CUDA_VISIBLE_DEVICES"
         raise DeviceError(f"device 'cuda:{device}' is not usable: {reason} ({cure}, or use 'cpu')") from error
     register(backend.xp.ndarray, lambda array: _gpu(array.device.id))
     return backend
+
+
+def gpus() -> dict[str, str]:
+    """Every GPU by name, with what it is or why it cannot be used; where none can be counted, cuda:0 says why."""
+    try:
+        runtime = CupyBackend(0).xp.cuda.runtime
+        models = [runtime.getDeviceProperties(n)["name"].decode() for n in range(runtime.getDeviceCount())]
+    except Exception:  # of as many kinds as there are reasons
+        models = []
+    found = {}
+    for number, model in enumerate(models or [""]):
+        try:
+            found[_gpu(number).name] = f"usable, {model}"
+        except DeviceError as error:
+            found[f"cuda:{number}"] = str(error)
+    return found
 
 
 def get_backend(device: str | Backend) -> Backend:
@@ -206,5 +212,7 @@ def get_backend(device: str | Backend) -> Backend:
     if device == "cpu":
         return NUMPY
     if kind == "cuda" and (number or "0").isdecimal() and not device.endswith(":"):
-        return _gpu(int(number or 0))
+        backend = _gpu(int(number or 0))
+        backend.xp.cuda.Device(backend.device).use()  # for this thread, and training on a GPU stays in it
+        return backend
     raise DeviceError(f"unknown device {device!r}: expected 'cpu', 'cuda' or 'cuda:N'")

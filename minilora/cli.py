@@ -1,4 +1,4 @@
-"""The command line: demo, pretrain, finetune, generate, evaluate, merge, inspect.
+"""The command line: demo, pretrain, finetune, generate, evaluate, merge, inspect, devices.
 
 Each command is a function here that turns options into calls of the rooms below. A user's mistake ends in one line on
 stderr and an exit code (errors.py); `--debug` shows where it came from.
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .backend import get_backend
+from .backend import get_backend, gpus
 from .data import ByteTokenizer, HubTokenizer, load_tokenizer, prose, read_text, split_text
 from .errors import ConfigError, DataError, FormatError, Interrupted, MiniloraError
 from .formats import SafetensorsFile, read_adapter, read_checkpoint
@@ -159,6 +159,18 @@ def inspect(args: argparse.Namespace) -> None:
         print("\n" + "  ".join(f"{key:{width}}" for key, width in widths.items()))
         for row in rows:
             print("  ".join(f"{_printable(str(row[key])):{width}}" for key, width in widths.items()))
+
+
+def devices(args: argparse.Namespace) -> None:
+    import threadpoolctl
+
+    from .parallel import available_cores
+
+    pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+    blas = [f"{p['internal_api']} {p['version']} with {p['num_threads']} threads" for p in pools]
+    found = {"cpu": f"usable, {available_cores()} cores, {', '.join(blas) or 'no BLAS that threadpoolctl knows'}"}
+    for name, state in {**found, **gpus()}.items():
+        print(f"{name:8} {_printable(state.removeprefix(f'device {name!r} is '))}")
 
 
 def _inspect_adapter(folder: Path) -> dict[str, Any]:
@@ -448,6 +460,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(inspect, "What an adapter or a checkpoint holds.", "adapter")
     sub.add_argument("directory", metavar="DIR")
     sub.add_argument("--json", action="store_true", help="for programs")
+    sub.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+
+    sub = command(devices, "What there is to compute on: the CPU, and each GPU or why it cannot be used.", "")
     sub.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     return parser
 

@@ -226,8 +226,10 @@ _weight = _rng.standard_normal((5, 4))
 def _merged(x: Tensor, *rest: Tensor) -> Tensor:
     """merged_linear with W' formed, as its caller does, from the factors' values."""
     pairs = [(rest[i], rest[i + 1], 0.7 + i) for i in range(0, len(rest) - 1, 2)]
-    weight = np.sum([_weight, *(s * B.numpy() @ A.numpy() for A, B, s in pairs)], axis=0).astype(x.dtype)
-    return F.merged_linear(x, x.backend.from_numpy(weight), rest[-1] if len(rest) % 2 else None, pairs)
+    weight = x.backend.from_numpy(_weight.astype(x.dtype))
+    for A, B, s in pairs:
+        weight = weight + s * (B.data @ A.data)
+    return F.merged_linear(x, weight, rest[-1] if len(rest) % 2 else None, pairs)
 
 
 def _merged_definition(x: Tensor, *rest: Tensor) -> Tensor:

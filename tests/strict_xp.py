@@ -156,6 +156,10 @@ def _call(name: str, function: Callable[..., Any], parameters: str, args: Any, k
     places = _check_keywords(name, parameters, args, kwargs)
     given = [_argument(place, x) for place, x in zip(places, args, strict=False)]
     named = {key: _argument(key, x) for key, x in kwargs.items()}
+    if name in ("sort", "argsort"):
+        if (named.pop("kind", None) or "stable") != "stable":
+            raise ValueError(f"{name}: CuPy's sorts are stable, and no other kind can be asked for")
+        named["kind"] = "stable"
     if name in WAITS or (name == "where" and len(args) == 1):
         METER.wait(name)
     try:
@@ -183,7 +187,9 @@ class DevArray:
         self._host, self.base = host, base
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`: a transfer is asked for")
+        raise TypeError(
+            "Implicit conversion to a NumPy array is not allowed. Please use `.get()`: a transfer is asked for"
+        )
 
     def __reduce__(self) -> Any:
         raise TypeError("pickling an array of the device transfers it")
@@ -274,7 +280,10 @@ class DevArray:
 def _operator(name: str) -> Callable[..., Any]:
     def apply(self: DevArray, *others: Any) -> Any:
         for other in others:
-            if not isinstance(other, DevArray) and getattr(other, "__array_priority__", 0) > self.__array_priority__ > 0:
+            if (
+                not isinstance(other, DevArray)
+                and getattr(other, "__array_priority__", 0) > self.__array_priority__ > 0
+            ):
                 return NotImplemented  # as CuPy does: a Tensor knows better
         operands = [_operand(other) for other in others]
         _check_scalars([self._host, *operands])
@@ -317,7 +326,11 @@ class Module:
         if name in NAMES["functions"] and hasattr(np, name):
             parameters, function = NAMES["functions"][name], getattr(np, name)
             return lambda *args, **kwargs: _call(name, function, parameters, args, kwargs)
-        if name in NAMES["others"] and isinstance(getattr(np, name, None), (type, float, type(None))) and name != "cuda":
+        if (
+            name in NAMES["others"]
+            and isinstance(getattr(np, name, None), (type, float, type(None)))
+            and name != "cuda"
+        ):
             return getattr(np, name)
         raise AttributeError(f"module 'cupy' has no attribute {name!r}, or this stand-in offers none")
 

@@ -1,16 +1,26 @@
-"""Which device, with which words it is refused; the random words; what an import costs."""
+"""Which device, with which words it is refused; the random words; adding rows, on CUDA C too; what an import costs."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import shutil
 import subprocess
 import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strict_xp import METER, STRICT, counted, no_sync
 
-from minilora.backend import NUMPY, backend_of, get_backend, mix_key
+from minilora import backend
+from minilora.backend import NUMPY, CupyBackend, backend_of, get_backend, gpus, mix_key
+from minilora.cli import main
 from minilora.errors import DeviceError
 
 WORD = st.integers(0, 2**64 - 1)
@@ -32,8 +42,6 @@ def test_without_cupy_the_gpu_is_refused_with_a_reason_and_a_cure(
     device: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)  # `import cupy` now raises ImportError, installed or not
-    from minilora import backend
-
     backend._gpu.cache_clear()
     with pytest.raises(DeviceError) as caught:
         get_backend(device)
@@ -42,6 +50,93 @@ def test_without_cupy_the_gpu_is_refused_with_a_reason_and_a_cure(
     assert "cupy" in message
     assert message.endswith("(pip install -e .[cuda], or use 'cpu')")
     assert len(message) <= 500
+    assert gpus() == {"cuda:0": message.replace(name, "cuda:0")}
+
+
+class FakeCuda:
+    """The few names of `cupy` that finding a GPU takes. `working` are the devices that run a kernel."""
+
+    def __init__(self, count: int, working: tuple[int, ...], error: str = "no kernel image is available\nfor this"):
+        self.current, self.kernels, self.working, self.error = 0, [], working, error
+
+        def number_of_devices() -> int:
+            if not count:
+                raise RuntimeError("cudaErrorInsufficientDriver: the driver is too old")
+            return count
+
+        properties = lambda n: {"name": f"Model {n}".encode()}  # noqa: E731
+        runtime = types.SimpleNamespace(getDeviceCount=number_of_devices, getDeviceProperties=properties)
+        self.cuda = types.SimpleNamespace(runtime=runtime, Device=self.device)
+        self.ndarray = type("ndarray", (), {})
+
+    @contextlib.contextmanager
+    def selected(self, number: int) -> Iterator[None]:
+        before, self.current = self.current, number
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def device(self, number: int) -> Any:
+        chosen = self.selected(number)
+        chosen.use = lambda: setattr(self, "current", number)
+        return chosen
+
+    def arange(self, n: int) -> Any:
+        self.kernels.append(self.current)
+        if self.current not in self.working:
+            raise RuntimeError(self.error)
+        return types.SimpleNamespace(sum=lambda: types.SimpleNamespace(item=lambda: 3))
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeCuda]]:
+    def install(*args: Any, **kwargs: Any) -> FakeCuda:
+        fake = FakeCuda(*args, **kwargs)
+        monkeypatch.setitem(sys.modules, "cupy", fake)  # type: ignore[arg-type]
+        monkeypatch.setattr(backend, "_owners", dict(backend._owners))
+        backend._gpu.cache_clear()
+        return fake
+
+    yield install
+    backend._gpu.cache_clear()
+
+
+def test_every_gpu_is_listed_with_what_it_is_or_why_not(fake_cuda: Callable[..., FakeCuda]) -> None:
+    fake = fake_cuda(3, working=(0, 2))
+    found = gpus()
+    assert list(found) == ["cuda:0", "cuda:1", "cuda:2"]
+    assert (found["cuda:0"], found["cuda:2"]) == ("usable, Model 0", "usable, Model 2")
+    reason = "no kernel image is available (check the driver and CUDA_VISIBLE_DEVICES, or use 'cpu')"
+    assert found["cuda:1"] == f"device 'cuda:1' is not usable: {reason}"
+    assert fake.kernels == [0, 1, 2]  # each ran, or tried to run, a kernel of its own
+    assert fake.current == 0  # looking selects nothing
+    assert get_backend("cuda:2").name == "cuda:2"
+    assert fake.current == 2  # asking for one does, for this thread
+    assert get_backend("cuda") is get_backend("cuda:0")
+    assert fake.current == 0
+    assert fake.kernels == [0, 1, 2]  # found out once
+    with pytest.raises(DeviceError, match=r"cuda:1.*no kernel image"):
+        get_backend("cuda:1")
+
+
+def test_without_a_driver_the_first_gpu_says_why(fake_cuda: Callable[..., FakeCuda]) -> None:
+    fake_cuda(0, working=(), error="cudaErrorInsufficientDriver: " + "x" * 999)
+    (message,) = gpus().values()
+    assert message.startswith("device 'cuda:0' is not usable: cudaErrorInsufficientDriver: xxx")
+    assert len(message) <= 500
+
+
+def test_the_devices_command_lists_cpu_and_gpus(
+    fake_cuda: Callable[..., FakeCuda], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_cuda(2, working=(1,))
+    assert main(["devices"]) == 0
+    cpu, first, second = capsys.readouterr().out.splitlines()
+    assert cpu.startswith("cpu      usable, ")
+    assert " cores, " in cpu
+    assert first.startswith("cuda:0   not usable: no kernel image")
+    assert second == "cuda:1   usable, Model 1"
 
 
 @pytest.mark.parametrize("thing", [None, "text", object(), np.ma.zeros(2), [1.0], 2.5])
@@ -123,6 +218,112 @@ def test_add_rows_adds_in_a_fixed_order() -> None:
         mine = rows[index == i].astype(np.float64)
         bound = len(mine) * 2.0**-24 * np.abs(mine).sum(axis=0)  # n additions, each rounded once
         assert (np.abs(got[i] - mine.sum(axis=0)) <= bound).all()
+
+
+# ---- the CUDA kernel, without a GPU ----
+
+KERNEL = Path(backend.__file__).with_name("add_rows.cu")
+EMULATED = """
+#define __global__
+static struct { long long x; } blockIdx, threadIdx, blockDim;
+#include KERNEL
+extern "C" void launch(long long blocks, long long threads, const REAL* rows, const long long* order,
+                       const long long* start, REAL* out, long long count, long long width) {
+    blockDim.x = threads;  // threads depend on none before them: here they run last to first
+    for (blockIdx.x = blocks - 1; blockIdx.x >= 0; blockIdx.x--)
+        for (threadIdx.x = threads - 1; threadIdx.x >= 0; threadIdx.x--)
+            add_rows(rows, order, start, out, count, width);
+}
+"""
+REALS = {"float": np.float32, "double": np.float64}
+
+
+@pytest.fixture(scope="module")
+def launchers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., None]]:
+    """The kernel's own file, compiled for the CPU: by its type of numbers, what launches it as CuPy would."""
+    compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("kernel")
+    (folder / "launch.cpp").write_text(EMULATED)
+
+    def launcher(real: str) -> Callable[..., None]:
+        macros = [f"-DREAL={real}", f'-DKERNEL="{KERNEL}"']
+        options = ["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", f"{real}.so"]
+        subprocess.run([compiler, *macros, *options, "launch.cpp"], check=True, cwd=folder)
+        function = ctypes.CDLL(str(folder / f"{real}.so")).launch
+
+        def launch(grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
+            *arrays, count, width = args
+            assert type(count) is type(width) is np.int64  # a C long long; a Python int would be one too, by luck
+            for array, dtype in zip(arrays, (REALS[real], np.int64, np.int64, REALS[real]), strict=True):
+                assert array.dtype == dtype
+                assert array._host.flags.c_contiguous  # a kernel sees memory, not strides
+            pointers = [ctypes.c_void_p(array._host.ctypes.data) for array in arrays]
+            numbers = [ctypes.c_longlong(int(n)) for n in (grid[0], block[0], count, width)]
+            function(*numbers[:2], *pointers, *numbers[2:])
+
+        return launch
+
+    return {real: launcher(real) for real in REALS}
+
+
+@pytest.fixture
+def cupy_on_the_stand_in(launchers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> CupyBackend:
+    """CupyBackend's own code, over the strict array module and the kernel compiled for the CPU."""
+    monkeypatch.setattr(backend, "_add_rows_kernel", launchers.__getitem__)
+    monkeypatch.setattr(STRICT.xp, "empty", lambda *args: STRICT.xp.full(*args[:1], np.nan, *args[1:]), raising=False)
+    made = object.__new__(CupyBackend)
+    made.xp = STRICT.xp
+    return made
+
+
+@pytest.mark.parametrize("dtype", REALS.values())
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (7, 1), (40, 5), (300, 3), (1000, 130)], ids=str)
+@pytest.mark.parametrize("count", [1, 4, 300])
+def test_the_cuda_kernel_is_add_rows(
+    shape: tuple[int, int], count: int, dtype: type, cupy_on_the_stand_in: CupyBackend
+) -> None:
+    rng = np.random.default_rng(0)
+    index, rows = rng.integers(0, count, shape[0]), rng.standard_normal(shape).astype(dtype)
+    whole = rng.integers(-100, 100, shape).astype(dtype)  # adds exactly, in any order
+    there = [STRICT.from_numpy(a) for a in (index, rows, rows[:, ::-1].T, whole)]
+    with counted(), no_sync():
+        got, turned, exact = (
+            cupy_on_the_stand_in.add_rows(there[0], r, count) for r in (there[1], there[2].T[:, ::-1], there[3])
+        )
+        assert METER.uploads == []
+    np.testing.assert_array_equal(STRICT.to_numpy(exact), NUMPY.add_rows(index, whole, count))
+    expected, got = NUMPY.add_rows(index, rows.astype(np.float64), count), STRICT.to_numpy(got)
+    assert (got.shape, got.dtype) == ((count, shape[1]), dtype)
+    n = np.bincount(index, minlength=count)[:, None]
+    size = NUMPY.add_rows(index, np.abs(rows.astype(np.float64)), count)
+    assert (np.abs(got - expected) <= 2 * n * np.finfo(dtype).eps / 2 * size).all()  # n additions on either side
+    np.testing.assert_array_equal(STRICT.to_numpy(turned), got)  # strides make no difference
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("real", REALS)
+def test_the_cuda_kernel_compiles_for_a_gpu_and_spills_nothing(real: str, tmp_path: Path) -> None:
+    command = ["nvcc", "-arch=sm_90", "-cubin", "-Xptxas", "-v", f"-DREAL={real}", "-o", "add_rows.cubin", str(KERNEL)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr
+    assert (tmp_path / "add_rows.cubin").stat().st_size > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", REALS.values())
+def test_add_rows_on_a_gpu_is_the_same_every_time(dtype: type) -> None:
+    gpu, rng = get_backend("cuda"), np.random.default_rng(0)
+    index, rows = rng.integers(0, 7, 5000), rng.standard_normal((5000, 33)).astype(dtype)
+    runs = [gpu.to_numpy(gpu.add_rows(gpu.from_numpy(index), gpu.from_numpy(rows), 7)) for _ in range(3)]
+    assert runs[0].tobytes() == runs[1].tobytes() == runs[2].tobytes()
+    expected = NUMPY.add_rows(index, rows.astype(np.float64), 7)
+    size = NUMPY.add_rows(index, np.abs(rows).astype(np.float64), 7)
+    assert (np.abs(runs[0] - expected) <= 5000 * np.finfo(dtype).eps * size).all()
+    empty = gpu.add_rows(gpu.from_numpy(index[:0]), gpu.from_numpy(rows[:0]), 7)
+    assert not gpu.to_numpy(empty).any()
 
 
 def test_import_minilora_imports_no_heavy_module() -> None:

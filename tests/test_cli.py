@@ -29,7 +29,7 @@ from minilora.formats import load_file, save_file
 # pytest would turn a warning into an exception; on the command line it is a line on stderr.
 pytestmark = pytest.mark.filterwarnings("default")
 
-COMMANDS = ("demo", "pretrain", "finetune", "generate", "evaluate", "merge", "inspect")
+COMMANDS = ("demo", "pretrain", "finetune", "generate", "evaluate", "merge", "inspect", "devices")
 TINY = "--batch-size 2 --context 16 --threads 2"
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
 TEXT = b"the quick brown fox jumps over the lazy dog, again and again. " * 10
@@ -416,6 +416,7 @@ BAD = [
     ("finetune", 2, "--base, --data"),
     ("generate --base base", 2, "--prompt"),
     ("inspect", 2, "DIR"),
+    ("devices here", 2, "unrecognized arguments: here"),
     (f"{E} --nothing", 2, "--nothing"),
     (f"{E} extra words", 2, "extra words"),
     (f"{E} --thread 1", 2, "--thread"),

@@ -56,7 +56,8 @@ def test_the_tree_names_every_room_and_no_other():
             folder = name
         else:
             named.add((folder if depth == 4 else "") + name)
-    rooms = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if not p.name.startswith("__")}
+    files = (p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".cu") and not p.name.startswith("__"))
+    rooms = {p.relative_to(PACKAGE).as_posix() for p in files}
     assert named == rooms
 
 
