@@ -11,6 +11,7 @@ Contents: the graph (Node, record, gradients) - Tensor - arithmetic - functions 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import heapq
 import itertools
 import threading
@@ -29,6 +30,8 @@ Axis = int | tuple[int, ...] | None
 
 _tick = itertools.count()
 _thread = threading.local()
+# Shown every operation's output, inputs and vjp; only anomaly.py sets it. Threads that copy the context see it, too.
+observer: contextvars.ContextVar[Any] = contextvars.ContextVar("observer", default=None)
 
 
 class Node:
@@ -60,6 +63,8 @@ def record(data: Array, inputs: tuple[Tensor, ...], vjp: Vjp) -> Tensor:
         parents = tuple((t.node or t) if t.requires_grad else None for t in inputs)
         guards = tuple((t.version, t.version[0]) for t in inputs if t.version is not None and _reads(vjp, t._data))
         y.node = Node(parents, vjp, guards)
+    if watch := observer.get():
+        watch(y, inputs, vjp)
     return y
 
 
@@ -114,13 +119,14 @@ def gradients(
 
 def _backward(loss: Tensor, dy: Array | None, retain_graph: bool) -> dict[Tensor, Array]:
     if not loss.requires_grad:
-        raise GraphError("the loss depends on no tensor that requires a gradient, or was computed under no_grad")
+        why = "was it computed under no_grad, or from gradients, which are arrays (there is no second derivative)?"
+        raise GraphError(f"the loss depends on no tensor that requires a gradient: {why}")
     if dy is None:
         if loss.size != 1:
             raise GraphError(f"backward of a tensor of shape {loss.shape} needs dy of that shape: only a scalar has 1")
         dy = loss.backend.xp.ones_like(loss.data)
-    elif dy.shape != loss.shape:
-        raise GraphError(f"dy has shape {dy.shape}, the tensor {loss.shape}")
+    elif isinstance(dy, Tensor) or getattr(dy, "shape", None) != loss.shape:
+        raise GraphError(f"dy must be an array {loss.shape}, got {type(dy).__name__} {getattr(dy, 'shape', '')}")
     waiting: dict[Node, Array] = {}  # gradients of nodes not visited yet
     leaves: dict[Tensor, Array] = {}
     heap: list[Node] = []

@@ -238,13 +238,16 @@ def cross_entropy(logits: Tensor, targets: Array, ignore_index: int = IGNORE, re
         raise ValueError(f"cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}")
     Z, shape = rows(logits.data), logits.shape  # (N, V)
     t = targets.reshape(-1)
-    keep = (t != ignore_index).astype(Z.dtype)  # (N,) 1 where the target counts
-    t = xp.where(t == ignore_index, 0, t)
+    ignored = t == ignore_index  # (N,)
+    keep = (~ignored).astype(Z.dtype)  # (N,) 1 where the target counts
+    t = xp.where(ignored, 0, t)
     each = xp.arange(len(t))
     top = Z.max(axis=-1, keepdims=True)
-    E = xp.exp(Z - top)  # (N, V)
+    with np.errstate(invalid="ignore"):  # an infinite logit makes its row NaN
+        E, down = xp.exp(Z - top), Z[each, t] - top[:, 0]  # (N, V), (N,)
+    E[ignored] = 1  # a row that does not count is read no further, whatever it holds
     total = E.sum(axis=-1, keepdims=True)  # (N, 1)
-    nll = xp.log(total)[:, 0] - (Z[each, t] - top[:, 0])  # in this order: near 0, adding top first would round it away
+    nll = xp.where(ignored, 0, xp.log(total)[:, 0] - down)  # not log + top - Z: near 0 that would round it away
     weight = keep / xp.maximum(keep.sum(), 1) if reduction == "mean" else keep
     kept = E if logits.requires_grad else None
 

@@ -24,6 +24,7 @@ ORDER = [
     ["lora.model"],
     ["lora"],
     ["parallel", "runs"],
+    ["anomaly"],
     ["train"],
     ["plots"],
     ["demo"],

@@ -1,0 +1,178 @@
+"""Anomaly mode: which operation made the first NaN, going forward or backward, and on which line it was called.
+
+Inside `detect_anomaly()` the engine shows every operation to an observer. It looks at the output, and puts a vjp in the
+place of the operation's own that looks at the gradients. Outside, an operation pays for one look at a context variable.
+
+Contents: detect_anomaly - what the observer does - explain_non_finite, for a training step that went wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from .autograd import Tensor, Vjp, observer
+from .backend import Array, backend_of
+from .data import Batch
+from .errors import GraphError, NonFiniteError
+from .nn import Module
+from .parallel import ShardedStep, language_modelling_loss
+
+ENGINE = {f"minilora.{room}" for room in ("anomaly", "autograd", "functional", "nn")}  # no user's line is in these
+
+
+@contextlib.contextmanager
+def detect_anomaly(infinities: bool = False, model: Module | None = None) -> Iterator[None]:
+    """Inside, the first NaN is an error where it is made, and so is a write into an array that backward will read.
+
+    infinities   an infinity counts like a NaN
+    model        name the module, too, in which an operation was called
+
+    NonFiniteError: an operation's output has a NaN and none of its inputs has; or, going backward, a gradient has one
+    and the dy it was made from has none. GraphError: an array kept for backward is no longer what it was, which the
+    versions see for `tensor.data = ...` and this mode for `tensor.data[0] = ...`, too (by a checksum).
+
+    A graph recorded inside is checked by every backward that walks it. Slow: each array is read again, some twice.
+    """
+    paths = {} if model is None else {id(module): path or "the model" for path, module in model.named_modules()}
+    token = observer.set(_Observer(infinities, paths))
+    try:
+        with np.errstate(invalid="ignore"):  # NumPy's warning would say the same, and not where
+            yield
+    finally:
+        observer.reset(token)
+
+
+class _Observer:
+    def __init__(self, infinities: bool, paths: dict[int, str]):
+        self.infinities = infinities
+        self.paths = paths
+        self.from_outside = False  # has a leaf brought a NaN in? From there on no operation is to blame
+
+    def __call__(self, y: Tensor, inputs: tuple[Tensor, ...], vjp: Vjp) -> None:
+        name, place, innocent = _name(vjp), self.place(), any(self.bad(t.data) for t in inputs)
+        if self.bad(y.data) and not innocent:
+            blown = not all(_finite(t.data) for t in inputs)
+            raise self.error(y.data, f"the output of {name} {y.shape}", f"made {place}", blown)
+        self.from_outside |= innocent
+        if y.node is not None:
+            y.node.vjp = self.watched(vjp, name, place, y, innocent)
+
+    def watched(self, vjp: Vjp, name: str, place: str, y: Tensor, innocent: bool) -> Vjp:
+        kept, shape = [(array, _checksum(array)) for array in _arrays(vjp, type(y.data))], y.shape
+
+        @functools.wraps(vjp)
+        def checked(dy: Array) -> tuple[Array | None, ...]:
+            for array, before in kept:
+                if _checksum(array) != before:
+                    raise GraphError(
+                        f"an array {array.shape} that the backward of '{name}' needs was written to after the forward; "
+                        f"the operation was called {place}"
+                    )
+            if self.bad(dy) and not self.from_outside:  # no vjp made it, or it would have been reported
+                came = f"the gradient that reached the output of {name} {shape}, given to backward or a sum of several"
+                raise self.error(dy, came, f"which was called {place}")
+            grads = vjp(dy)
+            given = innocent or self.bad(dy)
+            for i, g in enumerate(grads):
+                if g is not None and self.bad(g) and not given:
+                    what = f"the gradient of input {i} of {name} {tuple(g.shape)}"
+                    raise self.error(g, what, f"which was called {place}", not _finite(dy))
+            return grads
+
+        return checked
+
+    def bad(self, array: Array) -> bool:
+        if self.infinities:
+            return not _finite(array)
+        return array.dtype.kind == "f" and bool(backend_of(array).xp.isnan(array).any())
+
+    def error(self, array: Array, what: str, place: str, blown: bool = False) -> NonFiniteError:
+        xp = backend_of(array).xp
+        nan = xp.isnan(array)
+        kind = "NaN" if nan.any() else "infinity"
+        count = int((~xp.isfinite(array) if self.infinities else nan).sum())
+        why = ", from numbers that were infinite" if blown else ""
+        return NonFiniteError(f"first {kind}: {what}, {count} of {array.size} entries, {place}{why}"[:500])
+
+    def place(self) -> str:
+        """The line outside the engine that called this operation; with a model, the innermost module that did."""
+        frame, line, module = sys._getframe(2), "", None
+        while frame is not None and not (line and (module or not self.paths)):
+            if not line and frame.f_globals.get("__name__") not in ENGINE:
+                line = f"at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+            module = module or self.paths.get(id(frame.f_locals.get("self")))
+            frame = frame.f_back  # type: ignore[assignment]
+        return f"{line} in {module}" if module else line
+
+
+def _finite(array: Array) -> bool:
+    return array.dtype.kind != "f" or bool(backend_of(array).xp.isfinite(array).all())
+
+
+def _name(vjp: Vjp) -> str:
+    """The operation in which a vjp was defined: 'swiglu' for 'swiglu.<locals>.vjp'."""
+    return vjp.__qualname__.split(".<locals>")[-2:][0].split(".")[-1]
+
+
+def _arrays(item: Any, kind: type) -> Iterator[Array]:
+    """Every array that a vjp holds: in its closure, in tuples and lists there, and in functions that it calls."""
+    if isinstance(item, kind):
+        yield item
+    inner = item if isinstance(item, (tuple, list)) else getattr(item, "__closure__", None) or ()
+    for i in inner:
+        yield from _arrays(getattr(i, "cell_contents", i), kind)
+
+
+def _checksum(array: Array) -> int:
+    return zlib.crc32(backend_of(array).to_numpy(array).tobytes())
+
+
+# ---- a training step that went wrong --------------------------------------------------------------------------------
+
+
+def explain_non_finite(
+    model: Any,
+    batch: Batch,
+    seed: int = 0,
+    step: int = 0,
+    *,
+    shard: int | None = None,
+    loss: Callable[[Any, Batch], Tensor] = language_modelling_loss,
+) -> str:
+    """Why does this training step give a loss or a gradient that is not finite? One sentence of at most 500 characters.
+
+    Takes the forward and the backward of `ShardedStep.gradients` again (same batch, seed and step, so the same dropout
+    masks; same `shard`, so the same cut) in anomaly mode, one shard after another, and looks at the parameters. Changes
+    nothing: no weight, no `.grad`.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    found = ""
+    with np.errstate(all="ignore"), ShardedStep(model, 1, shard, loss) as sharded, detect_anomaly(True, model):
+        try:
+            total, grads = sharded.gradients(batch, params, seed, step)
+            if not np.isfinite(total) or not all(g is None or _finite(g) for g in grads):
+                found = "every operation gave finite numbers for finite ones, and only their sum is not finite"
+        except NonFiniteError as error:
+            found = str(error)
+    broken = [_described(name, p) for name, p in model.named_parameters() if not _finite(p.data)]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        before = f"before the step, values that are not finite stood in {', '.join(broken[:3])}{more}"
+        # An operation that was given them is not to blame; and one that holds W + dW was given them unseen.
+        return f"{before}; {found}"[:500] if found.startswith("first") else before[:500]
+    return found or "taken again, the step is finite: nothing in the batch or in the weights explains it"
+
+
+def _described(name: str, parameter: Tensor) -> str:
+    """'model.norm.weight (1 of 64)'; and which row, where all are in one row of a matrix, as one token's embedding is."""
+    bad = ~np.isfinite(parameter.numpy())
+    rows = np.flatnonzero(bad.any(axis=1)).tolist() if bad.ndim == 2 else []
+    return f"{name} ({bad.sum()} of {bad.size}{f', all in row {rows[0]}' if len(rows) == 1 else ''})"
