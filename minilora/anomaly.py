@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .autograd import Tensor, Vjp, observer
-from .backend import Array, backend_of
+from .backend import Array, Backend
 from .data import Batch
 from .errors import GraphError, NonFiniteError
 from .nn import Module
@@ -57,45 +57,46 @@ class _Observer:
         self.from_outside = False  # has a leaf brought a NaN in? From there on no operation is to blame
 
     def __call__(self, y: Tensor, inputs: tuple[Tensor, ...], vjp: Vjp) -> None:
-        name, place, innocent = _name(vjp), self.place(), any(self.bad(t.data) for t in inputs)
-        if self.bad(y.data) and not innocent:
-            blown = not all(_finite(t.data) for t in inputs)
-            raise self.error(y.data, f"the output of {name} {y.shape}", f"made {place}", blown)
-        self.from_outside |= innocent
+        xp, name, place = y.backend.xp, _name(vjp), self.place()
+        given = any(self.bad(xp, t.data) for t in inputs)
+        if self.bad(xp, y.data) and not given:
+            blown = not all(_finite(xp, t.data) for t in inputs)
+            raise self.error(xp, y.data, f"the output of {name} {y.shape}", f"made {place}", blown)
+        self.from_outside |= given
         if y.node is not None:
-            y.node.vjp = self.watched(vjp, name, place, y, innocent)
+            y.node.vjp = self.checked(y, [t.requires_grad for t in inputs], vjp, name, f"called {place}", given)
 
-    def watched(self, vjp: Vjp, name: str, place: str, y: Tensor, innocent: bool) -> Vjp:
-        kept, shape = [(array, _checksum(array)) for array in _arrays(vjp, type(y.data))], y.shape
+    def checked(self, y: Tensor, wanted: list[bool], vjp: Vjp, name: str, called: str, given: bool) -> Vjp:
+        """A vjp that does what `vjp` does, and looks at what it reads and at what it gives."""
+        backend, shape = y.backend, y.shape
+        kept = [(array, _checksum(backend, array)) for array in _arrays(vjp, type(y.data))]
 
         @functools.wraps(vjp)
         def checked(dy: Array) -> tuple[Array | None, ...]:
+            xp = backend.xp
             for array, before in kept:
-                if _checksum(array) != before:
-                    raise GraphError(
-                        f"an array {array.shape} that the backward of '{name}' needs was written to after the forward; "
-                        f"the operation was called {place}"
-                    )
-            if self.bad(dy) and not self.from_outside:  # no vjp made it, or it would have been reported
-                came = f"the gradient that reached the output of {name} {shape}, given to backward or a sum of several"
-                raise self.error(dy, came, f"which was called {place}")
+                if _checksum(backend, array) != before:
+                    needed = f"an array {array.shape} that the backward of '{name}' needs"
+                    raise GraphError(f"{needed} was written to after the forward; the operation was {called}")
+            brought = self.bad(xp, dy)
+            if brought and not self.from_outside:  # no vjp made it, or it would have been reported
+                what = f"the gradient that reached the output of {name} {shape}, given to backward or a sum of several"
+                raise self.error(xp, dy, what, f"which was {called}")
             grads = vjp(dy)
-            given = innocent or self.bad(dy)
             for i, g in enumerate(grads):
-                if g is not None and self.bad(g) and not given:
+                if g is not None and wanted[i] and self.bad(xp, g) and not (given or brought):
                     what = f"the gradient of input {i} of {name} {tuple(g.shape)}"
-                    raise self.error(g, what, f"which was called {place}", not _finite(dy))
+                    raise self.error(xp, g, what, f"which was {called}", not _finite(xp, dy))
             return grads
 
         return checked
 
-    def bad(self, array: Array) -> bool:
+    def bad(self, xp: Any, array: Array) -> bool:
         if self.infinities:
-            return not _finite(array)
-        return array.dtype.kind == "f" and bool(backend_of(array).xp.isnan(array).any())
+            return not _finite(xp, array)
+        return array.dtype.kind == "f" and bool(xp.isnan(array).any())
 
-    def error(self, array: Array, what: str, place: str, blown: bool = False) -> NonFiniteError:
-        xp = backend_of(array).xp
+    def error(self, xp: Any, array: Array, what: str, place: str, blown: bool = False) -> NonFiniteError:
         nan = xp.isnan(array)
         kind = "NaN" if nan.any() else "infinity"
         count = int((~xp.isfinite(array) if self.infinities else nan).sum())
@@ -113,8 +114,8 @@ class _Observer:
         return f"{line} in {module}" if module else line
 
 
-def _finite(array: Array) -> bool:
-    return array.dtype.kind != "f" or bool(backend_of(array).xp.isfinite(array).all())
+def _finite(xp: Any, array: Array) -> bool:
+    return array.dtype.kind != "f" or bool(xp.isfinite(array).all())
 
 
 def _name(vjp: Vjp) -> str:
@@ -131,8 +132,8 @@ def _arrays(item: Any, kind: type) -> Iterator[Array]:
         yield from _arrays(getattr(i, "cell_contents", i), kind)
 
 
-def _checksum(array: Array) -> int:
-    return zlib.crc32(backend_of(array).to_numpy(array).tobytes())
+def _checksum(backend: Backend, array: Array) -> int:
+    return zlib.crc32(backend.to_numpy(array).tobytes())
 
 
 # ---- a training step that went wrong --------------------------------------------------------------------------------
@@ -158,11 +159,13 @@ def explain_non_finite(
     with np.errstate(all="ignore"), ShardedStep(model, 1, shard, loss) as sharded, detect_anomaly(True, model):
         try:
             total, grads = sharded.gradients(batch, params, seed, step)
-            if not np.isfinite(total) or not all(g is None or _finite(g) for g in grads):
+            if not np.isfinite(total) or not all(
+                g is None or _finite(p.backend.xp, g) for p, g in zip(params, grads, strict=True)
+            ):
                 found = "every operation gave finite numbers for finite ones, and only their sum is not finite"
         except NonFiniteError as error:
             found = str(error)
-    broken = [_described(name, p) for name, p in model.named_parameters() if not _finite(p.data)]
+    broken = [_described(name, p) for name, p in model.named_parameters() if not _finite(p.backend.xp, p.data)]
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         before = f"before the step, values that are not finite stood in {', '.join(broken[:3])}{more}"
@@ -172,7 +175,7 @@ def explain_non_finite(
 
 
 def _described(name: str, parameter: Tensor) -> str:
-    """'model.norm.weight (1 of 64)'; and which row, where all are in one row of a matrix, as one token's embedding is."""
+    """'model.norm.weight (1 of 64)'; and which row, where one row of a matrix, as one token's embedding is, has all."""
     bad = ~np.isfinite(parameter.numpy())
     rows = np.flatnonzero(bad.any(axis=1)).tolist() if bad.ndim == 2 else []
     return f"{name} ({bad.sum()} of {bad.size}{f', all in row {rows[0]}' if len(rows) == 1 else ''})"

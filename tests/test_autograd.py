@@ -729,9 +729,7 @@ assert x.grad == 2 and nodes() == 1
     run(code)
 
 
-def test_a_thousand_steps_leak_nothing() -> None:
-    pytest.importorskip("resource")
-    code = """
+LEAK = """
 import gc, resource, sys
 import numpy as np
 from minilora import functional as F
@@ -757,7 +755,11 @@ found = gc.collect()
 assert found == 0, f"{found} objects in cycles"
 assert grown * (1 if sys.platform == "darwin" else 1024) < 2**20, grown
 """
-    run(code)
+
+
+def test_a_thousand_steps_leak_nothing() -> None:
+    pytest.importorskip("resource")
+    run(LEAK)
 
 
 def test_an_error_leaves_no_cycle() -> None:
