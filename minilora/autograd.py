@@ -481,9 +481,9 @@ def sum(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
 
 def mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     y = sum(x, axis, keepdims)
-    if y.size == 0 or x.size == 0:
+    if y.size > x.size:
         raise ValueError(f"the mean of no values: shape {x.shape}, axis {axis}")
-    return mul(y, y.size / x.size)
+    return mul(y, y.size / x.size) if x.size else y
 
 
 def max(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:

@@ -23,7 +23,7 @@ IGNORE = -100  # a target that is not counted: PyTorch's ignore_index
 
 def rows(x: Array) -> Array:
     """(..., C) -> (N, C): one large product is faster than a loop of small ones."""
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1, which has no meaning beside a 0
 
 
 # ---- linear maps ----------------------------------------------------------------------------------------------------
