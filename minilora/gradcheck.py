@@ -21,7 +21,8 @@ def directional_error(
 
     f           takes one Tensor per input and returns a Tensor of any shape; it must be smooth within 2h of the inputs
     inputs      float64 arrays, all differentiated at once
-    returns     max over directions of |difference - sum g v| / sum |g v|; 0 where both are 0
+    returns     max over directions of |difference - sum g v| / sum |g v|; 0 where both are 0. AssertionError for a
+                gradient of another shape than its input
 
     The output is contracted with fixed random weights, so every entry of the Jacobian takes part. Fourth order:
     f' = (8 (f(+h) - f(-h)) - (f(+2h) - f(-2h))) / 12h + O(h^4).
@@ -33,6 +34,9 @@ def directional_error(
     leaves = [Tensor(a.copy(), requires_grad=True) for a in arrays]
     out = f(*leaves)
     grads = gradients(out, leaves, weights) if out.requires_grad else [None] * len(leaves)
+    for i, (g, a) in enumerate(zip(grads, arrays, strict=True)):
+        if g is not None and g.shape != a.shape:  # one that was not summed over broadcast axes has the right sum
+            raise AssertionError(f"the gradient of input {i} has shape {g.shape}, the input {a.shape}")
 
     def value(t: float, direction: list[np.ndarray]) -> float:
         with no_grad():
@@ -55,7 +59,10 @@ def directional_error(
 
 
 def check_gradient(f: Callable[..., Tensor], *inputs: np.ndarray, tolerance: float = 1e-9, seed: int = 0) -> float:
-    """Raise AssertionError unless `directional_error` is within `tolerance`; returns the error."""
+    """Raise AssertionError unless every gradient has its input's shape and `directional_error` is within `tolerance`.
+
+    Returns the error.
+    """
     error = directional_error(f, *inputs, seed=seed)
     if not error <= tolerance:  # a NaN must fail, too
         raise AssertionError(f"gradient is off by {error:.2e} of its scale, tolerance {tolerance:.0e}")

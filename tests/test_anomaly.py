@@ -379,13 +379,12 @@ def test_parameters_that_were_broken_before_are_named(value: float) -> None:
 
 def test_an_overflow_is_explained_by_the_operation_that_overflows() -> None:
     model = CausalLM(CONFIG, seed=1)
-    for name in ("gate_proj", "up_proj"):
-        weight = getattr(model.model.layers[1].mlp, name).weight
-        weight.data = np.full_like(weight.data, 1e37)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data = np.full_like(weight.data, 3e38)
     said = explain_non_finite(model, batch())
     assert re.search(
-        r"^first (infinity|NaN): the output of (linear|swiglu) .* in model.layers.1.mlp(.up_proj|.gate_proj)?$", said
-    )
+        r"^first infinity: the output of linear \(4, 6, 12\), \d+ of 288 entries, made at transformer.py:\d+ "
+        r"in model.layers.1.mlp.up_proj$", said)  # fmt: skip
 
 
 def test_a_sum_that_overflows_and_a_step_that_is_sound() -> None:
