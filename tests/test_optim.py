@@ -199,6 +199,14 @@ def test_p_grad_is_used_and_cleared():
     assert values(named) == values(again)
 
 
+def test_the_defaults_are_pytorch_s_and_without_options_a_schedule_is_flat_or_falls_to_zero():
+    p = Parameter(np.ones(2))
+    assert optim.AdamW([p]).groups == [{"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}]
+    assert optim.SGD([p], 1.0).groups == [{"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}]
+    assert [optim.constant(step) for step in (0, 1, 9)] == [1.0, 1.0, 1.0]
+    assert [optim.warmup_cosine(step, 9) for step in (0, 4, 8, 9)] == [1.0, pytest.approx(0.5, rel=1e-15), 0.0, 0.0]
+
+
 def test_groups_override_the_defaults_and_scale_multiplies_all():
     a, b = (Parameter(np.ones(2)) for _ in range(2))
     optimizer = optim.SGD([{"params": [a]}, {"params": [("b", b)], "lr": 0.5}], lr=0.25)
@@ -464,7 +472,7 @@ def test_loraplus_gives_b_and_vectors_the_higher_rate():
         stem + "lora_B.default": (4, 2),
         stem + "lora_E.default": (2, 1),
         stem + "lora_magnitude_vector.default.weight": (4,),
-        "base_model.model.lora_B.q_proj.lora_A.default.weight": (2, 4),
+        "base_model.model.lora_B.lora_A.default.weight": (2, 4),
         "base_model.model.model.norm.bias": (4,),
         "lm_head.modules_to_save.default.weight": (4, 4),
         "head.lora_B": (4, 4),
