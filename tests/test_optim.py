@@ -451,6 +451,8 @@ def test_a_norm_just_below_the_limit_is_clipped_as_torch_does():
     assert clipped[0] == (1 - 5e-7) * (1 / (1 - 5e-7 + 1e-6)) < 1 - 5e-7
     (clipped,), _ = optim.clip_by_global_norm([np.array([1 - 2e-6])], 1.0)
     assert clipped[0] == 1 - 2e-6
+    exact = [np.array([1.0])]
+    assert optim.clip_by_global_norm(exact, 1.0 + 1e-6)[0][0] is exact[0]  # to multiply by 1 would be a copy for nothing
 
 
 def test_clipping_nothing_and_refusing_nonsense():
@@ -476,17 +478,18 @@ def test_loraplus_gives_b_and_vectors_the_higher_rate():
         "base_model.model.model.norm.bias": (4,),
         "lm_head.modules_to_save.default.weight": (4, 4),
         "head.lora_B": (4, 4),
+        "head.logit_scale": (),
     }
     named = [(name, Parameter(np.zeros(shape))) for name, shape in shapes.items()]
     slow, fast = optim.loraplus_groups(named, lr=0.1, ratio=8.0)
     names = list(shapes)
     assert [name for name, _ in fast["params"]] == [names[i] for i in (1, 3, 5, 7)]
-    assert [name for name, _ in slow["params"]] == [names[i] for i in (0, 2, 4, 6, 8, 9)]
+    assert [name for name, _ in slow["params"]] == [names[i] for i in (0, 2, 4, 6, 8, 9, 10)]
     assert (slow["lr"], fast["lr"]) == (0.1, 0.8)
     optimizer = optim.AdamW([slow, fast], weight_decay=0.0)
     optimizer.step([np.ones(p.shape) for p in optimizer.params])
     for m in optimizer.members:
-        assert np.allclose(m.parameter.data, -0.8 if m in optimizer.members[6:] else -0.1, rtol=1e-6)
+        assert np.allclose(m.parameter.data, -0.8 if m in optimizer.members[7:] else -0.1, rtol=1e-6)
 
 
 def test_loraplus_leaves_out_an_empty_group_and_refuses_nonsense():
