@@ -71,7 +71,9 @@ def test_numpy_scalars_as_options_leave_float32_alone() -> None:
             assert parent is None or g.dtype == np.float32
 
 
-@pytest.mark.parametrize(("least", "inputs", "outputs", "r"), [(8, 8, 8, 1), (15, 16, 16, 1), (2, 3, 5, 2), (4, 8, 8, 3)])
+@pytest.mark.parametrize(
+    ("least", "inputs", "outputs", "r"), [(8, 8, 8, 1), (15, 16, 16, 1), (2, 3, 5, 2), (4, 8, 8, 3)]
+)
 def test_merging_pays_from_this_number_of_tokens_on(least: int, inputs: int, outputs: int, r: int) -> None:
     # W + dW once: (2 r + 12) in out; the low-rank path, 8 r (in + out) a token. In three of these, least - 1 is a tie.
     assert [F.worth_merging(least + i, inputs, outputs, r) for i in (-1, 0, 1)] == [False, True, True]
