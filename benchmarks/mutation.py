@@ -7,7 +7,8 @@ condition negated, a loop without a round, a decorator gone. Each is tried in a 
 that one module gives the changed source, on the fast tests of its room (few Hypothesis examples, stop at the first
 failure); no file is touched. Left out is what cannot matter, type annotations, and what would only flatter the score:
 operators in the place of + - * / that no formula here has, bit operators above all (a TypeError for floats).
-`--write` keeps benchmarks/results/mutation-engine.json, with a reason for every change that no test notices.
+`--write` keeps benchmarks/results/mutation-engine.json. A change that no test notices either means the same, for a
+reason that is written there by hand and kept by the next run, or a test is missing.
 """
 
 from __future__ import annotations
@@ -41,9 +42,6 @@ TESTS = {  # of each file, in the order in which they are tried
 SLOW = "million or thousand_steps_leak or oracle"  # these start processes, which would not see the change
 WARNINGS = "error\nignore::pytest.PytestAssertRewriteWarning"  # Hypothesis is there before pytest, to be imported once
 ARITHMETIC, BITS = {"Add", "Sub", "Mul", "Div"}, {"BitAnd", "BitOr", "BitXor"}  # what a binary operator may become
-
-# Why no test can notice a change: it means the same. By the line it is in, and what the line becomes.
-EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {}
 
 
 @dataclass(frozen=True)
@@ -177,6 +175,8 @@ def main() -> None:
     known: dict[str, str] = {}
     if args.known and args.known.exists():
         known = dict(line.split() for line in args.known.read_text().splitlines())
+    old = json.loads(RESULT.read_text(encoding="utf-8"))["files"] if RESULT.exists() else {}
+    reasons = {(f, s["change"]): s["reason"] for f, entry in old.items() for s in entry["survivors"]}  # given by hand
     result: dict[str, Any] = {
         "command": "python benchmarks/mutation.py --write",
         "tool": f"cosmic-ray {importlib.metadata.version('cosmic-ray')} (the changes), pytest in forks (the outcomes)",
@@ -196,20 +196,16 @@ def main() -> None:
                     file.write(f"{change.key} {what}\n")
             counts[what] += 1
             if what == "survived":
-                reason = EQUIVALENT.get(name, {}).get((change.before, change.after), "")
-                survivors.append(
-                    {"line": change.line, "change": f"{change.before}  ->  {change.after}", "reason": reason}
-                )
-                print(
-                    f"{name}:{change.line}: {change.before}\n    {change.after}\n    {reason or 'NO REASON YET'}",
-                    flush=True,
-                )
+                text = f"{change.before}  ->  {change.after}"
+                survivors.append({"line": change.line, "change": text, "reason": reasons.get((name, text), "")})
+                print(f"{name}:{change.line}: {text}\n    {survivors[-1]['reason'] or 'NO REASON YET'}", flush=True)
             if number % 50 == 0:
                 print(f"{name}: {number} {counts}", flush=True)
         mutants = sum(counts.values())
         score = round(1 - counts["survived"] / mutants, 4)
         explained = sum(bool(s["reason"]) for s in survivors)
         print(f"{name}: {mutants} mutants, score {score:.2%}, {explained} of {len(survivors)} survivors explained")
+        survivors.sort(key=lambda s: s["line"])
         result["files"][name] = {"mutants": mutants, **counts, "score": score, "survivors": survivors}
     if args.write:
         RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
