@@ -147,6 +147,14 @@ def test_an_ignored_target_counts_for_nothing() -> None:
         np.testing.assert_allclose(ga[targets >= 0], gb, rtol=1e-15)
 
 
+def test_a_vocabulary_of_one_has_nothing_to_lose() -> None:
+    x = Tensor(np.array([[3.0], [-2.0]]), True)
+    loss = F.cross_entropy(x, np.array([0, -100]), reduction="sum")
+    assert loss.item() == 0
+    loss.backward()
+    np.testing.assert_array_equal(x.grad, np.zeros((2, 1)))
+
+
 def test_unknown_options_are_named() -> None:
     with pytest.raises(ValueError, match="'median'"):
         F.cross_entropy(Tensor(np.zeros((1, 2))), np.array([0]), reduction="median")
@@ -286,6 +294,10 @@ def test_rope_at_position_zero_changes_nothing() -> None:
 def test_dropout_of_nothing_is_the_tensor_itself() -> None:
     x = Tensor(np.ones((2, 3)), True)
     assert F.dropout(x, 0.0, 1) is x
+
+
+def test_a_probability_next_to_one_drops_everything() -> None:
+    assert not F.dropout(Tensor(np.ones((2, 50))), float(np.nextafter(1, 0)), [1, 2]).data.any()
 
 
 @given(st.floats(0.01, 0.99), st.integers(1, 4), st.integers(1, 9), st.sampled_from([np.float32, np.float64]))
