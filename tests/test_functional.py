@@ -300,6 +300,10 @@ def test_a_probability_next_to_one_drops_everything() -> None:
     assert not F.dropout(Tensor(np.ones((2, 50))), float(np.nextafter(1, 0)), [1, 2]).data.any()
 
 
+def test_a_sequence_may_be_one_number() -> None:
+    assert set(F.dropout(Tensor(np.ones((64, 1))), 0.5, list(range(64))).data.ravel()) == {0.0, 2.0}
+
+
 @given(st.floats(0.01, 0.99), st.integers(1, 4), st.integers(1, 9), st.sampled_from([np.float32, np.float64]))
 def test_survivors_are_scaled_once_and_backward_has_the_same_mask(p: float, B: int, C: int, dtype: type) -> None:
     x = Tensor(RNG.standard_normal((B, 3, C)).astype(dtype) + 10, True)
