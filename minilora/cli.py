@@ -7,14 +7,17 @@ stderr and an exit code (errors.py); `--debug` shows where it came from.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from .errors import ConfigError, DataError, FormatError, Interrupted, MiniloraEr
 from .formats import SafetensorsFile, read_adapter, read_checkpoint
 from .formats.disk import parse_json
 from .lora import LoraConfig, PeftModel, get_peft_model
-from .runs import find_checkpoint, numbered_folder, open_folder
+from .runs import find_checkpoint, locked, numbered_folder, open_folder
 from .transformer import CausalLM, TransformerConfig
 
 PATHS = ("base", "adapter", "data", "eval_data", "out", "resume", "pretrain_data", "adapt_data", "directory")
@@ -52,8 +55,8 @@ def demo(args: argparse.Namespace) -> None:
     get_backend(args.device)  # what cannot work ends here, before a folder is made
     if not args.pretrain_data:
         prose()
-    out = open_folder(args.out) if args.out else numbered_folder("runs", "demo")
-    run(out, plan, **texts, seed=args.seed, threads=args.threads, device=args.device)
+    with locked(args.out or numbered_folder("runs", "demo")) as out:
+        run(open_folder(out), plan, **texts, seed=args.seed, threads=args.threads, device=args.device)
 
 
 def pretrain(args: argparse.Namespace) -> None:
@@ -69,11 +72,11 @@ def pretrain(args: argparse.Namespace) -> None:
         raise ConfigError(f"a model of {config.parameter_count():,} parameters: at most {MAX_PARAMETERS:,} are trained")
     tokens, held_out, _ = _texts(args.data, args.eval_data, tokenizer, settings.context)
     model = CausalLM(config, seed=settings.seed, device=args.device)
-    out = _run_folder(args, "pretrain")
-    print(f"{sum(p.size for p in model.parameters()):,} parameters, {len(tokens):,} tokens -> {out}")
-    result = train(model, tokens, settings, out, held_out=held_out, resume=args.resume, title="pretrain")
-    model.save_pretrained(out)
-    tokenizer.save(out)
+    with _run_folder(args, "pretrain") as out:
+        print(f"{sum(p.size for p in model.parameters()):,} parameters, {len(tokens):,} tokens -> {out}")
+        result = train(model, tokens, settings, out, held_out=held_out, resume=args.resume, title="pretrain")
+        model.save_pretrained(out)
+        tokenizer.save(out)
     _print_result(result, bits_per_byte, 1.0)
 
 
@@ -87,12 +90,12 @@ def finetune(args: argparse.Namespace) -> None:
     _within_positions(settings.context, model.config.max_position_embeddings)
     tokens, held_out, ratio = _texts(args.data, args.eval_data, tokenizer, settings.context)
     peft_model = get_peft_model(model, config, seed=settings.seed)
-    out = _run_folder(args, "finetune")
-    peft_model.print_trainable_parameters()
-    print(f"{len(tokens):,} tokens -> {out}")
     options: dict[str, Any] = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
-    result = train(peft_model, tokens, settings, out, **options, title="finetune")
-    peft_model.save_pretrained(out)
+    with _run_folder(args, "finetune") as out:
+        peft_model.print_trainable_parameters()
+        print(f"{len(tokens):,} tokens -> {out}")
+        result = train(peft_model, tokens, settings, out, **options, title="finetune")
+        peft_model.save_pretrained(out)
     _print_result(result, bits_per_byte, ratio)
 
 
@@ -137,10 +140,10 @@ def merge(args: argparse.Namespace) -> None:
             raise ConfigError(f"--out {args.out!r} is inside --{name}: choose another folder")
     model, tokenizer = _base(args)
     merged = model.merge_and_unload()
-    folder = open_folder(args.out)
-    merged.save_pretrained(folder)
-    if not tokenizer.note:  # a base that came without a tokenizer.json stays without
-        tokenizer.save(folder)
+    with locked(args.out) as folder:
+        merged.save_pretrained(open_folder(folder))
+        if not tokenizer.note:  # a base that came without a tokenizer.json stays without
+            tokenizer.save(folder)
     print(f"merged into {folder}")
 
 
@@ -243,15 +246,23 @@ def _settings(args: argparse.Namespace, settings: Any) -> Any:
     return settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(settings) if hasattr(args, f.name)})
 
 
-def _run_folder(args: argparse.Namespace, stem: str) -> Path:
-    """--out, or a new folder in runs/. It may hold something only if the run goes on with a checkpoint from there."""
-    own = False
-    if args.resume is not None:
-        if args.resume == "auto" and args.out is None:
-            raise ConfigError("--resume auto needs --out, the folder of the run to go on with")
-        checkpoint, _ = find_checkpoint(args.resume, Path(args.out or "runs"))
-        own = args.out is not None and Path(args.out).resolve() in checkpoint.resolve().parents
-    return open_folder(args.out or numbered_folder("runs", stem), own)
+@contextlib.contextmanager
+def _run_folder(args: argparse.Namespace, stem: str) -> Iterator[Path]:
+    """--out, or a new folder in runs/, held while it is written to.
+
+    It may hold something only if the run goes on with a checkpoint from there.
+    """
+    with contextlib.ExitStack() as held:
+        own = False
+        if args.resume is not None:
+            if args.resume == "auto" and args.out is None:
+                raise ConfigError("--resume auto needs --out, the folder of the run to go on with")
+            if args.out is not None and Path(args.out).is_dir():  # first of all: another run's checkpoints come and go
+                held.enter_context(locked(args.out))
+            checkpoint, _ = find_checkpoint(args.resume, Path(args.out or "runs"))
+            own = args.out is not None and Path(args.out).resolve() in checkpoint.resolve().parents
+        out = held.enter_context(locked(args.out or numbered_folder("runs", stem)))
+        yield open_folder(out, own)
 
 
 def _texts(
@@ -298,7 +309,8 @@ def _tell(kind: str, text: str) -> None:
     """An error or a warning: one line on stderr, its middle left out if it is long."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     line = line if len(line) <= 480 else f"{line[:240]} ... {line[-230:]}"
-    print(f"minilora: {kind}: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # there is nobody left to tell; the exit code still does
+        print(f"minilora: {kind}: {line}", file=sys.stderr)
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
@@ -405,6 +417,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--resume", nargs="?", const="auto", metavar="auto|DIR", help="go on from a checkpoint")
         sub.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
         sub.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations")
+        sub.add_argument("--abort-on-divergence", action="store_true", help="stop when the loss leaves for good")
         for name, default, kind in (
             ("steps", 400, int), ("batch-size", 16, int), ("context", 128, int), ("lr", lr, float), ("warmup", 20, int),
             ("weight-decay", 0.0, float), ("max-grad-norm", 1.0, float), ("accumulate", 1, int),
@@ -493,7 +506,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *rest: _tell("warning", str(message))
-        return _run(argv, debug)
+        with _terminable():
+            return _run(argv, debug)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, its temporary files removed, not in the middle of a line of C."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:  # whoever calls us from Python may have plans of their own
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run(argv: Sequence[str], debug: bool) -> int:
@@ -519,7 +550,7 @@ def _run(argv: Sequence[str], debug: bool) -> int:
             raise
         if isinstance(error, KeyboardInterrupt):
             print("\nminilora: interrupted", file=sys.stderr)
-            return 130
+            return 128 + (error.args[0] if error.args else signal.SIGINT)
         text = str(error) if isinstance(error, MiniloraError) else _os_message(error)
         _tell("interrupted" if isinstance(error, Interrupted) else "error", text)
         return error.exit_code if isinstance(error, MiniloraError) else IO if isinstance(error, OSError) else FAILED

@@ -54,7 +54,7 @@ class Plan:
     def quick(self) -> Plan:
         """A version of 20 seconds, for tests: it shows that everything runs, not what the method can do."""
         model = replace(self.model, hidden_size=64, intermediate_size=160, num_hidden_layers=2)
-        settings = {"batch_size": 8, "context": 64, "eval_every": 20}
+        settings: dict[str, Any] = {"batch_size": 8, "context": 64, "eval_every": 20}
         return replace(
             self,
             model=model,

@@ -1,10 +1,13 @@
 """What can go wrong, by kind. Every mistake of a user ends in one of these, never in a bare traceback.
 
 Each kind carries the exit code with which the command line ends when it meets that kind:
-2 usage, 3 a bad input file, 4 input or output failed (an `OSError`), 5 training went non-finite.
+2 usage, 3 a bad input file, 4 input or output failed (an `OSError`), 5 training went non-finite or diverged, 6 another
+run holds the folder.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class MiniloraError(Exception):
@@ -48,9 +51,25 @@ class GraphError(MiniloraError, RuntimeError):
 
 
 class NonFiniteError(MiniloraError, ArithmeticError):
-    """A NaN or an infinity where the work cannot go on."""
+    """A NaN or an infinity where the work cannot go on. In training, `line` is what the step measured."""
 
     exit_code = 5
+
+    def __init__(self, message: str, line: dict[str, Any] | None = None):
+        super().__init__(message)
+        self.line = line or {}
+
+
+class DivergenceError(MiniloraError, ArithmeticError):
+    """The loss has left for good, in numbers that are still finite."""
+
+    exit_code = 5
+
+
+class LockError(MiniloraError):
+    """A run's folder that another thread or process is writing into."""
+
+    exit_code = 6
 
 
 class Interrupted(MiniloraError):

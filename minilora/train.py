@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import math
 import signal
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +25,16 @@ import numpy as np
 from tqdm import tqdm
 
 from .data import Windows, evaluation_windows
-from .errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
+from .errors import CheckpointError, ConfigError, DivergenceError, Interrupted, NonFiniteError
 from .formats import load_file, save_file
 from .lora import PeftModel
 from .nn import Parameter
 from .optim import AdamW, clip_by_global_norm, warmup_cosine
 from .parallel import ShardedStep, shard_size
-from .runs import Log, find_checkpoint, save_checkpoint
+from .runs import Log, find_checkpoint, locked, remove_stale, require_room, save_checkpoint
 
 MAX_SEQUENCES = 2**20  # a step: more is a mistake of typing, and would only end in an array that has no room
+PATIENCE = 50  # steps of a high loss before a run is said to have diverged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +64,14 @@ class Settings:
     threads: int | None = None
     eval_every: int | None = None
     save_every: int | None = None
+    abort_on_divergence: bool = False
 
-    FREE = ("threads", "eval_every", "save_every")  # may change on resuming: they do not change the result
+    FREE = (
+        "threads",
+        "eval_every",
+        "save_every",
+        "abort_on_divergence",
+    )  # may change on resuming: they do not change the result
 
     def __post_init__(self) -> None:
         whole = {"steps": 1, "batch_size": 1, "context": 1, "warmup": 0, "accumulate": 1, "seed": 0}
@@ -78,6 +88,8 @@ class Settings:
             if type(value) not in (int, float) or not (0 <= value < math.inf) or (value == 0 and not zero):
                 bound = "of at least" if zero else "above"
                 raise ConfigError(f"{name} must be a number {bound} 0, got {value!r}"[:300])
+        if type(self.abort_on_divergence) is not bool:
+            raise ConfigError(f"abort_on_divergence must be True or False, got {self.abort_on_divergence!r}"[:300])
         if self.batch_size * self.accumulate > MAX_SEQUENCES:
             got = f"{self.batch_size} x {self.accumulate}"
             raise ConfigError(f"batch_size x accumulate must be at most {MAX_SEQUENCES} sequences, got {got}")
@@ -111,6 +123,7 @@ class Run:
         self.done = 0  # steps
         self.losses: list[float] = []
         self.evaluations: list[tuple[int, float]] = []
+        self.checkpoint: tuple[int, Path] | None = None  # the latest, by its step
 
     def step(self, sharded: ShardedStep) -> dict[str, Any]:
         """Take the next step; returns its line of the log. NonFiniteError leaves everything as it was before it."""
@@ -122,18 +135,28 @@ class Run:
         backend = self.optimizer.params[0].backend
         # The one place where a step waits for a GPU: both numbers in one transfer, before any weight changes.
         loss, norm = backend.to_numpy(backend.xp.stack([mean, length])).tolist()
-        if not math.isfinite(loss + norm):
-            raise NonFiniteError(f"step {number}: loss {loss}, gradient norm {norm}: the weights are as before it")
         scale = warmup_cosine(number, s.steps, s.warmup, s.floor)
+        line = {"step": number, "loss": loss, "lr": s.lr * scale, "grad_norm": norm, "tokens": batch.tokens}
+        if not math.isfinite(loss + norm):
+            again = f"batch {number} with seed {s.seed}, for the order of the text and for dropout, gives it again"
+            raise NonFiniteError(
+                f"step {number}: loss {loss}, gradient norm {norm}: the weights are as before it; {again}", line
+            )
         self.optimizer.step(grads, scale)
         seconds = round(time.perf_counter() - tick, 6)
         self.losses.append(loss)
         self.done += 1
-        line = {"step": number, "loss": loss, "lr": s.lr * scale, "grad_norm": norm}
-        return {**line, "tokens": batch.tokens, "seconds": seconds}
+        return {**line, "seconds": seconds}
+
+    def room(self) -> int:
+        """The bytes that saving takes at least: the weights, and with checkpoints two moments of each."""
+        size = sum(p.size * p.dtype.itemsize for _, parameters in _files(self.model) for p in parameters.values())
+        return int(size) * (3 if self.settings.save_every else 1)
 
     def save(self) -> Path:
-        """A checkpoint: the ecosystem's files of the model, and the optimiser's state beside them."""
+        """A checkpoint: the ecosystem's files of the model, and the optimiser's state beside them. Once a step."""
+        if self.checkpoint and self.checkpoint[0] == self.done:
+            return self.checkpoint[1]
         arrays, numbers = self.optimizer.state_dict()
 
         def write(folder: Path) -> None:
@@ -141,7 +164,10 @@ class Run:
             save_file(folder / "optimizer.safetensors", arrays)
 
         state = {"run": self.identity, "optimizer": numbers, "losses": self.losses, "evaluations": self.evaluations}
-        return save_checkpoint(self.out, self.done, state, write)
+        state["numpy"] = np.__version__
+        folder = save_checkpoint(self.out, self.done, state, write)
+        self.checkpoint = self.done, folder
+        return folder
 
     def restore(self, resume: str | Path) -> None:
         """Go on from a checkpoint, "auto" for the newest. CheckpointError, with nothing changed, if it does not fit."""
@@ -157,6 +183,9 @@ class Run:
         differing = [f"{k} ({before.get(k)!r:.40} there, {v!r:.40} now)" for k, v in now.items() if before.get(k) != v]
         if differing:
             raise CheckpointError(f"{str(folder)!r} belongs to another run: {', '.join(differing)}"[:500])
+        if state.get("numpy") != np.__version__:
+            text = f"{str(folder)!r} was written with NumPy {state.get('numpy')!r:.40}, this is {np.__version__}"
+            warnings.warn(f"{text}: the last bits may differ from those of an uninterrupted run", stacklevel=3)
         if len(losses) != done:
             raise CheckpointError(f"{str(folder)!r} is damaged: it has {len(losses)} losses after {done} steps")
         stored = [(load_file(folder / name), parameters) for name, parameters in _files(self.model)]
@@ -166,7 +195,7 @@ class Run:
         for arrays, parameters in stored:
             for key, parameter in parameters.items():
                 parameter.data = parameter.backend.from_numpy(arrays[key])
-        self.done, self.losses, self.evaluations = done, losses, evaluations
+        self.done, self.losses, self.evaluations, self.checkpoint = done, losses, evaluations, (done, folder)
 
 
 def train(
@@ -182,63 +211,98 @@ def train(
 ) -> Result:
     """Train every parameter that requires a gradient on `tokens` (N,); returns in eval mode.
 
-    out       an existing folder, for log.jsonl, eval.jsonl and checkpoints
+    out       the run's folder, for log.jsonl, eval.jsonl and checkpoints; held by `runs.locked`, made if need be
     held_out  ids to evaluate on at step 0, every `eval_every` steps and at the end
     resume    "auto" or a checkpoint's folder: go on from there
 
     NonFiniteError, in the step in which it happens and before any weight changes, for a loss or gradient that is not
-    finite: the last good state is saved. CheckpointError if a checkpoint belongs to another run. Interrupted on SIGINT
-    or SIGTERM, after the step was saved.
+    finite: the last good state is saved, and the log's last line is that step's. DivergenceError if it is asked for.
+    CheckpointError if a checkpoint belongs to another run. LockError if another run is in the folder. Interrupted on
+    SIGINT or SIGTERM, after the step (not the evaluation) that was running, and saved.
     """
     begun = time.perf_counter()
-    run = Run(model, tokens, settings, out)
-    if resume is not None:
-        run.restore(resume)
-    start = run.done
-    model.train()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(out))
+        run = Run(model, tokens, settings, out)
+        if resume is not None:
+            run.restore(resume)
+        require_room(out, run.room())
+        remove_stale(out)
+        model.train()
         sharded = stack.enter_context(ShardedStep(model, settings.threads, run.settings.shard))
-        log = stack.enter_context(Log(out / "log.jsonl", start))
-        evaluation_log = stack.enter_context(Log(out / "eval.jsonl", start + 1 if start else 0))
+        log = stack.enter_context(Log(out / "log.jsonl", run.done))
+        evaluated = run.evaluations[-1][0] if run.evaluations else -1
+        evaluation_log = stack.enter_context(Log(out / "eval.jsonl", evaluated + 1))
         stopped = stack.enter_context(_stop_signals())
-        bar = tqdm(total=settings.steps, initial=start, desc=title, disable=None, dynamic_ncols=True)
+        bar = tqdm(total=settings.steps, initial=run.done, desc=title, disable=None, dynamic_ncols=True)
         stack.enter_context(bar)
 
-        def measure() -> None:
-            if held_out is not None:
-                loss = evaluate(model, held_out, settings.context, sharded=sharded)
-                bits = bits_per_byte(loss, bytes_per_token)
-                run.evaluations.append((run.done, loss))
-                evaluation_log.write(step=run.done, loss=loss, bits_per_byte=bits)
-                if bar.disable:  # no terminal, no bar: a line now and then
-                    print(f"{title}: step {run.done} of {settings.steps}, held out {bits:.3f} bits a byte", flush=True)
+        def measure(tokens: np.ndarray) -> None:
+            loss = evaluate(model, tokens, settings.context, sharded=sharded, stopped=stopped)
+            if stopped:
+                return  # it may be one of a part: a resumed run measures again
+            bits = bits_per_byte(loss, bytes_per_token)
+            run.evaluations.append((run.done, loss))
+            evaluation_log.write(step=run.done, loss=loss, bits_per_byte=bits)
+            if bar.disable:  # no terminal, no bar: a line now and then
+                print(f"{title}: step {run.done} of {settings.steps}, held out {bits:.3f} bits a byte", flush=True)
 
-        if start == 0:
-            measure()
-        while run.done < settings.steps:
+        def save() -> Path:
+            log.sync()
+            evaluation_log.sync()
+            return run.save()
+
+        warned = False
+        while True:
+            first, last = run.done == 0, run.done == settings.steps
+            measured = run.evaluations and run.evaluations[-1][0] == run.done
+            if held_out is not None and not measured and (first or last or _due(run.done, settings.eval_every)):
+                measure(held_out)
+            if (settings.save_every and last) or _due(run.done, settings.save_every):
+                save()
+            if stopped:
+                name, folder = signal.Signals(stopped[0]).name, save()
+                raise Interrupted(f"{name}: stopped after {run.done} steps, saved in {str(folder)!r:.300}", stopped[0])
+            if last:
+                break
             try:
                 line = run.step(sharded)
-            except NonFiniteError:
-                if run.done > start:
-                    run.save()
+            except NonFiniteError as error:
+                log.write(**error.line)
+                if run.done:
+                    save()
                 raise
             log.write(**line)
             bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
             bar.update()
-            last = run.done == settings.steps
-            if last or _due(run.done, settings.eval_every):
-                measure()
-            if stopped or (settings.save_every and last) or _due(run.done, settings.save_every):
-                folder = run.save()
-            if stopped:
-                name = signal.Signals(stopped[0]).name
-                raise Interrupted(f"{name}: stopped after {run.done} steps, saved in {str(folder)!r:.300}", stopped[0])
+            sign = divergence(run.losses, model.config.vocab_size, settings.warmup)
+            if sign and settings.abort_on_divergence:
+                kept = run.checkpoint and str(run.checkpoint[1])
+                raise DivergenceError(f"step {line['step']}: {sign}; the latest checkpoint is {kept!r:.250}")
+            if sign and not warned:
+                warned = True
+                warnings.warn(f"step {line['step']}: {sign}; --abort-on-divergence would stop here", stacklevel=2)
     model.eval()
     return Result(run.losses, run.evaluations, time.perf_counter() - begun)
 
 
 def _due(done: int, every: int | None) -> bool:
-    return every is not None and done % every == 0
+    return every is not None and done > 0 and done % every == 0
+
+
+def divergence(losses: Sequence[float], vocabulary: int, warmup: int = 0) -> str | None:
+    """What shows that a run has diverged at its last step, if it has; a function of its losses alone.
+
+    Either the loss is far above ln(vocabulary), that of guessing, after the warm-up; or all of the last 50 losses are
+    above three times the median of the 50 before them. A single spike is no divergence.
+    """
+    ceiling = math.log(vocabulary) + 5
+    if len(losses) > warmup and losses[-1] > ceiling:
+        return f"the loss, {losses[-1]:.4g}, is above {ceiling:.4g}, which is 5 more than guessing gives"
+    before, recent = losses[-2 * PATIENCE : -PATIENCE], losses[-PATIENCE:]
+    if len(before) == PATIENCE and min(recent) > (bound := 3 * statistics.median(before)):
+        return f"for {PATIENCE} steps the loss has been above {bound:.4g}, 3 times the median of the {PATIENCE} before"
+    return None
 
 
 def evaluate(
@@ -249,19 +313,24 @@ def evaluate(
     limit: int | None = None,
     threads: int | None = None,
     sharded: ShardedStep | None = None,
+    stopped: Sequence[object] = (),
 ) -> float:
     """The mean of -log p over every token of a text but the first, in nats; at most `limit` windows of it.
 
-    NonFiniteError if that is not a number: the weights, or what they give, have a NaN or an infinity.
+    It ends early, with NaN, when something appears in `stopped`. NonFiniteError if it is not a number otherwise: the
+    weights, or what they give, have a NaN or an infinity.
     """
     training = model.training
     model.eval()
     try:
         with contextlib.ExitStack() as stack:
             sharded = sharded or stack.enter_context(ShardedStep(model, threads))
-            totals = list(sharded.losses(evaluation_windows(tokens, context, 16, limit)))
+            windows = evaluation_windows(tokens, context, 16, limit)
+            totals = list(sharded.losses(itertools.takewhile(lambda _: not stopped, windows)))
     finally:
         model.train(training)
+    if stopped:
+        return math.nan
     bad = next((loss for loss, _ in totals if not math.isfinite(loss)), None)
     if bad is not None:
         raise NonFiniteError(f"the loss of the held-out text is {bad}: the model's weights are broken, or too large")
@@ -311,9 +380,10 @@ def _stop_signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         if received:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         received.append(number)
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr)
+        with contextlib.suppress(OSError, RuntimeError):  # no terminal any more, or the signal came while it wrote
+            print(f"\n{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread set handlers
         yield received
@@ -323,4 +393,4 @@ def _stop_signals() -> Iterator[list[int]]:
         yield received
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -41,8 +41,9 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
     """A binary file to write that becomes `path` when the block ends well; otherwise the old file stays untouched.
 
     The bytes go to a temporary file in the same folder, are forced to the disk, and are renamed over `path`, which a
-    file system does in one step. A crash at any moment leaves the old file or the new one. A symbolic link stays a
-    link (its target is replaced), and an existing file keeps its mode. OSError when the disk says no.
+    file system does in one step. A crash at any moment leaves the old file or the new one; the temporary file that a
+    killed process leaves is removed by the next writer. A symbolic link stays a link (its target is replaced), and an
+    existing file keeps its mode. OSError when the disk says no.
     """
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
@@ -51,7 +52,10 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
         mode = os.stat(target).st_mode
     if mode is not None and not stat.S_ISREG(mode):  # renaming over /dev/null would destroy the device
         raise FileExistsError(errno.EEXIST, "exists and is not a regular file", os.fspath(path))
-    temporary = os.path.join(folder, f".{name[:40]}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
+    stem = f".{name[:40]}.tmp-"
+    _remove_stale(folder, stem)
+    temporary = os.path.join(folder, f"{stem}{os.getpid()}-{os.urandom(4).hex()}")
+    _being_written.add(temporary)
     try:
         # Mode 0666 here is cut by the umask in the kernel; reading the umask in Python would race with other threads.
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
@@ -69,6 +73,37 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = os.fspath(path)  # a full disk does not say by itself which file it had no room for
         raise
+    finally:
+        _being_written.discard(temporary)
+
+
+_being_written: set[str] = set()  # by this process: in a container, the one before may have had the same number
+
+
+def _remove_stale(folder: str, stem: str) -> None:
+    """Remove `atomic_file`'s temporaries of this stem whose process is gone."""
+    with suppress(OSError):  # a folder that may not be listed can still be written to
+        for name in os.listdir(folder):
+            number, dash, rest = name.removeprefix(stem).partition("-")
+            if name.startswith(stem) and number.isdecimal() and dash and len(rest) == 8:
+                path = os.path.join(folder, name)
+                if path not in _being_written and not _is_another(int(number)):
+                    os.unlink(path)
+
+
+def _is_another(number: int) -> bool:
+    """Whether there is a process of this number, other than this one."""
+    if number == os.getpid():
+        return False
+    if os.name == "nt":  # where os.kill(number, 0) is no question but a Ctrl-C
+        return True
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def sync_folder(folder: PathLike) -> None:
