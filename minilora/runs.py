@@ -56,6 +56,7 @@ def locked(out: str | Path) -> Iterator[Path]:
     descriptor = _lock_file(path)
     try:
         os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
         os.write(descriptor, b"%d\n" % os.getpid())
         _held.set(before | {key})
         yield out
@@ -188,7 +189,7 @@ def save_checkpoint(out: Path, step: int, state: dict[str, Any], write: Callable
     Call it inside `locked(out)`. After an error the same call may be made again.
     """
     parent = out / "checkpoints"
-    parent.mkdir(exist_ok=True)
+    os.makedirs(parent, exist_ok=True)
     remove_stale(out)
     final, temporary = parent / f"step-{step}", parent / f"step-{step}.tmp-{os.getpid()}"
     replaced = parent / f"{final.name}.old"

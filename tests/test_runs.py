@@ -1,17 +1,54 @@
-"""A run's folder: logs that only grow, and checkpoints that are there whole or not at all."""
+"""A run's folder: one writer, logs that only grow, and checkpoints that are there whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import math
 import os
 import shutil
+import signal
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+from faults import (
+    NO_DISK,
+    NO_ROOM,
+    Disk,
+    in_child,
+    naive_save,
+    no_disk,
+    no_room,
+    power_cuts,
+    power_off,
+    read_tree,
+    stay_full,
+    write_tree,
+)
 
 import minilora.runs
-from minilora.errors import CheckpointError, ConfigError
-from minilora.runs import MANIFEST, Log, find_checkpoint, numbered_folder, open_folder, save_checkpoint
+from minilora.errors import CheckpointError, ConfigError, LockError, MiniloraError
+from minilora.formats import load_file, save_file, write_json
+from minilora.formats.disk import parse_json
+from minilora.runs import (
+    LOCK,
+    MANIFEST,
+    Log,
+    find_checkpoint,
+    locked,
+    numbered_folder,
+    open_folder,
+    require_room,
+    save_checkpoint,
+)
+
+fcntl = pytest.importorskip("fcntl", reason="needs locks and processes as POSIX has them")
 
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
@@ -314,3 +351,465 @@ def test_where_there_is_no_checkpoint(tmp_path):
         with pytest.raises(CheckpointError, match="no checkpoint"):
             find_checkpoint(resume, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# ---- a disk that fails ----
+
+
+def put(out: Path, step: int, text: str, save=save_checkpoint):
+    """A small checkpoint of several files, in the formats that a run writes."""
+
+    def write(folder: Path) -> None:
+        write_json(folder / "config.json", {"text": text})
+        save_file(folder / "model.safetensors", {"w": np.frombuffer(text.encode() * 9, np.uint8)})
+        os.makedirs(folder / "inner")
+        save_file(folder / "inner" / "more.safetensors", {"v": np.arange(step)})
+
+    return save(out, step, {"losses": [1 / 3] * step}, write)
+
+
+def newest(out: Path):
+    """The newest checkpoint as a tree, or None; a warning that a damaged one was passed over is an error."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return read_tree(find_checkpoint("auto", out)[0])
+    except CheckpointError as error:
+        if "no checkpoint" in str(error):
+            return None
+        raise
+
+
+SITUATIONS = {  # what was saved before, and what is saved now
+    "the first": ([], (2, "new")),
+    "the next": ([(2, "older"), (4, "old")], (6, "new")),
+    "the same step again": ([(4, "old")], (4, "new")),
+}
+
+
+@pytest.fixture(params=SITUATIONS)
+def situation(request, tmp_path):
+    """(a folder as it is before, save(out) that adds the new checkpoint, the old tree, the new tree)"""
+    before, (step, text) = SITUATIONS[request.param]
+    out = tmp_path / "before"
+    out.mkdir()
+    for earlier in before:
+        put(out, *earlier)
+    old = newest(out)
+    shutil.copytree(out, tmp_path / "after")
+    put(tmp_path / "after", step, text)
+    new = newest(tmp_path / "after")
+    assert new != old
+
+    def save(out: Path, how=save_checkpoint) -> None:
+        put(out, step, text, how)
+
+    return out, save, old, new
+
+
+def left_behind(out: Path):
+    return [p.name for p in (out / "checkpoints").rglob("*") if ".tmp-" in p.name or p.name.endswith(".old")]
+
+
+def changes(situation, tmp_path) -> int:
+    out, save, _, _ = situation
+    shutil.copytree(out, tmp_path / "counted")
+    with Disk() as disk:
+        save(tmp_path / "counted")
+    assert disk.changes > 25
+    return disk.changes
+
+
+@pytest.mark.parametrize("wrong", [no_room, no_disk, stay_full])
+def test_an_error_at_any_change_to_the_disk_leaves_the_old_checkpoint_or_the_new(wrong, situation, tmp_path):
+    before, save, old, new = situation
+    for at in range(1, changes(situation, tmp_path) + 1):
+        out = tmp_path / f"out-{at}"
+        shutil.copytree(before, out)
+        failed = []
+        with Disk(at, wrong):
+            try:
+                save(out)
+            except OSError as error:
+                failed.append(error.errno)
+        assert failed in ([], [NO_ROOM.errno], [NO_DISK.errno])
+        assert newest(out) in ((old, new) if failed else (new,)), at
+        save(out)
+        assert newest(out) == new
+        assert not left_behind(out)
+        shutil.rmtree(out)
+
+
+def killed_anywhere(situation, tmp_path, how):
+    """The changes at which a process may not end, because what is found afterwards is neither old nor new."""
+    before, save, old, new = situation
+    bad, at, code = [], 0, 9
+    while code == 9:
+        at, out = at + 1, tmp_path / "out"
+        shutil.copytree(before, out)
+
+        def work(out=out, at=at) -> None:
+            with Disk(at, power_off):
+                save(out, how)
+
+        code = in_child(work)
+        assert code in (0, 9)
+        try:
+            if newest(out) not in (old, new):
+                bad.append(at)
+        except (UserWarning, CheckpointError):
+            bad.append(at)
+        if how is save_checkpoint:
+            assert code == 9 or newest(out) == new
+            save(out)
+            assert newest(out) == new
+            assert not left_behind(out)
+        shutil.rmtree(out)
+    assert at > 15
+    return bad
+
+
+def test_an_end_at_any_change_to_the_disk_leaves_the_old_checkpoint_or_the_new(situation, tmp_path):
+    assert not killed_anywhere(situation, tmp_path, save_checkpoint)
+
+
+def test_that_test_sees_a_naive_writer(situation, tmp_path):
+    assert len(killed_anywhere(situation, tmp_path, naive_save)) >= 3
+
+
+def cut_anywhere(situation, tmp_path, how):
+    """(how many states a power cut may leave, those of them that are neither old nor new)"""
+    before, save, old, new = situation
+    out, bad = tmp_path / "out", []
+    shutil.copytree(before, out)
+    states = power_cuts(out, lambda: save(out, how))
+    end = max(number for number, _ in states)
+    for number, tree in states:
+        write_tree(out, tree)
+        try:
+            found = newest(out)
+        except (UserWarning, CheckpointError):
+            bad.append(number)
+        else:
+            if found not in (old, new):
+                bad.append(number)
+            assert number < end or how is naive_save or found == new  # what has returned is there for good
+        for folder in (out / "checkpoints").glob("step-*"):
+            with contextlib.suppress(CheckpointError):  # whatever a sum lets pass is what was saved, to the last byte
+                find_checkpoint(folder, out)
+                assert read_tree(folder) in trees(before, old, new)
+    return len(states), bad
+
+
+def trees(before: Path, *more):
+    return [*more, *(read_tree(p) for p in (before / "checkpoints").glob("*"))]
+
+
+def test_a_power_cut_at_any_moment_leaves_the_old_checkpoint_or_the_new(situation, tmp_path):
+    count, bad = cut_anywhere(situation, tmp_path, save_checkpoint)
+    assert count > 12
+    assert not bad
+
+
+def test_that_test_sees_a_naive_writer_too(situation, tmp_path):
+    assert cut_anywhere(situation, tmp_path, naive_save)[1]
+
+
+def test_real_kills_leave_a_sound_checkpoint(tmp_path):
+    """The moments are drawn from some lengths of a save; benchmarks/faults.py does it with whole runs, fifty times."""
+
+    def big(out: Path, step: int) -> None:
+        def write(folder: Path) -> None:
+            save_file(folder / "model.safetensors", {"w": np.full(1 << 20, step, np.uint32)})
+
+        save_checkpoint(out, step, {}, write)
+
+    big(tmp_path, 1)
+    begun = time.perf_counter()
+    big(tmp_path, 2)
+    length = time.perf_counter() - begun
+    rng = np.random.default_rng(0)
+
+    def work() -> None:
+        for step in range(3, 10_000):
+            big(tmp_path, step)
+
+    for _ in range(5):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            try:
+                work()
+            finally:
+                os._exit(1)
+        time.sleep(length * rng.uniform(0.2, 3))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            folder, manifest = find_checkpoint("auto", tmp_path)
+        assert (load_file(folder / "model.safetensors")["w"] == manifest["step"]).all()
+    big(tmp_path, 20_000)
+    assert not left_behind(tmp_path)
+
+
+# ---- one writer ----
+
+
+def test_a_lock_is_taken_again_in_the_same_context_and_leaves_nothing(tmp_path):
+    out = tmp_path / "new" / "run"
+    with locked(out) as folder:
+        assert folder == out
+        assert (out / LOCK).read_text() == f"{os.getpid()}\n"
+        with locked(str(out)), locked(out / ".." / "run"):
+            assert open_folder(out) == out
+        assert (out / LOCK).exists()
+        with locked(out / "inner"):
+            assert (out / "inner" / LOCK).exists()
+    assert [p.name for p in out.iterdir()] == ["inner"]
+    with pytest.raises(ZeroDivisionError), locked(out):
+        raise ZeroDivisionError
+    assert not (out / LOCK).exists()
+
+
+def elsewhere(work):
+    """What `work()` returns or raises in another thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def test_another_thread_or_process_is_refused_at_once(tmp_path):
+    holder = os.getpid()
+
+    def attempt():
+        with pytest.raises(LockError, match=f"run' is in use: process {holder} ") as caught:
+            open_folder(tmp_path / "run")
+        assert caught.value.exit_code == 6
+        assert len(str(caught.value)) <= 500
+
+    with locked(tmp_path / "run"):
+        before = files(tmp_path)
+        elsewhere(attempt)
+        assert in_child(lambda: elsewhere(attempt)) == 0
+        assert files(tmp_path) == before
+    elsewhere(lambda: open_folder(tmp_path / "run"))
+
+
+def test_the_lock_of_a_process_that_is_gone_is_taken(tmp_path):
+    def killed():
+        with locked(tmp_path):
+            os._exit(9)
+
+    assert in_child(killed) == 9
+    assert (tmp_path / LOCK).exists()
+    assert open_folder(tmp_path) == tmp_path  # the lock is not what makes a folder full
+    (tmp_path / LOCK).write_text("1\n")  # there is a process 1, but it holds nothing
+    with locked(tmp_path):
+        assert (tmp_path / LOCK).read_text() == f"{os.getpid()}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_twenty_that_start_at_once_one_wins(tmp_path):
+    out = tmp_path / "run"
+    go, gun = os.pipe()
+    children = []
+    for number in range(20):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        code = 1
+        try:
+            os.close(gun)
+            os.read(go, 1)  # until the parent closes the other end
+            with locked(out):
+                open_folder(out)
+                (out / f"winner-{number}").touch()
+                if number % 2:
+                    time.sleep(0.05)
+            code = 0
+        except MiniloraError as error:
+            code = error.exit_code
+        finally:
+            os._exit(code)
+    os.close(go)
+    os.close(gun)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes.count(0) == 1
+    assert set(codes) <= {0, 2, 6}
+    assert [p.name for p in out.iterdir()] == [f"winner-{codes.index(0)}"]
+
+
+def test_threads_in_turn_never_hold_it_together(tmp_path):
+    """Many take and drop it as fast as they can: the file is removed each time, and nobody holds a removed one."""
+    inside, overlaps, taken = [], [], []
+
+    def work(name):
+        for _ in range(300):
+            try:
+                with locked(tmp_path):
+                    inside.append(name)
+                    overlaps.extend([] if inside == [name] else [list(inside)])
+                    taken.append(name)
+                    inside.remove(name)
+            except LockError:
+                pass
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert not overlaps
+    assert len(taken) >= 300
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_was_removed_between_opening_and_locking_is_no_lock(tmp_path, monkeypatch):
+    plain, removed = fcntl.flock, []
+
+    def late(descriptor, how):
+        plain(descriptor, how)
+        if not removed:
+            removed.append(os.fstat(descriptor).st_ino)
+            (tmp_path / LOCK).unlink()
+            (tmp_path / "so that the number is not used again").touch()
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(tmp_path):
+        assert removed
+        monkeypatch.undo()
+        with pytest.raises(LockError):
+            elsewhere(lambda: open_folder(tmp_path))
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_where_nothing_can_be_locked_there_is_a_warning(reason, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match="cannot be locked") as seen, locked(tmp_path):
+        open_folder(tmp_path)
+    assert len(seen) == 1
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with pytest.warns(UserWarning, match="no flock"), locked(tmp_path):
+        pass
+
+
+def test_another_trouble_with_a_lock_is_an_error(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="Input/output"), locked(tmp_path):
+        pass
+    assert open_descriptors() == open_descriptors()
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+
+
+def test_what_is_not_a_lock_is_left_alone(tmp_path):
+    (tmp_path / LOCK).write_text("my notes")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / LOCK).mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / LOCK).symlink_to(tmp_path / LOCK)
+    before, count = files(tmp_path), open_descriptors()
+    for out, kind in ((tmp_path, ConfigError), (tmp_path / "a", OSError), (tmp_path / "b", OSError)):
+        with pytest.raises(kind, match=r"\.lock"), locked(out):
+            pass
+    assert (files(tmp_path), open_descriptors()) == (before, count)
+
+
+def test_a_folder_that_has_gone_is_no_trouble_at_the_end(tmp_path):
+    count = open_descriptors()
+    with locked(tmp_path / "out"):
+        shutil.rmtree(tmp_path / "out")
+    with locked(tmp_path / "out"):
+        (tmp_path / "out" / LOCK).unlink()
+    assert not list((tmp_path / "out").iterdir())
+    assert open_descriptors() == count
+
+
+def test_readers_need_no_lock(tmp_path):
+    put(tmp_path, 2, "text")
+    with locked(tmp_path):
+        assert elsewhere(lambda: find_checkpoint("auto", tmp_path)[1]["step"]) == 2
+
+
+# ---- what is known before ----
+
+
+def test_a_disk_without_room_is_known_before(tmp_path):
+    require_room(tmp_path, 1)
+    with pytest.raises(OSError, match=r"saving takes 1,\d{3},.* the disk has") as caught:
+        require_room(tmp_path, 10**18 + shutil.disk_usage(tmp_path).free)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(tmp_path)
+
+
+def test_a_file_system_that_does_not_say_is_believed_to_have_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    require_room(tmp_path, 10**18)
+
+
+@pytest.mark.parametrize("name", ["with spaces", "line\nbreak", "ünï", b"\xff\xfe".decode("utf-8", "surrogateescape")])
+def test_any_name_of_a_folder_will_do(name, tmp_path):
+    out = tmp_path / name
+    try:
+        out.mkdir()
+    except OSError:
+        pytest.skip("not a name on this file system")
+    with locked(out):
+        put(open_folder(out), 2, "text")
+    assert find_checkpoint("auto", out)[1]["step"] == 2
+    flip_one(out / "checkpoints" / "step-2" / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(out / "checkpoints" / "step-2", out)
+    assert str(caught.value).isprintable()
+    with pytest.raises(ConfigError, match="not empty") as caught:
+        open_folder(out)
+    assert str(caught.value).isprintable()
+
+
+def flip_one(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_checkpoint_that_was_about_to_be_replaced_is_found(tmp_path):
+    put(tmp_path, 2, "older")
+    put(tmp_path, 4, "old")
+    folder = tmp_path / "checkpoints"
+    (folder / "step-4").rename(folder / "step-4.old")
+    assert find_checkpoint("auto", tmp_path)[0].name == "step-4.old"
+    put(tmp_path, 6, "new")
+    assert names(tmp_path) == ["step-4.old", "step-6"]
+    put(tmp_path, 8, "newer")
+    assert names(tmp_path) == ["step-6", "step-8"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_strict_json_in_a_log(value, tmp_path):
+    with Log(tmp_path / "log.jsonl") as log:
+        log.write(step=0, loss=value, lr=0.5)
+        log.sync()
+    line = parse_json((tmp_path / "log.jsonl").read_bytes(), "the line")
+    assert str(float(line["loss"])) == str(value)
+    assert (line["step"], line["lr"]) == (0, 0.5)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_without_room_says_so(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    log = Log(tmp_path / "log.jsonl", 3)
+    log.sync()
+    with pytest.raises(OSError, match="No space"):
+        log.write(step=3)
+    with pytest.raises(OSError, match="No space"):
+        log.__exit__()
