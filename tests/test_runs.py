@@ -28,7 +28,9 @@ from faults import (
     power_cuts,
     power_off,
     read_tree,
+    start,
     stay_full,
+    wait,
     write_tree,
 )
 
@@ -211,7 +213,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("bug")])
-@pytest.mark.parametrize("where", ["write", "_sha256", "write_json", "sync_folder", "rename"])
+@pytest.mark.parametrize("where", ["write", "_sha256", "write_json", "rename"])
 def test_a_failure_while_saving_leaves_the_previous_one_newest(error, where, tmp_path, monkeypatch):
     save(tmp_path, 2)
     before = files(tmp_path)
@@ -434,7 +436,8 @@ def test_an_error_at_any_change_to_the_disk_leaves_the_old_checkpoint_or_the_new
                 failed.append(error.errno)
         assert failed in ([], [NO_ROOM.errno], [NO_DISK.errno])
         assert newest(out) in ((old, new) if failed else (new,)), at
-        save(out)
+        with Disk():
+            save(out)
         assert newest(out) == new
         assert not left_behind(out)
         shutil.rmtree(out)
@@ -461,7 +464,8 @@ def killed_anywhere(situation, tmp_path, how):
             bad.append(at)
         if how is save_checkpoint:
             assert code == 9 or newest(out) == new
-            save(out)
+            with Disk():
+                save(out)
             assert newest(out) == new
             assert not left_behind(out)
         shutil.rmtree(out)
@@ -535,17 +539,10 @@ def test_real_kills_leave_a_sound_checkpoint(tmp_path):
             big(tmp_path, step)
 
     for _ in range(5):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child == 0:
-            try:
-                work()
-            finally:
-                os._exit(1)
+        child = start(work)
         time.sleep(length * rng.uniform(0.2, 3))
         os.kill(child, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert wait(child) == -signal.SIGKILL
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             folder, manifest = find_checkpoint("auto", tmp_path)
@@ -613,31 +610,22 @@ def test_the_lock_of_a_process_that_is_gone_is_taken(tmp_path):
 def test_of_twenty_that_start_at_once_one_wins(tmp_path):
     out = tmp_path / "run"
     go, gun = os.pipe()
-    children = []
-    for number in range(20):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        code = 1
+
+    def race(number: int) -> None:
+        os.close(gun)
+        os.read(go, 1)  # until the parent closes the other end
         try:
-            os.close(gun)
-            os.read(go, 1)  # until the parent closes the other end
             with locked(out):
                 open_folder(out)
                 (out / f"winner-{number}").touch()
-                if number % 2:
-                    time.sleep(0.05)
-            code = 0
+                time.sleep(0.05 * (number % 2))
         except MiniloraError as error:
-            code = error.exit_code
-        finally:
-            os._exit(code)
+            os._exit(error.exit_code)
+
+    children = [start(lambda number=number: race(number)) for number in range(20)]
     os.close(go)
     os.close(gun)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    codes = [wait(child) for child in children]
     assert codes.count(0) == 1
     assert set(codes) <= {0, 2, 6}
     assert [p.name for p in out.iterdir()] == [f"winner-{codes.index(0)}"]
@@ -681,6 +669,17 @@ def test_a_lock_that_was_removed_between_opening_and_locking_is_no_lock(tmp_path
         monkeypatch.undo()
         with pytest.raises(LockError):
             elsewhere(lambda: open_folder(tmp_path))
+
+
+def test_the_lock_of_another_is_not_removed(tmp_path):
+    with contextlib.ExitStack() as second, ThreadPoolExecutor(1) as pool:
+        with locked(tmp_path):
+            (tmp_path / LOCK).unlink()  # somebody tidies up
+            pool.submit(second.enter_context, locked(tmp_path)).result()
+        with pytest.raises(LockError):
+            open_folder(tmp_path)
+        pool.submit(second.close).result()
+    assert open_folder(tmp_path) == tmp_path
 
 
 @pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
