@@ -18,11 +18,20 @@ import pytest
 import minilora.runs
 import minilora.train
 from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
-from minilora.errors import CheckpointError, ConfigError, DataError, Interrupted, NonFiniteError
+from minilora.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergenceError,
+    Interrupted,
+    NonFiniteError,
+)
 from minilora.formats import load_file
+from minilora.formats.disk import parse_json
 from minilora.optim import warmup_cosine
 from minilora.parallel import ShardedStep
-from minilora.train import Settings, bits_per_byte, evaluate, train
+from minilora.runs import find_checkpoint
+from minilora.train import Settings, bits_per_byte, divergence, evaluate, train
 
 CONFIG = TransformerConfig(
     vocab_size=16,
@@ -78,6 +87,7 @@ BAD = {
     "seed": NO_COUNTS,
     **{name: [*NO_OPTIONAL_COUNTS, 0] for name in ("shard", "threads", "eval_every", "save_every")},
     **{name: [*NO_NUMBERS, 0, 0.0] for name in ("lr", "max_grad_norm")},
+    "abort_on_divergence": [value for value in NO_NUMBERS if type(value) is not bool] + [0, 1],
     "floor": NO_NUMBERS,
     "weight_decay": NO_NUMBERS,
 }
@@ -444,32 +454,56 @@ def test_a_poisoned_base_stops_the_first_step(value, tmp_path, before_each_step)
     with pytest.raises(NonFiniteError, match="step 0"):
         train(model, TEXT, SHORT, tmp_path)
     assert bits(weights(model)) == bits(before_each_step[0][-1])
-    assert lines(tmp_path / "log.jsonl") == []
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path / "log.jsonl")] == [(0, "nan")]
+    assert not (tmp_path / "checkpoints").exists()  # there is nothing that is worth keeping
 
 
+@pytest.mark.parametrize("save_every", [None, 2, 3])
 @pytest.mark.parametrize(
     "trouble", [lambda loss, found: (math.nan, found), lambda loss, found: (math.inf, found), spoil_one]
 )
-def test_a_loss_or_a_gradient_that_is_no_number_stops_its_own_step(trouble, tmp_path, before_each_step):
+def test_a_loss_or_a_gradient_that_is_no_number_stops_its_own_step(
+    trouble, save_every, tmp_path, before_each_step, monkeypatch
+):
     seen, troubles = before_each_step
     troubles[4] = trouble
     model = full()
-    with pytest.raises(NonFiniteError, match="step 4"):
-        train(model, TEXT, dataclasses.replace(SHORT, save_every=2), tmp_path)
+    saves = []
+    plain = minilora.train.save_checkpoint
+    monkeypatch.setattr(minilora.train, "save_checkpoint", lambda *args: saves.append(args[1]) or plain(*args))
+    settings = dataclasses.replace(SHORT, save_every=save_every, seed=7)
+    with pytest.raises(NonFiniteError, match=r"step 4.*batch 4 with seed 7") as caught:
+        train(model, TEXT, settings, tmp_path)
+    assert len(str(caught.value)) <= 500
     assert len(seen) == 5
     assert bits(weights(model)) == bits(seen[-1])
-    assert [line["step"] for line in lines(tmp_path / "log.jsonl")] == [0, 1, 2, 3]
+    *finite, last = [parse_json(line, "a line") for line in (tmp_path / "log.jsonl").read_bytes().splitlines()]
+    assert [line["step"] for line in [*finite, last]] == [0, 1, 2, 3, 4]
+    assert not math.isfinite(float(last["loss"]) + float(last["grad_norm"]))
+    assert last.keys() == finite[0].keys() - {"seconds"}
+    assert saves == ([2, 4] if save_every == 2 else [3, 4] if save_every else [4])  # the last good state, once
     saved = load_file(tmp_path / "checkpoints" / "step-4" / "model.safetensors")
     assert bits(saved) == bits(weights(model))
     assert all(np.isfinite(a).all() for a in saved.values())
 
+    # The trouble past, the run goes on as if there had been none: no line twice, none missing, the same bits.
+    troubles.clear()
+    resumed, straight = full(seed=5), full()
+    train(resumed, TEXT, settings, tmp_path, resume="auto")
+    (tmp_path / "straight").mkdir()
+    train(straight, TEXT, settings, tmp_path / "straight")
+    assert bits(weights(resumed)) == bits(weights(straight))
+    assert log_without_time(tmp_path) == log_without_time(tmp_path / "straight")
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:.*abort-on-divergence")
 def test_a_huge_learning_rate_ends_at_the_step_that_overflows(tmp_path, before_each_step):
     model = full()
     with pytest.raises(NonFiniteError) as caught:
         train(model, TEXT, dataclasses.replace(SHORT, lr=1e30, warmup=0, max_grad_norm=1e30), tmp_path)
-    assert f"step {len(before_each_step[0]) - 1}:" in str(caught.value)
+    last = len(before_each_step[0]) - 1
+    assert f"step {last}:" in str(caught.value)
+    assert [line["step"] for line in lines(tmp_path / "log.jsonl")] == list(range(last + 1))
     assert bits(weights(model)) == bits(before_each_step[0][-1])
 
 
@@ -481,6 +515,76 @@ def test_a_held_out_loss_that_is_no_number_is_an_error_not_a_figure(tmp_path):
         evaluate(model, HELD_OUT, 8, threads=1)
     with pytest.raises(NonFiniteError, match="held-out"):
         train(model, TEXT, SHORT, tmp_path, held_out=HELD_OUT)
+
+
+# ---- numbers that lead nowhere ----
+
+HEALTHY = [2.5] * 10 + [2.0 + 0.4 * math.sin(step) for step in range(140)]
+
+
+def first_sign(losses, **rest):
+    """(the step at which it is said, what is said)"""
+    signs = ((step, divergence(losses[: step + 1], 16, **rest)) for step in range(len(losses)))
+    return next(((step, sign) for step, sign in signs if sign), None)
+
+
+def test_fifty_steps_above_three_times_the_median_are_a_divergence_and_less_is_not():
+    assert first_sign(HEALTHY) is None
+    assert first_sign([*HEALTHY, *[7.0] * 49, 2.0, *[7.0] * 49]) is None  # below ln(16) + 5 = 7.77
+    step, sign = first_sign([*HEALTHY, *[7.0] * 60])
+    assert step == 199
+    assert "for 50 steps" in sign
+    assert first_sign([1.0] * 50 + [3.0] * 60) is None
+    assert first_sign([1.0] * 50 + [3.01] * 60)[0] == 99
+    assert first_sign([1.0] * 49 + [3.01] * 49) is None
+    assert first_sign([0.0] * 200) is None
+    assert first_sign([*([1e-4] * 80), 0.9, *([1e-4] * 80)]) is None  # a spike
+
+
+def test_five_nats_worse_than_guessing_is_a_divergence_once_the_warm_up_is_over():
+    losses = [2.0, 2.0, math.log(16) + 5.01, 2.0, math.log(16) + 4.99, math.log(16) + 5.01]
+    assert first_sign(losses)[0] == 2
+    assert first_sign(losses, warmup=2)[0] == 2
+    step, sign = first_sign(losses, warmup=3)
+    assert step == 5
+    assert "7.773" in sign
+    assert first_sign(losses, warmup=6) is None
+
+
+@pytest.fixture
+def off_it_goes(before_each_step):
+    """From step 3 on the loss is 100."""
+    for step in range(3, 1000):
+        before_each_step[1][step] = lambda loss, found: (100.0, found)
+
+
+def test_a_divergence_is_told_once(off_it_goes, tmp_path):
+    settings = dataclasses.replace(SHORT, save_every=2)
+    with pytest.warns(UserWarning, match="--abort-on-divergence would stop here") as seen:
+        result = train(lora(), TEXT, settings, tmp_path)
+    assert len(seen) == 1
+    assert str(seen[0].message).startswith("step 3: the loss, 100, is above 7.773")
+    assert len(result.losses) == 6
+
+
+def test_a_divergence_stops_the_run_where_that_is_asked_for(off_it_goes, tmp_path):
+    settings = dataclasses.replace(SHORT, save_every=2, abort_on_divergence=True)
+    with pytest.raises(DivergenceError, match=r"step 3: the loss, 100, .*the latest checkpoint is .*step-2'") as caught:
+        train(lora(), TEXT, settings, tmp_path)
+    assert caught.value.exit_code == 5
+    assert len(str(caught.value)) <= 500
+    assert [line["step"] for line in lines(tmp_path / "log.jsonl")] == [0, 1, 2, 3]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
+    with pytest.raises(DivergenceError, match="the latest checkpoint is None"):
+        train(lora(), TEXT, dataclasses.replace(settings, save_every=None), tmp_path / "none")
+
+
+def test_a_run_that_learns_is_no_divergence(tmp_path):
+    """Ten seeds here; benchmarks/soak.py has a hundred runs."""
+    for seed in range(10):
+        settings = Settings(steps=150, batch_size=2, context=8, lr=3e-2, warmup=5, seed=seed, threads=1)
+        settings = dataclasses.replace(settings, abort_on_divergence=True)
+        assert len(train(full(seed), TEXT, settings, tmp_path / str(seed)).losses) == 150
 
 
 # ---- signals ----
@@ -530,6 +634,108 @@ def test_a_signal_in_the_last_step_stops_what_would_follow(tmp_path, signal_at):
     with pytest.raises(Interrupted, match="stopped after 6 steps"):
         train(lora(), TEXT, SHORT, tmp_path)
     assert len(train(lora(), TEXT, SHORT, tmp_path, resume="auto").losses) == 6
+
+
+@pytest.fixture
+def signal_in_evaluation(monkeypatch):
+    """signal_in_evaluation(at, number): the held-out text has many windows; the signal comes with the second of them.
+
+    `at` counts evaluations. The list has, for each, how many windows were looked at.
+    """
+    plain = minilora.train.evaluation_windows
+
+    def arrange(at, number):
+        looked_at = []
+
+        def windows(tokens, context, batch_size, limit=None):
+            looked_at.append(0)
+            for batch in plain(tokens, context, 1, limit):
+                looked_at[-1] += 1
+                if looked_at[-1] == 2 and len(looked_at) - 1 == at:
+                    signal.raise_signal(number)
+                yield batch
+
+        monkeypatch.setattr(minilora.train, "evaluation_windows", windows)
+        return looked_at
+
+    return arrange
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("at", "step"), [(0, 0), (1, 2), (2, 4), (3, 6)])
+def test_a_signal_ends_an_evaluation_which_a_resumed_run_makes_good(
+    at, step, number, tmp_path, signal_in_evaluation, monkeypatch
+):
+    settings = dataclasses.replace(SHORT, eval_every=2, save_every=4)
+    straight = lora()
+    signal_in_evaluation(99, number)
+    expected = train(straight, TEXT, settings, tmp_path / "straight", held_out=TEXT)
+    looked_at = signal_in_evaluation(at, number)
+    with pytest.raises(Interrupted, match=f"stopped after {step} steps"):
+        train(lora(), TEXT, settings, tmp_path / "out", held_out=TEXT)
+    assert looked_at[-1] <= 2 + 2 * SHORT.threads  # of fifty
+    assert len(lines(tmp_path / "out" / "eval.jsonl")) == at
+    for _ in range(2):  # a run that has ended may be resumed as well, and changes nothing
+        signal_in_evaluation(99, number)
+        resumed = lora(seed=5)
+        result = train(resumed, TEXT, settings, tmp_path / "out", held_out=TEXT, resume="auto")
+        assert (result.losses, result.evaluations) == (expected.losses, expected.evaluations)
+        assert bits(weights(resumed)) == bits(weights(straight))
+        assert log_without_time(tmp_path / "out") == log_without_time(tmp_path / "straight")
+        assert lines(tmp_path / "out" / "eval.jsonl") == lines(tmp_path / "straight" / "eval.jsonl")
+
+
+def test_a_signal_that_ends_an_evaluation_alone_gives_no_number():
+    assert math.isnan(evaluate(full(), TEXT, 8, threads=1, stopped=[signal.SIGINT]))
+
+
+def test_a_resumed_run_that_is_stopped_at_once_has_nothing_new_to_save(tmp_path, signal_in_evaluation):
+    settings = dataclasses.replace(SHORT, eval_every=4, save_every=2)
+    train(lora(), TEXT, settings, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-6")
+    before = (tmp_path / "checkpoints" / "step-4" / "manifest.json").stat().st_mtime_ns
+    signal_in_evaluation(0, signal.SIGINT)
+    with pytest.raises(Interrupted, match=r"stopped after 4 steps, saved in '.*step-4'"):
+        train(lora(), TEXT, settings, tmp_path, held_out=TEXT, resume="auto")
+    assert (tmp_path / "checkpoints" / "step-4" / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_saving_waits_for_that(number, tmp_path, monkeypatch):
+    plain = minilora.train.save_checkpoint
+
+    def save(*arguments):
+        signal.raise_signal(number)
+        return plain(*arguments)
+
+    monkeypatch.setattr(minilora.train, "save_checkpoint", save)
+    with pytest.raises(Interrupted, match=r"stopped after 2 steps, saved in '.*step-2'") as caught:
+        train(lora(), TEXT, dataclasses.replace(SHORT, save_every=2), tmp_path)
+    assert caught.value.exit_code == 128 + number
+    assert find_checkpoint("auto", tmp_path)[1]["step"] == 2
+
+
+@pytest.mark.parametrize("where", ["_sha256", "write_json", "sync_folder"])
+def test_a_second_signal_while_saving_leaves_a_sound_checkpoint(where, tmp_path, monkeypatch):
+    settings = dataclasses.replace(SHORT, save_every=2)
+    train(lora(), TEXT, dataclasses.replace(settings), tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-6")
+    plain = getattr(minilora.runs, where)
+
+    def hasty(*arguments):
+        if "tmp-" in str(arguments[0]) or where == "sync_folder":
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+        return plain(*arguments)
+
+    monkeypatch.setattr(minilora.runs, where, hasty)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(lora(), TEXT, settings, tmp_path, resume="auto")
+    assert caught.value.args == (signal.SIGTERM,)
+    monkeypatch.undo()
+    assert find_checkpoint("auto", tmp_path)[1]["step"] == (6 if where == "sync_folder" else 4)
+    assert not [p for p in (tmp_path / "checkpoints").iterdir() if ".tmp-" in p.name]
+    assert len(train(lora(), TEXT, settings, tmp_path, resume="auto").losses) == 6
 
 
 def test_a_second_signal_stops_at_once(tmp_path, signal_at):
