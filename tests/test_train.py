@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import functools
+import gc
+import io
+import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tqdm
+from faults import Disk, no_disk, no_room, stay_full
 
 import minilora.runs
 import minilora.train
@@ -24,14 +36,15 @@ from minilora.errors import (
     DataError,
     DivergenceError,
     Interrupted,
+    LockError,
     NonFiniteError,
 )
 from minilora.formats import load_file
 from minilora.formats.disk import parse_json
 from minilora.optim import warmup_cosine
 from minilora.parallel import ShardedStep
-from minilora.runs import find_checkpoint
-from minilora.train import Settings, bits_per_byte, divergence, evaluate, train
+from minilora.runs import LOCK, find_checkpoint, locked
+from minilora.train import Run, Settings, bits_per_byte, divergence, evaluate, train
 
 CONFIG = TransformerConfig(
     vocab_size=16,
@@ -43,6 +56,7 @@ CONFIG = TransformerConfig(
 )
 TEXT = np.random.default_rng(0).integers(0, 4, 400).cumsum().astype(np.int32) % 16  # each token is near the one before
 HELD_OUT = TEXT[:60]
+PROC = Path("/proc/self/fd").exists()
 SHORT = Settings(steps=6, batch_size=4, context=8, lr=1e-2, warmup=2, weight_decay=0.1, threads=1, shard=2)
 
 
@@ -817,3 +831,189 @@ def test_what_nothing_would_save_does_not_train(tmp_path):
     model.get_base_model().model.norm.weight.requires_grad = True
     with pytest.raises(ConfigError, match=r"model\.norm\.weight would train, but belongs to no active adapter"):
         train(model, TEXT, SHORT, tmp_path)
+
+
+# ---- the folder, and the disk ----
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
+    settings, seen = dataclasses.replace(SHORT, save_every=2), []
+    train(full(), TEXT, dataclasses.replace(settings, steps=2), tmp_path / "other")
+    plain = Run.step
+
+    def step(self, sharded):
+        if self.done == 2:
+            with ThreadPoolExecutor(1) as other:
+                seen.append(other.submit(pytest.raises, LockError, train, full(), TEXT, settings, tmp_path).result())
+                assert other.submit(find_checkpoint, "auto", tmp_path).result()[0].is_dir()  # readers may
+        assert (tmp_path / LOCK).exists()
+        return plain(self, sharded)
+
+    monkeypatch.setattr(Run, "step", step)
+    with locked(tmp_path):  # as a command does
+        train(full(), TEXT, settings, tmp_path)
+        assert (tmp_path / LOCK).exists()
+    train(full(), TEXT, settings, tmp_path)
+    assert len(seen) == 2
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_folder_is_made_if_need_be_and_left_without_a_lock(tmp_path):
+    train(full(), TEXT, dataclasses.replace(SHORT, steps=1), tmp_path / "a" / "b")
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["eval.jsonl", "log.jsonl"]
+
+
+@pytest.mark.parametrize("make", [full, lora])
+@pytest.mark.parametrize("wrong", [no_room, no_disk, stay_full])
+def test_a_save_that_fails_anywhere_may_be_made_again(make, wrong, tmp_path):
+    """The run in memory is as it was, and goes on to the same end as one that had no trouble."""
+    expected, straight = full_run(make(), tmp_path / "straight")
+    with Disk() as disk:
+        full_run(make(), tmp_path / "counted", save_at=3)
+    assert disk.changes >= 20
+    for at in range(1, disk.changes + 1, 1 if wrong is no_room else 3):
+        losses, model = full_run(make(), tmp_path / f"out-{at}", save_at=3, fault=(at, wrong))
+        assert losses == expected
+        assert bits(weights(model)) == bits(weights(straight))
+
+
+def full_run(model, out, save_at=None, fault=None):
+    out.mkdir()
+    run = Run(model.train(), TEXT, SHORT, out)
+    with ShardedStep(model, 1, 2) as sharded:
+        while run.done < SHORT.steps:
+            run.step(sharded)
+            if run.done == save_at:
+                before = bits(weights(model)), repr(run.optimizer.state_dict()), list(run.losses)
+                if fault:
+                    with Disk(*fault), contextlib.suppress(OSError):
+                        run.save()
+                assert (bits(weights(model)), repr(run.optimizer.state_dict()), run.losses) == before
+                with contextlib.nullcontext() if not fault else Disk():
+                    run.save()
+                assert find_checkpoint("auto", out)[1]["step"] == save_at
+                assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{save_at}"]
+    return run.losses, model
+
+
+def test_no_room_is_known_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(minilora.runs.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, needed))
+    size = sum(p.size for p in full().parameters()) * 4
+    for save_every, needed in ((None, size - 1), (2, 3 * size - 1)):
+        settings = dataclasses.replace(SHORT, save_every=save_every)
+        with pytest.raises(OSError, match="saving takes") as caught:
+            train(full(), TEXT, settings, tmp_path)
+        assert caught.value.errno == errno.ENOSPC
+        assert not list(tmp_path.iterdir())
+        needed += 1
+        train(full(), TEXT, settings, tmp_path)
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+
+
+def test_what_a_killed_run_left_is_removed_at_the_start(tmp_path):
+    stale = tmp_path / "checkpoints" / "step-9.tmp-123"
+    stale.mkdir(parents=True)
+    train(full(), TEXT, dataclasses.replace(SHORT, steps=1), tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
+    ticks = itertools.count(1e9, -3600)
+    bar = functools.partial(tqdm.tqdm, disable=False, file=io.StringIO())
+    train(lora(), TEXT, SHORT, tmp_path / "straight")
+    monkeypatch.setattr(time, "time", lambda: next(ticks))
+    monkeypatch.setattr(minilora.train, "tqdm", lambda **options: bar(**{**options, "disable": False}))
+    settings = dataclasses.replace(SHORT, save_every=2)
+    train(lora(), TEXT, settings, tmp_path / "out")
+    for p in (tmp_path / "out" / "checkpoints").rglob("*"):
+        os.utime(p, (next(ticks), next(ticks)))
+    assert find_checkpoint("auto", tmp_path / "out")[1]["step"] == 6
+    assert log_without_time(tmp_path / "out") == log_without_time(tmp_path / "straight")
+
+
+def test_another_numpy_is_told(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "out")
+    path = tmp_path / "out" / "checkpoints" / "step-3" / "manifest.json"
+    path.write_text(path.read_text().replace(f'"{np.__version__}"', '"1.0.0"'))
+    with pytest.warns(UserWarning, match=r"step-3' was written with NumPy '1\.0\.0', this is"):
+        train(lora(), TEXT, SHORT, tmp_path / "out", resume="auto")
+
+
+SEEDED = """
+import dataclasses, hashlib, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_train import *
+model = lora()
+result = train(model, TEXT, dataclasses.replace(SHORT, threads=int(sys.argv[2]), shard=1), Path(sys.argv[3]))
+print(hashlib.sha256(repr((result.losses, bits(weights(model)))).encode()).hexdigest())
+"""
+
+
+def test_threads_and_hash_seeds_of_other_processes_change_no_bit(tmp_path):
+    processes = []
+    for threads, seed in ((1, "0"), (2, "1"), (4, "random"), (1, "random")):
+        command = [sys.executable, "-c", SEEDED, str(Path(__file__).parent), str(threads), str(tmp_path / seed / "a")]
+        command[-1] += str(threads)
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OPENBLAS_NUM_THREADS": str(threads)}
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+    sums = {process.communicate()[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0, 0, 0, 0]
+    assert len(sums) == 1
+    assert len(sums.pop()) == 64
+
+
+ADAPTERS = {
+    "q and v": {"target_modules": ["q_proj", "v_proj"]},
+    "all, gaussian": {"target_modules": "all-linear", "init_lora_weights": "gaussian"},
+    "rslora": {"target_modules": "all-linear", "use_rslora": True},
+    "with biases": {"target_modules": "all-linear", "bias": "all"},
+    "a saved head": {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+    "patterns": {"target_modules": "all-linear", "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 1}},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_no_kind_of_adapter_changes_a_bit_of_what_it_does_not_train(name, tmp_path):
+    model = get_peft_model(full(), LoraConfig(r=4, lora_dropout=0.1, **ADAPTERS[name]))
+    declared = {key for key, p in model.named_parameters() if p.requires_grad}
+    before = weights(model)
+    train(model, TEXT, SHORT, tmp_path, held_out=HELD_OUT)
+    after = weights(model)
+    assert {key for key in before if before[key].tobytes() != after[key].tobytes()} == declared
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert bits(weights(model)) == bits(after)
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "q and v"])  # two maps of one layer are too few
+def test_every_kind_of_adapter_learns_a_batch_by_heart(name, tmp_path):
+    model = CausalLM(dataclasses.replace(CONFIG, initializer_range=1.0))  # a frozen head needs some size to be sure
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, **ADAPTERS[name]))
+    result = train(
+        model, np.arange(9) * 7 % 16, Settings(steps=300, batch_size=1, context=8, lr=3e-2, threads=1), tmp_path
+    )
+    assert min(result.losses) < 0.01
+
+
+def test_memory_does_not_grow_with_the_steps(tmp_path):
+    """A few hundred steps here, by Python's own count of its blocks; benchmarks/soak.py has twenty thousand."""
+    seen, plain = [], Run.step
+
+    def step(self, sharded):
+        if self.done in (100, 300):
+            gc.collect()
+            seen.append((tracemalloc.get_traced_memory()[0], len(os.listdir("/proc/self/fd")) if PROC else 0))
+        return plain(self, sharded)
+
+    settings = dataclasses.replace(SHORT, steps=301, eval_every=50, save_every=50)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "step", step)
+        tracemalloc.start()
+        try:
+            train(lora(), TEXT, settings, tmp_path, held_out=HELD_OUT)
+        finally:
+            tracemalloc.stop()
+    assert seen[0][1] == seen[1][1]
+    assert (seen[1][0] - seen[0][0]) / 200 < 256  # bytes a step; the list of losses takes 40
