@@ -154,12 +154,15 @@ def load_tokenizer(directory: PathLike, vocab_size: int) -> ByteTokenizer | HubT
 
 
 def read_text(path: PathLike) -> bytes:
-    """The bytes of a text file. DataError if it is empty or not a regular file, OSError if it cannot be read."""
+    """The bytes of a text file. DataError if it is empty, not a regular file or too large, OSError if it fails."""
     try:
         with open_regular(path) as file:
             text = file.read()
     except FormatError as error:
         raise DataError(str(error)) from None
+    except MemoryError:
+        size = os.path.getsize(path)
+        raise DataError(f"{quoted(path)} has {size:,} bytes, more than there is memory: cut a part out of it") from None
     if not text:
         raise DataError(f"{quoted(path)} is empty: there is nothing to train on")
     return text
