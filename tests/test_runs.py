@@ -812,3 +812,15 @@ def test_a_log_without_room_says_so(tmp_path):
         log.write(step=3)
     with pytest.raises(OSError, match="No space"):
         log.__exit__()
+
+
+def test_a_disk_that_fails_under_a_log_is_an_error_and_a_pipe_is_not(tmp_path, monkeypatch):
+    with Log(tmp_path / "log.jsonl") as log:
+        for number, kind in ((errno.EINVAL, contextlib.nullcontext()), (errno.EIO, pytest.raises(OSError))):
+            monkeypatch.setattr(os, "fsync", lambda descriptor, number=number: fail(number))
+            with kind:
+                log.sync()
+
+
+def fail(number):
+    raise OSError(number, os.strerror(number))

@@ -20,9 +20,10 @@ import pytest
 from faults import read_tree
 
 import minilora.train
+from minilora import CausalLM, PeftModel
 from minilora.cli import main
 from minilora.formats import load_file
-from minilora.runs import find_checkpoint, locked
+from minilora.runs import LOCK, find_checkpoint, locked
 
 pytest.importorskip("fcntl", reason="needs processes and signals as POSIX has them")
 
@@ -116,6 +117,23 @@ def test_whoever_writes_is_refused_at_once_and_whoever_reads_is_not():
         for argv in readers:
             assert other.submit(run, argv).result()[0] == 0
     assert run(writers[3])[0] == 0
+
+
+def test_a_command_holds_its_folder_until_all_is_written(monkeypatch):
+    held = []
+    for kind in (CausalLM, PeftModel):
+        plain = kind.save_pretrained
+
+        def save(self, folder, *rest, plain=plain, **more):
+            held.append((Path(folder).name, (Path(folder) / LOCK).exists()))
+            return plain(self, folder, *rest, **more)
+
+        monkeypatch.setattr(kind, "save_pretrained", save)
+    options = ["--batch-size=2", "--context=16", "--steps=1"]
+    assert run([*PRETRAIN, "--steps=1", "--out=base"])[0] == 0
+    assert run(["finetune", "--base=base", "--data=book.txt", *options, "--out=adapter"])[0] == 0
+    assert run(["merge", "--base=base", "--adapter=adapter", "--out=merged"])[0] == 0
+    assert held == [("base", True), ("adapter", True), ("merged", True)]
 
 
 def test_of_commands_that_start_at_once_one_wins():
