@@ -26,7 +26,7 @@ import numpy as np
 from . import __version__
 from .backend import get_backend, gpus
 from .data import ByteTokenizer, HubTokenizer, load_tokenizer, prose, read_text, split_text
-from .errors import ConfigError, DataError, FormatError, Interrupted, MiniloraError
+from .errors import ConfigError, DataError, FormatError, Interrupted, MiniloraError, NonFiniteError
 from .formats import SafetensorsFile, read_adapter, read_checkpoint
 from .formats.disk import parse_json
 from .lora import LoraConfig, PeftModel, get_peft_model
@@ -239,6 +239,9 @@ def _base(args: argparse.Namespace) -> tuple[Any, ByteTokenizer | HubTokenizer]:
         print(tokenizer.note, file=sys.stderr)
     if getattr(args, "adapter", None):
         model = PeftModel.from_pretrained(model, args.adapter)
+    for name, p in model.named_parameters():  # known before anything is made of them: no text, no run, no merged file
+        if not p.backend.xp.isfinite(p.data).all():
+            raise NonFiniteError(f"the weights in {args.base!r}, or of its adapter, are broken: {name} is not finite")
     return model, tokenizer
 
 

@@ -11,6 +11,7 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -89,22 +90,40 @@ class HubTokenizer:
     note = ""
 
     def __init__(self, directory: PathLike):
-        path = os.path.join(directory, "tokenizer.json")
+        self._path = path = os.path.join(directory, "tokenizer.json")
         try:
             import tokenizers
-
-            self._tokenizer = tokenizers.Tokenizer.from_file(path)
         except ImportError:
             raise DataError(f"{quoted(path)} needs the package 'tokenizers': pip install -e .[hf]") from None
-        except Exception as error:  # the package raises nothing more special
-            raise DataError(f"{quoted(path)} is not a usable tokenizer: {str(error)[:200]!r}") from None
+        with self._usable():
+            self._tokenizer = tokenizers.Tokenizer.from_file(path)
         self._tokenizer.no_truncation()  # a file may ask for both, but a corpus is one long text
         self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         if len(set(ids)) < max(1, len(ids)):
             raise DataError(f"{quoted(path)}: expected at least one token and an id of its own for each of {len(ids)}")
         self.vocab_size = max(ids) + 1
-        self._files = {name: found.read_bytes() for name in self.FILES if (found := Path(directory, name)).is_file()}
+        self._files = {}
+        for name in self.FILES:
+            if os.path.isfile(beside := os.path.join(directory, name)):
+                with open_regular(beside) as file:
+                    self._files[name] = file.read(MAX_TOKENIZER_BYTES + 1)
+                if len(self._files[name]) > MAX_TOKENIZER_BYTES:
+                    raise DataError(f"{quoted(beside)}: expected at most {MAX_TOKENIZER_BYTES} bytes")
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """What the package cannot do with this file is a DataError.
+
+        It raises plain Exceptions, and panics (BaseExceptions) for a file that it did not check: with a pattern that
+        does not end, say, which it gives up after ten million steps.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise DataError(f"{quoted(self._path)} is not a usable tokenizer: {str(error)[:200]!r}") from None
+            raise
 
     def encode(self, text: str | bytes, add_special_tokens: bool = False) -> NDArray[np.int32]:
         """The ids of a text in UTF-8; `add_special_tokens` puts what the file asks for around it (a BOS, say)."""
@@ -112,13 +131,15 @@ class HubTokenizer:
             decoded = _utf8(text).decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"the text is not UTF-8 at byte {error.start}; this model's tokenizer needs that") from None
-        return np.array(self._tokenizer.encode(decoded, add_special_tokens=add_special_tokens).ids, np.int32)
+        with self._usable():
+            return np.array(self._tokenizer.encode(decoded, add_special_tokens=add_special_tokens).ids, np.int32)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.decode(ids).encode("utf-8")
 
     def decode(self, ids: Iterable[int]) -> str:
-        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+        with self._usable():
+            return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
 
     def save(self, directory: PathLike) -> None:
         """Write the files again as they were read."""

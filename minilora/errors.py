@@ -11,9 +11,21 @@ from typing import Any
 
 
 class MiniloraError(Exception):
-    """The parent of every error that minilora raises on purpose."""
+    """The parent of every error that minilora raises on purpose.
+
+    The message is one line of at most 500 printable characters, whatever it quotes: a name in a stranger's file can
+    neither steer the terminal that shows it nor fill it.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in _middle_cut(message))
+        super().__init__(_middle_cut(line))
+
+
+def _middle_cut(text: str) -> str:
+    return text if len(text) <= 500 else f"{text[:300]} ... {text[-195:]}"
 
 
 class ConfigError(MiniloraError, ValueError):

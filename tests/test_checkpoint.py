@@ -198,8 +198,8 @@ BAD_JSON: dict[str, tuple[bytes, str]] = {
     "depth 100,000 unclosed": (b"[" * 100_000, "deeper than 64"),
     "depth hidden behind an escaped quote": (b'{"\\\\\\"": "\\\\",  "b":' + b"[" * 100_000, "deeper than 64"),
     "control characters": (b'{"\x1b[31m": 1}', "not valid JSON"),
-    "1 MB duplicate": (b'{"%b": 1, "%b": 1}' % ((b"\\n" * 2**19,) * 2), "appears twice"),
-    "17 MiB": (b"{" + b" " * (17 << 20) + b"}", "expected at most 16777216"),
+    "half a MB, twice": (b'{"%b": 1, "%b": 1}' % ((b"\\n" * 2**17,) * 2), "appears twice"),
+    "2 MiB": (b"{" + b" " * (2 << 20) + b"}", "expected at most 1048576"),
 }
 
 

@@ -331,7 +331,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "nesting unclosed": (raw(b"{" + b"[" * 100_000 + b"}"), "nested deeper than 3"),
     "nesting behind a quote": (raw(b'{"\\\\":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "nested deeper"),
     "5,000 digits": (raw(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}'), "integer"),
-    "4 MB of brackets": (raw(b'{"a":[' + b"[]," * 1_400_000 + b"[]]}"), "lists and objects"),
+    "4 MB of brackets": (raw(b'{"a":[' + b"[]," * 1_400_000 + b"[]]}"), "lists, objects and texts"),
     "duplicate name": (raw(b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), FOUR), "'a' appears twice"),
     "duplicate field": (raw(b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', FOUR), "twice"),
     "duplicate metadata": (raw(b'{"__metadata__":{},"__metadata__":{}}'), "twice"),

@@ -24,7 +24,8 @@ from ..errors import ConfigError, FormatError
 
 PathLike = str | os.PathLike[str]
 
-MAX_JSON_BYTES = 16 << 20  # the largest config or shard index seen in the wild is far below one MiB
+MAX_JSON_BYTES = 1 << 20  # the largest config of a language model or an adapter seen in the wild is far below
+MAX_JSON_VALUES = 4 << 20  # twice the lists, objects and texts of the largest tokenizer in use
 MAX_DEPTH = 64  # real configs stay below 10; Python's own limit would end in a RecursionError
 MAX_INTEGER_DIGITS = 20  # 2^64 has 20 digits; Python takes quadratic time over longer ones, or refuses them
 
@@ -135,18 +136,22 @@ def require_folder(path: PathLike, what: str) -> None:
         raise NotADirectoryError(errno.ENOTDIR, f"the {what} must be a folder", os.fspath(path))
 
 
-def parse_json(data: bytes, where: str, depth: int = MAX_DEPTH, containers: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def parse_json(data: bytes, where: str, depth: int = MAX_DEPTH, values: int = MAX_JSON_VALUES) -> dict[str, Any]:
     """The JSON object in `data`, or a FormatError that begins with `where`.
 
     Stricter than Python's parser, which takes NaN, repeated keys, 1e400, half of a surrogate pair and integers of any
-    length. `depth` and `containers` bound the nesting and the number of lists and objects before anything is built.
+    length. `depth` and `values` bound the nesting and the number of lists, objects and texts before anything is built:
+    a byte of JSON can take thirty in memory.
     """
-    # What is left outside strings: drop escaped backslashes, then escaped quotes; then every second piece is outside.
-    outside = b"".join(data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    # What is left outside texts: drop escaped backslashes, then escaped quotes; then every second piece is outside.
+    plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    texts = plain.count(b'"') // 2
+    outside = b"".join(plain.split(b'"')[::2]) if texts <= values else b""
     brackets = outside.translate(None, delete=bytes(set(range(256)) - set(b"{}[]")))
-    deepest = max(accumulate(1 if byte in b"{[" else -1 for byte in brackets), default=0)
-    if deepest > depth or len(brackets) > 2 * containers:
-        raise FormatError(f"{where}: JSON nested deeper than {depth}, or with more than {containers} lists and objects")
+    if max(accumulate(1 if byte in b"{[" else -1 for byte in brackets), default=0) > depth:
+        raise FormatError(f"{where}: JSON nested deeper than {depth}")
+    if texts + len(brackets) // 2 > values:
+        raise FormatError(f"{where}: JSON of more than {values} lists, objects and texts")
 
     def integer(digits: str) -> int:
         if len(digits) > MAX_INTEGER_DIGITS or digits == "-0":

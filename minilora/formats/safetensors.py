@@ -41,7 +41,9 @@ NAMES = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
 
 MAX_HEADER_BYTES = 100_000_000  # the reference's limit
 MAX_RANK = 64  # NumPy's limit
-SMALLEST_ENTRY = 49  # bytes of "":{"dtype":"U8","shape":[],"data_offsets":[0,0]}, which holds three containers
+SMALLEST_ENTRY, ENTRY_VALUES = 49, 8  # bytes, and lists, objects and texts, of the entry that is the densest there is:
+# "":{"dtype":"U8","shape":[],"data_offsets":[0,0]}
+MAX_METADATA = 10_000  # texts; the metadata that trainers write hold some hundred
 
 
 # ---- bfloat16: the upper half of a float32 ----
@@ -108,7 +110,8 @@ class SafetensorsFile:
         text = bytes(self._bytes(8, length, "the header"))
         if not text.startswith(b"{") or not text.rstrip(b" ").endswith(b"}"):
             raise FormatError(f"{self._where}: the header must begin with {{ and end with }} and spaces")
-        header = parse_json(text, self._where, depth=3, containers=16 + 3 * (length // SMALLEST_ENTRY))
+        values = MAX_METADATA + ENTRY_VALUES * (length // SMALLEST_ENTRY)
+        header = parse_json(text, self._where, depth=3, values=values)
         metadata = header.pop("__metadata__", {})
         if type(metadata) is not dict or any(type(value) is not str for value in metadata.values()):
             raise FormatError(f"{self._where}: __metadata__ must hold strings only")

@@ -16,6 +16,7 @@ from .targets import pattern_value
 # What target_modules=None means, by the model's type (PEFT's table).
 DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"]}
 MAX_NAMES = 10_000  # a list of targets longer than any model is a mistake, or an attack
+MAX_PATTERNS, MAX_BRANCHING = 2000, 2000  # patterns, and states of those with a choice: no file takes many seconds
 
 
 @dataclasses.dataclass
@@ -78,24 +79,28 @@ class LoraConfig:
         need(self.task_type in (None, "CAUSAL_LM"), "task_type", "'CAUSAL_LM' or None")
         for name in ("use_rslora", "fan_in_fan_out", "inference_mode"):
             need(isinstance(getattr(self, name), bool), name, "True or False")
+        patterns: list[str] = []
         for name, check in (("rank_pattern", _is_rank), ("alpha_pattern", _is_positive)):
             table = getattr(self, name)
-            ok = isinstance(table, dict) and len(table) <= MAX_NAMES and all(isinstance(k, str) for k in table)
-            need(ok and all(check(v) for v in table.values()), name, "a dictionary from names to positive numbers")
-            for key in table:
-                Pattern(key)
+            ok = isinstance(table, dict) and all(isinstance(k, str) and check(v) for k, v in table.items())
+            need(ok, name, "a dictionary from names to positive numbers")
+            patterns += table
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             need(value is None or isinstance(value, str) or _is_names(value), name, "a list of names, or a pattern")
-            if isinstance(value, str) and value.lower() != "all-linear":
-                Pattern(value)
+            patterns += [value] if isinstance(value, str) and value.lower() != "all-linear" else []
         need(self.target_modules not in ([], ""), "target_modules", "at least one name")
         need(self.modules_to_save is None or _is_names(self.modules_to_save), "modules_to_save", "a list of names")
         layers = self.layers_to_transform
-        listed = isinstance(layers, list) and all(type(i) is int for i in layers)
+        listed = isinstance(layers, list) and len(layers) <= MAX_NAMES and all(type(i) is int for i in layers)
         need(layers is None or type(layers) is int or listed, "layers_to_transform", "an integer or a list of them")
         pattern = self.layers_pattern
         need(pattern is None or isinstance(pattern, str) or _is_names(pattern), "layers_pattern", "a name or names")
+        patterns += [pattern] if isinstance(pattern, str) else pattern or []
+        branching = sum(p.size for p in map(Pattern, patterns[: MAX_PATTERNS + 1]) if p.width is None)
+        if len(patterns) > MAX_PATTERNS or branching > MAX_BRANCHING:
+            most = f"at most {MAX_PATTERNS} in all, few of them with a choice or a repetition"
+            raise ConfigError(f"rank_pattern, alpha_pattern and other patterns must be {most}; there are {len(patterns)}")
         if layers is not None and isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
             raise ConfigError("layers_to_transform needs target_modules as a list: a pattern names its layers itself")
         if layers is None and pattern:

@@ -31,6 +31,10 @@ class Pattern:
         reader = _Reader(text)
         self._states = reader.states
         self._first = reader.read()
+        self.size = len(self._states)
+        # The number of characters of every match; None where there is a choice, and all states can be live at once.
+        choice = any(len(following) > 1 for _, following in self._states)
+        self.width = None if choice else sum(callable(what) for what, _ in self._states)
 
     def fullmatch(self, name: str) -> bool:
         """Whether the whole of `name` matches, as `re.fullmatch` would say."""
@@ -43,6 +47,8 @@ class Pattern:
         for at in range(len(name) + 1):
             if at in starts:
                 arrived.add(self._first)
+            if not arrived:
+                continue
             live, pending = set(arrived), list(arrived)
             while pending:
                 what, following = self._states[pending.pop()]

@@ -15,7 +15,7 @@ from typing import TypeVar
 from .patterns import Pattern
 
 V = TypeVar("V")
-_pattern = lru_cache(maxsize=256)(Pattern)  # one configuration asks the same few patterns about every module
+_pattern = lru_cache(maxsize=4096)(Pattern)  # one configuration asks the same patterns about every module
 
 
 def matches(name: str, targets: str | Sequence[str]) -> bool:
@@ -32,7 +32,10 @@ def pattern_value(name: str, patterns: Mapping[str, V], default: V) -> V:
     """The value of the first key that matches `name`, or a part of it that begins after a dot and reaches the end."""
     starts = {0, *_after_dots(name)}
     for key, value in patterns.items():
-        if len(name) in _pattern(key).ends(name, starts):
+        pattern = _pattern(key)
+        # A pattern without a choice (as good as every one is a name) can only begin at one place.
+        possible = starts if pattern.width is None else starts & {len(name) - pattern.width}
+        if possible and len(name) in pattern.ends(name, possible):
             return value
     return default
 
