@@ -1,4 +1,4 @@
-"""The command line: demo, pretrain, finetune, generate, evaluate, merge, inspect, devices.
+"""The command line: demo, pretrain, finetune, generate, evaluate, merge, inspect, verify, devices.
 
 Each command is a function here that turns options into calls of the rooms below. A user's mistake ends in one line on
 stderr and an exit code (errors.py); `--debug` shows where it came from.
@@ -27,8 +27,8 @@ from . import __version__
 from .backend import get_backend, gpus
 from .data import ByteTokenizer, HubTokenizer, load_tokenizer, prose, read_text, split_text
 from .errors import ConfigError, DataError, FormatError, Interrupted, MiniloraError, NonFiniteError
-from .formats import SafetensorsFile, read_adapter, read_checkpoint
 from .formats.disk import parse_json
+from .inspection import inspect_adapter, inspect_checkpoint
 from .lora import LoraConfig, PeftModel, get_peft_model
 from .runs import find_checkpoint, locked, numbered_folder, open_folder
 from .transformer import CausalLM, TransformerConfig
@@ -149,19 +149,16 @@ def merge(args: argparse.Namespace) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     folder = Path(args.directory)
-    report = _inspect_adapter(folder) if (folder / "adapter_config.json").exists() else _inspect_base(folder)
+    report = (inspect_adapter if (folder / "adapter_config.json").exists() else inspect_checkpoint)(folder)
     if args.json:
         print(json.dumps(report, indent=2))
         return
     for name, value in report.items():
         if name != "tensors":
             print(f"{name:18} {format(value, ',') if type(value) is int else _printable(str(value))}")
-    rows = report["tensors"]
-    if rows:
-        widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
-        print("\n" + "  ".join(f"{key:{width}}" for key, width in widths.items()))
-        for row in rows:
-            print("  ".join(f"{_printable(str(row[key])):{width}}" for key, width in widths.items()))
+    if report["tensors"]:
+        print()
+        _print_table(report["tensors"])
 
 
 def devices(args: argparse.Namespace) -> None:
@@ -176,56 +173,35 @@ def devices(args: argparse.Namespace) -> None:
         print(f"{name:8} {_printable(state.removeprefix(f'device {name!r} is '))}")
 
 
-def _inspect_adapter(folder: Path) -> dict[str, Any]:
-    raw, tensors = read_adapter(folder)
-    config = LoraConfig.from_dict(raw, str(folder / "adapter_config.json"))
-    rows = []
-    for key, A in tensors.items():
-        if key.endswith(".lora_A.weight"):
-            path = key.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
-            B = tensors.get(key.replace(".lora_A.", ".lora_B."))
-            if A.ndim != 2 or B is None or B.ndim != 2 or B.shape[1] != A.shape[0]:
-                raise FormatError(f"{folder}: {path}: lora_A {A.shape} has no lora_B that fits it")
-            # |s B A| and its singular values from the small factors: B = Q R, A^T = P S, so B A = Q (R S^T) P^T.
-            core = np.linalg.qr(B.astype(np.float64))[1] @ np.linalg.qr(A.T.astype(np.float64))[1].T
-            finite = bool(np.isfinite(core).all())
-            values = np.linalg.svd(core, compute_uv=False) * config.scaling(path) if finite else np.array([np.nan])
-            norm = float(np.linalg.norm(values))
-            share = (values / norm) ** 2 if norm > 0 else np.zeros(0)
-            share = share[share > 0]  # the effective rank of Roy & Vetterli 2007: exp of the spectrum's entropy
-            effective = float(np.exp(-(share * np.log(share)).sum())) if finite and share.size else 0.0
-            row = {"layer": path, "shape": f"{B.shape[0]} x {A.shape[1]}", "r": A.shape[0]}
-            rows.append(
-                {**row, "scaling": f"{config.scaling(path):g}", "|dW|": f"{norm:.4g}", "rank": f"{effective:.2f}"}
-            )
-    return {
-        "adapter": str(folder),
-        "base": str(config.base_model_name_or_path),
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "parameters": sum(a.size for a in tensors.values()),
-        "bytes": (folder / "adapter_model.safetensors").stat().st_size,
-        "finite": all(bool(np.isfinite(a).all()) for a in tensors.values()),
-        "tensors": rows,
-    }
+def verify(args: argparse.Namespace) -> None:
+    from .verify import Report, verify_files
+    from .verify import verify as over_random_cases
+    from .verify.run import as_json, worst_ratio
 
-
-def _inspect_base(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = {}
-    if folder.is_file():
-        with SafetensorsFile(folder) as file:
-            rows = _tensor_rows(file)
+    if (args.base is None) != (args.adapter is None):
+        raise ConfigError("verify takes --base and --adapter, or neither of them: then it measures random layers")
+    if args.base is None:
+        report = Report(over_random_cases(args.cases, args.seed), [])
     else:
-        config, checkpoint = read_checkpoint(folder)
-        with checkpoint:
-            rows = _tensor_rows(checkpoint)
-    report: dict[str, Any] = {"checkpoint": str(folder), "model_type": config.get("model_type", "-")}
-    report["parameters"] = sum(math.prod(row["shape"]) for row in rows)
-    return {**report, "tensors": rows}
-
-
-def _tensor_rows(file: Any) -> list[dict[str, Any]]:
-    return [{"tensor": key, "shape": list(file.shape(key)), "dtype": file.dtype(key)} for key in list(file.keys())]
+        report = verify_files(args.base, args.adapter, args.seed)
+    if args.json:
+        print(json.dumps(as_json(report), indent=2))
+    else:
+        heads = ("property", "equation", "measured", "bound", "ratio", "ok")
+        shown = (
+            (r.property, r.equation, f"{r.measured:.2e}", f"{r.bound:.2e}", f"{r.ratio:.3f}", r.ok) for r in report.rows
+        )
+        _print_table([dict(zip(heads, row, strict=True)) for row in shown])
+        if report.layers:
+            print()
+            _print_table(
+                [{k: f"{v:.4g}" if type(v) is float else v for k, v in f._asdict().items()} for f in report.layers]
+            )
+        print(f"\nworst measured / bound: {worst_ratio(report.rows):.3f}, of {len(report.rows)} properties")
+    for row in report.rows:
+        if not row.ok:
+            detail = f"measured {row.measured:.3g}, bound {row.bound:.3g}, at {row.where} {row.note}".rstrip()
+            raise MiniloraError(f"property '{row.property}' fails: {row.equation}: {detail}")
 
 
 # ---- what commands share --------------------------------------------------------------------------------------------
@@ -301,6 +277,13 @@ def _print_result(result: Any, bits_per_byte: Callable[[float, float], float], r
     first, last = result.evaluations[0][1], result.evaluations[-1][1]
     before, after = bits_per_byte(first, ratio), bits_per_byte(last, ratio)
     print(f"held-out bits per byte {before:.3f} -> {after:.3f} in {result.seconds:.0f} s")
+
+
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+    widths = {key: max(len(key), *(len(_printable(str(row[key]))) for row in rows)) for key in rows[0]}
+    print("  ".join(f"{key:{width}}" for key, width in widths.items()).rstrip())
+    for row in rows:
+        print("  ".join(f"{_printable(str(row[key])):{width}}" for key, width in widths.items()).rstrip())
 
 
 def _printable(text: str) -> str:
@@ -479,6 +462,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--debug", action="store_true", help="show a traceback when something fails")
 
     sub = command(devices, "What there is to compute on: the CPU, and each GPU or why it cannot be used.", "")
+    sub.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+
+    sub = command(
+        verify, "Measure every property of LoRA's mathematics beside its bound.", "--base base --adapter adapter"
+    )
+    sub.add_argument("--base", metavar="DIR", help="measure your own files instead of random layers: their base ...")
+    sub.add_argument("--adapter", metavar="DIR", help="... and their adapter, in PEFT's format")
+    sub.add_argument("--cases", type=_whole(1), default=100, metavar="N", help="random layers (%(default)s)")
+    sub.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of what is random (%(default)s)")
+    sub.add_argument("--json", action="store_true", help="for programs")
     sub.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     return parser
 

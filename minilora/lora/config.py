@@ -100,7 +100,7 @@ class LoraConfig:
         branching = sum(p.size for p in map(Pattern, patterns[: MAX_PATTERNS + 1]) if p.width is None)
         if len(patterns) > MAX_PATTERNS or branching > MAX_BRANCHING:
             most = f"at most {MAX_PATTERNS} in all, few of them with a choice or a repetition"
-            raise ConfigError(f"rank_pattern, alpha_pattern and other patterns must be {most}; there are {len(patterns)}")
+            raise ConfigError(f"rank_pattern, alpha_pattern and other patterns: {most}; there are {len(patterns)}")
         if layers is not None and isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
             raise ConfigError("layers_to_transform needs target_modules as a list: a pattern names its layers itself")
         if layers is None and pattern:

@@ -1,0 +1,93 @@
+"""What a folder holds, without running anything: an adapter's layers and their spectra, or a checkpoint's tensors.
+
+singular_values, effective_rank     of dW = s B A, from the small factors
+inspect_adapter, inspect_checkpoint   a report: what there is to say, and a row for each layer or tensor
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import FormatError
+from .formats import SafetensorsFile, read_adapter, read_checkpoint
+from .lora import LoraConfig
+
+Report = dict[str, Any]
+
+
+def singular_values(A: np.ndarray, B: np.ndarray, scaling: float) -> np.ndarray:
+    """The singular values of s B A that can differ from zero, falling: (min(r, I, O),). A (r, I), B (O, r).
+
+    From the small factors: B = Q R and Aᵀ = P S give B A = Q (R Sᵀ) Pᵀ, and Q, P change no singular value. One NaN is
+    what a factor gives that is not finite.
+    """
+    if not (np.isfinite(A).all() and np.isfinite(B).all()):
+        return np.array([np.nan])
+    core = np.linalg.qr(B.astype(np.float64))[1] @ np.linalg.qr(A.T.astype(np.float64))[1].T  # at most (r, r)
+    return np.asarray(np.linalg.svd(core, compute_uv=False) * abs(scaling))
+
+
+def effective_rank(values: np.ndarray) -> float:
+    """exp of the entropy of the spectrum's energy: how many directions dW really uses, 0 if it is zero or not finite.
+
+    Roy & Vetterli 2007, with the shares σᵢ² / Σ σ² for their σᵢ / Σ σ.
+    """
+    norm = float(np.linalg.norm(values))
+    if not 0 < norm < math.inf:
+        return 0.0
+    share = (values / norm) ** 2
+    share = share[share > 0]
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def inspect_adapter(folder: Path) -> Report:
+    """An adapter's folder: its configuration in short, and of each layer the size of dW and the rank it uses.
+
+    FormatError for a file that is damaged, or a lora_A without a lora_B that fits it.
+    """
+    raw, tensors = read_adapter(folder)
+    config = LoraConfig.from_dict(raw, str(folder / "adapter_config.json"))
+    rows = []
+    for key, A in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            path = key.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
+            B = tensors.get(key.replace(".lora_A.", ".lora_B."))
+            if A.ndim != 2 or B is None or B.ndim != 2 or B.shape[1] != A.shape[0]:
+                raise FormatError(f"{folder}: {path}: lora_A {A.shape} has no lora_B that fits it")
+            s = config.scaling(path)
+            values = singular_values(A, B, s)
+            row = {"layer": path, "shape": f"{B.shape[0]} x {A.shape[1]}", "r": A.shape[0], "scaling": f"{s:g}"}
+            rows.append({**row, "|dW|": f"{np.linalg.norm(values):.4g}", "rank": f"{effective_rank(values):.2f}"})
+    return {
+        "adapter": str(folder),
+        "base": str(config.base_model_name_or_path),
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "parameters": sum(a.size for a in tensors.values()),
+        "bytes": (folder / "adapter_model.safetensors").stat().st_size,
+        "finite": all(bool(np.isfinite(a).all()) for a in tensors.values()),
+        "tensors": rows,
+    }
+
+
+def inspect_checkpoint(path: Path) -> Report:
+    """A model's folder, or one safetensors file: how many numbers, and each tensor's shape and stored dtype."""
+    config: dict[str, Any] = {}
+    if path.is_file():
+        with SafetensorsFile(path) as file:
+            rows = _tensors(file)
+    else:
+        config, checkpoint = read_checkpoint(path)
+        with checkpoint:
+            rows = _tensors(checkpoint)
+    report: Report = {"checkpoint": str(path), "model_type": config.get("model_type", "-")}
+    report["parameters"] = sum(math.prod(row["shape"]) for row in rows)
+    return {**report, "tensors": rows}
+
+
+def _tensors(file: Any) -> list[Report]:
+    return [{"tensor": key, "shape": list(file.shape(key)), "dtype": file.dtype(key)} for key in list(file.keys())]

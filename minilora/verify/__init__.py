@@ -1,0 +1,29 @@
+"""LoRA's mathematics, checked: a list of properties, each with its equation, its paper and a computed bound.
+
+case         what a property is measured on, and the formula it is measured against
+measuring    a measurement beside its bound
+properties   the list
+run          all of it over random layers, or over somebody's own files
+"""
+
+from .case import Case, Formula, cases_of, make_case, random_case
+from .measuring import Measured, Property
+from .properties import PROPERTIES
+from .run import Finding, Report, Row, measure, verify, verify_files
+
+__all__ = [
+    "PROPERTIES",
+    "Case",
+    "Finding",
+    "Formula",
+    "Measured",
+    "Property",
+    "Report",
+    "Row",
+    "cases_of",
+    "make_case",
+    "measure",
+    "random_case",
+    "verify",
+    "verify_files",
+]

@@ -1,0 +1,203 @@
+"""What a property is measured on: a layer with its adapters and an input; and what that layer should compute.
+
+    Formula        y, dW and the gradients as the paper writes them, in a wider precision than the layer's
+    Case           the layer, its input, and what rounding may do to a result (`gamma`)
+    make_case, random_case, cases_of    a case of a given shape, of any shape, and those of somebody's model
+
+Letters: N rows of x, I in, O out, r rank, k active adapters, u the unit roundoff. Shapes: X (N, I), W (O, I), A (r, I),
+B (O, r), G = dL/dy (N, O), s the scaling, dW = s B A.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import functional as F
+from ..backend import Array
+from ..lora import LoraAdapter, LoraConfig, LoraLinear, PeftModel
+from ..lora.plan import wrappers
+from ..lora.targets import pattern_value
+from ..nn import Linear
+
+# What a reference is computed in. (Where long double is no wider than double the bounds still hold, twice as large.)
+WIDE: dict[Any, Any] = {np.dtype(np.float32): np.dtype(np.float64), np.dtype(np.float64): np.dtype(np.longdouble)}
+
+# ---- the formula, over values or over absolute values ---------------------------------------------------------------
+
+
+class Formula(NamedTuple):
+    """y = X W^T + b + sum over adapters of s (X A^T) B^T, the update of W and the gradients, as in the paper."""
+
+    X: Array
+    W: Array
+    b: Array
+    factors: list[tuple[Array, Array, float]]  # (A, B, s) of each active adapter
+
+    def __abs__(self) -> Formula:
+        """The same over absolute values: what rounding errors are measured in."""
+        X, W, b = abs(self.X), abs(self.W), abs(self.b)
+        return Formula(X, W, b, [(abs(A), abs(B), abs(s)) for A, B, s in self.factors])
+
+    def y(self) -> Array:
+        """(N, O)"""
+        low_rank = (s * ((self.X @ A.T) @ B.T) for A, B, s in self.factors)  # (N, I) @ (I, r) @ (r, O)
+        return sum(low_rank, start=self.X @ self.W.T + self.b)
+
+    def dW(self) -> Array:
+        """sum s B A (O, I)"""
+        return sum((s * (B @ A) for A, B, s in self.factors), start=0 * self.W)
+
+    def dX(self, G: Array) -> Array:
+        """G (W + sum s B A) (N, I)"""
+        return sum((s * ((G @ B) @ A) for A, B, s in self.factors), start=G @ self.W)
+
+    def dA(self, G: Array, i: int = 0) -> Array:
+        """s B^T G^T X (r, I), of the adapter number i"""
+        _, B, s = self.factors[i]
+        return s * ((G @ B).T @ self.X)
+
+    def dB(self, G: Array, i: int = 0) -> Array:
+        """s G^T X A^T (O, r), of the adapter number i"""
+        A, _, s = self.factors[i]
+        return s * (G.T @ (self.X @ A.T))
+
+
+# ---- cases ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """What a property is measured on. Nothing is ever done to `subject` itself: `layer` makes a copy for that.
+
+    subject    a layer with adapters, unmerged
+    x          (batch, time, I) in the layer's dtype
+    configs    by adapter: its configuration, r and lora_alpha being those of this layer
+    seed       of whatever a measurement draws
+    """
+
+    name: str
+    subject: LoraLinear
+    x: np.ndarray
+    configs: dict[str, LoraConfig]
+    seed: int = 0
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.x.dtype
+
+    @property
+    def rng(self) -> np.random.Generator:
+        return np.random.default_rng(self.seed)
+
+    def layer(self, *names: str) -> LoraLinear:
+        """A copy of the subject, base and all: the adapters `names` (or all) active, no dropout, only they train."""
+        parameters = list(self.subject.parameters())
+        layer = copy.deepcopy(self.subject, {id(p.backend): p.backend for p in parameters})
+        layer.active = list(names or layer.adapters)
+        for p in layer.parameters():
+            p.requires_grad = False
+        for adapter in layer.adapters.values():
+            for p in adapter.parameters():
+                p.requires_grad = True
+        return layer.eval()  # type: ignore[no-any-return]
+
+    def formula(self, layer: LoraLinear) -> Formula:
+        """What `layer`, with its active adapters, is to compute."""
+        base, wide = layer.base_layer, WIDE[self.dtype]
+        b = np.zeros(1) if base.bias is None else base.bias.data
+        adapters = [layer.adapters[name] for name in layer.active]
+        factors = [(a.lora_A.data.astype(wide), a.lora_B.data.astype(wide), float(a.scaling)) for a in adapters]
+        return Formula(F.rows(self.x).astype(wide), base.dense_weight().astype(wide), b.astype(wide), factors)
+
+    def upstream(self) -> Array:
+        """G = dL/dy, at random (batch, time, O)."""
+        shape = (*self.x.shape[:-1], self.subject.base_layer.out_features)
+        return self.rng.standard_normal(shape).astype(self.dtype)
+
+    def roundings(self, layer: LoraLinear, extra: int = 0) -> int:
+        """How many a product meets at most on its way into y: I + r + 2 + k.
+
+        I in x A^T, r in (.) B^T, two with s (its own dtype is float64), k in sums with what the layer gives so far.
+        """
+        base, ranks = layer.base_layer, [layer.adapters[name].r for name in layer.active]
+        return base.in_features + max(ranks) + 2 + len(ranks) + extra
+
+    def gamma(self, n: int, scale: Array, dtype: Any = None) -> Array:
+        """gamma_n S for n roundings in `dtype` (the layer's) and n in the reference's own precision.
+
+        The smallest normal number on top is far more than underflow can add (Higham 2002, equation 2.8).
+        """
+        us = [float(np.finfo(d).eps) / 2 for d in (dtype or self.dtype, WIDE[self.dtype])]
+        return sum(n * u / (1 - n * u) for u in us) * scale + np.finfo(self.dtype).tiny
+
+
+def make_case(
+    seed: int,
+    inputs: int,
+    outputs: int,
+    ranks: Sequence[int],
+    alphas: Sequence[float],
+    dtype: str = "float32",
+    use_rslora: bool = False,
+    bias: bool = True,
+    rows: tuple[int, int] = (2, 3),
+    exponents: tuple[int, int, int] = (0, 0, 0),
+) -> Case:
+    """A random layer of this shape, an adapter for each of `ranks` and `alphas`; W, A, B times a power of two each."""
+    rng = np.random.default_rng(seed)
+    W, A, B = (2.0**e for e in exponents)
+    b = rng.standard_normal(outputs).astype(dtype) if bias else None
+    subject = LoraLinear(Linear((W * rng.standard_normal((outputs, inputs))).astype(dtype), b))
+    for p in subject.parameters():
+        p.requires_grad = False
+    configs = {}
+    for i, (r, alpha) in enumerate(zip(ranks, alphas, strict=True)):
+        configs[f"a{i}"] = LoraConfig(r=r, lora_alpha=alpha, use_rslora=use_rslora, target_modules=["proj"])
+        adapter = LoraAdapter(subject.base_layer, "proj", configs[f"a{i}"], rng, stream=i)
+        adapter.lora_A.data = (A * rng.standard_normal((r, inputs))).astype(dtype)
+        adapter.lora_B.data = (B * rng.standard_normal((outputs, r))).astype(dtype)
+        subject.adapters[f"a{i}"] = adapter
+    subject.active = list(subject.adapters)
+    x = rng.standard_normal((*rows, inputs)).astype(dtype)
+    rank = ", ".join(map(str, ranks))
+    name = f"{dtype}, W {outputs} x {inputs}, r = {rank}, seed {seed}"
+    return Case(name, subject.eval(), x, configs, seed)
+
+
+def random_case(seed: int) -> Case:
+    """A case of any shape from 1 x 1 to 64 x 64, any rank up to 80, one to three adapters, either dtype."""
+    rng = np.random.default_rng([seed, 1])
+
+    def size(most: int) -> int:  # small ones are where shapes go wrong, large ones where rounding does
+        return int(most ** rng.random())
+
+    count = int(rng.integers(1, 4))
+    return make_case(
+        seed,
+        size(65),
+        size(65),
+        [size(81 if rng.random() < 0.1 else 17) for _ in range(count)],
+        [float(2 ** rng.uniform(-4, 6)) for _ in range(count)],
+        str(rng.choice(["float32", "float64"])),
+        bool(rng.integers(2)),
+        bool(rng.integers(2)),
+        (size(4), size(9)),
+        tuple(map(int, rng.integers(-6, 4, 3))),  # type: ignore[arg-type]
+    )
+
+
+def cases_of(model: PeftModel, adapter_name: str = "default", seed: int = 0) -> Iterator[Case]:
+    """Every adapted layer of a model, with a random input."""
+    config = model.peft_config[adapter_name]
+    for number, (path, layer) in enumerate(wrappers(model.get_base_model())):
+        if isinstance(layer, LoraLinear) and adapter_name in layer.adapters:
+            alpha = pattern_value(path, config.alpha_pattern, config.lora_alpha)
+            own: dict[str, Any] = {"r": config.rank(path), "lora_alpha": alpha, "use_rslora": config.use_rslora}
+            rng, base = np.random.default_rng([seed, number]), layer.base_layer
+            x = rng.standard_normal((2, 4, base.in_features)).astype(base.dtype)
+            yield Case(path, layer, x, {adapter_name: LoraConfig(**own, target_modules=["proj"])}, seed + number)
