@@ -508,7 +508,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does, its temporary files removed, not in the middle of a line of C."""
+    """SIGTERM ends a command as Ctrl-C does: temporary files and the lock of a folder are removed first."""
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt(number)

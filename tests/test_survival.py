@@ -35,7 +35,8 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is inherited as ignored
 from minilora import cli, train
 {before}
-print("ready", flush=True)
+build_parser = cli.build_parser
+cli.build_parser = lambda: print("ready", flush=True) or build_parser()  # from here on `main` answers for everything
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -58,7 +59,7 @@ def run(argv: list[str]) -> tuple[int, str, str]:
 
 
 def start(argv: list[str], before: str = "") -> subprocess.Popen:
-    """A command in a process of its own, which has come to the beginning of `main`."""
+    """A command in a process of its own, which has come as far as `main`."""
     command = [sys.executable, "-c", CHILD.format(before=before), *argv]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
