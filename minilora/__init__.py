@@ -4,6 +4,7 @@ The door: public names by the room they come from. `minilora.functional`, `minil
 `minilora.train` are rooms to go into by name.
 """
 
+from .architecture import TransformerConfig
 from .autograd import Tensor, gradients, no_grad
 from .backend import get_backend
 from .data import ByteTokenizer
@@ -13,7 +14,7 @@ from .gradcheck import check_gradient
 from .lora import LoraConfig, LoraLinear, PeftModel, get_peft_model
 from .nn import Dropout, Embedding, LayerNorm, Linear, Module, Parameter, RMSNorm
 from .optim import SGD, AdamW
-from .transformer import CausalLM, TransformerConfig
+from .transformer import CausalLM
 
 __version__ = "0.1.0"
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from . import __version__
+from .architecture import TransformerConfig
 from .backend import get_backend, gpus
 from .data import ByteTokenizer, HubTokenizer, load_tokenizer, prose, read_text, split_text
 from .errors import ConfigError, DataError, FormatError, Interrupted, MiniloraError, NonFiniteError
@@ -31,7 +32,7 @@ from .formats.disk import parse_json
 from .inspection import inspect_adapter, inspect_checkpoint
 from .lora import LoraConfig, PeftModel, get_peft_model
 from .runs import find_checkpoint, locked, numbered_folder, open_folder
-from .transformer import CausalLM, TransformerConfig
+from .transformer import CausalLM
 
 PATHS = ("base", "adapter", "data", "eval_data", "out", "resume", "pretrain_data", "adapt_data", "directory")
 MAX_PARAMETERS = 2**32  # 64 GiB to train; a shape beyond that is a mistake of typing

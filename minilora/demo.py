@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from .architecture import TransformerConfig
 from .autograd import no_grad
 from .data import ByteTokenizer, prose, python_sources, read_text, split, split_text
 from .formats import write_json
 from .generate import generate
 from .lora import LoraConfig, LoraLinear, PeftModel, get_peft_model
 from .train import Settings, bits_per_byte, evaluate, train
-from .transformer import CausalLM, TransformerConfig
+from .transformer import CausalLM
 
 MODEL = TransformerConfig(
     vocab_size=256,

@@ -407,7 +407,7 @@ def test_a_sum_that_overflows_and_a_step_that_is_sound() -> None:
 def test_the_dropout_masks_are_those_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = lora(dropout=0.5).train(), []
     real = F.dropout
-    monkeypatch.setattr(F, "dropout", lambda x, p, keys: (seen.append(tuple(keys)), real(x, p, keys))[1])
+    monkeypatch.setattr(F, "dropout", lambda x, p, key, first: (seen.append((key, first)), real(x, p, key, first))[1])
     params = [p for p in model.parameters() if p.requires_grad]
     with ShardedStep(model, 1, shard=3) as sharded:
         sharded.gradients(batch(), params, seed=5, step=6)

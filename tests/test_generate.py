@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minilora.architecture import TransformerConfig
 from minilora.errors import ConfigError, DataError, NonFiniteError
 from minilora.generate import generate, sample, stream
 from minilora.lora import LoraConfig, PeftModel, get_peft_model
-from minilora.transformer import CausalLM, TransformerConfig
+from minilora.transformer import CausalLM
 
 CONFIG = TransformerConfig(
     vocab_size=13,

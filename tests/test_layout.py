@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "minilora"
 # A room may import any room that stands above it here, and those on its own line only where a line says so below.
 ORDER = [
     ["errors"],
-    ["backend", "formats.disk"],
+    ["architecture", "backend", "formats.disk"],
     ["formats.safetensors"],
     ["formats.checkpoint", "formats.adapter"],
     ["formats"],

@@ -23,12 +23,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import minilora.lora
 from minilora import functional as F
+from minilora.architecture import TransformerConfig
 from minilora.autograd import Tensor, gradients
 from minilora.errors import ConfigError, FormatError, NonFiniteError
 from minilora.formats import PEFT_CONFIG_DEFAULTS, load_file, save_file
 from minilora.lora import LoraAdapter, LoraConfig, LoraLinear, PeftModel, SavedModule, get_peft_model
 from minilora.nn import Linear, LinearBase, dropout_counter
-from minilora.transformer import CausalLM, TransformerConfig
+from minilora.transformer import CausalLM
 
 U = 2.0**-24
 SHAPE = TransformerConfig(

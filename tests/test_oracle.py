@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import functional as F
+from minilora.architecture import TransformerConfig
 from minilora.autograd import Tensor, gradients
 from minilora.demo import Plan, demo
 from minilora.formats import load_file
 from minilora.lora import LoraConfig, LoraLinear, PeftModel, get_peft_model
 from minilora.optim import AdamW
-from minilora.transformer import CausalLM, TransformerConfig
+from minilora.transformer import CausalLM
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import functional as F
+from minilora.architecture import TransformerConfig, rotary_frequencies
 from minilora.autograd import Tensor, no_grad
 from minilora.errors import ConfigError, DataError, FormatError, GraphError
 from minilora.formats import load_file, save_file
 from minilora.gradcheck import directional_error
-from minilora.transformer import CausalLM, KeyValueCache, RotaryTable, TransformerConfig, rotary_frequencies
+from minilora.transformer import CausalLM, KeyValueCache, RotaryTable
 
 LLAMA3 = {
     "rope_type": "llama3",
