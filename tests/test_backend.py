@@ -259,9 +259,13 @@ def launchers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..
             for array, dtype in zip(arrays, (REALS[real], np.int64, np.int64, REALS[real]), strict=True):
                 assert array.dtype == dtype
                 assert array._host.flags.c_contiguous  # a kernel sees memory, not strides
-            pointers = [ctypes.c_void_p(array._host.ctypes.data) for array in arrays]
+            out = arrays[-1]._host
+            around = np.full(out.size + 512, 1e30, out.dtype)  # whoever writes past the end is seen
+            hosts = [*(array._host for array in arrays[:-1]), around]
             numbers = [ctypes.c_longlong(int(n)) for n in (grid[0], block[0], count, width)]
-            function(*numbers[:2], *pointers, *numbers[2:])
+            function(*numbers[:2], *(ctypes.c_void_p(host.ctypes.data) for host in hosts), *numbers[2:])
+            assert (around[out.size :] == around.dtype.type(1e30)).all()
+            out[...] = around[: out.size].reshape(out.shape)
 
         return launch
 

@@ -307,6 +307,9 @@ def nodes_of(path: Path) -> Iterator[ast.AST]:
 
 
 def is_module(node: ast.AST) -> bool:
+    """`xp`, `backend.xp` or `namespace(x)`."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id == "namespace"
     return (isinstance(node, ast.Name) and node.id == "xp") or (isinstance(node, ast.Attribute) and node.attr == "xp")
 
 
@@ -356,6 +359,7 @@ def test_minilora_uses_only_names_and_parameters_that_cupy_has() -> None:
     [
         ("xp.vecdot(a, b)", ["vecdot"]),
         ("x.backend.xp.block([a])", ["block"]),
+        ("namespace(x).exp(a, where=b)", ["exp(where=)"]),
         ("xp.exp(a, where=b)", ["exp(where=)"]),
         ("xp.sum(a, initial=0)", ["'initial'"]),
         ("a.sum(axis=0, where=b)", ["'where'"]),

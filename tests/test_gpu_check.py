@@ -1,0 +1,87 @@
+"""benchmarks/gpu_check.py works but for the GPU: all of it on the stand-in, and what fails is recorded, not fatal."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from minilora.errors import DeviceError
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_check.py"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script as a module, that would write its result into `tmp_path`."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    specification = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULT", tmp_path / "result.json")
+    return module
+
+
+def test_a_dry_run_runs_every_part_and_writes_nothing() -> None:
+    kept = SCRIPT.parent / "results" / "gpu-check.json"
+    before = kept.read_bytes() if kept.exists() else None
+    done = subprocess.run([sys.executable, str(SCRIPT), "--dry-run"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (kept.read_bytes() if kept.exists() else None) == before
+    result = json.loads(done.stdout)
+    assert result["ok"]
+    parts = result["parts"]
+    assert list(parts) == ["prepare", "parity", "tests", "traffic", "ours:micro", "eager:micro", "compiled:micro"]
+    assert parts["parity"]["largest_relative_difference"] == 0
+    assert parts["parity"]["two_runs_bitwise_equal"]
+    assert parts["traffic"]["micro"]["moves"] == {"uploads": 1, "downloads": 1, "waits": 1}
+    assert parts["traffic"]["micro"]["array_operations"] > 100
+    assert parts["ours:micro"]["milliseconds"]["median"] > 0
+    assert parts["ours:micro"]["losses"] == sorted(parts["ours:micro"]["losses"], reverse=True)
+    assert "skipped" in parts["eager:micro"] or result["losses_differ_from_ours_by"]["eager:micro"] < 1e-5
+
+
+def test_without_a_gpu_it_says_why_and_writes_nothing(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def refuse(device: Any) -> Any:
+        raise DeviceError("no driver here")
+
+    monkeypatch.setattr(script, "get_backend", refuse)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    assert script.main() == 0
+    assert capsys.readouterr().out == "nothing checked: no driver here\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_that_fails_or_takes_too_long_is_recorded(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ended, plain = [], os.killpg
+    monkeypatch.setattr(os, "killpg", lambda group, number: (ended.append(number), plain(group, number)))
+    bench = script.Bench(True, tmp_path)
+    missing = script.run_part("ours:micro", bench, 60)  # whose files nobody has prepared
+    assert not missing["ok"]
+    assert "no such model folder" in missing["error"]
+    late = script.run_part("tests", bench, 0.05)
+    assert not late["ok"]
+    assert late["error"] == "more than 0 seconds"
+    assert ended == [signal.SIGKILL]
+
+
+def test_when_the_time_is_over_the_rest_is_said_to_be_missing(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert script.LIMIT < 600
+    monkeypatch.setattr(script, "LIMIT", 0)
+    result = script.check(script.Bench(True, tmp_path))
+    assert not result["ok"]
+    assert {part["error"] for part in result["parts"].values()} == {"not run: the time for everything was over"}
