@@ -61,7 +61,7 @@ def record(data: Array, inputs: tuple[Tensor, ...], vjp: Vjp) -> Tensor:
     y.requires_grad = grad_enabled() and any(t.requires_grad for t in inputs)
     if y.requires_grad:
         parents = tuple((t.node or t) if t.requires_grad else None for t in inputs)
-        guards = tuple((t.version, t.version[0]) for t in inputs if t.version is not None and _reads(vjp, t._data))
+        guards = tuple((t.version, t.version[0]) for t in inputs if t.version is not None and _holds(vjp, t._data))
         y.node = Node(parents, vjp, guards)
     if watch := observer.get():
         watch(y, inputs, vjp)
@@ -74,15 +74,12 @@ def _owner(array: Array) -> Array:
     return array
 
 
-def _reads(vjp: Vjp, data: Array) -> bool:
-    """Does `vjp` hold this array, or a view of it? Then changing it before backward would give a wrong gradient."""
-    return any(_holds(cell.cell_contents, data) for cell in getattr(vjp, "__closure__", None) or ())
-
-
 def _holds(item: Any, data: Array) -> bool:
-    if isinstance(item, (tuple, list)):
-        return any(_holds(i, data) for i in item)
-    return type(item) is type(data) and _owner(item) is _owner(data)
+    """Does this vjp hold the array, or a view of it? Then changing it before backward would give a wrong gradient."""
+    if type(item) is type(data):
+        return _owner(item) is _owner(data)
+    inner = item if isinstance(item, (tuple, list)) else getattr(item, "__closure__", None) if callable(item) else None
+    return any(_holds(getattr(i, "cell_contents", i), data) for i in inner or ())
 
 
 def grad_enabled() -> bool:
@@ -234,9 +231,6 @@ class Tensor:
     def size(self) -> int:
         return int(self._data.size)
 
-    def __len__(self) -> int:
-        return len(self._data)
-
     def __repr__(self) -> str:
         where = "" if self.backend.name == "cpu" else f", device={self.backend.name!r}"
         grad = ", requires_grad=True" if self.requires_grad else ""
@@ -248,9 +242,6 @@ class Tensor:
 
     def item(self) -> float:
         return self.numpy().item()  # type: ignore[no-any-return]
-
-    def __float__(self) -> float:
-        return float(self.item())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self._data, dtype=dtype, copy=copy)  # a GPU's array refuses: .numpy() says it aloud
@@ -275,6 +266,8 @@ class Tensor:
             leaf.grad = g if leaf.grad is None else leaf.grad + g
 
     # fmt: off
+    def __len__(self) -> int: return len(self._data)
+    def __float__(self) -> float: return float(self.item())
     def __add__(self, other: Any) -> Tensor: return add(self, other)
     def __radd__(self, other: Any) -> Tensor: return add(other, self)
     def __sub__(self, other: Any) -> Tensor: return sub(self, other)
@@ -405,9 +398,8 @@ def maximum(a: Any, b: Any) -> Tensor:
     a, b = operands(a, b)
     xp, sa, sb = namespace(a, b), a.shape, b.shape
     share = ((a.data > b.data) + 0.5 * (a.data == b.data)).astype(a.dtype)
-    return record(
-        xp.maximum(a.data, b.data), (a, b), lambda dy: (unbroadcast(dy * share, sa), unbroadcast(dy * (1 - share), sb))
-    )
+    y = xp.maximum(a.data, b.data)
+    return record(y, (a, b), lambda dy: (unbroadcast(dy * share, sa), unbroadcast(dy * (1 - share), sb)))
 
 
 def minimum(a: Any, b: Any) -> Tensor:
@@ -555,8 +547,7 @@ def stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     tensors = operands(*tensors)
     xp = namespace(*tensors)
     y = xp.stack([t.data for t in tensors], axis=axis)
-    count = len(tensors)
-    return record(y, tensors, lambda dy: tuple(xp.moveaxis(dy, axis, 0)[i] for i in range(count)))
+    return record(y, tensors, lambda dy: tuple(xp.moveaxis(dy, axis, 0)))
 
 
 # ---- products -------------------------------------------------------------------------------------------------------
@@ -569,9 +560,8 @@ def matmul(a: Any, b: Any) -> Tensor:
     A = a.data[None, :] if a.ndim == 1 else a.data  # (..., M, K)
     B = b.data[:, None] if b.ndim == 1 else b.data  # (..., K, N)
     y = a.data @ b.data
-    need_da, need_db = a.requires_grad, b.requires_grad
     full = (*y.shape[: y.ndim - (len(sa) > 1) - (len(sb) > 1)], A.shape[-2], B.shape[-1])
-    kept_A, kept_B = (A if need_db else None), (B if need_da else None)
+    kept_A, kept_B = (A if b.requires_grad else None), (B if a.requires_grad else None)
     shape_A, shape_B = A.shape, B.shape
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
