@@ -162,6 +162,16 @@ def test_unknown_options_are_named() -> None:
         F.gelu(Tensor(np.zeros(2)), "fast")
 
 
+def test_an_option_is_known_by_its_letters() -> None:
+    x = Tensor(np.array([[0.5, -1.0]]))
+    read = "".join  # as a file gives it: equal to the word in the source, and not the same object
+    assert F.gelu(x, read(["no", "ne"])).data[0, 0] == F.gelu(x).data[0, 0] != F.gelu(x, read(["ta", "nh"])).data[0, 0]
+    targets = np.array([[0], [1]]).T
+    twice = Tensor(np.array([[[0.5, -1.0], [0.5, 2.0]]]))
+    mean, total = (F.cross_entropy(twice, targets, reduction=read(r)).item() for r in (["me", "an"], ["su", "m"]))
+    assert total == 2 * mean
+
+
 # ---- softmax and norms ----------------------------------------------------------------------------------------------
 
 ROWS = hnp.arrays(np.float64, st.tuples(st.integers(1, 3), st.integers(1, 5)), elements=st.floats(-20, 20))
