@@ -702,9 +702,11 @@ def run(code: str) -> str:
 def test_a_chain_of_a_million_operations() -> None:
     # Without the garbage collector: reference counts alone must free what was built, a million links deep.
     code = """
-import gc, sys
+import gc, sys, threading
 import numpy as np
-from minilora.autograd import Node, Tensor, reshape
+from minilora.autograd import Node, Tensor, gradients, reshape
+errors = []
+threading.excepthook = errors.append
 sys.setrecursionlimit(200)
 gc.disable()
 
@@ -725,6 +727,20 @@ assert nodes() == 0
 y = chain(x, 10_000)
 y.backward()
 assert x.grad == 2 and nodes() == 1
+del y
+
+def skips():  # every node is used by the next two, in a thread that has hardly a stack
+    a = b = x
+    for _ in range(10_000):
+        a, b = b, (a + b) * 0.5
+    (g,) = gradients(b, [x])
+    assert abs(g - 1) < 1e-9
+
+threading.stack_size(256 * 1024)
+thread = threading.Thread(target=skips)
+thread.start()
+thread.join()
+assert nodes() == 0 and errors == []
 """
     run(code)
 
