@@ -362,7 +362,7 @@ def _refuses(case: Case) -> Measured:
     wrong = 0
     for value in (math.nan, math.inf, -math.inf, float(np.finfo(case.dtype).max)):
         layer = case.layer()
-        tensors = [p for a in layer.adapters.values() for p in a.parameters()]
+        tensors = [getattr(a, name) for a in layer.adapters.values() for name in a.TENSORS]
         for p in tensors if math.isfinite(value) else [tensors[case.rng.integers(len(tensors))]]:
             spoilt = np.full_like(p.data, value) if math.isfinite(value) else p.data.copy()
             spoilt.flat[case.rng.integers(p.size)] = value
