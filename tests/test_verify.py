@@ -1,4 +1,4 @@
-"""The list of properties: it holds for any layer, and each entry catches a mistake of its own. The command beside it."""
+"""The list of properties holds for any layer, and each entry catches a mistake of its own; so does the command."""
 
 from __future__ import annotations
 

@@ -88,12 +88,14 @@ def _forward(case: Case) -> Measured:
 
 @holds("start is the base", "B = 0  ⇒  y = x Wᵀ + b", "Hu et al. 2021, section 4.1")
 def _start(case: Case) -> Measured:
-    """Exact: adapters as they are made add s (x Aᵀ) 0 = 0."""
+    """Exact: adapters as they are made add s (x Aᵀ) 0 = 0, and W + s 0 A = W."""
     layer, rng = case.layer(), case.rng
     for i, (name, config) in enumerate(case.configs.items()):
         config = dataclasses.replace(config, init_lora_weights=(True, "gaussian")[rng.integers(2)])
         layer.adapters[name] = type(layer.adapters[name])(layer.base_layer, "proj", config, rng, i)
-    return worst((differing(run(layer, case.x), run(layer.base_layer, case.x)), 0))
+    base, low_rank = run(layer.base_layer, case.x), run(layer, case.x)
+    layer.prepare_step()
+    return worst((differing(low_rank, base) + differing(run(layer, case.x), base), 0))
 
 
 @holds("disabled is the base", "no adapter enabled  ⇒  y = x Wᵀ + b", "Hu et al. 2021, section 4.1", lambda case: True)
@@ -271,6 +273,8 @@ def _first_step(case: Case) -> Measured:
     layer = case.layer()
     factors(layer, [(layer.adapters[n].lora_A.data, 0 * layer.adapters[n].lora_B.data) for n in layer.active])
     _, _, found = backward(layer, case.x, case.upstream())
+    layer.prepare_step()
+    found += backward(layer, case.x, case.upstream())[2]
     return worst((sum(np.count_nonzero(dA) + (not np.any(dB)) for dA, dB in found), 0))
 
 
