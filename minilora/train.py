@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from .anomaly import explain_non_finite
 from .data import Windows, evaluation_windows
 from .errors import CheckpointError, ConfigError, DivergenceError, Interrupted, NonFiniteError
 from .formats import load_file, save_file
@@ -148,6 +149,11 @@ class Run:
         self.done += 1
         return {**line, "seconds": seconds}
 
+    def explain(self) -> str:
+        """Why the next step is not finite, in a sentence: it is taken once more, in anomaly mode."""
+        s, batch = self.settings, self.windows.batch(self.done)
+        return explain_non_finite(self.model, batch, s.seed, self.done, shard=s.shard)
+
     def room(self) -> int:
         """The bytes that saving takes at least: the weights, and with checkpoints two moments of each."""
         size = sum(p.size * p.dtype.itemsize for _, parameters in _files(self.model) for p in parameters.values())
@@ -271,7 +277,7 @@ def train(
                 log.write(**error.line)
                 if run.done:
                     save()
-                raise
+                raise NonFiniteError(f"{error}; {run.explain()}"[:500], error.line) from None
             log.write(**line)
             bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
             bar.update()
