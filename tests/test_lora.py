@@ -118,6 +118,10 @@ def test_a_step_that_was_prepared_ends(seed: int, inputs: int, outputs: int, cou
     layer.enabled = True
     layer.end_step()
     assert layer(x).data.tobytes() == before
+    for adapter in layer.adapters.values():
+        adapter.lora_B.data = 0 * adapter.lora_B.data
+    layer.prepare_step()  # W + 0 is W
+    assert layer(x).data.tobytes() == layer.base_layer(x).data.tobytes()
 
 
 def test_the_effective_weight_is_formed_once_and_dropped() -> None:
