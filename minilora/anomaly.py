@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import sys
 import zlib
@@ -159,7 +160,7 @@ def explain_non_finite(
     with np.errstate(all="ignore"), ShardedStep(model, 1, shard, loss) as sharded, detect_anomaly(True, model):
         try:
             total, grads = sharded.gradients(batch, params, seed, step)
-            if not np.isfinite(total) or not all(
+            if not math.isfinite(float(total)) or not all(
                 g is None or _finite(p.backend.xp, g) for p, g in zip(params, grads, strict=True)
             ):
                 found = "every operation gave finite numbers for finite ones, and only their sum is not finite"
