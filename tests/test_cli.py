@@ -29,7 +29,7 @@ from minilora.formats import load_file, save_file
 # pytest would turn a warning into an exception; on the command line it is a line on stderr.
 pytestmark = pytest.mark.filterwarnings("default")
 
-COMMANDS = ("demo", "pretrain", "finetune", "generate", "evaluate", "merge", "inspect", "devices")
+COMMANDS = ("demo", "pretrain", "finetune", "generate", "evaluate", "merge", "inspect", "verify", "devices")
 TINY = "--batch-size 2 --context 16 --threads 2"
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
 TEXT = b"the quick brown fox jumps over the lazy dog, again and again. " * 10
@@ -655,6 +655,7 @@ NEEDED = {  # so that some of them get past the parser
     "generate": ["--base", "base", "--prompt", "x", "--max-new-tokens", "3"],
     "evaluate": ["--base", "base", "--data", "short.txt"],
     "merge": ["--base", "base", "--adapter", "adapter", "--out", "merged"],
+    "verify": ["--cases", "1"],
 }
 
 

@@ -451,7 +451,7 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
         "lora_linear": lambda x, y, A, B, scaling: y + scaling * (x @ A.T) @ B.T,
         "merged_linear": merged,
         "embedding": lambda ids, w: tf.embedding(torch.tensor(ids), w),
-        "dropout": lambda x, p, keys: x * torch.tensor(_dropout_definition(Tensor(np.ones(x.shape)), p).data),
+        "dropout": lambda x, p, key, first: x * torch.tensor(_dropout_definition(Tensor(np.ones(x.shape)), p).data),
         "silu": tf.silu,
         "swiglu": lambda g, u: tf.silu(g) * u,
         "gelu": tf.gelu,

@@ -436,12 +436,12 @@ def the_base_reads_what_is_left_by_dropout(mp: pytest.MonkeyPatch) -> None:
 
 @breaks("dropout is unbiased")
 def what_is_left_is_not_scaled(mp: pytest.MonkeyPatch) -> None:
-    after(mp, F, "dropout", lambda y, x, p, keys: y * (1 - p))
+    after(mp, F, "dropout", lambda y, x, p, key, first: y * (1 - p))
 
 
 @breaks("dropout is unbiased")
 def nothing_is_dropped(mp: pytest.MonkeyPatch) -> None:
-    mp.setattr(F, "dropout", lambda x, p, keys: x)
+    mp.setattr(F, "dropout", lambda x, p, key, first: x)
 
 
 # Mistakes that are seen from several sides.
