@@ -217,7 +217,7 @@ def _base(args: argparse.Namespace) -> tuple[Any, ByteTokenizer | HubTokenizer]:
     if getattr(args, "adapter", None):
         model = PeftModel.from_pretrained(model, args.adapter)
     for name, p in model.named_parameters():  # known before anything is made of them: no text, no run, no merged file
-        if not p.backend.xp.isfinite(p.data).all():
+        if not args.allow_nonfinite and not p.backend.xp.isfinite(p.data).all():
             raise NonFiniteError(f"the weights in {args.base!r}, or of its adapter, are broken: {name} is not finite")
     return model, tokenizer
 
@@ -396,6 +396,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--base", required=True, metavar="DIR", help="config.json and model.safetensors")
         if adapter is not None:
             sub.add_argument("--adapter", required=adapter, metavar="DIR", help="in PEFT's format")
+        sub.add_argument("--allow-nonfinite", action="store_true", help="even where a weight is NaN or infinite")
 
     def training(sub: argparse.ArgumentParser, lr: float) -> None:
         sub.add_argument("--data", required=True, metavar="FILE", help="text to train on")

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+import harness
 import pytest
 from hypothesis import settings
 
@@ -37,6 +38,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if reason is not None:
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if harness.TAKEN:
+        terminalreporter.write_line(harness.told())
 
 
 @pytest.fixture(scope="session")

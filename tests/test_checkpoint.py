@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import open_descriptors, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,11 +41,6 @@ ADAPTERS = sorted(path.name for path in GOLDEN.iterdir() if (path / "adapter_con
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def open_descriptors() -> list[str]:
-    folder = Path("/proc/self/fd")
-    return sorted(os.listdir(folder)) if folder.exists() else []
 
 
 # ---- atomic files ----
@@ -207,14 +203,8 @@ BAD_JSON: dict[str, tuple[bytes, str]] = {
 def test_bad_json(tmp_path, case):
     content, message = BAD_JSON[case]
     (tmp_path / "bad.json").write_bytes(content)
-    before = open_descriptors()
-    with pytest.raises(FormatError, match=message) as caught:
+    with refused(FormatError, message, tmp_path, f"JSON, {case}", "bad.json"):
         read_json(tmp_path / "bad.json")
-    text = str(caught.value)
-    assert len(text) <= 500
-    assert text.isprintable()
-    assert "bad.json" in text
-    assert open_descriptors() == before
 
 
 def test_depth_64_is_read_and_brackets_in_texts_do_not_count(tmp_path):
@@ -408,7 +398,7 @@ HOSTILE_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty name": (put(""), "not the name of"),
     "link to the outside": (hostile_index(outside), "lies outside the folder"),
     "missing shard": (put("model-00009.safetensors"), "is missing"),
-    "10 kB name": (put("\x1b" * 10_000 + ".safetensors"), "is missing"),
+    "10 kB name": (put("\x1b" * 10_000 + ".safetensors"), r"is not the name of a safetensors file"),
     "same shard by another way": (put("../model/model-00002-of-00003.safetensors"), "listed for it but not in it"),
     "wrong shard": (hostile_index(swapped), "listed for it but not in it"),
     "tensor not stored": (
@@ -428,15 +418,8 @@ def test_hostile_model(tmp_path, model, case):
     prepare, message = HOSTILE_MODELS[case]
     save_file(tmp_path / "secret.safetensors", {"x": np.zeros(1)})
     prepare(model)
-    before, descriptors = sorted(map(str, tmp_path.rglob("*"))), open_descriptors()
-    with pytest.raises(FormatError, match=message) as caught:
+    with refused(FormatError, message, tmp_path, f"model, {case}", "model"):
         read_checkpoint(model)
-    text = str(caught.value)
-    assert len(text) <= 500
-    assert text.isprintable()
-    assert "model" in text
-    assert sorted(map(str, tmp_path.rglob("*"))) == before
-    assert open_descriptors() == descriptors
 
 
 @pytest.mark.parametrize("read", [read_checkpoint, read_adapter])
@@ -491,12 +474,8 @@ def test_hostile_adapter(tmp_path, case):
     adapter = Path(shutil.copytree(GOLDEN / ADAPTERS[0], tmp_path / "adapter"))
     prepare, message = HOSTILE_ADAPTERS[case]
     prepare(adapter)
-    before, descriptors = contents(adapter), open_descriptors()
-    with pytest.raises(FormatError, match=message) as caught:
+    with refused(FormatError, message, tmp_path, f"adapter, {case}", "adapter"):
         read_adapter(adapter)
-    assert len(str(caught.value)) <= 500
-    assert contents(adapter) == before
-    assert open_descriptors() == descriptors
 
 
 def test_one_changed_byte_of_a_config_is_refused_or_read_as_json():

@@ -33,6 +33,7 @@ from faults import (
     wait,
     write_tree,
 )
+from harness import open_descriptors
 
 import minilora.runs
 from minilora.errors import CheckpointError, ConfigError, LockError, MiniloraError
@@ -705,10 +706,6 @@ def test_another_trouble_with_a_lock_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Input/output"), locked(tmp_path):
         pass
     assert open_descriptors() == open_descriptors()
-
-
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
 
 
 def test_what_is_not_a_lock_is_left_alone(tmp_path):
