@@ -333,6 +333,12 @@ def test_ties_share_the_gradient() -> None:
         np.testing.assert_array_equal(db, 1 - da)
 
 
+def test_pieces_are_joined_along_the_first_axis_unless_another_is_named() -> None:
+    a, b = RNG.standard_normal((2, 3, 3, 3))
+    np.testing.assert_array_equal(ag.concat([Tensor(a), b]).data, np.concatenate([a, b]))
+    np.testing.assert_array_equal(ag.stack([Tensor(a), b]).data, np.stack([a, b]))
+
+
 def test_edges_of_domains() -> None:
     x = Tensor(np.array([-2.0, 0, 0, 3]), True)
     np.testing.assert_array_equal(gradients(ag.abs(x).sum(), [x])[0], [-1, 0, 0, 1])

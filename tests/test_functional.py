@@ -93,14 +93,14 @@ def test_embedding_adds_the_gradients_of_repeated_ids(ids: list[int]) -> None:
     np.testing.assert_array_equal(gradients(y, [weight], dy)[0], expected)
 
 
-@pytest.mark.parametrize("bad", [-1, 5, -100])
+@pytest.mark.parametrize("bad", [-1, 5, 9, -100])
 def test_an_id_outside_the_vocabulary_is_named(bad: int) -> None:
     weight = Tensor(np.full((5, 3), np.nan), True)
     with pytest.raises(DataError, match=rf"id {bad} is outside \[0, 5\)"):
-        F.embedding(np.array([[0, bad]]), weight)
+        F.embedding(np.array([[1, bad]]), weight)
     with np.errstate(all="raise"), pytest.raises(DataError, match=rf"target {bad} is outside \[0, 5\)"):
         # Infinite logits would be a floating-point error: the targets are checked before anything is computed.
-        F.cross_entropy(Tensor(np.full((2, 5), np.inf), True), np.array([0, bad]), ignore_index=-7)
+        F.cross_entropy(Tensor(np.full((2, 5), np.inf), True), np.array([1, bad]), ignore_index=-7)
 
 
 def test_targets_must_have_the_shape_of_the_logits() -> None:
@@ -184,6 +184,13 @@ def test_softmax_does_not_see_a_shift(x: np.ndarray, c: float) -> None:
     with no_grad():
         np.testing.assert_allclose(F.softmax(Tensor(x + c)).data, F.softmax(Tensor(x)).data, rtol=5e-13, atol=0)
         np.testing.assert_allclose(F.log_softmax(Tensor(x + c)).data, F.log_softmax(Tensor(x)).data, rtol=0, atol=5e-13)
+
+
+def test_softmax_is_over_the_last_axis_unless_another_is_named() -> None:
+    x = Tensor(RNG.standard_normal((2, 3, 4)))
+    for function in (F.softmax, F.log_softmax):
+        np.testing.assert_array_equal(function(x).data, function(x, 2).data)
+    np.testing.assert_allclose(F.softmax(x).data.sum(axis=2), 1, rtol=1e-15)
 
 
 @given(ROWS)
