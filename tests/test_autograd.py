@@ -368,6 +368,12 @@ def test_numbers_take_the_dtype_of_the_tensor(number: Any) -> None:
     assert np.all((number - x).data == np.float32(number) - 1)
 
 
+def test_an_array_beside_a_tensor_keeps_its_dtype() -> None:
+    x = Tensor(np.ones(3, np.float32))
+    assert (x + np.ones(3)).dtype == (np.ones((1, 3)) * x).dtype == np.float64
+    assert (x + np.ones(3, np.float32)).dtype == np.float32
+
+
 def test_what_a_tensor_is_made_of_decides_its_dtype() -> None:
     for data in (1.5, [1.5], [[1.0], [2.0]]):
         assert Tensor(data).dtype == np.float32
@@ -481,6 +487,18 @@ def test_backward_twice_needs_the_graph_retained(op: Operation) -> None:
     assert all(x.grad is None for x in leaves)
 
 
+def test_options_of_a_backward_go_by_name() -> None:
+    x, dy = leaf(3), np.array([1.0, 2, 3])
+    y = x * 2.0
+    np.testing.assert_array_equal(gradients(y, [x], dy=dy, retain_graph=True)[0], 2 * dy)
+    y.backward(dy=dy, retain_graph=True)
+    np.testing.assert_array_equal(x.grad, 2 * dy)
+    with pytest.raises(TypeError, match="positional"):
+        gradients(y, [x], dy, True)  # type: ignore[misc]
+    with pytest.raises(TypeError, match="positional"):
+        y.backward(dy, True)  # type: ignore[misc]
+
+
 def test_an_error_in_the_middle_leaves_no_gradient_behind() -> None:
     x, w = leaf(3), leaf(3)
     loss = (ag.tanh(x * w) + x).sum()
@@ -583,9 +601,11 @@ def test_detach_stops_the_gradient() -> None:
 
 @EVERY
 def test_no_grad_records_nothing(op: Operation) -> None:
+    leaves = op.leaves()
     with no_grad():
-        y = op.function(*op.leaves())
+        y = op.function(*leaves)
     assert y.node is None
+    assert y.version is None or any(np.shares_memory(y.data, x.data) for x in leaves)  # a version of its own storage
 
 
 def test_no_grad_nests_survives_exceptions_decorates_and_is_per_thread() -> None:
