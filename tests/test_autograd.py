@@ -347,6 +347,13 @@ def test_edges_of_domains() -> None:
     dz, dp = gradients((zero**power).sum(), [zero, power])  # 0^0 = 1 with slope 0
     np.testing.assert_array_equal(dz, [0, 1, 0])
     np.testing.assert_array_equal(dp, [0, 0, 0])
+    base, two = Tensor(np.array([-3.0]), True), Tensor(np.array([2.0]), True)
+    with np.errstate(invalid="ignore"):
+        db, de = gradients((base**two).sum(), [base, two])
+    assert db == -6
+    assert np.isnan(de)  # (-3)^e is real at e = 2 and not beside it
+    with pytest.raises(ValueError, match="matmul"):
+        base @ Tensor(2.0)
 
 
 # ---- dtypes and construction ----------------------------------------------------------------------------------------
