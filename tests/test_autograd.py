@@ -521,6 +521,8 @@ def test_what_backward_refuses() -> None:
         Tensor([1.0]).backward()
     with pytest.raises(GraphError, match=r"shape \(2, 3\) needs dy"):
         (x * x).backward()
+    with pytest.raises(GraphError, match=r"shape \(0,\) needs dy"):
+        (leaf(0) * 2.0).backward()
     for dy, got in ((np.ones(3), r"ndarray \(3,\)"), (Tensor(np.ones((2, 3))), r"Tensor \(2, 3\)"), ([1.0], "list")):
         with pytest.raises(GraphError, match=rf"dy must be an array \(2, 3\), got {got}"):
             (x * x).backward(dy)
