@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import operator
@@ -313,6 +314,14 @@ def test_sum_of_any_axes_spreads_its_gradient(shape: tuple[int, ...], data: st.D
     dy = some_dy(y)
     kept = dy.reshape(x.data.sum(axis=axis, keepdims=True).shape)
     np.testing.assert_array_equal(gradients(y, [x], dy)[0], np.broadcast_to(kept, shape))
+
+
+def test_a_reduction_drops_its_axes_unless_told_to_keep_them() -> None:
+    x = leaf(2, 3)
+    for name in ("sum", "mean", "max", "min"):
+        for reduce in (functools.partial(getattr(ag, name), x), getattr(x, name)):
+            assert (reduce().shape, reduce(1).shape, reduce(1, True).shape) == ((), (2,), (2, 1))
+            assert reduce().data == getattr(np, name)(x.data)
 
 
 def test_empty_reductions() -> None:
