@@ -1,0 +1,338 @@
+"""One training step of one model, by each contender: minilora, PyTorch + peft (two models, two modes), JAX.
+
+Not a benchmark itself: peers.py starts one process for each contender and asks it for steps. All read the same base
+and adapter from disk, see the same batches, and do the same: forward, mean cross-entropy, backward, AdamW, no clipping.
+
+    contender(work, threads)                 work: a folder that peers.py made (base/, adapter/, batches.npy, job.json)
+    contender.step(number) -> loss           one step on batch `number`, finished when it returns
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LEARNING_RATE = 1e-3
+
+
+class Contender:
+    """What all share: the job and its batches."""
+
+    def __init__(self, work: Path):
+        self.work = work
+        self.job = json.loads((work / "job.json").read_text())
+        self.method: str = self.job["method"]
+        self.batches = np.load(work / "batches.npy")  # (count, B, T + 1) int64
+
+    def windows(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        batch = self.batches[number % len(self.batches)]
+        return np.ascontiguousarray(batch[:, :-1]), np.ascontiguousarray(batch[:, 1:])
+
+    def step(self, number: int) -> float:
+        raise NotImplementedError
+
+
+class Minilora(Contender):
+    def __init__(self, work: Path, threads: int):
+        super().__init__(work)
+        from minilora import AdamW, CausalLM, PeftModel
+        from minilora.data import Batch
+        from minilora.parallel import ShardedStep
+
+        self.Batch = Batch
+        self.model: Any = CausalLM.from_pretrained(work / "base").train()
+        if self.method != "full":
+            self.model = PeftModel.from_pretrained(self.model, work / "adapter", is_trainable=True)
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.optimizer = AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+        self.sharded = ShardedStep(self.model, threads).__enter__()
+
+    def step(self, number: int) -> float:
+        batch = self.Batch(*self.windows(number))
+        loss, grads = self.sharded.gradients(batch, self.optimizer.params, step=number)
+        self.optimizer.step(grads)
+        return float(loss)
+
+
+class Torch(Contender):
+    """PyTorch + peft over `self.base()`; `compiled` runs the same under torch.compile."""
+
+    compiled = False
+
+    def __init__(self, work: Path, threads: int):
+        super().__init__(work)
+        import torch
+
+        torch.set_num_threads(threads)
+        self.torch = torch
+        model = self.base()
+        if self.method != "full":
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(work / "adapter"), is_trainable=True)
+        self.model = model.train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+
+        def loss_of(ids: Any, targets: Any) -> Any:
+            logits = self.logits(ids)
+            return torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+
+        self.loss_of = torch.compile(loss_of) if self.compiled else loss_of
+
+    def base(self) -> Any:
+        return decoder(self.work / "base")
+
+    def logits(self, ids: Any) -> Any:
+        return self.model(ids)
+
+    def step(self, number: int) -> float:
+        ids, targets = map(self.torch.from_numpy, self.windows(number))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss_of(ids, targets)
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach())
+
+
+class TorchCompiled(Torch):
+    compiled = True
+
+
+class Transformers(Torch):
+    def base(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.work / "base", dtype="float32")
+
+    def logits(self, ids: Any) -> Any:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+def decoder(folder: Path) -> Any:
+    """A Llama-shaped decoder as one writes it by hand in PyTorch, under the names that peft's files use."""
+    import torch
+    from safetensors.torch import load_file
+    from torch import nn
+    from torch.nn import functional as F
+
+    c = json.loads((folder / "config.json").read_text())
+    C, M, H = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
+    K, D, theta = c["num_key_value_heads"] or H, c["head_dim"], c["rope_parameters"]["rope_theta"]
+
+    def linear(inputs: int, outputs: int) -> nn.Linear:
+        return nn.Linear(inputs, outputs, bias=False)
+
+    frequency = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    angle = torch.arange(c["max_position_embeddings"], dtype=torch.float64)[:, None] * frequency
+    cos, sin = torch.cat([angle, angle], 1).cos().float(), torch.cat([angle, angle], 1).sin().float()
+
+    def turned(x: Any) -> Any:  # (B, heads, T, D)
+        first, second = x.chunk(2, dim=-1)
+        T = x.shape[-2]
+        return x * cos[:T] + torch.cat([-second, first], dim=-1) * sin[:T]
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = linear(C, H * D), linear(C, K * D), linear(C, K * D)
+            self.o_proj = linear(H * D, C)
+
+        def forward(self, x: Any) -> Any:
+            B, T, _ = x.shape
+            q, k, v = (p(x).view(B, T, -1, D).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+            y = F.scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True, enable_gqa=K != H)
+            return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
+
+    class MLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = linear(C, M), linear(C, M), linear(M, C)
+
+        def forward(self, x: Any) -> Any:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input_layernorm = nn.RMSNorm(C, eps=c["rms_norm_eps"])
+            self.post_attention_layernorm = nn.RMSNorm(C, eps=c["rms_norm_eps"])
+            self.self_attn, self.mlp = Attention(), MLP()
+
+        def forward(self, x: Any) -> Any:
+            x = x + self.self_attn(self.input_layernorm(x))
+            return x + self.mlp(self.post_attention_layernorm(x))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed_tokens = nn.Embedding(c["vocab_size"], C)
+            self.layers = nn.ModuleList([Block() for _ in range(c["num_hidden_layers"])])
+            self.norm = nn.RMSNorm(C, eps=c["rms_norm_eps"])
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+            self.lm_head = linear(C, c["vocab_size"])
+
+        def forward(self, ids: Any) -> Any:
+            x = self.model.embed_tokens(ids)
+            for block in self.model.layers:
+                x = block(x)
+            return self.lm_head(self.model.norm(x))
+
+    model = Decoder()
+    tensors = load_file(str(folder / "model.safetensors"))
+    if c["tie_word_embeddings"]:
+        model.lm_head.weight = model.model.embed_tokens.weight
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors)
+    return model
+
+
+class Jax(Contender):
+    """The same step as one jitted function of (trainable, moments, batch)."""
+
+    def __init__(self, work: Path, threads: int):
+        super().__init__(work)
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads={threads}"
+        import jax
+        import jax.numpy as jnp
+        from safetensors.numpy import load_file
+
+        c = json.loads((work / "base" / "config.json").read_text())
+        base = {k: jnp.asarray(v) for k, v in load_file(str(work / "base" / "model.safetensors")).items()}
+        if c["tie_word_embeddings"]:
+            base["lm_head.weight"] = base["model.embed_tokens.weight"]
+        H, D = c["num_attention_heads"], c["head_dim"]
+        eps, scale = c["rms_norm_eps"], self.job["scaling"]
+        T = self.batches.shape[2] - 1
+        angle = np.arange(T)[:, None] * c["rope_parameters"]["rope_theta"] ** (-np.arange(0, D, 2) / D)
+        cos, sin = (jnp.asarray(f(angle), jnp.float32)[:, None] for f in (np.cos, np.sin))  # (T, 1, D/2)
+        causal = jnp.tril(jnp.ones((T, T), bool))
+        adapter: dict[str, Any] = {}
+        if self.method != "full":
+            found = load_file(str(work / "adapter" / "adapter_model.safetensors"))
+            adapter = {k.removeprefix("base_model.model."): jnp.asarray(v) for k, v in found.items()}
+
+        def loss_of(trained: Any, frozen: Any, ids: Any, targets: Any) -> Any:
+            weights = {**frozen, **trained}
+
+            def linear(name: str, x: Any) -> Any:
+                y = x @ weights[f"{name}.weight"].T
+                if f"{name}.lora_A.weight" in weights:
+                    y = y + x @ weights[f"{name}.lora_A.weight"].T @ weights[f"{name}.lora_B.weight"].T * scale
+                return y
+
+            def norm(name: str, x: Any) -> Any:
+                return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + eps) * weights[f"{name}.weight"]
+
+            def turned(x: Any) -> Any:  # (B, T, heads, D)
+                first, second = jnp.split(x, 2, axis=-1)
+                return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+            x = weights["model.embed_tokens.weight"][ids]
+            for i in range(c["num_hidden_layers"]):
+                at = f"model.layers.{i}"
+                h = norm(f"{at}.input_layernorm", x)
+                q, k, v = (linear(f"{at}.self_attn.{p}_proj", h).reshape(*ids.shape, -1, D) for p in "qkv")
+                q, k = turned(q), turned(k)
+                k, v = (jnp.repeat(z, H // z.shape[2], axis=2) for z in (k, v))
+                scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(D)
+                share = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+                y = jnp.einsum("bhts,bshd->bthd", share, v).reshape(*ids.shape, -1)
+                x = x + linear(f"{at}.self_attn.o_proj", y)
+                h = norm(f"{at}.post_attention_layernorm", x)
+                gated = jax.nn.silu(linear(f"{at}.mlp.gate_proj", h)) * linear(f"{at}.mlp.up_proj", h)
+                x = x + linear(f"{at}.mlp.down_proj", gated)
+            logp = jax.nn.log_softmax(linear("lm_head", norm("model.norm", x)))
+            return -jnp.take_along_axis(logp, targets[..., None], axis=-1).mean()
+
+        def step(trained: Any, moments: Any, count: Any, frozen: Any, ids: Any, targets: Any) -> Any:
+            loss, grads = jax.value_and_grad(loss_of)(trained, frozen, ids, targets)
+            first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, moments[0], grads)
+            second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, moments[1], grads)
+
+            def moved(p: Any, m: Any, v: Any) -> Any:
+                return p - LEARNING_RATE * (m / (1 - 0.9**count)) / (jnp.sqrt(v / (1 - 0.999**count)) + 1e-8)
+
+            return loss, jax.tree.map(moved, trained, first, second), (first, second)
+
+        self.jitted = jax.jit(step, donate_argnums=(0, 1))
+        self.trained, self.frozen = (adapter, base) if adapter else (base, {})
+        if not adapter and c["tie_word_embeddings"]:
+            raise SystemExit("the JAX contender has no tied heads for full fine-tuning")
+        self.moments = tuple(jax.tree.map(jnp.zeros_like, self.trained) for _ in range(2))
+        self.count = 0
+
+    def step(self, number: int) -> float:
+        self.count += 1
+        ids, targets = self.windows(number)
+        loss, self.trained, self.moments = self.jitted(
+            self.trained, self.moments, float(self.count), self.frozen, ids, targets
+        )
+        return float(loss)
+
+
+class Floor(Contender):
+    """Not a contender: only the matrix products that a LoRA step over frozen weights cannot do without.
+
+    For every weight (O, I), y = x W^T and dx = dy W over the batch's tokens, as NumPy does them best: with threaded
+    BLAS over all rows, or by threads over blocks of rows with one BLAS thread each. `step` returns the faster's seconds.
+    """
+
+    def __init__(self, work: Path, threads: int):
+        super().__init__(work)
+        import threadpoolctl
+
+        self.limits, self.threads = threadpoolctl.threadpool_limits, threads
+        c = json.loads((work / "base" / "config.json").read_text())
+        C, M, D = c["hidden_size"], c["intermediate_size"], c["head_dim"]
+        H = c["num_attention_heads"]
+        K = c["num_key_value_heads"] or H
+        layer = [(H * D, C), (K * D, C), (K * D, C), (C, H * D), (M, C), (M, C), (C, M)]
+        self.shapes = layer * c["num_hidden_layers"] + [(c["vocab_size"], C)]
+        _, B, T = self.batches.shape
+        self.rows = B * (T - 1)
+        rng = np.random.default_rng(0)
+        self.weights = {s: rng.standard_normal(s, np.float32) for s in set(self.shapes)}
+        widths = {side for shape in self.shapes for side in shape}
+        self.inputs = {side: rng.standard_normal((self.rows, side), np.float32) for side in widths}
+
+    def products(self, part: slice) -> None:
+        for O, I in self.shapes:
+            W = self.weights[O, I]
+            self.inputs[I][part] @ W.T
+            self.inputs[O][part] @ W
+
+    def step(self, number: int) -> float:
+        import time
+        from concurrent.futures import ThreadPoolExecutor
+
+        times = []
+        with self.limits(self.threads, "blas"):
+            begun = time.perf_counter()
+            self.products(slice(None))
+            times.append(time.perf_counter() - begun)
+        size = 512
+        parts = [slice(i, i + size) for i in range(0, self.rows, size)]
+        with self.limits(1, "blas"), ThreadPoolExecutor(self.threads) as pool:
+            begun = time.perf_counter()
+            list(pool.map(self.products, parts))
+            times.append(time.perf_counter() - begun)
+        return min(times)
+
+
+CONTENDERS: dict[str, type[Any]] = {
+    "minilora": Minilora,
+    "torch": Torch,
+    "torch-compile": TorchCompiled,
+    "transformers": Transformers,
+    "jax": Jax,
+    "floor": Floor,
+}

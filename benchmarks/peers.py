@@ -1,0 +1,243 @@
+"""A training step of minilora beside PyTorch + peft and JAX: the same weights, batches and optimiser, in turn.
+
+    python benchmarks/peers.py [--sizes micro,tiny,small,gpt2] [--methods lora,full] [--rounds 7] [--steps 5]
+                               [--contenders minilora,torch,torch-compile,transformers,jax] [--threads 2] [--write]
+
+Every contender is a process of its own that waits between its turns; a turn is one step that does not count (the
+others have had the caches) and `--steps` that do. The figure is the median over all turns; the ratio is the median of
+the ratios turn by turn, so that a machine whose speed drifts does not decide. The losses of all must agree to 1e-4. A
+contender that is not installed is left out and named. `--write` keeps the result in
+benchmarks/results/cpu-peers.json. Two minutes: --sizes micro,tiny --contenders minilora,torch,transformers --rounds 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "cpu-peers.json"
+SIZES = {  # Llama-shaped: layers, width, MLP width, heads, vocabulary, batch, context
+    "micro": (2, 64, 192, 2, 32, 16, 64),
+    "tiny": (4, 128, 384, 4, 256, 16, 128),
+    "small": (6, 384, 1024, 6, 256, 8, 256),
+    "gpt2": (12, 768, 2048, 12, 50257, 2, 256),
+}
+PEERS = ("torch", "torch-compile", "transformers", "jax")
+PACKAGES = {"torch": "torch", "torch-compile": "torch", "transformers": "transformers", "jax": "jax"}
+AGREE = 1e-4
+
+
+def prepare(work: Path, size: str, method: str) -> None:
+    """Write the base, an adapter over all linear layers (r = 8, alpha = 16), and eight batches of random ids."""
+    from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
+
+    layers, C, M, heads, V, B, T = SIZES[size]
+    config = TransformerConfig(
+        vocab_size=V, hidden_size=C, intermediate_size=M, num_hidden_layers=layers, num_attention_heads=heads,
+        max_position_embeddings=max(T, 64),
+    )  # fmt: skip
+    model = CausalLM(config, seed=0)
+    model.save_pretrained(work / "base")
+    adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    adapted.save_pretrained(work / "adapter")
+    rng = np.random.default_rng(0)
+    np.save(work / "batches.npy", rng.integers(0, V, (8, B, T + 1)))
+    (work / "job.json").write_text(json.dumps({"size": size, "method": method, "scaling": 2.0, "tokens": B * T}))
+
+
+# ---- the process of one contender ----------------------------------------------------------------------------------
+
+
+def serve(name: str, work: Path, threads: int) -> None:
+    """Answer each line "n" on stdin by n + 1 steps: a line of JSON with the seconds and losses of the last n."""
+    begun = time.perf_counter()
+    from contenders import CONTENDERS
+
+    contender = CONTENDERS[name](work, threads)
+    first_loss = contender.step(0)
+    number = 1
+    answer: dict[str, Any] = {"ready": time.perf_counter() - begun, "losses": [first_loss]}
+    print(json.dumps(answer), flush=True)
+    for line in sys.stdin:
+        seconds, losses = [], []
+        for _ in range(int(line) + 1):
+            tick = time.perf_counter()
+            losses.append(contender.step(number))
+            seconds.append(time.perf_counter() - tick)
+            number += 1
+        counted = losses[1:] if name == "floor" else seconds[1:]  # the floor measures itself
+        print(json.dumps({"seconds": counted, "losses": losses, "peak": peak_memory()}), flush=True)
+
+
+def peak_memory() -> int:
+    """Bytes: the largest resident memory that this process has had."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Process:
+    """A contender's process, and what it has answered so far."""
+
+    def __init__(self, name: str, work: Path, threads: int, timeout: float):
+        command = [sys.executable, __file__, "--serve", name, "--work", str(work), "--threads", str(threads)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+        environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu"}
+        self.name, self.timeout = name, timeout
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        self.popen = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
+        )
+        self.turns: list[list[float]] = []
+        self.losses: list[float] = []
+        self.peak = 0
+        started = self._answer()
+        self.ready = started["ready"]
+        self.losses += started["losses"]
+
+    def turn(self, steps: int) -> None:
+        assert self.popen.stdin is not None
+        self.popen.stdin.write(f"{steps}\n")
+        self.popen.stdin.flush()
+        answer = self._answer()
+        self.turns.append(answer["seconds"])
+        self.losses += answer["losses"]
+        self.peak = answer["peak"]
+
+    def _answer(self) -> dict[str, Any]:
+        import select
+
+        assert self.popen.stdout is not None
+        readable, _, _ = select.select([self.popen.stdout], [], [], self.timeout)
+        line = self.popen.stdout.readline() if readable else ""
+        if not line.startswith("{"):
+            self.log.seek(0)
+            reason = "took too long" if not readable else self.log.read().strip().splitlines()[-1:]
+            raise RuntimeError(f"{self.name}: {reason}")
+        return json.loads(line)  # type: ignore[no-any-return]
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.popen.kill()
+        self.popen.wait()
+        self.log.close()
+
+
+# ---- one size and method ---------------------------------------------------------------------------------------------
+
+
+def compare(size: str, method: str, names: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        work = Path(folder)
+        prepare(work, size, method)
+        running: list[Process] = []
+        left_out: dict[str, str] = {}
+        for name in [*names, "floor"]:
+            try:
+                running.append(stack.enter_context(Process(name, work, args.threads, args.timeout)))
+            except RuntimeError as error:
+                left_out[name] = str(error)[:300]
+        for _ in range(args.rounds):
+            for process in running:
+                process.turn(args.steps)
+        tokens = json.loads((work / "job.json").read_text())["tokens"]
+    ours = next(p for p in running if p.name == "minilora")
+    floor = statistics.median(s for p in running if p.name == "floor" for turn in p.turns for s in turn)
+    rows = {}
+    for p in running:
+        if p.name == "floor":
+            continue
+        median = statistics.median(s for turn in p.turns for s in turn)
+        ratios = [statistics.median(a) / statistics.median(b) for a, b in zip(p.turns, ours.turns, strict=True)]
+        rows[p.name] = {
+            "milliseconds": round(1e3 * median, 3),
+            "over_minilora": round(statistics.median(ratios), 3),
+            "over_floor": round(median / floor, 3),
+            "tokens_per_second": round(tokens / median),
+            "peak_megabytes": round(p.peak / 2**20, 1),
+            "seconds_to_first_step": round(p.ready, 2),
+            "loss_difference": float(np.max(np.abs(np.subtract(p.losses, ours.losses)))),
+        }
+    apart = {name: row["loss_difference"] for name, row in rows.items() if not row["loss_difference"] <= AGREE}
+    if apart:
+        raise SystemExit(f"{size} {method}: the losses differ, so not the same thing is timed: {apart}")
+    return {"size": size, "method": method, "floor_milliseconds": round(1e3 * floor, 3), "contenders": rows} | (
+        {"left_out": left_out} if left_out else {}
+    )
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"\n{result['size']}, {result['method']}   (floor {result['floor_milliseconds']:.1f} ms)")
+    print(f"  {'':14}{'ms':>9}{'/ ours':>8}{'/ floor':>9}{'tokens/s':>10}{'peak MB':>9}{'first step s':>14}")
+    for name, row in result["contenders"].items():
+        print(
+            f"  {name:14}{row['milliseconds']:9.1f}{row['over_minilora']:8.2f}{row['over_floor']:9.2f}"
+            f"{row['tokens_per_second']:10,}{row['peak_megabytes']:9.0f}{row['seconds_to_first_step']:14.2f}"
+        )
+    for name, reason in result.get("left_out", {}).items():
+        print(f"  {name:14} left out: {reason}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", default="micro,tiny,small,gpt2")
+    parser.add_argument("--methods", default="lora,full")
+    parser.add_argument("--contenders", default=",".join(("minilora", *PEERS)))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=300, help="seconds that one answer may take")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        return serve(args.serve, args.work, args.threads)
+
+    import importlib.util
+
+    names = args.contenders.split(",")
+    missing = [n for n in names if n in PACKAGES and importlib.util.find_spec(PACKAGES[n]) is None]
+    for name in missing:
+        print(f"{name} is left out: {PACKAGES[name]} is not installed")
+    names = [n for n in names if n not in missing]
+    results = []
+    for size in args.sizes.split(","):
+        for method in args.methods.split(","):
+            result = compare(size, method, [n for n in names if (n, method) != ("jax", "full")], args)
+            show(result)
+            results.append(result)
+    if args.write:
+        versions = {}
+        for package in ("numpy", "torch", "peft", "transformers", "jax"):
+            if importlib.util.find_spec(package):
+                from importlib.metadata import version
+
+                versions[package] = version(package)
+        report = {
+            "command": "python " + " ".join(["benchmarks/peers.py", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": f"{platform.machine()}, {args.threads} threads, Python {platform.python_version()}",
+            "versions": versions,
+            "results": results,
+        }
+        RESULT.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
