@@ -39,11 +39,11 @@ class Node:
 
     __slots__ = ("guards", "order", "parents", "vjp")
 
-    def __init__(self, parents: tuple[Node | Tensor | None, ...], vjp: Vjp, guards: tuple[tuple[list[int], int], ...]):
+    def __init__(self, parents: tuple[Node | Tensor | None, ...], vjp: Vjp, guards: list[tuple[list[int], int, int]]):
         self.order = next(_tick)
         self.parents = parents  # a Node, a leaf Tensor, or None where no gradient is wanted
         self.vjp = vjp
-        self.guards = guards  # (version cell, version then) of every leaf whose array the vjp reads
+        self.guards = guards  # (version cell, version then, id of the memory) of every input that can be assigned to
 
     def __lt__(self, other: Node) -> bool:  # heapq pops the smallest: the youngest node
         return self.order > other.order
@@ -52,17 +52,22 @@ class Node:
 def record(data: Array, inputs: tuple[Tensor, ...], vjp: Vjp) -> Tensor:
     """An operation's output. If a gradient can flow to an input, remember how: `vjp(dy)`, aligned with `inputs`."""
     y = Tensor.__new__(Tensor)
-    y.backend = inputs[0].backend
-    y._data = data if isinstance(data, y.backend.xp.ndarray) else y.backend.xp.asarray(data)  # reductions give scalars
+    y.backend = backend = inputs[0].backend
+    y._data = data if isinstance(data, backend.xp.ndarray) else backend.xp.asarray(data)  # reductions give scalars
     y.grad = y.node = y.version = None
-    if y._data.base is not None:  # a view of a leaf changes when the leaf does
-        owner = _owner(y._data)
-        y.version = next((t.version for t in inputs if t.version is not None and _owner(t._data) is owner), None)
-    y.requires_grad = grad_enabled() and any(t.requires_grad for t in inputs)
+    y.requires_grad = False
+    parents, guards = [], []
+    for t in inputs:
+        parents.append((t.node or t) if t.requires_grad else None)
+        y.requires_grad |= t.requires_grad
+        if t.version is not None:
+            owner = _owner(t._data)
+            guards.append((t.version, t.version[0], id(owner)))
+            if y._data.base is not None and _owner(y._data) is owner:  # a view of a leaf changes when the leaf does
+                y.version = t.version
     if y.requires_grad:
-        parents = tuple((t.node or t) if t.requires_grad else None for t in inputs)
-        guards = tuple((t.version, t.version[0]) for t in inputs if t.version is not None and _holds(vjp, t._data))
-        y.node = Node(parents, vjp, guards)
+        y.requires_grad = grad_enabled()
+        y.node = Node(tuple(parents), vjp, guards) if y.requires_grad else None
     if watch := observer.get():
         watch(y, inputs, vjp)
     return y
@@ -74,12 +79,12 @@ def _owner(array: Array) -> Array:
     return array
 
 
-def _holds(item: Any, data: Array) -> bool:
-    """Does this vjp hold the array, or a view of it? Then changing it before backward would give a wrong gradient."""
-    if type(item) is type(data):
-        return _owner(item) is _owner(data)
-    inner = item if isinstance(item, (tuple, list)) else getattr(item, "__closure__", None) if callable(item) else None
-    return any(_holds(getattr(i, "cell_contents", i), data) for i in inner or ())
+def _reads(item: Any, owner: int, array_type: type) -> bool:
+    """Does this vjp hold the memory, in its closure or what stands there? Then a change would spoil the gradient."""
+    if isinstance(item, array_type):
+        return id(_owner(item)) == owner
+    inner = item if isinstance(item, (tuple, list)) else getattr(item, "__closure__", None) or ()
+    return any(_reads(getattr(i, "cell_contents", i), owner, array_type) for i in inner)
 
 
 def grad_enabled() -> bool:
@@ -141,8 +146,8 @@ def _backward(loss: Tensor, dy: Array | None, retain_graph: bool) -> dict[Tensor
     arrive(loss.node or loss, dy)
     while heap:
         node = heapq.heappop(heap)
-        for version, then in node.guards:
-            if version[0] != then:
+        for version, then, owner in node.guards:
+            if version[0] != then and _reads(node.vjp, owner, type(dy)):
                 name = node.vjp.__qualname__.split(".")[0]
                 raise GraphError(
                     f"a tensor that the backward of '{name}' needs was changed after the forward (version {then} then, "
@@ -150,7 +155,7 @@ def _backward(loss: Tensor, dy: Array | None, retain_graph: bool) -> dict[Tensor
                 )
         parents, grads = node.parents, node.vjp(waiting.pop(node))
         if not retain_graph:
-            node.vjp, node.parents, node.guards = _freed, (), ()
+            node.vjp, node.parents, node.guards = _freed, (), []
         for parent, g in zip(parents, grads, strict=True) if parents else ():
             if parent is not None and g is not None:
                 arrive(parent, g)
@@ -305,6 +310,9 @@ def operands(*values: Any) -> tuple[Tensor, ...]:
 
     So a Python or NumPy scalar never turns float32 into float64. DeviceError where two Tensors live on two devices.
     """
+    if all(isinstance(v, Tensor) for v in values):
+        namespace(*values)
+        return values
     like = next((v for v in values if isinstance(v, Tensor)), None)
     if like is None:
         like = next((Tensor(v) for v in values if not isinstance(v, (int, float, np.generic))), Tensor(0.0))
