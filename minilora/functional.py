@@ -26,6 +26,11 @@ def rows(x: Array) -> Array:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1, which has no meaning beside a 0
 
 
+def row_dot(xp: Any, a: Array, b: Array) -> Array:
+    """sum_c a[n, c] b[n, c]    both (N, C) -> (N, 1). A product with ones sums faster than a reduction does."""
+    return (a * b) @ xp.ones((a.shape[1], 1), a.dtype)
+
+
 # ---- linear maps ----------------------------------------------------------------------------------------------------
 
 
@@ -81,29 +86,33 @@ def lora_linear(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float) -> T
 def merged_linear(
     x: Tensor, weight: Array, bias: Tensor | None, factors: Sequence[tuple[Tensor, Tensor, float]]
 ) -> Tensor:
-    """y = x W'^T + b    x (..., I), weight W' (O, I), factors (A_i (r_i, I), B_i (O, r_i), s_i) -> (..., O)
+    """y = x W'^T + b    x (..., I), weight [W' B_1 B_2 ...] (O, I + sum r_i), factors (A_i, B_i, s_i) -> (..., O)
 
-    The array W' = W + sum_i s_i B_i A_i was formed beforehand, once for many calls: by the merge identity this equals
-    `linear` followed by `lora_linear` for each pair, with one product a direction. W' is no parameter; A_i and B_i are.
+    W' = W + sum_i s_i B_i A_i was formed beforehand, once for many calls: by the merge identity this equals `linear`
+    followed by `lora_linear` for each pair, with one product a direction. W' is no parameter; A_i and B_i are. That the
+    B_i stand beside W' gives dx and dy B_i in one product, too: alone they are too thin to be fast.
     """
     inputs = (x, *(() if bias is None else (bias,)), *(f for A, B, _ in factors for f in (A, B)))
     namespace(*inputs)
-    X, shape = rows(x.data), x.shape
-    y = X @ weight.T  # (N, I) @ (I, O) -> (N, O)
+    X, shape, I = rows(x.data), x.shape, x.shape[-1]
+    y = X @ weight[:, :I].T  # (N, I) @ (I, O) -> (N, O)
     if bias is not None:
         y += bias.data
-    pairs = [(A.data, B.data, float(s)) for A, B, s in factors]
     need_dx, has_bias, need_db = x.requires_grad, bias is not None, bias is not None and bias.requires_grad
     X_kept = X if any(f.requires_grad for A, B, _ in factors for f in (A, B)) else None
+    pairs = [(A.data, len(A), float(s)) for A, _, s in factors]
 
     def vjp(dy: Array) -> Grads:
         dY = rows(dy)  # (N, O)
-        found = [(dY @ weight).reshape(shape) if need_dx else None]  # dx (N, O) @ (O, I) -> (N, I)
+        back = dY @ (weight if need_dx else weight[:, I:])  # [dx, dY B_1, ...] (N, O) @ (O, I + r) -> (N, I + r)
+        found = [back[:, :I].reshape(shape) if need_dx else None]
         if has_bias:
             found.append(dY.sum(axis=0) if need_db else None)
-        for a, b, s in pairs:
-            found.append(None if X_kept is None else (dY @ b * s).T @ X_kept)  # dA (r, N) @ (N, I) -> (r, I)
-            found.append(None if X_kept is None else dY.T @ (X_kept @ a.T) * s)  # dB (O, N) @ (N, r) -> (O, r)
+        at = I if need_dx else 0
+        for a, r, s in pairs:
+            found.append(None if X_kept is None else (back[:, at : at + r] * s).T @ X_kept)  # dA (r, N) @ (N, I)
+            found.append(None if X_kept is None else dY.T @ (X_kept @ a.T * s))  # dB (O, N) @ (N, r) -> (O, r)
+            at += r
         return tuple(found)
 
     return record(y.reshape(*shape[:-1], len(weight)), inputs, vjp)
@@ -162,7 +171,9 @@ def dropout(x: Tensor, p: float, key: int, first: int = 0) -> Tensor:
 
 def _sigmoid(xp: Any, x: Array) -> Array:
     with np.errstate(over="ignore"):  # exp(-x) may be infinite: then sigmoid is 0, exactly what is wanted
-        return 1.0 / (1.0 + xp.exp(-x))
+        y = xp.exp(-x)
+        y += 1
+        return 1 / y
 
 
 def silu(x: Tensor) -> Tensor:
@@ -175,12 +186,20 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up    both (..., C) -> (..., C)    Shazeer 2020"""
     g, u = gate.data, up.data
     s = _sigmoid(namespace(gate, up), g)
+    y = g * s
+    y *= u
 
     def vjp(dy: Array) -> Grads:
-        gs = g * s
-        return dy * u * (s + gs * (1 - s)), dy * gs
+        dup = g * s
+        dgate = 1 - s  # d silu = s + g s (1 - s)
+        dgate *= dup
+        dgate += s
+        dgate *= u
+        dgate *= dy
+        dup *= dy
+        return dgate, dup
 
-    return record(g * s * u, (gate, up), vjp)
+    return record(y, (gate, up), vjp)
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -267,19 +286,24 @@ def cross_entropy(logits: Tensor, targets: Array, ignore_index: int = IGNORE, re
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * w    x (..., C), w (C,)    Zhang & Sennrich 2019, eq. (4)"""
     xp = namespace(x, weight)
-    X, w = x.data, weight.data
-    rstd = 1.0 / xp.sqrt((X * X).mean(axis=-1, keepdims=True) + float(eps))  # (..., 1)
+    X, w, shape = rows(x.data), weight.data, x.shape
+    rstd = 1.0 / xp.sqrt(row_dot(xp, X, X) / X.shape[1] + float(eps))  # (N, 1)
+    y = X * rstd
+    y *= w
     need_dx, need_dw = x.requires_grad, weight.requires_grad
 
     def vjp(dy: Array) -> Grads:
-        xhat = X * rstd
-        dw = rows(dy * xhat).sum(axis=0) if need_dw else None
+        dY, xhat = rows(dy), X * rstd
+        dw = (dY * xhat).sum(axis=0) if need_dw else None
         if not need_dx:
             return None, dw
-        dxhat = dy * w
-        return rstd * (dxhat - xhat * (dxhat * xhat).mean(axis=-1, keepdims=True)), dw
+        dx = dY * w  # to begin with, d xhat
+        xhat *= row_dot(xp, dx, xhat) / X.shape[1]
+        dx -= xhat
+        dx *= rstd
+        return dx.reshape(shape), dw
 
-    return record(X * rstd * w, (x, weight), vjp)
+    return record(y.reshape(shape), (x, weight), vjp)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -306,6 +330,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
 # ---- attention ------------------------------------------------------------------------------------------------------
 
+QUERY_BLOCK = 64  # queries a block: shorter blocks skip more hidden scores, and cost more calls
+KEPT_SCORES = 1 << 20  # with more of them, backward computes exp(scores) again: memory then grows with T, not T^2
+
 
 def rope(x: Tensor, cos: Array, sin: Array) -> Tensor:
     """Rotate pairs (x_i, x_{i + D/2}) by position-dependent angles.    x (B, T, H, D), cos and sin (T, D/2)
@@ -313,12 +340,17 @@ def rope(x: Tensor, cos: Array, sin: Array) -> Tensor:
     Su et al. 2021, eq. (34), in the layout of Llama's checkpoints: the pair of i is i + D/2, not i + 1.
     """
     xp = namespace(x)
-    c, s = cos[:, None, :], sin[:, None, :]  # (T, 1, D/2)
+    B, T, H, D = x.shape
+    # One row of factors for all heads of a position: arithmetic then runs over whole rows, not over pieces of D/2.
+    c, s = xp.tile(cos, 2 * H), xp.tile(xp.concatenate([-sin, sin], axis=-1), H)  # (T, H D)
 
     def turn(z: Array, s: Array) -> Array:
-        half = z.shape[-1] // 2
-        z1, z2 = z[..., :half], z[..., half:]
-        return xp.concatenate([z1 * c - z2 * s, z2 * c + z1 * s], axis=-1)
+        halves, y = z.reshape(B, T, H, 2, D // 2), xp.empty((B, T, H, 2, D // 2), z.dtype)
+        y[..., 0, :], y[..., 1, :] = halves[..., 1, :], halves[..., 0, :]
+        y = y.reshape(B, T, H * D)
+        y *= s
+        y += z.reshape(B, T, H * D) * c
+        return y.reshape(B, T, H, D)
 
     return record(turn(x.data, s), (x,), lambda dy: (turn(dy, -s),))  # the transpose of a rotation turns it back
 
@@ -328,38 +360,64 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
 
     The T queries are the last of the S positions: query t sees the keys up to t + S - T. Head h reads key/value head
     h // G (grouped queries: Ainslie et al. 2023; K = H is the ordinary case). `scale` is 1/sqrt(D) unless given.
-    Scores are kept transposed, (.., S, T): the softmax then reduces over rows, which NumPy does with whole vectors.
+
+    Queries go in blocks of t, each with the s keys that any of them may see; a group's G heads stand side by side, as
+    G t queries. Scores are transposed, (s, G t): softmax then reduces over rows, which NumPy does with whole vectors.
     """
     xp = namespace(q, k, v)
     (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
     if H % K or T > S:
         raise ValueError(f"attention: q {q.shape} does not fit k {k.shape}: H must be a multiple of K, and S >= T")
-    G = H // K
-    scale = 1 / math.sqrt(D) if scale is None else float(scale)
-    Q = (q.data * scale).reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4)  # (B, K, G, T, D)
-    Kt = k.data.transpose(0, 2, 1, 3)[:, :, None]  # (B, K, 1, S, D)
-    Vt = v.data.transpose(0, 2, 1, 3)[:, :, None]  # (B, K, 1, S, D)
-    P = Kt @ Q.swapaxes(-1, -2)  # (.., S, D) @ (.., D, T) -> (B, K, G, S, T)
-    if T > 1:
-        hidden = xp.arange(S)[:, None] > xp.arange(S - T, S)[None, :]  # (S, T) key in the query's future
-        P += xp.where(hidden, -np.inf, 0.0).astype(P.dtype)
-    P -= P.max(axis=-2, keepdims=True)
-    xp.exp(P, out=P)
-    inv = 1.0 / P.sum(axis=-2)[..., None]  # (B, K, G, T, 1): divide the T x D output, not the S x T scores
-    O = (P.swapaxes(-1, -2) @ Vt) * inv  # (.., T, S) @ (.., S, D) -> (B, K, G, T, D)
+    G, scale = H // K, 1 / math.sqrt(D) if scale is None else float(scale)
+    blocks = [slice(start, min(start + QUERY_BLOCK, T)) for start in range(0, T, QUERY_BLOCK)]
+    Q, Kt, Vt = q.data * scale, k.data.transpose(0, 2, 1, 3), v.data.transpose(0, 2, 1, 3)  # Kt, Vt (B, K, S, D)
+    future = xp.tril(xp.full((QUERY_BLOCK, QUERY_BLOCK), -np.inf, Q.dtype), -1)  # (key, query)
 
-    def merge_heads(z: Array) -> Array:  # (B, K, G, T, D) -> (B, T, H, D)
-        return z.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    def grouped(z: Array, at: slice) -> Array:  # (B, T, H, D) -> (B, K, G t, D)
+        t = at.stop - at.start
+        return z[:, at].reshape(B, t, K, G, D).transpose(0, 2, 3, 1, 4).reshape(B, K, G * t, D)
+
+    def by_time(z: Array) -> Array:  # (B, K, G t, D) -> (B, t, H, D)
+        t = z.shape[2] // G
+        return z.reshape(B, K, G, t, D).transpose(0, 3, 1, 2, 4).reshape(B, t, H, D)
+
+    def by_head(P: Array) -> Array:  # (B, s, H t) -> (B, K, s, G t), the same memory
+        return P.reshape(B, P.shape[1], K, P.shape[2] // K).transpose(0, 2, 1, 3)
+
+    def products(keys: Array, queries: Array) -> Array:  # (.., s, D) @ (.., D, G t), laid out as (B, s, H t)
+        P = xp.empty((B, keys.shape[2], K * queries.shape[2]), Q.dtype)
+        xp.matmul(keys, queries.swapaxes(-1, -2), out=by_head(P))
+        return P
+
+    def scores(at: slice) -> Array:  # (B, s, H t)
+        P, t = products(Kt[:, :, : S - T + at.stop], grouped(Q, at)), at.stop - at.start
+        P[:, -t:].reshape(B, t, H, t)[...] += future[:t, None, :t]  # only the newest t keys can be too new
+        return P
+
+    O, kept = xp.empty_like(Q), []
+    for at in blocks:
+        P = scores(at)
+        top = P.max(axis=1, keepdims=True)  # (B, 1, H t)
+        P -= top
+        xp.exp(P, out=P)
+        inv = 1.0 / P.sum(axis=1).reshape(
+            B, K, P.shape[2] // K, 1
+        )  # for the t x D output: fewer divisions than s x t scores
+        O[:, at] = by_time((by_head(P).swapaxes(-1, -2) @ Vt[:, :, : P.shape[1]]) * inv)  # (.., G t, s) @ (.., s, D)
+        kept.append((at, top, inv, P if B * H * T * S <= KEPT_SCORES else None))
 
     def vjp(dy: Array) -> Grads:
-        dO = dy.reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4) * inv  # (B, K, G, T, D), softmax's division included
-        dV = (P @ dO).sum(axis=2)  # (.., S, T) @ (.., T, D) -> (B, K, S, D)
-        # softmax's gradient p (dp - sum p dp): the sum over keys is rowsum(dO * O), T numbers (Dao et al. 2022, app. B)
-        dS = Vt @ dO.swapaxes(-1, -2)  # (.., S, D) @ (.., D, T) -> (B, K, G, S, T)
-        dS -= (dO * O).sum(axis=-1)[..., None, :]
-        dS *= P
-        dQ = (dS.swapaxes(-1, -2) @ Kt) * scale  # (.., T, S) @ (.., S, D) -> (B, K, G, T, D)
-        dK = (dS @ Q).sum(axis=2)  # Q carries the scale: (.., S, T) @ (.., T, D) -> (B, K, S, D)
-        return merge_heads(dQ), dK.transpose(0, 2, 1, 3), dV.transpose(0, 2, 1, 3)
+        dQ, dK, dV = xp.empty_like(Q), xp.zeros((B, K, S, D), Q.dtype), xp.zeros((B, K, S, D), Q.dtype)
+        for at, top, inv, P in kept:
+            P = xp.exp(scores(at) - top) if P is None else P
+            s, dO = P.shape[1], grouped(dy, at) * inv  # (B, K, G t, D), softmax's division included
+            dV[:, :, :s] += by_head(P) @ dO  # (.., s, G t) @ (.., G t, D)
+            # softmax's gradient p (dp - sum p dp): the sum is rowsum(dO * O), T numbers (Dao et al. 2022, app. B)
+            dS = products(Vt[:, :, :s], dO)  # (B, s, H t)
+            dS -= (dO * grouped(O, at)).sum(axis=-1).reshape(top.shape)
+            dS *= P
+            dQ[:, at] = by_time((by_head(dS).swapaxes(-1, -2) @ Kt[:, :, :s]) * scale)  # (.., G t, s) @ (.., s, D)
+            dK[:, :, :s] += by_head(dS) @ grouped(Q, at)  # Q carries the scale: (.., s, G t) @ (.., G t, D)
+        return dQ, dK.transpose(0, 2, 1, 3), dV.transpose(0, 2, 1, 3)
 
-    return record(merge_heads(O), (q, k, v), vjp)
+    return record(O, (q, k, v), vjp)

@@ -34,6 +34,7 @@ NOT_OPERATIONS = {
     "unbroadcast": "works on arrays, inside vjps",
     "rows": "works on arrays, inside operations",
     "within": "checks ids on the host",
+    "row_dot": "works on arrays, inside operations",
 }
 
 
@@ -239,6 +240,7 @@ def _merged(x: Tensor, *rest: Tensor) -> Tensor:
     weight = x.backend.from_numpy(_weight.astype(x.dtype))
     for A, B, s in pairs:
         weight = weight + s * (B.data @ A.data)
+    weight = x.backend.xp.concatenate([weight, *(B.data for _, B, _ in pairs)], axis=1)
     return F.merged_linear(x, weight, rest[-1] if len(rest) % 2 else None, pairs)
 
 
@@ -250,8 +252,8 @@ def _merged_definition(x: Tensor, *rest: Tensor) -> Tensor:
 
 
 _one, _two = ((2, 3, 4), (2, 4), (5, 2)), ((2, 3, 4), (2, 4), (5, 2), (3, 4), (5, 3), (5,))
-neural("merged_linear", "one pair", _merged, _merged_definition, normal(*_one), (0, 1, 2))
-neural("merged_linear", "two pairs,bias", _merged, _merged_definition, normal(*_two), (0, 1, 2, 3, 4))
+neural("merged_linear", "one pair", _merged, _merged_definition, normal(*_one), (0, 1))
+neural("merged_linear", "two pairs,bias", _merged, _merged_definition, normal(*_two), (0, 1, 3))
 neural("merged_linear", "no pair,bias", _merged, _merged_definition, normal((2, 4), (5,)), ())
 
 _ids = np.array([[1, 4, 1], [0, 1, 4]])
@@ -400,6 +402,22 @@ for variant, (T, S, H, K) in {
     neural("attention", variant, F.attention, _attention, normal(*shapes), (1, 2))
 neural("attention", "scale", functools.partial(F.attention, scale=0.3), functools.partial(_attention, scale=0.3),
        normal((2, 3, 2, 4), (2, 3, 2, 4), (2, 3, 2, 4)), (1, 2))  # fmt: skip
+
+
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor, kept: int) -> Tensor:
+    """Attention in blocks of two queries, keeping up to so many scores for backward."""
+    before = F.QUERY_BLOCK, F.KEPT_SCORES
+    F.QUERY_BLOCK, F.KEPT_SCORES = 2, kept
+    try:
+        return F.attention(q, k, v)
+    finally:
+        F.QUERY_BLOCK, F.KEPT_SCORES = before
+
+
+for kept in (0, 1 << 20):
+    for T, S, H, K in ((5, 5, 2, 2), (3, 6, 4, 2), (4, 4, 2, 1)):
+        neural("attention", f"blocks,T={T},S={S},H={H},K={K},kept={kept}", functools.partial(_in_blocks, kept=kept),
+               _attention, normal((2, T, H, 4), (2, S, K, 4), (2, S, K, 4)), (1, 2))  # fmt: skip
 
 NEURAL = [op for op in TABLE if op.definition is not None]
 

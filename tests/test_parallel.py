@@ -11,6 +11,7 @@ import threadpoolctl
 from hypothesis import given
 from hypothesis import strategies as st
 
+import minilora.parallel
 from minilora import CausalLM, LoraConfig, LoraLinear, TransformerConfig, get_peft_model, gradients
 from minilora.data import IGNORE, Batch
 from minilora.errors import ConfigError
@@ -292,6 +293,25 @@ def test_every_shard_failing_gives_the_first_shards_exception():
     with ShardedStep(model, threads=4, shard=1, loss=loss) as sharded, pytest.raises(ShardError, match="shard 0"):
         sharded.gradients(batch_of(6, 3), trainable(model))
     assert not workers()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_memory_is_kept_unless_that_is_not_wanted_and_never_by_an_import(keep, monkeypatch):
+    called = []
+    monkeypatch.setattr(minilora.parallel, "keep_memory", lambda: called.append(True))
+    with ShardedStep(lora_model(0.0), threads=1, keep_memory=keep):
+        pass
+    assert called == [True] * keep
+
+
+def test_where_there_is_no_glibc_memory_is_left_alone(monkeypatch):
+    for missing in (OSError, TypeError, AttributeError):
+
+        def nothing(name, missing=missing):
+            raise missing
+
+        monkeypatch.setattr(minilora.parallel.ctypes, "CDLL", nothing)
+        minilora.parallel.keep_memory()
 
 
 def test_no_thread_outlives_the_block():

@@ -109,7 +109,8 @@ class LoraLinear(Wrapper):
             W = base.dense_weight()
             for adapter in running:
                 W = W + adapter.delta_weight(W)
-            self._effective = W, running
+            B = [a.lora_B.data for a in running]
+            self._effective = base.backend.xp.concatenate([W, *B], axis=1), running
 
     def end_step(self) -> None:
         self._effective = None
