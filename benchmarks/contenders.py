@@ -283,7 +283,7 @@ class Floor(Contender):
     """Not a contender: only the matrix products that a LoRA step over frozen weights cannot do without.
 
     For every weight (O, I), y = x W^T and dx = dy W over the batch's tokens, as NumPy does them best: with threaded
-    BLAS over all rows, or by threads over blocks of rows with one BLAS thread each. `step` returns the faster's seconds.
+    BLAS over all rows, or by threads over blocks of rows with one BLAS thread each. `step` gives the faster's seconds.
     """
 
     def __init__(self, work: Path, threads: int):
