@@ -1,4 +1,4 @@
-"""How many small changes of the source do the tests notice? Mutation testing of the engine and the optimisers.
+"""How many small changes of the source do the tests notice? Mutation testing of the engine, optimisers and readers.
 
     pip install cosmic-ray && nice python benchmarks/mutation.py [--write] [FILE ...]
 
@@ -7,7 +7,7 @@ condition negated, a loop without a round, a decorator gone. Each is tried in a 
 that one module gives the changed source, on the fast tests of its room (few Hypothesis examples, stop at the first
 failure); no file is touched. Left out is what cannot matter, type annotations, and what would only flatter the score:
 operators in the place of + - * / that no formula here has, bit operators above all (a TypeError for floats).
-`--write` keeps benchmarks/results/mutation-engine.json. A change that no test notices either means the same, for a
+`--write` keeps benchmarks/results/mutation.json, for the files that were tried. A change that no test notices either means the same, for a
 reason that is written there by hand and kept by the next run, or a test is missing.
 """
 
@@ -32,12 +32,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "mutation-engine.json"
+RESULT = ROOT / "benchmarks" / "results" / "mutation.json"
 LIMIT = 60  # seconds a mutant: an endless loop counts as noticed
 TESTS = {  # of each file, in the order in which they are tried
     "minilora/optim.py": ["optim"],
     "minilora/functional.py": ["gradcheck", "functional", "promises", "autograd", "nn", "parallel"],
     "minilora/autograd.py": ["gradcheck", "autograd", "functional", "promises", "anomaly", "backend", "parallel"],
+    "minilora/formats/disk.py": ["checkpoint", "disk", "hostile"],
+    "minilora/formats/safetensors.py": ["safetensors", "checkpoint", "fuzz"],
+    "minilora/formats/checkpoint.py": ["checkpoint", "transformer", "hostile"],
+    "minilora/formats/adapter.py": ["checkpoint", "hostile", "lora"],
 }
 SLOW = "million or thousand_steps_leak or oracle"  # these start processes, which would not see the change
 WARNINGS = "error\nignore::pytest.PytestAssertRewriteWarning"  # Hypothesis is there before pytest, to be imported once
@@ -182,7 +186,7 @@ def main() -> None:
         "tool": f"cosmic-ray {importlib.metadata.version('cosmic-ray')} (the changes), pytest in forks (the outcomes)",
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
-        "files": {},
+        "files": old,
     }
     for name in args.files:
         path, counts, survivors = ROOT / name, {"killed": 0, "timeout": 0, "survived": 0}, []
