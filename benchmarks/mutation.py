@@ -207,10 +207,12 @@ def main() -> None:
                 print(f"{name}: {number} {counts}", flush=True)
         mutants = sum(counts.values())
         score = round(1 - counts["survived"] / mutants, 4)
-        explained = sum(bool(s["reason"]) for s in survivors)
-        print(f"{name}: {mutants} mutants, score {score:.2%}, {explained} of {len(survivors)} survivors explained")
+        equivalent = sum(bool(s["reason"]) for s in survivors)
+        print(f"{name}: {mutants} mutants, score {score:.2%}, {equivalent} of {len(survivors)} survivors mean the same")
         survivors.sort(key=lambda s: s["line"])
-        result["files"][name] = {"mutants": mutants, **counts, "score": score, "survivors": survivors}
+        entry = {"mutants": mutants, **counts, "equivalent": equivalent, "score": score}
+        entry["score_without_equivalents"] = round(1 - (counts["survived"] - equivalent) / (mutants - equivalent), 4)
+        result["files"][name] = {**entry, "survivors": survivors}
     if args.write:
         RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

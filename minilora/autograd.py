@@ -393,8 +393,8 @@ def power(a: Any, b: Any) -> Tensor:
     Y, B = (y if b.requires_grad else None), (B if a.requires_grad else None)
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
-        # b a^(b-1) is 0 for b = 0, also at a = 0, where the power alone would be infinite.
-        da = unbroadcast(dy * B * A ** xp.where(B == 0, 1, B - 1), sa) if B is not None else None
+        # b a^(b-1) is 0 for b = 0, also at a = 0 or infinity: a^0 is 1 everywhere.
+        da = unbroadcast(dy * B * A ** xp.where(B == 0, 0, B - 1), sa) if B is not None else None
         db = None if Y is None else unbroadcast(dy * Y * xp.log(xp.where(A == 0, 1, A)), sb)
         return da, db
 

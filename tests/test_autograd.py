@@ -356,13 +356,16 @@ def test_edges_of_domains() -> None:
     dz, dp = gradients((zero**power).sum(), [zero, power])  # 0^0 = 1 with slope 0
     np.testing.assert_array_equal(dz, [0, 1, 0])
     np.testing.assert_array_equal(dp, [0, 0, 0])
+    x = Tensor(np.array([0.0, np.inf, np.nan]), True)
+    np.testing.assert_array_equal(gradients((x**0.0).sum(), [x])[0], [0, 0, 0])  # 1 is 1, whatever x is
     base, two = Tensor(np.array([-3.0]), True), Tensor(np.array([2.0]), True)
     with np.errstate(invalid="ignore"):
         db, de = gradients((base**two).sum(), [base, two])
     assert db == -6
     assert np.isnan(de)  # (-3)^e is real at e = 2 and not beside it
-    with pytest.raises(ValueError, match="matmul"):
-        base @ Tensor(2.0)
+    for product in (lambda: base @ Tensor(2.0), lambda: Tensor(2.0) @ base):
+        with pytest.raises(ValueError, match="matmul"):
+            product()
 
 
 # ---- dtypes and construction ----------------------------------------------------------------------------------------
@@ -406,6 +409,8 @@ def test_what_a_tensor_is_made_of_decides_its_dtype() -> None:
 def test_integers_compute_as_integers_and_with_fractions_exactly() -> None:
     x = Tensor([1, 2, 4])
     assert (x * 2.5).numpy().tolist() == [2.5, 5.0, 10.0]
+    assert (Tensor([True, False]) + 2.5).numpy().tolist() == [3.5, 2.5]
+    assert ag.add(np.ones(2), 0.1).numpy().tolist() == ag.add(0.1, np.ones(2)).numpy().tolist() == [1.1, 1.1]
     assert x.mean().item() == 7 * (1 / 3)
     assert x.min().item() == 1
     assert x.min().dtype == (-x).dtype == (x + 1).dtype == np.int64
@@ -456,7 +461,7 @@ def test_a_gradient_handed_to_two_inputs_is_not_added_to_in_place() -> None:
 def test_each_leaf_gets_a_gradient_of_its_own_dtype() -> None:
     a, b = leaf(3, dtype=np.float32), leaf(3)
     assert [g.dtype for g in gradients((a * b).sum(), [a, b])] == [np.float32, np.float64]
-    assert gradients(b + 1.0, [b], np.ones(3, np.float32))[0].dtype == np.float64
+    assert gradients(1.0 - b, [b], np.ones(3, np.float32))[0].dtype == np.float64
 
 
 def test_a_diamond_of_depth_60_is_walked_once() -> None:
@@ -516,6 +521,14 @@ def test_options_of_a_backward_go_by_name() -> None:
         gradients(y, [x], dy, True)  # type: ignore[misc]
     with pytest.raises(TypeError, match="positional"):
         y.backward(dy, True)  # type: ignore[misc]
+
+
+def test_an_operation_gives_a_gradient_or_none_for_every_input() -> None:
+    x = leaf(3)
+    for found in ((), (x.data,), (x.data, x.data, x.data)):
+        y = ag.record(x.data * 2, (x, x), lambda dy, found=found: found)
+        with pytest.raises(ValueError, match=r"zip\(\) argument"):
+            y.backward(np.ones(3))
 
 
 def test_an_error_in_the_middle_leaves_no_gradient_behind() -> None:
