@@ -7,8 +7,8 @@ condition negated, a loop without a round, a decorator gone. Each is tried in a 
 that one module gives the changed source, on the fast tests of its room (few Hypothesis examples, stop at the first
 failure); no file is touched. Left out is what cannot matter, type annotations, and what would only flatter the score:
 operators in the place of + - * / that no formula here has, bit operators above all (a TypeError for floats).
-`--write` keeps benchmarks/results/mutation.json, for the files that were tried. A change that no test notices either means the same, for a
-reason that is written there by hand and kept by the next run, or a test is missing.
+`--write` keeps benchmarks/results/mutation.json, for the files that were tried. A change that no test notices either
+means the same, for a reason that is written there by hand and kept by the next run, or a test is missing.
 """
 
 from __future__ import annotations
