@@ -455,6 +455,16 @@ def test_a_written_config_has_every_key_and_keeps_the_unknown(tmp_path):
     assert dict(PEFT_CONFIG_DEFAULTS) == before
 
 
+def test_the_defaults_are_peft_s():
+    """The golden adapter was asked for little: whatever else its configuration says is PEFT's own default."""
+    golden, _ = read_adapter(GOLDEN / "llama--lora")
+    asked = {"r", "lora_alpha", "target_modules", "task_type", "base_model_name_or_path"}
+    assert {k: v for k, v in golden.items() if k not in asked} == {
+        k: v for k, v in PEFT_CONFIG_DEFAULTS.items() if k not in asked
+    }
+    assert (PEFT_CONFIG_DEFAULTS["r"], PEFT_CONFIG_DEFAULTS["lora_alpha"]) == (8, 8)
+
+
 HOSTILE_ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda a: (a / "adapter_config.json").unlink(), r"has no adapter_config\.json"),
     "no weights": (lambda a: (a / "adapter_model.safetensors").unlink(), r"has no adapter_model\.safetensors$"),

@@ -374,6 +374,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "2^62 floats": (raw({"a": entry(shape=[BIG])}, FOUR), "no array can have"),
     "one side of 2^64": (raw({"a": entry(shape=[2**64])}, FOUR), "no array can have"),
     "product wraps around to 4 bytes": (raw({"a": entry(shape=[2**32 + 1, 2**32 - 1])}, FOUR), "no array can have"),
+    "2^60 values, 8 bytes each": (raw({"a": entry("F16", [2**60])}, FOUR), "no array can have"),
+    "2^60 - 1 values": (raw({"a": entry("F16", [2**60 - 1])}, FOUR), "take 2305843009213693950 bytes"),
     "rank 65": (raw({"a": entry(shape=[1] * 65)}, FOUR), "at most 64 dimensions"),
     "rank 1000": (raw({"a": entry(shape=[1] * 1000)}, FOUR), "at most 64 dimensions"),
     "dtype f32": (raw({"a": entry("f32")}, FOUR), "unsupported dtype 'f32'"),
@@ -431,6 +433,7 @@ ODD_BUT_GOOD: dict[str, tuple[bytes, dict[str, list[int]]]] = {
         {"u": [1], "f": [2]},
     ),
     "0-d": (raw({"a": entry("U8", [], [0, 1])}, b"\5"), {"a": 5}),
+    "rank 64": (raw({"a": entry("U8", [1] * 63 + [0], [0, 0])}), {"a": []}),
     "names that mean something elsewhere": (
         raw({name: entry("U8", [], [i, i + 1]) for i, name in enumerate(ODD_NAMES)}, FOUR),
         dict.fromkeys(ODD_NAMES, 0),
