@@ -250,7 +250,15 @@ def test_what_the_format_cannot_hold_is_refused_and_the_old_file_stays(tmp_path,
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"old")]
 
 
-@pytest.mark.parametrize("made", [np.zeros(3, "f4"), np.zeros((2, 1), "f4"), np.zeros(2), np.zeros(2, "i4")])
+def test_a_file_may_hold_as_many_tensors_as_a_large_model(tmp_path):
+    tensors = {f"{i}": np.full((), i, np.int16) for i in range(5_000)}
+    save_file(tmp_path / "a", tensors)
+    assert load_file(tmp_path / "a") == tensors
+
+
+@pytest.mark.parametrize(
+    "made", [np.zeros(3, "f4"), np.zeros(1, "f4"), np.zeros((2, 1), "f4"), np.zeros(2), np.zeros(2, "i4")]
+)
 def test_an_entry_must_keep_its_word(tmp_path, made):
     with pytest.raises(FormatError, match="announced as"):
         write_stream(tmp_path / "a", [Entry("x", "F32", (2,), lambda: made)])
