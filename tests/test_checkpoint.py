@@ -252,6 +252,13 @@ def test_circular_and_too_deep_values_are_not_written(tmp_path):
     assert contents(tmp_path) == {}
 
 
+def test_quoted_shows_both_ends():
+    assert quoted("a" * 118) == repr("a" * 118)
+    assert quoted("a" * 60 + "b" * 60 + "c" * 100) == "'" + "a" * 59 + "..." + "c" * 56 + "'"
+    assert quoted("a" * 30 + "b" * 30, 20) == "'" + "a" * 9 + "..." + "b" * 6 + "'"
+    assert quoted("\x1b" * 20, 40) == r"'\x1b\x1b\x1b\x1b\x1...\x1b\x1b\x1b\x1b'"
+
+
 @given(st.text(), st.integers(10, 120))
 def test_quoted_is_short_and_printable(text, limit):
     shown = quoted(text, limit)
@@ -398,6 +405,8 @@ HOSTILE_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty name": (put(""), "not the name of"),
     "link to the outside": (hostile_index(outside), "lies outside the folder"),
     "missing shard": (put("model-00009.safetensors"), "is missing"),
+    "name of 255": (put("x" * 243 + ".safetensors"), "is missing"),
+    "name of 256": (put("x" * 244 + ".safetensors"), "is not the name of a safetensors file"),
     "10 kB name": (put("\x1b" * 10_000 + ".safetensors"), r"is not the name of a safetensors file"),
     "same shard by another way": (put("../model/model-00002-of-00003.safetensors"), "listed for it but not in it"),
     "wrong shard": (hostile_index(swapped), "listed for it but not in it"),
