@@ -107,9 +107,9 @@ class HubTokenizer:
         for name in self.FILES:
             if os.path.isfile(beside := os.path.join(directory, name)):
                 with open_regular(beside) as file:
-                    self._files[name] = file.read(MAX_TOKENIZER_BYTES + 1)
-                if len(self._files[name]) > MAX_TOKENIZER_BYTES:
-                    raise DataError(f"{quoted(beside)}: expected at most {MAX_TOKENIZER_BYTES} bytes")
+                    if os.fstat(file.fileno()).st_size > MAX_TOKENIZER_BYTES:
+                        raise DataError(f"{quoted(beside)}: expected at most {MAX_TOKENIZER_BYTES} bytes")
+                    self._files[name] = file.read()
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
