@@ -71,9 +71,10 @@ def seconds(request: pytest.FixtureRequest) -> Iterator[dict[str, float]]:
     """How long each row took; the slowest are printed at the end."""
     found: dict[str, float] = {}
     yield found
-    write = request.config.get_terminal_writer().line
     slowest = sorted(found, key=found.__getitem__, reverse=True)[:3]
-    write("\n" + "".join(f"{found[name]:.2f} s {name}; " for name in slowest) + f"all {sum(found.values()):.1f} s")
+    shown = "".join(f"{found[name]:.2f} s {name}; " for name in slowest)
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n{len(found)} hostile inputs in {sum(found.values()):.1f} s, the slowest {shown}")
 
 
 def snapshot(folder: Path) -> dict[str, object]:
