@@ -41,8 +41,8 @@ TESTS = {  # of each file, in the order in which they are tried
     "minilora/autograd.py": ["gradcheck", "autograd", "functional", "promises", "anomaly", "backend", "parallel"],
     "minilora/formats/disk.py": ["checkpoint", "disk"],
     "minilora/formats/safetensors.py": ["safetensors", "checkpoint", "fuzz"],
-    "minilora/formats/checkpoint.py": ["checkpoint", "transformer", "hostile"],
-    "minilora/formats/adapter.py": ["checkpoint", "hostile", "lora"],
+    "minilora/formats/checkpoint.py": ["checkpoint", "transformer"],
+    "minilora/formats/adapter.py": ["checkpoint", "lora"],
 }
 SLOW = "million or thousand_steps_leak or oracle"  # these start processes, which would not see the change
 WARNINGS = "error\nignore::pytest.PytestAssertRewriteWarning"  # Hypothesis is there before pytest, to be imported once

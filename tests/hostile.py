@@ -1,4 +1,4 @@
-"""The table of hostile inputs: what is built, how it is opened, and what it must end in. Run by test_hostile_rows.py.
+"""The table of hostile inputs: what is built, how it is opened, and what it must end in. Run by test_hostile.py.
 
 KINDS names sixty ways in which an input can be wrong, or odd; each has at least one row. A row that ends in None must
 be read or run all the same. Not a test itself.

@@ -1,265 +1,293 @@
-"""Adapters, configurations and tokenizers that a stranger may send: each refused by name, and nothing harmed by it.
-
-Files that are no safetensors, no JSON or no folder are in test_safetensors and test_checkpoint, command lines and texts
-in test_cli; all go through the one harness.
-"""
+"""Every hostile input of the table ends as it must, and leaves no trace. One harness for all of them."""
 
 from __future__ import annotations
 
-import json
+import ast
+import contextlib
+import hashlib
+import io
+import os
+import shlex
 import shutil
-import socket
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+import tracemalloc
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import test_checkpoint
-import test_safetensors
-from harness import TAKEN, refused, unharmed
+from hostile import KINDS, ROWS, SHAPE, TEXT, TINY, Row, World, make_victim, make_world
 
-from minilora import CausalLM, LoraConfig, PeftModel, TransformerConfig, get_peft_model
-from minilora.data import ByteTokenizer, load_tokenizer
-from minilora.errors import ConfigError, DataError, FormatError, MiniloraError
-from minilora.formats import load_file, read_checkpoint, save_file
+import minilora.demo
+import minilora.generate
+import minilora.train  # what a command imports when it runs is there from the start, so that any other import is seen
+from minilora.cli import main
+from minilora.formats import load_file
 
-SHAPE = TransformerConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
-Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
-HANG = ["(([a-z_0-9]+)*\\.?)*!", "(.*)*x", "(x+x+)+y"]  # a backtracking engine takes minutes over one name
-BOMBS = ["(a|aa)+$" * 50, "x{1,1000}" * 100, "(" * 300]
+for name in ("tokenizers", "pydoc_data.topics"):  # and so is what the two packages of optional texts import
+    with contextlib.suppress(ImportError):
+        __import__(name)
+
+PACKAGE = Path(minilora.demo.__file__).parent
+FORBIDDEN = (
+    "import", "exec", "compile", "pickle", "marshal.loads", "socket", "urllib", "subprocess", "os.system", "os.exec",
+    "os.posix_spawn", "os.fork",
+)  # fmt: skip
+ELSEWHERE = {  # kinds that are more than one input
+    55: "test_a_text_that_changes_while_it_is_trained_on",
+    60: "test_safetensors.test_one_flipped_deleted_or_inserted_byte_anywhere",
+}
+
+events: list[str] | None = None  # what Python reports while a row is open; None: nobody listens
+
+
+def hear(event: str, arguments: tuple[object, ...]) -> None:
+    if events is not None and event.startswith(FORBIDDEN) and not (event == "import" and arguments[0] == "tokenizers"):
+        events.append(f"{event} {arguments!r:.100}")
+    if events is not None and event == "open" and "secret" in str(arguments[0]):
+        events.append(f"open {arguments[0]}")
+
+
+sys.addaudithook(hear)  # such a hook cannot be taken away again, so it asks whether anybody listens
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base with its tokenizer, and an adapter for it."""
-    folder = tmp_path_factory.mktemp("good")
-    base = CausalLM(SHAPE, seed=0)
-    base.save_pretrained(folder / "base")
-    ByteTokenizer().save(folder / "base")
-    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder / "adapter")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound")
+    make_world(folder)
     return folder
 
 
-@pytest.fixture
-def world(good: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(good, tmp_path / "world"))
+@pytest.fixture(scope="module")
+def victim() -> tuple:
+    return make_victim()
 
 
-Change = Callable[[Path], object]
+@pytest.fixture(scope="module")
+def seconds(request: pytest.FixtureRequest) -> Iterator[dict[str, float]]:
+    """How long each row took; the slowest are printed at the end."""
+    found: dict[str, float] = {}
+    yield found
+    slowest = sorted(found, key=found.__getitem__, reverse=True)[:3]
+    shown = "".join(f"{found[name]:.2f} s {name}; " for name in slowest)
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n{len(found)} hostile inputs in {sum(found.values()):.1f} s, the slowest {shown}")
 
 
-def fields(file: str, **changes: Any) -> Change:
-    """These fields of a JSON file have other values; a value that is already JSON text is put in as it is."""
-
-    def change(world: Path) -> None:
-        path = world / file
-        found = json.loads(path.read_text()) | {k: v for k, v in changes.items() if not isinstance(v, Raw)}
-        text = json.dumps(found | {k: f"<{k}>" for k, v in changes.items() if isinstance(v, Raw)})
-        for k, v in changes.items():
-            text = text.replace(f'"<{k}>"', str(v)) if isinstance(v, Raw) else text
-        path.write_text(text)
-
-    return change
-
-
-class Raw(str):
-    """JSON as it is to stand in the file, though no serialiser would write it."""
+def snapshot(folder: Path) -> dict[str, object]:
+    """Every file with its bytes and its time, every link with its target, every folder and pipe."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        state = path.lstat()
+        if path.is_symlink():
+            found[str(path)] = os.readlink(path)
+        elif path.is_file():
+            large = state.st_size > 2**26  # sparse: its length and time will do
+            found[str(path)] = (state.st_size if large else path.read_bytes(), state.st_mtime_ns)
+        else:
+            found[str(path)] = state.st_mode
+    return found
 
 
-def adapter(**changes: Any) -> Change:
-    return fields("adapter/adapter_config.json", **changes)
+def descriptors() -> list[str]:
+    folder = Path("/proc/self/fd")
+    names = os.listdir(folder) if folder.exists() else []
+    links = []
+    for name in names:
+        with contextlib.suppress(OSError):  # the one through which the folder was listed
+            links.append(f"{name} {os.readlink(folder / name)}")
+    return sorted(links)
 
 
-def config(**changes: Any) -> Change:
-    return fields("base/config.json", **changes)
+def fingerprint(model, optimizer) -> str:
+    digest = hashlib.sha256(repr(optimizer.state_dict()[1]).encode())
+    digest.update(repr((model.active_adapters, sorted(model.peft_config), model.training)).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.requires_grad} {parameter.shape}".encode() + parameter.numpy().tobytes())
+    for name, array in optimizer.state_dict()[0].items():
+        digest.update(name.encode() + array.tobytes())
+    return digest.hexdigest()
 
 
-def tensors(file: str, change: Callable[[dict[str, np.ndarray]], object]) -> Change:
-    def rewrite(world: Path) -> None:
-        found = load_file(world / file)
-        change(found)
-        save_file(world / file, found)
-
-    return rewrite
-
-
-def of_adapter(change: Callable[[dict[str, np.ndarray]], object]) -> Change:
-    return tensors("adapter/adapter_model.safetensors", change)
+def run(line: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command line."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(shlex.split(line))
+    return code, out.getvalue(), err.getvalue()
 
 
-def of_base(change: Callable[[dict[str, np.ndarray]], object]) -> Change:
-    return tensors("base/model.safetensors", change)
+def outcome(row: Row, world: World) -> tuple[type[BaseException] | int | None, str]:
+    """What a row ends in, and the message. A row that must be read and is read ends in None."""
+    if not isinstance(row.open, str):
+        try:
+            row.open(world)
+        except Exception as error:
+            return type(error), str(error)
+        return None, ""
+    code, out, err = run(row.open)
+    assert "Traceback" not in out + err
+    assert out.replace("\n", "").replace("\t", "").isprintable()
+    *before, last = err.split("\n")
+    assert last == ""
+    if code == 0:
+        return None, err
+    assert [line.split(": ")[1] for line in before] == ["warning"] * (len(before) - 1) + ["error"]
+    return code, before[-1]
 
 
-A, C, T = "adapter", "base", "base/tokenizer.json"  # what the message must name
-ROWS: dict[str, tuple[Change, type[MiniloraError], str, str]] = {
-    # an adapter that does not fit
-    "a missing key": (of_adapter(lambda t: t.pop(Q.format("A"))), FormatError, "missing .*lora_A", A),
-    "a key too many": (of_adapter(lambda t: t.update(more=np.zeros(1))), FormatError, "unknown more", A),
-    "a factor's shape": (of_adapter(lambda t: t.update({Q.format("B"): np.zeros((5, 2))})), FormatError, "needs", A),
-    "two factors exchanged": (
-        of_adapter(lambda t: t.update({Q.format("A"): t[Q.format("B")], Q.format("B"): t[Q.format("A")]})),
-        FormatError, "needs", A,
-    ),
-    "another rank": (adapter(r=3), FormatError, r"needs \(3, 16\)", A),
-    "another base": (adapter(target_modules=["c_attn"]), FormatError, "'c_attn' match nothing", A),
-    "20,000 keys": (of_adapter(lambda t: t.update({f"k{i}": np.zeros(0) for i in range(20_000)})),
-                       FormatError, "and 19997 more", A),
-    # its numbers
-    **{f"r = {r!r}": (adapter(r=r), ConfigError, "r must be", A) for r in (0, -1, 2**31, 1.5, True, "8", None, [8])},
-    **{f"lora_alpha = {a!r}": (adapter(lora_alpha=a), ConfigError, "lora_alpha must be", A)
-       for a in (0, -1, True, "8", None)},
-    **{f"lora_alpha = {a}": (adapter(lora_alpha=Raw(a)), FormatError, "not valid JSON", A)
-       for a in ("NaN", "Infinity", "1e400", "9" * 5000)},
-    **{f"lora_dropout = {p!r}": (adapter(lora_dropout=p), ConfigError, "lora_dropout must be", A)
-       for p in (-0.1, 1.0, "0", None)},
-    # its names
-    **{f"target_modules = {b[:20]}": (adapter(target_modules=b), ConfigError, "pattern", A) for b in BOMBS},
-    **{f"rank_pattern of {b[:20]}": (adapter(rank_pattern={b: 2}), ConfigError, "pattern", A) for b in BOMBS},
-    "no target": (adapter(target_modules=[]), ConfigError, "at least one name", A),
-    "60,000 targets": (adapter(target_modules=["q_proj"] * 60_000), ConfigError, "target_modules must be", A),
-    "escapes for a terminal": (adapter(target_modules=["\x1b[2J\x07"]), FormatError, r"\\x1b\[2J", A),
-    # what it would mean
-    **{f"peft_type = {k!r}": (adapter(peft_type=k), ConfigError, "peft_type must be", A)
-       for k in ("IA3", "os.system", "", None, 7)},
-    **{f"{name} = {v!r}"[:60]: (adapter(**{name: v}), ConfigError, name, A) for name, v in {
-        "use_dora": True, "layer_replication": [[0, 2]], "megatron_config": {"x": 1}, "init_lora_weights": "../x.py",
-        "alora_invocation_tokens": [1], "loftq_config": {"bits": 4}, "target_parameters": ["experts"],
-        "task_type": "SEQ_CLS", "bias": "everything", "lora_bias": True,
-    }.items()},
-    # a model's configuration
-    "heads that do not divide": (config(num_attention_heads=3, head_dim=None), ConfigError, "hidden_size", "config"),
-    "an odd head": (config(head_dim=7), ConfigError, "head_dim", "config"),
-    **{f"{name} = {v!r}": (config(**{name: v}), ConfigError, name, "config") for name, v in {
-        "vocab_size": 0, "num_hidden_layers": -1, "rms_norm_eps": 0, "hidden_act": "os.system", "model_type": "gpt9",
-        "tie_word_embeddings": 1, "num_key_value_heads": 5, "rope_parameters": {"rope_theta": 0},
-    }.items()},
-    "vocab_size = 10^12": (config(vocab_size=10**12), ConfigError, "vocab_size", "config"),
-    "a billion layers": (config(num_hidden_layers=10**9), FormatError, "describes", C),
-    "rms_norm_eps = NaN": (config(rms_norm_eps=Raw("NaN")), FormatError, "not valid JSON", C),
-    "another vocabulary": (config(vocab_size=200), FormatError, r"\(256, 16\), config.json says \(200, 16\)", C),
-    "tied, with a head of its own": (
-        lambda w: (of_base(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))(w),
-                   config(tie_word_embeddings=True)(w)),
-        FormatError, "differs from the embedding", C,
-    ),
-    "untied, without a head": (of_base(lambda t: t.pop("lm_head.weight")), FormatError, "missing lm_head", C),
-    # a tokenizer
-    "tokenizer cut": (lambda w: (w / T).write_bytes((w / T).read_bytes()[:99]), FormatError, "not valid JSON", T),
-    "tokenizer list": (lambda w: (w / T).write_text("[]"), FormatError, "expected a JSON object", T),
-    "tokenizer twice": (lambda w: (w / T).write_text('{"a": 1, "a": 2}'), FormatError, "appears twice", T),
-    "tokenizer deep": (lambda w: (w / T).write_text('{"a":' + "[" * 10**5 + "}"), FormatError, "nested deeper", T),
-    "more ids than the model": (config(vocab_size=255), DataError, "256 ids, more than", T),
-}  # fmt: skip
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("row", ROWS, ids=[f"{row.kind}-{row.name[:70]}" for row in ROWS])
+def test_hostile(row, sound, victim, seconds, tmp_path, monkeypatch):
+    global events
+    if row.whole:
+        shutil.copytree(sound, tmp_path, dirs_exist_ok=True)
+    with warnings.catch_warnings():  # np warns of the NaN that it is asked to convert
+        row.build(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    world = World(tmp_path, victim[0])
+    files, before, whole = snapshot(tmp_path), descriptors(), fingerprint(*victim)
+    size = sum(path.lstat().st_size for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink())
+    events = []
+    tracemalloc.start()
+    started = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default" if isinstance(row.open, str) else "error")
+            ended, message = outcome(row, world)
+        seconds[f"{row.kind}-{row.name[:70]}"] = time.perf_counter() - started
+        peak = tracemalloc.get_traced_memory()[1]
+        heard = events
+    finally:
+        tracemalloc.stop()
+        events = None
+    assert ended is row.ends if isinstance(row.ends, type) or row.ends is None else ended == row.ends, message
+    for words in row.says:
+        assert words in message
+    if row.ends is not None:
+        assert len(message) <= 500
+        assert message.isprintable()
+        assert message
+    assert not heard
+    assert peak <= 2 * size + 16 * 2**20
+    assert snapshot(tmp_path) == files
+    assert descriptors() == before
+    assert fingerprint(*victim) == whole
 
 
-def load(world: Path) -> PeftModel:
-    """Everything in the folder: the tokenizer, the base, the adapter."""
-    raw, checkpoint = read_checkpoint(world / "base")
-    checkpoint.close()
-    load_tokenizer(
-        world / "base",
-        raw["vocab_size"] if type(raw.get("vocab_size")) is int and raw["vocab_size"] in (255, 256) else 256,
+def test_every_kind_has_a_row():
+    assert list(KINDS) == list(range(1, 61))
+    assert {row.kind for row in ROWS} | set(ELSEWHERE) == set(KINDS)
+    assert not {row.kind for row in ROWS} & set(ELSEWHERE)
+    assert len(ROWS) >= 60
+
+
+WORST = [number for number, row in enumerate(ROWS) if row.worst]
+CHILD = """
+import os, resource, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+from hostile import ROWS, World, make_victim, make_world
+from test_hostile import outcome
+model = make_victim()[0]
+for number in map(int, sys.argv[4:]):
+    folder = Path(sys.argv[3], str(number))
+    folder.mkdir()
+    row = ROWS[number]
+    if row.whole:
+        make_world(folder)
+    row.build(folder)
+    os.chdir(folder)
+    size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2 * size + 64 * 2**20, resource.RLIM_INFINITY))
+    ended, message = outcome(row, World(folder, model))
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print(number, ended == row.ends, row.kind, row.name[:60].encode("ascii", "replace").decode(), ended, message[:99])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is set above what /proc says is used")
+def test_the_worst_of_them_end_so_in_hardly_any_memory(tmp_path):
+    """Address space for twice the files and 64 MiB, not a byte more: whatever allocates by what a file says, dies."""
+    assert len(WORST) >= 20
+    paths = [str(Path(__file__).parent), str(PACKAGE.parent), str(tmp_path)]
+    command = [sys.executable, "-W", "ignore", "-c", CHILD, *paths, *map(str, WORST)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    return PeftModel.from_pretrained(CausalLM.from_pretrained(world / "base"), world / "adapter")
+    lines = done.stdout.splitlines()
+    assert not [line for line in lines if line.split()[1] != "True"], done.stdout
+    assert len(lines) == len(WORST), done.stderr
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_a_strangers_folder(row: str, world: Path) -> None:
-    change, kind, message, names = ROWS[row]
-    change(world)
-    with refused(kind, message, world, row, names):
-        load(world)
+def test_a_text_that_changes_while_it_is_trained_on(tmp_path, monkeypatch):
+    """A text is read whole before the first step, so what happens to its file afterwards changes nothing."""
+    monkeypatch.chdir(tmp_path)
+    line = f"pretrain --data book.txt --steps 4 {TINY} {SHAPE}"
+    changes = {
+        "same": lambda: None,
+        "shrunk": lambda: os.truncate("book.txt", 3),
+        "grown": lambda: Path("book.txt").write_bytes(TEXT * 9),
+        "gone": lambda: Path("book.txt").unlink(),
+    }
+    weights = {}
+    train = minilora.demo.train
+    for name, change in changes.items():
+        Path("book.txt").write_bytes(TEXT)
+        done = []
+
+        def change_first(*arguments, change=change, done=done, **options):
+            done.append(change())
+            return train(*arguments, **options)
+
+        monkeypatch.setattr("minilora.train.train", change_first)
+        assert run(f"{line} --out {name}")[0] == 0
+        assert len(done) == 1
+        weights[name] = {key: array.tobytes() for key, array in load_file(f"{name}/model.safetensors").items()}
+    assert len(weights) == 4
+    assert all(found == weights["same"] for found in weights.values())
 
 
-@pytest.mark.parametrize("pattern", HANG)
-def test_a_pattern_that_would_hang_is_answered_at_once(pattern: str, world: Path) -> None:
-    adapter(rank_pattern={pattern: 2}, alpha_pattern={pattern: 3})(world)
-    with unharmed(world, f"rank_pattern of {pattern}"), pytest.warns(UserWarning, match="matches no target"):
-        load(world)
-    adapter(target_modules=pattern, rank_pattern={}, alpha_pattern={})(world)
-    with refused(FormatError, "match nothing", world, f"target_modules = {pattern}", A):
-        load(world)
+def test_no_code_here_evaluates_unpickles_imports_by_name_or_matches_by_backtracking():
+    """What the audit hook above shows for the table holds for every line: the words are not there at all."""
+    modules = {"pickle", "marshal", "shelve", "importlib", "runpy", "code", "socket", "ssl", "urllib", "http", "mmap",
+               "re", "subprocess"}  # fmt: skip
+    calls = {"eval", "exec", "compile", "__import__", "breakpoint"}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not {alias.name.split(".")[0] for alias in node.names} & modules, path
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level or str(node.module).split(".")[0] not in modules, path
+            elif isinstance(node, ast.Name):
+                assert node.id not in calls, path
+            elif isinstance(node, (ast.Attribute, ast.keyword)):
+                name = node.attr if isinstance(node, ast.Attribute) else node.arg
+                assert name not in {"allow_pickle", "system", "popen", "memmap", "mmap_mode"}, path
 
 
-def test_the_folder_itself_is_good_and_so_are_fields_that_ask_for_code(world: Path) -> None:
-    load(world)
-    code = {"auto_map": {"AutoModel": "evil.Model"}, "trust_remote_code": True, "custom_pipelines": {"x": "evil.py"}}
-    config(**code, _attn_implementation_internal="evil/kernels")(world)
-    adapter(auto_mapping={"base_model_class": "evil", "parent_library": "evil.module"})(world)
-    before = set(sys.modules)
-    with unharmed(world, "fields that ask for code"):
-        model = load(world)
-    assert not {name for name in set(sys.modules) - before if not name.startswith(("numpy", "minilora"))}
-    model.save_pretrained(world / "again")
-    assert json.loads((world / "again/adapter_config.json").read_text())["auto_mapping"] == {
-        "base_model_class": "evil", "parent_library": "evil.module",
-    }  # fmt: skip
-    model.unload().save_pretrained(world / "copy")
-    assert code.items() <= json.loads((world / "copy/config.json").read_text()).items()
-
-
-def test_nothing_in_a_file_imports_code_or_reaches_the_network(
-    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every hostile file of every table, read where a socket cannot be made and a new module is seen."""
-
-    def forbidden(*_: object, **__: object) -> None:
-        raise AssertionError("a file made minilora open a socket")
-
-    monkeypatch.setattr(socket, "socket", forbidden)
-    load(Path(shutil.copytree(good, tmp_path / "first")))  # whatever a good folder imports is there now
-    before = set(sys.modules)
-    for number, (change, *_) in enumerate(ROWS.values()):
-        world = Path(shutil.copytree(good, tmp_path / str(number)))
-        change(world)
-        with pytest.raises(MiniloraError):
-            load(world)
-    for content, _ in test_safetensors.HOSTILE.values():
-        (tmp_path / "file").write_bytes(content)
-        with pytest.raises(FormatError):
-            load_file(tmp_path / "file")
-    assert set(sys.modules) == before
-    assert test_checkpoint.HOSTILE_MODELS
-
-
-# ---- the harness itself ----
-
-
-def grow(world: Path) -> None:
-    (world / "more").touch()
-
-
-def touch(world: Path) -> None:
-    (world / "base/config.json").write_text((world / "base/config.json").read_text() + " ")
-
-
-def leak(world: Path) -> None:
-    KEPT.append(open(world / "base/config.json"))  # noqa: SIM115
-
-
-def feast(world: Path) -> None:
-    np.ones(64 << 20, np.uint8)
-
-
-KEPT: list[Any] = []
-
-
-@pytest.mark.parametrize("harm", [grow, touch, leak, feast])
-def test_the_harness_sees_harm(harm: Callable[[Path], None], world: Path) -> None:
-    with pytest.raises(AssertionError), unharmed(world, "harm on purpose"):
-        harm(world)
-    TAKEN.pop()
-    while KEPT:
-        KEPT.pop().close()
-
-
-@pytest.mark.parametrize("text", ["config: " + "x" * 500, "config \x1b[2J", "other", "config, and not what was meant"])
-def test_the_harness_sees_a_bad_message(text: str, world: Path) -> None:
-    with pytest.raises(AssertionError), refused(ValueError, "config: |other|J", world, "message", "config"):
-        raise ValueError(text)
-    with pytest.raises(AssertionError), refused(ValueError, "", world, "kind", ""):
-        raise FormatError("a kind of ValueError, but not the one")
-    del TAKEN[-2:]
+def test_the_harness_hears_what_it_forbids(tmp_path):
+    """A check that cannot fail is none: an import, a connection and a look at the secret are each heard."""
+    global events
+    (tmp_path / "colorsys_copy.py").write_text("x = 1")
+    for act, word in (
+        (lambda: __import__("colorsys_copy"), "import"),
+        (lambda: eval("1 + 1"), "compile"),
+        (lambda: __import__("socket").socket().close(), "socket"),
+        (lambda: (tmp_path / "secret").write_bytes(b""), "open"),
+    ):
+        sys.path.insert(0, str(tmp_path))
+        events = []
+        try:
+            act()
+            heard = events
+        finally:
+            events = None
+            sys.path.remove(str(tmp_path))
+            sys.modules.pop("colorsys_copy", None)
+        assert any(event.startswith(word) for event in heard), word
+    assert np.isfinite(1.0)
