@@ -207,6 +207,18 @@ def test_bad_json(tmp_path, case):
         read_json(tmp_path / "bad.json")
 
 
+def test_the_bounds_of_json_are_exact(tmp_path):
+    data = b'{"a": [1, {"b": "c"}]}'  # three texts, three lists and objects, three deep
+    assert parse_json(data, "x", depth=3, values=6) == {"a": [1, {"b": "c"}]}
+    for bounds in ({"depth": 2}, {"values": 5}, {"values": 2}):
+        with pytest.raises(FormatError, match="nested deeper|lists, objects and texts"):
+            parse_json(data, "x", **bounds)
+    (tmp_path / "a").write_bytes(data)
+    assert read_json(tmp_path / "a", limit=len(data))
+    with pytest.raises(FormatError, match="expected at most"):
+        read_json(tmp_path / "a", limit=len(data) - 1)
+
+
 def test_depth_64_is_read_and_brackets_in_texts_do_not_count(tmp_path):
     deep = b'{"a":' + b"[" * 63 + b"]" * 63 + b"}"
     (tmp_path / "a").write_bytes(deep)
