@@ -398,3 +398,27 @@ def test_a_small_loss_is_not_rounded_away() -> None:
     logits = np.array([[20.0, 8.0]], np.float32)
     exact = math.log1p(math.exp(-12))
     assert abs(F.cross_entropy(Tensor(logits), np.array([0])).item() - exact) <= 2 * 2**-24  # of 1 + e^-12, not of 20
+
+
+def test_scores_are_kept_for_backward_while_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B H T S of them, exactly: beyond, memory must not grow with T^2."""
+    rng = np.random.default_rng(0)
+    q, k, v = (Tensor(rng.standard_normal(s), True) for s in ((2, 3, 4, 5), (2, 7, 2, 5), (2, 7, 2, 5)))
+    for most, are_kept in ((2 * 4 * 3 * 7, True), (2 * 4 * 3 * 7 - 1, False)):
+        monkeypatch.setattr(F, "KEPT_SCORES", most)
+        node = F.attention(q, k, v).node
+        assert node is not None
+        held = dict(zip(node.vjp.__code__.co_freevars, (c.cell_contents for c in node.vjp.__closure__), strict=True))
+        assert [scores is not None for *_, scores in held["kept"]] == [are_kept]
+
+
+def test_an_id_that_is_outside_is_named() -> None:
+    for ids, named in (([0, 9], 9), ([-1, 9], -1), ([-2, 0], -2), ([5, 1], 5)):
+        with pytest.raises(DataError, match=rf"id {named} is outside \[0, 5\)"):
+            F.within(np.array(ids), 5, "id")
+
+
+def test_masks_begin_with_the_first_sequence() -> None:
+    x = Tensor(np.ones((3, 50)))
+    assert np.array_equal(F.dropout(x, 0.5, 7).data, F.dropout(x, 0.5, 7, 0).data)
+    assert not np.array_equal(F.dropout(x, 0.5, 7).data, F.dropout(x, 0.5, 7, 1).data)
