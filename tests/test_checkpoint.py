@@ -211,7 +211,7 @@ def test_the_bounds_of_json_are_exact(tmp_path):
     data = b'{"a": [1, {"b": "c"}]}'  # three texts, three lists and objects, three deep
     assert parse_json(data, "x", depth=3, values=6) == {"a": [1, {"b": "c"}]}
     for bounds in ({"depth": 2}, {"values": 5}, {"values": 2}):
-        with pytest.raises(FormatError, match="nested deeper|lists, objects and texts"):
+        with pytest.raises(FormatError, match=r"nested deeper|lists, objects and texts"):
             parse_json(data, "x", **bounds)
     (tmp_path / "a").write_bytes(data)
     assert read_json(tmp_path / "a", limit=len(data))
