@@ -213,6 +213,8 @@ def test_the_bounds_of_json_are_exact(tmp_path):
     for bounds in ({"depth": 2}, {"values": 5}, {"values": 2}):
         with pytest.raises(FormatError, match=r"nested deeper|lists, objects and texts"):
             parse_json(data, "x", **bounds)
+    with pytest.raises(FormatError, match="nested deeper"):
+        parse_json(b'{"a": [[], [], [[]]]}', "x", depth=3)  # four deep, also after what was closed
     (tmp_path / "a").write_bytes(data)
     assert read_json(tmp_path / "a", limit=len(data))
     with pytest.raises(FormatError, match="expected at most"):
