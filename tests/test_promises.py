@@ -421,7 +421,7 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
         half = x.shape[-1] // 2
         return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
-    def attention(q: Any, k: Any, v: Any, scale: float | None = None) -> Any:
+    def attention(q: Any, k: Any, v: Any, scale: float | None = None, kept: int = 0) -> Any:
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
         k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
