@@ -8,13 +8,13 @@ in elementary operations, which the tests hold beside it. Ordered by rising comp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from .autograd import Tensor, namespace, record
-from .backend import Array
+from .autograd import Tensor, grad_enabled, namespace, record
+from .backend import Array, Backend
 from .errors import DataError
 
 Grads = tuple[Array | None, ...]
@@ -83,48 +83,79 @@ def lora_linear(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float) -> T
     return record(out, (x, y, A, B), vjp)
 
 
-def merged_linear(
-    x: Tensor, weight: Array, bias: Tensor | None, factors: Sequence[tuple[Tensor, Tensor, float]]
-) -> Tensor:
-    """y = x W'^T + b    x (..., I), weight [W' B_1 B_2 ...] (O, I + sum r_i), factors (A_i, B_i, s_i) -> (..., O)
+Pull = Callable[[Array, Array], Grads]  # from X (N, I) and dY (N, O) to the gradients of some parameters
+Parts = list[tuple[tuple[Tensor, ...], Pull]]  # these parameters, and how
 
-    W' = W + sum_i s_i B_i A_i was formed beforehand, once for many calls: by the merge identity this equals `linear`
-    followed by `lora_linear` for each pair, with one product a direction. W' is no parameter; A_i and B_i are. That the
-    B_i stand beside W' gives dx and dy B_i in one product, too: alone they are too thin to be fast.
+
+class Effective:
+    """The weight W' (O, I) that layers with one input have in a step, formed beforehand, once for many calls.
+
+    weight   W', the layers' rows below each other
+    layers   of each: its size O_i, its bias, and the parameters that its rows were formed of, with their pulls
+    stacked  the outputs stand in a new first axis (n, ..., O / n), for layers of equal size; otherwise side by side
+    running  what the weight stands for, by layer: with other adapters it would be another
     """
-    inputs = (x, *(() if bias is None else (bias,)), *(f for A, B, _ in factors for f in (A, B)))
-    namespace(*inputs)
-    X, shape, I = rows(x.data), x.shape, x.shape[-1]
-    y = X @ weight[:, :I].T  # (N, I) @ (I, O) -> (N, O)
-    if bias is not None:
-        y += bias.data
-    need_dx, has_bias, need_db = x.requires_grad, bias is not None, bias is not None and bias.requires_grad
-    X_kept = X if any(f.requires_grad for A, B, _ in factors for f in (A, B)) else None
-    pairs = [(A.data, len(A), float(s)) for A, _, s in factors]
+
+    def __init__(
+        self,
+        weight: Array,
+        layers: Sequence[tuple[int, Tensor | None, Parts]],
+        stacked: bool = False,
+        running: Sequence[Any] = (),
+    ):
+        ends = np.cumsum([size for size, _, _ in layers]).tolist()
+        self.weight = weight.reshape(len(layers), -1, weight.shape[1]) if stacked else weight
+        self.stacked, self.running = stacked, running
+        self.rows = [slice(end - size, end) for end, (size, _, _) in zip(ends, layers, strict=True)]
+        self.biases = [(i, bias) for i, (_, bias, _) in enumerate(layers) if bias is not None]
+        self.pulls = [(i, pull) for i, (_, _, parts) in enumerate(layers) for _, pull in parts]
+        params = (p for _, _, parts in layers for formed_of, _ in parts for p in formed_of)
+        self.inputs = (*(bias for _, bias in self.biases), *params)
+
+
+def effective_linear(x: Tensor, effective: Effective) -> Tensor:
+    """y = x W'^T + b    x (..., I), W' (O, I) -> (..., O), or (n, ..., O / n) if it is stacked
+
+    For LoRA W' is W + s B A. By the merge identity this equals `linear` followed by `lora_linear`, with one product a
+    direction in place of three; the pulls bring A and B their gradients by way of (N, r), never of dL/dW'.
+    """
+    xp, W, pulls = namespace(x, *effective.inputs), effective.weight, effective.pulls
+    stacked, at, X, shape = effective.stacked, effective.rows, rows(x.data), x.shape
+    y = xp.matmul(X, W.swapaxes(-1, -2))  # (N, I) @ (I, O) -> (N, O)
+
+    def layer(z: Array, i: int) -> Array:  # its (N, O_i), a view
+        return z[i] if stacked else z[:, at[i]]
+
+    for i, bias in effective.biases:
+        layer(y, i)[...] += bias.data
+    need_dx, need_db = x.requires_grad, [i if bias.requires_grad else None for i, bias in effective.biases]
+    X_kept, flat = X if pulls else None, y.shape
 
     def vjp(dy: Array) -> Grads:
-        dY = rows(dy)  # (N, O)
-        back = dY @ (weight if need_dx else weight[:, I:])  # [dx, dY B_1, ...] (N, O) @ (O, I + r) -> (N, I + r)
-        found = [back[:, :I].reshape(shape) if need_dx else None]
-        if has_bias:
-            found.append(dY.sum(axis=0) if need_db else None)
-        at = I if need_dx else 0
-        for a, r, s in pairs:
-            found.append(None if X_kept is None else (back[:, at : at + r] * s).T @ X_kept)  # dA (r, N) @ (N, I)
-            found.append(None if X_kept is None else dY.T @ (X_kept @ a.T * s))  # dB (O, N) @ (N, r) -> (O, r)
-            at += r
+        dY, dX = dy.reshape(flat), None
+        if need_dx and stacked:
+            dX = dY[0] @ W[0]
+            for i in range(1, len(W)):
+                dX += dY[i] @ W[i]
+        elif need_dx:
+            dX = dY @ W  # (N, O) @ (O, I) -> (N, I)
+        found = [None if dX is None else dX.reshape(shape)]
+        found += [None if i is None else layer(dY, i).sum(axis=0) for i in need_db]
+        for i, pull in pulls:
+            found += pull(X_kept, layer(dY, i))
         return tuple(found)
 
-    return record(y.reshape(*shape[:-1], len(weight)), inputs, vjp)
+    return record(y.reshape(*flat[:-2], *shape[:-1], flat[-1]), (x, *effective.inputs), vjp)
 
 
-def worth_merging(tokens: int, inputs: int, outputs: int, r: int) -> bool:
-    """Is it cheaper to form W + dW once than to take the low-rank path at every one of `tokens` positions?
+def costs(tokens: int, inputs: int, outputs: int, r: int) -> tuple[int, int]:
+    """Operations that LoRA adds to a step over `tokens` positions: (W + dW formed once, the low-rank path at each one).
 
-    Counted from shapes alone, so that a resumed run chooses alike: 2 r I O operations and three passes over W, against
-    4 r (I + O) a position, forward and for dx. Skinny products run at half the speed of square ones.
+    Counted from shapes alone, so that a resumed run chooses alike: 2 r I O operations and three passes over W, which
+    weigh as much as 12 each element; against 4 r (I + O) a position, forward and for dx, and twice that because skinny
+    products run at half the speed of square ones.
     """
-    return inputs * outputs * (2 * r + 12) < tokens * 2 * 4 * r * (inputs + outputs)
+    return inputs * outputs * (2 * r + 12), tokens * 2 * 4 * r * (inputs + outputs)
 
 
 def within(ids: np.ndarray, count: int, what: str) -> None:
@@ -170,10 +201,11 @@ def dropout(x: Tensor, p: float, key: int, first: int = 0) -> Tensor:
 
 
 def _sigmoid(xp: Any, x: Array) -> Array:
+    y = xp.negative(x, out=xp.empty_like(x))
     with np.errstate(over="ignore"):  # exp(-x) may be infinite: then sigmoid is 0, exactly what is wanted
-        y = xp.exp(-x)
+        xp.exp(y, out=y)
         y += 1
-        return 1 / y
+        return xp.divide(1, y, out=y)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -182,24 +214,29 @@ def silu(x: Tensor) -> Tensor:
     return record(X * s, (x,), lambda dy: (dy * (s * (1 + X * (1 - s))),))
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up    both (..., C) -> (..., C)    Shazeer 2020"""
-    g, u = gate.data, up.data
-    s = _sigmoid(namespace(gate, up), g)
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up    x = [gate, up] (2, ..., C) -> (..., C)    Shazeer 2020"""
+    xp, X = namespace(x), x.data
+    if len(X) != 2:
+        raise ValueError(f"swiglu: the first axis holds gate and up, so it must be 2, got {x.shape}")
+    g, u = X
+    s = _sigmoid(xp, g)
     y = g * s
     y *= u
 
     def vjp(dy: Array) -> Grads:
-        dup = g * s
-        dgate = 1 - s  # d silu = s + g s (1 - s)
+        dX = xp.empty_like(X)
+        dgate, dup = dX
+        xp.multiply(g, s, out=dup)
+        xp.subtract(1, s, out=dgate)  # d silu = s + g s (1 - s)
         dgate *= dup
         dgate += s
         dgate *= u
         dgate *= dy
         dup *= dy
-        return dgate, dup
+        return (dX,)
 
-    return record(y, (gate, up), vjp)
+    return record(y, (x,), vjp)
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -242,42 +279,90 @@ def log_softmax(x: Tensor, axis: int = -1) -> Tensor:
     return record(y, (x,), lambda dy: (dy - xp.exp(y) * dy.sum(axis=axis, keepdims=True),))
 
 
+CHUNK = 1 << 22  # logits at once in `linear_cross_entropy`: 16 MiB stay in the last cache, and the rows keep BLAS busy
+
+
+def _counted(
+    backend: Backend, shape: tuple[int, ...], V: int, targets: Array, ignore_index: int, reduction: str
+) -> tuple[Array, Array, Array]:
+    """(targets, with 0 for ignored ones; which are ignored; how much each one's loss weighs), all (N,)."""
+    if targets.shape != shape:
+        raise DataError(f"targets of shape {targets.shape} do not fit logits of shape {(*shape, V)}")
+    if isinstance(targets, np.ndarray):
+        within(targets[targets != ignore_index], V, "target")
+        targets = backend.from_numpy(targets)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}")
+    xp, t = backend.xp, targets.reshape(-1)
+    ignored = t == ignore_index
+    keep = (~ignored).astype(np.float64)
+    return xp.where(ignored, 0, t), ignored, keep / xp.maximum(keep.sum(), 1) if reduction == "mean" else keep
+
+
+def _nll(xp: Any, Z: Array, t: Array, ignored: Array) -> tuple[Array, Array]:
+    """(-log softmax(Z)[t] (N,), sum exp(Z - max) (N, 1)) of logits Z (N, V), which become exp(Z - max) in place."""
+    top = Z.max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # an infinite logit makes its row NaN
+        Z -= top
+        down = Z[xp.arange(len(t)), t]
+        xp.exp(Z, out=Z)
+    Z[ignored] = 1  # a row that does not count is read no further, whatever it holds
+    total = Z.sum(axis=-1, keepdims=True)
+    return xp.where(ignored, 0, xp.log(total)[:, 0] - down), total  # not log + top - Z: near 0 that would round it away
+
+
 def cross_entropy(logits: Tensor, targets: Array, ignore_index: int = IGNORE, reduction: str = "mean") -> Tensor:
     """-log softmax(logits)[target]    logits (..., V), targets (...) integers -> scalar
 
     `reduction` "mean" over the counted targets (0 if there is none) or "sum". DataError for a target outside [0, V).
     """
-    xp, V = namespace(logits), logits.shape[-1]
-    if targets.shape != logits.shape[:-1]:
-        raise DataError(f"targets of shape {targets.shape} do not fit logits of shape {logits.shape}")
-    if isinstance(targets, np.ndarray):
-        within(targets[targets != ignore_index], V, "target")
-        targets = logits.backend.from_numpy(targets)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}")
-    Z, shape = rows(logits.data), logits.shape  # (N, V)
-    t = targets.reshape(-1)
-    ignored = t == ignore_index  # (N,)
-    keep = (~ignored).astype(Z.dtype)  # (N,) 1 where the target counts
-    t = xp.where(ignored, 0, t)
-    each = xp.arange(len(t))
-    top = Z.max(axis=-1, keepdims=True)
-    with np.errstate(invalid="ignore"):  # an infinite logit makes its row NaN
-        E, down = xp.exp(Z - top), Z[each, t] - top[:, 0]  # (N, V), (N,)
-    E[ignored] = 1  # a row that does not count is read no further, whatever it holds
-    total = E.sum(axis=-1, keepdims=True)  # (N, 1)
-    nll = xp.where(ignored, 0, xp.log(total)[:, 0] - down)  # not log + top - Z: near 0 that would round it away
-    weight = keep / xp.maximum(keep.sum(), 1) if reduction == "mean" else keep
+    xp, shape = namespace(logits), logits.shape
+    t, ignored, weight = _counted(logits.backend, shape[:-1], shape[-1], targets, ignore_index, reduction)
+    E = xp.array(rows(logits.data))  # (N, V)
+    nll, total = _nll(xp, E, t, ignored)
+    weight = weight.astype(E.dtype)
     kept = E if logits.requires_grad else None
 
     def vjp(dy: Array) -> Grads:
         # d nll / d logits = softmax - onehot(target), row by row times its weight
         scale = (weight * dy)[:, None]  # (N, 1)
         dZ = kept * (scale / total)
-        dZ[each, t] -= scale[:, 0]
+        dZ[xp.arange(len(t)), t] -= scale[:, 0]
         return (dZ.reshape(shape),)
 
     return record((nll * weight).sum(), (logits,), vjp)
+
+
+def linear_cross_entropy(
+    x: Tensor, head: Tensor, targets: Array, ignore_index: int = IGNORE, reduction: str = "mean"
+) -> Tensor:
+    """cross_entropy(x head^T, targets)    x (..., C), head (V, C), targets (...) integers -> scalar
+
+    The logits exist for a few rows at a time and never all at once; so the gradients are taken on the way, up to the
+    factor dy. With E = exp(logits - max) and p = E / sum E they are (p - onehot) head and (p - onehot)^T x.
+    """
+    xp, V, shape = namespace(x, head), len(head), x.shape
+    t, ignored, weight = _counted(x.backend, shape[:-1], V, targets, ignore_index, reduction)
+    X, W, weight = xp.where(ignored[:, None], 0, rows(x.data)), head.data, weight.astype(x.dtype)
+    dX = xp.empty_like(X) if grad_enabled() and x.requires_grad else None
+    dW = xp.zeros_like(W) if grad_enabled() and head.requires_grad else None
+    loss, step = xp.zeros((), X.dtype), max(1, CHUNK // V)
+    for at in [slice(start, start + step) for start in range(0, len(X), step)]:
+        E = X[at] @ W.T  # (n, C) @ (C, V) -> (n, V)
+        nll, total = _nll(xp, E, t[at], ignored[at])
+        loss = loss + (nll * weight[at]).sum()
+        w = weight[at, None]  # (n, 1)
+        if dX is not None:
+            dX[at] = xp.where(ignored[at, None], 0, (E @ W) * (w / total) - W[t[at]] * w)  # (n, V) @ (V, C)
+        if dW is not None:
+            dW += E.T @ (X[at] * (w / total))  # (V, n) @ (n, C)
+    if dW is not None:
+        dW -= x.backend.add_rows(t, X * weight[:, None], V)
+
+    def vjp(dy: Array) -> Grads:
+        return None if dX is None else (dX * dy).reshape(shape), None if dW is None else dW * dy
+
+    return record(loss, (x, head), vjp)
 
 
 # ---- norms: rstd (..., 1) is kept, the normalised x is made again ----------------------------------------------------
@@ -334,90 +419,120 @@ QUERY_BLOCK = 64  # queries a block: shorter blocks skip more hidden scores, and
 KEPT_SCORES = 1 << 20  # with more of them, backward computes exp(scores) again: memory then grows with T, not T^2
 
 
-def rope(x: Tensor, cos: Array, sin: Array) -> Tensor:
-    """Rotate pairs (x_i, x_{i + D/2}) by position-dependent angles.    x (B, T, H, D), cos and sin (T, D/2)
+def turn(xp: Any, z: Array, cos: Array, sin: Array, out: Array | None = None) -> Array:
+    """Rotate pairs (z_i, z_{i + D/2}) by position-dependent angles, on arrays.    z (B, T, h, D) -> (B, T, h, D)
 
-    Su et al. 2021, eq. (34), in the layout of Llama's checkpoints: the pair of i is i + D/2, not i + 1.
+    Su et al. 2021, eq. (34), in the layout of Llama's checkpoints: the pair of i is i + D/2, not i + 1. cos and sin
+    (T, h D) have a row of factors for all heads of a position, because arithmetic over whole rows is fast; sin's sign
+    is minus in the first half of each D. -sin turns back, which is the transpose.
     """
-    xp = namespace(x)
-    B, T, H, D = x.shape
-    # One row of factors for all heads of a position: arithmetic then runs over whole rows, not over pieces of D/2.
-    c, s = xp.tile(cos, 2 * H), xp.tile(xp.concatenate([-sin, sin], axis=-1), H)  # (T, H D)
-
-    def turn(z: Array, s: Array) -> Array:
-        halves, y = z.reshape(B, T, H, 2, D // 2), xp.empty((B, T, H, 2, D // 2), z.dtype)
-        y[..., 0, :], y[..., 1, :] = halves[..., 1, :], halves[..., 0, :]
-        y = y.reshape(B, T, H * D)
-        y *= s
-        y += z.reshape(B, T, H * D) * c
-        return y.reshape(B, T, H, D)
-
-    return record(turn(x.data, s), (x,), lambda dy: (turn(dy, -s),))  # the transpose of a rotation turns it back
+    B, T, h, D = z.shape
+    pairs = (B, T, h, 2, D // 2)
+    y = xp.empty(z.shape, z.dtype) if out is None else out
+    xp.multiply(z.reshape(pairs)[..., ::-1, :], sin.reshape(pairs[1:]), out=y.reshape(pairs))
+    whole = y.reshape(B, T, h * D)
+    whole += z.reshape(B, T, h * D) * cos
+    return y
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """Causal attention, softmax(scale q k^T) v.    q (B, T, H, D), k and v (B, S, K, D), S >= T -> (B, T, H, D)
+def attention(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    cos: Array,
+    sin: Array,
+    extend: Callable[[Array, Array], tuple[Array, Array]] | None = None,
+) -> Tensor:
+    """Causal self-attention, softmax(q k^T) v, with q and k rotated.    qkv (B, T, (H + 2 K) D) -> (B, T, H D)
 
-    The T queries are the last of the S positions: query t sees the keys up to t + S - T. Head h reads key/value head
-    h // G (grouped queries: Ainslie et al. 2023; K = H is the ordinary case). `scale` is 1/sqrt(D) unless given.
-
-    Queries go in blocks of t, each with the s keys that any of them may see; a group's G heads stand side by side, as
-    G t queries. Scores are transposed, (s, G t): softmax then reduces over rows, which NumPy does with whole vectors.
+    Side by side in qkv: q of H heads, k and v of K heads; query head h reads key/value head h // G (grouped queries:
+    Ainslie et al. 2023; K = H is the ordinary case). cos and sin (T, (H + K) D) as `turn` reads them; the scale
+    1/sqrt(D) of the scores is a factor of theirs in the rows of q. `extend(k, v)`, each (B, T, K, D), may return
+    (B, S, K, D) with earlier positions in front: the T queries are the last of S, and no gradient flows then.
     """
-    xp = namespace(q, k, v)
+    xp, (B, T, width), turned = namespace(qkv), qkv.shape, heads + kv_heads
+    if heads % kv_heads or width % (turned + kv_heads):
+        raise ValueError(f"attention: {heads} heads and {kv_heads} of keys do not fit each other, or {width} channels")
+    D = width // (turned + kv_heads)
+    Z = qkv.data.reshape(B, T, heads + 2 * kv_heads, D)
+    QK, v = turn(xp, Z[:, :, :turned], cos, sin), Z[:, :, turned:]
+    q, k = QK[:, :, :heads], QK[:, :, heads:]
+    O, back = _attend(xp, q, *(extend(k, v) if extend else (k, v)))
+
+    def vjp(dy: Array) -> Grads:
+        dZ, dQK = xp.empty((B, T, heads + 2 * kv_heads, D), dy.dtype), xp.empty_like(QK)
+        back(dy.reshape(B, T, heads, D), dQK[:, :, :heads], dQK[:, :, heads:], dZ[:, :, turned:])
+        turn(xp, dQK, cos, -sin, out=dZ[:, :, :turned])
+        return (dZ.reshape(B, T, width),)
+
+    return record(O.reshape(B, T, heads * D), (qkv,), vjp)
+
+
+def _attend(xp: Any, q: Array, k: Array, v: Array) -> tuple[Array, Callable[[Array, Array, Array, Array], None]]:
+    """softmax(q k^T) v, causal, on arrays.    q (B, T, H, D), k and v (B, S, K, D) -> O (B, T, H, D) and `back`
+
+    `back(dO, dq, dk, dv)` fills the last three. Queries go in blocks of t, each with the s keys that any of them may
+    see. Scores are transposed, (s, H t): softmax then reduces over rows, which NumPy does with whole vectors.
+    """
     (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
-    if H % K or T > S:
-        raise ValueError(f"attention: q {q.shape} does not fit k {k.shape}: H must be a multiple of K, and S >= T")
-    G, scale = H // K, 1 / math.sqrt(D) if scale is None else float(scale)
+    G = H // K
     blocks = [slice(start, min(start + QUERY_BLOCK, T)) for start in range(0, T, QUERY_BLOCK)]
-    Q, Kt, Vt = q.data * scale, k.data.transpose(0, 2, 1, 3), v.data.transpose(0, 2, 1, 3)  # Kt, Vt (B, K, S, D)
-    future = xp.tril(xp.full((QUERY_BLOCK, QUERY_BLOCK), -np.inf, Q.dtype), -1)  # (key, query)
+    order = xp.arange(min(QUERY_BLOCK, T))
+    future = xp.where(order[:, None] > order, -np.inf, 0).astype(q.dtype)  # (key, query)
 
-    def grouped(z: Array, at: slice) -> Array:  # (B, T, H, D) -> (B, K, G t, D)
+    def by_head(z: Array) -> Array:  # (B, T, H, D) -> (B, K, G, T, D): no copy, and products with k broadcast over G
+        return z.reshape(B, z.shape[1], K, z.shape[2] // K, D).transpose(0, 2, 3, 1, 4)
+
+    def scores(keys: Array, queries: Array) -> tuple[Array, Array]:  # in memory (B, s, H t); as a view (B, K, G, s, t)
+        s, t = keys.shape[3], queries.shape[3]
+        P = xp.empty((B, s, H * t), q.dtype)
+        view = P.reshape(B, s, K, G, t).transpose(0, 2, 3, 1, 4)
+        xp.matmul(keys, queries.swapaxes(-1, -2), out=view)
+        return P, view
+
+    def seen(at: slice) -> tuple[Array, Array]:
+        P, view = scores(kh[..., : S - T + at.stop, :], qh[..., at, :])
         t = at.stop - at.start
-        return z[:, at].reshape(B, t, K, G, D).transpose(0, 2, 3, 1, 4).reshape(B, K, G * t, D)
-
-    def by_time(z: Array) -> Array:  # (B, K, G t, D) -> (B, t, H, D)
-        t = z.shape[2] // G
-        return z.reshape(B, K, G, t, D).transpose(0, 3, 1, 2, 4).reshape(B, t, H, D)
-
-    def by_head(P: Array) -> Array:  # (B, s, H t) -> (B, K, s, G t), the same memory
-        return P.reshape(B, P.shape[1], K, P.shape[2] // K).transpose(0, 2, 1, 3)
-
-    def products(keys: Array, queries: Array) -> Array:  # (.., s, D) @ (.., D, G t), laid out as (B, s, H t)
-        P = xp.empty((B, keys.shape[2], K * queries.shape[2]), Q.dtype)
-        xp.matmul(keys, queries.swapaxes(-1, -2), out=by_head(P))
-        return P
-
-    def scores(at: slice) -> Array:  # (B, s, H t)
-        P, t = products(Kt[:, :, : S - T + at.stop], grouped(Q, at)), at.stop - at.start
         P[:, -t:].reshape(B, t, H, t)[...] += future[:t, None, :t]  # only the newest t keys can be too new
-        return P
+        return P, view
 
-    O, kept = xp.empty_like(Q), []
+    O, inv, kept = xp.empty((B, T, H, D), q.dtype), xp.empty((B, T, H, 1), q.dtype), []
+    qh, kh, vh, Oh = by_head(q), by_head(k), by_head(v), by_head(O)
     for at in blocks:
-        P = scores(at)
+        P, view = seen(at)
         top = P.max(axis=1, keepdims=True)  # (B, 1, H t)
         P -= top
         xp.exp(P, out=P)
-        inv = 1.0 / P.sum(axis=1).reshape(
-            B, K, P.shape[2] // K, 1
-        )  # for the t x D output: fewer divisions than s x t scores
-        O[:, at] = by_time((by_head(P).swapaxes(-1, -2) @ Vt[:, :, : P.shape[1]]) * inv)  # (.., G t, s) @ (.., s, D)
-        kept.append((at, top, inv, P if B * H * T * S <= KEPT_SCORES else None))
+        total = xp.ones((1, P.shape[1]), P.dtype) @ P  # (B, 1, H t): a product sums faster than a reduction
+        inv[:, at, :, 0] = 1.0 / total.reshape(B, H, at.stop - at.start).swapaxes(1, 2)
+        xp.matmul(view.swapaxes(-1, -2), vh[..., : P.shape[1], :], out=Oh[..., at, :])  # (t, s) @ (s, D)
+        kept.append((at, top, (P, view) if B * H * T * S <= KEPT_SCORES else None))
+    O *= inv  # T x D numbers: dividing the scores would be T x S
 
-    def vjp(dy: Array) -> Grads:
-        dQ, dK, dV = xp.empty_like(Q), xp.zeros((B, K, S, D), Q.dtype), xp.zeros((B, K, S, D), Q.dtype)
-        for at, top, inv, P in kept:
-            P = xp.exp(scores(at) - top) if P is None else P
-            s, dO = P.shape[1], grouped(dy, at) * inv  # (B, K, G t, D), softmax's division included
-            dV[:, :, :s] += by_head(P) @ dO  # (.., s, G t) @ (.., G t, D)
-            # softmax's gradient p (dp - sum p dp): the sum is rowsum(dO * O), T numbers (Dao et al. 2022, app. B)
-            dS = products(Vt[:, :, :s], dO)  # (B, s, H t)
-            dS -= (dO * grouped(O, at)).sum(axis=-1).reshape(top.shape)
+    def back(dO: Array, dq: Array, dk: Array, dv: Array) -> None:
+        d = dO * inv  # (B, T, H, D): softmax's division is here, so P stays exp(scores - top)
+        dh, dqh, dkh, dvh = (by_head(z) for z in (d, dq, dk, dv))
+        # softmax's gradient p (dp - sum p dp): the sum is rowsum(dO * O), T numbers (Dao et al. 2022, app. B)
+        along = row_dot(xp, rows(d), rows(O)).reshape(B, T, H).swapaxes(1, 2)
+
+        def add(total: Array, a: Array, b: Array) -> None:  # the latest block sees every key: what it brings is first
+            if G == 1 and a.shape[3] == S:
+                xp.matmul(a, b, out=total)
+            elif a.shape[3] == S:
+                total[...] = (a @ b).sum(axis=2, keepdims=True)
+            else:
+                total[..., : a.shape[3], :] += a @ b if G == 1 else (a @ b).sum(axis=2, keepdims=True)
+
+        for at, top, exps in reversed(kept):
+            if exps is None:
+                exps = seen(at)
+                exps[0][...] = xp.exp(exps[0] - top)
+            P, view = exps
+            add(dvh, view, dh[..., at, :])  # (s, t) @ (t, D)
+            dS, dview = scores(vh[..., : P.shape[1], :], dh[..., at, :])
+            dS -= along[..., at].reshape(top.shape)
             dS *= P
-            dQ[:, at] = by_time((by_head(dS).swapaxes(-1, -2) @ Kt[:, :, :s]) * scale)  # (.., G t, s) @ (.., s, D)
-            dK[:, :, :s] += by_head(dS) @ grouped(Q, at)  # Q carries the scale: (.., s, G t) @ (.., G t, D)
-        return dQ, dK.transpose(0, 2, 1, 3), dV.transpose(0, 2, 1, 3)
+            xp.matmul(dview.swapaxes(-1, -2), kh[..., : P.shape[1], :], out=dqh[..., at, :])  # (t, s) @ (s, D)
+            add(dkh, dview, qh[..., at, :])  # (s, t) @ (t, D)
 
-    return record(O, (q, k, v), vjp)
+    return O, back

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import functional as F
-from .autograd import Tensor
+from .autograd import Tensor, concat, stack
 from .backend import Array, Backend, get_backend, mix_key
 
 _thread = threading.local()
@@ -98,10 +98,17 @@ class Module:
         return self
 
     def prepare_step(self, tokens: int | None = None) -> None:
-        """Called once before a step's shards run forward, over `tokens` positions: compute here what they share."""
+        """Called once before a step's shards run forward, over `tokens` positions: compute here what they share.
+
+        Many tokens if None. Weights must not change before `end_step`.
+        """
+        for _, child in self.named_children():
+            child.prepare_step(tokens)
 
     def end_step(self) -> None:
         """Called when the step is over; a layer drops what it prepared."""
+        for _, child in self.named_children():
+            child.end_step()
 
 
 class LinearBase(Module):
@@ -111,6 +118,7 @@ class LinearBase(Module):
     bias                         (O,) or None
     dtype, backend               of what it computes in, and where
     trainable                    does the weight itself require a gradient?
+    running                      the adapters that the next forward applies: none of its own
     """
 
     in_features: int
@@ -119,10 +127,18 @@ class LinearBase(Module):
     dtype: Any
     backend: Backend
     trainable: bool
+    running: Sequence[Any] = ()
 
     def dense_weight(self) -> Array:
         """W (O, I) as an array, decoded where it is stored in another way."""
         raise NotImplementedError
+
+    def effective(self, out: Array, tokens: int | None) -> F.Parts | None:
+        """Write the weight that this layer has in a step over `tokens` positions into `out` (O, I).
+
+        Returns the parameters that it was formed of, with their pulls, or None: the layer must run on its own.
+        """
+        return None
 
     def __call__(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -151,13 +167,55 @@ class Linear(LinearBase):
     def dense_weight(self) -> Array:
         return self.weight.data
 
+    def effective(self, out: Array, tokens: int | None) -> F.Parts | None:
+        out[...] = self.weight.data
+        return [((self.weight,), lambda X, dY: (dY.T @ X,))] if self.trainable else []
+
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
-def project(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
-    """The outputs of several linear layers that share an input (q, k and v; gate and up)."""
-    return tuple(layer(x) for layer in layers)
+def effective(layers: Sequence[Any], tokens: int | None, stacked: bool = False) -> F.Effective | None:
+    """What layers that share an input are in a step over `tokens` positions; None if one must run on its own."""
+    first, at = layers[0], 0
+    weight = first.backend.xp.empty((sum(layer.out_features for layer in layers), first.in_features), first.dtype)
+    formed = []
+    for layer in layers:
+        parts = layer.effective(weight[at : at + layer.out_features], tokens)
+        if parts is None:
+            return None
+        formed.append((layer.out_features, layer.bias, parts))
+        at += layer.out_features
+    return F.Effective(weight, formed, stacked, [layer.running for layer in layers])
+
+
+class Fan(Module):
+    """A module in which the layers of the attributes `fan` share an input; `project(x)` is their outputs side by side.
+
+    During a step that is one product. The plain model takes the same way as one with adapters, so both give equal bits.
+    """
+
+    fan: tuple[str, ...]
+    stacked = False  # or in a new first axis, for layers of equal size whose outputs are read one by one
+    _effective: F.Effective | None = None
+
+    def prepare_step(self, tokens: int | None = None) -> None:
+        self._effective = effective([getattr(self, name) for name in self.fan], tokens, self.stacked)
+        for name, child in self.named_children():
+            if self._effective is None or name not in self.fan:
+                child.prepare_step(tokens)
+
+    def end_step(self) -> None:
+        super().end_step()
+        self._effective = None
+
+    def project(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., sum of O_i), or stacked (n, ..., O)"""
+        layers = [getattr(self, name) for name in self.fan]
+        if self._effective is not None and self._effective.running == [layer.running for layer in layers]:
+            return F.effective_linear(x, self._effective)
+        outputs = [layer(x) for layer in layers]
+        return stack(outputs) if self.stacked else concat(outputs, axis=-1)
 
 
 class Embedding(Module):

@@ -25,7 +25,6 @@ from .autograd import Tensor, gradients, no_grad
 from .backend import Array
 from .data import Batch
 from .errors import ConfigError
-from .functional import cross_entropy
 from .nn import Parameter, dropout_counter
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from glibc's malloc.h
@@ -37,7 +36,7 @@ MAX_THREADS = 256  # more would only meet the system's own limit
 def language_modelling_loss(model: Any, batch: Batch) -> Tensor:
     """The sum over counted targets of -log p(target), a scalar. DataError for an id outside the vocabulary."""
     batch = batch.to(next(iter(model.parameters())).backend, model.config.vocab_size)
-    return cross_entropy(model(batch.ids), batch.targets, reduction="sum")
+    return model(batch.ids, targets=batch.targets)  # type: ignore[no-any-return]
 
 
 def shard_size(context: int, device: str = "cpu") -> int:
@@ -106,10 +105,8 @@ class ShardedStep:
 
         total: Array = 0.0
         summed: list[Array | None] = [None] * len(params)
-        modules = [module for _, module in self.model.named_modules()]
         try:
-            for module in modules:
-                module.prepare_step(batch.ids.size)
+            self.model.prepare_step(batch.ids.size)
             for loss, found in self._in_order(work, self._cut(batch)):
                 total = total + loss
                 for i, g in enumerate(found):
@@ -118,8 +115,7 @@ class ShardedStep:
                     elif g is not None:
                         summed[i] += g
         finally:
-            for module in modules:
-                module.end_step()
+            self.model.end_step()
         return total / counted, summed
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[tuple[float, int]]:

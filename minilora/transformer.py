@@ -7,6 +7,7 @@ in call order: rotary tables, Attention, MLP, Block, Decoder, CausalLM. The conf
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,30 @@ from .autograd import Tensor
 from .backend import Array, Backend
 from .errors import ConfigError, DataError, FormatError, GraphError
 from .formats import read_checkpoint, write_checkpoint
-from .nn import Embedding, Linear, Module, RMSNorm, normal, project
+from .nn import Embedding, Fan, Linear, Module, RMSNorm, normal
 
 
 class RotaryTable:
-    """cos and sin of position * frequency, computed in float64 and rounded once; grows to the longest context seen."""
+    """cos and sin of position * frequency, computed in float64 and rounded once; grows to the longest context seen.
+
+    Laid out as `F.attention` reads them: a row for all heads of q and k, with the scale 1/sqrt(D) in q's part.
+    """
 
     def __init__(self, config: TransformerConfig):
         self.frequency = rotary_frequencies(config)
+        scale = [config.head_dim**-0.5] * config.num_attention_heads + [1.0] * config.kv_heads  # type: ignore[operator]
+        self.scale = np.array(scale)[:, None]
         self.tables: dict[tuple[str, Any], tuple[Array, ...]] = {}
 
     def __call__(self, start: int, stop: int, like: Tensor) -> tuple[Array, Array]:
-        """(cos, sin), each (stop - start, D/2), of positions start <= t < stop, in the dtype and place of `like`."""
+        """(cos, sin), each (stop - start, (H + K) D), for positions from start on, in the dtype and place of `like`."""
         key = (like.backend.name, like.dtype)
         table = self.tables.get(key, ())  # read once: another thread may put a shorter one in its place
         if not table or len(table[0]) < stop:
             angle = np.arange(max(64, 1 << (stop - 1).bit_length()))[:, None] * self.frequency  # grows by doubling
-            table = tuple(like.backend.from_numpy(f(angle).astype(like.dtype)) for f in (np.cos, np.sin))
+            halves = (np.cos(angle), np.cos(angle)), (-np.sin(angle), np.sin(angle))
+            full = [(np.concatenate(pair, axis=1)[:, None] * self.scale).reshape(len(angle), -1) for pair in halves]
+            table = tuple(like.backend.from_numpy(f.astype(like.dtype)) for f in full)
             self.tables[key] = table
         return table[0][start:stop], table[1][start:stop]
 
@@ -50,45 +58,46 @@ class KeyValueCache:
         self.length = 0
         self.limit = limit
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Append k and v (B, T, K, D) of one layer; returns all (B, S, K, D) so far. `advance` when every layer has."""
-        if k.requires_grad or v.requires_grad:
-            raise GraphError("a KeyValueCache holds arrays, through which no gradient flows: use it under no_grad()")
         stop = self.length + k.shape[1]
         keys, values = self.data[layer]
-        keys[:, self.length : stop], values[:, self.length : stop] = k.data, v.data
-        return Tensor(keys[:, :stop]), Tensor(values[:, :stop])
+        keys[:, self.length : stop], values[:, self.length : stop] = k, v
+        return keys[:, :stop], values[:, :stop]
 
     def advance(self, count: int) -> None:
         self.length += count
 
 
-class Attention(Module):
+class Attention(Fan):
     """Grouped-query causal self-attention with rotary positions.    (B, T, C) -> (B, T, C)"""
+
+    fan = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: TransformerConfig, layer: int, rotary: RotaryTable, rng: np.random.Generator | None):
         C, H, K, D = config.hidden_size, config.num_attention_heads, config.kv_heads, config.head_dim
         assert D is not None
-        self.layer, self.head_dim, self.rotary = layer, D, rotary
+        self.layer, self.heads, self.kv_heads, self.rotary = layer, H, K, rotary
         self.q_proj = _linear(config, rng, C, H * D, config.attention_bias)
         self.k_proj = _linear(config, rng, C, K * D, config.attention_bias)
         self.v_proj = _linear(config, rng, C, K * D, config.attention_bias)
         self.o_proj = _linear(config, rng, H * D, C, config.attention_bias)
 
     def __call__(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        B, T, _ = x.shape
-        q, k, v = project((self.q_proj, self.k_proj, self.v_proj), x)
-        q, k, v = (z.reshape(B, T, -1, self.head_dim) for z in (q, k, v))  # (B, T, H or K, D)
+        qkv = self.project(x)  # (B, T, (H + 2 K) D)
+        if cache and qkv.requires_grad:
+            raise GraphError("a KeyValueCache holds arrays, through which no gradient flows: use it under no_grad()")
         start = cache.length if cache else 0
-        cos, sin = self.rotary(start, start + T, x)
-        q, k = F.rope(q, cos, sin), F.rope(k, cos, sin)
-        if cache:
-            k, v = cache.extend(self.layer, k, v)
-        return self.o_proj(F.attention(q, k, v).reshape(B, T, -1))
+        cos, sin = self.rotary(start, start + x.shape[1], x)
+        extend = functools.partial(cache.extend, self.layer) if cache else None
+        return self.o_proj(F.attention(qkv, self.heads, self.kv_heads, cos, sin, extend))
 
 
-class MLP(Module):
+class MLP(Fan):
     """down(silu(gate(x)) * up(x))    (..., C) -> (..., C)"""
+
+    fan = ("gate_proj", "up_proj")
+    stacked = True  # NumPy takes twice as long for rows with gaps between them
 
     def __init__(self, config: TransformerConfig, rng: np.random.Generator | None):
         C, M = config.hidden_size, config.intermediate_size
@@ -97,8 +106,7 @@ class MLP(Module):
         self.down_proj = _linear(config, rng, M, C, config.mlp_bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = project((self.gate_proj, self.up_proj), x)
-        return self.down_proj(F.swiglu(gate, up))
+        return self.down_proj(F.swiglu(self.project(x)))
 
 
 class Block(Module):
@@ -153,8 +161,12 @@ class CausalLM(Module):
         self.to(device, np.dtype(dtype))
         self._names = {name for name, _ in self.named_parameters()}
 
-    def __call__(self, ids: Any, cache: KeyValueCache | None = None) -> Tensor:
-        """ids (B, T) integers -> logits (B, T, V). DataError for ids outside the vocabulary, or too many positions."""
+    def __call__(self, ids: Any, cache: KeyValueCache | None = None, targets: Array | None = None) -> Tensor:
+        """ids (B, T) integers -> logits (B, T, V). DataError for ids outside the vocabulary, or too many positions.
+
+        With a cache, logits (B, 1, V) of the last position alone. With `targets` (B, T), in place of logits the sum of
+        -log p(target) over those that are not F.IGNORE, a scalar: a plain head then never holds all logits at once.
+        """
         weight, c = self.get_input_embeddings().weight, self.config
         ids = ids.data if isinstance(ids, Tensor) else ids
         if not isinstance(ids, weight.backend.xp.ndarray) or isinstance(ids, np.ndarray):
@@ -167,10 +179,15 @@ class CausalLM(Module):
         end = ids.shape[1] + (cache.length if cache else 0)
         if end > c.max_position_embeddings:
             raise DataError(f"{end} positions, but the model has max_position_embeddings = {c.max_position_embeddings}")
-        hidden = self.model(ids, cache)
+        hidden, head = self.model(ids, cache), self.lm_head
         if cache:
             cache.advance(ids.shape[1])
-        return self.lm_head(hidden)
+            hidden = hidden[:, -1:]
+        if targets is None:
+            return head(hidden)
+        if isinstance(head, Linear) and head.bias is None:
+            return F.linear_cross_entropy(hidden, head.weight, targets, reduction="sum")
+        return F.cross_entropy(head(hidden), targets, reduction="sum")
 
     def get_input_embeddings(self) -> Embedding:
         return self.model.embed_tokens

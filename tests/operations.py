@@ -24,7 +24,7 @@ from minilora.backend import NUMPY, mix_key
 ELEMENTARY, COMPOSITE = 1e-10, 1e-9
 
 NOT_OPERATIONS = {
-    "worth_merging": "counts operations; returns a flag",
+    "costs": "counts operations",
     "record": "makes the output of every operation; no operation itself",
     "grad_enabled": "returns a flag",
     "no_grad": "a context manager",
@@ -35,6 +35,7 @@ NOT_OPERATIONS = {
     "rows": "works on arrays, inside operations",
     "within": "checks ids on the host",
     "row_dot": "works on arrays, inside operations",
+    "turn": "works on arrays, inside attention",
 }
 
 
@@ -234,27 +235,50 @@ for shape in ((2, 3, 4), (5, 4), (4,), (0, 4)):
 _weight = _rng.standard_normal((5, 4))
 
 
-def _merged(x: Tensor, *rest: Tensor) -> Tensor:
-    """merged_linear with W' formed, as its caller does, from the factors' values."""
-    pairs = [(rest[i], rest[i + 1], 0.7 + i) for i in range(0, len(rest) - 1, 2)]
-    weight = x.backend.from_numpy(_weight.astype(x.dtype))
-    for A, B, s in pairs:
-        weight = weight + s * (B.data @ A.data)
-    weight = x.backend.xp.concatenate([weight, *(B.data for _, B, _ in pairs)], axis=1)
-    return F.merged_linear(x, weight, rest[-1] if len(rest) % 2 else None, pairs)
+def _pull(a: Any, b: Any, s: float) -> Callable[..., Any]:
+    return lambda X, dY: (s * (dY @ b).T @ X, s * dY.T @ (X @ a.T))
 
 
-def _merged_definition(x: Tensor, *rest: Tensor) -> Tensor:
-    y = x @ _weight.T
-    for i in range(0, len(rest) - 1, 2):
-        y = y + (x @ rest[i].T @ rest[i + 1].T) * (0.7 + i)
-    return y + rest[-1] if len(rest) % 2 else y
+def effective(x: Tensor, *rest: Tensor, sizes: tuple[int, ...] = (5,), stacked: bool = False) -> Tensor:
+    """effective_linear over W' formed of `_weight` and the factors' values, as the layers that call it do.
+
+    rest    A and B of one layer after the other, with s = 0.7, 1.7, ...; then of each layer a bias, or none at all
+    """
+    xp, pairs = x.backend.xp, [p for p in rest if p.ndim == 2]
+    weight = xp.array(x.backend.from_numpy(_weight[: sum(sizes)].astype(x.dtype)))
+    layers, biases, end = [], [p for p in rest if p.ndim == 1], 0
+    for i, size in enumerate(sizes):
+        parts, at, end = [], slice(end, end + size), end + size
+        for A, B in [(pairs[2 * i], pairs[2 * i + 1])] if len(pairs) > 2 * i else []:
+            weight[at] += (0.7 + i) * (B.data @ A.data)
+            parts.append(((A, B), _pull(A.data, B.data, 0.7 + i)))
+        layers.append((size, biases[i] if biases else None, parts))
+    return F.effective_linear(x, F.Effective(weight, layers, stacked))
 
 
-_one, _two = ((2, 3, 4), (2, 4), (5, 2)), ((2, 3, 4), (2, 4), (5, 2), (3, 4), (5, 3), (5,))
-neural("merged_linear", "one pair", _merged, _merged_definition, normal(*_one), (0, 1))
-neural("merged_linear", "two pairs,bias", _merged, _merged_definition, normal(*_two), (0, 1, 3))
-neural("merged_linear", "no pair,bias", _merged, _merged_definition, normal((2, 4), (5,)), ())
+def _effective_definition(x: Tensor, *rest: Tensor, sizes: tuple[int, ...] = (5,), stacked: bool = False) -> Tensor:
+    pairs, biases = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim == 1]
+    outputs = []
+    for i, weight in enumerate(np.split(_weight[: sum(sizes)], np.cumsum(sizes)[:-1])):
+        y = x @ weight.T
+        y = y + (x @ pairs[2 * i].T @ pairs[2 * i + 1].T) * (0.7 + i) if len(pairs) > 2 * i else y
+        outputs.append(y + biases[i] if biases else y)
+    return ag.stack(outputs) if stacked else ag.concat(outputs, -1)
+
+
+_x, _first, _second = (2, 3, 4), ((2, 4), (3, 2)), ((3, 4), (2, 3))
+for variant, sizes, stacked, shapes, reads in (
+    ("one pair", (5,), False, (_x, (2, 4), (5, 2)), (0, 1, 2)),
+    ("no pair,bias", (5,), False, ((2, 4), (5,)), ()),
+    ("two layers", (3, 2), False, (_x, *_first, *_second), (0, 1, 2, 3, 4)),
+    ("two layers,bias", (3, 2), False, (_x, *_first, *_second, (3,), (2,)), (0, 1, 2, 3, 4)),
+    ("two layers,the second plain", (3, 2), False, (_x, *_first), (0, 1, 2)),
+    ("stacked", (2, 2), True, (_x, (2, 4), (2, 2), *_second), (0, 1, 2, 3, 4)),
+    ("stacked,bias", (2, 2), True, (_x, (2, 4), (2, 2), *_second, (2,), (2,)), (0, 1, 2, 3, 4)),
+):
+    options = {"sizes": sizes, "stacked": stacked}
+    neural("effective_linear", variant, functools.partial(effective, **options),
+           functools.partial(_effective_definition, **options), normal(*shapes), reads)  # fmt: skip
 
 _ids = np.array([[1, 4, 1], [0, 1, 4]])
 for variant, ids in (("repeated", _ids), ("one", np.array(2)), ("none", np.zeros((0,), np.int64))):
@@ -300,7 +324,7 @@ def _gelu_tanh_definition(x: Tensor) -> Tensor:
 
 neural("silu", "2-d", F.silu, lambda x: x * _sigmoid(x), normal((3, 4)), (0,))
 neural("silu", "0-d", F.silu, lambda x: x * _sigmoid(x), normal(()), (0,))
-neural("swiglu", "2-d", F.swiglu, lambda g, u: g * _sigmoid(g) * u, normal((3, 4), (3, 4)), (0, 1))
+neural("swiglu", "2-d", F.swiglu, lambda x: x[0] * _sigmoid(x[0]) * x[1], normal((2, 3, 4)), (0,))
 neural("gelu", "none", F.gelu, _gelu_definition, normal((3, 4)), (0,))
 neural("gelu", "none,wide", F.gelu, _gelu_definition, (np.linspace(-5, 5, 41),), (0,))
 neural("gelu", "tanh", functools.partial(F.gelu, approximate="tanh"), _gelu_tanh_definition, normal((3, 4)), (0,))
@@ -326,6 +350,14 @@ def _cross_entropy(logits: Tensor, targets: np.ndarray, ignore_index: int, reduc
     return total / max(len(counted), 1) if reduction == "mean" else total
 
 
+def _linear_cross_entropy(x: Tensor, head: Tensor, rows: int, **options: Any) -> Tensor:
+    before, F.CHUNK = F.CHUNK, rows * len(head)
+    try:
+        return F.linear_cross_entropy(x, head, **options)
+    finally:
+        F.CHUNK = before
+
+
 _targets = {
     "2-d": ((2, 3, 5), np.array([[0, 4, 2], [-100, 1, 1]]), -100),
     "1-d": ((4, 3), np.array([0, 2, 2, 1]), -100),
@@ -338,6 +370,15 @@ for variant, (shape, targets, ignore) in _targets.items():
         ce = {"targets": targets, "ignore_index": ignore, "reduction": reduction}
         neural("cross_entropy", f"{variant},{reduction}", functools.partial(F.cross_entropy, **ce),
                functools.partial(_cross_entropy, **ce), normal(shape), ())  # fmt: skip
+        for rows in (1, 2, 100):  # at once
+            neural(
+                "linear_cross_entropy",
+                f"{variant},{reduction}" + (f",{rows} rows" if rows < 100 else ""),
+                functools.partial(_linear_cross_entropy, rows=rows, **ce),
+                lambda x, head, ce=ce: _cross_entropy(x @ head.T, **ce),
+                normal((*shape[:-1], 4), (shape[-1], 4)),
+                (),
+            )
 
 
 def _rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
@@ -365,12 +406,25 @@ def angles(T: int, D: int) -> np.ndarray:
     return np.arange(T)[:, None] * 10000.0 ** (-np.arange(D // 2) * 2 / D)
 
 
-def _rope(x: Tensor) -> Tensor:
-    a = angles(x.shape[1], x.shape[3])
-    return F.rope(x, *(x.backend.from_numpy(table.astype(x.dtype)) for table in (np.cos(a), np.sin(a))))
+def rotary_tables(angle: np.ndarray, heads: int, kv_heads: int, scale: float) -> tuple[np.ndarray, ...]:
+    """(cos, sin) of angles (T, D/2) as `attention` reads them: for all heads of q, times `scale`, and of k."""
+    factor = np.repeat([scale, 1.0], [heads, kv_heads])[:, None]
+    halves = np.tile(np.cos(angle), 2), np.concatenate([-np.sin(angle), np.sin(angle)], axis=1)
+    return tuple((half[:, None] * factor).reshape(len(angle), -1) for half in halves)
 
 
-def _rope_definition(x: Tensor) -> Tensor:
+def _attention(qkv: Tensor, heads: int, kv_heads: int, block: int | None = None, kept: int | None = None) -> Tensor:
+    """With heads of size 4; in blocks of so many queries, keeping up to so many scores for backward."""
+    tables = rotary_tables(angles(qkv.shape[1], 4), heads, kv_heads, 0.5)
+    before = F.QUERY_BLOCK, F.KEPT_SCORES
+    F.QUERY_BLOCK, F.KEPT_SCORES = block or before[0], before[1] if kept is None else kept
+    try:
+        return F.attention(qkv, heads, kv_heads, *(qkv.backend.from_numpy(t.astype(qkv.dtype)) for t in tables))
+    finally:
+        F.QUERY_BLOCK, F.KEPT_SCORES = before
+
+
+def _rotated(x: Tensor) -> Tensor:
     """Each pair times a rotation matrix: (x1, x2) [[cos, sin], [-sin, cos]]."""
     B, T, H, D = x.shape
     a = angles(T, D)
@@ -380,44 +434,27 @@ def _rope_definition(x: Tensor) -> Tensor:
     return ag.reshape(ag.transpose(ag.reshape(turned, B, H, T, D // 2, 2), 0, 2, 1, 4, 3), B, T, H, D)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    (T, H, D), (S, K) = q.shape[1:], k.shape[1:3]
-    heads = np.arange(H) // (H // K)  # which key head each query head reads
-    Q, Kt, V = (ag.transpose(z, 0, 2, 1, 3) for z in (q, k[:, :, heads], v[:, :, heads]))  # (B, H, T or S, D)
-    scores = (Q @ ag.transpose(Kt, 0, 1, 3, 2)) * (1 / math.sqrt(D) if scale is None else scale)  # (B, H, T, S)
-    seen = np.arange(S)[None, :] <= np.arange(S - T, S)[:, None]
-    return ag.transpose(_softmax(ag.where(seen, scores, -np.inf)) @ V, 0, 2, 1, 3)
+def _attention_definition(qkv: Tensor, heads: int, kv_heads: int, **_: Any) -> Tensor:
+    B, T, _ = qkv.shape
+    z = ag.reshape(qkv, B, T, heads + 2 * kv_heads, 4)
+    read = heads + np.arange(heads) // (heads // kv_heads)  # which key each query head reads
+    turned = _rotated(z[:, :, : heads + kv_heads])
+    q, k, v = (
+        ag.transpose(a, 0, 2, 1, 3) for a in (turned[:, :, :heads], turned[:, :, read], z[:, :, read + kv_heads])
+    )
+    scores = (q @ ag.transpose(k, 0, 1, 3, 2)) / math.sqrt(4)  # (B, H, T, T)
+    seen = np.tril(np.ones((T, T), bool))
+    return ag.reshape(ag.transpose(_softmax(ag.where(seen, scores, -np.inf)) @ v, 0, 2, 1, 3), B, T, heads * 4)
 
 
-neural("rope", "4-d", _rope, _rope_definition, normal((2, 5, 3, 4)), ())
-for variant, (T, S, H, K) in {
-    "plain": (5, 5, 2, 2),
-    "grouped": (4, 4, 6, 2),
-    "one key head": (3, 3, 3, 1),
-    "fewer queries": (2, 5, 4, 2),
-    "one query": (1, 4, 4, 2),
-    "one token": (1, 1, 2, 1),
-}.items():
-    shapes = (2, T, H, 4), (2, S, K, 4), (2, S, K, 4)
-    neural("attention", variant, F.attention, _attention, normal(*shapes), (1, 2))
-neural("attention", "scale", functools.partial(F.attention, scale=0.3), functools.partial(_attention, scale=0.3),
-       normal((2, 3, 2, 4), (2, 3, 2, 4), (2, 3, 2, 4)), (1, 2))  # fmt: skip
-
-
-def _in_blocks(q: Tensor, k: Tensor, v: Tensor, kept: int) -> Tensor:
-    """Attention in blocks of two queries, keeping up to so many scores for backward."""
-    before = F.QUERY_BLOCK, F.KEPT_SCORES
-    F.QUERY_BLOCK, F.KEPT_SCORES = 2, kept
-    try:
-        return F.attention(q, k, v)
-    finally:
-        F.QUERY_BLOCK, F.KEPT_SCORES = before
-
-
-for kept in (0, 1 << 20):
-    for T, S, H, K in ((5, 5, 2, 2), (3, 6, 4, 2), (4, 4, 2, 1)):
-        neural("attention", f"blocks,T={T},S={S},H={H},K={K},kept={kept}", functools.partial(_in_blocks, kept=kept),
-               _attention, normal((2, T, H, 4), (2, S, K, 4), (2, S, K, 4)), (1, 2))  # fmt: skip
+for variant, (T, H, K) in {
+    "plain": (5, 2, 2), "grouped": (4, 6, 2), "one key head": (3, 3, 1), "one token": (1, 2, 1),
+}.items():  # fmt: skip
+    for block, kept in ((None, None), (2, 0), (2, 1 << 20)):
+        options = {"heads": H, "kv_heads": K, "block": block, "kept": kept}
+        function, definition = (functools.partial(f, **options) for f in (_attention, _attention_definition))
+        named = variant + (f",blocks,kept={kept}" if block else "")
+        neural("attention", named, function, definition, normal((2, T, (H + 2 * K) * 4)), (0,))
 
 NEURAL = [op for op in TABLE if op.definition is not None]
 
@@ -456,15 +493,13 @@ EMPTY: list[tuple[str, tuple[tuple[int, ...], ...]]] = [
     *((f"linear-(5, 4){bias}", ((0, 4), (3, 4), (3,))[: 3 if bias else 2]) for bias in ("", ",bias")),
     ("linear-(5, 4),bias", ((2, 0), (3, 0), (3,))), ("linear-(5, 4)", ((2, 4), (0, 4))),
     ("lora_linear-(5, 4)", ((2, 3), (2, 5), (0, 3), (5, 0))), ("lora_linear-(5, 4)", ((0, 3), (0, 5), (2, 3), (5, 2))),
-    ("merged_linear-one pair", ((0, 4), (2, 4), (5, 2))), ("merged_linear-one pair", ((2, 4), (0, 4), (5, 0))),
-    ("embedding-none", ((6, 3),)), ("dropout-p=0.5", ((2, 0, 3),)), ("swiglu-2-d", ((0, 4), (0, 4))),
+    ("effective_linear-one pair", ((0, 4), (2, 4), (5, 2))), ("effective_linear-one pair", ((2, 4), (0, 4), (5, 0))),
+    ("embedding-none", ((6, 3),)), ("dropout-p=0.5", ((2, 0, 3),)), ("swiglu-2-d", ((2, 0, 4),)),
     ("gelu-none", ((0, 4),)), ("gelu-tanh", ((0, 4),)),
     ("softmax-axis=-1", ((0, 4),)), ("softmax-axis=0", ((4, 0),)), ("log_softmax-axis=-1", ((0, 4),)),
     ("cross_entropy-no target,mean", ((0, 3),)), ("cross_entropy-no target,sum", ((0, 3),)),
     ("rms_norm-(2, 3, 4),eps=None", ((0, 4), (4,))), ("layer_norm-(2, 3, 4),eps=None", ((2, 0, 4), (4,), (4,))),
-    ("rope-4-d", ((0, 5, 3, 4),)), ("rope-4-d", ((2, 0, 3, 4),)), ("rope-4-d", ((2, 5, 0, 4),)),
-    ("attention-plain", ((0, 5, 2, 4), (0, 5, 2, 4), (0, 5, 2, 4))),
-    ("attention-fewer queries", ((2, 0, 4, 4), (2, 5, 2, 4), (2, 5, 2, 4))),
+    ("linear_cross_entropy-no target,mean", ((0, 4), (3, 4))), ("attention-plain", ((0, 5, 24),)),
 ]  # fmt: skip
 NOT_EMPTY = {"where", "broadcast_to"}  # a part of the entry, the condition or the new shape, is not
 
@@ -472,5 +507,6 @@ NOT_EMPTY = {"where", "broadcast_to"}  # a part of the entry, the condition or t
 # functions have another path for what is not contiguous.
 LAYOUT_ROUNDS = {
     "exp", "log", "tanh", "power", "silu", "swiglu", "gelu", "sum", "mean", "matmul", "linear", "lora_linear",
-    "merged_linear", "softmax", "log_softmax", "cross_entropy", "rms_norm", "layer_norm", "attention",
+    "effective_linear", "softmax", "log_softmax", "cross_entropy", "linear_cross_entropy", "rms_norm", "layer_norm",
+    "attention",
 }  # fmt: skip

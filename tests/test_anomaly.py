@@ -196,7 +196,8 @@ FORWARD: dict[str, Fault] = {  # the operation, what it is given, what is found 
         functools.partial(F.lora_linear, scaling=1.0), [ONE, np.ones((2, 2)), BIG, np.full((2, 2), 1e10)],
         "infinity: the output of lora_linear"),
     "merged weights that are broken": (
-        lambda x: F.merged_linear(x, np.full((4, 3), np.nan), None, []), [ONE], "NaN: the output of merged_linear"),
+        lambda x: F.effective_linear(x, F.Effective(np.full((4, 3), np.nan), [(4, None, [])])), [ONE],
+        "NaN: the output of effective_linear"),
     "a softmax of infinities": (F.softmax, [INF], "NaN: the output of softmax"),
     "infinity - infinity": (ag.sub, [INF, INF], "NaN: the output of sub"),
     "0 x infinity": (ag.mul, [ZERO, INF], "NaN: the output of mul"),
@@ -205,8 +206,8 @@ FORWARD: dict[str, Fault] = {  # the operation, what it is given, what is found 
         lambda z: F.cross_entropy(z, np.array([0, 1])), [INF], "NaN: the output of cross_entropy"),
     "a norm of infinities": (F.layer_norm, [INF, np.ones(3), np.ones(3)], "NaN: the output of layer_norm"),
     "attention to an infinite key": (
-        F.attention, [np.ones((1, 2, 1, 2)), np.full((1, 2, 1, 2), np.inf), np.ones((1, 2, 1, 2))],
-        "NaN: the output of attention"),
+        lambda qkv: F.attention(qkv, 1, 1, np.ones((2, 4)), np.zeros((2, 4))),
+        [np.array([[[1, 1, np.inf, np.inf, 1, 1]] * 2])], "NaN: the output of attention"),
 }  # fmt: skip
 BACKWARD: dict[str, Fault] = {  # finite forward; dy is 0 or 1
     "root at 0": (lambda x: ag.sqrt(x), [ZERO], "infinity: the gradient of input 0 of sqrt"),
@@ -367,7 +368,7 @@ def test_parameters_that_were_broken_before_are_named(value: float) -> None:
         put(model, name, at, value)
         said = explain_non_finite(model, batch())
         assert said.startswith(f"before the step, values that are not finite stood in {name} ({count})")
-        assert ("; first" in said) == (name == base)  # merged_linear was handed W + dW, and not told of W
+        assert ("; first" in said) == (name == base)  # effective_linear was handed W + dW, and not told of W
     for p in model.parameters():
         p.data = np.full_like(p.data, value)
     said = explain_non_finite(model, batch())
@@ -383,8 +384,8 @@ def test_an_overflow_is_explained_by_the_operation_that_overflows() -> None:
     weight.data = np.full_like(weight.data, 3e38)
     said = explain_non_finite(model, batch())
     assert re.search(
-        r"^first infinity: the output of linear \(4, 6, 12\), \d+ of 288 entries, made at transformer.py:\d+ "
-        r"in model.layers.1.mlp.up_proj$", said)  # fmt: skip
+        r"^first infinity: the output of effective_linear \(2, 4, 6, 12\), \d+ of 576 entries, made at transformer.py:\d+ "
+        r"in model.layers.1.mlp$", said)  # fmt: skip
 
 
 def test_a_sum_that_overflows_and_a_step_that_is_sound() -> None:

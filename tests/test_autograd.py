@@ -716,7 +716,10 @@ def test_lora_on_a_frozen_chain_keeps_its_input_and_nothing_of_the_base() -> Non
 def test_frozen_factors_keep_no_activation() -> None:
     x, W = leaf(50, 4), RNG.standard_normal((4, 4))
     A, B = Tensor(RNG.standard_normal((2, 4))), Tensor(RNG.standard_normal((4, 2)))
-    for y in (F.lora_linear(x, F.linear(x, Tensor(W)), A, B, 0.5), F.merged_linear(x, W, None, [(A, B, 0.5)])):
+    for y in (
+        F.lora_linear(x, F.linear(x, Tensor(W)), A, B, 0.5),
+        F.effective_linear(x, F.Effective(W, [(4, None, [])])),
+    ):
         assert {a.size for a in held_arrays(y).values()} <= {16, 8}
     for combine in (ag.mul, ag.matmul):  # an operand is kept for the other's gradient alone
         y = combine(x, W[:1].T if combine is ag.matmul else W[0])

@@ -91,7 +91,9 @@ def assert_same_weights(mine: Any, reference: Any, backend: Backend, rounding: f
 
 # ---- operations ----
 
-BRINGS_ARRAYS = {"index", "embedding", "cross_entropy", "rope", "merged_linear", "where"}  # of its own, from the host
+BRINGS_ARRAYS = {  # of its own, from the host
+    "index", "embedding", "cross_entropy", "linear_cross_entropy", "attention", "effective_linear", "where",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from operations import NEURAL, Operation, angles
+from operations import NEURAL, Operation, angles, rotary_tables
 
 from minilora import functional as F
 from minilora.autograd import Tensor, gradients, no_grad
@@ -57,14 +58,11 @@ def test_numpy_scalars_as_options_leave_float32_alone() -> None:
 
     half = np.float64(0.5)
     x, w = f32(2, 4), f32(4)
-    q = f32(1, 2, 2, 4)
     for y in (
         F.lora_linear(x, f32(2, 3), f32(2, 4), f32(3, 2), half),
-        F.merged_linear(x, np.ones((3, 4), np.float32), None, [(f32(2, 4), f32(3, 2), half)]),
         F.dropout(x, half, 1),
         F.rms_norm(x, w, half),
         F.layer_norm(x, w, w, half),
-        F.attention(q, q, q, half),
     ):
         assert y.dtype == np.float32
         for parent, g in zip(y.node.parents, y.node.vjp(np.ones(y.shape, np.float32)), strict=True):
@@ -76,7 +74,8 @@ def test_numpy_scalars_as_options_leave_float32_alone() -> None:
 )
 def test_merging_pays_from_this_number_of_tokens_on(least: int, inputs: int, outputs: int, r: int) -> None:
     # W + dW once: (2 r + 12) in out; the low-rank path, 8 r (in + out) a token. In three of these, least - 1 is a tie.
-    assert [F.worth_merging(least + i, inputs, outputs, r) for i in (-1, 0, 1)] == [False, True, True]
+    pays = [merged < apart for merged, apart in (F.costs(least + i, inputs, outputs, r) for i in (-1, 0, 1))]
+    assert pays == [False, True, True]
 
 
 # ---- embedding and cross-entropy ------------------------------------------------------------------------------------
@@ -229,8 +228,16 @@ def qkv(B: int, T: int, S: int, H: int, K: int, D: int = 4, dtype: type = np.flo
     return [RNG.standard_normal(s).astype(dtype) for s in ((B, T, H, D), (B, S, K, D), (B, S, K, D))]
 
 
-def attend(*arrays: np.ndarray) -> np.ndarray:
-    return F.attention(*map(Tensor, arrays)).data
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """softmax(q k^T / sqrt(D)) v of q (B, T, H, D), k and v (B, S, K, D), not rotated; earlier keys are handed over."""
+    (B, T, H, D), K, past = q.shape, k.shape[2], k.shape[1] - q.shape[1]
+    packed = np.concatenate([z[:, -T:].reshape(B, T, -1) for z in (q, k, v)], axis=-1)
+    tables = (t.astype(q.dtype) for t in rotary_tables(np.zeros((T, D // 2)), H, K, D**-0.5))
+
+    def extend(*late: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(np.concatenate([z[:, :past], new], axis=1) for z, new in zip((k, v), late, strict=True))
+
+    return F.attention(Tensor(packed), H, K, *tables, extend if past else None).data.reshape(B, T, H, D)
 
 
 @given(st.integers(1, 3), st.integers(1, 9), st.sampled_from([(1, 1), (4, 2), (3, 3)]), st.data())
@@ -270,10 +277,10 @@ def test_huge_scores_do_not_overflow() -> None:
         assert np.isfinite(attend(q * 1e8, k * 1e8, v)).all()
 
 
-@pytest.mark.parametrize(("T", "S", "H", "K"), [(3, 2, 2, 2), (2, 2, 3, 2), (2, 2, 2, 4)])
-def test_attention_refuses_shapes_that_do_not_fit(T: int, S: int, H: int, K: int) -> None:
-    with pytest.raises(ValueError, match=r"attention: q \(1, .* does not fit k"):
-        attend(*qkv(1, T, S, H, K))
+@pytest.mark.parametrize(("H", "K", "width"), [(3, 2, 28), (2, 4, 40), (2, 2, 25)])
+def test_attention_refuses_heads_that_do_not_fit(H: int, K: int, width: int) -> None:
+    with pytest.raises(ValueError, match=rf"attention: {H} heads and {K} of keys do not fit .* {width} channels"):
+        F.attention(Tensor(np.ones((1, 2, width))), H, K, np.ones((2, 1)), np.ones((2, 1)))
 
 
 # ---- rope -----------------------------------------------------------------------------------------------------------
@@ -281,7 +288,7 @@ def test_attention_refuses_shapes_that_do_not_fit(T: int, S: int, H: int, K: int
 
 def rotated(x: np.ndarray, start: int) -> np.ndarray:
     a = angles(start + x.shape[1], x.shape[3])[start:]
-    return F.rope(Tensor(x), np.cos(a), np.sin(a)).data
+    return F.turn(np, x, *rotary_tables(a, x.shape[2], 0, 1.0))
 
 
 @given(st.integers(0, 50), st.integers(1, 6), st.sampled_from([2, 4, 8]))
@@ -390,8 +397,8 @@ def test_activations_of_extreme_values(approximate: str, dtype: type) -> None:
     np.testing.assert_allclose(y.data[6], dtype(5e-31), rtol=4 * U32)
     np.testing.assert_allclose(g, [0, 0, 0, 0, 0.5, 0.5, 0.5, 1, 1, 1, 1], rtol=0, atol=1e-36)
     with np.errstate(over="raise", invalid="raise"):
-        up = Tensor(np.ones_like(x.data))
-        np.testing.assert_array_equal(F.swiglu(x, up).data, F.silu(x).data)
+        both = Tensor(np.stack([x.data, np.ones_like(x.data)]))
+        np.testing.assert_array_equal(F.swiglu(both).data, F.silu(x).data)
 
 
 def test_a_small_loss_is_not_rounded_away() -> None:
@@ -403,13 +410,12 @@ def test_a_small_loss_is_not_rounded_away() -> None:
 def test_scores_are_kept_for_backward_while_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """B H T S of them, exactly: beyond, memory must not grow with T^2."""
     rng = np.random.default_rng(0)
-    q, k, v = (Tensor(rng.standard_normal(s), True) for s in ((2, 3, 4, 5), (2, 7, 2, 5), (2, 7, 2, 5)))
-    for most, are_kept in ((2 * 4 * 3 * 7, True), (2 * 4 * 3 * 7 - 1, False)):
+    qkv, tables = Tensor(rng.standard_normal((2, 3, 8 * 4)), True), rotary_tables(np.zeros((3, 2)), 4, 2, 0.5)
+    for most, are_kept in ((2 * 4 * 3 * 3, True), (2 * 4 * 3 * 3 - 1, False)):
         monkeypatch.setattr(F, "KEPT_SCORES", most)
-        node = F.attention(q, k, v).node
-        assert node is not None
-        held = dict(zip(node.vjp.__code__.co_freevars, (c.cell_contents for c in node.vjp.__closure__), strict=True))
-        assert [scores is not None for *_, scores in held["kept"]] == [are_kept]
+        held = inspect.getclosurevars(F.attention(qkv, 4, 2, *tables).node.vjp).nonlocals
+        kept = inspect.getclosurevars(held["back"]).nonlocals["kept"]
+        assert [scores is not None for *_, scores in kept] == [are_kept]
 
 
 def test_an_id_that_is_outside_is_named() -> None:

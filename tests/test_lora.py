@@ -1057,13 +1057,14 @@ def test_another_thread_s_disabling_is_its_own_affair() -> None:
 def test_the_way_to_compute_follows_from_shapes() -> None:
     few, many = 1, 10_000
     for W in ((128, 128), (512, 128), (4096, 4096)):
-        assert not F.worth_merging(few, *W, 8)
-        assert F.worth_merging(many, *W, 8)
-    layer = get_peft_model(base(), lora()).get_base_model().model.layers[0].self_attn.q_proj
-    layer.prepare_step(few)
-    assert layer._effective is None
-    layer.prepare_step(many)
-    assert layer._effective is not None
+        for tokens, pays in ((few, False), (many, True)):
+            merged, apart = F.costs(tokens, *W, 8)
+            assert (merged < apart) == pays
+    attention = get_peft_model(base(), lora()).get_base_model().model.layers[0].self_attn
+    for tokens, joint in ((few, False), (many, True)):
+        attention.prepare_step(tokens)
+        assert (attention._effective is not None) == joint
+        assert attention.q_proj._effective is None  # it is a part of the joint one, or computes W x + s B A x
 
 
 def test_a_model_shows_where_adapters_can_go() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import numpy as np
@@ -15,6 +16,7 @@ from minilora.errors import GraphError
 from minilora.nn import (
     Dropout,
     Embedding,
+    Fan,
     LayerNorm,
     Linear,
     Module,
@@ -22,7 +24,6 @@ from minilora.nn import (
     RMSNorm,
     dropout_counter,
     normal,
-    project,
     uniform,
 )
 
@@ -133,15 +134,37 @@ def test_layers_are_their_functions(shape: tuple[int, int, int, int], dtype: str
         assert np.array_equal(got.data, expected.data)
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.booleans())
-def test_project_is_the_layers_one_by_one(widths: list[int], bias: bool) -> None:
+class Layers(Fan):
+    def __init__(self, layers: list[Linear], stacked: bool):
+        self.fan, self.stacked = tuple(f"layer{i}" for i in range(len(layers))), stacked
+        for name, layer in zip(self.fan, layers, strict=True):
+            setattr(self, name, layer)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.booleans(), st.booleans(), st.booleans())
+def test_a_fan_gives_its_layers_one_by_one(widths: list[int], bias: bool, stacked: bool, frozen: bool) -> None:
+    widths = [widths[0]] * len(widths) if stacked else widths
     layers = [Linear(array(m, 3), array(m) if bias else None) for m in widths]
-    x = Tensor(array(2, 3, 3), requires_grad=True)
-    together, apart = project(layers, x), [layer(x) for layer in layers]
-    for y, z in zip(together, apart, strict=True):
-        assert np.array_equal(y.data, z.data)
-        dy = array(*y.shape)
-        assert np.array_equal(*(gradients(t, [x], dy)[0] for t in (y, z)))
+    layers[0].weight.requires_grad = not frozen
+    x, fan = Tensor(array(2, 3, 3), requires_grad=True), Layers(layers, stacked)
+    join = np.stack if stacked else functools.partial(np.concatenate, axis=-1)
+    apart = join([layer(x).data for layer in layers])
+    leaves = [x, *fan.parameters()]
+    dy = array(*apart.shape)
+    found = []
+    for tokens in (None, 6):
+        if tokens:
+            fan.prepare_step(tokens)
+        y = fan.project(x)
+        assert fan._effective is None or y.node.vjp.__qualname__.startswith("effective_linear")
+        np.testing.assert_allclose(y.data, apart, rtol=1e-14, atol=1e-14)
+        found.append(gradients(y, leaves, dy))
+        fan.end_step()
+        assert fan._effective is None
+    for p, one, other in zip(leaves, *found, strict=True):
+        assert (one is None) == (other is None) == (not p.requires_grad)
+        if one is not None:
+            np.testing.assert_allclose(one, other, rtol=1e-13, atol=1e-13)
 
 
 # ---- dropout ----

@@ -15,7 +15,7 @@ import minilora.parallel
 from minilora import CausalLM, LoraConfig, LoraLinear, TransformerConfig, get_peft_model, gradients
 from minilora.data import IGNORE, Batch
 from minilora.errors import ConfigError
-from minilora.nn import dropout_counter
+from minilora.nn import Fan, dropout_counter
 from minilora.parallel import (
     MAX_THREADS,
     TOKENS_PER_SHARD,
@@ -51,7 +51,10 @@ def batch_of(sequences: int, length: int, seed: int = 0) -> Batch:
 
 
 def layers(model):
-    return [m for _, m in model.named_modules() if isinstance(m, LoraLinear)]
+    """What prepares a step: fans for the layers in them, and the others."""
+    found = [m for path, m in model.named_modules() if isinstance(m, (Fan, LoraLinear))]
+    inside = {id(getattr(fan, name)) for fan in found if isinstance(fan, Fan) for name in fan.fan}
+    return [m for m in found if id(m) not in inside]
 
 
 def workers():

@@ -337,31 +337,35 @@ def test_the_slope_of_a_root_at_zero_is_infinite() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_heads_can_be_permuted(dtype: type) -> None:
     rng = np.random.default_rng(1)
-    q, k, v = (rng.standard_normal((2, 5, H, 4)).astype(dtype) for H in (6, 3, 3))
+    q, k, v = (rng.standard_normal((2, 5, H, 4)).astype(dtype) for H in (6, 2, 2))
     dy = rng.standard_normal(q.shape).astype(dtype)
-    groups = np.array([2, 0, 1])
-    queries = (2 * groups[:, None] + np.array([1, 0])).reshape(-1)  # the two of each group stay together, swapped
+    groups = np.array([1, 0])
+    queries = (3 * groups[:, None] + np.array([1, 2, 0])).reshape(-1)  # the three of each group stay together
     op = BY_ID["attention-grouped"]
-    plain = run(op, *(Tensor(a, True) for a in (q, k, v)), dy=dy)
-    turned = [q[:, :, queries], k[:, :, groups], v[:, :, groups]]
-    moved = run(
-        op, *(Tensor(np.ascontiguousarray(a), True) for a in turned), dy=np.ascontiguousarray(dy[:, :, queries])
-    )
+
+    def apart(q: np.ndarray, k: np.ndarray, v: np.ndarray, dy: np.ndarray) -> list[np.ndarray]:
+        """The output, dq, dk, dv, each (B, T, heads, D)"""
+        packed = Tensor(np.concatenate([q, k, v], axis=2).reshape(2, 5, -1), True)
+        y, grad = (z.reshape(2, 5, -1, 4) for z in run(op, packed, dy=dy.reshape(2, 5, -1)))
+        return [y, *np.split(grad, [6, 8], axis=2)]
+
+    plain = apart(q, k, v, dy)
+    moved = apart(q[:, :, queries], k[:, :, groups], v[:, :, groups], dy[:, :, queries])
     u = np.finfo(dtype).eps
     for i, (got, expected) in enumerate(zip(moved, plain, strict=True)):
         expected = expected[:, :, queries if i < 2 else groups]
-        # Every head is a product of its own; a key's gradient adds its group's two queries, in the other order.
+        # Every head is a product of its own; a key's gradient adds its group's three queries, in another order.
         bound = 0 if i < 2 else 4 * u * np.abs(expected).max()
         assert np.abs(got - expected).max() <= bound
 
 
 def test_a_hidden_position_gets_no_gradient() -> None:
     rng = np.random.default_rng(1)
-    leaves = [Tensor(rng.standard_normal((2, 5, 2, 4)), True) for _ in range(3)]
+    qkv = Tensor(rng.standard_normal((2, 5, 24)), True)
     for t in range(5):
-        dy = np.zeros((2, 5, 2, 4))
-        dy[:, t] = rng.standard_normal((2, 2, 4))
-        _, dq, dk, dv = run(BY_ID["attention-plain"], *leaves, dy=dy)
+        dy = np.zeros((2, 5, 8))
+        dy[:, t] = rng.standard_normal((2, 8))
+        dq, dk, dv = np.split(run(BY_ID["attention-plain"], qkv, dy=dy)[1], 3, axis=-1)
         assert not dk[:, t + 1 :].any()
         assert not dv[:, t + 1 :].any()
         assert not dq[:, np.arange(5) != t].any()
@@ -404,11 +408,12 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
     def gather(a: Any, key: Any) -> Any:
         return a.reshape(-1)[torch.tensor(np.array(np.arange(a.numel()).reshape(a.shape)[key]))]
 
-    def merged(x: Any, *rest: Any) -> Any:
-        weight = torch.tensor(_weight)
-        for i in range(0, len(rest) - 1, 2):
-            weight = weight + (0.7 + i) * rest[i + 1] @ rest[i]
-        return tf.linear(x, weight, rest[-1] if len(rest) % 2 else None)
+    def effective(x: Any, *rest: Any, sizes: tuple[int, ...] = (5,), stacked: bool = False) -> Any:
+        pairs, biases, outputs = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim == 1], []
+        for i, weight in enumerate(torch.tensor(_weight[: sum(sizes)]).split(sizes)):
+            A, B = pairs[2 * i : 2 * i + 2] or (torch.zeros(1, 4), torch.zeros(sizes[i], 1))
+            outputs.append(tf.linear(x, weight + (0.7 + i) * B @ A, biases[i] if biases else None))
+        return torch.stack(outputs) if stacked else torch.cat(outputs, -1)
 
     def cross_entropy(z: Any, targets: np.ndarray, ignore_index: int, reduction: str) -> Any:
         t = torch.tensor(targets).flatten()
@@ -421,11 +426,10 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
         half = x.shape[-1] // 2
         return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
-    def attention(q: Any, k: Any, v: Any, scale: float | None = None, kept: int = 0) -> Any:
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-        k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
-        return tf.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2)
+    def attention(qkv: Any, heads: int, kv_heads: int, **_: Any) -> Any:
+        q, k, v = qkv.reshape(*qkv.shape[:2], -1, 4).split((heads, kv_heads, kv_heads), dim=2)
+        q, k, v = (z.transpose(1, 2) for z in (rope(q), rope(k), v))
+        return tf.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
 
     return {
         **{name: number(getattr(torch, name)) for name in ("add", "sub", "mul", "div", "maximum", "minimum")},
@@ -449,18 +453,18 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
         "stack": lambda *pieces, axis=0: torch.stack(pieces, axis),
         "linear": tf.linear,
         "lora_linear": lambda x, y, A, B, scaling: y + scaling * (x @ A.T) @ B.T,
-        "merged_linear": merged,
+        "effective_linear": effective,
         "embedding": lambda ids, w: tf.embedding(torch.tensor(ids), w),
         "dropout": lambda x, p, key, first: x * torch.tensor(_dropout_definition(Tensor(np.ones(x.shape)), p).data),
         "silu": tf.silu,
-        "swiglu": lambda g, u: tf.silu(g) * u,
+        "swiglu": lambda x: tf.silu(x[0]) * x[1],
         "gelu": tf.gelu,
         "softmax": lambda x, axis: torch.softmax(x, axis),
         "log_softmax": lambda x, axis: torch.log_softmax(x, axis),
         "cross_entropy": cross_entropy,
+        "linear_cross_entropy": lambda x, head, rows, **ce: cross_entropy(x @ head.T, **ce),
         "rms_norm": lambda x, w, eps=1e-6: tf.rms_norm(x, w.shape, w, eps),
         "layer_norm": lambda x, w, b, eps=1e-5: tf.layer_norm(x, w.shape, w, b, eps),
-        "rope": rope,
         "attention": attention,
     }
 

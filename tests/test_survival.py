@@ -311,7 +311,7 @@ def test_training_that_is_stopped_at_a_random_moment(number, code):
         assert not Path(f"run-{attempt}").exists() or not left_behind(f"run-{attempt}")
         steps.append(sound(f"run-{attempt}"))
         if steps[-1]:
-            assert got == 0 or f"stopped after {steps[-1]} steps" in err
+            assert got == 0 or steps[-1] == 150 or f"stopped after {steps[-1]} steps" in err  # 150: training was over
             assert run([*PRETRAIN, *options, f"--out=run-{attempt}", "--resume"])[0] == 0
             same(f"run-{attempt}", expected)
     assert any(steps)

@@ -349,7 +349,7 @@ def sgd_steps_too_far(mp: pytest.MonkeyPatch) -> None:
 
 @breaks("effective weight")
 def the_effective_weight_adds_a_thousandth(mp: pytest.MonkeyPatch) -> None:
-    after(mp, F, "merged_linear", shifted)
+    after(mp, F, "effective_linear", shifted)
 
 
 @breaks("merged forward")

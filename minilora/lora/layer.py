@@ -18,7 +18,7 @@ from .. import functional as F
 from ..autograd import Tensor
 from ..backend import Array
 from ..errors import ConfigError, NonFiniteError
-from ..nn import Linear, LinearBase, Module, Parameter
+from ..nn import Linear, LinearBase, Module, Parameter, effective
 from .lora import LoraAdapter
 
 # The layers that this thread, and the shards it hands to others, run without adapters.
@@ -42,6 +42,18 @@ class Wrapper(Module):
     @property
     def held(self) -> dict[str, Any]:
         return getattr(self, self.ATTRIBUTES[1])  # type: ignore[no-any-return]
+
+    # What a linear layer offers, where there is one.
+    in_features = property(lambda self: self.current.in_features)
+    out_features = property(lambda self: self.current.out_features)
+    bias = property(lambda self: self.current.bias)
+    backend = property(lambda self: self.current.backend)
+    dtype = property(lambda self: self.current.dtype)
+
+    @property
+    def current(self) -> Any:
+        """The module inside that the next forward runs."""
+        raise NotImplementedError
 
     @property
     def running(self) -> list[Any]:
@@ -84,13 +96,16 @@ class LoraLinear(Wrapper):
         self.base_layer = base_layer
         self.adapters: dict[str, LoraAdapter] = {}
         self._original: LinearBase | None = None  # the base while adapters are merged into a copy of it
-        self._effective: tuple[Array, list[LoraAdapter]] | None = None  # W + dW and whose, during a step
+        self._effective: F.Effective | None = None  # during a step
+
+    @property
+    def current(self) -> LinearBase:
+        return self.base_layer
 
     def __call__(self, x: Tensor) -> Tensor:
         running = self.running
-        if running and self._effective is not None and self._effective[1] == running:
-            factors = [(a.lora_A, a.lora_B, a.scaling) for a in running]
-            return F.merged_linear(x, self._effective[0], self.base_layer.bias, factors)
+        if self._effective is not None and self._effective.running == [running]:
+            return F.effective_linear(x, self._effective)
         y = self.base_layer(x)
         for adapter in running:
             y = adapter(x, y, self.base_layer)
@@ -98,19 +113,21 @@ class LoraLinear(Wrapper):
 
     # ---- one training step: the merge identity as a way to compute ----
 
-    def prepare_step(self, tokens: int | None = None) -> None:
-        """Form W + dW once for all shards of a step, where that saves work and means the same.
+    def merges(self, tokens: int | None) -> bool:
+        """Is it right, and cheaper, to form W + dW once for a step over `tokens` positions? Not right with dropout."""
+        r = sum(adapter.r for adapter in self.running)
+        merged, apart = F.costs(tokens or 1 << 30, self.in_features, self.out_features, r)
+        return (merged < apart or not r) and not any(adapter.dropout.active for adapter in self.running)
 
-        Not with dropout between x and A, nor over a base that trains itself: that needs the gradient of W.
-        """
-        running, base, r = self.running, self.base_layer, sum(a.r for a in self.running)
-        same = running and not base.trainable and not any(a.dropout.active for a in running)
-        if same and (tokens is None or F.worth_merging(tokens, base.in_features, base.out_features, r)):
-            W = base.dense_weight()
-            for adapter in running:
-                W = W + adapter.delta_weight(W)
-            B = [a.lora_B.data for a in running]
-            self._effective = base.backend.xp.concatenate([W, *B], axis=1), running
+    def effective(self, out: Array, tokens: int | None) -> F.Parts | None:
+        parts = self.base_layer.effective(out, tokens) if self.merges(tokens) else None
+        if parts is not None:
+            added = [adapter.effective(out) for adapter in self.running]
+            parts += [(params, pull) for params, pull in added if any(p.requires_grad for p in params)]
+        return parts
+
+    def prepare_step(self, tokens: int | None = None) -> None:
+        self._effective = effective([self], tokens) if self.running else None
 
     def end_step(self) -> None:
         self._effective = None
@@ -168,8 +185,10 @@ class SavedModule(Wrapper):
 
     @property
     def current(self) -> Any:
-        """The module that the next forward runs."""
         return self.running[0] if self.running else self.original_module
+
+    def effective(self, out: Array, tokens: int | None) -> F.Parts | None:
+        return self.current.effective(out, tokens)  # type: ignore[no-any-return]
 
     def result(self, names: Sequence[str]) -> Any:
         """The copy of the one adapter among `names` that has one. ConfigError where two have."""

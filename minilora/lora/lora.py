@@ -53,3 +53,20 @@ class LoraAdapter(Module):
         """dW = s B A (O, I), over the base's weight W (O, I) and in its precision."""
         A, B = self.lora_A.data.astype(W.dtype), self.lora_B.data.astype(W.dtype)
         return (B @ A) * self.scaling
+
+    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], F.Pull]:
+        """Add dW to W (O, I) in place; returns the parameters, and how their gradients are found.
+
+        With G = dL/dW' = dY^T X they are dA = s B^T G and dB = s G A^T, by way of (N, r) and never of G.
+        """
+        xp, a, b, s = self.lora_A.backend.xp, self.lora_A.data, self.lora_B.data, self.scaling
+        delta = b @ a
+        delta *= s
+        W += delta
+        a_t = xp.ascontiguousarray(a.T)  # BLAS reads it twice as fast where r is small
+
+        def pull(X: Array, dY: Array) -> F.Grads:
+            dU = (dY @ b) * s  # (N, O) @ (O, r) -> (N, r)
+            return dU.T @ X, dY.T @ ((X @ a_t) * s)  # dA (r, I), dB (O, r)
+
+        return (self.lora_A, self.lora_B), pull
