@@ -38,6 +38,7 @@ LIMIT = 60  # seconds a mutant: an endless loop counts as noticed
 TESTS = {  # of each file, in the order in which they are tried
     "minilora/optim.py": ["optim"],
     "minilora/functional.py": ["gradcheck", "functional", "promises", "autograd", "nn", "parallel"],
+    "minilora/fused.py": ["gradcheck", "functional", "promises", "autograd", "nn", "parallel"],
     "minilora/autograd.py": ["gradcheck", "autograd", "functional", "promises", "anomaly", "backend", "parallel"],
     "minilora/formats/disk.py": ["checkpoint", "disk"],
     "minilora/formats/safetensors.py": ["safetensors", "checkpoint", "fuzz"],

@@ -8,12 +8,11 @@ in elementary operations, which the tests hold beside it. Ordered by rising comp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from .autograd import Tensor, grad_enabled, namespace, record
+from .autograd import Tensor, namespace, record
 from .backend import Array, Backend
 from .errors import DataError
 
@@ -81,81 +80,6 @@ def lora_linear(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float) -> T
         return dx, dy, dA, dB
 
     return record(out, (x, y, A, B), vjp)
-
-
-Pull = Callable[[Array, Array], Grads]  # from X (N, I) and dY (N, O) to the gradients of some parameters
-Parts = list[tuple[tuple[Tensor, ...], Pull]]  # these parameters, and how
-
-
-class Effective:
-    """The weight W' (O, I) that layers with one input have in a step, formed beforehand, once for many calls.
-
-    weight   W', the layers' rows below each other
-    layers   of each: its size O_i, its bias, and the parameters that its rows were formed of, with their pulls
-    stacked  the outputs stand in a new first axis (n, ..., O / n), for layers of equal size; otherwise side by side
-    running  what the weight stands for, by layer: with other adapters it would be another
-    """
-
-    def __init__(
-        self,
-        weight: Array,
-        layers: Sequence[tuple[int, Tensor | None, Parts]],
-        stacked: bool = False,
-        running: Sequence[Any] = (),
-    ):
-        ends = np.cumsum([size for size, _, _ in layers]).tolist()
-        self.weight = weight.reshape(len(layers), -1, weight.shape[1]) if stacked else weight
-        self.stacked, self.running = stacked, running
-        self.rows = [slice(end - size, end) for end, (size, _, _) in zip(ends, layers, strict=True)]
-        self.biases = [(i, bias) for i, (_, bias, _) in enumerate(layers) if bias is not None]
-        self.pulls = [(i, pull) for i, (_, _, parts) in enumerate(layers) for _, pull in parts]
-        params = (p for _, _, parts in layers for formed_of, _ in parts for p in formed_of)
-        self.inputs = (*(bias for _, bias in self.biases), *params)
-
-
-def effective_linear(x: Tensor, effective: Effective) -> Tensor:
-    """y = x W'^T + b    x (..., I), W' (O, I) -> (..., O), or (n, ..., O / n) if it is stacked
-
-    For LoRA W' is W + s B A. By the merge identity this equals `linear` followed by `lora_linear`, with one product a
-    direction in place of three; the pulls bring A and B their gradients by way of (N, r), never of dL/dW'.
-    """
-    xp, W, pulls = namespace(x, *effective.inputs), effective.weight, effective.pulls
-    stacked, at, X, shape = effective.stacked, effective.rows, rows(x.data), x.shape
-    y = xp.matmul(X, W.swapaxes(-1, -2))  # (N, I) @ (I, O) -> (N, O)
-
-    def layer(z: Array, i: int) -> Array:  # its (N, O_i), a view
-        return z[i] if stacked else z[:, at[i]]
-
-    for i, bias in effective.biases:
-        layer(y, i)[...] += bias.data
-    need_dx, need_db = x.requires_grad, [i if bias.requires_grad else None for i, bias in effective.biases]
-    X_kept, flat = X if pulls else None, y.shape
-
-    def vjp(dy: Array) -> Grads:
-        dY, dX = dy.reshape(flat), None
-        if need_dx and stacked:
-            dX = dY[0] @ W[0]
-            for i in range(1, len(W)):
-                dX += dY[i] @ W[i]
-        elif need_dx:
-            dX = dY @ W  # (N, O) @ (O, I) -> (N, I)
-        found = [None if dX is None else dX.reshape(shape)]
-        found += [None if i is None else layer(dY, i).sum(axis=0) for i in need_db]
-        for i, pull in pulls:
-            found += pull(X_kept, layer(dY, i))
-        return tuple(found)
-
-    return record(y.reshape(*flat[:-2], *shape[:-1], flat[-1]), (x, *effective.inputs), vjp)
-
-
-def costs(tokens: int, inputs: int, outputs: int, r: int) -> tuple[int, int]:
-    """Operations that LoRA adds to a step over `tokens` positions: (W + dW formed once, the low-rank path at each one).
-
-    Counted from shapes alone, so that a resumed run chooses alike: 2 r I O operations and three passes over W, which
-    weigh as much as 12 each element; against 4 r (I + O) a position, forward and for dx, and twice that because skinny
-    products run at half the speed of square ones.
-    """
-    return inputs * outputs * (2 * r + 12), tokens * 2 * 4 * r * (inputs + outputs)
 
 
 def within(ids: np.ndarray, count: int, what: str) -> None:
@@ -279,10 +203,7 @@ def log_softmax(x: Tensor, axis: int = -1) -> Tensor:
     return record(y, (x,), lambda dy: (dy - xp.exp(y) * dy.sum(axis=axis, keepdims=True),))
 
 
-CHUNK = 1 << 22  # logits at once in `linear_cross_entropy`: 16 MiB stay in the last cache, and the rows keep BLAS busy
-
-
-def _counted(
+def counted(
     backend: Backend, shape: tuple[int, ...], V: int, targets: Array, ignore_index: int, reduction: str
 ) -> tuple[Array, Array, Array]:
     """(targets, with 0 for ignored ones; which are ignored; how much each one's loss weighs), all (N,)."""
@@ -299,7 +220,7 @@ def _counted(
     return xp.where(ignored, 0, t), ignored, keep / xp.maximum(keep.sum(), 1) if reduction == "mean" else keep
 
 
-def _nll(xp: Any, Z: Array, t: Array, ignored: Array) -> tuple[Array, Array]:
+def nll(xp: Any, Z: Array, t: Array, ignored: Array) -> tuple[Array, Array]:
     """(-log softmax(Z)[t] (N,), sum exp(Z - max) (N, 1)) of logits Z (N, V), which become exp(Z - max) in place."""
     top = Z.max(axis=-1, keepdims=True)
     with np.errstate(invalid="ignore"):  # an infinite logit makes its row NaN
@@ -317,9 +238,9 @@ def cross_entropy(logits: Tensor, targets: Array, ignore_index: int = IGNORE, re
     `reduction` "mean" over the counted targets (0 if there is none) or "sum". DataError for a target outside [0, V).
     """
     xp, shape = namespace(logits), logits.shape
-    t, ignored, weight = _counted(logits.backend, shape[:-1], shape[-1], targets, ignore_index, reduction)
+    t, ignored, weight = counted(logits.backend, shape[:-1], shape[-1], targets, ignore_index, reduction)
     E = xp.array(rows(logits.data))  # (N, V)
-    nll, total = _nll(xp, E, t, ignored)
+    each, total = nll(xp, E, t, ignored)
     weight = weight.astype(E.dtype)
     kept = E if logits.requires_grad else None
 
@@ -330,39 +251,7 @@ def cross_entropy(logits: Tensor, targets: Array, ignore_index: int = IGNORE, re
         dZ[xp.arange(len(t)), t] -= scale[:, 0]
         return (dZ.reshape(shape),)
 
-    return record((nll * weight).sum(), (logits,), vjp)
-
-
-def linear_cross_entropy(
-    x: Tensor, head: Tensor, targets: Array, ignore_index: int = IGNORE, reduction: str = "mean"
-) -> Tensor:
-    """cross_entropy(x head^T, targets)    x (..., C), head (V, C), targets (...) integers -> scalar
-
-    The logits exist for a few rows at a time and never all at once; so the gradients are taken on the way, up to the
-    factor dy. With E = exp(logits - max) and p = E / sum E they are (p - onehot) head and (p - onehot)^T x.
-    """
-    xp, V, shape = namespace(x, head), len(head), x.shape
-    t, ignored, weight = _counted(x.backend, shape[:-1], V, targets, ignore_index, reduction)
-    X, W, weight = xp.where(ignored[:, None], 0, rows(x.data)), head.data, weight.astype(x.dtype)
-    dX = xp.empty_like(X) if grad_enabled() and x.requires_grad else None
-    dW = xp.zeros_like(W) if grad_enabled() and head.requires_grad else None
-    loss, step = xp.zeros((), X.dtype), max(1, CHUNK // V)
-    for at in [slice(start, start + step) for start in range(0, len(X), step)]:
-        E = X[at] @ W.T  # (n, C) @ (C, V) -> (n, V)
-        nll, total = _nll(xp, E, t[at], ignored[at])
-        loss = loss + (nll * weight[at]).sum()
-        w = weight[at, None]  # (n, 1)
-        if dX is not None:
-            dX[at] = xp.where(ignored[at, None], 0, (E @ W) * (w / total) - W[t[at]] * w)  # (n, V) @ (V, C)
-        if dW is not None:
-            dW += E.T @ (X[at] * (w / total))  # (V, n) @ (n, C)
-    if dW is not None:
-        dW -= x.backend.add_rows(t, X * weight[:, None], V)
-
-    def vjp(dy: Array) -> Grads:
-        return None if dX is None else (dX * dy).reshape(shape), None if dW is None else dW * dy
-
-    return record(loss, (x, head), vjp)
+    return record((each * weight).sum(), (logits,), vjp)
 
 
 # ---- norms: rstd (..., 1) is kept, the normalised x is made again ----------------------------------------------------
@@ -411,128 +300,3 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         return rstd * (dxhat - along), dw, db
 
     return record(centred * rstd * w + bias.data, (x, weight, bias), vjp)
-
-
-# ---- attention ------------------------------------------------------------------------------------------------------
-
-QUERY_BLOCK = 64  # queries a block: shorter blocks skip more hidden scores, and cost more calls
-KEPT_SCORES = 1 << 20  # with more of them, backward computes exp(scores) again: memory then grows with T, not T^2
-
-
-def turn(xp: Any, z: Array, cos: Array, sin: Array, out: Array | None = None) -> Array:
-    """Rotate pairs (z_i, z_{i + D/2}) by position-dependent angles, on arrays.    z (B, T, h, D) -> (B, T, h, D)
-
-    Su et al. 2021, eq. (34), in the layout of Llama's checkpoints: the pair of i is i + D/2, not i + 1. cos and sin
-    (T, h D) have a row of factors for all heads of a position, because arithmetic over whole rows is fast; sin's sign
-    is minus in the first half of each D. -sin turns back, which is the transpose.
-    """
-    B, T, h, D = z.shape
-    pairs = (B, T, h, 2, D // 2)
-    y = xp.empty(z.shape, z.dtype) if out is None else out
-    xp.multiply(z.reshape(pairs)[..., ::-1, :], sin.reshape(pairs[1:]), out=y.reshape(pairs))
-    whole = y.reshape(B, T, h * D)
-    whole += z.reshape(B, T, h * D) * cos
-    return y
-
-
-def attention(
-    qkv: Tensor,
-    heads: int,
-    kv_heads: int,
-    cos: Array,
-    sin: Array,
-    extend: Callable[[Array, Array], tuple[Array, Array]] | None = None,
-) -> Tensor:
-    """Causal self-attention, softmax(q k^T) v, with q and k rotated.    qkv (B, T, (H + 2 K) D) -> (B, T, H D)
-
-    Side by side in qkv: q of H heads, k and v of K heads; query head h reads key/value head h // G (grouped queries:
-    Ainslie et al. 2023; K = H is the ordinary case). cos and sin (T, (H + K) D) as `turn` reads them; the scale
-    1/sqrt(D) of the scores is a factor of theirs in the rows of q. `extend(k, v)`, each (B, T, K, D), may return
-    (B, S, K, D) with earlier positions in front: the T queries are the last of S, and no gradient flows then.
-    """
-    xp, (B, T, width), turned = namespace(qkv), qkv.shape, heads + kv_heads
-    if heads % kv_heads or width % (turned + kv_heads):
-        raise ValueError(f"attention: {heads} heads and {kv_heads} of keys do not fit each other, or {width} channels")
-    D = width // (turned + kv_heads)
-    Z = qkv.data.reshape(B, T, heads + 2 * kv_heads, D)
-    QK, v = turn(xp, Z[:, :, :turned], cos, sin), Z[:, :, turned:]
-    q, k = QK[:, :, :heads], QK[:, :, heads:]
-    O, back = _attend(xp, q, *(extend(k, v) if extend else (k, v)))
-
-    def vjp(dy: Array) -> Grads:
-        dZ, dQK = xp.empty((B, T, heads + 2 * kv_heads, D), dy.dtype), xp.empty_like(QK)
-        back(dy.reshape(B, T, heads, D), dQK[:, :, :heads], dQK[:, :, heads:], dZ[:, :, turned:])
-        turn(xp, dQK, cos, -sin, out=dZ[:, :, :turned])
-        return (dZ.reshape(B, T, width),)
-
-    return record(O.reshape(B, T, heads * D), (qkv,), vjp)
-
-
-def _attend(xp: Any, q: Array, k: Array, v: Array) -> tuple[Array, Callable[[Array, Array, Array, Array], None]]:
-    """softmax(q k^T) v, causal, on arrays.    q (B, T, H, D), k and v (B, S, K, D) -> O (B, T, H, D) and `back`
-
-    `back(dO, dq, dk, dv)` fills the last three. Queries go in blocks of t, each with the s keys that any of them may
-    see. Scores are transposed, (s, H t): softmax then reduces over rows, which NumPy does with whole vectors.
-    """
-    (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
-    G = H // K
-    blocks = [slice(start, min(start + QUERY_BLOCK, T)) for start in range(0, T, QUERY_BLOCK)]
-    order = xp.arange(min(QUERY_BLOCK, T))
-    future = xp.where(order[:, None] > order, -np.inf, 0).astype(q.dtype)  # (key, query)
-
-    def by_head(z: Array) -> Array:  # (B, T, H, D) -> (B, K, G, T, D): no copy, and products with k broadcast over G
-        return z.reshape(B, z.shape[1], K, z.shape[2] // K, D).transpose(0, 2, 3, 1, 4)
-
-    def scores(keys: Array, queries: Array) -> tuple[Array, Array]:  # in memory (B, s, H t); as a view (B, K, G, s, t)
-        s, t = keys.shape[3], queries.shape[3]
-        P = xp.empty((B, s, H * t), q.dtype)
-        view = P.reshape(B, s, K, G, t).transpose(0, 2, 3, 1, 4)
-        xp.matmul(keys, queries.swapaxes(-1, -2), out=view)
-        return P, view
-
-    def seen(at: slice) -> tuple[Array, Array]:
-        P, view = scores(kh[..., : S - T + at.stop, :], qh[..., at, :])
-        t = at.stop - at.start
-        P[:, -t:].reshape(B, t, H, t)[...] += future[:t, None, :t]  # only the newest t keys can be too new
-        return P, view
-
-    O, inv, kept = xp.empty((B, T, H, D), q.dtype), xp.empty((B, T, H, 1), q.dtype), []
-    qh, kh, vh, Oh = by_head(q), by_head(k), by_head(v), by_head(O)
-    for at in blocks:
-        P, view = seen(at)
-        top = P.max(axis=1, keepdims=True)  # (B, 1, H t)
-        P -= top
-        xp.exp(P, out=P)
-        total = xp.ones((1, P.shape[1]), P.dtype) @ P  # (B, 1, H t): a product sums faster than a reduction
-        inv[:, at, :, 0] = 1.0 / total.reshape(B, H, at.stop - at.start).swapaxes(1, 2)
-        xp.matmul(view.swapaxes(-1, -2), vh[..., : P.shape[1], :], out=Oh[..., at, :])  # (t, s) @ (s, D)
-        kept.append((at, top, (P, view) if B * H * T * S <= KEPT_SCORES else None))
-    O *= inv  # T x D numbers: dividing the scores would be T x S
-
-    def back(dO: Array, dq: Array, dk: Array, dv: Array) -> None:
-        d = dO * inv  # (B, T, H, D): softmax's division is here, so P stays exp(scores - top)
-        dh, dqh, dkh, dvh = (by_head(z) for z in (d, dq, dk, dv))
-        # softmax's gradient p (dp - sum p dp): the sum is rowsum(dO * O), T numbers (Dao et al. 2022, app. B)
-        along = row_dot(xp, rows(d), rows(O)).reshape(B, T, H).swapaxes(1, 2)
-
-        def add(total: Array, a: Array, b: Array) -> None:  # the latest block sees every key: what it brings is first
-            if G == 1 and a.shape[3] == S:
-                xp.matmul(a, b, out=total)
-            elif a.shape[3] == S:
-                total[...] = (a @ b).sum(axis=2, keepdims=True)
-            else:
-                total[..., : a.shape[3], :] += a @ b if G == 1 else (a @ b).sum(axis=2, keepdims=True)
-
-        for at, top, exps in reversed(kept):
-            if exps is None:
-                exps = seen(at)
-                exps[0][...] = xp.exp(exps[0] - top)
-            P, view = exps
-            add(dvh, view, dh[..., at, :])  # (s, t) @ (t, D)
-            dS, dview = scores(vh[..., : P.shape[1], :], dh[..., at, :])
-            dS -= along[..., at].reshape(top.shape)
-            dS *= P
-            xp.matmul(dview.swapaxes(-1, -2), kh[..., : P.shape[1], :], out=dqh[..., at, :])  # (t, s) @ (s, D)
-            add(dkh, dview, qh[..., at, :])  # (s, t) @ (t, D)
-
-    return O, back

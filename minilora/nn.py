@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import functional as F
+from . import fused
 from .autograd import Tensor, concat, stack
 from .backend import Array, Backend, get_backend, mix_key
 
@@ -133,7 +134,7 @@ class LinearBase(Module):
         """W (O, I) as an array, decoded where it is stored in another way."""
         raise NotImplementedError
 
-    def effective(self, out: Array, tokens: int | None) -> F.Parts | None:
+    def effective(self, out: Array, tokens: int | None) -> fused.Parts | None:
         """Write the weight that this layer has in a step over `tokens` positions into `out` (O, I).
 
         Returns the parameters that it was formed of, with their pulls, or None: the layer must run on its own.
@@ -167,7 +168,7 @@ class Linear(LinearBase):
     def dense_weight(self) -> Array:
         return self.weight.data
 
-    def effective(self, out: Array, tokens: int | None) -> F.Parts | None:
+    def effective(self, out: Array, tokens: int | None) -> fused.Parts | None:
         out[...] = self.weight.data
         return [((self.weight,), lambda X, dY: (dY.T @ X,))] if self.trainable else []
 
@@ -175,7 +176,7 @@ class Linear(LinearBase):
         return F.linear(x, self.weight, self.bias)
 
 
-def effective(layers: Sequence[Any], tokens: int | None, stacked: bool = False) -> F.Effective | None:
+def effective(layers: Sequence[Any], tokens: int | None, stacked: bool = False) -> fused.Effective | None:
     """What layers that share an input are in a step over `tokens` positions; None if one must run on its own."""
     first, at = layers[0], 0
     weight = first.backend.xp.empty((sum(layer.out_features for layer in layers), first.in_features), first.dtype)
@@ -186,7 +187,7 @@ def effective(layers: Sequence[Any], tokens: int | None, stacked: bool = False) 
             return None
         formed.append((layer.out_features, layer.bias, parts))
         at += layer.out_features
-    return F.Effective(weight, formed, stacked, [layer.running for layer in layers])
+    return fused.Effective(weight, formed, stacked, [layer.running for layer in layers])
 
 
 class Fan(Module):
@@ -197,7 +198,7 @@ class Fan(Module):
 
     fan: tuple[str, ...]
     stacked = False  # or in a new first axis, for layers of equal size whose outputs are read one by one
-    _effective: F.Effective | None = None
+    _effective: fused.Effective | None = None
 
     def prepare_step(self, tokens: int | None = None) -> None:
         self._effective = effective([getattr(self, name) for name in self.fan], tokens, self.stacked)
@@ -213,7 +214,7 @@ class Fan(Module):
         """(..., I) -> (..., sum of O_i), or stacked (n, ..., O)"""
         layers = [getattr(self, name) for name in self.fan]
         if self._effective is not None and self._effective.running == [layer.running for layer in layers]:
-            return F.effective_linear(x, self._effective)
+            return fused.effective_linear(x, self._effective)
         outputs = [layer(x) for layer in layers]
         return stack(outputs) if self.stacked else concat(outputs, axis=-1)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import functional as F
+from . import fused
 from .architecture import TransformerConfig, rotary_frequencies
 from .autograd import Tensor
 from .backend import Array, Backend
@@ -26,7 +27,7 @@ from .nn import Embedding, Fan, Linear, Module, RMSNorm, normal
 class RotaryTable:
     """cos and sin of position * frequency, computed in float64 and rounded once; grows to the longest context seen.
 
-    Laid out as `F.attention` reads them: a row for all heads of q and k, with the scale 1/sqrt(D) in q's part.
+    Laid out as `fused.attention` reads them: a row for all heads of q and k, with the scale 1/sqrt(D) in q's part.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -90,7 +91,7 @@ class Attention(Fan):
         start = cache.length if cache else 0
         cos, sin = self.rotary(start, start + x.shape[1], x)
         extend = functools.partial(cache.extend, self.layer) if cache else None
-        return self.o_proj(F.attention(qkv, self.heads, self.kv_heads, cos, sin, extend))
+        return self.o_proj(fused.attention(qkv, self.heads, self.kv_heads, cos, sin, extend))
 
 
 class MLP(Fan):
@@ -186,7 +187,7 @@ class CausalLM(Module):
         if targets is None:
             return head(hidden)
         if isinstance(head, Linear) and head.bias is None:
-            return F.linear_cross_entropy(hidden, head.weight, targets, reduction="sum")
+            return fused.linear_cross_entropy(hidden, head.weight, targets, reduction="sum")
         return F.cross_entropy(head(hidden), targets, reduction="sum")
 
     def get_input_embeddings(self) -> Embedding:

@@ -18,6 +18,7 @@ import numpy as np
 
 from minilora import autograd as ag
 from minilora import functional as F
+from minilora import fused
 from minilora.autograd import Tensor
 from minilora.backend import NUMPY, mix_key
 
@@ -34,6 +35,8 @@ NOT_OPERATIONS = {
     "unbroadcast": "works on arrays, inside vjps",
     "rows": "works on arrays, inside operations",
     "within": "checks ids on the host",
+    "counted": "prepares targets",
+    "nll": "works on arrays, inside operations",
     "row_dot": "works on arrays, inside operations",
     "turn": "works on arrays, inside attention",
 }
@@ -78,10 +81,10 @@ def apart(*shapes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
 
 
 def public_operations() -> dict[str, Callable[..., Any]]:
-    """Every public function that autograd.py and functional.py define."""
+    """Every public function that autograd.py, functional.py and fused.py define."""
     return {
         name: function
-        for room in (ag, F)
+        for room in (ag, F, fused)
         for name, function in vars(room).items()
         if inspect.isfunction(function) and not name.startswith("_") and function.__module__ == room.__name__
     }
@@ -253,7 +256,7 @@ def effective(x: Tensor, *rest: Tensor, sizes: tuple[int, ...] = (5,), stacked: 
             weight[at] += (0.7 + i) * (B.data @ A.data)
             parts.append(((A, B), _pull(A.data, B.data, 0.7 + i)))
         layers.append((size, biases[i] if biases else None, parts))
-    return F.effective_linear(x, F.Effective(weight, layers, stacked))
+    return fused.effective_linear(x, fused.Effective(weight, layers, stacked))
 
 
 def _effective_definition(x: Tensor, *rest: Tensor, sizes: tuple[int, ...] = (5,), stacked: bool = False) -> Tensor:
@@ -351,11 +354,11 @@ def _cross_entropy(logits: Tensor, targets: np.ndarray, ignore_index: int, reduc
 
 
 def _linear_cross_entropy(x: Tensor, head: Tensor, rows: int, **options: Any) -> Tensor:
-    before, F.CHUNK = F.CHUNK, rows * len(head)
+    before, fused.CHUNK = fused.CHUNK, rows * len(head)
     try:
-        return F.linear_cross_entropy(x, head, **options)
+        return fused.linear_cross_entropy(x, head, **options)
     finally:
-        F.CHUNK = before
+        fused.CHUNK = before
 
 
 _targets = {
@@ -416,12 +419,12 @@ def rotary_tables(angle: np.ndarray, heads: int, kv_heads: int, scale: float) ->
 def _attention(qkv: Tensor, heads: int, kv_heads: int, block: int | None = None, kept: int | None = None) -> Tensor:
     """With heads of size 4; in blocks of so many queries, keeping up to so many scores for backward."""
     tables = rotary_tables(angles(qkv.shape[1], 4), heads, kv_heads, 0.5)
-    before = F.QUERY_BLOCK, F.KEPT_SCORES
-    F.QUERY_BLOCK, F.KEPT_SCORES = block or before[0], before[1] if kept is None else kept
+    before = fused.QUERY_BLOCK, fused.KEPT_SCORES
+    fused.QUERY_BLOCK, fused.KEPT_SCORES = block or before[0], before[1] if kept is None else kept
     try:
-        return F.attention(qkv, heads, kv_heads, *(qkv.backend.from_numpy(t.astype(qkv.dtype)) for t in tables))
+        return fused.attention(qkv, heads, kv_heads, *(qkv.backend.from_numpy(t.astype(qkv.dtype)) for t in tables))
     finally:
-        F.QUERY_BLOCK, F.KEPT_SCORES = before
+        fused.QUERY_BLOCK, fused.KEPT_SCORES = before
 
 
 def _rotated(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 from operations import NEURAL, Operation, angles, rotary_tables
 
 from minilora import functional as F
+from minilora import fused
 from minilora.autograd import Tensor, gradients, no_grad
 from minilora.backend import NUMPY, mix_key
 from minilora.errors import DataError
@@ -74,7 +75,7 @@ def test_numpy_scalars_as_options_leave_float32_alone() -> None:
 )
 def test_merging_pays_from_this_number_of_tokens_on(least: int, inputs: int, outputs: int, r: int) -> None:
     # W + dW once: (2 r + 12) in out; the low-rank path, 8 r (in + out) a token. In three of these, least - 1 is a tie.
-    pays = [merged < apart for merged, apart in (F.costs(least + i, inputs, outputs, r) for i in (-1, 0, 1))]
+    pays = [merged < apart for merged, apart in (fused.costs(least + i, inputs, outputs, r) for i in (-1, 0, 1))]
     assert pays == [False, True, True]
 
 
@@ -237,7 +238,7 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     def extend(*late: np.ndarray) -> tuple[np.ndarray, ...]:
         return tuple(np.concatenate([z[:, :past], new], axis=1) for z, new in zip((k, v), late, strict=True))
 
-    return F.attention(Tensor(packed), H, K, *tables, extend if past else None).data.reshape(B, T, H, D)
+    return fused.attention(Tensor(packed), H, K, *tables, extend if past else None).data.reshape(B, T, H, D)
 
 
 @given(st.integers(1, 3), st.integers(1, 9), st.sampled_from([(1, 1), (4, 2), (3, 3)]), st.data())
@@ -280,7 +281,7 @@ def test_huge_scores_do_not_overflow() -> None:
 @pytest.mark.parametrize(("H", "K", "width"), [(3, 2, 28), (2, 4, 40), (2, 2, 25)])
 def test_attention_refuses_heads_that_do_not_fit(H: int, K: int, width: int) -> None:
     with pytest.raises(ValueError, match=rf"attention: {H} heads and {K} of keys do not fit .* {width} channels"):
-        F.attention(Tensor(np.ones((1, 2, width))), H, K, np.ones((2, 1)), np.ones((2, 1)))
+        fused.attention(Tensor(np.ones((1, 2, width))), H, K, np.ones((2, 1)), np.ones((2, 1)))
 
 
 # ---- rope -----------------------------------------------------------------------------------------------------------
@@ -288,7 +289,7 @@ def test_attention_refuses_heads_that_do_not_fit(H: int, K: int, width: int) -> 
 
 def rotated(x: np.ndarray, start: int) -> np.ndarray:
     a = angles(start + x.shape[1], x.shape[3])[start:]
-    return F.turn(np, x, *rotary_tables(a, x.shape[2], 0, 1.0))
+    return fused.turn(np, x, *rotary_tables(a, x.shape[2], 0, 1.0))
 
 
 @given(st.integers(0, 50), st.integers(1, 6), st.sampled_from([2, 4, 8]))
@@ -412,8 +413,8 @@ def test_scores_are_kept_for_backward_while_they_are_few(monkeypatch: pytest.Mon
     rng = np.random.default_rng(0)
     qkv, tables = Tensor(rng.standard_normal((2, 3, 8 * 4)), True), rotary_tables(np.zeros((3, 2)), 4, 2, 0.5)
     for most, are_kept in ((2 * 4 * 3 * 3, True), (2 * 4 * 3 * 3 - 1, False)):
-        monkeypatch.setattr(F, "KEPT_SCORES", most)
-        held = inspect.getclosurevars(F.attention(qkv, 4, 2, *tables).node.vjp).nonlocals
+        monkeypatch.setattr(fused, "KEPT_SCORES", most)
+        held = inspect.getclosurevars(fused.attention(qkv, 4, 2, *tables).node.vjp).nonlocals
         kept = inspect.getclosurevars(held["back"]).nonlocals["kept"]
         assert [scores is not None for *_, scores in kept] == [are_kept]
 

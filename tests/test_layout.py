@@ -16,6 +16,7 @@ ORDER = [
     ["formats"],
     ["autograd", "lora.patterns"],
     ["functional", "lora.targets"],
+    ["fused"],
     ["gradcheck", "nn", "data"],
     ["optim", "transformer", "lora.config"],
     ["lora.lora", "generate"],

@@ -23,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import minilora.lora
 from minilora import functional as F
+from minilora import fused
 from minilora.architecture import TransformerConfig
 from minilora.autograd import Tensor, gradients
 from minilora.errors import ConfigError, FormatError, NonFiniteError
@@ -1058,7 +1059,7 @@ def test_the_way_to_compute_follows_from_shapes() -> None:
     few, many = 1, 10_000
     for W in ((128, 128), (512, 128), (4096, 4096)):
         for tokens, pays in ((few, False), (many, True)):
-            merged, apart = F.costs(tokens, *W, 8)
+            merged, apart = fused.costs(tokens, *W, 8)
             assert (merged < apart) == pays
     attention = get_peft_model(base(), lora()).get_base_model().model.layers[0].self_attn
     for tokens, joint in ((few, False), (many, True)):

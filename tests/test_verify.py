@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import minilora.functional as F
 import minilora.lora.model
 import minilora.verify.run
+from minilora import fused
 from minilora.cli import main
 from minilora.errors import FormatError, NonFiniteError
 from minilora.formats import load_file, save_file
@@ -349,7 +350,7 @@ def sgd_steps_too_far(mp: pytest.MonkeyPatch) -> None:
 
 @breaks("effective weight")
 def the_effective_weight_adds_a_thousandth(mp: pytest.MonkeyPatch) -> None:
-    after(mp, F, "effective_linear", shifted)
+    after(mp, fused, "effective_linear", shifted)
 
 
 @breaks("merged forward")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import functional as F
+from .. import fused
 from ..autograd import Tensor
 from ..backend import Array
 from ..errors import ConfigError, NonFiniteError
@@ -96,7 +96,7 @@ class LoraLinear(Wrapper):
         self.base_layer = base_layer
         self.adapters: dict[str, LoraAdapter] = {}
         self._original: LinearBase | None = None  # the base while adapters are merged into a copy of it
-        self._effective: F.Effective | None = None  # during a step
+        self._effective: fused.Effective | None = None  # during a step
 
     @property
     def current(self) -> LinearBase:
@@ -105,7 +105,7 @@ class LoraLinear(Wrapper):
     def __call__(self, x: Tensor) -> Tensor:
         running = self.running
         if self._effective is not None and self._effective.running == [running]:
-            return F.effective_linear(x, self._effective)
+            return fused.effective_linear(x, self._effective)
         y = self.base_layer(x)
         for adapter in running:
             y = adapter(x, y, self.base_layer)
@@ -116,10 +116,10 @@ class LoraLinear(Wrapper):
     def merges(self, tokens: int | None) -> bool:
         """Is it right, and cheaper, to form W + dW once for a step over `tokens` positions? Not right with dropout."""
         r = sum(adapter.r for adapter in self.running)
-        merged, apart = F.costs(tokens or 1 << 30, self.in_features, self.out_features, r)
+        merged, apart = fused.costs(tokens or 1 << 30, self.in_features, self.out_features, r)
         return (merged < apart or not r) and not any(adapter.dropout.active for adapter in self.running)
 
-    def effective(self, out: Array, tokens: int | None) -> F.Parts | None:
+    def effective(self, out: Array, tokens: int | None) -> fused.Parts | None:
         parts = self.base_layer.effective(out, tokens) if self.merges(tokens) else None
         if parts is not None:
             added = [adapter.effective(out) for adapter in self.running]
@@ -187,7 +187,7 @@ class SavedModule(Wrapper):
     def current(self) -> Any:
         return self.running[0] if self.running else self.original_module
 
-    def effective(self, out: Array, tokens: int | None) -> F.Parts | None:
+    def effective(self, out: Array, tokens: int | None) -> fused.Parts | None:
         return self.current.effective(out, tokens)  # type: ignore[no-any-return]
 
     def result(self, names: Sequence[str]) -> Any:

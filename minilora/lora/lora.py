@@ -15,6 +15,7 @@ import math
 import numpy as np
 
 from .. import functional as F
+from .. import fused
 from ..autograd import Tensor
 from ..backend import Array
 from ..nn import Dropout, LinearBase, Module, Parameter, normal, uniform
@@ -54,7 +55,7 @@ class LoraAdapter(Module):
         A, B = self.lora_A.data.astype(W.dtype), self.lora_B.data.astype(W.dtype)
         return (B @ A) * self.scaling
 
-    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], F.Pull]:
+    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], fused.Pull]:
         """Add dW to W (O, I) in place; returns the parameters, and how their gradients are found.
 
         With G = dL/dW' = dY^T X they are dA = s B^T G and dB = s G A^T, by way of (N, r) and never of G.
