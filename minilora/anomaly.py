@@ -26,7 +26,8 @@ from .errors import GraphError, NonFiniteError
 from .nn import Module
 from .parallel import ShardedStep, language_modelling_loss
 
-ENGINE = {f"minilora.{room}" for room in ("anomaly", "autograd", "functional", "fused", "nn")}  # no user's line is in these
+# No user's line is in these.
+ENGINE = {f"minilora.{room}" for room in ("anomaly", "autograd", "functional", "fused", "nn")}
 
 
 @contextlib.contextmanager

@@ -90,6 +90,7 @@ def sabotage(monkeypatch: pytest.MonkeyPatch, op: Operation, change: Callable[..
     record = types.FunctionType(record.__code__, inside, closure=record.__closure__)  # type: ignore[assignment]
     monkeypatch.setattr(ag, "record", record)
     monkeypatch.setattr(F, "record", record)
+    monkeypatch.setattr(fused, "record", record)
 
 
 @EVERY
