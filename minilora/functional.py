@@ -220,18 +220,6 @@ def counted(
     return xp.where(ignored, 0, t), ignored, keep / xp.maximum(keep.sum(), 1) if reduction == "mean" else keep
 
 
-def nll(xp: Any, Z: Array, t: Array, ignored: Array) -> tuple[Array, Array]:
-    """(-log softmax(Z)[t] (N,), sum exp(Z - max) (N, 1)) of logits Z (N, V), which become exp(Z - max) in place."""
-    top = Z.max(axis=-1, keepdims=True)
-    with np.errstate(invalid="ignore"):  # an infinite logit makes its row NaN
-        Z -= top
-        down = Z[xp.arange(len(t)), t]
-        xp.exp(Z, out=Z)
-    Z[ignored] = 1  # a row that does not count is read no further, whatever it holds
-    total = Z.sum(axis=-1, keepdims=True)
-    return xp.where(ignored, 0, xp.log(total)[:, 0] - down), total  # not log + top - Z: near 0 that would round it away
-
-
 def cross_entropy(logits: Tensor, targets: Array, ignore_index: int = IGNORE, reduction: str = "mean") -> Tensor:
     """-log softmax(logits)[target]    logits (..., V), targets (...) integers -> scalar
 
@@ -239,19 +227,23 @@ def cross_entropy(logits: Tensor, targets: Array, ignore_index: int = IGNORE, re
     """
     xp, shape = namespace(logits), logits.shape
     t, ignored, weight = counted(logits.backend, shape[:-1], shape[-1], targets, ignore_index, reduction)
-    E = xp.array(rows(logits.data))  # (N, V)
-    each, total = nll(xp, E, t, ignored)
-    weight = weight.astype(E.dtype)
+    Z, weight = rows(logits.data), weight.astype(logits.dtype)  # (N, V), (N,)
+    top, each = Z.max(axis=-1, keepdims=True), xp.arange(len(t))
+    with np.errstate(invalid="ignore"):  # an infinite logit makes its row NaN
+        E, down = xp.exp(Z - top), Z[each, t] - top[:, 0]  # (N, V), (N,)
+    E[ignored] = 1  # a row that does not count is read no further, whatever it holds
+    total = E.sum(axis=-1, keepdims=True)  # (N, 1)
+    nll = xp.where(ignored, 0, xp.log(total)[:, 0] - down)  # not log + top - Z: near 0 that would round it away
     kept = E if logits.requires_grad else None
 
     def vjp(dy: Array) -> Grads:
         # d nll / d logits = softmax - onehot(target), row by row times its weight
         scale = (weight * dy)[:, None]  # (N, 1)
         dZ = kept * (scale / total)
-        dZ[xp.arange(len(t)), t] -= scale[:, 0]
+        dZ[each, t] -= scale[:, 0]
         return (dZ.reshape(shape),)
 
-    return record((each * weight).sum(), (logits,), vjp)
+    return record((nll * weight).sum(), (logits,), vjp)
 
 
 # ---- norms: rstd (..., 1) is kept, the normalised x is made again ----------------------------------------------------

@@ -14,7 +14,7 @@ import numpy as np
 
 from .autograd import Tensor, grad_enabled, namespace, record
 from .backend import Array
-from .functional import IGNORE, Grads, counted, nll, row_dot, rows
+from .functional import IGNORE, Grads, counted, row_dot, rows
 
 # ---- one weight for a whole step ------------------------------------------------------------------------------------
 
@@ -95,7 +95,7 @@ def costs(tokens: int, inputs: int, outputs: int, r: int) -> tuple[int, int]:
 
 # ---- the head and its loss ------------------------------------------------------------------------------------------
 
-CHUNK = 1 << 22  # logits at once in `linear_cross_entropy`: 16 MiB stay in the last cache, and the rows keep BLAS busy
+ROWS, LOGITS = 1024, 1 << 20  # at once in `linear_cross_entropy`; with 4 MiB of logits these stay in the cache
 
 
 def linear_cross_entropy(
@@ -103,31 +103,62 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(x head^T, targets)    x (..., C), head (V, C), targets (...) integers -> scalar
 
-    The logits exist for a few rows at a time and never all at once; so the gradients are taken on the way, up to the
-    factor dy. With E = exp(logits - max) and p = E / sum E they are (p - onehot) head and (p - onehot)^T x.
+    The logits exist for a few words at a time and never all at once, whose maximum and sum are corrected as they go on
+    (Milakov & Gimelshein 2018, algorithm 3). So the gradients are taken on the way, up to the factor dy: with
+    E = exp(logits - max) and p = E / sum E they are (p - onehot) head and (p - onehot)^T x.
     """
-    xp, V, shape = namespace(x, head), len(head), x.shape
+    xp, V, shape, W = namespace(x, head), len(head), x.shape, head.data
     t, ignored, weight = counted(x.backend, shape[:-1], V, targets, ignore_index, reduction)
-    X, W, weight = xp.where(ignored[:, None], 0, rows(x.data)), head.data, weight.astype(x.dtype)
+    ignored, weight = ignored[:, None], weight.astype(x.dtype)[:, None]  # (N, 1)
+    X = xp.where(ignored, 0, rows(x.data))  # a row that does not count is read no further, whatever it holds
     dX = xp.empty_like(X) if grad_enabled() and x.requires_grad else None
     dW = xp.zeros_like(W) if grad_enabled() and head.requires_grad else None
-    loss, step = xp.zeros((), X.dtype), max(1, CHUNK // V)
-    for at in [slice(start, start + step) for start in range(0, len(X), step)]:
-        E = X[at] @ W.T  # (n, C) @ (C, V) -> (n, V)
-        each, total = nll(xp, E, t[at], ignored[at])
-        loss = loss + (each * weight[at]).sum()
-        w = weight[at, None]  # (n, 1)
+    loss = xp.zeros((), X.dtype)
+    for at in _slices(len(X), ROWS):
+        Xn, tn, w = X[at], t[at, None], weight[at]  # (n, C), (n, 1), (n, 1)
+        top, total, hit = xp.full(w.shape, -np.inf, X.dtype), xp.zeros(w.shape, X.dtype), xp.zeros(w.shape, X.dtype)
+        skip, words = ignored[at, 0], _slices(V, max(1, LOGITS // len(Xn)))
+
+        def logits(v: slice, Xn: Array = Xn, skip: Array = skip) -> Array:
+            Z = Xn @ W[v].T  # (n, C) @ (C, v) -> (n, v)
+            Z[skip] = 0
+            return Z
+
+        for v in words:
+            E = logits(v)
+            logit = xp.take_along_axis(E, xp.clip(tn - v.start, 0, v.stop - v.start - 1), axis=1)
+            hit = xp.where((tn >= v.start) & (tn < v.stop), logit, hit)
+            before, top = top, xp.maximum(top, E.max(axis=1, keepdims=True))
+            with np.errstate(invalid="ignore"):  # an infinite logit makes its row NaN
+                E -= top
+                xp.exp(E, out=E)
+                shrink = xp.exp(before - top)
+            total = total * shrink + E.sum(axis=1, keepdims=True)
+            if dX is not None:
+                part = E @ W[v]  # (n, v) @ (v, C)
+                dX[at] = part if v.start == 0 else dX[at] * shrink + part
+        with np.errstate(invalid="ignore"):
+            each = xp.log(total) - (hit - top)  # not log + top - hit: near 0 that would round it away
+        loss = loss + (xp.where(ignored[at], 0, each) * w).sum()
         if dX is not None:
-            dX[at] = xp.where(ignored[at, None], 0, (E @ W) * (w / total) - W[t[at]] * w)  # (n, V) @ (V, C)
+            dX[at] = dX[at] * (w / total) - W[tn[:, 0]] * w
         if dW is not None:
-            dW += E.T @ (X[at] * (w / total))  # (V, n) @ (n, C)
+            for v in words:
+                E = E if len(words) == 1 else xp.exp(logits(v) - top)
+                dW[v] += E.T @ (Xn * (w / total))  # (v, n) @ (n, C)
+    if dX is not None:
+        dX = xp.where(ignored, 0, dX)
     if dW is not None:
-        dW -= x.backend.add_rows(t, X * weight[:, None], V)
+        dW -= x.backend.add_rows(t, X * weight, V)
 
     def vjp(dy: Array) -> Grads:
         return None if dX is None else (dX * dy).reshape(shape), None if dW is None else dW * dy
 
     return record(loss, (x, head), vjp)
+
+
+def _slices(size: int, most: int) -> list[slice]:
+    return [slice(start, min(start + most, size)) for start in range(0, size, most)]
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
@@ -193,7 +224,6 @@ def _attend(xp: Any, q: Array, k: Array, v: Array) -> tuple[Array, Callable[[Arr
     """
     (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
     G = H // K
-    blocks = [slice(start, min(start + QUERY_BLOCK, T)) for start in range(0, T, QUERY_BLOCK)]
     order = xp.arange(min(QUERY_BLOCK, T))
     future = xp.where(order[:, None] > order, -np.inf, 0).astype(q.dtype)  # (key, query)
 
@@ -215,7 +245,7 @@ def _attend(xp: Any, q: Array, k: Array, v: Array) -> tuple[Array, Callable[[Arr
 
     O, inv, kept = xp.empty((B, T, H, D), q.dtype), xp.empty((B, T, H, 1), q.dtype), []
     qh, kh, vh, Oh = by_head(q), by_head(k), by_head(v), by_head(O)
-    for at in blocks:
+    for at in _slices(T, QUERY_BLOCK):
         P, view = seen(at)
         top = P.max(axis=1, keepdims=True)  # (B, 1, H t)
         P -= top

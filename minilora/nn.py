@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,13 +98,18 @@ class Module:
                 p.move(backend, dtype or p.dtype)
         return self
 
-    def prepare_step(self, tokens: int | None = None) -> None:
-        """Called once before a step's shards run forward, over `tokens` positions: compute here what they share.
+    def preparations(self, tokens: int | None) -> Iterator[Callable[[], None]]:
+        """What is to be done once before a step's shards run forward, over `tokens` positions; in any order, by anyone.
 
         Many tokens if None. Weights must not change before `end_step`.
         """
         for _, child in self.named_children():
-            child.prepare_step(tokens)
+            yield from child.preparations(tokens)
+
+    def prepare_step(self, tokens: int | None = None) -> None:
+        """Compute what the shards of a step share."""
+        for prepare in self.preparations(tokens):
+            prepare()
 
     def end_step(self) -> None:
         """Called when the step is over; a layer drops what it prepared."""
@@ -200,11 +205,18 @@ class Fan(Module):
     stacked = False  # or in a new first axis, for layers of equal size whose outputs are read one by one
     _effective: fused.Effective | None = None
 
-    def prepare_step(self, tokens: int | None = None) -> None:
-        self._effective = effective([getattr(self, name) for name in self.fan], tokens, self.stacked)
+    def preparations(self, tokens: int | None) -> Iterator[Callable[[], None]]:
+        layers = [getattr(self, name) for name in self.fan]
+
+        def prepare() -> None:
+            self._effective = effective(layers, tokens, self.stacked)
+            for layer in layers if self._effective is None else ():
+                layer.prepare_step(tokens)
+
+        yield prepare
         for name, child in self.named_children():
-            if self._effective is None or name not in self.fan:
-                child.prepare_step(tokens)
+            if name not in self.fan:
+                yield from child.preparations(tokens)
 
     def end_step(self) -> None:
         super().end_step()

@@ -29,7 +29,8 @@ from .nn import Parameter, dropout_counter
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from glibc's malloc.h
 R = TypeVar("R")
-TOKENS_PER_SHARD = 512  # measured: beyond this the activations of a small model leave the cache
+TOKENS_PER_SHARD = 512  # measured: with fewer, Python's share of a small model's step grows
+FLOATS_PER_SHARD = 1 << 19  # 2 MiB of the widest activation: with more, a wide model's leave the cache
 MAX_THREADS = 256  # more would only meet the system's own limit
 
 
@@ -39,9 +40,15 @@ def language_modelling_loss(model: Any, batch: Batch) -> Tensor:
     return model(batch.ids, targets=batch.targets)  # type: ignore[no-any-return]
 
 
-def shard_size(context: int, device: str = "cpu") -> int:
-    """Sequences a shard, from the shape alone: a resumed run must cut alike. A GPU takes the batch whole."""
-    return max(1, TOKENS_PER_SHARD // context) if device == "cpu" else 2**31
+def shard_size(model: Any, sequences: int, context: int) -> int:
+    """Sequences a shard for batches of `sequences` x `context`, from shapes alone: a resumed run must cut alike.
+
+    At least two shards, so that two cores have work. A GPU takes the batch whole.
+    """
+    if next(iter(model.parameters())).backend.name != "cpu":
+        return sequences
+    tokens = min(TOKENS_PER_SHARD, FLOATS_PER_SHARD // model.config.intermediate_size)
+    return max(1, min(tokens // context, (sequences + 1) // 2))
 
 
 class ShardedStep:
@@ -106,7 +113,7 @@ class ShardedStep:
         total: Array = 0.0
         summed: list[Array | None] = [None] * len(params)
         try:
-            self.model.prepare_step(batch.ids.size)
+            self._prepare(batch.ids.size)
             for loss, found in self._in_order(work, self._cut(batch)):
                 total = total + loss
                 for i, g in enumerate(found):
@@ -125,11 +132,21 @@ class ShardedStep:
             with no_grad():
                 return self.loss(self.model, shard).item(), shard.tokens
 
-        return self._in_order(work, (shard for batch in batches for shard in self._cut(batch)))
+        try:
+            self._prepare(None)
+            yield from self._in_order(work, (shard for batch in batches for shard in self._cut(batch)))
+        finally:
+            self.model.end_step()
+
+    def _prepare(self, tokens: int | None) -> None:
+        jobs = list(self.model.preparations(tokens))
+        for _ in self._in_order(
+            lambda part: [job() for job in part], (jobs[i :: self.threads] for i in range(self.threads))
+        ):
+            pass
 
     def _cut(self, batch: Batch) -> Iterator[Batch]:
-        device = next(iter(self.model.parameters())).backend.name
-        size = self.shard or shard_size(batch.ids.shape[1], device)
+        size = self.shard or shard_size(self.model, *batch.ids.shape)
         return (batch.shard(start, start + size) for start in range(0, len(batch), size))
 
     def _in_order(self, work: Callable[[Batch], R], shards: Iterable[Batch]) -> Iterator[R]:

@@ -110,8 +110,8 @@ class Run:
 
     def __init__(self, model: Any, tokens: np.ndarray, settings: Settings, out: Path):
         if settings.shard is None:
-            device = next(iter(model.parameters())).backend.name
-            settings = dataclasses.replace(settings, shard=shard_size(settings.context, device))
+            sequences = settings.batch_size * settings.accumulate
+            settings = dataclasses.replace(settings, shard=shard_size(model, sequences, settings.context))
         self.model, self.settings, self.out = model, settings, out
         self.windows = Windows(tokens, settings.context, settings.batch_size * settings.accumulate, settings.seed)
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -36,7 +36,6 @@ NOT_OPERATIONS = {
     "rows": "works on arrays, inside operations",
     "within": "checks ids on the host",
     "counted": "prepares targets",
-    "nll": "works on arrays, inside operations",
     "row_dot": "works on arrays, inside operations",
     "turn": "works on arrays, inside attention",
 }
@@ -353,12 +352,14 @@ def _cross_entropy(logits: Tensor, targets: np.ndarray, ignore_index: int, reduc
     return total / max(len(counted), 1) if reduction == "mean" else total
 
 
-def _linear_cross_entropy(x: Tensor, head: Tensor, rows: int, **options: Any) -> Tensor:
-    before, fused.CHUNK = fused.CHUNK, rows * len(head)
+def _linear_cross_entropy(x: Tensor, head: Tensor, cut: tuple[int, int] | None, **options: Any) -> Tensor:
+    """In blocks of so many rows and logits."""
+    before = fused.ROWS, fused.LOGITS
+    fused.ROWS, fused.LOGITS = cut or before
     try:
         return fused.linear_cross_entropy(x, head, **options)
     finally:
-        fused.CHUNK = before
+        fused.ROWS, fused.LOGITS = before
 
 
 _targets = {
@@ -373,11 +374,11 @@ for variant, (shape, targets, ignore) in _targets.items():
         ce = {"targets": targets, "ignore_index": ignore, "reduction": reduction}
         neural("cross_entropy", f"{variant},{reduction}", functools.partial(F.cross_entropy, **ce),
                functools.partial(_cross_entropy, **ce), normal(shape), ())  # fmt: skip
-        for rows in (1, 2, 100):  # at once
+        for cut in (None, (2, 4), (3, 1)):
             neural(
                 "linear_cross_entropy",
-                f"{variant},{reduction}" + (f",{rows} rows" if rows < 100 else ""),
-                functools.partial(_linear_cross_entropy, rows=rows, **ce),
+                f"{variant},{reduction}" + (f",cut={cut}" if cut else ""),
+                functools.partial(_linear_cross_entropy, cut=cut, **ce),
                 lambda x, head, ce=ce: _cross_entropy(x @ head.T, **ce),
                 normal((*shape[:-1], 4), (shape[-1], 4)),
                 (),

@@ -385,7 +385,7 @@ def test_an_overflow_is_explained_by_the_operation_that_overflows() -> None:
     weight.data = np.full_like(weight.data, 3e38)
     said = explain_non_finite(model, batch())
     assert re.search(
-        r"^first infinity: the output of effective_linear \(2, 4, 6, 12\), \d+ of 576 entries, made at transformer.py:"
+        r"^first infinity: the output of effective_linear \(2, 2, 6, 12\), \d+ of 288 entries, made at transformer.py:"
         r"\d+ in model.layers.1.mlp$", said)  # fmt: skip
 
 

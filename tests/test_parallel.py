@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import traceback
+import types
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from minilora.data import IGNORE, Batch
 from minilora.errors import ConfigError
 from minilora.nn import Fan, dropout_counter
 from minilora.parallel import (
+    FLOATS_PER_SHARD,
     MAX_THREADS,
     TOKENS_PER_SHARD,
     ShardedStep,
@@ -351,10 +353,12 @@ def test_nothing_to_train_is_said():
 
 
 def test_the_cut_depends_on_the_shape_alone():
-    assert shard_size(1) == TOKENS_PER_SHARD
-    assert shard_size(TOKENS_PER_SHARD) == shard_size(10 * TOKENS_PER_SHARD) == 1
-    assert shard_size(64, "cuda:0") > 10**6
     model, sizes = lora_model(), []
+    assert shard_size(model, 10**6, 1) == TOKENS_PER_SHARD
+    assert [shard_size(model, 8, n * TOKENS_PER_SHARD) for n in (1, 10)] == [1, 1]
+    assert [shard_size(model, n, 2) for n in (1, 2, 3, 8, 9)] == [1, 1, 2, 4, 5]  # work for two cores
+    wide = types.SimpleNamespace(parameters=model.parameters, config=types.SimpleNamespace(intermediate_size=2048))
+    assert shard_size(wide, 100, 32) == FLOATS_PER_SHARD // 2048 // 32
 
     def loss(model, shard):
         sizes.append(len(shard))
@@ -362,7 +366,8 @@ def test_the_cut_depends_on_the_shape_alone():
 
     with ShardedStep(model, threads=1, loss=loss) as sharded:
         sharded.gradients(batch_of(TOKENS_PER_SHARD // 4 + 3, 4), trainable(model))
-    assert sizes == [TOKENS_PER_SHARD // 4, 3]
+        sharded.gradients(batch_of(TOKENS_PER_SHARD // 2 + 3, 4), trainable(model))
+    assert sizes == [TOKENS_PER_SHARD // 8 + 2, TOKENS_PER_SHARD // 8 + 1, *[TOKENS_PER_SHARD // 4] * 2, 3]
     assert ShardedStep(model).threads == available_cores() >= 1
 
 

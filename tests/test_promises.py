@@ -462,7 +462,7 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
         "softmax": lambda x, axis: torch.softmax(x, axis),
         "log_softmax": lambda x, axis: torch.log_softmax(x, axis),
         "cross_entropy": cross_entropy,
-        "linear_cross_entropy": lambda x, head, rows, **ce: cross_entropy(x @ head.T, **ce),
+        "linear_cross_entropy": lambda x, head, cut, **ce: cross_entropy(x @ head.T, **ce),
         "rms_norm": lambda x, w, eps=1e-6: tf.rms_norm(x, w.shape, w, eps),
         "layer_norm": lambda x, w, b, eps=1e-5: tf.layer_norm(x, w.shape, w, b, eps),
         "attention": attention,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,8 +126,11 @@ class LoraLinear(Wrapper):
             parts += [(params, pull) for params, pull in added if any(p.requires_grad for p in params)]
         return parts
 
-    def prepare_step(self, tokens: int | None = None) -> None:
-        self._effective = effective([self], tokens) if self.running else None
+    def preparations(self, tokens: int | None) -> Iterator[Callable[[], None]]:
+        def prepare() -> None:
+            self._effective = effective([self], tokens) if self.running else None
+
+        yield prepare
 
     def end_step(self) -> None:
         self._effective = None
