@@ -7,7 +7,7 @@ is: a schedule is a plain function of the step, whose factor is handed to `optim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from .errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from .nn import Parameter
 
+SMALL = 1 << 16  # elements: parameters up to this size are updated together
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("lr", "ratio"), ("a finite number > 0", lambda x: 0 < x < math.inf)),
     **dict.fromkeys(("eps", "weight_decay"), ("a finite number >= 0", lambda x: 0 <= x < math.inf)),
@@ -84,8 +85,10 @@ class Optimizer:
         """Every parameter, in the order that `step(grads)` expects."""
         return [m.parameter for m in self.members]
 
-    def update(self, m: Member, g: Array, lr: float) -> None:
-        """One parameter's step number m.steps (from 1): change its moments in place, then assign its data."""
+    def update(
+        self, p: Array, g: Array, moments: dict[str, Array], group: dict[str, Any], steps: int, lr: float
+    ) -> Array:
+        """The new values of p at its step number `steps` (from 1), element by element; changes its moments in place."""
         raise NotImplementedError
 
     def step(self, grads: Sequence[Array | None] | None = None, scale: float = 1.0) -> None:
@@ -98,11 +101,36 @@ class Optimizer:
         wrong = [m.name for m, g in pairs if g is not None and g.shape != m.parameter.shape]
         if wrong or len(grads) != len(self.members):
             raise ConfigError(f"{len(grads)} gradients for {len(self.members)} parameters, not fitting: {wrong!r:.300}")
+        alike: dict[Any, list[tuple[Member, Array]]] = {}  # small ones of one kind: for them a call costs the most
         for m, g in pairs:
             if g is not None:
                 p, m.steps = m.parameter, m.steps + 1
                 m.moments = m.moments or {slot: p.backend.xp.zeros_like(p.data) for slot in self.slots}
-                self.update(m, g.astype(p.dtype, copy=False), float(m.group["lr"] * scale))
+                kind = (id(m.group), m.steps, p.dtype, id(p.backend)) if p.size <= SMALL else id(m)
+                alike.setdefault(kind, []).append((m, g.astype(p.dtype, copy=False)))
+        for together in alike.values():
+            members = [m for m, _ in together]
+            xp, group, steps = members[0].parameter.backend.xp, members[0].group, members[0].steps
+            old, g = (
+                _end_to_end(xp, arrays) for arrays in ([m.parameter.data for m in members], [g for _, g in together])
+            )
+            new = self.update(old, g, self._moments(xp, members), group, steps, float(group["lr"] * scale))
+            for m, part in zip(members, _apart(new, members), strict=True):
+                m.parameter.data = part
+
+    def _moments(self, xp: Any, members: list[Member]) -> dict[str, Array]:
+        """The moments of several parameters end to end; from now on each one's own are views of that."""
+        found = {}
+        for slot in self.slots:
+            parts = [m.moments[slot] for m in members]
+            whole = parts[0] if len(parts) == 1 else parts[0].base
+            size = sum(part.size for part in parts)
+            if whole is None or whole.size != size or any(len(parts) > 1 and part.base is not whole for part in parts):
+                whole = _end_to_end(xp, parts)
+                for m, part in zip(members, _apart(whole, members), strict=True):
+                    m.moments[slot] = part
+            found[slot] = whole
+        return found
 
     def zero_grad(self) -> None:
         for p in self.params:
@@ -134,6 +162,18 @@ class Optimizer:
             m.moments = {k: m.parameter.backend.from_numpy(arrays[f"{k}.{m.name}"].copy()) for k in self.slots}
 
 
+def _end_to_end(xp: Any, arrays: Sequence[Array]) -> Array:
+    return arrays[0] if len(arrays) == 1 else xp.concatenate([a.reshape(-1) for a in arrays])
+
+
+def _apart(whole: Array, members: Sequence[Member]) -> Iterator[Array]:
+    """Views of what `_end_to_end` gave, in the shapes of the members' parameters."""
+    end = 0
+    for m in members:
+        end += m.parameter.size
+        yield whole.reshape(-1)[end - m.parameter.size : end].reshape(m.parameter.shape)
+
+
 class SGD(Optimizer):
     """u <- momentum u + g + weight_decay p;  p <- p - lr u. As in PyTorch, the decay is a part of the gradient."""
 
@@ -141,13 +181,15 @@ class SGD(Optimizer):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.slots = ("u",) if any(group["momentum"] for group in self.groups) else ()
 
-    def update(self, m: Member, g: Array, lr: float) -> None:
-        u = g + m.group["weight_decay"] * m.parameter.data
+    def update(
+        self, p: Array, g: Array, moments: dict[str, Array], group: dict[str, Any], steps: int, lr: float
+    ) -> Array:
+        u = g + group["weight_decay"] * p
         if self.slots:
-            m.moments["u"] *= m.group["momentum"]
-            m.moments["u"] += u
-            u = m.moments["u"]
-        m.parameter.data = m.parameter.data - lr * u
+            moments["u"] *= group["momentum"]
+            moments["u"] += u
+            u = moments["u"]
+        return p - lr * u
 
 
 class AdamW(Optimizer):
@@ -164,19 +206,20 @@ class AdamW(Optimizer):
                  eps: float = 1e-8, weight_decay: float = 0.01):  # fmt: skip
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    def update(self, m: Member, g: Array, lr: float) -> None:
-        p, xp, (b1, b2) = m.parameter, m.parameter.backend.xp, m.group["betas"]
-        first, second = m.moments["m"], m.moments["v"]
+    def update(
+        self, p: Array, g: Array, moments: dict[str, Array], group: dict[str, Any], steps: int, lr: float
+    ) -> Array:
+        xp, (b1, b2), first, second = backend_of(p).xp, group["betas"], moments["m"], moments["v"]
         work = xp.empty_like(first)  # for every intermediate: fresh memory would cost more than the arithmetic
         first *= b1
         first += xp.multiply(g, 1 - b1, out=work)
         second *= b2
         second += xp.multiply(xp.multiply(g, g, out=work), 1 - b2, out=work)
         xp.sqrt(second, out=work)
-        work /= math.sqrt(1 - b2**m.steps)
-        work += m.group["eps"]
-        xp.multiply(xp.divide(first, work, out=work), -lr / (1 - b1**m.steps), out=work)
-        p.data = xp.add(work, (1 - lr * m.group["weight_decay"]) * p.data, out=work)
+        work /= math.sqrt(1 - b2**steps)
+        work += group["eps"]
+        xp.multiply(xp.divide(first, work, out=work), -lr / (1 - b1**steps), out=work)
+        return xp.add(work, (1 - lr * group["weight_decay"]) * p, out=work)
 
 
 def constant(step: int, warmup: int = 0) -> float:

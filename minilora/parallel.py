@@ -28,6 +28,7 @@ from .errors import ConfigError
 from .nn import Parameter, dropout_counter
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from glibc's malloc.h
+P = TypeVar("P")
 R = TypeVar("R")
 TOKENS_PER_SHARD = 512  # measured: with fewer, Python's share of a small model's step grows
 FLOATS_PER_SHARD = 1 << 19  # 2 MiB of the widest activation: with more, a wide model's leave the cache
@@ -140,25 +141,28 @@ class ShardedStep:
 
     def _prepare(self, tokens: int | None) -> None:
         jobs = list(self.model.preparations(tokens))
-        for _ in self._in_order(
-            lambda part: [job() for job in part], (jobs[i :: self.threads] for i in range(self.threads))
-        ):
+
+        def work(first: int) -> None:
+            for job in jobs[first :: self.threads]:
+                job()
+
+        for _ in self._in_order(work, range(self.threads)):
             pass
 
     def _cut(self, batch: Batch) -> Iterator[Batch]:
         size = self.shard or shard_size(self.model, *batch.ids.shape)
         return (batch.shard(start, start + size) for start in range(0, len(batch), size))
 
-    def _in_order(self, work: Callable[[Batch], R], shards: Iterable[Batch]) -> Iterator[R]:
-        """work(shard) of each, in the order of the shards, at most `threads` at once and none far ahead."""
+    def _in_order(self, work: Callable[[P], R], parts: Iterable[P]) -> Iterator[R]:
+        """work(part) of each, in the order of the parts, at most `threads` at once and none far ahead."""
         if self.threads == 1:
-            yield from map(work, shards)
+            yield from map(work, parts)
             return
         waiting: collections.deque[Future[R]] = collections.deque()
         try:
-            for shard in shards:
+            for part in parts:
                 here = contextvars.copy_context()  # what the caller has switched, its threads see too
-                waiting.append(self._pool.submit(here.run, work, shard))
+                waiting.append(self._pool.submit(here.run, work, part))
                 if len(waiting) > self.threads:
                     yield waiting.popleft().result()
             while waiting:

@@ -239,7 +239,7 @@ MUTANTS = [
     Mutant(CONSTANT, "functional", "(c + (0.044715 * c)", "(c + (0.0447105 * c)", gradient("gelu")),
     Mutant(CONSTANT, "functional", "dy * (s * (1 + X * (1 - s)))",
            "dy * (s * (1.0001 + X * (1 - s)))", gradient("silu")),
-    Mutant(CONSTANT, "optim", "math.sqrt(1 - b2**m.steps)", "math.sqrt(1.0001 - b2**m.steps)", adamw_is_the_paper_s),
+    Mutant(CONSTANT, "optim", "math.sqrt(1 - b2**steps)", "math.sqrt(1.0001 - b2**steps)", adamw_is_the_paper_s),
     Mutant(CONSTANT, "functional", "dU = (dY @ b) * scaling",
            "dU = (dY @ b) * (scaling * 0.9999)", gradient("lora_linear")),
     Mutant(EPS, "functional", "dY, xhat = rows(dy), X * rstd",

@@ -512,3 +512,22 @@ def test_loraplus_leaves_out_an_empty_group_and_refuses_nonsense():
     for options in ({"lr": 0.0}, {"lr": math.nan}, {"lr": 0.1, "ratio": -1.0}, {"lr": 0.1, "ratio": math.inf}):
         with pytest.raises(ConfigError):
             optim.loraplus_groups([("x", p)], **options)
+
+
+@pytest.mark.parametrize("make", [lambda p: optim.AdamW(p, lr=0.1), lambda p: optim.SGD(p, lr=0.1, momentum=0.9)])
+@given(missing=st.lists(st.sets(st.integers(0, 3)), min_size=1, max_size=6), loads=st.integers(0, 5))
+def test_small_parameters_are_updated_together_with_the_bits_of_one_by_one(make, missing, loads):
+    found = []
+    for small in (optim.SMALL, -1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optim, "SMALL", small)
+            named = parameters(np.float32)
+            optimizer = make(named)
+            for step, absent in enumerate(missing):
+                optimizer.step(gradients(step, np.float32, absent))
+                if step == loads:
+                    arrays, numbers = optimizer.state_dict()
+                    optimizer.load_state_dict(arrays, numbers)
+            arrays, numbers = optimizer.state_dict()
+        found.append((values(named), {key: a.tobytes() for key, a in arrays.items()}, numbers))
+    assert found[0] == found[1]

@@ -345,7 +345,7 @@ def A_moves_at_the_start(mp: pytest.MonkeyPatch) -> None:
 @breaks("balance")
 def sgd_steps_too_far(mp: pytest.MonkeyPatch) -> None:
     real = SGD.update
-    mp.setattr(SGD, "update", lambda self, m, g, lr: real(self, m, g, lr * 1.001))
+    mp.setattr(SGD, "update", lambda self, *others: real(self, *others[:-1], others[-1] * 1.001))
 
 
 @breaks("effective weight")
