@@ -14,6 +14,7 @@ from .gradcheck import check_gradient
 from .lora import LoraConfig, LoraLinear, PeftModel, get_peft_model
 from .nn import Dropout, Embedding, LayerNorm, Linear, Module, Parameter, RMSNorm
 from .optim import SGD, AdamW
+from .quant import QuantizedLinear, quantize
 from .transformer import CausalLM
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "Module",
     "Parameter",
     "PeftModel",
+    "QuantizedLinear",
     "RMSNorm",
     "Tensor",
     "TransformerConfig",
@@ -42,4 +44,5 @@ __all__ = [
     "get_peft_model",
     "gradients",
     "no_grad",
+    "quantize",
 ]

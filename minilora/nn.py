@@ -23,9 +23,10 @@ _thread = threading.local()
 
 
 class Parameter(Tensor):
-    """A leaf that training may change. It requires a gradient unless it is frozen."""
+    """A leaf that training may change. It requires a gradient unless it is frozen, and cannot if it is `fixed`."""
 
     __slots__ = ()
+    fixed = False
 
     def __init__(self, data: Array, requires_grad: bool = True):
         super().__init__(data, requires_grad=requires_grad)
@@ -117,6 +118,18 @@ class Module:
             child.end_step()
 
 
+def replace_module(model: Module, path: str, module: Module) -> None:
+    """Put `module` at `path`, a way through attributes and lists."""
+    owner: Any = model
+    *way, last = path.split(".")
+    for name in way:
+        owner = owner[int(name)] if isinstance(owner, list) else getattr(owner, name)
+    if isinstance(owner, list):
+        owner[int(last)] = module
+    else:
+        setattr(owner, last, module)
+
+
 class LinearBase(Module):
     """What an adapter can be put on: a linear map whose weight may be stored in any way.
 
@@ -145,6 +158,10 @@ class LinearBase(Module):
         Returns the parameters that it was formed of, with their pulls, or None: the layer must run on its own.
         """
         return None
+
+    def rebuilt(self, weight: Array) -> LinearBase:
+        """A frozen layer over another weight (O, I), stored as this one stores its own; the bias is shared."""
+        raise NotImplementedError
 
     def __call__(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -177,8 +194,19 @@ class Linear(LinearBase):
         out[...] = self.weight.data
         return [((self.weight,), lambda X, dY: (dY.T @ X,))] if self.trainable else []
 
+    def rebuilt(self, weight: Array) -> Linear:
+        return frozen_linear(weight, self)
+
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+
+def frozen_linear(weight: Array, like: LinearBase) -> Linear:
+    """A dense layer over `weight` (O, I), which is frozen, with the bias and the mode of `like`."""
+    dense = Linear(weight)
+    dense.weight.requires_grad = False
+    dense.bias, dense.training = like.bias, like.training
+    return dense
 
 
 def effective(layers: Sequence[Any], tokens: int | None, stacked: bool = False) -> fused.Effective | None:

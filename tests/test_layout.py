@@ -18,7 +18,7 @@ ORDER = [
     ["functional", "lora.targets"],
     ["fused"],
     ["gradcheck", "nn", "data"],
-    ["optim", "transformer", "lora.config"],
+    ["optim", "quant", "transformer", "lora.config"],
     ["lora.lora", "generate"],
     ["lora.layer"],
     ["lora.plan"],

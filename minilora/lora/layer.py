@@ -18,7 +18,7 @@ from .. import fused
 from ..autograd import Tensor
 from ..backend import Array
 from ..errors import ConfigError, NonFiniteError
-from ..nn import Linear, LinearBase, Module, Parameter, effective
+from ..nn import LinearBase, Module, Parameter, effective, frozen_linear
 from .lora import LoraAdapter
 
 # The layers that this thread, and the shards it hands to others, run without adapters.
@@ -34,6 +34,7 @@ class Wrapper(Module):
         self.active: tuple[str, ...] | list[str] = ()
         self.enabled = True
         self.merged: tuple[str, ...] = ()
+        self.requantized = False  # is what was merged held as codes again?
 
     @property
     def inner(self) -> Any:
@@ -62,7 +63,7 @@ class Wrapper(Module):
             return []
         return [self.held[name] for name in self.active if name in self.held]
 
-    def merge(self, names: Sequence[str] | None = None) -> None:
+    def merge(self, names: Sequence[str] | None = None, requantize: bool = False) -> None:
         """Put adapters into the inner module's weights, where that means something."""
 
     def unmerge(self) -> None:
@@ -137,14 +138,16 @@ class LoraLinear(Wrapper):
 
     # ---- merging ----
 
-    def merge(self, names: Sequence[str] | None = None) -> None:
+    def merge(self, names: Sequence[str] | None = None, requantize: bool = False) -> None:
         """Put adapters (the active ones) into a dense copy of the base: one float64 sum, rounded once.
 
         The base itself is kept, so `unmerge` restores every bit. A NaN or inf raises NonFiniteError; nothing changes.
+        With `requantize` all that is merged is held as the base is: over codes it is coded again, which rounds part of
+        dW away, and the layer's `lost` says how much. A dense base stays dense.
         """
         names = list(dict.fromkeys(self.active if names is None else names))
         names = [n for n in names if n in self.adapters and n not in self.merged]
-        if not names:
+        if not names and (not self.merged or requantize == self.requantized):
             return
         base = self._original or self.base_layer
         W = base.dense_weight()
@@ -155,15 +158,13 @@ class LoraLinear(Wrapper):
             total = total.astype(W.dtype)
         if not bool(base.backend.xp.isfinite(total).all()):
             raise NonFiniteError(f"merging {', '.join(names)} gives weights that are not finite: something is broken")
-        dense = Linear(total)
-        dense.weight.requires_grad = False
-        dense.bias, dense.training = base.bias, base.training
-        self._original, self.base_layer, self.merged = base, dense, (*self.merged, *names)
+        self.base_layer = base.rebuilt(total) if requantize else frozen_linear(total, base)
+        self._original, self.merged, self.requantized = base, (*self.merged, *names), requantize
 
     def unmerge(self) -> None:
         """Take all merged adapters out again: the original base comes back, bit for bit."""
         if self._original is not None:
-            self.base_layer, self._original, self.merged = self._original, None, ()
+            self.base_layer, self._original, self.merged, self.requantized = self._original, None, (), False
 
     def delta_weight(self, name: str) -> np.ndarray:
         """dW (O, I) of one adapter, in float64 on the host."""

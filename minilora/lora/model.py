@@ -20,7 +20,7 @@ from ..autograd import Tensor
 from ..backend import mix_key
 from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import read_adapter, write_adapter
-from ..nn import Module, Parameter
+from ..nn import Module, Parameter, replace_module
 from .config import LoraConfig
 from .layer import LoraLinear, SavedModule, Wrapper, bypassed
 from .plan import ADAPTERS, PREFIX, Plan, plan_adapter, wrappers
@@ -135,7 +135,7 @@ class PeftModel(Module):
         module = dict(self.model.named_modules())[path]
         if not isinstance(module, wrapper):
             module = wrapper(module)
-            _put(self.model, path, module)
+            replace_module(self.model, path, module)
         return module
 
     # ---- switching --------------------------------------------------------------------------------------------------
@@ -183,15 +183,15 @@ class PeftModel(Module):
         """Inside, the model is its base, bit for bit (but for trained biases); merged adapters are out meanwhile."""
         if any(self.peft_config[n].bias != "none" for n in self.active_adapters):
             warnings.warn("the adapter trained the base's biases: disabling it does not bring them back", stacklevel=3)
-        merged = [(layer, layer.merged) for layer in self._wrappers().values() if layer.merged]
+        merged = [(layer, layer.merged, layer.requantized) for layer in self._wrappers().values() if layer.merged]
         with bypassed(self._wrappers().values()):
             try:
-                for layer, _ in merged:
+                for layer, *_ in merged:
                     layer.unmerge()
                 yield
             finally:
-                for layer, names in merged:
-                    layer.merge(names)
+                for layer, names, requantized in merged:
+                    layer.merge(names, requantized)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first of the others takes its place."""
@@ -204,7 +204,7 @@ class PeftModel(Module):
         for path, layer in self._wrappers().items():
             layer.held.pop(adapter_name, None)
             if not layer.held:
-                _put(self.model, path, layer.inner)
+                replace_module(self.model, path, layer.inner)
         if adapter_name in self.active_adapters:
             left = [n for n in self.active_adapters if n != adapter_name]
             self.set_adapter(left or [next(iter(self.peft_config))])
@@ -217,24 +217,26 @@ class PeftModel(Module):
 
     # ---- merging ----------------------------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, requantize: bool = False
+    ) -> None:
         """Put adapters (the active ones) into the base's weights; see `LoraLinear.merge`.
 
         All layers or none: NonFiniteError names the layer. (PEFT checks only if `safe_merge`; here it always is.)
         """
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         self._known(names)
-        done: list[tuple[Wrapper, tuple[str, ...]]] = []
+        done: list[tuple[Wrapper, tuple[str, ...], bool]] = []
         for path, layer in self._wrappers().items():
-            before = layer.merged
+            before = layer.merged, layer.requantized
             try:
-                layer.merge(names)
+                layer.merge(names, requantize)
             except BaseException as error:
-                for changed, merged in done:
+                for changed, merged, requantized in done:
                     changed.unmerge()
-                    changed.merge(merged)
+                    changed.merge(merged, requantized)
                 raise NonFiniteError(f"{path}: {error}") if isinstance(error, NonFiniteError) else error from None
-            done.append((layer, before))
+            done.append((layer, *before))
 
     def unmerge_adapter(self) -> None:
         """Take every merged adapter out again; the base comes back bit for bit."""
@@ -242,14 +244,21 @@ class PeftModel(Module):
             layer.unmerge()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: Sequence[str] | None = None,
+        requantize: bool = False,
     ) -> Any:
-        """Merge, take the adapters out, and return the plain model. (`progressbar` is PEFT's: merging is quick.)"""
+        """Merge, take the adapters out, and return the plain model. (`progressbar` is PEFT's: merging is quick.)
+
+        A quantised layer becomes dense, unless `requantize` (see `LoraLinear.merge`).
+        """
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         self._known(names)
         for layer in self._wrappers().values():
             layer.result(names)  # raises where two of them would replace the same module
-        self.merge_adapter(names, safe_merge)
+        self.merge_adapter(names, safe_merge, requantize)
         return self._unwrap(names)
 
     def unload(self) -> Any:
@@ -259,12 +268,12 @@ class PeftModel(Module):
 
     def _unwrap(self, names: Sequence[str]) -> Any:
         for path, layer in self._wrappers().items():
-            _put(self.model, path, layer.result(names))
+            replace_module(self.model, path, layer.result(names))
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         if self.model.config.tie_word_embeddings and head.weight is not embedding.weight:
             self.model.config = dataclasses.replace(self.model.config, tie_word_embeddings=False)
         for parameter in self.model.parameters():
-            parameter.requires_grad = True
+            parameter.requires_grad = not parameter.fixed
         self.peft_config, self.active_adapters = {}, []
         return self.model
 
@@ -329,15 +338,3 @@ class PeftModel(Module):
         own = self.adapter_parameters(adapter_name)
         for key, array in tensors.items():
             own[key].data = own[key].backend.from_numpy(array.astype(own[key].dtype))
-
-
-def _put(model: Module, path: str, module: Module) -> None:
-    """Replace the module at `path`, a way through attributes and lists."""
-    owner: Any = model
-    *way, last = path.split(".")
-    for name in way:
-        owner = owner[int(name)] if isinstance(owner, list) else getattr(owner, name)
-    if isinstance(owner, list):
-        owner[int(last)] = module
-    else:
-        setattr(owner, last, module)

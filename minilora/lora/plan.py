@@ -52,6 +52,9 @@ def plan_adapter(model: Any, config: LoraConfig) -> Plan:
     config = dataclasses.replace(config)
     modules = _inside(model)
     saved = _saved(modules, config)
+    for path, module in saved.items():
+        if any(p.fixed for p in module.parameters()):
+            raise ConfigError(f"modules_to_save: {path} is quantised, and so cannot be trained; skip it in quantize")
     linear = {p: m for p, m in modules.items() if isinstance(m, LinearBase) and not _within(p, saved)}
     found = _targets(model, modules, linear, saved, config)
     for path, module in found.items():
