@@ -128,6 +128,7 @@ class Quantized:
         def moved(array: Array) -> Array:
             return backend.from_numpy(backend_of(array).to_numpy(array))
 
+        _tables(self.kind, backend)  # sent now, not in the middle of a step
         absmax = self.absmax.to(backend) if self.double_quant else moved(self.absmax)
         return replace(self, codes=moved(self.codes), absmax=absmax)
 
@@ -139,13 +140,11 @@ class Quantized:
         """level x absmax, in float32 and then rounded to `dtype`; an array of its own, of `shape`."""
         backend = backend_of(self.codes)
         values = backend.xp.take(_tables(self.kind, backend).values, self.codes, axis=0).reshape(-1)[: self.size]
-        absmax, whole = self.decode_absmax(), self.size // self.block_size
-        blocks, rest = (
-            values[: whole * self.block_size].reshape(whole, self.block_size),
-            values[whole * self.block_size :],
-        )
-        blocks *= absmax[:whole, None]
-        rest *= absmax[whole:]
+        absmax, count = self.decode_absmax(), self.size // self.block_size
+        whole = count * self.block_size
+        blocks, rest = values[:whole].reshape(count, self.block_size), values[whole:]  # views
+        blocks *= absmax[:count, None]
+        rest *= absmax[count:]
         return values.reshape(self.shape).astype(dtype, copy=False)
 
 
@@ -302,8 +301,8 @@ class QuantizedLinear(LinearBase):
     def _encoded(cls, W: Array, like: Any, kind: str, block_size: int, double_quant: bool) -> QuantizedLinear:
         made = cls(encode(W, kind, block_size, double_quant), like.bias, W.dtype)
         made.training = like.training
-        decoded = made.dense_weight()
-        made.error = _ratio(decoded, W, W)
+        with np.errstate(over="ignore", invalid="ignore"):
+            made.error = _ratio(made.dense_weight(), W, W)
         if not math.isfinite(made.error):  # a rounded absmax can leave the dtype's range at its very end
             raise NonFiniteError(f"the decoded weight is beyond {W.dtype}: use double_quant=False")
         return made
@@ -347,9 +346,8 @@ def _ratio(a: Array, b: Array, scale: Array) -> float:
         top = float(backend.to_numpy(backend.xp.abs(z).max()))
         return top and top * math.sqrt(float(backend.to_numpy(((z / top) ** 2).sum())))  # no square overflows
 
-    with np.errstate(invalid="ignore"):
-        size = norm(scale.astype(np.float64))
-        return norm(a.astype(np.float64) - b) / size if size else 0.0
+    size = norm(scale.astype(np.float64))
+    return norm(a.astype(np.float64) - b) / size if size else 0.0
 
 
 # ---- a model --------------------------------------------------------------------------------------------------------
@@ -505,7 +503,7 @@ def read_bitsandbytes(tensors: Mapping[str, np.ndarray], where: str = "layer") -
     if nested:
         held = Quantized("dynamic", (count,), ABSMAX_BLOCK, array("weight.absmax", np.uint8, count), absmax)
     quantized = Quantized(kind, (out, inside), block_size, codes, held, state.get("nested_offset", 0.0))
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         if not np.isfinite(quantized.decode(_DTYPES[state["dtype"]])).all():
             raise fail("the weights it describes are not finite")
     bias = tensors.get("bias")
