@@ -42,7 +42,7 @@ def _dynamic_map() -> list[float]:
     for i in range(7):
         k = np.arange(2**i + 1)
         low, step = float(f32(0.1)), float((f32(1) - f32(0.1)) / f32(2**i))
-        ends = np.where(k < (2**i + 1) // 2, low + step * k, 1 - step * (2**i - k)).astype(f32)
+        ends = np.where(2 * k < 2**i, low + step * k, 1 - step * (2**i - k)).astype(f32)
         middles = f32(10.0 ** (i - 6)) * ((ends[:-1] + ends[1:]) / f32(2))
         found += [*map(float, middles), *map(float, -middles)]
     return sorted(found)
@@ -368,7 +368,6 @@ def quantize(
     not, a name in `skip` that matches nothing, adapters or quantised layers that are there already, and a weight that
     is shared; NonFiniteError names the layer.
     """
-    _check_options(kind, block_size, double_quant)
     if not isinstance(model, Module):
         raise ConfigError(f"expected a model to quantise, got {model!r:.99}")
     names = (skip,) if isinstance(skip, str) else tuple(skip)
@@ -379,8 +378,8 @@ def quantize(
     for path, module in modules.items():
         if isinstance(module, QuantizedLinear):
             raise ConfigError(f"{path or 'the model'} is quantised already, as {module.weight.quantized.kind}")
-        if path.rpartition(".")[2] in ("base_layer", "original_module"):
-            raise ConfigError(f"{path.rpartition('.')[0]} has adapters, made for the weight as it is: quantise first")
+        if path.endswith(".base_layer"):
+            raise ConfigError(f"{path.removesuffix('.base_layer')} has adapters, made for W as it is: quantise first")
     found = {p: m for p, m in modules.items() if isinstance(m, Linear) and not any(_named(p, n) for n in names)}
     if not found:
         raise ConfigError("there is no linear layer to quantise")
