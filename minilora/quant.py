@@ -184,7 +184,7 @@ def _encode(flat: Array, kind: str, block_size: int) -> Quantized:
     codes = xp.take(tables.order, nearest)
     if per_byte == 2:
         codes = (codes[0::2] << 4) | codes[1::2]
-    return Quantized(kind, (size,), block_size, codes[: -(-size // per_byte)], absmax)
+    return Quantized(kind, (size,), block_size, codes[: -(-size // per_byte)].copy(), absmax)
 
 
 def _check_options(kind: Any, block_size: Any, double_quant: Any) -> None:

@@ -23,6 +23,7 @@ from strict_xp import STRICT, counted, no_sync
 from minilora import CausalLM, LoraConfig, PeftModel, TransformerConfig, get_peft_model, quant
 from minilora import functional as F
 from minilora.autograd import Tensor, gradients
+from minilora.backend import NUMPY, get_backend
 from minilora.errors import ConfigError, DeviceError, FormatError, NonFiniteError
 from minilora.formats import load_file
 from minilora.gradcheck import check_gradient
@@ -122,9 +123,9 @@ def test_nf4_is_the_normal_distributions_quantiles() -> None:
 
 def test_the_other_maps() -> None:
     fp4 = LEVELS["fp4"].astype(np.float64) * 12
-    for code, value in enumerate(fp4[:8]):  # e e m: 2^e (1 + m / 2) with e = 1, 2, 3 for 2, 0 and 1; 0 is subnormal
-        exponent, mantissa = code >> 1, code & 1
-        exact = {0: mantissa / 16, 1: 8 + 4 * mantissa, 2: 4 + 2 * mantissa, 3: 2 + mantissa}[exponent]
+    for code, value in enumerate(fp4[:8]):  # two bits that choose the binade, 0 the subnormals, and one that halves it
+        binade, half = code >> 1, code & 1
+        exact = half / 16 if binade == 0 else {1: 8, 2: 4, 3: 2}[binade] * (1 + half / 2)
         assert abs(value - exact) <= 12 * U
     assert np.array_equal(fp4[8:], -fp4[:8])
     assert np.array_equal(LEVELS["int8"], (np.arange(-127, 128) / 127).astype(np.float32))
@@ -382,6 +383,19 @@ def test_a_quantised_weight_reads_as_the_dense_one_and_cannot_be_written() -> No
     assert twin.weight is not weight
     assert twin.weight.data.tobytes() == dense.tobytes()
     assert twin.bias is not layer.bias
+
+
+@ANY_KIND
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("device", ["strict", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_device_finds_the_same_codes(kind: str, double_quant: bool, device: str) -> None:
+    backend = STRICT if device == "strict" else get_backend(device)
+    w = np.random.default_rng(6).standard_normal((300, 70)) * 10.0 ** np.arange(-35, 35)
+    here, there = (encode(b.from_numpy(w), kind, 64, double_quant) for b in (NUMPY, backend))
+    for own, other in ((here.codes, there.codes), (here.decode_absmax(), there.decode_absmax())):
+        assert own.tobytes() == backend.to_numpy(other).tobytes()
+    assert here.decode().tobytes() == backend.to_numpy(there.decode()).tobytes()
+    assert here.codes.base is None  # nothing longer is held behind it
 
 
 @ANY_KIND
