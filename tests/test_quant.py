@@ -24,12 +24,14 @@ from minilora import CausalLM, LoraConfig, PeftModel, TransformerConfig, get_pef
 from minilora import functional as F
 from minilora.autograd import Tensor, gradients
 from minilora.backend import NUMPY, get_backend
+from minilora.data import Batch
 from minilora.errors import ConfigError, DeviceError, FormatError, NonFiniteError
 from minilora.formats import load_file
 from minilora.gradcheck import check_gradient
 from minilora.lora import LoraLinear
 from minilora.nn import Embedding, Linear, Module
 from minilora.optim import AdamW
+from minilora.parallel import language_modelling_loss
 from minilora.quant import (
     BLOCK_SIZES,
     KINDS,
@@ -588,6 +590,25 @@ def test_adapters_over_codes_have_the_gradients_of_adapters_over_the_decoded_mod
         found.append([loss.numpy(), *gradients(loss, params)])
     for a, b in zip(*found, strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_a_step_forms_no_dense_weight_of_a_quantised_layer() -> None:
+    """Over a dense base it does, once for all shards; here codes stay codes between one product and the next."""
+    batch = Batch(IDS[:, :-1], IDS[:, 1:])
+    for make, formed in ((lambda: quantize(model()), False), (model, True)):
+        subject = adapted(make())
+        loss, plain = language_modelling_loss(subject, batch).item(), subject(IDS).numpy()
+        subject.prepare_step(1 << 20)
+        assert any(getattr(m, "_effective", None) is not None for _, m in subject.named_modules()) == formed
+        assert subject(IDS).numpy() == pytest.approx(plain, rel=1e-4, abs=1e-5)
+        assert language_modelling_loss(subject, batch).item() == pytest.approx(loss, rel=1e-5)
+        subject.end_step()
+
+
+def test_a_head_of_codes_has_the_loss_of_its_logits() -> None:
+    subject = quantize(model("float64"), skip=())
+    expected = F.cross_entropy(subject(IDS[:, :-1]), IDS[:, 1:], reduction="sum")
+    assert language_modelling_loss(subject, Batch(IDS[:, :-1], IDS[:, 1:])).item() == expected.item()
 
 
 def test_lora_trains_over_a_quantised_base_which_stays_as_it_is() -> None:
