@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .autograd import no_grad
+from .decoding import Decoding
 from .errors import ConfigError, DataError, NonFiniteError
 from .transformer import KeyValueCache
 
@@ -37,7 +38,8 @@ def stream(
     top_k, top_p  keep the k likeliest tokens; keep the likeliest ones up to probability p (Holtzman et al. 2020)
     seed          of NumPy's generator: the same seed gives the same text
 
-    When the context is full, generation goes on from its newer half. ConfigError for a setting out of range.
+    When the context is full, generation goes on from its newer half. Adapters run merged, the weights are those of the
+    first call. ConfigError for a setting out of range.
     """
     limit, V = model.config.max_position_embeddings, model.config.vocab_size
     ids = np.asarray(ids)
@@ -48,13 +50,18 @@ def stream(
     window = ids[:, -limit:]  # what the cache will hold
     cache = KeyValueCache(model, len(ids), min(limit, ids.shape[1] + max_new_tokens))
     pending = window  # what the model has not seen yet
+    plain = model.get_base_model()
+    decoding, backend = Decoding.of(plain, cache), plain.get_input_embeddings().weight.backend
     for _ in range(max_new_tokens):
         if cache.length + pending.shape[1] > limit:
             cache.length, pending = 0, window[:, -max(1, limit // 2) :]
             window = pending
-        with no_grad():
-            logits = model(pending, cache)
-        token = sample(logits.backend.to_numpy(logits.data[:, -1]), rng, temperature, min(top_k or V, V), top_p or 1.0)
+        if decoding and cache.length and pending.shape[1] == 1:
+            logits = decoding(backend.from_numpy(pending[:, 0]))
+        else:
+            with no_grad():
+                logits = model(pending, cache).data[:, -1]
+        token = sample(backend.to_numpy(logits), rng, temperature, min(top_k or V, V), top_p or 1.0)
         pending = token[:, None]
         window = np.concatenate([window, pending], axis=1)
         yield token

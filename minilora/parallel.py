@@ -49,7 +49,7 @@ def shard_size(model: Any, sequences: int, context: int) -> int:
     if next(iter(model.parameters())).backend.name != "cpu":
         return sequences
     tokens = min(TOKENS_PER_SHARD, FLOATS_PER_SHARD // model.config.intermediate_size)
-    return max(1, min(tokens // context, (sequences + 1) // 2))
+    return max(1, min(int(tokens) // context, (sequences + 1) // 2))
 
 
 class ShardedStep:

@@ -190,6 +190,10 @@ class CausalLM(Module):
             return fused.linear_cross_entropy(hidden, head.weight, targets, reduction="sum")
         return F.cross_entropy(head(hidden), targets, reduction="sum")
 
+    def get_base_model(self) -> CausalLM:
+        """Itself: a PeftModel has the same method."""
+        return self
+
     def get_input_embeddings(self) -> Embedding:
         return self.model.embed_tokens
 

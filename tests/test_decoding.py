@@ -1,0 +1,98 @@
+"""One token at a time on arrays: the model's own logits to rounding, and where it must stand aside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora import CausalLM, LoraConfig, TransformerConfig, generate, get_peft_model, no_grad, quantize
+from minilora import decoding as room
+from minilora.decoding import Decoding
+from minilora.transformer import KeyValueCache
+
+
+def model_of(seed: int, adapter: str, **options: Any) -> Any:
+    config = TransformerConfig(
+        vocab_size=11, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, **options,
+    )  # fmt: skip
+    model: Any = CausalLM(config, seed=seed, dtype="float64")
+    if adapter != "none":
+        saved = ["lm_head"] if adapter == "a saved head" else None
+        options = {"target_modules": "all-linear", "init_lora_weights": False, "modules_to_save": saved}
+        model = get_peft_model(model, LoraConfig(r=2, **options), seed=seed)
+    rng = np.random.default_rng(seed)
+    for p in model.parameters():
+        p.data = rng.standard_normal(p.shape) * (0.4 if p.ndim == 2 else 1.0)  # norms and biases, too
+    return model.eval()
+
+
+@given(
+    seed=st.integers(0, 99),
+    adapter=st.sampled_from(["none", "all-linear", "a saved head"]),
+    kv=st.sampled_from([1, 2, 4]),
+    biases=st.tuples(st.booleans(), st.booleans()),
+    tied=st.booleans(),
+    parts=st.tuples(st.integers(1, 4), st.integers(1, 5)),
+)
+def test_the_logits_are_the_model_s(seed, adapter, kv, biases, tied, parts) -> None:
+    options = {
+        "num_key_value_heads": kv,
+        "attention_bias": biases[0],
+        "mlp_bias": biases[1],
+        "tie_word_embeddings": tied,
+    }
+    model = model_of(seed, adapter, **options)
+    prompt, steps = parts
+    ids = np.random.default_rng(seed).integers(0, 11, (3, prompt + steps))
+    with no_grad():
+        expected = model(ids).data
+        cache = KeyValueCache(model, 3, prompt + steps)
+        model(ids[:, :prompt], cache)
+    decoding = Decoding.of(model.get_base_model(), cache)
+    assert decoding is not None
+    for t in range(prompt, prompt + steps):
+        got = decoding(ids[:, t])
+        assert cache.length == t + 1
+        # Each of some 20 operations on the way rounds sums of at most 16 terms: a bound of 1e-12 is far above.
+        assert np.abs(got - expected[:, t]).max() <= 1e-12 * np.abs(expected).max()
+
+
+def test_float32_stays_float32() -> None:
+    model = CausalLM(
+        TransformerConfig(vocab_size=11, hidden_size=16, intermediate_size=12, num_hidden_layers=1), seed=0
+    )
+    decoding = Decoding.of(model, KeyValueCache(model, 2, 4))
+    assert decoding(np.array([1, 2])).dtype == np.float32
+
+
+def test_it_stands_aside_where_a_layer_must_run_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TransformerConfig(vocab_size=11, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    dropped = get_peft_model(CausalLM(config), LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear"))
+    quantised = get_peft_model(quantize(CausalLM(config)), LoraConfig(r=2, target_modules="all-linear")).eval()
+    saved = get_peft_model(CausalLM(config), LoraConfig(r=2, modules_to_save=["input_layernorm"])).eval()
+    cases = {"dropout": dropped.train(), "quantised": quantised, "a saved norm": saved}
+    for name, model in cases.items():
+        assert Decoding.of(model.get_base_model(), KeyValueCache(model, 1, 8)) is None, name
+        assert generate(model, [[1, 2]], 4).shape == (1, 6)
+    plain = CausalLM(config)
+    size = sum(p.data.nbytes for p in plain.parameters())
+    for largest, copied in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(room, "LARGEST", largest)
+        assert (Decoding.of(plain, KeyValueCache(plain, 1, 8)) is not None) == copied
+
+
+def test_generation_takes_it_and_gives_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the context, too: there generation goes on from the newer half."""
+    model, found, calls = model_of(3, "all-linear"), [], []
+    real = Decoding.__call__
+    monkeypatch.setattr(Decoding, "__call__", lambda self, ids: (calls.append(len(ids)), real(self, ids))[1])
+    for largest in (1 << 31, 0):
+        monkeypatch.setattr(room, "LARGEST", largest)
+        found.append(generate(model, np.arange(6).reshape(2, 3), 50, temperature=0.0))
+    np.testing.assert_array_equal(*found)
+    assert calls == [2] * 47  # of 50 tokens; the prompt gives one, and so does each fresh start in a full context
