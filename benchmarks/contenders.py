@@ -2,9 +2,11 @@
 
 Not a benchmark itself: peers.py starts one process for each contender and asks it for steps. All read the same base
 and adapter from disk, see the same batches, and do the same: forward, mean cross-entropy, backward, AdamW, no clipping.
+Those at the end generate text instead: a step appends the likeliest tokens to a batch of prompts.
 
     contender(work, threads)                 work: a folder that peers.py made (base/, adapter/, batches.npy, job.json)
     contender.step(number) -> loss           one step on batch `number`, finished when it returns
+    generator.step(number) -> tokens         (B, new) as lists: what follows the prompts of batch `number`
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ class Contender:
         self.work = work
         self.job = json.loads((work / "job.json").read_text())
         self.method: str = self.job["method"]
-        self.batches = np.load(work / "batches.npy")  # (count, B, T + 1) int64
+        self.batches = np.load(work / "batches.npy")  # (count, B, T + 1) int64, or (count, B, T) prompts
 
     def windows(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         batch = self.batches[number % len(self.batches)]
         return np.ascontiguousarray(batch[:, :-1]), np.ascontiguousarray(batch[:, 1:])
 
-    def step(self, number: int) -> float:
+    def step(self, number: int) -> Any:
         raise NotImplementedError
 
 
@@ -336,3 +338,48 @@ CONTENDERS: dict[str, type[Any]] = {
     "jax": Jax,
     "floor": Floor,
 }
+
+
+# ---- generation: the plain base, greedily, with a cache of keys and values -------------------------------------------
+
+
+class MiniloraGenerates(Contender):
+    def __init__(self, work: Path, threads: int):
+        super().__init__(work)
+        from minilora import CausalLM
+        from minilora.generate import generate
+
+        self.generate, self.model = generate, CausalLM.from_pretrained(work / "base")
+
+    def step(self, number: int) -> list[list[int]]:
+        prompts = self.batches[number % len(self.batches)]
+        ids = self.generate(self.model, prompts, self.job["new"], temperature=0)
+        return ids[:, prompts.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+class TransformersGenerates(Contender):
+    def __init__(self, work: Path, threads: int):
+        super().__init__(work)
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        self.torch = torch
+        self.model = AutoModelForCausalLM.from_pretrained(work / "base", dtype="float32", attn_implementation="sdpa")
+        self.model.eval().generation_config.eos_token_id = None  # so that every prompt gets all of its tokens
+
+    def step(self, number: int) -> list[list[int]]:
+        prompts = self.torch.from_numpy(self.batches[number % len(self.batches)])
+        with self.torch.inference_mode():
+            ids = self.model.generate(
+                prompts,
+                attention_mask=self.torch.ones_like(prompts),
+                max_new_tokens=self.job["new"],
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
+            )
+        return ids[:, prompts.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+GENERATORS: dict[str, type[Any]] = {"minilora": MiniloraGenerates, "transformers": TransformersGenerates}

@@ -8,6 +8,9 @@ others have had the caches) and `--steps` that do. The figure is the median over
 the ratios turn by turn, so that a machine whose speed drifts does not decide. The losses of all must agree to 1e-4. A
 contender that is not installed is left out and named. `--write` keeps the result in
 benchmarks/results/cpu-peers.json. Two minutes: --sizes micro,tiny --contenders minilora,torch,transformers --rounds 3.
+
+The method `generate` is greedy decoding by the plain base, minilora's beside transformers' own: a step is one call,
+which appends 96 tokens to one prompt of 32, in size small also to 16, and the tokens must be the same.
 """
 
 from __future__ import annotations
@@ -37,53 +40,75 @@ SIZES = {  # Llama-shaped: layers, width, MLP width, heads, vocabulary, batch, c
 }
 PEERS = ("torch", "torch-compile", "transformers", "jax")
 PACKAGES = {"torch": "torch", "torch-compile": "torch", "transformers": "transformers", "jax": "jax"}
-AGREE = 1e-4
+LEFT_OUT = {("jax", "full"), *((peer, "generate") for peer in ("torch", "torch-compile", "jax"))}
+AGREE = 1e-4  # losses, at most this far apart
+SAME = 0.99  # of the tokens, at least: two likeliest tokens may be closer to each other than float32 can say
+PROMPTS = {"small": (1, 16)}  # generation's batch sizes; elsewhere one prompt
+PROMPT, NEW = 32, 96  # tokens, as far as the context reaches
+PAUSE = 0.5  # seconds before a turn: the others' worker threads spin for a while after their work, and take a core
 
 
-def prepare(work: Path, size: str, method: str) -> None:
-    """Write the base, an adapter over all linear layers (r = 8, alpha = 16), and eight batches of random ids."""
+def prepare(work: Path, shape: tuple[int, ...], method: str, r: int = 8, count: int = 8) -> None:
+    """Write the base, an adapter over all linear layers (alpha = 2 r), and `count` batches of random ids.
+
+    A step of `generate` takes a batch of prompts, the others one of windows, whose last ids are targets only.
+    """
     from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
 
-    layers, C, M, heads, V, B, T = SIZES[size]
+    layers, C, M, heads, V, B, T = shape
     config = TransformerConfig(
         vocab_size=V, hidden_size=C, intermediate_size=M, num_hidden_layers=layers, num_attention_heads=heads,
         max_position_embeddings=max(T, 64),
     )  # fmt: skip
     model = CausalLM(config, seed=0)
     model.save_pretrained(work / "base")
-    adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    adapted = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"))
     adapted.save_pretrained(work / "adapter")
-    rng = np.random.default_rng(0)
-    np.save(work / "batches.npy", rng.integers(0, V, (8, B, T + 1)))
-    (work / "job.json").write_text(json.dumps({"size": size, "method": method, "scaling": 2.0, "tokens": B * T}))
+    new = min(NEW, T - PROMPT)
+    length, tokens = (PROMPT, new) if method == "generate" else (T + 1, T)
+    np.save(work / "batches.npy", np.random.default_rng(0).integers(0, V, (count, B, length)))
+    (work / "job.json").write_text(json.dumps({"method": method, "scaling": 2.0, "tokens": B * tokens, "new": new}))
 
 
 # ---- the process of one contender ----------------------------------------------------------------------------------
 
 
 def serve(name: str, work: Path, threads: int) -> None:
-    """Answer each line "n" on stdin by n + 1 steps: a line of JSON with the seconds and losses of the last n."""
+    """Answer each line "n" on stdin by n + 1 steps: a line of JSON with the seconds and faults of the last n."""
     begun = time.perf_counter()
-    from contenders import CONTENDERS
+    from contenders import CONTENDERS, GENERATORS
 
-    contender = CONTENDERS[name](work, threads)
-    first_loss = contender.step(0)
-    number = 1
-    answer: dict[str, Any] = {"ready": time.perf_counter() - begun, "losses": [first_loss]}
+    method = json.loads((work / "job.json").read_text())["method"]
+    contender = (GENERATORS if method == "generate" else CONTENDERS)[name](work, threads)
+    results = [contender.step(0)]
+    answer: dict[str, Any] = {"ready": time.perf_counter() - begun, "results": results}
     print(json.dumps(answer), flush=True)
+    number = 1
     for line in sys.stdin:
-        seconds, losses = [], []
+        seconds, faults, results = [], [], []
         for _ in range(int(line) + 1):
-            tick = time.perf_counter()
-            losses.append(contender.step(number))
+            before, tick = page_faults(), time.perf_counter()
+            results.append(contender.step(number))
             seconds.append(time.perf_counter() - tick)
+            faults.append(page_faults() - before)
             number += 1
-        counted = losses[1:] if name == "floor" else seconds[1:]  # the floor measures itself
-        print(json.dumps({"seconds": counted, "losses": losses, "peak": peak_memory()}), flush=True)
+        counted = results[1:] if name == "floor" else seconds[1:]  # the floor measures itself
+        answer = {"seconds": counted, "results": results, "peak": peak_memory(), "faults": faults[1:]}
+        print(json.dumps(answer), flush=True)
+
+
+def page_faults() -> int:
+    """How often this process has touched memory that the system had to map first."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def peak_memory() -> int:
     """Bytes: the largest resident memory that this process has had."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss would not do: it begins with the peak of the process that started this one
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -102,11 +127,11 @@ class Process:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
         )
         self.turns: list[list[float]] = []
-        self.losses: list[float] = []
+        self.faults: list[int] = []
         self.peak = 0
         started = self._answer()
         self.ready = started["ready"]
-        self.losses += started["losses"]
+        self.results: list[Any] = started["results"]  # of each step its loss, or the tokens that it generated
 
     def turn(self, steps: int) -> None:
         assert self.popen.stdin is not None
@@ -114,7 +139,8 @@ class Process:
         self.popen.stdin.flush()
         answer = self._answer()
         self.turns.append(answer["seconds"])
-        self.losses += answer["losses"]
+        self.faults += answer["faults"]
+        self.results += answer["results"]
         self.peak = answer["peak"]
 
     def _answer(self) -> dict[str, Any]:
@@ -141,54 +167,83 @@ class Process:
 # ---- one size and method ---------------------------------------------------------------------------------------------
 
 
-def compare(size: str, method: str, names: list[str], args: argparse.Namespace) -> dict[str, Any]:
+def compare(size: str, method: str, names: list[str], args: argparse.Namespace, prompts: int = 0) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         work = Path(folder)
-        prepare(work, size, method)
+        shape = SIZES[size] if not prompts else (*SIZES[size][:5], prompts, SIZES[size][6])
+        prepare(work, shape, method)
         running: list[Process] = []
         left_out: dict[str, str] = {}
-        for name in [*names, "floor"]:
+        for name in names if method == "generate" else [*names, "floor"]:  # the floor is a training step's
             try:
                 running.append(stack.enter_context(Process(name, work, args.threads, args.timeout)))
             except RuntimeError as error:
                 left_out[name] = str(error)[:300]
         for _ in range(args.rounds):
             for process in running:
+                time.sleep(PAUSE)
                 process.turn(args.steps)
         tokens = json.loads((work / "job.json").read_text())["tokens"]
     ours = next(p for p in running if p.name == "minilora")
-    floor = statistics.median(s for p in running if p.name == "floor" for turn in p.turns for s in turn)
-    rows = {}
+    medians = {p.name: statistics.median(s for turn in p.turns for s in turn) for p in running}
+    floor = medians.pop("floor", None)
+    rows: dict[str, dict[str, Any]] = {}
     for p in running:
-        if p.name == "floor":
+        if p.name not in medians:
             continue
-        median = statistics.median(s for turn in p.turns for s in turn)
+        median = medians[p.name]
         ratios = [statistics.median(a) / statistics.median(b) for a, b in zip(p.turns, ours.turns, strict=True)]
         rows[p.name] = {
             "milliseconds": round(1e3 * median, 3),
             "over_minilora": round(statistics.median(ratios), 3),
-            "over_floor": round(median / floor, 3),
+            **({"over_floor": round(median / floor, 3)} if floor else {}),
             "tokens_per_second": round(tokens / median),
             "peak_megabytes": round(p.peak / 2**20, 1),
+            "faults_per_step": statistics.median(p.faults),
             "seconds_to_first_step": round(p.ready, 2),
-            "loss_difference": float(np.max(np.abs(np.subtract(p.losses, ours.losses)))),
+            **(same_tokens if method == "generate" else same_losses)(f"{size} {method} {p.name}", p, ours),
         }
-    apart = {name: row["loss_difference"] for name, row in rows.items() if not row["loss_difference"] <= AGREE}
-    if apart:
-        raise SystemExit(f"{size} {method}: the losses differ, so not the same thing is timed: {apart}")
-    return {"size": size, "method": method, "floor_milliseconds": round(1e3 * floor, 3), "contenders": rows} | (
-        {"left_out": left_out} if left_out else {}
+    return (
+        {"size": size, "method": method}
+        | ({"prompts": prompts} if prompts else {})
+        | ({"floor_milliseconds": round(1e3 * floor, 3)} if floor else {})
+        | {"contenders": rows}
+        | ({"left_out": left_out} if left_out else {})
+    )
+
+
+def same_losses(what: str, peer: Process, ours: Process) -> dict[str, float]:
+    apart = float(np.max(np.abs(np.subtract(peer.results, ours.results))))
+    if not apart <= AGREE:
+        raise SystemExit(f"{what}: the losses differ by {apart}, so not the same thing is timed")
+    return {"loss_difference": apart}
+
+
+def same_tokens(what: str, peer: Process, ours: Process) -> dict[str, Any]:
+    """The part of the tokens that agrees, and where the first difference is: (step, prompt, token)."""
+    equal = np.equal(peer.results, ours.results)
+    if not equal.mean() > SAME:
+        raise SystemExit(f"{what}: {1 - equal.mean():.1%} of the tokens differ, so not the same thing is timed")
+    return {"tokens_equal": float(equal.mean())} | (
+        {} if equal.all() else {"first_difference": np.argwhere(~equal)[0].tolist()}
     )
 
 
 def show(result: dict[str, Any]) -> None:
-    print(f"\n{result['size']}, {result['method']}   (floor {result['floor_milliseconds']:.1f} ms)")
-    print(f"  {'':14}{'ms':>9}{'/ ours':>8}{'/ floor':>9}{'tokens/s':>10}{'peak MB':>9}{'first step s':>14}")
+    about = f"floor {result['floor_milliseconds']:.1f} ms" if "floor_milliseconds" in result else ""
+    about = f"prompts: {result['prompts']}" if "prompts" in result else about
+    print(f"\n{result['size']}, {result['method']}   ({about})")
+    columns = f"{'ms':>9}{'/ ours':>8}{'/ floor':>9}{'tokens/s':>10}{'peak MB':>9}{'faults':>8}{'first step s':>14}"
+    print(f"  {'':14}{columns}")
     for name, row in result["contenders"].items():
+        floor = f"{row['over_floor']:9.2f}" if "over_floor" in row else f"{'':9}"
         print(
-            f"  {name:14}{row['milliseconds']:9.1f}{row['over_minilora']:8.2f}{row['over_floor']:9.2f}"
-            f"{row['tokens_per_second']:10,}{row['peak_megabytes']:9.0f}{row['seconds_to_first_step']:14.2f}"
+            f"  {name:14}{row['milliseconds']:9.1f}{row['over_minilora']:8.2f}{floor}{row['tokens_per_second']:10,}"
+            f"{row['peak_megabytes']:9.0f}{row['faults_per_step']:8.0f}{row['seconds_to_first_step']:14.2f}"
         )
+        if "first_difference" in row:
+            where = row["first_difference"]
+            print(f"  {'':14} {row['tokens_equal']:.2%} equal tokens, first difference (step, prompt, token) {where}")
     for name, reason in result.get("left_out", {}).items():
         print(f"  {name:14} left out: {reason}")
 
@@ -219,9 +274,10 @@ def main() -> None:
     results = []
     for size in args.sizes.split(","):
         for method in args.methods.split(","):
-            result = compare(size, method, [n for n in names if (n, method) != ("jax", "full")], args)
-            show(result)
-            results.append(result)
+            for prompts in PROMPTS.get(size, (1,)) if method == "generate" else (0,):
+                result = compare(size, method, [n for n in names if (n, method) not in LEFT_OUT], args, prompts)
+                show(result)
+                results.append(result)
     if args.write:
         versions = {}
         for package in ("numpy", "torch", "peft", "transformers", "jax"):
