@@ -129,7 +129,11 @@ class Process:
         self.turns: list[list[float]] = []
         self.faults: list[int] = []
         self.peak = 0
-        started = self._answer()
+        try:
+            started = self._answer()
+        except RuntimeError:
+            self.__exit__()  # nobody else could
+            raise
         self.ready = started["ready"]
         self.results: list[Any] = started["results"]  # of each step its loss, or the tokens that it generated
 
@@ -159,8 +163,8 @@ class Process:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.popen.kill()
-        self.popen.wait()
+        with self.popen:  # closes its pipes, and waits
+            self.popen.kill()
         self.log.close()
 
 

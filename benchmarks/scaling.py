@@ -1,0 +1,158 @@
+"""How a LoRA step's time and memory grow: with tokens, context, width, depth, rank, and threads.
+
+    python benchmarks/scaling.py [--axes tokens,context,width,depth,rank,threads] [--rounds 3] [--steps 2] [--write]
+
+Along each axis one thing of the size `tiny` varies. Every point is a process of its own, so that its peak memory is
+its own, and the points of an axis take turns, as peers.py has it: a step that does not count, then `--steps` that do.
+Two claims are checked along the axis of tokens, from 1k to 64k a step: the time is linear, which is to say that
+microseconds a token, compared round by round, differ by no more than 15 %; and memory does not grow beyond the shard:
+with 64 times as many tokens the peak is at most 10 % higher, of which the batch's own ids are a part. At every point
+page faults must be near zero after the first turn. Exit code 1 if anything is not as it should be. `--write` keeps the
+result in benchmarks/results/scaling.json. Three minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from peers import SIZES, Process, prepare
+
+RESULT = Path(__file__).parent / "results" / "scaling.json"
+LINEAR = 0.15  # microseconds a token may differ by this much
+GROWTH = 0.10  # of peak memory, from the fewest tokens to the most
+FAULTS = 50  # a step, at most; without care for memory it is thousands
+
+
+class Point(NamedTuple):
+    """A size of peers.py, with the rank and the threads."""
+
+    layers: int
+    width: int
+    mlp: int
+    heads: int
+    vocabulary: int
+    batch: int
+    context: int
+    r: int = 8
+    threads: int = 2
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.context
+
+
+TINY = Point(*SIZES["tiny"])
+AXES: dict[str, dict[int, Point]] = {
+    "tokens": {n << 10: TINY._replace(batch=(n << 10) // TINY.context) for n in (1, 2, 4, 8, 16, 32, 64)},
+    "context": {n: TINY._replace(context=n, batch=4096 // n) for n in (64, 128, 256, 512, 1024, 2048)},
+    "width": {n: TINY._replace(width=n, mlp=3 * n, heads=n // 32) for n in (64, 128, 256, 512)},
+    "depth": {n: TINY._replace(layers=n) for n in (2, 4, 8, 16)},
+    "rank": {n: TINY._replace(r=n) for n in (2, 8, 32, 64)},
+    "threads": {n: TINY._replace(threads=n) for n in (1, 2)},
+}
+
+
+def along(points: dict[int, Point], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One axis: a row for each point, with microseconds a token relative to the last point's."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        running = []
+        for value, point in points.items():
+            work = Path(folder) / str(value)
+            work.mkdir()
+            prepare(work, point[:7], "lora", point.r, count=1)  # one batch: others would count as memory
+            running.append(stack.enter_context(Process("minilora", work, point.threads, args.timeout)))
+        for _ in range(args.rounds):
+            for process in running:
+                process.turn(args.steps)
+    rows = []
+    last = [statistics.median(turn) / point.tokens for turn in running[-1].turns]
+    for (value, point), process in zip(points.items(), running, strict=True):
+        median = statistics.median(s for turn in process.turns for s in turn)
+        each = [statistics.median(turn) / point.tokens for turn in process.turns]
+        rows.append(
+            {
+                "value": value,
+                "milliseconds": round(1e3 * median, 3),
+                "microseconds_per_token": round(1e6 * median / point.tokens, 3),
+                "over_last": round(statistics.median(a / b for a, b in zip(each, last, strict=True)), 3),
+                "peak_megabytes": round(process.peak / 2**20, 1),
+                "faults_per_step": statistics.median(process.faults[args.steps :] or process.faults),
+            }
+        )
+    return rows
+
+
+def claims(axes: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What is claimed, as measured: {claim: {"measured", "limit", "holds"}}."""
+    limits: dict[str, tuple[float, float]] = {}
+    if rows := axes.get("tokens"):
+        each = [row["over_last"] for row in rows]
+        limits["time linear in tokens: microseconds a token differ by"] = max(each) / min(each) - 1, LINEAR
+        grown = rows[-1]["peak_megabytes"] / rows[0]["peak_megabytes"] - 1
+        limits["memory bound by the shard: with 64 times the tokens it grows by"] = grown, GROWTH
+    faults = max(row["faults_per_step"] for rows in axes.values() for row in rows)
+    limits["page faults a step, at the worst point"] = faults, FAULTS
+    return {
+        claim: {"measured": round(measured, 3), "limit": limit, "holds": measured <= limit}
+        for claim, (measured, limit) in limits.items()
+    }
+
+
+def show(axis: str, rows: list[dict[str, Any]]) -> None:
+    print(f"\n{axis:10}{'ms':>10}{'us/token':>10}{'/ last':>8}{'peak MB':>9}{'faults':>8}")
+    for row in rows:
+        print(
+            f"{row['value']:<10}{row['milliseconds']:10.1f}{row['microseconds_per_token']:10.2f}"
+            f"{row['over_last']:8.2f}{row['peak_megabytes']:9.1f}{row['faults_per_step']:8.0f}",
+            flush=True,
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--axes", default=",".join(AXES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=300, help="seconds that one answer may take")
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    names = args.axes.split(",")
+    if unknown := [name for name in names if name not in AXES]:
+        parser.error(f"unknown axis {unknown[0]!r}: choose from {', '.join(AXES)}")
+    begun, axes = time.perf_counter(), {}
+    for axis in names:
+        axes[axis] = along(AXES[axis], args)
+        show(axis, axes[axis])
+    checked = claims(axes)
+    result = {
+        "command": "python " + " ".join(["benchmarks/scaling.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "numpy": np.__version__,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "size": dict(zip(TINY._fields, TINY, strict=True)),
+        "claims": checked,
+        "axes": axes,
+    }
+    if args.write:
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print()
+    for claim, outcome in checked.items():
+        verdict = "as it should be" if outcome["holds"] else "NOT AS IT SHOULD BE"
+        print(f"{claim}: {outcome['measured']:g}, at most {outcome['limit']:g}: {verdict}")
+    return 0 if all(outcome["holds"] for outcome in checked.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
