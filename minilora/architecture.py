@@ -1,6 +1,6 @@
 """The shape of a model, in config.json's own words: read, checked, and written back.
 
-Contents: TransformerConfig - rotary_frequencies, which the rotary parameters decide
+Contents: TransformerConfig - rotary_frequencies, which the rotary parameters decide - RotaryTable, their cos and sin
 """
 
 from __future__ import annotations
@@ -158,3 +158,28 @@ def rotary_frequencies(config: TransformerConfig) -> np.ndarray:
         keep = np.clip((turns - low) / (high - low), 0, 1)
         return frequency * (keep + (1 - keep) / number("factor"))
     return frequency
+
+
+class RotaryTable:
+    """cos and sin of position * frequency, computed in float64 and rounded once; grows to the longest context seen.
+
+    Laid out as `fused.attention` reads them: a row for all heads of q and k, with the scale 1/sqrt(D) in q's part.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        self.frequency = rotary_frequencies(config)
+        scale = [config.head_dim**-0.5] * config.num_attention_heads + [1.0] * config.kv_heads  # type: ignore[operator]
+        self.scale = np.array(scale)[:, None]
+        self.tables: dict[tuple[str, Any], tuple[Any, ...]] = {}
+
+    def __call__(self, start: int, stop: int, like: Any) -> tuple[Any, Any]:
+        """(cos, sin), each (stop - start, (H + K) D), for positions from start on, in the dtype and place of `like`."""
+        key = (like.backend.name, like.dtype)
+        table = self.tables.get(key, ())  # read once: another thread may put a shorter one in its place
+        if not table or len(table[0]) < stop:
+            angle = np.arange(max(64, 1 << (stop - 1).bit_length()))[:, None] * self.frequency  # grows by doubling
+            halves = (np.cos(angle), np.cos(angle)), (-np.sin(angle), np.sin(angle))
+            full = [(np.concatenate(pair, axis=1)[:, None] * self.scale).reshape(len(angle), -1) for pair in halves]
+            table = tuple(like.backend.from_numpy(f.astype(like.dtype)) for f in full)
+            self.tables[key] = table
+        return table[0][start:stop], table[1][start:stop]

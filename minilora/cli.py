@@ -406,6 +406,9 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
         sub.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations")
         sub.add_argument("--abort-on-divergence", action="store_true", help="stop when the loss leaves for good")
+        sub.add_argument(
+            "--gradient-checkpointing", action="store_true", help="train in less memory, and a third more time"
+        )
         for name, default, kind in (
             ("steps", 400, int), ("batch-size", 16, int), ("context", 128, int), ("lr", lr, float), ("warmup", 20, int),
             ("weight-decay", 0.0, float), ("max-grad-norm", 1.0, float), ("accumulate", 1, int),

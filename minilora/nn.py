@@ -8,6 +8,7 @@ output.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,10 +17,11 @@ import numpy as np
 
 from . import functional as F
 from . import fused
-from .autograd import Tensor, concat, stack
+from .autograd import Tensor, concat, grad_enabled, gradients, no_grad, record, stack
 from .backend import Array, Backend, get_backend, mix_key
 
 _thread = threading.local()
+_recomputed = itertools.count(1)
 
 
 class Parameter(Tensor):
@@ -330,6 +332,27 @@ class Dropout(Module):
             self.calls += 1
         seed, step, first = counter
         return F.dropout(x, self.p, mix_key(seed, self.stream, step), first)
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """function(x), of which nothing but x is kept: backward runs it again (Chen et al. 2016). The same bits, for less.
+
+    params   the leaves inside that require a gradient
+    """
+    if not grad_enabled() or not (x.requires_grad or params):
+        return function(x)
+    seed, step, first = getattr(_thread, "counter", None) or (0, next(_recomputed), 0)  # dropout must fall alike twice
+    X, need_dx, held = x.data, x.requires_grad, [p.data for p in params]  # held: a change of them would be noticed
+    with no_grad(), dropout_counter(seed, step, first):
+        y = function(x).data
+
+    def vjp(dy: Array) -> F.Grads:
+        leaf = Tensor(X, need_dx)
+        with dropout_counter(seed, step, first):
+            again = function(leaf)
+        return tuple(gradients(again, [leaf, *params], dy)) if held or need_dx else ()
+
+    return record(y, (x, *params), vjp)
 
 
 def uniform(rng: np.random.Generator, bound: float, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:

@@ -27,7 +27,7 @@ from .data import Batch
 from .errors import ConfigError
 from .nn import Parameter, dropout_counter
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # from glibc's malloc.h
 P = TypeVar("P")
 R = TypeVar("R")
 TOKENS_PER_SHARD = 512  # measured: with fewer, Python's share of a small model's step grows
@@ -179,12 +179,15 @@ def keep_memory() -> None:
     """Tell glibc to keep freed memory for the next array, not to return it to the system at once.
 
     NumPy allocates every temporary anew. Above a threshold glibc maps and unmaps it, and the system clears it page by
-    page: some 17,000 page faults a step for a small model, a fifth of its time. Elsewhere than on glibc, nothing.
+    page: some 17,000 page faults a step for a small model, a fifth of its time. A thread's own arena returns what it
+    can whatever the thresholds are, so new threads share the main one. Elsewhere than on glibc, nothing.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 1 << 24)):
-            mallopt(option, value)
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 1 << 24)
+        mallopt(M_ARENA_MAX, 1)
 
 
 def available_cores() -> int:

@@ -49,6 +49,7 @@ class Settings:
     shard          sequences that run forward and backward together; None: chosen from the shape
     eval_every    in steps; None: at the start and at the end only
     save_every    in steps, and at the end; None: only when the run is stopped
+    gradient_checkpointing  keep less for backward and compute it again: see `CausalLM.gradient_checkpointing_enable`
     """
 
     steps: int = 400
@@ -66,13 +67,10 @@ class Settings:
     eval_every: int | None = None
     save_every: int | None = None
     abort_on_divergence: bool = False
+    gradient_checkpointing: bool = False
 
-    FREE = (
-        "threads",
-        "eval_every",
-        "save_every",
-        "abort_on_divergence",
-    )  # may change on resuming: they do not change the result
+    # May change on resuming: they do not change the result.
+    FREE = "threads", "eval_every", "save_every", "abort_on_divergence", "gradient_checkpointing"
 
     def __post_init__(self) -> None:
         whole = {"steps": 1, "batch_size": 1, "context": 1, "warmup": 0, "accumulate": 1, "seed": 0}
@@ -89,8 +87,9 @@ class Settings:
             if type(value) not in (int, float) or not (0 <= value < math.inf) or (value == 0 and not zero):
                 bound = "of at least" if zero else "above"
                 raise ConfigError(f"{name} must be a number {bound} 0, got {value!r}"[:300])
-        if type(self.abort_on_divergence) is not bool:
-            raise ConfigError(f"abort_on_divergence must be True or False, got {self.abort_on_divergence!r}"[:300])
+        for name in ("abort_on_divergence", "gradient_checkpointing"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}"[:300])
         if self.batch_size * self.accumulate > MAX_SEQUENCES:
             got = f"{self.batch_size} x {self.accumulate}"
             raise ConfigError(f"batch_size x accumulate must be at most {MAX_SEQUENCES} sequences, got {got}")
@@ -234,7 +233,7 @@ def train(
             run.restore(resume)
         require_room(out, run.room())
         remove_stale(out)
-        model.train()
+        model.train().get_base_model().gradient_checkpointing_enable(settings.gradient_checkpointing)
         sharded = stack.enter_context(ShardedStep(model, settings.threads, run.settings.shard))
         log = stack.enter_context(Log(out / "log.jsonl", run.done))
         evaluated = run.evaluations[-1][0] if run.evaluations else -1

@@ -1071,3 +1071,15 @@ def test_the_way_to_compute_follows_from_shapes() -> None:
 def test_a_model_shows_where_adapters_can_go() -> None:
     shown = repr(base())
     assert "model.layers.1.self_attn.q_proj: Linear {'weight': [8, 8], 'bias': [8]}" in shown
+
+
+def test_a_model_explains_how_it_computes_a_step() -> None:
+    model = get_peft_model(base(), lora(target_modules=["q_proj", "down_proj"])).train()
+    few, many = model.explain(1), model.explain(10_000)
+    assert few.count("\n") + 1 == many.count("\n") + 1 == 4
+    assert all(": W, then A and B " in line for line in few.splitlines())
+    assert all(": W + dW " in line for line in many.splitlines())
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert f"once {layer.costs(1)[0]:,} operations, A and B at each position {layer.costs(1)[1]:,}" in few
+    dropped = get_peft_model(base(), lora(lora_dropout=0.5)).train()
+    assert "W + dW " not in dropped.explain(10_000).replace("W + dW once", "")

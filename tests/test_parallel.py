@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 import minilora.parallel
 from minilora import CausalLM, LoraConfig, LoraLinear, TransformerConfig, get_peft_model, gradients
+from minilora.autograd import Node, Tensor, no_grad
 from minilora.data import IGNORE, Batch
-from minilora.errors import ConfigError
-from minilora.nn import Fan, dropout_counter
+from minilora.errors import ConfigError, GraphError
+from minilora.nn import Dropout, Fan, dropout_counter, recomputed
 from minilora.parallel import (
     FLOATS_PER_SHARD,
     MAX_THREADS,
@@ -407,3 +408,53 @@ def test_an_unknown_blas_is_warned_about(monkeypatch):
     monkeypatch.setattr(threadpoolctl, "threadpool_limits", NothingFound)
     with pytest.warns(UserWarning, match="no BLAS"), ShardedStep(lora_model(), threads=1):
         pass
+
+
+# ---- recomputation ----
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_computing_activations_again_changes_no_bit(dropout, threads):
+    model, batch, found = lora_model(dropout).train(), batch_of(5, 4), []
+    for enable in (False, True):
+        model.get_base_model().gradient_checkpointing_enable(enable)
+        with ShardedStep(model, threads=threads, shard=2) as sharded:
+            loss, grads = sharded.gradients(batch, trainable(model), seed=3, step=4)
+        found.append((float(loss), [g.tobytes() for g in grads]))
+    assert found[0] == found[1]
+
+
+def test_computing_activations_again_keeps_a_block_s_input_alone():
+    model, batch, kept = lora_model(0.0).train(), batch_of(5, 4), []
+    for enable in (False, True):
+        model.get_base_model().gradient_checkpointing_enable(enable)
+        loss = language_modelling_loss(model, batch)
+        seen, waiting = {}, [loss.node]
+        while waiting:
+            node = waiting.pop()
+            waiting += [p for p in node.parents if isinstance(p, Node)]
+            for cell in node.vjp.__closure__ or ():
+                if isinstance(cell.cell_contents, np.ndarray) and cell.cell_contents.size >= batch.ids.size:
+                    seen[id(cell.cell_contents)] = cell.cell_contents.size
+        kept.append(sum(seen.values()))
+    hidden = batch.ids.size * CONFIG.hidden_size
+    assert kept[1] <= (CONFIG.num_hidden_layers + 4) * hidden < kept[0]
+
+
+def test_without_a_counter_dropout_falls_alike_in_both_forwards():
+    x, layer = Tensor(np.ones((2, 50)), True), Dropout(0.5)
+    for _ in range(2):
+        y = recomputed(layer, x, [])
+        np.testing.assert_array_equal(gradients(y, [x], np.ones((2, 50)))[0], y.data)
+    with no_grad():
+        assert not recomputed(layer, x, []).requires_grad
+    assert not recomputed(layer, x.detach(), []).requires_grad
+
+
+def test_a_parameter_that_changes_before_it_is_computed_again_is_noticed():
+    x, w = Tensor(np.ones(3), True), Tensor(np.ones(3), True)
+    y = recomputed(lambda z: z * w, x, [w])
+    w.data = np.full(3, 2.0)
+    with pytest.raises(GraphError, match="recomputed"):
+        y.backward(np.ones(3))

@@ -103,7 +103,10 @@ BAD = {
     "seed": NO_COUNTS,
     **{name: [*NO_OPTIONAL_COUNTS, 0] for name in ("shard", "threads", "eval_every", "save_every")},
     **{name: [*NO_NUMBERS, 0, 0.0] for name in ("lr", "max_grad_norm")},
-    "abort_on_divergence": [value for value in NO_NUMBERS if type(value) is not bool] + [0, 1],
+    **dict.fromkeys(
+        ("abort_on_divergence", "gradient_checkpointing"),
+        [value for value in NO_NUMBERS if type(value) is not bool] + [0, 1],
+    ),
     "floor": NO_NUMBERS,
     "weight_decay": NO_NUMBERS,
 }

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from operations import rotary_tables
 
 from minilora import functional as F
-from minilora.architecture import TransformerConfig, rotary_frequencies
+from minilora.architecture import RotaryTable, TransformerConfig, rotary_frequencies
 from minilora.autograd import Tensor, no_grad
 from minilora.errors import ConfigError, DataError, FormatError, GraphError
 from minilora.formats import load_file, save_file
 from minilora.gradcheck import directional_error
-from minilora.transformer import CausalLM, KeyValueCache, RotaryTable
+from minilora.transformer import CausalLM, KeyValueCache
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -116,9 +116,12 @@ class LoraLinear(Wrapper):
 
     def merges(self, tokens: int | None) -> bool:
         """Is it right, and cheaper, to form W + dW once for a step over `tokens` positions? Not right with dropout."""
-        r = sum(adapter.r for adapter in self.running)
-        merged, apart = fused.costs(tokens or 1 << 30, self.in_features, self.out_features, r)
-        return (merged < apart or not r) and not any(adapter.dropout.active for adapter in self.running)
+        merged, apart = self.costs(tokens or 1 << 30)
+        return (merged < apart or not self.running) and not any(adapter.dropout.active for adapter in self.running)
+
+    def costs(self, tokens: int) -> tuple[int, int]:
+        """See `fused.costs`."""
+        return fused.costs(tokens, self.in_features, self.out_features, sum(adapter.r for adapter in self.running))
 
     def effective(self, out: Array, tokens: int | None) -> fused.Parts | None:
         parts = self.base_layer.effective(out, tokens) if self.merges(tokens) else None

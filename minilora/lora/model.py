@@ -284,6 +284,15 @@ class PeftModel(Module):
         sizes = [(p.size, p.requires_grad) for p in self.model.parameters()]
         return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
 
+    def explain(self, tokens: int) -> str:
+        """A line a layer: how a step over `tokens` positions computes it, and the operations either way would add."""
+        lines = []
+        for path, layer in self._wrappers().items():
+            if isinstance(layer, LoraLinear) and layer.running:
+                way, (merged, apart) = ("W + dW" if layer.merges(tokens) else "W, then A and B"), layer.costs(tokens)
+                lines.append(f"{path}: {way}   (W + dW once {merged:,} operations, A and B at each position {apart:,})")
+        return "\n".join(lines)
+
     def print_trainable_parameters(self) -> None:
         """trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364"""
         trainable, total = self.get_nb_trainable_parameters()
