@@ -11,7 +11,7 @@ from .data import ByteTokenizer
 from .errors import MiniloraError
 from .generate import generate
 from .gradcheck import check_gradient
-from .lora import LoraConfig, LoraLinear, PeftModel, get_peft_model
+from .lora import AdaLoraConfig, LoraConfig, LoraLinear, PeftModel, get_peft_model
 from .nn import Dropout, Embedding, LayerNorm, Linear, Module, Parameter, RMSNorm
 from .optim import SGD, AdamW
 from .quant import QuantizedLinear, quantize
@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SGD",
+    "AdaLoraConfig",
     "AdamW",
     "ByteTokenizer",
     "CausalLM",

@@ -14,7 +14,7 @@ import numpy as np
 
 from .errors import FormatError
 from .formats import SafetensorsFile, read_adapter, read_checkpoint
-from .lora import LoraConfig
+from .lora import AdaLoraConfig, read_config
 
 Report = dict[str, Any]
 
@@ -47,25 +47,28 @@ def effective_rank(values: np.ndarray) -> float:
 def inspect_adapter(folder: Path) -> Report:
     """An adapter's folder: its configuration in short, and of each layer the size of dW and the rank it uses.
 
-    FormatError for a file that is damaged, or a lora_A without a lora_B that fits it.
+    FormatError for a file that is damaged, or a lora_A without a lora_B (and AdaLoRA's lora_E) that fits it.
     """
     raw, tensors = read_adapter(folder)
-    config = LoraConfig.from_dict(raw, str(folder / "adapter_config.json"))
+    config = read_config(raw, str(folder / "adapter_config.json"))
     rows = []
     for key, A in tensors.items():
-        if key.endswith(".lora_A.weight"):
-            path = key.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
-            B = tensors.get(key.replace(".lora_A.", ".lora_B."))
+        if key.endswith((".lora_A.weight", ".lora_A")):
+            layer, _, suffix = key.rpartition(".lora_A")
+            path, B = layer.removeprefix("base_model.model."), tensors.get(f"{layer}.lora_B{suffix}")
             if A.ndim != 2 or B is None or B.ndim != 2 or B.shape[1] != A.shape[0]:
                 raise FormatError(f"{folder}: {path}: lora_A {A.shape} has no lora_B that fits it")
+            E = tensors.get(f"{layer}.lora_E") if isinstance(config, AdaLoraConfig) else np.ones((len(A), 1), A.dtype)
+            if E is None or E.shape != (len(A), 1):
+                raise FormatError(f"{folder}: {path}: lora_A {A.shape} has no lora_E that fits it")
             s = config.scaling(path)
-            values = singular_values(A, B, s)
+            values = singular_values(A * E, B, s)
             row = {"layer": path, "shape": f"{B.shape[0]} x {A.shape[1]}", "r": A.shape[0], "scaling": f"{s:g}"}
             rows.append({**row, "|dW|": f"{np.linalg.norm(values):.4g}", "rank": f"{effective_rank(values):.2f}"})
     return {
         "adapter": str(folder),
         "base": str(config.base_model_name_or_path),
-        "r": config.r,
+        "r": config.init_r if isinstance(config, AdaLoraConfig) else config.r,
         "lora_alpha": config.lora_alpha,
         "parameters": sum(a.size for a in tensors.values()),
         "bytes": (folder / "adapter_model.safetensors").stat().st_size,

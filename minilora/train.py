@@ -25,10 +25,11 @@ import numpy as np
 from tqdm import tqdm
 
 from .anomaly import explain_non_finite
+from .backend import Array
 from .data import Windows, evaluation_windows
 from .errors import CheckpointError, ConfigError, DivergenceError, Interrupted, NonFiniteError
 from .formats import load_file, save_file
-from .lora import PeftModel
+from .lora import AdaLoraConfig, PeftModel, RankAllocator
 from .nn import Parameter
 from .optim import AdamW, clip_by_global_norm, warmup_cosine
 from .parallel import ShardedStep, shard_size
@@ -119,6 +120,9 @@ class Run:
         lost = [name for name, p in trained if id(p) not in covered]
         if lost:
             raise ConfigError(f"{lost[0]} would train, but belongs to no active adapter: nothing would save it")
+        self.allocator = _allocator(model, settings, trained)
+        place = {id(p): i for i, (_, p) in enumerate(trained)}
+        self.allocated = [place[id(p)] for p in self.allocator.params] if self.allocator else []
         self.identity = _identity(model, settings, tokens, trained)
         self.done = 0  # steps
         self.losses: list[float] = []
@@ -131,18 +135,30 @@ class Run:
         batch = self.windows.batch(number)
         tick = time.perf_counter()
         mean, grads = sharded.gradients(batch, self.optimizer.params, s.seed, number)
+        penalty: list[Array] = []
+        if self.allocator is not None:  # a term of the weights alone: added once, however the batch was cut
+            value, more = self.allocator.penalty()
+            penalty.append(value)
+            for i, g in zip(self.allocated, more, strict=True):
+                grads[i] = g if grads[i] is None else grads[i] if g is None else grads[i] + g
         grads, length = clip_by_global_norm(grads, s.max_grad_norm)
         backend = self.optimizer.params[0].backend
-        # The one place where a step waits for a GPU: both numbers in one transfer, before any weight changes.
-        loss, norm = backend.to_numpy(backend.xp.stack([mean, length])).tolist()
+        # The one place where a step waits for a GPU: all numbers in one transfer, before any weight changes.
+        loss, norm, *penalties = backend.to_numpy(backend.xp.stack([mean, length, *penalty])).tolist()
         scale = warmup_cosine(number, s.steps, s.warmup, s.floor)
         line = {"step": number, "loss": loss, "lr": s.lr * scale, "grad_norm": norm, "tokens": batch.tokens}
+        line |= {"penalty": penalties[0]} if penalties else {}
         if not math.isfinite(loss + norm):
             again = f"batch {number} with seed {s.seed}, for the order of the text and for dropout, gives it again"
             raise NonFiniteError(
                 f"step {number}: loss {loss}, gradient norm {norm}: the weights are as before it; {again}", line
             )
         self.optimizer.step(grads, scale)
+        if self.allocator is not None:
+            before = self.allocator.ranks if number else None
+            self.allocator.step([grads[i] for i in self.allocated])
+            ranks = self.allocator.ranks
+            line |= {"ranks": ranks} if ranks != before else {}
         seconds = round(time.perf_counter() - tick, 6)
         self.losses.append(loss)
         self.done += 1
@@ -156,19 +172,23 @@ class Run:
     def room(self) -> int:
         """The bytes that saving takes at least: the weights, and with checkpoints two moments of each."""
         size = sum(p.size * p.dtype.itemsize for _, parameters in _files(self.model) for p in parameters.values())
-        return int(size) * (3 if self.settings.save_every else 1)
+        ranks = 2 * self.allocator.sensitivity.nbytes if self.allocator else 0
+        return int(size) * 3 + int(ranks) if self.settings.save_every else int(size)
 
     def save(self) -> Path:
         """A checkpoint: the ecosystem's files of the model, and the optimiser's state beside them. Once a step."""
         if self.checkpoint and self.checkpoint[0] == self.done:
             return self.checkpoint[1]
-        arrays, numbers = self.optimizer.state_dict()
+        owners = {"optimizer": self.optimizer} | ({"allocator": self.allocator} if self.allocator else {})
+        states = {name: owner.state_dict() for name, owner in owners.items()}
 
         def write(folder: Path) -> None:
             self.model.save_pretrained(folder)
-            save_file(folder / "optimizer.safetensors", arrays)
+            for name, (arrays, _) in states.items():
+                save_file(folder / f"{name}.safetensors", arrays)
 
-        state = {"run": self.identity, "optimizer": numbers, "losses": self.losses, "evaluations": self.evaluations}
+        state = {"run": self.identity, "losses": self.losses, "evaluations": self.evaluations}
+        state |= {name: numbers for name, (_, numbers) in states.items()}
         state["numpy"] = np.__version__
         folder = save_checkpoint(self.out, self.done, state, write)
         self.checkpoint = self.done, folder
@@ -180,6 +200,7 @@ class Run:
         done, state = manifest["step"], manifest["state"]
         try:
             before, numbers = dict(state["run"]), dict(state["optimizer"])
+            steps = dict(state["allocator"]) if self.allocator else {}
             losses = [float(loss) for loss in state["losses"]]
             evaluations = [(int(at), float(loss)) for at, loss in state["evaluations"]]
         except (KeyError, TypeError, ValueError) as error:
@@ -196,7 +217,10 @@ class Run:
         stored = [(load_file(folder / name), parameters) for name, parameters in _files(self.model)]
         if any(set(arrays) != set(parameters) for arrays, parameters in stored):
             raise CheckpointError(f"{str(folder)!r} holds other parameters than the model has")
+        ranks = load_file(folder / "allocator.safetensors") if self.allocator else {}
         self.optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"), numbers)
+        if self.allocator:
+            self.allocator.load_state_dict(ranks, steps)
         for arrays, parameters in stored:
             for key, parameter in parameters.items():
                 parameter.data = parameter.backend.from_numpy(arrays[key])
@@ -214,7 +238,7 @@ def train(
     bytes_per_token: float = 1.0,
     title: str = "train",
 ) -> Result:
-    """Train every parameter that requires a gradient on `tokens` (N,); returns in eval mode.
+    """Train every parameter that requires a gradient on `tokens` (N,); returns in eval mode, AdaLoRA's ranks cut.
 
     out       the run's folder, for log.jsonl, eval.jsonl and checkpoints; held by `runs.locked`, made if need be
     held_out  ids to evaluate on at step 0, every `eval_every` steps and at the end
@@ -287,6 +311,8 @@ def train(
             if sign and not warned:
                 warned = True
                 warnings.warn(f"step {line['step']}: {sign}; --abort-on-divergence would stop here", stacklevel=2)
+    if run.allocator is not None:
+        run.allocator.prune()
     model.eval()
     return Result(run.losses, run.evaluations, time.perf_counter() - begun)
 
@@ -368,6 +394,22 @@ def _identity(
             frozen.update(np.ascontiguousarray(p.numpy()).data.cast("B"))
     text = hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest()
     return {**shape, **numbers, "text": text, "parameters": names, "frozen weights": frozen.hexdigest()}
+
+
+def _allocator(model: Any, settings: Settings, trained: list[tuple[str, Parameter]]) -> RankAllocator | None:
+    """What cuts the ranks of the adapter that trains, if it is AdaLoRA's. ConfigError for two, or another schedule."""
+    owners = model.active_adapters if isinstance(model, PeftModel) else []
+    kinds = [name for name in owners if isinstance(model.peft_config[name], AdaLoraConfig)]
+    own, training = {n: model.rank_allocator(n) for n in kinds}, {id(p) for _, p in trained}
+    found = {n: a for n, a in own.items() if any(id(p) in training for p in a.params)}
+    if len(found) > 1:
+        raise ConfigError(f"adapters {', '.join(found)} share no budget: train one AdaLoRA adapter at a time")
+    for name, allocator in found.items():
+        total = allocator.config.total_step
+        if total != settings.steps:
+            text = f"adapter {name!r} has its ranks planned for total_step = {total}, but the run has"
+            raise ConfigError(f"{text} steps = {settings.steps}: let them be equal")
+    return next(iter(found.values()), None)
 
 
 def _files(model: Any) -> list[tuple[str, dict[str, Parameter]]]:

@@ -20,7 +20,7 @@ ORDER = [
     ["gradcheck", "nn", "data"],
     ["optim", "quant", "transformer", "lora.config"],
     ["lora.lora", "decoding"],
-    ["generate"],
+    ["lora.adalora", "generate"],
     ["lora.layer"],
     ["lora.plan"],
     ["lora.model"],
@@ -44,6 +44,7 @@ FORBIDDEN = {
     ("lora.model", "transformer"),
     ("lora.layer", "transformer"),
     ("lora.lora", "transformer"),
+    ("lora.adalora", "transformer"),
     ("cli", "plots"),
 }
 ROOMS = sorted(PACKAGE.rglob("*.py"))

@@ -9,6 +9,7 @@ for row vectors y = x W, with A (I, r) and B (r, O): that is the same product tr
 
 config    what an adapter is to be, in PEFT's words
 lora      dW = s B A
+adalora   dW = s B diag(E) A, and which triplets of it are worth keeping
 layer     where adapters live: a base, adapters by name, merging
 model     get_peft_model and PeftModel
 plan      what a configuration means for a model, found out before anything is touched
@@ -16,9 +17,23 @@ targets   which names are meant, by PEFT's rules
 patterns  regular expressions that cannot hang
 """
 
-from .config import LoraConfig
+from .adalora import AdaLoraAdapter, RankAllocator, orthogonality
+from .config import AdaLoraConfig, LoraConfig
 from .layer import LoraLinear, SavedModule
 from .lora import LoraAdapter
 from .model import PeftModel, get_peft_model
+from .plan import read_config
 
-__all__ = ["LoraAdapter", "LoraConfig", "LoraLinear", "PeftModel", "SavedModule", "get_peft_model"]
+__all__ = [
+    "AdaLoraAdapter",
+    "AdaLoraConfig",
+    "LoraAdapter",
+    "LoraConfig",
+    "LoraLinear",
+    "PeftModel",
+    "RankAllocator",
+    "SavedModule",
+    "get_peft_model",
+    "orthogonality",
+    "read_config",
+]

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from ..backend import mix_key
 from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import read_adapter, write_adapter
 from ..nn import Module, Parameter, replace_module
-from .config import LoraConfig
+from .adalora import RankAllocator
+from .config import AdaLoraConfig, LoraConfig
 from .layer import LoraLinear, SavedModule, Wrapper, bypassed
-from .plan import ADAPTERS, PREFIX, Plan, plan_adapter, wrappers
+from .plan import ADAPTERS, PREFIX, Plan, plan_adapter, read_config, wrappers
 
 TENSORS = {name for adapter in ADAPTERS.values() for name in adapter.TENSORS}
 
@@ -38,13 +39,16 @@ def get_peft_model(model: Any, config: LoraConfig, adapter_name: str = "default"
     return PeftModel(model, config, adapter_name, seed)
 
 
-def peft_name(path: str) -> str:
-    """An attribute path -> PEFT's name: `q_proj.adapters.default.lora_A` is `q_proj.lora_A.default.weight`."""
+def peft_name(path: str, configs: Mapping[str, LoraConfig]) -> str:
+    """An attribute path -> PEFT's name: `q_proj.adapters.default.lora_A` is `q_proj.lora_A.default.weight`.
+
+    Whether there is a `.weight` is for the adapter's kind to say, which is in `configs` by the adapter's name.
+    """
     layer, inside, rest = path.rpartition(".adapters.")
     if not inside:
         return PREFIX + path
     adapter, tensor = rest.split(".")
-    return f"{PREFIX}{layer}.{tensor}.{adapter}.weight"
+    return f"{PREFIX}{layer}.{tensor}.{adapter}{ADAPTERS[configs[adapter].peft_type].SUFFIX}"
 
 
 def file_key(name: str, adapter_name: str) -> str:
@@ -93,7 +97,7 @@ class PeftModel(Module):
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """(name, parameter) under PEFT's names."""
         for path, parameter in self.model.named_parameters():
-            yield peft_name(path), parameter
+            yield peft_name(path, self.peft_config), parameter
 
     def _wrappers(self) -> dict[str, Wrapper]:
         return dict(wrappers(self.model))
@@ -177,6 +181,16 @@ class PeftModel(Module):
             if path.endswith(".bias") and wanted and ".modules_to_save." not in path:
                 found[PREFIX + owner + (".base_layer.bias" if owner in layers else ".bias")] = parameter
         return found
+
+    def rank_allocator(self, adapter_name: str | None = None) -> RankAllocator:
+        """What has to cut an AdaLoRA adapter (the active one) as it trains. ConfigError for one of another kind."""
+        name = self.active_adapter if adapter_name is None else adapter_name
+        self._known([name])
+        config = self.peft_config[name]
+        if not isinstance(config, AdaLoraConfig):
+            raise ConfigError(f"adapter {name!r} is {config.peft_type}: only ADALORA has ranks to allocate")
+        layers = {p: m for p, m in self._wrappers().items() if isinstance(m, LoraLinear) and name in m.held}
+        return RankAllocator({path: layer.held[name] for path, layer in layers.items()}, config)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -329,7 +343,7 @@ class PeftModel(Module):
     def load_adapter(self, directory: str | Path, adapter_name: str, is_trainable: bool = False) -> None:
         """Add the adapter that a folder holds, inactive until `set_adapter`; biases it trained change at once."""
         raw, tensors = read_adapter(directory)
-        config = LoraConfig.from_dict(raw, f"{directory}/adapter_config.json")
+        config = read_config(raw, f"{directory}/adapter_config.json")
         self._check_name(adapter_name, config)
         try:
             plan = plan_adapter(self.model, dataclasses.replace(config, inference_mode=not is_trainable))

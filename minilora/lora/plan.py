@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError
 from ..nn import LinearBase, Module
+from .adalora import AdaLoraAdapter
 from .config import DEFAULT_TARGETS, LoraConfig
 from .layer import LoraLinear, SavedModule, Wrapper
 from .lora import LoraAdapter
-from .targets import in_layers, matches, pattern_value
+from .targets import in_layers, matches
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
-ADAPTERS: dict[str, type[LoraAdapter]] = {"LORA": LoraAdapter}  # by peft_type; a relative of LoRA is one line here
+# By peft_type; a relative of LoRA is one line here.
+ADAPTERS: dict[str, type[LoraAdapter]] = {"LORA": LoraAdapter, "ADALORA": AdaLoraAdapter}
 Modules = dict[str, Any]  # by path
 
 
@@ -34,8 +36,9 @@ class Plan(NamedTuple):
         """The keys of the adapter's file, and the shapes there."""
         found: dict[str, tuple[int, ...]] = {}
         for path, base in self.targets.items():
-            factors = ADAPTERS[self.config.peft_type].shapes(base, self.config.rank(path))
-            found.update({f"{PREFIX}{path}.{name}.weight": shape for name, shape in factors.items()})
+            kind = ADAPTERS[self.config.peft_type]
+            factors = kind.shapes(base, self.config.rank(path))
+            found.update({f"{PREFIX}{path}.{name}{kind.SUFFIX}": shape for name, shape in factors.items()})
             if self.config.bias != "none" and base.bias is not None:
                 found[f"{PREFIX}{path}.base_layer.bias"] = base.bias.shape
         for path, module in self.saved.items():
@@ -45,6 +48,15 @@ class Plan(NamedTuple):
             if bias is not None and path not in self.targets:
                 found[f"{PREFIX}{path}.bias"] = bias.shape
         return found
+
+
+def read_config(fields: dict[str, Any], where: str) -> LoraConfig:
+    """The configuration that an adapter_config.json holds, of whichever kind it says. ConfigError as from_dict's."""
+    kind = fields.get("peft_type", "LORA")
+    adapter = ADAPTERS.get(kind) if isinstance(kind, str) else None
+    if adapter is None:
+        raise ConfigError(f"{where}: peft_type must be {' or '.join(map(repr, ADAPTERS))}, got {kind!r}"[:500])
+    return adapter.CONFIG.from_dict(fields, where)
 
 
 def plan_adapter(model: Any, config: LoraConfig) -> Plan:
@@ -127,10 +139,7 @@ def _warn(config: LoraConfig, found: Modules) -> None:
     if config.fan_in_fan_out:
         notes.append("fan_in_fan_out is for layers that store W as (in, out); these do not: set to False")
         config.fan_in_fan_out = False
-    for name in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, name):
-            if not any(pattern_value(path, {key: True}, False) for path in found):
-                notes.append(f"{name}: {key!r:.200} matches no target")
+    notes += [f"{pattern} matches no target" for pattern in config.idle_patterns(found)]
     above = [p for p, layer in found.items() if config.rank(p) > min(layer.in_features, layer.out_features)]
     if above:
         full = min(found[above[0]].in_features, found[above[0]].out_features)

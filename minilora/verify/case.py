@@ -198,6 +198,8 @@ def cases_of(model: PeftModel, adapter_name: str = "default", seed: int = 0) -> 
         if isinstance(layer, LoraLinear) and adapter_name in layer.adapters:
             alpha = pattern_value(path, config.alpha_pattern, config.lora_alpha)
             own: dict[str, Any] = {"r": config.rank(path), "lora_alpha": alpha, "use_rslora": config.use_rslora}
+            plain = config.peft_type == LoraConfig.peft_type  # a relative's own properties want its own configuration
+            alone = LoraConfig(**own, target_modules=["proj"]) if plain else config
             rng, base = np.random.default_rng([seed, number]), layer.base_layer
             x = rng.standard_normal((2, 4, base.in_features)).astype(base.dtype)
-            yield Case(path, layer, x, {adapter_name: LoraConfig(**own, target_modules=["proj"])}, seed + number)
+            yield Case(path, layer, x, {adapter_name: alone}, seed + number)

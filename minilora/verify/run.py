@@ -114,7 +114,7 @@ def verify_files(base: str | Path, adapter: str | Path, seed: int = 0) -> Report
 
 def _finding(case: Case, checkpoint: Checkpoint) -> Finding:
     (adapter,) = (case.subject.adapters[name] for name in case.configs)
-    A, B, s = adapter.lora_A.numpy(), adapter.lora_B.numpy(), adapter.scaling
+    (A, B), s = (factor.numpy() for factor in adapter.factors()[:2]), adapter.scaling
     W, key = case.subject.base_layer.dense_weight().astype(np.float64), f"{case.name}.weight"
     with np.errstate(all="ignore"):  # what is not finite is found, not warned of
         dW = s * (B.astype(np.float64) @ A.astype(np.float64))
