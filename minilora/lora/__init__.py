@@ -17,8 +17,8 @@ targets   which names are meant, by PEFT's rules
 patterns  regular expressions that cannot hang
 """
 
-from .adalora import AdaLoraAdapter, RankAllocator, orthogonality
-from .config import AdaLoraConfig, LoraConfig
+from .adalora import AdaLoraAdapter, AdaLoraConfig, RankAllocator, orthogonality
+from .config import LoraConfig
 from .layer import LoraLinear, SavedModule
 from .lora import LoraAdapter
 from .model import PeftModel, get_peft_model

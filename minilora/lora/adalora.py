@@ -15,7 +15,10 @@ has room for. `orthogonality` is what the loss gets besides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +27,88 @@ from ..autograd import Tensor, grad_enabled, gradients, namespace, record
 from ..backend import Array
 from ..errors import CheckpointError, ConfigError
 from ..nn import Dropout, LinearBase, Parameter, normal
-from .config import AdaLoraConfig, LoraConfig
+from .config import LoraConfig
 from .lora import LoraAdapter
+
+RANK_EPS = 1e-5  # what PEFT adds to AdaLoRA's rank before it divides by it
+
+
+@dataclasses.dataclass
+class AdaLoraConfig(LoraConfig):
+    """Adaptive rank: dW = s B diag(E) A, of which training keeps the triplets that matter (Zhang et al. 2023).
+
+    init_r, target_r    triplets of every layer at the start, and of the average layer at the end
+    total_step          steps of the whole training: there is no schedule without it
+    tinit, tfinal       the first steps, in which nothing is cut, and the last, in which ranks stand: between them the
+                        budget falls, so tinit < total_step - tfinal
+    deltaT              steps from one allocation to the next
+    beta1, beta2        how slowly sensitivity and uncertainty forget
+    orth_reg_weight     of the penalty that keeps A's rows and B's columns orthonormal
+    rank_pattern        after pruning, "<layer>.lora_E" -> which of its init_r triplets are left
+    init_lora_weights   True: E zero, A and B ~ N(0, 0.02^2); False: all three ~ N(0, 1)
+
+    The other fields are LoraConfig's. s = lora_alpha / (init_r + 1e-5), whatever is cut. As in PEFT `r` means nothing
+    here: another one than the default warns. use_rslora, alpha_pattern and use_dora mean nothing either: ConfigError.
+    """
+
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int = None  # type: ignore[assignment]  # PEFT's default, which it refuses
+    rank_pattern: dict[str, list[bool]] = dataclasses.field(default_factory=dict)  # type: ignore[assignment]
+    use_dora: bool = False
+
+    peft_type = "ADALORA"
+
+    def __post_init__(self) -> None:
+        kept, self.rank_pattern = self.rank_pattern or {}, {}  # LoRA's field of this name means something else
+        super().__post_init__()
+        self.rank_pattern, need = kept, self._need
+        for name, least in {"init_r": 1, "target_r": 1, "total_step": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}.items():
+            value = getattr(self, name)
+            need(type(value) is int and least <= value < 2**24, name, f"an integer of at least {least}")
+        need(self.target_r <= self.init_r, "target_r", f"at most init_r = {self.init_r}")
+        if self.tinit >= self.total_step - self.tfinal:
+            raise ConfigError(
+                f"tinit must be below total_step - tfinal = {self.total_step - self.tfinal}, got {self.tinit}: "
+                "the budget needs steps in which to fall"
+            )
+        for name in ("beta1", "beta2"):
+            need(type(getattr(self, name)) is float and 0 < getattr(self, name) < 1, name, "between 0 and 1")
+        weight = self.orth_reg_weight
+        need(type(weight) in (int, float) and 0 <= weight < math.inf, "orth_reg_weight", "a number of at least 0")
+        need(isinstance(self.init_lora_weights, bool), "init_lora_weights", "True or False")
+        need(self.use_rslora is False, "use_rslora", f"False: the scaling is lora_alpha / (init_r + {RANK_EPS})")
+        need(not self.alpha_pattern, "alpha_pattern", "empty: all layers have one lora_alpha")
+        need(self.use_dora is False, "use_dora", "False: AdaLoRA has no magnitude")
+        table, r = self.rank_pattern, self.init_r
+        ok = isinstance(table, dict) and all(isinstance(k, str) and k.endswith(".lora_E") for k in table)
+        ok = ok and all(isinstance(v, list) and len(v) == r and {*map(type, v)} == {bool} for v in table.values())
+        need(ok, "rank_pattern", f"a dictionary from '<layer>.lora_E' to {r} times True or False, one a triplet")
+        if self.r != 8:
+            warnings.warn(f"r = {self.r} means nothing in AdaLoRA: init_r is the rank to begin with", stacklevel=3)
+
+    def rank(self, name: str) -> int:
+        """How many triplets the layer `name` has when it is made: init_r, or what pruning left."""
+        kept = self.rank_pattern.get(f"{name}.lora_E")
+        return self.init_r if kept is None else sum(kept)
+
+    def scaling(self, name: str) -> float:
+        """s, of every layer. init_r stands for the rank for good: to scale up what is left would undo the cut."""
+        return self.lora_alpha / (self.init_r + RANK_EPS)
+
+    def idle_patterns(self, names: Collection[str]) -> list[str]:
+        """The layers of rank_pattern that are none of `names`."""
+        return [f"rank_pattern: {k!r:.200}" for k in self.rank_pattern if k.removesuffix(".lora_E") not in names]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field that PEFT 0.21 writes, for adapter_config.json; rank_pattern is null while nothing was cut."""
+        return {**super().to_dict(), "rank_pattern": self.rank_pattern or None}
 
 
 class AdaLoraAdapter(LoraAdapter):

@@ -21,8 +21,8 @@ from ..backend import mix_key
 from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import read_adapter, write_adapter
 from ..nn import Module, Parameter, replace_module
-from .adalora import RankAllocator
-from .config import AdaLoraConfig, LoraConfig
+from .adalora import AdaLoraConfig, RankAllocator
+from .config import LoraConfig
 from .layer import LoraLinear, SavedModule, Wrapper, bypassed
 from .plan import ADAPTERS, PREFIX, Plan, plan_adapter, read_config, wrappers
 
