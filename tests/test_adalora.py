@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -613,6 +614,23 @@ def test_a_file_that_does_not_fit_its_pattern_is_refused(tmp_path: Path) -> None
         PeftModel.from_pretrained(CausalLM(SHAPE, seed=1), tmp_path)
     with pytest.warns(UserWarning, match=r"rank_pattern: 'nowhere\.lora_E' matches no target"):
         model(rank_pattern={"nowhere.lora_E": [True] * 4})
+
+
+def test_a_rank_that_nothing_backs_takes_no_memory(tmp_path: Path) -> None:
+    model(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    raw, tensors = read_adapter(tmp_path)
+    write_adapter(tmp_path, {**raw, "init_r": 2**24 - 1}, tensors)
+    plain = CausalLM(SHAPE, seed=1)
+    tracemalloc.start()
+    try:
+        with (
+            pytest.warns(UserWarning, match="r = 16777215 is above the full rank 16"),
+            pytest.raises(FormatError, match=r"lora_A is \(4, 16\), the base needs \(16777215, 16\)"),
+        ):
+            PeftModel.from_pretrained(plain, tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_inspect_and_verify_read_such_a_folder(tmp_path: Path) -> None:
