@@ -400,7 +400,7 @@ def _allocator(model: Any, settings: Settings, trained: list[tuple[str, Paramete
     """What cuts the ranks of the adapter that trains, if it is AdaLoRA's. ConfigError for two, or another schedule."""
     owners = model.active_adapters if isinstance(model, PeftModel) else []
     kinds = [name for name in owners if isinstance(model.peft_config[name], AdaLoraConfig)]
-    own, training = {n: model.rank_allocator(n) for n in kinds}, {id(p) for _, p in trained}
+    own, training = {n: RankAllocator.of(model, n) for n in kinds}, {id(p) for _, p in trained}
     found = {n: a for n, a in own.items() if any(id(p) in training for p in a.params)}
     if len(found) > 1:
         raise ConfigError(f"adapters {', '.join(found)} share no budget: train one AdaLoRA adapter at a time")

@@ -22,6 +22,7 @@ from strict_xp import METER, STRICT, counted, no_sync
 from minilora import functional as F
 from minilora.architecture import TransformerConfig
 from minilora.autograd import Tensor, gradients, no_grad
+from minilora.data import Batch
 from minilora.errors import CheckpointError, ConfigError, FormatError
 from minilora.formats import load_file, read_adapter, write_adapter
 from minilora.gradcheck import check_gradient
@@ -216,17 +217,31 @@ def test_a_count_is_r_times_in_and_out_and_one() -> None:
     assert total - trainable == sum(p.size for p in CausalLM(SHAPE).parameters())
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_a_prepared_step_computes_the_same_and_lora_e_gets_its_gradient(dropout: float) -> None:
-    made, x = layer(lora_dropout=dropout).eval(), Tensor(np.random.default_rng(1).standard_normal((3, 4, 5)))
-    E, ones = made.adapters["a"].lora_E, np.ones((3, 4, 6))
-    plain, grad = made(x).data, gradients(made(x), [E], ones)[0]
+@given(st.integers(0, 99), st.integers(1, 9), st.integers(1, 9), st.integers(0, 6))
+def test_a_prepared_step_computes_the_same_and_finds_the_same_gradients(seed: int, i: int, o: int, kept: int) -> None:
+    made, rng = layer(seed, i, o, init_r=6).eval(), np.random.default_rng(seed)
+    adapter = made.adapters["a"]
+    adapter.keep(np.arange(6) < kept)
+    leaves = [Tensor(rng.standard_normal((3, 4, i)), True), adapter.lora_A, adapter.lora_E, adapter.lora_B]
+    dy = rng.standard_normal((3, 4, o))
+    expected = [made(leaves[0]).data, *gradients(made(leaves[0]), leaves, dy)]
     made.prepare_step()
     try:
-        assert np.allclose(made(x).data, plain, rtol=1e-12, atol=0)
-        assert np.allclose(gradients(made(x), [E], ones)[0], grad, rtol=1e-12, atol=0)
+        assert made._effective is not None
+        found = [made(leaves[0]).data, *gradients(made(leaves[0]), leaves, dy)]
     finally:
         made.end_step()
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert np.abs(one - other).max(initial=0) <= 1e-12 * max(1, np.abs(other).max(initial=0))
+
+
+def test_with_dropout_nothing_is_prepared() -> None:
+    made = layer(lora_dropout=0.4)
+    made.prepare_step()
+    assert made._effective is None
+    made.eval().prepare_step()
+    assert made._effective is not None
 
 
 def test_dropout_is_on_x_in_training_alone() -> None:
@@ -535,7 +550,7 @@ def test_pruning_leaves_dw_within_its_rounding(seed: int, r: int, inputs: int, o
 def trained(seed: int = 0, dtype: str = "float32", **changes: Any) -> tuple[PeftModel, RankAllocator]:
     """A model whose allocator has come to its end, with hand-made gradients; some layers keep nothing."""
     made = model(dtype, **{"init_lora_weights": False, "total_step": 4, "tfinal": 1, **changes})
-    ranks, rng = made.rank_allocator(), np.random.default_rng(seed)
+    ranks, rng = RankAllocator.of(made), np.random.default_rng(seed)
     for _ in range(4):
         for a in ranks.adapters.values():  # what was masked grows again, but for the last time
             a.lora_E.data = a.lora_E.data + a.lora_E.dtype.type(0.1) * (a.lora_E.data == 0)
@@ -583,12 +598,12 @@ def test_what_was_pruned_trains_on_and_may_be_pruned_again(tmp_path: Path) -> No
     ranks.prune()
     first = dict(made.peft_config["default"].rank_pattern)
     with pytest.raises(ConfigError, match="ranks are final after step 3, this is step 0"):
-        made.rank_allocator().prune()
+        RankAllocator.of(made).prune()
     raw = made.peft_config["default"].to_dict() | {"target_r": 1, "inference_mode": False}
     made.save_pretrained(tmp_path / "first")
     write_adapter(tmp_path / "first", raw, load_file(tmp_path / "first" / "adapter_model.safetensors"))
     again = PeftModel.from_pretrained(CausalLM(SHAPE, seed=1), tmp_path / "first", is_trainable=True)
-    more, rng = again.rank_allocator(), np.random.default_rng(1)
+    more, rng = RankAllocator.of(again), np.random.default_rng(1)
     assert more.initial == 3 * len(more.adapters)
     for _ in range(4):
         more.step(random_grads(more, rng))
@@ -675,10 +690,10 @@ def test_adapters_of_two_kinds_live_side_by_side(tmp_path: Path) -> None:
     again.load_adapter(tmp_path / "plain", "plain")
     again.set_adapter(["default", "plain"])
     assert again(IDS).data.tobytes() == both.tobytes()
-    with pytest.raises(ConfigError, match="adapter 'plain' is LORA: only ADALORA has ranks"):
-        made.rank_allocator("plain")
-    with pytest.raises(ConfigError, match="no adapter 'nothing'"):
-        made.rank_allocator("nothing")
+    with pytest.raises(ConfigError, match=r"only an ADALORA adapter .* 'plain' is none: .* plain \(LORA\)"):
+        RankAllocator.of(made, "plain")
+    with pytest.raises(ConfigError, match=r"'nothing' is none: there is default \(ADALORA\)"):
+        RankAllocator.of(made, "nothing")
 
 
 # ---- training ----
@@ -694,30 +709,44 @@ def test_to_train_without_the_allocator_is_an_error_and_not_silence() -> None:
     made = model().train()
     optimizer = SGD([p for p in made.parameters() if p.requires_grad], lr=0.1)
     hand_made_step(made, optimizer)
-    with pytest.raises(ConfigError, match=r"AdaLoRA trains with a RankAllocator: .*model\.rank_allocator\(\)"):
+    with pytest.raises(ConfigError, match=r"AdaLoRA trains with a RankAllocator: .*RankAllocator\.of\(model\)"):
         hand_made_step(made, optimizer)
-    ranks = made.rank_allocator()  # takes the weights as they are
+    ranks = RankAllocator.of(made)  # takes the weights as they are
     hand_made_step(made, optimizer)
     with pytest.raises(ConfigError, match="AdaLoRA trains with a RankAllocator"):  # to make one is not to call it
         hand_made_step(made, optimizer)
     with no_grad():
         made(IDS)
     made.eval()(IDS)  # only what trains needs one
-    ranks = made.rank_allocator()
+    ranks = RankAllocator.of(made)
     optimizer = SGD(ranks.params, lr=0.1)
     made.train()
     for _ in range(3):
         ranks.step(hand_made_step(made, optimizer))
     made.set_adapter("default", inference_mode=True)
-    made.rank_allocator()
+    RankAllocator.of(made)
     for p in ranks.params:
         p.data = 2 * p.data
     made(IDS)
 
 
+def test_a_prepared_step_wants_the_allocator_too() -> None:
+    made = model().train()
+    ranks = RankAllocator.of(made)
+    optimizer, batch = SGD(ranks.params, lr=0.1), Batch(IDS[:, :-1], IDS[:, 1:])
+    with ShardedStep(made, 2, 1) as sharded:
+        for called in (True, False):
+            _, grads = sharded.gradients(batch, ranks.params)
+            optimizer.step(grads)
+            if called:
+                ranks.step(grads)
+        with pytest.raises(ConfigError, match="AdaLoRA trains with a RankAllocator"):
+            sharded.gradients(batch, ranks.params)
+
+
 def test_who_goes_back_to_a_state_and_its_weights_trains_on_from_there() -> None:
     made = model().train()
-    ranks = made.rank_allocator()
+    ranks = RankAllocator.of(made)
     optimizer = SGD(ranks.params, lr=0.1)
     state, weights, seen = ranks.state_dict(), [p.data.copy() for p in ranks.params], []
     for _ in range(2):
@@ -751,10 +780,10 @@ def test_a_run_allocates_logs_and_prunes(tmp_path: Path) -> None:
     assert all(line["penalty"] > 0 for line in log)
     assert set(log[0]["ranks"].values()) == {4}
     told = {line["step"]: sum(line["ranks"].values()) for line in log if "ranks" in line}
-    expected = RankAllocator(made.rank_allocator().adapters, made.peft_config["default"])
+    expected = RankAllocator(RankAllocator.of(made).adapters, made.peft_config["default"])
     expected.initial = 4 * 14
     assert told == {0: 56, 2: expected.budget(3), 5: expected.budget(6), 7: 28}  # step 7 is the eighth
-    adapters = made.rank_allocator().adapters
+    adapters = RankAllocator.of(made).adapters
     assert {path: a.r for path, a in adapters.items()} == log[7]["ranks"]
     assert all(a.lora_E.data.all() for a in adapters.values())
     assert set(made.peft_config["default"].rank_pattern) == {f"{path}.lora_E" for path in adapters}
@@ -859,7 +888,7 @@ def test_the_allocator_waits_for_the_device_only_when_it_allocates() -> None:
     results = []
     for device in (STRICT, "cpu"):
         made = model(device=device, init_lora_weights=False, **{**SCHEDULE, "tinit": 3})
-        ranks, rng = made.rank_allocator(), np.random.default_rng(0)
+        ranks, rng = RankAllocator.of(made), np.random.default_rng(0)
         backend = ranks.params[0].backend
         for t in range(1, 13):
             grads = [backend.from_numpy(g) for g in random_grads(ranks, rng)]

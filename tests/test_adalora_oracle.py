@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from minilora import functional as F
 from minilora.autograd import gradients
 from minilora.formats import load_file
-from minilora.lora import AdaLoraAdapter, AdaLoraConfig, PeftModel, get_peft_model
+from minilora.lora import AdaLoraAdapter, AdaLoraConfig, PeftModel, RankAllocator, get_peft_model
 from minilora.optim import AdamW
 from minilora.transformer import CausalLM
 
@@ -125,7 +125,7 @@ def test_300_steps_give_the_ranks_of_peft_s_allocator(llama: tuple[Path, Any], t
     model.save_pretrained(tmp_path)
     ours = PeftModel.from_pretrained(CausalLM.from_pretrained(base, dtype="float64"), tmp_path, is_trainable=True)
     assert {p.dtype for p in ours.parameters()} == {np.dtype(np.float64)}
-    allocator = ours.rank_allocator()
+    allocator = RankAllocator.of(ours)
     optimizer = AdamW(allocator.params, lr=3e-3)
     their_optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
 
@@ -217,7 +217,7 @@ def test_adapters_go_there_and_come_back(
     assert made.get_nb_trainable_parameters()[0] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     randomise((p for p in made.parameters() if p.requires_grad), seed)
     if cut:
-        allocator = made.rank_allocator()
+        allocator = RankAllocator.of(made)
         for adapter, mask in zip(allocator.adapters.values(), masks.values(), strict=True):
             adapter.lora_E.data = np.where(mask[:, None], adapter.lora_E.data, np.float32(0))
         state, _ = allocator.state_dict()

@@ -23,9 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from .. import fused
 from ..autograd import Tensor, grad_enabled, gradients, namespace, record
 from ..backend import Array
 from ..errors import CheckpointError, ConfigError
+from ..functional import Grads
 from ..nn import Dropout, LinearBase, Parameter, normal
 from .config import LoraConfig
 from .lora import LoraAdapter
@@ -126,7 +128,7 @@ class AdaLoraAdapter(LoraAdapter):
         assert isinstance(config, AdaLoraConfig)
         self.r, self.ranknum = config.rank(name), float(config.init_r)
         self.scaling = config.scaling(name)
-        self.dropout = _Unprepared(config.lora_dropout, stream)
+        self.dropout = Dropout(config.lora_dropout, stream)
         std = 0.02 if config.init_lora_weights else 1.0
         for tensor, shape in self.shapes(base, self.r).items():
             zero = tensor == "lora_E" and config.init_lora_weights  # so the start is the base, bit for bit
@@ -144,14 +146,31 @@ class AdaLoraAdapter(LoraAdapter):
 
         ConfigError if this trains and nobody allocates its ranks.
         """
-        if self.training and self.lora_E.requires_grad and grad_enabled():
-            self._require_allocator()
+        self._require_allocator()
         return self.lora_A * self.lora_E, self.lora_B, self.scaling
 
     def delta_weight(self, W: Array) -> Array:
         """dW = s B diag(E) A (O, I), over the base's weight W (O, I) and in its precision."""
         A, E, B = (p.data.astype(W.dtype) for p in (self.lora_A, self.lora_E, self.lora_B))
         return (B @ (A * E)) * self.scaling
+
+    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], fused.Pull]:
+        """Add dW to W (O, I) in place; returns the parameters, and how their gradients are found: LoRA's, then dE."""
+        self._require_allocator()
+        xp, a, e, b, s = (
+            self.lora_A.backend.xp,
+            *(p.data for p in (self.lora_A, self.lora_E, self.lora_B)),
+            self.scaling,
+        )
+        W += (b @ (a * e)) * s
+        scaled_t = xp.ascontiguousarray((a * e).T)  # (I, r)
+
+        def pull(X: Array, dY: Array) -> Grads:
+            product = ((dY @ b) * s).T @ X  # of E A: (r, N) @ (N, I) -> (r, I)
+            dE = (product * a).sum(axis=1, keepdims=True)
+            return product * e, dE, dY.T @ ((X @ scaled_t) * s)  # dA (r, I), dE (r, 1), dB (O, r)
+
+        return (self.lora_A, self.lora_E, self.lora_B), pull
 
     def keep(self, kept: np.ndarray) -> None:
         """Cut out every triplet i with kept[i] False: new, smaller parameters. dW changes by theirs alone."""
@@ -169,22 +188,15 @@ class AdaLoraAdapter(LoraAdapter):
 
     def _require_allocator(self) -> None:
         """Between two forwards of training lora_E may change, but then a RankAllocator has to come after it."""
+        if not (self.training and self.lora_E.requires_grad and grad_enabled()):
+            return
         if self._settled is None:
             self.settle()
         elif self.lora_E.version is not None and self._settled != self.lora_E.version[0]:
             raise ConfigError(
-                "AdaLoRA trains with a RankAllocator: make one with model.rank_allocator(), and call its step(grads) "
+                "AdaLoRA trains with a RankAllocator: make one with RankAllocator.of(model), and call its step(grads) "
                 "after every step of the optimiser. Without it no rank would ever change"
             )
-
-
-class _Unprepared(Dropout):
-    """Dropout that counts as active always: a layer with W + dW prepared for a step would leave lora_E out of it."""
-
-    active = True
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return super().__call__(x) if self.training and self.p > 0 else x
 
 
 # ---- the penalty ----------------------------------------------------------------------------------------------------
@@ -239,6 +251,17 @@ class RankAllocator:
         self.initial = sum(a.r for a in adapters.values())  # b(0), in triplets of all layers
         self.target = min(config.target_r * len(adapters), self.initial)
         self._begin()
+
+    @classmethod
+    def of(cls, model: Any, adapter_name: str | None = None) -> RankAllocator:
+        """For an adapter (the active one) of a PeftModel. ConfigError unless it is AdaLoRA's."""
+        name = model.active_adapter if adapter_name is None else adapter_name
+        config = model.peft_config.get(name)
+        if not isinstance(config, AdaLoraConfig):
+            there = ", ".join(f"{n} ({c.peft_type})" for n, c in model.peft_config.items())
+            raise ConfigError(f"only an ADALORA adapter has ranks to allocate, {name!r:.99} is none: there is {there}")
+        end, modules = f".adapters.{name}", model.get_base_model().named_modules()
+        return cls({p.removesuffix(end): m for p, m in modules if p.endswith(end)}, config)
 
     def _begin(self) -> None:
         """Nothing observed, everything kept, weights taken as they are."""

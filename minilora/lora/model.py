@@ -21,7 +21,6 @@ from ..backend import mix_key
 from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import read_adapter, write_adapter
 from ..nn import Module, Parameter, replace_module
-from .adalora import AdaLoraConfig, RankAllocator
 from .config import LoraConfig
 from .layer import LoraLinear, SavedModule, Wrapper, bypassed
 from .plan import ADAPTERS, PREFIX, Plan, plan_adapter, read_config, wrappers
@@ -181,16 +180,6 @@ class PeftModel(Module):
             if path.endswith(".bias") and wanted and ".modules_to_save." not in path:
                 found[PREFIX + owner + (".base_layer.bias" if owner in layers else ".bias")] = parameter
         return found
-
-    def rank_allocator(self, adapter_name: str | None = None) -> RankAllocator:
-        """What has to cut an AdaLoRA adapter (the active one) as it trains. ConfigError for one of another kind."""
-        name = self.active_adapter if adapter_name is None else adapter_name
-        self._known([name])
-        config = self.peft_config[name]
-        if not isinstance(config, AdaLoraConfig):
-            raise ConfigError(f"adapter {name!r} is {config.peft_type}: only ADALORA has ranks to allocate")
-        layers = {p: m for p, m in self._wrappers().items() if isinstance(m, LoraLinear) and name in m.held}
-        return RankAllocator({path: layer.held[name] for path, layer in layers.items()}, config)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
