@@ -157,13 +157,9 @@ class AdaLoraAdapter(LoraAdapter):
     def effective(self, W: Array) -> tuple[tuple[Tensor, ...], fused.Pull]:
         """Add dW to W (O, I) in place; returns the parameters, and how their gradients are found: LoRA's, then dE."""
         self._require_allocator()
-        xp, a, e, b, s = (
-            self.lora_A.backend.xp,
-            *(p.data for p in (self.lora_A, self.lora_E, self.lora_B)),
-            self.scaling,
-        )
+        a, e, b, s = self.lora_A.data, self.lora_E.data, self.lora_B.data, self.scaling
         W += (b @ (a * e)) * s
-        scaled_t = xp.ascontiguousarray((a * e).T)  # (I, r)
+        scaled_t = self.lora_A.backend.xp.ascontiguousarray((a * e).T)  # (I, r)
 
         def pull(X: Array, dY: Array) -> Grads:
             product = ((dY @ b) * s).T @ X  # of E A: (r, N) @ (N, I) -> (r, I)
