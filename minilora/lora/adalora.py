@@ -18,16 +18,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from .. import functional as F
 from .. import fused
 from ..autograd import Tensor, grad_enabled, gradients, namespace, record
 from ..backend import Array
 from ..errors import CheckpointError, ConfigError
-from ..functional import Grads
 from ..nn import Dropout, LinearBase, Parameter, normal
 from .config import LoraConfig
 from .lora import LoraAdapter
@@ -104,10 +104,6 @@ class AdaLoraConfig(LoraConfig):
         """s, of every layer. init_r stands for the rank for good: to scale up what is left would undo the cut."""
         return self.lora_alpha / (self.init_r + RANK_EPS)
 
-    def idle_patterns(self, names: Collection[str]) -> list[str]:
-        """The layers of rank_pattern that are none of `names`."""
-        return [f"rank_pattern: {k!r:.200}" for k in self.rank_pattern if k.removesuffix(".lora_E") not in names]
-
     def to_dict(self) -> dict[str, Any]:
         """Every field that PEFT 0.21 writes, for adapter_config.json; rank_pattern is null while nothing was cut."""
         return {**super().to_dict(), "rank_pattern": self.rank_pattern or None}
@@ -119,7 +115,6 @@ class AdaLoraAdapter(LoraAdapter):
     r is how many there are, `ranknum` how many there were before the first was cut: s is made of that for good.
     """
 
-    CONFIG = AdaLoraConfig
     TENSORS = ("lora_A", "lora_E", "lora_B")
     SUFFIX = ""  # in PEFT these are bare parameters
     lora_E: Parameter
@@ -141,13 +136,13 @@ class AdaLoraAdapter(LoraAdapter):
         """The trainable tensors of a layer over `base`, by name: r (in + out + 1) numbers."""
         return {"lora_A": (r, base.in_features), "lora_E": (r, 1), "lora_B": (base.out_features, r)}
 
-    def factors(self) -> tuple[Tensor, Tensor, float]:
-        """(diag(E) A, B, s): with the singular values taken into A, the rest is LoRA's forward.
+    def __call__(self, x: Tensor, y: Tensor, base: LinearBase) -> Tensor:
+        """y with this adapter added: LoRA's, its A being diag(E) A.    x (..., I), y (..., O) -> (..., O)
 
         ConfigError if this trains and nobody allocates its ranks.
         """
         self._require_allocator()
-        return self.lora_A * self.lora_E, self.lora_B, self.scaling
+        return F.lora_linear(self.dropout(x), y, self.lora_A * self.lora_E, self.lora_B, self.scaling)
 
     def delta_weight(self, W: Array) -> Array:
         """dW = s B diag(E) A (O, I), over the base's weight W (O, I) and in its precision."""
@@ -161,7 +156,7 @@ class AdaLoraAdapter(LoraAdapter):
         W += (b @ (a * e)) * s
         scaled_t = self.lora_A.backend.xp.ascontiguousarray((a * e).T)  # (I, r)
 
-        def pull(X: Array, dY: Array) -> Grads:
+        def pull(X: Array, dY: Array) -> F.Grads:
             product = ((dY @ b) * s).T @ X  # of E A: (r, N) @ (N, I) -> (r, I)
             dE = (product * a).sum(axis=1, keepdims=True)
             return product * e, dE, dY.T @ ((X @ scaled_t) * s)  # dA (r, I), dE (r, 1), dB (O, r)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
@@ -118,12 +118,6 @@ class LoraConfig:
         """s of the layer `name`."""
         alpha, r = pattern_value(name, self.alpha_pattern, self.lora_alpha), self.rank(name)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
-
-    def idle_patterns(self, names: Collection[str]) -> list[str]:
-        """The patterns that mean none of the layers `names`, each behind the name of its field."""
-        keys = [("rank_pattern", key) for key in self.rank_pattern]
-        keys += [("alpha_pattern", key) for key in self.alpha_pattern]
-        return [f"{f}: {key!r:.200}" for f, key in keys if not any(pattern_value(n, {key: True}, False) for n in names)]
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str = "adapter_config.json") -> LoraConfig:

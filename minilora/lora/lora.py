@@ -28,7 +28,6 @@ class LoraAdapter(Module):
     What every adapter offers: its forward `adapter(x, y, base)`, its dW, and its tensors' names and shapes.
     """
 
-    CONFIG: type[LoraConfig] = LoraConfig
     TENSORS: tuple[str, ...] = ("lora_A", "lora_B")  # the trainable attributes, in the order of PEFT's files
     SUFFIX = ".weight"  # of their names there, where each is a module's weight
 
@@ -48,13 +47,9 @@ class LoraAdapter(Module):
         """The trainable tensors of a layer over `base`, by name: r (in + out) numbers."""
         return {"lora_A": (r, base.in_features), "lora_B": (base.out_features, r)}
 
-    def factors(self) -> tuple[Tensor, Tensor, float]:
-        """(A, B, s) with dW = s B A; through A and B gradients reach whatever trains."""
-        return self.lora_A, self.lora_B, self.scaling
-
     def __call__(self, x: Tensor, y: Tensor, base: LinearBase) -> Tensor:
         """y, what the layer gives so far, with this adapter added.    x (..., I), y (..., O) -> (..., O)"""
-        return F.lora_linear(self.dropout(x), y, *self.factors())
+        return F.lora_linear(self.dropout(x), y, self.lora_A, self.lora_B, self.scaling)
 
     def delta_weight(self, W: Array) -> Array:
         """dW = s B A (O, I), over the base's weight W (O, I) and in its precision."""

@@ -23,9 +23,7 @@ from ..formats import read_adapter, write_adapter
 from ..nn import Module, Parameter, replace_module
 from .config import LoraConfig
 from .layer import LoraLinear, SavedModule, Wrapper, bypassed
-from .plan import ADAPTERS, PREFIX, Plan, plan_adapter, read_config, wrappers
-
-TENSORS = {name for adapter in ADAPTERS.values() for name in adapter.TENSORS}
+from .plan import ADAPTERS, PREFIX, TENSORS, Plan, plan_adapter, read_config, wrappers
 
 
 def get_peft_model(model: Any, config: LoraConfig, adapter_name: str = "default", seed: int = 0) -> PeftModel:
@@ -39,10 +37,7 @@ def get_peft_model(model: Any, config: LoraConfig, adapter_name: str = "default"
 
 
 def peft_name(path: str, configs: Mapping[str, LoraConfig]) -> str:
-    """An attribute path -> PEFT's name: `q_proj.adapters.default.lora_A` is `q_proj.lora_A.default.weight`.
-
-    Whether there is a `.weight` is for the adapter's kind to say, which is in `configs` by the adapter's name.
-    """
+    """An attribute path -> PEFT's name: `q_proj.adapters.default.lora_A` is `q_proj.lora_A.default.weight` for LoRA."""
     layer, inside, rest = path.rpartition(".adapters.")
     if not inside:
         return PREFIX + path

@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError
 from ..nn import LinearBase, Module
-from .adalora import AdaLoraAdapter
+from .adalora import AdaLoraAdapter, AdaLoraConfig
 from .config import DEFAULT_TARGETS, LoraConfig
 from .layer import LoraLinear, SavedModule, Wrapper
 from .lora import LoraAdapter
-from .targets import in_layers, matches
+from .targets import in_layers, matches, pattern_value
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 # By peft_type; a relative of LoRA is one line here.
 ADAPTERS: dict[str, type[LoraAdapter]] = {"LORA": LoraAdapter, "ADALORA": AdaLoraAdapter}
+CONFIGS: dict[str, type[LoraConfig]] = {"LORA": LoraConfig, "ADALORA": AdaLoraConfig}
+TENSORS = {name for adapter in ADAPTERS.values() for name in adapter.TENSORS}
 Modules = dict[str, Any]  # by path
 
 
@@ -53,10 +55,9 @@ class Plan(NamedTuple):
 def read_config(fields: dict[str, Any], where: str) -> LoraConfig:
     """The configuration that an adapter_config.json holds, of whichever kind it says. ConfigError as from_dict's."""
     kind = fields.get("peft_type", "LORA")
-    adapter = ADAPTERS.get(kind) if isinstance(kind, str) else None
-    if adapter is None:
-        raise ConfigError(f"{where}: peft_type must be {' or '.join(map(repr, ADAPTERS))}, got {kind!r}"[:500])
-    return adapter.CONFIG.from_dict(fields, where)
+    if not isinstance(kind, str) or kind not in CONFIGS:
+        raise ConfigError(f"{where}: peft_type must be {' or '.join(map(repr, CONFIGS))}, got {kind!r}"[:500])
+    return CONFIGS[kind].from_dict(fields, where)
 
 
 def plan_adapter(model: Any, config: LoraConfig) -> Plan:
@@ -139,7 +140,11 @@ def _warn(config: LoraConfig, found: Modules) -> None:
     if config.fan_in_fan_out:
         notes.append("fan_in_fan_out is for layers that store W as (in, out); these do not: set to False")
         config.fan_in_fan_out = False
-    notes += [f"{pattern} matches no target" for pattern in config.idle_patterns(found)]
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, name):  # a pattern; in AdaLoRA's rank_pattern the name of a layer's lora_E
+            named = key.removesuffix(".lora_E") in found
+            if not named and not any(pattern_value(path, {key: True}, False) for path in found):
+                notes.append(f"{name}: {key!r:.200} matches no target")
     above = [p for p, layer in found.items() if config.rank(p) > min(layer.in_features, layer.out_features)]
     if above:
         full = min(found[above[0]].in_features, found[above[0]].out_features)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..backend import Array
 from ..formats import Checkpoint, bf16_from, bf16_to_float32, read_checkpoint
 from ..inspection import effective_rank, singular_values
-from ..lora import PeftModel
+from ..lora import AdaLoraAdapter, PeftModel
 from ..transformer import CausalLM
 from .case import Case, cases_of, random_case
 from .measuring import Measured, Property
@@ -114,7 +114,8 @@ def verify_files(base: str | Path, adapter: str | Path, seed: int = 0) -> Report
 
 def _finding(case: Case, checkpoint: Checkpoint) -> Finding:
     (adapter,) = (case.subject.adapters[name] for name in case.configs)
-    (A, B), s = (factor.numpy() for factor in adapter.factors()[:2]), adapter.scaling
+    A, B, s = adapter.lora_A.numpy(), adapter.lora_B.numpy(), adapter.scaling
+    A = A * adapter.lora_E.numpy() if isinstance(adapter, AdaLoraAdapter) else A
     W, key = case.subject.base_layer.dense_weight().astype(np.float64), f"{case.name}.weight"
     with np.errstate(all="ignore"):  # what is not finite is found, not warned of
         dW = s * (B.astype(np.float64) @ A.astype(np.float64))
