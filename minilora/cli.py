@@ -382,7 +382,8 @@ def build_parser() -> argparse.ArgumentParser:
     def command(run: Callable[[argparse.Namespace], None], text: str, example: str) -> argparse.ArgumentParser:
         options: dict[str, Any] = {"help": text, "description": text, "usage": f"minilora {run.__name__} [options]"}
         options |= {"epilog": f"example: minilora {run.__name__} {example}", "allow_abbrev": False}
-        sub = commands.add_parser(run.__name__, **options, formatter_class=_Wide)
+        sub = commands.add_parser(run.__name__, **options, formatter_class=_Wide, add_help=False)
+        sub.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)  # whoever reads it knows
         sub.set_defaults(run=run)
         return sub
 
@@ -406,9 +407,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
         sub.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations")
         sub.add_argument("--abort-on-divergence", action="store_true", help="stop when the loss leaves for good")
-        sub.add_argument(
-            "--gradient-checkpointing", action="store_true", help="train in less memory, and a third more time"
-        )
+        sub.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
         for name, default, kind in (
             ("steps", 400, int), ("batch-size", 16, int), ("context", 128, int), ("lr", lr, float), ("warmup", 20, int),
             ("weight-decay", 0.0, float), ("max-grad-norm", 1.0, float), ("accumulate", 1, int),
