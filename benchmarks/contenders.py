@@ -49,6 +49,7 @@ class Minilora(Contender):
         self.model: Any = CausalLM.from_pretrained(work / "base").train()
         if self.method != "full":
             self.model = PeftModel.from_pretrained(self.model, work / "adapter", is_trainable=True)
+        self.model.get_base_model().gradient_checkpointing_enable(self.method == "recomputed")
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.optimizer = AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
         self.sharded = ShardedStep(self.model, threads).__enter__()

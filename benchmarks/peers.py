@@ -1,15 +1,17 @@
 """A training step of minilora beside PyTorch + peft and JAX: the same weights, batches and optimiser, in turn.
 
-    python benchmarks/peers.py [--sizes micro,tiny,small,gpt2] [--methods lora,full] [--rounds 7] [--steps 5]
-                               [--contenders minilora,torch,torch-compile,transformers,jax] [--threads 2] [--write]
+    python benchmarks/peers.py [--sizes micro,tiny,small,gpt2,long] [--methods lora,recomputed,full,generate]
+                               [--contenders minilora,torch,torch-compile,transformers,jax]
+                               [--rounds 5] [--steps N] [--threads 2] [--write]
 
 Every contender is a process of its own that waits between its turns; a turn is one step that does not count (the
-others have had the caches) and `--steps` that do. The figure is the median over all turns; the ratio is the median of
+others have had the caches) and `--steps` that do, by default about a second's worth. The figure is the median over all turns; the ratio is the median of
 the ratios turn by turn, so that a machine whose speed drifts does not decide. The losses of all must agree to 1e-4. A
 contender that is not installed is left out and named. `--write` keeps the result in
 benchmarks/results/cpu-peers.json. Two minutes: --sizes micro,tiny --contenders minilora,torch,transformers --rounds 3.
 
-The method `generate` is greedy decoding by the plain base, minilora's beside transformers' own: a step is one call,
+`long` is one sequence of 1,024 tokens through the size gpt2; `recomputed` is minilora's LoRA step with gradient
+checkpointing, for its memory. The method `generate` is greedy decoding by the plain base, minilora's beside transformers' own: a step is one call,
 which appends 96 tokens to one prompt of 32, in size small also to 16, and the tokens must be the same.
 """
 
@@ -37,13 +39,18 @@ SIZES = {  # Llama-shaped: layers, width, MLP width, heads, vocabulary, batch, c
     "tiny": (4, 128, 384, 4, 256, 16, 128),
     "small": (6, 384, 1024, 6, 256, 8, 256),
     "gpt2": (12, 768, 2048, 12, 50257, 2, 256),
+    "long": (12, 768, 2048, 12, 50257, 1, 1024),
 }
+STEPS = {"micro": 30, "tiny": 8, "small": 2}  # a turn; elsewhere one
 PEERS = ("torch", "torch-compile", "transformers", "jax")
 PACKAGES = {"torch": "torch", "torch-compile": "torch", "transformers": "transformers", "jax": "jax"}
-LEFT_OUT = {("jax", "full"), *((peer, "generate") for peer in ("torch", "torch-compile", "jax"))}
+LEFT_OUT = {  # JAX has no tied heads here, and torch.compile takes minutes for nothing: it gains little with LoRA
+    ("jax", "full"), ("torch-compile", "full"), *((peer, "recomputed") for peer in PEERS),
+    *((peer, "generate") for peer in ("torch", "torch-compile", "jax")),
+}  # fmt: skip
 AGREE = 1e-4  # losses, at most this far apart
 SAME = 0.99  # of the tokens, at least: two likeliest tokens may be closer to each other than float32 can say
-PROMPTS = {"small": (1, 16)}  # generation's batch sizes; elsewhere one prompt
+PROMPTS = {"tiny": (1,), "small": (1, 16)}  # generation's batch sizes
 PROMPT, NEW = 32, 96  # tokens, as far as the context reaches
 PAUSE = 0.5  # seconds before a turn: the others' worker threads spin for a while after their work, and take a core
 
@@ -67,7 +74,8 @@ def prepare(work: Path, shape: tuple[int, ...], method: str, r: int = 8, count: 
     new = min(NEW, T - PROMPT)
     length, tokens = (PROMPT, new) if method == "generate" else (T + 1, T)
     np.save(work / "batches.npy", np.random.default_rng(0).integers(0, V, (count, B, length)))
-    (work / "job.json").write_text(json.dumps({"method": method, "scaling": 2.0, "tokens": B * tokens, "new": new}))
+    job = {"method": method, "scaling": 2.0, "tokens": B * tokens, "new": new, "weights": 4 * config.parameter_count()}
+    (work / "job.json").write_text(json.dumps(job))
 
 
 # ---- the process of one contender ----------------------------------------------------------------------------------
@@ -186,8 +194,8 @@ def compare(size: str, method: str, names: list[str], args: argparse.Namespace, 
         for _ in range(args.rounds):
             for process in running:
                 time.sleep(PAUSE)
-                process.turn(args.steps)
-        tokens = json.loads((work / "job.json").read_text())["tokens"]
+                process.turn(args.steps or STEPS.get(size, 1))
+        job = json.loads((work / "job.json").read_text())
     ours = next(p for p in running if p.name == "minilora")
     medians = {p.name: statistics.median(s for turn in p.turns for s in turn) for p in running}
     floor = medians.pop("floor", None)
@@ -201,8 +209,9 @@ def compare(size: str, method: str, names: list[str], args: argparse.Namespace, 
             "milliseconds": round(1e3 * median, 3),
             "over_minilora": round(statistics.median(ratios), 3),
             **({"over_floor": round(median / floor, 3)} if floor else {}),
-            "tokens_per_second": round(tokens / median),
-            "peak_megabytes": round(p.peak / 2**20, 1),
+            "tokens_per_second": round(job["tokens"] / median),
+            "peak_megabytes": round(p.peak / 1e6, 1),
+            "over_weights_megabytes": round((p.peak - job["weights"]) / 1e6, 1),
             "faults_per_step": statistics.median(p.faults),
             "seconds_to_first_step": round(p.ready, 2),
             **(same_tokens if method == "generate" else same_losses)(f"{size} {method} {p.name}", p, ours),
@@ -254,11 +263,11 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="micro,tiny,small,gpt2")
-    parser.add_argument("--methods", default="lora,full")
+    parser.add_argument("--sizes", default="micro,tiny,small,gpt2,long")
+    parser.add_argument("--methods", default="lora,recomputed,full,generate")
     parser.add_argument("--contenders", default=",".join(("minilora", *PEERS)))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="a turn")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=300, help="seconds that one answer may take")
     parser.add_argument("--write", action="store_true")
@@ -278,7 +287,9 @@ def main() -> None:
     results = []
     for size in args.sizes.split(","):
         for method in args.methods.split(","):
-            for prompts in PROMPTS.get(size, (1,)) if method == "generate" else (0,):
+            if (method == "recomputed") > (size == "long") or (size == "long" and method in ("full", "generate")):
+                continue
+            for prompts in PROMPTS.get(size, ()) if method == "generate" else (0,):
                 result = compare(size, method, [n for n in names if (n, method) not in LEFT_OUT], args, prompts)
                 show(result)
                 results.append(result)

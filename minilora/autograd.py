@@ -56,14 +56,14 @@ def record(data: Array, inputs: tuple[Tensor, ...], vjp: Vjp) -> Tensor:
     y._data = data if isinstance(data, backend.xp.ndarray) else backend.xp.asarray(data)  # reductions give scalars
     y.grad = y.node = y.version = None
     y.requires_grad = False
-    parents, guards = [], []
+    parents, guards, view = [], [], y._data.base is not None
     for t in inputs:
         parents.append((t.node or t) if t.requires_grad else None)
         y.requires_grad |= t.requires_grad
         if t.version is not None:
-            owner = _owner(t._data)
+            owner = t._data if t._data.base is None else _owner(t._data)
             guards.append((t.version, t.version[0], id(owner)))
-            if y._data.base is not None and _owner(y._data) is owner:  # a view of a leaf changes when the leaf does
+            if view and _owner(y._data) is owner:  # a view of a leaf changes when the leaf does
                 y.version = t.version
     if y.requires_grad:
         y.requires_grad = grad_enabled()

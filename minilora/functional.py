@@ -26,8 +26,8 @@ def rows(x: Array) -> Array:
 
 
 def row_dot(xp: Any, a: Array, b: Array) -> Array:
-    """sum_c a[n, c] b[n, c]    both (N, C) -> (N, 1). A product with ones sums faster than a reduction does."""
-    return (a * b) @ xp.ones((a.shape[1], 1), a.dtype)
+    """sum_c a[n, c] b[n, c]    both (N, C) -> (N, 1). N products of a row and a column: one call."""
+    return xp.matmul(a[:, None, :], b[:, :, None])[:, 0]
 
 
 # ---- linear maps ----------------------------------------------------------------------------------------------------
