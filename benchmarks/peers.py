@@ -5,14 +5,16 @@
                                [--rounds 5] [--steps N] [--threads 2] [--write]
 
 Every contender is a process of its own that waits between its turns; a turn is one step that does not count (the
-others have had the caches) and `--steps` that do, by default about a second's worth. The figure is the median over all turns; the ratio is the median of
-the ratios turn by turn, so that a machine whose speed drifts does not decide. The losses of all must agree to 1e-4. A
-contender that is not installed is left out and named. `--write` keeps the result in
-benchmarks/results/cpu-peers.json. Two minutes: --sizes micro,tiny --contenders minilora,torch,transformers --rounds 3.
+others have had the caches) and `--steps` that do, by default about a second's worth. The figure is the median over all
+turns; the ratio is the median of the ratios turn by turn, so that a machine whose speed drifts does not decide. The
+losses of all must agree to 1e-4. A contender that is not installed is left out and named. `--write` keeps the result
+in benchmarks/results/cpu-peers.json: 20 minutes. Two: --sizes micro,tiny --contenders minilora,torch,transformers
+--methods lora --rounds 3.
 
 `long` is one sequence of 1,024 tokens through the size gpt2; `recomputed` is minilora's LoRA step with gradient
-checkpointing, for its memory. The method `generate` is greedy decoding by the plain base, minilora's beside transformers' own: a step is one call,
-which appends 96 tokens to one prompt of 32, in size small also to 16, and the tokens must be the same.
+checkpointing, for its memory. The method `generate` is greedy decoding by the plain base, minilora's beside
+transformers' own: a step is one call, which appends 96 tokens to one prompt of 32, in size small also to 16, and the
+tokens must be the same.
 """
 
 from __future__ import annotations

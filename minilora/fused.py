@@ -109,47 +109,46 @@ def linear_cross_entropy(
     """
     xp, V, shape, W = namespace(x, head), len(head), x.shape, head.data
     t, ignored, weight = counted(x.backend, shape[:-1], V, targets, ignore_index, reduction)
-    ignored, weight = ignored[:, None], weight.astype(x.dtype)[:, None]  # (N, 1)
-    X = xp.where(ignored, 0, rows(x.data))  # a row that does not count is read no further, whatever it holds
+    weight = weight.astype(x.dtype)
+    X = xp.where(ignored[:, None], 0, rows(x.data))  # a row that does not count is read no further, whatever it holds
     dX = xp.empty_like(X) if grad_enabled() and x.requires_grad else None
     dW = xp.zeros_like(W) if grad_enabled() and head.requires_grad else None
     loss = xp.zeros((), X.dtype)
     for at in _slices(len(X), ROWS):
-        Xn, tn, w = X[at], t[at, None], weight[at]  # (n, C), (n, 1), (n, 1)
-        top, total, hit = xp.full(w.shape, -np.inf, X.dtype), xp.zeros(w.shape, X.dtype), xp.zeros(w.shape, X.dtype)
-        skip, words = ignored[at, 0], _slices(V, max(1, LOGITS // len(Xn)))
+        Xn, tn, w, skip = X[at], t[at], weight[at], ignored[at]  # (n, C), (n,), (n,), (n,)
+        top, total, hit = (xp.full(w.shape, start, X.dtype) for start in (-np.inf, 0, 0))
+        words = _slices(V, max(1, LOGITS // len(Xn)))
 
         def logits(v: slice, Xn: Array = Xn, skip: Array = skip) -> Array:
-            Z = Xn @ W[v].T  # (n, C) @ (C, v) -> (n, v)
-            Z[skip] = 0
+            Z = W[v] @ Xn.T  # (v, C) @ (C, n) -> (v, n): NumPy reduces over rows with whole vectors
+            Z[:, skip] = 0
             return Z
 
         for v in words:
             E = logits(v)
-            logit = xp.take_along_axis(E, xp.clip(tn - v.start, 0, v.stop - v.start - 1), axis=1)
+            logit = xp.take_along_axis(E, xp.clip(tn - v.start, 0, v.stop - v.start - 1)[None], axis=0)[0]
             hit = xp.where((tn >= v.start) & (tn < v.stop), logit, hit)
-            before, top = top, xp.maximum(top, E.max(axis=1, keepdims=True))
+            before, top = top, xp.maximum(top, E.max(axis=0))
             with np.errstate(invalid="ignore"):  # an infinite logit makes its row NaN
                 E -= top
                 xp.exp(E, out=E)
                 shrink = xp.exp(before - top)
-            total = total * shrink + E.sum(axis=1, keepdims=True)
+            total = total * shrink + E.sum(axis=0)
             if dX is not None:
-                part = E @ W[v]  # (n, v) @ (v, C)
-                dX[at] = part if v.start == 0 else dX[at] * shrink + part
+                part = E.T @ W[v]  # (n, v) @ (v, C)
+                dX[at] = part if v.start == 0 else dX[at] * shrink[:, None] + part
         with np.errstate(invalid="ignore"):
             each = xp.log(total) - (hit - top)  # not log + top - hit: near 0 that would round it away
-        loss = loss + (xp.where(ignored[at], 0, each) * w).sum()
+        loss = loss + (xp.where(skip, 0, each) * w).sum()
+        share = (w / total)[:, None]  # (n, 1)
         if dX is not None:
-            dX[at] = dX[at] * (w / total) - W[tn[:, 0]] * w
+            dX[at] = xp.where(skip[:, None], 0, dX[at] * share - W[tn] * w[:, None])
         if dW is not None:
             for v in words:
                 E = E if len(words) == 1 else xp.exp(logits(v) - top)
-                dW[v] += E.T @ (Xn * (w / total))  # (v, n) @ (n, C)
-    if dX is not None:
-        dX = xp.where(ignored, 0, dX)
+                dW[v] += E @ (Xn * share)  # (v, n) @ (n, C)
     if dW is not None:
-        dW -= x.backend.add_rows(t, X * weight, V)
+        dW -= x.backend.add_rows(t, X * weight[:, None], V)
 
     def vjp(dy: Array) -> Grads:
         return None if dX is None else (dX * dy).reshape(shape), None if dW is None else dW * dy
