@@ -8,8 +8,8 @@ Every contender is a process of its own that waits between its turns; a turn is 
 others have had the caches) and `--steps` that do, by default about a second's worth. The figure is the median over all
 turns; the ratio is the median of the ratios turn by turn, so that a machine whose speed drifts does not decide. The
 losses of all must agree to 1e-4. A contender that is not installed is left out and named. `--write` keeps the result
-in benchmarks/results/cpu-peers.json: 20 minutes. Two: --sizes micro,tiny --contenders minilora,torch,transformers
---methods lora --rounds 3.
+in benchmarks/results/cpu-peers.json, in place of what was measured there before: 20 minutes. Two minutes:
+--sizes micro,tiny --contenders minilora,torch,transformers --methods lora --rounds 3.
 
 `long` is one sequence of 1,024 tokens through the size gpt2; `recomputed` is minilora's LoRA step with gradient
 checkpointing, for its memory. The method `generate` is greedy decoding by the plain base, minilora's beside
@@ -43,6 +43,7 @@ SIZES = {  # Llama-shaped: layers, width, MLP width, heads, vocabulary, batch, c
     "gpt2": (12, 768, 2048, 12, 50257, 2, 256),
     "long": (12, 768, 2048, 12, 50257, 1, 1024),
 }
+METHODS = ["lora", "recomputed", "full", "generate"]
 STEPS = {"micro": 30, "tiny": 8, "small": 2}  # a turn; elsewhere one
 PEERS = ("torch", "torch-compile", "transformers", "jax")
 PACKAGES = {"torch": "torch", "torch-compile": "torch", "transformers": "transformers", "jax": "jax"}
@@ -263,10 +264,14 @@ def show(result: dict[str, Any]) -> None:
         print(f"  {name:14} left out: {reason}")
 
 
+def _key(result: dict[str, Any]) -> tuple[Any, ...]:
+    return result["size"], result["method"], result.get("prompts")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="micro,tiny,small,gpt2,long")
-    parser.add_argument("--methods", default="lora,recomputed,full,generate")
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--contenders", default=",".join(("minilora", *PEERS)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="a turn")
@@ -302,12 +307,16 @@ def main() -> None:
                 from importlib.metadata import version
 
                 versions[package] = version(package)
+        command = "python " + " ".join(["benchmarks/peers.py", *sys.argv[1:]])
+        for result in results:
+            result |= {"command": command, "date": time.strftime("%Y-%m-%d")}
+        old = json.loads(RESULT.read_text())["results"] if RESULT.exists() else []
+        new = {_key(result) for result in results}
+        results = [result for result in old if _key(result) not in new] + results
         report = {
-            "command": "python " + " ".join(["benchmarks/peers.py", *sys.argv[1:]]),
-            "date": time.strftime("%Y-%m-%d"),
             "machine": f"{platform.machine()}, {args.threads} threads, Python {platform.python_version()}",
             "versions": versions,
-            "results": results,
+            "results": sorted(results, key=lambda r: (list(SIZES).index(r["size"]), METHODS.index(r["method"]))),
         }
         RESULT.write_text(json.dumps(report, indent=2) + "\n")
 

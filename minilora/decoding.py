@@ -55,8 +55,6 @@ class Decoding:
         self.embedding, self.rotary = model.get_input_embeddings().weight, model.model.layers[0].self_attn.rotary
         self.heads, self.kv_heads, self.eps = c.num_attention_heads, c.kv_heads, c.rms_norm_eps
         self.xp = xp = self.embedding.backend.xp
-        turned = (self.heads + self.kv_heads) * c.head_dim  # type: ignore[operator]
-        self.swap = xp.arange(turned).reshape(-1, 2, c.head_dim // 2)[:, ::-1].reshape(-1)  # type: ignore[operator]
         self.ones = xp.ones((c.hidden_size, 1), self.embedding.dtype)
 
     def __call__(self, ids: Array) -> Array:
@@ -67,11 +65,12 @@ class Decoding:
         cos, sin = self.rotary(at, S, self.embedding)  # (1, (H + K) D)
         turned = cos.shape[1]
         D = turned // (H + K)
+        pairs = H + K, 2, D // 2
+        sin = sin.reshape(pairs)
         for layer, (keys, values) in zip(self.layers, cache.data, strict=True):
             qkv = _times(self.normed(x), layer.qkv)
             qk = qkv[:, :turned]
-            rotated = xp.take(qk, self.swap, axis=1)
-            rotated *= sin
+            rotated = (qk.reshape(B, *pairs)[:, :, ::-1] * sin).reshape(B, turned)  # as in `fused.turn`
             rotated += qk * cos
             keys[:, at] = rotated[:, H * D :].reshape(B, K, D)
             values[:, at] = qkv[:, turned:].reshape(B, K, D)
@@ -82,7 +81,8 @@ class Decoding:
             y = p @ values[:, :S].transpose(0, 2, 1, 3)  # (B, K, G, D)
             y /= p.sum(axis=-1, keepdims=True)
             x += _times(y.reshape(B, H * D), layer.o)
-            gate, up = xp.split(_times(self.normed(x), layer.gate_up), 2, axis=1)
+            both = _times(self.normed(x), layer.gate_up)
+            gate, up = both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
             s = xp.exp(-gate)
             s += 1
             y = gate / s  # silu
@@ -101,11 +101,14 @@ class Decoding:
 
 def _laid_out(layers: list[Any], norm: Array | None = None) -> tuple[Array, Array | None] | None:
     """(W'^T (I, sum of O) with a norm's weight as factors of its rows, bias), or None if a layer runs on its own."""
-    found = nn.effective(layers, None)
-    if found is None:
-        return None
-    xp = layers[0].backend.xp
-    weight = xp.ascontiguousarray(found.weight.T if norm is None else found.weight.T * norm[:, None])
+    first, at, xp = layers[0], 0, layers[0].backend.xp
+    weight = xp.empty((first.in_features, sum(layer.out_features for layer in layers)), first.dtype)
+    for layer in layers:
+        if layer.effective(weight[:, at : at + layer.out_features].T, None) is None:
+            return None
+        at += layer.out_features
+    if norm is not None:
+        weight *= norm[:, None]
     if all(layer.bias is None for layer in layers):
         return weight, None
     zeros = [xp.zeros(layer.out_features, layer.dtype) for layer in layers]

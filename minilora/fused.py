@@ -202,7 +202,7 @@ def attention(
         raise ValueError(f"attention: {heads} heads and {kv_heads} of keys do not fit each other, or {width} channels")
     D = width // (turned + kv_heads)
     Z = qkv.data.reshape(B, T, heads + 2 * kv_heads, D)
-    QK, v = turn(xp, Z[:, :, :turned], cos, sin), Z[:, :, turned:]
+    QK, v = turn(xp, Z[:, :, :turned], cos, sin), Z[:, :, turned:].copy()  # qkv itself is not kept
     q, k = QK[:, :, :heads], QK[:, :, heads:]
     O, back = _attend(xp, q, *(extend(k, v) if extend else (k, v)))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import threadpoolctl
 
 from .autograd import no_grad
 from .decoding import Decoding
@@ -52,19 +53,21 @@ def stream(
     pending = window  # what the model has not seen yet
     plain = model.get_base_model()
     decoding, backend = Decoding.of(plain, cache), plain.get_input_embeddings().weight.backend
-    for _ in range(max_new_tokens):
-        if cache.length + pending.shape[1] > limit:
-            cache.length, pending = 0, window[:, -max(1, limit // 2) :]
-            window = pending
-        if decoding and cache.length and pending.shape[1] == 1:
-            logits = decoding(backend.from_numpy(pending[:, 0]))
-        else:
-            with no_grad():
-                logits = model(pending, cache).data[:, -1]
-        token = sample(backend.to_numpy(logits), rng, temperature, min(top_k or V, V), top_p or 1.0)
-        pending = token[:, None]
-        window = np.concatenate([window, pending], axis=1)
-        yield token
+    # For one prompt BLAS's own threads gain nothing, and lose much where the cores have other work.
+    with threadpoolctl.threadpool_limits(1 if len(ids) == 1 else None, "blas"):
+        for _ in range(max_new_tokens):
+            if cache.length + pending.shape[1] > limit:
+                cache.length, pending = 0, window[:, -max(1, limit // 2) :]
+                window = pending
+            if decoding and cache.length and pending.shape[1] == 1:
+                logits = decoding(backend.from_numpy(pending[:, 0]))
+            else:
+                with no_grad():
+                    logits = model(pending, cache).data[:, -1]
+            token = sample(backend.to_numpy(logits), rng, temperature, min(top_k or V, V), top_p or 1.0)
+            pending = token[:, None]
+            window = np.concatenate([window, pending], axis=1)
+            yield token
 
 
 def sample(logits: np.ndarray, rng: np.random.Generator, temperature: float, top_k: int, top_p: float) -> np.ndarray:

@@ -458,7 +458,7 @@ for variant, (T, H, K) in {
         options = {"heads": H, "kv_heads": K, "block": block, "kept": kept}
         function, definition = (functools.partial(f, **options) for f in (_attention, _attention_definition))
         named = variant + (f",blocks,kept={kept}" if block else "")
-        neural("attention", named, function, definition, normal((2, T, (H + 2 * K) * 4)), (0,))
+        neural("attention", named, function, definition, normal((2, T, (H + 2 * K) * 4)), ())
 
 NEURAL = [op for op in TABLE if op.definition is not None]
 
