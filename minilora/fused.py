@@ -8,7 +8,7 @@ vocabulary, I in, O out, r rank, N rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,15 @@ from .functional import IGNORE, Grads, counted, row_dot, rows
 # ---- one weight for a whole step ------------------------------------------------------------------------------------
 
 Pull = Callable[[Array, Array], Grads]  # from X (N, I) and dY (N, O) to the gradients of some parameters
-Parts = list[tuple[tuple[Tensor, ...], Pull]]  # these parameters, and how
+
+
+class OfOutput(NamedTuple):
+    """A pull that also reads the output Y = X W'^T (N, O), without the bias: y is then kept until backward."""
+
+    pull: Callable[[Array, Array, Array], Grads]
+
+
+Parts = list[tuple[tuple[Tensor, ...], Pull | OfOutput]]  # these parameters, and how
 
 
 class Effective:
@@ -61,6 +69,9 @@ def effective_linear(x: Tensor, effective: Effective) -> Tensor:
     def layer(z: Array, i: int) -> Array:  # its (N, O_i), a view
         return z[i] if stacked else z[:, at[i]]
 
+    y_kept = y if any(isinstance(pull, OfOutput) for _, pull in pulls) else None
+    if y_kept is not None and effective.biases:
+        y = y.copy()  # Y + b - b would not be Y
     for i, bias in effective.biases:
         layer(y, i)[...] += bias.data
     need_dx, need_db = x.requires_grad, [i if bias.requires_grad else None for i, bias in effective.biases]
@@ -77,20 +88,24 @@ def effective_linear(x: Tensor, effective: Effective) -> Tensor:
         found = [None if dX is None else dX.reshape(shape)]
         found += [None if i is None else layer(dY, i).sum(axis=0) for i in need_db]
         for i, pull in pulls:
-            found += pull(X_kept, layer(dY, i))
+            if isinstance(pull, OfOutput):
+                found += pull.pull(X_kept, layer(dY, i), layer(y_kept, i))
+            else:
+                found += pull(X_kept, layer(dY, i))
         return tuple(found)
 
     return record(y.reshape(*flat[:-2], *shape[:-1], flat[-1]), (x, *effective.inputs), vjp)
 
 
-def costs(tokens: int, inputs: int, outputs: int, r: int) -> tuple[int, int]:
+def costs(tokens: int, inputs: int, outputs: int, r: int, normed: bool = False) -> tuple[int, int]:
     """Operations that LoRA adds to a step over `tokens` positions: (W + dW formed once, the low-rank path at each one).
 
     Counted from shapes alone, so that a resumed run chooses alike: 2 r I O operations and three passes over W, which
     weigh as much as 12 each element; against 4 r (I + O) a position, forward and for dx, and twice that because skinny
-    products run at half the speed of square ones.
+    products run at half the speed of square ones. `normed`: that path has to form W + dW as well, to know its norms.
     """
-    return inputs * outputs * (2 * r + 12), tokens * 2 * 4 * r * (inputs + outputs)
+    formed, apart = inputs * outputs * (2 * r + 12), tokens * 2 * 4 * r * (inputs + outputs)
+    return formed, apart + formed * normed
 
 
 # ---- the head and its loss ------------------------------------------------------------------------------------------

@@ -47,7 +47,9 @@ def effective_rank(values: np.ndarray) -> float:
 def inspect_adapter(folder: Path) -> Report:
     """An adapter's folder: its configuration in short, and of each layer the size of dW and the rank it uses.
 
-    FormatError for a file that is damaged, or a lora_A without a lora_B (and AdaLoRA's lora_E) that fits it.
+    Of DoRA dW stands for s B A, what is added to the direction, and beside it is how far the rows' lengths reach: how
+    long they were is the base's to say. FormatError for a file that is damaged, or a lora_A without a lora_B (AdaLoRA's
+    lora_E, DoRA's lora_magnitude_vector) that fits it.
     """
     raw, tensors = read_adapter(folder)
     config = read_config(raw, str(folder / "adapter_config.json"))
@@ -64,7 +66,13 @@ def inspect_adapter(folder: Path) -> Report:
             s = config.scaling(path)
             values = singular_values(A * E, B, s)
             row = {"layer": path, "shape": f"{B.shape[0]} x {A.shape[1]}", "r": A.shape[0], "scaling": f"{s:g}"}
-            rows.append({**row, "|dW|": f"{np.linalg.norm(values):.4g}", "rank": f"{effective_rank(values):.2f}"})
+            row |= {"|dW|": f"{np.linalg.norm(values):.4g}", "rank": f"{effective_rank(values):.2f}"}
+            if config.use_dora:
+                m = tensors.get(f"{layer}.lora_magnitude_vector")
+                if m is None or m.shape != (len(B),):
+                    raise FormatError(f"{folder}: {path}: lora_B {B.shape} has no lora_magnitude_vector that fits it")
+                row["magnitude"] = f"{m.min():.4g} to {m.max():.4g}"
+            rows.append(row)
     return {
         "adapter": str(folder),
         "base": str(config.base_model_name_or_path),

@@ -641,8 +641,8 @@ def adapter_rows() -> Iterator[Row]:
     yield Row(47, "a target twice is a target", repeated, load_fresh, None)
     yield command(47, f"{F} --target-modules nothing", 2, "'nothing' match nothing", "q_proj", "down_proj")
     for name, value in {
-        "peft_type": "VERA", "use_dora": True, "layer_replication": [[0, 1]], "megatron_config": {"a": 1},
-        "megatron_core": "os", "init_lora_weights": "../weights", "loftq_config": {"bits": 4},
+        "peft_type": "VERA", "use_dora": "yes", "lora_bias": True, "layer_replication": [[0, 1]],
+        "megatron_config": {"a": 1}, "megatron_core": "os", "init_lora_weights": "../weights", "loftq_config": {"bits": 4},
         "target_parameters": ["x"], "alora_invocation_tokens": [1], "trainable_token_indices": [0],
         "task_type": "SEQ_CLS", "bias": "some",
     }.items():  # fmt: skip

@@ -96,9 +96,11 @@ def made(tmp_path_factory):
         damaged("base", "base-layers", "config.json", lambda data: data.replace(b'layers": 1', b'layers": 2'))
         damaged("adapter", "adapter-r0", "adapter_config.json", lambda data: data.replace(b'"r": 8', b'"r": 0'))
         damaged("adapter", "adapter-r4", "adapter_config.json", lambda data: data.replace(b'"r": 8', b'"r": 4'))
-        damaged("adapter", "adapter-dora", "adapter_config.json", lambda data: data.replace(b'dora": f', b'dora": t'))
-        dora = Path("adapter-dora/adapter_config.json")
-        dora.write_text(dora.read_text().replace('"use_dora": talse', '"use_dora": true'))
+        dora, biased = (
+            lambda data, n=n: data.replace(b'"%s": false' % n, b'"%s": true' % n) for n in (b"use_dora", b"lora_bias")
+        )
+        damaged("adapter", "adapter-dora", "adapter_config.json", dora)
+        damaged("adapter-dora", "adapter-dora-bias", "adapter_config.json", biased)
         damaged("base", "base-tokens", "tokenizer.json", lambda data: data[:100])
         damaged("base", "base-nan", "config.json", lambda data: data)
         tensors = load_file("base/model.safetensors")
@@ -539,7 +541,13 @@ BAD = [
     (f"{E} --base base-tokens", 3, "tokenizer.json"),
     (f"{E} --adapter adapter-r0", 2, "adapter-r0"),
     (f"{E} --adapter adapter-r4", 3, "lora_A.weight is (8, 16), the base needs (4, 16)"),
-    (f"{E} --adapter adapter-dora", 2, "use_dora"),
+    (
+        f"{E} --adapter adapter-dora",
+        3,
+        "missing base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
+    ),
+    ("inspect adapter-dora", 3, "has no lora_magnitude_vector that fits it"),
+    (f"{E} --adapter adapter-dora-bias", 2, "lora_bias"),
     (f"{E} --base wide --adapter adapter", 3, "q_proj.lora_A.weight is (8, 16), the base needs (8, 24); "),
     (f"{E} --base wide --adapter adapter", 3, "q_proj.lora_B.weight is (16, 8), the base needs (24, 8); "),
     (f"{E} --base wide --adapter adapter", 3, " and 1 more"),

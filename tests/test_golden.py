@@ -36,7 +36,7 @@ def bits(model: CausalLM | PeftModel) -> dict[str, bytes]:
 
 def test_the_golden_data_is_all_here() -> None:
     assert len(BASES) == 2
-    assert len(ADAPTERS) == 7
+    assert len(ADAPTERS) == 8
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

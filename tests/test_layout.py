@@ -20,7 +20,7 @@ ORDER = [
     ["gradcheck", "nn", "data"],
     ["optim", "quant", "transformer", "lora.config"],
     ["lora.lora", "decoding"],
-    ["lora.adalora", "generate"],
+    ["lora.adalora", "lora.dora", "generate"],
     ["lora.layer"],
     ["lora.plan"],
     ["lora.model"],
@@ -45,6 +45,7 @@ FORBIDDEN = {
     ("lora.layer", "transformer"),
     ("lora.lora", "transformer"),
     ("lora.adalora", "transformer"),
+    ("lora.dora", "transformer"),
     ("cli", "plots"),
 }
 ROOMS = sorted(PACKAGE.rglob("*.py"))

@@ -921,7 +921,6 @@ def test_the_smallest_file_that_peft_accepts() -> None:
 
 
 UNSUPPORTED: dict[str, Any] = {
-    "use_dora": True,
     "lora_bias": True,
     "layer_replication": [[0, 1], [0, 2]],
     "use_qalora": True,

@@ -9,6 +9,7 @@ for row vectors y = x W, with A (I, r) and B (r, O): that is the same product tr
 
 config    what an adapter is to be, in PEFT's words
 lora      dW = s B A
+dora      W' = m (W + dW) / |W + dW|
 adalora   dW = s B diag(E) A, and which triplets of it are worth keeping
 layer     where adapters live: a base, adapters by name, merging
 model     get_peft_model and PeftModel
@@ -19,6 +20,7 @@ patterns  regular expressions that cannot hang
 
 from .adalora import AdaLoraAdapter, AdaLoraConfig, RankAllocator, orthogonality
 from .config import LoraConfig
+from .dora import DoraAdapter
 from .layer import LoraLinear, SavedModule
 from .lora import LoraAdapter
 from .model import PeftModel, get_peft_model
@@ -27,6 +29,7 @@ from .plan import read_config
 __all__ = [
     "AdaLoraAdapter",
     "AdaLoraConfig",
+    "DoraAdapter",
     "LoraAdapter",
     "LoraConfig",
     "LoraLinear",

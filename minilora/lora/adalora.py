@@ -63,7 +63,6 @@ class AdaLoraConfig(LoraConfig):
     orth_reg_weight: float = 0.5
     total_step: int = None  # type: ignore[assignment]  # PEFT's default, which it refuses
     rank_pattern: dict[str, list[bool]] = dataclasses.field(default_factory=dict)  # type: ignore[assignment]
-    use_dora: bool = False
 
     peft_type = "ADALORA"
 

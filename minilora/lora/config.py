@@ -31,6 +31,7 @@ class LoraConfig:
     bias               "none"; "all" or "lora_only" also train the base's biases: to disable the adapter is then not
                        to have the base
     use_rslora         s = lora_alpha / sqrt(r)    Kalajdzievski 2023
+    use_dora           W' = m (W + dW) / |W + dW|: the length of each row is learnt apart    Liu et al. 2024
     init_lora_weights  True: A uniform within 1/sqrt(in), B zero; "gaussian": A ~ N(0, 1/r^2), B zero; False: B random
     rank_pattern, alpha_pattern    r and lora_alpha for names that match a pattern; the first that matches holds
     layers_to_transform, layers_pattern    only layers of these numbers
@@ -48,6 +49,7 @@ class LoraConfig:
     lora_dropout: float = 0.0
     bias: str = "none"
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -77,7 +79,7 @@ class LoraConfig:
         known = isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"
         need(known, "init_lora_weights", "True, False or 'gaussian'")
         need(self.task_type in (None, "CAUSAL_LM"), "task_type", "'CAUSAL_LM' or None")
-        for name in ("use_rslora", "fan_in_fan_out", "inference_mode"):
+        for name in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"):
             need(isinstance(getattr(self, name), bool), name, "True or False")
         patterns: list[str] = []
         for name, check in (("rank_pattern", _is_rank), ("alpha_pattern", _is_positive)):

@@ -19,6 +19,7 @@ from ..autograd import Tensor
 from ..backend import Array
 from ..errors import ConfigError, NonFiniteError
 from ..nn import LinearBase, Module, Parameter, effective, frozen_linear
+from .dora import refuse_company
 from .lora import LoraAdapter
 
 # The layers that this thread, and the shards it hands to others, run without adapters.
@@ -70,7 +71,8 @@ class Wrapper(Module):
         """Take all of them out again."""
 
     def result(self, names: Sequence[str]) -> Any:
-        """What is left in this place once these adapters are merged and gone."""
+        """What is left in this place once these adapters are merged and gone. ConfigError if not all can be at once."""
+        refuse_company(self.held, names)
         return self.inner
 
 
@@ -117,11 +119,13 @@ class LoraLinear(Wrapper):
     def merges(self, tokens: int | None) -> bool:
         """Is it right, and cheaper, to form W + dW once for a step over `tokens` positions? Not right with dropout."""
         merged, apart = self.costs(tokens or 1 << 30)
-        return (merged < apart or not self.running) and not any(adapter.dropout.active for adapter in self.running)
+        hindered = any(a.dropout.active or (a.NORMED and self.base_layer.trainable) for a in self.running)
+        return (merged < apart or not self.running) and not hindered
 
     def costs(self, tokens: int) -> tuple[int, int]:
         """See `fused.costs`."""
-        return fused.costs(tokens, self.in_features, self.out_features, sum(adapter.r for adapter in self.running))
+        r, normed = sum(a.r for a in self.running), any(a.NORMED for a in self.running)
+        return fused.costs(tokens, self.in_features, self.out_features, r, normed)
 
     def effective(self, out: Array, tokens: int | None) -> fused.Parts | None:
         parts = self.base_layer.effective(out, tokens) if self.merges(tokens) else None
@@ -152,13 +156,12 @@ class LoraLinear(Wrapper):
         names = [n for n in names if n in self.adapters and n not in self.merged]
         if not names and (not self.merged or requantize == self.requantized):
             return
+        self.result((*self.merged, *names))  # raises where they cannot be at once
         base = self._original or self.base_layer
         W = base.dense_weight()
         with np.errstate(all="ignore"):  # a sum that overflows is found below
-            total = W.astype(np.float64)
-            for name in (*self.merged, *names):
-                total = total + self.adapters[name].delta_weight(W.astype(np.float64))
-            total = total.astype(W.dtype)
+            deltas = (self.adapters[n].delta_weight(W.astype(np.float64)) for n in (*self.merged, *names))
+            total = sum(deltas, start=W.astype(np.float64)).astype(W.dtype)
         if not bool(base.backend.xp.isfinite(total).all()):
             raise NonFiniteError(f"merging {', '.join(names)} gives weights that are not finite: something is broken")
         self.base_layer = base.rebuilt(total) if requantize else frozen_linear(total, base)
@@ -201,9 +204,7 @@ class SavedModule(Wrapper):
         """The copy of the one adapter among `names` that has one. ConfigError where two have."""
         found = [n for n in names if n in self.modules_to_save]
         if len(found) > 1:
-            raise ConfigError(
-                f"adapters {', '.join(found)} each replace the same module: only one of them can be active"
-            )
+            raise ConfigError(f"adapters {', '.join(found)} each replace the same module: only one can be active")
         return self.modules_to_save[found[0]] if found else self.original_module
 
     @property

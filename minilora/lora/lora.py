@@ -30,6 +30,7 @@ class LoraAdapter(Module):
 
     TENSORS: tuple[str, ...] = ("lora_A", "lora_B")  # the trainable attributes, in the order of PEFT's files
     SUFFIX = ".weight"  # of their names there, where each is a module's weight
+    NORMED = False  # does it scale the rows of W + dW by their norms?
 
     def __init__(self, base: LinearBase, name: str, config: LoraConfig, rng: np.random.Generator, stream: int = 0):
         self.r = r = config.rank(name)
@@ -56,7 +57,7 @@ class LoraAdapter(Module):
         A, B = self.lora_A.data.astype(W.dtype), self.lora_B.data.astype(W.dtype)
         return (B @ A) * self.scaling
 
-    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], fused.Pull]:
+    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], fused.Pull | fused.OfOutput]:
         """Add dW to W (O, I) in place; returns the parameters, and how their gradients are found.
 
         With G = dL/dW' = dY^T X they are dA = s B^T G and dB = s G A^T, by way of (N, r) and never of G.

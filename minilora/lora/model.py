@@ -23,7 +23,7 @@ from ..formats import read_adapter, write_adapter
 from ..nn import Module, Parameter, replace_module
 from .config import LoraConfig
 from .layer import LoraLinear, SavedModule, Wrapper, bypassed
-from .plan import ADAPTERS, PREFIX, TENSORS, Plan, plan_adapter, read_config, wrappers
+from .plan import BARE, PREFIX, TENSORS, Plan, adapter_class, plan_adapter, read_config, wrappers
 
 
 def get_peft_model(model: Any, config: LoraConfig, adapter_name: str = "default", seed: int = 0) -> PeftModel:
@@ -42,7 +42,7 @@ def peft_name(path: str, configs: Mapping[str, LoraConfig]) -> str:
     if not inside:
         return PREFIX + path
     adapter, tensor = rest.split(".")
-    return f"{PREFIX}{layer}.{tensor}.{adapter}{ADAPTERS[configs[adapter].peft_type].SUFFIX}"
+    return f"{PREFIX}{layer}.{tensor}.{adapter}{adapter_class(configs[adapter]).SUFFIX}"
 
 
 def file_key(name: str, adapter_name: str) -> str:
@@ -50,7 +50,7 @@ def file_key(name: str, adapter_name: str) -> str:
     parts = name.split(".")
     for i, part in enumerate(parts[:-1]):
         if part in TENSORS and parts[i + 1] == adapter_name:
-            return ".".join(parts[: i + 1] + parts[i + 2 :])
+            return ".".join(parts[: i + 1] + ([] if part in BARE else parts[i + 2 :]))
         if part == "modules_to_save" and parts[i + 1] == adapter_name:
             return ".".join(parts[:i] + parts[i + 2 :])
     return name
@@ -120,7 +120,7 @@ class PeftModel(Module):
             layer = self._wrap(path, LoraLinear)
             place = zlib.crc32(path.encode())
             rng, stream = np.random.default_rng([seed, place]), mix_key(place, zlib.crc32(adapter_name.encode()))
-            adapter = ADAPTERS[plan.config.peft_type](base, path, plan.config, rng, stream)
+            adapter = adapter_class(plan.config)(base, path, plan.config, rng, stream)
             layer.adapters[adapter_name] = adapter.train(base.training)
         for path in plan.saved:
             self._wrap(path, SavedModule).add(adapter_name)
@@ -146,7 +146,7 @@ class PeftModel(Module):
         names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         self._known(names)
         for layer in self._wrappers().values():
-            layer.result(names)  # raises where two of them would replace the same module
+            layer.result(names)  # raises where two of them cannot be active at once
             if layer.merged and set(layer.merged) != {n for n in names if n in layer.held}:
                 raise ConfigError(f"adapters {', '.join(layer.merged)} are merged: unmerge_adapter first")
         for parameter in self.model.parameters():
@@ -204,8 +204,7 @@ class PeftModel(Module):
             if not layer.held:
                 replace_module(self.model, path, layer.inner)
         if adapter_name in self.active_adapters:
-            left = [n for n in self.active_adapters if n != adapter_name]
-            self.set_adapter(left or [next(iter(self.peft_config))])
+            self.set_adapter([n for n in self.active_adapters if n != adapter_name] or [next(iter(self.peft_config))])
 
     def _known(self, names: Sequence[str]) -> None:
         unknown = [n for n in names if n not in self.peft_config]
@@ -242,12 +241,9 @@ class PeftModel(Module):
             layer.unmerge()
 
     def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = True,
-        adapter_names: Sequence[str] | None = None,
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None,
         requantize: bool = False,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Merge, take the adapters out, and return the plain model. (`progressbar` is PEFT's: merging is quick.)
 
         A quantised layer becomes dense, unless `requantize` (see `LoraLinear.merge`).
@@ -255,7 +251,7 @@ class PeftModel(Module):
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         self._known(names)
         for layer in self._wrappers().values():
-            layer.result(names)  # raises where two of them would replace the same module
+            layer.result(names)  # raises where two of them cannot be active at once
         self.merge_adapter(names, safe_merge, requantize)
         return self._unwrap(names)
 

@@ -15,15 +15,17 @@ from ..errors import ConfigError
 from ..nn import LinearBase, Module
 from .adalora import AdaLoraAdapter, AdaLoraConfig
 from .config import DEFAULT_TARGETS, LoraConfig
+from .dora import DoraAdapter
 from .layer import LoraLinear, SavedModule, Wrapper
 from .lora import LoraAdapter
 from .targets import in_layers, matches, pattern_value
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
-# By peft_type; a relative of LoRA is one line here.
+# By peft_type; a relative of LoRA is one line here. DoRA goes by LoRA's name, and use_dora tells: see adapter_class.
 ADAPTERS: dict[str, type[LoraAdapter]] = {"LORA": LoraAdapter, "ADALORA": AdaLoraAdapter}
 CONFIGS: dict[str, type[LoraConfig]] = {"LORA": LoraConfig, "ADALORA": AdaLoraConfig}
-TENSORS = {name for adapter in ADAPTERS.values() for name in adapter.TENSORS}
+TENSORS = {*LoraAdapter.TENSORS, *AdaLoraAdapter.TENSORS, *DoraAdapter.TENSORS}
+BARE = {"lora_magnitude_vector"}  # in files without the ".weight" that it has in PEFT's models
 Modules = dict[str, Any]  # by path
 
 
@@ -38,9 +40,9 @@ class Plan(NamedTuple):
         """The keys of the adapter's file, and the shapes there."""
         found: dict[str, tuple[int, ...]] = {}
         for path, base in self.targets.items():
-            kind = ADAPTERS[self.config.peft_type]
-            factors = kind.shapes(base, self.config.rank(path))
-            found.update({f"{PREFIX}{path}.{name}{kind.SUFFIX}": shape for name, shape in factors.items()})
+            kind = adapter_class(self.config)
+            for name, shape in kind.shapes(base, self.config.rank(path)).items():
+                found[f"{PREFIX}{path}.{name}{'' if name in BARE else kind.SUFFIX}"] = shape
             if self.config.bias != "none" and base.bias is not None:
                 found[f"{PREFIX}{path}.base_layer.bias"] = base.bias.shape
         for path, module in self.saved.items():
@@ -58,6 +60,11 @@ def read_config(fields: dict[str, Any], where: str) -> LoraConfig:
     if not isinstance(kind, str) or kind not in CONFIGS:
         raise ConfigError(f"{where}: peft_type must be {' or '.join(map(repr, CONFIGS))}, got {kind!r}"[:500])
     return CONFIGS[kind].from_dict(fields, where)
+
+
+def adapter_class(config: LoraConfig) -> type[LoraAdapter]:
+    """What `config` puts on a layer."""
+    return DoraAdapter if config.use_dora else ADAPTERS[config.peft_type]
 
 
 def plan_adapter(model: Any, config: LoraConfig) -> Plan:
@@ -160,7 +167,8 @@ def _inside(model: Module) -> Modules:
 
 
 def _unwrapped(module: Any) -> Any:
-    return module.inner if isinstance(module, Wrapper) else module
+    inner = module.inner if isinstance(module, Wrapper) else module
+    return getattr(module, "_original", None) or inner  # DoRA's first magnitudes are norms of what is not merged
 
 
 def _within(path: str, saved: Modules) -> bool:

@@ -197,7 +197,8 @@ def cases_of(model: PeftModel, adapter_name: str = "default", seed: int = 0) -> 
     for number, (path, layer) in enumerate(wrappers(model.get_base_model())):
         if isinstance(layer, LoraLinear) and adapter_name in layer.adapters:
             alpha = pattern_value(path, config.alpha_pattern, config.lora_alpha)
-            own: dict[str, Any] = {"r": config.rank(path), "lora_alpha": alpha, "use_rslora": config.use_rslora}
+            own: dict[str, Any] = {"r": config.rank(path), "lora_alpha": alpha}
+            own |= {name: getattr(config, name) for name in ("use_rslora", "use_dora")}
             plain = config.peft_type == LoraConfig.peft_type  # a relative's own properties want its own configuration
             alone = LoraConfig(**own, target_modules=["proj"]) if plain else config
             rng, base = np.random.default_rng([seed, number]), layer.base_layer

@@ -47,7 +47,7 @@ class Row(NamedTuple):
 class Finding(NamedTuple):
     """What there is to know of one adapted layer.
 
-    rank      the effective rank of dW: how many of its r directions it really uses
+    rank      the effective rank of dW (of DoRA: of s B A): how many of its r directions it really uses
     dW, W     their Frobenius norms
     error     of merging in the stored dtype: how far fl(W + dW) is from W + dW, in halves of an ulp; 1 if rounded once
     lost      the share of dW's norm that this rounding takes away
@@ -118,7 +118,7 @@ def _finding(case: Case, checkpoint: Checkpoint) -> Finding:
     A = A * adapter.lora_E.numpy() if isinstance(adapter, AdaLoraAdapter) else A
     W, key = case.subject.base_layer.dense_weight().astype(np.float64), f"{case.name}.weight"
     with np.errstate(all="ignore"):  # what is not finite is found, not warned of
-        dW = s * (B.astype(np.float64) @ A.astype(np.float64))
+        dW = case.subject.delta_weight(next(iter(case.configs)))
         values, norm = singular_values(A, B, s), float(np.linalg.norm(dW))
         stored = checkpoint.dtype(key) if key in checkpoint else "F32"
         merged, half_ulp = rounded(W + dW, stored)
