@@ -23,7 +23,7 @@ from minilora import fused
 from minilora.cli import main
 from minilora.errors import FormatError, NonFiniteError
 from minilora.formats import load_file, save_file
-from minilora.lora import LoraAdapter, LoraConfig, LoraLinear, PeftModel, get_peft_model
+from minilora.lora import DoraAdapter, LoraAdapter, LoraConfig, LoraLinear, PeftModel, get_peft_model
 from minilora.lora.layer import Wrapper
 from minilora.nn import Dropout, Linear, Parameter
 from minilora.optim import SGD
@@ -33,16 +33,19 @@ from minilora.verify.measuring import worst
 from minilora.verify.run import rounded
 
 BY_NAME = {p.name: p for p in PROPERTIES}
+LORAS = {name for name in BY_NAME if "DoRA" not in name}
 EXACT = {
     "start is the base", "disabled is the base", "count", "gauge by powers of two", "start moves B alone",
-    "merge in any portions", "merge refuses", "unmerge", "files", "dropout off", "dropout spares the base",
+    "merge in any portions", "merge refuses", "DoRA starts as the base", "DoRA's count", "unmerge", "files",
+    "dropout off", "dropout spares the base",
 }  # fmt: skip
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Any shape from 1 x 1, any rank, above full rank too, any scale, either dtype, one to three adapters."""
-    count = draw(st.integers(1, 3))
+    dora = draw(st.booleans())
+    count = 1 if dora else draw(st.integers(1, 3))
     return make_case(
         draw(st.integers(0, 2**32)),
         draw(st.integers(1, 24)),
@@ -54,6 +57,7 @@ def cases(draw: st.DrawFn) -> Case:
         bias=draw(st.booleans()),
         rows=(draw(st.integers(1, 3)), draw(st.integers(1, 7))),
         exponents=(draw(st.integers(-9, 9)), draw(st.integers(-9, 9)), draw(st.integers(-9, 9))),
+        use_dora=dora,
     )
 
 
@@ -80,7 +84,7 @@ def state(case: Case) -> Any:
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_measurement_leaves_the_layer_as_it_was_and_repeats_itself(name: str) -> None:
-    case = make_case(3, 9, 7, [2, 3], [4, 8])
+    case = make_case(3, 9, 7, [2, 3], [4, 8]) if name in LORAS else make_case(3, 9, 7, [2], [4], use_dora=True)
     before, versions = state(case), [p.version[0] for p in case.subject.parameters() if p.version]
     first = BY_NAME[name].check(case)
     assert BY_NAME[name].check(case) == first
@@ -183,6 +187,10 @@ def wrong_layers() -> list[Case]:
         {"inputs": 18, "outputs": 13, "ranks": [2, 5], "alphas": [3, 4], "dtype": "float64"},
     ]
     return [make_case(seed, use_rslora=True, **shape) for seed, shape in enumerate(shapes)]
+
+
+def wrong_dora() -> list[Case]:
+    return [make_case(i, 20, 12, [3], [6], dtype, use_dora=True) for i, dtype in enumerate(("float32", "float64"))]
 
 
 def largest_A() -> float:
@@ -445,6 +453,28 @@ def nothing_is_dropped(mp: pytest.MonkeyPatch) -> None:
     mp.setattr(F, "dropout", lambda x, p, key, first: x)
 
 
+@breaks("DoRA starts as the base")
+def a_step_s_weight_is_an_ulp_too_small(mp: pytest.MonkeyPatch) -> None:
+    def change(parts: Any, self: Any, W: np.ndarray) -> Any:
+        W *= 1 - np.finfo(W.dtype).eps
+        return parts
+
+    after(mp, DoraAdapter, "effective", change)
+
+
+@breaks("DoRA's rows")
+def k_is_a_few_ulps_too_large(mp: pytest.MonkeyPatch) -> None:
+    def change(delta: np.ndarray, self: Any, W: np.ndarray) -> np.ndarray:
+        return delta + (delta + W) * 40 * np.finfo(self.lora_A.dtype).eps
+
+    after(mp, DoraAdapter, "delta_weight", change)
+
+
+@breaks("DoRA's count")
+def a_magnitude_too_many(mp: pytest.MonkeyPatch) -> None:
+    after(mp, DoraAdapter, "__init__", lambda _, self, *rest: setattr(self, "z", Parameter(np.zeros(1, "f4"))))
+
+
 # Mistakes that are seen from several sides.
 
 
@@ -488,14 +518,15 @@ def shapes_count_one_rank_too_many(mp: pytest.MonkeyPatch) -> None:
 def test_a_mistake_is_caught_by_what_it_violates_and_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, patch = SABOTAGES[name]
     patch(monkeypatch)
-    failing = {row.property for row in measure(wrong_layers()) if not row.ok}
+    layers = wrong_dora() if expected - LORAS else wrong_layers()
+    failing = {row.property for row in measure(layers) if not row.ok}
     assert failing == expected
 
 
 def test_every_property_has_a_mistake_of_its_own() -> None:
     alone = {name for names, _ in SABOTAGES.values() if len(names) == 1 for name in names}
     assert alone == set(BY_NAME)
-    assert all(row.ok for row in measure(wrong_layers()))
+    assert all(row.ok for row in measure(wrong_layers() + wrong_dora()))
 
 
 # ---- somebody's own files ----
@@ -521,7 +552,7 @@ def test_files_are_measured_layer_by_layer_and_left_alone(files: Path) -> None:
     report = verify_files(files / "base", files / "adapter")
     assert contents(files) == before
     assert all(row.ok for row in report.rows)
-    assert {row.property for row in report.rows} == {"finite", "merge as stored", *BY_NAME} - {"sum"}
+    assert {row.property for row in report.rows} == {"finite", "merge as stored", *LORAS} - {"sum"}
     assert {row.cases for row in report.rows if row.property not in ("finite", "rank")} == {4}
     model = PeftModel.from_pretrained(CausalLM.from_pretrained(files / "base"), files / "adapter")
     found = {f.layer: f for f in report.layers}
@@ -649,7 +680,7 @@ def test_the_command_reads_files(files: Path) -> None:
     code, out, _ = command("--base", files / "base", "--adapter", files / "adapter", "--json")
     report = json.loads(out)
     assert (code, report["ok"], len(report["layers"])) == (0, True, 4)
-    assert {row["property"] for row in report["rows"]} == {"finite", "merge as stored", *BY_NAME} - {"sum"}
+    assert {row["property"] for row in report["rows"]} == {"finite", "merge as stored", *LORAS} - {"sum"}
     assert 0.5 < report["worst_ratio"] <= 1
 
 

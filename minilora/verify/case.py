@@ -19,7 +19,7 @@ import numpy as np
 
 from .. import functional as F
 from ..backend import Array
-from ..lora import LoraAdapter, LoraConfig, LoraLinear, PeftModel
+from ..lora import DoraAdapter, LoraAdapter, LoraConfig, LoraLinear, PeftModel
 from ..lora.plan import wrappers
 from ..lora.targets import pattern_value
 from ..nn import Linear
@@ -147,8 +147,12 @@ def make_case(
     bias: bool = True,
     rows: tuple[int, int] = (2, 3),
     exponents: tuple[int, int, int] = (0, 0, 0),
+    use_dora: bool = False,
 ) -> Case:
-    """A random layer of this shape, an adapter for each of `ranks` and `alphas`; W, A, B times a power of two each."""
+    """A random layer of this shape, an adapter for each of `ranks` and `alphas`; W, A, B times a power of two each.
+
+    With `use_dora` they are DoRA's, of which a layer holds one: its magnitudes are then anything.
+    """
     rng = np.random.default_rng(seed)
     W, A, B = (2.0**e for e in exponents)
     b = rng.standard_normal(outputs).astype(dtype) if bias else None
@@ -157,10 +161,14 @@ def make_case(
         p.requires_grad = False
     configs = {}
     for i, (r, alpha) in enumerate(zip(ranks, alphas, strict=True)):
-        configs[f"a{i}"] = LoraConfig(r=r, lora_alpha=alpha, use_rslora=use_rslora, target_modules=["proj"])
-        adapter = LoraAdapter(subject.base_layer, "proj", configs[f"a{i}"], rng, stream=i)
+        options: dict[str, Any] = {"use_rslora": use_rslora, "use_dora": use_dora, "target_modules": ["proj"]}
+        configs[f"a{i}"] = LoraConfig(r=r, lora_alpha=alpha, **options)
+        kind = DoraAdapter if use_dora else LoraAdapter
+        adapter = kind(subject.base_layer, "proj", configs[f"a{i}"], rng, stream=i)
         adapter.lora_A.data = (A * rng.standard_normal((r, inputs))).astype(dtype)
         adapter.lora_B.data = (B * rng.standard_normal((outputs, r))).astype(dtype)
+        if isinstance(adapter, DoraAdapter):
+            adapter.lora_magnitude_vector.data = (W * rng.standard_normal(outputs)).astype(dtype)
         subject.adapters[f"a{i}"] = adapter
     subject.active = list(subject.adapters)
     x = rng.standard_normal((*rows, inputs)).astype(dtype)
@@ -169,14 +177,14 @@ def make_case(
     return Case(name, subject.eval(), x, configs, seed)
 
 
-def random_case(seed: int) -> Case:
-    """A case of any shape from 1 x 1 to 64 x 64, any rank up to 80, one to three adapters, either dtype."""
+def random_case(seed: int, use_dora: bool = False) -> Case:
+    """A case of any shape from 1 x 1 to 64 x 64, any rank up to 80, either dtype, one to three adapters or one DoRA."""
     rng = np.random.default_rng([seed, 1])
 
     def size(most: int) -> int:  # small ones are where shapes go wrong, large ones where rounding does
         return int(most ** rng.random())
 
-    count = int(rng.integers(1, 4))
+    count = 1 if use_dora else int(rng.integers(1, 4))
     return make_case(
         seed,
         size(65),
@@ -188,6 +196,7 @@ def random_case(seed: int) -> Case:
         bool(rng.integers(2)),
         (size(4), size(9)),
         tuple(map(int, rng.integers(-6, 4, 3))),  # type: ignore[arg-type]
+        use_dora,
     )
 
 

@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 
 from .. import functional as F
-from ..autograd import Tensor
+from ..autograd import Tensor, gradients
 from ..backend import Array
 from ..errors import NonFiniteError
 from ..formats import load_file
-from ..lora import LoraAdapter, PeftModel, get_peft_model
+from ..lora import DoraAdapter, LoraAdapter, PeftModel, get_peft_model
 from ..nn import Embedding, LinearBase, Module, dropout_counter
 from ..optim import SGD
 from .case import WIDE, Case, Formula
@@ -50,6 +50,10 @@ def lora(case: Case) -> bool:
 def some(case: Case) -> bool:
     """Every adapter has triplets, or rows and columns: from some layers AdaLoRA takes all."""
     return all(a.r for a in case.subject.adapters.values())
+
+
+def dora(case: Case) -> bool:
+    return all(type(a) is DoraAdapter for a in case.subject.adapters.values())
 
 
 def several(case: Case) -> bool:
@@ -410,6 +414,50 @@ def _round_trip(case: Case) -> Measured:
     absolute = abs(exact)
     float64 = case.gamma(2 * n, absolute.W + absolute.dW(), np.float64)
     return worst((R - exact.W, u * (abs(merged) + abs(R)) + float64))
+
+
+# -- DoRA
+
+
+@holds(
+    "DoRA starts as the base", "B = 0  ⇒  y = x Wᵀ + b;  dA = 0, dB ≠ 0, dm ≠ 0", "Liu et al. 2024, section 4.1", dora
+)
+def _dora_start(case: Case) -> Measured:
+    """Exact, on its own and by the weight of a step: m = |W| gives k = 1. dm is zero only if y or its gradient is."""
+    layer, G = case.layer(), case.upstream()
+    [(name, config)], wrong = case.configs.items(), 0
+    layer.adapters[name] = adapter = DoraAdapter(layer.base_layer, "proj", config, case.rng)
+    expected = run(layer.base_layer, case.x)
+    for prepare in (layer.end_step, layer.prepare_step):
+        prepare()
+        y = layer(Tensor(case.x))
+        dA, dB, dm = (np.asarray(g) for g in gradients(y, [getattr(adapter, name) for name in adapter.TENSORS], G))
+        wrong += differing(F.rows(y.data), expected) + np.count_nonzero(dA) + (not dB.any()) + (not dm.any())
+    return worst((wrong, 0))
+
+
+@holds("DoRA's rows", "W' = m (W + s B A) / |W + s B A|  ⇒  |W'| = |m|, row by row", "Liu et al. 2024, eq. (5)", dora)
+def _dora_rows(case: Case) -> Measured:
+    """V = W + s B A takes r + 2 roundings in the layer's precision: gamma_(r+2) S, times k. Its norm and k
+    take I + 4 of |m|, W' one; before it are r + 5 in float64, of k S and of W, which is taken away and added again."""
+    layer = case.layer()
+    [adapter], exact = layer.running, case.formula(layer)
+    m, r = adapter.lora_magnitude_vector.data.astype(WIDE[case.dtype]), adapter.r
+    absolute = abs(exact)
+    V, S, W = (np.linalg.norm(M, axis=1) for M in (exact.W + exact.dW(), absolute.W + absolute.dW(), exact.W))
+    k = abs(m) / V
+    layer.merge()
+    found = np.linalg.norm(layer.base_layer.dense_weight().astype(WIDE[case.dtype]), axis=1)
+    bound = case.gamma(r + 2, k * S) + case.gamma(exact.W.shape[1] + 5, abs(m))
+    return worst((found - abs(m), bound + case.gamma(r + 5, k * S + W, np.float64)))
+
+
+@holds("DoRA's count", "trainable numbers = r (I + O) + O", "Liu et al. 2024, section 4.1", dora)
+def _dora_count(case: Case) -> Measured:
+    """Exact."""
+    base, adapters = case.subject.base_layer, case.subject.adapters.values()
+    wanted = sum(a.r * (base.in_features + base.out_features) + base.out_features for a in adapters)
+    return worst((sum(p.size for a in adapters for p in a.parameters()) - wanted, 0))
 
 
 # -- files

@@ -72,8 +72,9 @@ class Report(NamedTuple):
 
 
 def verify(cases: int = 100, seed: int = 0, properties: Sequence[Property] = PROPERTIES) -> list[Row]:
-    """Every property over random cases: the worst of each. The same numbers for the same seed."""
-    return measure([random_case(seed + i) for i in range(cases)], properties)
+    """Every property over random cases, and half as many of DoRA: the worst of each. By the seed the same numbers."""
+    dora = [random_case(seed + i, use_dora=True) for i in range((cases + 1) // 2)]
+    return measure([random_case(seed + i) for i in range(cases)] + dora, properties)
 
 
 def measure(cases: Sequence[Case], properties: Sequence[Property] = PROPERTIES) -> list[Row]:
