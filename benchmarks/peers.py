@@ -1,6 +1,6 @@
 """A training step of minilora beside PyTorch + peft and JAX: the same weights, batches and optimiser, in turn.
 
-    python benchmarks/peers.py [--sizes micro,tiny,small,gpt2,long] [--methods lora,recomputed,full,generate]
+    python benchmarks/peers.py [--sizes micro,tiny,small,gpt2,long] [--methods lora,dora,recomputed,full,generate]
                                [--contenders minilora,torch,torch-compile,transformers,jax]
                                [--rounds 5] [--steps N] [--threads 2] [--write]
 
@@ -11,10 +11,10 @@ losses of all must agree to 1e-4. A contender that is not installed is left out 
 in benchmarks/results/cpu-peers.json, in place of what was measured there before: 20 minutes. Two minutes:
 --sizes micro,tiny --contenders minilora,torch,transformers --methods lora --rounds 3.
 
-`long` is one sequence of 1,024 tokens through the size gpt2; `recomputed` is minilora's LoRA step with gradient
-checkpointing, for its memory. The method `generate` is greedy decoding by the plain base, minilora's beside
-transformers' own: a step is one call, which appends 96 tokens to one prompt of 32, in size small also to 16, and the
-tokens must be the same.
+`long` is one sequence of 1,024 tokens through the size gpt2; `dora` has peft's DoRA beside it; `recomputed` is
+minilora's LoRA step with gradient checkpointing, for its memory. The method `generate` is greedy decoding by the
+plain base, minilora's beside transformers' own: a step is one call, which appends 96 tokens to one prompt of 32, in
+size small also to 16, and the tokens must be the same.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ SIZES = {  # Llama-shaped: layers, width, MLP width, heads, vocabulary, batch, c
     "gpt2": (12, 768, 2048, 12, 50257, 2, 256),
     "long": (12, 768, 2048, 12, 50257, 1, 1024),
 }
-METHODS = ["lora", "recomputed", "full", "generate"]
+METHODS = ["lora", "dora", "recomputed", "full", "generate"]
 STEPS = {"micro": 30, "tiny": 8, "small": 2}  # a turn; elsewhere one
 PEERS = ("torch", "torch-compile", "transformers", "jax")
 PACKAGES = {"torch": "torch", "torch-compile": "torch", "transformers": "transformers", "jax": "jax"}
-LEFT_OUT = {  # JAX has no tied heads here, and torch.compile takes minutes for nothing: it gains little with LoRA
-    ("jax", "full"), ("torch-compile", "full"), *((peer, "recomputed") for peer in PEERS),
+LEFT_OUT = {  # JAX has no tied heads or DoRA here; torch.compile takes minutes for nothing: it gains little with LoRA
+    ("jax", "full"), ("torch-compile", "full"), ("jax", "dora"), *((peer, "recomputed") for peer in PEERS),
     *((peer, "generate") for peer in ("torch", "torch-compile", "jax")),
 }  # fmt: skip
 AGREE = 1e-4  # losses, at most this far apart
@@ -72,7 +72,8 @@ def prepare(work: Path, shape: tuple[int, ...], method: str, r: int = 8, count: 
     )  # fmt: skip
     model = CausalLM(config, seed=0)
     model.save_pretrained(work / "base")
-    adapted = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"))
+    options = {"r": r, "lora_alpha": 2 * r, "target_modules": "all-linear", "use_dora": method == "dora"}
+    adapted = get_peft_model(model, LoraConfig(**options))
     adapted.save_pretrained(work / "adapter")
     new = min(NEW, T - PROMPT)
     length, tokens = (PROMPT, new) if method == "generate" else (T + 1, T)
@@ -294,7 +295,9 @@ def main() -> None:
     results = []
     for size in args.sizes.split(","):
         for method in args.methods.split(","):
-            if (method == "recomputed") > (size == "long") or (size == "long" and method in ("full", "generate")):
+            if (method == "recomputed") > (size == "long") or (
+                size == "long" and method in ("dora", "full", "generate")
+            ):
                 continue
             for prompts in PROMPTS.get(size, ()) if method == "generate" else (0,):
                 result = compare(size, method, [n for n in names if (n, method) not in LEFT_OUT], args, prompts)

@@ -279,10 +279,12 @@ SHORT = Settings(steps=6, batch_size=3, context=8, lr=0.02, warmup=2, max_grad_n
 @pytest.mark.parametrize(
     "dropout", [0.0, 0.3]
 )  # without, the layers compute with W + dW; with it, on the low-rank path
+@pytest.mark.parametrize("use_dora", [False, True])
 def test_a_training_step_moves_its_batch_up_and_two_numbers_down(
-    dropout: float, backend: Backend, tmp_path: Path
+    use_dora: bool, dropout: float, backend: Backend, tmp_path: Path
 ) -> None:
-    runs = [Run(lora_model(where, dropout).train(), TEXT, SHORT, tmp_path) for where in (backend, NUMPY)]
+    models = [lora_model(where, dropout, use_dora=use_dora).train() for where in (backend, NUMPY)]
+    runs = [Run(model, TEXT, SHORT, tmp_path) for model in models]
     for step in range(3):
         lines = []
         for run in runs:
@@ -303,15 +305,16 @@ def test_a_training_step_moves_its_batch_up_and_two_numbers_down(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradients_do_not_wait_for_the_device(dropout: float) -> None:
-    model = lora_model(STRICT, dropout).train()
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_gradients_do_not_wait_for_the_device(use_dora: bool, dropout: float) -> None:
+    model = lora_model(STRICT, dropout, use_dora=use_dora).train()
     params = [p for p in model.parameters() if p.requires_grad]
     tokens = TEXT[:72].reshape(8, 9)
     batch = Batch(tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64))
     with ShardedStep(model, shard=3) as sharded, no_sync():
         loss, found = sharded.gradients(batch, params)
         clip_by_global_norm(found, 0.01)
-    reference = lora_model(dropout=dropout).train()
+    reference = lora_model(dropout=dropout, use_dora=use_dora).train()
     with ShardedStep(reference, shard=3) as sharded:
         expected, others = sharded.gradients(batch, [p for p in reference.parameters() if p.requires_grad])
     assert float(loss) == float(expected)
