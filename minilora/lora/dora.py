@@ -32,7 +32,7 @@ from ..nn import LinearBase, Parameter
 from .config import LoraConfig
 from .lora import LoraAdapter
 
-BLOCK = 1 << 17  # numbers of V at a time: from the product to the norm they stay in the cache
+BLOCK = 1 << 16  # numbers of V at a time: from the product to the norm they stay in the cache
 LEAST = 2.0**-80  # in place of k = 0, in a weight whose output is read again: far below rounding, and V x is not lost
 
 
@@ -100,7 +100,8 @@ class DoraAdapter(LoraAdapter):
 
         def pull(X: Array, dY: Array, Y: Array) -> F.Grads:
             dA = (dY @ b_ks).T @ X  # (r, N) @ (N, I) -> (r, I)
-            return dA, (dY.T @ (X @ a_t)) * ks, (dY * Y).sum(axis=0) * per_m  # dB (O, r), dm (O,)
+            dB = (dY.T @ (X @ a_t)) * ks  # (O, N) @ (N, r) -> (O, r)
+            return dA, dB, xp.einsum("no,no->o", dY, Y) * per_m
 
         return (self.lora_A, self.lora_B, self.lora_magnitude_vector), fused.OfOutput(pull)
 
