@@ -360,13 +360,14 @@ LORA_OPTIONS: dict[str, dict[str, Any]] = {
     "lora_dropout": {"type": float, "metavar": "P", "help": "(%(default)s)"},
     "bias": {"choices": ("none", "all", "lora_only"), "help": "which of the base's biases train (%(default)s)"},
     "use_rslora": {"action": "store_true", "help": "scaling is lora_alpha / sqrt(r)"},
+    "use_dora": {"action": "store_true", "help": "DoRA: the length of each row of W + dW is learnt apart"},
     "init_lora_weights": {"type": _initialiser, "metavar": "HOW", "help": "true, false or gaussian (true)"},
     "rank_pattern": {"type": _table, "metavar": "JSON", "help": "such as '{\"q_proj\": 4}'"},
     "alpha_pattern": {"type": _table, "metavar": "JSON", "help": "such as '{\"q_proj\": 8}'"},
     "layers_to_transform": {"type": _layers, "metavar": "N,N", "help": "such as 0,1"},
     "layers_pattern": {"type": _names, "metavar": "NAME", "help": "what the number follows in a name, such as layers"},
     "modules_to_save": {"type": _names, "metavar": "NAME,NAME", "help": "trained whole, such as lm_head"},
-    "fan_in_fan_out": {"action": "store_true", "help": "W is stored as (in, out)"},
+    "fan_in_fan_out": {"action": "store_true", "help": argparse.SUPPRESS},  # taken, with a warning: no base here is so
 }
 
 

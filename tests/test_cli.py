@@ -290,6 +290,7 @@ LORA_WORDS = {
     "lora_dropout": ("0.25", 0.25),
     "bias": ("lora_only", "lora_only"),
     "use_rslora": (None, True),
+    "use_dora": (None, True),
     "init_lora_weights": ("gaussian", "gaussian"),
     "rank_pattern": ('{"q_proj": 2}', {"q_proj": 2}),
     "alpha_pattern": ('{"q_proj": 2.5}', {"q_proj": 2.5}),

@@ -883,6 +883,7 @@ BAD: dict[str, list[Any]] = {
     "lora_dropout": [-0.1, 1.0, 1, True, None, math.nan, math.inf, "0", 10**400],
     "bias": ["", "some", None, True, []],
     "use_rslora": [1, 0, None, "true"],
+    "use_dora": [1, 0, None, "true"],
     "init_lora_weights": ["", "pissa", "eva", None, 1, 0, 1.0, []],
     "rank_pattern": [{"q": bad} for bad in NOT_A_COUNT] + [{1: 2}, ["q"], "q", {"(": 2}],
     "alpha_pattern": [{"q": bad} for bad in NOT_POSITIVE] + [{1: 2}, ["q"], "q", {"(": 2}],

@@ -985,6 +985,7 @@ ADAPTERS = {
     "q and v": {"target_modules": ["q_proj", "v_proj"]},
     "all, gaussian": {"target_modules": "all-linear", "init_lora_weights": "gaussian"},
     "rslora": {"target_modules": "all-linear", "use_rslora": True},
+    "dora": {"target_modules": "all-linear", "use_dora": True},
     "with biases": {"target_modules": "all-linear", "bias": "all"},
     "a saved head": {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
     "patterns": {"target_modules": "all-linear", "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 1}},
