@@ -96,7 +96,7 @@ class DoraAdapter(LoraAdapter):
         k = _kept(xp, _ratio(xp, m, norms))
         ks = (k * s)[:, None]
         b_ks, a_t = self.lora_B.data * ks, xp.ascontiguousarray(a.T)  # (O, r), (I, r)
-        per_m = 1 / (k * xp.where(norms == 0, 1, norms))  # there Y is 0, too
+        per_m = 1 / (k * xp.where(norms == 0, 1, norms))  # where a norm is 0, Y is, and dm with it
 
         def pull(X: Array, dY: Array, Y: Array) -> F.Grads:
             dA = (dY @ b_ks).T @ X  # (r, N) @ (N, I) -> (r, I)
