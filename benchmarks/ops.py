@@ -148,11 +148,14 @@ def softmax(n: int) -> Case:
 
 
 def rms_norm(n: int) -> Case:
-    gain, ones = Tensor(np.ones(n, np.float32), requires_grad=True), np.ones((n, 1), np.float32)
+    gain = Tensor(np.ones(n, np.float32), requires_grad=True)
+
+    def dot(a: Array, b: Array) -> Array:
+        return np.matmul(a[:, None, :], b[:, :, None])[:, 0]
     g = gain.data
 
     def forward(x: Array) -> tuple[Array, Any]:
-        rstd = 1 / np.sqrt((x * x) @ ones / n + 1e-6)
+        rstd = 1 / np.sqrt(dot(x, x) / n + 1e-6)
         y = x * rstd
         y *= g
         return y, (x, rstd)
@@ -162,7 +165,7 @@ def rms_norm(n: int) -> Case:
         xhat = x * rstd
         dw = dw + (dy * xhat).sum(axis=0)
         dx = dy * g
-        xhat *= (dx * xhat) @ ones / n
+        xhat *= dot(dx, xhat) / n
         dx -= xhat
         dx *= rstd
         return dx, dw
