@@ -152,6 +152,7 @@ def rms_norm(n: int) -> Case:
 
     def dot(a: Array, b: Array) -> Array:
         return np.matmul(a[:, None, :], b[:, :, None])[:, 0]
+
     g = gain.data
 
     def forward(x: Array) -> tuple[Array, Any]:
