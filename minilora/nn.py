@@ -145,10 +145,17 @@ class LinearBase(Module):
     in_features: int
     out_features: int
     bias: Parameter | None
-    dtype: Any
-    backend: Backend
+    weight: Parameter
     trainable: bool
     running: Sequence[Any] = ()
+
+    @property
+    def dtype(self) -> Any:
+        return self.weight.dtype
+
+    @property
+    def backend(self) -> Backend:
+        return self.weight.backend
 
     def dense_weight(self) -> Array:
         """W (O, I) as an array, decoded where it is stored in another way."""
@@ -176,14 +183,6 @@ class Linear(LinearBase):
         self.weight = Parameter(weight)
         self.bias = None if bias is None else Parameter(bias)
         self.out_features, self.in_features = self.weight.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.weight.dtype
-
-    @property
-    def backend(self) -> Backend:  # type: ignore[override]
-        return self.weight.backend
 
     @property
     def trainable(self) -> bool:  # type: ignore[override]
@@ -342,7 +341,7 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence
     if not grad_enabled() or not (x.requires_grad or params):
         return function(x)
     seed, step, first = getattr(_thread, "counter", None) or (0, next(_recomputed), 0)  # dropout must fall alike twice
-    X, need_dx, held = x.data, x.requires_grad, [p.data for p in params]  # held: a change of them would be noticed
+    X, need_dx, values = x.data, x.requires_grad, [p.data for p in params]
     with no_grad(), dropout_counter(seed, step, first):
         y = function(x).data
 
@@ -350,7 +349,8 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence
         leaf = Tensor(X, need_dx)
         with dropout_counter(seed, step, first):
             again = function(leaf)
-        return tuple(gradients(again, [leaf, *params], dy)) if held or need_dx else ()
+        assert len(values) == len(params)  # named here, so that a change of them is noticed: see `record`'s guards
+        return tuple(gradients(again, [leaf, *params], dy))
 
     return record(y, (x, *params), vjp)
 

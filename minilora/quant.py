@@ -281,6 +281,7 @@ class QuantizedLinear(LinearBase):
     lost    of a merge that quantised again: |dW - what is left of it| / |dW|; 0 is nothing, 1 as if dW had been zero
     """
 
+    weight: QuantizedWeight
     trainable = False
 
     def __init__(self, quantized: Quantized, bias: Parameter | None = None, dtype: Any = np.float32):
@@ -306,14 +307,6 @@ class QuantizedLinear(LinearBase):
         if not math.isfinite(made.error):  # a rounded absmax can leave the dtype's range at its very end
             raise NonFiniteError(f"the decoded weight is beyond {W.dtype}: use double_quant=False")
         return made
-
-    @property
-    def dtype(self) -> Any:
-        return self.weight.dtype
-
-    @property
-    def backend(self) -> Backend:  # type: ignore[override]
-        return self.weight.backend
 
     @property
     def nbytes(self) -> int:
