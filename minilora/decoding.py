@@ -1,124 +1,192 @@
 """One token after another, on arrays: what a model computes for a single position, with its weights laid out for that.
 
-A product with one row is nothing but reading the weights, and what is left is the price of calls. So adapters are
+A product with few rows is nothing but reading the weights, and what is left is the price of calls. So adapters are
 merged, layers that share an input stand side by side, norm weights are folded into the weights behind them, every
 matrix is transposed (it is read a third faster), and no graph is built. The logits are the model's, to rounding.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import contextvars
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from . import nn
 from .backend import Array
 from .transformer import CausalLM, KeyValueCache
 
 LARGEST = 1 << 31  # bytes of weights that are copied; of a larger model each token is asked in the ordinary way
+P = TypeVar("P")
+R = TypeVar("R")
+
+
+class Team:
+    """`team(work, parts)` is [work(part) for part in parts], of two parts at once; it owns the second thread."""
+
+    def __enter__(self) -> Team:
+        self._pool = ThreadPoolExecutor(1, "minilora")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown()
+
+    def __call__(self, work: Callable[[P], R], parts: Sequence[P]) -> list[R]:
+        here = contextvars.copy_context()  # what the caller has switched, its thread sees too
+        others = [self._pool.submit(here.run, work, part) for part in parts[1:]]
+        return [work(parts[0]), *(other.result() for other in others)]
+
+
+class Product(NamedTuple):
+    """y = x W + b    x (B, I), weight (I, O), bias (O,) or None -> (B, O)"""
+
+    weight: Array
+    bias: Array | None
+
+    def __call__(self, x: Array) -> Array:
+        y = x @ self.weight
+        if self.bias is not None:
+            y += self.bias
+        return y
 
 
 class Layer(NamedTuple):
-    """(weight (I, O), bias (O,) or None) of the four products of a block."""
+    """The products of a block."""
 
-    qkv: tuple[Array, Array | None]
-    o: tuple[Array, Array | None]
-    gate_up: tuple[Array, Array | None]
-    down: tuple[Array, Array | None]
+    qkv: Product  # the two channels that a rotation turns stand side by side
+    o: Product
+    gate_up: Product  # negated: see `Decoding.__call__`
+    down: Product
+
+
+class Weights:
+    """A model's weights as they are now, laid out once for all that is then generated with them."""
+
+    layers: list[Layer]
+    head: Product
+
+    @classmethod
+    def of(cls, model: Any, team: Team) -> Weights | None:
+        """None where a layer must run on its own (a quantised weight, dropout), or the copy would be too large."""
+        if type(model) is not CausalLM or sum(p.size * p.dtype.itemsize for p in model.parameters()) > LARGEST:
+            return None
+        norms = [model.model.norm]
+        for block in model.model.layers:
+            norms += [block.input_layernorm, block.post_attention_layernorm]
+        weights = cls(model) if all(type(norm) is nn.RMSNorm for norm in norms) else None
+        return weights if weights and weights._lay_out(model, team) else None
+
+    def __init__(self, model: CausalLM):
+        c = model.config
+        assert c.head_dim is not None
+        self.heads, self.kv_heads, self.head_dim, self.eps = (
+            c.num_attention_heads,
+            c.kv_heads,
+            c.head_dim,
+            c.rms_norm_eps,
+        )
+        self.embedding, self.rotary = model.get_input_embeddings().weight, model.model.layers[0].self_attn.rotary
+        self.xp, self.dtype = self.embedding.backend.xp, self.embedding.dtype
+        self.mean = self.xp.full((c.hidden_size, 1), 1 / c.hidden_size, self.dtype)
+        self.pairs = (
+            self.xp.arange(c.head_dim).reshape(2, -1).T.reshape(-1)
+        )  # channel i, its partner i + D/2, the next i
+
+    def _lay_out(self, model: CausalLM, team: Team) -> bool:
+        """False where a layer must run on its own."""
+        turned = self.heads + self.kv_heads
+        channels = self.xp.arange((turned + self.kv_heads) * self.head_dim).reshape(-1, self.head_dim)
+        channels[:turned] = channels[:turned, self.pairs]
+        jobs: list[tuple[Any, ...]] = []
+        for block in model.model.layers:
+            attn, mlp = block.self_attn, block.mlp
+            jobs.append(([attn.q_proj, attn.k_proj, attn.v_proj], block.input_layernorm, channels.reshape(-1)))
+            jobs.append(([attn.o_proj],))
+            jobs.append(([mlp.gate_proj, mlp.up_proj], block.post_attention_layernorm, None, -1))
+            jobs.append(([mlp.down_proj],))
+        jobs.append(([model.lm_head], model.model.norm))
+        ends = [0, *np.cumsum([sum(x.in_features * x.out_features for x in layers) for layers, *_ in jobs]).tolist()]
+        memory = self.xp.empty(ends[-1], self.dtype)  # in one piece, which the system maps by large pages
+
+        def work(first: int) -> list[Product | None]:
+            return [_laid_out(memory[ends[i] : ends[i + 1]], *jobs[i]) for i in range(first, len(jobs), 2)]
+
+        products: list[Any] = [None] * len(jobs)
+        products[0::2], products[1::2] = team(work, [0, 1])
+        if None in products:
+            return False
+        *blocks, self.head = products
+        self.layers = [Layer(*blocks[i : i + 4]) for i in range(0, len(blocks), 4)]
+        return True
 
 
 class Decoding:
-    """A model that has seen a prompt, ready to go on: the weights as they are now, and its key/value cache."""
+    """Sequences that have seen a prompt, ready to go on: their keys and values, and a model's weights.
 
-    @classmethod
-    def of(cls, model: Any, cache: KeyValueCache) -> Decoding | None:
-        """None where a layer must run on its own (a quantised weight, dropout), or the copy would be too large."""
-        size = sum(p.size * p.dtype.itemsize for p in model.parameters())
-        layers = []
-        for block in model.model.layers if type(model) is CausalLM and size <= LARGEST else []:
-            attn, mlp = block.self_attn, block.mlp
-            if not (type(block.input_layernorm) is type(block.post_attention_layernorm) is nn.RMSNorm):
-                return None
-            parts = [
-                _laid_out([attn.q_proj, attn.k_proj, attn.v_proj], block.input_layernorm.weight.data),
-                _laid_out([attn.o_proj]),
-                _laid_out([mlp.gate_proj, mlp.up_proj], block.post_attention_layernorm.weight.data),
-                _laid_out([mlp.down_proj]),
-            ]
-            if None in parts:
-                return None
-            layers.append(Layer(*parts))  # type: ignore[arg-type]
-        head = _laid_out([model.lm_head], model.model.norm.weight.data) if layers else None
-        return cls(model, cache, layers, head) if head else None
+    cache   what the model has put there of the prompts: it is copied
+    """
 
-    def __init__(self, model: CausalLM, cache: KeyValueCache, layers: list[Layer], head: tuple[Array, Array | None]):
-        c = model.config
-        self.cache, self.layers, self.head = cache, layers, head
-        self.embedding, self.rotary = model.get_input_embeddings().weight, model.model.layers[0].self_attn.rotary
-        self.heads, self.kv_heads, self.eps = c.num_attention_heads, c.kv_heads, c.rms_norm_eps
-        self.xp = xp = self.embedding.backend.xp
-        self.ones = xp.ones((c.hidden_size, 1), self.embedding.dtype)
+    def __init__(self, weights: Weights, cache: KeyValueCache):
+        self.weights, self.length = weights, cache.length
+        xp, (seen, limit, D) = weights.xp, (cache.length, cache.limit, weights.head_dim)
+        kept = cache.data[:, :, :, :seen].transpose(0, 1, 2, 4, 3, 5)
+        self.data = xp.empty((*kept.shape[:4], limit, D), weights.dtype)  # (layers, 2, B, K, S, D)
+        self.data[:, 0, ..., :seen, :], self.data[:, 1, ..., :seen, :] = kept[:, 0][..., weights.pairs], kept[:, 1]
+        cos, sin = (z.reshape(limit, -1, 2, D // 2)[:, :, 1] for z in weights.rotary(0, limit, weights.embedding))
+        self.turns = (cos + 1j * sin).reshape(limit, -1)  # exp(i angle) of each pair in q and k; 1/sqrt(D) is in q's
 
     def __call__(self, ids: Array) -> Array:
-        """ids (B,), the newest token of each sequence -> logits (B, V); the cache then holds it."""
-        xp, cache, H, K = self.xp, self.cache, self.heads, self.kv_heads
-        B, at, S = len(ids), cache.length, cache.length + 1
-        x = self.embedding.data[ids]  # (B, C)
-        cos, sin = self.rotary(at, S, self.embedding)  # (1, (H + K) D)
-        turned = cos.shape[1]
-        D = turned // (H + K)
-        pairs = H + K, 2, D // 2
-        sin = sin.reshape(pairs)
-        for layer, (keys, values) in zip(self.layers, cache.data, strict=True):
-            qkv = _times(self.normed(x), layer.qkv)
-            qk = qkv[:, :turned]
-            rotated = (qk.reshape(B, *pairs)[:, :, ::-1] * sin).reshape(B, turned)  # as in `fused.turn`
-            rotated += qk * cos
-            keys[:, at] = rotated[:, H * D :].reshape(B, K, D)
-            values[:, at] = qkv[:, turned:].reshape(B, K, D)
-            q = rotated[:, : H * D].reshape(B, K, H // K, D)
-            p = q @ keys[:, :S].transpose(0, 2, 3, 1)  # (B, K, G, S), the scale is in cos and sin
+        """ids (B,), the newest token of each sequence -> logits (B, V)"""
+        w, xp, B, at, S = self.weights, self.weights.xp, len(ids), self.length, self.length + 1
+        H, K, D, turn = w.heads, w.kv_heads, w.head_dim, self.turns[at]
+        x = w.embedding.data[ids]  # (B, C)
+        for layer, kept in zip(w.layers, self.data, strict=True):
+            qkv = layer.qkv(self._normed(x))
+            turning = qkv[:, : (H + K) * D].view(turn.dtype)  # as complex numbers: a rotation is one product
+            turning *= turn
+            kept[:, :, :, at] = qkv[:, H * D :].reshape(B, 2, K, D).swapaxes(0, 1)
+            q, (keys, values) = qkv[:, : H * D].reshape(B, K, H // K, D), kept[:, :, :, :S]
+            p = q @ keys.swapaxes(-1, -2)  # (B, K, G, S)
             p -= p.max(axis=-1, keepdims=True)
             xp.exp(p, out=p)
-            y = p @ values[:, :S].transpose(0, 2, 1, 3)  # (B, K, G, D)
+            y = p @ values  # (B, K, G, D)
             y /= p.sum(axis=-1, keepdims=True)
-            x += _times(y.reshape(B, H * D), layer.o)
-            both = _times(self.normed(x), layer.gate_up)
-            gate, up = both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
-            s = xp.exp(-gate)
+            x += layer.o(y.reshape(B, H * D))
+            gate, up = layer.gate_up(self._normed(x)).reshape(B, 2, -1).swapaxes(0, 1)
+            s = xp.exp(gate)  # silu(g) u = (-g) (-u) / (1 + exp(-g)), and the weights are those of -g and -u
             s += 1
-            y = gate / s  # silu
-            y *= up
-            x += _times(y, layer.down)
-        cache.advance(1)
-        return _times(self.normed(x), self.head)
+            xp.divide(gate, s, out=s)
+            s *= up
+            x += layer.down(s)
+        self.length = S
+        return w.head(self._normed(x))
 
-    def normed(self, x: Array) -> Array:
+    def _normed(self, x: Array) -> Array:
         """x / sqrt(mean(x^2) + eps); the norm's weight is in the product that follows."""
-        scale = (x * x) @ self.ones
-        scale /= x.shape[1]
-        scale += self.eps
-        return x / self.xp.sqrt(scale, out=scale)
+        scale = (x * x) @ self.weights.mean
+        scale += self.weights.eps
+        return x / self.weights.xp.sqrt(scale, out=scale)
 
 
-def _laid_out(layers: list[Any], norm: Array | None = None) -> tuple[Array, Array | None] | None:
-    """(W'^T (I, sum of O) with a norm's weight as factors of its rows, bias), or None if a layer runs on its own."""
-    first, at, xp = layers[0], 0, layers[0].backend.xp
-    weight = xp.empty((first.in_features, sum(layer.out_features for layer in layers)), first.dtype)
-    for layer in layers:
-        if layer.effective(weight[:, at : at + layer.out_features].T, None) is None:
+def _laid_out(
+    memory: Array, layers: Sequence[Any], norm: Any = None, order: Array | None = None, sign: int = 1
+) -> Product | None:
+    """sign W'^T (I, sum of O) in `memory`, with a norm's weight in it; None if a layer must run on its own."""
+    xp, inputs = layers[0].backend.xp, layers[0].in_features
+    ends = np.cumsum([layer.out_features for layer in layers]).tolist()
+    W = xp.empty((ends[-1], inputs), memory.dtype)
+    for layer, end in zip(layers, ends, strict=True):
+        if layer.effective(W[end - layer.out_features : end], None) is None:
             return None
-        at += layer.out_features
-    if norm is not None:
-        weight *= norm[:, None]
+    if order is not None:
+        W = W[order]
+    weight = memory.reshape(inputs, -1)
+    xp.multiply(W.T, sign if norm is None else sign * norm.weight.data[:, None], out=weight)
     if all(layer.bias is None for layer in layers):
-        return weight, None
-    zeros = [xp.zeros(layer.out_features, layer.dtype) for layer in layers]
+        return Product(weight, None)
+    zeros = [xp.zeros(layer.out_features, memory.dtype) for layer in layers]
     biases = [zero if layer.bias is None else layer.bias.data for layer, zero in zip(layers, zeros, strict=True)]
-    return weight, xp.concatenate(biases)
-
-
-def _times(x: Array, layer: tuple[Array, Array | None]) -> Array:
-    weight, bias = layer
-    y = x @ weight
-    if bias is not None:
-        y += bias
-    return y
+    bias = sign * xp.concatenate(biases)
+    return Product(weight, bias if order is None else bias[order])

@@ -10,7 +10,8 @@ import numpy as np
 import threadpoolctl
 
 from .autograd import no_grad
-from .decoding import Decoding
+from .backend import Array
+from .decoding import Decoding, Team, Weights
 from .errors import ConfigError, DataError, NonFiniteError
 from .transformer import KeyValueCache
 
@@ -48,22 +49,31 @@ def stream(
         raise DataError(f"a prompt needs at least one token: ids of shape (batch, time), got {ids.shape}")
     _check(max_new_tokens, temperature, top_k, top_p)
     rng = np.random.default_rng(seed)
-    window = ids[:, -limit:]  # what the cache will hold
-    cache = KeyValueCache(model, len(ids), min(limit, ids.shape[1] + max_new_tokens))
-    pending = window  # what the model has not seen yet
-    plain = model.get_base_model()
-    decoding, backend = Decoding.of(plain, cache), plain.get_input_embeddings().weight.backend
-    # For one prompt BLAS's own threads gain nothing, and lose much where the cores have other work.
-    with threadpoolctl.threadpool_limits(1 if len(ids) == 1 else None, "blas"):
+    window = pending = ids[:, -limit:]  # what the caches will hold; and of it what the model has not seen yet
+    plain, backend = model.get_base_model(), model.get_base_model().get_input_embeddings().weight.backend
+    halves = np.array_split(np.arange(len(ids)), 2 if backend.name == "cpu" and len(ids) > 1 else 1)
+    caches = [KeyValueCache(model, len(half), min(limit, ids.shape[1] + max_new_tokens)) for half in halves]
+    going_on: list[Decoding | None] = [None] * len(halves)
+
+    def forward(i: int) -> Array:
+        """The logits (B, V) after `pending`, of one half of the prompts."""
+        if decoding := going_on[i]:
+            return decoding(backend.from_numpy(pending[halves[i], 0]))
+        with no_grad():
+            logits = model(pending[halves[i]], caches[i]).data[:, -1]
+        going_on[i] = Decoding(weights, caches[i]) if weights else None
+        return logits
+
+    # BLAS's own threads gain nothing with so few rows, and lose much where the cores have other work.
+    with threadpoolctl.threadpool_limits(1, "blas"), Team() as team:
+        weights = Weights.of(plain, team)
         for _ in range(max_new_tokens):
-            if cache.length + pending.shape[1] > limit:
-                cache.length, pending = 0, window[:, -max(1, limit // 2) :]
-                window = pending
-            if decoding and cache.length and pending.shape[1] == 1:
-                logits = decoding(backend.from_numpy(pending[:, 0]))
-            else:
-                with no_grad():
-                    logits = model(pending, cache).data[:, -1]
+            if (going_on[0] or caches[0]).length + pending.shape[1] > limit:
+                window = pending = window[:, -max(1, limit // 2) :]
+                going_on = [None] * len(halves)
+                for cache in caches:
+                    cache.length = 0
+            logits = backend.xp.concatenate(team(forward, range(len(halves))))
             token = sample(backend.to_numpy(logits), rng, temperature, min(top_k or V, V), top_p or 1.0)
             pending = token[:, None]
             window = np.concatenate([window, pending], axis=1)

@@ -11,8 +11,13 @@ from hypothesis import strategies as st
 
 from minilora import CausalLM, LoraConfig, TransformerConfig, generate, get_peft_model, no_grad, quantize
 from minilora import decoding as room
-from minilora.decoding import Decoding
+from minilora.decoding import Decoding, Team, Weights
 from minilora.transformer import KeyValueCache
+
+
+def laid_out(model: Any) -> Weights | None:
+    with Team() as team:
+        return Weights.of(model.get_base_model(), team)
 
 
 def model_of(seed: int, adapter: str, **options: Any) -> Any:
@@ -53,11 +58,12 @@ def test_the_logits_are_the_model_s(seed, adapter, kv, biases, tied, parts) -> N
         expected = model(ids).data
         cache = KeyValueCache(model, 3, prompt + steps)
         model(ids[:, :prompt], cache)
-    decoding = Decoding.of(model.get_base_model(), cache)
-    assert decoding is not None
+    weights = laid_out(model)
+    assert weights is not None
+    decoding = Decoding(weights, cache)
     for t in range(prompt, prompt + steps):
         got = decoding(ids[:, t])
-        assert cache.length == t + 1
+        assert decoding.length == t + 1
         # Each of some 20 operations on the way rounds sums of at most 16 terms: a bound of 1e-12 is far above.
         assert np.abs(got - expected[:, t]).max() <= 1e-12 * np.abs(expected).max()
 
@@ -66,8 +72,9 @@ def test_float32_stays_float32() -> None:
     model = CausalLM(
         TransformerConfig(vocab_size=11, hidden_size=16, intermediate_size=12, num_hidden_layers=1), seed=0
     )
-    decoding = Decoding.of(model, KeyValueCache(model, 2, 4))
-    assert decoding(np.array([1, 2])).dtype == np.float32
+    weights = laid_out(model)
+    assert weights is not None
+    assert Decoding(weights, KeyValueCache(model, 2, 4))(np.array([1, 2])).dtype == np.float32
 
 
 def test_it_stands_aside_where_a_layer_must_run_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,13 +84,13 @@ def test_it_stands_aside_where_a_layer_must_run_on_its_own(monkeypatch: pytest.M
     saved = get_peft_model(CausalLM(config), LoraConfig(r=2, modules_to_save=["input_layernorm"])).eval()
     cases = {"dropout": dropped.train(), "quantised": quantised, "a saved norm": saved}
     for name, model in cases.items():
-        assert Decoding.of(model.get_base_model(), KeyValueCache(model, 1, 8)) is None, name
+        assert laid_out(model) is None, name
         assert generate(model, [[1, 2]], 4).shape == (1, 6)
     plain = CausalLM(config)
     size = sum(p.data.nbytes for p in plain.parameters())
     for largest, copied in ((size, True), (size - 1, False)):
         monkeypatch.setattr(room, "LARGEST", largest)
-        assert (Decoding.of(plain, KeyValueCache(plain, 1, 8)) is not None) == copied
+        assert (laid_out(plain) is not None) == copied
 
 
 def test_generation_takes_it_and_gives_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,4 +102,5 @@ def test_generation_takes_it_and_gives_the_same_text(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(room, "LARGEST", largest)
         found.append(generate(model, np.arange(6).reshape(2, 3), 50, temperature=0.0))
     np.testing.assert_array_equal(*found)
-    assert calls == [2] * 47  # of 50 tokens; the prompt gives one, and so does each fresh start in a full context
+    # Two prompts, a half each. The prompt gives one of the 50 tokens, and so does each fresh start in a full context.
+    assert calls == [1] * 2 * 47

@@ -21,7 +21,7 @@ from minilora.anomaly import explain_non_finite
 from minilora.architecture import TransformerConfig
 from minilora.autograd import Tensor, gradients, no_grad
 from minilora.data import Batch
-from minilora.decoding import Decoding
+from minilora.decoding import Decoding, Team, Weights
 from minilora.errors import ConfigError, FormatError, NonFiniteError
 from minilora.formats import load_file, read_adapter, write_adapter
 from minilora.gradcheck import check_gradient
@@ -489,11 +489,11 @@ def test_inspect_and_verify_read_such_a_folder(tmp_path: Path) -> None:
 def test_decoding_takes_its_weight() -> None:
     made = model().eval()
     cache = KeyValueCache(made.get_base_model(), 2, 10)
-    with no_grad():
+    with no_grad(), Team() as team:
         made(IDS[:, :9], cache=cache)
-        decoding = Decoding.of(made.get_base_model(), cache)
-        assert decoding is not None
-        assert decoding(IDS[:, 9]) == pytest.approx(made(IDS).data[:, 9], abs=1e-4)
+        weights = Weights.of(made.get_base_model(), team)
+        assert weights is not None
+        assert Decoding(weights, cache)(IDS[:, 9]) == pytest.approx(made(IDS).data[:, 9], abs=1e-4)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
