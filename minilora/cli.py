@@ -188,9 +188,10 @@ def verify(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(as_json(report), indent=2))
     else:
-        heads = ("property", "equation", "measured", "bound", "ratio", "ok")
+        heads = ("property", "equation", "measured", "bound", "ratio", "ok", "source")
         shown = (
-            (r.property, r.equation, f"{r.measured:.2e}", f"{r.bound:.2e}", f"{r.ratio:.3f}", r.ok) for r in report.rows
+            (r.property, r.equation, f"{r.measured:.2e}", f"{r.bound:.2e}", f"{r.ratio:.3f}", r.ok, r.source)
+            for r in report.rows
         )
         _print_table([dict(zip(heads, row, strict=True)) for row in shown])
         if report.layers:

@@ -27,6 +27,7 @@ ORDER = [
     ["lora"],
     ["inspection", "verify.case"],
     ["verify.measuring"],
+    ["verify.of_lora", "verify.of_layers", "verify.of_dora", "verify.of_adalora", "verify.of_codes"],
     ["verify.properties"],
     ["verify.run"],
     ["verify"],

@@ -2,11 +2,12 @@
 
 case         what a property is measured on, and the formula it is measured against
 measuring    a measurement beside its bound
-properties   the list
+of_lora, of_layers, of_dora, of_adalora, of_codes    the properties, by what promises them
+properties   the list, and where bounds come from
 run          all of it over random layers, or over somebody's own files
 """
 
-from .case import Case, Formula, cases_of, make_case, random_case
+from .case import Case, Formula, cases_of, make_case, over_codes, random_case
 from .measuring import Measured, Property
 from .properties import PROPERTIES
 from .run import Finding, Report, Row, measure, verify, verify_files
@@ -23,6 +24,7 @@ __all__ = [
     "cases_of",
     "make_case",
     "measure",
+    "over_codes",
     "random_case",
     "verify",
     "verify_files",

@@ -3,9 +3,11 @@
     Formula        y, dW and the gradients as the paper writes them, in a wider precision than the layer's
     Case           the layer, its input, and what rounding may do to a result (`gamma`)
     make_case, random_case, cases_of    a case of a given shape, of any shape, and those of somebody's model
+    over_codes     a case again, its base held in four or eight bits
 
 Letters: N rows of x, I in, O out, r rank, k active adapters, u the unit roundoff. Shapes: X (N, I), W (O, I), A (r, I),
-B (O, r), G = dL/dy (N, O), s the scaling, dW = s B A.
+B (O, r), G = dL/dy (N, O), s the scaling, dW = s B A. AdaLoRA has E (r, 1): its dW = s B diag(E) A is LoRA's, with
+diag(E) A in A's place. W is what the base computes with: over codes, what they decode to.
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ import numpy as np
 
 from .. import functional as F
 from ..backend import Array
-from ..lora import DoraAdapter, LoraAdapter, LoraConfig, LoraLinear, PeftModel
+from ..lora import AdaLoraAdapter, AdaLoraConfig, DoraAdapter, LoraAdapter, LoraConfig, LoraLinear, PeftModel
 from ..lora.plan import wrappers
 from ..lora.targets import pattern_value
 from ..nn import Linear
+from ..quant import BLOCK_SIZES, KINDS, QuantizedLinear
 
 # What a reference is computed in. (Where long double is no wider than double the bounds still hold, twice as large.)
 WIDE: dict[Any, Any] = {np.dtype(np.float32): np.dtype(np.float64), np.dtype(np.float64): np.dtype(np.longdouble)}
+
+ADAPTERS: dict[str, type[LoraAdapter]] = {"lora": LoraAdapter, "dora": DoraAdapter, "adalora": AdaLoraAdapter}
 
 # ---- the formula, over values or over absolute values ---------------------------------------------------------------
 
@@ -36,7 +41,7 @@ class Formula(NamedTuple):
     X: Array
     W: Array
     b: Array
-    factors: list[tuple[Array, Array, float]]  # (A, B, s) of each active adapter
+    factors: list[tuple[Array, Array, float]]  # (A, B, s) of each active adapter; in AdaLoRA diag(E) A is its A
 
     def __abs__(self) -> Formula:
         """The same over absolute values: what rounding errors are measured in."""
@@ -78,6 +83,7 @@ class Case:
     x          (batch, time, I) in the layer's dtype
     configs    by adapter: its configuration, r and lora_alpha being those of this layer
     seed       of whatever a measurement draws
+    weight     (O, I) what the base's codes were made of, where it holds codes and that is known
     """
 
     name: str
@@ -85,6 +91,7 @@ class Case:
     x: np.ndarray
     configs: dict[str, LoraConfig]
     seed: int = 0
+    weight: np.ndarray | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -110,8 +117,10 @@ class Case:
         """What `layer`, with its active adapters, is to compute."""
         base, wide = layer.base_layer, WIDE[self.dtype]
         b = np.zeros(1) if base.bias is None else base.bias.data
-        adapters = [layer.adapters[name] for name in layer.active]
-        factors = [(a.lora_A.data.astype(wide), a.lora_B.data.astype(wide), float(a.scaling)) for a in adapters]
+        factors = []
+        for a in (layer.adapters[name] for name in layer.active):
+            A, B = a.lora_A.data.astype(wide), a.lora_B.data.astype(wide)
+            factors.append((A * a.lora_E.data if isinstance(a, AdaLoraAdapter) else A, B, float(a.scaling)))
         return Formula(F.rows(self.x).astype(wide), base.dense_weight().astype(wide), b.astype(wide), factors)
 
     def upstream(self) -> Array:
@@ -120,12 +129,13 @@ class Case:
         return self.rng.standard_normal(shape).astype(self.dtype)
 
     def roundings(self, layer: LoraLinear, extra: int = 0) -> int:
-        """How many a product meets at most on its way into y: I + r + 2 + k.
+        """How many a product meets at most on its way into y: I + r + 2 + k, and one with E where there is one.
 
         I in x A^T, r in (.) B^T, two with s (its own dtype is float64), k in sums with what the layer gives so far.
         """
-        base, ranks = layer.base_layer, [layer.adapters[name].r for name in layer.active]
-        return base.in_features + max(ranks) + 2 + len(ranks) + extra
+        adapters = [layer.adapters[name] for name in layer.active]
+        rank, ada = max(a.r for a in adapters), any(isinstance(a, AdaLoraAdapter) for a in adapters)
+        return layer.base_layer.in_features + rank + 2 + len(adapters) + ada + extra
 
     def gamma(self, n: int, scale: Array, dtype: Any = None) -> Array:
         """gamma_n S for n roundings in `dtype` (the layer's) and n in the reference's own precision.
@@ -147,11 +157,12 @@ def make_case(
     bias: bool = True,
     rows: tuple[int, int] = (2, 3),
     exponents: tuple[int, int, int] = (0, 0, 0),
-    use_dora: bool = False,
+    kind: str = "lora",
 ) -> Case:
     """A random layer of this shape, an adapter for each of `ranks` and `alphas`; W, A, B times a power of two each.
 
-    With `use_dora` they are DoRA's, of which a layer holds one: its magnitudes are then anything.
+    kind    "lora"; "dora", of which a layer holds one: its magnitudes are then anything; or "adalora", whose E is
+            then anything, and whose adapters share a budget and so a rank
     """
     rng = np.random.default_rng(seed)
     W, A, B = (2.0**e for e in exponents)
@@ -159,45 +170,65 @@ def make_case(
     subject = LoraLinear(Linear((W * rng.standard_normal((outputs, inputs))).astype(dtype), b))
     for p in subject.parameters():
         p.requires_grad = False
+    sizes = {"lora_A": A, "lora_B": B, "lora_E": 1.0, "lora_magnitude_vector": W}
     configs = {}
     for i, (r, alpha) in enumerate(zip(ranks, alphas, strict=True)):
-        options: dict[str, Any] = {"use_rslora": use_rslora, "use_dora": use_dora, "target_modules": ["proj"]}
-        configs[f"a{i}"] = LoraConfig(r=r, lora_alpha=alpha, **options)
-        kind = DoraAdapter if use_dora else LoraAdapter
-        adapter = kind(subject.base_layer, "proj", configs[f"a{i}"], rng, stream=i)
-        adapter.lora_A.data = (A * rng.standard_normal((r, inputs))).astype(dtype)
-        adapter.lora_B.data = (B * rng.standard_normal((outputs, r))).astype(dtype)
-        if isinstance(adapter, DoraAdapter):
-            adapter.lora_magnitude_vector.data = (W * rng.standard_normal(outputs)).astype(dtype)
+        configs[f"a{i}"] = config = _config(kind, r, alpha, use_rslora)
+        adapter = ADAPTERS[kind](subject.base_layer, "proj", config, rng, stream=i)
+        for name in adapter.TENSORS:
+            p = getattr(adapter, name)
+            p.data = (sizes[name] * rng.standard_normal(p.shape)).astype(dtype)
         subject.adapters[f"a{i}"] = adapter
     subject.active = list(subject.adapters)
     x = rng.standard_normal((*rows, inputs)).astype(dtype)
-    rank = ", ".join(map(str, ranks))
-    name = f"{dtype}, W {outputs} x {inputs}, r = {rank}, seed {seed}"
+    name = f"{dtype}, {kind}, W {outputs} x {inputs}, r = {', '.join(map(str, ranks))}, seed {seed}"
     return Case(name, subject.eval(), x, configs, seed)
 
 
-def random_case(seed: int, use_dora: bool = False) -> Case:
-    """A case of any shape from 1 x 1 to 64 x 64, any rank up to 80, either dtype, one to three adapters or one DoRA."""
+def _config(kind: str, r: int, alpha: float, use_rslora: bool) -> LoraConfig:
+    if kind == "adalora":
+        return AdaLoraConfig(init_r=r, target_r=1, lora_alpha=alpha, total_step=8, target_modules=["proj"])
+    return LoraConfig(r=r, lora_alpha=alpha, use_rslora=use_rslora, use_dora=kind == "dora", target_modules=["proj"])
+
+
+def over_codes(case: Case, kind: str = "nf4", block_size: int = 64, double_quant: bool = True) -> Case:
+    """The same layer over its base's weight as codes: QLoRA, whatever the adapter. Errors as of `quant.encode`."""
+    layer = case.layer()
+    base = layer.base_layer
+    layer.base_layer = QuantizedLinear.from_linear(base, kind, block_size, double_quant)
+    name = f"{case.name}, {kind} in blocks of {block_size}"
+    return dataclasses.replace(case, name=name, subject=layer, weight=base.dense_weight())
+
+
+def random_case(seed: int, kind: str = "lora", quantized: bool = False) -> Case:
+    """A case of any shape from 1 x 1 to 64 x 64, any rank up to 80, either dtype; one to three adapters, or one DoRA.
+
+    Over codes to 192 x 192: that is more than 256 blocks, and absmax with more than one scale.
+    """
     rng = np.random.default_rng([seed, 1])
 
     def size(most: int) -> int:  # small ones are where shapes go wrong, large ones where rounding does
         return int(most ** rng.random())
 
-    count = 1 if use_dora else int(rng.integers(1, 4))
-    return make_case(
+    count, most = 1 if kind == "dora" else int(rng.integers(1, 4)), 193 if quantized else 65
+    inputs, outputs = (max(size(most) for _ in range(1 + quantized)) for _ in range(2))
+    ranks = [size(81 if rng.random() < 0.1 else 17) for _ in range(count)]
+    case = make_case(
         seed,
-        size(65),
-        size(65),
-        [size(81 if rng.random() < 0.1 else 17) for _ in range(count)],
+        inputs,
+        outputs,
+        ranks[:1] * count if kind == "adalora" else ranks,
         [float(2 ** rng.uniform(-4, 6)) for _ in range(count)],
         str(rng.choice(["float32", "float64"])),
         bool(rng.integers(2)),
         bool(rng.integers(2)),
         (size(4), size(9)),
         tuple(map(int, rng.integers(-6, 4, 3))),  # type: ignore[arg-type]
-        use_dora,
+        kind,
     )
+    if not quantized:
+        return case
+    return over_codes(case, str(rng.choice(KINDS)), int(rng.choice(BLOCK_SIZES[:4])), bool(rng.integers(2)))
 
 
 def cases_of(model: PeftModel, adapter_name: str = "default", seed: int = 0) -> Iterator[Case]:
@@ -205,11 +236,19 @@ def cases_of(model: PeftModel, adapter_name: str = "default", seed: int = 0) -> 
     config = model.peft_config[adapter_name]
     for number, (path, layer) in enumerate(wrappers(model.get_base_model())):
         if isinstance(layer, LoraLinear) and adapter_name in layer.adapters:
-            alpha = pattern_value(path, config.alpha_pattern, config.lora_alpha)
-            own: dict[str, Any] = {"r": config.rank(path), "lora_alpha": alpha}
-            own |= {name: getattr(config, name) for name in ("use_rslora", "use_dora")}
-            plain = config.peft_type == LoraConfig.peft_type  # a relative's own properties want its own configuration
-            alone = LoraConfig(**own, target_modules=["proj"]) if plain else config
             rng, base = np.random.default_rng([seed, number]), layer.base_layer
             x = rng.standard_normal((2, 4, base.in_features)).astype(base.dtype)
-            yield Case(path, layer, x, {adapter_name: alone}, seed + number)
+            yield Case(path, layer, x, {adapter_name: _of_layer(config, path)}, seed + number)
+
+
+def _of_layer(config: LoraConfig, path: str) -> LoraConfig:
+    """The configuration of one layer of a model, for a model that is this layer, `proj`."""
+    kind, names = type(config), ["use_rslora", "use_dora"]
+    own: dict[str, Any] = {"lora_alpha": pattern_value(path, config.alpha_pattern, config.lora_alpha)}
+    if isinstance(config, AdaLoraConfig):
+        names += {f.name for f in dataclasses.fields(AdaLoraConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
+        kept = config.rank_pattern.get(f"{path}.lora_E")
+        own["rank_pattern"] = {} if kept is None else {"proj.lora_E": kept}
+    else:
+        own["r"] = config.rank(path)
+    return kind(**own, **{name: getattr(config, name) for name in names}, target_modules=["proj"])

@@ -6,6 +6,7 @@ verify_files   over each adapted layer of a base and an adapter, and what there 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..formats import Checkpoint, bf16_from, bf16_to_float32, read_checkpoint
 from ..inspection import effective_rank, singular_values
 from ..lora import AdaLoraAdapter, PeftModel
 from ..transformer import CausalLM
-from .case import Case, cases_of, random_case
+from .case import ADAPTERS, Case, cases_of, random_case
 from .measuring import Measured, Property
 from .properties import PROPERTIES
 
@@ -72,9 +73,15 @@ class Report(NamedTuple):
 
 
 def verify(cases: int = 100, seed: int = 0, properties: Sequence[Property] = PROPERTIES) -> list[Row]:
-    """Every property over random cases, and half as many of DoRA: the worst of each. By the seed the same numbers."""
-    dora = [random_case(seed + i, use_dora=True) for i in range((cases + 1) // 2)]
-    return measure([random_case(seed + i) for i in range(cases)] + dora, properties)
+    """Every property over random cases, half as many each of DoRA, of AdaLoRA and over codes: the worst of each.
+
+    By the seed the same numbers.
+    """
+    half = [seed + i for i in range((cases + 1) // 2)]
+    made = [random_case(seed + i) for i in range(cases)]
+    made += [random_case(i, kind) for kind in ("dora", "adalora") for i in half]
+    made += [random_case(i, kind, quantized=True) for i, kind in zip(half, itertools.cycle(ADAPTERS))]
+    return measure(made, properties)
 
 
 def measure(cases: Sequence[Case], properties: Sequence[Property] = PROPERTIES) -> list[Row]:
