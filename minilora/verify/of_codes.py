@@ -58,7 +58,8 @@ def _error(case: Case) -> Measured:
     for exact, back in zip(blocks(w, held.block_size), blocks(single.decode(), held.block_size), strict=True):
         top = float(abs(exact.astype(np.float32)).max())
         slack = 4 + 3 * (top > 2.0**126) + (w.dtype == np.float64)
-        pairs.append((abs(exact - back).max(), top * (HALF_GAP[held.kind] + slack * U) if top >= SMALLEST else top))
+        bound = top * (HALF_GAP[held.kind] + slack * U) if top >= SMALLEST else abs(exact).max()
+        pairs.append((abs(exact - back).max(), bound))
     return worst(*pairs)
 
 
