@@ -160,8 +160,8 @@ def _round_trip(case: Case) -> Measured:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-class _Model(Module):
-    """The smallest model that an adapter can be put into: one layer."""
+class OneLayer(Module):
+    """The smallest model that an adapter can be put into."""
 
     def __init__(self, layer: Any):
         self.proj = layer
@@ -185,10 +185,10 @@ def _files(case: Case) -> Measured:
     adapter = layer.adapters[name]
     keys = {f"base_model.model.proj.{key}" for key in KEYS[type(adapter)]}
     with tempfile.TemporaryDirectory() as folder:
-        made = get_peft_model(_Model(case.layer().base_layer), config)
+        made = get_peft_model(OneLayer(case.layer().base_layer), config)
         factors(made.model.proj, [tuple(getattr(adapter, tensor).data for tensor in adapter.TENSORS)])
         made.save_pretrained(folder)
-        again = PeftModel.from_pretrained(_Model(case.layer().base_layer), folder, "another")
+        again = PeftModel.from_pretrained(OneLayer(case.layer().base_layer), folder, "another")
         again.save_pretrained(folder)
         first, second = (path / "adapter_model.safetensors" for path in (Path(folder), Path(folder, "another")))
         wrong = len(set(load_file(first)) ^ keys) + (first.read_bytes() != second.read_bytes())
