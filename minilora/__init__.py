@@ -14,7 +14,7 @@ from .gradcheck import check_gradient
 from .lora import AdaLoraConfig, LoraConfig, LoraLinear, PeftModel, get_peft_model
 from .nn import Dropout, Embedding, LayerNorm, Linear, Module, Parameter, RMSNorm
 from .optim import SGD, AdamW
-from .quant import QuantizedLinear, quantize
+from .quant import QuantizedLinear, dequantize, quantize
 from .transformer import CausalLM
 
 __version__ = "0.1.0"
@@ -40,6 +40,7 @@ __all__ = [
     "Tensor",
     "TransformerConfig",
     "check_gradient",
+    "dequantize",
     "generate",
     "get_backend",
     "get_peft_model",

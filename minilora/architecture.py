@@ -123,7 +123,8 @@ class TransformerConfig:
         """For config.json."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
         own["rope_parameters"] = dict(self.rope_parameters)
-        extra = {k: v for k, v in self.extra.items() if k != "torch_dtype"}
+        stale = "torch_dtype", "quantization_config"  # the first is now `dtype`, the second is its weights' affair
+        extra = {k: v for k, v in self.extra.items() if k not in stale}
         return {"architectures": ["LlamaForCausalLM"], **extra, **own, "dtype": dtype}
 
 

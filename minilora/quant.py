@@ -5,18 +5,18 @@
     code           10       0       8  ...      13      the nearest of 16 levels, two codes to a byte
     level       0.246  -1.000   0.080  ...   0.563      times absmax: what is read back
 
-Dettmers et al. 2023 (QLoRA), sections 2 and 3. The codes are those of bitsandbytes, and so are the stored tensors.
+Dettmers et al. 2023 (QLoRA), sections 2 and 3. The codes are those of bitsandbytes; bitsandbytes.py has its files.
 
-    encode, Quantized                     arrays           read_bitsandbytes, write_bitsandbytes   stored tensors
-    QuantizedLinear, quantized_linear     a layer          quantize, quantization_report           a model
+    encode, Quantized                               arrays
+    QuantizedLinear, quantized_linear               a layer
+    quantize, dequantize, quantization_report       a model
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,10 +24,9 @@ import numpy as np
 
 from .autograd import Tensor, namespace, record
 from .backend import Array, Backend, backend_of
-from .errors import ConfigError, FormatError, NonFiniteError
-from .formats.disk import parse_json
+from .errors import ConfigError, NonFiniteError
 from .functional import Grads, rows
-from .nn import Linear, LinearBase, Module, Parameter, replace_module
+from .nn import Linear, LinearBase, Module, Parameter, frozen_linear, replace_module
 
 # ---- what a code means ----------------------------------------------------------------------------------------------
 
@@ -393,6 +392,25 @@ def quantize(
     return model
 
 
+def dequantize(model: Module) -> Any:
+    """Put a dense layer over the decoded weight in place of every quantised one; returns the model.
+
+    It computes what it did before, bit for bit, and all its weights train. ConfigError, before anything changes, where
+    there is none, or adapters stand over one.
+    """
+    found = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    if not found:
+        raise ConfigError("there is no quantised layer")
+    adapted = [path for path in found if path.endswith(".base_layer")]
+    if adapted:
+        raise ConfigError(f"{adapted[0].removesuffix('.base_layer')} has adapters: merge_and_unload or unload first")
+    for path, layer in found.items():
+        dense = frozen_linear(layer.dense_weight(), layer)
+        dense.weight.requires_grad = True
+        replace_module(model, path, dense)
+    return model
+
+
 def _named(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
@@ -416,119 +434,3 @@ def quantization_report(model: Module) -> list[LayerReport]:
         for path, m in model.named_modules()
         if isinstance(m, QuantizedLinear)
     ]
-
-
-# ---- bitsandbytes' stored tensors -----------------------------------------------------------------------------------
-
-_STATE = "weight.quant_state.bitsandbytes__"  # and the kind: JSON as uint8
-_DTYPES = {"float32": "float32", "float64": "float64", "float16": "float16", "bfloat16": "float32"}  # NumPy has no last
-
-
-def write_bitsandbytes(layer: QuantizedLinear) -> dict[str, np.ndarray]:
-    """The layer as the tensors that bitsandbytes keeps of it, by their keys after the layer's path; `bias` if any.
-
-    ConfigError for a kind that has no such form: int8.
-    """
-    held, host = layer.weight.quantized, layer.backend.to_numpy
-    if held.kind not in ("nf4", "fp4"):
-        raise ConfigError(f"bitsandbytes stores nf4 and fp4 in this form, not {held.kind}")
-    tensors = {"weight": host(held.codes).reshape(-1, 1), "weight.quant_map": LEVELS[held.kind].copy()}
-    state: dict[str, Any] = {"quant_type": held.kind, "blocksize": held.block_size, "dtype": str(layer.dtype)}
-    state["shape"] = list(held.shape)
-    if held.double_quant:
-        nested = held.absmax
-        tensors["weight.absmax"] = host(nested.codes)
-        tensors["weight.nested_absmax"] = host(nested.absmax)
-        tensors["weight.nested_quant_map"] = LEVELS["dynamic"].copy()
-        state |= {"nested_blocksize": nested.block_size, "nested_dtype": "float32", "nested_offset": held.offset}
-    else:
-        tensors["weight.absmax"] = host(held.absmax)
-    tensors[_STATE + held.kind] = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    if layer.bias is not None:
-        tensors["bias"] = layer.bias.numpy()
-    return tensors
-
-
-def read_bitsandbytes(tensors: Mapping[str, np.ndarray], where: str = "layer") -> QuantizedLinear:
-    """The layer that these tensors describe, by their keys after its path, on the host; bfloat16 becomes float32.
-
-    FormatError, which begins with `where`, for anything that is missing, left over, or not as bitsandbytes writes it.
-    """
-
-    def fail(what: str) -> FormatError:
-        return FormatError(f"{where}: {what}")
-
-    keys = [key for key in tensors if key.startswith(_STATE)]
-    kind = keys[0].removeprefix(_STATE) if len(keys) == 1 else ""
-    if kind not in ("nf4", "fp4"):
-        raise fail(f"expected one {_STATE}nf4 or fp4, found {', '.join(keys) or 'none'}")
-    nested = "weight.nested_absmax" in tensors
-    expected = {"weight", "weight.absmax", "weight.quant_map", keys[0]}
-    expected |= {"weight.nested_absmax", "weight.nested_quant_map"} if nested else set()
-    for problem, some in ("missing", expected - set(tensors)), ("unknown", set(tensors) - expected - {"bias"}):
-        if some:
-            raise fail(f"{problem} {', '.join(sorted(some))}")
-
-    def array(key: str, dtype: type, *shape: int) -> np.ndarray:
-        found = tensors[key]
-        if not isinstance(found, np.ndarray) or found.dtype != dtype or found.shape != shape:
-            there = f"{getattr(found, 'dtype', type(found).__name__)} {getattr(found, 'shape', '')}"
-            raise fail(f"{key} must be {np.dtype(dtype)} {shape}, it is {there}")
-        if found.dtype.kind == "f" and not np.isfinite(found).all():
-            raise fail(f"{key} is not finite")
-        return found
-
-    raw = tensors[keys[0]]
-    data = array(keys[0], np.uint8, raw.size if isinstance(raw, np.ndarray) else 0)
-    state = _read_state(data.tobytes(), kind, nested, where)
-    (out, inside), block_size = state["shape"], state["blocksize"]
-    count = -(-out * inside // block_size)
-    codes = array("weight", np.uint8, -(-out * inside // 2), 1).reshape(-1)
-    for key, name in ("weight.quant_map", kind), *([("weight.nested_quant_map", "dynamic")] if nested else []):
-        if np.abs(array(key, np.float32, len(LEVELS[name])) - LEVELS[name]).max() > 2.0**-23:  # its last bit may differ
-            raise fail(f"{key} is not the map of {name}")
-    scales = "weight.nested_absmax" if nested else "weight.absmax"
-    absmax = array(scales, np.float32, -(-count // ABSMAX_BLOCK) if nested else count)
-    if (absmax < 0).any():
-        raise fail(f"{scales} is negative")
-    held: Any = absmax
-    if nested:
-        held = Quantized("dynamic", (count,), ABSMAX_BLOCK, array("weight.absmax", np.uint8, count), absmax)
-    quantized = Quantized(kind, (out, inside), block_size, codes, held, state.get("nested_offset", 0.0))
-    with np.errstate(over="ignore", invalid="ignore"):
-        if not np.isfinite(quantized.decode(_DTYPES[state["dtype"]])).all():
-            raise fail("the weights it describes are not finite")
-    bias = tensors.get("bias")
-    if bias is not None and (not isinstance(bias, np.ndarray) or bias.dtype.kind != "f"):
-        raise fail("bias must be an array of floats")
-    bias = None if bias is None else array("bias", bias.dtype.type, out)
-    dtype = np.dtype(_DTYPES[state["dtype"]])
-    return QuantizedLinear(quantized, None if bias is None else Parameter(bias.astype(dtype)), dtype)
-
-
-def _read_state(data: bytes, kind: str, nested: bool, where: str) -> dict[str, Any]:
-    """The JSON beside the tensors: what it must hold, and what each value may be."""
-
-    def length(value: Any) -> bool:
-        return type(value) is int and value > 0  # True would compare like 1
-
-    may_be: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "quant_type": (lambda v: v == kind, kind),
-        "blocksize": (lambda v: type(v) is int and v in BLOCK_SIZES, "a power of two from 32 to 4096"),
-        "dtype": (lambda v: type(v) is str and v in _DTYPES, ", ".join(_DTYPES)),
-        "shape": (lambda v: type(v) is list and len(v) == 2 and all(map(length, v)), "two lengths"),
-    }
-    if nested:
-        may_be["nested_blocksize"] = (lambda v: type(v) is int and v == ABSMAX_BLOCK, str(ABSMAX_BLOCK))
-        may_be["nested_dtype"] = (lambda v: v == "float32", "float32")
-        may_be["nested_offset"] = (
-            lambda v: type(v) is float and abs(v) < 2**128 - 2**103 and float(np.float32(v)) == v,
-            "a float32",
-        )
-    state = parse_json(data, f"{where}: {_STATE + kind}")
-    if state.keys() != may_be.keys():
-        raise FormatError(f"{where}: {_STATE + kind} must hold {', '.join(may_be)}, it holds {', '.join(state)}")
-    for name, (good, valid) in may_be.items():
-        if not good(state[name]):
-            raise FormatError(f"{where}: {name} must be {valid}, it is {state[name]!r:.99}")
-    return state

@@ -8,7 +8,6 @@ in call order: Attention, MLP, Block, Decoder, CausalLM. The config is architect
 from __future__ import annotations
 
 import functools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from . import fused
 from .architecture import RotaryTable, TransformerConfig
 from .autograd import Tensor
 from .backend import Array, Backend
-from .errors import ConfigError, DataError, FormatError, GraphError
-from .formats import read_checkpoint, write_checkpoint
+from .errors import ConfigError, DataError, GraphError
 from .nn import Embedding, Fan, Linear, Module, RMSNorm, normal, recomputed
+from .pretrained import load_model, save_model
 
 
 class KeyValueCache:
@@ -188,49 +187,22 @@ class CausalLM(Module):
     def from_pretrained(cls, directory: str | Path, dtype: Any = "float32", device: str | Backend = "cpu") -> CausalLM:
         """Read config.json and the safetensors beside it, tensor by tensor; returns eval mode.
 
-        FormatError lists every tensor that is missing, unknown, or of another shape than config.json says.
+        FormatError lists every tensor that is missing, unknown, or of another shape than config.json says. Layers that
+        are stored as bitsandbytes' codes become QuantizedLinear; ConfigError names a quantization that is not read.
         """
-        raw, checkpoint = read_checkpoint(directory)
-        with checkpoint:
-            config = TransformerConfig.from_dict(raw)
-            keys = set(checkpoint.keys())
-            stored = sum(math.prod(checkpoint.shape(key)) for key in keys)
-            if config.parameter_count() > 2 * stored:  # seen before memory is asked for
-                described = f"{config.parameter_count():,} parameters"
-                raise FormatError(f"{directory}: config.json describes {described}, the file holds {stored:,}")
-            model = cls(config, seed=None, dtype=dtype)
-            own = dict(model.named_parameters())
-            tied = {"lm_head.weight"} & keys if config.tie_word_embeddings else set()
-            wrong = [f"missing {k}" for k in own if k not in keys]
-            wrong += [f"unknown {k}" for k in sorted(keys - set(own) - tied) if not k.endswith("rotary_emb.inv_freq")]
-            wrong += [
-                f"{k} is {checkpoint.shape(k)}, config.json says {p.shape}"
-                for k, p in own.items()
-                if k in keys and checkpoint.shape(k) != p.shape
-            ]
-            if wrong:
-                more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-                raise FormatError(f"{directory}: {'; '.join(wrong[:5])}{more}"[:500])
-            for key, p in own.items():
-                p.data = checkpoint.read(key, dtype=p.dtype)
-            for key in tied:
-                if not np.array_equal(checkpoint.read(key, dtype=dtype), model.lm_head.weight.data, equal_nan=True):
-                    raise FormatError(f"{directory}: tie_word_embeddings is true, but {key} differs from the embedding")
-        return model.to(device).eval()  # type: ignore[no-any-return]
+        return load_model(cls, directory, dtype).to(device).eval()  # type: ignore[no-any-return]
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a folder that transformers loads: model.safetensors and config.json, each whole or not at all.
 
-        ConfigError while adapters are in the model.
+        ConfigError while adapters are in the model, or layers of int8, which have no form in such a folder.
         """
-        tensors = {name: p.numpy() for name, p in self.named_parameters()}
-        strange = [name for name in tensors if name not in self._names and name != "lm_head.weight"]
+        strange = [name for name, _ in self.named_parameters() if name not in self._names and name != "lm_head.weight"]
         if strange:
             raise ConfigError(
                 f"the model holds adapters ({strange[0]}, ...): save the PeftModel, or merge_and_unload first"
             )
-        embedding = self.get_input_embeddings().weight
-        write_checkpoint(directory, self.config.to_dict(str(embedding.dtype)), tensors)
+        save_model(self, directory)
 
 
 def _linear(

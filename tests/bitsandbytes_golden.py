@@ -1,7 +1,8 @@
-"""What bitsandbytes makes of some weights, and how tests/golden/bitsandbytes was written.
+"""What bitsandbytes makes of some weights, and transformers of a model: how tests/golden/bitsandbytes was written.
 
-`weight(case)` gives the same float32 numbers wherever it runs. To write the file again, with torch and bitsandbytes
-installed (it was made by bitsandbytes 0.50.2 on a CPU): python tests/bitsandbytes_golden.py
+`weight(case)` gives the same float32 numbers wherever it runs. To write the files again, with torch, transformers,
+accelerate and bitsandbytes installed (they were made by transformers 5.23.0 and bitsandbytes 0.50.2 on a CPU):
+python tests/bitsandbytes_golden.py
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 FILE = Path(__file__).parent / "golden" / "bitsandbytes" / "expect.safetensors"
+FOLDER = FILE.parent / "llama--nf4"  # as transformers saved it; logits.safetensors holds `ids` and their `logits`
 
 
 class Case(NamedTuple):
@@ -81,6 +83,39 @@ def main() -> None:
             tensors[f"{name}.decoded"] = bnb.dequantize_4bit(packed, state).numpy()
     FILE.parent.mkdir(exist_ok=True)
     save_file(FILE, tensors)
+    write_folder()
+
+
+def write_folder() -> None:
+    """A Llama that transformers quantised, and the logits of the weights that it decodes.
+
+    Rows are as long as blocks: where they are shorter, bitsandbytes' CPU kernel decodes with another block's absmax.
+    """
+    import tempfile
+
+    import torch
+    import transformers
+
+    from minilora.formats import save_file
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 16, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
+    dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, attention_bias=True, initializer_range=0.2))
+    for p in dense.parameters():
+        if p.ndim == 1:
+            p.data = 1 + 0.3 * torch.randn_like(p)
+    way = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    with tempfile.TemporaryDirectory() as folder:
+        dense.save_pretrained(folder)
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        coded = load(folder, quantization_config=way, dtype=torch.float32, device_map="cpu")
+    coded.save_pretrained(FOLDER)
+    (FOLDER / "generation_config.json").unlink(missing_ok=True)
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        logits = load(FOLDER, device_map="cpu").eval().dequantize()(ids).logits
+    save_file(FOLDER / "logits.safetensors", {"ids": ids.numpy(), "logits": logits.numpy()})
 
 
 if __name__ == "__main__":
