@@ -189,9 +189,7 @@ class SavedModule(Wrapper):
         self.modules_to_save: dict[str, Module] = {}
 
     def add(self, name: str) -> None:
-        # Copies live where the original does: a backend is not a thing to copy.
-        backends = {id(p.backend): p.backend for p in self.original_module.parameters()}
-        self.modules_to_save[name] = copy.deepcopy(self.original_module, backends)
+        self.modules_to_save[name] = copy.deepcopy(self.original_module)
 
     @property
     def current(self) -> Any:

@@ -103,8 +103,7 @@ class Case:
 
     def layer(self, *names: str) -> LoraLinear:
         """A copy of the subject, base and all: the adapters `names` (or all) active, no dropout, only they train."""
-        parameters = list(self.subject.parameters())
-        layer = copy.deepcopy(self.subject, {id(p.backend): p.backend for p in parameters})
+        layer = copy.deepcopy(self.subject)
         layer.active = list(names or layer.adapters)
         for p in layer.parameters():
             p.requires_grad = False
