@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import harness
 import pytest
@@ -43,6 +44,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if harness.TAKEN:
         terminalreporter.write_line(harness.told())
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A base in a folder, and transformers' model of it, which nobody may change."""
+    from peers import save_llama
+
+    folder = tmp_path_factory.mktemp("base")
+    return folder, save_llama(folder)
 
 
 @pytest.fixture(scope="session")

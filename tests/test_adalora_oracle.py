@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peers import IDS, NAMES, close, in_double, logits, peft, randomise, torch
 
 from minilora import functional as F
 from minilora.autograd import gradients
@@ -21,78 +21,7 @@ from minilora.lora import AdaLoraAdapter, AdaLoraConfig, PeftModel, RankAllocato
 from minilora.optim import AdamW
 from minilora.transformer import CausalLM
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft")
-
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
-NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-IDS = np.random.default_rng(0).integers(0, 13, (2, 9))
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A base in a folder, and transformers' model of it."""
-    folder = tmp_path_factory.mktemp("base")
-    config = transformers.LlamaConfig(
-        vocab_size=13,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        attention_bias=True,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    randomise(model.parameters())
-    model.save_pretrained(folder)
-    return folder, model
-
-
-def randomise(parameters: Any, seed: int = 0) -> None:
-    """Values that float32 holds, whoever owns the parameters."""
-    rng = np.random.default_rng(seed)
-    for p in parameters:
-        values = (0.4 * rng.standard_normal(tuple(p.shape))).astype(np.float32)
-        p.data = torch.tensor(values).to(p.dtype) if torch.is_tensor(p) else values.astype(p.dtype)
-
-
-def logits(model: Any) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(IDS)).logits.numpy()  # type: ignore[no-any-return]
-
-
-def close(got: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
-    return bool(np.abs(got - expected).max() <= tolerance * np.abs(expected).max())
-
-
-def in_double(model: Any) -> Any:
-    """A peft model that computes in float64 throughout, where transformers goes by way of float32."""
-
-    def norm(self: Any) -> Any:
-        return lambda x: self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-    def rope(self: Any) -> Any:
-        half = 2 * len(self.inv_freq)
-        frequencies = self.config.rope_parameters["rope_theta"] ** -(torch.arange(0, half, 2).double() / half)
-
-        def forward(x: Any, position_ids: Any) -> Any:
-            angles = (position_ids[..., None].double() * frequencies).tile(2)
-            return angles.cos(), angles.sin()
-
-        return forward
-
-    def loss(logits: Any, labels: Any, **_: Any) -> Any:
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-    for module in model.double().modules():
-        made = {"LlamaRMSNorm": norm, "LlamaRotaryEmbedding": rope}.get(type(module).__name__)
-        module.forward = made(module) if made else module.forward
-    model.get_base_model().loss_function = loss
-    return model
 
 
 # ---- the configuration ----

@@ -304,24 +304,6 @@ def test_a_training_step_moves_its_batch_up_and_two_numbers_down(
     assert_same_weights(runs[0].model, runs[1].model, backend, 1e-4)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_gradients_do_not_wait_for_the_device(use_dora: bool, dropout: float) -> None:
-    model = lora_model(STRICT, dropout, use_dora=use_dora).train()
-    params = [p for p in model.parameters() if p.requires_grad]
-    tokens = TEXT[:72].reshape(8, 9)
-    batch = Batch(tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64))
-    with ShardedStep(model, shard=3) as sharded, no_sync():
-        loss, found = sharded.gradients(batch, params)
-        clip_by_global_norm(found, 0.01)
-    reference = lora_model(dropout=dropout, use_dora=use_dora).train()
-    with ShardedStep(reference, shard=3) as sharded:
-        expected, others = sharded.gradients(batch, [p for p in reference.parameters() if p.requires_grad])
-    assert float(loss) == float(expected)
-    for one, other in zip(found, others, strict=True):
-        assert_agrees(one, other, STRICT)
-
-
 def test_a_whole_run_with_evaluation_checkpoints_and_resume(backend: Backend, tmp_path: Path) -> None:
     settings = dataclasses.replace(SHORT, save_every=2)
     results, models = [], []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_adalora_oracle import IDS, NAMES, close, in_double, llama, logits, randomise  # noqa: F401 - a fixture
+from peers import IDS, NAMES, close, in_double, logits, peft, randomise, torch
 
 from minilora import functional as F
 from minilora.autograd import Tensor, gradients
@@ -23,16 +22,11 @@ from minilora.optim import AdamW
 from minilora.parallel import ShardedStep
 from minilora.transformer import CausalLM
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
-
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-def test_20_steps_in_float64_are_peft_s(llama: tuple[Path, Any], tmp_path: Path, prepared: bool) -> None:  # noqa: F811
+def test_20_steps_in_float64_are_peft_s(llama: tuple[Path, Any], tmp_path: Path, prepared: bool) -> None:
     """Layer by layer as it stands, and with the weights of a step formed beforehand: every number to 1e-9."""
     base, plain = llama
     config = peft.LoraConfig(r=3, lora_alpha=7, use_dora=True, target_modules=NAMES)
@@ -68,7 +62,7 @@ def test_20_steps_in_float64_are_peft_s(llama: tuple[Path, Any], tmp_path: Path,
             assert np.abs(p.numpy() - start[name]).max() > 1e-3  # it did move
 
 
-def test_dropout_falls_on_the_same_parts(llama: tuple[Path, Any], tmp_path: Path) -> None:  # noqa: F811
+def test_dropout_falls_on_the_same_parts(llama: tuple[Path, Any], tmp_path: Path) -> None:
     """With peft's own masks, in one layer."""
     base, plain = llama
     config = peft.LoraConfig(r=3, lora_alpha=7, use_dora=True, target_modules=["q_proj"], lora_dropout=0.4)
@@ -115,7 +109,7 @@ def adapter_options(draw: st.DrawFn) -> dict[str, Any]:
 @given(adapter_options(), st.integers(0, 99))
 def test_adapters_go_there_and_come_back(
     tmp_path_factory: pytest.TempPathFactory,
-    llama: tuple[Path, Any],  # noqa: F811
+    llama: tuple[Path, Any],
     options: dict[str, Any],
     seed: int,
 ) -> None:

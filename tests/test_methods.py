@@ -203,6 +203,7 @@ def test_merged_it_gives_the_same_and_comes_out_again(case: Combination, dtype: 
     plain = made.merge_and_unload()
     assert logits(plain).tobytes() == merged_logits
     assert not quantization_report(plain)
+    assert all(p.requires_grad for p in plain.parameters())
     assert list(bits(plain)) == list(bits(case.base(dtype)))
 
 

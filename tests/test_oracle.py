@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peers import IDS, NAMES, close, peft, randomise, torch, transformers
 
 from minilora import functional as F
 from minilora.architecture import TransformerConfig
@@ -23,20 +22,7 @@ from minilora.lora import LoraConfig, LoraLinear, PeftModel, get_peft_model
 from minilora.optim import AdamW
 from minilora.transformer import CausalLM
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft")
-
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
-IDS = np.random.default_rng(0).integers(0, 13, (2, 9))
-
-
-def close(got: Any, expected: Any, tolerance: float) -> bool:
-    got, expected = (np.asarray(a.detach() if torch.is_tensor(a) else a) for a in (got, expected))
-    assert got.shape == expected.shape
-    return bool(np.abs(got - expected).max() <= tolerance * np.abs(expected).max())
 
 
 # ---- models ----
@@ -69,17 +55,6 @@ def llama_configs(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def randomise(parameters: Iterator[Any], seed: int = 0) -> None:
-    """Nothing stays at its first value, on either side."""
-    rng = np.random.default_rng(seed)
-    for p in parameters:
-        values = (0.3 * rng.standard_normal(tuple(p.shape)) + (p.ndim == 1)).astype(np.float32)
-        if torch.is_tensor(p):
-            p.data.copy_(torch.tensor(values))
-        else:
-            p.data = values
-
-
 def theirs(model: Any, ids: np.ndarray = IDS) -> np.ndarray:
     with torch.no_grad():
         return model(torch.tensor(ids)).logits.numpy()  # type: ignore[no-any-return]
@@ -103,29 +78,6 @@ def test_models_go_there_and_come_back(tmp_path_factory: pytest.TempPathFactory,
 
 
 # ---- adapters ----
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A base in a folder, and transformers' model of it."""
-    folder = tmp_path_factory.mktemp("base")
-    config = transformers.LlamaConfig(
-        vocab_size=13,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        attention_bias=True,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    randomise(model.parameters())
-    model.save_pretrained(folder)
-    return folder, model
-
-
-NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @st.composite

@@ -352,14 +352,6 @@ def test_quantize_replaces_every_linear_layer_but_those_to_skip(kind: str) -> No
     assert len(quantization_report(subject)) == 14
 
 
-def test_a_quantised_weight_counts_once_a_weight() -> None:
-    counts = []
-    for subject in (base(), quantize(base())):
-        peft_model = adapted(subject)
-        counts.append(peft_model.get_nb_trainable_parameters())
-    assert counts[0] == counts[1]
-
-
 def test_quantised_layers_take_an_eighth() -> None:
     wide = quantize(base(hidden_size=64, intermediate_size=128))
     rows = quantization_report(wide)
@@ -518,50 +510,6 @@ def test_lora_trains_over_a_quantised_base_which_stays_as_it_is() -> None:
     assert losses[-1] < 0.7 * losses[0]
     frozen = {name: p.numpy().tobytes() for name, p in subject.named_parameters() if not p.requires_grad}
     assert frozen == before
-
-
-def test_merging_gives_dense_layers_and_unmerging_the_codes() -> None:
-    subject = adapted(quantize(base()))
-    layer = subject.model.model.layers[0].self_attn.q_proj
-    before = layer.base_layer
-    expected = before.dense_weight().astype(np.float64) + layer.delta_weight("default")
-    subject.merge_adapter()
-    assert type(layer.base_layer) is Linear
-    assert np.array_equal(layer.base_layer.weight.data, expected.astype(np.float32))
-    assert layer.base_layer.bias is before.bias
-    assert not layer.base_layer.weight.requires_grad
-    subject.unmerge_adapter()
-    assert layer.base_layer is before
-    plain = subject.merge_and_unload()
-    assert not quantization_report(plain)
-    assert all(p.requires_grad for p in plain.parameters())
-
-
-@ANY_KIND
-def test_requantising_says_how_much_of_dW_was_lost(kind: str) -> None:
-    subject = adapted(quantize(base(), kind, 32))
-    layer, other = subject.model.model.layers[0].self_attn.q_proj, subject.model.lm_head
-    before = layer.base_layer
-    dW = layer.delta_weight("default")
-    subject.merge_adapter(requantize=True)
-    merged = layer.base_layer
-    assert isinstance(merged, QuantizedLinear)
-    held = merged.weight.quantized
-    assert (held.kind, held.block_size, held.double_quant) == (kind, 32, True)
-    W = before.dense_weight().astype(np.float64)
-    left = merged.dense_weight() - W
-    assert merged.lost == pytest.approx(np.linalg.norm(left - dW) / np.linalg.norm(dW), rel=1e-5)
-    assert type(other) is Linear  # a dense layer stays one
-    codes = merged.weight.quantized.codes.copy()
-    with subject.disable_adapter():
-        assert layer.base_layer is before
-    assert isinstance(layer.base_layer, QuantizedLinear)  # as it was
-    assert np.array_equal(layer.base_layer.weight.quantized.codes, codes)
-    plain = subject.merge_and_unload(requantize=True)
-    rows = quantization_report(plain)
-    assert len(rows) == 14
-    assert all(row.lost is not None and row.lost > 0 for row in rows)
-    assert {type(p) for p in plain.parameters() if not p.requires_grad} == {QuantizedWeight}
 
 
 def test_the_last_merge_says_how_all_that_is_merged_is_held() -> None:
