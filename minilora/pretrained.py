@@ -8,7 +8,7 @@ with names.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .architecture import TransformerConfig
 from .bitsandbytes import Way, quantization_config, read_bitsandbytes, read_quantization_config, write_bitsandbytes
 from .errors import FormatError
 from .formats import Checkpoint, read_checkpoint, write_checkpoint
-from .nn import Linear, Module, replace_module
+from .nn import Linear, replace_module
 from .quant import QuantizedLinear
 
 
@@ -38,39 +38,36 @@ def load_model(make: Callable[..., Any], directory: str | Path, dtype: Any) -> A
             described = f"{config.parameter_count():,} parameters"
             raise FormatError(f"{directory}: config.json describes {described}, the file holds {stored:,}")
         model = make(config, seed=None, dtype=dtype)
-        coded = {} if way is None else _coded(model, checkpoint.keys())
+        coded = {} if way is None else _coded(model, checkpoint)
         if way is not None and not coded:
             raise FormatError(f"{directory}: quantization_config says {way}, but no linear layer is stored so")
-        keys = {k for k in checkpoint.keys() if k.partition(".weight")[0] not in coded}  # noqa: SIM118
-        _fill(model, checkpoint, keys, {f"{path}.weight" for path in coded}, str(directory))
-        for path, dense in coded.items():
-            layer = _read_layer(checkpoint, path, f"{directory}: {path}")
+        _fill(model, checkpoint, set(checkpoint.keys()).difference(*coded.values()), set(coded), str(directory))
+        modules: dict[str, Any] = dict(model.named_modules())
+        for path, keys in coded.items():
+            where, dense = f"{directory}: {path}", modules[path]
+            layer = read_bitsandbytes({key.removeprefix(f"{path}."): checkpoint.read(key) for key in keys}, where)
             if layer.weight.shape != dense.weight.shape:
-                shapes = f"{layer.weight.shape}, config.json says {dense.weight.shape}"
-                raise FormatError(f"{directory}: {path}.weight is {shapes}")
+                raise FormatError(f"{where} is {layer.weight.shape}, config.json says {dense.weight.shape}")
             if Way.of(layer) != way:
-                raise FormatError(f"{directory}: {path} is {Way.of(layer)}, quantization_config says {way}")
+                raise FormatError(f"{where} is {Way.of(layer)}, quantization_config says {way}")
             layer.bias = dense.bias
             replace_module(model, path, layer.to(dtype=dtype))
     return model
 
 
-def _coded(model: Module, keys: Iterable[str]) -> dict[str, Linear]:
-    """The linear layers, by path, beside whose weight the file has something of it: `....weight.absmax`."""
-    beside = {key.partition(".weight.")[0] for key in keys if ".weight." in key}
-    embedding = model.get_input_embeddings().weight  # type: ignore[attr-defined]
-    linear = ((path, m) for path, m in model.named_modules() if isinstance(m, Linear) and m.weight is not embedding)
-    return {path: m for path, m in linear if path in beside}
-
-
-def _read_layer(checkpoint: Checkpoint, path: str, where: str) -> QuantizedLinear:
-    keys = (key for key in checkpoint.keys() if key.startswith(f"{path}.weight"))  # noqa: SIM118
-    return read_bitsandbytes({key.removeprefix(f"{path}."): checkpoint.read(key) for key in keys}, where)
+def _coded(model: Any, checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """The linear layers that the file has more of than a weight, `....weight.absmax`: their keys there, by path."""
+    keys: dict[str, list[str]] = {}
+    for key in checkpoint.keys():  # noqa: SIM118
+        keys.setdefault(key.partition(".weight")[0], []).append(key)
+    embedding = model.get_input_embeddings().weight  # a tied head is no layer of its own
+    linear = [path for path, m in model.named_modules() if isinstance(m, Linear) and m.weight is not embedding]
+    return {path: keys[path] for path in linear if any(key.startswith(f"{path}.weight.") for key in keys.get(path, ()))}
 
 
 def _fill(model: Any, checkpoint: Checkpoint, keys: set[str], coded: set[str], where: str) -> None:
-    """Give each parameter of `model`, but for those in `coded`, the tensor of its name among `keys`."""
-    own = {name: p for name, p in model.named_parameters() if name not in coded}
+    """Give each parameter of `model` the tensor of its name among `keys`, but for the weights of the layers `coded`."""
+    own = {name: p for name, p in model.named_parameters() if name.removesuffix(".weight") not in coded}
     tied = {"lm_head.weight"} & keys if model.config.tie_word_embeddings else set()
     wrong = [f"missing {k}" for k in own if k not in keys]
     wrong += [f"unknown {k}" for k in sorted(keys - set(own) - tied) if not k.endswith("rotary_emb.inv_freq")]

@@ -145,7 +145,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "something else": (_tensors(lambda t: t.update({CODES + ".x": t[STATE]})), FormatError, f"{UP}: unknown"),
     "bias missing": (_tensors(lambda t: t.pop(BIAS)), FormatError, f"missing {BIAS}"),
     "a norm of codes": (_tensors(lambda t: t.update({"model.norm.weight.x": t[STATE]})), FormatError, "unknown model"),
-    "shape": (_tensors(_reshaped), FormatError, rf"{UP}\.weight is \(16, 24\), config.json says \(24, 16\)"),
+    "shape": (_tensors(_reshaped), FormatError, rf"{UP} is \(16, 24\), config.json says \(24, 16\)"),
     "tied": (lambda c, t: (c.update(tie_word_embeddings=True), t.update({"lm_head.weight.absmax": t[STATE]})),
              FormatError, r"unknown lm_head\.weight\.absmax"),
     "far too large": (lambda c, t: c.update(vocab_size=10**9), FormatError, "config.json describes"),
