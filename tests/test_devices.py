@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import operations
 import pytest
+from small import CONFIG
 from strict_xp import METER, STRICT, counted, no_sync
 
-from minilora import CausalLM, LoraConfig, PeftModel, TransformerConfig, generate, get_peft_model, gradients
+from minilora import CausalLM, LoraConfig, PeftModel, generate, get_peft_model, gradients
 from minilora.autograd import Tensor
 from minilora.backend import NUMPY, Backend, get_backend
 from minilora.data import IGNORE, Batch
@@ -29,16 +30,6 @@ from minilora.train import Run, Settings, evaluate, train
 
 DEVICES = ["strict", pytest.param("cuda", marks=pytest.mark.gpu)]  # what is compared with NumPy
 WHOLE = 2**31  # sequences a shard: a GPU takes a batch whole, so NumPy must, to have the same bits
-CONFIG = TransformerConfig(
-    vocab_size=23,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=16,
-    attention_bias=True,
-)
 TEXT = np.random.default_rng(3).integers(0, CONFIG.vocab_size, 600).astype(np.int32)
 
 
@@ -119,18 +110,18 @@ def test_operations_and_gradients(op: operations.Operation, dtype: type, backend
 
 def test_ids_are_checked_on_the_host_and_may_come_from_either_side(any_backend: Backend) -> None:
     model = CausalLM(CONFIG, device=any_backend)
-    ids, targets = np.array([[1, 22, 0]]), np.array([[22, IGNORE, 5]])
+    ids, targets = np.array([[1, 15, 0]]), np.array([[15, IGNORE, 5]])
     batch = Batch(ids, targets).to(any_backend, CONFIG.vocab_size)
     assert_agrees(model(batch.ids), model(ids), any_backend)
     loss = cross_entropy(model(batch.ids), batch.targets)
     assert_agrees(loss, cross_entropy(model(ids), targets), any_backend)
-    for wrong in (23, -1):
+    for wrong in (16, -1):
         for name in ("ids", "targets"):
             arrays = {"ids": ids.copy(), "targets": targets.copy()}
             arrays[name][0, 2] = wrong
             with (
                 counted(),
-                pytest.raises(DataError, match=rf"^{name[:-1].replace('ids', 'id')} {wrong} is outside \[0, 23\)$"),
+                pytest.raises(DataError, match=rf"^{name[:-1].replace('ids', 'id')} {wrong} is outside \[0, 16\)$"),
             ):
                 language_modelling_loss(model, Batch(**arrays))
             assert METER.uploads == []
