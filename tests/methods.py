@@ -32,12 +32,14 @@ class Method(NamedTuple):
     count     the numbers that it trains in a layer of I inputs and O outputs
     moves     the tensors that have a gradient at the start
     constant  methods of the adapter whose values its gradient takes for constants, by definition
+    merges    is there a dW, that can be merged, and formed for a step? ConfigError says so where there is none
     """
 
     config: Callable[..., LoraConfig]
     count: Callable[[int, int], int]
     moves: set[str]
     constant: tuple[str, ...] = ()
+    merges: bool = True
 
 
 METHODS = {
