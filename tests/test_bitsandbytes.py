@@ -15,7 +15,7 @@ from bitsandbytes_golden import CASES, FILE, weight
 from hypothesis import given
 from hypothesis import strategies as st
 from small import base
-from test_quant import U, blocks_of, linear
+from test_quant import U, linear
 
 from minilora.bitsandbytes import (
     Way,
@@ -50,7 +50,7 @@ def test_codes_and_absmax_have_the_bits_of_bitsandbytes(name: str) -> None:
     # too coarse for one code in a thousand: where codes differ, ours must be the nearer.
     assert abs(own.offset - theirs.offset) <= 4 * U * theirs.offset
     exact = encode(weight(name), case.kind, case.block_size).absmax - np.float32(theirs.offset)
-    values = np.concatenate([part / np.abs(part).max() for part in blocks_of(exact, 256)])
+    values = np.concatenate([part / np.abs(part).max() for part in np.split(exact, range(256, exact.size, 256))])
     differ = own.absmax.codes != theirs.absmax.codes
     assert differ.sum() <= 1
     away = [np.abs(values - LEVELS["dynamic"][held.absmax.codes]) for held in (own, theirs)]
