@@ -11,7 +11,16 @@ from .data import ByteTokenizer
 from .errors import MiniloraError
 from .generate import generate
 from .gradcheck import check_gradient
-from .lora import AdaLoraConfig, LoraConfig, LoraLinear, PeftModel, get_peft_model
+from .lora import (
+    AdaLoraConfig,
+    HydraConfig,
+    LoraConfig,
+    LoraLinear,
+    MultiTask,
+    PeftModel,
+    get_multitask_model,
+    get_peft_model,
+)
 from .nn import Dropout, Embedding, LayerNorm, Linear, Module, Parameter, RMSNorm
 from .optim import SGD, AdamW
 from .quant import QuantizedLinear, dequantize, quantize
@@ -27,12 +36,14 @@ __all__ = [
     "CausalLM",
     "Dropout",
     "Embedding",
+    "HydraConfig",
     "LayerNorm",
     "Linear",
     "LoraConfig",
     "LoraLinear",
     "MiniloraError",
     "Module",
+    "MultiTask",
     "Parameter",
     "PeftModel",
     "QuantizedLinear",
@@ -43,6 +54,7 @@ __all__ = [
     "dequantize",
     "generate",
     "get_backend",
+    "get_multitask_model",
     "get_peft_model",
     "gradients",
     "no_grad",

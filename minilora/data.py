@@ -10,7 +10,7 @@ import math
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,12 +265,18 @@ class Batch:
     """ids (B, T) and targets (B, T), the ids one position later, or IGNORE where nothing is to be learned.
 
     Every array is sequence-first, so that a batch can be cut into shards. `first` is the place of this shard's first
-    sequence in the whole batch: dropout depends on that place, not on where the batch was cut.
+    sequence in the whole batch: dropout depends on that place, not on where the batch was cut. `tasks` says for each
+    sequence by its name which task it belongs to, where a model has several: ConfigError if they are not B.
     """
 
     ids: NDArray[np.int64]
     targets: NDArray[np.int64]
     first: int = 0
+    tasks: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tasks is not None and len(self.tasks) != len(self.ids):
+            raise ConfigError(f"a batch of {len(self.ids)} sequences needs as many tasks, got {len(self.tasks)}")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -288,11 +294,31 @@ class Batch:
         within(self.ids, vocab_size, "id")
         within(self.targets[self.targets != IGNORE], vocab_size, "target")
         ids, targets = backend.from_numpy(np.stack([self.ids, self.targets]))
-        return Batch(ids, targets, self.first)
+        return Batch(ids, targets, self.first, self.tasks)
 
     def shard(self, start: int, stop: int) -> Batch:
         """Sequences start to stop, 0 <= start; views, not copies."""
-        return Batch(self.ids[start:stop], self.targets[start:stop], self.first + start)
+        tasks = None if self.tasks is None else self.tasks[start:stop]
+        return Batch(self.ids[start:stop], self.targets[start:stop], self.first + start, tasks)
+
+    def by_task(self) -> list[tuple[str | None, Batch]]:
+        """(task, its sequences) of each task, where there are tasks; otherwise None and the batch itself.
+
+        That is the batch sorted by task, stably, and cut between tasks: `first` counts in the sorted one.
+        """
+        if self.tasks is None:
+            return [(None, self)]
+        found: list[tuple[str | None, Batch]] = []
+        first = self.first
+        for task, rows in rows_by_task(self.tasks).items():
+            found.append((task, Batch(self.ids[rows], self.targets[rows], first, (task,) * len(rows))))
+            first += len(rows)
+        return found
+
+
+def rows_by_task(tasks: Sequence[str]) -> dict[str, NDArray[np.intp]]:
+    """Which rows are each task's. Tasks are in the order of their names: it must not depend on that of the rows."""
+    return {task: np.flatnonzero([other == task for other in tasks]) for task in sorted(set(tasks))}
 
 
 def _cut(tokens: Ids, starts: NDArray[np.int64], context: int) -> Batch:

@@ -36,19 +36,12 @@ class Effective:
     weight   W', the layers' rows below each other
     layers   of each: its size O_i, its bias, and the parameters that its rows were formed of, with their pulls
     stacked  the outputs stand in a new first axis (n, ..., O / n), for layers of equal size; otherwise side by side
-    running  what the weight stands for, by layer: with other adapters it would be another
     """
 
-    def __init__(
-        self,
-        weight: Array,
-        layers: Sequence[tuple[int, Tensor | None, Parts]],
-        stacked: bool = False,
-        running: Sequence[Any] = (),
-    ):
+    def __init__(self, weight: Array, layers: Sequence[tuple[int, Tensor | None, Parts]], stacked: bool = False):
         ends = np.cumsum([size for size, _, _ in layers]).tolist()
         self.weight = weight.reshape(len(layers), -1, weight.shape[1]) if stacked else weight
-        self.stacked, self.running = stacked, running
+        self.stacked = stacked
         self.rows = [slice(end - size, end) for end, (size, _, _) in zip(ends, layers, strict=True)]
         self.biases = [(i, bias) for i, (_, bias, _) in enumerate(layers) if bias is not None]
         self.pulls = [(i, pull) for i, (_, _, parts) in enumerate(layers) for _, pull in parts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,23 @@ from .errors import ConfigError, DataError, NonFiniteError
 from .transformer import KeyValueCache
 
 
-def generate(model: Any, ids: Any, max_new_tokens: int, **sampling: Any) -> np.ndarray:
-    """ids (B, T) -> (B, T + max_new_tokens) integers: the prompts and what `stream` appends to them."""
+def generate(
+    model: Any, ids: Any, max_new_tokens: int, tasks: str | Sequence[str] | None = None, **sampling: Any
+) -> np.ndarray:
+    """ids (B, T) -> (B, T + max_new_tokens) integers: the prompts and what `stream` appends to them.
+
+    tasks   of a model that has several: whose adapters go on with each prompt, a name a row or one for all. The prompts
+            of a task run together, each task by itself, with the same seed
+    """
     prompt = np.asarray(ids)
+    if tasks is not None:
+        if not hasattr(model, "rows_of"):
+            raise ConfigError("tasks were given, but the model has none")
+        groups, texts = model.rows_of(tasks, len(prompt)), []
+        for task, rows in groups.items():
+            with model.task(task):
+                texts.append(generate(model, prompt[rows], max_new_tokens, **sampling))
+        return np.concatenate(texts)[np.argsort(np.concatenate(list(groups.values())))] if texts else prompt
     new = list(stream(model, prompt, max_new_tokens, **sampling))
     return np.concatenate([prompt, np.stack(new, axis=1)], axis=1) if new else prompt
 

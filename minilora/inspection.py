@@ -14,7 +14,7 @@ import numpy as np
 
 from .errors import FormatError
 from .formats import SafetensorsFile, read_adapter, read_checkpoint
-from .lora import AdaLoraConfig, read_config
+from .lora import AdaLoraConfig, HydraConfig, read_config
 
 Report = dict[str, Any]
 
@@ -48,8 +48,8 @@ def inspect_adapter(folder: Path) -> Report:
     """An adapter's folder: its configuration in short, and of each layer the size of dW and the rank it uses.
 
     Of DoRA dW stands for s B A, what is added to the direction, and beside it is how far the rows' lengths reach: how
-    long they were is the base's to say. FormatError for a file that is damaged, or a lora_A without a lora_B (AdaLoRA's
-    lora_E, DoRA's lora_magnitude_vector) that fits it.
+    long they were is the base's to say. Of HydraLoRA it is what an even mixture of its experts adds. FormatError for a
+    file that is damaged, or a lora_A without a lora_B (AdaLoRA's lora_E, DoRA's lora_magnitude_vector) that fits it.
     """
     raw, tensors = read_adapter(folder)
     config = read_config(raw, str(folder / "adapter_config.json"))
@@ -58,12 +58,13 @@ def inspect_adapter(folder: Path) -> Report:
         if key.endswith((".lora_A.weight", ".lora_A")):
             layer, _, suffix = key.rpartition(".lora_A")
             path, B = layer.removeprefix("base_model.model."), tensors.get(f"{layer}.lora_B{suffix}")
-            if A.ndim != 2 or B is None or B.ndim != 2 or B.shape[1] != A.shape[0]:
+            experts = config.experts if isinstance(config, HydraConfig) else 1
+            if A.ndim != 2 or B is None or B.ndim != 2 or B.shape[1] != experts * A.shape[0]:
                 raise FormatError(f"{folder}: {path}: lora_A {A.shape} has no lora_B that fits it")
             E = tensors.get(f"{layer}.lora_E") if isinstance(config, AdaLoraConfig) else np.ones((len(A), 1), A.dtype)
             if E is None or E.shape != (len(A), 1):
                 raise FormatError(f"{folder}: {path}: lora_A {A.shape} has no lora_E that fits it")
-            s = config.scaling(path)
+            s, B = config.scaling(path), B.reshape(len(B), experts, -1).mean(axis=1)
             values = singular_values(A * E, B, s)
             row = {"layer": path, "shape": f"{B.shape[0]} x {A.shape[1]}", "r": A.shape[0], "scaling": f"{s:g}"}
             row |= {"|dW|": f"{np.linalg.norm(values):.4g}", "rank": f"{effective_rank(values):.2f}"}

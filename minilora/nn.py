@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -221,7 +221,7 @@ def effective(layers: Sequence[Any], tokens: int | None, stacked: bool = False) 
             return None
         formed.append((layer.out_features, layer.bias, parts))
         at += layer.out_features
-    return fused.Effective(weight, formed, stacked, [layer.running for layer in layers])
+    return fused.Effective(weight, formed, stacked)
 
 
 class Fan(Module):
@@ -232,14 +232,15 @@ class Fan(Module):
 
     fan: tuple[str, ...]
     stacked = False  # or in a new first axis, for layers of equal size whose outputs are read one by one
-    _effective: fused.Effective | None = None
+    _effective: Mapping[Any, fused.Effective | None] = {}  # during a step, by what runs
 
     def preparations(self, tokens: int | None) -> Iterator[Callable[[], None]]:
         layers = [getattr(self, name) for name in self.fan]
 
         def prepare() -> None:
-            self._effective = effective(layers, tokens, self.stacked)
-            for layer in layers if self._effective is None else ():
+            made = effective(layers, tokens, self.stacked)
+            self._effective = {**self._effective, tuple(layer.running for layer in layers): made}
+            for layer in layers if made is None else ():
                 layer.prepare_step(tokens)
 
         yield prepare
@@ -249,13 +250,13 @@ class Fan(Module):
 
     def end_step(self) -> None:
         super().end_step()
-        self._effective = None
+        self._effective = {}
 
     def project(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., sum of O_i), or stacked (n, ..., O)"""
         layers = [getattr(self, name) for name in self.fan]
-        if self._effective is not None and self._effective.running == [layer.running for layer in layers]:
-            return fused.effective_linear(x, self._effective)
+        if (ready := self._effective.get(tuple(layer.running for layer in layers))) is not None:
+            return fused.effective_linear(x, ready)
         outputs = [layer(x) for layer in layers]
         return stack(outputs) if self.stacked else concat(outputs, axis=-1)
 

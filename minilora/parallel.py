@@ -3,6 +3,9 @@
 Shards run one after another or by threads (NumPy releases the interpreter's lock inside its loops). A shard's
 activations stay in the processor's cache, and memory falls with the shard. The cut depends on shapes alone and
 gradients are added in the order of the shards, so the result has the same bits for any number of threads.
+
+A batch of several tasks is sorted by task first, and cut within each: a shard runs one task's adapters. Only what a
+task's shards share, its effective weights, is made once for each task; all shards are then in one queue.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ import collections
 import contextlib
 import contextvars
 import ctypes
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -60,6 +64,9 @@ class ShardedStep:
     shard     sequences a shard; None: `shard_size`
     loss      (model, Batch) -> scalar Tensor: a sum over the batch's counted targets
     keep_memory   see the function of that name: for this process, and for good
+    balance   how a batch's tasks share its loss. "tasks": it is the mean of each one's own mean, so that the size of a
+              task does not set its weight; numbers by task weigh that mean, 1 for a task without one; "tokens": it is
+              the mean over all counted targets alike
     """
 
     def __init__(
@@ -69,11 +76,17 @@ class ShardedStep:
         shard: int | None = None,
         loss: Callable[[Any, Batch], Tensor] = language_modelling_loss,
         keep_memory: bool = True,
+        balance: str | Mapping[str, float] = "tasks",
     ):
         for name, value in (("threads", threads), ("shard size", shard)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r:.100}")
+        weights = balance.values() if isinstance(balance, Mapping) else ()
+        fit = all(type(w) in (int, float) and 0 < w < math.inf for w in weights)
+        if not fit or not (isinstance(balance, Mapping) or balance in ("tasks", "tokens")):
+            raise ConfigError(f"balance must be 'tasks', 'tokens' or positive numbers by task, got {balance!r:.200}")
         self.model, self.loss, self.shard, self.keep_memory = model, loss, shard, keep_memory
+        self.balance = balance
         on_host = next(iter(model.parameters())).backend.name == "cpu"  # a GPU is kept busy by one thread
         self.threads = min(threads or available_cores(), MAX_THREADS) if on_host else 1
         self._stack = ExitStack()
@@ -98,44 +111,80 @@ class ShardedStep:
         """(mean loss, its gradients) over the counted targets of the whole batch; None where a parameter takes no part.
 
         The loss is a float64 scalar where the model is: nothing here waits for a GPU; float(loss) does. `seed` and
-        `step` number the dropout masks. An exception in a shard surfaces here, with nothing half added.
+        `step` number the dropout masks. An exception in a shard surfaces here, with nothing half added. Of several
+        tasks the mean is as `balance` has it, and what belongs to tasks that are not in the batch takes no part.
         """
-        counted = max(batch.tokens, 1)  # known before the cut: each shard's sum is divided by the whole batch's count
-        params = list(params)
+        params, parts = list(params), batch.by_task()
+        counted = self._counted(parts)  # known before the cut: each shard's sum is divided by its whole task's count
 
-        def work(shard: Batch) -> tuple[Array, list[Array | None]]:
-            with dropout_counter(seed, step, shard.first):
+        def work(part: tuple[str | None, Batch]) -> tuple[str | None, Array, list[Array | None] | None]:
+            task, shard = part
+            with self._running(task), dropout_counter(seed, step, shard.first):
                 loss = self.loss(self.model, shard)
-            if not loss.requires_grad:
-                raise ConfigError("no parameter of the model requires a gradient: there is nothing to train")
-            found = gradients(loss, params, loss.backend.xp.full(loss.shape, 1 / counted, loss.dtype))
-            return loss.data.astype(np.float64), found
+            if not loss.requires_grad:  # as for rows of the base alone
+                return task, loss.data.astype(np.float64), None
+            found = gradients(loss, params, loss.backend.xp.full(loss.shape, 1 / counted[task], loss.dtype))
+            return task, loss.data.astype(np.float64), found
 
-        total: Array = 0.0
+        totals: dict[str | None, Array] = dict.fromkeys(counted, 0.0)
         summed: list[Array | None] = [None] * len(params)
+        trained = False
         try:
-            self._prepare(batch.ids.size)
-            for loss, found in self._in_order(work, self._cut(batch)):
-                total = total + loss
-                for i, g in enumerate(found):
+            for task, part in parts:
+                with self._running(task):
+                    self._prepare(part.ids.size)
+            for task, loss, found in self._in_order(work, self._cut(batch.ids.shape, parts)):
+                totals[task] = totals[task] + loss
+                trained |= found is not None
+                for i, g in enumerate(found or ()):
                     if summed[i] is None:
                         summed[i] = g
                     elif g is not None:
                         summed[i] += g
         finally:
             self.model.end_step()
-        return total / counted, summed
+        if not trained and parts:
+            raise ConfigError("no parameter of the model requires a gradient: there is nothing to train")
+        return sum(total / counted[task] for task, total in totals.items()), summed
+
+    def _counted(self, parts: list[tuple[str | None, Batch]]) -> dict[str | None, float]:
+        """What each task's sum of losses is divided by, so that together they are the batch's mean."""
+        counts = {task: part.tokens for task, part in parts}
+        if self.balance == "tokens":
+            return dict.fromkeys(counts, max(sum(counts.values()), 1))
+        given = self.balance if isinstance(self.balance, Mapping) else {}
+        weights = {task: given.get(task or "", 1.0) for task, count in counts.items() if count}
+        total = sum(weights.values())
+        return {task: count * (total / weights[task]) if count else 1 for task, count in counts.items()}
+
+    def _running(self, task: str | None) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model runs the adapters of this task."""
+        if task is None:
+            return contextlib.nullcontext()
+        if not hasattr(self.model, "task"):
+            raise ConfigError(f"the batch has sequences of task {task!r:.99}, but the model has no tasks")
+        return self.model.task(task)  # type: ignore[no-any-return]
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[tuple[float, int]]:
         """(summed loss, counted targets) of each shard of the batches, without gradients."""
 
-        def work(shard: Batch) -> tuple[float, int]:
-            with no_grad():
+        def work(part: tuple[str | None, Batch]) -> tuple[float, int]:
+            task, shard = part
+            with no_grad(), self._running(task):
                 return self.loss(self.model, shard).item(), shard.tokens
 
+        def shards() -> Iterator[tuple[str | None, Batch]]:
+            prepared = set()
+            for batch in batches:
+                parts = batch.by_task()
+                for task in [task for task, _ in parts if task not in prepared]:
+                    prepared.add(task)
+                    with self._running(task):
+                        self._prepare(None)
+                yield from self._cut(batch.ids.shape, parts)
+
         try:
-            self._prepare(None)
-            yield from self._in_order(work, (shard for batch in batches for shard in self._cut(batch)))
+            yield from self._in_order(work, shards())
         finally:
             self.model.end_step()
 
@@ -149,9 +198,9 @@ class ShardedStep:
         for _ in self._in_order(work, range(self.threads)):
             pass
 
-    def _cut(self, batch: Batch) -> Iterator[Batch]:
-        size = self.shard or shard_size(self.model, *batch.ids.shape)
-        return (batch.shard(start, start + size) for start in range(0, len(batch), size))
+    def _cut(self, shape: tuple[int, ...], parts: list[tuple[str | None, Batch]]) -> Iterator[tuple[str | None, Batch]]:
+        size = self.shard or shard_size(self.model, *shape)
+        return ((task, part.shard(i, i + size)) for task, part in parts for i in range(0, len(part), size))
 
     def _in_order(self, work: Callable[[P], R], parts: Iterable[P]) -> Iterator[R]:
         """work(part) of each, in the order of the parts, at most `threads` at once and none far ahead."""

@@ -166,7 +166,7 @@ def test_a_layer_that_lost_its_triplets_keeps_every_promise(left: int) -> None:
     for adapter in list(case.subject.adapters.values())[left:]:
         adapter.keep(np.zeros(4, bool))
     case.subject.prepare_step()
-    assert (case.subject._effective is not None) == (left > 0)  # without a triplet there is nothing to form
+    assert any(case.subject._effective.values()) == (left > 0)  # without a triplet there is nothing to form
     case.subject.end_step()
     config = dataclasses.replace(case.configs["a0"], rank_pattern={} if left else {"proj.lora_E": [False] * 4})
     rows = measure([dataclasses.replace(case, configs={"a0": config})])

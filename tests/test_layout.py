@@ -23,10 +23,11 @@ ORDER = [
     ["pretrained"],
     ["transformer"],
     ["lora.lora", "decoding"],
-    ["lora.adalora", "lora.dora", "generate"],
+    ["lora.adalora", "lora.dora", "lora.hydra", "generate"],
     ["lora.layer"],
     ["lora.plan"],
     ["lora.model"],
+    ["lora.multitask"],
     ["lora"],
     ["inspection", "verify.case"],
     ["verify.measuring"],
@@ -50,6 +51,8 @@ FORBIDDEN = {
     ("lora.lora", "transformer"),
     ("lora.adalora", "transformer"),
     ("lora.dora", "transformer"),
+    ("lora.hydra", "transformer"),
+    ("lora.multitask", "transformer"),
     ("cli", "plots"),
 }
 ROOMS = sorted(PACKAGE.rglob("*.py"))

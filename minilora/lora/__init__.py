@@ -11,8 +11,10 @@ config    what an adapter is to be, in PEFT's words
 lora      dW = s B A
 dora      W' = m (W + dW) / |W + dW|
 adalora   dW = s B diag(E) A, and which triplets of it are worth keeping
+hydra     y = W x + s sum_i w_i(x) B_i A x, one A and several B's
 layer     where adapters live: a base, adapters by name, merging
 model     get_peft_model and PeftModel
+multitask several tasks in one batch, each with adapters of its own
 plan      what a configuration means for a model, found out before anything is touched
 targets   which names are meant, by PEFT's rules
 patterns  regular expressions that cannot hang
@@ -21,21 +23,27 @@ patterns  regular expressions that cannot hang
 from .adalora import AdaLoraAdapter, AdaLoraConfig, RankAllocator, orthogonality
 from .config import LoraConfig
 from .dora import DoraAdapter
+from .hydra import HydraAdapter, HydraConfig
 from .layer import LoraLinear, SavedModule
 from .lora import LoraAdapter
 from .model import PeftModel, get_peft_model
+from .multitask import MultiTask, get_multitask_model
 from .plan import read_config
 
 __all__ = [
     "AdaLoraAdapter",
     "AdaLoraConfig",
     "DoraAdapter",
+    "HydraAdapter",
+    "HydraConfig",
     "LoraAdapter",
     "LoraConfig",
     "LoraLinear",
+    "MultiTask",
     "PeftModel",
     "RankAllocator",
     "SavedModule",
+    "get_multitask_model",
     "get_peft_model",
     "orthogonality",
     "read_config",

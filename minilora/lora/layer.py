@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,12 @@ from .. import fused
 from ..autograd import Tensor
 from ..backend import Array
 from ..errors import ConfigError, NonFiniteError
-from ..nn import LinearBase, Module, Parameter, effective, frozen_linear
+from ..nn import LinearBase, Module, effective, frozen_linear
 from .dora import refuse_company
 from .lora import LoraAdapter
 
-# The layers that this thread, and the shards it hands to others, run without adapters.
-_bypassed: contextvars.ContextVar[frozenset[Any]] = contextvars.ContextVar("bypassed", default=frozenset())
+# By layer: the adapters that this thread, and the shards it hands to others, runs there in place of the active ones.
+_chosen: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar("chosen", default=None)
 
 
 class Wrapper(Module):
@@ -58,11 +58,10 @@ class Wrapper(Module):
         raise NotImplementedError
 
     @property
-    def running(self) -> list[Any]:
+    def running(self) -> tuple[Any, ...]:
         """What the next forward of this thread applies."""
-        if self.merged or not self.enabled or self in _bypassed.get():
-            return []
-        return [self.held[name] for name in self.active if name in self.held]
+        names = () if self.merged or not self.enabled else (_chosen.get() or {}).get(self, self.active) or ()
+        return tuple(self.held[name] for name in names if name in self.held)
 
     def merge(self, names: Sequence[str] | None = None, requantize: bool = False) -> None:
         """Put adapters into the inner module's weights, where that means something."""
@@ -77,13 +76,17 @@ class Wrapper(Module):
 
 
 @contextlib.contextmanager
-def bypassed(layers: Iterable[Wrapper]) -> Iterator[None]:
-    """Inside, these layers run their inner modules alone: in this thread, not in one that runs beside it."""
-    token = _bypassed.set(_bypassed.get() | frozenset(layers))
+def chosen(layers: Iterable[Wrapper], names: Sequence[str] | None) -> Iterator[None]:
+    """Inside, these layers run `names` in place of the active adapters: in this thread, not in one that runs beside it.
+
+    With None they run their inner modules alone, whatever is chosen further inside.
+    """
+    before = _chosen.get() or {}
+    token = _chosen.set({**before, **{layer: names for layer in layers if before.get(layer, ()) is not None}})
     try:
         yield
     finally:
-        _bypassed.reset(token)
+        _chosen.reset(token)
 
 
 class LoraLinear(Wrapper):
@@ -99,7 +102,7 @@ class LoraLinear(Wrapper):
         self.base_layer = base_layer
         self.adapters: dict[str, LoraAdapter] = {}
         self._original: LinearBase | None = None  # the base while adapters are merged into a copy of it
-        self._effective: fused.Effective | None = None  # during a step
+        self._effective: Mapping[Any, fused.Effective | None] = {}  # during a step, by what runs
 
     @property
     def current(self) -> LinearBase:
@@ -107,8 +110,8 @@ class LoraLinear(Wrapper):
 
     def __call__(self, x: Tensor) -> Tensor:
         running = self.running
-        if self._effective is not None and self._effective.running == [running]:
-            return fused.effective_linear(x, self._effective)
+        if (ready := self._effective.get(running)) is not None:
+            return fused.effective_linear(x, ready)
         y = self.base_layer(x)
         for adapter in running:
             y = adapter(x, y, self.base_layer)
@@ -119,7 +122,7 @@ class LoraLinear(Wrapper):
     def merges(self, tokens: int | None) -> bool:
         """Is it right, and cheaper, to form W + dW once for a step over `tokens` positions? Not right with dropout."""
         merged, apart = self.costs(tokens or 1 << 30)
-        hindered = any(a.dropout.active or (a.NORMED and self.base_layer.trainable) for a in self.running)
+        hindered = any(a.MIXED or a.dropout.active or (a.NORMED and self.base_layer.trainable) for a in self.running)
         return (merged < apart or not self.running) and not hindered
 
     def costs(self, tokens: int) -> tuple[int, int]:
@@ -136,12 +139,12 @@ class LoraLinear(Wrapper):
 
     def preparations(self, tokens: int | None) -> Iterator[Callable[[], None]]:
         def prepare() -> None:
-            self._effective = effective([self], tokens) if self.running else None
+            self._effective = {**self._effective, self.running: effective([self], tokens) if self.running else None}
 
         yield prepare
 
     def end_step(self) -> None:
-        self._effective = None
+        self._effective = {}
 
     # ---- merging ----
 
@@ -205,9 +208,7 @@ class SavedModule(Wrapper):
             raise ConfigError(f"adapters {', '.join(found)} each replace the same module: only one can be active")
         return self.modules_to_save[found[0]] if found else self.original_module
 
-    @property
-    def weight(self) -> Parameter:
-        return self.current.weight  # type: ignore[no-any-return]
+    weight = property(lambda self: self.current.weight)
 
     def __call__(self, *inputs: Any) -> Tensor:
         return self.current(*inputs)  # type: ignore[no-any-return]

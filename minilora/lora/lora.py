@@ -31,6 +31,7 @@ class LoraAdapter(Module):
     TENSORS: tuple[str, ...] = ("lora_A", "lora_B")  # the trainable attributes, in the order of PEFT's files
     SUFFIX = ".weight"  # of their names there, where each is a module's weight
     NORMED = False  # does it scale the rows of W + dW by their norms?
+    MIXED = False  # is what it adds another matrix for every position?
 
     def __init__(self, base: LinearBase, name: str, config: LoraConfig, rng: np.random.Generator, stream: int = 0):
         self.r = r = config.rank(name)

@@ -22,7 +22,7 @@ from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import read_adapter, write_adapter
 from ..nn import Module, Parameter, replace_module
 from .config import LoraConfig
-from .layer import LoraLinear, SavedModule, Wrapper, bypassed
+from .layer import LoraLinear, SavedModule, Wrapper, chosen
 from .plan import BARE, PREFIX, TENSORS, Plan, adapter_class, plan_adapter, read_config, wrappers
 
 
@@ -80,9 +80,7 @@ class PeftModel(Module):
         """The model inside, adapters and all."""
         return self.model
 
-    @property
-    def config(self) -> Any:
-        return self.model.config
+    config = property(lambda self: self.model.config)
 
     @property
     def active_adapter(self) -> str:
@@ -182,7 +180,7 @@ class PeftModel(Module):
         if any(self.peft_config[n].bias != "none" for n in self.active_adapters):
             warnings.warn("the adapter trained the base's biases: disabling it does not bring them back", stacklevel=3)
         merged = [(layer, layer.merged, layer.requantized) for layer in self._wrappers().values() if layer.merged]
-        with bypassed(self._wrappers().values()):
+        with chosen(self._wrappers().values(), None):
             try:
                 for layer, *_ in merged:
                     layer.unmerge()

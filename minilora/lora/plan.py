@@ -16,15 +16,16 @@ from ..nn import LinearBase, Module
 from .adalora import AdaLoraAdapter, AdaLoraConfig
 from .config import DEFAULT_TARGETS, LoraConfig
 from .dora import DoraAdapter
+from .hydra import HydraAdapter, HydraConfig
 from .layer import LoraLinear, SavedModule, Wrapper
 from .lora import LoraAdapter
 from .targets import in_layers, matches, pattern_value
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 # By peft_type; a relative of LoRA is one line here. DoRA goes by LoRA's name, and use_dora tells: see adapter_class.
-ADAPTERS: dict[str, type[LoraAdapter]] = {"LORA": LoraAdapter, "ADALORA": AdaLoraAdapter}
-CONFIGS: dict[str, type[LoraConfig]] = {"LORA": LoraConfig, "ADALORA": AdaLoraConfig}
-TENSORS = {*LoraAdapter.TENSORS, *AdaLoraAdapter.TENSORS, *DoraAdapter.TENSORS}
+ADAPTERS: dict[str, type[LoraAdapter]] = {"LORA": LoraAdapter, "ADALORA": AdaLoraAdapter, "HYDRALORA": HydraAdapter}
+CONFIGS: dict[str, type[LoraConfig]] = {"LORA": LoraConfig, "ADALORA": AdaLoraConfig, "HYDRALORA": HydraConfig}
+TENSORS = {*AdaLoraAdapter.TENSORS, *DoraAdapter.TENSORS, *HydraAdapter.TENSORS}
 BARE = {"lora_magnitude_vector"}  # in files without the ".weight" that it has in PEFT's models
 Modules = dict[str, Any]  # by path
 
@@ -41,7 +42,8 @@ class Plan(NamedTuple):
         found: dict[str, tuple[int, ...]] = {}
         for path, base in self.targets.items():
             kind = adapter_class(self.config)
-            for name, shape in kind.shapes(base, self.config.rank(path)).items():
+            r, more = self.config.rank(path), [self.config.experts] if isinstance(self.config, HydraConfig) else []
+            for name, shape in kind.shapes(base, r, *more).items():
                 found[f"{PREFIX}{path}.{name}{'' if name in BARE else kind.SUFFIX}"] = shape
             if self.config.bias != "none" and base.bias is not None:
                 found[f"{PREFIX}{path}.base_layer.bias"] = base.bias.shape
