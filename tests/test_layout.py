@@ -32,6 +32,7 @@ ORDER = [
     ["inspection", "verify.case"],
     ["verify.measuring"],
     ["verify.of_lora", "verify.of_layers", "verify.of_dora", "verify.of_adalora", "verify.of_codes"],
+    ["verify.of_tasks"],
     ["verify.properties"],
     ["verify.run"],
     ["verify"],

@@ -19,15 +19,19 @@ from hypothesis import strategies as st
 
 import minilora.functional as F
 import minilora.lora.dora
+import minilora.lora.hydra
 import minilora.lora.model
+import minilora.lora.multitask
 import minilora.verify.run
 from minilora import fused, quant
+from minilora.autograd import record
 from minilora.cli import main
 from minilora.errors import FormatError, NonFiniteError
 from minilora.formats import load_file, save_file
 from minilora.lora import (
     AdaLoraAdapter,
     DoraAdapter,
+    HydraAdapter,
     LoraAdapter,
     LoraConfig,
     LoraLinear,
@@ -51,6 +55,7 @@ from minilora.verify import (
     of_dora,
     of_layers,
     of_lora,
+    of_tasks,
     over_codes,
     random_case,
     verify,
@@ -61,13 +66,14 @@ from minilora.verify.measuring import worst
 from minilora.verify.run import rounded
 
 BY_NAME = {p.name: p for p in PROPERTIES}
-LORAS = {p.name for p in (*of_lora.PROPERTIES, *of_layers.PROPERTIES)}
+LORAS = {p.name for p in (*of_lora.PROPERTIES, *of_layers.PROPERTIES, *of_tasks.PROPERTIES)}
 EXACT = {
     "start is the base", "disabled is the base", "count", "gauge by powers of two", "start moves B alone",
     "merge in any portions", "merge refuses", "unmerge", "files", "dropout off", "dropout spares the base",
     "DoRA starts as the base", "DoRA's scale", "DoRA's count",
     "AdaLoRA starts as the base", "AdaLoRA's count", "AdaLoRA's penalty at rest", "AdaLoRA's budget",
     "absmax stays", "coded again", "codes know no scale", "codes know no neighbour", "codes in bytes", "bits",
+    "absent task",
 }  # fmt: skip
 
 
@@ -337,7 +343,14 @@ def B_does_not_start_at_zero(mp: pytest.MonkeyPatch) -> None:
 
 @breaks("disabled is the base")
 def disabling_is_forgotten(mp: pytest.MonkeyPatch) -> None:
-    mp.setattr(Wrapper, "running", property(lambda self: [] if self.merged else [self.held[n] for n in self.active]))
+    real = Wrapper.running.fget
+
+    def running(self: Any) -> Any:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(self, "enabled", True)
+            return real(self)
+
+    mp.setattr(Wrapper, "running", property(running))
 
 
 @breaks("sum")
@@ -746,12 +759,36 @@ def a_byte_is_not_counted(mp: pytest.MonkeyPatch) -> None:
     mp.setattr(Quantized, "nbytes", property(lambda self: real(self) - 1))
 
 
+@breaks("mixed batch")
+def rows_come_back_in_another_place(mp: pytest.MonkeyPatch) -> None:
+    after(mp, minilora.lora.multitask, "interleave", lambda y, *rest: y[np.roll(np.arange(len(y)), 1)])
+
+
+@breaks("absent task")
+def what_does_not_run_has_a_gradient(mp: pytest.MonkeyPatch) -> None:
+    def change(y: Any, self: Any, x: Any) -> Any:
+        idle = [a.lora_B for a in self.adapters.values() if a not in self.running]
+        return record(y.data, (y, *idle), lambda dy: (dy, *(np.full_like(p.data, 1e-30) for p in idle)))
+
+    after(mp, LoraLinear, "__call__", change)
+
+
+@breaks("router")
+def the_router_adds_up_to_a_few_ulps_more(mp: pytest.MonkeyPatch) -> None:
+    after(mp, HydraAdapter, "weights", lambda w, *rest: w * (1 + (w.shape[-1] > 1) * 8 * np.finfo(w.dtype).eps))
+
+
+@breaks("equal experts")
+def an_expert_counts_a_thousandth_more(mp: pytest.MonkeyPatch) -> None:
+    after(mp, minilora.lora.hydra, "mixture", lambda out, x, y, *rest: y + (out - y) * 1.001)
+
+
 # Mistakes that are seen from several sides.
 
 
 @breaks(
     *("forward", "linear in s", "gradients", "input gradient", "balance", "merged forward"),
-    *("dropout spares the base", "dropout is unbiased"),
+    *("dropout spares the base", "dropout is unbiased", "equal experts"),
 )
 def s_is_squared(mp: pytest.MonkeyPatch) -> None:
     def call(self: Any, x: Any, y: Any, base: Any) -> Any:

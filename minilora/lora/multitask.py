@@ -7,9 +7,9 @@
            x_4         __base__         W
 
 Sequences never look at each other, so a mixed batch is a batch a task: rows are taken apart by task, each group runs
-with its own adapters, and rows go back to where they came from. (S-LoRA, Sheng et al. 2023, section 5, serves adapters
-so.) Forward and backward are those of a single task, whatever its adapters are: of unequal ranks, DoRA, with a head of
-its own (`modules_to_save`). What no row of a batch runs gets no gradient at all.
+with its own adapters, and rows go back to where they came from (as S-LoRA batches what it serves: Sheng et al. 2023,
+section 4.1). Forward and backward are those of a single task, whatever its adapters are: of unequal ranks, DoRA, with a
+head of its own (`modules_to_save`). What no row of a batch runs gets no gradient at all.
 
 The forms in use are all this one mechanism:
 

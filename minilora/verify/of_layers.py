@@ -166,6 +166,9 @@ class OneLayer(Module):
     def __init__(self, layer: Any):
         self.proj = layer
 
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.proj(x)  # type: ignore[no-any-return]
+
     def get_input_embeddings(self) -> Embedding:
         return Embedding(np.zeros((1, 1), np.float32))
 
