@@ -84,7 +84,8 @@ def _padded(layer: LoraLinear, name: str) -> LoraLinear:
 def _absent(case: Case) -> Measured:
     """Exact, on their own and by the weights of a step; and each task that is there has a gradient."""
     made, (x, tasks, _), wrong = _tasks(case), _mixed(case), 0
-    parameters = {name: list(made.model.proj.adapters[name].parameters()) for name in (*case.configs, ABSENT)}
+    adapters = made.model.proj.adapters
+    parameters = {name: [getattr(adapter, t) for t in adapter.TENSORS] for name, adapter in adapters.items()}
     leaves = [p for own in parameters.values() for p in own]
     for prepared in (False, True):
         for name in parameters if prepared else ():
