@@ -116,14 +116,14 @@ def close(a: Any, b: Any, rel: float = 1e-12) -> bool:
     return a.shape == b.shape and bool(np.abs(a - b).max(initial=0) <= rel * np.abs(b).max(initial=1e-300))
 
 
+ANY_FORM = st.sampled_from(list(FORMS))
 TASKS = st.lists(st.sampled_from(NAMES), min_size=1, max_size=7)
 
 
 # ---- forward ----
 
 
-@pytest.mark.parametrize("form", FORMS)
-@given(TASKS, st.randoms(use_true_random=False))
+@given(ANY_FORM, TASKS, st.randoms(use_true_random=False))
 def test_a_row_is_what_its_task_gives_wherever_it_stands(form: str, tasks: list[str], random: Any) -> None:
     made, ids = MODELS[form], np.random.default_rng(len(tasks)).integers(0, 13, (len(tasks), 4))
     y = made(ids, tasks=tasks).data
@@ -226,8 +226,7 @@ def test_a_task_is_one_thread_s_and_one_model_s() -> None:
 # ---- backward ----
 
 
-@pytest.mark.parametrize("form", FORMS)
-@given(TASKS.filter(lambda tasks: set(tasks) != {BASE}))
+@given(ANY_FORM, TASKS.filter(lambda tasks: set(tasks) != {BASE}))
 def test_gradients_are_the_sum_of_each_row_s_and_none_for_what_is_absent(form: str, tasks: list[str]) -> None:
     made, batch = MODELS[form], batch_of(tasks)
     names, params = zip(*((n, p) for n, p in made.named_parameters() if p.requires_grad), strict=True)
