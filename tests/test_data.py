@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import data
+from minilora.backend import NUMPY
 from minilora.errors import ConfigError, DataError, FormatError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -455,6 +456,31 @@ def test_shards_together_are_the_batch(cut, cuts):
 def test_ignored_targets_do_not_count():
     batch = data.Batch(np.zeros((2, 3), np.int64), np.array([[1, data.IGNORE, 0], [data.IGNORE] * 3]))
     assert (batch.tokens, batch.shard(1, 2).tokens) == (2, 0)
+
+
+@given(st.lists(st.sampled_from(["b", "a", "__base__", "c"]), max_size=9), st.integers(0, 9))
+def test_a_batch_sorted_by_task_is_cut_between_tasks(tasks, first):
+    ids = np.arange(len(tasks))[:, None] + np.zeros((1, 2), np.int64)
+    batch = data.Batch(ids, ids + 1, first, tasks)
+    parts = batch.by_task()
+    assert [task for task, _ in parts] == sorted(set(tasks))
+    order = [i for _, part in parts for i in part.ids[:, 0].tolist()]
+    assert order == sorted(range(len(tasks)), key=lambda i: tasks[i])  # stably
+    place = first
+    for task, part in parts:
+        assert list(part.tasks) == [task] * len(part)
+        assert (part.first, part.targets.tolist()) == (place, (part.ids + 1).tolist())
+        place += len(part)
+
+
+@given(st.lists(st.sampled_from(["b", "a"]), min_size=1, max_size=9), st.integers(0, 9), st.integers(0, 9))
+def test_a_shard_keeps_the_tasks_of_its_sequences(tasks, start, stop):
+    ids = np.zeros((len(tasks), 2), np.int64)
+    batch = data.Batch(ids, ids, 0, tasks)
+    assert batch.shard(start, stop).tasks == tasks[start:stop]
+    assert batch.to(NUMPY, 3).tasks == tasks
+    assert data.Batch(ids, ids).by_task()[0][0] is None
+    assert data.Batch(ids, ids).shard(start, stop).tasks is None
 
 
 @given(st.integers(2, 90), st.integers(1, 9), st.integers(1, 9), st.sampled_from([np.uint8, np.int32, np.uint64]))
