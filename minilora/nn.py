@@ -8,6 +8,7 @@ output.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -342,16 +343,16 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence
     if not grad_enabled() or not (x.requires_grad or params):
         return function(x)
     seed, step, first = getattr(_thread, "counter", None) or (0, next(_recomputed), 0)  # dropout must fall alike twice
-    X, need_dx, values = x.data, x.requires_grad, [p.data for p in params]
+    X, need_dx, values, here = x.data, x.requires_grad, [p.data for p in params], contextvars.copy_context()
     with no_grad(), dropout_counter(seed, step, first):
         y = function(x).data
 
     def vjp(dy: Array) -> F.Grads:
         leaf = Tensor(X, need_dx)
         with dropout_counter(seed, step, first):
-            again = function(leaf)
+            again = here.run(function, leaf)  # with the adapters of that time
         assert len(values) == len(params)  # named here, so that a change of them is noticed: see `record`'s guards
-        return tuple(gradients(again, [leaf, *params], dy))
+        return tuple(gradients(again, [leaf, *params], dy) if again.requires_grad else [None] * (1 + len(params)))
 
     return record(y, (x, *params), vjp)
 

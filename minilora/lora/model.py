@@ -82,9 +82,7 @@ class PeftModel(Module):
 
     config = property(lambda self: self.model.config)
 
-    @property
-    def active_adapter(self) -> str:
-        return self.active_adapters[0]
+    active_adapter = property(lambda self: self.active_adapters[0])
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """(name, parameter) under PEFT's names."""
