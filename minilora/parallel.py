@@ -4,8 +4,9 @@ Shards run one after another or by threads (NumPy releases the interpreter's loc
 activations stay in the processor's cache, and memory falls with the shard. The cut depends on shapes alone and
 gradients are added in the order of the shards, so the result has the same bits for any number of threads.
 
-A batch of several tasks is sorted by task first, and cut within each: a shard runs one task's adapters. Only what a
-task's shards share, its effective weights, is made once for each task; all shards are then in one queue.
+A batch of several tasks is sorted by task first, and cut within each: a shard runs one task's adapters. What a task's
+shards share, its effective weights, is formed for all tasks before the first shard runs, so that none waits for another
+task's: the price is a copy of the adapted weights for each.
 """
 
 from __future__ import annotations

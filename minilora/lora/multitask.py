@@ -368,13 +368,10 @@ def _is_names(value: Any) -> bool:
 
 @contextlib.contextmanager
 def _all_or_nothing(model: Any) -> Iterator[None]:
-    """If anything raises inside, no adapter is in `model`, and what required a gradient before does so again."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
+    """If anything raises inside, no adapter is left in `model`."""
     try:
         yield
     except BaseException:
         for path, layer in list(wrappers(model)):
             replace_module(model, path, layer.inner)
-        for parameter, required in before:
-            parameter.requires_grad = required
         raise
