@@ -480,6 +480,7 @@ def test_a_task_that_does_not_exist() -> None:
         lambda: made(batch.ids, tasks=batch.tasks),
         lambda: made(batch.ids, tasks="verse"),
         lambda: made.adapters_of("verse"),
+        lambda: made.rows_of(["prose", "verse"], 2),
         lambda: made.task("verse").__enter__(),
         lambda: made.merge_task("verse"),
         lambda: made.task_adapter("verse"),
@@ -563,6 +564,18 @@ def test_what_cannot_be_is_refused_and_the_model_stays_as_it_was(how: str) -> No
         get_multitask_model(plain, tasks, shared)
     assert (repr(plain), bits(plain), [p.requires_grad for p in plain.parameters()]) == before
     assert isinstance(get_multitask_model(plain, {"prose": lora()}), MultiTask)
+
+
+def test_first_values_depend_on_the_seed_and_the_adapter_s_name_alone() -> None:
+    one = get_multitask_model(base(), {"prose": lora(), "code": lora()}, seed=3)
+    other = get_multitask_model(base(), {"code": lora()}, lora(), seed=3)
+    another = get_multitask_model(base(), {"code": lora()}, seed=4)
+    own = [{n: p.numpy() for n, p in made.named_parameters() if ".code." in n} for made in (one, other, another)]
+    prose = {n: p.numpy() for n, p in one.named_parameters() if ".prose." in n}
+    for name, values in own[0].items():
+        assert np.array_equal(values, own[1][name])
+        assert not np.array_equal(values, own[2][name])
+        assert not np.array_equal(values, prose[name.replace(".code.", ".prose.")])
 
 
 def test_tasks_are_declared_and_adapters_deleted_one_by_one() -> None:
