@@ -28,6 +28,7 @@ from minilora.lora import (
     LoraLinear,
     MultiTask,
     PeftModel,
+    RankAllocator,
     SavedModule,
     get_multitask_model,
     get_peft_model,
@@ -419,6 +420,26 @@ def test_tasks_learn_apart_from_each_other() -> None:
             optimizer.step(found)
     said = made(ids, tasks=["prose", "code"]).data.argmax(-1)
     assert np.array_equal(said, targets)
+
+
+def test_a_task_s_ranks_are_allocated_beside_another_task() -> None:
+    made = model("AdaLoRA", "float32").train()
+    allocator, params = RankAllocator.of(made, "prose"), trained(made)
+    place = {id(p): i for i, p in enumerate(params)}
+    own = [place[id(p)] for p in allocator.params]
+    optimizer = AdamW(params, lr=0.01)
+    with ShardedStep(made, 1, shard=1) as sharded:
+        for step in range(9):
+            tasks = ["prose", "code"] if step % 3 else ["code"]
+            _, found = sharded.gradients(batch_of(tasks, seed=step), params)
+            optimizer.step(found)
+            allocator.step([found[i] for i in own])
+    allocator.prune()
+    assert sum(allocator.ranks.values()) == 2 * 4
+    ids = batch_of(None, rows=2).ids
+    _, tensors = made.task_adapter("prose")
+    assert sum(len(t) for key, t in tensors.items() if "lora_A" in key) == 2 * 4 + 14
+    assert close(made.merge_task("prose")(ids).data, made.eval()(ids, tasks="prose").data, 1e-5)
 
 
 def test_the_ordinary_loop_trains_the_task_that_it_is_run_in(tmp_path: Path) -> None:
