@@ -110,6 +110,8 @@ def test_only_what_is_wanted_has_a_gradient(trained: int) -> None:
     everything = [Tensor(a, requires_grad=True) for a in arrays]
     one = [Tensor(a, requires_grad=i == trained) for i, a in enumerate(arrays)]
     dy = rng.standard_normal((3, 5))
+    by_hand = mixture(*one, 0.7).node.vjp(dy)
+    assert [i for i in (0, 3, 4) if by_hand[i] is not None] == [i for i in (0, 3, 4) if i == trained]  # x, A, B
     expected, found = (gradients(mixture(*leaves, 0.7), leaves, dy) for leaves in (everything, one))
     assert [g is not None for g in found] == [i == trained for i in range(5)]
     assert np.array_equal(found[trained], expected[trained])
