@@ -140,7 +140,7 @@ def test_r_means_nothing_and_says_so() -> None:
 
 @pytest.mark.parametrize("kind", ["IA3", None, ["LORA"], {}, 3])
 def test_another_kind_of_adapter_is_refused_by_name(kind: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="peft_type must be 'LORA' or 'ADALORA', got"):
+    with pytest.raises(ConfigError, match="peft_type must be 'LORA' or 'ADALORA' or 'HYDRALORA', got"):
         read_config({"peft_type": kind}, "here")
     with pytest.raises(ConfigError, match="use_dora must be False"):
         read_config({"peft_type": "ADALORA", "total_step": 9, "use_dora": True}, "here")
