@@ -6,11 +6,13 @@ its step number. Whether the ids fit a model's vocabulary is checked by whoever 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sysconfig
+import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,6 +224,47 @@ def python_sources(limit: int = 3_000_000) -> Documents:
     raise DataError(f"this Python comes without its sources in {quoted(root)}: give --data FILE")
 
 
+def four_tasks(limit: int = 400_000) -> dict[str, Documents]:
+    """Four kinds of text that every Python with NumPy carries, up to `limit` bytes each, by name.
+
+    python   sources of the standard library          c       NumPy's headers
+    charmap  the tables of Python's text encodings    json    the Unicode database, an object a character
+    """
+    headers = sorted(Path(np.get_include()).rglob("*.h"))
+    tables = sorted((Path(sysconfig.get_paths()["stdlib"]) / "encodings").glob("*.py"))
+    found = {"python": python_sources(limit), "c": _files(headers, limit), "charmap": _files(tables, limit)}
+    found["json"] = [(f"plane {at:x}", text) for at, text in _unicode(limit)]
+    for task, documents in found.items():
+        if not documents:
+            raise DataError(f"this Python comes without the texts of task {task!r}: give files of your own")
+    return found
+
+
+def _files(paths: Iterable[Path], limit: int) -> Documents:
+    """(name, text) of files in turn, as long as they fit."""
+    found: Documents = []
+    for path in paths:
+        text = path.read_bytes()
+        if 0 < len(text) <= limit:
+            found.append((path.name, text))
+            limit -= len(text)
+    return found
+
+
+def _unicode(limit: int) -> Iterator[tuple[int, bytes]]:
+    """Blocks of 256 characters, a line of JSON for each that has a name."""
+    for block in range(0, 0x3000, 256):
+        characters = [chr(c) for c in range(block, block + 256) if unicodedata.name(chr(c), "")]
+        rows = [
+            {"code": f"U+{ord(c):04X}", "name": unicodedata.name(c), "category": unicodedata.category(c), "char": c}
+            for c in characters
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        if 0 < len(text) <= limit:
+            limit -= len(text)
+            yield block, text
+
+
 def _share(size: int, fraction: float) -> float:
     if not 0 < fraction < 1:
         raise ConfigError(f"the held-out fraction must lie between 0 and 1, got {fraction!r}")
@@ -377,6 +420,36 @@ class Windows:
         epochs, places = numbers // len(self), numbers % len(self)
         starts = [self._starts(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
         return _cut(self.tokens, np.concatenate(starts), self.context)
+
+
+class TaskWindows:
+    """Training batches of several texts, one a task: sequence b of a batch is of task number b modulo their count.
+
+    Each task has windows of its own, visited as `Windows` visits them, so that a small text is seen more often. The
+    number of sequences a batch must reach every task: ConfigError if it does not.
+    """
+
+    def __init__(self, texts: Mapping[str, Ids], context: int, batch_size: int, seed: int = 0):
+        if not texts or batch_size < len(texts):
+            raise ConfigError(f"a batch of {batch_size} sequences cannot hold one of each of {len(texts)} tasks")
+        self.tasks = [list(texts)[b % len(texts)] for b in range(batch_size)]
+        self._windows = {}
+        for task, tokens in texts.items():
+            try:
+                self._windows[task] = Windows(tokens, context, self.tasks.count(task), seed)
+            except DataError as error:
+                raise DataError(f"task {task!r:.99}: {error}") from None
+
+    def batch(self, step: int) -> Batch:
+        """Batch number `step`, from 0: B = batch_size sequences of T = context, and their tasks."""
+        parts = {task: windows.batch(step) for task, windows in self._windows.items()}
+        place = dict.fromkeys(parts, 0)
+        rows = []
+        for task in self.tasks:
+            rows.append((parts[task].ids[place[task]], parts[task].targets[place[task]]))
+            place[task] += 1
+        ids, targets = zip(*rows, strict=True)
+        return Batch(np.stack(ids), np.stack(targets), tasks=self.tasks)
 
 
 def evaluation_windows(tokens: Ids, context: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:

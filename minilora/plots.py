@@ -113,6 +113,33 @@ def delta_spectrum(path: Path, layers: Mapping[str, tuple[np.ndarray, np.ndarray
     plt.close(figure)
 
 
+def heat_table(
+    path: Path, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, ylabel: str = ""
+) -> None:
+    """A table whose cells are the darker the larger; the best of a column, its smallest, is framed.
+
+    values   (rows, columns)
+    """
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(1.0 * len(columns) + 2.0, 0.42 * len(rows) + 1.1), layout="constrained")
+    axis.imshow(values, cmap="Blues", aspect="auto")
+    middle = (values.max() + values.min()) / 2
+    for i, j in np.ndindex(values.shape):
+        color = "white" if values[i, j] > middle else INK
+        axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color=color)
+        if values[i, j] == values[:, j].min():
+            frame = {"fill": False, "edgecolor": WARM, "linewidth": 1.8}
+            axis.add_patch(plt.Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, **frame))
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_title(title, loc="left")
+    axis.set_ylabel(ylabel)
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def _place(name: str) -> tuple[int, str]:
     """(number of the block or -1, last part of the name)"""
     parts = name.split(".")

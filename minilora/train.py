@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from .anomaly import explain_non_finite
 from .backend import Array
-from .data import Windows, evaluation_windows
+from .data import Batch, Ids, TaskWindows, Windows, evaluation_windows
 from .errors import CheckpointError, ConfigError, DivergenceError, Interrupted, NonFiniteError
 from .formats import load_file, save_file
-from .lora import AdaLoraConfig, PeftModel, RankAllocator
+from .lora import AdaLoraConfig, MultiTask, PeftModel, RankAllocator
 from .nn import Parameter
 from .optim import AdamW, clip_by_global_norm, warmup_cosine
 from .parallel import ShardedStep, shard_size
@@ -105,15 +105,19 @@ class Result:
     seconds: float
 
 
+Text = Ids | Mapping[str, Ids]  # ids (N,); or of each task, by its name
+
+
 class Run:
     """One run, and how far it has come: a model, its optimiser, its text, and what was measured so far."""
 
-    def __init__(self, model: Any, tokens: np.ndarray, settings: Settings, out: Path):
+    def __init__(self, model: Any, tokens: Text, settings: Settings, out: Path):
         if settings.shard is None:
             sequences = settings.batch_size * settings.accumulate
             settings = dataclasses.replace(settings, shard=shard_size(model, sequences, settings.context))
         self.model, self.settings, self.out = model, settings, out
-        self.windows = Windows(tokens, settings.context, settings.batch_size * settings.accumulate, settings.seed)
+        cut = settings.context, settings.batch_size * settings.accumulate, settings.seed
+        self.windows = TaskWindows(tokens, *cut) if isinstance(tokens, Mapping) else Windows(tokens, *cut)
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.optimizer = AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
         covered = {id(p) for _, parameters in _files(model) for p in parameters.values()}
@@ -129,10 +133,15 @@ class Run:
         self.evaluations: list[tuple[int, float]] = []
         self.checkpoint: tuple[int, Path] | None = None  # the latest, by its step
 
+    def batch(self, number: int) -> Batch:
+        """Of step `number`. To a model without tasks the texts of several are one text."""
+        batch = self.windows.batch(number)
+        return batch if isinstance(self.model, MultiTask) else dataclasses.replace(batch, tasks=None)
+
     def step(self, sharded: ShardedStep) -> dict[str, Any]:
         """Take the next step; returns its line of the log. NonFiniteError leaves everything as it was before it."""
         s, number = self.settings, self.done
-        batch = self.windows.batch(number)
+        batch = self.batch(number)
         tick = time.perf_counter()
         mean, grads = sharded.gradients(batch, self.optimizer.params, s.seed, number)
         penalty: list[Array] = []
@@ -166,7 +175,7 @@ class Run:
 
     def explain(self) -> str:
         """Why the next step is not finite, in a sentence: it is taken once more, in anomaly mode."""
-        s, batch = self.settings, self.windows.batch(self.done)
+        s, batch = self.settings, self.batch(self.done)
         return explain_non_finite(self.model, batch, s.seed, self.done, shard=s.shard)
 
     def room(self) -> int:
@@ -229,19 +238,20 @@ class Run:
 
 def train(
     model: Any,
-    tokens: np.ndarray,
+    tokens: Text,
     settings: Settings,
     out: Path,
     *,
-    held_out: np.ndarray | None = None,
+    held_out: Text | None = None,
     resume: str | Path | None = None,
     bytes_per_token: float = 1.0,
     title: str = "train",
 ) -> Result:
     """Train every parameter that requires a gradient on `tokens` (N,); returns in eval mode, AdaLoRA's ranks cut.
 
+    tokens    or texts by task: each batch then has sequences of all, and to a `MultiTask` model they are its tasks'
     out       the run's folder, for log.jsonl, eval.jsonl and checkpoints; held by `runs.locked`, made if need be
-    held_out  ids to evaluate on at step 0, every `eval_every` steps and at the end
+    held_out  ids to evaluate on at step 0, every `eval_every` steps and at the end; by task: the mean of the tasks
     resume    "auto" or a checkpoint's folder: go on from there
 
     NonFiniteError, in the step in which it happens and before any weight changes, for a loss or gradient that is not
@@ -266,13 +276,19 @@ def train(
         bar = tqdm(total=settings.steps, initial=run.done, desc=title, disable=None, dynamic_ncols=True)
         stack.enter_context(bar)
 
-        def measure(tokens: np.ndarray) -> None:
-            loss = evaluate(model, tokens, settings.context, sharded=sharded, stopped=stopped)
+        def measure(tokens: Text) -> None:
+            of_task = {}
+            texts = tokens if isinstance(tokens, Mapping) else {"": tokens}
+            for task, ids in texts.items():
+                with model.task(task) if isinstance(model, MultiTask) else contextlib.nullcontext():
+                    of_task[task] = evaluate(model, ids, settings.context, sharded=sharded, stopped=stopped)
             if stopped:
                 return  # it may be one of a part: a resumed run measures again
+            loss = math.fsum(of_task.values()) / len(of_task)
             bits = bits_per_byte(loss, bytes_per_token)
             run.evaluations.append((run.done, loss))
-            evaluation_log.write(step=run.done, loss=loss, bits_per_byte=bits)
+            apart = {"tasks": of_task} if isinstance(tokens, Mapping) else {}
+            evaluation_log.write(step=run.done, loss=loss, bits_per_byte=bits, **apart)
             if bar.disable:  # no terminal, no bar: a line now and then
                 print(f"{title}: step {run.done} of {settings.steps}, held out {bits:.3f} bits a byte", flush=True)
 
@@ -376,9 +392,7 @@ def bits_per_byte(loss: float, bytes_per_token: float = 1.0) -> float:
 # ---- going on where a run stopped -----------------------------------------------------------------------------------
 
 
-def _identity(
-    model: Any, settings: Settings, tokens: np.ndarray, trained: list[tuple[str, Parameter]]
-) -> dict[str, Any]:
+def _identity(model: Any, settings: Settings, tokens: Text, trained: list[tuple[str, Parameter]]) -> dict[str, Any]:
     """What makes two runs the same run: settings, text, the parameters that train, and all that they stand on."""
     numbers = {k: v for k, v in dataclasses.asdict(settings).items() if k not in Settings.FREE}
     shape = dataclasses.asdict(model.config)
@@ -386,13 +400,17 @@ def _identity(
         for name in model.active_adapters:
             prefix = "" if name == "default" else f"{name}."
             shape |= {prefix + k: v for k, v in dataclasses.asdict(model.peft_config[name]).items()}
+    if isinstance(model, MultiTask):
+        shape["tasks"] = {task: list(names) for task, names in model.tasks.items()}
     shape = {k: v for k, v in shape.items() if not k.endswith(("extra", "base_model_name_or_path"))}
     names = hashlib.sha256(repr([(n, p.shape, str(p.dtype)) for n, p in trained]).encode()).hexdigest()
     frozen = hashlib.sha256()
     for _, p in model.named_parameters():
         if not p.requires_grad:
             frozen.update(np.ascontiguousarray(p.numpy()).data.cast("B"))
-    text = hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest()
+    texts: Mapping[str, Ids] = tokens if isinstance(tokens, Mapping) else {"": tokens}
+    read = {task: hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest() for task, ids in texts.items()}
+    text: Any = [list(item) for item in read.items()] if isinstance(tokens, Mapping) else read[""]
     return {**shape, **numbers, "text": text, "parameters": names, "frozen weights": frozen.hexdigest()}
 
 
