@@ -17,7 +17,7 @@ from strict_xp import STRICT
 
 from minilora.autograd import Tensor, gradients
 from minilora.backend import NUMPY, Backend
-from minilora.lora import AdaLoraConfig, LoraConfig, LoraLinear, PeftModel, get_peft_model
+from minilora.lora import AdaLoraConfig, HydraConfig, LoraConfig, LoraLinear, PeftModel, get_peft_model
 from minilora.nn import Linear
 from minilora.quant import quantize
 from minilora.transformer import CausalLM
@@ -53,6 +53,12 @@ METHODS = {
     ),
     "adalora": Method(
         functools.partial(AdaLoraConfig, init_r=R, target_r=2, total_step=9), lambda i, o: R * (i + o + 1), {"lora_E"}
+    ),
+    "hydra": Method(
+        functools.partial(HydraConfig, r=R, experts=2),
+        lambda i, o: R * i + 2 * (R * o + i),
+        {"lora_B"},
+        merges=False,
     ),
 }
 BASES = ("dense", "nf4", "fp4", "int8")

@@ -50,7 +50,7 @@ def inputs(case: Combination, layer: LoraLinear) -> tuple[Any, Any]:
 
 def formed(layer: LoraLinear) -> bool:
     """Has a weight been made for the step?"""
-    return layer._effective is not None
+    return any(layer._effective.values())
 
 
 def due(case: Combination) -> bool:
