@@ -473,6 +473,48 @@ def test_a_batch_sorted_by_task_is_cut_between_tasks(tasks, first):
         place += len(part)
 
 
+@given(st.lists(st.integers(20, 200), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 9), st.integers(0, 40))
+def test_a_batch_of_several_texts_has_each_task_s_own_windows(sizes, more, seed, step):
+    texts = {f"task {i}": np.arange(size, dtype=np.int32) + 1000 * i for i, size in enumerate(sizes)}
+    count = len(texts) + more
+    batch = data.TaskWindows(texts, 7, count, seed).batch(step)
+    assert [task for task, _ in zip(batch.tasks, batch.ids, strict=True)] == [
+        list(texts)[b % len(texts)] for b in range(count)
+    ]
+    for task, ids in texts.items():
+        rows = [b for b, name in enumerate(batch.tasks) if name == task]
+        alone = data.Windows(ids, 7, len(rows), seed).batch(step)
+        assert np.array_equal(batch.ids[rows], alone.ids)
+        assert np.array_equal(batch.targets[rows], alone.targets)
+
+
+def test_texts_that_no_batch_can_hold():
+    text = np.arange(50)
+    for texts, size in (({}, 4), ({"a": text, "b": text}, 1)):
+        with pytest.raises(ConfigError, match="cannot hold one of each"):
+            data.TaskWindows(texts, 7, size)
+    with pytest.raises(DataError, match="task 'b': "):
+        data.TaskWindows({"a": text, "b": text[:7]}, 7, 2)
+
+
+def test_four_tasks_come_with_python():
+    found = data.four_tasks(100_000)
+    assert list(found) == ["python", "c", "charmap", "json"]
+    for documents in found.values():
+        sizes = [len(text) for _, text in documents]
+        assert min(sizes) > 0
+        assert 20_000 < sum(sizes) <= 100_000
+        assert len(dict(documents)) > 2  # documents are held out whole
+    line = json.loads(found["json"][0][1].decode().splitlines()[33])
+    assert line == {"code": "U+0041", "name": "LATIN CAPITAL LETTER A", "category": "Lu", "char": "A"}
+
+
+def test_a_task_without_a_text_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(np, "get_include", lambda: str(tmp_path))
+    with pytest.raises(DataError, match="the texts of task 'c'"):
+        data.four_tasks()
+
+
 @given(st.lists(st.sampled_from(["b", "a"]), min_size=1, max_size=9), st.integers(0, 9), st.integers(0, 9))
 def test_a_shard_keeps_the_tasks_of_its_sequences(tasks, start, stop):
     ids = np.zeros((len(tasks), 2), np.int64)

@@ -84,6 +84,16 @@ def test_every_row_and_column_is_named(layers, tmp_path, monkeypatch):
     assert sorted(t for axis in shown if (t := axis.get_ylabel())) == sorted(f"layer {number}" for number in numbers)
 
 
+@pytest.mark.parametrize("shape", [(5, 4), (1, 1), (2, 9)])
+@pytest.mark.parametrize("equal", [False, True])
+def test_heat_table(shape, equal, tmp_path):
+    values = np.ones(shape) if equal else np.arange(shape[0] * shape[1], dtype=float).reshape(shape)
+    rows, columns = ([f"{kind} {i}" for i in range(n)] for kind, n in zip(("row", "column"), shape, strict=True))
+    plots.heat_table(tmp_path / "table.png", values, rows, columns, "a $ title")
+    width, height = size_of(tmp_path / "table.png")
+    assert width > height > 150 or shape == (5, 4)
+
+
 def test_a_picture_depends_on_its_numbers_alone(tmp_path):
     files = [tmp_path / f"{i}.png" for i in range(3)]
     for path, name in zip(files, ("ordinary", "ordinary", "one of two changed"), strict=True):

@@ -30,7 +30,7 @@ from faults import Disk, no_disk, no_room, stay_full
 
 import minilora.runs
 import minilora.train
-from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
+from minilora import CausalLM, LoraConfig, TransformerConfig, get_multitask_model, get_peft_model
 from minilora.autograd import observer
 from minilora.errors import (
     CheckpointError,
@@ -58,6 +58,8 @@ CONFIG = TransformerConfig(
 )
 TEXT = np.random.default_rng(0).integers(0, 4, 400).cumsum().astype(np.int32) % 16  # each token is near the one before
 HELD_OUT = TEXT[:60]
+TEXTS = {"up": TEXT, "down": 15 - TEXT[:90]}
+HELD_OUT_OF_TASKS = {task: ids[:60] for task, ids in TEXTS.items()}
 PROC = Path("/proc/self/fd").exists()
 SHORT = Settings(steps=6, batch_size=4, context=8, lr=1e-2, warmup=2, weight_decay=0.1, threads=1, shard=2)
 
@@ -74,6 +76,12 @@ def lora(seed=1, dropout=0.1, r=2, alpha=4, base=1):
 def with_head(seed=1):
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], rank_pattern={"q_proj": 3})
     return get_peft_model(full(), config, seed=seed)
+
+
+def with_tasks(seed=1, **tasks):
+    config = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", lora_dropout=0.1)
+    base = CausalLM(CONFIG, seed=1)
+    return get_multitask_model(base, dict.fromkeys(tasks or TEXTS, config), shared=config, seed=seed)
 
 
 def weights(model):
@@ -286,23 +294,26 @@ RUNS = {
     "saved head": (with_head, {}),
     "full": (full, {}),
     "full, accumulated": (full, {"accumulate": 3}),
+    "two tasks": (with_tasks, {}),
+    "full, two texts": (full, {}),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_resuming_from_every_checkpoint_gives_the_same_bits(name, tmp_path, monkeypatch):
     make, changes = RUNS[name]
+    text, held_out = (TEXTS, HELD_OUT_OF_TASKS) if name.endswith(("tasks", "texts")) else (TEXT, HELD_OUT)
     settings = dataclasses.replace(SHORT, **changes, eval_every=2)
     straight, model = tmp_path / "straight", make()
     straight.mkdir()
-    expected = train(model, TEXT, settings, straight, held_out=HELD_OUT)
+    expected = train(model, text, settings, straight, held_out=held_out)
     assert not (straight / "checkpoints").exists()
 
     monkeypatch.setattr(minilora.runs, "KEPT", 100)
     settings = dataclasses.replace(settings, save_every=1)
     saving = tmp_path / "saving"
     saving.mkdir()
-    train(make(), TEXT, settings, saving, held_out=HELD_OUT)
+    train(make(), text, settings, saving, held_out=held_out)
     last = saving / "checkpoints" / f"step-{settings.steps}"
     for step in range(1, settings.steps + 1):
         out = tmp_path / f"from-{step}"
@@ -313,15 +324,15 @@ def test_resuming_from_every_checkpoint_gives_the_same_bits(name, tmp_path, monk
             log.write('{"step": 7, "lo')  # killed while it wrote a line
         resumed = make(seed=77)  # other first values, which the checkpoint must replace
         threads = dataclasses.replace(settings, threads=1 + step % 2)
-        result = train(resumed, TEXT, threads, out, held_out=HELD_OUT, resume="auto")
+        result = train(resumed, text, threads, out, held_out=held_out, resume="auto")
         assert result.losses == expected.losses
         assert result.evaluations == expected.evaluations
         assert bits(weights(resumed)) == bits(weights(model))
         assert log_without_time(out) == log_without_time(straight)
         assert lines(out / "eval.jsonl") == lines(straight / "eval.jsonl")
-        for file in sorted(p.name for p in last.iterdir()):
+        for file in sorted(p.relative_to(last) for p in last.rglob("*") if p.is_file()):
             ours, theirs = (folder / file for folder in (out / "checkpoints" / last.name, last))
-            if file.endswith(".safetensors"):
+            if file.suffix == ".safetensors":
                 assert bits(load_file(ours)) == bits(load_file(theirs))
             else:
                 assert ours.read_bytes() == theirs.read_bytes()
@@ -834,6 +845,36 @@ def test_every_active_adapter_goes_on_where_it_was(names, tmp_path):
         expected = straight.state_dict(name)
         got = resumed.state_dict(name)
         assert {k: v.tobytes() for k, v in got.items()} == {k: v.tobytes() for k, v in expected.items()}
+
+
+def test_every_task_is_measured_by_itself_and_has_the_same_weight(tmp_path):
+    model = with_tasks()
+    result = train(model, TEXTS, SHORT, tmp_path, held_out=HELD_OUT_OF_TASKS)
+    alone = {}
+    for task, ids in HELD_OUT_OF_TASKS.items():
+        with model.task(task):
+            alone[task] = evaluate(model, ids, SHORT.context)
+    last = lines(tmp_path / "eval.jsonl")[-1]
+    assert last["tasks"] == pytest.approx(alone, rel=1e-6)  # there in other shards
+    assert last["loss"] == result.evaluations[-1][1] == math.fsum(last["tasks"].values()) / 2
+
+
+def test_tasks_that_the_model_has_not_and_texts_of_other_tasks(tmp_path):
+    with pytest.raises(ConfigError, match="no task 'down'; there is up, left"):
+        train(with_tasks(up=1, left=1), TEXTS, SHORT, tmp_path / "a")
+    with pytest.raises(ConfigError, match="cannot hold one of each of 2 tasks"):
+        train(with_tasks(), TEXTS, dataclasses.replace(SHORT, batch_size=1), tmp_path / "b")
+    with pytest.raises(DataError, match=r"task 'down': .* tokens"):
+        train(with_tasks(), {**TEXTS, "down": TEXT[:5]}, SHORT, tmp_path / "c")
+
+
+def test_a_run_whose_tasks_run_other_adapters_is_another_run(tmp_path):
+    settings = dataclasses.replace(SHORT, save_every=2)
+    train(with_tasks(), TEXTS, settings, tmp_path)
+    other = with_tasks()
+    other.tasks["up"] = ("up",)
+    with pytest.raises(CheckpointError, match="belongs to another run: tasks"):
+        train(other, TEXTS, settings, tmp_path, resume="auto")
 
 
 def test_what_nothing_would_save_does_not_train(tmp_path):
