@@ -2,7 +2,7 @@
 
 English prose (Python's own language reference) teaches a small byte-level transformer; then its weights are frozen
 and a few per cent as many new ones, the adapter's, learn Python code. Held-out text is of other topics and other
-files.
+files. The adapter is LoRA's unless another method is asked for, or all weights train instead, to compare with.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import lzma
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +23,11 @@ from .autograd import no_grad
 from .data import ByteTokenizer, prose, python_sources, read_text, split, split_text
 from .formats import write_json
 from .generate import generate
-from .lora import LoraConfig, LoraLinear, PeftModel, get_peft_model
-from .train import Settings, bits_per_byte, evaluate, train
+from .lora import AdaLoraConfig, LoraConfig, LoraLinear, PeftModel, get_peft_model
+from .nn import LinearBase
+from .quant import quantize
+from .recipes import NAMES, adapter_config, held_bytes, method_of, told
+from .train import Settings, bits_per_byte, evaluate, rank_history, train
 from .transformer import CausalLM
 
 MODEL = TransformerConfig(
@@ -38,7 +41,9 @@ MODEL = TransformerConfig(
 )
 PRETRAIN = Settings(steps=600, batch_size=16, context=128, lr=3e-3, weight_decay=0.1, eval_every=100)
 ADAPT = Settings(steps=350, batch_size=16, context=128, lr=5e-3, eval_every=50)
+ADAPTER: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
 PROMPT = "def read("
+FORMULAS = {"lora": "dW = s B A", "adalora": "dW = s B E A", "dora": "W' - W", "full": "what training added"}
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,19 @@ class Plan:
     model: TransformerConfig = MODEL
     pretrain: Settings = PRETRAIN
     adapt: Settings = ADAPT
-    lora: LoraConfig = field(default_factory=lambda: LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"))
+    adapter: LoraConfig | None = field(default_factory=lambda: LoraConfig(**ADAPTER))  # None: all weights train
+    quantize: str = "none"  # what the base is held as while the adapter trains
     windows: int = 512  # held-out windows that the final figures are measured on
     sample: int = 240  # bytes of text to write
+
+    @property
+    def method(self) -> str:
+        return method_of(self.adapter)
+
+    def adapted_by(self, method: str, quantize: str = "none", fields: Mapping[str, Any] | None = None) -> Plan:
+        """The plan with another method; `fields` of its adapter in place of r = 4, lora_alpha = 16, all-linear."""
+        fields = dict(fields or {}) if method == "full" else {**ADAPTER, **(fields or {})}
+        return replace(self, adapter=adapter_config(method, quantize, fields, self.adapt.steps), quantize=quantize)
 
     def quick(self) -> Plan:
         """A version of 20 seconds, for tests: it shows that everything runs, not what the method can do."""
@@ -115,38 +130,54 @@ def demo(
     with _timed(seconds, "evaluate base"):
         figures = {"base": measure(model)}
         samples = {"base": write_sample(model)}
-    before = _fingerprint(model)
 
-    peft_model = get_peft_model(model, plan.lora, seed=seed)
-    trainable, total = peft_model.get_nb_trainable_parameters()
-    say(f"2. Freeze them, and train {trainable:,} of LoRA (r = {plan.lora.r}) on {len(ids['code'][0]):,} bytes of code")
+    summary: dict[str, Any] = {"method": plan.method, "quantize": plan.quantize}
+    if plan.quantize != "none":
+        summary["held"] = held_bytes(quantize(model, plan.quantize))
+        say(f"   {told(plan.quantize, summary['held'])}")
+        figures["quantized base"] = measure(model)
+    before = _fingerprint(model)
+    originals = _linear_weights(model) if plan.adapter is None else {}
+    adapted: Any = model if plan.adapter is None else get_peft_model(model, plan.adapter, seed=seed)
+    trainable = sum(p.size for p in adapted.parameters() if p.requires_grad)
+    total = sum(p.size for p in adapted.parameters())
+    frozen = f"Freeze them, and train {trainable:,} of {NAMES[plan.method]} ({_ranks(plan.adapter)})"
+    say(f"2. {frozen if plan.adapter else 'Train all of them'} on {len(ids['code'][0]):,} bytes of code")
     with _timed(seconds, "adapt"):
-        folder = _made(out / "adapter")
-        second = train(peft_model, ids["code"][0], plan.adapt, folder, held_out=ids["code"][1][:20_000], title="adapt")
-        peft_model.save_pretrained(folder)
+        folder = _made(out / ("adapted" if plan.adapter is None else "adapter"))
+        second = train(adapted, ids["code"][0], plan.adapt, folder, held_out=ids["code"][1][:20_000], title="adapt")
+        adapted.save_pretrained(folder)
+        if plan.adapter is None:
+            tokenizer.save(folder)
     with _timed(seconds, "evaluate adapter"):
-        figures["lora"] = measure(peft_model)
-        samples["lora"] = write_sample(peft_model)
+        figures[plan.method] = measure(adapted)
+        samples[plan.method] = write_sample(adapted)
         figures["lzma"] = {name: 8 * len(lzma.compress(text)) / len(text) for name, (_, text) in texts.items()}
 
-    checks = _checks(peft_model, ids["code"][1][None, : plan.pretrain.context], before)
-    summary = {
+    weights = "model.safetensors" if plan.adapter is None else "adapter_model.safetensors"
+    summary |= {
         "bits_per_byte": figures,
         "trainable": trainable,
         "total": total,
-        "adapter_bytes": (out / "adapter" / "adapter_model.safetensors").stat().st_size,
+        "adapter_bytes": (folder / weights).stat().st_size,
         "base_bytes": (out / "base" / "model.safetensors").stat().st_size,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "checks": checks,
+        "checks": _checks(adapted, ids["code"][1][None, : plan.pretrain.context], before) if plan.adapter else {},
         "samples": samples,
         "seed": seed,
     }
     _report(summary, say)  # first of all: what follows needs room on the disk
     if pictures:
-        summary["pictures"] = _draw(out, peft_model, first, second, say)
+        summary["pictures"] = _draw(out, plan, _changes(adapted, originals), first, second, say)
     write_json(out / "summary.json", summary)
     _list_files(out, say)
     return summary
+
+
+def _ranks(config: LoraConfig | None) -> str:
+    if isinstance(config, AdaLoraConfig):
+        return f"init_r = {config.init_r}, target_r = {config.target_r}"
+    return f"r = {config.r}" if config else ""
 
 
 def _checks(model: PeftModel, ids: np.ndarray, before: str) -> dict[str, Any]:
@@ -173,7 +204,27 @@ def _fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _draw(out: Path, model: PeftModel, first: Any, second: Any, say: Callable[[str], None]) -> list[str]:
+def _linear_weights(model: Any) -> dict[str, np.ndarray]:
+    """A copy of W of every linear layer but the head, by path."""
+    head = model.get_output_embeddings()
+    layers = {p: m for p, m in model.named_modules() if isinstance(m, LinearBase) and m is not head}
+    return {path: layer.backend.to_numpy(layer.dense_weight()).copy() for path, layer in layers.items()}
+
+
+def _changes(model: Any, originals: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(W, dW) of every layer that changed, by path: what an adapter adds, or else how far from its original W is."""
+    if originals:
+        return {path: (originals[path], W - originals[path]) for path, W in _linear_weights(model).items()}
+    layers = {p: m for p, m in model.get_base_model().named_modules() if isinstance(m, LoraLinear)}
+    return {
+        path: (m.backend.to_numpy(m.base_layer.dense_weight()), m.delta_weight(model.active_adapter))
+        for path, m in layers.items()
+    }
+
+
+def _draw(
+    out: Path, plan: Plan, changed: Mapping[str, Any], first: Any, second: Any, say: Callable[[str], None]
+) -> list[str]:
     from . import plots  # matplotlib is optional, and slow to import
 
     if not plots.available():
@@ -183,32 +234,40 @@ def _draw(out: Path, model: PeftModel, first: Any, second: Any, say: Callable[[s
     def in_bits(run: Any) -> tuple[list[float], list[tuple[int, float]]]:
         return [bits_per_byte(v) for v in run.losses], [(step, bits_per_byte(v)) for step, v in run.evaluations]
 
-    stages = {"Pretraining on prose, all parameters": in_bits(first), "LoRA on code, base frozen": in_bits(second)}
-    plots.loss_curves(out / "loss.png", stages)
+    held = "base frozen" if plan.quantize == "none" else f"base frozen in {plan.quantize}"
+    title = "Code, all parameters" if plan.adapter is None else f"{NAMES[plan.method]} on code, {held}"
+    plots.loss_curves(
+        out / "loss.png", {"Pretraining on prose, all parameters": in_bits(first), title: in_bits(second)}
+    )
     layers = {}
-    for path, layer in model.get_base_model().named_modules():
-        if isinstance(layer, LoraLinear):
-            W = layer.base_layer.backend.to_numpy(layer.base_layer.dense_weight())
-            dW = layer.delta_weight(model.active_adapter)
-            rank = model.peft_config[model.active_adapter].rank(path)
-            of_delta = np.linalg.svd(dW, compute_uv=False)[:rank]  # the others are zero
-            layers[path] = np.linalg.svd(W, compute_uv=False), of_delta
-    plots.delta_spectrum(out / "delta_spectrum.png", layers)
-    return ["loss.png", "delta_spectrum.png"]
+    for path, (W, dW) in changed.items():
+        rank = plan.adapter.rank(path) if plan.adapter and not plan.adapter.use_dora else None
+        of_delta = np.linalg.svd(dW, compute_uv=False)[:rank]  # the others are zero
+        layers[path] = np.linalg.svd(W, compute_uv=False), of_delta
+    plots.delta_spectrum(out / "delta_spectrum.png", layers, FORMULAS[plan.method])
+    if plan.method != "adalora":
+        return ["loss.png", "delta_spectrum.png"]
+    plots.rank_allocation(out / "rank_allocation.png", *rank_history(out / "adapter"))
+    return ["loss.png", "delta_spectrum.png", "rank_allocation.png"]
 
 
 def _report(summary: dict[str, Any], say: Callable[[str], None]) -> None:
-    bits, checks, samples = summary["bits_per_byte"], summary["checks"], summary["samples"]
+    bits, checks, samples, method = (summary[k] for k in ("bits_per_byte", "checks", "samples", "method"))
+    coded = "" if summary["quantize"] == "none" else f"{summary['quantize']} "
+    adapted = "all weights trained" if method == "full" else f"{coded}base + {NAMES[method]}"
+    labels = {"base": "base", "quantized base": f"{coded}base", method: adapted, "lzma": "lzma, for scale"}
     say("\nHeld-out text, bits per byte (lower is better)\n")
     say(f"  {'':24}{'prose':>8}{'code':>8}")
-    for key, label in {"base": "base", "lora": "base + LoRA", "lzma": "lzma, for scale"}.items():
-        say(f"  {label:24}{bits[key]['prose']:8.3f}{bits[key]['code']:8.3f}")
+    for key, row in bits.items():
+        say(f"  {labels[key]:24}{row['prose']:8.3f}{row['code']:8.3f}")
     trainable, total = summary["trainable"], summary["total"]
     say(f"\n  trainable parameters    {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
-    say(f"  adapter on disk         {summary['adapter_bytes']:,} bytes, the base {summary['base_bytes']:,}")
-    say(f"  merged = base + adapter to {checks['merge_identity_error']:.1e} of the largest logit")
-    say(f"  base weights unchanged  {'yes, every bit' if checks['base_bit_identical'] else 'NO'}")
-    for key, label in {"base": "Before", "lora": "After"}.items():
+    what = "adapted model" if method == "full" else "adapter"
+    say(f"  {f'{what} on disk':22}  {summary['adapter_bytes']:,} bytes, the base {summary['base_bytes']:,}")
+    if checks:
+        say(f"  merged = base + adapter to {checks['merge_identity_error']:.1e} of the largest logit")
+        say(f"  base weights unchanged  {'yes, every bit' if checks['base_bit_identical'] else 'NO'}")
+    for key, label in {"base": "Before", method: "After"}.items():
         say(f"\n{label}, from {PROMPT!r}:\n")
         text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in samples[key])
         say("\n".join("    " + line for line in text.splitlines()))
@@ -219,9 +278,11 @@ def _list_files(out: Path, say: Callable[[str], None]) -> None:
     for name, what in {
         "base": "the base, for transformers",
         "adapter": "the adapter, for peft",
+        "adapted": "the base after training on code, for transformers",
         "summary.json": "these figures",
         "loss.png": "both runs",
-        "delta_spectrum.png": "what the adapter changed",
+        "delta_spectrum.png": "what training on code changed",
+        "rank_allocation.png": "which layers kept their ranks",
     }.items():
         if (out / name).exists():
             say(f"  {out / name!s:40} {what}")

@@ -71,7 +71,9 @@ def loss_curves(path: Path, stages: Mapping[str, tuple[Sequence[float], Sequence
     plt.close(figure)
 
 
-def delta_spectrum(path: Path, layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def delta_spectrum(
+    path: Path, layers: Mapping[str, tuple[np.ndarray, np.ndarray]], formula: str = "dW = s B A"
+) -> None:
     """Small multiples, a row a block and a column a projection: singular values of dW in front of those of W.
 
     layers   module path ("model.layers.0.self_attn.q_proj") -> (singular values of W, those of dW), each descending
@@ -107,7 +109,7 @@ def delta_spectrum(path: Path, layers: Mapping[str, tuple[np.ndarray, np.ndarray
             axis.set_ylabel(f"layer {block}" if block >= 0 else "", fontsize=8)
     tops = [float(values.max()) for pair in layers.values() for values in pair if values.size]
     axes[0][0].set_ylim(floor / 2, 1.5 * max(max(tops, default=1.0), floor))  # one scale for all
-    figure.suptitle("Singular values by index: of W (grey) and of dW = s B A (red)", fontsize=9, x=0.01, ha="left")
+    figure.suptitle(f"Singular values by index: of W (grey) and of {formula} (red)", fontsize=9, x=0.01, ha="left")
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
@@ -136,6 +138,45 @@ def heat_table(
     axis.spines[:].set_visible(False)
     axis.set_title(title, loc="left")
     axis.set_ylabel(ylabel)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def rank_allocation(path: Path, history: Sequence[tuple[int, Mapping[str, int]]], steps: int) -> None:
+    """Who keeps how many ranks: a row a layer, a column a step, the darker the more; above it their mean, the budget.
+
+    history   [(step, ranks by layer) of each allocation]; they stand until the next, the last to the end
+    steps     of the run
+    """
+    plt = _pyplot()
+    places = {name: _place(name) for name in history[0][1]} if history else {}
+    order = sorted(places, key=lambda name: places[name][0])  # by block; in a block as they come
+    edges = [step for step, _ in history] + [max(steps, history[-1][0] + 1)] if history else [0, max(steps, 1)]
+    ranks = np.array([[found[name] for name in order] for _, found in history], float).reshape(len(edges) - 1, -1)
+    height = max(0.19 * len(order), 0.6)
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(8, height + 1.9), sharex=True, height_ratios=(0.9, height), layout="constrained"
+    )
+    if order:
+        above.stairs(ranks.mean(axis=1), edges, color=INK, linewidth=1.2, baseline=None)
+        rows = np.arange(len(order) + 1)
+        picture = below.pcolormesh(edges, rows, ranks.T, cmap="Blues", vmin=0, vmax=max(ranks.max(), 1))
+        figure.colorbar(picture, ax=below, label="rank", ticks=range(int(ranks.max()) + 1), pad=0.06, aspect=30)
+        for row, rank in enumerate(ranks[-1]):
+            below.text(1.008, row + 0.5, f"{rank:.0f}", transform=below.get_yaxis_transform(), va="center", fontsize=7)
+    blocks = [places[name][0] for name in order]
+    for row in range(1, len(order)):
+        if blocks[row] != blocks[row - 1]:
+            below.axhline(row, color="white", linewidth=2.5)
+    labels = [f"{block} {kind}" if block >= 0 else kind for block, kind in (places[name] for name in order)]
+    below.set_yticks(np.arange(len(order)) + 0.5, labels, fontsize=7)
+    below.invert_yaxis()
+    below.tick_params(axis="y", length=0)
+    below.spines[["left", "bottom"]].set_visible(False)
+    below.set_xlabel("step")
+    above.set_ylim(bottom=0)
+    above.set_title("Mean rank of a layer", loc="left")
+    below.set_title("Ranks by block and layer; at the right how many are left", loc="left")
     figure.savefig(path)
     plt.close(figure)
 

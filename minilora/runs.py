@@ -180,6 +180,11 @@ class Log:
                 raise
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `Log`, oldest first, but for one that is being written."""
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 

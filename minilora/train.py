@@ -33,7 +33,7 @@ from .lora import AdaLoraConfig, MultiTask, PeftModel, RankAllocator
 from .nn import Parameter
 from .optim import AdamW, clip_by_global_norm, warmup_cosine
 from .parallel import ShardedStep, shard_size
-from .runs import Log, find_checkpoint, locked, remove_stale, require_room, save_checkpoint
+from .runs import Log, find_checkpoint, locked, read_log, remove_stale, require_room, save_checkpoint
 
 MAX_SEQUENCES = 2**20  # a step: more is a mistake of typing, and would only end in an array that has no room
 PATIENCE = 50  # steps of a high loss before a run is said to have diverged
@@ -387,6 +387,15 @@ def evaluate(
 def bits_per_byte(loss: float, bytes_per_token: float = 1.0) -> float:
     """A mean loss in nats a token, as bits a byte of text: comparable across tokenizers, and with a compressor."""
     return loss / math.log(2) / bytes_per_token
+
+
+def rank_history(out: Path) -> tuple[list[tuple[int, dict[str, int]]], int]:
+    """([(step, ranks by layer) of each allocation], the steps there are), from the log of a run of AdaLoRA in `out`.
+
+    The ranks are those that the step left; they stand until the next entry.
+    """
+    lines = read_log(out / "log.jsonl")
+    return [(line["step"], line["ranks"]) for line in lines if "ranks" in line], len(lines)
 
 
 # ---- going on where a run stopped -----------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 import minilora.demo
 import minilora.train
 from minilora import CausalLM, LoraConfig, PeftModel, TransformerConfig, __version__, get_peft_model
-from minilora.cli import LORA_OPTIONS, build_parser, main
+from minilora.cli import build_parser, main
+from minilora.cli.options import ADALORA_OPTIONS, LORA_OPTIONS
 from minilora.errors import ConfigError
 from minilora.formats import load_file, save_file
 
@@ -314,7 +315,7 @@ def test_an_option_arrives_in_the_configuration(name, world, tmp_path, monkeypat
         seen.append(config)
         raise ConfigError("seen")
 
-    monkeypatch.setattr("minilora.cli.get_peft_model", look)
+    monkeypatch.setattr("minilora.cli.commands.get_peft_model", look)
     word, value = LORA_WORDS[name]
     option = [f"--{name.replace('_', '-')}", *([] if word is None else [word])]
     extra = ["--layers-to-transform", "0"] if name == "layers_pattern" else []

@@ -347,7 +347,7 @@ def test_the_other_commands_stop_at_once(number, code):
     assert run([*PRETRAIN, "--steps=1", "--out=base"])[0] == 0
     assert run(["finetune", "--base=base", "--data=book.txt", "--steps=1", "--context=16", "--out=adapter"])[0] == 0
     Path("long.txt").write_bytes(Path("book.txt").read_bytes() * 2000)  # some minutes
-    waits = "import time; plain = cli.PeftModel.merge_and_unload; cli.PeftModel.merge_and_unload = lambda self: {}"
+    waits = "import time; from minilora import PeftModel; PeftModel.merge_and_unload = lambda self: {}"
     for argv, before in (
         (["evaluate", "--base=base", "--data=long.txt"], ""),
         (["generate", "--base=base", "--prompt=x", "--max-new-tokens=10000000"], ""),

@@ -1,0 +1,313 @@
+"""What each command does: it turns options into calls of the rooms below."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..architecture import TransformerConfig
+from ..backend import get_backend, gpus
+from ..data import ByteTokenizer, HubTokenizer, load_tokenizer, prose, read_text, split_text
+from ..errors import ConfigError, DataError, MiniloraError, NonFiniteError
+from ..inspection import inspect_adapter, inspect_checkpoint
+from ..lora import AdaLoraConfig, PeftModel, get_peft_model
+from ..quant import quantize
+from ..recipes import adapter_config, held_bytes, told
+from ..runs import find_checkpoint, locked, numbered_folder, open_folder
+from ..transformer import CausalLM
+from .options import ADALORA_OPTIONS, LORA_OPTIONS, SHAPE
+
+MAX_PARAMETERS = 2**32  # 64 GiB to train; a shape beyond that is a mistake of typing
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+def demo(args: argparse.Namespace) -> None:
+    from ..demo import Plan
+    from ..demo import demo as run
+
+    plan = Plan()
+    plan = plan.quick() if args.quick else plan
+    plan = plan.adapted_by(args.method, args.quantize, _given(args))
+    texts = {"pretrain_data": args.pretrain_data, "adapt_data": args.adapt_data}
+    for name, path in texts.items():
+        if path:
+            _long_enough(read_text(path), 10 * (plan.pretrain.context + 1), f"--{name.replace('_', '-')} {path}")
+    get_backend(args.device)  # what cannot work ends here, before a folder is made
+    if not args.pretrain_data:
+        prose()
+    with locked(args.out or numbered_folder("runs", "demo")) as out:
+        run(open_folder(out), plan, **texts, seed=args.seed, threads=args.threads, device=args.device)
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    from ..train import Settings, bits_per_byte, train
+
+    settings = _settings(args, Settings)
+    tokenizer = ByteTokenizer()
+    shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
+    limit = args.max_position_embeddings or max(settings.context, 256)
+    _within_positions(settings.context, limit)
+    config = TransformerConfig(**shape, max_position_embeddings=limit, tie_word_embeddings=not args.untied)
+    if config.parameter_count() > MAX_PARAMETERS:
+        raise ConfigError(f"a model of {config.parameter_count():,} parameters: at most {MAX_PARAMETERS:,} are trained")
+    tokens, held_out, _ = _texts(args.data, args.eval_data, tokenizer, settings.context)
+    model = CausalLM(config, seed=settings.seed, device=args.device)
+    with _run_folder(args, "pretrain") as out:
+        print(f"{sum(p.size for p in model.parameters()):,} parameters, {len(tokens):,} tokens -> {out}")
+        result = train(model, tokens, settings, out, held_out=held_out, resume=args.resume, title="pretrain")
+        model.save_pretrained(out)
+        tokenizer.save(out)
+    _print_result(result, bits_per_byte, 1.0)
+
+
+def finetune(args: argparse.Namespace) -> None:
+    from ..train import Settings, bits_per_byte, train
+
+    settings = _settings(args, Settings)
+    config = adapter_config(args.method, args.quantize, _given(args), settings.steps)
+    model, tokenizer = _base(args)
+    _within_positions(settings.context, model.config.max_position_embeddings)
+    tokens, held_out, ratio = _texts(args.data, args.eval_data, tokenizer, settings.context)
+    if config is not None:
+        config.task_type, config.base_model_name_or_path = (
+            "CAUSAL_LM",
+            os.fsencode(args.base).decode("utf-8", "replace"),
+        )
+        model = get_peft_model(model, config, seed=settings.seed)
+    options: dict[str, Any] = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
+    with _run_folder(args, "finetune") as out:
+        if config is None:
+            print(f"all {sum(p.size for p in model.parameters()):,} parameters of the base train")
+        else:
+            model.print_trainable_parameters()
+        print(f"{len(tokens):,} tokens -> {out}")
+        result = train(model, tokens, settings, out, **options, title="finetune")
+        model.save_pretrained(out)
+        if config is None and not tokenizer.note:  # a base that came without a tokenizer.json stays without
+            tokenizer.save(out)
+        if isinstance(config, AdaLoraConfig):
+            _draw_ranks(out)
+    _print_result(result, bits_per_byte, ratio)
+
+
+def generate(args: argparse.Namespace) -> None:
+    from ..generate import stream
+
+    model, tokenizer = _base(args)
+    prompt = tokenizer.encode(args.prompt)
+    if not len(prompt):
+        raise DataError("--prompt is empty: the model needs at least one token to go on from")
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    ids = list(map(int, prompt))
+    shown = ""
+    for token in stream(model, np.asarray(prompt)[None], args.max_new_tokens, **sampling):
+        ids.append(int(token[0]))
+        text = tokenizer.decode(ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # wait for the rest of a character
+            print(_printable(text[len(shown) :]), end="", flush=True)
+            shown = text
+    print(_printable(tokenizer.decode(ids)[len(shown) :]))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from ..train import bits_per_byte
+    from ..train import evaluate as measure
+
+    model, tokenizer = _base(args)
+    text = read_text(args.data)
+    tokens = tokenizer.encode(text)
+    context = args.context or min(256, model.config.max_position_embeddings)
+    _within_positions(context, model.config.max_position_embeddings)
+    loss = measure(model, tokens, context, limit=args.limit, threads=args.threads)
+    bits = bits_per_byte(loss, len(text) / len(tokens))
+    perplexity = math.exp(min(loss, 700))
+    print(f"loss {loss:.6f} nats a token, {bits:.4f} bits a byte, perplexity {perplexity:.4f} (context {context})")
+
+
+def merge(args: argparse.Namespace) -> None:
+    out = Path(args.out).resolve()
+    for name, source in (("base", Path(args.base).resolve()), ("adapter", Path(args.adapter).resolve())):
+        if out == source or source in out.parents:
+            raise ConfigError(f"--out {args.out!r} is inside --{name}: choose another folder")
+    model, tokenizer = _base(args)
+    merged = model.merge_and_unload()
+    with locked(args.out) as folder:
+        merged.save_pretrained(open_folder(folder))
+        if not tokenizer.note:  # a base that came without a tokenizer.json stays without
+            tokenizer.save(folder)
+    print(f"merged into {folder}")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    folder = Path(args.directory)
+    report = (inspect_adapter if (folder / "adapter_config.json").exists() else inspect_checkpoint)(folder)
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return
+    for name, value in report.items():
+        if name != "tensors":
+            print(f"{name:18} {format(value, ',') if type(value) is int else _printable(str(value))}")
+    if report["tensors"]:
+        print()
+        _print_table(report["tensors"])
+
+
+def devices(args: argparse.Namespace) -> None:
+    import threadpoolctl
+
+    from ..parallel import available_cores
+
+    pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+    blas = [f"{p['internal_api']} {p['version']} with {p['num_threads']} threads" for p in pools]
+    found = {"cpu": f"usable, {available_cores()} cores, {', '.join(blas) or 'no BLAS that threadpoolctl knows'}"}
+    for name, state in {**found, **gpus()}.items():
+        print(f"{name:8} {_printable(state.removeprefix(f'device {name!r} is '))}")
+
+
+def verify(args: argparse.Namespace) -> None:
+    from ..verify import Report, verify_files
+    from ..verify import verify as over_random_cases
+    from ..verify.run import as_json, worst_ratio
+
+    if (args.base is None) != (args.adapter is None):
+        raise ConfigError("verify takes --base and --adapter, or neither of them: then it measures random layers")
+    if args.base is None:
+        report = Report(over_random_cases(args.cases, args.seed), [])
+    else:
+        report = verify_files(args.base, args.adapter, args.seed)
+    if args.json:
+        print(json.dumps(as_json(report), indent=2))
+    else:
+        heads = ("property", "equation", "measured", "bound", "ratio", "ok", "source")
+        shown = (
+            (r.property, r.equation, f"{r.measured:.2e}", f"{r.bound:.2e}", f"{r.ratio:.3f}", r.ok, r.source)
+            for r in report.rows
+        )
+        _print_table([dict(zip(heads, row, strict=True)) for row in shown])
+        if report.layers:
+            print()
+            _print_table(
+                [{k: f"{v:.4g}" if type(v) is float else v for k, v in f._asdict().items()} for f in report.layers]
+            )
+        print(f"\nworst measured / bound: {worst_ratio(report.rows):.3f}, of {len(report.rows)} properties")
+    for row in report.rows:
+        if not row.ok:
+            detail = f"measured {row.measured:.3g}, bound {row.bound:.3g}, at {row.where} {row.note}".rstrip()
+            raise MiniloraError(f"property '{row.property}' fails: {row.equation}: {detail}")
+
+
+# ---- what commands share --------------------------------------------------------------------------------------------
+
+
+def _base(args: argparse.Namespace) -> tuple[Any, ByteTokenizer | HubTokenizer]:
+    """The model of --base, with --adapter if there is one, and its tokenizer."""
+    model: Any = CausalLM.from_pretrained(args.base, device=args.device)
+    tokenizer = load_tokenizer(args.base, model.config.vocab_size)
+    if tokenizer.note:
+        print(tokenizer.note, file=sys.stderr)
+    if getattr(args, "quantize", "none") != "none":
+        quantize(model, args.quantize)
+        print(told(args.quantize, held_bytes(model)), file=sys.stderr)
+    if getattr(args, "adapter", None):
+        model = PeftModel.from_pretrained(model, args.adapter)
+    for name, p in model.named_parameters():  # known before anything is made of them: no text, no run, no merged file
+        if not args.allow_nonfinite and not p.backend.xp.isfinite(p.data).all():
+            raise NonFiniteError(f"the weights in {args.base!r}, or of its adapter, are broken: {name} is not finite")
+    return model, tokenizer
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The adapter's fields that were given."""
+    return {name: getattr(args, name) for name in (*LORA_OPTIONS, *ADALORA_OPTIONS) if hasattr(args, name)}
+
+
+def _settings(args: argparse.Namespace, settings: Any) -> Any:
+    return settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(settings) if hasattr(args, f.name)})
+
+
+@contextlib.contextmanager
+def _run_folder(args: argparse.Namespace, stem: str) -> Iterator[Path]:
+    """--out, or a new folder in runs/, held while it is written to.
+
+    It may hold something only if the run goes on with a checkpoint from there.
+    """
+    with contextlib.ExitStack() as held:
+        own = False
+        if args.resume is not None:
+            if args.resume == "auto" and args.out is None:
+                raise ConfigError("--resume auto needs --out, the folder of the run to go on with")
+            if args.out is not None and Path(args.out).is_dir():  # first of all: another run's checkpoints come and go
+                held.enter_context(locked(args.out))
+            checkpoint, _ = find_checkpoint(args.resume, Path(args.out or "runs"))
+            own = args.out is not None and Path(args.out).resolve() in checkpoint.resolve().parents
+        out = held.enter_context(locked(args.out or numbered_folder("runs", stem)))
+        yield open_folder(out, own)
+
+
+def _texts(
+    data: str, eval_data: str | None, tokenizer: ByteTokenizer | HubTokenizer, context: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(training ids, held-out ids, bytes a token). Without --eval-data the last tenth of --data is held out."""
+    text = read_text(data)
+    _long_enough(text, 2 if eval_data else 10, f"--data {data}")
+    text, held_out = (text, read_text(eval_data)) if eval_data else split_text(text)
+    tokens = tokenizer.encode(text)
+    if len(tokens) < context + 1:
+        whole = "" if eval_data else " once its last tenth is held out"
+        raise DataError(
+            f"--data {data}: a context of {context} needs at least {context + 1} tokens, it has {len(tokens)}{whole}"
+        )
+    held_ids = tokenizer.encode(held_out)
+    if len(held_ids) < 2:
+        raise DataError(f"--eval-data {eval_data or data}: needs at least 2 tokens to evaluate on, has {len(held_ids)}")
+    return tokens, held_ids, len(held_out) / len(held_ids)
+
+
+def _long_enough(text: bytes, least: int, what: str) -> None:
+    if len(text) < least:
+        raise DataError(f"{what}: needs at least {least} bytes, has {len(text)}")
+
+
+def _within_positions(context: int, limit: int) -> None:
+    if context > limit:
+        raise ConfigError(f"--context {context} is more than max_position_embeddings = {limit}")
+
+
+def _draw_ranks(out: Path) -> None:
+    from .. import plots  # matplotlib is optional, and slow to import
+    from ..train import rank_history
+
+    if plots.available():
+        plots.rank_allocation(out / "rank_allocation.png", *rank_history(out))
+
+
+def _print_result(result: Any, bits_per_byte: Callable[[float, float], float], ratio: float) -> None:
+    first, last = result.evaluations[0][1], result.evaluations[-1][1]
+    before, after = bits_per_byte(first, ratio), bits_per_byte(last, ratio)
+    print(f"held-out bits per byte {before:.3f} -> {after:.3f} in {result.seconds:.0f} s")
+
+
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+    widths = {key: max(len(key), *(len(_printable(str(row[key]))) for row in rows)) for key in rows[0]}
+    print("  ".join(f"{key:{width}}" for key, width in widths.items()).rstrip())
+    for row in rows:
+        print("  ".join(f"{_printable(str(row[key])):{width}}" for key, width in widths.items()).rstrip())
+
+
+def _printable(text: str) -> str:
+    """Control characters could steer the terminal: show them escaped."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+COMMANDS = {f.__name__: f for f in (demo, pretrain, finetune, generate, evaluate, merge, inspect, verify, devices)}
