@@ -168,7 +168,7 @@ def demo(
     }
     _report(summary, say)  # first of all: what follows needs room on the disk
     if pictures:
-        summary["pictures"] = _draw(out, plan, _changes(adapted, originals), first, second, say)
+        summary["pictures"] = _draw(out, plan, lambda: _spectra(adapted, originals), first, second, say)
     write_json(out / "summary.json", summary)
     _list_files(out, say)
     return summary
@@ -211,19 +211,27 @@ def _linear_weights(model: Any) -> dict[str, np.ndarray]:
     return {path: layer.backend.to_numpy(layer.dense_weight()).copy() for path, layer in layers.items()}
 
 
-def _changes(model: Any, originals: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(W, dW) of every layer that changed, by path: what an adapter adds, or else how far from its original W is."""
-    if originals:
-        return {path: (originals[path], W - originals[path]) for path, W in _linear_weights(model).items()}
-    layers = {p: m for p, m in model.get_base_model().named_modules() if isinstance(m, LoraLinear)}
-    return {
-        path: (m.backend.to_numpy(m.base_layer.dense_weight()), m.delta_weight(model.active_adapter))
-        for path, m in layers.items()
-    }
+def _spectra(model: Any, originals: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Singular values of W and of dW, by path: what the adapter adds, or else how far W is from `originals`."""
+
+    def values(W: np.ndarray) -> np.ndarray:
+        return np.asarray(np.linalg.svd(W, compute_uv=False))
+
+    if not isinstance(model, PeftModel):
+        return {
+            path: (values(originals[path]), values(W - originals[path])) for path, W in _linear_weights(model).items()
+        }
+    config, found = model.peft_config[model.active_adapter], {}
+    for path, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLinear):
+            W = layer.base_layer.backend.to_numpy(layer.base_layer.dense_weight())
+            rank = None if config.use_dora else config.rank(path)  # the values beyond are zero
+            found[path] = values(W), values(layer.delta_weight(model.active_adapter))[:rank]
+    return found
 
 
 def _draw(
-    out: Path, plan: Plan, changed: Mapping[str, Any], first: Any, second: Any, say: Callable[[str], None]
+    out: Path, plan: Plan, spectra: Callable[[], Any], first: Any, second: Any, say: Callable[[str], None]
 ) -> list[str]:
     from . import plots  # matplotlib is optional, and slow to import
 
@@ -239,12 +247,7 @@ def _draw(
     plots.loss_curves(
         out / "loss.png", {"Pretraining on prose, all parameters": in_bits(first), title: in_bits(second)}
     )
-    layers = {}
-    for path, (W, dW) in changed.items():
-        rank = plan.adapter.rank(path) if plan.adapter and not plan.adapter.use_dora else None
-        of_delta = np.linalg.svd(dW, compute_uv=False)[:rank]  # the others are zero
-        layers[path] = np.linalg.svd(W, compute_uv=False), of_delta
-    plots.delta_spectrum(out / "delta_spectrum.png", layers, FORMULAS[plan.method])
+    plots.delta_spectrum(out / "delta_spectrum.png", spectra(), FORMULAS[plan.method])
     if plan.method != "adalora":
         return ["loss.png", "delta_spectrum.png"]
     plots.rank_allocation(out / "rank_allocation.png", *rank_history(out / "adapter"))

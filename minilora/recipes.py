@@ -59,7 +59,7 @@ def adalora_defaults(fields: Mapping[str, Any], steps: int) -> dict[str, Any]:
     given = {name: value for name, value in fields.items() if name != "r"}
     r = given.get("target_r", fields.get("r", 8))
     schedule = {"tinit": steps // 10, "tfinal": steps // 4, "deltaT": max(1, steps // 100), "orth_reg_weight": 0.1}
-    return {"target_r": r, "init_r": -(-3 * r // 2) if type(r) is int else r, **schedule, **given}
+    return {"target_r": r, "init_r": max(1, -(-3 * r // 2)) if type(r) is int else r, **schedule, **given}
 
 
 def method_of(config: LoraConfig | None) -> str:
@@ -79,7 +79,7 @@ def held_bytes(model: Any) -> dict[str, int | float]:
         "layers": len(report),
         "weights": weights,
         "bytes": coded,
-        "percent": 100 * coded / (4 * weights),
+        "percent": 100 * coded / (4 * weights) if weights else 0.0,
         "all_weights": count,
         "all_bytes": everything,
         "all_percent": 100 * everything / (4 * count),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import os
@@ -22,15 +23,27 @@ from hypothesis import strategies as st
 
 import minilora.demo
 import minilora.train
-from minilora import CausalLM, LoraConfig, PeftModel, TransformerConfig, __version__, get_peft_model
+from minilora import (
+    AdaLoraConfig,
+    CausalLM,
+    LoraConfig,
+    PeftModel,
+    TransformerConfig,
+    __version__,
+    get_peft_model,
+    quantize,
+)
 from minilora.cli import build_parser, main
 from minilora.cli.options import ADALORA_OPTIONS, LORA_OPTIONS
+from minilora.data import ByteTokenizer
 from minilora.errors import ConfigError
 from minilora.formats import load_file, save_file
+from minilora.recipes import METHODS, QUANTIZE
 
 # pytest would turn a warning into an exception; on the command line it is a line on stderr.
 pytestmark = pytest.mark.filterwarnings("default")
 
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 COMMANDS = ("demo", "pretrain", "finetune", "generate", "evaluate", "merge", "inspect", "verify", "devices")
 TINY = "--batch-size 2 --context 16 --threads 2"
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
@@ -302,12 +315,26 @@ LORA_WORDS = {
 }
 
 
+ADALORA_WORDS = {
+    "target_r": ("3", 3),
+    "init_r": ("9", 9),
+    "tinit": ("7", 7),
+    "tfinal": ("11", 11),
+    "deltaT": ("2", 2),
+    "beta1": ("0.5", 0.5),
+    "beta2": ("0.25", 0.25),
+    "orth_reg_weight": ("0.75", 0.75),
+}
+
+
 def test_every_field_of_the_configuration_is_an_option():
     own = {"task_type", "base_model_name_or_path", "inference_mode", "extra"}
-    assert set(LORA_OPTIONS) == {f.name for f in dataclasses.fields(LoraConfig)} - own == set(LORA_WORDS)
+    fields, more = ({f.name for f in dataclasses.fields(c)} for c in (LoraConfig, AdaLoraConfig))
+    assert set(LORA_OPTIONS) == fields - own == set(LORA_WORDS)
+    assert set(ADALORA_OPTIONS) == more - fields - {"total_step"} == set(ADALORA_WORDS)  # that is --steps
 
 
-@pytest.mark.parametrize("name", LORA_WORDS)
+@pytest.mark.parametrize("name", LORA_WORDS | ADALORA_WORDS)
 def test_an_option_arrives_in_the_configuration(name, world, tmp_path, monkeypatch):
     seen = []
 
@@ -316,14 +343,82 @@ def test_an_option_arrives_in_the_configuration(name, world, tmp_path, monkeypat
         raise ConfigError("seen")
 
     monkeypatch.setattr("minilora.cli.commands.get_peft_model", look)
-    word, value = LORA_WORDS[name]
+    word, value = (LORA_WORDS | ADALORA_WORDS)[name]
     option = [f"--{name.replace('_', '-')}", *([] if word is None else [word])]
     extra = ["--layers-to-transform", "0"] if name == "layers_pattern" else []
+    extra += ["--method", "adalora"] if name in ADALORA_WORDS else []
     assert run([*words(f"finetune --base base --data book.txt {TINY}"), *option, *extra])[0] == 2
     assert getattr(seen[0], name) == value
     assert type(getattr(seen[0], name)) is type(value)
-    run(words(f"finetune --base base --data book.txt {TINY}"))
-    assert getattr(seen[1], name) == getattr(LoraConfig(), name)
+    if name in LORA_WORDS:
+        run(words(f"finetune --base base --data book.txt {TINY}"))
+        assert getattr(seen[1], name) == getattr(LoraConfig(), name)
+
+
+@pytest.mark.parametrize("kind", QUANTIZE)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_over_every_base_trains_and_is_used(method, kind, world, tmp_path):
+    out, base = tmp_path / "out", snapshot(Path("base"))
+    held = {"nf4": "1,178", "fp4": "1,178", "int8": "2,266"}  # 2,176 codes, 34 absmax in bytes, two floats a layer
+    line = f"finetune --base base --data book.txt --steps 12 {TINY} --warmup 0 --lr 0.1 --out '{out}' --method {method}"
+    if method == "full" and kind != "none":
+        code, _, err = run(words(f"{line} --quantize {kind}"))
+        assert code == 2
+        assert f"quantize = {kind}" in err
+        return
+    code, said, err = run(words(f"{line} --quantize {kind}"))
+    assert code == 0
+    assert snapshot(Path("base")) == base
+    before, after = (json.loads(line)["loss"] for line in (out / "eval.jsonl").read_text().splitlines())
+    assert after < before
+    assert err == ""
+    assert kind == "none" or f"2,176 weights of 7 layers in {held[kind]} bytes of {kind}, " in said
+    files = {p.name for p in out.iterdir() if p.suffix != ".jsonl"}
+    if method == "full":
+        assert files == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+        use = f"--base '{out}'"
+    else:
+        config = json.loads((out / "adapter_config.json").read_text())
+        kinds = config["peft_type"], config["use_dora"]
+        assert kinds == {"lora": ("LORA", False), "dora": ("LORA", True), "adalora": ("ADALORA", False)}[method]
+        pictures = {"rank_allocation.png"} if method == "adalora" and HAS_MATPLOTLIB else set()
+        assert files == {"adapter_config.json", "adapter_model.safetensors"} | pictures
+        use = f"--base base --adapter '{out}' --quantize {kind}"
+    code, said, _ = run(words(f"evaluate --data book.txt --context 16 {use}"))
+    assert code == 0
+    assert run(words(f"generate --prompt hi --max-new-tokens 2 {use}"))[0] == 0
+    model = CausalLM.from_pretrained(out if method == "full" else "base")  # the same by hand
+    if kind != "none":
+        quantize(model, kind)
+    if method != "full":
+        model = PeftModel.from_pretrained(model, out)
+    assert said.startswith(f"loss {minilora.train.evaluate(model, ByteTokenizer().encode(TEXT), 16):.6f} ")
+
+
+def test_a_base_that_is_held_otherwise_does_not_go_on(world, tmp_path):
+    line = f"finetune --base base --data book.txt --steps 4 --save-every 2 {TINY} --out '{tmp_path}/out'"
+    ok(f"{line} --quantize nf4")
+    code, _, err = run(words(f"{line} --quantize int8 --resume"))
+    assert code == 3
+    assert "frozen weights" in err
+
+
+def test_ranks_are_logged_and_drawn_for_a_run_that_went_on(world, tmp_path):
+    line = f"finetune --base base --data book.txt --save-every 10 {TINY} --lr 0.02 --steps 40 --method adalora"
+    ok(f"{line} --out '{tmp_path}/straight'")
+    shutil.copytree(tmp_path / "straight" / "checkpoints" / "step-30", tmp_path / "on" / "checkpoints" / "step-30")
+    shutil.copy(tmp_path / "straight" / "log.jsonl", tmp_path / "on")
+    shutil.copy(tmp_path / "straight" / "eval.jsonl", tmp_path / "on")
+    ok(f"{line} --out '{tmp_path}/on' --resume")
+    history, steps = minilora.train.rank_history(tmp_path / "straight")
+    assert minilora.train.rank_history(tmp_path / "on") == (history, steps)
+    assert steps == 40
+    layers = [f"model.layers.0.self_attn.{n}_proj" for n in "qv"]
+    assert history[0] == (0, dict.fromkeys(layers, 12))
+    assert [sum(ranks.values()) for _, ranks in history] == sorted((sum(r.values()) for _, r in history), reverse=True)
+    pattern = json.loads((tmp_path / "straight" / "adapter_config.json").read_text())["rank_pattern"]
+    assert {name.removesuffix(".lora_E"): sum(kept) for name, kept in pattern.items()} == history[-1][1]
+    assert sum(history[-1][1].values()) == 16
 
 
 @pytest.mark.parametrize(("word", "value"), [("true", True), ("False", False), ("gaussian", "gaussian")])
@@ -422,6 +517,7 @@ def test_warnings_are_one_line_and_showing_them_ends_with_the_command(world, tmp
 # ---- what cannot work ----
 
 F = f"finetune --base base --data book.txt --out new {TINY}"
+NO = F.replace("--base base", "--base missing")
 P = f"pretrain --data book.txt --out new {TINY} {SHAPE}"
 G = "generate --base base --prompt hi --max-new-tokens 2"
 E = "evaluate --base base --data book.txt"
@@ -519,6 +615,34 @@ BAD = [
     (f"{F} --modules-to-save nothing", 2, "'nothing'"),
     (f"{F} --bias some", 2, "--bias"),
     (f"{F} --init-lora-weights magic", 2, "init_lora_weights"),
+    # the method: refused before the base is looked for
+    *[(f"{line} --method lokr", 2, "--method: invalid choice: 'lokr'") for line in (F, "demo --out new")],
+    *[(f"{line} --quantize nf3", 2, "--quantize: invalid choice: 'nf3'") for line in (F, E, G, "demo --out new")],
+    *[
+        (f"{line} --method full {options}", 2, named)
+        for line in (NO, "demo --out new")
+        for options, named in (("--r 4", "r"), ("--lora-alpha 3", "lora_alpha"), ("--quantize nf4", "quantize = nf4"))
+    ],
+    (f"{NO} --method full --use-dora --tinit 3", 2, "use_dora, tinit"),
+    (f"{NO} --method dora --lora-bias", 2, "--lora-bias"),
+    *[
+        (f"{NO} --method {method} --{name.replace('_', '-')} 0.5", 2, name)
+        for method in ("lora", "dora")
+        for name in ("beta1", "beta2", "orth_reg_weight")
+    ],
+    *[(f"{NO} --{name.replace('_', '-')} 1", 2, name) for name in ("target_r", "init_r", "tinit", "tfinal", "deltaT")],
+    (f"{NO} --method adalora --r 4 --target-r 4", 2, "r and target_r"),
+    (f"{NO} --method adalora --use-dora", 2, "use_dora must be False"),
+    (f"{NO} --method adalora --use-rslora", 2, "use_rslora must be False"),
+    (f"{NO} --method adalora --init-lora-weights gaussian", 2, "init_lora_weights"),
+    (f"{NO} --method adalora --rank-pattern '{{\"q_proj\": 4}}'", 2, "rank_pattern"),
+    (f"{NO} --method adalora --steps 100 --tinit 75", 2, "tinit must be below total_step - tfinal = 75, got 75"),
+    (f"{NO} --method adalora --target-r 9 --init-r 8", 2, "target_r must be at most init_r = 8"),
+    (f"{NO} --method adalora --deltaT 0", 2, "deltaT"),
+    (f"{NO} --method adalora --beta1 1", 2, "beta1 must be between 0 and 1"),
+    (f"{NO} --method adalora --orth-reg-weight nan", 2, "orth_reg_weight"),
+    ("demo --out new --method adalora --r 0", 2, "target_r"),
+    (f"{F} --quantize nf4 --modules-to-save up_proj", 2, "quantised"),
     # folders to read
     (f"{E} --base missing", 4, "missing"),
     (f"{E} --base book.txt", 4, "book.txt"),

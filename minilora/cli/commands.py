@@ -79,6 +79,7 @@ def finetune(args: argparse.Namespace) -> None:
     model, tokenizer = _base(args)
     _within_positions(settings.context, model.config.max_position_embeddings)
     tokens, held_out, ratio = _texts(args.data, args.eval_data, tokenizer, settings.context)
+    held = held_bytes(model)
     if config is not None:
         config.task_type, config.base_model_name_or_path = (
             "CAUSAL_LM",
@@ -87,6 +88,8 @@ def finetune(args: argparse.Namespace) -> None:
         model = get_peft_model(model, config, seed=settings.seed)
     options: dict[str, Any] = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
     with _run_folder(args, "finetune") as out:
+        if held["layers"]:
+            print(told(args.quantize, held))
         if config is None:
             print(f"all {sum(p.size for p in model.parameters()):,} parameters of the base train")
         else:
@@ -218,7 +221,6 @@ def _base(args: argparse.Namespace) -> tuple[Any, ByteTokenizer | HubTokenizer]:
         print(tokenizer.note, file=sys.stderr)
     if getattr(args, "quantize", "none") != "none":
         quantize(model, args.quantize)
-        print(told(args.quantize, held_bytes(model)), file=sys.stderr)
     if getattr(args, "adapter", None):
         model = PeftModel.from_pretrained(model, args.adapter)
     for name, p in model.named_parameters():  # known before anything is made of them: no text, no run, no merged file
