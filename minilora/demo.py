@@ -42,6 +42,8 @@ MODEL = TransformerConfig(
 PRETRAIN = Settings(steps=600, batch_size=16, context=128, lr=3e-3, weight_decay=0.1, eval_every=100)
 ADAPT = Settings(steps=350, batch_size=16, context=128, lr=5e-3, eval_every=50)
 ADAPTER: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
+# AdaLoRA's E starts at zero between A and B of length one, and grows by the learning rate: it wants larger steps.
+ADALORA, ADALORA_LR = {**ADAPTER, "lora_alpha": 256}, 1e-2
 PROMPT = "def read("
 FORMULAS = {"lora": "dW = s B A", "adalora": "dW = s B E A", "dora": "W' - W", "full": "what training added"}
 
@@ -63,9 +65,11 @@ class Plan:
         return method_of(self.adapter)
 
     def adapted_by(self, method: str, quantize: str = "none", fields: Mapping[str, Any] | None = None) -> Plan:
-        """The plan with another method; `fields` of its adapter in place of r = 4, lora_alpha = 16, all-linear."""
-        fields = dict(fields or {}) if method == "full" else {**ADAPTER, **(fields or {})}
-        return replace(self, adapter=adapter_config(method, quantize, fields, self.adapt.steps), quantize=quantize)
+        """The plan with another method; `fields` of its adapter in place of those that the demo has for it."""
+        defaults = {"full": {}, "adalora": ADALORA}.get(method, ADAPTER)
+        config = adapter_config(method, quantize, {**defaults, **(fields or {})}, self.adapt.steps)
+        adapt = replace(self.adapt, lr=ADALORA_LR) if method == "adalora" else self.adapt
+        return replace(self, adapter=config, adapt=adapt, quantize=quantize)
 
     def quick(self) -> Plan:
         """A version of 20 seconds, for tests: it shows that everything runs, not what the method can do."""

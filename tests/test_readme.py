@@ -73,8 +73,9 @@ def test_an_example_is_short_and_says_what_you_should_see(example):
     assert "You should see" in text.split('"""')[1]
 
 
-@pytest.mark.parametrize("name", ["01_autograd_by_hand", "03_lora"])
-def test_an_example_runs(name, capsys):
+@pytest.mark.parametrize("name", ["01_autograd_by_hand", "03_lora", "06_adalora"])
+def test_an_example_runs(name, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # some leave a picture
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     out = capsys.readouterr().out
     assert out

@@ -162,7 +162,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--adapt-data", metavar="FILE", help="your own text in place of the standard library")
     missing: dict[str, Any] = {"default": argparse.SUPPRESS}
     sub.add_argument("--r", type=int, **missing, help="rank of the adapter (4)")
-    sub.add_argument("--lora-alpha", type=number, **missing, metavar="X", help="scaling is lora_alpha / r (16)")
+    sub.add_argument(
+        "--lora-alpha", type=number, **missing, metavar="X", help="scaling is lora_alpha / r (16; adalora: 256)"
+    )
     sub.add_argument("--out", metavar="DIR", help="a new folder (default: runs/demo-NNN)")
     common(sub)
 
