@@ -390,12 +390,12 @@ def bits_per_byte(loss: float, bytes_per_token: float = 1.0) -> float:
 
 
 def rank_history(out: Path) -> tuple[list[tuple[int, dict[str, int]]], int]:
-    """([(step, ranks by layer) of each allocation], the steps there are), from the log of a run of AdaLoRA in `out`.
+    """([(step, ranks by layer) of each allocation], the run's steps), from the log of a run of AdaLoRA in `out`.
 
     The ranks are those that the step left; they stand until the next entry.
     """
     lines = read_log(out / "log.jsonl")
-    return [(line["step"], line["ranks"]) for line in lines if "ranks" in line], len(lines)
+    return [(line["step"], line["ranks"]) for line in lines if "ranks" in line], lines[-1]["step"] + 1
 
 
 # ---- going on where a run stopped -----------------------------------------------------------------------------------

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minilora import CausalLM, PeftModel
+from minilora import CausalLM, PeftModel, get_peft_model, quantize
 from minilora.cli import main
 from minilora.data import ByteTokenizer, load_tokenizer, prose, python_sources, split, split_text
-from minilora.demo import PROMPT, Plan
+from minilora.demo import PROMPT, Plan, _linear_weights, _spectra
 from minilora.errors import DataError
 from minilora.formats import load_file
+from minilora.recipes import METHODS, method_of
 from minilora.train import Settings, bits_per_byte, evaluate
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
@@ -145,6 +146,66 @@ def test_texts_of_ones_own(tiny, capsys):
     model = PeftModel.from_pretrained(CausalLM.from_pretrained("out/base"), "out/adapter")
     loss = evaluate(model, ByteTokenizer().encode(split_text(code)[1]), 16, limit=4)
     assert bits_per_byte(loss) == summary["bits_per_byte"]["lora"]["code"]
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_other_methods_and_bases(method, kind, tiny, capsys):
+    if (method, kind) == ("full", "nf4"):
+        assert main([*OWN, "--method", method, "--quantize", kind]) == 2
+        assert not Path("out").exists()
+        return
+    assert main([*OWN, "--method", method, "--quantize", kind]) == 0
+    summary, said = json.loads(Path("out/summary.json").read_text()), capsys.readouterr().out
+    assert (summary["method"], summary["quantize"]) == (method, kind)
+    assert ("held" in summary) == ("of nf4, " in said) == (kind == "nf4")
+    rows = ["base", *(["quantized base"] if kind == "nf4" else []), method, "lzma"]
+    assert list(summary["bits_per_byte"]) == rows
+    assert all(f"{row['prose']:8.3f}{row['code']:8.3f}" in said for row in summary["bits_per_byte"].values())
+    pictures = ["loss.png", "delta_spectrum.png", *(["rank_allocation.png"] if method == "adalora" else [])]
+    assert summary["pictures"] == (pictures if HAS_MATPLOTLIB else [])
+    base = CausalLM.from_pretrained("out/base")
+    if kind == "nf4":
+        quantize(base, kind)
+    if method == "full":
+        assert summary["checks"] == {}
+        model = CausalLM.from_pretrained("out/adapted")
+        assert load_tokenizer("out/adapted", 256) == ByteTokenizer(note="")
+        assert summary["trainable"] == summary["total"] == sum(p.size for p in model.parameters())
+        assert (base.lm_head.weight.numpy() != model.lm_head.weight.numpy()).any()
+    else:
+        assert summary["checks"]["base_bit_identical"] is True
+        assert 0 <= summary["checks"]["merge_identity_error"] < 1e-5
+        model = PeftModel.from_pretrained(base, "out/adapter")
+        assert method_of(model.peft_config["default"]) == method
+    loss = evaluate(model, ByteTokenizer().encode(split_text(Path("code.txt").read_bytes())[1]), 16, limit=4)
+    assert bits_per_byte(loss) == summary["bits_per_byte"][method]["code"]
+
+
+def test_r_is_the_rank_at_the_end_of_adalora(tiny, capsys):
+    assert main([*OWN, "--method", "adalora", "--r", "2"]) == 0
+    config = json.loads(Path("out/adapter/adapter_config.json").read_text())
+    assert (config["target_r"], config["init_r"], config["lora_alpha"]) == (2, 3, 256)
+    ranks = [sum(kept) for kept in config["rank_pattern"].values()]
+    assert sum(ranks) == 2 * len(ranks) == 14
+
+
+def test_the_spectra_are_those_of_what_was_trained():
+    """Of W as it was, and of dW: without an adapter what training added, and of AdaLoRA as many as ranks are left."""
+    shape = dataclasses.replace(Plan().model, hidden_size=16, intermediate_size=24, num_hidden_layers=1)
+    model = CausalLM(shape)
+    before = _linear_weights(model)
+    assert len(before) == 7
+    layer, rng = model.model.layers[0].mlp.up_proj, np.random.default_rng(0)
+    W, dW = layer.weight.numpy().copy(), rng.standard_normal((24, 16)).astype(np.float32)
+    layer.weight.data = W + dW
+    of_weight, of_delta = _spectra(model, before)["model.layers.0.mlp.up_proj"]
+    np.testing.assert_allclose(of_weight, np.linalg.svd(W, compute_uv=False), rtol=1e-5)
+    np.testing.assert_allclose(of_delta, np.linalg.svd(dW, compute_uv=False), rtol=1e-4)
+    assert not _spectra(model, before)["model.layers.0.mlp.down_proj"][1].any()
+    for method, count in (("lora", 4), ("dora", 16), ("adalora", 6)):
+        adapted = get_peft_model(CausalLM(shape), Plan().adapted_by(method).adapter)
+        assert {len(of_delta) for _, of_delta in _spectra(adapted, {}).values()} == {count}
 
 
 def test_the_seed_decides_and_the_number_of_threads_does_not(tiny, capsys):

@@ -1,4 +1,4 @@
-"""The two pictures are drawn for ordinary runs and for odd ones: one step, nothing measured, nothing changed."""
+"""The pictures are drawn for ordinary runs and for odd ones: one step, nothing measured, nothing changed."""
 
 from __future__ import annotations
 
@@ -92,6 +92,50 @@ def test_heat_table(shape, equal, tmp_path):
     plots.heat_table(tmp_path / "table.png", values, rows, columns, "a $ title")
     width, height = size_of(tmp_path / "table.png")
     assert width > height > 150 or shape == (5, 4)
+
+
+def ranks(*values, blocks=2):
+    names = [f"model.layers.{number}.self_attn.{kind}" for number in range(blocks) for kind in ("q_proj", "v_proj")]
+    return dict(zip(names, values, strict=True))
+
+
+HISTORIES = {
+    "ordinary": ([(0, ranks(6, 6, 6, 6)), (10, ranks(6, 5, 6, 4)), (30, ranks(0, 5, 6, 1))], 50),
+    "one allocation": ([(0, ranks(3, 3, blocks=1))], 5),
+    "the last step": ([(0, ranks(2, 2, blocks=1)), (9, ranks(1, 2, blocks=1))], 10),
+    "one step": ([(0, ranks(2, 1, blocks=1))], 1),
+    "nothing left": ([(0, ranks(1, 1, blocks=1)), (3, ranks(0, 0, blocks=1))], 9),
+    "all zero": ([(0, ranks(0, 0, blocks=1))], 9),
+    "resumed": ([(120, ranks(4, 4, 4, 4)), (130, ranks(4, 3, 4, 4))], 20),
+    "no block number": ([(0, {"lm_head": 3, "score": 4})], 9),
+    "blocks out of order": ([(0, {"layers.1.up_proj": 3, "layers.0.up_proj": 4, "lm_head": 1})], 9),
+    "no allocation": ([], 9),
+    "no step": ([], 0),
+}
+
+
+@pytest.mark.parametrize(("history", "steps"), HISTORIES.values(), ids=HISTORIES)
+def test_rank_allocation(history, steps, tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plt, "close", lambda figure: None)
+        plots.rank_allocation(tmp_path / "ranks.png", history, steps)
+    assert min(size_of(tmp_path / "ranks.png")) > 200
+    above, below = plt.gcf().axes[:2]
+    plt.close("all")
+    found = history[-1][1] if history else {}
+    names = [name.split(".") for name in found]
+    assert sorted(label.get_text() for label in below.get_yticklabels()) == sorted(
+        f"{parts[parts.index('layers') + 1]} {parts[-1]}" if "layers" in parts else parts[-1] for parts in names
+    )
+    # The numbers at the right, from the top: by block, those without one first, and in a block as they came.
+    place = sorted(found, key=lambda name: next((int(p) for p in name.split(".") if p.isdecimal()), -1))
+    assert [text.get_text() for text in below.texts] == [str(found[name]) for name in place]
+    if history:
+        drawn = below.collections[0].get_array().reshape(len(place), len(history))
+        assert drawn.tolist() == [[ranks[name] for _, ranks in history] for name in place]
+        assert above.patches[0].get_data().values.tolist() == [np.mean(list(r.values())) for _, r in history]
 
 
 def test_a_picture_depends_on_its_numbers_alone(tmp_path):

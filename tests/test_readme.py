@@ -7,6 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -76,10 +77,13 @@ def test_an_example_is_short_and_says_what_you_should_see(example):
 @pytest.mark.parametrize("name", ["01_autograd_by_hand", "03_lora", "06_adalora"])
 def test_an_example_runs(name, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # some leave a picture
-    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    values = runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     out = capsys.readouterr().out
     assert out
     assert "False" not in out
+    if name == "06_adalora":  # the claim: ranks go where the updates are
+        assert min(values["found"].values()) >= values["RANK"]
+        assert np.mean(values["others"]) < 0.5
 
 
 def test_every_dependency_has_a_reason_on_the_page():

@@ -47,6 +47,7 @@ from minilora.runs import (
     locked,
     numbered_folder,
     open_folder,
+    read_log,
     require_room,
     save_checkpoint,
 )
@@ -155,6 +156,17 @@ def test_a_log_that_was_edited_is_left_as_it_is(line, tmp_path):
     with pytest.raises(CheckpointError, match=r"log\.jsonl"):
         Log(path, 2)
     assert files(tmp_path) == before
+
+
+def test_a_log_is_read_but_for_a_line_that_is_being_written(tmp_path):
+    with Log(tmp_path / "log.jsonl") as log:
+        log.write(step=0, loss=math.nan)
+        log.write(step=1, ranks={"q_proj": 3})
+    lines = [{"step": 0, "loss": "nan"}, {"step": 1, "ranks": {"q_proj": 3}}]
+    assert read_log(tmp_path / "log.jsonl") == lines
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    assert read_log(tmp_path / "log.jsonl") == lines
 
 
 # ---- checkpoints ----
