@@ -138,7 +138,7 @@ def demo(
     summary: dict[str, Any] = {"method": plan.method, "quantize": plan.quantize}
     if plan.quantize != "none":
         summary["held"] = held_bytes(quantize(model, plan.quantize))
-        say(f"   {told(plan.quantize, summary['held'])}")
+        say(f"   {told(summary['held'])}")
         figures["quantized base"] = measure(model)
     before = _fingerprint(model)
     originals = _linear_weights(model) if plan.adapter is None else {}

@@ -69,13 +69,14 @@ def method_of(config: LoraConfig | None) -> str:
     return "adalora" if isinstance(config, AdaLoraConfig) else "dora" if config.use_dora else "lora"
 
 
-def held_bytes(model: Any) -> dict[str, int | float]:
+def held_bytes(model: Any) -> dict[str, Any]:
     """What a base holds, counted: its quantised layers, then all its weights, each beside the size in float32."""
     report = quantization_report(model)
     coded, weights = sum(layer.nbytes for layer in report), sum(layer.parameters for layer in report)
     others = [p for p in model.parameters() if not p.fixed]
     everything, count = coded + sum(p.size * p.dtype.itemsize for p in others), weights + sum(p.size for p in others)
     return {
+        "kind": ", ".join(sorted({layer.kind for layer in report})) or "none",
         "layers": len(report),
         "weights": weights,
         "bytes": coded,
@@ -86,8 +87,8 @@ def held_bytes(model: Any) -> dict[str, int | float]:
     }
 
 
-def told(kind: str, held: Mapping[str, int | float]) -> str:
+def told(held: Mapping[str, Any]) -> str:
     """`held_bytes` in a line."""
-    layers = f"{held['weights']:,} weights of {held['layers']} layers in {held['bytes']:,} bytes of {kind}"
+    layers = f"{held['weights']:,} weights of {held['layers']} layers in {held['bytes']:,} bytes of {held['kind']}"
     every = f"all {held['all_weights']:,} in {held['all_bytes']:,}, {held['all_percent']:.1f} %"
     return f"{layers}, {held['percent']:.1f} % of their size in float32; {every}"

@@ -403,6 +403,15 @@ def test_a_base_that_is_held_otherwise_does_not_go_on(world, tmp_path):
     assert "frozen weights" in err
 
 
+def test_a_base_that_is_held_as_codes_already_cannot_train_whole(world, tmp_path, monkeypatch):
+    plain = CausalLM.from_pretrained
+    monkeypatch.setattr(CausalLM, "from_pretrained", lambda *a, **k: quantize(plain(*a, **k), "int8"))
+    code, _, err = run(words(f"finetune --base base --data book.txt {TINY} --out '{tmp_path}/out' --method full"))
+    assert code == 2
+    assert "'base' is held as int8" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_ranks_are_logged_and_drawn_for_a_run_that_went_on(world, tmp_path):
     line = f"finetune --base base --data book.txt --save-every 10 {TINY} --lr 0.02 --steps 40 --method adalora"
     ok(f"{line} --out '{tmp_path}/straight'")

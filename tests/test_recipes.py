@@ -100,6 +100,8 @@ def test_what_a_base_holds_is_counted(kind):
     held = held_bytes(model)
     layers = [layer for layer in range(2) for _ in range(7)]
     weights = 2 * (4 * 64 * 64 + 3 * 64 * 96)
+    assert held["kind"] == kind
+    assert held_bytes(CausalLM(TransformerConfig(**SHAPE)))["kind"] == "none"
     assert (held["layers"], held["weights"]) == (len(layers), weights)
     per_layer = {64 * 64: 4, 64 * 96: 3}
     code = 1 if kind == "int8" else 0.5
@@ -111,4 +113,4 @@ def test_what_a_base_holds_is_counted(kind):
     assert held["all_bytes"] == held["bytes"] + 4 * others
     assert held["percent"] == pytest.approx(100 * held["bytes"] / (4 * weights))
     assert held["all_percent"] == pytest.approx(100 * held["all_bytes"] / (4 * (weights + others)))
-    assert f"{weights:,} weights of 14 layers in {held['bytes']:,} bytes of {kind}" in told(kind, held)
+    assert f"{weights:,} weights of 14 layers in {held['bytes']:,} bytes of {kind}" in told(held)

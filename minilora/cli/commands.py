@@ -80,6 +80,8 @@ def finetune(args: argparse.Namespace) -> None:
     _within_positions(settings.context, model.config.max_position_embeddings)
     tokens, held_out, ratio = _texts(args.data, args.eval_data, tokenizer, settings.context)
     held = held_bytes(model)
+    if config is None and held["layers"]:
+        raise ConfigError(f"--base {args.base!r} is held as {held['kind']}: --method full cannot train it")
     if config is not None:
         config.task_type, config.base_model_name_or_path = (
             "CAUSAL_LM",
@@ -89,7 +91,7 @@ def finetune(args: argparse.Namespace) -> None:
     options: dict[str, Any] = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
     with _run_folder(args, "finetune") as out:
         if held["layers"]:
-            print(told(args.quantize, held))
+            print(told(held))
         if config is None:
             print(f"all {sum(p.size for p in model.parameters()):,} parameters of the base train")
         else:
