@@ -63,8 +63,8 @@ def _run(argv: Sequence[str], debug: bool) -> int:
         if args.command is None:
             parser.print_help()
             parser.error("no command was given")
-        for name in PATHS:
-            path = getattr(args, name, None)
+        given = [(name, getattr(args, name, None)) for name in PATHS]
+        for name, path in [*given, *(("tasks", path) for path in getattr(args, "tasks", None) or ())]:
             if path is not None and (not path or "\0" in path):  # "" is what a shell makes of an unset variable
                 flag = "DIR" if name == "directory" else f"--{name.replace('_', '-')}"
                 parser.error(f"argument {flag}: {path!r} is no path")

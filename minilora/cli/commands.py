@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,8 +20,10 @@ from ..architecture import TransformerConfig
 from ..backend import get_backend, gpus
 from ..data import ByteTokenizer, HubTokenizer, load_tokenizer, prose, read_text, split_text
 from ..errors import ConfigError, DataError, MiniloraError, NonFiniteError
+from ..formats.disk import read_json
 from ..inspection import inspect_adapter, inspect_checkpoint
-from ..lora import AdaLoraConfig, PeftModel, get_peft_model
+from ..lora import AdaLoraConfig, LoraConfig, MultiTask, PeftModel, get_multitask_model, get_peft_model
+from ..lora.multitask import FILE as MULTITASK
 from ..quant import quantize
 from ..recipes import adapter_config, held_bytes, told
 from ..runs import find_checkpoint, locked, numbered_folder, open_folder
@@ -72,22 +75,33 @@ def pretrain(args: argparse.Namespace) -> None:
 
 
 def finetune(args: argparse.Namespace) -> None:
-    from ..train import Settings, bits_per_byte, train
+    from ..train import Settings, Text, bits_per_byte, train
 
     settings = _settings(args, Settings)
     config = adapter_config(args.method, args.quantize, _given(args), settings.steps)
+    tasks = _tasks(args, config)
     model, tokenizer = _base(args)
     _within_positions(settings.context, model.config.max_position_embeddings)
-    tokens, held_out, ratio = _texts(args.data, args.eval_data, tokenizer, settings.context)
+    tokens: Text
+    held_out: Text
+    if tasks:  # of all of them, before anything is made
+        read = {task: _texts(path, None, tokenizer, settings.context, "--tasks") for task, path in tasks.items()}
+        tokens = {task: learnt for task, (learnt, _, _) in read.items()}
+        held_out = {task: kept for task, (_, kept, _) in read.items()}
+        ratio = statistics.fmean(found[2] for found in read.values())
+    else:
+        tokens, held_out, ratio = _texts(args.data, args.eval_data, tokenizer, settings.context)
     held = held_bytes(model)
     if config is None and held["layers"]:
         raise ConfigError(f"--base {args.base!r} is held as {held['kind']}: --method full cannot train it")
     if config is not None:
-        config.task_type, config.base_model_name_or_path = (
-            "CAUSAL_LM",
-            os.fsencode(args.base).decode("utf-8", "replace"),
-        )
-        model = get_peft_model(model, config, seed=settings.seed)
+        name = os.fsencode(args.base).decode("utf-8", "replace")
+        config = dataclasses.replace(config, task_type="CAUSAL_LM", base_model_name_or_path=name)
+        if tasks:
+            shared = dataclasses.replace(config, r=args.shared_r) if args.shared_r else None
+            model = get_multitask_model(model, dict.fromkeys(tasks, config), shared, seed=settings.seed)
+        else:
+            model = get_peft_model(model, config, seed=settings.seed)
     options: dict[str, Any] = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
     with _run_folder(args, "finetune") as out:
         if held["layers"]:
@@ -96,7 +110,8 @@ def finetune(args: argparse.Namespace) -> None:
             print(f"all {sum(p.size for p in model.parameters()):,} parameters of the base train")
         else:
             model.print_trainable_parameters()
-        print(f"{len(tokens):,} tokens -> {out}")
+        sizes = {task: len(ids) for task, ids in tokens.items()} if isinstance(tokens, dict) else {"": len(tokens)}
+        print(", ".join(f"{task} {size:,}".lstrip() for task, size in sizes.items()), f"tokens -> {out}")
         result = train(model, tokens, settings, out, **options, title="finetune")
         model.save_pretrained(out)
         if config is None and not tokenizer.note:  # a base that came without a tokenizer.json stays without
@@ -104,6 +119,26 @@ def finetune(args: argparse.Namespace) -> None:
         if isinstance(config, AdaLoraConfig):
             _draw_ranks(out)
     _print_result(result, bits_per_byte, ratio)
+
+
+def _tasks(args: argparse.Namespace, config: LoraConfig | None) -> dict[str, str]:
+    """The texts of --tasks by the names of the tasks, which are the files'. ConfigError for what does not fit."""
+    if (args.data is None) == (args.tasks is None):
+        raise ConfigError("expected a text: --data FILE for one, or --tasks FILE FILE ... for several tasks")
+    if args.tasks is None:
+        if args.shared_r is not None:
+            raise ConfigError("--shared-r is the rank of an adapter that all of --tasks share: name the tasks")
+        return {}
+    tasks = {Path(path).stem.replace(".", "-"): path for path in args.tasks}
+    if len(tasks) < len(args.tasks):
+        raise ConfigError(f"--tasks: a task has the name of its file, and two are alike: {', '.join(args.tasks)}"[:300])
+    if args.eval_data is not None:
+        raise ConfigError("--eval-data is one text; of each of --tasks the last tenth is held out")
+    if isinstance(config, AdaLoraConfig):
+        raise ConfigError("--method adalora shares out the ranks of one adapter: train its --tasks one by one")
+    if args.shared_r is not None and (config is None or config.use_dora):
+        raise ConfigError(f"--shared-r goes with --method lora, not with {args.method}: what is shared is added up")
+    return tasks
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -146,7 +181,7 @@ def merge(args: argparse.Namespace) -> None:
         if out == source or source in out.parents:
             raise ConfigError(f"--out {args.out!r} is inside --{name}: choose another folder")
     model, tokenizer = _base(args)
-    merged = model.merge_and_unload()
+    merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
     with locked(args.out) as folder:
         merged.save_pretrained(open_folder(folder))
         if not tokenizer.note:  # a base that came without a tokenizer.json stays without
@@ -156,6 +191,10 @@ def merge(args: argparse.Namespace) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     folder = Path(args.directory)
+    if (folder / MULTITASK).exists():
+        tasks = read_json(folder / MULTITASK).get("tasks")
+        names = sorted({str(n) for own in tasks.values() for n in own}) if isinstance(tasks, dict) else []
+        raise ConfigError(f"{args.directory!r} holds several adapters: inspect one of them: {', '.join(names)}"[:300])
     report = (inspect_adapter if (folder / "adapter_config.json").exists() else inspect_checkpoint)(folder)
     if args.json:
         print(json.dumps(report, indent=2))
@@ -223,12 +262,27 @@ def _base(args: argparse.Namespace) -> tuple[Any, ByteTokenizer | HubTokenizer]:
         print(tokenizer.note, file=sys.stderr)
     if getattr(args, "quantize", "none") != "none":
         quantize(model, args.quantize)
+    task = getattr(args, "task", None)
     if getattr(args, "adapter", None):
-        model = PeftModel.from_pretrained(model, args.adapter)
+        if (Path(args.adapter) / MULTITASK).exists():
+            model = _one_task(MultiTask.from_pretrained(model, args.adapter), task)
+        elif task is not None:
+            raise ConfigError(f"--adapter {args.adapter!r} holds one adapter: there is no task to choose")
+        else:
+            model = PeftModel.from_pretrained(model, args.adapter)
+    elif task is not None:
+        raise ConfigError("--task chooses one of an --adapter folder's tasks: give that, too")
     for name, p in model.named_parameters():  # known before anything is made of them: no text, no run, no merged file
         if not args.allow_nonfinite and not p.backend.xp.isfinite(p.data).all():
             raise NonFiniteError(f"the weights in {args.base!r}, or of its adapter, are broken: {name} is not finite")
     return model, tokenizer
+
+
+def _one_task(model: MultiTask, task: str | None) -> Any:
+    """The plain model of a task."""
+    if task is None:
+        raise ConfigError(f"--adapter holds several tasks: choose one with --task: {', '.join(model.tasks)}"[:300])
+    return model.merge_task(task)
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -260,21 +314,22 @@ def _run_folder(args: argparse.Namespace, stem: str) -> Iterator[Path]:
 
 
 def _texts(
-    data: str, eval_data: str | None, tokenizer: ByteTokenizer | HubTokenizer, context: int
+    data: str, eval_data: str | None, tokenizer: ByteTokenizer | HubTokenizer, context: int, option: str = "--data"
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """(training ids, held-out ids, bytes a token). Without --eval-data the last tenth of --data is held out."""
     text = read_text(data)
-    _long_enough(text, 2 if eval_data else 10, f"--data {data}")
+    _long_enough(text, 2 if eval_data else 10, f"{option} {data}")
     text, held_out = (text, read_text(eval_data)) if eval_data else split_text(text)
     tokens = tokenizer.encode(text)
     if len(tokens) < context + 1:
         whole = "" if eval_data else " once its last tenth is held out"
         raise DataError(
-            f"--data {data}: a context of {context} needs at least {context + 1} tokens, it has {len(tokens)}{whole}"
+            f"{option} {data}: a context of {context} needs at least {context + 1} tokens, it has {len(tokens)}{whole}"
         )
     held_ids = tokenizer.encode(held_out)
     if len(held_ids) < 2:
-        raise DataError(f"--eval-data {eval_data or data}: needs at least 2 tokens to evaluate on, has {len(held_ids)}")
+        what = f"{'--eval-data' if eval_data or option == '--data' else option} {eval_data or data}"
+        raise DataError(f"{what}: needs at least 2 tokens to evaluate on, has {len(held_ids)}")
     return tokens, held_ids, len(held_out) / len(held_ids)
 
 

@@ -116,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--base", required=True, metavar="DIR", help="config.json and model.safetensors")
         if adapter is not None:
             sub.add_argument("--adapter", required=adapter, metavar="DIR", help="in PEFT's format")
+            sub.add_argument("--task", metavar="NAME", help="which one of an adapter that finetune --tasks made")
         sub.add_argument("--allow-nonfinite", action="store_true", help="even where a weight is NaN or infinite")
 
     def method(sub: Any) -> None:
@@ -126,8 +127,13 @@ def build_parser() -> argparse.ArgumentParser:
         text = f"{', '.join(QUANTIZE)}: what the frozen base is held as (none)"
         sub.add_argument("--quantize", choices=QUANTIZE, default="none", metavar="Q", help=text)
 
-    def training(sub: argparse.ArgumentParser, lr: float) -> None:
-        sub.add_argument("--data", required=True, metavar="FILE", help="text to train on")
+    def training(sub: argparse.ArgumentParser, lr: float, tasks: bool = False) -> None:
+        sub.add_argument("--data", required=not tasks, metavar="FILE", help="text to train on")
+        if tasks:
+            text = "or several texts: an adapter for each, trained in one batch"
+            sub.add_argument("--tasks", nargs="+", metavar="FILE", help=text)
+            text = "and one of rank R that all of them share"
+            sub.add_argument("--shared-r", type=_whole(1), metavar="R", help=text)
         sub.add_argument("--eval-data", metavar="FILE", help="held-out text (default: the last tenth of --data)")
         sub.add_argument("--out", metavar="DIR", help="a new folder (default: runs/...)")
         sub.add_argument("--resume", nargs="?", const="auto", metavar="auto|DIR", help="go on from a checkpoint")
@@ -177,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "Train an adapter and leave the base as it is; with --method full, train the base."
     sub = command("finetune", text, "--base base --data notes.txt --r 8")
     model(sub, None)
-    training(sub, 2e-3)
+    training(sub, 2e-3, tasks=True)
     group = sub.add_argument_group("the method, and an adapter's fields by PEFT's names")
     method(group)
     quantized(group)
