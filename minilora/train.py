@@ -280,15 +280,16 @@ def train(
             of_task = {}
             texts = tokens if isinstance(tokens, Mapping) else {"": tokens}
             for task, ids in texts.items():
-                with model.task(task) if isinstance(model, MultiTask) else contextlib.nullcontext():
+                with model.task(task) if task and isinstance(model, MultiTask) else contextlib.nullcontext():
                     of_task[task] = evaluate(model, ids, settings.context, sharded=sharded, stopped=stopped)
             if stopped:
                 return  # it may be one of a part: a resumed run measures again
             loss = math.fsum(of_task.values()) / len(of_task)
             bits = bits_per_byte(loss, bytes_per_token)
             run.evaluations.append((run.done, loss))
-            apart = {"tasks": of_task} if isinstance(tokens, Mapping) else {}
-            evaluation_log.write(step=run.done, loss=loss, bits_per_byte=bits, **apart)
+            evaluation_log.write(
+                step=run.done, loss=loss, bits_per_byte=bits, **({} if "" in of_task else {"tasks": of_task})
+            )
             if bar.disable:  # no terminal, no bar: a line now and then
                 print(f"{title}: step {run.done} of {settings.steps}, held out {bits:.3f} bits a byte", flush=True)
 

@@ -27,6 +27,7 @@ from minilora import (
     AdaLoraConfig,
     CausalLM,
     LoraConfig,
+    MultiTask,
     PeftModel,
     TransformerConfig,
     __version__,
@@ -87,6 +88,7 @@ def made(tmp_path_factory):
         Path("full", "mine.txt").write_text("keep me")
         ok(f"pretrain --data book.txt --out base --steps 4 --save-every 2 {TINY} {SHAPE}")
         ok(f"finetune --base base --data book.txt --out adapter --steps 4 --save-every 2 {TINY} --lr 0.05")
+        ok(f"finetune --base base --tasks book.txt latin.txt --shared-r 2 --out tasks --steps 4 {TINY} --lr 0.05")
         ok(f"pretrain --data book.txt --out wide --steps 1 {TINY} {SHAPE.replace('16', '24')}")
 
         def damaged(source: str, name: str, file: str, change) -> None:
@@ -201,6 +203,32 @@ def test_evaluate_with_a_limit(world):
     assert ok("evaluate --base base --data book.txt --context 16 --limit 1") != ok(
         "evaluate --base base --data book.txt"
     )
+
+
+def test_several_tasks_are_adapters_by_the_names_of_their_files(world, tmp_path):
+    line = f"finetune --base base --tasks book.txt latin.txt --out '{tmp_path}/out' --steps 2 {TINY}"
+    said = ok(f"{line} --shared-r 2 --r 3 --save-every 1")
+    assert f"book {len(TEXT) * 9 // 10:,}, latin" in said
+    model = MultiTask.from_pretrained(CausalLM.from_pretrained("base"), tmp_path / "out")
+    assert model.tasks == {"book": ("shared", "book"), "latin": ("shared", "latin")}
+    assert {name: config.r for name, config in model.peft_config.items()} == {"shared": 2, "book": 3, "latin": 3}
+    assert set(json.loads((tmp_path / "out" / "eval.jsonl").read_text().splitlines()[0])["tasks"]) == set(model.tasks)
+    ok(f"{line} --shared-r 2 --r 3 --save-every 1 --resume")
+    ok(f"finetune --base base --tasks book.txt latin.txt --method full --steps 1 {TINY} --out '{tmp_path}/full'")
+    assert CausalLM.from_pretrained(tmp_path / "full").config.hidden_size == 16
+
+
+def test_a_task_is_chosen_by_its_name(world, tmp_path):
+    model = MultiTask.from_pretrained(CausalLM.from_pretrained("base"), "tasks")
+    ids = ByteTokenizer().encode(TEXT[:16])[None]
+    for task in model.tasks:
+        ok(f"merge --base base --adapter tasks --task {task} --out '{tmp_path}/{task}'")
+        merged = CausalLM.from_pretrained(tmp_path / task)
+        assert np.abs(merged(ids).data - model(ids, tasks=task).data).max() < 1e-4
+    texts = {ok(f"evaluate --base base --adapter tasks --data book.txt --task {task}") for task in model.tasks}
+    assert len(texts) == 2
+    assert ok("generate --base base --adapter tasks --task book --prompt hi --max-new-tokens 0") == "hi\n"
+    assert "model.layers.0" in ok("inspect tasks/book")
 
 
 def test_inspect(world):
@@ -528,6 +556,7 @@ def test_warnings_are_one_line_and_showing_them_ends_with_the_command(world, tmp
 F = f"finetune --base base --data book.txt --out new {TINY}"
 NO = F.replace("--base base", "--base missing")
 P = f"pretrain --data book.txt --out new {TINY} {SHAPE}"
+T = f"finetune --base base --tasks book.txt latin.txt --out new {TINY}"
 G = "generate --base base --prompt hi --max-new-tokens 2"
 E = "evaluate --base base --data book.txt"
 M = "merge --base base --adapter adapter --out new"
@@ -538,7 +567,7 @@ BAD = [
     ("", 2, "no command"),
     ("nothing", 2, "'nothing'"),
     ("--nothing", 2, "--nothing"),
-    ("finetune", 2, "--base, --data"),
+    ("finetune", 2, "required: --base"),
     ("generate --base base", 2, "--prompt"),
     ("inspect", 2, "DIR"),
     ("devices here", 2, "unrecognized arguments: here"),
@@ -691,6 +720,27 @@ BAD = [
     (f"{E} --adapter adapter-nan", 5, "broken"),
     (f"{G} --base base-nan", 5, "broken"),
     (f"{M} --adapter adapter-nan", 5, "finite"),
+    # several tasks
+    (f"{T} --data book.txt", 2, "--data FILE for one, or --tasks"),
+    ("finetune --base base --out new", 2, "--data FILE for one, or --tasks"),
+    (f"{F} --shared-r 2", 2, "name the tasks"),
+    (f"{T} --shared-r 0", 2, "--shared-r"),
+    (f"{T} --shared-r 2 --method dora", 2, "not with dora"),
+    (f"{T} --shared-r 2 --method full", 2, "not with full"),
+    (f"{T} --method adalora", 2, "one by one"),
+    (f"{T} --eval-data book.txt", 2, "--eval-data is one text"),
+    (T.replace("latin.txt", "latin.txt full/../book.txt"), 2, "two are alike"),
+    (T.replace("latin.txt", "missing.txt"), 4, "missing.txt"),
+    (T.replace("latin.txt", "''"), 2, "--tasks: '' is no path"),
+    (T.replace("latin.txt", "short.txt"), 3, "--tasks short.txt"),
+    (f"{T} --batch-size 1", 2, "cannot hold a sequence of each of 2 tasks"),
+    (f"{T} --bias all", 2, "bias must be 'none'"),
+    (f"{E} --adapter tasks", 2, "book, latin"),
+    (f"{E} --adapter tasks --task other", 2, "no task 'other'; there is book, latin, __base__"),
+    (f"{E} --adapter adapter --task book", 2, "holds one adapter"),
+    (f"{E} --task book", 2, "give that, too"),
+    (f"{M.replace('--adapter adapter', '--adapter tasks')}", 2, "book, latin"),
+    ("inspect tasks", 2, "book, latin, shared"),
     # folders to write
     *[(f"{line} --out full", 2, "'full' is not empty") for line in (F, P, M, "demo")],
     *[(f"{line} --out book.txt", 2, "'book.txt' is a file") for line in (F, P, M, "demo")],

@@ -132,6 +132,8 @@ def _tasks(args: argparse.Namespace, config: LoraConfig | None) -> dict[str, str
     tasks = {Path(path).stem.replace(".", "-"): path for path in args.tasks}
     if len(tasks) < len(args.tasks):
         raise ConfigError(f"--tasks: a task has the name of its file, and two are alike: {', '.join(args.tasks)}"[:300])
+    if args.batch_size * args.accumulate < len(tasks):
+        raise ConfigError(f"--batch-size {args.batch_size} cannot hold a sequence of each of {len(tasks)} tasks")
     if args.eval_data is not None:
         raise ConfigError("--eval-data is one text; of each of --tasks the last tenth is held out")
     if isinstance(config, AdaLoraConfig):
