@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from minilora import LoraConfig, TransformerConfig
+from minilora.architecture import DIALECTS, MODEL_TYPES
 from minilora.data import ByteTokenizer, load_tokenizer
 from minilora.errors import FormatError, MiniloraError
 from minilora.formats import SafetensorsFile, save_file
@@ -240,13 +241,14 @@ READERS: dict[str, Callable[[bytes, Path], object]] = {
 }
 
 
-def configurations(folder: Path) -> dict[str, bytes]:
+def configurations(folder: Path) -> dict[str, list[bytes]]:
     ByteTokenizer().save(folder)
     lora = LoraConfig(rank_pattern={"q_proj": 4, ".*v_proj": 2}, alpha_pattern={"k": 3.5}, target_modules=["q", "v"])
+    models = [TransformerConfig(model_type=kind, hidden_act=DIALECTS[kind].activations[0]) for kind in MODEL_TYPES]
     return {
-        "config.json": json.dumps(TransformerConfig().to_dict(), indent=2).encode(),
-        "adapter_config.json": json.dumps(lora.to_dict(), indent=2).encode(),
-        "tokenizer.json": (folder / "tokenizer.json").read_bytes(),
+        "config.json": [json.dumps(model.to_dict(), indent=2).encode() for model in models],
+        "adapter_config.json": [json.dumps(lora.to_dict(), indent=2).encode()],
+        "tokenizer.json": [(folder / "tokenizer.json").read_bytes()],
     }
 
 
@@ -260,9 +262,9 @@ def inputs(seed: int, folder: Path) -> Iterator[tuple[str, bytes]]:
         if kind == "safetensors":
             yield kind, damaged_safetensors(rng, files)
         elif kind == "tokenizer.json" and rng.random() < 0.5:
-            yield kind, damaged_bytes(rng, good[kind])
+            yield kind, damaged_bytes(rng, good[kind][0])
         else:
-            yield kind, damaged_json(rng, good[kind], good["adapter_config.json"])
+            yield kind, damaged_json(rng, rng.choice(good[kind]), good["adapter_config.json"][0])
 
 
 def fuzz(count: int, seed: int) -> dict[str, dict[str, int]]:

@@ -16,7 +16,8 @@ import numpy as np
 
 from . import nn
 from .backend import Array
-from .transformer import CausalLM, KeyValueCache
+from .cache import KeyValueCache
+from .transformer import CausalLM, Decoder
 
 LARGEST = 1 << 31  # bytes of weights that are copied; of a larger model each token is asked in the ordinary way
 P = TypeVar("P")
@@ -53,12 +54,14 @@ class Product(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The products of a block."""
+    """The products of a block, and what else there is to its attention."""
 
     qkv: Product  # the two channels that a rotation turns stand side by side
     o: Product
     gate_up: Product  # negated: see `Decoding.__call__`
     down: Product
+    norms: Array | None  # weights (H + K, D) of the norms of q's and k's heads
+    window: int | None  # how many of the newest positions are seen, where not all are
 
 
 class Weights:
@@ -69,12 +72,18 @@ class Weights:
 
     @classmethod
     def of(cls, model: Any, team: Team) -> Weights | None:
-        """None where a layer must run on its own (a quantised weight, dropout), or the copy would be too large."""
+        """None where a layer must run on its own (a quantised weight, dropout), or the copy would be too large.
+
+        None for GPT-2, too, whose tokens are asked in the ordinary way.
+        """
         if type(model) is not CausalLM or sum(p.size * p.dtype.itemsize for p in model.parameters()) > LARGEST:
             return None
-        norms = [model.model.norm]
-        for block in model.model.layers:
+        if type(model.decoder) is not Decoder:
+            return None
+        norms = [model.decoder.norm]
+        for block in model.decoder.layers:
             norms += [block.input_layernorm, block.post_attention_layernorm]
+            norms += [norm for norm in (block.self_attn.q_norm, block.self_attn.k_norm) if norm is not None]
         weights = cls(model) if all(type(norm) is nn.RMSNorm for norm in norms) else None
         return weights if weights and weights._lay_out(model, team) else None
 
@@ -87,7 +96,7 @@ class Weights:
             c.head_dim,
             c.rms_norm_eps,
         )
-        self.embedding, self.rotary = model.get_input_embeddings().weight, model.model.layers[0].self_attn.rotary
+        self.embedding, self.rotary = model.get_input_embeddings().weight, model.decoder.layers[0].self_attn.rotary
         self.xp, self.dtype = self.embedding.backend.xp, self.embedding.dtype
         self.mean = self.xp.full((c.hidden_size, 1), 1 / c.hidden_size, self.dtype)
         self.pairs = (
@@ -100,13 +109,13 @@ class Weights:
         channels = self.xp.arange((turned + self.kv_heads) * self.head_dim).reshape(-1, self.head_dim)
         channels[:turned] = channels[:turned, self.pairs]
         jobs: list[tuple[Any, ...]] = []
-        for block in model.model.layers:
+        for block in model.decoder.layers:
             attn, mlp = block.self_attn, block.mlp
             jobs.append(([attn.q_proj, attn.k_proj, attn.v_proj], block.input_layernorm, channels.reshape(-1)))
             jobs.append(([attn.o_proj],))
             jobs.append(([mlp.gate_proj, mlp.up_proj], block.post_attention_layernorm, None, -1))
             jobs.append(([mlp.down_proj],))
-        jobs.append(([model.lm_head], model.model.norm))
+        jobs.append(([model.lm_head], model.decoder.norm))
         ends = [0, *np.cumsum([sum(x.in_features * x.out_features for x in layers) for layers, *_ in jobs]).tolist()]
         memory = self.xp.empty(ends[-1], self.dtype)  # in one piece, which the system maps by large pages
 
@@ -118,8 +127,18 @@ class Weights:
         if None in products:
             return False
         *blocks, self.head = products
-        self.layers = [Layer(*blocks[i : i + 4]) for i in range(0, len(blocks), 4)]
+        self.layers = []
+        for i, block in enumerate(model.decoder.layers):
+            qkv, o, gate_up, down = blocks[4 * i : 4 * i + 4]
+            norms, window = self._head_norms(block.self_attn), block.self_attn.window
+            self.layers.append(Layer(qkv, o, gate_up, down, norms, window))
         return True
+
+    def _head_norms(self, attn: Any) -> Array | None:
+        if attn.q_norm is None:
+            return None
+        each = [attn.q_norm.weight.data] * self.heads + [attn.k_norm.weight.data] * self.kv_heads
+        return self.xp.stack(each)[:, self.pairs]  # (H + K, D)
 
 
 class Decoding:
@@ -144,10 +163,15 @@ class Decoding:
         x = w.embedding.data[ids]  # (B, C)
         for layer, kept in zip(w.layers, self.data, strict=True):
             qkv = layer.qkv(self._normed(x))
+            if layer.norms is not None:
+                heads = qkv[:, : (H + K) * D].reshape(B, H + K, D)  # a view
+                heads /= xp.sqrt((heads * heads).mean(axis=-1, keepdims=True) + w.eps)
+                heads *= layer.norms
             turning = qkv[:, : (H + K) * D].view(turn.dtype)  # as complex numbers: a rotation is one product
             turning *= turn
             kept[:, :, :, at] = qkv[:, H * D :].reshape(B, 2, K, D).swapaxes(0, 1)
-            q, (keys, values) = qkv[:, : H * D].reshape(B, K, H // K, D), kept[:, :, :, :S]
+            seen = slice(max(0, S - layer.window) if layer.window else 0, S)
+            q, (keys, values) = qkv[:, : H * D].reshape(B, K, H // K, D), kept[:, :, :, seen]
             p = q @ keys.swapaxes(-1, -2)  # (B, K, G, S)
             p -= p.max(axis=-1, keepdims=True)
             xp.exp(p, out=p)

@@ -194,36 +194,46 @@ def attention(
     qkv: Tensor,
     heads: int,
     kv_heads: int,
-    cos: Array,
-    sin: Array,
+    cos: Array | None = None,
+    sin: Array | None = None,
     extend: Callable[[Array, Array], tuple[Array, Array]] | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Causal self-attention, softmax(q k^T) v, with q and k rotated.    qkv (B, T, (H + 2 K) D) -> (B, T, H D)
 
     Side by side in qkv: q of H heads, k and v of K heads; query head h reads key/value head h // G (grouped queries:
     Ainslie et al. 2023; K = H is the ordinary case). cos and sin (T, (H + K) D) as `turn` reads them; the scale
-    1/sqrt(D) of the scores is a factor of theirs in the rows of q. `extend(k, v)`, each (B, T, K, D), may return
-    (B, S, K, D) with earlier positions in front: the T queries are the last of S, and no gradient flows then.
+    1/sqrt(D) of the scores is a factor of theirs in the rows of q; without them nothing is rotated. `extend(k, v)`,
+    each (B, T, K, D), may return (B, S, K, D) with earlier positions in front: the T queries are the last of S, and no
+    gradient flows then. A query sees the newest `window` keys only (Beltagy et al. 2020, section 3.1), or all of them.
     """
     xp, (B, T, width), turned = namespace(qkv), qkv.shape, heads + kv_heads
     if heads % kv_heads or width % (turned + kv_heads):
         raise ValueError(f"attention: {heads} heads and {kv_heads} of keys do not fit each other, or {width} channels")
     D = width // (turned + kv_heads)
     Z = qkv.data.reshape(B, T, heads + 2 * kv_heads, D)
-    QK, v = turn(xp, Z[:, :, :turned], cos, sin), Z[:, :, turned:].copy()  # qkv itself is not kept
-    q, k = QK[:, :, :heads], QK[:, :, heads:]
-    O, back = _attend(xp, q, *(extend(k, v) if extend else (k, v)))
+    QK = Z[:, :, :turned].copy() if cos is None else turn(xp, Z[:, :, :turned], cos, sin)
+    q, k, v = QK[:, :, :heads], QK[:, :, heads:], Z[:, :, turned:].copy()  # qkv itself is not kept
+    if cos is None:
+        q *= D**-0.5
+    O, back = _attend(xp, q, *(extend(k, v) if extend else (k, v)), window)
 
     def vjp(dy: Array) -> Grads:
-        dZ, dQK = xp.empty((B, T, heads + 2 * kv_heads, D), dy.dtype), xp.empty_like(QK)
+        dZ = xp.empty((B, T, heads + 2 * kv_heads, D), dy.dtype)
+        dQK = dZ[:, :, :turned] if cos is None else xp.empty_like(QK)
         back(dy.reshape(B, T, heads, D), dQK[:, :, :heads], dQK[:, :, heads:], dZ[:, :, turned:])
-        turn(xp, dQK, cos, -sin, out=dZ[:, :, :turned])
+        if cos is None or sin is None:
+            dQK[:, :, :heads] *= D**-0.5
+        else:
+            turn(xp, dQK, cos, -sin, out=dZ[:, :, :turned])
         return (dZ.reshape(B, T, width),)
 
     return record(O.reshape(B, T, heads * D), (qkv,), vjp)
 
 
-def _attend(xp: Any, q: Array, k: Array, v: Array) -> tuple[Array, Callable[[Array, Array, Array, Array], None]]:
+def _attend(
+    xp: Any, q: Array, k: Array, v: Array, window: int | None
+) -> tuple[Array, Callable[[Array, Array, Array, Array], None]]:
     """softmax(q k^T) v, causal, on arrays.    q (B, T, H, D), k and v (B, S, K, D) -> O (B, T, H, D) and `back`
 
     `back(dO, dq, dk, dv)` fills the last three. Queries go in blocks of t, each with the s keys that any of them may
@@ -244,23 +254,28 @@ def _attend(xp: Any, q: Array, k: Array, v: Array) -> tuple[Array, Callable[[Arr
         xp.matmul(keys, queries.swapaxes(-1, -2), out=view)
         return P, view
 
-    def seen(at: slice) -> tuple[Array, Array]:
-        P, view = scores(kh[..., : S - T + at.stop, :], qh[..., at, :])
-        t = at.stop - at.start
+    def seen(at: slice) -> tuple[slice, Array, Array]:
+        t, last = at.stop - at.start, S - T + at.stop
+        keys = slice(max(0, last - t + 1 - window) if window else 0, last)
+        P, view = scores(kh[..., keys, :], qh[..., at, :])
         P[:, -t:].reshape(B, t, H, t)[...] += future[:t, None, :t]  # only the newest t keys can be too new
-        return P, view
+        old = last - window - keys.start if window else 0  # < t: so many keys are too old for the newest query
+        if old > 0:
+            past = xp.where(order[:, None] - old <= order - t, -np.inf, 0).astype(q.dtype)  # (key, query)
+            P[:, :old].reshape(B, old, H, t)[...] += past[:old, None, :t]
+        return keys, P, view
 
     O, inv, kept = xp.empty((B, T, H, D), q.dtype), xp.empty((B, T, H, 1), q.dtype), []
     qh, kh, vh, Oh = by_head(q), by_head(k), by_head(v), by_head(O)
     for at in _slices(T, QUERY_BLOCK):
-        P, view = seen(at)
+        keys, P, view = seen(at)
         top = P.max(axis=1, keepdims=True)  # (B, 1, H t)
         P -= top
         xp.exp(P, out=P)
         total = xp.ones((1, P.shape[1]), P.dtype) @ P  # (B, 1, H t): a product sums faster than a reduction
         inv[:, at, :, 0] = 1.0 / total.reshape(B, H, at.stop - at.start).swapaxes(1, 2)
-        xp.matmul(view.swapaxes(-1, -2), vh[..., : P.shape[1], :], out=Oh[..., at, :])  # (t, s) @ (s, D)
-        kept.append((at, top, (P, view) if B * H * T * S <= KEPT_SCORES else None))
+        xp.matmul(view.swapaxes(-1, -2), vh[..., keys, :], out=Oh[..., at, :])  # (t, s) @ (s, D)
+        kept.append((at, keys, top, (P, view) if B * H * T * S <= KEPT_SCORES else None))
     O *= inv  # T x D numbers: dividing the scores would be T x S
 
     def back(dO: Array, dq: Array, dk: Array, dv: Array) -> None:
@@ -269,24 +284,26 @@ def _attend(xp: Any, q: Array, k: Array, v: Array) -> tuple[Array, Callable[[Arr
         # softmax's gradient p (dp - sum p dp): the sum is rowsum(dO * O), T numbers (Dao et al. 2022, app. B)
         along = row_dot(xp, rows(d), rows(O)).reshape(B, T, H).swapaxes(1, 2)
 
-        def add(total: Array, a: Array, b: Array) -> None:  # the latest block sees every key: what it brings is first
+        def add(total: Array, a: Array, b: Array) -> None:
             if G == 1 and a.shape[3] == S:
                 xp.matmul(a, b, out=total)
             elif a.shape[3] == S:
                 total[...] = (a @ b).sum(axis=2, keepdims=True)
             else:
-                total[..., : a.shape[3], :] += a @ b if G == 1 else (a @ b).sum(axis=2, keepdims=True)
+                total[..., keys, :] += a @ b if G == 1 else (a @ b).sum(axis=2, keepdims=True)
 
-        for at, top, exps in reversed(kept):
+        if kept[-1][1].start > 0:  # otherwise the latest block sees every key: what it brings is first
+            dk[...], dv[...] = 0, 0
+        for at, keys, top, exps in reversed(kept):
             if exps is None:
-                exps = seen(at)
+                exps = seen(at)[1:]
                 exps[0][...] = xp.exp(exps[0] - top)
             P, view = exps
             add(dvh, view, dh[..., at, :])  # (s, t) @ (t, D)
-            dS, dview = scores(vh[..., : P.shape[1], :], dh[..., at, :])
+            dS, dview = scores(vh[..., keys, :], dh[..., at, :])
             dS -= along[..., at].reshape(top.shape)
             dS *= P
-            xp.matmul(dview.swapaxes(-1, -2), kh[..., : P.shape[1], :], out=dqh[..., at, :])  # (t, s) @ (s, D)
+            xp.matmul(dview.swapaxes(-1, -2), kh[..., keys, :], out=dqh[..., at, :])  # (t, s) @ (s, D)
             add(dkh, dview, qh[..., at, :])  # (s, t) @ (t, D)
 
     return O, back

@@ -11,9 +11,9 @@ import threadpoolctl
 
 from .autograd import no_grad
 from .backend import Array
+from .cache import KeyValueCache
 from .decoding import Decoding, Team, Weights
 from .errors import ConfigError, DataError, NonFiniteError
-from .transformer import KeyValueCache
 
 
 def generate(

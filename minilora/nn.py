@@ -357,6 +357,16 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence
     return record(y, (x, *params), vjp)
 
 
+def through(blocks: Sequence[Any], x: Tensor, cache: Any, recompute: bool) -> Tensor:
+    """One block of a decoder after another, `block(x, cache)`; with `recompute` each keeps nothing but its x."""
+    for block in blocks:
+        if recompute and cache is None:
+            x = recomputed(block, x, [p for p in block.parameters() if p.requires_grad])
+        else:
+            x = block(x, cache)
+    return x
+
+
 def uniform(rng: np.random.Generator, bound: float, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     """Values from U(-bound, bound); drawn in float64 and rounded, so that every dtype starts from the same numbers."""
     return rng.uniform(-bound, bound, shape).astype(dtype)
@@ -365,3 +375,8 @@ def uniform(rng: np.random.Generator, bound: float, shape: tuple[int, ...], dtyp
 def normal(rng: np.random.Generator | None, std: float, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     """Values from N(0, std^2). Without a generator zeros, which cost nothing until a file fills them."""
     return np.zeros(shape, dtype) if rng is None else (rng.standard_normal(shape) * std).astype(dtype)
+
+
+def random_linear(rng: np.random.Generator | None, std: float, inputs: int, outputs: int, bias: bool) -> Linear:
+    """A layer as training begins: weight from N(0, std^2), bias zero."""
+    return Linear(normal(rng, std, (outputs, inputs)), np.zeros(outputs, np.float32) if bias else None)

@@ -20,6 +20,7 @@ from .errors import FormatError
 from .formats import Checkpoint, read_checkpoint, write_checkpoint
 from .nn import Linear, replace_module
 from .quant import QuantizedLinear
+from .weights import BUFFERS, transposed, turned
 
 
 def load_model(make: Callable[..., Any], directory: str | Path, dtype: Any) -> Any:
@@ -38,53 +39,65 @@ def load_model(make: Callable[..., Any], directory: str | Path, dtype: Any) -> A
             described = f"{config.parameter_count():,} parameters"
             raise FormatError(f"{directory}: config.json describes {described}, the file holds {stored:,}")
         model = make(config, seed=None, dtype=dtype)
-        coded = {} if way is None else _coded(model, checkpoint)
+        names = _names(model, checkpoint)
+        coded = {} if way is None else _coded(model, names)
         if way is not None and not coded:
             raise FormatError(f"{directory}: quantization_config says {way}, but no linear layer is stored so")
-        _fill(model, checkpoint, set(checkpoint.keys()).difference(*coded.values()), set(coded), str(directory))
+        held = {name for of_layer in coded.values() for name in of_layer}
+        dense = {name: key for name, key in names.items() if name not in held}
+        _fill(model, checkpoint, dense, set(coded), str(directory))
         modules: dict[str, Any] = dict(model.named_modules())
-        for path, keys in coded.items():
-            where, dense = f"{directory}: {path}", modules[path]
-            layer = read_bitsandbytes({key.removeprefix(f"{path}."): checkpoint.read(key) for key in keys}, where)
-            if layer.weight.shape != dense.weight.shape:
-                raise FormatError(f"{where} is {layer.weight.shape}, config.json says {dense.weight.shape}")
+        for path, of_layer in coded.items():
+            where, plain = f"{directory}: {path}", modules[path]
+            tensors = {name.removeprefix(f"{path}."): checkpoint.read(names[name]) for name in of_layer}
+            layer = read_bitsandbytes(tensors, where)
+            if layer.weight.shape != plain.weight.shape:
+                raise FormatError(f"{where} is {layer.weight.shape}, config.json says {plain.weight.shape}")
             if Way.of(layer) != way:
                 raise FormatError(f"{where} is {Way.of(layer)}, quantization_config says {way}")
-            layer.bias = dense.bias
+            layer.bias = plain.bias
             replace_module(model, path, layer.to(dtype=dtype))
     return model
 
 
-def _coded(model: Any, checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """The linear layers that the file has more of than a weight, `....weight.absmax`: their keys there, by path."""
+def _names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """The files' keys by their names in the model. Files that were saved without a head have no name of the decoder."""
+    keys, prefix = checkpoint.keys(), f"{model.decoder_name}."
+    bare = not any(key.startswith(prefix) for key in keys)
+    return {prefix + key if bare and not key.startswith("lm_head.") else key: key for key in keys}
+
+
+def _coded(model: Any, names: dict[str, str]) -> dict[str, list[str]]:
+    """The linear layers that the file has more of than a weight, `....weight.absmax`: all their names, by path."""
     keys: dict[str, list[str]] = {}
-    for key in checkpoint.keys():  # noqa: SIM118
-        keys.setdefault(key.partition(".weight")[0], []).append(key)
+    for name in names:
+        keys.setdefault(name.partition(".weight")[0], []).append(name)
     embedding = model.get_input_embeddings().weight  # a tied head is no layer of its own
     linear = [path for path, m in model.named_modules() if isinstance(m, Linear) and m.weight is not embedding]
     return {path: keys[path] for path in linear if any(key.startswith(f"{path}.weight.") for key in keys.get(path, ()))}
 
 
-def _fill(model: Any, checkpoint: Checkpoint, keys: set[str], coded: set[str], where: str) -> None:
-    """Give each parameter of `model` the tensor of its name among `keys`, but for the weights of the layers `coded`."""
+def _fill(model: Any, checkpoint: Checkpoint, names: dict[str, str], coded: set[str], where: str) -> None:
+    """Give each parameter the tensor of its name among `names`, but for the weights of the layers `coded`."""
+    kind = model.config.model_type
     own = {name: p for name, p in model.named_parameters() if name.removesuffix(".weight") not in coded}
-    tied = {"lm_head.weight"} & keys if model.config.tie_word_embeddings else set()
-    wrong = [f"missing {k}" for k in own if k not in keys]
-    wrong += [f"unknown {k}" for k in sorted(keys - set(own) - tied) if not k.endswith("rotary_emb.inv_freq")]
-    wrong += [
-        f"{k} is {checkpoint.shape(k)}, config.json says {p.shape}"
-        for k, p in own.items()
-        if k in keys and checkpoint.shape(k) != p.shape
-    ]
+    tied = {"lm_head.weight"} & set(names) if model.config.tie_word_embeddings else set()
+    wrong = [f"missing {name}" for name in own if name not in names]
+    unknown = sorted(key for name, key in names.items() if name not in own and name not in tied)
+    wrong += [f"unknown {key}" for key in unknown if not key.endswith(BUFFERS)]
+    for name, p in own.items():
+        said = p.shape[::-1] if transposed(kind, name) else p.shape
+        if name in names and checkpoint.shape(names[name]) != said:
+            wrong.append(f"{names[name]} is {checkpoint.shape(names[name])}, config.json says {said}")
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise FormatError(f"{where}: {'; '.join(wrong[:5])}{more}"[:500])
-    for key, p in own.items():
-        p.data = checkpoint.read(key, dtype=p.dtype)
-    for key in tied:
+    for name, p in own.items():
+        p.data = turned(kind, name, checkpoint.read(names[name], dtype=p.dtype))
+    for name in tied:
         embedding = model.get_input_embeddings().weight
-        if not np.array_equal(checkpoint.read(key, dtype=embedding.dtype), embedding.data, equal_nan=True):
-            raise FormatError(f"{where}: tie_word_embeddings is true, but {key} differs from the embedding")
+        if not np.array_equal(checkpoint.read(names[name], dtype=embedding.dtype), embedding.data, equal_nan=True):
+            raise FormatError(f"{where}: tie_word_embeddings is true, but {names[name]} differs from the embedding")
 
 
 def save_model(model: Any, directory: str | Path) -> None:
@@ -97,9 +110,10 @@ def save_model(model: Any, directory: str | Path) -> None:
     if said is not None:
         config["quantization_config"] = said
     layers = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name, p in model.named_parameters():
         path = name.removesuffix(".weight")
         own = write_bitsandbytes(layers[path]) if path in layers else None
-        tensors.update({name: p.numpy()} if own is None else {f"{path}.{key}": array for key, array in own.items()})
+        dense = turned(model.config.model_type, name, p.numpy())
+        tensors.update({name: dense} if own is None else {f"{path}.{key}": array for key, array in own.items()})
     write_checkpoint(directory, config, tensors)

@@ -1,8 +1,8 @@
-"""The language model: one decoder, Llama-shaped, under the names that the ecosystem's files use.
+"""The language model: a decoder, Llama-shaped, and its head, under the names that the ecosystem's files use.
 
 x = embed(ids);  per layer  x += attention(norm(x)),  x += mlp(norm(x));  logits = head(norm(x))
 Shapes: B batch, T time, C = hidden_size, H query heads, K key/value heads, D = head_dim, V vocabulary. Read bottom-up
-in call order: Attention, MLP, Block, Decoder, CausalLM. The config is architecture.py's.
+in call order: Attention, MLP, Block, Decoder, CausalLM. The config is architecture.py's, GPT-2's decoder gpt2.py's.
 """
 
 from __future__ import annotations
@@ -16,36 +16,20 @@ import numpy as np
 from . import functional as F
 from . import fused
 from .architecture import RotaryTable, TransformerConfig
-from .autograd import Tensor
+from .autograd import Tensor, concat
 from .backend import Array, Backend
+from .cache import KeyValueCache
 from .errors import ConfigError, DataError, GraphError
-from .nn import Embedding, Fan, Linear, Module, RMSNorm, normal, recomputed
+from .gpt2 import GPT2Decoder
+from .nn import Embedding, Fan, Linear, Module, RMSNorm, normal, random_linear, through
 from .pretrained import load_model, save_model
 
 
-class KeyValueCache:
-    """The keys and values of the positions seen so far, up to `limit`: what makes generation incremental."""
-
-    def __init__(self, model: Any, batch: int, limit: int):
-        c, like = model.config, next(iter(model.parameters()))
-        shape = (c.num_hidden_layers, 2, batch, limit, c.kv_heads, c.head_dim)
-        self.data = like.backend.xp.empty(shape, like.dtype)
-        self.length = 0
-        self.limit = limit
-
-    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """Append k and v (B, T, K, D) of one layer; returns all (B, S, K, D) so far. `advance` when every layer has."""
-        stop = self.length + k.shape[1]
-        keys, values = self.data[layer]
-        keys[:, self.length : stop], values[:, self.length : stop] = k, v
-        return keys[:, :stop], values[:, :stop]
-
-    def advance(self, count: int) -> None:
-        self.length += count
-
-
 class Attention(Fan):
-    """Grouped-query causal self-attention with rotary positions.    (B, T, C) -> (B, T, C)"""
+    """Grouped-query causal self-attention with rotary positions.    (B, T, C) -> (B, T, C)
+
+    In Qwen3 each head of q and k has an RMSNorm before that. In Mistral, and in layers of Qwen, only a window is seen.
+    """
 
     fan = ("q_proj", "k_proj", "v_proj")
 
@@ -53,19 +37,25 @@ class Attention(Fan):
         C, H, K, D = config.hidden_size, config.num_attention_heads, config.kv_heads, config.head_dim
         assert D is not None
         self.layer, self.heads, self.kv_heads, self.rotary = layer, H, K, rotary
-        self.q_proj = _linear(config, rng, C, H * D, config.attention_bias)
-        self.k_proj = _linear(config, rng, C, K * D, config.attention_bias)
-        self.v_proj = _linear(config, rng, C, K * D, config.attention_bias)
-        self.o_proj = _linear(config, rng, H * D, C, config.attention_bias)
+        self.window, std = config.window(layer), config.initializer_range
+        self.q_proj = random_linear(rng, std, C, H * D, config.qkv_bias)
+        self.k_proj = random_linear(rng, std, C, K * D, config.qkv_bias)
+        self.v_proj = random_linear(rng, std, C, K * D, config.qkv_bias)
+        self.o_proj = random_linear(rng, std, H * D, C, config.attention_bias)
+        self.q_norm, self.k_norm = (
+            RMSNorm(np.ones(D, np.float32), config.rms_norm_eps) if config.qk_norm else None for _ in "qk"
+        )
 
     def __call__(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        qkv = self.project(x)  # (B, T, (H + 2 K) D)
-        if cache and qkv.requires_grad:
-            raise GraphError("a KeyValueCache holds arrays, through which no gradient flows: use it under no_grad()")
+        H, K, qkv = self.heads, self.kv_heads, self.project(x)  # (B, T, (H + 2 K) D)
+        if self.q_norm is not None and self.k_norm is not None:
+            z = qkv.reshape(*x.shape[:2], H + 2 * K, -1)
+            normed = [self.q_norm(z[:, :, :H]), self.k_norm(z[:, :, H : H + K]), z[:, :, H + K :]]
+            qkv = concat(normed, axis=2).reshape(*qkv.shape)
         start = cache.length if cache else 0
         cos, sin = self.rotary(start, start + x.shape[1], x)
         extend = functools.partial(cache.extend, self.layer) if cache else None
-        return self.o_proj(fused.attention(qkv, self.heads, self.kv_heads, cos, sin, extend))
+        return self.o_proj(fused.attention(qkv, H, K, cos, sin, extend, self.window))
 
 
 class MLP(Fan):
@@ -75,10 +65,10 @@ class MLP(Fan):
     stacked = True  # NumPy takes twice as long for rows with gaps between them
 
     def __init__(self, config: TransformerConfig, rng: np.random.Generator | None):
-        C, M = config.hidden_size, config.intermediate_size
-        self.gate_proj = _linear(config, rng, C, M, config.mlp_bias)
-        self.up_proj = _linear(config, rng, C, M, config.mlp_bias)
-        self.down_proj = _linear(config, rng, M, C, config.mlp_bias)
+        C, M, std, bias = config.hidden_size, config.intermediate_size, config.initializer_range, config.mlp_bias
+        self.gate_proj = random_linear(rng, std, C, M, bias)
+        self.up_proj = random_linear(rng, std, C, M, bias)
+        self.down_proj = random_linear(rng, std, M, C, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.down_proj(F.swiglu(self.project(x)))
@@ -110,14 +100,18 @@ class Decoder(Module):
         self.layers = [Block(config, i, rotary, rng) for i in range(config.num_hidden_layers)]
         self.norm = RMSNorm(np.ones(config.hidden_size, np.float32), config.rms_norm_eps)
 
+    def get_input_embeddings(self) -> Embedding:
+        return self.embed_tokens
+
     def __call__(self, ids: Array, cache: KeyValueCache | None = None) -> Tensor:
-        x = self.embed_tokens(ids)
-        for block in self.layers:
-            if self.recompute and cache is None:
-                x = recomputed(block, x, [p for p in block.parameters() if p.requires_grad])
-            else:
-                x = block(x, cache)
-        return self.norm(x)
+        return self.norm(through(self.layers, self.embed_tokens(ids), cache, self.recompute))
+
+
+# The decoder of each type of model, and its name in the files.
+DECODERS: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ("model", Decoder)),
+    "gpt2": ("transformer", GPT2Decoder),
+}
 
 
 class CausalLM(Module):
@@ -134,10 +128,11 @@ class CausalLM(Module):
             raise ConfigError(f"dtype must be float32 or float64, got {dtype!r:.99}")
         rng = None if seed is None else np.random.default_rng(seed)
         self.config = config
-        self.model = Decoder(config, rng)
-        self.lm_head = _linear(config, rng, config.hidden_size, config.vocab_size, False)
+        self.decoder_name, decoder = DECODERS[config.model_type]
+        setattr(self, self.decoder_name, decoder(config, rng))
+        self.lm_head = random_linear(rng, config.initializer_range, config.hidden_size, config.vocab_size, False)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = self.get_input_embeddings().weight
         self.to(device, np.dtype(dtype))
         self._names = {name for name, _ in self.named_parameters()}
 
@@ -159,7 +154,9 @@ class CausalLM(Module):
         end = ids.shape[1] + (cache.length if cache else 0)
         if end > c.max_position_embeddings:
             raise DataError(f"{end} positions, but the model has max_position_embeddings = {c.max_position_embeddings}")
-        hidden, head = self.model(ids, cache), self.lm_head
+        hidden, head = self.decoder(ids, cache), self.lm_head
+        if cache and hidden.requires_grad:
+            raise GraphError("a KeyValueCache holds arrays, through which no gradient flows: use it under no_grad()")
         if cache:
             cache.advance(ids.shape[1])
             hidden = hidden[:, -1:]
@@ -169,16 +166,21 @@ class CausalLM(Module):
             return fused.linear_cross_entropy(hidden, head.weight, targets, reduction="sum")
         return F.cross_entropy(head(hidden), targets, reduction="sum")
 
+    @property
+    def decoder(self) -> Any:
+        """Everything but the head, under whichever name it stands in the files."""
+        return getattr(self, self.decoder_name)
+
     def gradient_checkpointing_enable(self, enable: bool = True) -> None:
         """Train in less memory: one block's activations at a time, in about a third more time, with the same bits."""
-        self.model.recompute = enable
+        self.decoder.recompute = enable
 
     def get_base_model(self) -> CausalLM:
         """Itself: a PeftModel has the same method."""
         return self
 
     def get_input_embeddings(self) -> Embedding:
-        return self.model.embed_tokens
+        return self.decoder.get_input_embeddings()  # type: ignore[no-any-return]
 
     def get_output_embeddings(self) -> Linear:
         return self.lm_head
@@ -203,10 +205,3 @@ class CausalLM(Module):
                 f"the model holds adapters ({strange[0]}, ...): save the PeftModel, or merge_and_unload first"
             )
         save_model(self, directory)
-
-
-def _linear(
-    config: TransformerConfig, rng: np.random.Generator | None, inputs: int, outputs: int, bias: bool
-) -> Linear:
-    weight = normal(rng, config.initializer_range, (outputs, inputs))
-    return Linear(weight, np.zeros(outputs, np.float32) if bias else None)

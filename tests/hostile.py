@@ -675,6 +675,20 @@ def config_rows() -> Iterator[Row]:
     }.items():  # fmt: skip
         for value in values:
             yield model_config(50, f"{name} = {value!r}", "must be", **{name: value})
+    for kind, fields in {
+        "mistral": ({"sliding_window": 0}, {"sliding_window": -4}, {"sliding_window": "4"}, {"sliding_window": [4]}),
+        "qwen2": ({"use_sliding_window": True, "sliding_window": 0}, {"layer_types": [["full_attention"]]},
+                  {"layer_types": ["full_attention"] * 10**4}, {"layer_types": ["sliding_attention"]},
+                  {"max_window_layers": -1}, {"use_sliding_window": True, "max_window_layers": "0"}),
+        "gpt2": ({"n_embd": 15, "n_layer": 1, "n_head": 2}, {"n_embd": 16, "n_layer": 2**31, "n_head": 2},
+                 {"n_embd": 16, "n_layer": 1, "n_head": 2, "add_cross_attention": True},
+                 {"n_embd": 16, "n_layer": 1, "n_head": 2, "activation_function": "tanh"}),
+    }.items():  # fmt: skip
+        for bad in fields:
+            yield model_config(50, f"{kind}: {bad!r}"[:60], "must be", model_type=kind, **bad)
+    build = set_to("base/config.json", model_type="qwen2")  # whose q, k and v have biases
+    says = ("base", "missing model.layers.0.self_attn.q_proj.bias")
+    yield Row(51, "weights of another type of model", build, load_base, FormatError, says)
     yield model_config(50, "heads that do not divide", "hidden_size must be", hidden_size=15, head_dim=None)
     for rope in ("x", {"rope_type": "yarn"}, {"rope_type": ["default"]}, {"rope_theta": 0}, {"rope_theta": -1},
                  {"rope_theta": True}, {"rope_theta": 10**19 * 10**19 / 1.0}, {"rope_type": "linear"},

@@ -417,13 +417,17 @@ def rotary_tables(angle: np.ndarray, heads: int, kv_heads: int, scale: float) ->
     return tuple((half[:, None] * factor).reshape(len(angle), -1) for half in halves)
 
 
-def _attention(qkv: Tensor, heads: int, kv_heads: int, block: int | None = None, kept: int | None = None) -> Tensor:
+def _attention(
+    qkv: Tensor, heads: int, kv_heads: int, block: int | None = None, kept: int | None = None, rotate: bool = True,
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
     """With heads of size 4; in blocks of so many queries, keeping up to so many scores for backward."""
-    tables = rotary_tables(angles(qkv.shape[1], 4), heads, kv_heads, 0.5)
+    tables = rotary_tables(angles(qkv.shape[1], 4), heads, kv_heads, 0.5) if rotate else ()
     before = fused.QUERY_BLOCK, fused.KEPT_SCORES
     fused.QUERY_BLOCK, fused.KEPT_SCORES = block or before[0], before[1] if kept is None else kept
     try:
-        return fused.attention(qkv, heads, kv_heads, *(qkv.backend.from_numpy(t.astype(qkv.dtype)) for t in tables))
+        on_device = [qkv.backend.from_numpy(t.astype(qkv.dtype)) for t in tables]
+        return fused.attention(qkv, heads, kv_heads, *on_device, window=window)
     finally:
         fused.QUERY_BLOCK, fused.KEPT_SCORES = before
 
@@ -438,24 +442,30 @@ def _rotated(x: Tensor) -> Tensor:
     return ag.reshape(ag.transpose(ag.reshape(turned, B, H, T, D // 2, 2), 0, 2, 1, 4, 3), B, T, H, D)
 
 
-def _attention_definition(qkv: Tensor, heads: int, kv_heads: int, **_: Any) -> Tensor:
+def _attention_definition(
+    qkv: Tensor, heads: int, kv_heads: int, rotate: bool = True, window: int | None = None, **_: Any
+) -> Tensor:
     B, T, _ = qkv.shape
     z = ag.reshape(qkv, B, T, heads + 2 * kv_heads, 4)
     read = heads + np.arange(heads) // (heads // kv_heads)  # which key each query head reads
-    turned = _rotated(z[:, :, : heads + kv_heads])
+    turned = z[:, :, : heads + kv_heads]
+    turned = _rotated(turned) if rotate else turned
     q, k, v = (
         ag.transpose(a, 0, 2, 1, 3) for a in (turned[:, :, :heads], turned[:, :, read], z[:, :, read + kv_heads])
     )
     scores = (q @ ag.transpose(k, 0, 1, 3, 2)) / math.sqrt(4)  # (B, H, T, T)
-    seen = np.tril(np.ones((T, T), bool))
+    age = np.arange(T)[:, None] - np.arange(T)  # of each key, for each query
+    seen = (age >= 0) & (age < (window or T))
     return ag.reshape(ag.transpose(_softmax(ag.where(seen, scores, -np.inf)) @ v, 0, 2, 1, 3), B, T, heads * 4)
 
 
-for variant, (T, H, K) in {
-    "plain": (5, 2, 2), "grouped": (4, 6, 2), "one key head": (3, 3, 1), "one token": (1, 2, 1),
+for variant, (T, H, K, special) in {
+    "plain": (5, 2, 2, {}), "grouped": (4, 6, 2, {}), "one key head": (3, 3, 1, {}), "one token": (1, 2, 1, {}),
+    "not rotated": (5, 4, 2, {"rotate": False}), "a window": (7, 2, 1, {"window": 3}),
+    "a window of one": (4, 2, 2, {"window": 1}), "a window of all": (4, 2, 2, {"window": 4}),
 }.items():  # fmt: skip
     for block, kept in ((None, None), (2, 0), (2, 1 << 20)):
-        options = {"heads": H, "kv_heads": K, "block": block, "kept": kept}
+        options = {"heads": H, "kv_heads": K, "block": block, "kept": kept, **special}
         function, definition = (functools.partial(f, **options) for f in (_attention, _attention_definition))
         named = variant + (f",blocks,kept={kept}" if block else "")
         neural("attention", named, function, definition, normal((2, T, (H + 2 * K) * 4)), ())

@@ -305,7 +305,7 @@ def write_index(folder: Path, weight_map: object) -> None:
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    return Path(shutil.copytree(GOLDEN / MODELS[0], tmp_path / "model"))
+    return Path(shutil.copytree(GOLDEN / "llama", tmp_path / "model"))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -313,13 +313,14 @@ def test_a_golden_model_is_read_and_rewritten(tmp_path, name):
     config, checkpoint = read_checkpoint(GOLDEN / name)
     with checkpoint:
         tensors = {key: checkpoint.read(key) for key in checkpoint.keys()}  # noqa: SIM118
-        assert config["model_type"] == "llama"
-        assert checkpoint.shape("model.norm.weight") == (config["hidden_size"],)
-        assert checkpoint.dtype("model.norm.weight") == "F32"
+        assert config["model_type"] == name.partition("_")[0]
+        norm, width = ("transformer.ln_f.weight", "n_embd") if name == "gpt2" else ("model.norm.weight", "hidden_size")
+        assert checkpoint.shape(norm) == (config[width],)
+        assert checkpoint.dtype(norm) == "F32"
         assert len(checkpoint) == len(tensors)
-        assert checkpoint.read("model.norm.weight", "float64").dtype == np.float64
+        assert checkpoint.read(norm, "float64").dtype == np.float64
     with pytest.raises(ValueError, match="closed"):
-        checkpoint.read("model.norm.weight")
+        checkpoint.read(norm)
     write_checkpoint(tmp_path / "new" / "deep", config, tensors)
     assert sorted(os.listdir(tmp_path / "new" / "deep")) == ["config.json", "model.safetensors"]
     assert read_json(tmp_path / "new" / "deep" / "config.json") == read_json(GOLDEN / name / "config.json")

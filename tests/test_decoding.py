@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shapes import configs, randomised, shape
 
 from minilora import CausalLM, LoraConfig, TransformerConfig, generate, get_peft_model, no_grad, quantize
 from minilora import decoding as room
@@ -68,6 +69,33 @@ def test_the_logits_are_the_model_s(seed, adapter, kv, biases, tied, parts) -> N
         assert np.abs(got - expected[:, t]).max() <= 1e-12 * np.abs(expected).max()
 
 
+@given(configs(), st.integers(0, 99), st.integers(1, 6), st.integers(1, 8))
+def test_every_type_writes_on_as_a_whole_pass_would(config: Any, seed: int, prompt: int, steps: int) -> None:
+    """With the laid out weights, or (GPT-2) with the model's own: windows, norms of heads and biases among them."""
+    model = randomised(config, seed=seed).eval()
+    ids = np.random.default_rng(seed).integers(0, config.vocab_size, (2, prompt + steps))
+    with no_grad():
+        expected, cache = model(ids).data, KeyValueCache(model, 2, prompt + steps)
+        model(ids[:, :prompt], cache)
+        weights = laid_out(model)
+        assert (weights is None) == (config.model_type == "gpt2")
+        decoding = Decoding(weights, cache) if weights else None
+        for t in range(prompt, prompt + steps):
+            got = decoding(ids[:, t]) if decoding else model(ids[:, t : t + 1], cache).data[:, -1]
+            assert np.abs(got - expected[:, t]).max() <= 1e-12 * max(1, np.abs(expected).max())
+
+
+@given(configs(), st.integers(0, 99), st.integers(1, 4), st.integers(1, 9))
+def test_greedy_text_is_that_of_whole_passes(config: Any, seed: int, prompt: int, count: int) -> None:
+    model = randomised(config, seed=seed).eval()
+    ids = np.random.default_rng(seed).integers(0, config.vocab_size, (2, prompt))
+    expected = ids
+    for _ in range(count):
+        token = model(expected).data[:, -1].argmax(axis=-1)
+        expected = np.concatenate([expected, token[:, None]], axis=1)
+    np.testing.assert_array_equal(generate(model, ids, count, temperature=0), expected)
+
+
 def test_float32_stays_float32() -> None:
     model = CausalLM(
         TransformerConfig(vocab_size=11, hidden_size=16, intermediate_size=12, num_hidden_layers=1), seed=0
@@ -82,7 +110,8 @@ def test_it_stands_aside_where_a_layer_must_run_on_its_own(monkeypatch: pytest.M
     dropped = get_peft_model(CausalLM(config), LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear"))
     quantised = get_peft_model(quantize(CausalLM(config)), LoraConfig(r=2, target_modules="all-linear")).eval()
     saved = get_peft_model(CausalLM(config), LoraConfig(r=2, modules_to_save=["input_layernorm"])).eval()
-    cases = {"dropout": dropped.train(), "quantised": quantised, "a saved norm": saved}
+    heads = get_peft_model(CausalLM(shape("qwen3")), LoraConfig(r=2, modules_to_save=["k_norm"])).eval()
+    cases = {"dropout": dropped.train(), "quantised": quantised, "a saved norm": saved, "a head's norm": heads}
     for name, model in cases.items():
         assert laid_out(model) is None, name
         assert generate(model, [[1, 2]], 4).shape == (1, 6)

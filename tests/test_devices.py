@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import operations
 import pytest
+from shapes import shape
 from small import CONFIG
 from strict_xp import METER, STRICT, counted, no_sync
 
 from minilora import CausalLM, LoraConfig, PeftModel, generate, get_peft_model, gradients
+from minilora.architecture import MODEL_TYPES
 from minilora.autograd import Tensor
 from minilora.backend import NUMPY, Backend, get_backend
 from minilora.data import IGNORE, Batch
@@ -209,6 +211,21 @@ def test_logits_and_every_gradient_of_a_full_model(dtype: str, backend: Backend)
         model = CausalLM(CONFIG, seed=4, dtype=dtype, device=where)
         loss = language_modelling_loss(model, Batch(ids[:, :-1], ids[:, 1:]))
         results.append([model(ids), loss, *gradients(loss, list(model.parameters()))])
+    for mine, reference in zip(*results, strict=True):
+        assert_agrees(mine, reference, backend)
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_every_type_of_model(kind: str, backend: Backend) -> None:
+    ids = np.random.default_rng(2).integers(0, 11, (3, 13))
+    config, results = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), []
+    for where in (backend, NUMPY):
+        model = get_peft_model(CausalLM(shape(kind), seed=4, device=where), config, seed=2)
+        params = [p for p in model.parameters() if p.requires_grad]
+        with ShardedStep(model, shard=WHOLE) as step:
+            loss, found = step.gradients(Batch(ids[:, :-1], ids[:, 1:]), params)
+        text = generate(model.eval(), ids[:, :3], 12, temperature=0)
+        results.append([model(ids), loss, *found, text])
     for mine, reference in zip(*results, strict=True):
         assert_agrees(mine, reference, backend)
 

@@ -85,7 +85,7 @@ LORA_OPTIONS: dict[str, dict[str, Any]] = {
     "layers_to_transform": {"type": _layers, "metavar": "N,N", "help": "such as 0,1"},
     "layers_pattern": {"type": _names, "metavar": "NAME", "help": "what the number follows in a name, such as layers"},
     "modules_to_save": {"type": _names, "metavar": "NAME,NAME", "help": "trained whole, such as lm_head"},
-    "fan_in_fan_out": {"action": "store_true", "help": argparse.SUPPRESS},  # taken, with a warning: no base here is so
+    "fan_in_fan_out": {"action": "store_true", "help": argparse.SUPPRESS},  # taken, and found out anyway
 }
 ADALORA_OPTIONS: dict[str, dict[str, Any]] = {
     name: {"type": float if name.startswith("beta") else number if name == "orth_reg_weight" else int}

@@ -14,7 +14,8 @@ from .patterns import Pattern
 from .targets import pattern_value
 
 # What target_modules=None means, by the model's type (PEFT's table).
-DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"]}
+_LLAMA = ["q_proj", "v_proj"]
+DEFAULT_TARGETS = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": ["c_attn"]}
 MAX_NAMES = 10_000  # a list of targets longer than any model is a mistake, or an attack
 MAX_PATTERNS, MAX_BRANCHING = 2000, 2000  # patterns, and states of those with a choice: no file takes many seconds
 
@@ -36,7 +37,7 @@ class LoraConfig:
     rank_pattern, alpha_pattern    r and lora_alpha for names that match a pattern; the first that matches holds
     layers_to_transform, layers_pattern    only layers of these numbers
     modules_to_save    endings of names of modules that are trained whole, as copies
-    fan_in_fan_out     for bases that store W as (in, out)
+    fan_in_fan_out     do the base's files hold W as (in, out)? Found out, as in PEFT, and written to the file
     task_type          "CAUSAL_LM" or None
 
     ConfigError for a value that means nothing.

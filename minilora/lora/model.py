@@ -21,6 +21,7 @@ from ..backend import mix_key
 from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import read_adapter, write_adapter
 from ..nn import Module, Parameter, replace_module
+from ..weights import turned
 from .config import LoraConfig
 from .layer import LoraLinear, SavedModule, Wrapper, chosen
 from .plan import BARE, PREFIX, TENSORS, Plan, adapter_class, plan_adapter, read_config, wrappers
@@ -292,7 +293,8 @@ class PeftModel(Module):
 
     def state_dict(self, adapter_name: str = "default") -> dict[str, np.ndarray]:
         """What one adapter's file holds, by its keys there."""
-        return {key: parameter.numpy() for key, parameter in self.adapter_parameters(adapter_name).items()}
+        kind, own = self.config.model_type, self.adapter_parameters(adapter_name)
+        return {key: turned(kind, key, parameter.numpy()) for key, parameter in own.items()}
 
     def save_pretrained(self, directory: str | Path, selected_adapters: Sequence[str] | None = None) -> None:
         """Write PEFT's files: the adapter "default" into `directory`, any other into a folder of its name there."""
@@ -336,4 +338,5 @@ class PeftModel(Module):
         self._inject(adapter_name, plan, seed=0)
         own = self.adapter_parameters(adapter_name)
         for key, array in tensors.items():
+            array = turned(self.config.model_type, key, array)
             own[key].data = own[key].backend.from_numpy(array.astype(own[key].dtype))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError
 from ..nn import LinearBase, Module
+from ..weights import transposed
 from .adalora import AdaLoraAdapter, AdaLoraConfig
 from .config import DEFAULT_TARGETS, LoraConfig
 from .dora import DoraAdapter
@@ -37,7 +38,7 @@ class Plan(NamedTuple):
     saved: dict[str, Module]
     config: LoraConfig
 
-    def shapes(self, model: Module) -> dict[str, tuple[int, ...]]:
+    def shapes(self, model: Any) -> dict[str, tuple[int, ...]]:
         """The keys of the adapter's file, and the shapes there."""
         found: dict[str, tuple[int, ...]] = {}
         for path, base in self.targets.items():
@@ -48,7 +49,9 @@ class Plan(NamedTuple):
             if self.config.bias != "none" and base.bias is not None:
                 found[f"{PREFIX}{path}.base_layer.bias"] = base.bias.shape
         for path, module in self.saved.items():
-            found.update({f"{PREFIX}{path}.{name}": p.shape for name, p in module.named_parameters()})
+            for name, p in module.named_parameters():
+                key = f"{PREFIX}{path}.{name}"
+                found[key] = p.shape[::-1] if transposed(model.config.model_type, key) else p.shape
         for path, module in _inside(model).items() if self.config.bias == "all" else ():
             bias = vars(module).get("bias")
             if bias is not None and path not in self.targets:
@@ -89,7 +92,9 @@ def plan_adapter(model: Any, config: LoraConfig) -> Plan:
     for path, kind in both.items():
         if there.get(path, kind) is not kind or any(p.startswith(path + ".") for p in both):
             raise ConfigError(f"{path} cannot be saved whole and also be adapted, or hold what is adapted or saved")
-    _warn(config, found)
+    fan_in_fan_out = transposed(model.config.model_type, f"{list(found)[-1]}.weight")  # PEFT's: of the last layer
+    _warn(config, found, fan_in_fan_out)
+    config.fan_in_fan_out = fan_in_fan_out
     return Plan(found, saved, config)
 
 
@@ -143,12 +148,11 @@ def _targets(model: Any, modules: Modules, linear: Modules, saved: Modules, conf
     return found
 
 
-def _warn(config: LoraConfig, found: Modules) -> None:
+def _warn(config: LoraConfig, found: Modules, fan_in_fan_out: bool) -> None:
     """Say what is allowed but hardly meant."""
     notes = []
-    if config.fan_in_fan_out:
-        notes.append("fan_in_fan_out is for layers that store W as (in, out); these do not: set to False")
-        config.fan_in_fan_out = False
+    if config.fan_in_fan_out and not fan_in_fan_out:
+        notes.append("fan_in_fan_out is for layers whose files hold W as (in, out); these do not: set to False")
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):  # a pattern; in AdaLoRA's rank_pattern the name of a layer's lora_E
             named = key.removesuffix(".lora_E") in found
