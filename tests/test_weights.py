@@ -203,3 +203,14 @@ def test_what_is_tied_cannot_be_adapted_and_nothing_changes(targets: list[str], 
     assert bits(model) == before
     everything = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).state_dict()
     assert len(everything) == 2 * 2 * 4  # A and B, two blocks, four layers each: not the head
+
+
+def test_targets_inside_a_module_that_is_saved_whole_are_passed_over() -> None:
+    """PEFT's own files of "all-linear" name them, and load."""
+    inside = [f"transformer.h.{i}.mlp.{name}" for i in range(2) for name in ("c_fc", "c_proj")]
+    config = LoraConfig(r=2, target_modules=["c_attn", *inside], modules_to_save=["mlp"])
+    model = get_peft_model(randomised(shape("gpt2"), "float32"), config)
+    adapted = {key.split(".lora_")[0].rpartition(".")[2] for key in model.state_dict() if ".lora_" in key}
+    assert adapted == {"c_attn"}
+    with pytest.raises(ConfigError, match="'c_gate' match nothing"):
+        get_peft_model(randomised(shape("gpt2")), LoraConfig(r=2, target_modules=["c_attn", "c_gate"]))

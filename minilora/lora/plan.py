@@ -129,7 +129,8 @@ def _targets(model: Any, modules: Modules, linear: Modules, saved: Modules, conf
         found = {p: m for p, m in modules.items() if p and matches(p, targets) and not _within(p, saved)}
     if isinstance(targets, list):
         whole = targets
-        unused = [t for t in targets if not any(matches(path, [t]) for path in found)]
+        # PEFT's files of "all-linear" name also what is inside a module that is saved whole: that is no mistake.
+        unused = [t for t in targets if not any(matches(path, [t]) for path in (modules if found else ()) if path)]
         if unused:  # a name that means nothing is a typing mistake, and says so
             raise ConfigError(f"target_modules: {_listed(unused)} match nothing; {_candidates(linear)}"[:500])
     chosen = config.layers_to_transform, config.layers_pattern

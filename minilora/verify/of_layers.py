@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import functional as F
+from ..architecture import TransformerConfig
 from ..autograd import Tensor
 from ..errors import NonFiniteError
 from ..formats import load_file
@@ -162,6 +163,8 @@ def _round_trip(case: Case) -> Measured:
 
 class OneLayer(Module):
     """The smallest model that an adapter can be put into."""
+
+    config = TransformerConfig()  # of Llama's type, whose files hold W as (out, in)
 
     def __init__(self, layer: Any):
         self.proj = layer
