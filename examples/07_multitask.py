@@ -48,8 +48,7 @@ for task in tasks:
     with model.task(task):
         rows.append(bits(model))
 print(f"\n{'bits per byte on':24}" + "".join(f"{task:>9}" for task in tasks))
-names = ["base", *tasks]
-for name, row in zip(names, rows, strict=True):
+for name, row in zip(names := ["base", *tasks], rows, strict=True):
     print(f"{name:24}" + "".join(f"{value:>9.3f}" for value in row))
 best = sum(int(column.argmin()) == 1 + j for j, column in enumerate(np.array(rows).T))
 print(f"\nthe best for its text is a task's own adapter: {best} of {len(tasks)}")
@@ -71,11 +70,9 @@ print(f"rows of {tasks[0]} alone give a gradient to the adapter of: {', '.join(r
 with tempfile.TemporaryDirectory() as folder, no_grad():
     expected = model(ids, tasks=tasks[1]).numpy()
     model.export(tasks[1], folder)
-    plain = PeftModel.from_pretrained(model.unload(), folder)
-    print(f"exported as a plain adapter, {tasks[1]} gives the same bits:", np.array_equal(plain(ids).numpy(), expected))
+    same = np.array_equal(PeftModel.from_pretrained(model.unload(), folder)(ids).numpy(), expected)
+    print(f"exported as a plain adapter, {tasks[1]} gives the same bits: {same}")
 
 if available():
-    heat_table(
-        out := Path(tempfile.gettempdir(), "multitask.png"), np.array(rows), names, tasks, "Bits per byte on a text"
-    )
+    heat_table(out := Path(tempfile.gettempdir(), "multitask.png"), np.array(rows), names, tasks, "Bits per byte")
     print(f"picture: {out}")
