@@ -39,6 +39,8 @@ class Contender:
 
 
 class Minilora(Contender):
+    adapter = "adapter"  # the folder in `work`
+
     def __init__(self, work: Path, threads: int):
         super().__init__(work)
         from minilora import AdamW, CausalLM, PeftModel
@@ -48,7 +50,7 @@ class Minilora(Contender):
         self.Batch = Batch
         self.model: Any = CausalLM.from_pretrained(work / "base").train()
         if self.method != "full":
-            self.model = PeftModel.from_pretrained(self.model, work / "adapter", is_trainable=True)
+            self.model = PeftModel.from_pretrained(self.model, work / self.adapter, is_trainable=True)
         self.model.get_base_model().gradient_checkpointing_enable(self.method == "recomputed")
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.optimizer = AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
@@ -61,10 +63,37 @@ class Minilora(Contender):
         return float(loss)
 
 
+class MiniloraDora(Minilora):
+    adapter = "dora"
+
+
+class MiniloraAdalora(Minilora):
+    """With what a step of AdaLoRA is besides: the penalty, the scores, and at every step another choice of ranks."""
+
+    adapter = "adalora"
+
+    def __init__(self, work: Path, threads: int):
+        super().__init__(work, threads)
+        from minilora.lora import RankAllocator
+
+        self.allocator = RankAllocator.of(self.model)
+        place = {id(p): i for i, p in enumerate(self.optimizer.params)}
+        self.own = [place[id(p)] for p in self.allocator.params]
+
+    def step(self, number: int) -> float:
+        loss, grads = self.sharded.gradients(self.Batch(*self.windows(number)), self.optimizer.params, step=number)
+        for i, more in zip(self.own, self.allocator.penalty()[1], strict=True):
+            grads[i] = grads[i] if more is None else grads[i] + more
+        self.optimizer.step(grads)
+        self.allocator.step([grads[i] for i in self.own])
+        return float(loss)
+
+
 class Torch(Contender):
     """PyTorch + peft over `self.base()`; `compiled` runs the same under torch.compile."""
 
     compiled = False
+    adapter = "adapter"
 
     def __init__(self, work: Path, threads: int):
         super().__init__(work)
@@ -76,7 +105,7 @@ class Torch(Contender):
         if self.method != "full":
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, str(work / "adapter"), is_trainable=True)
+            model = PeftModel.from_pretrained(model, str(work / self.adapter), is_trainable=True)
         self.model = model.train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
@@ -104,6 +133,10 @@ class Torch(Contender):
 
 class TorchCompiled(Torch):
     compiled = True
+
+
+class TorchDora(Torch):
+    adapter = "dora"
 
 
 class Transformers(Torch):
@@ -333,7 +366,10 @@ class Floor(Contender):
 
 CONTENDERS: dict[str, type[Any]] = {
     "minilora": Minilora,
+    "minilora-dora": MiniloraDora,
+    "minilora-adalora": MiniloraAdalora,
     "torch": Torch,
+    "torch-dora": TorchDora,
     "torch-compile": TorchCompiled,
     "transformers": Transformers,
     "jax": Jax,

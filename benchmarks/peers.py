@@ -1,6 +1,6 @@
 """A training step of minilora beside PyTorch + peft and JAX: the same weights, batches and optimiser, in turn.
 
-    python benchmarks/peers.py [--sizes micro,tiny,small,gpt2,long] [--methods lora,dora,recomputed,full,generate]
+    python benchmarks/peers.py [--sizes micro,tiny,small,gpt2,long] [--methods lora,family,recomputed,full,generate]
                                [--contenders minilora,torch,torch-compile,transformers,jax]
                                [--rounds 5] [--steps N] [--threads 2] [--write]
 
@@ -11,7 +11,8 @@ losses of all must agree to 1e-4. A contender that is not installed is left out 
 in benchmarks/results/cpu-peers.json, in place of what was measured there before: 20 minutes. Two minutes:
 --sizes micro,tiny --contenders minilora,torch,transformers --methods lora --rounds 3.
 
-`long` is one sequence of 1,024 tokens through the size gpt2; `dora` has peft's DoRA beside it; `recomputed` is
+`long` is one sequence of 1,024 tokens through the size gpt2; `family` has DoRA and
+AdaLoRA (penalty and allocation in every step) beside LoRA, and peft's DoRA beside peft's LoRA; `recomputed` is
 minilora's LoRA step with gradient checkpointing, for its memory. The method `generate` is greedy decoding by the
 plain base, minilora's beside transformers' own: a step is one call, which appends 96 tokens to one prompt of 32, in
 size small also to 16, and the tokens must be the same.
@@ -43,12 +44,19 @@ SIZES = {  # Llama-shaped: layers, width, MLP width, heads, vocabulary, batch, c
     "gpt2": (12, 768, 2048, 12, 50257, 2, 256),
     "long": (12, 768, 2048, 12, 50257, 1, 1024),
 }
-METHODS = ["lora", "dora", "recomputed", "full", "generate"]
+METHODS = ["lora", "family", "recomputed", "full", "generate"]
+FAMILY = {
+    "minilora": "minilora",
+    "torch": "minilora",
+    "minilora-dora": "minilora-dora",
+    "torch-dora": "minilora-dora",
+    "minilora-adalora": "minilora-adalora",
+}  # whose losses must agree with whose
 STEPS = {"micro": 30, "tiny": 8, "small": 2}  # a turn; elsewhere one
 PEERS = ("torch", "torch-compile", "transformers", "jax")
 PACKAGES = {"torch": "torch", "torch-compile": "torch", "transformers": "transformers", "jax": "jax"}
 LEFT_OUT = {  # JAX has no tied heads or DoRA here; torch.compile takes minutes for nothing: it gains little with LoRA
-    ("jax", "full"), ("torch-compile", "full"), ("jax", "dora"), *((peer, "recomputed") for peer in PEERS),
+    ("jax", "full"), ("torch-compile", "full"), *((peer, "recomputed") for peer in PEERS),
     *((peer, "generate") for peer in ("torch", "torch-compile", "jax")),
 }  # fmt: skip
 AGREE = 1e-4  # losses, at most this far apart
@@ -63,7 +71,7 @@ def prepare(work: Path, shape: tuple[int, ...], method: str, r: int = 8, count: 
 
     A step of `generate` takes a batch of prompts, the others one of windows, whose last ids are targets only.
     """
-    from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
+    from minilora import AdaLoraConfig, CausalLM, LoraConfig, TransformerConfig, get_peft_model
 
     layers, C, M, heads, V, B, T = shape
     config = TransformerConfig(
@@ -72,9 +80,20 @@ def prepare(work: Path, shape: tuple[int, ...], method: str, r: int = 8, count: 
     )  # fmt: skip
     model = CausalLM(config, seed=0)
     model.save_pretrained(work / "base")
-    options = {"r": r, "lora_alpha": 2 * r, "target_modules": "all-linear", "use_dora": method == "dora"}
-    adapted = get_peft_model(model, LoraConfig(**options))
-    adapted.save_pretrained(work / "adapter")
+    options: dict[str, Any] = {"lora_alpha": 2 * r, "target_modules": "all-linear"}
+    kinds = {"adapter": LoraConfig(r=r, **options)}
+    if method == "family":
+        schedule = {
+            "tinit": 1,
+            "tfinal": 1,
+            "deltaT": 1,
+            "total_step": 1 << 20,
+        }  # a step of the time in which ranks are cut
+        kinds["dora"] = LoraConfig(r=r, use_dora=True, **options)
+        kinds["adalora"] = AdaLoraConfig(init_r=r, target_r=r // 2, **schedule, **options)
+    for name, kind in kinds.items():
+        get_peft_model(model, kind).save_pretrained(work / name)
+        model = CausalLM(config, seed=0)
     new = min(NEW, T - PROMPT)
     length, tokens = (PROMPT, new) if method == "generate" else (T + 1, T)
     np.save(work / "batches.npy", np.random.default_rng(0).integers(0, V, (count, B, length)))
@@ -201,6 +220,11 @@ def compare(size: str, method: str, names: list[str], args: argparse.Namespace, 
                 process.turn(args.steps or STEPS.get(size, 1))
         job = json.loads((work / "job.json").read_text())
     ours = next(p for p in running if p.name == "minilora")
+
+    def like(name: str) -> Process:
+        """Whose losses, or tokens, must be those of this contender."""
+        return next(p for p in running if p.name == (FAMILY[name] if method == "family" else "minilora"))
+
     medians = {p.name: statistics.median(s for turn in p.turns for s in turn) for p in running}
     floor = medians.pop("floor", None)
     rows: dict[str, dict[str, Any]] = {}
@@ -218,7 +242,7 @@ def compare(size: str, method: str, names: list[str], args: argparse.Namespace, 
             "over_weights_megabytes": round((p.peak - job["weights"]) / 1e6, 1),
             "faults_per_step": statistics.median(p.faults),
             "seconds_to_first_step": round(p.ready, 2),
-            **(same_tokens if method == "generate" else same_losses)(f"{size} {method} {p.name}", p, ours),
+            **(same_tokens if method == "generate" else same_losses)(f"{size} {method} {p.name}", p, like(p.name)),
         }
     return (
         {"size": size, "method": method}
@@ -296,11 +320,14 @@ def main() -> None:
     for size in args.sizes.split(","):
         for method in args.methods.split(","):
             if (method == "recomputed") > (size == "long") or (
-                size == "long" and method in ("dora", "full", "generate")
+                size == "long" and method in ("family", "full", "generate")
             ):
                 continue
             for prompts in PROMPTS.get(size, ()) if method == "generate" else (0,):
-                result = compare(size, method, [n for n in names if (n, method) not in LEFT_OUT], args, prompts)
+                who = [n for n in names if (n, method) not in LEFT_OUT]
+                if method == "family":
+                    who = [n for n in FAMILY if n.partition("-")[0] in names]
+                result = compare(size, method, who, args, prompts)
                 show(result)
                 results.append(result)
     if args.write:
