@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_adalora_oracle import NAMES, close, llama, randomise  # noqa: F401 - a fixture
+from peers import NAMES, close, peft, randomise, torch
 
 from minilora.lora import AdaLoraConfig, LoraConfig, MultiTask, get_multitask_model
 from minilora.lora.multitask import BASE
 from minilora.transformer import CausalLM
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 IDS = np.random.default_rng(0).integers(0, 13, (6, 9))
@@ -55,7 +49,7 @@ def configs(draw: st.DrawFn, heads: bool = False) -> LoraConfig:
 @given(configs(heads=True), configs(), st.none() | configs(), st.integers(0, 99))
 def test_every_task_loads_there_as_one_adapter(
     tmp_path_factory: pytest.TempPathFactory,
-    llama: tuple[Path, Any],  # noqa: F811
+    llama: tuple[Path, Any],
     prose: LoraConfig,
     code: LoraConfig,
     shared: LoraConfig | None,
@@ -74,7 +68,7 @@ def test_every_task_loads_there_as_one_adapter(
 @pytest.mark.parametrize("shared", [None, LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])])
 @pytest.mark.parametrize("tasks", [["prose", "code", BASE, "prose", "code", "code"], ["code"] * 5 + ["prose"]])
 def test_mixed_rows_are_those_of_adapter_names(
-    shared: LoraConfig | None, tasks: list[str], llama: tuple[Path, Any], tmp_path: Path  # noqa: F811
+    shared: LoraConfig | None, tasks: list[str], llama: tuple[Path, Any], tmp_path: Path
 ) -> None:  # fmt: skip
     base, plain = llama
     configs: dict[str, LoraConfig | None] = {
@@ -91,7 +85,7 @@ def test_mixed_rows_are_those_of_adapter_names(
     assert np.array_equal(ours(IDS, tasks=BASE).data, CausalLM.from_pretrained(base)(IDS).data)
 
 
-def test_the_folders_of_all_tasks_are_peft_s(llama: tuple[Path, Any], tmp_path: Path) -> None:  # noqa: F811
+def test_the_folders_of_all_tasks_are_peft_s(llama: tuple[Path, Any], tmp_path: Path) -> None:
     """Each is an adapter by its name there, and peft's active adapters add up as a task's do."""
     base, plain = llama
     shared = AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=["v_proj"])
