@@ -74,11 +74,12 @@ class Weights:
     def of(cls, model: Any, team: Team) -> Weights | None:
         """None where a layer must run on its own (a quantised weight, dropout), or the copy would be too large.
 
-        None for GPT-2, too, whose tokens are asked in the ordinary way.
+        None for GPT-2, too, and where an embedding has an adapter: tokens are then asked in the ordinary way.
         """
         if type(model) is not CausalLM or sum(p.size * p.dtype.itemsize for p in model.parameters()) > LARGEST:
             return None
-        if type(model.decoder) is not Decoder:
+        adapted = any(hasattr(a, "TENSORS") for a in getattr(model.get_input_embeddings(), "running", ()))
+        if type(model.decoder) is not Decoder or adapted:
             return None
         norms = [model.decoder.norm]
         for block in model.decoder.layers:

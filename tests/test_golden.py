@@ -10,6 +10,7 @@ import pytest
 
 from minilora import functional as F
 from minilora.autograd import gradients
+from minilora.errors import ConfigError
 from minilora.formats import load_file
 from minilora.lora import PeftModel
 from minilora.transformer import CausalLM
@@ -36,7 +37,7 @@ def bits(model: CausalLM | PeftModel) -> dict[str, bytes]:
 
 def test_the_golden_data_is_all_here() -> None:
     assert len(BASES) == 6
-    assert len(ADAPTERS) == 14
+    assert len(ADAPTERS) == 15
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -75,17 +76,33 @@ def test_adapter_logits_loss_and_gradients(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_merged_logits_and_the_way_back(name: str, dtype: str) -> None:
     expect = load_file(GOLDEN / name / "expect.safetensors")
+    tied = "share" if name == "gpt2--lora_wte" else None
     model = adapted(name, dtype)
     before, unmerged = bits(model), model(expect["input_ids"]).numpy()
-    model.merge_adapter()
+    model.merge_adapter(tied=tied)
     assert bits(model) != before
     assert_close(model(expect["input_ids"]).numpy(), expect["logits_merged"], DTYPES[dtype][0])
     model.unmerge_adapter()
     assert bits(model) == before
     assert np.array_equal(model(expect["input_ids"]).numpy(), unmerged)
-    plain = model.merge_and_unload()
+    plain = model.merge_and_unload(tied=tied)
     assert [n for n, _ in plain.named_parameters()] == [n for n, _ in CausalLM(plain.config).named_parameters()]
     assert_close(plain(expect["input_ids"]).numpy(), expect["logits_merged"], DTYPES[dtype][0])
+
+
+def test_merging_into_an_embedding_whose_weight_the_head_has_too_must_say_which_of_the_two_is_meant() -> None:
+    expect = load_file(GOLDEN / "gpt2--lora_wte" / "expect.safetensors")
+    assert 8.8 < np.abs(expect["logits_merged"] - expect["logits"]).max() < 9
+    model = adapted("gpt2--lora_wte")
+    before = bits(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ConfigError, match=r"tied='untie'.*tied='share'.*and so the output"):
+            merge()
+        assert bits(model) == before
+    assert_close(model(expect["input_ids"]).numpy(), expect["logits"], 1e-10)
+    plain = model.merge_and_unload(tied="untie")
+    assert plain.config.tie_word_embeddings is False
+    assert_close(plain(expect["input_ids"]).numpy(), expect["logits"], 1e-10)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -451,15 +451,6 @@ def test_targets_that_do_not_fit_are_refused(options: dict[str, Any], message: s
     assert all(p.requires_grad for p in plain.parameters())
 
 
-def test_a_tied_head_is_no_target() -> None:
-    for targets in (["lm_head"], "lm_head"):
-        with pytest.raises(ConfigError, match="lm_head shares its weight with the embedding"):
-            get_peft_model(base(tie_word_embeddings=True), lora(target_modules=targets))
-    model = get_peft_model(base(tie_word_embeddings=True), lora(modules_to_save=["embed_tokens"]))
-    with pytest.raises(ConfigError, match="shares its weight"):
-        model.add_adapter("b", lora(target_modules=["lm_head"]))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -37,6 +37,8 @@ class LoraConfig:
     rank_pattern, alpha_pattern    r and lora_alpha for names that match a pattern; the first that matches holds
     layers_to_transform, layers_pattern    only layers of these numbers
     modules_to_save    endings of names of modules that are trained whole, as copies
+    trainable_token_indices    rows of the embedding, or by name of several, that are trained, and nothing else of it
+    ensure_weight_tying    what adapts an embedding adapts the head that has its weight, too, as one parameter
     fan_in_fan_out     do the base's files hold W as (in, out)? Found out, as in PEFT, and written to the file
     task_type          "CAUSAL_LM" or None
 
@@ -57,6 +59,8 @@ class LoraConfig:
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     fan_in_fan_out: bool = False
     task_type: str | None = None
     base_model_name_or_path: str | None = None
@@ -80,7 +84,7 @@ class LoraConfig:
         known = isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"
         need(known, "init_lora_weights", "True, False or 'gaussian'")
         need(self.task_type in (None, "CAUSAL_LM"), "task_type", "'CAUSAL_LM' or None")
-        for name in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"):
+        for name in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "ensure_weight_tying"):
             need(isinstance(getattr(self, name), bool), name, "True or False")
         patterns: list[str] = []
         for name, check in (("rank_pattern", _is_rank), ("alpha_pattern", _is_positive)):
@@ -94,6 +98,10 @@ class LoraConfig:
             patterns += [value] if isinstance(value, str) and value.lower() != "all-linear" else []
         need(self.target_modules not in ([], ""), "target_modules", "at least one name")
         need(self.modules_to_save is None or _is_names(self.modules_to_save), "modules_to_save", "a list of names")
+        tokens = self.trainable_token_indices
+        lists = tokens if isinstance(tokens, dict) else {} if tokens is None else {"": tokens}
+        ok = all(isinstance(name, str) and _is_tokens(value) for name, value in lists.items()) and tokens != {}
+        need(ok, "trainable_token_indices", "a list of different tokens, or one for each name of a module")
         layers = self.layers_to_transform
         listed = isinstance(layers, list) and len(layers) <= MAX_NAMES and all(type(i) is int for i in layers)
         need(layers is None or type(layers) is int or listed, "layers_to_transform", "an integer or a list of them")
@@ -163,6 +171,11 @@ def _is_positive(value: Any) -> bool:
 
 def _is_rank(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**24
+
+
+def _is_tokens(value: Any) -> bool:
+    ok = isinstance(value, list) and 0 < len(value) < 2**24 and {*map(type, value)} == {int}
+    return ok and min(value) >= 0 and len(set(value)) == len(value)
 
 
 def _is_names(value: Any) -> bool:

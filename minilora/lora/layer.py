@@ -12,15 +12,14 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from .. import fused
 from ..autograd import Tensor
 from ..backend import Array
-from ..errors import ConfigError, NonFiniteError
+from ..errors import ConfigError
 from ..nn import LinearBase, Module, effective, frozen_linear
 from .dora import refuse_company
 from .lora import LoraAdapter
+from .merging import Merging
 
 # By layer: the adapters that this thread, and the shards it hands to others, runs there in place of the active ones.
 _chosen: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar("chosen", default=None)
@@ -89,7 +88,7 @@ def chosen(layers: Iterable[Wrapper], names: Sequence[str] | None) -> Iterator[N
         _chosen.reset(token)
 
 
-class LoraLinear(Wrapper):
+class LoraLinear(Merging, Wrapper):
     """y = base(x), and then each active adapter in turn.    x (..., I) -> (..., O)
 
     The base is any `LinearBase`. Adapters read x, never each other's output, so several active ones add up.
@@ -99,14 +98,16 @@ class LoraLinear(Wrapper):
 
     def __init__(self, base_layer: LinearBase):
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer: LinearBase = base_layer
         self.adapters: dict[str, LoraAdapter] = {}
-        self._original: LinearBase | None = None  # the base while adapters are merged into a copy of it
         self._effective: Mapping[Any, fused.Effective | None] = {}  # during a step, by what runs
 
     @property
     def current(self) -> LinearBase:
         return self.base_layer
+
+    def rebuilt(self, weight: Array, base: LinearBase) -> LinearBase:
+        return frozen_linear(weight, base)
 
     def __call__(self, x: Tensor) -> Tensor:
         running = self.running
@@ -145,40 +146,6 @@ class LoraLinear(Wrapper):
 
     def end_step(self) -> None:
         self._effective = {}
-
-    # ---- merging ----
-
-    def merge(self, names: Sequence[str] | None = None, requantize: bool = False) -> None:
-        """Put adapters (the active ones) into a dense copy of the base: one float64 sum, rounded once.
-
-        The base itself is kept, so `unmerge` restores every bit. A NaN or inf raises NonFiniteError; nothing changes.
-        With `requantize` all that is merged is held as the base is: over codes it is coded again, which rounds part of
-        dW away, and the layer's `lost` says how much. A dense base stays dense.
-        """
-        names = list(dict.fromkeys(self.active if names is None else names))
-        names = [n for n in names if n in self.adapters and n not in self.merged]
-        if not names and (not self.merged or requantize == self.requantized):
-            return
-        self.result((*self.merged, *names))  # raises where they cannot be at once
-        base = self._original or self.base_layer
-        W = base.dense_weight()
-        with np.errstate(all="ignore"):  # a sum that overflows is found below
-            deltas = (self.adapters[n].delta_weight(W.astype(np.float64)) for n in (*self.merged, *names))
-            total = sum(deltas, start=W.astype(np.float64)).astype(W.dtype)
-        if not bool(base.backend.xp.isfinite(total).all()):
-            raise NonFiniteError(f"merging {', '.join(names)} gives weights that are not finite: something is broken")
-        self.base_layer = base.rebuilt(total) if requantize else frozen_linear(total, base)
-        self._original, self.merged, self.requantized = base, (*self.merged, *names), requantize
-
-    def unmerge(self) -> None:
-        """Take all merged adapters out again: the original base comes back, bit for bit."""
-        if self._original is not None:
-            self.base_layer, self._original, self.merged, self.requantized = self._original, None, (), False
-
-    def delta_weight(self, name: str) -> np.ndarray:
-        """dW (O, I) of one adapter, in float64 on the host."""
-        base = self._original or self.base_layer
-        return base.backend.to_numpy(self.adapters[name].delta_weight(base.dense_weight().astype(np.float64)))
 
 
 class SavedModule(Wrapper):

@@ -9,22 +9,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..autograd import Tensor
-from ..backend import mix_key
 from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import read_adapter, write_adapter
 from ..nn import Module, Parameter, replace_module
 from ..weights import turned
 from .config import LoraConfig
-from .layer import LoraLinear, SavedModule, Wrapper, chosen
-from .plan import BARE, PREFIX, TENSORS, Plan, adapter_class, plan_adapter, read_config, wrappers
+from .embedding import choose
+from .injection import inject
+from .keys import file_key, peft_name, repeated
+from .layer import LoraLinear, Wrapper, chosen
+from .plan import PREFIX, Plan, plan_adapter, read_config, wrappers
 
 
 def get_peft_model(model: Any, config: LoraConfig, adapter_name: str = "default", seed: int = 0) -> PeftModel:
@@ -35,26 +36,6 @@ def get_peft_model(model: Any, config: LoraConfig, adapter_name: str = "default"
     seed    of the adapter's first values; they depend on it and on the layer's name, and on nothing else
     """
     return PeftModel(model, config, adapter_name, seed)
-
-
-def peft_name(path: str, configs: Mapping[str, LoraConfig]) -> str:
-    """An attribute path -> PEFT's name: `q_proj.adapters.default.lora_A` is `q_proj.lora_A.default.weight` for LoRA."""
-    layer, inside, rest = path.rpartition(".adapters.")
-    if not inside:
-        return PREFIX + path
-    adapter, tensor = rest.split(".")
-    return f"{PREFIX}{layer}.{tensor}.{adapter}{adapter_class(configs[adapter]).SUFFIX}"
-
-
-def file_key(name: str, adapter_name: str) -> str:
-    """A parameter's name in PEFT -> its key in adapter_model.safetensors, which does not know the adapter's name."""
-    parts = name.split(".")
-    for i, part in enumerate(parts[:-1]):
-        if part in TENSORS and parts[i + 1] == adapter_name:
-            return ".".join(parts[: i + 1] + ([] if part in BARE else parts[i + 2 :]))
-        if part == "modules_to_save" and parts[i + 1] == adapter_name:
-            return ".".join(parts[:i] + parts[i + 2 :])
-    return name
 
 
 class PeftModel(Module):
@@ -72,6 +53,7 @@ class PeftModel(Module):
             raise ConfigError("the model has adapters already: use add_adapter or load_adapter, or unload it first")
         self.model: Any = model
         self.peft_config: dict[str, LoraConfig] = {}
+        self._plans: dict[str, Plan] = {}
         self.active_adapters: list[str] = []
 
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:
@@ -113,25 +95,10 @@ class PeftModel(Module):
             raise ConfigError(f"adapter {biased[0]!r} trains the base's biases already: a second one needs bias='none'")
 
     def _inject(self, adapter_name: str, plan: Plan, seed: int) -> None:
-        for path, base in plan.targets.items():
-            layer = self._wrap(path, LoraLinear)
-            place = zlib.crc32(path.encode())
-            rng, stream = np.random.default_rng([seed, place]), mix_key(place, zlib.crc32(adapter_name.encode()))
-            adapter = adapter_class(plan.config)(base, path, plan.config, rng, stream)
-            layer.adapters[adapter_name] = adapter.train(base.training)
-        for path in plan.saved:
-            self._wrap(path, SavedModule).add(adapter_name)
-        self.peft_config[adapter_name] = plan.config
+        inject(self.model, adapter_name, plan, seed)
+        self.peft_config[adapter_name], self._plans[adapter_name] = plan.config, plan
         for parameter in self.adapter_parameters(adapter_name).values():
             parameter.requires_grad = False  # until set_adapter makes it the active one
-
-    def _wrap(self, path: str, wrapper: Any) -> Any:
-        """The wrapper at `path`, put there if need be."""
-        module = dict(self.model.named_modules())[path]
-        if not isinstance(module, wrapper):
-            module = wrapper(module)
-            replace_module(self.model, path, module)
-        return module
 
     # ---- switching --------------------------------------------------------------------------------------------------
 
@@ -195,7 +162,7 @@ class PeftModel(Module):
             raise ConfigError(f"adapter {adapter_name!r} cannot be deleted while any is merged: unmerge_adapter first")
         if len(self.peft_config) == 1:
             raise ConfigError(f"{adapter_name!r} is the only adapter: unload() gives the base back")
-        del self.peft_config[adapter_name]
+        del self.peft_config[adapter_name], self._plans[adapter_name]
         for path, layer in self._wrappers().items():
             layer.held.pop(adapter_name, None)
             if not layer.held:
@@ -212,14 +179,18 @@ class PeftModel(Module):
     # ---- merging ----------------------------------------------------------------------------------------------------
 
     def merge_adapter(
-        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, requantize: bool = False
-    ) -> None:
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, requantize: bool = False,
+        tied: str | None = None,
+    ) -> None:  # fmt: skip
         """Put adapters (the active ones) into the base's weights; see `LoraLinear.merge`.
 
         All layers or none: NonFiniteError names the layer. (PEFT checks only if `safe_merge`; here it always is.)
+        Where an adapter changes an embedding or a head, but not both, and they have one weight, `tied` has to say what
+        is meant: "untie" gives them two, and the output stays; "share" changes both, as PEFT does, and the output.
         """
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         self._known(names)
+        choose(self.model, names, tied)
         done: list[tuple[Wrapper, tuple[str, ...], bool]] = []
         for path, layer in self._wrappers().items():
             before = layer.merged, layer.requantized
@@ -239,17 +210,17 @@ class PeftModel(Module):
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None,
-        requantize: bool = False,
+        requantize: bool = False, tied: str | None = None,
     ) -> Any:  # fmt: skip
         """Merge, take the adapters out, and return the plain model. (`progressbar` is PEFT's: merging is quick.)
 
-        A quantised layer becomes dense, unless `requantize` (see `LoraLinear.merge`).
+        A quantised layer becomes dense, unless `requantize`. See `merge_adapter`.
         """
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         self._known(names)
         for layer in self._wrappers().values():
             layer.result(names)  # raises where two of them cannot be active at once
-        self.merge_adapter(names, safe_merge, requantize)
+        self.merge_adapter(names, safe_merge, requantize, tied)
         return self._unwrap(names)
 
     def unload(self) -> Any:
@@ -265,7 +236,7 @@ class PeftModel(Module):
             self.model.config = dataclasses.replace(self.model.config, tie_word_embeddings=False)
         for parameter in self.model.parameters():
             parameter.requires_grad = not parameter.fixed
-        self.peft_config, self.active_adapters = {}, []
+        self.peft_config, self._plans, self.active_adapters = {}, {}, []
         return self.model
 
     # ---- counting ---------------------------------------------------------------------------------------------------
@@ -294,7 +265,8 @@ class PeftModel(Module):
     def state_dict(self, adapter_name: str = "default") -> dict[str, np.ndarray]:
         """What one adapter's file holds, by its keys there."""
         kind, own = self.config.model_type, self.adapter_parameters(adapter_name)
-        return {key: turned(kind, key, parameter.numpy()) for key, parameter in own.items()}
+        tensors = {key: turned(kind, key, parameter.numpy()) for key, parameter in own.items()}
+        return {**tensors, **repeated(self.model, self._plans[adapter_name], adapter_name, tensors)}
 
     def save_pretrained(self, directory: str | Path, selected_adapters: Sequence[str] | None = None) -> None:
         """Write PEFT's files: the adapter "default" into `directory`, any other into a folder of its name there."""
@@ -324,19 +296,26 @@ class PeftModel(Module):
         config = read_config(raw, f"{directory}/adapter_config.json")
         self._check_name(adapter_name, config)
         try:
-            plan = plan_adapter(self.model, dataclasses.replace(config, inference_mode=not is_trainable))
+            plan = plan_adapter(self.model, dataclasses.replace(config, inference_mode=not is_trainable), tensors)
         except ConfigError as error:
             raise FormatError(f"{directory}: the adapter does not fit this base: {error}"[:500]) from error
         expected = plan.shapes(self.model)
         wrong = [f"missing {key}" for key in expected if key not in tensors]
-        wrong += [f"unknown {key}" for key in tensors if key not in expected]
+        again = repeated(self.model, plan, adapter_name, tensors)
+        wrong += [f"unknown {key}" for key in tensors if key not in expected and key not in again]
         sizes = [(key, tensors[key].shape, shape) for key, shape in expected.items() if key in tensors]
         wrong += [f"{key} is {there}, the base needs {shape}" for key, there, shape in sizes if there != shape]
+        wrong += [f"{key} is another one here" for key, a in again.items() if not _same(tensors.get(key, a), a)]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise FormatError(f"{directory}: the adapter does not fit this base: {'; '.join(wrong[:3])}{more}"[:500])
         self._inject(adapter_name, plan, seed=0)
         own = self.adapter_parameters(adapter_name)
-        for key, array in tensors.items():
-            array = turned(self.config.model_type, key, array)
+        for key in expected:
+            array = turned(self.config.model_type, key, tensors[key])
             own[key].data = own[key].backend.from_numpy(array.astype(own[key].dtype))
+
+
+def _same(there: np.ndarray, here: np.ndarray) -> bool:
+    """Is an array of a file what is here, as far as the file's precision goes?"""
+    return there.shape == here.shape and np.array_equal(there, here.astype(there.dtype), equal_nan=True)

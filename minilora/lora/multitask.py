@@ -210,17 +210,18 @@ class MultiTask(PeftModel):
         return twin.merge_and_unload(adapter_names=names, requantize=requantize) if names else twin.unload()
 
     def merge_adapter(
-        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, requantize: bool = False
-    ) -> None:
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, requantize: bool = False,
+        tied: str | None = None,
+    ) -> None:  # fmt: skip
         """As in `PeftModel`, but adapters must be named: those of all tasks together mean nothing."""
-        super().merge_adapter(self._named(adapter_names), safe_merge, requantize)
+        super().merge_adapter(self._named(adapter_names), safe_merge, requantize, tied)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None,
-        requantize: bool = False,
+        requantize: bool = False, tied: str | None = None,
     ) -> Any:  # fmt: skip
         """As in `PeftModel`, but adapters must be named."""
-        return super().merge_and_unload(progressbar, safe_merge, self._named(adapter_names), requantize)
+        return super().merge_and_unload(progressbar, safe_merge, self._named(adapter_names), requantize, tied)
 
     def _unwrap(self, names: Sequence[str]) -> Any:
         self.tasks = {}
