@@ -200,8 +200,9 @@ def _tie(config: LoraConfig, ends: tuple[str, str] | None, keys: Container[str])
         names = getattr(config, field)
         if isinstance(names, str):
             named = names.lower() != "all-linear" and any(matches(name, names) for name in NAMES)
-            if named and not matches(embedding, names):
-                setattr(config, field, rf"(?:{names}|^{embedding.replace('.', chr(92) + '.')}$)")
+            ending = "|^" + embedding.replace(".", r"\.") + "$)"
+            if named and not names.endswith(ending):  # of a file it has it already
+                setattr(config, field, f"(?:{names}{ending}")
         else:
             named = any(n.rpartition(".")[2] in NAMES for n in names or ()) or f"{PREFIX}{head}.{key}" in keys
             if named:
