@@ -13,7 +13,7 @@ from shapes import bits, randomised, shape
 
 from minilora import CausalLM, LoraConfig, PeftModel, QuantizedLinear, get_peft_model, quantize
 from minilora.architecture import MODEL_TYPES
-from minilora.errors import FormatError
+from minilora.errors import ConfigError, FormatError
 from minilora.formats import Entry, bf16_from, load_file, save_file, write_stream
 from minilora.lora.config import DEFAULT_TARGETS
 from minilora.weights import FAN_IN_FAN_OUT, transposed, turned

@@ -23,26 +23,32 @@ patterns  regular expressions that cannot hang
 from .adalora import AdaLoraAdapter, AdaLoraConfig, RankAllocator, orthogonality
 from .config import LoraConfig
 from .dora import DoraAdapter
+from .embedding import DoraEmbeddingAdapter, EmbeddingAdapter, LoraEmbedding
 from .hydra import HydraAdapter, HydraConfig
 from .layer import LoraLinear, SavedModule
 from .lora import LoraAdapter
 from .model import PeftModel, get_peft_model
 from .multitask import MultiTask, get_multitask_model
 from .plan import read_config
+from .tokens import TrainableTokens
 
 __all__ = [
     "AdaLoraAdapter",
     "AdaLoraConfig",
     "DoraAdapter",
+    "DoraEmbeddingAdapter",
+    "EmbeddingAdapter",
     "HydraAdapter",
     "HydraConfig",
     "LoraAdapter",
     "LoraConfig",
+    "LoraEmbedding",
     "LoraLinear",
     "MultiTask",
     "PeftModel",
     "RankAllocator",
     "SavedModule",
+    "TrainableTokens",
     "get_multitask_model",
     "get_peft_model",
     "orthogonality",
