@@ -24,7 +24,7 @@ import minilora.lora.model
 import minilora.lora.multitask
 import minilora.verify.run
 from minilora import fused, quant
-from minilora.autograd import record
+from minilora.autograd import Tensor, record
 from minilora.cli import main
 from minilora.errors import FormatError, NonFiniteError
 from minilora.formats import load_file, save_file
@@ -39,6 +39,7 @@ from minilora.lora import (
     RankAllocator,
     get_peft_model,
 )
+from minilora.lora.embedding import EmbeddingAdapter, HeadAdapter
 from minilora.lora.layer import Wrapper
 from minilora.nn import Dropout, Linear, LinearBase, Parameter
 from minilora.optim import SGD
@@ -53,6 +54,7 @@ from minilora.verify import (
     of_adalora,
     of_codes,
     of_dora,
+    of_ends,
     of_layers,
     of_lora,
     of_tasks,
@@ -66,10 +68,11 @@ from minilora.verify.measuring import worst
 from minilora.verify.run import rounded
 
 BY_NAME = {p.name: p for p in PROPERTIES}
-LORAS = {p.name for p in (*of_lora.PROPERTIES, *of_layers.PROPERTIES, *of_tasks.PROPERTIES)}
+LORAS = {p.name for room in (of_lora, of_layers, of_tasks, of_ends) for p in room.PROPERTIES}
 EXACT = {
     "start is the base", "disabled is the base", "count", "gauge by powers of two", "start moves B alone",
     "merge in any portions", "merge refuses", "unmerge", "files", "dropout off", "dropout spares the base",
+    "files of both ends",
     "DoRA starts as the base", "DoRA's scale", "DoRA's count",
     "AdaLoRA starts as the base", "AdaLoRA's count", "AdaLoRA's penalty at rest", "AdaLoRA's budget",
     "absmax stays", "coded again", "codes know no scale", "codes know no neighbour", "codes in bytes", "bits",
@@ -781,6 +784,32 @@ def the_router_adds_up_to_a_few_ulps_more(mp: pytest.MonkeyPatch) -> None:
 @breaks("equal experts")
 def an_expert_counts_a_thousandth_more(mp: pytest.MonkeyPatch) -> None:
     after(mp, minilora.lora.hydra, "mixture", lambda out, x, y, *rest: y + (out - y) * 1.001)
+
+
+@breaks("embedding")
+def an_embedding_s_adapter_counts_a_thousandth_more(mp: pytest.MonkeyPatch) -> None:
+    after(mp, EmbeddingAdapter, "__call__", lambda out, self, ids, y, base: y + (out - y) * 1.001)
+
+
+@breaks("one weight, two places")
+def a_tied_head_has_a_copy_of_its_embedding_s_factor(mp: pytest.MonkeyPatch) -> None:
+    mp.setattr(HeadAdapter, "lora_A", property(lambda self: Tensor(self._source.lora_embedding_B.data.T)))
+
+
+@breaks("files of both ends")
+def a_tied_head_is_not_written(mp: pytest.MonkeyPatch) -> None:
+    after(mp, minilora.lora.model, "repeated", lambda again, *_: {k: a for k, a in again.items() if "lora_" not in k})
+
+
+@breaks("half precision")
+def a_sum_is_rounded_to_float32_first(mp: pytest.MonkeyPatch) -> None:
+    real = of_ends.bf16_from
+    mp.setattr(of_ends, "bf16_from", lambda total: real(total.astype(np.float32)))
+
+
+@breaks("best of lower rank")
+def a_spectrum_lacks_a_hundredth(mp: pytest.MonkeyPatch) -> None:
+    after(mp, of_ends, "singular_values", lambda values, *_: values * 0.99)
 
 
 # Mistakes that are seen from several sides.

@@ -81,7 +81,7 @@ class EmbeddingAdapter(LoraAdapter):
     def __call__(self, ids: Any, y: Tensor, base: LinearBase) -> Tensor:
         """y with this adapter added.    ids (...) integers, y (..., C) -> (..., C)"""
         columns = F.embedding(ids, self.lora_embedding_A.T)  # (..., r)
-        return y + F.linear(columns, self.lora_embedding_B) * self.scaling
+        return y + (columns @ self.lora_embedding_B.T) * self.scaling
 
 
 class DoraEmbeddingAdapter(DoraAdapter, EmbeddingAdapter):
@@ -161,9 +161,14 @@ def unwrapped(module: Any) -> Any:
     return module
 
 
+def ends(model: Any) -> tuple[Any, Any]:
+    """What stands in the places of the embedding and of the head; None for a head that there is not."""
+    return model.get_input_embeddings(), getattr(model, "get_output_embeddings", lambda: None)()
+
+
 def tied(model: Any) -> bool:
     """Have the embedding and the head one weight, but for adapters?"""
-    embedding, head = unwrapped(model.get_input_embeddings()), unwrapped(model.get_output_embeddings())
+    embedding, head = map(unwrapped, ends(model))
     return head is not None and vars(head).get("weight") is vars(embedding).get("weight")
 
 
@@ -174,13 +179,13 @@ def choose(model: Any, names: Sequence[str], choice: str | None) -> None:
     """
     if choice is not None and choice not in CHOICES:
         raise ConfigError(f"tied must be {' or '.join(map(repr, CHOICES))}, got {choice!r:.99}")
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    held = [[n for n in names if n in e.adapters] if isinstance(e, Merging) else [] for e in ends]
-    changed = [e for e, own in zip(ends, held, strict=True) if own]
-    if not (changed and tied(model)) or (held[0] == held[1] and ends[1].follows(ends[0])):
+    embedding, head = ends(model)
+    held = [[n for n in names if n in e.adapters] if isinstance(e, Merging) else [] for e in (embedding, head)]
+    changed = [e for e, own in zip((embedding, head), held, strict=True) if own]
+    if not (changed and tied(model)) or (held[0] == held[1] and head.follows(embedding)):
         return
     if choice is None:
-        place = "the embedding" if changed == ends[:1] else "the head" if changed == ends[1:] else "each of them apart"
+        place = "each of them apart" if len(changed) == 2 else "the embedding" if embedding in changed else "the head"
         raise ConfigError(
             f"the embedding and the head have one weight, and adapter {', '.join(names)} changes {place}: merging it "
             "needs tied='untie', which gives each a weight of its own and keeps the model's output, or tied='share', "
@@ -189,5 +194,5 @@ def choose(model: Any, names: Sequence[str], choice: str | None) -> None:
     if choice == "share" and len(changed) == 2:
         raise ConfigError("tied='share' is for an adapter of the embedding or of the head, not of each: use 'untie'")
     for end in changed:
-        other = unwrapped(ends[1] if end is ends[0] else ends[0])
+        other = unwrapped(head if end is embedding else embedding)
         end.lead(other if choice == "share" else None)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .config import LoraConfig
-from .embedding import EmbeddingAdapter, OneHot, unwrapped
+from .embedding import EmbeddingAdapter, OneHot, ends, unwrapped
 from .plan import BARE, NAMES, PREFIX, TENSORS, Plan, adapter_class
 from .targets import matches
 from .tokens import TokenRows
@@ -55,7 +55,7 @@ def repeated(model: Any, plan: Plan, adapter_name: str, tensors: Mapping[str, np
     found = {}
     for path, base in plan.targets.items() if _names_an_end(plan) else ():
         module: Any = base.embedding if isinstance(base, OneHot) else base
-        if module in (unwrapped(model.get_input_embeddings()), unwrapped(model.get_output_embeddings())):
+        if module in map(unwrapped, ends(model)):
             found[f"{PREFIX}{path}.base_layer.weight"] = module.weight.numpy()
     if plan.follows:
         head, embedding = (PREFIX + path for path in plan.follows)

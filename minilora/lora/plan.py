@@ -17,7 +17,7 @@ from ..weights import transposed
 from .adalora import AdaLoraAdapter, AdaLoraConfig
 from .config import DEFAULT_TARGETS, LoraConfig
 from .dora import DoraAdapter
-from .embedding import DoraEmbeddingAdapter, EmbeddingAdapter, LoraEmbedding, OneHot, tied, unwrapped
+from .embedding import DoraEmbeddingAdapter, EmbeddingAdapter, LoraEmbedding, OneHot, ends, tied, unwrapped
 from .hydra import HydraAdapter, HydraConfig
 from .layer import LoraLinear, SavedModule, Wrapper
 from .lora import LoraAdapter
@@ -94,8 +94,8 @@ def plan_adapter(model: Any, config: LoraConfig, keys: Container[str] = ()) -> P
     """
     config = dataclasses.replace(config)
     modules = _inside(model)
-    ends = _ends(model, modules)
-    follows = ends if config.ensure_weight_tying and _tie(config, ends, keys) else None
+    tie = _tied_paths(model, modules)
+    follows = tie if config.ensure_weight_tying and _tie(config, tie, keys) else None
     saved = _saved(modules, config)
     linear = {p: m for p, m in modules.items() if isinstance(m, LinearBase) and not _within(p, saved)}
     found = _targets(model, modules, linear, saved, config)
@@ -109,7 +109,7 @@ def plan_adapter(model: Any, config: LoraConfig, keys: Container[str] = ()) -> P
     for path, module in saved.items():
         if any(p.fixed for p in module.parameters()):
             raise ConfigError(f"modules_to_save: {path} is quantised, and so cannot be trained; skip it in quantize")
-    tokens, token_head = _tokens(model, modules, config, ends, {*found, *saved})
+    tokens, token_head = _tokens(model, modules, config, tie, {*found, *saved})
     there = {p: type(m) for p, m in wrappers(model)}
     kinds = {p: LoraEmbedding if isinstance(m, OneHot) else LoraLinear for p, m in found.items()}
     rows = dict.fromkeys([*tokens, *(token_head or ())], TrainableTokens)
@@ -178,23 +178,23 @@ def _targets(model: Any, modules: Modules, linear: Modules, saved: Modules, conf
     return found
 
 
-def _ends(model: Any, modules: Modules) -> tuple[str, str] | None:
+def _tied_paths(model: Any, modules: Modules) -> tuple[str, str] | None:
     """The paths of the head and of the embedding, if they have one weight."""
-    head, embedding = unwrapped(model.get_output_embeddings()), unwrapped(model.get_input_embeddings())
+    embedding, head = map(unwrapped, ends(model))
     paths = {id(m): p for p, m in modules.items()}
     known = id(head) in paths and id(embedding) in paths and tied(model)
     return (paths[id(head)], paths[id(embedding)]) if known else None
 
 
-def _tie(config: LoraConfig, ends: tuple[str, str] | None, keys: Container[str]) -> bool:
+def _tie(config: LoraConfig, tie: tuple[str, str] | None, keys: Container[str]) -> bool:
     """Does `ensure_weight_tying` concern this adapter? The embedding then takes the head's place in the configuration.
 
     PEFT's rules: it does if a name ends in one of NAMES. Files that it wrote without such a name say it by their keys.
     """
-    if ends is None:
+    if tie is None:
         warnings.warn("ensure_weight_tying: the embedding and the head have weights of their own", stacklevel=5)
         return False
-    head, embedding = ends
+    head, embedding = tie
     done = False
     for field, key in (("modules_to_save", "weight"), ("target_modules", "lora_A.weight")):
         names = getattr(config, field)
@@ -234,7 +234,7 @@ def _follow(config: LoraConfig, head: str, embedding: str, modules: Modules, fou
 
 
 def _tokens(
-    model: Any, modules: Modules, config: LoraConfig, ends: tuple[str, str] | None, taken: Container[str]
+    model: Any, modules: Modules, config: LoraConfig, tie: tuple[str, str] | None, taken: Container[str]
 ) -> tuple[dict[str, tuple[Any, list[int]]], tuple[str, str] | None]:
     """Of which modules some rows are trained, and which; and the head that goes by the embedding, by PEFT's rules."""
     wanted, found = config.trainable_token_indices, {}
@@ -252,7 +252,7 @@ def _tokens(
             if max(rows) >= len(module.weight):
                 raise ConfigError(f"trainable_token_indices: {path} has no row {max(rows)}, only {len(module.weight)}")
             found[path] = (module, rows)
-    head, embedding = ends or ("", "")
+    head, embedding = tie or ("", "")
     follows = embedding in found
     if follows and head in found and found[head][1] != found[embedding][1]:
         if config.ensure_weight_tying:
