@@ -22,10 +22,11 @@ from minilora.data import Batch
 from minilora.errors import ConfigError, FormatError, NonFiniteError
 from minilora.formats import load_file, save_file
 from minilora.generate import generate
-from minilora.lora import AdaLoraConfig, LoraConfig, LoraEmbedding, PeftModel, get_peft_model
+from minilora.lora import AdaLoraConfig, LoraConfig, LoraEmbedding, PeftModel, get_multitask_model, get_peft_model
 from minilora.lora.embedding import DoraEmbeddingAdapter, EmbeddingAdapter, HeadAdapter
 from minilora.nn import Embedding
 from minilora.parallel import ShardedStep
+from minilora.verify import verify_files
 
 V, C = 16, 16
 
@@ -389,3 +390,30 @@ def test_an_embedding_reads_ids_and_refuses_what_is_outside() -> None:
     assert made(np.array(3)).shape == (C,)
     with pytest.raises(Exception, match=r"id 16 is outside \[0, 16\)"):
         made(np.array([16]))
+
+
+def test_rows_of_several_tasks_meet_their_own_embeddings() -> None:
+    tasks = {"x": lora("embed_tokens"), "y": lora("q_proj"), "z": lora("lm_head", r=2)}
+    made = get_multitask_model(small.base("float64", tie_word_embeddings=True), tasks).eval()
+    for p in trained(made).values():
+        p.data = np.random.default_rng(p.size).standard_normal(p.shape)
+    ids, names = np.concatenate([IDS, IDS]), ["z", "y", "x", "__base__"]
+    mixed = made(ids, tasks=names).numpy()
+    for row, name in enumerate(names):
+        assert near(mixed[row], made(ids[row : row + 1], tasks=name).numpy()[0])
+    assert near(made.merge_task("x", tied="untie")(ids).numpy()[2], mixed[2])
+    with pytest.raises(ConfigError, match="tied='untie'"):
+        made.merge_task("x")
+    made.declare("both", ["x", "z"])
+    with pytest.raises(ConfigError, match="x, z adapt an embedding, where two cannot be put together as one LoRA"):
+        made.task_adapter("both")
+
+
+@pytest.mark.parametrize("tying", [False, True])
+def test_verify_measures_what_stands_between_the_ends(tying: bool, tmp_path: Path) -> None:
+    small.base(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    made = model("embed_tokens", "q_proj", dtype="float32", ensure_weight_tying=tying)
+    made.save_pretrained(tmp_path / "adapter")
+    report = verify_files(tmp_path / "base", tmp_path / "adapter")
+    assert [f.layer.rpartition(".")[2] for f in report.layers] == ["q_proj"] * 2
+    assert all(row.ok for row in report.rows)

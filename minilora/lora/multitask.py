@@ -43,10 +43,12 @@ from ..nn import replace_module
 from .adalora import AdaLoraAdapter
 from .config import LoraConfig
 from .dora import DoraAdapter
+from .embedding import LoraEmbedding
 from .hydra import HydraAdapter
 from .layer import LoraLinear, chosen
 from .model import PeftModel
 from .plan import PREFIX, wrappers
+from .tokens import TrainableTokens
 
 BASE = "__base__"  # the task of rows that run no adapter: PEFT's word
 SHARED = "shared"  # the adapter of all tasks
@@ -200,14 +202,14 @@ class MultiTask(PeftModel):
 
     # ---- one task by itself -----------------------------------------------------------------------------------------
 
-    def merge_task(self, task: str, requantize: bool = False) -> Any:
+    def merge_task(self, task: str, requantize: bool = False, tied: str | None = None) -> Any:
         """A plain model, this task's adapters merged into a copy of the base. ConfigError if one cannot be merged.
 
         `merge_and_unload(adapter_names=model.adapters_of(task))` needs no copy, and leaves no other task.
         """
         names = self.adapters_of(task)
         twin = copy.deepcopy(self, {id(p.backend): p.backend for p in self.model.parameters()})
-        return twin.merge_and_unload(adapter_names=names, requantize=requantize) if names else twin.unload()
+        return twin.merge_and_unload(False, True, names, requantize, tied) if names else twin.unload()
 
     def merge_adapter(
         self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, requantize: bool = False,
@@ -246,6 +248,9 @@ class MultiTask(PeftModel):
         if not names:
             raise ConfigError(f"{task} runs no adapter: there is nothing to export")
         layers = {path: m for path, m in self._wrappers().items() if isinstance(m, LoraLinear)}
+        ends = [m for m in self._wrappers().values() if isinstance(m, (LoraEmbedding, TrainableTokens))]
+        if len(names) > 1 and any(name in end.held for end in ends for name in names):
+            raise ConfigError(f"{', '.join(names)} adapt an embedding, where two cannot be put together as one LoRA")
         for name in names:
             kinds = {type(layer.adapters[name]) for layer in layers.values() if name in layer.adapters}
             if HydraAdapter in kinds:

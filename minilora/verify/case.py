@@ -22,6 +22,7 @@ import numpy as np
 from .. import functional as F
 from ..backend import Array
 from ..lora import AdaLoraAdapter, AdaLoraConfig, DoraAdapter, LoraAdapter, LoraConfig, LoraLinear, PeftModel
+from ..lora.embedding import HeadAdapter
 from ..lora.plan import wrappers
 from ..lora.targets import pattern_value
 from ..nn import Linear
@@ -234,7 +235,9 @@ def cases_of(model: PeftModel, adapter_name: str = "default", seed: int = 0) -> 
     """Every adapted layer of a model, with a random input."""
     config = model.peft_config[adapter_name]
     for number, (path, layer) in enumerate(wrappers(model.get_base_model())):
-        if isinstance(layer, LoraLinear) and adapter_name in layer.adapters:
+        if not isinstance(layer, LoraLinear) or isinstance(layer.held.get(adapter_name), HeadAdapter):
+            continue  # a tied head's numbers are its embedding's
+        if adapter_name in layer.adapters:
             rng, base = np.random.default_rng([seed, number]), layer.base_layer
             x = rng.standard_normal((2, 4, base.in_features)).astype(base.dtype)
             yield Case(path, layer, x, {adapter_name: _of_layer(config, path)}, seed + number)
