@@ -12,10 +12,15 @@ lora      dW = s B A
 dora      W' = m (W + dW) / |W + dW|
 adalora   dW = s B diag(E) A, and which triplets of it are worth keeping
 hydra     y = W x + s sum_i w_i(x) B_i A x, one A and several B's
-layer     where adapters live: a base, adapters by name, merging
+embedding the same on an embedding, and on the head that has its weight
+tokens    a few rows of an embedding, and nothing else of it
+layer     where adapters live: a base, adapters by name
+merging   dW put into a copy of the base's weight, and taken out again
 model     get_peft_model and PeftModel
 multitask several tasks in one batch, each with adapters of its own
 plan      what a configuration means for a model, found out before anything is touched
+injection what a plan says, done
+keys      the names of an adapter's tensors, here and in PEFT's files
 targets   which names are meant, by PEFT's rules
 patterns  regular expressions that cannot hang
 """
