@@ -238,6 +238,17 @@ def test_a_broken_adapter_merges_nowhere() -> None:
     assert bits(made) == before
 
 
+def test_by_the_weights_of_a_step_gradients_are_the_same() -> None:
+    made = model("embed_tokens", "q_proj", ensure_weight_tying=True)
+    alone = step(made)
+    made.prepare_step()
+    assert made.get_base_model().lm_head._effective
+    prepared = step(made)
+    made.end_step()
+    assert list(prepared) == list(alone)
+    assert all(near(prepared[name], alone[name]) for name in alone)
+
+
 # ---- what does not go together ----
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -312,6 +323,7 @@ def test_tying_that_concerns_nothing_warns(tie: bool) -> None:
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
         {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2]},
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 2], "lm_head": [1]}},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 2], "lm_head": [5, 2]}},
     ],
     ids=str,
 )

@@ -154,3 +154,12 @@ def test_a_head_goes_by_the_embedding_in_all_adapters_or_in_none() -> None:
             made.add_adapter("b", config(second))
         assert bits(made) == before
         assert list(made.peft_config) == ["default"]
+
+
+def test_a_file_with_trained_rows_holds_no_weight_of_the_base() -> None:
+    made = get_peft_model(small.base(), LoraConfig(target_modules=["lm_head"], trainable_token_indices=ROWS))
+    ends = {key.removeprefix("base_model.model.") for key in made.state_dict()}
+    factors = {"lm_head.lora_A.weight", "lm_head.lora_B.weight"}
+    assert ends == factors | {"model.embed_tokens.token_adapter.trainable_tokens_delta"}
+    without = get_peft_model(small.base(), LoraConfig(target_modules=["lm_head"])).state_dict()
+    assert {key.removeprefix("base_model.model.") for key in without} == factors | {"lm_head.base_layer.weight"}
