@@ -644,7 +644,7 @@ def adapter_rows() -> Iterator[Row]:
         "peft_type": "VERA", "use_dora": "yes", "lora_bias": True, "layer_replication": [[0, 1]],
         "megatron_config": {"a": 1}, "megatron_core": "os", "init_lora_weights": "../weights",
         "loftq_config": {"bits": 4}, "target_parameters": ["x"], "alora_invocation_tokens": [1],
-        "trainable_token_indices": [0], "task_type": "SEQ_CLS", "bias": "some",
+        "trainable_token_indices": [0, 0], "ensure_weight_tying": "yes", "task_type": "SEQ_CLS", "bias": "some",
     }.items():  # fmt: skip
         yield adapter_config(48, f"{name} = {value!r}", name, **{name: value})
     harmless = {"base_model_class": "Evil", "parent_library": "os"}

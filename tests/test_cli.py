@@ -339,6 +339,8 @@ LORA_WORDS = {
     "layers_to_transform": ("0,2", [0, 2]),
     "layers_pattern": ("layers", ["layers"]),
     "modules_to_save": ("lm_head,norm", ["lm_head", "norm"]),
+    "trainable_token_indices": ("3,1", [3, 1]),
+    "ensure_weight_tying": (None, True),
     "fan_in_fan_out": (None, True),
 }
 
@@ -636,7 +638,9 @@ BAD = [
     (f"{F} --target-modules '(q_proj'", 2, "(q_proj"),
     (f"{F} --target-modules ''", 2, "target_modules"),
     (f"{F} --target-modules ,", 2, "target_modules"),
-    (f"{F} --target-modules lm_head", 2, "lm_head"),
+    (f"{F} --target-modules embed_tokens --method adalora", 2, "embed_tokens"),
+    (f"{F} --trainable-token-indices 256", 2, "has no row 256"),
+    (f"{F} --trainable-token-indices 1,x", 2, "'1,x'"),
     (f"{F} --target-modules norm", 2, "norm"),
     (f"{F} --target-modules '{'(' * 500}'", 2, "((("),
     (f"{F} --exclude-modules 'q_proj,v_proj'", 2, "no target"),

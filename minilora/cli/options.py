@@ -57,7 +57,7 @@ def _layers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of layer numbers") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers") from None
 
 
 def _initialiser(text: str) -> bool | str:
@@ -85,6 +85,8 @@ LORA_OPTIONS: dict[str, dict[str, Any]] = {
     "layers_to_transform": {"type": _layers, "metavar": "N,N", "help": "such as 0,1"},
     "layers_pattern": {"type": _names, "metavar": "NAME", "help": "what the number follows in a name, such as layers"},
     "modules_to_save": {"type": _names, "metavar": "NAME,NAME", "help": "trained whole, such as lm_head"},
+    "trainable_token_indices": {"type": _layers, "help": argparse.SUPPRESS},  # rows of the embedding, such as 0,7
+    "ensure_weight_tying": {"action": "store_true", "help": argparse.SUPPRESS},  # a tied head goes by the embedding
     "fan_in_fan_out": {"action": "store_true", "help": argparse.SUPPRESS},  # taken, and found out anyway
 }
 ADALORA_OPTIONS: dict[str, dict[str, Any]] = {

@@ -116,7 +116,10 @@ def plan_adapter(model: Any, config: LoraConfig, keys: Container[str] = ()) -> P
     both: dict[str, type] = {**there, **kinds, **dict.fromkeys(saved, SavedModule), **rows}
     for path, kind in both.items():
         if there.get(path, kind) is not kind or any(p.startswith(path + ".") for p in both):
-            raise ConfigError(f"{path} cannot be saved whole and also be adapted, or hold what is adapted or saved")
+            raise ConfigError(
+                f"{path} cannot be saved whole and also be adapted, nor be adapted and have trainable tokens, nor hold "
+                "what is"
+            )
     _check_head(dict(wrappers(model)), token_head, tokens)
     on_linear = [p for p in found if kinds[p] is LoraLinear]
     fan_in_fan_out = config.fan_in_fan_out  # PEFT's: of the last layer
