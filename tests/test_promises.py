@@ -426,10 +426,13 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
         half = x.shape[-1] // 2
         return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
-    def attention(qkv: Any, heads: int, kv_heads: int, **_: Any) -> Any:
+    def attention(qkv: Any, heads: int, kv_heads: int, rotate: bool = True, window: int | None = None, **_: Any) -> Any:
         q, k, v = qkv.reshape(*qkv.shape[:2], -1, 4).split((heads, kv_heads, kv_heads), dim=2)
-        q, k, v = (z.transpose(1, 2) for z in (rope(q), rope(k), v))
-        return tf.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+        q, k, v = (z.transpose(1, 2) for z in ((rope(q), rope(k), v) if rotate else (q, k, v)))
+        order = torch.arange(qkv.shape[1])
+        age = order[:, None] - order
+        seen = (age >= 0) & (age < (window or len(order)))
+        return tf.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2).flatten(2)
 
     return {
         **{name: number(getattr(torch, name)) for name in ("add", "sub", "mul", "div", "maximum", "minimum")},
