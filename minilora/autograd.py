@@ -546,7 +546,7 @@ def index(x: Tensor, key: Any) -> Tensor:
 def concat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     tensors = operands(*tensors)
     xp = namespace(*tensors)
-    cuts = [int(c) for c in np.cumsum([t.shape[axis] for t in tensors])[:-1]]
+    cuts = list(itertools.accumulate(t.shape[axis] for t in tensors[:-1]))
     y = xp.concatenate([t.data for t in tensors], axis=axis)
     return record(y, tensors, lambda dy: tuple(xp.split(dy, cuts, axis=axis)))
 

@@ -7,6 +7,7 @@ vocabulary, I in, O out, r rank, N rows.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ class Effective:
     """
 
     def __init__(self, weight: Array, layers: Sequence[tuple[int, Tensor | None, Parts]], stacked: bool = False):
-        ends = np.cumsum([size for size, _, _ in layers]).tolist()
+        ends = list(itertools.accumulate(size for size, _, _ in layers))
         self.weight = weight.reshape(len(layers), -1, weight.shape[1]) if stacked else weight
         self.stacked = stacked
         self.rows = [slice(end - size, end) for end, (size, _, _) in zip(ends, layers, strict=True)]
