@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -65,6 +66,7 @@ class ByteTokenizer:
 
     note: str = ""  # why bytes were chosen, where the model's own files do not say so
     vocab_size: ClassVar[int] = 256
+    eos: ClassVar[int | None] = None  # all 256 bytes may stand in a text
 
     def encode(self, text: str | bytes, add_special_tokens: bool = False) -> NDArray[np.int32]:
         """The bytes of the text, a str as UTF-8. There are no special tokens to add."""
@@ -112,6 +114,18 @@ class HubTokenizer:
                     if os.fstat(file.fileno()).st_size > MAX_TOKENIZER_BYTES:
                         raise DataError(f"{quoted(beside)}: expected at most {MAX_TOKENIZER_BYTES} bytes")
                     self._files[name] = file.read()
+
+    @cached_property
+    def eos(self) -> int | None:
+        """The id of the token that ends a text: tokenizer_config.json's eos_token. None where it names none."""
+        try:  # by Python's own parser: what is there besides is not ours, and has integers of 31 digits
+            config = json.loads(self._files.get("tokenizer_config.json", b"{}"))
+        except (ValueError, RecursionError):
+            raise DataError(f"the tokenizer_config.json beside {quoted(self._path)} is not JSON") from None
+        token = config.get("eos_token") if isinstance(config, dict) else None
+        token = token.get("content") if isinstance(token, dict) else token
+        with self._usable():
+            return self._tokenizer.token_to_id(token) if isinstance(token, str) else None
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
@@ -364,18 +378,64 @@ def rows_by_task(tasks: Sequence[str]) -> dict[str, NDArray[np.intp]]:
     return {task: np.flatnonzero([other == task for other in tasks]) for task in sorted(set(tasks))}
 
 
-def _cut(tokens: Ids, starts: NDArray[np.int64], context: int) -> Batch:
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A text that was cut into windows beforehand, and of which not every token is to be learned.
+
+    ids (N,), integers; counts (N,), bool, where a token is a target; edges (W + 1,): window w is ids[edges[w] :
+    edges[w + 1]]. The first token of a window is no target, whatever `counts` says. DataError unless the edges rise
+    from 0 to N and something counts in every window.
+    """
+
+    ids: Ids
+    counts: NDArray[np.bool_]
+    edges: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        n, edges = len(self.ids), self.edges
+        if self.counts.dtype != bool or self.counts.shape != self.ids.shape or edges.ndim != 1 or len(edges) < 2:
+            raise DataError("expected a bool for each of the ids, and the edges of at least one window")
+        if edges[0] != 0 or edges[-1] != n or np.diff(edges).min() < 1:
+            raise DataError(f"the edges of the windows must rise from 0 to {n}")
+        targets = self.counts.copy()
+        targets[edges[:-1]] = False
+        if not np.logical_or.reduceat(targets, edges[:-1]).all():
+            raise DataError("a window in which no token counts cannot be trained on")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def windows(self, starts: NDArray[np.int64], context: int) -> Batch:
+        """Those that begin at `starts` (B,). Beyond a window's end ids are 0, and targets IGNORE as where none counts.
+
+        Inside a window attention is the ordinary causal one: a record sees those that are packed before it.
+        """
+        batch = _cut(self.ids, starts, context)
+        places = starts[:, None] + np.arange(1, context + 1)  # of the targets
+        inside = places < self.edges[np.searchsorted(self.edges, starts, "right")][:, None]
+        counted = inside & self.counts[np.minimum(places, len(self) - 1)]
+        return Batch(np.where(inside, batch.ids, 0), np.where(counted, batch.targets, IGNORE))
+
+
+def _cut(text: Ids | Packed, starts: NDArray[np.int64], context: int) -> Batch:
     """The windows of T + 1 tokens from `starts` (B,) on. Positions beyond the text have id 0 and target IGNORE."""
+    if isinstance(text, Packed):
+        return text.windows(starts, context)
     positions = starts[:, None] + np.arange(context)  # (B, 1) + (T,) -> (B, T)
-    last = len(tokens) - 1  # it is only ever a target
-    ids, targets = (tokens[np.minimum(positions + shift, last)].astype(np.int64) for shift in (0, 1))
+    last = len(text) - 1  # it is only ever a target
+    ids, targets = (text[np.minimum(positions + shift, last)].astype(np.int64) for shift in (0, 1))
     return Batch(np.where(positions < last, ids, 0), np.where(positions < last, targets, IGNORE))
 
 
-def _check_text(tokens: Ids, needed: int, **counts: int) -> None:
+def _check_text(text: Ids | Packed, needed: int, **counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise ConfigError(f"{name} must be 1 or more, got {count!r}")
+    if isinstance(text, Packed):
+        longest = int(np.diff(text.edges).max())
+        if longest > counts["context"] + 1:
+            raise DataError(f"packed into windows of up to {longest} tokens: a context of {longest - 1} is needed")
+    tokens, needed = (text.ids, 2) if isinstance(text, Packed) else (text, needed)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise DataError(f"expected the ids of one text, integers (N,), got {tokens.dtype} {tokens.shape}")
     if len(tokens) < needed:
@@ -387,16 +447,19 @@ class Windows:
 
     An epoch visits n = len(self) windows of T + 1 tokens at stride T, each once, in an order and from an offset drawn
     from (seed, epoch): other tokens meet in every epoch. Sequence b of a batch is number g = step * batch_size + b of
-    the run: window g mod n of epoch g div n. The text is integers (N,), N > T = context, or else DataError.
+    the run: window g mod n of epoch g div n. The text is integers (N,), N > T = context, or else DataError; or it is
+    packed, and its windows are its own, of T + 1 tokens at most, without an offset.
     """
 
-    def __init__(self, tokens: Ids, context: int, batch_size: int, seed: int = 0):
+    def __init__(self, tokens: Ids | Packed, context: int, batch_size: int, seed: int = 0):
         _check_text(tokens, context + 1, context=context, batch_size=batch_size)
         if seed < 0:
             raise ConfigError(f"seed must be 0 or more, got {seed!r}")
         self.tokens, self.context, self.batch_size, self.seed = tokens, context, batch_size, seed
         # One window less than would fit, where there is more than one: this leaves a whole stride for the offset.
         self._count = max(1, (len(tokens) - context) // context)
+        if isinstance(tokens, Packed):
+            self._count = len(tokens.edges) - 1
         self._latest: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
@@ -410,8 +473,11 @@ class Windows:
         """Where the windows of an epoch begin, in the order of their visit."""
         if self._latest[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            offset = rng.integers(len(self.tokens) - len(self) * self.context)
-            self._latest = epoch, offset + self.context * rng.permutation(len(self))
+            if isinstance(self.tokens, Packed):
+                self._latest = epoch, self.tokens.edges[rng.permutation(len(self))]
+            else:
+                offset = rng.integers(len(self.tokens) - len(self) * self.context)
+                self._latest = epoch, offset + self.context * rng.permutation(len(self))
         return self._latest[1]
 
     def batch(self, step: int) -> Batch:
@@ -429,7 +495,7 @@ class TaskWindows:
     number of sequences a batch must reach every task: ConfigError if it does not.
     """
 
-    def __init__(self, texts: Mapping[str, Ids], context: int, batch_size: int, seed: int = 0):
+    def __init__(self, texts: Mapping[str, Ids | Packed], context: int, batch_size: int, seed: int = 0):
         if not texts or batch_size < len(texts):
             raise ConfigError(f"a batch of {batch_size} sequences cannot hold one of each of {len(texts)} tasks")
         self.tasks = [list(texts)[b % len(texts)] for b in range(batch_size)]
@@ -452,13 +518,18 @@ class TaskWindows:
         return Batch(np.stack(ids), np.stack(targets), tasks=self.tasks)
 
 
-def evaluation_windows(tokens: Ids, context: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+def evaluation_windows(
+    tokens: Ids | Packed, context: int, batch_size: int, limit: int | None = None
+) -> Iterator[Batch]:
     """Consecutive windows, in which every token but the first is a target exactly once. The last may be padded.
 
     With a `limit`, so many of these windows at most, spread evenly over the text. DataError for fewer than 2 tokens.
+    A packed text has its own windows, in their order.
     """
     _check_text(tokens, 2, context=context, batch_size=batch_size, limit=1 if limit is None else limit)
-    count = math.ceil((len(tokens) - 1) / context)
+    packed = tokens.edges[:-1] if isinstance(tokens, Packed) else None
+    count = math.ceil((len(tokens) - 1) / context) if packed is None else len(packed)
     kept = min(count, limit or count)
-    starts = np.arange(kept, dtype=np.int64) * count // kept * context
+    places = np.arange(kept, dtype=np.int64) * count // kept
+    starts = places * context if packed is None else packed[places]
     return (_cut(tokens, starts[i : i + batch_size], context) for i in range(0, kept, batch_size))

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from .anomaly import explain_non_finite
 from .backend import Array
-from .data import Batch, Ids, TaskWindows, Windows, evaluation_windows
+from .data import Batch, Ids, Packed, TaskWindows, Windows, evaluation_windows
 from .errors import CheckpointError, ConfigError, DivergenceError, Interrupted, NonFiniteError
 from .formats import load_file, save_file
 from .lora import AdaLoraConfig, MultiTask, PeftModel, RankAllocator
@@ -105,7 +105,7 @@ class Result:
     seconds: float
 
 
-Text = Ids | Mapping[str, Ids]  # ids (N,); or of each task, by its name
+Text = Ids | Packed | Mapping[str, Ids | Packed]  # ids (N,), or records packed; or of each task, by its name
 
 
 class Run:
@@ -249,7 +249,8 @@ def train(
 ) -> Result:
     """Train every parameter that requires a gradient on `tokens` (N,); returns in eval mode, AdaLoRA's ranks cut.
 
-    tokens    or texts by task: each batch then has sequences of all, and to a `MultiTask` model they are its tasks'
+    tokens    or a `Packed` text, whose targets that do not count are no part of the loss;
+              or texts by task: each batch then has sequences of all, and to a `MultiTask` model they are its tasks'
     out       the run's folder, for log.jsonl, eval.jsonl and checkpoints; held by `runs.locked`, made if need be
     held_out  ids to evaluate on at step 0, every `eval_every` steps and at the end; by task: the mean of the tasks
     resume    "auto" or a checkpoint's folder: go on from there
@@ -355,7 +356,7 @@ def divergence(losses: Sequence[float], vocabulary: int, warmup: int = 0) -> str
 
 def evaluate(
     model: Any,
-    tokens: np.ndarray,
+    tokens: Ids | Packed,
     context: int,
     *,
     limit: int | None = None,
@@ -364,6 +365,8 @@ def evaluate(
     stopped: Sequence[object] = (),
 ) -> float:
     """The mean of -log p over every token of a text but the first, in nats; at most `limit` windows of it.
+
+    Of a `Packed` text it is the mean over the tokens that count.
 
     It ends early, with NaN, when something appears in `stopped`. NonFiniteError if it is not a number otherwise: the
     weights, or what they give, have a NaN or an infinity.
@@ -418,10 +421,18 @@ def _identity(model: Any, settings: Settings, tokens: Text, trained: list[tuple[
     for _, p in model.named_parameters():
         if not p.requires_grad:
             frozen.update(np.ascontiguousarray(p.numpy()).data.cast("B"))
-    texts: Mapping[str, Ids] = tokens if isinstance(tokens, Mapping) else {"": tokens}
-    read = {task: hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest() for task, ids in texts.items()}
+    texts: Mapping[str, Ids | Packed] = tokens if isinstance(tokens, Mapping) else {"": tokens}
+    read = {task: _checksum(ids) for task, ids in texts.items()}
     text: Any = [list(item) for item in read.items()] if isinstance(tokens, Mapping) else read[""]
     return {**shape, **numbers, "text": text, "parameters": names, "frozen weights": frozen.hexdigest()}
+
+
+def _checksum(text: Ids | Packed) -> str:
+    """Of the ids; of a packed text, of what counts and of its windows too."""
+    found = hashlib.sha256()
+    for array in (text.ids, text.counts, text.edges) if isinstance(text, Packed) else (text,):
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
 
 
 def _allocator(model: Any, settings: Settings, trained: list[tuple[str, Parameter]]) -> RankAllocator | None:

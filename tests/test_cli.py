@@ -83,6 +83,13 @@ def made(tmp_path_factory):
         Path("short.txt").write_bytes(b"abcd")
         Path("half.txt").write_bytes(TEXT[:18])
         Path("smile.txt").write_text("\N{SLIGHTLY SMILING FACE}", encoding="utf-8")
+        sums = [{"prompt": f"{a} + {b} = ", "completion": f"{a + b}\n"} for a in range(9) for b in range(4)]
+        Path("sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sums))
+        Path("one.jsonl").write_text('{"text": "only one"}\n')
+        Path("chat.jsonl").write_text('\n{"messages": [{"role": "user", "content": "hi"}]}\n')
+        Path("wordy.jsonl").write_text(json.dumps({"prompt": "why? " * 9, "completion": "because"}) + "\n")
+        Path("damaged.jsonl").write_text('{"text": "well"}\n{"text": "not so')
+        Path("bare.jsonl").write_text("\n\n")
         Path("folder").mkdir()
         Path("full").mkdir()
         Path("full", "mine.txt").write_text("keep me")
@@ -155,6 +162,41 @@ def test_hyphens_and_underscores_are_alike(style, world, tmp_path):
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["lora_alpha"], config["target_modules"]) == (3, ["o_proj"])
     assert len((tmp_path / "out" / "eval.jsonl").read_text().splitlines()) == 2
+
+
+def test_records_are_trained_on_and_measured(world, tmp_path):
+    out = tmp_path / "out"
+    line = f"finetune --base base --steps 8 --lr 0.05 --warmup 0 {TINY} --out '{out}'"
+    said = ok(f"{line}/one --data sums.jsonl")
+    found = re.search(r"per byte ([0-9.]+) -> ([0-9.]+)", said)
+    assert found is not None
+    assert float(found[2]) < float(found[1])
+    # Two windows a step, of 17 bytes: each has room for one sum of 10 or 11, of which the last 2 or 3 count.
+    log = [json.loads(x) for x in (out / "one" / "log.jsonl").read_text().splitlines()]
+    assert {4, 5, 6} >= {x["tokens"] for x in log}
+    loss = json.loads((out / "one" / "eval.jsonl").read_text().splitlines()[-1])["loss"]
+    lines = Path("sums.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "held.jsonl").write_text("".join(lines[-4:]))  # the last tenth of 36
+    (tmp_path / "kept.jsonl").write_text("".join(lines[:-4]))
+    measured = ok(f"evaluate --base base --adapter '{out}/one' --data '{tmp_path}/held.jsonl' --context 16")
+    assert measured.startswith(f"loss {loss:.6f} nats a token, {loss / np.log(2):.4f} bits a byte")
+    ok(f"{line}/two --data '{tmp_path}/kept.jsonl' --eval-data '{tmp_path}/held.jsonl'")
+    files = [(out / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+    ok(f"{line}/three --data sums.jsonl --eval-data book.txt")
+    ok(f"{line}/four --data book.txt --eval-data sums.jsonl")
+    ok(f"{line}/five --tasks sums.jsonl book.txt")
+    assert MultiTask.from_pretrained(CausalLM.from_pretrained("base"), out / "five").tasks.keys() == {"sums", "book"}
+
+
+def test_a_record_that_is_cut_is_told_of(world, tmp_path):
+    (tmp_path / "long.jsonl").write_text('{"text": "' + "x" * 30 + '"}\n{"text": "short"}\n')
+    line = f"finetune --base base --data '{tmp_path}/long.jsonl' --steps 1 {TINY} --out '{tmp_path}/out'"
+    code, _, err = run(words(line))
+    assert code == 0
+    assert err.count("\n") == 1
+    assert err.startswith("minilora: warning: ")
+    assert "1 of 2 records are longer than 17 tokens and lose their ends, 13 of 35 tokens" in err
 
 
 def test_a_value_keeps_its_underscores_and_hyphens(world):
@@ -598,6 +640,16 @@ BAD = [
     (f"{F} --data short.txt", 3, "short.txt"),
     ("demo --out new --pretrain-data short.txt", 3, "--pretrain-data short.txt"),
     ("demo --out new --adapt-data missing.txt", 4, "missing.txt"),
+    # records
+    (f"{F} --data bare.jsonl", 3, "'bare.jsonl' has no record"),
+    (f"{F} --data one.jsonl", 3, "--data one.jsonl: expected 2 records or more"),
+    (f"{F} --data chat.jsonl", 3, "'chat.jsonl' line 2: 'messages' needs the tokenizer's chat template"),
+    (f"{F} --data wordy.jsonl", 3, "'wordy.jsonl' line 1: there is nothing to learn: its first 45 of 52 tokens"),
+    (f"{F} --data missing.jsonl", 4, "missing.jsonl"),
+    *[(f"{x} --data damaged.jsonl", 3, "'damaged.jsonl' line 2: not valid JSON") for x in (F, P, E)],
+    *[(f"{x} --eval-data damaged.jsonl", 3, "'damaged.jsonl' line 2: not valid JSON") for x in (F, P)],
+    (f"{F} --data sums.jsonl --eval-data empty.txt", 3, "empty.txt"),
+    (T.replace("latin.txt", "one.jsonl"), 3, "--tasks one.jsonl: expected 2 records or more"),
     # context
     *[(f"{line} --context 0", 2, "context") for line in (P, F, E)],
     *[(f"{line} --context -1", 2, "context") for line in (P, F, E)],

@@ -18,7 +18,7 @@ ORDER = [
     ["functional", "lora.targets"],
     ["fused"],
     ["gradcheck", "nn", "data", "cache", "weights"],
-    ["optim", "quant", "gpt2", "lora.config"],
+    ["records", "optim", "quant", "gpt2", "lora.config"],
     ["bitsandbytes"],
     ["pretrained"],
     ["transformer"],

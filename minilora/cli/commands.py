@@ -18,7 +18,7 @@ import numpy as np
 
 from ..architecture import TransformerConfig
 from ..backend import get_backend, gpus
-from ..data import ByteTokenizer, HubTokenizer, load_tokenizer, prose, read_text, split_text
+from ..data import ByteTokenizer, HubTokenizer, Ids, Packed, load_tokenizer, prose, read_text, split_text
 from ..errors import ConfigError, DataError, MiniloraError, NonFiniteError
 from ..formats.disk import read_json
 from ..inspection import inspect_adapter, inspect_checkpoint
@@ -26,6 +26,7 @@ from ..lora import AdaLoraConfig, LoraConfig, MultiTask, PeftModel, get_multitas
 from ..lora.multitask import FILE as MULTITASK
 from ..quant import quantize
 from ..recipes import adapter_config, held_bytes, told
+from ..records import bytes_per_token, is_records, pack, read_records, split_records
 from ..runs import find_checkpoint, locked, numbered_folder, open_folder
 from ..transformer import CausalLM
 from .options import ADALORA_OPTIONS, LORA_OPTIONS, SHAPE
@@ -167,12 +168,11 @@ def evaluate(args: argparse.Namespace) -> None:
     from ..train import evaluate as measure
 
     model, tokenizer = _base(args)
-    text = read_text(args.data)
-    tokens = tokenizer.encode(text)
     context = args.context or min(256, model.config.max_position_embeddings)
     _within_positions(context, model.config.max_position_embeddings)
+    tokens, ratio = _text(args.data, tokenizer, context)
     loss = measure(model, tokens, context, limit=args.limit, threads=args.threads)
-    bits = bits_per_byte(loss, len(text) / len(tokens))
+    bits = bits_per_byte(loss, ratio)
     perplexity = math.exp(min(loss, 700))
     print(f"loss {loss:.6f} nats a token, {bits:.4f} bits a byte, perplexity {perplexity:.4f} (context {context})")
 
@@ -315,24 +315,48 @@ def _run_folder(args: argparse.Namespace, stem: str) -> Iterator[Path]:
         yield open_folder(out, own)
 
 
+def _text(data: str, tokenizer: ByteTokenizer | HubTokenizer, context: int) -> tuple[Ids | Packed, float]:
+    """(ids, bytes a token) of a text, or of records, to measure on."""
+    if is_records(data):
+        records = read_records(data, tokenizer, context)
+        return pack(records, context), bytes_per_token(records)
+    text = read_text(data)
+    tokens = tokenizer.encode(text)
+    return tokens, len(text) / max(1, len(tokens))
+
+
 def _texts(
     data: str, eval_data: str | None, tokenizer: ByteTokenizer | HubTokenizer, context: int, option: str = "--data"
-) -> tuple[np.ndarray, np.ndarray, float]:
+) -> tuple[Ids | Packed, Ids | Packed, float]:
     """(training ids, held-out ids, bytes a token). Without --eval-data the last tenth of --data is held out."""
-    text = read_text(data)
-    _long_enough(text, 2 if eval_data else 10, f"{option} {data}")
-    text, held_out = (text, read_text(eval_data)) if eval_data else split_text(text)
-    tokens = tokenizer.encode(text)
-    if len(tokens) < context + 1:
-        whole = "" if eval_data else " once its last tenth is held out"
-        raise DataError(
-            f"{option} {data}: a context of {context} needs at least {context + 1} tokens, it has {len(tokens)}{whole}"
-        )
-    held_ids = tokenizer.encode(held_out)
+    tokens: Ids | Packed
+    if is_records(data):
+        records = read_records(data, tokenizer, context)
+        if not eval_data:
+            try:
+                records, kept = split_records(records)
+            except DataError as error:
+                raise DataError(f"{option} {data}: {error}") from None
+            return pack(records, context), pack(kept, context), bytes_per_token(kept)
+        tokens = pack(records, context)
+    else:
+        text = read_text(data)
+        _long_enough(text, 2 if eval_data else 10, f"{option} {data}")
+        text, held_out = (text, b"") if eval_data else split_text(text)
+        tokens = tokenizer.encode(text)
+        if len(tokens) < context + 1:
+            whole = "" if eval_data else " once its last tenth is held out"
+            needed = f"a context of {context} needs at least {context + 1} tokens"
+            raise DataError(f"{option} {data}: {needed}, it has {len(tokens)}{whole}")
+    if eval_data:
+        held_ids, ratio = _text(eval_data, tokenizer, context)
+    else:
+        held_ids = tokenizer.encode(held_out)
+        ratio = len(held_out) / max(1, len(held_ids))
     if len(held_ids) < 2:
         what = f"{'--eval-data' if eval_data or option == '--data' else option} {eval_data or data}"
         raise DataError(f"{what}: needs at least 2 tokens to evaluate on, has {len(held_ids)}")
-    return tokens, held_ids, len(held_out) / len(held_ids)
+    return tokens, held_ids, ratio
 
 
 def _long_enough(text: bytes, least: int, what: str) -> None:

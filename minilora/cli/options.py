@@ -130,7 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--quantize", choices=QUANTIZE, default="none", metavar="Q", help=text)
 
     def training(sub: argparse.ArgumentParser, lr: float, tasks: bool = False) -> None:
-        sub.add_argument("--data", required=not tasks, metavar="FILE", help="text to train on")
+        text = "text to train on; a .jsonl has a text, or a prompt and a completion, a line"
+        sub.add_argument("--data", required=not tasks, metavar="FILE", help=text)
         if tasks:
             text = "or several texts: an adapter for each, trained in one batch"
             sub.add_argument("--tasks", nargs="+", metavar="FILE", help=text)
