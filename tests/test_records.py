@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import base, bits
 
-from minilora import LoraConfig, get_multitask_model, get_peft_model
+from minilora import CausalLM, LoraConfig, get_multitask_model, get_peft_model
 from minilora.data import (
     IGNORE,
     ByteTokenizer,
@@ -168,7 +168,9 @@ def test_a_packed_text_is_sound(counts, edges, named):
         Packed(np.arange(4), np.array(counts, bool), np.array(edges))
     with pytest.raises(DataError, match="a bool for each"):
         Packed(np.arange(4), np.ones(4), np.array([0, 4]))
-    Packed(np.arange(4), np.array([0, 1, 0, 1], bool), np.array([0, 2, 4]))
+    counts = np.ones(4, bool)
+    Packed(np.arange(4), counts, np.array([0, 2, 4]))
+    assert counts.all(), "the first of a window is no target, but what was given is not touched"
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -260,6 +262,24 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line, error, named):
     assert named in str(caught.value)
     assert "data.jsonl' line 3: " in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+GOOD = b'{"text": "good \\u00e9"}\n{"prompt": "a", "completion": "b"}\r\n\n{"text": "more"}'
+
+
+@given(st.lists(st.tuples(st.integers(0, len(GOOD)), st.integers(0, 4), st.binary(max_size=4)), max_size=4))
+def test_damage_ends_in_an_error_of_ours_or_in_records(place, damage):
+    data = GOOD
+    for at, gone, put in damage:
+        data = data[:at] + put + data[at + gone :]
+    try:
+        records = read_records(written(place, data), BYTES, 40)
+    except (FormatError, DataError) as error:
+        assert "data.jsonl'" in str(error)
+        assert damage
+    else:
+        assert all(1 <= record.first < len(record.ids) <= 41 for record in records)
+        assert pack(records, 40).ids.size == sum(len(record.ids) for record in records)
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):
@@ -444,6 +464,23 @@ def test_the_loss_is_that_of_the_tokens_that_count(tmp_path):
     assert result.losses[0] == pytest.approx(expected, rel=1e-13)  # one batch is the epoch
     assert result.evaluations[0][1] == pytest.approx(expected, rel=1e-13)
     assert json.loads((tmp_path / "out" / "log.jsonl").read_text())["tokens"] == 18
+
+
+@pytest.mark.oracle
+def test_a_prompt_is_masked_as_transformers_masks_it(llama):
+    import torch
+
+    folder, theirs = llama
+    records = [dataclasses.replace(record, ids=record.ids % 13) for record in sums(5)]
+    packed = pack(records, 15)
+    ids, labels = np.zeros((3, 16), np.int64), np.full((3, 16), -100)
+    for row, (start, stop) in enumerate(pairwise(packed.edges.tolist())):
+        ids[row, : stop - start] = packed.ids[start:stop]
+        labels[row, : stop - start] = np.where(packed.counts, packed.ids, -100)[start:stop]
+    assert (labels[2] != -100).sum() == 3, "the last window holds one record, and padding"
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids), labels=torch.tensor(labels)).loss.item()
+    assert evaluate(CausalLM.from_pretrained(folder), packed, 15) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_run_on_records_goes_on_as_if_it_had_not_stopped(tmp_path):
