@@ -29,6 +29,7 @@ from .formats.disk import PathLike, open_regular, parse_json, quoted
 
 SUFFIX = ".jsonl"
 MAX_LINE_BYTES = 16 << 20  # a line is the only part of a file that is held in memory whole
+MAX_VALUES = 1 << 16  # of JSON in a line: a record has four, and a conversation, which is refused by name, hundreds
 KINDS = {"text": ("text",), "prompt": ("prompt", "completion"), "completion": ("prompt", "completion")}
 
 
@@ -61,7 +62,7 @@ def read_records(path: PathLike, tokenizer: ByteTokenizer | HubTokenizer, contex
         raise ConfigError(f"context must be 1 or more, got {context!r}")
     records, cut, lost, total = [], 0, 0, 0
     for where, line in _lines(path):
-        prompt, text = _texts(parse_json(line, where), where)
+        prompt, text = _texts(parse_json(line, where, values=MAX_VALUES), where)
         try:
             record, whole = _record(tokenizer, prompt, text, context)
         except DataError as error:

@@ -226,6 +226,7 @@ def test_what_is_longer_is_cut_and_said_once(tmp_path):
         (b'{"text": "\\ud800"}\n', FormatError, "surrogates not allowed"),
         (b'{"text": "\xff"}\n', FormatError, "not valid JSON"),
         (b'{"text": ' + b"[" * 100_000 + b"\n", FormatError, "nested deeper than"),
+        (b'{"a": [' + b'"",' * 70_000 + b'""]}\n', FormatError, "more than 65536 lists, objects and texts"),
         (b'\xef\xbb\xbf{"text": "abc"}\n', FormatError, "BOM"),
         (b'{"text": "abc"', FormatError, "not valid JSON"),  # the file ends inside it
         (b'{"text": "' + b"x" * MAX_LINE_BYTES + b'"}\n', DataError, "longer than 16,777,216 bytes"),
@@ -275,11 +276,13 @@ def test_damage_ends_in_an_error_of_ours_or_in_records(place, damage):
     try:
         records = read_records(written(place, data), BYTES, 40)
     except (FormatError, DataError) as error:
-        assert "data.jsonl'" in str(error)
-        assert damage
+        said = str(error)
     else:
+        said = ""
         assert all(1 <= record.first < len(record.ids) <= 41 for record in records)
         assert pack(records, 40).ids.size == sum(len(record.ids) for record in records)
+    assert damage or not said
+    assert "data.jsonl'" in said or not said
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):
