@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .errors import FormatError
-from .formats import SafetensorsFile, read_adapter, read_checkpoint
-from .lora import AdaLoraConfig, HydraConfig, read_config
+from .formats import SafetensorsFile, read_checkpoint
+from .lora import AdaLoraConfig, HydraConfig
+from .tools.adapters import AdapterFile, base_key, mismatches
 
 Report = dict[str, Any]
 
@@ -44,46 +44,63 @@ def effective_rank(values: np.ndarray) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def inspect_adapter(folder: Path) -> Report:
+def inspect_adapter(folder: Path, base: str | Path | None = None) -> Report:
     """An adapter's folder: its configuration in short, and of each layer the size of dW and the rank it uses.
 
     Of DoRA dW stands for s B A, what is added to the direction, and beside it is how far the rows' lengths reach: how
-    long they were is the base's to say. Of HydraLoRA it is what an even mixture of its experts adds. FormatError for a
-    file that is damaged, or a lora_A without a lora_B (AdaLoRA's lora_E, DoRA's lora_magnitude_vector) that fits it.
+    long they were is the base's to say. Of HydraLoRA it is what an even mixture of its experts adds. With `base` a row
+    has |dW| / |W|, too, and "mismatches" lists what keeps the two apart. "spectra" are dW's singular values, by layer.
+    FormatError for a file that is damaged, or a lora_A without a lora_B (AdaLoRA's lora_E, DoRA's
+    lora_magnitude_vector) that fits it.
     """
-    raw, tensors = read_adapter(folder)
-    config = read_config(raw, str(folder / "adapter_config.json"))
-    rows = []
-    for key, A in tensors.items():
-        if key.endswith((".lora_A.weight", ".lora_A")):
-            layer, _, suffix = key.rpartition(".lora_A")
-            path, B = layer.removeprefix("base_model.model."), tensors.get(f"{layer}.lora_B{suffix}")
+    with AdapterFile(folder) as file:
+        config, rows, spectra = file.config, [], {}
+        for path in file.layers:
+            A, B, s, m = file.factors(path)
             experts = config.experts if isinstance(config, HydraConfig) else 1
-            if A.ndim != 2 or B is None or B.ndim != 2 or B.shape[1] != experts * A.shape[0]:
-                raise FormatError(f"{folder}: {path}: lora_A {A.shape} has no lora_B that fits it")
-            E = tensors.get(f"{layer}.lora_E") if isinstance(config, AdaLoraConfig) else np.ones((len(A), 1), A.dtype)
-            if E is None or E.shape != (len(A), 1):
-                raise FormatError(f"{folder}: {path}: lora_A {A.shape} has no lora_E that fits it")
-            s, B = config.scaling(path), B.reshape(len(B), experts, -1).mean(axis=1)
-            values = singular_values(A * E, B, s)
+            values = singular_values(A, B.reshape(len(B), experts, -1).mean(axis=1), s)
             row = {"layer": path, "shape": f"{B.shape[0]} x {A.shape[1]}", "r": A.shape[0], "scaling": f"{s:g}"}
             row |= {"|dW|": f"{np.linalg.norm(values):.4g}", "rank": f"{effective_rank(values):.2f}"}
-            if config.use_dora:
-                m = tensors.get(f"{layer}.lora_magnitude_vector")
-                if m is None or m.shape != (len(B),):
-                    raise FormatError(f"{folder}: {path}: lora_B {B.shape} has no lora_magnitude_vector that fits it")
+            if m is not None:
                 row["magnitude"] = f"{m.min():.4g} to {m.max():.4g}"
             rows.append(row)
-    return {
-        "adapter": str(folder),
-        "base": str(config.base_model_name_or_path),
-        "r": config.init_r if isinstance(config, AdaLoraConfig) else config.r,
-        "lora_alpha": config.lora_alpha,
-        "parameters": sum(a.size for a in tensors.values()),
-        "bytes": (folder / "adapter_model.safetensors").stat().st_size,
-        "finite": all(bool(np.isfinite(a).all()) for a in tensors.values()),
-        "tensors": rows,
-    }
+            spectra[path] = [float(value) for value in values]
+        sizes, broken = 0, []
+        for key in file.file.keys():  # noqa: SIM118  (a file is not a mapping)
+            array = file.file.read(key)
+            sizes += array.size
+            nan, inf = int(np.isnan(array).sum()), int(np.isinf(array).sum())
+            broken += [f"{key}: {nan} NaN, {inf} infinite"] if nan or inf else []
+        report: Report = {
+            "adapter": str(folder),
+            "base": str(config.base_model_name_or_path),
+            "r": config.init_r if isinstance(config, AdaLoraConfig) else config.r,
+            "lora_alpha": config.lora_alpha,
+            "parameters": sizes,
+            "bytes": (Path(folder) / "adapter_model.safetensors").stat().st_size,
+            "finite": not broken,
+        }
+        report |= {"not finite": broken} if broken else {}
+        if base is not None:
+            fields, checkpoint = read_checkpoint(base)
+            with checkpoint:
+                report["mismatches"] = mismatches(file, checkpoint, fields)
+                for row in rows:
+                    there = base_key(checkpoint, f"{row['layer']}.weight")
+                    W = float("nan") if there is None else norm(checkpoint.read(there))
+                    row["|dW| / |W|"] = f"{float(np.linalg.norm(spectra[str(row['layer'])])) / W:.4g}" if W else "-"
+    return {**report, "spectra": {p: None if np.isnan(v).any() else v for p, v in spectra.items()}, "tensors": rows}
+
+
+def norm(W: np.ndarray) -> float:
+    """The Frobenius norm, summed in float64 without a copy of W in it."""
+    return math.sqrt(float(np.sum(np.square(W, dtype=np.float64) if W.size < 1 << 16 else _squares(W))))
+
+
+def _squares(W: np.ndarray) -> np.ndarray:
+    flat = W.reshape(-1)
+    parts = range(0, flat.size, 1 << 16)
+    return np.array([np.square(flat[i : i + (1 << 16)], dtype=np.float64).sum() for i in parts])
 
 
 def inspect_checkpoint(path: Path) -> Report:

@@ -185,3 +185,24 @@ def _place(name: str) -> tuple[int, str]:
     """(number of the block or -1, last part of the name)"""
     parts = name.split(".")
     return next((int(part) for part in parts if part.isdecimal()), -1), parts[-1]
+
+
+def spectra(path: Path, layers: Mapping[str, Sequence[float] | None]) -> None:
+    """The singular values of each layer's dW, falling, on a logarithmic axis; a colour for each kind of layer.
+
+    layers   path of a layer -> its values, or None where they are not finite: that one is left out
+    """
+    plt = _pyplot()
+    kinds = sorted({name.rpartition(".")[2] for name in layers})
+    colours = {kind: plt.get_cmap("viridis")(i / max(1, len(kinds) - 1)) for i, kind in enumerate(kinds)}
+    figure, axis = plt.subplots(figsize=(6.5, 4))
+    for name, values in layers.items():
+        kind = name.rpartition(".")[2]
+        above = [value for value in values or () if value > 0]
+        line = axis.plot(range(1, len(above) + 1), above, color=colours[kind], linewidth=0.9, marker=".", markersize=3)
+        line[0].set_label(kind if kind in kinds else None)
+        kinds = [k for k in kinds if k != kind]
+    axis.set(yscale="log", xlabel="i", ylabel="singular value i of dW", title="How many directions each update uses")
+    axis.legend()
+    figure.savefig(path, bbox_inches="tight", metadata={"Software": None} if str(path).endswith(".png") else None)
+    plt.close(figure)

@@ -1,7 +1,9 @@
-"""The command line: demo, pretrain, finetune, generate, evaluate, merge, inspect, verify, devices.
+"""The command line: demo, pretrain, finetune, generate, evaluate, merge, inspect, diff, extract, resize, convert, ...
 
 options    the options of every command, and how each is read
 commands   a function each, which turns options into calls of the rooms below
+files      both, for the commands that need files alone
+shown      tables, and text that cannot steer a terminal
 
 Here is what they share: a user's mistake ends in one line on stderr and an exit code (errors.py), `--debug` shows where
 it came from, and a signal leaves nothing behind.
@@ -23,7 +25,20 @@ from ..errors import Interrupted, MiniloraError
 from .commands import COMMANDS
 from .options import build_parser, hyphens
 
-PATHS = ("base", "adapter", "data", "eval_data", "out", "resume", "pretrain_data", "adapt_data", "directory")
+PATHS = (
+    "base",
+    "adapter",
+    "data",
+    "eval_data",
+    "out",
+    "resume",
+    "pretrain_data",
+    "adapt_data",
+    "directory",
+    "other",
+    "tuned",
+    "plot",
+)
 SUCCESS, FAILED, IO = 0, 1, 4
 
 
@@ -64,9 +79,11 @@ def _run(argv: Sequence[str], debug: bool) -> int:
             parser.print_help()
             parser.error("no command was given")
         given = [(name, getattr(args, name, None)) for name in PATHS]
-        for name, path in [*given, *(("tasks", path) for path in getattr(args, "tasks", None) or ())]:
+        given += [("tasks", path) for path in getattr(args, "tasks", None) or ()]
+        given += [("adapter", path) for path in getattr(args, "adapters", None) or ()]
+        for name, path in given:
             if path is not None and (not path or "\0" in path):  # "" is what a shell makes of an unset variable
-                flag = "DIR" if name == "directory" else f"--{name.replace('_', '-')}"
+                flag = "DIR" if name in ("directory", "other") else f"--{name.replace('_', '-')}"
                 parser.error(f"argument {flag}: {path!r} is no path")
         COMMANDS[args.command](args)
         sys.stdout.flush()

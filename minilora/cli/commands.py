@@ -10,7 +10,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ from ..architecture import TransformerConfig
 from ..backend import get_backend, gpus
 from ..data import ByteTokenizer, HubTokenizer, Ids, Packed, load_tokenizer, prose, read_text, split_text
 from ..errors import ConfigError, DataError, MiniloraError, NonFiniteError
-from ..formats.disk import read_json
-from ..inspection import inspect_adapter, inspect_checkpoint
 from ..lora import AdaLoraConfig, LoraConfig, MultiTask, PeftModel, get_multitask_model, get_peft_model
 from ..lora.multitask import FILE as MULTITASK
 from ..quant import quantize
@@ -29,7 +27,9 @@ from ..recipes import adapter_config, held_bytes, told
 from ..records import bytes_per_token, is_records, pack, read_records, split_records
 from ..runs import find_checkpoint, locked, numbered_folder, open_folder
 from ..transformer import CausalLM
+from . import files
 from .options import ADALORA_OPTIONS, LORA_OPTIONS, SHAPE
+from .shown import print_table, printable
 
 MAX_PARAMETERS = 2**32  # 64 GiB to train; a shape beyond that is a mistake of typing
 
@@ -158,9 +158,9 @@ def generate(args: argparse.Namespace) -> None:
         ids.append(int(token[0]))
         text = tokenizer.decode(ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # wait for the rest of a character
-            print(_printable(text[len(shown) :]), end="", flush=True)
+            print(printable(text[len(shown) :]), end="", flush=True)
             shown = text
-    print(_printable(tokenizer.decode(ids)[len(shown) :]))
+    print(printable(tokenizer.decode(ids)[len(shown) :]))
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -177,38 +177,6 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"loss {loss:.6f} nats a token, {bits:.4f} bits a byte, perplexity {perplexity:.4f} (context {context})")
 
 
-def merge(args: argparse.Namespace) -> None:
-    out = Path(args.out).resolve()
-    for name, source in (("base", Path(args.base).resolve()), ("adapter", Path(args.adapter).resolve())):
-        if out == source or source in out.parents:
-            raise ConfigError(f"--out {args.out!r} is inside --{name}: choose another folder")
-    model, tokenizer = _base(args)
-    merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
-    with locked(args.out) as folder:
-        merged.save_pretrained(open_folder(folder))
-        if not tokenizer.note:  # a base that came without a tokenizer.json stays without
-            tokenizer.save(folder)
-    print(f"merged into {folder}")
-
-
-def inspect(args: argparse.Namespace) -> None:
-    folder = Path(args.directory)
-    if (folder / MULTITASK).exists():
-        tasks = read_json(folder / MULTITASK).get("tasks")
-        names = sorted({str(n) for own in tasks.values() for n in own}) if isinstance(tasks, dict) else []
-        raise ConfigError(f"{args.directory!r} holds several adapters: inspect one of them: {', '.join(names)}"[:300])
-    report = (inspect_adapter if (folder / "adapter_config.json").exists() else inspect_checkpoint)(folder)
-    if args.json:
-        print(json.dumps(report, indent=2))
-        return
-    for name, value in report.items():
-        if name != "tensors":
-            print(f"{name:18} {format(value, ',') if type(value) is int else _printable(str(value))}")
-    if report["tensors"]:
-        print()
-        _print_table(report["tensors"])
-
-
 def devices(args: argparse.Namespace) -> None:
     import threadpoolctl
 
@@ -218,7 +186,7 @@ def devices(args: argparse.Namespace) -> None:
     blas = [f"{p['internal_api']} {p['version']} with {p['num_threads']} threads" for p in pools]
     found = {"cpu": f"usable, {available_cores()} cores, {', '.join(blas) or 'no BLAS that threadpoolctl knows'}"}
     for name, state in {**found, **gpus()}.items():
-        print(f"{name:8} {_printable(state.removeprefix(f'device {name!r} is '))}")
+        print(f"{name:8} {printable(state.removeprefix(f'device {name!r} is '))}")
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -240,10 +208,10 @@ def verify(args: argparse.Namespace) -> None:
             (r.property, r.equation, f"{r.measured:.2e}", f"{r.bound:.2e}", f"{r.ratio:.3f}", r.ok, r.source)
             for r in report.rows
         )
-        _print_table([dict(zip(heads, row, strict=True)) for row in shown])
+        print_table([dict(zip(heads, row, strict=True)) for row in shown])
         if report.layers:
             print()
-            _print_table(
+            print_table(
                 [{k: f"{v:.4g}" if type(v) is float else v for k, v in f._asdict().items()} for f in report.layers]
             )
         print(f"\nworst measured / bound: {worst_ratio(report.rows):.3f}, of {len(report.rows)} properties")
@@ -383,16 +351,5 @@ def _print_result(result: Any, bits_per_byte: Callable[[float, float], float], r
     print(f"held-out bits per byte {before:.3f} -> {after:.3f} in {result.seconds:.0f} s")
 
 
-def _print_table(rows: Sequence[dict[str, Any]]) -> None:
-    widths = {key: max(len(key), *(len(_printable(str(row[key]))) for row in rows)) for key in rows[0]}
-    print("  ".join(f"{key:{width}}" for key, width in widths.items()).rstrip())
-    for row in rows:
-        print("  ".join(f"{_printable(str(row[key])):{width}}" for key, width in widths.items()).rstrip())
-
-
-def _printable(text: str) -> str:
-    """Control characters could steer the terminal: show them escaped."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
-
-
-COMMANDS = {f.__name__: f for f in (demo, pretrain, finetune, generate, evaluate, merge, inspect, verify, devices)}
+OWN = (demo, pretrain, finetune, generate, evaluate, verify, devices)
+COMMANDS = {**{f.__name__: f for f in OWN}, **files.COMMANDS}

@@ -17,6 +17,7 @@ from ..errors import ConfigError, FormatError
 from ..formats.disk import parse_json
 from ..lora import AdaLoraConfig, LoraConfig
 from ..recipes import ADALORA_FIELDS, METHODS, QUANTIZE
+from . import files
 
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
@@ -213,15 +214,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=int, metavar="N", help="at most N windows, spread over the text")
     common(sub)
 
-    sub = command("merge", "Add an adapter into its base's weights.", "--base base --adapter adapter --out merged")
-    model(sub, True)
-    sub.add_argument("--out", required=True, metavar="DIR", help="a new folder")
-    common(sub)
-
-    sub = command("inspect", "What an adapter or a checkpoint holds.", "adapter")
-    sub.add_argument("directory", metavar="DIR")
-    sub.add_argument("--json", action="store_true", help="for programs")
-    sub.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    files.define(command, _whole)
 
     sub = command("devices", "What there is to compute on: the CPU, and each GPU or why it cannot be used.", "")
     sub.add_argument("--debug", action="store_true", help="show a traceback when something fails")

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import FormatError
 from .disk import PathLike, json_after, quoted, read_json, require_folder
-from .safetensors import Array, load_file, save_file
+from .safetensors import Array, SafetensorsFile, save_file
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -66,8 +66,8 @@ PEFT_CONFIG_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 )
 
 
-def read_adapter(directory: PathLike) -> tuple[dict[str, Any], dict[str, Array]]:
-    """PEFT's folder -> (config as it stands in the file, arrays by PEFT's keys). BF16 comes as float32.
+def open_adapter(directory: PathLike) -> tuple[dict[str, Any], SafetensorsFile]:
+    """PEFT's folder -> (config as it stands in the file, its open tensors: close them, or use `with`).
 
     FileNotFoundError without the folder; FormatError when a file is missing or damaged.
     """
@@ -77,7 +77,14 @@ def read_adapter(directory: PathLike) -> tuple[dict[str, Any], dict[str, Array]]
             pickled = os.path.lexists(os.path.join(directory, "adapter_model.bin"))
             hint = "; adapter_model.bin is a pickle and is not read" if pickled else ""
             raise FormatError(f"{quoted(directory)} has no {name}{hint}")
-    return read_json(os.path.join(directory, CONFIG_FILE)), load_file(os.path.join(directory, WEIGHTS_FILE))
+    return read_json(os.path.join(directory, CONFIG_FILE)), SafetensorsFile(os.path.join(directory, WEIGHTS_FILE))
+
+
+def read_adapter(directory: PathLike) -> tuple[dict[str, Any], dict[str, Array]]:
+    """`open_adapter`, with the arrays by PEFT's keys read at once. BF16 comes as float32."""
+    config, file = open_adapter(directory)
+    with file:
+        return config, {key: file.read(key) for key in file.keys()}  # noqa: SIM118  (a file is not a mapping)
 
 
 def write_adapter(directory: PathLike, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:

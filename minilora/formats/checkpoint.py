@@ -30,10 +30,12 @@ class Checkpoint:
         require_folder(directory, "model")
         self.directory = os.fspath(directory)
         self._files: dict[str, SafetensorsFile] = {}
+        self.shards: dict[str, list[str]] = {}  # the files' names in the folder, and the keys of each
         with ExitStack() as opened:
             if os.path.lexists(os.path.join(directory, WEIGHTS_FILE)):
                 file = opened.enter_context(SafetensorsFile(os.path.join(directory, WEIGHTS_FILE)))
                 self._files = dict.fromkeys(file.keys(), file)
+                self.shards = {WEIGHTS_FILE: file.keys()}
             elif os.path.lexists(os.path.join(directory, INDEX_FILE)):
                 self._open_shards(opened)
             else:
@@ -71,6 +73,7 @@ class Checkpoint:
                 state = "is listed for it but not in it" if absent else "is in it but not listed for it"
                 raise FormatError(f"{where}: shard {quoted(shard)}: tensor {quoted(key)} {state}")
             self._files.update(dict.fromkeys(file.keys(), file))
+            self.shards[shard] = file.keys()
 
     def _file(self, key: str) -> SafetensorsFile:
         if key not in self._files:

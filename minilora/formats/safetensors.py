@@ -59,25 +59,28 @@ def bf16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 def bf16_from(array: Array) -> NDArray[np.uint16]:
     """float64, float32 or float16 -> bfloat16 bits (uint16, same shape), rounded once, to nearest with ties to even.
 
-    Rounding float64 first to float32 and then to bfloat16 can round twice in the same direction. The way out is to
-    round the first time to odd: cut toward zero and set the last bit if anything was lost. An odd last bit is never
-    a tie and never on the wrong side of one, so the second rounding decides as if it had seen every digit.
+    Rounding float64 first to float32 goes wrong only where that lands on a tie: halfway between two bfloat16, from a
+    number that was not. There one step back, towards that number, leaves the second rounding nothing to decide.
     """
     array = np.asarray(array)
     if array.dtype.kind != "f" or array.itemsize > 8:
         raise FormatError(f"bfloat16 is rounded from float64, float32 or float16, not from {array.dtype}")
-    with np.errstate(all="ignore"):  # beyond float32's range becomes inf and is repaired below; NaN may signal
-        single = array.astype(np.float32)
-        bits = np.array(single.view(np.uint32))
-        if array.dtype.itemsize == 8:
-            wide = single.astype(np.float64)
-            inexact = wide != array
-            bits -= inexact & (np.abs(wide) > np.abs(array))  # one step toward zero, also from inf
-            bits |= inexact
+    with np.errstate(all="ignore"):  # beyond float32's range is inf, and so it is beyond bfloat16's; NaN may signal
+        single = np.atleast_1d(array).astype(np.float32)
+    bits = single.view(np.uint32)
+    if array.itemsize == 8:
+        tie = (bits & np.uint32(0xFFFF)) == np.uint32(0x8000)
+        if tie.any():
+            wide, exact = np.abs(single[tie].astype(np.float64)), np.abs(np.atleast_1d(array)[tie])
+            bits[tie] += (exact > wide).astype(np.uint32) - (exact < wide).astype(np.uint32)
     nan = np.isnan(single)
-    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)  # the quiet bit: a NaN whose payload is cut must not become inf
-    bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return np.asarray(np.where(nan, quiet, bits >> np.uint32(16)), dtype=np.uint16)
+    upper = bits >> np.uint32(16)
+    bits += np.uint32(0x7FFF)
+    bits += upper & np.uint32(1)
+    bits >>= np.uint32(16)
+    if nan.any():  # the quiet bit: a NaN whose payload is cut must not become inf
+        bits[nan] = upper[nan] | np.uint32(0x40)
+    return bits.astype(np.uint16).reshape(array.shape)
 
 
 # ---- reading ----

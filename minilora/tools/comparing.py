@@ -1,0 +1,70 @@
+"""Two checkpoints, tensor by tensor: how far apart they are, and in how many directions."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..formats import Checkpoint, read_checkpoint
+
+Array = np.ndarray
+HALF_STEPS = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # of rounding, relative
+RANKED = 2048  # the shorter side of the largest matrix whose spectrum is computed unasked: above, it takes minutes
+
+
+def numerical_rank(D: Array, W: Array, half_step: float) -> int:
+    """How many singular values of D (O, I) stand out of what rounding W (O, I) to its stored type makes by itself.
+
+    Rounding errs like noise of at most u rms(W), whose largest singular value is about that times sqrt(O) + sqrt(I)
+    (Vershynin 2018, theorem 4.4.5).
+    """
+    values = np.linalg.svd(D, compute_uv=False)
+    noise = half_step * float(np.linalg.norm(W)) / math.sqrt(W.size or 1) * sum(map(math.sqrt, W.shape))
+    return int((values > noise).sum())
+
+
+def diff(a: str | Path, b: str | Path, ranks: bool | None = None) -> dict[str, Any]:
+    """What sets the checkpoint `b` apart from `a`: tensors that only one has, and of each other one |b - a|.
+
+    A row has |b - a| (Frobenius), that over |a|, the largest difference, and of a matrix the numerical rank of b - a:
+    with `ranks` always or never, by default (None) for those with a side of at most RANKED. None stands for what is
+    not finite, or is not known. FormatError for a damaged file.
+    """
+    with read_checkpoint(a)[1] as one, read_checkpoint(b)[1] as other:
+        both = [key for key in one.keys() if key in other]  # noqa: SIM118
+        rows = [
+            _row(one, other, key, ranks) for key in tqdm(both, desc="diff", unit=" tensors", disable=None, leave=False)
+        ]
+        return {
+            "a": str(a),
+            "b": str(b),
+            "only in a": sorted(set(one.keys()) - set(both)),
+            "only in b": sorted(set(other.keys()) - set(both)),
+            "tensors": rows,
+            "equal": sum(row["|b - a|"] == 0 for row in rows),
+        }
+
+
+def _row(one: Checkpoint, other: Checkpoint, key: str, ranks: bool | None) -> dict[str, Any]:
+    shape = one.shape(key)
+    row: dict[str, Any] = {"tensor": key, "shape": " x ".join(map(str, shape))}
+    row |= {"|b - a|": None, "relative": None, "largest": None, "rank": None}
+    if other.shape(key) != shape:
+        return {**row, "shape": f"{row['shape']} and {' x '.join(map(str, other.shape(key)))}"}
+    A = one.read(key, np.float64)
+    D = other.read(key, np.float64)
+    with np.errstate(all="ignore"):
+        D -= A
+        distance, size = float(np.linalg.norm(D)), float(np.linalg.norm(A))
+    if not math.isfinite(distance + size):
+        return row
+    relative = distance / size if size else None
+    row |= {"|b - a|": distance, "relative": relative if distance else 0.0, "largest": float(np.abs(D).max(initial=0))}
+    if len(shape) == 2 and (ranks or (ranks is None and min(shape) <= RANKED)):
+        half = max(HALF_STEPS.get(file.dtype(key), 0) for file in (one, other))
+        row["rank"] = numerical_rank(D, A, half) if distance else 0
+    return row

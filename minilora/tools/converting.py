@@ -1,0 +1,186 @@
+"""A checkpoint or an adapter in another dtype; adapters between PEFT's files and mlx-lm's.
+
+               PEFT                                        mlx-lm
+    files      adapter_model.safetensors                   adapters.safetensors, and each an adapter_config.json
+    A (r, I)   base_model.model.<path>.lora_A.weight       <path>.lora_a, transposed: (I, r)
+    B (O, r)   base_model.model.<path>.lora_B.weight       <path>.lora_b, transposed: (r, O)
+    m (O,)     base_model.model.<path>.lora_magnitude_vector   <path>.m
+    s          lora_alpha / r, by layer                    lora_parameters.scale, one for all
+
+Where I = r, or everything is square, a factor that lies the wrong way has the right shape. So its name alone says how
+it lies, and the configuration's rank must be where the name puts it.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, FormatError, NonFiniteError
+from ..formats import (
+    Entry,
+    SafetensorsFile,
+    read_checkpoint,
+    read_json,
+    save_file,
+    write_adapter,
+    write_json,
+    write_stream,
+)
+from ..formats.adapter import CONFIG_FILE, WEIGHTS_FILE
+from ..formats.disk import quoted, require_folder
+from ..lora import LoraConfig
+from ..lora.plan import PREFIX
+from .adapters import AdapterFile
+from .folders import DTYPES, FLOATS, fingerprint, new_folder, outside, rewrite, stored
+
+MLX_FILE = "adapters.safetensors"
+ENDINGS = {".lora_a": "lora_A.weight", ".lora_b": "lora_B.weight", ".m": "lora_magnitude_vector"}
+Array = np.ndarray
+Tensors = dict[str, Array]
+
+
+def convert(
+    source: str | Path, out: str | Path, dtype: str | None = None, to: str | None = None, allow_nonfinite: bool = False
+) -> str:
+    """Write the checkpoint or adapter `source` to the folder `out`; returns what it is there, in words.
+
+    With `dtype` ("float32", "float16", "bfloat16") every float is rounded to it once; with `to` ("peft", "mlx") an
+    adapter gets the other's files. ConfigError for what the other cannot say, or where nothing is asked for;
+    FormatError, NonFiniteError, OSError; `out` is then as it was.
+    """
+    if (dtype is None) == (to is None):
+        raise ConfigError("convert takes --dtype, or --to")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype must be {', '.join(DTYPES)}, got {dtype!r:.60}")
+    outside(out, source=source)
+    require_folder(source, "model or adapter")
+    here = Path(source)
+    inputs = {"source": fingerprint(source), "dtype": dtype, "to": to, "allow_nonfinite": allow_nonfinite}
+    if to is not None:
+        config, tensors = from_mlx(here) if to == "peft" else to_mlx(here)
+        for key, array in tensors.items():
+            if not allow_nonfinite and not np.isfinite(array).all():
+                raise NonFiniteError(f"{quoted(source)}: {key} is not finite")
+        with new_folder(out, inputs) as stage:
+            if to == "peft":
+                write_adapter(stage, config, tensors)
+            else:
+                save_file(stage / MLX_FILE, tensors)
+                write_json(stage / CONFIG_FILE, config)
+        return f"an adapter in {'PEFT' if to == 'peft' else 'mlx-lm'}'s files"
+    assert dtype is not None
+    code = DTYPES[dtype]
+    with ExitStack() as opened:
+        if (here / CONFIG_FILE).exists():
+            name = WEIGHTS_FILE if (here / WEIGHTS_FILE).exists() else MLX_FILE
+            fields = read_json(here / CONFIG_FILE)
+            file = opened.enter_context(SafetensorsFile(here / name))
+            stage = opened.enter_context(new_folder(out, inputs))
+            entries = [
+                Entry(
+                    k,
+                    code if file.dtype(k) in FLOATS else file.dtype(k),
+                    file.shape(k),
+                    _reading(file, k, code, allow_nonfinite),
+                )
+                for k in file.keys()  # noqa: SIM118
+            ]
+            write_stream(stage / name, entries)
+            write_json(stage / CONFIG_FILE, fields)
+            return f"an adapter in {dtype}"
+        config, checkpoint = read_checkpoint(here)
+        opened.enter_context(checkpoint)
+        if config.get("quantization_config") is not None:
+            raise ConfigError(f"{str(source)!r} holds codes (quantization_config), which have no other dtype")
+        stage = opened.enter_context(new_folder(out, inputs))
+        rewrite(
+            checkpoint, config, stage, lambda k: (stored(checkpoint, k, code, allow_nonfinite), None), dtype, "convert"
+        )
+    return f"a checkpoint in {dtype}"
+
+
+def _reading(file: SafetensorsFile, key: str, code: str, allow_nonfinite: bool) -> Any:
+    return lambda: stored(file, key, code, allow_nonfinite)
+
+
+def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """mlx-lm's adapter -> PEFT's configuration and tensors, in float32."""
+    where = quoted(folder)
+    if not (folder / MLX_FILE).exists():
+        raise FormatError(f"{where} has no {MLX_FILE}: no adapter of mlx-lm's")
+    fields = read_json(folder / CONFIG_FILE)
+    kind, given = fields.get("fine_tune_type", "lora"), fields.get("lora_parameters")
+    if kind not in ("lora", "dora") or not isinstance(given, dict):
+        raise ConfigError(f"{where}: expected fine_tune_type lora or dora, and lora_parameters; got {kind!r:.60}")
+    r: Any = given.get("rank")
+    scale: Any = given.get("scale")
+    if type(r) is not int or not 0 < r < 2**24 or type(scale) not in (int, float) or not 0 < scale < 1e300:
+        raise ConfigError(
+            f"{where}: lora_parameters need a rank of at least 1 and a positive scale, got {given!r:.100}"
+        )
+    tensors: Tensors = {}
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    with SafetensorsFile(folder / MLX_FILE) as file:
+        for key in file.keys():  # noqa: SIM118
+            ending = next((e for e in ENDINGS if key.endswith(e)), None)
+            if ending is None:
+                raise FormatError(f"{where}: {quoted(key)} is not a tensor of an adapter of mlx-lm's")
+            path, array = key.removesuffix(ending), file.read(key, np.float32)
+            layers.setdefault(path, {})[ending] = array.shape
+            tensors[f"{PREFIX}{path}.{ENDINGS[ending]}"] = np.ascontiguousarray(array.T)
+    for path, shapes in layers.items():
+        a, b, m = (shapes.get(ending, ()) for ending in ENDINGS)
+        if len(a) != 2 or len(b) != 2 or a[1] != r or b[0] != r or m != ((b[1],) if kind == "dora" else ()):
+            raise FormatError(f"{where}: {path}: lora_a {a}, lora_b {b}, m {m}: expected (in, {r}), ({r}, out), (out,)")
+    config = LoraConfig(
+        r=r,
+        lora_alpha=scale * r,
+        target_modules=sorted(layers),
+        lora_dropout=given.get("dropout", 0.0),
+        task_type="CAUSAL_LM",
+        use_dora=kind == "dora",
+        base_model_name_or_path=_text(fields.get("model")),
+    )
+    return config.to_dict(), tensors
+
+
+def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """PEFT's adapter -> mlx-lm's configuration and tensors.
+
+    mlx-lm has one rank and one scale for all layers, and nothing but linear layers inside the blocks. num_layers = -1
+    adapts every block: one that the file has nothing for gets B = 0, which changes nothing.
+    """
+    with AdapterFile(folder) as file:
+        config = file.config
+        if config.peft_type != "LORA" or file.replaced or any(map(file.embeds, file.layers)):
+            raise ConfigError(f"{file.where}: mlx-lm has LoRA and DoRA on linear layers, and nothing else")
+        kinds = {(config.rank(path), config.scaling(path)) for path in file.layers}
+        inside = {path: _inside(path) for path in file.layers}
+        if len(kinds) != 1 or not all(inside.values()):
+            raise ConfigError(
+                f"{file.where}: mlx-lm has one rank and one scale for all layers, which lie in blocks; here are "
+                f"{sorted(kinds)[:3]} (rank, scale) and {sorted(file.layers)[0]}"
+            )
+        (r, scale), tensors = kinds.pop(), {}
+        for path, layer in file.layers.items():
+            for part, ending in ("A", ".lora_a"), ("B", ".lora_b"), ("m", ".m"):
+                if part in layer:
+                    tensors[f"{path}{ending}"] = np.ascontiguousarray(file.file.read(layer[part], np.float32).T)
+        parameters = {"rank": r, "scale": scale, "dropout": config.lora_dropout, "keys": sorted(set(inside.values()))}
+        kind = "dora" if config.use_dora else "lora"
+        fields = {"fine_tune_type": kind, "num_layers": -1, "lora_parameters": parameters}
+        return {**fields, "model": config.base_model_name_or_path}, tensors
+
+
+def _inside(path: str) -> str:
+    """self_attn.q_proj of model.layers.0.self_attn.q_proj; "" for what is in no block, or has another name there."""
+    parts = path.split(".")
+    return ".".join(parts[3:]) if parts[:2] == ["model", "layers"] else ""
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None

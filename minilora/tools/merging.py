@@ -1,0 +1,250 @@
+"""base + adapters -> checkpoint, from files alone:  W' = round(W + sum_i w_i s_i B_i A_i), or DoRA's round(k (W + dW)).
+
+The sum is in float64, a few rows at a time, and it is rounded once, to what the file stores. In bfloat16, with 8 bits
+a number, that takes away a part of dW that is worth knowing: most of a small one, where |dW| is far below |W| / 256. So
+each layer's row says how much:  lost = |W' - (W + dW)| / |dW|,  Frobenius norms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import threadpoolctl
+
+from ..errors import ConfigError, FormatError
+from ..formats import Checkpoint, read_checkpoint
+from ..inspection import singular_values
+from ..lora import HydraConfig
+from ..parallel import available_cores, keep_memory
+from .adapters import AdapterFile, base_key, mismatches, turned
+from .folders import (
+    DTYPES,
+    FLOATS,
+    Row,
+    blocks,
+    fingerprint,
+    new_folder,
+    not_finite,
+    outside,
+    rewrite,
+    rounded,
+    stored,
+    widened,
+)
+
+Array = np.ndarray
+EMBEDDINGS, HEAD = ("model.embed_tokens", "transformer.wte"), "lm_head"
+Rows = Callable[[Callable[[slice], Any], Iterable[slice]], Iterator[Any]]  # map, over blocks, perhaps in threads
+
+
+class Term(NamedTuple):
+    """What one adapter does to one tensor: `weight` times a layer's dW, or a tensor in its place (`key`)."""
+
+    adapter: AdapterFile
+    weight: float
+    path: str = ""
+    key: str = ""
+
+
+def merge(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+) -> list[Row]:
+    """Merge `adapters` of PEFT's, times `weights` (1), into the checkpoint `base`, and write that to the folder `out`.
+
+    Files, index and keys are the base's; so is each tensor's dtype, unless `dtype` is "float32", "float16" or
+    "bfloat16". Returns a row for each layer: |dW|, and how much of it rounding took. Memory holds one tensor.
+
+    FormatError for what does not fit, ConfigError for what cannot be added up (DoRA beside another adapter, HydraLoRA,
+    one half of a tied pair), NonFiniteError for a NaN or infinity, OSError; `out` is then as it was.
+    """
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    if len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
+        raise ConfigError(f"--weights: expected {len(adapters)} finite numbers, one for each adapter, got {weights}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype must be {', '.join(DTYPES)}, got {dtype!r:.60}")
+    outside(out, base=base)
+    for folder in adapters:
+        outside(out, adapter=folder)
+    with ExitStack() as opened:
+        config, checkpoint = read_checkpoint(base)
+        opened.enter_context(checkpoint)
+        if config.get("quantization_config") is not None:
+            raise ConfigError(
+                f"--base {str(base)!r} holds codes (quantization_config): a merged weight is none of them"
+            )
+        files = [opened.enter_context(AdapterFile(folder)) for folder in adapters]
+        plan = planned(checkpoint, config, files, weights)
+        inputs: dict[str, Any] = {"base": fingerprint(base), "adapters": [fingerprint(folder) for folder in adapters]}
+        inputs |= {"weights": weights, "dtype": dtype, "allow_nonfinite": allow_nonfinite}
+        stage = opened.enter_context(new_folder(out, inputs))
+        opened.enter_context(threadpoolctl.threadpool_limits(1, "blas"))  # threads have blocks of rows, not products
+        keep_memory()
+        pool = opened.enter_context(ThreadPoolExecutor(threads or available_cores()))
+        kind = str(config.get("model_type"))
+
+        def make(key: str) -> tuple[Array, Row | None]:
+            terms = plan.get(key, [])
+            if not terms:
+                return stored(checkpoint, key, code, allow_nonfinite), None
+            bits, row = _changed(checkpoint, key, terms, kind, code, pool.map)
+            if not allow_nonfinite and not math.isfinite(row.pop("sum")):
+                raise not_finite(checkpoint.directory, key)
+            row.pop("sum", None)
+            return bits, row if row else None
+
+        code = None if dtype is None else DTYPES[dtype]
+        return rewrite(checkpoint, config, stage, make, dtype, "merge")
+
+
+# ---- what is done to which tensor ----
+
+
+def planned(
+    base: Checkpoint, config: dict[str, Any], adapters: Sequence[AdapterFile], weights: Sequence[float]
+) -> dict[str, list[Term]]:
+    """The base's keys that change, and what is done to each. Everything that does not go together raises here."""
+    plan: dict[str, list[Term]] = {}
+    head: dict[str, list[Term]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        if isinstance(adapter.config, HydraConfig):
+            raise ConfigError(f"{adapter.where} is HydraLoRA's: its dW is another one at every position, none to merge")
+        wrong = mismatches(adapter, base, config)
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise FormatError(f"{adapter.where}: the adapter does not fit this base: {'; '.join(wrong[:3])}{more}")
+        found = {f"{path}.weight": Term(adapter, weight, path=path) for path in adapter.layers}
+        found |= {name: Term(adapter, weight, key=key) for name, key in adapter.replaced.items()}
+        for name, term in found.items():
+            if weight != 1 and (term.key or adapter.config.use_dora):
+                what = "a tensor that replaces the base's" if term.key else "DoRA's scales"
+                raise ConfigError(f"{adapter.where}: {name} is {what}, and cannot be taken {weight:g} times")
+            key = base_key(base, name)
+            (plan if key else head).setdefault(key or name, []).append(term)
+        _check_whole(adapter, base)
+    for key, terms in plan.items():
+        alone = [t for t in terms if t.key or t.adapter.config.use_dora]
+        if alone and len(terms) > 1:
+            raise ConfigError(f"{alone[0].adapter.where}: what it does to {key} cannot be added to another adapter's")
+    _check_tied(base, config, plan, head)
+    return plan
+
+
+def _check_whole(adapter: AdapterFile, base: Checkpoint) -> None:
+    """A targeted embedding or head comes with its base's weight in the file: then it must be this base."""
+    for path, layer in adapter.layers.items():
+        key = base_key(base, f"{path}.weight")
+        if "base" in layer and key is not None:
+            there, here = adapter.file.read(layer["base"]), base.read(key)
+            if there.shape != here.shape or not np.array_equal(there, here.astype(there.dtype), equal_nan=True):
+                raise FormatError(f"{adapter.where}: {path}.base_layer.weight differs from the base's: another base")
+
+
+def _check_tied(
+    base: Checkpoint, config: dict[str, Any], plan: dict[str, list[Term]], head: dict[str, list[Term]]
+) -> None:
+    """ConfigError if the head has the embedding's weight, and merging would change one of them and not the other.
+
+    An adapter on the embedding alone leaves the head as it was, while it is an adapter. Its dW in the one weight that
+    both have would be another model.
+    """
+    embedding = next((k for name in EMBEDDINGS if (k := base_key(base, f"{name}.weight"))), None)
+    tied = config.get("tie_word_embeddings", config.get("model_type") == "gpt2") or f"{HEAD}.weight" not in base
+    if not tied or embedding is None:
+        return
+    above = plan.get(f"{HEAD}.weight", head.get(f"{HEAD}.weight", []))
+    below = plan.get(embedding, [])
+    if len(above) != len(below) or not all(map(_alike, below, above)):
+        alone = embedding if below else f"{HEAD}.weight"
+        where = (below or above)[0].adapter.where
+        raise ConfigError(
+            f"{where} changes {alone}, and the head is tied to the embedding: merged, one weight would serve for both, "
+            "and the model would be another one. Keep the adapter apart, or untie the base first"
+        )
+
+
+def _alike(below: Term, above: Term) -> bool:
+    """Do the two do the same to the tied weight (V, d)?"""
+    if below.adapter is not above.adapter or bool(below.key) != bool(above.key):
+        return False
+    file = below.adapter
+    if below.key:
+        return np.array_equal(file.file.read(below.key), file.file.read(above.key))
+    one, other = file.factors(below.path), file.factors(above.path)  # W and its transpose
+    same = one.s == other.s and one.m is None and other.m is None
+    return same and np.array_equal(one.A, other.B.T) and np.array_equal(one.B, other.A.T)
+
+
+# ---- one tensor ----
+
+
+def _changed(
+    base: Checkpoint, key: str, terms: list[Term], kind: str, code: str | None, over: Rows
+) -> tuple[Array, Row]:
+    """A tensor's new bits, and its row; row["sum"] is not finite if a number in it is not."""
+    target = code or base.dtype(key)
+    if base.dtype(key) not in FLOATS:
+        raise FormatError(f"{base.directory!r}: {key} is {base.dtype(key)}: only {', '.join(FLOATS)} can be changed")
+    first = terms[0]
+    if first.key:
+        array = first.adapter.file.read(first.key, np.float64)
+        bits = rounded(array, target)
+        return bits, {"sum": float(np.abs(widened(bits)).sum(dtype=np.float64))}
+    bits = base.read_bits(key)
+    flip = turned(first.adapter, first.path, kind)
+    factors = [term.adapter.factors(term.path) for term in terms]
+    A = np.concatenate([f.A for f in factors])  # (sum of r, I)
+    B = np.concatenate([f.B * (t.weight * f.s) for t, f in zip(terms, factors, strict=True)], axis=1)
+    left, right = (A.T, B.T) if flip else (B, A)  # dW as it is stored is left @ right
+    left, right = np.ascontiguousarray(left), np.ascontiguousarray(right)
+    out = bits if target == base.dtype(key) else np.empty(bits.shape, rounded(np.zeros(0), target).dtype)
+    m = factors[0].m
+    norms = None if m is None else _norms(bits, left, right, flip, over)
+
+    def block(at: slice) -> tuple[float, float]:
+        V = left[at] @ right
+        W = widened(bits[at])
+        V += W
+        change = 0.0
+        if m is not None and norms is not None:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                k = np.where(norms == 0, 1, m / norms)
+            V *= k if flip else k[at, None]
+            difference = V - W
+            change = float(np.vdot(difference, difference))
+        out[at] = rounded(V, target)
+        V -= widened(out[at])
+        return float(np.vdot(V, V)), change
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        parts = list(over(block, blocks(bits.shape)))
+    lost = math.sqrt(math.fsum(part[0] for part in parts))
+    size = (
+        math.sqrt(math.fsum(p[1] for p in parts)) if m is not None else float(np.linalg.norm(singular_values(A, B, 1)))
+    )
+    share = lost / size if size else 0.0
+    known = math.isfinite(share)
+    return out, {"tensor": key, "|dW|": size if known else None, "lost": share if known else None, "sum": lost + size}
+
+
+def _norms(bits: Array, left: Array, right: Array, flip: bool, over: Rows) -> Array:
+    """|V| of the rows of V = W + dW (O, I), which is stored as it is, or turned.    -> (O,)"""
+
+    def block(at: slice) -> Array:
+        V = left[at] @ right
+        V += widened(bits[at])
+        return np.asarray(np.einsum("io,io->o" if flip else "oi,oi->o", V, V))
+
+    parts = list(over(block, blocks(bits.shape)))
+    return np.asarray(np.sqrt(np.sum(parts, axis=0) if flip else np.concatenate(parts)))

@@ -1,0 +1,493 @@
+"""Merging, comparing, factoring and converting files: beside their definitions, and leaving nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora import CausalLM
+from minilora.errors import ConfigError, FormatError, MiniloraError, NonFiniteError
+from minilora.formats import (
+    Entry,
+    bf16_from,
+    bf16_to_float32,
+    load_file,
+    read_adapter,
+    read_checkpoint,
+    save_file,
+    write_adapter,
+    write_json,
+    write_stream,
+)
+from minilora.lora import PeftModel
+from minilora.tools import folders
+from minilora.tools.adapters import AdapterFile
+from minilora.tools.comparing import diff
+from minilora.tools.converting import convert
+from minilora.tools.factoring import extract, resize
+from minilora.tools.merging import merge
+
+GOLDEN = Path(__file__).parent / "golden"
+ADAPTERS = sorted(p.name for p in GOLDEN.iterdir() if (p / "adapter_config.json").exists())
+PREFIX = "base_model.model."
+CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def of(adapter: str) -> Path:
+    return GOLDEN / adapter.partition("--")[0]
+
+
+def logits(base: Path, adapter: Path | None = None) -> np.ndarray:
+    model: Any = CausalLM.from_pretrained(base, dtype="float64")
+    model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
+    return np.asarray(model(np.arange(7)[None]).numpy())
+
+
+def write_base(folder: Path, tensors: dict[str, np.ndarray], shards: int = 1, dtype: str = "float32", **config) -> Path:
+    """A checkpoint of float64 arrays, rounded to `dtype`."""
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", {"model_type": "llama", "tie_word_embeddings": False, "dtype": dtype, **config})
+    bits = {k: bf16_from(a) if dtype == "bfloat16" else a.astype(dtype) for k, a in tensors.items()}
+    if shards == 1:
+        names = {"model.safetensors": list(bits)}
+    else:
+        names = {f"part-{i}.safetensors": list(bits)[i::shards] for i in range(shards)}
+        index = {key: name for name, keys in names.items() for key in keys}
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"of": "us"}, "weight_map": index})
+    for name, keys in names.items():
+        write_stream(folder / name, [Entry(k, CODES[dtype], bits[k].shape, lambda k=k: bits[k]) for k in keys])  # type: ignore[misc]
+    return folder
+
+
+def lora(path: str, A: np.ndarray, B: np.ndarray) -> dict[str, np.ndarray]:
+    return {f"{PREFIX}{path}.lora_A.weight": np.float32(A), f"{PREFIX}{path}.lora_B.weight": np.float32(B)}
+
+
+def small(folder: Path, **config: Any) -> tuple[Path, Path]:
+    """A base with a linear layer, an embedding and a head, and an adapter on the layer."""
+    rng = np.random.default_rng(0)
+    names = {"model.embed_tokens": (7, 4), "model.layers.0.q_proj": (4, 4), "lm_head": (7, 4)}
+    if config.pop("tied", False):
+        del names["lm_head"]
+    write_base(folder / "base", {f"{n}.weight": rng.normal(size=s) for n, s in names.items()}, **config)
+    fields = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    write_adapter(folder / "adapter", fields, lora("model.layers.0.q_proj", rng.normal(size=(2, 4)), np.ones((4, 2))))
+    return folder / "base", folder / "adapter"
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ---- merge ----
+
+
+def neighbours(got: np.ndarray, code: str) -> tuple[np.ndarray, ...]:
+    """The numbers of a format above and below."""
+    if code == "BF16":
+        bits = bf16_from(got)
+        return tuple(bf16_to_float32((bits + np.uint16(step)).astype(np.uint16)).astype(float) for step in (1, 65535))
+    own = got.astype({"F64": "f8", "F32": "f4", "F16": "f2"}[code])
+    return tuple(np.nextafter(own, own.dtype.type(way)).astype(float) for way in (math.inf, -math.inf))
+
+
+@given(st.data())
+def test_a_merged_weight_is_the_sum_rounded_once(data: st.DataObject) -> None:
+    draw, rng = data.draw, np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    dtype, kind = draw(st.sampled_from(sorted(CODES))), draw(st.sampled_from(["llama", "gpt2"]))
+    to = draw(st.sampled_from([None, *folders.DTYPES]))
+    names = [f"transformer.h.{i}.mlp.c_fc" if kind == "gpt2" else f"model.layers.{i}.q_proj" for i in range(3)]
+    sizes = [(draw(st.integers(1, 9)), draw(st.integers(1, 9))) for _ in names]
+    W = {f"{n}.weight": rng.normal(size=s[::-1] if kind == "gpt2" else s) for n, s in zip(names, sizes, strict=True)}
+    W["other.bias"] = rng.normal(size=5)
+    bare = kind == "gpt2" and draw(st.booleans())
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        stored = {k.removeprefix("transformer.") if bare else k: a for k, a in W.items()}
+        base = write_base(folder / "base", stored, draw(st.integers(1, 3)), dtype, model_type=kind)
+        exact = {k: read_checkpoint(base)[1].read(k, "f8") for k in stored}
+        weights = draw(st.lists(st.sampled_from([1.0, -0.5, 0.3]), min_size=1, max_size=3))
+        for i, weight in enumerate(weights):
+            r, rs = draw(st.integers(1, 5)), draw(st.booleans())
+            fields = {"r": r, "lora_alpha": 3, "use_rslora": rs, "fan_in_fan_out": kind == "gpt2"}
+            fields |= {"target_modules": names, "alpha_pattern": {names[0]: 5}}
+            tensors = {}
+            for name, (O, I) in zip(names, sizes, strict=True):
+                A, B = np.float32(rng.normal(size=(r, I))), np.float32(rng.normal(size=(O, r)) * 0.1)
+                tensors |= lora(name, A, B)
+                s = (5 if name == names[0] else 3) / (math.sqrt(r) if rs else r)
+                delta = weight * s * (B.astype(float) @ A)
+                key = next(k for k in exact if f"{name}.weight".endswith(k))
+                exact[key] = exact[key] + (delta.T if kind == "gpt2" else delta)
+            write_adapter(folder / f"adapter{i}", fields, tensors)
+        rows = merge(base, [folder / f"adapter{i}" for i in range(len(weights))], folder / "out", weights, to)
+        code, lost = CODES[to or dtype], {row["tensor"]: row["lost"] * row["|dW|"] for row in rows}
+        config, checkpoint = read_checkpoint(folder / "out")
+        assert config["dtype"] == (to or dtype)
+        assert checkpoint.shards == read_checkpoint(base)[1].shards
+        assert set(lost) == set(exact) - {"other.bias"}
+        for key, want in exact.items():
+            assert checkpoint.dtype(key) == code
+            got = checkpoint.read(key, "f8")
+            error = np.abs(got - want)
+            for other in neighbours(got, code):
+                assert (error <= np.abs(other - want) + 1e-14).all()
+            if key in lost:
+                assert lost[key] == pytest.approx(np.linalg.norm(error), rel=1e-6, abs=1e-13)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_merged_files_give_the_logits_that_peft_s_gave(name: str, tmp_path: Path) -> None:
+    before = tree(of(name)) | tree(GOLDEN / name)
+    rows = merge(of(name), [GOLDEN / name], tmp_path / "merged")
+    assert tree(of(name)) | tree(GOLDEN / name) == before
+    assert rows
+    expect = load_file(GOLDEN / name / "expect.safetensors")
+    got = CausalLM.from_pretrained(tmp_path / "merged", dtype="float64")(expect["input_ids"]).numpy()
+    assert np.abs(got - expect["logits_merged"]).max() <= 1e-5
+    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if "dora" not in name])
+def test_the_bits_are_those_of_merging_a_model(name: str, tmp_path: Path) -> None:
+    """But for DoRA, whose norms a model has in its own precision, and a file in float64."""
+    merge(of(name), [GOLDEN / name], tmp_path / "files")
+    model = PeftModel.from_pretrained(CausalLM.from_pretrained(of(name)), GOLDEN / name)
+    model.merge_and_unload().save_pretrained(tmp_path / "model")
+    assert tree(tmp_path / "files")["model.safetensors"] == tree(tmp_path / "model")["model.safetensors"]
+
+
+def spoil(folder: Path, how: str) -> dict[str, Any]:
+    """A base and an adapter that cannot be merged; options for merge."""
+    base, adapter = small(folder, tied=how.startswith("tied"))
+    fields, tensors = read_adapter(adapter)
+    layer, options = "model.layers.0.q_proj", {}
+    head = {f"{PREFIX}lm_head.weight": np.ones((7, 4), np.float32)}
+    embedding = {f"{PREFIX}model.embed_tokens.lora_embedding_A": np.ones((2, 7), np.float32)}
+    embedding |= {f"{PREFIX}model.embed_tokens.lora_embedding_B": np.ones((4, 2), np.float32)}
+    if how == "tied head":
+        fields, tensors = {**fields, "modules_to_save": ["lm_head"]}, tensors | head
+    elif how == "tied embedding":
+        fields, tensors = {**fields, "target_modules": ["q_proj", "embed_tokens"]}, tensors | embedding
+    elif how == "DoRA beside another":
+        m = {f"{PREFIX}{layer}.lora_magnitude_vector": np.ones(4, np.float32)}
+        write_adapter(folder / "dora", {**fields, "use_dora": True}, tensors | m)
+        options["adapters"] = [adapter, folder / "dora"]
+    elif how == "half a head":
+        fields, tensors = {**fields, "modules_to_save": ["lm_head"]}, tensors | head
+        options["weights"] = [0.5]
+    elif how == "weights":
+        options["weights"] = [1.0, 2.0]
+    elif how == "another shape":
+        tensors = lora(layer, np.ones((2, 5)), np.ones((4, 2)))
+    elif how == "another layer":
+        tensors = lora("model.layers.9.q_proj", np.ones((2, 4)), np.ones((4, 2)))
+    elif how == "another rank":
+        fields = {**fields, "r": 3}
+    elif how == "no B":
+        del tensors[f"{PREFIX}{layer}.lora_B.weight"]
+    elif how == "another base's embedding":
+        fields = {**fields, "target_modules": ["q_proj", "embed_tokens"]}
+        tensors |= embedding | {f"{PREFIX}model.embed_tokens.base_layer.weight": np.ones((7, 4), np.float32)}
+    elif how == "an unknown tensor":
+        tensors[f"{PREFIX}{layer}.lora_magic"] = np.ones(1, np.float32)
+    elif how == "NaN":
+        tensors[f"{PREFIX}{layer}.lora_A.weight"][0, 0] = np.nan
+    elif how == "NaN elsewhere":
+        weights = load_file(base / "model.safetensors")
+        weights["lm_head.weight"][6, 3] = np.inf
+        save_file(base / "model.safetensors", weights)
+    elif how == "too large":
+        options["dtype"] = "float16"
+        tensors[f"{PREFIX}{layer}.lora_A.weight"][:] = 1e6
+    elif how == "codes":
+        write_json(base / "config.json", {"model_type": "llama", "quantization_config": {"load_in_4bit": True}})
+    elif how == "outside":
+        (base / "model.safetensors").unlink()
+        write_json(base / "model.safetensors.index.json", {"weight_map": {"a": "../x.safetensors"}})
+    elif how == "missing shard":
+        (base / "model.safetensors").unlink()
+        write_json(base / "model.safetensors.index.json", {"weight_map": {"a": "x.safetensors"}})
+    write_adapter(adapter, fields, tensors)
+    return {"base": base, "adapters": [adapter], "out": folder / "out", **options}
+
+
+SPOILT = {
+    "tied head": (ConfigError, "lm_head.weight.*tied"),
+    "tied embedding": (ConfigError, "model.embed_tokens.weight.*tied"),
+    "DoRA beside another": (ConfigError, "q_proj.weight cannot be added"),
+    "half a head": (ConfigError, r"lm_head.weight.*0\.5 times"),
+    "weights": (ConfigError, "--weights: expected 1"),
+    "another shape": (FormatError, r"q_proj: the adapter is for \(4, 5\), the base has \(4, 4\)"),
+    "another layer": (FormatError, "unknown model.layers.9.q_proj; missing model.layers.0.q_proj"),
+    "another rank": (FormatError, "q_proj: lora_A is .2, 4., but adapter_config.json says r = 3"),
+    "no B": (FormatError, "q_proj: lora_A .2, 4. has no lora_B"),
+    "another base's embedding": (FormatError, "embed_tokens.base_layer.weight differs"),
+    "an unknown tensor": (FormatError, "q_proj.lora_magic"),
+    "NaN": (NonFiniteError, "q_proj.weight is not finite"),
+    "NaN elsewhere": (NonFiniteError, "lm_head.weight is not finite"),
+    "too large": (NonFiniteError, "q_proj.weight is not finite"),
+    "codes": (ConfigError, "quantization_config"),
+    "outside": (FormatError, "lies outside"),
+    "missing shard": (FormatError, "x.safetensors' is missing"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_what_cannot_be_merged_is_named_and_leaves_nothing(how: str, tmp_path: Path) -> None:
+    options = spoil(tmp_path, how)
+    before = tree(tmp_path)
+    kind, says = SPOILT[how]
+    with pytest.raises(kind, match=says):
+        merge(**options)
+    assert tree(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_finite_merges_where_it_is_allowed(tmp_path: Path) -> None:
+    options = spoil(tmp_path, "NaN")
+    (row,) = merge(**options, allow_nonfinite=True)
+    assert row["lost"] is None
+    assert np.isnan(load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.q_proj.weight"]).any()
+
+
+def test_a_tied_pair_that_changes_alike_is_merged(tmp_path: Path) -> None:
+    base, adapter = small(tmp_path, tied=True)
+    fields, tensors = read_adapter(adapter)
+    new = np.arange(28, dtype=np.float32).reshape(7, 4)
+    tensors |= {f"{PREFIX}{name}.weight": new for name in ("model.embed_tokens", "lm_head")}
+    write_adapter(adapter, {**fields, "modules_to_save": ["embed_tokens", "lm_head"]}, tensors)
+    merge(base, [adapter], tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert (merged["model.embed_tokens.weight"] == new).all()
+    assert "lm_head.weight" not in merged
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "no space left"), MemoryError()])
+def test_an_end_in_the_middle_leaves_nothing(error: BaseException, tmp_path: Path, monkeypatch) -> None:
+    base, adapter = small(tmp_path, shards=3)
+    before = tree(tmp_path)
+    calls = []
+
+    def failing(path: Path, *rest: Any) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise error
+        write_stream(path, *rest)
+
+    monkeypatch.setattr(folders, "write_stream", failing)
+    with pytest.raises(type(error)):
+        merge(base, [adapter], tmp_path / "out")
+    assert len(calls) == 2
+    assert tree(tmp_path) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_killed_merge_goes_on_if_nothing_changed(same: bool, tmp_path: Path, monkeypatch) -> None:
+    base, adapter = small(tmp_path, shards=3)
+    rows = merge(base, [adapter], tmp_path / "whole", [0.5])
+    made: list[str] = []
+
+    def counting(path: Path, *rest: Any) -> None:
+        made.append(path.name)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        write_stream(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "write_stream", counting)
+        patch.setattr(folders.shutil, "rmtree", lambda *_, **__: None)  # a killed process takes nothing away
+        with pytest.raises(KeyboardInterrupt):
+            merge(base, [adapter], tmp_path / "out", [0.5])
+    assert (tmp_path / ".out.unfinished").exists()
+    monkeypatch.setattr(folders, "write_stream", counting)
+    made[:] = ["", "", ""]
+    again = merge(base, [adapter], tmp_path / "out", [0.5 if same else 1.0])
+    assert len(made) - 3 == (1 if same else 3)
+    assert (tree(tmp_path / "out") == tree(tmp_path / "whole")) == same
+    assert (again == rows) == same
+    assert not (tmp_path / ".out.unfinished").exists()
+
+
+# ---- resize, extract, diff ----
+
+
+def deltas(adapter: Path) -> dict[str, np.ndarray]:
+    with AdapterFile(adapter) as file:
+        return {path: f.s * (f.B @ f.A) for path in file.layers for f in [file.factors(path)]}
+
+
+@pytest.mark.parametrize("r", [1, 3, 9])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_resizing_misses_what_eckart_and_young_say(name: str, r: int, tmp_path: Path) -> None:
+    rows = resize(GOLDEN / name, r, tmp_path / "out")
+    before, after = deltas(GOLDEN / name), deltas(tmp_path / "out")
+    assert [row["layer"] for row in rows] == list(before)
+    for row in rows:
+        dense, got = before[row["layer"]], after[row["layer"]]
+        values = np.linalg.svd(dense, compute_uv=False)
+        assert row["|dW|"] == pytest.approx(np.linalg.norm(dense), rel=1e-12)
+        assert row["error"] == pytest.approx(np.linalg.norm(values[r:]), rel=1e-9, abs=1e-13)
+        assert np.linalg.norm(got - dense) == pytest.approx(row["error"], rel=1e-4, abs=4e-7 * row["|dW|"])
+    if r == 9:
+        assert np.abs(logits(of(name), tmp_path / "out") - logits(of(name), GOLDEN / name)).max() < 2e-6
+
+
+@pytest.mark.parametrize("name", ["llama--lora", "llama--save_head", "gpt2--lora", "qwen3--lora"])
+def test_an_extracted_adapter_is_the_difference(name: str, tmp_path: Path) -> None:
+    merge(of(name), [GOLDEN / name], tmp_path / "tuned")
+    rows = extract(of(name), tmp_path / "tuned", 4, tmp_path / "out")
+    assert {row["layer"] for row in rows} == set(deltas(GOLDEN / name))
+    assert max(row["relative"] for row in rows) < 1e-6
+    assert np.abs(logits(of(name), tmp_path / "out") - logits(tmp_path / "tuned")).max() < 2e-6
+    rows = extract(of(name), tmp_path / "tuned", 1, tmp_path / "one")
+    for row in rows:
+        values = np.linalg.svd(deltas(GOLDEN / name)[row["layer"]], compute_uv=False)
+        assert row["error"] == pytest.approx(np.linalg.norm(values[1:]), rel=1e-5)
+
+
+def test_diff_finds_the_rank_that_was_merged(tmp_path: Path) -> None:
+    merge(of("llama--lora"), [GOLDEN / "llama--lora"], tmp_path / "tuned")
+    report = diff(of("llama--lora"), tmp_path / "tuned")
+    expected = deltas(GOLDEN / "llama--lora")
+    for row in report["tensors"]:
+        delta = expected.get(row["tensor"].removesuffix(".weight"))
+        assert row["rank"] == (4 if delta is not None else 0 if " x " in row["shape"] else None)
+        assert row["|b - a|"] == pytest.approx(0 if delta is None else np.linalg.norm(delta), rel=1e-6)
+        assert row["relative"] == 0 or row["relative"] > 0
+    assert report["equal"] == len(report["tensors"]) - len(expected)
+    assert report["only in a"] == report["only in b"] == []
+
+
+def test_diff_names_what_only_one_has_and_shapes_that_differ(tmp_path: Path) -> None:
+    write_base(tmp_path / "a", {"x": np.ones(3), "y": np.ones((2, 2)), "z": np.full(2, np.nan)})
+    write_base(tmp_path / "b", {"w": np.ones(3), "y": np.ones((2, 3)), "z": np.ones(2)})
+    report = diff(tmp_path / "a", tmp_path / "b")
+    assert (report["only in a"], report["only in b"]) == (["x"], ["w"])
+    assert [(row["shape"], row["|b - a|"]) for row in report["tensors"]] == [("2 x 2 and 2 x 3", None), ("2", None)]
+    json.dumps(report, allow_nan=False)
+
+
+def test_equal_checkpoints_and_tied_embeddings_give_no_adapter(tmp_path: Path) -> None:
+    base, _ = small(tmp_path, tied=True)
+    with pytest.raises(ConfigError, match="nothing to extract"):
+        extract(base, base, 1, tmp_path / "out")
+    shutil.copytree(base, tmp_path / "tuned")
+    tensors = load_file(base / "model.safetensors")
+    save_file(tmp_path / "tuned" / "model.safetensors", {k: a + 1 for k, a in tensors.items()})
+    with pytest.raises(ConfigError, match="embed_tokens.weight changed, and the head is tied"):
+        extract(base, tmp_path / "tuned", 1, tmp_path / "out")
+    save_file(tmp_path / "tuned" / "model.safetensors", {**tensors, "more": np.ones(1, np.float32)})
+    with pytest.raises(FormatError, match="more is in one alone"):
+        extract(base, tmp_path / "tuned", 1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- convert ----
+
+
+@pytest.mark.parametrize(
+    "name", ["llama--lora", "llama--dora", "llama--regex_layer1", "llama--rslora_all", "qwen3--lora"]
+)
+def test_an_adapter_goes_to_mlx_and_comes_back(name: str, tmp_path: Path) -> None:
+    convert(GOLDEN / name, tmp_path / "mlx", to="mlx")
+    fields, there = (
+        json.loads((tmp_path / "mlx/adapter_config.json").read_text()),
+        load_file(tmp_path / "mlx/adapters.safetensors"),
+    )
+    with AdapterFile(GOLDEN / name) as file:
+        for path in file.layers:
+            f = file.factors(path)
+            assert (there[f"{path}.lora_a"] == f.A.T).all()
+            assert (there[f"{path}.lora_b"] == f.B.T).all()
+            assert fields["lora_parameters"]["scale"] == f.s
+    assert fields["fine_tune_type"] == ("dora" if "dora" in name else "lora")
+    convert(tmp_path / "mlx", tmp_path / "peft", to="peft")
+    _, before = read_adapter(GOLDEN / name)
+    _, after = read_adapter(tmp_path / "peft")
+    assert {k: a.tobytes() for k, a in after.items()} == {k: a.tobytes() for k, a in before.items()}
+    assert np.abs(logits(of(name), tmp_path / "peft") - logits(of(name), GOLDEN / name)).max() < 1e-12
+
+
+def mlx(folder: Path, a: np.ndarray, b: np.ndarray, **parameters: Any) -> Path:
+    folder.mkdir()
+    given = {"rank": 2, "scale": 20.0, "dropout": 0.0, **parameters}
+    fields = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": given}
+    write_json(folder / "adapter_config.json", fields)
+    path = "model.layers.0.self_attn.q_proj"
+    save_file(folder / "adapters.safetensors", {f"{path}.lora_a": np.float32(a), f"{path}.lora_b": np.float32(b)})
+    return folder
+
+
+def test_a_square_factor_is_turned_all_the_same(tmp_path: Path) -> None:
+    a, b = np.arange(4.0).reshape(2, 2), np.arange(4.0, 8).reshape(2, 2)
+    convert(mlx(tmp_path / "mlx", a, b), tmp_path / "peft", to="peft")
+    (delta,) = deltas(tmp_path / "peft").values()
+    assert np.abs(delta - 20 * (a @ b).T).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "parameters", "kind"),
+    [
+        ((2, 5), (2, 5), {}, FormatError),  # lora_a as PEFT has it
+        ((5, 2), (5, 2), {}, FormatError),
+        ((5, 3), (3, 5), {}, FormatError),  # another rank than is said
+        ((5, 2), (2, 5), {"rank": 0}, ConfigError),
+        ((5, 2), (2, 5), {"scale": None}, ConfigError),
+        ((5, 2), (2, 5), {"dropout": 2}, ConfigError),
+    ],
+)
+def test_factors_that_lie_the_wrong_way_are_refused(
+    a: tuple[int, int], b: tuple[int, int], parameters: dict[str, Any], kind: type[MiniloraError], tmp_path: Path
+) -> None:
+    source = mlx(tmp_path / "mlx", np.ones(a), np.ones(b), **parameters)
+    with pytest.raises(kind):
+        convert(source, tmp_path / "out", to="peft")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["llama--patterns", "llama--save_head", "llama--adalora", "gpt2--lora"])
+def test_what_mlx_cannot_say_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="mlx-lm has"):
+        convert(GOLDEN / name, tmp_path / "out", to="mlx")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", folders.DTYPES)
+@pytest.mark.parametrize("source", ["llama", "llama--lora"])
+def test_another_dtype_rounds_every_number_once(source: str, dtype: str, tmp_path: Path) -> None:
+    convert(GOLDEN / source, tmp_path / "out", dtype=dtype)
+    name = "model.safetensors" if source == "llama" else "adapter_model.safetensors"
+    before, after = load_file(GOLDEN / source / name), load_file(tmp_path / "out" / name)
+    assert set(after) == set(before)
+    for key, array in before.items():
+        want = bf16_to_float32(bf16_from(array)) if dtype == "bfloat16" else array.astype(dtype)
+        assert after[key].dtype == want.dtype
+        assert (after[key] == want).all()
+
+
+@pytest.mark.parametrize("tool", ["merge", "resize", "convert", "extract"])
+def test_nothing_is_written_inside_what_is_read(tool: str, tmp_path: Path) -> None:
+    base, adapter = small(tmp_path)
+    before = tree(tmp_path)
+    run = {
+        "merge": lambda out: merge(base, [adapter], out),
+        "resize": lambda out: resize(adapter, 1, out),
+        "convert": lambda out: convert(adapter, out, dtype="float16"),
+        "extract": lambda out: extract(base, adapter, 1, out),
+    }[tool]
+    for out in (adapter, adapter / "new", tmp_path / "base" / ".." / "adapter"):
+        with pytest.raises(ConfigError, match="--out .* is inside --"):
+            run(out)
+    assert tree(tmp_path) == before
