@@ -87,7 +87,7 @@ def inspect_adapter(folder: Path, base: str | Path | None = None) -> Report:
                 report["mismatches"] = mismatches(file, checkpoint, fields)
                 for row in rows:
                     there = base_key(checkpoint, f"{row['layer']}.weight")
-                    W = float("nan") if there is None else norm(checkpoint.read(there))
+                    W = 0.0 if there is None else norm(checkpoint.read(there))
                     row["|dW| / |W|"] = f"{float(np.linalg.norm(spectra[str(row['layer'])])) / W:.4g}" if W else "-"
     return {**report, "spectra": {p: None if np.isnan(v).any() else v for p, v in spectra.items()}, "tensors": rows}
 

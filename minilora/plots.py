@@ -193,16 +193,19 @@ def spectra(path: Path, layers: Mapping[str, Sequence[float] | None]) -> None:
     layers   path of a layer -> its values, or None where they are not finite: that one is left out
     """
     plt = _pyplot()
-    kinds = sorted({name.rpartition(".")[2] for name in layers})
-    colours = {kind: plt.get_cmap("viridis")(i / max(1, len(kinds) - 1)) for i, kind in enumerate(kinds)}
-    figure, axis = plt.subplots(figsize=(6.5, 4))
+    kinds: dict[str, list[list[float]]] = {}
     for name, values in layers.items():
-        kind = name.rpartition(".")[2]
         above = [value for value in values or () if value > 0]
-        line = axis.plot(range(1, len(above) + 1), above, color=colours[kind], linewidth=0.9, marker=".", markersize=3)
-        line[0].set_label(kind if kind in kinds else None)
-        kinds = [k for k in kinds if k != kind]
+        if above:
+            kinds.setdefault(name.rpartition(".")[2], []).append(above)
+    figure, axis = plt.subplots(figsize=(6.5, 4))
+    for i, (kind, lines) in enumerate(sorted(kinds.items())):
+        colour = plt.get_cmap("viridis")(i / len(kinds))
+        for n, values in enumerate(lines):
+            label = "" if n else kind.replace("$", r"\$")
+            axis.plot(range(1, len(values) + 1), values, color=colour, lw=0.9, marker=".", ms=3, label=label)
     axis.set(yscale="log", xlabel="i", ylabel="singular value i of dW", title="How many directions each update uses")
-    axis.legend()
-    figure.savefig(path, bbox_inches="tight", metadata={"Software": None} if str(path).endswith(".png") else None)
+    if kinds:
+        axis.legend()
+    figure.savefig(path)
     plt.close(figure)

@@ -46,6 +46,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 COMMANDS = ("demo", "pretrain", "finetune", "generate", "evaluate", "merge", "inspect", "verify", "devices")
+COMMANDS += ("diff", "extract", "resize", "convert")
 TINY = "--batch-size 2 --context 16 --threads 2"
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
 TEXT = b"the quick brown fox jumps over the lazy dog, again and again. " * 10
@@ -289,6 +290,27 @@ def test_inspect(world):
         assert json.loads(ok(f"inspect {where} --json"))["parameters"] == sum(p.size for p in model.parameters())
     assert "model.embed_tokens.weight" in ok("inspect base")
     assert re.search(r"^finite +False$", ok("inspect adapter-nan"), re.MULTILINE)
+
+
+def test_the_tools_turn_files_into_files(world, tmp_path):
+    out = lambda name: shlex.quote(str(tmp_path / name))  # noqa: E731
+    said = ok(f"merge --base base --adapter adapter --adapter adapter --weights=1,-0.5 --out {out('tuned')}")
+    assert re.search(r"rounding took at most 0\.\d\d% of a dW: of model.layers.0", said)
+    rows = json.loads(ok(f"merge --base base --adapter adapter --dtype bfloat16 --json --out {out('half')}"))["tensors"]
+    assert [row["tensor"].rsplit(".", 2)[1] for row in rows] == ["q_proj", "v_proj"]
+    assert all(row["lost"] > 0 for row in rows)
+    report = json.loads(ok(f"diff base {out('tuned')} --json"))
+    assert [row["tensor"] for row in report["tensors"] if row["|b - a|"]] == [row["tensor"] for row in rows]
+    assert "q_proj" in ok(f"diff base {out('tuned')} --no-ranks")
+    assert "misses 0.000%" in ok(f"extract --base base --tuned {out('tuned')} --r 8 --out {out('extracted')}")
+    assert ok(f"resize --adapter {out('extracted')} --r 2 --out {out('small')}").count("8 -> 2") == 2
+    assert ok(f"convert {out('small')} --to mlx --out {out('mlx')}").startswith("an adapter in mlx-lm's files -> ")
+    ok(f"convert {out('mlx')} --to peft --out {out('peft')}")
+    ok(f"convert base --dtype float16 --out {out('half-base')}")
+    report = json.loads(ok(f"inspect {out('peft')} --base base --json"))
+    assert report["mismatches"] == []
+    assert all(len(values) == 2 for values in report["spectra"].values())
+    assert re.search(r"^mismatches +q_proj|unknown|adapter is for", ok("inspect adapter --base wide"), re.MULTILINE)
 
 
 def test_escapes_in_a_file_do_not_reach_the_terminal(world, tmp_path):
@@ -804,6 +826,31 @@ BAD = [
     *[(f"{line} --out ''", 2, "--out: ''") for line in (F, P, M, "demo")],
     *[(f"{line} --out {LONG}", 4, "File name too long") for line in (F, P, M, "demo")],
     (f"{M} --out base", 2, "--base"),
+    (f"{M} --weights 1,2", 2, "--weights: expected 1 finite numbers"),
+    (f"{M} --weights nan", 2, "--weights"),
+    (f"{M} --weights x", 2, "--weights"),
+    (f"{M} --dtype float8", 2, "--dtype"),
+    (f"{M} --adapter ''", 2, "--adapter: ''"),
+    (f"{M} --adapter missing", 4, "missing"),
+    (f"{M} --base wide", 3, "q_proj: the adapter is for (16, 16), the base has (24, 24)"),
+    (f"{M} --base missing", 4, "missing"),
+    ("inspect base --base base", 2, "--base and --plot are for an adapter"),
+    ("inspect adapter --plot spectra.xyz", 2, "--plot"),
+    ("inspect adapter --plot ''", 2, "--plot: ''"),
+    ("diff base missing", 4, "missing"),
+    ("diff base", 2, "B"),
+    ("resize --adapter adapter --r 0 --out new", 2, "--r"),
+    ("resize --adapter adapter --r 99999999 --out new", 2, "--r must be"),
+    ("resize --adapter base --r 1 --out new", 3, "adapter_config.json"),
+    ("resize --adapter adapter-nan --r 1 --out new", 5, "not finite"),
+    ("extract --base base --tuned base --r 1 --out new", 2, "nothing to extract"),
+    ("extract --base base --tuned wide --r 1 --out new", 3, "differs in shape"),
+    ("extract --base base --tuned '' --r 1 --out new", 2, "--tuned: ''"),
+    ("convert adapter --out new", 2, "--dtype, or --to"),
+    ("convert adapter --to peft --out new", 3, "adapters.safetensors"),
+    ("convert base --to mlx --out new", 3, "adapter_config.json"),
+    ("convert adapter-nan --to mlx --out new", 5, "not finite"),
+    ("convert base-nan --dtype float16 --out new", 5, "not finite"),
     (f"{M} --out ./folder/../base", 2, "--base"),
     (f"{M} --out base/merged", 2, "--base"),
     (f"{M} --out adapter", 2, "--adapter"),
@@ -920,6 +967,10 @@ NEEDED = {  # so that some of them get past the parser
     "evaluate": ["--base", "base", "--data", "short.txt"],
     "merge": ["--base", "base", "--adapter", "adapter", "--out", "merged"],
     "verify": ["--cases", "1"],
+    "diff": ["base", "base"],
+    "extract": ["--base", "base", "--tuned", "base", "--r", "2", "--out", "extracted"],
+    "resize": ["--adapter", "adapter", "--r", "2", "--out", "resized"],
+    "convert": ["adapter", "--out", "converted"],
 }
 
 

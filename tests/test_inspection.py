@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.errors import FormatError
+from minilora.formats import load_file, write_adapter
 from minilora.inspection import effective_rank, inspect_adapter, singular_values
 from minilora.verify import random_case
 
@@ -46,9 +47,29 @@ def test_the_rank_does_not_depend_on_the_scale() -> None:
     assert effective_rank(values) == effective_rank(values * 2.0**40) == effective_rank(values * 2.0**-40)
 
 
-def test_a_factor_alone_is_refused(tmp_path: Path) -> None:
-    from minilora.formats import write_adapter
+def test_beside_its_base_an_adapter_has_relative_sizes_and_mismatches(tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden"
+    report = inspect_adapter(golden / "llama--lora", golden / "llama")
+    assert report["mismatches"] == []
+    weights = load_file(golden / "llama" / "model.safetensors")
+    for row in report["tensors"]:
+        W, values = weights[f"{row['layer']}.weight"], report["spectra"][row["layer"]]
+        assert float(row["|dW| / |W|"]) == pytest.approx(np.linalg.norm(values) / np.linalg.norm(W), rel=1e-3)
+    report = inspect_adapter(golden / "gpt2--lora", golden / "llama")
+    assert "unknown transformer.h.0.attn.c_attn" in report["mismatches"]
+    assert report["tensors"][0]["|dW| / |W|"] == "-"
 
+
+def test_numbers_that_are_not_finite_are_counted(tmp_path: Path) -> None:
+    A = np.array([[1, math.nan, math.inf]], np.float32)
+    names = [f"base_model.model.q.lora_{x}.weight" for x in "AB"]
+    write_adapter(tmp_path, {"r": 1}, dict(zip(names, (A, np.ones((2, 1), np.float32)), strict=True)))
+    report = inspect_adapter(tmp_path)
+    assert report["not finite"] == [f"{names[0]}: 1 NaN, 1 infinite"]
+    assert report["spectra"] == {"q": None}
+
+
+def test_a_factor_alone_is_refused(tmp_path: Path) -> None:
     write_adapter(tmp_path, {"r": 2}, {"base_model.model.q.lora_A.weight": np.ones((2, 3), np.float32)})
     with pytest.raises(FormatError, match=r"q: lora_A \(2, 3\) has no lora_B"):
         inspect_adapter(tmp_path)

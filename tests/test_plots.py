@@ -145,11 +145,20 @@ def test_a_picture_depends_on_its_numbers_alone(tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
 
 
+@pytest.mark.parametrize(
+    "layers", [{"a.q": [3.0, 1.0, 0.0], "b.q": [2.0], "a.$v": None}, {"q": [0.0]}, {}], ids=["some", "zero", "none"]
+)
+def test_spectra(layers, tmp_path):
+    plots.spectra(tmp_path / "spectra.png", layers)
+    assert size_of(tmp_path / "spectra.png") == (975, 600)
+
+
 def test_no_figure_stays_open(tmp_path):
     import matplotlib.pyplot as plt
 
     plots.loss_curves(tmp_path / "loss.png", RUNS["ordinary"])
     plots.delta_spectrum(tmp_path / "delta.png", LAYERS["ordinary"])
+    plots.spectra(tmp_path / "spectra.png", {"q": [1.0]})
     assert plt.get_fignums() == []
     assert plots.available()
 

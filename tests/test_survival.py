@@ -24,6 +24,7 @@ from minilora import CausalLM, PeftModel
 from minilora.cli import main
 from minilora.formats import load_file
 from minilora.runs import LOCK, find_checkpoint, locked
+from minilora.tools import merging
 
 pytest.importorskip("fcntl", reason="needs processes and signals as POSIX has them")
 
@@ -130,6 +131,13 @@ def test_a_command_holds_its_folder_until_all_is_written(monkeypatch):
             return plain(self, folder, *rest, **more)
 
         monkeypatch.setattr(kind, "save_pretrained", save)
+    plain_rewrite = merging.rewrite
+
+    def rewrite(*rest):
+        held.append(("merged", Path("merged", LOCK).exists()))
+        return plain_rewrite(*rest)
+
+    monkeypatch.setattr(merging, "rewrite", rewrite)
     options = ["--batch-size=2", "--context=16", "--steps=1"]
     assert run([*PRETRAIN, "--steps=1", "--out=base"])[0] == 0
     assert run(["finetune", "--base=base", "--data=book.txt", *options, "--out=adapter"])[0] == 0
@@ -347,7 +355,7 @@ def test_the_other_commands_stop_at_once(number, code):
     assert run([*PRETRAIN, "--steps=1", "--out=base"])[0] == 0
     assert run(["finetune", "--base=base", "--data=book.txt", "--steps=1", "--context=16", "--out=adapter"])[0] == 0
     Path("long.txt").write_bytes(Path("book.txt").read_bytes() * 2000)  # some minutes
-    waits = "import time; from minilora import PeftModel; PeftModel.merge_and_unload = lambda self: {}"
+    waits = "import time; from minilora.tools import merging; merging.rewrite = lambda *_: {}"
     for argv, before in (
         (["evaluate", "--base=base", "--data=long.txt"], ""),
         (["generate", "--base=base", "--prompt=x", "--max-new-tokens=10000000"], ""),

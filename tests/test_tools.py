@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import CausalLM
@@ -101,6 +101,7 @@ def neighbours(got: np.ndarray, code: str) -> tuple[np.ndarray, ...]:
     return tuple(np.nextafter(own, own.dtype.type(way)).astype(float) for way in (math.inf, -math.inf))
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_a_merged_weight_is_the_sum_rounded_once(data: st.DataObject) -> None:
     draw, rng = data.draw, np.random.default_rng(data.draw(st.integers(0, 2**32)))
@@ -115,7 +116,8 @@ def test_a_merged_weight_is_the_sum_rounded_once(data: st.DataObject) -> None:
         folder = Path(scratch)
         stored = {k.removeprefix("transformer.") if bare else k: a for k, a in W.items()}
         base = write_base(folder / "base", stored, draw(st.integers(1, 3)), dtype, model_type=kind)
-        exact = {k: read_checkpoint(base)[1].read(k, "f8") for k in stored}
+        with read_checkpoint(base)[1] as there:
+            exact, shards = {k: there.read(k, "f8") for k in stored}, there.shards
         weights = draw(st.lists(st.sampled_from([1.0, -0.5, 0.3]), min_size=1, max_size=3))
         for i, weight in enumerate(weights):
             r, rs = draw(st.integers(1, 5)), draw(st.booleans())
@@ -134,16 +136,17 @@ def test_a_merged_weight_is_the_sum_rounded_once(data: st.DataObject) -> None:
         code, lost = CODES[to or dtype], {row["tensor"]: row["lost"] * row["|dW|"] for row in rows}
         config, checkpoint = read_checkpoint(folder / "out")
         assert config["dtype"] == (to or dtype)
-        assert checkpoint.shards == read_checkpoint(base)[1].shards
         assert set(lost) == set(exact) - {"other.bias"}
-        for key, want in exact.items():
-            assert checkpoint.dtype(key) == code
-            got = checkpoint.read(key, "f8")
-            error = np.abs(got - want)
-            for other in neighbours(got, code):
-                assert (error <= np.abs(other - want) + 1e-14).all()
-            if key in lost:
-                assert lost[key] == pytest.approx(np.linalg.norm(error), rel=1e-6, abs=1e-13)
+        with checkpoint:
+            assert checkpoint.shards == shards
+            for key, want in exact.items():
+                assert checkpoint.dtype(key) == code
+                got = checkpoint.read(key, "f8")
+                error = np.abs(got - want)
+                for other in neighbours(got, code):
+                    assert (error <= np.abs(other - want) + 1e-14).all()
+                if key in lost:
+                    assert lost[key] == pytest.approx(np.linalg.norm(error), rel=1e-6, abs=1e-13)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -328,7 +331,7 @@ def deltas(adapter: Path) -> dict[str, np.ndarray]:
         return {path: f.s * (f.B @ f.A) for path in file.layers for f in [file.factors(path)]}
 
 
-@pytest.mark.parametrize("r", [1, 3, 9])
+@pytest.mark.parametrize("r", [1, 3, 8])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_resizing_misses_what_eckart_and_young_say(name: str, r: int, tmp_path: Path) -> None:
     rows = resize(GOLDEN / name, r, tmp_path / "out")
@@ -340,7 +343,7 @@ def test_resizing_misses_what_eckart_and_young_say(name: str, r: int, tmp_path: 
         assert row["|dW|"] == pytest.approx(np.linalg.norm(dense), rel=1e-12)
         assert row["error"] == pytest.approx(np.linalg.norm(values[r:]), rel=1e-9, abs=1e-13)
         assert np.linalg.norm(got - dense) == pytest.approx(row["error"], rel=1e-4, abs=4e-7 * row["|dW|"])
-    if r == 9:
+    if r == 8:
         assert np.abs(logits(of(name), tmp_path / "out") - logits(of(name), GOLDEN / name)).max() < 2e-6
 
 
@@ -386,7 +389,7 @@ def test_equal_checkpoints_and_tied_embeddings_give_no_adapter(tmp_path: Path) -
     shutil.copytree(base, tmp_path / "tuned")
     tensors = load_file(base / "model.safetensors")
     save_file(tmp_path / "tuned" / "model.safetensors", {k: a + 1 for k, a in tensors.items()})
-    with pytest.raises(ConfigError, match="embed_tokens.weight changed, and the head is tied"):
+    with pytest.raises(ConfigError, match=r"embed_tokens\.weight changed, and the head is tied"):
         extract(base, tmp_path / "tuned", 1, tmp_path / "out")
     save_file(tmp_path / "tuned" / "model.safetensors", {**tensors, "more": np.ones(1, np.float32)})
     with pytest.raises(FormatError, match="more is in one alone"):
@@ -488,6 +491,6 @@ def test_nothing_is_written_inside_what_is_read(tool: str, tmp_path: Path) -> No
         "extract": lambda out: extract(base, adapter, 1, out),
     }[tool]
     for out in (adapter, adapter / "new", tmp_path / "base" / ".." / "adapter"):
-        with pytest.raises(ConfigError, match="--out .* is inside --"):
+        with pytest.raises(ConfigError, match=r"--out .* is inside --"):
             run(out)
     assert tree(tmp_path) == before

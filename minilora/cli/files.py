@@ -14,6 +14,7 @@ from ..formats.disk import read_json
 from ..lora.multitask import FILE as MULTITASK
 from .shown import print_table, printable
 
+PICTURES = (".png", ".svg", ".pdf")
 DTYPES = ("float32", "float16", "bfloat16")
 Command = Callable[[str, str, str], argparse.ArgumentParser]
 
@@ -140,6 +141,8 @@ def inspect(args: argparse.Namespace) -> None:
     adapter = (folder / "adapter_config.json").exists()
     if not adapter and (args.base or args.plot):
         raise ConfigError("--base and --plot are for an adapter: of two checkpoints, diff tells")
+    if args.plot and Path(args.plot).suffix not in PICTURES:
+        raise ConfigError(f"--plot {args.plot!r:.200}: a picture's name ends in {', '.join(PICTURES)}")
     report = inspect_adapter(folder, args.base) if adapter else inspect_checkpoint(folder)
     spectra = report.pop("spectra", {})
     if args.plot:
