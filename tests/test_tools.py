@@ -149,6 +149,15 @@ def test_a_merged_weight_is_the_sum_rounded_once(data: st.DataObject) -> None:
                     assert lost[key] == pytest.approx(np.linalg.norm(error), rel=1e-6, abs=1e-13)
 
 
+def test_the_rounding_to_bfloat16_does_not_go_by_way_of_float32(tmp_path: Path) -> None:
+    """1 + 2^-8 + 2^-31 is above the tie of 1 and 1 + 2^-7; in float32 it is that tie, which would go to 1."""
+    base = write_base(tmp_path / "base", {"q.weight": np.ones((1, 1))}, dtype="bfloat16")
+    fields = {"r": 1, "lora_alpha": 1, "target_modules": ["q"]}
+    write_adapter(tmp_path / "adapter", fields, lora("q", np.ones((1, 1)), np.full((1, 1), 2.0**-8 + 2.0**-31)))
+    merge(base, [tmp_path / "adapter"], tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors")["q.weight"] == 1 + 2.0**-7
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_merged_files_give_the_logits_that_peft_s_gave(name: str, tmp_path: Path) -> None:
     before = tree(of(name)) | tree(GOLDEN / name)
