@@ -18,7 +18,7 @@ from ..formats.adapter import open_adapter
 from ..formats.disk import quoted
 from ..lora import AdaLoraConfig, HydraConfig, read_config
 from ..lora.config import DEFAULT_TARGETS
-from ..lora.plan import PREFIX
+from ..lora.plan import PREFIX, TOKENS
 from ..lora.targets import in_layers, matches
 from ..weights import transposed
 
@@ -45,6 +45,7 @@ class AdapterFile:
 
     layers     path -> {"A": key, "B": key, ...}, the keys in the file
     replaced   name of a base's tensor -> key: what modules_to_save and trained biases put in its place
+    tokens     path of an embedding -> key: what trainable_token_indices put in place of some rows
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -54,6 +55,7 @@ class AdapterFile:
             self.config = read_config(self.raw, f"{folder}/adapter_config.json")
             self.layers: dict[str, dict[str, str]] = {}
             self.replaced: dict[str, str] = {}
+            self.tokens: dict[str, str] = {}
             for key in self.file.keys():  # noqa: SIM118  (a file is not a mapping)
                 self._place(key)
             for path in self.layers:
@@ -65,9 +67,12 @@ class AdapterFile:
     def _place(self, key: str) -> None:
         name = key.removeprefix(PREFIX)
         ending = next((e for e in ENDINGS if name.endswith(e)), None)
-        if name == key or (ending is None and (".lora_" in name or ".token_adapter." in name)):
+        strange = ".lora_" in name or (".token_adapter." in name and not name.endswith(f".{TOKENS}"))
+        if name == key or (ending is None and strange):
             raise FormatError(f"{self.where}: {quoted(key)} is not a tensor of an adapter that is known here")
-        if ending is None:
+        if name.endswith(f".{TOKENS}"):
+            self.tokens[name.removesuffix(f".{TOKENS}")] = key
+        elif ending is None:
             self.replaced[name.replace(".base_layer.bias", ".bias")] = key
         elif ENDINGS[ending] in self.layers.setdefault(name.removesuffix(ending), {}):
             raise FormatError(f"{self.where}: {quoted(key)} is there twice, under two endings")
@@ -100,6 +105,13 @@ class AdapterFile:
         layer = {part: self.file.read(key, np.float64) for part, key in self.layers[path].items() if part != "base"}
         A = layer["A"] * layer["E"] if "E" in layer else layer["A"]
         return Factors(A, layer["B"], float(self.config.scaling(path)), layer.get("m"))
+
+    def rows(self, path: str) -> list[int]:
+        """The tokens whose rows of the embedding `path` the adapter replaces."""
+        wanted = self.config.trainable_token_indices
+        if isinstance(wanted, dict):
+            return next((rows for name, rows in wanted.items() if path.endswith(name)), [])
+        return wanted or []
 
     def __enter__(self) -> AdapterFile:
         return self
@@ -144,6 +156,11 @@ def _mismatches(adapter: AdapterFile, base: Checkpoint, kind: str) -> Iterator[s
                 yield f"unknown {name}"
         elif base.shape(there) != adapter.file.shape(key):
             yield f"{name} is {adapter.file.shape(key)}, the base has {base.shape(there)}"
+    for path, key in adapter.tokens.items():
+        there, rows = base_key(base, f"{path}.weight"), adapter.rows(path)
+        V, d = base.shape(there) if there else (0, 0)
+        if adapter.file.shape(key) != (len(rows), d) or max(rows, default=V) >= V:
+            yield f"{path}: {adapter.file.shape(key)} for {len(rows)} tokens, the base has {(V, d)}"
     yield from (f"missing {path}" for path in targets(adapter, base, kind) if path not in adapter.layers)
     config = adapter.config
     if config.bias != "none":
@@ -158,6 +175,8 @@ def _mismatches(adapter: AdapterFile, base: Checkpoint, kind: str) -> Iterator[s
 def targets(adapter: AdapterFile, base: Checkpoint, model_type: str) -> list[str]:
     """The paths of the base's matrices that the adapter's configuration means; none where it says "all-linear"."""
     config = adapter.config
+    if config.target_modules is None and adapter.tokens:
+        return []
     wanted = DEFAULT_TARGETS.get(model_type, []) if config.target_modules is None else config.target_modules
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         return []

@@ -156,7 +156,7 @@ def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
     """
     with AdapterFile(folder) as file:
         config = file.config
-        if config.peft_type != "LORA" or file.replaced or any(map(file.embeds, file.layers)):
+        if config.peft_type != "LORA" or file.replaced or file.tokens or any(map(file.embeds, file.layers)):
             raise ConfigError(f"{file.where}: mlx-lm has LoRA and DoRA on linear layers, and nothing else")
         kinds = {(config.rank(path), config.scaling(path)) for path in file.layers}
         inside = {path: _inside(path) for path in file.layers}

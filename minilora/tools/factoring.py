@@ -62,7 +62,7 @@ def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
     with AdapterFile(adapter) as file:
         if isinstance(file.config, HydraConfig):
             raise ConfigError(f"{file.where} is HydraLoRA's: it has several B's, and no dW to be nearest to")
-        tensors = {key: file.file.read(key) for key in file.replaced.values()}
+        tensors = {key: file.file.read(key) for key in (*file.replaced.values(), *file.tokens.values())}
         rows = []
         for path, layer in tqdm(file.layers.items(), desc="resize", unit=" layers", disable=None, leave=False):
             was = file.factors(path)

@@ -44,12 +44,14 @@ Rows = Callable[[Callable[[slice], Any], Iterable[slice]], Iterator[Any]]  # map
 
 
 class Term(NamedTuple):
-    """What one adapter does to one tensor: `weight` times a layer's dW, or a tensor in its place (`key`)."""
+    """What one adapter does to one tensor: `weight` times a layer's dW, or a tensor (`key`) in its place, or in some
+    rows' place (`rows`)."""
 
     adapter: AdapterFile
     weight: float
     path: str = ""
     key: str = ""
+    rows: tuple[int, ...] = ()
 
 
 def merge(
@@ -126,12 +128,14 @@ def planned(
             raise FormatError(f"{adapter.where}: the adapter does not fit this base: {'; '.join(wrong[:3])}{more}")
         found = {f"{path}.weight": Term(adapter, weight, path=path) for path in adapter.layers}
         found |= {name: Term(adapter, weight, key=key) for name, key in adapter.replaced.items()}
+        for path, key in adapter.tokens.items():
+            found[f"{path}.weight"] = Term(adapter, weight, key=key, rows=tuple(adapter.rows(path)))
         for name, term in found.items():
             if weight != 1 and (term.key or adapter.config.use_dora):
                 what = "a tensor that replaces the base's" if term.key else "DoRA's scales"
                 raise ConfigError(f"{adapter.where}: {name} is {what}, and cannot be taken {weight:g} times")
-            key = base_key(base, name)
-            (plan if key else head).setdefault(key or name, []).append(term)
+            place = base_key(base, name)
+            (plan if place else head).setdefault(place or name, []).append(term)
         _check_whole(adapter, base)
     for key, terms in plan.items():
         alone = [t for t in terms if t.key or t.adapter.config.use_dora]
@@ -164,7 +168,7 @@ def _check_tied(
     if not tied or embedding is None:
         return
     above = plan.get(f"{HEAD}.weight", head.get(f"{HEAD}.weight", []))
-    below = plan.get(embedding, [])
+    below = [term for term in plan.get(embedding, []) if not term.rows]  # these the head has, too
     if len(above) != len(below) or not all(map(_alike, below, above)):
         alone = embedding if below else f"{HEAD}.weight"
         where = (below or above)[0].adapter.where
@@ -200,6 +204,10 @@ def _changed(
     if first.key:
         array = first.adapter.file.read(first.key, np.float64)
         bits = rounded(array, target)
+        if first.rows:
+            table = stored(base, key, code, allow_nonfinite=True)
+            table[list(first.rows)] = bits
+            return table, {"sum": float(np.abs(widened(table[list(first.rows)])).sum(dtype=np.float64))}
         return bits, {"sum": float(np.abs(widened(bits)).sum(dtype=np.float64))}
     bits = base.read_bits(key)
     flip = turned(first.adapter, first.path, kind)
