@@ -8,7 +8,7 @@ Every contender is a process of its own that waits between its turns; a turn is 
 others have had the caches) and `--steps` that do, by default about a second's worth. The figure is the median over all
 turns; the ratio is the median of the ratios turn by turn, so that a machine whose speed drifts does not decide. The
 losses of all must agree to 1e-4. A contender that is not installed is left out and named. `--write` keeps the result
-in benchmarks/results/cpu-peers.json, in place of what was measured there before: 20 minutes. Two minutes:
+in benchmarks/results/cpu-peers.json, in place of what was measured there before: 25 minutes. Two minutes:
 --sizes micro,tiny --contenders minilora,torch,transformers --methods lora --rounds 3.
 
 `long` is one sequence of 1,024 tokens through the size gpt2; `family` has DoRA and

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -28,6 +27,8 @@ class Team:
     """`team(work, parts)` is [work(part) for part in parts], of two parts at once; it owns the second thread."""
 
     def __enter__(self) -> Team:
+        from concurrent.futures import ThreadPoolExecutor  # here, so that `import minilora` stays quick
+
         self._pool = ThreadPoolExecutor(1, "minilora")
         return self
 

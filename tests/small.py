@@ -21,6 +21,15 @@ CONFIG = TransformerConfig(
     attention_bias=True,
     initializer_range=0.4,
 )
+SMALLER = TransformerConfig(
+    vocab_size=13,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=12,
+    initializer_range=0.4,
+)
 LINEAR = {
     **{f"self_attn.{name}_proj": (16, out) for name, out in zip("qkvo", (16, 8, 8, 16), strict=True)},
     **{"mlp.gate_proj": (16, 24), "mlp.up_proj": (16, 24), "mlp.down_proj": (24, 16)},

@@ -655,7 +655,7 @@ def test_the_penalty_comes_once_a_step_before_clipping_and_with_its_weight(tmp_p
             clipped, norm = clip_by_global_norm(total, 1e-3)
             seen: list[Any] = []
             step = ranks.step
-            ranks.step = lambda grads, seen=seen, step=step: seen.extend(grads) or step(grads)  # type: ignore
+            ranks.step = lambda grads, seen=seen, step=step: seen.extend(grads) or step(grads)  # type: ignore[method-assign]
             line = run.step(sharded)
         assert line["penalty"] == pytest.approx(w * apart.item(), rel=1e-14)
         assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-12)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_bases_oracle import BIASES, GPT2, IDS, LLAMA, V, close, keys, randomise, theirs
+from peers import close, in_double, peft, torch, transformers
+from test_bases_oracle import BIASES, GPT2, IDS, LLAMA, V, keys, randomise, theirs
 
 from minilora import CausalLM, LoraConfig, PeftModel, get_peft_model
 from minilora import functional as F
@@ -24,12 +24,6 @@ from minilora.architecture import MODEL_TYPES
 from minilora.autograd import gradients
 from minilora.formats import load_file
 from minilora.optim import AdamW
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft")
 
 transformers.utils.logging.disable_progress_bar()
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
@@ -213,29 +207,6 @@ def small(kind: str, tied: bool = True) -> dict[str, Any]:
 
 
 # ---- training ----
-
-
-def in_double(model: Any) -> Any:
-    """Their model, computing in float64 throughout, where transformers goes by way of float32."""
-
-    def norm(self: Any) -> Any:
-        return lambda x: self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-    def rope(self: Any) -> Any:
-        half = 2 * len(self.inv_freq)
-        frequencies = self.config.rope_parameters["rope_theta"] ** -(torch.arange(0, half, 2).double() / half)
-
-        def forward(x: Any, position_ids: Any) -> Any:
-            angles = (position_ids[..., None].double() * frequencies).tile(2)
-            return angles.cos(), angles.sin()
-
-        return forward
-
-    for module in model.double().modules():
-        for ending, made in (("RMSNorm", norm), ("RotaryEmbedding", rope)):
-            if type(module).__name__.endswith(ending):
-                module.forward = made(module)
-    return model
 
 
 TRAINED: dict[str, dict[str, Any]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,31 +12,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peers import NAMES as LLAMA
+from peers import close, peft, torch, transformers
 
 from minilora import CausalLM, LoraConfig, PeftModel, TransformerConfig, generate, get_peft_model
 from minilora.architecture import DIALECTS, MODEL_TYPES
 from minilora.formats import load_file
 from minilora.lora.config import DEFAULT_TARGETS
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft")
-
 transformers.utils.logging.disable_progress_bar()
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 V, T = 13, 9
 IDS = np.random.default_rng(0).integers(0, V, (2, T))
-LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BIASES = ["none", "all", "lora_only"]
 GPT2 = ["c_attn", "c_fc", "mlp.c_proj", "attn.c_proj", "c_proj"]
-
-
-def close(got: Any, expected: Any, tolerance: float = 1e-5) -> bool:
-    got, expected = (np.asarray(a.detach() if torch.is_tensor(a) else a) for a in (got, expected))
-    assert got.shape == expected.shape
-    return bool(np.abs(got - expected).max() <= tolerance * np.abs(expected).max())
 
 
 def agree(ours: Any, expected: np.ndarray) -> bool:

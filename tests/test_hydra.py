@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small import SMALLER as SHAPE
 from strict_xp import STRICT, no_sync
 
 from minilora import functional as F
-from minilora.architecture import TransformerConfig
 from minilora.autograd import Tensor, gradients
 from minilora.data import Batch
 from minilora.errors import ConfigError, FormatError
@@ -41,15 +41,6 @@ from minilora.parallel import ShardedStep
 from minilora.transformer import CausalLM
 from minilora.verify import verify_files
 
-SHAPE = TransformerConfig(
-    vocab_size=13,
-    hidden_size=8,
-    intermediate_size=12,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=12,
-    initializer_range=0.4,
-)
 IDS = np.random.default_rng(0).integers(0, 13, (4, 7))
 OPTIONS: dict[str, Any] = {"r": 2, "lora_alpha": 3, "target_modules": "all-linear", "init_lora_weights": False}
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small import SMALLER as SHAPE
 from strict_xp import STRICT, no_sync
 
-from minilora.architecture import TransformerConfig
 from minilora.autograd import Tensor, gradients
 from minilora.data import IGNORE, Batch
 from minilora.errors import ConfigError, FormatError
@@ -41,15 +41,6 @@ from minilora.quant import quantize
 from minilora.train import Settings, train
 from minilora.transformer import CausalLM, KeyValueCache
 
-SHAPE = TransformerConfig(
-    vocab_size=13,
-    hidden_size=8,
-    intermediate_size=12,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=12,
-    initializer_range=0.4,
-)
 NAMES = ["code", "prose", BASE]
 
 

@@ -22,10 +22,10 @@ The forms in use are all this one mechanism:
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import contextvars
 import copy
-import statistics
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -277,7 +277,8 @@ class MultiTask(PeftModel):
             if config.modules_to_save:
                 own = self.state_dict(name)
                 tensors |= {key: own[key] for key in own if ".lora_" not in key}
-        r, alpha = statistics.mode(ranks.values()), statistics.mode(alphas.values())
+        r = collections.Counter(ranks.values()).most_common(1)[0][0]  # what most layers have; patterns say the rest
+        alpha = collections.Counter(alphas.values()).most_common(1)[0][0]
         return LoraConfig(
             r=r,
             lora_alpha=alpha,
