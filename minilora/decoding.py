@@ -8,10 +8,9 @@ matrix is transposed (it is read a third faster), and no graph is built. The log
 from __future__ import annotations
 
 import contextvars
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
-
-import numpy as np
 
 from . import nn
 from .backend import Array
@@ -92,18 +91,13 @@ class Weights:
     def __init__(self, model: CausalLM):
         c = model.config
         assert c.head_dim is not None
-        self.heads, self.kv_heads, self.head_dim, self.eps = (
-            c.num_attention_heads,
-            c.kv_heads,
-            c.head_dim,
-            c.rms_norm_eps,
-        )
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.kv_heads, c.head_dim
+        self.eps = c.rms_norm_eps
         self.embedding, self.rotary = model.get_input_embeddings().weight, model.decoder.layers[0].self_attn.rotary
         self.xp, self.dtype = self.embedding.backend.xp, self.embedding.dtype
         self.mean = self.xp.full((c.hidden_size, 1), 1 / c.hidden_size, self.dtype)
-        self.pairs = (
-            self.xp.arange(c.head_dim).reshape(2, -1).T.reshape(-1)
-        )  # channel i, its partner i + D/2, the next i
+        # Each channel i of a head, and after it its partner i + D/2.
+        self.pairs = self.xp.arange(c.head_dim).reshape(2, -1).T.reshape(-1)
 
     def _lay_out(self, model: CausalLM, team: Team) -> bool:
         """False where a layer must run on its own."""
@@ -118,7 +112,8 @@ class Weights:
             jobs.append(([mlp.gate_proj, mlp.up_proj], block.post_attention_layernorm, None, -1))
             jobs.append(([mlp.down_proj],))
         jobs.append(([model.lm_head], model.decoder.norm))
-        ends = [0, *np.cumsum([sum(x.in_features * x.out_features for x in layers) for layers, *_ in jobs]).tolist()]
+        sizes = (sum(layer.in_features * layer.out_features for layer in layers) for layers, *_ in jobs)
+        ends = [0, *itertools.accumulate(sizes)]
         memory = self.xp.empty(ends[-1], self.dtype)  # in one piece, which the system maps by large pages
 
         def work(first: int) -> list[Product | None]:
@@ -137,10 +132,11 @@ class Weights:
         return True
 
     def _head_norms(self, attn: Any) -> Array | None:
+        """The weights (H + K, D) of the norms of q's and k's heads, in the order of the laid-out channels."""
         if attn.q_norm is None:
             return None
         each = [attn.q_norm.weight.data] * self.heads + [attn.k_norm.weight.data] * self.kv_heads
-        return self.xp.stack(each)[:, self.pairs]  # (H + K, D)
+        return self.xp.stack(each)[:, self.pairs]
 
 
 class Decoding:
@@ -201,7 +197,7 @@ def _laid_out(
 ) -> Product | None:
     """sign W'^T (I, sum of O) in `memory`, with a norm's weight in it; None if a layer must run on its own."""
     xp, inputs = layers[0].backend.xp, layers[0].in_features
-    ends = np.cumsum([layer.out_features for layer in layers]).tolist()
+    ends = list(itertools.accumulate(layer.out_features for layer in layers))
     W = xp.empty((ends[-1], inputs), memory.dtype)
     for layer, end in zip(layers, ends, strict=True):
         if layer.effective(W[end - layer.out_features : end], None) is None:
