@@ -128,7 +128,7 @@ def base_key(base: Checkpoint, name: str) -> str | None:
     return next((k for k in (name, name.removeprefix("transformer."), f"transformer.{name}") if k in base), None)
 
 
-def turned(adapter: AdapterFile, path: str, model_type: str) -> bool:
+def lies_transposed(adapter: AdapterFile, path: str, model_type: str) -> bool:
     """Do the files of the base hold the transpose of the layer's W (O, I)? Its name tells; a square shape could not."""
     return adapter.embeds(path) or transposed(model_type, f"{path}.weight")
 
@@ -143,7 +143,7 @@ def _mismatches(adapter: AdapterFile, base: Checkpoint, kind: str) -> Iterator[s
     for path, layer in adapter.layers.items():
         key = base_key(base, f"{path}.weight")
         O, I = adapter.file.shape(layer["B"])[0], adapter.file.shape(layer["A"])[1]
-        shape = (I, O) if turned(adapter, path, kind) else (O, I)
+        shape = (I, O) if lies_transposed(adapter, path, kind) else (O, I)
         if key is None:
             if not (tied and path == "lm_head"):
                 yield f"unknown {path}"

@@ -22,7 +22,7 @@ from ..formats import Checkpoint, read_checkpoint
 from ..inspection import singular_values
 from ..lora import HydraConfig
 from ..parallel import available_cores, keep_memory
-from .adapters import AdapterFile, base_key, mismatches, turned
+from .adapters import AdapterFile, base_key, lies_transposed, mismatches
 from .folders import (
     DTYPES,
     FLOATS,
@@ -210,7 +210,7 @@ def _changed(
             return table, {"sum": float(np.abs(widened(table[list(first.rows)])).sum(dtype=np.float64))}
         return bits, {"sum": float(np.abs(widened(bits)).sum(dtype=np.float64))}
     bits = base.read_bits(key)
-    flip = turned(first.adapter, first.path, kind)
+    flip = lies_transposed(first.adapter, first.path, kind)
     factors = [term.adapter.factors(term.path) for term in terms]
     A = np.concatenate([f.A for f in factors])  # (sum of r, I)
     B = np.concatenate([f.B * (t.weight * f.s) for t, f in zip(terms, factors, strict=True)], axis=1)
