@@ -45,7 +45,7 @@ def inputs(case: Combination, layer: LoraLinear) -> tuple[Any, Any]:
     """x (2, 3, I) and dL/dy (2, 3, O), at random."""
     rng, there = np.random.default_rng(0), case.backend.from_numpy
     sizes = layer.in_features, layer.out_features
-    return tuple(there(rng.standard_normal((2, ROWS // 2, n)).astype(layer.dtype)) for n in sizes)  # type: ignore
+    return tuple(there(rng.standard_normal((2, ROWS // 2, n)).astype(layer.dtype)) for n in sizes)  # type: ignore[return-value]
 
 
 def formed(layer: LoraLinear) -> bool:

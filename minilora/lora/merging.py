@@ -22,8 +22,8 @@ class Merging:
     base_layer: Any
     adapters: dict[str, Any]
     active: tuple[str, ...] | list[str]
-    merged: tuple[str, ...] = ()
-    requantized = False  # is what was merged held as codes again?
+    merged: tuple[str, ...]  # this and the next are the wrapper's
+    requantized: bool
     _original: Any = None  # the base while adapters are merged into a copy of it
     _follows: Merging | None = None  # of a head: what stands in the place of the embedding whose weight it has
     _leads: Any = None  # a module that has the base's weight too, and is to have what is merged
