@@ -1,10 +1,11 @@
 """Merging an adapter into a large checkpoint, from files alone: memory, speed, and whether every number is right.
 
-    python benchmarks/merge.py [--size 1b|3b|7b] [--threads K] [--scratch DIR] [--write]
+    python benchmarks/merge.py [--size 1b|3b|7b] [--threads K] [--peft] [--scratch DIR] [--write]
 
 Makes a random sharded bfloat16 checkpoint of Llama's shape and an all-linear adapter of r = 16 in a scratch folder,
 which goes afterwards. Then, each in a process of its own: copies the files (read and written once, and forced to the
-disk), merges. Checked: peak memory (VmHWM) below 1.5 GB; at least a third of the copy's speed; and a sample of tensors,
+disk), merges, and copies once more, so that the disk's mood is the same for both. `--peft` (extra `oracle`) lets peft
+merge the same on the CPU, with as many threads. Checked: peak memory (VmHWM) below 1.5 GB; at least a third of the copy's speed; and a sample of tensors,
 of every kind, equal bit by bit to W + s B A in float64 rounded once to bfloat16, by the definition of rounding and not
 by the code under test. Exit code 1 if anything is not so. `--write` keeps the numbers in benchmarks/results/merge.json.
 """
@@ -16,6 +17,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -48,6 +50,18 @@ for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
 """
 
 
+PEFT = """
+import sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, out, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+"""
+
+
 def shapes(size: str) -> dict[int, dict[str, tuple[int, int]]]:
     """Shard -> the tensors there, (out, in)."""
     C, M, layers, V, K, each = SIZES[size]
@@ -58,6 +72,17 @@ def shapes(size: str) -> dict[int, dict[str, tuple[int, int]]]:
         own = {f"model.layers.{layer}.{name}.weight": shape for name, shape in linear.items()}
         shards.setdefault(layer // each, {}).update(own)
     shards[0]["model.embed_tokens.weight"] = shards[max(shards)]["lm_head.weight"] = (V, C)
+    return shards
+
+
+def norms(size: str) -> dict[int, dict[str, tuple[int]]]:
+    """Shard -> the vectors there."""
+    C, _, layers, _, _, each = SIZES[size]
+    shards: dict[int, dict[str, tuple[int]]] = {}
+    for layer in range(layers):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shards.setdefault(layer // each, {})[f"model.layers.{layer}.{name}.weight"] = (C,)
+    shards[max(shards)]["model.norm.weight"] = (C,)
     return shards
 
 
@@ -72,10 +97,12 @@ def make(folder: Path, size: str) -> None:
 
     base = folder / "base"
     base.mkdir()
-    index, adapter = {}, {}
+    index, adapter, vectors = {}, {}, norms(size)
     for number, tensors in shards.items():
         name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        entries = []
+        ones = bf16_from(np.ones(SIZES[size][0], np.float32))
+        entries = [Entry(key, "BF16", shape, lambda: ones) for key, shape in vectors[number].items()]  # noqa: B023
+        index |= dict.fromkeys(vectors[number], name)
         for i, (key, shape) in enumerate(tensors.items()):
             index[key] = name
             offset = 7919 * (1000 * number + i + 1)
@@ -86,7 +113,13 @@ def make(folder: Path, size: str) -> None:
                 adapter[f"{path}.lora_B.weight"] = rng.standard_normal((shape[0], R), np.float32) * np.float32(0.01)
         write_stream(base / name, entries)
     write_json(base / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
-    write_json(base / "config.json", {"model_type": "llama", "dtype": "bfloat16", "tie_word_embeddings": False})
+    C, M, layers, V, K, _ = SIZES[size]
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "tie_word_embeddings": False,
+        "hidden_size": C, "intermediate_size": M, "num_hidden_layers": layers, "vocab_size": V,
+        "num_attention_heads": C // 128, "num_key_value_heads": K // 128, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    write_json(base / "config.json", config)
     targets = [f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")]
     write_adapter(folder / "adapter", {"r": R, "lora_alpha": ALPHA, "target_modules": targets}, adapter)
 
@@ -100,6 +133,14 @@ def timed(*command: str) -> tuple[float, int]:
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True)
     return time.perf_counter() - start, int(done.stdout.rsplit("PEAK", 1)[1])
+
+
+def copied(folder: Path) -> float:
+    """Seconds to copy the base's files."""
+    (folder / "copy").mkdir()
+    seconds, _ = timed(sys.executable, "-c", COPY, str(folder / "base"), str(folder / "copy"))
+    shutil.rmtree(folder / "copy")
+    return seconds
 
 
 def wrong(folder: Path, size: str) -> dict[str, int]:
@@ -135,19 +176,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="1b")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--peft", action="store_true")
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         folder = Path(scratch)
         weights = sum(o * i for tensors in shapes(args.size).values() for o, i in tensors.values())
-        if shutil.disk_usage(folder).free < 5 * weights:
-            print(f"{args.size} needs {5 * weights / 1e9:.0f} GB of disk", file=sys.stderr)
+        if shutil.disk_usage(folder).free < 6 * weights:
+            print(f"{args.size} needs {6 * weights / 1e9:.0f} GB of disk", file=sys.stderr)
             return 1
         make(folder, args.size)
-        (folder / "copy").mkdir()
-        copy, _ = timed(sys.executable, "-c", COPY, str(folder / "base"), str(folder / "copy"))
-        shutil.rmtree(folder / "copy")
+        copies = [copied(folder)]
         options = [
             "--base",
             str(folder / "base"),
@@ -158,14 +198,21 @@ def main() -> int:
         ]
         command = [sys.executable, "-m", "minilora", "merge", *options, "--threads", str(args.threads)]
         merge, peak = timed(*command)
+        copies.append(copied(folder))
         mistakes = wrong(folder, args.size)
+        shutil.rmtree(folder / "merged")
+        names = [str(folder / name) for name in ("base", "adapter", "peft")]
+        peft = timed(sys.executable, "-c", PEFT, *names, str(args.threads)) if args.peft else None
+    copy = statistics.mean(copies)
     result: dict[str, Any] = {
-        "command": f"python benchmarks/merge.py --size {args.size} --threads {args.threads} --write",
+        "command": " ".join(["python benchmarks/merge.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "numpy": np.__version__,
-        "weights": weights, "bytes": 2 * weights, "copy_seconds": round(copy, 2), "merge_seconds": round(merge, 2),
+        "weights": weights, "bytes": 2 * weights, "copy_seconds": [round(seconds, 2) for seconds in copies], "merge_seconds": round(merge, 2),
         "copy_share": round(copy / merge, 3), "peak_bytes": peak,
         "tensors_checked": len(mistakes), "numbers_wrong": sum(mistakes.values()),
     }  # fmt: skip
+    if peft is not None:
+        result |= {"peft_seconds": round(peft[0], 2), "peft_peak_bytes": peft[1]}
     verdicts = {
         "peak memory below 1.5 GB": peak < MAX_MEMORY,
         "at least a third of the copy's speed": copy / merge >= LEAST_SPEED,
