@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 
 from minilora import CausalLM, get_peft_model, quantize
-from minilora.data import ByteTokenizer, prose, python_sources, split
 from minilora.demo import Plan
 from minilora.recipes import held_bytes
+from minilora.texts import prose, python_sources, split
+from minilora.tokenizer import ByteTokenizer
 from minilora.train import bits_per_byte, evaluate, train
 
 RESULT = Path(__file__).parent / "results" / "family.json"

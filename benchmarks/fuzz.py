@@ -32,11 +32,11 @@ import numpy as np
 
 from minilora import LoraConfig, TransformerConfig
 from minilora.architecture import DIALECTS, MODEL_TYPES
-from minilora.data import ByteTokenizer, load_tokenizer
 from minilora.errors import FormatError, MiniloraError
 from minilora.formats import SafetensorsFile, save_file
 from minilora.formats.disk import parse_json
 from minilora.formats.safetensors import NAMES
+from minilora.tokenizer import ByteTokenizer, load_tokenizer
 
 try:
     import safetensors

@@ -3,7 +3,7 @@
     python benchmarks/tasks.py [--steps 400] [--seeds 0] [--base DIR] [--write]
 
 The base is the demo's model, pretrained on English prose; --base takes one that was saved before. The tasks are the
-texts of `data.four_tasks`: Python, C, tables of character sets, and JSON. Every way takes the same steps over the same
+texts of `texts.four_tasks`: Python, C, tables of character sets, and JSON. Every way takes the same steps over the same
 mixed batches, four sequences of each task, and trains as many parameters: one adapter of rank 16 for all tasks, one of
 rank 4 for each, or 4 shared and 3 of each task's own; `full` trains all weights of the base, once for all tasks.
 --write keeps the table in benchmarks/results/tasks.json. Six minutes on two cores, of which the base takes one.
@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from minilora import ByteTokenizer, CausalLM, LoraConfig, get_multitask_model
-from minilora.data import four_tasks, prose, split
 from minilora.demo import ADAPT, MODEL, PRETRAIN
+from minilora.texts import four_tasks, prose, split
 from minilora.train import bits_per_byte, evaluate, train
 
 RESULT = Path(__file__).parent / "results" / "tasks.json"

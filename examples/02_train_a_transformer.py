@@ -9,10 +9,11 @@ import math
 import numpy as np
 from tqdm import tqdm
 
-from minilora import AdamW, CausalLM, TransformerConfig, generate, gradients
-from minilora.data import ByteTokenizer, Windows, prose, split
+from minilora import AdamW, ByteTokenizer, CausalLM, TransformerConfig, generate, gradients
+from minilora.data import Windows
 from minilora.functional import cross_entropy
 from minilora.optim import clip_by_global_norm, warmup_cosine
+from minilora.texts import prose, split
 
 STEPS = 150
 tokenizer = ByteTokenizer()

@@ -6,8 +6,8 @@ adapter to rounding, that unmerging restores the base bit for bit, and that dW h
 
 import numpy as np
 
-from minilora import AdamW, CausalLM, LoraConfig, TransformerConfig, get_peft_model, no_grad
-from minilora.data import ByteTokenizer, Windows
+from minilora import AdamW, ByteTokenizer, CausalLM, LoraConfig, TransformerConfig, get_peft_model, no_grad
+from minilora.data import Windows
 from minilora.parallel import ShardedStep
 
 tokenizer = ByteTokenizer()

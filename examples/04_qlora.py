@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora import AdamW, CausalLM, LoraConfig, TransformerConfig, get_peft_model, plots, quantize
-from minilora.data import ByteTokenizer, Windows, prose, python_sources, split
+from minilora import AdamW, ByteTokenizer, CausalLM, LoraConfig, TransformerConfig, get_peft_model, plots, quantize
+from minilora.data import Windows
 from minilora.parallel import ShardedStep
 from minilora.quant import LEVELS, encode, quantization_report
+from minilora.texts import prose, python_sources, split
 from minilora.train import bits_per_byte, evaluate
 
 # ---- 1. sixteen levels for normal weights ----------------------------------------------------------------------------
@@ -24,8 +25,7 @@ errors["int4"] = np.abs(np.round(w.reshape(-1, 64) / equal) * equal - w.reshape(
 print("mean error of a standard normal weight:", ", ".join(f"{kind} {error:.4f}" for kind, error in errors.items()))
 
 # ---- 2. a base that knows prose --------------------------------------------------------------------------------------
-tokenizer = ByteTokenizer()
-english, python = (tuple(map(tokenizer.encode, split(text))) for text in (prose(), python_sources(600_000)))
+english, python = (tuple(map(ByteTokenizer().encode, split(text))) for text in (prose(), python_sources(600_000)))
 shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 base = CausalLM(TransformerConfig(**shape, tie_word_embeddings=True), seed=0)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora import AdamW, CausalLM, Linear, LoraConfig, TransformerConfig, get_peft_model, plots
-from minilora.data import ByteTokenizer, Windows, prose, python_sources, split
+from minilora import AdamW, ByteTokenizer, CausalLM, Linear, LoraConfig, TransformerConfig, get_peft_model, plots
+from minilora.data import Windows
 from minilora.parallel import ShardedStep
+from minilora.texts import prose, python_sources, split
 from minilora.train import bits_per_byte, evaluate
 
 tokenizer = ByteTokenizer()

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-import minilora
-from minilora import AdamW, CausalLM, LoraConfig, PeftModel, TransformerConfig, no_grad
-from minilora.data import Batch, TaskWindows, Windows, four_tasks, prose, split
+from minilora import AdamW, ByteTokenizer, CausalLM, LoraConfig, PeftModel, TransformerConfig, no_grad
+from minilora.data import Batch, TaskWindows, Windows
+from minilora.lora import get_multitask_model
 from minilora.parallel import ShardedStep
 from minilora.plots import available, heat_table
+from minilora.texts import four_tasks, prose, split
 from minilora.train import bits_per_byte, evaluate
 
-encode, T = minilora.ByteTokenizer().encode, 64
+encode, T = ByteTokenizer().encode, 64
 texts = {task: [encode(part) for part in split(documents)] for task, documents in four_tasks(200_000).items()}
 tasks = list(texts)
 shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "max_position_embeddings": T}
@@ -41,7 +42,7 @@ fit(model, Windows(encode(split(prose())[0]), T, 16), 250, 3e-3)  # the base: En
 rows = [bits(model)]
 
 own = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-model = minilora.get_multitask_model(model, dict.fromkeys(tasks, own), shared=None, seed=0)
+model = get_multitask_model(model, dict.fromkeys(tasks, own), shared=None, seed=0)
 model.print_trainable_parameters()
 fit(model, TaskWindows({task: both[0] for task, both in texts.items()}, T, 16), 250, 5e-3)
 
@@ -58,9 +59,8 @@ ids = np.stack([texts[task][1][:T] for task in tasks])
 with no_grad():
     mixed = model(ids, tasks=tasks).numpy()
     alone = np.stack([model(ids, tasks=task).numpy()[i] for i, task in enumerate(tasks)])
-print(
-    f"a mixed batch - each task by itself: {np.abs(mixed - alone).max() / np.abs(alone).max():.1e} of the largest one"
-)
+apart = np.abs(mixed - alone).max() / np.abs(alone).max()
+print(f"a mixed batch - each task by itself: {apart:.1e} of the largest one")
 
 trained = {name.split(".")[-2]: p for name, p in model.named_parameters() if p.requires_grad}  # one of each adapter
 with ShardedStep(model) as sharded:

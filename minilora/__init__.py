@@ -7,7 +7,6 @@ The door: public names by the room they come from. `minilora.functional`, `minil
 from .architecture import TransformerConfig
 from .autograd import Tensor, gradients, no_grad
 from .backend import get_backend
-from .data import ByteTokenizer
 from .errors import MiniloraError
 from .generate import generate
 from .gradcheck import check_gradient
@@ -24,6 +23,7 @@ from .lora import (
 from .nn import Dropout, Embedding, LayerNorm, Linear, Module, Parameter, RMSNorm
 from .optim import SGD, AdamW
 from .quant import QuantizedLinear, dequantize, quantize
+from .tokenizer import ByteTokenizer
 from .transformer import CausalLM
 
 __version__ = "0.1.0"

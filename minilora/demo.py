@@ -20,13 +20,14 @@ import numpy as np
 
 from .architecture import TransformerConfig
 from .autograd import no_grad
-from .data import ByteTokenizer, prose, python_sources, read_text, split, split_text
 from .formats import write_json
 from .generate import generate
 from .lora import AdaLoraConfig, LoraConfig, LoraLinear, PeftModel, get_peft_model
 from .nn import LinearBase
 from .quant import quantize
 from .recipes import NAMES, adapter_config, held_bytes, method_of, told
+from .texts import prose, python_sources, read_text, split, split_text
+from .tokenizer import ByteTokenizer
 from .train import Settings, bits_per_byte, evaluate, rank_history, train
 from .transformer import CausalLM
 

@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .data import ByteTokenizer, HubTokenizer, Packed
+from .data import Packed
 from .errors import ConfigError, DataError
 from .formats.disk import PathLike, open_regular, parse_json, quoted
+from .tokenizer import ByteTokenizer, HubTokenizer
 
 SUFFIX = ".jsonl"
 MAX_LINE_BYTES = 16 << 20  # a line is the only part of a file that is held in memory whole

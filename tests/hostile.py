@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from minilora import AdamW, CausalLM, LoraConfig, PeftModel, TransformerConfig, get_peft_model, gradients
-from minilora.data import MAX_TOKENIZER_BYTES, ByteTokenizer, load_tokenizer, read_text
 from minilora.errors import ConfigError, DataError, FormatError
 from minilora.formats import Checkpoint, SafetensorsFile, load_file, read_adapter, read_checkpoint, read_json, save_file
 from minilora.formats.safetensors import MAX_HEADER_BYTES
 from minilora.functional import cross_entropy
+from minilora.texts import read_text
+from minilora.tokenizer import MAX_TOKENIZER_BYTES, ByteTokenizer, load_tokenizer
 
 KINDS = {
     1: "an empty file", 2: "a file of seven bytes", 3: "a header of no length", 4: "a length of 2^64 - 1",

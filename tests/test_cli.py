@@ -36,10 +36,10 @@ from minilora import (
 )
 from minilora.cli import build_parser, main
 from minilora.cli.options import ADALORA_OPTIONS, LORA_OPTIONS
-from minilora.data import ByteTokenizer
 from minilora.errors import ConfigError
 from minilora.formats import load_file, save_file
 from minilora.recipes import METHODS, QUANTIZE
+from minilora.tokenizer import ByteTokenizer
 
 # pytest would turn a warning into an exception; on the command line it is a line on stderr.
 pytestmark = pytest.mark.filterwarnings("default")

@@ -16,11 +16,12 @@ import pytest
 
 from minilora import CausalLM, PeftModel, get_peft_model, quantize
 from minilora.cli import main
-from minilora.data import ByteTokenizer, load_tokenizer, prose, python_sources, split, split_text
 from minilora.demo import PROMPT, Plan, _linear_weights, _spectra
 from minilora.errors import DataError
 from minilora.formats import load_file
 from minilora.recipes import METHODS, method_of
+from minilora.texts import prose, python_sources, split, split_text
+from minilora.tokenizer import ByteTokenizer, load_tokenizer
 from minilora.train import Settings, bits_per_byte, evaluate
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None

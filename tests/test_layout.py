@@ -17,7 +17,7 @@ ORDER = [
     ["autograd", "lora.patterns"],
     ["functional", "lora.targets"],
     ["fused"],
-    ["gradcheck", "nn", "data", "cache", "weights"],
+    ["gradcheck", "nn", "tokenizer", "texts", "data", "cache", "weights"],
     ["records", "optim", "quant", "gpt2", "lora.config"],
     ["bitsandbytes"],
     ["pretrained"],

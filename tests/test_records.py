@@ -16,16 +16,7 @@ from hypothesis import strategies as st
 from small import base, bits
 
 from minilora import CausalLM, LoraConfig, get_multitask_model, get_peft_model
-from minilora.data import (
-    IGNORE,
-    ByteTokenizer,
-    HubTokenizer,
-    Packed,
-    TaskWindows,
-    Windows,
-    evaluation_windows,
-    load_tokenizer,
-)
+from minilora.data import IGNORE, Packed, TaskWindows, Windows, evaluation_windows
 from minilora.errors import CheckpointError, ConfigError, DataError, FormatError
 from minilora.records import (
     MAX_LINE_BYTES,
@@ -36,6 +27,7 @@ from minilora.records import (
     read_records,
     split_records,
 )
+from minilora.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
 from minilora.train import Settings, evaluate, train
 
 BYTES = ByteTokenizer()

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..architecture import TransformerConfig
 from ..backend import get_backend, gpus
-from ..data import ByteTokenizer, HubTokenizer, Ids, Packed, load_tokenizer, prose, read_text, split_text
+from ..data import Ids, Packed
 from ..errors import ConfigError, DataError, MiniloraError, NonFiniteError
 from ..lora import AdaLoraConfig, LoraConfig, MultiTask, PeftModel, get_multitask_model, get_peft_model
 from ..lora.multitask import FILE as MULTITASK
@@ -26,6 +26,8 @@ from ..quant import quantize
 from ..recipes import adapter_config, held_bytes, told
 from ..records import bytes_per_token, is_records, pack, read_records, split_records
 from ..runs import find_checkpoint, locked, numbered_folder, open_folder
+from ..texts import prose, read_text, split_text
+from ..tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
 from ..transformer import CausalLM
 from . import files
 from .options import ADALORA_OPTIONS, LORA_OPTIONS, SHAPE
