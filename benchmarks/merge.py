@@ -5,9 +5,10 @@
 Makes a random sharded bfloat16 checkpoint of Llama's shape and an all-linear adapter of r = 16 in a scratch folder,
 which goes afterwards. Then, each in a process of its own: copies the files (read and written once, and forced to the
 disk), merges, and copies once more, so that the disk's mood is the same for both. `--peft` (extra `oracle`) lets peft
-merge the same on the CPU, with as many threads. Checked: peak memory (VmHWM) below 1.5 GB; at least a third of the copy's speed; and a sample of tensors,
-of every kind, equal bit by bit to W + s B A in float64 rounded once to bfloat16, by the definition of rounding and not
-by the code under test. Exit code 1 if anything is not so. `--write` keeps the numbers in benchmarks/results/merge.json.
+merge the same on the CPU, with as many threads. Checked: peak memory (VmHWM) below 1.5 GB; at least a third of the
+copies' mean speed; and a sample of tensors, of every kind, equal bit by bit to W + s B A in float64 rounded once to
+bfloat16, by the definition of rounding and not by the code under test. Exit code 1 if anything is not so. `--write`
+keeps the numbers in benchmarks/results/merge.json.
 """
 
 from __future__ import annotations
@@ -207,7 +208,8 @@ def main() -> int:
     result: dict[str, Any] = {
         "command": " ".join(["python benchmarks/merge.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "numpy": np.__version__,
-        "weights": weights, "bytes": 2 * weights, "copy_seconds": [round(seconds, 2) for seconds in copies], "merge_seconds": round(merge, 2),
+        "weights": weights, "bytes": 2 * weights,
+        "copy_seconds": [round(seconds, 2) for seconds in copies], "merge_seconds": round(merge, 2),
         "copy_share": round(copy / merge, 3), "peak_bytes": peak,
         "tensors_checked": len(mistakes), "numbers_wrong": sum(mistakes.values()),
     }  # fmt: skip

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..errors import FormatError
-from .disk import PathLike, atomic_file, open_regular, parse_json, quoted
+from .disk import PathLike, atomic_file, in_turn, open_regular, parse_json, quoted, send_off
 
 Array = NDArray[Any]
 
@@ -234,7 +234,7 @@ class Entry:
 
 
 def write_stream(path: PathLike, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> None:
-    """Write the entries with one array in memory at a time. The bytes depend on nothing but names and values.
+    """Write the entries, one array in memory and the next in the making. The bytes depend on names and values alone.
 
     `metadata` is {"format": "pt"} unless given: transformers refuses a file without it. The file is atomic: if a
     `read` raises, or makes an array of another dtype or shape (FormatError), the old file stays.
@@ -266,8 +266,9 @@ def write_stream(path: PathLike, entries: Iterable[Entry], metadata: Mapping[str
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            array, expected = entry.read(), DTYPES[entry.dtype]
+        arrays = in_turn(entry.read for entry in entries)
+        for entry, array in zip(entries, arrays, strict=True):
+            expected = DTYPES[entry.dtype]
             if array.dtype.newbyteorder("<") != expected or array.shape != entry.shape:
                 raise FormatError(
                     f"{quoted(path)}: tensor {quoted(entry.name)} was announced as {expected} {entry.shape}, "
@@ -276,6 +277,7 @@ def write_stream(path: PathLike, entries: Iterable[Entry], metadata: Mapping[str
             if entry.dtype == "BOOL":
                 array = array.view(np.uint8) != 0  # in memory NumPy lets a bool be any byte, in a file it is 0 or 1
             file.write(np.ascontiguousarray(array, expected).reshape(-1).view(np.uint8).data)
+            send_off(file)
 
 
 def save_file(path: PathLike, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
