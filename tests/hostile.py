@@ -821,12 +821,15 @@ def command_rows() -> Iterator[Row]:
             yield command(56, f"{F} --{name}={value}", 2, name.split("-")[0])
     yield command(56, f"{F} --warmup -1", 2, "warmup")
     yield command(56, f"{E} --limit 0", 2, "limit")
-    for line in (F, P, G, E, M):
+    for line in (F, P, G, E):
         for seed in (-1, 2**64, "x"):
             yield command(56, f"{line} --seed {seed}", 2, "--seed")
+    for option in "--device cpu", "--seed 0":  # merging is NumPy's, and nothing in it is random
+        yield command(56, f"{M} {option}", 2, f"unrecognized arguments: {option}")
     for line in (F, P, G, E, M, "demo --out new"):
         for threads in (0, -3, "1.5"):
             yield command(56, f"{line} --threads {threads}", 2, "--threads")
+    for line in (F, P, G, E, "demo --out new"):
         for device in ("tpu", "cuda:x", "CPU"):
             yield command(56, f"{line} --device {device}", 2, device)
     for option, says in {

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..backend import get_backend
 from ..errors import ConfigError, FormatError
 from ..formats.disk import read_json
 from ..lora.multitask import FILE as MULTITASK
@@ -41,8 +40,6 @@ def define(command: Command, whole: Callable[[int], Callable[[str], int]]) -> No
     sub.add_argument("--weights", type=_numbers, metavar="X,X", help="times what each adapter is added (1)")
     sub.add_argument("--dtype", choices=DTYPES, metavar="D", help=f"{', '.join(DTYPES)} (default: as it is stored)")
     sub.add_argument("--threads", type=whole(1), metavar="K", help="blocks of rows at once (default: one a core)")
-    sub.add_argument("--device", default="cpu", help=argparse.SUPPRESS)  # both taken as by every command with a --base:
-    sub.add_argument("--seed", type=whole(0), help=argparse.SUPPRESS)  # nothing here depends on them
     common(sub, finite=True)
 
     sub = command("inspect", "What an adapter or a checkpoint holds.", "adapter --base base")
@@ -89,7 +86,6 @@ def merge(args: argparse.Namespace) -> None:
     from ..tools.folders import outside
     from ..tools.merging import merge as run
 
-    get_backend(args.device)
     outside(args.out, base=args.base)
     for folder in args.adapters:
         outside(args.out, adapter=folder)
