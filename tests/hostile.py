@@ -1,7 +1,7 @@
-"""The table of hostile inputs: what is built, how it is opened, and what it must end in. Run by test_hostile.py.
+"""The table of hostile inputs: what is built, how it is opened, and what it must end in.
 
-KINDS names sixty ways in which an input can be wrong, or odd; each has at least one row. A row that ends in None must
-be read or run all the same. Not a test itself.
+KINDS names sixty-five ways in which an input can be wrong, or odd; each has at least one row. A row that ends in None
+must be read or run all the same. Run by test_hostile.py, with the rows of hostile_tools.py. Not a test itself.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ KINDS = {
     53: "texts too short to train on, and odd ones", 54: "texts that are no UTF-8",
     55: "a text that changes while it is trained on", 56: "numbers on the command line", 57: "prompts",
     58: "output that would overwrite", 59: "output that has no place", 60: "one byte changed anywhere",
+    61: "records to train on", 62: "adapters of mlx-lm's", 63: "what cannot be merged",
+    64: "an end in the middle of writing", 65: "several tasks in a folder",
 }  # fmt: skip
 
 

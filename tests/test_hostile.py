@@ -19,18 +19,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile import KINDS, ROWS, SHAPE, TEXT, TINY, Row, World, make_victim, make_world
+import tqdm
+from hostile import KINDS, SHAPE, TEXT, TINY, Row, World, make_victim, make_world
+from hostile import ROWS as OF_FORMATS
+from hostile_tools import rows as of_tools
 
 import minilora.demo
 import minilora.generate
+import minilora.tools.comparing
+import minilora.tools.converting
+import minilora.tools.factoring
+import minilora.tools.merging
 import minilora.train  # what a command imports when it runs is there from the start, so that any other import is seen
 from minilora.cli import main
 from minilora.formats import load_file
 
+tqdm.tqdm.get_lock()  # imports multiprocessing
 for name in ("tokenizers", "pydoc_data.topics"):  # and so is what the two packages of optional texts import
     with contextlib.suppress(ImportError):
         __import__(name)
 
+ROWS = [*OF_FORMATS, *of_tools()]
 PACKAGE = Path(minilora.demo.__file__).parent
 FORBIDDEN = (
     "import", "exec", "compile", "pickle", "marshal.loads", "socket", "urllib", "subprocess", "os.system", "os.exec",
@@ -179,7 +188,7 @@ def test_hostile(row, sound, victim, seconds, tmp_path, monkeypatch):
 
 
 def test_every_kind_has_a_row():
-    assert list(KINDS) == list(range(1, 61))
+    assert list(KINDS) == list(range(1, 66))
     assert {row.kind for row in ROWS} | set(ELSEWHERE) == set(KINDS)
     assert not {row.kind for row in ROWS} & set(ELSEWHERE)
     assert len(ROWS) >= 60
@@ -190,8 +199,8 @@ CHILD = """
 import os, resource, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
-from hostile import ROWS, World, make_victim, make_world
-from test_hostile import outcome
+from hostile import World, make_victim, make_world
+from test_hostile import ROWS, outcome
 model = make_victim()[0]
 for number in map(int, sys.argv[4:]):
     folder = Path(sys.argv[3], str(number))

@@ -112,14 +112,20 @@ def _of_task(folders: list[str], task: str | None) -> list[str]:
         raise ConfigError("--adapter with several tasks stands alone: the task says which adapters are added")
     if not (folder / MULTITASK).exists():
         raise ConfigError(f"--adapter {folders[0]!r} holds one adapter: there is no task to choose")
-    tasks = read_json(folder / MULTITASK).get("tasks")
-    ok = isinstance(tasks, dict) and all(isinstance(v, list) and all(map(_is_name, v)) for v in tasks.values())
-    if not isinstance(tasks, dict) or not ok:
-        raise FormatError(f"{folder / MULTITASK}: expected tasks, and for each of them the names of its adapters")
+    tasks = _tasks(folder)
     if task not in tasks:
         what = "choose one with --task" if task is None else f"there is no {task!r:.60}"
         raise ConfigError(f"--adapter holds several tasks: {what}: {', '.join(tasks)}"[:300])
     return [str(folder if name == "default" else folder / name) for name in tasks[task]]
+
+
+def _tasks(folder: Path) -> dict[str, list[str]]:
+    """A folder's tasks, and the names of the adapters of each, none of which leads out of the folder."""
+    tasks = read_json(folder / MULTITASK).get("tasks")
+    listed = isinstance(tasks, dict) and all(isinstance(v, list) and all(map(_is_name, v)) for v in tasks.values())
+    if not isinstance(tasks, dict) or not listed:
+        raise FormatError(f"{folder / MULTITASK}: expected tasks, and for each of them the names of its adapters")
+    return tasks
 
 
 def _is_name(name: Any) -> bool:
@@ -131,8 +137,7 @@ def inspect(args: argparse.Namespace) -> None:
 
     folder = Path(args.directory)
     if (folder / MULTITASK).exists():
-        tasks = read_json(folder / MULTITASK).get("tasks")
-        names = sorted({str(n) for own in tasks.values() for n in own}) if isinstance(tasks, dict) else []
+        names = sorted({name for own in _tasks(folder).values() for name in own})
         raise ConfigError(f"{args.directory!r} holds several adapters: inspect one of them: {', '.join(names)}"[:300])
     adapter = (folder / "adapter_config.json").exists()
     if not adapter and (args.base or args.plot):

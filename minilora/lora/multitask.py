@@ -26,6 +26,7 @@ import collections
 import contextlib
 import contextvars
 import copy
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -322,6 +323,8 @@ class MultiTask(PeftModel):
                 for name in dict.fromkeys(name for names in tasks.values() for name in names):
                     made._check_name(name, LoraConfig())  # before it is part of a path
                     folder = Path(directory) if name == "default" else Path(directory) / name
+                    if not os.path.isdir(folder):  # a name may be too long for Path.is_dir
+                        raise FormatError(f"{str(where)!r}: there is no folder of the adapter {name!r:.99}")
                     made.load_adapter(folder, name, is_trainable)
                 for task, names in tasks.items():
                     made.declare(task, names)

@@ -136,15 +136,16 @@ def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
         a, b, m = (shapes.get(ending, ()) for ending in ENDINGS)
         if len(a) != 2 or len(b) != 2 or a[1] != r or b[0] != r or m != ((b[1],) if kind == "dora" else ()):
             raise FormatError(f"{where}: {path}: lora_a {a}, lora_b {b}, m {m}: expected (in, {r}), ({r}, out), (out,)")
-    config = LoraConfig(
-        r=r,
-        lora_alpha=scale * r,
-        target_modules=sorted(layers),
-        lora_dropout=given.get("dropout", 0.0),
-        task_type="CAUSAL_LM",
-        use_dora=kind == "dora",
-        base_model_name_or_path=_text(fields.get("model")),
-    )
+    said = {
+        "r": r,
+        "lora_alpha": scale * r,
+        "target_modules": sorted(layers),
+        "lora_dropout": given.get("dropout", 0.0),
+        "task_type": "CAUSAL_LM",
+        "use_dora": kind == "dora",
+        "base_model_name_or_path": _text(fields.get("model")),
+    }
+    config = LoraConfig.from_dict(said, f"{where}: adapter_config.json")
     return config.to_dict(), tensors
 
 

@@ -114,13 +114,13 @@ def new_folder(out: str | Path, inputs: Mapping[str, Any]) -> Iterator[Path]:
     same `inputs` finds there what was finished, and another one starts afresh.
     """
     there = Path(out).exists()
-    with locked(out) as held:
-        try:
+    try:
+        with locked(out) as held:
             open_folder(held)
             real = held.resolve()
             stage = real.parent / f".{real.name[:40]}.unfinished"
-            _begin(stage, {"out": real.name, **inputs})
             try:
+                _begin(stage, {"out": real.name, **inputs})
                 yield stage
                 (stage / STAMP).unlink()
                 for file in stage.glob(".*"):
@@ -133,12 +133,13 @@ def new_folder(out: str | Path, inputs: Mapping[str, Any]) -> Iterator[Path]:
             except BaseException:  # KeyboardInterrupt too
                 shutil.rmtree(stage, ignore_errors=True)
                 raise
-        except BaseException:
-            if not there:
-                with suppress(OSError):
-                    (held / LOCK).unlink()
-                    held.rmdir()
-            raise
+    except BaseException:
+        with suppress(OSError):  # there is something in it, then
+            if there:
+                Path(out).mkdir(exist_ok=True)
+            else:
+                Path(out).rmdir()
+        raise
 
 
 def _begin(stage: Path, inputs: Mapping[str, Any]) -> None:

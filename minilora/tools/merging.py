@@ -220,14 +220,14 @@ def _changed(
     m = factors[0].m
     norms = None if m is None else _norms(bits, left, right, flip, over)
 
+    @np.errstate(all="ignore")  # of the thread that it runs in
     def block(at: slice) -> tuple[float, float]:
         V = left[at] @ right
         W = widened(bits[at])
         V += W
         change = 0.0
         if m is not None and norms is not None:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                k = np.where(norms == 0, 1, m / norms)
+            k = np.where(norms == 0, 1, m / norms)
             V *= k if flip else k[at, None]
             difference = V - W
             change = float(np.vdot(difference, difference))
@@ -235,8 +235,7 @@ def _changed(
         V -= widened(out[at])
         return float(np.vdot(V, V)), change
 
-    with np.errstate(invalid="ignore", over="ignore"):
-        parts = list(over(block, blocks(bits.shape)))
+    parts = list(over(block, blocks(bits.shape)))
     lost = math.sqrt(math.fsum(part[0] for part in parts))
     size = (
         math.sqrt(math.fsum(p[1] for p in parts)) if m is not None else float(np.linalg.norm(singular_values(A, B, 1)))
@@ -249,6 +248,7 @@ def _changed(
 def _norms(bits: Array, left: Array, right: Array, flip: bool, over: Rows) -> Array:
     """|V| of the rows of V = W + dW (O, I), which is stored as it is, or turned.    -> (O,)"""
 
+    @np.errstate(all="ignore")
     def block(at: slice) -> Array:
         V = left[at] @ right
         V += widened(bits[at])
