@@ -189,7 +189,7 @@ def as_tensors(file: Path) -> str | None:
     try:
         ours = by_minilora(file)
     except MiniloraError as error:
-        named(error, file)
+        require_shown(error)
         if safetensors is None:
             raise
         return "refused by both" if theirs is None else f"only the reference accepts: {reason(error, file)}"
@@ -313,8 +313,8 @@ def reason(error: Exception, file: Path) -> str:
     return text.split("(")[0][:60].strip(" :_/")
 
 
-def named(error: MiniloraError, file: Path) -> None:
-    """An error is of one line, and says which file it is about."""
+def require_shown(error: MiniloraError) -> None:
+    """Wrong, if an error is not of one line that steers no terminal."""
     if len(str(error)) > 500 or not str(error).isprintable():
         raise Wrong(f"a message that is long or not printable: {str(error)[:700]!r}") from None
 
@@ -326,7 +326,7 @@ def outcome(one: Input) -> str:
         try:
             ends.append(read(one.file) or "accepted")
         except MiniloraError as error:
-            named(error, one.file)
+            require_shown(error)
             if not any(word in str(error) for word in (str(one.file.parent), *KINDS[one.kind].names)):
                 raise Wrong(f"an error that does not say which file: {error}") from None
             ends.append(f"{type(error).__name__}: {reason(error, one.file)}")
@@ -346,7 +346,9 @@ def run(world: World, blocks: Iterator[tuple[int, int]], told: Told) -> Counts:
                 try:
                     signal.setitimer(signal.ITIMER_PROF, LIMIT)
                     counts[one.kind][outcome(one)] += 1
-                except (Exception, TooLong) as error:
+                except BaseException as error:  # a panic of a library, and TooLong, are no Exceptions
+                    if isinstance(error, KeyboardInterrupt):
+                        raise
                     raise SystemExit(f"{where}: {type(error).__name__}: {error}\n{one.content[:3000]!r}") from error
                 finally:
                     signal.setitimer(signal.ITIMER_PROF, 0)
@@ -462,6 +464,8 @@ def main() -> None:
         "tokenizers": tokenizers.__version__ if tokenizers else None,
         "inputs": args.inputs,
         "seconds": round(time.perf_counter() - begun, 1),
+        "seconds of work": round(sum(os.times()[2:4]), 1),  # of all processes: what a loaded machine does not lengthen
+        "processes": args.jobs,
         "faults": 0,
         "accepted by minilora alone": 0 if safetensors else None,
         "inputs of each kind": {kind: sum(found.values()) for kind, found in counts.items()},
