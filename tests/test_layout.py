@@ -33,7 +33,7 @@ ORDER = [
     ["lora.multitask"],
     ["lora"],
     ["tools"],
-    ["tools.adapters"],
+    ["tools.adapters", "tools.leading"],
     ["inspection", "recipes", "verify.case"],
     ["verify.measuring"],
     ["verify.of_lora", "verify.of_layers", "verify.of_dora", "verify.of_adalora", "verify.of_codes"],

@@ -32,7 +32,7 @@ from minilora.formats import (
 from minilora.lora import PeftModel
 from minilora.tools import folders
 from minilora.tools.adapters import AdapterFile
-from minilora.tools.comparing import diff
+from minilora.tools.comparing import count_above, diff
 from minilora.tools.converting import convert
 from minilora.tools.factoring import extract, resize
 from minilora.tools.merging import merge
@@ -403,6 +403,21 @@ def test_diff_finds_the_rank_that_was_merged(tmp_path: Path) -> None:
         assert row["relative"] == 0 or row["relative"] > 0
     assert report["equal"] == len(report["tensors"]) - len(expected)
     assert report["only in a"] == report["only in b"] == []
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(-12, 0), st.sampled_from([0, -600, 600]), st.integers(0, 99))
+def test_values_above_a_threshold_are_counted_however_near_they_are(
+    O: int, I: int, power: int, exponent: int, seed: int
+) -> None:
+    """The threshold is one of the values, or a bit below or above it, or anything."""
+    rng, n = np.random.default_rng(seed), min(O, I)
+    values = np.sort(10.0 ** rng.uniform(power, 0, n))[::-1]
+    D = (np.linalg.qr(rng.standard_normal((O, n)))[0] * values) @ np.linalg.qr(rng.standard_normal((I, n)))[0].T
+    D = np.ldexp(D, exponent)
+    exact = np.linalg.svd(D, compute_uv=False)
+    at = exact[rng.integers(n)]
+    for threshold in (at, np.nextafter(at, 0), at * (1 + 1e-9), exact[-1] / 2, np.ldexp(2.0, exponent)):
+        assert count_above(D, threshold) == (exact > threshold).sum()
 
 
 def test_diff_names_what_only_one_has_and_shapes_that_differ(tmp_path: Path) -> None:

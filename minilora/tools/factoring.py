@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import threadpoolctl
 from tqdm import tqdm
 
 from ..errors import ConfigError, FormatError, NonFiniteError
@@ -20,6 +21,7 @@ from ..lora.plan import PREFIX
 from ..weights import transposed
 from .adapters import AdapterFile
 from .folders import Row, fingerprint, new_folder, outside
+from .leading import leading
 
 Array = np.ndarray
 OWN_OF_ADALORA = {f.name for f in dataclasses.fields(AdaLoraConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
@@ -30,6 +32,7 @@ def low_rank(U: Array, values: Array, Vt: Array, r: int) -> tuple[Array, Array, 
     """U (O, k), values (k,), Vt (k, I) of a dW -> A (r, I), B (O, r) with s = 1, and what they miss of it.
 
     Each gets the square roots of the values, so that neither is far larger. Beyond k they are filled up with zeros.
+    Values beyond the first r are only what is missed: one may stand for all (see `leading`).
     """
     k = min(r, len(values))
     root = np.sqrt(values[:k])
@@ -85,15 +88,15 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
     """Write, as an adapter of rank r in PEFT's files, what sets the checkpoint `tuned` apart from `base`, to `out`.
 
     A linear layer of which the weight alone changed gets the nearest factors of the difference; what else changed
-    (norms, biases, the embedding, the head) is saved whole. Returns a row a layer as `resize` does. The decomposition
-    is LAPACK's, of the whole difference: exact, and minutes for a matrix with sides of 4,096.
+    (norms, biases, the embedding, the head) is saved whole. Returns a row a layer as `resize` does. Memory holds a few
+    tensors in float64; BLAS runs in one thread, so that equal checkpoints give equal bits wherever it is asked for.
 
     FormatError where the two have other tensors or shapes, ConfigError where nothing changed or a tied embedding did.
     """
     _require_rank(r)
     outside(out, base=base, tuned=tuned)
     config, one = read_checkpoint(base)
-    with one, read_checkpoint(tuned)[1] as other:
+    with one, read_checkpoint(tuned)[1] as other, threadpoolctl.threadpool_limits(1, "blas"):
         keys = one.keys()
         apart = sorted(set(keys) ^ set(other.keys())) or [k for k in keys if one.shape(k) != other.shape(k)]
         if apart:
@@ -146,7 +149,7 @@ def _difference(one: Checkpoint, other: Checkpoint, key: str, flip: bool, r: int
     D -= one.read(key)
     if not np.isfinite(D).all():
         raise NonFiniteError(f"the difference of {key} is not finite")
-    return low_rank(*np.linalg.svd(D.T if flip else D, full_matrices=False), r)
+    return low_rank(*leading(D.T if flip else D, r), r)
 
 
 def _path(key: str, kind: str) -> str:
