@@ -207,6 +207,26 @@ def test_merging_at_one_end_of_a_tied_model_must_be_told_what_is_meant(targets: 
     assert near(logits(plain), unmerged)
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize(("first", "then"), [("share", "untie"), ("untie", "share")])
+def test_what_is_merged_in_one_way_is_not_taken_for_the_other(target: str, first: str, then: str) -> None:
+    made = model(target)
+    unmerged = logits(made)
+    made.merge_adapter(tied=first)
+    before = logits(made)
+    for merge in (made.merge_adapter, made.merge_and_unload):
+        with pytest.raises(
+            ConfigError, match=f"default is merged with tied='{first}': unmerge_adapter before '{then}'"
+        ):
+            merge(tied=then)
+        assert np.array_equal(logits(made), before)
+    made.merge_adapter()  # it has been said
+    plain = made.merge_and_unload(tied=first) if target == "lm_head" else made.merge_and_unload()
+    assert plain.config.tie_word_embeddings == (first == "share")
+    assert np.array_equal(logits(plain), before)
+    assert near(before, unmerged) == (first == "untie")
+
+
 def test_an_adapter_elsewhere_and_an_untied_model_need_not_say() -> None:
     for made in (model("q_proj"), model("embed_tokens", "lm_head", tie=False)):
         before = logits(made)

@@ -168,8 +168,10 @@ def ends(model: Any) -> tuple[Any, Any]:
 
 def tied(model: Any) -> bool:
     """Have the embedding and the head one weight, but for adapters?"""
-    embedding, head = map(unwrapped, ends(model))
-    return head is not None and vars(head).get("weight") is vars(embedding).get("weight")
+    places = ends(model)
+    embedding, head = map(unwrapped, places)
+    led = any(isinstance(p, Merging) and p.leads(m) for p, m in zip(places, (head, embedding), strict=True))
+    return led or (head is not None and vars(head).get("weight") is vars(embedding).get("weight"))
 
 
 def choose(model: Any, names: Sequence[str], choice: str | None) -> None:
@@ -184,6 +186,8 @@ def choose(model: Any, names: Sequence[str], choice: str | None) -> None:
     changed = [e for e, own in zip((embedding, head), held, strict=True) if own]
     if not (changed and tied(model)) or (held[0] == held[1] and head.follows(embedding)):
         return
+    if choice is None and all({*e.merged} >= {*own} for e, own in zip((embedding, head), held, strict=True) if own):
+        return  # they are merged, as was said then
     if choice is None:
         place = "each of them apart" if len(changed) == 2 else "the embedding" if embedding in changed else "the head"
         raise ConfigError(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array
-from ..errors import NonFiniteError
+from ..errors import ConfigError, NonFiniteError
 from ..nn import LinearBase
 
 
@@ -81,8 +81,20 @@ class Merging:
         """Is this the head of `embedding`, with the same adapters?"""
         return self._follows is embedding
 
+    def leads(self, other: Any) -> bool:
+        """Does `other` have what is merged here?"""
+        return other is not None and self._leads is other
+
     def lead(self, other: Any) -> None:
-        """Give `other`, a module that shares the base's weight, what is merged, too; None: no longer."""
+        """Give `other`, a module that shares the base's weight, what is merged, too; None: not.
+
+        ConfigError where adapters are merged already, and otherwise.
+        """
+        if self.merged and self._leads is not other:
+            before, now = ("untie", "share") if self._leads is None else ("share", "untie")
+            raise ConfigError(
+                f"{', '.join(self.merged)} is merged with tied={before!r}: unmerge_adapter before {now!r}"
+            )
         self._leads = other
 
     def delta_weight(self, name: str) -> np.ndarray:

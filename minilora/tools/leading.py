@@ -1,4 +1,4 @@
-"""The leading singular triplets of a large matrix, without its whole decomposition, which takes minutes.
+"""The leading singular triplets of a large matrix, without its whole decomposition, which takes a minute.
 
 Rayleigh-Ritz on a basis Q that grows: the decomposition of Q^T D gives the best approximations there are in span(Q),
 
@@ -30,8 +30,8 @@ def leading(D: Array, r: int) -> tuple[Array, Array, Array]:
     triplet is found up to R_i, its value's true square is larger by at most sigma_i |R_i|, and by no more than that
     number's square over its distance from the first square that is left out (Parlett 1998, sections 11.5 and 11.7).
 
-    No residual says that a larger triplet was missed altogether; the random block sees to that, but for a chance that is
-    negligible. Its seed is fixed: equal D have equal results. Where the values lie so close that rounds run out, D is
+    No residual says that a larger triplet was missed altogether; the random block sees to that, but for a negligible
+    chance. Its seed is fixed: equal D have equal results. Where the values lie so close that rounds run out, D is
     decomposed whole.
     """
     k, n = r + SPARE, min(D.shape)
