@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import SMALLER
 
 from minilora import CausalLM
 from minilora.errors import ConfigError, FormatError, MiniloraError, NonFiniteError
@@ -29,7 +30,7 @@ from minilora.formats import (
     write_json,
     write_stream,
 )
-from minilora.lora import PeftModel
+from minilora.lora import LoraConfig, PeftModel, get_peft_model
 from minilora.tools import folders
 from minilora.tools.adapters import AdapterFile
 from minilora.tools.comparing import count_above, diff
@@ -178,6 +179,40 @@ def test_the_bits_are_those_of_merging_a_model(name: str, tmp_path: Path) -> Non
     model = PeftModel.from_pretrained(CausalLM.from_pretrained(of(name)), GOLDEN / name)
     model.merge_and_unload().save_pretrained(tmp_path / "model")
     assert tree(tmp_path / "files")["model.safetensors"] == tree(tmp_path / "model")["model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", sorted(CODES))
+def test_dora_on_an_embedding_is_the_scaled_sum_rounded_once(dtype: str, tmp_path: Path) -> None:
+    """Column by column of the table W (V, C):  m (W + s (B A)^T) / |W + s (B A)^T|; and in memory the same model."""
+    model = CausalLM(SMALLER, seed=0)
+    model.save_pretrained(tmp_path / "float32")
+    if dtype == "float64":
+        tensors = {k: a.astype(dtype) for k, a in load_file(tmp_path / "float32" / "model.safetensors").items()}
+        base = write_base(tmp_path / "base", tensors, **{**SMALLER.to_dict(), "dtype": dtype})
+    else:
+        base = tmp_path / "base"
+        convert(tmp_path / "float32", base, dtype=dtype)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["embed_tokens"], use_dora=True, init_lora_weights=False)
+    made = get_peft_model(CausalLM.from_pretrained(base, dtype="float64"), config)
+    rng = np.random.default_rng(0)
+    for p in made.adapter_parameters("default").values():
+        p.data = np.float32(rng.standard_normal(p.shape)).astype(float)
+    made.save_pretrained(tmp_path / "adapter")
+    (row,) = merge(base, [tmp_path / "adapter"], tmp_path / "out")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    A, B, m = (tensors[f"{PREFIX}model.embed_tokens.lora_{x}"].astype(float) for x in
+               ("embedding_A", "embedding_B", "magnitude_vector"))  # fmt: skip
+    key = "model.embed_tokens.weight"
+    with read_checkpoint(base)[1] as there, read_checkpoint(tmp_path / "out")[1] as merged:
+        W, got = there.read(key, "f8"), merged.read(key, "f8")
+    V = W + 1.5 * (B @ A).T
+    want = m / np.linalg.norm(V, axis=0) * V
+    error = np.abs(got - want)
+    for other in neighbours(got, CODES[dtype]):
+        assert (error <= np.abs(other - want) + 1e-14).all()
+    assert row["|dW|"] == pytest.approx(np.linalg.norm(want - W), rel=1e-12)
+    assert row["lost"] * row["|dW|"] == pytest.approx(np.linalg.norm(error), rel=1e-6, abs=1e-13)
+    assert np.abs(made.merge_and_unload().get_input_embeddings().weight.data - want).max() < 1e-13
 
 
 def spoil(folder: Path, how: str) -> dict[str, Any]:

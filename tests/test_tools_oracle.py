@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peers import close, peft, torch, transformers
+from peers import close, peft, randomise, torch, transformers
 
 from minilora.formats import load_file
 from minilora.tools.converting import convert
@@ -46,6 +46,23 @@ def test_peft_merges_into_the_same_files(name: str, tmp_path: Path) -> None:
     assert set(ours) == set(expected)
     for key, array in expected.items():
         assert close(ours[key], array, 1e-6)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "q_proj"]])
+def test_peft_merges_dora_on_an_embedding_into_the_same_files(targets: list[str], tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(of("llama"), dtype=torch.float64)
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, use_dora=True)
+    made = peft.get_peft_model(model, config).double()
+    randomise(p for p in made.parameters() if p.requires_grad)
+    made.save_pretrained(tmp_path / "adapter")
+    made.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    merge(of("llama"), [tmp_path / "adapter"], tmp_path / "ours")
+    ours, expected = (load_file(tmp_path / who / "model.safetensors") for who in ("ours", "theirs"))
+    assert set(ours) == set(expected)
+    for key, array in expected.items():
+        assert close(ours[key], array, 1e-6)
+    changed = [key for key, W in load_file(of("llama") / "model.safetensors").items() if not close(ours[key], W, 1e-3)]
+    assert {key.split(".")[-2] for key in changed} == {*targets}
 
 
 @pytest.mark.parametrize("name", ["llama--lora", "llama--adalora", "llama--dora", "llama--patterns", "gpt2--lora"])
