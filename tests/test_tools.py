@@ -215,6 +215,33 @@ def test_dora_on_an_embedding_is_the_scaled_sum_rounded_once(dtype: str, tmp_pat
     assert np.abs(made.merge_and_unload().get_input_embeddings().weight.data - want).max() < 1e-13
 
 
+@pytest.mark.parametrize("saved", ["ln_f", "mlp"])
+def test_biases_that_a_file_has_again_must_be_those(saved: str, tmp_path: Path) -> None:
+    """With bias="all" and a module that is saved whole, PEFT's files have its biases as they were, and twice."""
+    config = LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=[saved], bias="all")
+    made = get_peft_model(CausalLM.from_pretrained(of("gpt2")), config)
+    rng = np.random.default_rng(0)
+    for p in made.adapter_parameters("default").values():
+        p.data = np.float32(rng.standard_normal(p.shape))
+    made.save_pretrained(tmp_path / "adapter")
+    made.merge_and_unload().save_pretrained(tmp_path / "model")
+    file = "model.safetensors"
+    merge(of("gpt2"), [tmp_path / "adapter"], tmp_path / "files")
+    assert (tmp_path / "files" / file).read_bytes() == (tmp_path / "model" / file).read_bytes()
+    fields, tensors = read_adapter(tmp_path / "adapter")
+    resize(tmp_path / "adapter", 2, tmp_path / "resized")
+    assert set(read_adapter(tmp_path / "resized")[1]) == set(tensors)
+    again = [key for key in tensors if ".original_module." in key or ".modules_to_save." in key]
+    assert len(again) == 2 * (
+        1 if saved == "ln_f" else 2 * CausalLM.from_pretrained(of("gpt2")).config.num_hidden_layers
+    )
+    for key in again[0], again[-1]:
+        says = "another one in the base" if ".original_module." in key else "is not what modules_to_save has there"
+        write_adapter(tmp_path / "adapter", fields, {**tensors, key: tensors[key] + np.float32(1)})
+        with pytest.raises(FormatError, match=says):
+            merge(of("gpt2"), [tmp_path / "adapter"], tmp_path / "out")
+
+
 def spoil(folder: Path, how: str) -> dict[str, Any]:
     """A base and an adapter that cannot be merged; options for merge."""
     base, adapter = small(folder, tied=how.startswith("tied"))

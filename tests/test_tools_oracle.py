@@ -65,6 +65,34 @@ def test_peft_merges_dora_on_an_embedding_into_the_same_files(targets: list[str]
     assert {key.split(".")[-2] for key in changed} == {*targets}
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize(
+    ("base", "target", "saved"),
+    [
+        ("gpt2", "c_attn", "ln_f"),
+        ("gpt2", "c_attn", "mlp"),
+        ("qwen2", "q_proj", "k_proj"),
+        ("qwen2", "up_proj", "attn"),
+    ],
+)
+def test_biases_of_a_module_that_is_saved_whole_are_in_a_file_again(
+    base: str, target: str, saved: str, bias: str, tmp_path: Path
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / base, dtype=torch.float64)
+    config = peft.LoraConfig(r=2, target_modules=[target], modules_to_save=[saved], bias=bias, task_type="CAUSAL_LM")
+    made = peft.get_peft_model(model, config)
+    randomise(p for p in made.parameters() if p.requires_grad)
+    made.save_pretrained(tmp_path / "adapter")
+    again = [key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if ".original_module." in key]
+    assert bool(again) == (bias == "all")
+    made.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    merge(GOLDEN / base, [tmp_path / "adapter"], tmp_path / "ours")
+    ours, expected = (load_file(tmp_path / who / "model.safetensors") for who in ("ours", "theirs"))
+    assert set(ours) == set(expected)
+    for key, array in expected.items():
+        assert close(ours[key], array, 1e-6)
+
+
 @pytest.mark.parametrize("name", ["llama--lora", "llama--adalora", "llama--dora", "llama--patterns", "gpt2--lora"])
 def test_a_resized_adapter_loads_in_peft(name: str, tmp_path: Path) -> None:
     resize(GOLDEN / name, 8, tmp_path / "out")

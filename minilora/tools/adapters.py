@@ -46,6 +46,7 @@ class AdapterFile:
     layers     path -> {"A": key, "B": key, ...}, the keys in the file
     replaced   name of a base's tensor -> key: what modules_to_save and trained biases put in its place
     tokens     path of an embedding -> key: what trainable_token_indices put in place of some rows
+    originals  name of a base's bias -> key: what bias="all" says again of a module that is saved whole, from before
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -56,22 +57,32 @@ class AdapterFile:
             self.layers: dict[str, dict[str, str]] = {}
             self.replaced: dict[str, str] = {}
             self.tokens: dict[str, str] = {}
+            self.originals: dict[str, str] = {}
+            again: dict[str, str] = {}
             for key in self.file.keys():  # noqa: SIM118  (a file is not a mapping)
-                self._place(key)
+                self._place(key, again)
             for path in self.layers:
                 self._check(path)
+            for name, key in again.items():
+                if name not in self.replaced or not same(self.file.read(self.replaced[name]), self.file.read(key)):
+                    raise FormatError(f"{self.where}: {quoted(key)} is not what modules_to_save has there")
         except BaseException:
             self.file.close()
             raise
 
-    def _place(self, key: str) -> None:
+    def _place(self, key: str, again: dict[str, str]) -> None:
         name = key.removeprefix(PREFIX)
+        path, copied, inside = name.partition(".modules_to_save.")
         ending = next((e for e in ENDINGS if name.endswith(e)), None)
         strange = ".lora_" in name or (".token_adapter." in name and not name.endswith(f".{TOKENS}"))
         if name == key or (ending is None and strange):
             raise FormatError(f"{self.where}: {quoted(key)} is not a tensor of an adapter that is known here")
         if name.endswith(f".{TOKENS}"):
             self.tokens[name.removesuffix(f".{TOKENS}")] = key
+        elif copied and name.endswith(".bias"):  # of what has parts, after the adapter's name
+            again[f"{path}.{inside if inside == 'bias' else inside.partition('.')[2]}"] = key
+        elif ".original_module." in name and name.endswith(".bias"):
+            self.originals[name.replace(".original_module.", ".")] = key
         elif ending is None:
             self.replaced[name.replace(".base_layer.bias", ".bias")] = key
         elif ENDINGS[ending] in self.layers.setdefault(name.removesuffix(ending), {}):
@@ -120,6 +131,11 @@ class AdapterFile:
         self.file.close()
 
 
+def same(one: Array, other: Array) -> bool:
+    """Have two arrays equal numbers, as far as the precision of `one` goes?"""
+    return one.shape == other.shape and np.array_equal(one, other.astype(one.dtype), equal_nan=True)
+
+
 # ---- where an adapter's names stand in a base's files ----
 
 
@@ -156,6 +172,10 @@ def _mismatches(adapter: AdapterFile, base: Checkpoint, kind: str) -> Iterator[s
                 yield f"unknown {name}"
         elif base.shape(there) != adapter.file.shape(key):
             yield f"{name} is {adapter.file.shape(key)}, the base has {base.shape(there)}"
+    for name, key in adapter.originals.items():
+        there = base_key(base, name)
+        if there is None or not same(adapter.file.read(key), base.read(there)):
+            yield f"{key.removeprefix(PREFIX)} is another one in the base"
     for path, key in adapter.tokens.items():
         there, rows = base_key(base, f"{path}.weight"), adapter.rows(path)
         V, d = base.shape(there) if there else (0, 0)
@@ -168,7 +188,7 @@ def _mismatches(adapter: AdapterFile, base: Checkpoint, kind: str) -> Iterator[s
             if base_key(base, f"{path}.bias") and f"{path}.bias" not in adapter.replaced:
                 yield f"missing {path}.base_layer.bias"
     for name in config.modules_to_save or ():
-        if not any(key.rpartition(".")[0].endswith(name) for key in adapter.replaced):
+        if not any(_is_inside(key, (name,)) for key in adapter.replaced):
             yield f"missing what modules_to_save calls {name!r:.99}"
 
 
@@ -185,7 +205,13 @@ def targets(adapter: AdapterFile, base: Checkpoint, model_type: str) -> list[str
     if model_type == "gpt2":  # in an adapter's names the prefix always is
         paths = [f"transformer.{path.removeprefix('transformer.')}" for path in paths if path != "lm_head"]
     saved = tuple(config.modules_to_save or ())
-    found = [p for p in paths if matches(p, wanted) and not (saved and p.endswith(saved))]
+    found = [p for p in paths if matches(p, wanted) and not _is_inside(f"{p}.weight", saved)]
     where = config.layers_to_transform, config.layers_pattern
     found = [p for p in found if (not isinstance(wanted, str) and p in wanted) or in_layers(p, *where)]
     return [p for p in found if not config.exclude_modules or not matches(p, config.exclude_modules)]
+
+
+def _is_inside(key: str, names: tuple[str, ...]) -> bool:
+    """Is the tensor `key` one of a module whose path ends in one of `names`, or of a part of it?"""
+    parts = key.split(".")
+    return any(".".join(parts[:i]).endswith(names) for i in range(1, len(parts)))

@@ -65,7 +65,8 @@ def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
     with AdapterFile(adapter) as file:
         if isinstance(file.config, HydraConfig):
             raise ConfigError(f"{file.where} is HydraLoRA's: it has several B's, and no dW to be nearest to")
-        tensors = {key: file.file.read(key) for key in (*file.replaced.values(), *file.tokens.values())}
+        factors = {key for layer in file.layers.values() for key in layer.values()}
+        tensors = {key: file.file.read(key) for key in file.file.keys() if key not in factors}  # noqa: SIM118
         rows = []
         for path, layer in tqdm(file.layers.items(), desc="resize", unit=" layers", disable=None, leave=False):
             was = file.factors(path)

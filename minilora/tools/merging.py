@@ -22,7 +22,7 @@ from ..formats import Checkpoint, read_checkpoint
 from ..inspection import singular_values
 from ..lora import HydraConfig
 from ..parallel import available_cores, keep_memory
-from .adapters import AdapterFile, base_key, lies_transposed, mismatches
+from .adapters import AdapterFile, base_key, lies_transposed, mismatches, same
 from .folders import (
     DTYPES,
     FLOATS,
@@ -149,10 +149,8 @@ def _check_whole(adapter: AdapterFile, base: Checkpoint) -> None:
     """A targeted embedding or head comes with its base's weight in the file: then it must be this base."""
     for path, layer in adapter.layers.items():
         key = base_key(base, f"{path}.weight")
-        if "base" in layer and key is not None:
-            there, here = adapter.file.read(layer["base"]), base.read(key)
-            if there.shape != here.shape or not np.array_equal(there, here.astype(there.dtype), equal_nan=True):
-                raise FormatError(f"{adapter.where}: {path}.base_layer.weight differs from the base's: another base")
+        if "base" in layer and key is not None and not same(adapter.file.read(layer["base"]), base.read(key)):
+            raise FormatError(f"{adapter.where}: {path}.base_layer.weight differs from the base's: another base")
 
 
 def _check_tied(
