@@ -7,9 +7,11 @@ import json
 import math
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx_golden
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -530,6 +532,33 @@ def test_an_adapter_goes_to_mlx_and_comes_back(name: str, tmp_path: Path) -> Non
     _, after = read_adapter(tmp_path / "peft")
     assert {k: a.tobytes() for k, a in after.items()} == {k: a.tobytes() for k, a in before.items()}
     assert np.abs(logits(of(name), tmp_path / "peft") - logits(of(name), GOLDEN / name)).max() < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:ensure_weight_tying")
+@pytest.mark.parametrize("name", sorted(mlx_golden.CASES.keys() - {"dora-embedding"}))
+def test_what_mlx_lm_trained_has_its_logits_here_and_comes_back(name: str, tmp_path: Path) -> None:
+    convert(mlx_golden.FOLDER / name, tmp_path / "peft", to="peft")
+    base = GOLDEN / mlx_golden.CASES[name][0]
+    expected = np.load(mlx_golden.FOLDER / name / "logits.npy")
+    got = logits(base, tmp_path / "peft")[0]
+    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert np.abs(got - logits(base)[0]).max() > 0.1
+    if name != "tied-embedding":
+        convert(tmp_path / "peft", tmp_path / "mlx", to="mlx")
+        there, back = (load_file(f / "adapters.safetensors") for f in (mlx_golden.FOLDER / name, tmp_path / "mlx"))
+        assert {k: a.tobytes() for k, a in back.items()} == {k: a.tobytes() for k, a in there.items()}
+        keys = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["lora_parameters"]["keys"]
+        assert ("lm_head" in keys) == (name == "head")
+
+
+def test_dora_of_an_embedding_means_another_thing_to_mlx(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"DoRA of model\.embed_tokens has a length for each token"):
+        convert(mlx_golden.FOLDER / "dora-embedding", tmp_path / "peft", to="peft")
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    get_peft_model(CausalLM(replace(SMALLER, tie_word_embeddings=True)), config).save_pretrained(tmp_path / "peft")
+    with pytest.raises(ConfigError, match="on linear layers, and nothing else"):
+        convert(tmp_path / "peft", tmp_path / "mlx", to="mlx")
+    assert [p.name for p in tmp_path.iterdir()] == ["peft"]
 
 
 def mlx(folder: Path, a: np.ndarray, b: np.ndarray, **parameters: Any) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import mlx_golden
 import numpy as np
 import pytest
 from peers import close, peft, randomise, torch, transformers
@@ -111,3 +112,14 @@ def test_a_converted_adapter_loads_in_peft(name: str, tmp_path: Path) -> None:
     convert(GOLDEN / name, tmp_path / "mlx", to="mlx")
     convert(tmp_path / "mlx", tmp_path / "peft", to="peft")
     assert close(logits(of(name), tmp_path / "peft"), logits(of(name), GOLDEN / name), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "head", "tied-embedding"])
+def test_what_mlx_lm_trained_has_its_logits_in_peft(name: str, tmp_path: Path) -> None:
+    convert(mlx_golden.FOLDER / name, tmp_path / "peft", to="peft")
+    base = GOLDEN / mlx_golden.CASES[name][0]
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "peft").eval().double()
+    with torch.no_grad():
+        got = model(torch.tensor(mlx_golden.IDS)).logits[0]
+    assert close(got, np.load(mlx_golden.FOLDER / name / "logits.npy"), 1e-5)

@@ -115,7 +115,8 @@ class SafetensorsFile:
             raise FormatError(f"{self._where}: the header must begin with {{ and end with }} and spaces")
         values = MAX_METADATA + ENTRY_VALUES * (length // SMALLEST_ENTRY)
         header = parse_json(text, self._where, depth=3, values=values)
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata  # null is what mlx writes for none
         if type(metadata) is not dict or any(type(value) is not str for value in metadata.values()):
             raise FormatError(f"{self._where}: __metadata__ must hold strings only")
         self.metadata: dict[str, str] = metadata

@@ -4,8 +4,11 @@
     files      adapter_model.safetensors                   adapters.safetensors, and each an adapter_config.json
     A (r, I)   base_model.model.<path>.lora_A.weight       <path>.lora_a, transposed: (I, r)
     B (O, r)   base_model.model.<path>.lora_B.weight       <path>.lora_b, transposed: (r, O)
+    of an embedding   <path>.lora_embedding_A and _B       the same as any other; and a tied head has it, too
     m (O,)     base_model.model.<path>.lora_magnitude_vector   <path>.m
     s          lora_alpha / r, by layer                    lora_parameters.scale, one for all
+
+What is adapted, mlx-lm says by paths inside a block, or by whole ones (the head's).
 
 Where I = r, or everything is square, a factor that lies the wrong way has the right shape. So its name alone says how
 it lies, and the configuration's rank must be where the name puts it.
@@ -38,7 +41,9 @@ from .adapters import AdapterFile
 from .folders import DTYPES, FLOATS, fingerprint, new_folder, outside, rewrite, stored
 
 MLX_FILE = "adapters.safetensors"
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
 ENDINGS = {".lora_a": "lora_A.weight", ".lora_b": "lora_B.weight", ".m": "lora_magnitude_vector"}
+EMBEDDED = {".lora_a": "lora_embedding_A", ".lora_b": "lora_embedding_B"}
 Array = np.ndarray
 Tensors = dict[str, Array]
 
@@ -131,7 +136,12 @@ def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
                 raise FormatError(f"{where}: {quoted(key)} is not a tensor of an adapter of mlx-lm's")
             path, array = key.removesuffix(ending), file.read(key, np.float32)
             layers.setdefault(path, {})[ending] = array.shape
-            tensors[f"{PREFIX}{path}.{ENDINGS[ending]}"] = np.ascontiguousarray(array.T)
+            name = (EMBEDDED if path.endswith(EMBEDDING) else ENDINGS).get(ending)
+            if name is None:
+                raise ConfigError(
+                    f"{where}: DoRA of {path} has a length for each token there, for each channel in PEFT"
+                )
+            tensors[f"{PREFIX}{path}.{name}"] = np.ascontiguousarray(array.T)
     for path, shapes in layers.items():
         a, b, m = (shapes.get(ending, ()) for ending in ENDINGS)
         if len(a) != 2 or len(b) != 2 or a[1] != r or b[0] != r or m != ((b[1],) if kind == "dora" else ()):
@@ -143,6 +153,7 @@ def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
         "lora_dropout": given.get("dropout", 0.0),
         "task_type": "CAUSAL_LM",
         "use_dora": kind == "dora",
+        "ensure_weight_tying": any(path.endswith(EMBEDDING) for path in layers),
         "base_model_name_or_path": _text(fields.get("model")),
     }
     config = LoraConfig.from_dict(said, f"{where}: adapter_config.json")
@@ -152,8 +163,8 @@ def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
 def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
     """PEFT's adapter -> mlx-lm's configuration and tensors.
 
-    mlx-lm has one rank and one scale for all layers, and nothing but linear layers inside the blocks. num_layers = -1
-    adapts every block: one that the file has nothing for gets B = 0, which changes nothing.
+    mlx-lm has one rank and one scale for all layers. num_layers = -1 adapts every block: one that the file has nothing
+    for gets B = 0, which changes nothing.
     """
     with AdapterFile(folder) as file:
         config = file.config
@@ -163,7 +174,7 @@ def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
         inside = {path: _inside(path) for path in file.layers}
         if len(kinds) != 1 or not all(inside.values()):
             raise ConfigError(
-                f"{file.where}: mlx-lm has one rank and one scale for all layers, which lie in blocks; here are "
+                f"{file.where}: mlx-lm has one rank and one scale for all layers, in blocks or the head; here are "
                 f"{sorted(kinds)[:3]} (rank, scale) and {sorted(file.layers)[0]}"
             )
         (r, scale), tensors = kinds.pop(), {}
@@ -178,8 +189,10 @@ def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
 
 
 def _inside(path: str) -> str:
-    """self_attn.q_proj of model.layers.0.self_attn.q_proj; "" for what is in no block, or has another name there."""
+    """self_attn.q_proj of model.layers.0.self_attn.q_proj, or the head; "" for what has another name there."""
     parts = path.split(".")
+    if path == HEAD:
+        return path
     return ".".join(parts[3:]) if parts[:2] == ["model", "layers"] else ""
 
 
