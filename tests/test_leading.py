@@ -62,12 +62,24 @@ def test_the_error_is_that_of_the_best_of_this_rank(kind: str, r: int, tall: boo
     assert np.abs(Vt @ Vt.T - np.eye(r)).max() <= 100 * EPS
 
 
+@pytest.mark.parametrize("entries", [1, 11, 13, 20, 60])
+def test_residuals_that_vanish_add_no_direction(entries: int) -> None:
+    """Few entries, each a triplet of its own: the basis holds all of some, and nothing of others."""
+    D = np.zeros((300, 250))
+    D[np.arange(entries), 3 * np.arange(entries)] = np.arange(entries, 0, -1)
+    U, values, Vt = leading(D, 4)
+    best = math.sqrt(sum(i * i for i in range(entries - 3)))
+    assert len(values) == 5
+    assert values[4] == pytest.approx(best, rel=1e-10, abs=1e-13 * entries)
+    assert np.linalg.norm(D - (U * values[:4]) @ Vt) == pytest.approx(best, rel=1e-10, abs=1e-13 * entries)
+
+
 def test_a_basis_that_is_full_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """The values of noise lie so close that it takes more rounds than a basis has room for."""
     widths = []
 
     def watched(B: np.ndarray, **options: bool) -> tuple[np.ndarray, ...]:
-        widths.append(len(B))
+        widths.extend([len(B)] if B.shape[1] == 500 else [])  # and not of what is added
         return svd(B, **options)
 
     svd = np.linalg.svd

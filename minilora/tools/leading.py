@@ -16,6 +16,7 @@ import math
 import numpy as np
 
 Array = np.ndarray
+EPS, TINY = np.finfo(np.float64).eps, np.finfo(np.float64).tiny
 SPARE = 8  # vectors more than are wanted: these converge as fast as the first that is left out is small
 BLOCKS = 6  # of r + SPARE vectors in a full basis
 WORTH = 16  # rounds: a matrix for which fewer cost as much as its whole decomposition gets that
@@ -46,24 +47,28 @@ def leading(D: Array, r: int) -> tuple[Array, Array, Array]:
 
 def _ritz(D: Array, r: int, k: int, rounds: int) -> tuple[Array, Array, Array] | None:
     norm = float(np.linalg.norm(D))
-    rounding = max(D.shape) * (np.finfo(np.float64).eps * norm) ** 2
+    rounding = max(D.shape) * (EPS * norm) ** 2
     Q = np.linalg.qr(D @ np.random.default_rng(0).standard_normal((D.shape[1], k)))[0]
     B = Q.T @ D
     for _ in range(rounds):
         W, s, Vt = np.linalg.svd(B, full_matrices=False)
-        if len(s) == k * BLOCKS:  # full: k * BLOCKS / 2 Ritz vectors begin anew
-            W, Vt = W[:, : k * BLOCKS // 2], Vt[: k * BLOCKS // 2]
+        if len(s) > k * (BLOCKS - 1):  # full: half of the Ritz vectors begin anew
+            W, Vt = W[:, : len(s) // 2], Vt[: len(s) // 2]
             Q, B, W = Q @ W, s[: len(Vt), None] * Vt, np.eye(len(Vt))
         U, V = Q @ W[:, :k], Vt[:k].T
         R = D @ V - U * s[:k]
         residual = s[:r] * np.linalg.norm(R[:, :r], axis=0)
-        gap = np.maximum(np.maximum(s[:r] ** 2 - s[r] ** 2, residual), np.finfo(np.float64).tiny)
+        gap = np.maximum(np.maximum(s[:r] ** 2 - s[r] ** 2, residual), TINY)
         missed = float((residual * (residual / gap)).sum())
         if missed <= PRECISION * max(norm**2 - float((s[:r] ** 2).sum()), 0) + rounding:
             left = _left(D, U[:, :r] * s[:r], Vt[:r])
-            orthonormal = abs(left**2 + float((s[:r] ** 2).sum()) - norm**2) <= rounding / np.finfo(np.float64).eps
+            orthonormal = abs(left**2 + float((s[:r] ** 2).sum()) - norm**2) <= rounding / EPS
             if missed <= PRECISION * left**2 + rounding:
                 return (U[:, :r], np.append(s[:r], left), Vt[:r]) if orthonormal else None
+        R, sizes, _ = np.linalg.svd(R, full_matrices=False)
+        R = R[:, sizes > math.sqrt(rounding)]  # less is no direction
+        if not R.shape[1]:
+            return None
         for _ in range(2):  # twice is enough (Parlett 1998, section 6.9)
             R = np.linalg.qr(R - Q @ (Q.T @ R))[0]
         Q, B = np.hstack([Q, R]), np.vstack([B, R.T @ D])
