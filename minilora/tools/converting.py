@@ -8,7 +8,7 @@
     m (O,)     base_model.model.<path>.lora_magnitude_vector   <path>.m
     s          lora_alpha / r, by layer                    lora_parameters.scale, one for all
 
-What is adapted, mlx-lm says by paths inside a block, or by whole ones (the head's).
+What is adapted, mlx-lm says by paths inside a block, or by whole ones (the head's). GPT-2's blocks are its model.h.
 
 Where I = r, or everything is square, a factor that lies the wrong way has the right shape. So its name alone says how
 it lies, and the configuration's rank must be where the name puts it.
@@ -134,7 +134,11 @@ def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
             ending = next((e for e in ENDINGS if key.endswith(e)), None)
             if ending is None:
                 raise FormatError(f"{where}: {quoted(key)} is not a tensor of an adapter of mlx-lm's")
-            path, array = key.removesuffix(ending), file.read(key, np.float32)
+            path, array = _renamed(key.removesuffix(ending), "model.h.", "transformer.h."), file.read(key, np.float32)
+            if path.endswith((".wte", ".wpe")):
+                raise ConfigError(
+                    f"{where}: {path}: GPT-2's embeddings are adapted there with the head, in PEFT without"
+                )
             layers.setdefault(path, {})[ending] = array.shape
             name = (EMBEDDED if path.endswith(EMBEDDING) else ENDINGS).get(ending)
             if name is None:
@@ -153,6 +157,7 @@ def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
         "lora_dropout": given.get("dropout", 0.0),
         "task_type": "CAUSAL_LM",
         "use_dora": kind == "dora",
+        "fan_in_fan_out": any(path.startswith("transformer.h.") for path in layers),
         "ensure_weight_tying": any(path.endswith(EMBEDDING) for path in layers),
         "base_model_name_or_path": _text(fields.get("model")),
     }
@@ -181,7 +186,8 @@ def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
         for path, layer in file.layers.items():
             for part, ending in ("A", ".lora_a"), ("B", ".lora_b"), ("m", ".m"):
                 if part in layer:
-                    tensors[f"{path}{ending}"] = np.ascontiguousarray(file.file.read(layer[part], np.float32).T)
+                    there = _renamed(path, "transformer.h.", "model.h.")
+                    tensors[f"{there}{ending}"] = np.ascontiguousarray(file.file.read(layer[part], np.float32).T)
         parameters = {"rank": r, "scale": scale, "dropout": config.lora_dropout, "keys": sorted(set(inside.values()))}
         kind = "dora" if config.use_dora else "lora"
         fields = {"fine_tune_type": kind, "num_layers": -1, "lora_parameters": parameters}
@@ -190,10 +196,14 @@ def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
 
 def _inside(path: str) -> str:
     """self_attn.q_proj of model.layers.0.self_attn.q_proj, or the head; "" for what has another name there."""
-    parts = path.split(".")
     if path == HEAD:
         return path
-    return ".".join(parts[3:]) if parts[:2] == ["model", "layers"] else ""
+    blocks = next((b for b in ("model.layers.", "transformer.h.") if path.startswith(b)), None)
+    return path.removeprefix(blocks).partition(".")[2] if blocks else ""
+
+
+def _renamed(path: str, before: str, now: str) -> str:
+    return now + path.removeprefix(before) if path.startswith(before) else path
 
 
 def _text(value: Any) -> str | None:
