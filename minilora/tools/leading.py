@@ -36,8 +36,8 @@ def leading(D: Array, r: int) -> tuple[Array, Array, Array]:
     decomposed whole.
     """
     k, n = r + SPARE, min(D.shape)
-    rounds = n // k  # which together cost less than half of the whole decomposition
-    exponent = math.frexp(float(np.abs(D).max(initial=0)))[1]
+    rounds = n // k  # which together cost about what the whole decomposition does
+    exponent = math.frexp(max(float(D.max(initial=0)), -float(D.min(initial=0))))[1]
     if abs(exponent) > 200:  # else squares overflow, or vanish
         U, values, Vt = leading(np.ldexp(D, -exponent), r)
         return U, np.ldexp(values, exponent), Vt
