@@ -16,7 +16,9 @@ it lies, and the configuration's rank must be where the name puts it.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ ENDINGS = {".lora_a": "lora_A.weight", ".lora_b": "lora_B.weight", ".m": "lora_m
 EMBEDDED = {".lora_a": "lora_embedding_A", ".lora_b": "lora_embedding_B"}
 Array = np.ndarray
 Tensors = dict[str, Array]
+Begin = Callable[[], AbstractContextManager[Path]]  # of the folder that is to be
 
 
 def convert(
@@ -63,53 +66,53 @@ def convert(
         raise ConfigError(f"--dtype must be {', '.join(DTYPES)}, got {dtype!r:.60}")
     outside(out, source=source)
     require_folder(source, "model or adapter")
-    here = Path(source)
     inputs = {"source": fingerprint(source), "dtype": dtype, "to": to, "allow_nonfinite": allow_nonfinite}
+    begin, here = partial(new_folder, out, inputs), Path(source)
     if to is not None:
-        config, tensors = from_mlx(here) if to == "peft" else to_mlx(here)
-        for key, array in tensors.items():
-            if not allow_nonfinite and not np.isfinite(array).all():
-                raise NonFiniteError(f"{quoted(source)}: {key} is not finite")
-        with new_folder(out, inputs) as stage:
-            if to == "peft":
-                write_adapter(stage, config, tensors)
-            else:
-                save_file(stage / MLX_FILE, tensors)
-                write_json(stage / CONFIG_FILE, config)
+        _for_the_other(here, to, begin, allow_nonfinite)
         return f"an adapter in {'PEFT' if to == 'peft' else 'mlx-lm'}'s files"
     assert dtype is not None
-    code = DTYPES[dtype]
-    with ExitStack() as opened:
-        if (here / CONFIG_FILE).exists():
-            name = WEIGHTS_FILE if (here / WEIGHTS_FILE).exists() else MLX_FILE
-            fields = read_json(here / CONFIG_FILE)
-            file = opened.enter_context(SafetensorsFile(here / name))
-            stage = opened.enter_context(new_folder(out, inputs))
-            entries = [
-                Entry(
-                    k,
-                    code if file.dtype(k) in FLOATS else file.dtype(k),
-                    file.shape(k),
-                    _reading(file, k, code, allow_nonfinite),
-                )
-                for k in file.keys()  # noqa: SIM118
-            ]
-            write_stream(stage / name, entries)
-            write_json(stage / CONFIG_FILE, fields)
-            return f"an adapter in {dtype}"
-        config, checkpoint = read_checkpoint(here)
-        opened.enter_context(checkpoint)
+    adapter = (here / CONFIG_FILE).exists()
+    (_adapter_as if adapter else _checkpoint_as)(here, dtype, begin, allow_nonfinite)
+    return f"{'an adapter' if adapter else 'a checkpoint'} in {dtype}"
+
+
+def _for_the_other(here: Path, to: str, begin: Begin, allow_nonfinite: bool) -> None:
+    config, tensors = from_mlx(here) if to == "peft" else to_mlx(here)
+    for key, array in tensors.items():
+        if not allow_nonfinite and not np.isfinite(array).all():
+            raise NonFiniteError(f"{quoted(here)}: {key} is not finite")
+    with begin() as stage:
+        if to == "peft":
+            write_adapter(stage, config, tensors)
+        else:
+            save_file(stage / MLX_FILE, tensors)
+            write_json(stage / CONFIG_FILE, config)
+
+
+def _adapter_as(here: Path, dtype: str, begin: Begin, allow_nonfinite: bool) -> None:
+    name, code = WEIGHTS_FILE if (here / WEIGHTS_FILE).exists() else MLX_FILE, DTYPES[dtype]
+    fields = read_json(here / CONFIG_FILE)
+    with SafetensorsFile(here / name) as file, begin() as stage:
+        entries = []
+        for key in file.keys():  # noqa: SIM118  (a file is not a mapping)
+            kind = code if file.dtype(key) in FLOATS else file.dtype(key)
+            entries.append(Entry(key, kind, file.shape(key), partial(stored, file, key, code, allow_nonfinite)))
+        write_stream(stage / name, entries)
+        write_json(stage / CONFIG_FILE, fields)
+
+
+def _checkpoint_as(here: Path, dtype: str, begin: Begin, allow_nonfinite: bool) -> None:
+    config, checkpoint = read_checkpoint(here)
+    with checkpoint:
         if config.get("quantization_config") is not None:
-            raise ConfigError(f"{str(source)!r} holds codes (quantization_config), which have no other dtype")
-        stage = opened.enter_context(new_folder(out, inputs))
-        rewrite(
-            checkpoint, config, stage, lambda k: (stored(checkpoint, k, code, allow_nonfinite), None), dtype, "convert"
-        )
-    return f"a checkpoint in {dtype}"
+            raise ConfigError(f"{str(here)!r} holds codes (quantization_config), which have no other dtype")
 
+        def make(key: str) -> tuple[Array, None]:
+            return stored(checkpoint, key, DTYPES[dtype], allow_nonfinite), None
 
-def _reading(file: SafetensorsFile, key: str, code: str, allow_nonfinite: bool) -> Any:
-    return lambda: stored(file, key, code, allow_nonfinite)
+        with begin() as stage:
+            rewrite(checkpoint, config, stage, make, dtype, "convert")
 
 
 def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
