@@ -220,6 +220,10 @@ class Tensor:
         self._data[...] = value
         self.version[0] += 1
 
+    def take(self, at: Any) -> Array:
+        """Rows of the data, by a slice or by their numbers; of a parameter held in another way these rows alone."""
+        return self._data[at] if isinstance(at, slice) else self.backend.xp.take(self._data, at, axis=0)
+
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self._data.shape)

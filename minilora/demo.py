@@ -20,6 +20,7 @@ import numpy as np
 
 from .architecture import TransformerConfig
 from .autograd import no_grad
+from .errors import ConfigError
 from .formats import write_json
 from .generate import generate
 from .lora import AdaLoraConfig, LoraConfig, LoraLinear, PeftModel, get_peft_model
@@ -67,6 +68,8 @@ class Plan:
 
     def adapted_by(self, method: str, quantize: str = "none", fields: Mapping[str, Any] | None = None) -> Plan:
         """The plan with another method; `fields` of its adapter in place of those that the demo has for it."""
+        if quantize == "stored":
+            raise ConfigError("quantize = stored is for a base that is read from a file: the demo trains its own")
         defaults = {"full": {}, "adalora": ADALORA}.get(method, ADAPTER)
         config = adapter_config(method, quantize, {**defaults, **(fields or {})}, self.adapt.steps)
         adapt = replace(self.adapt, lr=ADALORA_LR) if method == "adalora" else self.adapt

@@ -116,25 +116,26 @@ def linear_cross_entropy(
     (Milakov & Gimelshein 2018, algorithm 3). So the gradients are taken on the way, up to the factor dy: with
     E = exp(logits - max) and p = E / sum E they are (p - onehot) head and (p - onehot)^T x.
     """
-    xp, V, shape, W = namespace(x, head), len(head), x.shape, head.data
+    xp, V, shape = namespace(x, head), len(head), x.shape
     t, ignored, weight = counted(x.backend, shape[:-1], V, targets, ignore_index, reduction)
     weight = weight.astype(x.dtype)
     X = xp.where(ignored[:, None], 0, rows(x.data))  # a row that does not count is read no further, whatever it holds
     dX = xp.empty_like(X) if grad_enabled() and x.requires_grad else None
-    dW = xp.zeros_like(W) if grad_enabled() and head.requires_grad else None
+    dW = xp.zeros(head.shape, head.dtype) if grad_enabled() and head.requires_grad else None
     loss = xp.zeros((), X.dtype)
     for at in _slices(len(X), ROWS):
         Xn, tn, w, skip = X[at], t[at], weight[at], ignored[at]  # (n, C), (n,), (n,), (n,)
         top, total, hit = (xp.full(w.shape, start, X.dtype) for start in (-np.inf, 0, 0))
         words = _slices(V, max(1, LOGITS // len(Xn)))
 
-        def logits(v: slice, Xn: Array = Xn, skip: Array = skip) -> Array:
-            Z = W[v] @ Xn.T  # (v, C) @ (C, n) -> (v, n): NumPy reduces over rows with whole vectors
+        def logits(W: Array, Xn: Array = Xn, skip: Array = skip) -> Array:
+            Z = W @ Xn.T  # (v, C) @ (C, n) -> (v, n): NumPy reduces over rows with whole vectors
             Z[:, skip] = 0
             return Z
 
         for v in words:
-            E = logits(v)
+            W = head.take(v)
+            E = logits(W)
             logit = xp.take_along_axis(E, xp.clip(tn - v.start, 0, v.stop - v.start - 1)[None], axis=0)[0]
             hit = xp.where((tn >= v.start) & (tn < v.stop), logit, hit)
             before, top = top, xp.maximum(top, E.max(axis=0))
@@ -144,17 +145,17 @@ def linear_cross_entropy(
                 shrink = xp.exp(before - top)
             total = total * shrink + E.sum(axis=0)
             if dX is not None:
-                part = E.T @ W[v]  # (n, v) @ (v, C)
+                part = E.T @ W  # (n, v) @ (v, C)
                 dX[at] = part if v.start == 0 else dX[at] * shrink[:, None] + part
         with np.errstate(invalid="ignore"):
             each = xp.log(total) - (hit - top)  # not log + top - hit: near 0 that would round it away
         loss = loss + (xp.where(skip, 0, each) * w).sum()
         share = (w / total)[:, None]  # (n, 1)
         if dX is not None:
-            dX[at] = xp.where(skip[:, None], 0, dX[at] * share - W[tn] * w[:, None])
+            dX[at] = xp.where(skip[:, None], 0, dX[at] * share - head.take(tn) * w[:, None])
         if dW is not None:
             for v in words:
-                E = E if len(words) == 1 else xp.exp(logits(v) - top)
+                E = E if len(words) == 1 else xp.exp(logits(head.take(v)) - top)
                 dW[v] += E @ (Xn * share)  # (v, n) @ (n, C)
     if dW is not None:
         dW -= x.backend.add_rows(t, X * weight[:, None], V)

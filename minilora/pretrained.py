@@ -1,12 +1,13 @@
 """A base model <-> its folder: config.json and what the tensors beside it are, checked whole before any is used.
 
 A folder may hold linear layers as bitsandbytes' codes, which its quantization_config announces: they are read as
-`QuantizedLinear`, and written as they were. Nothing here knows what a model computes: it has a config, and parameters
-with names.
+`QuantizedLinear`, and written as they were. Weights in sixteen bits become float32, or are held as they are stored
+(halves.py). Nothing here knows what a model computes: it has a config, and parameters with names.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +18,17 @@ import numpy as np
 from .architecture import TransformerConfig
 from .bitsandbytes import Way, quantization_config, read_bitsandbytes, read_quantization_config, write_bitsandbytes
 from .errors import FormatError
-from .formats import Checkpoint, read_checkpoint, write_checkpoint
+from .formats import Checkpoint, Entry, array_entry, read_checkpoint, write_checkpoint
+from .halves import NAMES, STORED, Half, HalfWeight, hold, holders, rounded
 from .nn import Linear, replace_module
 from .quant import QuantizedLinear
 from .weights import BUFFERS, transposed, turned
 
 
-def load_model(make: Callable[..., Any], directory: str | Path, dtype: Any) -> Any:
+def load_model(make: Callable[..., Any], directory: str | Path, dtype: Any, stored: bool = False) -> Any:
     """make(config, seed=None, dtype=dtype), with the tensors of a folder put in, one by one, on the host.
+
+    stored   hold the weights of linear layers and embeddings in sixteen bits where the files do
 
     FormatError lists every tensor that is missing, unknown, or of another shape than config.json says; it names a layer
     of codes that is damaged, or of another kind than quantization_config says. ConfigError where that is not supported.
@@ -34,10 +38,10 @@ def load_model(make: Callable[..., Any], directory: str | Path, dtype: Any) -> A
         config = TransformerConfig.from_dict(raw)
         said = raw.get("quantization_config")
         way = None if said is None else read_quantization_config(said)
-        stored = sum(math.prod(checkpoint.shape(key)) for key in checkpoint.keys())  # noqa: SIM118
-        if config.parameter_count() > 2 * stored:  # seen before memory is asked for; a byte of codes is two weights
+        there = sum(math.prod(checkpoint.shape(key)) for key in checkpoint.keys())  # noqa: SIM118
+        if config.parameter_count() > 2 * there:  # seen before memory is asked for; a byte of codes is two weights
             described = f"{config.parameter_count():,} parameters"
-            raise FormatError(f"{directory}: config.json describes {described}, the file holds {stored:,}")
+            raise FormatError(f"{directory}: config.json describes {described}, the file holds {there:,}")
         model = make(config, seed=None, dtype=dtype)
         names = _names(model, checkpoint)
         coded = {} if way is None else _coded(model, names)
@@ -45,7 +49,7 @@ def load_model(make: Callable[..., Any], directory: str | Path, dtype: Any) -> A
             raise FormatError(f"{directory}: quantization_config says {way}, but no linear layer is stored so")
         held = {name for of_layer in coded.values() for name in of_layer}
         dense = {name: key for name, key in names.items() if name not in held}
-        _fill(model, checkpoint, dense, set(coded), str(directory))
+        _fill(model, checkpoint, dense, set(coded), str(directory), stored)
         modules: dict[str, Any] = dict(model.named_modules())
         for path, of_layer in coded.items():
             where, plain = f"{directory}: {path}", modules[path]
@@ -77,7 +81,7 @@ def _coded(model: Any, names: dict[str, str]) -> dict[str, list[str]]:
     return {path: keys[path] for path in linear if any(key.startswith(f"{path}.weight.") for key in keys.get(path, ()))}
 
 
-def _fill(model: Any, checkpoint: Checkpoint, names: dict[str, str], coded: set[str], where: str) -> None:
+def _fill(model: Any, checkpoint: Checkpoint, names: dict[str, str], coded: set[str], where: str, stored: bool) -> None:
     """Give each parameter the tensor of its name among `names`, but for the weights of the layers `coded`."""
     kind = model.config.model_type
     own = {name: p for name, p in model.named_parameters() if name.removesuffix(".weight") not in coded}
@@ -92,8 +96,14 @@ def _fill(model: Any, checkpoint: Checkpoint, names: dict[str, str], coded: set[
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise FormatError(f"{where}: {'; '.join(wrong[:5])}{more}"[:500])
+    can_be, halves = {m.weight for m in holders(model).values()} if stored else (), {}
     for name, p in own.items():
-        p.data = turned(kind, name, checkpoint.read(names[name], dtype=p.dtype))
+        key = names[name]
+        if p in can_be and checkpoint.dtype(key) in STORED:
+            halves[p] = Half(STORED[checkpoint.dtype(key)], turned(kind, name, checkpoint.read_bits(key)))
+        else:
+            p.data = turned(kind, name, checkpoint.read(key, dtype=p.dtype))
+    hold(model, halves)
     for name in tied:
         embedding = model.get_input_embeddings().weight
         if not np.array_equal(checkpoint.read(names[name], dtype=embedding.dtype), embedding.data, equal_nan=True):
@@ -103,17 +113,32 @@ def _fill(model: Any, checkpoint: Checkpoint, names: dict[str, str], coded: set[
 def save_model(model: Any, directory: str | Path) -> None:
     """Write model.safetensors and config.json, each whole or not at all; layers of codes as bitsandbytes' tensors.
 
+    What is held in sixteen bits is written so. The vectors beside an embedding that is held so, its norms and biases,
+    are written in its format where that holds them exactly, as it does those that came from such a file.
     ConfigError, before anything is written, for quantised layers that have no such form.
     """
-    config = model.config.to_dict(str(model.get_input_embeddings().weight.dtype))
+    table = model.get_input_embeddings().weight
+    kind = table.quantized.kind if isinstance(table, HalfWeight) else None
+    config = model.config.to_dict(kind or str(table.dtype))
     said = quantization_config(model)
     if said is not None:
         config["quantization_config"] = said
     layers = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    tensors: dict[str, np.ndarray] = {}
+    entries: dict[str, Entry] = {}
     for name, p in model.named_parameters():
         path = name.removesuffix(".weight")
-        own = write_bitsandbytes(layers[path]) if path in layers else None
-        dense = turned(model.config.model_type, name, p.numpy())
-        tensors.update({name: dense} if own is None else {f"{path}.{key}": array for key, array in own.items()})
-    write_checkpoint(directory, config, tensors)
+        if path in layers:
+            for key, array in write_bitsandbytes(layers[path]).items():  # the bias, too
+                entries[f"{path}.{key}"] = array_entry(f"{path}.{key}", array)
+            continue
+        half = p.quantized if isinstance(p, HalfWeight) else _exactly(p.numpy(), kind) if kind and p.ndim == 1 else None
+        array = p.numpy() if half is None else p.backend.to_numpy(half.codes)
+        entry = array_entry(name, turned(model.config.model_type, name, array))
+        entries[name] = entry if half is None else dataclasses.replace(entry, dtype=NAMES[half.kind])
+    write_checkpoint(directory, config, entries.values())
+
+
+def _exactly(values: np.ndarray, kind: str) -> Half | None:
+    """The values in sixteen bits; None if that would round one."""
+    half = rounded(values, kind)
+    return half if np.array_equal(half.decode(values.dtype), values) else None

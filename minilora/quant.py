@@ -207,13 +207,14 @@ class QuantizedWeight(Parameter):
     __slots__ = ("_dtype", "quantized")
     fixed = True
 
-    def __init__(self, quantized: Quantized, dtype: Any = np.float32):
-        self.quantized, self._dtype = quantized, np.dtype(dtype)
+    def __init__(self, quantized: Any, dtype: Any = np.float32):
+        self.quantized: Quantized = quantized
+        self._dtype = np.dtype(dtype)
         self.backend, self.version = backend_of(quantized.codes), [0]
         self.grad = self.node = None
 
     def __deepcopy__(self, memo: Any) -> QuantizedWeight:
-        return QuantizedWeight(self.quantized, self.dtype)  # what never changes can be shared
+        return type(self)(self.quantized, self.dtype)  # what never changes can be shared
 
     @property
     def _data(self) -> Array:
@@ -245,6 +246,7 @@ class QuantizedWeight(Parameter):
     def ndim(self) -> int: return len(self.shape)
     @property
     def size(self) -> int: return self.quantized.size
+    def __len__(self) -> int: return self.shape[0]
     # fmt: on
 
     def move(self, backend: Backend, dtype: Any) -> None:

@@ -4,7 +4,8 @@ method     lora      dW = s B A
            dora      W' = m (W + dW) / |W + dW|
            adalora   dW = s B diag(E) A, whose ranks are found in training
            full      no adapter: all weights of the base train
-quantize   none, or what `quantize` makes of the base before the adapter comes: nf4 and LoRA are QLoRA
+quantize   none; or what `quantize` makes of the base before the adapter comes: nf4 and LoRA are QLoRA; or stored, what
+           its files hold in sixteen bits is held so, too
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import ConfigError
+from .halves import HalfWeight
 from .lora import AdaLoraConfig, LoraConfig
-from .quant import KINDS, quantization_report
+from .quant import KINDS, LayerReport, quantization_report
 
 METHODS = ("lora", "dora", "adalora", "full")
-QUANTIZE = ("none", *KINDS)
+CODES = ("none", *KINDS)  # of a base that is in memory
+QUANTIZE = (*CODES, "stored")  # of one that is read
 NAMES = {"lora": "LoRA", "dora": "DoRA", "adalora": "AdaLoRA", "full": "all weights"}
 ADALORA_FIELDS = ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
 
@@ -70,8 +73,10 @@ def method_of(config: LoraConfig | None) -> str:
 
 
 def held_bytes(model: Any) -> dict[str, Any]:
-    """What a base holds, counted: its quantised layers, then all its weights, each beside the size in float32."""
+    """What a base holds, counted: its layers of codes or sixteen bits, then all its weights, each beside float32."""
     report = quantization_report(model)
+    halves = [(name, p, p.quantized) for name, p in model.named_parameters() if isinstance(p, HalfWeight)]
+    report += [LayerReport(name, h.kind, p.size, h.nbytes, 16.0, 0.0, p.lost) for name, p, h in halves]
     coded, weights = sum(layer.nbytes for layer in report), sum(layer.parameters for layer in report)
     others = [p for p in model.parameters() if not p.fixed]
     everything, count = coded + sum(p.size * p.dtype.itemsize for p in others), weights + sum(p.size for p in others)

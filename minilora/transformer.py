@@ -186,13 +186,16 @@ class CausalLM(Module):
         return self.lm_head
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, dtype: Any = "float32", device: str | Backend = "cpu") -> CausalLM:
+    def from_pretrained(
+        cls, directory: str | Path, dtype: Any = "float32", device: str | Backend = "cpu", stored: bool = False
+    ) -> CausalLM:
         """Read config.json and the safetensors beside it, tensor by tensor; returns eval mode.
 
+        With `stored` what the files hold in sixteen bits stays so, frozen, and is computed with in `dtype`: halves.py.
         FormatError lists every tensor that is missing, unknown, or of another shape than config.json says. Layers that
         are stored as bitsandbytes' codes become QuantizedLinear; ConfigError names a quantization that is not read.
         """
-        return load_model(cls, directory, dtype).to(device).eval()  # type: ignore[no-any-return]
+        return load_model(cls, directory, dtype, stored).to(device).eval()  # type: ignore[no-any-return]
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a folder that transformers loads: model.safetensors and config.json, each whole or not at all.

@@ -19,7 +19,7 @@ ORDER = [
     ["fused"],
     ["gradcheck", "nn", "tokenizer", "texts", "data", "cache", "weights"],
     ["records", "optim", "quant", "gpt2", "lora.config"],
-    ["bitsandbytes"],
+    ["bitsandbytes", "halves"],
     ["pretrained"],
     ["transformer"],
     ["lora.lora", "decoding"],

@@ -16,7 +16,7 @@ from .. import __version__
 from ..errors import ConfigError, FormatError
 from ..formats.disk import parse_json
 from ..lora import AdaLoraConfig, LoraConfig
-from ..recipes import ADALORA_FIELDS, METHODS, QUANTIZE
+from ..recipes import ADALORA_FIELDS, CODES, METHODS, QUANTIZE
 from . import files
 
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -126,9 +126,9 @@ def build_parser() -> argparse.ArgumentParser:
         text = f"{', '.join(METHODS)}: what is trained (lora)"
         sub.add_argument("--method", choices=METHODS, default="lora", metavar="M", help=text)
 
-    def quantized(sub: Any) -> None:
-        text = f"{', '.join(QUANTIZE)}: what the frozen base is held as (none)"
-        sub.add_argument("--quantize", choices=QUANTIZE, default="none", metavar="Q", help=text)
+    def quantized(sub: Any, kinds: Sequence[str] = QUANTIZE) -> None:
+        text = f"{', '.join(kinds)}: what the frozen base is held as (none)"
+        sub.add_argument("--quantize", choices=kinds, default="none", metavar="Q", help=text)
 
     def training(sub: argparse.ArgumentParser, lr: float, tasks: bool = False) -> None:
         text = "text to train on; a .jsonl has a text, or a prompt and a completion, a line"
@@ -167,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("demo", text, "--method adalora --out my-demo")
     sub.add_argument("--quick", action="store_true", help="20 seconds: shows that everything runs, no more")
     method(sub)
-    quantized(sub)
+    quantized(sub, CODES)
     sub.add_argument("--pretrain-data", metavar="FILE", help="your own text in place of the language reference")
     sub.add_argument("--adapt-data", metavar="FILE", help="your own text in place of the standard library")
     missing: dict[str, Any] = {"default": argparse.SUPPRESS}

@@ -12,6 +12,7 @@ from .disk import atomic_file, read_json, write_json
 from .safetensors import (
     Entry,
     SafetensorsFile,
+    array_entry,
     bf16_from,
     bf16_to_float32,
     load_file,
@@ -24,6 +25,7 @@ __all__ = [
     "Checkpoint",
     "Entry",
     "SafetensorsFile",
+    "array_entry",
     "atomic_file",
     "bf16_from",
     "bf16_to_float32",

@@ -283,12 +283,13 @@ def write_stream(path: PathLike, entries: Iterable[Entry], metadata: Mapping[str
 
 def save_file(path: PathLike, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
     """Write arrays of any layout and byte order; see `write_stream`. FormatError for a dtype that the format lacks."""
+    write_stream(path, [array_entry(name, array) for name, array in tensors.items()], metadata)
 
-    entries = []
-    for name, array in tensors.items():
-        is_array = isinstance(array, (np.ndarray, np.generic))
-        if not is_array or array.dtype.newbyteorder("<") not in NAMES:
-            kind = array.dtype if is_array else type(array).__name__
-            raise FormatError(f"tensor {quoted(name)}: safetensors has no {kind}, only arrays of {', '.join(DTYPES)}")
-        entries.append(Entry(name, NAMES[array.dtype.newbyteorder("<")], array.shape, partial(np.asarray, array)))
-    write_stream(path, entries, metadata)
+
+def array_entry(name: str, array: Array) -> Entry:
+    """The entry of an array of any layout and byte order. FormatError for a dtype that the format lacks."""
+    is_array = isinstance(array, (np.ndarray, np.generic))
+    if not is_array or array.dtype.newbyteorder("<") not in NAMES:
+        kind = array.dtype if is_array else type(array).__name__
+        raise FormatError(f"tensor {quoted(name)}: safetensors has no {kind}, only arrays of {', '.join(DTYPES)}")
+    return Entry(name, NAMES[array.dtype.newbyteorder("<")], array.shape, partial(np.asarray, array))

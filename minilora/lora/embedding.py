@@ -15,6 +15,7 @@ parameters over one storage, counts both, and gives each a state of the optimise
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from .. import fused
 from ..autograd import Tensor
 from ..backend import Array
 from ..errors import ConfigError
+from ..halves import HalfWeight
 from ..nn import Dropout, Embedding, LinearBase, Parameter, normal
 from .config import LoraConfig
 from .dora import DoraAdapter, scales
@@ -48,9 +50,10 @@ class OneHot(LinearBase):
         return self.embedding.weight.data.T
 
     def rebuilt(self, weight: Array) -> Embedding:  # type: ignore[override]
-        """A frozen embedding over another weight (C, V)."""
-        made = Embedding(self.backend.xp.ascontiguousarray(weight.T))
-        made.weight.requires_grad, made.training = False, self.embedding.training
+        """A frozen embedding over another weight (C, V), in sixteen bits if this one's is: rounded once."""
+        weight = self.backend.xp.ascontiguousarray(weight.T)
+        made = copy.copy(self.embedding)
+        made.weight = self.weight.merged(weight) if isinstance(self.weight, HalfWeight) else Parameter(weight, False)
         return made
 
 

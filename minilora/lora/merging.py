@@ -13,6 +13,7 @@ import numpy as np
 
 from ..backend import Array
 from ..errors import ConfigError, NonFiniteError
+from ..halves import HalfWeight
 from ..nn import LinearBase
 
 
@@ -46,7 +47,7 @@ class Merging:
 
         The base itself is kept, so `unmerge` restores every bit. A NaN or inf raises NonFiniteError; nothing changes.
         With `requantize` all that is merged is held as the base is: over codes it is coded again, which rounds part of
-        dW away, and the layer's `lost` says how much. A dense base stays dense.
+        dW away, and the layer's `lost` says how much. A dense base stays dense, and in sixteen bits if it is held so.
         """
         names = list(dict.fromkeys(self.active if names is None else names))
         names = [n for n in names if n in self.adapters and n not in self.merged]
@@ -55,11 +56,13 @@ class Merging:
         self.result((*self.merged, *names))  # type: ignore[attr-defined]  # raises where they cannot be at once
         base = self._original or self.base_layer
         linear = self.as_linear(base)
+        half = isinstance(linear.weight, HalfWeight)  # which rounds the sum itself: not to float32 first
+        W = linear.dense_weight()
         with np.errstate(all="ignore"):  # a sum that overflows is found below
-            total = self.merged_weight(linear.dense_weight(), (*self.merged, *names))
+            total = self.merged_weight(W.astype(np.float64) if half else W, (*self.merged, *names))
         if not bool(linear.backend.xp.isfinite(total).all()):
             raise NonFiniteError(f"merging {', '.join(names)} gives weights that are not finite: something is broken")
-        self.base_layer = linear.rebuilt(total) if requantize else self.rebuilt(total, base)
+        self.base_layer = linear.rebuilt(total) if requantize or half else self.rebuilt(total, base)
         self._original, self.merged, self.requantized = base, (*self.merged, *names), requantize
         if self._follows is not None and self._follows.merged == self.merged:
             self.base_layer.weight = self._follows.base_layer.weight  # one parameter before, and one now

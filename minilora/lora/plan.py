@@ -108,7 +108,7 @@ def plan_adapter(model: Any, config: LoraConfig, keys: Container[str] = ()) -> P
         _follow(config, *follows, modules, found, saved)
     for path, module in saved.items():
         if any(p.fixed for p in module.parameters()):
-            raise ConfigError(f"modules_to_save: {path} is quantised, and so cannot be trained; skip it in quantize")
+            raise ConfigError(f"modules_to_save: {path} is quantised, or held in sixteen bits: it cannot be trained")
     tokens, token_head = _tokens(model, modules, config, tie, {*found, *saved})
     there = {p: type(m) for p, m in wrappers(model)}
     kinds = {p: LoraEmbedding if isinstance(m, OneHot) else LoraLinear for p, m in found.items()}

@@ -50,7 +50,7 @@ class TokenRows(Module):
 
     def __init__(self, weight: Parameter, indices: Sequence[int]):
         self.indices = np.array(indices, np.int64)
-        self.trainable_tokens_delta = Parameter(weight.data[weight.backend.from_numpy(self.indices)])
+        self.trainable_tokens_delta = Parameter(weight.take(weight.backend.from_numpy(self.indices)))
 
 
 class TrainableTokens(Merging, Wrapper):
