@@ -9,13 +9,13 @@ after it: a product in tiles would save that memory, too, but BLAS may add up a 
 bits. An embedding widens the rows that it reads, the loss a few thousand words of the head at a time.
 
     Half                        an array
-    HalfWeight, HalfLinear      a parameter, a layer
+    HalfWeight, HalfLinear      a parameter, a layer; pieces
     halve, hold                 a model
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from .quant import QuantizedWeight, quantized_linear
 
 STORED = {"BF16": "bfloat16", "F16": "float16"}  # the kinds, by their names in files
 NAMES = {kind: name for name, kind in STORED.items()}
+PIECE = 1 << 20  # numbers that `pieces` widens at once
 
 # ---- an array -------------------------------------------------------------------------------------------------------
 
@@ -63,11 +64,12 @@ class Half:
     def decode(self, dtype: Any = np.float32, rows: Any = slice(None)) -> Array:
         """The array, or these rows of it, in `dtype`: exact in float32 and float64. Memory of its own."""
         bits = self.codes[rows]
-        if self.kind == "float16":
-            return bits.astype(dtype)
-        wide = bits.astype(np.uint32)
-        wide <<= np.uint32(16)
-        return wide.view(np.float32).astype(dtype, copy=False)
+        with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one, which is no news
+            if self.kind == "float16":
+                return bits.astype(dtype)
+            wide = bits.astype(np.uint32)
+            wide <<= np.uint32(16)
+            return wide.view(np.float32).astype(dtype, copy=False)
 
 
 def rounded(values: Array, kind: str) -> Half:
@@ -134,6 +136,12 @@ class HalfLinear(Linear):
         return quantized_linear(x, self.weight, self.bias)
 
 
+def pieces(p: Parameter) -> Iterator[Array]:
+    """A parameter's rows, some at a time: of one that is held in sixteen bits all of them are never floats at once."""
+    step = max(1, PIECE * len(p) // max(1, p.size))
+    return (p.take(slice(start, start + step)) for start in range(0, len(p), step))
+
+
 # ---- a model --------------------------------------------------------------------------------------------------------
 
 
@@ -158,8 +166,8 @@ def halve(model: Any, kind: str = "bfloat16") -> Any:
 
 
 def holders(model: Module) -> dict[str, Any]:
-    """The modules whose weights can be held in sixteen bits, by path: dense layers and embeddings."""
-    return {p: m for p, m in model.named_modules() if type(m) in (Linear, Embedding)}
+    """The modules whose weights can be held in sixteen bits, by path: dense layers and embeddings, in floats as yet."""
+    return {p: m for p, m in model.named_modules() if type(m) in (Linear, Embedding) and not vars(m)["weight"].fixed}
 
 
 def hold(model: Module, found: Mapping[Parameter, Half]) -> None:

@@ -29,6 +29,7 @@ from .backend import Array
 from .data import Batch, Ids, Packed, TaskWindows, Windows, evaluation_windows
 from .errors import CheckpointError, ConfigError, DivergenceError, Interrupted, NonFiniteError
 from .formats import load_file, save_file
+from .halves import pieces
 from .lora import AdaLoraConfig, MultiTask, PeftModel, RankAllocator
 from .nn import Parameter
 from .optim import AdamW, clip_by_global_norm, warmup_cosine
@@ -420,7 +421,8 @@ def _identity(model: Any, settings: Settings, tokens: Text, trained: list[tuple[
     frozen = hashlib.sha256()
     for _, p in model.named_parameters():
         if not p.requires_grad:
-            frozen.update(np.ascontiguousarray(p.numpy()).data.cast("B"))
+            for piece in pieces(p):
+                frozen.update(np.ascontiguousarray(p.backend.to_numpy(piece)).data.cast("B"))
     texts: Mapping[str, Ids | Packed] = tokens if isinstance(tokens, Mapping) else {"": tokens}
     read = {task: _checksum(ids) for task, ids in texts.items()}
     text: Any = [list(item) for item in read.items()] if isinstance(tokens, Mapping) else read[""]

@@ -17,9 +17,10 @@ from strict_xp import STRICT
 
 from minilora.autograd import Tensor, gradients
 from minilora.backend import NUMPY, Backend
+from minilora.halves import halve, holders, rounded
 from minilora.lora import AdaLoraConfig, HydraConfig, LoraConfig, LoraLinear, PeftModel, get_peft_model
 from minilora.nn import Linear
-from minilora.quant import quantize
+from minilora.quant import KINDS, quantize
 from minilora.transformer import CausalLM
 
 R = 3
@@ -61,7 +62,7 @@ METHODS = {
         merges=False,
     ),
 }
-BASES = ("dense", "nf4", "fp4", "int8")
+BASES = ("dense", "bfloat16", "nf4", "fp4", "int8")
 BACKENDS: dict[str, Backend] = {"cpu": NUMPY, "strict": STRICT}
 
 
@@ -85,7 +86,13 @@ class Combination(NamedTuple):
 
     def base(self, dtype: str = "float32") -> CausalLM:
         model = small.base(dtype, self.backend, num_hidden_layers=1)
-        return model if self.kind == "dense" else quantize(model, self.kind)  # type: ignore[no-any-return]
+        if self.kind in KINDS:
+            quantize(model, self.kind)
+        elif self.kind != "dense":
+            for module in holders(model).values():
+                module.weight.data = rounded(module.weight.data, self.kind).decode(dtype)
+            halve(model, self.kind)
+        return model
 
     def model(self, dtype: str = "float32", moved: bool = True, **changes: Any) -> PeftModel:
         """A base with one adapter; `moved`: away from its start, as if it had been trained."""

@@ -20,6 +20,7 @@ from ..architecture import TransformerConfig
 from ..backend import get_backend, gpus
 from ..data import Ids, Packed
 from ..errors import ConfigError, DataError, MiniloraError, NonFiniteError
+from ..halves import pieces
 from ..lora import AdaLoraConfig, LoraConfig, MultiTask, PeftModel, get_multitask_model, get_peft_model
 from ..lora.multitask import FILE as MULTITASK
 from ..quant import quantize
@@ -246,15 +247,9 @@ def _base(args: argparse.Namespace) -> tuple[Any, ByteTokenizer | HubTokenizer]:
     elif task is not None:
         raise ConfigError("--task chooses one of an --adapter folder's tasks: give that, too")
     for name, p in model.named_parameters():  # known before anything is made of them: no text, no run, no merged file
-        if not args.allow_nonfinite and not _finite(p):
+        if not args.allow_nonfinite and not all(bool(p.backend.xp.isfinite(piece).all()) for piece in pieces(p)):
             raise NonFiniteError(f"the weights in {args.base!r}, or of its adapter, are broken: {name} is not finite")
     return model, tokenizer
-
-
-def _finite(p: Any) -> bool:
-    """Row by row, because a weight that is held in sixteen bits is never to be in memory as floats, all of it."""
-    step = max(1, (1 << 20) * len(p) // max(1, p.size))
-    return all(bool(p.backend.xp.isfinite(p.take(slice(i, i + step))).all()) for i in range(0, len(p), step))
 
 
 def _one_task(model: MultiTask, task: str | None) -> Any:
