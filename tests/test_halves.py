@@ -25,6 +25,7 @@ from minilora.autograd import Tensor, gradients, no_grad
 from minilora.backend import NUMPY
 from minilora.cli import main
 from minilora.data import Batch
+from minilora.demo import Plan
 from minilora.errors import ConfigError, NonFiniteError
 from minilora.formats import bf16_from, read_checkpoint
 from minilora.halves import NAMES, Half, HalfLinear, HalfWeight, halve, holders, pieces, rounded
@@ -112,7 +113,9 @@ def test_a_weight_reads_as_floats_and_cannot_be_written(kind: str) -> None:
     with pytest.raises(ConfigError, match=f"{kind} cannot be trained"):
         weight.requires_grad = True
     weight.data[...] = 0  # of an array that was made for this look alone
-    assert weight.data.tobytes() == copy.deepcopy(weight).data.tobytes() == floats.tobytes()
+    twin = copy.deepcopy(weight)
+    assert type(twin) is HalfWeight
+    assert weight.data.tobytes() == twin.data.tobytes() == floats.tobytes()
 
 
 def test_pieces_are_rows_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,6 +434,8 @@ def test_the_commands_hold_a_base_as_it_is_stored(
     run("verify", *use)
     assert main(["demo", "--quantize", "stored"]) == 2
     assert "invalid choice: 'stored'" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="the demo trains its own"):
+        Plan().adapted_by("lora", "stored")
 
 
 HELD = ([], ["--quantize", "stored"])
