@@ -131,7 +131,10 @@ def save_model(model: Any, directory: str | Path) -> None:
             for key, array in write_bitsandbytes(layers[path]).items():  # the bias, too
                 entries[f"{path}.{key}"] = array_entry(f"{path}.{key}", array)
             continue
-        half = p.quantized if isinstance(p, HalfWeight) else _exactly(p.numpy(), kind) if kind and p.ndim == 1 else None
+        if isinstance(p, HalfWeight):
+            half: Half | None = p.quantized
+        else:
+            half = _exactly(p.numpy(), kind) if kind is not None and p.ndim == 1 else None
         array = p.numpy() if half is None else p.backend.to_numpy(half.codes)
         entry = array_entry(name, turned(model.config.model_type, name, array))
         entries[name] = entry if half is None else dataclasses.replace(entry, dtype=NAMES[half.kind])
