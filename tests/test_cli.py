@@ -46,7 +46,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 COMMANDS = ("demo", "pretrain", "finetune", "generate", "evaluate", "merge", "inspect", "verify", "devices")
-COMMANDS += ("diff", "extract", "resize", "convert")
+COMMANDS += ("combine", "diff", "extract", "resize", "convert")
 TINY = "--batch-size 2 --context 16 --threads 2"
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
 TEXT = b"the quick brown fox jumps over the lazy dog, again and again. " * 10
@@ -303,6 +303,10 @@ def test_the_tools_turn_files_into_files(world, tmp_path):
     assert [row["tensor"] for row in report["tensors"] if row["|b - a|"]] == [row["tensor"] for row in rows]
     assert "q_proj" in ok(f"diff base {out('tuned')} --no-ranks")
     assert "misses 0.000%" in ok(f"extract --base base --tuned {out('tuned')} --r 8 --out {out('extracted')}")
+    both = f"combine --adapter adapter --adapter {out('extracted')} --weights 0.5,-1"
+    assert "of all layers together cat misses 0.000%" in ok(f"{both} --out {out('both')}")
+    rows = json.loads(ok(f"{both} --how svd --r 3 --json --out {out('near')}"))["tensors"]
+    assert {row["r"] for row in rows} == {"8 + 8 -> 3"}
     assert ok(f"resize --adapter {out('extracted')} --r 2 --out {out('small')}").count("8 -> 2") == 2
     assert ok(f"convert {out('small')} --to mlx --out {out('mlx')}").startswith("an adapter in mlx-lm's files -> ")
     ok(f"convert {out('mlx')} --to peft --out {out('peft')}")
@@ -845,6 +849,12 @@ BAD = [
     ("resize --adapter adapter --r 99999999 --out new", 2, "--r must be"),
     ("resize --adapter base --r 1 --out new", 3, "adapter_config.json"),
     ("resize --adapter adapter-nan --r 1 --out new", 5, "not finite"),
+    ("combine --adapter adapter --weights 1,2 --out new", 2, "--weights: expected 1"),
+    ("combine --adapter adapter --how ties --out new", 2, "--how"),
+    ("combine --adapter adapter --r 4 --out new", 2, "a rank is for svd"),
+    ("combine --adapter adapter --adapter base --out new", 3, "adapter_config.json"),
+    ("combine --adapter adapter --adapter adapter-nan --out new", 5, "not finite"),
+    ("combine --adapter adapter --adapter '' --out new", 2, "--adapter: ''"),
     ("extract --base base --tuned base --r 1 --out new", 2, "nothing to extract"),
     ("extract --base base --tuned wide --r 1 --out new", 3, "differs in shape"),
     ("extract --base base --tuned '' --r 1 --out new", 2, "--tuned: ''"),
@@ -969,6 +979,7 @@ NEEDED = {  # so that some of them get past the parser
     "evaluate": ["--base", "base", "--data", "short.txt"],
     "merge": ["--base", "base", "--adapter", "adapter", "--out", "merged"],
     "verify": ["--cases", "1"],
+    "combine": ["--adapter", "adapter", "--adapter", "adapter", "--out", "combined"],
     "diff": ["base", "base"],
     "extract": ["--base", "base", "--tuned", "base", "--r", "2", "--out", "extracted"],
     "resize": ["--adapter", "adapter", "--r", "2", "--out", "resized"],

@@ -1,4 +1,4 @@
-"""The commands that need files alone, merge, inspect, diff, extract, resize, convert: their options, what they do."""
+"""The commands that need files alone, merge, combine, inspect, diff, extract, ...: their options, and what they do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError, FormatError
 from ..formats.disk import read_json
+from ..lora.combining import WAYS
 from ..lora.multitask import FILE as MULTITASK
 from .shown import print_table, printable
 
@@ -41,6 +42,16 @@ def define(command: Command, whole: Callable[[int], Callable[[str], int]]) -> No
     sub.add_argument("--dtype", choices=DTYPES, metavar="D", help=f"{', '.join(DTYPES)} (default: as it is stored)")
     sub.add_argument("--threads", type=whole(1), metavar="K", help="blocks of rows at once (default: one a core)")
     common(sub, finite=True)
+
+    text = "Several adapters added up to one."
+    sub = command("combine", text, "--adapter a --adapter b --weights 0.5,0.5 --how svd --r 8 --out both")
+    text = "in PEFT's format; again for each that is to be added"
+    sub.add_argument("--adapter", dest="adapters", required=True, action="append", metavar="DIR", help=text)
+    sub.add_argument("--weights", type=_numbers, metavar="X,X", help="times what each adapter is added (1)")
+    text = "cat (ranks add up: exact), svd (the nearest of rank r) or linear (PEFT's, with cross terms)"
+    sub.add_argument("--how", choices=WAYS, default="cat", metavar="WAY", help=text)
+    sub.add_argument("--r", type=whole(1), metavar="R", help="rank of every layer, with svd (default: their largest)")
+    common(sub)
 
     sub = command("inspect", "What an adapter or a checkpoint holds.", "adapter --base base")
     sub.add_argument("directory", metavar="DIR")
@@ -132,6 +143,12 @@ def _is_name(name: Any) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
+def combine(args: argparse.Namespace) -> None:
+    from ..tools.combining import combine as run
+
+    _print_factored(args, run(args.adapters, args.out, args.weights, args.how, args.r), args.how)
+
+
 def inspect(args: argparse.Namespace) -> None:
     from ..inspection import inspect_adapter, inspect_checkpoint
 
@@ -169,13 +186,13 @@ def diff(args: argparse.Namespace) -> None:
 def extract(args: argparse.Namespace) -> None:
     from ..tools.factoring import extract as run
 
-    _print_factored(args, run(args.base, args.tuned, args.r, args.out))
+    _print_factored(args, run(args.base, args.tuned, args.r, args.out), f"rank {args.r}")
 
 
 def resize(args: argparse.Namespace) -> None:
     from ..tools.factoring import resize as run
 
-    _print_factored(args, run(args.adapter, args.r, args.out))
+    _print_factored(args, run(args.adapter, args.r, args.out), f"rank {args.r}")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -188,14 +205,14 @@ def convert(args: argparse.Namespace) -> None:
 # ---- what they show ----
 
 
-def _print_factored(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def _print_factored(args: argparse.Namespace, rows: list[dict[str, Any]], by: str) -> None:
     if args.json:
         print(json.dumps({"out": args.out, "tensors": rows}, indent=2))
         return
     print_table([_short(row) for row in rows])
     whole, missed = (sum(row[name] ** 2 for row in rows) ** 0.5 for name in ("|dW|", "error"))
     share = missed / whole if whole else 0.0
-    print(f"\nof all layers together rank {args.r} misses {share:.3%} -> {printable(args.out)}")
+    print(f"\nof all layers together {by} misses {share:.3%} -> {printable(args.out)}")
 
 
 def _print_report(report: dict[str, Any]) -> None:
@@ -212,4 +229,4 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
     return {k: f"{v:.4g}" if isinstance(v, float) else "-" if v is None else v for k, v in row.items()}
 
 
-COMMANDS = {f.__name__: f for f in (merge, inspect, diff, extract, resize, convert)}
+COMMANDS = {f.__name__: f for f in (merge, combine, inspect, diff, extract, resize, convert)}

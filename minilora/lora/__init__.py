@@ -16,6 +16,7 @@ embedding the same on an embedding, and on the head that has its weight
 tokens    a few rows of an embedding, and nothing else of it
 layer     where adapters live: a base, adapters by name
 merging   dW put into a copy of the base's weight, and taken out again
+combining several adapters added up to one
 model     get_peft_model and PeftModel
 multitask several tasks in one batch, each with adapters of its own
 plan      what a configuration means for a model, found out before anything is touched

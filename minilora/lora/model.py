@@ -20,6 +20,7 @@ from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import read_adapter, write_adapter
 from ..nn import Module, Parameter, replace_module
 from ..weights import turned
+from .combining import add_weighted_adapter
 from .config import LoraConfig
 from .embedding import choose
 from .injection import inject
@@ -99,6 +100,8 @@ class PeftModel(Module):
         self.peft_config[adapter_name], self._plans[adapter_name] = plan.config, plan
         for parameter in self.adapter_parameters(adapter_name).values():
             parameter.requires_grad = False  # until set_adapter makes it the active one
+
+    add_weighted_adapter = add_weighted_adapter  # several, added up to another
 
     # ---- switching --------------------------------------------------------------------------------------------------
 

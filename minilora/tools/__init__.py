@@ -5,5 +5,6 @@ folders     a folder that appears whole or not at all, and goes on where a kille
 merging     base + adapters -> checkpoint: summed in float64, rounded once
 comparing   two checkpoints, tensor by tensor
 factoring   an adapter from two checkpoints; an adapter of another rank
+combining   several adapters added up to one
 converting  another dtype; mlx-lm's adapters, there and back
 """

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import Checkpoint, read_checkpoint, write_adapter
 from ..lora import AdaLoraConfig, HydraConfig, LoraConfig
+from ..lora.combining import MAX_RANK, low_rank, resized
 from ..lora.plan import PREFIX
 from ..weights import transposed
 from .adapters import AdapterFile
@@ -25,32 +26,6 @@ from .leading import leading
 
 Array = np.ndarray
 OWN_OF_ADALORA = {f.name for f in dataclasses.fields(AdaLoraConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
-MAX_RANK = 2**16
-
-
-def low_rank(U: Array, values: Array, Vt: Array, r: int) -> tuple[Array, Array, Row]:
-    """U (O, k), values (k,), Vt (k, I) of a dW -> A (r, I), B (O, r) with s = 1, and what they miss of it.
-
-    Each gets the square roots of the values, so that neither is far larger. Beyond k they are filled up with zeros.
-    Values beyond the first r are only what is missed: one may stand for all (see `leading`).
-    """
-    k = min(r, len(values))
-    root = np.sqrt(values[:k])
-    A, B = np.zeros((r, Vt.shape[1])), np.zeros((len(U), r))
-    A[:k], B[:, :k] = root[:, None] * Vt[:k], U[:, :k] * root
-    size, missed = float(np.linalg.norm(values)), float(np.linalg.norm(values[k:]))
-    return A, B, {"|dW|": size, "error": missed, "relative": missed / size if size else 0.0}
-
-
-def resized(A: Array, B: Array, s: float, r: int) -> tuple[Array, Array, Row]:
-    """The nearest dW of rank r to s B A: A (r, I), B (O, r) with s = 1.    A (q, I), B (O, q)
-
-    B = Q R and A^T = P S give s B A = Q (s R S^T) P^T, so it is the q x q core whose decomposition is computed.
-    """
-    Q, R = np.linalg.qr(B)
-    P, S = np.linalg.qr(A.T)
-    U, values, Vt = np.linalg.svd(s * (R @ S.T), full_matrices=False)
-    return low_rank(Q @ U, values, Vt @ P.T, r)
 
 
 def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
@@ -73,16 +48,17 @@ def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
             if not (np.isfinite(was.A).all() and np.isfinite(was.B).all()):
                 raise NonFiniteError(f"{file.where}: {path} is not finite")
             A, B, row = resized(was.A, was.B, was.s, r)
-            names = {"A": "lora_embedding_A", "B": "lora_embedding_B"} if file.embeds(path) else _LINEAR
+            names = EMBEDDING if file.embeds(path) else LINEAR
             tensors |= {f"{PREFIX}{path}.{names[x]}": _single(array) for x, array in (("A", A), ("B", B))}
             tensors |= {key: file.file.read(key) for part, key in layer.items() if part in ("m", "base")}
             rows.append({"layer": path, "r": f"{len(was.A)} -> {r}", **row})
         kept = {k: v for k, v in file.raw.items() if k not in OWN_OF_ADALORA}
-        _write(out, adapter, {**kept, **_plain(r)}, tensors)
+        _write(out, adapter, {**kept, **plain(r)}, tensors)
     return rows
 
 
-_LINEAR = {"A": "lora_A.weight", "B": "lora_B.weight"}
+LINEAR = {"A": "lora_A.weight", "B": "lora_B.weight"}
+EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 
 
 def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> list[Row]:
@@ -122,7 +98,7 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
             whole_key = f"{own[0].rpartition('.')[0]}.weight"
             if own == [whole_key] and len(one.shape(whole_key)) == 2 and name not in _NO_TARGETS:
                 A, B, row = _difference(one, other, whole_key, transposed(kind, whole_key), r)
-                tensors |= {f"{PREFIX}{path}.{_LINEAR[x]}": _single(array) for x, array in (("A", A), ("B", B))}
+                tensors |= {f"{PREFIX}{path}.{LINEAR[x]}": _single(array) for x, array in (("A", A), ("B", B))}
                 layers.append(path)
                 rows.append({"layer": path, "r": str(r), **row})
             else:
@@ -138,7 +114,7 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
         }
         fields["fan_in_fan_out"] = transposed(kind, f"{layers[-1]}.weight")
         fields["base_model_name_or_path"] = str(base)
-        _write(out, base, {**fields, **_plain(r)}, tensors)
+        _write(out, base, {**fields, **plain(r)}, tensors)
     return rows
 
 
@@ -159,7 +135,7 @@ def _path(key: str, kind: str) -> str:
     return f"transformer.{path.removeprefix('transformer.')}" if kind == "gpt2" and path != "lm_head" else path
 
 
-def _plain(r: int) -> dict[str, Any]:
+def plain(r: int) -> dict[str, Any]:
     """Of adapter_config.json, what says rank r and s = 1 for every layer."""
     return {"peft_type": "LORA", "r": r, "lora_alpha": r, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 

@@ -21,6 +21,7 @@ from ..errors import ConfigError, FormatError
 from ..formats import Checkpoint, read_checkpoint
 from ..inspection import singular_values
 from ..lora import HydraConfig
+from ..lora.combining import require_weights
 from ..parallel import available_cores, keep_memory
 from .adapters import AdapterFile, base_key, lies_transposed, mismatches, same
 from .folders import (
@@ -72,8 +73,7 @@ def merge(
     one half of a tied pair), NonFiniteError for a NaN or infinity, OSError; `out` is then as it was.
     """
     weights = [1.0] * len(adapters) if weights is None else list(weights)
-    if len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
-        raise ConfigError(f"--weights: expected {len(adapters)} finite numbers, one for each adapter, got {weights}")
+    require_weights(weights, len(adapters), "--weights")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype must be {', '.join(DTYPES)}, got {dtype!r:.60}")
     outside(out, base=base)
@@ -120,29 +120,41 @@ def planned(
     plan: dict[str, list[Term]] = {}
     head: dict[str, list[Term]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
-        if isinstance(adapter.config, HydraConfig):
-            raise ConfigError(f"{adapter.where} is HydraLoRA's: its dW is another one at every position, none to merge")
+        found = terms(adapter, weight)
         wrong = mismatches(adapter, base, config)
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise FormatError(f"{adapter.where}: the adapter does not fit this base: {'; '.join(wrong[:3])}{more}")
-        found = {f"{path}.weight": Term(adapter, weight, path=path) for path in adapter.layers}
-        found |= {name: Term(adapter, weight, key=key) for name, key in adapter.replaced.items()}
-        for path, key in adapter.tokens.items():
-            found[f"{path}.weight"] = Term(adapter, weight, key=key, rows=tuple(adapter.rows(path)))
         for name, term in found.items():
-            if weight != 1 and (term.key or adapter.config.use_dora):
-                what = "a tensor that replaces the base's" if term.key else "DoRA's scales"
-                raise ConfigError(f"{adapter.where}: {name} is {what}, and cannot be taken {weight:g} times")
             place = base_key(base, name)
             (plan if place else head).setdefault(place or name, []).append(term)
         _check_whole(adapter, base)
-    for key, terms in plan.items():
-        alone = [t for t in terms if t.key or t.adapter.config.use_dora]
-        if alone and len(terms) > 1:
-            raise ConfigError(f"{alone[0].adapter.where}: what it does to {key} cannot be added to another adapter's")
+    for key, own in plan.items():
+        require_addable(key, own)
     _check_tied(base, config, plan, head)
     return plan
+
+
+def terms(adapter: AdapterFile, weight: float) -> dict[str, Term]:
+    """What `weight` times an adapter does, by the names of tensors. ConfigError for what cannot be taken so often."""
+    if isinstance(adapter.config, HydraConfig):
+        raise ConfigError(f"{adapter.where} is HydraLoRA's: its dW is another one at every position, none to merge")
+    found = {f"{path}.weight": Term(adapter, weight, path=path) for path in adapter.layers}
+    found |= {name: Term(adapter, weight, key=key) for name, key in adapter.replaced.items()}
+    for path, key in adapter.tokens.items():
+        found[f"{path}.weight"] = Term(adapter, weight, key=key, rows=tuple(adapter.rows(path)))
+    for name, term in found.items():
+        if weight != 1 and (term.key or adapter.config.use_dora):
+            what = "a tensor that replaces the base's" if term.key else "DoRA's scales"
+            raise ConfigError(f"{adapter.where}: {name} is {what}, and cannot be taken {weight:g} times")
+    return found
+
+
+def require_addable(key: str, terms: Sequence[Term]) -> None:
+    """ConfigError if several adapters change the tensor `key`, and one of them by more than adding to it."""
+    alone = [t for t in terms if t.key or t.adapter.config.use_dora]
+    if alone and len(terms) > 1:
+        raise ConfigError(f"{alone[0].adapter.where}: what it does to {key} cannot be added to another adapter's")
 
 
 def _check_whole(adapter: AdapterFile, base: Checkpoint) -> None:
@@ -167,7 +179,7 @@ def _check_tied(
         return
     above = plan.get(f"{HEAD}.weight", head.get(f"{HEAD}.weight", []))
     below = [term for term in plan.get(embedding, []) if not term.rows]  # these the head has, too
-    if len(above) != len(below) or not all(map(_alike, below, above)):
+    if len(above) != len(below) or not all(map(alike, below, above)):
         alone = embedding if below else f"{HEAD}.weight"
         where = (below or above)[0].adapter.where
         raise ConfigError(
@@ -176,7 +188,7 @@ def _check_tied(
         )
 
 
-def _alike(below: Term, above: Term) -> bool:
+def alike(below: Term, above: Term) -> bool:
     """Do the two do the same to the tied weight (V, d)?"""
     if below.adapter is not above.adapter or bool(below.key) != bool(above.key):
         return False
