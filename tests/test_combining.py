@@ -138,7 +138,9 @@ def test_a_combined_adapter_is_the_sum_or_as_far_from_it_as_it_says(data: st.Dat
         assert before == {k: v for k, v in tree(Path(scratch)).items() if k in before}
         fields, tensors = read_adapter(Path(scratch, "out"))
         assert (fields["lora_alpha"], fields["use_rslora"], fields["rank_pattern"]) == (fields["r"], False, {})
-        assert len({a.shape[0] for k, a in tensors.items() if "_A" in k}) == 1
+        ranks = {a.shape[0] for k, a in tensors.items() if "_A" in k}
+        added = [[int(n) for n in row["r"].partition(" -> ")[0].split(" + ")] for row in rows]
+        assert ranks == {fields["r"]} == {r or max(sum(own) if how == "cat" else max(own) for own in added)}
 
 
 def sized(folder: Path, path: str) -> np.ndarray:
@@ -193,6 +195,48 @@ def test_one_adapter_alone_keeps_all_that_it_is(name: str, tmp_path: Path) -> No
     assert np.abs(logits(of(name), tmp_path / "out") - logits(of(name), GOLDEN / name)).max() < 1e-5
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "a copied module": {"modules_to_save": ["lm_head", "norm"]},
+    "tokens": {"trainable_token_indices": [3, 1]},
+    "biases": {"bias": "lora_only"},
+    "all biases": {"bias": "all"},
+    "a pattern": {"target_modules": r".*layers\.1\..*(q|down)_proj"},
+}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_only_one_has_stays(what: str, first: int, tmp_path: Path) -> None:
+    """The other one is of a layer alone, and says so by a number and by what it excludes."""
+    model, rng = small.base("float64"), np.random.default_rng(0)
+    model.save_pretrained(tmp_path / "base")
+    targets = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    narrow = {"exclude_modules": ["down_proj"], "layers_to_transform": [1]}
+    for name, fields in (("0", OTHERS[what]), ("1", narrow if what == "a pattern" else {"layers_to_transform": [1]})):
+        made = get_peft_model(model, LoraConfig(**{"r": 2, **targets, **fields}), name)
+        for key, p in made.adapter_parameters(name).items():
+            if "lora_" not in key:  # in a file: what is trained there, and not here
+                p.data = p.data + rng.normal(size=p.shape)
+        made.save_pretrained(tmp_path)
+        made.unload()
+    model = PeftModel.from_pretrained(CausalLM.from_pretrained(tmp_path / "base", "float64"), tmp_path / "0", "zero")
+    model.load_adapter(tmp_path / "1", "one")
+    model.set_adapter(["zero", "one"])
+    both = np.asarray(model(np.arange(7)[None]).numpy())
+    combine([tmp_path / str(first), tmp_path / str(1 - first)], tmp_path / "out")
+    assert np.abs(logits(tmp_path / "base", tmp_path / "out") - both).max() <= 1e-6 * np.abs(both).max()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_how_a_base_s_files_lie_is_said_by_whichever_adapter_knows(first: int, tmp_path: Path) -> None:
+    folders = [GOLDEN / "gpt2--lora", tmp_path / "wte"]
+    fields, tensors = read_adapter(GOLDEN / "gpt2--lora_wte")
+    tensors = {key: a for key, a in tensors.items() if "wte" in key}
+    write_adapter(folders[1], {**fields, "target_modules": ["wte"], "fan_in_fan_out": False}, tensors)
+    combine([folders[first], folders[1 - first]], tmp_path / "out")
+    assert read_adapter(tmp_path / "out")[0]["fan_in_fan_out"]
+
+
 def tied(folder: Path) -> Path:
     """A base whose head has the embedding's weight, and two adapters that both adapt both as one."""
     model = small.base(dtype="float64", tie_word_embeddings=True)
@@ -235,6 +279,7 @@ def spoil(folder: Path, how: str) -> dict[str, Any]:
         "biases of others": ({"bias": "lora_only"}, bias),
         "two tokens": ({"trainable_token_indices": [3]}, token),
         "tokens": ({"trainable_token_indices": [3]}, token),
+        "tokens elsewhere": ({"trainable_token_indices": [3]}, token),
         "another shape": ({}, wide),
         "NaN": ({}, {f"{PREFIX}{q}.lora_A.weight": np.full((2, 4), np.nan)}),
         "too large": ({}, {f"{PREFIX}{q}.lora_B.weight": np.full((4, 2), 3e38)}),
@@ -250,6 +295,9 @@ def spoil(folder: Path, how: str) -> dict[str, Any]:
     elif how == "biases of others":
         other = {"model.layers.1.self_attn.q_proj": one[q]}
         write(folders[0], other, rng, "LORA", 2)
+    elif how == "tokens elsewhere":
+        there = {key.replace("model.embed_tokens", "lm_head"): np.float32(a) for key, a in token.items()}
+        write_adapter(folders[0], {**fields, "trainable_token_indices": {"lm_head": [3]}}, tensors | there)
     elif how == "ranks":
         write(folders[0], {q: Part(rng.normal(size=(3, 4)), rng.normal(size=(4, 3)), 1)}, rng, "LORA", 2)
         options["how"] = "linear"
@@ -283,6 +331,7 @@ SPOILT: dict[str, tuple[type[MiniloraError], str]] = {
     "biases of others": (ConfigError, "biases of its own layers, and none of model.layers.1.self_attn.q_proj"),
     "two tokens": (ConfigError, "embed_tokens.weight cannot be added"),
     "tokens": (ConfigError, r"embed_tokens.weight.*0\.5 times"),
+    "tokens elsewhere": (ConfigError, "only one adapter can have trainable tokens, .*/a' has some"),
     "another shape": (FormatError, r"q_proj is another layer than the other adapters': \(4, 4\), \(4, 5\)"),
     "NaN": (NonFiniteError, "q_proj: the sum of its adapters is not finite"),
     "too large": (NonFiniteError, "q_proj: the sum of its adapters is too large for float32"),
@@ -345,7 +394,7 @@ def several(dtype: str = "float64", device: Any = "cpu", **more: LoraConfig) -> 
 @pytest.mark.parametrize("way", ["cat", "svd"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_sum_of_adapters_is_what_all_of_them_give(way: str, dtype: str) -> None:
-    model, weights = several(dtype), {"one": 0.5, "two": -1.5, "ends": 2.0}
+    model, weights = several(dtype), {"two": -1.5, "one": 0.5, "ends": 2.0}
     before = small.bits(model)
     rows = model.add_weighted_adapter([*weights], [*weights.values()], "sum", way, svd_rank=8 if way == "svd" else None)
     assert {k: v for k, v in small.bits(model).items() if ".sum" not in k} == before
