@@ -37,7 +37,7 @@ ORDER = [
     ["inspection", "recipes", "verify.case"],
     ["verify.measuring"],
     ["verify.of_lora", "verify.of_layers", "verify.of_dora", "verify.of_adalora", "verify.of_codes"],
-    ["verify.of_tasks", "verify.of_ends"],
+    ["verify.of_tasks", "verify.of_sums", "verify.of_ends"],
     ["verify.properties"],
     ["verify.run"],
     ["verify"],

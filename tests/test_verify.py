@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora.functional as F
+import minilora.lora.combining
 import minilora.lora.dora
 import minilora.lora.hydra
 import minilora.lora.model
@@ -39,6 +40,7 @@ from minilora.lora import (
     RankAllocator,
     get_peft_model,
 )
+from minilora.lora.combining import cat, padded, resized
 from minilora.lora.embedding import EmbeddingAdapter, HeadAdapter
 from minilora.lora.layer import Wrapper
 from minilora.nn import Dropout, Linear, LinearBase, Parameter
@@ -57,6 +59,7 @@ from minilora.verify import (
     of_ends,
     of_layers,
     of_lora,
+    of_sums,
     of_tasks,
     over_codes,
     random_case,
@@ -68,7 +71,7 @@ from minilora.verify.measuring import worst
 from minilora.verify.run import rounded
 
 BY_NAME = {p.name: p for p in PROPERTIES}
-LORAS = {p.name for room in (of_lora, of_layers, of_tasks, of_ends) for p in room.PROPERTIES}
+LORAS = {p.name for room in (of_lora, of_layers, of_tasks, of_sums, of_ends) for p in room.PROPERTIES}
 EXACT = {
     "start is the base", "disabled is the base", "count", "gauge by powers of two", "start moves B alone",
     "merge in any portions", "merge refuses", "unmerge", "files", "dropout off", "dropout spares the base",
@@ -410,11 +413,19 @@ def the_update_has_noise_of_full_rank(mp: pytest.MonkeyPatch) -> None:
 @breaks("gauge")
 def the_update_saturates_in_A(mp: pytest.MonkeyPatch) -> None:
     limits = {a.lora_A.shape: abs(a.lora_A.data).max() for c in wrong_layers() for a in c.subject.adapters.values()}
+    real, of_layer = LoraAdapter.delta_weight, LoraLinear.delta_weight
+
+    def of_all_but_sums(self: Any, name: str) -> np.ndarray:  # whose A is another one
+        with pytest.MonkeyPatch.context() as inner:
+            if name == "sum":
+                inner.setattr(LoraAdapter, "delta_weight", real)
+            return of_layer(self, name)
 
     def change(A: np.ndarray, B: np.ndarray) -> np.ndarray:
         return B @ np.where(np.isfinite(A), np.clip(A, -limits[A.shape], limits[A.shape]), A)
 
     in_delta(mp, change)
+    mp.setattr(LoraLinear, "delta_weight", of_all_but_sums)
 
 
 @breaks("gauge by powers of two")
@@ -807,12 +818,50 @@ def a_sum_is_rounded_to_float32_first(mp: pytest.MonkeyPatch) -> None:
     mp.setattr(of_ends, "bf16_from", lambda total: real(total.astype(np.float32)))
 
 
+@breaks("half precision")
+def a_half_goes_by_way_of_float32(mp: pytest.MonkeyPatch) -> None:
+    mp.setattr(of_ends, "to_half", lambda total: total.astype(np.float32).astype(np.float16))
+
+
+@breaks("half precision")
+def what_is_below_the_normal_halves_counts_as_nothing(mp: pytest.MonkeyPatch) -> None:
+    after(mp, of_ends, "to_half", lambda half, *_: np.where(abs(half) < np.float16(2.0**-14), np.float16(0), half))
+
+
+@breaks("principal part first")
+def the_last_principal_term_is_forgotten(mp: pytest.MonkeyPatch) -> None:
+    real = of_ends.low_rank
+    mp.setattr(of_ends, "low_rank", lambda U, s, Vt, r: real(U, np.where(np.arange(len(s)) == r - 1, 0, s), Vt, r))
+
+
+@breaks("weighted sum")
+def a_sum_is_a_millionth_too_large(mp: pytest.MonkeyPatch) -> None:
+    after(mp, minilora.lora.combining, "cat", lambda pair, *_: (pair[0], pair[1] * (1 + 1e-6)))
+
+
+@breaks("weighted sum")
+def the_last_direction_of_a_sum_is_forgotten(mp: pytest.MonkeyPatch) -> None:
+    mp.setattr(minilora.lora.combining, "svd", lambda parts, r: padded(*resized(*cat(parts), 1.0, r - 1)[:2], r))
+
+
+@breaks("cross terms")
+def what_linear_makes_of_several_is_a_millionth_too_large(mp: pytest.MonkeyPatch) -> None:
+    change = lambda pair, parts: (pair[0], pair[1] * (1 + 1e-6 * (len(parts) > 1)))  # noqa: E731
+    after(mp, minilora.lora.combining, "linear", change)
+
+
 @breaks("best of lower rank")
 def a_spectrum_lacks_a_hundredth(mp: pytest.MonkeyPatch) -> None:
     after(mp, of_ends, "singular_values", lambda values, *_: values * 0.99)
 
 
 # Mistakes that are seen from several sides.
+
+
+@breaks("weighted sum", "cross terms")
+def a_minus_is_lost(mp: pytest.MonkeyPatch) -> None:
+    real = minilora.lora.combining.linear
+    mp.setattr(minilora.lora.combining, "linear", lambda parts: real([p._replace(c=abs(p.c)) for p in parts]))
 
 
 @breaks(
@@ -831,7 +880,7 @@ def dA_is_a_thousandth_too_large(mp: pytest.MonkeyPatch) -> None:
     in_backward(mp, lambda grads, *rest: (*grads[:2], grads[2] * 1.001, grads[3]))
 
 
-@breaks("merge rounds once", "round trip")
+@breaks("merge rounds once", "round trip", "principal part first")
 def merging_adds_in_the_layer_s_precision(mp: pytest.MonkeyPatch) -> None:
     def change(A: np.ndarray, B: np.ndarray) -> np.ndarray:
         return (B.astype("f4") @ A.astype("f4")).astype(np.float64)
@@ -889,7 +938,7 @@ def test_files_are_measured_layer_by_layer_and_left_alone(files: Path) -> None:
     report = verify_files(files / "base", files / "adapter")
     assert contents(files) == before
     assert all(row.ok for row in report.rows)
-    assert {row.property for row in report.rows} == {"finite", "merge as stored", *LORAS} - {"sum"}
+    assert {row.property for row in report.rows} == {"finite", "merge as stored", *LORAS} - {"sum", "cross terms"}
     assert {row.cases for row in report.rows if row.property not in ("finite", "rank")} == {4}
     model = PeftModel.from_pretrained(CausalLM.from_pretrained(files / "base"), files / "adapter")
     found = {f.layer: f for f in report.layers}
@@ -1018,7 +1067,7 @@ def test_the_command_reads_files(files: Path) -> None:
     code, out, _ = command("--base", files / "base", "--adapter", files / "adapter", "--json")
     report = json.loads(out)
     assert (code, report["ok"], len(report["layers"])) == (0, True, 4)
-    assert {row["property"] for row in report["rows"]} == {"finite", "merge as stored", *LORAS} - {"sum"}
+    assert {row["property"] for row in report["rows"]} == {"finite", "merge as stored", *LORAS} - {"sum", "cross terms"}
     assert 0.5 < report["worst_ratio"] <= 1
 
 

@@ -2,7 +2,7 @@
 
 case         what a property is measured on, and the formula it is measured against
 measuring    a measurement beside its bound
-of_lora, of_layers, of_dora, of_adalora, of_codes, of_tasks, of_ends    the properties, by what promises them
+of_lora, of_layers, of_dora, of_adalora, of_codes, of_tasks, of_sums, of_ends    the properties, by what promises them
 properties   the list, and where bounds come from
 run          all of it over random layers, or over somebody's own files
 """

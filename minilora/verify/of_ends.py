@@ -19,10 +19,11 @@ from ..backend import Array
 from ..formats import bf16_from, bf16_to_float32, load_file
 from ..inspection import singular_values
 from ..lora import LoraAdapter, LoraConfig, LoraEmbedding, LoraLinear, PeftModel, get_peft_model
+from ..lora.combining import low_rank
 from ..lora.embedding import EmbeddingAdapter
 from ..nn import Embedding, Linear, Module
 from .case import Case
-from .measuring import Measured, Property, differing, listing, lora, worst
+from .measuring import Measured, Property, differing, factors, listing, lora, worst
 
 PROPERTIES: list[Property] = []
 
@@ -143,19 +144,32 @@ def _files(case: Case) -> Measured:
 # ---- what is left out -----------------------------------------------------------------------------------------------
 
 
-@holds("half precision", "|fl(W + dW) - (W + dW)| ≤ ulp / 2 in bfloat16", "IEEE 754-2019, section 4.3.1")
+def to_half(total: Array) -> Array:
+    return np.asarray(total, np.float16)
+
+
+def _halves(total: Array, digits: int, least: int) -> Array:
+    """Half an ulp there, of a format of so many digits whose smallest normal number is 2^(least - 1)."""
+    return np.asarray(np.ldexp(0.5, np.maximum(np.frexp(total)[1], least) - digits))
+
+
+@holds("half precision", "|fl(W + dW) - (W + dW)| ≤ ulp / 2 in bfloat16, float16", "IEEE 754-2019, section 4.3.1")
 def _half_precision(case: Case) -> Measured:
     """From the float64 sum, rounded once. Rounded twice, by way of float32, it is wrong just above the middle between
-    two neighbours: so the sum is taken as it is, and also moved there."""
+    two neighbours: so the sum is taken as it is, and also moved there. For float16, which ends at 65,504 and at 2^-14
+    goes on in even steps, it is moved into its range by powers of two: to the upper end, and among those steps."""
     name = next(iter(case.configs))
     total = case.subject.base_layer.dense_weight().astype(np.float64) + case.subject.delta_weight(name)
     total = total[abs(total) > 2.0**-100]
-    fraction, exponent = np.frexp(total)
-    half = np.ldexp(0.5, exponent - 8)  # of the last of bfloat16's eight digits
-    below = np.ldexp(np.trunc(np.ldexp(fraction, 8)), exponent - 8)
-    middle = (below + np.sign(total) * half) * (1 + 2.0**-45)
-    stored = [(t, bf16_to_float32(bf16_from(t)).astype(np.float64)) for t in (total, middle)]
-    return worst(*((there - t, half) for t, there in stored))
+    top = int(np.frexp(abs(total).max(initial=1))[1])
+    formats: list[tuple[Array, int, int, Any]] = [(total, 8, -125, lambda t: bf16_to_float32(bf16_from(t)))]
+    formats += [(np.ldexp(total, end - top), 11, -13, to_half) for end in (15, -14)]
+    pairs = []
+    for exact, digits, least, stored in formats:
+        half = _halves(exact, digits, least)
+        middle = (np.trunc(exact / (2 * half)) * 2 * half + np.sign(exact) * half) * (1 + 2.0**-45)
+        pairs += [(stored(t).astype(np.float64) - t, half) for t in (exact, middle)]
+    return worst(*pairs)
 
 
 @holds("best of lower rank", "min |dW - P Q|² = Σ σᵢ², i > k", "Eckart & Young 1936; Mirsky 1960")
@@ -178,3 +192,26 @@ def _lower_rank(case: Case) -> Measured:
         for other in (random, s * (B[:, :k].astype(float) @ A[:k].astype(float))):
             pairs.append((max(0.0, least - float(np.linalg.norm(dW - other))), bound))
     return worst(*pairs)
+
+
+@holds("principal part first", "W = W_res + s B A,  |W_res|₂ = σᵣ₊₁(W)", "Meng et al. 2024, section 3")
+def _principal(case: Case) -> Measured:
+    """s B A is the first r terms of W's own SVD, W_res what they leave, and merged it is W again: W_res is rounded
+    once, and so is the sum; dW is float64's both times. The spectrum moves by no more than W_res does (Weyl): that
+    rounding, one of each factor, and max(I, O) eps σ₁ for each of the decompositions and the product of the terms."""
+    name, u = next(iter(case.configs)), float(np.finfo(case.dtype).eps) / 2
+    layer = case.layer(name)
+    adapter, W = layer.adapters[name], layer.base_layer.dense_weight().astype(np.float64)
+    U, values, Vt = np.linalg.svd(W, full_matrices=False)
+    A, B, _ = low_rank(U, values, Vt, adapter.r)
+    factors(layer, [(A / np.sqrt(adapter.scaling), B / np.sqrt(adapter.scaling))])
+    S = abs(case.formula(layer)).dW()
+    layer.base_layer.weight.data = residual = (W - layer.delta_weight(name)).astype(case.dtype)
+    layer.merge()
+    again = layer.base_layer.dense_weight().astype(np.float64)
+    left, float64 = abs(residual.astype(np.float64)), case.gamma(adapter.r + 4, S + abs(W), np.float64).astype(float)
+    moved = np.linalg.norm(u * left + case.gamma(2, S).astype(float) + float64)
+    of_svd = 3 * max(W.shape) * np.finfo(np.float64).eps * values[0]
+    largest = np.linalg.svd(residual.astype(np.float64), compute_uv=False)[0]
+    next_one = values[adapter.r] if adapter.r < len(values) else 0.0
+    return worst((again - W, u * (left + abs(again)) + 2 * float64), (largest - next_one, moved + of_svd))

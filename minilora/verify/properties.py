@@ -1,9 +1,9 @@
 """The mathematics of LoRA as a list: every equation, its paper, a measurement, and the bound that rounding allows.
 
 Each entry of PROPERTIES is one claim and says to which cases it applies. They stand in a room for each thing that makes
-promises: LoRA, a layer with adapters whichever they are, DoRA, AdaLoRA, a base of codes, several tasks, and the two
-ends of a model. QLoRA has no list of its own: it is any of these over a base of codes, and all of them are measured
-there too. Letters and shapes are case.py's.
+promises: LoRA, a layer with adapters whichever they are, DoRA, AdaLoRA, a base of codes, several tasks, sums of
+adapters, and the two ends of a model. QLoRA has no list of its own: it is any of these over a base of codes, and all of
+them are measured there too. Letters and shapes are case.py's.
 
 **Where bounds come from.** A property that is exact in floating point has the bound 0, and its measurement counts the
 entries that differ. For the others no tolerance is chosen. If a result is a sum of products and each of them passes
@@ -18,7 +18,7 @@ docstring says how its measurement counts. Shown is the entry that comes nearest
 
 from __future__ import annotations
 
-from . import of_adalora, of_codes, of_dora, of_ends, of_layers, of_lora, of_tasks
+from . import of_adalora, of_codes, of_dora, of_ends, of_layers, of_lora, of_sums, of_tasks
 from .measuring import Property
 
 PROPERTIES: list[Property] = [
@@ -28,5 +28,6 @@ PROPERTIES: list[Property] = [
     *of_adalora.PROPERTIES,
     *of_codes.PROPERTIES,
     *of_tasks.PROPERTIES,
+    *of_sums.PROPERTIES,
     *of_ends.PROPERTIES,
 ]
