@@ -18,7 +18,6 @@ import minilora.lora.dora
 import minilora.lora.hydra
 import minilora.lora.model
 import minilora.lora.multitask
-import minilora.verify.run
 from minilora import fused, quant
 from minilora.autograd import Tensor, record
 from minilora.errors import NonFiniteError

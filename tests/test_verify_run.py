@@ -17,24 +17,13 @@ from hypothesis import strategies as st
 from test_verify import BY_NAME, LORAS
 from test_verify_mistakes import SABOTAGES
 
-import minilora.lora.combining
-import minilora.lora.dora
-import minilora.lora.hydra
-import minilora.lora.model
-import minilora.lora.multitask
 import minilora.verify.run
 from minilora.cli import main
 from minilora.errors import FormatError
 from minilora.formats import load_file, save_file
-from minilora.lora import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-)
+from minilora.lora import LoraConfig, PeftModel, get_peft_model
 from minilora.transformer import CausalLM, TransformerConfig
-from minilora.verify import (
-    verify_files,
-)
+from minilora.verify import verify_files
 from minilora.verify.run import rounded
 
 
