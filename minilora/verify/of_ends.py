@@ -30,7 +30,7 @@ PROPERTIES: list[Property] = []
 
 def plain(case: Case) -> bool:
     """LoRA over a dense weight, which an embedding is."""
-    return lora(case) and case.weight is None
+    return lora(case) and not case.subject.base_layer.weight.fixed
 
 
 holds = listing(PROPERTIES, plain)
