@@ -2,16 +2,16 @@
 
     {"text": "..."}                           every token of it is to be learned but the first
     {"prompt": "...", "completion": "..."}    only what comes after the prompt is
-
-A conversation ("messages") is refused: to write one as a model expects it, the program in the tokenizer's chat template
-has to be run (Jinja). Whoever has run it has a prompt and a completion.
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}    the assistant's turns
 
 Between a record and the next stands the tokenizer's end-of-text token, where it has one: it is what teaches a model to
-stop. With bytes there is none, and records follow each other bare: end them with a line break of your own.
+stop. With bytes there is none, and records follow each other bare: end them with a line break of your own. A
+conversation is as its chat template writes it, from the beginning to the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .chat import Chat, Lesson, conversation
 from .data import Packed
 from .errors import ConfigError, DataError
 from .formats.disk import PathLike, open_regular, parse_json, quoted
@@ -30,20 +31,21 @@ from .tokenizer import ByteTokenizer, HubTokenizer
 
 SUFFIX = ".jsonl"
 MAX_LINE_BYTES = 16 << 20  # a line is the only part of a file that is held in memory whole
-MAX_VALUES = 1 << 16  # of JSON in a line: a record has four, and a conversation, which is refused by name, hundreds
-KINDS = {"text": ("text",), "prompt": ("prompt", "completion"), "completion": ("prompt", "completion")}
+MAX_VALUES = 1 << 16  # of JSON in a line: a record has four, and a conversation hundreds
+PAIR = ("prompt", "completion")
+KINDS = {"text": ("text",), "messages": ("messages",), "prompt": PAIR, "completion": PAIR}
 
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """ids (n,), of which `first` on are targets, 1 <= first < n; they stand for `size` bytes.
+    """ids (n,), of which those `learned` (n,) are targets, at least one; they stand for `size` bytes.
 
     The first token is no target: nothing of its record stands before it. So what is learned from a record does not
     depend on how it is packed.
     """
 
     ids: NDArray[np.int32]
-    first: int
+    learned: NDArray[np.bool_]
     size: float
 
 
@@ -55,28 +57,42 @@ def is_records(path: PathLike) -> bool:
 def read_records(path: PathLike, tokenizer: ByteTokenizer | HubTokenizer, context: int) -> list[Record]:
     """The records of a file of JSON lines in UTF-8, of at most T + 1 = context + 1 tokens each. Empty lines are none.
 
-    What is longer loses its end, and one warning says how much that was of the whole. FormatError for a line that is
-    not JSON (`parse_json`); DataError for one with other keys or other types, for one of which no token is left to be
-    learned, and for a file without a record. Both name the line. OSError if the file cannot be read.
+    What is longer loses its end, and one warning says how much that was of the whole; another, how many turns of the
+    assistant's are not learned (see `Chat`). FormatError for a line that is not JSON (`parse_json`); DataError for one
+    with other keys or other types, for one of which no token is left to be learned, for a conversation without a chat
+    template that can write it, and for a file without a record. Both name the line. OSError if the file cannot be read.
     """
     if context < 1:
         raise ConfigError(f"context must be 1 or more, got {context!r}")
-    records, cut, lost, total = [], 0, 0, 0
-    for where, line in _lines(path):
-        prompt, text = _texts(parse_json(line, where, values=MAX_VALUES), where)
-        try:
-            record, whole = _record(tokenizer, prompt, text, context)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-        records.append(record)
-        total += whole
-        lost += whole - len(record.ids)
-        cut += whole > len(record.ids)
+    records, chat = [], None
+    cut = lost = total = skipped = 0
+    with contextlib.ExitStack() as stack:
+        for where, line in _lines(path):
+            found = _checked(parse_json(line, where, values=MAX_VALUES), where)
+            try:
+                if "messages" in found:
+                    chat = chat or stack.enter_context(Chat(tokenizer))
+                    lesson = chat.encode(conversation(found["messages"]))
+                elif "text" in found:
+                    lesson = _completion(tokenizer, "", found["text"])
+                else:
+                    lesson = _completion(tokenizer, found["prompt"], found["completion"])
+                record = _record(lesson, context)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+            records.append(record)
+            total += len(lesson.ids)
+            lost += len(lesson.ids) - len(record.ids)
+            cut += len(lesson.ids) > len(record.ids)
+            skipped += lesson.skipped
     if not records:
         raise DataError(f"{quoted(path)} has no record: there is nothing to train on")
     if cut:
         text = f"{quoted(path)}: {cut:,} of {len(records):,} records are longer than {context + 1} tokens"
         warnings.warn(f"{text} and lose their ends, {lost:,} of {total:,} tokens: see --context", stacklevel=2)
+    if skipped:
+        text = f"{quoted(path)}: {skipped:,} of the assistant's turns are not learned"
+        warnings.warn(f"{text}: the chat template writes them differently once others follow", stacklevel=2)
     return records
 
 
@@ -93,35 +109,43 @@ def _lines(path: PathLike) -> Iterator[tuple[str, bytes]]:
                 yield where, line
 
 
-def _texts(record: dict[str, Any], where: str) -> tuple[str, str]:
-    """(prompt, what is to be learned), the prompt of a plain text being empty."""
-    kinds = "'text', or 'prompt' and 'completion'"
-    if "messages" in record:
-        raise DataError(f"{where}: 'messages' needs the tokenizer's chat template to be run: expected {kinds}")
+def _checked(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """The same record: it has the keys of its kind, and texts under them, but for the messages."""
     keys = next((KINDS[key] for key in record if key in KINDS), ())
     if not keys or set(record) != set(keys):
         odd = ", ".join(quoted(key, 40) for key in list(record)[:5]) or "nothing"
-        raise DataError(f"{where}: expected {kinds} and no other key, found {odd}")
+        kinds = "'text', or 'prompt' and 'completion', or 'messages'"
+        raise DataError(f"{where}: expected {kinds}, and no other key, found {odd}")
     for key in keys:
-        if type(record[key]) is not str:
+        if key != "messages" and type(record[key]) is not str:
             raise DataError(f"{where}: expected {key!r} to be a text, found {type(record[key]).__name__}")
-    return ("", record["text"]) if keys == ("text",) else (record["prompt"], record["completion"])
+    return record
 
 
-def _record(tokenizer: ByteTokenizer | HubTokenizer, prompt: str, text: str, context: int) -> tuple[Record, int]:
-    """(record, how many tokens it had before it was cut). DataError if no token is left to be learned."""
+def _completion(tokenizer: ByteTokenizer | HubTokenizer, prompt: str, text: str) -> Lesson:
+    """What of a prompt and its completion is to be learned: all after the prompt, which a plain text has empty."""
     ids, start = _encode(tokenizer, prompt, text)
     own = len(ids)
-    share = len(text.encode()) / max(1, own - start)  # bytes a token
     if tokenizer.eos is not None and not (own and ids[-1] == tokenizer.eos):  # some files put one there themselves
         ids = np.append(ids, np.int32(tokenizer.eos))
-    kept, first = ids[: context + 1].copy(), max(1, start)  # a view would keep the whole in memory
-    if first >= len(kept):
-        why = f"no token follows {'the prompt' if prompt else 'its first'}"
-        if len(kept) < len(ids):
-            why = f"its first {first} of {len(ids)} tokens are prompt, and a context of {context} ends before the rest"
+    learned, spoken = np.zeros((2, len(ids)), bool)
+    learned[start:] = spoken[start:own] = True
+    return Lesson(ids, learned, spoken, len(text.encode()))
+
+
+def _record(lesson: Lesson, context: int) -> Record:
+    """A lesson cut to T + 1 tokens. DataError if none is left to be learned."""
+    n = min(len(lesson.ids), context + 1)
+    learned = lesson.learned[:n].copy()  # a view would keep the whole in memory
+    learned[:1] = False
+    if not learned.any():
+        why = f"no token follows {'its first' if lesson.learned[:1].all() else 'the prompt'}"
+        if lesson.learned[1:].any():
+            prompt = f"its first {1 + lesson.learned[1:].argmax()} of {len(lesson.ids)} tokens are prompt"
+            why = f"{prompt}, and a context of {context} ends before the rest"
         raise DataError(f"there is nothing to learn: {why}")
-    return Record(kept, first, share * max(0, min(len(kept), own) - first)), len(ids)
+    share = lesson.size / max(1, int(np.count_nonzero(lesson.spoken)))  # bytes a token
+    return Record(lesson.ids[:n].copy(), learned, share * np.count_nonzero(lesson.spoken[:n] & learned))
 
 
 def _encode(tokenizer: ByteTokenizer | HubTokenizer, prompt: str, text: str) -> tuple[NDArray[np.int32], int]:
@@ -155,14 +179,13 @@ def pack(records: Sequence[Record], context: int) -> Packed:
     sizes = [len(record.ids) for record in records]
     if not sizes or max(sizes) > context + 1:
         raise DataError(f"expected records of at most {context + 1} tokens, got {max(sizes, default='none')}")
-    edges, end, counts = [0], 0, []
-    for record, size in zip(records, sizes, strict=True):
+    edges, end = [0], 0
+    for size in sizes:
         if end + size - edges[-1] > context + 1:
             edges.append(end)
         end += size
-        counts.append(np.arange(size) >= record.first)
-    ids = np.concatenate([record.ids for record in records])
-    return Packed(ids, np.concatenate(counts), np.array([*edges, end], np.int64))
+    ids, counts = np.concatenate([r.ids for r in records]), np.concatenate([r.learned for r in records])
+    return Packed(ids, counts, np.array([*edges, end], np.int64))
 
 
 def bytes_per_token(records: Sequence[Record]) -> float:
@@ -174,4 +197,4 @@ def bytes_per_token(records: Sequence[Record]) -> float:
     size = math.fsum(record.size for record in records)
     if not size:
         raise DataError(f"of {len(records)} records nothing is to be learned but where they end")
-    return size / sum(len(record.ids) - record.first for record in records)
+    return size / sum(int(np.count_nonzero(record.learned)) for record in records)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from .errors import DataError
 from .formats.disk import PathLike, atomic_file, open_regular, quoted, read_json, write_json
 
+SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # tokens that have a meaning of their own
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest in use, of 256,000 tokens, take about 35 MB
 
 
@@ -104,16 +105,56 @@ class HubTokenizer:
                     self._files[name] = file.read()
 
     @cached_property
-    def eos(self) -> int | None:
-        """The id of the token that ends a text: tokenizer_config.json's eos_token. None where it names none."""
+    def _config(self) -> dict[str, Any]:
+        """tokenizer_config.json, an object without anything if it is none."""
         try:  # by Python's own parser: what is there besides is not ours, and has integers of 31 digits
             config = json.loads(self._files.get("tokenizer_config.json", b"{}"))
         except (ValueError, RecursionError):
             raise DataError(f"the tokenizer_config.json beside {quoted(self._path)} is not JSON") from None
-        token = config.get("eos_token") if isinstance(config, dict) else None
-        token = token.get("content") if isinstance(token, dict) else token
+        return config if isinstance(config, dict) else {}
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token and their like, those that tokenizer_config.json names."""
+        named = {f"{name}_token": self._config.get(f"{name}_token") for name in SPECIAL}
+        texts = {name: found.get("content") if isinstance(found, dict) else found for name, found in named.items()}
+        return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+    @cached_property
+    def eos(self) -> int | None:
+        """The id of the token that ends a text: tokenizer_config.json's eos_token. None where it names none."""
         with self._usable():
-            return self._tokenizer.token_to_id(token) if isinstance(token, str) else None
+            token = self.special_tokens.get("eos_token")
+            return None if token is None else self._tokenizer.token_to_id(token)
+
+    @cached_property
+    def added(self) -> list[int]:
+        """The ids of the tokens that are found in a text as they are written, before it is cut up: the special ones."""
+        with self._usable():
+            return sorted(self._tokenizer.get_added_tokens_decoder())
+
+    @property
+    def chat_template(self) -> tuple[str, str] | None:
+        """(template, where it is from): chat_template.jinja, or the one of tokenizer_config.json. None without one.
+
+        Where that has several, the one whose name is "default". DataError for one that is no text in UTF-8.
+        """
+        name, found = "chat_template.jinja", self._files.get("chat_template.jinja")
+        if found is None:
+            name, found = "the chat_template in tokenizer_config.json", self._config.get("chat_template")
+            if isinstance(found, list):
+                named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+                found = named[-1].get("template") if named else None
+        where = f"{name} beside {quoted(self._path)}"
+        if found is None:
+            return None
+        try:
+            text = found.decode("utf-8") if isinstance(found, bytes) else found
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where} is not UTF-8 at byte {error.start}") from None
+        if not isinstance(text, str):
+            raise DataError(f"{where}: expected a text, found {type(text).__name__}")
+        return text, where
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
@@ -137,6 +178,26 @@ class HubTokenizer:
             raise DataError(f"the text is not UTF-8 at byte {error.start}; this model's tokenizer needs that") from None
         with self._usable():
             return np.array(self._tokenizer.encode(decoded, add_special_tokens=add_special_tokens).ids, np.int32)
+
+    @cached_property
+    def _bare(self) -> Any:
+        """The same without what it puts around a text: in some files that trims spaces off tokens' places, too."""
+        import tokenizers
+
+        bare = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        bare.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+        return bare
+
+    def encode_with_edges(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+        """(ids, starts, ends), each (n,): token i is of text[starts[i] : ends[i]]. No special tokens are added.
+
+        Tokens that are parts of one character have that character each.
+        """
+        _utf8(text)
+        with self._usable():
+            found = self._bare.encode(text, add_special_tokens=False)
+        starts, ends = np.array(found.offsets, np.int64).reshape(-1, 2).T
+        return np.array(found.ids, np.int32), starts, ends
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.decode(ids).encode("utf-8")

@@ -671,7 +671,7 @@ BAD = [
     # records
     (f"{F} --data bare.jsonl", 3, "'bare.jsonl' has no record"),
     (f"{F} --data one.jsonl", 3, "--data one.jsonl: expected 2 records or more"),
-    (f"{F} --data chat.jsonl", 3, "'chat.jsonl' line 2: 'messages' needs the tokenizer's chat template"),
+    (f"{F} --data chat.jsonl", 3, "'chat.jsonl' line 2: 'messages' needs a tokenizer.json and its chat template"),
     (f"{F} --data wordy.jsonl", 3, "'wordy.jsonl' line 1: there is nothing to learn: its first 45 of 52 tokens"),
     (f"{F} --data missing.jsonl", 4, "missing.jsonl"),
     *[(f"{x} --data damaged.jsonl", 3, "'damaged.jsonl' line 2: not valid JSON") for x in (F, P, E)],

@@ -264,14 +264,16 @@ def test_a_text_that_changes_while_it_is_trained_on(tmp_path, monkeypatch):
 def test_no_code_here_evaluates_unpickles_imports_by_name_or_matches_by_backtracking():
     """What the audit hook above shows for the table holds for every line: the words are not there at all."""
     modules = {"pickle", "marshal", "shelve", "importlib", "runpy", "code", "socket", "ssl", "urllib", "http", "mmap",
-               "re", "subprocess"}  # fmt: skip
+               "re"}  # fmt: skip
     calls = {"eval", "exec", "compile", "__import__", "breakpoint"}
     for path in sorted(PACKAGE.rglob("*.py")):
+        a_process = path == PACKAGE / "chat" / "__init__.py"  # a template has one, with limits: see test_chat
+        forbidden = modules if a_process else modules | {"subprocess"}
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
-                assert not {alias.name.split(".")[0] for alias in node.names} & modules, path
+                assert not {alias.name.split(".")[0] for alias in node.names} & forbidden, path
             elif isinstance(node, ast.ImportFrom):
-                assert node.level or str(node.module).split(".")[0] not in modules, path
+                assert node.level or str(node.module).split(".")[0] not in forbidden, path
             elif isinstance(node, ast.Name):
                 assert node.id not in calls, path
             elif isinstance(node, (ast.Attribute, ast.keyword)):

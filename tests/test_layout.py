@@ -18,7 +18,9 @@ ORDER = [
     ["functional", "lora.targets"],
     ["fused"],
     ["gradcheck", "nn", "tokenizer", "texts", "data", "cache", "weights"],
-    ["records", "optim", "quant", "gpt2", "lora.config"],
+    ["chat.rendering", "optim", "quant", "gpt2", "lora.config"],
+    ["chat"],
+    ["records"],
     ["bitsandbytes", "halves"],
     ["pretrained"],
     ["transformer"],
@@ -118,6 +120,7 @@ def test_optional_packages_have_one_room_each(path):
     packages = {module.split(".")[0] for module, _ in imports(path)}
     assert "cupy" not in packages or room_of(path) == "backend"
     assert "matplotlib" not in packages or room_of(path) == "plots"
+    assert "jinja2" not in packages or room_of(path) == "chat.rendering"
     assert not packages & {"torch", "transformers", "peft", "safetensors", "scipy", "pickle", "importlib", "re"}
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tracemalloc
 import warnings
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from chat_templates import TEMPLATES, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from small import base, bits
@@ -32,6 +35,11 @@ from minilora.train import Settings, evaluate, train
 
 BYTES = ByteTokenizer()
 LINE = {"prompt": "2+2=", "completion": "4"}
+
+
+def record(ids: Any, first: int, size: float) -> Record:
+    """One of which all from `first` on is learned."""
+    return Record(np.array(ids, np.int32), np.arange(len(ids)) >= first, size)
 
 
 def written(path: Path, *lines: object) -> Path:
@@ -56,13 +64,13 @@ def packings(draw):
     records, end = [], 0
     for size in draw(st.lists(st.integers(2, context + 1), min_size=1, max_size=30)):
         first = draw(st.integers(1, size - 1))
-        records.append(Record(np.arange(end, end + size, dtype=np.int32), first, size - first))
+        records.append(record(np.arange(end, end + size), first, size - first))
         end += size
     return records, context
 
 
 def learned(records: list[Record]) -> list[int]:
-    return [i for record in records for i in record.ids[record.first :].tolist()]
+    return [i for record in records for i in record.ids[record.learned].tolist()]
 
 
 @given(packings())
@@ -114,7 +122,7 @@ def arrays(batch):
 
 
 def test_windows_are_visited_in_another_order_in_each_epoch():
-    packed = pack([Record(np.full(4, i, np.int32), 1, 3) for i in range(20)], 3)
+    packed = pack([record(np.full(4, i), 1, 3) for i in range(20)], 3)
     orders = {tuple(Windows(packed, 3, 20, s).batch(e).ids[:, 0].tolist()) for s in range(3) for e in range(5)}
     assert len(orders) == 15
     again = [Windows(packed, 3, 20, 0).batch(4).ids.tolist() for _ in range(2)]
@@ -122,7 +130,7 @@ def test_windows_are_visited_in_another_order_in_each_epoch():
 
 
 def test_tasks_may_be_packed_too():
-    packed = pack([Record(np.arange(4, dtype=np.int32) + 10 * i, 2, 2) for i in range(5)], 3)
+    packed = pack([record(np.arange(4) + 10 * i, 2, 2) for i in range(5)], 3)
     texts = {"plain": np.arange(100, 150), "records": packed}
     batch = TaskWindows(texts, 3, 6, seed=1).batch(2)
     rows = [b for b, task in enumerate(batch.tasks) if task == "records"]
@@ -131,15 +139,15 @@ def test_tasks_may_be_packed_too():
 
 
 def test_records_that_do_not_fit_a_window_are_refused():
-    record = Record(np.arange(5, dtype=np.int32), 1, 4)
+    long = record(np.arange(5), 1, 4)
     with pytest.raises(DataError, match="at most 4 tokens, got 5"):
-        pack([record], 3)
+        pack([long], 3)
     with pytest.raises(DataError, match="got none"):
         pack([], 3)
     with pytest.raises(DataError, match="up to 5 tokens: a context of 4 is needed"):
-        Windows(pack([record], 4), 3, 2)
+        Windows(pack([long], 4), 3, 2)
     with pytest.raises(DataError, match="up to 5 tokens: a context of 4 is needed"):
-        evaluation_windows(pack([record], 4), 3, 2)
+        evaluation_windows(pack([long], 4), 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +192,8 @@ def test_what_is_learned_is_the_text_after_the_prompt(place, lines):
         whole = prompt + (record.get("completion") or record["text"]).encode()
         assert BYTES.decode_bytes(found.ids) == whole
         assert found.ids.dtype == np.int32
-        assert found.first == max(1, len(prompt))
-        assert found.size == pytest.approx(len(whole) - found.first, rel=1e-12)
+        assert found.learned.tolist() == [i >= max(1, len(prompt)) for i in range(len(whole))]
+        assert found.size == pytest.approx(len(whole) - max(1, len(prompt)), rel=1e-12)
     assert bytes_per_token(records) == pytest.approx(1, rel=1e-12)
 
 
@@ -197,7 +205,7 @@ def test_what_is_longer_is_cut_and_said_once(tmp_path):
     assert "2 of 3 records are longer than 8 tokens and lose their ends, 4 of 25 tokens" in str(said.message)
     assert said.filename == __file__
     assert [BYTES.decode(record.ids) for record in records] == ["x" * 8, "short", "abcdefgh"]
-    assert [record.first for record in records] == [1, 1, 3]
+    assert [record.learned.argmax() for record in records] == [1, 1, 3]
     assert bytes_per_token(records) == pytest.approx(1, rel=1e-12)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -222,14 +230,19 @@ def test_what_is_longer_is_cut_and_said_once(tmp_path):
         (b'\xef\xbb\xbf{"text": "abc"}\n', FormatError, "BOM"),
         (b'{"text": "abc"', FormatError, "not valid JSON"),  # the file ends inside it
         (b'{"text": "' + b"x" * MAX_LINE_BYTES + b'"}\n', DataError, "longer than 16,777,216 bytes"),
-        (b"{}\n", DataError, "expected 'text', or 'prompt' and 'completion' and no other key, found nothing"),
+        (
+            b"{}\n",
+            DataError,
+            "expected 'text', or 'prompt' and 'completion', or 'messages', and no other key, found nothing",
+        ),
         ({"Text": "abc"}, DataError, "no other key, found 'Text'"),
         ({"text": "abc", "id": 3}, DataError, "found 'text', 'id'"),
         ({"text": "abc", "prompt": "a", "completion": "b"}, DataError, "found 'text', 'prompt', 'completion'"),
         ({"prompt": "abc"}, DataError, "found 'prompt'"),
         ({"completion": "abc"}, DataError, "found 'completion'"),
         ({"\x1b[2J" * 5000: "abc"}, DataError, "no other key"),
-        ({"messages": [{"role": "user", "content": "a"}]}, DataError, "'messages' needs the tokenizer's chat template"),
+        ({"messages": []}, DataError, "'messages' needs a tokenizer.json and its chat template"),
+        ({"messages": [], "text": "a"}, DataError, "no other key, found 'messages', 'text'"),
         ({"text": 3}, DataError, "expected 'text' to be a text, found int"),
         ({"text": None}, DataError, "found NoneType"),
         ({"text": ["a", "b"]}, DataError, "found list"),
@@ -271,7 +284,7 @@ def test_damage_ends_in_an_error_of_ours_or_in_records(place, damage):
         said = str(error)
     else:
         said = ""
-        assert all(1 <= record.first < len(record.ids) <= 41 for record in records)
+        assert all(r.learned.any() and not r.learned[0] and len(r.learned) == len(r.ids) <= 41 for r in records)
         assert pack(records, 40).ids.size == sum(len(record.ids) for record in records)
     assert damage or not said
     assert "data.jsonl'" in said or not said
@@ -306,7 +319,7 @@ def test_what_is_cut_off_is_not_kept_in_memory(tmp_path):
 
 
 def test_what_is_held_out_is_the_last_tenth():
-    records = [Record(np.arange(2, dtype=np.int32), 1, 1.0) for _ in range(21)]
+    records = [record(np.arange(2), 1, 1.0) for _ in range(21)]
     learnt, kept = split_records(records)
     assert (learnt, kept) == (records[:18], records[18:])
     assert [len(part) for part in split_records(records[:2])] == [1, 1]
@@ -366,7 +379,7 @@ def test_special_tokens_are_those_of_the_tokenizer(tmp_path, template, line, ids
     good = {"prompt": "a", "completion": "c"}
     records = read_records(written(tmp_path, line, good), tokenizer, 9)
     assert records[0].ids.tolist() == ids
-    assert records[0].first == first
+    assert records[0].learned.tolist() == [i >= first for i in range(len(ids))]
     if template != "<s> $A </s>":  # there one token more, which has no bytes, shares them
         assert records[0].size == pytest.approx(size)
     packed = pack(records, 9)
@@ -418,6 +431,86 @@ def test_the_end_of_a_text_is_the_tokenizer_s_own(tmp_path, config, eos):
         assert record.ids.tolist() == [0, 5, 4] + [1] * (eos is not None)
 
 
+# ---- conversations --------------------------------------------------------------------------------------------------
+
+USER, TURN = {"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """name of a template: a tokenizer that has it"""
+    pytest.importorskip("jinja2")
+    return lambda name: load_tokenizer(write_tokenizer(tmp_path, (TEMPLATES | {"none": None})[name]), 1000)
+
+
+def test_of_a_conversation_the_assistant_s_turns_are_learned(tmp_path, chat):
+    tokenizer = chat("zephyr")
+    talk = [USER, TURN, USER, {"role": "assistant", "content": "é"}]
+    lines = [{"messages": talk}, {"prompt": "the", "completion": " mat"}, {"text": "and"}, {"messages": talk[:2]}]
+    records = read_records(written(tmp_path, *lines), tokenizer, 200)
+    one = "<|user|>\nthe cat</s>\n<|assistant|>\n"
+    assert [tokenizer.decode(record.ids) for record in records] == [
+        f"{one}sat on</s>\n{one}é</s>\n",  # as it is: no other end follows
+        "the mat</s>",
+        "and</s>",
+        f"{one}sat on</s>\n",
+    ]
+    assert [tokenizer.decode(record.ids[record.learned]) for record in records] == [
+        "sat on</s>\né</s>\n",
+        " mat</s>",
+        "d</s>",  # `an` is the first token
+        "sat on</s>\n",
+    ]
+    assert records[0].size == pytest.approx(len("sat on\né\n".encode()))
+    packed = pack(records, 200)
+    assert packed.ids.tolist() == [i for record in records for i in record.ids.tolist()]
+    assert packed.counts.tolist() == [bool(x) for record in records for x in record.learned]
+
+
+def test_a_conversation_that_is_too_long_loses_its_end(tmp_path, chat):
+    tokenizer = chat("zephyr")
+    path = written(tmp_path, {"messages": [USER, TURN, USER, TURN]})
+    (whole,) = read_records(path, tokenizer, 200)
+    first, places = int(whole.learned.argmax()), np.flatnonzero(whole.learned)
+    for size in range(first + 1, len(whole.ids)):
+        said = f"1 of 1 records are longer than {size} tokens and lose their ends, {len(whole.ids) - size} of"
+        with pytest.warns(UserWarning, match=said):
+            (record,) = read_records(path, tokenizer, size - 1)
+        assert record.ids.tolist() == whole.ids[:size].tolist()
+        assert record.learned.tolist() == whole.learned[:size].tolist()
+        assert 0 < record.size <= whole.size
+    with pytest.raises(DataError, match=f"line 1: .* its first {places[0]} of {len(whole.ids)} tokens are prompt, and"):
+        read_records(path, tokenizer, first - 1)
+
+
+def test_turns_that_are_not_learned_are_counted(tmp_path, chat):
+    thought = {"role": "assistant", "content": "<think>a</think>b"}
+    path = written(tmp_path, {"messages": [USER, thought, USER, thought]}, {"messages": [USER, TURN]})
+    with pytest.warns(UserWarning, match="1 of the assistant's turns are not learned: the chat template") as caught:
+        read_records(path, chat("qwen3"), 200)
+    (said,) = caught
+    assert said.filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "named"),
+    [
+        ("zephyr", {"messages": []}, "expected 'messages' to be a list of messages, found an empty one"),
+        ("zephyr", {"messages": [TURN | {"role": "bot"}]}, "message 1: expected a role of system, user, assistant"),
+        ("zephyr", {"messages": [USER]}, "no message is the assistant's: there is nothing to learn"),
+        ("zephyr", {"messages": [USER, TURN], "text": "a"}, "and no other key, found 'messages', 'text'"),
+        ("zephyr", {"messages": [USER, TURN], "tools": []}, "and no other key, found 'messages', 'tools'"),
+        ("none", {"messages": [USER, TURN]}, "needs a tokenizer.json and its chat template"),
+        ("llama2", {"messages": [USER, USER, TURN]}, "line 7: the template itself refuses these messages: 'user and"),
+    ],
+)
+def test_a_conversation_that_cannot_be_written_is_named(tmp_path, chat, name, line, named):
+    with pytest.raises(DataError) as caught:
+        read_records(written(tmp_path, {"text": "the cat"}, line), chat(name), 200)
+    assert "data.jsonl' line 2: " in str(caught.value)
+    assert re.search(named.replace("line 7", r"line \d+"), str(caught.value))
+
+
 def test_bytes_have_no_end():
     assert BYTES.eos is None
 
@@ -430,7 +523,7 @@ def sums(count: int = 24) -> list[Record]:
     rng, records = np.random.default_rng(2), []
     for _ in range(count):
         word = rng.integers(1, 15, 3)
-        records.append(Record(np.array([*word, 15, 0, *word], np.int32), 5, 3.0))
+        records.append(record([*word, 15, 0, *word], 5, 3.0))
     return records
 
 

@@ -131,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--quantize", choices=kinds, default="none", metavar="Q", help=text)
 
     def training(sub: argparse.ArgumentParser, lr: float, tasks: bool = False) -> None:
-        text = "text to train on; a .jsonl has a text, or a prompt and a completion, a line"
+        text = "text to train on; a line of .jsonl: text, prompt and completion, or messages"
         sub.add_argument("--data", required=not tasks, metavar="FILE", help=text)
         if tasks:
             text = "or several texts: an adapter for each, trained in one batch"
