@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -390,6 +391,16 @@ def test_an_end_in_the_middle_leaves_nothing(error: BaseException, tmp_path: Pat
     assert len(calls) == 2
     assert tree(tmp_path) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_folders_whose_names_begin_alike_are_made_at_once(tmp_path: Path) -> None:
+    """The longest name that a file system takes is one of them."""
+    names = ["x" * 40, "x" * 41, "x" * 254 + "a", "x" * 254 + "b", "\N{SNOWMAN}" * 40 + "a", "\N{SNOWMAN}" * 40 + "b"]
+    with ExitStack() as opened:
+        for name in names:
+            stage = opened.enter_context(folders.new_folder(tmp_path / name, {"of": name}))
+            (stage / "mine").write_text(name)
+    assert {file.parent.name: file.read_text() for file in tmp_path.glob("*/mine")} == {name: name for name in names}
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -6,6 +6,7 @@ rewrite      a checkpoint -> a checkpoint: the same files and keys, each tensor 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -118,7 +119,7 @@ def new_folder(out: str | Path, inputs: Mapping[str, Any]) -> Iterator[Path]:
         with locked(out) as held:
             open_folder(held)
             real = held.resolve()
-            stage = real.parent / f".{real.name[:40]}.unfinished"
+            stage = real.parent / f".{_short(real.name)}.unfinished"
             try:
                 _begin(stage, {"out": real.name, **inputs})
                 yield stage
@@ -140,6 +141,11 @@ def new_folder(out: str | Path, inputs: Mapping[str, Any]) -> Iterator[Path]:
             else:
                 Path(out).rmdir()
         raise
+
+
+def _short(name: str) -> str:
+    """A name that can be made longer. Two that begin alike differ: runs at once must not share an unfinished folder."""
+    return name if len(name) <= 40 else f"{name[:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
 
 
 def _begin(stage: Path, inputs: Mapping[str, Any]) -> None:
