@@ -211,7 +211,7 @@ def get_backend(device: str | Backend) -> Backend:
     """'cpu', 'cuda' or 'cuda:N' -> Backend. DeviceError with the reason where it cannot be used."""
     if isinstance(device, Backend):
         return device
-    kind, _, number = device.partition(":")
+    kind, _, number = str(device).partition(":")
     if device == "cpu":
         return NUMPY
     if kind == "cuda" and (number or "0").isdecimal() and not device.endswith(":"):

@@ -30,8 +30,10 @@ def test_cpu_is_one_backend() -> None:
     assert get_backend("cpu") is NUMPY is get_backend(NUMPY) is backend_of(np.zeros(1))
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:", "cuda:-1", "cuda:1:2", "CPU", "cpu:0", "", "gpu\n"])
-def test_an_unknown_device_is_named_with_what_would_be_valid(device: str) -> None:
+@pytest.mark.parametrize(
+    "device", ["gpu", "cuda:x", "cuda:", "cuda:-1", "cuda:1:2", "CPU", "cpu:0", "", "gpu\n", 0, None]
+)
+def test_an_unknown_device_is_named_with_what_would_be_valid(device: Any) -> None:
     with pytest.raises(DeviceError) as caught:
         get_backend(device)
     assert str(caught.value) == f"unknown device {device!r}: expected 'cpu', 'cuda' or 'cuda:N'"

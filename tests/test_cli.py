@@ -294,7 +294,7 @@ def test_inspect(world):
 
 def test_the_tools_turn_files_into_files(world, tmp_path):
     out = lambda name: shlex.quote(str(tmp_path / name))  # noqa: E731
-    said = ok(f"merge --base base --adapter adapter --adapter adapter --weights=1,-0.5 --out {out('tuned')}")
+    said = ok(f"merge --base base --adapter adapter --adapter adapter --weights -0.5,1 --out {out('tuned')}")
     assert re.search(r"rounding took at most 0\.\d\d% of a dW: of model.layers.0", said)
     rows = json.loads(ok(f"merge --base base --adapter adapter --dtype bfloat16 --json --out {out('half')}"))["tensors"]
     assert [row["tensor"].rsplit(".", 2)[1] for row in rows] == ["q_proj", "v_proj"]
@@ -321,10 +321,12 @@ def test_escapes_in_a_file_do_not_reach_the_terminal(world, tmp_path):
     shutil.copytree("adapter", tmp_path / "evil")
     path = tmp_path / "evil" / "adapter_config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "base_model_name_or_path": "\x1b[2J evil"}))
+    path.write_text(json.dumps({**config, "base_model_name_or_path": "\x1b[2J\nevil"}))
     said = ok(f"inspect '{tmp_path}/evil'")
+    said += ok(f"finetune --base base --data book.txt --steps 1 {TINY} --out '{tmp_path}/\x1b[2J\nevil'")
+    said += ok(f"convert adapter --to mlx --out '{tmp_path}/mlx\x1b[2J\nevil'")
     assert "\x1b" not in said
-    assert "\\x1b[2J evil" in said
+    assert said.count("\\x1b[2J\\nevil") == 3
 
 
 def test_resuming_a_finished_run_writes_the_same_files(world, tmp_path):
@@ -647,6 +649,9 @@ BAD = [
     (f"{E} extra words", 2, "extra words"),
     (f"{E} --thread 1", 2, "--thread"),
     (f"{E} --context", 2, "--context"),
+    ("generate --base base --prompt --x", 2, "--prompt: expected one argument; one that begins with - goes after ="),
+    (f"{M} --weights 0.5,", 2, "'0.5,' is no list of numbers"),
+    (f"{M} --weights 1,1", 2, "--weights: expected 1 finite numbers, one for each adapter, got [1.0, 1.0]"),
     (f"{E} {LONG}", 2, "unrecognized"),
     (f"{E} --threads {'9' * 5000}", 2, "--threads"),
     (f"{E} --limit {'9' * 5000}", 2, "--limit"),

@@ -266,6 +266,10 @@ def spoil(folder: Path, how: str) -> dict[str, Any]:
         options["weights"] = [0.5]
     elif how == "weights":
         options["weights"] = [1.0, 2.0]
+    elif how == "no adapters":
+        options["adapters"] = []
+    elif how == "threads":
+        options["threads"] = -1
     elif how == "another shape":
         tensors = lora(layer, np.ones((2, 5)), np.ones((4, 2)))
     elif how == "another layer":
@@ -328,6 +332,8 @@ SPOILT = {
     "DoRA beside another": (ConfigError, "q_proj.weight cannot be added"),
     "half a head": (ConfigError, r"lm_head.weight.*0\.5 times"),
     "weights": (ConfigError, "--weights: expected 1"),
+    "no adapters": (ConfigError, "adapters: expected a list of one or more"),
+    "threads": (ConfigError, "--threads must be an integer of at least 1, got -1"),
     "another shape": (FormatError, r"q_proj: the adapter is for \(4, 5\), the base has \(4, 4\)"),
     "another layer": (FormatError, "unknown model.layers.9.q_proj; missing model.layers.0.q_proj"),
     "another rank": (FormatError, "q_proj: lora_A is .2, 4., but adapter_config.json says r = 3"),
@@ -617,6 +623,20 @@ def test_what_mlx_cannot_say_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="mlx-lm has"):
         convert(GOLDEN / name, tmp_path / "out", to="mlx")
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_are_converted_to_what_is_known(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--to must be peft or mlx, got 'onnx'"):
+        convert(GOLDEN / "llama--lora", tmp_path / "out", to="onnx")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weights", [[np.float32(0.5)], np.array([0.5]), (np.int64(2),)])
+def test_weights_may_be_numpy_s(weights: Any, tmp_path: Path) -> None:
+    base, adapter = small(tmp_path)
+    merge(base, [adapter], tmp_path / "out", weights)
+    merge(base, [adapter], tmp_path / "same", [float(weights[0])])
+    assert tree(tmp_path / "out") == tree(tmp_path / "same")
 
 
 @pytest.mark.parametrize("dtype", folders.DTYPES)

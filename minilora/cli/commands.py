@@ -71,7 +71,9 @@ def pretrain(args: argparse.Namespace) -> None:
     tokens, held_out, _ = _texts(args.data, args.eval_data, tokenizer, settings.context)
     model = CausalLM(config, seed=settings.seed, device=args.device)
     with _run_folder(args, "pretrain") as out:
-        print(f"{sum(p.size for p in model.parameters()):,} parameters, {len(tokens):,} tokens -> {out}")
+        print(
+            f"{sum(p.size for p in model.parameters()):,} parameters, {len(tokens):,} tokens -> {printable(str(out))}"
+        )
         result = train(model, tokens, settings, out, held_out=held_out, resume=args.resume, title="pretrain")
         model.save_pretrained(out)
         tokenizer.save(out)
@@ -115,7 +117,8 @@ def finetune(args: argparse.Namespace) -> None:
         else:
             model.print_trainable_parameters()
         sizes = {task: len(ids) for task, ids in tokens.items()} if isinstance(tokens, dict) else {"": len(tokens)}
-        print(", ".join(f"{task} {size:,}".lstrip() for task, size in sizes.items()), f"tokens -> {out}")
+        counts = ", ".join(f"{task} {size:,}".lstrip() for task, size in sizes.items())
+        print(printable(f"{counts} tokens -> {out}"))
         result = train(model, tokens, settings, out, **options, title="finetune")
         model.save_pretrained(out)
         if config is None and not tokenizer.note:  # a base that came without a tokenizer.json stays without
@@ -161,9 +164,9 @@ def generate(args: argparse.Namespace) -> None:
         ids.append(int(token[0]))
         text = tokenizer.decode(ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # wait for the rest of a character
-            print(printable(text[len(shown) :]), end="", flush=True)
+            print(printable(text[len(shown) :], "\n\t"), end="", flush=True)
             shown = text
-    print(printable(tokenizer.decode(ids)[len(shown) :]))
+    print(printable(tokenizer.decode(ids)[len(shown) :], "\n\t"))
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -87,7 +87,10 @@ def define(command: Command, whole: Callable[[int], Callable[[str], int]]) -> No
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no list of numbers, such as 0.5,-1") from None
 
 
 # ---- commands ----

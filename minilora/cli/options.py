@@ -24,6 +24,9 @@ SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
+        if message.endswith("expected one argument"):
+            option = message.removeprefix("argument ").partition(":")[0]
+            message += f"; one that begins with - goes after =, as in {option}=-1"
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
@@ -239,11 +242,18 @@ class _Wide(argparse.RawDescriptionHelpFormatter):
 
 
 def hyphens(argv: Sequence[str]) -> list[str]:
-    """--batch_size and --batch-size are the same option. What follows `=`, and what follows `--`, stays as it is."""
+    """--batch_size and --batch-size are the same option. What follows `=`, and what follows `--`, stays as it is.
+
+    Numbers that begin with a minus (`--weights -1,0.5`) would look like an option: they are put behind a `=`.
+    """
     out: list[str] = []
     for i, word in enumerate(argv):
         if word == "--":
             return [*out, *argv[i:]]
         name, equals, value = word.partition("=")
-        out.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
+        negative = word.startswith("-") and "," in word and (word[1].isdecimal() or word[1] == ".")
+        if negative and out and out[-1].startswith("--") and "=" not in out[-1]:
+            out[-1] += f"={word}"
+        else:
+            out.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
     return out

@@ -14,6 +14,6 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         print("  ".join(f"{printable(str(row[key])):{width}}" for key, width in widths.items()).rstrip())
 
 
-def printable(text: str) -> str:
-    """Control characters could steer the terminal: show them escaped."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+def printable(text: str, kept: str = "") -> str:
+    """Control characters but the `kept` ones could steer the terminal, or look like another line: show them escaped."""
+    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)

@@ -96,10 +96,23 @@ def _row(whole: float, missed: float) -> Row:
 # ---- one layer, and the rank of all ---------------------------------------------------------------------------------
 
 
-def require_weights(weights: Sequence[float], count: int, name: str) -> None:
-    """ConfigError unless there is a finite number for each adapter."""
-    if len(weights) != count or not all(isinstance(w, numbers.Real) and math.isfinite(w) for w in weights):
-        raise ConfigError(f"{name}: expected {count} finite numbers, one for each adapter, got {weights}"[:500])
+def weights_of(adapters: Any, weights: Any, name: str) -> list[float]:
+    """The weight of each of `adapters`: 1 if none is given. ConfigError unless they are a list, and so many numbers."""
+    if not isinstance(adapters, Sequence) or isinstance(adapters, str | bytes) or not adapters:
+        raise ConfigError(f"adapters: expected a list of one or more, got {adapters!r:.200}")
+    given = [1.0] * len(adapters) if weights is None else weights
+    given = list(given) if isinstance(given, Sequence | np.ndarray) else []
+    if len(given) != len(adapters) or not all(map(_is_finite, given)):
+        wanted = f"expected {len(adapters)} finite numbers, one for each adapter"
+        raise ConfigError(f"{name}: {wanted}, got {weights!r:.300}")
+    return [float(w) for w in given]
+
+
+def _is_finite(weight: Any) -> bool:
+    try:
+        return isinstance(weight, numbers.Real) and math.isfinite(weight)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def rank_of(ranks: Mapping[str, Sequence[int]], way: str, r: int | None = None) -> int:
@@ -156,9 +169,9 @@ def add_weighted_adapter(
     ConfigError, before anything changes, for what is no sum of factors: DoRA, AdaLoRA, HydraLoRA, biases, copied
     modules, tokens, and an embedding that a tied head follows; and for ranks and names as `rank_of`. NonFiniteError.
     """
-    names, weights = list(adapters), list(weights)
+    weights = weights_of(adapters, weights, "weights")
+    names = list(adapters)
     self._known(names)
-    require_weights(weights, len(names), "weights")
     for name in names:
         _require_plain(name, self._plans[name])
     layers = {

@@ -85,8 +85,8 @@ class PeftModel(Module):
 
     def _check_name(self, adapter_name: str, config: LoraConfig) -> None:
         """ConfigError if an adapter of this name and configuration cannot join those that are here."""
-        if not isinstance(config, LoraConfig):
-            raise ConfigError(f"expected a LoraConfig, got {config!r:.99}")
+        if not isinstance(config, LoraConfig) or not isinstance(adapter_name, str):
+            raise ConfigError(f"expected a LoraConfig and a name, got {config!r:.99} and {adapter_name!r:.99}")
         if adapter_name in self.peft_config:
             raise ConfigError(f"there is an adapter {adapter_name!r} already: {', '.join(self.peft_config)}")
         if adapter_name in "lora_" or any(c in adapter_name for c in "./\\\0"):  # "" is a part of any text
@@ -174,7 +174,7 @@ class PeftModel(Module):
             self.set_adapter([n for n in self.active_adapters if n != adapter_name] or [next(iter(self.peft_config))])
 
     def _known(self, names: Sequence[str]) -> None:
-        unknown = [n for n in names if n not in self.peft_config]
+        unknown = [n for n in names if n not in list(self.peft_config)]  # whatever it is
         if unknown or not names:
             shown = ", ".join(map(repr, unknown)) or "(none named)"
             raise ConfigError(f"no adapter {shown}; there is {', '.join(self.peft_config)}")

@@ -173,9 +173,10 @@ def _targets(model: Any, modules: Modules, linear: Modules, saved: Modules, conf
             warnings.warn(f"exclude_modules {config.exclude_modules!r:.200} excludes nothing", stacklevel=6)
         found = kept
     if not found:
-        raise ConfigError(
-            f"no target is left: target_modules {targets!r:.120} match nothing; {_candidates(linear)}"[:500]
-        )
+        asked = [("target_modules", targets)]
+        asked += [(name, getattr(config, name)) for name in ("layers_to_transform", "exclude_modules")]
+        said = ", ".join(f"{name} {value!r:.120}" for name, value in asked if value is not None)
+        raise ConfigError(f"no target is left: {said} match nothing; {_candidates(linear)}"[:500])
     if everything:
         config.target_modules = sorted(found)  # PEFT's files name them one by one
     return found

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..errors import ConfigError, FormatError
 from ..formats import write_adapter
 from ..lora import LoraConfig
-from ..lora.combining import Part, combined, rank_of, require_weights
+from ..lora.combining import Part, combined, rank_of, weights_of
 from ..lora.plan import PREFIX
 from .adapters import AdapterFile
 from .factoring import EMBEDDING, LINEAR, OWN_OF_ADALORA, plain
@@ -43,8 +43,7 @@ def combine(
     ConfigError for what cannot be added up, as in `merging.merge`, or is no way or rank; FormatError where adapters are
     of different bases; NonFiniteError, OSError; `out` is then as it was.
     """
-    weights = [1.0] * len(adapters) if weights is None else list(weights)
-    require_weights(weights, len(adapters), "--weights")
+    weights = weights_of(adapters, weights, "--weights")
     for folder in adapters:
         outside(out, adapter=folder)
     with ExitStack() as opened:

@@ -62,6 +62,8 @@ def convert(
     """
     if (dtype is None) == (to is None):
         raise ConfigError("convert takes --dtype, or --to")
+    if to not in (None, "peft", "mlx"):
+        raise ConfigError(f"--to must be peft or mlx, got {to!r:.60}")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype must be {', '.join(DTYPES)}, got {dtype!r:.60}")
     outside(out, source=source)

@@ -21,7 +21,7 @@ from ..errors import ConfigError, FormatError
 from ..formats import Checkpoint, read_checkpoint
 from ..inspection import singular_values
 from ..lora import HydraConfig
-from ..lora.combining import require_weights
+from ..lora.combining import weights_of
 from ..parallel import available_cores, keep_memory
 from .adapters import AdapterFile, base_key, lies_transposed, mismatches, same
 from .folders import (
@@ -72,10 +72,11 @@ def merge(
     FormatError for what does not fit, ConfigError for what cannot be added up (DoRA beside another adapter, HydraLoRA,
     one half of a tied pair), NonFiniteError for a NaN or infinity, OSError; `out` is then as it was.
     """
-    weights = [1.0] * len(adapters) if weights is None else list(weights)
-    require_weights(weights, len(adapters), "--weights")
+    weights = weights_of(adapters, weights, "--weights")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype must be {', '.join(DTYPES)}, got {dtype!r:.60}")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise ConfigError(f"--threads must be an integer of at least 1, got {threads!r:.60}")
     outside(out, base=base)
     for folder in adapters:
         outside(out, adapter=folder)
@@ -154,7 +155,9 @@ def require_addable(key: str, terms: Sequence[Term]) -> None:
     """ConfigError if several adapters change the tensor `key`, and one of them by more than adding to it."""
     alone = [t for t in terms if t.key or t.adapter.config.use_dora]
     if alone and len(terms) > 1:
-        raise ConfigError(f"{alone[0].adapter.where}: what it does to {key} cannot be added to another adapter's")
+        why = "it replaces the base's" if alone[0].key else "DoRA scales the sum"
+        what = f"what it does to {key} cannot be added to another adapter's"
+        raise ConfigError(f"{alone[0].adapter.where}: {what}: {why}")
 
 
 def _check_whole(adapter: AdapterFile, base: Checkpoint) -> None:
