@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ConfigError
+from .formats import atomic_file
 
 INK, QUIET, WARM, COOL = "#222222", "#b0b0b0", "#c8553d", "#2a6f97"
 
@@ -33,6 +34,15 @@ def available() -> bool:
     except ConfigError:
         return False
     return True
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
+    """Write the picture whole, or leave what was there; the figure is closed either way."""
+    try:
+        with atomic_file(path) as file:
+            figure.savefig(file, format=path.suffix[1:])
+    finally:
+        plt.close(figure)
 
 
 def _smooth(values: Sequence[float], window: int) -> np.ndarray:
@@ -67,8 +77,7 @@ def loss_curves(path: Path, stages: Mapping[str, tuple[Sequence[float], Sequence
     axes[0][0].set_ylabel("bits per byte")
     axes[0][0].legend(loc="upper right")
     figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    _save(plt, figure, path)
 
 
 def delta_spectrum(
@@ -111,8 +120,7 @@ def delta_spectrum(
     axes[0][0].set_ylim(floor / 2, 1.5 * max(max(tops, default=1.0), floor))  # one scale for all
     figure.suptitle(f"Singular values by index: of W (grey) and of {formula} (red)", fontsize=9, x=0.01, ha="left")
     figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    _save(plt, figure, path)
 
 
 def heat_table(
@@ -138,8 +146,7 @@ def heat_table(
     axis.spines[:].set_visible(False)
     axis.set_title(title, loc="left")
     axis.set_ylabel(ylabel)
-    figure.savefig(path)
-    plt.close(figure)
+    _save(plt, figure, path)
 
 
 def rank_allocation(path: Path, history: Sequence[tuple[int, Mapping[str, int]]], steps: int) -> None:
@@ -177,8 +184,7 @@ def rank_allocation(path: Path, history: Sequence[tuple[int, Mapping[str, int]]]
     above.set_ylim(bottom=0)
     above.set_title("Mean rank of a layer", loc="left")
     below.set_title("Ranks by block and layer; at the right how many are left", loc="left")
-    figure.savefig(path)
-    plt.close(figure)
+    _save(plt, figure, path)
 
 
 def _place(name: str) -> tuple[int, str]:
@@ -205,7 +211,7 @@ def spectra(path: Path, layers: Mapping[str, Sequence[float] | None]) -> None:
             label = "" if n else kind.replace("$", r"\$")
             axis.plot(range(1, len(values) + 1), values, color=colour, lw=0.9, marker=".", ms=3, label=label)
     axis.set(yscale="log", xlabel="i", ylabel="singular value i of dW", title="How many directions each update uses")
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # there is no value 1.5
     if kinds:
         axis.legend()
-    figure.savefig(path)
-    plt.close(figure)
+    _save(plt, figure, path)

@@ -497,6 +497,14 @@ HOSTILE_ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"),
         r"adapter_model\.bin is a pickle and is not read",
     ),
+    "of mlx-lm": (
+        lambda a: (a / "adapter_model.safetensors").rename(a / "adapters.safetensors"),
+        r"has no adapter_model\.safetensors: an adapter in mlx-lm's files, which `minilora convert --to peft` turns",
+    ),
+    "several tasks": (
+        lambda a: (a / "adapter_config.json").rename(a / "multitask.json"),
+        r"has no adapter_config\.json: it holds an adapter for each task, in a folder of its own",
+    ),
     "config twice": (lambda a: (a / "adapter_config.json").write_text('{"r": 1, "r": 2}'), "'r' appears twice"),
     "alpha is NaN": (lambda a: (a / "adapter_config.json").write_text('{"lora_alpha": NaN}'), "not valid JSON"),
     "alpha is 1e400": (lambda a: (a / "adapter_config.json").write_text('{"lora_alpha": 1e400}'), "not valid JSON"),

@@ -432,10 +432,7 @@ def test_a_file_says_which_layers_all_linear_meant() -> None:
         ({"target_modules": ["proj"]}, "'proj' match nothing"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["heads"]}, "modules_to_save: 'heads' match nothing"),
         ({"target_modules": "q_proj"}, "match nothing"),  # a pattern is for the whole name
-        (
-            {"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]},
-            "exclude_modules ['self_attn.q",
-        ),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]}, "exclude_modules ['self_attn.q"),
         ({"target_modules": ["q_proj"], "layers_to_transform": 7}, "layers_to_transform 7 match nothing"),
         ({"target_modules": ["mlp"]}, "target model.layers.0.mlp is a MLP, not a linear layer"),
         ({"target_modules": ["model.norm"]}, "target model.norm is a RMSNorm, not a linear layer"),

@@ -153,6 +153,37 @@ def test_spectra(layers, tmp_path):
     assert size_of(tmp_path / "spectra.png") == (975, 600)
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.svg", "a.pdf"])
+def test_a_picture_that_fails_leaves_the_one_before(name, tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    (tmp_path / name).write_bytes(b"the one before")
+
+    def full(self, file, **options):
+        file.write(b"half of")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        plots.spectra(tmp_path / name, {"q": [1.0]})
+    assert caught.value.filename == str(tmp_path / name)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(name, b"the one before")]
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 9, 100])
+def test_singular_values_are_counted_in_whole_numbers(count, tmp_path, monkeypatch):
+    ticks = []
+
+    def look(plt, figure, path):
+        ticks.extend(figure.axes[0].get_xticks())
+        plt.close(figure)
+
+    monkeypatch.setattr(plots, "_save", look)
+    plots.spectra(tmp_path / "a.png", {"q": [1.0 / (i + 1) for i in range(count)]})
+    assert ticks == [round(tick) for tick in ticks]
+
+
 def test_no_figure_stays_open(tmp_path):
     import matplotlib.pyplot as plt
 

@@ -16,6 +16,11 @@ from .safetensors import Array, SafetensorsFile, save_file
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+OTHERS = {  # by a file that lies there instead
+    "adapter_model.bin": "; adapter_model.bin is a pickle and is not read",
+    "adapters.safetensors": ": an adapter in mlx-lm's files, which `minilora convert --to peft` turns into PEFT's",
+    "multitask.json": ": it holds an adapter for each task, in a folder of its own: name one of them",
+}
 
 # Every key that peft 0.21.2 writes for LoRA, with PEFT's default. Its loader warns about a key it does not know,
 # and other readers look some of these up without a default, so a written file always has all of them.
@@ -74,9 +79,8 @@ def open_adapter(directory: PathLike) -> tuple[dict[str, Any], SafetensorsFile]:
     require_folder(directory, "adapter")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not os.path.lexists(os.path.join(directory, name)):
-            pickled = os.path.lexists(os.path.join(directory, "adapter_model.bin"))
-            hint = "; adapter_model.bin is a pickle and is not read" if pickled else ""
-            raise FormatError(f"{quoted(directory)} has no {name}{hint}")
+            hints = (hint for other, hint in OTHERS.items() if os.path.lexists(os.path.join(directory, other)))
+            raise FormatError(f"{quoted(directory)} has no {name}{next(hints, '')}")
     return read_json(os.path.join(directory, CONFIG_FILE)), SafetensorsFile(os.path.join(directory, WEIGHTS_FILE))
 
 
