@@ -305,6 +305,8 @@ def test_the_tools_turn_files_into_files(world, tmp_path):
     assert "misses 0.000%" in ok(f"extract --base base --tuned {out('tuned')} --r 8 --out {out('extracted')}")
     both = f"combine --adapter adapter --adapter {out('extracted')} --weights 0.5,-1"
     assert "of all layers together cat misses 0.000%" in ok(f"{both} --out {out('both')}")
+    cancelled = ok(f"combine --adapter adapter --adapter adapter --weights -1,1 --out {out('cancelled')}")
+    assert re.search(r"together cat misses \d\S* of a dW that is 0 -> ", cancelled)
     rows = json.loads(ok(f"{both} --how svd --r 3 --json --out {out('near')}"))["tensors"]
     assert {row["r"] for row in rows} == {"8 + 8 -> 3"}
     assert ok(f"resize --adapter {out('extracted')} --r 2 --out {out('small')}").count("8 -> 2") == 2

@@ -366,6 +366,29 @@ def test_what_cannot_be_combined_is_named_and_leaves_nothing(how: str, tmp_path:
     assert tree(tmp_path) == before
 
 
+def test_adapters_that_name_different_bases_are_told_of(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    part = {"model.layers.0.self_attn.q_proj": Part(rng.normal(size=(2, 4)), rng.normal(size=(4, 2)), 1)}
+    folders = [write(tmp_path / name, part, rng, "LORA", 2) for name in ("a", "b", "c")]
+    for folder, base in zip(folders, ("one", "two\n", None), strict=True):
+        fields, tensors = read_adapter(folder)
+        write_adapter(folder, {**fields, "base_model_name_or_path": base}, tensors)
+    with pytest.warns(UserWarning, match=r"different bases, and a sum is for one model: 'one', 'two\\n'"):
+        combine(folders, tmp_path / "out")
+    combine([folders[0], folders[2], folders[0]], tmp_path / "quiet")  # a warning would be an error here
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sum_that_cancels_is_nothing(way: str, tmp_path: Path) -> None:
+    """And no dW of 1e-17, of which the new adapter then misses most."""
+    folders, weights = [GOLDEN / "llama--lora"] * 3, [0.7, -1.0, 0.3]
+    rows = combine(folders, tmp_path / "out", weights, way)
+    assert all(row["|dW|"] == row["relative"] == 0 for row in rows)
+    assert way == "linear" or all(row["error"] < 1e-6 for row in rows)
+    rows = combine(folders, tmp_path / "more", [0.7, -1.0, 0.3 + 1e-9], way)
+    assert all(0 < row["|dW|"] < 1e-8 for row in rows)  # what does not cancel whole is not lost
+
+
 def test_an_embedding_of_another_base_is_refused(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "gpt2--lora_wte", tmp_path / "other")
     fields, tensors = read_adapter(tmp_path / "other")

@@ -214,8 +214,8 @@ def _print_factored(args: argparse.Namespace, rows: list[dict[str, Any]], by: st
         return
     print_table([_short(row) for row in rows])
     whole, missed = (sum(row[name] ** 2 for row in rows) ** 0.5 for name in ("|dW|", "error"))
-    share = missed / whole if whole else 0.0
-    print(f"\nof all layers together {by} misses {share:.3%} -> {printable(args.out)}")
+    share = f"{missed / whole:.3%}" if whole else f"{missed:.3g} of a dW that is 0"
+    print(f"\nof all layers together {by} misses {share} -> {printable(args.out)}")
 
 
 def _print_report(report: dict[str, Any]) -> None:

@@ -146,8 +146,16 @@ def combined(path: str, parts: Sequence[Part], way: str, r: int, dtype: Any = np
         if not (np.isfinite(A).all() and np.isfinite(B).all()):
             raise NonFiniteError(f"{path}: the sum of its adapters is too large for {np.dtype(dtype)}")
     missed = size(np.concatenate([A, total[0]]), np.concatenate([B, -total[1]], axis=1))
+    whole = size(*total)
+    if whole < _rounding(*total):  # the parts cancel
+        whole = 0.0
     ranks = " + ".join(str(len(p.A)) for p in parts)
-    return A, B, {"layer": path, "r": f"{ranks} -> {r}", **_row(size(*total), missed)}
+    return A, B, {"layer": path, "r": f"{ranks} -> {r}", **_row(whole, missed)}
+
+
+def _rounding(A: Array, B: Array) -> float:
+    """What rounding may leave of a sum B A that is 0: a number is q products, each an ulp off."""
+    return float(len(A) * np.finfo(np.float64).eps * np.linalg.norm(A) * np.linalg.norm(B))
 
 
 # ---- in a model -----------------------------------------------------------------------------------------------------

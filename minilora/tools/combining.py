@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from ..errors import ConfigError, FormatError
 from ..formats import write_adapter
+from ..formats.disk import quoted
 from ..lora import LoraConfig
 from ..lora.combining import Part, combined, rank_of, weights_of
 from ..lora.plan import PREFIX
@@ -56,6 +58,10 @@ def combine(
             require_addable(name, own)
         layers = {own[0].path: own for _, own in sorted(plan.items()) if own[0].path}
         _check(files, layers)
+        bases = {str(file.raw.get("base_model_name_or_path") or "") for file in files} - {""}
+        if len(bases) > 1:  # names of one model may differ, so it is no error
+            named = ", ".join(map(quoted, sorted(bases)))
+            warnings.warn(f"the adapters name different bases, and a sum is for one model: {named}"[:500], stacklevel=2)
         ranks = {path: [_shape(t, "A")[0] for t in own] for path, own in layers.items()}
         r = rank_of(ranks, how, r)
         tensors = {t.key: t.adapter.file.read(t.key) for own in plan.values() for t in own if t.key}
