@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import json
 import math
 import signal
 import statistics
@@ -426,7 +427,8 @@ def _identity(model: Any, settings: Settings, tokens: Text, trained: list[tuple[
     texts: Mapping[str, Ids | Packed] = tokens if isinstance(tokens, Mapping) else {"": tokens}
     read = {task: _checksum(ids) for task, ids in texts.items()}
     text: Any = [list(item) for item in read.items()] if isinstance(tokens, Mapping) else read[""]
-    return {**shape, **numbers, "text": text, "parameters": names, "frozen weights": frozen.hexdigest()}
+    found = {**shape, **numbers, "text": text, "parameters": names, "frozen weights": frozen.hexdigest()}
+    return dict(json.loads(json.dumps(found)))  # as a checkpoint gives it back, where a tuple is a list
 
 
 def _checksum(text: Ids | Packed) -> str:

@@ -56,6 +56,7 @@ CONFIG = TransformerConfig(
     num_attention_heads=2,
     max_position_embeddings=16,
 )
+GOLDEN = Path(__file__).parent / "golden"
 TEXT = np.random.default_rng(0).integers(0, 4, 400).cumsum().astype(np.int32) % 16  # each token is near the one before
 HELD_OUT = TEXT[:60]
 TEXTS = {"up": TEXT, "down": 15 - TEXT[:90]}
@@ -409,6 +410,22 @@ def test_every_changed_setting_is_named_at_once(stopped, tmp_path):
 )
 def test_another_text_or_model_is_another_run(model, tokens, name, stopped, tmp_path):
     refused(stopped, tmp_path, model(), tokens, SHORT, name)
+
+
+@pytest.mark.parametrize("base", sorted(path.parent.name for path in GOLDEN.glob("*/config.json")))
+def test_a_run_on_any_type_of_model_is_the_same_run_again(base, tmp_path):
+    settings = dataclasses.replace(SHORT, steps=3, save_every=1)
+
+    def model(seed=1):
+        config = LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=[0, 7])
+        return get_peft_model(CausalLM.from_pretrained(GOLDEN / base), config, seed=seed)
+
+    expected = model()
+    train(expected, TEXT, settings, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-3")
+    resumed = model(seed=5)
+    train(resumed, TEXT, settings, tmp_path, resume="auto")
+    assert bits(weights(resumed)) == bits(weights(expected))
 
 
 def test_free_settings_may_change(stopped, tmp_path):
