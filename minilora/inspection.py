@@ -23,11 +23,14 @@ def singular_values(A: np.ndarray, B: np.ndarray, scaling: float) -> np.ndarray:
     """The singular values of s B A that can differ from zero, falling: (min(r, I, O),). A (r, I), B (O, r).
 
     From the small factors: B = Q R and Aᵀ = P S give B A = Q (R Sᵀ) Pᵀ, and Q, P change no singular value. One NaN is
-    what a factor gives that is not finite.
+    what a factor or a product gives that is not finite.
     """
     if not (np.isfinite(A).all() and np.isfinite(B).all()):
         return np.array([np.nan])
-    core = np.linalg.qr(B.astype(np.float64))[1] @ np.linalg.qr(A.T.astype(np.float64))[1].T  # at most (r, r)
+    with np.errstate(over="ignore", invalid="ignore"):
+        core = np.linalg.qr(B.astype(np.float64))[1] @ np.linalg.qr(A.T.astype(np.float64))[1].T  # at most (r, r)
+    if not np.isfinite(core).all():
+        return np.array([np.nan])
     return np.asarray(np.linalg.svd(core, compute_uv=False) * abs(scaling))
 
 

@@ -42,6 +42,12 @@ def test_what_is_not_finite_has_no_rank(value: float) -> None:
     assert effective_rank(values) == effective_rank(np.array([1.0, value])) == 0
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_product_that_is_too_large_has_no_singular_values(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    assert np.isnan(singular_values(rng.normal(size=(2, 64)), rng.uniform(size=(64, 2)) * 1e308, 1.0)).all()
+
+
 def test_the_rank_does_not_depend_on_the_scale() -> None:
     values = np.array([3.0, 2.0, 0.5])
     assert effective_rank(values) == effective_rank(values * 2.0**40) == effective_rank(values * 2.0**-40)

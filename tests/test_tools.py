@@ -268,6 +268,8 @@ def spoil(folder: Path, how: str) -> dict[str, Any]:
         options["weights"] = [1.0, 2.0]
     elif how == "no adapters":
         options["adapters"] = []
+    elif how == "too large a weight":
+        options["weights"] = [1e300]
     elif how == "threads":
         options["threads"] = -1
     elif how == "another shape":
@@ -343,6 +345,7 @@ SPOILT = {
     "NaN": (NonFiniteError, "q_proj.weight is not finite"),
     "NaN elsewhere": (NonFiniteError, "lm_head.weight is not finite"),
     "too large": (NonFiniteError, "q_proj.weight is not finite"),
+    "too large a weight": (NonFiniteError, r"--weights \[1e\+300\]: .*q_proj.weight with its adapters"),
     "codes": (ConfigError, "quantization_config"),
     "outside": (FormatError, "lies outside"),
     "missing shard": (FormatError, "x.safetensors' is missing"),

@@ -141,14 +141,16 @@ def combined(path: str, parts: Sequence[Part], way: str, r: int, dtype: Any = np
         total = cat(parts)
         if not all(np.isfinite(array).all() for array in total):
             raise NonFiniteError(f"{path}: the sum of its adapters is not finite")
+        whole = size(*total)
+        if not math.isfinite(whole):
+            raise NonFiniteError(f"{path}: the sum of its adapters is too large")
+        if whole < _rounding(*total):  # the parts cancel
+            whole = 0.0
         A, B = svd(parts, r) if way == "svd" else padded(*(total if way == "cat" else linear(parts)), r)
         A, B = A.astype(dtype), B.astype(dtype)
         if not (np.isfinite(A).all() and np.isfinite(B).all()):
             raise NonFiniteError(f"{path}: the sum of its adapters is too large for {np.dtype(dtype)}")
     missed = size(np.concatenate([A, total[0]]), np.concatenate([B, -total[1]], axis=1))
-    whole = size(*total)
-    if whole < _rounding(*total):  # the parts cancel
-        whole = 0.0
     ranks = " + ".join(str(len(p.A)) for p in parts)
     return A, B, {"layer": path, "r": f"{ranks} -> {r}", **_row(whole, missed)}
 

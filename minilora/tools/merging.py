@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import threadpoolctl
 
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import Checkpoint, read_checkpoint
 from ..inspection import singular_values
 from ..lora import HydraConfig
@@ -103,6 +103,10 @@ def merge(
                 return stored(checkpoint, key, code, allow_nonfinite), None
             bits, row = _changed(checkpoint, key, terms, kind, code, pool.map)
             if not allow_nonfinite and not math.isfinite(row.pop("sum")):
+                if set(weights) != {1.0}:
+                    raise NonFiniteError(
+                        f"--weights {weights}: {key} with its adapters times these is not finite"[:500]
+                    )
                 raise not_finite(checkpoint.directory, key)
             row.pop("sum", None)
             return bits, row if row else None
@@ -250,9 +254,9 @@ def _changed(
 
     parts = list(over(block, blocks(bits.shape)))
     lost = math.sqrt(math.fsum(part[0] for part in parts))
-    size = (
-        math.sqrt(math.fsum(p[1] for p in parts)) if m is not None else float(np.linalg.norm(singular_values(A, B, 1)))
-    )
+    square = None if m is None else math.fsum(part[1] for part in parts)
+    with np.errstate(over="ignore"):  # then it is infinite, and said to be
+        size = float(np.linalg.norm(singular_values(A, B, 1))) if square is None else math.sqrt(square)
     share = lost / size if size else 0.0
     known = math.isfinite(share)
     return out, {"tensor": key, "|dW|": size if known else None, "lost": share if known else None, "sum": lost + size}
