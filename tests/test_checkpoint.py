@@ -389,7 +389,11 @@ def swapped(folder: Path, weights: dict[str, str]) -> None:
 
 
 HOSTILE_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda m: (m / "config.json").unlink(), r"has no config\.json"),
+    "no config": (lambda m: (m / "config.json").unlink(), r"has no config\.json$"),
+    "an adapter": (
+        lambda m: (m / "config.json").rename(m / "adapter_config.json"),
+        r"has no config\.json: it is an adapter's folder, and no model's$",
+    ),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), r"has no model\.safetensors"),
     "only a pickle": (
         lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
@@ -500,6 +504,10 @@ HOSTILE_ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "of mlx-lm": (
         lambda a: (a / "adapter_model.safetensors").rename(a / "adapters.safetensors"),
         r"has no adapter_model\.safetensors: an adapter in mlx-lm's files, which `minilora convert --to peft` turns",
+    ),
+    "a model": (
+        lambda a: (a / "adapter_config.json").rename(a / "config.json"),
+        r"has no adapter_config\.json: it is a model's folder, and no adapter's$",
     ),
     "several tasks": (
         lambda a: (a / "adapter_config.json").rename(a / "multitask.json"),

@@ -20,6 +20,7 @@ OTHERS = {  # by a file that lies there instead
     "adapter_model.bin": "; adapter_model.bin is a pickle and is not read",
     "adapters.safetensors": ": an adapter in mlx-lm's files, which `minilora convert --to peft` turns into PEFT's",
     "multitask.json": ": it holds an adapter for each task, in a folder of its own: name one of them",
+    "config.json": ": it is a model's folder, and no adapter's",
 }
 
 # Every key that peft 0.21.2 writes for LoRA, with PEFT's default. Its loader warns about a key it does not know,

@@ -122,7 +122,9 @@ def read_checkpoint(directory: PathLike) -> tuple[dict[str, Any], Checkpoint]:
     require_folder(directory, "model")
     path = os.path.join(directory, CONFIG_FILE)
     if not os.path.lexists(path):
-        raise FormatError(f"{quoted(directory)} has no {CONFIG_FILE}")
+        adapter = os.path.lexists(os.path.join(directory, "adapter_config.json"))
+        hint = ": it is an adapter's folder, and no model's" if adapter else ""
+        raise FormatError(f"{quoted(directory)} has no {CONFIG_FILE}{hint}")
     return read_json(path), Checkpoint(directory)
 
 
