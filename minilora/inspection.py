@@ -23,7 +23,7 @@ def singular_values(A: np.ndarray, B: np.ndarray, scaling: float) -> np.ndarray:
     """The singular values of s B A that can differ from zero, falling: (min(r, I, O),). A (r, I), B (O, r).
 
     From the small factors: B = Q R and Aᵀ = P S give B A = Q (R Sᵀ) Pᵀ, and Q, P change no singular value. One NaN is
-    what a factor or a product gives that is not finite.
+    what a factor or a product gives that is not finite: LAPACK's decomposition of it may never end.
     """
     if not (np.isfinite(A).all() and np.isfinite(B).all()):
         return np.array([np.nan])

@@ -539,6 +539,15 @@ def test_no_matrix_as_large_as_dW_is_formed() -> None:
         assert row["relative"] < 1e-6
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("x", [1e160, 1e200, 1e308])
+def test_a_sum_beyond_float64_is_refused_before_it_is_decomposed(way: str, x: float) -> None:
+    """Its factors are finite. Of the infinite core between them LAPACK's decomposition may never end."""
+    parts = [Part(np.full((2, 5), x), np.full((4, 2), sign * x), 1.0) for sign in (1, -1)]
+    with pytest.raises(NonFiniteError, match="q: the sum of its adapters is too large for float64"):
+        combined("q", parts, way, 4, np.float64)
+
+
 def test_an_empty_rank_adds_nothing() -> None:
     """AdaLoRA may have cut all of a layer's triplets."""
     for way in WAYS:

@@ -35,6 +35,12 @@ def test_effective_ranks_that_are_known(values: list[float], rank: float) -> Non
     assert math.isclose(effective_rank(np.array(values, float)), rank, rel_tol=1e-14)
 
 
+def test_factors_with_a_product_beyond_float64_have_no_spectrum() -> None:
+    """Of an infinite core LAPACK's decomposition may fail, warn or never end."""
+    A, B = np.full((4, 5), 1e160), np.repeat([[1e160, 1e160, -1e160, -1e160]], 4, axis=0)
+    assert np.isnan(singular_values(A, B, 1.0)).all()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_has_no_rank(value: float) -> None:
     values = singular_values(np.array([[1.0, value]]), np.ones((3, 1)), 2.0)

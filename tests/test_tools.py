@@ -463,6 +463,16 @@ def test_resizing_misses_what_eckart_and_young_say(name: str, r: int, tmp_path: 
         assert np.abs(logits(of(name), tmp_path / "out") - logits(of(name), GOLDEN / name)).max() < 2e-6
 
 
+@pytest.mark.parametrize(("x", "says"), [(1e60, "too large for float32"), (1e160, "is not finite")])
+def test_factors_whose_product_nothing_can_hold_are_refused(x: float, says: str, tmp_path: Path) -> None:
+    """Finite in the file, in float64; beyond it, LAPACK's decomposition of their product may never end."""
+    config, tensors = read_adapter(GOLDEN / "llama--lora")
+    write_adapter(tmp_path / "large", config, {key: np.full(a.shape, x) for key, a in tensors.items()})
+    with pytest.raises(NonFiniteError, match=f"layers.0.*{says}"):
+        resize(tmp_path / "large", 2, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["llama--lora", "llama--save_head", "gpt2--lora", "qwen3--lora"])
 def test_an_extracted_adapter_is_the_difference(name: str, tmp_path: Path) -> None:
     merge(of(name), [GOLDEN / name], tmp_path / "tuned")

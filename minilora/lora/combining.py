@@ -71,6 +71,7 @@ def low_rank(U: Array, values: Array, Vt: Array, r: int) -> tuple[Array, Array, 
 def resized(A: Array, B: Array, s: float, r: int) -> tuple[Array, Array, Row]:
     """The nearest dW of rank r to s B A: A (r, I), B (O, r) with s = 1.    A (q, I), B (O, q)
 
+    s times their `size` must be finite: of an infinite core LAPACK's decomposition may never end.
     B = Q R and A^T = P S give s B A = Q (s R S^T) P^T, so it is the q x q core whose decomposition is computed.
     """
     Q, R = np.linalg.qr(B)
@@ -85,8 +86,10 @@ def padded(A: Array, B: Array, r: int) -> tuple[Array, Array]:
 
 
 def size(A: Array, B: Array) -> float:
-    """|B A|, Frobenius: orthonormal factors of both change no length.    A (q, I), B (O, q)"""
-    return float(np.linalg.norm(np.linalg.qr(B)[1] @ np.linalg.qr(A.T)[1].T))
+    """|B A|, Frobenius: orthonormal factors of both change no length. Of what is not finite it is not, either, nor of
+    what float64's squares are too short for.    A (q, I), B (O, q)"""
+    with np.errstate(all="ignore"):
+        return float(np.linalg.norm(np.linalg.qr(B)[1] @ np.linalg.qr(A.T)[1].T))
 
 
 def _row(whole: float, missed: float) -> Row:
@@ -143,7 +146,7 @@ def combined(path: str, parts: Sequence[Part], way: str, r: int, dtype: Any = np
             raise NonFiniteError(f"{path}: the sum of its adapters is not finite")
         whole = size(*total)
         if not math.isfinite(whole):
-            raise NonFiniteError(f"{path}: the sum of its adapters is too large")
+            raise NonFiniteError(f"{path}: the sum of its adapters is too large for float64")
         if whole < _rounding(*total):  # the parts cancel
             whole = 0.0
         A, B = svd(parts, r) if way == "svd" else padded(*(total if way == "cat" else linear(parts)), r)

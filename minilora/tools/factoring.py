@@ -7,6 +7,7 @@ the Frobenius norm, and miss  sqrt(sum of the squares of the other singular valu
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import Checkpoint, read_checkpoint, write_adapter
 from ..lora import AdaLoraConfig, HydraConfig, LoraConfig
-from ..lora.combining import MAX_RANK, low_rank, resized
+from ..lora.combining import MAX_RANK, low_rank, resized, size
 from ..lora.plan import PREFIX
 from ..weights import transposed
 from .adapters import AdapterFile
@@ -45,11 +46,11 @@ def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
         rows = []
         for path, layer in tqdm(file.layers.items(), desc="resize", unit=" layers", disable=None, leave=False):
             was = file.factors(path)
-            if not (np.isfinite(was.A).all() and np.isfinite(was.B).all()):
+            if not math.isfinite(was.s * size(was.A, was.B)):
                 raise NonFiniteError(f"{file.where}: {path} is not finite")
             A, B, row = resized(was.A, was.B, was.s, r)
             names = EMBEDDING if file.embeds(path) else LINEAR
-            tensors |= {f"{PREFIX}{path}.{names[x]}": _single(array) for x, array in (("A", A), ("B", B))}
+            tensors |= {f"{PREFIX}{path}.{names[x]}": _single(array, path) for x, array in (("A", A), ("B", B))}
             tensors |= {key: file.file.read(key) for part, key in layer.items() if part in ("m", "base")}
             rows.append({"layer": path, "r": f"{len(was.A)} -> {r}", **row})
         kept = {k: v for k, v in file.raw.items() if k not in OWN_OF_ADALORA}
@@ -98,7 +99,7 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
             whole_key = f"{own[0].rpartition('.')[0]}.weight"
             if own == [whole_key] and len(one.shape(whole_key)) == 2 and name not in _NO_TARGETS:
                 A, B, row = _difference(one, other, whole_key, transposed(kind, whole_key), r)
-                tensors |= {f"{PREFIX}{path}.{LINEAR[x]}": _single(array) for x, array in (("A", A), ("B", B))}
+                tensors |= {f"{PREFIX}{path}.{LINEAR[x]}": _single(array, path) for x, array in (("A", A), ("B", B))}
                 layers.append(path)
                 rows.append({"layer": path, "r": str(r), **row})
             else:
@@ -140,8 +141,12 @@ def plain(r: int) -> dict[str, Any]:
     return {"peft_type": "LORA", "r": r, "lora_alpha": r, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 
 
-def _single(array: Array) -> Array:
-    return np.ascontiguousarray(array, np.float32)
+def _single(array: Array, path: str) -> Array:
+    with np.errstate(over="ignore"):  # beyond float32 is inf, and is found here
+        single = np.ascontiguousarray(array, np.float32)
+    if not np.isfinite(single).all():
+        raise NonFiniteError(f"{path} is too large for float32, in which its factors are written")
+    return single
 
 
 def _require_rank(r: int) -> None:
