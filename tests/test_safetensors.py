@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -263,6 +264,22 @@ def test_an_entry_must_keep_its_word(tmp_path, made):
     with pytest.raises(FormatError, match="announced as"):
         write_stream(tmp_path / "a", [Entry("x", "F32", (2,), lambda: made)])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_when_writing_has_failed_no_read_is_going_on(tmp_path):
+    """Else it would use a file that its caller closes, or reads from anew."""
+    done = []
+
+    def slow() -> np.ndarray:
+        time.sleep(0.1)
+        done.append(True)
+        return np.zeros(2, np.float32)
+
+    entries = [Entry("a", "F32", (2,), lambda: np.zeros(3, np.float32)), Entry("b", "F32", (2,), slow)]
+    with pytest.raises(FormatError, match="announced as") as caught:  # its traceback holds whatever was going on
+        write_stream(tmp_path / "m.safetensors", entries)
+    assert done == [True], caught
+    assert not any(tmp_path.iterdir())
 
 
 def test_entries_must_differ_in_name_and_have_a_known_dtype(tmp_path):

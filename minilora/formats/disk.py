@@ -16,7 +16,7 @@ import os
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from itertools import accumulate
@@ -81,8 +81,11 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
         _being_written.discard(temporary)
 
 
-def in_turn(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """The results of calls, each made by another thread while the one before it is in use."""
+def in_turn(calls: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
+    """The results of calls, each made by another thread while the one before it is in use.
+
+    Whoever may stop before the end closes it (`contextlib.closing`): that waits for the call that is being made.
+    """
     from concurrent.futures import ThreadPoolExecutor  # 10 ms that `import minilora` does not need
 
     with ThreadPoolExecutor(1) as maker:

@@ -16,6 +16,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -267,18 +268,18 @@ def write_stream(path: PathLike, entries: Iterable[Entry], metadata: Mapping[str
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        arrays = in_turn(entry.read for entry in entries)
-        for entry, array in zip(entries, arrays, strict=True):
-            expected = DTYPES[entry.dtype]
-            if array.dtype.newbyteorder("<") != expected or array.shape != entry.shape:
-                raise FormatError(
-                    f"{quoted(path)}: tensor {quoted(entry.name)} was announced as {expected} {entry.shape}, "
-                    f"but came as {array.dtype} {array.shape}"
-                )
-            if entry.dtype == "BOOL":
-                array = array.view(np.uint8) != 0  # in memory NumPy lets a bool be any byte, in a file it is 0 or 1
-            file.write(np.ascontiguousarray(array, expected).reshape(-1).view(np.uint8).data)
-            send_off(file)
+        with closing(in_turn(entry.read for entry in entries)) as arrays:  # no `read` goes on when this has failed
+            for entry, array in zip(entries, arrays, strict=True):
+                expected = DTYPES[entry.dtype]
+                if array.dtype.newbyteorder("<") != expected or array.shape != entry.shape:
+                    raise FormatError(
+                        f"{quoted(path)}: tensor {quoted(entry.name)} was announced as {expected} {entry.shape}, "
+                        f"but came as {array.dtype} {array.shape}"
+                    )
+                if entry.dtype == "BOOL":
+                    array = array.view(np.uint8) != 0  # in memory a bool may be any byte, in a file it is 0 or 1
+                file.write(np.ascontiguousarray(array, expected).reshape(-1).view(np.uint8).data)
+                send_off(file)
 
 
 def save_file(path: PathLike, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
