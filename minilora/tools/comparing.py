@@ -16,14 +16,13 @@ HALF_STEPS = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8
 RANKED = 2048  # the shorter side of the largest matrix whose spectrum is computed unasked: above, it takes seconds
 
 
-def numerical_rank(D: Array, W: Array, half_step: float) -> int:
+def numerical_rank(D: Array, norm: float, half_step: float) -> int:
     """How many singular values of D (O, I) stand out of what rounding W (O, I) to its stored type makes by itself.
 
-    Rounding errs like noise of at most u rms(W), whose largest singular value is about that times sqrt(O) + sqrt(I)
-    (Vershynin 2018, theorem 4.4.5).
+    Rounding errs like noise of at most u rms(W), rms(W) = `norm` / sqrt(O I), whose largest singular value is about
+    that times sqrt(O) + sqrt(I) (Vershynin 2018, theorem 4.4.5).
     """
-    noise = half_step * float(np.linalg.norm(W)) / math.sqrt(W.size or 1) * sum(map(math.sqrt, W.shape))
-    return count_above(D, noise)
+    return count_above(D, half_step * norm / math.sqrt(D.size or 1) * sum(map(math.sqrt, D.shape)))
 
 
 def count_above(D: Array, threshold: float) -> int:
@@ -31,11 +30,11 @@ def count_above(D: Array, threshold: float) -> int:
 
     Their squares, the eigenvalues of D D^T, take a third of the time, but are only known up to `error`, what rounding
     makes of the product and of its decomposition (Higham 2002, section 3.5; Golub & Van Loan 2013, section 8.3). Where
-    one lies that near to the threshold's square, LAPACK's decomposition of D itself says it.
+    one lies that near to the threshold's square, or squares underflow, LAPACK's decomposition of D itself says it.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         G = D @ D.T if D.shape[0] <= D.shape[1] else D.T @ D
-        error = 2 * sum(D.shape) * np.finfo(np.float64).eps * float(np.trace(G))
+        error = 2 * sum(D.shape) * np.finfo(np.float64).eps * float(np.trace(G)) + np.finfo(np.float64).tiny
     if math.isfinite(error) and error < threshold**2:
         squares = np.linalg.eigvalsh(G)
         least, most = (int((squares > threshold**2 + shift).sum()) for shift in (error, -error))
@@ -75,13 +74,14 @@ def _row(one: Checkpoint, other: Checkpoint, key: str, ranks: bool | None) -> di
     A = one.read(key, np.float64)
     D = other.read(key, np.float64)
     with np.errstate(all="ignore"):
+        size, other_size = float(np.linalg.norm(A)), float(np.linalg.norm(D))
         D -= A
-        distance, size = float(np.linalg.norm(D)), float(np.linalg.norm(A))
+        distance = float(np.linalg.norm(D))
     if not math.isfinite(distance + size):
         return row
     relative = distance / size if size else None
     row |= {"|b - a|": distance, "relative": relative if distance else 0.0, "largest": float(np.abs(D).max(initial=0))}
     if len(shape) == 2 and (ranks or (ranks is None and min(shape) <= RANKED)):
         half = max(HALF_STEPS.get(file.dtype(key), 0) for file in (one, other))
-        row["rank"] = numerical_rank(D, A, half) if distance else 0
+        row["rank"] = numerical_rank(D, max(size, other_size), half) if distance else 0
     return row
