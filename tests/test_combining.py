@@ -382,7 +382,7 @@ def test_adapters_that_name_different_bases_are_told_of(tmp_path: Path) -> None:
 def test_a_sum_too_large_for_its_own_singular_values_is_refused(way: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     part = {"model.layers.0.self_attn.q_proj": Part(rng.normal(size=(2, 64)), rng.uniform(size=(64, 2)), 1)}
-    with pytest.raises(NonFiniteError, match=r"q_proj: the sum of its adapters is too large$"):
+    with pytest.raises(NonFiniteError, match=r"q_proj: the sum of its adapters is too large for float64"):
         combine([write(tmp_path / "a", part, rng, "LORA", 2)], tmp_path / "out", [1e308], way)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
