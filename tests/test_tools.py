@@ -652,6 +652,12 @@ def test_what_mlx_cannot_say_is_refused(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_without_a_layer_is_none_to_mlx(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "none", LoraConfig(target_modules=["q_proj"]).to_dict(), {})
+    with pytest.raises(ConfigError, match="none' adapts no layer"):
+        convert(tmp_path / "none", tmp_path / "out", to="mlx")
+
+
 def test_adapters_are_converted_to_what_is_known(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--to must be peft or mlx, got 'onnx'"):
         convert(GOLDEN / "llama--lora", tmp_path / "out", to="onnx")

@@ -180,6 +180,8 @@ def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
         config = file.config
         if config.peft_type != "LORA" or file.replaced or file.tokens or any(map(file.embeds, file.layers)):
             raise ConfigError(f"{file.where}: mlx-lm has LoRA and DoRA on linear layers, and nothing else")
+        if not file.layers:
+            raise ConfigError(f"{file.where} adapts no layer: mlx-lm has no adapter without one")
         kinds = {(config.rank(path), config.scaling(path)) for path in file.layers}
         inside = {path: _inside(path) for path in file.layers}
         if len(kinds) != 1 or not all(inside.values()):

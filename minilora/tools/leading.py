@@ -6,7 +6,7 @@ Rayleigh-Ritz on a basis Q that grows: the decomposition of Q^T D gives the best
 
 and R, orthogonal to Q, is what Q lacks. With a random first block these are the spaces of a block Krylov method (Halko,
 Martinsson & Tropp 2011, section 4.5; Musco & Musco 2015, algorithm 2); a full basis begins anew with its best vectors,
-which loses nothing that matters (Wu & Simon 2000). It ends when R proves that more would change nothing.
+which loses nothing that matters (Wu & Simon 2000). It ends when R says that more would change nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def leading(D: Array, r: int) -> tuple[Array, Array, Array]:
     A value more than triplets is the norm of all that they leave, |D - U diag(values) Vt|, which is measured. It is the
     least there is at that rank (Eckart & Young 1936), to 1e-10 of itself or to what rounding leaves of |D|: where a
     triplet is found up to R_i, its value's true square is larger by at most sigma_i |R_i|, and by no more than that
-    number's square over its distance from the first square that is left out (Parlett 1998, sections 11.5 and 11.7).
+    number's square over its distance from the first square that is left out (Parlett 1998, sections 11.5 and 11.7), for
+    which its own approximation stands.
 
     No residual says that a larger triplet was missed altogether; the random block sees to that, but for a negligible
     chance. Its seed is fixed: equal D have equal results. Where the values lie so close that rounds run out, D is
