@@ -28,7 +28,9 @@ class Contender:
         self.work = work
         self.job = json.loads((work / "job.json").read_text())
         self.method: str = self.job["method"]
-        self.batches = np.load(work / "batches.npy")  # (count, B, T + 1) int64, or (count, B, T) prompts
+        self.batches = np.load(
+            work / "batches.npy"
+        )  # (count, B, T + 1) int64, or (count, B, T) prompts
 
     def windows(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         batch = self.batches[number % len(self.batches)]
@@ -50,7 +52,9 @@ class Minilora(Contender):
         self.Batch = Batch
         self.model: Any = CausalLM.from_pretrained(work / "base").train()
         if self.method != "full":
-            self.model = PeftModel.from_pretrained(self.model, work / self.adapter, is_trainable=True)
+            self.model = PeftModel.from_pretrained(
+                self.model, work / self.adapter, is_trainable=True
+            )
         self.model.get_base_model().gradient_checkpointing_enable(self.method == "recomputed")
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.optimizer = AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
@@ -81,7 +85,9 @@ class MiniloraAdalora(Minilora):
         self.own = [place[id(p)] for p in self.allocator.params]
 
     def step(self, number: int) -> float:
-        loss, grads = self.sharded.gradients(self.Batch(*self.windows(number)), self.optimizer.params, step=number)
+        loss, grads = self.sharded.gradients(
+            self.Batch(*self.windows(number)), self.optimizer.params, step=number
+        )
         for i, more in zip(self.own, self.allocator.penalty()[1], strict=True):
             grads[i] = grads[i] if more is None else grads[i] + more
         self.optimizer.step(grads)
@@ -112,7 +118,9 @@ class Torch(Contender):
 
         def loss_of(ids: Any, targets: Any) -> Any:
             logits = self.logits(ids)
-            return torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+            return torch.nn.functional.cross_entropy(
+                logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+            )
 
         self.loss_of = torch.compile(loss_of) if self.compiled else loss_of
 
@@ -165,7 +173,10 @@ def decoder(folder: Path) -> Any:
 
     frequency = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
     angle = torch.arange(c["max_position_embeddings"], dtype=torch.float64)[:, None] * frequency
-    cos, sin = torch.cat([angle, angle], 1).cos().float(), torch.cat([angle, angle], 1).sin().float()
+    cos, sin = (
+        torch.cat([angle, angle], 1).cos().float(),
+        torch.cat([angle, angle], 1).sin().float(),
+    )
 
     def turned(x: Any) -> Any:  # (B, heads, T, D)
         first, second = x.chunk(2, dim=-1)
@@ -175,13 +186,22 @@ def decoder(folder: Path) -> Any:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.q_proj, self.k_proj, self.v_proj = linear(C, H * D), linear(C, K * D), linear(C, K * D)
+            self.q_proj, self.k_proj, self.v_proj = (
+                linear(C, H * D),
+                linear(C, K * D),
+                linear(C, K * D),
+            )
             self.o_proj = linear(H * D, C)
 
         def forward(self, x: Any) -> Any:
             B, T, _ = x.shape
-            q, k, v = (p(x).view(B, T, -1, D).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-            y = F.scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True, enable_gqa=K != H)
+            q, k, v = (
+                p(x).view(B, T, -1, D).transpose(1, 2)
+                for p in (self.q_proj, self.k_proj, self.v_proj)
+            )
+            y = F.scaled_dot_product_attention(
+                turned(q), turned(k), v, is_causal=True, enable_gqa=K != H
+            )
             return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
 
     class MLP(nn.Module):
@@ -236,25 +256,36 @@ class Jax(Contender):
 
     def __init__(self, work: Path, threads: int):
         super().__init__(work)
-        os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads={threads}"
+        os.environ["XLA_FLAGS"] = (
+            f"--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads={threads}"
+        )
         import jax
         import jax.numpy as jnp
         from safetensors.numpy import load_file
 
         c = json.loads((work / "base" / "config.json").read_text())
-        base = {k: jnp.asarray(v) for k, v in load_file(str(work / "base" / "model.safetensors")).items()}
+        base = {
+            k: jnp.asarray(v)
+            for k, v in load_file(str(work / "base" / "model.safetensors")).items()
+        }
         if c["tie_word_embeddings"]:
             base["lm_head.weight"] = base["model.embed_tokens.weight"]
         H, D = c["num_attention_heads"], c["head_dim"]
         eps, scale = c["rms_norm_eps"], self.job["scaling"]
         T = self.batches.shape[2] - 1
-        angle = np.arange(T)[:, None] * c["rope_parameters"]["rope_theta"] ** (-np.arange(0, D, 2) / D)
-        cos, sin = (jnp.asarray(f(angle), jnp.float32)[:, None] for f in (np.cos, np.sin))  # (T, 1, D/2)
+        angle = np.arange(T)[:, None] * c["rope_parameters"]["rope_theta"] ** (
+            -np.arange(0, D, 2) / D
+        )
+        cos, sin = (
+            jnp.asarray(f(angle), jnp.float32)[:, None] for f in (np.cos, np.sin)
+        )  # (T, 1, D/2)
         causal = jnp.tril(jnp.ones((T, T), bool))
         adapter: dict[str, Any] = {}
         if self.method != "full":
             found = load_file(str(work / "adapter" / "adapter_model.safetensors"))
-            adapter = {k.removeprefix("base_model.model."): jnp.asarray(v) for k, v in found.items()}
+            adapter = {
+                k.removeprefix("base_model.model."): jnp.asarray(v) for k, v in found.items()
+            }
 
         def loss_of(trained: Any, frozen: Any, ids: Any, targets: Any) -> Any:
             weights = {**frozen, **trained}
@@ -262,11 +293,19 @@ class Jax(Contender):
             def linear(name: str, x: Any) -> Any:
                 y = x @ weights[f"{name}.weight"].T
                 if f"{name}.lora_A.weight" in weights:
-                    y = y + x @ weights[f"{name}.lora_A.weight"].T @ weights[f"{name}.lora_B.weight"].T * scale
+                    y = (
+                        y
+                        + x
+                        @ weights[f"{name}.lora_A.weight"].T
+                        @ weights[f"{name}.lora_B.weight"].T
+                        * scale
+                    )
                 return y
 
             def norm(name: str, x: Any) -> Any:
-                return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + eps) * weights[f"{name}.weight"]
+                return (
+                    x / jnp.sqrt((x * x).mean(-1, keepdims=True) + eps) * weights[f"{name}.weight"]
+                )
 
             def turned(x: Any) -> Any:  # (B, T, heads, D)
                 first, second = jnp.split(x, 2, axis=-1)
@@ -276,7 +315,9 @@ class Jax(Contender):
             for i in range(c["num_hidden_layers"]):
                 at = f"model.layers.{i}"
                 h = norm(f"{at}.input_layernorm", x)
-                q, k, v = (linear(f"{at}.self_attn.{p}_proj", h).reshape(*ids.shape, -1, D) for p in "qkv")
+                q, k, v = (
+                    linear(f"{at}.self_attn.{p}_proj", h).reshape(*ids.shape, -1, D) for p in "qkv"
+                )
                 q, k = turned(q), turned(k)
                 k, v = (jnp.repeat(z, H // z.shape[2], axis=2) for z in (k, v))
                 scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(D)
@@ -284,18 +325,24 @@ class Jax(Contender):
                 y = jnp.einsum("bhts,bshd->bthd", share, v).reshape(*ids.shape, -1)
                 x = x + linear(f"{at}.self_attn.o_proj", y)
                 h = norm(f"{at}.post_attention_layernorm", x)
-                gated = jax.nn.silu(linear(f"{at}.mlp.gate_proj", h)) * linear(f"{at}.mlp.up_proj", h)
+                gated = jax.nn.silu(linear(f"{at}.mlp.gate_proj", h)) * linear(
+                    f"{at}.mlp.up_proj", h
+                )
                 x = x + linear(f"{at}.mlp.down_proj", gated)
             logp = jax.nn.log_softmax(linear("lm_head", norm("model.norm", x)))
             return -jnp.take_along_axis(logp, targets[..., None], axis=-1).mean()
 
-        def step(trained: Any, moments: Any, count: Any, frozen: Any, ids: Any, targets: Any) -> Any:
+        def step(
+            trained: Any, moments: Any, count: Any, frozen: Any, ids: Any, targets: Any
+        ) -> Any:
             loss, grads = jax.value_and_grad(loss_of)(trained, frozen, ids, targets)
             first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, moments[0], grads)
             second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, moments[1], grads)
 
             def moved(p: Any, m: Any, v: Any) -> Any:
-                return p - LEARNING_RATE * (m / (1 - 0.9**count)) / (jnp.sqrt(v / (1 - 0.999**count)) + 1e-8)
+                return p - LEARNING_RATE * (m / (1 - 0.9**count)) / (
+                    jnp.sqrt(v / (1 - 0.999**count)) + 1e-8
+                )
 
             return loss, jax.tree.map(moved, trained, first, second), (first, second)
 
@@ -402,8 +449,12 @@ class TransformersGenerates(Contender):
 
         torch.set_num_threads(threads)
         self.torch = torch
-        self.model = AutoModelForCausalLM.from_pretrained(work / "base", dtype="float32", attn_implementation="sdpa")
-        self.model.eval().generation_config.eos_token_id = None  # so that every prompt gets all of its tokens
+        self.model = AutoModelForCausalLM.from_pretrained(
+            work / "base", dtype="float32", attn_implementation="sdpa"
+        )
+        self.model.eval().generation_config.eos_token_id = (
+            None  # so that every prompt gets all of its tokens
+        )
 
     def step(self, number: int) -> list[list[int]]:
         prompts = self.torch.from_numpy(self.batches[number % len(self.batches)])
@@ -419,4 +470,7 @@ class TransformersGenerates(Contender):
         return ids[:, prompts.shape[1] :].tolist()  # type: ignore[no-any-return]
 
 
-GENERATORS: dict[str, type[Any]] = {"minilora": MiniloraGenerates, "transformers": TransformersGenerates}
+GENERATORS: dict[str, type[Any]] = {
+    "minilora": MiniloraGenerates,
+    "transformers": TransformersGenerates,
+}

@@ -32,7 +32,24 @@ VALUES: tuple[Any, ...] = (  # what may stand where another value is meant
     "\ud800", "\N{BULLET}", "/", "/etc/passwd", "..", "../x", "x" * 300, "(.*)*x", "(", "[^", "(a|a)*b", "{", "\\",
     "all-linear", "default", "lora_", ".", [], {}, [0], [[]], [None], ["", ""], [0] * 70, {"": None}, {"a": 1},
 )  # fmt: skip
-PUNCTUATION = ("", ",", ":", "{", "}", "[", "]", '"', " ", "\n", "\t", "\0", "\ufeff", "}{", ",,", "//")
+PUNCTUATION = (
+    "",
+    ",",
+    ":",
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    " ",
+    "\n",
+    "\t",
+    "\0",
+    "\ufeff",
+    "}{",
+    ",,",
+    "//",
+)
 TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*|[{}\[\],:]|[a-z]+')
 
 
@@ -79,7 +96,9 @@ def damaged_json(rng: random.Random, text: bytes, other: bytes) -> bytes:
             new = b""
         elif kind == 4 and (pieces := list(TOKEN.finditer(other))):
             start = rng.randrange(len(pieces))
-            new = other[pieces[start].start() : pieces[min(len(pieces) - 1, start + rng.randrange(8))].end()]
+            new = other[
+                pieces[start].start() : pieces[min(len(pieces) - 1, start + rng.randrange(8))].end()
+            ]
         elif kind == 5:
             begin = end = rng.choice((0, begin, len(text)))
             new = rng.choice(PUNCTUATION).encode()
@@ -95,7 +114,9 @@ Place = tuple[Any, Any]  # a dictionary or a list, and a key of it
 
 def places(value: Any) -> Iterator[Place]:
     """Every place in a value of JSON where another value stands."""
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+    for key in (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    ):
         yield value, key
         yield from places(value[key])
 
@@ -115,16 +136,22 @@ def altered_json(rng: random.Random, text: bytes, other: bytes) -> bytes:
         elif kind == 3:
             del inside[key]
         elif kind == 4 and isinstance(inside, dict):
-            inside[rng.choice((rng.choice(there)[1], "", f"{key} ", str(key).upper(), rng.choice(WORDS)))] = old
+            inside[
+                rng.choice(
+                    (rng.choice(there)[1], "", f"{key} ", str(key).upper(), rng.choice(WORDS))
+                )
+            ] = old
             del inside[key]
         elif kind == 5 and (taken := _some(rng, list(places(strange)))):
             source, name = rng.choice(taken)
-            inside[name if isinstance(inside, dict) and isinstance(source, dict) else key] = json.loads(
-                _dumps(source[name])
+            inside[name if isinstance(inside, dict) and isinstance(source, dict) else key] = (
+                json.loads(_dumps(source[name]))
             )
         elif kind == 6:
             others, name = rng.choice(there)
-            inside[key], others[name] = (others[name], old) if others is inside else (json.loads(_dumps(old)), "taken")
+            inside[key], others[name] = (
+                (others[name], old) if others is inside else (json.loads(_dumps(old)), "taken")
+            )
         elif kind == 7:
             deep = rng.choice((1, 1, 2, 70, 200))
             for _ in range(deep):
@@ -135,13 +162,21 @@ def altered_json(rng: random.Random, text: bytes, other: bytes) -> bytes:
     new = _dumps(value).encode("utf-8", "surrogatepass")
     if rng.random() < 0.05 and isinstance(value, dict) and value:
         name = rng.choice(list(value))
-        new = b"{" + f"{_dumps(name)}:{_dumps(value[name])},".encode("utf-8", "surrogatepass") + new[1:]
+        new = (
+            b"{"
+            + f"{_dumps(name)}:{_dumps(value[name])},".encode("utf-8", "surrogatepass")
+            + new[1:]
+        )
     return new
 
 
 def _some(rng: random.Random, there: list[Place]) -> list[Place]:
     """Of many places mostly those near the top: a vocabulary has thousands, and they are all alike."""
-    return there if len(there) < 100 or rng.random() < 0.2 else [p for p in there if len(p[0]) < 50] or there
+    return (
+        there
+        if len(there) < 100 or rng.random() < 0.2
+        else [p for p in there if len(p[0]) < 50] or there
+    )
 
 
 def _dumps(value: Any) -> str:
@@ -153,16 +188,36 @@ def _varied(rng: random.Random, old: Any) -> Any:
     if isinstance(old, bool) or old is None:
         return rng.choice((not old, int(bool(old)), str(old)))
     if isinstance(old, (int, float)):
-        return rng.choice((old + 1, old - 1, -old, 2 * old, old * 1000, float(old), str(old), [old], old + 0.5))
+        return rng.choice(
+            (old + 1, old - 1, -old, 2 * old, old * 1000, float(old), str(old), [old], old + 0.5)
+        )
     if isinstance(old, str):
         return rng.choice(
-            (old + old, old[1:], old[:-1], old.upper(), f".*{old}", f"{old}.x", [old], list(old), "é" + old)
+            (
+                old + old,
+                old[1:],
+                old[:-1],
+                old.upper(),
+                f".*{old}",
+                f"{old}.x",
+                [old],
+                list(old),
+                "é" + old,
+            )
         )
     if isinstance(old, list):
         return rng.choice(
-            (old * 2, old[::-1], old[1:], old * 200 if len(old) < 50 else [], dict(enumerate(map(str, old))))
+            (
+                old * 2,
+                old[::-1],
+                old[1:],
+                old * 200 if len(old) < 50 else [],
+                dict(enumerate(map(str, old))),
+            )
         )
-    return rng.choice((list(old), list(old.values()), [old], dict(reversed(old.items())), str(list(old))))
+    return rng.choice(
+        (list(old), list(old.values()), [old], dict(reversed(old.items())), str(list(old)))
+    )
 
 
 def altered_header(rng: random.Random, text: bytes) -> bytes:
@@ -174,19 +229,29 @@ def altered_header(rng: random.Random, text: bytes) -> bytes:
     if kind == 0:
         header = dict(sorted(header.items(), key=lambda _: rng.random()))
     elif kind == 1 and names:
-        header[rng.choice(("z", "", "a", "../../etc/passwd", "\x1b[2J", names[0]))] = header.pop(rng.choice(names))
+        header[rng.choice(("z", "", "a", "../../etc/passwd", "\x1b[2J", names[0]))] = header.pop(
+            rng.choice(names)
+        )
     elif kind == 2 and entry:
-        entry["dtype"] = rng.choice(("F32", "I32", "U32", "F16", "BF16", "I16", "U8", "I8", "BOOL", "F8_E4M3", "C64"))
+        entry["dtype"] = rng.choice(
+            ("F32", "I32", "U32", "F16", "BF16", "I16", "U8", "I8", "BOOL", "F8_E4M3", "C64")
+        )
     elif kind == 3 and entry:
-        entry["shape"] = rng.choice((entry["shape"][::-1], [1, *entry["shape"]], [*entry["shape"], 0], [1] * 65))
+        entry["shape"] = rng.choice(
+            (entry["shape"][::-1], [1, *entry["shape"]], [*entry["shape"], 0], [1] * 65)
+        )
     elif kind == 4:
-        header["__metadata__"] = rng.choice(({}, {"a": "b"}, {"a": 1}, None, {"a": {"b": "c"}}, "text"))
+        header["__metadata__"] = rng.choice(
+            ({}, {"a": "b"}, {"a": 1}, None, {"a": {"b": "c"}}, "text")
+        )
     elif kind == 5 and entry:
         entry[rng.choice(("more", "dtype ", "Shape"))] = rng.choice((1, None, "F32", []))
     elif kind == 6 and entry:
         at, by = rng.randrange(2), rng.choice((-8, -4, -1, 1, 4, 8))
         entry["data_offsets"][at] += by
-    new = json.dumps(header, ensure_ascii=rng.random() < 0.5, separators=rng.choice(((",", ":"), (", ", " : "))))
+    new = json.dumps(
+        header, ensure_ascii=rng.random() < 0.5, separators=rng.choice(((",", ":"), (", ", " : ")))
+    )
     if kind == 7 and names:  # an entry twice, with the same value or another
         again = json.dumps(rng.choice(names)) + ":" + json.dumps(header[rng.choice(names)])
         new = new[:-1] + ("," if header else "") + again + "}"
@@ -199,7 +264,9 @@ def damaged_safetensors(rng: random.Random, files: list[bytes]) -> bytes:
         return damaged_bytes(rng, data)
     length = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + length]
-    header = altered_header(rng, header) if rng.random() < 0.4 else damaged_json(rng, header, other[8:])
+    header = (
+        altered_header(rng, header) if rng.random() < 0.4 else damaged_json(rng, header, other[8:])
+    )
     body = data[8 + length :] if rng.random() < 0.9 else damaged_bytes(rng, data[8 + length :])
     pad = rng.choice((b" " * (-len(header) % 8), b"", b" ", b"\t", b"\0"))
     return (len(header) + len(pad)).to_bytes(8, "little") + header + pad + body

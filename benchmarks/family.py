@@ -33,7 +33,14 @@ from minilora.tokenizer import ByteTokenizer
 from minilora.train import bits_per_byte, evaluate, train
 
 RESULT = Path(__file__).parent / "results" / "family.json"
-RUNS = [("lora", "none"), ("lora", "nf4"), ("adalora", "none"), ("dora", "none"), ("full", "none"), ("lora", "int8")]
+RUNS = [
+    ("lora", "none"),
+    ("lora", "nf4"),
+    ("adalora", "none"),
+    ("dora", "none"),
+    ("full", "none"),
+    ("lora", "int8"),
+]
 GAP, LAYERS, FROZEN = 0.05, 13.1, 20.0  # bits per byte; per cent of float32
 
 
@@ -42,7 +49,13 @@ def pretrained(folder: Path, threads: int | None) -> Path:
     if not (folder / "config.json").exists():
         plan, text = Plan(), ByteTokenizer().encode(split(prose())[0])
         model = CausalLM(plan.model, seed=0)
-        train(model, text, dataclasses.replace(plan.pretrain, threads=threads), folder, title="pretrain")
+        train(
+            model,
+            text,
+            dataclasses.replace(plan.pretrain, threads=threads),
+            folder,
+            title="pretrain",
+        )
         model.save_pretrained(folder)
     return folder
 
@@ -56,16 +69,27 @@ def measure(base: Path, method: str, kind: str, seed: int, threads: int | None) 
         quantize(model, kind)
 
     def bits(some_model: Any) -> float:
-        return bits_per_byte(evaluate(some_model, held_out, plan.pretrain.context, limit=plan.windows, threads=threads))
+        return bits_per_byte(
+            evaluate(
+                some_model, held_out, plan.pretrain.context, limit=plan.windows, threads=threads
+            )
+        )
 
     before, held = bits(model), held_bytes(model)
     adapted: Any = model if plan.adapter is None else get_peft_model(model, plan.adapter, seed=seed)
     trainable = sum(p.size for p in adapted.parameters() if p.requires_grad)
     settings = dataclasses.replace(plan.adapt, seed=seed, threads=threads, eval_every=None)
     with tempfile.TemporaryDirectory() as folder:
-        seconds = train(adapted, train_text, settings, Path(folder), title=f"{method} {kind} {seed}").seconds
+        seconds = train(
+            adapted, train_text, settings, Path(folder), title=f"{method} {kind} {seed}"
+        ).seconds
     after = sum(p.size for p in adapted.parameters() if p.requires_grad)  # AdaLoRA has cut some
-    found = {"before": round(before, 4), "code": round(bits(adapted), 4), "trainable": trainable, "kept": after}
+    found = {
+        "before": round(before, 4),
+        "code": round(bits(adapted), 4),
+        "trainable": trainable,
+        "kept": after,
+    }
     return {**found, "seconds": round(seconds, 1), **({"held": held} if kind != "none" else {})}
 
 
@@ -84,7 +108,10 @@ def verdicts(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         "all frozen weights, per cent of float32": (round(held["all_percent"], 2), FROZEN),
         "AdaLoRA, bits per byte above LoRA": (mean_gap("adalora none"), 0.0),
     }
-    return {what: {"measured": got, "at_most": most, "ok": got <= most} for what, (got, most) in limits.items()}
+    return {
+        what: {"measured": got, "at_most": most, "ok": got <= most}
+        for what, (got, most) in limits.items()
+    }
 
 
 def main() -> int:
@@ -97,7 +124,11 @@ def main() -> int:
     result: dict[str, Any] = {"command": "python benchmarks/family.py --write", "runs": {}}
     if args.write and RESULT.exists():
         result = json.loads(RESULT.read_text())
-    result |= {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "numpy": np.__version__}
+    result |= {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
     runs = result["runs"]
     with tempfile.TemporaryDirectory() as scratch:
         base = pretrained(args.base or Path(scratch, "base"), args.threads)
@@ -112,7 +143,9 @@ def main() -> int:
     by_name: dict[str, list[float]] = {}
     for key, run in runs.items():
         by_name.setdefault(key.rpartition(" ")[0], []).append(run["code"])
-    result["mean_bits_per_byte"] = {name: round(statistics.mean(values), 4) for name, values in by_name.items()}
+    result["mean_bits_per_byte"] = {
+        name: round(statistics.mean(values), 4) for name, values in by_name.items()
+    }
     result["verdicts"] = verdicts(runs)
     if args.write:
         RESULT.write_text(json.dumps(result, indent=2) + "\n")

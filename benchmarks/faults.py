@@ -35,9 +35,15 @@ from minilora.train import Settings, train
 
 RESULT = Path(__file__).parent / "results" / "faults.json"
 STEPS = 5
-SETTINGS = Settings(steps=STEPS, batch_size=1, context=16, lr=1e-2, warmup=2, threads=1, save_every=1)
-SHAPE = TransformerConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
-ADAPTER = LoraConfig(r=64, lora_alpha=64, lora_dropout=0.1, target_modules="all-linear")  # 2 MB, and 4 MB of moments
+SETTINGS = Settings(
+    steps=STEPS, batch_size=1, context=16, lr=1e-2, warmup=2, threads=1, save_every=1
+)
+SHAPE = TransformerConfig(
+    hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4
+)
+ADAPTER = LoraConfig(
+    r=64, lora_alpha=64, lora_dropout=0.1, target_modules="all-linear"
+)  # 2 MB, and 4 MB of moments
 TEXT = np.random.default_rng(0).integers(0, 256, 4_000).astype(np.int32)
 
 
@@ -51,7 +57,9 @@ def naive_save(out, step, state, write):
     folder.mkdir(parents=True)
     write(folder)
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    entries = {k: {"size": p.stat().st_size, "sha256": digest(p.read_bytes())} for k, p in files.items()}
+    entries = {
+        k: {"size": p.stat().st_size, "sha256": digest(p.read_bytes())} for k, p in files.items()
+    }
     (folder / MANIFEST).write_text(json.dumps({"step": step, "state": state, "files": entries}))
     return folder
 
@@ -65,15 +73,21 @@ def end_of(out: Path) -> str:
     last = out / "checkpoints" / f"step-{STEPS}"
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     rows = repr([{k: v for k, v in line.items() if k != "seconds"} for line in log])
-    contents = {p.relative_to(last).as_posix(): p.read_bytes() for p in last.rglob("*") if p.is_file()}
-    return digest(repr([(name, digest(contents[name])) for name in sorted(contents)]).encode() + rows.encode())
+    contents = {
+        p.relative_to(last).as_posix(): p.read_bytes() for p in last.rglob("*") if p.is_file()
+    }
+    return digest(
+        repr([(name, digest(contents[name])) for name in sorted(contents)]).encode() + rows.encode()
+    )
 
 
 def start(out: Path, save, model) -> tuple[int, int]:
     """(process, a pipe that gets a byte at the beginning of every save and one at its end) of a run in a child."""
     begins, ours = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # BLAS has threads; it makes new ones in the child
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # BLAS has threads; it makes new ones in the child
         child = os.fork()
     if child:
         os.close(ours)
@@ -132,7 +146,9 @@ def length_of_a_save(work: Path, save, model) -> float:
     os.close(begins)
     assert os.waitpid(child, 0)[1] == 0
     shutil.rmtree(work / "length")
-    return statistics.median(end - begin for begin, end in zip(moments[::2], moments[1::2], strict=True))
+    return statistics.median(
+        end - begin for begin, end in zip(moments[::2], moments[1::2], strict=True)
+    )
 
 
 def main() -> int:
@@ -148,11 +164,16 @@ def main() -> int:
         work, model = Path(folder), new_model()
         train(new_model(), TEXT, SETTINGS, work / "straight")
         expected = end_of(work / "straight")
-        size = sum(p.stat().st_size for p in (work / "straight" / "checkpoints" / f"step-{STEPS}").iterdir())
+        size = sum(
+            p.stat().st_size
+            for p in (work / "straight" / "checkpoints" / f"step-{STEPS}").iterdir()
+        )
         for name, save in (("minilora", save_checkpoint), ("naive", naive_save)):
             length = length_of_a_save(work, save, model)
             count = {"save_ms": round(1000 * length, 1), "kills": args.kills}
-            count |= dict.fromkeys(("while_saving", "temporaries_left", "newest_sound", "resumed_bit_identical"), 0)
+            count |= dict.fromkeys(
+                ("while_saving", "temporaries_left", "newest_sound", "resumed_bit_identical"), 0
+            )
             for number in range(args.kills):
                 out = work / f"{name}-{number}"
                 which, part = int(rng.integers(2, STEPS)), rng.uniform(0, 1.1)
@@ -162,11 +183,15 @@ def main() -> int:
                 count["newest_sound"] += sound is not None
                 if save is save_checkpoint and sound is not None:
                     train(new_model(seed=1), TEXT, SETTINGS, out, resume="auto")
-                    clean = not [p for p in out.rglob("*") if ".tmp-" in p.name or p.name in (".lock",)]
+                    clean = not [
+                        p for p in out.rglob("*") if ".tmp-" in p.name or p.name in (".lock",)
+                    ]
                     count["resumed_bit_identical"] += clean and end_of(out) == expected
                 shutil.rmtree(out)
             counts[name] = count
-            print(f"{name:9}", ", ".join(f"{key} {value}" for key, value in count.items()), flush=True)
+            print(
+                f"{name:9}", ", ".join(f"{key} {value}" for key, value in count.items()), flush=True
+            )
     del counts["naive"]["resumed_bit_identical"]
     result = {
         "command": "python benchmarks/faults.py --write",
@@ -184,7 +209,9 @@ def main() -> int:
     ours, naive = counts["minilora"], counts["naive"]
     good = ours["newest_sound"] == ours["resumed_bit_identical"] == args.kills
     seen = naive["kills"] - naive["newest_sound"] >= args.kills / 5
-    print(f"{'as it should be' if good and seen else 'NOT AS IT SHOULD BE'}, in {result['seconds']} s")
+    print(
+        f"{'as it should be' if good and seen else 'NOT AS IT SHOULD BE'}, in {result['seconds']} s"
+    )
     return 0 if good and seen else 1
 
 

@@ -39,7 +39,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from damage import altered_json, damaged_bytes, damaged_json, damaged_safetensors, tensor, with_tensor
+from damage import (
+    altered_json,
+    damaged_bytes,
+    damaged_json,
+    damaged_safetensors,
+    tensor,
+    with_tensor,
+)
 from samples import (
     GOLDEN,
     adapter_folders,
@@ -147,7 +154,17 @@ def as_tasks(file: Path) -> None:
 
 def on_the_command_line(file: Path) -> None:
     """Both commands end in an error, whatever the file: there are several adapters, and NaN is no weight."""
-    merge = ["merge", "--base", str(GOLDEN / "llama"), "--task", "one", "--weights", "nan", "--out", str(file) + ".out"]
+    merge = [
+        "merge",
+        "--base",
+        str(GOLDEN / "llama"),
+        "--task",
+        "one",
+        "--weights",
+        "nan",
+        "--out",
+        str(file) + ".out",
+    ]
     for line in (["inspect", str(file.parent)], [*merge, "--adapter", str(file.parent)]):
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
@@ -172,7 +189,7 @@ Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 def by_minilora(path: Path) -> Tensors:
     with SafetensorsFile(path) as file:
-        return {k: (file.dtype(k), file.shape(k), file.read_bits(k).tobytes()) for k in file.keys()}  # noqa: SIM118
+        return {k: (file.dtype(k), file.shape(k), file.read_bits(k).tobytes()) for k in file.keys()}
 
 
 def by_the_reference(path: Path) -> Tensors | None:
@@ -192,7 +209,11 @@ def as_tensors(file: Path) -> str | None:
         require_shown(error)
         if safetensors is None:
             raise
-        return "refused by both" if theirs is None else f"only the reference accepts: {reason(error, file)}"
+        return (
+            "refused by both"
+            if theirs is None
+            else f"only the reference accepts: {reason(error, file)}"
+        )
     if safetensors is None:
         return None
     if theirs is None:
@@ -204,7 +225,9 @@ def as_tensors(file: Path) -> str | None:
 
 # ---- the kinds ------------------------------------------------------------------------------------------------------
 
-Damage = Callable[[random.Random, bytes, bytes], bytes]  # of a valid file, with another one to take pieces from
+Damage = Callable[
+    [random.Random, bytes, bytes], bytes
+]  # of a valid file, with another one to take pieces from
 
 
 def of_json(rng: random.Random, data: bytes, other: bytes) -> bytes:
@@ -253,12 +276,18 @@ KINDS = {
     "quant_state": Kind(2, coded_folders, "model.safetensors", of_quant_state, (as_model,)),
     ADAPTER: Kind(12, adapter_folders, ADAPTER, of_json, ADAPTED, ("adapter",)),
     MODEL: Kind(2, adapter_folders, MODEL, of_tensors, ADAPTED, ("adapter",)),
-    "tokenizer.json": Kind(10, tokenizer_folders, "tokenizer.json", of_json, (as_tokenizer,), TOKENS),
-    "tokenizer_config.json": Kind(2, tokenizer_folders, "tokenizer_config.json", of_json, (as_tokenizer,), TOKENS),
+    "tokenizer.json": Kind(
+        10, tokenizer_folders, "tokenizer.json", of_json, (as_tokenizer,), TOKENS
+    ),
+    "tokenizer_config.json": Kind(
+        2, tokenizer_folders, "tokenizer_config.json", of_json, (as_tokenizer,), TOKENS
+    ),
     "records": Kind(5, record_folders, "data.jsonl", of_records, (as_records,)),
     "mlx": Kind(1.5, mlx_folders, ADAPTER, of_json, (from_mlx,)),
     "mlx-tensors": Kind(1, mlx_folders, "adapters.safetensors", of_tensors, (from_mlx,)),
-    "multitask.json": Kind(1.5, task_folders, "multitask.json", of_json, (as_tasks, on_the_command_line)),
+    "multitask.json": Kind(
+        1.5, task_folders, "multitask.json", of_json, (as_tasks, on_the_command_line)
+    ),
 }
 Counts = dict[str, dict[str, int]]
 Told = Callable[[str], None]  # is told of an input before it is read
@@ -281,26 +310,45 @@ class World:
             kind, place = KINDS[name], folder / name
             if kind.folders is None:
                 place.mkdir()
-                self.valid[name] = [(place / kind.file, data) for data in valid_files(random.Random(seed))]
+                self.valid[name] = [
+                    (place / kind.file, data) for data in valid_files(random.Random(seed))
+                ]
             else:
-                files = [made / kind.file for made in kind.folders(place) if (made / kind.file).exists()]
+                files = [
+                    made / kind.file for made in kind.folders(place) if (made / kind.file).exists()
+                ]
                 self.valid[name] = [(file, file.read_bytes()) for file in files]
-        texts = [data for name in kinds if KINDS[name].damage is of_json for _, data in self.valid[name]]
-        self.pieces = [text for text in texts if len(text) < 10_000] or [b"{}"]  # what others take pieces from
+        texts = [
+            data for name in kinds if KINDS[name].damage is of_json for _, data in self.valid[name]
+        ]
+        self.pieces = [text for text in texts if len(text) < 10_000] or [
+            b"{}"
+        ]  # what others take pieces from
 
     def inputs(self, block: int) -> Iterator[Input]:
         """A block's, without end. The first ones of all are undamaged."""
         rng = random.Random(f"{self.seed} {block}")
         shares = [KINDS[name].share for name in self.kinds]
         if block == 0:
-            yield from (Input(name, file, data, data) for name in self.kinds for file, data in self.valid[name])
+            yield from (
+                Input(name, file, data, data)
+                for name in self.kinds
+                for file, data in self.valid[name]
+            )
         while True:
             (name,) = rng.choices(self.kinds, shares)
             file, data = rng.choice(self.valid[name])
             if name == "safetensors":
-                yield Input(name, file, data, damaged_safetensors(rng, [data for _, data in self.valid[name]]))
+                yield Input(
+                    name,
+                    file,
+                    data,
+                    damaged_safetensors(rng, [data for _, data in self.valid[name]]),
+                )
             else:
-                yield Input(name, file, data, KINDS[name].damage(rng, data, rng.choice(self.pieces)))
+                yield Input(
+                    name, file, data, KINDS[name].damage(rng, data, rng.choice(self.pieces))
+                )
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
@@ -327,7 +375,9 @@ def outcome(one: Input) -> str:
             ends.append(read(one.file) or "accepted")
         except MiniloraError as error:
             require_shown(error)
-            if not any(word in str(error) for word in (str(one.file.parent), *KINDS[one.kind].names)):
+            if not any(
+                word in str(error) for word in (str(one.file.parent), *KINDS[one.kind].names)
+            ):
                 raise Wrong(f"an error that does not say which file: {error}") from None
             ends.append(f"{type(error).__name__}: {reason(error, one.file)}")
     return ends[0]
@@ -346,10 +396,14 @@ def run(world: World, blocks: Iterator[tuple[int, int]], told: Told) -> Counts:
                 try:
                     signal.setitimer(signal.ITIMER_PROF, LIMIT)
                     counts[one.kind][outcome(one)] += 1
-                except BaseException as error:  # a panic of a library, and TooLong, are no Exceptions
+                except (
+                    BaseException
+                ) as error:  # a panic of a library, and TooLong, are no Exceptions
                     if isinstance(error, KeyboardInterrupt):
                         raise
-                    raise SystemExit(f"{where}: {type(error).__name__}: {error}\n{one.content[:3000]!r}") from error
+                    raise SystemExit(
+                        f"{where}: {type(error).__name__}: {error}\n{one.content[:3000]!r}"
+                    ) from error
                 finally:
                     signal.setitimer(signal.ITIMER_PROF, 0)
                 one.file.write_bytes(one.valid)
@@ -390,7 +444,11 @@ def child(args: argparse.Namespace) -> None:
     import resource
 
     now = os.open(args.folder / "now", os.O_RDWR | os.O_CREAT, 0o600)
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
+    pages = (
+        int(Path("/proc/self/statm").read_text().split()[0])
+        if Path("/proc/self/statm").exists()
+        else 0
+    )
     if pages:
         limit = pages * resource.getpagesize() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -411,7 +469,15 @@ def in_processes(args: argparse.Namespace) -> Counts:
         for i in range(args.jobs):
             folder = Path(opened.enter_context(tempfile.TemporaryDirectory(dir=in_memory())))
             said = opened.enter_context((folder / "said").open("w+b"))
-            line = [sys.executable, SCRIPT, "--inputs", str(args.inputs), "--seed", str(args.seed), "--kinds"]
+            line = [
+                sys.executable,
+                SCRIPT,
+                "--inputs",
+                str(args.inputs),
+                "--seed",
+                str(args.seed),
+                "--kinds",
+            ]
             line += [",".join(args.kinds), "--share", f"{i}/{args.jobs}", "--folder", str(folder)]
             started = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=said)
             opened.callback(started.kill)
@@ -421,7 +487,9 @@ def in_processes(args: argparse.Namespace) -> Counts:
             if started.returncode < 0:
                 now = (folder / "now").read_text().strip()
                 content = Path(now.split(", ")[-1]).read_bytes()[:3000]
-                raise SystemExit(f"{now}: the process was ended by signal {-started.returncode}\n{content!r}")
+                raise SystemExit(
+                    f"{now}: the process was ended by signal {-started.returncode}\n{content!r}"
+                )
             if started.returncode:
                 raise SystemExit((folder / "said").read_text(errors="replace")[-6000:])
             for kind, found in json.loads(out).items():
@@ -446,10 +514,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=100_000, help="of all kinds together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", type=some, default=tuple(KINDS), help=f"some of {','.join(KINDS)} (all)")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)")
+    parser.add_argument(
+        "--kinds", type=some, default=tuple(KINDS), help=f"some of {','.join(KINDS)} (all)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)"
+    )
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--share", type=lambda text: tuple(map(int, text.split("/"))), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--share", type=lambda text: tuple(map(int, text.split("/"))), help=argparse.SUPPRESS
+    )
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.share:
@@ -464,7 +538,9 @@ def main() -> None:
         "tokenizers": tokenizers.__version__ if tokenizers else None,
         "inputs": args.inputs,
         "seconds": round(time.perf_counter() - begun, 1),
-        "seconds of work": round(sum(os.times()[2:4]), 1),  # of all processes: what a loaded machine does not lengthen
+        "seconds of work": round(
+            sum(os.times()[2:4]), 1
+        ),  # of all processes: what a loaded machine does not lengthen
         "processes": args.jobs,
         "faults": 0,
         "accepted by minilora alone": 0 if safetensors else None,

@@ -59,7 +59,9 @@ SIZES: dict[str, dict[str, int]] = {  # layers, C, heads, T, B, V
     "small": {"layers": 6, "width": 384, "heads": 6, "time": 256, "batch": 8, "vocabulary": 256},
     "gpt2": {"layers": 12, "width": 768, "heads": 12, "time": 256, "batch": 2, "vocabulary": 50257},
 }
-DRY_SIZES = {"micro": {"layers": 1, "width": 16, "heads": 2, "time": 8, "batch": 2, "vocabulary": 32}}
+DRY_SIZES = {
+    "micro": {"layers": 1, "width": 16, "heads": 2, "time": 8, "batch": 2, "vocabulary": 32}
+}
 
 
 class Bench:
@@ -115,8 +117,16 @@ class Bench:
             wait()
             seconds.append(time.perf_counter() - start)
         quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-        milliseconds = {name: round(1000 * q, 3) for name, q in zip(("q1", "median", "q3"), quartiles, strict=True)}
-        return {"milliseconds": milliseconds, "steps": len(seconds), "warm_up": warm_up, "losses": losses[:5]}
+        milliseconds = {
+            name: round(1000 * q, 3)
+            for name, q in zip(("q1", "median", "q3"), quartiles, strict=True)
+        }
+        return {
+            "milliseconds": milliseconds,
+            "steps": len(seconds),
+            "warm_up": warm_up,
+            "losses": losses[:5],
+        }
 
 
 # ---- the parts ------------------------------------------------------------------------------------------------------
@@ -129,15 +139,21 @@ def prepare(bench: Bench) -> dict[str, Any]:
         base.save_pretrained(bench.folder / size / "base")
         model = get_peft_model(base, LoraConfig(**LORA), seed=0)
         model.save_pretrained(bench.folder / size / "adapter")
-        parameters[size] = dict(zip(("trained", "all"), model.get_nb_trainable_parameters(), strict=True))
+        parameters[size] = dict(
+            zip(("trained", "all"), model.get_nb_trainable_parameters(), strict=True)
+        )
     return {"parameters": parameters, "sizes": bench.sizes, "lora": LORA}
 
 
 def parity(bench: Bench) -> dict[str, Any]:
     """Losses and weights of the same run on the CPU and, twice, on the device. With dropout: the masks must agree."""
     size = bench.sizes["micro"]
-    tokens = np.random.default_rng(1).integers(0, 8, 5000).astype(np.int32)  # 8 of 32 ids: something to learn
-    settings = Settings(steps=bench.steps, batch_size=size["batch"], context=size["time"], lr=1e-3, shard=WHOLE)
+    tokens = (
+        np.random.default_rng(1).integers(0, 8, 5000).astype(np.int32)
+    )  # 8 of 32 ids: something to learn
+    settings = Settings(
+        steps=bench.steps, batch_size=size["batch"], context=size["time"], lr=1e-3, shard=WHOLE
+    )
     runs = []
     for device in ("cpu", bench.device(), bench.device()):
         base = CausalLM(bench.config("micro"), seed=0, device=device)
@@ -163,11 +179,15 @@ def tests(bench: Bench) -> dict[str, Any]:
     paths = ["tests/test_backend.py"] if bench.dry else []
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *paths]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+    )
     lines = done.stdout.strip().splitlines() or [""]
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     if done.returncode:
-        raise RuntimeError(f"pytest ended with {done.returncode}: {lines[-1]}; {'; '.join(failures)[:2000]}")
+        raise RuntimeError(
+            f"pytest ended with {done.returncode}: {lines[-1]}; {'; '.join(failures)[:2000]}"
+        )
     return {"command": "python -m pytest -m gpu", "summary": lines[-1]}
 
 
@@ -190,7 +210,11 @@ def traffic(bench: Bench) -> dict[str, Any]:
         with counted():
             strict()
             found[size] = {"array_operations": METER.operations}
-            stand_in = {"uploads": len(METER.uploads), "downloads": len(METER.downloads), "waits": len(METER.syncs)}
+            stand_in = {
+                "uploads": len(METER.uploads),
+                "downloads": len(METER.downloads),
+                "waits": len(METER.syncs),
+            }
         if bench.dry:
             found[size]["moves"] = stand_in
             continue
@@ -203,7 +227,10 @@ def traffic(bench: Bench) -> dict[str, Any]:
         moves |= dict.fromkeys(moves, 0)
         step()
         found[size] |= {"moves": dict(moves), "on_the_stand_in": stand_in}
-        for name, look, given in (("cuda", _as_the_driver_saw, step), ("waits_in_gradients", _waits, size)):
+        for name, look, given in (
+            ("cuda", _as_the_driver_saw, step),
+            ("waits_in_gradients", _waits, size),
+        ):
             try:
                 found[size][name] = look(bench, given)
             except Exception as error:  # what these tools raise is theirs; the counts above stand
@@ -248,9 +275,20 @@ def _as_the_driver_saw(bench: Bench, step: Callable[[], float]) -> dict[str, int
     with torch.profiler.profile(activities=activities) as profile:
         step()
         torch.cuda.synchronize()
-    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    host = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CPU]
-    copies = {way: sum(name.startswith(f"Memcpy {way}") for name in names) for way in ("HtoD", "DtoH", "DtoD")}
+    names = [
+        event.name
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    host = [
+        event.name
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CPU
+    ]
+    copies = {
+        way: sum(name.startswith(f"Memcpy {way}") for name in names)
+        for way in ("HtoD", "DtoH", "DtoD")
+    }
     kernels = sum(not name.startswith(("Memcpy", "Memset")) for name in names)
     return {"kernels": kernels, **copies, "waits": sum("Synchronize" in name for name in host)}
 
@@ -277,9 +315,13 @@ def _waits(bench: Bench, size: str) -> bool | None:
 
 
 def ours(bench: Bench, size: str) -> dict[str, Any]:
-    result = bench.time(_stepper(bench.folder / size, bench.device(), bench.batch(size)), bench.wait)
+    result = bench.time(
+        _stepper(bench.folder / size, bench.device(), bench.batch(size)), bench.wait
+    )
     if not bench.dry:
-        result["memory_pool_megabytes"] = round(bench.device().xp.get_default_memory_pool().total_bytes() / 1e6, 1)
+        result["memory_pool_megabytes"] = round(
+            bench.device().xp.get_default_memory_pool().total_bytes() / 1e6, 1
+        )
     return result
 
 
@@ -296,8 +338,14 @@ def eager(bench: Bench, size: str, compiled: bool = False) -> dict[str, Any]:
         return {"skipped": "this PyTorch sees no GPU"}
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
-    base = transformers.AutoModelForCausalLM.from_pretrained(bench.folder / size / "base", dtype=torch.float32)
-    model = peft.PeftModel.from_pretrained(base, bench.folder / size / "adapter", is_trainable=True).to(device).train()
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        bench.folder / size / "base", dtype=torch.float32
+    )
+    model = (
+        peft.PeftModel.from_pretrained(base, bench.folder / size / "adapter", is_trainable=True)
+        .to(device)
+        .train()
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
     batch = bench.batch(size)
@@ -320,11 +368,19 @@ def eager(bench: Bench, size: str, compiled: bool = False) -> dict[str, Any]:
     result = bench.time(step, torch.cuda.synchronize if device == "cuda" else lambda: None)
     if device == "cuda":
         result["peak_megabytes"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
-    return {**result, "tf32": torch.backends.cuda.matmul.allow_tf32, "attention": base.config._attn_implementation}
+    return {
+        **result,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "attention": base.config._attn_implementation,
+    }
 
 
 def compiled(bench: Bench, size: str) -> dict[str, Any]:
-    return {"skipped": "a dry run compiles nothing"} if bench.dry else eager(bench, size, compiled=True)
+    return (
+        {"skipped": "a dry run compiles nothing"}
+        if bench.dry
+        else eager(bench, size, compiled=True)
+    )
 
 
 # ---- running them ---------------------------------------------------------------------------------------------------
@@ -335,7 +391,11 @@ ONCE: dict[str, tuple[Callable[..., Any], int]] = {  # with their seconds
     "tests": (tests, 200),
     "traffic": (traffic, 120),
 }
-EACH: dict[str, tuple[Callable[..., Any], int]] = {"ours": (ours, 40), "eager": (eager, 60), "compiled": (compiled, 90)}
+EACH: dict[str, tuple[Callable[..., Any], int]] = {
+    "ours": (ours, 40),
+    "eager": (eager, 60),
+    "compiled": (compiled, 90),
+}
 
 
 def run_part(name: str, bench: Bench, seconds: float) -> dict[str, Any]:
@@ -343,14 +403,19 @@ def run_part(name: str, bench: Bench, seconds: float) -> dict[str, Any]:
     command = [sys.executable, __file__, "--part", name, "--folder", str(bench.folder)]
     begun = time.perf_counter()
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command + ["--dry-run"] * bench.dry, start_new_session=True, **pipes) as process:
+    with subprocess.Popen(
+        command + ["--dry-run"] * bench.dry, start_new_session=True, **pipes
+    ) as process:
         try:
             out, errors = process.communicate(timeout=seconds)
             last = (out.strip().splitlines() or [""])[-1]
             if process.returncode == 0:
                 outcome = {"ok": True, **json.loads(last)}
             else:
-                outcome = {"ok": False, "error": "\n".join(errors.strip().splitlines()[-6:])[-2000:]}
+                outcome = {
+                    "ok": False,
+                    "error": "\n".join(errors.strip().splitlines()[-6:])[-2000:],
+                }
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             outcome = {"ok": False, "error": f"more than {seconds:.0f} seconds"}
@@ -363,24 +428,36 @@ def check(bench: Bench) -> dict[str, Any]:
     """Every part in turn; the result as it is written."""
     begun, parts = time.perf_counter(), {}
     names = [(name, seconds) for name, (_, seconds) in ONCE.items()]
-    names += [(f"{name}:{size}", seconds) for name, (_, seconds) in EACH.items() for size in bench.sizes]
+    names += [
+        (f"{name}:{size}", seconds) for name, (_, seconds) in EACH.items() for size in bench.sizes
+    ]
     for name, seconds in names:
         left = LIMIT - (time.perf_counter() - begun)
         if left > 5:
             parts[name] = run_part(name, bench, min(seconds, left))
         else:
             parts[name] = {"ok": False, "error": "not run: the time for everything was over"}
-        state = "ok" if parts[name]["ok"] else f"FAILED: {parts[name].get('error', parts[name])!s:.300}"
-        print(f"{name:16} {parts[name].get('seconds', 0):6.1f} s  {state}", file=sys.stderr, flush=True)
+        state = (
+            "ok" if parts[name]["ok"] else f"FAILED: {parts[name].get('error', parts[name])!s:.300}"
+        )
+        print(
+            f"{name:16} {parts[name].get('seconds', 0):6.1f} s  {state}",
+            file=sys.stderr,
+            flush=True,
+        )
     differences = _loss_differences(parts, bench)
     return {
         "command": "python benchmarks/gpu_check.py" + " --dry-run" * bench.dry,
         "date": time.strftime("%Y-%m-%d"),
         "device": "the stand-in of tests/strict_xp.py" if bench.dry else device_facts(),
-        "versions": {name: _version(name) for name in ("numpy", "cupy-cuda13x", "torch", "transformers", "peft")}
+        "versions": {
+            name: _version(name)
+            for name in ("numpy", "cupy-cuda13x", "torch", "transformers", "peft")
+        }
         | {"python": platform.python_version()},
         "seconds": round(time.perf_counter() - begun, 1),
-        "ok": all(part["ok"] for part in parts.values()) and all(d <= 1e-4 for d in differences.values()),
+        "ok": all(part["ok"] for part in parts.values())
+        and all(d <= 1e-4 for d in differences.values()),
         "losses_differ_from_ours_by": differences,
         "parts": parts,
     }
@@ -394,7 +471,9 @@ def _loss_differences(parts: dict[str, Any], bench: Bench) -> dict[str, float]:
         for name in ("eager", "compiled"):
             theirs = parts[f"{name}:{size}"].get("losses")
             if mine and theirs:
-                found[f"{name}:{size}"] = max(abs(a - b) / abs(a) for a, b in zip(mine, theirs, strict=False))
+                found[f"{name}:{size}"] = max(
+                    abs(a - b) / abs(a) for a, b in zip(mine, theirs, strict=False)
+                )
     return found
 
 
@@ -420,7 +499,9 @@ def _version(package: str) -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dry-run", action="store_true", help="on the stand-in, small; the result is printed")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="on the stand-in, small; the result is printed"
+    )
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

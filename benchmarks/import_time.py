@@ -23,11 +23,15 @@ RESULT = Path(__file__).parent / "results" / "import-time.json"
 def seconds(statement: str, cache: str) -> float:
     """The processor time of a fresh interpreter that runs `statement`, with compiled modules in the folder `cache`."""
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": cache}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # both are measured as an installed package is: compiled before
+    environment.pop(
+        "PYTHONDONTWRITEBYTECODE", None
+    )  # both are measured as an installed package is: compiled before
     before = os.times()
     subprocess.run([sys.executable, "-c", statement], check=True, env=environment)
     after = os.times()
-    return after.children_user + after.children_system - before.children_user - before.children_system
+    return (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
 
 
 def main() -> None:
@@ -37,9 +41,15 @@ def main() -> None:
     args = parser.parse_args()
     runs = args.runs
     with tempfile.TemporaryDirectory() as cache:
-        pairs = [(seconds("import numpy", cache), seconds("import minilora", cache)) for _ in range(runs + 1)][1:]
+        pairs = [
+            (seconds("import numpy", cache), seconds("import minilora", cache))
+            for _ in range(runs + 1)
+        ][1:]
     loaded = subprocess.run(
-        [sys.executable, "-c", "import minilora, sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", "import minilora, sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     heavy = sorted({"cupy", "matplotlib", "torch", "scipy", "tqdm", "threadpoolctl"} & set(loaded))
     import numpy

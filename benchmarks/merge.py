@@ -28,7 +28,14 @@ from typing import Any
 
 import numpy as np
 
-from minilora.formats import Entry, SafetensorsFile, bf16_from, write_adapter, write_json, write_stream
+from minilora.formats import (
+    Entry,
+    SafetensorsFile,
+    bf16_from,
+    write_adapter,
+    write_json,
+    write_stream,
+)
 
 RESULT = Path(__file__).parent / "results" / "merge.json"
 # hidden, intermediate, layers, vocabulary, rows of k and v, layers a shard
@@ -66,7 +73,10 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out
 def shapes(size: str) -> dict[int, dict[str, tuple[int, int]]]:
     """Shard -> the tensors there, (out, in)."""
     C, M, layers, V, K, each = SIZES[size]
-    linear = {f"self_attn.{n}_proj": s for n, s in {"q": (C, C), "k": (K, C), "v": (K, C), "o": (C, C)}.items()}
+    linear = {
+        f"self_attn.{n}_proj": s
+        for n, s in {"q": (C, C), "k": (K, C), "v": (K, C), "o": (C, C)}.items()
+    }
     linear |= {"mlp.gate_proj": (M, C), "mlp.up_proj": (M, C), "mlp.down_proj": (C, M)}
     shards: dict[int, dict[str, tuple[int, int]]] = {}
     for layer in range(layers):
@@ -90,7 +100,9 @@ def norms(size: str) -> dict[int, dict[str, tuple[int]]]:
 def make(folder: Path, size: str) -> None:
     """The checkpoint folder/base and the adapter folder/adapter, from a fixed seed."""
     rng, shards = np.random.default_rng(0), shapes(size)
-    pool = rng.standard_normal(1 << 24, np.float32) * np.float32(0.02)  # cut anew for each tensor: random enough
+    pool = rng.standard_normal(1 << 24, np.float32) * np.float32(
+        0.02
+    )  # cut anew for each tensor: random enough
 
     def weights(shape: tuple[int, int], offset: int) -> np.ndarray:
         need = shape[0] * shape[1]
@@ -102,7 +114,10 @@ def make(folder: Path, size: str) -> None:
     for number, tensors in shards.items():
         name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         ones = bf16_from(np.ones(SIZES[size][0], np.float32))
-        entries = [Entry(key, "BF16", shape, lambda: ones) for key, shape in vectors[number].items()]  # noqa: B023
+        entries = [
+            Entry(key, "BF16", shape, lambda: ones)
+            for key, shape in vectors[number].items()  # noqa: B023
+        ]
         index |= dict.fromkeys(vectors[number], name)
         for i, (key, shape) in enumerate(tensors.items()):
             index[key] = name
@@ -110,8 +125,12 @@ def make(folder: Path, size: str) -> None:
             entries.append(Entry(key, "BF16", shape, lambda s=shape, o=offset: weights(s, o)))  # type: ignore[misc]
             if "_proj" in key:
                 path = f"base_model.model.{key.removesuffix('.weight')}"
-                adapter[f"{path}.lora_A.weight"] = rng.standard_normal((R, shape[1]), np.float32) / R
-                adapter[f"{path}.lora_B.weight"] = rng.standard_normal((shape[0], R), np.float32) * np.float32(0.01)
+                adapter[f"{path}.lora_A.weight"] = (
+                    rng.standard_normal((R, shape[1]), np.float32) / R
+                )
+                adapter[f"{path}.lora_B.weight"] = rng.standard_normal(
+                    (shape[0], R), np.float32
+                ) * np.float32(0.01)
         write_stream(base / name, entries)
     write_json(base / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     C, M, layers, V, K, _ = SIZES[size]
@@ -122,7 +141,9 @@ def make(folder: Path, size: str) -> None:
     }  # fmt: skip
     write_json(base / "config.json", config)
     targets = [f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")]
-    write_adapter(folder / "adapter", {"r": R, "lora_alpha": ALPHA, "target_modules": targets}, adapter)
+    write_adapter(
+        folder / "adapter", {"r": R, "lora_alpha": ALPHA, "target_modules": targets}, adapter
+    )
 
 
 def timed(*command: str) -> tuple[float, int]:
@@ -132,7 +153,9 @@ def timed(*command: str) -> tuple[float, int]:
     )
     os.sync()
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], check=True, capture_output=True, text=True
+    )
     return time.perf_counter() - start, int(done.stdout.rsplit("PEAK", 1)[1])
 
 
@@ -149,8 +172,15 @@ def wrong(folder: Path, size: str) -> dict[str, int]:
     found = {}
     with SafetensorsFile(folder / "adapter" / "adapter_model.safetensors") as adapter:
         for number, tensors in shapes(size).items():
-            name = next(n for n in sorted(os.listdir(folder / "base")) if n.startswith(f"model-{number + 1:05d}"))
-            with SafetensorsFile(folder / "base" / name) as base, SafetensorsFile(folder / "merged" / name) as merged:
+            name = next(
+                n
+                for n in sorted(os.listdir(folder / "base"))
+                if n.startswith(f"model-{number + 1:05d}")
+            )
+            with (
+                SafetensorsFile(folder / "base" / name) as base,
+                SafetensorsFile(folder / "merged" / name) as merged,
+            ):
                 for key in list(tensors)[number :: len(tensors) // 3]:
                     rows = slice(0, min(512, tensors[key][0]))
                     W = base.read(key)[rows].astype(np.float64)
@@ -197,7 +227,15 @@ def main() -> int:
             "--out",
             str(folder / "merged"),
         ]
-        command = [sys.executable, "-m", "minilora", "merge", *options, "--threads", str(args.threads)]
+        command = [
+            sys.executable,
+            "-m",
+            "minilora",
+            "merge",
+            *options,
+            "--threads",
+            str(args.threads),
+        ]
         merge, peak = timed(*command)
         copies.append(copied(folder))
         mistakes = wrong(folder, args.size)

@@ -94,7 +94,9 @@ def main() -> int:
             for name, step in steps.items():
                 step()
                 seconds[name].append(step())
-    turns = {name: measured[1:] for name, measured in seconds.items()}  # the first turn has the page faults
+    turns = {
+        name: measured[1:] for name, measured in seconds.items()
+    }  # the first turn has the page faults
     rows: list[dict[str, Any]] = []
     for name, measured in turns.items():
         speeds = [one / this for one, this in zip(turns["one task"], measured, strict=True)]
@@ -106,7 +108,10 @@ def main() -> int:
                 "tokens_per_second": round(B * T / statistics.median(measured)),
             }
         )
-        print(f"{name:34}{rows[-1]['milliseconds']:9.1f} ms   {rows[-1]['speed']:.3f} of one task's speed", flush=True)
+        print(
+            f"{name:34}{rows[-1]['milliseconds']:9.1f} ms   {rows[-1]['speed']:.3f} of one task's speed",
+            flush=True,
+        )
     speed = rows[1]["speed"]
     result = {
         "command": "python " + " ".join(["benchmarks/multitask.py", *sys.argv[1:]]),
@@ -122,7 +127,9 @@ def main() -> int:
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps(result, indent=2) + "\n")
     verdict = "as it should be" if speed >= LEAST else "NOT AS IT SHOULD BE"
-    print(f"\nfour tasks in one batch: {speed:g} of one task's speed, at least {LEAST:g}: {verdict}")
+    print(
+        f"\nfour tasks in one batch: {speed:g} of one task's speed, at least {LEAST:g}: {verdict}"
+    )
     return 0 if speed >= LEAST else 1
 
 

@@ -39,7 +39,15 @@ TESTS = {  # of each file, in the order in which they are tried
     "minilora/optim.py": ["optim"],
     "minilora/functional.py": ["gradcheck", "functional", "promises", "autograd", "nn", "parallel"],
     "minilora/fused.py": ["gradcheck", "functional", "promises", "autograd", "nn", "parallel"],
-    "minilora/autograd.py": ["gradcheck", "autograd", "functional", "promises", "anomaly", "backend", "parallel"],
+    "minilora/autograd.py": [
+        "gradcheck",
+        "autograd",
+        "functional",
+        "promises",
+        "anomaly",
+        "backend",
+        "parallel",
+    ],
     "minilora/formats/disk.py": ["checkpoint", "disk"],
     "minilora/formats/safetensors.py": ["safetensors", "checkpoint", "fuzz"],
     "minilora/formats/checkpoint.py": ["checkpoint", "transformer"],
@@ -47,7 +55,10 @@ TESTS = {  # of each file, in the order in which they are tried
 }
 SLOW = "million or thousand_steps_leak or oracle"  # these start processes, which would not see the change
 WARNINGS = "error\nignore::pytest.PytestAssertRewriteWarning"  # Hypothesis is there before pytest, to be imported once
-ARITHMETIC, BITS = {"Add", "Sub", "Mul", "Div"}, {"BitAnd", "BitOr", "BitXor"}  # what a binary operator may become
+ARITHMETIC, BITS = (
+    {"Add", "Sub", "Mul", "Div"},
+    {"BitAnd", "BitOr", "BitXor"},
+)  # what a binary operator may become
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,9 @@ def changes(path: Path) -> Iterator[Change]:
     from cosmic_ray.plugins import get_operator, operator_names
 
     source = path.read_text(encoding="utf-8")
-    hints = [((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset)) for n in annotations(source)]
+    hints = [
+        ((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset)) for n in annotations(source)
+    ]
     seen = {source}
     for name in sorted(operator_names()):
         before, _, after = name.partition("BinaryOperator_")[2].partition("_")
@@ -86,7 +99,11 @@ def changes(path: Path) -> Iterator[Change]:
         if operator.arguments():
             continue
         operator = operator()
-        places = [place for node in ast_nodes(get_ast(source)) for place in operator.mutation_positions(node)]
+        places = [
+            place
+            for node in ast_nodes(get_ast(source))
+            for place in operator.mutation_positions(node)
+        ]
         for occurrence, (start, _) in enumerate(places):
             if any(begin <= start < end for begin, end in hints):
                 continue
@@ -100,7 +117,9 @@ def changes(path: Path) -> Iterator[Change]:
                 for end in (-1, 0):  # what is equal below the change, and above it
                     while before and after and before[end] == after[end]:
                         del before[end], after[end]
-                yield Change(start[0], *(" ".join(map(str.strip, side)) for side in (before, after)), changed)
+                yield Change(
+                    start[0], *(" ".join(map(str.strip, side)) for side in (before, after)), changed
+                )
 
 
 class Changed(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
@@ -110,7 +129,11 @@ class Changed(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
         self.name, self.path, self.source = name, str(path), source
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
+        return (
+            importlib.util.spec_from_file_location(name, self.path, loader=self)
+            if name == self.name
+            else None
+        )
 
     def get_filename(self, name: str) -> str:
         return self.path
@@ -124,8 +147,13 @@ def noticed(path: Path, source: str, tests: list[str]) -> bool:
     import pytest
     from hypothesis import Phase, settings
 
-    sys.meta_path.insert(0, Changed(".".join(path.relative_to(ROOT).with_suffix("").parts), path, source))
-    phases = (Phase.explicit, Phase.generate)  # that an example fails is enough: no search for a smaller one
+    sys.meta_path.insert(
+        0, Changed(".".join(path.relative_to(ROOT).with_suffix("").parts), path, source)
+    )
+    phases = (
+        Phase.explicit,
+        Phase.generate,
+    )  # that an example fails is enough: no search for a smaller one
     settings.register_profile(
         "mutation", max_examples=10, derandomize=True, deadline=None, database=None, phases=phases
     )
@@ -141,7 +169,16 @@ def noticed(path: Path, source: str, tests: list[str]) -> bool:
         for op in TABLE:
             check_gradient(op.function, *op.inputs, tolerance=op.tolerance)
     for name in tests:
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-k", f"not ({SLOW})", "-o", f"filterwarnings={WARNINGS}"]
+        options = [
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            f"not ({SLOW})",
+            "-o",
+            f"filterwarnings={WARNINGS}",
+        ]
         if pytest.main([*options, str(ROOT / "tests" / f"test_{name}.py")]) not in (0, 5):
             return True
     return False
@@ -170,7 +207,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", default=list(TESTS), metavar="FILE")
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--known", type=Path, help="a file that remembers outcomes, to go on after an interruption")
+    parser.add_argument(
+        "--known", type=Path, help="a file that remembers outcomes, to go on after an interruption"
+    )
     args = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import hypothesis.extra.numpy  # noqa: F401 - once, before forking
@@ -182,7 +221,9 @@ def main() -> None:
     if args.known and args.known.exists():
         known = dict(line.split() for line in args.known.read_text().splitlines())
     old = json.loads(RESULT.read_text(encoding="utf-8"))["files"] if RESULT.exists() else {}
-    reasons = {(f, s["change"]): s["reason"] for f, entry in old.items() for s in entry["survivors"]}  # given by hand
+    reasons = {
+        (f, s["change"]): s["reason"] for f, entry in old.items() for s in entry["survivors"]
+    }  # given by hand
     result: dict[str, Any] = {
         "command": "python benchmarks/mutation.py --write",
         "tool": f"cosmic-ray {importlib.metadata.version('cosmic-ray')} (the changes), pytest in forks (the outcomes)",
@@ -203,17 +244,28 @@ def main() -> None:
             counts[what] += 1
             if what == "survived":
                 text = f"{change.before}  ->  {change.after}"
-                survivors.append({"line": change.line, "change": text, "reason": reasons.get((name, text), "")})
-                print(f"{name}:{change.line}: {text}\n    {survivors[-1]['reason'] or 'NO REASON YET'}", flush=True)
+                survivors.append(
+                    {"line": change.line, "change": text, "reason": reasons.get((name, text), "")}
+                )
+                print(
+                    f"{name}:{change.line}: {text}\n    {survivors[-1]['reason'] or 'NO REASON YET'}",
+                    flush=True,
+                )
             if number % 50 == 0:
                 print(f"{name}: {number} {counts}", flush=True)
         mutants = sum(counts.values())
         score = round(1 - counts["survived"] / mutants, 4)
-        equivalent = sum(bool(s["reason"]) and not s["reason"].startswith("unseen") for s in survivors)
-        print(f"{name}: {mutants} mutants, score {score:.2%}, {equivalent} of {len(survivors)} survivors mean the same")
+        equivalent = sum(
+            bool(s["reason"]) and not s["reason"].startswith("unseen") for s in survivors
+        )
+        print(
+            f"{name}: {mutants} mutants, score {score:.2%}, {equivalent} of {len(survivors)} survivors mean the same"
+        )
         survivors.sort(key=lambda s: s["line"])
         entry = {"mutants": mutants, **counts, "equivalent": equivalent, "score": score}
-        entry["score_without_equivalents"] = round(1 - (counts["survived"] - equivalent) / (mutants - equivalent), 4)
+        entry["score_without_equivalents"] = round(
+            1 - (counts["survived"] - equivalent) / (mutants - equivalent), 4
+        )
         result["files"][name] = {**entry, "survivors": survivors}
     if args.write:
         latest = json.loads(RESULT.read_text(encoding="utf-8"))["files"] if RESULT.exists() else {}

@@ -36,7 +36,9 @@ AT_LARGE = ("mul", "tanh", "matmul", "linear", "rms_norm", "norm_linear_swiglu")
 
 Array = Any
 Forward = Callable[[Array], "tuple[Array, Any]"]  # x -> y, what backward needs
-Backward = Callable[[Array, Any, Array], "tuple[Array, Array]"]  # dy, that, dw so far -> dx, dw with this one's added
+Backward = Callable[
+    [Array, Any, Array], "tuple[Array, Array]"
+]  # dy, that, dw so far -> dx, dw with this one's added
 
 
 class Case(NamedTuple):
@@ -62,9 +64,15 @@ def elementary(n: int) -> dict[str, Case]:
     W, Q = w.data, q.data
 
     def unary(
-        link: Callable[[Tensor], Tensor], forward: Forward, backward: Any, x: Array = x, operations: int = 1
+        link: Callable[[Tensor], Tensor],
+        forward: Forward,
+        backward: Any,
+        x: Array = x,
+        operations: int = 1,
     ) -> Case:
-        return Case(x, link, forward, lambda dy, kept, dw: (backward(dy, kept), dw), operations=operations)
+        return Case(
+            x, link, forward, lambda dy, kept, dw: (backward(dy, kept), dw), operations=operations
+        )
 
     def back_to_two(dy: Array, kept: None) -> Array:
         dx = np.zeros(other, np.float32)
@@ -77,14 +85,38 @@ def elementary(n: int) -> dict[str, Case]:
         return dx
 
     return {
-        "add": Case(x, lambda t: t + w, lambda x: (x + W, None), lambda dy, _, dw: (dy, dw + dy), w),
-        "add, a bias": Case(x, lambda t: t + b, lambda x: (x + bias, None), lambda dy, _, dw: (dy, dw + dy.sum(0)), b),
-        "sub": Case(x, lambda t: t - w, lambda x: (x - W, None), lambda dy, _, dw: (dy, dw - dy), w),
-        "mul": Case(x, lambda t: t * w, lambda x: (x * W, x), lambda dy, x, dw: (dy * W, dw + dy * x), w),
-        "mul, a number": unary(lambda t: t * 0.99, lambda x: (x * 0.99, None), lambda dy, _: dy * 0.99),
-        "div": Case(x, lambda t: t / w, lambda x: (x / W, x), lambda dy, x, dw: (dy / W, dw - dy * x / (W * W)), w),
-        "tanh": unary(autograd.tanh, lambda x: (y := np.tanh(x), y), lambda dy, y: dy * (1 - y * y)),
-        "sqrt": unary(autograd.sqrt, lambda x: (y := np.sqrt(x), y), lambda dy, y: dy / (2 * y), np.abs(x) + 1),
+        "add": Case(
+            x, lambda t: t + w, lambda x: (x + W, None), lambda dy, _, dw: (dy, dw + dy), w
+        ),
+        "add, a bias": Case(
+            x,
+            lambda t: t + b,
+            lambda x: (x + bias, None),
+            lambda dy, _, dw: (dy, dw + dy.sum(0)),
+            b,
+        ),
+        "sub": Case(
+            x, lambda t: t - w, lambda x: (x - W, None), lambda dy, _, dw: (dy, dw - dy), w
+        ),
+        "mul": Case(
+            x, lambda t: t * w, lambda x: (x * W, x), lambda dy, x, dw: (dy * W, dw + dy * x), w
+        ),
+        "mul, a number": unary(
+            lambda t: t * 0.99, lambda x: (x * 0.99, None), lambda dy, _: dy * 0.99
+        ),
+        "div": Case(
+            x,
+            lambda t: t / w,
+            lambda x: (x / W, x),
+            lambda dy, x, dw: (dy / W, dw - dy * x / (W * W)),
+            w,
+        ),
+        "tanh": unary(
+            autograd.tanh, lambda x: (y := np.tanh(x), y), lambda dy, y: dy * (1 - y * y)
+        ),
+        "sqrt": unary(
+            autograd.sqrt, lambda x: (y := np.sqrt(x), y), lambda dy, y: dy / (2 * y), np.abs(x) + 1
+        ),
         "exp, log": unary(  # in turn: a chain of exp alone would leave the numbers that there are
             lambda t: autograd.log(autograd.exp(t)),
             lambda x: (np.log(y := np.exp(x)), y),
@@ -109,10 +141,14 @@ def elementary(n: int) -> dict[str, Case]:
             lambda dy, _: dy.reshape(half).reshape(other),
             operations=2,
         ),
-        "transpose": unary(autograd.transpose, lambda x: (x.transpose(), None), lambda dy, _: dy.transpose()),
+        "transpose": unary(
+            autograd.transpose, lambda x: (x.transpose(), None), lambda dy, _: dy.transpose()
+        ),
         "index, slices": unary(lambda t: t[::-1], lambda x: (x[::-1], None), back_to_two),
         "index, an array": unary(lambda t: t[perm], lambda x: (x[perm], None), rows_back),
-        "matmul": Case(x, lambda t: t @ q, lambda x: (x @ Q, x), lambda dy, x, dw: (dy @ Q.T, dw + x.T @ dy), q),
+        "matmul": Case(
+            x, lambda t: t @ q, lambda x: (x @ Q, x), lambda dy, x, dw: (dy @ Q.T, dw + x.T @ dy), q
+        ),
         "linear": Case(
             x,
             lambda t: functional.linear(t, q),
@@ -251,7 +287,9 @@ def linear_attention(n: int, heads: int = 2) -> Case:
     angle = np.arange(n)[:, None] * np.tile(0.5 ** np.arange(D // 2), 2)  # (n, D)
     cos = np.tile(np.cos(angle), 2 * heads).astype(np.float32)  # (n, 2 heads D): rows for q and k
     sin = np.tile(np.sin(angle) * np.repeat([-1, 1], D // 2), 2 * heads).astype(np.float32)
-    future = np.where(np.arange(n)[:, None] > np.arange(n), -np.inf, 0).astype(np.float32)  # (key, query)
+    future = np.where(np.arange(n)[:, None] > np.arange(n), -np.inf, 0).astype(
+        np.float32
+    )  # (key, query)
 
     def forward(x: Array) -> tuple[Array, Any]:
         z = (x @ W.T).reshape(1, n, 3 * heads, D)
@@ -269,7 +307,10 @@ def linear_attention(n: int, heads: int = 2) -> Case:
     def backward(dy: Array, kept: Any, dw: Array) -> tuple[Array, Array]:
         q, k, v, P, inv, y = kept
         d = dy.reshape(n, heads, D).swapaxes(0, 1) * inv
-        dz, dqk = np.empty((1, n, 3 * heads, D), np.float32), np.empty((1, n, 2 * heads, D), np.float32)
+        dz, dqk = (
+            np.empty((1, n, 3 * heads, D), np.float32),
+            np.empty((1, n, 2 * heads, D), np.float32),
+        )
         by_head, dv = dqk[0].swapaxes(0, 1), dz[0, :, 2 * heads :].swapaxes(0, 1)
         np.matmul(P, d, out=dv)
         dS = v @ d.swapaxes(1, 2)
@@ -314,11 +355,15 @@ def by_hand(case: Case, links: int) -> list[Array]:
     return [dy] if case.weight is None else [dy, dw]
 
 
-LOOP = Case(np.ones((1, 1), np.float32), lambda t: t, lambda x: (x, None), lambda dy, kept, dw: (dy, dw))
+LOOP = Case(
+    np.ones((1, 1), np.float32), lambda t: t, lambda x: (x, None), lambda dy, kept, dw: (dy, dw)
+)
 
 
 def seconds(chain: Callable[[Case, int], Any], case: Case, links: int) -> float:
-    begun = time.process_time()  # one thread; on a machine that is shared, the time by the wall says less
+    begun = (
+        time.process_time()
+    )  # one thread; on a machine that is shared, the time by the wall says less
     chain(case, links)
     return time.process_time() - begun
 
@@ -334,7 +379,10 @@ def measure(name: str, case: Case, rounds: int, links: int) -> dict[str, float]:
         hand.append(alone)
         more.append(seconds(by_engine, case, links) - alone)
     each = 1e6 / (links * case.operations)
-    return {"by_hand_us": statistics.median(hand) * each, "overhead_us": statistics.median(more) * each}
+    return {
+        "by_hand_us": statistics.median(hand) * each,
+        "overhead_us": statistics.median(more) * each,
+    }
 
 
 def main() -> int:
@@ -346,17 +394,29 @@ def main() -> int:
     found: dict[str, dict[str, dict[str, float]]] = {}
     with threadpoolctl.threadpool_limits(1, "blas"):
         groups = {"elementary": elementary(SMALL), "composite": composite(SMALL)}
-        large = {name: case for name, case in (elementary(LARGE) | composite(LARGE)).items() if name in AT_LARGE}
+        large = {
+            name: case
+            for name, case in (elementary(LARGE) | composite(LARGE)).items()
+            if name in AT_LARGE
+        }
         for group, cases in (groups | {"large": large}).items():
             n, links = (LARGE, max(1, args.links // 5)) if group == "large" else (SMALL, args.links)
             print(f"\n{group}, {n} x {n}{'':8}{'by hand us':>14}{'overhead us':>13}{'%':>7}")
             found[group] = {}
             for name, case in cases.items():
-                row = {key: round(value, 2) for key, value in measure(name, case, args.rounds, links).items()}
+                row = {
+                    key: round(value, 2)
+                    for key, value in measure(name, case, args.rounds, links).items()
+                }
                 row["overhead_percent"] = round(100 * row["overhead_us"] / row["by_hand_us"], 1)
                 found[group][name] = row
-                print(f"  {name:24}{row['by_hand_us']:14.2f}{row['overhead_us']:13.2f}{row['overhead_percent']:7.0f}")
-    medians = {group: statistics.median(row["overhead_us"] for row in found[group].values()) for group in groups}
+                print(
+                    f"  {name:24}{row['by_hand_us']:14.2f}{row['overhead_us']:13.2f}{row['overhead_percent']:7.0f}"
+                )
+    medians = {
+        group: statistics.median(row["overhead_us"] for row in found[group].values())
+        for group in groups
+    }
     result = {
         "command": "python " + " ".join(["benchmarks/ops.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
@@ -370,7 +430,9 @@ def main() -> int:
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps(result, indent=2) + "\n")
     good = medians["elementary"] <= TARGET
-    print(f"\nmedian overhead: elementary {medians['elementary']:.2f} us, composite {medians['composite']:.2f} us")
+    print(
+        f"\nmedian overhead: elementary {medians['elementary']:.2f} us, composite {medians['composite']:.2f} us"
+    )
     print(f"at most {TARGET:.0f} us an elementary operation: {'yes' if good else 'NO'}")
     return 0 if good else 1
 

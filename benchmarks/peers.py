@@ -54,7 +54,12 @@ FAMILY = {
 }  # whose losses must agree with whose
 STEPS = {"micro": 30, "tiny": 8, "small": 2}  # a turn; elsewhere one
 PEERS = ("torch", "torch-compile", "transformers", "jax")
-PACKAGES = {"torch": "torch", "torch-compile": "torch", "transformers": "transformers", "jax": "jax"}
+PACKAGES = {
+    "torch": "torch",
+    "torch-compile": "torch",
+    "transformers": "transformers",
+    "jax": "jax",
+}
 LEFT_OUT = {  # JAX has no tied heads or DoRA here; torch.compile takes minutes for nothing: it gains little with LoRA
     ("jax", "full"), ("torch-compile", "full"), *((peer, "recomputed") for peer in PEERS),
     *((peer, "generate") for peer in ("torch", "torch-compile", "jax")),
@@ -97,7 +102,13 @@ def prepare(work: Path, shape: tuple[int, ...], method: str, r: int = 8, count: 
     new = min(NEW, T - PROMPT)
     length, tokens = (PROMPT, new) if method == "generate" else (T + 1, T)
     np.save(work / "batches.npy", np.random.default_rng(0).integers(0, V, (count, B, length)))
-    job = {"method": method, "scaling": 2.0, "tokens": B * tokens, "new": new, "weights": 4 * config.parameter_count()}
+    job = {
+        "method": method,
+        "scaling": 2.0,
+        "tokens": B * tokens,
+        "new": new,
+        "weights": 4 * config.parameter_count(),
+    }
     (work / "job.json").write_text(json.dumps(job))
 
 
@@ -124,7 +135,12 @@ def serve(name: str, work: Path, threads: int) -> None:
             faults.append(page_faults() - before)
             number += 1
         counted = results[1:] if name == "floor" else seconds[1:]  # the floor measures itself
-        answer = {"seconds": counted, "results": results, "peak": peak_memory(), "faults": faults[1:]}
+        answer = {
+            "seconds": counted,
+            "results": results,
+            "peak": peak_memory(),
+            "faults": faults[1:],
+        }
         print(json.dumps(answer), flush=True)
 
 
@@ -139,23 +155,52 @@ def peak_memory() -> int:
     """Bytes: the largest resident memory that this process has had."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux's ru_maxrss would not do: it begins with the peak of the process that started this one
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line) * 1024
+        return (
+            next(
+                int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line
+            )
+            * 1024
+        )
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 class Process:
     """A contender's process, and what it has answered so far."""
 
     def __init__(self, name: str, work: Path, threads: int, timeout: float):
-        command = [sys.executable, __file__, "--serve", name, "--work", str(work), "--threads", str(threads)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
-        environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu"}
+        command = [
+            sys.executable,
+            __file__,
+            "--serve",
+            name,
+            "--work",
+            str(work),
+            "--threads",
+            str(threads),
+        ]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "OPENBLAS_NUM_THREADS": str(threads),
+        }
+        environment |= {
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "JAX_PLATFORMS": "cpu",
+        }
         self.name, self.timeout = name, timeout
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self.popen = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=environment,
         )
         self.turns: list[list[float]] = []
         self.faults: list[int] = []
@@ -166,7 +211,9 @@ class Process:
             self.__exit__()  # nobody else could
             raise
         self.ready = started["ready"]
-        self.results: list[Any] = started["results"]  # of each step its loss, or the tokens that it generated
+        self.results: list[Any] = started[
+            "results"
+        ]  # of each step its loss, or the tokens that it generated
 
     def turn(self, steps: int) -> None:
         assert self.popen.stdin is not None
@@ -202,14 +249,18 @@ class Process:
 # ---- one size and method ---------------------------------------------------------------------------------------------
 
 
-def compare(size: str, method: str, names: list[str], args: argparse.Namespace, prompts: int = 0) -> dict[str, Any]:
+def compare(
+    size: str, method: str, names: list[str], args: argparse.Namespace, prompts: int = 0
+) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         work = Path(folder)
         shape = SIZES[size] if not prompts else (*SIZES[size][:5], prompts, SIZES[size][6])
         prepare(work, shape, method)
         running: list[Process] = []
         left_out: dict[str, str] = {}
-        for name in names if method == "generate" else [*names, "floor"]:  # the floor is a training step's
+        for name in (
+            names if method == "generate" else [*names, "floor"]
+        ):  # the floor is a training step's
             try:
                 running.append(stack.enter_context(Process(name, work, args.threads, args.timeout)))
             except RuntimeError as error:
@@ -223,7 +274,9 @@ def compare(size: str, method: str, names: list[str], args: argparse.Namespace, 
 
     def like(name: str) -> Process:
         """Whose losses, or tokens, must be those of this contender."""
-        return next(p for p in running if p.name == (FAMILY[name] if method == "family" else "minilora"))
+        return next(
+            p for p in running if p.name == (FAMILY[name] if method == "family" else "minilora")
+        )
 
     medians = {p.name: statistics.median(s for turn in p.turns for s in turn) for p in running}
     floor = medians.pop("floor", None)
@@ -232,7 +285,10 @@ def compare(size: str, method: str, names: list[str], args: argparse.Namespace, 
         if p.name not in medians:
             continue
         median = medians[p.name]
-        ratios = [statistics.median(a) / statistics.median(b) for a, b in zip(p.turns, ours.turns, strict=True)]
+        ratios = [
+            statistics.median(a) / statistics.median(b)
+            for a, b in zip(p.turns, ours.turns, strict=True)
+        ]
         rows[p.name] = {
             "milliseconds": round(1e3 * median, 3),
             "over_minilora": round(statistics.median(ratios), 3),
@@ -242,7 +298,9 @@ def compare(size: str, method: str, names: list[str], args: argparse.Namespace, 
             "over_weights_megabytes": round((p.peak - job["weights"]) / 1e6, 1),
             "faults_per_step": statistics.median(p.faults),
             "seconds_to_first_step": round(p.ready, 2),
-            **(same_tokens if method == "generate" else same_losses)(f"{size} {method} {p.name}", p, like(p.name)),
+            **(same_tokens if method == "generate" else same_losses)(
+                f"{size} {method} {p.name}", p, like(p.name)
+            ),
         }
     return (
         {"size": size, "method": method}
@@ -264,7 +322,9 @@ def same_tokens(what: str, peer: Process, ours: Process) -> dict[str, Any]:
     """The part of the tokens that agrees, and where the first difference is: (step, prompt, token)."""
     equal = np.equal(peer.results, ours.results)
     if not equal.mean() > SAME:
-        raise SystemExit(f"{what}: {1 - equal.mean():.1%} of the tokens differ, so not the same thing is timed")
+        raise SystemExit(
+            f"{what}: {1 - equal.mean():.1%} of the tokens differ, so not the same thing is timed"
+        )
     return {"tokens_equal": float(equal.mean())} | (
         {} if equal.all() else {"first_difference": np.argwhere(~equal)[0].tolist()}
     )
@@ -284,7 +344,9 @@ def show(result: dict[str, Any]) -> None:
         )
         if "first_difference" in row:
             where = row["first_difference"]
-            print(f"  {'':14} {row['tokens_equal']:.2%} equal tokens, first difference (step, prompt, token) {where}")
+            print(
+                f"  {'':14} {row['tokens_equal']:.2%} equal tokens, first difference (step, prompt, token) {where}"
+            )
     for name, reason in result.get("left_out", {}).items():
         print(f"  {name:14} left out: {reason}")
 
@@ -301,7 +363,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="a turn")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--timeout", type=float, default=300, help="seconds that one answer may take")
+    parser.add_argument(
+        "--timeout", type=float, default=300, help="seconds that one answer may take"
+    )
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -346,7 +410,9 @@ def main() -> None:
         report = {
             "machine": f"{platform.machine()}, {args.threads} threads, Python {platform.python_version()}",
             "versions": versions,
-            "results": sorted(results, key=lambda r: (list(SIZES).index(r["size"]), METHODS.index(r["method"]))),
+            "results": sorted(
+                results, key=lambda r: (list(SIZES).index(r["size"]), METHODS.index(r["method"]))
+            ),
         }
         RESULT.write_text(json.dumps(report, indent=2) + "\n")
 

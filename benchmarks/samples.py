@@ -46,16 +46,22 @@ def valid_files(rng: random.Random, count: int = 60) -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         for i in range(count):
             tensors = {}
-            for name in rng.sample(["a", "b", "weight", "x.lora_A.weight", "é", "", "long" * 9], rng.randrange(4)):
+            for name in rng.sample(
+                ["a", "b", "weight", "x.lora_A.weight", "é", "", "long" * 9], rng.randrange(4)
+            ):
                 dtype = rng.choice(sorted(NAMES, key=str))
                 shape = [rng.randrange(4) for _ in range(rng.randrange(5))]
                 count = int(np.prod(shape)) * dtype.itemsize
-                content = bytes(rng.randrange(2 if dtype == np.bool_ else 256) for _ in range(count))
+                content = bytes(
+                    rng.randrange(2 if dtype == np.bool_ else 256) for _ in range(count)
+                )
                 tensors[name] = np.frombuffer(content, dtype).reshape(shape)
             metadata = rng.choice(
                 [None, {}, {"format": "pt"}, {"a": "\N{BULLET}"}]
             )  # not two: the reference has no order
-            if reference and i % 2 and (tensors or metadata):  # of {} and {} safetensors 0.8 makes no valid file
+            if (
+                reference and i % 2 and (tensors or metadata)
+            ):  # of {} and {} safetensors 0.8 makes no valid file
                 made.append(reference.save(tensors, metadata))
             else:
                 save_file(Path(folder, "file"), tensors, metadata)
@@ -64,7 +70,9 @@ def valid_files(rng: random.Random, count: int = 60) -> list[bytes]:
 
 
 def copied(name: str, folder: Path) -> Path:
-    return Path(shutil.copytree(GOLDEN / name, folder, ignore=shutil.ignore_patterns("expect*", "logits*")))
+    return Path(
+        shutil.copytree(GOLDEN / name, folder, ignore=shutil.ignore_patterns("expect*", "logits*"))
+    )
 
 
 BASES = ("llama", "llama_tied_llama3rope", "mistral", "qwen2", "qwen3", "gpt2")
@@ -90,12 +98,20 @@ def sharded_folders(folder: Path) -> Iterator[Path]:
     for name in "llama", "gpt2":
         copied(name, folder / name)
         with read_checkpoint(folder / name)[1] as whole:
-            tensors = {key: whole.read(key) for key in whole.keys()}  # noqa: SIM118
+            tensors = {key: whole.read(key) for key in whole.keys()}
         (folder / name / "model.safetensors").unlink()
-        weight_map = {key: f"model-{1 + i % 3:05}-of-00003.safetensors" for i, key in enumerate(tensors)}
+        weight_map = {
+            key: f"model-{1 + i % 3:05}-of-00003.safetensors" for i, key in enumerate(tensors)
+        }
         for shard in {*weight_map.values()}:
-            save_file(folder / name / shard, {key: a for key, a in tensors.items() if weight_map[key] == shard})
-        index = {"metadata": {"total_size": sum(a.nbytes for a in tensors.values())}, "weight_map": weight_map}
+            save_file(
+                folder / name / shard,
+                {key: a for key, a in tensors.items() if weight_map[key] == shard},
+            )
+        index = {
+            "metadata": {"total_size": sum(a.nbytes for a in tensors.values())},
+            "weight_map": weight_map,
+        }
         write_json(folder / name / "model.safetensors.index.json", index)
         yield folder / name
 
@@ -108,9 +124,14 @@ def adapter_folders(folder: Path) -> Iterator[Path]:
     for name, config in {
         "hydra": HydraConfig(r=2, target_modules=linear, experts=2),
         "tokens": LoraConfig(r=2, target_modules=linear, trainable_token_indices=[1, 5]),
-        "layers": LoraConfig(r=2, target_modules=linear, layers_to_transform=[1], layers_pattern="layers"),
+        "layers": LoraConfig(
+            r=2, target_modules=linear, layers_to_transform=[1], layers_pattern="layers"
+        ),
         "all": LoraConfig(
-            r=2, target_modules="all-linear", exclude_modules=["up_proj"], alpha_pattern={r"^.*\.[qk]_proj$": 3}
+            r=2,
+            target_modules="all-linear",
+            exclude_modules=["up_proj"],
+            alpha_pattern={r"^.*\.[qk]_proj$": 3},
         ),
     }.items():
         made = get_peft_model(CausalLM.from_pretrained(GOLDEN / "llama"), config)
@@ -125,7 +146,10 @@ def mlx_folders(folder: Path) -> Iterator[Path]:
 
 
 def task_folders(folder: Path) -> Iterator[Path]:
-    tasks = {"one": LoraConfig(r=2, target_modules=["q_proj"]), "two": LoraConfig(r=1, target_modules=["v_proj"])}
+    tasks = {
+        "one": LoraConfig(r=2, target_modules=["q_proj"]),
+        "two": LoraConfig(r=1, target_modules=["v_proj"]),
+    }
     for name, shared in ("apart", None), ("shared", LoraConfig(r=2, target_modules=["up_proj"])):
         made = get_multitask_model(CausalLM.from_pretrained(GOLDEN / "llama"), tasks, shared)
         made.save_pretrained(folder / f"llama--{name}")
@@ -140,7 +164,10 @@ def tokenizer_folders(folder: Path) -> Iterator[Path]:
     for name, made in theirs().items():
         (folder / name).mkdir()
         made.save(str(folder / name / "tokenizer.json"), pretty=False)
-        config = {"eos_token": "</s>" if name == "bytes" else {"content": "</s>", "special": True}, "bos_token": "<s>"}
+        config = {
+            "eos_token": "</s>" if name == "bytes" else {"content": "</s>", "special": True},
+            "bos_token": "<s>",
+        }
         config["added_tokens_decoder"] = {"1": {"content": "</s>", "special": True}}
         write_json(folder / name / "tokenizer_config.json", config)
         yield folder / name
@@ -151,7 +178,9 @@ def theirs() -> dict[str, Any]:
         return {}
     t, made, special = tokenizers, {}, ["<s>", "</s>", "[UNK]", "[MASK]"]
     pre, norm, post = t.pre_tokenizers, t.normalizers, t.processors
-    around = post.TemplateProcessing(single="<s> $A </s>", pair="$A $B:1", special_tokens=[("<s>", 0), ("</s>", 1)])
+    around = post.TemplateProcessing(
+        single="<s> $A </s>", pair="$A $B:1", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
     parts = {  # name -> model, trainer, normalizer, pre-tokenizer, decoder, post-processor
         "bytes": (t.models.BPE(), t.trainers.BpeTrainer, None, pre.ByteLevel(add_prefix_space=False),
                   t.decoders.ByteLevel(), post.ByteLevel(trim_offsets=False)),

@@ -53,8 +53,12 @@ class Point(NamedTuple):
 
 TINY = Point(*SIZES["tiny"])
 AXES: dict[str, dict[int, Point]] = {
-    "tokens": {n << 10: TINY._replace(batch=(n << 10) // TINY.context) for n in (1, 2, 4, 8, 16, 32, 64)},
-    "context": {n: TINY._replace(context=n, batch=4096 // n) for n in (64, 128, 256, 512, 1024, 2048)},
+    "tokens": {
+        n << 10: TINY._replace(batch=(n << 10) // TINY.context) for n in (1, 2, 4, 8, 16, 32, 64)
+    },
+    "context": {
+        n: TINY._replace(context=n, batch=4096 // n) for n in (64, 128, 256, 512, 1024, 2048)
+    },
     "width": {n: TINY._replace(width=n, mlp=3 * n, heads=n // 32) for n in (64, 128, 256, 512)},
     "depth": {n: TINY._replace(layers=n) for n in (2, 4, 8, 16)},
     "rank": {n: TINY._replace(r=n) for n in (2, 8, 32, 64)},
@@ -69,8 +73,12 @@ def along(points: dict[int, Point], args: argparse.Namespace) -> list[dict[str, 
         for value, point in points.items():
             work = Path(folder) / str(value)
             work.mkdir()
-            prepare(work, point[:7], "lora", point.r, count=1)  # one batch: others would count as memory
-            running.append(stack.enter_context(Process("minilora", work, point.threads, args.timeout)))
+            prepare(
+                work, point[:7], "lora", point.r, count=1
+            )  # one batch: others would count as memory
+            running.append(
+                stack.enter_context(Process("minilora", work, point.threads, args.timeout))
+            )
         for _ in range(args.rounds):
             for process in running:
                 process.turn(args.steps)
@@ -84,9 +92,13 @@ def along(points: dict[int, Point], args: argparse.Namespace) -> list[dict[str, 
                 "value": value,
                 "milliseconds": round(1e3 * median, 3),
                 "microseconds_per_token": round(1e6 * median / point.tokens, 3),
-                "over_last": round(statistics.median(a / b for a, b in zip(each, last, strict=True)), 3),
+                "over_last": round(
+                    statistics.median(a / b for a, b in zip(each, last, strict=True)), 3
+                ),
                 "peak_megabytes": round(process.peak / 2**20, 1),
-                "faults_per_step": statistics.median(process.faults[args.steps :] or process.faults),
+                "faults_per_step": statistics.median(
+                    process.faults[args.steps :] or process.faults
+                ),
             }
         )
     return rows
@@ -97,7 +109,10 @@ def claims(axes: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     limits: dict[str, tuple[float, float]] = {}
     if rows := axes.get("tokens"):
         each = [row["over_last"] for row in rows]
-        limits["time linear in tokens: microseconds a token differ by"] = max(each) / min(each) - 1, LINEAR
+        limits["time linear in tokens: microseconds a token differ by"] = (
+            max(each) / min(each) - 1,
+            LINEAR,
+        )
         grown = rows[-1]["peak_megabytes"] / rows[0]["peak_megabytes"] - 1
         limits["memory bound by the shard: with 64 times the tokens it grows by"] = grown, GROWTH
     faults = max(row["faults_per_step"] for rows in axes.values() for row in rows)
@@ -123,7 +138,9 @@ def main() -> int:
     parser.add_argument("--axes", default=",".join(AXES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--timeout", type=float, default=300, help="seconds that one answer may take")
+    parser.add_argument(
+        "--timeout", type=float, default=300, help="seconds that one answer may take"
+    )
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     names = args.axes.split(",")

@@ -49,7 +49,9 @@ def soak(steps: int, out: Path) -> dict:
     def step(self, sharded):
         if self.done % EVERY == 0:
             looks.append((self.done, resident(), len(os.listdir("/proc/self/fd"))))
-        begun = time.process_time()  # on a machine that is shared, the time by the wall says nothing
+        begun = (
+            time.process_time()
+        )  # on a machine that is shared, the time by the wall says nothing
         line = plain(self, sharded)
         seconds.append(time.process_time() - begun)
         return line
@@ -62,7 +64,10 @@ def soak(steps: int, out: Path) -> dict:
         Run.step = plain
     at, memory, descriptors = (np.array(column) for column in zip(*looks, strict=True))
     half = len(at) // 2
-    early, late = (statistics.median(part) for part in (seconds[steps // 20 : steps // 4], seconds[-steps // 5 :]))
+    early, late = (
+        statistics.median(part)
+        for part in (seconds[steps // 20 : steps // 4], seconds[-steps // 5 :])
+    )
     return {
         "steps": steps,
         "bytes_a_step": round(float(np.polyfit(at[half:], memory[half:], 1)[0]), 1),
@@ -76,7 +81,14 @@ def soak(steps: int, out: Path) -> dict:
 def false_alarms(runs: int, out: Path) -> int:
     count = 0
     for seed in range(runs):
-        settings = Settings(steps=150, batch_size=2, context=8, lr=(3e-3, 1e-2, 3e-2)[seed % 3], seed=seed, threads=1)
+        settings = Settings(
+            steps=150,
+            batch_size=2,
+            context=8,
+            lr=(3e-3, 1e-2, 3e-2)[seed % 3],
+            seed=seed,
+            threads=1,
+        )
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             train(CausalLM(SHAPE, seed=seed), TEXT, settings, out / str(seed))

@@ -50,12 +50,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", default="0", help="comma-separated; figures are means")
-    parser.add_argument("--base", help="a folder with a pretrained base, in place of pretraining one")
+    parser.add_argument(
+        "--base", help="a folder with a pretrained base, in place of pretraining one"
+    )
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     tokenizer, seeds = ByteTokenizer(), [int(seed) for seed in args.seeds.split(",")]
     texts = {task: split(documents) for task, documents in four_tasks().items()}
-    learnt, held_out = ({task: tokenizer.encode(both[i]) for task, both in texts.items()} for i in (0, 1))
+    learnt, held_out = (
+        {task: tokenizer.encode(both[i]) for task, both in texts.items()} for i in (0, 1)
+    )
     settings = dataclasses.replace(ADAPT, steps=args.steps, eval_every=None)
 
     def bits(model: Any, task: str, own: bool) -> float:
@@ -70,26 +74,49 @@ def main() -> None:
         folder = Path(args.base or scratch)
         if not args.base:
             model = CausalLM(MODEL, seed=0)
-            train(model, tokenizer.encode(split(prose())[0]), PRETRAIN, Path(scratch) / "run", title="base")
+            train(
+                model,
+                tokenizer.encode(split(prose())[0]),
+                PRETRAIN,
+                Path(scratch) / "run",
+                title="base",
+            )
             model.save_pretrained(folder)
-        table["base"] = {task: [bits(CausalLM.from_pretrained(folder), task, False)] for task in texts}
+        table["base"] = {
+            task: [bits(CausalLM.from_pretrained(folder), task, False)] for task in texts
+        }
         for way in ("shared", "per task", "shared + per task", "full"):
             for seed in seeds:
                 model = made(way, CausalLM.from_pretrained(folder), list(texts), seed)
                 counts[way] = sum(p.size for p in model.parameters() if p.requires_grad)
-                run = dataclasses.replace(settings, seed=seed, lr=PRETRAIN.lr / 3 if way == "full" else settings.lr)
+                run = dataclasses.replace(
+                    settings, seed=seed, lr=PRETRAIN.lr / 3 if way == "full" else settings.lr
+                )
                 train(model, learnt, run, Path(scratch) / f"{way} {seed}", title=way)
                 for task in texts:
-                    table.setdefault(way, {}).setdefault(task, []).append(bits(model, task, way != "full"))
+                    table.setdefault(way, {}).setdefault(task, []).append(
+                        bits(model, task, way != "full")
+                    )
     rows: list[dict[str, Any]] = []
     for way, found in table.items():
         means = {task: round(statistics.fmean(values), 4) for task, values in found.items()}
         rows.append(
-            {"way": way, "trained": counts.get(way, 0), **means, "mean": round(statistics.fmean(means.values()), 4)}
+            {
+                "way": way,
+                "trained": counts.get(way, 0),
+                **means,
+                "mean": round(statistics.fmean(means.values()), 4),
+            }
         )
-    print(f"\n{'bits per byte':20}{'trained':>10}" + "".join(f"{task:>10}" for task in [*texts, "mean"]))
+    print(
+        f"\n{'bits per byte':20}{'trained':>10}"
+        + "".join(f"{task:>10}" for task in [*texts, "mean"])
+    )
     for row in rows:
-        print(f"{row['way']:20}{row['trained']:>10,}" + "".join(f"{row[task]:>10.3f}" for task in [*texts, "mean"]))
+        print(
+            f"{row['way']:20}{row['trained']:>10,}"
+            + "".join(f"{row[task]:>10.3f}" for task in [*texts, "mean"])
+        )
     result = {
         "command": "python " + " ".join(["benchmarks/tasks.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),

@@ -17,7 +17,10 @@ A, B = rng.standard_normal((2, 4)), rng.standard_normal((3, 2))
 
 y = W @ x + B @ (A @ x)
 dy = 2 * y  # the gradient of sum(y^2)
-by_hand = {"dA": np.outer(B.T @ dy, x), "dB": np.outer(dy, A @ x)}  # s B^T G X and s G (A X)^T of the paper, with s = 1
+by_hand = {
+    "dA": np.outer(B.T @ dy, x),
+    "dB": np.outer(dy, A @ x),
+}  # s B^T G X and s G (A X)^T of the paper, with s = 1
 
 tA, tB = Tensor(A, requires_grad=True), Tensor(B, requires_grad=True)
 ty = Tensor(W) @ Tensor(x) + tB @ (tA @ Tensor(x))
@@ -32,7 +35,9 @@ while todo:
     if node not in seen:
         seen.add(node)
         parents = [p for p in node.parents if p is not None]
-        names = ["a leaf" if isinstance(p, Tensor) else p.vjp.__qualname__.split(".")[0] for p in parents]
+        names = [
+            "a leaf" if isinstance(p, Tensor) else p.vjp.__qualname__.split(".")[0] for p in parents
+        ]
         print(f"  {node.vjp.__qualname__.split('.')[0]:8} <- {', '.join(names)}")
         todo += [p for p in parents if isinstance(p, Node)]
 

@@ -19,12 +19,20 @@ STEPS = 150
 tokenizer = ByteTokenizer()
 text, _ = split(prose())
 windows = Windows(tokenizer.encode(text), context=64, batch_size=16)
-shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
+shape = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 config = TransformerConfig(**shape, tie_word_embeddings=True)
 model = CausalLM(config, seed=0)
 params = dict(model.named_parameters())
 optimizer = AdamW(params.items(), lr=5e-3, weight_decay=0.1)
-print(f"{sum(p.size for p in params.values()):,} parameters, such as model.layers.0.self_attn.q_proj.weight", end=" ")
+print(
+    f"{sum(p.size for p in params.values()):,} parameters, such as model.layers.0.self_attn.q_proj.weight",
+    end=" ",
+)
 print(params["model.layers.0.self_attn.q_proj.weight"].shape)
 
 

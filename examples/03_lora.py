@@ -6,12 +6,24 @@ adapter to rounding, that unmerging restores the base bit for bit, and that dW h
 
 import numpy as np
 
-from minilora import AdamW, ByteTokenizer, CausalLM, LoraConfig, TransformerConfig, get_peft_model, no_grad
+from minilora import (
+    AdamW,
+    ByteTokenizer,
+    CausalLM,
+    LoraConfig,
+    TransformerConfig,
+    get_peft_model,
+    no_grad,
+)
 from minilora.data import Windows
 from minilora.parallel import ShardedStep
 
 tokenizer = ByteTokenizer()
-model = CausalLM(TransformerConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4))
+model = CausalLM(
+    TransformerConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+)
 ids = tokenizer.encode("def adapt(model): return model")[None]
 with no_grad():
     base_logits = model(ids).numpy()
@@ -37,7 +49,9 @@ with no_grad():
     adapted = model(ids).numpy()
     model.merge_adapter()
     merged = model(ids).numpy()
-    print(f"merged - adapted: {np.abs(merged - adapted).max() / np.abs(adapted).max():.1e} of the largest logit")
+    print(
+        f"merged - adapted: {np.abs(merged - adapted).max() / np.abs(adapted).max():.1e} of the largest logit"
+    )
     model.unmerge_adapter()
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     print("unmerged base, bit for bit:", np.array_equal(layer.base_layer.weight.numpy(), q))

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora import AdamW, ByteTokenizer, CausalLM, LoraConfig, TransformerConfig, get_peft_model, plots, quantize
+from minilora import (
+    AdamW,
+    ByteTokenizer,
+    CausalLM,
+    LoraConfig,
+    TransformerConfig,
+    get_peft_model,
+    plots,
+    quantize,
+)
 from minilora.data import Windows
 from minilora.parallel import ShardedStep
 from minilora.quant import LEVELS, encode, quantization_report
@@ -22,11 +31,21 @@ absmax = np.abs(w.reshape(-1, 64)).max(axis=1, keepdims=True)
 equal = absmax / 7  # int4: -7 ... 7 times this
 errors = {kind: np.abs(encode(w, kind).decode() - w).mean() for kind in ("nf4", "fp4")}
 errors["int4"] = np.abs(np.round(w.reshape(-1, 64) / equal) * equal - w.reshape(-1, 64)).mean()
-print("mean error of a standard normal weight:", ", ".join(f"{kind} {error:.4f}" for kind, error in errors.items()))
+print(
+    "mean error of a standard normal weight:",
+    ", ".join(f"{kind} {error:.4f}" for kind, error in errors.items()),
+)
 
 # ---- 2. a base that knows prose --------------------------------------------------------------------------------------
-english, python = (tuple(map(ByteTokenizer().encode, split(text))) for text in (prose(), python_sources(600_000)))
-shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+english, python = (
+    tuple(map(ByteTokenizer().encode, split(text))) for text in (prose(), python_sources(600_000))
+)
+shape = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 base = CausalLM(TransformerConfig(**shape, tie_word_embeddings=True), seed=0)
 
 
@@ -54,9 +73,14 @@ for kind in ("dense", "nf4"):
     if kind != "dense":
         report = quantization_report(quantize(model, kind))
         held, dense = sum(r.nbytes for r in report), 4 * sum(r.parameters for r in report)
-        print(f"{len(report)} layers in {held:,} bytes, {held / dense:.1%} of {dense:,}; each is wrong by", end=" ")
+        print(
+            f"{len(report)} layers in {held:,} bytes, {held / dense:.1%} of {dense:,}; each is wrong by",
+            end=" ",
+        )
         print(f"{np.mean([r.error for r in report]):.1%} of its norm")
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear"), seed=0)
+    model = get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear"), seed=0
+    )
     curves[kind] = train(model, python[0], 150, 5e-3)
     ends[kind] = bits_per_byte(evaluate(model, python[1], 64, limit=256))
     print(f"LoRA over the {kind:5} base: {ends[kind]:.3f} bits a byte of held-out code")
@@ -73,7 +97,9 @@ if plots.available():
     left.set_yticks([3000, 6000, 9000], [f"{kind}  {error:.3f}" for kind, error in errors.items()])
     left.set_title("Weights in their blocks, the levels, the mean error", loc="left")
     for (kind, losses), color in zip(curves.items(), ("#2a6f97", "#c8553d"), strict=True):
-        right.plot(np.convolve(losses, np.full(10, 0.1), "valid"), label=f"{kind} base", color=color)
+        right.plot(
+            np.convolve(losses, np.full(10, 0.1), "valid"), label=f"{kind} base", color=color
+        )
     right.set_title("LoRA on code, bits a byte", loc="left")
     right.legend()
     figure.savefig("runs/qlora.png")

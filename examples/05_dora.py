@@ -10,15 +10,31 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora import AdamW, ByteTokenizer, CausalLM, Linear, LoraConfig, TransformerConfig, get_peft_model, plots
+from minilora import (
+    AdamW,
+    ByteTokenizer,
+    CausalLM,
+    Linear,
+    LoraConfig,
+    TransformerConfig,
+    get_peft_model,
+    plots,
+)
 from minilora.data import Windows
 from minilora.parallel import ShardedStep
 from minilora.texts import prose, python_sources, split
 from minilora.train import bits_per_byte, evaluate
 
 tokenizer = ByteTokenizer()
-english, python = (tuple(map(tokenizer.encode, split(text))) for text in (prose(), python_sources(600_000)))
-shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+english, python = (
+    tuple(map(tokenizer.encode, split(text))) for text in (prose(), python_sources(600_000))
+)
+shape = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 base = CausalLM(TransformerConfig(**shape, tie_word_embeddings=True), seed=0)
 
 
@@ -34,7 +50,11 @@ def train(model, tokens, steps, lr):
 # ---- 1. a base, and its linear layers --------------------------------------------------------------------------------
 train(base, english[0], 200, 5e-3)
 weights = {name: p.numpy() for name, p in base.named_parameters()}
-layers = [path for path, module in base.named_modules() if isinstance(module, Linear) and path != "lm_head"]
+layers = [
+    path
+    for path, module in base.named_modules()
+    if isinstance(module, Linear) and path != "lm_head"
+]
 print(f"{len(layers)} layers of a base that knows prose; now each method learns code")
 
 
@@ -51,15 +71,21 @@ for method, lr in (("full fine-tuning", 1e-3), ("LoRA", 5e-3), ("DoRA", 5e-3)):
     for name, p in model.named_parameters():
         p.data = weights[name].copy()
     if method != "full fine-tuning":
-        config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", use_dora=method == "DoRA")
+        config = LoraConfig(
+            r=8, lora_alpha=16, target_modules="all-linear", use_dora=method == "DoRA"
+        )
         model = get_peft_model(model, config, seed=0)
     train(model, python[0], 120, lr)
     bits = bits_per_byte(evaluate(model, python[1], 64, limit=256))
     after = model.merge_and_unload() if method != "full fine-tuning" else model
     after = {name: p.numpy() for name, p in after.named_parameters()}
-    moved[method] = [movement(*(w[f"{path}.weight"].astype(float) for w in (weights, after))) for path in layers]
+    moved[method] = [
+        movement(*(w[f"{path}.weight"].astype(float) for w in (weights, after))) for path in layers
+    ]
     together = np.mean([np.corrcoef(*rows)[0, 1] for rows in moved[method]])
-    print(f"{method:16} {bits:.3f} bits a byte   correlation of length and direction, a layer's rows: {together:+.2f}")
+    print(
+        f"{method:16} {bits:.3f} bits a byte   correlation of length and direction, a layer's rows: {together:+.2f}"
+    )
 
 if plots.available():
     import matplotlib.pyplot as plt
@@ -67,8 +93,17 @@ if plots.available():
     Path("runs").mkdir(exist_ok=True)
     figure, axes = plt.subplots(1, len(moved), figsize=(9, 3.2), layout="constrained", sharey=True)
     for axis, (method, found) in zip(axes, moved.items(), strict=True):
-        for lengths, directions in found:  # in units of the layer's mean, so that layers lie on each other
-            axis.plot(directions / directions.mean(), lengths / lengths.mean(), ".", color="#2a6f97", alpha=0.25)
+        for (
+            lengths,
+            directions,
+        ) in found:  # in units of the layer's mean, so that layers lie on each other
+            axis.plot(
+                directions / directions.mean(),
+                lengths / lengths.mean(),
+                ".",
+                color="#2a6f97",
+                alpha=0.25,
+            )
         axis.set(title=method, xlabel="change of direction", xlim=(0, 3), ylim=(0, 5))
     axes[0].set_ylabel("change of length")
     figure.savefig("runs/dora.png")

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora import AdamW, ByteTokenizer, CausalLM, LoraConfig, PeftModel, TransformerConfig, no_grad
+from minilora import (
+    AdamW,
+    ByteTokenizer,
+    CausalLM,
+    LoraConfig,
+    PeftModel,
+    TransformerConfig,
+    no_grad,
+)
 from minilora.data import Batch, TaskWindows, Windows
 from minilora.lora import get_multitask_model
 from minilora.parallel import ShardedStep
@@ -20,9 +28,17 @@ from minilora.texts import four_tasks, prose, split
 from minilora.train import bits_per_byte, evaluate
 
 encode, T = ByteTokenizer().encode, 64
-texts = {task: [encode(part) for part in split(documents)] for task, documents in four_tasks(200_000).items()}
+texts = {
+    task: [encode(part) for part in split(documents)]
+    for task, documents in four_tasks(200_000).items()
+}
 tasks = list(texts)
-shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "max_position_embeddings": T}
+shape = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": T,
+}
 model = CausalLM(TransformerConfig(**shape))
 
 
@@ -62,9 +78,13 @@ with no_grad():
 apart = np.abs(mixed - alone).max() / np.abs(alone).max()
 print(f"a mixed batch - each task by itself: {apart:.1e} of the largest one")
 
-trained = {name.split(".")[-2]: p for name, p in model.named_parameters() if p.requires_grad}  # one of each adapter
+trained = {
+    name.split(".")[-2]: p for name, p in model.named_parameters() if p.requires_grad
+}  # one of each adapter
 with ShardedStep(model) as sharded:
-    _, grads = sharded.gradients(Batch(ids[:1, :-1], ids[:1, 1:], tasks=tasks[:1]), list(trained.values()))
+    _, grads = sharded.gradients(
+        Batch(ids[:1, :-1], ids[:1, 1:], tasks=tasks[:1]), list(trained.values())
+    )
 reached = [name for name, g in zip(trained, grads, strict=True) if g is not None]
 print(f"rows of {tasks[0]} alone give a gradient to the adapter of: {', '.join(reached)}")
 
@@ -76,4 +96,10 @@ with tempfile.TemporaryDirectory() as folder, no_grad():
 
 if available():
     Path("runs").mkdir(exist_ok=True)
-    heat_table(Path("runs", "multitask.png"), np.array(rows), names, tasks, "Bits per byte of each text, by adapter")
+    heat_table(
+        Path("runs", "multitask.png"),
+        np.array(rows),
+        names,
+        tasks,
+        "Bits per byte of each text, by adapter",
+    )

@@ -18,7 +18,12 @@ from minilora.tools.merging import merge
 
 with tempfile.TemporaryDirectory() as scratch:
     here = Path(scratch)
-    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
+    shape = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+    }
     model = CausalLM(TransformerConfig(**shape), seed=0)
     model.save_pretrained(here / "float32")
     convert(here / "float32", here / "base", dtype="bfloat16")  # as models are published
@@ -35,12 +40,19 @@ with tempfile.TemporaryDirectory() as scratch:
     rows = merge(here / "base", [here / "adapter"], here / "merged", threads=1)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    print(f"{len(rows)} layers merged; {peak / 1e6:.1f} MB of arrays at most, the checkpoint has {size / 1e6:.1f} MB")
+    print(
+        f"{len(rows)} layers merged; {peak / 1e6:.1f} MB of arrays at most, the checkpoint has {size / 1e6:.1f} MB"
+    )
     for row in rows[:3]:
-        print(f"  {row['tensor']}: |dW| {row['|dW|']:.4f}, of which rounding takes {row['lost']:.0%}")
+        print(
+            f"  {row['tensor']}: |dW| {row['|dW|']:.4f}, of which rounding takes {row['lost']:.0%}"
+        )
 
     path = "model.layers.0.self_attn.q_proj"
-    base, merged = (load_file(here / name / "model.safetensors")[f"{path}.weight"] for name in ("base", "merged"))
+    base, merged = (
+        load_file(here / name / "model.safetensors")[f"{path}.weight"]
+        for name in ("base", "merged")
+    )
     factors = load_file(here / "adapter" / "adapter_model.safetensors")
     A, B = (factors[f"base_model.model.{path}.lora_{x}.weight"].astype(np.float64) for x in "AB")
     exact = base.astype(np.float64) + B @ A  # s = 1
@@ -50,4 +62,6 @@ with tempfile.TemporaryDirectory() as scratch:
         f"numbers that are not the float64 sum rounded once: {np.count_nonzero(merged != rounded)} of {merged.size:,}"
     )
     error = np.linalg.norm(merged - exact) / np.linalg.norm(B @ A)
-    print(f"|dW| / |W| = {np.linalg.norm(B @ A) / np.linalg.norm(base):.4f}; rounding takes {error:.0%} of dW")
+    print(
+        f"|dW| / |W| = {np.linalg.norm(B @ A) / np.linalg.norm(base):.4f}; rounding takes {error:.0%} of dW"
+    )

@@ -25,7 +25,9 @@ def orthonormal(rows: int, columns: int) -> np.ndarray:
 
 with tempfile.TemporaryDirectory() as scratch:
     here = Path(scratch)
-    base = CausalLM(TransformerConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2), seed=0)
+    base = CausalLM(
+        TransformerConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2), seed=0
+    )
     base.save_pretrained(here / "base")
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=8, target_modules="all-linear"))
     for name, p in model.named_parameters():  # dW = B A = U diag(VALUES) V^T
@@ -36,18 +38,27 @@ with tempfile.TemporaryDirectory() as scratch:
     model.save_pretrained(here / "adapter")
 
     report = inspect_adapter(here / "adapter", here / "base")
-    print(f"{report['parameters']:,} parameters in {len(report['tensors'])} layers, of rank 8. Four of them:")
+    print(
+        f"{report['parameters']:,} parameters in {len(report['tensors'])} layers, of rank 8. Four of them:"
+    )
     for row in report["tensors"][:4]:
         print("  " + "  ".join(f"{key} {value}" for key, value in row.items()))
 
     resize(here / "adapter", 2, here / "small")
-    before, after = (load_file(here / name / "adapter_model.safetensors") for name in ("adapter", "small"))
+    before, after = (
+        load_file(here / name / "adapter_model.safetensors") for name in ("adapter", "small")
+    )
     errors = []
     for key in (key for key in before if "lora_A" in key):
-        dW, dW2 = (file[key.replace("lora_A", "lora_B")].astype(float) @ file[key] for file in (before, after))
+        dW, dW2 = (
+            file[key.replace("lora_A", "lora_B")].astype(float) @ file[key]
+            for file in (before, after)
+        )
         errors.append(np.linalg.norm(dW2 - dW))  # s = 1 in both
     expected = float(np.sqrt((VALUES[2:] ** 2).sum()))
-    print(f"resized to rank 2: an error of {min(errors):.6f} to {max(errors):.6f}; Eckart and Young say {expected:.6f}")
+    print(
+        f"resized to rank 2: an error of {min(errors):.6f} to {max(errors):.6f}; Eckart and Young say {expected:.6f}"
+    )
     print(f"that is {expected / np.linalg.norm(VALUES):.1%} of dW, for a quarter of the parameters")
     if plots.available():
         Path("runs").mkdir(exist_ok=True)

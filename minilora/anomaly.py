@@ -43,7 +43,11 @@ def detect_anomaly(infinities: bool = False, model: Module | None = None) -> Ite
 
     A graph recorded inside is checked by every backward that walks it. Slow: each array is read again, some twice.
     """
-    paths = {} if model is None else {id(module): path or "the model" for path, module in model.named_modules()}
+    paths = (
+        {}
+        if model is None
+        else {id(module): path or "the model" for path, module in model.named_modules()}
+    )
     token = observer.set(_Observer(infinities, paths))
     try:
         with np.errstate(invalid="ignore"):  # NumPy's warning would say the same, and not where
@@ -56,7 +60,9 @@ class _Observer:
     def __init__(self, infinities: bool, paths: dict[int, str]):
         self.infinities = infinities
         self.paths = paths
-        self.from_outside = False  # has a leaf brought a NaN in? From there on no operation is to blame
+        self.from_outside = (
+            False  # has a leaf brought a NaN in? From there on no operation is to blame
+        )
 
     def __call__(self, y: Tensor, inputs: tuple[Tensor, ...], vjp: Vjp) -> None:
         xp, name, place = y.backend.xp, _name(vjp), self.place()
@@ -66,9 +72,13 @@ class _Observer:
             raise self.error(xp, y.data, f"the output of {name} {y.shape}", f"made {place}", blown)
         self.from_outside |= given
         if y.node is not None:
-            y.node.vjp = self.checked(y, [t.requires_grad for t in inputs], vjp, name, f"called {place}", given)
+            y.node.vjp = self.checked(
+                y, [t.requires_grad for t in inputs], vjp, name, f"called {place}", given
+            )
 
-    def checked(self, y: Tensor, wanted: list[bool], vjp: Vjp, name: str, called: str, given: bool) -> Vjp:
+    def checked(
+        self, y: Tensor, wanted: list[bool], vjp: Vjp, name: str, called: str, given: bool
+    ) -> Vjp:
         """A vjp that does what `vjp` does, and looks at what it reads and at what it gives."""
         backend, shape = y.backend, y.shape
         kept = [(array, _checksum(backend, array)) for array in _arrays(vjp, type(y.data))]
@@ -79,7 +89,9 @@ class _Observer:
             for array, before in kept:
                 if _checksum(backend, array) != before:
                     needed = f"an array {array.shape} that the backward of '{name}' needs"
-                    raise GraphError(f"{needed} was written to after the forward; the operation was {called}")
+                    raise GraphError(
+                        f"{needed} was written to after the forward; the operation was {called}"
+                    )
             brought = self.bad(xp, dy)
             if brought and not self.from_outside:  # no vjp made it, or it would have been reported
                 what = f"the gradient that reached the output of {name} {shape}, given to backward or a sum of several"
@@ -98,12 +110,16 @@ class _Observer:
             return not _finite(xp, array)
         return array.dtype.kind == "f" and bool(xp.isnan(array).any())
 
-    def error(self, xp: Any, array: Array, what: str, place: str, blown: bool = False) -> NonFiniteError:
+    def error(
+        self, xp: Any, array: Array, what: str, place: str, blown: bool = False
+    ) -> NonFiniteError:
         nan = xp.isnan(array)
         kind = "NaN" if nan.any() else "infinity"
         count = int((~xp.isfinite(array) if self.infinities else nan).sum())
         why = ", from numbers that were infinite" if blown else ""
-        return NonFiniteError(f"first {kind}: {what}, {count} of {array.size} entries, {place}{why}"[:500])
+        return NonFiniteError(
+            f"first {kind}: {what}, {count} of {array.size} entries, {place}{why}"[:500]
+        )
 
     def place(self) -> str:
         """The line outside the engine that called this operation; with a model, the innermost module that did."""
@@ -158,7 +174,11 @@ def explain_non_finite(
     """
     params = [p for p in model.parameters() if p.requires_grad]
     found = ""
-    with np.errstate(all="ignore"), ShardedStep(model, 1, shard, loss) as sharded, detect_anomaly(True, model):
+    with (
+        np.errstate(all="ignore"),
+        ShardedStep(model, 1, shard, loss) as sharded,
+        detect_anomaly(True, model),
+    ):
         try:
             total, grads = sharded.gradients(batch, params, seed, step)
             if not math.isfinite(float(total)) or not all(
@@ -167,17 +187,28 @@ def explain_non_finite(
                 found = "every operation gave finite numbers for finite ones, and only their sum is not finite"
         except NonFiniteError as error:
             found = str(error)
-    broken = [_described(name, p) for name, p in model.named_parameters() if not _finite(p.backend.xp, p.data)]
+    broken = [
+        _described(name, p)
+        for name, p in model.named_parameters()
+        if not _finite(p.backend.xp, p.data)
+    ]
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        before = f"before the step, values that are not finite stood in {', '.join(broken[:3])}{more}"
+        before = (
+            f"before the step, values that are not finite stood in {', '.join(broken[:3])}{more}"
+        )
         # An operation that was given them is not to blame; and one that holds W + dW was given them unseen.
         return f"{before}; {found}"[:500] if found.startswith("first") else before[:500]
-    return found or "taken again, the step is finite: nothing in the batch or in the weights explains it"
+    return (
+        found
+        or "taken again, the step is finite: nothing in the batch or in the weights explains it"
+    )
 
 
 def _described(name: str, parameter: Tensor) -> str:
     """'model.norm.weight (1 of 64)'; and which row, where one row of a matrix, as one token's embedding is, has all."""
     bad = ~np.isfinite(parameter.numpy())
     rows = np.flatnonzero(bad.any(axis=1)).tolist() if bad.ndim == 2 else []
-    return f"{name} ({bad.sum()} of {bad.size}{f', all in row {rows[0]}' if len(rows) == 1 else ''})"
+    return (
+        f"{name} ({bad.sum()} of {bad.size}{f', all in row {rows[0]}' if len(rows) == 1 else ''})"
+    )

@@ -39,7 +39,13 @@ class Dialect(NamedTuple):
     demands: Mapping[str, Any] = {}
 
 
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 COMMON = (
     *REQUIRED,
     "max_position_embeddings",
@@ -50,10 +56,19 @@ COMMON = (
 )
 SHARED = (*COMMON, "num_key_value_heads", "head_dim", "rope_parameters")
 WINDOWED = (*SHARED, "sliding_window", "max_window_layers", "layer_types")
-QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+QWEN = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 
 DIALECTS = {
-    "llama": Dialect("LlamaForCausalLM", (*SHARED, "attention_bias", "mlp_bias"), {"max_position_embeddings": 2048}),
+    "llama": Dialect(
+        "LlamaForCausalLM",
+        (*SHARED, "attention_bias", "mlp_bias"),
+        {"max_position_embeddings": 2048},
+    ),
     "mistral": Dialect(
         "MistralForCausalLM",
         (*SHARED, "sliding_window"),
@@ -81,7 +96,11 @@ DIALECTS = {
             "hidden_act": "activation_function",
             "rms_norm_eps": "layer_norm_epsilon",
         },
-        {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+        {
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
     ),
 }
 MODEL_TYPES = tuple(DIALECTS)
@@ -130,16 +149,30 @@ class TransformerConfig:
 
         def need(ok: bool, name: str, wanted: str) -> None:
             if not ok:
-                there = DIALECTS[self.model_type].names.get(name) if self.model_type in MODEL_TYPES else None
+                there = (
+                    DIALECTS[self.model_type].names.get(name)
+                    if self.model_type in MODEL_TYPES
+                    else None
+                )
                 shown = f"{name} ({there})" if there else name
-                raise ConfigError(f"config: {shown} must be {wanted}, got {getattr(self, name)!r}"[:500])
+                raise ConfigError(
+                    f"config: {shown} must be {wanted}, got {getattr(self, name)!r}"[:500]
+                )
 
         need(self.model_type in MODEL_TYPES, "model_type", f"one of {', '.join(MODEL_TYPES)}")
         dialect = DIALECTS[self.model_type]
-        need(self.hidden_act in dialect.activations, "hidden_act", f"one of {', '.join(dialect.activations)}")
+        need(
+            self.hidden_act in dialect.activations,
+            "hidden_act",
+            f"one of {', '.join(dialect.activations)}",
+        )
         if self.num_key_value_heads is None:
             put("num_key_value_heads", self.num_attention_heads)
-        if self.intermediate_size is None and self.model_type == "gpt2" and _is_size(self.hidden_size):
+        if (
+            self.intermediate_size is None
+            and self.model_type == "gpt2"
+            and _is_size(self.hidden_size)
+        ):
             put("intermediate_size", 4 * self.hidden_size)
         for name in [*REQUIRED, "num_key_value_heads", "max_position_embeddings"]:
             need(_is_size(getattr(self, name)), name, "a positive integer")
@@ -151,9 +184,17 @@ class TransformerConfig:
         if "rope_parameters" in dialect.fields:
             need(fits and self.head_dim % 2 == 0, "head_dim", "even and positive")  # type: ignore[operator]
         else:
-            need(fits and self._plain_heads, "head_dim", "hidden_size / num_attention_heads, and nothing else")
+            need(
+                fits and self._plain_heads,
+                "head_dim",
+                "hidden_size / num_attention_heads, and nothing else",
+            )
         fits = self.num_attention_heads % self.kv_heads == 0
-        need(fits, "num_key_value_heads", f"a divisor of num_attention_heads = {self.num_attention_heads}")
+        need(
+            fits,
+            "num_key_value_heads",
+            f"a divisor of num_attention_heads = {self.num_attention_heads}",
+        )
         for name in ("rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
             need(type(value) in (int, float) and 0 < value < 1e300, name, "a positive number")
@@ -161,21 +202,40 @@ class TransformerConfig:
             need(isinstance(getattr(self, name), bool), name, "true or false")
         window, first, types = self.sliding_window, self.max_window_layers, self.layer_types
         need(window is None or _is_size(window), "sliding_window", "a positive integer, or null")
-        need(type(first) is int and 0 <= first < 2**31, "max_window_layers", "an integer of at least 0")
+        need(
+            type(first) is int and 0 <= first < 2**31,
+            "max_window_layers",
+            "an integer of at least 0",
+        )
         if types is not None:
             listed = isinstance(types, (list, tuple)) and all(t in LAYER_TYPES for t in types)
             count = self.num_hidden_layers
-            need(listed and len(types) == count, "layer_types", f"{count} of {', '.join(LAYER_TYPES)}, or null")
-            need(window is not None or LAYER_TYPES[1] not in types, "sliding_window", f"given for {LAYER_TYPES[1]}")
+            need(
+                listed and len(types) == count,
+                "layer_types",
+                f"{count} of {', '.join(LAYER_TYPES)}, or null",
+            )
+            need(
+                window is not None or LAYER_TYPES[1] not in types,
+                "sliding_window",
+                f"given for {LAYER_TYPES[1]}",
+            )
             put("layer_types", tuple(types))
         need(isinstance(self.rope_parameters, Mapping), "rope_parameters", "an object")
-        defaults: dict[str, Any] = {"attention_bias": False, "mlp_bias": False, "sliding_window": None}
+        defaults: dict[str, Any] = {
+            "attention_bias": False,
+            "mlp_bias": False,
+            "sliding_window": None,
+        }
         defaults |= {"max_window_layers": 0, "layer_types": None, "rope_parameters": {}}
         for name, default in {**defaults, "num_key_value_heads": self.num_attention_heads}.items():
             same = name in dialect.fields or getattr(self, name) == default
             need(same, name, f"{default!r}, since the model_type is {self.model_type}")
         if "rope_parameters" in dialect.fields:
-            put("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0, **self.rope_parameters})
+            put(
+                "rope_parameters",
+                {"rope_type": "default", "rope_theta": 10000.0, **self.rope_parameters},
+            )
             rotary_frequencies(self)  # raises where the rotary parameters do not fit
 
     @property
@@ -198,19 +258,35 @@ class TransformerConfig:
     def window(self, layer: int) -> int | None:
         """How many positions attention sees in this layer, the newest among them; None: all."""
         slides = (
-            layer >= self.max_window_layers if self.layer_types is None else self.layer_types[layer] == LAYER_TYPES[1]
+            layer >= self.max_window_layers
+            if self.layer_types is None
+            else self.layer_types[layer] == LAYER_TYPES[1]
         )
         return self.sliding_window if slides else None
 
     def parameter_count(self) -> int:
         """How many weights the model has; a tied head counts once."""
-        C, D, H, K, V = self.hidden_size, self.head_dim or 0, self.num_attention_heads, self.kv_heads, self.vocab_size
+        C, D, H, K, V = (
+            self.hidden_size,
+            self.head_dim or 0,
+            self.num_attention_heads,
+            self.kv_heads,
+            self.vocab_size,
+        )
         M, tables = self.intermediate_size, 1 if self.tie_word_embeddings else 2
         if self.model_type == "gpt2":
-            layer = 4 * C * C + 2 * C * M + (4 * C) + (C + M) + 4 * C  # products, their biases, two norms
-            return (tables * V + self.max_position_embeddings) * C + self.num_hidden_layers * layer + 2 * C
+            layer = (
+                4 * C * C + 2 * C * M + (4 * C) + (C + M) + 4 * C
+            )  # products, their biases, two norms
+            return (
+                (tables * V + self.max_position_embeddings) * C
+                + self.num_hidden_layers * layer
+                + 2 * C
+            )
         layer = 2 * C * D * (H + K) + 3 * C * M + 2 * C + 2 * D * self.qk_norm
-        layer += (H + 2 * K) * D * self.qkv_bias + C * self.attention_bias + (2 * M + C) * self.mlp_bias
+        layer += (
+            (H + 2 * K) * D * self.qkv_bias + C * self.attention_bias + (2 * M + C) * self.mlp_bias
+        )
         return tables * V * C + self.num_hidden_layers * layer + C
 
     @classmethod
@@ -219,14 +295,21 @@ class TransformerConfig:
         config = dict(config)
         kind = config.pop("model_type", None)
         if kind not in MODEL_TYPES:
-            raise ConfigError(f"config: model_type must be one of {', '.join(MODEL_TYPES)}, got {kind!r}"[:500])
+            raise ConfigError(
+                f"config: model_type must be one of {', '.join(MODEL_TYPES)}, got {kind!r}"[:500]
+            )
         dialect = DIALECTS[kind]
         for name, value in dialect.demands.items():
             if config.get(name, value) is not value:
-                raise ConfigError(f"config: {name} must be {str(value).lower()}, got {config[name]!r}"[:500])
+                raise ConfigError(
+                    f"config: {name} must be {str(value).lower()}, got {config[name]!r}"[:500]
+                )
         rope = _rope(config) if "rope_parameters" in dialect.fields else {}
         there = {name: dialect.names.get(name, name) for name in dialect.fields}
-        given = {**dialect.absent, **{name: config.pop(key) for name, key in there.items() if key in config}}
+        given = {
+            **dialect.absent,
+            **{name: config.pop(key) for name, key in there.items() if key in config},
+        }
         missing = sorted(there[name] for name in REQUIRED if name not in given)
         if missing:
             raise ConfigError(f"config: missing {', '.join(missing)}")
@@ -248,9 +331,18 @@ class TransformerConfig:
             del own["head_dim"]  # as transformers, which reads it but does not write it
         if own.get("n_inner") == 4 * self.hidden_size:
             own["n_inner"] = None
-        stale = "torch_dtype", "quantization_config"  # the first is now `dtype`, the second is its weights' affair
+        stale = (
+            "torch_dtype",
+            "quantization_config",
+        )  # the first is now `dtype`, the second is its weights' affair
         extra = {k: v for k, v in self.extra.items() if k not in stale}
-        return {"architectures": [dialect.architecture], **extra, **own, "model_type": self.model_type, "dtype": dtype}
+        return {
+            "architectures": [dialect.architecture],
+            **extra,
+            **own,
+            "model_type": self.model_type,
+            "dtype": dtype,
+        }
 
 
 def _is_size(value: Any) -> bool:
@@ -276,18 +368,30 @@ def rotary_frequencies(config: TransformerConfig) -> np.ndarray:
 
     def number(name: str) -> float:
         value = p.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-30 < value < 1e30:
-            raise ConfigError(f"config: rope_parameters.{name} must be a positive number, got {value!r}"[:500])
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 1e-30 < value < 1e30
+        ):
+            raise ConfigError(
+                f"config: rope_parameters.{name} must be a positive number, got {value!r}"[:500]
+            )
         return float(value)
 
     if p["rope_type"] not in ROPE_TYPES:
-        raise ConfigError(f"config: rope_type must be one of {', '.join(ROPE_TYPES)}, got {p['rope_type']!r}"[:500])
+        raise ConfigError(
+            f"config: rope_type must be one of {', '.join(ROPE_TYPES)}, got {p['rope_type']!r}"[
+                :500
+            ]
+        )
     if any(isinstance(value, Mapping) for value in p.values()):
         raise ConfigError(
             "config: rope_parameters must be those of all layers: sets by type of layer are not supported"
         )
     if p.get("partial_rotary_factor") not in (None, 1):
-        raise ConfigError("config: rope_parameters.partial_rotary_factor must be 1: all of a head is rotated")
+        raise ConfigError(
+            "config: rope_parameters.partial_rotary_factor must be 1: all of a head is rotated"
+        )
     frequency = number("rope_theta") ** (-np.arange(0, D, 2, dtype=np.float64) / D)
     if p["rope_type"] == "linear":
         return frequency / number("factor")
@@ -323,11 +427,18 @@ class RotaryTable:
     def __call__(self, start: int, stop: int, like: Any) -> tuple[Any, Any]:
         """(cos, sin), each (stop - start, (H + K) D), for positions from start on, in the dtype and place of `like`."""
         key = (like.backend.name, like.dtype)
-        table = self.tables.get(key, ())  # read once: another thread may put a shorter one in its place
+        table = self.tables.get(
+            key, ()
+        )  # read once: another thread may put a shorter one in its place
         if not table or len(table[0]) < stop:
-            angle = np.arange(max(64, 1 << (stop - 1).bit_length()))[:, None] * self.frequency  # grows by doubling
+            angle = (
+                np.arange(max(64, 1 << (stop - 1).bit_length()))[:, None] * self.frequency
+            )  # grows by doubling
             halves = (np.cos(angle), np.cos(angle)), (-np.sin(angle), np.sin(angle))
-            full = [(np.concatenate(pair, axis=1)[:, None] * self.scale).reshape(len(angle), -1) for pair in halves]
+            full = [
+                (np.concatenate(pair, axis=1)[:, None] * self.scale).reshape(len(angle), -1)
+                for pair in halves
+            ]
             table = tuple(like.backend.from_numpy(f.astype(like.dtype)) for f in full)
             self.tables[key] = table
         return table[0][start:stop], table[1][start:stop]

@@ -39,7 +39,12 @@ class Node:
 
     __slots__ = ("guards", "order", "parents", "vjp")
 
-    def __init__(self, parents: tuple[Node | Tensor | None, ...], vjp: Vjp, guards: list[tuple[list[int], int, int]]):
+    def __init__(
+        self,
+        parents: tuple[Node | Tensor | None, ...],
+        vjp: Vjp,
+        guards: list[tuple[list[int], int, int]],
+    ):
         self.order = next(_tick)
         self.parents = parents  # a Node, a leaf Tensor, or None where no gradient is wanted
         self.vjp = vjp
@@ -53,7 +58,9 @@ def record(data: Array, inputs: tuple[Tensor, ...], vjp: Vjp) -> Tensor:
     """An operation's output. If a gradient can flow to an input, remember how: `vjp(dy)`, aligned with `inputs`."""
     y = Tensor.__new__(Tensor)
     y.backend = backend = inputs[0].backend
-    y._data = data if isinstance(data, backend.xp.ndarray) else backend.xp.asarray(data)  # reductions give scalars
+    y._data = (
+        data if isinstance(data, backend.xp.ndarray) else backend.xp.asarray(data)
+    )  # reductions give scalars
     y.grad = y.node = y.version = None
     y.requires_grad = False
     parents, guards, view = [], [], y._data.base is not None
@@ -103,7 +110,9 @@ def no_grad() -> Iterator[None]:
 
 
 def _freed(dy: Array) -> tuple[Array | None, ...]:
-    raise GraphError("this graph was freed by an earlier backward: run the forward again, or pass retain_graph=True")
+    raise GraphError(
+        "this graph was freed by an earlier backward: run the forward again, or pass retain_graph=True"
+    )
 
 
 def gradients(
@@ -125,10 +134,14 @@ def _backward(loss: Tensor, dy: Array | None, retain_graph: bool) -> dict[Tensor
         raise GraphError(f"the loss depends on no tensor that requires a gradient: {why}")
     if dy is None:
         if loss.size != 1:
-            raise GraphError(f"backward of a tensor of shape {loss.shape} needs dy of that shape: only a scalar has 1")
+            raise GraphError(
+                f"backward of a tensor of shape {loss.shape} needs dy of that shape: only a scalar has 1"
+            )
         dy = loss.backend.xp.ones_like(loss.data)
     elif isinstance(dy, Tensor) or getattr(dy, "shape", None) != loss.shape:
-        raise GraphError(f"dy must be an array {loss.shape}, got {type(dy).__name__} {getattr(dy, 'shape', '')}")
+        raise GraphError(
+            f"dy must be an array {loss.shape}, got {type(dy).__name__} {getattr(dy, 'shape', '')}"
+        )
     waiting: dict[Node, Array] = {}  # gradients of nodes not visited yet
     leaves: dict[Tensor, Array] = {}
     heap: list[Node] = []
@@ -161,8 +174,15 @@ def _backward(loss: Tensor, dy: Array | None, retain_graph: bool) -> dict[Tensor
                 arrive(parent, g)
     seen = {id(dy)}
     for leaf, g in leaves.items():
-        if type(g) is not type(leaf.data) or g.base is not None or id(g) in seen or g.dtype != leaf.dtype:
-            g = leaf.backend.xp.array(g, dtype=leaf.dtype)  # a NumPy scalar, a view, or shared with another leaf
+        if (
+            type(g) is not type(leaf.data)
+            or g.base is not None
+            or id(g) in seen
+            or g.dtype != leaf.dtype
+        ):
+            g = leaf.backend.xp.array(
+                g, dtype=leaf.dtype
+            )  # a NumPy scalar, a view, or shared with another leaf
         seen.add(id(g))
         leaves[leaf] = g
     return leaves
@@ -183,10 +203,20 @@ class Tensor:
     backend: Backend
     grad: Array | None
     node: Node | None
-    version: list[int] | None  # a cell shared with the graph: how often a leaf's data was changed through minilora
+    version: (
+        list[int] | None
+    )  # a cell shared with the graph: how often a leaf's data was changed through minilora
 
-    def __init__(self, data: Any, requires_grad: bool = False, dtype: Any = None, device: str | Backend | None = None):
-        version = data.version if isinstance(data, Tensor) else None  # the same storage has the same version
+    def __init__(
+        self,
+        data: Any,
+        requires_grad: bool = False,
+        dtype: Any = None,
+        device: str | Backend | None = None,
+    ):
+        version = (
+            data.version if isinstance(data, Tensor) else None
+        )  # the same storage has the same version
         if isinstance(data, Tensor):
             data = data.data
         if isinstance(data, np.generic):  # what NumPy makes of a 0-d array
@@ -201,7 +231,9 @@ class Tensor:
             self.backend = get_backend(device)
         self._data = data if dtype is None else data.astype(dtype, copy=False)
         if requires_grad and self._data.dtype.kind != "f":
-            raise TypeError(f"only floating tensors can require a gradient, this one is {self._data.dtype}")
+            raise TypeError(
+                f"only floating tensors can require a gradient, this one is {self._data.dtype}"
+            )
         self.requires_grad = requires_grad
         self.grad = self.node = None
         self.version = version or [0]
@@ -214,15 +246,23 @@ class Tensor:
     def data(self, value: Array) -> None:
         """Copy into this tensor's own storage: views of it, and the optimiser's, stay valid. Same shape and dtype."""
         if self.version is None or self.node is not None:
-            raise GraphError("only a leaf's data can be assigned; this tensor is the result of an operation")
+            raise GraphError(
+                "only a leaf's data can be assigned; this tensor is the result of an operation"
+            )
         if value.shape != self._data.shape or value.dtype != self._data.dtype:
-            raise ValueError(f"cannot assign {value.shape} {value.dtype} to data of {self.shape} {self.dtype}")
+            raise ValueError(
+                f"cannot assign {value.shape} {value.dtype} to data of {self.shape} {self.dtype}"
+            )
         self._data[...] = value
         self.version[0] += 1
 
     def take(self, at: Any) -> Array:
         """Rows of the data, by a slice or by their numbers; of a parameter held in another way these rows alone."""
-        return self._data[at] if isinstance(at, slice) else self.backend.xp.take(self._data, at, axis=0)
+        return (
+            self._data[at]
+            if isinstance(at, slice)
+            else self.backend.xp.take(self._data, at, axis=0)
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -253,7 +293,9 @@ class Tensor:
         return self.numpy().item()  # type: ignore[no-any-return]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self._data, dtype=dtype, copy=copy)  # a GPU's array refuses: .numpy() says it aloud
+        return np.array(
+            self._data, dtype=dtype, copy=copy
+        )  # a GPU's array refuses: .numpy() says it aloud
 
     def detach(self) -> Tensor:
         """The same array, without its history. Assigning to it is assigning to this tensor."""
@@ -266,7 +308,9 @@ class Tensor:
         if get_backend(device) is self.backend:
             return self
         if self.node is not None:
-            raise GraphError("gradients do not flow between devices: move the leaves, or .detach() first")
+            raise GraphError(
+                "gradients do not flow between devices: move the leaves, or .detach() first"
+            )
         return Tensor(self._data, self.requires_grad, device=device)
 
     def backward(self, dy: Array | None = None, *, retain_graph: bool = False) -> None:
@@ -319,11 +363,15 @@ def operands(*values: Any) -> tuple[Tensor, ...]:
         return values
     like = next((v for v in values if isinstance(v, Tensor)), None)
     if like is None:
-        like = next((Tensor(v) for v in values if not isinstance(v, (int, float, np.generic))), Tensor(0.0))
+        like = next(
+            (Tensor(v) for v in values if not isinstance(v, (int, float, np.generic))), Tensor(0.0)
+        )
     made = []
     for v in values:
         if not isinstance(v, Tensor):
-            scalar = isinstance(v, (int, float, np.generic)) or (isinstance(v, np.ndarray) and v.ndim == 0)
+            scalar = isinstance(v, (int, float, np.generic)) or (
+                isinstance(v, np.ndarray) and v.ndim == 0
+            )
             dtype = like.dtype if like.dtype.kind == "f" else None  # 2.5 beside integers stays 2.5
             v = Tensor(like.backend.xp.full((), v, dtype)) if scalar else Tensor(v)
         made.append(v)
@@ -336,7 +384,9 @@ def namespace(*tensors: Tensor) -> Any:
     first = tensors[0].backend
     for t in tensors[1:]:
         if t.backend is not first:
-            raise DeviceError(f"tensors on {first.name!r} and on {t.backend.name!r}: move one with .to({first.name!r})")
+            raise DeviceError(
+                f"tensors on {first.name!r} and on {t.backend.name!r}: move one with .to({first.name!r})"
+            )
     return first.xp
 
 
@@ -371,7 +421,9 @@ def mul(a: Any, b: Any) -> Tensor:
     B = b.data if a.requires_grad else None
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
-        return None if B is None else unbroadcast(dy * B, sa), None if A is None else unbroadcast(dy * A, sb)
+        return None if B is None else unbroadcast(dy * B, sa), None if A is None else unbroadcast(
+            dy * A, sb
+        )
 
     return record(a.data * b.data, (a, b), vjp)
 
@@ -411,7 +463,9 @@ def maximum(a: Any, b: Any) -> Tensor:
     xp, sa, sb = namespace(a, b), a.shape, b.shape
     share = ((a.data > b.data) + 0.5 * (a.data == b.data)).astype(a.dtype)
     y = xp.maximum(a.data, b.data)
-    return record(y, (a, b), lambda dy: (unbroadcast(dy * share, sa), unbroadcast(dy * (1 - share), sb)))
+    return record(
+        y, (a, b), lambda dy: (unbroadcast(dy * share, sa), unbroadcast(dy * (1 - share), sb))
+    )
 
 
 def minimum(a: Any, b: Any) -> Tensor:
@@ -465,7 +519,9 @@ def abs(x: Tensor) -> Tensor:
 def clip(x: Tensor, low: float, high: float) -> Tensor:
     """x held within [low, high]; the gradient passes where low <= x <= high."""
     inside = (x.data >= low) & (x.data <= high)
-    return record(namespace(x).clip(x.data, float(low), float(high)), (x,), lambda dy: (dy * inside,))
+    return record(
+        namespace(x).clip(x.data, float(low), float(high)), (x,), lambda dy: (dy * inside,)
+    )
 
 
 # ---- reductions -----------------------------------------------------------------------------------------------------
@@ -473,7 +529,11 @@ def clip(x: Tensor, low: float, high: float) -> Tensor:
 
 def _spread(g: Array, shape: tuple[int, ...], axis: Axis, keepdims: bool) -> Array:
     """The gradient (or result) of a reduction over `axis`, with the reduced axes put back as 1: ready to broadcast."""
-    axes = range(len(shape)) if axis is None else [i % len(shape) for i in ((axis,) if isinstance(axis, int) else axis)]
+    axes = (
+        range(len(shape))
+        if axis is None
+        else [i % len(shape) for i in ((axis,) if isinstance(axis, int) else axis)]
+    )
     return g if keepdims else g.reshape([1 if i in axes else n for i, n in enumerate(shape)])
 
 
@@ -497,7 +557,13 @@ def max(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
         hit = _spread(y, shape, axis, keepdims) == X
-        return (hit * (_spread(dy, shape, axis, keepdims) / hit.sum(axis=axis, keepdims=True).astype(X.dtype)),)
+        return (
+            hit
+            * (
+                _spread(dy, shape, axis, keepdims)
+                / hit.sum(axis=axis, keepdims=True).astype(X.dtype)
+            ),
+        )
 
     return record(y, (x,), vjp)
 
@@ -517,23 +583,34 @@ def reshape(x: Tensor, *shape: Any) -> Tensor:
 
 def transpose(x: Tensor, *axes: Any) -> Tensor:
     """Permute the axes, given one by one or as a tuple; without axes, reverse them."""
-    order = axes[0] if axes and isinstance(axes[0], (tuple, list)) else axes or tuple(reversed(range(x.ndim)))
+    order = (
+        axes[0]
+        if axes and isinstance(axes[0], (tuple, list))
+        else axes or tuple(reversed(range(x.ndim)))
+    )
     back = tuple(int(i) for i in np.argsort([i % x.ndim for i in order]))
     return record(x.data.transpose(order), (x,), lambda dy: (dy.transpose(back),))
 
 
 def broadcast_to(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     before = x.shape
-    return record(namespace(x).broadcast_to(x.data, shape), (x,), lambda dy: (unbroadcast(dy, before),))
+    return record(
+        namespace(x).broadcast_to(x.data, shape), (x,), lambda dy: (unbroadcast(dy, before),)
+    )
 
 
 def index(x: Tensor, key: Any) -> Tensor:
     """x[key] for slices, integers, integer arrays and masks. An element taken twice gets both gradients."""
     xp, backend, shape, size = namespace(x), x.backend, x.shape, x.size
     parts = key if isinstance(key, tuple) else (key,)
-    basic = all(k is None or k is Ellipsis or isinstance(k, (int, slice, np.integer)) for k in parts)
+    basic = all(
+        k is None or k is Ellipsis or isinstance(k, (int, slice, np.integer)) for k in parts
+    )
     if not basic:  # lists and NumPy arrays go where x is, once for both directions; an empty list holds integers
-        there = (np.asarray(k, None if np.size(k) else np.intp) if isinstance(k, list) else k for k in parts)
+        there = (
+            np.asarray(k, None if np.size(k) else np.intp) if isinstance(k, list) else k
+            for k in parts
+        )
         key = tuple(backend.from_numpy(k) if isinstance(k, np.ndarray) else k for k in there)
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
@@ -541,7 +618,9 @@ def index(x: Tensor, key: Any) -> Tensor:
             dx = xp.zeros(shape, dy.dtype)
             dx[key] = dy
             return (dx,)
-        taken = xp.arange(size).reshape(shape)[key].reshape(-1)  # which elements of x, by flat position
+        taken = (
+            xp.arange(size).reshape(shape)[key].reshape(-1)
+        )  # which elements of x, by flat position
         return (backend.add_rows(taken, dy.reshape(-1, 1), size).reshape(shape),)
 
     return record(x.data[key], (x,), vjp)
@@ -578,8 +657,16 @@ def matmul(a: Any, b: Any) -> Tensor:
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
         dY = dy.reshape(full)
-        da = None if kept_B is None else unbroadcast(dY @ kept_B.swapaxes(-1, -2), shape_A).reshape(sa)
-        db = None if kept_A is None else unbroadcast(kept_A.swapaxes(-1, -2) @ dY, shape_B).reshape(sb)
+        da = (
+            None
+            if kept_B is None
+            else unbroadcast(dY @ kept_B.swapaxes(-1, -2), shape_A).reshape(sa)
+        )
+        db = (
+            None
+            if kept_A is None
+            else unbroadcast(kept_A.swapaxes(-1, -2) @ dY, shape_B).reshape(sb)
+        )
         return da, db
 
     return record(y, (a, b), vjp)

@@ -69,7 +69,9 @@ class Backend:
 
         golden = np.uint64(_GOLDEN)
         place = self.xp.arange(first, first + rows, dtype=np.uint64)
-        keys = mix((place ^ np.uint64(key & _MASK)) + golden)  # the chain's last round, for every row at once
+        keys = mix(
+            (place ^ np.uint64(key & _MASK)) + golden
+        )  # the chain's last round, for every row at once
         return mix(keys[:, None] + self.xp.arange(1, count + 1, dtype=np.uint64) * golden)
 
     @functools.cached_property
@@ -77,7 +79,9 @@ class Backend:
         """erf and its slope at k / 512 for 0 <= k / 512 <= 6; beyond 6, erf is 1 in float64."""
         grid = [k / 512 for k in range(6 * 512 + 1)]
         slope = [2 / math.sqrt(math.pi) * math.exp(-x * x) for x in grid]
-        return self.from_numpy(np.array([math.erf(x) for x in grid])), self.from_numpy(np.array(slope))
+        return self.from_numpy(np.array([math.erf(x) for x in grid])), self.from_numpy(
+            np.array(slope)
+        )
 
     def erf(self, x: Array) -> Array:
         """The error function to 4e-16, any shape; NumPy has none, and math.erf is one number at a time.
@@ -90,7 +94,9 @@ class Backend:
         k = xp.rint(z * 512.0)
         c = k / 512.0
         d = z - c
-        value, slope = (xp.take(t.astype(x.dtype), xp.nan_to_num(k).astype(np.int64)) for t in self._erf_table)
+        value, slope = (
+            xp.take(t.astype(x.dtype), xp.nan_to_num(k).astype(np.int64)) for t in self._erf_table
+        )
         c2 = c * c
         series = d * (1.0 + d * (-c + d * ((2.0 * c2 - 1.0) / 3.0 + d * (c * (0.5 - c2 / 3.0)))))
         return xp.copysign(value + slope * series, x)
@@ -110,7 +116,9 @@ class NumpyBackend(Backend):
         out = np.zeros((count, rows.shape[1]), rows.dtype)
         if index.size:
             order = np.argsort(index, kind="stable")
-            first = np.flatnonzero(np.diff(index[order], prepend=-1))  # where each run of equal indices begins
+            first = np.flatnonzero(
+                np.diff(index[order], prepend=-1)
+            )  # where each run of equal indices begins
             out[index[order[first]]] = np.add.reduceat(rows[order], first, axis=0)
         return out
 
@@ -169,7 +177,9 @@ def backend_of(array: Array) -> Backend:
     """The backend an array lives on. DeviceError for anything that is not an array of a known module."""
     owner = _owners.get(type(array))
     if owner is None:
-        raise DeviceError(f"expected an array of {sorted(t.__module__ for t in _owners)}, got {type(array).__name__}")
+        raise DeviceError(
+            f"expected an array of {sorted(t.__module__ for t in _owners)}, got {type(array).__name__}"
+        )
     return owner(array)
 
 
@@ -186,7 +196,9 @@ def _gpu(device: int) -> CupyBackend:
         reason = (str(error) or type(error).__name__).splitlines()[0][:300]
         missing = isinstance(error, ImportError)
         cure = "pip install -e .[cuda]" if missing else "check the driver and CUDA_VISIBLE_DEVICES"
-        raise DeviceError(f"device 'cuda:{device}' is not usable: {reason} ({cure}, or use 'cpu')") from error
+        raise DeviceError(
+            f"device 'cuda:{device}' is not usable: {reason} ({cure}, or use 'cpu')"
+        ) from error
     register(backend.xp.ndarray, lambda array: _gpu(array.device.id))
     return backend
 
@@ -195,7 +207,9 @@ def gpus() -> dict[str, str]:
     """Every GPU by name, with what it is or why it cannot be used; where none can be counted, cuda:0 says why."""
     try:
         runtime = CupyBackend(0).xp.cuda.runtime
-        models = [runtime.getDeviceProperties(n)["name"].decode() for n in range(runtime.getDeviceCount())]
+        models = [
+            runtime.getDeviceProperties(n)["name"].decode() for n in range(runtime.getDeviceCount())
+        ]
     except Exception:  # of as many kinds as there are reasons
         models = []
     found = {}
@@ -216,6 +230,8 @@ def get_backend(device: str | Backend) -> Backend:
         return NUMPY
     if kind == "cuda" and (number or "0").isdecimal() and not device.endswith(":"):
         backend = _gpu(int(number or 0))
-        backend.xp.cuda.Device(backend.device).use()  # for this thread, and training on a GPU stays in it
+        backend.xp.cuda.Device(
+            backend.device
+        ).use()  # for this thread, and training on a GPU stays in it
         return backend
     raise DeviceError(f"unknown device {device!r}: expected 'cpu', 'cuda' or 'cuda:N'")

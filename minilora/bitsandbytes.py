@@ -27,7 +27,12 @@ STORED = ("nf4", "fp4")  # the kinds that have such a form
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
 _STATE = "weight.quant_state.bitsandbytes__"  # and the kind: JSON as uint8
-_DTYPES = {"float32": "float32", "float64": "float64", "float16": "float16", "bfloat16": "float32"}  # NumPy has no last
+_DTYPES = {
+    "float32": "float32",
+    "float64": "float64",
+    "float16": "float16",
+    "bfloat16": "float32",
+}  # NumPy has no last
 
 
 def write_bitsandbytes(layer: QuantizedLinear) -> dict[str, np.ndarray]:
@@ -38,15 +43,26 @@ def write_bitsandbytes(layer: QuantizedLinear) -> dict[str, np.ndarray]:
     held, host = layer.weight.quantized, layer.backend.to_numpy
     if held.kind not in STORED:
         raise ConfigError(f"bitsandbytes stores nf4 and fp4 in this form, not {held.kind}")
-    tensors = {"weight": host(held.codes).reshape(-1, 1), "weight.quant_map": LEVELS[held.kind].copy()}
-    state: dict[str, Any] = {"quant_type": held.kind, "blocksize": held.block_size, "dtype": str(layer.dtype)}
+    tensors = {
+        "weight": host(held.codes).reshape(-1, 1),
+        "weight.quant_map": LEVELS[held.kind].copy(),
+    }
+    state: dict[str, Any] = {
+        "quant_type": held.kind,
+        "blocksize": held.block_size,
+        "dtype": str(layer.dtype),
+    }
     state["shape"] = list(held.shape)
     if held.double_quant:
         nested = held.absmax
         tensors["weight.absmax"] = host(nested.codes)
         tensors["weight.nested_absmax"] = host(nested.absmax)
         tensors["weight.nested_quant_map"] = LEVELS["dynamic"].copy()
-        state |= {"nested_blocksize": nested.block_size, "nested_dtype": "float32", "nested_offset": held.offset}
+        state |= {
+            "nested_blocksize": nested.block_size,
+            "nested_dtype": "float32",
+            "nested_offset": held.offset,
+        }
     else:
         tensors["weight.absmax"] = host(held.absmax)
     tensors[_STATE + held.kind] = np.frombuffer(json.dumps(state).encode(), np.uint8)
@@ -71,7 +87,10 @@ def read_bitsandbytes(tensors: Mapping[str, np.ndarray], where: str = "layer") -
     nested = "weight.nested_absmax" in tensors
     expected = {"weight", "weight.absmax", "weight.quant_map", keys[0]}
     expected |= {"weight.nested_absmax", "weight.nested_quant_map"} if nested else set()
-    for problem, some in ("missing", expected - set(tensors)), ("unknown", set(tensors) - expected - {"bias"}):
+    for problem, some in (
+        ("missing", expected - set(tensors)),
+        ("unknown", set(tensors) - expected - {"bias"}),
+    ):
         if some:
             raise fail(f"{problem} {', '.join(sorted(some))}")
 
@@ -90,8 +109,13 @@ def read_bitsandbytes(tensors: Mapping[str, np.ndarray], where: str = "layer") -
     (out, inside), block_size = state["shape"], state["blocksize"]
     count = -(-out * inside // block_size)
     codes = array("weight", np.uint8, -(-out * inside // 2), 1).reshape(-1)
-    for key, name in ("weight.quant_map", kind), *([("weight.nested_quant_map", "dynamic")] if nested else []):
-        if np.abs(array(key, np.float32, len(LEVELS[name])) - LEVELS[name]).max() > 2.0**-23:  # its last bit may differ
+    for key, name in (
+        ("weight.quant_map", kind),
+        *([("weight.nested_quant_map", "dynamic")] if nested else []),
+    ):
+        if (
+            np.abs(array(key, np.float32, len(LEVELS[name])) - LEVELS[name]).max() > 2.0**-23
+        ):  # its last bit may differ
             raise fail(f"{key} is not the map of {name}")
     scales = "weight.nested_absmax" if nested else "weight.absmax"
     absmax = array(scales, np.float32, -(-count // ABSMAX_BLOCK) if nested else count)
@@ -99,8 +123,12 @@ def read_bitsandbytes(tensors: Mapping[str, np.ndarray], where: str = "layer") -
         raise fail(f"{scales} is negative")
     held: Any = absmax
     if nested:
-        held = Quantized("dynamic", (count,), ABSMAX_BLOCK, array("weight.absmax", np.uint8, count), absmax)
-    quantized = Quantized(kind, (out, inside), block_size, codes, held, state.get("nested_offset", 0.0))
+        held = Quantized(
+            "dynamic", (count,), ABSMAX_BLOCK, array("weight.absmax", np.uint8, count), absmax
+        )
+    quantized = Quantized(
+        kind, (out, inside), block_size, codes, held, state.get("nested_offset", 0.0)
+    )
     with np.errstate(over="ignore", invalid="ignore"):
         if not np.isfinite(quantized.decode(_DTYPES[state["dtype"]])).all():
             raise fail("the weights it describes are not finite")
@@ -109,7 +137,9 @@ def read_bitsandbytes(tensors: Mapping[str, np.ndarray], where: str = "layer") -
         raise fail("bias must be an array of floats")
     bias = None if bias is None else array("bias", bias.dtype.type, out)
     dtype = np.dtype(_DTYPES[state["dtype"]])
-    return QuantizedLinear(quantized, None if bias is None else Parameter(bias.astype(dtype)), dtype)
+    return QuantizedLinear(
+        quantized, None if bias is None else Parameter(bias.astype(dtype)), dtype
+    )
 
 
 def _read_state(data: bytes, kind: str, nested: bool, where: str) -> dict[str, Any]:
@@ -120,12 +150,18 @@ def _read_state(data: bytes, kind: str, nested: bool, where: str) -> dict[str, A
 
     may_be: dict[str, tuple[Callable[[Any], bool], str]] = {
         "quant_type": (lambda v: v == kind, kind),
-        "blocksize": (lambda v: type(v) is int and v in BLOCK_SIZES, "a power of two from 32 to 4096"),
+        "blocksize": (
+            lambda v: type(v) is int and v in BLOCK_SIZES,
+            "a power of two from 32 to 4096",
+        ),
         "dtype": (lambda v: type(v) is str and v in _DTYPES, ", ".join(_DTYPES)),
         "shape": (lambda v: type(v) is list and len(v) == 2 and all(map(length, v)), "two lengths"),
     }
     if nested:
-        may_be["nested_blocksize"] = (lambda v: type(v) is int and v == ABSMAX_BLOCK, str(ABSMAX_BLOCK))
+        may_be["nested_blocksize"] = (
+            lambda v: type(v) is int and v == ABSMAX_BLOCK,
+            str(ABSMAX_BLOCK),
+        )
         may_be["nested_dtype"] = (lambda v: v == "float32", "float32")
         may_be["nested_offset"] = (
             lambda v: type(v) is float and abs(v) < 2**128 - 2**103 and float(np.float32(v)) == v,
@@ -133,7 +169,9 @@ def _read_state(data: bytes, kind: str, nested: bool, where: str) -> dict[str, A
         )
     state = parse_json(data, f"{where}: {_STATE + kind}")
     if state.keys() != may_be.keys():
-        raise FormatError(f"{where}: {_STATE + kind} must hold {', '.join(may_be)}, it holds {', '.join(state)}")
+        raise FormatError(
+            f"{where}: {_STATE + kind} must hold {', '.join(may_be)}, it holds {', '.join(state)}"
+        )
     for name, (good, valid) in may_be.items():
         if not good(state[name]):
             raise FormatError(f"{where}: {name} must be {valid}, it is {state[name]!r:.99}")
@@ -175,10 +213,14 @@ def read_quantization_config(fields: Any) -> Way:
     }
     found = {name: fields.get(name, default) for name, (default, _) in may_be.items()}
     for name, (_, valid) in may_be.items():
-        if not any(type(found[name]) is type(v) and found[name] == v for v in valid):  # 1 would compare like True
+        if not any(
+            type(found[name]) is type(v) and found[name] == v for v in valid
+        ):  # 1 would compare like True
             wanted = " or ".join(json.dumps(v) for v in valid)
             only = "only the 4 bits of bitsandbytes are read, nf4 and fp4"
-            raise ConfigError(f"config: quantization_config.{name} must be {wanted}, got {found[name]!r:.99}; {only}")
+            raise ConfigError(
+                f"config: quantization_config.{name} must be {wanted}, got {found[name]!r:.99}; {only}"
+            )
     return Way(found["bnb_4bit_quant_type"], found["bnb_4bit_use_double_quant"])
 
 
@@ -210,5 +252,7 @@ def quantization_config(model: Module) -> dict[str, Any] | None:
         "bnb_4bit_use_double_quant": way.double_quant,
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_compute_dtype": str(next(iter(layers.values())).dtype),
-        "llm_int8_skip_modules": [path for path, m in model.named_modules() if isinstance(m, Linear)],
+        "llm_int8_skip_modules": [
+            path for path, m in model.named_modules() if isinstance(m, Linear)
+        ],
     }

@@ -37,7 +37,9 @@ class Batch:
 
     def __post_init__(self) -> None:
         if self.tasks is not None and len(self.tasks) != len(self.ids):
-            raise ConfigError(f"a batch of {len(self.ids)} sequences needs as many tasks, got {len(self.tasks)}")
+            raise ConfigError(
+                f"a batch of {len(self.ids)} sequences needs as many tasks, got {len(self.tasks)}"
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -72,7 +74,9 @@ class Batch:
         found: list[tuple[str | None, Batch]] = []
         first = self.first
         for task, rows in rows_by_task(self.tasks).items():
-            found.append((task, Batch(self.ids[rows], self.targets[rows], first, (task,) * len(rows))))
+            found.append(
+                (task, Batch(self.ids[rows], self.targets[rows], first, (task,) * len(rows)))
+            )
             first += len(rows)
         return found
 
@@ -97,8 +101,15 @@ class Packed:
 
     def __post_init__(self) -> None:
         n, edges = len(self.ids), self.edges
-        if self.counts.dtype != bool or self.counts.shape != self.ids.shape or edges.ndim != 1 or len(edges) < 2:
-            raise DataError("expected a bool for each of the ids, and the edges of at least one window")
+        if (
+            self.counts.dtype != bool
+            or self.counts.shape != self.ids.shape
+            or edges.ndim != 1
+            or len(edges) < 2
+        ):
+            raise DataError(
+                "expected a bool for each of the ids, and the edges of at least one window"
+            )
         if edges[0] != 0 or edges[-1] != n or np.diff(edges).min() < 1:
             raise DataError(f"the edges of the windows must rise from 0 to {n}")
         targets = self.counts.copy()
@@ -138,10 +149,14 @@ def _check_text(text: Ids | Packed, needed: int, **counts: int) -> None:
     if isinstance(text, Packed):
         longest = int(np.diff(text.edges).max())
         if longest > counts["context"] + 1:
-            raise DataError(f"packed into windows of up to {longest} tokens: a context of {longest - 1} is needed")
+            raise DataError(
+                f"packed into windows of up to {longest} tokens: a context of {longest - 1} is needed"
+            )
     tokens, needed = (text.ids, 2) if isinstance(text, Packed) else (text, needed)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise DataError(f"expected the ids of one text, integers (N,), got {tokens.dtype} {tokens.shape}")
+        raise DataError(
+            f"expected the ids of one text, integers (N,), got {tokens.dtype} {tokens.shape}"
+        )
     if len(tokens) < needed:
         raise DataError(f"the text needs at least {needed} tokens, has {len(tokens)}")
 
@@ -188,7 +203,9 @@ class Windows:
         """Batch number `step`, from 0: B = batch_size sequences of T = context."""
         numbers = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, places = numbers // len(self), numbers % len(self)
-        starts = [self._starts(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
+        starts = [
+            self._starts(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()
+        ]
         return _cut(self.tokens, np.concatenate(starts), self.context)
 
 
@@ -199,9 +216,13 @@ class TaskWindows:
     number of sequences a batch must reach every task: ConfigError if it does not.
     """
 
-    def __init__(self, texts: Mapping[str, Ids | Packed], context: int, batch_size: int, seed: int = 0):
+    def __init__(
+        self, texts: Mapping[str, Ids | Packed], context: int, batch_size: int, seed: int = 0
+    ):
         if not texts or batch_size < len(texts):
-            raise ConfigError(f"a batch of {batch_size} sequences cannot hold one of each of {len(texts)} tasks")
+            raise ConfigError(
+                f"a batch of {batch_size} sequences cannot hold one of each of {len(texts)} tasks"
+            )
         self.tasks = [list(texts)[b % len(texts)] for b in range(batch_size)]
         self._windows = {}
         for task, tokens in texts.items():
@@ -230,7 +251,9 @@ def evaluation_windows(
     With a `limit`, so many of these windows at most, spread evenly over the text. DataError for fewer than 2 tokens.
     A packed text has its own windows, in their order.
     """
-    _check_text(tokens, 2, context=context, batch_size=batch_size, limit=1 if limit is None else limit)
+    _check_text(
+        tokens, 2, context=context, batch_size=batch_size, limit=1 if limit is None else limit
+    )
     packed = tokens.edges[:-1] if isinstance(tokens, Packed) else None
     count = math.ceil((len(tokens) - 1) / context) if packed is None else len(packed)
     kept = min(count, limit or count)

@@ -17,7 +17,9 @@ from .backend import Array
 from .cache import KeyValueCache
 from .transformer import CausalLM, Decoder
 
-LARGEST = 1 << 31  # bytes of weights that are copied; of a larger model each token is asked in the ordinary way
+LARGEST = (
+    1 << 31
+)  # bytes of weights that are copied; of a larger model each token is asked in the ordinary way
 P = TypeVar("P")
 R = TypeVar("R")
 
@@ -26,7 +28,9 @@ class Team:
     """`team(work, parts)` is [work(part) for part in parts], of two parts at once; it owns the second thread."""
 
     def __enter__(self) -> Team:
-        from concurrent.futures import ThreadPoolExecutor  # here, so that `import minilora` stays quick
+        from concurrent.futures import (
+            ThreadPoolExecutor,
+        )  # here, so that `import minilora` stays quick
 
         self._pool = ThreadPoolExecutor(1, "minilora")
         return self
@@ -76,15 +80,24 @@ class Weights:
 
         None for GPT-2, too, and where an embedding has an adapter: tokens are then asked in the ordinary way.
         """
-        if type(model) is not CausalLM or sum(p.size * p.dtype.itemsize for p in model.parameters()) > LARGEST:
+        if (
+            type(model) is not CausalLM
+            or sum(p.size * p.dtype.itemsize for p in model.parameters()) > LARGEST
+        ):
             return None
-        adapted = any(hasattr(a, "TENSORS") for a in getattr(model.get_input_embeddings(), "running", ()))
+        adapted = any(
+            hasattr(a, "TENSORS") for a in getattr(model.get_input_embeddings(), "running", ())
+        )
         if type(model.decoder) is not Decoder or adapted:
             return None
         norms = [model.decoder.norm]
         for block in model.decoder.layers:
             norms += [block.input_layernorm, block.post_attention_layernorm]
-            norms += [norm for norm in (block.self_attn.q_norm, block.self_attn.k_norm) if norm is not None]
+            norms += [
+                norm
+                for norm in (block.self_attn.q_norm, block.self_attn.k_norm)
+                if norm is not None
+            ]
         weights = cls(model) if all(type(norm) is nn.RMSNorm for norm in norms) else None
         return weights if weights and weights._lay_out(model, team) else None
 
@@ -93,7 +106,10 @@ class Weights:
         assert c.head_dim is not None
         self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.kv_heads, c.head_dim
         self.eps = c.rms_norm_eps
-        self.embedding, self.rotary = model.get_input_embeddings().weight, model.decoder.layers[0].self_attn.rotary
+        self.embedding, self.rotary = (
+            model.get_input_embeddings().weight,
+            model.decoder.layers[0].self_attn.rotary,
+        )
         self.xp, self.dtype = self.embedding.backend.xp, self.embedding.dtype
         self.mean = self.xp.full((c.hidden_size, 1), 1 / c.hidden_size, self.dtype)
         # Each channel i of a head, and after it its partner i + D/2.
@@ -102,22 +118,37 @@ class Weights:
     def _lay_out(self, model: CausalLM, team: Team) -> bool:
         """False where a layer must run on its own."""
         turned = self.heads + self.kv_heads
-        channels = self.xp.arange((turned + self.kv_heads) * self.head_dim).reshape(-1, self.head_dim)
+        channels = self.xp.arange((turned + self.kv_heads) * self.head_dim).reshape(
+            -1, self.head_dim
+        )
         channels[:turned] = channels[:turned, self.pairs]
         jobs: list[tuple[Any, ...]] = []
         for block in model.decoder.layers:
             attn, mlp = block.self_attn, block.mlp
-            jobs.append(([attn.q_proj, attn.k_proj, attn.v_proj], block.input_layernorm, channels.reshape(-1)))
+            jobs.append(
+                (
+                    [attn.q_proj, attn.k_proj, attn.v_proj],
+                    block.input_layernorm,
+                    channels.reshape(-1),
+                )
+            )
             jobs.append(([attn.o_proj],))
             jobs.append(([mlp.gate_proj, mlp.up_proj], block.post_attention_layernorm, None, -1))
             jobs.append(([mlp.down_proj],))
         jobs.append(([model.lm_head], model.decoder.norm))
-        sizes = (sum(layer.in_features * layer.out_features for layer in layers) for layers, *_ in jobs)
+        sizes = (
+            sum(layer.in_features * layer.out_features for layer in layers) for layers, *_ in jobs
+        )
         ends = [0, *itertools.accumulate(sizes)]
-        memory = self.xp.empty(ends[-1], self.dtype)  # in one piece, which the system maps by large pages
+        memory = self.xp.empty(
+            ends[-1], self.dtype
+        )  # in one piece, which the system maps by large pages
 
         def work(first: int) -> list[Product | None]:
-            return [_laid_out(memory[ends[i] : ends[i + 1]], *jobs[i]) for i in range(first, len(jobs), 2)]
+            return [
+                _laid_out(memory[ends[i] : ends[i + 1]], *jobs[i])
+                for i in range(first, len(jobs), 2)
+            ]
 
         products: list[Any] = [None] * len(jobs)
         products[0::2], products[1::2] = team(work, [0, 1])
@@ -150,9 +181,17 @@ class Decoding:
         xp, (seen, limit, D) = weights.xp, (cache.length, cache.limit, weights.head_dim)
         kept = cache.data[:, :, :, :seen].transpose(0, 1, 2, 4, 3, 5)
         self.data = xp.empty((*kept.shape[:4], limit, D), weights.dtype)  # (layers, 2, B, K, S, D)
-        self.data[:, 0, ..., :seen, :], self.data[:, 1, ..., :seen, :] = kept[:, 0][..., weights.pairs], kept[:, 1]
-        cos, sin = (z.reshape(limit, -1, 2, D // 2)[:, :, 1] for z in weights.rotary(0, limit, weights.embedding))
-        self.turns = (cos + 1j * sin).reshape(limit, -1)  # exp(i angle) of each pair in q and k; 1/sqrt(D) is in q's
+        self.data[:, 0, ..., :seen, :], self.data[:, 1, ..., :seen, :] = (
+            kept[:, 0][..., weights.pairs],
+            kept[:, 1],
+        )
+        cos, sin = (
+            z.reshape(limit, -1, 2, D // 2)[:, :, 1]
+            for z in weights.rotary(0, limit, weights.embedding)
+        )
+        self.turns = (cos + 1j * sin).reshape(
+            limit, -1
+        )  # exp(i angle) of each pair in q and k; 1/sqrt(D) is in q's
 
     def __call__(self, ids: Array) -> Array:
         """ids (B,), the newest token of each sequence -> logits (B, V)"""
@@ -165,7 +204,9 @@ class Decoding:
                 heads = qkv[:, : (H + K) * D].reshape(B, H + K, D)  # a view
                 heads /= xp.sqrt((heads * heads).mean(axis=-1, keepdims=True) + w.eps)
                 heads *= layer.norms
-            turning = qkv[:, : (H + K) * D].view(turn.dtype)  # as complex numbers: a rotation is one product
+            turning = qkv[:, : (H + K) * D].view(
+                turn.dtype
+            )  # as complex numbers: a rotation is one product
             turning *= turn
             kept[:, :, :, at] = qkv[:, H * D :].reshape(B, 2, K, D).swapaxes(0, 1)
             seen = slice(max(0, S - layer.window) if layer.window else 0, S)
@@ -177,7 +218,9 @@ class Decoding:
             y /= p.sum(axis=-1, keepdims=True)
             x += layer.o(y.reshape(B, H * D))
             gate, up = layer.gate_up(self._normed(x)).reshape(B, 2, -1).swapaxes(0, 1)
-            s = xp.exp(gate)  # silu(g) u = (-g) (-u) / (1 + exp(-g)), and the weights are those of -g and -u
+            s = xp.exp(
+                gate
+            )  # silu(g) u = (-g) (-u) / (1 + exp(-g)), and the weights are those of -g and -u
             s += 1
             xp.divide(gate, s, out=s)
             s *= up
@@ -193,7 +236,11 @@ class Decoding:
 
 
 def _laid_out(
-    memory: Array, layers: Sequence[Any], norm: Any = None, order: Array | None = None, sign: int = 1
+    memory: Array,
+    layers: Sequence[Any],
+    norm: Any = None,
+    order: Array | None = None,
+    sign: int = 1,
 ) -> Product | None:
     """sign W'^T (I, sum of O) in `memory`, with a norm's weight in it; None if a layer must run on its own."""
     xp, inputs = layers[0].backend.xp, layers[0].in_features
@@ -209,6 +256,9 @@ def _laid_out(
     if all(layer.bias is None for layer in layers):
         return Product(weight, None)
     zeros = [xp.zeros(layer.out_features, memory.dtype) for layer in layers]
-    biases = [zero if layer.bias is None else layer.bias.data for layer, zero in zip(layers, zeros, strict=True)]
+    biases = [
+        zero if layer.bias is None else layer.bias.data
+        for layer, zero in zip(layers, zeros, strict=True)
+    ]
     bias = sign * xp.concatenate(biases)
     return Product(weight, bias if order is None else bias[order])

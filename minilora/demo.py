@@ -41,13 +41,20 @@ MODEL = TransformerConfig(
     max_position_embeddings=256,
     tie_word_embeddings=True,
 )
-PRETRAIN = Settings(steps=600, batch_size=16, context=128, lr=3e-3, weight_decay=0.1, eval_every=100)
+PRETRAIN = Settings(
+    steps=600, batch_size=16, context=128, lr=3e-3, weight_decay=0.1, eval_every=100
+)
 ADAPT = Settings(steps=350, batch_size=16, context=128, lr=5e-3, eval_every=50)
 ADAPTER: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
 # AdaLoRA's E starts at zero between A and B of length one, and grows by the learning rate: it wants larger steps.
 ADALORA, ADALORA_LR = {**ADAPTER, "lora_alpha": 256}, 1e-2
 PROMPT = "def read("
-FORMULAS = {"lora": "dW = s B A", "adalora": "dW = s B E A", "dora": "W' - W", "full": "what training added"}
+FORMULAS = {
+    "lora": "dW = s B A",
+    "adalora": "dW = s B E A",
+    "dora": "W' - W",
+    "full": "what training added",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,9 @@ class Plan:
     model: TransformerConfig = MODEL
     pretrain: Settings = PRETRAIN
     adapt: Settings = ADAPT
-    adapter: LoraConfig | None = field(default_factory=lambda: LoraConfig(**ADAPTER))  # None: all weights train
+    adapter: LoraConfig | None = field(
+        default_factory=lambda: LoraConfig(**ADAPTER)
+    )  # None: all weights train
     quantize: str = "none"  # what the base is held as while the adapter trains
     windows: int = 512  # held-out windows that the final figures are measured on
     sample: int = 240  # bytes of text to write
@@ -66,10 +75,14 @@ class Plan:
     def method(self) -> str:
         return method_of(self.adapter)
 
-    def adapted_by(self, method: str, quantize: str = "none", fields: Mapping[str, Any] | None = None) -> Plan:
+    def adapted_by(
+        self, method: str, quantize: str = "none", fields: Mapping[str, Any] | None = None
+    ) -> Plan:
         """The plan with another method; `fields` of its adapter in place of those that the demo has for it."""
         if quantize == "stored":
-            raise ConfigError("quantize = stored is for a base that is read from a file: the demo trains its own")
+            raise ConfigError(
+                "quantize = stored is for a base that is read from a file: the demo trains its own"
+            )
         defaults = {"full": {}, "adalora": ADALORA}.get(method, ADAPTER)
         config = adapter_config(method, quantize, {**defaults, **(fields or {})}, self.adapt.steps)
         adapt = replace(self.adapt, lr=ADALORA_LR) if method == "adalora" else self.adapt
@@ -120,7 +133,12 @@ def demo(
     with _timed(seconds, "pretrain"):
         folder = _made(out / "base")
         first = train(
-            model, ids["prose"][0], plan.pretrain, folder, held_out=ids["prose"][1][:20_000], title="pretrain"
+            model,
+            ids["prose"][0],
+            plan.pretrain,
+            folder,
+            held_out=ids["prose"][1][:20_000],
+            title="pretrain",
         )
         model.save_pretrained(folder)
         tokenizer.save(folder)
@@ -128,12 +146,17 @@ def demo(
     def measure(some_model: Any) -> dict[str, float]:
         context = plan.pretrain.context
         held_out = {name: parts[1] for name, parts in ids.items()}
-        losses = {k: evaluate(some_model, v, context, limit=plan.windows, threads=threads) for k, v in held_out.items()}
+        losses = {
+            k: evaluate(some_model, v, context, limit=plan.windows, threads=threads)
+            for k, v in held_out.items()
+        }
         return {name: bits_per_byte(loss) for name, loss in losses.items()}
 
     def write_sample(some_model: Any) -> str:
         prompt = tokenizer.encode(PROMPT)[None]
-        return tokenizer.decode(generate(some_model, prompt, plan.sample, temperature=0.7, top_k=40, seed=seed)[0])
+        return tokenizer.decode(
+            generate(some_model, prompt, plan.sample, temperature=0.7, top_k=40, seed=seed)[0]
+        )
 
     with _timed(seconds, "evaluate base"):
         figures = {"base": measure(model)}
@@ -149,18 +172,31 @@ def demo(
     adapted: Any = model if plan.adapter is None else get_peft_model(model, plan.adapter, seed=seed)
     trainable = sum(p.size for p in adapted.parameters() if p.requires_grad)
     total = sum(p.size for p in adapted.parameters())
-    frozen = f"Freeze them, and train {trainable:,} of {NAMES[plan.method]} ({_ranks(plan.adapter)})"
-    say(f"2. {frozen if plan.adapter else 'Train all of them'} on {len(ids['code'][0]):,} bytes of code")
+    frozen = (
+        f"Freeze them, and train {trainable:,} of {NAMES[plan.method]} ({_ranks(plan.adapter)})"
+    )
+    say(
+        f"2. {frozen if plan.adapter else 'Train all of them'} on {len(ids['code'][0]):,} bytes of code"
+    )
     with _timed(seconds, "adapt"):
         folder = _made(out / ("adapted" if plan.adapter is None else "adapter"))
-        second = train(adapted, ids["code"][0], plan.adapt, folder, held_out=ids["code"][1][:20_000], title="adapt")
+        second = train(
+            adapted,
+            ids["code"][0],
+            plan.adapt,
+            folder,
+            held_out=ids["code"][1][:20_000],
+            title="adapt",
+        )
         adapted.save_pretrained(folder)
         if plan.adapter is None:
             tokenizer.save(folder)
     with _timed(seconds, "evaluate adapter"):
         figures[plan.method] = measure(adapted)
         samples[plan.method] = write_sample(adapted)
-        figures["lzma"] = {name: 8 * len(lzma.compress(text)) / len(text) for name, (_, text) in texts.items()}
+        figures["lzma"] = {
+            name: 8 * len(lzma.compress(text)) / len(text) for name, (_, text) in texts.items()
+        }
 
     weights = "model.safetensors" if plan.adapter is None else "adapter_model.safetensors"
     summary |= {
@@ -170,13 +206,17 @@ def demo(
         "adapter_bytes": (folder / weights).stat().st_size,
         "base_bytes": (out / "base" / "model.safetensors").stat().st_size,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "checks": _checks(adapted, ids["code"][1][None, : plan.pretrain.context], before) if plan.adapter else {},
+        "checks": _checks(adapted, ids["code"][1][None, : plan.pretrain.context], before)
+        if plan.adapter
+        else {},
         "samples": samples,
         "seed": seed,
     }
     _report(summary, say)  # first of all: what follows needs room on the disk
     if pictures:
-        summary["pictures"] = _draw(out, plan, lambda: _spectra(adapted, originals), first, second, say)
+        summary["pictures"] = _draw(
+            out, plan, lambda: _spectra(adapted, originals), first, second, say
+        )
     write_json(out / "summary.json", summary)
     _list_files(out, say)
     return summary
@@ -208,7 +248,9 @@ def _fingerprint(model: Any) -> str:
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         if ".adapters." not in name:
-            digest.update(name.replace(".base_layer", "").encode() + np.ascontiguousarray(p.numpy()).tobytes())
+            digest.update(
+                name.replace(".base_layer", "").encode() + np.ascontiguousarray(p.numpy()).tobytes()
+            )
     return digest.hexdigest()
 
 
@@ -216,10 +258,14 @@ def _linear_weights(model: Any) -> dict[str, np.ndarray]:
     """A copy of W of every linear layer but the head, by path."""
     head = model.get_output_embeddings()
     layers = {p: m for p, m in model.named_modules() if isinstance(m, LinearBase) and m is not head}
-    return {path: layer.backend.to_numpy(layer.dense_weight()).copy() for path, layer in layers.items()}
+    return {
+        path: layer.backend.to_numpy(layer.dense_weight()).copy() for path, layer in layers.items()
+    }
 
 
-def _spectra(model: Any, originals: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _spectra(
+    model: Any, originals: Mapping[str, np.ndarray]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Singular values of W and of dW, by path: what the adapter adds, or else how far W is from `originals`."""
 
     def values(W: np.ndarray) -> np.ndarray:
@@ -227,7 +273,8 @@ def _spectra(model: Any, originals: Mapping[str, np.ndarray]) -> dict[str, tuple
 
     if not isinstance(model, PeftModel):
         return {
-            path: (values(originals[path]), values(W - originals[path])) for path, W in _linear_weights(model).items()
+            path: (values(originals[path]), values(W - originals[path]))
+            for path, W in _linear_weights(model).items()
         }
     config, found = model.peft_config[model.active_adapter], {}
     for path, layer in model.get_base_model().named_modules():
@@ -239,7 +286,12 @@ def _spectra(model: Any, originals: Mapping[str, np.ndarray]) -> dict[str, tuple
 
 
 def _draw(
-    out: Path, plan: Plan, spectra: Callable[[], Any], first: Any, second: Any, say: Callable[[str], None]
+    out: Path,
+    plan: Plan,
+    spectra: Callable[[], Any],
+    first: Any,
+    second: Any,
+    say: Callable[[str], None],
 ) -> list[str]:
     from . import plots  # matplotlib is optional, and slow to import
 
@@ -248,12 +300,17 @@ def _draw(
         return []
 
     def in_bits(run: Any) -> tuple[list[float], list[tuple[int, float]]]:
-        return [bits_per_byte(v) for v in run.losses], [(step, bits_per_byte(v)) for step, v in run.evaluations]
+        return [bits_per_byte(v) for v in run.losses], [
+            (step, bits_per_byte(v)) for step, v in run.evaluations
+        ]
 
     held = "base frozen" if plan.quantize == "none" else f"base frozen in {plan.quantize}"
-    title = "Code, all parameters" if plan.adapter is None else f"{NAMES[plan.method]} on code, {held}"
+    title = (
+        "Code, all parameters" if plan.adapter is None else f"{NAMES[plan.method]} on code, {held}"
+    )
     plots.loss_curves(
-        out / "loss.png", {"Pretraining on prose, all parameters": in_bits(first), title: in_bits(second)}
+        out / "loss.png",
+        {"Pretraining on prose, all parameters": in_bits(first), title: in_bits(second)},
     )
     plots.delta_spectrum(out / "delta_spectrum.png", spectra(), FORMULAS[plan.method])
     if plan.method != "adalora":
@@ -263,10 +320,17 @@ def _draw(
 
 
 def _report(summary: dict[str, Any], say: Callable[[str], None]) -> None:
-    bits, checks, samples, method = (summary[k] for k in ("bits_per_byte", "checks", "samples", "method"))
+    bits, checks, samples, method = (
+        summary[k] for k in ("bits_per_byte", "checks", "samples", "method")
+    )
     coded = "" if summary["quantize"] == "none" else f"{summary['quantize']} "
     adapted = "all weights trained" if method == "full" else f"{coded}base + {NAMES[method]}"
-    labels = {"base": "base", "quantized base": f"{coded}base", method: adapted, "lzma": "lzma, for scale"}
+    labels = {
+        "base": "base",
+        "quantized base": f"{coded}base",
+        method: adapted,
+        "lzma": "lzma, for scale",
+    }
     say("\nHeld-out text, bits per byte (lower is better)\n")
     say(f"  {'':24}{'prose':>8}{'code':>8}")
     for key, row in bits.items():
@@ -274,13 +338,21 @@ def _report(summary: dict[str, Any], say: Callable[[str], None]) -> None:
     trainable, total = summary["trainable"], summary["total"]
     say(f"\n  trainable parameters    {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
     what = "adapted model" if method == "full" else "adapter"
-    say(f"  {f'{what} on disk':22}  {summary['adapter_bytes']:,} bytes, the base {summary['base_bytes']:,}")
+    say(
+        f"  {f'{what} on disk':22}  {summary['adapter_bytes']:,} bytes, the base {summary['base_bytes']:,}"
+    )
     if checks:
-        say(f"  merged = base + adapter to {checks['merge_identity_error']:.1e} of the largest logit")
-        say(f"  base weights unchanged  {'yes, every bit' if checks['base_bit_identical'] else 'NO'}")
+        say(
+            f"  merged = base + adapter to {checks['merge_identity_error']:.1e} of the largest logit"
+        )
+        say(
+            f"  base weights unchanged  {'yes, every bit' if checks['base_bit_identical'] else 'NO'}"
+        )
     for key, label in {"base": "Before", method: "After"}.items():
         say(f"\n{label}, from {PROMPT!r}:\n")
-        text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in samples[key])
+        text = "".join(
+            c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in samples[key]
+        )
         say("\n".join("    " + line for line in text.splitlines()))
 
 

@@ -22,7 +22,9 @@ IGNORE = -100  # a target that is not counted: PyTorch's ignore_index
 
 def rows(x: Array) -> Array:
     """(..., C) -> (N, C): one large product is faster than a loop of small ones."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1, which has no meaning beside a 0
+    return x.reshape(
+        math.prod(x.shape[:-1]), x.shape[-1]
+    )  # not -1, which has no meaning beside a 0
 
 
 def row_dot(xp: Any, a: Array, b: Array) -> Array:
@@ -43,7 +45,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y += bias.data
     shape = x.shape
     W_kept = W if x.requires_grad else None
-    X_kept = X if weight.requires_grad else None  # a frozen W's gradient is not wanted, and only that would read X
+    X_kept = (
+        X if weight.requires_grad else None
+    )  # a frozen W's gradient is not wanted, and only that would read X
     need_db, count = bias is not None and bias.requires_grad, len(inputs)
 
     def vjp(dy: Array) -> Grads:
@@ -73,7 +77,9 @@ def lora_linear(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float) -> T
 
     def vjp(dy: Array) -> Grads:
         dY = rows(dy)  # (N, O)
-        dU = (dY @ b) * scaling if need_dx or X_kept is not None else None  # (N, O) @ (O, r) -> (N, r)
+        dU = (
+            (dY @ b) * scaling if need_dx or X_kept is not None else None
+        )  # (N, O) @ (O, r) -> (N, r)
         dx = (dU @ a).reshape(shape) if need_dx else None  # (N, r) @ (r, I) -> (N, I)
         dA = None if X_kept is None or dU is None else dU.T @ X_kept  # (r, N) @ (N, I) -> (r, I)
         dB = None if U_kept is None else (dY.T @ U_kept) * scaling  # (O, N) @ (N, r) -> (O, r)
@@ -85,7 +91,9 @@ def lora_linear(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float) -> T
 def within(ids: np.ndarray, count: int, what: str) -> None:
     """DataError, naming one, unless all ids are in [0, count). Only on the host: a GPU takes a wrong row silently."""
     if ids.size and not (ids.min() >= 0 and ids.max() < count):
-        raise DataError(f"{what} {ids.min() if ids.min() < 0 else ids.max()} is outside [0, {count})")
+        raise DataError(
+            f"{what} {ids.min() if ids.min() < 0 else ids.max()} is outside [0, {count})"
+        )
 
 
 def embedding(ids: Array, weight: Tensor) -> Tensor:
@@ -116,7 +124,9 @@ def dropout(x: Tensor, p: float, key: int, first: int = 0) -> Tensor:
     def mask() -> Array:
         words = backend.random_words(key, first, shape[0], (each + 1) // 2)
         words = words.view(np.uint32)[:, :each]  # 32 random bits an element
-        return (words >= np.uint32(min(round(p * 2**32), 2**32 - 1))).reshape(shape).astype(dtype) * scale
+        return (words >= np.uint32(min(round(p * 2**32), 2**32 - 1))).reshape(shape).astype(
+            dtype
+        ) * scale
 
     return record(x.data * mask(), (x,), lambda dy: (dy * mask(),))
 
@@ -126,7 +136,9 @@ def dropout(x: Tensor, p: float, key: int, first: int = 0) -> Tensor:
 
 def _sigmoid(xp: Any, x: Array) -> Array:
     y = xp.negative(x, out=xp.empty_like(x))
-    with np.errstate(over="ignore"):  # exp(-x) may be infinite: then sigmoid is 0, exactly what is wanted
+    with np.errstate(
+        over="ignore"
+    ):  # exp(-x) may be infinite: then sigmoid is 0, exactly what is wanted
         xp.exp(y, out=y)
         y += 1
         return xp.divide(1, y, out=y)
@@ -142,7 +154,9 @@ def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up    x = [gate, up] (2, ..., C) -> (..., C)    Shazeer 2020"""
     xp, X = namespace(x), x.data
     if len(X) != 2:
-        raise ValueError(f"swiglu: the first axis holds gate and up, so it must be 2, got {x.shape}")
+        raise ValueError(
+            f"swiglu: the first axis holds gate and up, so it must be 2, got {x.shape}"
+        )
     g, u = X
     s = _sigmoid(xp, g)
     y = g * s
@@ -204,11 +218,18 @@ def log_softmax(x: Tensor, axis: int = -1) -> Tensor:
 
 
 def counted(
-    backend: Backend, shape: tuple[int, ...], V: int, targets: Array, ignore_index: int, reduction: str
+    backend: Backend,
+    shape: tuple[int, ...],
+    V: int,
+    targets: Array,
+    ignore_index: int,
+    reduction: str,
 ) -> tuple[Array, Array, Array]:
     """(targets, with 0 for ignored ones; which are ignored; how much each one's loss weighs), all (N,)."""
     if targets.shape != shape:
-        raise DataError(f"targets of shape {targets.shape} do not fit logits of shape {(*shape, V)}")
+        raise DataError(
+            f"targets of shape {targets.shape} do not fit logits of shape {(*shape, V)}"
+        )
     if isinstance(targets, np.ndarray):
         within(targets[targets != ignore_index], V, "target")
         targets = backend.from_numpy(targets)
@@ -217,23 +238,33 @@ def counted(
     xp, t = backend.xp, targets.reshape(-1)
     ignored = t == ignore_index
     keep = (~ignored).astype(np.float64)
-    return xp.where(ignored, 0, t), ignored, keep / xp.maximum(keep.sum(), 1) if reduction == "mean" else keep
+    return (
+        xp.where(ignored, 0, t),
+        ignored,
+        keep / xp.maximum(keep.sum(), 1) if reduction == "mean" else keep,
+    )
 
 
-def cross_entropy(logits: Tensor, targets: Array, ignore_index: int = IGNORE, reduction: str = "mean") -> Tensor:
+def cross_entropy(
+    logits: Tensor, targets: Array, ignore_index: int = IGNORE, reduction: str = "mean"
+) -> Tensor:
     """-log softmax(logits)[target]    logits (..., V), targets (...) integers -> scalar
 
     `reduction` "mean" over the counted targets (0 if there is none) or "sum". DataError for a target outside [0, V).
     """
     xp, shape = namespace(logits), logits.shape
-    t, ignored, weight = counted(logits.backend, shape[:-1], shape[-1], targets, ignore_index, reduction)
+    t, ignored, weight = counted(
+        logits.backend, shape[:-1], shape[-1], targets, ignore_index, reduction
+    )
     Z, weight = rows(logits.data), weight.astype(logits.dtype)  # (N, V), (N,)
     top, each = Z.max(axis=-1, keepdims=True), xp.arange(len(t))
     with np.errstate(invalid="ignore"):  # an infinite logit makes its row NaN
         E, down = xp.exp(Z - top), Z[each, t] - top[:, 0]  # (N, V), (N,)
     E[ignored] = 1  # a row that does not count is read no further, whatever it holds
     total = E.sum(axis=-1, keepdims=True)  # (N, 1)
-    nll = xp.where(ignored, 0, xp.log(total)[:, 0] - down)  # not log + top - Z: near 0 that would round it away
+    nll = xp.where(
+        ignored, 0, xp.log(total)[:, 0] - down
+    )  # not log + top - Z: near 0 that would round it away
     kept = E if logits.requires_grad else None
 
     def vjp(dy: Array) -> Grads:
@@ -288,7 +319,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         if not need_dx:
             return None, dw, db
         dxhat = dy * w
-        along = dxhat.mean(axis=-1, keepdims=True) + xhat * (dxhat * xhat).mean(axis=-1, keepdims=True)
+        along = dxhat.mean(axis=-1, keepdims=True) + xhat * (dxhat * xhat).mean(
+            axis=-1, keepdims=True
+        )
         return rstd * (dxhat - along), dw, db
 
     return record(centred * rstd * w + bias.data, (x, weight, bias), vjp)

@@ -19,7 +19,9 @@ from .functional import IGNORE, Grads, counted, row_dot, rows
 
 # ---- one weight for a whole step ------------------------------------------------------------------------------------
 
-Pull = Callable[[Array, Array], Grads]  # from X (N, I) and dY (N, O) to the gradients of some parameters
+Pull = Callable[
+    [Array, Array], Grads
+]  # from X (N, I) and dY (N, O) to the gradients of some parameters
 
 
 class OfOutput(NamedTuple):
@@ -39,7 +41,12 @@ class Effective:
     stacked  the outputs stand in a new first axis (n, ..., O / n), for layers of equal size; otherwise side by side
     """
 
-    def __init__(self, weight: Array, layers: Sequence[tuple[int, Tensor | None, Parts]], stacked: bool = False):
+    def __init__(
+        self,
+        weight: Array,
+        layers: Sequence[tuple[int, Tensor | None, Parts]],
+        stacked: bool = False,
+    ):
         ends = list(itertools.accumulate(size for size, _, _ in layers))
         self.weight = weight.reshape(len(layers), -1, weight.shape[1]) if stacked else weight
         self.stacked = stacked
@@ -68,7 +75,10 @@ def effective_linear(x: Tensor, effective: Effective) -> Tensor:
         y = y.copy()  # Y + b - b would not be Y
     for i, bias in effective.biases:
         layer(y, i)[...] += bias.data
-    need_dx, need_db = x.requires_grad, [i if bias.requires_grad else None for i, bias in effective.biases]
+    need_dx, need_db = (
+        x.requires_grad,
+        [i if bias.requires_grad else None for i, bias in effective.biases],
+    )
     X_kept, flat = X if pulls else None, y.shape
 
     def vjp(dy: Array) -> Grads:
@@ -104,7 +114,10 @@ def costs(tokens: int, inputs: int, outputs: int, r: int, normed: bool = False) 
 
 # ---- the head and its loss ------------------------------------------------------------------------------------------
 
-ROWS, LOGITS = 1024, 1 << 20  # at once in `linear_cross_entropy`; with 4 MiB of logits these stay in the cache
+ROWS, LOGITS = (
+    1024,
+    1 << 20,
+)  # at once in `linear_cross_entropy`; with 4 MiB of logits these stay in the cache
 
 
 def linear_cross_entropy(
@@ -119,7 +132,9 @@ def linear_cross_entropy(
     xp, V, shape = namespace(x, head), len(head), x.shape
     t, ignored, weight = counted(x.backend, shape[:-1], V, targets, ignore_index, reduction)
     weight = weight.astype(x.dtype)
-    X = xp.where(ignored[:, None], 0, rows(x.data))  # a row that does not count is read no further, whatever it holds
+    X = xp.where(
+        ignored[:, None], 0, rows(x.data)
+    )  # a row that does not count is read no further, whatever it holds
     dX = xp.empty_like(X) if grad_enabled() and x.requires_grad else None
     dW = xp.zeros(head.shape, head.dtype) if grad_enabled() and head.requires_grad else None
     loss = xp.zeros((), X.dtype)
@@ -136,7 +151,9 @@ def linear_cross_entropy(
         for v in words:
             W = head.take(v)
             E = logits(W)
-            logit = xp.take_along_axis(E, xp.clip(tn - v.start, 0, v.stop - v.start - 1)[None], axis=0)[0]
+            logit = xp.take_along_axis(
+                E, xp.clip(tn - v.start, 0, v.stop - v.start - 1)[None], axis=0
+            )[0]
             hit = xp.where((tn >= v.start) & (tn < v.stop), logit, hit)
             before, top = top, xp.maximum(top, E.max(axis=0))
             with np.errstate(invalid="ignore"):  # an infinite logit makes its row NaN
@@ -148,7 +165,9 @@ def linear_cross_entropy(
                 part = E.T @ W  # (n, v) @ (v, C)
                 dX[at] = part if v.start == 0 else dX[at] * shrink[:, None] + part
         with np.errstate(invalid="ignore"):
-            each = xp.log(total) - (hit - top)  # not log + top - hit: near 0 that would round it away
+            each = xp.log(total) - (
+                hit - top
+            )  # not log + top - hit: near 0 that would round it away
         loss = loss + (xp.where(skip, 0, each) * w).sum()
         share = (w / total)[:, None]  # (n, 1)
         if dX is not None:
@@ -173,7 +192,9 @@ def _slices(size: int, most: int) -> list[slice]:
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 QUERY_BLOCK = 64  # queries a block: shorter blocks skip more hidden scores, and cost more calls
-KEPT_SCORES = 1 << 20  # with more of them, backward computes exp(scores) again: memory then grows with T, not T^2
+KEPT_SCORES = (
+    1 << 20
+)  # with more of them, backward computes exp(scores) again: memory then grows with T, not T^2
 
 
 def turn(xp: Any, z: Array, cos: Array, sin: Array, out: Array | None = None) -> Array:
@@ -211,7 +232,9 @@ def attention(
     """
     xp, (B, T, width), turned = namespace(qkv), qkv.shape, heads + kv_heads
     if heads % kv_heads or width % (turned + kv_heads):
-        raise ValueError(f"attention: {heads} heads and {kv_heads} of keys do not fit each other, or {width} channels")
+        raise ValueError(
+            f"attention: {heads} heads and {kv_heads} of keys do not fit each other, or {width} channels"
+        )
     D = width // (turned + kv_heads)
     Z = qkv.data.reshape(B, T, heads + 2 * kv_heads, D)
     QK = Z[:, :, :turned].copy() if cos is None else turn(xp, Z[:, :, :turned], cos, sin)
@@ -246,10 +269,14 @@ def _attend(
     order = xp.arange(min(QUERY_BLOCK, T))
     future = xp.where(order[:, None] > order, -np.inf, 0).astype(q.dtype)  # (key, query)
 
-    def by_head(z: Array) -> Array:  # (B, T, H, D) -> (B, K, G, T, D): no copy, and products with k broadcast over G
+    def by_head(
+        z: Array,
+    ) -> Array:  # (B, T, H, D) -> (B, K, G, T, D): no copy, and products with k broadcast over G
         return z.reshape(B, z.shape[1], K, z.shape[2] // K, D).transpose(0, 2, 3, 1, 4)
 
-    def scores(keys: Array, queries: Array) -> tuple[Array, Array]:  # in memory (B, s, H t); as a view (B, K, G, s, t)
+    def scores(
+        keys: Array, queries: Array
+    ) -> tuple[Array, Array]:  # in memory (B, s, H t); as a view (B, K, G, s, t)
         s, t = keys.shape[3], queries.shape[3]
         P = xp.empty((B, s, H * t), q.dtype)
         view = P.reshape(B, s, K, G, t).transpose(0, 2, 3, 1, 4)
@@ -260,10 +287,16 @@ def _attend(
         t, last = at.stop - at.start, S - T + at.stop
         keys = slice(max(0, last - t + 1 - window) if window else 0, last)
         P, view = scores(kh[..., keys, :], qh[..., at, :])
-        P[:, -t:].reshape(B, t, H, t)[...] += future[:t, None, :t]  # only the newest t keys can be too new
-        old = last - window - keys.start if window else 0  # < t: so many keys are too old for the newest query
+        P[:, -t:].reshape(B, t, H, t)[...] += future[
+            :t, None, :t
+        ]  # only the newest t keys can be too new
+        old = (
+            last - window - keys.start if window else 0
+        )  # < t: so many keys are too old for the newest query
         if old > 0:
-            past = xp.where(order[:, None] - old <= order - t, -np.inf, 0).astype(q.dtype)  # (key, query)
+            past = xp.where(order[:, None] - old <= order - t, -np.inf, 0).astype(
+                q.dtype
+            )  # (key, query)
             P[:, :old].reshape(B, old, H, t)[...] += past[:old, None, :t]
         return keys, P, view
 
@@ -274,7 +307,9 @@ def _attend(
         top = P.max(axis=1, keepdims=True)  # (B, 1, H t)
         P -= top
         xp.exp(P, out=P)
-        total = xp.ones((1, P.shape[1]), P.dtype) @ P  # (B, 1, H t): a product sums faster than a reduction
+        total = (
+            xp.ones((1, P.shape[1]), P.dtype) @ P
+        )  # (B, 1, H t): a product sums faster than a reduction
         inv[:, at, :, 0] = 1.0 / total.reshape(B, H, at.stop - at.start).swapaxes(1, 2)
         xp.matmul(view.swapaxes(-1, -2), vh[..., keys, :], out=Oh[..., at, :])  # (t, s) @ (s, D)
         kept.append((at, keys, top, (P, view) if B * H * T * S <= KEPT_SCORES else None))
@@ -294,7 +329,9 @@ def _attend(
             else:
                 total[..., keys, :] += a @ b if G == 1 else (a @ b).sum(axis=2, keepdims=True)
 
-        if kept[-1][1].start > 0:  # otherwise the latest block sees every key: what it brings is first
+        if (
+            kept[-1][1].start > 0
+        ):  # otherwise the latest block sees every key: what it brings is first
             dk[...], dv[...] = 0, 0
         for at, keys, top, exps in reversed(kept):
             if exps is None:
@@ -305,7 +342,9 @@ def _attend(
             dS, dview = scores(vh[..., keys, :], dh[..., at, :])
             dS -= along[..., at].reshape(top.shape)
             dS *= P
-            xp.matmul(dview.swapaxes(-1, -2), kh[..., keys, :], out=dqh[..., at, :])  # (t, s) @ (s, D)
+            xp.matmul(
+                dview.swapaxes(-1, -2), kh[..., keys, :], out=dqh[..., at, :]
+            )  # (t, s) @ (s, D)
             add(dkh, dview, qh[..., at, :])  # (s, t) @ (t, D)
 
     return O, back

@@ -17,7 +17,11 @@ from .errors import ConfigError, DataError, NonFiniteError
 
 
 def generate(
-    model: Any, ids: Any, max_new_tokens: int, tasks: str | Sequence[str] | None = None, **sampling: Any
+    model: Any,
+    ids: Any,
+    max_new_tokens: int,
+    tasks: str | Sequence[str] | None = None,
+    **sampling: Any,
 ) -> np.ndarray:
     """ids (B, T) -> (B, T + max_new_tokens) integers: the prompts and what `stream` appends to them.
 
@@ -32,7 +36,11 @@ def generate(
         for task, rows in groups.items():
             with model.task(task):
                 texts.append(generate(model, prompt[rows], max_new_tokens, **sampling))
-        return np.concatenate(texts)[np.argsort(np.concatenate(list(groups.values())))] if texts else prompt
+        return (
+            np.concatenate(texts)[np.argsort(np.concatenate(list(groups.values())))]
+            if texts
+            else prompt
+        )
     new = list(stream(model, prompt, max_new_tokens, **sampling))
     return np.concatenate([prompt, np.stack(new, axis=1)], axis=1) if new else prompt
 
@@ -60,13 +68,23 @@ def stream(
     limit, V = model.config.max_position_embeddings, model.config.vocab_size
     ids = np.asarray(ids)
     if ids.ndim != 2 or ids.shape[1] == 0:
-        raise DataError(f"a prompt needs at least one token: ids of shape (batch, time), got {ids.shape}")
+        raise DataError(
+            f"a prompt needs at least one token: ids of shape (batch, time), got {ids.shape}"
+        )
     _check(max_new_tokens, temperature, top_k, top_p)
     rng = np.random.default_rng(seed)
-    window = pending = ids[:, -limit:]  # what the caches will hold; and of it what the model has not seen yet
-    plain, backend = model.get_base_model(), model.get_base_model().get_input_embeddings().weight.backend
+    window = pending = ids[
+        :, -limit:
+    ]  # what the caches will hold; and of it what the model has not seen yet
+    plain, backend = (
+        model.get_base_model(),
+        model.get_base_model().get_input_embeddings().weight.backend,
+    )
     halves = np.array_split(np.arange(len(ids)), 2 if backend.name == "cpu" and len(ids) > 1 else 1)
-    caches = [KeyValueCache(model, len(half), min(limit, ids.shape[1] + max_new_tokens)) for half in halves]
+    caches = [
+        KeyValueCache(model, len(half), min(limit, ids.shape[1] + max_new_tokens))
+        for half in halves
+    ]
     going_on: list[Decoding | None] = [None] * len(halves)
 
     def forward(i: int) -> Array:
@@ -88,17 +106,23 @@ def stream(
                 for cache in caches:
                     cache.length = 0
             logits = backend.xp.concatenate(team(forward, range(len(halves))))
-            token = sample(backend.to_numpy(logits), rng, temperature, min(top_k or V, V), top_p or 1.0)
+            token = sample(
+                backend.to_numpy(logits), rng, temperature, min(top_k or V, V), top_p or 1.0
+            )
             pending = token[:, None]
             window = np.concatenate([window, pending], axis=1)
             yield token
 
 
-def sample(logits: np.ndarray, rng: np.random.Generator, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+def sample(
+    logits: np.ndarray, rng: np.random.Generator, temperature: float, top_k: int, top_p: float
+) -> np.ndarray:
     """One token a row.    logits (B, V) -> (B,)"""
     z = logits.astype(np.float64)
     if not np.isfinite(z.max(axis=-1)).all():  # a NaN is the largest of whatever it is among
-        raise NonFiniteError("the model gives no finite logit for the next token: its weights are broken")
+        raise NonFiniteError(
+            "the model gives no finite logit for the next token: its weights are broken"
+        )
     if temperature == 0:
         return np.asarray(z.argmax(axis=-1))
     z = (z - z.max(axis=-1, keepdims=True)) / temperature
@@ -107,8 +131,12 @@ def sample(logits: np.ndarray, rng: np.random.Generator, temperature: float, top
     p[:, top_k:] = 0
     p /= p.sum(axis=-1, keepdims=True)
     before = p.cumsum(axis=-1) - p
-    p[before >= top_p] = 0  # a token stays if those before it do not yet reach top_p: one always stays
-    chosen = (p.cumsum(axis=-1) > rng.random((len(p), 1)) * p.sum(axis=-1, keepdims=True)).argmax(axis=-1)
+    p[before >= top_p] = (
+        0  # a token stays if those before it do not yet reach top_p: one always stays
+    )
+    chosen = (p.cumsum(axis=-1) > rng.random((len(p), 1)) * p.sum(axis=-1, keepdims=True)).argmax(
+        axis=-1
+    )
     return np.asarray(np.take_along_axis(order, chosen[:, None], axis=-1)[:, 0])
 
 

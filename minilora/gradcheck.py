@@ -15,7 +15,11 @@ from .autograd import Tensor, gradients, no_grad
 
 
 def directional_error(
-    f: Callable[..., Tensor], *inputs: np.ndarray, directions: int = 8, h: float = 3e-4, seed: int = 0
+    f: Callable[..., Tensor],
+    *inputs: np.ndarray,
+    directions: int = 8,
+    h: float = 3e-4,
+    seed: int = 0,
 ) -> float:
     """The worst disagreement between backward and a finite difference, over random directions.
 
@@ -35,8 +39,12 @@ def directional_error(
     out = f(*leaves)
     grads = gradients(out, leaves, weights) if out.requires_grad else [None] * len(leaves)
     for i, (g, a) in enumerate(zip(grads, arrays, strict=True)):
-        if g is not None and g.shape != a.shape:  # one that was not summed over broadcast axes has the right sum
-            raise AssertionError(f"the gradient of input {i} has shape {g.shape}, the input {a.shape}")
+        if (
+            g is not None and g.shape != a.shape
+        ):  # one that was not summed over broadcast axes has the right sum
+            raise AssertionError(
+                f"the gradient of input {i} has shape {g.shape}, the input {a.shape}"
+            )
 
     def value(t: float, direction: list[np.ndarray]) -> float:
         with no_grad():
@@ -58,12 +66,16 @@ def directional_error(
     return worst
 
 
-def check_gradient(f: Callable[..., Tensor], *inputs: np.ndarray, tolerance: float = 1e-9, seed: int = 0) -> float:
+def check_gradient(
+    f: Callable[..., Tensor], *inputs: np.ndarray, tolerance: float = 1e-9, seed: int = 0
+) -> float:
     """Raise AssertionError unless every gradient has its input's shape and `directional_error` is within `tolerance`.
 
     Returns the error.
     """
     error = directional_error(f, *inputs, seed=seed)
     if not error <= tolerance:  # a NaN must fail, too
-        raise AssertionError(f"gradient is off by {error:.2e} of its scale, tolerance {tolerance:.0e}")
+        raise AssertionError(
+            f"gradient is off by {error:.2e} of its scale, tolerance {tolerance:.0e}"
+        )
     return error

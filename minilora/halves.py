@@ -64,7 +64,9 @@ class Half:
     def decode(self, dtype: Any = np.float32, rows: Any = slice(None)) -> Array:
         """The array, or these rows of it, in `dtype`: exact in float32 and float64. Memory of its own."""
         bits = self.codes[rows]
-        with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one, which is no news
+        with np.errstate(
+            invalid="ignore"
+        ):  # a signalling NaN becomes a quiet one, which is no news
             if self.kind == "float16":
                 return bits.astype(dtype)
             wide = bits.astype(np.uint32)
@@ -78,7 +80,9 @@ def rounded(values: Array, kind: str) -> Half:
         raise ConfigError(f"cannot hold weights as {kind!r:.99}: the kinds are {', '.join(NAMES)}")
     backend = backend_of(values)
     host = backend.to_numpy(values)
-    with np.errstate(over="ignore"):  # beyond the kind's range is inf, and whoever asks looks for that
+    with np.errstate(
+        over="ignore"
+    ):  # beyond the kind's range is inf, and whoever asks looks for that
         codes = bf16_from(host) if kind == "bfloat16" else host.astype(np.float16)
     return Half(kind, backend.from_numpy(codes))
 
@@ -106,9 +110,15 @@ class HalfWeight(QuantizedWeight):
     def merged(self, total: Array) -> HalfWeight:
         """Another weight in its place, `total` in float64 being rounded once. NonFiniteError beyond the kind's end."""
         made = HalfWeight(rounded(total, self.quantized.kind), self.dtype)
-        after, exact, before = made.numpy().astype(np.float64), self.backend.to_numpy(total), self.numpy()
+        after, exact, before = (
+            made.numpy().astype(np.float64),
+            self.backend.to_numpy(total),
+            self.numpy(),
+        )
         if not np.isfinite(after).all():
-            raise NonFiniteError(f"the merged weight is beyond {self.quantized.kind}, which it is held as")
+            raise NonFiniteError(
+                f"the merged weight is beyond {self.quantized.kind}, which it is held as"
+            )
         size = float(np.linalg.norm(exact - before))
         made.lost = float(np.linalg.norm(after - exact)) / size if size else 0.0
         return made
@@ -160,14 +170,20 @@ def halve(model: Any, kind: str = "bfloat16") -> Any:
             raise ConfigError(f"{path.rpartition('.')[0]} has adapters: they come afterwards")
         half = made[W] = made.get(W) or rounded(W.data, kind)
         if not bool((half.decode(W.dtype) == W.data).all()):
-            raise ConfigError(f"{path}: {kind} cannot hold its weights exactly, and to round them changes the model")
+            raise ConfigError(
+                f"{path}: {kind} cannot hold its weights exactly, and to round them changes the model"
+            )
     hold(model, made)
     return model
 
 
 def holders(model: Module) -> dict[str, Any]:
     """The modules whose weights can be held in sixteen bits, by path: dense layers and embeddings, in floats as yet."""
-    return {p: m for p, m in model.named_modules() if type(m) in (Linear, Embedding) and not vars(m)["weight"].fixed}
+    return {
+        p: m
+        for p, m in model.named_modules()
+        if type(m) in (Linear, Embedding) and not vars(m)["weight"].fixed
+    }
 
 
 def hold(model: Module, found: Mapping[Parameter, Half]) -> None:

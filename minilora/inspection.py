@@ -28,7 +28,9 @@ def singular_values(A: np.ndarray, B: np.ndarray, scaling: float) -> np.ndarray:
     if not (np.isfinite(A).all() and np.isfinite(B).all()):
         return np.array([np.nan])
     with np.errstate(over="ignore", invalid="ignore"):
-        core = np.linalg.qr(B.astype(np.float64))[1] @ np.linalg.qr(A.T.astype(np.float64))[1].T  # at most (r, r)
+        core = (
+            np.linalg.qr(B.astype(np.float64))[1] @ np.linalg.qr(A.T.astype(np.float64))[1].T
+        )  # at most (r, r)
     if not np.isfinite(core).all():
         return np.array([np.nan])
     return np.asarray(np.linalg.svd(core, compute_uv=False) * abs(scaling))
@@ -62,14 +64,22 @@ def inspect_adapter(folder: Path, base: str | Path | None = None) -> Report:
             A, B, s, m = file.factors(path)
             experts = config.experts if isinstance(config, HydraConfig) else 1
             values = singular_values(A, B.reshape(len(B), experts, -1).mean(axis=1), s)
-            row = {"layer": path, "shape": f"{B.shape[0]} x {A.shape[1]}", "r": A.shape[0], "scaling": f"{s:g}"}
-            row |= {"|dW|": f"{np.linalg.norm(values):.4g}", "rank": f"{effective_rank(values):.2f}"}
+            row = {
+                "layer": path,
+                "shape": f"{B.shape[0]} x {A.shape[1]}",
+                "r": A.shape[0],
+                "scaling": f"{s:g}",
+            }
+            row |= {
+                "|dW|": f"{np.linalg.norm(values):.4g}",
+                "rank": f"{effective_rank(values):.2f}",
+            }
             if m is not None:
                 row["magnitude"] = f"{m.min():.4g} to {m.max():.4g}"
             rows.append(row)
             spectra[path] = [float(value) for value in values]
         sizes, broken = 0, []
-        for key in file.file.keys():  # noqa: SIM118  (a file is not a mapping)
+        for key in file.file.keys():
             array = file.file.read(key)
             sizes += array.size
             nan, inf = int(np.isnan(array).sum()), int(np.isinf(array).sum())
@@ -91,13 +101,21 @@ def inspect_adapter(folder: Path, base: str | Path | None = None) -> Report:
                 for row in rows:
                     there = base_key(checkpoint, f"{row['layer']}.weight")
                     W = 0.0 if there is None else norm(checkpoint.read(there))
-                    row["|dW| / |W|"] = f"{float(np.linalg.norm(spectra[str(row['layer'])])) / W:.4g}" if W else "-"
-    return {**report, "spectra": {p: None if np.isnan(v).any() else v for p, v in spectra.items()}, "tensors": rows}
+                    row["|dW| / |W|"] = (
+                        f"{float(np.linalg.norm(spectra[str(row['layer'])])) / W:.4g}" if W else "-"
+                    )
+    return {
+        **report,
+        "spectra": {p: None if np.isnan(v).any() else v for p, v in spectra.items()},
+        "tensors": rows,
+    }
 
 
 def norm(W: np.ndarray) -> float:
     """The Frobenius norm, summed in float64 without a copy of W in it."""
-    return math.sqrt(float(np.sum(np.square(W, dtype=np.float64) if W.size < 1 << 16 else _squares(W))))
+    return math.sqrt(
+        float(np.sum(np.square(W, dtype=np.float64) if W.size < 1 << 16 else _squares(W)))
+    )
 
 
 def _squares(W: np.ndarray) -> np.ndarray:
@@ -122,4 +140,7 @@ def inspect_checkpoint(path: Path) -> Report:
 
 
 def _tensors(file: Any) -> list[Report]:
-    return [{"tensor": key, "shape": list(file.shape(key)), "dtype": file.dtype(key)} for key in list(file.keys())]
+    return [
+        {"tensor": key, "shape": list(file.shape(key)), "dtype": file.dtype(key)}
+        for key in list(file.keys())
+    ]

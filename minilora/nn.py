@@ -63,7 +63,9 @@ class Module:
         """One line a module: its path, by which an adapter can target it, and the shapes of its own parameters."""
         lines = [type(self).__name__]
         for path, module in self.named_modules():
-            shapes = {name: list(p.shape) for name, p in vars(module).items() if isinstance(p, Parameter)}
+            shapes = {
+                name: list(p.shape) for name, p in vars(module).items() if isinstance(p, Parameter)
+            }
             lines += [f"  {path}: {type(module).__name__} {shapes or ''}".rstrip()] if path else []
         return "\n".join(lines)
 
@@ -211,10 +213,14 @@ def frozen_linear(weight: Array, like: LinearBase) -> Linear:
     return dense
 
 
-def effective(layers: Sequence[Any], tokens: int | None, stacked: bool = False) -> fused.Effective | None:
+def effective(
+    layers: Sequence[Any], tokens: int | None, stacked: bool = False
+) -> fused.Effective | None:
     """What layers that share an input are in a step over `tokens` positions; None if one must run on its own."""
     first, at = layers[0], 0
-    weight = first.backend.xp.empty((sum(layer.out_features for layer in layers), first.in_features), first.dtype)
+    weight = first.backend.xp.empty(
+        (sum(layer.out_features for layer in layers), first.in_features), first.dtype
+    )
     formed = []
     for layer in layers:
         parts = layer.effective(weight[at : at + layer.out_features], tokens)
@@ -232,7 +238,9 @@ class Fan(Module):
     """
 
     fan: tuple[str, ...]
-    stacked = False  # or in a new first axis, for layers of equal size whose outputs are read one by one
+    stacked = (
+        False  # or in a new first axis, for layers of equal size whose outputs are read one by one
+    )
     _effective: Mapping[Any, fused.Effective | None] = {}  # during a step, by what runs
 
     def preparations(self, tokens: int | None) -> Iterator[Callable[[], None]]:
@@ -342,8 +350,17 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence
     """
     if not grad_enabled() or not (x.requires_grad or params):
         return function(x)
-    seed, step, first = getattr(_thread, "counter", None) or (0, next(_recomputed), 0)  # dropout must fall alike twice
-    X, need_dx, values, here = x.data, x.requires_grad, [p.data for p in params], contextvars.copy_context()
+    seed, step, first = getattr(_thread, "counter", None) or (
+        0,
+        next(_recomputed),
+        0,
+    )  # dropout must fall alike twice
+    X, need_dx, values, here = (
+        x.data,
+        x.requires_grad,
+        [p.data for p in params],
+        contextvars.copy_context(),
+    )
     with no_grad(), dropout_counter(seed, step, first):
         y = function(x).data
 
@@ -351,8 +368,14 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence
         leaf = Tensor(X, need_dx)
         with dropout_counter(seed, step, first):
             again = here.run(function, leaf)  # with the adapters of that time
-        assert len(values) == len(params)  # named here, so that a change of them is noticed: see `record`'s guards
-        return tuple(gradients(again, [leaf, *params], dy) if again.requires_grad else [None] * (1 + len(params)))
+        assert len(values) == len(
+            params
+        )  # named here, so that a change of them is noticed: see `record`'s guards
+        return tuple(
+            gradients(again, [leaf, *params], dy)
+            if again.requires_grad
+            else [None] * (1 + len(params))
+        )
 
     return record(y, (x, *params), vjp)
 
@@ -367,16 +390,26 @@ def through(blocks: Sequence[Any], x: Tensor, cache: Any, recompute: bool) -> Te
     return x
 
 
-def uniform(rng: np.random.Generator, bound: float, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+def uniform(
+    rng: np.random.Generator, bound: float, shape: tuple[int, ...], dtype: Any = np.float32
+) -> np.ndarray:
     """Values from U(-bound, bound); drawn in float64 and rounded, so that every dtype starts from the same numbers."""
     return rng.uniform(-bound, bound, shape).astype(dtype)
 
 
-def normal(rng: np.random.Generator | None, std: float, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+def normal(
+    rng: np.random.Generator | None, std: float, shape: tuple[int, ...], dtype: Any = np.float32
+) -> np.ndarray:
     """Values from N(0, std^2). Without a generator zeros, which cost nothing until a file fills them."""
-    return np.zeros(shape, dtype) if rng is None else (rng.standard_normal(shape) * std).astype(dtype)
+    return (
+        np.zeros(shape, dtype) if rng is None else (rng.standard_normal(shape) * std).astype(dtype)
+    )
 
 
-def random_linear(rng: np.random.Generator | None, std: float, inputs: int, outputs: int, bias: bool) -> Linear:
+def random_linear(
+    rng: np.random.Generator | None, std: float, inputs: int, outputs: int, bias: bool
+) -> Linear:
     """A layer as training begins: weight from N(0, std^2), bias zero."""
-    return Linear(normal(rng, std, (outputs, inputs)), np.zeros(outputs, np.float32) if bias else None)
+    return Linear(
+        normal(rng, std, (outputs, inputs)), np.zeros(outputs, np.float32) if bias else None
+    )

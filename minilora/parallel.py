@@ -36,7 +36,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # f
 P = TypeVar("P")
 R = TypeVar("R")
 TOKENS_PER_SHARD = 512  # measured: with fewer, Python's share of a small model's step grows
-FLOATS_PER_SHARD = 1 << 19  # 2 MiB of the widest activation: with more, a wide model's leave the cache
+FLOATS_PER_SHARD = (
+    1 << 19
+)  # 2 MiB of the widest activation: with more, a wide model's leave the cache
 MAX_THREADS = 256  # more would only meet the system's own limit
 
 
@@ -85,10 +87,14 @@ class ShardedStep:
         weights = balance.values() if isinstance(balance, Mapping) else ()
         fit = all(type(w) in (int, float) and 0 < w < math.inf for w in weights)
         if not fit or not (isinstance(balance, Mapping) or balance in ("tasks", "tokens")):
-            raise ConfigError(f"balance must be 'tasks', 'tokens' or positive numbers by task, got {balance!r:.200}")
+            raise ConfigError(
+                f"balance must be 'tasks', 'tokens' or positive numbers by task, got {balance!r:.200}"
+            )
         self.model, self.loss, self.shard, self.keep_memory = model, loss, shard, keep_memory
         self.balance = balance
-        on_host = next(iter(model.parameters())).backend.name == "cpu"  # a GPU is kept busy by one thread
+        on_host = (
+            next(iter(model.parameters())).backend.name == "cpu"
+        )  # a GPU is kept busy by one thread
         self.threads = min(threads or available_cores(), MAX_THREADS) if on_host else 1
         self._stack = ExitStack()
 
@@ -96,7 +102,8 @@ class ShardedStep:
         limits = self._stack.enter_context(threadpoolctl.threadpool_limits(1, "blas"))
         if not limits.get_original_num_threads().get("blas"):
             warnings.warn(
-                "no BLAS that threadpoolctl can hold: results may depend on its number of threads", stacklevel=2
+                "no BLAS that threadpoolctl can hold: results may depend on its number of threads",
+                stacklevel=2,
             )
         if self.keep_memory:
             keep_memory()
@@ -116,15 +123,21 @@ class ShardedStep:
         tasks the mean is as `balance` has it, and what belongs to tasks that are not in the batch takes no part.
         """
         params, parts = list(params), batch.by_task()
-        counted = self._counted(parts)  # known before the cut: each shard's sum is divided by its whole task's count
+        counted = self._counted(
+            parts
+        )  # known before the cut: each shard's sum is divided by its whole task's count
 
-        def work(part: tuple[str | None, Batch]) -> tuple[str | None, Array, list[Array | None] | None]:
+        def work(
+            part: tuple[str | None, Batch],
+        ) -> tuple[str | None, Array, list[Array | None] | None]:
             task, shard = part
             with self._running(task), dropout_counter(seed, step, shard.first):
                 loss = self.loss(self.model, shard)
             if not loss.requires_grad:  # as for rows of the base alone
                 return task, loss.data.astype(np.float64), None
-            found = gradients(loss, params, loss.backend.xp.full(loss.shape, 1 / counted[task], loss.dtype))
+            found = gradients(
+                loss, params, loss.backend.xp.full(loss.shape, 1 / counted[task], loss.dtype)
+            )
             return task, loss.data.astype(np.float64), found
 
         totals: dict[str | None, Array] = dict.fromkeys(counted, 0.0)
@@ -145,7 +158,9 @@ class ShardedStep:
         finally:
             self.model.end_step()
         if not trained and parts:
-            raise ConfigError("no parameter of the model requires a gradient: there is nothing to train")
+            raise ConfigError(
+                "no parameter of the model requires a gradient: there is nothing to train"
+            )
         return sum(total / counted[task] for task, total in totals.items()), summed
 
     def _counted(self, parts: list[tuple[str | None, Batch]]) -> dict[str | None, float]:
@@ -156,14 +171,18 @@ class ShardedStep:
         given = self.balance if isinstance(self.balance, Mapping) else {}
         weights = {task: given.get(task or "", 1.0) for task, count in counts.items() if count}
         total = sum(weights.values())
-        return {task: count * (total / weights[task]) if count else 1 for task, count in counts.items()}
+        return {
+            task: count * (total / weights[task]) if count else 1 for task, count in counts.items()
+        }
 
     def _running(self, task: str | None) -> contextlib.AbstractContextManager[None]:
         """Inside, the model runs the adapters of this task."""
         if task is None:
             return contextlib.nullcontext()
         if not hasattr(self.model, "task"):
-            raise ConfigError(f"the batch has sequences of task {task!r:.99}, but the model has no tasks")
+            raise ConfigError(
+                f"the batch has sequences of task {task!r:.99}, but the model has no tasks"
+            )
         return self.model.task(task)  # type: ignore[no-any-return]
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[tuple[float, int]]:
@@ -199,9 +218,15 @@ class ShardedStep:
         for _ in self._in_order(work, range(self.threads)):
             pass
 
-    def _cut(self, shape: tuple[int, ...], parts: list[tuple[str | None, Batch]]) -> Iterator[tuple[str | None, Batch]]:
+    def _cut(
+        self, shape: tuple[int, ...], parts: list[tuple[str | None, Batch]]
+    ) -> Iterator[tuple[str | None, Batch]]:
         size = self.shard or shard_size(self.model, *shape)
-        return ((task, part.shard(i, i + size)) for task, part in parts for i in range(0, len(part), size))
+        return (
+            (task, part.shard(i, i + size))
+            for task, part in parts
+            for i in range(0, len(part), size)
+        )
 
     def _in_order(self, work: Callable[[P], R], parts: Iterable[P]) -> Iterator[R]:
         """work(part) of each, in the order of the parts, at most `threads` at once and none far ahead."""
@@ -211,7 +236,9 @@ class ShardedStep:
         waiting: collections.deque[Future[R]] = collections.deque()
         try:
             for part in parts:
-                here = contextvars.copy_context()  # what the caller has switched, its threads see too
+                here = (
+                    contextvars.copy_context()
+                )  # what the caller has switched, its threads see too
                 waiting.append(self._pool.submit(here.run, work, part))
                 if len(waiting) > self.threads:
                     yield waiting.popleft().result()

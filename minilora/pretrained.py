@@ -16,7 +16,13 @@ from typing import Any
 import numpy as np
 
 from .architecture import TransformerConfig
-from .bitsandbytes import Way, quantization_config, read_bitsandbytes, read_quantization_config, write_bitsandbytes
+from .bitsandbytes import (
+    Way,
+    quantization_config,
+    read_bitsandbytes,
+    read_quantization_config,
+    write_bitsandbytes,
+)
 from .errors import FormatError
 from .formats import Checkpoint, Entry, array_entry, read_checkpoint, write_checkpoint
 from .halves import NAMES, STORED, Half, HalfWeight, hold, holders, rounded
@@ -25,7 +31,9 @@ from .quant import QuantizedLinear
 from .weights import BUFFERS, transposed, turned
 
 
-def load_model(make: Callable[..., Any], directory: str | Path, dtype: Any, stored: bool = False) -> Any:
+def load_model(
+    make: Callable[..., Any], directory: str | Path, dtype: Any, stored: bool = False
+) -> Any:
     """make(config, seed=None, dtype=dtype), with the tensors of a folder put in, one by one, on the host.
 
     stored   hold the weights of linear layers and embeddings in sixteen bits where the files do
@@ -38,25 +46,35 @@ def load_model(make: Callable[..., Any], directory: str | Path, dtype: Any, stor
         config = TransformerConfig.from_dict(raw)
         said = raw.get("quantization_config")
         way = None if said is None else read_quantization_config(said)
-        there = sum(math.prod(checkpoint.shape(key)) for key in checkpoint.keys())  # noqa: SIM118
-        if config.parameter_count() > 2 * there:  # seen before memory is asked for; a byte of codes is two weights
+        there = sum(math.prod(checkpoint.shape(key)) for key in checkpoint.keys())
+        if (
+            config.parameter_count() > 2 * there
+        ):  # seen before memory is asked for; a byte of codes is two weights
             described = f"{config.parameter_count():,} parameters"
-            raise FormatError(f"{directory}: config.json describes {described}, the file holds {there:,}")
+            raise FormatError(
+                f"{directory}: config.json describes {described}, the file holds {there:,}"
+            )
         model = make(config, seed=None, dtype=dtype)
         names = _names(model, checkpoint)
         coded = {} if way is None else _coded(model, names)
         if way is not None and not coded:
-            raise FormatError(f"{directory}: quantization_config says {way}, but no linear layer is stored so")
+            raise FormatError(
+                f"{directory}: quantization_config says {way}, but no linear layer is stored so"
+            )
         held = {name for of_layer in coded.values() for name in of_layer}
         dense = {name: key for name, key in names.items() if name not in held}
         _fill(model, checkpoint, dense, set(coded), str(directory), stored)
         modules: dict[str, Any] = dict(model.named_modules())
         for path, of_layer in coded.items():
             where, plain = f"{directory}: {path}", modules[path]
-            tensors = {name.removeprefix(f"{path}."): checkpoint.read(names[name]) for name in of_layer}
+            tensors = {
+                name.removeprefix(f"{path}."): checkpoint.read(names[name]) for name in of_layer
+            }
             layer = read_bitsandbytes(tensors, where)
             if layer.weight.shape != plain.weight.shape:
-                raise FormatError(f"{where} is {layer.weight.shape}, config.json says {plain.weight.shape}")
+                raise FormatError(
+                    f"{where} is {layer.weight.shape}, config.json says {plain.weight.shape}"
+                )
             if Way.of(layer) != way:
                 raise FormatError(f"{where} is {Way.of(layer)}, quantization_config says {way}")
             layer.bias = plain.bias
@@ -77,14 +95,31 @@ def _coded(model: Any, names: dict[str, str]) -> dict[str, list[str]]:
     for name in names:
         keys.setdefault(name.partition(".weight")[0], []).append(name)
     embedding = model.get_input_embeddings().weight  # a tied head is no layer of its own
-    linear = [path for path, m in model.named_modules() if isinstance(m, Linear) and m.weight is not embedding]
-    return {path: keys[path] for path in linear if any(key.startswith(f"{path}.weight.") for key in keys.get(path, ()))}
+    linear = [
+        path
+        for path, m in model.named_modules()
+        if isinstance(m, Linear) and m.weight is not embedding
+    ]
+    return {
+        path: keys[path]
+        for path in linear
+        if any(key.startswith(f"{path}.weight.") for key in keys.get(path, ()))
+    }
 
 
-def _fill(model: Any, checkpoint: Checkpoint, names: dict[str, str], coded: set[str], where: str, stored: bool) -> None:
+def _fill(
+    model: Any,
+    checkpoint: Checkpoint,
+    names: dict[str, str],
+    coded: set[str],
+    where: str,
+    stored: bool,
+) -> None:
     """Give each parameter the tensor of its name among `names`, but for the weights of the layers `coded`."""
     kind = model.config.model_type
-    own = {name: p for name, p in model.named_parameters() if name.removesuffix(".weight") not in coded}
+    own = {
+        name: p for name, p in model.named_parameters() if name.removesuffix(".weight") not in coded
+    }
     tied = {"lm_head.weight"} & set(names) if model.config.tie_word_embeddings else set()
     wrong = [f"missing {name}" for name in own if name not in names]
     unknown = sorted(key for name, key in names.items() if name not in own and name not in tied)
@@ -92,7 +127,9 @@ def _fill(model: Any, checkpoint: Checkpoint, names: dict[str, str], coded: set[
     for name, p in own.items():
         said = p.shape[::-1] if transposed(kind, name) else p.shape
         if name in names and checkpoint.shape(names[name]) != said:
-            wrong.append(f"{names[name]} is {checkpoint.shape(names[name])}, config.json says {said}")
+            wrong.append(
+                f"{names[name]} is {checkpoint.shape(names[name])}, config.json says {said}"
+            )
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise FormatError(f"{where}: {'; '.join(wrong[:5])}{more}"[:500])
@@ -100,14 +137,20 @@ def _fill(model: Any, checkpoint: Checkpoint, names: dict[str, str], coded: set[
     for name, p in own.items():
         key = names[name]
         if p in can_be and checkpoint.dtype(key) in STORED:
-            halves[p] = Half(STORED[checkpoint.dtype(key)], turned(kind, name, checkpoint.read_bits(key)))
+            halves[p] = Half(
+                STORED[checkpoint.dtype(key)], turned(kind, name, checkpoint.read_bits(key))
+            )
         else:
             p.data = turned(kind, name, checkpoint.read(key, dtype=p.dtype))
     hold(model, halves)
     for name in tied:
         embedding = model.get_input_embeddings().weight
-        if not np.array_equal(checkpoint.read(names[name], dtype=embedding.dtype), embedding.data, equal_nan=True):
-            raise FormatError(f"{where}: tie_word_embeddings is true, but {names[name]} differs from the embedding")
+        if not np.array_equal(
+            checkpoint.read(names[name], dtype=embedding.dtype), embedding.data, equal_nan=True
+        ):
+            raise FormatError(
+                f"{where}: tie_word_embeddings is true, but {names[name]} differs from the embedding"
+            )
 
 
 def save_model(model: Any, directory: str | Path) -> None:
@@ -137,7 +180,9 @@ def save_model(model: Any, directory: str | Path) -> None:
             half = _exactly(p.numpy(), kind) if kind is not None and p.ndim == 1 else None
         array = p.numpy() if half is None else p.backend.to_numpy(half.codes)
         entry = array_entry(name, turned(model.config.model_type, name, array))
-        entries[name] = entry if half is None else dataclasses.replace(entry, dtype=NAMES[half.kind])
+        entries[name] = (
+            entry if half is None else dataclasses.replace(entry, dtype=NAMES[half.kind])
+        )
     write_checkpoint(directory, config, entries.values())
 
 

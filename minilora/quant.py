@@ -138,7 +138,9 @@ class Quantized:
     def decode(self, dtype: Any = np.float32) -> Array:
         """level x absmax, in float32 and then rounded to `dtype`; an array of its own, of `shape`."""
         backend = backend_of(self.codes)
-        values = backend.xp.take(_tables(self.kind, backend).values, self.codes, axis=0).reshape(-1)[: self.size]
+        values = backend.xp.take(_tables(self.kind, backend).values, self.codes, axis=0).reshape(
+            -1
+        )[: self.size]
         absmax, count = self.decode_absmax(), self.size // self.block_size
         whole = count * self.block_size
         blocks, rest = values[:whole].reshape(count, self.block_size), values[whole:]  # views
@@ -147,7 +149,9 @@ class Quantized:
         return values.reshape(self.shape).astype(dtype, copy=False)
 
 
-def encode(values: Array, kind: str = "nf4", block_size: int = 64, double_quant: bool = False) -> Quantized:
+def encode(
+    values: Array, kind: str = "nf4", block_size: int = 64, double_quant: bool = False
+) -> Quantized:
     """Each block's absmax, and each value's nearest level in units of it.    values of any shape and float dtype
 
     All is done in float32, as bitsandbytes does: v = w * (1 / absmax), and a v halfway between two levels takes the
@@ -166,7 +170,9 @@ def encode(values: Array, kind: str = "nf4", block_size: int = 64, double_quant:
     held = _encode(flat, kind, block_size)
     if double_quant:
         offset = float(np.float32(backend.to_numpy(held.absmax.mean(dtype=np.float64))))
-        held = replace(held, absmax=_encode(held.absmax - offset, "dynamic", ABSMAX_BLOCK), offset=offset)
+        held = replace(
+            held, absmax=_encode(held.absmax - offset, "dynamic", ABSMAX_BLOCK), offset=offset
+        )
     return replace(held, shape=tuple(values.shape))
 
 
@@ -179,7 +185,9 @@ def _encode(flat: Array, kind: str, block_size: int) -> Quantized:
     absmax = xp.abs(blocks).max(axis=1)
     absmax = xp.where(absmax < _SMALLEST, 0, absmax)
     inverse = xp.where(absmax == 0, 0, 1 / xp.maximum(absmax, _SMALLEST))
-    nearest = xp.searchsorted(tables.thresholds, (blocks * inverse[:, None]).reshape(-1), side="left")
+    nearest = xp.searchsorted(
+        tables.thresholds, (blocks * inverse[:, None]).reshape(-1), side="left"
+    )
     codes = xp.take(tables.order, nearest)
     if per_byte == 2:
         codes = (codes[0::2] << 4) | codes[1::2]
@@ -190,7 +198,9 @@ def _check_options(kind: Any, block_size: Any, double_quant: Any) -> None:
     if kind not in KINDS:
         raise ConfigError(f"cannot quantise to {kind!r:.99}: the kinds are {', '.join(KINDS)}")
     if type(block_size) is not int or block_size not in BLOCK_SIZES:
-        raise ConfigError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size!r:.99}")
+        raise ConfigError(
+            f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size!r:.99}"
+        )
     if type(double_quant) is not bool:
         raise ConfigError(f"double_quant must be True or False, got {double_quant!r:.99}")
 
@@ -226,7 +236,9 @@ class QuantizedWeight(Parameter):
 
     @data.setter
     def data(self, value: Array) -> None:
-        raise ConfigError(f"a weight held as {self.quantized.kind} cannot be assigned to: quantise another")
+        raise ConfigError(
+            f"a weight held as {self.quantized.kind} cannot be assigned to: quantise another"
+        )
 
     @property
     def requires_grad(self) -> bool:
@@ -235,7 +247,9 @@ class QuantizedWeight(Parameter):
     @requires_grad.setter
     def requires_grad(self, wanted: bool) -> None:
         if wanted:
-            raise ConfigError(f"a weight held as {self.quantized.kind} cannot be trained: put an adapter over it")
+            raise ConfigError(
+                f"a weight held as {self.quantized.kind} cannot be trained: put an adapter over it"
+            )
 
     # fmt: off
     @property
@@ -250,7 +264,11 @@ class QuantizedWeight(Parameter):
     # fmt: on
 
     def move(self, backend: Backend, dtype: Any) -> None:
-        self.quantized, self._dtype, self.backend = self.quantized.to(backend), np.dtype(dtype), backend
+        self.quantized, self._dtype, self.backend = (
+            self.quantized.to(backend),
+            np.dtype(dtype),
+            backend,
+        )
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -268,7 +286,9 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
 
     def vjp(dy: Array) -> Grads:
         dY = rows(dy)  # (N, O)
-        dx = (dY @ held.decode(dtype)).reshape(shape) if need_dx else None  # (N, O) @ (O, I) -> (N, I)
+        dx = (
+            (dY @ held.decode(dtype)).reshape(shape) if need_dx else None
+        )  # (N, O) @ (O, I) -> (N, I)
         db = dY.sum(axis=0) if need_db else None
         return (dx, db)[:count]
 
@@ -285,7 +305,9 @@ class QuantizedLinear(LinearBase):
     weight: QuantizedWeight
     trainable = False
 
-    def __init__(self, quantized: Quantized, bias: Parameter | None = None, dtype: Any = np.float32):
+    def __init__(
+        self, quantized: Quantized, bias: Parameter | None = None, dtype: Any = np.float32
+    ):
         self.weight = QuantizedWeight(quantized, dtype)
         self.bias = bias
         self.out_features, self.in_features = quantized.shape
@@ -300,12 +322,16 @@ class QuantizedLinear(LinearBase):
         return cls._encoded(layer.weight.data, layer, kind, block_size, double_quant)
 
     @classmethod
-    def _encoded(cls, W: Array, like: Any, kind: str, block_size: int, double_quant: bool) -> QuantizedLinear:
+    def _encoded(
+        cls, W: Array, like: Any, kind: str, block_size: int, double_quant: bool
+    ) -> QuantizedLinear:
         made = cls(encode(W, kind, block_size, double_quant), like.bias, W.dtype)
         made.training = like.training
         with np.errstate(over="ignore", invalid="ignore"):
             made.error = _ratio(made.dense_weight(), W, W)
-        if not math.isfinite(made.error):  # a rounded absmax can leave the dtype's range at its very end
+        if not math.isfinite(
+            made.error
+        ):  # a rounded absmax can leave the dtype's range at its very end
             raise NonFiniteError(f"the decoded weight is beyond {W.dtype}: use double_quant=False")
         return made
 
@@ -338,7 +364,9 @@ def _ratio(a: Array, b: Array, scale: Array) -> float:
 
     def norm(z: Array) -> float:
         top = float(backend.to_numpy(backend.xp.abs(z).max()))
-        return top and top * math.sqrt(float(backend.to_numpy(((z / top) ** 2).sum())))  # no square overflows
+        return top and top * math.sqrt(
+            float(backend.to_numpy(((z / top) ** 2).sum()))
+        )  # no square overflows
 
     size = norm(scale.astype(np.float64))
     return norm(a.astype(np.float64) - b) / size if size else 0.0
@@ -371,10 +399,18 @@ def quantize(
         raise ConfigError(f"skip: {unused[0]!r:.99} matches nothing in this model")
     for path, module in modules.items():
         if isinstance(module, QuantizedLinear):
-            raise ConfigError(f"{path or 'the model'} is quantised already, as {module.weight.quantized.kind}")
+            raise ConfigError(
+                f"{path or 'the model'} is quantised already, as {module.weight.quantized.kind}"
+            )
         if path.endswith(".base_layer"):
-            raise ConfigError(f"{path.removesuffix('.base_layer')} has adapters, made for W as it is: quantise first")
-    found = {p: m for p, m in modules.items() if isinstance(m, Linear) and not any(_named(p, n) for n in names)}
+            raise ConfigError(
+                f"{path.removesuffix('.base_layer')} has adapters, made for W as it is: quantise first"
+            )
+    found = {
+        p: m
+        for p, m in modules.items()
+        if isinstance(m, Linear) and not any(_named(p, n) for n in names)
+    }
     if not found:
         raise ConfigError("there is no linear layer to quantise")
     if "" in found:
@@ -382,7 +418,9 @@ def quantize(
     for path, layer in found.items():
         for other, module in modules.items():
             if other != path and any(value is layer.weight for value in vars(module).values()):
-                raise ConfigError(f"{path} shares its weight with {other}: name it in skip, or untie them")
+                raise ConfigError(
+                    f"{path} shares its weight with {other}: name it in skip, or untie them"
+                )
     made = {}
     for path, layer in found.items():
         try:
@@ -405,7 +443,9 @@ def dequantize(model: Module) -> Any:
         raise ConfigError("there is no quantised layer")
     adapted = [path for path in found if path.endswith(".base_layer")]
     if adapted:
-        raise ConfigError(f"{adapted[0].removesuffix('.base_layer')} has adapters: merge_and_unload or unload first")
+        raise ConfigError(
+            f"{adapted[0].removesuffix('.base_layer')} has adapters: merge_and_unload or unload first"
+        )
     for path, layer in found.items():
         dense = frozen_linear(layer.dense_weight(), layer)
         dense.weight.requires_grad = True
@@ -432,7 +472,15 @@ class LayerReport(NamedTuple):
 def quantization_report(model: Module) -> list[LayerReport]:
     """What each quantised layer of a model holds, and what it lost."""
     return [
-        LayerReport(path, m.weight.quantized.kind, m.weight.size, m.nbytes, m.bits_per_parameter, m.error, m.lost)
+        LayerReport(
+            path,
+            m.weight.quantized.kind,
+            m.weight.size,
+            m.nbytes,
+            m.bits_per_parameter,
+            m.error,
+            m.lost,
+        )
         for path, m in model.named_modules()
         if isinstance(m, QuantizedLinear)
     ]

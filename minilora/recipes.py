@@ -22,10 +22,21 @@ METHODS = ("lora", "dora", "adalora", "full")
 CODES = ("none", *KINDS)  # of a base that is in memory
 QUANTIZE = (*CODES, "stored")  # of one that is read
 NAMES = {"lora": "LoRA", "dora": "DoRA", "adalora": "AdaLoRA", "full": "all weights"}
-ADALORA_FIELDS = ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+ADALORA_FIELDS = (
+    "target_r",
+    "init_r",
+    "tinit",
+    "tfinal",
+    "deltaT",
+    "beta1",
+    "beta2",
+    "orth_reg_weight",
+)
 
 
-def adapter_config(method: str, quantize: str, fields: Mapping[str, Any], steps: int) -> LoraConfig | None:
+def adapter_config(
+    method: str, quantize: str, fields: Mapping[str, Any], steps: int
+) -> LoraConfig | None:
     """The configuration that a method means for a run of `steps`; None for "full".
 
     fields   the adapter's, by PEFT's names, where they are not to be the defaults
@@ -40,14 +51,20 @@ def adapter_config(method: str, quantize: str, fields: Mapping[str, Any], steps:
     of_adalora = [name for name in ADALORA_FIELDS if name in fields]
     if method == "full":
         if fields:
-            raise ConfigError(f"method full trains the base itself: there is no adapter to have {', '.join(fields)}")
+            raise ConfigError(
+                f"method full trains the base itself: there is no adapter to have {', '.join(fields)}"
+            )
         if quantize != "none":
-            raise ConfigError(f"quantize = {quantize} freezes the weights that method full would train")
+            raise ConfigError(
+                f"quantize = {quantize} freezes the weights that method full would train"
+            )
         return None
     if method == "adalora":
         return AdaLoraConfig(**adalora_defaults(fields, steps), total_step=steps)
     if of_adalora:
-        raise ConfigError(f"{', '.join(of_adalora)}: AdaLoRA's; method {method} does not allocate ranks")
+        raise ConfigError(
+            f"{', '.join(of_adalora)}: AdaLoRA's; method {method} does not allocate ranks"
+        )
     return LoraConfig(**{**fields, "use_dora": True} if method == "dora" else fields)
 
 
@@ -58,11 +75,23 @@ def adalora_defaults(fields: Mapping[str, Any], steps: int) -> dict[str, Any]:
     a hundred allocations. The penalty's weight is a fifth of PEFT's, as in the authors' code.
     """
     if "r" in fields and "target_r" in fields:
-        raise ConfigError("r and target_r are the same to AdaLoRA, the rank of the average layer at the end: give one")
+        raise ConfigError(
+            "r and target_r are the same to AdaLoRA, the rank of the average layer at the end: give one"
+        )
     given = {name: value for name, value in fields.items() if name != "r"}
     r = given.get("target_r", fields.get("r", 8))
-    schedule = {"tinit": steps // 10, "tfinal": steps // 4, "deltaT": max(1, steps // 100), "orth_reg_weight": 0.1}
-    return {"target_r": r, "init_r": max(1, -(-3 * r // 2)) if type(r) is int else r, **schedule, **given}
+    schedule = {
+        "tinit": steps // 10,
+        "tfinal": steps // 4,
+        "deltaT": max(1, steps // 100),
+        "orth_reg_weight": 0.1,
+    }
+    return {
+        "target_r": r,
+        "init_r": max(1, -(-3 * r // 2)) if type(r) is int else r,
+        **schedule,
+        **given,
+    }
 
 
 def method_of(config: LoraConfig | None) -> str:
@@ -75,11 +104,21 @@ def method_of(config: LoraConfig | None) -> str:
 def held_bytes(model: Any) -> dict[str, Any]:
     """What a base holds, counted: its layers of codes or sixteen bits, then all its weights, each beside float32."""
     report = quantization_report(model)
-    halves = [(name, p, p.quantized) for name, p in model.named_parameters() if isinstance(p, HalfWeight)]
-    report += [LayerReport(name, h.kind, p.size, h.nbytes, 16.0, 0.0, p.lost) for name, p, h in halves]
-    coded, weights = sum(layer.nbytes for layer in report), sum(layer.parameters for layer in report)
+    halves = [
+        (name, p, p.quantized) for name, p in model.named_parameters() if isinstance(p, HalfWeight)
+    ]
+    report += [
+        LayerReport(name, h.kind, p.size, h.nbytes, 16.0, 0.0, p.lost) for name, p, h in halves
+    ]
+    coded, weights = (
+        sum(layer.nbytes for layer in report),
+        sum(layer.parameters for layer in report),
+    )
     others = [p for p in model.parameters() if not p.fixed]
-    everything, count = coded + sum(p.size * p.dtype.itemsize for p in others), weights + sum(p.size for p in others)
+    everything, count = (
+        coded + sum(p.size * p.dtype.itemsize for p in others),
+        weights + sum(p.size for p in others),
+    )
     return {
         "kind": ", ".join(sorted({layer.kind for layer in report})) or "none",
         "layers": len(report),

@@ -54,7 +54,9 @@ def is_records(path: PathLike) -> bool:
     return os.fsdecode(path).lower().endswith(SUFFIX)
 
 
-def read_records(path: PathLike, tokenizer: ByteTokenizer | HubTokenizer, context: int) -> list[Record]:
+def read_records(
+    path: PathLike, tokenizer: ByteTokenizer | HubTokenizer, context: int
+) -> list[Record]:
     """The records of a file of JSON lines in UTF-8, of at most T + 1 = context + 1 tokens each. Empty lines are none.
 
     What is longer loses its end, and one warning says how much that was of the whole; another, how many turns of the
@@ -89,10 +91,14 @@ def read_records(path: PathLike, tokenizer: ByteTokenizer | HubTokenizer, contex
         raise DataError(f"{quoted(path)} has no record: there is nothing to train on")
     if cut:
         text = f"{quoted(path)}: {cut:,} of {len(records):,} records are longer than {context + 1} tokens"
-        warnings.warn(f"{text} and lose their ends, {lost:,} of {total:,} tokens: see --context", stacklevel=2)
+        warnings.warn(
+            f"{text} and lose their ends, {lost:,} of {total:,} tokens: see --context", stacklevel=2
+        )
     if skipped:
         text = f"{quoted(path)}: {skipped:,} of the assistant's turns are not learned"
-        warnings.warn(f"{text}: the chat template writes them differently once others follow", stacklevel=2)
+        warnings.warn(
+            f"{text}: the chat template writes them differently once others follow", stacklevel=2
+        )
     return records
 
 
@@ -104,7 +110,9 @@ def _lines(path: PathLike) -> Iterator[tuple[str, bytes]]:
             number += 1
             where = f"{quoted(path)} line {number}"
             if len(line) > MAX_LINE_BYTES:
-                raise DataError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes, expected a record a line")
+                raise DataError(
+                    f"{where}: longer than {MAX_LINE_BYTES:,} bytes, expected a record a line"
+                )
             if line.strip(b" \t\r\n"):
                 yield where, line
 
@@ -118,7 +126,9 @@ def _checked(record: dict[str, Any], where: str) -> dict[str, Any]:
         raise DataError(f"{where}: expected {kinds}, and no other key, found {odd}")
     for key in keys:
         if key != "messages" and type(record[key]) is not str:
-            raise DataError(f"{where}: expected {key!r} to be a text, found {type(record[key]).__name__}")
+            raise DataError(
+                f"{where}: expected {key!r} to be a text, found {type(record[key]).__name__}"
+            )
     return record
 
 
@@ -126,7 +136,9 @@ def _completion(tokenizer: ByteTokenizer | HubTokenizer, prompt: str, text: str)
     """What of a prompt and its completion is to be learned: all after the prompt, which a plain text has empty."""
     ids, start = _encode(tokenizer, prompt, text)
     own = len(ids)
-    if tokenizer.eos is not None and not (own and ids[-1] == tokenizer.eos):  # some files put one there themselves
+    if tokenizer.eos is not None and not (
+        own and ids[-1] == tokenizer.eos
+    ):  # some files put one there themselves
         ids = np.append(ids, np.int32(tokenizer.eos))
     learned, spoken = np.zeros((2, len(ids)), bool)
     learned[start:] = spoken[start:own] = True
@@ -145,10 +157,14 @@ def _record(lesson: Lesson, context: int) -> Record:
             why = f"{prompt}, and a context of {context} ends before the rest"
         raise DataError(f"there is nothing to learn: {why}")
     share = lesson.size / max(1, int(np.count_nonzero(lesson.spoken)))  # bytes a token
-    return Record(lesson.ids[:n].copy(), learned, share * np.count_nonzero(lesson.spoken[:n] & learned))
+    return Record(
+        lesson.ids[:n].copy(), learned, share * np.count_nonzero(lesson.spoken[:n] & learned)
+    )
 
 
-def _encode(tokenizer: ByteTokenizer | HubTokenizer, prompt: str, text: str) -> tuple[NDArray[np.int32], int]:
+def _encode(
+    tokenizer: ByteTokenizer | HubTokenizer, prompt: str, text: str
+) -> tuple[NDArray[np.int32], int]:
     """(ids of both as one text, where what is to be learned begins), with the special tokens that the file asks for.
 
     That is where the ids part from those of the prompt alone. A token that holds the prompt's end and the text's
@@ -160,13 +176,17 @@ def _encode(tokenizer: ByteTokenizer | HubTokenizer, prompt: str, text: str) -> 
     return whole, int(parted[0]) if len(parted) else n
 
 
-def split_records(records: list[Record], fraction: float = 0.1) -> tuple[list[Record], list[Record]]:
+def split_records(
+    records: list[Record], fraction: float = 0.1
+) -> tuple[list[Record], list[Record]]:
     """(train, held_out): the last `fraction` of the records is held out. DataError where a side would be empty."""
     if not 0 < fraction < 1:
         raise ConfigError(f"the held-out fraction must lie between 0 and 1, got {fraction!r}")
     cut = len(records) - math.ceil(len(records) * fraction)
     if cut < 1:
-        raise DataError(f"expected 2 records or more, one to train on and one to hold out, got {len(records)}")
+        raise DataError(
+            f"expected 2 records or more, one to train on and one to hold out, got {len(records)}"
+        )
     return records[:cut], records[cut:]
 
 
@@ -178,13 +198,18 @@ def pack(records: Sequence[Record], context: int) -> Packed:
     """
     sizes = [len(record.ids) for record in records]
     if not sizes or max(sizes) > context + 1:
-        raise DataError(f"expected records of at most {context + 1} tokens, got {max(sizes, default='none')}")
+        raise DataError(
+            f"expected records of at most {context + 1} tokens, got {max(sizes, default='none')}"
+        )
     edges, end = [0], 0
     for size in sizes:
         if end + size - edges[-1] > context + 1:
             edges.append(end)
         end += size
-    ids, counts = np.concatenate([r.ids for r in records]), np.concatenate([r.learned for r in records])
+    ids, counts = (
+        np.concatenate([r.ids for r in records]),
+        np.concatenate([r.learned for r in records]),
+    )
     return Packed(ids, counts, np.array([*edges, end], np.int64))
 
 

@@ -62,7 +62,9 @@ def locked(out: str | Path) -> Iterator[Path]:
         yield out
     finally:
         _held.set(before)
-        with suppress(OSError):  # the folder may be gone. Removed while it is locked: nobody can be waiting for it
+        with suppress(
+            OSError
+        ):  # the folder may be gone. Removed while it is locked: nobody can be waiting for it
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):
                 os.unlink(path)
         os.close(descriptor)
@@ -88,7 +90,9 @@ def _lock_file(path: Path) -> int:
 def _flock(descriptor: int, path: Path) -> None:
     content = os.read(descriptor, 30).strip()
     if content and not content.isdigit():
-        raise ConfigError(f"{quoted(path)} is no lock of a run: choose another folder, or move it away")
+        raise ConfigError(
+            f"{quoted(path)} is no lock of a run: choose another folder, or move it away"
+        )
     try:
         import fcntl
 
@@ -98,14 +102,25 @@ def _flock(descriptor: int, path: Path) -> None:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             who = f"process {int(content)}" if content else "another process"
-            raise LockError(f"{quoted(path.parent)} is in use: {who} is writing there; choose another folder") from None
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise LockError(
+                f"{quoted(path.parent)} is in use: {who} is writing there; choose another folder"
+            ) from None
+        if error.errno not in (
+            errno.ENOLCK,
+            errno.ENOTSUP,
+            errno.EOPNOTSUPP,
+            errno.ENOSYS,
+            errno.EINVAL,
+        ):
             raise
         _warn_unlocked(path, str(error.strerror))
 
 
 def _warn_unlocked(path: Path, reason: str) -> None:
-    warnings.warn(f"{quoted(path.parent)} cannot be locked ({reason}): let no other run write there", stacklevel=2)
+    warnings.warn(
+        f"{quoted(path.parent)} cannot be locked ({reason}): let no other run write there",
+        stacklevel=2,
+    )
 
 
 def open_folder(out: str | Path, resume: bool = False) -> Path:
@@ -116,7 +131,9 @@ def open_folder(out: str | Path, resume: bool = False) -> Path:
     with locked(out) as folder:
         if not resume and any(name != LOCK for name in os.listdir(folder)):
             resumable = ", or go on with --resume auto" if _by_step(folder / "checkpoints") else ""
-            raise ConfigError(f"--out {str(out)!r} is not empty: choose another folder, or remove it{resumable}")
+            raise ConfigError(
+                f"--out {str(out)!r} is not empty: choose another folder, or remove it{resumable}"
+            )
     return folder
 
 
@@ -124,7 +141,9 @@ def require_room(out: Path, size: int) -> None:
     """OSError where the disk has less than `size` bytes left for a run: better now than after the training."""
     disk = shutil.disk_usage(out)
     if disk.total and disk.free < size:  # some network file systems report 0 of 0
-        raise OSError(errno.ENOSPC, f"saving takes {size:,} bytes, the disk has {disk.free:,}", str(out))
+        raise OSError(
+            errno.ENOSPC, f"saving takes {size:,} bytes, the disk has {disk.free:,}", str(out)
+        )
 
 
 def numbered_folder(parent: str | Path, stem: str) -> Path:
@@ -151,11 +170,15 @@ class Log:
 
     def __init__(self, path: Path, step: int = 0):
         if step and path.is_file():
-            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            lines = [
+                line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")
+            ]
             try:
                 kept = [line for line in lines if json.loads(line)["step"] < step]
             except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{str(path)!r} has a line that is no JSON with a step: {error}"[:500]) from None
+                raise CheckpointError(
+                    f"{str(path)!r} has a line that is no JSON with a step: {error}"[:500]
+                ) from None
             with atomic_file(path) as file:
                 file.writelines(kept)
         self._file = open(path, "a" if step else "w", encoding="utf-8")  # noqa: SIM115 - __exit__ closes it
@@ -167,7 +190,10 @@ class Log:
         self._file.close()
 
     def write(self, **record: Any) -> None:
-        strict = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        strict = {
+            k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
         self._file.write(json.dumps(strict, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -176,19 +202,28 @@ class Log:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as for a pipe or a device: nothing to force
+            if error.errno not in (
+                errno.EINVAL,
+                errno.ENOTSUP,
+            ):  # as for a pipe or a device: nothing to force
                 raise
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a `Log`, oldest first, but for one that is being written."""
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    return [
+        json.loads(line)
+        for line in path.read_bytes().splitlines(keepends=True)
+        if line.endswith(b"\n")
+    ]
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(out: Path, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
+def save_checkpoint(
+    out: Path, step: int, state: dict[str, Any], write: Callable[[Path], None]
+) -> Path:
     """Make OUT/checkpoints/step-N real in one rename: what `write(folder)` writes, and `state` in the manifest.
 
     Call it inside `locked(out)`. After an error the same call may be made again.
@@ -201,9 +236,17 @@ def save_checkpoint(out: Path, step: int, state: dict[str, Any], write: Callable
     try:
         os.mkdir(temporary)
         write(temporary)
-        files = {p.relative_to(temporary).as_posix(): p for p in sorted(temporary.rglob("*")) if p.is_file()}
-        entries = {name: {"size": p.stat().st_size, "sha256": _sha256(p)} for name, p in files.items()}
-        write_json(temporary / MANIFEST, {"step": step, "state": state, "files": entries})  # and sync_folder(temporary)
+        files = {
+            p.relative_to(temporary).as_posix(): p
+            for p in sorted(temporary.rglob("*"))
+            if p.is_file()
+        }
+        entries = {
+            name: {"size": p.stat().st_size, "sha256": _sha256(p)} for name, p in files.items()
+        }
+        write_json(
+            temporary / MANIFEST, {"step": step, "state": state, "files": entries}
+        )  # and sync_folder(temporary)
         if final.exists():  # a run that went back to an older step: at no moment is there neither
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(final, replaced)
@@ -238,13 +281,21 @@ def find_checkpoint(resume: str | Path, out: Path) -> tuple[Path, dict[str, Any]
             return folder, _verified(folder)
         except CheckpointError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=2)
-    raise CheckpointError(f"{str(out)!r} has no {'sound ' if found else ''}checkpoint to resume from")
+    raise CheckpointError(
+        f"{str(out)!r} has no {'sound ' if found else ''}checkpoint to resume from"
+    )
 
 
 def _by_step(parent: Path) -> list[Path]:
     """The checkpoints, oldest first. step-N.old is one whose run was killed when it had all but replaced it."""
-    found = [p for p in parent.glob("step-*") if p.name[5:].removesuffix(".old").isdecimal() and p.is_dir()]
-    return sorted(found, key=lambda p: (int(p.name[5:].removesuffix(".old")), not p.name.endswith(".old")))
+    found = [
+        p
+        for p in parent.glob("step-*")
+        if p.name[5:].removesuffix(".old").isdecimal() and p.is_dir()
+    ]
+    return sorted(
+        found, key=lambda p: (int(p.name[5:].removesuffix(".old")), not p.name.endswith(".old"))
+    )
 
 
 def _verified(folder: Path) -> dict[str, Any]:
@@ -258,10 +309,18 @@ def _verified(folder: Path) -> dict[str, Any]:
             raise KeyError("step")
         for name, entry in files.items():
             path = present.get(name)  # so that no name leads out of the folder
-            if path is None or path.stat().st_size != entry["size"] or _sha256(path) != entry["sha256"]:
-                raise CheckpointError(f"{str(folder)!r} is damaged: {name!r:.100} is not what {MANIFEST} says")
+            if (
+                path is None
+                or path.stat().st_size != entry["size"]
+                or _sha256(path) != entry["sha256"]
+            ):
+                raise CheckpointError(
+                    f"{str(folder)!r} is damaged: {name!r:.100} is not what {MANIFEST} says"
+                )
     except (FormatError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{str(folder)!r} is damaged: {MANIFEST} cannot be read ({error})"[:500]) from error
+        raise CheckpointError(
+            f"{str(folder)!r} is damaged: {MANIFEST} cannot be read ({error})"[:500]
+        ) from error
     return manifest
 
 

@@ -28,7 +28,9 @@ def read_text(path: PathLike) -> bytes:
         raise DataError(str(error)) from None
     except MemoryError:
         size = os.path.getsize(path)
-        raise DataError(f"{quoted(path)} has {size:,} bytes, more than there is memory: cut a part out of it") from None
+        raise DataError(
+            f"{quoted(path)} has {size:,} bytes, more than there is memory: cut a part out of it"
+        ) from None
     if not text:
         raise DataError(f"{quoted(path)} is empty: there is nothing to train on")
     return text
@@ -39,7 +41,9 @@ def prose() -> Documents:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise DataError("this Python comes without pydoc_data, the demo's prose: give --pretrain-data FILE") from None
+        raise DataError(
+            "this Python comes without pydoc_data, the demo's prose: give --pretrain-data FILE"
+        ) from None
     return [(name, text.encode()) for name, text in sorted(topics.items())]
 
 
@@ -49,12 +53,27 @@ def python_sources(limit: int = 3_000_000) -> Documents:
     Files are taken in the order of a checksum of their path: a fair sample, much the same on every version of Python.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "encodings", "pydoc_data"}
+    skipped = {
+        "test",
+        "tests",
+        "idle_test",
+        "site-packages",
+        "dist-packages",
+        "lib2to3",
+        "encodings",
+        "pydoc_data",
+    }
     paths: list[str] = []
     for folder, folders, names in os.walk(root):
         # config-3.x-... and _sysconfigdata... hold one machine's settings.
-        folders[:] = [name for name in folders if name not in skipped and not name.startswith(("config-", "__"))]
-        sources = [name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")]
+        folders[:] = [
+            name
+            for name in folders
+            if name not in skipped and not name.startswith(("config-", "__"))
+        ]
+        sources = [
+            name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
         paths += [Path(folder, name).relative_to(root).as_posix() for name in sources]
     found: Documents = []
     for path in sorted(paths, key=lambda path: (zlib.crc32(os.fsencode(path)), path)):
@@ -75,11 +94,17 @@ def four_tasks(limit: int = 400_000) -> dict[str, Documents]:
     """
     headers = sorted(Path(np.get_include()).rglob("*.h"))
     tables = sorted((Path(sysconfig.get_paths()["stdlib"]) / "encodings").glob("*.py"))
-    found = {"python": python_sources(limit), "c": _files(headers, limit), "charmap": _files(tables, limit)}
+    found = {
+        "python": python_sources(limit),
+        "c": _files(headers, limit),
+        "charmap": _files(tables, limit),
+    }
     found["json"] = [(f"plane {at:x}", text) for at, text in _unicode(limit)]
     for task, documents in found.items():
         if not documents:
-            raise DataError(f"this Python comes without the texts of task {task!r}: give files of your own")
+            raise DataError(
+                f"this Python comes without the texts of task {task!r}: give files of your own"
+            )
     return found
 
 
@@ -99,7 +124,12 @@ def _unicode(limit: int) -> Iterator[tuple[int, bytes]]:
     for block in range(0, 0x3000, 256):
         characters = [chr(c) for c in range(block, block + 256) if unicodedata.name(chr(c), "")]
         rows = [
-            {"code": f"U+{ord(c):04X}", "name": unicodedata.name(c), "category": unicodedata.category(c), "char": c}
+            {
+                "code": f"U+{ord(c):04X}",
+                "name": unicodedata.name(c),
+                "category": unicodedata.category(c),
+                "char": c,
+            }
             for c in characters
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -122,14 +152,18 @@ def split(documents: Documents, fraction: float = 0.1, seed: int = 0) -> tuple[b
     """
     texts = [text for _, text in documents if text]
     if len(texts) < 2:
-        raise DataError(f"expected 2 documents or more, one to train on and one to hold out, got {len(texts)}")
+        raise DataError(
+            f"expected 2 documents or more, one to train on and one to hold out, got {len(texts)}"
+        )
     room, held = _share(sum(map(len, texts)), fraction), set()
     for i in np.random.default_rng(seed).permutation(len(texts)).tolist():
         if len(texts[i]) <= room:
             held.add(i)
             room -= len(texts[i])
     held = held or {min(range(len(texts)), key=lambda i: len(texts[i]))}
-    train, held_out = (b"\n".join(t for i, t in enumerate(texts) if (i in held) == side) for side in (False, True))
+    train, held_out = (
+        b"\n".join(t for i, t in enumerate(texts) if (i in held) == side) for side in (False, True)
+    )
     return train, held_out
 
 

@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 from .errors import DataError
 from .formats.disk import PathLike, atomic_file, open_regular, quoted, read_json, write_json
 
-SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # tokens that have a meaning of their own
+SPECIAL = (
+    "bos",
+    "eos",
+    "unk",
+    "sep",
+    "pad",
+    "cls",
+    "mask",
+)  # tokens that have a meaning of their own
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest in use, of 256,000 tokens, take about 35 MB
 
 
@@ -29,7 +37,9 @@ def _utf8(text: str | bytes) -> bytes:
     try:
         return text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
-        raise DataError(f"character {error.start} of the text is half of a surrogate pair: it has no bytes") from None
+        raise DataError(
+            f"character {error.start} of the text is half of a surrogate pair: it has no bytes"
+        ) from None
 
 
 def _byte_level() -> dict[str, Any]:
@@ -41,12 +51,26 @@ def _byte_level() -> dict[str, Any]:
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     vocabulary = {chr(byte if byte in visible else next(others)): byte for byte in range(256)}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     model: dict[str, Any] = {"type": "BPE", "vocab": vocabulary, "merges": []}
-    model |= dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
+    model |= dict.fromkeys(
+        ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    )
     model |= dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
     absent = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    return {"version": "1.0", **absent, "added_tokens": [], "pre_tokenizer": level, "decoder": level, "model": model}
+    return {
+        "version": "1.0",
+        **absent,
+        "added_tokens": [],
+        "pre_tokenizer": level,
+        "decoder": level,
+        "model": model,
+    }
 
 
 @dataclass(frozen=True)
@@ -72,14 +96,22 @@ class ByteTokenizer:
     def save(self, directory: PathLike) -> None:
         """Write tokenizer.json and tokenizer_config.json: `transformers.AutoTokenizer` then gives the same ids."""
         write_json(os.path.join(directory, "tokenizer.json"), _byte_level())
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
         write_json(os.path.join(directory, "tokenizer_config.json"), config)
 
 
 class HubTokenizer:
     """Any other tokenizer.json, run by the `tokenizers` package. DataError where it cannot be, or for repeated ids."""
 
-    FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    FILES = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    )
     note = ""
 
     def __init__(self, directory: PathLike):
@@ -87,21 +119,27 @@ class HubTokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise DataError(f"{quoted(path)} needs the package 'tokenizers': pip install -e .[hf]") from None
+            raise DataError(
+                f"{quoted(path)} needs the package 'tokenizers': pip install -e .[hf]"
+            ) from None
         with self._usable():
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
         self._tokenizer.no_truncation()  # a file may ask for both, but a corpus is one long text
         self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         if len(set(ids)) < max(1, len(ids)):
-            raise DataError(f"{quoted(path)}: expected at least one token and an id of its own for each of {len(ids)}")
+            raise DataError(
+                f"{quoted(path)}: expected at least one token and an id of its own for each of {len(ids)}"
+            )
         self.vocab_size = max(ids) + 1
         self._files = {}
         for name in self.FILES:
             if os.path.isfile(beside := os.path.join(directory, name)):
                 with open_regular(beside) as file:
                     if os.fstat(file.fileno()).st_size > MAX_TOKENIZER_BYTES:
-                        raise DataError(f"{quoted(beside)}: expected at most {MAX_TOKENIZER_BYTES} bytes")
+                        raise DataError(
+                            f"{quoted(beside)}: expected at most {MAX_TOKENIZER_BYTES} bytes"
+                        )
                     self._files[name] = file.read()
 
     @cached_property
@@ -110,14 +148,19 @@ class HubTokenizer:
         try:  # by Python's own parser: what is there besides is not ours, and has integers of 31 digits
             config = json.loads(self._files.get("tokenizer_config.json", b"{}"))
         except (ValueError, RecursionError):
-            raise DataError(f"the tokenizer_config.json beside {quoted(self._path)} is not JSON") from None
+            raise DataError(
+                f"the tokenizer_config.json beside {quoted(self._path)} is not JSON"
+            ) from None
         return config if isinstance(config, dict) else {}
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
         """bos_token, eos_token and their like, those that tokenizer_config.json names."""
         named = {f"{name}_token": self._config.get(f"{name}_token") for name in SPECIAL}
-        texts = {name: found.get("content") if isinstance(found, dict) else found for name, found in named.items()}
+        texts = {
+            name: found.get("content") if isinstance(found, dict) else found
+            for name, found in named.items()
+        }
         return {name: text for name, text in texts.items() if isinstance(text, str)}
 
     @cached_property
@@ -141,9 +184,16 @@ class HubTokenizer:
         """
         name, found = "chat_template.jinja", self._files.get("chat_template.jinja")
         if found is None:
-            name, found = "the chat_template in tokenizer_config.json", self._config.get("chat_template")
+            name, found = (
+                "the chat_template in tokenizer_config.json",
+                self._config.get("chat_template"),
+            )
             if isinstance(found, list):
-                named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+                named = [
+                    entry
+                    for entry in found
+                    if isinstance(entry, dict) and entry.get("name") == "default"
+                ]
                 found = named[-1].get("template") if named else None
         where = f"{name} beside {quoted(self._path)}"
         if found is None:
@@ -167,7 +217,9 @@ class HubTokenizer:
             yield
         except BaseException as error:
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise DataError(f"{quoted(self._path)} is not a usable tokenizer: {str(error)[:200]!r}") from None
+                raise DataError(
+                    f"{quoted(self._path)} is not a usable tokenizer: {str(error)[:200]!r}"
+                ) from None
             raise
 
     def encode(self, text: str | bytes, add_special_tokens: bool = False) -> NDArray[np.int32]:
@@ -175,9 +227,13 @@ class HubTokenizer:
         try:
             decoded = _utf8(text).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"the text is not UTF-8 at byte {error.start}; this model's tokenizer needs that") from None
+            raise DataError(
+                f"the text is not UTF-8 at byte {error.start}; this model's tokenizer needs that"
+            ) from None
         with self._usable():
-            return np.array(self._tokenizer.encode(decoded, add_special_tokens=add_special_tokens).ids, np.int32)
+            return np.array(
+                self._tokenizer.encode(decoded, add_special_tokens=add_special_tokens).ids, np.int32
+            )
 
     @cached_property
     def _bare(self) -> Any:
@@ -188,7 +244,9 @@ class HubTokenizer:
         bare.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
         return bare
 
-    def encode_with_edges(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    def encode_with_edges(
+        self, text: str
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
         """(ids, starts, ends), each (n,): token i is of text[starts[i] : ends[i]]. No special tokens are added.
 
         Tokens that are parts of one character have that character each.
@@ -223,14 +281,29 @@ def load_tokenizer(directory: PathLike, vocab_size: int) -> ByteTokenizer | HubT
         found, ours = read_json(path, limit=MAX_TOKENIZER_BYTES), _byte_level()
         template = found.get("post_processor")
         if isinstance(template, dict) and template.get("special_tokens") == {}:
-            found["post_processor"] = None  # transformers writes ours again with a template that adds nothing
-        same = all(found.get(key) == ours[key] for key in ours.keys() - {"version", "decoder", "truncation", "padding"})
-        tokenizer: ByteTokenizer | HubTokenizer = ByteTokenizer() if same else HubTokenizer(directory)
+            found["post_processor"] = (
+                None  # transformers writes ours again with a template that adds nothing
+            )
+        same = all(
+            found.get(key) == ours[key]
+            for key in ours.keys() - {"version", "decoder", "truncation", "padding"}
+        )
+        tokenizer: ByteTokenizer | HubTokenizer = (
+            ByteTokenizer() if same else HubTokenizer(directory)
+        )
     else:
-        others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if Path(directory, name).exists()]
+        others = [
+            name
+            for name in ("tokenizer.model", "vocab.json", "vocab.txt")
+            if Path(directory, name).exists()
+        ]
         note = f"{quoted(directory)} has no tokenizer.json: texts are read as bytes, ids 0 to 255"
-        tokenizer = ByteTokenizer(note + (f" ({', '.join(others)} cannot be used)" if others else ""))
+        tokenizer = ByteTokenizer(
+            note + (f" ({', '.join(others)} cannot be used)" if others else "")
+        )
     if tokenizer.vocab_size > vocab_size:
         source = tokenizer.note or quoted(path)
-        raise DataError(f"{source}: {tokenizer.vocab_size} ids, more than the model's vocab_size of {vocab_size}")
+        raise DataError(
+            f"{source}: {tokenizer.vocab_size} ids, more than the model's vocab_size of {vocab_size}"
+        )
     return tokenizer

@@ -35,9 +35,19 @@ from .lora import AdaLoraConfig, MultiTask, PeftModel, RankAllocator
 from .nn import Parameter
 from .optim import AdamW, clip_by_global_norm, warmup_cosine
 from .parallel import ShardedStep, shard_size
-from .runs import Log, find_checkpoint, locked, read_log, remove_stale, require_room, save_checkpoint
+from .runs import (
+    Log,
+    find_checkpoint,
+    locked,
+    read_log,
+    remove_stale,
+    require_room,
+    save_checkpoint,
+)
 
-MAX_SEQUENCES = 2**20  # a step: more is a mistake of typing, and would only end in an array that has no room
+MAX_SEQUENCES = (
+    2**20
+)  # a step: more is a mistake of typing, and would only end in an array that has no room
 PATIENCE = 50  # steps of a high loss before a run is said to have diverged
 
 
@@ -83,19 +93,29 @@ class Settings:
         for name, least in whole.items():
             value = getattr(self, name)
             if type(value) is not int or not least <= value < 2**63:
-                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}"[:300])
+                raise ConfigError(
+                    f"{name} must be an integer of at least {least}, got {value!r}"[:300]
+                )
         for name in ("lr", "max_grad_norm", "floor", "weight_decay"):
             value = getattr(self, name)
             zero = name in ("floor", "weight_decay")  # may be 0
-            if type(value) not in (int, float) or not (0 <= value < math.inf) or (value == 0 and not zero):
+            if (
+                type(value) not in (int, float)
+                or not (0 <= value < math.inf)
+                or (value == 0 and not zero)
+            ):
                 bound = "of at least" if zero else "above"
                 raise ConfigError(f"{name} must be a number {bound} 0, got {value!r}"[:300])
         for name in ("abort_on_divergence", "gradient_checkpointing"):
             if type(getattr(self, name)) is not bool:
-                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}"[:300])
+                raise ConfigError(
+                    f"{name} must be True or False, got {getattr(self, name)!r}"[:300]
+                )
         if self.batch_size * self.accumulate > MAX_SEQUENCES:
             got = f"{self.batch_size} x {self.accumulate}"
-            raise ConfigError(f"batch_size x accumulate must be at most {MAX_SEQUENCES} sequences, got {got}")
+            raise ConfigError(
+                f"batch_size x accumulate must be at most {MAX_SEQUENCES} sequences, got {got}"
+            )
 
 
 @dataclasses.dataclass
@@ -107,7 +127,9 @@ class Result:
     seconds: float
 
 
-Text = Ids | Packed | Mapping[str, Ids | Packed]  # ids (N,), or records packed; or of each task, by its name
+Text = (
+    Ids | Packed | Mapping[str, Ids | Packed]
+)  # ids (N,), or records packed; or of each task, by its name
 
 
 class Run:
@@ -116,16 +138,22 @@ class Run:
     def __init__(self, model: Any, tokens: Text, settings: Settings, out: Path):
         if settings.shard is None:
             sequences = settings.batch_size * settings.accumulate
-            settings = dataclasses.replace(settings, shard=shard_size(model, sequences, settings.context))
+            settings = dataclasses.replace(
+                settings, shard=shard_size(model, sequences, settings.context)
+            )
         self.model, self.settings, self.out = model, settings, out
         cut = settings.context, settings.batch_size * settings.accumulate, settings.seed
-        self.windows = TaskWindows(tokens, *cut) if isinstance(tokens, Mapping) else Windows(tokens, *cut)
+        self.windows = (
+            TaskWindows(tokens, *cut) if isinstance(tokens, Mapping) else Windows(tokens, *cut)
+        )
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.optimizer = AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
         covered = {id(p) for _, parameters in _files(model) for p in parameters.values()}
         lost = [name for name, p in trained if id(p) not in covered]
         if lost:
-            raise ConfigError(f"{lost[0]} would train, but belongs to no active adapter: nothing would save it")
+            raise ConfigError(
+                f"{lost[0]} would train, but belongs to no active adapter: nothing would save it"
+            )
         self.allocator = _allocator(model, settings, trained)
         place = {id(p): i for i, (_, p) in enumerate(trained)}
         self.allocated = [place[id(p)] for p in self.allocator.params] if self.allocator else []
@@ -138,7 +166,9 @@ class Run:
     def batch(self, number: int) -> Batch:
         """Of step `number`. To a model without tasks the texts of several are one text."""
         batch = self.windows.batch(number)
-        return batch if isinstance(self.model, MultiTask) else dataclasses.replace(batch, tasks=None)
+        return (
+            batch if isinstance(self.model, MultiTask) else dataclasses.replace(batch, tasks=None)
+        )
 
     def step(self, sharded: ShardedStep) -> dict[str, Any]:
         """Take the next step; returns its line of the log. NonFiniteError leaves everything as it was before it."""
@@ -147,7 +177,9 @@ class Run:
         tick = time.perf_counter()
         mean, grads = sharded.gradients(batch, self.optimizer.params, s.seed, number)
         penalty: list[Array] = []
-        if self.allocator is not None:  # a term of the weights alone: added once, however the batch was cut
+        if (
+            self.allocator is not None
+        ):  # a term of the weights alone: added once, however the batch was cut
             value, more = self.allocator.penalty()
             penalty.append(value)
             for i, g in zip(self.allocated, more, strict=True):
@@ -155,14 +187,23 @@ class Run:
         grads, length = clip_by_global_norm(grads, s.max_grad_norm)
         backend = self.optimizer.params[0].backend
         # The one place where a step waits for a GPU: all numbers in one transfer, before any weight changes.
-        loss, norm, *penalties = backend.to_numpy(backend.xp.stack([mean, length, *penalty])).tolist()
+        loss, norm, *penalties = backend.to_numpy(
+            backend.xp.stack([mean, length, *penalty])
+        ).tolist()
         scale = warmup_cosine(number, s.steps, s.warmup, s.floor)
-        line = {"step": number, "loss": loss, "lr": s.lr * scale, "grad_norm": norm, "tokens": batch.tokens}
+        line = {
+            "step": number,
+            "loss": loss,
+            "lr": s.lr * scale,
+            "grad_norm": norm,
+            "tokens": batch.tokens,
+        }
         line |= {"penalty": penalties[0]} if penalties else {}
         if not math.isfinite(loss + norm):
             again = f"batch {number} with seed {s.seed}, for the order of the text and for dropout, gives it again"
             raise NonFiniteError(
-                f"step {number}: loss {loss}, gradient norm {norm}: the weights are as before it; {again}", line
+                f"step {number}: loss {loss}, gradient norm {norm}: the weights are as before it; {again}",
+                line,
             )
         self.optimizer.step(grads, scale)
         if self.allocator is not None:
@@ -182,7 +223,11 @@ class Run:
 
     def room(self) -> int:
         """The bytes that saving takes at least: the weights, and with checkpoints two moments of each."""
-        size = sum(p.size * p.dtype.itemsize for _, parameters in _files(self.model) for p in parameters.values())
+        size = sum(
+            p.size * p.dtype.itemsize
+            for _, parameters in _files(self.model)
+            for p in parameters.values()
+        )
         ranks = 2 * self.allocator.sensitivity.nbytes if self.allocator else 0
         return int(size) * 3 + int(ranks) if self.settings.save_every else int(size)
 
@@ -190,7 +235,9 @@ class Run:
         """A checkpoint: the ecosystem's files of the model, and the optimiser's state beside them. Once a step."""
         if self.checkpoint and self.checkpoint[0] == self.done:
             return self.checkpoint[1]
-        owners = {"optimizer": self.optimizer} | ({"allocator": self.allocator} if self.allocator else {})
+        owners = {"optimizer": self.optimizer} | (
+            {"allocator": self.allocator} if self.allocator else {}
+        )
         states = {name: owner.state_dict() for name, owner in owners.items()}
 
         def write(folder: Path) -> None:
@@ -215,16 +262,28 @@ class Run:
             losses = [float(loss) for loss in state["losses"]]
             evaluations = [(int(at), float(loss)) for at, loss in state["evaluations"]]
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{str(folder)!r} is damaged: its state cannot be read ({error!r:.99})") from None
+            raise CheckpointError(
+                f"{str(folder)!r} is damaged: its state cannot be read ({error!r:.99})"
+            ) from None
         now = self.identity
-        differing = [f"{k} ({before.get(k)!r:.40} there, {v!r:.40} now)" for k, v in now.items() if before.get(k) != v]
+        differing = [
+            f"{k} ({before.get(k)!r:.40} there, {v!r:.40} now)"
+            for k, v in now.items()
+            if before.get(k) != v
+        ]
         if differing:
-            raise CheckpointError(f"{str(folder)!r} belongs to another run: {', '.join(differing)}"[:500])
+            raise CheckpointError(
+                f"{str(folder)!r} belongs to another run: {', '.join(differing)}"[:500]
+            )
         if state.get("numpy") != np.__version__:
             text = f"{str(folder)!r} was written with NumPy {state.get('numpy')!r:.40}, this is {np.__version__}"
-            warnings.warn(f"{text}: the last bits may differ from those of an uninterrupted run", stacklevel=3)
+            warnings.warn(
+                f"{text}: the last bits may differ from those of an uninterrupted run", stacklevel=3
+            )
         if len(losses) != done:
-            raise CheckpointError(f"{str(folder)!r} is damaged: it has {len(losses)} losses after {done} steps")
+            raise CheckpointError(
+                f"{str(folder)!r} is damaged: it has {len(losses)} losses after {done} steps"
+            )
         stored = [(load_file(folder / name), parameters) for name, parameters in _files(self.model)]
         if any(set(arrays) != set(parameters) for arrays, parameters in stored):
             raise CheckpointError(f"{str(folder)!r} holds other parameters than the model has")
@@ -235,7 +294,12 @@ class Run:
         for arrays, parameters in stored:
             for key, parameter in parameters.items():
                 parameter.data = parameter.backend.from_numpy(arrays[key])
-        self.done, self.losses, self.evaluations, self.checkpoint = done, losses, evaluations, (done, folder)
+        self.done, self.losses, self.evaluations, self.checkpoint = (
+            done,
+            losses,
+            evaluations,
+            (done, folder),
+        )
 
 
 def train(
@@ -270,31 +334,47 @@ def train(
             run.restore(resume)
         require_room(out, run.room())
         remove_stale(out)
-        model.train().get_base_model().gradient_checkpointing_enable(settings.gradient_checkpointing)
+        model.train().get_base_model().gradient_checkpointing_enable(
+            settings.gradient_checkpointing
+        )
         sharded = stack.enter_context(ShardedStep(model, settings.threads, run.settings.shard))
         log = stack.enter_context(Log(out / "log.jsonl", run.done))
         evaluated = run.evaluations[-1][0] if run.evaluations else -1
         evaluation_log = stack.enter_context(Log(out / "eval.jsonl", evaluated + 1))
         stopped = stack.enter_context(_stop_signals())
-        bar = tqdm(total=settings.steps, initial=run.done, desc=title, disable=None, dynamic_ncols=True)
+        bar = tqdm(
+            total=settings.steps, initial=run.done, desc=title, disable=None, dynamic_ncols=True
+        )
         stack.enter_context(bar)
 
         def measure(tokens: Text) -> None:
             of_task = {}
             texts = tokens if isinstance(tokens, Mapping) else {"": tokens}
             for task, ids in texts.items():
-                with model.task(task) if task and isinstance(model, MultiTask) else contextlib.nullcontext():
-                    of_task[task] = evaluate(model, ids, settings.context, sharded=sharded, stopped=stopped)
+                with (
+                    model.task(task)
+                    if task and isinstance(model, MultiTask)
+                    else contextlib.nullcontext()
+                ):
+                    of_task[task] = evaluate(
+                        model, ids, settings.context, sharded=sharded, stopped=stopped
+                    )
             if stopped:
                 return  # it may be one of a part: a resumed run measures again
             loss = math.fsum(of_task.values()) / len(of_task)
             bits = bits_per_byte(loss, bytes_per_token)
             run.evaluations.append((run.done, loss))
             evaluation_log.write(
-                step=run.done, loss=loss, bits_per_byte=bits, **({} if "" in of_task else {"tasks": of_task})
+                step=run.done,
+                loss=loss,
+                bits_per_byte=bits,
+                **({} if "" in of_task else {"tasks": of_task}),
             )
             if bar.disable:  # no terminal, no bar: a line now and then
-                print(f"{title}: step {run.done} of {settings.steps}, held out {bits:.3f} bits a byte", flush=True)
+                print(
+                    f"{title}: step {run.done} of {settings.steps}, held out {bits:.3f} bits a byte",
+                    flush=True,
+                )
 
         def save() -> Path:
             log.sync()
@@ -305,13 +385,20 @@ def train(
         while True:
             first, last = run.done == 0, run.done == settings.steps
             measured = run.evaluations and run.evaluations[-1][0] == run.done
-            if held_out is not None and not measured and (first or last or _due(run.done, settings.eval_every)):
+            if (
+                held_out is not None
+                and not measured
+                and (first or last or _due(run.done, settings.eval_every))
+            ):
                 measure(held_out)
             if (settings.save_every and last) or _due(run.done, settings.save_every):
                 save()
             if stopped:
                 name, folder = signal.Signals(stopped[0]).name, save()
-                raise Interrupted(f"{name}: stopped after {run.done} steps, saved in {str(folder)!r:.300}", stopped[0])
+                raise Interrupted(
+                    f"{name}: stopped after {run.done} steps, saved in {str(folder)!r:.300}",
+                    stopped[0],
+                )
             if last:
                 break
             try:
@@ -327,10 +414,15 @@ def train(
             sign = divergence(run.losses, model.config.vocab_size, settings.warmup)
             if sign and settings.abort_on_divergence:
                 kept = run.checkpoint and str(run.checkpoint[1])
-                raise DivergenceError(f"step {line['step']}: {sign}; the latest checkpoint is {kept!r:.250}")
+                raise DivergenceError(
+                    f"step {line['step']}: {sign}; the latest checkpoint is {kept!r:.250}"
+                )
             if sign and not warned:
                 warned = True
-                warnings.warn(f"step {line['step']}: {sign}; --abort-on-divergence would stop here", stacklevel=2)
+                warnings.warn(
+                    f"step {line['step']}: {sign}; --abort-on-divergence would stop here",
+                    stacklevel=2,
+                )
     if run.allocator is not None:
         run.allocator.prune()
     model.eval()
@@ -386,7 +478,9 @@ def evaluate(
         return math.nan
     bad = next((loss for loss, _ in totals if not math.isfinite(loss)), None)
     if bad is not None:
-        raise NonFiniteError(f"the loss of the held-out text is {bad}: the model's weights are broken, or too large")
+        raise NonFiniteError(
+            f"the loss of the held-out text is {bad}: the model's weights are broken, or too large"
+        )
     return math.fsum(loss for loss, _ in totals) / sum(count for _, count in totals)
 
 
@@ -401,24 +495,32 @@ def rank_history(out: Path) -> tuple[list[tuple[int, dict[str, int]]], int]:
     The ranks are those that the step left; they stand until the next entry.
     """
     lines = read_log(out / "log.jsonl")
-    return [(line["step"], line["ranks"]) for line in lines if "ranks" in line], lines[-1]["step"] + 1
+    return [(line["step"], line["ranks"]) for line in lines if "ranks" in line], lines[-1][
+        "step"
+    ] + 1
 
 
 # ---- going on where a run stopped -----------------------------------------------------------------------------------
 
 
-def _identity(model: Any, settings: Settings, tokens: Text, trained: list[tuple[str, Parameter]]) -> dict[str, Any]:
+def _identity(
+    model: Any, settings: Settings, tokens: Text, trained: list[tuple[str, Parameter]]
+) -> dict[str, Any]:
     """What makes two runs the same run: settings, text, the parameters that train, and all that they stand on."""
     numbers = {k: v for k, v in dataclasses.asdict(settings).items() if k not in Settings.FREE}
     shape = dataclasses.asdict(model.config)
-    if isinstance(model, PeftModel):  # lora_alpha or the dropout change a run, and leave no trace in any shape
+    if isinstance(
+        model, PeftModel
+    ):  # lora_alpha or the dropout change a run, and leave no trace in any shape
         for name in model.active_adapters:
             prefix = "" if name == "default" else f"{name}."
             shape |= {prefix + k: v for k, v in dataclasses.asdict(model.peft_config[name]).items()}
     if isinstance(model, MultiTask):
         shape["tasks"] = {task: list(names) for task, names in model.tasks.items()}
     shape = {k: v for k, v in shape.items() if not k.endswith(("extra", "base_model_name_or_path"))}
-    names = hashlib.sha256(repr([(n, p.shape, str(p.dtype)) for n, p in trained]).encode()).hexdigest()
+    names = hashlib.sha256(
+        repr([(n, p.shape, str(p.dtype)) for n, p in trained]).encode()
+    ).hexdigest()
     frozen = hashlib.sha256()
     for _, p in model.named_parameters():
         if not p.requires_grad:
@@ -427,8 +529,16 @@ def _identity(model: Any, settings: Settings, tokens: Text, trained: list[tuple[
     texts: Mapping[str, Ids | Packed] = tokens if isinstance(tokens, Mapping) else {"": tokens}
     read = {task: _checksum(ids) for task, ids in texts.items()}
     text: Any = [list(item) for item in read.items()] if isinstance(tokens, Mapping) else read[""]
-    found = {**shape, **numbers, "text": text, "parameters": names, "frozen weights": frozen.hexdigest()}
-    return dict(json.loads(json.dumps(found)))  # as a checkpoint gives it back, where a tuple is a list
+    found = {
+        **shape,
+        **numbers,
+        "text": text,
+        "parameters": names,
+        "frozen weights": frozen.hexdigest(),
+    }
+    return dict(
+        json.loads(json.dumps(found))
+    )  # as a checkpoint gives it back, where a tuple is a list
 
 
 def _checksum(text: Ids | Packed) -> str:
@@ -439,18 +549,24 @@ def _checksum(text: Ids | Packed) -> str:
     return found.hexdigest()
 
 
-def _allocator(model: Any, settings: Settings, trained: list[tuple[str, Parameter]]) -> RankAllocator | None:
+def _allocator(
+    model: Any, settings: Settings, trained: list[tuple[str, Parameter]]
+) -> RankAllocator | None:
     """What cuts the ranks of the adapter that trains, if it is AdaLoRA's. ConfigError for two, or another schedule."""
     owners = model.active_adapters if isinstance(model, PeftModel) else []
     kinds = [name for name in owners if isinstance(model.peft_config[name], AdaLoraConfig)]
     own, training = {n: RankAllocator.of(model, n) for n in kinds}, {id(p) for _, p in trained}
     found = {n: a for n, a in own.items() if any(id(p) in training for p in a.params)}
     if len(found) > 1:
-        raise ConfigError(f"adapters {', '.join(found)} share no budget: train one AdaLoRA adapter at a time")
+        raise ConfigError(
+            f"adapters {', '.join(found)} share no budget: train one AdaLoRA adapter at a time"
+        )
     for name, allocator in found.items():
         total = allocator.config.total_step
         if total != settings.steps:
-            text = f"adapter {name!r} has its ranks planned for total_step = {total}, but the run has"
+            text = (
+                f"adapter {name!r} has its ranks planned for total_step = {total}, but the run has"
+            )
             raise ConfigError(f"{text} steps = {settings.steps}: let them be equal")
     return next(iter(found.values()), None)
 
@@ -460,7 +576,10 @@ def _files(model: Any) -> list[tuple[str, dict[str, Parameter]]]:
     if not isinstance(model, PeftModel):
         return [("model.safetensors", dict(model.named_parameters()))]
     folders = {name: "" if name == "default" else f"{name}/" for name in model.active_adapters}
-    return [(f"{f}adapter_model.safetensors", model.adapter_parameters(name)) for name, f in folders.items()]
+    return [
+        (f"{f}adapter_model.safetensors", model.adapter_parameters(name))
+        for name, f in folders.items()
+    ]
 
 
 @contextlib.contextmanager
@@ -472,10 +591,17 @@ def _stop_signals() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt(number)
         received.append(number)
-        with contextlib.suppress(OSError, RuntimeError):  # no terminal any more, or the signal came while it wrote
-            print(f"\n{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr)
+        with contextlib.suppress(
+            OSError, RuntimeError
+        ):  # no terminal any more, or the signal came while it wrote
+            print(
+                f"\n{signal.Signals(number).name}: finishing this step, then saving",
+                file=sys.stderr,
+            )
 
-    if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread set handlers
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # Python lets only the main thread set handlers
         yield received
         return
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -33,8 +33,19 @@ class Attention(Fan):
 
     fan = ("q_proj", "k_proj", "v_proj")
 
-    def __init__(self, config: TransformerConfig, layer: int, rotary: RotaryTable, rng: np.random.Generator | None):
-        C, H, K, D = config.hidden_size, config.num_attention_heads, config.kv_heads, config.head_dim
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer: int,
+        rotary: RotaryTable,
+        rng: np.random.Generator | None,
+    ):
+        C, H, K, D = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.kv_heads,
+            config.head_dim,
+        )
         assert D is not None
         self.layer, self.heads, self.kv_heads, self.rotary = layer, H, K, rotary
         self.window, std = config.window(layer), config.initializer_range
@@ -43,7 +54,8 @@ class Attention(Fan):
         self.v_proj = random_linear(rng, std, C, K * D, config.qkv_bias)
         self.o_proj = random_linear(rng, std, H * D, C, config.attention_bias)
         self.q_norm, self.k_norm = (
-            RMSNorm(np.ones(D, np.float32), config.rms_norm_eps) if config.qk_norm else None for _ in "qk"
+            RMSNorm(np.ones(D, np.float32), config.rms_norm_eps) if config.qk_norm else None
+            for _ in "qk"
         )
 
     def __call__(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -65,7 +77,12 @@ class MLP(Fan):
     stacked = True  # NumPy takes twice as long for rows with gaps between them
 
     def __init__(self, config: TransformerConfig, rng: np.random.Generator | None):
-        C, M, std, bias = config.hidden_size, config.intermediate_size, config.initializer_range, config.mlp_bias
+        C, M, std, bias = (
+            config.hidden_size,
+            config.intermediate_size,
+            config.initializer_range,
+            config.mlp_bias,
+        )
         self.gate_proj = random_linear(rng, std, C, M, bias)
         self.up_proj = random_linear(rng, std, C, M, bias)
         self.down_proj = random_linear(rng, std, M, C, bias)
@@ -77,7 +94,13 @@ class MLP(Fan):
 class Block(Module):
     """x += attention(norm(x)), x += mlp(norm(x))    (B, T, C) -> (B, T, C)"""
 
-    def __init__(self, config: TransformerConfig, layer: int, rotary: RotaryTable, rng: np.random.Generator | None):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer: int,
+        rotary: RotaryTable,
+        rng: np.random.Generator | None,
+    ):
         ones = np.ones(config.hidden_size, np.float32)
         self.input_layernorm = RMSNorm(ones, config.rms_norm_eps)
         self.self_attn = Attention(config, layer, rotary, rng)
@@ -96,7 +119,9 @@ class Decoder(Module):
 
     def __init__(self, config: TransformerConfig, rng: np.random.Generator | None):
         rotary = RotaryTable(config)
-        self.embed_tokens = Embedding(normal(rng, config.initializer_range, (config.vocab_size, config.hidden_size)))
+        self.embed_tokens = Embedding(
+            normal(rng, config.initializer_range, (config.vocab_size, config.hidden_size))
+        )
         self.layers = [Block(config, i, rotary, rng) for i in range(config.num_hidden_layers)]
         self.norm = RMSNorm(np.ones(config.hidden_size, np.float32), config.rms_norm_eps)
 
@@ -122,7 +147,11 @@ class CausalLM(Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, seed: int | None = 0, dtype: Any = "float32", device: str | Backend = "cpu"
+        self,
+        config: TransformerConfig,
+        seed: int | None = 0,
+        dtype: Any = "float32",
+        device: str | Backend = "cpu",
     ):
         if dtype not in ("float32", "float64", np.float32, np.float64):
             raise ConfigError(f"dtype must be float32 or float64, got {dtype!r:.99}")
@@ -130,13 +159,17 @@ class CausalLM(Module):
         self.config = config
         self.decoder_name, decoder = DECODERS[config.model_type]
         setattr(self, self.decoder_name, decoder(config, rng))
-        self.lm_head = random_linear(rng, config.initializer_range, config.hidden_size, config.vocab_size, False)
+        self.lm_head = random_linear(
+            rng, config.initializer_range, config.hidden_size, config.vocab_size, False
+        )
         if config.tie_word_embeddings:
             self.lm_head.weight = self.get_input_embeddings().weight
         self.to(device, np.dtype(dtype))
         self._names = {name for name, _ in self.named_parameters()}
 
-    def __call__(self, ids: Any, cache: KeyValueCache | None = None, targets: Array | None = None) -> Tensor:
+    def __call__(
+        self, ids: Any, cache: KeyValueCache | None = None, targets: Array | None = None
+    ) -> Tensor:
         """ids (B, T) integers -> logits (B, T, V). DataError for ids outside the vocabulary, or too many positions.
 
         With a cache, logits (B, 1, V) of the last position alone. With `targets` (B, T), in place of logits the sum of
@@ -147,16 +180,24 @@ class CausalLM(Module):
         if not isinstance(ids, weight.backend.xp.ndarray) or isinstance(ids, np.ndarray):
             ids = np.asarray(ids)
             if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
-                raise DataError(f"ids must be integers of shape (batch, time), got {ids.dtype} {ids.shape}")
+                raise DataError(
+                    f"ids must be integers of shape (batch, time), got {ids.dtype} {ids.shape}"
+                )
             if not (ids.min() >= 0 and ids.max() < c.vocab_size):
-                raise DataError(f"ids must be in [0, {c.vocab_size}), got {ids.min()} to {ids.max()}")
+                raise DataError(
+                    f"ids must be in [0, {c.vocab_size}), got {ids.min()} to {ids.max()}"
+                )
             ids = weight.backend.from_numpy(ids)
         end = ids.shape[1] + (cache.length if cache else 0)
         if end > c.max_position_embeddings:
-            raise DataError(f"{end} positions, but the model has max_position_embeddings = {c.max_position_embeddings}")
+            raise DataError(
+                f"{end} positions, but the model has max_position_embeddings = {c.max_position_embeddings}"
+            )
         hidden, head = self.decoder(ids, cache), self.lm_head
         if cache and hidden.requires_grad:
-            raise GraphError("a KeyValueCache holds arrays, through which no gradient flows: use it under no_grad()")
+            raise GraphError(
+                "a KeyValueCache holds arrays, through which no gradient flows: use it under no_grad()"
+            )
         if cache:
             cache.advance(ids.shape[1])
             hidden = hidden[:, -1:]
@@ -187,7 +228,11 @@ class CausalLM(Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, dtype: Any = "float32", device: str | Backend = "cpu", stored: bool = False
+        cls,
+        directory: str | Path,
+        dtype: Any = "float32",
+        device: str | Backend = "cpu",
+        stored: bool = False,
     ) -> CausalLM:
         """Read config.json and the safetensors beside it, tensor by tensor; returns eval mode.
 
@@ -202,7 +247,11 @@ class CausalLM(Module):
 
         ConfigError while adapters are in the model, or layers of int8, which have no form in such a folder.
         """
-        strange = [name for name, _ in self.named_parameters() if name not in self._names and name != "lm_head.weight"]
+        strange = [
+            name
+            for name, _ in self.named_parameters()
+            if name not in self._names and name != "lm_head.weight"
+        ]
         if strange:
             raise ConfigError(
                 f"the model holds adapters ({strange[0]}, ...): save the PeftModel, or merge_and_unload first"

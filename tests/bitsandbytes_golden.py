@@ -13,7 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 FILE = Path(__file__).parent / "golden" / "bitsandbytes" / "expect.safetensors"
-FOLDER = FILE.parent / "llama--nf4"  # as transformers saved it; logits.safetensors holds `ids` and their `logits`
+FOLDER = (
+    FILE.parent / "llama--nf4"
+)  # as transformers saved it; logits.safetensors holds `ids` and their `logits`
 
 
 class Case(NamedTuple):
@@ -40,13 +42,19 @@ def weight(name: str) -> np.ndarray:
     """The weight (O, I) float32 of a case: products of exact numbers, so that no generator and no library matters."""
     case = CASES[name]
     size = case.shape[0] * case.shape[1]
-    k = np.arange(size, dtype=np.uint64) * np.uint64(2654435761) % np.uint64(2**32)  # Knuth's multiplicative hash
+    k = (
+        np.arange(size, dtype=np.uint64) * np.uint64(2654435761) % np.uint64(2**32)
+    )  # Knuth's multiplicative hash
     u = k.astype(np.float64) / 2**31 - 1  # in [-1, 1)
     values = (u * u * u * 0.5 + u * 0.25) * (1 + np.arange(size) // case.block_size % 5)
     if name.endswith("ties"):
         values = np.resize(_midpoints(case.kind), size)
-        values[0] = values[case.block_size] = 1.0  # absmax 1: what is divided is the midpoint itself
-    if name == "small":  # a zero block, one at the end of the normal numbers, one with subnormals in it
+        values[0] = values[case.block_size] = (
+            1.0  # absmax 1: what is divided is the midpoint itself
+        )
+    if (
+        name == "small"
+    ):  # a zero block, one at the end of the normal numbers, one with subnormals in it
         values = values.reshape(4, 64)
         values[0] = [0.0, -0.0] * 32
         values[1] *= 2.0**-126 / np.abs(values[1]).max()
@@ -60,7 +68,9 @@ def _midpoints(kind: str) -> np.ndarray:
 
     levels = np.sort(LEVELS[kind])
     middle = (levels[:-1] + levels[1:]) / np.float32(2)
-    return np.concatenate([middle, np.nextafter(middle, np.float32(-2)), np.nextafter(middle, np.float32(2))])
+    return np.concatenate(
+        [middle, np.nextafter(middle, np.float32(-2)), np.nextafter(middle, np.float32(2))]
+    )
 
 
 def main() -> None:
@@ -77,7 +87,10 @@ def main() -> None:
             compress_statistics=case.double_quant,
             quant_type=case.kind,
         )
-        found = {"weight": packed, **{f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}}
+        found = {
+            "weight": packed,
+            **{f"weight.{key}": value for key, value in state.as_dict(packed=True).items()},
+        }
         tensors.update({f"{name}.{key}": value.numpy() for key, value in found.items()})
         if packed.numel() <= 2048:
             tensors[f"{name}.decoded"] = bnb.dequantize_4bit(packed, state).numpy()
@@ -101,11 +114,15 @@ def write_folder() -> None:
     torch.manual_seed(0)
     shape = {"vocab_size": 16, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
-    dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, attention_bias=True, initializer_range=0.2))
+    dense = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**shape, attention_bias=True, initializer_range=0.2)
+    )
     for p in dense.parameters():
         if p.ndim == 1:
             p.data = 1 + 0.3 * torch.randn_like(p)
-    way = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    way = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
     with tempfile.TemporaryDirectory() as folder:
         dense.save_pretrained(folder)
         load = transformers.AutoModelForCausalLM.from_pretrained

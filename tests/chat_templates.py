@@ -154,7 +154,13 @@ QWEN3 = """\
     {%- endif %}
 {%- endif %}
 """
-TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "mistral": MISTRAL, "zephyr": ZEPHYR}
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama2": LLAMA2,
+    "llama3": LLAMA3,
+    "mistral": MISTRAL,
+    "zephyr": ZEPHYR,
+}
 TEMPLATES |= {"gemma": GEMMA, "phi": PHI, "qwen3": QWEN3}
 MARKED = {
     "chatml": """\
@@ -186,8 +192,23 @@ MARKED = {
 {% endif %}
 """,
 }
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
-SPECIAL += ["<|user|>", "<|assistant|>", "<|system|>", "<start_of_turn>", "<end_of_turn>", "<|end|>"]
+SPECIAL = [
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+]
+SPECIAL += [
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|end|>",
+]
 
 
 def write_tokenizer(folder: Path, template: object, trim_offsets: bool = False) -> Path:

@@ -14,13 +14,19 @@ from hypothesis import settings
 from minilora.backend import get_backend
 from minilora.errors import DeviceError
 
-settings.register_profile("ci", max_examples=50, derandomize=True, deadline=None, print_blob=True, database=None)
-settings.register_profile("nightly", max_examples=2000, derandomize=False, deadline=None, print_blob=True)
+settings.register_profile(
+    "ci", max_examples=50, derandomize=True, deadline=None, print_blob=True, database=None
+)
+settings.register_profile(
+    "nightly", max_examples=2000, derandomize=False, deadline=None, print_blob=True
+)
 settings.load_profile(os.environ.get("MINILORA_HYPOTHESIS", "ci"))
 
 
 def _why_no_oracle() -> str | None:
-    missing = [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name) is None
+    ]
     return f"not installed: {', '.join(missing)}" if missing else None
 
 

@@ -18,7 +18,9 @@ FILE = Path(__file__).with_name("cupy_names.json")
 def survey() -> dict[str, Any]:
     """The namespace of `cupy` and the attributes of `cupy.ndarray`, by kind, parameters as one string of names."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about libraries that only a GPU needs, and about names on their way out
+        warnings.simplefilter(
+            "ignore"
+        )  # about libraries that only a GPU needs, and about names on their way out
         import cupy
         import numpy
 
@@ -37,7 +39,9 @@ def survey() -> dict[str, Any]:
     compared = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
     both = set(members) & set(dir(numpy.ndarray)) - set(dir(object)) | compared
     names["operators"] = sorted(name for name in both if name.startswith("__"))
-    names["attributes"] = [name for name in members if name not in methods and not name.startswith("_")]
+    names["attributes"] = [
+        name for name in members if name not in methods and not name.startswith("_")
+    ]
     return names
 
 
@@ -45,10 +49,16 @@ def _signature(function: Any) -> str:
     """The names of its parameters, `*` and `**` in front where there may be more; compiled ones tell in their help."""
     try:
         stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-        names = [stars.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values()]
+        names = [
+            stars.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values()
+        ]
     except ValueError:
         found = re.match(r"[\w.]+\(([^)]*)\)", function.__doc__ or "")
-        names = [part.split("=")[0].split()[-1] for part in found[1].split(",")] if found and found[1] else ["*args"]
+        names = (
+            [part.split("=")[0].split()[-1] for part in found[1].split(",")]
+            if found and found[1]
+            else ["*args"]
+        )
     return " ".join(name for name in names if name not in ("self", "*"))
 
 

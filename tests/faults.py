@@ -26,7 +26,10 @@ from typing import Any
 
 import pytest
 
-NO_ROOM, NO_DISK = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "Input/output error")
+NO_ROOM, NO_DISK = (
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EIO, "Input/output error"),
+)
 TAKES_ROOM = ("create", "write", "mkdir")
 
 
@@ -66,14 +69,18 @@ class Disk:
         plain = {name: getattr(os, name) for name in ("open", "fdopen", "mkdir", "rmdir", "unlink")}
 
         def path_of(path: Any, dir_fd: int | None = None) -> str:
-            return os.path.abspath(os.path.join(self._paths[dir_fd] if dir_fd is not None else "", os.fspath(path)))
+            return os.path.abspath(
+                os.path.join(self._paths[dir_fd] if dir_fd is not None else "", os.fspath(path))
+            )
 
         def open_(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
             if flags & os.O_CREAT:
                 self._change("create")
             descriptor: int = plain["open"](path, flags, mode, dir_fd=dir_fd)
             self._paths[descriptor] = path_of(path, dir_fd)
-            self.events.append(("open", self._paths[descriptor], descriptor, bool(flags & os.O_TRUNC)))
+            self.events.append(
+                ("open", self._paths[descriptor], descriptor, bool(flags & os.O_TRUNC))
+            )
             return descriptor
 
         def fdopen(descriptor: int, mode: str = "r", *rest: Any, **options: Any) -> Any:
@@ -82,7 +89,9 @@ class Disk:
             return io.BufferedWriter(_Raw(descriptor, self))
 
         def fsync(descriptor: int) -> None:
-            self._change("fsync")  # what it gives is only seen after a power cut: no need to wait for the disk
+            self._change(
+                "fsync"
+            )  # what it gives is only seen after a power cut: no need to wait for the disk
             self.events.append(("fsync", descriptor))
 
         def named(kind: str) -> Callable[..., None]:
@@ -138,7 +147,9 @@ class _Raw(io.FileIO):
 def start(work: Callable[[], object]) -> int:
     """The number of a new copy of this process, which does `work` and ends: with 0, or with 1 after an exception."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # BLAS has threads; it makes new ones in the child
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # BLAS has threads; it makes new ones in the child
         child = os.fork()
     if child == 0:
         code = 1
@@ -179,7 +190,9 @@ class _Folder:
         """A folder that has been on the disk for long."""
         folder = cls()
         for p in path.iterdir():
-            folder.names[p.name] = cls.of(p) if p.is_dir() else _File(p.read_bytes(), p.read_bytes())
+            folder.names[p.name] = (
+                cls.of(p) if p.is_dir() else _File(p.read_bytes(), p.read_bytes())
+            )
         folder.durable = dict(folder.names)
         return folder
 
@@ -233,10 +246,16 @@ def power_cuts(out: Path, work: Callable[[], object]) -> list[tuple[int, Any]]:
         elif kind == "rename":
             (source, old), (target, new) = place(rest[0]), place(rest[1])
             target.names[new] = source.names.pop(old)
-        unsure = [folder for folder in {id(f): f for f in root.below()}.values() if folder.names != folder.durable]
+        unsure = [
+            folder
+            for folder in {id(f): f for f in root.below()}.values()
+            if folder.names != folder.durable
+        ]
         assert len(unsure) <= 6
         for choice in itertools.product([False, True], repeat=len(unsure)):
-            tree = _left(root, {id(folder) for folder, kept in zip(unsure, choice, strict=True) if kept})
+            tree = _left(
+                root, {id(folder) for folder, kept in zip(unsure, choice, strict=True) if kept}
+            )
             key = _frozen(tree)
             found[key] = number, tree  # the latest moment at which it may be left so
     return list(found.values())
@@ -273,14 +292,19 @@ def naive_save(out: Path, step: int, state: dict[str, Any], write: Callable[[Pat
     folder = out / "checkpoints" / f"step-{step}"
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
-    elsewhere = out.with_name(f"{out.name}.source")  # `write` is careful by itself: only its bytes are wanted
+    elsewhere = out.with_name(
+        f"{out.name}.source"
+    )  # `write` is careful by itself: only its bytes are wanted
     shutil.rmtree(elsewhere, ignore_errors=True)
     elsewhere.mkdir()
     write(elsewhere)
     names = sorted(p.relative_to(elsewhere) for p in elsewhere.rglob("*") if p.is_file())
     contents = {name: (elsewhere / name).read_bytes() for name in names}
     shutil.rmtree(elsewhere)
-    entries = {k.as_posix(): {"size": len(v), "sha256": hashlib.sha256(v).hexdigest()} for k, v in contents.items()}
+    entries = {
+        k.as_posix(): {"size": len(v), "sha256": hashlib.sha256(v).hexdigest()}
+        for k, v in contents.items()
+    }
     manifest = {"step": step, "state": state, "files": entries}
     for name, content in {**contents, Path("manifest.json"): json.dumps(manifest).encode()}.items():
         os.makedirs((folder / name).parent, exist_ok=True)

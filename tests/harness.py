@@ -60,7 +60,9 @@ def unharmed(folder: Path, label: str) -> Iterator[None]:
 
 
 @contextmanager
-def refused(kind: type[Exception], message: str, folder: Path, label: str, names: str) -> Iterator[None]:
+def refused(
+    kind: type[Exception], message: str, folder: Path, label: str, names: str
+) -> Iterator[None]:
     """Inside, exactly `kind` is raised; its text matches `message`, names `names`, is short, and steers no terminal."""
     with unharmed(folder, label), pytest.raises(kind) as caught:
         yield

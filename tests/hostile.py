@@ -15,9 +15,25 @@ from typing import Any
 
 import numpy as np
 
-from minilora import AdamW, CausalLM, LoraConfig, PeftModel, TransformerConfig, get_peft_model, gradients
+from minilora import (
+    AdamW,
+    CausalLM,
+    LoraConfig,
+    PeftModel,
+    TransformerConfig,
+    get_peft_model,
+    gradients,
+)
 from minilora.errors import ConfigError, DataError, FormatError
-from minilora.formats import Checkpoint, SafetensorsFile, load_file, read_adapter, read_checkpoint, read_json, save_file
+from minilora.formats import (
+    Checkpoint,
+    SafetensorsFile,
+    load_file,
+    read_adapter,
+    read_checkpoint,
+    read_json,
+    save_file,
+)
 from minilora.formats.safetensors import MAX_HEADER_BYTES
 from minilora.functional import cross_entropy
 from minilora.texts import read_text
@@ -81,7 +97,9 @@ M = "merge --base base --adapter adapter --out new"
 I = "inspect"
 LONG = "x" * 5000
 TEXT = b"the quick brown fox jumps over the lazy dog, again and again. " * 10
-CONFIG = TransformerConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+CONFIG = TransformerConfig(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+)
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
 
 
@@ -109,11 +127,15 @@ def make_victim() -> tuple[PeftModel, AdamW]:
 
 def raw(header: object, data: bytes = b"", *, pad: bytes = b"") -> bytes:
     """The bytes of a safetensors file. A header that is not bytes is written as JSON."""
-    text = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
+    text = (
+        header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
+    )
     return len(text + pad).to_bytes(8, "little") + text + pad + data
 
 
-def entry(dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4), **more: object) -> dict[str, object]:
+def entry(
+    dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4), **more: object
+) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}
 
 
@@ -121,14 +143,23 @@ Content = bytes | Callable[[], bytes]
 
 
 def written(path: str, content: Content) -> Callable[[Path], object]:
-    return lambda folder: (folder / path).write_bytes(content if isinstance(content, bytes) else content())
+    return lambda folder: (folder / path).write_bytes(
+        content if isinstance(content, bytes) else content()
+    )
 
 
 def weights(kind: int, name: str, content: Content, *says: str, **options: Any) -> Row:
     """A file of tensors."""
     file = "hostile.safetensors"
     return Row(
-        kind, name, written(file, content), lambda w: load_file(file), FormatError, (file, *says), False, **options
+        kind,
+        name,
+        written(file, content),
+        lambda w: load_file(file),
+        FormatError,
+        (file, *says),
+        False,
+        **options,
     )
 
 
@@ -147,7 +178,14 @@ def bad_json(kind: int, name: str, content: Content, *says: str, **options: Any)
     """Any file of JSON."""
     file = "hostile.json"
     return Row(
-        kind, name, written(file, content), lambda w: read_json(file), FormatError, (file, *says), False, **options
+        kind,
+        name,
+        written(file, content),
+        lambda w: read_json(file),
+        FormatError,
+        (file, *says),
+        False,
+        **options,
     )
 
 
@@ -171,7 +209,15 @@ def adapter_config(kind: int, name: str, says: str | tuple[str, ...], **fields: 
     build = set_to("adapter/adapter_config.json", **fields)
     says = (says,) if isinstance(says, str) else says
     worst = len(repr(fields)) > 10_000
-    return Row(kind, name, build, load_beside, ConfigError, ("adapter/adapter_config.json", *says), worst=worst)
+    return Row(
+        kind,
+        name,
+        build,
+        load_beside,
+        ConfigError,
+        ("adapter/adapter_config.json", *says),
+        worst=worst,
+    )
 
 
 def load_beside(world: World) -> None:
@@ -186,13 +232,17 @@ def load_base(world: World) -> None:
     CausalLM.from_pretrained("base")
 
 
-def model_config(kind: int, name: str, says: str | tuple[str, ...], ends: Any = ConfigError, **fields: object) -> Row:
+def model_config(
+    kind: int, name: str, says: str | tuple[str, ...], ends: Any = ConfigError, **fields: object
+) -> Row:
     """A config.json that describes no model, or not this one."""
     says = (says,) if isinstance(says, str) else says
     return Row(kind, name, set_to("base/config.json", **fields), load_base, ends, ("config", *says))
 
 
-def changed_tensors(path: str, change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Path], object]:
+def changed_tensors(
+    path: str, change: Callable[[dict[str, np.ndarray]], object]
+) -> Callable[[Path], object]:
     def build(folder: Path) -> None:
         tensors = load_file(folder / path)
         change(tensors)
@@ -217,7 +267,9 @@ def nothing(folder: Path) -> None:
     """The world is as it should be; what is wrong is how it is opened."""
 
 
-def command(kind: int, line: str, code: int | None, *says: str, build: Callable[[Path], object] = nothing) -> Row:
+def command(
+    kind: int, line: str, code: int | None, *says: str, build: Callable[[Path], object] = nothing
+) -> Row:
     """A command line."""
     shown = repr(line)[1:-1]
     shown = shown if len(shown) <= 60 else f"{shown[:8]} ... {shown[-45:]}"
@@ -226,7 +278,14 @@ def command(kind: int, line: str, code: int | None, *says: str, build: Callable[
 
 def text(kind: int, line: str, content: bytes, code: int | None, *says: str) -> Row:
     """A command line and the text.txt that it reads."""
-    return Row(kind, f"{line.split()[0]} of {content[:24]!r}", written("text.txt", content), line, code, says)
+    return Row(
+        kind,
+        f"{line.split()[0]} of {content[:24]!r}",
+        written("text.txt", content),
+        line,
+        code,
+        says,
+    )
 
 
 # ---- shards ----
@@ -235,12 +294,14 @@ def text(kind: int, line: str, content: bytes, code: int | None, *says: str) -> 
 def split(folder: Path, shards: int = 3) -> dict[str, str]:
     """Rewrite a whole checkpoint as shards; returns the weight map."""
     with Checkpoint(folder) as whole:
-        tensors = {key: whole.read(key) for key in whole.keys()}  # noqa: SIM118
+        tensors = {key: whole.read(key) for key in whole.keys()}
     (folder / "model.safetensors").unlink()
     name = "model-{:05}-of-" + f"{shards:05}.safetensors"
     weight_map = {key: name.format(1 + i % shards) for i, key in enumerate(tensors)}
     for shard in set(weight_map.values()):
-        save_file(folder / shard, {key: tensors[key] for key in tensors if weight_map[key] == shard})
+        save_file(
+            folder / shard, {key: tensors[key] for key in tensors if weight_map[key] == shard}
+        )
     write_index(folder, weight_map)
     return weight_map
 
@@ -250,7 +311,13 @@ def write_index(folder: Path, weight_map: object) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def index(kind: int, name: str, change: Callable[[Path, dict[str, str]], object], *says: str, **options: Any) -> Row:
+def index(
+    kind: int,
+    name: str,
+    change: Callable[[Path, dict[str, str]], object],
+    *says: str,
+    **options: Any,
+) -> Row:
     """The base in three shards, whose index is changed in place or replaced."""
 
     def build(folder: Path) -> None:
@@ -260,7 +327,15 @@ def index(kind: int, name: str, change: Callable[[Path, dict[str, str]], object]
         write_index(folder / "base", weight_map if changed is None else changed)
 
     says = ("model.safetensors.index.json", *says)
-    return Row(kind, f"index: {name}", build, lambda w: read_checkpoint("base"), FormatError, says, **options)
+    return Row(
+        kind,
+        f"index: {name}",
+        build,
+        lambda w: read_checkpoint("base"),
+        FormatError,
+        says,
+        **options,
+    )
 
 
 def first_shard(shard: str) -> Callable[[Path, dict[str, str]], object]:
@@ -278,11 +353,19 @@ def swapped(folder: Path, weight_map: dict[str, str]) -> None:
     weight_map[first], weight_map[second] = weight_map[second], weight_map[first]
 
 
-def folder_of(kind: int, what: str, name: str, change: Callable[[Path], object], *says: str, **options: Any) -> Row:
+def folder_of(
+    kind: int, what: str, name: str, change: Callable[[Path], object], *says: str, **options: Any
+) -> Row:
     """A base's or an adapter's folder, read without asking what it means."""
     read = {"base": read_checkpoint, "adapter": read_adapter}[what]
     return Row(
-        kind, f"{what}: {name}", lambda f: change(f / what), lambda w: read(what), FormatError, (what, *says), **options
+        kind,
+        f"{what}: {name}",
+        lambda f: change(f / what),
+        lambda w: read(what),
+        FormatError,
+        (what, *says),
+        **options,
     )
 
 
@@ -297,11 +380,20 @@ def replaced_by_pipe(path: str) -> Callable[[Path], object]:
 # ---- tokenizers ----
 
 
-def tokenizer(name: str, change: Callable[[dict[str, Any]], object] | bytes, *says: str, ends: Any = DataError) -> Row:
+def tokenizer(
+    name: str, change: Callable[[dict[str, Any]], object] | bytes, *says: str, ends: Any = DataError
+) -> Row:
     """A tokenizer.json that is not our own. (With the package `tokenizers` or without, it is refused.)"""
     path = "base/tokenizer.json"
     build = written(path, change) if isinstance(change, bytes) else edited(path, change)
-    return Row(52, name, build, lambda w: load_tokenizer("base", 256).encode("a b"), ends, ("tokenizer.json", *says))
+    return Row(
+        52,
+        name,
+        build,
+        lambda w: load_tokenizer("base", 256).encode("a b"),
+        ends,
+        ("tokenizer.json", *says),
+    )
 
 
 def vocabulary(**more: object) -> Callable[[dict[str, Any]], object]:
@@ -375,7 +467,16 @@ def safetensors_rows() -> Iterator[Row]:
         os.truncate(folder / file, MAX_HEADER_BYTES + 100)
 
     says = (file, "header of 100000001 bytes")
-    yield Row(6, "N beyond the limit", sparse, lambda w: load_file(file), FormatError, says, whole=False, worst=True)
+    yield Row(
+        6,
+        "N beyond the limit",
+        sparse,
+        lambda w: load_file(file),
+        FormatError,
+        says,
+        whole=False,
+        worst=True,
+    )
     yield weights(7, "not UTF-8", raw(b'{"\xff":1}'), "utf-8")
     yield weights(8, "byte order mark", raw(b"\xef\xbb\xbf{}"), "must begin")
     yield weights(9, "lone surrogate", raw(b'{"\\ud800":%b}' % J32, FOUR), "surrogate")
@@ -392,19 +493,46 @@ def safetensors_rows() -> Iterator[Row]:
     yield weights(13, "offset false", raw({"a": entry(offsets=[False, 4])}, FOUR), "integers")
     yield weights(13, "offset -0", raw(shape % (b"1", b"-0"), FOUR), "-0 is not")
     yield weights(13, "shape as object", raw({"a": entry(shape={})}, FOUR), "integers")
-    yield weights(14, "nesting 200", raw(b'{"a":' + b"[" * 200 + b"]" * 200 + b"}"), "nested deeper than 3")
+    yield weights(
+        14, "nesting 200", raw(b'{"a":' + b"[" * 200 + b"]" * 200 + b"}"), "nested deeper than 3"
+    )
     deep = b"[" * 100_000 + b"]" * 100_000
-    yield weights(14, "nesting 100,000", raw(b'{"a":' + deep + b"}"), "nested deeper than 3", worst=True)
+    yield weights(
+        14, "nesting 100,000", raw(b'{"a":' + deep + b"}"), "nested deeper than 3", worst=True
+    )
     yield weights(14, "nesting unclosed", raw(b"{" + b"[" * 100_000 + b"}"), "nested deeper than 3")
-    yield weights(14, "nesting behind a quote", raw(b'{"\\\\":' + deep + b"}"), "nested deeper than 3")
+    yield weights(
+        14, "nesting behind a quote", raw(b'{"\\\\":' + deep + b"}"), "nested deeper than 3"
+    )
     yield weights(15, "5,000 digits", raw(shape % (b"9" * 5000, b"0")), "integer")
     many = "lists, objects and texts"
-    yield weights(16, "4 MB of brackets", lambda: raw(b'{"a":[' + b"[]," * 1_400_000 + b"[]]}"), many, worst=True)
-    yield weights(16, "4 MB of quotes", lambda: raw(b'{"a":[' + b'"",' * 1_400_000 + b'""]}'), many, worst=True)
-    yield weights(16, "4 MB of quotes alone", lambda: raw(b"{" + b'"' * 4_000_000 + b"}"), many, worst=True)
+    yield weights(
+        16,
+        "4 MB of brackets",
+        lambda: raw(b'{"a":[' + b"[]," * 1_400_000 + b"[]]}"),
+        many,
+        worst=True,
+    )
+    yield weights(
+        16,
+        "4 MB of quotes",
+        lambda: raw(b'{"a":[' + b'"",' * 1_400_000 + b'""]}'),
+        many,
+        worst=True,
+    )
+    yield weights(
+        16, "4 MB of quotes alone", lambda: raw(b"{" + b'"' * 4_000_000 + b"}"), many, worst=True
+    )
     yield weights(17, "name twice", raw(b'{"a":%b,"a":%b}' % (J32, J32), FOUR), "'a' appears twice")
-    yield weights(17, "1 MB name twice", lambda: raw(b'{"%b":1,"%b":1}' % ((b"n" * 2**20,) * 2)), "appears twice")
-    yield weights(18, "field twice", raw(b'{"a":{"dtype":"F32",%b}' % J32[1:], FOUR), "'dtype' appears twice")
+    yield weights(
+        17,
+        "1 MB name twice",
+        lambda: raw(b'{"%b":1,"%b":1}' % ((b"n" * 2**20,) * 2)),
+        "appears twice",
+    )
+    yield weights(
+        18, "field twice", raw(b'{"a":{"dtype":"F32",%b}' % J32[1:], FOUR), "'dtype' appears twice"
+    )
     yield weights(18, "metadata twice", raw(b'{"__metadata__":{},"__metadata__":{}}'), "twice")
     yield weights(18, "metadata key twice", raw(b'{"__metadata__":{"a":"1","a":"2"}}'), "twice")
     for pad, name in (b"\t", "tab"), (b" \n", "newline"), (b"\0", "NUL"):
@@ -415,77 +543,171 @@ def safetensors_rows() -> Iterator[Row]:
     yield weights(20, "entry is a list", raw({"a": [1, 2]}, FOUR), "exactly dtype")
     yield weights(20, "entry is null", raw({"a": None}), "exactly dtype")
     for name, value in ("list", []), ("integer", {"a": 1}), ("nested", {"a": {}}):
-        yield weights(21, f"metadata {name}", raw({"__metadata__": value}), "__metadata__", "strings only")
-    yield weights(21, "metadata like a tensor", raw({"__metadata__": entry()}, FOUR), "strings only")
+        yield weights(
+            21, f"metadata {name}", raw({"__metadata__": value}), "__metadata__", "strings only"
+        )
+    yield weights(
+        21, "metadata like a tensor", raw({"__metadata__": entry()}, FOUR), "strings only"
+    )
     yield weights(22, "negative size", raw({"a": entry(shape=[-1])}, FOUR), "integers >= 0")
-    yield weights(22, "two negative sizes", raw({"a": entry(shape=[-1, -1])}, FOUR), "integers >= 0")
+    yield weights(
+        22, "two negative sizes", raw({"a": entry(shape=[-1, -1])}, FOUR), "integers >= 0"
+    )
     yield weights(23, "negative offset", raw({"a": entry(offsets=[-4, 0])}, FOUR), "integers >= 0")
-    yield weights(23, "end before begin", raw({"a": entry(offsets=[4, 0])}, FOUR), "bytes, the offsets")
+    yield weights(
+        23, "end before begin", raw({"a": entry(offsets=[4, 0])}, FOUR), "bytes, the offsets"
+    )
     yield weights(23, "3 offsets", raw({"a": entry(offsets=[0, 4, 4])}, FOUR), "2 offsets")
     yield weights(23, "1 offset", raw({"a": entry(offsets=[0])}, FOUR), "2 offsets")
     yield weights(23, "offsets as text", raw({"a": entry(offsets="04")}, FOUR), "integers")
     gap = raw({"a": F32, "b": entry(offsets=[8, 12])}, FOUR * 3)
-    yield weights(24, "hole at the front", raw({"a": entry(offsets=[4, 8])}, FOUR * 2), "begins at byte 4, expected 0")
+    yield weights(
+        24,
+        "hole at the front",
+        raw({"a": entry(offsets=[4, 8])}, FOUR * 2),
+        "begins at byte 4, expected 0",
+    )
     yield weights(24, "hole in the middle", gap, "'b' begins at byte 8, expected 4")
-    yield weights(25, "trailing byte", raw({"a": F32}, FOUR + b"\0"), "take 4 bytes, the file holds 5")
-    yield weights(25, "trailing zip", raw({"a": F32}, FOUR + b"PK\x05\x06" + b"\0" * 18), "take 4 bytes")
+    yield weights(
+        25, "trailing byte", raw({"a": F32}, FOUR + b"\0"), "take 4 bytes, the file holds 5"
+    )
+    yield weights(
+        25, "trailing zip", raw({"a": F32}, FOUR + b"PK\x05\x06" + b"\0" * 18), "take 4 bytes"
+    )
     yield weights(25, "data without tensors", raw({}, b"\0"), "take 0 bytes, the file holds 1")
     yield weights(26, "missing byte", raw({"a": F32}, b"\0" * 3), "take 4 bytes, the file holds 3")
     inside = raw({"a": F32, "b": entry(shape=[0], offsets=[2, 2])}, FOUR)
     across = raw({"a": entry("F64", [1], [0, 8]), "b": entry(offsets=[4, 8])}, FOUR * 2)
-    yield weights(27, "full overlap", raw({"a": F32, "b": F32}, FOUR), "begins at byte 0, expected 4")
+    yield weights(
+        27, "full overlap", raw({"a": F32, "b": F32}, FOUR), "begins at byte 0, expected 4"
+    )
     yield weights(28, "partial overlap", across, "expected 8")
     yield weights(28, "empty tensor inside another", inside, "expected 4")
     none = "no array can have"
-    yield weights(30, "shape (0, 2^62, 2^62)", raw({"a": entry(shape=[0, BIG, BIG], offsets=[0, 0])}), none)
-    yield weights(30, "shape (0, 2^63 - 1)", raw({"a": entry(shape=[0, 2**63 - 1], offsets=[0, 0])}), none)
-    yield weights(31, "2^33 x 2^33", raw({"a": entry(shape=[2**33, 2**33])}, FOUR), none, worst=True)
+    yield weights(
+        30, "shape (0, 2^62, 2^62)", raw({"a": entry(shape=[0, BIG, BIG], offsets=[0, 0])}), none
+    )
+    yield weights(
+        30, "shape (0, 2^63 - 1)", raw({"a": entry(shape=[0, 2**63 - 1], offsets=[0, 0])}), none
+    )
+    yield weights(
+        31, "2^33 x 2^33", raw({"a": entry(shape=[2**33, 2**33])}, FOUR), none, worst=True
+    )
     yield weights(31, "2^62 floats", raw({"a": entry(shape=[BIG])}, FOUR), none, worst=True)
     yield weights(31, "one side of 2^64", raw({"a": entry(shape=[2**64])}, FOUR), none)
-    yield weights(31, "a product of 2^64 - 1", raw({"a": entry(shape=[2**32 + 1, 2**32 - 1])}, FOUR), none)
+    yield weights(
+        31, "a product of 2^64 - 1", raw({"a": entry(shape=[2**32 + 1, 2**32 - 1])}, FOUR), none
+    )
     most = {"a": entry(shape=[2**40], offsets=[0, 2**42])}
-    yield weights(31, "four TiB that are not there", raw(most, FOUR), "the file holds 4", worst=True)
+    yield weights(
+        31, "four TiB that are not there", raw(most, FOUR), "the file holds 4", worst=True
+    )
     yield weights(32, "rank 65", raw({"a": entry(shape=[1] * 65)}, FOUR), "at most 64 dimensions")
-    yield weights(32, "rank 1000", raw({"a": entry(shape=[1] * 1000)}, FOUR), "at most 64 dimensions")
-    for dtype, shaped in ("f32", [1]), ("O", [1]), ("F8_E4M3", [4]), ("F4", [8]), (None, [1]), (["F32"], [1]):
-        yield weights(33, f"dtype {dtype}", raw({"a": entry(dtype, shaped)}, FOUR), "'a'", "unsupported dtype")
-    yield weights(33, "dtype C64", raw({"a": entry("C64", [1], [0, 8])}, FOUR * 2), "unsupported dtype")
-    yield weights(33, "1 MB dtype", lambda: raw({"a": entry("\n" * 2**18)}, FOUR), "unsupported dtype")
+    yield weights(
+        32, "rank 1000", raw({"a": entry(shape=[1] * 1000)}, FOUR), "at most 64 dimensions"
+    )
+    for dtype, shaped in (
+        ("f32", [1]),
+        ("O", [1]),
+        ("F8_E4M3", [4]),
+        ("F4", [8]),
+        (None, [1]),
+        (["F32"], [1]),
+    ):
+        yield weights(
+            33, f"dtype {dtype}", raw({"a": entry(dtype, shaped)}, FOUR), "'a'", "unsupported dtype"
+        )
+    yield weights(
+        33, "dtype C64", raw({"a": entry("C64", [1], [0, 8])}, FOUR * 2), "unsupported dtype"
+    )
+    yield weights(
+        33, "1 MB dtype", lambda: raw({"a": entry("\n" * 2**18)}, FOUR), "unsupported dtype"
+    )
     yield weights(34, "size is not shape x dtype", raw({"a": entry("F16")}, FOUR), "take 2 bytes")
     for field in F32:
         missing = {name: value for name, value in F32.items() if name != field}
         yield weights(34, f"no {field}", raw({"a": missing}, FOUR), "'a'", "exactly dtype")
-    yield weights(35, "BOOL byte 2", raw({"a": entry("BOOL", [4])}, b"\0\1\2\1"), "'a'", "neither 0 nor 1")
-    yield weights(36, "terminal escape in a bad entry", raw({"\x1b[31m" * 100: entry("f32")}, FOUR), r"\x1b")
+    yield weights(
+        35, "BOOL byte 2", raw({"a": entry("BOOL", [4])}, b"\0\1\2\1"), "'a'", "neither 0 nor 1"
+    )
+    yield weights(
+        36, "terminal escape in a bad entry", raw({"\x1b[31m" * 100: entry("f32")}, FOUR), r"\x1b"
+    )
     bad = {"n" * 2**20: entry("f32", [9] * 9)}
     yield weights(36, "1 MB name of a bad entry", lambda: raw(bad, FOUR), "unsupported dtype")
     yield odd_weights(10, "no tensors", raw({}), {})
-    empty = {"b": entry("U8", [1], [0, 1]), "a": entry("I8", [0, 2], [1, 1]), "c": entry("U8", [0], [0, 0])}
-    yield odd_weights(29, "zero-size tensors share an offset", raw(empty, b"\7"), {"b": [7], "a": [], "c": []})
+    empty = {
+        "b": entry("U8", [1], [0, 1]),
+        "a": entry("I8", [0, 2], [1, 1]),
+        "c": entry("U8", [0], [0, 0]),
+    }
+    yield odd_weights(
+        29, "zero-size tensors share an offset", raw(empty, b"\7"), {"b": [7], "a": [], "c": []}
+    )
     yield odd_weights(29, "no dimensions", raw({"a": entry("U8", [], [0, 1])}, b"\5"), {"a": 5})
     named = {name: entry("U8", [], [i, i + 1]) for i, name in enumerate(ODD_NAMES)}
-    yield odd_weights(36, "names that mean something", raw(named, FOUR), dict.fromkeys(ODD_NAMES, 0))
+    yield odd_weights(
+        36, "names that mean something", raw(named, FOUR), dict.fromkeys(ODD_NAMES, 0)
+    )
     twins = {"\u00e9": entry("U8", [], [0, 1]), "e\u0301": entry("U8", [], [1, 2])}
-    yield odd_weights(36, "two spellings of one letter", raw(twins, b"\1\2"), {"\u00e9": 1, "e\u0301": 2})
+    yield odd_weights(
+        36, "two spellings of one letter", raw(twins, b"\1\2"), {"\u00e9": 1, "e\u0301": 2}
+    )
     brackets = '[[[[{{{"\\"\\\\"[[[[' * 50
-    yield odd_weights(36, "brackets and quotes", raw({brackets: entry("U8", [], [0, 1])}, b"\1"), {brackets: 1})
+    yield odd_weights(
+        36, "brackets and quotes", raw({brackets: entry("U8", [], [0, 1])}, b"\1"), {brackets: 1}
+    )
     pair = raw(b'{"\\ud83d\\ude00":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}', b"\1")
     yield odd_weights(9, "a whole pair of surrogates", pair, {"\U0001f600": 1})
-    misaligned = raw({"u": entry("U8", [1], [0, 1]), "f": entry("I32", [1], [1, 5])}, b"\1\2\0\0\0", pad=b" ")
+    misaligned = raw(
+        {"u": entry("U8", [1], [0, 1]), "f": entry("I32", [1], [1, 5])}, b"\1\2\0\0\0", pad=b" "
+    )
     yield odd_weights(37, "misaligned, odd header", misaligned, {"u": [1], "f": [2]})
     yield Row(
-        39, "cut after opening", nothing, cut_and_mended, FormatError, ("model.safetensors", "'model.norm.weight'")
+        39,
+        "cut after opening",
+        nothing,
+        cut_and_mended,
+        FormatError,
+        ("model.safetensors", "'model.norm.weight'"),
     )
     yield Row(39, "replaced after opening", nothing, still_the_old_one, None)
-    yield Row(40, "a folder", lambda f: (f / "x").mkdir(), lambda w: load_file("x"), FormatError, ("'x'",), whole=False)
+    yield Row(
+        40,
+        "a folder",
+        lambda f: (f / "x").mkdir(),
+        lambda w: load_file("x"),
+        FormatError,
+        ("'x'",),
+        whole=False,
+    )
     says = ("'x'", "not a regular file")
-    yield Row(40, "a pipe", lambda f: os.mkfifo(f / "x"), lambda w: load_file("x"), FormatError, says)
+    yield Row(
+        40, "a pipe", lambda f: os.mkfifo(f / "x"), lambda w: load_file("x"), FormatError, says
+    )
     device = "/dev/zero"
     for read in (load_file, read_json):
         name, says = f"{read.__name__} of {device}", (device, "not a regular file")
-        yield Row(40, name, nothing, lambda w, read=read: read(device), FormatError, says, worst=True)
-    yield Row(40, "a device as text", nothing, lambda w: read_text(device), DataError, (device, "regular"), worst=True)
-    yield Row(40, "a loop", lambda f: (f / "x").symlink_to("x"), lambda w: load_file("x"), OSError, ("'x'",))
+        yield Row(
+            40, name, nothing, lambda w, read=read: read(device), FormatError, says, worst=True
+        )
+    yield Row(
+        40,
+        "a device as text",
+        nothing,
+        lambda w: read_text(device),
+        DataError,
+        (device, "regular"),
+        worst=True,
+    )
+    yield Row(
+        40,
+        "a loop",
+        lambda f: (f / "x").symlink_to("x"),
+        lambda w: load_file("x"),
+        OSError,
+        ("'x'",),
+    )
     yield Row(40, "not there", nothing, lambda w: load_file("x"), FileNotFoundError, ("'x'",))
     yield weights(41, "a pickle", b"\x80\x02}q\x00X\x01\x00\x00\x00x" * 20, "no .bin, .pt")
     yield weights(41, "a zip", b"PK\x03\x04" + b"\0" * 400, "hostile.safetensors")
@@ -508,15 +730,29 @@ def json_rows() -> Iterator[Row]:
     for content in (b'{"a": NaN}', b'{"a": [-Infinity]}', b'{"a": {"b": 1e400}}'):
         yield bad_json(12, f"json: {content.decode()}", content, "not valid JSON")
     yield bad_json(14, "json: depth 65", b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", "deeper than 64")
-    yield bad_json(14, "json: depth 100,000", b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "deeper than 64", worst=True)
+    yield bad_json(
+        14,
+        "json: depth 100,000",
+        b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+        "deeper than 64",
+        worst=True,
+    )
     yield bad_json(14, "json: depth unclosed", b"[" * 100_000, "deeper than 64")
     hidden = b'{"\\\\\\"": "\\\\",  "b":' + b"[" * 100_000
     yield bad_json(14, "json: depth behind an escaped quote", hidden, "deeper than 64")
     yield bad_json(15, "json: 5,000 digits", b'{"a": ' + b"9" * 5000 + b"}", "not an integer")
     yield bad_json(15, "json: 21 digits", b'{"a": ' + b"9" * 21 + b"}", "not an integer")
-    yield bad_json(16, "json: 2 MiB", lambda: b"{" + b" " * (2 << 20) + b"}", "expected at most 1048576", worst=True)
+    yield bad_json(
+        16,
+        "json: 2 MiB",
+        lambda: b"{" + b" " * (2 << 20) + b"}",
+        "expected at most 1048576",
+        worst=True,
+    )
     yield bad_json(18, "json: a field twice", b'{"a": 1, "a": 1}', "'a' appears twice")
-    yield bad_json(18, "json: twice, deep", b'{"x": [{"b": 1, "a": 2, "b": 3}]}', "'b' appears twice")
+    yield bad_json(
+        18, "json: twice, deep", b'{"x": [{"b": 1, "a": 2, "b": 3}]}', "'b' appears twice"
+    )
     yield bad_json(18, "json: twice by escape", b'{"a": 1, "\\u0061": 2}', "'a' appears twice")
     long = b'{"%b": 1, "%b": 1}' % ((b"\\n" * 2**17,) * 2)
     yield bad_json(18, "json: a long field twice", long, "appears twice")
@@ -524,19 +760,39 @@ def json_rows() -> Iterator[Row]:
 
 def folder_rows() -> Iterator[Row]:
     weights_file, config_file = "model.safetensors", "config.json"
-    yield folder_of(34, "base", "no config", lambda b: (b / config_file).unlink(), "has no config.json")
-    yield folder_of(34, "base", "no weights", lambda b: (b / weights_file).unlink(), "has no model.safetensors")
+    yield folder_of(
+        34, "base", "no config", lambda b: (b / config_file).unlink(), "has no config.json"
+    )
+    yield folder_of(
+        34, "base", "no weights", lambda b: (b / weights_file).unlink(), "has no model.safetensors"
+    )
     hint = ("is a pickle, and only safetensors are read",)
     yield folder_of(
-        41, "base", "only a pickle", renamed(weights_file, "pytorch_model.bin"), "'pytorch_model.bin'", *hint
+        41,
+        "base",
+        "only a pickle",
+        renamed(weights_file, "pytorch_model.bin"),
+        "'pytorch_model.bin'",
+        *hint,
     )
-    yield folder_of(41, "base", "only a .pt", renamed(weights_file, "m\x1b.pt"), r"'m\x1b.pt'", *hint)
-    yield folder_of(41, "base", "a pickle inside", written(weights_file, b"\x80\x04\x95" * 99), "no .bin, .pt")
+    yield folder_of(
+        41, "base", "only a .pt", renamed(weights_file, "m\x1b.pt"), r"'m\x1b.pt'", *hint
+    )
+    yield folder_of(
+        41, "base", "a pickle inside", written(weights_file, b"\x80\x04\x95" * 99), "no .bin, .pt"
+    )
     made = lambda b: ((b / weights_file).unlink(), (b / weights_file).mkdir())  # noqa: E731
     yield folder_of(40, "base", "weights are a folder", made, "not a regular file")
-    yield folder_of(40, "base", "config is a pipe", replaced_by_pipe(config_file), "not a regular file")
     yield folder_of(
-        11, "base", "config is a list", written(config_file, b"[]"), "config.json", "expected a JSON object"
+        40, "base", "config is a pipe", replaced_by_pipe(config_file), "not a regular file"
+    )
+    yield folder_of(
+        11,
+        "base",
+        "config is a list",
+        written(config_file, b"[]"),
+        "config.json",
+        "expected a JSON object",
     )
     yield index(42, "no weight_map", lambda b, w: "x", "weight_map must")
     yield index(42, "a weight_map of numbers", lambda b, w: {"a": 1}, "weight_map must")
@@ -550,31 +806,67 @@ def folder_rows() -> Iterator[Row]:
     yield index(42, "an empty name", first_shard(""), "not the name of")
     yield index(42, "link to the outside", linked_outside, "lies outside the folder")
     yield index(42, "a missing shard", first_shard("model-00009.safetensors"), "is missing")
-    yield index(42, "a 10 kB name", first_shard("\x1b" * 10_000 + ".safetensors"), "not the name of")
     yield index(
-        42, "a path of a million parts", first_shard("a/" * 10**6 + ".safetensors"), "not the name of", worst=True
+        42, "a 10 kB name", first_shard("\x1b" * 10_000 + ".safetensors"), "not the name of"
     )
     yield index(
-        42, "by another way", first_shard("../base/model-00002-of-00003.safetensors"), "listed for it but not in it"
+        42,
+        "a path of a million parts",
+        first_shard("a/" * 10**6 + ".safetensors"),
+        "not the name of",
+        worst=True,
+    )
+    yield index(
+        42,
+        "by another way",
+        first_shard("../base/model-00002-of-00003.safetensors"),
+        "listed for it but not in it",
     )
     yield index(42, "two shards swapped", swapped, "listed for it but not in it")
     more = lambda b, w: w.update({"zzz": "model-00001-of-00003.safetensors"})  # noqa: E731
     yield index(42, "a tensor that is not stored", more, "'zzz' is listed for it but not in it")
-    yield index(42, "a tensor not listed", lambda b, w: w.pop("model.norm.weight") and None, "in it but not listed")
+    yield index(
+        42,
+        "a tensor not listed",
+        lambda b, w: w.pop("model.norm.weight") and None,
+        "in it but not listed",
+    )
     last = "model-00003-of-00003.safetensors"
     damaged = lambda b, w: (b / last).write_bytes(b"\0" * 9) and None  # noqa: E731
     row = index(42, "a damaged last shard", damaged, "not a safetensors file")
-    yield Row(row.kind, row.name, row.build, row.open, FormatError, (last, "not a safetensors file"))
+    yield Row(
+        row.kind, row.name, row.build, row.open, FormatError, (last, "not a safetensors file")
+    )
     yield index(16, "17 MiB", lambda b, w: {"a": " " * (17 << 20)}, "expected at most 16777216")
 
 
 def adapter_rows() -> Iterator[Row]:
     config_file, file = "adapter_config.json", "adapter_model.safetensors"
-    yield folder_of(34, "adapter", "no config", lambda a: (a / config_file).unlink(), "has no adapter_config.json")
-    yield folder_of(34, "adapter", "no weights", lambda a: (a / file).unlink(), "has no adapter_model.safetensors")
+    yield folder_of(
+        34,
+        "adapter",
+        "no config",
+        lambda a: (a / config_file).unlink(),
+        "has no adapter_config.json",
+    )
+    yield folder_of(
+        34,
+        "adapter",
+        "no weights",
+        lambda a: (a / file).unlink(),
+        "has no adapter_model.safetensors",
+    )
     pickled = renamed(file, "adapter_model.bin")
-    yield folder_of(41, "adapter", "a pickle", pickled, "adapter_model.bin is a pickle and is not read")
-    yield folder_of(18, "adapter", "config twice", written(config_file, b'{"r": 1, "r": 2}'), "'r' appears twice")
+    yield folder_of(
+        41, "adapter", "a pickle", pickled, "adapter_model.bin is a pickle and is not read"
+    )
+    yield folder_of(
+        18,
+        "adapter",
+        "config twice",
+        written(config_file, b'{"r": 1, "r": 2}'),
+        "'r' appears twice",
+    )
     yield folder_of(26, "adapter", "cut weights", cut(file, 800), file, "the file holds")
 
     # An adapter that does not fit: refused whole, with the names of what is wrong.
@@ -587,7 +879,9 @@ def adapter_rows() -> Iterator[Row]:
         def row(name: str, build: Any, *says: str, load: Any = load, beside: str = beside) -> Row:
             return Row(43, f"{name}, {beside}", build, load, FormatError, (fits, *says))
 
-        yield row("a key is missing", change(lambda t: t.pop(key("q", "A"))), f"missing {key('q', 'A')}")
+        yield row(
+            "a key is missing", change(lambda t: t.pop(key("q", "A"))), f"missing {key('q', 'A')}"
+        )
         more = change(lambda t: t.update({"base_model.model.stranger": np.zeros(1)}))
         yield row("a key too many", more, "unknown base_model.model.stranger")
         steer = change(lambda t: t.update({"\x1b[2J": np.zeros(1)}))
@@ -603,46 +897,93 @@ def adapter_rows() -> Iterator[Row]:
     # Values that mean nothing.
     for value in (0, -1, 2**31, 1.5, True, "8", None, [8]):
         yield adapter_config(44, f"r = {value!r}", "r must be", r=value)
-        yield adapter_config(44, f"rank_pattern of {value!r}", "rank_pattern must be", rank_pattern={"q": value})
+        yield adapter_config(
+            44, f"rank_pattern of {value!r}", "rank_pattern must be", rank_pattern={"q": value}
+        )
     big = set_to(f"adapter/{config_file}", r=17)
     grown = changed_tensors(
         f"adapter/{file}",
-        lambda t: t.update({k: np.zeros([17 if n == 2 else n for n in a.shape]) for k, a in t.items()}),
+        lambda t: t.update(
+            {k: np.zeros([17 if n == 2 else n for n in a.shape]) for k, a in t.items()}
+        ),
     )
-    yield Row(44, "r above the full rank warns", lambda f: (big(f), grown(f)), f"{E} --adapter adapter", None)
+    yield Row(
+        44,
+        "r above the full rank warns",
+        lambda f: (big(f), grown(f)),
+        f"{E} --adapter adapter",
+        None,
+    )
     for value in (0, -1, True, "8", None):
         yield adapter_config(45, f"lora_alpha = {value!r}", "lora_alpha must be", lora_alpha=value)
     for value in (-0.1, 1.0, 1, True, None, "0"):
-        yield adapter_config(45, f"lora_dropout = {value!r}", "lora_dropout must be", lora_dropout=value)
+        yield adapter_config(
+            45, f"lora_dropout = {value!r}", "lora_dropout must be", lora_dropout=value
+        )
     for literal in ("NaN", "Infinity", "1e400"):
         build = written(f"adapter/{config_file}", f'{{"lora_alpha": {literal}}}'.encode())
-        yield Row(45, f"lora_alpha = {literal}", build, load_beside, FormatError, (config_file, "not valid JSON"))
+        yield Row(
+            45,
+            f"lora_alpha = {literal}",
+            build,
+            load_beside,
+            FormatError,
+            (config_file, "not valid JSON"),
+        )
     hanging = ("(([a-z_0-9]+)*\\.?)*!", "(.*)*x", "(a|a)*b", "((((.*)*)*)*)*!", "(.?){99}(.?){99}!")
     for pattern in hanging:
         build = set_to(f"adapter/{config_file}", target_modules=pattern)
-        yield Row(46, f"target_modules {pattern}", build, load_beside, FormatError, (fits, "match nothing"), worst=True)
+        yield Row(
+            46,
+            f"target_modules {pattern}",
+            build,
+            load_beside,
+            FormatError,
+            (fits, "match nothing"),
+            worst=True,
+        )
         yield command(46, f"{F} --target-modules '{pattern}'", 2, "no target is left")
         build = set_to(f"adapter/{config_file}", rank_pattern={pattern: 2}, exclude_modules=pattern)
         yield Row(46, f"rank_pattern {pattern}", build, f"{E} --adapter adapter", None)
-    for pattern, says in ("(" * 300, "300 groups"), ("((.{99}){99}){99}", "too many"), ("a{101}", "within 100"):
-        yield adapter_config(46, f"target_modules {pattern[:9]}...", ("pattern", says), target_modules=pattern)
+    for pattern, says in (
+        ("(" * 300, "300 groups"),
+        ("((.{99}){99}){99}", "too many"),
+        ("a{101}", "within 100"),
+    ):
+        yield adapter_config(
+            46, f"target_modules {pattern[:9]}...", ("pattern", says), target_modules=pattern
+        )
     for pattern in ("(", "(?=q)", "a**", "\\1", "[a"):
-        yield adapter_config(46, f"rank_pattern {pattern}", ("pattern", "supported are"), rank_pattern={pattern: 2})
+        yield adapter_config(
+            46, f"rank_pattern {pattern}", ("pattern", "supported are"), rank_pattern={pattern: 2}
+        )
     followed = "at most 2000 in all"
-    yield adapter_config(46, "5,000 patterns", followed, rank_pattern={f"q{i}": 2 for i in range(5000)})
+    yield adapter_config(
+        46, "5,000 patterns", followed, rank_pattern={f"q{i}": 2 for i in range(5000)}
+    )
     branching = {f"(.?){{99}}(.?){{99}}{i}": 2 for i in range(100)}
     yield adapter_config(46, "100 patterns of many choices", followed, alpha_pattern=branching)
-    yield adapter_config(46, "3,000 layers_patterns", followed, layers_pattern=["a"] * 3000, layers_to_transform=[0])
+    yield adapter_config(
+        46, "3,000 layers_patterns", followed, layers_pattern=["a"] * 3000, layers_to_transform=[0]
+    )
     for value in ([], "", 5, [""], ["q_proj", 1], [None], True, {"a": 1}):
-        yield adapter_config(47, f"target_modules = {value!r}", "target_modules must be", target_modules=value)
-    yield adapter_config(47, "20,000 targets", "target_modules must be", target_modules=["q_proj"] * 20_000)
+        yield adapter_config(
+            47, f"target_modules = {value!r}", "target_modules must be", target_modules=value
+        )
+    yield adapter_config(
+        47, "20,000 targets", "target_modules must be", target_modules=["q_proj"] * 20_000
+    )
     million = set_to(f"adapter/{config_file}", target_modules=["q_proj"] * 10**6)
     large = (config_file, "expected at most 1048576")
     yield Row(47, "1,000,000 targets", million, load_beside, FormatError, large, worst=True)
-    yield adapter_config(47, "20,000 layers", "layers_to_transform must be", layers_to_transform=[0] * 20_000)
+    yield adapter_config(
+        47, "20,000 layers", "layers_to_transform must be", layers_to_transform=[0] * 20_000
+    )
     repeated = set_to(f"adapter/{config_file}", target_modules=["q_proj", "v_proj", "q_proj"])
     yield Row(47, "a target twice is a target", repeated, load_fresh, None)
-    yield command(47, f"{F} --target-modules nothing", 2, "'nothing' match nothing", "q_proj", "down_proj")
+    yield command(
+        47, f"{F} --target-modules nothing", 2, "'nothing' match nothing", "q_proj", "down_proj"
+    )
     for name, value in {
         "peft_type": "VERA", "use_dora": "yes", "lora_bias": True, "layer_replication": [[0, 1]],
         "megatron_config": {"a": 1}, "megatron_core": "os", "init_lora_weights": "../weights",
@@ -652,7 +993,10 @@ def adapter_rows() -> Iterator[Row]:
         yield adapter_config(48, f"{name} = {value!r}", name, **{name: value})
     harmless = {"base_model_class": "Evil", "parent_library": "os"}
     evil = set_to(
-        f"adapter/{config_file}", auto_mapping=harmless, revision="../..", base_model_name_or_path="/dev/zero"
+        f"adapter/{config_file}",
+        auto_mapping=harmless,
+        revision="../..",
+        base_model_name_or_path="/dev/zero",
     )
     yield Row(48, "auto_mapping is kept, not imported", evil, load_fresh, None)
 
@@ -668,7 +1012,9 @@ def config_rows() -> Iterator[Row]:
     yield Row(49, "code to load is not loaded", build, load_base, None)
     yield Row(49, "nor kept from a command", build, f"{E} --limit 1", None)
     yield model_config(49, "an architecture of the file's own", "model_type", model_type="evil")
-    yield model_config(49, "a model_type that steers the terminal", r"\x1b[2J", model_type="\x1b[2J" * 10_000)
+    yield model_config(
+        49, "a model_type that steers the terminal", r"\x1b[2J", model_type="\x1b[2J" * 10_000
+    )
     for name, values in {
         "vocab_size": (0, -1, 2**31, 1.5, True, "256", None), "hidden_size": (0, [16]), "num_hidden_layers": (0, 2**31),
         "num_attention_heads": (0, 3, None), "num_key_value_heads": (3, 0, "2"), "head_dim": (7, 0, -8, 2**16, 8.0),
@@ -692,19 +1038,32 @@ def config_rows() -> Iterator[Row]:
     build = set_to("base/config.json", model_type="qwen2")  # whose q, k and v have biases
     says = ("base", "missing model.layers.0.self_attn.q_proj.bias")
     yield Row(51, "weights of another type of model", build, load_base, FormatError, says)
-    yield model_config(50, "heads that do not divide", "hidden_size must be", hidden_size=15, head_dim=None)
+    yield model_config(
+        50, "heads that do not divide", "hidden_size must be", hidden_size=15, head_dim=None
+    )
     for rope in ("x", {"rope_type": "yarn"}, {"rope_type": ["default"]}, {"rope_theta": 0}, {"rope_theta": -1},
                  {"rope_theta": True}, {"rope_theta": 10**19 * 10**19 / 1.0}, {"rope_type": "linear"},
                  {"rope_type": "linear", "factor": 0}, {"rope_type": "llama3", "factor": 8},
                  {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
                   "original_max_position_embeddings": 64}):  # fmt: skip
         yield model_config(50, f"rope_parameters = {rope!r}"[:60], "rope_", rope_parameters=rope)
-    build = edited("base/config.json", lambda c: {k: v for k, v in c.items() if k not in ("hidden_size", "vocab_size")})
-    yield Row(50, "no sizes", build, load_base, ConfigError, ("config: missing hidden_size, vocab_size",))
-    for name, value in {"num_hidden_layers": 10**9, "vocab_size": 2**31 - 1, "intermediate_size": 2**31 - 1}.items():
+    build = edited(
+        "base/config.json",
+        lambda c: {k: v for k, v in c.items() if k not in ("hidden_size", "vocab_size")},
+    )
+    yield Row(
+        50, "no sizes", build, load_base, ConfigError, ("config: missing hidden_size, vocab_size",)
+    )
+    for name, value in {
+        "num_hidden_layers": 10**9,
+        "vocab_size": 2**31 - 1,
+        "intermediate_size": 2**31 - 1,
+    }.items():
         says = ("config.json describes", "parameters, the file holds")
         build = set_to("base/config.json", **{name: value})
-        yield Row(50, f"{name} = {value}", build, load_base, FormatError, ("base", *says), worst=True)
+        yield Row(
+            50, f"{name} = {value}", build, load_base, FormatError, ("base", *says), worst=True
+        )
     yield model_config(51, "another vocabulary", "embed_tokens.weight is (256, 16), config.json says (255, 16)",
                        FormatError, vocab_size=255)  # fmt: skip
     tied, says = (
@@ -714,13 +1073,31 @@ def config_rows() -> Iterator[Row]:
     yield Row(51, "tied in config.json, two heads in the file", tied, load_base, FormatError, says)
     drop = changed_tensors("base/model.safetensors", lambda t: t.pop("lm_head.weight"))
     yield Row(51, "no head", drop, load_base, FormatError, ("base", "missing lm_head.weight"))
-    steer = changed_tensors("base/model.safetensors", lambda t: t.update({"\x1b[2J\n": np.zeros(1)}))
-    yield Row(51, "a name that steers the terminal", steer, load_base, FormatError, ("base", r"unknown \x1b[2J\n"))
+    steer = changed_tensors(
+        "base/model.safetensors", lambda t: t.update({"\x1b[2J\n": np.zeros(1)})
+    )
+    yield Row(
+        51,
+        "a name that steers the terminal",
+        steer,
+        load_base,
+        FormatError,
+        ("base", r"unknown \x1b[2J\n"),
+    )
     heads = set_to("base/config.json", num_attention_heads=3, num_key_value_heads=3, head_dim=8)
     yield command(51, E, 3, "q_proj.weight is (16, 16), config.json says (24, 16)", build=heads)
     yield command(51, E, 3, "model.layers.1", build=set_to("base/config.json", num_hidden_layers=2))
-    scalar = changed_tensors("base/model.safetensors", lambda t: t.update({"model.norm.weight": np.float32(1)}))
-    yield Row(51, "a scalar for a vector", scalar, load_base, FormatError, ("model.norm.weight is ()", "says (16,)"))
+    scalar = changed_tensors(
+        "base/model.safetensors", lambda t: t.update({"model.norm.weight": np.float32(1)})
+    )
+    yield Row(
+        51,
+        "a scalar for a vector",
+        scalar,
+        load_base,
+        FormatError,
+        ("model.norm.weight is ()", "says (16,)"),
+    )
 
     # Weights that are no numbers: a file may hold them, but nothing is made of them.
     base, adapter = "base/model.safetensors", "adapter/adapter_model.safetensors"
@@ -728,19 +1105,41 @@ def config_rows() -> Iterator[Row]:
         spoilt = broken(base, "model.norm.weight" if value < 0 else "lm_head", value)
         yield Row(38, f"{value} is loaded", broken(base, "lm_head", value), load_base, None)
         for line in (f"{F} --steps 1", G, E, M):
-            name, says = f"{value} and {line.split()[0]}", "norm.weight" if value < 0 else "lm_head.weight"
+            name, says = (
+                f"{value} and {line.split()[0]}",
+                "norm.weight" if value < 0 else "lm_head.weight",
+            )
             yield Row(38, name, spoilt, line, 5, ("base", says, "not finite"))
         spoilt = broken(adapter, "q_proj.lora_B", value)
         for line in (f"{G} --adapter adapter", f"{E} --adapter adapter", M):
-            yield Row(38, f"{value} in an adapter and {line.split()[0]}", spoilt, line, 5, ("q_proj", "not finite"))
-    yield Row(38, "NaN is seen by inspect", broken(adapter, "q_proj.lora_B", np.nan), f"{I} adapter", None)
+            yield Row(
+                38,
+                f"{value} in an adapter and {line.split()[0]}",
+                spoilt,
+                line,
+                5,
+                ("q_proj", "not finite"),
+            )
+    yield Row(
+        38, "NaN is seen by inspect", broken(adapter, "q_proj.lora_B", np.nan), f"{I} adapter", None
+    )
 
 
 def text_rows() -> Iterator[Row]:
     yield tokenizer("cut", b'{"model": {"vocab": {', "not valid JSON", ends=FormatError)
     yield tokenizer("no object", b"[]", "expected a JSON object", ends=FormatError)
-    yield tokenizer("a token twice", b'{"model": {"vocab": {"a": 1, "a": 2}}}', "'a' appears twice", ends=FormatError)
-    yield tokenizer("half of a surrogate pair", b'{"model": {"vocab": {"\\ud800": 1}}}', "surrogates", ends=FormatError)
+    yield tokenizer(
+        "a token twice",
+        b'{"model": {"vocab": {"a": 1, "a": 2}}}',
+        "'a' appears twice",
+        ends=FormatError,
+    )
+    yield tokenizer(
+        "half of a surrogate pair",
+        b'{"model": {"vocab": {"\\ud800": 1}}}',
+        "surrogates",
+        ends=FormatError,
+    )
     yield tokenizer("deep", b'{"a":' * 1000 + b"1" + b"}" * 1000, "nested deeper", ends=FormatError)
     yield tokenizer("nothing in it", lambda t: {})
     yield tokenizer("an id twice", vocabulary(zz=5))
@@ -749,11 +1148,20 @@ def text_rows() -> Iterator[Row]:
     yield tokenizer("the largest id", vocabulary(zz=2**32 - 1))
     yield tokenizer("an id below zero", vocabulary(zz=-1))
     yield tokenizer("an id that is no integer", vocabulary(zz=1.5))
-    yield tokenizer("a merge of what is not there", lambda t: t["model"]["merges"].append(["nowhere", "b"]))
-    yield tokenizer("merges in a circle", lambda t: t["model"]["merges"].extend([["x", "x"], ["xx", "x"]]))
+    yield tokenizer(
+        "a merge of what is not there", lambda t: t["model"]["merges"].append(["nowhere", "b"])
+    )
+    yield tokenizer(
+        "merges in a circle", lambda t: t["model"]["merges"].extend([["x", "x"], ["xx", "x"]])
+    )
     yield tokenizer("no vocabulary", lambda t: t["model"].update(vocab={}))
     yield tokenizer("an unknown model", lambda t: t["model"].update(type="Unheard"))
-    pieces = {"type": "WordPiece", "vocab": {"q": 0}, "unk_token": "U", "continuing_subword_prefix": "#"}
+    pieces = {
+        "type": "WordPiece",
+        "vocab": {"q": 0},
+        "unk_token": "U",
+        "continuing_subword_prefix": "#",
+    }
     pieces |= {"max_input_chars_per_word": 9}
     yield tokenizer("no unknown token", lambda t: t.update(model=pieces))
 
@@ -763,13 +1171,36 @@ def text_rows() -> Iterator[Row]:
         (folder / "base" / "special_tokens_map.json").touch()
         os.truncate(folder / "base" / "special_tokens_map.json", MAX_TOKENIZER_BYTES + 1)
 
-    yield Row(52, "a file of 128 MiB beside it", large, lambda w: load_tokenizer("base", 256), DataError, ("base",))
+    yield Row(
+        52,
+        "a file of 128 MiB beside it",
+        large,
+        lambda w: load_tokenizer("base", 256),
+        DataError,
+        ("base",),
+    )
     for kind, where in ("Split", "pre_tokenizer"), ("Replace", "normalizer"):
-        rule = {"type": kind, "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False, "content": ""}
-        yield tokenizer(f"a pattern that is none, {where}", lambda t, rule=rule, where=where: t.update({where: rule}))
+        rule = {
+            "type": kind,
+            "pattern": {"Regex": "("},
+            "behavior": "Isolated",
+            "invert": False,
+            "content": "",
+        }
+        yield tokenizer(
+            f"a pattern that is none, {where}",
+            lambda t, rule=rule, where=where: t.update({where: rule}),
+        )
     yield tokenizer("a table that is none", lambda t: t.update(normalizer={"type": "Precompiled",
                     "precompiled_charsmap": "////////////"}))  # fmt: skip
-    yield command(52, E, 3, "tokenizer.json", "not a regular file", build=replaced_by_pipe("base/tokenizer.json"))
+    yield command(
+        52,
+        E,
+        3,
+        "tokenizer.json",
+        "not a regular file",
+        build=replaced_by_pipe("base/tokenizer.json"),
+    )
     yield command(52, E, 3, "tokenizer.json", build=cut("base/tokenizer.json", 100))
     folder = lambda f: (f / "text.txt").mkdir()  # noqa: E731
     for line in (P, F, E):
@@ -788,15 +1219,27 @@ def text_rows() -> Iterator[Row]:
                       build=written("empty.txt", b""))  # fmt: skip
         yield text(54, line, "\N{SLIGHTLY SMILING FACE}".encode(), 3, "text.txt")
     yield command(
-        53, "demo --out new --pretrain-data text.txt", 3, "--pretrain-data text.txt", build=written("text.txt", b"ab")
+        53,
+        "demo --out new --pretrain-data text.txt",
+        3,
+        "--pretrain-data text.txt",
+        build=written("text.txt", b"ab"),
     )
     yield command(53, "demo --out new --adapt-data missing.txt", 4, "missing.txt")
     for path, code in (("/dev/zero", 3), ("book.txt/", 4), (LONG, 4), ("''", 2)):
         yield command(53, f"{P} --data {path}", code, "no path" if path == "''" else path[:60])
     yield command(53, f"{P} --eval-data ''", 2, "--eval-data: '' is no path")
-    yield command(53, f"{P} --data 'half\n.txt'", 3, r"half\n.txt", build=written("half\n.txt", b"abcd"))
+    yield command(
+        53, f"{P} --data 'half\n.txt'", 3, r"half\n.txt", build=written("half\n.txt", b"abcd")
+    )
     # Odd, and trained on all the same: a text is bytes.
-    for content in (b"\n" * 400, b"\0" * 400, b"a\r\n" * 200, b"\xef\xbb\xbf" + TEXT, b"x" * 100_000):
+    for content in (
+        b"\n" * 400,
+        b"\0" * 400,
+        b"a\r\n" * 200,
+        b"\xef\xbb\xbf" + TEXT,
+        b"x" * 100_000,
+    ):
         yield text(53, f"{E.replace('book.txt', 'text.txt')} --limit 2", content, None)
     latin, wide = "ÀÉÎÕÜ äöü ß ".encode("latin-1") * 40, TEXT.decode().encode("utf-16")
     for content in (latin, wide, TEXT + "é".encode()[:1]):
@@ -811,7 +1254,9 @@ def command_rows() -> Iterator[Row]:
     yield command(56, f"{F} --context 257", 2, "max_position_embeddings = 256")
     yield command(56, f"{E} --context 257", 2, "max_position_embeddings = 256")
     yield command(56, f"{P} --context 600", 3, "context of 600")
-    yield command(56, f"{P} --context 16 --max-position-embeddings 15", 2, "max_position_embeddings = 15")
+    yield command(
+        56, f"{P} --context 16 --max-position-embeddings 15", 2, "max_position_embeddings = 15"
+    )
     yield command(56, f"{P} --max-position-embeddings 0", 2, "--max-position-embeddings")
     for name, values in {
         "lr": ("nan", "inf", "-1", "0", "x", ""), "steps": ("-1", "0", "1e30", "1.5", "x", "9" * 30),
@@ -841,7 +1286,15 @@ def command_rows() -> Iterator[Row]:
         "--hidden-size 2147483640 --intermediate-size 2147483640 --num-attention-heads 357913940": "parameters",
     }.items():  # fmt: skip
         yield command(56, f"{P} {option}", 2, says)
-    wrong = ("temperature -1", "temperature nan", "temperature inf", "top-k 0", "top-p 0", "top-p 1.5", "top-p nan")
+    wrong = (
+        "temperature -1",
+        "temperature nan",
+        "temperature inf",
+        "top-k 0",
+        "top-p 0",
+        "top-p 1.5",
+        "top-p nan",
+    )
     for option in (*wrong, "max-new-tokens -1"):
         yield command(56, f"{G} --{option}", 2, option.split()[0].replace("-", "_"))
     yield command(56, f"{G} --top-k 100000", None)
@@ -857,7 +1310,9 @@ def command_rows() -> Iterator[Row]:
         yield command(59, f"{line} --out {'n' * 300}", 4, "File name too long")
         yield command(59, f"{line} --out {nowhere}", 4, nowhere)
     for out in ("base", "./full/../base", "base/merged", "adapter", "adapter/merged"):
-        yield command(58, f"{M} --out {out}", 2, "--adapter" if out.startswith("adapter") else "--base")
+        yield command(
+            58, f"{M} --out {out}", 2, "--adapter" if out.startswith("adapter") else "--base"
+        )
     # Folders that are not what they are taken for.
     for line, code, says in (
         (f"{E} --base missing", 4, "missing"), (f"{E} --base book.txt", 4, "book.txt"),
@@ -872,7 +1327,12 @@ def command_rows() -> Iterator[Row]:
     # Every damage to a folder ends the commands that read it in the same way.
     for what, file, config, line in (
         ("base", "base/model.safetensors", "base/config.json", E),
-        ("adapter", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", f"{E} --adapter adapter"),
+        (
+            "adapter",
+            "adapter/adapter_model.safetensors",
+            "adapter/adapter_config.json",
+            f"{E} --adapter adapter",
+        ),
     ):
 
         def flip(folder: Path, path: str = file) -> None:

@@ -89,9 +89,13 @@ def record_rows() -> Iterator[Row]:
         yield Row(61, f"finetune of {bad[:30]!r}", build, line, 3, ("data.jsonl", *says))
     huge = written("data.jsonl", lambda: GOOD + b'{"text": "' + b"x" * MAX_LINE_BYTES + b'"}\n')
     yield command(61, line, 3, where, "longer than", build=huge)
-    yield command(61, line, 3, "data.jsonl", "has no record", build=written("data.jsonl", b"\n\r\n"))
+    yield command(
+        61, line, 3, "data.jsonl", "has no record", build=written("data.jsonl", b"\n\r\n")
+    )
     yield command(61, line, 3, "expected 2 records or more", build=written("data.jsonl", GOOD))
-    yield command(61, f"{line} --eval-data book.jsonl", 4, "book.jsonl", build=written("data.jsonl", GOOD * 9))
+    yield command(
+        61, f"{line} --eval-data book.jsonl", 4, "book.jsonl", build=written("data.jsonl", GOOD * 9)
+    )
 
 
 # ---- adapters of mlx-lm's -------------------------------------------------------------------------------------------
@@ -100,14 +104,21 @@ MLX_PATH = "model.layers.0.self_attn.q_proj"
 
 
 def mlx(
-    folder: Path, a: tuple[int, ...] = (16, 2), b: tuple[int, ...] = (2, 16), more: Any = None, **given: Any
+    folder: Path,
+    a: tuple[int, ...] = (16, 2),
+    b: tuple[int, ...] = (2, 16),
+    more: Any = None,
+    **given: Any,
 ) -> None:
     """An adapter of mlx-lm's on one layer, in the folder `mlx`."""
     (folder / "mlx").mkdir()
     parameters = {"rank": 2, "scale": 20.0, "dropout": 0.0, **given}
     fields = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters}
     write_json(folder / "mlx" / "adapter_config.json", {**fields, **(more or {})})
-    tensors = {f"{MLX_PATH}.lora_a": np.ones(a, np.float32), f"{MLX_PATH}.lora_b": np.ones(b, np.float32)}
+    tensors = {
+        f"{MLX_PATH}.lora_a": np.ones(a, np.float32),
+        f"{MLX_PATH}.lora_b": np.ones(b, np.float32),
+    }
     save_file(folder / "mlx" / "adapters.safetensors", tensors)
 
 
@@ -153,8 +164,22 @@ def mlx_rows() -> Iterator[Row]:
     yield row(3, "a file of 200", cut(file, 200))
     yield row(3, "not valid JSON", written("mlx/adapter_config.json", b'{"lora_parameters": {'))
     yield row(5, "not finite", broken(file, "lora_a", np.nan))
-    yield Row(62, "PEFT's as mlx-lm's", nothing, "convert adapter --to peft --out new", 3, ("adapter", "mlx-lm"))
-    yield Row(62, "mlx-lm's as PEFT's", mlx, "convert mlx --to mlx --out new", 3, ("mlx", "adapter_model.safetensors"))
+    yield Row(
+        62,
+        "PEFT's as mlx-lm's",
+        nothing,
+        "convert adapter --to peft --out new",
+        3,
+        ("adapter", "mlx-lm"),
+    )
+    yield Row(
+        62,
+        "mlx-lm's as PEFT's",
+        mlx,
+        "convert mlx --to mlx --out new",
+        3,
+        ("mlx", "adapter_model.safetensors"),
+    )
 
 
 # ---- what cannot be merged ------------------------------------------------------------------------------------------
@@ -176,7 +201,9 @@ def quantised(folder: Path) -> None:
     quantize(CausalLM(CONFIG, seed=1)).save_pretrained(folder / "base")
 
 
-def sharded(change: Callable[[Path, dict[str, str]], object] = lambda folder, weight_map: None) -> Build:
+def sharded(
+    change: Callable[[Path, dict[str, str]], object] = lambda folder, weight_map: None,
+) -> Build:
     """The base in three shards, with its index changed in place."""
 
     def build(folder: Path) -> None:
@@ -212,10 +239,19 @@ def merge_rows() -> Iterator[Row]:
         (sharded(first_shard("/etc/passwd.safetensors")), index, "lies outside the folder"),
         (sharded(first_shard("model-00009-of-00003.safetensors")), index, "is missing"),
         (sharded(lambda b, w: (b / second_shard).unlink()), index, second_shard, "is missing"),
-        (sharded(lambda b, w: (b / second_shard).write_bytes(b"")), second_shard, "not a safetensors file"),
+        (
+            sharded(lambda b, w: (b / second_shard).write_bytes(b"")),
+            second_shard,
+            "not a safetensors file",
+        ),
         (sharded(lambda b, w: w.pop("model.norm.weight")), index, "in it but not listed"),
     ):
-        for line in (MERGE, "convert base --dtype float16 --out new", "diff base tuned", "inspect base"):
+        for line in (
+            MERGE,
+            "convert base --dtype float16 --out new",
+            "diff base tuned",
+            "inspect base",
+        ):
             yield Row(
                 42,
                 f"{line.split()[0]}: {' '.join(says)}"[:60],
@@ -226,24 +262,52 @@ def merge_rows() -> Iterator[Row]:
             )
     key, file = ADAPTER_KEY.format, "adapter/adapter_model.safetensors"
     for change, says in (
-        (lambda t: t.update({key("v", "B"): np.zeros((5, 2))}), "v_proj: the adapter is for (5, 16)"),
+        (
+            lambda t: t.update({key("v", "B"): np.zeros((5, 2))}),
+            "v_proj: the adapter is for (5, 16)",
+        ),
         (lambda t: t.update({key("v", "A"): np.zeros((2, 2, 16))}), "has no lora_B that fits it"),
         (lambda t: t.update({key("v", "A"): np.zeros(())}), "lora_A ()"),
         (lambda t: t.pop(key("v", "B")), "has no lora_B that fits it"),
         (lambda t: [t.pop(key("v", x)) for x in "AB"], "missing model.layers.0.self_attn.v_proj"),
-        (lambda t: t.update({"base_model.model.stranger.weight": np.zeros(1)}), "unknown stranger.weight"),
+        (
+            lambda t: t.update({"base_model.model.stranger.weight": np.zeros(1)}),
+            "unknown stranger.weight",
+        ),
         (lambda t: t.update({"\x1b[2J": np.zeros(1)}), r"\x1b[2J"),
-        (lambda t: t.update({"base_model.model.lora_A.weight": np.zeros((2, 16))}), "unknown lora_A.weight"),
+        (
+            lambda t: t.update({"base_model.model.lora_A.weight": np.zeros((2, 16))}),
+            "unknown lora_A.weight",
+        ),
     ):
         yield command(43, MERGE, 3, "adapter", says, build=changed_tensors(file, change))
-    for weights in ("x", "''", "1,", ",", "1,2", "nan", "inf", "-inf", "1e999", "1;2", "1,2,3", "0x10", "1e", LONG):
+    for weights in (
+        "x",
+        "''",
+        "1,",
+        ",",
+        "1,2",
+        "nan",
+        "inf",
+        "-inf",
+        "1e999",
+        "1;2",
+        "1,2,3",
+        "0x10",
+        "1e",
+        LONG,
+    ):
         yield command(56, f"{MERGE} --weights={weights}", 2, "--weights")
     yield command(63, MERGE, 2, "quantization_config", build=quantised)
-    yield command(63, "convert base --dtype float16 --out new", 2, "quantization_config", build=quantised)
+    yield command(
+        63, "convert base --dtype float16 --out new", 2, "quantization_config", build=quantised
+    )
     beside = f"{MERGE} --adapter second"
     dora = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
     yield command(63, beside, 2, "cannot be added to another adapter's", build=second(dora))
-    yield command(63, f"{beside} --weights 1,0.5", 2, "cannot be taken 0.5 times", build=second(dora))
+    yield command(
+        63, f"{beside} --weights 1,0.5", 2, "cannot be taken 0.5 times", build=second(dora)
+    )
     saved = LoraConfig(r=2, target_modules=["k_proj"], modules_to_save=["lm_head"])
     both = lambda folder: (second(saved)(folder), second(saved, "third")(folder))  # noqa: E731
     yield command(63, f"{beside} --adapter third", 2, "lm_head.weight cannot be added", build=both)
@@ -253,14 +317,23 @@ def merge_rows() -> Iterator[Row]:
     # What is not finite is merged where that is asked for, and stays what it is.
     for spoilt, name in (
         (broken("base/model.safetensors", "lm_head", np.nan), "lm_head.weight"),
-        (broken("base/model.safetensors", "q_proj", np.inf), "model.layers.0.self_attn.q_proj.weight"),
+        (
+            broken("base/model.safetensors", "q_proj", np.inf),
+            "model.layers.0.self_attn.q_proj.weight",
+        ),
         (broken(file, "q_proj.lora_B", np.nan), "model.layers.0.self_attn.q_proj.weight"),
     ):
         allowed = made_not_finite(f"{MERGE} --allow-nonfinite --threads 2", name)
         yield Row(38, f"{name} is not finite, and may be so", spoilt, allowed, None)
     large = f"{MERGE} --weights 1e300"
     yield command(38, large, 5, "--weights [1e+300]", "q_proj.weight with its adapters")
-    yield command(38, f"{MERGE} --dtype float16", 5, "lm_head", build=broken("base/model.safetensors", "lm_head", 1e30))
+    yield command(
+        38,
+        f"{MERGE} --dtype float16",
+        5,
+        "lm_head",
+        build=broken("base/model.safetensors", "lm_head", 1e30),
+    )
 
 
 # ---- the other tools ------------------------------------------------------------------------------------------------
@@ -270,7 +343,9 @@ def tuned(folder: Path) -> None:
     """The base, trained on."""
     shutil.copytree(folder / "base", folder / "tuned", dirs_exist_ok=True)
     q = "model.layers.0.self_attn.q_proj.weight"
-    changed_tensors("tuned/model.safetensors", lambda t: t.update({q: t[q] + np.float32(1)}))(folder)
+    changed_tensors("tuned/model.safetensors", lambda t: t.update({q: t[q] + np.float32(1)}))(
+        folder
+    )
 
 
 def tool_rows() -> Iterator[Row]:
@@ -302,7 +377,9 @@ def tool_rows() -> Iterator[Row]:
         for out, code, says in (("full", 2, "'full' is not empty"), ("book.txt", 2, "'book.txt' is a file"),
                                 ("book.txt/new", 4, "book.txt/new"), (LONG, 4, "File name too long"),
                                 (NOWHERE, 4, NOWHERE), ("''", 2, "--out")):  # fmt: skip
-            if not line.startswith("merge"):  # test_cli.py and the rows of hostile.py have them of merge
+            if not line.startswith(
+                "merge"
+            ):  # test_cli.py and the rows of hostile.py have them of merge
                 yield row(58 if code == 2 else 59, line.removesuffix("new") + out, code, says)
         source = "adapter" if "adapter" in line else "base"
         link = lambda folder, source=source: (folder / "link").symlink_to(folder / source)  # noqa: E731
@@ -313,7 +390,9 @@ def tool_rows() -> Iterator[Row]:
     yield row(38, TOOLS["resize"], 5, "q_proj", "not finite", build=spoilt)
     spoilt = broken("tuned/model.safetensors", "q_proj", np.inf)
     yield row(38, TOOLS["extract"], 5, "q_proj", "not finite", build=spoilt)
-    yield row(38, "convert tuned --dtype float16 --out new", 5, "q_proj", "not finite", build=spoilt)
+    yield row(
+        38, "convert tuned --dtype float16 --out new", 5, "q_proj", "not finite", build=spoilt
+    )
 
 
 # ---- an end in the middle -------------------------------------------------------------------------------------------
@@ -334,8 +413,13 @@ def ended(
 
     def run(world: World) -> None:
         def call() -> tuple[int, str]:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
-                return main([*line.split(), *(["--threads", "1"] if line.startswith("merge") else [])]), said.getvalue()
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()) as said,
+            ):
+                return main(
+                    [*line.split(), *(["--threads", "1"] if line.startswith("merge") else [])]
+                ), said.getvalue()
 
         def again() -> None:
             shutil.rmtree("new", ignore_errors=True)
@@ -353,7 +437,9 @@ def ended(
             with Disk(at, wrong):
                 ends.append(call())
             there = contents(world.folder)
-            assert there == before or (there == done and (ends[-1][0] == 0 or at == last)), f"change {at} of {last}"
+            assert there == before or (there == done and (ends[-1][0] == 0 or at == last)), (
+                f"change {at} of {last}"
+            )
             assert ends[-1][0] in (0, code), ends[-1]
             assert ends[-1][0] == 0 or says in ends[-1][1]
             again()
@@ -366,13 +452,19 @@ def ended(
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
 
 
 def interrupted_rows() -> Iterator[Row]:
     build = lambda folder: (tuned(folder), sharded()(folder))  # noqa: E731
     for name, line in TOOLS.items():
-        for wrong, code, says in (stay_full, 4, "No space left on device"), (interrupt, 130, "interrupted"):
+        for wrong, code, says in (
+            (stay_full, 4, "No space left on device"),
+            (interrupt, 130, "interrupted"),
+        ):
             yield Row(64, f"{name}, {wrong.__name__}", build, ended(line, wrong, code, says), None)
     empty = ended(TOOLS["resize"], interrupt, 130, "interrupted", empty=True)
     yield Row(64, "resize into an empty folder, interrupt", nothing, empty, None)
@@ -384,7 +476,9 @@ def interrupted_rows() -> Iterator[Row]:
 def tasks(value: object) -> Build:
     def build(folder: Path) -> None:
         config = LoraConfig(r=2, target_modules=["q_proj"])
-        get_multitask_model(CausalLM(CONFIG, seed=1), {"one": config, "two": config}).save_pretrained(folder / "tasks")
+        get_multitask_model(
+            CausalLM(CONFIG, seed=1), {"one": config, "two": config}
+        ).save_pretrained(folder / "tasks")
         (folder / "tasks" / "multitask.json").write_text(json.dumps(value))
 
     return build
@@ -399,14 +493,42 @@ def task_rows() -> Iterator[Row]:
     for value in ([], {}, {"tasks": []}, {"tasks": {"one": 1}}, {"tasks": {"one": "one"}}, {"tasks": {"one": [1]}},
                   {"tasks": {"one": None, "two": ["two"]}}, {"tasks": {"one": [["one"]]}}):  # fmt: skip
         for run in (line, "inspect tasks"):
-            yield Row(65, f"{run.split()[0]} {value!r}", tasks(value), run, 3, ("multitask.json", "expected"))
-        yield Row(65, f"load {value!r}", tasks(value), load_tasks, FormatError, ("multitask.json", "expected"))
+            yield Row(
+                65,
+                f"{run.split()[0]} {value!r}",
+                tasks(value),
+                run,
+                3,
+                ("multitask.json", "expected"),
+            )
+        yield Row(
+            65,
+            f"load {value!r}",
+            tasks(value),
+            load_tasks,
+            FormatError,
+            ("multitask.json", "expected"),
+        )
     for name in ("..", "../base", "/etc", "a/b", "a\\b", "\0", ""):
-        yield Row(65, f"merge {name!r}", tasks({"tasks": {"one": [name]}}), line, 3, ("multitask.json",))
-        yield Row(65, f"load {name!r}", tasks({"tasks": {"one": [name]}}), load_tasks, FormatError, ("multitask.json",))
+        yield Row(
+            65, f"merge {name!r}", tasks({"tasks": {"one": [name]}}), line, 3, ("multitask.json",)
+        )
+        yield Row(
+            65,
+            f"load {name!r}",
+            tasks({"tasks": {"one": [name]}}),
+            load_tasks,
+            FormatError,
+            ("multitask.json",),
+        )
     for name in ("three", "x" * 300, "\N{BULLET}" * 200):
         missing = tasks({"tasks": {"one": ["one", name]}})
         yield Row(
-            65, f"no folder {name!r}", missing, load_tasks, FormatError, ("multitask.json", "there is no folder of")
+            65,
+            f"no folder {name!r}",
+            missing,
+            load_tasks,
+            FormatError,
+            ("multitask.json", "there is no folder of"),
         )
         yield Row(65, f"merge of no folder {name!r}", missing, line, 4, (name[:30],))

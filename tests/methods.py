@@ -18,7 +18,14 @@ from strict_xp import STRICT
 from minilora.autograd import Tensor, gradients
 from minilora.backend import NUMPY, Backend
 from minilora.halves import halve, holders, rounded
-from minilora.lora import AdaLoraConfig, HydraConfig, LoraConfig, LoraLinear, PeftModel, get_peft_model
+from minilora.lora import (
+    AdaLoraConfig,
+    HydraConfig,
+    LoraConfig,
+    LoraLinear,
+    PeftModel,
+    get_peft_model,
+)
 from minilora.nn import Linear
 from minilora.quant import KINDS, quantize
 from minilora.transformer import CausalLM
@@ -45,7 +52,9 @@ class Method(NamedTuple):
 
 METHODS = {
     "lora": Method(functools.partial(LoraConfig, r=R), lambda i, o: R * (i + o), {"lora_B"}),
-    "rslora": Method(functools.partial(LoraConfig, r=R, use_rslora=True), lambda i, o: R * (i + o), {"lora_B"}),
+    "rslora": Method(
+        functools.partial(LoraConfig, r=R, use_rslora=True), lambda i, o: R * (i + o), {"lora_B"}
+    ),
     "dora": Method(
         functools.partial(LoraConfig, r=R, use_dora=True),
         lambda i, o: R * (i + o) + o,
@@ -53,7 +62,9 @@ METHODS = {
         constant=("norms",),
     ),
     "adalora": Method(
-        functools.partial(AdaLoraConfig, init_r=R, target_r=2, total_step=9), lambda i, o: R * (i + o + 1), {"lora_E"}
+        functools.partial(AdaLoraConfig, init_r=R, target_r=2, total_step=9),
+        lambda i, o: R * (i + o + 1),
+        {"lora_E"},
     ),
     "hydra": Method(
         functools.partial(HydraConfig, r=R, experts=2),
@@ -112,7 +123,9 @@ def move(model: PeftModel, name: str, seed: int = 3) -> None:
 
 
 def layers(model: PeftModel) -> dict[str, LoraLinear]:
-    return {path: m for path, m in model.get_base_model().named_modules() if isinstance(m, LoraLinear)}
+    return {
+        path: m for path, m in model.get_base_model().named_modules() if isinstance(m, LoraLinear)
+    }
 
 
 def tensors(layer: LoraLinear, name: str = "default") -> list[Any]:

@@ -21,14 +21,21 @@ from typing import Any
 import numpy as np
 
 GOLDEN = Path(__file__).parent / "golden"
-FOLDER = GOLDEN / "mlx"  # by case: mlx-lm's two files as its trainer saved them, and logits.npy, float32
+FOLDER = (
+    GOLDEN / "mlx"
+)  # by case: mlx-lm's two files as its trainer saved them, and logits.npy, float32
 IDS = np.arange(4)[None]
 # base, fine_tune_type, num_layers, lora_parameters' keys
 CASES: dict[str, tuple[str, str, int, list[str] | None]] = {
     "lora": ("llama", "lora", 1, None),
     "dora": ("llama", "dora", 2, ["self_attn.q_proj", "mlp.down_proj"]),
     "head": ("llama", "lora", 1, ["self_attn.q_proj", "lm_head"]),
-    "tied-embedding": ("llama_tied_llama3rope", "lora", 1, ["self_attn.v_proj", "model.embed_tokens"]),
+    "tied-embedding": (
+        "llama_tied_llama3rope",
+        "lora",
+        1,
+        ["self_attn.v_proj", "model.embed_tokens"],
+    ),
     "gpt2": ("gpt2", "lora", 1, None),
     "gpt2-embedding": ("gpt2", "lora", 1, ["model.wte"]),
     "dora-embedding": ("llama", "dora", 1, ["model.embed_tokens"]),
@@ -53,7 +60,8 @@ def load(base: Path) -> Any:
             config["rope_scaling"] = scaling
         weights = mx.load(str(folder / "model.safetensors"))
         mx.save_safetensors(
-            str(folder / "model.safetensors"), {k.removeprefix("transformer."): w for k, w in weights.items()}
+            str(folder / "model.safetensors"),
+            {k.removeprefix("transformer."): w for k, w in weights.items()},
         )
         (folder / "config.json").write_text(json.dumps(config))
         model, _ = load_model(folder, lazy=False)
@@ -82,7 +90,12 @@ def train(name: str, folder: Path) -> None:
     parameters = {"rank": 3, "scale": 5.0, "dropout": 0.0, **({"keys": keys} if keys else {})}
     linear_to_lora_layers(model, layers, parameters, use_dora=kind == "dora")
     folder.mkdir(parents=True)
-    fields = {"model": base, "fine_tune_type": kind, "num_layers": layers, "lora_parameters": parameters}
+    fields = {
+        "model": base,
+        "fine_tune_type": kind,
+        "num_layers": layers,
+        "lora_parameters": parameters,
+    }
     save_config(fields, folder / "adapter_config.json")
     data = [(mx.random.randint(0, 96, (20,)).tolist(), 0) for _ in range(8)]
     file = str(folder / "adapters.safetensors")

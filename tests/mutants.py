@@ -6,6 +6,7 @@ keeps up with the code. A mistake lives in memory, for as long as its check runs
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import inspect
@@ -49,19 +50,33 @@ class Mutant:
 
 
 def source_of(room: str) -> tuple[types.ModuleType, str]:
+    """A module and its source as `ast.unparse` writes it, so that the table does not depend on how lines are broken."""
     module = importlib.import_module(f"minilora.{room}")
-    return module, Path(inspect.getsourcefile(module) or "").read_text(encoding="utf-8")
+    source = Path(inspect.getsourcefile(module) or "").read_text(encoding="utf-8")
+    return module, ast.unparse(ast.parse(source))
 
 
 def functions(names: dict[str, Any], file: str) -> Iterator[tuple[str, types.FunctionType]]:
     """(name, function) of every function and method that a module's source defines, decorated ones unwrapped."""
     for name, value in names.items():
-        if inspect.isclass(value) and inspect.isclass(names.get(value.__name__)) and value.__name__ == name:
+        if (
+            inspect.isclass(value)
+            and inspect.isclass(names.get(value.__name__))
+            and value.__name__ == name
+        ):
             yield from ((f"{name}.{inner}", f) for inner, f in functions(dict(vars(value)), file))
             continue
-        parts = {"": value, ".get": getattr(value, "fget", None), ".set": getattr(value, "fset", None)}
+        parts = {
+            "": value,
+            ".get": getattr(value, "fget", None),
+            ".set": getattr(value, "fset", None),
+        }
         for part, f in parts.items():
-            f = inspect.unwrap(getattr(f, "__func__", f)) if callable(getattr(f, "__func__", f)) else None
+            f = (
+                inspect.unwrap(getattr(f, "__func__", f))
+                if callable(getattr(f, "__func__", f))
+                else None
+            )
             if isinstance(f, types.FunctionType) and f.__code__.co_filename == file:
                 yield name + part, f
 
@@ -183,9 +198,15 @@ def a_cut_batch_is_the_whole_batch() -> None:
 def the_base_stays_as_it_is() -> None:
     model, ids = _model(), np.arange(12).reshape(2, 6)
     optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    before = {name: p.data.tobytes() for name, p in model.named_parameters() if ".lora_" not in name}
-    optimizer.step(gradients(language_modelling_loss(model, Batch(ids[:, :-1], ids[:, 1:])), optimizer.params))
-    assert before == {name: p.data.tobytes() for name, p in model.named_parameters() if name in before}
+    before = {
+        name: p.data.tobytes() for name, p in model.named_parameters() if ".lora_" not in name
+    }
+    optimizer.step(
+        gradients(language_modelling_loss(model, Batch(ids[:, :-1], ids[:, 1:])), optimizer.params)
+    )
+    assert before == {
+        name: p.data.tobytes() for name, p in model.named_parameters() if name in before
+    }
 
 
 def a_resumed_run_is_the_whole_run() -> None:
@@ -195,7 +216,9 @@ def a_resumed_run_is_the_whole_run() -> None:
         out = Path(folder)
         for steps, resume in ((4, None), (4, str(out / "checkpoints" / "step-2"))):
             model = _model("float32")
-            settings = Settings(steps=steps, batch_size=2, context=6, threads=1, save_every=2, warmup=1)
+            settings = Settings(
+                steps=steps, batch_size=2, context=6, threads=1, save_every=2, warmup=1
+            )
             runs.append((train(model, text, settings, out, resume=resume).losses,
                          [p.data.tobytes() for p in model.parameters()]))  # fmt: skip
     assert runs[0] == runs[1]
@@ -227,29 +250,40 @@ def the_manifest_comes_last() -> None:
 
 # ---- the mistakes ---------------------------------------------------------------------------------------------------
 
-CONSTANT, EPS, TERM = "a constant is off by 1e-4", "another eps in the backward", "a mean or variance term is missing"
-BROADCAST, AXIS = "a sum over broadcast axes, or a kept dimension, is missing", "a wrong axis, or operand transposed"
-ADD, COUNT, LOW = "= for += in accumulation", "a wrong 1/N, or count of targets", "saved in lower precision"
+CONSTANT, EPS, TERM = (
+    "a constant is off by 1e-4",
+    "another eps in the backward",
+    "a mean or variance term is missing",
+)
+BROADCAST, AXIS = (
+    "a sum over broadcast axes, or a kept dimension, is missing",
+    "a wrong axis, or operand transposed",
+)
+ADD, COUNT, LOW = (
+    "= for += in accumulation",
+    "a wrong 1/N, or count of targets",
+    "saved in lower precision",
+)
 MASK = "a mask is shifted by one"
 
 MUTANTS = [
     Mutant(CONSTANT, "functional", "* (1 / math.sqrt(2 * math.pi))",
            "* (1.0001 / math.sqrt(2 * math.pi))", gradient("gelu")),
-    Mutant(CONSTANT, "functional", "(c + (3 * 0.044715 * c)", "(c + (3 * 0.0447195 * c)", gradient("gelu")),
-    Mutant(CONSTANT, "functional", "(c + (0.044715 * c)", "(c + (0.0447105 * c)", gradient("gelu")),
+    Mutant(CONSTANT, "functional", "(c + 3 * 0.044715 * c", "(c + 3 * 0.0447195 * c", gradient("gelu")),
+    Mutant(CONSTANT, "functional", "(c + 0.044715 * c", "(c + 0.0447105 * c", gradient("gelu")),
     Mutant(CONSTANT, "functional", "dy * (s * (1 + X * (1 - s)))",
            "dy * (s * (1.0001 + X * (1 - s)))", gradient("silu")),
-    Mutant(CONSTANT, "optim", "math.sqrt(1 - b2**steps)", "math.sqrt(1.0001 - b2**steps)", adamw_is_the_paper_s),
-    Mutant(CONSTANT, "functional", "dU = (dY @ b) * scaling",
-           "dU = (dY @ b) * (scaling * 0.9999)", gradient("lora_linear")),
-    Mutant(EPS, "functional", "dY, xhat = rows(dy), X * rstd",
-           "dY, xhat = rows(dy), X / xp.sqrt((X * X).mean(axis=-1, keepdims=True))", gradient("rms_norm")),
+    Mutant(CONSTANT, "optim", "math.sqrt(1 - b2 ** steps)", "math.sqrt(1.0001 - b2 ** steps)", adamw_is_the_paper_s),
+    Mutant(CONSTANT, "functional", "dU = dY @ b * scaling",
+           "dU = dY @ b * (scaling * 0.9999)", gradient("lora_linear")),
+    Mutant(EPS, "functional", "dY, xhat = (rows(dy), X * rstd)",
+           "dY, xhat = (rows(dy), X / xp.sqrt((X * X).mean(axis=-1, keepdims=True)))", gradient("rms_norm")),
     Mutant(EPS, "functional", "dx *= rstd",
            "dx *= (rstd**-2 + 9 * eps) ** -0.5", gradient("rms_norm")),
     Mutant(EPS, "functional", "xhat = (X - mean) * rstd",
            "xhat = (X - mean) / xp.sqrt(((X - mean) ** 2).mean(axis=-1, keepdims=True))", gradient("layer_norm")),
-    Mutant(EPS, "functional", "return rstd * (dxhat - along)",
-           "return (rstd**-2 - 0.9 * eps) ** -0.5 * (dxhat - along)", gradient("layer_norm")),
+    Mutant(EPS, "functional", "rstd * (dxhat - along)",
+           "(rstd ** -2 - 0.9 * eps) ** -0.5 * (dxhat - along)", gradient("layer_norm")),
     Mutant(TERM, "functional", "along = dxhat.mean(axis=-1, keepdims=True) + xhat",
            "along = xhat", gradient("layer_norm")),
     Mutant(TERM, "functional",
@@ -285,12 +319,12 @@ MUTANTS = [
     Mutant(COUNT, "parallel", "counts = {task: part.tokens for",
            "counts = {task: part.ids.size for", a_cut_batch_is_the_whole_batch),
     Mutant(LOW, "functional", "lambda dy: (y * (dy -", "lambda dy: (y.astype(np.float32) * (dy -", gradient("softmax")),
-    Mutant(LOW, "functional", "dY, xhat = rows(dy), X * rstd",
-           "dY, xhat = rows(dy), X * rstd.astype(np.float32)", gradient("rms_norm")),
+    Mutant(LOW, "functional", "dY, xhat = (rows(dy), X * rstd)",
+           "dY, xhat = (rows(dy), X * rstd.astype(np.float32))", gradient("rms_norm")),
     Mutant(LOW, "autograd", "lambda dy: (dy * y,)", "lambda dy: (dy * y.astype(np.float32),)", gradient("exp")),
     Mutant(MASK, "fused", "order[:, None] > order,", "order[:, None] > order + 1,", definition("attention")),
-    Mutant(MASK, "fused", "last = at.stop - at.start, S - T + at.stop",
-           "last = at.stop - at.start, S - T + at.stop - 1", definition("attention")),
+    Mutant(MASK, "fused", "last = (at.stop - at.start, S - T + at.stop)",
+           "last = (at.stop - at.start, S - T + at.stop - 1)", definition("attention")),
     Mutant("another order of the pairs", "fused",
            "z.reshape(pairs)[..., ::-1, :]",
            "z.reshape(B, T, h, D // 2, 2).swapaxes(-1, -2)[..., ::-1, :]", definition("attention")),
@@ -302,8 +336,8 @@ MUTANTS = [
     Mutant("the base is trained", "lora.model", "            parameter.requires_grad = False\n        for layer",
            "            parameter.requires_grad = True\n        for layer", the_base_stays_as_it_is),
     Mutant("a resumed run takes a batch again", "train",
-           "self.done, self.losses, self.evaluations, self.checkpoint = done, losses",
-           "self.done, self.losses, self.evaluations, self.checkpoint = done - 1, losses",
+           "self.done, self.losses, self.evaluations, self.checkpoint = (done, losses",
+           "self.done, self.losses, self.evaluations, self.checkpoint = (done - 1, losses",
            a_resumed_run_is_the_whole_run),
     Mutant("a name before its bytes", "formats.disk",
            "            os.fsync(file.fileno())\n        os.replace(temporary, target)",

@@ -76,7 +76,9 @@ def apart(*shapes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     """Values at least 0.1 from each other, and from 0: no kink within reach of a finite difference."""
     sizes = [math.prod(shape) for shape in shapes]
     values = _rng.permutation(np.arange(sum(sizes)) - sum(sizes) // 2 + 0.5) * 0.2
-    return tuple(v.reshape(s) for v, s in zip(np.split(values, np.cumsum(sizes)[:-1]), shapes, strict=True))
+    return tuple(
+        v.reshape(s) for v, s in zip(np.split(values, np.cumsum(sizes)[:-1]), shapes, strict=True)
+    )
 
 
 def public_operations() -> dict[str, Callable[..., Any]]:
@@ -85,7 +87,9 @@ def public_operations() -> dict[str, Callable[..., Any]]:
         name: function
         for room in (ag, F, fused)
         for name, function in vars(room).items()
-        if inspect.isfunction(function) and not name.startswith("_") and function.__module__ == room.__name__
+        if inspect.isfunction(function)
+        and not name.startswith("_")
+        and function.__module__ == room.__name__
     }
 
 
@@ -93,9 +97,18 @@ def public_operations() -> dict[str, Callable[..., Any]]:
 
 
 def elementary(
-    name: str, variant: str, inputs: Any, reads: tuple[int, ...], reference: Any, function: Any = None
+    name: str,
+    variant: str,
+    inputs: Any,
+    reads: tuple[int, ...],
+    reference: Any,
+    function: Any = None,
 ) -> None:
-    TABLE.append(Operation(name, variant, function or getattr(ag, name), inputs, reads, ELEMENTARY, reference))
+    TABLE.append(
+        Operation(
+            name, variant, function or getattr(ag, name), inputs, reads, ELEMENTARY, reference
+        )
+    )
 
 
 SHAPES = {
@@ -115,15 +128,33 @@ for variant, shapes in SHAPES.items():
     elementary("maximum", variant, apart(*shapes), (), np.maximum)
     elementary("minimum", variant, apart(*shapes), (), np.minimum)
     choice = _rng.random(np.broadcast_shapes(*shapes)) < 0.5
-    elementary("where", variant, normal(*shapes), (), *(functools.partial(room.where, choice) for room in (np, ag)))
+    elementary(
+        "where",
+        variant,
+        normal(*shapes),
+        (),
+        *(functools.partial(room.where, choice) for room in (np, ag)),
+    )
 wide = np.array([[True] * 3, [False] * 3])
-elementary("where", "wide condition", normal((3,), ()), (), *(functools.partial(r.where, wide) for r in (np, ag)))
+elementary(
+    "where",
+    "wide condition",
+    normal((3,), ()),
+    (),
+    *(functools.partial(r.where, wide) for r in (np, ag)),
+)
 elementary("add", "number", normal((2, 3)), (), lambda a: 2.5 + a, functools.partial(ag.add, 2.5))
 elementary("sub", "number", normal((2, 3)), (), lambda a: 2.5 - a, functools.partial(ag.sub, 2.5))
 elementary("mul", "number", normal((2, 3)), (), lambda a: a * 2.5, functools.partial(ag.mul, b=2.5))
-elementary("div", "number", positive((2, 3)), (0,), lambda a: 2.5 / a, functools.partial(ag.div, 2.5))
-elementary("power", "square", normal((2, 3)), (0,), lambda a: a**2, functools.partial(ag.power, b=2))
-elementary("power", "number", normal((2, 3)), (), lambda a: 2.0**a, functools.partial(ag.power, 2.0))
+elementary(
+    "div", "number", positive((2, 3)), (0,), lambda a: 2.5 / a, functools.partial(ag.div, 2.5)
+)
+elementary(
+    "power", "square", normal((2, 3)), (0,), lambda a: a**2, functools.partial(ag.power, b=2)
+)
+elementary(
+    "power", "number", normal((2, 3)), (), lambda a: 2.0**a, functools.partial(ag.power, 2.0)
+)
 for shape in ((3, 4), ()):
     variant = "0-d" if shape == () else "2-d"
     elementary("exp", variant, normal(shape), (), np.exp)
@@ -146,13 +177,24 @@ for axis in (None, 0, -1, (0, 2), (-1, 1), ()):
             ("max", apart((2, 3, 4)), (0,)),
             ("min", apart((2, 3, 4)), ()),
         ):
-            function, reference = (functools.partial(getattr(room, name), **options) for room in (ag, np))
+            function, reference = (
+                functools.partial(getattr(room, name), **options) for room in (ag, np)
+            )
             elementary(name, variant, inputs, reads, reference, function)
 for name in ("sum", "mean", "max", "min"):
     elementary(name, "0-d", normal(()), (0,) if name == "max" else (), getattr(np, name))
 
-elementary("reshape", "tuple", normal((2, 6)), (), lambda a: a.reshape(3, 4), lambda a: ag.reshape(a, (3, 4)))
-elementary("reshape", "guess", normal((2, 6)), (), lambda a: a.reshape(-1), lambda a: ag.reshape(a, -1))
+elementary(
+    "reshape",
+    "tuple",
+    normal((2, 6)),
+    (),
+    lambda a: a.reshape(3, 4),
+    lambda a: ag.reshape(a, (3, 4)),
+)
+elementary(
+    "reshape", "guess", normal((2, 6)), (), lambda a: a.reshape(-1), lambda a: ag.reshape(a, -1)
+)
 elementary("reshape", "of a transpose", normal((2, 6)), (), lambda a: a.T.reshape(4, 3),
            lambda a: ag.reshape(a.T, 4, 3))  # fmt: skip
 elementary("transpose", "reverse", normal((2, 3, 4)), (), np.transpose)
@@ -178,7 +220,14 @@ KEYS: dict[str, Any] = {
     "empty": slice(0, 0),
 }
 for variant, key in KEYS.items():
-    elementary("index", variant, normal((3, 4)), (), lambda a, k=key: a[k], functools.partial(ag.index, key=key))
+    elementary(
+        "index",
+        variant,
+        normal((3, 4)),
+        (),
+        lambda a, k=key: a[k],
+        functools.partial(ag.index, key=key),
+    )
 
 
 def _concat(*pieces: Tensor, axis: int) -> Tensor:
@@ -190,7 +239,11 @@ def _stack(*pieces: Tensor, axis: int = 0) -> Tensor:
 
 
 for axis in (0, 1, -1):
-    pieces = {0: ((2, 3, 4), (1, 3, 4), (0, 3, 4)), 1: ((2, 1, 2), (2, 3, 2)), -1: ((2, 1), (2, 3))}[axis]
+    pieces = {
+        0: ((2, 3, 4), (1, 3, 4), (0, 3, 4)),
+        1: ((2, 1, 2), (2, 3, 2)),
+        -1: ((2, 1), (2, 3)),
+    }[axis]
     elementary("concat", f"axis={axis}", normal(*pieces), (), lambda *a, x=axis: np.concatenate(a, x),
                functools.partial(_concat, axis=axis))  # fmt: skip
     elementary("stack", f"axis={axis}", normal((2, 3), (2, 3), (2, 3)), (), lambda *a, x=axis: np.stack(a, x),
@@ -214,7 +267,9 @@ for shapes in (
 # ---- neural operations, each with its definition --------------------------------------------------------------------
 
 
-def neural(name: str, variant: str, function: Any, definition: Any, inputs: Any, reads: tuple[int, ...]) -> None:
+def neural(
+    name: str, variant: str, function: Any, definition: Any, inputs: Any, reads: tuple[int, ...]
+) -> None:
     TABLE.append(Operation(name, variant, function, inputs, reads, COMPOSITE, None, definition))
 
 
@@ -241,7 +296,9 @@ def _pull(a: Any, b: Any, s: float) -> Callable[..., Any]:
     return lambda X, dY: (s * (dY @ b).T @ X, s * dY.T @ (X @ a.T))
 
 
-def effective(x: Tensor, *rest: Tensor, sizes: tuple[int, ...] = (5,), stacked: bool = False) -> Tensor:
+def effective(
+    x: Tensor, *rest: Tensor, sizes: tuple[int, ...] = (5,), stacked: bool = False
+) -> Tensor:
     """effective_linear over W' formed of `_weight` and the factors' values, as the layers that call it do.
 
     rest    A and B of one layer after the other, with s = 0.7, 1.7, ...; then of each layer a bias, or none at all
@@ -258,7 +315,9 @@ def effective(x: Tensor, *rest: Tensor, sizes: tuple[int, ...] = (5,), stacked: 
     return fused.effective_linear(x, fused.Effective(weight, layers, stacked))
 
 
-def _effective_definition(x: Tensor, *rest: Tensor, sizes: tuple[int, ...] = (5,), stacked: bool = False) -> Tensor:
+def _effective_definition(
+    x: Tensor, *rest: Tensor, sizes: tuple[int, ...] = (5,), stacked: bool = False
+) -> Tensor:
     pairs, biases = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim == 1]
     outputs = []
     for i, weight in enumerate(np.split(_weight[: sum(sizes)], np.cumsum(sizes)[:-1])):
@@ -284,7 +343,14 @@ for variant, sizes, stacked, shapes, reads in (
 
 _ids = np.array([[1, 4, 1], [0, 1, 4]])
 for variant, ids in (("repeated", _ids), ("one", np.array(2)), ("none", np.zeros((0,), np.int64))):
-    neural("embedding", variant, functools.partial(F.embedding, ids), lambda w, i=ids: w[i], normal((6, 3)), ())
+    neural(
+        "embedding",
+        variant,
+        functools.partial(F.embedding, ids),
+        lambda w, i=ids: w[i],
+        normal((6, 3)),
+        (),
+    )
 
 DROP_KEY = mix_key(11, 2**64 - 1)
 
@@ -310,7 +376,9 @@ def _sigmoid(x: Tensor) -> Tensor:
     return 1.0 / (1.0 + ag.exp(-x))
 
 
-_nodes, _weights = (np.polynomial.legendre.leggauss(48)[i] / 2 for i in range(2))  # for integrals from 0 to 1
+_nodes, _weights = (
+    np.polynomial.legendre.leggauss(48)[i] / 2 for i in range(2)
+)  # for integrals from 0 to 1
 
 
 def _gelu_definition(x: Tensor) -> Tensor:
@@ -329,7 +397,14 @@ neural("silu", "0-d", F.silu, lambda x: x * _sigmoid(x), normal(()), (0,))
 neural("swiglu", "2-d", F.swiglu, lambda x: x[0] * _sigmoid(x[0]) * x[1], normal((2, 3, 4)), (0,))
 neural("gelu", "none", F.gelu, _gelu_definition, normal((3, 4)), (0,))
 neural("gelu", "none,wide", F.gelu, _gelu_definition, (np.linspace(-5, 5, 41),), (0,))
-neural("gelu", "tanh", functools.partial(F.gelu, approximate="tanh"), _gelu_tanh_definition, normal((3, 4)), (0,))
+neural(
+    "gelu",
+    "tanh",
+    functools.partial(F.gelu, approximate="tanh"),
+    _gelu_tanh_definition,
+    normal((3, 4)),
+    (0,),
+)
 neural("gelu", "0-d", F.gelu, _gelu_definition, normal(()), (0,))
 
 
@@ -345,14 +420,18 @@ for axis in (-1, 0, 1):
            lambda x, a=axis: ag.log(_softmax(x, a)), normal((3, 2, 4)), ())  # fmt: skip
 
 
-def _cross_entropy(logits: Tensor, targets: np.ndarray, ignore_index: int, reduction: str) -> Tensor:
+def _cross_entropy(
+    logits: Tensor, targets: np.ndarray, ignore_index: int, reduction: str
+) -> Tensor:
     flat, t = ag.reshape(logits, -1, logits.shape[-1]), targets.reshape(-1)
     counted = np.flatnonzero(t != ignore_index)
     total = -ag.log(_softmax(flat))[counted, t[counted]].sum()
     return total / max(len(counted), 1) if reduction == "mean" else total
 
 
-def _linear_cross_entropy(x: Tensor, head: Tensor, cut: tuple[int, int] | None, **options: Any) -> Tensor:
+def _linear_cross_entropy(
+    x: Tensor, head: Tensor, cut: tuple[int, int] | None, **options: Any
+) -> Tensor:
     """In blocks of so many rows and logits."""
     before = fused.ROWS, fused.LOGITS
     fused.ROWS, fused.LOGITS = cut or before
@@ -402,7 +481,10 @@ for eps in (None, 0.1):
             ("rms_norm", F.rms_norm, _rms_norm, 1),
             ("layer_norm", F.layer_norm, _layer_norm, 2),
         ):
-            norm, definition = functools.partial(norm, **options), functools.partial(definition, **options)
+            norm, definition = (
+                functools.partial(norm, **options),
+                functools.partial(definition, **options),
+            )
             neural(name, variant, norm, definition, normal(shape, *[(4,)] * count), (0, 1))
 
 
@@ -410,7 +492,9 @@ def angles(T: int, D: int) -> np.ndarray:
     return np.arange(T)[:, None] * 10000.0 ** (-np.arange(D // 2) * 2 / D)
 
 
-def rotary_tables(angle: np.ndarray, heads: int, kv_heads: int, scale: float) -> tuple[np.ndarray, ...]:
+def rotary_tables(
+    angle: np.ndarray, heads: int, kv_heads: int, scale: float
+) -> tuple[np.ndarray, ...]:
     """(cos, sin) of angles (T, D/2) as `attention` reads them: for all heads of q, times `scale`, and of k."""
     factor = np.repeat([scale, 1.0], [heads, kv_heads])[:, None]
     halves = np.tile(np.cos(angle), 2), np.concatenate([-np.sin(angle), np.sin(angle)], axis=1)
@@ -436,10 +520,14 @@ def _rotated(x: Tensor) -> Tensor:
     """Each pair times a rotation matrix: (x1, x2) [[cos, sin], [-sin, cos]]."""
     B, T, H, D = x.shape
     a = angles(T, D)
-    turn = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]).transpose(2, 3, 0, 1)  # (T, D/2, 2, 2)
+    turn = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]).transpose(
+        2, 3, 0, 1
+    )  # (T, D/2, 2, 2)
     pairs = ag.transpose(ag.reshape(x, B, T, H, 2, D // 2), 0, 2, 1, 4, 3)  # (B, H, T, D/2, 2)
     turned = ag.reshape(pairs, B, H, T, D // 2, 1, 2) @ turn
-    return ag.reshape(ag.transpose(ag.reshape(turned, B, H, T, D // 2, 2), 0, 2, 1, 4, 3), B, T, H, D)
+    return ag.reshape(
+        ag.transpose(ag.reshape(turned, B, H, T, D // 2, 2), 0, 2, 1, 4, 3), B, T, H, D
+    )
 
 
 def _attention_definition(
@@ -451,12 +539,15 @@ def _attention_definition(
     turned = z[:, :, : heads + kv_heads]
     turned = _rotated(turned) if rotate else turned
     q, k, v = (
-        ag.transpose(a, 0, 2, 1, 3) for a in (turned[:, :, :heads], turned[:, :, read], z[:, :, read + kv_heads])
+        ag.transpose(a, 0, 2, 1, 3)
+        for a in (turned[:, :, :heads], turned[:, :, read], z[:, :, read + kv_heads])
     )
     scores = (q @ ag.transpose(k, 0, 1, 3, 2)) / math.sqrt(4)  # (B, H, T, T)
     age = np.arange(T)[:, None] - np.arange(T)  # of each key, for each query
     seen = (age >= 0) & (age < (window or T))
-    return ag.reshape(ag.transpose(_softmax(ag.where(seen, scores, -np.inf)) @ v, 0, 2, 1, 3), B, T, heads * 4)
+    return ag.reshape(
+        ag.transpose(_softmax(ag.where(seen, scores, -np.inf)) @ v, 0, 2, 1, 3), B, T, heads * 4
+    )
 
 
 for variant, (T, H, K, special) in {
@@ -466,7 +557,9 @@ for variant, (T, H, K, special) in {
 }.items():  # fmt: skip
     for block, kept in ((None, None), (2, 0), (2, 1 << 20)):
         options = {"heads": H, "kv_heads": K, "block": block, "kept": kept, **special}
-        function, definition = (functools.partial(f, **options) for f in (_attention, _attention_definition))
+        function, definition = (
+            functools.partial(f, **options) for f in (_attention, _attention_definition)
+        )
         named = variant + (f",blocks,kept={kept}" if block else "")
         neural("attention", named, function, definition, normal((2, T, (H + 2 * K) * 4)), ())
 
@@ -480,13 +573,28 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("complex_step", "gelu-none"): "erf reads a table, whose index is a real number",
     ("complex_step", "gelu-none,wide"): "as above",
     ("complex_step", "gelu-0-d"): "as above",
-    ("nan_where_dependent", "attention"): "a hidden key's value has the weight 0, and 0 x NaN is NaN, as in torch",
-    ("nan_where_dependent", "dropout"): "a dropped value is multiplied by 0, and 0 x NaN is NaN, as in torch",
-    ("nan_where_dependent", "max"): "no entry equals a NaN: its whole slice has no gradient to share, as in torch",
+    (
+        "nan_where_dependent",
+        "attention",
+    ): "a hidden key's value has the weight 0, and 0 x NaN is NaN, as in torch",
+    (
+        "nan_where_dependent",
+        "dropout",
+    ): "a dropped value is multiplied by 0, and 0 x NaN is NaN, as in torch",
+    (
+        "nan_where_dependent",
+        "max",
+    ): "no entry equals a NaN: its whole slice has no gradient to share, as in torch",
     ("nan_where_dependent", "min"): "as max, of which it is made",
-    ("nan_where_dependent", "maximum"): "a NaN is neither larger nor equal: the gradient goes to the other",
+    (
+        "nan_where_dependent",
+        "maximum",
+    ): "a NaN is neither larger nor equal: the gradient goes to the other",
     ("nan_where_dependent", "minimum"): "as maximum, of which it is made",
-    ("nan_where_dependent", "clip"): "a NaN is not within the bounds: its gradient is 0, as in torch",
+    (
+        "nan_where_dependent",
+        "clip",
+    ): "a NaN is not within the bounds: its gradient is 0, as in torch",
 }
 
 # Shapes with nothing in them, for the entry of TABLE that is named.

@@ -62,11 +62,15 @@ def in_double(model: Any) -> Any:
     """A peft model that computes in float64 throughout, where transformers goes by way of float32."""
 
     def norm(self: Any) -> Any:
-        return lambda x: self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+        return lambda x: (
+            self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+        )
 
     def rope(self: Any) -> Any:
         half = 2 * len(self.inv_freq)
-        frequencies = self.config.rope_parameters["rope_theta"] ** -(torch.arange(0, half, 2).double() / half)
+        frequencies = self.config.rope_parameters["rope_theta"] ** -(
+            torch.arange(0, half, 2).double() / half
+        )
 
         def forward(x: Any, position_ids: Any) -> Any:
             angles = (position_ids[..., None].double() * frequencies).tile(2)
@@ -75,7 +79,9 @@ def in_double(model: Any) -> Any:
         return forward
 
     def loss(logits: Any, labels: Any, **_: Any) -> Any:
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        )
 
     for module in model.double().modules():
         for ending, made in (("RMSNorm", norm), ("RotaryEmbedding", rope)):

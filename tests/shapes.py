@@ -28,7 +28,10 @@ WINDOWS = {"qwen2", "qwen3", "mistral"}  # the types that may have one
 
 def shape(kind: str, **changes: Any) -> TransformerConfig:
     """A tiny one of each type, with a window where there may be one."""
-    options: dict[str, Any] = {"num_key_value_heads": 1, "head_dim": 6 if kind in ("llama", "qwen3") else None}
+    options: dict[str, Any] = {
+        "num_key_value_heads": 1,
+        "head_dim": 6 if kind in ("llama", "qwen3") else None,
+    }
     if kind in WINDOWS:
         options |= {"sliding_window": 3}
     if kind in ("qwen2", "qwen3"):
@@ -42,7 +45,11 @@ def shape(kind: str, **changes: Any) -> TransformerConfig:
 
 @st.composite
 def configs(draw: st.DrawFn, kinds: tuple[str, ...] = MODEL_TYPES) -> TransformerConfig:
-    kind, kv, groups = draw(st.sampled_from(kinds)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    kind, kv, groups = (
+        draw(st.sampled_from(kinds)),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 2)),
+    )
     head_dim, layers = draw(st.sampled_from([2, 4, 6])), draw(st.integers(1, 3))
     explicit = kind != "gpt2" and draw(st.booleans())
     options: dict[str, Any] = {}

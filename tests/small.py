@@ -31,7 +31,10 @@ SMALLER = TransformerConfig(
     initializer_range=0.4,
 )
 LINEAR = {
-    **{f"self_attn.{name}_proj": (16, out) for name, out in zip("qkvo", (16, 8, 8, 16), strict=True)},
+    **{
+        f"self_attn.{name}_proj": (16, out)
+        for name, out in zip("qkvo", (16, 8, 8, 16), strict=True)
+    },
     **{"mlp.gate_proj": (16, 24), "mlp.up_proj": (16, 24), "mlp.down_proj": (24, 16)},
 }  # name -> (in, out)
 IDS = np.random.default_rng(0).integers(0, 16, (2, 10))
@@ -39,7 +42,10 @@ IDS = np.random.default_rng(0).integers(0, 16, (2, 10))
 
 def base(dtype: str = "float32", device: Any = "cpu", **changes: Any) -> CausalLM:
     """The model, `changes` made to its config; its biases are not zero."""
-    model, rng = CausalLM(dataclasses.replace(CONFIG, **changes), seed=1, dtype=dtype), np.random.default_rng(1)
+    model, rng = (
+        CausalLM(dataclasses.replace(CONFIG, **changes), seed=1, dtype=dtype),
+        np.random.default_rng(1),
+    )
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             p.data = rng.standard_normal(p.shape).astype(p.dtype)

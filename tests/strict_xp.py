@@ -25,12 +25,37 @@ import numpy as np
 
 from minilora.backend import NUMPY, Backend, register
 
-NAMES: dict[str, Any] = json.loads(Path(__file__).with_name("cupy_names.json").read_text(encoding="utf-8"))
-UFUNC_KEYWORDS = {"out", "dtype", "casting"}  # what cupy.ufunc.__call__ pops; anything else is "Wrong arguments"
+NAMES: dict[str, Any] = json.loads(
+    Path(__file__).with_name("cupy_names.json").read_text(encoding="utf-8")
+)
+UFUNC_KEYWORDS = {
+    "out",
+    "dtype",
+    "casting",
+}  # what cupy.ufunc.__call__ pops; anything else is "Wrong arguments"
 NOT_TAKEN = {"einsum": {"out"}}  # keywords that a signature of **kwargs hides, and that raise
-INTEGERS = {"shape", "newshape", "axis", "axes", "source", "destination", "indices_or_sections", "reps", "shift"}
+INTEGERS = {
+    "shape",
+    "newshape",
+    "axis",
+    "axes",
+    "source",
+    "destination",
+    "indices_or_sections",
+    "reps",
+    "shift",
+}
 WAITS = {"item", "tolist", "tobytes", "tofile", "dump", "dumps", "nonzero"}  # methods
-WAITS |= {"unique", "argwhere", "flatnonzero", "bincount", "repeat", "extract", "compress", "asnumpy"}  # functions
+WAITS |= {
+    "unique",
+    "argwhere",
+    "flatnonzero",
+    "bincount",
+    "repeat",
+    "extract",
+    "compress",
+    "asnumpy",
+}  # functions
 SCALARS = (bool, int, float, complex, np.generic)
 
 
@@ -111,8 +136,14 @@ def _check_scalars(operands: Any) -> None:
     """A NumPy scalar keeps its dtype beside an array (NEP 50): one float64 makes float32 float64."""
     arrays = [a.dtype for a in operands if isinstance(a, np.ndarray)]
     for s in operands:
-        if arrays and isinstance(s, np.generic) and np.result_type(*arrays, s.dtype) != np.result_type(*arrays):
-            raise TypeError(f"a NumPy scalar of {s.dtype} would widen {np.result_type(*arrays)}: use a Python number")
+        if (
+            arrays
+            and isinstance(s, np.generic)
+            and np.result_type(*arrays, s.dtype) != np.result_type(*arrays)
+        ):
+            raise TypeError(
+                f"a NumPy scalar of {s.dtype} would widen {np.result_type(*arrays)}: use a Python number"
+            )
 
 
 def _root(host: np.ndarray) -> np.ndarray:
@@ -131,12 +162,18 @@ def _result(value: Any, *owners: Any) -> Any:
         return value  # a dtype, a shape, a flag
     for owner in owners:
         if isinstance(owner, DevArray) and _root(value) is _root(owner._host):
-            return owner if value is owner._host else DevArray(value, owner if owner.base is None else owner.base)
+            return (
+                owner
+                if value is owner._host
+                else DevArray(value, owner if owner.base is None else owner.base)
+            )
     METER.operations += 1
     return DevArray(value)
 
 
-def _check_keywords(name: str, parameters: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+def _check_keywords(
+    name: str, parameters: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[str]:
     """The name of the parameter of each of `args`, as far as CuPy's signature goes. TypeError beyond it."""
     known = parameters.split()
     places = [p for p in known if not p.startswith("*")]
@@ -144,15 +181,26 @@ def _check_keywords(name: str, parameters: str, args: tuple[Any, ...], kwargs: d
     wrong = set(kwargs) - set(places) if not any(p.startswith("**") for p in known) else set()
     wrong |= set(kwargs) & NOT_TAKEN.get(name, set())
     if wrong:
-        raise TypeError(f"{name}() got an unexpected keyword argument {sorted(wrong)[0]!r}: CuPy takes {parameters}")
+        raise TypeError(
+            f"{name}() got an unexpected keyword argument {sorted(wrong)[0]!r}: CuPy takes {parameters}"
+        )
     if rest is not None:
         return [rest] * len(args)
     if len(args) > len(places):
-        raise TypeError(f"{name}() takes {len(places)} arguments, got {len(args)}: CuPy takes {parameters}")
+        raise TypeError(
+            f"{name}() takes {len(places)} arguments, got {len(args)}: CuPy takes {parameters}"
+        )
     return places
 
 
-def _call(name: str, function: Callable[..., Any], parameters: str, args: Any, kwargs: Any, owner: Any = None) -> Any:
+def _call(
+    name: str,
+    function: Callable[..., Any],
+    parameters: str,
+    args: Any,
+    kwargs: Any,
+    owner: Any = None,
+) -> Any:
     places = _check_keywords(name, parameters, args, kwargs)
     given = [_argument(place, x) for place, x in zip(places, args, strict=False)]
     named = {key: _argument(key, x) for key, x in kwargs.items()}
@@ -169,7 +217,9 @@ def _call(name: str, function: Callable[..., Any], parameters: str, args: Any, k
     if kwargs.get("out") is not None:
         METER.operations += 1
         return kwargs["out"]
-    return _result(value, owner, *args, *(a for x in args if isinstance(x, (list, tuple)) for a in x))
+    return _result(
+        value, owner, *args, *(a for x in args if isinstance(x, (list, tuple)) for a in x)
+    )
 
 
 # ---- the array ------------------------------------------------------------------------------------------------------
@@ -201,14 +251,18 @@ class DevArray:
 
     @property
     def T(self) -> DevArray:
-        return self if self.ndim < 2 else _result(self._host.T, self)  # CuPy's is then the array itself, not a view
+        return (
+            self if self.ndim < 2 else _result(self._host.T, self)
+        )  # CuPy's is then the array itself, not a view
 
     def __getattr__(self, name: str) -> Any:
         if name == "get":
             return lambda: STRICT.to_numpy(self)
         if name in NAMES["methods"] and hasattr(np.ndarray, name):
             parameters = NAMES["methods"][name]
-            return lambda *args, **kwargs: _call(name, getattr(self._host, name), parameters, args, kwargs, self)
+            return lambda *args, **kwargs: _call(
+                name, getattr(self._host, name), parameters, args, kwargs, self
+            )
         raise AttributeError(f"cupy.ndarray has no {name!r}, or this stand-in offers none")
 
     # ---- what waits ----
@@ -227,7 +281,9 @@ class DevArray:
     # fmt: on
 
     def __format__(self, specification: str) -> str:
-        return self._wait(lambda host: format(host.item() if host.ndim == 0 else host, specification))
+        return self._wait(
+            lambda host: format(host.item() if host.ndim == 0 else host, specification)
+        )
 
     # ---- indices ----
 
@@ -243,7 +299,9 @@ class DevArray:
         parts = key if isinstance(key, tuple) else (key,)
         for part in parts:
             if isinstance(part, (list, np.ndarray)):
-                raise TypeError(f"Unsupported type {type(part)}: an index that is uploaded on the way")
+                raise TypeError(
+                    f"Unsupported type {type(part)}: an index that is uploaded on the way"
+                )
         return tuple(part._host if isinstance(part, DevArray) else part for part in parts)
 
     def __getitem__(self, key: Any) -> DevArray:
@@ -266,7 +324,9 @@ class DevArray:
             except IndexError as error:
                 raise Silent(f"{error}: CuPy would wrap it") from error
             if len(np.unique(places)) < places.size:
-                raise Silent("an assignment through equal indices: on a GPU any of the values may stay")
+                raise Silent(
+                    "an assignment through equal indices: on a GPU any of the values may stay"
+                )
         METER.operations += 1
         self._host[parts] = value
 
@@ -298,7 +358,9 @@ def _operator(name: str) -> Callable[..., Any]:
 
 _WRITTEN = {name for name in vars(DevArray) if name.startswith("__")}
 for _name in NAMES["operators"]:
-    _arithmetic = hasattr(np.ndarray, _name) and not _name.startswith(("__array", "__dlpack", "__class"))
+    _arithmetic = hasattr(np.ndarray, _name) and not _name.startswith(
+        ("__array", "__dlpack", "__class")
+    )
     if _arithmetic and (_name not in _WRITTEN) and _name not in ("__delitem__",):
         setattr(DevArray, _name, _operator(_name))
 
@@ -332,7 +394,9 @@ class Module:
             and name != "cuda"
         ):
             return getattr(np, name)
-        raise AttributeError(f"module 'cupy' has no attribute {name!r}, or this stand-in offers none")
+        raise AttributeError(
+            f"module 'cupy' has no attribute {name!r}, or this stand-in offers none"
+        )
 
     def _array(self, name: str, x: Any, *args: Any, **kwargs: Any) -> DevArray:
         """The two functions that take what is on the host: an upload then, a number's too."""
@@ -344,11 +408,15 @@ class Module:
 
     def _ufunc(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if set(kwargs) - UFUNC_KEYWORDS:
-            raise TypeError(f"Wrong arguments {kwargs}: a ufunc of CuPy takes {', '.join(sorted(UFUNC_KEYWORDS))}")
+            raise TypeError(
+                f"Wrong arguments {kwargs}: a ufunc of CuPy takes {', '.join(sorted(UFUNC_KEYWORDS))}"
+            )
         operands = [_operand(x) for x in args]
         _check_scalars(operands)
         out = kwargs.get("out")
-        value = getattr(np, name)(*operands, **(kwargs if out is None else {**kwargs, "out": _operand(out)}))
+        value = getattr(np, name)(
+            *operands, **(kwargs if out is None else {**kwargs, "out": _operand(out)})
+        )
         if out is None:
             return _result(value)
         METER.operations += 1

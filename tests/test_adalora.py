@@ -46,20 +46,28 @@ from minilora.train import Run, Settings, train
 from minilora.verify import PROPERTIES, make_case, measure, verify_files
 
 GOLDEN = Path(__file__).parent / "golden"
-TEXT = np.random.default_rng(0).integers(0, 4, 400).cumsum().astype(np.int32) % 16  # each token is near the one before
+TEXT = (
+    np.random.default_rng(0).integers(0, 4, 400).cumsum().astype(np.int32) % 16
+)  # each token is near the one before
 IDS = TEXT[:20].reshape(2, 10)
 
 
 def config(**changes: Any) -> AdaLoraConfig:
-    return AdaLoraConfig(**({"init_r": 4, "target_r": 2, "total_step": 9, "target_modules": "all-linear"} | changes))
+    return AdaLoraConfig(
+        **({"init_r": 4, "target_r": 2, "total_step": 9, "target_modules": "all-linear"} | changes)
+    )
 
 
-def layer(seed: int = 0, inputs: int = 5, outputs: int = 6, dtype: str = "float64", **changes: Any) -> LoraLinear:
+def layer(
+    seed: int = 0, inputs: int = 5, outputs: int = 6, dtype: str = "float64", **changes: Any
+) -> LoraLinear:
     """A frozen base with one active adapter, all of whose numbers are random."""
     rng = np.random.default_rng(seed)
     made = LoraLinear(Linear(rng.standard_normal((outputs, inputs)).astype(dtype)))
     made.base_layer.weight.requires_grad = False
-    made.adapters["a"] = AdaLoraAdapter(made.base_layer, "x", config(**{"init_lora_weights": False, **changes}), rng, 3)
+    made.adapters["a"] = AdaLoraAdapter(
+        made.base_layer, "x", config(**{"init_lora_weights": False, **changes}), rng, 3
+    )
     made.active = ["a"]
     return made
 
@@ -79,7 +87,13 @@ def test_peft_s_file_goes_through_unchanged() -> None:
     raw, _ = read_adapter(GOLDEN / "llama--adalora")
     made = read_config(raw, "here")
     assert type(made) is AdaLoraConfig
-    assert (made.init_r, made.target_r, made.tinit, made.tfinal, made.total_step) == (6, 3, 10, 20, 100)
+    assert (made.init_r, made.target_r, made.tinit, made.tfinal, made.total_step) == (
+        6,
+        3,
+        10,
+        20,
+        100,
+    )
     assert made.to_dict() == raw
     assert made.rank("any") == 6
     assert made.scaling("any") == 8 / (6 + 1e-5)
@@ -114,21 +128,33 @@ BAD: dict[str, list[Any]] = {
 
 @pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in BAD.items() for v in values])
 def test_a_bad_value_is_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=field if field != "tfinal" or value not in (9, 10) else "tinit .*tfinal"):
+    with pytest.raises(
+        ConfigError, match=field if field != "tfinal" or value not in (9, 10) else "tinit .*tfinal"
+    ):
         config(**{field: value})
     with pytest.raises(ConfigError, match=r"^here: "):
-        read_config({"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 9, field: value}, "here")
+        read_config(
+            {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 9, field: value},
+            "here",
+        )
 
 
 def test_every_field_of_its_own_is_checked() -> None:
-    own = {f.name for f in dataclasses.fields(AdaLoraConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
+    own = {f.name for f in dataclasses.fields(AdaLoraConfig)} - {
+        f.name for f in dataclasses.fields(LoraConfig)
+    }
     assert own - {"use_dora"} <= set(BAD)
     with pytest.raises(ConfigError, match="total_step must be an integer of at least 1, got None"):
         AdaLoraConfig()
 
 
 def test_what_lora_checks_is_checked_here_too() -> None:
-    for wrong in ({"lora_dropout": 1}, {"bias": "some"}, {"target_modules": []}, {"target_modules": "(("}):
+    for wrong in (
+        {"lora_dropout": 1},
+        {"bias": "some"},
+        {"target_modules": []},
+        {"target_modules": "(("},
+    ):
         with pytest.raises(ConfigError):
             config(**wrong)
 
@@ -140,7 +166,9 @@ def test_r_means_nothing_and_says_so() -> None:
 
 @pytest.mark.parametrize("kind", ["IA3", None, ["LORA"], {}, 3])
 def test_another_kind_of_adapter_is_refused_by_name(kind: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="peft_type must be 'LORA' or 'ADALORA' or 'HYDRALORA', got"):
+    with pytest.raises(
+        ConfigError, match="peft_type must be 'LORA' or 'ADALORA' or 'HYDRALORA', got"
+    ):
         read_config({"peft_type": kind}, "here")
     with pytest.raises(ConfigError, match="use_dora must be False"):
         read_config({"peft_type": "ADALORA", "total_step": 9, "use_dora": True}, "here")
@@ -152,11 +180,16 @@ def test_another_kind_of_adapter_is_refused_by_name(kind: Any, tmp_path: Path) -
 def test_first_values_follow_their_laws() -> None:
     for init, std in ((True, 0.02), (False, 1.0)):
         made = AdaLoraAdapter(
-            Linear(np.zeros((90, 80))), "x", config(init_r=50, init_lora_weights=init), np.random.default_rng(0)
+            Linear(np.zeros((90, 80))),
+            "x",
+            config(init_r=50, init_lora_weights=init),
+            np.random.default_rng(0),
         )
         for name, p in zip(made.TENSORS, pieces(made), strict=True):
             wanted = 0.0 if init and name == "lora_E" else std
-            assert abs(p.std() - wanted) <= 5 * wanted / math.sqrt(2 * p.size)  # five standard errors
+            assert abs(p.std() - wanted) <= 5 * wanted / math.sqrt(
+                2 * p.size
+            )  # five standard errors
             assert abs(p.mean()) <= 5 * wanted / math.sqrt(p.size)
 
 
@@ -166,9 +199,13 @@ def test_a_layer_that_lost_its_triplets_keeps_every_promise(left: int) -> None:
     for adapter in list(case.subject.adapters.values())[left:]:
         adapter.keep(np.zeros(4, bool))
     case.subject.prepare_step()
-    assert any(case.subject._effective.values()) == (left > 0)  # without a triplet there is nothing to form
+    assert any(case.subject._effective.values()) == (
+        left > 0
+    )  # without a triplet there is nothing to form
     case.subject.end_step()
-    config = dataclasses.replace(case.configs["a0"], rank_pattern={} if left else {"proj.lora_E": [False] * 4})
+    config = dataclasses.replace(
+        case.configs["a0"], rank_pattern={} if left else {"proj.lora_E": [False] * 4}
+    )
     rows = measure([dataclasses.replace(case, configs={"a0": config})])
     assert {"forward", "effective weight", "AdaLoRA's gradients", "merge rounds once", "files"} < {
         r.property for r in rows
@@ -193,7 +230,9 @@ def test_dropout_is_on_x_in_training_alone() -> None:
 
 @given(st.integers(0, 99), st.lists(st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(1, 7)), min_size=1,
                                     max_size=3))  # fmt: skip
-def test_the_penalty_is_the_mean_norm_and_its_gradient_is_true(seed: int, sizes: list[tuple[int, int, int]]) -> None:
+def test_the_penalty_is_the_mean_norm_and_its_gradient_is_true(
+    seed: int, sizes: list[tuple[int, int, int]]
+) -> None:
     rng = np.random.default_rng(seed)
     flat = [rng.standard_normal(shape) for r, i, o in sizes for shape in ((r, i), (o, r))]
 
@@ -226,7 +265,9 @@ def test_a_layer_without_triplets_costs_nothing(dtype: str) -> None:
 # ---- importance and budget ----
 
 
-def allocator(seed: int = 0, layers: int = 2, dtype: str = "float64", **changes: Any) -> RankAllocator:
+def allocator(
+    seed: int = 0, layers: int = 2, dtype: str = "float64", **changes: Any
+) -> RankAllocator:
     made = config(**{"init_lora_weights": False, **changes})
     rng = np.random.default_rng(seed)
     adapters = {}
@@ -242,7 +283,10 @@ def random_grads(made: RankAllocator, rng: np.random.Generator) -> list[Any]:
 
 def test_sensitivity_uncertainty_and_importance_are_the_paper_s() -> None:
     """Number by number, in plain loops, for two steps with weights that change between them."""
-    made, rng = allocator(layers=2, init_r=3, total_step=90, beta1=0.7, beta2=0.6), np.random.default_rng(1)
+    made, rng = (
+        allocator(layers=2, init_r=3, total_step=90, beta1=0.7, beta2=0.6),
+        np.random.default_rng(1),
+    )
     smoothed: dict[int, np.ndarray] = {}
     strayed: dict[int, np.ndarray] = {}
     for _ in range(2):
@@ -270,7 +314,9 @@ def test_the_budget_is_kept_over_2000_random_schedules() -> None:
     [budget] = [p for p in PROPERTIES if p.name == "AdaLoRA's budget"]
     for seed in range(2000):
         r, layers, dtype = 1 + seed % 4, 1 + seed % 3, ("float32", "float64")[seed % 2]
-        case = make_case(seed, 1 + seed % 5, 1 + seed % 7, [r] * layers, [4.0] * layers, dtype, kind="adalora")
+        case = make_case(
+            seed, 1 + seed % 5, 1 + seed % 7, [r] * layers, [4.0] * layers, dtype, kind="adalora"
+        )
         assert budget.check(case).ok, seed
 
 
@@ -301,7 +347,10 @@ def test_of_all_layers_the_most_important_stay() -> None:
 
 @pytest.mark.parametrize("tfinal", [0, 3])
 def test_equal_ranks_are_nothing_to_do(tfinal: int) -> None:
-    made, rng = allocator(init_r=3, target_r=3, total_step=8, tfinal=tfinal), np.random.default_rng(0)
+    made, rng = (
+        allocator(init_r=3, target_r=3, total_step=8, tfinal=tfinal),
+        np.random.default_rng(0),
+    )
     for _ in range(8):
         before = [p.data.copy() for p in made.params]
         made.step(random_grads(made, rng))
@@ -324,7 +373,9 @@ def test_gradients_that_do_not_fit_change_nothing() -> None:
     made = allocator()
     grads = random_grads(made, np.random.default_rng(0))
     for wrong in (grads[:-1], [*grads, grads[0]], [np.zeros((9, 9)), *grads[1:]]):
-        with pytest.raises(ConfigError, match=f"{len(wrong)} gradients do not fit the 6 parameters"):
+        with pytest.raises(
+            ConfigError, match=f"{len(wrong)} gradients do not fit the 6 parameters"
+        ):
             made.step(wrong)
     assert made.steps == 0
     assert not made.sensitivity.any()
@@ -356,7 +407,10 @@ def test_the_state_is_all_that_the_next_steps_depend_on(seed: int, at: int) -> N
     assert [p.data.tobytes() for p in one.params] == [p.data.tobytes() for p in other.params]
     ends = [made.state_dict() for made in (one, other)]
     assert ends[0][1] == ends[1][1] == {"steps": 10}
-    assert all(ends[0][0][k].tobytes() == ends[1][0][k].tobytes() for k in ("sensitivity", "uncertainty", "kept"))
+    assert all(
+        ends[0][0][k].tobytes() == ends[1][0][k].tobytes()
+        for k in ("sensitivity", "uncertainty", "kept")
+    )
 
 
 def test_another_s_state_is_refused_and_changes_nothing() -> None:
@@ -395,7 +449,9 @@ def test_to_keep_triplets_is_to_make_smaller_parameters() -> None:
         assert np.array_equal(now, was.take([0, 3], axis=axis))
 
 
-def trained(seed: int = 0, dtype: str = "float32", **changes: Any) -> tuple[PeftModel, RankAllocator]:
+def trained(
+    seed: int = 0, dtype: str = "float32", **changes: Any
+) -> tuple[PeftModel, RankAllocator]:
     """A model whose allocator has come to its end, with hand-made gradients; some layers keep nothing."""
     made = model(dtype, **{"init_lora_weights": False, "total_step": 4, "tfinal": 1, **changes})
     ranks, rng = RankAllocator.of(made), np.random.default_rng(seed)
@@ -413,7 +469,9 @@ def test_a_pruned_model_is_the_same_and_goes_through_its_files(tmp_path: Path) -
     assert min(counts.values()) == 0  # a layer that keeps nothing is a case of its own
     assert max(counts.values()) > 2
     made.save_pretrained(tmp_path / "whole")
-    assert json.loads((tmp_path / "whole" / "adapter_config.json").read_text())["rank_pattern"] is None
+    assert (
+        json.loads((tmp_path / "whole" / "adapter_config.json").read_text())["rank_pattern"] is None
+    )
     kept = {f"{n}.lora_E": (a.lora_E.data.ravel() != 0).tolist() for n, a in ranks.adapters.items()}
     ranks.prune()
     assert np.abs(made(IDS).data - whole).max() <= 1e-5 * np.abs(whole).max()
@@ -435,7 +493,9 @@ def test_a_pruned_model_is_the_same_and_goes_through_its_files(tmp_path: Path) -
         assert bits(again) == bits(made) or folder == "whole"
         again.save_pretrained(tmp_path / f"{folder} again")
         for name in ("adapter_config.json", "adapter_model.safetensors"):
-            assert (tmp_path / folder / name).read_bytes() == (tmp_path / f"{folder} again" / name).read_bytes()
+            assert (tmp_path / folder / name).read_bytes() == (
+                tmp_path / f"{folder} again" / name
+            ).read_bytes()
         merged = again.merge_and_unload()
         assert np.abs(merged(IDS).data - whole).max() <= 1e-5 * np.abs(whole).max()
 
@@ -449,7 +509,9 @@ def test_what_was_pruned_trains_on_and_may_be_pruned_again(tmp_path: Path) -> No
         RankAllocator.of(made).prune()
     raw = made.peft_config["default"].to_dict() | {"target_r": 1, "inference_mode": False}
     made.save_pretrained(tmp_path / "first")
-    write_adapter(tmp_path / "first", raw, load_file(tmp_path / "first" / "adapter_model.safetensors"))
+    write_adapter(
+        tmp_path / "first", raw, load_file(tmp_path / "first" / "adapter_model.safetensors")
+    )
     again = PeftModel.from_pretrained(small.base(), tmp_path / "first", is_trainable=True)
     more, rng = RankAllocator.of(again), np.random.default_rng(1)
     assert more.initial == 3 * len(more.adapters)
@@ -488,7 +550,9 @@ def test_a_rank_that_nothing_backs_takes_no_memory(tmp_path: Path) -> None:
     try:
         with (
             pytest.warns(UserWarning, match="r = 16777215 is above the full rank 16"),
-            pytest.raises(FormatError, match=r"lora_A is \(4, 16\), the base needs \(16777215, 16\)"),
+            pytest.raises(
+                FormatError, match=r"lora_A is \(4, 16\), the base needs \(16777215, 16\)"
+            ),
         ):
             PeftModel.from_pretrained(plain, tmp_path)
         assert tracemalloc.get_traced_memory()[1] < 2**20
@@ -538,7 +602,9 @@ def test_adapters_of_two_kinds_live_side_by_side(tmp_path: Path) -> None:
     again.load_adapter(tmp_path / "plain", "plain")
     again.set_adapter(["default", "plain"])
     assert again(IDS).data.tobytes() == both.tobytes()
-    with pytest.raises(ConfigError, match=r"only an ADALORA adapter .* 'plain' is none: .* plain \(LORA\)"):
+    with pytest.raises(
+        ConfigError, match=r"only an ADALORA adapter .* 'plain' is none: .* plain \(LORA\)"
+    ):
         RankAllocator.of(made, "plain")
     with pytest.raises(ConfigError, match=r"'nothing' is none: there is default \(ADALORA\)"):
         RankAllocator.of(made, "nothing")
@@ -557,11 +623,15 @@ def test_to_train_without_the_allocator_is_an_error_and_not_silence() -> None:
     made = model().train()
     optimizer = SGD([p for p in made.parameters() if p.requires_grad], lr=0.1)
     hand_made_step(made, optimizer)
-    with pytest.raises(ConfigError, match=r"AdaLoRA trains with a RankAllocator: .*RankAllocator\.of\(model\)"):
+    with pytest.raises(
+        ConfigError, match=r"AdaLoRA trains with a RankAllocator: .*RankAllocator\.of\(model\)"
+    ):
         hand_made_step(made, optimizer)
     ranks = RankAllocator.of(made)  # takes the weights as they are
     hand_made_step(made, optimizer)
-    with pytest.raises(ConfigError, match="AdaLoRA trains with a RankAllocator"):  # to make one is not to call it
+    with pytest.raises(
+        ConfigError, match="AdaLoRA trains with a RankAllocator"
+    ):  # to make one is not to call it
         hand_made_step(made, optimizer)
     with no_grad():
         made(IDS)
@@ -609,7 +679,10 @@ def test_who_goes_back_to_a_state_and_its_weights_trains_on_from_there() -> None
 def test_forwards_between_two_steps_are_as_many_as_one_likes() -> None:
     made = model().train()
     for _ in range(3):
-        gradients(F.cross_entropy(made(IDS[:, :-1]), IDS[:, 1:]), [p for p in made.parameters() if p.requires_grad])
+        gradients(
+            F.cross_entropy(made(IDS[:, :-1]), IDS[:, 1:]),
+            [p for p in made.parameters() if p.requires_grad],
+        )
 
 
 SCHEDULE = {"total_step": 12, "tinit": 2, "tfinal": 4, "deltaT": 3}
@@ -630,7 +703,12 @@ def test_a_run_allocates_logs_and_prunes(tmp_path: Path) -> None:
     told = {line["step"]: sum(line["ranks"].values()) for line in log if "ranks" in line}
     expected = RankAllocator(RankAllocator.of(made).adapters, made.peft_config["default"])
     expected.initial = 4 * 14
-    assert told == {0: 56, 2: expected.budget(3), 5: expected.budget(6), 7: 28}  # step 7 is the eighth
+    assert told == {
+        0: 56,
+        2: expected.budget(3),
+        5: expected.budget(6),
+        7: 28,
+    }  # step 7 is the eighth
     adapters = RankAllocator.of(made).adapters
     assert {path: a.r for path, a in adapters.items()} == log[7]["ranks"]
     assert all(a.lora_E.data.all() for a in adapters.values())
@@ -650,7 +728,8 @@ def test_the_penalty_comes_once_a_step_before_clipping_and_with_its_weight(tmp_p
         with ShardedStep(made, 1, shard) as sharded:
             _, found = sharded.gradients(run.windows.batch(0), params, 0, 0)
             total = [
-                g if extra.get(id(p)) is None else g + w * extra[id(p)] for g, p in zip(found, params, strict=True)
+                g if extra.get(id(p)) is None else g + w * extra[id(p)]
+                for g, p in zip(found, params, strict=True)
             ]
             clipped, norm = clip_by_global_norm(total, 1e-3)
             seen: list[Any] = []
@@ -675,16 +754,19 @@ def test_a_run_resumed_at_any_step_ends_with_the_same_bits(at: int, tmp_path: Pa
     with ShardedStep(begun, 1, 2) as sharded:
         told = [run.step(sharded) for _ in range(at)]
     folder = run.save()
-    for again in (model(lora_dropout=0.1, **SCHEDULE), begun):  # in a fresh model, and in the one that has gone on
+    for again in (
+        model(lora_dropout=0.1, **SCHEDULE),
+        begun,
+    ):  # in a fresh model, and in the one that has gone on
         (tmp_path / str(again is begun)).mkdir()
         train(again, TEXT, SHORT, tmp_path / str(again is begun), resume=folder)
         assert bits(again) == bits(straight)
         rest = [line for line in lines(tmp_path / "whole") if line["step"] >= at]
         assert lines(tmp_path / str(again is begun)) == rest
         if again is not begun:
-            assert [{k: v for k, v in line.items() if k != "seconds"} for line in told] == lines(tmp_path / "whole")[
-                :at
-            ]
+            assert [{k: v for k, v in line.items() if k != "seconds"} for line in told] == lines(
+                tmp_path / "whole"
+            )[:at]
             with ShardedStep(begun, 1, 2) as sharded:
                 run.step(sharded)
 
@@ -707,7 +789,9 @@ def test_a_checkpoint_without_the_allocator_s_state_is_refused(tmp_path: Path) -
 def test_a_schedule_for_another_run_is_refused_before_anything_changes(tmp_path: Path) -> None:
     made = model(**{**SCHEDULE, "total_step": 40})
     before = bits(made)
-    with pytest.raises(ConfigError, match=r"'default' has its ranks planned for total_step = 40, .* steps = 12"):
+    with pytest.raises(
+        ConfigError, match=r"'default' has its ranks planned for total_step = 40, .* steps = 12"
+    ):
         train(made, TEXT, SHORT, tmp_path)
     assert bits(made) == before
     made.add_adapter("second", config(**SCHEDULE))
@@ -757,7 +841,12 @@ def test_the_allocator_waits_for_the_device_only_when_it_allocates() -> None:
         ranks.prune()
         host = backend.to_numpy
         results.append(
-            [host(value).tobytes(), [None if g is None else host(g).tobytes() for g in more], bits(made), numbers]
+            [
+                host(value).tobytes(),
+                [None if g is None else host(g).tobytes() for g in more],
+                bits(made),
+                numbers,
+            ]
             + [a.tobytes() for a in arrays.values()]
         )
     assert results[0] == results[1]

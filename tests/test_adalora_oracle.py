@@ -40,19 +40,40 @@ def test_fields_and_defaults_are_peft_s(tmp_path: Path) -> None:
 
 SCHEDULES = {
     "every step": {"tinit": 20, "tfinal": 60, "deltaT": 1},
-    "now and then": {"tinit": 35, "tfinal": 90, "deltaT": 7, "beta1": 0.7, "beta2": 0.93, "orth_reg_weight": 0.1},
+    "now and then": {
+        "tinit": 35,
+        "tfinal": 90,
+        "deltaT": 7,
+        "beta1": 0.7,
+        "beta2": 0.93,
+        "orth_reg_weight": 0.1,
+    },
     "to the end": {"tinit": 0, "tfinal": 0, "deltaT": 10, "target_r": 1, "orth_reg_weight": 0.0},
 }
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_300_steps_give_the_ranks_of_peft_s_allocator(llama: tuple[Path, Any], tmp_path: Path, name: str) -> None:
+def test_300_steps_give_the_ranks_of_peft_s_allocator(
+    llama: tuple[Path, Any], tmp_path: Path, name: str
+) -> None:
     base, plain = llama
-    options = {"init_r": 5, "target_r": 2, "lora_alpha": 16, "total_step": 300, "target_modules": NAMES}
-    options |= SCHEDULES[name] | {"task_type": "CAUSAL_LM"}  # without the type, peft never adds the penalty
-    model = in_double(peft.get_peft_model(copy.deepcopy(plain), peft.AdaLoraConfig(**copy.deepcopy(options)))).train()
+    options = {
+        "init_r": 5,
+        "target_r": 2,
+        "lora_alpha": 16,
+        "total_step": 300,
+        "target_modules": NAMES,
+    }
+    options |= SCHEDULES[name] | {
+        "task_type": "CAUSAL_LM"
+    }  # without the type, peft never adds the penalty
+    model = in_double(
+        peft.get_peft_model(copy.deepcopy(plain), peft.AdaLoraConfig(**copy.deepcopy(options)))
+    ).train()
     model.save_pretrained(tmp_path)
-    ours = PeftModel.from_pretrained(CausalLM.from_pretrained(base, dtype="float64"), tmp_path, is_trainable=True)
+    ours = PeftModel.from_pretrained(
+        CausalLM.from_pretrained(base, dtype="float64"), tmp_path, is_trainable=True
+    )
     assert {p.dtype for p in ours.parameters()} == {np.dtype(np.float64)}
     allocator = RankAllocator.of(ours)
     optimizer = AdamW(allocator.params, lr=3e-3)
@@ -63,7 +84,9 @@ def test_300_steps_give_the_ranks_of_peft_s_allocator(llama: tuple[Path, Any], t
     last = 300 - options["tfinal"]
     allocations, seen, rng = 0, set(), np.random.default_rng(1)
     for step in range(1, 301):
-        ids = (rng.integers(0, 13, (4, 1)) + np.arange(10) * rng.integers(1, 4, (4, 1))) % 13  # something to learn
+        ids = (
+            rng.integers(0, 13, (4, 1)) + np.arange(10) * rng.integers(1, 4, (4, 1))
+        ) % 13  # something to learn
         loss = model(input_ids=torch.tensor(ids), labels=torch.tensor(ids)).loss
         loss.backward()
         their_optimizer.step()
@@ -74,19 +97,29 @@ def test_300_steps_give_the_ranks_of_peft_s_allocator(llama: tuple[Path, Any], t
 
         cross = F.cross_entropy(ours(ids)[:, :-1], ids[:, 1:])
         value, more = allocator.penalty()
-        grads = [g if m is None else g + m for g, m in zip(gradients(cross, allocator.params), more, strict=True)]
+        grads = [
+            g if m is None else g + m
+            for g, m in zip(gradients(cross, allocator.params), more, strict=True)
+        ]
         optimizer.step(grads)
         allocator.step(grads)
         if step <= last:
-            assert abs(cross.item() + float(value) - loss.item()) <= (1e-14 if step == 1 else 1e-8) * loss.item()
+            assert (
+                abs(cross.item() + float(value) - loss.item())
+                <= (1e-14 if step == 1 else 1e-8) * loss.item()
+            )
         if pattern is not before:
             allocations += 1
-            ranks = {key.removesuffix(".lora_E.default"): sum(kept) for key, kept in pattern.items()}
+            ranks = {
+                key.removesuffix(".lora_E.default"): sum(kept) for key, kept in pattern.items()
+            }
             assert allocator.ranks == ranks
             seen.add(tuple(ranks.values()))
         if allocations and (step >= last or pattern is not before):
             for path, adapter in allocator.adapters.items():
-                there = model.get_base_model().get_submodule(path).lora_E["default"].detach().numpy()
+                there = (
+                    model.get_base_model().get_submodule(path).lora_E["default"].detach().numpy()
+                )
                 assert np.array_equal(adapter.lora_E.data == 0, there == 0)
     due = [t for t in range(options["tinit"] + 1, last) if t % options["deltaT"] == 0]
     assert allocations == len(due) + 1
@@ -107,7 +140,9 @@ def adapter_options(draw: st.DrawFn) -> dict[str, Any]:
         "lora_alpha": draw(st.integers(1, 16)),
         "total_step": 3,
         "tfinal": 1,
-        "target_modules": draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True)),
+        "target_modules": draw(
+            st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True)
+        ),
         "init_lora_weights": draw(st.booleans()),
         "bias": draw(st.sampled_from(["none", "all", "lora_only"])),
         "modules_to_save": draw(st.sampled_from([None, ["lm_head"]])),
@@ -127,37 +162,53 @@ def test_adapters_go_there_and_come_back(
     """Whole, and cut to a random pattern in which some layer has nothing left."""
     base, plain = llama
     folder, rng = tmp_path_factory.mktemp("adapter"), np.random.default_rng(seed)
-    model = peft.get_peft_model(copy.deepcopy(plain), peft.AdaLoraConfig(**copy.deepcopy(options))).eval()
+    model = peft.get_peft_model(
+        copy.deepcopy(plain), peft.AdaLoraConfig(**copy.deepcopy(options))
+    ).eval()
     randomise((p for p in model.parameters() if p.requires_grad), seed)
-    layers = [n.removesuffix(".lora_E.default") for n, _ in model.base_model.model.named_parameters() if "lora_E" in n]
+    layers = [
+        n.removesuffix(".lora_E.default")
+        for n, _ in model.base_model.model.named_parameters()
+        if "lora_E" in n
+    ]
     masks = {layer: rng.random(options["init_r"]) < 0.5 for layer in layers}
     masks[layers[0]][:] = False
     if cut:
         for layer, mask in masks.items():
             E = model.base_model.model.get_submodule(layer).lora_E["default"]
             E.data[torch.tensor(~mask)] = 0
-        model.peft_config["default"].rank_pattern = {f"{k}.lora_E.default": v.tolist() for k, v in masks.items()}
+        model.peft_config["default"].rank_pattern = {
+            f"{k}.lora_E.default": v.tolist() for k, v in masks.items()
+        }
     expected = logits(model)
     model.save_pretrained(folder / "theirs")
     ours = PeftModel.from_pretrained(CausalLM.from_pretrained(base), folder / "theirs")
     assert close(ours(IDS).data, expected, 1e-5)
 
     made = get_peft_model(CausalLM.from_pretrained(base), AdaLoraConfig(**options))
-    assert made.get_nb_trainable_parameters()[0] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert made.get_nb_trainable_parameters()[0] == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
     randomise((p for p in made.parameters() if p.requires_grad), seed)
     if cut:
         allocator = RankAllocator.of(made)
         for adapter, mask in zip(allocator.adapters.values(), masks.values(), strict=True):
             adapter.lora_E.data = np.where(mask[:, None], adapter.lora_E.data, np.float32(0))
         state, _ = allocator.state_dict()
-        allocator.load_state_dict({**state, "kept": np.concatenate(list(masks.values()))}, {"steps": 3})
+        allocator.load_state_dict(
+            {**state, "kept": np.concatenate(list(masks.values()))}, {"steps": 3}
+        )
         whole = made.eval()(IDS).data
         allocator.prune()
         assert close(made(IDS).data, whole, 1e-5)
     made.eval().save_pretrained(folder / "ours")
     files = [load_file(folder / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
-    assert {k: (a.shape, a.dtype) for k, a in files[0].items()} == {k: (a.shape, a.dtype) for k, a in files[1].items()}
-    written = [json.loads((folder / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
+    assert {k: (a.shape, a.dtype) for k, a in files[0].items()} == {
+        k: (a.shape, a.dtype) for k, a in files[1].items()
+    }
+    written = [
+        json.loads((folder / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")
+    ]
     assert written[0]["rank_pattern"] == written[1]["rank_pattern"]
     assert bool(written[0]["rank_pattern"]) == cut
     again = peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder / "ours").eval()
@@ -176,7 +227,10 @@ def test_first_values_have_peft_s_law(llama: tuple[Path, Any], init: bool) -> No
     values = {k: np.asarray(v) for k, v in peft.get_peft_model_state_dict(model).items()}
     assert set(values) == set(ours)
     for tensor in AdaLoraAdapter.TENSORS:
-        a, b = (np.concatenate([v.ravel() for k, v in side.items() if tensor in k]) for side in (ours, values))
+        a, b = (
+            np.concatenate([v.ravel() for k, v in side.items() if tensor in k])
+            for side in (ours, values)
+        )
         assert len(a) == len(b) > 150
         assert a.any() == b.any()
         std = 0.0 if not a.any() else 0.02 if init else 1.0

@@ -38,7 +38,9 @@ def adapters(draw: st.DrawFn, kind: str, tied: bool) -> dict[str, Any]:
     ends = [embedding, "lm_head", *(["wpe"] if gpt2 else [])]
     targets = draw(st.lists(st.sampled_from(ends), max_size=3, unique=True))
     free = [name for name in ends if name not in targets]
-    saved = draw(st.sampled_from([None, *([name] for name in free), ["ln_f" if gpt2 else "model.norm"]]))
+    saved = draw(
+        st.sampled_from([None, *([name] for name in free), ["ln_f" if gpt2 else "model.norm"]])
+    )
     bias = draw(st.sampled_from(BIASES))
     tokens: Any = None
     taken = {*targets, *(saved or [])}
@@ -57,7 +59,9 @@ def adapters(draw: st.DrawFn, kind: str, tied: bool) -> dict[str, Any]:
     return {
         "r": draw(st.integers(1, 4)),
         "lora_alpha": draw(st.integers(1, 16)),
-        "target_modules": [*targets, *names] if form == "list" else rf"(.*\.)?({'|'.join([*targets, *names])})",
+        "target_modules": [*targets, *names]
+        if form == "list"
+        else rf"(.*\.)?({'|'.join([*targets, *names])})",
         "use_rslora": draw(st.booleans()),
         "use_dora": draw(st.booleans()),
         "init_lora_weights": draw(st.sampled_from([True, False, "gaussian"])),
@@ -70,22 +74,34 @@ def adapters(draw: st.DrawFn, kind: str, tied: bool) -> dict[str, Any]:
     }
 
 
-def beside(folder: Path, base: Path, model: Any, options: dict[str, Any], untied: bool = True) -> None:
+def beside(
+    folder: Path, base: Path, model: Any, options: dict[str, Any], untied: bool = True
+) -> None:
     """One adapter: theirs comes here and is saved again, ours goes there; merged it is what it was."""
-    made = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**copy.deepcopy(options))).eval()
+    made = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(**copy.deepcopy(options))
+    ).eval()
     randomise((p for p in made.parameters() if p.requires_grad), seed=2)
     made.save_pretrained(folder / "their adapter")
     loaded = PeftModel.from_pretrained(CausalLM.from_pretrained(base), folder / "their adapter")
     assert close(loaded(IDS).data, theirs(made))
     loaded.save_pretrained(folder / "saved again")
-    files = [load_file(folder / n / "adapter_model.safetensors") for n in ("saved again", "their adapter")]
-    assert {k: a.tobytes() for k, a in files[0].items()} == {k: a.tobytes() for k, a in files[1].items()}
+    files = [
+        load_file(folder / n / "adapter_model.safetensors")
+        for n in ("saved again", "their adapter")
+    ]
+    assert {k: a.tobytes() for k, a in files[0].items()} == {
+        k: a.tobytes() for k, a in files[1].items()
+    }
     assert fields(folder / "saved again") == fields(folder / "their adapter")
 
     mine = get_peft_model(CausalLM.from_pretrained(base), LoraConfig(**options)).eval()
     randomise((p for p in mine.parameters() if p.requires_grad), seed=3)
     mine.save_pretrained(folder / "our adapter")
-    ours, other = (keys(folder / name / "adapter_model.safetensors") for name in ("our adapter", "their adapter"))
+    ours, other = (
+        keys(folder / name / "adapter_model.safetensors")
+        for name in ("our adapter", "their adapter")
+    )
     assert ours == other
     again = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder / "our adapter").eval()
     assert close(mine(IDS).data, theirs(again))
@@ -93,7 +109,10 @@ def beside(folder: Path, base: Path, model: Any, options: dict[str, Any], untied
     merged = mine.merge_and_unload(tied="untie")
     assert close(merged(IDS).data, before, 2e-5)
     merged.save_pretrained(folder / "merged")
-    assert close(merged(IDS).data, theirs(transformers.AutoModelForCausalLM.from_pretrained(folder / "merged")))
+    assert close(
+        merged(IDS).data,
+        theirs(transformers.AutoModelForCausalLM.from_pretrained(folder / "merged")),
+    )
 
 
 def fields(folder: Path, *unknown: None) -> dict[str, Any]:
@@ -107,7 +126,9 @@ def fields(folder: Path, *unknown: None) -> dict[str, Any]:
 
 def written(folder: Path, kind: str, fields: dict[str, Any]) -> Any:
     """A base of theirs in a folder, and their model of it."""
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **fields)).eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, **fields)
+    ).eval()
     randomise(model.parameters())
     model.save_pretrained(folder)
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -116,17 +137,28 @@ def written(folder: Path, kind: str, fields: dict[str, Any]) -> Any:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], tuple[Path, Any]]:
     """A base of each type, tied and not: its folder, and their model of it."""
-    folders = {(kind, tied): tmp_path_factory.mktemp("base") for kind in MODEL_TYPES for tied in (False, True)}
-    return {(kind, tied): (path, written(path, kind, small(kind, tied))) for (kind, tied), path in folders.items()}
+    folders = {
+        (kind, tied): tmp_path_factory.mktemp("base")
+        for kind in MODEL_TYPES
+        for tied in (False, True)
+    }
+    return {
+        (kind, tied): (path, written(path, kind, small(kind, tied)))
+        for (kind, tied), path in folders.items()
+    }
 
 
 @settings(max_examples=40)
 @given(st.data())
 def test_an_adapter_of_any_kind_goes_there_and_comes_back(
-    tmp_path_factory: pytest.TempPathFactory, models: dict[tuple[str, bool], tuple[Path, Any]], data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory,
+    models: dict[tuple[str, bool], tuple[Path, Any]],
+    data: st.DataObject,
 ) -> None:
     kind, tied = data.draw(st.sampled_from(MODEL_TYPES)), data.draw(st.booleans())
-    beside(tmp_path_factory.mktemp("adapters"), *models[kind, tied], data.draw(adapters(kind, tied)))
+    beside(
+        tmp_path_factory.mktemp("adapters"), *models[kind, tied], data.draw(adapters(kind, tied))
+    )
 
 
 # ---- a head that goes by its embedding ----
@@ -149,21 +181,33 @@ def test_a_tied_head_goes_by_its_embedding_as_peft_s_does(
 ) -> None:
     gpt2 = kind == "gpt2"
     end, layer, path = (
-        ("wte", "c_attn", "transformer.wte") if gpt2 else ("embed_tokens", "q_proj", "model.embed_tokens")
+        ("wte", "c_attn", "transformer.wte")
+        if gpt2
+        else ("embed_tokens", "q_proj", "model.embed_tokens")
     )
     options, expected = copy.deepcopy(TIED[name])
     for field, value in options.items():
         words = value if isinstance(value, list) else [value]
-        words = [w.replace("END", end).replace("LAYER", layer) if isinstance(w, str) else w for w in words]
+        words = [
+            w.replace("END", end).replace("LAYER", layer) if isinstance(w, str) else w
+            for w in words
+        ]
         options[field] = words if isinstance(value, list) else words[0]
     options |= {"ensure_weight_tying": True, "r": 2, "lora_alpha": 3, "task_type": "CAUSAL_LM"}
     if gpt2 and name == "named":
-        options["target_modules"] = ["lm_head", layer]  # PEFT knows an embedding only by another name
+        options["target_modules"] = [
+            "lm_head",
+            layer,
+        ]  # PEFT knows an embedding only by another name
         expected = "factors"
     base, model = models[kind, True]
-    made = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**copy.deepcopy(options))).eval()
+    made = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(**copy.deepcopy(options))
+    ).eval()
     own = {n: p for n, p in made.named_parameters() if p.requires_grad}
-    randomise(p for n, p in own.items() if not n.startswith("base_model.model.lm_head"))  # which are over its storage
+    randomise(
+        p for n, p in own.items() if not n.startswith("base_model.model.lm_head")
+    )  # which are over its storage
     made.save_pretrained(tmp_path / "theirs")
     loaded = PeftModel.from_pretrained(CausalLM.from_pretrained(base), tmp_path / "theirs")
     assert close(loaded(IDS).data, theirs(made))
@@ -173,7 +217,12 @@ def test_a_tied_head_goes_by_its_embedding_as_peft_s_does(
     there, here = (keys(tmp_path / who / "adapter_model.safetensors") for who in ("theirs", "ours"))
     if gpt2 and "base" in expected and isinstance(options["target_modules"], list):
         expected = "factors"
-    factors = {"lm_head.lora_A.weight", "lm_head.lora_B.weight", f"{path}.lora_embedding_A", f"{path}.lora_embedding_B"}
+    factors = {
+        "lm_head.lora_A.weight",
+        "lm_head.lora_B.weight",
+        f"{path}.lora_embedding_A",
+        f"{path}.lora_embedding_B",
+    }
     ends = {
         "factors": factors,
         "base factors": factors | {"lm_head.base_layer.weight", f"{path}.base_layer.weight"},
@@ -185,7 +234,10 @@ def test_a_tied_head_goes_by_its_embedding_as_peft_s_does(
     loaded.save_pretrained(tmp_path / "again")
     assert fields(tmp_path / "again") == fields(tmp_path / "theirs")
     assert fields(tmp_path / "ours", None) == fields(tmp_path / "theirs", None)
-    if not gpt2 or expected in ("copies", "rows"):  # of GPT-2 PEFT drops the head's factors when it loads them
+    if not gpt2 or expected in (
+        "copies",
+        "rows",
+    ):  # of GPT-2 PEFT drops the head's factors when it loads them
         again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
         assert close(mine(IDS).data, theirs(again))
     before = mine(IDS).data
@@ -197,10 +249,20 @@ def test_a_tied_head_goes_by_its_embedding_as_peft_s_does(
 
 def small(kind: str, tied: bool = True) -> dict[str, Any]:
     """The fields of a config.json, of two layers."""
-    fields: dict[str, Any] = {"vocab_size": V, "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2}
+    fields: dict[str, Any] = {
+        "vocab_size": V,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     if kind == "gpt2":
         return {**fields, "n_embd": 8, "n_head": 2, "n_layer": 2, "n_positions": 64}
-    fields |= {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4}
+    fields |= {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     fields |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
     fields |= {"sliding_window": 4} if kind == "mistral" else {}
     return {**fields, "head_dim": 4} if kind in ("llama", "qwen3", "mistral") else fields
@@ -216,18 +278,30 @@ TRAINED: dict[str, dict[str, Any]] = {
     "embedding": {"target_modules": ["END", "LAYER"]},
     "tokens": {"target_modules": ["LAYER"], "trainable_token_indices": [0, 3, 7]},
     "copies": {"target_modules": ["LAYER"], "modules_to_save": ["END", "lm_head"]},
-    "one copy": {"target_modules": ["LAYER"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    "one copy": {
+        "target_modules": ["LAYER"],
+        "modules_to_save": ["lm_head"],
+        "ensure_weight_tying": True,
+    },
 }
 
 
 # Each in double, each type of model in single: twice.
-IN_DOUBLE = [(MODEL_TYPES[(2 * i + j) % 5], name, "float64") for i, name in enumerate(TRAINED) for j in range(2)]
+IN_DOUBLE = [
+    (MODEL_TYPES[(2 * i + j) % 5], name, "float64")
+    for i, name in enumerate(TRAINED)
+    for j in range(2)
+]
 IN_SINGLE = [(kind, name, "float32") for kind, name, _ in IN_DOUBLE[::3]]
 
 
 @pytest.mark.parametrize(("kind", "name", "dtype"), [*IN_DOUBLE, *IN_SINGLE])
 def test_twenty_steps_are_those_of_transformers_and_peft(
-    models: dict[tuple[str, bool], tuple[Path, Any]], kind: str, name: str, dtype: str, tmp_path: Path
+    models: dict[tuple[str, bool], tuple[Path, Any]],
+    kind: str,
+    name: str,
+    dtype: str,
+    tmp_path: Path,
 ) -> None:
     end, layer = ("wte", "c_attn") if kind == "gpt2" else ("embed_tokens", "q_proj")
     options = copy.deepcopy(TRAINED[name])
@@ -258,13 +332,17 @@ def test_twenty_steps_are_those_of_transformers_and_peft(
     for _ in range(20):
         ids = rng.integers(0, V, (3, 8))
         logits = made(input_ids=torch.tensor(ids)).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), torch.tensor(ids[:, 1:]).flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), torch.tensor(ids[:, 1:]).flatten()
+        )
         their_optimizer.zero_grad()
         loss.backward()
         their_optimizer.step()
         mine = F.cross_entropy(ours(ids)[:, :-1], ids[:, 1:])
         optimizer.step(gradients(mine, list(trained.values())))
-        assert abs(mine.item() - loss.item()) <= {"float64": 1e-9, "float32": 1e-5}[dtype] * max(1, loss.item())
+        assert abs(mine.item() - loss.item()) <= {"float64": 1e-9, "float32": 1e-5}[dtype] * max(
+            1, loss.item()
+        )
     for n, p in trained.items():
         if dtype == "float64":
             assert np.abs(p.numpy() - theirs_by_name[n].detach().numpy()).max() <= 1e-7, n

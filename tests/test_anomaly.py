@@ -29,7 +29,11 @@ from minilora.parallel import ShardedStep, language_modelling_loss
 
 RECORDING = [op for op in TABLE if op.id != "dropout-p=0.0"]  # that one returns its input
 EVERY = pytest.mark.parametrize("op", RECORDING, ids=lambda op: op.id)
-LAST = {"minimum": "mul", "mean": "mul", "min": "mul"}  # operations made of others: what the last of them is called
+LAST = {
+    "minimum": "mul",
+    "mean": "mul",
+    "min": "mul",
+}  # operations made of others: what the last of them is called
 HERE = Path(__file__).name
 
 
@@ -38,7 +42,12 @@ def call(op: Operation, *inputs: Tensor) -> tuple[Tensor, str]:
     y = op.function(*inputs)
     line = inspect.currentframe().f_lineno - 1
     own = inspect.getsourcefile(inspect.unwrap(getattr(op.function, "func", op.function)))
-    inside = own is None or os.path.basename(own) not in ("autograd.py", "functional.py", "fused.py", HERE)
+    inside = own is None or os.path.basename(own) not in (
+        "autograd.py",
+        "functional.py",
+        "fused.py",
+        HERE,
+    )
     return y, r"operations\.py:\d+" if inside else rf"test_anomaly\.py:{line}\b"
 
 
@@ -74,7 +83,9 @@ def test_a_nan_that_was_brought_in_is_no_operation_s_fault(op: Operation) -> Non
 # ---- what is seeded is found ----------------------------------------------------------------------------------------
 
 
-def sabotage(monkeypatch: pytest.MonkeyPatch, op: Operation, change: Callable[..., tuple[Any, Any]]) -> None:
+def sabotage(
+    monkeypatch: pytest.MonkeyPatch, op: Operation, change: Callable[..., tuple[Any, Any]]
+) -> None:
     """Let an operation hand `record` what `change(data, vjp)` makes of its output and its vjp.
 
     One that is made of others records several times: then only the last is changed.
@@ -86,7 +97,10 @@ def sabotage(monkeypatch: pytest.MonkeyPatch, op: Operation, change: Callable[..
             data, vjp = change(data, vjp)
         return real(data, inputs, vjp)
 
-    inside = {**globals(), "__name__": "minilora.autograd"}  # a frame of the engine, not of this test
+    inside = {
+        **globals(),
+        "__name__": "minilora.autograd",
+    }  # a frame of the engine, not of this test
     record = types.FunctionType(record.__code__, inside, closure=record.__closure__)  # type: ignore[assignment]
     monkeypatch.setattr(ag, "record", record)
     monkeypatch.setattr(F, "record", record)
@@ -152,8 +166,12 @@ def test_a_seeded_gradient_names_the_operation_the_input_and_the_line(
                     continue
                 with pytest.raises(NonFiniteError) as caught:
                     gradients(y, leaves, dy)
-        what = rf"the gradient of input {i} of {last} {re.escape(str(g.shape))}, 1 of {g.size} entries"
-        assert re.search(rf"^first NaN: {what}, which was called at {line}$", str(caught.value)), str(caught.value)
+        what = (
+            rf"the gradient of input {i} of {last} {re.escape(str(g.shape))}, 1 of {g.size} entries"
+        )
+        assert re.search(rf"^first NaN: {what}, which was called at {line}$", str(caught.value)), (
+            str(caught.value)
+        )
 
 
 @EVERY
@@ -164,12 +182,16 @@ def test_a_write_into_a_kept_array_names_the_operation(op: Operation) -> None:
         dy = some_dy(y)
         expected = gradients(y, leaves, dy, retain_graph=True)
         for node in graph(y):
-            for array in {id(a): a for a in captured(node.vjp) if isinstance(a, np.ndarray)}.values():
+            for array in {
+                id(a): a for a in captured(node.vjp) if isinstance(a, np.ndarray)
+            }.values():
                 if not array.flags.writeable or not array.size:
                     continue
                 before = array.copy()
                 array.flat[0] = not array.flat[0] if array.dtype == bool else array.flat[0] + 1
-                with pytest.raises(GraphError, match=rf"backward of '\w+' needs was written to .* at {line}$"):
+                with pytest.raises(
+                    GraphError, match=rf"backward of '\w+' needs was written to .* at {line}$"
+                ):
                     gradients(y, leaves, dy, retain_graph=True)
                 array[...] = before
         for g, h in zip(gradients(y, leaves, dy), expected, strict=True):
@@ -230,7 +252,9 @@ def test_a_fault_going_forward_is_named(name: str) -> None:
     # An infinity that is given counts only where a NaN comes of it.
     infinities = all(np.isfinite(a).all() for a in inputs)
     for recorded in (True, False):
-        found = pytest.raises(NonFiniteError, match=f"^first {first} .* of .* entries, made at test_anomaly.py")
+        found = pytest.raises(
+            NonFiniteError, match=f"^first {first} .* of .* entries, made at test_anomaly.py"
+        )
         with found as caught, detect_anomaly(infinities), np.errstate(all="ignore"):
             function(*(Tensor(a, recorded) for a in inputs))
         assert infinities != ("from numbers that were infinite" in str(caught.value))
@@ -245,7 +269,10 @@ def test_a_fault_going_backward_is_named(name: str) -> None:
     with detect_anomaly(infinities=True), np.errstate(all="ignore"):
         y = function(*leaves)
         assert np.isfinite(y.data).all()
-        with pytest.raises(NonFiniteError, match=f"^first {first} .* of 6 entries, which was called at test_anomaly"):
+        with pytest.raises(
+            NonFiniteError,
+            match=f"^first {first} .* of 6 entries, which was called at test_anomaly",
+        ):
             y.backward(np.ones(y.shape))
     assert all(x.grad is None for x in leaves)
 
@@ -259,7 +286,8 @@ def test_a_nan_in_dy_is_not_blamed_on_a_vjp() -> None:
     with detect_anomaly():
         y = x * 2.0
         with pytest.raises(
-            NonFiniteError, match=r"the gradient that reached the output of mul \(3,\), given to backward"
+            NonFiniteError,
+            match=r"the gradient that reached the output of mul \(3,\), given to backward",
         ):
             y.backward(np.array([1, np.nan, 1]))
 
@@ -288,7 +316,12 @@ def test_it_sees_what_is_not_recorded() -> None:
 
 
 def test_outside_the_mode_it_leaves_numpy_s_warnings_alone() -> None:
-    with detect_anomaly(), np.errstate(invalid="warn"), pytest.warns(RuntimeWarning), pytest.raises(NonFiniteError):
+    with (
+        detect_anomaly(),
+        np.errstate(invalid="warn"),
+        pytest.warns(RuntimeWarning),
+        pytest.raises(NonFiniteError),
+    ):
         ag.log(Tensor(-np.ones(1)))
     with pytest.warns(RuntimeWarning, match="invalid value"):
         ag.log(Tensor(-np.ones(1)))
@@ -308,7 +341,9 @@ def batch(sequences: int = 4, seed: int = 0) -> Batch:
 
 
 def lora(dropout: float = 0.0) -> Any:
-    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, lora_dropout=dropout)
+    config = LoraConfig(
+        r=2, target_modules="all-linear", init_lora_weights=False, lora_dropout=dropout
+    )
     return get_peft_model(CausalLM(CONFIG, seed=1), config, seed=2)
 
 
@@ -320,7 +355,9 @@ def bits(model: Any) -> list[bytes]:
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inside swiglu, the first of each row's numbers becomes a NaN."""
     real = F._sigmoid
-    monkeypatch.setattr(F, "_sigmoid", lambda xp, x: np.where(np.arange(x.shape[-1]) == 0, np.nan, real(xp, x)))
+    monkeypatch.setattr(
+        F, "_sigmoid", lambda xp, x: np.where(np.arange(x.shape[-1]) == 0, np.nan, real(xp, x))
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -340,11 +377,16 @@ def test_a_step_is_explained_and_nothing_changed(poisoned: None) -> None:
     before = bits(model)
     calls = [m.calls for _, m in model.named_modules() if hasattr(m, "calls")]
     said = explain_non_finite(model, batch(), seed=3, step=4, shard=2)
-    assert re.search(r"^first NaN: the output of swiglu \(2, 6, 12\), 12 of 144 entries, made at transformer", said)
+    assert re.search(
+        r"^first NaN: the output of swiglu \(2, 6, 12\), 12 of 144 entries, made at transformer",
+        said,
+    )
     assert bits(model) == before
     assert all(p.grad is None for p in model.parameters())
     assert calls == [m.calls for _, m in model.named_modules() if hasattr(m, "calls")]
-    assert all(not any(m._effective.values()) for _, m in model.named_modules() if hasattr(m, "_effective"))
+    assert all(
+        not any(m._effective.values()) for _, m in model.named_modules() if hasattr(m, "_effective")
+    )
     assert observer.get() is None
 
 
@@ -368,8 +410,12 @@ def test_parameters_that_were_broken_before_are_named(value: float) -> None:
         model = lora()
         put(model, name, at, value)
         said = explain_non_finite(model, batch())
-        assert said.startswith(f"before the step, values that are not finite stood in {name} ({count})")
-        assert ("; first" in said) == (name == base)  # effective_linear was handed W + dW, and not told of W
+        assert said.startswith(
+            f"before the step, values that are not finite stood in {name} ({count})"
+        )
+        assert ("; first" in said) == (
+            name == base
+        )  # effective_linear was handed W + dW, and not told of W
     for p in model.parameters():
         p.data = np.full_like(p.data, value)
     said = explain_non_finite(model, batch())
@@ -403,13 +449,20 @@ def test_a_sum_that_overflows_and_a_step_that_is_sound() -> None:
         return (model.model.norm.weight.sum() - 7.5) * 2e38
 
     said = explain_non_finite(model, Batch(batch().ids, np.full((4, 6), -100)), shard=1, loss=steep)
-    assert said == "every operation gave finite numbers for finite ones, and only their sum is not finite"
+    assert (
+        said
+        == "every operation gave finite numbers for finite ones, and only their sum is not finite"
+    )
 
 
 def test_the_dropout_masks_are_those_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = lora(dropout=0.5).train(), []
     real = F.dropout
-    monkeypatch.setattr(F, "dropout", lambda x, p, key, first: (seen.append((key, first)), real(x, p, key, first))[1])
+    monkeypatch.setattr(
+        F,
+        "dropout",
+        lambda x, p, key, first: (seen.append((key, first)), real(x, p, key, first))[1],
+    )
     params = [p for p in model.parameters() if p.requires_grad]
     with ShardedStep(model, 1, shard=3) as sharded:
         sharded.gradients(batch(), params, seed=5, step=6)

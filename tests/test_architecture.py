@@ -44,16 +44,25 @@ BAD: list[tuple[tuple[str, ...], str, list[Any], str]] = [
     (MODEL_TYPES, "model_type", ["gemma", "gpt_neox", "", None, ["llama"], {}, 1],
      "model_type must be one of llama, mistral, qwen2, qwen3, gpt2, got"),
 ]  # fmt: skip
-CASES = [(kind, name, value, says) for kinds, name, values, says in BAD for kind in kinds for value in values]
+CASES = [
+    (kind, name, value, says)
+    for kinds, name, values, says in BAD
+    for kind in kinds
+    for value in values
+]
 
 
 @pytest.mark.parametrize(("kind", "name", "value", "says"), CASES, ids=lambda v: str(v)[:30])
-def test_a_value_that_means_nothing_is_refused_by_name(kind: str, name: str, value: Any, says: str) -> None:
+def test_a_value_that_means_nothing_is_refused_by_name(
+    kind: str, name: str, value: Any, says: str
+) -> None:
     written = shape(kind).to_dict()
     TransformerConfig.from_dict(written)
     with pytest.raises(ConfigError) as error:
         TransformerConfig.from_dict({**written, name: value})
-    assert f"config: {says}" in str(error.value) or f"config: rope_parameters.{says}" in str(error.value)
+    assert f"config: {says}" in str(error.value) or f"config: rope_parameters.{says}" in str(
+        error.value
+    )
     assert len(str(error.value)) <= 500
 
 
@@ -83,7 +92,9 @@ def test_a_file_may_hold_fields_of_another_type_which_mean_nothing() -> None:
     for kind, name, value in (("mistral", "attention_bias", True), ("llama", "sliding_window", 2)):
         written = shape(kind).to_dict() | {name: value}
         config = TransformerConfig.from_dict(written)
-        assert getattr(config, name) == getattr(shape(kind), name)  # as in transformers, whose classes ignore them
+        assert getattr(config, name) == getattr(
+            shape(kind), name
+        )  # as in transformers, whose classes ignore them
         assert config.to_dict() == written
 
 
@@ -91,9 +102,21 @@ def test_gpt2_s_names() -> None:
     config = shape("gpt2", intermediate_size=32, rms_norm_eps=1e-4)
     written = config.to_dict()
     assert written["n_inner"] is None  # four times the width, as its files say it
-    expected = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 32, "activation_function": "gelu_new"}
+    expected = {
+        "n_embd": 8,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 32,
+        "activation_function": "gelu_new",
+    }
     assert written.items() >= {**expected, "layer_norm_epsilon": 1e-4, "model_type": "gpt2"}.items()
-    assert not {"hidden_size", "rope_parameters", "num_key_value_heads", "head_dim", "rms_norm_eps"} & set(written)
+    assert not {
+        "hidden_size",
+        "rope_parameters",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+    } & set(written)
     assert dataclasses.replace(TransformerConfig.from_dict(written), extra={}) == config
     assert TransformerConfig.from_dict(written | {"n_inner": 5}).to_dict()["n_inner"] == 5
     for name in ("n_embd", "n_layer", "n_head", "vocab_size"):
@@ -113,11 +136,20 @@ def test_which_layers_of_qwen_have_a_window(kind: str) -> None:
         assert found == [again.window(i) for i in range(4)]
         return found
 
-    assert windows() == windows(use_sliding_window=False) == windows(use_sliding_window=False, max_window_layers=2)
+    assert (
+        windows()
+        == windows(use_sliding_window=False)
+        == windows(use_sliding_window=False, max_window_layers=2)
+    )
     assert windows() == [None] * 4
     assert windows(use_sliding_window=True, max_window_layers=2) == [None, None, 5, 5]
     types = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
-    assert windows(use_sliding_window=True, max_window_layers=2, layer_types=types) == [5, None, None, 5]
+    assert windows(use_sliding_window=True, max_window_layers=2, layer_types=types) == [
+        5,
+        None,
+        None,
+        5,
+    ]
     with pytest.raises(ConfigError, match="sliding_window must be given for sliding_attention"):
         windows(use_sliding_window=False, layer_types=types)
     del base["max_window_layers"]
@@ -130,13 +162,22 @@ def test_every_layer_of_mistral_has_its_window_and_of_llama_none() -> None:
 
 
 @given(configs(), st.sampled_from(["float32", "float64"]))
-def test_a_file_has_the_fields_of_its_type_and_no_others(config: TransformerConfig, dtype: str) -> None:
+def test_a_file_has_the_fields_of_its_type_and_no_others(
+    config: TransformerConfig, dtype: str
+) -> None:
     dialect, written = DIALECTS[config.model_type], config.to_dict(dtype)
-    expected = {dialect.names.get(name, name) for name in dialect.fields} | {"architectures", "model_type", "dtype"}
+    expected = {dialect.names.get(name, name) for name in dialect.fields} | {
+        "architectures",
+        "model_type",
+        "dtype",
+    }
     if "layer_types" in dialect.fields:
         expected |= {"use_sliding_window"}
         expected -= {"layer_types"} if config.layer_types is None else set()
-    if config.model_type == "qwen2" and config.head_dim * config.num_attention_heads == config.hidden_size:
+    if (
+        config.model_type == "qwen2"
+        and config.head_dim * config.num_attention_heads == config.hidden_size
+    ):
         expected -= {"head_dim"}
     assert set(written) - {"head_dim"} == expected - {"head_dim"}
     assert ("head_dim" in written) >= ("head_dim" in expected)

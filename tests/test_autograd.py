@@ -30,7 +30,9 @@ from minilora.errors import DeviceError, GraphError
 
 RNG = np.random.default_rng(8)
 EVERY = pytest.mark.parametrize("op", TABLE, ids=lambda op: op.id)
-ELEMENTARY = pytest.mark.parametrize("op", [op for op in TABLE if op.reference is not None], ids=lambda op: op.id)
+ELEMENTARY = pytest.mark.parametrize(
+    "op", [op for op in TABLE if op.reference is not None], ids=lambda op: op.id
+)
 
 
 def some_dy(y: Tensor) -> np.ndarray:
@@ -71,7 +73,9 @@ def graph(y: Tensor) -> Iterator[Node]:
 
 def held_arrays(y: Tensor) -> dict[int, np.ndarray]:
     """The distinct arrays (views count as what they view) that the graph of y keeps alive."""
-    arrays = [item for node in graph(y) for item in captured(node.vjp) if isinstance(item, np.ndarray)]
+    arrays = [
+        item for node in graph(y) for item in captured(node.vjp) if isinstance(item, np.ndarray)
+    ]
     owners = [a if a.base is None else a.base for a in arrays]
     return {id(a): a for a in owners}
 
@@ -117,8 +121,12 @@ def test_gradients_are_fresh_arrays(op: Operation) -> None:
             assert g.base is None
             assert g.flags.owndata
             assert g.flags.writeable
-            assert not any(np.shares_memory(g, other) for other in [*others, *(h for h in found if h is not g)])
-        for a, b in zip([*before[0], *before[1:]], [*(x.data for x in leaves), y.data, dy], strict=True):
+            assert not any(
+                np.shares_memory(g, other) for other in [*others, *(h for h in found if h is not g)]
+            )
+        for a, b in zip(
+            [*before[0], *before[1:]], [*(x.data for x in leaves), y.data, dy], strict=True
+        ):
             np.testing.assert_array_equal(a, b)  # neither pass writes into what it was given
 
 
@@ -152,7 +160,9 @@ def test_freezing_some_inputs_leaves_the_other_gradients_alone(op: Operation) ->
 
 @EVERY
 @pytest.mark.parametrize("view", [False, True], ids=["leaf", "view"])
-def test_changing_a_value_that_backward_reads_is_an_error_and_another_is_not(op: Operation, view: bool) -> None:
+def test_changing_a_value_that_backward_reads_is_an_error_and_another_is_not(
+    op: Operation, view: bool
+) -> None:
     dy: Any = None
     for i in range(len(op.inputs)):
         leaves = op.leaves()
@@ -162,7 +172,10 @@ def test_changing_a_value_that_backward_reads_is_an_error_and_another_is_not(op:
         expected = gradients(y, leaves, dy, retain_graph=True)
         leaves[i].data = leaves[i].data + 1
         if i in op.reads:
-            with pytest.raises(GraphError, match=rf"backward of '{op.name}' needs was changed .*version 0 then, 1 now"):
+            with pytest.raises(
+                GraphError,
+                match=rf"backward of '{op.name}' needs was changed .*version 0 then, 1 now",
+            ):
                 y.backward(dy)
             assert all(x.grad is None for x in leaves)
         else:
@@ -229,14 +242,20 @@ BINARY: dict[str, Callable[[Any, Any], Tensor]] = {
     "power": ag.power,
     "maximum": ag.maximum,
     "minimum": ag.minimum,
-    "where": lambda a, b: ag.where(np.arange(4) % 2 == 0 if (a.data + b.data).shape[-1:] == (4,) else True, a, b),
+    "where": lambda a, b: ag.where(
+        np.arange(4) % 2 == 0 if (a.data + b.data).shape[-1:] == (4,) else True, a, b
+    ),
 }
 
 
 def summed_to(g: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Every element of g added to the one of `shape` that broadcasting copied it from."""
     out = np.zeros(shape)
-    np.add.at(out.reshape(-1), np.broadcast_to(np.arange(out.size).reshape(shape), g.shape).reshape(-1), g.reshape(-1))
+    np.add.at(
+        out.reshape(-1),
+        np.broadcast_to(np.arange(out.size).reshape(shape), g.shape).reshape(-1),
+        g.reshape(-1),
+    )
     return out
 
 
@@ -264,14 +283,18 @@ INDEXED = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=4).flatm
     lambda s: st.tuples(
         st.just(s),
         hnp.basic_indices(s, allow_newaxis=True)
-        | hnp.integer_array_indices(s, result_shape=hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=4))
+        | hnp.integer_array_indices(
+            s, result_shape=hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=4)
+        )
         | hnp.arrays(bool, s),
     )
 )
 
 
 @given(INDEXED)
-def test_index_sends_each_gradient_to_where_the_value_came_from(case: tuple[tuple[int, ...], Any]) -> None:
+def test_index_sends_each_gradient_to_where_the_value_came_from(
+    case: tuple[tuple[int, ...], Any],
+) -> None:
     shape, key = case
     x = leaf(*shape)
     y = ag.index(x, key)
@@ -283,7 +306,9 @@ def test_index_sends_each_gradient_to_where_the_value_came_from(case: tuple[tupl
 
 
 @given(
-    hnp.mutually_broadcastable_shapes(signature="(m?,k),(k,n?)->(m?,n?)", min_side=0, max_side=4, max_dims=2),
+    hnp.mutually_broadcastable_shapes(
+        signature="(m?,k),(k,n?)->(m?,n?)", min_side=0, max_side=4, max_dims=2
+    ),
     st.integers(0, 2**32 - 1),
 )
 def test_matmul_gradients_are_its_adjoints(shapes: hnp.BroadcastableShapes, seed: int) -> None:
@@ -357,7 +382,9 @@ def test_edges_of_domains() -> None:
     np.testing.assert_array_equal(dz, [0, 1, 0])
     np.testing.assert_array_equal(dp, [0, 0, 0])
     x = Tensor(np.array([0.0, np.inf, np.nan]), True)
-    np.testing.assert_array_equal(gradients((x**0.0).sum(), [x])[0], [0, 0, 0])  # 1 is 1, whatever x is
+    np.testing.assert_array_equal(
+        gradients((x**0.0).sum(), [x])[0], [0, 0, 0]
+    )  # 1 is 1, whatever x is
     base, two = Tensor(np.array([-3.0]), True), Tensor(np.array([2.0]), True)
     with np.errstate(invalid="ignore"):
         db, de = gradients((base**two).sum(), [base, two])
@@ -377,8 +404,23 @@ NUMBERS = [2, 2.5, True, np.float64(2.5), np.float32(2.5), np.int64(2), np.array
 @pytest.mark.parametrize("number", NUMBERS, ids=repr)
 def test_numbers_take_the_dtype_of_the_tensor(number: Any) -> None:
     x = Tensor(np.ones(3, np.float32), True)
-    results = [x + number, number + x, x - number, number - x, x * number, number * x, x / number, number / x]
-    results += [x**number, number**x, ag.maximum(x, number), ag.minimum(number, x), ag.where(True, x, number)]
+    results = [
+        x + number,
+        number + x,
+        x - number,
+        number - x,
+        x * number,
+        number * x,
+        x / number,
+        number / x,
+    ]
+    results += [
+        x**number,
+        number**x,
+        ag.maximum(x, number),
+        ag.minimum(number, x),
+        ag.where(True, x, number),
+    ]
     results += [ag.clip(x, -number, number), -x, x.mean(), x.min()]
     for y in results:
         assert y.dtype == np.float32
@@ -410,7 +452,11 @@ def test_integers_compute_as_integers_and_with_fractions_exactly() -> None:
     x = Tensor([1, 2, 4])
     assert (x * 2.5).numpy().tolist() == [2.5, 5.0, 10.0]
     assert (Tensor([True, False]) + 2.5).numpy().tolist() == [3.5, 2.5]
-    assert ag.add(np.ones(2), 0.1).numpy().tolist() == ag.add(0.1, np.ones(2)).numpy().tolist() == [1.1, 1.1]
+    assert (
+        ag.add(np.ones(2), 0.1).numpy().tolist()
+        == ag.add(0.1, np.ones(2)).numpy().tolist()
+        == [1.1, 1.1]
+    )
     assert x.mean().item() == 7 * (1 / 3)
     assert x.min().item() == 1
     assert x.min().dtype == (-x).dtype == (x + 1).dtype == np.int64
@@ -444,7 +490,12 @@ def test_methods_are_the_functions() -> None:
 
 def test_a_tensor_used_twice_gets_both_gradients() -> None:
     x = leaf(3)
-    for y, expected in ((x + x, [2] * 3), (x * x, 2 * x.data), (x - x, [0] * 3), (ag.stack([x, x]), [2] * 3)):
+    for y, expected in (
+        (x + x, [2] * 3),
+        (x * x, 2 * x.data),
+        (x - x, [0] * 3),
+        (ag.stack([x, x]), [2] * 3),
+    ):
         np.testing.assert_array_equal(gradients(y, [x], np.ones(y.shape))[0], expected)
 
 
@@ -492,7 +543,9 @@ def test_backward_accumulates() -> None:
     np.testing.assert_array_equal(first, 2 * x.data)
     ag.exp(x).sum().backward()
     np.testing.assert_array_equal(x.grad, 2 * x.data + np.exp(x.data))
-    np.testing.assert_array_equal(first, 2 * x.data)  # a gradient handed out does not change afterwards
+    np.testing.assert_array_equal(
+        first, 2 * x.data
+    )  # a gradient handed out does not change afterwards
 
 
 @EVERY
@@ -506,7 +559,9 @@ def test_backward_twice_needs_the_graph_retained(op: Operation) -> None:
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
         assert not np.shares_memory(a, b)
-    with pytest.raises(GraphError, match=r"freed by an earlier backward: .* or pass retain_graph=True"):
+    with pytest.raises(
+        GraphError, match=r"freed by an earlier backward: .* or pass retain_graph=True"
+    ):
         y.backward(dy)
     assert all(x.grad is None for x in leaves)
 
@@ -548,7 +603,11 @@ def test_what_backward_refuses() -> None:
         (x * x).backward()
     with pytest.raises(GraphError, match=r"shape \(0,\) needs dy"):
         (leaf(0) * 2.0).backward()
-    for dy, got in ((np.ones(3), r"ndarray \(3,\)"), (Tensor(np.ones((2, 3))), r"Tensor \(2, 3\)"), ([1.0], "list")):
+    for dy, got in (
+        (np.ones(3), r"ndarray \(3,\)"),
+        (Tensor(np.ones((2, 3))), r"Tensor \(2, 3\)"),
+        ([1.0], "list"),
+    ):
         with pytest.raises(GraphError, match=rf"dy must be an array \(2, 3\), got {got}"):
             (x * x).backward(dy)
 
@@ -741,13 +800,19 @@ def test_backward_frees_as_it_passes() -> None:
 
 
 def test_threads_share_parameters_and_get_the_same_bits() -> None:
-    params = [leaf(16, 8, dtype=np.float32), leaf(16, dtype=np.float32), leaf(5, 16, dtype=np.float32)]
+    params = [
+        leaf(16, 8, dtype=np.float32),
+        leaf(16, dtype=np.float32),
+        leaf(5, 16, dtype=np.float32),
+    ]
     batches = [RNG.standard_normal((6, 8)).astype(np.float32) for _ in range(8)]
     targets = RNG.integers(0, 5, 6)
 
     def step(x: np.ndarray) -> list[np.ndarray]:
         w, b, v = params
-        return gradients(F.cross_entropy(F.linear(F.gelu(F.linear(Tensor(x), w, b)), v), targets), params)
+        return gradients(
+            F.cross_entropy(F.linear(F.gelu(F.linear(Tensor(x), w, b)), v), targets), params
+        )
 
     expected = [step(x) for x in batches]
     barrier = threading.Barrier(4)

@@ -31,7 +31,8 @@ def test_cpu_is_one_backend() -> None:
 
 
 @pytest.mark.parametrize(
-    "device", ["gpu", "cuda:x", "cuda:", "cuda:-1", "cuda:1:2", "CPU", "cpu:0", "", "gpu\n", 0, None]
+    "device",
+    ["gpu", "cuda:x", "cuda:", "cuda:-1", "cuda:1:2", "CPU", "cpu:0", "", "gpu\n", 0, None],
 )
 def test_an_unknown_device_is_named_with_what_would_be_valid(device: Any) -> None:
     with pytest.raises(DeviceError) as caught:
@@ -39,11 +40,15 @@ def test_an_unknown_device_is_named_with_what_would_be_valid(device: Any) -> Non
     assert str(caught.value) == f"unknown device {device!r}: expected 'cpu', 'cuda' or 'cuda:N'"
 
 
-@pytest.mark.parametrize(("device", "name"), [("cuda", "cuda:0"), ("cuda:0", "cuda:0"), ("cuda:3", "cuda:3")])
+@pytest.mark.parametrize(
+    ("device", "name"), [("cuda", "cuda:0"), ("cuda:0", "cuda:0"), ("cuda:3", "cuda:3")]
+)
 def test_without_cupy_the_gpu_is_refused_with_a_reason_and_a_cure(
     device: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", None)  # `import cupy` now raises ImportError, installed or not
+    monkeypatch.setitem(
+        sys.modules, "cupy", None
+    )  # `import cupy` now raises ImportError, installed or not
     backend._gpu.cache_clear()
     with pytest.raises(DeviceError) as caught:
         get_backend(device)
@@ -58,7 +63,12 @@ def test_without_cupy_the_gpu_is_refused_with_a_reason_and_a_cure(
 class FakeCuda:
     """The few names of `cupy` that finding a GPU takes. `working` are the devices that run a kernel."""
 
-    def __init__(self, count: int, working: tuple[int, ...], error: str = "no kernel image is available\nfor this"):
+    def __init__(
+        self,
+        count: int,
+        working: tuple[int, ...],
+        error: str = "no kernel image is available\nfor this",
+    ):
         self.current, self.kernels, self.working, self.error = 0, [], working, error
 
         def number_of_devices() -> int:
@@ -67,7 +77,9 @@ class FakeCuda:
             return count
 
         properties = lambda n: {"name": f"Model {n}".encode()}  # noqa: E731
-        runtime = types.SimpleNamespace(getDeviceCount=number_of_devices, getDeviceProperties=properties)
+        runtime = types.SimpleNamespace(
+            getDeviceCount=number_of_devices, getDeviceProperties=properties
+        )
         self.cuda = types.SimpleNamespace(runtime=runtime, Device=self.device)
         self.ndarray = type("ndarray", (), {})
 
@@ -109,7 +121,9 @@ def test_every_gpu_is_listed_with_what_it_is_or_why_not(fake_cuda: Callable[...,
     found = gpus()
     assert list(found) == ["cuda:0", "cuda:1", "cuda:2"]
     assert (found["cuda:0"], found["cuda:2"]) == ("usable, Model 0", "usable, Model 2")
-    reason = "no kernel image is available (check the driver and CUDA_VISIBLE_DEVICES, or use 'cpu')"
+    reason = (
+        "no kernel image is available (check the driver and CUDA_VISIBLE_DEVICES, or use 'cpu')"
+    )
     assert found["cuda:1"] == f"device 'cuda:1' is not usable: {reason}"
     assert fake.kernels == [0, 1, 2]  # each ran, or tried to run, a kernel of its own
     assert fake.current == 0  # looking selects nothing
@@ -167,8 +181,15 @@ def test_random_words_begin_as_splitmix64_does() -> None:
     assert NUMPY.random_words(5, 5, 1, 3).tolist() == [splitmix64(known[0], 3)]
 
 
-@given(st.lists(WORD, min_size=1, max_size=3), st.integers(0, 2**40), st.integers(0, 4), st.integers(0, 9))
-def test_random_words_are_splitmix64_of_each_rows_own_key(before: list[int], first: int, rows: int, count: int) -> None:
+@given(
+    st.lists(WORD, min_size=1, max_size=3),
+    st.integers(0, 2**40),
+    st.integers(0, 4),
+    st.integers(0, 9),
+)
+def test_random_words_are_splitmix64_of_each_rows_own_key(
+    before: list[int], first: int, rows: int, count: int
+) -> None:
     words = NUMPY.random_words(mix_key(*before), first, rows, count)
     assert words.dtype == np.uint64
     assert words.shape == (rows, count)
@@ -177,11 +198,16 @@ def test_random_words_are_splitmix64_of_each_rows_own_key(before: list[int], fir
 
 @given(st.integers(-(2**63), 2**64 - 1))
 def test_keys_count_modulo_2_to_the_64(key: int) -> None:
-    assert NUMPY.random_words(key, 0, 1, 2).tolist() == NUMPY.random_words(key % 2**64, 0, 1, 2).tolist()
+    assert (
+        NUMPY.random_words(key, 0, 1, 2).tolist()
+        == NUMPY.random_words(key % 2**64, 0, 1, 2).tolist()
+    )
 
 
 @given(st.lists(WORD, min_size=1, max_size=4), st.data())
-def test_mix_key_depends_on_every_number_and_on_their_order(numbers: list[int], data: st.DataObject) -> None:
+def test_mix_key_depends_on_every_number_and_on_their_order(
+    numbers: list[int], data: st.DataObject
+) -> None:
     # Mixing is a bijection of each number while the others stay: another number always gives another key.
     key = mix_key(*numbers)
     assert 0 <= key < 2**64
@@ -257,15 +283,21 @@ def launchers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..
 
         def launch(grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
             *arrays, count, width = args
-            assert type(count) is type(width) is np.int64  # a C long long; a Python int would be one too, by luck
-            for array, dtype in zip(arrays, (REALS[real], np.int64, np.int64, REALS[real]), strict=True):
+            assert (
+                type(count) is type(width) is np.int64
+            )  # a C long long; a Python int would be one too, by luck
+            for array, dtype in zip(
+                arrays, (REALS[real], np.int64, np.int64, REALS[real]), strict=True
+            ):
                 assert array.dtype == dtype
                 assert array._host.flags.c_contiguous  # a kernel sees memory, not strides
             out = arrays[-1]._host
             around = np.full(out.size + 512, 1e30, out.dtype)  # whoever writes past the end is seen
             hosts = [*(array._host for array in arrays[:-1]), around]
             numbers = [ctypes.c_longlong(int(n)) for n in (grid[0], block[0], count, width)]
-            function(*numbers[:2], *(ctypes.c_void_p(host.ctypes.data) for host in hosts), *numbers[2:])
+            function(
+                *numbers[:2], *(ctypes.c_void_p(host.ctypes.data) for host in hosts), *numbers[2:]
+            )
             assert (around[out.size :] == around.dtype.type(1e30)).all()
             out[...] = around[: out.size].reshape(out.shape)
 
@@ -278,14 +310,21 @@ def launchers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..
 def cupy_on_the_stand_in(launchers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> CupyBackend:
     """CupyBackend's own code, over the strict array module and the kernel compiled for the CPU."""
     monkeypatch.setattr(backend, "_add_rows_kernel", launchers.__getitem__)
-    monkeypatch.setattr(STRICT.xp, "empty", lambda *args: STRICT.xp.full(*args[:1], np.nan, *args[1:]), raising=False)
+    monkeypatch.setattr(
+        STRICT.xp,
+        "empty",
+        lambda *args: STRICT.xp.full(*args[:1], np.nan, *args[1:]),
+        raising=False,
+    )
     made = object.__new__(CupyBackend)
     made.xp = STRICT.xp
     return made
 
 
 @pytest.mark.parametrize("dtype", REALS.values())
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (7, 1), (40, 5), (300, 3), (1000, 130)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 3), (3, 0), (1, 1), (7, 1), (40, 5), (300, 3), (1000, 130)], ids=str
+)
 @pytest.mark.parametrize("count", [1, 4, 300])
 def test_the_cuda_kernel_is_add_rows(
     shape: tuple[int, int], count: int, dtype: type, cupy_on_the_stand_in: CupyBackend
@@ -296,7 +335,8 @@ def test_the_cuda_kernel_is_add_rows(
     there = [STRICT.from_numpy(a) for a in (index, rows, rows[:, ::-1].T, whole)]
     with counted(), no_sync():
         got, turned, exact = (
-            cupy_on_the_stand_in.add_rows(there[0], r, count) for r in (there[1], there[2].T[:, ::-1], there[3])
+            cupy_on_the_stand_in.add_rows(there[0], r, count)
+            for r in (there[1], there[2].T[:, ::-1], there[3])
         )
         assert METER.uploads == []
     np.testing.assert_array_equal(STRICT.to_numpy(exact), NUMPY.add_rows(index, whole, count))
@@ -304,14 +344,26 @@ def test_the_cuda_kernel_is_add_rows(
     assert (got.shape, got.dtype) == ((count, shape[1]), dtype)
     n = np.bincount(index, minlength=count)[:, None]
     size = NUMPY.add_rows(index, np.abs(rows.astype(np.float64)), count)
-    assert (np.abs(got - expected) <= 2 * n * np.finfo(dtype).eps / 2 * size).all()  # n additions on either side
+    assert (
+        np.abs(got - expected) <= 2 * n * np.finfo(dtype).eps / 2 * size
+    ).all()  # n additions on either side
     np.testing.assert_array_equal(STRICT.to_numpy(turned), got)  # strides make no difference
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("real", REALS)
 def test_the_cuda_kernel_compiles_for_a_gpu_and_spills_nothing(real: str, tmp_path: Path) -> None:
-    command = ["nvcc", "-arch=sm_90", "-cubin", "-Xptxas", "-v", f"-DREAL={real}", "-o", "add_rows.cubin", str(KERNEL)]
+    command = [
+        "nvcc",
+        "-arch=sm_90",
+        "-cubin",
+        "-Xptxas",
+        "-v",
+        f"-DREAL={real}",
+        "-o",
+        "add_rows.cubin",
+        str(KERNEL),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr
@@ -323,7 +375,9 @@ def test_the_cuda_kernel_compiles_for_a_gpu_and_spills_nothing(real: str, tmp_pa
 def test_add_rows_on_a_gpu_is_the_same_every_time(dtype: type) -> None:
     gpu, rng = get_backend("cuda"), np.random.default_rng(0)
     index, rows = rng.integers(0, 7, 5000), rng.standard_normal((5000, 33)).astype(dtype)
-    runs = [gpu.to_numpy(gpu.add_rows(gpu.from_numpy(index), gpu.from_numpy(rows), 7)) for _ in range(3)]
+    runs = [
+        gpu.to_numpy(gpu.add_rows(gpu.from_numpy(index), gpu.from_numpy(rows), 7)) for _ in range(3)
+    ]
     assert runs[0].tobytes() == runs[1].tobytes() == runs[2].tobytes()
     expected = NUMPY.add_rows(index, rows.astype(np.float64), 7)
     size = NUMPY.add_rows(index, np.abs(rows).astype(np.float64), 7)

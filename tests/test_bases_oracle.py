@@ -63,10 +63,23 @@ def keys(file: Path) -> dict[str, tuple[int, ...]]:
 @st.composite
 def bases(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     """A type of model, and the fields of its config.json."""
-    kind, kv, groups = draw(st.sampled_from(MODEL_TYPES)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    layers, width, tied = draw(st.integers(1, 3)), draw(st.sampled_from([2, 4, 8])), draw(st.booleans())
+    kind, kv, groups = (
+        draw(st.sampled_from(MODEL_TYPES)),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 2)),
+    )
+    layers, width, tied = (
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([2, 4, 8])),
+        draw(st.booleans()),
+    )
     eps = draw(st.sampled_from([1e-6, 1e-5]))
-    fields: dict[str, Any] = {"vocab_size": V, "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2}
+    fields: dict[str, Any] = {
+        "vocab_size": V,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     if kind == "gpt2":
         width = draw(st.sampled_from([2, 3, 4]))  # nothing is rotated, so it may be odd
         return kind, fields | {
@@ -75,16 +88,27 @@ def bases(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
             "n_layer": layers,
             "n_positions": 64,
             "n_inner": draw(st.sampled_from([None, 5, kv * groups * width])),
-            "activation_function": draw(st.sampled_from(["gelu_new", "gelu", "relu", "silu", "gelu_pytorch_tanh"])),
+            "activation_function": draw(
+                st.sampled_from(["gelu_new", "gelu", "relu", "silu", "gelu_pytorch_tanh"])
+            ),
             "layer_norm_epsilon": eps,
         }
-    rope: dict[str, Any] = {"rope_type": draw(st.sampled_from(["default", "linear", "llama3"])), "rope_theta": 1e3}
+    rope: dict[str, Any] = {
+        "rope_type": draw(st.sampled_from(["default", "linear", "llama3"])),
+        "rope_theta": 1e3,
+    }
     if rope["rope_type"] != "default":
         rope["factor"] = 4.0
     if rope["rope_type"] == "llama3":
-        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+        rope |= {
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
     fields |= {
-        "hidden_size": kv * groups * (width if kind == "qwen2" else draw(st.sampled_from([width, 5]))),
+        "hidden_size": kv
+        * groups
+        * (width if kind == "qwen2" else draw(st.sampled_from([width, 5]))),
         "intermediate_size": draw(st.integers(1, 20)),
         "num_hidden_layers": layers,
         "num_attention_heads": kv * groups,
@@ -102,27 +126,45 @@ def bases(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     if kind == "mistral":
         fields["sliding_window"] = draw(st.sampled_from([None, 1, 3, 4, 20]))
     if kind.startswith("qwen"):
-        types = [draw(st.sampled_from(["full_attention", "sliding_attention"])) for _ in range(layers)]
+        types = [
+            draw(st.sampled_from(["full_attention", "sliding_attention"])) for _ in range(layers)
+        ]
         fields["use_sliding_window"] = draw(st.booleans())
         fields["sliding_window"] = draw(st.sampled_from([1, 3, 4, 20]))
         fields["max_window_layers"] = draw(st.integers(0, 3))
-        fields["layer_types"] = draw(st.sampled_from([None, types])) if fields["use_sliding_window"] else None
+        fields["layer_types"] = (
+            draw(st.sampled_from([None, types])) if fields["use_sliding_window"] else None
+        )
     return kind, fields
 
 
 @st.composite
 def adapters(draw: st.DrawFn, kind: str, tied: bool) -> dict[str, Any]:
     """The fields of an adapter_config.json."""
-    names = draw(st.lists(st.sampled_from(GPT2 if kind == "gpt2" else LLAMA), min_size=1, max_size=4, unique=True))
+    names = draw(
+        st.lists(
+            st.sampled_from(GPT2 if kind == "gpt2" else LLAMA), min_size=1, max_size=4, unique=True
+        )
+    )
     dora = draw(st.booleans())
-    whole = ["ln_f", "wpe", "mlp", "attn.c_proj"] if kind == "gpt2" else ["model.norm", "q_norm", "input_layernorm"]
-    whole = [name for name in whole if name != "q_norm" or kind == "qwen3"] + ([] if tied else ["lm_head"])
+    whole = (
+        ["ln_f", "wpe", "mlp", "attn.c_proj"]
+        if kind == "gpt2"
+        else ["model.norm", "q_norm", "input_layernorm"]
+    )
+    whole = [name for name in whole if name != "q_norm" or kind == "qwen3"] + (
+        [] if tied else ["lm_head"]
+    )
     keys = sorted(draw(st.sets(st.sampled_from(names))))
     saved = draw(st.sampled_from([None, *([name] for name in whole if name not in names)]))
     if saved in (["mlp"], ["attn.c_proj"]):
         names = ["c_attn"]
     # With bias="all" peft writes a copied module's bias twice more, under names that are no module's.
-    biases = ["none", "lora_only"] if kind == "gpt2" and saved in (["ln_f"], ["mlp"], ["attn.c_proj"]) else BIASES
+    biases = (
+        ["none", "lora_only"]
+        if kind == "gpt2" and saved in (["ln_f"], ["mlp"], ["attn.c_proj"])
+        else BIASES
+    )
     return {
         "r": draw(st.integers(1, 4)),
         "lora_alpha": draw(st.integers(1, 16)),
@@ -145,34 +187,51 @@ def test_a_base_and_its_adapter_go_there_and_come_back(
 ) -> None:
     folder = tmp_path_factory.mktemp("base")
     kind, fields = data.draw(bases())
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **fields)).eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, **fields)
+    ).eval()
     randomise(model.parameters())
     dtype = data.draw(st.sampled_from(["float32", "float16", "bfloat16"]))
     model.to(getattr(torch, dtype)).save_pretrained(folder / "theirs")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "theirs", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "theirs", dtype=torch.float32
+    )
     ours = CausalLM.from_pretrained(folder / "theirs")
     assert ours.config.model_type == kind
     assert agree(ours, theirs(model))
 
     ours.save_pretrained(folder / "again")
-    config, before = (json.loads((folder / n / "config.json").read_text()) for n in ("again", "theirs"))
+    config, before = (
+        json.loads((folder / n / "config.json").read_text()) for n in ("again", "theirs")
+    )
     assert {**config, "dtype": dtype} == before
-    assert keys(folder / "again" / "model.safetensors") == keys(folder / "theirs" / "model.safetensors")
+    assert keys(folder / "again" / "model.safetensors") == keys(
+        folder / "theirs" / "model.safetensors"
+    )
     randomise(ours.parameters(), seed=1)
     ours.save_pretrained(folder / "ours")
-    again, loading = transformers.AutoModelForCausalLM.from_pretrained(folder / "ours", output_loading_info=True)
+    again, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "ours", output_loading_info=True
+    )
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert agree(ours, theirs(again))
     assert not close(ours(IDS).data, theirs(model), 1e-2)
 
     options = data.draw(adapters(kind, fields["tie_word_embeddings"]))
-    made = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**copy.deepcopy(options))).eval()
+    made = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(**copy.deepcopy(options))
+    ).eval()
     randomise((p for p in made.parameters() if p.requires_grad), seed=2)
     made.save_pretrained(folder / "their adapter")
-    loaded = PeftModel.from_pretrained(CausalLM.from_pretrained(folder / "theirs"), folder / "their adapter")
+    loaded = PeftModel.from_pretrained(
+        CausalLM.from_pretrained(folder / "theirs"), folder / "their adapter"
+    )
     assert agree(loaded, theirs(made))
     loaded.save_pretrained(folder / "saved again")
-    configs = [json.loads((folder / n / "adapter_config.json").read_text()) for n in ("saved again", "their adapter")]
+    configs = [
+        json.loads((folder / n / "adapter_config.json").read_text())
+        for n in ("saved again", "their adapter")
+    ]
     for config in configs:
         config["target_modules"] = sorted(config["target_modules"])  # a set there
     assert configs[0] == configs[1]
@@ -181,19 +240,26 @@ def test_a_base_and_its_adapter_go_there_and_come_back(
     assert mine.get_nb_trainable_parameters() == made.get_nb_trainable_parameters()
     randomise((p for p in mine.parameters() if p.requires_grad), seed=3)
     mine.save_pretrained(folder / "our adapter")
-    files = [keys(folder / name / "adapter_model.safetensors") for name in ("our adapter", "their adapter")]
+    files = [
+        keys(folder / name / "adapter_model.safetensors")
+        for name in ("our adapter", "their adapter")
+    ]
     assert files[0] == files[1]
     again = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder / "our adapter").eval()
     assert agree(mine, theirs(again))
     merged = mine.merge_and_unload()
     assert agree(merged, theirs(again.merge_and_unload()))
     merged.save_pretrained(folder / "merged")
-    assert agree(merged, theirs(transformers.AutoModelForCausalLM.from_pretrained(folder / "merged")))
+    assert agree(
+        merged, theirs(transformers.AutoModelForCausalLM.from_pretrained(folder / "merged"))
+    )
 
 
 @settings(max_examples=10)
 @given(bases())
-def test_greedy_text_is_theirs(tmp_path_factory: pytest.TempPathFactory, base: tuple[str, dict[str, Any]]) -> None:
+def test_greedy_text_is_theirs(
+    tmp_path_factory: pytest.TempPathFactory, base: tuple[str, dict[str, Any]]
+) -> None:
     kind, fields = base
     folder = tmp_path_factory.mktemp("base")
     config = transformers.AutoConfig.for_model(kind, **fields)
@@ -208,7 +274,10 @@ def test_greedy_text_is_theirs(tmp_path_factory: pytest.TempPathFactory, base: t
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_what_a_config_json_leaves_out_means_what_it_means_there(kind: str) -> None:
-    dialect, few = DIALECTS[kind], {"vocab_size": V, "num_hidden_layers": 1, "num_attention_heads": 32}
+    dialect, few = (
+        DIALECTS[kind],
+        {"vocab_size": V, "num_hidden_layers": 1, "num_attention_heads": 32},
+    )
     few |= {"hidden_size": 64} | ({} if kind == "gpt2" else {"intermediate_size": 4})
     written = {dialect.names.get(k, k): v for k, v in few.items()}
     ours = TransformerConfig.from_dict({"model_type": kind, **written})
@@ -219,7 +288,10 @@ def test_what_a_config_json_leaves_out_means_what_it_means_there(kind: str) -> N
             if expected is None else expected  # fmt: skip
         assert getattr(ours, field) == expected, field
     if "rope_parameters" in dialect.fields:
-        assert dict(ours.rope_parameters).items() >= {"rope_theta": 10000.0, "rope_type": "default"}.items()
+        assert (
+            dict(ours.rope_parameters).items()
+            >= {"rope_theta": 10000.0, "rope_type": "default"}.items()
+        )
         assert config.rope_parameters == ours.rope_parameters
     if "layer_types" in dialect.fields:
         windows = {"full_attention": None, "sliding_attention": config.sliding_window}

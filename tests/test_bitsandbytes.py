@@ -31,7 +31,11 @@ from minilora.quant import BLOCK_SIZES, LEVELS, QuantizedLinear, encode, quantiz
 
 def stored(name: str) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """A case's tensors as bitsandbytes stores them, and what it decodes them to."""
-    tensors = {k.removeprefix(name + "."): v for k, v in load_file(FILE).items() if k.startswith(name + ".")}
+    tensors = {
+        k.removeprefix(name + "."): v
+        for k, v in load_file(FILE).items()
+        if k.startswith(name + ".")
+    }
     return tensors, tensors.pop("decoded", None)
 
 
@@ -50,7 +54,9 @@ def test_codes_and_absmax_have_the_bits_of_bitsandbytes(name: str) -> None:
     # too coarse for one code in a thousand: where codes differ, ours must be the nearer.
     assert abs(own.offset - theirs.offset) <= 4 * U * theirs.offset
     exact = encode(weight(name), case.kind, case.block_size).absmax - np.float32(theirs.offset)
-    values = np.concatenate([part / np.abs(part).max() for part in np.split(exact, range(256, exact.size, 256))])
+    values = np.concatenate(
+        [part / np.abs(part).max() for part in np.split(exact, range(256, exact.size, 256))]
+    )
     differ = own.absmax.codes != theirs.absmax.codes
     assert differ.sum() <= 1
     away = [np.abs(values - LEVELS["dynamic"][held.absmax.codes]) for held in (own, theirs)]
@@ -83,7 +89,9 @@ def test_what_bitsandbytes_stored_is_written_byte_for_byte(name: str) -> None:
 def test_a_layer_is_read_as_it_was_written(
     out: int, inside: int, kind: str, block_size: int, double_quant: bool, bias: bool, dtype: str
 ) -> None:
-    layer = QuantizedLinear.from_linear(linear(out, inside, bias=bias, dtype=dtype), kind, block_size, double_quant)
+    layer = QuantizedLinear.from_linear(
+        linear(out, inside, bias=bias, dtype=dtype), kind, block_size, double_quant
+    )
     tensors = write_bitsandbytes(layer)
     again = read_bitsandbytes(tensors)
     assert again.dtype == layer.dtype
@@ -111,7 +119,9 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
 
 def changed(changes: dict[str, Any], double_quant: bool = True) -> dict[str, Any]:
     """A good layer's tensors with some replaced, or left out (None); "state" changes fields of the JSON."""
-    tensors: dict[str, Any] = write_bitsandbytes(QuantizedLinear.from_linear(linear(), double_quant=double_quant))
+    tensors: dict[str, Any] = write_bitsandbytes(
+        QuantizedLinear.from_linear(linear(), double_quant=double_quant)
+    )
     for key, value in changes.items():
         if key == "state":
             state = json.loads(tensors[STATE].tobytes())
@@ -208,7 +218,10 @@ def test_a_field_that_is_not_as_it_must_be_is_named(case: str) -> None:
 
 def test_a_map_may_differ_in_its_last_bit() -> None:
     moved = changed({"weight.nested_quant_map": lambda a: np.nextafter(a, np.float32(2))})
-    assert read_bitsandbytes(moved).dense_weight().tobytes() == read_bitsandbytes(changed({})).dense_weight().tobytes()
+    assert (
+        read_bitsandbytes(moved).dense_weight().tobytes()
+        == read_bitsandbytes(changed({})).dense_weight().tobytes()
+    )
 
 
 @given(st.data())
@@ -236,7 +249,15 @@ GOOD = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_ty
     [
         (GOOD, Way("nf4", False)),
         ({**GOOD, "bnb_4bit_use_double_quant": True}, Way("nf4", True)),
-        ({**GOOD, "llm_int8_threshold": 6.0, "bnb_4bit_compute_dtype": "bfloat16", "unknown": [1]}, Way("nf4", False)),
+        (
+            {
+                **GOOD,
+                "llm_int8_threshold": 6.0,
+                "bnb_4bit_compute_dtype": "bfloat16",
+                "unknown": [1],
+            },
+            Way("nf4", False),
+        ),
         ({"load_in_4bit": True}, Way("fp4", False)),  # BitsAndBytesConfig's defaults
     ],
 )
@@ -253,10 +274,16 @@ def test_what_a_quantization_config_says(fields: dict[str, Any], way: Way) -> No
         ),
         ({"quant_method": "awq"}, "got 'awq'"),
         ({"quant_method": ["bitsandbytes"]}, "quant_method must be"),
-        ({"load_in_8bit": True, "load_in_4bit": False}, "load_in_8bit must be false, got True; .* nf4 and fp4"),
+        (
+            {"load_in_8bit": True, "load_in_4bit": False},
+            "load_in_8bit must be false, got True; .* nf4 and fp4",
+        ),
         ({"load_in_4bit": False}, "load_in_4bit must be true"),
         ({"load_in_4bit": 1}, "load_in_4bit must be true, got 1"),
-        ({"bnb_4bit_quant_type": "int4"}, 'bnb_4bit_quant_type must be "nf4" or "fp4", got \'int4\''),
+        (
+            {"bnb_4bit_quant_type": "int4"},
+            'bnb_4bit_quant_type must be "nf4" or "fp4", got \'int4\'',
+        ),
         ({"bnb_4bit_use_double_quant": "yes"}, "bnb_4bit_use_double_quant must be false or true"),
         ({"bnb_4bit_quant_storage": "bfloat16"}, 'bnb_4bit_quant_storage must be "uint8"'),
     ],
@@ -280,10 +307,16 @@ def test_a_model_says_how_it_is_held(kind: str, double_quant: bool) -> None:
 
 
 def test_what_has_no_such_form_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj is int8: only nf4 and fp4 .* dequantize"):
+    with pytest.raises(
+        ConfigError, match=r"layers\.0\.self_attn\.q_proj is int8: only nf4 and fp4 .* dequantize"
+    ):
         quantization_config(quantize(base(), "int8"))
     mixed = quantize(base())
     mlp = mixed.model.layers[1].mlp
-    mlp.up_proj = QuantizedLinear.from_linear(base().model.layers[1].mlp.up_proj, "fp4", double_quant=False)
-    with pytest.raises(ConfigError, match=r"q_proj is nf4 with double quantisation, .*up_proj is fp4; dequantize"):
+    mlp.up_proj = QuantizedLinear.from_linear(
+        base().model.layers[1].mlp.up_proj, "fp4", double_quant=False
+    )
+    with pytest.raises(
+        ConfigError, match=r"q_proj is nf4 with double quantisation, .*up_proj is fp4; dequantize"
+    ):
         quantization_config(mixed)

@@ -36,15 +36,31 @@ TALK = [
     {"role": "assistant", "content": "the  mat\n"},
 ]
 WORD = st.sampled_from(
-    ["the cat", " ", "\n", "é\U0001f600", "<s>", "</s>", "<|im_end|>", "x", "</think>", "  sat ", ""]
+    [
+        "the cat",
+        " ",
+        "\n",
+        "é\U0001f600",
+        "<s>",
+        "</s>",
+        "<|im_end|>",
+        "x",
+        "</think>",
+        "  sat ",
+        "",
+    ]
 )
 SAID = st.lists(WORD, max_size=4).map("".join)
 
 
 @st.composite
 def talks(draw):
-    pairs = [[("user", draw(SAID)), ("assistant", draw(SAID))] for _ in range(draw(st.integers(1, 3)))]
-    turns = [("system", draw(SAID))] * draw(st.integers(0, 1)) + [turn for pair in pairs for turn in pair]
+    pairs = [
+        [("user", draw(SAID)), ("assistant", draw(SAID))] for _ in range(draw(st.integers(1, 3)))
+    ]
+    turns = [("system", draw(SAID))] * draw(st.integers(0, 1)) + [
+        turn for pair in pairs for turn in pair
+    ]
     return [{"role": role, "content": content} for role, content in turns]
 
 
@@ -54,7 +70,9 @@ def models(tmp_path_factory):
     found = {}
     with contextlib.ExitStack() as stack:
         for i, (name, template) in enumerate(ALL.items()):
-            folder = write_tokenizer(tmp_path_factory.mktemp("chat"), template, trim_offsets=bool(i % 2))
+            folder = write_tokenizer(
+                tmp_path_factory.mktemp("chat"), template, trim_offsets=bool(i % 2)
+            )
             found[name] = folder, stack.enter_context(Chat(load_tokenizer(folder, 1000)))
         yield found
 
@@ -93,7 +111,9 @@ def test_text_and_ids_are_those_of_transformers(models, that_day, name):
     @given(talks())
     def same(messages):
         for prompt in (False, True):
-            text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            text = theirs.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt
+            )
             assert chat.render(messages, prompt) == text
         found = theirs.apply_chat_template(messages, return_dict=True)
         assert chat.encode(messages).ids.tolist() == found["input_ids"]
@@ -137,7 +157,12 @@ def test_every_turn_is_learned_whole_and_nothing_else(models, messages):
         _, chat = models[name]
         text, spans = chat.turns(messages)
         turns = [m["content"] for m in messages if m["role"] == "assistant"]
-        ends = {"chatml": "<|im_end|>\n\n", "zephyr": "</s>\n", "phi": "<|end|>\n", "chatml, marked": "<|im_end|>\n"}
+        ends = {
+            "chatml": "<|im_end|>\n\n",
+            "zephyr": "</s>\n",
+            "phi": "<|end|>\n",
+            "chatml, marked": "<|im_end|>\n",
+        }
         assert [text[start:stop] for start, stop in spans] == [turn + ends[name] for turn in turns]
 
 
@@ -166,19 +191,34 @@ def test_the_template_is_found_where_transformers_finds_it(tmp_path):
         with Chat(load_tokenizer(tmp_path, 1000)) as chat:
             return chat.render(TALK)
 
-    several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ bos_token }}one"}]
+    several = [
+        {"name": "tool_use", "template": "tools"},
+        {"name": "default", "template": "{{ bos_token }}one"},
+    ]
     assert written("{{ eos_token }}") == "</s>"
     assert written(several) == "<s>one"
     assert written(several, b"file {{ pad_token }}") == "file "
     assert written(None, "é".encode()) == "é"
     for template, jinja, named in [
         (None, None, "needs a tokenizer.json and its chat template"),
-        ([{"name": "tool_use", "template": "tools"}], None, "needs a tokenizer.json and its chat template"),
+        (
+            [{"name": "tool_use", "template": "tools"}],
+            None,
+            "needs a tokenizer.json and its chat template",
+        ),
         ([3, {"name": "default"}], None, "needs a tokenizer.json and its chat template"),
-        ({"default": "x"}, None, "the chat_template in tokenizer_config.json beside .* expected a text, found dict"),
+        (
+            {"default": "x"},
+            None,
+            "the chat_template in tokenizer_config.json beside .* expected a text, found dict",
+        ),
         ([{"name": "default", "template": 3}], None, "expected a text, found int"),
         (None, b"a\xff", "chat_template.jinja beside .* is not UTF-8 at byte 1"),
-        ("{% if %}", None, "the chat_template in tokenizer_config.json beside .* line 1: Expected an expression"),
+        (
+            "{% if %}",
+            None,
+            "the chat_template in tokenizer_config.json beside .* line 1: Expected an expression",
+        ),
     ]:
         with pytest.raises(DataError, match=named):
             written(template, jinja)
@@ -193,8 +233,14 @@ THINKS += "{% if add_generation_prompt %}[assistant]<plan>{% endif %}"
 @pytest.mark.parametrize(
     ("template", "named"),
     [
-        (THINKS, "no turn can be told"),  # the prompt makes the model plan, and what is learned has no plan
-        ("{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}", "no turn can be told"),
+        (
+            THINKS,
+            "no turn can be told",
+        ),  # the prompt makes the model plan, and what is learned has no plan
+        (
+            "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}",
+            "no turn can be told",
+        ),
         ("{{ messages[0].role }}", "no turn can be told"),
         (
             "{% if messages[0].role != 'user' %}{{ raise_exception('no system') }}{% endif %}",
@@ -213,9 +259,16 @@ def test_only_turns_that_stay_as_they_were_are_learned(chat_of):
     again = [*TALK, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     lesson = chat.encode(again)
     assert lesson.skipped == 2
-    assert chat.tokenizer.decode(lesson.ids[lesson.learned]) == "<think>\n\n</think>\n\ny<|im_end|>\n"
-    two = [*TALK, {"role": "assistant", "content": "<think>a</think>y"}]  # nobody asked in between: both stand
-    text, spans = chat.turns([SYSTEM, TALK[1], {"role": "assistant", "content": "<think>b</think>x"}, two[-1]])
+    assert (
+        chat.tokenizer.decode(lesson.ids[lesson.learned]) == "<think>\n\n</think>\n\ny<|im_end|>\n"
+    )
+    two = [
+        *TALK,
+        {"role": "assistant", "content": "<think>a</think>y"},
+    ]  # nobody asked in between: both stand
+    text, spans = chat.turns(
+        [SYSTEM, TALK[1], {"role": "assistant", "content": "<think>b</think>x"}, two[-1]]
+    )
     assert [text[a:b] for a, b in spans] == [
         "<think>\nb\n</think>\n\nx<|im_end|>\n",
         "<think>\na\n</think>\n\ny<|im_end|>\n",
@@ -234,17 +287,26 @@ USER, TURN = {"role": "user", "content": "a"}, {"role": "assistant", "content": 
         ({"role": "user"}, "a list of messages, found dict"),
         ([USER], "no message is the assistant's"),
         ([USER, "b"], "message 2: expected 'role' and 'content' and no other key, found str"),
-        ([USER, {"role": "assistant"}], "message 2: expected 'role' and 'content' and no other key, found role"),
+        (
+            [USER, {"role": "assistant"}],
+            "message 2: expected 'role' and 'content' and no other key, found role",
+        ),
         ([USER, {}], "message 2: expected 'role' and 'content' and no other key, found nothing"),
         ([USER, {**TURN, "tool_calls": []}], "no other key, found content, role, tool_calls"),
-        ([USER, {**TURN, "role": "tool"}], "message 2: expected a role of system, user, assistant, found 'tool'"),
+        (
+            [USER, {**TURN, "role": "tool"}],
+            "message 2: expected a role of system, user, assistant, found 'tool'",
+        ),
         ([USER, {**TURN, "role": None}], "found 'None'"),
         ([USER, {**TURN, "role": ["user"]}], "expected a role of"),
         (
             [{**USER, "content": [{"type": "text", "text": "a"}]}, TURN],
             "message 1: expected 'content' to be a text, found list",
         ),
-        ([{**USER, "content": None}, TURN], "message 1: expected 'content' to be a text, found NoneType"),
+        (
+            [{**USER, "content": None}, TURN],
+            "message 1: expected 'content' to be a text, found NoneType",
+        ),
     ],
 )
 def test_what_is_no_conversation_is_named(messages, named):
@@ -255,7 +317,10 @@ def test_what_is_no_conversation_is_named(messages, named):
 
 
 def test_edges_are_places_in_the_text(tmp_path):
-    found = [load_tokenizer(write_tokenizer(tmp_path, None, trim_offsets=trim), 1000) for trim in (False, True)]
+    found = [
+        load_tokenizer(write_tokenizer(tmp_path, None, trim_offsets=trim), 1000)
+        for trim in (False, True)
+    ]
 
     @given(SAID)
     def tiled(text):
@@ -264,7 +329,11 @@ def test_edges_are_places_in_the_text(tmp_path):
             assert ids.tolist() == tokenizer.encode(text).tolist()
             assert ids.dtype == np.int32
             assert (starts < ends).all()
-            covered = [i for start, end in zip(starts.tolist(), ends.tolist(), strict=True) for i in range(start, end)]
+            covered = [
+                i
+                for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+                for i in range(start, end)
+            ]
             assert sorted(set(covered)) == list(range(len(text)))
 
     tiled()
@@ -357,7 +426,9 @@ def test_what_hangs_is_ended_where_the_system_sets_no_limits(chat_of):
 
 @pytest.mark.skipif(os.name != "posix", reason="interrupts itself with a signal")
 def test_an_interruption_leaves_no_process_behind(tmp_path):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what runs in the background
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # it is ignored in what runs in the background
     chat = Chat(load_tokenizer(write_tokenizer(tmp_path, HANGS), 1000), seconds=8)
     chat.patience = 4  # a signal may come just before the reading that it is to interrupt
 
@@ -380,12 +451,16 @@ def test_a_file_has_one_process_and_it_ends_with_it(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, TEMPLATES["llama2"]), 1000)
     started, popen = [], minilora.chat.subprocess.Popen
     monkeypatch.setattr(
-        minilora.chat.subprocess, "Popen", lambda *a, **b: started.append(popen(*a, **b)) or started[-1]
+        minilora.chat.subprocess,
+        "Popen",
+        lambda *a, **b: started.append(popen(*a, **b)) or started[-1],
     )
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "the cat"}\n' + (json.dumps({"messages": TALK}) + "\n") * 20)
     assert len(read_records(path, tokenizer, 1000)) == 21
-    path.write_text((json.dumps({"messages": TALK}) + "\n") * 20 + json.dumps({"messages": TALK[2:]}))
+    path.write_text(
+        (json.dumps({"messages": TALK}) + "\n") * 20 + json.dumps({"messages": TALK[2:]})
+    )
     with pytest.raises(DataError, match=r"line 21: .*user and assistant must take turns"):
         read_records(path, tokenizer, 1000)
     path.write_text('{"text": "the cat"}\n')
@@ -417,5 +492,7 @@ def test_the_process_has_limits_and_time_in_proportion_to_its_work(chat_of):
 def test_without_the_package_it_says_how_to_get_it(chat_of, monkeypatch):
     place = str(Path(jinja2.__file__).parents[1])
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != place])
-    with pytest.raises(DataError, match=r"tokenizer.json' needs the package 'jinja2': pip install -e \.\[hf\]"):
+    with pytest.raises(
+        DataError, match=r"tokenizer.json' needs the package 'jinja2': pip install -e \.\[hf\]"
+    ):
         chat_of("").encode(TALK)

@@ -85,12 +85,18 @@ def test_a_disk_that_fails_at_the_end_leaves_the_old_file(tmp_path, monkeypatch,
     assert contents(tmp_path) == {"a": b"old"}
 
 
-def test_the_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+def test_the_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_end(
+    tmp_path, monkeypatch
+):
     calls = []
     fsync, replace = os.fsync, os.replace
 
     def kind(descriptor: int) -> str:
-        return "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else f"{os.fstat(descriptor).st_size} bytes"
+        return (
+            "folder"
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode)
+            else f"{os.fstat(descriptor).st_size} bytes"
+        )
 
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(f"fsync {kind(fd)}"), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
@@ -147,7 +153,9 @@ def test_a_name_as_long_as_the_file_system_allows(tmp_path):
 
 # ---- JSON ----
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)  # halves of surrogate pairs are not text
+TEXT = st.text(
+    st.characters(exclude_categories=["Cs"]), max_size=5
+)  # halves of surrogate pairs are not text
 NUMBERS = st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXT,
@@ -162,7 +170,9 @@ def test_json_comes_back_as_it_went(tmp_path_factory, value):
     write_json(path, value)
     assert read_json(path) == value
     text = path.read_text(encoding="utf-8")
-    assert text == json.dumps({key: value[key] for key in sorted(value)}, indent=2) + "\n"  # inside, as it was
+    assert (
+        text == json.dumps({key: value[key] for key in sorted(value)}, indent=2) + "\n"
+    )  # inside, as it was
     assert text.isascii()
 
 
@@ -192,7 +202,10 @@ BAD_JSON: dict[str, tuple[bytes, str]] = {
     "depth 65": (b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", "deeper than 64"),
     "depth 100,000": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "deeper than 64"),
     "depth 100,000 unclosed": (b"[" * 100_000, "deeper than 64"),
-    "depth hidden behind an escaped quote": (b'{"\\\\\\"": "\\\\",  "b":' + b"[" * 100_000, "deeper than 64"),
+    "depth hidden behind an escaped quote": (
+        b'{"\\\\\\"": "\\\\",  "b":' + b"[" * 100_000,
+        "deeper than 64",
+    ),
     "control characters": (b'{"\x1b[31m": 1}', "not valid JSON"),
     "half a MB, twice": (b'{"%b": 1, "%b": 1}' % ((b"\\n" * 2**17,) * 2), "appears twice"),
     "2 MiB": (b"{" + b" " * (2 << 20) + b"}", "expected at most 1048576"),
@@ -288,12 +301,14 @@ def test_quoted_is_short_and_printable(text, limit):
 def split(folder: Path, shards: int = 3) -> dict[str, str]:
     """Rewrite a whole checkpoint as shards; returns the weight map."""
     with Checkpoint(folder) as whole:
-        tensors = {key: whole.read(key) for key in whole.keys()}  # noqa: SIM118
+        tensors = {key: whole.read(key) for key in whole.keys()}
     (folder / "model.safetensors").unlink()
     name = "model-{:05}-of-" + f"{shards:05}.safetensors"
     weight_map = {key: name.format(1 + i % shards) for i, key in enumerate(tensors)}
     for shard in set(weight_map.values()):
-        save_file(folder / shard, {key: tensors[key] for key in tensors if weight_map[key] == shard})
+        save_file(
+            folder / shard, {key: tensors[key] for key in tensors if weight_map[key] == shard}
+        )
     write_index(folder, weight_map)
     return weight_map
 
@@ -312,9 +327,13 @@ def model(tmp_path) -> Path:
 def test_a_golden_model_is_read_and_rewritten(tmp_path, name):
     config, checkpoint = read_checkpoint(GOLDEN / name)
     with checkpoint:
-        tensors = {key: checkpoint.read(key) for key in checkpoint.keys()}  # noqa: SIM118
+        tensors = {key: checkpoint.read(key) for key in checkpoint.keys()}
         assert config["model_type"] == name.partition("_")[0]
-        norm, width = ("transformer.ln_f.weight", "n_embd") if name == "gpt2" else ("model.norm.weight", "hidden_size")
+        norm, width = (
+            ("transformer.ln_f.weight", "n_embd")
+            if name == "gpt2"
+            else ("model.norm.weight", "hidden_size")
+        )
         assert checkpoint.shape(norm) == (config[width],)
         assert checkpoint.dtype(norm) == "F32"
         assert len(checkpoint) == len(tensors)
@@ -323,14 +342,16 @@ def test_a_golden_model_is_read_and_rewritten(tmp_path, name):
         checkpoint.read(norm)
     write_checkpoint(tmp_path / "new" / "deep", config, tensors)
     assert sorted(os.listdir(tmp_path / "new" / "deep")) == ["config.json", "model.safetensors"]
-    assert read_json(tmp_path / "new" / "deep" / "config.json") == read_json(GOLDEN / name / "config.json")
+    assert read_json(tmp_path / "new" / "deep" / "config.json") == read_json(
+        GOLDEN / name / "config.json"
+    )
     written = (tmp_path / "new" / "deep" / "model.safetensors").read_bytes()
     assert written == (GOLDEN / name / "model.safetensors").read_bytes()
 
 
 def test_shards_are_one_checkpoint(model):
     with Checkpoint(model) as whole:
-        expected = {key: whole.read(key) for key in whole.keys()}  # noqa: SIM118
+        expected = {key: whole.read(key) for key in whole.keys()}
     before = open_descriptors()
     split(model)
     with read_checkpoint(model)[1] as checkpoint:
@@ -399,7 +420,10 @@ HOSTILE_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
         r"'pytorch_model\.bin' is a pickle, and only safetensors are read",
     ),
-    "only a .pt": (lambda m: (m / "model.safetensors").rename(m / "m.pt"), "only safetensors are read"),
+    "only a .pt": (
+        lambda m: (m / "model.safetensors").rename(m / "m.pt"),
+        "only safetensors are read",
+    ),
     "a pickle under the right name": (
         lambda m: (m / "model.safetensors").write_bytes(b"\x80\x04\x95" * 99),
         r"no \.bin, \.pt",
@@ -409,13 +433,18 @@ HOSTILE_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         "not a regular file",
     ),
     "config is a list": (lambda m: (m / "config.json").write_text("[]"), "expected a JSON object"),
-    "config is a pipe": (lambda m: ((m / "config.json").unlink(), os.mkfifo(m / "config.json")), "not a regular file"),
+    "config is a pipe": (
+        lambda m: ((m / "config.json").unlink(), os.mkfifo(m / "config.json")),
+        "not a regular file",
+    ),
     "no weight_map": (hostile_index(lambda m, w: "x"), "weight_map must"),
     "weight_map of numbers": (hostile_index(lambda m, w: {"a": 1}), "weight_map must"),
     "parent": (put("../secret.safetensors"), "lies outside the folder"),
     "absolute": (put("/etc/passwd.safetensors"), "lies outside the folder"),
     "absolute, though inside": (
-        hostile_index(lambda m, w: w.update({next(iter(w)): str(m / "model-00001-of-00003.safetensors")})),
+        hostile_index(
+            lambda m, w: w.update({next(iter(w)): str(m / "model-00001-of-00003.safetensors")})
+        ),
         "lies outside the folder",
     ),
     "backslash": (put("..\\secret.safetensors"), "not the name of"),
@@ -427,15 +456,23 @@ HOSTILE_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "name of 255": (put("x" * 243 + ".safetensors"), "is missing"),
     "name of 256": (put("x" * 244 + ".safetensors"), "is not the name of a safetensors file"),
     "10 kB name": (put("\x1b" * 10_000 + ".safetensors"), r"is not the name of a safetensors file"),
-    "same shard by another way": (put("../model/model-00002-of-00003.safetensors"), "listed for it but not in it"),
+    "same shard by another way": (
+        put("../model/model-00002-of-00003.safetensors"),
+        "listed for it but not in it",
+    ),
     "wrong shard": (hostile_index(swapped), "listed for it but not in it"),
     "tensor not stored": (
         hostile_index(lambda m, w: w.update({"zzz": "model-00001-of-00003.safetensors"})),
         "'zzz' is listed for it but not in it",
     ),
-    "tensor not listed": (hostile_index(lambda m, w: w.pop("model.norm.weight") and None), "in it but not listed"),
+    "tensor not listed": (
+        hostile_index(lambda m, w: w.pop("model.norm.weight") and None),
+        "in it but not listed",
+    ),
     "damaged last shard": (
-        hostile_index(lambda m, w: (m / "model-00003-of-00003.safetensors").write_bytes(b"\0" * 9) and None),
+        hostile_index(
+            lambda m, w: (m / "model-00003-of-00003.safetensors").write_bytes(b"\0" * 9) and None
+        ),
         "not a safetensors file",
     ),
 }
@@ -496,7 +533,10 @@ def test_the_defaults_are_peft_s():
 
 HOSTILE_ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda a: (a / "adapter_config.json").unlink(), r"has no adapter_config\.json"),
-    "no weights": (lambda a: (a / "adapter_model.safetensors").unlink(), r"has no adapter_model\.safetensors$"),
+    "no weights": (
+        lambda a: (a / "adapter_model.safetensors").unlink(),
+        r"has no adapter_model\.safetensors$",
+    ),
     "a pickle": (
         lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"),
         r"adapter_model\.bin is a pickle and is not read",
@@ -513,9 +553,18 @@ HOSTILE_ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda a: (a / "adapter_config.json").rename(a / "multitask.json"),
         r"has no adapter_config\.json: it holds an adapter for each task, in a folder of its own",
     ),
-    "config twice": (lambda a: (a / "adapter_config.json").write_text('{"r": 1, "r": 2}'), "'r' appears twice"),
-    "alpha is NaN": (lambda a: (a / "adapter_config.json").write_text('{"lora_alpha": NaN}'), "not valid JSON"),
-    "alpha is 1e400": (lambda a: (a / "adapter_config.json").write_text('{"lora_alpha": 1e400}'), "not valid JSON"),
+    "config twice": (
+        lambda a: (a / "adapter_config.json").write_text('{"r": 1, "r": 2}'),
+        "'r' appears twice",
+    ),
+    "alpha is NaN": (
+        lambda a: (a / "adapter_config.json").write_text('{"lora_alpha": NaN}'),
+        "not valid JSON",
+    ),
+    "alpha is 1e400": (
+        lambda a: (a / "adapter_config.json").write_text('{"lora_alpha": 1e400}'),
+        "not valid JSON",
+    ),
     "cut weights": (lambda a: os.truncate(a / "adapter_model.safetensors", 1200), "the file holds"),
 }
 
@@ -534,7 +583,11 @@ def test_one_changed_byte_of_a_config_is_refused_or_read_as_json():
     refused = 0
     for at in range(len(source)):
         before, byte, after = source[:at], source[at], source[at + 1 :]
-        for changed in (before + bytes([byte ^ 1]) + after, before + bytes([byte ^ 128]) + after, before + after):
+        for changed in (
+            before + bytes([byte ^ 1]) + after,
+            before + bytes([byte ^ 128]) + after,
+            before + after,
+        ):
             try:
                 assert parse_json(changed, "a.json") == json.loads(changed)
             except FormatError:
@@ -547,13 +600,25 @@ def test_nothing_here_can_run_code_or_reach_the_network():
     room = Path(__file__).parent.parent / "minilora" / "formats"
     for path in room.glob("*.py"):
         words = set(path.read_text(encoding="utf-8").replace("(", " ").replace(".", " ").split())
-        assert not words & {"eval", "exec", "importlib", "__import__", "allow_pickle", "socket", "urllib", "mmap"}
+        assert not words & {
+            "eval",
+            "exec",
+            "importlib",
+            "__import__",
+            "allow_pickle",
+            "socket",
+            "urllib",
+            "mmap",
+        }
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import numpy; before = set(sys.modules); import minilora.formats;"
         "print(*sorted(set(sys.modules) - before))"
     )
     loaded = subprocess.run(
-        [sys.executable, "-c", script, str(room.parent.parent)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, str(room.parent.parent)],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     assert "minilora.formats.disk" in loaded
     assert not {"socket", "ssl", "urllib.request", "mmap"} & set(loaded)

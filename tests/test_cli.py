@@ -45,7 +45,17 @@ from minilora.tokenizer import ByteTokenizer
 pytestmark = pytest.mark.filterwarnings("default")
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
-COMMANDS = ("demo", "pretrain", "finetune", "generate", "evaluate", "merge", "inspect", "verify", "devices")
+COMMANDS = (
+    "demo",
+    "pretrain",
+    "finetune",
+    "generate",
+    "evaluate",
+    "merge",
+    "inspect",
+    "verify",
+    "devices",
+)
 COMMANDS += ("combine", "diff", "extract", "resize", "convert")
 TINY = "--batch-size 2 --context 16 --threads 2"
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
@@ -84,19 +94,29 @@ def made(tmp_path_factory):
         Path("short.txt").write_bytes(b"abcd")
         Path("half.txt").write_bytes(TEXT[:18])
         Path("smile.txt").write_text("\N{SLIGHTLY SMILING FACE}", encoding="utf-8")
-        sums = [{"prompt": f"{a} + {b} = ", "completion": f"{a + b}\n"} for a in range(9) for b in range(4)]
+        sums = [
+            {"prompt": f"{a} + {b} = ", "completion": f"{a + b}\n"}
+            for a in range(9)
+            for b in range(4)
+        ]
         Path("sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sums))
         Path("one.jsonl").write_text('{"text": "only one"}\n')
         Path("chat.jsonl").write_text('\n{"messages": [{"role": "user", "content": "hi"}]}\n')
-        Path("wordy.jsonl").write_text(json.dumps({"prompt": "why? " * 9, "completion": "because"}) + "\n")
+        Path("wordy.jsonl").write_text(
+            json.dumps({"prompt": "why? " * 9, "completion": "because"}) + "\n"
+        )
         Path("damaged.jsonl").write_text('{"text": "well"}\n{"text": "not so')
         Path("bare.jsonl").write_text("\n\n")
         Path("folder").mkdir()
         Path("full").mkdir()
         Path("full", "mine.txt").write_text("keep me")
         ok(f"pretrain --data book.txt --out base --steps 4 --save-every 2 {TINY} {SHAPE}")
-        ok(f"finetune --base base --data book.txt --out adapter --steps 4 --save-every 2 {TINY} --lr 0.05")
-        ok(f"finetune --base base --tasks book.txt latin.txt --shared-r 2 --out tasks --steps 4 {TINY} --lr 0.05")
+        ok(
+            f"finetune --base base --data book.txt --out adapter --steps 4 --save-every 2 {TINY} --lr 0.05"
+        )
+        ok(
+            f"finetune --base base --tasks book.txt latin.txt --shared-r 2 --out tasks --steps 4 {TINY} --lr 0.05"
+        )
         ok(f"pretrain --data book.txt --out wide --steps 1 {TINY} {SHAPE.replace('16', '24')}")
 
         def damaged(source: str, name: str, file: str, change) -> None:
@@ -109,29 +129,65 @@ def made(tmp_path_factory):
             ("adapter", "adapter_model.safetensors", "adapter_config.json"),
         ):
             damaged(source, f"{source}-cut", weights, lambda data: data[:-3])
-            damaged(source, f"{source}-header", weights, lambda data: data[:20] + bytes([data[20] ^ 0xFF]) + data[21:])
+            damaged(
+                source,
+                f"{source}-header",
+                weights,
+                lambda data: data[:20] + bytes([data[20] ^ 0xFF]) + data[21:],
+            )
             damaged(source, f"{source}-nothing", weights, lambda data: b"")
             damaged(source, f"{source}-config-cut", config, lambda data: data[: len(data) // 2])
             damaged(source, f"{source}-config-list", config, lambda data: b"[]")
-            damaged(source, f"{source}-config-twice", config, lambda data: data.replace(b"{", b'{"r": 8, "r": 9,', 1))
+            damaged(
+                source,
+                f"{source}-config-twice",
+                config,
+                lambda data: data.replace(b"{", b'{"r": 8, "r": 9,', 1),
+            )
             damaged(source, f"{source}-no-weights", weights, lambda data: data)
             Path(f"{source}-no-weights", weights).unlink()
-        damaged("base", "base-heads", "config.json", lambda data: data.replace(b'heads": 2', b'heads": 3'))
-        damaged("base", "base-layers", "config.json", lambda data: data.replace(b'layers": 1', b'layers": 2'))
-        damaged("adapter", "adapter-r0", "adapter_config.json", lambda data: data.replace(b'"r": 8', b'"r": 0'))
-        damaged("adapter", "adapter-r4", "adapter_config.json", lambda data: data.replace(b'"r": 8', b'"r": 4'))
+        damaged(
+            "base",
+            "base-heads",
+            "config.json",
+            lambda data: data.replace(b'heads": 2', b'heads": 3'),
+        )
+        damaged(
+            "base",
+            "base-layers",
+            "config.json",
+            lambda data: data.replace(b'layers": 1', b'layers": 2'),
+        )
+        damaged(
+            "adapter",
+            "adapter-r0",
+            "adapter_config.json",
+            lambda data: data.replace(b'"r": 8', b'"r": 0'),
+        )
+        damaged(
+            "adapter",
+            "adapter-r4",
+            "adapter_config.json",
+            lambda data: data.replace(b'"r": 8', b'"r": 4'),
+        )
         dora, biased = (
-            lambda data, n=n: data.replace(b'"%s": false' % n, b'"%s": true' % n) for n in (b"use_dora", b"lora_bias")
+            lambda data, n=n: data.replace(b'"%s": false' % n, b'"%s": true' % n)
+            for n in (b"use_dora", b"lora_bias")
         )
         damaged("adapter", "adapter-dora", "adapter_config.json", dora)
         damaged("adapter-dora", "adapter-dora-bias", "adapter_config.json", biased)
         damaged("base", "base-tokens", "tokenizer.json", lambda data: data[:100])
         damaged("base", "base-nan", "config.json", lambda data: data)
         tensors = load_file("base/model.safetensors")
-        save_file("base-nan/model.safetensors", {k: v * np.float32(np.nan) for k, v in tensors.items()})
+        save_file(
+            "base-nan/model.safetensors", {k: v * np.float32(np.nan) for k, v in tensors.items()}
+        )
         damaged("adapter", "adapter-nan", "adapter_config.json", lambda data: data)
         tensors = load_file("adapter/adapter_model.safetensors")
-        save_file("adapter-nan/adapter_model.safetensors", {k: v * np.float32(np.nan) for k, v in tensors.items()})
+        save_file(
+            "adapter-nan/adapter_model.safetensors",
+            {k: v * np.float32(np.nan) for k, v in tensors.items()},
+        )
         yield world
     finally:
         os.chdir(before)
@@ -155,11 +211,17 @@ def test_the_parts_load_as_models(world):
 
 
 @pytest.mark.parametrize(
-    "style", [str, lambda line: re.sub(r"(?<=\w)-(?=\w)", "_", line)], ids=["hyphens", "underscores"]
+    "style",
+    [str, lambda line: re.sub(r"(?<=\w)-(?=\w)", "_", line)],
+    ids=["hyphens", "underscores"],
 )
 def test_hyphens_and_underscores_are_alike(style, world, tmp_path):
-    options = style("--batch-size=2 --target-modules o_proj --weight-decay 0.1 --lora-alpha 3 --eval-every 1")
-    ok(f"finetune --base base --data book.txt --steps 1 --context 8 --out '{tmp_path}/out' {options}")
+    options = style(
+        "--batch-size=2 --target-modules o_proj --weight-decay 0.1 --lora-alpha 3 --eval-every 1"
+    )
+    ok(
+        f"finetune --base base --data book.txt --steps 1 --context 8 --out '{tmp_path}/out' {options}"
+    )
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["lora_alpha"], config["target_modules"]) == (3, ["o_proj"])
     assert len((tmp_path / "out" / "eval.jsonl").read_text().splitlines()) == 2
@@ -179,7 +241,9 @@ def test_records_are_trained_on_and_measured(world, tmp_path):
     lines = Path("sums.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "held.jsonl").write_text("".join(lines[-4:]))  # the last tenth of 36
     (tmp_path / "kept.jsonl").write_text("".join(lines[:-4]))
-    measured = ok(f"evaluate --base base --adapter '{out}/one' --data '{tmp_path}/held.jsonl' --context 16")
+    measured = ok(
+        f"evaluate --base base --adapter '{out}/one' --data '{tmp_path}/held.jsonl' --context 16"
+    )
     assert measured.startswith(f"loss {loss:.6f} nats a token, {loss / np.log(2):.4f} bits a byte")
     ok(f"{line}/two --data '{tmp_path}/kept.jsonl' --eval-data '{tmp_path}/held.jsonl'")
     files = [(out / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")]
@@ -187,7 +251,9 @@ def test_records_are_trained_on_and_measured(world, tmp_path):
     ok(f"{line}/three --data sums.jsonl --eval-data book.txt")
     ok(f"{line}/four --data book.txt --eval-data sums.jsonl")
     ok(f"{line}/five --tasks sums.jsonl book.txt")
-    assert MultiTask.from_pretrained(CausalLM.from_pretrained("base"), out / "five").tasks.keys() == {"sums", "book"}
+    assert MultiTask.from_pretrained(
+        CausalLM.from_pretrained("base"), out / "five"
+    ).tasks.keys() == {"sums", "book"}
 
 
 def test_a_record_that_is_cut_is_told_of(world, tmp_path):
@@ -206,7 +272,14 @@ def test_a_value_keeps_its_underscores_and_hyphens(world):
 
 
 def test_generate_goes_on_from_the_prompt_and_repeats_itself(world):
-    for options in ("", "--temperature 0", "--top-k 3", "--top-k 100000", "--top-p 0.5", "--adapter adapter"):
+    for options in (
+        "",
+        "--temperature 0",
+        "--top-k 3",
+        "--top-k 100000",
+        "--top-p 0.5",
+        "--adapter adapter",
+    ):
         line = f"generate --base base --prompt 'the quick' --max-new-tokens 8 --seed 3 {options}"
         first = ok(line)
         assert first.startswith("the quick")
@@ -216,8 +289,12 @@ def test_generate_goes_on_from_the_prompt_and_repeats_itself(world):
 
 
 def test_a_prompt_may_be_longer_than_the_context_and_hold_any_bytes(world):
-    assert ok(f"generate --base base --prompt '{'long ' * 100}' --max-new-tokens 3").startswith("long long")
-    code, out, _ = run(["generate", "--base", "base", "--prompt", "\x1b[31m\udcff é", "--max-new-tokens", "2"])
+    assert ok(f"generate --base base --prompt '{'long ' * 100}' --max-new-tokens 3").startswith(
+        "long long"
+    )
+    code, out, _ = run(
+        ["generate", "--base", "base", "--prompt", "\x1b[31m\udcff é", "--max-new-tokens", "2"]
+    )
     assert code == 0
     assert out.startswith("\\x1b[31m\N{REPLACEMENT CHARACTER} é")
 
@@ -232,7 +309,10 @@ def test_merging_gives_the_same_measure_as_the_adapter(world, tmp_path):
 
     def loss(said):
         return float(
-            re.match(r"loss ([\d.]+) nats a token, [\d.]+ bits a byte, perplexity [\d.]+ \(context \d+\)\n$", said)[1]
+            re.match(
+                r"loss ([\d.]+) nats a token, [\d.]+ bits a byte, perplexity [\d.]+ \(context \d+\)\n$",
+                said,
+            )[1]
         )
 
     assert loss(merged) == pytest.approx(loss(adapted), abs=2e-6)
@@ -249,15 +329,25 @@ def test_evaluate_with_a_limit(world):
 
 
 def test_several_tasks_are_adapters_by_the_names_of_their_files(world, tmp_path):
-    line = f"finetune --base base --tasks book.txt latin.txt --out '{tmp_path}/out' --steps 2 {TINY}"
+    line = (
+        f"finetune --base base --tasks book.txt latin.txt --out '{tmp_path}/out' --steps 2 {TINY}"
+    )
     said = ok(f"{line} --shared-r 2 --r 3 --save-every 1")
     assert f"book {len(TEXT) * 9 // 10:,}, latin" in said
     model = MultiTask.from_pretrained(CausalLM.from_pretrained("base"), tmp_path / "out")
     assert model.tasks == {"book": ("shared", "book"), "latin": ("shared", "latin")}
-    assert {name: config.r for name, config in model.peft_config.items()} == {"shared": 2, "book": 3, "latin": 3}
-    assert set(json.loads((tmp_path / "out" / "eval.jsonl").read_text().splitlines()[0])["tasks"]) == set(model.tasks)
+    assert {name: config.r for name, config in model.peft_config.items()} == {
+        "shared": 2,
+        "book": 3,
+        "latin": 3,
+    }
+    assert set(
+        json.loads((tmp_path / "out" / "eval.jsonl").read_text().splitlines()[0])["tasks"]
+    ) == set(model.tasks)
     ok(f"{line} --shared-r 2 --r 3 --save-every 1 --resume")
-    ok(f"finetune --base base --tasks book.txt latin.txt --method full --steps 1 {TINY} --out '{tmp_path}/full'")
+    ok(
+        f"finetune --base base --tasks book.txt latin.txt --method full --steps 1 {TINY} --out '{tmp_path}/full'"
+    )
     assert CausalLM.from_pretrained(tmp_path / "full").config.hidden_size == 16
 
 
@@ -268,9 +358,15 @@ def test_a_task_is_chosen_by_its_name(world, tmp_path):
         ok(f"merge --base base --adapter tasks --task {task} --out '{tmp_path}/{task}'")
         merged = CausalLM.from_pretrained(tmp_path / task)
         assert np.abs(merged(ids).data - model(ids, tasks=task).data).max() < 1e-4
-    texts = {ok(f"evaluate --base base --adapter tasks --data book.txt --task {task}") for task in model.tasks}
+    texts = {
+        ok(f"evaluate --base base --adapter tasks --data book.txt --task {task}")
+        for task in model.tasks
+    }
     assert len(texts) == 2
-    assert ok("generate --base base --adapter tasks --task book --prompt hi --max-new-tokens 0") == "hi\n"
+    assert (
+        ok("generate --base base --adapter tasks --task book --prompt hi --max-new-tokens 0")
+        == "hi\n"
+    )
     assert "model.layers.0" in ok("inspect tasks/book")
 
 
@@ -281,42 +377,64 @@ def test_inspect(world):
     report = json.loads(ok("inspect adapter --json"))
     tensors = load_file("adapter/adapter_model.safetensors")
     assert report["parameters"] == sum(a.size for a in tensors.values())
-    assert [row["layer"] for row in report["tensors"]] == [f"model.layers.0.self_attn.{n}_proj" for n in "qv"]
+    assert [row["layer"] for row in report["tensors"]] == [
+        f"model.layers.0.self_attn.{n}_proj" for n in "qv"
+    ]
     name = report["tensors"][0]["layer"]
     A, B = (tensors[f"base_model.model.{name}.lora_{x}.weight"].astype(float) for x in "AB")
     assert float(report["tensors"][0]["|dW|"]) == pytest.approx(np.linalg.norm(B @ A), rel=1e-3)
     model = CausalLM.from_pretrained("base")
     for where in ("base", "base/model.safetensors"):
-        assert json.loads(ok(f"inspect {where} --json"))["parameters"] == sum(p.size for p in model.parameters())
+        assert json.loads(ok(f"inspect {where} --json"))["parameters"] == sum(
+            p.size for p in model.parameters()
+        )
     assert "model.embed_tokens.weight" in ok("inspect base")
     assert re.search(r"^finite +False$", ok("inspect adapter-nan"), re.MULTILINE)
 
 
 def test_the_tools_turn_files_into_files(world, tmp_path):
     out = lambda name: shlex.quote(str(tmp_path / name))  # noqa: E731
-    said = ok(f"merge --base base --adapter adapter --adapter adapter --weights -0.5,1 --out {out('tuned')}")
+    said = ok(
+        f"merge --base base --adapter adapter --adapter adapter --weights -0.5,1 --out {out('tuned')}"
+    )
     assert re.search(r"rounding took at most 0\.\d\d% of a dW: of model.layers.0", said)
-    rows = json.loads(ok(f"merge --base base --adapter adapter --dtype bfloat16 --json --out {out('half')}"))["tensors"]
+    rows = json.loads(
+        ok(f"merge --base base --adapter adapter --dtype bfloat16 --json --out {out('half')}")
+    )["tensors"]
     assert [row["tensor"].rsplit(".", 2)[1] for row in rows] == ["q_proj", "v_proj"]
     assert all(row["lost"] > 0 for row in rows)
     report = json.loads(ok(f"diff base {out('tuned')} --json"))
-    assert [row["tensor"] for row in report["tensors"] if row["|b - a|"]] == [row["tensor"] for row in rows]
+    assert [row["tensor"] for row in report["tensors"] if row["|b - a|"]] == [
+        row["tensor"] for row in rows
+    ]
     assert "q_proj" in ok(f"diff base {out('tuned')} --no-ranks")
-    assert "misses 0.000%" in ok(f"extract --base base --tuned {out('tuned')} --r 8 --out {out('extracted')}")
+    assert "misses 0.000%" in ok(
+        f"extract --base base --tuned {out('tuned')} --r 8 --out {out('extracted')}"
+    )
     both = f"combine --adapter adapter --adapter {out('extracted')} --weights 0.5,-1"
     assert "of all layers together cat misses 0.000%" in ok(f"{both} --out {out('both')}")
-    cancelled = ok(f"combine --adapter adapter --adapter adapter --weights -1,1 --out {out('cancelled')}")
+    cancelled = ok(
+        f"combine --adapter adapter --adapter adapter --weights -1,1 --out {out('cancelled')}"
+    )
     assert re.search(r"together cat misses \d\S* of a dW that is 0 -> ", cancelled)
     rows = json.loads(ok(f"{both} --how svd --r 3 --json --out {out('near')}"))["tensors"]
     assert {row["r"] for row in rows} == {"8 + 8 -> 3"}
-    assert ok(f"resize --adapter {out('extracted')} --r 2 --out {out('small')}").count("8 -> 2") == 2
-    assert ok(f"convert {out('small')} --to mlx --out {out('mlx')}").startswith("an adapter in mlx-lm's files -> ")
+    assert (
+        ok(f"resize --adapter {out('extracted')} --r 2 --out {out('small')}").count("8 -> 2") == 2
+    )
+    assert ok(f"convert {out('small')} --to mlx --out {out('mlx')}").startswith(
+        "an adapter in mlx-lm's files -> "
+    )
     ok(f"convert {out('mlx')} --to peft --out {out('peft')}")
     ok(f"convert base --dtype float16 --out {out('half-base')}")
     report = json.loads(ok(f"inspect {out('peft')} --base base --json"))
     assert report["mismatches"] == []
     assert all(len(values) == 2 for values in report["spectra"].values())
-    assert re.search(r"^mismatches +q_proj|unknown|adapter is for", ok("inspect adapter --base wide"), re.MULTILINE)
+    assert re.search(
+        r"^mismatches +q_proj|unknown|adapter is for",
+        ok("inspect adapter --base wide"),
+        re.MULTILINE,
+    )
 
 
 def test_escapes_in_a_file_do_not_reach_the_terminal(world, tmp_path):
@@ -325,7 +443,9 @@ def test_escapes_in_a_file_do_not_reach_the_terminal(world, tmp_path):
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "base_model_name_or_path": "\x1b[2J\nevil"}))
     said = ok(f"inspect '{tmp_path}/evil'")
-    said += ok(f"finetune --base base --data book.txt --steps 1 {TINY} --out '{tmp_path}/\x1b[2J\nevil'")
+    said += ok(
+        f"finetune --base base --data book.txt --steps 1 {TINY} --out '{tmp_path}/\x1b[2J\nevil'"
+    )
     said += ok(f"convert adapter --to mlx --out '{tmp_path}/mlx\x1b[2J\nevil'")
     assert "\x1b" not in said
     assert said.count("\\x1b[2J\\nevil") == 3
@@ -367,11 +487,15 @@ def test_a_weight_that_is_not_finite_is_refused_unless_it_is_allowed(world, tmp_
         assert code == 5
         assert "model.embed_tokens.weight is not finite" in err
         ok(f"{line} --allow-nonfinite")
-    assert np.isnan(load_file(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"][255]).all()
+    assert np.isnan(
+        load_file(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"][255]
+    ).all()
 
 
 def test_texts_that_are_no_utf8_and_texts_of_their_own_to_evaluate_on(world, tmp_path):
-    ok(f"pretrain --data latin.txt --eval-data book.txt --steps 1 {TINY} {SHAPE} --untied --out '{tmp_path}/latin'")
+    ok(
+        f"pretrain --data latin.txt --eval-data book.txt --steps 1 {TINY} {SHAPE} --untied --out '{tmp_path}/latin'"
+    )
     model = CausalLM.from_pretrained(tmp_path / "latin")
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     ok(f"evaluate --base '{tmp_path}/latin' --data latin.txt")
@@ -384,7 +508,10 @@ def test_texts_that_are_no_utf8_and_texts_of_their_own_to_evaluate_on(world, tmp
         ("q_proj,v_proj", {"q_proj", "v_proj"}),
         ("self_attn.o_proj", {"o_proj"}),
         ("model.layers.0.mlp.up_proj,", {"up_proj"}),
-        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (
+            "all-linear",
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+        ),
         (r".*\.(gate|up)_proj", {"gate_proj", "up_proj"}),
         ("model.layers.[0-9]+.self_attn.k_proj", {"k_proj"}),
     ],
@@ -433,7 +560,9 @@ def test_every_field_of_the_configuration_is_an_option():
     own = {"task_type", "base_model_name_or_path", "inference_mode", "extra"}
     fields, more = ({f.name for f in dataclasses.fields(c)} for c in (LoraConfig, AdaLoraConfig))
     assert set(LORA_OPTIONS) == fields - own == set(LORA_WORDS)
-    assert set(ADALORA_OPTIONS) == more - fields - {"total_step"} == set(ADALORA_WORDS)  # that is --steps
+    assert (
+        set(ADALORA_OPTIONS) == more - fields - {"total_step"} == set(ADALORA_WORDS)
+    )  # that is --steps
 
 
 @pytest.mark.parametrize("name", LORA_WORDS | ADALORA_WORDS)
@@ -461,7 +590,11 @@ def test_an_option_arrives_in_the_configuration(name, world, tmp_path, monkeypat
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_over_every_base_trains_and_is_used(method, kind, world, tmp_path):
     out, base = tmp_path / "out", snapshot(Path("base"))
-    held = {"nf4": "1,178", "fp4": "1,178", "int8": "2,266"}  # 2,176 codes, 34 absmax in bytes, two floats a layer
+    held = {
+        "nf4": "1,178",
+        "fp4": "1,178",
+        "int8": "2,266",
+    }  # 2,176 codes, 34 absmax in bytes, two floats a layer
     line = f"finetune --base base --data book.txt --steps 12 {TINY} --warmup 0 --lr 0.1 --out '{out}' --method {method}"
     if method == "full" and kind != "none":
         code, _, err = run(words(f"{line} --quantize {kind}"))
@@ -471,18 +604,33 @@ def test_every_method_over_every_base_trains_and_is_used(method, kind, world, tm
     code, said, err = run(words(f"{line} --quantize {kind}"))
     assert code == 0
     assert snapshot(Path("base")) == base
-    before, after = (json.loads(line)["loss"] for line in (out / "eval.jsonl").read_text().splitlines())
+    before, after = (
+        json.loads(line)["loss"] for line in (out / "eval.jsonl").read_text().splitlines()
+    )
     assert after < before
     assert err == ""
-    assert kind in ("none", "stored") or f"2,176 weights of 7 layers in {held[kind]} bytes of {kind}, " in said
+    assert (
+        kind in ("none", "stored")
+        or f"2,176 weights of 7 layers in {held[kind]} bytes of {kind}, " in said
+    )
     files = {p.name for p in out.iterdir() if p.suffix != ".jsonl"}
     if method == "full":
-        assert files == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+        assert files == {
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
         use = f"--base '{out}'"
     else:
         config = json.loads((out / "adapter_config.json").read_text())
         kinds = config["peft_type"], config["use_dora"]
-        assert kinds == {"lora": ("LORA", False), "dora": ("LORA", True), "adalora": ("ADALORA", False)}[method]
+        assert (
+            kinds
+            == {"lora": ("LORA", False), "dora": ("LORA", True), "adalora": ("ADALORA", False)}[
+                method
+            ]
+        )
         pictures = {"rank_allocation.png"} if method == "adalora" and HAS_MATPLOTLIB else set()
         assert files == {"adapter_config.json", "adapter_model.safetensors"} | pictures
         use = f"--base base --adapter '{out}' --quantize {kind}"
@@ -494,7 +642,9 @@ def test_every_method_over_every_base_trains_and_is_used(method, kind, world, tm
         quantize(model, kind)
     if method != "full":
         model = PeftModel.from_pretrained(model, out)
-    assert said.startswith(f"loss {minilora.train.evaluate(model, ByteTokenizer().encode(TEXT), 16):.6f} ")
+    assert said.startswith(
+        f"loss {minilora.train.evaluate(model, ByteTokenizer().encode(TEXT), 16):.6f} "
+    )
 
 
 def test_a_base_that_is_held_otherwise_does_not_go_on(world, tmp_path):
@@ -507,8 +657,12 @@ def test_a_base_that_is_held_otherwise_does_not_go_on(world, tmp_path):
 
 def test_a_base_that_is_held_as_codes_already_cannot_train_whole(world, tmp_path, monkeypatch):
     plain = CausalLM.from_pretrained
-    monkeypatch.setattr(CausalLM, "from_pretrained", lambda *a, **k: quantize(plain(*a, **k), "int8"))
-    code, _, err = run(words(f"finetune --base base --data book.txt {TINY} --out '{tmp_path}/out' --method full"))
+    monkeypatch.setattr(
+        CausalLM, "from_pretrained", lambda *a, **k: quantize(plain(*a, **k), "int8")
+    )
+    code, _, err = run(
+        words(f"finetune --base base --data book.txt {TINY} --out '{tmp_path}/out' --method full")
+    )
     assert code == 2
     assert "'base' is held as int8" in err
     assert not (tmp_path / "out").exists()
@@ -517,7 +671,10 @@ def test_a_base_that_is_held_as_codes_already_cannot_train_whole(world, tmp_path
 def test_ranks_are_logged_and_drawn_for_a_run_that_went_on(world, tmp_path):
     line = f"finetune --base base --data book.txt --save-every 10 {TINY} --lr 0.02 --steps 40 --method adalora"
     ok(f"{line} --out '{tmp_path}/straight'")
-    shutil.copytree(tmp_path / "straight" / "checkpoints" / "step-30", tmp_path / "on" / "checkpoints" / "step-30")
+    shutil.copytree(
+        tmp_path / "straight" / "checkpoints" / "step-30",
+        tmp_path / "on" / "checkpoints" / "step-30",
+    )
     shutil.copy(tmp_path / "straight" / "log.jsonl", tmp_path / "on")
     shutil.copy(tmp_path / "straight" / "eval.jsonl", tmp_path / "on")
     ok(f"{line} --out '{tmp_path}/on' --resume")
@@ -526,15 +683,25 @@ def test_ranks_are_logged_and_drawn_for_a_run_that_went_on(world, tmp_path):
     assert steps == 40
     layers = [f"model.layers.0.self_attn.{n}_proj" for n in "qv"]
     assert history[0] == (0, dict.fromkeys(layers, 12))
-    assert [sum(ranks.values()) for _, ranks in history] == sorted((sum(r.values()) for _, r in history), reverse=True)
-    pattern = json.loads((tmp_path / "straight" / "adapter_config.json").read_text())["rank_pattern"]
-    assert {name.removesuffix(".lora_E"): sum(kept) for name, kept in pattern.items()} == history[-1][1]
+    assert [sum(ranks.values()) for _, ranks in history] == sorted(
+        (sum(r.values()) for _, r in history), reverse=True
+    )
+    pattern = json.loads((tmp_path / "straight" / "adapter_config.json").read_text())[
+        "rank_pattern"
+    ]
+    assert {name.removesuffix(".lora_E"): sum(kept) for name, kept in pattern.items()} == history[
+        -1
+    ][1]
     assert sum(history[-1][1].values()) == 16
 
 
-@pytest.mark.parametrize(("word", "value"), [("true", True), ("False", False), ("gaussian", "gaussian")])
+@pytest.mark.parametrize(
+    ("word", "value"), [("true", True), ("False", False), ("gaussian", "gaussian")]
+)
 def test_initialisers(word, value):
-    args = build_parser().parse_args(["finetune", "--base", "b", "--data", "d", "--init-lora-weights", word])
+    args = build_parser().parse_args(
+        ["finetune", "--base", "b", "--data", "d", "--init-lora-weights", word]
+    )
     assert args.init_lora_weights is value or args.init_lora_weights == value
 
 
@@ -567,16 +734,23 @@ def test_version(capsys):
 
 def test_as_a_module(world):
     def module(*arguments, **options):
-        return subprocess.run([sys.executable, "-m", "minilora", *arguments], capture_output=True, **options)
+        return subprocess.run(
+            [sys.executable, "-m", "minilora", *arguments], capture_output=True, **options
+        )
 
-    done = module("generate", "--base", "base", "--prompt", "é", "--max-new-tokens", "2", "--temperature", "0")
+    done = module(
+        "generate", "--base", "base", "--prompt", "é", "--max-new-tokens", "2", "--temperature", "0"
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.startswith("é".encode())
     # A terminal without Unicode, and a byte in a path that is no character.
     plain = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = module("inspect", b"adapter\xff", env=plain)
     assert done.returncode == 4
-    assert done.stderr == b"minilora: error: no such model folder (nothing is downloaded): 'adapter\\udcff'\n"
+    assert (
+        done.stderr
+        == b"minilora: error: no such model folder (nothing is downloaded): 'adapter\\udcff'\n"
+    )
     done = module("generate", "--base", "base", "--prompt", "é", "--max-new-tokens", "0", env=plain)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"\\xe9\n", b"")
 
@@ -587,7 +761,17 @@ def test_a_folder_whose_name_is_no_text_works(world, tmp_path):
         shutil.copytree("base", odd)
     except OSError:
         pytest.skip("this file system takes no such name")
-    assert run([*words(f"finetune --data book.txt --steps 1 {TINY} --out"), odd + "/new", "--base", odd])[0] == 0
+    assert (
+        run(
+            [
+                *words(f"finetune --data book.txt --steps 1 {TINY} --out"),
+                odd + "/new",
+                "--base",
+                odd,
+            ]
+        )[0]
+        == 0
+    )
     assert (Path(odd) / "new" / "adapter_config.json").is_file()
 
 
@@ -610,7 +794,10 @@ def test_memory_that_runs_out_ends_without_a_traceback(world, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(CausalLM, "from_pretrained", too_much)
-    assert run(words("evaluate --base base --data book.txt"))[::2] == (1, "minilora: error: out of memory\n")
+    assert run(words("evaluate --base base --data book.txt"))[::2] == (
+        1,
+        "minilora: error: out of memory\n",
+    )
 
 
 def test_warnings_are_one_line_and_showing_them_ends_with_the_command(world, tmp_path):
@@ -651,9 +838,17 @@ BAD = [
     (f"{E} extra words", 2, "extra words"),
     (f"{E} --thread 1", 2, "--thread"),
     (f"{E} --context", 2, "--context"),
-    ("generate --base base --prompt --x", 2, "--prompt: expected one argument; one that begins with - goes after ="),
+    (
+        "generate --base base --prompt --x",
+        2,
+        "--prompt: expected one argument; one that begins with - goes after =",
+    ),
     (f"{M} --weights 0.5,", 2, "'0.5,' is no list of numbers"),
-    (f"{M} --weights 1,1", 2, "--weights: expected 1 finite numbers, one for each adapter, got [1.0, 1.0]"),
+    (
+        f"{M} --weights 1,1",
+        2,
+        "--weights: expected 1 finite numbers, one for each adapter, got [1.0, 1.0]",
+    ),
     (f"{E} {LONG}", 2, "unrecognized"),
     (f"{E} --threads {'9' * 5000}", 2, "--threads"),
     (f"{E} --limit {'9' * 5000}", 2, "--limit"),
@@ -678,11 +873,25 @@ BAD = [
     # records
     (f"{F} --data bare.jsonl", 3, "'bare.jsonl' has no record"),
     (f"{F} --data one.jsonl", 3, "--data one.jsonl: expected 2 records or more"),
-    (f"{F} --data chat.jsonl", 3, "'chat.jsonl' line 2: 'messages' needs a tokenizer.json and its chat template"),
-    (f"{F} --data wordy.jsonl", 3, "'wordy.jsonl' line 1: there is nothing to learn: its first 45 of 52 tokens"),
+    (
+        f"{F} --data chat.jsonl",
+        3,
+        "'chat.jsonl' line 2: 'messages' needs a tokenizer.json and its chat template",
+    ),
+    (
+        f"{F} --data wordy.jsonl",
+        3,
+        "'wordy.jsonl' line 1: there is nothing to learn: its first 45 of 52 tokens",
+    ),
     (f"{F} --data missing.jsonl", 4, "missing.jsonl"),
-    *[(f"{x} --data damaged.jsonl", 3, "'damaged.jsonl' line 2: not valid JSON") for x in (F, P, E)],
-    *[(f"{x} --eval-data damaged.jsonl", 3, "'damaged.jsonl' line 2: not valid JSON") for x in (F, P)],
+    *[
+        (f"{x} --data damaged.jsonl", 3, "'damaged.jsonl' line 2: not valid JSON")
+        for x in (F, P, E)
+    ],
+    *[
+        (f"{x} --eval-data damaged.jsonl", 3, "'damaged.jsonl' line 2: not valid JSON")
+        for x in (F, P)
+    ],
     (f"{F} --data sums.jsonl --eval-data empty.txt", 3, "empty.txt"),
     (T.replace("latin.txt", "one.jsonl"), 3, "--tasks one.jsonl: expected 2 records or more"),
     # context
@@ -698,17 +907,36 @@ BAD = [
     *[(f"{F} --steps={x}", 2, "steps") for x in ("-1", "0", "1e30", "1.5", "x", "9" * 30)],
     *[(f"{F} --batch-size={x}", 2, "batch") for x in ("-1", "0", "1.5", 10**18)],
     *[(f"{F} --accumulate={x}", 2, "accumulate") for x in ("-1", "0", 10**18)],
-    *[(f"{F} --{name}={x}", 2, name) for name in ("weight_decay", "max_grad_norm") for x in ("nan", "-1", "inf")],
-    *[(f"{F} --{name}=0", 2, name) for name in ("save_every", "eval_every", "shard", "max_grad_norm")],
+    *[
+        (f"{F} --{name}={x}", 2, name)
+        for name in ("weight_decay", "max_grad_norm")
+        for x in ("nan", "-1", "inf")
+    ],
+    *[
+        (f"{F} --{name}=0", 2, name)
+        for name in ("save_every", "eval_every", "shard", "max_grad_norm")
+    ],
     *[(f"{line} --seed {x}", 2, "--seed") for line in (F, P, G, E) for x in (-1, 2**64, "x")],
-    *[(f"{line} --threads {x}", 2, "--threads") for line in (F, P, G, E, M, "demo --out new") for x in (0, -3, "1.5")],
-    *[(f"{line} --device {x}", 2, x) for line in (F, P, G, E, "demo --out new") for x in ("tpu", "cuda:x", "CPU")],
+    *[
+        (f"{line} --threads {x}", 2, "--threads")
+        for line in (F, P, G, E, M, "demo --out new")
+        for x in (0, -3, "1.5")
+    ],
+    *[
+        (f"{line} --device {x}", 2, x)
+        for line in (F, P, G, E, "demo --out new")
+        for x in ("tpu", "cuda:x", "CPU")
+    ],
     (f"{E} --limit 0", 2, "limit"),
     (f"{F} --warmup -1", 2, "warmup"),
     # the shape of a model
     (f"{P} --hidden-size 0", 2, "--hidden-size"),
     (f"{P} --hidden-size 15", 2, "hidden_size"),
-    (f"{P} --hidden-size 2147483640 --intermediate-size 2147483640 --num-attention-heads 357913940", 2, "parameters"),
+    (
+        f"{P} --hidden-size 2147483640 --intermediate-size 2147483640 --num-attention-heads 357913940",
+        2,
+        "parameters",
+    ),
     (f"{P} --num-hidden-layers 1000000000", 2, "parameters"),
     (f"{P} --num-attention-heads 16", 2, "head_dim"),
     (f"{P} --num-key-value-heads 3", 2, "num_key_value_heads"),
@@ -745,12 +973,22 @@ BAD = [
     (f"{F} --bias some", 2, "--bias"),
     (f"{F} --init-lora-weights magic", 2, "init_lora_weights"),
     # the method: refused before the base is looked for
-    *[(f"{line} --method lokr", 2, "--method: invalid choice: 'lokr'") for line in (F, "demo --out new")],
-    *[(f"{line} --quantize nf3", 2, "--quantize: invalid choice: 'nf3'") for line in (F, E, G, "demo --out new")],
+    *[
+        (f"{line} --method lokr", 2, "--method: invalid choice: 'lokr'")
+        for line in (F, "demo --out new")
+    ],
+    *[
+        (f"{line} --quantize nf3", 2, "--quantize: invalid choice: 'nf3'")
+        for line in (F, E, G, "demo --out new")
+    ],
     *[
         (f"{line} --method full {options}", 2, named)
         for line in (NO, "demo --out new")
-        for options, named in (("--r 4", "r"), ("--lora-alpha 3", "lora_alpha"), ("--quantize nf4", "quantize = nf4"))
+        for options, named in (
+            ("--r 4", "r"),
+            ("--lora-alpha 3", "lora_alpha"),
+            ("--quantize nf4", "quantize = nf4"),
+        )
     ],
     (f"{NO} --method full --use-dora --tinit 3", 2, "use_dora, tinit"),
     (f"{NO} --method dora --lora-bias", 2, "--lora-bias"),
@@ -759,13 +997,20 @@ BAD = [
         for method in ("lora", "dora")
         for name in ("beta1", "beta2", "orth_reg_weight")
     ],
-    *[(f"{NO} --{name.replace('_', '-')} 1", 2, name) for name in ("target_r", "init_r", "tinit", "tfinal", "deltaT")],
+    *[
+        (f"{NO} --{name.replace('_', '-')} 1", 2, name)
+        for name in ("target_r", "init_r", "tinit", "tfinal", "deltaT")
+    ],
     (f"{NO} --method adalora --r 4 --target-r 4", 2, "r and target_r"),
     (f"{NO} --method adalora --use-dora", 2, "use_dora must be False"),
     (f"{NO} --method adalora --use-rslora", 2, "use_rslora must be False"),
     (f"{NO} --method adalora --init-lora-weights gaussian", 2, "init_lora_weights"),
     (f"{NO} --method adalora --rank-pattern '{{\"q_proj\": 4}}'", 2, "rank_pattern"),
-    (f"{NO} --method adalora --steps 100 --tinit 75", 2, "tinit must be below total_step - tfinal = 75, got 75"),
+    (
+        f"{NO} --method adalora --steps 100 --tinit 75",
+        2,
+        "tinit must be below total_step - tfinal = 75, got 75",
+    ),
     (f"{NO} --method adalora --target-r 9 --init-r 8", 2, "target_r must be at most init_r = 8"),
     (f"{NO} --method adalora --deltaT 0", 2, "deltaT"),
     (f"{NO} --method adalora --beta1 1", 2, "beta1 must be between 0 and 1"),
@@ -787,10 +1032,22 @@ BAD = [
     ("inspect ''", 2, "DIR: ''"),
     *[(f"{E} --base base-{x}", 3, f"base-{x}") for x in ("cut", "header", "nothing", "no-weights")],
     *[(f"{E} --base base-config-{x}", 3, f"base-config-{x}") for x in ("cut", "list", "twice")],
-    *[(f"inspect base-{x}", 3, f"base-{x}") for x in ("cut", "header", "nothing", "no-weights", "config-cut")],
-    *[(f"{E} --adapter adapter-{x}", 3, f"adapter-{x}") for x in ("cut", "header", "nothing", "no-weights")],
-    *[(f"{E} --adapter adapter-config-{x}", 3, f"adapter-config-{x}") for x in ("cut", "list", "twice")],
-    *[(f"inspect adapter-{x}", 3, f"adapter-{x}") for x in ("cut", "header", "nothing", "no-weights", "config-cut")],
+    *[
+        (f"inspect base-{x}", 3, f"base-{x}")
+        for x in ("cut", "header", "nothing", "no-weights", "config-cut")
+    ],
+    *[
+        (f"{E} --adapter adapter-{x}", 3, f"adapter-{x}")
+        for x in ("cut", "header", "nothing", "no-weights")
+    ],
+    *[
+        (f"{E} --adapter adapter-config-{x}", 3, f"adapter-config-{x}")
+        for x in ("cut", "list", "twice")
+    ],
+    *[
+        (f"inspect adapter-{x}", 3, f"adapter-{x}")
+        for x in ("cut", "header", "nothing", "no-weights", "config-cut")
+    ],
     (f"{E} --base base-heads", 3, "q_proj.weight is (16, 16), config.json says (24, 16); "),
     (f"{E} --base base-layers", 3, "model.layers.1"),
     (f"{E} --base base-tokens", 3, "tokenizer.json"),
@@ -803,8 +1060,16 @@ BAD = [
     ),
     ("inspect adapter-dora", 3, "has no lora_magnitude_vector that fits it"),
     (f"{E} --adapter adapter-dora-bias", 2, "lora_bias"),
-    (f"{E} --base wide --adapter adapter", 3, "q_proj.lora_A.weight is (8, 16), the base needs (8, 24); "),
-    (f"{E} --base wide --adapter adapter", 3, "q_proj.lora_B.weight is (16, 8), the base needs (24, 8); "),
+    (
+        f"{E} --base wide --adapter adapter",
+        3,
+        "q_proj.lora_A.weight is (8, 16), the base needs (8, 24); ",
+    ),
+    (
+        f"{E} --base wide --adapter adapter",
+        3,
+        "q_proj.lora_B.weight is (16, 8), the base needs (24, 8); ",
+    ),
     (f"{E} --base wide --adapter adapter", 3, " and 1 more"),
     # weights that are no numbers
     (f"{E} --base base-nan", 5, "broken"),
@@ -880,8 +1145,16 @@ BAD = [
     (f"{F} --resume ''", 2, "--resume: ''"),
     (f"{F.replace(' --out new', '')} --resume", 2, "--out"),
     (f"{F} --out adapter --resume --steps 5 --lr 0.05", 3, "steps (4 there, 5 now)"),
-    (f"{F} --out adapter --resume --steps 4 --lr 0.05 --lora-alpha 3", 3, "lora_alpha (8 there, 3 now)"),
-    (f"{F} --out full --resume adapter/checkpoints/step-2 --steps 4 --lr 0.05", 2, "'full' is not empty"),
+    (
+        f"{F} --out adapter --resume --steps 4 --lr 0.05 --lora-alpha 3",
+        3,
+        "lora_alpha (8 there, 3 now)",
+    ),
+    (
+        f"{F} --out full --resume adapter/checkpoints/step-2 --steps 4 --lr 0.05",
+        2,
+        "'full' is not empty",
+    ),
     # generating
     (f"{G} --temperature -1", 2, "temperature"),
     (f"{G} --temperature nan", 2, "temperature"),
@@ -934,16 +1207,22 @@ def test_a_folder_that_may_not_be_written_to_is_known_before_training(world, tmp
 
 def test_the_targets_that_there_are_are_listed():
     model = CausalLM(
-        TransformerConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        TransformerConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
     )
     with pytest.raises(ConfigError) as caught:
         get_peft_model(model, LoraConfig(target_modules=["nothing"]))
-    assert all(f"{name}_proj" in str(caught.value) for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    assert all(
+        f"{name}_proj" in str(caught.value) for name in ("q", "k", "v", "o", "gate", "up", "down")
+    )
 
 
 def test_training_that_overflows_ends_with_its_own_code(world, tmp_path):
     for start in (P, F):
-        code, _, err = run(words(f"{start} --out '{tmp_path}/{start[:8]}' --lr 1e39 --warmup 0 --steps 5"))
+        code, _, err = run(
+            words(f"{start} --out '{tmp_path}/{start[:8]}' --lr 1e39 --warmup 0 --steps 5")
+        )
         *others, last = err.splitlines()
         assert code == 5
         assert last.startswith("minilora: error: step ")
@@ -953,7 +1232,11 @@ def test_training_that_overflows_ends_with_its_own_code(world, tmp_path):
 # ---- anything at all ----
 
 OPTIONS = sorted(
-    {o for a in build_parser()._subparsers._group_actions[0].choices.values() for o in a._option_string_actions}
+    {
+        o
+        for a in build_parser()._subparsers._group_actions[0].choices.values()
+        for o in a._option_string_actions
+    }
 )
 WORDS = [
     "0",
@@ -999,7 +1282,9 @@ def test_no_words_whatever_give_a_traceback(made, several):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made / "playground" if (made / "playground").exists() else playground(made))
         patch.setattr(minilora.demo, "demo", lambda *a, **k: {})
-        patch.setattr(minilora.train, "train", lambda *a, **k: minilora.train.Result([], [(0, 1.0)], 0.0))
+        patch.setattr(
+            minilora.train, "train", lambda *a, **k: minilora.train.Result([], [(0, 1.0)], 0.0)
+        )
         for argv in several:
             argv = [*argv[:1], *NEEDED.get(argv[0], []), *argv[1:]] if argv else argv
             try:

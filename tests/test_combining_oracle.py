@@ -40,7 +40,9 @@ def both(llama: tuple[Path, Any], tmp_path: Path) -> tuple[Any, PeftModel]:
     theirs.save_pretrained(tmp_path)
     names = iter(FIELDS)
     first = next(names)
-    ours = PeftModel.from_pretrained(CausalLM.from_pretrained(llama[0], "float64"), tmp_path / first, first)
+    ours = PeftModel.from_pretrained(
+        CausalLM.from_pretrained(llama[0], "float64"), tmp_path / first, first
+    )
     for name in names:
         ours.load_adapter(tmp_path / name, name)
     return in_double(theirs.eval()), ours.eval()
@@ -55,7 +57,11 @@ def both(llama: tuple[Path, Any], tmp_path: Path) -> tuple[Any, PeftModel]:
         (["two", "ends", "one"], [-0.7, 1.3, -0.1], {"combination_type": "linear"}),
         (["one"], [-0.7], {"combination_type": "linear"}),
         (["one", "ends"], [0.75, -1.25], {}),  # svd, of the largest rank
-        (["two", "wide", "one"], [0.75, -1.25, 1.0], {"svd_rank": 4}),  # above a layer's full rank peft's has no shape
+        (
+            ["two", "wide", "one"],
+            [0.75, -1.25, 1.0],
+            {"svd_rank": 4},
+        ),  # above a layer's full rank peft's has no shape
         (["two", "ends", "one"], [0.75, -1.25, 1.0], {"svd_rank": 2}),
         (["one", "stable"], [0.7, -1.3], {"combination_type": "cat"}),
     ],
@@ -70,17 +76,25 @@ def test_peft_adds_up_the_same(
     theirs.set_adapter("sum")
     ours.set_adapter("sum")
     expected = logits(theirs.double())
-    assert close(ours(IDS).numpy(), expected, 1e-6 if options.get("combination_type") == "linear" else 1e-9)
+    assert close(
+        ours(IDS).numpy(), expected, 1e-6 if options.get("combination_type") == "linear" else 1e-9
+    )
     theirs.set_adapter(adapters[0])
     assert not close(logits(theirs), expected, 1e-2)
 
 
-def test_peft_s_sum_of_rslora_is_larger_by_the_root_of_its_rank(both: tuple[Any, PeftModel]) -> None:
+def test_peft_s_sum_of_rslora_is_larger_by_the_root_of_its_rank(
+    both: tuple[Any, PeftModel],
+) -> None:
     """It keeps use_rslora, and lora_alpha = r: s = sqrt(r), where 1 is meant."""
     theirs, ours = both
     theirs.add_weighted_adapter(["stable", "one"], [1.0, 1.0], "sum", combination_type="cat")
     ours.add_weighted_adapter(["stable", "one"], [1.0, 1.0], "sum", combination_type="cat")
-    layers = [m for m in theirs.modules() if isinstance(m, peft.tuners.lora.LoraLayer) and "sum" in m.scaling]
+    layers = [
+        m
+        for m in theirs.modules()
+        if isinstance(m, peft.tuners.lora.LoraLayer) and "sum" in m.scaling
+    ]
     assert {m.scaling["sum"] for m in layers} == {6 / 6**0.5}
     for layer in layers:
         layer.scaling["sum"] = 1.0
@@ -98,11 +112,18 @@ def test_a_combined_adapter_loads_in_peft(how: str, pair: tuple[str, str], tmp_p
     loaded = theirs.load_adapter(tmp_path / "out", "default")
     assert not loaded.unexpected_keys
     theirs.save_pretrained(tmp_path / "theirs")
-    there, here = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "out"))
+    there, here = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "out")
+    )
     assert {key: a.shape for key, a in there.items()} == {key: a.shape for key, a in here.items()}
-    fields = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("theirs", "out")]
+    fields = [
+        json.loads((tmp_path / name / "adapter_config.json").read_text())
+        for name in ("theirs", "out")
+    ]
     assert set(fields[0]) == set(fields[1])
-    ours = PeftModel.from_pretrained(CausalLM.from_pretrained(of(pair[0]), "float64"), tmp_path / "out")
+    ours = PeftModel.from_pretrained(
+        CausalLM.from_pretrained(of(pair[0]), "float64"), tmp_path / "out"
+    )
     assert close(ours(IDS).numpy(), logits(in_double(theirs.double().eval())), 1e-9)
 
 
@@ -110,10 +131,14 @@ def test_peft_adds_up_files_as_combine_does(tmp_path: Path) -> None:
     names = ["llama--lora", "llama--patterns"]
     weights = [0.5, -2.0]
     combine([GOLDEN / name for name in names], tmp_path / "out", weights, "svd", 3)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(of(names[0]), dtype=torch.float64)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        of(names[0]), dtype=torch.float64
+    )
     theirs = peft.PeftModel.from_pretrained(model, GOLDEN / names[0], "one")
     theirs.load_adapter(GOLDEN / names[1], "two")
     theirs.double().add_weighted_adapter(["one", "two"], weights, "sum", svd_rank=3)
     theirs.set_adapter("sum")
-    ours = PeftModel.from_pretrained(CausalLM.from_pretrained(of(names[0]), "float64"), tmp_path / "out")
+    ours = PeftModel.from_pretrained(
+        CausalLM.from_pretrained(of(names[0]), "float64"), tmp_path / "out"
+    )
     assert close(ours(np.asarray(IDS)).numpy(), logits(in_double(theirs.double().eval())), 1e-5)

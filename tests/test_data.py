@@ -20,7 +20,10 @@ GOLDEN = Path(__file__).parent / "golden"
 @st.composite
 def windows(draw):
     context, batch_size = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    tokens = np.arange(draw(st.integers(context + 1, 80)), dtype=draw(st.sampled_from([np.int32, np.uint8, np.int64])))
+    tokens = np.arange(
+        draw(st.integers(context + 1, 80)),
+        dtype=draw(st.sampled_from([np.int32, np.uint8, np.int64])),
+    )
     return data.Windows(tokens, context, batch_size, seed=draw(st.integers(0, 2**64)))
 
 
@@ -29,7 +32,11 @@ def test_targets_are_the_ids_one_position_later(cut, step):
     batch = cut.batch(step)
     assert batch.ids.shape == batch.targets.shape == (cut.batch_size, cut.context)
     assert batch.ids.dtype == batch.targets.dtype == np.int64
-    assert (batch.first, len(batch), batch.tokens) == (0, cut.batch_size, cut.batch_size * cut.context)
+    assert (batch.first, len(batch), batch.tokens) == (
+        0,
+        cut.batch_size,
+        cut.batch_size * cut.context,
+    )
     # The tokens of these texts are their own positions.
     assert np.array_equal(batch.targets, batch.ids + 1)
     assert np.array_equal(batch.ids, batch.ids[:, :1] + np.arange(cut.context))
@@ -46,19 +53,28 @@ def test_each_epoch_visits_each_window_once(cut):
         assert np.array_equal(visited, visited[0] + cut.context * np.arange(n))
     for step in range(steps):
         assert cut.epoch(step) == step * cut.batch_size // n
-    assert n == 1 or n * cut.context + 2 * cut.context > len(cut.tokens), "at most a stride and an offset are left out"
+    assert n == 1 or n * cut.context + 2 * cut.context > len(cut.tokens), (
+        "at most a stride and an offset are left out"
+    )
 
 
 @given(windows(), st.lists(st.integers(0, 60), max_size=8))
 def test_a_batch_depends_on_no_batch_before_it(cut, history):
-    fresh = [data.Windows(cut.tokens, cut.context, cut.batch_size, cut.seed).batch(step) for step in history]
+    fresh = [
+        data.Windows(cut.tokens, cut.context, cut.batch_size, cut.seed).batch(step)
+        for step in history
+    ]
     for step, batch in zip(history, fresh, strict=True):
         assert np.array_equal(cut.batch(step).ids, batch.ids)
 
 
 def test_order_and_offset_differ_from_epoch_to_epoch_and_seed_to_seed():
     tokens = np.arange(1000)
-    epochs = [data.Windows(tokens, 9, 110, seed).batch(epoch).ids[:, 0] for seed in range(5) for epoch in range(20)]
+    epochs = [
+        data.Windows(tokens, 9, 110, seed).batch(epoch).ids[:, 0]
+        for seed in range(5)
+        for epoch in range(20)
+    ]
     assert len({tuple(np.argsort(starts).tolist()) for starts in epochs}) == 100
     offsets = [int(starts.min()) for starts in epochs]
     assert (min(offsets), max(offsets)) == (0, 1000 - 1 - 110 * 9)
@@ -114,7 +130,9 @@ def test_shards_together_are_the_batch(cut, cuts):
 
 
 def test_ignored_targets_do_not_count():
-    batch = data.Batch(np.zeros((2, 3), np.int64), np.array([[1, data.IGNORE, 0], [data.IGNORE] * 3]))
+    batch = data.Batch(
+        np.zeros((2, 3), np.int64), np.array([[1, data.IGNORE, 0], [data.IGNORE] * 3])
+    )
     assert (batch.tokens, batch.shard(1, 2).tokens) == (2, 0)
 
 
@@ -133,9 +151,16 @@ def test_a_batch_sorted_by_task_is_cut_between_tasks(tasks, first):
         place += len(part)
 
 
-@given(st.lists(st.integers(20, 200), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 9), st.integers(0, 40))
+@given(
+    st.lists(st.integers(20, 200), min_size=1, max_size=4),
+    st.integers(1, 9),
+    st.integers(0, 9),
+    st.integers(0, 40),
+)
 def test_a_batch_of_several_texts_has_each_task_s_own_windows(sizes, more, seed, step):
-    texts = {f"task {i}": np.arange(size, dtype=np.int32) + 1000 * i for i, size in enumerate(sizes)}
+    texts = {
+        f"task {i}": np.arange(size, dtype=np.int32) + 1000 * i for i, size in enumerate(sizes)
+    }
     count = len(texts) + more
     batch = data.TaskWindows(texts, 7, count, seed).batch(step)
     assert [task for task, _ in zip(batch.tasks, batch.ids, strict=True)] == [
@@ -157,7 +182,11 @@ def test_texts_that_no_batch_can_hold():
         data.TaskWindows({"a": text, "b": text[:7]}, 7, 2)
 
 
-@given(st.lists(st.sampled_from(["b", "a"]), min_size=1, max_size=9), st.integers(0, 9), st.integers(0, 9))
+@given(
+    st.lists(st.sampled_from(["b", "a"]), min_size=1, max_size=9),
+    st.integers(0, 9),
+    st.integers(0, 9),
+)
 def test_a_shard_keeps_the_tasks_of_its_sequences(tasks, start, stop):
     ids = np.zeros((len(tasks), 2), np.int64)
     batch = data.Batch(ids, ids, 0, tasks)
@@ -167,7 +196,12 @@ def test_a_shard_keeps_the_tasks_of_its_sequences(tasks, start, stop):
     assert data.Batch(ids, ids).shard(start, stop).tasks is None
 
 
-@given(st.integers(2, 90), st.integers(1, 9), st.integers(1, 9), st.sampled_from([np.uint8, np.int32, np.uint64]))
+@given(
+    st.integers(2, 90),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from([np.uint8, np.int32, np.uint64]),
+)
 def test_evaluation_counts_each_target_once(size, context, batch_size, dtype):
     tokens = np.arange(size).astype(dtype) + dtype(100)
     batches = list(data.evaluation_windows(tokens, context, batch_size))
@@ -186,8 +220,12 @@ def test_evaluation_counts_each_target_once(size, context, batch_size, dtype):
 
 @given(st.integers(2, 300), st.integers(1, 9), st.integers(1, 40))
 def test_a_limited_evaluation_is_spread_over_the_text(size, context, limit):
-    whole = np.concatenate([b.ids for b in data.evaluation_windows(np.arange(size) + 1, context, 3)])
-    some = np.concatenate([b.ids for b in data.evaluation_windows(np.arange(size) + 1, context, 3, limit)])
+    whole = np.concatenate(
+        [b.ids for b in data.evaluation_windows(np.arange(size) + 1, context, 3)]
+    )
+    some = np.concatenate(
+        [b.ids for b in data.evaluation_windows(np.arange(size) + 1, context, 3, limit)]
+    )
     assert len(some) == min(limit, len(whole))
     chosen = (some[:, 0] - 1) // context
     assert np.array_equal(whole[chosen], some)

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shapes import configs, randomised, shape
 
-from minilora import CausalLM, LoraConfig, TransformerConfig, generate, get_peft_model, no_grad, quantize
+from minilora import (
+    CausalLM,
+    LoraConfig,
+    TransformerConfig,
+    generate,
+    get_peft_model,
+    no_grad,
+    quantize,
+)
 from minilora import decoding as room
 from minilora.decoding import Decoding, Team, Weights
 from minilora.transformer import KeyValueCache
@@ -29,11 +37,17 @@ def model_of(seed: int, adapter: str, **options: Any) -> Any:
     model: Any = CausalLM(config, seed=seed, dtype="float64")
     if adapter != "none":
         saved = ["lm_head"] if adapter == "a saved head" else None
-        options = {"target_modules": "all-linear", "init_lora_weights": False, "modules_to_save": saved}
+        options = {
+            "target_modules": "all-linear",
+            "init_lora_weights": False,
+            "modules_to_save": saved,
+        }
         model = get_peft_model(model, LoraConfig(r=2, **options), seed=seed)
     rng = np.random.default_rng(seed)
     for p in model.parameters():
-        p.data = rng.standard_normal(p.shape) * (0.4 if p.ndim == 2 else 1.0)  # norms and biases, too
+        p.data = rng.standard_normal(p.shape) * (
+            0.4 if p.ndim == 2 else 1.0
+        )  # norms and biases, too
     return model.eval()
 
 
@@ -70,7 +84,9 @@ def test_the_logits_are_the_model_s(seed, adapter, kv, biases, tied, parts) -> N
 
 
 @given(configs(), st.integers(0, 99), st.integers(1, 6), st.integers(1, 8))
-def test_every_type_writes_on_as_a_whole_pass_would(config: Any, seed: int, prompt: int, steps: int) -> None:
+def test_every_type_writes_on_as_a_whole_pass_would(
+    config: Any, seed: int, prompt: int, steps: int
+) -> None:
     """With the laid out weights, or (GPT-2) with the model's own: windows, norms of heads and biases among them."""
     model = randomised(config, seed=seed).eval()
     ids = np.random.default_rng(seed).integers(0, config.vocab_size, (2, prompt + steps))
@@ -86,7 +102,9 @@ def test_every_type_writes_on_as_a_whole_pass_would(config: Any, seed: int, prom
 
 
 @given(configs(), st.integers(0, 99), st.integers(1, 4), st.integers(1, 9))
-def test_greedy_text_is_that_of_whole_passes(config: Any, seed: int, prompt: int, count: int) -> None:
+def test_greedy_text_is_that_of_whole_passes(
+    config: Any, seed: int, prompt: int, count: int
+) -> None:
     model = randomised(config, seed=seed).eval()
     ids = np.random.default_rng(seed).integers(0, config.vocab_size, (2, prompt))
     expected = ids
@@ -98,7 +116,8 @@ def test_greedy_text_is_that_of_whole_passes(config: Any, seed: int, prompt: int
 
 def test_float32_stays_float32() -> None:
     model = CausalLM(
-        TransformerConfig(vocab_size=11, hidden_size=16, intermediate_size=12, num_hidden_layers=1), seed=0
+        TransformerConfig(vocab_size=11, hidden_size=16, intermediate_size=12, num_hidden_layers=1),
+        seed=0,
     )
     weights = laid_out(model)
     assert weights is not None
@@ -106,12 +125,27 @@ def test_float32_stays_float32() -> None:
 
 
 def test_it_stands_aside_where_a_layer_must_run_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = TransformerConfig(vocab_size=11, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
-    dropped = get_peft_model(CausalLM(config), LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear"))
-    quantised = get_peft_model(quantize(CausalLM(config)), LoraConfig(r=2, target_modules="all-linear")).eval()
-    saved = get_peft_model(CausalLM(config), LoraConfig(r=2, modules_to_save=["input_layernorm"])).eval()
-    heads = get_peft_model(CausalLM(shape("qwen3")), LoraConfig(r=2, modules_to_save=["k_norm"])).eval()
-    cases = {"dropout": dropped.train(), "quantised": quantised, "a saved norm": saved, "a head's norm": heads}
+    config = TransformerConfig(
+        vocab_size=11, hidden_size=64, intermediate_size=64, num_hidden_layers=1
+    )
+    dropped = get_peft_model(
+        CausalLM(config), LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear")
+    )
+    quantised = get_peft_model(
+        quantize(CausalLM(config)), LoraConfig(r=2, target_modules="all-linear")
+    ).eval()
+    saved = get_peft_model(
+        CausalLM(config), LoraConfig(r=2, modules_to_save=["input_layernorm"])
+    ).eval()
+    heads = get_peft_model(
+        CausalLM(shape("qwen3")), LoraConfig(r=2, modules_to_save=["k_norm"])
+    ).eval()
+    cases = {
+        "dropout": dropped.train(),
+        "quantised": quantised,
+        "a saved norm": saved,
+        "a head's norm": heads,
+    }
     for name, model in cases.items():
         assert laid_out(model) is None, name
         assert generate(model, [[1, 2]], 4).shape == (1, 6)
@@ -126,7 +160,9 @@ def test_generation_takes_it_and_gives_the_same_text(monkeypatch: pytest.MonkeyP
     """Beyond the context, too: there generation goes on from the newer half."""
     model, found, calls = model_of(3, "all-linear"), [], []
     real = Decoding.__call__
-    monkeypatch.setattr(Decoding, "__call__", lambda self, ids: (calls.append(len(ids)), real(self, ids))[1])
+    monkeypatch.setattr(
+        Decoding, "__call__", lambda self, ids: (calls.append(len(ids)), real(self, ids))[1]
+    )
     for largest in (1 << 31, 0):
         monkeypatch.setattr(room, "LARGEST", largest)
         found.append(generate(model, np.arange(6).reshape(2, 3), 50, temperature=0.0))

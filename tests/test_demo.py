@@ -45,7 +45,9 @@ def quick(tmp_path_factory):
 def test_everything_that_is_promised_is_there(quick):
     out, summary, said = quick
     pictures = ["loss.png", "delta_spectrum.png"] if HAS_MATPLOTLIB else []
-    assert sorted(p.name for p in out.iterdir()) == sorted(["base", "adapter", "summary.json", *pictures])
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        ["base", "adapter", "summary.json", *pictures]
+    )
     assert [Path(p).name for p in summary["pictures"]] == pictures
     assert all((out / name).read_bytes().startswith(b"\x89PNG\r\n") for name in pictures)
     for name in ("base", "adapter", "summary.json", *pictures):
@@ -53,9 +55,13 @@ def test_everything_that_is_promised_is_there(quick):
     for run, steps in (("base", 120), ("adapter", 80)):
         log = [json.loads(line) for line in (out / run / "log.jsonl").read_text().splitlines()]
         assert [line["step"] for line in log] == list(range(steps))
-        held_out = [json.loads(line)["loss"] for line in (out / run / "eval.jsonl").read_text().splitlines()]
+        held_out = [
+            json.loads(line)["loss"] for line in (out / run / "eval.jsonl").read_text().splitlines()
+        ]
         assert held_out[-1] < held_out[0]
-        held_out = [json.loads(line)["step"] for line in (out / run / "eval.jsonl").read_text().splitlines()]
+        held_out = [
+            json.loads(line)["step"] for line in (out / run / "eval.jsonl").read_text().splitlines()
+        ]
         assert held_out == list(range(0, steps + 1, 20))
 
 
@@ -63,7 +69,10 @@ def test_the_summary_has_its_fields(quick):
     _, summary, _ = quick
     figures = summary["bits_per_byte"]
     assert set(figures) == {"base", "lora", "lzma"}
-    assert all(set(row) == {"prose", "code"} and all(0 < v < 8 for v in row.values()) for row in figures.values())
+    assert all(
+        set(row) == {"prose", "code"} and all(0 < v < 8 for v in row.values())
+        for row in figures.values()
+    )
     assert set(summary["seconds"]) == {"pretrain", "evaluate base", "adapt", "evaluate adapter"}
     assert all(v > 0 for v in summary["seconds"].values())
     assert 0 < summary["trainable"] < summary["total"]
@@ -90,11 +99,16 @@ def test_the_folders_give_the_figures_again(quick):
     held_out = {"prose": encode(split(prose())[1]), "code": encode(split(python_sources())[1])}
 
     def measure(model):
-        losses = {k: evaluate(model, v, plan.pretrain.context, limit=plan.windows) for k, v in held_out.items()}
+        losses = {
+            k: evaluate(model, v, plan.pretrain.context, limit=plan.windows)
+            for k, v in held_out.items()
+        }
         return {name: bits_per_byte(loss) for name, loss in losses.items()}
 
     base = CausalLM.from_pretrained(out / "base")
-    assert load_tokenizer(out / "base", 256) == ByteTokenizer(note="")  # said by its files, not guessed
+    assert load_tokenizer(out / "base", 256) == ByteTokenizer(
+        note=""
+    )  # said by its files, not guessed
     assert measure(base) == summary["bits_per_byte"]["base"]
     adapted = PeftModel.from_pretrained(base, out / "adapter")
     assert measure(adapted) == summary["bits_per_byte"]["lora"]
@@ -125,7 +139,9 @@ def tiny(monkeypatch, tmp_path):
     """`demo --quick` is a demo of a few steps; the working folder is new, and holds two texts."""
     small = Settings(steps=3, batch_size=2, context=16, lr=1e-2, warmup=1)
     plan = Plan().quick()
-    shape = dataclasses.replace(plan.model, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    shape = dataclasses.replace(
+        plan.model, hidden_size=16, intermediate_size=16, num_hidden_layers=1
+    )
     plan = dataclasses.replace(plan, model=shape, pretrain=small, adapt=small, windows=4, sample=5)
     monkeypatch.setattr(Plan, "quick", lambda self: plan)
     monkeypatch.chdir(tmp_path)
@@ -162,8 +178,15 @@ def test_other_methods_and_bases(method, kind, tiny, capsys):
     assert ("held" in summary) == ("of nf4, " in said) == (kind == "nf4")
     rows = ["base", *(["quantized base"] if kind == "nf4" else []), method, "lzma"]
     assert list(summary["bits_per_byte"]) == rows
-    assert all(f"{row['prose']:8.3f}{row['code']:8.3f}" in said for row in summary["bits_per_byte"].values())
-    pictures = ["loss.png", "delta_spectrum.png", *(["rank_allocation.png"] if method == "adalora" else [])]
+    assert all(
+        f"{row['prose']:8.3f}{row['code']:8.3f}" in said
+        for row in summary["bits_per_byte"].values()
+    )
+    pictures = [
+        "loss.png",
+        "delta_spectrum.png",
+        *(["rank_allocation.png"] if method == "adalora" else []),
+    ]
     assert summary["pictures"] == (pictures if HAS_MATPLOTLIB else [])
     base = CausalLM.from_pretrained("out/base")
     if kind == "nf4":
@@ -179,7 +202,9 @@ def test_other_methods_and_bases(method, kind, tiny, capsys):
         assert 0 <= summary["checks"]["merge_identity_error"] < 1e-5
         model = PeftModel.from_pretrained(base, "out/adapter")
         assert method_of(model.peft_config["default"]) == method
-    loss = evaluate(model, ByteTokenizer().encode(split_text(Path("code.txt").read_bytes())[1]), 16, limit=4)
+    loss = evaluate(
+        model, ByteTokenizer().encode(split_text(Path("code.txt").read_bytes())[1]), 16, limit=4
+    )
     assert bits_per_byte(loss) == summary["bits_per_byte"][method]["code"]
 
 
@@ -193,7 +218,9 @@ def test_r_is_the_rank_at_the_end_of_adalora(tiny, capsys):
 
 def test_the_spectra_are_those_of_what_was_trained():
     """Of W as it was, and of dW: without an adapter what training added, and of AdaLoRA as many as ranks are left."""
-    shape = dataclasses.replace(Plan().model, hidden_size=16, intermediate_size=24, num_hidden_layers=1)
+    shape = dataclasses.replace(
+        Plan().model, hidden_size=16, intermediate_size=24, num_hidden_layers=1
+    )
     model = CausalLM(shape)
     before = _linear_weights(model)
     assert len(before) == 7
@@ -212,7 +239,9 @@ def test_the_spectra_are_those_of_what_was_trained():
 def test_the_seed_decides_and_the_number_of_threads_does_not(tiny, capsys):
     def files(*options):
         assert main([*OWN, *options]) == 0
-        arrays = load_file("out/adapter/adapter_model.safetensors") | load_file("out/base/model.safetensors")
+        arrays = load_file("out/adapter/adapter_model.safetensors") | load_file(
+            "out/base/model.safetensors"
+        )
         Path("out").rename(f"out{'-'.join(options)}")
         return {name: a.tobytes() for name, a in arrays.items()}
 

@@ -50,7 +50,11 @@ def host(x: Any) -> np.ndarray:
     """An array, Tensor or number of any backend, on the host."""
     x = x.data if isinstance(x, Tensor) else x
     owner = next((b for b in (STRICT, NUMPY) if isinstance(x, b.xp.ndarray)), None)
-    return np.asarray(x) if owner is NUMPY or np.isscalar(x) else (owner or get_backend("cuda")).to_numpy(x)
+    return (
+        np.asarray(x)
+        if owner is NUMPY or np.isscalar(x)
+        else (owner or get_backend("cuda")).to_numpy(x)
+    )
 
 
 def assert_agrees(mine: Any, reference: Any, backend: Backend, rounding: float = 1e-5) -> None:
@@ -65,17 +69,29 @@ def assert_agrees(mine: Any, reference: Any, backend: Backend, rounding: float =
         assert mine.tobytes() == reference.tobytes()
 
 
-def lora_model(device: Any = "cpu", dropout: float = 0.0, dtype: str = "float32", **changes: Any) -> PeftModel:
+def lora_model(
+    device: Any = "cpu", dropout: float = 0.0, dtype: str = "float32", **changes: Any
+) -> PeftModel:
     """Both factors random, so that no gradient is zero by chance."""
-    options = {"r": 3, "target_modules": "all-linear", "lora_dropout": dropout, "init_lora_weights": False, **changes}
-    return get_peft_model(CausalLM(CONFIG, seed=1, dtype=dtype, device=device), LoraConfig(**options), seed=2)
+    options = {
+        "r": 3,
+        "target_modules": "all-linear",
+        "lora_dropout": dropout,
+        "init_lora_weights": False,
+        **changes,
+    }
+    return get_peft_model(
+        CausalLM(CONFIG, seed=1, dtype=dtype, device=device), LoraConfig(**options), seed=2
+    )
 
 
 def weights(model: Any) -> dict[str, np.ndarray]:
     return {name: p.numpy().copy() for name, p in model.named_parameters()}
 
 
-def assert_same_weights(mine: Any, reference: Any, backend: Backend, rounding: float = 1e-5) -> None:
+def assert_same_weights(
+    mine: Any, reference: Any, backend: Backend, rounding: float = 1e-5
+) -> None:
     mine, reference = weights(mine), weights(reference)
     assert list(mine) == list(reference)
     for name in mine:
@@ -106,7 +122,9 @@ def test_operations_and_gradients(op: operations.Operation, dtype: type, backend
         assert (one is None) == (other is None)
         if one is not None:
             assert_agrees(one, other, backend)
-    assert uploads == 0 or op.name in BRINGS_ARRAYS or op.name == "gelu"  # whose table of erf goes up once
+    assert (
+        uploads == 0 or op.name in BRINGS_ARRAYS or op.name == "gelu"
+    )  # whose table of erf goes up once
     assert waited == [] or "mask" in op.variant  # how many are True decides a shape
 
 
@@ -123,7 +141,10 @@ def test_ids_are_checked_on_the_host_and_may_come_from_either_side(any_backend: 
             arrays[name][0, 2] = wrong
             with (
                 counted(),
-                pytest.raises(DataError, match=rf"^{name[:-1].replace('ids', 'id')} {wrong} is outside \[0, 16\)$"),
+                pytest.raises(
+                    DataError,
+                    match=rf"^{name[:-1].replace('ids', 'id')} {wrong} is outside \[0, 16\)$",
+                ),
             ):
                 language_modelling_loss(model, Batch(**arrays))
             assert METER.uploads == []
@@ -160,18 +181,24 @@ def test_numbers_and_hosts_indices_are_welcome_beside_a_tensor(any_backend: Back
 # ---- optimisers and clipping ----
 
 
-@pytest.mark.parametrize("make", [functools.partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.01), AdamW])
+@pytest.mark.parametrize(
+    "make", [functools.partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.01), AdamW]
+)
 def test_optimisers(make: Any, backend: Backend) -> None:
     runs = []
     for where in (backend, NUMPY):
         rng = np.random.default_rng(0)
         params = [
-            Tensor(rng.standard_normal(shape).astype(np.float32), True, device=where) for shape in ((3, 4), (5,), ())
+            Tensor(rng.standard_normal(shape).astype(np.float32), True, device=where)
+            for shape in ((3, 4), (5,), ())
         ]
         optimizer = make(params)
         with counted():
             for step in range(4):
-                grads = [where.from_numpy(np.asarray(rng.standard_normal(p.shape), np.float32)) for p in params]
+                grads = [
+                    where.from_numpy(np.asarray(rng.standard_normal(p.shape), np.float32))
+                    for p in params
+                ]
                 grads[1] = None if step == 2 else grads[1]
                 with no_sync():
                     optimizer.step(grads, scale=1 / (step + 1))
@@ -186,8 +213,13 @@ def test_optimisers(make: Any, backend: Backend) -> None:
 
 @pytest.mark.parametrize("bad", [None, np.nan, np.inf])
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])
-def test_clipping_decides_on_the_device(max_norm: float, bad: float | None, backend: Backend) -> None:
-    grads = [np.random.default_rng(i).standard_normal((3, i + 1)).astype(d) for i, d in enumerate(("f4", "f8"))]
+def test_clipping_decides_on_the_device(
+    max_norm: float, bad: float | None, backend: Backend
+) -> None:
+    grads = [
+        np.random.default_rng(i).standard_normal((3, i + 1)).astype(d)
+        for i, d in enumerate(("f4", "f8"))
+    ]
     if bad is not None:
         grads[1][0, 0] = bad
     there = [backend.from_numpy(grads[0]), None, backend.from_numpy(grads[1])]
@@ -230,23 +262,35 @@ def test_every_type_of_model(kind: str, backend: Backend) -> None:
         assert_agrees(mine, reference, backend)
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "top_k": 5, "top_p": 0.9, "seed": 7}])
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0}, {"temperature": 0.9, "top_k": 5, "top_p": 0.9, "seed": 7}]
+)
 def test_generation(sampling: dict[str, Any], backend: Backend) -> None:
     prompt = TEXT[:10].reshape(2, 5)
-    texts = [generate(lora_model(where).eval(), prompt, 20, **sampling) for where in (backend, NUMPY)]
-    np.testing.assert_array_equal(*texts)  # past the context's end too: 25 tokens through 16 positions
+    texts = [
+        generate(lora_model(where).eval(), prompt, 20, **sampling) for where in (backend, NUMPY)
+    ]
+    np.testing.assert_array_equal(
+        *texts
+    )  # past the context's end too: 25 tokens through 16 positions
 
 
-def test_files_are_the_same_whichever_device_wrote_them_and_load_on_either(backend: Backend, tmp_path: Path) -> None:
+def test_files_are_the_same_whichever_device_wrote_them_and_load_on_either(
+    backend: Backend, tmp_path: Path
+) -> None:
     folders = {}
     for name, where in (("there", backend), ("here", NUMPY)):
         folders[name] = tmp_path / name
         CausalLM(CONFIG, seed=5, device=where).save_pretrained(folders[name] / "base")
         lora_model(where).save_pretrained(folders[name] / "adapter")
     for path in sorted(p for p in folders["here"].rglob("*") if p.is_file()):
-        assert path.read_bytes() == (folders["there"] / path.relative_to(folders["here"])).read_bytes()
+        assert (
+            path.read_bytes() == (folders["there"] / path.relative_to(folders["here"])).read_bytes()
+        )
     models = [
-        PeftModel.from_pretrained(CausalLM.from_pretrained(folders[n] / "base", device=d), folders[n] / "adapter")
+        PeftModel.from_pretrained(
+            CausalLM.from_pretrained(folders[n] / "base", device=d), folders[n] / "adapter"
+        )
         for n, d in (("here", backend), ("there", NUMPY))
     ]
     ids = TEXT[:8][None]
@@ -257,7 +301,10 @@ def test_files_are_the_same_whichever_device_wrote_them_and_load_on_either(backe
 
 
 def test_merging_and_the_effective_weight(backend: Backend) -> None:
-    mine, reference = lora_model(backend, modules_to_save=["lm_head"]), lora_model(modules_to_save=["lm_head"])
+    mine, reference = (
+        lora_model(backend, modules_to_save=["lm_head"]),
+        lora_model(modules_to_save=["lm_head"]),
+    )
     ids, before = TEXT[:12][None], weights(mine)
     for model in (mine, reference):
         for _, module in model.named_modules():
@@ -269,9 +316,15 @@ def test_merging_and_the_effective_weight(backend: Backend) -> None:
         model.merge_adapter()
     assert_agrees(mine(ids), reference(ids), backend)
     name, layer = next(
-        (n, m) for n, m in mine.named_modules() if hasattr(m, "delta_weight") and hasattr(m, "base_layer")
+        (n, m)
+        for n, m in mine.named_modules()
+        if hasattr(m, "delta_weight") and hasattr(m, "base_layer")
     )
-    assert_agrees(layer.delta_weight("default"), dict(reference.named_modules())[name].delta_weight("default"), backend)
+    assert_agrees(
+        layer.delta_weight("default"),
+        dict(reference.named_modules())[name].delta_weight("default"),
+        backend,
+    )
     mine.unmerge_adapter()
     assert all(np.array_equal(before[name], after) for name, after in weights(mine).items())
     with mine.disable_adapter():
@@ -281,7 +334,16 @@ def test_merging_and_the_effective_weight(backend: Backend) -> None:
 
 # ---- a training step, and a whole run ----
 
-SHORT = Settings(steps=6, batch_size=3, context=8, lr=0.02, warmup=2, max_grad_norm=0.05, shard=WHOLE, eval_every=3)
+SHORT = Settings(
+    steps=6,
+    batch_size=3,
+    context=8,
+    lr=0.02,
+    warmup=2,
+    max_grad_norm=0.05,
+    shard=WHOLE,
+    eval_every=3,
+)
 
 
 @pytest.mark.parametrize(
@@ -302,17 +364,25 @@ def test_a_training_step_moves_its_batch_up_and_two_numbers_down(
                 assert METER.uploads == ["from_numpy"] * (
                     3 if step == 0 else 1
                 )  # first the rotary tables, then the batch
-                assert METER.downloads == METER.syncs == ["to_numpy"]  # loss and gradient norm together
+                assert (
+                    METER.downloads == METER.syncs == ["to_numpy"]
+                )  # loss and gradient norm together
                 assert METER.operations > 100
         for key in ("loss", "grad_norm"):
             assert_agrees(
-                *(np.float32(line[key]) if backend.name[:4] == "cuda" else line[key] for line in lines), backend
+                *(
+                    np.float32(line[key]) if backend.name[:4] == "cuda" else line[key]
+                    for line in lines
+                ),
+                backend,
             )
         assert lines[0]["grad_norm"] > SHORT.max_grad_norm  # the step did clip
     assert_same_weights(runs[0].model, runs[1].model, backend, 1e-4)
 
 
-def test_a_whole_run_with_evaluation_checkpoints_and_resume(backend: Backend, tmp_path: Path) -> None:
+def test_a_whole_run_with_evaluation_checkpoints_and_resume(
+    backend: Backend, tmp_path: Path
+) -> None:
     settings = dataclasses.replace(SHORT, save_every=2)
     results, models = [], []
     for name, where in (("there", backend), ("here", NUMPY)):
@@ -321,10 +391,15 @@ def test_a_whole_run_with_evaluation_checkpoints_and_resume(backend: Backend, tm
         results.append(train(models[-1], TEXT, settings, tmp_path / name, held_out=TEXT[:99]))
     mine, reference = results
     for one, other in zip(mine.losses, reference.losses, strict=True):
-        assert one == other or (backend.name.startswith("cuda") and abs(one - other) <= 1e-5 * other)
+        assert one == other or (
+            backend.name.startswith("cuda") and abs(one - other) <= 1e-5 * other
+        )
     assert mine.evaluations == reference.evaluations or backend.name.startswith("cuda")
     assert_same_weights(models[0], models[1], backend, 1e-4)
-    for name, where in (("here", backend), ("there", NUMPY)):  # each side goes on from the other's checkpoint
+    for name, where in (
+        ("here", backend),
+        ("there", NUMPY),
+    ):  # each side goes on from the other's checkpoint
         out = tmp_path / f"from-{name}"
         out.mkdir()
         resumed = lora_model(where, 0.1)
@@ -332,10 +407,14 @@ def test_a_whole_run_with_evaluation_checkpoints_and_resume(backend: Backend, tm
         again = train(resumed, TEXT, settings, out, held_out=TEXT[:99], resume=checkpoint)
         assert len(again.losses) == settings.steps
         assert_same_weights(resumed, models[1], backend, 1e-4)
-    assert evaluate(models[0], TEXT, 8, limit=20) == pytest.approx(evaluate(models[1], TEXT, 8, limit=20), rel=1e-5)
+    assert evaluate(models[0], TEXT, 8, limit=20) == pytest.approx(
+        evaluate(models[1], TEXT, 8, limit=20), rel=1e-5
+    )
 
 
-def test_a_step_that_is_not_finite_changes_nothing_on_any_device(any_backend: Backend, tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_changes_nothing_on_any_device(
+    any_backend: Backend, tmp_path: Path
+) -> None:
     model = lora_model(any_backend)
     norm = model.get_base_model().model.norm.weight
     broken = norm.numpy().copy()
@@ -344,7 +423,9 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_device(any_backend: Ba
     before = weights(model)
     with pytest.raises(NonFiniteError, match="step 0"):
         train(model, TEXT, SHORT, tmp_path)
-    assert all(np.array_equal(before[name], w, equal_nan=True) for name, w in weights(model).items())
+    assert all(
+        np.array_equal(before[name], w, equal_nan=True) for name, w in weights(model).items()
+    )
 
 
 @pytest.mark.gpu
@@ -353,5 +434,10 @@ def test_two_runs_on_a_gpu_have_the_same_bits(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         model = lora_model("cuda", 0.1)
-        runs.append((train(model, TEXT, SHORT, tmp_path / name).losses, [w.tobytes() for w in weights(model).values()]))
+        runs.append(
+            (
+                train(model, TEXT, SHORT, tmp_path / name).losses,
+                [w.tobytes() for w in weights(model).values()],
+            )
+        )
     assert runs[0] == runs[1]

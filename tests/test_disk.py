@@ -9,7 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import NO_DISK, NO_ROOM, Disk, in_child, no_disk, no_room, power_off, read_tree, start, stay_full, wait
+from faults import (
+    NO_DISK,
+    NO_ROOM,
+    Disk,
+    in_child,
+    no_disk,
+    no_room,
+    power_off,
+    read_tree,
+    start,
+    stay_full,
+    wait,
+)
 
 from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
 from minilora.formats import atomic_file
@@ -71,7 +83,11 @@ def test_what_is_not_ours_or_still_in_use_stays(tmp_path):
         f".a.tmp-{os.getppid()}-0123abcd",  # a process that lives
         ".a.tmp-1-0123abcd",  # so does this one, for as long as the machine
     ]
-    goes = [f".a.tmp-{dead}-0123abcd", f".a.tmp-{os.getpid()}-0123abcd", f".a.tmp-{10**30}-0123abcd"]
+    goes = [
+        f".a.tmp-{dead}-0123abcd",
+        f".a.tmp-{os.getpid()}-0123abcd",
+        f".a.tmp-{10**30}-0123abcd",
+    ]
     for name in stays + goes:
         (tmp_path / name).touch()
     write(tmp_path / "a")
@@ -112,7 +128,11 @@ def test_a_folder_that_may_not_be_listed_can_be_written_to(tmp_path, monkeypatch
 
 
 def model(value: int):
-    made = CausalLM(TransformerConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+    made = CausalLM(
+        TransformerConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
+    )
     for p in made.parameters():
         p.data = np.full_like(p.data, value)
     return made

@@ -38,7 +38,9 @@ SIZES = st.integers(1, 40)
 
 
 def config(**changes: Any) -> LoraConfig:
-    return LoraConfig(**({"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "use_dora": True} | changes))
+    return LoraConfig(
+        **({"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "use_dora": True} | changes)
+    )
 
 
 def layer(
@@ -83,11 +85,17 @@ def in_a_step(made: LoraLinear, x: Tensor) -> Tensor:
         made.end_step()
 
 
-def model(dtype: str = "float32", device: Any = "cpu", moved: bool = True, **changes: Any) -> PeftModel:
+def model(
+    dtype: str = "float32", device: Any = "cpu", moved: bool = True, **changes: Any
+) -> PeftModel:
     made = get_peft_model(small.base(dtype, device), config(**changes), seed=2)
     rng = np.random.default_rng(3)
     for key, p in made.adapter_parameters("default").items() if moved else ():
-        values = p.numpy() * rng.uniform(0.5, 2, p.shape) if "magnitude" in key else rng.standard_normal(p.shape) / 4
+        values = (
+            p.numpy() * rng.uniform(0.5, 2, p.shape)
+            if "magnitude" in key
+            else rng.standard_normal(p.shape) / 4
+        )
         p.data = p.backend.from_numpy(values.astype(dtype))
     return made
 
@@ -100,11 +108,21 @@ def model(dtype: str = "float32", device: Any = "cpu", moved: bool = True, **cha
     st.integers(-20, 20), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_the_start_is_the_base_bit_for_bit(
-    seed: int, i: int, o: int, r: int, dtype: str, bias: bool, exponent: int, empty: bool, quantized: bool
+    seed: int,
+    i: int,
+    o: int,
+    r: int,
+    dtype: str,
+    bias: bool,
+    exponent: int,
+    empty: bool,
+    quantized: bool,
 ) -> None:
     """On its own, in a step, merged, and with a row that is zero: whatever the shape and the size of numbers."""
     scale, zero = 2.0**exponent, 0 if empty else None
-    made = layer(seed, i, o, dtype, moved=False, bias=bias, scale=scale, zero=zero, r=r, quantized=quantized)
+    made = layer(
+        seed, i, o, dtype, moved=False, bias=bias, scale=scale, zero=zero, r=r, quantized=quantized
+    )
     assert np.array_equal(pieces(made)[2], made.adapters["a"].norms(made.base_layer.dense_weight()))
     x = Tensor(np.random.default_rng(seed).standard_normal((2, 3, i)).astype(dtype))
     expected, W = made.base_layer(x).data, made.base_layer.dense_weight().copy()
@@ -139,13 +157,22 @@ def test_an_adapter_added_over_a_merged_one_starts_as_the_base() -> None:
 # ---- forward and backward ----
 
 
-def defined(x: Tensor, A: Tensor, B: Tensor, m: Tensor, W: np.ndarray, b: Any, s: float, norms: np.ndarray) -> Tensor:
+def defined(
+    x: Tensor, A: Tensor, B: Tensor, m: Tensor, W: np.ndarray, b: Any, s: float, norms: np.ndarray
+) -> Tensor:
     """k V x + b in elementary operations, with norms that are constants."""
     k = m * np.where(norms == 0, 0, 1 / np.where(norms == 0, 1, norms)) + (norms == 0) * 1.0
     return k * (x @ (B @ A * s + W).T) + b
 
 
-@given(st.integers(0, 99), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.booleans(), st.booleans())
+@given(
+    st.integers(0, 99),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.booleans(),
+    st.booleans(),
+)
 def test_both_ways_have_the_gradients_of_the_detached_definition(
     seed: int, i: int, o: int, r: int, empty: bool, muted: bool
 ) -> None:
@@ -155,10 +182,16 @@ def test_both_ways_have_the_gradients_of_the_detached_definition(
     if empty:
         adapter.lora_B.data = np.where(np.arange(o)[:, None] == 0, 0, adapter.lora_B.data)
     if muted:
-        adapter.lora_magnitude_vector.data = np.where(np.arange(o) == o - 1, 0, adapter.lora_magnitude_vector.data)
+        adapter.lora_magnitude_vector.data = np.where(
+            np.arange(o) == o - 1, 0, adapter.lora_magnitude_vector.data
+        )
     made.base_layer.bias.requires_grad = True
     rng = np.random.default_rng(seed)
-    W, s, norms = made.base_layer.weight.data, adapter.scaling, np.linalg.norm(direction(made), axis=1)
+    W, s, norms = (
+        made.base_layer.weight.data,
+        adapter.scaling,
+        np.linalg.norm(direction(made), axis=1),
+    )
     leaves = [
         Tensor(rng.standard_normal((2, 3, i)), True),
         adapter.lora_A,
@@ -195,7 +228,12 @@ def test_dropout_is_peft_s_on_both_parts(base: str) -> None:
         kept = adapter.dropout(Tensor(x)).data
     assert (kept == 0).any()
     k = m / np.linalg.norm(direction(made), axis=1)
-    expected = x @ W.T + made.bias.data + (k - 1) * (kept @ W.T) + k * (adapter.scaling * (kept @ A.T) @ B.T)
+    expected = (
+        x @ W.T
+        + made.bias.data
+        + (k - 1) * (kept @ W.T)
+        + k * (adapter.scaling * (kept @ A.T) @ B.T)
+    )
     assert np.abs(y - expected).max() < 1e-12
     still = made.eval()(Tensor(x)).data
     assert np.abs(still - (k * (x @ direction(made).T) + made.bias.data)).max() < 1e-12
@@ -232,7 +270,9 @@ def test_only_dora_keeps_its_output_until_backward() -> None:
 
 
 @pytest.mark.parametrize("size", [3, 40, 500])
-def test_norms_are_formed_in_blocks_without_a_seam(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_are_formed_in_blocks_without_a_seam(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = layer(0, 7, 11)
     whole = made.adapters["a"].norms(made.base_layer.weight.data)
     monkeypatch.setattr("minilora.lora.dora.BLOCK", size)
@@ -243,14 +283,17 @@ def test_norms_are_formed_in_blocks_without_a_seam(size: int, monkeypatch: pytes
 
 
 @given(st.integers(0, 99), st.integers(0, 12), SIZES)
-def test_a_norm_is_right_where_dw_takes_away_nearly_all_of_w(seed: int, digits: int, i: int) -> None:
+def test_a_norm_is_right_where_dw_takes_away_nearly_all_of_w(
+    seed: int, digits: int, i: int
+) -> None:
     """V = W + s B A errs by (r + 2) u |W|, and so may |V|; the squares' formula would err by u |W|^2 / |V|."""
     made, rng = layer(seed, i, 4, r=1, lora_alpha=1), np.random.default_rng(seed)
     adapter = made.adapters["a"]
     near = -(adapter.lora_B.data @ adapter.lora_A.data)
     W = near + 10.0**-digits * rng.standard_normal(near.shape)
     exact = np.linalg.norm(
-        W.astype(np.longdouble) + adapter.lora_B.data.astype(np.longdouble) @ adapter.lora_A.data, axis=1
+        W.astype(np.longdouble) + adapter.lora_B.data.astype(np.longdouble) @ adapter.lora_A.data,
+        axis=1,
     )
     u, length = np.finfo(float).eps / 2, np.linalg.norm(np.abs(W) + np.abs(near), axis=1)
     assert (np.abs(adapter.norms(W) - exact) <= 3 * u * length + (i + 3) * u * exact).all()
@@ -275,8 +318,12 @@ def test_a_norm_beyond_its_dtype_is_an_error_not_a_row_of_zeros() -> None:
 def test_it_stands_alone(second: bool) -> None:
     """It scales what a layer gives, so beside another adapter the order would count: refused, and nothing changes."""
     made = model(target_modules=["q_proj", "v_proj"])
-    made.add_adapter("other", config(use_dora=second, target_modules=["q_proj"], init_lora_weights=False))
-    made.add_adapter("elsewhere", config(use_dora=second, target_modules=["o_proj"], init_lora_weights=False))
+    made.add_adapter(
+        "other", config(use_dora=second, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    made.add_adapter(
+        "elsewhere", config(use_dora=second, target_modules=["o_proj"], init_lora_weights=False)
+    )
     before, active = bits(made), made.active_adapters
     for refused in (
         lambda: made.set_adapter(["default", "other"]),
@@ -284,7 +331,9 @@ def test_it_stands_alone(second: bool) -> None:
         lambda: made.merge_adapter(["default", "other"]),
         lambda: made.merge_and_unload(adapter_names=["other", "default"]),
     ):
-        with pytest.raises(ConfigError, match=r"'(default|other)' is DoRA's .* not together with (other|default)"):
+        with pytest.raises(
+            ConfigError, match=r"'(default|other)' is DoRA's .* not together with (other|default)"
+        ):
             refused()
         assert (bits(made), made.active_adapters) == (before, active)
         assert not any(m.merged for m in made._wrappers().values())
@@ -298,7 +347,11 @@ def test_it_stands_alone(second: bool) -> None:
 
 
 def test_what_does_not_go_with_it_is_refused_by_name() -> None:
-    for name, value in (("lora_bias", True), ("megatron_config", {"a": 1}), ("use_bdlora", {"a": 1})):
+    for name, value in (
+        ("lora_bias", True),
+        ("megatron_config", {"a": 1}),
+        ("use_bdlora", {"a": 1}),
+    ):
         with pytest.raises(ConfigError, match=name):
             LoraConfig.from_dict({"use_dora": True, name: value})
     for value in (1, "yes", None):
@@ -311,7 +364,10 @@ def test_what_does_not_go_with_it_is_refused_by_name() -> None:
 
 def test_files_have_peft_s_keys(tmp_path: Path) -> None:
     made = model()
-    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.default.weight" in bits(made)
+    assert (
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.default.weight"
+        in bits(made)
+    )
     made.save_pretrained(tmp_path)
     ends = {key.partition("_proj.")[2] for key in load_file(tmp_path / "adapter_model.safetensors")}
     assert ends == {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"}
@@ -323,7 +379,9 @@ def test_a_magnitude_that_does_not_fit_is_named(tmp_path: Path, change: str) -> 
     model().save_pretrained(tmp_path)
     raw, tensors = read_adapter(tmp_path)
     key = next(k for k in tensors if "magnitude" in k)
-    tensors = {k: a[:-1] if k == key else a for k, a in tensors.items() if change == "shape" or k != key}
+    tensors = {
+        k: a[:-1] if k == key else a for k, a in tensors.items() if change == "shape" or k != key
+    }
     write_adapter(tmp_path, raw, tensors)
     base = small.base()
     with pytest.raises(FormatError, match=key):
@@ -339,7 +397,9 @@ def test_inspect_and_verify_read_such_a_folder(tmp_path: Path) -> None:
     layers = dict(made._wrappers())
     for row in inspect_adapter(tmp_path / "adapter")["tensors"]:
         a = layers[row["layer"]].adapters["default"]
-        assert float(row["|dW|"]) == pytest.approx(np.linalg.norm(a.scaling * a.lora_B.data @ a.lora_A.data), rel=1e-3)
+        assert float(row["|dW|"]) == pytest.approx(
+            np.linalg.norm(a.scaling * a.lora_B.data @ a.lora_A.data), rel=1e-3
+        )
         least, most = map(float, row["magnitude"].split(" to "))
         assert (least, most) == pytest.approx(
             (a.lora_magnitude_vector.data.min(), a.lora_magnitude_vector.data.max()), rel=1e-3
@@ -347,7 +407,9 @@ def test_inspect_and_verify_read_such_a_folder(tmp_path: Path) -> None:
     found = verify_files(tmp_path / "base", tmp_path / "adapter")
     assert all(row.ok for row in found.rows)
     for finding in found.layers:
-        assert finding.dW == pytest.approx(np.linalg.norm(layers[finding.layer].delta_weight("default")), rel=1e-6)
+        assert finding.dW == pytest.approx(
+            np.linalg.norm(layers[finding.layer].delta_weight("default")), rel=1e-6
+        )
 
 
 # ---- a whole model ----

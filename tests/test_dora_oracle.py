@@ -26,15 +26,22 @@ pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-def test_20_steps_in_float64_are_peft_s(llama: tuple[Path, Any], tmp_path: Path, prepared: bool) -> None:
+def test_20_steps_in_float64_are_peft_s(
+    llama: tuple[Path, Any], tmp_path: Path, prepared: bool
+) -> None:
     """Layer by layer as it stands, and with the weights of a step formed beforehand: every number to 1e-9."""
     base, plain = llama
     config = peft.LoraConfig(r=3, lora_alpha=7, use_dora=True, target_modules=NAMES)
     model = in_double(peft.get_peft_model(copy.deepcopy(plain), config)).train()
     model.save_pretrained(tmp_path)
-    ours = PeftModel.from_pretrained(CausalLM.from_pretrained(base, dtype="float64"), tmp_path, is_trainable=True)
+    ours = PeftModel.from_pretrained(
+        CausalLM.from_pretrained(base, dtype="float64"), tmp_path, is_trainable=True
+    )
     start = {name: p.numpy().copy() for name, p in ours.named_parameters()}
-    for name, p in model.named_parameters():  # the start, in double, and not as the file has rounded it
+    for (
+        name,
+        p,
+    ) in model.named_parameters():  # the start, in double, and not as the file has rounded it
         if p.requires_grad:
             dict(ours.named_parameters())[name].data = p.detach().numpy().copy()
     trained = [p for p in ours.parameters() if p.requires_grad]
@@ -65,7 +72,9 @@ def test_20_steps_in_float64_are_peft_s(llama: tuple[Path, Any], tmp_path: Path,
 def test_dropout_falls_on_the_same_parts(llama: tuple[Path, Any], tmp_path: Path) -> None:
     """With peft's own masks, in one layer."""
     base, plain = llama
-    config = peft.LoraConfig(r=3, lora_alpha=7, use_dora=True, target_modules=["q_proj"], lora_dropout=0.4)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=7, use_dora=True, target_modules=["q_proj"], lora_dropout=0.4
+    )
     model = peft.get_peft_model(copy.deepcopy(plain), config).double()
     randomise(p for p in model.parameters() if p.requires_grad)
     model.save_pretrained(tmp_path)
@@ -96,7 +105,9 @@ def adapter_options(draw: st.DrawFn) -> dict[str, Any]:
         "lora_alpha": draw(st.integers(1, 16)),
         "use_rslora": draw(st.booleans()),
         "use_dora": True,
-        "target_modules": draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True)),
+        "target_modules": draw(
+            st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True)
+        ),
         "rank_pattern": draw(st.sampled_from([{}, {"q_proj": 2}])),
         "init_lora_weights": draw(st.booleans()),
         "bias": draw(st.sampled_from(["none", "all", "lora_only"])),
@@ -115,7 +126,9 @@ def test_adapters_go_there_and_come_back(
 ) -> None:
     base, plain = llama
     folder = tmp_path_factory.mktemp("adapter")
-    model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(**copy.deepcopy(options))).eval()
+    model = peft.get_peft_model(
+        copy.deepcopy(plain), peft.LoraConfig(**copy.deepcopy(options))
+    ).eval()
     made = get_peft_model(CausalLM.from_pretrained(base), LoraConfig(**options)).eval()
     if options["init_lora_weights"]:
         assert np.array_equal(made(IDS).data, CausalLM.from_pretrained(base)(IDS).data)
@@ -128,12 +141,18 @@ def test_adapters_go_there_and_come_back(
     ours = PeftModel.from_pretrained(CausalLM.from_pretrained(base), folder / "theirs")
     assert close(ours(IDS).data, logits(model), 1e-5)
 
-    assert made.get_nb_trainable_parameters()[0] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert made.get_nb_trainable_parameters()[0] == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
     randomise((p for p in made.parameters() if p.requires_grad), seed + 1)
     made.save_pretrained(folder / "ours")
     files = [load_file(folder / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
-    assert {k: (a.shape, a.dtype) for k, a in files[0].items()} == {k: (a.shape, a.dtype) for k, a in files[1].items()}
-    written = [json.loads((folder / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
+    assert {k: (a.shape, a.dtype) for k, a in files[0].items()} == {
+        k: (a.shape, a.dtype) for k, a in files[1].items()
+    }
+    written = [
+        json.loads((folder / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")
+    ]
     assert [w["use_dora"] for w in written] == [True, True]
     again = peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder / "ours").eval()
     assert close(logits(again), made(IDS).data, 1e-5)

@@ -22,7 +22,14 @@ from minilora.data import Batch
 from minilora.errors import ConfigError, FormatError, NonFiniteError
 from minilora.formats import load_file, save_file
 from minilora.generate import generate
-from minilora.lora import AdaLoraConfig, LoraConfig, LoraEmbedding, PeftModel, get_multitask_model, get_peft_model
+from minilora.lora import (
+    AdaLoraConfig,
+    LoraConfig,
+    LoraEmbedding,
+    PeftModel,
+    get_multitask_model,
+    get_peft_model,
+)
 from minilora.lora.embedding import DoraEmbeddingAdapter, EmbeddingAdapter, HeadAdapter
 from minilora.nn import Embedding
 from minilora.parallel import ShardedStep
@@ -33,12 +40,21 @@ V, C = 16, 16
 
 def lora(*targets: str, **options: Any) -> LoraConfig:
     """A configuration whose adapter does something from the start."""
-    usual: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": list(targets), "init_lora_weights": False}
+    usual: dict[str, Any] = {
+        "r": 3,
+        "lora_alpha": 5,
+        "target_modules": list(targets),
+        "init_lora_weights": False,
+    }
     return LoraConfig(**(usual | options))
 
 
-def model(*targets: str, tie: bool = True, dtype: str = "float64", device: Any = "cpu", **options: Any) -> PeftModel:
-    made = get_peft_model(small.base(dtype, device, tie_word_embeddings=tie), lora(*targets, **options))
+def model(
+    *targets: str, tie: bool = True, dtype: str = "float64", device: Any = "cpu", **options: Any
+) -> PeftModel:
+    made = get_peft_model(
+        small.base(dtype, device, tie_word_embeddings=tie), lora(*targets, **options)
+    )
     for name, p in made.named_parameters():
         if "magnitude" in name:
             p.data = p.data * np.float32(1.5)
@@ -65,8 +81,17 @@ def near(got: Any, expected: Any, tolerance: float = 1e-12) -> bool:
 # ---- one embedding ----
 
 
-@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(0, 99))
-def test_rows_are_those_of_the_formula(v: int, c: int, r: int, rslora: bool, dora: bool, seed: int) -> None:
+@given(
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.integers(1, 5),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_rows_are_those_of_the_formula(
+    v: int, c: int, r: int, rslora: bool, dora: bool, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     layer = LoraEmbedding(Embedding(rng.standard_normal((v, c))))
     config = lora("wte", r=r, use_rslora=rslora, use_dora=dora)
@@ -83,7 +108,10 @@ def test_rows_are_those_of_the_formula(v: int, c: int, r: int, rslora: bool, dor
     if dora:
         m = adapter.lora_magnitude_vector.data = rng.standard_normal(c)
         k = m / np.linalg.norm(whole, axis=0)
-        assert (abs(layer(ids).data - (k * whole)[ids]) <= (2 * v + 4 * r + 40) * u * (abs(k) * size)[ids]).all()
+        assert (
+            abs(layer(ids).data - (k * whole)[ids])
+            <= (2 * v + 4 * r + 40) * u * (abs(k) * size)[ids]
+        ).all()
     else:
         assert (abs(layer(ids).data - whole[ids]) <= 4 * (r + 4) * u * size[ids]).all()
     before, unmerged = layer(ids).data, layer.weight.data
@@ -101,7 +129,10 @@ def test_the_start_is_the_base_bit_for_bit_and_b_is_random(tie: bool, dora: bool
     before = logits(plain)
     made = get_peft_model(plain, lora("embed_tokens", init_lora_weights=True, use_dora=dora))
     assert np.array_equal(logits(made), before)
-    A, B = (trained(made)[f"base_model.model.model.embed_tokens.lora_embedding_{x}.default"].data for x in "AB")
+    A, B = (
+        trained(made)[f"base_model.model.model.embed_tokens.lora_embedding_{x}.default"].data
+        for x in "AB"
+    )
     assert not A.any()
     assert 0.5 < B.std() < 1.5
     assert made.get_nb_trainable_parameters()[0] == 3 * (V + C) + C * dora
@@ -113,8 +144,12 @@ def test_gradients_are_the_projections_of_the_whole_one() -> None:
     found, adapter = step(made), made.get_base_model().model.embed_tokens.adapters["default"]
     s, A, B = adapter.scaling, adapter.lora_embedding_A.data, adapter.lora_embedding_B.data
     plain = made.merge_and_unload()
-    (G,) = gradients(F.cross_entropy(plain(IDS)[:, :-1], IDS[:, 1:]), [plain.get_input_embeddings().weight])
-    dA, dB = (found[f"base_model.model.model.embed_tokens.lora_embedding_{x}.default"] for x in "AB")
+    (G,) = gradients(
+        F.cross_entropy(plain(IDS)[:, :-1], IDS[:, 1:]), [plain.get_input_embeddings().weight]
+    )
+    dA, dB = (
+        found[f"base_model.model.model.embed_tokens.lora_embedding_{x}.default"] for x in "AB"
+    )
     assert G is not None
     assert near(dA, s * B.T @ G.T)
     assert near(dB, s * G.T @ A.T)
@@ -129,7 +164,9 @@ def test_dora_s_gradients_take_the_norms_for_constants() -> None:
     norm = np.linalg.norm(W + s * (B @ A).T, axis=0)
     found = step(made)
     plain = made.merge_and_unload()
-    (G,) = gradients(F.cross_entropy(plain(IDS)[:, :-1], IDS[:, 1:]), [plain.get_input_embeddings().weight])
+    (G,) = gradients(
+        F.cross_entropy(plain(IDS)[:, :-1], IDS[:, 1:]), [plain.get_input_embeddings().weight]
+    )
     assert G is not None
     assert near(found[f"{prefix}.lora_embedding_A.default"], s * (B.T * (m / norm)) @ G.T)
     assert near(found[f"{prefix}.lora_embedding_B.default"], s * (G * (m / norm)).T @ A.T)
@@ -162,19 +199,28 @@ def test_a_tied_adapter_is_one_parameter_whose_gradient_is_the_sum_of_both_uses(
     assert near(uses[0] + uses[1], G)
     for use in uses:
         assert not near(use, G, 0.01)
-    dA, dB = (found[f"base_model.model.model.embed_tokens.lora_embedding_{x}.default"] for x in "AB")
+    dA, dB = (
+        found[f"base_model.model.model.embed_tokens.lora_embedding_{x}.default"] for x in "AB"
+    )
     assert near(dA, s * B.T @ G.T)
     assert near(dB, s * G.T @ A.T)
 
 
 @pytest.mark.parametrize("targets", [("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")])
 @pytest.mark.parametrize("dora", [False, True])
-def test_merging_at_one_end_of_a_tied_model_must_be_told_what_is_meant(targets: tuple[str, ...], dora: bool) -> None:
+def test_merging_at_one_end_of_a_tied_model_must_be_told_what_is_meant(
+    targets: tuple[str, ...], dora: bool
+) -> None:
     made = model(*targets, use_dora=dora)
     before, unmerged = bits(made), logits(made)
-    place = {1: "the head" if targets == ("lm_head",) else "the embedding", 2: "each of them apart"}[len(targets)]
+    place = {
+        1: "the head" if targets == ("lm_head",) else "the embedding",
+        2: "each of them apart",
+    }[len(targets)]
     for merge in (made.merge_adapter, made.merge_and_unload):
-        with pytest.raises(ConfigError, match=f"adapter default changes {place}: .*tied='untie'.*tied='share'"):
+        with pytest.raises(
+            ConfigError, match=f"adapter default changes {place}: .*tied='untie'.*tied='share'"
+        ):
             merge()
         with pytest.raises(ConfigError, match="tied must be 'untie' or 'share', got 'both'"):
             merge(tied="both")
@@ -184,7 +230,9 @@ def test_merging_at_one_end_of_a_tied_model_must_be_told_what_is_meant(targets: 
     made.unmerge_adapter()
     assert bits(made) == before
     if len(targets) == 2:
-        with pytest.raises(ConfigError, match="tied='share' is for an adapter of the embedding or of the head"):
+        with pytest.raises(
+            ConfigError, match="tied='share' is for an adapter of the embedding or of the head"
+        ):
             made.merge_adapter(tied="share")
     else:
         made.merge_adapter(tied="share")
@@ -194,7 +242,9 @@ def test_merging_at_one_end_of_a_tied_model_must_be_told_what_is_meant(targets: 
         shared = logits(made)
         assert np.abs(shared - unmerged).max() > 0.1
         with made.disable_adapter():
-            assert np.array_equal(logits(made), logits(small.base("float64", tie_word_embeddings=True)))
+            assert np.array_equal(
+                logits(made), logits(small.base("float64", tie_word_embeddings=True))
+            )
         assert np.array_equal(logits(made), shared)
         made.unmerge_adapter()
         assert bits(made) == before
@@ -209,14 +259,17 @@ def test_merging_at_one_end_of_a_tied_model_must_be_told_what_is_meant(targets: 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 @pytest.mark.parametrize(("first", "then"), [("share", "untie"), ("untie", "share")])
-def test_what_is_merged_in_one_way_is_not_taken_for_the_other(target: str, first: str, then: str) -> None:
+def test_what_is_merged_in_one_way_is_not_taken_for_the_other(
+    target: str, first: str, then: str
+) -> None:
     made = model(target)
     unmerged = logits(made)
     made.merge_adapter(tied=first)
     before = logits(made)
     for merge in (made.merge_adapter, made.merge_and_unload):
         with pytest.raises(
-            ConfigError, match=f"default is merged with tied='{first}': unmerge_adapter before '{then}'"
+            ConfigError,
+            match=f"default is merged with tied='{first}': unmerge_adapter before '{then}'",
         ):
             merge(tied=then)
         assert np.array_equal(logits(made), before)
@@ -308,16 +361,21 @@ def test_what_does_not_go_together_is_refused_before_anything_changes(name: str)
 
 
 def test_adalora_has_no_triplets_for_an_embedding() -> None:
-    with pytest.raises(ConfigError, match=r"target model\.embed_tokens is a Embedding, not a linear layer"):
+    with pytest.raises(
+        ConfigError, match=r"target model\.embed_tokens is a Embedding, not a linear layer"
+    ):
         get_peft_model(small.base(), AdaLoraConfig(target_modules=["embed_tokens"], total_step=9))
 
 
 @pytest.mark.parametrize(
-    ("value"), [[], {}, [1, 1], [-1], [True], [1.0], "1", {"embed_tokens": []}, {1: [1]}, {"embed_tokens": 1}], ids=str
+    ("value"),
+    [[], {}, [1, 1], [-1], [True], [1.0], "1", {"embed_tokens": []}, {1: [1]}, {"embed_tokens": 1}],
+    ids=str,
 )
 def test_trainable_tokens_are_a_list_of_different_ones(value: Any) -> None:
     with pytest.raises(
-        ConfigError, match="trainable_token_indices must be a list of different tokens, or one for each"
+        ConfigError,
+        match="trainable_token_indices must be a list of different tokens, or one for each",
     ):
         lora("q_proj", trainable_token_indices=value)
 
@@ -342,8 +400,14 @@ def test_tying_that_concerns_nothing_warns(tie: bool) -> None:
         {"target_modules": ["lm_head"], "ensure_weight_tying": True},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
         {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2]},
-        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 2], "lm_head": [1]}},
-        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 2], "lm_head": [5, 2]}},
+        {
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"embed_tokens": [5, 2], "lm_head": [1]},
+        },
+        {
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"embed_tokens": [5, 2], "lm_head": [5, 2]},
+        },
     ],
     ids=str,
 )
@@ -353,14 +417,22 @@ def test_what_was_saved_is_loaded_under_any_name(options: dict[str, Any], tmp_pa
     for p in trained(made).values():
         p.data = rng.standard_normal(p.shape)
     made.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(small.base("float64", tie_word_embeddings=True), tmp_path, "other")
+    again = PeftModel.from_pretrained(
+        small.base("float64", tie_word_embeddings=True), tmp_path, "other"
+    )
     assert np.array_equal(logits(again), logits(made))
     again.save_pretrained(tmp_path)
-    files = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "other")]
-    assert {k: a.tobytes() for k, a in files[0].items()} == {k: a.tobytes() for k, a in files[1].items()}
+    files = [
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "other")
+    ]
+    assert {k: a.tobytes() for k, a in files[0].items()} == {
+        k: a.tobytes() for k, a in files[1].items()
+    }
 
 
-@pytest.mark.parametrize("key", ["model.embed_tokens.base_layer", "lm_head.base_layer", "lm_head.lora_A"])
+@pytest.mark.parametrize(
+    "key", ["model.embed_tokens.base_layer", "lm_head.base_layer", "lm_head.lora_A"]
+)
 def test_what_a_file_says_twice_must_be_what_is_here(key: str, tmp_path: Path) -> None:
     model("embed_tokens", ensure_weight_tying="lm_head" in key).save_pretrained(tmp_path)
     key += ".weight"
@@ -386,7 +458,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "dora": {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
     "tied": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "lora_dropout": 0.2},
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 4]},
-    "copies": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "copies": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
 }
 
 
@@ -412,7 +488,9 @@ def test_generated_text_is_that_of_the_logits(name: str) -> None:
     ids = IDS[:1, :4]
     expected = ids
     for _ in range(6):
-        expected = np.concatenate([expected, made(expected).numpy()[:, -1].argmax(axis=-1)[:, None]], axis=1)
+        expected = np.concatenate(
+            [expected, made(expected).numpy()[:, -1].argmax(axis=-1)[:, None]], axis=1
+        )
     assert np.array_equal(generate(made, ids, 6, temperature=0), expected)
 
 
@@ -437,7 +515,9 @@ def test_rows_of_several_tasks_meet_their_own_embeddings() -> None:
     with pytest.raises(ConfigError, match="tied='untie'"):
         made.merge_task("x")
     made.declare("both", ["x", "z"])
-    with pytest.raises(ConfigError, match="x, z adapt an embedding, where two cannot be put together as one LoRA"):
+    with pytest.raises(
+        ConfigError, match="x, z adapt an embedding, where two cannot be put together as one LoRA"
+    ):
         made.task_adapter("both")
 
 

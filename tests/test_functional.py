@@ -28,7 +28,10 @@ def results(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[np.nd
     y = function(*leaves)
     dy = np.asarray(np.random.default_rng(3).standard_normal(y.shape)).astype(y.dtype)
     found = gradients(y, leaves, dy) if y.requires_grad else [None] * len(leaves)
-    return [y.numpy(), *(np.zeros_like(x.data) if g is None else g for x, g in zip(leaves, found, strict=True))]
+    return [
+        y.numpy(),
+        *(np.zeros_like(x.data) if g is None else g for x, g in zip(leaves, found, strict=True)),
+    ]
 
 
 @pytest.mark.parametrize("op", NEURAL, ids=lambda op: op.id)
@@ -73,9 +76,14 @@ def test_numpy_scalars_as_options_leave_float32_alone() -> None:
 @pytest.mark.parametrize(
     ("least", "inputs", "outputs", "r"), [(8, 8, 8, 1), (15, 16, 16, 1), (2, 3, 5, 2), (4, 8, 8, 3)]
 )
-def test_merging_pays_from_this_number_of_tokens_on(least: int, inputs: int, outputs: int, r: int) -> None:
+def test_merging_pays_from_this_number_of_tokens_on(
+    least: int, inputs: int, outputs: int, r: int
+) -> None:
     # W + dW once: (2 r + 12) in out; the low-rank path, 8 r (in + out) a token. In three of these, least - 1 is a tie.
-    pays = [merged < apart for merged, apart in (fused.costs(least + i, inputs, outputs, r) for i in (-1, 0, 1))]
+    pays = [
+        merged < apart
+        for merged, apart in (fused.costs(least + i, inputs, outputs, r) for i in (-1, 0, 1))
+    ]
     assert pays == [False, True, True]
 
 
@@ -87,7 +95,9 @@ def test_embedding_adds_the_gradients_of_repeated_ids(ids: list[int]) -> None:
     weight = Tensor(RNG.standard_normal((5, 3)), True)
     y = F.embedding(np.array(ids, np.int64), weight)
     np.testing.assert_array_equal(y.data, weight.data[ids].reshape(-1, 3))
-    dy = np.arange(y.size, dtype=np.float64).reshape(y.shape)  # integers: sums are exact in any order
+    dy = np.arange(y.size, dtype=np.float64).reshape(
+        y.shape
+    )  # integers: sums are exact in any order
     expected = np.zeros((5, 3))
     np.add.at(expected, np.array(ids, np.int64), dy)
     np.testing.assert_array_equal(gradients(y, [weight], dy)[0], expected)
@@ -98,7 +108,10 @@ def test_an_id_outside_the_vocabulary_is_named(bad: int) -> None:
     weight = Tensor(np.full((5, 3), np.nan), True)
     with pytest.raises(DataError, match=rf"id {bad} is outside \[0, 5\)"):
         F.embedding(np.array([[1, bad]]), weight)
-    with np.errstate(all="raise"), pytest.raises(DataError, match=rf"target {bad} is outside \[0, 5\)"):
+    with (
+        np.errstate(all="raise"),
+        pytest.raises(DataError, match=rf"target {bad} is outside \[0, 5\)"),
+    ):
         # Infinite logits would be a floating-point error: the targets are checked before anything is computed.
         F.cross_entropy(Tensor(np.full((2, 5), np.inf), True), np.array([1, bad]), ignore_index=-7)
 
@@ -113,7 +126,10 @@ def test_targets_must_have_the_shape_of_the_logits() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_cross_entropy_of_nothing_is_zero_with_zero_gradient(reduction: str, dtype: type) -> None:
     for shape in ((2, 3), (0,)):
-        x, targets = Tensor(RNG.standard_normal((*shape, 5)).astype(dtype), True), np.full(shape, -100)
+        x, targets = (
+            Tensor(RNG.standard_normal((*shape, 5)).astype(dtype), True),
+            np.full(shape, -100),
+        )
         loss = F.cross_entropy(x, targets, reduction=reduction)
         assert loss.shape == ()
         assert loss.item() == 0
@@ -125,14 +141,19 @@ def test_cross_entropy_of_nothing_is_zero_with_zero_gradient(reduction: str, dty
 def test_cross_entropy_of_huge_logits_is_right(dtype: type) -> None:
     x = Tensor(np.array([[1e4, -1e4, 0], [1e4, -1e4, 0], [-1e4, -1e4, -1e4]], dtype), True)
     with np.errstate(over="raise", invalid="raise", divide="raise"):
-        each = [F.cross_entropy(x[i : i + 1], np.array([t]), reduction="sum").item() for i, t in enumerate((0, 1, 2))]
+        each = [
+            F.cross_entropy(x[i : i + 1], np.array([t]), reduction="sum").item()
+            for i, t in enumerate((0, 1, 2))
+        ]
         loss = F.cross_entropy(x, np.array([0, 1, 2]), reduction="sum")
         loss.backward()
     assert each[:2] == [0.0, 2e4]
     # -(-1e4) + log(3 exp(-1e4)): the sum is rounded where numbers are near 1e4.
     assert each[2] == pytest.approx(math.log(3), abs=float(np.spacing(dtype(1e4))))
     third = dtype(1) / dtype(3)
-    np.testing.assert_allclose(x.grad, [[0, 0, 0], [1, -1, 0], [third, third, third - 1]], rtol=0, atol=4 * U32)
+    np.testing.assert_allclose(
+        x.grad, [[0, 0, 0], [1, -1, 0], [third, third, third - 1]], rtol=0, atol=4 * U32
+    )
 
 
 def test_an_ignored_target_counts_for_nothing() -> None:
@@ -166,24 +187,37 @@ def test_unknown_options_are_named() -> None:
 def test_an_option_is_known_by_its_letters() -> None:
     x = Tensor(np.array([[0.5, -1.0]]))
     read = "".join  # as a file gives it: equal to the word in the source, and not the same object
-    assert F.gelu(x, read(["no", "ne"])).data[0, 0] == F.gelu(x).data[0, 0] != F.gelu(x, read(["ta", "nh"])).data[0, 0]
+    assert (
+        F.gelu(x, read(["no", "ne"])).data[0, 0]
+        == F.gelu(x).data[0, 0]
+        != F.gelu(x, read(["ta", "nh"])).data[0, 0]
+    )
     targets = np.array([[0], [1]]).T
     twice = Tensor(np.array([[[0.5, -1.0], [0.5, 2.0]]]))
-    mean, total = (F.cross_entropy(twice, targets, reduction=read(r)).item() for r in (["me", "an"], ["su", "m"]))
+    mean, total = (
+        F.cross_entropy(twice, targets, reduction=read(r)).item()
+        for r in (["me", "an"], ["su", "m"])
+    )
     assert total == 2 * mean
 
 
 # ---- softmax and norms ----------------------------------------------------------------------------------------------
 
-ROWS = hnp.arrays(np.float64, st.tuples(st.integers(1, 3), st.integers(1, 5)), elements=st.floats(-20, 20))
+ROWS = hnp.arrays(
+    np.float64, st.tuples(st.integers(1, 3), st.integers(1, 5)), elements=st.floats(-20, 20)
+)
 
 
 @given(ROWS, st.floats(-1000, 1000))
 def test_softmax_does_not_see_a_shift(x: np.ndarray, c: float) -> None:
     # Both arguments of exp are exact to a rounding of x + c, at most 2^-53 * 1020 each: twice that is relative to 1.
     with no_grad():
-        np.testing.assert_allclose(F.softmax(Tensor(x + c)).data, F.softmax(Tensor(x)).data, rtol=5e-13, atol=0)
-        np.testing.assert_allclose(F.log_softmax(Tensor(x + c)).data, F.log_softmax(Tensor(x)).data, rtol=0, atol=5e-13)
+        np.testing.assert_allclose(
+            F.softmax(Tensor(x + c)).data, F.softmax(Tensor(x)).data, rtol=5e-13, atol=0
+        )
+        np.testing.assert_allclose(
+            F.log_softmax(Tensor(x + c)).data, F.log_softmax(Tensor(x)).data, rtol=0, atol=5e-13
+        )
 
 
 def test_softmax_is_over_the_last_axis_unless_another_is_named() -> None:
@@ -202,10 +236,18 @@ def test_softmax_is_a_distribution_and_log_softmax_its_logarithm(x: np.ndarray) 
 
 
 def test_layer_norm_does_not_see_an_affine_change_and_rms_norm_not_a_scale() -> None:
-    x, w, b = RNG.standard_normal((3, 8)), Tensor(RNG.standard_normal(8)), Tensor(RNG.standard_normal(8))
+    x, w, b = (
+        RNG.standard_normal((3, 8)),
+        Tensor(RNG.standard_normal(8)),
+        Tensor(RNG.standard_normal(8)),
+    )
     plain = F.layer_norm(Tensor(x), w, b, 0.0).data
-    np.testing.assert_allclose(F.layer_norm(Tensor(2.5 * x - 3), w, b, 0.0).data, plain, rtol=1e-13, atol=1e-14)
-    np.testing.assert_allclose(F.rms_norm(Tensor(2.5 * x), w, 0.0).data, F.rms_norm(Tensor(x), w, 0.0).data, rtol=1e-14)
+    np.testing.assert_allclose(
+        F.layer_norm(Tensor(2.5 * x - 3), w, b, 0.0).data, plain, rtol=1e-13, atol=1e-14
+    )
+    np.testing.assert_allclose(
+        F.rms_norm(Tensor(2.5 * x), w, 0.0).data, F.rms_norm(Tensor(x), w, 0.0).data, rtol=1e-14
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -225,8 +267,12 @@ def test_norms_of_constant_rows_are_finite(dtype: type) -> None:
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
-def qkv(B: int, T: int, S: int, H: int, K: int, D: int = 4, dtype: type = np.float32) -> list[np.ndarray]:
-    return [RNG.standard_normal(s).astype(dtype) for s in ((B, T, H, D), (B, S, K, D), (B, S, K, D))]
+def qkv(
+    B: int, T: int, S: int, H: int, K: int, D: int = 4, dtype: type = np.float32
+) -> list[np.ndarray]:
+    return [
+        RNG.standard_normal(s).astype(dtype) for s in ((B, T, H, D), (B, S, K, D), (B, S, K, D))
+    ]
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -236,13 +282,19 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     tables = (t.astype(q.dtype) for t in rotary_tables(np.zeros((T, D // 2)), H, K, D**-0.5))
 
     def extend(*late: np.ndarray) -> tuple[np.ndarray, ...]:
-        return tuple(np.concatenate([z[:, :past], new], axis=1) for z, new in zip((k, v), late, strict=True))
+        return tuple(
+            np.concatenate([z[:, :past], new], axis=1) for z, new in zip((k, v), late, strict=True)
+        )
 
-    return fused.attention(Tensor(packed), H, K, *tables, extend if past else None).data.reshape(B, T, H, D)
+    return fused.attention(Tensor(packed), H, K, *tables, extend if past else None).data.reshape(
+        B, T, H, D
+    )
 
 
 @given(st.integers(1, 3), st.integers(1, 9), st.sampled_from([(1, 1), (4, 2), (3, 3)]), st.data())
-def test_attention_never_looks_ahead(B: int, T: int, heads: tuple[int, int], data: st.DataObject) -> None:
+def test_attention_never_looks_ahead(
+    B: int, T: int, heads: tuple[int, int], data: st.DataObject
+) -> None:
     arrays = qkv(B, T, T, *heads)
     before = attend(*arrays)
     t = data.draw(st.integers(0, T - 1))
@@ -256,7 +308,9 @@ def test_attention_never_looks_ahead(B: int, T: int, heads: tuple[int, int], dat
 @given(st.integers(1, 5), st.integers(0, 5), st.sampled_from([(2, 2), (4, 2), (4, 1)]))
 def test_fewer_queries_are_the_last_rows(T: int, past: int, heads: tuple[int, int]) -> None:
     q, k, v = qkv(2, T + past, T + past, *heads, dtype=np.float64)
-    np.testing.assert_allclose(attend(q[:, past:], k, v), attend(q, k, v)[:, past:], rtol=0, atol=1e-14)
+    np.testing.assert_allclose(
+        attend(q[:, past:], k, v), attend(q, k, v)[:, past:], rtol=0, atol=1e-14
+    )
 
 
 def test_the_batch_can_be_permuted() -> None:
@@ -280,7 +334,9 @@ def test_huge_scores_do_not_overflow() -> None:
 
 @pytest.mark.parametrize(("H", "K", "width"), [(3, 2, 28), (2, 4, 40), (2, 2, 25)])
 def test_attention_refuses_heads_that_do_not_fit(H: int, K: int, width: int) -> None:
-    with pytest.raises(ValueError, match=rf"attention: {H} heads and {K} of keys do not fit .* {width} channels"):
+    with pytest.raises(
+        ValueError, match=rf"attention: {H} heads and {K} of keys do not fit .* {width} channels"
+    ):
         fused.attention(Tensor(np.ones((1, 2, width))), H, K, np.ones((2, 1)), np.ones((2, 1)))
 
 
@@ -296,7 +352,9 @@ def rotated(x: np.ndarray, start: int) -> np.ndarray:
 def test_rope_preserves_the_norm_of_every_pair(start: int, T: int, D: int) -> None:
     x = RNG.standard_normal((2, T, 3, D))
     pairs, turned = (z.reshape(2, T, 3, 2, D // 2) for z in (x, rotated(x, start)))
-    np.testing.assert_allclose(np.hypot(*np.moveaxis(turned, 3, 0)), np.hypot(*np.moveaxis(pairs, 3, 0)), rtol=2e-15)
+    np.testing.assert_allclose(
+        np.hypot(*np.moveaxis(turned, 3, 0)), np.hypot(*np.moveaxis(pairs, 3, 0)), rtol=2e-15
+    )
 
 
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 40))
@@ -330,8 +388,15 @@ def test_a_sequence_may_be_one_number() -> None:
     assert set(F.dropout(Tensor(np.ones((64, 1))), 0.5, 1).data.ravel()) == {0.0, 2.0}
 
 
-@given(st.floats(0.01, 0.99), st.integers(1, 4), st.integers(1, 9), st.sampled_from([np.float32, np.float64]))
-def test_survivors_are_scaled_once_and_backward_has_the_same_mask(p: float, B: int, C: int, dtype: type) -> None:
+@given(
+    st.floats(0.01, 0.99),
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.sampled_from([np.float32, np.float64]),
+)
+def test_survivors_are_scaled_once_and_backward_has_the_same_mask(
+    p: float, B: int, C: int, dtype: type
+) -> None:
     x = Tensor(RNG.standard_normal((B, 3, C)).astype(dtype) + 10, True)
     dy = RNG.standard_normal(x.shape).astype(dtype)
     y = F.dropout(x, p, 7)
@@ -342,12 +407,20 @@ def test_survivors_are_scaled_once_and_backward_has_the_same_mask(p: float, B: i
 
 
 @given(st.integers(1, 5), st.integers(1, 7), st.data())
-def test_a_sequence_is_masked_by_the_key_and_its_place_alone(B: int, C: int, data: st.DataObject) -> None:
-    x, key, first = RNG.standard_normal((B, 3, C)), data.draw(st.integers(0, 2**64 - 1)), data.draw(st.integers(0, 99))
+def test_a_sequence_is_masked_by_the_key_and_its_place_alone(
+    B: int, C: int, data: st.DataObject
+) -> None:
+    x, key, first = (
+        RNG.standard_normal((B, 3, C)),
+        data.draw(st.integers(0, 2**64 - 1)),
+        data.draw(st.integers(0, 99)),
+    )
     whole = F.dropout(Tensor(x), 0.5, key, first).data
     cut = data.draw(st.integers(0, B))
     stop = data.draw(st.integers(cut, B))
-    np.testing.assert_array_equal(F.dropout(Tensor(x[cut:stop]), 0.5, key, first + cut).data, whole[cut:stop])
+    np.testing.assert_array_equal(
+        F.dropout(Tensor(x[cut:stop]), 0.5, key, first + cut).data, whole[cut:stop]
+    )
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
@@ -361,8 +434,14 @@ def test_dropout_drops_with_its_probability_in_rows_and_columns(p: float) -> Non
     assert z(dropped.sum(), n * n) < 5
     assert z(dropped.sum(axis=0), n).max() < 5
     assert z(dropped.sum(axis=1), n).max() < 5
-    for neighbours in (dropped[:, 1:] & dropped[:, :-1], dropped[1:] & dropped[:-1]):  # independent of each other
-        assert abs(neighbours.mean() - p * p) < 5 * math.sqrt(p * p * (1 - p * p) / neighbours.size) * 2
+    for neighbours in (
+        dropped[:, 1:] & dropped[:, :-1],
+        dropped[1:] & dropped[:-1],
+    ):  # independent of each other
+        assert (
+            abs(neighbours.mean() - p * p)
+            < 5 * math.sqrt(p * p * (1 - p * p) / neighbours.size) * 2
+        )
 
 
 # ---- erf and the activations ----------------------------------------------------------------------------------------
@@ -389,7 +468,9 @@ def test_erf_is_within_two_ulp_of_the_c_library() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("approximate", ["silu", "none", "tanh"])
 def test_activations_of_extreme_values(approximate: str, dtype: type) -> None:
-    x = Tensor(np.array([-1e10, -1e5, -1e3, -100, -0.0, 0.0, 1e-30, 100, 1e3, 1e5, 1e10], dtype), True)
+    x = Tensor(
+        np.array([-1e10, -1e5, -1e3, -100, -0.0, 0.0, 1e-30, 100, 1e3, 1e5, 1e10], dtype), True
+    )
     with np.errstate(over="raise", invalid="raise", divide="raise"):
         y = F.silu(x) if approximate == "silu" else F.gelu(x, approximate)
         (g,) = gradients(y, [x], np.ones_like(x.data))
@@ -405,13 +486,18 @@ def test_activations_of_extreme_values(approximate: str, dtype: type) -> None:
 def test_a_small_loss_is_not_rounded_away() -> None:
     logits = np.array([[20.0, 8.0]], np.float32)
     exact = math.log1p(math.exp(-12))
-    assert abs(F.cross_entropy(Tensor(logits), np.array([0])).item() - exact) <= 2 * 2**-24  # of 1 + e^-12, not of 20
+    assert (
+        abs(F.cross_entropy(Tensor(logits), np.array([0])).item() - exact) <= 2 * 2**-24
+    )  # of 1 + e^-12, not of 20
 
 
 def test_scores_are_kept_for_backward_while_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """B H T S of them, exactly: beyond, memory must not grow with T^2."""
     rng = np.random.default_rng(0)
-    qkv, tables = Tensor(rng.standard_normal((2, 3, 8 * 4)), True), rotary_tables(np.zeros((3, 2)), 4, 2, 0.5)
+    qkv, tables = (
+        Tensor(rng.standard_normal((2, 3, 8 * 4)), True),
+        rotary_tables(np.zeros((3, 2)), 4, 2, 0.5),
+    )
     for most, are_kept in ((2 * 4 * 3 * 3, True), (2 * 4 * 3 * 3 - 1, False)):
         monkeypatch.setattr(fused, "KEPT_SCORES", most)
         held = inspect.getclosurevars(fused.attention(qkv, 4, 2, *tables).node.vjp).nonlocals

@@ -34,9 +34,13 @@ def test_no_damage_crashes_a_reader(script):
     counts = script.fuzz(2500, 1)
     assert sum(sum(found.values()) for found in counts.values()) == 2500
     assert set(counts) == set(script.KINDS)
-    unread = set() if script.tokenizers else {"tokenizer_config.json"}  # beside our own tokenizer nobody asks for it
+    unread = (
+        set() if script.tokenizers else {"tokenizer_config.json"}
+    )  # beside our own tokenizer nobody asks for it
     for kind in set(counts) - {"safetensors"} - unread:
-        assert counts[kind]["accepted"]  # some damage does no harm, or the damage would be too crude to say much
+        assert counts[kind][
+            "accepted"
+        ]  # some damage does no harm, or the damage would be too crude to say much
         assert len(counts[kind]) > 1
     assert len(counts["safetensors"]) >= (2 if script.safetensors is None else 5)
 
@@ -45,7 +49,9 @@ def test_undamaged_files_of_every_kind_are_accepted(script, tmp_path):
     world = script.World(tmp_path, 1)
     assert all(world.valid[kind] for kind in script.KINDS)
     found = script.fuzz(sum(map(len, world.valid.values())), 1)
-    assert all(len(outcomes) == 1 and "accepted" in next(iter(outcomes)) for outcomes in found.values())
+    assert all(
+        len(outcomes) == 1 and "accepted" in next(iter(outcomes)) for outcomes in found.values()
+    )
 
 
 def test_the_same_seed_gives_the_same_inputs_and_every_block_has_its_own(script, tmp_path):
@@ -64,7 +70,9 @@ def test_the_same_seed_gives_the_same_inputs_and_every_block_has_its_own(script,
 
 def test_a_share_of_the_blocks_is_what_it_would_be_in_the_whole(script, monkeypatch):
     monkeypatch.setattr(script, "BLOCK", 50)
-    whole, *shares = (script.fuzz(175, 2, ("records",), share)["records"] for share in ((0, 1), (0, 2), (1, 2)))
+    whole, *shares = (
+        script.fuzz(175, 2, ("records",), share)["records"] for share in ((0, 1), (0, 2), (1, 2))
+    )
     assert {name: sum(share.get(name, 0) for share in shares) for name in whole} == whole
 
 
@@ -125,7 +133,9 @@ def test_a_base_that_is_not_as_it_was_is_seen(script, monkeypatch):
         ("lambda file: 1 / 0", "ZeroDivisionError"),
     ],
 )
-def test_a_process_that_ends_hangs_or_takes_all_memory_is_seen(reader, says, script, monkeypatch, tmp_path):
+def test_a_process_that_ends_hangs_or_takes_all_memory_is_seen(
+    reader, says, script, monkeypatch, tmp_path
+):
     if "bytes" in reader and not Path("/proc/self/statm").exists():
         pytest.skip("the limit is set above what /proc says is used")
     (tmp_path / "fuzz.py").write_text(
@@ -133,7 +143,9 @@ def test_a_process_that_ends_hangs_or_takes_all_memory_is_seen(reader, says, scr
         f"fuzz.KINDS['records'] = fuzz.KINDS['records']._replace(readers=({reader},))\nfuzz.main()\n"
     )
     monkeypatch.setattr(script, "SCRIPT", str(tmp_path / "fuzz.py"))
-    monkeypatch.setattr(sys, "argv", ["fuzz.py", "--kinds", "records", "--inputs", "20", "--jobs", "1"])
+    monkeypatch.setattr(
+        sys, "argv", ["fuzz.py", "--kinds", "records", "--inputs", "20", "--jobs", "1"]
+    )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     with pytest.raises(SystemExit) as caught:
         script.main()
@@ -158,7 +170,9 @@ def test_a_reader_that_takes_what_the_reference_refuses_is_seen(script, monkeypa
 def test_a_reader_that_reads_other_values_is_seen(script, monkeypatch):
     class Twisted(SafetensorsFile):
         def read_bits(self, name):
-            return super().read_bits(name)[::-1] if len(self.shape(name)) else super().read_bits(name)
+            return (
+                super().read_bits(name)[::-1] if len(self.shape(name)) else super().read_bits(name)
+            )
 
     monkeypatch.setattr(script, "SafetensorsFile", Twisted)
     assert "the values differ" in seen(script, "safetensors")

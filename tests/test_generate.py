@@ -44,7 +44,9 @@ prompts = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(0, 99)).ma
 
 
 @given(prompts, st.integers(0, 9), st.integers(0, 12))
-def test_greedy_with_a_cache_is_greedy_by_whole_passes(ids: np.ndarray, seed: int, count: int) -> None:
+def test_greedy_with_a_cache_is_greedy_by_whole_passes(
+    ids: np.ndarray, seed: int, count: int
+) -> None:
     for m in (model(seed), adapted(seed)):
         expected = ids
         for _ in range(count):
@@ -58,7 +60,9 @@ def test_greedy_with_a_cache_is_greedy_by_whole_passes(ids: np.ndarray, seed: in
 def test_prompts_together_are_prompts_alone(ids: np.ndarray, seed: int) -> None:
     m = model(seed)
     together = generate(m, ids, 10, temperature=0)
-    assert np.array_equal(together, np.concatenate([generate(m, row[None], 10, temperature=0) for row in ids]))
+    assert np.array_equal(
+        together, np.concatenate([generate(m, row[None], 10, temperature=0) for row in ids])
+    )
 
 
 @given(prompts, st.integers(0, 9))
@@ -69,13 +73,17 @@ def test_merging_does_not_change_the_text(ids: np.ndarray, seed: int) -> None:
     assert np.array_equal(generate(m, ids, 15, temperature=0), unmerged)
     m.unmerge_adapter()
     with m.disable_adapter():
-        assert np.array_equal(generate(m, ids, 15, temperature=0), generate(model(seed), ids, 15, temperature=0))
+        assert np.array_equal(
+            generate(m, ids, 15, temperature=0), generate(model(seed), ids, 15, temperature=0)
+        )
     assert np.array_equal(generate(m.merge_and_unload(), ids, 15, temperature=0), unmerged)
 
 
 def test_the_adapter_is_seen() -> None:
     ids = np.array([[1, 2, 3]])
-    assert not np.array_equal(generate(adapted(), ids, 15, temperature=0), generate(model(), ids, 15, temperature=0))
+    assert not np.array_equal(
+        generate(adapted(), ids, 15, temperature=0), generate(model(), ids, 15, temperature=0)
+    )
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-300])
@@ -92,7 +100,9 @@ def test_a_seed_means_one_text() -> None:
     assert np.array_equal(texts[0], texts[1])
     assert not np.array_equal(texts[0], texts[2])
     assert not np.array_equal(texts[0][0], texts[0][1])  # equal prompts do not share their luck
-    assert np.array_equal(np.stack(list(stream(model(), ids, 12, temperature=2.0, seed=5)), axis=1), texts[0][:, 2:])
+    assert np.array_equal(
+        np.stack(list(stream(model(), ids, 12, temperature=2.0, seed=5)), axis=1), texts[0][:, 2:]
+    )
     assert np.array_equal(generate(model(), ids, 12, temperature=2.0, top_k=99, seed=5), texts[0])
     greedy = generate(model(), ids, 12, temperature=0)
     assert np.array_equal(generate(model(), ids, 12, temperature=2.0, top_k=1), greedy)
@@ -109,7 +119,10 @@ def test_a_full_context_goes_on_from_its_newer_half(limit: int, length: int) -> 
         if step and window.shape[1] > limit:
             window = window[:, -max(1, limit // 2) :]
         token = m(window).data[:, -1].argmax(axis=-1)[:, None]
-        expected, window = np.concatenate([expected, token], axis=1), np.concatenate([window, token], axis=1)
+        expected, window = (
+            np.concatenate([expected, token], axis=1),
+            np.concatenate([window, token], axis=1),
+        )
     assert np.array_equal(generate(m, ids, 20, temperature=0), expected)
 
 
@@ -130,7 +143,11 @@ def chi_square_tail(x: float, k: int) -> float:
 
 
 def test_the_chi_square_tail_is_right() -> None:
-    for x, k, p in ((3.841458820694124, 1, 0.05), (18.307038053275146, 10, 0.05), (29.58829844507442, 10, 0.001)):
+    for x, k, p in (
+        (3.841458820694124, 1, 0.05),
+        (18.307038053275146, 10, 0.05),
+        (29.58829844507442, 10, 0.001),
+    ):
         assert chi_square_tail(x, k) == pytest.approx(p, rel=1e-9)
 
 
@@ -170,7 +187,9 @@ def test_tokens_follow_the_distribution_and_never_leave_its_support(
 
 
 @given(st.integers(0, 2**32), st.integers(1, 8), st.floats(1e-6, 1.0), st.floats(0.01, 10))
-def test_no_token_outside_the_support(seed: int, top_k: int, top_p: float, temperature: float) -> None:
+def test_no_token_outside_the_support(
+    seed: int, top_k: int, top_p: float, temperature: float
+) -> None:
     rng = np.random.default_rng(seed)
     logits = rng.standard_normal((200, 8)) * 3
     chosen = sample(logits, rng, temperature, top_k, top_p)
@@ -186,7 +205,9 @@ def test_each_row_has_its_own_distribution() -> None:
     logits = np.full((3, 4), -np.inf)
     logits[[0, 1, 2], [2, 0, 3]] = 0.0
     assert sample(logits, np.random.default_rng(0), 1.0, 4, 1.0).tolist() == [2, 0, 3]
-    assert sample(np.array([[1.0, 3.0, 3.0]]), np.random.default_rng(0), 0.0, 3, 1.0).tolist() == [1]
+    assert sample(np.array([[1.0, 3.0, 3.0]]), np.random.default_rng(0), 0.0, 3, 1.0).tolist() == [
+        1
+    ]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +225,9 @@ def test_a_setting_out_of_range_is_refused_by_name(setting: str, value: Any) -> 
         generate(model(), np.array([[1]]), **settings)
 
 
-@pytest.mark.parametrize("ids", [np.zeros((1, 0), int), np.zeros((2,), int), np.zeros((1, 1, 1), int)])
+@pytest.mark.parametrize(
+    "ids", [np.zeros((1, 0), int), np.zeros((2,), int), np.zeros((1, 1, 1), int)]
+)
 def test_a_prompt_needs_a_token(ids: np.ndarray) -> None:
     with pytest.raises(DataError, match="at least one token"):
         generate(model(), ids, 3)

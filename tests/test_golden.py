@@ -18,7 +18,10 @@ from minilora.transformer import CausalLM
 GOLDEN = Path(__file__).parent / "golden"
 BASES = sorted(p.name for p in GOLDEN.iterdir() if (p / "config.json").exists())
 ADAPTERS = sorted(p.name for p in GOLDEN.iterdir() if (p / "adapter_config.json").exists())
-DTYPES = {"float64": (1e-10, 1e-9), "float32": (1e-5, 1e-5)}  # tolerance of logits; of the loss and its gradients
+DTYPES = {
+    "float64": (1e-10, 1e-9),
+    "float32": (1e-5, 1e-5),
+}  # tolerance of logits; of the loss and its gradients
 
 
 def adapted(name: str, dtype: str = "float64") -> PeftModel:
@@ -86,11 +89,15 @@ def test_merged_logits_and_the_way_back(name: str, dtype: str) -> None:
     assert bits(model) == before
     assert np.array_equal(model(expect["input_ids"]).numpy(), unmerged)
     plain = model.merge_and_unload(tied=tied)
-    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in CausalLM(plain.config).named_parameters()]
+    assert [n for n, _ in plain.named_parameters()] == [
+        n for n, _ in CausalLM(plain.config).named_parameters()
+    ]
     assert_close(plain(expect["input_ids"]).numpy(), expect["logits_merged"], DTYPES[dtype][0])
 
 
-def test_merging_into_an_embedding_whose_weight_the_head_has_too_must_say_which_of_the_two_is_meant() -> None:
+def test_merging_into_an_embedding_whose_weight_the_head_has_too_must_say_which_of_the_two_is_meant() -> (
+    None
+):
     expect = load_file(GOLDEN / "gpt2--lora_wte" / "expect.safetensors")
     assert 8.8 < np.abs(expect["logits_merged"] - expect["logits"]).max() < 9
     model = adapted("gpt2--lora_wte")
@@ -108,10 +115,14 @@ def test_merging_into_an_embedding_whose_weight_the_head_has_too_must_say_which_
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_saved_again_is_the_file_that_peft_wrote(name: str, tmp_path: Path) -> None:
     adapted(name, "float32").save_pretrained(tmp_path)
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, GOLDEN / name))
+    ours, theirs = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, GOLDEN / name)
+    )
     assert {a.dtype for a in ours.values()} == {a.dtype for a in theirs.values()}
     assert {k: a.tobytes() for k, a in ours.items()} == {k: a.tobytes() for k, a in theirs.items()}
-    written, original = (json.loads((d / "adapter_config.json").read_text()) for d in (tmp_path, GOLDEN / name))
+    written, original = (
+        json.loads((d / "adapter_config.json").read_text()) for d in (tmp_path, GOLDEN / name)
+    )
     assert written == original
 
 
@@ -120,5 +131,7 @@ def test_a_base_saved_again_is_the_file_that_transformers_wrote(name: str, tmp_p
     CausalLM.from_pretrained(GOLDEN / name).save_pretrained(tmp_path)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, GOLDEN / name))
     assert {k: a.tobytes() for k, a in ours.items()} == {k: a.tobytes() for k, a in theirs.items()}
-    written, original = (json.loads((d / "config.json").read_text()) for d in (tmp_path, GOLDEN / name))
+    written, original = (
+        json.loads((d / "config.json").read_text()) for d in (tmp_path, GOLDEN / name)
+    )
     assert written == original

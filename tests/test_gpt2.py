@@ -68,7 +68,10 @@ def logits(model: CausalLM, ids: np.ndarray) -> np.ndarray:
 
 @given(configs(("gpt2",)), st.integers(1, 9), st.integers(0, 99))
 def test_it_computes_what_its_definition_says(config: TransformerConfig, T: int, seed: int) -> None:
-    model, ids = randomised(config, seed=seed), np.random.default_rng(seed).integers(0, config.vocab_size, (2, T))
+    model, ids = (
+        randomised(config, seed=seed),
+        np.random.default_rng(seed).integers(0, config.vocab_size, (2, T)),
+    )
     expected = logits(model, ids)
     # Some 30 operations, each of which rounds sums of at most 36 terms: far below this.
     assert np.abs(model(ids).data - expected).max() <= 1e-12 * max(1, np.abs(expected).max())
@@ -77,11 +80,15 @@ def test_it_computes_what_its_definition_says(config: TransformerConfig, T: int,
 @pytest.mark.parametrize("name", GPT2_ACTIVATIONS)
 def test_activations_by_their_names(name: str) -> None:
     x = np.linspace(-6, 6, 301)
-    np.testing.assert_allclose(ACTIVATIONS[name](Tensor(x)).data, FORMULAS[name](x), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(
+        ACTIVATIONS[name](Tensor(x)).data, FORMULAS[name](x), rtol=0, atol=1e-14
+    )
 
 
 def test_the_first_values_of_what_adds_to_the_residual_stream_are_smaller() -> None:
-    config = shape("gpt2", hidden_size=64, intermediate_size=256, num_hidden_layers=8, vocab_size=200)
+    config = shape(
+        "gpt2", hidden_size=64, intermediate_size=256, num_hidden_layers=8, vocab_size=200
+    )
     for name, p in CausalLM(config).named_parameters():
         if name.endswith("bias"):
             assert not p.data.any()
@@ -96,7 +103,9 @@ def test_the_first_values_of_what_adds_to_the_residual_stream_are_smaller() -> N
 def test_positions_end_where_the_learnt_rows_end() -> None:
     model = CausalLM(shape("gpt2"))
     assert model(np.zeros((1, 32), int)).shape == (1, 32, 11)
-    with pytest.raises(DataError, match="33 positions, but the model has max_position_embeddings = 32"):
+    with pytest.raises(
+        DataError, match="33 positions, but the model has max_position_embeddings = 32"
+    ):
         model(np.zeros((1, 33), int))
 
 
@@ -109,14 +118,20 @@ def test_a_step_in_shards_and_recomputed_is_the_step(kind: str) -> None:
     found = {}
     for way in ("plain", "shards", "threads", "recomputed"):
         model = randomised(shape(kind))
-        options = {"target_modules": "all-linear", "init_lora_weights": False, "use_dora": kind == "gpt2"}
+        options = {
+            "target_modules": "all-linear",
+            "init_lora_weights": False,
+            "use_dora": kind == "gpt2",
+        }
         peft = get_peft_model(model, LoraConfig(r=2, **options))
         params = [p for p in peft.parameters() if p.requires_grad]
         model.gradient_checkpointing_enable(way == "recomputed")
         if way == "plain":
             found[way] = gradients(F.cross_entropy(peft(batch.ids), batch.targets), params)
             continue
-        with ShardedStep(peft, threads=2 if way == "threads" else 1, shard=2, keep_memory=False) as step:
+        with ShardedStep(
+            peft, threads=2 if way == "threads" else 1, shard=2, keep_memory=False
+        ) as step:
             found[way] = step.gradients(batch, params)[1]
     assert len(found["plain"]) >= 16
     largest = max(np.abs(g).max() for g in found["plain"])

@@ -33,24 +33,40 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 def test_a_dry_run_runs_every_part_and_writes_nothing() -> None:
     kept = SCRIPT.parent / "results" / "gpu-check.json"
     before = kept.read_bytes() if kept.exists() else None
-    done = subprocess.run([sys.executable, str(SCRIPT), "--dry-run"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--dry-run"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert (kept.read_bytes() if kept.exists() else None) == before
     result = json.loads(done.stdout)
     assert result["ok"]
     parts = result["parts"]
-    assert list(parts) == ["prepare", "parity", "tests", "traffic", "ours:micro", "eager:micro", "compiled:micro"]
+    assert list(parts) == [
+        "prepare",
+        "parity",
+        "tests",
+        "traffic",
+        "ours:micro",
+        "eager:micro",
+        "compiled:micro",
+    ]
     assert parts["parity"]["largest_relative_difference"] == 0
     assert parts["parity"]["two_runs_bitwise_equal"]
     assert parts["traffic"]["micro"]["moves"] == {"uploads": 1, "downloads": 1, "waits": 1}
     assert parts["traffic"]["micro"]["array_operations"] > 100
     assert parts["ours:micro"]["milliseconds"]["median"] > 0
     assert parts["ours:micro"]["losses"] == sorted(parts["ours:micro"]["losses"], reverse=True)
-    assert "skipped" in parts["eager:micro"] or result["losses_differ_from_ours_by"]["eager:micro"] < 1e-5
+    assert (
+        "skipped" in parts["eager:micro"]
+        or result["losses_differ_from_ours_by"]["eager:micro"] < 1e-5
+    )
 
 
 def test_without_a_gpu_it_says_why_and_writes_nothing(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     def refuse(device: Any) -> Any:
         raise DeviceError("no driver here")
@@ -66,7 +82,9 @@ def test_a_part_that_fails_or_takes_too_long_is_recorded(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ended, plain = [], os.killpg
-    monkeypatch.setattr(os, "killpg", lambda group, number: (ended.append(number), plain(group, number)))
+    monkeypatch.setattr(
+        os, "killpg", lambda group, number: (ended.append(number), plain(group, number))
+    )
     bench = script.Bench(True, tmp_path)
     missing = script.run_part("ours:micro", bench, 60)  # whose files nobody has prepared
     assert not missing["ok"]
@@ -84,4 +102,6 @@ def test_when_the_time_is_over_the_rest_is_said_to_be_missing(
     monkeypatch.setattr(script, "LIMIT", 0)
     result = script.check(script.Bench(True, tmp_path))
     assert not result["ok"]
-    assert {part["error"] for part in result["parts"].values()} == {"not run: the time for everything was over"}
+    assert {part["error"] for part in result["parts"].values()} == {
+        "not run: the time for everything was over"
+    }

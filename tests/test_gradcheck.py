@@ -55,7 +55,9 @@ def gelu(x: Tensor, cubic: float = 0.044715, root: float = math.sqrt(2 / math.pi
     return record(F.gelu(x.detach(), "tanh").data, (x,), vjp)
 
 
-def layer_norm(x: Tensor, w: Tensor, b: Tensor, forward: float = 1e-5, backward: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor, w: Tensor, b: Tensor, forward: float = 1e-5, backward: float = 1e-5
+) -> Tensor:
     X, w_ = x.data, w.data
 
     def vjp(dy: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -97,24 +99,43 @@ WRONG: dict[str, tuple[Callable[..., Tensor], tuple[np.ndarray, ...]]] = {
     "gelu: 0.04472 for 0.044715": (lambda x: gelu(x, cubic=0.04472), (X,)),
     "gelu: sqrt(2 / pi) to four digits": (lambda x: gelu(x, root=0.7979), (X,)),
     "gelu: a constant in float32": (lambda x: gelu(x, root=float32(math.sqrt(2 / math.pi))), (X,)),
-    "layer_norm: eps 1e-6 for 1e-5": (lambda x, w, b: layer_norm(x, w, b, backward=1e-6), (X, W, B)),
-    "layer_norm: eps 1e-3 for 1e-5": (lambda x, w, b: layer_norm(x, w, b, backward=1e-3), (X, W, B)),
+    "layer_norm: eps 1e-6 for 1e-5": (
+        lambda x, w, b: layer_norm(x, w, b, backward=1e-6),
+        (X, W, B),
+    ),
+    "layer_norm: eps 1e-3 for 1e-5": (
+        lambda x, w, b: layer_norm(x, w, b, backward=1e-3),
+        (X, W, B),
+    ),
     "softmax: kept in float32": (lambda x: softmax(x, float32), (X,)),
     "softmax: kept in bfloat16": (lambda x: softmax(x, bfloat16), (X,)),
     "rms_norm: eps forgotten": (lambda x, w: rms_norm(x, w, backward=0.0), (X, W)),
-    "square: 2.001 for 2": (lambda x: record(x.data**2, (x,), lambda dy, X=x.data: (dy * 2.001 * X,)), (X,)),
+    "square: 2.001 for 2": (
+        lambda x: record(x.data**2, (x,), lambda dy, X=x.data: (dy * 2.001 * X,)),
+        (X,),
+    ),
     "cube plus x: a term missing": (
         lambda x: record(x.data**3 + x.data, (x,), lambda dy, X=x.data: (dy * 3 * X**2,)),
         (X,),
     ),
     "exp: NaN": (lambda x: record(np.exp(x.data), (x,), lambda dy: (dy * np.nan,)), (X,)),
     "exp: one NaN": (
-        lambda x: record(np.exp(x.data), (x,), lambda dy, X=x.data: (dy * np.where(X.max() == X, np.nan, np.exp(X)),)),
+        lambda x: record(
+            np.exp(x.data),
+            (x,),
+            lambda dy, X=x.data: (dy * np.where(X.max() == X, np.nan, np.exp(X)),),
+        ),
         (X,),
     ),
     "sub: sign": (lambda a, b: record(a.data - b.data, (a, b), lambda dy: (dy, dy)), (X, X + 1)),
-    "add: a broadcast sum dropped": (lambda a, b: record(a.data + b.data, (a, b), lambda dy: (dy, dy[0])), (X, B)),
-    "add: not summed over the rows": (lambda a, b: record(a.data + b.data, (a, b), lambda dy: (dy, dy)), (X, B)),
+    "add: a broadcast sum dropped": (
+        lambda a, b: record(a.data + b.data, (a, b), lambda dy: (dy, dy[0])),
+        (X, B),
+    ),
+    "add: not summed over the rows": (
+        lambda a, b: record(a.data + b.data, (a, b), lambda dy: (dy, dy)),
+        (X, B),
+    ),
     "mul: one gradient missing": (
         lambda a, b: record(a.data * b.data, (a, b), lambda dy, B=b.data: (dy * B, None)),
         (X, X),
@@ -134,7 +155,8 @@ def test_a_right_gradient_is_accepted(name: str) -> None:
 def test_a_wrong_gradient_is_rejected(name: str, seed: int) -> None:
     function, inputs = WRONG[name]
     with pytest.raises(
-        AssertionError, match=r"gradient is off by|gradient of input 1 has shape \(4, 8\), the input \(8,\)"
+        AssertionError,
+        match=r"gradient is off by|gradient of input 1 has shape \(4, 8\), the input \(8,\)",
     ):
         check_gradient(function, *inputs, tolerance=1e-9, seed=seed)
 

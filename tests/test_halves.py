@@ -39,7 +39,11 @@ from minilora.tools.merging import merge
 KINDS = tuple(NAMES)
 ANY_KIND = pytest.mark.parametrize("kind", KINDS)
 IDS = np.random.default_rng(0).integers(0, 11, (3, 10))
-MODELS = {"llama": {"tie_word_embeddings": False}, "qwen2": {"tie_word_embeddings": True}, "gpt2": {}}
+MODELS = {
+    "llama": {"tie_word_embeddings": False},
+    "qwen2": {"tie_word_embeddings": True},
+    "gpt2": {},
+}
 ANY_MODEL = pytest.mark.parametrize("name", MODELS)
 
 
@@ -62,7 +66,10 @@ def stored(folder: Path, name: str, kind: str = "bfloat16", **changes: Any) -> P
 
 def tensors(folder: Path) -> dict[str, tuple[str, bytes]]:
     with read_checkpoint(folder)[1] as checkpoint:
-        return {key: (checkpoint.dtype(key), checkpoint.read_bits(key).tobytes()) for key in checkpoint.keys()}  # noqa: SIM118
+        return {
+            key: (checkpoint.dtype(key), checkpoint.read_bits(key).tobytes())
+            for key in checkpoint.keys()
+        }
 
 
 def loss(model: Any) -> Tensor:
@@ -82,13 +89,25 @@ def test_every_pattern_is_widened_to_its_own_value(kind: str, dtype: str) -> Non
     """By the definition of a binary format: (-1)^s 2^(e - bias) 1.m, or 0.m for the smallest e."""
     patterns = np.arange(1 << 16, dtype=np.uint16)
     width, bias = (7, 127) if kind == "bfloat16" else (10, 15)
-    e, m = (patterns >> width).astype(int) & (2 * bias + 1), (patterns & (2**width - 1)).astype(float)
-    value = np.where(e == 0, np.ldexp(m, 1 - bias - width), np.ldexp(2.0**width + m, e - bias - width))
-    value = np.where(e == 2 * bias + 1, np.where(m == 0, np.inf, np.nan), value) * np.where(patterns >> 15, -1, 1)
+    e, m = (
+        (patterns >> width).astype(int) & (2 * bias + 1),
+        (patterns & (2**width - 1)).astype(float),
+    )
+    value = np.where(
+        e == 0, np.ldexp(m, 1 - bias - width), np.ldexp(2.0**width + m, e - bias - width)
+    )
+    value = np.where(e == 2 * bias + 1, np.where(m == 0, np.inf, np.nan), value) * np.where(
+        patterns >> 15, -1, 1
+    )
     codes = patterns if kind == "bfloat16" else patterns.view(np.float16)
     half = Half(kind, codes.reshape(256, 256))
     found = half.decode(dtype)
-    assert (found.dtype, found.shape, half.size, half.nbytes) == (np.dtype(dtype), (256, 256), 1 << 16, 1 << 17)
+    assert (found.dtype, found.shape, half.size, half.nbytes) == (
+        np.dtype(dtype),
+        (256, 256),
+        1 << 16,
+        1 << 17,
+    )
     assert np.array_equal(found.reshape(-1), value, equal_nan=True)
     assert np.array_equal(np.signbit(found.reshape(-1)), patterns >> 15 == 1)
     assert np.array_equal(half.decode(dtype, slice(3, 5)), found[3:5], equal_nan=True)
@@ -103,8 +122,20 @@ def test_every_pattern_is_widened_to_its_own_value(kind: str, dtype: str) -> Non
 def test_a_weight_reads_as_floats_and_cannot_be_written(kind: str) -> None:
     values = rounded(np.random.default_rng(0).standard_normal((5, 3)), kind)
     weight, floats = HalfWeight(values), values.decode()
-    assert (weight.shape, weight.ndim, weight.size, len(weight), weight.dtype) == ((5, 3), 2, 15, 5, np.float32)
-    for read in (weight.data, weight.numpy(), np.array(weight), Tensor(weight).data, weight.take(slice(None))):
+    assert (weight.shape, weight.ndim, weight.size, len(weight), weight.dtype) == (
+        (5, 3),
+        2,
+        15,
+        5,
+        np.float32,
+    )
+    for read in (
+        weight.data,
+        weight.numpy(),
+        np.array(weight),
+        Tensor(weight).data,
+        weight.take(slice(None)),
+    ):
         assert read.tobytes() == floats.tobytes()
     assert weight.take(np.array([4, 0, 4])).tobytes() == floats[[4, 0, 4]].tobytes()
     assert b"".join(piece.tobytes() for piece in pieces(weight)) == floats.tobytes()
@@ -124,7 +155,10 @@ def test_pieces_are_rows_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
     found = list(pieces(weight))
     assert [len(piece) for piece in found] == [2] * 5 + [1]
     assert np.array_equal(np.concatenate(found), weight.data)
-    assert [len(piece) for piece in pieces(HalfWeight(rounded(np.ones((2, 99)), "float16")))] == [1, 1]
+    assert [len(piece) for piece in pieces(HalfWeight(rounded(np.ones((2, 99)), "float16")))] == [
+        1,
+        1,
+    ]
 
 
 # ---- a model --------------------------------------------------------------------------------------------------------
@@ -132,12 +166,16 @@ def test_pieces_are_rows_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @ANY_KIND
 @ANY_MODEL
-def test_logits_and_gradients_have_the_bits_of_the_floats(kind: str, name: str, tmp_path: Path) -> None:
+def test_logits_and_gradients_have_the_bits_of_the_floats(
+    kind: str, name: str, tmp_path: Path
+) -> None:
     folder = stored(tmp_path, name, kind)
     wide, held = CausalLM.from_pretrained(folder), CausalLM.from_pretrained(folder, stored=True)
     assert not halves(wide)
     assert set(halves(held)) == {n for n, p in wide.named_parameters() if p.ndim == 2}
-    assert (held.lm_head.weight is held.get_input_embeddings().weight) == held.config.tie_word_embeddings
+    assert (
+        held.lm_head.weight is held.get_input_embeddings().weight
+    ) == held.config.tie_word_embeddings
     assert bits(held) == bits(wide) == bits(model_of(name, kind))
     for p in wide.parameters():
         p.requires_grad = p.ndim == 1  # what is held in floats still trains
@@ -159,14 +197,18 @@ def test_five_steps_have_the_bits_of_five_over_floats(kind: str, name: str, meth
     adapters = []
     for model in (model_of(name, kind), halve(model_of(name, kind), kind)):
         more = {"total_step": 11, "tfinal": 1} if method == "adalora" else {}
-        config = METHODS[method].config(lora_alpha=6, target_modules="all-linear", lora_dropout=0.3, **more)
+        config = METHODS[method].config(
+            lora_alpha=6, target_modules="all-linear", lora_dropout=0.3, **more
+        )
         made = get_peft_model(model, config, seed=2).train()
         move(made, "default")
         params, values = [p for p in made.parameters() if p.requires_grad], []
         optimiser, batch = AdamW(params, lr=0.02), Batch(IDS[:, :-1], IDS[:, 1:])
         allocator = RankAllocator.of(made) if method == "adalora" else None
 
-        def take(value: Any, grads: list[Any], optimiser: AdamW = optimiser, allocator: Any = allocator) -> None:
+        def take(
+            value: Any, grads: list[Any], optimiser: AdamW = optimiser, allocator: Any = allocator
+        ) -> None:
             optimiser.step(grads)
             if allocator is not None:
                 allocator.step(grads)
@@ -185,8 +227,15 @@ def test_five_steps_have_the_bits_of_five_over_floats(kind: str, name: str, meth
     assert len(set(adapters[0][0])) == 10
 
 
-def test_loading_holds_two_bytes_a_weight_and_a_step_widens_one_layer_at_a_time(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 4096, "num_hidden_layers": 6}
+def test_loading_holds_two_bytes_a_weight_and_a_step_widens_one_layer_at_a_time(
+    tmp_path: Path,
+) -> None:
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "vocab_size": 4096,
+        "num_hidden_layers": 6,
+    }
     folder = stored(tmp_path, "gpt2", **sizes)
     batch = Batch(np.arange(16)[None], np.arange(1, 17)[None])
 
@@ -196,7 +245,10 @@ def test_loading_holds_two_bytes_a_weight_and_a_step_widens_one_layer_at_a_time(
         model = CausalLM.from_pretrained(folder, stored=stored)
         at_rest = tracemalloc.get_traced_memory()[0] / sum(p.size for p in model.parameters())
         made = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
-        params, before = [p for p in made.parameters() if p.requires_grad], tracemalloc.get_traced_memory()[0]
+        params, before = (
+            [p for p in made.parameters() if p.requires_grad],
+            tracemalloc.get_traced_memory()[0],
+        )
         tracemalloc.reset_peak()
         with ShardedStep(made, threads=1) as step:
             step.gradients(batch, params)
@@ -204,17 +256,27 @@ def test_loading_holds_two_bytes_a_weight_and_a_step_widens_one_layer_at_a_time(
         tracemalloc.stop()
         return at_rest, peak - before
 
-    largest, activations = 4 * 4096 * 128, 16 * (3 * 4096 + 6 * 24 * 128) * 4  # the head; logits, and each layer's own
+    largest, activations = (
+        4 * 4096 * 128,
+        16 * (3 * 4096 + 6 * 24 * 128) * 4,
+    )  # the head; logits, and each layer's own
     (held, added), (wide, _) = measured(True), measured(False)
     assert held < 2.3
     assert wide > 4
-    assert added < largest + activations < 4 * 6 * 12 * 128 * 128  # which is what all layers are in floats
+    assert (
+        added < largest + activations < 4 * 6 * 12 * 128 * 128
+    )  # which is what all layers are in floats
 
 
 def test_a_dtype_is_what_is_computed_in_and_a_device_where(tmp_path: Path) -> None:
     folder = stored(tmp_path, "qwen2")
-    single, double = (CausalLM.from_pretrained(folder, dtype, stored=True) for dtype in ("float32", "float64"))
-    assert double(IDS).numpy().tobytes() == CausalLM.from_pretrained(folder, "float64")(IDS).numpy().tobytes()
+    single, double = (
+        CausalLM.from_pretrained(folder, dtype, stored=True) for dtype in ("float32", "float64")
+    )
+    assert (
+        double(IDS).numpy().tobytes()
+        == CausalLM.from_pretrained(folder, "float64")(IDS).numpy().tobytes()
+    )
     there = CausalLM.from_pretrained(folder, device=STRICT, stored=True)
     assert {p.backend for p in there.parameters()} == {STRICT}
     twin, expected = copy.deepcopy(there), single(IDS).numpy()
@@ -224,7 +286,10 @@ def test_a_dtype_is_what_is_computed_in_and_a_device_where(tmp_path: Path) -> No
         there(STRICT.from_numpy(IDS))
     assert meter.downloads == meter.syncs == []
     codes = {name: p.quantized.codes.tobytes() for name, p in halves(single).items()}
-    assert {n: p.quantized.codes.tobytes() for n, p in halves(there.to("cpu").to(dtype="float64")).items()} == codes
+    assert {
+        n: p.quantized.codes.tobytes()
+        for n, p in halves(there.to("cpu").to(dtype="float64")).items()
+    } == codes
     assert there(IDS).numpy().tobytes() == double(IDS).numpy().tobytes()
     assert {p.backend for p in there.parameters()} == {NUMPY}
 
@@ -275,7 +340,9 @@ def test_codes_made_of_it_are_those_of_its_floats(tmp_path: Path) -> None:
     assert len(quantization_report(held)) == 14
     held.save_pretrained(tmp_path / "codes")
     again = CausalLM.from_pretrained(tmp_path / "codes", stored=True)
-    assert again(IDS).numpy().tobytes() == held(IDS).numpy().tobytes() == wide(IDS).numpy().tobytes()
+    assert (
+        again(IDS).numpy().tobytes() == held(IDS).numpy().tobytes() == wide(IDS).numpy().tobytes()
+    )
     assert set(halves(again)) == set(halves(held))
 
 
@@ -284,7 +351,12 @@ def test_what_a_base_holds_is_counted() -> None:
     vectors = sum(p.size for p in model.parameters() if p.ndim == 1)
     matrices = sum(p.size for p in model.parameters()) - vectors
     held = held_bytes(model)
-    assert (held["kind"], held["layers"], held["weights"], held["bytes"]) == ("bfloat16", 10, matrices, 2 * matrices)
+    assert (held["kind"], held["layers"], held["weights"], held["bytes"]) == (
+        "bfloat16",
+        10,
+        matrices,
+        2 * matrices,
+    )
     assert held["all_bytes"] == 2 * matrices + 4 * vectors
 
 
@@ -311,8 +383,12 @@ def test_what_would_be_rounded_is_refused_before_anything_changes(case: str) -> 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
 def test_it_cannot_be_trained_whole(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is quantised, or held in sixteen bits: it cannot be trained"):
-        get_peft_model(halve(model_of("llama")), LoraConfig(target_modules=["q_proj"], modules_to_save=[name]))
+    with pytest.raises(
+        ConfigError, match=f"{name} is quantised, or held in sixteen bits: it cannot be trained"
+    ):
+        get_peft_model(
+            halve(model_of("llama")), LoraConfig(target_modules=["q_proj"], modules_to_save=[name])
+        )
 
 
 def test_there_is_nothing_to_dequantize() -> None:
@@ -334,7 +410,10 @@ def test_a_merge_is_the_float64_sum_rounded_once_as_from_the_files(
     made = get_peft_model(CausalLM.from_pretrained(folder, stored=True), config, seed=2)
     move(made, "default")
     made.save_pretrained(tmp_path / "adapter")
-    rows = {row["tensor"]: row["lost"] for row in merge(folder, [tmp_path / "adapter"], tmp_path / "by files")}
+    rows = {
+        row["tensor"]: row["lost"]
+        for row in merge(folder, [tmp_path / "adapter"], tmp_path / "by files")
+    }
     model = made.merge_and_unload()
     model.save_pretrained(tmp_path / "in memory")
     assert tensors(tmp_path / "in memory") == tensors(tmp_path / "by files") != tensors(folder)
@@ -343,16 +422,24 @@ def test_a_merge_is_the_float64_sum_rounded_once_as_from_the_files(
     for key, share in rows.items():
         assert lost[key] == pytest.approx(share, rel=1e-9)
         assert 0 < share < 0.1
-    assert all(isinstance(m, HalfLinear) for p, m in model.named_modules() if p.endswith(("_proj", "c_fc", "lm_head")))
+    assert all(
+        isinstance(m, HalfLinear)
+        for p, m in model.named_modules()
+        if p.endswith(("_proj", "c_fc", "lm_head"))
+    )
 
 
 def test_a_sum_beyond_the_kind_is_not_merged() -> None:
     """float16 ends at 65504; and what was merged before comes out again."""
-    made = get_peft_model(halve(model_of("llama", "float16"), "float16"), LoraConfig(2, target_modules="all-linear"))
+    made = get_peft_model(
+        halve(model_of("llama", "float16"), "float16"), LoraConfig(2, target_modules="all-linear")
+    )
     move(made, "default")
     made.model.model.layers[1].mlp.down_proj.adapters["default"].lora_B.data *= np.float32(1e6)
     before = bits(made)
-    with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.down_proj: the merged weight is beyond float16"):
+    with pytest.raises(
+        NonFiniteError, match=r"layers\.1\.mlp\.down_proj: the merged weight is beyond float16"
+    ):
         made.merge_adapter()
     assert bits(made) == before
     assert not any(getattr(m, "merged", ()) for _, m in made.named_modules())
@@ -367,7 +454,11 @@ ENDS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "head": ("gpt2", {"target_modules": ["lm_head"]}, "untie"),
     "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 7]}, None),
     "tied tokens": ("gpt2", {"target_modules": ["c_fc"], "trainable_token_indices": [1, 7]}, None),
-    "tokens of the head": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2]}}, None),
+    "tokens of the head": (
+        "llama",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2]}},
+        None,
+    ),
 }
 
 
@@ -382,7 +473,9 @@ def test_embeddings_heads_and_tokens_over_it(case: str, tmp_path: Path) -> None:
         params = [p for p in made.parameters() if p.requires_grad]
         value = loss(made)
         found.append([made(IDS).numpy(), *gradients(value, params)])
-    assert [np.asarray(a).tobytes() for a in found[0]] == [np.asarray(a).tobytes() for a in found[1]]
+    assert [np.asarray(a).tobytes() for a in found[0]] == [
+        np.asarray(a).tobytes() for a in found[1]
+    ]
     names, adapted = set(halves(made)), made(IDS).numpy()
     with made.disable_adapter():
         assert made(IDS).numpy().tobytes() == model_of(name)(IDS).numpy().tobytes()
@@ -407,8 +500,22 @@ def test_the_commands_hold_a_base_as_it_is_stored(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     stored(tmp_path / "base", "gpt2", vocab_size=256)
-    Path("book.txt").write_text("the quick brown fox jumps over the lazy dog, again and again. " * 9)
-    line = ["finetune", "--base", "base", "--data", "book.txt", "--batch-size", "2", "--context", "16", "--r", "2"]
+    Path("book.txt").write_text(
+        "the quick brown fox jumps over the lazy dog, again and again. " * 9
+    )
+    line = [
+        "finetune",
+        "--base",
+        "base",
+        "--data",
+        "book.txt",
+        "--batch-size",
+        "2",
+        "--context",
+        "16",
+        "--r",
+        "2",
+    ]
     line += ["--lora-dropout", "0.2", "--warmup", "0", "--steps"]
 
     def run(*words: str) -> str:
@@ -416,10 +523,14 @@ def test_the_commands_hold_a_base_as_it_is_stored(
         return capsys.readouterr().out
 
     said = run(*line, "6", "--out", "held", "--quantize", "stored")
-    assert "3,200 weights of 10 layers in 6,400 bytes of bfloat16, 50.0 % of their size in float32" in said
+    assert (
+        "3,200 weights of 10 layers in 6,400 bytes of bfloat16, 50.0 % of their size in float32"
+        in said
+    )
     run(*line, "6", "--out", "wide")
     logs = [
-        [json.loads(row)["loss"] for row in Path(out, "log.jsonl").read_text().splitlines()] for out in ("held", "wide")
+        [json.loads(row)["loss"] for row in Path(out, "log.jsonl").read_text().splitlines()]
+        for out in ("held", "wide")
     ]
     assert logs[0] == logs[1]
     assert tensors_of_adapter("held") == tensors_of_adapter("wide")
@@ -429,7 +540,9 @@ def test_the_commands_hold_a_base_as_it_is_stored(
     found = [run("evaluate", "--data", "book.txt", "--context", "16", *use, *more) for more in HELD]
     losses = [float(said.split()[1]) for said in found]  # here a dense base does form W + dW
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    found = [run("generate", "--prompt", "the", "--max-new-tokens", "5", *use, *more) for more in HELD]
+    found = [
+        run("generate", "--prompt", "the", "--max-new-tokens", "5", *use, *more) for more in HELD
+    ]
     assert found[0] == found[1]
     run("verify", *use)
     assert main(["demo", "--quantize", "stored"]) == 2
@@ -447,13 +560,19 @@ def tensors_of_adapter(folder: str) -> bytes:
 
 def test_a_loaded_adapter_runs_over_it(tmp_path: Path) -> None:
     folder = stored(tmp_path / "base", "qwen2")
-    made = get_peft_model(CausalLM.from_pretrained(folder), LoraConfig(r=2, init_lora_weights=False))
+    made = get_peft_model(
+        CausalLM.from_pretrained(folder), LoraConfig(r=2, init_lora_weights=False)
+    )
     made.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(CausalLM.from_pretrained(folder, stored=True), tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        CausalLM.from_pretrained(folder, stored=True), tmp_path / "adapter"
+    )
     assert again(IDS).numpy().tobytes() == made(IDS).numpy().tobytes()
 
 
-def test_a_damaged_number_is_found_without_widening_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_number_is_found_without_widening_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = halve(model_of("gpt2", vocab_size=256))
     model.transformer.h[1].mlp.c_fc.weight.quantized.codes[3, 2] = bf16_from(np.array([np.nan]))[0]
     model.save_pretrained(tmp_path)

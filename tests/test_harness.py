@@ -47,9 +47,14 @@ def test_the_harness_sees_harm(harm: Callable[[Path], None], world: Path) -> Non
         KEPT.pop().close()
 
 
-@pytest.mark.parametrize("text", ["config: " + "x" * 500, "config \x1b[2J", "other", "config, and not what was meant"])
+@pytest.mark.parametrize(
+    "text", ["config: " + "x" * 500, "config \x1b[2J", "other", "config, and not what was meant"]
+)
 def test_the_harness_sees_a_bad_message(text: str, world: Path) -> None:
-    with pytest.raises(AssertionError), refused(ValueError, "config: |other|J", world, "message", "config"):
+    with (
+        pytest.raises(AssertionError),
+        refused(ValueError, "config: |other|J", world, "message", "config"),
+    ):
         raise ValueError(text)
     with pytest.raises(AssertionError), refused(ValueError, "", world, "kind", ""):
         raise FormatError("a kind of ValueError, but not the one")

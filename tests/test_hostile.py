@@ -35,7 +35,10 @@ from minilora.cli import main
 from minilora.formats import load_file
 
 tqdm.tqdm.get_lock()  # imports multiprocessing
-for name in ("tokenizers", "pydoc_data.topics"):  # and so is what the two packages of optional texts import
+for name in (
+    "tokenizers",
+    "pydoc_data.topics",
+):  # and so is what the two packages of optional texts import
     with contextlib.suppress(ImportError):
         __import__(name)
 
@@ -54,7 +57,11 @@ events: list[str] | None = None  # what Python reports while a row is open; None
 
 
 def hear(event: str, arguments: tuple[object, ...]) -> None:
-    if events is not None and event.startswith(FORBIDDEN) and not (event == "import" and arguments[0] == "tokenizers"):
+    if (
+        events is not None
+        and event.startswith(FORBIDDEN)
+        and not (event == "import" and arguments[0] == "tokenizers")
+    ):
         events.append(f"{event} {arguments!r:.100}")
     if events is not None and event == "open" and "secret" in str(arguments[0]):
         events.append(f"open {arguments[0]}")
@@ -115,7 +122,10 @@ def fingerprint(model, optimizer) -> str:
     digest = hashlib.sha256(repr(optimizer.state_dict()[1]).encode())
     digest.update(repr((model.active_adapters, sorted(model.peft_config), model.training)).encode())
     for name, parameter in model.named_parameters():
-        digest.update(f"{name} {parameter.requires_grad} {parameter.shape}".encode() + parameter.numpy().tobytes())
+        digest.update(
+            f"{name} {parameter.requires_grad} {parameter.shape}".encode()
+            + parameter.numpy().tobytes()
+        )
     for name, array in optimizer.state_dict()[0].items():
         digest.update(name.encode() + array.tobytes())
     return digest.hexdigest()
@@ -159,7 +169,11 @@ def test_hostile(row, sound, victim, seconds, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     world = World(tmp_path, victim[0])
     files, before, whole = snapshot(tmp_path), descriptors(), fingerprint(*victim)
-    size = sum(path.lstat().st_size for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink())
+    size = sum(
+        path.lstat().st_size
+        for path in tmp_path.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    )
     events = []
     tracemalloc.start()
     started = time.perf_counter()
@@ -173,7 +187,9 @@ def test_hostile(row, sound, victim, seconds, tmp_path, monkeypatch):
     finally:
         tracemalloc.stop()
         events = None
-    assert ended is row.ends if isinstance(row.ends, type) or row.ends is None else ended == row.ends, message
+    assert (
+        ended is row.ends if isinstance(row.ends, type) or row.ends is None else ended == row.ends
+    ), message
     for words in row.says:
         assert words in message
     if row.ends is not None:
@@ -219,14 +235,20 @@ for number in map(int, sys.argv[4:]):
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is set above what /proc says is used")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="the limit is set above what /proc says is used"
+)
 def test_the_worst_of_them_end_so_in_hardly_any_memory(tmp_path):
     """Address space for twice the files and 64 MiB, not a byte more: whatever allocates by what a file says, dies."""
     assert len(WORST) >= 20
     paths = [str(Path(__file__).parent), str(PACKAGE.parent), str(tmp_path)]
     command = [sys.executable, "-W", "ignore", "-c", CHILD, *paths, *map(str, WORST)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     lines = done.stdout.splitlines()
     assert not [line for line in lines if line.split()[1] != "True"], done.stdout
@@ -256,7 +278,9 @@ def test_a_text_that_changes_while_it_is_trained_on(tmp_path, monkeypatch):
         monkeypatch.setattr("minilora.train.train", change_first)
         assert run(f"{line} --out {name}")[0] == 0
         assert len(done) == 1
-        weights[name] = {key: array.tobytes() for key, array in load_file(f"{name}/model.safetensors").items()}
+        weights[name] = {
+            key: array.tobytes() for key, array in load_file(f"{name}/model.safetensors").items()
+        }
     assert len(weights) == 4
     assert all(found == weights["same"] for found in weights.values())
 
@@ -267,7 +291,9 @@ def test_no_code_here_evaluates_unpickles_imports_by_name_or_matches_by_backtrac
                "re"}  # fmt: skip
     calls = {"eval", "exec", "compile", "__import__", "breakpoint"}
     for path in sorted(PACKAGE.rglob("*.py")):
-        a_process = path == PACKAGE / "chat" / "__init__.py"  # a template has one, with limits: see test_chat
+        a_process = (
+            path == PACKAGE / "chat" / "__init__.py"
+        )  # a template has one, with limits: see test_chat
         forbidden = modules if a_process else modules | {"subprocess"}
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):

@@ -42,22 +42,33 @@ from minilora.transformer import CausalLM
 from minilora.verify import verify_files
 
 IDS = np.random.default_rng(0).integers(0, 13, (4, 7))
-OPTIONS: dict[str, Any] = {"r": 2, "lora_alpha": 3, "target_modules": "all-linear", "init_lora_weights": False}
+OPTIONS: dict[str, Any] = {
+    "r": 2,
+    "lora_alpha": 3,
+    "target_modules": "all-linear",
+    "init_lora_weights": False,
+}
 
 
 def hydra(**changes: Any) -> HydraConfig:
     return HydraConfig(**{**OPTIONS, **changes})
 
 
-def model(device: Any = "cpu", dtype: str = "float64", config: LoraConfig | None = None, **changes: Any) -> PeftModel:
-    return get_peft_model(CausalLM(SHAPE, seed=1, dtype=dtype, device=device), config or hydra(**changes), seed=2)
+def model(
+    device: Any = "cpu", dtype: str = "float64", config: LoraConfig | None = None, **changes: Any
+) -> PeftModel:
+    return get_peft_model(
+        CausalLM(SHAPE, seed=1, dtype=dtype, device=device), config or hydra(**changes), seed=2
+    )
 
 
 def layer(experts: int, seed: int = 0, outputs: int = 6, **changes: Any) -> LoraLinear:
     rng = np.random.default_rng(seed)
     made = LoraLinear(Linear(rng.standard_normal((outputs, 5))))
     made.base_layer.weight.requires_grad = False
-    made.adapters["x"] = HydraAdapter(made.base_layer, "x", hydra(experts=experts, **changes), rng, 3)
+    made.adapters["x"] = HydraAdapter(
+        made.base_layer, "x", hydra(experts=experts, **changes), rng, 3
+    )
     made.active = ["x"]
     return made
 
@@ -77,7 +88,9 @@ SIZES = st.tuples(*(st.integers(1, 5) for _ in range(5)))
 
 
 @given(SIZES, st.sampled_from([(), (3,), (2, 3)]), st.integers(0, 99))
-def test_the_mixture_is_the_sum_over_experts_forward_and_backward(sizes: Any, rows: Any, seed: int) -> None:
+def test_the_mixture_is_the_sum_over_experts_forward_and_backward(
+    sizes: Any, rows: Any, seed: int
+) -> None:
     I, O, r, k, _ = sizes
     rng = np.random.default_rng(seed)
     shapes = (*rows, I), (*rows, O), (*rows, k), (r, I), (O, k * r)
@@ -102,7 +115,9 @@ def test_only_what_is_wanted_has_a_gradient(trained: int) -> None:
     one = [Tensor(a, requires_grad=i == trained) for i, a in enumerate(arrays)]
     dy = rng.standard_normal((3, 5))
     by_hand = mixture(*one, 0.7).node.vjp(dy)
-    assert [i for i in (0, 3, 4) if by_hand[i] is not None] == [i for i in (0, 3, 4) if i == trained]  # x, A, B
+    assert [i for i in (0, 3, 4) if by_hand[i] is not None] == [
+        i for i in (0, 3, 4) if i == trained
+    ]  # x, A, B
     expected, found = (gradients(mixture(*leaves, 0.7), leaves, dy) for leaves in (everything, one))
     assert [g is not None for g in found] == [i == trained for i in range(5)]
     assert np.array_equal(found[trained], expected[trained])
@@ -116,7 +131,9 @@ def test_the_layer_is_equation_6() -> None:
     for row, y in zip(x.reshape(-1, 5), made(Tensor(x)).data.reshape(-1, 6), strict=True):
         e = np.exp(R @ row)
         w = e / e.sum()
-        expected = W @ row + 3 / 2 * sum(w[i] * B[:, 2 * i : 2 * i + 2] @ (A @ row) for i in range(3))
+        expected = W @ row + 3 / 2 * sum(
+            w[i] * B[:, 2 * i : 2 * i + 2] @ (A @ row) for i in range(3)
+        )
         assert np.abs(y - expected).max() <= 1e-14 * np.abs(expected).max() * 10
 
 
@@ -127,7 +144,9 @@ def test_the_layer_is_equation_6() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_one_expert_is_lora_bit_for_bit(init: Any, dropout: float) -> None:
     options = {**OPTIONS, "init_lora_weights": init, "lora_dropout": dropout}
-    models = [model(config=c).train() for c in (HydraConfig(**options, experts=1), LoraConfig(**options))]
+    models = [
+        model(config=c).train() for c in (HydraConfig(**options, experts=1), LoraConfig(**options))
+    ]
     results = []
     for made in models:
         params = [p for n, p in made.named_parameters() if p.requires_grad and "route" not in n]
@@ -143,8 +162,12 @@ def test_equal_experts_share_lora_s_gradient_and_move_no_router(k: int, seed: in
     own = made.adapters["x"]
     own.lora_A.data, own.lora_B.data = one.lora_A.data, np.tile(one.lora_B.data, (1, k))
     x, dy = (np.random.default_rng(seed + i).standard_normal((4, n)) for i, n in enumerate((5, 6)))
-    dA, dB, dR = gradients(made(Tensor(x)), [getattr(own, name) for name in HydraAdapter.TENSORS], dy)
-    expected_dA, expected_dB, _ = gradients(plain(Tensor(x)), [getattr(one, n) for n in HydraAdapter.TENSORS], dy)
+    dA, dB, dR = gradients(
+        made(Tensor(x)), [getattr(own, name) for name in HydraAdapter.TENSORS], dy
+    )
+    expected_dA, expected_dB, _ = gradients(
+        plain(Tensor(x)), [getattr(one, n) for n in HydraAdapter.TENSORS], dy
+    )
     top = np.abs(expected_dA).max() + np.abs(expected_dB).max()
     assert np.abs(dA - expected_dA).max() <= 1e-13 * top
     assert np.abs(dB.reshape(6, k, 2).sum(axis=1) - expected_dB).max() <= 1e-13 * top
@@ -188,7 +211,9 @@ def test_experts_part_as_they_train() -> None:
         ({"r": 0}, "r must be"),
     ],
 )
-def test_a_configuration_that_means_nothing_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_a_configuration_that_means_nothing_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         hydra(**changes)
 
@@ -196,7 +221,9 @@ def test_a_configuration_that_means_nothing_is_refused(changes: dict[str, Any], 
 def test_trainable_numbers_are_counted() -> None:
     I, O, r, k = 5, 6, 2, 4
     adapter = layer(k).adapters["x"]
-    assert {n: getattr(adapter, n).shape for n in adapter.TENSORS} == HydraAdapter.shapes(layer(k).base_layer, r, k)
+    assert {n: getattr(adapter, n).shape for n in adapter.TENSORS} == HydraAdapter.shapes(
+        layer(k).base_layer, r, k
+    )
     assert sum(p.size for p in adapter.parameters()) == r * I + k * (r * O + I)
 
 
@@ -244,7 +271,9 @@ def test_generation_and_its_cache_go_the_ordinary_way() -> None:
     tokens = generate(made, IDS[:, :3], 4, temperature=0)
     expected = IDS[:, :3]
     for _ in range(4):
-        expected = np.concatenate([expected, made(expected).data[:, -1].argmax(-1)[:, None]], axis=1)
+        expected = np.concatenate(
+            [expected, made(expected).data[:, -1].argmax(-1)[:, None]], axis=1
+        )
     assert np.array_equal(tokens, expected)
 
 
@@ -265,7 +294,12 @@ def test_another_device_has_the_same_bits_and_waits_for_nothing() -> None:
         params = [p for p in made.parameters() if p.requires_grad]
         with ShardedStep(made, 1, shard=4) as sharded, no_sync():
             loss, found = sharded.gradients(Batch(IDS[:, :-1], IDS[:, 1:]), params)
-        results.append([float(loss), *(p.backend.to_numpy(g).tobytes() for p, g in zip(params, found, strict=True))])
+        results.append(
+            [
+                float(loss),
+                *(p.backend.to_numpy(g).tobytes() for p, g in zip(params, found, strict=True)),
+            ]
+        )
     assert results[0] == results[1]
 
 
@@ -273,7 +307,9 @@ def test_another_device_has_the_same_bits_and_waits_for_nothing() -> None:
 
 
 def test_files_go_there_and_come_back(tmp_path: Path) -> None:
-    made = model(dtype="float32", experts=4, rank_pattern={"q_proj": 3}, modules_to_save=["lm_head"])
+    made = model(
+        dtype="float32", experts=4, rank_pattern={"q_proj": 3}, modules_to_save=["lm_head"]
+    )
     made.save_pretrained(tmp_path)
     raw, tensors = read_adapter(tmp_path)
     assert (raw["peft_type"], raw["experts"]) == ("HYDRALORA", 4)
@@ -293,7 +329,9 @@ def test_a_file_that_does_not_fit_is_refused(field: str, value: Any, tmp_path: P
     model(dtype="float32", experts=2).save_pretrained(tmp_path)
     where = tmp_path / "adapter_config.json"
     config = json.loads(where.read_text()) | {field: value}
-    where.write_text(json.dumps({k: v for k, v in config.items() if k != "experts" or field == "experts"}))
+    where.write_text(
+        json.dumps({k: v for k, v in config.items() if k != "experts" or field == "experts"})
+    )
     with pytest.raises(FormatError, match="does not fit this base"):
         PeftModel.from_pretrained(CausalLM(SHAPE, seed=1), tmp_path)
 
@@ -305,7 +343,9 @@ def test_inspect_shows_an_even_mixture_and_verify_says_there_is_no_dW(tmp_path: 
     report = inspect_adapter(tmp_path / "adapter")
     adapter = made.model.model.layers[0].self_attn.q_proj.adapters["default"]
     even = LoraAdapter.delta_weight(_even(adapter), np.zeros((8, 8)))
-    row = next(row for row in report["tensors"] if row["layer"] == "model.layers.0.self_attn.q_proj")
+    row = next(
+        row for row in report["tensors"] if row["layer"] == "model.layers.0.self_attn.q_proj"
+    )
     assert float(row["|dW|"]) == pytest.approx(np.linalg.norm(even), rel=1e-3)
     with pytest.raises(ConfigError, match="HydraLoRA cannot be merged"):
         verify_files(tmp_path / "base", tmp_path / "adapter")
@@ -313,4 +353,6 @@ def test_inspect_shows_an_even_mixture_and_verify_says_there_is_no_dW(tmp_path: 
 
 def _even(adapter: HydraAdapter) -> Any:
     B = adapter.lora_B.data.reshape(8, 3, 2).mean(axis=1)
-    return type("Even", (), {"lora_A": adapter.lora_A, "lora_B": Tensor(B), "scaling": adapter.scaling})()
+    return type(
+        "Even", (), {"lora_A": adapter.lora_A, "lora_B": Tensor(B), "scaling": adapter.scaling}
+    )()

@@ -38,7 +38,13 @@ ORDER = [
     ["tools.adapters", "tools.leading"],
     ["inspection", "recipes", "verify.case"],
     ["verify.measuring"],
-    ["verify.of_lora", "verify.of_layers", "verify.of_dora", "verify.of_adalora", "verify.of_codes"],
+    [
+        "verify.of_lora",
+        "verify.of_layers",
+        "verify.of_dora",
+        "verify.of_adalora",
+        "verify.of_codes",
+    ],
     ["verify.of_tasks", "verify.of_sums", "verify.of_ends"],
     ["verify.properties"],
     ["verify.run"],
@@ -121,12 +127,25 @@ def test_optional_packages_have_one_room_each(path):
     assert "cupy" not in packages or room_of(path) == "backend"
     assert "matplotlib" not in packages or room_of(path) == "plots"
     assert "jinja2" not in packages or room_of(path) == "chat.rendering"
-    assert not packages & {"torch", "transformers", "peft", "safetensors", "scipy", "pickle", "importlib", "re"}
+    assert not packages & {
+        "torch",
+        "transformers",
+        "peft",
+        "safetensors",
+        "scipy",
+        "pickle",
+        "importlib",
+        "re",
+    }
 
 
 @pytest.mark.parametrize("path", ROOMS, ids=room_of)
 def test_no_room_takes_a_private_name_of_another(path):
-    taken = [(m, n) for m, n in imports(path) if m.startswith("minilora") and n.startswith("_") and n != "__version__"]
+    taken = [
+        (m, n)
+        for m, n in imports(path)
+        if m.startswith("minilora") and n.startswith("_") and n != "__version__"
+    ]
     assert not taken
 
 

@@ -40,7 +40,9 @@ def with_values(values: np.ndarray, O: int, I: int, rng: np.random.Generator) ->
     st.sampled_from(sorted(SPECTRA)), st.integers(1, 6), st.booleans(), st.sampled_from([0, -900, -40, 40, 900]),
     st.integers(0, 2**32),
 )  # fmt: skip
-def test_the_error_is_that_of_the_best_of_this_rank(kind: str, r: int, tall: bool, exponent: int, seed: int) -> None:
+def test_the_error_is_that_of_the_best_of_this_rank(
+    kind: str, r: int, tall: bool, exponent: int, seed: int
+) -> None:
     """To 1e-10 of itself, or what rounding leaves: n eps |D|, which is what LAPACK promises of a singular value."""
     rng = np.random.default_rng(seed)
     n = WORTH * (r + SPARE) + int(rng.integers(0, 40))
@@ -71,7 +73,9 @@ def test_residuals_that_vanish_add_no_direction(entries: int) -> None:
     best = math.sqrt(sum(i * i for i in range(entries - 3)))
     assert len(values) == 5
     assert values[4] == pytest.approx(best, rel=1e-10, abs=1e-13 * entries)
-    assert np.linalg.norm(D - (U * values[:4]) @ Vt) == pytest.approx(best, rel=1e-10, abs=1e-13 * entries)
+    assert np.linalg.norm(D - (U * values[:4]) @ Vt) == pytest.approx(
+        best, rel=1e-10, abs=1e-13 * entries
+    )
 
 
 def test_a_basis_that_is_full_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +97,9 @@ def test_a_basis_that_is_full_begins_anew(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("why", ["small", "out of rounds", "not orthonormal"])
-def test_where_it_does_not_pay_or_end_lapack_does_it(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_does_not_pay_or_end_lapack_does_it(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     D = np.random.default_rng(0).standard_normal((WORTH * 12 - (why == "small"), 300))
     if why == "out of rounds":
         monkeypatch.setattr(room, "PRECISION", -1.0)
@@ -120,7 +126,10 @@ def test_an_adapter_that_was_merged_in_bfloat16_comes_back(kind: str, tmp_path: 
     W = bf16_from(rng.standard_normal((I, O) if kind == "gpt2" else (O, I)) * 0.1)
     base = tmp_path / "base"
     base.mkdir()
-    write_json(base / "config.json", {"model_type": kind, "tie_word_embeddings": False, "dtype": "bfloat16"})
+    write_json(
+        base / "config.json",
+        {"model_type": kind, "tie_word_embeddings": False, "dtype": "bfloat16"},
+    )
     write_stream(base / "model.safetensors", [Entry(f"{path}.weight", "BF16", W.shape, lambda: W)])
     fields = {"r": 4, "lora_alpha": 4, "target_modules": [path], "fan_in_fan_out": kind == "gpt2"}
     tensors = {f"base_model.model.{path}.lora_{x}.weight": a for x, a in (("A", A), ("B", B))}
@@ -129,7 +138,8 @@ def test_an_adapter_that_was_merged_in_bfloat16_comes_back(kind: str, tmp_path: 
     (row,) = extract(base, tmp_path / "tuned", 4, tmp_path / "out")
     dW = B.astype(float) @ A
     before, after = (
-        load_file(f / "model.safetensors")[f"{path}.weight"].astype(float) for f in (base, tmp_path / "tuned")
+        load_file(f / "model.safetensors")[f"{path}.weight"].astype(float)
+        for f in (base, tmp_path / "tuned")
     )
     N = np.linalg.norm((after - before).T - dW if kind == "gpt2" else after - before - dW, 2)
     with AdapterFile(tmp_path / "out") as file:

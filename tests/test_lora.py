@@ -29,7 +29,14 @@ from minilora import fused
 from minilora.autograd import Tensor, gradients
 from minilora.errors import ConfigError, FormatError
 from minilora.formats import PEFT_CONFIG_DEFAULTS, load_file, save_file
-from minilora.lora import LoraAdapter, LoraConfig, LoraLinear, PeftModel, SavedModule, get_peft_model
+from minilora.lora import (
+    LoraAdapter,
+    LoraConfig,
+    LoraLinear,
+    PeftModel,
+    SavedModule,
+    get_peft_model,
+)
 from minilora.nn import Linear, LinearBase
 from minilora.transformer import CausalLM
 from minilora.verify import make_case
@@ -44,7 +51,9 @@ def base(dtype: str = "float64", **changes: Any) -> CausalLM:
 
 def lora(**changes: Any) -> LoraConfig:
     """A configuration whose adapter does something from the start: B is random."""
-    return LoraConfig(**({"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | changes))
+    return LoraConfig(
+        **({"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | changes)
+    )
 
 
 def sized(inputs: int, outputs: int) -> LinearBase:
@@ -65,7 +74,11 @@ def wrapped(model: Any) -> dict[str, LoraLinear]:
 
 
 def trainable(model: PeftModel) -> set[str]:
-    return {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        name.removeprefix("base_model.model.")
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def factors(path: str, name: str = "default") -> set[str]:
@@ -76,7 +89,9 @@ def factors(path: str, name: str = "default") -> set[str]:
 
 
 @given(st.integers(0, 99), st.integers(1, 24), st.integers(1, 24), st.integers(0, 2), st.booleans())
-def test_a_step_that_was_prepared_ends(seed: int, inputs: int, outputs: int, count: int, bias: bool) -> None:
+def test_a_step_that_was_prepared_ends(
+    seed: int, inputs: int, outputs: int, count: int, bias: bool
+) -> None:
     case = make_case(seed, inputs, outputs, [3, 2], [4, 1], bias=bias)
     layer, x = case.layer(), Tensor(case.x)
     layer.active = list(layer.adapters)[:count]
@@ -84,7 +99,9 @@ def test_a_step_that_was_prepared_ends(seed: int, inputs: int, outputs: int, cou
     layer.prepare_step()
     if layer.base_layer.bias is not None:
         layer.base_layer.bias.requires_grad = True
-        (db,) = gradients(layer(x), [layer.base_layer.bias], np.ones((*case.x.shape[:2], outputs), np.float32))
+        (db,) = gradients(
+            layer(x), [layer.base_layer.bias], np.ones((*case.x.shape[:2], outputs), np.float32)
+        )
         assert np.array_equal(db, np.full(outputs, 6))
     layer.enabled = False  # a reference model may be asked for in the middle of a step
     assert layer(x).data.tobytes() == layer.base_layer(x).data.tobytes()
@@ -104,7 +121,9 @@ def test_the_effective_weight_is_formed_once_and_dropped() -> None:
     x = Tensor(np.ones((1, 4)))
     layer.prepare_step()
     weight, ones = layer.base_layer.weight, np.ones((1, 3))
-    assert gradients(layer(x), [weight], ones)[0] is not None  # a base that trains is not merged away
+    assert (
+        gradients(layer(x), [weight], ones)[0] is not None
+    )  # a base that trains is not merged away
     layer.end_step()
     weight.requires_grad = False
     layer.prepare_step()
@@ -123,8 +142,13 @@ def test_the_effective_weight_is_formed_once_and_dropped() -> None:
 
 def test_the_lesson_s_numbers() -> None:
     layer = LoraLinear(Linear(np.arange(1.0, 13.0).reshape(4, 3)))
-    adapter = LoraAdapter(layer.base_layer, "x", LoraConfig(r=1, lora_alpha=1), np.random.default_rng(0))
-    adapter.lora_B.data, adapter.lora_A.data = np.array([[1.0], [0], [-1], [2]]), np.array([[2.0, -1, 3]])
+    adapter = LoraAdapter(
+        layer.base_layer, "x", LoraConfig(r=1, lora_alpha=1), np.random.default_rng(0)
+    )
+    adapter.lora_B.data, adapter.lora_A.data = (
+        np.array([[1.0], [0], [-1], [2]]),
+        np.array([[2.0, -1, 3]]),
+    )
     layer.adapters["default"], layer.active = adapter, ["default"]
     layer.merge()
     assert layer.base_layer.weight.data.tolist() == [[3, 1, 6], [4, 5, 6], [5, 9, 6], [14, 9, 18]]
@@ -140,12 +164,18 @@ def kolmogorov_p(values: np.ndarray, cdf: Callable[[float], float]) -> float:
     steps = np.arange(n + 1) / n
     distance = max((steps[1:] - F_).max(), (F_ - steps[:-1]).max())
     z = (math.sqrt(n) + 0.12 + 0.11 / math.sqrt(n)) * distance
-    return float(min(1, 2 * sum((-1) ** (k - 1) * math.exp(-2 * k * k * z * z) for k in range(1, 101))))
+    return float(
+        min(1, 2 * sum((-1) ** (k - 1) * math.exp(-2 * k * k * z * z) for k in range(1, 101)))
+    )
 
 
-def first_values(seed: int, init: Any, r: int = 80, n: int = 100, m: int = 50) -> tuple[np.ndarray, np.ndarray]:
+def first_values(
+    seed: int, init: Any, r: int = 80, n: int = 100, m: int = 50
+) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    adapter = LoraAdapter(Linear(np.zeros((m, n))), "x", LoraConfig(r=r, init_lora_weights=init), rng)
+    adapter = LoraAdapter(
+        Linear(np.zeros((m, n))), "x", LoraConfig(r=r, init_lora_weights=init), rng
+    )
     return adapter.lora_A.data, adapter.lora_B.data
 
 
@@ -171,11 +201,19 @@ def test_first_values_follow_their_laws(seed: int) -> None:
     assert kolmogorov_p(B, lambda x: (x * math.sqrt(80) + 1) / 2) > 1e-4 / 20
 
 
-@given(st.sets(st.sampled_from(NAMES), min_size=1), st.sampled_from(["default", "other"]), st.integers(0, 99))
-def test_first_values_depend_on_the_seed_and_the_layer_alone(names: set[str], adapter_name: str, seed: int) -> None:
+@given(
+    st.sets(st.sampled_from(NAMES), min_size=1),
+    st.sampled_from(["default", "other"]),
+    st.integers(0, 99),
+)
+def test_first_values_depend_on_the_seed_and_the_layer_alone(
+    names: set[str], adapter_name: str, seed: int
+) -> None:
     names |= {"q_proj"}
     whole = get_peft_model(base(), lora(target_modules="all-linear"), seed=seed).state_dict()
-    some = get_peft_model(base(), lora(target_modules=sorted(names)), adapter_name, seed=seed).state_dict(adapter_name)
+    some = get_peft_model(
+        base(), lora(target_modules=sorted(names)), adapter_name, seed=seed
+    ).state_dict(adapter_name)
     assert len(some) == 4 * len(names)
     assert all(np.array_equal(array, whole[key]) for key, array in some.items())
     assert len({a.tobytes() for a in whole.values()}) == len(whole)  # no two layers start alike
@@ -194,7 +232,9 @@ def test_counts_of_the_lesson() -> None:
     assert count(768, 1024, 64) == 114_688
     assert 1024 * 768 == 786_432
     assert round(100 * 114_688 / 786_432, 1) == 14.6
-    adapter = LoraAdapter(Linear(np.zeros((1024, 768))), "x", LoraConfig(r=64), np.random.default_rng(0))
+    adapter = LoraAdapter(
+        Linear(np.zeros((1024, 768))), "x", LoraConfig(r=64), np.random.default_rng(0)
+    )
     assert sum(p.size for p in adapter.parameters()) == 114_688
 
 
@@ -228,7 +268,11 @@ def meant(config: LoraConfig) -> dict[str, tuple[int, int]]:
         names, only = names.partition("(")[2].rstrip(")").split("|"), 1
     kept = [0, 1] if only is None else [only] if isinstance(only, int) else only
     assert names is not None
-    return {p: s for p, s in PATHS.items() if p.rpartition(".")[2] in names and int(p.split(".")[2]) in kept}
+    return {
+        p: s
+        for p, s in PATHS.items()
+        if p.rpartition(".")[2] in names and int(p.split(".")[2]) in kept
+    }
 
 
 @given(configs())
@@ -239,18 +283,33 @@ def test_counts_are_the_formula(config: LoraConfig) -> None:
     assert set(wrapped(model.model)) == set(targets)
     ranks = {p: config.rank_pattern.get(p.rpartition(".")[2], config.r) for p in targets}
     added = sum(ranks[p] * (n + m) for p, (n, m) in targets.items())
-    saved = {"lm_head": 16 * 16, "norm": 5 * 16, "embed_tokens": 16 * 16}  # "norm" also ends the layers' own
+    saved = {
+        "lm_head": 16 * 16,
+        "norm": 5 * 16,
+        "embed_tokens": 16 * 16,
+    }  # "norm" also ends the layers' own
     added += sum(saved[name] for name in config.modules_to_save or [])
-    attention = {p: m for p, (_, m) in PATHS.items() if "self_attn" in p}  # the layers that have a bias
-    biased = {"none": {}, "all": attention, "lora_only": {p: m for p, m in attention.items() if p in targets}}
-    assert model.get_nb_trainable_parameters() == (added + sum(biased[config.bias].values()), total + added)
+    attention = {
+        p: m for p, (_, m) in PATHS.items() if "self_attn" in p
+    }  # the layers that have a bias
+    biased = {
+        "none": {},
+        "all": attention,
+        "lora_only": {p: m for p, m in attention.items() if p in targets},
+    }
+    assert model.get_nb_trainable_parameters() == (
+        added + sum(biased[config.bias].values()),
+        total + added,
+    )
 
 
 def test_counts_are_printed_as_peft_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
     model = get_peft_model(base(tie_word_embeddings=True), lora())
     model.print_trainable_parameters()
     total = sum(p.size for p in base(tie_word_embeddings=True).parameters()) + 224
-    expected = f"trainable params: 224 || all params: {total:,} || trainable%: {22400 / total:.4f}\n"
+    expected = (
+        f"trainable params: 224 || all params: {total:,} || trainable%: {22400 / total:.4f}\n"
+    )
     assert capsys.readouterr().out == expected
 
 
@@ -260,7 +319,9 @@ def test_counts_are_printed_as_peft_prints_them(capsys: pytest.CaptureFixture[st
 def test_the_lesson_s_snippet() -> None:
     for name in ("LoraConfig", "get_peft_model"):
         assert name in minilora.lora.__all__
-    model = CausalLM(dataclasses.replace(CONFIG, hidden_size=128, num_key_value_heads=2, head_dim=64))
+    model = CausalLM(
+        dataclasses.replace(CONFIG, hidden_size=128, num_key_value_heads=2, head_dim=64)
+    )
     lora_config = LoraConfig(
         r=64,
         lora_alpha=16,
@@ -360,7 +421,9 @@ def test_saved_modules_replace_the_original() -> None:
         assert np.array_equal(logits(model), before)
     merged = model.merge_and_unload()
     assert np.array_equal(logits(merged), before * 2)
-    assert not merged.config.tie_word_embeddings  # the head is no longer the embedding, and the files must say so
+    assert (
+        not merged.config.tie_word_embeddings
+    )  # the head is no longer the embedding, and the files must say so
 
 
 def test_a_merged_model_saves_as_a_plain_one(tmp_path: Path) -> None:
@@ -398,14 +461,30 @@ def test_a_merged_model_saves_as_a_plain_one(tmp_path: Path) -> None:
         ({"target_modules": "ALL-Linear"}, r"layers"),
         ({"target_modules": "all-linear", "exclude_modules": ["down_proj"]}, r"layers(?!.*down)"),
         ({"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"}, r"layers\.1"),
-        ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["0.self_attn.k_proj"]}, r"q_proj|1.*k_proj"),
+        (
+            {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["0.self_attn.k_proj"]},
+            r"q_proj|1.*k_proj",
+        ),
         ({"target_modules": ["q_proj"], "layers_to_transform": 1}, r"1.*q_proj"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, r"0.*q_proj"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}, r"0.*q_proj"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 1], "layers_pattern": ["h", "layers"]}, r"q_proj"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+            r"0.*q_proj",
+        ),
+        (
+            {
+                "target_modules": ["q_proj"],
+                "layers_to_transform": [0, 1],
+                "layers_pattern": ["h", "layers"],
+            },
+            r"q_proj",
+        ),
         ({"target_modules": "all-linear", "layers_to_transform": [1]}, r"layers\.1"),
         ({"target_modules": "all-linear", "modules_to_save": ["mlp"]}, r"self_attn"),
-        ({"target_modules": "all-linear", "modules_to_save": ["0.mlp", "lm_head"]}, r"self_attn|1\.mlp"),
+        (
+            {"target_modules": "all-linear", "modules_to_save": ["0.mlp", "lm_head"]},
+            r"self_attn|1\.mlp",
+        ),
         ({"target_modules": r".*_proj", "modules_to_save": ["k_proj"]}, r"(?<!k)_proj"),
     ],
 )
@@ -428,16 +507,31 @@ def test_a_file_says_which_layers_all_linear_meant() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_modules": ["q_proj", "qproj"]}, "'qproj' match nothing; there is down_proj, gate_proj, k_proj, lm"),
+        (
+            {"target_modules": ["q_proj", "qproj"]},
+            "'qproj' match nothing; there is down_proj, gate_proj, k_proj, lm",
+        ),
         ({"target_modules": ["proj"]}, "'proj' match nothing"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["heads"]}, "modules_to_save: 'heads' match nothing"),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["heads"]},
+            "modules_to_save: 'heads' match nothing",
+        ),
         ({"target_modules": "q_proj"}, "match nothing"),  # a pattern is for the whole name
-        ({"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]}, "exclude_modules ['self_attn.q"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": 7}, "layers_to_transform 7 match nothing"),
+        (
+            {"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]},
+            "exclude_modules ['self_attn.q",
+        ),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": 7},
+            "layers_to_transform 7 match nothing",
+        ),
         ({"target_modules": ["mlp"]}, "target model.layers.0.mlp is a MLP, not a linear layer"),
         ({"target_modules": ["model.norm"]}, "target model.norm is a RMSNorm, not a linear layer"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["q_proj"]}, "'q_proj' match nothing"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["mlp", "up_proj"]}, "mlp cannot be saved whole and also"),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["mlp", "up_proj"]},
+            "mlp cannot be saved whole and also",
+        ),
         ({"target_modules": r"(.*"}, "a ( without its )"),
     ],
 )
@@ -476,7 +570,10 @@ def test_what_is_hardly_meant_warns(options: dict[str, Any], message: str) -> No
         ({"q_proj": 3}, [3, 2, 3, 2]),
         ({"layers.1.self_attn.q_proj": 1}, [2, 2, 1, 2]),
         ({"layers.1.self_attn.q_proj": 1, "q_proj": 3}, [3, 2, 1, 2]),
-        ({"q_proj": 3, "layers.1.self_attn.q_proj": 1}, [3, 2, 3, 2]),  # the first that matches holds
+        (
+            {"q_proj": 3, "layers.1.self_attn.q_proj": 1},
+            [3, 2, 3, 2],
+        ),  # the first that matches holds
         ({r"layers\.0\..*": 4}, [4, 4, 2, 2]),
         ({r"^model\.layers\.1.*v_proj": 1}, [2, 2, 2, 1]),
         ({"[qv]_proj": 1}, [1, 1, 1, 1]),
@@ -485,8 +582,12 @@ def test_what_is_hardly_meant_warns(options: dict[str, Any], message: str) -> No
 def test_patterns_of_ranks_and_scales(patterns: dict[str, int], ranks: list[int]) -> None:
     paths = [f"model.layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qv"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a key that a former one shadows matches a target all the same
-        model = get_peft_model(base(), lora(rank_pattern=patterns, alpha_pattern=patterns, lora_alpha=2))
+        warnings.simplefilter(
+            "ignore"
+        )  # a key that a former one shadows matches a target all the same
+        model = get_peft_model(
+            base(), lora(rank_pattern=patterns, alpha_pattern=patterns, lora_alpha=2)
+        )
     held = {path: layer.adapters["default"] for path, layer in wrapped(model.model).items()}
     assert [len(held[p].lora_A) for p in paths] == ranks
     assert [held[p].scaling for p in paths] == [1] * 4  # alpha / r, both from their patterns
@@ -497,12 +598,18 @@ def test_patterns_of_ranks_and_scales(patterns: dict[str, int], ranks: list[int]
 
 def two() -> PeftModel:
     model = get_peft_model(base(), lora(), seed=1)
-    model.add_adapter("b", lora(target_modules=["q_proj", "up_proj"], modules_to_save=["norm"], r=3), seed=2)
+    model.add_adapter(
+        "b", lora(target_modules=["q_proj", "up_proj"], modules_to_save=["norm"], r=3), seed=2
+    )
     return model
 
 
 def owned(model: PeftModel, name: str) -> set[str]:
-    return {n.removeprefix("base_model.model.") for n, _ in model.named_parameters() if name in n.split(".")}
+    return {
+        n.removeprefix("base_model.model.")
+        for n, _ in model.named_parameters()
+        if name in n.split(".")
+    }
 
 
 def test_switching_decides_what_trains() -> None:
@@ -538,7 +645,9 @@ def test_switching_decides_what_trains() -> None:
 def test_a_name_that_no_adapter_can_have(name: str) -> None:
     model = two()
     before = bits(model)
-    with pytest.raises(ConfigError, match=r"cannot name an adapter|there is an adapter 'default' already"):
+    with pytest.raises(
+        ConfigError, match=r"cannot name an adapter|there is an adapter 'default' already"
+    ):
         model.add_adapter(name, lora())
     assert bits(model) == before
 
@@ -547,8 +656,14 @@ def test_adapters_that_cannot_be_together() -> None:
     model = get_peft_model(base(), lora(bias="all", modules_to_save=["lm_head"]))
     clashes = [
         (lora(bias="lora_only"), "trains the base's biases already"),
-        (lora(modules_to_save=["q_proj"], target_modules=["k_proj"]), "cannot be saved whole and also"),
-        (lora(modules_to_save=["mlp", "self_attn"], target_modules=["lm_head"]), "cannot be saved whole and also"),
+        (
+            lora(modules_to_save=["q_proj"], target_modules=["k_proj"]),
+            "cannot be saved whole and also",
+        ),
+        (
+            lora(modules_to_save=["mlp", "self_attn"], target_modules=["lm_head"]),
+            "cannot be saved whole and also",
+        ),
         (lora(target_modules=["lm_head"]), "cannot be saved whole and also"),
     ]
     before = bits(model)
@@ -599,7 +714,9 @@ class Adapters(RuleBasedStateMachine):
     def switch(self, names: list[str]) -> None:
         layers = wrapped(self.model.model).values()
         if set(names) <= set(self.adapters):
-            if any(m.merged and set(m.merged) != {n for n in names if n in m.adapters} for m in layers):
+            if any(
+                m.merged and set(m.merged) != {n for n in names if n in m.adapters} for m in layers
+            ):
                 with pytest.raises(ConfigError, match="are merged"):
                     self.model.set_adapter(names)
                 return
@@ -668,7 +785,9 @@ class Adapters(RuleBasedStateMachine):
         weights = bits(self.model)
         with self.model.disable_adapter():
             assert logits(self.model).tobytes() == self.before
-            names = [n.removeprefix("base_model.model.").replace(".base_layer", "") for n in weights]
+            names = [
+                n.removeprefix("base_model.model.").replace(".base_layer", "") for n in weights
+            ]
             now = dict(zip(names, bits(self.model).values(), strict=True))
             assert self.original.items() <= now.items()
         assert bits(self.model) == weights
@@ -684,7 +803,9 @@ TestAdapters = Adapters.TestCase
 
 
 @given(configs(), st.sampled_from(["default", "other", "weight", "lora_A", "modules_to_save"]))
-def test_an_adapter_survives_its_files(tmp_path_factory: pytest.TempPathFactory, config: LoraConfig, name: str) -> None:
+def test_an_adapter_survives_its_files(
+    tmp_path_factory: pytest.TempPathFactory, config: LoraConfig, name: str
+) -> None:
     folder = tmp_path_factory.mktemp("adapter")
     model = get_peft_model(base("float32"), config, name)
     rng = np.random.default_rng(0)
@@ -694,7 +815,10 @@ def test_an_adapter_survives_its_files(tmp_path_factory: pytest.TempPathFactory,
     expected, state = logits(model.eval()).tobytes(), model.state_dict(name)
     model.save_pretrained(folder)
     where = folder if name == "default" else folder / name
-    assert sorted(p.name for p in where.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in where.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     assert not any(name in key.split(".") for key in state if name not in ("weight", "lora_A"))
     as_default = get_peft_model(base("float32"), config).state_dict()
     assert {k: a.shape for k, a in as_default.items()} == {k: a.shape for k, a in state.items()}
@@ -703,14 +827,18 @@ def test_an_adapter_survives_its_files(tmp_path_factory: pytest.TempPathFactory,
     assert logits(again).tobytes() == expected
     assert trainable(again) == set()
     assert not any(m.training for _, m in again.named_modules())
-    assert {k: a.tobytes() for k, a in again.state_dict("b").items()} == {k: a.tobytes() for k, a in state.items()}
+    assert {k: a.tobytes() for k, a in again.state_dict("b").items()} == {
+        k: a.tobytes() for k, a in state.items()
+    }
     written = json.loads((where / "adapter_config.json").read_text())
     assert set(written) == set(PEFT_CONFIG_DEFAULTS)
     assert again.peft_config["b"].to_dict() == written
     assert written["inference_mode"] is True
 
     trained = PeftModel.from_pretrained(base("float32"), where, is_trainable=True)
-    assert sum(p.size for p in trained.parameters() if p.requires_grad) == sum(a.size for a in state.values())
+    assert sum(p.size for p in trained.parameters() if p.requires_grad) == sum(
+        a.size for a in state.values()
+    )
     assert all(m.training for _, m in trained.named_modules())
 
     if config.bias == "none":
@@ -742,14 +870,20 @@ def test_several_adapters_have_a_folder_each(tmp_path: Path) -> None:
 
 def test_biases_are_saved_alike_whatever_else_is_there(tmp_path: Path) -> None:
     get_peft_model(base(), lora(target_modules=["v_proj"], bias="all")).save_pretrained(tmp_path)
-    beside = get_peft_model(base(), lora(target_modules=["q_proj"], modules_to_save=["k_proj"]), "x")
+    beside = get_peft_model(
+        base(), lora(target_modules=["q_proj"], modules_to_save=["k_proj"]), "x"
+    )
     beside.load_adapter(tmp_path, "default")
     assert set(beside.state_dict()) == set(load_file(tmp_path / "adapter_model.safetensors"))
     beside.save_pretrained(tmp_path / "again", ["default"])
     PeftModel.from_pretrained(base(), tmp_path / "again")
-    both = get_peft_model(base(), lora(target_modules=["v_proj"], modules_to_save=["q_proj"], bias="all"))
+    both = get_peft_model(
+        base(), lora(target_modules=["v_proj"], modules_to_save=["q_proj"], bias="all")
+    )
     both.save_pretrained(tmp_path / "both")
-    assert set(PeftModel.from_pretrained(base(), tmp_path / "both").state_dict()) == set(both.state_dict())
+    assert set(PeftModel.from_pretrained(base(), tmp_path / "both").state_dict()) == set(
+        both.state_dict()
+    )
 
 
 def test_an_adapter_of_another_base_is_refused_whole(tmp_path: Path) -> None:
@@ -794,7 +928,9 @@ def test_an_adapter_of_another_base_is_refused_whole(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"the base needs \(2, 12\)"):
         PeftModel.from_pretrained(base(hidden_size=12, head_dim=4), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["c_attn"]}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(config | {"target_modules": ["c_attn"]})
+    )
     with pytest.raises(FormatError, match="'c_attn' match nothing"):
         PeftModel.from_pretrained(plain, tmp_path)
 
@@ -806,7 +942,19 @@ NOT_POSITIVE = [0, -1, True, "8", None, math.nan, math.inf, 10**400, [8]]
 BAD: dict[str, list[Any]] = {
     "r": NOT_A_COUNT,
     "lora_alpha": NOT_POSITIVE,
-    "target_modules": [[], "", 5, [""], ["q_proj", 1], [None], True, "(", "a{2", "(?=a)", ["x"] * 10_001],
+    "target_modules": [
+        [],
+        "",
+        5,
+        [""],
+        ["q_proj", 1],
+        [None],
+        True,
+        "(",
+        "a{2",
+        "(?=a)",
+        ["x"] * 10_001,
+    ],
     "exclude_modules": [5, [""], [1], "[a", True],
     "lora_dropout": [-0.1, 1.0, 1, True, None, math.nan, math.inf, "0", 10**400],
     "bias": ["", "some", None, True, []],
@@ -843,7 +991,9 @@ def test_options_that_contradict_each_other() -> None:
 
 
 def test_the_smallest_file_that_peft_accepts() -> None:
-    config = LoraConfig.from_dict({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]})
+    config = LoraConfig.from_dict(
+        {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    )
     assert config == LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])
     assert config.to_dict() == {**PEFT_CONFIG_DEFAULTS, "r": 4, "target_modules": ["q_proj"]}
     assert LoraConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
@@ -896,7 +1046,10 @@ def test_what_only_the_future_knows_is_kept(tmp_path: Path) -> None:
     model = get_peft_model(base(), lora())
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
-    written = json.loads(file.read_text()) | {"from_the_future": [1, {"a": None}], "peft_version": "9.9"}
+    written = json.loads(file.read_text()) | {
+        "from_the_future": [1, {"a": None}],
+        "peft_version": "9.9",
+    }
     file.write_text(json.dumps(written))
     with pytest.warns(UserWarning, match="'from_the_future' is no field that is known here"):
         again = PeftModel.from_pretrained(base(), tmp_path)
@@ -905,12 +1058,17 @@ def test_what_only_the_future_knows_is_kept(tmp_path: Path) -> None:
 
 
 def test_the_order_of_patterns_survives_saving(tmp_path: Path) -> None:
-    patterns = {"q_proj": 1, "layers.1.*q_proj": 200}  # the first match holds; sorted, the second would come first
+    patterns = {
+        "q_proj": 1,
+        "layers.1.*q_proj": 200,
+    }  # the first match holds; sorted, the second would come first
     model = get_peft_model(base(), lora(alpha_pattern=patterns))
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base(), tmp_path)
     assert list(again.peft_config["default"].alpha_pattern) == list(patterns)
-    assert again.get_base_model().model.layers[1].self_attn.q_proj.adapters["default"].scaling == 1 / 2
+    assert (
+        again.get_base_model().model.layers[1].self_attn.q_proj.adapters["default"].scaling == 1 / 2
+    )
 
 
 def test_a_name_in_use_is_the_caller_s_mistake_not_the_file_s(tmp_path: Path) -> None:
@@ -991,7 +1149,9 @@ def test_the_way_to_compute_follows_from_shapes() -> None:
     for tokens, joint in ((few, False), (many, True)):
         attention.prepare_step(tokens)
         assert any(attention._effective.values()) == joint
-        assert not any(attention.q_proj._effective.values())  # it is a part of the joint one, or computes W x + s B A x
+        assert not any(
+            attention.q_proj._effective.values()
+        )  # it is a part of the joint one, or computes W x + s B A x
 
 
 def test_a_model_shows_where_adapters_can_go() -> None:
@@ -1006,6 +1166,9 @@ def test_a_model_explains_how_it_computes_a_step() -> None:
     assert all(": W, then A and B " in line for line in few.splitlines())
     assert all(": W + dW " in line for line in many.splitlines())
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    assert f"once {layer.costs(1)[0]:,} operations, A and B at each position {layer.costs(1)[1]:,}" in few
+    assert (
+        f"once {layer.costs(1)[0]:,} operations, A and B at each position {layer.costs(1)[1]:,}"
+        in few
+    )
     dropped = get_peft_model(base(), lora(lora_dropout=0.5)).train()
     assert "W + dW " not in dropped.explain(10_000).replace("W + dW once", "")

@@ -32,7 +32,9 @@ from minilora.quant import KINDS, QuantizedLinear, QuantizedWeight, quantization
 
 ANY = pytest.mark.parametrize("case", TABLE, ids="-".join)
 MERGING = pytest.mark.parametrize("case", [c for c in TABLE if c.method.merges], ids="-".join)
-CODED = pytest.mark.parametrize("case", [c for c in TABLE if c.method.merges and c.kind in KINDS], ids="-".join)
+CODED = pytest.mark.parametrize(
+    "case", [c for c in TABLE if c.method.merges and c.kind in KINDS], ids="-".join
+)
 HOST = pytest.mark.parametrize("case", [c for c in TABLE if c.device == "cpu"], ids="-".join)
 ANY_DTYPE = pytest.mark.parametrize("dtype", ["float32", "float64"])
 ROWS = 6
@@ -94,7 +96,9 @@ def test_at_the_start_only_what_the_paper_says_has_a_gradient(case: Combination)
 @ANY
 def test_as_many_numbers_train_as_the_formula_says(case: Combination) -> None:
     made, total = case.model(), sum(p.size for p in case.base().parameters())
-    expected = sum(case.method.count(layer.in_features, layer.out_features) for layer in layers(made).values())
+    expected = sum(
+        case.method.count(layer.in_features, layer.out_features) for layer in layers(made).values()
+    )
     assert made.get_nb_trainable_parameters() == (expected, total + expected)
     planned = plan_adapter(case.base(), case.config()).shapes(made.get_base_model())
     assert {key: p.shape for key, p in made.adapter_parameters("default").items()} == planned
@@ -170,7 +174,9 @@ def test_with_dropout_nothing_is_prepared(case: Combination) -> None:
 
 @HOST
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_device_has_the_same_bits_and_is_never_waited_for(case: Combination, dropout: float) -> None:
+def test_a_device_has_the_same_bits_and_is_never_waited_for(
+    case: Combination, dropout: float
+) -> None:
     found, batch = [], Batch(IDS[:, :-1], IDS[:, 1:])
     for there in (case._replace(device="strict"), case):
         made = there.model(lora_dropout=dropout).train()
@@ -183,7 +189,13 @@ def test_a_device_has_the_same_bits_and_is_never_waited_for(case: Combination, d
                 value, grads = sharded.gradients(batch, params)
         if case.method.merges:
             made.merge_adapter()
-        found.append([float(value), *(there.backend.to_numpy(g).tobytes() for g in grads), *bits(made).values()])
+        found.append(
+            [
+                float(value),
+                *(there.backend.to_numpy(g).tobytes() for g in grads),
+                *bits(made).values(),
+            ]
+        )
     assert found[0] == found[1]
 
 
@@ -199,7 +211,10 @@ def test_merged_it_gives_the_same_and_comes_out_again(case: Combination, dtype: 
     """
     made, half = case.model(dtype), case.kind == "bfloat16"
     whole, found = logits(made), layers(made).values()
-    bases, deltas = [layer.base_layer for layer in found], [layer.delta_weight("default") for layer in found]
+    bases, deltas = (
+        [layer.base_layer for layer in found],
+        [layer.delta_weight("default") for layer in found],
+    )
     before = [layer(Tensor(inputs(case, layer)[0])).data for layer in found]
     scales = [absolute(layer, case.method, *inputs(case, layer))[0] for layer in found]
     made.merge_adapter()
@@ -212,7 +227,9 @@ def test_merged_it_gives_the_same_and_comes_out_again(case: Combination, dtype: 
         assert layer.base_layer.weight.numpy().tobytes() == expected.tobytes()
         assert layer.delta_weight("default").tobytes() == dW.tobytes()  # of the base that is kept
         merged = layer(Tensor(inputs(case, layer)[0])).data
-        assert within(merged, y, (2 * gamma(layer.in_features + R + 6, dtype) + half * 2.0**-8) * scale)
+        assert within(
+            merged, y, (2 * gamma(layer.in_features + R + 6, dtype) + half * 2.0**-8) * scale
+        )
     merged_bits, merged_logits = bits(made), logits(made).tobytes()
     with made.disable_adapter():
         assert logits(made).tobytes() == logits(case.base(dtype)).tobytes()
@@ -239,7 +256,9 @@ def test_what_is_not_finite_is_not_merged(case: Combination) -> None:
             spoilt[1] = value
             p.data = p.backend.from_numpy(spoilt)
             before = bits(made)
-            with pytest.raises(NonFiniteError, match=r"^model\.layers\.0\.mlp\.down_proj: merging default"):
+            with pytest.raises(
+                NonFiniteError, match=r"^model\.layers\.0\.mlp\.down_proj: merging default"
+            ):
                 made.merge_adapter()
             assert bits(made) == before
             assert not any(layer.merged for layer in found)
@@ -257,7 +276,9 @@ def test_merged_into_codes_it_says_how_much_was_lost(case: Combination) -> None:
         for name in ("kind", "block_size", "double_quant"):
             assert getattr(merged.weight.quantized, name) == getattr(base.weight.quantized, name)
         left = merged.weight.numpy().astype(np.float64) - base.weight.numpy()
-        assert merged.lost == pytest.approx(np.linalg.norm(left - dW) / np.linalg.norm(dW), rel=1e-5)
+        assert merged.lost == pytest.approx(
+            np.linalg.norm(left - dW) / np.linalg.norm(dW), rel=1e-5
+        )
         assert 0 < merged.lost < 1
     codes = bits(made)
     with made.disable_adapter():
@@ -315,8 +336,12 @@ def test_files_have_equal_bits_whoever_wrote_them(case: Combination, tmp_path: P
     made = case.model()
     made.save_pretrained(tmp_path / "first")
     stored = load_file(tmp_path / "first" / "adapter_model.safetensors")
-    assert len(stored) == 7 * len(type(next(iter(layers(made).values())).adapters["default"]).TENSORS)
-    assert {key: a.tobytes() for key, a in stored.items()} == {k: a.tobytes() for k, a in made.state_dict().items()}
+    assert len(stored) == 7 * len(
+        type(next(iter(layers(made).values())).adapters["default"]).TENSORS
+    )
+    assert {key: a.tobytes() for key, a in stored.items()} == {
+        k: a.tobytes() for k, a in made.state_dict().items()
+    }
     again = PeftModel.from_pretrained(case.base(), tmp_path / "first", "another")
     assert logits(again).tobytes() == logits(made).tobytes()
     assert not any(p.requires_grad for p in again.parameters())
@@ -339,10 +364,14 @@ def test_a_copy_is_another_model_and_another_dtype_the_same_numbers(case: Combin
     held = [p.quantized for p in made.parameters() if isinstance(p, QuantizedWeight)]
     made.to(dtype="float64")
     params = [p for p in made.parameters() if p.requires_grad]
-    assert {p.dtype for p in made.parameters()} == {g.dtype for g in gradients(loss(made), params)} == {np.dtype("f8")}
-    assert [p.quantized.codes.tobytes() for p in made.parameters() if isinstance(p, QuantizedWeight)] == [
-        quantized.codes.tobytes() for quantized in held
-    ]
+    assert (
+        {p.dtype for p in made.parameters()}
+        == {g.dtype for g in gradients(loss(made), params)}
+        == {np.dtype("f8")}
+    )
+    assert [
+        p.quantized.codes.tobytes() for p in made.parameters() if isinstance(p, QuantizedWeight)
+    ] == [quantized.codes.tobytes() for quantized in held]
     made.to(dtype="float32")
     assert bits(made) == before
     assert logits(made).tobytes() == expected

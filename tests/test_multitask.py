@@ -46,7 +46,9 @@ NAMES = ["code", "prose", BASE]
 
 def lora(**changes: Any) -> LoraConfig:
     """Both factors random, so that no gradient is zero by chance."""
-    return LoraConfig(**{"r": 2, "target_modules": "all-linear", "init_lora_weights": False} | changes)
+    return LoraConfig(
+        **{"r": 2, "target_modules": "all-linear", "init_lora_weights": False} | changes
+    )
 
 
 def adaptive(**changes: Any) -> AdaLoraConfig:
@@ -65,9 +67,18 @@ FORMS: dict[str, Callable[[], tuple[dict[str, LoraConfig | None], LoraConfig | N
         {"prose": lora(), "code": lora(r=5, lora_alpha=3, target_modules=["q_proj", "up_proj"])},
         None,
     ),
-    "shared and own": lambda: ({"prose": lora(), "code": lora(r=3, use_rslora=True)}, lora(r=4, lora_alpha=5)),
-    "some have their own": lambda: ({"prose": None, "code": lora(target_modules=["o_proj"])}, lora(r=3)),
-    "heads": lambda: ({"prose": lora(modules_to_save=["lm_head"]), "code": lora()}, lora(target_modules=["v_proj"])),
+    "shared and own": lambda: (
+        {"prose": lora(), "code": lora(r=3, use_rslora=True)},
+        lora(r=4, lora_alpha=5),
+    ),
+    "some have their own": lambda: (
+        {"prose": None, "code": lora(target_modules=["o_proj"])},
+        lora(r=3),
+    ),
+    "heads": lambda: (
+        {"prose": lora(modules_to_save=["lm_head"]), "code": lora()},
+        lora(target_modules=["v_proj"]),
+    ),
     "DoRA": lambda: ({"prose": lora(use_dora=True), "code": lora(use_dora=True, r=4)}, None),
     "DoRA in other layers": lambda: (
         {"prose": lora(use_dora=True, target_modules=["q_proj"]), "code": None},
@@ -82,12 +93,16 @@ def base(dtype: str = "float64", device: Any = "cpu") -> CausalLM:
     return CausalLM(SHAPE, seed=1, dtype=dtype, device=device)
 
 
-def model(form: str = "shared and own", dtype: str = "float64", device: Any = "cpu", **options: Any) -> MultiTask:
+def model(
+    form: str = "shared and own", dtype: str = "float64", device: Any = "cpu", **options: Any
+) -> MultiTask:
     tasks, shared = FORMS[form]()
     made = get_multitask_model(base(dtype, device), tasks, shared, seed=2, **options)
     for name, p in made.named_parameters():
         if "modules_to_save" in name:  # a copy: let it differ from what it is a copy of
-            p.data = p.backend.from_numpy(np.random.default_rng(7).standard_normal(p.shape).astype(p.dtype))
+            p.data = p.backend.from_numpy(
+                np.random.default_rng(7).standard_normal(p.shape).astype(p.dtype)
+            )
     return made
 
 
@@ -105,7 +120,9 @@ def batch_of(tasks: list[str] | None, length: int = 5, seed: int = 0, rows: int 
 
 
 def close(a: Any, b: Any, rel: float = 1e-12) -> bool:
-    return a.shape == b.shape and bool(np.abs(a - b).max(initial=0) <= rel * np.abs(b).max(initial=1e-300))
+    return a.shape == b.shape and bool(
+        np.abs(a - b).max(initial=0) <= rel * np.abs(b).max(initial=1e-300)
+    )
 
 
 ANY_FORM = st.sampled_from(list(FORMS))
@@ -116,7 +133,9 @@ TASKS = st.lists(st.sampled_from(NAMES), min_size=1, max_size=7)
 
 
 @given(ANY_FORM, TASKS, st.randoms(use_true_random=False))
-def test_a_row_is_what_its_task_gives_wherever_it_stands(form: str, tasks: list[str], random: Any) -> None:
+def test_a_row_is_what_its_task_gives_wherever_it_stands(
+    form: str, tasks: list[str], random: Any
+) -> None:
     made, ids = MODELS[form], np.random.default_rng(len(tasks)).integers(0, 13, (len(tasks), 4))
     y = made(ids, tasks=tasks).data
     for i, task in enumerate(tasks):
@@ -133,7 +152,9 @@ def test_a_task_is_the_plain_model_with_its_adapters(form: str) -> None:
     tasks, shared = FORMS[form]()
     for task in tasks:
         names = made.adapters_of(task)
-        assert names == tuple(n for n, c in (("shared", shared), (task, tasks[task])) if c is not None)
+        assert names == tuple(
+            n for n, c in (("shared", shared), (task, tasks[task])) if c is not None
+        )
         plain = get_peft_model(base(), made.peft_config[names[0]], names[0])
         for name in names[1:]:
             plain.add_adapter(name, made.peft_config[name])
@@ -143,11 +164,15 @@ def test_a_task_is_the_plain_model_with_its_adapters(form: str) -> None:
             p.data = own[name].data if name in own else p.data
         assert np.array_equal(made(ids, tasks=task).data, plain(ids).data)
     if form != "some have their own":
-        assert len({made(ids, tasks=task).data.tobytes() for task in NAMES}) == 2 + (form != "one for all")
+        assert len({made(ids, tasks=task).data.tobytes() for task in NAMES}) == 2 + (
+            form != "one for all"
+        )
 
 
 def test_rows_over_a_quantised_base() -> None:
-    made = get_multitask_model(quantize(base("float32")), {"prose": lora(), "code": lora(r=3)}, lora(r=1), seed=2)
+    made = get_multitask_model(
+        quantize(base("float32")), {"prose": lora(), "code": lora(r=3)}, lora(r=1), seed=2
+    )
     batch = batch_of(["code", "prose", BASE, "code"])
     y = made(batch.ids, tasks=batch.tasks).data
     assert close(y[1:2], made(batch.ids[1:2], tasks="prose").data, 1e-5)
@@ -161,7 +186,10 @@ def test_the_sum_of_the_losses_is_the_sum_over_rows() -> None:
     made, batch = MODELS["shared and own"], batch_of(["prose", BASE, "code", "prose"])
     together = made(batch.ids, targets=batch.targets, tasks=batch.tasks)
     assert together.shape == ()
-    each = [made(batch.ids[i : i + 1], targets=batch.targets[i : i + 1], tasks=t) for i, t in enumerate(batch.tasks)]
+    each = [
+        made(batch.ids[i : i + 1], targets=batch.targets[i : i + 1], tasks=t)
+        for i, t in enumerate(batch.tasks)
+    ]
     assert together.item() == pytest.approx(sum(loss.item() for loss in each), rel=1e-13)
 
 
@@ -195,7 +223,12 @@ def test_contexts_nest_and_disabling_wins() -> None:
 
 
 def test_a_task_is_one_thread_s_and_one_model_s() -> None:
-    made, other, ids, seen = MODELS["shared and own"], MODELS["DoRA"], batch_of(None, rows=1).ids, []
+    made, other, ids, seen = (
+        MODELS["shared and own"],
+        MODELS["DoRA"],
+        batch_of(None, rows=1).ids,
+        [],
+    )
     code = made(ids, tasks="code").data
 
     def beside() -> None:
@@ -219,20 +252,33 @@ def test_a_task_is_one_thread_s_and_one_model_s() -> None:
 
 
 @given(ANY_FORM, TASKS.filter(lambda tasks: set(tasks) != {BASE}))
-def test_gradients_are_the_sum_of_each_row_s_and_none_for_what_is_absent(form: str, tasks: list[str]) -> None:
+def test_gradients_are_the_sum_of_each_row_s_and_none_for_what_is_absent(
+    form: str, tasks: list[str]
+) -> None:
     made, batch = MODELS[form], batch_of(tasks)
-    names, params = zip(*((n, p) for n, p in made.named_parameters() if p.requires_grad), strict=True)
+    names, params = zip(
+        *((n, p) for n, p in made.named_parameters() if p.requires_grad), strict=True
+    )
     found = gradients(made(batch.ids, targets=batch.targets, tasks=tasks), params)
     expected: list[Any] = [None] * len(params)
     for i, task in enumerate(tasks):
         if task != BASE:
             with made.task(task):
-                each = gradients(made(batch.ids[i : i + 1], targets=batch.targets[i : i + 1]), params)
-            expected = [a if b is None else b if a is None else a + b for a, b in zip(expected, each, strict=True)]
+                each = gradients(
+                    made(batch.ids[i : i + 1], targets=batch.targets[i : i + 1]), params
+                )
+            expected = [
+                a if b is None else b if a is None else a + b
+                for a, b in zip(expected, each, strict=True)
+            ]
     top = max(np.abs(g).max() for g in expected if g is not None)
     running = {adapter for task in tasks for adapter in made.adapters_of(task)}
     for name, g, other in zip(names, found, expected, strict=True):
-        assert (g is not None) == (other is not None) == any(adapter in name.split(".") for adapter in running)
+        assert (
+            (g is not None)
+            == (other is not None)
+            == any(adapter in name.split(".") for adapter in running)
+        )
         assert g is None or np.abs(g - other).max() <= 1e-12 * top
 
 
@@ -249,7 +295,9 @@ def test_interleaving_is_checked_by_differences(order: list[int], cuts: list[int
 # ---- a step ----
 
 
-def definition(made: MultiTask, batch: Batch, params: list[Any], weights: dict[str, float] | None) -> Any:
+def definition(
+    made: MultiTask, batch: Batch, params: list[Any], weights: dict[str, float] | None
+) -> Any:
     """Each task's mean, weighed; or, without weights, the mean of all tokens: no ShardedStep, no dropout."""
     assert batch.tasks is not None
     sums: dict[str, Any] = {}
@@ -268,7 +316,10 @@ def definition(made: MultiTask, batch: Batch, params: list[Any], weights: dict[s
         scale = {task: weights.get(task, 1.0) / total / own[2] for task, own in present.items()}
     loss = sum(scale[task] * own[0] for task, own in present.items())
     zero = [np.zeros(p.shape) for p in params]
-    return loss, [sum((scale[t] * own[1][i] for t, own in present.items()), start=z) for i, z in enumerate(zero)]
+    return loss, [
+        sum((scale[t] * own[1][i] for t, own in present.items()), start=z)
+        for i, z in enumerate(zero)
+    ]
 
 
 @given(
@@ -280,7 +331,12 @@ def definition(made: MultiTask, batch: Batch, params: list[Any], weights: dict[s
     st.sampled_from([0.1, 0.7]),
 )
 def test_any_cut_is_the_weighted_mean_of_the_tasks_means(
-    tasks: list[str], shard: int, weights: dict[str, float] | None, seed: int, form: str, counted: float
+    tasks: list[str],
+    shard: int,
+    weights: dict[str, float] | None,
+    seed: int,
+    form: str,
+    counted: float,
 ) -> None:
     made, batch = MODELS[form], batch_of(tasks, seed=seed)
     keep = np.random.default_rng(seed).random(batch.targets.shape) < counted
@@ -299,8 +355,14 @@ def test_any_cut_is_the_weighted_mean_of_the_tasks_means(
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_number_of_threads_changes_no_bit(dropout: float) -> None:
     configs = {"prose": lora(lora_dropout=dropout), "code": lora(r=3)}
-    made = get_multitask_model(base("float32"), configs, lora(r=1, lora_dropout=dropout), seed=2).train()
-    params, batch, results = trained(made), batch_of(["prose", "code", "prose", BASE, "code", "code", "prose"]), []
+    made = get_multitask_model(
+        base("float32"), configs, lora(r=1, lora_dropout=dropout), seed=2
+    ).train()
+    params, batch, results = (
+        trained(made),
+        batch_of(["prose", "code", "prose", BASE, "code", "code", "prose"]),
+        [],
+    )
     for threads in (1, 2, 4):
         with ShardedStep(made, threads, shard=2) as sharded:
             loss, found = sharded.gradients(batch, params, 5, 6)
@@ -327,7 +389,9 @@ def test_dropout_falls_by_the_place_in_the_sorted_batch() -> None:
         base(), {"prose": lora(lora_dropout=0.4), "code": lora(lora_dropout=0.4)}, seed=2
     ).train()
     batch, params = batch_of(["prose", "code", "prose"]), trained(made)
-    ordered = Batch(batch.ids[[1, 0, 2]], batch.targets[[1, 0, 2]], tasks=["code", "prose", "prose"])
+    ordered = Batch(
+        batch.ids[[1, 0, 2]], batch.targets[[1, 0, 2]], tasks=["code", "prose", "prose"]
+    )
     with ShardedStep(made, 2, shard=1) as sharded:
         found = sharded.gradients(batch, params, 3, 4)
         expected = sharded.gradients(ordered, params, 3, 4)
@@ -336,7 +400,9 @@ def test_dropout_falls_by_the_place_in_the_sorted_batch() -> None:
     for place, task in enumerate(ordered.tasks or ()):
         with made.task(task), dropout_counter(3, 4, place):
             losses.append(language_modelling_loss(made, ordered.shard(place, place + 1)).item() / 5)
-    assert float(found[0]) == pytest.approx((losses[0] + (losses[1] + losses[2]) / 2) / 2, rel=1e-13)
+    assert float(found[0]) == pytest.approx(
+        (losses[0] + (losses[1] + losses[2]) / 2) / 2, rel=1e-13
+    )
 
 
 def test_every_task_has_its_weight_for_one_step() -> None:
@@ -407,7 +473,9 @@ def test_tasks_learn_apart_from_each_other() -> None:
     optimizer = AdamW(trained(made), lr=0.02)
     with ShardedStep(made, 2, shard=1) as sharded:
         for _ in range(60):
-            _, found = sharded.gradients(Batch(ids, targets, tasks=["prose", "code"]), optimizer.params)
+            _, found = sharded.gradients(
+                Batch(ids, targets, tasks=["prose", "code"]), optimizer.params
+            )
             optimizer.step(found)
     said = made(ids, tasks=["prose", "code"]).data.argmax(-1)
     assert np.array_equal(said, targets)
@@ -434,27 +502,42 @@ def test_a_task_s_ranks_are_allocated_beside_another_task() -> None:
 
 
 def test_the_ordinary_loop_trains_the_task_that_it_is_run_in(tmp_path: Path) -> None:
-    made, text = model(dtype="float32"), np.random.default_rng(0).integers(0, 13, 300).astype(np.int32)
+    made, text = (
+        model(dtype="float32"),
+        np.random.default_rng(0).integers(0, 13, 300).astype(np.int32),
+    )
     before = bits(made)
     with made.task("code"):
         result = train(
-            made, text, Settings(steps=3, batch_size=4, context=6, save_every=3), tmp_path, held_out=text[:50]
+            made,
+            text,
+            Settings(steps=3, batch_size=4, context=6, save_every=3),
+            tmp_path,
+            held_out=text[:50],
         )
     assert len(result.losses) == 3
     changed = {n for n, b in bits(made).items() if b != before[n]}
     assert changed
     assert all(".code." in n or ".shared." in n for n in changed)
     again = MultiTask.from_pretrained(base("float32"), tmp_path / "checkpoints" / "step-3")
-    assert {n: b for n, b in bits(again).items() if "lora" in n} == {n: b for n, b in bits(made).items() if "lora" in n}
+    assert {n: b for n, b in bits(again).items() if "lora" in n} == {
+        n: b for n, b in bits(made).items() if "lora" in n
+    }
 
 
 def test_the_losses_of_many_batches() -> None:
     """A task is prepared when its first batch comes, and kept; the sums are those of the rows."""
     made = MODELS["shared and own"]
-    batches = [batch_of(["prose", "prose"]), batch_of(["code", "prose", BASE], seed=1), batch_of(["code"], seed=2)]
+    batches = [
+        batch_of(["prose", "prose"]),
+        batch_of(["code", "prose", BASE], seed=1),
+        batch_of(["code"], seed=2),
+    ]
     expected = [
         made(b.ids[i : i + 1], targets=b.targets[i : i + 1], tasks=b.tasks[i]).item()
-        for b, order in zip(batches, ([0, 1], [2, 0, 1], [0]), strict=True)  # sorted: __base__, code, prose
+        for b, order in zip(
+            batches, ([0, 1], [2, 0, 1], [0]), strict=True
+        )  # sorted: __base__, code, prose
         for i in order
     ]
     with ShardedStep(made, 2, shard=1) as sharded:
@@ -519,7 +602,10 @@ def test_the_number_of_tasks_is_the_number_of_rows(tasks: list[str]) -> None:
 
 def test_a_model_without_tasks_says_so() -> None:
     made = get_peft_model(base(), lora())
-    with ShardedStep(made, 1) as sharded, pytest.raises(ConfigError, match="the model has no tasks"):
+    with (
+        ShardedStep(made, 1) as sharded,
+        pytest.raises(ConfigError, match="the model has no tasks"),
+    ):
         sharded.gradients(batch_of(["prose"]), trained(made))
     with pytest.raises(ConfigError, match="the model has none"):
         generate(made, batch_of(None, rows=1).ids, 1, tasks="prose")
@@ -527,13 +613,20 @@ def test_a_model_without_tasks_says_so() -> None:
 
 def test_rows_of_the_base_alone_train_nothing() -> None:
     made = model()
-    with ShardedStep(made, 1) as sharded, pytest.raises(ConfigError, match="there is nothing to train"):
+    with (
+        ShardedStep(made, 1) as sharded,
+        pytest.raises(ConfigError, match="there is nothing to train"),
+    ):
         sharded.gradients(batch_of([BASE, BASE]), trained(made))
 
 
-@pytest.mark.parametrize("balance", ["rows", None, 1, {"prose": 0}, {"prose": -1.0}, {"prose": np.inf}, {"code": "x"}])
+@pytest.mark.parametrize(
+    "balance", ["rows", None, 1, {"prose": 0}, {"prose": -1.0}, {"prose": np.inf}, {"code": "x"}]
+)
 def test_a_balance_that_means_nothing(balance: Any) -> None:
-    with pytest.raises(ConfigError, match="balance must be 'tasks', 'tokens' or positive numbers by task"):
+    with pytest.raises(
+        ConfigError, match="balance must be 'tasks', 'tokens' or positive numbers by task"
+    ):
         ShardedStep(MODELS["DoRA"], 1, balance=balance)
 
 
@@ -582,7 +675,10 @@ def test_first_values_depend_on_the_seed_and_the_adapter_s_name_alone() -> None:
     one = get_multitask_model(base(), {"prose": lora(), "code": lora()}, seed=3)
     other = get_multitask_model(base(), {"code": lora()}, lora(), seed=3)
     another = get_multitask_model(base(), {"code": lora()}, seed=4)
-    own = [{n: p.numpy() for n, p in made.named_parameters() if ".code." in n} for made in (one, other, another)]
+    own = [
+        {n: p.numpy() for n, p in made.named_parameters() if ".code." in n}
+        for made in (one, other, another)
+    ]
     prose = {n: p.numpy() for n, p in one.named_parameters() if ".prose." in n}
     for name, values in own[0].items():
         assert np.array_equal(values, own[1][name])
@@ -604,7 +700,9 @@ def test_tasks_are_declared_and_adapters_deleted_one_by_one() -> None:
     made.declare("verse", ["verse"])
     ids = batch_of(None, rows=1).ids
     plain, *others = (made(ids, tasks=task).data for task in (BASE, "prose", "code", "both"))
-    assert not np.array_equal(others[2], others[0] + others[1] - plain)  # they add up in every layer, not at the end
+    assert not np.array_equal(
+        others[2], others[0] + others[1] - plain
+    )  # they add up in every layer, not at the end
     with pytest.raises(ConfigError, match="'prose' is run by task prose, both"):
         made.delete_adapter("prose")
     del made.tasks["prose"], made.tasks["both"]
@@ -624,7 +722,9 @@ def test_tasks_are_declared_and_adapters_deleted_one_by_one() -> None:
 def test_an_exported_task_is_one_plain_adapter(form: str, task: str, tmp_path: Path) -> None:
     made, ids = MODELS[form], batch_of(None, rows=3).ids
     if (form, task) in (("HydraLoRA", "prose"), ("DoRA in other layers", "prose")):
-        with pytest.raises(ConfigError, match=r"HydraLoRA's: a mixture|'prose' is DoRA's: beside shared, prose"):
+        with pytest.raises(
+            ConfigError, match=r"HydraLoRA's: a mixture|'prose' is DoRA's: beside shared, prose"
+        ):
             made.export(task, tmp_path / "there")
         assert not (tmp_path / "there").exists()
         return
@@ -641,9 +741,17 @@ def test_an_exported_task_is_one_plain_adapter(form: str, task: str, tmp_path: P
         layers = {p: m for p, m in made.model.named_modules() if isinstance(m, LoraLinear)}
         for path, layer in alone.model.named_modules():
             if isinstance(layer, LoraLinear):
-                there = [layers[path].adapters[n] for n in made.adapters_of(task) if n in layers[path].adapters]
+                there = [
+                    layers[path].adapters[n]
+                    for n in made.adapters_of(task)
+                    if n in layers[path].adapters
+                ]
                 assert layer.adapters["default"].r == sum(a.r for a in there)
-                delta = sum(layers[path].delta_weight(n) for n in made.adapters_of(task) if n in layers[path].adapters)
+                delta = sum(
+                    layers[path].delta_weight(n)
+                    for n in made.adapters_of(task)
+                    if n in layers[path].adapters
+                )
                 assert close(layer.delta_weight("default"), delta, 1e-14)
 
 
@@ -706,9 +814,14 @@ def test_prompts_of_several_tasks_are_continued_each_by_its_own() -> None:
     assert tokens.shape == (5, 8)
     for i, task in enumerate(tasks):
         with made.task(task):
-            assert np.array_equal(tokens[i : i + 1], generate(made, ids[i : i + 1], 5, temperature=0))
+            assert np.array_equal(
+                tokens[i : i + 1], generate(made, ids[i : i + 1], 5, temperature=0)
+            )
     assert np.array_equal(generate(made, ids[:1], 5, tasks="prose", temperature=0), tokens[:1])
-    assert len({generate(made, ids[:1], 5, tasks=task, temperature=0).tobytes() for task in NAMES}) == 3
+    assert (
+        len({generate(made, ids[:1], 5, tasks=task, temperature=0).tobytes() for task in NAMES})
+        == 3
+    )
     assert np.array_equal(generate(made, ids, 0, tasks=tasks), ids)
 
 
@@ -726,14 +839,19 @@ def test_all_tasks_go_into_a_folder_and_come_back(form: str, tmp_path: Path) -> 
     assert not trained(again)
     assert bits(again) == bits(made)
     batch = batch_of(["code", BASE, "prose", "code"])
-    assert np.array_equal(again(batch.ids, tasks=batch.tasks).data, made(batch.ids, tasks=batch.tasks).data)
+    assert np.array_equal(
+        again(batch.ids, tasks=batch.tasks).data, made(batch.ids, tasks=batch.tasks).data
+    )
     go_on = MultiTask.from_pretrained(base("float32"), tmp_path, is_trainable=True)
     assert [n for n, p in go_on.named_parameters() if p.requires_grad] == [
         n for n, p in made.named_parameters() if p.requires_grad
     ]
     for name in made.peft_config:  # each folder is an adapter of PEFT's
         alone = PeftModel.from_pretrained(base("float32"), tmp_path / name)
-        assert alone.state_dict().keys() == load_file(tmp_path / name / "adapter_model.safetensors").keys()
+        assert (
+            alone.state_dict().keys()
+            == load_file(tmp_path / name / "adapter_model.safetensors").keys()
+        )
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
@@ -750,7 +868,9 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_damaged_list_of_tasks_is_refused_and_the_model_stays_as_it_was(how: str, tmp_path: Path) -> None:
+def test_a_damaged_list_of_tasks_is_refused_and_the_model_stays_as_it_was(
+    how: str, tmp_path: Path
+) -> None:
     model("DoRA", "float32").save_pretrained(tmp_path / "here")
     model("DoRA", "float32").save_pretrained(tmp_path / "elsewhere")
     (tmp_path / "here" / FILE).write_text(json.dumps(BROKEN[how][0]))

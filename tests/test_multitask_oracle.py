@@ -25,7 +25,9 @@ def theirs(model: Any, ids: np.ndarray, **options: Any) -> np.ndarray:
         return model(torch.tensor(ids), **options).logits.numpy()  # type: ignore[no-any-return]
 
 
-def made(base: Path, tasks: dict[str, LoraConfig | None], shared: LoraConfig | None, seed: int = 0) -> MultiTask:
+def made(
+    base: Path, tasks: dict[str, LoraConfig | None], shared: LoraConfig | None, seed: int = 0
+) -> MultiTask:
     model = get_multitask_model(CausalLM.from_pretrained(base), tasks, shared).eval()
     randomise((p for p in model.parameters() if p.requires_grad), seed)
     return model
@@ -65,8 +67,12 @@ def test_every_task_loads_there_as_one_adapter(
         assert close(theirs(alone.merge_and_unload(), IDS), ours.merge_task(task)(IDS).data, 1e-5)
 
 
-@pytest.mark.parametrize("shared", [None, LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])])
-@pytest.mark.parametrize("tasks", [["prose", "code", BASE, "prose", "code", "code"], ["code"] * 5 + ["prose"]])
+@pytest.mark.parametrize(
+    "shared", [None, LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])]
+)
+@pytest.mark.parametrize(
+    "tasks", [["prose", "code", BASE, "prose", "code", "code"], ["code"] * 5 + ["prose"]]
+)
 def test_mixed_rows_are_those_of_adapter_names(
     shared: LoraConfig | None, tasks: list[str], llama: tuple[Path, Any], tmp_path: Path
 ) -> None:  # fmt: skip
@@ -78,7 +84,9 @@ def test_mixed_rows_are_those_of_adapter_names(
     ours = made(base, configs, shared)
     for task in ours.tasks:
         ours.export(task, tmp_path / task)
-    model = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "prose", adapter_name="prose")
+    model = peft.PeftModel.from_pretrained(
+        copy.deepcopy(plain), tmp_path / "prose", adapter_name="prose"
+    )
     model.load_adapter(tmp_path / "code", "code")
     there = theirs(model.eval(), IDS, adapter_names=tasks)
     assert close(ours(IDS, tasks=tasks).data, there, 1e-5)
@@ -91,9 +99,13 @@ def test_the_folders_of_all_tasks_are_peft_s(llama: tuple[Path, Any], tmp_path: 
     shared = AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=["v_proj"])
     for kind in (LoraConfig(r=4, target_modules=["q_proj", "down_proj"]), shared):
         folder = tmp_path / kind.peft_type
-        ours = made(base, {"prose": LoraConfig(r=2, target_modules="all-linear"), "code": None}, kind)
+        ours = made(
+            base, {"prose": LoraConfig(r=2, target_modules="all-linear"), "code": None}, kind
+        )
         ours.save_pretrained(folder)
-        model = peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder / "shared", adapter_name="shared").eval()
+        model = peft.PeftModel.from_pretrained(
+            copy.deepcopy(plain), folder / "shared", adapter_name="shared"
+        ).eval()
         assert close(theirs(model, IDS), ours(IDS, tasks="code").data, 1e-5)
         if kind is not shared:  # peft holds adapters of one kind at a time
             model.load_adapter(folder / "prose", "prose")

@@ -25,7 +25,10 @@ def test_the_replaced_text_is_there_once(m: Mutant) -> None:
 
 def checks() -> dict[str, mutants.Check]:
     """Every check once, by what it is about."""
-    return {m.check.__name__ + str([c.cell_contents for c in m.check.__closure__ or ()]): m.check for m in MUTANTS}
+    return {
+        m.check.__name__ + str([c.cell_contents for c in m.check.__closure__ or ()]): m.check
+        for m in MUTANTS
+    }
 
 
 @pytest.mark.parametrize("name", checks())
@@ -36,7 +39,10 @@ def test_the_source_as_it_is_passes(name: str) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("m", MUTANTS, ids=lambda m: f"{m.kind}: {m.room}")
 def test_a_mistake_is_found(m: Mutant) -> None:
-    with applied(m.room, m.old, m.new), pytest.raises((AssertionError, ValueError, ArithmeticError)):
+    with (
+        applied(m.room, m.old, m.new),
+        pytest.raises((AssertionError, ValueError, ArithmeticError)),
+    ):
         m.check()
     killed.append(m)
 
@@ -57,5 +63,8 @@ def test_a_mistake_is_gone_after_its_block_whatever_happened() -> None:
         with pytest.raises(AssertionError, match="gradient is off"), applied(m.room, m.old, m.new):
             m.check()
         m.check()
-    with pytest.raises(AssertionError, match="has 0 times"), applied("autograd", "no such text", ""):
+    with (
+        pytest.raises(AssertionError, match="has 0 times"),
+        applied("autograd", "no such text", ""),
+    ):
         pass

@@ -85,7 +85,9 @@ def test_to_another_dtype_and_back() -> None:
         gradients(out, [tree.first.weight], np.ones((1, 2)))
     storage = {n: p.data for n, p in tree.named_parameters()}
     tree.to(dtype="float32")
-    assert all(p.data is storage[n] for n, p in tree.named_parameters())  # nothing to do: nothing moved
+    assert all(
+        p.data is storage[n] for n, p in tree.named_parameters()
+    )  # nothing to do: nothing moved
 
 
 def test_assigning_data_copies_and_bumps_the_version() -> None:
@@ -141,8 +143,12 @@ class Layers(Fan):
             setattr(self, name, layer)
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.booleans(), st.booleans(), st.booleans())
-def test_a_fan_gives_its_layers_one_by_one(widths: list[int], bias: bool, stacked: bool, frozen: bool) -> None:
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=4), st.booleans(), st.booleans(), st.booleans()
+)
+def test_a_fan_gives_its_layers_one_by_one(
+    widths: list[int], bias: bool, stacked: bool, frozen: bool
+) -> None:
     widths = [widths[0]] * len(widths) if stacked else widths
     layers = [Linear(array(m, 3), array(m) if bias else None) for m in widths]
     layers[0].weight.requires_grad = not frozen
@@ -156,7 +162,9 @@ def test_a_fan_gives_its_layers_one_by_one(widths: list[int], bias: bool, stacke
         if tokens:
             fan.prepare_step(tokens)
         y = fan.project(x)
-        assert not any(fan._effective.values()) or y.node.vjp.__qualname__.startswith("effective_linear")
+        assert not any(fan._effective.values()) or y.node.vjp.__qualname__.startswith(
+            "effective_linear"
+        )
         np.testing.assert_allclose(y.data, apart, rtol=1e-14, atol=1e-14)
         found.append(gradients(y, leaves, dy))
         fan.end_step()
@@ -194,8 +202,16 @@ def test_without_a_counter_every_call_draws_anew_and_a_new_layer_repeats_it() ->
 cuts = st.lists(st.integers(1, 3), min_size=1, max_size=5)
 
 
-@given(cuts, st.integers(0, 2**40), st.integers(0, 2**20), st.integers(0, 9), st.sampled_from([0.1, 0.5, 0.9]))
-def test_any_cut_of_a_batch_gives_the_same_masks(parts: list[int], seed: int, step: int, first: int, p: float) -> None:
+@given(
+    cuts,
+    st.integers(0, 2**40),
+    st.integers(0, 2**20),
+    st.integers(0, 9),
+    st.sampled_from([0.1, 0.5, 0.9]),
+)
+def test_any_cut_of_a_batch_gives_the_same_masks(
+    parts: list[int], seed: int, step: int, first: int, p: float
+) -> None:
     layer = Dropout(p, stream=3)
     x = array(sum(parts), 7, 5)
     with dropout_counter(seed, step, first):
@@ -250,7 +266,9 @@ def test_dropout_keeps_the_mean_and_backward_uses_the_mask_of_the_forward(p: flo
 
 def test_first_values_do_not_depend_on_the_dtype() -> None:
     for draw in (uniform, normal):
-        double, single = (draw(np.random.default_rng(3), 0.7, (50, 20), t) for t in (np.float64, np.float32))
+        double, single = (
+            draw(np.random.default_rng(3), 0.7, (50, 20), t) for t in (np.float64, np.float32)
+        )
         assert double.dtype == np.float64
         assert single.dtype == np.float32
         assert np.array_equal(double.astype(np.float32), single)

@@ -20,7 +20,10 @@ SHAPES = [(3, 4), (5,), (), (2, 0)]
 
 def parameters(dtype=np.float64, seed=0):
     rng = np.random.default_rng(seed)
-    return [(f"layer.{i}.weight", Parameter(np.array(rng.normal(size=s), dtype))) for i, s in enumerate(SHAPES)]
+    return [
+        (f"layer.{i}.weight", Parameter(np.array(rng.normal(size=s), dtype)))
+        for i, s in enumerate(SHAPES)
+    ]
 
 
 def gradients(step, dtype=np.float64, missing=()):
@@ -111,7 +114,10 @@ def test_two_hundred_steps_equal_torch(kind, options):
     torch = pytest.importorskip("torch")
     ours = parameters()
     theirs = [torch.nn.Parameter(torch.tensor(p.data.copy())) for _, p in ours]
-    mine, other = getattr(optim, kind)(ours, **options), getattr(torch.optim, kind)(theirs, **options)
+    mine, other = (
+        getattr(optim, kind)(ours, **options),
+        getattr(torch.optim, kind)(theirs, **options),
+    )
     for step in range(200):
         grads = gradients(step, missing=(1,) if step % 3 == 0 else ())
         mine.step(grads)
@@ -126,7 +132,9 @@ def test_two_hundred_steps_equal_torch(kind, options):
     "make",
     [
         lambda named: optim.AdamW(named, lr=np.float64(0.1)),
-        lambda named: optim.SGD(named, lr=0.1, momentum=np.float64(0.9), weight_decay=np.float64(0.1)),
+        lambda named: optim.SGD(
+            named, lr=0.1, momentum=np.float64(0.9), weight_decay=np.float64(0.1)
+        ),
         lambda named: optim.SGD(named, lr=0.1),
     ],
 )
@@ -139,7 +147,9 @@ def test_float32_stays_float32_in_the_same_storage(make, given_dtype):
         grads = gradients(step, given_dtype)
         before = [g.copy() for g in grads]
         optimizer.step(grads, scale=np.float64(0.5))
-        assert all(np.array_equal(a, b) for a, b in zip(grads, before, strict=True)), "the caller's gradients changed"
+        assert all(np.array_equal(a, b) for a, b in zip(grads, before, strict=True)), (
+            "the caller's gradients changed"
+        )
     for (_, p), array in zip(named, storage, strict=True):
         assert p.data is array
         assert p.version == [2]
@@ -202,16 +212,26 @@ def test_p_grad_is_used_and_cleared():
 
 def test_the_defaults_are_pytorch_s_and_without_options_a_schedule_is_flat_or_falls_to_zero():
     p = Parameter(np.ones(2))
-    assert optim.AdamW([p]).groups == [{"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}]
+    assert optim.AdamW([p]).groups == [
+        {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+    ]
     assert optim.SGD([p], 1.0).groups == [{"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}]
     assert [optim.constant(step) for step in (0, 1, 9)] == [1.0, 1.0, 1.0]
-    assert [optim.warmup_cosine(step, 9) for step in (0, 4, 8, 9)] == [1.0, pytest.approx(0.5, rel=1e-15), 0.0, 0.0]
+    assert [optim.warmup_cosine(step, 9) for step in (0, 4, 8, 9)] == [
+        1.0,
+        pytest.approx(0.5, rel=1e-15),
+        0.0,
+        0.0,
+    ]
 
 
 def test_groups_override_the_defaults_and_scale_multiplies_all():
     a, b = (Parameter(np.ones(2)) for _ in range(2))
     optimizer = optim.SGD([{"params": [a]}, {"params": [("b", b)], "lr": 0.5}], lr=0.25)
-    assert [(group["lr"], group["momentum"]) for group in optimizer.groups] == [(0.25, 0.0), (0.5, 0.0)]
+    assert [(group["lr"], group["momentum"]) for group in optimizer.groups] == [
+        (0.25, 0.0),
+        (0.5, 0.0),
+    ]
     optimizer.step([np.ones(2), np.ones(2)], scale=0.5)
     assert a.data.tolist() == [0.875, 0.875]
     assert b.data.tolist() == [0.75, 0.75]
@@ -243,7 +263,10 @@ NAN = math.nan
 @pytest.mark.parametrize(
     "options",
     [{"lr": v} for v in (0, -1e-3, NAN, float("inf"), "0.1", None)]
-    + [{"betas": v} for v in ((1.0, 0.9), (0.9, 1.5), (-0.1, 0.9), (NAN, 0.9), (0.9,), (0.9, 0.9, 0.9), 0.9)]
+    + [
+        {"betas": v}
+        for v in ((1.0, 0.9), (0.9, 1.5), (-0.1, 0.9), (NAN, 0.9), (0.9,), (0.9, 0.9, 0.9), 0.9)
+    ]
     + [{"eps": v} for v in (-1e-9, NAN, float("inf"))]
     + [{"weight_decay": v} for v in (-0.1, NAN, float("inf"))],
 )
@@ -269,18 +292,26 @@ def test_parameters_that_mean_nothing_are_refused():
     for params in ([p, p], [("x", p), ("x", q)], [{"params": [p]}, {"params": [p]}]):
         with pytest.raises(ConfigError, match="twice"):
             optim.AdamW(params)
-    for params in ([{"params": [p]}, q], [{"params": [p]}, None], [{"params": [p], "learning_rate": 1}], [{"lr": 1}]):
+    for params in (
+        [{"params": [p]}, q],
+        [{"params": [p]}, None],
+        [{"params": [p], "learning_rate": 1}],
+        [{"lr": 1}],
+    ):
         with pytest.raises(ConfigError, match="expected groups"):
             optim.AdamW(params)
 
 
 @pytest.mark.parametrize(
-    "grads", [[np.ones(2)], [np.ones(2), None, None], [np.ones(2), np.ones((1, 3))], [None, np.ones(4)]]
+    "grads",
+    [[np.ones(2)], [np.ones(2), None, None], [np.ones(2), np.ones((1, 3))], [None, np.ones(4)]],
 )
 def test_gradients_that_do_not_fit_change_nothing(grads):
     a, b = Parameter(np.ones(2)), Parameter(np.ones(3))
     optimizer = optim.AdamW([a, ("second", b)])
-    with pytest.raises(ConfigError, match=r"gradients for 2 parameters.*" + ("second" if len(grads) == 2 else "")):
+    with pytest.raises(
+        ConfigError, match=r"gradients for 2 parameters.*" + ("second" if len(grads) == 2 else "")
+    ):
         optimizer.step(grads)
     assert (a.data.tolist(), optimizer.state_dict()[0]) == ([1, 1], {})
 
@@ -295,7 +326,11 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(cut=st.integers(0, 4), missing=st.sets(st.integers(0, 3)), dtype=st.sampled_from([np.float32, np.float64]))
+@given(
+    cut=st.integers(0, 4),
+    missing=st.sets(st.integers(0, 3)),
+    dtype=st.sampled_from([np.float32, np.float64]),
+)
 def test_a_run_continued_from_its_state_is_the_same_run(kind, cut, missing, dtype):
     straight = parameters(dtype)
     whole = KINDS[kind](straight)
@@ -350,14 +385,34 @@ def test_a_state_that_does_not_fit_is_refused_whole():
     others = {key: array for key, array in arrays.items() if key != first}
     refuses(others, numbers, f"'{first}': expected float64 (3, 4), got nothing")
     refuses({**arrays, "m.x": np.ones(1)}, numbers, "'m.x': expected nothing, got float64 (1,)")
-    refuses({**arrays, first: np.ones((4, 3))}, numbers, first, "expected float64 (3, 4), got float64 (4, 3)")
+    refuses(
+        {**arrays, first: np.ones((4, 3))},
+        numbers,
+        first,
+        "expected float64 (3, 4), got float64 (4, 3)",
+    )
     refuses({**arrays, first: np.ones((3, 4), np.float32)}, numbers, first, "got float32 (3, 4)")
     refuses({**others, "m.x": np.ones(1)}, numbers, "differs in 2 places", first, "m.x")
     for t in (-1, 1.0, True, "1", None):
-        refuses(arrays, {**numbers, "steps": {**steps, "layer.1.weight": t}}, "steps.layer.1.weight", repr(t))
-    refuses(arrays, {**numbers, "steps": {**steps, "layer.3.weight": 1}}, "m.layer.3.weight", "v.layer.3.weight")
+        refuses(
+            arrays,
+            {**numbers, "steps": {**steps, "layer.1.weight": t}},
+            "steps.layer.1.weight",
+            repr(t),
+        )
+    refuses(
+        arrays,
+        {**numbers, "steps": {**steps, "layer.3.weight": 1}},
+        "m.layer.3.weight",
+        "v.layer.3.weight",
+    )
     refuses(arrays, {**numbers, "steps": {**steps, "x": 1}}, "'steps.x': expected nothing")
-    refuses(arrays, {**numbers, "steps": {"layer.0.weight": 1}}, "differs in 7 places", "steps.layer.1.weight")
+    refuses(
+        arrays,
+        {**numbers, "steps": {"layer.0.weight": 1}},
+        "differs in 7 places",
+        "steps.layer.1.weight",
+    )
     refuses(arrays, {**numbers, "optimizer": "SGD"}, "expected AdamW", "SGD")
     refuses(arrays, {}, "expected AdamW")
     refuses(arrays, {**numbers, "steps": [1]}, "'steps'")
@@ -378,7 +433,9 @@ def test_constant_is_a_ramp_and_then_one(warmup, step):
 @example(total=8, warmup=6, floor=0.5)
 @example(total=1, warmup=0, floor=0.5)
 def test_warmup_cosine_is_exact_at_its_ends_and_falls_between(total, warmup, floor):
-    factors = [optim.warmup_cosine(step, total, warmup, floor) for step in range(max(total, warmup) + 2)]
+    factors = [
+        optim.warmup_cosine(step, total, warmup, floor) for step in range(max(total, warmup) + 2)
+    ]
     assert factors[0] == (1 / warmup if warmup else 1.0)
     assert factors[warmup] == 1.0
     assert all(a < b for a, b in pairwise(factors[:warmup]))
@@ -423,7 +480,9 @@ def test_clipping_shortens_and_keeps_the_direction(seed, size, max_norm, dtype):
         assert not np.shares_memory(new, g)
         assert coefficient < 1.0 or new.tobytes() == old.tobytes()
         u = np.finfo(dtype).eps
-        assert np.all(np.abs(new - old.astype(np.float64) * coefficient) <= 2 * u * np.abs(old) * coefficient)
+        assert np.all(
+            np.abs(new - old.astype(np.float64) * coefficient) <= 2 * u * np.abs(old) * coefficient
+        )
 
 
 @pytest.mark.oracle
@@ -501,7 +560,9 @@ def test_loraplus_gives_b_and_vectors_the_higher_rate():
     optimizer = optim.AdamW([slow, fast], weight_decay=0.0)
     optimizer.step([np.ones(p.shape) for p in optimizer.params])
     for m in optimizer.members:
-        assert np.allclose(m.parameter.data, -0.8 if m in optimizer.members[7:] else -0.1, rtol=1e-6)
+        assert np.allclose(
+            m.parameter.data, -0.8 if m in optimizer.members[7:] else -0.1, rtol=1e-6
+        )
 
 
 def test_loraplus_leaves_out_an_empty_group_and_refuses_nonsense():
@@ -509,13 +570,22 @@ def test_loraplus_leaves_out_an_empty_group_and_refuses_nonsense():
     assert optim.loraplus_groups([("x.lora_B.default.weight", p)], 0.5) == [
         {"params": [("x.lora_B.default.weight", p)], "lr": 8.0}
     ]
-    for options in ({"lr": 0.0}, {"lr": math.nan}, {"lr": 0.1, "ratio": -1.0}, {"lr": 0.1, "ratio": math.inf}):
+    for options in (
+        {"lr": 0.0},
+        {"lr": math.nan},
+        {"lr": 0.1, "ratio": -1.0},
+        {"lr": 0.1, "ratio": math.inf},
+    ):
         with pytest.raises(ConfigError):
             optim.loraplus_groups([("x", p)], **options)
 
 
-@pytest.mark.parametrize("make", [lambda p: optim.AdamW(p, lr=0.1), lambda p: optim.SGD(p, lr=0.1, momentum=0.9)])
-@given(missing=st.lists(st.sets(st.integers(0, 3)), min_size=1, max_size=6), loads=st.integers(0, 5))
+@pytest.mark.parametrize(
+    "make", [lambda p: optim.AdamW(p, lr=0.1), lambda p: optim.SGD(p, lr=0.1, momentum=0.9)]
+)
+@given(
+    missing=st.lists(st.sets(st.integers(0, 3)), min_size=1, max_size=6), loads=st.integers(0, 5)
+)
 def test_small_parameters_are_updated_together_with_the_bits_of_one_by_one(make, missing, loads):
     found = []
     for small in (optim.SMALL, -1):

@@ -30,12 +30,23 @@ pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 
 @st.composite
 def llama_configs(draw: st.DrawFn) -> dict[str, Any]:
-    kv, groups, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.sampled_from([2, 4, 8]))
-    rope: dict[str, Any] = {"rope_type": draw(st.sampled_from(["default", "linear", "llama3"])), "rope_theta": 1e3}
+    kv, groups, head_dim = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from([2, 4, 8])),
+    )
+    rope: dict[str, Any] = {
+        "rope_type": draw(st.sampled_from(["default", "linear", "llama3"])),
+        "rope_theta": 1e3,
+    }
     if rope["rope_type"] != "default":
         rope["factor"] = 4.0
     if rope["rope_type"] == "llama3":
-        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+        rope |= {
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
     return {
         "vocab_size": 13,
         "hidden_size": kv * groups * draw(st.sampled_from([head_dim, 5])),
@@ -62,7 +73,9 @@ def theirs(model: Any, ids: np.ndarray = IDS) -> np.ndarray:
 
 @settings(max_examples=15)  # each takes transformers a second
 @given(llama_configs())
-def test_models_go_there_and_come_back(tmp_path_factory: pytest.TempPathFactory, options: dict[str, Any]) -> None:
+def test_models_go_there_and_come_back(
+    tmp_path_factory: pytest.TempPathFactory, options: dict[str, Any]
+) -> None:
     folder = tmp_path_factory.mktemp("model")
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)).eval()
     randomise(model.parameters())
@@ -71,7 +84,9 @@ def test_models_go_there_and_come_back(tmp_path_factory: pytest.TempPathFactory,
     assert close(ours(IDS).data, theirs(model), 1e-5)
     randomise(ours.parameters(), seed=1)
     ours.save_pretrained(folder / "ours")
-    again, loading = transformers.AutoModelForCausalLM.from_pretrained(folder / "ours", output_loading_info=True)
+    again, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "ours", output_loading_info=True
+    )
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert close(ours(IDS).data, theirs(again), 1e-5)
     assert not close(ours(IDS).data, theirs(model), 1e-2)
@@ -84,7 +99,11 @@ def test_models_go_there_and_come_back(tmp_path_factory: pytest.TempPathFactory,
 def adapter_options(draw: st.DrawFn) -> dict[str, Any]:
     names = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True))
     form = draw(st.sampled_from(["list", "pattern", "all-linear"]))
-    forms = {"list": names, "pattern": rf".*\.[12]\..*\.({'|'.join(names)})", "all-linear": "all-linear"}
+    forms = {
+        "list": names,
+        "pattern": rf".*\.[12]\..*\.({'|'.join(names)})",
+        "all-linear": "all-linear",
+    }
     # The first key that matches holds, and peft's files sort them: only sorted ones mean the same after a save.
     keys = sorted(draw(st.sets(st.sampled_from([*names, f"layers.1.*{names[0]}"]))))
     return {
@@ -96,7 +115,9 @@ def adapter_options(draw: st.DrawFn) -> dict[str, Any]:
         "bias": draw(st.sampled_from(["none", "all", "lora_only"])),
         "rank_pattern": {key: draw(st.integers(1, 4)) for key in keys},
         "alpha_pattern": {key: draw(st.integers(1, 16)) for key in keys},
-        "modules_to_save": draw(st.sampled_from([None, ["lm_head"], ["norm"], ["embed_tokens", "lm_head"]])),
+        "modules_to_save": draw(
+            st.sampled_from([None, ["lm_head"], ["norm"], ["embed_tokens", "lm_head"]])
+        ),
         "layers_to_transform": draw(st.sampled_from([None, 1, [1, 2]])) if form == "list" else None,
         "task_type": "CAUSAL_LM",
     }
@@ -109,7 +130,9 @@ def test_adapters_go_there_and_come_back(
 ) -> None:
     base, plain = llama
     folder = tmp_path_factory.mktemp("adapter")
-    model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(**copy.deepcopy(options))).eval()
+    model = peft.get_peft_model(
+        copy.deepcopy(plain), peft.LoraConfig(**copy.deepcopy(options))
+    ).eval()
     randomise(p for p in model.parameters() if p.requires_grad)
     model.save_pretrained(folder / "theirs")
     ours = PeftModel.from_pretrained(CausalLM.from_pretrained(base), folder / "theirs")
@@ -120,19 +143,27 @@ def test_adapters_go_there_and_come_back(
     randomise((p for p in made.parameters() if p.requires_grad), seed=1)
     made.save_pretrained(folder / "ours")
     files = [load_file(folder / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
-    assert {k: (a.shape, a.dtype) for k, a in files[0].items()} == {k: (a.shape, a.dtype) for k, a in files[1].items()}
+    assert {k: (a.shape, a.dtype) for k, a in files[0].items()} == {
+        k: (a.shape, a.dtype) for k, a in files[1].items()
+    }
     again = peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder / "ours").eval()
     assert close(made(IDS).data, theirs(again), 1e-5)
     assert close(made.merge_and_unload()(IDS).data, theirs(again.merge_and_unload()), 1e-5)
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
-def test_an_adapter_trains_on_here_and_goes_back(llama: tuple[Path, Any], tmp_path: Path, optimiser: str) -> None:
+def test_an_adapter_trains_on_here_and_goes_back(
+    llama: tuple[Path, Any], tmp_path: Path, optimiser: str
+) -> None:
     base, plain = llama
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], lora_dropout=0.1)
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], lora_dropout=0.1
+    )
     model = peft.get_peft_model(copy.deepcopy(plain), config).eval()
     model.save_pretrained(tmp_path / "before")
-    ours = PeftModel.from_pretrained(CausalLM.from_pretrained(base), tmp_path / "before", is_trainable=True)
+    ours = PeftModel.from_pretrained(
+        CausalLM.from_pretrained(base), tmp_path / "before", is_trainable=True
+    )
     params = [p for p in ours.parameters() if p.requires_grad]
     step = AdamW(params, lr=1e-2)
     losses = []
@@ -176,14 +207,26 @@ def test_an_adapter_trains_on_here_and_goes_back(llama: tuple[Path, Any], tmp_pa
         {"target_modules": ["q_proj"], "layers_to_transform": 1},
         {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
         {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
-        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+        {
+            "target_modules": ["q_proj"],
+            "layers_to_transform": [1],
+            "layers_pattern": ["h", "layers"],
+        },
     ],
     ids=str,
 )
-def test_targets_are_those_that_peft_takes(llama: tuple[Path, Any], options: dict[str, Any]) -> None:
+def test_targets_are_those_that_peft_takes(
+    llama: tuple[Path, Any], options: dict[str, Any]
+) -> None:
     base, plain = llama
-    model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=2, **copy.deepcopy(options)))
-    expected = {n for n, m in model.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    model = peft.get_peft_model(
+        copy.deepcopy(plain), peft.LoraConfig(r=2, **copy.deepcopy(options))
+    )
+    expected = {
+        n
+        for n, m in model.base_model.model.named_modules()
+        if isinstance(m, peft.tuners.lora.LoraLayer)
+    }
     ours = get_peft_model(CausalLM.from_pretrained(base), LoraConfig(r=2, **options))
     assert {n for n, m in ours.model.named_modules() if isinstance(m, LoraLinear)} == expected
     trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (ours, model)]
@@ -195,7 +238,13 @@ def test_first_values_have_peft_s_law(init: Any) -> None:
     n, m, r = 500, 400, 32
     torch.manual_seed(0)
     options: dict[str, Any] = {"r": r, "target_modules": ["q_proj"], "init_lora_weights": init}
-    shape = {"vocab_size": 3, "hidden_size": n, "intermediate_size": 4, "num_hidden_layers": 1, "head_dim": m}
+    shape = {
+        "vocab_size": 3,
+        "hidden_size": n,
+        "intermediate_size": 4,
+        "num_hidden_layers": 1,
+        "head_dim": m,
+    }
     shape |= {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 8}
     config = transformers.LlamaConfig(**shape)
     model = peft.get_peft_model(transformers.LlamaForCausalLM(config), peft.LoraConfig(**options))
@@ -253,10 +302,18 @@ def test_the_demo_s_base_loads_in_transformers_and_its_adapter_in_peft(demo_fold
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     ids = tokenizer(text)["input_ids"]
     assert ids == list(text.encode())
-    ours, theirs = CausalLM.from_pretrained(base), transformers.AutoModelForCausalLM.from_pretrained(base).eval()
+    ours, theirs = (
+        CausalLM.from_pretrained(base),
+        transformers.AutoModelForCausalLM.from_pretrained(base).eval(),
+    )
     with torch.no_grad():
         assert close(theirs(torch.tensor([ids])).logits, ours([ids]).numpy(), 1e-5)
-        ours, theirs = PeftModel.from_pretrained(ours, adapter), peft.PeftModel.from_pretrained(theirs, adapter).eval()
+        ours, theirs = (
+            PeftModel.from_pretrained(ours, adapter),
+            peft.PeftModel.from_pretrained(theirs, adapter).eval(),
+        )
         assert close(theirs(torch.tensor([ids])).logits, ours([ids]).numpy(), 1e-5)
         merged = theirs.merge_and_unload()
-        assert close(merged(torch.tensor([ids])).logits, ours.merge_and_unload()([ids]).numpy(), 1e-5)
+        assert close(
+            merged(torch.tensor([ids])).logits, ours.merge_and_unload()([ids]).numpy(), 1e-5
+        )

@@ -40,7 +40,9 @@ CONFIG = TransformerConfig(
 
 def lora_model(dropout: float = 0.0, dtype: str = "float64"):
     """Both factors random, so that no gradient is zero by chance."""
-    config = LoraConfig(r=2, target_modules="all-linear", lora_dropout=dropout, init_lora_weights=False)
+    config = LoraConfig(
+        r=2, target_modules="all-linear", lora_dropout=dropout, init_lora_weights=False
+    )
     return get_peft_model(CausalLM(CONFIG, seed=1, dtype=dtype), config, seed=2)
 
 
@@ -88,11 +90,19 @@ def batches(draw):
     batch = batch_of(sequences, length, draw(st.integers(0, 99)))
     counts = draw(st.lists(st.integers(0, length), min_size=sequences, max_size=sequences))
     for row, count in zip(batch.targets, counts, strict=True):
-        row[draw(st.permutations(range(length)))[count:]] = IGNORE  # a row may count nothing, and so may all of them
+        row[draw(st.permutations(range(length)))[count:]] = (
+            IGNORE  # a row may count nothing, and so may all of them
+        )
     return batch
 
 
-@given(batches(), st.integers(1, 9), st.sampled_from([0.0, 0.4]), st.integers(0, 3), st.integers(0, 2**40))
+@given(
+    batches(),
+    st.integers(1, 9),
+    st.sampled_from([0.0, 0.4]),
+    st.integers(0, 3),
+    st.integers(0, 2**40),
+)
 def test_any_cut_equals_no_cut(batch, shard, dropout, step, seed):
     model = lora_model(dropout).train()
     params = trainable(model)
@@ -105,7 +115,10 @@ def test_dropout_masks_follow_seed_and_step():
     model = lora_model(0.5).train()
     params, batch = trainable(model), batch_of(4, 4)
     with ShardedStep(model, threads=1, shard=2) as sharded:
-        losses = [sharded.gradients(batch, params, seed, step)[0] for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0))]
+        losses = [
+            sharded.gradients(batch, params, seed, step)[0]
+            for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0))
+        ]
     assert losses[0] == losses[3]
     assert len(set(losses)) == 3
 
@@ -172,7 +185,9 @@ def test_the_number_of_threads_changes_no_bit(dropout):
     for threads in (1, 2, 4):
         with ShardedStep(model, threads=threads, shard=2) as sharded:
             loss, found = sharded.gradients(batch, params, 5, 6)
-            held_out = list(sharded.losses([batch])) if dropout == 0 else []  # dropout is off where a text is measured
+            held_out = (
+                list(sharded.losses([batch])) if dropout == 0 else []
+            )  # dropout is off where a text is measured
             results.append((loss, [g.tobytes() for g in found], held_out))
     assert results[1] == results[0]
     assert results[2] == results[0]
@@ -262,7 +277,9 @@ def test_an_exception_in_a_shard_surfaces_once_and_the_step_can_be_used_again(th
             sharded.gradients(batch, params)
         assert caught.value.__cause__ is None
         assert caught.value.__context__ is None
-        assert "loss_that_breaks" in {frame.name for frame in traceback.extract_tb(caught.value.__traceback__)}
+        assert "loss_that_breaks" in {
+            frame.name for frame in traceback.extract_tb(caught.value.__traceback__)
+        }
         assert not running
         assert all(not any(layer._effective.values()) for layer in layers(model))
         with pytest.raises(ShardError, match=f"shard {bad}"):
@@ -296,7 +313,10 @@ def test_every_shard_failing_gives_the_first_shards_exception():
         raise ShardError(f"shard {shard.first}")
 
     model = lora_model()
-    with ShardedStep(model, threads=4, shard=1, loss=loss) as sharded, pytest.raises(ShardError, match="shard 0"):
+    with (
+        ShardedStep(model, threads=4, shard=1, loss=loss) as sharded,
+        pytest.raises(ShardError, match="shard 0"),
+    ):
         sharded.gradients(batch_of(6, 3), trainable(model))
     assert not workers()
 
@@ -348,7 +368,10 @@ def test_nothing_to_train_is_said():
     model = lora_model()
     for p in model.parameters():
         p.requires_grad = False
-    with ShardedStep(model, threads=2, shard=1) as sharded, pytest.raises(ConfigError, match="nothing to train"):
+    with (
+        ShardedStep(model, threads=2, shard=1) as sharded,
+        pytest.raises(ConfigError, match="nothing to train"),
+    ):
         sharded.gradients(batch_of(3, 3), [])
     assert not workers()
 
@@ -357,8 +380,16 @@ def test_the_cut_depends_on_the_shape_alone():
     model, sizes = lora_model(), []
     assert shard_size(model, 10**6, 1) == TOKENS_PER_SHARD
     assert [shard_size(model, 8, n * TOKENS_PER_SHARD) for n in (1, 10)] == [1, 1]
-    assert [shard_size(model, n, 2) for n in (1, 2, 3, 8, 9)] == [1, 1, 2, 4, 5]  # work for two cores
-    wide = types.SimpleNamespace(parameters=model.parameters, config=types.SimpleNamespace(intermediate_size=2048))
+    assert [shard_size(model, n, 2) for n in (1, 2, 3, 8, 9)] == [
+        1,
+        1,
+        2,
+        4,
+        5,
+    ]  # work for two cores
+    wide = types.SimpleNamespace(
+        parameters=model.parameters, config=types.SimpleNamespace(intermediate_size=2048)
+    )
     assert shard_size(wide, 100, 32) == FLOATS_PER_SHARD // 2048 // 32
 
     def loss(model, shard):
@@ -368,7 +399,12 @@ def test_the_cut_depends_on_the_shape_alone():
     with ShardedStep(model, threads=1, loss=loss) as sharded:
         sharded.gradients(batch_of(TOKENS_PER_SHARD // 4 + 3, 4), trainable(model))
         sharded.gradients(batch_of(TOKENS_PER_SHARD // 2 + 3, 4), trainable(model))
-    assert sizes == [TOKENS_PER_SHARD // 8 + 2, TOKENS_PER_SHARD // 8 + 1, *[TOKENS_PER_SHARD // 4] * 2, 3]
+    assert sizes == [
+        TOKENS_PER_SHARD // 8 + 2,
+        TOKENS_PER_SHARD // 8 + 1,
+        *[TOKENS_PER_SHARD // 4] * 2,
+        3,
+    ]
     assert ShardedStep(model).threads == available_cores() >= 1
 
 
@@ -376,7 +412,11 @@ def test_the_cut_depends_on_the_shape_alone():
 
 
 def blas_threads():
-    return [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+    return [
+        pool["num_threads"]
+        for pool in threadpoolctl.threadpool_info()
+        if pool["user_api"] == "blas"
+    ]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -435,7 +475,10 @@ def test_computing_activations_again_keeps_a_block_s_input_alone():
             node = waiting.pop()
             waiting += [p for p in node.parents if isinstance(p, Node)]
             for cell in node.vjp.__closure__ or ():
-                if isinstance(cell.cell_contents, np.ndarray) and cell.cell_contents.size >= batch.ids.size:
+                if (
+                    isinstance(cell.cell_contents, np.ndarray)
+                    and cell.cell_contents.size >= batch.ids.size
+                ):
                     seen[id(cell.cell_contents)] = cell.cell_contents.size
         kept.append(sum(seen.values()))
     hidden = batch.ids.size * CONFIG.hidden_size

@@ -25,7 +25,10 @@ def spectrum(count, top=1.0):
 
 
 RUNS = {
-    "ordinary": {"a": (np.linspace(8, 4, 200), [(0, 8.0), (100, 5.0), (200, 4.2)]), "b": ([4.0] * 50, [(0, 4.1)])},
+    "ordinary": {
+        "a": (np.linspace(8, 4, 200), [(0, 8.0), (100, 5.0), (200, 4.2)]),
+        "b": ([4.0] * 50, [(0, 4.1)]),
+    },
     "one stage": {"a": ([8.0, 7.0, 6.0], [(3, 6.0)])},
     "one step": {"a": ([8.0], [(0, 8.0), (1, 7.9)]), "b": ([4.0], [])},
     "nothing measured": {"a": ([8.0, 7.0], []), "b": ([6.0, 5.0], [])},
@@ -43,18 +46,31 @@ def test_loss_curves(stages, tmp_path):
 
 
 def block(number, delta):
-    return {f"model.layers.{number}.self_attn.{name}": (spectrum(16), delta) for name in ("q_proj", "v_proj")}
+    return {
+        f"model.layers.{number}.self_attn.{name}": (spectrum(16), delta)
+        for name in ("q_proj", "v_proj")
+    }
 
 
 LAYERS = {
-    "ordinary": {**block(0, spectrum(4, 0.1)), **block(1, spectrum(4, 3.0)), **block(10, spectrum(2, 0.2))},
+    "ordinary": {
+        **block(0, spectrum(4, 0.1)),
+        **block(1, spectrum(4, 3.0)),
+        **block(10, spectrum(2, 0.2)),
+    },
     "one layer": {"model.layers.0.mlp.up_proj": (spectrum(8), spectrum(2))},
     "rank one": {"model.layers.0.mlp.up_proj": (spectrum(8), spectrum(1))},
     "nothing changed": {**block(0, np.zeros(4)), **block(1, np.zeros(4))},
     "one of two changed": {**block(0, np.zeros(4)), **block(1, spectrum(4))},
-    "no block number": {"lm_head": (spectrum(16), spectrum(4)), "score": (spectrum(3), spectrum(2))},
+    "no block number": {
+        "lm_head": (spectrum(16), spectrum(4)),
+        "score": (spectrum(3), spectrum(2)),
+    },
     "some without": {**block(0, spectrum(4)), "lm_head": (spectrum(16), spectrum(4))},
-    "blocks of different kinds": {**block(0, spectrum(4)), "model.layers.1.mlp.up_proj": (spectrum(8), spectrum(2))},
+    "blocks of different kinds": {
+        **block(0, spectrum(4)),
+        "model.layers.1.mlp.up_proj": (spectrum(8), spectrum(2)),
+    },
     "all zero": {"model.layers.0.mlp.up_proj": (np.zeros(8), np.zeros(2))},
     "a tail of zeros": {"model.layers.0.mlp.up_proj": (spectrum(8), np.array([1e-3, 1e-12, 0.0]))},
     "tiny and huge": {**block(0, spectrum(4, 1e-12)), **block(1, spectrum(4, 1e12))},
@@ -79,23 +95,33 @@ def test_every_row_and_column_is_named(layers, tmp_path, monkeypatch):
     shown = [axis for axis in plt.gcf().axes if axis.get_visible()]
     plt.close("all")
     assert len(shown) == len(layers)
-    assert sorted(t for axis in shown if (t := axis.get_title())) == sorted({name.split(".")[-1] for name in layers})
+    assert sorted(t for axis in shown if (t := axis.get_title())) == sorted(
+        {name.split(".")[-1] for name in layers}
+    )
     numbers = {part for name in layers for part in name.split(".") if part.isdecimal()}
-    assert sorted(t for axis in shown if (t := axis.get_ylabel())) == sorted(f"layer {number}" for number in numbers)
+    assert sorted(t for axis in shown if (t := axis.get_ylabel())) == sorted(
+        f"layer {number}" for number in numbers
+    )
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (1, 1), (2, 9)])
 @pytest.mark.parametrize("equal", [False, True])
 def test_heat_table(shape, equal, tmp_path):
     values = np.ones(shape) if equal else np.arange(shape[0] * shape[1], dtype=float).reshape(shape)
-    rows, columns = ([f"{kind} {i}" for i in range(n)] for kind, n in zip(("row", "column"), shape, strict=True))
+    rows, columns = (
+        [f"{kind} {i}" for i in range(n)] for kind, n in zip(("row", "column"), shape, strict=True)
+    )
     plots.heat_table(tmp_path / "table.png", values, rows, columns, "a $ title")
     width, height = size_of(tmp_path / "table.png")
     assert width > height > 150 or shape == (5, 4)
 
 
 def ranks(*values, blocks=2):
-    names = [f"model.layers.{number}.self_attn.{kind}" for number in range(blocks) for kind in ("q_proj", "v_proj")]
+    names = [
+        f"model.layers.{number}.self_attn.{kind}"
+        for number in range(blocks)
+        for kind in ("q_proj", "v_proj")
+    ]
     return dict(zip(names, values, strict=True))
 
 
@@ -127,15 +153,20 @@ def test_rank_allocation(history, steps, tmp_path, monkeypatch):
     found = history[-1][1] if history else {}
     names = [name.split(".") for name in found]
     assert sorted(label.get_text() for label in below.get_yticklabels()) == sorted(
-        f"{parts[parts.index('layers') + 1]} {parts[-1]}" if "layers" in parts else parts[-1] for parts in names
+        f"{parts[parts.index('layers') + 1]} {parts[-1]}" if "layers" in parts else parts[-1]
+        for parts in names
     )
     # The numbers at the right, from the top: by block, those without one first, and in a block as they came.
-    place = sorted(found, key=lambda name: next((int(p) for p in name.split(".") if p.isdecimal()), -1))
+    place = sorted(
+        found, key=lambda name: next((int(p) for p in name.split(".") if p.isdecimal()), -1)
+    )
     assert [text.get_text() for text in below.texts] == [str(found[name]) for name in place]
     if history:
         drawn = below.collections[0].get_array().reshape(len(place), len(history))
         assert drawn.tolist() == [[ranks[name] for _, ranks in history] for name in place]
-        assert above.patches[0].get_data().values.tolist() == [np.mean(list(r.values())) for _, r in history]
+        assert above.patches[0].get_data().values.tolist() == [
+            np.mean(list(r.values())) for _, r in history
+        ]
 
 
 def test_a_picture_depends_on_its_numbers_alone(tmp_path):
@@ -146,7 +177,9 @@ def test_a_picture_depends_on_its_numbers_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "layers", [{"a.q": [3.0, 1.0, 0.0], "b.q": [2.0], "a.$v": None}, {"q": [0.0]}, {}], ids=["some", "zero", "none"]
+    "layers",
+    [{"a.q": [3.0, 1.0, 0.0], "b.q": [2.0], "a.$v": None}, {"q": [0.0]}, {}],
+    ids=["some", "zero", "none"],
 )
 def test_spectra(layers, tmp_path):
     plots.spectra(tmp_path / "spectra.png", layers)
@@ -167,7 +200,9 @@ def test_a_picture_that_fails_leaves_the_one_before(name, tmp_path, monkeypatch)
     with pytest.raises(OSError, match="No space") as caught:
         plots.spectra(tmp_path / name, {"q": [1.0]})
     assert caught.value.filename == str(tmp_path / name)
-    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(name, b"the one before")]
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [
+        (name, b"the one before")
+    ]
     assert plt.get_fignums() == []
 
 

@@ -48,9 +48,15 @@ def test_it_is_written_again_byte_for_byte(tmp_path: Path) -> None:
     theirs, ours = (load_file(folder / "model.safetensors") for folder in (FOLDER, tmp_path))
     assert ours.keys() == theirs.keys()
     for key, array in theirs.items():
-        assert (ours[key].dtype, ours[key].shape, ours[key].tobytes()) == (array.dtype, array.shape, array.tobytes())
+        assert (ours[key].dtype, ours[key].shape, ours[key].tobytes()) == (
+            array.dtype,
+            array.shape,
+            array.tobytes(),
+        )
     written = said(tmp_path)
-    assert written.pop("llm_int8_skip_modules") == ["lm_head"]  # null there: its output layer, by default
+    assert written.pop("llm_int8_skip_modules") == [
+        "lm_head"
+    ]  # null there: its output layer, by default
     assert written.items() <= said(FOLDER).items()
 
 
@@ -61,14 +67,18 @@ def test_it_is_written_again_byte_for_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_model_comes_back_as_it_was(tmp_path: Path, kind: str, double_quant: bool, dtype: str, tied: bool) -> None:
+def test_a_model_comes_back_as_it_was(
+    tmp_path: Path, kind: str, double_quant: bool, dtype: str, tied: bool
+) -> None:
     skip = ["lm_head", "layers.1.mlp.up_proj"]
     model = quantize(base(dtype, tie_word_embeddings=tied), kind, 32, double_quant, skip)
     model.save_pretrained(tmp_path)
     again = CausalLM.from_pretrained(tmp_path, dtype)
     assert bits(again) == bits(model)
     assert logits(again).tobytes() == logits(model).tobytes()
-    assert [row[:5] for row in quantization_report(again)] == [row[:5] for row in quantization_report(model)]
+    assert [row[:5] for row in quantization_report(again)] == [
+        row[:5] for row in quantization_report(model)
+    ]
     assert not any(m.training for _, m in again.named_modules())
     moved = CausalLM.from_pretrained(tmp_path, dtype, STRICT)
     assert {p.backend for p in moved.parameters()} == {STRICT}
@@ -83,11 +93,15 @@ def test_a_head_of_codes_and_adapters_over_a_folder(tmp_path: Path) -> None:
     options = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
     made = get_peft_model(CausalLM.from_pretrained(tmp_path / "base"), LoraConfig(**options))  # type: ignore[arg-type]
     made.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(CausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        CausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
     assert logits(again).tobytes() == logits(made).tobytes()
     merged = made.merge_and_unload(requantize=True)
     merged.save_pretrained(tmp_path / "codes")
-    assert logits(CausalLM.from_pretrained(tmp_path / "codes")).tobytes() == logits(merged).tobytes()
+    assert (
+        logits(CausalLM.from_pretrained(tmp_path / "codes")).tobytes() == logits(merged).tobytes()
+    )
 
 
 def test_a_model_that_is_dense_again_does_not_say_otherwise(tmp_path: Path) -> None:
@@ -103,7 +117,9 @@ def test_a_model_that_is_dense_again_does_not_say_otherwise(tmp_path: Path) -> N
 
 def test_int8_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = quantize(base(), "int8")
-    model.model.layers[0].mlp = quantize(base()).model.layers[0].mlp  # not the first layer that is asked
+    model.model.layers[0].mlp = (
+        quantize(base()).model.layers[0].mlp
+    )  # not the first layer that is asked
     with pytest.raises(ConfigError, match=r"q_proj is int8: .* dequantize first"):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -117,7 +133,9 @@ def _config(**changes: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
     return lambda config, tensors: config["quantization_config"].update(changes)
 
 
-def _tensors(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
+def _tensors(
+    change: Callable[[dict[str, Any]], Any],
+) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
     return lambda config, tensors: change(tensors)
 
 
@@ -156,7 +174,10 @@ REFUSED: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
 def test_a_folder_that_contradicts_itself_is_refused(case: str, tmp_path: Path) -> None:
     change, kind, message = REFUSED[case]
     quantize(base()).save_pretrained(tmp_path)
-    config, tensors = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    config, tensors = (
+        json.loads((tmp_path / "config.json").read_text()),
+        load_file(tmp_path / "model.safetensors"),
+    )
     change(config, tensors)
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(tmp_path / "model.safetensors", tensors)

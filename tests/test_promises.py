@@ -44,11 +44,16 @@ def run(op: Operation, *leaves: Tensor, dy: Any = None) -> list[np.ndarray]:
     """The output, then the gradient of every leaf; zeros where there is none."""
     y = op.function(*leaves)
     found = gradients(y, leaves, some_dy(y) if dy is None else dy)
-    return [y.data, *(np.zeros_like(x.data) if g is None else g for x, g in zip(leaves, found, strict=True))]
+    return [
+        y.data,
+        *(np.zeros_like(x.data) if g is None else g for x, g in zip(leaves, found, strict=True)),
+    ]
 
 
 @pytest.mark.parametrize("op", TABLE, ids=lambda op: op.id)
-@pytest.mark.parametrize("name", ["complex_step", "layouts", "accumulates", "nan_where_dependent", "repeats", "linear"])
+@pytest.mark.parametrize(
+    "name", ["complex_step", "layouts", "accumulates", "nan_where_dependent", "repeats", "linear"]
+)
 def test_promise(name: str, op: Operation) -> None:
     if not {(name, op.name), (name, op.id)} & set(EXEMPT):
         PROMISES[name](op)
@@ -87,7 +92,9 @@ def complex_step(op: Operation) -> None:
     for _ in range(3):
         direction = [np.asarray(rng.standard_normal(a.shape)) for a in op.inputs]
         with no_grad():
-            z = op.function(*(Tensor(a + 1e-30j * v) for a, v in zip(op.inputs, direction, strict=True))).data
+            z = op.function(
+                *(Tensor(a + 1e-30j * v) for a, v in zip(op.inputs, direction, strict=True))
+            ).data
         terms = [g * v for g, v in zip(grads, direction, strict=True)]
         error = abs((dy * (z.imag / 1e-30)).sum() - sum(t.sum() for t in terms))
         assert error <= 2e-14 * sum(np.abs(t).sum() for t in terms)
@@ -100,7 +107,10 @@ def accumulates(op: Operation) -> None:
     leaves = op.leaves()
     y = op.function(*leaves)
     dy, other = some_dy(y), some_dy(y)[..., ::-1] if y.ndim else np.asarray(2.5)
-    first, second = gradients(y, leaves, dy, retain_graph=True), gradients(y, leaves, other, retain_graph=True)
+    first, second = (
+        gradients(y, leaves, dy, retain_graph=True),
+        gradients(y, leaves, other, retain_graph=True),
+    )
     y.backward(dy, retain_graph=True)
     y.backward(other, retain_graph=True)
     for x, g, h in zip(leaves, first, second, strict=True):
@@ -131,7 +141,9 @@ def linear(op: Operation) -> None:
 
     first, second = back(a), back(b)
     largest = max(np.abs(g).max(initial=0) for g in (*first, *second))
-    for g, h, double, both, zero in zip(first, second, back(2 * a), back(2 * a - 3 * b), back(0 * a), strict=True):
+    for g, h, double, both, zero in zip(
+        first, second, back(2 * a), back(2 * a - 3 * b), back(0 * a), strict=True
+    ):
         np.testing.assert_array_equal(double, 2 * g)
         assert not zero.any()
         assert np.abs(both - (2 * g - 3 * h)).max(initial=0) <= 32 * U64 * largest
@@ -153,7 +165,9 @@ def _gapped(a: np.ndarray) -> np.ndarray:
 
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "F": lambda a: a.copy("F"),
-    "transposed": lambda a: np.ascontiguousarray(a.swapaxes(0, -1)).swapaxes(0, -1) if a.ndim else a,
+    "transposed": lambda a: (
+        np.ascontiguousarray(a.swapaxes(0, -1)).swapaxes(0, -1) if a.ndim else a
+    ),
     "negative": lambda a: np.flip(np.flip(a).copy()),
     "gaps of NaN": _gapped,
     "misaligned": _misaligned,
@@ -164,9 +178,15 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def layouts(op: Operation) -> None:
     """How the inputs and dy lie in memory changes nothing, or in a sum the last bits."""
     dy = some_dy(op.function(*op.leaves()))
-    cases = [(name, op.inputs, [lay(a) for a in op.inputs], lay(dy)) for name, lay in LAYOUTS.items()]
-    rows = [np.broadcast_to(a[:1], a.shape) if a.ndim and len(a) else a for a in op.inputs]  # one row, stride 0
-    cases.append(("broadcast", [r.copy() for r in rows], rows, np.broadcast_to(dy, (2, *dy.shape))[1]))
+    cases = [
+        (name, op.inputs, [lay(a) for a in op.inputs], lay(dy)) for name, lay in LAYOUTS.items()
+    ]
+    rows = [
+        np.broadcast_to(a[:1], a.shape) if a.ndim and len(a) else a for a in op.inputs
+    ]  # one row, stride 0
+    cases.append(
+        ("broadcast", [r.copy() for r in rows], rows, np.broadcast_to(dy, (2, *dy.shape))[1])
+    )
     for name, plain, laid, dz in cases:
         expected = run(op, *(Tensor(a.copy(), True) for a in plain), dy=dy)
         got = run(op, *(Tensor(a, True) for a in laid), dy=dz)
@@ -207,7 +227,9 @@ def test_an_operation_on_nothing(entry: str, shapes: tuple[tuple[int, ...], ...]
     op, rng = BY_ID[entry], np.random.default_rng(7)
     leaves = [Tensor(np.asarray(rng.uniform(0.5, 2, shape)), True) for shape in shapes]
     y, *grads = run(op, *leaves)  # a warning would be an error
-    expected = op.reference(*(x.data for x in leaves)) if op.reference else op.definition(*leaves).data
+    expected = (
+        op.reference(*(x.data for x in leaves)) if op.reference else op.definition(*leaves).data
+    )
     assert y.shape == np.shape(expected)
     np.testing.assert_array_equal(y, expected)
     for x, g in zip(leaves, grads, strict=True):
@@ -238,8 +260,13 @@ def test_the_order_in_which_branches_are_made_changes_no_bit() -> None:
         branches: dict[int, Tensor] = {}
         for i in order:
             branches[i] = ag.tanh(leaves[i] * 1.5) @ leaves[i].T
-        two = {i: ag.exp(shared * float(i + 1)) for i in order if i < 2}  # two paths into one leaf: a + b = b + a
-        total = functools.reduce(ag.add, (branches[i].sum() for i in range(6))) + (two[0] * two[1]).sum()
+        two = {
+            i: ag.exp(shared * float(i + 1)) for i in order if i < 2
+        }  # two paths into one leaf: a + b = b + a
+        total = (
+            functools.reduce(ag.add, (branches[i].sum() for i in range(6)))
+            + (two[0] * two[1]).sum()
+        )
         return gradients(total, [*leaves, shared])  # type: ignore[return-value]
 
     rng_shared = rng.standard_normal(3)
@@ -253,7 +280,9 @@ def test_a_second_derivative_is_refused_and_never_zero() -> None:
     x = Tensor(np.array([1.0, 2.0]), True)
     (g,) = gradients((x * x * x).sum(), [x])
     assert type(g) is np.ndarray  # what has no history cannot be differentiated by mistake
-    with pytest.raises(GraphError, match=r"from gradients, which are arrays \(there is no second derivative\)"):
+    with pytest.raises(
+        GraphError, match=r"from gradients, which are arrays \(there is no second derivative\)"
+    ):
         gradients(Tensor(g).sum(), [x])
     assert gradients(Tensor(g, True).sum(), [x]) == [None]
     y = x * x
@@ -340,7 +369,9 @@ def test_heads_can_be_permuted(dtype: type) -> None:
     q, k, v = (rng.standard_normal((2, 5, H, 4)).astype(dtype) for H in (6, 2, 2))
     dy = rng.standard_normal(q.shape).astype(dtype)
     groups = np.array([1, 0])
-    queries = (3 * groups[:, None] + np.array([1, 2, 0])).reshape(-1)  # the three of each group stay together
+    queries = (3 * groups[:, None] + np.array([1, 2, 0])).reshape(
+        -1
+    )  # the three of each group stay together
     op = BY_ID["attention-grouped"]
 
     def apart(q: np.ndarray, k: np.ndarray, v: np.ndarray, dy: np.ndarray) -> list[np.ndarray]:
@@ -373,7 +404,9 @@ def test_a_hidden_position_gets_no_gradient() -> None:
 
 
 def test_a_model_s_logits_do_not_see_the_future_and_the_batch_can_be_permuted() -> None:
-    config = TransformerConfig(vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+    config = TransformerConfig(
+        vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=2
+    )
     model, rng = CausalLM(config, seed=0), np.random.default_rng(0)
     ids = rng.integers(0, 11, (4, 7))
     before = model(ids).data
@@ -409,7 +442,11 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
         return a.reshape(-1)[torch.tensor(np.array(np.arange(a.numel()).reshape(a.shape)[key]))]
 
     def effective(x: Any, *rest: Any, sizes: tuple[int, ...] = (5,), stacked: bool = False) -> Any:
-        pairs, biases, outputs = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim == 1], []
+        pairs, biases, outputs = (
+            [p for p in rest if p.ndim == 2],
+            [p for p in rest if p.ndim == 1],
+            [],
+        )
         for i, weight in enumerate(torch.tensor(_weight[: sum(sizes)]).split(sizes)):
             A, B = pairs[2 * i : 2 * i + 2] or (torch.zeros(1, 4), torch.zeros(sizes[i], 1))
             outputs.append(tf.linear(x, weight + (0.7 + i) * B @ A, biases[i] if biases else None))
@@ -417,25 +454,44 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
 
     def cross_entropy(z: Any, targets: np.ndarray, ignore_index: int, reduction: str) -> Any:
         t = torch.tensor(targets).flatten()
-        total = tf.cross_entropy(z.reshape(-1, z.shape[-1]), t, ignore_index=ignore_index, reduction="sum")
+        total = tf.cross_entropy(
+            z.reshape(-1, z.shape[-1]), t, ignore_index=ignore_index, reduction="sum"
+        )
         return total / max(1, int((t != ignore_index).sum())) if reduction == "mean" else total
 
     def rope(x: Any) -> Any:
         """As transformers writes it: x cos + rotate_half(x) sin."""
-        cos, sin = (torch.tensor(np.tile(f(angles(x.shape[1], x.shape[3])), 2))[:, None] for f in (np.cos, np.sin))
+        cos, sin = (
+            torch.tensor(np.tile(f(angles(x.shape[1], x.shape[3])), 2))[:, None]
+            for f in (np.cos, np.sin)
+        )
         half = x.shape[-1] // 2
         return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
-    def attention(qkv: Any, heads: int, kv_heads: int, rotate: bool = True, window: int | None = None, **_: Any) -> Any:
+    def attention(
+        qkv: Any,
+        heads: int,
+        kv_heads: int,
+        rotate: bool = True,
+        window: int | None = None,
+        **_: Any,
+    ) -> Any:
         q, k, v = qkv.reshape(*qkv.shape[:2], -1, 4).split((heads, kv_heads, kv_heads), dim=2)
         q, k, v = (z.transpose(1, 2) for z in ((rope(q), rope(k), v) if rotate else (q, k, v)))
         order = torch.arange(qkv.shape[1])
         age = order[:, None] - order
         seen = (age >= 0) & (age < (window or len(order)))
-        return tf.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2).flatten(2)
+        return (
+            tf.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
     return {
-        **{name: number(getattr(torch, name)) for name in ("add", "sub", "mul", "div", "maximum", "minimum")},
+        **{
+            name: number(getattr(torch, name))
+            for name in ("add", "sub", "mul", "div", "maximum", "minimum")
+        },
         "power": number(torch.pow),
         "where": lambda c, *ab: torch.where(torch.tensor(c), *ab),
         **{name: getattr(torch, name) for name in ("exp", "log", "tanh", "sqrt", "abs", "matmul")},
@@ -458,7 +514,9 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
         "lora_linear": lambda x, y, A, B, scaling: y + scaling * (x @ A.T) @ B.T,
         "effective_linear": effective,
         "embedding": lambda ids, w: tf.embedding(torch.tensor(ids), w),
-        "dropout": lambda x, p, key, first: x * torch.tensor(_dropout_definition(Tensor(np.ones(x.shape)), p).data),
+        "dropout": lambda x, p, key, first: (
+            x * torch.tensor(_dropout_definition(Tensor(np.ones(x.shape)), p).data)
+        ),
         "silu": tf.silu,
         "swiglu": lambda x: tf.silu(x[0]) * x[1],
         "gelu": tf.gelu,
@@ -487,7 +545,10 @@ def test_an_operation_is_torch_s(op: Operation) -> None:
     dy = some_dy(y)
     z.backward(torch.tensor(dy))
     theirs = [np.zeros(t.shape) if t.grad is None else t.grad.numpy() for t in tensors]
-    ours = [np.zeros(x.shape) if g is None else g for x, g in zip(leaves, gradients(y, leaves, dy), strict=True)]
+    ours = [
+        np.zeros(x.shape) if g is None else g
+        for x, g in zip(leaves, gradients(y, leaves, dy), strict=True)
+    ]
     largest = max(np.abs(g).max(initial=0) for g in theirs)
     for got, expected, bound in [(y.data, z.detach().numpy(), 1e-12 * np.abs(y.data).max(initial=0)),
                                  *((g, t, 1e-11 * largest) for g, t in zip(ours, theirs, strict=True))]:  # fmt: skip

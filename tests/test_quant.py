@@ -59,13 +59,17 @@ def weights(draw: st.DrawFn) -> np.ndarray:
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     shape = (draw(st.integers(1, 40)), draw(st.integers(1, 40)))
     top, spread = draw(st.integers(-152, 126)), draw(st.sampled_from([0, 3, 60, 300]))
-    values = rng.uniform(-2, 2, shape) * 2.0 ** np.maximum(top - rng.integers(0, spread + 1, shape), -160)
+    values = rng.uniform(-2, 2, shape) * 2.0 ** np.maximum(
+        top - rng.integers(0, spread + 1, shape), -160
+    )
     dtype = draw(st.sampled_from(["float16", "float32", "float64"]))
     largest = float(np.finfo(dtype).max)
     return np.clip(values, -largest, largest).astype(dtype)
 
 
-def linear(outputs: int = 24, inputs: int = 20, seed: int = 1, bias: bool = True, dtype: str = "float32") -> Linear:
+def linear(
+    outputs: int = 24, inputs: int = 20, seed: int = 1, bias: bool = True, dtype: str = "float32"
+) -> Linear:
     rng = np.random.default_rng(seed)
     return Linear(
         rng.standard_normal((outputs, inputs)).astype(dtype),
@@ -74,7 +78,13 @@ def linear(outputs: int = 24, inputs: int = 20, seed: int = 1, bias: bool = True
 
 
 def adapted(subject: Any, **changes: Any) -> PeftModel:
-    options = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "init_lora_weights": False, **changes}
+    options = {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": "all-linear",
+        "init_lora_weights": False,
+        **changes,
+    }
     return get_peft_model(subject, LoraConfig(**options), seed=2)
 
 
@@ -94,7 +104,9 @@ def test_nf4_is_the_normal_distributions_quantiles() -> None:
 
 def test_the_other_maps() -> None:
     fp4 = LEVELS["fp4"].astype(np.float64) * 12
-    for code, value in enumerate(fp4[:8]):  # two bits that choose the binade, 0 the subnormals, and one that halves it
+    for code, value in enumerate(
+        fp4[:8]
+    ):  # two bits that choose the binade, 0 the subnormals, and one that halves it
         binade, half = code >> 1, code & 1
         exact = half / 16 if binade == 0 else {1: 8, 2: 4, 3: 2}[binade] * (1 + half / 2)
         assert abs(value - exact) <= 12 * U
@@ -104,7 +116,10 @@ def test_the_other_maps() -> None:
     assert len(np.unique(dynamic)) == 256
     assert (dynamic[-1], dynamic[0], dynamic[127]) == (1.0, pytest.approx(-0.99296875), 0.0)
     for i in range(7):  # 2^i values of each sign in a decade
-        assert np.count_nonzero((dynamic[:-1] > 10.0 ** (i - 7)) & (dynamic[:-1] < 10.0 ** (i - 6))) == 2**i
+        assert (
+            np.count_nonzero((dynamic[:-1] > 10.0 ** (i - 7)) & (dynamic[:-1] < 10.0 ** (i - 6)))
+            == 2**i
+        )
 
 
 # ---- what a code costs ----------------------------------------------------------------------------------------------
@@ -117,10 +132,19 @@ def test_what_verify_says_of_codes_holds_for_every_float(
 ) -> None:
     """Subnormal, at the end of the range, all zero: `verify` measures weights as they are in models."""
     w = np.atleast_2d(w)
-    if name == "double quantisation":  # a rounded absmax can leave the range at its very end: the layer refuses that
+    if (
+        name == "double quantisation"
+    ):  # a rounded absmax can leave the range at its very end: the layer refuses that
         w = np.clip(w, -(2.0**126), 2.0**126) if w.dtype != np.float16 else w
     base = QuantizedLinear(encode(w, kind, block_size, double_quant), dtype=w.dtype)
-    case = Case("weights", LoraLinear(base), np.zeros((1, w.shape[1]), np.float32), {}, seed=w.size, weight=w)
+    case = Case(
+        "weights",
+        LoraLinear(base),
+        np.zeros((1, w.shape[1]), np.float32),
+        {},
+        seed=w.size,
+        weight=w,
+    )
     found = next(p for p in of_codes.PROPERTIES if p.name == name).check(case)
     assert found.ok, found
 
@@ -182,7 +206,9 @@ def test_nothing_is_refused() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 20), (5, 20), (20,), (0, 20)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_operation_is_the_dense_one_bit_for_bit(shape: tuple[int, ...], bias: bool, dtype: str) -> None:
+def test_the_operation_is_the_dense_one_bit_for_bit(
+    shape: tuple[int, ...], bias: bool, dtype: str
+) -> None:
     layer = QuantizedLinear.from_linear(linear(bias=bias, dtype=dtype))
     assert (layer.dtype, layer.out_features, layer.in_features) == (np.dtype(dtype), 24, 20)
     x = np.random.default_rng(2).standard_normal(shape).astype(dtype)
@@ -226,7 +252,9 @@ def test_the_graph_holds_codes_and_never_the_dense_weight() -> None:
     assert kept(y.node.vjp, set()) <= layer.nbytes
     dense = F.linear(x, Tensor(layer.dense_weight()), layer.bias)
     assert dense.node is not None
-    assert kept(dense.node.vjp, set()) >= 4 * 256 * 256  # the measure sees a dense weight where there is one
+    assert (
+        kept(dense.node.vjp, set()) >= 4 * 256 * 256
+    )  # the measure sees a dense weight where there is one
 
 
 def test_a_quantised_weight_reads_as_the_dense_one_and_cannot_be_written() -> None:
@@ -235,7 +263,13 @@ def test_a_quantised_weight_reads_as_the_dense_one_and_cannot_be_written() -> No
     dense = weight.quantized.decode()
     assert not layer.trainable
     assert (weight.shape, weight.ndim, weight.size, len(weight)) == ((24, 20), 2, 480, 24)
-    for read in (weight.data, weight.numpy(), layer.dense_weight(), np.array(weight), Tensor(weight).data):
+    for read in (
+        weight.data,
+        weight.numpy(),
+        layer.dense_weight(),
+        np.array(weight),
+        Tensor(weight).data,
+    ):
         assert read.tobytes() == dense.tobytes()
     before = weight.quantized.codes.copy()
     with pytest.raises(ConfigError, match="nf4 cannot be assigned to"):
@@ -287,7 +321,10 @@ def test_a_device_codes_decodes_and_multiplies_alike(kind: str, double_quant: bo
     there = QuantizedLinear.from_linear(linear(5, 39).to(STRICT), kind, 64, double_quant)
     host = STRICT.to_numpy
     assert host(there.weight.quantized.codes).tobytes() == here.weight.quantized.codes.tobytes()
-    assert host(there.weight.quantized.decode_absmax()).tobytes() == here.weight.quantized.decode_absmax().tobytes()
+    assert (
+        host(there.weight.quantized.decode_absmax()).tobytes()
+        == here.weight.quantized.decode_absmax().tobytes()
+    )
     assert (there.nbytes, moved.nbytes, there.error) == (here.nbytes, here.nbytes, here.error)
     assert step(there) == step(here)
     here.bias = None
@@ -315,7 +352,9 @@ def test_the_error_is_measured() -> None:
         assert layer.error == pytest.approx(expected, rel=1e-12)
     assert QuantizedLinear.from_linear(Linear(np.zeros((2, 3), np.float32))).error == 0
     huge = Linear(dense.weight.data * np.float32(2.0**125))
-    assert QuantizedLinear.from_linear(huge).error == pytest.approx(QuantizedLinear.from_linear(dense).error, rel=1e-5)
+    assert QuantizedLinear.from_linear(huge).error == pytest.approx(
+        QuantizedLinear.from_linear(dense).error, rel=1e-5
+    )
 
 
 def test_an_absmax_that_leaves_the_dtype_is_refused() -> None:
@@ -337,7 +376,9 @@ def test_quantize_replaces_every_linear_layer_but_those_to_skip(kind: str) -> No
     assert quantize(subject, kind) is subject
     assert [name for name, _ in subject.named_parameters()] == names
     layers = {p: m for p, m in subject.named_modules() if isinstance(m, QuantizedLinear)}
-    assert set(layers) == {p for p, m in plain.named_modules() if isinstance(m, Linear) and p != "lm_head"}
+    assert set(layers) == {
+        p for p, m in plain.named_modules() if isinstance(m, Linear) and p != "lm_head"
+    }
     assert type(subject.lm_head) is Linear
     assert all(layer.training for layer in layers.values())
     assert not any(m.training for _, m in quantize(base().eval(), kind).named_modules())
@@ -348,7 +389,10 @@ def test_quantize_replaces_every_linear_layer_but_those_to_skip(kind: str) -> No
         assert (row.error, row.lost) == (layer.error, None)
         assert layer.bias is None or np.array_equal(layer.bias.data, dense.bias.data)
         within = HALF_GAP[kind] + HALF_GAP["dynamic"] + 1e-5
-        assert np.abs(layer.dense_weight() - dense.weight.data).max() <= within * np.abs(dense.weight.data).max()
+        assert (
+            np.abs(layer.dense_weight() - dense.weight.data).max()
+            <= within * np.abs(dense.weight.data).max()
+        )
     assert len(quantization_report(subject)) == 14
 
 
@@ -399,7 +443,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
 def test_quantize_refuses_before_anything_changes(case: str) -> None:
     make, options, kind, message = REFUSED[case]
     subject = make()
-    before = [*map(id, dict(subject.named_modules()).values())] if isinstance(subject, Module) else []
+    before = (
+        [*map(id, dict(subject.named_modules()).values())] if isinstance(subject, Module) else []
+    )
     with pytest.raises(kind, match=message):
         quantize(subject, **options)
     if before:
@@ -447,14 +493,20 @@ def test_dequantised_it_computes_the_same_and_trains(kind: str, double_quant: bo
 
 
 @ANY_KIND
-@pytest.mark.parametrize("adapter", [{}, {"use_dora": True}, {"init_r": 2, "target_r": 1, "total_step": 5}])
-def test_every_property_of_a_layer_holds_over_a_quantised_model(kind: str, adapter: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "adapter", [{}, {"use_dora": True}, {"init_r": 2, "target_r": 1, "total_step": 5}]
+)
+def test_every_property_of_a_layer_holds_over_a_quantised_model(
+    kind: str, adapter: dict[str, Any]
+) -> None:
     """Of whose weights nobody knows what they were before."""
     made, rng = quantize(base(), kind), np.random.default_rng(0)
     config = AdaLoraConfig(**adapter, target_modules="all-linear") if "init_r" in adapter else None
     subject = adapted(made, **adapter) if config is None else get_peft_model(made, config, seed=2)
     for name, p in subject.adapter_parameters("default").items():  # trained away from the start
-        p.data = p.data + (0.1 * rng.standard_normal(p.shape)).astype(p.dtype) * ("lora_A" not in name)
+        p.data = p.data + (0.1 * rng.standard_normal(p.shape)).astype(p.dtype) * (
+            "lora_A" not in name
+        )
     cases = list(cases_of(subject, seed=3))[:7]
     assert all(isinstance(case.subject.base_layer, QuantizedLinear) for case in cases)
     rows = measure(cases, PROPERTIES)
@@ -483,7 +535,10 @@ def test_a_step_forms_no_dense_weight_of_a_quantised_layer() -> None:
         subject = adapted(make())
         loss, plain = language_modelling_loss(subject, batch).item(), subject(IDS).numpy()
         subject.prepare_step(1 << 20)
-        assert any(any(getattr(m, "_effective", {}).values()) for _, m in subject.named_modules()) == formed
+        assert (
+            any(any(getattr(m, "_effective", {}).values()) for _, m in subject.named_modules())
+            == formed
+        )
         assert subject(IDS).numpy() == pytest.approx(plain, rel=1e-4, abs=1e-5)
         assert language_modelling_loss(subject, batch).item() == pytest.approx(loss, rel=1e-5)
         subject.end_step()
@@ -492,12 +547,16 @@ def test_a_step_forms_no_dense_weight_of_a_quantised_layer() -> None:
 def test_a_head_of_codes_has_the_loss_of_its_logits() -> None:
     subject = quantize(base("float64"), skip=())
     expected = F.cross_entropy(subject(IDS[:, :-1]), IDS[:, 1:], reduction="sum")
-    assert language_modelling_loss(subject, Batch(IDS[:, :-1], IDS[:, 1:])).item() == expected.item()
+    assert (
+        language_modelling_loss(subject, Batch(IDS[:, :-1], IDS[:, 1:])).item() == expected.item()
+    )
 
 
 def test_lora_trains_over_a_quantised_base_which_stays_as_it_is() -> None:
     subject = adapted(quantize(base()), r=4, init_lora_weights=True)
-    before = {name: p.numpy().tobytes() for name, p in subject.named_parameters() if not p.requires_grad}
+    before = {
+        name: p.numpy().tobytes() for name, p in subject.named_parameters() if not p.requires_grad
+    }
     trained = [p for p in subject.parameters() if p.requires_grad]
     assert not any(isinstance(p, QuantizedWeight) for p in trained)
     optimiser, losses = AdamW(trained, lr=0.02), []
@@ -508,7 +567,9 @@ def test_lora_trains_over_a_quantised_base_which_stays_as_it_is() -> None:
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
-    frozen = {name: p.numpy().tobytes() for name, p in subject.named_parameters() if not p.requires_grad}
+    frozen = {
+        name: p.numpy().tobytes() for name, p in subject.named_parameters() if not p.requires_grad
+    }
     assert frozen == before
 
 
@@ -527,7 +588,9 @@ def test_the_last_merge_says_how_all_that_is_merged_is_held() -> None:
 
 
 @pytest.mark.parametrize(("size", "low", "high"), [(1e-5, 0.9, 1.1), (30.0, 0.05, 0.15)])
-def test_a_small_update_is_rounded_away_and_a_large_one_mostly_kept(size: float, low: float, high: float) -> None:
+def test_a_small_update_is_rounded_away_and_a_large_one_mostly_kept(
+    size: float, low: float, high: float
+) -> None:
     """Far below the levels' gap dW changes no code, and only the few at a threshold jump; far above, 9 % is noise."""
     layer = QuantizedLinear.from_linear(linear(64, 64), double_quant=False)
     dW = size * np.random.default_rng(4).standard_normal((64, 64))
@@ -538,7 +601,9 @@ def test_a_small_update_is_rounded_away_and_a_large_one_mostly_kept(size: float,
 
 def test_a_merge_that_fails_half_way_leaves_every_layer_as_it_was() -> None:
     subject = adapted(quantize(base()))
-    subject.add_adapter("bad", LoraConfig(r=1, target_modules=["down_proj"], init_lora_weights=False))
+    subject.add_adapter(
+        "bad", LoraConfig(r=1, target_modules=["down_proj"], init_lora_weights=False)
+    )
     subject.merge_adapter(requantize=True)
     layers = [m for _, m in subject.named_modules() if isinstance(m, LoraLinear)]
     codes = [layer.base_layer.dense_weight().tobytes() for layer in layers]

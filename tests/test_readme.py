@@ -57,13 +57,18 @@ def test_the_tree_names_every_room_and_no_other():
             folder = name
         else:
             named.add((folder if depth == 4 else "") + name)
-    files = (p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".cu") and not p.name.startswith("__"))
+    files = (
+        p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".cu") and not p.name.startswith("__")
+    )
     rooms = {p.relative_to(PACKAGE).as_posix() for p in files}
     assert named == rooms
 
 
 def test_the_reading_path_is_an_afternoon():
-    lengths = {name: len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in READING_PATH}
+    lengths = {
+        name: len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines())
+        for name in READING_PATH
+    }
     assert sum(lengths.values()) <= 2500, lengths
 
 
@@ -93,7 +98,9 @@ def test_every_dependency_has_a_reason_on_the_page():
         .split("install_requires =")[1]
         .split("[options.entry_points]")[0]
     )
-    packages = set(re.findall(r"^\s*(?:\w+ = )?([a-z][a-z0-9-]+)(?:\[\w+\])?\s*[>=]=", sections, re.MULTILINE))
+    packages = set(
+        re.findall(r"^\s*(?:\w+ = )?([a-z][a-z0-9-]+)(?:\[\w+\])?\s*[>=]=", sections, re.MULTILINE)
+    )
     table = README.split("## Dependencies")[1].split("## Papers")[0]
     missing = {name for name in packages if name.replace("cupy-cuda13x", "cupy") not in table}
     assert packages >= {"numpy", "tqdm", "threadpoolctl", "matplotlib", "torch", "pytest"}, packages

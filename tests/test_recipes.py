@@ -8,13 +8,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora import AdaLoraConfig, CausalLM, LoraConfig, TransformerConfig, get_peft_model, quantize
+from minilora import (
+    AdaLoraConfig,
+    CausalLM,
+    LoraConfig,
+    TransformerConfig,
+    get_peft_model,
+    quantize,
+)
 from minilora.errors import ConfigError
 from minilora.lora import RankAllocator
 from minilora.quant import KINDS
-from minilora.recipes import ADALORA_FIELDS, METHODS, NAMES, QUANTIZE, adapter_config, held_bytes, method_of, told
+from minilora.recipes import (
+    ADALORA_FIELDS,
+    METHODS,
+    NAMES,
+    QUANTIZE,
+    adapter_config,
+    held_bytes,
+    method_of,
+    told,
+)
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -34,8 +55,18 @@ def test_a_name_means_its_method(method, kind):
 
 def test_the_fields_that_are_given_are_the_configurations():
     assert adapter_config("lora", "none", {"r": 3, "bias": "all"}, 9) == LoraConfig(r=3, bias="all")
-    assert adapter_config("lora", "none", {"r": 3, "use_dora": True}, 9) == adapter_config("dora", "none", {"r": 3}, 9)
-    given = {"target_r": 2, "init_r": 7, "tinit": 5, "tfinal": 6, "deltaT": 3, "beta1": 0.5, "beta2": 0.25}
+    assert adapter_config("lora", "none", {"r": 3, "use_dora": True}, 9) == adapter_config(
+        "dora", "none", {"r": 3}, 9
+    )
+    given = {
+        "target_r": 2,
+        "init_r": 7,
+        "tinit": 5,
+        "tfinal": 6,
+        "deltaT": 3,
+        "beta1": 0.5,
+        "beta2": 0.25,
+    }
     given["orth_reg_weight"] = 0.75
     assert set(given) == set(ADALORA_FIELDS)
     assert adapter_config("adalora", "none", {**given, "bias": "all"}, 99) == AdaLoraConfig(

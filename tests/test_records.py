@@ -45,13 +45,17 @@ def record(ids: Any, first: int, size: float) -> Record:
 def written(path: Path, *lines: object) -> Path:
     """A file of them: bytes as they are, all else as JSON."""
     path = path / "data.jsonl" if path.is_dir() else path
-    path.write_bytes(b"".join(x if isinstance(x, bytes) else json.dumps(x).encode() + b"\n" for x in lines))
+    path.write_bytes(
+        b"".join(x if isinstance(x, bytes) else json.dumps(x).encode() + b"\n" for x in lines)
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("records") / "data.jsonl"  # for Hypothesis, one file written again and again
+    return (
+        tmp_path_factory.mktemp("records") / "data.jsonl"
+    )  # for Hypothesis, one file written again and again
 
 
 # ---- packing --------------------------------------------------------------------------------------------------------
@@ -101,7 +105,9 @@ def test_an_epoch_learns_each_token_once_from_the_one_before_it(case, batch_size
         counted = targets != IGNORE
         assert sorted(targets[counted].tolist()) == learned(records)
         assert np.array_equal(ids[counted], targets[counted] - 1)
-        for start, row in zip(ids[:, 0].tolist(), ids, strict=True):  # the whole window but its last token, then zeros
+        for start, row in zip(
+            ids[:, 0].tolist(), ids, strict=True
+        ):  # the whole window but its last token, then zeros
             place = packed.edges.tolist().index(start)
             inside = np.arange(start, packed.edges[place + 1] - 1)
             assert row.tolist() == inside.tolist() + [0] * (context - len(inside))
@@ -123,7 +129,11 @@ def arrays(batch):
 
 def test_windows_are_visited_in_another_order_in_each_epoch():
     packed = pack([record(np.full(4, i), 1, 3) for i in range(20)], 3)
-    orders = {tuple(Windows(packed, 3, 20, s).batch(e).ids[:, 0].tolist()) for s in range(3) for e in range(5)}
+    orders = {
+        tuple(Windows(packed, 3, 20, s).batch(e).ids[:, 0].tolist())
+        for s in range(3)
+        for e in range(5)
+    }
     assert len(orders) == 15
     again = [Windows(packed, 3, 20, 0).batch(4).ids.tolist() for _ in range(2)]
     assert again[0] == again[1]
@@ -159,7 +169,11 @@ def test_records_that_do_not_fit_a_window_are_refused():
         ([1, 1, 1, 1], [0, 3], "rise from 0 to 4"),
         ([1, 1, 1, 1], [1, 4], "rise from 0 to 4"),
         ([1, 1, 1, 1], [0, 2, 2, 4], "rise from 0 to 4"),
-        ([0, 1, 1, 0], [0, 2, 4], "no token counts"),  # of the second window only the first, which is no target
+        (
+            [0, 1, 1, 0],
+            [0, 2, 4],
+            "no token counts",
+        ),  # of the second window only the first, which is no target
         ([0, 0, 0, 1], [0, 2, 4], "no token counts"),
     ],
 )
@@ -176,12 +190,22 @@ def test_a_packed_text_is_sound(counts, edges, named):
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-WRITTEN = st.fixed_dictionaries({"text": TEXT}) | st.fixed_dictionaries({"prompt": TEXT, "completion": TEXT})
+WRITTEN = st.fixed_dictionaries({"text": TEXT}) | st.fixed_dictionaries(
+    {"prompt": TEXT, "completion": TEXT}
+)
 
 
-@given(st.lists(st.tuples(WRITTEN, st.sampled_from([b"", b"\n", b"\r\n", b" \t\n"])), min_size=1, max_size=8))
+@given(
+    st.lists(
+        st.tuples(WRITTEN, st.sampled_from([b"", b"\n", b"\r\n", b" \t\n"])), min_size=1, max_size=8
+    )
+)
 def test_what_is_learned_is_the_text_after_the_prompt(place, lines):
-    lines = [(r, gap) for r, gap in lines if "".join(r.values())[1:] and (r.get("completion") or r.get("text"))]
+    lines = [
+        (r, gap)
+        for r, gap in lines
+        if "".join(r.values())[1:] and (r.get("completion") or r.get("text"))
+    ]
     if not lines:
         return
     written(place, *(part for record, gap in lines for part in (record, gap)))
@@ -198,11 +222,15 @@ def test_what_is_learned_is_the_text_after_the_prompt(place, lines):
 
 
 def test_what_is_longer_is_cut_and_said_once(tmp_path):
-    path = written(tmp_path, {"text": "x" * 9}, {"text": "short"}, {"prompt": "abc", "completion": "defghijk"})
+    path = written(
+        tmp_path, {"text": "x" * 9}, {"text": "short"}, {"prompt": "abc", "completion": "defghijk"}
+    )
     with pytest.warns(UserWarning, match="2 of 3 records") as caught:
         records = read_records(path, BYTES, 7)
     (said,) = caught
-    assert "2 of 3 records are longer than 8 tokens and lose their ends, 4 of 25 tokens" in str(said.message)
+    assert "2 of 3 records are longer than 8 tokens and lose their ends, 4 of 25 tokens" in str(
+        said.message
+    )
     assert said.filename == __file__
     assert [BYTES.decode(record.ids) for record in records] == ["x" * 8, "short", "abcdefgh"]
     assert [record.learned.argmax() for record in records] == [1, 1, 3]
@@ -226,10 +254,18 @@ def test_what_is_longer_is_cut_and_said_once(tmp_path):
         (b'{"text": "\\ud800"}\n', FormatError, "surrogates not allowed"),
         (b'{"text": "\xff"}\n', FormatError, "not valid JSON"),
         (b'{"text": ' + b"[" * 100_000 + b"\n", FormatError, "nested deeper than"),
-        (b'{"a": [' + b'"",' * 70_000 + b'""]}\n', FormatError, "more than 65536 lists, objects and texts"),
+        (
+            b'{"a": [' + b'"",' * 70_000 + b'""]}\n',
+            FormatError,
+            "more than 65536 lists, objects and texts",
+        ),
         (b'\xef\xbb\xbf{"text": "abc"}\n', FormatError, "BOM"),
         (b'{"text": "abc"', FormatError, "not valid JSON"),  # the file ends inside it
-        (b'{"text": "' + b"x" * MAX_LINE_BYTES + b'"}\n', DataError, "longer than 16,777,216 bytes"),
+        (
+            b'{"text": "' + b"x" * MAX_LINE_BYTES + b'"}\n',
+            DataError,
+            "longer than 16,777,216 bytes",
+        ),
         (
             b"{}\n",
             DataError,
@@ -237,7 +273,11 @@ def test_what_is_longer_is_cut_and_said_once(tmp_path):
         ),
         ({"Text": "abc"}, DataError, "no other key, found 'Text'"),
         ({"text": "abc", "id": 3}, DataError, "found 'text', 'id'"),
-        ({"text": "abc", "prompt": "a", "completion": "b"}, DataError, "found 'text', 'prompt', 'completion'"),
+        (
+            {"text": "abc", "prompt": "a", "completion": "b"},
+            DataError,
+            "found 'text', 'prompt', 'completion'",
+        ),
         ({"prompt": "abc"}, DataError, "found 'prompt'"),
         ({"completion": "abc"}, DataError, "found 'completion'"),
         ({"\x1b[2J" * 5000: "abc"}, DataError, "no other key"),
@@ -246,22 +286,48 @@ def test_what_is_longer_is_cut_and_said_once(tmp_path):
         ({"text": 3}, DataError, "expected 'text' to be a text, found int"),
         ({"text": None}, DataError, "found NoneType"),
         ({"text": ["a", "b"]}, DataError, "found list"),
-        ({"prompt": "a", "completion": {}}, DataError, "expected 'completion' to be a text, found dict"),
-        ({"prompt": True, "completion": "a"}, DataError, "expected 'prompt' to be a text, found bool"),
+        (
+            {"prompt": "a", "completion": {}},
+            DataError,
+            "expected 'completion' to be a text, found dict",
+        ),
+        (
+            {"prompt": True, "completion": "a"},
+            DataError,
+            "expected 'prompt' to be a text, found bool",
+        ),
         ({"text": ""}, DataError, "nothing to learn: no token follows its first"),
         ({"text": "a"}, DataError, "nothing to learn: no token follows its first"),
-        ({"prompt": "", "completion": "a"}, DataError, "nothing to learn: no token follows its first"),
-        ({"prompt": "abc", "completion": ""}, DataError, "nothing to learn: no token follows the prompt"),
+        (
+            {"prompt": "", "completion": "a"},
+            DataError,
+            "nothing to learn: no token follows its first",
+        ),
+        (
+            {"prompt": "abc", "completion": ""},
+            DataError,
+            "nothing to learn: no token follows the prompt",
+        ),
         (
             {"prompt": "x" * 9, "completion": "y"},
             DataError,
             "its first 9 of 10 tokens are prompt, and a context of 8 ends",
         ),
-        ({"prompt": "x" * 90, "completion": "y"}, DataError, "its first 90 of 91 tokens are prompt"),
+        (
+            {"prompt": "x" * 90, "completion": "y"},
+            DataError,
+            "its first 90 of 91 tokens are prompt",
+        ),
     ],
 )
 def test_a_line_that_is_no_record_is_named(tmp_path, line, error, named):
-    path = written(tmp_path, {"text": "good"}, b"\n", line, {"text": "good"} if not isinstance(line, bytes) else b"")
+    path = written(
+        tmp_path,
+        {"text": "good"},
+        b"\n",
+        line,
+        {"text": "good"} if not isinstance(line, bytes) else b"",
+    )
     with pytest.raises(error) as caught:
         read_records(path, BYTES, 8)
     assert type(caught.value) is error
@@ -273,7 +339,11 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line, error, named):
 GOOD = b'{"text": "good \\u00e9"}\n{"prompt": "a", "completion": "b"}\r\n\n{"text": "more"}'
 
 
-@given(st.lists(st.tuples(st.integers(0, len(GOOD)), st.integers(0, 4), st.binary(max_size=4)), max_size=4))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, len(GOOD)), st.integers(0, 4), st.binary(max_size=4)), max_size=4
+    )
+)
 def test_damage_ends_in_an_error_of_ours_or_in_records(place, damage):
     data = GOOD
     for at, gone, put in damage:
@@ -284,7 +354,10 @@ def test_damage_ends_in_an_error_of_ours_or_in_records(place, damage):
         said = str(error)
     else:
         said = ""
-        assert all(r.learned.any() and not r.learned[0] and len(r.learned) == len(r.ids) <= 41 for r in records)
+        assert all(
+            r.learned.any() and not r.learned[0] and len(r.learned) == len(r.ids) <= 41
+            for r in records
+        )
         assert pack(records, 40).ids.size == sum(len(record.ids) for record in records)
     assert damage or not said
     assert "data.jsonl'" in said or not said
@@ -323,14 +396,19 @@ def test_what_is_held_out_is_the_last_tenth():
     learnt, kept = split_records(records)
     assert (learnt, kept) == (records[:18], records[18:])
     assert [len(part) for part in split_records(records[:2])] == [1, 1]
-    with pytest.raises(DataError, match="2 records or more, one to train on and one to hold out, got 1"):
+    with pytest.raises(
+        DataError, match="2 records or more, one to train on and one to hold out, got 1"
+    ):
         split_records(records[:1])
     with pytest.raises(ConfigError, match="fraction"):
         split_records(records, 1.0)
 
 
 def test_records_are_known_by_their_name():
-    assert [is_records(name) for name in ("a.jsonl", "A.JSONL", Path("b.jsonl"), "a.json", "jsonl", "a.jsonl.txt")] == [
+    assert [
+        is_records(name)
+        for name in ("a.jsonl", "A.JSONL", Path("b.jsonl"), "a.json", "jsonl", "a.jsonl.txt")
+    ] == [
         True,
         True,
         True,
@@ -351,7 +429,9 @@ def hub(folder: Path, template: str = "<s> $A", config: object = None) -> HubTok
     made.add_special_tokens(["<s>", "</s>"])
     if template:
         special = [("<s>", 0), ("</s>", 1)]
-        made.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=special)
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=special
+        )
     made.save(str(folder / "tokenizer.json"))
     config = {"eos_token": "</s>", "model_max_length": 10**30} if config is None else config
     text = config if isinstance(config, bytes) else json.dumps(config).encode()
@@ -365,12 +445,36 @@ def hub(folder: Path, template: str = "<s> $A", config: object = None) -> HubTok
     ("template", "line", "ids", "first", "size"),
     [
         ("<s> $A", {"text": "abc"}, [0, 5, 4, 1], 1, 3),
-        ("", {"text": "abc"}, [5, 4, 1], 1, 1.5),  # the first of two tokens is not learned, nor are its bytes counted
-        ("<s> $A </s>", {"text": "abc"}, [0, 5, 4, 1], 1, 3),  # an end of its own: there is no second
+        (
+            "",
+            {"text": "abc"},
+            [5, 4, 1],
+            1,
+            1.5,
+        ),  # the first of two tokens is not learned, nor are its bytes counted
+        (
+            "<s> $A </s>",
+            {"text": "abc"},
+            [0, 5, 4, 1],
+            1,
+            3,
+        ),  # an end of its own: there is no second
         ("<s> $A", {"prompt": "cc", "completion": "ab"}, [0, 4, 4, 5, 1], 3, 2),
         ("<s> $A </s>", {"prompt": "cc", "completion": "ab"}, [0, 4, 4, 5, 1], 3, 2),
-        ("<s> $A", {"prompt": "ca", "completion": "bc"}, [0, 4, 5, 4, 1], 2, 2),  # `ab` holds the edge: it is learned
-        ("<s> $A", {"prompt": "c", "completion": ""}, [0, 4, 1], 2, 0),  # to say nothing is something, too
+        (
+            "<s> $A",
+            {"prompt": "ca", "completion": "bc"},
+            [0, 4, 5, 4, 1],
+            2,
+            2,
+        ),  # `ab` holds the edge: it is learned
+        (
+            "<s> $A",
+            {"prompt": "c", "completion": ""},
+            [0, 4, 1],
+            2,
+            0,
+        ),  # to say nothing is something, too
         ("<s> $A", {"text": ""}, [0, 1], 1, 0),
     ],
 )
@@ -384,7 +488,9 @@ def test_special_tokens_are_those_of_the_tokenizer(tmp_path, template, line, ids
         assert records[0].size == pytest.approx(size)
     packed = pack(records, 9)
     assert len(packed.edges) == 2
-    assert packed.ids.tolist()[: len(ids) + 1] == [*ids, records[1].ids[0]], "the end stands between two records"
+    assert packed.ids.tolist()[: len(ids) + 1] == [*ids, records[1].ids[0]], (
+        "the end stands between two records"
+    )
 
 
 def test_a_record_that_was_cut_has_no_end(tmp_path):
@@ -394,7 +500,9 @@ def test_a_record_that_was_cut_has_no_end(tmp_path):
     assert record.ids.tolist() == [0, 4, 4, 4]
     assert record.size == pytest.approx(3)
     with pytest.warns(UserWarning, match="1 of 1 records .* 1 of 8 tokens"):
-        (record,) = read_records(written(tmp_path, {"text": "cccccc"}), tokenizer, 6)  # only the end was cut
+        (record,) = read_records(
+            written(tmp_path, {"text": "cccccc"}), tokenizer, 6
+        )  # only the end was cut
     assert record.size == pytest.approx(6)
 
 
@@ -440,13 +548,20 @@ USER, TURN = {"role": "user", "content": "the cat"}, {"role": "assistant", "cont
 def chat(tmp_path):
     """name of a template: a tokenizer that has it"""
     pytest.importorskip("jinja2")
-    return lambda name: load_tokenizer(write_tokenizer(tmp_path, (TEMPLATES | {"none": None})[name]), 1000)
+    return lambda name: load_tokenizer(
+        write_tokenizer(tmp_path, (TEMPLATES | {"none": None})[name]), 1000
+    )
 
 
 def test_of_a_conversation_the_assistant_s_turns_are_learned(tmp_path, chat):
     tokenizer = chat("zephyr")
     talk = [USER, TURN, USER, {"role": "assistant", "content": "é"}]
-    lines = [{"messages": talk}, {"prompt": "the", "completion": " mat"}, {"text": "and"}, {"messages": talk[:2]}]
+    lines = [
+        {"messages": talk},
+        {"prompt": "the", "completion": " mat"},
+        {"text": "and"},
+        {"messages": talk[:2]},
+    ]
     records = read_records(written(tmp_path, *lines), tokenizer, 200)
     one = "<|user|>\nthe cat</s>\n<|assistant|>\n"
     assert [tokenizer.decode(record.ids) for record in records] == [
@@ -479,14 +594,21 @@ def test_a_conversation_that_is_too_long_loses_its_end(tmp_path, chat):
         assert record.ids.tolist() == whole.ids[:size].tolist()
         assert record.learned.tolist() == whole.learned[:size].tolist()
         assert 0 < record.size <= whole.size
-    with pytest.raises(DataError, match=f"line 1: .* its first {places[0]} of {len(whole.ids)} tokens are prompt, and"):
+    with pytest.raises(
+        DataError,
+        match=f"line 1: .* its first {places[0]} of {len(whole.ids)} tokens are prompt, and",
+    ):
         read_records(path, tokenizer, first - 1)
 
 
 def test_turns_that_are_not_learned_are_counted(tmp_path, chat):
     thought = {"role": "assistant", "content": "<think>a</think>b"}
-    path = written(tmp_path, {"messages": [USER, thought, USER, thought]}, {"messages": [USER, TURN]})
-    with pytest.warns(UserWarning, match="1 of the assistant's turns are not learned: the chat template") as caught:
+    path = written(
+        tmp_path, {"messages": [USER, thought, USER, thought]}, {"messages": [USER, TURN]}
+    )
+    with pytest.warns(
+        UserWarning, match="1 of the assistant's turns are not learned: the chat template"
+    ) as caught:
         read_records(path, chat("qwen3"), 200)
     (said,) = caught
     assert said.filename == __file__
@@ -495,13 +617,37 @@ def test_turns_that_are_not_learned_are_counted(tmp_path, chat):
 @pytest.mark.parametrize(
     ("name", "line", "named"),
     [
-        ("zephyr", {"messages": []}, "expected 'messages' to be a list of messages, found an empty one"),
-        ("zephyr", {"messages": [TURN | {"role": "bot"}]}, "message 1: expected a role of system, user, assistant"),
-        ("zephyr", {"messages": [USER]}, "no message is the assistant's: there is nothing to learn"),
-        ("zephyr", {"messages": [USER, TURN], "text": "a"}, "and no other key, found 'messages', 'text'"),
-        ("zephyr", {"messages": [USER, TURN], "tools": []}, "and no other key, found 'messages', 'tools'"),
+        (
+            "zephyr",
+            {"messages": []},
+            "expected 'messages' to be a list of messages, found an empty one",
+        ),
+        (
+            "zephyr",
+            {"messages": [TURN | {"role": "bot"}]},
+            "message 1: expected a role of system, user, assistant",
+        ),
+        (
+            "zephyr",
+            {"messages": [USER]},
+            "no message is the assistant's: there is nothing to learn",
+        ),
+        (
+            "zephyr",
+            {"messages": [USER, TURN], "text": "a"},
+            "and no other key, found 'messages', 'text'",
+        ),
+        (
+            "zephyr",
+            {"messages": [USER, TURN], "tools": []},
+            "and no other key, found 'messages', 'tools'",
+        ),
         ("none", {"messages": [USER, TURN]}, "needs a tokenizer.json and its chat template"),
-        ("llama2", {"messages": [USER, USER, TURN]}, "line 7: the template itself refuses these messages: 'user and"),
+        (
+            "llama2",
+            {"messages": [USER, USER, TURN]},
+            "line 7: the template itself refuses these messages: 'user and",
+        ),
     ],
 )
 def test_a_conversation_that_cannot_be_written_is_named(tmp_path, chat, name, line, named):
@@ -568,7 +714,9 @@ def test_a_prompt_is_masked_as_transformers_masks_it(llama):
     assert (labels[2] != -100).sum() == 3, "the last window holds one record, and padding"
     with torch.no_grad():
         expected = theirs(torch.tensor(ids), labels=torch.tensor(labels)).loss.item()
-    assert evaluate(CausalLM.from_pretrained(folder), packed, 15) == pytest.approx(expected, rel=1e-5)
+    assert evaluate(CausalLM.from_pretrained(folder), packed, 15) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_a_run_on_records_goes_on_as_if_it_had_not_stopped(tmp_path):
@@ -577,7 +725,12 @@ def test_a_run_on_records_goes_on_as_if_it_had_not_stopped(tmp_path):
     assert straight.evaluations[-1][1] < straight.evaluations[0][1]
     resumed = adapted()
     again = train(
-        resumed, packed, SETTINGS, tmp_path / "b", held_out=packed, resume=tmp_path / "straight/checkpoints/step-3"
+        resumed,
+        packed,
+        SETTINGS,
+        tmp_path / "b",
+        held_out=packed,
+        resume=tmp_path / "straight/checkpoints/step-3",
     )
     assert again.losses == straight.losses
     assert bits(resumed) == bits(model)
@@ -588,7 +741,9 @@ def test_what_counts_belongs_to_a_run(tmp_path, change):
     packed = pack(sums(), 15)
     train(adapted(), packed, SETTINGS, tmp_path / "out")
     other = {
-        "counts": lambda: dataclasses.replace(packed, counts=packed.counts | (np.arange(len(packed)) == 3)),
+        "counts": lambda: dataclasses.replace(
+            packed, counts=packed.counts | (np.arange(len(packed)) == 3)
+        ),
         "edges": lambda: dataclasses.replace(packed, edges=np.array([0, 8, *packed.edges[1:]])),
         "plain": lambda: packed.ids,
     }[change]()
@@ -599,8 +754,16 @@ def test_what_counts_belongs_to_a_run(tmp_path, change):
 
 def test_several_tasks_of_records_train_side_by_side(tmp_path):
     packed = {"one": pack(sums(6), 15), "two": pack(sums(8)[6:], 15)}
-    model = get_multitask_model(base(), dict.fromkeys(packed, LoraConfig(r=2, target_modules="all-linear")), seed=3)
-    result = train(model, packed, dataclasses.replace(SETTINGS, save_every=None), tmp_path / "out", held_out=packed)
+    model = get_multitask_model(
+        base(), dict.fromkeys(packed, LoraConfig(r=2, target_modules="all-linear")), seed=3
+    )
+    result = train(
+        model,
+        packed,
+        dataclasses.replace(SETTINGS, save_every=None),
+        tmp_path / "out",
+        held_out=packed,
+    )
     assert result.evaluations[-1][1] < result.evaluations[0][1]
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert {line["tokens"] for line in lines} == {4 * 6}

@@ -59,7 +59,11 @@ AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
 def files(folder: Path):
     """Every file below a folder, with its bytes and its time."""
-    return {p.relative_to(folder): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder): (p.read_bytes(), p.stat().st_mtime_ns)
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 # ---- folders ----
@@ -90,7 +94,9 @@ def test_what_is_no_folder(tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system on which nothing can be made")
+@pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="needs a file system on which nothing can be made"
+)
 def test_where_nothing_can_be_made():
     with pytest.raises(OSError, match="/proc/"):
         open_folder("/proc/minilora-test")
@@ -106,7 +112,11 @@ def test_a_folder_without_leave_to_write_is_found_out_at_once(tmp_path):
 
 def test_numbers_go_on_from_the_first_free_one(tmp_path):
     parent = tmp_path / "runs"
-    assert [numbered_folder(parent, "demo").name for _ in range(3)] == ["demo-001", "demo-002", "demo-003"]
+    assert [numbered_folder(parent, "demo").name for _ in range(3)] == [
+        "demo-001",
+        "demo-002",
+        "demo-003",
+    ]
     (parent / "demo-002").rmdir()
     (parent / "other-001").write_text("a file takes its number, too")
     assert numbered_folder(parent, "demo").name == "demo-002"
@@ -122,7 +132,10 @@ def test_a_log_grows_by_whole_lines_that_are_there_at_once(tmp_path):
     with Log(path) as log:
         for step in range(3):
             log.write(step=step, loss=step / 3)
-            assert [json.loads(line) for line in path.read_text().splitlines()][-1] == {"step": step, "loss": step / 3}
+            assert [json.loads(line) for line in path.read_text().splitlines()][-1] == {
+                "step": step,
+                "loss": step / 3,
+            }
     assert path.read_text().count("\n") == 3
 
 
@@ -148,7 +161,9 @@ def test_a_new_run_starts_a_new_log(tmp_path):
     assert (tmp_path / "log.jsonl").read_bytes() == b""
 
 
-@pytest.mark.parametrize("line", [b"hello", b"\xff\xfe", b"[]", b"{}", b'{"step": "x"}', b"3", b"", b'{"step": null}'])
+@pytest.mark.parametrize(
+    "line", [b"hello", b"\xff\xfe", b"[]", b"{}", b'{"step": "x"}', b"3", b"", b'{"step": null}']
+)
 def test_a_log_that_was_edited_is_left_as_it_is(line, tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 1}\n')
@@ -225,7 +240,9 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert find_checkpoint("auto", tmp_path)[1]["step"] == 5
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("bug")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("bug")]
+)
 @pytest.mark.parametrize("where", ["write", "_sha256", "write_json", "rename"])
 def test_a_failure_while_saving_leaves_the_previous_one_newest(error, where, tmp_path, monkeypatch):
     save(tmp_path, 2)
@@ -235,7 +252,9 @@ def test_a_failure_while_saving_leaves_the_previous_one_newest(error, where, tmp
         raise error
 
     owner = {"write": Path, "rename": os}.get(where, minilora.runs)
-    monkeypatch.setattr(owner, {"write": "write_bytes"}.get(where, where), fail)  # the second file of `save`
+    monkeypatch.setattr(
+        owner, {"write": "write_bytes"}.get(where, where), fail
+    )  # the second file of `save`
     with pytest.raises(type(error)) as caught:
         save(tmp_path, 4)
     assert caught.value is error
@@ -302,7 +321,10 @@ DAMAGE = {
     "a cut file": lambda folder: os.truncate(folder / "model.bin", 3),
     "a missing file": lambda folder: (folder / "inner" / "more.bin").unlink(),
     "a renamed file": lambda folder: (folder / "model.bin").rename(folder / "model2.bin"),
-    "a folder for a file": lambda folder: ((folder / "model.bin").unlink(), (folder / "model.bin").mkdir()),
+    "a folder for a file": lambda folder: (
+        (folder / "model.bin").unlink(),
+        (folder / "model.bin").mkdir(),
+    ),
     "no manifest": lambda folder: (folder / MANIFEST).unlink(),
     "an empty manifest": lambda folder: (folder / MANIFEST).write_text(""),
     "half a manifest": lambda folder: os.truncate(folder / MANIFEST, 60),
@@ -341,7 +363,10 @@ def test_a_damaged_one_is_passed_over_by_auto_and_refused_by_name(damage, tmp_pa
         found, manifest = find_checkpoint("auto", tmp_path)
     assert (found.name, manifest["step"]) == ("step-2", 2)
     shutil.rmtree(found)
-    with pytest.warns(UserWarning, match="step-4"), pytest.raises(CheckpointError, match="no sound checkpoint"):
+    with (
+        pytest.warns(UserWarning, match="step-4"),
+        pytest.raises(CheckpointError, match="no sound checkpoint"),
+    ):
         find_checkpoint("auto", tmp_path)
     assert {k: v for k, v in before.items() if "step-2" not in k.parts} == files(tmp_path)
 
@@ -356,7 +381,9 @@ def test_a_name_that_leads_out_is_refused_even_where_the_file_there_is_the_right
 
 
 def test_a_manifest_of_a_very_long_run_can_be_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(minilora.runs.read_json, "__defaults__", (1000,))  # the limit for other files
+    monkeypatch.setattr(
+        minilora.runs.read_json, "__defaults__", (1000,)
+    )  # the limit for other files
     save(tmp_path, 4, losses=[0.123456789] * 1000)
     assert len(find_checkpoint("auto", tmp_path)[1]["state"]["losses"]) == 1000
 
@@ -423,7 +450,11 @@ def situation(request, tmp_path):
 
 
 def left_behind(out: Path):
-    return [p.name for p in (out / "checkpoints").rglob("*") if ".tmp-" in p.name or p.name.endswith(".old")]
+    return [
+        p.name
+        for p in (out / "checkpoints").rglob("*")
+        if ".tmp-" in p.name or p.name.endswith(".old")
+    ]
 
 
 def changes(situation, tmp_path) -> int:
@@ -436,7 +467,9 @@ def changes(situation, tmp_path) -> int:
 
 
 @pytest.mark.parametrize("wrong", [no_room, no_disk, stay_full])
-def test_an_error_at_any_change_to_the_disk_leaves_the_old_checkpoint_or_the_new(wrong, situation, tmp_path):
+def test_an_error_at_any_change_to_the_disk_leaves_the_old_checkpoint_or_the_new(
+    wrong, situation, tmp_path
+):
     before, save, old, new = situation
     for at in range(1, changes(situation, tmp_path) + 1):
         out = tmp_path / f"out-{at}"
@@ -510,9 +543,13 @@ def cut_anywhere(situation, tmp_path, how):
         else:
             if found not in (old, new):
                 bad.append(number)
-            assert number < end or how is naive_save or found == new  # what has returned is there for good
+            assert (
+                number < end or how is naive_save or found == new
+            )  # what has returned is there for good
         for folder in (out / "checkpoints").glob("step-*"):
-            with contextlib.suppress(CheckpointError):  # whatever a sum lets pass is what was saved, to the last byte
+            with contextlib.suppress(
+                CheckpointError
+            ):  # whatever a sum lets pass is what was saved, to the last byte
                 find_checkpoint(folder, out)
                 assert read_tree(folder) in trees(before, old, new)
     return len(states), bad
@@ -727,7 +764,11 @@ def test_what_is_not_a_lock_is_left_alone(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / LOCK).symlink_to(tmp_path / LOCK)
     before, count = files(tmp_path), open_descriptors()
-    for out, kind in ((tmp_path, ConfigError), (tmp_path / "a", OSError), (tmp_path / "b", OSError)):
+    for out, kind in (
+        (tmp_path, ConfigError),
+        (tmp_path / "a", OSError),
+        (tmp_path / "b", OSError),
+    ):
         with pytest.raises(kind, match=r"\.lock"), locked(out):
             pass
     assert (files(tmp_path), open_descriptors()) == (before, count)
@@ -765,7 +806,9 @@ def test_a_file_system_that_does_not_say_is_believed_to_have_room(tmp_path, monk
     require_room(tmp_path, 10**18)
 
 
-@pytest.mark.parametrize("name", ["with spaces", "line\nbreak", "ünï", b"\xff\xfe".decode("utf-8", "surrogateescape")])
+@pytest.mark.parametrize(
+    "name", ["with spaces", "line\nbreak", "ünï", b"\xff\xfe".decode("utf-8", "surrogateescape")]
+)
 def test_any_name_of_a_folder_will_do(name, tmp_path):
     out = tmp_path / name
     try:
@@ -825,7 +868,10 @@ def test_a_log_without_room_says_so(tmp_path):
 
 def test_a_disk_that_fails_under_a_log_is_an_error_and_a_pipe_is_not(tmp_path, monkeypatch):
     with Log(tmp_path / "log.jsonl") as log:
-        for number, kind in ((errno.EINVAL, contextlib.nullcontext()), (errno.EIO, pytest.raises(OSError))):
+        for number, kind in (
+            (errno.EINVAL, contextlib.nullcontext()),
+            (errno.EIO, pytest.raises(OSError)),
+        ):
             monkeypatch.setattr(os, "fsync", lambda descriptor, number=number: fail(number))
             with kind:
                 log.sync()

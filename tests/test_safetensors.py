@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from minilora.errors import FormatError
-from minilora.formats import Entry, SafetensorsFile, bf16_from, bf16_to_float32, load_file, save_file, write_stream
+from minilora.formats import (
+    Entry,
+    SafetensorsFile,
+    bf16_from,
+    bf16_to_float32,
+    load_file,
+    save_file,
+    write_stream,
+)
 from minilora.formats.safetensors import DTYPES, MAX_HEADER_BYTES, NAMES, SMALLEST_ENTRY
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -25,11 +33,15 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def raw(header: object, data: bytes = b"", *, pad: bytes = b"") -> bytes:
     """The bytes of a file. A header that is not bytes is written as JSON."""
-    text = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
+    text = (
+        header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
+    )
     return len(text + pad).to_bytes(8, "little") + text + pad + data
 
 
-def entry(dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4), **more: object) -> dict[str, object]:
+def entry(
+    dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4), **more: object
+) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}
 
 
@@ -46,7 +58,9 @@ def test_every_bfloat16_pattern_widens_exactly_and_comes_back():
     patterns = np.arange(2**16, dtype=np.uint16)
     wide = bf16_to_float32(patterns)
     assert np.array_equal(wide.view(np.uint32), patterns.astype(np.uint32) << 16)
-    quiet = np.where(np.isnan(wide), patterns | 0x40, patterns)  # a signalling NaN becomes a quiet one, sign kept
+    quiet = np.where(
+        np.isnan(wide), patterns | 0x40, patterns
+    )  # a signalling NaN becomes a quiet one, sign kept
     assert np.array_equal(bf16_from(wide), quiet)
     with np.errstate(invalid="ignore"):
         assert np.array_equal(bf16_from(wide.astype(np.float64)), quiet)
@@ -66,12 +80,18 @@ def check_nearest(values: np.ndarray) -> None:
 
     def distance(pattern: np.ndarray) -> np.ndarray:
         # For rounding, infinity stands where the next larger number would: at 2^128.
-        place = np.where(pattern == 0x7F80, 2.0**128, bf16_to_float32(np.minimum(pattern, 0x7F7F)).astype(np.float64))
+        place = np.where(
+            pattern == 0x7F80,
+            2.0**128,
+            bf16_to_float32(np.minimum(pattern, 0x7F7F)).astype(np.float64),
+        )
         return np.abs(np.abs(np.clip(exact, -(2.0**128), 2.0**128)) - place)
 
     for neighbour in (np.maximum(magnitude, 1) - 1, np.minimum(magnitude + 1, 0x7F80)):
         other, own = distance(neighbour.astype(np.uint16)), distance(magnitude)
-        assert np.all((own < other) | ((own == other) & ((magnitude % 2 == 0) | (neighbour == magnitude))))
+        assert np.all(
+            (own < other) | ((own == other) & ((magnitude % 2 == 0) | (neighbour == magnitude)))
+        )
 
 
 @given(hnp.arrays(np.float64, 8, elements=st.floats(allow_nan=False, allow_infinity=False)))
@@ -79,7 +99,12 @@ def test_a_float64_is_rounded_once(values):
     check_nearest(values)
 
 
-@given(st.integers(0, 0x7F7E), st.integers(-60, -26), st.sampled_from([-1, 1]), st.sampled_from([-1, 1]))
+@given(
+    st.integers(0, 0x7F7E),
+    st.integers(-60, -26),
+    st.sampled_from([-1, 1]),
+    st.sampled_from([-1, 1]),
+)
 @example(0x3F80, -40, 1, 1)
 def test_a_float64_just_beside_a_tie_is_not_rounded_by_way_of_float32(pattern, shift, side, sign):
     low, high = (float(bf16_to_float32(np.uint16(p))) for p in (pattern, pattern + 1))
@@ -92,7 +117,9 @@ def test_a_float64_just_beside_a_tie_is_not_rounded_by_way_of_float32(pattern, s
     assert int(bf16_from(np.array(sign * middle))) & 1 == 0
 
 
-@given(hnp.arrays(np.float32, 8, elements=st.floats(width=32, allow_nan=False, allow_infinity=False)))
+@given(
+    hnp.arrays(np.float32, 8, elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
+)
 def test_a_float32_rounds_to_the_nearest(values):
     check_nearest(values)
 
@@ -100,7 +127,9 @@ def test_a_float32_rounds_to_the_nearest(values):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_bfloat16_of_nan_inf_and_the_edges(dtype):
     top = np.uint32(0x7F7F8000).view(np.float32)  # halfway between the largest bfloat16 and 2^128
-    values = np.array([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, top, np.nextafter(top, np.float32(0))], dtype)
+    values = np.array(
+        [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, top, np.nextafter(top, np.float32(0))], dtype
+    )
     assert [hex(b) for b in bf16_from(values)] == [
         "0x7fc0", "0xffc0", "0x7f80", "0xff80", "0x0", "0x8000", "0x7f80", "0x7f7f",
     ]  # fmt: skip
@@ -140,7 +169,9 @@ def test_round_trip(tmp_path, name, layout):
     rng = np.random.default_rng(0)
     tensors = {}
     for shape in [(), (1,), (0,), (3, 0, 2), (5,), (3, 4), (2, 3, 4)]:
-        random = np.frombuffer(rng.bytes(math.prod(shape) * DTYPES[name].itemsize), DTYPES[name]).reshape(shape)
+        random = np.frombuffer(
+            rng.bytes(math.prod(shape) * DTYPES[name].itemsize), DTYPES[name]
+        ).reshape(shape)
         array = random.view(np.uint8) % 2 == 1 if name == "BOOL" else random
         tensors[f"t{shape}"] = LAYOUTS[layout](array.copy())
     save_file(tmp_path / "a.safetensors", tensors)
@@ -180,7 +211,7 @@ def test_any_names_any_arrays_any_metadata(tmp_path_factory, tensors, metadata):
     save_file(path, tensors, metadata)
     with SafetensorsFile(path) as file:
         assert file.metadata == metadata
-        assert {key: (file.read(key).dtype, bits(file.read(key))) for key in file.keys()} == {  # noqa: SIM118
+        assert {key: (file.read(key).dtype, bits(file.read(key))) for key in file.keys()} == {
             key: (array.dtype, bits(array)) for key, array in tensors.items()
         }
     first = path.read_bytes()
@@ -195,7 +226,10 @@ def test_reading_converts_and_bfloat16_is_widened_or_left(tmp_path):
     stored = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
     path = tmp_path / "a.safetensors"
     ints = np.arange(3, dtype=np.int32)
-    write_stream(path, [Entry("b", "BF16", (256, 256), lambda: stored.T), Entry("i", "I32", (3,), lambda: ints)])
+    write_stream(
+        path,
+        [Entry("b", "BF16", (256, 256), lambda: stored.T), Entry("i", "I32", (3,), lambda: ints)],
+    )
     with SafetensorsFile(path) as file:
         assert np.array_equal(file.read_bits("b"), stored.T)
         wide = file.read("b")
@@ -244,7 +278,9 @@ def test_golden_files_are_rewritten_byte_for_byte(tmp_path):
         ({"x": np.zeros(2)}, {"a": 1}, "metadata"),
     ],
 )
-def test_what_the_format_cannot_hold_is_refused_and_the_old_file_stays(tmp_path, tensors, metadata, message):
+def test_what_the_format_cannot_hold_is_refused_and_the_old_file_stays(
+    tmp_path, tensors, metadata, message
+):
     (tmp_path / "a").write_bytes(b"old")
     with pytest.raises(FormatError, match=message):
         save_file(tmp_path / "a", tensors, metadata)
@@ -258,7 +294,8 @@ def test_a_file_may_hold_as_many_tensors_as_a_large_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "made", [np.zeros(3, "f4"), np.zeros(1, "f4"), np.zeros((2, 1), "f4"), np.zeros(2), np.zeros(2, "i4")]
+    "made",
+    [np.zeros(3, "f4"), np.zeros(1, "f4"), np.zeros((2, 1), "f4"), np.zeros(2), np.zeros(2, "i4")],
 )
 def test_an_entry_must_keep_its_word(tmp_path, made):
     with pytest.raises(FormatError, match="announced as"):
@@ -275,8 +312,13 @@ def test_when_writing_has_failed_no_read_is_going_on(tmp_path):
         done.append(True)
         return np.zeros(2, np.float32)
 
-    entries = [Entry("a", "F32", (2,), lambda: np.zeros(3, np.float32)), Entry("b", "F32", (2,), slow)]
-    with pytest.raises(FormatError, match="announced as") as caught:  # its traceback holds whatever was going on
+    entries = [
+        Entry("a", "F32", (2,), lambda: np.zeros(3, np.float32)),
+        Entry("b", "F32", (2,), slow),
+    ]
+    with pytest.raises(
+        FormatError, match="announced as"
+    ) as caught:  # its traceback holds whatever was going on
         write_stream(tmp_path / "m.safetensors", entries)
     assert done == [True], caught
     assert not any(tmp_path.iterdir())
@@ -300,10 +342,14 @@ def test_an_exception_in_the_middle_of_a_stream_leaves_the_old_file(tmp_path, pr
         made.append(name)
         if name == "c":
             raise problem
-        return np.zeros(100_000, np.float32)  # more than any buffer: the first ones have reached the disk
+        return np.zeros(
+            100_000, np.float32
+        )  # more than any buffer: the first ones have reached the disk
 
     with pytest.raises(problem):
-        write_stream(path, [Entry(name, "F32", (100_000,), lambda name=name: read(name)) for name in "dbca"])
+        write_stream(
+            path, [Entry(name, "F32", (100_000,), lambda name=name: read(name)) for name in "dbca"]
+        )
     assert made == ["a", "b", "c"]
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
@@ -315,7 +361,9 @@ def test_a_stream_holds_one_array_and_the_next(tmp_path):
     alive: list[weakref.ref[np.ndarray]] = []
 
     def read() -> np.ndarray:
-        assert all(ref() is None for ref in alive[:-2])  # the last is being written, the one before being let go
+        assert all(
+            ref() is None for ref in alive[:-2]
+        )  # the last is being written, the one before being let go
         array = np.zeros(1000, np.float32)
         alive.append(weakref.ref(array))
         return array
@@ -346,20 +394,44 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "top level list": (raw(b"[]"), "must begin"),
     "top level null": (raw(b"null"), "must begin"),
     "NaN": (raw(b'{"__metadata__":{"a":NaN}}'), "not valid JSON"),
-    "Infinity": (raw(b'{"a":{"dtype":"F32","shape":[Infinity],"data_offsets":[0,4]}}', FOUR), "not valid JSON"),
+    "Infinity": (
+        raw(b'{"a":{"dtype":"F32","shape":[Infinity],"data_offsets":[0,4]}}', FOUR),
+        "not valid JSON",
+    ),
     "size 1.0": (raw({"a": entry(shape=[1.0])}, FOUR), "integers"),
-    "size 1e0": (raw(b'{"a":{"dtype":"F32","shape":[1e0],"data_offsets":[0,4]}}', FOUR), "integers"),
+    "size 1e0": (
+        raw(b'{"a":{"dtype":"F32","shape":[1e0],"data_offsets":[0,4]}}', FOUR),
+        "integers",
+    ),
     "size true": (raw({"a": entry(shape=[True])}, FOUR), "integers"),
     "offset false": (raw({"a": entry(offsets=[False, 4])}, FOUR), "integers"),
-    "offset -0": (raw(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[-0,4]}}', FOUR), "-0 is not"),
+    "offset -0": (
+        raw(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[-0,4]}}', FOUR),
+        "-0 is not",
+    ),
     "nesting 200": (raw(b'{"a":' + b"[" * 200 + b"]" * 200 + b"}"), "nested deeper than 3"),
-    "nesting 100,000": (raw(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "nested deeper than 3"),
+    "nesting 100,000": (
+        raw(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+        "nested deeper than 3",
+    ),
     "nesting unclosed": (raw(b"{" + b"[" * 100_000 + b"}"), "nested deeper than 3"),
-    "nesting behind a quote": (raw(b'{"\\\\":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "nested deeper"),
-    "5,000 digits": (raw(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}'), "integer"),
+    "nesting behind a quote": (
+        raw(b'{"\\\\":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+        "nested deeper",
+    ),
+    "5,000 digits": (
+        raw(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}'),
+        "integer",
+    ),
     "4 MB of brackets": (raw(b'{"a":[' + b"[]," * 1_400_000 + b"[]]}"), "lists, objects and texts"),
-    "duplicate name": (raw(b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), FOUR), "'a' appears twice"),
-    "duplicate field": (raw(b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', FOUR), "twice"),
+    "duplicate name": (
+        raw(b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), FOUR),
+        "'a' appears twice",
+    ),
+    "duplicate field": (
+        raw(b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', FOUR),
+        "twice",
+    ),
     "duplicate metadata": (raw(b'{"__metadata__":{},"__metadata__":{}}'), "twice"),
     "duplicate metadata key": (raw(b'{"__metadata__":{"a":"1","a":"2"}}'), "twice"),
     "leading space": (raw(b" {}"), "must begin"),
@@ -383,23 +455,47 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "shape as object": (raw({"a": entry(shape={})}, FOUR), "integers"),
     "entry is a list": (raw({"a": [1, 2]}, FOUR), "exactly dtype"),
     "entry is null": (raw({"a": None}), "exactly dtype"),
-    "hole at the front": (raw({"a": entry(offsets=[4, 8])}, FOUR * 2), "begins at byte 4, expected 0"),
-    "hole in the middle": (raw({"a": F32, "b": entry(offsets=[8, 12])}, FOUR * 3), "begins at byte 8, expected 4"),
+    "hole at the front": (
+        raw({"a": entry(offsets=[4, 8])}, FOUR * 2),
+        "begins at byte 4, expected 0",
+    ),
+    "hole in the middle": (
+        raw({"a": F32, "b": entry(offsets=[8, 12])}, FOUR * 3),
+        "begins at byte 8, expected 4",
+    ),
     "trailing byte": (raw({"a": F32}, FOUR + b"\0"), "take 4 bytes, the file holds 5"),
     "trailing zip": (raw({"a": F32}, FOUR + b"PK\x05\x06" + b"\0" * 18), "take 4 bytes"),
     "missing byte": (raw({"a": F32}, b"\0" * 3), "take 4 bytes, the file holds 3"),
     "data without tensors": (raw({}, b"\0"), "take 0 bytes, the file holds 1"),
     "full overlap": (raw({"a": F32, "b": F32}, FOUR), "begins at byte 0, expected 4"),
-    "partial overlap": (raw({"a": entry("F64", [1], [0, 8]), "b": entry(offsets=[4, 8])}, FOUR * 2), "expected 8"),
-    "empty tensor inside another": (raw({"a": F32, "b": entry(shape=[0], offsets=[2, 2])}, FOUR), "expected 4"),
-    "shape (0, 2^62, 2^62)": (raw({"a": entry(shape=[0, BIG, BIG], offsets=[0, 0])}), "no array can have"),
-    "shape (0, 2^63 - 1)": (raw({"a": entry(shape=[0, 2**63 - 1], offsets=[0, 0])}), "no array can have"),
+    "partial overlap": (
+        raw({"a": entry("F64", [1], [0, 8]), "b": entry(offsets=[4, 8])}, FOUR * 2),
+        "expected 8",
+    ),
+    "empty tensor inside another": (
+        raw({"a": F32, "b": entry(shape=[0], offsets=[2, 2])}, FOUR),
+        "expected 4",
+    ),
+    "shape (0, 2^62, 2^62)": (
+        raw({"a": entry(shape=[0, BIG, BIG], offsets=[0, 0])}),
+        "no array can have",
+    ),
+    "shape (0, 2^63 - 1)": (
+        raw({"a": entry(shape=[0, 2**63 - 1], offsets=[0, 0])}),
+        "no array can have",
+    ),
     "2^33 x 2^33": (raw({"a": entry(shape=[2**33, 2**33])}, FOUR), "no array can have"),
     "2^62 floats": (raw({"a": entry(shape=[BIG])}, FOUR), "no array can have"),
     "one side of 2^64": (raw({"a": entry(shape=[2**64])}, FOUR), "no array can have"),
-    "product wraps around to 4 bytes": (raw({"a": entry(shape=[2**32 + 1, 2**32 - 1])}, FOUR), "no array can have"),
+    "product wraps around to 4 bytes": (
+        raw({"a": entry(shape=[2**32 + 1, 2**32 - 1])}, FOUR),
+        "no array can have",
+    ),
     "2^60 values, 8 bytes each": (raw({"a": entry("F16", [2**60])}, FOUR), "no array can have"),
-    "2^60 - 1 values": (raw({"a": entry("F16", [2**60 - 1])}, FOUR), "take 2305843009213693950 bytes"),
+    "2^60 - 1 values": (
+        raw({"a": entry("F16", [2**60 - 1])}, FOUR),
+        "take 2305843009213693950 bytes",
+    ),
     "rank 65": (raw({"a": entry(shape=[1] * 65)}, FOUR), "at most 64 dimensions"),
     "rank 1000": (raw({"a": entry(shape=[1] * 1000)}, FOUR), "at most 64 dimensions"),
     "dtype f32": (raw({"a": entry("f32")}, FOUR), "unsupported dtype 'f32'"),
@@ -415,7 +511,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "no offsets": (raw({"a": {"dtype": "F32", "shape": [1]}}, FOUR), "exactly dtype"),
     "BOOL byte 2": (raw({"a": entry("BOOL", [4])}, b"\0\1\2\1"), "neither 0 nor 1"),
     "terminal escape in a bad entry": (raw({"\x1b[31m" * 100: entry("f32")}, FOUR), r"\\x1b"),
-    "1 MB name of a bad entry": (raw({"n" * 2**20: entry("f32", [9] * 9)}, FOUR), "unsupported dtype"),
+    "1 MB name of a bad entry": (
+        raw({"n" * 2**20: entry("f32", [9] * 9)}, FOUR),
+        "unsupported dtype",
+    ),
     "1 MB dtype": (raw({"a": entry("\n" * 2**20)}, FOUR), "unsupported dtype"),
     "duplicate 1 MB name": (raw(b'{"%b":1,"%b":1}' % ((b"n" * 2**20,) * 2)), "appears twice"),
 }
@@ -449,15 +548,27 @@ ODD_NAMES = ["", "\0", "../../etc/passwd", "\x1b[2J"]
 ODD_BUT_GOOD: dict[str, tuple[bytes, dict[str, list[int]]]] = {
     "no tensors": (raw({}), {}),
     "zero-size tensors share an offset": (
-        raw({"b": entry("U8", [1], [0, 1]), "a": entry("I8", [0, 2], [1, 1]), "c": entry("U8", [0], [0, 0])}, b"\7"),
+        raw(
+            {
+                "b": entry("U8", [1], [0, 1]),
+                "a": entry("I8", [0, 2], [1, 1]),
+                "c": entry("U8", [0], [0, 0]),
+            },
+            b"\7",
+        ),
         {"a": [], "b": [7], "c": []},
     ),
     "misaligned, odd header": (
-        raw({"u": entry("U8", [1], [0, 1]), "f": entry("I32", [1], [1, 5])}, b"\1\2\0\0\0", pad=b" "),
+        raw(
+            {"u": entry("U8", [1], [0, 1]), "f": entry("I32", [1], [1, 5])}, b"\1\2\0\0\0", pad=b" "
+        ),
         {"u": [1], "f": [2]},
     ),
     "0-d": (raw({"a": entry("U8", [], [0, 1])}, b"\5"), {"a": 5}),
-    "metadata null, as mlx writes none": (raw({"__metadata__": None, "a": entry("U8", [], [0, 1])}, b"\5"), {"a": 5}),
+    "metadata null, as mlx writes none": (
+        raw({"__metadata__": None, "a": entry("U8", [], [0, 1])}, b"\5"),
+        {"a": 5},
+    ),
     "rank 64": (raw({"a": entry("U8", [1] * 63 + [0], [0, 0])}), {"a": []}),
     "names that mean something elsewhere": (
         raw({name: entry("U8", [], [i, i + 1]) for i, name in enumerate(ODD_NAMES)}, FOUR),
@@ -484,7 +595,8 @@ def test_odd_but_good(tmp_path, case):
     (tmp_path / "a").write_bytes(content)
     loaded = load_file(tmp_path / "a")
     assert {key: array.tolist() for key, array in loaded.items()} == {
-        key: np.zeros(loaded[key].shape).tolist() if value == [] else value for key, value in values.items()
+        key: np.zeros(loaded[key].shape).tolist() if value == [] else value
+        for key, value in values.items()
     }
     assert all(array.flags.carray for array in loaded.values())
 
@@ -492,7 +604,11 @@ def test_odd_but_good(tmp_path, case):
 def test_one_flipped_deleted_or_inserted_byte_anywhere(tmp_path):
     """Either the file is refused, or only the values of data bytes differ."""
     path = tmp_path / "a"
-    tensors = {"weight": np.arange(3, dtype=np.float32), "flags": np.array([True, False]), "n": np.array(7, np.int16)}
+    tensors = {
+        "weight": np.arange(3, dtype=np.float32),
+        "flags": np.array([True, False]),
+        "n": np.array(7, np.int16),
+    }
     save_file(path, tensors, {"format": "pt"})
     good = path.read_bytes()
     data = 8 + int.from_bytes(good[:8], "little")
@@ -572,18 +688,26 @@ def nearly_good(draw: st.DrawFn) -> bytes:
     """A valid file, then up to two changes: a field of the header, a byte, the tail, the padding."""
     header: dict[str, object] = {}
     at = 0
-    for name in draw(st.lists(st.text(st.characters(max_codepoint=0x200), max_size=3), max_size=3, unique=True)):
+    for name in draw(
+        st.lists(st.text(st.characters(max_codepoint=0x200), max_size=3), max_size=3, unique=True)
+    ):
         dtype = draw(st.sampled_from(list(DTYPES)))
         shape = draw(st.lists(st.integers(0, 3), max_size=3))
         end = at + math.prod(shape) * DTYPES[dtype].itemsize
         header[name] = entry(dtype, shape, [at, end])
         at = end
     if draw(st.booleans()):
-        header["__metadata__"] = draw(st.dictionaries(st.text("ab", max_size=2), st.text(max_size=3), max_size=2))
+        header["__metadata__"] = draw(
+            st.dictionaries(st.text("ab", max_size=2), st.text(max_size=3), max_size=2)
+        )
     data = draw(st.binary(min_size=at, max_size=at))
     pad, extra = b" " * draw(st.integers(0, 9)), b""
-    for change in draw(st.lists(st.sampled_from(["field", "entry", "order", "pad", "data", "byte"]), max_size=2)):
-        if change == "field" and (good := [e for e in header.values() if isinstance(e, dict) and e]):
+    for change in draw(
+        st.lists(st.sampled_from(["field", "entry", "order", "pad", "data", "byte"]), max_size=2)
+    ):
+        if change == "field" and (
+            good := [e for e in header.values() if isinstance(e, dict) and e]
+        ):
             chosen = draw(st.sampled_from(good))
             chosen[draw(st.sampled_from([*chosen, "more"]))] = draw(JUNK)
         elif change == "entry":
@@ -609,7 +733,9 @@ def test_what_minilora_accepts_the_reference_accepts_with_the_same_bits(tmp_path
     path.write_bytes(content)
     try:
         with SafetensorsFile(path) as file:
-            ours = {key: (file.dtype(key), file.shape(key), file.read_bits(key)) for key in file.keys()}  # noqa: SIM118
+            ours = {
+                key: (file.dtype(key), file.shape(key), file.read_bits(key)) for key in file.keys()
+            }
     except FormatError:
         return
     theirs = dict(reference.deserialize(content))
@@ -647,11 +773,19 @@ def test_bfloat16_files_of_torch(tmp_path):
     torch = pytest.importorskip("torch")
     reference = pytest.importorskip("safetensors.torch")
     patterns = np.arange(2**16, dtype=np.uint16)
-    half, brain = torch.ones(2, dtype=torch.half), torch.from_numpy(patterns.view(np.int16)).view(torch.bfloat16)
-    reference.save_file({"h": half, "b": brain, "f": torch.ones(3)}, tmp_path / "theirs", {"format": "pt"})
+    half, brain = (
+        torch.ones(2, dtype=torch.half),
+        torch.from_numpy(patterns.view(np.int16)).view(torch.bfloat16),
+    )
+    reference.save_file(
+        {"h": half, "b": brain, "f": torch.ones(3)}, tmp_path / "theirs", {"format": "pt"}
+    )
     with SafetensorsFile(tmp_path / "theirs") as file:
         assert np.array_equal(file.read_bits("b"), patterns)
-        order = [Entry(k, file.dtype(k), file.shape(k), lambda k=k: file.read_bits(k)) for k in list(file.keys())]
+        order = [
+            Entry(k, file.dtype(k), file.shape(k), lambda k=k: file.read_bits(k))
+            for k in list(file.keys())
+        ]
         write_stream(tmp_path / "ours", order)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 

@@ -75,9 +75,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "NumPy mask": (lambda: X[np.array([True, False, True])], TypeError, "ndarray"),
     "assigning host": (lambda: assign(slice(None), np.ones(3)), TypeError, "ndarray"),
     "assigning at host": (lambda: assign(np.array([0, 1]), 0.0), TypeError, "ndarray"),
-    "NumPy scalar that widens": (lambda: X * np.float64(2), TypeError, "float64 would widen float32"),
+    "NumPy scalar that widens": (
+        lambda: X * np.float64(2),
+        TypeError,
+        "float64 would widen float32",
+    ),
     "the same on the left": (lambda: np.float64(2) * X, TypeError, "float64 would widen float32"),
-    "the same in a ufunc": (lambda: xp.maximum(X, np.float64(2)), TypeError, "float64 would widen float32"),
+    "the same in a ufunc": (
+        lambda: xp.maximum(X, np.float64(2)),
+        TypeError,
+        "float64 would widen float32",
+    ),
     "ufunc(where=)": (lambda: xp.exp(X, where=X > 0), TypeError, "Wrong arguments"),
     "sum(initial=)": (lambda: X.sum(initial=0), TypeError, "'initial'"),
     "sum(where=)": (lambda: xp.sum(X, where=X > 0), TypeError, "'where'"),
@@ -94,7 +102,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "xp.take beyond": (lambda: xp.take(M, on_device(-3, dtype=np.int64), axis=0), Silent, "wrap"),
     "assigning beyond": (lambda: assign(on_device(3, dtype=np.int64), 0.0), Silent, "wrap"),
     "assigning twice": (lambda: assign(I, X), Silent, "equal indices"),
-    "assigning to a place by two names": (lambda: assign(on_device(2, -1, dtype=np.int64), 0.0), Silent, "equal"),
+    "assigning to a place by two names": (
+        lambda: assign(on_device(2, -1, dtype=np.int64), 0.0),
+        Silent,
+        "equal",
+    ),
     "hash": (lambda: {X}, TypeError, "unhashable"),
     "pickle": (lambda: pickle.dumps(X), TypeError, "pickling"),
     "operator.index": (lambda: range(on_device(3, dtype=np.int64)[0]), TypeError, "integer"),
@@ -196,14 +208,31 @@ def test_what_does_not_wait() -> None:
         y = xp.where(X > 0, X, -np.inf) * first.sum() + second @ X
         y[on_device(0, 1, dtype=np.int64)] = 7.0
         y[X > 0] = 0.0
-        len(y), y.shape, y.dtype, y.size, y.ndim, y.T, y.base, copy.deepcopy(y), M.astype(np.float64, copy=False)
+        (
+            len(y),
+            y.shape,
+            y.dtype,
+            y.size,
+            y.ndim,
+            y.T,
+            y.base,
+            copy.deepcopy(y),
+            M.astype(np.float64, copy=False),
+        )
         METER.uploads.remove("from_numpy")  # the index above
     assert (METER.uploads, METER.downloads, METER.syncs) == ([], [], [])
 
 
 def test_uploads_and_downloads_are_counted() -> None:
     with counted():
-        xp.asarray(2.5), xp.array([1, 2]), STRICT.from_numpy(np.ones(2)), xp.asarray(X), xp.array(X), xp.full(3, 2.5)
+        (
+            xp.asarray(2.5),
+            xp.array([1, 2]),
+            STRICT.from_numpy(np.ones(2)),
+            xp.asarray(X),
+            xp.array(X),
+            xp.full(3, 2.5),
+        )
         assert METER.uploads == ["asarray", "array", "from_numpy"]
         STRICT.to_numpy(X), X.get()
         assert METER.downloads == METER.syncs == ["to_numpy", "to_numpy"]
@@ -260,7 +289,9 @@ def test_a_tensor_knows_its_backend_and_goes_first() -> None:
         t + Tensor(np.ones(3, np.float32))
 
 
-FLOATS = hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, max_side=4), elements=st.floats(-3, 3, width=32))
+FLOATS = hnp.arrays(
+    np.float32, hnp.array_shapes(max_dims=3, max_side=4), elements=st.floats(-3, 3, width=32)
+)
 SAME: list[Callable[[Any, Any], Any]] = [
     lambda xp, a: 2.0 - a / 3 + a * a - 1 / (a * a + 1),
     lambda xp, a: xp.exp(xp.minimum(a, 1.0)) + xp.sqrt(xp.abs(a)),
@@ -276,7 +307,9 @@ SAME: list[Callable[[Any, Any], Any]] = [
 @given(FLOATS, st.sampled_from(SAME))
 def test_results_have_the_bits_of_numpy(a: np.ndarray, function: Callable[[Any, Any], Any]) -> None:
     mine, theirs = function(xp, STRICT.from_numpy(a)), function(np, a)
-    for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (mine, theirs)), strict=True):
+    for one, other in zip(
+        *(x if isinstance(x, tuple) else (x,) for x in (mine, theirs)), strict=True
+    ):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
         assert STRICT.to_numpy(one).tobytes() == np.asarray(other).tobytes()
 
@@ -293,7 +326,17 @@ def test_an_array_of_the_device_is_a_copy_of_the_host() -> None:
 
 # ---- the census: which names minilora uses ----
 
-ROOMS = ["backend", "autograd", "functional", "nn", "optim", "parallel", "transformer", "lora/layer", "lora/lora"]
+ROOMS = [
+    "backend",
+    "autograd",
+    "functional",
+    "nn",
+    "optim",
+    "parallel",
+    "transformer",
+    "lora/layer",
+    "lora/lora",
+]
 
 
 def nodes_of(path: Path) -> Iterator[ast.AST]:
@@ -310,7 +353,9 @@ def is_module(node: ast.AST) -> bool:
     """`xp`, `backend.xp` or `namespace(x)`."""
     if isinstance(node, ast.Call):
         return isinstance(node.func, ast.Name) and node.func.id == "namespace"
-    return (isinstance(node, ast.Name) and node.id == "xp") or (isinstance(node, ast.Attribute) and node.attr == "xp")
+    return (isinstance(node, ast.Name) and node.id == "xp") or (
+        isinstance(node, ast.Attribute) and node.attr == "xp"
+    )
 
 
 def complaints(path: Path, arrays: bool) -> tuple[list[str], int]:
@@ -326,8 +371,17 @@ def complaints(path: Path, arrays: bool) -> tuple[list[str], int]:
         if is_module(node.value):
             known = name in NAMES["functions"] or name in NAMES["ufuncs"] or name in NAMES["others"]
             parameters = NAMES["functions"].get(name)
-        elif arrays and name in dir(np.ndarray) and not (isinstance(node.value, ast.Name) and node.value.id == "np"):
-            known = name in {*NAMES["methods"], *NAMES["attributes"], *NAMES["operators"], *dir(object)}
+        elif (
+            arrays
+            and name in dir(np.ndarray)
+            and not (isinstance(node.value, ast.Name) and node.value.id == "np")
+        ):
+            known = name in {
+                *NAMES["methods"],
+                *NAMES["attributes"],
+                *NAMES["operators"],
+                *dir(object),
+            }
             parameters = NAMES["methods"].get(name)
         else:
             continue
@@ -335,7 +389,9 @@ def complaints(path: Path, arrays: bool) -> tuple[list[str], int]:
         if not known:
             wrong.append(f"{path.name}:{node.lineno}: {name}")
         elif is_module(node.value) and name in NAMES["ufuncs"]:
-            wrong += [f"{path.name}:{node.lineno}: {name}({k}=)" for k in set(keywords) - UFUNC_KEYWORDS]
+            wrong += [
+                f"{path.name}:{node.lineno}: {name}({k}=)" for k in set(keywords) - UFUNC_KEYWORDS
+            ]
         elif parameters is not None:
             try:
                 _check_keywords(name, parameters, (), keywords)

@@ -28,7 +28,13 @@ from minilora.tools import merging
 
 pytest.importorskip("fcntl", reason="needs processes and signals as POSIX has them")
 
-TINY = ["--batch-size=2", "--context=16", "--threads=1", "--hidden-size=16", "--intermediate-size=24"]
+TINY = [
+    "--batch-size=2",
+    "--context=16",
+    "--threads=1",
+    "--hidden-size=16",
+    "--intermediate-size=24",
+]
 TINY += ["--num-hidden-layers=1", "--num-attention-heads=2"]
 PRETRAIN = ["pretrain", "--data=book.txt", "--eval-data=short.txt", *TINY]
 CHILD = """
@@ -45,14 +51,20 @@ sys.exit(cli.main(sys.argv[1:]))
 @pytest.fixture(autouse=True)
 def world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("book.txt").write_bytes(b"the quick brown fox jumps over the lazy dog, again and again. " * 40)
+    Path("book.txt").write_bytes(
+        b"the quick brown fox jumps over the lazy dog, again and again. " * 40
+    )
     Path("short.txt").write_bytes(b"the lazy fox jumps over the quick dog")
 
 
 def run(argv: list[str]) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a command in this process."""
     out, err = io.StringIO(), io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         warnings.simplefilter("default")
         code = main(argv)
     assert "Traceback" not in out.getvalue() + err.getvalue()
@@ -78,7 +90,11 @@ def sound(out: str | Path) -> int:
     """The step of the newest checkpoint, which is sound; 0 if there is none."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return find_checkpoint("auto", Path(out))[1]["step"] if any(Path(out).glob("checkpoints/step-*")) else 0
+        return (
+            find_checkpoint("auto", Path(out))[1]["step"]
+            if any(Path(out).glob("checkpoints/step-*"))
+            else 0
+        )
 
 
 def left_behind(out: str | Path) -> list[str]:
@@ -90,7 +106,14 @@ def left_behind(out: str | Path) -> list[str]:
 
 def test_whoever_writes_is_refused_at_once_and_whoever_reads_is_not():
     assert run([*PRETRAIN, "--steps=2", "--out=base"])[0] == 0
-    finetune = ["finetune", "--base=base", "--data=book.txt", "--steps=2", "--batch-size=2", "--context=16"]
+    finetune = [
+        "finetune",
+        "--base=base",
+        "--data=book.txt",
+        "--steps=2",
+        "--batch-size=2",
+        "--context=16",
+    ]
     assert run([*finetune, "--out=adapter"])[0] == 0
     writers = [
         [*PRETRAIN, "--out=taken"],
@@ -111,8 +134,10 @@ def test_whoever_writes_is_refused_at_once_and_whoever_reads_is_not():
         for argv in writers:
             code, out, err = other.submit(run, argv).result()
             assert code == 6
-            assert err == f"minilora: error: 'taken' is in use: process {os.getpid()} is writing there; " + (
-                "choose another folder\n"
+            assert (
+                err
+                == f"minilora: error: 'taken' is in use: process {os.getpid()} is writing there; "
+                + ("choose another folder\n")
             )
             assert "held out" not in out
             assert read_tree(Path("taken")) == before
@@ -150,7 +175,9 @@ def test_of_commands_that_start_at_once_one_wins():
     codes = sorted(end(process)[0] for process in started)
     assert codes[0] == 0
     assert set(codes[1:]) <= {2, 6}
-    assert [json.loads(line)["step"] for line in Path("run", "log.jsonl").read_text().splitlines()] == list(range(30))
+    assert [
+        json.loads(line)["step"] for line in Path("run", "log.jsonl").read_text().splitlines()
+    ] == list(range(30))
     assert not left_behind("run")
 
 
@@ -164,7 +191,9 @@ def straight(*options: str) -> dict[str, np.ndarray]:
 
 def same(out: str, expected: dict[str, np.ndarray]) -> None:
     found = load_file(Path(out) / "model.safetensors")
-    assert {k: v.tobytes() for k, v in found.items()} == {k: v.tobytes() for k, v in expected.items()}
+    assert {k: v.tobytes() for k, v in found.items()} == {
+        k: v.tobytes() for k, v in expected.items()
+    }
 
 
 @pytest.mark.parametrize("limit", [16_000, 40_000, 100], ids=["weights", "optimiser", "everything"])
@@ -204,7 +233,9 @@ def on_a_disk_of(options: str, argv: list[str]) -> tuple[int, int, list[str], st
     """(exit code, step of the newest checkpoint, what was left, stdout, stderr) of a command on a disk of its own."""
     Path("disk").mkdir()
     try:
-        probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "disk"], capture_output=True)
+        probe = subprocess.run(
+            ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "disk"], capture_output=True
+        )
     except FileNotFoundError:
         pytest.skip("needs unshare")
     if probe.returncode:
@@ -246,7 +277,11 @@ def test_a_disk_that_is_read_only_is_known_before_training():
 def test_output_that_cannot_be_written():
     assert run([*PRETRAIN, "--steps=1", "--out=base"])[0] == 0
     command = [sys.executable, "-m", "minilora"]
-    for argv in (["inspect", "base"], ["generate", "--base=base", "--prompt=x"], [*PRETRAIN, "--out=run"]):
+    for argv in (
+        ["inspect", "base"],
+        ["generate", "--base=base", "--prompt=x"],
+        [*PRETRAIN, "--out=run"],
+    ):
         with open("/dev/full", "wb") as full:
             done = subprocess.run([*command, *argv], stdout=full, stderr=subprocess.PIPE, text=True)
         assert (done.returncode, done.stderr) == (4, "minilora: error: No space left on device\n")
@@ -271,7 +306,9 @@ def test_a_folder_that_vanishes(monkeypatch):
         shutil.rmtree("run")
 
 
-@pytest.mark.parametrize("name", ["with spaces", "line\nbreak", b"\xff\xfe".decode("utf-8", "surrogateescape"), "-x"])
+@pytest.mark.parametrize(
+    "name", ["with spaces", "line\nbreak", b"\xff\xfe".decode("utf-8", "surrogateescape"), "-x"]
+)
 def test_a_folder_of_any_name(name):
     expected = straight("--steps=4")
     out = f"./{name}"
@@ -280,7 +317,14 @@ def test_a_folder_of_any_name(name):
     (Path(out) / "model.safetensors").unlink()
     assert run([*PRETRAIN, "--steps=4", f"--out={out}", "--resume"])[0] == 0
     same(out, expected)
-    finetune = ["finetune", f"--base={out}", "--data=book.txt", "--steps=1", "--batch-size=2", "--context=16"]
+    finetune = [
+        "finetune",
+        f"--base={out}",
+        "--data=book.txt",
+        "--steps=1",
+        "--batch-size=2",
+        "--context=16",
+    ]
     assert run([*finetune, f"--out={out}/adapter"])[0] == 0
     assert run(["merge", f"--base={out}", f"--adapter={out}/adapter", "--out=merged"])[0] == 0
 
@@ -292,7 +336,9 @@ def test_a_text_that_is_larger_than_memory():
     argv = ["pretrain", "--data=huge.txt", "--out=run", *TINY]
     code, err = end(start(argv, before))
     assert code == 3
-    assert err.startswith("minilora: error: 'huge.txt' has 4,294,967,296 bytes, more than there is memory")
+    assert err.startswith(
+        "minilora: error: 'huge.txt' has 4,294,967,296 bytes, more than there is memory"
+    )
     assert not Path("run").exists()
 
 
@@ -319,7 +365,9 @@ def test_training_that_is_stopped_at_a_random_moment(number, code):
         assert not Path(f"run-{attempt}").exists() or not left_behind(f"run-{attempt}")
         steps.append(sound(f"run-{attempt}"))
         if steps[-1]:
-            assert got == 0 or steps[-1] == 150 or f"stopped after {steps[-1]} steps" in err  # 150: training was over
+            assert (
+                got == 0 or steps[-1] == 150 or f"stopped after {steps[-1]} steps" in err
+            )  # 150: training was over
             assert run([*PRETRAIN, *options, f"--out=run-{attempt}", "--resume"])[0] == 0
             same(f"run-{attempt}", expected)
     assert any(steps)
@@ -340,7 +388,9 @@ def step(self, sharded):
 train.Run.step = step
 """
     begun = time.perf_counter()
-    got, err = end(start([*PRETRAIN, "--steps=6", "--save-every=2", "--out=run"], slow.format(int(number))))
+    got, err = end(
+        start([*PRETRAIN, "--steps=6", "--save-every=2", "--out=run"], slow.format(int(number)))
+    )
     assert time.perf_counter() - begun < 50
     assert got == code
     assert err.splitlines()[-1] == "minilora: interrupted"
@@ -353,13 +403,28 @@ train.Run.step = step
 @pytest.mark.parametrize(("number", "code"), KINDS)
 def test_the_other_commands_stop_at_once(number, code):
     assert run([*PRETRAIN, "--steps=1", "--out=base"])[0] == 0
-    assert run(["finetune", "--base=base", "--data=book.txt", "--steps=1", "--context=16", "--out=adapter"])[0] == 0
+    assert (
+        run(
+            [
+                "finetune",
+                "--base=base",
+                "--data=book.txt",
+                "--steps=1",
+                "--context=16",
+                "--out=adapter",
+            ]
+        )[0]
+        == 0
+    )
     Path("long.txt").write_bytes(Path("book.txt").read_bytes() * 2000)  # some minutes
     waits = "import time; from minilora.tools import merging; merging.rewrite = lambda *_: {}"
     for argv, before in (
         (["evaluate", "--base=base", "--data=long.txt"], ""),
         (["generate", "--base=base", "--prompt=x", "--max-new-tokens=10000000"], ""),
-        (["merge", "--base=base", "--adapter=adapter", "--out=merged"], waits.format("time.sleep(60)")),
+        (
+            ["merge", "--base=base", "--adapter=adapter", "--out=merged"],
+            waits.format("time.sleep(60)"),
+        ),
     ):
         process = start(argv, before)
         time.sleep(0.3)
@@ -388,11 +453,21 @@ def test_a_command_leaves_the_handlers_of_its_caller_alone():
 
 
 def test_abort_on_divergence_is_an_option():
-    argv = [*PRETRAIN, "--steps=40", "--save-every=2", "--lr=30", "--warmup=0", "--max-grad-norm=1e9"]
+    argv = [
+        *PRETRAIN,
+        "--steps=40",
+        "--save-every=2",
+        "--lr=30",
+        "--warmup=0",
+        "--max-grad-norm=1e9",
+    ]
     code, _, err = run([*argv, "--abort-on-divergence", "--out=run"])
     assert code == 5
     assert "the loss, " in err
-    assert "the latest checkpoint is 'run/checkpoints/step-" in err or "the latest checkpoint is None" in err
+    assert (
+        "the latest checkpoint is 'run/checkpoints/step-" in err
+        or "the latest checkpoint is None" in err
+    )
     code, _, err = run([*argv, "--out=on"])
     assert code == 0
     assert err.count("--abort-on-divergence would stop here") == 1

@@ -16,8 +16,12 @@ from minilora.lora.targets import in_layers, layer_index, matches, pattern_value
 LETTERS = "ab.0_"
 NAMES = st.text(LETTERS, max_size=8)
 
-CHARACTERS = st.sampled_from([*"ab0_", ".", r"\.", r"\d", r"\w", r"\s", r"\D", r"\W", r"\S", r"\_", "-", "]", "}"])
-MEMBERS = st.sampled_from([*"ab0_.", "a-b", "0-9", "_-b", r"\d", r"\w", r"\S", r"\.", r"\]", r"\-", "(", "*", "$"])
+CHARACTERS = st.sampled_from(
+    [*"ab0_", ".", r"\.", r"\d", r"\w", r"\s", r"\D", r"\W", r"\S", r"\_", "-", "]", "}"]
+)
+MEMBERS = st.sampled_from(
+    [*"ab0_.", "a-b", "0-9", "_-b", r"\d", r"\w", r"\S", r"\.", r"\]", r"\-", "(", "*", "$"]
+)
 SETS = st.builds(
     "[{}{}{}]".format, st.sampled_from(["", "^", "]", "^]"]), st.lists(MEMBERS, min_size=1).map("".join),
     st.sampled_from(["", "-"]),
@@ -55,12 +59,21 @@ def test_a_pattern_answers_what_re_answers(pattern, name):
 
 @given(PATTERNS, NAMES, st.integers(0, 8))
 def test_ends_are_all_the_places_where_a_match_can_end(pattern, name, start):
-    assume(len(pattern) <= MAX_LENGTH and start <= len(name) and "^" not in pattern and "$" not in pattern)
-    expected = {end for end in range(start, len(name) + 1) if re.fullmatch(pattern, name[start:end])}
+    assume(
+        len(pattern) <= MAX_LENGTH
+        and start <= len(name)
+        and "^" not in pattern
+        and "$" not in pattern
+    )
+    expected = {
+        end for end in range(start, len(name) + 1) if re.fullmatch(pattern, name[start:end])
+    }
     assert Pattern(pattern).ends(name, {start}) == expected
 
 
-@pytest.mark.filterwarnings("ignore:Possible:FutureWarning")  # of `re`, about [[ and --; here they are characters
+@pytest.mark.filterwarnings(
+    "ignore:Possible:FutureWarning"
+)  # of `re`, about [[ and --; here they are characters
 @given(st.text("ab(|)[]^-$*+?{},1\\d.:=!", max_size=12), NAMES)
 def test_what_is_accepted_means_the_same_and_what_re_refuses_is_refused(pattern, name):
     """Any text at all: no crash, no other error, and never more than `re` would take."""
@@ -72,7 +85,14 @@ def test_what_is_accepted_means_the_same_and_what_re_refuses_is_refused(pattern,
 
 
 NAME = "model.layers.10.self_attn.q_proj"
-HANGS = [r"(([a-z_0-9]+)*\.?)*!", "(.*)*x", "(.|.)*!", "((((.*)*)*)*)*!", "(.*.*.*.*.*.*)*!", "((.?){30}){6}!"]
+HANGS = [
+    r"(([a-z_0-9]+)*\.?)*!",
+    "(.*)*x",
+    "(.|.)*!",
+    "((((.*)*)*)*)*!",
+    "(.*.*.*.*.*.*)*!",
+    "((.?){30}){6}!",
+]
 
 
 @pytest.mark.parametrize("pattern", HANGS)
@@ -114,7 +134,9 @@ def test_patterns_that_hang_elsewhere_take_bounded_work(pattern, monkeypatch):
     ],
 )  # fmt: skip
 def test_outside_the_subset_the_error_shows_the_pattern_and_the_subset(pattern, problem):
-    with pytest.raises(ConfigError, match=problem.replace("(", r"\(").replace(")", r"\)")) as caught:
+    with pytest.raises(
+        ConfigError, match=problem.replace("(", r"\(").replace(")", r"\)")
+    ) as caught:
         Pattern(pattern)
     text = str(caught.value)
     assert len(text) <= 500
@@ -170,13 +192,15 @@ def test_pattern_value_takes_the_first_entry_that_matches(patterns, expected):
 @given(st.lists(PATTERNS.filter(lambda p: len(p) <= 30), max_size=3), NAMES)
 def test_pattern_value_is_pefts_rule(patterns, name):
     keys = {key: place for place, key in enumerate(patterns)}
-    expected = next((value for key, value in keys.items() if re.match(rf"(.*\.)?({key})$", name)), -1)
+    expected = next(
+        (value for key, value in keys.items() if re.match(rf"(.*\.)?({key})$", name)), -1
+    )
     assert pattern_value(name, keys, -1) == expected
 
 
-PATHS = st.lists(st.sampled_from(["", "a", "h", "layers", "0", "1", "12", "1a", "\u0663", "\u00b2"]), max_size=7).map(
-    ".".join
-)
+PATHS = st.lists(
+    st.sampled_from(["", "a", "h", "layers", "0", "1", "12", "1a", "\u0663", "\u00b2"]), max_size=7
+).map(".".join)
 
 
 @given(PATHS)
@@ -222,16 +246,24 @@ def test_layer_zero_is_a_layer_and_no_index_is_in_none():
 
 @pytest.mark.oracle
 @given(
-    st.lists(st.sampled_from(["model", "layers", "h", "0", "1", "attn", "q_proj", "proj"]), min_size=1).map(".".join),
-    st.sampled_from([["q_proj"], ["proj", "attn"], ["attn.q_proj"], r".*q_proj", r"model\..*(attn|proj)"]),
+    st.lists(
+        st.sampled_from(["model", "layers", "h", "0", "1", "attn", "q_proj", "proj"]), min_size=1
+    ).map(".".join),
+    st.sampled_from(
+        [["q_proj"], ["proj", "attn"], ["attn.q_proj"], r".*q_proj", r"model\..*(attn|proj)"]
+    ),
     st.sampled_from([None, [], 0, 1, [0], [1, 0]]),
     st.sampled_from([None, [], "", "layers", ["h", "layers"]]),
 )
 def test_peft_chooses_the_same_modules(name, targets, layers, pattern):
     tuners = pytest.importorskip("peft.tuners.tuners_utils")
-    config = SimpleNamespace(target_modules=targets, layers_to_transform=layers, layers_pattern=pattern)
+    config = SimpleNamespace(
+        target_modules=targets, layers_to_transform=layers, layers_pattern=pattern
+    )
     ours = matches(name, targets)
-    if not isinstance(targets, str) and name not in targets:  # PEFT restricts neither patterns nor full names to layers
+    if (
+        not isinstance(targets, str) and name not in targets
+    ):  # PEFT restricts neither patterns nor full names to layers
         ours = ours and in_layers(name, layers, pattern)
     assert ours == bool(tuners.check_target_module_exists(config, name))
 

@@ -56,11 +56,15 @@ def test_code_comes_with_python():
     assert names == sorted(set(names))
     assert found == python_sources()
     assert 2_000_000 < sum(len(text) for _, text in found) <= 3_000_000
-    assert sum("/" not in name for name in names) < 0.8 * len(names), "packages as well as single modules"
+    assert sum("/" not in name for name in names) < 0.8 * len(names), (
+        "packages as well as single modules"
+    )
     for name, text in found:
         text.decode("utf-8")
         assert name.endswith(".py")
-        assert not {"test", "tests", "idle_test", "site-packages", "pydoc_data"} & set(name.split("/"))
+        assert not {"test", "tests", "idle_test", "site-packages", "pydoc_data"} & set(
+            name.split("/")
+        )
     fewer = python_sources(500_000)
     assert 400_000 < sum(len(text) for _, text in fewer) <= 500_000
 
@@ -81,9 +85,9 @@ def test_only_sources_of_a_standard_library_are_taken(tmp_path, monkeypatch):
     assert python_sources(2) in ([("a.py", b"a")], [("z/b.py", b"bb")])
 
 
-DOCUMENTS = st.lists(st.binary(max_size=40).map(lambda text: text.replace(b"\n", b"")), max_size=12).map(
-    lambda texts: [(str(i), text) for i, text in enumerate(texts)]
-)
+DOCUMENTS = st.lists(
+    st.binary(max_size=40).map(lambda text: text.replace(b"\n", b"")), max_size=12
+).map(lambda texts: [(str(i), text) for i, text in enumerate(texts)])
 
 
 @given(DOCUMENTS, st.floats(0.01, 0.99), st.integers(0, 100))
@@ -157,7 +161,12 @@ def test_four_tasks_come_with_python():
         assert 20_000 < sum(sizes) <= 100_000
         assert len(dict(documents)) > 2  # documents are held out whole
     line = json.loads(found["json"][0][1].decode().splitlines()[33])
-    assert line == {"code": "U+0041", "name": "LATIN CAPITAL LETTER A", "category": "Lu", "char": "A"}
+    assert line == {
+        "code": "U+0041",
+        "name": "LATIN CAPITAL LETTER A",
+        "category": "Lu",
+        "char": "A",
+    }
 
 
 def test_a_task_without_a_text_is_named(monkeypatch, tmp_path):

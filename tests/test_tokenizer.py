@@ -72,7 +72,9 @@ def test_the_tokenizers_package_gives_the_same_ids(saved):
     assert theirs.encode(every).ids == list(every.encode())
     # All 256 bytes, those that no UTF-8 text has among them.
     piece = _byte_level()["model"]["vocab"]
-    assert [theirs.token_to_id(token) for token in piece] == list(piece.values()) == list(range(256))
+    assert (
+        [theirs.token_to_id(token) for token in piece] == list(piece.values()) == list(range(256))
+    )
     assert theirs.decode([0xFF, 0x20, 0xC3, 0xA9]) == b"\xff \xc3\xa9".decode("utf-8", "replace")
 
 
@@ -82,10 +84,14 @@ def test_transformers_gives_the_same_ids(saved, tmp_path, model):
     transformers = pytest.importorskip("transformers")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(saved / name, tmp_path)
-    if model:  # with a config.json beside it, AutoTokenizer may prefer the class of that architecture
+    if (
+        model
+    ):  # with a config.json beside it, AutoTokenizer may prefer the class of that architecture
         shutil.copy(GOLDEN / model / "config.json", tmp_path)
     kinds = [transformers.AutoTokenizer.from_pretrained(tmp_path)]
-    kinds.append(transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")))
+    kinds.append(
+        transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    )
     ours = ByteTokenizer()
 
     @given(st.text())
@@ -122,9 +128,21 @@ def test_without_a_file_texts_are_bytes_and_the_tokenizer_says_so(tmp_path):
 
 def test_what_does_not_change_the_ids_does_not_make_another_tokenizer(saved, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    template = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}], "special_tokens": {}}
-    options = {"version": "2.0", "decoder": {"type": "ByteLevel"}, "post_processor": template, "truncation": {"x": 1}}
-    assert load_tokenizer(changed(saved, tmp_path, lambda f: f.update(options)), 256) == ByteTokenizer()
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {},
+    }
+    options = {
+        "version": "2.0",
+        "decoder": {"type": "ByteLevel"},
+        "post_processor": template,
+        "truncation": {"x": 1},
+    }
+    assert (
+        load_tokenizer(changed(saved, tmp_path, lambda f: f.update(options)), 256)
+        == ByteTokenizer()
+    )
 
 
 def changed(saved, tmp_path, change):
@@ -142,11 +160,15 @@ def changed(saved, tmp_path, change):
         lambda f: f["pre_tokenizer"].update(add_prefix_space=True),
         lambda f: f.update(normalizer={"type": "NFC"}),
         lambda f: f.update(added_tokens=[{"id": 256, "content": "<s>"}]),
-        lambda f: f.update(post_processor={"type": "RobertaProcessing", "sep": ["a", 97], "cls": ["b", 98]}),
+        lambda f: f.update(
+            post_processor={"type": "RobertaProcessing", "sep": ["a", 97], "cls": ["b", 98]}
+        ),
         lambda f: f.pop("model"),
     ],
 )
-def test_any_other_file_needs_the_package_and_says_how_to_get_it(saved, tmp_path, monkeypatch, change):
+def test_any_other_file_needs_the_package_and_says_how_to_get_it(
+    saved, tmp_path, monkeypatch, change
+):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(DataError, match=r"pip install -e .\[hf\]"):
         load_tokenizer(changed(saved, tmp_path, change), 256)
@@ -162,7 +184,9 @@ def trained(directory):
         vocab_size=300, initial_alphabet=alphabet, special_tokens=["<s>"], show_progress=False
     )
     made.train_from_iterator(["the cat sat on the mat and the rat"] * 3, trainer)
-    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     made.enable_truncation(4)
     made.save(str(directory / "tokenizer.json"))
     return made
@@ -186,13 +210,17 @@ def test_a_tokenizer_of_the_hub(tmp_path):
     assert ours.decode([0]) == "<s>"
     with pytest.raises(DataError, match="at byte 3;"):
         ours.encode(b"the\xff")
-    with pytest.raises(DataError, match=f"{ours.vocab_size} ids, more than the model's vocab_size of 200"):
+    with pytest.raises(
+        DataError, match=f"{ours.vocab_size} ids, more than the model's vocab_size of 200"
+    ):
         load_tokenizer(tmp_path, 200)
     copy = tmp_path / "copy"
     copy.mkdir()
     ours.save(copy)
     assert sorted(os.listdir(copy)) == ["tokenizer.json", "tokenizer_config.json"]
-    assert all((copy / name).read_bytes() == (tmp_path / name).read_bytes() for name in os.listdir(copy))
+    assert all(
+        (copy / name).read_bytes() == (tmp_path / name).read_bytes() for name in os.listdir(copy)
+    )
 
 
 @pytest.mark.parametrize(

@@ -70,10 +70,15 @@ def test_only_these_rows_are_trained_and_the_start_is_the_base(tie: bool) -> Non
     made = get_peft_model(plain, config())
     assert np.array_equal(logits(made), before)
     low_rank = 2 * 2 * (16 + 16)
-    assert made.get_nb_trainable_parameters() == (low_rank + len(ROWS) * C, count + low_rank + len(ROWS) * C)
+    assert made.get_nb_trainable_parameters() == (
+        low_rank + len(ROWS) * C,
+        count + low_rank + len(ROWS) * C,
+    )
     own = rows(made)
     assert list(own) == [NAME]
-    assert np.array_equal(own[NAME].data, made.get_base_model().model.embed_tokens.weight.data[ROWS])
+    assert np.array_equal(
+        own[NAME].data, made.get_base_model().model.embed_tokens.weight.data[ROWS]
+    )
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -90,13 +95,22 @@ def test_rows_have_the_gradient_of_the_whole_weight_there(tie: bool) -> None:
 
 @pytest.mark.parametrize(
     "tokens",
-    [ROWS, {"embed_tokens": ROWS}, {"embed_tokens": ROWS, "lm_head": ROWS}, {"embed_tokens": [1], "lm_head": [2]}],
+    [
+        ROWS,
+        {"embed_tokens": ROWS},
+        {"embed_tokens": ROWS, "lm_head": ROWS},
+        {"embed_tokens": [1], "lm_head": [2]},
+    ],
 )
 @pytest.mark.parametrize("tie", [False, True])
 def test_merging_puts_the_rows_in_their_places_bit_for_bit(tie: bool, tokens: Any) -> None:
     made = model(tokens, tie)
-    apart = tie and isinstance(tokens, dict) and tokens.get("lm_head", ROWS) != tokens["embed_tokens"]
-    assert (HEAD in rows(made)) == (isinstance(tokens, dict) and "lm_head" in tokens and (apart or not tie))
+    apart = (
+        tie and isinstance(tokens, dict) and tokens.get("lm_head", ROWS) != tokens["embed_tokens"]
+    )
+    assert (HEAD in rows(made)) == (
+        isinstance(tokens, dict) and "lm_head" in tokens and (apart or not tie)
+    )
     before, unmerged = bits(made), logits(made)
     if apart:
         with pytest.raises(ConfigError, match="adapter default changes each of them apart"):
@@ -123,7 +137,10 @@ def test_rows_that_are_not_finite_are_not_merged() -> None:
     made = model()
     rows(made)[NAME].data = rows(made)[NAME].data * np.nan
     before = bits(made)
-    with pytest.raises(NonFiniteError, match=r"model\.embed_tokens: merging default gives weights that are not finite"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"model\.embed_tokens: merging default gives weights that are not finite",
+    ):
         made.merge_adapter()
     assert bits(made) == before
 
@@ -134,7 +151,8 @@ def test_two_adapters_have_rows_of_their_own_and_take_turns() -> None:
     made.add_adapter("b", config([1]))
     assert np.array_equal(logits(made), before)
     with pytest.raises(
-        ConfigError, match="adapters default, b each have rows of one embedding: only one can be active"
+        ConfigError,
+        match="adapters default, b each have rows of one embedding: only one can be active",
     ):
         made.set_adapter(["default", "b"])
     made.set_adapter("b")
@@ -150,16 +168,22 @@ def test_a_head_goes_by_the_embedding_in_all_adapters_or_in_none() -> None:
     for first, second in ((ROWS, {"embed_tokens": [1], "lm_head": [2]}), ({"lm_head": [2]}, ROWS)):
         made = model(first)
         before = bits(made)
-        with pytest.raises(ConfigError, match="lm_head has trainable tokens of its own in one adapter"):
+        with pytest.raises(
+            ConfigError, match="lm_head has trainable tokens of its own in one adapter"
+        ):
             made.add_adapter("b", config(second))
         assert bits(made) == before
         assert list(made.peft_config) == ["default"]
 
 
 def test_a_file_with_trained_rows_holds_no_weight_of_the_base() -> None:
-    made = get_peft_model(small.base(), LoraConfig(target_modules=["lm_head"], trainable_token_indices=ROWS))
+    made = get_peft_model(
+        small.base(), LoraConfig(target_modules=["lm_head"], trainable_token_indices=ROWS)
+    )
     ends = {key.removeprefix("base_model.model.") for key in made.state_dict()}
     factors = {"lm_head.lora_A.weight", "lm_head.lora_B.weight"}
     assert ends == factors | {"model.embed_tokens.token_adapter.trainable_tokens_delta"}
     without = get_peft_model(small.base(), LoraConfig(target_modules=["lm_head"])).state_dict()
-    assert {key.removeprefix("base_model.model.") for key in without} == factors | {"lm_head.base_layer.weight"}
+    assert {key.removeprefix("base_model.model.") for key in without} == factors | {
+        "lm_head.base_layer.weight"
+    }

@@ -44,7 +44,9 @@ from minilora.tools.merging import merge
 GOLDEN = Path(__file__).parent / "golden"
 ADAPTERS = sorted(p.name for p in GOLDEN.iterdir() if (p / "adapter_config.json").exists())
 PREFIX = "base_model.model."
-MERGED = [name for name in ADAPTERS if name != "gpt2--lora_wte"]  # whose embedding is adapted, and the head tied to it
+MERGED = [
+    name for name in ADAPTERS if name != "gpt2--lora_wte"
+]  # whose embedding is adapted, and the head tied to it
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -58,24 +60,37 @@ def logits(base: Path, adapter: Path | None = None) -> np.ndarray:
     return np.asarray(model(np.arange(7)[None]).numpy())
 
 
-def write_base(folder: Path, tensors: dict[str, np.ndarray], shards: int = 1, dtype: str = "float32", **config) -> Path:
+def write_base(
+    folder: Path, tensors: dict[str, np.ndarray], shards: int = 1, dtype: str = "float32", **config
+) -> Path:
     """A checkpoint of float64 arrays, rounded to `dtype`."""
     folder.mkdir(parents=True)
-    write_json(folder / "config.json", {"model_type": "llama", "tie_word_embeddings": False, "dtype": dtype, **config})
+    write_json(
+        folder / "config.json",
+        {"model_type": "llama", "tie_word_embeddings": False, "dtype": dtype, **config},
+    )
     bits = {k: bf16_from(a) if dtype == "bfloat16" else a.astype(dtype) for k, a in tensors.items()}
     if shards == 1:
         names = {"model.safetensors": list(bits)}
     else:
         names = {f"part-{i}.safetensors": list(bits)[i::shards] for i in range(shards)}
         index = {key: name for name, keys in names.items() for key in keys}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"of": "us"}, "weight_map": index})
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"of": "us"}, "weight_map": index}
+        )
     for name, keys in names.items():
-        write_stream(folder / name, [Entry(k, CODES[dtype], bits[k].shape, lambda k=k: bits[k]) for k in keys])  # type: ignore[misc]
+        write_stream(
+            folder / name,
+            [Entry(k, CODES[dtype], bits[k].shape, lambda k=k: bits[k]) for k in keys],
+        )  # type: ignore[misc]
     return folder
 
 
 def lora(path: str, A: np.ndarray, B: np.ndarray) -> dict[str, np.ndarray]:
-    return {f"{PREFIX}{path}.lora_A.weight": np.float32(A), f"{PREFIX}{path}.lora_B.weight": np.float32(B)}
+    return {
+        f"{PREFIX}{path}.lora_A.weight": np.float32(A),
+        f"{PREFIX}{path}.lora_B.weight": np.float32(B),
+    }
 
 
 def small(folder: Path, **config: Any) -> tuple[Path, Path]:
@@ -84,14 +99,22 @@ def small(folder: Path, **config: Any) -> tuple[Path, Path]:
     names = {"model.embed_tokens": (7, 4), "model.layers.0.q_proj": (4, 4), "lm_head": (7, 4)}
     if config.pop("tied", False):
         del names["lm_head"]
-    write_base(folder / "base", {f"{n}.weight": rng.normal(size=s) for n, s in names.items()}, **config)
+    write_base(
+        folder / "base", {f"{n}.weight": rng.normal(size=s) for n, s in names.items()}, **config
+    )
     fields = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
-    write_adapter(folder / "adapter", fields, lora("model.layers.0.q_proj", rng.normal(size=(2, 4)), np.ones((4, 2))))
+    write_adapter(
+        folder / "adapter",
+        fields,
+        lora("model.layers.0.q_proj", rng.normal(size=(2, 4)), np.ones((4, 2))),
+    )
     return folder / "base", folder / "adapter"
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 # ---- merge ----
@@ -101,9 +124,14 @@ def neighbours(got: np.ndarray, code: str) -> tuple[np.ndarray, ...]:
     """The numbers of a format above and below."""
     if code == "BF16":
         bits = bf16_from(got)
-        return tuple(bf16_to_float32((bits + np.uint16(step)).astype(np.uint16)).astype(float) for step in (1, 65535))
+        return tuple(
+            bf16_to_float32((bits + np.uint16(step)).astype(np.uint16)).astype(float)
+            for step in (1, 65535)
+        )
     own = got.astype({"F64": "f8", "F32": "f4", "F16": "f2"}[code])
-    return tuple(np.nextafter(own, own.dtype.type(way)).astype(float) for way in (math.inf, -math.inf))
+    return tuple(
+        np.nextafter(own, own.dtype.type(way)).astype(float) for way in (math.inf, -math.inf)
+    )
 
 
 @settings(max_examples=40)
@@ -112,9 +140,15 @@ def test_a_merged_weight_is_the_sum_rounded_once(data: st.DataObject) -> None:
     draw, rng = data.draw, np.random.default_rng(data.draw(st.integers(0, 2**32)))
     dtype, kind = draw(st.sampled_from(sorted(CODES))), draw(st.sampled_from(["llama", "gpt2"]))
     to = draw(st.sampled_from([None, *folders.DTYPES]))
-    names = [f"transformer.h.{i}.mlp.c_fc" if kind == "gpt2" else f"model.layers.{i}.q_proj" for i in range(3)]
+    names = [
+        f"transformer.h.{i}.mlp.c_fc" if kind == "gpt2" else f"model.layers.{i}.q_proj"
+        for i in range(3)
+    ]
     sizes = [(draw(st.integers(1, 9)), draw(st.integers(1, 9))) for _ in names]
-    W = {f"{n}.weight": rng.normal(size=s[::-1] if kind == "gpt2" else s) for n, s in zip(names, sizes, strict=True)}
+    W = {
+        f"{n}.weight": rng.normal(size=s[::-1] if kind == "gpt2" else s)
+        for n, s in zip(names, sizes, strict=True)
+    }
     W["other.bias"] = rng.normal(size=5)
     bare = kind == "gpt2" and draw(st.booleans())
     with tempfile.TemporaryDirectory() as scratch:
@@ -130,14 +164,19 @@ def test_a_merged_weight_is_the_sum_rounded_once(data: st.DataObject) -> None:
             fields |= {"target_modules": names, "alpha_pattern": {names[0]: 5}}
             tensors = {}
             for name, (O, I) in zip(names, sizes, strict=True):
-                A, B = np.float32(rng.normal(size=(r, I))), np.float32(rng.normal(size=(O, r)) * 0.1)
+                A, B = (
+                    np.float32(rng.normal(size=(r, I))),
+                    np.float32(rng.normal(size=(O, r)) * 0.1),
+                )
                 tensors |= lora(name, A, B)
                 s = (5 if name == names[0] else 3) / (math.sqrt(r) if rs else r)
                 delta = weight * s * (B.astype(float) @ A)
                 key = next(k for k in exact if f"{name}.weight".endswith(k))
                 exact[key] = exact[key] + (delta.T if kind == "gpt2" else delta)
             write_adapter(folder / f"adapter{i}", fields, tensors)
-        rows = merge(base, [folder / f"adapter{i}" for i in range(len(weights))], folder / "out", weights, to)
+        rows = merge(
+            base, [folder / f"adapter{i}" for i in range(len(weights))], folder / "out", weights, to
+        )
         code, lost = CODES[to or dtype], {row["tensor"]: row["lost"] * row["|dW|"] for row in rows}
         config, checkpoint = read_checkpoint(folder / "out")
         assert config["dtype"] == (to or dtype)
@@ -158,7 +197,11 @@ def test_the_rounding_to_bfloat16_does_not_go_by_way_of_float32(tmp_path: Path) 
     """1 + 2^-8 + 2^-31 is above the tie of 1 and 1 + 2^-7; in float32 it is that tie, which would go to 1."""
     base = write_base(tmp_path / "base", {"q.weight": np.ones((1, 1))}, dtype="bfloat16")
     fields = {"r": 1, "lora_alpha": 1, "target_modules": ["q"]}
-    write_adapter(tmp_path / "adapter", fields, lora("q", np.ones((1, 1)), np.full((1, 1), 2.0**-8 + 2.0**-31)))
+    write_adapter(
+        tmp_path / "adapter",
+        fields,
+        lora("q", np.ones((1, 1)), np.full((1, 1), 2.0**-8 + 2.0**-31)),
+    )
     merge(base, [tmp_path / "adapter"], tmp_path / "out")
     assert load_file(tmp_path / "out" / "model.safetensors")["q.weight"] == 1 + 2.0**-7
 
@@ -170,7 +213,9 @@ def test_merged_files_give_the_logits_that_peft_s_gave(name: str, tmp_path: Path
     assert tree(of(name)) | tree(GOLDEN / name) == before
     assert rows
     expect = load_file(GOLDEN / name / "expect.safetensors")
-    got = CausalLM.from_pretrained(tmp_path / "merged", dtype="float64")(expect["input_ids"]).numpy()
+    got = CausalLM.from_pretrained(tmp_path / "merged", dtype="float64")(
+        expect["input_ids"]
+    ).numpy()
     assert np.abs(got - expect["logits_merged"]).max() <= 1e-5
     assert [p.name for p in tmp_path.iterdir()] == ["merged"]
 
@@ -181,7 +226,10 @@ def test_the_bits_are_those_of_merging_a_model(name: str, tmp_path: Path) -> Non
     merge(of(name), [GOLDEN / name], tmp_path / "files")
     model = PeftModel.from_pretrained(CausalLM.from_pretrained(of(name)), GOLDEN / name)
     model.merge_and_unload().save_pretrained(tmp_path / "model")
-    assert tree(tmp_path / "files")["model.safetensors"] == tree(tmp_path / "model")["model.safetensors"]
+    assert (
+        tree(tmp_path / "files")["model.safetensors"]
+        == tree(tmp_path / "model")["model.safetensors"]
+    )
 
 
 @pytest.mark.parametrize("dtype", sorted(CODES))
@@ -190,12 +238,17 @@ def test_dora_on_an_embedding_is_the_scaled_sum_rounded_once(dtype: str, tmp_pat
     model = CausalLM(SMALLER, seed=0)
     model.save_pretrained(tmp_path / "float32")
     if dtype == "float64":
-        tensors = {k: a.astype(dtype) for k, a in load_file(tmp_path / "float32" / "model.safetensors").items()}
+        tensors = {
+            k: a.astype(dtype)
+            for k, a in load_file(tmp_path / "float32" / "model.safetensors").items()
+        }
         base = write_base(tmp_path / "base", tensors, **{**SMALLER.to_dict(), "dtype": dtype})
     else:
         base = tmp_path / "base"
         convert(tmp_path / "float32", base, dtype=dtype)
-    config = LoraConfig(r=2, lora_alpha=3, target_modules=["embed_tokens"], use_dora=True, init_lora_weights=False)
+    config = LoraConfig(
+        r=2, lora_alpha=3, target_modules=["embed_tokens"], use_dora=True, init_lora_weights=False
+    )
     made = get_peft_model(CausalLM.from_pretrained(base, dtype="float64"), config)
     rng = np.random.default_rng(0)
     for p in made.adapter_parameters("default").values():
@@ -239,7 +292,11 @@ def test_biases_that_a_file_has_again_must_be_those(saved: str, tmp_path: Path) 
         1 if saved == "ln_f" else 2 * CausalLM.from_pretrained(of("gpt2")).config.num_hidden_layers
     )
     for key in again[0], again[-1]:
-        says = "another one in the base" if ".original_module." in key else "is not what modules_to_save has there"
+        says = (
+            "another one in the base"
+            if ".original_module." in key
+            else "is not what modules_to_save has there"
+        )
         write_adapter(tmp_path / "adapter", fields, {**tensors, key: tensors[key] + np.float32(1)})
         with pytest.raises(FormatError, match=says):
             merge(of("gpt2"), [tmp_path / "adapter"], tmp_path / "out")
@@ -256,7 +313,10 @@ def spoil(folder: Path, how: str) -> dict[str, Any]:
     if how == "tied head":
         fields, tensors = {**fields, "modules_to_save": ["lm_head"]}, tensors | head
     elif how == "tied embedding":
-        fields, tensors = {**fields, "target_modules": ["q_proj", "embed_tokens"]}, tensors | embedding
+        fields, tensors = (
+            {**fields, "target_modules": ["q_proj", "embed_tokens"]},
+            tensors | embedding,
+        )
     elif how == "DoRA beside another":
         m = {f"{PREFIX}{layer}.lora_magnitude_vector": np.ones(4, np.float32)}
         write_adapter(folder / "dora", {**fields, "use_dora": True}, tensors | m)
@@ -282,7 +342,9 @@ def spoil(folder: Path, how: str) -> dict[str, Any]:
         del tensors[f"{PREFIX}{layer}.lora_B.weight"]
     elif how == "another base's embedding":
         fields = {**fields, "target_modules": ["q_proj", "embed_tokens"]}
-        tensors |= embedding | {f"{PREFIX}model.embed_tokens.base_layer.weight": np.ones((7, 4), np.float32)}
+        tensors |= embedding | {
+            f"{PREFIX}model.embed_tokens.base_layer.weight": np.ones((7, 4), np.float32)
+        }
     elif how == "an unknown tensor":
         tensors[f"{PREFIX}{layer}.lora_magic"] = np.ones(1, np.float32)
     elif how == "NaN":
@@ -295,7 +357,10 @@ def spoil(folder: Path, how: str) -> dict[str, Any]:
         options["dtype"] = "float16"
         tensors[f"{PREFIX}{layer}.lora_A.weight"][:] = 1e6
     elif how == "codes":
-        write_json(base / "config.json", {"model_type": "llama", "quantization_config": {"load_in_4bit": True}})
+        write_json(
+            base / "config.json",
+            {"model_type": "llama", "quantization_config": {"load_in_4bit": True}},
+        )
     elif how == "outside":
         (base / "model.safetensors").unlink()
         write_json(base / "model.safetensors.index.json", {"weight_map": {"a": "../x.safetensors"}})
@@ -314,11 +379,16 @@ def test_trained_rows_take_their_places(tied: bool, tmp_path: Path) -> None:
     tensors[f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"] = new
     write_adapter(adapter, {**fields, "trainable_token_indices": [5, 2]}, tensors)
     merge(base, [adapter], tmp_path / "out")
-    before, after = (load_file(f / "model.safetensors")["model.embed_tokens.weight"] for f in (base, tmp_path / "out"))
+    before, after = (
+        load_file(f / "model.safetensors")["model.embed_tokens.weight"]
+        for f in (base, tmp_path / "out")
+    )
     before[[5, 2]] = new
     assert (after == before).all()
     write_adapter(adapter, {**fields, "trainable_token_indices": [5, 7]}, tensors)
-    with pytest.raises(FormatError, match=r"embed_tokens: \(2, 4\) for 2 tokens, the base has \(7, 4\)"):
+    with pytest.raises(
+        FormatError, match=r"embed_tokens: \(2, 4\) for 2 tokens, the base has \(7, 4\)"
+    ):
         merge(base, [adapter], tmp_path / "new")
 
 
@@ -345,7 +415,10 @@ SPOILT = {
     "NaN": (NonFiniteError, "q_proj.weight is not finite"),
     "NaN elsewhere": (NonFiniteError, "lm_head.weight is not finite"),
     "too large": (NonFiniteError, "q_proj.weight is not finite"),
-    "too large a weight": (NonFiniteError, r"--weights \[1e\+300\]: .*q_proj.weight with its adapters"),
+    "too large a weight": (
+        NonFiniteError,
+        r"--weights \[1e\+300\]: .*q_proj.weight with its adapters",
+    ),
     "codes": (ConfigError, "quantization_config"),
     "outside": (FormatError, "lies outside"),
     "missing shard": (FormatError, "x.safetensors' is missing"),
@@ -367,7 +440,9 @@ def test_what_is_not_finite_merges_where_it_is_allowed(tmp_path: Path) -> None:
     options = spoil(tmp_path, "NaN")
     (row,) = merge(**options, allow_nonfinite=True)
     assert row["lost"] is None
-    assert np.isnan(load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.q_proj.weight"]).any()
+    assert np.isnan(
+        load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.q_proj.weight"]
+    ).any()
 
 
 def test_a_tied_pair_that_changes_alike_is_merged(tmp_path: Path) -> None:
@@ -382,8 +457,12 @@ def test_a_tied_pair_that_changes_alike_is_merged(tmp_path: Path) -> None:
     assert "lm_head.weight" not in merged
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "no space left"), MemoryError()])
-def test_an_end_in_the_middle_leaves_nothing(error: BaseException, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "no space left"), MemoryError()]
+)
+def test_an_end_in_the_middle_leaves_nothing(
+    error: BaseException, tmp_path: Path, monkeypatch
+) -> None:
     base, adapter = small(tmp_path, shards=3)
     before = tree(tmp_path)
     calls = []
@@ -404,12 +483,21 @@ def test_an_end_in_the_middle_leaves_nothing(error: BaseException, tmp_path: Pat
 
 def test_folders_whose_names_begin_alike_are_made_at_once(tmp_path: Path) -> None:
     """The longest name that a file system takes is one of them."""
-    names = ["x" * 40, "x" * 41, "x" * 254 + "a", "x" * 254 + "b", "\N{SNOWMAN}" * 40 + "a", "\N{SNOWMAN}" * 40 + "b"]
+    names = [
+        "x" * 40,
+        "x" * 41,
+        "x" * 254 + "a",
+        "x" * 254 + "b",
+        "\N{SNOWMAN}" * 40 + "a",
+        "\N{SNOWMAN}" * 40 + "b",
+    ]
     with ExitStack() as opened:
         for name in names:
             stage = opened.enter_context(folders.new_folder(tmp_path / name, {"of": name}))
             (stage / "mine").write_text(name)
-    assert {file.parent.name: file.read_text() for file in tmp_path.glob("*/mine")} == {name: name for name in names}
+    assert {file.parent.name: file.read_text() for file in tmp_path.glob("*/mine")} == {
+        name: name for name in names
+    }
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -426,7 +514,9 @@ def test_a_killed_merge_goes_on_if_nothing_changed(same: bool, tmp_path: Path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(folders, "write_stream", counting)
-        patch.setattr(folders.shutil, "rmtree", lambda *_, **__: None)  # a killed process takes nothing away
+        patch.setattr(
+            folders.shutil, "rmtree", lambda *_, **__: None
+        )  # a killed process takes nothing away
         with pytest.raises(KeyboardInterrupt):
             merge(base, [adapter], tmp_path / "out", [0.5])
     assert (tmp_path / ".out.unfinished").exists()
@@ -458,16 +548,25 @@ def test_resizing_misses_what_eckart_and_young_say(name: str, r: int, tmp_path: 
         values = np.linalg.svd(dense, compute_uv=False)
         assert row["|dW|"] == pytest.approx(np.linalg.norm(dense), rel=1e-12)
         assert row["error"] == pytest.approx(np.linalg.norm(values[r:]), rel=1e-9, abs=1e-13)
-        assert np.linalg.norm(got - dense) == pytest.approx(row["error"], rel=1e-4, abs=4e-7 * row["|dW|"])
+        assert np.linalg.norm(got - dense) == pytest.approx(
+            row["error"], rel=1e-4, abs=4e-7 * row["|dW|"]
+        )
     if r == 8:
-        assert np.abs(logits(of(name), tmp_path / "out") - logits(of(name), GOLDEN / name)).max() < 2e-6
+        assert (
+            np.abs(logits(of(name), tmp_path / "out") - logits(of(name), GOLDEN / name)).max()
+            < 2e-6
+        )
 
 
 @pytest.mark.parametrize(("x", "says"), [(1e60, "too large for float32"), (1e160, "is not finite")])
-def test_factors_whose_product_nothing_can_hold_are_refused(x: float, says: str, tmp_path: Path) -> None:
+def test_factors_whose_product_nothing_can_hold_are_refused(
+    x: float, says: str, tmp_path: Path
+) -> None:
     """Finite in the file, in float64; beyond it, LAPACK's decomposition of their product may never end."""
     config, tensors = read_adapter(GOLDEN / "llama--lora")
-    write_adapter(tmp_path / "large", config, {key: np.full(a.shape, x) for key, a in tensors.items()})
+    write_adapter(
+        tmp_path / "large", config, {key: np.full(a.shape, x) for key, a in tensors.items()}
+    )
     with pytest.raises(NonFiniteError, match=f"layers.0.*{says}"):
         resize(tmp_path / "large", 2, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -493,14 +592,20 @@ def test_diff_finds_the_rank_that_was_merged(tmp_path: Path) -> None:
     for row in report["tensors"]:
         delta = expected.get(row["tensor"].removesuffix(".weight"))
         assert row["rank"] == (4 if delta is not None else 0 if " x " in row["shape"] else None)
-        assert row["|b - a|"] == pytest.approx(0 if delta is None else np.linalg.norm(delta), rel=1e-6)
+        assert row["|b - a|"] == pytest.approx(
+            0 if delta is None else np.linalg.norm(delta), rel=1e-6
+        )
         assert row["relative"] == 0 or row["relative"] > 0
     assert report["equal"] == len(report["tensors"]) - len(expected)
     assert report["only in a"] == report["only in b"] == []
 
 
 @given(
-    st.integers(1, 9), st.integers(1, 9), st.integers(-12, 0), st.sampled_from([0, -530, -600, 600]), st.integers(0, 99)
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(-12, 0),
+    st.sampled_from([0, -530, -600, 600]),
+    st.integers(0, 99),
 )
 def test_values_above_a_threshold_are_counted_however_near_they_are(
     O: int, I: int, power: int, exponent: int, seed: int
@@ -508,21 +613,33 @@ def test_values_above_a_threshold_are_counted_however_near_they_are(
     """The threshold is one of the values, or a bit below or above it, or anything."""
     rng, n = np.random.default_rng(seed), min(O, I)
     values = np.sort(10.0 ** rng.uniform(power, 0, n))[::-1]
-    D = (np.linalg.qr(rng.standard_normal((O, n)))[0] * values) @ np.linalg.qr(rng.standard_normal((I, n)))[0].T
+    D = (np.linalg.qr(rng.standard_normal((O, n)))[0] * values) @ np.linalg.qr(
+        rng.standard_normal((I, n))
+    )[0].T
     D = np.ldexp(D, exponent)
     exact = np.linalg.svd(D, compute_uv=False)
     at = exact[rng.integers(n)]
-    for threshold in (at, np.nextafter(at, 0), at * (1 + 1e-9), exact[-1] / 2, np.ldexp(2.0, exponent)):
+    for threshold in (
+        at,
+        np.nextafter(at, 0),
+        at * (1 + 1e-9),
+        exact[-1] / 2,
+        np.ldexp(2.0, exponent),
+    ):
         assert count_above(D, threshold) == (exact > threshold).sum()
 
 
 @pytest.mark.parametrize("scale", [0, 1e-9, 1])
-def test_the_rank_of_a_difference_does_not_count_what_rounded_the_larger(scale: float, tmp_path: Path) -> None:
+def test_the_rank_of_a_difference_does_not_count_what_rounded_the_larger(
+    scale: float, tmp_path: Path
+) -> None:
     """u v^T, stored in float32, has small singular values besides, of its own rounding; in either of the two files."""
     rng = np.random.default_rng(0)
     W = scale * rng.standard_normal((40, 50))
     write_base(tmp_path / "a", {"w": W})
-    write_base(tmp_path / "b", {"w": W + np.outer(rng.standard_normal(40), rng.standard_normal(50))})
+    write_base(
+        tmp_path / "b", {"w": W + np.outer(rng.standard_normal(40), rng.standard_normal(50))}
+    )
     for one, other in ("ab", "ba"):
         (row,) = diff(tmp_path / one, tmp_path / other)["tensors"]
         assert row["rank"] == 1
@@ -533,7 +650,10 @@ def test_diff_names_what_only_one_has_and_shapes_that_differ(tmp_path: Path) -> 
     write_base(tmp_path / "b", {"w": np.ones(3), "y": np.ones((2, 3)), "z": np.ones(2)})
     report = diff(tmp_path / "a", tmp_path / "b")
     assert (report["only in a"], report["only in b"]) == (["x"], ["w"])
-    assert [(row["shape"], row["|b - a|"]) for row in report["tensors"]] == [("2 x 2 and 2 x 3", None), ("2", None)]
+    assert [(row["shape"], row["|b - a|"]) for row in report["tensors"]] == [
+        ("2 x 2 and 2 x 3", None),
+        ("2", None),
+    ]
     json.dumps(report, allow_nan=False)
 
 
@@ -556,7 +676,15 @@ def test_equal_checkpoints_and_tied_embeddings_give_no_adapter(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "name", ["llama--lora", "llama--dora", "llama--regex_layer1", "llama--rslora_all", "qwen3--lora", "gpt2--dora_proj"]
+    "name",
+    [
+        "llama--lora",
+        "llama--dora",
+        "llama--regex_layer1",
+        "llama--rslora_all",
+        "qwen3--lora",
+        "gpt2--dora_proj",
+    ],
 )
 def test_an_adapter_goes_to_mlx_and_comes_back(name: str, tmp_path: Path) -> None:
     convert(GOLDEN / name, tmp_path / "mlx", to="mlx")
@@ -576,7 +704,9 @@ def test_an_adapter_goes_to_mlx_and_comes_back(name: str, tmp_path: Path) -> Non
     _, before = read_adapter(GOLDEN / name)
     _, after = read_adapter(tmp_path / "peft")
     assert {k: a.tobytes() for k, a in after.items()} == {k: a.tobytes() for k, a in before.items()}
-    assert np.abs(logits(of(name), tmp_path / "peft") - logits(of(name), GOLDEN / name)).max() < 1e-12
+    assert (
+        np.abs(logits(of(name), tmp_path / "peft") - logits(of(name), GOLDEN / name)).max() < 1e-12
+    )
 
 
 @pytest.mark.filterwarnings("ignore:ensure_weight_tying")
@@ -585,24 +715,40 @@ def test_what_mlx_lm_trained_has_its_logits_here_and_comes_back(name: str, tmp_p
     convert(mlx_golden.FOLDER / name, tmp_path / "peft", to="peft")
     base = GOLDEN / mlx_golden.CASES[name][0]
     expected = np.load(mlx_golden.FOLDER / name / "logits.npy")
-    got, plain = logits(base, tmp_path / "peft")[0, : len(expected)], logits(base)[0, : len(expected)]
+    got, plain = (
+        logits(base, tmp_path / "peft")[0, : len(expected)],
+        logits(base)[0, : len(expected)],
+    )
     assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
     assert np.abs(got - plain).max() > 0.1
     if name != "tied-embedding":
         convert(tmp_path / "peft", tmp_path / "mlx", to="mlx")
-        there, back = (load_file(f / "adapters.safetensors") for f in (mlx_golden.FOLDER / name, tmp_path / "mlx"))
-        assert {k: a.tobytes() for k, a in back.items()} == {k: a.tobytes() for k, a in there.items()}
-        keys = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["lora_parameters"]["keys"]
+        there, back = (
+            load_file(f / "adapters.safetensors")
+            for f in (mlx_golden.FOLDER / name, tmp_path / "mlx")
+        )
+        assert {k: a.tobytes() for k, a in back.items()} == {
+            k: a.tobytes() for k, a in there.items()
+        }
+        keys = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())[
+            "lora_parameters"
+        ]["keys"]
         assert ("lm_head" in keys) == (name == "head")
 
 
 def test_an_embedding_may_mean_another_thing_to_mlx(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"DoRA of model\.embed_tokens has a length for each token"):
+    with pytest.raises(
+        ConfigError, match=r"DoRA of model\.embed_tokens has a length for each token"
+    ):
         convert(mlx_golden.FOLDER / "dora-embedding", tmp_path / "peft", to="peft")
-    with pytest.raises(ConfigError, match=r"model\.wte: GPT-2's embeddings are adapted there with the head"):
+    with pytest.raises(
+        ConfigError, match=r"model\.wte: GPT-2's embeddings are adapted there with the head"
+    ):
         convert(mlx_golden.FOLDER / "gpt2-embedding", tmp_path / "peft", to="peft")
     config = LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
-    get_peft_model(CausalLM(replace(SMALLER, tie_word_embeddings=True)), config).save_pretrained(tmp_path / "peft")
+    get_peft_model(CausalLM(replace(SMALLER, tie_word_embeddings=True)), config).save_pretrained(
+        tmp_path / "peft"
+    )
     with pytest.raises(ConfigError, match="on linear layers, and nothing else"):
         convert(tmp_path / "peft", tmp_path / "mlx", to="mlx")
     assert [p.name for p in tmp_path.iterdir()] == ["peft"]
@@ -614,7 +760,10 @@ def mlx(folder: Path, a: np.ndarray, b: np.ndarray, **parameters: Any) -> Path:
     fields = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": given}
     write_json(folder / "adapter_config.json", fields)
     path = "model.layers.0.self_attn.q_proj"
-    save_file(folder / "adapters.safetensors", {f"{path}.lora_a": np.float32(a), f"{path}.lora_b": np.float32(b)})
+    save_file(
+        folder / "adapters.safetensors",
+        {f"{path}.lora_a": np.float32(a), f"{path}.lora_b": np.float32(b)},
+    )
     return folder
 
 
@@ -637,7 +786,11 @@ def test_a_square_factor_is_turned_all_the_same(tmp_path: Path) -> None:
     ],
 )
 def test_factors_that_lie_the_wrong_way_are_refused(
-    a: tuple[int, int], b: tuple[int, int], parameters: dict[str, Any], kind: type[MiniloraError], tmp_path: Path
+    a: tuple[int, int],
+    b: tuple[int, int],
+    parameters: dict[str, Any],
+    kind: type[MiniloraError],
+    tmp_path: Path,
 ) -> None:
     source = mlx(tmp_path / "mlx", np.ones(a), np.ones(b), **parameters)
     with pytest.raises(kind):
@@ -645,7 +798,9 @@ def test_factors_that_lie_the_wrong_way_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["llama--patterns", "llama--save_head", "llama--adalora", "gpt2--lora_wte"])
+@pytest.mark.parametrize(
+    "name", ["llama--patterns", "llama--save_head", "llama--adalora", "gpt2--lora_wte"]
+)
 def test_what_mlx_cannot_say_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="mlx-lm has"):
         convert(GOLDEN / name, tmp_path / "out", to="mlx")

@@ -17,7 +17,9 @@ from minilora.tools.merging import merge
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 GOLDEN = Path(__file__).parent / "golden"
-ADAPTERS = sorted(p.name for p in GOLDEN.iterdir() if (p / "adapter_config.json").exists() and "wte" not in p.name)
+ADAPTERS = sorted(
+    p.name for p in GOLDEN.iterdir() if (p / "adapter_config.json").exists() and "wte" not in p.name
+)
 IDS = np.arange(11)[None]
 
 
@@ -43,14 +45,19 @@ def test_peft_merges_into_the_same_files(name: str, tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(model, GOLDEN / name).double().merge_and_unload()
     theirs.save_pretrained(tmp_path / "theirs")
     merge(of(name), [GOLDEN / name], tmp_path / "ours")
-    ours, expected = load_file(tmp_path / "ours/model.safetensors"), load_file(tmp_path / "theirs/model.safetensors")
+    ours, expected = (
+        load_file(tmp_path / "ours/model.safetensors"),
+        load_file(tmp_path / "theirs/model.safetensors"),
+    )
     assert set(ours) == set(expected)
     for key, array in expected.items():
         assert close(ours[key], array, 1e-6)
 
 
 @pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "q_proj"]])
-def test_peft_merges_dora_on_an_embedding_into_the_same_files(targets: list[str], tmp_path: Path) -> None:
+def test_peft_merges_dora_on_an_embedding_into_the_same_files(
+    targets: list[str], tmp_path: Path
+) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(of("llama"), dtype=torch.float64)
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, use_dora=True)
     made = peft.get_peft_model(model, config).double()
@@ -62,7 +69,11 @@ def test_peft_merges_dora_on_an_embedding_into_the_same_files(targets: list[str]
     assert set(ours) == set(expected)
     for key, array in expected.items():
         assert close(ours[key], array, 1e-6)
-    changed = [key for key, W in load_file(of("llama") / "model.safetensors").items() if not close(ours[key], W, 1e-3)]
+    changed = [
+        key
+        for key, W in load_file(of("llama") / "model.safetensors").items()
+        if not close(ours[key], W, 1e-3)
+    ]
     assert {key.split(".")[-2] for key in changed} == {*targets}
 
 
@@ -80,11 +91,17 @@ def test_biases_of_a_module_that_is_saved_whole_are_in_a_file_again(
     base: str, target: str, saved: str, bias: str, tmp_path: Path
 ) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / base, dtype=torch.float64)
-    config = peft.LoraConfig(r=2, target_modules=[target], modules_to_save=[saved], bias=bias, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=2, target_modules=[target], modules_to_save=[saved], bias=bias, task_type="CAUSAL_LM"
+    )
     made = peft.get_peft_model(model, config)
     randomise(p for p in made.parameters() if p.requires_grad)
     made.save_pretrained(tmp_path / "adapter")
-    again = [key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if ".original_module." in key]
+    again = [
+        key
+        for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        if ".original_module." in key
+    ]
     assert bool(again) == (bias == "all")
     made.merge_and_unload().save_pretrained(tmp_path / "theirs")
     merge(GOLDEN / base, [tmp_path / "adapter"], tmp_path / "ours")
@@ -94,7 +111,9 @@ def test_biases_of_a_module_that_is_saved_whole_are_in_a_file_again(
         assert close(ours[key], array, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama--lora", "llama--adalora", "llama--dora", "llama--patterns", "gpt2--lora"])
+@pytest.mark.parametrize(
+    "name", ["llama--lora", "llama--adalora", "llama--dora", "llama--patterns", "gpt2--lora"]
+)
 def test_a_resized_adapter_loads_in_peft(name: str, tmp_path: Path) -> None:
     resize(GOLDEN / name, 8, tmp_path / "out")
     assert close(logits(of(name), tmp_path / "out"), logits(of(name), GOLDEN / name), 1e-5)
@@ -107,7 +126,9 @@ def test_an_extracted_adapter_loads_in_peft(name: str, tmp_path: Path) -> None:
     assert close(logits(of(name), tmp_path / "out"), logits(tmp_path / "tuned"), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama--lora", "llama--dora", "llama--rslora_all", "mistral--lora"])
+@pytest.mark.parametrize(
+    "name", ["llama--lora", "llama--dora", "llama--rslora_all", "mistral--lora"]
+)
 def test_a_converted_adapter_loads_in_peft(name: str, tmp_path: Path) -> None:
     convert(GOLDEN / name, tmp_path / "mlx", to="mlx")
     convert(tmp_path / "mlx", tmp_path / "peft", to="peft")

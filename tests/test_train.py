@@ -57,12 +57,16 @@ CONFIG = TransformerConfig(
     max_position_embeddings=16,
 )
 GOLDEN = Path(__file__).parent / "golden"
-TEXT = np.random.default_rng(0).integers(0, 4, 400).cumsum().astype(np.int32) % 16  # each token is near the one before
+TEXT = (
+    np.random.default_rng(0).integers(0, 4, 400).cumsum().astype(np.int32) % 16
+)  # each token is near the one before
 HELD_OUT = TEXT[:60]
 TEXTS = {"up": TEXT, "down": 15 - TEXT[:90]}
 HELD_OUT_OF_TASKS = {task: ids[:60] for task, ids in TEXTS.items()}
 PROC = Path("/proc/self/fd").exists()
-SHORT = Settings(steps=6, batch_size=4, context=8, lr=1e-2, warmup=2, weight_decay=0.1, threads=1, shard=2)
+SHORT = Settings(
+    steps=6, batch_size=4, context=8, lr=1e-2, warmup=2, weight_decay=0.1, threads=1, shard=2
+)
 
 
 def full(seed=1):
@@ -75,14 +79,18 @@ def lora(seed=1, dropout=0.1, r=2, alpha=4, base=1):
 
 
 def with_head(seed=1):
-    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], rank_pattern={"q_proj": 3})
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], rank_pattern={"q_proj": 3}
+    )
     return get_peft_model(full(), config, seed=seed)
 
 
 def with_tasks(seed=1, **tasks):
     config = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", lora_dropout=0.1)
     base = CausalLM(CONFIG, seed=1)
-    return get_multitask_model(base, dict.fromkeys(tasks or TEXTS, config), shared=config, seed=seed)
+    return get_multitask_model(
+        base, dict.fromkeys(tasks or TEXTS, config), shared=config, seed=seed
+    )
 
 
 def weights(model):
@@ -125,7 +133,9 @@ def test_the_table_has_every_setting():
     assert set(BAD) == {f.name for f in dataclasses.fields(Settings)}
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values]
+)
 def test_a_bad_setting_is_named(name, value):
     with pytest.raises(ConfigError, match=rf"^{name} must be .*got "):
         Settings(**{name: value})
@@ -160,8 +170,14 @@ def test_a_fresh_model_starts_at_the_uniform_loss_and_training_lowers_it(tmp_pat
 
 @pytest.mark.parametrize("adapt", [False, True], ids=["full", "lora"])
 def test_one_batch_is_learned_by_heart(adapt, tmp_path):
-    model = CausalLM(dataclasses.replace(CONFIG, initializer_range=1.0))  # a frozen head needs some size to be sure
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")) if adapt else model
+    model = CausalLM(
+        dataclasses.replace(CONFIG, initializer_range=1.0)
+    )  # a frozen head needs some size to be sure
+    model = (
+        get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear"))
+        if adapt
+        else model
+    )
     settings = Settings(steps=300, batch_size=1, context=8, lr=3e-2, warmup=5, threads=1)
     result = train(model, np.arange(9) * 7 % 16, settings, tmp_path)
     assert min(result.losses) < 0.01
@@ -207,10 +223,15 @@ def test_evaluate_is_the_mean_over_every_token_but_the_first():
     for start in range(0, len(tokens) - 1, context):
         window = tokens[start : start + context + 1]
         logits = model(window[None, :-1]).numpy()[0]  # (T, V)
-        total += sum(np.logaddexp.reduce(row) - row[target] for row, target in zip(logits, window[1:], strict=True))
+        total += sum(
+            np.logaddexp.reduce(row) - row[target]
+            for row, target in zip(logits, window[1:], strict=True)
+        )
     expected = total / (len(tokens) - 1)
     for threads in (1, 2, 4):
-        assert evaluate(model, tokens, context, threads=threads) == pytest.approx(expected, rel=1e-12)
+        assert evaluate(model, tokens, context, threads=threads) == pytest.approx(
+            expected, rel=1e-12
+        )
     assert bits_per_byte(math.log(2)) == 1
     assert bits_per_byte(math.log(2) * 6, 3.0) == pytest.approx(2, rel=1e-15)
 
@@ -231,7 +252,9 @@ def test_evaluate_on_some_windows_only():
     model = full(3)
     first = evaluate(model, HELD_OUT[:9], 8, threads=1)
     assert evaluate(model, HELD_OUT, 8, limit=1, threads=1) == first
-    assert evaluate(model, HELD_OUT, 8, limit=10**9, threads=1) == evaluate(model, HELD_OUT, 8, threads=1)
+    assert evaluate(model, HELD_OUT, 8, limit=10**9, threads=1) == evaluate(
+        model, HELD_OUT, 8, threads=1
+    )
     for bad in ({"limit": 0}, {"context": 0}):
         with pytest.raises(ConfigError):
             evaluate(model, HELD_OUT, **{"context": 8, "threads": 1, **bad})
@@ -243,10 +266,14 @@ def test_the_logs_hold_one_line_a_step_and_one_an_evaluation(tmp_path):
     settings = dataclasses.replace(SHORT, eval_every=4, accumulate=2)
     result = train(full(), TEXT, settings, tmp_path, held_out=HELD_OUT, bytes_per_token=2.0)
     log = lines(tmp_path / "log.jsonl")
-    assert [list(line) for line in log] == [["step", "loss", "lr", "grad_norm", "tokens", "seconds"]] * 6
+    assert [list(line) for line in log] == [
+        ["step", "loss", "lr", "grad_norm", "tokens", "seconds"]
+    ] * 6
     assert [line["step"] for line in log] == list(range(6))
     assert [line["loss"] for line in log] == result.losses
-    assert [line["lr"] for line in log] == [1e-2 * warmup_cosine(step, 6, 2, 0.1) for step in range(6)]
+    assert [line["lr"] for line in log] == [
+        1e-2 * warmup_cosine(step, 6, 2, 0.1) for step in range(6)
+    ]
     assert {line["tokens"] for line in log} == {2 * 4 * 8}
     assert all(line["grad_norm"] > 0 and line["seconds"] > 0 for line in log)
     held = lines(tmp_path / "eval.jsonl")
@@ -274,7 +301,9 @@ def test_the_number_of_threads_changes_no_bit(make, tmp_path):
         out.mkdir()
         settings = dataclasses.replace(SHORT, threads=threads, eval_every=3)
         result = train(model, TEXT, settings, out, held_out=HELD_OUT)
-        results.append((result.losses, result.evaluations, bits(weights(model)), log_without_time(out)))
+        results.append(
+            (result.losses, result.evaluations, bits(weights(model)), log_without_time(out))
+        )
     assert results[1] == results[0]
     assert results[2] == results[0]
 
@@ -303,7 +332,9 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_resuming_from_every_checkpoint_gives_the_same_bits(name, tmp_path, monkeypatch):
     make, changes = RUNS[name]
-    text, held_out = (TEXTS, HELD_OUT_OF_TASKS) if name.endswith(("tasks", "texts")) else (TEXT, HELD_OUT)
+    text, held_out = (
+        (TEXTS, HELD_OUT_OF_TASKS) if name.endswith(("tasks", "texts")) else (TEXT, HELD_OUT)
+    )
     settings = dataclasses.replace(SHORT, **changes, eval_every=2)
     straight, model = tmp_path / "straight", make()
     straight.mkdir()
@@ -386,13 +417,23 @@ def test_every_setting_either_is_free_or_makes_another_run():
 
 @pytest.mark.parametrize("name", OTHER)
 def test_a_changed_setting_is_named(name, stopped, tmp_path):
-    message = refused(stopped, tmp_path, lora(), TEXT, dataclasses.replace(SHORT, **{name: OTHER[name]}), name)
+    message = refused(
+        stopped, tmp_path, lora(), TEXT, dataclasses.replace(SHORT, **{name: OTHER[name]}), name
+    )
     assert repr(OTHER[name]) in message
     assert repr(getattr(SHORT, name)) in message
 
 
 def test_every_changed_setting_is_named_at_once(stopped, tmp_path):
-    refused(stopped, tmp_path, lora(), TEXT, dataclasses.replace(SHORT, lr=2e-2, seed=5), "lr (", "seed (")
+    refused(
+        stopped,
+        tmp_path,
+        lora(),
+        TEXT,
+        dataclasses.replace(SHORT, lr=2e-2, seed=5),
+        "lr (",
+        "seed (",
+    )
 
 
 @pytest.mark.parametrize(
@@ -510,7 +551,8 @@ def test_a_poisoned_base_stops_the_first_step(value, tmp_path, before_each_step)
 
 @pytest.mark.parametrize("save_every", [None, 2, 3])
 @pytest.mark.parametrize(
-    "trouble", [lambda loss, found: (math.nan, found), lambda loss, found: (math.inf, found), spoil_one]
+    "trouble",
+    [lambda loss, found: (math.nan, found), lambda loss, found: (math.inf, found), spoil_one],
 )
 def test_a_loss_or_a_gradient_that_is_no_number_stops_its_own_step(
     trouble, save_every, tmp_path, before_each_step, monkeypatch
@@ -520,18 +562,26 @@ def test_a_loss_or_a_gradient_that_is_no_number_stops_its_own_step(
     model = full()
     saves = []
     plain = minilora.train.save_checkpoint
-    monkeypatch.setattr(minilora.train, "save_checkpoint", lambda *args: saves.append(args[1]) or plain(*args))
+    monkeypatch.setattr(
+        minilora.train, "save_checkpoint", lambda *args: saves.append(args[1]) or plain(*args)
+    )
     settings = dataclasses.replace(SHORT, save_every=save_every, seed=7)
-    with pytest.raises(NonFiniteError, match=r"step 4.*batch 4 with seed 7.*taken again, the step is finite") as caught:
+    with pytest.raises(
+        NonFiniteError, match=r"step 4.*batch 4 with seed 7.*taken again, the step is finite"
+    ) as caught:
         train(model, TEXT, settings, tmp_path)
     assert len(str(caught.value)) <= 500
     assert len(seen) == 5
     assert bits(weights(model)) == bits(seen[-1])
-    *finite, last = [parse_json(line, "a line") for line in (tmp_path / "log.jsonl").read_bytes().splitlines()]
+    *finite, last = [
+        parse_json(line, "a line") for line in (tmp_path / "log.jsonl").read_bytes().splitlines()
+    ]
     assert [line["step"] for line in [*finite, last]] == [0, 1, 2, 3, 4]
     assert not math.isfinite(float(last["loss"]) + float(last["grad_norm"]))
     assert last.keys() == finite[0].keys() - {"seconds"}
-    assert saves == ([2, 4] if save_every == 2 else [3, 4] if save_every else [4])  # the last good state, once
+    assert saves == (
+        [2, 4] if save_every == 2 else [3, 4] if save_every else [4]
+    )  # the last good state, once
     saved = load_file(tmp_path / "checkpoints" / "step-4" / "model.safetensors")
     assert bits(saved) == bits(weights(model))
     assert all(np.isfinite(a).all() for a in saved.values())
@@ -550,9 +600,13 @@ def test_a_loss_or_a_gradient_that_is_no_number_stops_its_own_step(
 def test_a_huge_learning_rate_ends_at_the_step_that_overflows(tmp_path, before_each_step):
     model = full()
     with pytest.raises(NonFiniteError) as caught:
-        train(model, TEXT, dataclasses.replace(SHORT, lr=1e30, warmup=0, max_grad_norm=1e30), tmp_path)
+        train(
+            model, TEXT, dataclasses.replace(SHORT, lr=1e30, warmup=0, max_grad_norm=1e30), tmp_path
+        )
     last = len(before_each_step[0]) - 1
-    assert re.search(rf"step {last}:.*; first (NaN|infinity): .* \w+\.py:\d+ in ", str(caught.value))
+    assert re.search(
+        rf"step {last}:.*; first (NaN|infinity): .* \w+\.py:\d+ in ", str(caught.value)
+    )
     assert [line["step"] for line in lines(tmp_path / "log.jsonl")] == list(range(last + 1))
     assert bits(weights(model)) == bits(before_each_step[0][-1])
 
@@ -620,7 +674,9 @@ def test_a_divergence_is_told_once(off_it_goes, tmp_path):
 
 def test_a_divergence_stops_the_run_where_that_is_asked_for(off_it_goes, tmp_path):
     settings = dataclasses.replace(SHORT, save_every=2, abort_on_divergence=True)
-    with pytest.raises(DivergenceError, match=r"step 3: the loss, 100, .*the latest checkpoint is .*step-2'") as caught:
+    with pytest.raises(
+        DivergenceError, match=r"step 3: the loss, 100, .*the latest checkpoint is .*step-2'"
+    ) as caught:
         train(lora(), TEXT, settings, tmp_path)
     assert caught.value.exit_code == 5
     assert len(str(caught.value)) <= 500
@@ -633,7 +689,9 @@ def test_a_divergence_stops_the_run_where_that_is_asked_for(off_it_goes, tmp_pat
 def test_a_run_that_learns_is_no_divergence(tmp_path):
     """Ten seeds here; benchmarks/soak.py has a hundred runs."""
     for seed in range(10):
-        settings = Settings(steps=150, batch_size=2, context=8, lr=3e-2, warmup=5, seed=seed, threads=1)
+        settings = Settings(
+            steps=150, batch_size=2, context=8, lr=3e-2, warmup=5, seed=seed, threads=1
+        )
         settings = dataclasses.replace(settings, abort_on_divergence=True)
         assert len(train(full(seed), TEXT, settings, tmp_path / str(seed)).losses) == 150
 
@@ -740,7 +798,9 @@ def test_a_signal_that_ends_an_evaluation_alone_gives_no_number():
     assert math.isnan(evaluate(full(), TEXT, 8, threads=1, stopped=[signal.SIGINT]))
 
 
-def test_a_resumed_run_that_is_stopped_at_once_has_nothing_new_to_save(tmp_path, signal_in_evaluation):
+def test_a_resumed_run_that_is_stopped_at_once_has_nothing_new_to_save(
+    tmp_path, signal_in_evaluation
+):
     settings = dataclasses.replace(SHORT, eval_every=4, save_every=2)
     train(lora(), TEXT, settings, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "step-6")
@@ -800,7 +860,9 @@ def test_a_second_signal_stops_at_once(tmp_path, signal_at):
 
 def test_training_in_another_thread_leaves_signals_alone(tmp_path):
     found = []
-    thread = threading.Thread(target=lambda: found.append(train(lora(), TEXT, SHORT, tmp_path).losses))
+    thread = threading.Thread(
+        target=lambda: found.append(train(lora(), TEXT, SHORT, tmp_path).losses)
+    )
     thread.start()
     thread.join()
     (tmp_path / "here").mkdir()
@@ -825,14 +887,28 @@ sys.exit(main(sys.argv[2:]))
 def test_a_killed_command_goes_on_where_it_was(number, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_bytes(bytes(range(97, 123)) * 40)
-    options = {"steps": 6, "batch-size": 4, "context": 8, "threads": 2, "hidden-size": 16, "intermediate-size": 16}
+    options = {
+        "steps": 6,
+        "batch-size": 4,
+        "context": 8,
+        "threads": 2,
+        "hidden-size": 16,
+        "intermediate-size": 16,
+    }
     options |= {"num-hidden-layers": 1, "num-attention-heads": 2}
-    arguments = ["pretrain", "--data", "book.txt", *(f"--{name}={value}" for name, value in options.items())]
+    arguments = [
+        "pretrain",
+        "--data",
+        "book.txt",
+        *(f"--{name}={value}" for name, value in options.items()),
+    ]
     command = [sys.executable, "-c", KILLED, str(int(number)), *arguments, "--out", "killed"]
     killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == code, killed.stderr
     assert "Traceback" not in killed.stderr
-    assert killed.stderr.splitlines()[-1].startswith(f"minilora: interrupted: {number.name}: stopped after 4 steps")
+    assert killed.stderr.splitlines()[-1].startswith(
+        f"minilora: interrupted: {number.name}: stopped after 4 steps"
+    )
     assert [p.name for p in Path("killed/checkpoints").iterdir()] == ["step-4"]
 
     from minilora.cli import main
@@ -861,7 +937,9 @@ def test_every_active_adapter_goes_on_where_it_was(names, tmp_path):
     for name in names:
         expected = straight.state_dict(name)
         got = resumed.state_dict(name)
-        assert {k: v.tobytes() for k, v in got.items()} == {k: v.tobytes() for k, v in expected.items()}
+        assert {k: v.tobytes() for k, v in got.items()} == {
+            k: v.tobytes() for k, v in expected.items()
+        }
 
 
 def test_every_task_is_measured_by_itself_and_has_the_same_weight(tmp_path):
@@ -897,7 +975,9 @@ def test_a_run_whose_tasks_run_other_adapters_is_another_run(tmp_path):
 def test_what_nothing_would_save_does_not_train(tmp_path):
     model = lora()
     model.get_base_model().model.norm.weight.requires_grad = True
-    with pytest.raises(ConfigError, match=r"model\.norm\.weight would train, but belongs to no active adapter"):
+    with pytest.raises(
+        ConfigError, match=r"model\.norm\.weight would train, but belongs to no active adapter"
+    ):
         train(model, TEXT, SHORT, tmp_path)
 
 
@@ -912,8 +992,14 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
     def step(self, sharded):
         if self.done == 2:
             with ThreadPoolExecutor(1) as other:
-                seen.append(other.submit(pytest.raises, LockError, train, full(), TEXT, settings, tmp_path).result())
-                assert other.submit(find_checkpoint, "auto", tmp_path).result()[0].is_dir()  # readers may
+                seen.append(
+                    other.submit(
+                        pytest.raises, LockError, train, full(), TEXT, settings, tmp_path
+                    ).result()
+                )
+                assert (
+                    other.submit(find_checkpoint, "auto", tmp_path).result()[0].is_dir()
+                )  # readers may
         assert (tmp_path / LOCK).exists()
         return plain(self, sharded)
 
@@ -956,7 +1042,11 @@ def full_run(model, out, save_at=None, fault=None):
                 if fault:
                     with Disk(*fault), contextlib.suppress(OSError):
                         run.save()
-                assert (bits(weights(model)), repr(run.optimizer.state_dict()), run.losses) == before
+                assert (
+                    bits(weights(model)),
+                    repr(run.optimizer.state_dict()),
+                    run.losses,
+                ) == before
                 with contextlib.nullcontext() if not fault else Disk():
                     run.save()
                 assert find_checkpoint("auto", out)[1]["step"] == save_at
@@ -964,16 +1054,24 @@ def full_run(model, out, save_at=None, fault=None):
     return run.losses, model
 
 
-def test_the_logs_are_on_the_disk_before_a_checkpoint_says_that_their_steps_were_taken(tmp_path, monkeypatch):
+def test_the_logs_are_on_the_disk_before_a_checkpoint_says_that_their_steps_were_taken(
+    tmp_path, monkeypatch
+):
     order, save, sync = [], minilora.train.save_checkpoint, minilora.runs.Log.sync
-    monkeypatch.setattr(minilora.train, "save_checkpoint", lambda *args: order.append("save") or save(*args))
+    monkeypatch.setattr(
+        minilora.train, "save_checkpoint", lambda *args: order.append("save") or save(*args)
+    )
     monkeypatch.setattr(minilora.runs.Log, "sync", lambda log: order.append("sync") or sync(log))
     train(full(), TEXT, dataclasses.replace(SHORT, save_every=3), tmp_path)
     assert order == ["sync", "sync", "save"] * 2
 
 
 def test_no_room_is_known_before_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(minilora.runs.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, needed))
+    monkeypatch.setattr(
+        minilora.runs.shutil,
+        "disk_usage",
+        lambda path: shutil._ntuple_diskusage(10**9, 10**9, needed),
+    )
     size = sum(p.size for p in full().parameters()) * 4
     for save_every, needed in ((None, size - 1), (2, 3 * size - 1)):
         settings = dataclasses.replace(SHORT, save_every=save_every)
@@ -999,7 +1097,9 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
     bar = functools.partial(tqdm.tqdm, disable=False, file=io.StringIO())
     train(lora(), TEXT, SHORT, tmp_path / "straight")
     monkeypatch.setattr(time, "time", lambda: next(ticks))
-    monkeypatch.setattr(minilora.train, "tqdm", lambda **options: bar(**{**options, "disable": False}))
+    monkeypatch.setattr(
+        minilora.train, "tqdm", lambda **options: bar(**{**options, "disable": False})
+    )
     settings = dataclasses.replace(SHORT, save_every=2)
     train(lora(), TEXT, settings, tmp_path / "out")
     for p in (tmp_path / "out" / "checkpoints").rglob("*"):
@@ -1030,10 +1130,19 @@ print(hashlib.sha256(repr((result.losses, bits(weights(model)))).encode()).hexdi
 def test_threads_and_hash_seeds_of_other_processes_change_no_bit(tmp_path):
     processes = []
     for threads, seed in ((1, "0"), (2, "1"), (4, "random"), (1, "random")):
-        command = [sys.executable, "-c", SEEDED, str(Path(__file__).parent), str(threads), str(tmp_path / seed / "a")]
+        command = [
+            sys.executable,
+            "-c",
+            SEEDED,
+            str(Path(__file__).parent),
+            str(threads),
+            str(tmp_path / seed / "a"),
+        ]
         command[-1] += str(threads)
         environment = {**os.environ, "PYTHONHASHSEED": seed, "OPENBLAS_NUM_THREADS": str(threads)}
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+        processes.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        )
     sums = {process.communicate()[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0, 0]
     assert len(sums) == 1
@@ -1047,7 +1156,11 @@ ADAPTERS = {
     "dora": {"target_modules": "all-linear", "use_dora": True},
     "with biases": {"target_modules": "all-linear", "bias": "all"},
     "a saved head": {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
-    "patterns": {"target_modules": "all-linear", "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 1}},
+    "patterns": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"q_proj": 5},
+        "alpha_pattern": {"v_proj": 1},
+    },
 }
 
 
@@ -1064,12 +1177,19 @@ def test_no_kind_of_adapter_changes_a_bit_of_what_it_does_not_train(name, tmp_pa
     assert bits(weights(model)) == bits(after)
 
 
-@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "q and v"])  # two maps of one layer are too few
+@pytest.mark.parametrize(
+    "name", [name for name in ADAPTERS if name != "q and v"]
+)  # two maps of one layer are too few
 def test_every_kind_of_adapter_learns_a_batch_by_heart(name, tmp_path):
-    model = CausalLM(dataclasses.replace(CONFIG, initializer_range=1.0))  # a frozen head needs some size to be sure
+    model = CausalLM(
+        dataclasses.replace(CONFIG, initializer_range=1.0)
+    )  # a frozen head needs some size to be sure
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, **ADAPTERS[name]))
     result = train(
-        model, np.arange(9) * 7 % 16, Settings(steps=600, batch_size=1, context=8, lr=3e-2, threads=1), tmp_path
+        model,
+        np.arange(9) * 7 % 16,
+        Settings(steps=600, batch_size=1, context=8, lr=3e-2, threads=1),
+        tmp_path,
     )
     assert min(result.losses) < 0.01
 
@@ -1081,7 +1201,12 @@ def test_memory_does_not_grow_with_the_steps(tmp_path):
     def step(self, sharded):
         if self.done in (100, 300):
             gc.collect()
-            seen.append((tracemalloc.get_traced_memory()[0], len(os.listdir("/proc/self/fd")) if PROC else 0))
+            seen.append(
+                (
+                    tracemalloc.get_traced_memory()[0],
+                    len(os.listdir("/proc/self/fd")) if PROC else 0,
+                )
+            )
         return plain(self, sharded)
 
     settings = dataclasses.replace(SHORT, steps=301, eval_every=50, save_every=50)

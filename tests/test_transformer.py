@@ -16,7 +16,13 @@ from operations import rotary_tables
 from shapes import LLAMA3, ROPES, bits, configs, randomised, shape
 
 from minilora import functional as F
-from minilora.architecture import DIALECTS, MODEL_TYPES, RotaryTable, TransformerConfig, rotary_frequencies
+from minilora.architecture import (
+    DIALECTS,
+    MODEL_TYPES,
+    RotaryTable,
+    TransformerConfig,
+    rotary_frequencies,
+)
 from minilora.autograd import Tensor, no_grad
 from minilora.errors import ConfigError, DataError, FormatError, GraphError
 from minilora.formats import load_file, save_file
@@ -42,7 +48,13 @@ def tiny(**changes: Any) -> TransformerConfig:
 
 NOT_A_SIZE = [0, -1, True, 1.0, 2**31, 10**30, math.nan, math.inf, "4", None, [4]]
 NOT_POSITIVE = [0, -1e-6, True, math.nan, math.inf, 10**400, "1", None]
-SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+SIZES = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+]
 BAD: dict[str, list[Any]] = {
     **dict.fromkeys([*SIZES, "max_position_embeddings"], NOT_A_SIZE),
     "num_key_value_heads": [bad for bad in NOT_A_SIZE if bad is not None] + [3],
@@ -60,7 +72,9 @@ BAD: dict[str, list[Any]] = {
     "factor": [{**LLAMA3, "factor": bad} for bad in NOT_POSITIVE] + [{"rope_type": "linear"}],
     "low_freq_factor": [{**LLAMA3, "low_freq_factor": bad} for bad in NOT_POSITIVE],
     "high_freq_factor": [{**LLAMA3, "high_freq_factor": bad} for bad in [*NOT_POSITIVE, 1.0]],
-    "original_max_position_embeddings": [{**LLAMA3, "original_max_position_embeddings": bad} for bad in NOT_POSITIVE],
+    "original_max_position_embeddings": [
+        {**LLAMA3, "original_max_position_embeddings": bad} for bad in NOT_POSITIVE
+    ],
 }
 ROPE_FIELDS = ["rope_theta", "rope_type", "factor", "low_freq_factor", "high_freq_factor"]
 ROPE_FIELDS += ["original_max_position_embeddings"]
@@ -76,7 +90,9 @@ def test_a_bad_value_is_refused_by_name(field: str, value: Any) -> None:
 
 
 def test_sizes_that_do_not_fit_each_other_are_refused() -> None:
-    with pytest.raises(ConfigError, match="hidden_size must be a multiple of num_attention_heads = 3"):
+    with pytest.raises(
+        ConfigError, match="hidden_size must be a multiple of num_attention_heads = 3"
+    ):
         tiny(num_attention_heads=3, head_dim=None)
     with pytest.raises(ConfigError, match="divisor of num_attention_heads = 2"):
         tiny(num_key_value_heads=4)
@@ -99,15 +115,29 @@ REQUIRED = {name: getattr(TINY, name) for name in SIZES} | {"model_type": "llama
     [
         ({}, {"rope_type": "default", "rope_theta": 10000.0}),
         ({"rope_theta": 500}, {"rope_type": "default", "rope_theta": 500}),
-        ({"rope_theta": 500.0, "rope_scaling": None}, {"rope_type": "default", "rope_theta": 500.0}),
+        (
+            {"rope_theta": 500.0, "rope_scaling": None},
+            {"rope_type": "default", "rope_theta": 500.0},
+        ),
         ({"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.5}}, ROPES["linear"]),
-        ({"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 2.5}}, ROPES["linear"]),
-        ({"rope_theta": 1000.0, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}, LLAMA3),
+        (
+            {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 2.5}},
+            ROPES["linear"],
+        ),
+        (
+            {
+                "rope_theta": 1000.0,
+                "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"},
+            },
+            LLAMA3,
+        ),
         ({"rope_parameters": LLAMA3}, LLAMA3),
         ({"rope_parameters": LLAMA3, "rope_theta": 7.0}, LLAMA3),
     ],
 )
-def test_both_generations_of_config_json_mean_the_same(written: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_both_generations_of_config_json_mean_the_same(
+    written: dict[str, Any], expected: dict[str, Any]
+) -> None:
     config = TransformerConfig.from_dict(REQUIRED | written)
     assert config.rope_parameters == expected
     assert not {"rope_theta", "rope_scaling", "rope_parameters"} & set(config.extra)
@@ -120,8 +150,15 @@ def test_dtype_has_one_name_when_written() -> None:
         assert "torch_dtype" not in written
 
 
-@given(configs(), st.dictionaries(st.sampled_from(["bos_token_id", "use_cache", "a_name"]), st.integers() | st.text()))
-def test_a_configuration_survives_its_file(config: TransformerConfig, extra: dict[str, Any]) -> None:
+@given(
+    configs(),
+    st.dictionaries(
+        st.sampled_from(["bos_token_id", "use_cache", "a_name"]), st.integers() | st.text()
+    ),
+)
+def test_a_configuration_survives_its_file(
+    config: TransformerConfig, extra: dict[str, Any]
+) -> None:
     config = dataclasses.replace(config, extra=extra)
     written = json.loads(json.dumps(config.to_dict()))
     again = TransformerConfig.from_dict(written)
@@ -138,7 +175,11 @@ def test_a_config_json_that_is_no_model_s() -> None:
     for kind in ({"model_type": "mamba"}, {"model_type": None}):
         with pytest.raises(ConfigError, match="model_type must be one of llama"):
             TransformerConfig.from_dict(REQUIRED | kind)
-    for bad in ({"rope_scaling": "linear"}, {"rope_parameters": 5}, {"rope_scaling": [["type", "linear"]]}):
+    for bad in (
+        {"rope_scaling": "linear"},
+        {"rope_parameters": 5},
+        {"rope_scaling": [["type", "linear"]]},
+    ):
         with pytest.raises(ConfigError, match="must be an object"):
             TransformerConfig.from_dict(REQUIRED | bad)
 
@@ -146,8 +187,14 @@ def test_a_config_json_that_is_no_model_s() -> None:
 # ---- rotary positions ----
 
 
-@given(st.sampled_from([2, 4, 16, 64]), st.sampled_from([100.0, 1e4, 5e5]), st.sampled_from([2.0, 8.0, 32.0]))
-def test_rotary_frequencies_against_a_scalar_derivation(dim: int, theta: float, factor: float) -> None:
+@given(
+    st.sampled_from([2, 4, 16, 64]),
+    st.sampled_from([100.0, 1e4, 5e5]),
+    st.sampled_from([2.0, 8.0, 32.0]),
+)
+def test_rotary_frequencies_against_a_scalar_derivation(
+    dim: int, theta: float, factor: float
+) -> None:
     low, high, old = 1.0, 4.0, 256
 
     def derived(i: int, kind: str) -> float:
@@ -186,16 +233,27 @@ def test_the_rotary_table_is_rounded_once_and_grows() -> None:
         for dtype in ("float32", "float64"):
             found = table(start, stop, Tensor(np.zeros(1, dtype)))
             scale = config.head_dim**-0.5
-            expected = rotary_tables(angle[start:stop], config.num_attention_heads, config.kv_heads, scale)
-            assert all(np.array_equal(a, b.astype(dtype)) for a, b in zip(found, expected, strict=True))
+            expected = rotary_tables(
+                angle[start:stop], config.num_attention_heads, config.kv_heads, scale
+            )
+            assert all(
+                np.array_equal(a, b.astype(dtype)) for a, b in zip(found, expected, strict=True)
+            )
 
 
 # ---- the model ----
 
 
 def test_parameter_names_are_those_of_the_ecosystem() -> None:
-    names = [n for n, _ in CausalLM(tiny(attention_bias=True, mlp_bias=True, num_hidden_layers=1)).named_parameters()]
-    linear = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    names = [
+        n
+        for n, _ in CausalLM(
+            tiny(attention_bias=True, mlp_bias=True, num_hidden_layers=1)
+        ).named_parameters()
+    ]
+    linear = [f"self_attn.{p}_proj" for p in "qkvo"] + [
+        f"mlp.{p}_proj" for p in ("gate", "up", "down")
+    ]
     layer = [f"{name}.{tensor}" for name in linear for tensor in ("weight", "bias")]
     layer += ["input_layernorm.weight", "post_attention_layernorm.weight"]
     whole = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
@@ -218,14 +276,18 @@ def test_a_seed_means_one_model_in_every_dtype() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_an_untrained_model_knows_nothing(seed: int) -> None:
-    config = TransformerConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    config = TransformerConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2
+    )
     ids = np.random.default_rng(seed).integers(0, 300, (4, 65))
     loss = F.cross_entropy(CausalLM(config, seed=seed)(ids[:, :-1]), ids[:, 1:])
     assert loss.item() == pytest.approx(math.log(300), abs=0.1)
 
 
 @given(configs(), st.integers(0, 9), st.data())
-def test_a_token_never_changes_what_came_before_it(config: TransformerConfig, seed: int, data: st.DataObject) -> None:
+def test_a_token_never_changes_what_came_before_it(
+    config: TransformerConfig, seed: int, data: st.DataObject
+) -> None:
     model, rng = randomised(config, seed=seed), np.random.default_rng(seed)
     ids = rng.integers(0, config.vocab_size, (2, 9))
     at = data.draw(st.integers(0, 8))
@@ -237,10 +299,18 @@ def test_a_token_never_changes_what_came_before_it(config: TransformerConfig, se
 
 
 @given(configs(), st.integers(0, 9), st.data())
-def test_a_window_hides_what_is_older(config: TransformerConfig, seed: int, data: st.DataObject) -> None:
+def test_a_window_hides_what_is_older(
+    config: TransformerConfig, seed: int, data: st.DataObject
+) -> None:
     """A layer carries a token's trace no further than its window: after all of them it ends somewhere, bit for bit."""
-    model, ids = randomised(config, seed=seed), np.random.default_rng(seed).integers(0, config.vocab_size, (2, 12))
-    at, windows = data.draw(st.integers(0, 3)), [config.window(i) for i in range(config.num_hidden_layers)]
+    model, ids = (
+        randomised(config, seed=seed),
+        np.random.default_rng(seed).integers(0, config.vocab_size, (2, 12)),
+    )
+    at, windows = (
+        data.draw(st.integers(0, 3)),
+        [config.window(i) for i in range(config.num_hidden_layers)],
+    )
     reach = at + sum(12 if window is None else window - 1 for window in windows)
     changed = ids.copy()
     changed[:, at] = (changed[:, at] + 1) % config.vocab_size
@@ -259,7 +329,9 @@ def test_a_cache_changes_nothing_but_rounding(config: TransformerConfig, parts: 
             got.append(model(piece, cache).data)
     assert cache.length == sum(parts)
     expected = model(ids).data[:, np.cumsum(parts) - 1]  # the last position of each piece
-    assert np.abs(np.concatenate(got, axis=1) - expected).max() <= 1e-12 * max(1, np.abs(expected).max())
+    assert np.abs(np.concatenate(got, axis=1) - expected).max() <= 1e-12 * max(
+        1, np.abs(expected).max()
+    )
 
 
 GRADCHECKS = {
@@ -274,7 +346,12 @@ GRADCHECKS = {
 def test_the_gradient_of_the_whole_model(config: TransformerConfig) -> None:
     model = randomised(config)
     ids = np.random.default_rng(2).integers(0, config.vocab_size, (2, 6))
-    places = [(m, n) for _, m in model.named_modules() for n, p in vars(m).items() if isinstance(p, Tensor)]
+    places = [
+        (m, n)
+        for _, m in model.named_modules()
+        for n, p in vars(m).items()
+        if isinstance(p, Tensor)
+    ]
     names = {id(p): n for n, p in model.named_parameters()}
     keys = [names[id(getattr(m, n))] for m, n in places]  # a tied one has two places and one key
 
@@ -335,7 +412,9 @@ def test_a_saved_model_comes_back_bit_for_bit(
     assert bits(again) == bits(model)
     assert again.config.to_dict(dtype) == model.config.to_dict(dtype)
     assert not again.training
-    assert (again.lm_head.weight is again.get_input_embeddings().weight) == config.tie_word_embeddings
+    assert (
+        again.lm_head.weight is again.get_input_embeddings().weight
+    ) == config.tie_word_embeddings
     ids = np.arange(6).reshape(2, 3) % config.vocab_size
     assert np.array_equal(again(ids).data, model(ids).data)
 
@@ -373,7 +452,9 @@ def test_a_tied_head_may_be_stored_but_must_be_the_embedding(tmp_path: Path) -> 
     save_file(file, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()})
     assert bits(CausalLM.from_pretrained(tmp_path)) == bits(model)
     save_file(file, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
-    with pytest.raises(FormatError, match=r"tie_word_embeddings is true, but lm_head\.weight differs"):
+    with pytest.raises(
+        FormatError, match=r"tie_word_embeddings is true, but lm_head\.weight differs"
+    ):
         CausalLM.from_pretrained(tmp_path)
 
 
@@ -391,8 +472,12 @@ def test_the_parameter_count_is_a_formula(config: TransformerConfig) -> None:
     assert config.parameter_count() == sum(p.size for p in CausalLM(config).parameters())
 
 
-def test_a_configuration_far_larger_than_its_file_is_refused_before_memory_is_asked_for(tmp_path: Path) -> None:
-    CausalLM(TransformerConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1)).save_pretrained(tmp_path)
+def test_a_configuration_far_larger_than_its_file_is_refused_before_memory_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    CausalLM(
+        TransformerConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    ).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"intermediate_size": 2**31 - 1, "vocab_size": 2**31 - 1}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -32,7 +32,9 @@ from minilora.verify.case import ADAPTERS
 from minilora.verify.measuring import worst
 
 BY_NAME = {p.name: p for p in PROPERTIES}
-LORAS = {p.name for room in (of_lora, of_layers, of_tasks, of_sums, of_ends) for p in room.PROPERTIES}
+LORAS = {
+    p.name for room in (of_lora, of_layers, of_tasks, of_sums, of_ends) for p in room.PROPERTIES
+}
 EXACT = {
     "start is the base", "disabled is the base", "count", "gauge by powers of two", "start moves B alone",
     "merge in any portions", "merge refuses", "unmerge", "files", "dropout off", "dropout spares the base",
@@ -53,11 +55,15 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
 
 
 def sample(kind: str, quantized: bool) -> Case:
-    case = make_case(3, 9, 7, [2] if kind == "dora" else [2, 2], [4] if kind == "dora" else [4, 8], kind=kind)
+    case = make_case(
+        3, 9, 7, [2] if kind == "dora" else [2, 2], [4] if kind == "dora" else [4, 8], kind=kind
+    )
     return over_codes(case) if quantized else case
 
 
-SAMPLES = {(kind, quantized): sample(kind, quantized) for kind in ADAPTERS for quantized in (False, True)}
+SAMPLES = {
+    (kind, quantized): sample(kind, quantized) for kind in ADAPTERS for quantized in (False, True)
+}
 APPLIES = {p.name: [of for of, case in SAMPLES.items() if p.applies(case)] for p in PROPERTIES}
 
 
@@ -83,7 +89,10 @@ def cases(draw: st.DrawFn, of: list[tuple[str, bool]]) -> Case:
     if not quantized:
         return case
     return over_codes(
-        case, draw(st.sampled_from(KINDS)), draw(st.sampled_from(BLOCK_SIZES[:3])), double_quant=draw(st.booleans())
+        case,
+        draw(st.sampled_from(KINDS)),
+        draw(st.sampled_from(BLOCK_SIZES[:3])),
+        double_quant=draw(st.booleans()),
     )
 
 
@@ -104,14 +113,28 @@ def state(case: Case) -> Any:
         {k: v for k, v in vars(m).items() if not isinstance(v, (Parameter, dict, Linear))}
         for _, m in layer.named_modules()
     ]
-    parameters = {name: (p.numpy().tobytes(), p.requires_grad, p.grad) for name, p in layer.named_parameters()}
+    parameters = {
+        name: (p.numpy().tobytes(), p.requires_grad, p.grad) for name, p in layer.named_parameters()
+    }
     weight = case.weight if case.weight is not None else layer.base_layer.weight.data
     held = [(name, id(adapter)) for name, adapter in layer.adapters.items()]
-    return repr(modules), parameters, held, id(layer.base_layer), id(weight), weight.tobytes(), case.x.tobytes()
+    return (
+        repr(modules),
+        parameters,
+        held,
+        id(layer.base_layer),
+        id(weight),
+        weight.tobytes(),
+        case.x.tobytes(),
+    )
 
 
-@pytest.mark.parametrize(("name", "of"), [(name, of) for name, many in APPLIES.items() for of in many])
-def test_a_measurement_leaves_the_layer_as_it_was_and_repeats_itself(name: str, of: tuple[str, bool]) -> None:
+@pytest.mark.parametrize(
+    ("name", "of"), [(name, of) for name, many in APPLIES.items() for of in many]
+)
+def test_a_measurement_leaves_the_layer_as_it_was_and_repeats_itself(
+    name: str, of: tuple[str, bool]
+) -> None:
     case = SAMPLES[of]
     before, versions = state(case), [p.version[0] for p in case.subject.parameters() if p.version]
     first = BY_NAME[name].check(case)
@@ -152,7 +175,11 @@ def test_random_cases_repeat_themselves_and_reach_the_corners() -> None:
     shapes = [case.subject.base_layer.weight.shape for case in made]
     ranks = [a.r for case in made for a in case.subject.adapters.values()]
     assert {1} < {side for shape in shapes for side in shape}
-    assert any(r > max(shape) for case, shape in zip(made, shapes, strict=True) for r in [case.configs["a0"].r])
+    assert any(
+        r > max(shape)
+        for case, shape in zip(made, shapes, strict=True)
+        for r in [case.configs["a0"].r]
+    )
     assert max(ranks) > 16
     assert {case.dtype.name for case in made} == {"float32", "float64"}
     assert {case.subject.base_layer.bias is None for case in made} == {True, False}
@@ -199,7 +226,9 @@ def test_counts_that_are_known() -> None:
         ([0.0, 0.0], [1.0, 0.0], True, 0.0),
     ],
 )
-def test_a_nan_never_passes_and_the_worst_entry_is_shown(error: Any, bound: Any, ok: bool, ratio: float) -> None:
+def test_a_nan_never_passes_and_the_worst_entry_is_shown(
+    error: Any, bound: Any, ok: bool, ratio: float
+) -> None:
     found = worst((np.array(error), np.array(bound)), (0, 0))
     assert (found.ok, found.ratio) == (ok, ratio)
 

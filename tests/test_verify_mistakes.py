@@ -79,18 +79,29 @@ def wrong_layers() -> list[Case]:
 
 
 def wrong_dora() -> list[Case]:
-    return [make_case(i, 20, 12, [3], [6], dtype, kind="dora") for i, dtype in enumerate(("float32", "float64"))]
+    return [
+        make_case(i, 20, 12, [3], [6], dtype, kind="dora")
+        for i, dtype in enumerate(("float32", "float64"))
+    ]
 
 
 def wrong_adalora() -> list[Case]:
     """Their schedules cut something, and go on after that."""
     dtypes = {4: "float32", 5: "float64", 7: "float32"}
-    return [make_case(seed, 20, 12, [4, 4], [6, 2], dtype, kind="adalora") for seed, dtype in dtypes.items()]
+    return [
+        make_case(seed, 20, 12, [4, 4], [6, 2], dtype, kind="adalora")
+        for seed, dtype in dtypes.items()
+    ]
 
 
 def wrong_codes() -> list[Case]:
-    made = [make_case(i, 33, 7, [2], [6]) for i in range(6)]  # the last block is short, and the last byte half full
-    return [over_codes(case, kind, 32, i > 2) for i, (case, kind) in enumerate(zip(made, 2 * KINDS, strict=True))]
+    made = [
+        make_case(i, 33, 7, [2], [6]) for i in range(6)
+    ]  # the last block is short, and the last byte half full
+    return [
+        over_codes(case, kind, 32, i > 2)
+        for i, (case, kind) in enumerate(zip(made, 2 * KINDS, strict=True))
+    ]
 
 
 WRONG: list[tuple[set[str], Callable[[], list[Case]]]] = [
@@ -102,7 +113,11 @@ WRONG: list[tuple[set[str], Callable[[], list[Case]]]] = [
 
 
 def largest_A() -> float:
-    return max(float(abs(a.lora_A.data).max()) for case in wrong_layers() for a in case.subject.adapters.values())
+    return max(
+        float(abs(a.lora_A.data).max())
+        for case in wrong_layers()
+        for a in case.subject.adapters.values()
+    )
 
 
 def after(mp: pytest.MonkeyPatch, owner: Any, name: str, change: Callable[..., Any]) -> None:
@@ -163,7 +178,11 @@ def disabling_is_forgotten(mp: pytest.MonkeyPatch) -> None:
 @breaks("sum")
 def the_second_adapter_is_a_few_ulps_off(mp: pytest.MonkeyPatch) -> None:
     def change(out: Any, self: Any, x: Any, y: Any, base: Any) -> Any:
-        if not self.dropout.active and y.data.shape == base(x).shape and not np.array_equal(y.data, base(x).data):
+        if (
+            not self.dropout.active
+            and y.data.shape == base(x).shape
+            and not np.array_equal(y.data, base(x).data)
+        ):
             out._data = out.data * (1 + 4 * np.finfo(out.dtype).eps)
         return out
 
@@ -172,7 +191,11 @@ def the_second_adapter_is_a_few_ulps_off(mp: pytest.MonkeyPatch) -> None:
 
 @breaks("linear in s")
 def s_saturates(mp: pytest.MonkeyPatch) -> None:
-    known = {a.lora_A.data.tobytes(): a.scaling for c in wrong_layers() for a in c.subject.adapters.values()}
+    known = {
+        a.lora_A.data.tobytes(): a.scaling
+        for c in wrong_layers()
+        for a in c.subject.adapters.values()
+    }
 
     def call(self: Any, x: Any, y: Any, base: Any) -> Any:
         s = min(self.scaling, known.get(self.lora_A.data.tobytes(), math.inf))
@@ -183,12 +206,21 @@ def s_saturates(mp: pytest.MonkeyPatch) -> None:
 
 @breaks("scaling")
 def rslora_divides_by_another_root(mp: pytest.MonkeyPatch) -> None:
-    mp.setattr(LoraConfig, "scaling", lambda self, name: self.lora_alpha / self.r ** (0.501 if self.use_rslora else 1))
+    mp.setattr(
+        LoraConfig,
+        "scaling",
+        lambda self, name: self.lora_alpha / self.r ** (0.501 if self.use_rslora else 1),
+    )
 
 
 @breaks("count")
 def an_adapter_has_one_number_more(mp: pytest.MonkeyPatch) -> None:
-    after(mp, LoraAdapter, "__init__", lambda _, self, *rest: setattr(self, "more", Parameter(np.zeros(1, "f4"))))
+    after(
+        mp,
+        LoraAdapter,
+        "__init__",
+        lambda _, self, *rest: setattr(self, "more", Parameter(np.zeros(1, "f4"))),
+    )
 
 
 def in_delta(mp: pytest.MonkeyPatch, change: Callable[..., np.ndarray]) -> None:
@@ -197,7 +229,10 @@ def in_delta(mp: pytest.MonkeyPatch, change: Callable[..., np.ndarray]) -> None:
 
     def delta_weight(self: Any, W: np.ndarray) -> np.ndarray:
         if self.lora_A.dtype == np.float32 and W.dtype == np.float64:
-            return change(self.lora_A.data.astype(W.dtype), self.lora_B.data.astype(W.dtype)) * self.scaling
+            return (
+                change(self.lora_A.data.astype(W.dtype), self.lora_B.data.astype(W.dtype))
+                * self.scaling
+            )
         return real(self, W)
 
     mp.setattr(LoraAdapter, "delta_weight", delta_weight)
@@ -213,7 +248,11 @@ def the_update_has_noise_of_full_rank(mp: pytest.MonkeyPatch) -> None:
 
 @breaks("gauge")
 def the_update_saturates_in_A(mp: pytest.MonkeyPatch) -> None:
-    limits = {a.lora_A.shape: abs(a.lora_A.data).max() for c in wrong_layers() for a in c.subject.adapters.values()}
+    limits = {
+        a.lora_A.shape: abs(a.lora_A.data).max()
+        for c in wrong_layers()
+        for a in c.subject.adapters.values()
+    }
     real, of_layer = LoraAdapter.delta_weight, LoraLinear.delta_weight
 
     def of_all_but_sums(self: Any, name: str) -> np.ndarray:  # whose A is another one
@@ -258,7 +297,9 @@ def the_forward_saturates_in_A(mp: pytest.MonkeyPatch) -> None:
     def change(y: Any, x: Any, before: Any, A: Any, B: Any, s: float) -> Any:
         cut = np.clip(A.data, -limit, limit) - A.data
         if cut.any():
-            y._data = y.data + (s * (F.rows(x.data) @ cut.T @ B.data.T)).reshape(y.shape).astype(y.dtype)
+            y._data = y.data + (s * (F.rows(x.data) @ cut.T @ B.data.T)).reshape(y.shape).astype(
+                y.dtype
+            )
         return y
 
     after(mp, F, "lora_linear", change)
@@ -310,7 +351,9 @@ def what_is_merged_is_merged_again(mp: pytest.MonkeyPatch) -> None:
 
     def merge(self: Any, names: Any = None) -> None:
         kept = self._original
-        self._original = None  # goes on from the merged weight, where all merged adapters are added anew
+        self._original = (
+            None  # goes on from the merged weight, where all merged adapters are added anew
+        )
         real(self, names)
         self._original = kept or self._original
 
@@ -342,7 +385,12 @@ def unmerging_subtracts(mp: pytest.MonkeyPatch) -> None:
 
 @breaks("round trip")
 def a_merged_layer_forgets_its_update(mp: pytest.MonkeyPatch) -> None:
-    after(mp, LoraLinear, "delta_weight", lambda delta, self, name: 0 * delta if self.merged else delta)
+    after(
+        mp,
+        LoraLinear,
+        "delta_weight",
+        lambda delta, self, name: 0 * delta if self.merged else delta,
+    )
 
 
 @breaks("files")
@@ -387,7 +435,12 @@ def a_step_s_weight_is_an_ulp_too_small(mp: pytest.MonkeyPatch) -> None:
 
 @breaks("DoRA's forward")
 def the_output_is_off_by_a_thousandth(mp: pytest.MonkeyPatch) -> None:
-    after(mp, DoraAdapter, "__call__", lambda y, self, *rest: shifted(y) if self.lora_B.data.any() else y)
+    after(
+        mp,
+        DoraAdapter,
+        "__call__",
+        lambda y, self, *rest: shifted(y) if self.lora_B.data.any() else y,
+    )
 
 
 @breaks("DoRA's gradients")
@@ -416,12 +469,22 @@ def k_is_a_few_ulps_too_large(mp: pytest.MonkeyPatch) -> None:
 
 @breaks("DoRA's count")
 def a_magnitude_too_many(mp: pytest.MonkeyPatch) -> None:
-    after(mp, DoraAdapter, "__init__", lambda _, self, *rest: setattr(self, "z", Parameter(np.zeros(1, "f4"))))
+    after(
+        mp,
+        DoraAdapter,
+        "__init__",
+        lambda _, self, *rest: setattr(self, "z", Parameter(np.zeros(1, "f4"))),
+    )
 
 
 @breaks("AdaLoRA starts as the base")
 def E_does_not_start_at_zero(mp: pytest.MonkeyPatch) -> None:
-    after(mp, AdaLoraAdapter, "__init__", lambda _, self, *rest: setattr(self.lora_E, "data", self.lora_E.data + 1))
+    after(
+        mp,
+        AdaLoraAdapter,
+        "__init__",
+        lambda _, self, *rest: setattr(self.lora_E, "data", self.lora_E.data + 1),
+    )
 
 
 @breaks("AdaLoRA's gradients")
@@ -431,7 +494,12 @@ def the_gradient_of_E_A_is_a_thousandth_too_large(mp: pytest.MonkeyPatch) -> Non
 
 @breaks("AdaLoRA's count")
 def a_singular_value_too_many(mp: pytest.MonkeyPatch) -> None:
-    after(mp, AdaLoraAdapter, "__init__", lambda _, self, *rest: setattr(self, "z", Parameter(np.zeros(1, "f4"))))
+    after(
+        mp,
+        AdaLoraAdapter,
+        "__init__",
+        lambda _, self, *rest: setattr(self, "z", Parameter(np.zeros(1, "f4"))),
+    )
 
 
 @breaks("AdaLoRA's penalty")
@@ -465,12 +533,22 @@ def the_penalty_s_gradient_is_divided_by_a_norm_of_zero(mp: pytest.MonkeyPatch) 
 
 @breaks("AdaLoRA's smoothing")
 def an_average_forgets_too_little(mp: pytest.MonkeyPatch) -> None:
-    after(mp, RankAllocator, "step", lambda _, self, *rest: setattr(self, "sensitivity", self.sensitivity * 1.001))
+    after(
+        mp,
+        RankAllocator,
+        "step",
+        lambda _, self, *rest: setattr(self, "sensitivity", self.sensitivity * 1.001),
+    )
 
 
 @breaks("AdaLoRA's order")
 def the_first_triplets_count_more(mp: pytest.MonkeyPatch) -> None:
-    after(mp, RankAllocator, "importance", lambda S, self: S * (1 - 1e-3 * np.arange(len(S), dtype=S.dtype)))
+    after(
+        mp,
+        RankAllocator,
+        "importance",
+        lambda S, self: S * (1 - 1e-3 * np.arange(len(S), dtype=S.dtype)),
+    )
 
 
 @breaks("AdaLoRA's budget")
@@ -506,16 +584,27 @@ def what_is_left_is_scaled_up(mp: pytest.MonkeyPatch) -> None:
     mp.setattr(AdaLoraAdapter, "keep", keep)
 
 
-def in_encode(mp: pytest.MonkeyPatch, kinds: str, change: Callable[[Quantized, np.ndarray], Quantized]) -> None:
+def in_encode(
+    mp: pytest.MonkeyPatch, kinds: str, change: Callable[[Quantized, np.ndarray], Quantized]
+) -> None:
     """The codes of weights, of some kinds, go through change(codes, weights)."""
-    after(mp, quant, "_encode", lambda held, flat, *rest: change(held, flat) if held.kind in kinds.split() else held)
+    after(
+        mp,
+        quant,
+        "_encode",
+        lambda held, flat, *rest: change(held, flat) if held.kind in kinds.split() else held,
+    )
 
 
 def in_thresholds(mp: pytest.MonkeyPatch, kind: str, change: Callable[[np.ndarray], Any]) -> None:
     """Where one level ends and the next begins goes through change(thresholds)."""
 
     def changed(tables: Any, of: str, backend: Any) -> Any:
-        return tables._replace(thresholds=np.float32(change(tables.thresholds))) if of == kind else tables
+        return (
+            tables._replace(thresholds=np.float32(change(tables.thresholds)))
+            if of == kind
+            else tables
+        )
 
     after(mp, quant, "_tables", changed)
 
@@ -535,7 +624,9 @@ def absmax_has_an_odd_last_bit(mp: pytest.MonkeyPatch) -> None:
 
 @breaks("coded again")
 def a_level_lies_outside_its_own_interval(mp: pytest.MonkeyPatch) -> None:
-    in_thresholds(mp, "nf4", lambda t: np.where(np.arange(15) == 7, 0.09, t))  # the eighth level is 0.0796
+    in_thresholds(
+        mp, "nf4", lambda t: np.where(np.arange(15) == 7, 0.09, t)
+    )  # the eighth level is 0.0796
 
 
 @breaks("codes know no scale")
@@ -547,7 +638,9 @@ def what_is_below_an_eighth_counts_as_nothing(mp: pytest.MonkeyPatch) -> None:
 def every_other_weight_is_rounded_up(mp: pytest.MonkeyPatch) -> None:
     def change(held: Quantized, flat: np.ndarray) -> Quantized:
         codes, v = of_codes.codes(held), flat / np.repeat(held.absmax, held.block_size)[: len(flat)]
-        codes = np.where((np.arange(len(v)) % 2 == 0) & (v > 0) & (v < 0.039), 8, codes)  # from 0 to 0.0796
+        codes = np.where(
+            (np.arange(len(v)) % 2 == 0) & (v > 0) & (v < 0.039), 8, codes
+        )  # from 0 to 0.0796
         codes = np.append(codes, 7)[: 2 * len(held.codes)].astype(np.uint8)
         return dataclasses.replace(held, codes=(codes[0::2] << 4) | codes[1::2])
 
@@ -556,7 +649,12 @@ def every_other_weight_is_rounded_up(mp: pytest.MonkeyPatch) -> None:
 
 @breaks("double quantisation")
 def absmax_comes_back_a_hundredth_too_large(mp: pytest.MonkeyPatch) -> None:
-    after(mp, Quantized, "decode_absmax", lambda absmax, self: absmax * np.float32(1 + 0.01 * self.double_quant))
+    after(
+        mp,
+        Quantized,
+        "decode_absmax",
+        lambda absmax, self: absmax * np.float32(1 + 0.01 * self.double_quant),
+    )
 
 
 @breaks("codes in bytes")
@@ -576,21 +674,30 @@ def a_byte_is_not_counted(mp: pytest.MonkeyPatch) -> None:
 
 @breaks("mixed batch")
 def rows_come_back_in_another_place(mp: pytest.MonkeyPatch) -> None:
-    after(mp, minilora.lora.multitask, "interleave", lambda y, *rest: y[np.roll(np.arange(len(y)), 1)])
+    after(
+        mp, minilora.lora.multitask, "interleave", lambda y, *rest: y[np.roll(np.arange(len(y)), 1)]
+    )
 
 
 @breaks("absent task")
 def what_does_not_run_has_a_gradient(mp: pytest.MonkeyPatch) -> None:
     def change(y: Any, self: Any, x: Any) -> Any:
         idle = [a.lora_B for a in self.adapters.values() if a not in self.running]
-        return record(y.data, (y, *idle), lambda dy: (dy, *(np.full_like(p.data, 1e-30) for p in idle)))
+        return record(
+            y.data, (y, *idle), lambda dy: (dy, *(np.full_like(p.data, 1e-30) for p in idle))
+        )
 
     after(mp, LoraLinear, "__call__", change)
 
 
 @breaks("router")
 def the_router_adds_up_to_a_few_ulps_more(mp: pytest.MonkeyPatch) -> None:
-    after(mp, HydraAdapter, "weights", lambda w, *rest: w * (1 + (w.shape[-1] > 1) * 8 * np.finfo(w.dtype).eps))
+    after(
+        mp,
+        HydraAdapter,
+        "weights",
+        lambda w, *rest: w * (1 + (w.shape[-1] > 1) * 8 * np.finfo(w.dtype).eps),
+    )
 
 
 @breaks("equal experts")
@@ -605,12 +712,19 @@ def an_embedding_s_adapter_counts_a_thousandth_more(mp: pytest.MonkeyPatch) -> N
 
 @breaks("one weight, two places")
 def a_tied_head_has_a_copy_of_its_embedding_s_factor(mp: pytest.MonkeyPatch) -> None:
-    mp.setattr(HeadAdapter, "lora_A", property(lambda self: Tensor(self._source.lora_embedding_B.data.T)))
+    mp.setattr(
+        HeadAdapter, "lora_A", property(lambda self: Tensor(self._source.lora_embedding_B.data.T))
+    )
 
 
 @breaks("files of both ends")
 def a_tied_head_is_not_written(mp: pytest.MonkeyPatch) -> None:
-    after(mp, minilora.lora.model, "repeated", lambda again, *_: {k: a for k, a in again.items() if "lora_" not in k})
+    after(
+        mp,
+        minilora.lora.model,
+        "repeated",
+        lambda again, *_: {k: a for k, a in again.items() if "lora_" not in k},
+    )
 
 
 @breaks("half precision")
@@ -626,13 +740,22 @@ def a_half_goes_by_way_of_float32(mp: pytest.MonkeyPatch) -> None:
 
 @breaks("half precision")
 def what_is_below_the_normal_halves_counts_as_nothing(mp: pytest.MonkeyPatch) -> None:
-    after(mp, of_ends, "to_half", lambda half, *_: np.where(abs(half) < np.float16(2.0**-14), np.float16(0), half))
+    after(
+        mp,
+        of_ends,
+        "to_half",
+        lambda half, *_: np.where(abs(half) < np.float16(2.0**-14), np.float16(0), half),
+    )
 
 
 @breaks("principal part first")
 def the_last_principal_term_is_forgotten(mp: pytest.MonkeyPatch) -> None:
     real = of_ends.low_rank
-    mp.setattr(of_ends, "low_rank", lambda U, s, Vt, r: real(U, np.where(np.arange(len(s)) == r - 1, 0, s), Vt, r))
+    mp.setattr(
+        of_ends,
+        "low_rank",
+        lambda U, s, Vt, r: real(U, np.where(np.arange(len(s)) == r - 1, 0, s), Vt, r),
+    )
 
 
 @breaks("weighted sum")
@@ -642,7 +765,11 @@ def a_sum_is_a_millionth_too_large(mp: pytest.MonkeyPatch) -> None:
 
 @breaks("weighted sum")
 def the_last_direction_of_a_sum_is_forgotten(mp: pytest.MonkeyPatch) -> None:
-    mp.setattr(minilora.lora.combining, "svd", lambda parts, r: padded(*resized(*cat(parts), 1.0, r - 1)[:2], r))
+    mp.setattr(
+        minilora.lora.combining,
+        "svd",
+        lambda parts, r: padded(*resized(*cat(parts), 1.0, r - 1)[:2], r),
+    )
 
 
 @breaks("cross terms")
@@ -662,7 +789,11 @@ def a_spectrum_lacks_a_hundredth(mp: pytest.MonkeyPatch) -> None:
 @breaks("weighted sum", "cross terms")
 def a_minus_is_lost(mp: pytest.MonkeyPatch) -> None:
     real = minilora.lora.combining.linear
-    mp.setattr(minilora.lora.combining, "linear", lambda parts: real([p._replace(c=abs(p.c)) for p in parts]))
+    mp.setattr(
+        minilora.lora.combining,
+        "linear",
+        lambda parts: real([p._replace(c=abs(p.c)) for p in parts]),
+    )
 
 
 @breaks(
@@ -702,7 +833,9 @@ def shapes_count_one_rank_too_many(mp: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", SABOTAGES)
-def test_a_mistake_is_caught_by_what_it_violates_and_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_is_caught_by_what_it_violates_and_nothing_else(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected, patch = SABOTAGES[name]
     patch(monkeypatch)
     layers = next(make for names, make in WRONG if names & expected)()

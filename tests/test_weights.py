@@ -39,7 +39,11 @@ def test_gpt2_s_layers_lie_transposed_even_where_they_are_square(tmp_path: Path)
     assert set(own) == set(tensors)
     for key, array in tensors.items():
         layer = key.removesuffix(".weight").rpartition(".")[2]
-        transposed = layer in ("c_attn", "c_proj", "c_fc")  # written out: the table itself is on trial
+        transposed = layer in (
+            "c_attn",
+            "c_proj",
+            "c_fc",
+        )  # written out: the table itself is on trial
         expected = own[key].data.T if transposed else own[key].data
         turned_ones += transposed
         np.testing.assert_array_equal(array, expected)
@@ -51,7 +55,10 @@ def test_gpt2_s_layers_lie_transposed_even_where_they_are_square(tmp_path: Path)
     assert bits(CausalLM.from_pretrained(tmp_path)) == bits(model)
 
 
-@given(st.sampled_from([*MODEL_TYPES, "another"]), st.sampled_from(["c_attn", "q_proj", "lm_head", "my_c_attn", "wte"]))
+@given(
+    st.sampled_from([*MODEL_TYPES, "another"]),
+    st.sampled_from(["c_attn", "q_proj", "lm_head", "my_c_attn", "wte"]),
+)
 def test_to_turn_twice_is_not_to_turn(kind: str, layer: str) -> None:
     array = np.arange(6.0).reshape(2, 3)
     for tensor in ("weight", "bias", "lora_A.weight"):
@@ -74,7 +81,10 @@ def test_keys_with_and_without_the_decoder_s_name(tmp_path: Path, kind: str) -> 
     again.save_pretrained(tmp_path)
     assert set(load_file(tmp_path / "model.safetensors")) == set(tensors)
     last = f"{prefix}{'ln_f' if kind == 'gpt2' else 'norm'}.weight"
-    rewrite(tmp_path, {key.removeprefix(prefix) if key == last else key: a for key, a in tensors.items()})
+    rewrite(
+        tmp_path,
+        {key.removeprefix(prefix) if key == last else key: a for key, a in tensors.items()},
+    )
     with pytest.raises(FormatError, match=f"missing {last}; unknown {last.removeprefix(prefix)}"):
         CausalLM.from_pretrained(tmp_path)
 
@@ -82,7 +92,9 @@ def test_keys_with_and_without_the_decoder_s_name(tmp_path: Path, kind: str) -> 
 def test_buffers_of_old_files_are_passed_over_and_nothing_else(tmp_path: Path) -> None:
     model, tensors = saved(tmp_path, "gpt2")
     mask = np.ones((1, 1, 32, 32), np.float32)
-    buffers = {f"transformer.h.{i}.attn.{name}": mask for i in range(2) for name in ("bias", "masked_bias")}
+    buffers = {
+        f"transformer.h.{i}.attn.{name}": mask for i in range(2) for name in ("bias", "masked_bias")
+    }
     rewrite(tmp_path, {**tensors, **buffers})
     assert bits(CausalLM.from_pretrained(tmp_path)) == bits(model)
     rewrite(tmp_path, {**tensors, "transformer.h.0.attn.c_attn.masks": mask})
@@ -90,11 +102,15 @@ def test_buffers_of_old_files_are_passed_over_and_nothing_else(tmp_path: Path) -
         CausalLM.from_pretrained(tmp_path)
 
 
-def test_a_weight_that_lies_the_wrong_way_is_refused_by_its_shape_in_the_file(tmp_path: Path) -> None:
+def test_a_weight_that_lies_the_wrong_way_is_refused_by_its_shape_in_the_file(
+    tmp_path: Path,
+) -> None:
     _, tensors = saved(tmp_path, "gpt2")
     key = "transformer.h.1.attn.c_attn.weight"
     rewrite(tmp_path, {**tensors, key: np.ascontiguousarray(tensors[key].T)})
-    with pytest.raises(FormatError, match=r"h\.1\.attn\.c_attn\.weight is \(24, 8\), config\.json says \(8, 24\)"):
+    with pytest.raises(
+        FormatError, match=r"h\.1\.attn\.c_attn\.weight is \(24, 8\), config\.json says \(8, 24\)"
+    ):
         CausalLM.from_pretrained(tmp_path)
 
 
@@ -105,7 +121,9 @@ def test_shards_are_the_whole_and_a_missing_one_is_named(tmp_path: Path, kind: s
     names = [f"model-0000{i + 1}-of-00003.safetensors" for i in range(3)]
     weight_map = {key: names[i % 3] for i, key in enumerate(tensors)}
     for name in names:
-        save_file(tmp_path / name, {key: a for key, a in tensors.items() if weight_map[key] == name})
+        save_file(
+            tmp_path / name, {key: a for key, a in tensors.items() if weight_map[key] == name}
+        )
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert bits(CausalLM.from_pretrained(tmp_path)) == bits(model)
     (tmp_path / names[1]).unlink()
@@ -121,7 +139,11 @@ def test_half_precision_files_are_widened_exactly(tmp_path: Path, kind: str, sto
     entries = []
     for key, array in tensors.items():
         half = bf16_from(array) if stored == "BF16" else array.astype(np.float16)
-        wide = (half.astype(np.uint32) << 16).view(np.float32) if stored == "BF16" else half.astype(np.float32)
+        wide = (
+            (half.astype(np.uint32) << 16).view(np.float32)
+            if stored == "BF16"
+            else half.astype(np.float32)
+        )
         rounded[key] = turned(kind, key, wide).astype(np.float64)
         entries.append(Entry(key, stored, array.shape, lambda half=half: half))
     write_stream(tmp_path / "model.safetensors", entries)
@@ -132,7 +154,9 @@ def test_half_precision_files_are_widened_exactly(tmp_path: Path, kind: str, sto
 
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
-def test_a_quantised_base_with_an_adapter_is_saved_as_what_it_computes(tmp_path: Path, kind: str) -> None:
+def test_a_quantised_base_with_an_adapter_is_saved_as_what_it_computes(
+    tmp_path: Path, kind: str
+) -> None:
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     model = quantize(randomised(shape(kind, hidden_size=32, head_dim=None), "float32").eval())
     merged = get_peft_model(model, config).merge_and_unload()
@@ -146,7 +170,11 @@ def test_layers_of_codes_are_those_of_the_weight_as_it_is_here(tmp_path: Path, k
     model = quantize(randomised(shape(kind, hidden_size=32, head_dim=None), "float32").eval())
     model.save_pretrained(tmp_path)
     again = CausalLM.from_pretrained(tmp_path)
-    codes = {path: m.weight.quantized.codes for path, m in again.named_modules() if isinstance(m, QuantizedLinear)}
+    codes = {
+        path: m.weight.quantized.codes
+        for path, m in again.named_modules()
+        if isinstance(m, QuantizedLinear)
+    }
     assert codes
     for path, layer in model.named_modules():
         if path in codes:
@@ -158,8 +186,12 @@ def test_layers_of_codes_are_those_of_the_weight_as_it_is_here(tmp_path: Path, k
 
 
 @pytest.mark.parametrize("saved_module", ["attn.c_proj", "mlp", "ln_f", "wpe"])
-def test_a_copied_layer_lies_in_an_adapter_s_file_as_in_the_base_s(tmp_path: Path, saved_module: str) -> None:
-    config = LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=[saved_module], init_lora_weights=False)
+def test_a_copied_layer_lies_in_an_adapter_s_file_as_in_the_base_s(
+    tmp_path: Path, saved_module: str
+) -> None:
+    config = LoraConfig(
+        r=2, target_modules=["c_attn"], modules_to_save=[saved_module], init_lora_weights=False
+    )
     model = get_peft_model(randomised(shape("gpt2"), "float32"), config)
     model.save_pretrained(tmp_path)
     file = load_file(tmp_path / "adapter_model.safetensors")
@@ -167,7 +199,9 @@ def test_a_copied_layer_lies_in_an_adapter_s_file_as_in_the_base_s(tmp_path: Pat
     own = model.adapter_parameters("default")
     assert copied
     for key, array in copied.items():
-        expected = own[key].data.T if key.endswith(("c_proj.weight", "c_fc.weight")) else own[key].data
+        expected = (
+            own[key].data.T if key.endswith(("c_proj.weight", "c_fc.weight")) else own[key].data
+        )
         np.testing.assert_array_equal(array, expected)
     again = PeftModel.from_pretrained(randomised(shape("gpt2"), "float32", seed=0), tmp_path)
     np.testing.assert_array_equal(again(IDS).data, model(IDS).data)
@@ -180,7 +214,9 @@ def test_default_targets_and_fan_in_fan_out_follow_the_type(tmp_path: Path, kind
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["fan_in_fan_out"] == (kind == "gpt2")
-    shapes = {key.split(".h.0.")[1]: a.shape for key, a in model.state_dict().items() if ".h.0." in key}
+    shapes = {
+        key.split(".h.0.")[1]: a.shape for key, a in model.state_dict().items() if ".h.0." in key
+    }
     if kind == "gpt2":
         assert shapes == {"attn.c_attn.lora_A.weight": (2, 8), "attn.c_attn.lora_B.weight": (24, 2)}
     again = LoraConfig(r=2, fan_in_fan_out=True)
@@ -202,7 +238,11 @@ def test_targets_inside_a_module_that_is_saved_whole_are_passed_over() -> None:
     inside = [f"transformer.h.{i}.mlp.{name}" for i in range(2) for name in ("c_fc", "c_proj")]
     config = LoraConfig(r=2, target_modules=["c_attn", *inside], modules_to_save=["mlp"])
     model = get_peft_model(randomised(shape("gpt2"), "float32"), config)
-    adapted = {key.split(".lora_")[0].rpartition(".")[2] for key in model.state_dict() if ".lora_" in key}
+    adapted = {
+        key.split(".lora_")[0].rpartition(".")[2] for key in model.state_dict() if ".lora_" in key
+    }
     assert adapted == {"c_attn"}
     with pytest.raises(ConfigError, match="'c_gate' match nothing"):
-        get_peft_model(randomised(shape("gpt2")), LoraConfig(r=2, target_modules=["c_attn", "c_gate"]))
+        get_peft_model(
+            randomised(shape("gpt2")), LoraConfig(r=2, target_modules=["c_attn", "c_gate"])
+        )

@@ -32,7 +32,10 @@ Messages = list[dict[str, str]]
 
 ROLES = ("system", "user", "assistant")
 RENDERING = Path(__file__).with_name("rendering.py")
-SECONDS, WAITS = 10, 6  # of processor time for a template; of the clock's, so many times that for an answer
+SECONDS, WAITS = (
+    10,
+    6,
+)  # of processor time for a template; of the clock's, so many times that for an answer
 
 
 class Lesson(NamedTuple):
@@ -56,12 +59,20 @@ def conversation(found: Any) -> Messages:
     for number, message in enumerate(found, 1):
         expected = f"message {number}: expected"
         if type(message) is not dict or set(message) != {"role", "content"}:
-            keys = type(message).__name__ if type(message) is not dict else ", ".join(sorted(message)) or "nothing"
+            keys = (
+                type(message).__name__
+                if type(message) is not dict
+                else ", ".join(sorted(message)) or "nothing"
+            )
             raise DataError(f"{expected} 'role' and 'content' and no other key, found {keys[:100]}")
         if message["role"] not in ROLES:
-            raise DataError(f"{expected} a role of {', '.join(ROLES)}, found {quoted(message['role'], 40)}")
+            raise DataError(
+                f"{expected} a role of {', '.join(ROLES)}, found {quoted(message['role'], 40)}"
+            )
         if type(message["content"]) is not str:
-            raise DataError(f"{expected} 'content' to be a text, found {type(message['content']).__name__}")
+            raise DataError(
+                f"{expected} 'content' to be a text, found {type(message['content']).__name__}"
+            )
     if not any(message["role"] == "assistant" for message in found):
         raise DataError("no message is the assistant's: there is nothing to learn")
     return found
@@ -77,7 +88,9 @@ class Chat:
     def __init__(self, tokenizer: ByteTokenizer | HubTokenizer, seconds: float = SECONDS):
         if isinstance(tokenizer, ByteTokenizer) or (found := tokenizer.chat_template) is None:
             where = "chat_template.jinja, or chat_template in tokenizer_config.json"
-            raise DataError(f"'messages' needs a tokenizer.json and its chat template ({where}): this model has none")
+            raise DataError(
+                f"'messages' needs a tokenizer.json and its chat template ({where}): this model has none"
+            )
         self.tokenizer, self.patience = tokenizer, WAITS * seconds
         template, self.where = found
         given = {"tools": None, "documents": None, **tokenizer.special_tokens}
@@ -95,11 +108,15 @@ class Chat:
         self.process.communicate()  # closes the pipes, and waits for its end
 
     def _write(self, line: object) -> None:
-        with contextlib.suppress(OSError):  # it has ended: then there is no answer, and that is told
+        with contextlib.suppress(
+            OSError
+        ):  # it has ended: then there is no answer, and that is told
             self.process.stdin.write(json.dumps(line).encode() + b"\n")
             self.process.stdin.flush()
 
-    def _rendered(self, messages: Messages, parts: list[tuple[int, bool]]) -> tuple[str, list[int | None]]:
+    def _rendered(
+        self, messages: Messages, parts: list[tuple[int, bool]]
+    ) -> tuple[str, list[int | None]]:
         timer = threading.Timer(self.patience, self.process.kill)
         try:
             timer.start()
@@ -110,7 +127,9 @@ class Chat:
             timer.cancel()
         if ended is not None:
             how = signal.Signals(-ended).name if ended < 0 else f"status {ended}"
-            raise DataError(f"{self.where} takes too much time or memory: its process ended with {how}")
+            raise DataError(
+                f"{self.where} takes too much time or memory: its process ended with {how}"
+            )
         found = json.loads(line)
         if isinstance(found, dict):
             raise DataError(self.where + found["error"])
@@ -129,7 +148,11 @@ class Chat:
         places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         edges = [edge for place in places for edge in ((place, True), (place + 1, False))]
         text, (_, *found) = self._rendered(messages, [(len(messages), False), *edges])
-        spans = [(a, b) for a, b in zip(found[::2], found[1::2], strict=True) if a is not None and b and a < b]
+        spans = [
+            (a, b)
+            for a, b in zip(found[::2], found[1::2], strict=True)
+            if a is not None and b and a < b
+        ]
         if not spans:
             why = "what it writes up to an assistant's turn, with its generation prompt, is no beginning of the whole"
             raise DataError(f"{self.where}: no turn can be told apart from the rest: {why}")
@@ -148,6 +171,9 @@ class Chat:
             learned |= (starts < end) & (ends > start)
         marks = learned & np.isin(ids, self.tokenizer.added)
         size = sum(len(text[start:end].encode()) for start, end in spans)
-        size -= sum(len(text[a:b].encode()) for a, b in zip(starts[marks].tolist(), ends[marks].tolist(), strict=True))
+        size -= sum(
+            len(text[a:b].encode())
+            for a, b in zip(starts[marks].tolist(), ends[marks].tolist(), strict=True)
+        )
         turns = sum(message["role"] == "assistant" for message in messages)
         return Lesson(ids, learned, learned & ~marks, max(0, size), turns - len(spans))

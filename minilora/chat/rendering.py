@@ -21,9 +21,21 @@ import sys
 import traceback
 from typing import Any
 
-LIMITS = {"RLIMIT_AS": 1 << 30, "RLIMIT_FSIZE": 0, "RLIMIT_NOFILE": 0, "RLIMIT_NPROC": 0, "RLIMIT_CORE": 0}
-SECONDS_A_PART, SECONDS_A_BYTE = 0.02, 1e-6  # that all may take besides: some twenty times what Qwen3's format takes
-CHARACTERS, COPIES = 1 << 20, 64  # a text may have: so many, and each of the messages' so many times
+LIMITS = {
+    "RLIMIT_AS": 1 << 30,
+    "RLIMIT_FSIZE": 0,
+    "RLIMIT_NOFILE": 0,
+    "RLIMIT_NPROC": 0,
+    "RLIMIT_CORE": 0,
+}
+SECONDS_A_PART, SECONDS_A_BYTE = (
+    0.02,
+    1e-6,
+)  # that all may take besides: some twenty times what Qwen3's format takes
+CHARACTERS, COPIES = (
+    1 << 20,
+    64,
+)  # a text may have: so many, and each of the messages' so many times
 
 
 def main() -> None:
@@ -64,18 +76,29 @@ def answer(found: Any) -> None:
 
 def said(error: Exception) -> str:
     """What went wrong, and in which line of the template."""
-    files = ("<template>", "<unknown>")  # Jinja's names for one that is no file, when it is run and when it is read
-    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename in files]
+    files = (
+        "<template>",
+        "<unknown>",
+    )  # Jinja's names for one that is no file, when it is run and when it is read
+    lines = [
+        line
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_filename in files
+    ]
     return (f" line {lines[-1]}" if lines else "") + f": {str(error)[:300] or type(error).__name__}"
 
 
-def render(template: Any, given: dict[str, Any], messages: list[Any], parts: list[Any]) -> tuple[str, list[Any]]:
+def render(
+    template: Any, given: dict[str, Any], messages: list[Any], parts: list[Any]
+) -> tuple[str, list[Any]]:
     most = CHARACTERS + COPIES * sum(len(text) for message in messages for text in message.values())
     whole: str | None = None
     lengths = []
     for count, prompt in parts:
         pieces, size = [], 0
-        for piece in template.generate(messages=messages[:count], add_generation_prompt=prompt, **given):
+        for piece in template.generate(
+            messages=messages[:count], add_generation_prompt=prompt, **given
+        ):
             pieces.append(piece)
             if (size := size + len(piece)) > most:
                 raise ValueError(f"it writes more than {most:,} characters")
@@ -100,7 +123,9 @@ def sandbox() -> Any:
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
-            return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+            return jinja2.nodes.Scope(
+                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+            )
 
     class Namespace(jinja2.utils.Namespace):  # type: ignore[misc, unused-ignore]
         """One without the names that Python itself asks an object for, and calls what it finds."""
@@ -116,19 +141,31 @@ def sandbox() -> Any:
             super().__setitem__(name, value)
 
     def tojson(
-        x: Any, ensure_ascii: Any = False, indent: Any = None, separators: Any = None, sort_keys: Any = False
+        x: Any,
+        ensure_ascii: Any = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: Any = False,
     ) -> str:
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(
+            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
 
     def refuse(message: str) -> None:
         raise ValueError(f"the template itself refuses these messages: {message!r}")
 
-    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [Generation, jinja2.ext.loopcontrols]}
+    options = {
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+        "extensions": [Generation, jinja2.ext.loopcontrols],
+    }
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(**options)
     made.filters["tojson"] = tojson
     made.globals |= {"raise_exception": refuse, "namespace": Namespace}
     made.globals["strftime_now"] = lambda form: datetime.datetime(2024, 7, 26).strftime(form)
-    with contextlib.suppress(TypeError):  # imports what Jinja imports late, while files can still be opened
+    with contextlib.suppress(
+        TypeError
+    ):  # imports what Jinja imports late, while files can still be opened
         made.from_string("{{ 'a' + 1 }}").render()
     return made
 

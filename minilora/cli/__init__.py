@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without Unicode shows an escape, and no traceback
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a terminal without Unicode shows an escape, and no traceback
         sys.stdout.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *rest: _tell("warning", str(message))
@@ -61,7 +63,10 @@ def _terminable() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt(number)
 
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
     if ours:  # whoever calls us from Python may have plans of their own
         signal.signal(signal.SIGTERM, stop)
     try:
@@ -82,7 +87,9 @@ def _run(argv: Sequence[str], debug: bool) -> int:
         given += [("tasks", path) for path in getattr(args, "tasks", None) or ()]
         given += [("adapter", path) for path in getattr(args, "adapters", None) or ()]
         for name, path in given:
-            if path is not None and (not path or "\0" in path):  # "" is what a shell makes of an unset variable
+            if path is not None and (
+                not path or "\0" in path
+            ):  # "" is what a shell makes of an unset variable
                 flag = "DIR" if name in ("directory", "other") else f"--{name.replace('_', '-')}"
                 parser.error(f"argument {flag}: {path!r} is no path")
         COMMANDS[args.command](args)
@@ -99,7 +106,13 @@ def _run(argv: Sequence[str], debug: bool) -> int:
             return 128 + (error.args[0] if error.args else signal.SIGINT)
         text = str(error) if isinstance(error, MiniloraError) else _os_message(error)
         _tell("interrupted" if isinstance(error, Interrupted) else "error", text)
-        return error.exit_code if isinstance(error, MiniloraError) else IO if isinstance(error, OSError) else FAILED
+        return (
+            error.exit_code
+            if isinstance(error, MiniloraError)
+            else IO
+            if isinstance(error, OSError)
+            else FAILED
+        )
 
 
 def _os_message(error: Exception) -> str:

@@ -21,7 +21,14 @@ from ..backend import get_backend, gpus
 from ..data import Ids, Packed
 from ..errors import ConfigError, DataError, MiniloraError, NonFiniteError
 from ..halves import pieces
-from ..lora import AdaLoraConfig, LoraConfig, MultiTask, PeftModel, get_multitask_model, get_peft_model
+from ..lora import (
+    AdaLoraConfig,
+    LoraConfig,
+    MultiTask,
+    PeftModel,
+    get_multitask_model,
+    get_peft_model,
+)
 from ..lora.multitask import FILE as MULTITASK
 from ..quant import quantize
 from ..recipes import adapter_config, held_bytes, told
@@ -49,12 +56,23 @@ def demo(args: argparse.Namespace) -> None:
     texts = {"pretrain_data": args.pretrain_data, "adapt_data": args.adapt_data}
     for name, path in texts.items():
         if path:
-            _long_enough(read_text(path), 10 * (plan.pretrain.context + 1), f"--{name.replace('_', '-')} {path}")
+            _long_enough(
+                read_text(path),
+                10 * (plan.pretrain.context + 1),
+                f"--{name.replace('_', '-')} {path}",
+            )
     get_backend(args.device)  # what cannot work ends here, before a folder is made
     if not args.pretrain_data:
         prose()
     with locked(args.out or numbered_folder("runs", "demo")) as out:
-        run(open_folder(out), plan, **texts, seed=args.seed, threads=args.threads, device=args.device)
+        run(
+            open_folder(out),
+            plan,
+            **texts,
+            seed=args.seed,
+            threads=args.threads,
+            device=args.device,
+        )
 
 
 def pretrain(args: argparse.Namespace) -> None:
@@ -65,16 +83,22 @@ def pretrain(args: argparse.Namespace) -> None:
     shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
     limit = args.max_position_embeddings or max(settings.context, 256)
     _within_positions(settings.context, limit)
-    config = TransformerConfig(**shape, max_position_embeddings=limit, tie_word_embeddings=not args.untied)
+    config = TransformerConfig(
+        **shape, max_position_embeddings=limit, tie_word_embeddings=not args.untied
+    )
     if config.parameter_count() > MAX_PARAMETERS:
-        raise ConfigError(f"a model of {config.parameter_count():,} parameters: at most {MAX_PARAMETERS:,} are trained")
+        raise ConfigError(
+            f"a model of {config.parameter_count():,} parameters: at most {MAX_PARAMETERS:,} are trained"
+        )
     tokens, held_out, _ = _texts(args.data, args.eval_data, tokenizer, settings.context)
     model = CausalLM(config, seed=settings.seed, device=args.device)
     with _run_folder(args, "pretrain") as out:
         print(
             f"{sum(p.size for p in model.parameters()):,} parameters, {len(tokens):,} tokens -> {printable(str(out))}"
         )
-        result = train(model, tokens, settings, out, held_out=held_out, resume=args.resume, title="pretrain")
+        result = train(
+            model, tokens, settings, out, held_out=held_out, resume=args.resume, title="pretrain"
+        )
         model.save_pretrained(out)
         tokenizer.save(out)
     _print_result(result, bits_per_byte, 1.0)
@@ -91,7 +115,10 @@ def finetune(args: argparse.Namespace) -> None:
     tokens: Text
     held_out: Text
     if tasks:  # of all of them, before anything is made
-        read = {task: _texts(path, None, tokenizer, settings.context, "--tasks") for task, path in tasks.items()}
+        read = {
+            task: _texts(path, None, tokenizer, settings.context, "--tasks")
+            for task, path in tasks.items()
+        }
         tokens = {task: learnt for task, (learnt, _, _) in read.items()}
         held_out = {task: kept for task, (_, kept, _) in read.items()}
         ratio = statistics.fmean(found[2] for found in read.values())
@@ -99,16 +126,24 @@ def finetune(args: argparse.Namespace) -> None:
         tokens, held_out, ratio = _texts(args.data, args.eval_data, tokenizer, settings.context)
     held = held_bytes(model)
     if config is None and held["layers"]:
-        raise ConfigError(f"--base {args.base!r} is held as {held['kind']}: --method full cannot train it")
+        raise ConfigError(
+            f"--base {args.base!r} is held as {held['kind']}: --method full cannot train it"
+        )
     if config is not None:
         name = os.fsencode(args.base).decode("utf-8", "replace")
         config = dataclasses.replace(config, task_type="CAUSAL_LM", base_model_name_or_path=name)
         if tasks:
             shared = dataclasses.replace(config, r=args.shared_r) if args.shared_r else None
-            model = get_multitask_model(model, dict.fromkeys(tasks, config), shared, seed=settings.seed)
+            model = get_multitask_model(
+                model, dict.fromkeys(tasks, config), shared, seed=settings.seed
+            )
         else:
             model = get_peft_model(model, config, seed=settings.seed)
-    options: dict[str, Any] = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
+    options: dict[str, Any] = {
+        "held_out": held_out,
+        "resume": args.resume,
+        "bytes_per_token": ratio,
+    }
     with _run_folder(args, "finetune") as out:
         if held["layers"]:
             print(told(held))
@@ -116,12 +151,18 @@ def finetune(args: argparse.Namespace) -> None:
             print(f"all {sum(p.size for p in model.parameters()):,} parameters of the base train")
         else:
             model.print_trainable_parameters()
-        sizes = {task: len(ids) for task, ids in tokens.items()} if isinstance(tokens, dict) else {"": len(tokens)}
+        sizes = (
+            {task: len(ids) for task, ids in tokens.items()}
+            if isinstance(tokens, dict)
+            else {"": len(tokens)}
+        )
         counts = ", ".join(f"{task} {size:,}".lstrip() for task, size in sizes.items())
         print(printable(f"{counts} tokens -> {out}"))
         result = train(model, tokens, settings, out, **options, title="finetune")
         model.save_pretrained(out)
-        if config is None and not tokenizer.note:  # a base that came without a tokenizer.json stays without
+        if (
+            config is None and not tokenizer.note
+        ):  # a base that came without a tokenizer.json stays without
             tokenizer.save(out)
         if isinstance(config, AdaLoraConfig):
             _draw_ranks(out)
@@ -131,22 +172,36 @@ def finetune(args: argparse.Namespace) -> None:
 def _tasks(args: argparse.Namespace, config: LoraConfig | None) -> dict[str, str]:
     """The texts of --tasks by the names of the tasks, which are the files'. ConfigError for what does not fit."""
     if (args.data is None) == (args.tasks is None):
-        raise ConfigError("expected a text: --data FILE for one, or --tasks FILE FILE ... for several tasks")
+        raise ConfigError(
+            "expected a text: --data FILE for one, or --tasks FILE FILE ... for several tasks"
+        )
     if args.tasks is None:
         if args.shared_r is not None:
-            raise ConfigError("--shared-r is the rank of an adapter that all of --tasks share: name the tasks")
+            raise ConfigError(
+                "--shared-r is the rank of an adapter that all of --tasks share: name the tasks"
+            )
         return {}
     tasks = {Path(path).stem.replace(".", "-"): path for path in args.tasks}
     if len(tasks) < len(args.tasks):
-        raise ConfigError(f"--tasks: a task has the name of its file, and two are alike: {', '.join(args.tasks)}"[:300])
+        raise ConfigError(
+            f"--tasks: a task has the name of its file, and two are alike: {', '.join(args.tasks)}"[
+                :300
+            ]
+        )
     if args.batch_size * args.accumulate < len(tasks):
-        raise ConfigError(f"--batch-size {args.batch_size} cannot hold a sequence of each of {len(tasks)} tasks")
+        raise ConfigError(
+            f"--batch-size {args.batch_size} cannot hold a sequence of each of {len(tasks)} tasks"
+        )
     if args.eval_data is not None:
         raise ConfigError("--eval-data is one text; of each of --tasks the last tenth is held out")
     if isinstance(config, AdaLoraConfig):
-        raise ConfigError("--method adalora shares out the ranks of one adapter: train its --tasks one by one")
+        raise ConfigError(
+            "--method adalora shares out the ranks of one adapter: train its --tasks one by one"
+        )
     if args.shared_r is not None and (config is None or config.use_dora):
-        raise ConfigError(f"--shared-r goes with --method lora, not with {args.method}: what is shared is added up")
+        raise ConfigError(
+            f"--shared-r goes with --method lora, not with {args.method}: what is shared is added up"
+        )
     return tasks
 
 
@@ -180,7 +235,9 @@ def evaluate(args: argparse.Namespace) -> None:
     loss = measure(model, tokens, context, limit=args.limit, threads=args.threads)
     bits = bits_per_byte(loss, ratio)
     perplexity = math.exp(min(loss, 700))
-    print(f"loss {loss:.6f} nats a token, {bits:.4f} bits a byte, perplexity {perplexity:.4f} (context {context})")
+    print(
+        f"loss {loss:.6f} nats a token, {bits:.4f} bits a byte, perplexity {perplexity:.4f} (context {context})"
+    )
 
 
 def devices(args: argparse.Namespace) -> None:
@@ -190,7 +247,9 @@ def devices(args: argparse.Namespace) -> None:
 
     pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
     blas = [f"{p['internal_api']} {p['version']} with {p['num_threads']} threads" for p in pools]
-    found = {"cpu": f"usable, {available_cores()} cores, {', '.join(blas) or 'no BLAS that threadpoolctl knows'}"}
+    found = {
+        "cpu": f"usable, {available_cores()} cores, {', '.join(blas) or 'no BLAS that threadpoolctl knows'}"
+    }
     for name, state in {**found, **gpus()}.items():
         print(f"{name:8} {printable(state.removeprefix(f'device {name!r} is '))}")
 
@@ -201,7 +260,9 @@ def verify(args: argparse.Namespace) -> None:
     from ..verify.run import as_json, worst_ratio
 
     if (args.base is None) != (args.adapter is None):
-        raise ConfigError("verify takes --base and --adapter, or neither of them: then it measures random layers")
+        raise ConfigError(
+            "verify takes --base and --adapter, or neither of them: then it measures random layers"
+        )
     if args.base is None:
         report = Report(over_random_cases(args.cases, args.seed), [])
     else:
@@ -211,16 +272,29 @@ def verify(args: argparse.Namespace) -> None:
     else:
         heads = ("property", "equation", "measured", "bound", "ratio", "ok", "source")
         shown = (
-            (r.property, r.equation, f"{r.measured:.2e}", f"{r.bound:.2e}", f"{r.ratio:.3f}", r.ok, r.source)
+            (
+                r.property,
+                r.equation,
+                f"{r.measured:.2e}",
+                f"{r.bound:.2e}",
+                f"{r.ratio:.3f}",
+                r.ok,
+                r.source,
+            )
             for r in report.rows
         )
         print_table([dict(zip(heads, row, strict=True)) for row in shown])
         if report.layers:
             print()
             print_table(
-                [{k: f"{v:.4g}" if type(v) is float else v for k, v in f._asdict().items()} for f in report.layers]
+                [
+                    {k: f"{v:.4g}" if type(v) is float else v for k, v in f._asdict().items()}
+                    for f in report.layers
+                ]
             )
-        print(f"\nworst measured / bound: {worst_ratio(report.rows):.3f}, of {len(report.rows)} properties")
+        print(
+            f"\nworst measured / bound: {worst_ratio(report.rows):.3f}, of {len(report.rows)} properties"
+        )
     for row in report.rows:
         if not row.ok:
             detail = f"measured {row.measured:.3g}, bound {row.bound:.3g}, at {row.where} {row.note}".rstrip()
@@ -244,31 +318,54 @@ def _base(args: argparse.Namespace) -> tuple[Any, ByteTokenizer | HubTokenizer]:
         if (Path(args.adapter) / MULTITASK).exists():
             model = _one_task(MultiTask.from_pretrained(model, args.adapter), task)
         elif task is not None:
-            raise ConfigError(f"--adapter {args.adapter!r} holds one adapter: there is no task to choose")
+            raise ConfigError(
+                f"--adapter {args.adapter!r} holds one adapter: there is no task to choose"
+            )
         else:
             model = PeftModel.from_pretrained(model, args.adapter)
     elif task is not None:
         raise ConfigError("--task chooses one of an --adapter folder's tasks: give that, too")
-    for name, p in model.named_parameters():  # known before anything is made of them: no text, no run, no merged file
-        if not args.allow_nonfinite and not all(bool(p.backend.xp.isfinite(piece).all()) for piece in pieces(p)):
-            raise NonFiniteError(f"the weights in {args.base!r}, or of its adapter, are broken: {name} is not finite")
+    for (
+        name,
+        p,
+    ) in (
+        model.named_parameters()
+    ):  # known before anything is made of them: no text, no run, no merged file
+        if not args.allow_nonfinite and not all(
+            bool(p.backend.xp.isfinite(piece).all()) for piece in pieces(p)
+        ):
+            raise NonFiniteError(
+                f"the weights in {args.base!r}, or of its adapter, are broken: {name} is not finite"
+            )
     return model, tokenizer
 
 
 def _one_task(model: MultiTask, task: str | None) -> Any:
     """The plain model of a task."""
     if task is None:
-        raise ConfigError(f"--adapter holds several tasks: choose one with --task: {', '.join(model.tasks)}"[:300])
+        raise ConfigError(
+            f"--adapter holds several tasks: choose one with --task: {', '.join(model.tasks)}"[:300]
+        )
     return model.merge_task(task)
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """The adapter's fields that were given."""
-    return {name: getattr(args, name) for name in (*LORA_OPTIONS, *ADALORA_OPTIONS) if hasattr(args, name)}
+    return {
+        name: getattr(args, name)
+        for name in (*LORA_OPTIONS, *ADALORA_OPTIONS)
+        if hasattr(args, name)
+    }
 
 
 def _settings(args: argparse.Namespace, settings: Any) -> Any:
-    return settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(settings) if hasattr(args, f.name)})
+    return settings(
+        **{
+            f.name: getattr(args, f.name)
+            for f in dataclasses.fields(settings)
+            if hasattr(args, f.name)
+        }
+    )
 
 
 @contextlib.contextmanager
@@ -282,7 +379,9 @@ def _run_folder(args: argparse.Namespace, stem: str) -> Iterator[Path]:
         if args.resume is not None:
             if args.resume == "auto" and args.out is None:
                 raise ConfigError("--resume auto needs --out, the folder of the run to go on with")
-            if args.out is not None and Path(args.out).is_dir():  # first of all: another run's checkpoints come and go
+            if (
+                args.out is not None and Path(args.out).is_dir()
+            ):  # first of all: another run's checkpoints come and go
                 held.enter_context(locked(args.out))
             checkpoint, _ = find_checkpoint(args.resume, Path(args.out or "runs"))
             own = args.out is not None and Path(args.out).resolve() in checkpoint.resolve().parents
@@ -290,7 +389,9 @@ def _run_folder(args: argparse.Namespace, stem: str) -> Iterator[Path]:
         yield open_folder(out, own)
 
 
-def _text(data: str, tokenizer: ByteTokenizer | HubTokenizer, context: int) -> tuple[Ids | Packed, float]:
+def _text(
+    data: str, tokenizer: ByteTokenizer | HubTokenizer, context: int
+) -> tuple[Ids | Packed, float]:
     """(ids, bytes a token) of a text, or of records, to measure on."""
     if is_records(data):
         records = read_records(data, tokenizer, context)
@@ -301,7 +402,11 @@ def _text(data: str, tokenizer: ByteTokenizer | HubTokenizer, context: int) -> t
 
 
 def _texts(
-    data: str, eval_data: str | None, tokenizer: ByteTokenizer | HubTokenizer, context: int, option: str = "--data"
+    data: str,
+    eval_data: str | None,
+    tokenizer: ByteTokenizer | HubTokenizer,
+    context: int,
+    option: str = "--data",
 ) -> tuple[Ids | Packed, Ids | Packed, float]:
     """(training ids, held-out ids, bytes a token). Without --eval-data the last tenth of --data is held out."""
     tokens: Ids | Packed
@@ -352,7 +457,9 @@ def _draw_ranks(out: Path) -> None:
         plots.rank_allocation(out / "rank_allocation.png", *rank_history(out))
 
 
-def _print_result(result: Any, bits_per_byte: Callable[[float, float], float], ratio: float) -> None:
+def _print_result(
+    result: Any, bits_per_byte: Callable[[float, float], float], ratio: float
+) -> None:
     first, last = result.evaluations[0][1], result.evaluations[-1][1]
     before, after = bits_per_byte(first, ratio), bits_per_byte(last, ratio)
     print(f"held-out bits per byte {before:.3f} -> {after:.3f} in {result.seconds:.0f} s")

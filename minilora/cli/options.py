@@ -19,7 +19,13 @@ from ..lora import AdaLoraConfig, LoraConfig
 from ..recipes import ADALORA_FIELDS, CODES, METHODS, QUANTIZE
 from . import files
 
-SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,7 +50,9 @@ def _whole(least: int) -> Callable[[str], int]:
     def whole(text: str) -> int:
         value = int(text) if text.strip().lstrip("+-").isdecimal() and len(text) < 40 else -1
         if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least} and below 2^63, got {text!r:.60}")
+            raise argparse.ArgumentTypeError(
+                f"must be an integer of at least {least} and below 2^63, got {text!r:.60}"
+            )
         return value
 
     return whole
@@ -75,55 +83,121 @@ def number(text: str) -> float:
 
 # How each field of a configuration is read from the command line; a field that is missing here is no option.
 LORA_OPTIONS: dict[str, dict[str, Any]] = {
-    "r": {"type": int, "metavar": "R", "help": "rank, at the end that of the average layer (DEFAULT)"},
+    "r": {
+        "type": int,
+        "metavar": "R",
+        "help": "rank, at the end that of the average layer (DEFAULT)",
+    },
     "lora_alpha": {"type": number, "metavar": "X", "help": "scaling is lora_alpha / r (DEFAULT)"},
-    "target_modules": {"type": _targets, "metavar": "T", "help": "all-linear, q_proj,v_proj or a pattern"},
-    "exclude_modules": {"type": _targets, "metavar": "T", "help": "the same, for what is no target after all"},
+    "target_modules": {
+        "type": _targets,
+        "metavar": "T",
+        "help": "all-linear, q_proj,v_proj or a pattern",
+    },
+    "exclude_modules": {
+        "type": _targets,
+        "metavar": "T",
+        "help": "the same, for what is no target after all",
+    },
     "lora_dropout": {"type": float, "metavar": "P", "help": "(DEFAULT)"},
-    "bias": {"choices": ("none", "all", "lora_only"), "help": "which of the base's biases train (DEFAULT)"},
+    "bias": {
+        "choices": ("none", "all", "lora_only"),
+        "help": "which of the base's biases train (DEFAULT)",
+    },
     "use_rslora": {"action": "store_true", "help": "scaling is lora_alpha / sqrt(r)"},
-    "use_dora": {"action": "store_true", "help": argparse.SUPPRESS},  # PEFT's name for --method dora
-    "init_lora_weights": {"type": _initialiser, "metavar": "HOW", "help": "true, false or gaussian (true)"},
-    "rank_pattern": {"type": _table, "metavar": "JSON", "help": "such as '{\"q_proj\": 4}'; and so --alpha-pattern"},
+    "use_dora": {
+        "action": "store_true",
+        "help": argparse.SUPPRESS,
+    },  # PEFT's name for --method dora
+    "init_lora_weights": {
+        "type": _initialiser,
+        "metavar": "HOW",
+        "help": "true, false or gaussian (true)",
+    },
+    "rank_pattern": {
+        "type": _table,
+        "metavar": "JSON",
+        "help": "such as '{\"q_proj\": 4}'; and so --alpha-pattern",
+    },
     "alpha_pattern": {"type": _table, "help": argparse.SUPPRESS},
     "layers_to_transform": {"type": _layers, "metavar": "N,N", "help": "such as 0,1"},
-    "layers_pattern": {"type": _names, "metavar": "NAME", "help": "what the number follows in a name, such as layers"},
-    "modules_to_save": {"type": _names, "metavar": "NAME,NAME", "help": "trained whole, such as lm_head"},
-    "trainable_token_indices": {"type": _layers, "help": argparse.SUPPRESS},  # rows of the embedding, such as 0,7
-    "ensure_weight_tying": {"action": "store_true", "help": argparse.SUPPRESS},  # a tied head goes by the embedding
-    "fan_in_fan_out": {"action": "store_true", "help": argparse.SUPPRESS},  # taken, and found out anyway
+    "layers_pattern": {
+        "type": _names,
+        "metavar": "NAME",
+        "help": "what the number follows in a name, such as layers",
+    },
+    "modules_to_save": {
+        "type": _names,
+        "metavar": "NAME,NAME",
+        "help": "trained whole, such as lm_head",
+    },
+    "trainable_token_indices": {
+        "type": _layers,
+        "help": argparse.SUPPRESS,
+    },  # rows of the embedding, such as 0,7
+    "ensure_weight_tying": {
+        "action": "store_true",
+        "help": argparse.SUPPRESS,
+    },  # a tied head goes by the embedding
+    "fan_in_fan_out": {
+        "action": "store_true",
+        "help": argparse.SUPPRESS,
+    },  # taken, and found out anyway
 }
 ADALORA_OPTIONS: dict[str, dict[str, Any]] = {
-    name: {"type": float if name.startswith("beta") else number if name == "orth_reg_weight" else int}
+    name: {
+        "type": float if name.startswith("beta") else number if name == "orth_reg_weight" else int
+    }
     for name in ADALORA_FIELDS
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="minilora", description="LoRA from scratch in NumPy: train, adapt, look inside.")
+    parser = _Parser(
+        prog="minilora", description="LoRA from scratch in NumPy: train, adapt, look inside."
+    )
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, text: str, example: str) -> argparse.ArgumentParser:
-        options: dict[str, Any] = {"help": text, "description": text, "usage": f"minilora {name} [options]"}
+        options: dict[str, Any] = {
+            "help": text,
+            "description": text,
+            "usage": f"minilora {name} [options]",
+        }
         options |= {"epilog": f"example: minilora {name} {example}", "allow_abbrev": False}
         sub = commands.add_parser(name, **options, formatter_class=_Wide, add_help=False)
-        sub.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)  # whoever reads it knows
+        sub.add_argument(
+            "-h", "--help", action="help", help=argparse.SUPPRESS
+        )  # whoever reads it knows
         return sub
 
     def common(sub: argparse.ArgumentParser, seed: bool = True) -> None:
         sub.add_argument("--device", default="cpu", metavar="DEV", help="cpu, cuda or cuda:N")
-        sub.add_argument("--threads", type=_whole(1), metavar="K", help="shards run at once (default: one a core)")
+        sub.add_argument(
+            "--threads",
+            type=_whole(1),
+            metavar="K",
+            help="shards run at once (default: one a core)",
+        )
         if seed:
             sub.add_argument("--seed", type=_whole(0), default=0, metavar="N")
-        sub.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+        sub.add_argument(
+            "--debug", action="store_true", help="show a traceback when something fails"
+        )
 
     def model(sub: argparse.ArgumentParser, adapter: bool | None = False) -> None:
-        sub.add_argument("--base", required=True, metavar="DIR", help="config.json and model.safetensors")
+        sub.add_argument(
+            "--base", required=True, metavar="DIR", help="config.json and model.safetensors"
+        )
         if adapter is not None:
             sub.add_argument("--adapter", required=adapter, metavar="DIR", help="in PEFT's format")
-            sub.add_argument("--task", metavar="NAME", help="which one of an adapter that finetune --tasks made")
-        sub.add_argument("--allow-nonfinite", action="store_true", help="even where a weight is NaN or infinite")
+            sub.add_argument(
+                "--task", metavar="NAME", help="which one of an adapter that finetune --tasks made"
+            )
+        sub.add_argument(
+            "--allow-nonfinite", action="store_true", help="even where a weight is NaN or infinite"
+        )
 
     def method(sub: Any) -> None:
         text = f"{', '.join(METHODS)}: what is trained (lora)"
@@ -141,11 +215,19 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--tasks", nargs="+", metavar="FILE", help=text)
             text = "and one of rank R that all of them share"
             sub.add_argument("--shared-r", type=_whole(1), metavar="R", help=text)
-        sub.add_argument("--eval-data", metavar="FILE", help="held-out text (default: the last tenth of --data)")
+        sub.add_argument(
+            "--eval-data", metavar="FILE", help="held-out text (default: the last tenth of --data)"
+        )
         sub.add_argument("--out", metavar="DIR", help="a new folder (default: runs/...)")
-        sub.add_argument("--resume", nargs="?", const="auto", metavar="auto|DIR", help="go on from a checkpoint")
-        sub.add_argument("--abort-on-divergence", action="store_true", help="stop when the loss leaves for good")
-        sub.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+        sub.add_argument(
+            "--resume", nargs="?", const="auto", metavar="auto|DIR", help="go on from a checkpoint"
+        )
+        sub.add_argument(
+            "--abort-on-divergence", action="store_true", help="stop when the loss leaves for good"
+        )
+        sub.add_argument(
+            "--gradient-checkpointing", action="store_true", help="less memory, a third more time"
+        )
         common(sub, seed=False)
         numbers = {"steps": 400, "batch-size": 16, "context": 128, "lr": lr, "warmup": 20}
         numbers |= {"weight-decay": 0.0, "max-grad-norm": 1.0, "accumulate": 1}
@@ -153,7 +235,9 @@ def build_parser() -> argparse.ArgumentParser:
         others = "--seed 0  --shard N (sequences that run together)  --save-every N  --eval-every N (steps)"
         run = sub.add_argument_group("the run", f"{'  '.join(shown[:-1])}\n{shown[-1]}  {others}")
         for name, default in numbers.items():
-            run.add_argument(f"--{name}", type=type(default), default=default, help=argparse.SUPPRESS)
+            run.add_argument(
+                f"--{name}", type=type(default), default=default, help=argparse.SUPPRESS
+            )
         run.add_argument("--seed", type=_whole(0), default=0, help=argparse.SUPPRESS)
         for name in ("shard", "save-every", "eval-every"):
             run.add_argument(f"--{name}", type=int, help=argparse.SUPPRESS)
@@ -168,20 +252,34 @@ def build_parser() -> argparse.ArgumentParser:
 
     text = "Pretrain a small model on prose, adapt it to code with LoRA or its kin, and measure."
     sub = command("demo", text, "--method adalora --out my-demo")
-    sub.add_argument("--quick", action="store_true", help="20 seconds: shows that everything runs, no more")
+    sub.add_argument(
+        "--quick", action="store_true", help="20 seconds: shows that everything runs, no more"
+    )
     method(sub)
     quantized(sub, CODES)
-    sub.add_argument("--pretrain-data", metavar="FILE", help="your own text in place of the language reference")
-    sub.add_argument("--adapt-data", metavar="FILE", help="your own text in place of the standard library")
+    sub.add_argument(
+        "--pretrain-data", metavar="FILE", help="your own text in place of the language reference"
+    )
+    sub.add_argument(
+        "--adapt-data", metavar="FILE", help="your own text in place of the standard library"
+    )
     missing: dict[str, Any] = {"default": argparse.SUPPRESS}
     sub.add_argument("--r", type=int, **missing, help="rank of the adapter (4)")
     sub.add_argument(
-        "--lora-alpha", type=number, **missing, metavar="X", help="scaling is lora_alpha / r (16; adalora: 256)"
+        "--lora-alpha",
+        type=number,
+        **missing,
+        metavar="X",
+        help="scaling is lora_alpha / r (16; adalora: 256)",
     )
     sub.add_argument("--out", metavar="DIR", help="a new folder (default: runs/demo-NNN)")
     common(sub)
 
-    sub = command("pretrain", "Train a small Llama-shaped model on a text's bytes.", "--data book.txt --out base")
+    sub = command(
+        "pretrain",
+        "Train a small Llama-shaped model on a text's bytes.",
+        "--data book.txt --out base",
+    )
     training(sub, 3e-3)
     for name in (*SHAPE, "max_position_embeddings"):
         sub.add_argument(f"--{name.replace('_', '-')}", type=_whole(1), metavar="N")
@@ -197,38 +295,70 @@ def build_parser() -> argparse.ArgumentParser:
     adapter(group, LORA_OPTIONS, LoraConfig)
     shown = "  ".join(f"--{name.replace('_', '-')}" for name in ADALORA_OPTIONS)
     text = "by default r, r + r/2, steps/10, steps/4, steps/100, 0.85, 0.85, 0.1"
-    adapter(sub.add_argument_group("of AdaLoRA", f"{shown}\n{text}"), ADALORA_OPTIONS, AdaLoraConfig)
+    adapter(
+        sub.add_argument_group("of AdaLoRA", f"{shown}\n{text}"), ADALORA_OPTIONS, AdaLoraConfig
+    )
 
     sub = command("generate", "Continue a prompt.", '--base base --adapter adapter --prompt "def "')
     model(sub)
     quantized(sub)
     sub.add_argument("--prompt", required=True, metavar="TEXT")
     sub.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="(%(default)s)")
-    sub.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest (%(default)s)")
+    sub.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="0 takes the likeliest (%(default)s)",
+    )
     sub.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
-    sub.add_argument("--top-p", type=float, metavar="P", help="only the likeliest, up to probability P")
+    sub.add_argument(
+        "--top-p", type=float, metavar="P", help="only the likeliest, up to probability P"
+    )
     common(sub)
 
-    sub = command("evaluate", "Loss, bits per byte and perplexity of a text.", "--base base --data held-out.txt")
+    sub = command(
+        "evaluate",
+        "Loss, bits per byte and perplexity of a text.",
+        "--base base --data held-out.txt",
+    )
     model(sub)
     quantized(sub)
     sub.add_argument("--data", required=True, metavar="FILE")
-    sub.add_argument("--context", type=_whole(1), metavar="T", help="positions a window (default: up to 256)")
-    sub.add_argument("--limit", type=int, metavar="N", help="at most N windows, spread over the text")
+    sub.add_argument(
+        "--context", type=_whole(1), metavar="T", help="positions a window (default: up to 256)"
+    )
+    sub.add_argument(
+        "--limit", type=int, metavar="N", help="at most N windows, spread over the text"
+    )
     common(sub)
 
     files.define(command, _whole)
 
-    sub = command("devices", "What there is to compute on: the CPU, and each GPU or why it cannot be used.", "")
+    sub = command(
+        "devices",
+        "What there is to compute on: the CPU, and each GPU or why it cannot be used.",
+        "",
+    )
     sub.add_argument("--debug", action="store_true", help="show a traceback when something fails")
 
     sub = command(
-        "verify", "Measure every property of LoRA's mathematics beside its bound.", "--base base --adapter adapter"
+        "verify",
+        "Measure every property of LoRA's mathematics beside its bound.",
+        "--base base --adapter adapter",
     )
-    sub.add_argument("--base", metavar="DIR", help="measure your own files instead of random layers: their base ...")
+    sub.add_argument(
+        "--base",
+        metavar="DIR",
+        help="measure your own files instead of random layers: their base ...",
+    )
     sub.add_argument("--adapter", metavar="DIR", help="... and their adapter, in PEFT's format")
-    sub.add_argument("--cases", type=_whole(1), default=100, metavar="N", help="random layers (%(default)s)")
-    sub.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of what is random (%(default)s)")
+    sub.add_argument(
+        "--cases", type=_whole(1), default=100, metavar="N", help="random layers (%(default)s)"
+    )
+    sub.add_argument(
+        "--seed", type=_whole(0), default=0, metavar="N", help="of what is random (%(default)s)"
+    )
     sub.add_argument("--json", action="store_true", help="for programs")
     sub.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     return parser

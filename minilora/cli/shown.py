@@ -8,10 +8,16 @@ from typing import Any
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Rows with the same keys, in columns as wide as they need to be."""
-    widths = {key: max(len(key), *(len(printable(str(row[key]))) for row in rows)) for key in rows[0]}
+    widths = {
+        key: max(len(key), *(len(printable(str(row[key]))) for row in rows)) for key in rows[0]
+    }
     print("  ".join(f"{key:{width}}" for key, width in widths.items()).rstrip())
     for row in rows:
-        print("  ".join(f"{printable(str(row[key])):{width}}" for key, width in widths.items()).rstrip())
+        print(
+            "  ".join(
+                f"{printable(str(row[key])):{width}}" for key, width in widths.items()
+            ).rstrip()
+        )
 
 
 def printable(text: str, kept: str = "") -> str:

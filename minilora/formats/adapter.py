@@ -80,19 +80,27 @@ def open_adapter(directory: PathLike) -> tuple[dict[str, Any], SafetensorsFile]:
     require_folder(directory, "adapter")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not os.path.lexists(os.path.join(directory, name)):
-            hints = (hint for other, hint in OTHERS.items() if os.path.lexists(os.path.join(directory, other)))
+            hints = (
+                hint
+                for other, hint in OTHERS.items()
+                if os.path.lexists(os.path.join(directory, other))
+            )
             raise FormatError(f"{quoted(directory)} has no {name}{next(hints, '')}")
-    return read_json(os.path.join(directory, CONFIG_FILE)), SafetensorsFile(os.path.join(directory, WEIGHTS_FILE))
+    return read_json(os.path.join(directory, CONFIG_FILE)), SafetensorsFile(
+        os.path.join(directory, WEIGHTS_FILE)
+    )
 
 
 def read_adapter(directory: PathLike) -> tuple[dict[str, Any], dict[str, Array]]:
     """`open_adapter`, with the arrays by PEFT's keys read at once. BF16 comes as float32."""
     config, file = open_adapter(directory)
     with file:
-        return config, {key: file.read(key) for key in file.keys()}  # noqa: SIM118  (a file is not a mapping)
+        return config, {key: file.read(key) for key in file.keys()}
 
 
-def write_adapter(directory: PathLike, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
+def write_adapter(
+    directory: PathLike, config: Mapping[str, Any], tensors: Mapping[str, Array]
+) -> None:
     """Write PEFT's folder. Keys that `config` leaves out get PEFT's defaults; keys that PEFT does not know are kept."""
     os.makedirs(directory, exist_ok=True)
     with json_after(os.path.join(directory, CONFIG_FILE), {**PEFT_CONFIG_DEFAULTS, **config}):

@@ -30,7 +30,9 @@ class Checkpoint:
         require_folder(directory, "model")
         self.directory = os.fspath(directory)
         self._files: dict[str, SafetensorsFile] = {}
-        self.shards: dict[str, list[str]] = {}  # the files' names in the folder, and the keys of each
+        self.shards: dict[
+            str, list[str]
+        ] = {}  # the files' names in the folder, and the keys of each
         with ExitStack() as opened:
             if os.path.lexists(os.path.join(directory, WEIGHTS_FILE)):
                 file = opened.enter_context(SafetensorsFile(os.path.join(directory, WEIGHTS_FILE)))
@@ -39,16 +41,26 @@ class Checkpoint:
             elif os.path.lexists(os.path.join(directory, INDEX_FILE)):
                 self._open_shards(opened)
             else:
-                pickles = sorted(n for n in os.listdir(directory) if n.endswith((".bin", ".pt", ".pth", ".ckpt")))
-                hint = f"; {quoted(pickles[0])} is a pickle, and only safetensors are read" if pickles else ""
-                raise FormatError(f"{quoted(directory)} has no {WEIGHTS_FILE} and no {INDEX_FILE}{hint}")
+                pickles = sorted(
+                    n for n in os.listdir(directory) if n.endswith((".bin", ".pt", ".pth", ".ckpt"))
+                )
+                hint = (
+                    f"; {quoted(pickles[0])} is a pickle, and only safetensors are read"
+                    if pickles
+                    else ""
+                )
+                raise FormatError(
+                    f"{quoted(directory)} has no {WEIGHTS_FILE} and no {INDEX_FILE}{hint}"
+                )
             self._opened = opened.pop_all()
 
     def _open_shards(self, opened: ExitStack) -> None:
         index = os.path.join(self.directory, INDEX_FILE)
         where = quoted(index)
         weight_map = read_json(index, limit=MAX_INDEX_BYTES).get("weight_map")
-        if type(weight_map) is not dict or any(type(shard) is not str for shard in weight_map.values()):
+        if type(weight_map) is not dict or any(
+            type(shard) is not str for shard in weight_map.values()
+        ):
             raise FormatError(f"{where}: weight_map must give a file name for each tensor")
         listed: dict[str, set[str]] = {}
         for key, shard in weight_map.items():
@@ -58,7 +70,12 @@ class Checkpoint:
         for shard in sorted(listed):
             # The index may come from anywhere: no name in it may lead out of the folder, not through a link either.
             # (A path of many parts takes `realpath` quadratic time.)
-            if len(shard) > MAX_NAME or "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
+            if (
+                len(shard) > MAX_NAME
+                or "\\" in shard
+                or "\0" in shard
+                or not shard.endswith(".safetensors")
+            ):
                 raise FormatError(f"{where}: {quoted(shard)} is not the name of a safetensors file")
             paths[shard] = os.path.realpath(os.path.join(root, shard))
             if os.path.isabs(shard) or os.path.commonpath([root, paths[shard]]) != root:
@@ -70,14 +87,18 @@ class Checkpoint:
             absent, unlisted = listed[shard] - set(file.keys()), set(file.keys()) - listed[shard]
             if absent or unlisted:
                 key = min(absent or unlisted)
-                state = "is listed for it but not in it" if absent else "is in it but not listed for it"
+                state = (
+                    "is listed for it but not in it" if absent else "is in it but not listed for it"
+                )
                 raise FormatError(f"{where}: shard {quoted(shard)}: tensor {quoted(key)} {state}")
             self._files.update(dict.fromkeys(file.keys(), file))
             self.shards[shard] = file.keys()
 
     def _file(self, key: str) -> SafetensorsFile:
         if key not in self._files:
-            raise FormatError(f"{quoted(self.directory)}: no tensor {quoted(key)} among its {len(self._files)}")
+            raise FormatError(
+                f"{quoted(self.directory)}: no tensor {quoted(key)} among its {len(self._files)}"
+            )
         return self._files[key]
 
     def keys(self) -> list[str]:

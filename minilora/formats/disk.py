@@ -27,10 +27,14 @@ from ..errors import ConfigError, FormatError
 PathLike = str | os.PathLike[str]
 T = TypeVar("T")
 
-MAX_JSON_BYTES = 1 << 20  # the largest config of a language model or an adapter seen in the wild is far below
+MAX_JSON_BYTES = (
+    1 << 20
+)  # the largest config of a language model or an adapter seen in the wild is far below
 MAX_JSON_VALUES = 4 << 20  # twice the lists, objects and texts of the largest tokenizer in use
 MAX_DEPTH = 64  # real configs stay below 10; Python's own limit would end in a RecursionError
-MAX_INTEGER_DIGITS = 20  # 2^64 has 20 digits; Python takes quadratic time over longer ones, or refuses them
+MAX_INTEGER_DIGITS = (
+    20  # 2^64 has 20 digits; Python takes quadratic time over longer ones, or refuses them
+)
 
 
 def quoted(text: object, limit: int = 120) -> str:
@@ -54,7 +58,9 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
     mode = None
     with suppress(FileNotFoundError):
         mode = os.stat(target).st_mode
-    if mode is not None and not stat.S_ISREG(mode):  # renaming over /dev/null would destroy the device
+    if mode is not None and not stat.S_ISREG(
+        mode
+    ):  # renaming over /dev/null would destroy the device
         raise FileExistsError(errno.EEXIST, "exists and is not a regular file", os.fspath(path))
     stem = f".{name[:40]}.tmp-"
     _remove_stale(folder, stem)
@@ -62,7 +68,9 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
     _being_written.add(temporary)
     try:
         # Mode 0666 here is cut by the umask in the kernel; reading the umask in Python would race with other threads.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        descriptor = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
+        )
         with os.fdopen(descriptor, "wb") as file:
             if mode is not None:
                 os.chmod(temporary, stat.S_IMODE(mode))
@@ -75,7 +83,9 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = os.fspath(path)  # a full disk does not say by itself which file it had no room for
+            error.filename = os.fspath(
+                path
+            )  # a full disk does not say by itself which file it had no room for
         raise
     finally:
         _being_written.discard(temporary)
@@ -105,7 +115,9 @@ def send_off(file: BinaryIO) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-_being_written: set[str] = set()  # by this process: in a container, the one before may have had the same number
+_being_written: set[str] = (
+    set()
+)  # by this process: in a container, the one before may have had the same number
 
 
 def _remove_stale(folder: str, stem: str) -> None:
@@ -148,7 +160,9 @@ def sync_folder(folder: PathLike) -> None:
 def open_regular(path: PathLike) -> FileIO:
     """Open a regular file for unbuffered reading. FormatError for anything else, OSError when it cannot be opened."""
     # Without O_NONBLOCK, opening a pipe would wait for somebody to write into it.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    descriptor = os.open(
+        path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    )
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FormatError(f"{quoted(path)} is not a regular file")
@@ -158,12 +172,16 @@ def open_regular(path: PathLike) -> FileIO:
 def require_folder(path: PathLike, what: str) -> None:
     """FileNotFoundError or NotADirectoryError, unless `path` is a folder."""
     if not os.path.exists(path):
-        raise FileNotFoundError(errno.ENOENT, f"no such {what} folder (nothing is downloaded)", os.fspath(path))
+        raise FileNotFoundError(
+            errno.ENOENT, f"no such {what} folder (nothing is downloaded)", os.fspath(path)
+        )
     if not os.path.isdir(path):
         raise NotADirectoryError(errno.ENOTDIR, f"the {what} must be a folder", os.fspath(path))
 
 
-def parse_json(data: bytes, where: str, depth: int = MAX_DEPTH, values: int = MAX_JSON_VALUES) -> dict[str, Any]:
+def parse_json(
+    data: bytes, where: str, depth: int = MAX_DEPTH, values: int = MAX_JSON_VALUES
+) -> dict[str, Any]:
     """The JSON object in `data`, or a FormatError that begins with `where`.
 
     Stricter than Python's parser, which takes NaN, repeated keys, 1e400, half of a surrogate pair and integers of any
@@ -188,7 +206,9 @@ def parse_json(data: bytes, where: str, depth: int = MAX_DEPTH, values: int = MA
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise ValueError(f"{quoted(Counter(name for name, _ in pairs).most_common(1)[0][0])} appears twice")
+            raise ValueError(
+                f"{quoted(Counter(name for name, _ in pairs).most_common(1)[0][0])} appears twice"
+            )
         return found
 
     try:
@@ -227,7 +247,9 @@ def json_after(path: PathLike, value: dict[str, Any]) -> Iterator[None]:
         text = json.dumps(dict(sorted(value.items())), indent=2, allow_nan=False) + "\n"
         parse_json(text.encode(), "read back")
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{quoted(path)}: cannot be written as JSON: {str(error)[:200]}") from None
+        raise ConfigError(
+            f"{quoted(path)}: cannot be written as JSON: {str(error)[:200]}"
+        ) from None
     with atomic_file(path) as file:
         file.write(text.encode())
         file.flush()

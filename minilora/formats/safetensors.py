@@ -42,7 +42,10 @@ NAMES = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
 
 MAX_HEADER_BYTES = 100_000_000  # the reference's limit
 MAX_RANK = 64  # NumPy's limit
-SMALLEST_ENTRY, ENTRY_VALUES = 49, 8  # bytes, and lists, objects and texts, of the entry that is the densest there is:
+SMALLEST_ENTRY, ENTRY_VALUES = (
+    49,
+    8,
+)  # bytes, and lists, objects and texts, of the entry that is the densest there is:
 # "":{"dtype":"U8","shape":[],"data_offsets":[0,0]}
 MAX_METADATA = 10_000  # texts; the metadata that trainers write hold some hundred
 
@@ -65,8 +68,12 @@ def bf16_from(array: Array) -> NDArray[np.uint16]:
     """
     array = np.asarray(array)
     if array.dtype.kind != "f" or array.itemsize > 8:
-        raise FormatError(f"bfloat16 is rounded from float64, float32 or float16, not from {array.dtype}")
-    with np.errstate(all="ignore"):  # beyond float32's range is inf, and so it is beyond bfloat16's; NaN may signal
+        raise FormatError(
+            f"bfloat16 is rounded from float64, float32 or float16, not from {array.dtype}"
+        )
+    with np.errstate(
+        all="ignore"
+    ):  # beyond float32's range is inf, and so it is beyond bfloat16's; NaN may signal
         single = np.atleast_1d(array).astype(np.float32)
     bits = single.view(np.uint32)
     if array.itemsize == 8:
@@ -105,7 +112,11 @@ class SafetensorsFile:
 
     def _read_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
-        length = int.from_bytes(self._bytes(0, 8, "the length of the header"), "little") if size >= 8 else -1
+        length = (
+            int.from_bytes(self._bytes(0, 8, "the length of the header"), "little")
+            if size >= 8
+            else -1
+        )
         if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
             raise FormatError(
                 f"{self._where} is not a safetensors file: header of {length} bytes in a file of {size}; "
@@ -113,7 +124,9 @@ class SafetensorsFile:
             )
         text = bytes(self._bytes(8, length, "the header"))
         if not text.startswith(b"{") or not text.rstrip(b" ").endswith(b"}"):
-            raise FormatError(f"{self._where}: the header must begin with {{ and end with }} and spaces")
+            raise FormatError(
+                f"{self._where}: the header must begin with {{ and end with }} and spaces"
+            )
         values = MAX_METADATA + ENTRY_VALUES * (length // SMALLEST_ENTRY)
         header = parse_json(text, self._where, depth=3, values=values)
         metadata = header.pop("__metadata__", None)
@@ -126,12 +139,18 @@ class SafetensorsFile:
 
         # One walk in the order of the offsets excludes every hole, every overlap and every byte too many or too few.
         end = 0
-        for (begin, stop), name in sorted((entry[2], name) for name, entry in self._entries.items()):
+        for (begin, stop), name in sorted(
+            (entry[2], name) for name, entry in self._entries.items()
+        ):
             if begin != end:
-                raise FormatError(f"{self._where}: tensor {quoted(name)} begins at byte {begin}, expected {end}")
+                raise FormatError(
+                    f"{self._where}: tensor {quoted(name)} begins at byte {begin}, expected {end}"
+                )
             end = stop
         if end != size - self._start:
-            raise FormatError(f"{self._where}: the tensors take {end} bytes, the file holds {size - self._start}")
+            raise FormatError(
+                f"{self._where}: the tensors take {end} bytes, the file holds {size - self._start}"
+            )
 
     def _check_entry(self, name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
         where = f"{self._where}: tensor {quoted(name)}"
@@ -139,11 +158,15 @@ class SafetensorsFile:
             raise FormatError(f"{where}: expected exactly dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if type(dtype) is not str or dtype not in DTYPES:
-            raise FormatError(f"{where}: unsupported dtype {quoted(dtype, 40)}; supported are {', '.join(DTYPES)}")
+            raise FormatError(
+                f"{where}: unsupported dtype {quoted(dtype, 40)}; supported are {', '.join(DTYPES)}"
+            )
         for field, value in ("shape", shape), ("data_offsets", offsets):
             # `type(x) is int`, because True and 1.0 would compare like numbers.
             if type(value) is not list or any(type(item) is not int or item < 0 for item in value):
-                raise FormatError(f"{where}: {field} must be a list of integers >= 0, found {quoted(value)}")
+                raise FormatError(
+                    f"{where}: {field} must be a list of integers >= 0, found {quoted(value)}"
+                )
         if len(offsets) != 2 or len(shape) > MAX_RANK:
             raise FormatError(f"{where}: expected 2 offsets and at most {MAX_RANK} dimensions")
         # NumPy refuses (0, 2^62, 2^62), so zeros are left out. Eight bytes, because read() may widen to float64.
@@ -151,7 +174,9 @@ class SafetensorsFile:
             raise FormatError(f"{where}: no array can have the shape {quoted(shape)}")
         expected = math.prod(shape) * DTYPES[dtype].itemsize
         if offsets[1] - offsets[0] != expected:
-            raise FormatError(f"{where}: shape and dtype take {expected} bytes, the offsets {quoted(offsets, 60)}")
+            raise FormatError(
+                f"{where}: shape and dtype take {expected} bytes, the offsets {quoted(offsets, 60)}"
+            )
         return dtype, tuple(shape), (offsets[0], offsets[1])
 
     def _bytes(self, begin: int, count: int, what: str) -> Array:
@@ -162,14 +187,18 @@ class SafetensorsFile:
         while filled < count:  # one read gives 2 GiB at most
             got = self._file.readinto(data.data[filled:])
             if not got:
-                raise FormatError(f"{self._where}: the file ends inside {what}; it was cut while being read")
+                raise FormatError(
+                    f"{self._where}: the file ends inside {what}; it was cut while being read"
+                )
             filled += got
         return data
 
     def _entry(self, name: str) -> tuple[str, tuple[int, ...], tuple[int, int]]:
         if name not in self._entries:
             known = ", ".join(quoted(key, 60) for key in list(self._entries)[:3])
-            raise FormatError(f"{self._where}: no tensor {quoted(name)} among its {len(self._entries)} ({known}, ...)")
+            raise FormatError(
+                f"{self._where}: no tensor {quoted(name)} among its {len(self._entries)} ({known}, ...)"
+            )
         return self._entries[name]
 
     def keys(self) -> list[str]:
@@ -191,7 +220,9 @@ class SafetensorsFile:
         dtype, shape, (begin, end) = self._entry(name)
         data = self._bytes(self._start + begin, end - begin, f"tensor {quoted(name)}")
         if dtype == "BOOL" and data.size and data.max() > 1:
-            raise FormatError(f"{self._where}: tensor {quoted(name)}: a BOOL byte is neither 0 nor 1")
+            raise FormatError(
+                f"{self._where}: tensor {quoted(name)}: a BOOL byte is neither 0 nor 1"
+            )
         stored = data.view(DTYPES[dtype]).reshape(shape)
         return stored.astype(stored.dtype.newbyteorder("="), copy=False)
 
@@ -200,7 +231,9 @@ class SafetensorsFile:
         array = self.read_bits(name)
         if self.dtype(name) == "BF16":
             array = bf16_to_float32(array)
-        with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one, which is no news
+        with np.errstate(
+            invalid="ignore"
+        ):  # a signalling NaN becomes a quiet one, which is no news
             return array if dtype is None else array.astype(dtype, copy=False)
 
     def close(self) -> None:
@@ -216,7 +249,7 @@ class SafetensorsFile:
 def load_file(path: PathLike) -> dict[str, Array]:
     """Every tensor of a file, by name. BF16 comes as float32; see `SafetensorsFile.read`."""
     with SafetensorsFile(path) as file:
-        return {name: file.read(name) for name in file.keys()}  # noqa: SIM118  (a file is not a mapping)
+        return {name: file.read(name) for name in file.keys()}
 
 
 # ---- writing ----
@@ -235,7 +268,9 @@ class Entry:
     read: Callable[[], Array]
 
 
-def write_stream(path: PathLike, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> None:
+def write_stream(
+    path: PathLike, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write the entries, one array in memory and the next in the making. The bytes depend on names and values alone.
 
     `metadata` is {"format": "pt"} unless given: transformers refuses a file without it. The file is atomic: if a
@@ -249,7 +284,9 @@ def write_stream(path: PathLike, entries: Iterable[Entry], metadata: Mapping[str
         if not isinstance(entry.name, str):
             raise FormatError(f"{quoted(path)}: tensor name {quoted(entry.name)} must be a str")
         if entry.dtype not in DTYPES:
-            raise FormatError(f"{quoted(path)}: tensor {quoted(entry.name)}: unsupported dtype {quoted(entry.dtype)}")
+            raise FormatError(
+                f"{quoted(path)}: tensor {quoted(entry.name)}: unsupported dtype {quoted(entry.dtype)}"
+            )
     place = {dtype: index for index, dtype in enumerate(DTYPES)}
     entries.sort(key=lambda entry: (place[entry.dtype], entry.name))
 
@@ -259,16 +296,24 @@ def write_stream(path: PathLike, entries: Iterable[Entry], metadata: Mapping[str
         if entry.name in header or entry.name == "__metadata__":
             raise FormatError(f"{quoted(path)}: tensor name {quoted(entry.name)} is taken")
         end = begin + math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
-        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [begin, end],
+        }
         begin = end
     try:
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     except UnicodeError as error:
-        raise FormatError(f"{quoted(path)}: a name is not valid Unicode: {str(error)[:200]}") from None
+        raise FormatError(
+            f"{quoted(path)}: a name is not valid Unicode: {str(error)[:200]}"
+        ) from None
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        with closing(in_turn(entry.read for entry in entries)) as arrays:  # no `read` goes on when this has failed
+        with closing(
+            in_turn(entry.read for entry in entries)
+        ) as arrays:  # no `read` goes on when this has failed
             for entry, array in zip(entries, arrays, strict=True):
                 expected = DTYPES[entry.dtype]
                 if array.dtype.newbyteorder("<") != expected or array.shape != entry.shape:
@@ -277,12 +322,16 @@ def write_stream(path: PathLike, entries: Iterable[Entry], metadata: Mapping[str
                         f"but came as {array.dtype} {array.shape}"
                     )
                 if entry.dtype == "BOOL":
-                    array = array.view(np.uint8) != 0  # in memory a bool may be any byte, in a file it is 0 or 1
+                    array = (
+                        array.view(np.uint8) != 0
+                    )  # in memory a bool may be any byte, in a file it is 0 or 1
                 file.write(np.ascontiguousarray(array, expected).reshape(-1).view(np.uint8).data)
                 send_off(file)
 
 
-def save_file(path: PathLike, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
+def save_file(
+    path: PathLike, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write arrays of any layout and byte order; see `write_stream`. FormatError for a dtype that the format lacks."""
     write_stream(path, [array_entry(name, array) for name, array in tensors.items()], metadata)
 
@@ -292,5 +341,9 @@ def array_entry(name: str, array: Array) -> Entry:
     is_array = isinstance(array, (np.ndarray, np.generic))
     if not is_array or array.dtype.newbyteorder("<") not in NAMES:
         kind = array.dtype if is_array else type(array).__name__
-        raise FormatError(f"tensor {quoted(name)}: safetensors has no {kind}, only arrays of {', '.join(DTYPES)}")
-    return Entry(name, NAMES[array.dtype.newbyteorder("<")], array.shape, partial(np.asarray, array))
+        raise FormatError(
+            f"tensor {quoted(name)}: safetensors has no {kind}, only arrays of {', '.join(DTYPES)}"
+        )
+    return Entry(
+        name, NAMES[array.dtype.newbyteorder("<")], array.shape, partial(np.asarray, array)
+    )

@@ -67,12 +67,26 @@ class AdaLoraConfig(LoraConfig):
     peft_type = "ADALORA"
 
     def __post_init__(self) -> None:
-        kept, self.rank_pattern = self.rank_pattern or {}, {}  # LoRA's field of this name means something else
+        kept, self.rank_pattern = (
+            self.rank_pattern or {},
+            {},
+        )  # LoRA's field of this name means something else
         super().__post_init__()
         self.rank_pattern, need = kept, self._need
-        for name, least in {"init_r": 1, "target_r": 1, "total_step": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}.items():
+        for name, least in {
+            "init_r": 1,
+            "target_r": 1,
+            "total_step": 1,
+            "tinit": 0,
+            "tfinal": 0,
+            "deltaT": 1,
+        }.items():
             value = getattr(self, name)
-            need(type(value) is int and least <= value < 2**24, name, f"an integer of at least {least}")
+            need(
+                type(value) is int and least <= value < 2**24,
+                name,
+                f"an integer of at least {least}",
+            )
         need(self.target_r <= self.init_r, "target_r", f"at most init_r = {self.init_r}")
         if self.tinit >= self.total_step - self.tfinal:
             raise ConfigError(
@@ -80,19 +94,43 @@ class AdaLoraConfig(LoraConfig):
                 "the budget needs steps in which to fall"
             )
         for name in ("beta1", "beta2"):
-            need(type(getattr(self, name)) is float and 0 < getattr(self, name) < 1, name, "between 0 and 1")
+            need(
+                type(getattr(self, name)) is float and 0 < getattr(self, name) < 1,
+                name,
+                "between 0 and 1",
+            )
         weight = self.orth_reg_weight
-        need(type(weight) in (int, float) and 0 <= weight < math.inf, "orth_reg_weight", "a number of at least 0")
+        need(
+            type(weight) in (int, float) and 0 <= weight < math.inf,
+            "orth_reg_weight",
+            "a number of at least 0",
+        )
         need(isinstance(self.init_lora_weights, bool), "init_lora_weights", "True or False")
-        need(self.use_rslora is False, "use_rslora", f"False: the scaling is lora_alpha / (init_r + {RANK_EPS})")
+        need(
+            self.use_rslora is False,
+            "use_rslora",
+            f"False: the scaling is lora_alpha / (init_r + {RANK_EPS})",
+        )
         need(not self.alpha_pattern, "alpha_pattern", "empty: all layers have one lora_alpha")
         need(self.use_dora is False, "use_dora", "False: AdaLoRA has no magnitude")
         table, r = self.rank_pattern, self.init_r
-        ok = isinstance(table, dict) and all(isinstance(k, str) and k.endswith(".lora_E") for k in table)
-        ok = ok and all(isinstance(v, list) and len(v) == r and {*map(type, v)} == {bool} for v in table.values())
-        need(ok, "rank_pattern", f"a dictionary from '<layer>.lora_E' to {r} times True or False, one a triplet")
+        ok = isinstance(table, dict) and all(
+            isinstance(k, str) and k.endswith(".lora_E") for k in table
+        )
+        ok = ok and all(
+            isinstance(v, list) and len(v) == r and {*map(type, v)} == {bool}
+            for v in table.values()
+        )
+        need(
+            ok,
+            "rank_pattern",
+            f"a dictionary from '<layer>.lora_E' to {r} times True or False, one a triplet",
+        )
         if self.r != 8:
-            warnings.warn(f"r = {self.r} means nothing in AdaLoRA: init_r is the rank to begin with", stacklevel=3)
+            warnings.warn(
+                f"r = {self.r} means nothing in AdaLoRA: init_r is the rank to begin with",
+                stacklevel=3,
+            )
 
     def rank(self, name: str) -> int:
         """How many triplets the layer `name` has when it is made: init_r, or what pruning left."""
@@ -118,17 +156,28 @@ class AdaLoraAdapter(LoraAdapter):
     SUFFIX = ""  # in PEFT these are bare parameters
     lora_E: Parameter
 
-    def __init__(self, base: LinearBase, name: str, config: LoraConfig, rng: np.random.Generator, stream: int = 0):
+    def __init__(
+        self,
+        base: LinearBase,
+        name: str,
+        config: LoraConfig,
+        rng: np.random.Generator,
+        stream: int = 0,
+    ):
         assert isinstance(config, AdaLoraConfig)
         self.r, self.ranknum = config.rank(name), float(config.init_r)
         self.scaling = config.scaling(name)
         self.dropout = Dropout(config.lora_dropout, stream)
         std = 0.02 if config.init_lora_weights else 1.0
         for tensor, shape in self.shapes(base, self.r).items():
-            zero = tensor == "lora_E" and config.init_lora_weights  # so the start is the base, bit for bit
+            zero = (
+                tensor == "lora_E" and config.init_lora_weights
+            )  # so the start is the base, bit for bit
             values = np.zeros(shape, base.dtype) if zero else normal(rng, std, shape, base.dtype)
             setattr(self, tensor, Parameter(base.backend.from_numpy(values)))
-        self._settled: int | None = None  # lora_E's version when ranks were last allocated, where that is known
+        self._settled: int | None = (
+            None  # lora_E's version when ranks were last allocated, where that is known
+        )
 
     @staticmethod
     def shapes(base: LinearBase, r: int) -> dict[str, tuple[int, ...]]:
@@ -141,7 +190,9 @@ class AdaLoraAdapter(LoraAdapter):
         ConfigError if this trains and nobody allocates its ranks.
         """
         self._require_allocator()
-        return F.lora_linear(self.dropout(x), y, self.lora_A * self.lora_E, self.lora_B, self.scaling)
+        return F.lora_linear(
+            self.dropout(x), y, self.lora_A * self.lora_E, self.lora_B, self.scaling
+        )
 
     def delta_weight(self, W: Array) -> Array:
         """dW = s B diag(E) A (O, I), over the base's weight W (O, I) and in its precision."""
@@ -168,7 +219,11 @@ class AdaLoraAdapter(LoraAdapter):
         rows = backend.from_numpy(np.flatnonzero(kept))
         for name, axis in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
             before: Parameter = getattr(self, name)
-            setattr(self, name, Parameter(backend.xp.take(before.data, rows, axis=axis), before.requires_grad))
+            setattr(
+                self,
+                name,
+                Parameter(backend.xp.take(before.data, rows, axis=axis), before.requires_grad),
+            )
         self.r = len(rows)
 
     def settle(self, known: bool = True) -> None:
@@ -200,13 +255,18 @@ def orthogonality(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """
     inputs = tuple(f for pair in factors for f in pair)
     xp = namespace(*inputs)
-    rows = [f.data if i % 2 == 0 else f.data.T for i, f in enumerate(inputs)]  # all (r, n): B counts by its columns
+    rows = [
+        f.data if i % 2 == 0 else f.data.T for i, f in enumerate(inputs)
+    ]  # all (r, n): B counts by its columns
     gaps = [M @ M.T - xp.eye(len(M), dtype=M.dtype) for M in rows]  # (r, r)
     norms = [xp.sqrt((gap * gap).sum()) for gap in gaps]
     count, tiny = len(inputs), [float(np.finfo(M.dtype).tiny) for M in rows]
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
-        scales = [dy * (2 / count) / xp.maximum(norm, least) for norm, least in zip(norms, tiny, strict=True)]
+        scales = [
+            dy * (2 / count) / xp.maximum(norm, least)
+            for norm, least in zip(norms, tiny, strict=True)
+        ]
         found = [(gap @ M) * scale for gap, M, scale in zip(gaps, rows, scales, strict=True)]
         return tuple(g if i % 2 == 0 else g.T for i, g in enumerate(found))
 
@@ -249,14 +309,18 @@ class RankAllocator:
         config = model.peft_config.get(name)
         if not isinstance(config, AdaLoraConfig):
             there = ", ".join(f"{n} ({c.peft_type})" for n, c in model.peft_config.items())
-            raise ConfigError(f"only an ADALORA adapter has ranks to allocate, {name!r:.99} is none: there is {there}")
+            raise ConfigError(
+                f"only an ADALORA adapter has ranks to allocate, {name!r:.99} is none: there is {there}"
+            )
         end, modules = f".adapters.{name}", model.get_base_model().named_modules()
         return cls({p.removesuffix(end): m for p, m in modules if p.endswith(end)}, config)
 
     def _begin(self) -> None:
         """Nothing observed, everything kept, weights taken as they are."""
         xp, size = self._xp, sum(p.size for p in self.params)
-        self.sensitivity, self.uncertainty = (xp.zeros(size, self.params[0].dtype) for _ in range(2))
+        self.sensitivity, self.uncertainty = (
+            xp.zeros(size, self.params[0].dtype) for _ in range(2)
+        )
         self._choose(np.ones(sum(a.r for a in self.adapters.values()), bool))
         for adapter in self.adapters.values():
             adapter.settle(known=False)
@@ -274,7 +338,9 @@ class RankAllocator:
     def budget(self, t: int) -> int:
         """b(t), how many triplets may stay after step t: all, then fewer by a cubic, then target_r a layer."""
         tinit = self.config.tinit
-        left = min(1.0, max(0.0, 1 - (t - tinit) / (self.final_step - tinit)))  # of the time in which it falls
+        left = min(
+            1.0, max(0.0, 1 - (t - tinit) / (self.final_step - tinit))
+        )  # of the time in which it falls
         return int((self.initial - self.target) * left**3 + self.target)
 
     def penalty(self) -> tuple[Array, list[Array | None]]:
@@ -306,24 +372,37 @@ class RankAllocator:
         ConfigError if their shapes are not those of `params`; nothing changes then.
         """
         params, c, xp = self.params, self.config, self._xp
-        pairs = [(p.data, xp.zeros_like(p.data) if g is None else g) for p, g in zip(params, grads, strict=False)]
+        pairs = [
+            (p.data, xp.zeros_like(p.data) if g is None else g)
+            for p, g in zip(params, grads, strict=False)
+        ]
         if len(grads) != len(params) or any(p.shape != g.shape for p, g in pairs):
-            raise ConfigError(f"{len(grads)} gradients do not fit the {len(params)} parameters in number or in shape")
+            raise ConfigError(
+                f"{len(grads)} gradients do not fit the {len(params)} parameters in number or in shape"
+            )
         self.steps += 1
         t, end = self.steps, self.final_step
         if t < end:
-            w, g = (xp.concatenate([a.reshape(-1) for a in side]) for side in zip(*pairs, strict=True))
+            w, g = (
+                xp.concatenate([a.reshape(-1) for a in side]) for side in zip(*pairs, strict=True)
+            )
             now = xp.abs(w * g.astype(w.dtype))
             self.sensitivity = c.beta1 * self.sensitivity + (1 - c.beta1) * now
-            self.uncertainty = c.beta2 * self.uncertainty + (1 - c.beta2) * xp.abs(now - self.sensitivity)
+            self.uncertainty = c.beta2 * self.uncertainty + (1 - c.beta2) * xp.abs(
+                now - self.sensitivity
+            )
         due = t == end or (c.tinit < t < end and t % c.deltaT == 0)
         if due:
             cut = self.initial - self.budget(t)
             kept = xp.ones(self.initial, bool)
-            kept[xp.argsort(self.importance(), kind="stable")[:cut]] = False  # of equals the first goes first
+            kept[xp.argsort(self.importance(), kind="stable")[:cut]] = (
+                False  # of equals the first goes first
+            )
             self._choose(self.params[0].backend.to_numpy(kept))
         if due or t > end:
-            for adapter, (_, mask) in zip(self.adapters.values(), self._by_layer(self._mask), strict=True):
+            for adapter, (_, mask) in zip(
+                self.adapters.values(), self._by_layer(self._mask), strict=True
+            ):
                 adapter.lora_E.data = xp.where(mask.reshape(-1, 1), adapter.lora_E.data, 0)
         for adapter in self.adapters.values():
             adapter.settle()
@@ -334,12 +413,16 @@ class RankAllocator:
         The parameters are new ones then. ConfigError before the choice is final.
         """
         if self.steps < self.final_step:
-            raise ConfigError(f"ranks are final after step {self.final_step}, this is step {self.steps}")
+            raise ConfigError(
+                f"ranks are final after step {self.final_step}, this is step {self.steps}"
+            )
         pattern, r = {}, self.config.init_r
         for layer, kept in self._by_layer(self.kept):
             left = iter(kept.tolist())  # of those that an earlier pruning left, where there was one
             key = f"{layer}.lora_E"
-            pattern[key] = [was and next(left) for was in self.config.rank_pattern.get(key, [True] * r)]
+            pattern[key] = [
+                was and next(left) for was in self.config.rank_pattern.get(key, [True] * r)
+            ]
             self.adapters[layer].keep(kept)
         self.config.rank_pattern = pattern
         self._begin()
@@ -347,29 +430,43 @@ class RankAllocator:
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """(arrays, numbers): copies of all that the next steps depend on besides the weights."""
         to_numpy = self.params[0].backend.to_numpy
-        arrays = {name: np.array(to_numpy(getattr(self, name))) for name in ("sensitivity", "uncertainty")}
+        arrays = {
+            name: np.array(to_numpy(getattr(self, name))) for name in ("sensitivity", "uncertainty")
+        }
         return {**arrays, "kept": self.kept.copy()}, {"steps": self.steps}
 
     def load_state_dict(self, arrays: dict[str, np.ndarray], numbers: dict[str, Any]) -> None:
         """Continue from a `state_dict`, with the weights of that moment. CheckpointError if it is another's."""
         now, steps = self.state_dict()[0], numbers.get("steps")
-        here, there = ({k: f"{a.dtype} {a.shape}" for k, a in side.items()} for side in (now, arrays))
+        here, there = (
+            {k: f"{a.dtype} {a.shape}" for k, a in side.items()} for side in (now, arrays)
+        )
         if here != there or type(steps) is not int or steps < 0:
-            raise CheckpointError(f"the allocator's state should be {here} and steps, got {there} and {steps!r:.40}")
+            raise CheckpointError(
+                f"the allocator's state should be {here} and steps, got {there} and {steps!r:.40}"
+            )
         from_numpy = self.params[0].backend.from_numpy
         self.steps = steps
-        self.sensitivity, self.uncertainty = (from_numpy(arrays[k].copy()) for k in ("sensitivity", "uncertainty"))
+        self.sensitivity, self.uncertainty = (
+            from_numpy(arrays[k].copy()) for k in ("sensitivity", "uncertainty")
+        )
         self._choose(arrays["kept"].copy())
         for adapter in self.adapters.values():
             adapter.settle(known=False)
 
     def _choose(self, kept: np.ndarray) -> None:
-        self.kept, self._mask = kept, self.params[0].backend.from_numpy(kept)  # (sum r,) on the host, and there
+        self.kept, self._mask = (
+            kept,
+            self.params[0].backend.from_numpy(kept),
+        )  # (sum r,) on the host, and there
 
     def _by_layer(self, each: Array) -> list[tuple[str, Array]]:
         """(layer, its part) of an array with an entry for every triplet."""
         ends = np.cumsum([a.r for a in self.adapters.values()]).tolist()
-        return [(name, each[end - a.r : end]) for (name, a), end in zip(self.adapters.items(), ends, strict=True)]
+        return [
+            (name, each[end - a.r : end])
+            for (name, a), end in zip(self.adapters.items(), ends, strict=True)
+        ]
 
     @property
     def _xp(self) -> Any:

@@ -126,15 +126,21 @@ def rank_of(ranks: Mapping[str, Sequence[int]], way: str, r: int | None = None) 
     if way not in WAYS:
         raise ConfigError(f"adapters are combined by {', '.join(WAYS)}; there is no {way!r:.60}")
     if r is not None and (way != "svd" or type(r) is not int or not 1 <= r <= MAX_RANK):
-        raise ConfigError(f"a rank is for svd, which takes one from 1 to {MAX_RANK}; {way} got {r!r:.60}")
+        raise ConfigError(
+            f"a rank is for svd, which takes one from 1 to {MAX_RANK}; {way} got {r!r:.60}"
+        )
     for path, own in ranks.items():
         if way == "linear" and len(set(own)) > 1:
             found = ", ".join(map(str, own))
-            raise ConfigError(f"{path}: linear adds factors of one rank, and these have {found}: use cat or svd")
+            raise ConfigError(
+                f"{path}: linear adds factors of one rank, and these have {found}: use cat or svd"
+            )
     return r or max(1, *(sum(own) if way == "cat" else max(own) for own in ranks.values()))
 
 
-def combined(path: str, parts: Sequence[Part], way: str, r: int, dtype: Any = np.float32) -> tuple[Array, Array, Row]:
+def combined(
+    path: str, parts: Sequence[Part], way: str, r: int, dtype: Any = np.float32
+) -> tuple[Array, Array, Row]:
     """A (r, I), B (O, r) of the layer `path` in `dtype`, with s = 1, and a row: how far they are from the sum.
 
     |dW| is the sum's norm, and error that of the difference, with the rounding to `dtype` in it. NonFiniteError names
@@ -149,10 +155,16 @@ def combined(path: str, parts: Sequence[Part], way: str, r: int, dtype: Any = np
             raise NonFiniteError(f"{path}: the sum of its adapters is too large for float64")
         if whole < _rounding(*total):  # the parts cancel
             whole = 0.0
-        A, B = svd(parts, r) if way == "svd" else padded(*(total if way == "cat" else linear(parts)), r)
+        A, B = (
+            svd(parts, r)
+            if way == "svd"
+            else padded(*(total if way == "cat" else linear(parts)), r)
+        )
         A, B = A.astype(dtype), B.astype(dtype)
         if not (np.isfinite(A).all() and np.isfinite(B).all()):
-            raise NonFiniteError(f"{path}: the sum of its adapters is too large for {np.dtype(dtype)}")
+            raise NonFiniteError(
+                f"{path}: the sum of its adapters is too large for {np.dtype(dtype)}"
+            )
     missed = size(np.concatenate([A, total[0]]), np.concatenate([B, -total[1]], axis=1))
     ranks = " + ".join(str(len(p.A)) for p in parts)
     return A, B, {"layer": path, "r": f"{ranks} -> {r}", **_row(whole, missed)}
@@ -188,14 +200,32 @@ def add_weighted_adapter(
     for name in names:
         _require_plain(name, self._plans[name])
     layers = {
-        path: [(n, wrapper.held[n], w) for n, w in zip(names, weights, strict=True) if n in wrapper.held]
+        path: [
+            (n, wrapper.held[n], w)
+            for n, w in zip(names, weights, strict=True)
+            if n in wrapper.held
+        ]
         for path, wrapper in self._wrappers().items()
     }
     layers = {path: held for path, held in layers.items() if held}
-    r = rank_of({path: [a.r for _, a, _ in held] for path, held in layers.items()}, combination_type, svd_rank)
+    r = rank_of(
+        {path: [a.r for _, a, _ in held] for path, held in layers.items()},
+        combination_type,
+        svd_rank,
+    )
     first: LoraConfig = self.peft_config[names[0]]
-    fields: dict[str, Any] = {"r": r, "lora_alpha": r, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    fields |= {"target_modules": sorted(map(_name, layers)), "exclude_modules": None, "ensure_weight_tying": False}
+    fields: dict[str, Any] = {
+        "r": r,
+        "lora_alpha": r,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    fields |= {
+        "target_modules": sorted(map(_name, layers)),
+        "exclude_modules": None,
+        "ensure_weight_tying": False,
+    }
     config = dataclasses.replace(first, **fields, layers_to_transform=None, layers_pattern=None)
     self._check_name(adapter_name, config)
     plan = plan_adapter(self.model, config)
@@ -221,7 +251,9 @@ def _require_plain(name: str, plan: Any) -> None:
     elif plan.follows:
         more = "adapts an embedding and the head that is tied to it"
     if more:
-        raise ConfigError(f"adapter {name!r} {more}: only LoRA's own factors can be added up in a model")
+        raise ConfigError(
+            f"adapter {name!r} {more}: only LoRA's own factors can be added up in a model"
+        )
 
 
 def _name(path: str) -> str:

@@ -15,9 +15,18 @@ from .targets import pattern_value
 
 # What target_modules=None means, by the model's type (PEFT's table).
 _LLAMA = ["q_proj", "v_proj"]
-DEFAULT_TARGETS = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": ["c_attn"]}
+DEFAULT_TARGETS = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gpt2": ["c_attn"],
+}
 MAX_NAMES = 10_000  # a list of targets longer than any model is a mistake, or an attack
-MAX_PATTERNS, MAX_BRANCHING = 2000, 2000  # patterns, and states of those with a choice: no file takes many seconds
+MAX_PATTERNS, MAX_BRANCHING = (
+    2000,
+    2000,
+)  # patterns, and states of those with a choice: no file takes many seconds
 
 
 @dataclasses.dataclass
@@ -65,7 +74,9 @@ class LoraConfig:
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     inference_mode: bool = False
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # of a file: kept, and written back
+    extra: dict[str, Any] = dataclasses.field(
+        default_factory=dict, repr=False
+    )  # of a file: kept, and written back
 
     peft_type = "LORA"  # a constant of the class, not a field
 
@@ -79,43 +90,94 @@ class LoraConfig:
         need = self._need
         need(_is_rank(self.r), "r", "an integer of at least 1")
         need(_is_positive(self.lora_alpha), "lora_alpha", "a positive number")
-        need(_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)")
+        need(
+            _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1,
+            "lora_dropout",
+            "in [0, 1)",
+        )
         need(self.bias in ("none", "all", "lora_only"), "bias", "'none', 'all' or 'lora_only'")
         known = isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"
         need(known, "init_lora_weights", "True, False or 'gaussian'")
         need(self.task_type in (None, "CAUSAL_LM"), "task_type", "'CAUSAL_LM' or None")
-        for name in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "ensure_weight_tying"):
+        for name in (
+            "use_rslora",
+            "use_dora",
+            "fan_in_fan_out",
+            "inference_mode",
+            "ensure_weight_tying",
+        ):
             need(isinstance(getattr(self, name), bool), name, "True or False")
         patterns: list[str] = []
         for name, check in (("rank_pattern", _is_rank), ("alpha_pattern", _is_positive)):
             table = getattr(self, name)
-            ok = isinstance(table, dict) and all(isinstance(k, str) and check(v) for k, v in table.items())
+            ok = isinstance(table, dict) and all(
+                isinstance(k, str) and check(v) for k, v in table.items()
+            )
             need(ok, name, "a dictionary from names to positive numbers")
             patterns += table
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            need(value is None or isinstance(value, str) or _is_names(value), name, "a list of names, or a pattern")
+            need(
+                value is None or isinstance(value, str) or _is_names(value),
+                name,
+                "a list of names, or a pattern",
+            )
             patterns += [value] if isinstance(value, str) and value.lower() != "all-linear" else []
         need(self.target_modules not in ([], ""), "target_modules", "at least one name")
-        need(self.modules_to_save is None or _is_names(self.modules_to_save), "modules_to_save", "a list of names")
+        need(
+            self.modules_to_save is None or _is_names(self.modules_to_save),
+            "modules_to_save",
+            "a list of names",
+        )
         tokens = self.trainable_token_indices
         lists = tokens if isinstance(tokens, dict) else {} if tokens is None else {"": tokens}
-        ok = all(isinstance(name, str) and _is_tokens(value) for name, value in lists.items()) and tokens != {}
-        need(ok, "trainable_token_indices", "a list of different tokens, or one for each name of a module")
+        ok = (
+            all(isinstance(name, str) and _is_tokens(value) for name, value in lists.items())
+            and tokens != {}
+        )
+        need(
+            ok,
+            "trainable_token_indices",
+            "a list of different tokens, or one for each name of a module",
+        )
         layers = self.layers_to_transform
-        listed = isinstance(layers, list) and len(layers) <= MAX_NAMES and all(type(i) is int for i in layers)
-        need(layers is None or type(layers) is int or listed, "layers_to_transform", "an integer or a list of them")
+        listed = (
+            isinstance(layers, list)
+            and len(layers) <= MAX_NAMES
+            and all(type(i) is int for i in layers)
+        )
+        need(
+            layers is None or type(layers) is int or listed,
+            "layers_to_transform",
+            "an integer or a list of them",
+        )
         pattern = self.layers_pattern
-        need(pattern is None or isinstance(pattern, str) or _is_names(pattern), "layers_pattern", "a name or names")
+        need(
+            pattern is None or isinstance(pattern, str) or _is_names(pattern),
+            "layers_pattern",
+            "a name or names",
+        )
         patterns += [pattern] if isinstance(pattern, str) else pattern or []
-        branching = sum(p.size for p in map(Pattern, patterns[: MAX_PATTERNS + 1]) if p.width is None)
+        branching = sum(
+            p.size for p in map(Pattern, patterns[: MAX_PATTERNS + 1]) if p.width is None
+        )
         if len(patterns) > MAX_PATTERNS or branching > MAX_BRANCHING:
             most = f"at most {MAX_PATTERNS} in all, few of them with a choice or a repetition"
-            raise ConfigError(f"rank_pattern, alpha_pattern and other patterns: {most}; there are {len(patterns)}")
-        if layers is not None and isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
-            raise ConfigError("layers_to_transform needs target_modules as a list: a pattern names its layers itself")
+            raise ConfigError(
+                f"rank_pattern, alpha_pattern and other patterns: {most}; there are {len(patterns)}"
+            )
+        if (
+            layers is not None
+            and isinstance(self.target_modules, str)
+            and self.target_modules.lower() != "all-linear"
+        ):
+            raise ConfigError(
+                "layers_to_transform needs target_modules as a list: a pattern names its layers itself"
+            )
         if layers is None and pattern:
-            raise ConfigError("layers_pattern says where the number of a layer stands; it needs layers_to_transform")
+            raise ConfigError(
+                "layers_pattern says where the number of a layer stands; it needs layers_to_transform"
+            )
 
     def _need(self, ok: bool, name: str, wanted: str) -> None:
         if not ok:
@@ -147,8 +209,15 @@ class LoraConfig:
         for name, value in extra.items():
             default = PEFT_CONFIG_DEFAULTS.get(name)
             if name not in PEFT_CONFIG_DEFAULTS:
-                warnings.warn(f"{where}: {name!r:.100} is no field that is known here; it is kept", stacklevel=2)
-            elif value and value != default and name not in ("peft_version", "revision", "auto_mapping"):
+                warnings.warn(
+                    f"{where}: {name!r:.100} is no field that is known here; it is kept",
+                    stacklevel=2,
+                )
+            elif (
+                value
+                and value != default
+                and name not in ("peft_version", "revision", "auto_mapping")
+            ):
                 raise ConfigError(f"{where}: {name} = {value!r:.100} is not supported"[:500])
         try:
             return cls(**given, extra=extra)
@@ -158,7 +227,13 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every field that PEFT 0.21 writes, for adapter_config.json."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
-        return {**PEFT_CONFIG_DEFAULTS, **self.extra, **own, "peft_type": self.peft_type, "inference_mode": True}
+        return {
+            **PEFT_CONFIG_DEFAULTS,
+            **self.extra,
+            **own,
+            "peft_type": self.peft_type,
+            "inference_mode": True,
+        }
 
 
 def _is_number(value: Any) -> bool:
@@ -179,4 +254,8 @@ def _is_tokens(value: Any) -> bool:
 
 
 def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= MAX_NAMES and all(isinstance(v, str) and v for v in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_NAMES
+        and all(isinstance(v, str) and v for v in value)
+    )

@@ -33,7 +33,9 @@ from .config import LoraConfig
 from .lora import LoraAdapter
 
 BLOCK = 1 << 16  # numbers of V at a time: from the product to the norm they stay in the cache
-LEAST = 2.0**-80  # in place of k = 0, in a weight whose output is read again: far below rounding, and V x is not lost
+LEAST = (
+    2.0**-80
+)  # in place of k = 0, in a weight whose output is read again: far below rounding, and V x is not lost
 
 
 class DoraAdapter(LoraAdapter):
@@ -42,7 +44,14 @@ class DoraAdapter(LoraAdapter):
     TENSORS = (*LoraAdapter.TENSORS, "lora_magnitude_vector")
     NORMED = True
 
-    def __init__(self, base: LinearBase, name: str, config: LoraConfig, rng: np.random.Generator, stream: int = 0):
+    def __init__(
+        self,
+        base: LinearBase,
+        name: str,
+        config: LoraConfig,
+        rng: np.random.Generator,
+        stream: int = 0,
+    ):
         super().__init__(base, name, config, rng, stream)
         self.lora_magnitude_vector = Parameter(self.norms(base.dense_weight()))
 
@@ -75,10 +84,15 @@ class DoraAdapter(LoraAdapter):
 
         With dropout y + (k - 1) W x' + k s B A x', x' being what is left of x: as in PEFT, the base's own part too.
         """
-        k, kept = scales(self.lora_magnitude_vector, self.norms(base.dense_weight())), self.dropout(x)
+        k, kept = (
+            scales(self.lora_magnitude_vector, self.norms(base.dense_weight())),
+            self.dropout(x),
+        )
         z = base(kept) if self.dropout.active else y
         z = z if base.bias is None else z - base.bias
-        return y + (k * F.lora_linear(kept, z, self.lora_A, self.lora_B, self.scaling) - z)  # at k = 1, B = 0: y + 0
+        return y + (
+            k * F.lora_linear(kept, z, self.lora_A, self.lora_B, self.scaling) - z
+        )  # at k = 1, B = 0: y + 0
 
     def delta_weight(self, W: Array) -> Array:
         """dW' = k V - W (O, I), over the base's weight W (O, I) and in its precision; k is what the forward takes."""
@@ -91,7 +105,12 @@ class DoraAdapter(LoraAdapter):
 
         V x is the output without its bias, over k: it need not be computed again for dm.
         """
-        xp, a, s, m = self.lora_A.backend.xp, self.lora_A.data, self.scaling, self.lora_magnitude_vector.data
+        xp, a, s, m = (
+            self.lora_A.backend.xp,
+            self.lora_A.data,
+            self.scaling,
+            self.lora_magnitude_vector.data,
+        )
         norms = self.norms(W, scaled=True)
         k = _kept(xp, _ratio(xp, m, norms))
         ks = (k * s)[:, None]
@@ -135,4 +154,6 @@ def refuse_company(adapters: Mapping[str, LoraAdapter], names: Sequence[str]) ->
     dora = [n for n in there if isinstance(adapters[n], DoraAdapter)]
     if dora and len(there) > 1:
         others = ", ".join(n for n in there if n != dora[0])
-        raise ConfigError(f"adapter {dora[0]!r:.99} is DoRA's and scales all of its layer: not together with {others}")
+        raise ConfigError(
+            f"adapter {dora[0]!r:.99} is DoRA's and scales all of its layer: not together with {others}"
+        )

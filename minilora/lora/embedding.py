@@ -53,7 +53,11 @@ class OneHot(LinearBase):
         """A frozen embedding over another weight (C, V), in sixteen bits if this one's is: rounded once."""
         weight = self.backend.xp.ascontiguousarray(weight.T)
         made = copy.copy(self.embedding)
-        made.weight = self.weight.merged(weight) if isinstance(self.weight, HalfWeight) else Parameter(weight, False)
+        made.weight = (
+            self.weight.merged(weight)
+            if isinstance(self.weight, HalfWeight)
+            else Parameter(weight, False)
+        )
         return made
 
 
@@ -65,13 +69,26 @@ class EmbeddingAdapter(LoraAdapter):
     lora_A = property(lambda self: self.lora_embedding_A)
     lora_B = property(lambda self: self.lora_embedding_B)
 
-    def __init__(self, base: LinearBase, name: str, config: LoraConfig, rng: np.random.Generator, stream: int = 0):
+    def __init__(
+        self,
+        base: LinearBase,
+        name: str,
+        config: LoraConfig,
+        rng: np.random.Generator,
+        stream: int = 0,
+    ):
         self.r = r = config.rank(name)
         self.scaling = config.scaling(name)
         self.dropout = Dropout(0.0)
-        shape = {tensor: EmbeddingAdapter.shapes(base, r)[tensor] for tensor in EmbeddingAdapter.TENSORS}
+        shape = {
+            tensor: EmbeddingAdapter.shapes(base, r)[tensor] for tensor in EmbeddingAdapter.TENSORS
+        }
         zero = config.init_lora_weights is not False  # so the start is the base, bit for bit
-        A = np.zeros(shape["lora_embedding_A"]) if zero else normal(rng, 1.0, shape["lora_embedding_A"], np.float64)
+        A = (
+            np.zeros(shape["lora_embedding_A"])
+            if zero
+            else normal(rng, 1.0, shape["lora_embedding_A"], np.float64)
+        )
         B = normal(rng, 1.0, shape["lora_embedding_B"], np.float64)
         self.lora_embedding_A = Parameter(base.backend.from_numpy(A.astype(base.dtype)))
         self.lora_embedding_B = Parameter(base.backend.from_numpy(B.astype(base.dtype)))
@@ -79,7 +96,10 @@ class EmbeddingAdapter(LoraAdapter):
     @staticmethod
     def shapes(base: LinearBase, r: int) -> dict[str, tuple[int, ...]]:
         """The trainable tensors of an embedding, by name: r (V + C) numbers."""
-        return {"lora_embedding_A": (r, base.in_features), "lora_embedding_B": (base.out_features, r)}
+        return {
+            "lora_embedding_A": (r, base.in_features),
+            "lora_embedding_B": (base.out_features, r),
+        }
 
     def __call__(self, ids: Any, y: Tensor, base: LinearBase) -> Tensor:
         """y with this adapter added.    ids (...) integers, y (..., C) -> (..., C)"""
@@ -173,7 +193,10 @@ def tied(model: Any) -> bool:
     """Have the embedding and the head one weight, but for adapters?"""
     places = ends(model)
     embedding, head = map(unwrapped, places)
-    led = any(isinstance(p, Merging) and p.leads(m) for p, m in zip(places, (head, embedding), strict=True))
+    led = any(
+        isinstance(p, Merging) and p.leads(m)
+        for p, m in zip(places, (head, embedding), strict=True)
+    )
     return led or (head is not None and vars(head).get("weight") is vars(embedding).get("weight"))
 
 
@@ -185,21 +208,34 @@ def choose(model: Any, names: Sequence[str], choice: str | None) -> None:
     if choice is not None and choice not in CHOICES:
         raise ConfigError(f"tied must be {' or '.join(map(repr, CHOICES))}, got {choice!r:.99}")
     embedding, head = ends(model)
-    held = [[n for n in names if n in e.adapters] if isinstance(e, Merging) else [] for e in (embedding, head)]
+    held = [
+        [n for n in names if n in e.adapters] if isinstance(e, Merging) else []
+        for e in (embedding, head)
+    ]
     changed = [e for e, own in zip((embedding, head), held, strict=True) if own]
     if not (changed and tied(model)) or (held[0] == held[1] and head.follows(embedding)):
         return
-    if choice is None and all({*e.merged} >= {*own} for e, own in zip((embedding, head), held, strict=True) if own):
+    if choice is None and all(
+        {*e.merged} >= {*own} for e, own in zip((embedding, head), held, strict=True) if own
+    ):
         return  # they are merged, as was said then
     if choice is None:
-        place = "each of them apart" if len(changed) == 2 else "the embedding" if embedding in changed else "the head"
+        place = (
+            "each of them apart"
+            if len(changed) == 2
+            else "the embedding"
+            if embedding in changed
+            else "the head"
+        )
         raise ConfigError(
             f"the embedding and the head have one weight, and adapter {', '.join(names)} changes {place}: merging it "
             "needs tied='untie', which gives each a weight of its own and keeps the model's output, or tied='share', "
             "which changes the weight in both places, as peft does, and so the output"
         )
     if choice == "share" and len(changed) == 2:
-        raise ConfigError("tied='share' is for an adapter of the embedding or of the head, not of each: use 'untie'")
+        raise ConfigError(
+            "tied='share' is for an adapter of the embedding or of the head, not of each: use 'untie'"
+        )
     for end in changed:
         other = unwrapped(head if end is embedding else embedding)
         end.lead(other if choice == "share" else None)

@@ -50,7 +50,11 @@ class HydraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._need(type(self.experts) is int and 0 < self.experts < 2**10, "experts", "an integer of at least 1")
+        self._need(
+            type(self.experts) is int and 0 < self.experts < 2**10,
+            "experts",
+            "an integer of at least 1",
+        )
         self._need(self.use_dora is False, "use_dora", "False: a mixture has no magnitude")
 
 
@@ -60,10 +64,22 @@ class HydraAdapter(LoraAdapter):
     TENSORS = (*LoraAdapter.TENSORS, "lora_route")
     MIXED = True
 
-    def __init__(self, base: LinearBase, name: str, config: LoraConfig, rng: np.random.Generator, stream: int = 0):
+    def __init__(
+        self,
+        base: LinearBase,
+        name: str,
+        config: LoraConfig,
+        rng: np.random.Generator,
+        stream: int = 0,
+    ):
         assert isinstance(config, HydraConfig)
         super().__init__(base, name, config, rng, stream)  # A, as in LoRA, and the first expert
-        k, from_numpy, I, first = config.experts, base.backend.from_numpy, base.in_features, self.lora_B.numpy()
+        k, from_numpy, I, first = (
+            config.experts,
+            base.backend.from_numpy,
+            base.in_features,
+            self.lora_B.numpy(),
+        )
         bound = 1 / math.sqrt(self.r) if config.init_lora_weights is False else 0.0
         others = [uniform(rng, bound, first.shape, base.dtype) for _ in range(k - 1)]
         self.lora_B = Parameter(from_numpy(np.concatenate([first, *others], axis=1)))
@@ -85,7 +101,9 @@ class HydraAdapter(LoraAdapter):
 
     def delta_weight(self, W: Array) -> Array:
         """There is none. ConfigError: HydraLoRA cannot be merged."""
-        raise ConfigError("HydraLoRA cannot be merged: it mixes its experts anew at every position, so there is no dW")
+        raise ConfigError(
+            "HydraLoRA cannot be merged: it mixes its experts anew at every position, so there is no dW"
+        )
 
 
 def mixture(x: Tensor, y: Tensor, w: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -95,17 +113,31 @@ def mixture(x: Tensor, y: Tensor, w: Tensor, A: Tensor, B: Tensor, scaling: floa
     dw_i = dz_i . u; the rest is as in LoRA.
     """
     namespace(x, y, w, A, B)
-    X, V, a, b, shape, scaling = F.rows(x.data), F.rows(w.data), A.data, B.data, x.shape, float(scaling)
+    X, V, a, b, shape, scaling = (
+        F.rows(x.data),
+        F.rows(w.data),
+        A.data,
+        B.data,
+        x.shape,
+        float(scaling),
+    )
     N, k, r = len(X), V.shape[1], len(a)
     U = X @ a.T  # (N, I) @ (I, r) -> (N, r)
 
     def spread() -> Array:
-        return (V[:, :, None] * U[:, None, :]).reshape(N, k * r)  # z: k times as much as u, so it is not kept
+        return (V[:, :, None] * U[:, None, :]).reshape(
+            N, k * r
+        )  # z: k times as much as u, so it is not kept
 
     out = (spread() @ b.T).reshape(y.shape)  # (N, k r) @ (k r, O) -> (N, O)
     out *= scaling
     out += y.data
-    like, need_dx, need_dB, X_kept = w.shape, x.requires_grad, B.requires_grad, X if A.requires_grad else None
+    like, need_dx, need_dB, X_kept = (
+        w.shape,
+        x.requires_grad,
+        B.requires_grad,
+        X if A.requires_grad else None,
+    )
 
     def vjp(dy: Array) -> F.Grads:
         dY = F.rows(dy)  # (N, O)

@@ -24,10 +24,15 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
     for path, base in plan.targets.items():
         layer = _wrap(model, path, LoraEmbedding if isinstance(base, OneHot) else LoraLinear)
         place = zlib.crc32(path.encode())
-        rng, stream = np.random.default_rng([seed, place]), mix_key(place, zlib.crc32(adapter_name.encode()))
+        rng, stream = (
+            np.random.default_rng([seed, place]),
+            mix_key(place, zlib.crc32(adapter_name.encode())),
+        )
         if path == head:  # after its embedding: see Plan
             source = _at(model, embedding)
-            adapter: Any = HeadAdapter(source.adapters[adapter_name], plan.config.lora_dropout, stream)
+            adapter: Any = HeadAdapter(
+                source.adapters[adapter_name], plan.config.lora_dropout, stream
+            )
             layer.follow(source)
         else:
             adapter = adapter_class(plan.config, base)(base, path, plan.config, rng, stream)

@@ -21,7 +21,10 @@ from .plan import BARE, NAMES, PREFIX, TENSORS, Plan, adapter_class
 from .targets import matches
 from .tokens import TokenRows
 
-PARAMETERS = {*EmbeddingAdapter.TENSORS, *TokenRows.TENSORS}  # bare in PEFT's models, too, whatever the adapter
+PARAMETERS = {
+    *EmbeddingAdapter.TENSORS,
+    *TokenRows.TENSORS,
+}  # bare in PEFT's models, too, whatever the adapter
 
 
 def peft_name(path: str, configs: Mapping[str, LoraConfig]) -> str:
@@ -46,7 +49,9 @@ def file_key(name: str, adapter_name: str) -> str:
     return name
 
 
-def repeated(model: Any, plan: Plan, adapter_name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def repeated(
+    model: Any, plan: Plan, adapter_name: str, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """What PEFT's file holds besides `tensors`, the adapter's own, and what follows from them and from the base.
 
     The base's embedding and head where they are targets by NAMES; a tied head's factors, or its copy; and with
@@ -59,14 +64,20 @@ def repeated(model: Any, plan: Plan, adapter_name: str, tensors: Mapping[str, np
             found[f"{PREFIX}{path}.base_layer.weight"] = module.weight.numpy()
     if plan.follows:
         head, embedding = (PREFIX + path for path in plan.follows)
-        pairs = [("lora_A.weight", "lora_embedding_B"), ("lora_B.weight", "lora_embedding_A"), ("weight", "weight")]
+        pairs = [
+            ("lora_A.weight", "lora_embedding_B"),
+            ("lora_B.weight", "lora_embedding_A"),
+            ("weight", "weight"),
+        ]
         for own, other in pairs:
             if (source := tensors.get(f"{embedding}.{other}")) is not None:
                 found[f"{head}.{own}"] = source if own == other else np.ascontiguousarray(source.T)
     for path, module in plan.saved.items() if plan.config.bias == "all" else ():
         for name, p in module.named_parameters():
             if name.rpartition(".")[2] == "bias":
-                place = name if name == "bias" else f"{adapter_name}.{name}"  # PEFT takes its name out of ends alone
+                place = (
+                    name if name == "bias" else f"{adapter_name}.{name}"
+                )  # PEFT takes its name out of ends alone
                 found[f"{PREFIX}{path}.original_module.{name}"] = p.numpy()
                 if (copy := tensors.get(f"{PREFIX}{path}.{name}")) is not None:
                     found[f"{PREFIX}{path}.modules_to_save.{place}"] = copy
@@ -79,5 +90,7 @@ def _names_an_end(plan: Plan) -> bool:
     if plan.config.trainable_token_indices is not None or targets is None:
         return False
     if isinstance(targets, str):
-        return any(path.rpartition(".")[2] in NAMES and matches(path, targets) for path in plan.targets)
+        return any(
+            path.rpartition(".")[2] in NAMES and matches(path, targets) for path in plan.targets
+        )
     return any(name in targets for name in NAMES)

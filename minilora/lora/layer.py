@@ -22,7 +22,9 @@ from .lora import LoraAdapter
 from .merging import Merging
 
 # By layer: the adapters that this thread, and the shards it hands to others, runs there in place of the active ones.
-_chosen: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar("chosen", default=None)
+_chosen: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
+    "chosen", default=None
+)
 
 
 class Wrapper(Module):
@@ -59,7 +61,11 @@ class Wrapper(Module):
     @property
     def running(self) -> tuple[Any, ...]:
         """What the next forward of this thread applies."""
-        names = () if self.merged or not self.enabled else (_chosen.get() or {}).get(self, self.active) or ()
+        names = (
+            ()
+            if self.merged or not self.enabled
+            else (_chosen.get() or {}).get(self, self.active) or ()
+        )
         return tuple(self.held[name] for name in names if name in self.held)
 
     def merge(self, names: Sequence[str] | None = None, requantize: bool = False) -> None:
@@ -81,7 +87,9 @@ def chosen(layers: Iterable[Wrapper], names: Sequence[str] | None) -> Iterator[N
     With None they run their inner modules alone, whatever is chosen further inside.
     """
     before = _chosen.get() or {}
-    token = _chosen.set({**before, **{layer: names for layer in layers if before.get(layer, ()) is not None}})
+    token = _chosen.set(
+        {**before, **{layer: names for layer in layers if before.get(layer, ()) is not None}}
+    )
     try:
         yield
     finally:
@@ -123,7 +131,10 @@ class LoraLinear(Merging, Wrapper):
     def merges(self, tokens: int | None) -> bool:
         """Is it right, and cheaper, to form W + dW once for a step over `tokens` positions? Not right with dropout."""
         merged, apart = self.costs(tokens or 1 << 30)
-        hindered = any(a.MIXED or a.dropout.active or (a.NORMED and self.base_layer.trainable) for a in self.running)
+        hindered = any(
+            a.MIXED or a.dropout.active or (a.NORMED and self.base_layer.trainable)
+            for a in self.running
+        )
         return (merged < apart or not self.running) and not hindered
 
     def costs(self, tokens: int) -> tuple[int, int]:
@@ -135,12 +146,17 @@ class LoraLinear(Merging, Wrapper):
         parts = self.base_layer.effective(out, tokens) if self.merges(tokens) else None
         if parts is not None:
             added = [adapter.effective(out) for adapter in self.running]
-            parts += [(params, pull) for params, pull in added if any(p.requires_grad for p in params)]
+            parts += [
+                (params, pull) for params, pull in added if any(p.requires_grad for p in params)
+            ]
         return parts
 
     def preparations(self, tokens: int | None) -> Iterator[Callable[[], None]]:
         def prepare() -> None:
-            self._effective = {**self._effective, self.running: effective([self], tokens) if self.running else None}
+            self._effective = {
+                **self._effective,
+                self.running: effective([self], tokens) if self.running else None,
+            }
 
         yield prepare
 
@@ -172,7 +188,9 @@ class SavedModule(Wrapper):
         """The copy of the one adapter among `names` that has one. ConfigError where two have."""
         found = [n for n in names if n in self.modules_to_save]
         if len(found) > 1:
-            raise ConfigError(f"adapters {', '.join(found)} each replace the same module: only one can be active")
+            raise ConfigError(
+                f"adapters {', '.join(found)} each replace the same module: only one can be active"
+            )
         return self.modules_to_save[found[0]] if found else self.original_module
 
     weight = property(lambda self: self.current.weight)

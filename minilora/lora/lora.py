@@ -28,19 +28,42 @@ class LoraAdapter(Module):
     What every adapter offers: its forward `adapter(x, y, base)`, its dW, and its tensors' names and shapes.
     """
 
-    TENSORS: tuple[str, ...] = ("lora_A", "lora_B")  # the trainable attributes, in the order of PEFT's files
+    TENSORS: tuple[str, ...] = (
+        "lora_A",
+        "lora_B",
+    )  # the trainable attributes, in the order of PEFT's files
     SUFFIX = ".weight"  # of their names there, where each is a module's weight
     NORMED = False  # does it scale the rows of W + dW by their norms?
     MIXED = False  # is what it adds another matrix for every position?
 
-    def __init__(self, base: LinearBase, name: str, config: LoraConfig, rng: np.random.Generator, stream: int = 0):
+    def __init__(
+        self,
+        base: LinearBase,
+        name: str,
+        config: LoraConfig,
+        rng: np.random.Generator,
+        stream: int = 0,
+    ):
         self.r = r = config.rank(name)
         self.scaling = config.scaling(name)
         self.dropout = Dropout(config.lora_dropout, stream)
-        init, I, O, dtype = config.init_lora_weights, base.in_features, base.out_features, base.dtype
+        init, I, O, dtype = (
+            config.init_lora_weights,
+            base.in_features,
+            base.out_features,
+            base.dtype,
+        )
         # PEFT's kaiming_uniform(a = sqrt 5) has the bound sqrt(2 / 6) sqrt(3 / in) = 1 / sqrt(in).
-        A = normal(rng, 1 / r, (r, I), dtype) if init == "gaussian" else uniform(rng, 1 / math.sqrt(I), (r, I), dtype)
-        B = np.zeros((O, r), dtype) if init is not False else uniform(rng, 1 / math.sqrt(r), (O, r), dtype)
+        A = (
+            normal(rng, 1 / r, (r, I), dtype)
+            if init == "gaussian"
+            else uniform(rng, 1 / math.sqrt(I), (r, I), dtype)
+        )
+        B = (
+            np.zeros((O, r), dtype)
+            if init is not False
+            else uniform(rng, 1 / math.sqrt(r), (O, r), dtype)
+        )
         self.lora_A = Parameter(base.backend.from_numpy(A))
         self.lora_B = Parameter(base.backend.from_numpy(B))
 

@@ -26,7 +26,9 @@ class Merging:
     merged: tuple[str, ...]  # this and the next are the wrapper's
     requantized: bool
     _original: Any = None  # the base while adapters are merged into a copy of it
-    _follows: Merging | None = None  # of a head: what stands in the place of the embedding whose weight it has
+    _follows: Merging | None = (
+        None  # of a head: what stands in the place of the embedding whose weight it has
+    )
     _leads: Any = None  # a module that has the base's weight too, and is to have what is merged
 
     def as_linear(self, base: Any) -> LinearBase:
@@ -56,23 +58,34 @@ class Merging:
         self.result((*self.merged, *names))  # type: ignore[attr-defined]  # raises where they cannot be at once
         base = self._original or self.base_layer
         linear = self.as_linear(base)
-        half = isinstance(linear.weight, HalfWeight)  # which rounds the sum itself: not to float32 first
+        half = isinstance(
+            linear.weight, HalfWeight
+        )  # which rounds the sum itself: not to float32 first
         W = linear.dense_weight()
         with np.errstate(all="ignore"):  # a sum that overflows is found below
             total = self.merged_weight(W.astype(np.float64) if half else W, (*self.merged, *names))
         if not bool(linear.backend.xp.isfinite(total).all()):
-            raise NonFiniteError(f"merging {', '.join(names)} gives weights that are not finite: something is broken")
+            raise NonFiniteError(
+                f"merging {', '.join(names)} gives weights that are not finite: something is broken"
+            )
         self.base_layer = linear.rebuilt(total) if requantize or half else self.rebuilt(total, base)
         self._original, self.merged, self.requantized = base, (*self.merged, *names), requantize
         if self._follows is not None and self._follows.merged == self.merged:
-            self.base_layer.weight = self._follows.base_layer.weight  # one parameter before, and one now
+            self.base_layer.weight = (
+                self._follows.base_layer.weight
+            )  # one parameter before, and one now
         if self._leads is not None:
             self._leads.weight = self.base_layer.weight
 
     def unmerge(self) -> None:
         """Take all merged adapters out again: the original base comes back, bit for bit."""
         if self._original is not None:
-            self.base_layer, self._original, self.merged, self.requantized = self._original, None, (), False
+            self.base_layer, self._original, self.merged, self.requantized = (
+                self._original,
+                None,
+                (),
+                False,
+            )
             if self._leads is not None:
                 self._leads.weight = self.base_layer.weight
 
@@ -103,4 +116,6 @@ class Merging:
     def delta_weight(self, name: str) -> np.ndarray:
         """dW (O, I) of one adapter, in float64 on the host."""
         base = self.as_linear(self._original or self.base_layer)
-        return base.backend.to_numpy(self.adapters[name].delta_weight(base.dense_weight().astype(np.float64)))
+        return base.backend.to_numpy(
+            self.adapters[name].delta_weight(base.dense_weight().astype(np.float64))
+        )

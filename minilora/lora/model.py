@@ -29,7 +29,9 @@ from .layer import LoraLinear, Wrapper, chosen
 from .plan import PREFIX, Plan, plan_adapter, read_config, wrappers
 
 
-def get_peft_model(model: Any, config: LoraConfig, adapter_name: str = "default", seed: int = 0) -> PeftModel:
+def get_peft_model(
+    model: Any, config: LoraConfig, adapter_name: str = "default", seed: int = 0
+) -> PeftModel:
     """Freeze `model`, put the adapter that `config` describes into it, and return it wrapped.
 
     model   offers `get_input_embeddings()`, `get_output_embeddings()`, `named_modules()` and `config`, a dataclass with
@@ -42,7 +44,9 @@ def get_peft_model(model: Any, config: LoraConfig, adapter_name: str = "default"
 class PeftModel(Module):
     """A model with adapters, by name. The active ones add up; only their parameters require a gradient."""
 
-    def __init__(self, model: Any, config: LoraConfig, adapter_name: str = "default", seed: int = 0):
+    def __init__(
+        self, model: Any, config: LoraConfig, adapter_name: str = "default", seed: int = 0
+    ):
         self._wrap_model(model)
         self.add_adapter(adapter_name, config, seed)
         self.set_adapter(adapter_name)
@@ -51,7 +55,9 @@ class PeftModel(Module):
         if not isinstance(model, Module):
             raise ConfigError(f"expected a model to put an adapter into, got {model!r:.99}")
         if isinstance(model, PeftModel) or any(wrappers(model)):
-            raise ConfigError("the model has adapters already: use add_adapter or load_adapter, or unload it first")
+            raise ConfigError(
+                "the model has adapters already: use add_adapter or load_adapter, or unload it first"
+            )
         self.model: Any = model
         self.peft_config: dict[str, LoraConfig] = {}
         self._plans: dict[str, Plan] = {}
@@ -86,14 +92,24 @@ class PeftModel(Module):
     def _check_name(self, adapter_name: str, config: LoraConfig) -> None:
         """ConfigError if an adapter of this name and configuration cannot join those that are here."""
         if not isinstance(config, LoraConfig) or not isinstance(adapter_name, str):
-            raise ConfigError(f"expected a LoraConfig and a name, got {config!r:.99} and {adapter_name!r:.99}")
+            raise ConfigError(
+                f"expected a LoraConfig and a name, got {config!r:.99} and {adapter_name!r:.99}"
+            )
         if adapter_name in self.peft_config:
-            raise ConfigError(f"there is an adapter {adapter_name!r} already: {', '.join(self.peft_config)}")
-        if adapter_name in "lora_" or any(c in adapter_name for c in "./\\\0"):  # "" is a part of any text
-            raise ConfigError(f"{adapter_name!r:.99} cannot name an adapter: no dot, no slash, no part of 'lora_'")
+            raise ConfigError(
+                f"there is an adapter {adapter_name!r} already: {', '.join(self.peft_config)}"
+            )
+        if adapter_name in "lora_" or any(
+            c in adapter_name for c in "./\\\0"
+        ):  # "" is a part of any text
+            raise ConfigError(
+                f"{adapter_name!r:.99} cannot name an adapter: no dot, no slash, no part of 'lora_'"
+            )
         biased = [n for n, c in self.peft_config.items() if c.bias != "none"]
         if biased and config.bias != "none":
-            raise ConfigError(f"adapter {biased[0]!r} trains the base's biases already: a second one needs bias='none'")
+            raise ConfigError(
+                f"adapter {biased[0]!r} trains the base's biases already: a second one needs bias='none'"
+            )
 
     def _inject(self, adapter_name: str, plan: Plan, seed: int) -> None:
         inject(self.model, adapter_name, plan, seed)
@@ -105,23 +121,31 @@ class PeftModel(Module):
 
     # ---- switching --------------------------------------------------------------------------------------------------
 
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool | None = None) -> None:
+    def set_adapter(
+        self, adapter_name: str | Sequence[str], inference_mode: bool | None = None
+    ) -> None:
         """Make these adapters the active ones. Only they require a gradient, and not if `inference_mode`.
 
         `inference_mode` None means what each adapter's configuration says: True for one that was loaded to be used.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        names = (
+            [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        )
         self._known(names)
         for layer in self._wrappers().values():
             layer.result(names)  # raises where two of them cannot be active at once
             if layer.merged and set(layer.merged) != {n for n in names if n in layer.held}:
-                raise ConfigError(f"adapters {', '.join(layer.merged)} are merged: unmerge_adapter first")
+                raise ConfigError(
+                    f"adapters {', '.join(layer.merged)} are merged: unmerge_adapter first"
+                )
         for parameter in self.model.parameters():
             parameter.requires_grad = False
         for layer in self._wrappers().values():
             layer.active = tuple(names)
         for name in names:
-            frozen = self.peft_config[name].inference_mode if inference_mode is None else inference_mode
+            frozen = (
+                self.peft_config[name].inference_mode if inference_mode is None else inference_mode
+            )
             for parameter in self.adapter_parameters(name).values():
                 parameter.requires_grad = not frozen
         self.active_adapters = names
@@ -134,21 +158,38 @@ class PeftModel(Module):
     def _biases(self, adapter_name: str) -> dict[str, Parameter]:
         """The base's biases that this adapter trains, by their keys in its file, whatever other adapters there are."""
         mode = self.peft_config[adapter_name].bias
-        layers = {p for p, m in self._wrappers().items() if isinstance(m, LoraLinear) and adapter_name in m.held}
+        layers = {
+            p
+            for p, m in self._wrappers().items()
+            if isinstance(m, LoraLinear) and adapter_name in m.held
+        }
         found = {}
         for path, parameter in self.model.named_parameters():
-            owner = path.removesuffix(".bias").removesuffix(".base_layer").replace(".original_module", "")
+            owner = (
+                path.removesuffix(".bias")
+                .removesuffix(".base_layer")
+                .replace(".original_module", "")
+            )
             wanted = mode == "all" or (mode == "lora_only" and owner in layers)
             if path.endswith(".bias") and wanted and ".modules_to_save." not in path:
-                found[PREFIX + owner + (".base_layer.bias" if owner in layers else ".bias")] = parameter
+                found[PREFIX + owner + (".base_layer.bias" if owner in layers else ".bias")] = (
+                    parameter
+                )
         return found
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model is its base, bit for bit (but for trained biases); merged adapters are out meanwhile."""
         if any(self.peft_config[n].bias != "none" for n in self.active_adapters):
-            warnings.warn("the adapter trained the base's biases: disabling it does not bring them back", stacklevel=3)
-        merged = [(layer, layer.merged, layer.requantized) for layer in self._wrappers().values() if layer.merged]
+            warnings.warn(
+                "the adapter trained the base's biases: disabling it does not bring them back",
+                stacklevel=3,
+            )
+        merged = [
+            (layer, layer.merged, layer.requantized)
+            for layer in self._wrappers().values()
+            if layer.merged
+        ]
         with chosen(self._wrappers().values(), None):
             try:
                 for layer, *_ in merged:
@@ -162,7 +203,9 @@ class PeftModel(Module):
         """Remove an adapter. If it was active, the first of the others takes its place."""
         self._known([adapter_name])
         if any(layer.merged for layer in self._wrappers().values()):
-            raise ConfigError(f"adapter {adapter_name!r} cannot be deleted while any is merged: unmerge_adapter first")
+            raise ConfigError(
+                f"adapter {adapter_name!r} cannot be deleted while any is merged: unmerge_adapter first"
+            )
         if len(self.peft_config) == 1:
             raise ConfigError(f"{adapter_name!r} is the only adapter: unload() gives the base back")
         del self.peft_config[adapter_name], self._plans[adapter_name]
@@ -171,7 +214,10 @@ class PeftModel(Module):
             if not layer.held:
                 replace_module(self.model, path, layer.inner)
         if adapter_name in self.active_adapters:
-            self.set_adapter([n for n in self.active_adapters if n != adapter_name] or [next(iter(self.peft_config))])
+            self.set_adapter(
+                [n for n in self.active_adapters if n != adapter_name]
+                or [next(iter(self.peft_config))]
+            )
 
     def _known(self, names: Sequence[str]) -> None:
         unknown = [n for n in names if n not in list(self.peft_config)]  # whatever it is
@@ -203,7 +249,11 @@ class PeftModel(Module):
                 for changed, merged, requantized in done:
                     changed.unmerge()
                     changed.merge(merged, requantized)
-                raise NonFiniteError(f"{path}: {error}") if isinstance(error, NonFiniteError) else error from None
+                raise (
+                    NonFiniteError(f"{path}: {error}")
+                    if isinstance(error, NonFiniteError)
+                    else error
+                ) from None
             done.append((layer, *before))
 
     def unmerge_adapter(self) -> None:
@@ -254,14 +304,21 @@ class PeftModel(Module):
         lines = []
         for path, layer in self._wrappers().items():
             if isinstance(layer, LoraLinear) and layer.running:
-                way, (merged, apart) = ("W + dW" if layer.merges(tokens) else "W, then A and B"), layer.costs(tokens)
-                lines.append(f"{path}: {way}   (W + dW once {merged:,} operations, A and B at each position {apart:,})")
+                way, (merged, apart) = (
+                    ("W + dW" if layer.merges(tokens) else "W, then A and B"),
+                    layer.costs(tokens),
+                )
+                lines.append(
+                    f"{path}: {way}   (W + dW once {merged:,} operations, A and B at each position {apart:,})"
+                )
         return "\n".join(lines)
 
     def print_trainable_parameters(self) -> None:
         """trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364"""
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+        print(
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     # ---- files ------------------------------------------------------------------------------------------------------
 
@@ -271,7 +328,9 @@ class PeftModel(Module):
         tensors = {key: turned(kind, key, parameter.numpy()) for key, parameter in own.items()}
         return {**tensors, **repeated(self.model, self._plans[adapter_name], adapter_name, tensors)}
 
-    def save_pretrained(self, directory: str | Path, selected_adapters: Sequence[str] | None = None) -> None:
+    def save_pretrained(
+        self, directory: str | Path, selected_adapters: Sequence[str] | None = None
+    ) -> None:
         """Write PEFT's files: the adapter "default" into `directory`, any other into a folder of its name there."""
         names = list(self.peft_config if selected_adapters is None else selected_adapters)
         self._known(names)
@@ -281,7 +340,11 @@ class PeftModel(Module):
 
     @classmethod
     def from_pretrained(
-        cls, model: Any, directory: str | Path, adapter_name: str = "default", is_trainable: bool = False
+        cls,
+        model: Any,
+        directory: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
     ) -> PeftModel:
         """`model` with the adapter that a folder holds. Frozen and in eval mode unless `is_trainable`.
 
@@ -293,25 +356,45 @@ class PeftModel(Module):
         made.set_adapter(adapter_name)
         return made.train(is_trainable)  # type: ignore[no-any-return]
 
-    def load_adapter(self, directory: str | Path, adapter_name: str, is_trainable: bool = False) -> None:
+    def load_adapter(
+        self, directory: str | Path, adapter_name: str, is_trainable: bool = False
+    ) -> None:
         """Add the adapter that a folder holds, inactive until `set_adapter`; biases it trained change at once."""
         raw, tensors = read_adapter(directory)
         config = read_config(raw, f"{directory}/adapter_config.json")
         self._check_name(adapter_name, config)
         try:
-            plan = plan_adapter(self.model, dataclasses.replace(config, inference_mode=not is_trainable), tensors)
+            plan = plan_adapter(
+                self.model, dataclasses.replace(config, inference_mode=not is_trainable), tensors
+            )
         except ConfigError as error:
-            raise FormatError(f"{directory}: the adapter does not fit this base: {error}"[:500]) from error
+            raise FormatError(
+                f"{directory}: the adapter does not fit this base: {error}"[:500]
+            ) from error
         expected = plan.shapes(self.model)
         wrong = [f"missing {key}" for key in expected if key not in tensors]
         again = repeated(self.model, plan, adapter_name, tensors)
         wrong += [f"unknown {key}" for key in tensors if key not in expected and key not in again]
-        sizes = [(key, tensors[key].shape, shape) for key, shape in expected.items() if key in tensors]
-        wrong += [f"{key} is {there}, the base needs {shape}" for key, there, shape in sizes if there != shape]
-        wrong += [f"{key} is another one here" for key, a in again.items() if not _same(tensors.get(key, a), a)]
+        sizes = [
+            (key, tensors[key].shape, shape) for key, shape in expected.items() if key in tensors
+        ]
+        wrong += [
+            f"{key} is {there}, the base needs {shape}"
+            for key, there, shape in sizes
+            if there != shape
+        ]
+        wrong += [
+            f"{key} is another one here"
+            for key, a in again.items()
+            if not _same(tensors.get(key, a), a)
+        ]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise FormatError(f"{directory}: the adapter does not fit this base: {'; '.join(wrong[:3])}{more}"[:500])
+            raise FormatError(
+                f"{directory}: the adapter does not fit this base: {'; '.join(wrong[:3])}{more}"[
+                    :500
+                ]
+            )
         self._inject(adapter_name, plan, seed=0)
         own = self.adapter_parameters(adapter_name)
         for key in expected:
@@ -321,4 +404,6 @@ class PeftModel(Module):
 
 def _same(there: np.ndarray, here: np.ndarray) -> bool:
     """Is an array of a file what is here, as far as the file's precision goes?"""
-    return there.shape == here.shape and np.array_equal(there, here.astype(there.dtype), equal_nan=True)
+    return there.shape == here.shape and np.array_equal(
+        there, here.astype(there.dtype), equal_nan=True
+    )

@@ -60,7 +60,10 @@ _told: contextvars.ContextVar[frozenset[Any]] = contextvars.ContextVar("told", d
 
 
 def get_multitask_model(
-    model: Any, tasks: Mapping[str, LoraConfig | None], shared: LoraConfig | None = None, seed: int = 0
+    model: Any,
+    tasks: Mapping[str, LoraConfig | None],
+    shared: LoraConfig | None = None,
+    seed: int = 0,
 ) -> MultiTask:
     """Freeze `model`, put an adapter into it for each of `tasks`, and return it wrapped.
 
@@ -80,10 +83,16 @@ class MultiTask(PeftModel):
     """
 
     def __init__(
-        self, model: Any, tasks: Mapping[str, LoraConfig | None], shared: LoraConfig | None = None, seed: int = 0
+        self,
+        model: Any,
+        tasks: Mapping[str, LoraConfig | None],
+        shared: LoraConfig | None = None,
+        seed: int = 0,
     ):
         if not isinstance(tasks, Mapping):
-            raise ConfigError(f"expected a dictionary from tasks to configurations, got {tasks!r:.99}")
+            raise ConfigError(
+                f"expected a dictionary from tasks to configurations, got {tasks!r:.99}"
+            )
         self.tasks: dict[str, tuple[str, ...]] = {}
         self._wrap_model(model)
         own = {SHARED: shared, **tasks} if shared is not None else dict(tasks)
@@ -103,9 +112,13 @@ class MultiTask(PeftModel):
     def declare(self, task: str, adapters: Sequence[str]) -> None:
         """From now on there is this task, and it runs these adapters. ConfigError if they cannot run together."""
         if not isinstance(task, str) or not task or task == BASE or task in self.tasks:
-            raise ConfigError(f"{task!r:.99} cannot name a task: expected a new name, and not {BASE!r}")
+            raise ConfigError(
+                f"{task!r:.99} cannot name a task: expected a new name, and not {BASE!r}"
+            )
         if not adapters:
-            raise ConfigError(f"task {task!r:.99} has no adapter: give it one, or all of them a shared one")
+            raise ConfigError(
+                f"task {task!r:.99} has no adapter: give it one, or all of them a shared one"
+            )
         self._known(adapters)
         for path, layer in self._wrappers().items():
             try:
@@ -122,14 +135,20 @@ class MultiTask(PeftModel):
             raise ConfigError(f"no task {task!r:.99}; there is {', '.join([*self.tasks, BASE])}")
         return self.tasks[task]
 
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool | None = None) -> None:
+    def set_adapter(
+        self, adapter_name: str | Sequence[str], inference_mode: bool | None = None
+    ) -> None:
         """Say which adapters train, and are saved by a run. Which ones run is not asked here: see `task`."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        names = (
+            [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        )
         self._known(names)
         for parameter in self.model.parameters():
             parameter.requires_grad = False
         for name in names:
-            frozen = self.peft_config[name].inference_mode if inference_mode is None else inference_mode
+            frozen = (
+                self.peft_config[name].inference_mode if inference_mode is None else inference_mode
+            )
             for parameter in self.adapter_parameters(name).values():
                 parameter.requires_grad = not frozen
         self.active_adapters = names
@@ -138,7 +157,9 @@ class MultiTask(PeftModel):
         """Remove an adapter that no task runs: `del model.tasks[task]` comes first."""
         users = [task for task, names in self.tasks.items() if adapter_name in names]
         if users:
-            raise ConfigError(f"adapter {adapter_name!r:.99} is run by task {', '.join(users)}: delete that first")
+            raise ConfigError(
+                f"adapter {adapter_name!r:.99} is run by task {', '.join(users)}: delete that first"
+            )
         super().delete_adapter(adapter_name)
 
     def _check_name(self, adapter_name: str, config: LoraConfig) -> None:
@@ -146,11 +167,15 @@ class MultiTask(PeftModel):
             raise ConfigError(f"{adapter_name!r:.99} cannot name an adapter: expected a text")
         super()._check_name(adapter_name, config)
         if config.bias != "none":
-            raise ConfigError(f"adapter {adapter_name!r:.99}: bias must be 'none': the base's biases are every task's")
+            raise ConfigError(
+                f"adapter {adapter_name!r:.99}: bias must be 'none': the base's biases are every task's"
+            )
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
-    def __call__(self, ids: Any, *inputs: Any, tasks: str | Sequence[str] | None = None, **options: Any) -> Tensor:
+    def __call__(
+        self, ids: Any, *inputs: Any, tasks: str | Sequence[str] | None = None, **options: Any
+    ) -> Tensor:
         """What the model inside gives, row by row as each row's task has it.
 
         tasks   a name for each row of the first axis, or one for all of them; "__base__" runs no adapter. Not needed
@@ -161,7 +186,9 @@ class MultiTask(PeftModel):
         """
         if tasks is None:
             if self not in _told.get():
-                raise ConfigError(f"whose rows are these? Say tasks=..., or `with model.task(...)`: {_names(self)}")
+                raise ConfigError(
+                    f"whose rows are these? Say tasks=..., or `with model.task(...)`: {_names(self)}"
+                )
             return super().__call__(ids, *inputs, **options)
         groups, outputs = self.rows_of(tasks, len(ids)), []
         for task, rows in groups.items():
@@ -169,8 +196,14 @@ class MultiTask(PeftModel):
                 if len(groups) == 1:
                     return super().__call__(ids, *inputs, **options)
                 taken = {name: _taken(value, rows) for name, value in options.items()}
-                outputs.append(super().__call__(*(_taken(value, rows) for value in (ids, *inputs)), **taken))
-        return interleave(outputs, list(groups.values())) if outputs[0].ndim else sum(outputs[1:], start=outputs[0])
+                outputs.append(
+                    super().__call__(*(_taken(value, rows) for value in (ids, *inputs)), **taken)
+                )
+        return (
+            interleave(outputs, list(groups.values()))
+            if outputs[0].ndim
+            else sum(outputs[1:], start=outputs[0])
+        )
 
     @contextlib.contextmanager
     def task(self, task: str) -> Iterator[None]:
@@ -178,7 +211,9 @@ class MultiTask(PeftModel):
         layers, names = self._wrappers(), self.adapters_of(task)
         merged = next((layer.merged for layer in layers.values() if layer.merged), None)
         if merged:
-            raise ConfigError(f"adapters {', '.join(merged)} are merged: unmerge_adapter first, or use merge_task")
+            raise ConfigError(
+                f"adapters {', '.join(merged)} are merged: unmerge_adapter first, or use merge_task"
+            )
         token = _told.set(_told.get() | {self})
         try:
             with chosen(layers.values(), names):
@@ -196,7 +231,9 @@ class MultiTask(PeftModel):
         """Which of `count` rows are each task's. ConfigError for another number of names, or a task there is not."""
         names = [tasks] * count if isinstance(tasks, str) else list(tasks)
         if len(names) != count or not count:
-            raise ConfigError(f"{len(names)} tasks were named for {count} rows: expected one for each, or one for all")
+            raise ConfigError(
+                f"{len(names)} tasks were named for {count} rows: expected one for each, or one for all"
+            )
         for name in dict.fromkeys(names):
             self.adapters_of(name)
         return rows_by_task(names)
@@ -210,7 +247,9 @@ class MultiTask(PeftModel):
         """
         names = self.adapters_of(task)
         twin = copy.deepcopy(self, {id(p.backend): p.backend for p in self.model.parameters()})
-        return twin.merge_and_unload(False, True, names, requantize, tied) if names else twin.unload()
+        return (
+            twin.merge_and_unload(False, True, names, requantize, tied) if names else twin.unload()
+        )
 
     def merge_adapter(
         self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, requantize: bool = False,
@@ -224,7 +263,9 @@ class MultiTask(PeftModel):
         requantize: bool = False, tied: str | None = None,
     ) -> Any:  # fmt: skip
         """As in `PeftModel`, but adapters must be named."""
-        return super().merge_and_unload(progressbar, safe_merge, self._named(adapter_names), requantize, tied)
+        return super().merge_and_unload(
+            progressbar, safe_merge, self._named(adapter_names), requantize, tied
+        )
 
     def _unwrap(self, names: Sequence[str]) -> Any:
         self.tasks = {}
@@ -232,7 +273,9 @@ class MultiTask(PeftModel):
 
     def _named(self, adapter_names: Sequence[str] | None) -> Sequence[str]:
         if adapter_names is None:
-            raise ConfigError(f"which task's adapters? Say adapter_names=model.adapters_of(task): {_names(self)}")
+            raise ConfigError(
+                f"which task's adapters? Say adapter_names=model.adapters_of(task): {_names(self)}"
+            )
         return adapter_names
 
     def task_adapter(self, task: str) -> tuple[LoraConfig, dict[str, np.ndarray]]:
@@ -249,15 +292,25 @@ class MultiTask(PeftModel):
         if not names:
             raise ConfigError(f"{task} runs no adapter: there is nothing to export")
         layers = {path: m for path, m in self._wrappers().items() if isinstance(m, LoraLinear)}
-        ends = [m for m in self._wrappers().values() if isinstance(m, (LoraEmbedding, TrainableTokens))]
+        ends = [
+            m for m in self._wrappers().values() if isinstance(m, (LoraEmbedding, TrainableTokens))
+        ]
         if len(names) > 1 and any(name in end.held for end in ends for name in names):
-            raise ConfigError(f"{', '.join(names)} adapt an embedding, where two cannot be put together as one LoRA")
+            raise ConfigError(
+                f"{', '.join(names)} adapt an embedding, where two cannot be put together as one LoRA"
+            )
         for name in names:
-            kinds = {type(layer.adapters[name]) for layer in layers.values() if name in layer.adapters}
+            kinds = {
+                type(layer.adapters[name]) for layer in layers.values() if name in layer.adapters
+            }
             if HydraAdapter in kinds:
-                raise ConfigError(f"adapter {name!r} is HydraLoRA's: a mixture is no LoRA, and PEFT cannot read it")
+                raise ConfigError(
+                    f"adapter {name!r} is HydraLoRA's: a mixture is no LoRA, and PEFT cannot read it"
+                )
             if DoraAdapter in kinds and len(names) > 1:
-                raise ConfigError(f"adapter {name!r} is DoRA's: beside {', '.join(names)} it is no part of one LoRA")
+                raise ConfigError(
+                    f"adapter {name!r} is DoRA's: beside {', '.join(names)} it is no part of one LoRA"
+                )
         if len(names) == 1:
             return self.peft_config[names[0]], self.state_dict(names[0])
         ranks: dict[str, int] = {}
@@ -269,7 +322,9 @@ class MultiTask(PeftModel):
             if there:
                 s = there[0].scaling
                 A = np.concatenate([_first_factor(adapter) for adapter in there])
-                B = np.concatenate([a.lora_B.numpy() * a.lora_A.dtype.type(a.scaling / s) for a in there], axis=1)
+                B = np.concatenate(
+                    [a.lora_B.numpy() * a.lora_A.dtype.type(a.scaling / s) for a in there], axis=1
+                )
                 tensors |= {f"{PREFIX}{path}.lora_A.weight": A, f"{PREFIX}{path}.lora_B.weight": B}
                 ranks[path], alphas[path] = len(A), s * len(A)
         configs = [self.peft_config[name] for name in names]
@@ -278,7 +333,9 @@ class MultiTask(PeftModel):
             if config.modules_to_save:
                 own = self.state_dict(name)
                 tensors |= {key: own[key] for key in own if ".lora_" not in key}
-        r = collections.Counter(ranks.values()).most_common(1)[0][0]  # what most layers have; patterns say the rest
+        r = collections.Counter(ranks.values()).most_common(1)[0][
+            0
+        ]  # what most layers have; patterns say the rest
         alpha = collections.Counter(alphas.values()).most_common(1)[0][0]
         return LoraConfig(
             r=r,
@@ -298,11 +355,16 @@ class MultiTask(PeftModel):
 
     # ---- files ------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, directory: str | Path, selected_adapters: Sequence[str] | None = None) -> None:
+    def save_pretrained(
+        self, directory: str | Path, selected_adapters: Sequence[str] | None = None
+    ) -> None:
         """Write each adapter's folder as PEFT does, and, when it is all of them, multitask.json: who runs which."""
         super().save_pretrained(directory, selected_adapters)
         if selected_adapters is None:
-            write_json(Path(directory) / FILE, {"tasks": {task: list(names) for task, names in self.tasks.items()}})
+            write_json(
+                Path(directory) / FILE,
+                {"tasks": {task: list(names) for task, names in self.tasks.items()}},
+            )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -315,7 +377,9 @@ class MultiTask(PeftModel):
         where, made = Path(directory) / FILE, cls.__new__(cls)
         tasks = read_json(where).get("tasks")
         if not isinstance(tasks, dict) or not all(_is_names(names) for names in tasks.values()):
-            raise FormatError(f"{str(where)!r}: expected tasks, and for each of them the names of its adapters")
+            raise FormatError(
+                f"{str(where)!r}: expected tasks, and for each of them the names of its adapters"
+            )
         made.tasks = {}
         made._wrap_model(model)
         with _all_or_nothing(model):
@@ -324,7 +388,9 @@ class MultiTask(PeftModel):
                     made._check_name(name, LoraConfig())  # before it is part of a path
                     folder = Path(directory) if name == "default" else Path(directory) / name
                     if not os.path.isdir(folder):  # a name may be too long for Path.is_dir
-                        raise FormatError(f"{str(where)!r}: there is no folder of the adapter {name!r:.99}")
+                        raise FormatError(
+                            f"{str(where)!r}: there is no folder of the adapter {name!r:.99}"
+                        )
                     made.load_adapter(folder, name, is_trainable)
                 for task, names in tasks.items():
                     made.declare(task, names)
@@ -359,7 +425,9 @@ def _taken(value: Any, rows: np.ndarray) -> Any:
         return value if value is None else value[rows]
     if not getattr(value, "ndim", 0):
         what = type(value).__name__
-        raise ConfigError(f"rows of several tasks take arrays with as many rows, got {what}: run each task by itself")
+        raise ConfigError(
+            f"rows of several tasks take arrays with as many rows, got {what}: run each task by itself"
+        )
     return value[backend_of(value).from_numpy(rows)]
 
 

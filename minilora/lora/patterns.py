@@ -12,15 +12,25 @@ from collections.abc import Callable, Container
 from ..errors import ConfigError
 
 Test = Callable[[str], bool]  # does this one character fit?
-Fragment = Callable[[int], int]  # a piece of pattern: given the state that follows it, add its own; return its first
+Fragment = Callable[
+    [int], int
+]  # a piece of pattern: given the state that follows it, add its own; return its first
 
 MAX_LENGTH, MAX_GROUPS, MAX_REPEAT, MAX_STATES = 200, 40, 100, 1000
 SUPPORTED = (
     r"supported are literals, ., [a-z_0-9], [^.], \d \w \s \D \W \S, \. and the like, ( ), (?: ), |, *, +, ?, "
     rf"{{m}}, {{m,n}}, ^, $, up to {MAX_LENGTH} characters, {MAX_GROUPS} groups and {MAX_REPEAT} repetitions"
 )
-CLASSES: dict[str, Test] = {"d": str.isdecimal, "w": lambda c: c.isalnum() or c == "_", "s": str.isspace}
-FREE, START, END = "", "^", "$"  # states that eat no character: pass always, pass at the start, pass at the end
+CLASSES: dict[str, Test] = {
+    "d": str.isdecimal,
+    "w": lambda c: c.isalnum() or c == "_",
+    "s": str.isspace,
+}
+FREE, START, END = (
+    "",
+    "^",
+    "$",
+)  # states that eat no character: pass always, pass at the start, pass at the end
 ACCEPT = 0
 
 
@@ -72,7 +82,9 @@ class _Reader:
         self.states: list[tuple[Test | str, tuple[int, ...]]] = [("accept", ())]
 
     def read(self) -> int:
-        if len(self.text) > MAX_LENGTH or self.text.count("(") > MAX_GROUPS:  # so that recursion stays shallow
+        if (
+            len(self.text) > MAX_LENGTH or self.text.count("(") > MAX_GROUPS
+        ):  # so that recursion stays shallow
             raise self._error(f"{len(self.text)} characters with {self.text.count('(')} groups")
         whole = self._alternatives()
         if self.at < len(self.text):
@@ -150,7 +162,9 @@ class _Reader:
             return 1, 1
         inside, closed, rest = self.text[self.at :].partition("}")
         first, comma, last = inside.partition(",")
-        if not closed or not all(digits.isascii() and digits.isdecimal() for digits in (first, last or "0")):
+        if not closed or not all(
+            digits.isascii() and digits.isdecimal() for digits in (first, last or "0")
+        ):
             raise self._error("a { that begins no {m}, {m,} or {m,n}")
         least, most = int(first), int(last or first)
         if not least <= most <= MAX_REPEAT:
@@ -198,7 +212,9 @@ class _Reader:
             if self._peek() == "-" and self.text[self.at + 1 : self.at + 2] not in ("", "]"):
                 self._take()
                 high, _ = self._member()
-                if not low or high < low:  # a class such as \d has no character, and "" is below all
+                if (
+                    not low or high < low
+                ):  # a class such as \d has no character, and "" is below all
                     raise self._error("a range that does not rise from one character to another")
                 test = _between(low, high)
             tests.append(test)

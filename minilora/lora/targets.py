@@ -15,7 +15,9 @@ from typing import TypeVar
 from .patterns import Pattern
 
 V = TypeVar("V")
-_pattern = lru_cache(maxsize=4096)(Pattern)  # one configuration asks the same patterns about every module
+_pattern = lru_cache(maxsize=4096)(
+    Pattern
+)  # one configuration asks the same patterns about every module
 
 
 def matches(name: str, targets: str | Sequence[str]) -> bool:
@@ -61,7 +63,9 @@ def layer_index(name: str, layers_pattern: str | Sequence[str] | None = None) ->
 
 
 def in_layers(
-    name: str, layers_to_transform: int | Sequence[int] | None, layers_pattern: str | Sequence[str] | None = None
+    name: str,
+    layers_to_transform: int | Sequence[int] | None,
+    layers_pattern: str | Sequence[str] | None = None,
 ) -> bool:
     """Whether the module `name` lies in one of the layers; None or an empty list mean all of them."""
     wanted = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform

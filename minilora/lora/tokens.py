@@ -50,7 +50,9 @@ class TokenRows(Module):
 
     def __init__(self, weight: Parameter, indices: Sequence[int]):
         self.indices = np.array(indices, np.int64)
-        self.trainable_tokens_delta = Parameter(weight.take(weight.backend.from_numpy(self.indices)))
+        self.trainable_tokens_delta = Parameter(
+            weight.take(weight.backend.from_numpy(self.indices))
+        )
 
 
 class TrainableTokens(Merging, Wrapper):
@@ -91,7 +93,11 @@ class TrainableTokens(Merging, Wrapper):
         return OneHot(base) if isinstance(base, Embedding) else base
 
     def rebuilt(self, weight: Array, base: Any) -> Any:
-        return OneHot(base).rebuilt(weight) if isinstance(base, Embedding) else frozen_linear(weight, base)
+        return (
+            OneHot(base).rebuilt(weight)
+            if isinstance(base, Embedding)
+            else frozen_linear(weight, base)
+        )
 
     def merged_weight(self, W: Array, names: Sequence[str]) -> Array:
         """W with the rows in their places, which takes no rounding."""
@@ -99,18 +105,24 @@ class TrainableTokens(Merging, Wrapper):
         table = total.T if isinstance(self.base_layer, Embedding) else total  # (V, C)
         for name in names:
             rows = self.adapters[name]
-            table[rows.trainable_tokens_delta.backend.from_numpy(rows.indices)] = rows.trainable_tokens_delta.data
+            table[rows.trainable_tokens_delta.backend.from_numpy(rows.indices)] = (
+                rows.trainable_tokens_delta.data
+            )
         return total
 
     def result(self, names: Sequence[str]) -> Any:
         """The base layer. ConfigError where two adapters have rows here: only one of them can be active, as in PEFT."""
         found = [n for n in names if n in self.adapters]
         if len(set(found)) > 1:
-            raise ConfigError(f"adapters {', '.join(found)} each have rows of one embedding: only one can be active")
+            raise ConfigError(
+                f"adapters {', '.join(found)} each have rows of one embedding: only one can be active"
+            )
         return self.base_layer
 
     def delta_weight(self, name: str) -> np.ndarray:
         """W' - W of one adapter, (V, C) of a head and (C, V) of an embedding, in float64 on the host."""
         base = self.as_linear(self._original or self.base_layer)
         W = base.dense_weight()
-        return base.backend.to_numpy(self.merged_weight(W, [name]).astype(np.float64) - W.astype(np.float64))
+        return base.backend.to_numpy(
+            self.merged_weight(W, [name]).astype(np.float64) - W.astype(np.float64)
+        )

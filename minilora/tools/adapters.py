@@ -59,13 +59,17 @@ class AdapterFile:
             self.tokens: dict[str, str] = {}
             self.originals: dict[str, str] = {}
             again: dict[str, str] = {}
-            for key in self.file.keys():  # noqa: SIM118  (a file is not a mapping)
+            for key in self.file.keys():
                 self._place(key, again)
             for path in self.layers:
                 self._check(path)
             for name, key in again.items():
-                if name not in self.replaced or not same(self.file.read(self.replaced[name]), self.file.read(key)):
-                    raise FormatError(f"{self.where}: {quoted(key)} is not what modules_to_save has there")
+                if name not in self.replaced or not same(
+                    self.file.read(self.replaced[name]), self.file.read(key)
+                ):
+                    raise FormatError(
+                        f"{self.where}: {quoted(key)} is not what modules_to_save has there"
+                    )
         except BaseException:
             self.file.close()
             raise
@@ -74,9 +78,13 @@ class AdapterFile:
         name = key.removeprefix(PREFIX)
         path, copied, inside = name.partition(".modules_to_save.")
         ending = next((e for e in ENDINGS if name.endswith(e)), None)
-        strange = ".lora_" in name or (".token_adapter." in name and not name.endswith(f".{TOKENS}"))
+        strange = ".lora_" in name or (
+            ".token_adapter." in name and not name.endswith(f".{TOKENS}")
+        )
         if name == key or (ending is None and strange):
-            raise FormatError(f"{self.where}: {quoted(key)} is not a tensor of an adapter that is known here")
+            raise FormatError(
+                f"{self.where}: {quoted(key)} is not a tensor of an adapter that is known here"
+            )
         if name.endswith(f".{TOKENS}"):
             self.tokens[name.removesuffix(f".{TOKENS}")] = key
         elif copied and name.endswith(".bias"):  # of what has parts, after the adapter's name
@@ -103,7 +111,9 @@ class AdapterFile:
             raise FormatError(f"{where}: {what if adaptive else 'a lora_E, but not of AdaLoRA'}")
         if layer.get("m") != (B[:1] if dora else None):
             what = f"lora_B {B} has no lora_magnitude_vector that fits it"
-            raise FormatError(f"{where}: {what if dora else 'a lora_magnitude_vector, but use_dora is false'}")
+            raise FormatError(
+                f"{where}: {what if dora else 'a lora_magnitude_vector, but use_dora is false'}"
+            )
         if A[0] != r:
             raise FormatError(f"{where}: lora_A is {A}, but adapter_config.json says r = {r}")
 
@@ -113,7 +123,11 @@ class AdapterFile:
 
     def factors(self, path: str) -> Factors:
         """The factors of a layer, in float64. Of HydraLoRA there are none: its dW is another one at every position."""
-        layer = {part: self.file.read(key, np.float64) for part, key in self.layers[path].items() if part != "base"}
+        layer = {
+            part: self.file.read(key, np.float64)
+            for part, key in self.layers[path].items()
+            if part != "base"
+        }
         A = layer["A"] * layer["E"] if "E" in layer else layer["A"]
         return Factors(A, layer["B"], float(self.config.scaling(path)), layer.get("m"))
 
@@ -141,7 +155,10 @@ def same(one: Array, other: Array) -> bool:
 
 def base_key(base: Checkpoint, name: str) -> str | None:
     """The key in `base` of what an adapter calls `name`, or None: GPT-2's files come with and without a prefix."""
-    return next((k for k in (name, name.removeprefix("transformer."), f"transformer.{name}") if k in base), None)
+    return next(
+        (k for k in (name, name.removeprefix("transformer."), f"transformer.{name}") if k in base),
+        None,
+    )
 
 
 def lies_transposed(adapter: AdapterFile, path: str, model_type: str) -> bool:
@@ -181,7 +198,9 @@ def _mismatches(adapter: AdapterFile, base: Checkpoint, kind: str) -> Iterator[s
         V, d = base.shape(there) if there else (0, 0)
         if adapter.file.shape(key) != (len(rows), d) or max(rows, default=V) >= V:
             yield f"{path}: {adapter.file.shape(key)} for {len(rows)} tokens, the base has {(V, d)}"
-    yield from (f"missing {path}" for path in targets(adapter, base, kind) if path not in adapter.layers)
+    yield from (
+        f"missing {path}" for path in targets(adapter, base, kind) if path not in adapter.layers
+    )
     config = adapter.config
     if config.bias != "none":
         for path in adapter.layers:
@@ -197,18 +216,30 @@ def targets(adapter: AdapterFile, base: Checkpoint, model_type: str) -> list[str
     config = adapter.config
     if config.target_modules is None and adapter.tokens:
         return []
-    wanted = DEFAULT_TARGETS.get(model_type, []) if config.target_modules is None else config.target_modules
+    wanted = (
+        DEFAULT_TARGETS.get(model_type, [])
+        if config.target_modules is None
+        else config.target_modules
+    )
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         return []
-    paths = [key.removesuffix(".weight") for key in base.keys() if key.endswith(".weight")]  # noqa: SIM118
+    paths = [key.removesuffix(".weight") for key in base.keys() if key.endswith(".weight")]
     paths = [path for path in paths if len(base.shape(f"{path}.weight")) == 2]
     if model_type == "gpt2":  # in an adapter's names the prefix always is
-        paths = [f"transformer.{path.removeprefix('transformer.')}" for path in paths if path != "lm_head"]
+        paths = [
+            f"transformer.{path.removeprefix('transformer.')}"
+            for path in paths
+            if path != "lm_head"
+        ]
     saved = tuple(config.modules_to_save or ())
     found = [p for p in paths if matches(p, wanted) and not _is_inside(f"{p}.weight", saved)]
     where = config.layers_to_transform, config.layers_pattern
-    found = [p for p in found if (not isinstance(wanted, str) and p in wanted) or in_layers(p, *where)]
-    return [p for p in found if not config.exclude_modules or not matches(p, config.exclude_modules)]
+    found = [
+        p for p in found if (not isinstance(wanted, str) and p in wanted) or in_layers(p, *where)
+    ]
+    return [
+        p for p in found if not config.exclude_modules or not matches(p, config.exclude_modules)
+    ]
 
 
 def _is_inside(key: str, names: tuple[str, ...]) -> bool:

@@ -61,12 +61,17 @@ def combine(
         bases = {str(file.raw.get("base_model_name_or_path") or "") for file in files} - {""}
         if len(bases) > 1:  # names of one model may differ, so it is no error
             named = ", ".join(map(quoted, sorted(bases)))
-            warnings.warn(f"the adapters name different bases, and a sum is for one model: {named}"[:500], stacklevel=2)
+            warnings.warn(
+                f"the adapters name different bases, and a sum is for one model: {named}"[:500],
+                stacklevel=2,
+            )
         ranks = {path: [_shape(t, "A")[0] for t in own] for path, own in layers.items()}
         r = rank_of(ranks, how, r)
         tensors = {t.key: t.adapter.file.read(t.key) for own in plan.values() for t in own if t.key}
         rows: dict[str, Row] = {}
-        for path, own in tqdm(layers.items(), desc="combine", unit=" layers", disable=None, leave=False):
+        for path, own in tqdm(
+            layers.items(), desc="combine", unit=" layers", disable=None, leave=False
+        ):
             parts = [Part(f.A, f.B, t.weight * f.s) for t in own for f in [t.adapter.factors(path)]]
             A, B, rows[path] = combined(path, parts, how, r)
             tensors |= {_key(path, own, "A"): A, _key(path, own, "B"): B, **_others(path, own)}
@@ -77,7 +82,12 @@ def combine(
                 tensors[_key(HEAD, layers[HEAD], part)] = np.ascontiguousarray(turned)
         config = {**_fields(files, layers), "ensure_weight_tying": tied is not None, **plain(r)}
     LoraConfig.from_dict(config, str(out))  # what is written can be read
-    inputs = {"adapters": [fingerprint(folder) for folder in adapters], "weights": weights, "how": how, "r": r}
+    inputs = {
+        "adapters": [fingerprint(folder) for folder in adapters],
+        "weights": weights,
+        "how": how,
+        "r": r,
+    }
     with new_folder(out, inputs) as stage:
         write_adapter(stage, config, tensors)
     return [*rows.values()]
@@ -86,21 +96,31 @@ def combine(
 def _check(files: Sequence[AdapterFile], layers: dict[str, list[Term]]) -> None:
     """Everything that does not go together as a whole, though no tensor is in the way of another, raises here."""
     if not layers:
-        raise ConfigError(f"{', '.join(file.where for file in files)}: no layer is adapted, there is nothing to add up")
+        raise ConfigError(
+            f"{', '.join(file.where for file in files)}: no layer is adapted, there is nothing to add up"
+        )
     for path, own in layers.items():
         sizes = [(_shape(t, "B")[0], _shape(t, "A")[1], t.adapter.embeds(path)) for t in own]
         if len(set(sizes)) > 1:
             there = ", ".join(f"({O}, {I})" + " of an embedding" * embeds for O, I, embeds in sizes)
-            raise FormatError(f"{own[-1].adapter.where}: {path} is another layer than the other adapters': {there}")
+            raise FormatError(
+                f"{own[-1].adapter.where}: {path} is another layer than the other adapters': {there}"
+            )
     for file in files:
         if file.config.use_dora and len(files) > 1:
-            raise ConfigError(f"{file.where}: DoRA's scales cannot be added to another adapter, which has none")
+            raise ConfigError(
+                f"{file.where}: DoRA's scales cannot be added to another adapter, which has none"
+            )
         more = [path for path in layers if path not in file.layers]
         if file.config.bias != "none" and more:
-            raise ConfigError(f"{file.where} trains the biases of its own layers, and none of {more[0]}")
+            raise ConfigError(
+                f"{file.where} trains the biases of its own layers, and none of {more[0]}"
+            )
     tokens = [file for file in files if file.tokens]
     if len(tokens) > 1:
-        raise ConfigError(f"{tokens[1].where}: only one adapter can have trainable tokens, {tokens[0].where} has some")
+        raise ConfigError(
+            f"{tokens[1].where}: only one adapter can have trainable tokens, {tokens[0].where} has some"
+        )
 
 
 def _shape(term: Term, part: str) -> tuple[int, ...]:
@@ -118,8 +138,12 @@ def _others(path: str, own: list[Term]) -> dict[str, Array]:
     for term in own:
         for part, key in term.adapter.layers[path].items():
             array = term.adapter.file.read(key) if part in ("m", "base") else None
-            if array is not None and not np.array_equal(found.setdefault(key, array), array, equal_nan=True):
-                raise FormatError(f"{term.adapter.where}: {path}.base_layer.weight is not the others': another base")
+            if array is not None and not np.array_equal(
+                found.setdefault(key, array), array, equal_nan=True
+            ):
+                raise FormatError(
+                    f"{term.adapter.where}: {path}.base_layer.weight is not the others': another base"
+                )
     return found
 
 
@@ -129,7 +153,11 @@ def _tied(layers: dict[str, list[Term]]) -> str | None:
     if path is None or HEAD not in layers or len(layers[path]) != len(layers[HEAD]):
         return None
     pairs = zip(layers[path], layers[HEAD], strict=True)
-    return path if all(t.adapter.config.ensure_weight_tying and alike(t, other) for t, other in pairs) else None
+    return (
+        path
+        if all(t.adapter.config.ensure_weight_tying and alike(t, other) for t, other in pairs)
+        else None
+    )
 
 
 def _fields(files: Sequence[AdapterFile], layers: dict[str, list[Term]]) -> dict[str, Any]:
@@ -137,13 +165,19 @@ def _fields(files: Sequence[AdapterFile], layers: dict[str, list[Term]]) -> dict
     configs = [file.config for file in files]
     saved = {name for config in configs for name in config.modules_to_save or ()}
     # In full; but where a file has the base's weight besides, PEFT would not look for it under another name than this.
-    whole = {path for path, own in layers.items() if any("base" in t.adapter.layers[path] for t in own)}
+    whole = {
+        path for path, own in layers.items() if any("base" in t.adapter.layers[path] for t in own)
+    }
     return {
         **{name: value for name, value in files[0].raw.items() if name not in OWN_OF_ADALORA},
-        "target_modules": sorted(path.rpartition(".")[2] if path in whole else path for path in layers),
+        "target_modules": sorted(
+            path.rpartition(".")[2] if path in whole else path for path in layers
+        ),
         **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
         "modules_to_save": sorted(saved) or None,
         "bias": next((config.bias for config in configs if config.bias != "none"), "none"),
         "fan_in_fan_out": any(config.fan_in_fan_out for config in configs),
-        "trainable_token_indices": next((f.config.trainable_token_indices for f in files if f.tokens), None),
+        "trainable_token_indices": next(
+            (f.config.trainable_token_indices for f in files if f.tokens), None
+        ),
     }

@@ -12,7 +12,12 @@ from tqdm import tqdm
 from ..formats import Checkpoint, read_checkpoint
 
 Array = np.ndarray
-HALF_STEPS = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # of rounding, relative
+HALF_STEPS = {
+    "F64": 2.0**-53,
+    "F32": 2.0**-24,
+    "F16": 2.0**-11,
+    "BF16": 2.0**-8,
+}  # of rounding, relative
 RANKED = 2048  # the shorter side of the largest matrix whose spectrum is computed unasked: above, it takes seconds
 
 
@@ -34,7 +39,10 @@ def count_above(D: Array, threshold: float) -> int:
     """
     with np.errstate(over="ignore", invalid="ignore"):
         G = D @ D.T if D.shape[0] <= D.shape[1] else D.T @ D
-        error = 2 * sum(D.shape) * np.finfo(np.float64).eps * float(np.trace(G)) + np.finfo(np.float64).tiny
+        error = (
+            2 * sum(D.shape) * np.finfo(np.float64).eps * float(np.trace(G))
+            + np.finfo(np.float64).tiny
+        )
     if math.isfinite(error) and error < threshold**2:
         squares = np.linalg.eigvalsh(G)
         least, most = (int((squares > threshold**2 + shift).sum()) for shift in (error, -error))
@@ -51,9 +59,10 @@ def diff(a: str | Path, b: str | Path, ranks: bool | None = None) -> dict[str, A
     not finite, or is not known. FormatError for a damaged file.
     """
     with read_checkpoint(a)[1] as one, read_checkpoint(b)[1] as other:
-        both = [key for key in one.keys() if key in other]  # noqa: SIM118
+        both = [key for key in one.keys() if key in other]
         rows = [
-            _row(one, other, key, ranks) for key in tqdm(both, desc="diff", unit=" tensors", disable=None, leave=False)
+            _row(one, other, key, ranks)
+            for key in tqdm(both, desc="diff", unit=" tensors", disable=None, leave=False)
         ]
         return {
             "a": str(a),
@@ -80,7 +89,11 @@ def _row(one: Checkpoint, other: Checkpoint, key: str, ranks: bool | None) -> di
     if not math.isfinite(distance + size):
         return row
     relative = distance / size if size else None
-    row |= {"|b - a|": distance, "relative": relative if distance else 0.0, "largest": float(np.abs(D).max(initial=0))}
+    row |= {
+        "|b - a|": distance,
+        "relative": relative if distance else 0.0,
+        "largest": float(np.abs(D).max(initial=0)),
+    }
     if len(shape) == 2 and (ranks or (ranks is None and min(shape) <= RANKED)):
         half = max(HALF_STEPS.get(file.dtype(key), 0) for file in (one, other))
         row["rank"] = numerical_rank(D, max(size, other_size), half) if distance else 0

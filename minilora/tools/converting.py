@@ -52,7 +52,11 @@ Begin = Callable[[], AbstractContextManager[Path]]  # of the folder that is to b
 
 
 def convert(
-    source: str | Path, out: str | Path, dtype: str | None = None, to: str | None = None, allow_nonfinite: bool = False
+    source: str | Path,
+    out: str | Path,
+    dtype: str | None = None,
+    to: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> str:
     """Write the checkpoint or adapter `source` to the folder `out`; returns what it is there, in words.
 
@@ -68,7 +72,12 @@ def convert(
         raise ConfigError(f"--dtype must be {', '.join(DTYPES)}, got {dtype!r:.60}")
     outside(out, source=source)
     require_folder(source, "model or adapter")
-    inputs = {"source": fingerprint(source), "dtype": dtype, "to": to, "allow_nonfinite": allow_nonfinite}
+    inputs = {
+        "source": fingerprint(source),
+        "dtype": dtype,
+        "to": to,
+        "allow_nonfinite": allow_nonfinite,
+    }
     begin, here = partial(new_folder, out, inputs), Path(source)
     if to is not None:
         _for_the_other(here, to, begin, allow_nonfinite)
@@ -97,9 +106,11 @@ def _adapter_as(here: Path, dtype: str, begin: Begin, allow_nonfinite: bool) -> 
     fields = read_json(here / CONFIG_FILE)
     with SafetensorsFile(here / name) as file, begin() as stage:
         entries = []
-        for key in file.keys():  # noqa: SIM118  (a file is not a mapping)
+        for key in file.keys():
             kind = code if file.dtype(key) in FLOATS else file.dtype(key)
-            entries.append(Entry(key, kind, file.shape(key), partial(stored, file, key, code, allow_nonfinite)))
+            entries.append(
+                Entry(key, kind, file.shape(key), partial(stored, file, key, code, allow_nonfinite))
+            )
         write_stream(stage / name, entries)
         write_json(stage / CONFIG_FILE, fields)
 
@@ -108,7 +119,9 @@ def _checkpoint_as(here: Path, dtype: str, begin: Begin, allow_nonfinite: bool) 
     config, checkpoint = read_checkpoint(here)
     with checkpoint:
         if config.get("quantization_config") is not None:
-            raise ConfigError(f"{str(here)!r} holds codes (quantization_config), which have no other dtype")
+            raise ConfigError(
+                f"{str(here)!r} holds codes (quantization_config), which have no other dtype"
+            )
 
         def make(key: str) -> tuple[Array, None]:
             return stored(checkpoint, key, DTYPES[dtype], allow_nonfinite), None
@@ -125,21 +138,33 @@ def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
     fields = read_json(folder / CONFIG_FILE)
     kind, given = fields.get("fine_tune_type", "lora"), fields.get("lora_parameters")
     if kind not in ("lora", "dora") or not isinstance(given, dict):
-        raise ConfigError(f"{where}: expected fine_tune_type lora or dora, and lora_parameters; got {kind!r:.60}")
+        raise ConfigError(
+            f"{where}: expected fine_tune_type lora or dora, and lora_parameters; got {kind!r:.60}"
+        )
     r: Any = given.get("rank")
     scale: Any = given.get("scale")
-    if type(r) is not int or not 0 < r < 2**24 or type(scale) not in (int, float) or not 0 < scale < 1e300:
+    if (
+        type(r) is not int
+        or not 0 < r < 2**24
+        or type(scale) not in (int, float)
+        or not 0 < scale < 1e300
+    ):
         raise ConfigError(
             f"{where}: lora_parameters need a rank of at least 1 and a positive scale, got {given!r:.100}"
         )
     tensors: Tensors = {}
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     with SafetensorsFile(folder / MLX_FILE) as file:
-        for key in file.keys():  # noqa: SIM118
+        for key in file.keys():
             ending = next((e for e in ENDINGS if key.endswith(e)), None)
             if ending is None:
-                raise FormatError(f"{where}: {quoted(key)} is not a tensor of an adapter of mlx-lm's")
-            path, array = _renamed(key.removesuffix(ending), "model.h.", "transformer.h."), file.read(key, np.float32)
+                raise FormatError(
+                    f"{where}: {quoted(key)} is not a tensor of an adapter of mlx-lm's"
+                )
+            path, array = (
+                _renamed(key.removesuffix(ending), "model.h.", "transformer.h."),
+                file.read(key, np.float32),
+            )
             if path.endswith((".wte", ".wpe")):
                 raise ConfigError(
                     f"{where}: {path}: GPT-2's embeddings are adapted there with the head, in PEFT without"
@@ -153,8 +178,16 @@ def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
             tensors[f"{PREFIX}{path}.{name}"] = np.ascontiguousarray(array.T)
     for path, shapes in layers.items():
         a, b, m = (shapes.get(ending, ()) for ending in ENDINGS)
-        if len(a) != 2 or len(b) != 2 or a[1] != r or b[0] != r or m != ((b[1],) if kind == "dora" else ()):
-            raise FormatError(f"{where}: {path}: lora_a {a}, lora_b {b}, m {m}: expected (in, {r}), ({r}, out), (out,)")
+        if (
+            len(a) != 2
+            or len(b) != 2
+            or a[1] != r
+            or b[0] != r
+            or m != ((b[1],) if kind == "dora" else ())
+        ):
+            raise FormatError(
+                f"{where}: {path}: lora_a {a}, lora_b {b}, m {m}: expected (in, {r}), ({r}, out), (out,)"
+            )
     said = {
         "r": r,
         "lora_alpha": scale * r,
@@ -178,8 +211,15 @@ def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
     """
     with AdapterFile(folder) as file:
         config = file.config
-        if config.peft_type != "LORA" or file.replaced or file.tokens or any(map(file.embeds, file.layers)):
-            raise ConfigError(f"{file.where}: mlx-lm has LoRA and DoRA on linear layers, and nothing else")
+        if (
+            config.peft_type != "LORA"
+            or file.replaced
+            or file.tokens
+            or any(map(file.embeds, file.layers))
+        ):
+            raise ConfigError(
+                f"{file.where}: mlx-lm has LoRA and DoRA on linear layers, and nothing else"
+            )
         if not file.layers:
             raise ConfigError(f"{file.where} adapts no layer: mlx-lm has no adapter without one")
         kinds = {(config.rank(path), config.scaling(path)) for path in file.layers}
@@ -194,8 +234,15 @@ def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
             for part, ending in ("A", ".lora_a"), ("B", ".lora_b"), ("m", ".m"):
                 if part in layer:
                     there = _renamed(path, "transformer.h.", "model.h.")
-                    tensors[f"{there}{ending}"] = np.ascontiguousarray(file.file.read(layer[part], np.float32).T)
-        parameters = {"rank": r, "scale": scale, "dropout": config.lora_dropout, "keys": sorted(set(inside.values()))}
+                    tensors[f"{there}{ending}"] = np.ascontiguousarray(
+                        file.file.read(layer[part], np.float32).T
+                    )
+        parameters = {
+            "rank": r,
+            "scale": scale,
+            "dropout": config.lora_dropout,
+            "keys": sorted(set(inside.values())),
+        }
         kind = "dora" if config.use_dora else "lora"
         fields = {"fine_tune_type": kind, "num_layers": -1, "lora_parameters": parameters}
         return {**fields, "model": config.base_model_name_or_path}, tensors

@@ -26,7 +26,9 @@ from .folders import Row, fingerprint, new_folder, outside
 from .leading import leading
 
 Array = np.ndarray
-OWN_OF_ADALORA = {f.name for f in dataclasses.fields(AdaLoraConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
+OWN_OF_ADALORA = {f.name for f in dataclasses.fields(AdaLoraConfig)} - {
+    f.name for f in dataclasses.fields(LoraConfig)
+}
 
 
 def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
@@ -40,18 +42,27 @@ def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
     outside(out, adapter=adapter)
     with AdapterFile(adapter) as file:
         if isinstance(file.config, HydraConfig):
-            raise ConfigError(f"{file.where} is HydraLoRA's: it has several B's, and no dW to be nearest to")
+            raise ConfigError(
+                f"{file.where} is HydraLoRA's: it has several B's, and no dW to be nearest to"
+            )
         factors = {key for layer in file.layers.values() for key in layer.values()}
-        tensors = {key: file.file.read(key) for key in file.file.keys() if key not in factors}  # noqa: SIM118
+        tensors = {key: file.file.read(key) for key in file.file.keys() if key not in factors}
         rows = []
-        for path, layer in tqdm(file.layers.items(), desc="resize", unit=" layers", disable=None, leave=False):
+        for path, layer in tqdm(
+            file.layers.items(), desc="resize", unit=" layers", disable=None, leave=False
+        ):
             was = file.factors(path)
             if not math.isfinite(was.s * size(was.A, was.B)):
                 raise NonFiniteError(f"{file.where}: {path} is not finite")
             A, B, row = resized(was.A, was.B, was.s, r)
             names = EMBEDDING if file.embeds(path) else LINEAR
-            tensors |= {f"{PREFIX}{path}.{names[x]}": _single(array, path) for x, array in (("A", A), ("B", B))}
-            tensors |= {key: file.file.read(key) for part, key in layer.items() if part in ("m", "base")}
+            tensors |= {
+                f"{PREFIX}{path}.{names[x]}": _single(array, path)
+                for x, array in (("A", A), ("B", B))
+            }
+            tensors |= {
+                key: file.file.read(key) for part, key in layer.items() if part in ("m", "base")
+            }
             rows.append({"layer": path, "r": f"{len(was.A)} -> {r}", **row})
         kept = {k: v for k, v in file.raw.items() if k not in OWN_OF_ADALORA}
         _write(out, adapter, {**kept, **plain(r)}, tensors)
@@ -76,7 +87,9 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
     config, one = read_checkpoint(base)
     with one, read_checkpoint(tuned)[1] as other, threadpoolctl.threadpool_limits(1, "blas"):
         keys = one.keys()
-        apart = sorted(set(keys) ^ set(other.keys())) or [k for k in keys if one.shape(k) != other.shape(k)]
+        apart = sorted(set(keys) ^ set(other.keys())) or [
+            k for k in keys if one.shape(k) != other.shape(k)
+        ]
         if apart:
             raise FormatError(
                 f"{str(tuned)!r} is no tuned {str(base)!r}: {apart[0]} is in one alone, or differs in shape"
@@ -87,27 +100,41 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
             if not np.array_equal(one.read(key), other.read(key), equal_nan=True):
                 changed.setdefault(_path(key, kind), []).append(key)
         if not changed:
-            raise ConfigError(f"{str(tuned)!r} and {str(base)!r} are equal: there is nothing to extract")
+            raise ConfigError(
+                f"{str(tuned)!r} and {str(base)!r} are equal: there is nothing to extract"
+            )
         tensors: dict[str, Array] = {}
         rows: list[Row] = []
         whole: list[str] = []
         layers: list[str] = []
-        for path, own in tqdm(changed.items(), desc="extract", unit=" layers", disable=None, leave=False):
+        for path, own in tqdm(
+            changed.items(), desc="extract", unit=" layers", disable=None, leave=False
+        ):
             name = path.rpartition(".")[2]
             if name in ("embed_tokens", "wte") and "lm_head.weight" not in one:
-                raise ConfigError(f"{own[0]} changed, and the head is tied to it: no adapter says that; untie it first")
+                raise ConfigError(
+                    f"{own[0]} changed, and the head is tied to it: no adapter says that; untie it first"
+                )
             whole_key = f"{own[0].rpartition('.')[0]}.weight"
             if own == [whole_key] and len(one.shape(whole_key)) == 2 and name not in _NO_TARGETS:
                 A, B, row = _difference(one, other, whole_key, transposed(kind, whole_key), r)
-                tensors |= {f"{PREFIX}{path}.{LINEAR[x]}": _single(array, path) for x, array in (("A", A), ("B", B))}
+                tensors |= {
+                    f"{PREFIX}{path}.{LINEAR[x]}": _single(array, path)
+                    for x, array in (("A", A), ("B", B))
+                }
                 layers.append(path)
                 rows.append({"layer": path, "r": str(r), **row})
             else:
                 whole.append(path)
                 module = [k for k in keys if _path(k, kind) == path]
-                tensors |= {f"{PREFIX}{path}.{k.rpartition('.')[2]}": other.read(k, np.float32) for k in module}
+                tensors |= {
+                    f"{PREFIX}{path}.{k.rpartition('.')[2]}": other.read(k, np.float32)
+                    for k in module
+                }
         if not layers:
-            raise ConfigError(f"no linear layer of {str(tuned)!r} differs from the base's by its weight alone")
+            raise ConfigError(
+                f"no linear layer of {str(tuned)!r} differs from the base's by its weight alone"
+            )
         fields: dict[str, Any] = {
             "target_modules": sorted(layers),
             "modules_to_save": sorted(whole) or None,
@@ -122,7 +149,9 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
 _NO_TARGETS = ("embed_tokens", "wte", "wpe", "lm_head")
 
 
-def _difference(one: Checkpoint, other: Checkpoint, key: str, flip: bool, r: int) -> tuple[Array, Array, Row]:
+def _difference(
+    one: Checkpoint, other: Checkpoint, key: str, flip: bool, r: int
+) -> tuple[Array, Array, Row]:
     D = other.read(key, np.float64)
     D -= one.read(key)
     if not np.isfinite(D).all():
@@ -133,12 +162,23 @@ def _difference(one: Checkpoint, other: Checkpoint, key: str, flip: bool, r: int
 def _path(key: str, kind: str) -> str:
     """The module of a key, under the name that an adapter has for it."""
     path = key.rpartition(".")[0]
-    return f"transformer.{path.removeprefix('transformer.')}" if kind == "gpt2" and path != "lm_head" else path
+    return (
+        f"transformer.{path.removeprefix('transformer.')}"
+        if kind == "gpt2" and path != "lm_head"
+        else path
+    )
 
 
 def plain(r: int) -> dict[str, Any]:
     """Of adapter_config.json, what says rank r and s = 1 for every layer."""
-    return {"peft_type": "LORA", "r": r, "lora_alpha": r, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    return {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": r,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
 
 
 def _single(array: Array, path: str) -> Array:
@@ -154,7 +194,9 @@ def _require_rank(r: int) -> None:
         raise ConfigError(f"--r must be an integer from 1 to {MAX_RANK}, got {r!r:.60}")
 
 
-def _write(out: str | Path, source: str | Path, config: dict[str, Any], tensors: dict[str, Array]) -> None:
+def _write(
+    out: str | Path, source: str | Path, config: dict[str, Any], tensors: dict[str, Array]
+) -> None:
     LoraConfig.from_dict(config, str(source))  # what is written can be read
     with new_folder(out, {"source": fingerprint(source)}) as stage:
         write_adapter(stage, config, tensors)

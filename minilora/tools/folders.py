@@ -47,7 +47,9 @@ COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-BLOCK = 1 << 16  # numbers at a time: in float64 they stay in the cache from the product to the rounding
+BLOCK = (
+    1 << 16
+)  # numbers at a time: in float64 they stay in the cache from the product to the rounding
 
 
 # ---- numbers as they are stored ----
@@ -63,7 +65,9 @@ def rounded(exact: Array, dtype: str) -> Array:
     if dtype == "BF16":
         return bf16_from(exact)
     with np.errstate(over="ignore"):
-        return exact.astype({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype], copy=False)
+        return exact.astype(
+            {"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype], copy=False
+        )
 
 
 def blocks(shape: Sequence[int]) -> list[slice]:
@@ -73,7 +77,10 @@ def blocks(shape: Sequence[int]) -> list[slice]:
 
 
 def stored(
-    file: Checkpoint | SafetensorsFile, key: str, dtype: str | None = None, allow_nonfinite: bool = False
+    file: Checkpoint | SafetensorsFile,
+    key: str,
+    dtype: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> Array:
     """A tensor's bits, rounded to `dtype` if it is a float and one is given. NonFiniteError names it."""
     bits, source = file.read_bits(key), file.dtype(key)
@@ -93,7 +100,9 @@ def stored(
 
 
 def not_finite(where: str, key: str) -> NonFiniteError:
-    return NonFiniteError(f"the weights in {where!r}, or of its adapter, are broken: {key} is not finite")
+    return NonFiniteError(
+        f"the weights in {where!r}, or of its adapter, are broken: {key} is not finite"
+    )
 
 
 # ---- folders ----
@@ -145,7 +154,11 @@ def new_folder(out: str | Path, inputs: Mapping[str, Any]) -> Iterator[Path]:
 
 def _short(name: str) -> str:
     """A name that can be made longer. Two that begin alike differ: runs at once must not share an unfinished folder."""
-    return name if len(name) <= 40 else f"{name[:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
+    return (
+        name
+        if len(name) <= 40
+        else f"{name[:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
+    )
 
 
 def _begin(stage: Path, inputs: Mapping[str, Any]) -> None:
@@ -174,7 +187,12 @@ def fingerprint(folder: str | Path) -> dict[str, list[int]]:
 
 
 def rewrite(
-    checkpoint: Checkpoint, config: dict[str, Any], stage: Path, make: Make, dtype: str | None = None, title: str = ""
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    stage: Path,
+    make: Make,
+    dtype: str | None = None,
+    title: str = "",
 ) -> list[Row]:
     """Write a checkpoint's shards anew into `stage`, each tensor as `make(key)` gives its bits; returns make's rows.
 
@@ -188,8 +206,10 @@ def rewrite(
         there = checkpoint.dtype(key)
         return code if code is not None and there in FLOATS else there
 
-    total = sum(math.prod(checkpoint.shape(key)) for key in checkpoint.keys())  # noqa: SIM118
-    with tqdm(total=total, desc=title, unit=" weights", unit_scale=True, disable=None, leave=False) as bar:
+    total = sum(math.prod(checkpoint.shape(key)) for key in checkpoint.keys())
+    with tqdm(
+        total=total, desc=title, unit=" weights", unit_scale=True, disable=None, leave=False
+    ) as bar:
         for number, (shard, keys) in enumerate(checkpoint.shards.items()):
             path, notes = stage / shard, stage / f".rows-{number}"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +222,10 @@ def rewrite(
                     bar.update(array.size)
                     return array
 
-                write_stream(path, [Entry(k, announced(k), checkpoint.shape(k), partial(read, k)) for k in keys])
+                write_stream(
+                    path,
+                    [Entry(k, announced(k), checkpoint.shape(k), partial(read, k)) for k in keys],
+                )
                 write_json(notes, {"rows": found})
             else:
                 bar.update(sum(math.prod(checkpoint.shape(key)) for key in keys))
@@ -210,7 +233,7 @@ def rewrite(
     where = Path(checkpoint.directory)
     if [*checkpoint.shards] != ["model.safetensors"]:
         index = read_json(where / INDEX_FILE, limit=MAX_INDEX_BYTES)
-        size = sum(_bytes(announced(k)) * math.prod(checkpoint.shape(k)) for k in checkpoint.keys())  # noqa: SIM118
+        size = sum(_bytes(announced(k)) * math.prod(checkpoint.shape(k)) for k in checkpoint.keys())
         about = index.get("metadata")
         about = {**(about if isinstance(about, dict) else {}), "total_size": size}
         write_json(stage / INDEX_FILE, {**index, "metadata": about})
@@ -222,7 +245,17 @@ def rewrite(
 
 
 def _bytes(code: str) -> int:
-    return {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BOOL": 1, "I8": 1, "U8": 1}.get(code, 2)
+    return {
+        "F64": 8,
+        "I64": 8,
+        "U64": 8,
+        "F32": 4,
+        "I32": 4,
+        "U32": 4,
+        "BOOL": 1,
+        "I8": 1,
+        "U8": 1,
+    }.get(code, 2)
 
 
 def _of_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

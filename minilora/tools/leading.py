@@ -17,7 +17,9 @@ import numpy as np
 
 Array = np.ndarray
 EPS, TINY = np.finfo(np.float64).eps, np.finfo(np.float64).tiny
-SPARE = 8  # vectors more than are wanted: these converge as fast as the first that is left out is small
+SPARE = (
+    8  # vectors more than are wanted: these converge as fast as the first that is left out is small
+)
 BLOCKS = 6  # of r + SPARE vectors in a full basis
 WORTH = 16  # rounds: a matrix for which fewer cost as much as its whole decomposition gets that
 PRECISION = 1e-11  # of the square of the error
@@ -79,4 +81,9 @@ def _ritz(D: Array, r: int, k: int, rounds: int) -> tuple[Array, Array, Array] |
 def _left(D: Array, B: Array, A: Array) -> float:
     """|D - B A|, some rows at a time.    D (O, I), B (O, r), A (r, I)"""
     step = max(1, (1 << 20) // D.shape[1])
-    return math.hypot(*(float(np.linalg.norm(D[i : i + step] - B[i : i + step] @ A)) for i in range(0, len(D), step)))
+    return math.hypot(
+        *(
+            float(np.linalg.norm(D[i : i + step] - B[i : i + step] @ A))
+            for i in range(0, len(D), step)
+        )
+    )

@@ -41,7 +41,9 @@ from .folders import (
 
 Array = np.ndarray
 EMBEDDINGS, HEAD = ("model.embed_tokens", "transformer.wte"), "lm_head"
-Rows = Callable[[Callable[[slice], Any], Iterable[slice]], Iterator[Any]]  # map, over blocks, perhaps in threads
+Rows = Callable[
+    [Callable[[slice], Any], Iterable[slice]], Iterator[Any]
+]  # map, over blocks, perhaps in threads
 
 
 class Term(NamedTuple):
@@ -89,10 +91,15 @@ def merge(
             )
         files = [opened.enter_context(AdapterFile(folder)) for folder in adapters]
         plan = planned(checkpoint, config, files, weights)
-        inputs: dict[str, Any] = {"base": fingerprint(base), "adapters": [fingerprint(folder) for folder in adapters]}
+        inputs: dict[str, Any] = {
+            "base": fingerprint(base),
+            "adapters": [fingerprint(folder) for folder in adapters],
+        }
         inputs |= {"weights": weights, "dtype": dtype, "allow_nonfinite": allow_nonfinite}
         stage = opened.enter_context(new_folder(out, inputs))
-        opened.enter_context(threadpoolctl.threadpool_limits(1, "blas"))  # threads have blocks of rows, not products
+        opened.enter_context(
+            threadpoolctl.threadpool_limits(1, "blas")
+        )  # threads have blocks of rows, not products
         keep_memory()
         pool = opened.enter_context(ThreadPoolExecutor(threads or available_cores()))
         kind = str(config.get("model_type"))
@@ -105,7 +112,9 @@ def merge(
             if not allow_nonfinite and not math.isfinite(row.pop("sum")):
                 if set(weights) != {1.0}:
                     raise NonFiniteError(
-                        f"--weights {weights}: {key} with its adapters times these is not finite"[:500]
+                        f"--weights {weights}: {key} with its adapters times these is not finite"[
+                            :500
+                        ]
                     )
                 raise not_finite(checkpoint.directory, key)
             row.pop("sum", None)
@@ -119,7 +128,10 @@ def merge(
 
 
 def planned(
-    base: Checkpoint, config: dict[str, Any], adapters: Sequence[AdapterFile], weights: Sequence[float]
+    base: Checkpoint,
+    config: dict[str, Any],
+    adapters: Sequence[AdapterFile],
+    weights: Sequence[float],
 ) -> dict[str, list[Term]]:
     """The base's keys that change, and what is done to each. Everything that does not go together raises here."""
     plan: dict[str, list[Term]] = {}
@@ -129,7 +141,9 @@ def planned(
         wrong = mismatches(adapter, base, config)
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise FormatError(f"{adapter.where}: the adapter does not fit this base: {'; '.join(wrong[:3])}{more}")
+            raise FormatError(
+                f"{adapter.where}: the adapter does not fit this base: {'; '.join(wrong[:3])}{more}"
+            )
         for name, term in found.items():
             place = base_key(base, name)
             (plan if place else head).setdefault(place or name, []).append(term)
@@ -143,7 +157,9 @@ def planned(
 def terms(adapter: AdapterFile, weight: float) -> dict[str, Term]:
     """What `weight` times an adapter does, by the names of tensors. ConfigError for what cannot be taken so often."""
     if isinstance(adapter.config, HydraConfig):
-        raise ConfigError(f"{adapter.where} is HydraLoRA's: its dW is another one at every position, none to merge")
+        raise ConfigError(
+            f"{adapter.where} is HydraLoRA's: its dW is another one at every position, none to merge"
+        )
     found = {f"{path}.weight": Term(adapter, weight, path=path) for path in adapter.layers}
     found |= {name: Term(adapter, weight, key=key) for name, key in adapter.replaced.items()}
     for path, key in adapter.tokens.items():
@@ -151,7 +167,9 @@ def terms(adapter: AdapterFile, weight: float) -> dict[str, Term]:
     for name, term in found.items():
         if weight != 1 and (term.key or adapter.config.use_dora):
             what = "a tensor that replaces the base's" if term.key else "DoRA's scales"
-            raise ConfigError(f"{adapter.where}: {name} is {what}, and cannot be taken {weight:g} times")
+            raise ConfigError(
+                f"{adapter.where}: {name} is {what}, and cannot be taken {weight:g} times"
+            )
     return found
 
 
@@ -168,12 +186,21 @@ def _check_whole(adapter: AdapterFile, base: Checkpoint) -> None:
     """A targeted embedding or head comes with its base's weight in the file: then it must be this base."""
     for path, layer in adapter.layers.items():
         key = base_key(base, f"{path}.weight")
-        if "base" in layer and key is not None and not same(adapter.file.read(layer["base"]), base.read(key)):
-            raise FormatError(f"{adapter.where}: {path}.base_layer.weight differs from the base's: another base")
+        if (
+            "base" in layer
+            and key is not None
+            and not same(adapter.file.read(layer["base"]), base.read(key))
+        ):
+            raise FormatError(
+                f"{adapter.where}: {path}.base_layer.weight differs from the base's: another base"
+            )
 
 
 def _check_tied(
-    base: Checkpoint, config: dict[str, Any], plan: dict[str, list[Term]], head: dict[str, list[Term]]
+    base: Checkpoint,
+    config: dict[str, Any],
+    plan: dict[str, list[Term]],
+    head: dict[str, list[Term]],
 ) -> None:
     """ConfigError if the head has the embedding's weight, and merging would change one of them and not the other.
 
@@ -181,7 +208,10 @@ def _check_tied(
     both have would be another model.
     """
     embedding = next((k for name in EMBEDDINGS if (k := base_key(base, f"{name}.weight"))), None)
-    tied = config.get("tie_word_embeddings", config.get("model_type") == "gpt2") or f"{HEAD}.weight" not in base
+    tied = (
+        config.get("tie_word_embeddings", config.get("model_type") == "gpt2")
+        or f"{HEAD}.weight" not in base
+    )
     if not tied or embedding is None:
         return
     above = plan.get(f"{HEAD}.weight", head.get(f"{HEAD}.weight", []))
@@ -216,7 +246,9 @@ def _changed(
     """A tensor's new bits, and its row; row["sum"] is not finite if a number in it is not."""
     target = code or base.dtype(key)
     if base.dtype(key) not in FLOATS:
-        raise FormatError(f"{base.directory!r}: {key} is {base.dtype(key)}: only {', '.join(FLOATS)} can be changed")
+        raise FormatError(
+            f"{base.directory!r}: {key} is {base.dtype(key)}: only {', '.join(FLOATS)} can be changed"
+        )
     first = terms[0]
     if first.key:
         array = first.adapter.file.read(first.key, np.float64)
@@ -224,16 +256,24 @@ def _changed(
         if first.rows:
             table = stored(base, key, code, allow_nonfinite=True)
             table[list(first.rows)] = bits
-            return table, {"sum": float(np.abs(widened(table[list(first.rows)])).sum(dtype=np.float64))}
+            return table, {
+                "sum": float(np.abs(widened(table[list(first.rows)])).sum(dtype=np.float64))
+            }
         return bits, {"sum": float(np.abs(widened(bits)).sum(dtype=np.float64))}
     bits = base.read_bits(key)
     flip = lies_transposed(first.adapter, first.path, kind)
     factors = [term.adapter.factors(term.path) for term in terms]
     A = np.concatenate([f.A for f in factors])  # (sum of r, I)
-    B = np.concatenate([f.B * (t.weight * f.s) for t, f in zip(terms, factors, strict=True)], axis=1)
+    B = np.concatenate(
+        [f.B * (t.weight * f.s) for t, f in zip(terms, factors, strict=True)], axis=1
+    )
     left, right = (A.T, B.T) if flip else (B, A)  # dW as it is stored is left @ right
     left, right = np.ascontiguousarray(left), np.ascontiguousarray(right)
-    out = bits if target == base.dtype(key) else np.empty(bits.shape, rounded(np.zeros(0), target).dtype)
+    out = (
+        bits
+        if target == base.dtype(key)
+        else np.empty(bits.shape, rounded(np.zeros(0), target).dtype)
+    )
     m = factors[0].m
     norms = None if m is None else _norms(bits, left, right, flip, over)
 
@@ -256,10 +296,17 @@ def _changed(
     lost = math.sqrt(math.fsum(part[0] for part in parts))
     square = None if m is None else math.fsum(part[1] for part in parts)
     with np.errstate(over="ignore"):  # then it is infinite, and said to be
-        size = float(np.linalg.norm(singular_values(A, B, 1))) if square is None else math.sqrt(square)
+        size = (
+            float(np.linalg.norm(singular_values(A, B, 1))) if square is None else math.sqrt(square)
+        )
     share = lost / size if size else 0.0
     known = math.isfinite(share)
-    return out, {"tensor": key, "|dW|": size if known else None, "lost": share if known else None, "sum": lost + size}
+    return out, {
+        "tensor": key,
+        "|dW|": size if known else None,
+        "lost": share if known else None,
+        "sum": lost + size,
+    }
 
 
 def _norms(bits: Array, left: Array, right: Array, flip: bool, over: Rows) -> Array:

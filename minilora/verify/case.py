@@ -21,7 +21,15 @@ import numpy as np
 
 from .. import functional as F
 from ..backend import Array
-from ..lora import AdaLoraAdapter, AdaLoraConfig, DoraAdapter, LoraAdapter, LoraConfig, LoraLinear, PeftModel
+from ..lora import (
+    AdaLoraAdapter,
+    AdaLoraConfig,
+    DoraAdapter,
+    LoraAdapter,
+    LoraConfig,
+    LoraLinear,
+    PeftModel,
+)
 from ..lora.embedding import HeadAdapter
 from ..lora.plan import wrappers
 from ..lora.targets import pattern_value
@@ -29,9 +37,16 @@ from ..nn import Linear
 from ..quant import BLOCK_SIZES, KINDS, QuantizedLinear
 
 # What a reference is computed in. (Where long double is no wider than double the bounds still hold, twice as large.)
-WIDE: dict[Any, Any] = {np.dtype(np.float32): np.dtype(np.float64), np.dtype(np.float64): np.dtype(np.longdouble)}
+WIDE: dict[Any, Any] = {
+    np.dtype(np.float32): np.dtype(np.float64),
+    np.dtype(np.float64): np.dtype(np.longdouble),
+}
 
-ADAPTERS: dict[str, type[LoraAdapter]] = {"lora": LoraAdapter, "dora": DoraAdapter, "adalora": AdaLoraAdapter}
+ADAPTERS: dict[str, type[LoraAdapter]] = {
+    "lora": LoraAdapter,
+    "dora": DoraAdapter,
+    "adalora": AdaLoraAdapter,
+}
 
 # ---- the formula, over values or over absolute values ---------------------------------------------------------------
 
@@ -42,7 +57,9 @@ class Formula(NamedTuple):
     X: Array
     W: Array
     b: Array
-    factors: list[tuple[Array, Array, float]]  # (A, B, s) of each active adapter; in AdaLoRA diag(E) A is its A
+    factors: list[
+        tuple[Array, Array, float]
+    ]  # (A, B, s) of each active adapter; in AdaLoRA diag(E) A is its A
 
     def __abs__(self) -> Formula:
         """The same over absolute values: what rounding errors are measured in."""
@@ -51,7 +68,9 @@ class Formula(NamedTuple):
 
     def y(self) -> Array:
         """(N, O)"""
-        low_rank = (s * ((self.X @ A.T) @ B.T) for A, B, s in self.factors)  # (N, I) @ (I, r) @ (r, O)
+        low_rank = (
+            s * ((self.X @ A.T) @ B.T) for A, B, s in self.factors
+        )  # (N, I) @ (I, r) @ (r, O)
         return sum(low_rank, start=self.X @ self.W.T + self.b)
 
     def dW(self) -> Array:
@@ -120,8 +139,12 @@ class Case:
         factors = []
         for a in (layer.adapters[name] for name in layer.active):
             A, B = a.lora_A.data.astype(wide), a.lora_B.data.astype(wide)
-            factors.append((A * a.lora_E.data if isinstance(a, AdaLoraAdapter) else A, B, float(a.scaling)))
-        return Formula(F.rows(self.x).astype(wide), base.dense_weight().astype(wide), b.astype(wide), factors)
+            factors.append(
+                (A * a.lora_E.data if isinstance(a, AdaLoraAdapter) else A, B, float(a.scaling))
+            )
+        return Formula(
+            F.rows(self.x).astype(wide), base.dense_weight().astype(wide), b.astype(wide), factors
+        )
 
     def upstream(self) -> Array:
         """G = dL/dy, at random (batch, time, O)."""
@@ -187,11 +210,21 @@ def make_case(
 
 def _config(kind: str, r: int, alpha: float, use_rslora: bool) -> LoraConfig:
     if kind == "adalora":
-        return AdaLoraConfig(init_r=r, target_r=1, lora_alpha=alpha, total_step=8, target_modules=["proj"])
-    return LoraConfig(r=r, lora_alpha=alpha, use_rslora=use_rslora, use_dora=kind == "dora", target_modules=["proj"])
+        return AdaLoraConfig(
+            init_r=r, target_r=1, lora_alpha=alpha, total_step=8, target_modules=["proj"]
+        )
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        use_rslora=use_rslora,
+        use_dora=kind == "dora",
+        target_modules=["proj"],
+    )
 
 
-def over_codes(case: Case, kind: str = "nf4", block_size: int = 64, double_quant: bool = True) -> Case:
+def over_codes(
+    case: Case, kind: str = "nf4", block_size: int = 64, double_quant: bool = True
+) -> Case:
     """The same layer over its base's weight as codes: QLoRA, whatever the adapter. Errors as of `quant.encode`."""
     layer = case.layer()
     base = layer.base_layer
@@ -207,7 +240,9 @@ def random_case(seed: int, kind: str = "lora", quantized: bool = False) -> Case:
     """
     rng = np.random.default_rng([seed, 1])
 
-    def size(most: int) -> int:  # small ones are where shapes go wrong, large ones where rounding does
+    def size(
+        most: int,
+    ) -> int:  # small ones are where shapes go wrong, large ones where rounding does
         return int(most ** rng.random())
 
     count, most = 1 if kind == "dora" else int(rng.integers(1, 4)), 193 if quantized else 65
@@ -228,14 +263,18 @@ def random_case(seed: int, kind: str = "lora", quantized: bool = False) -> Case:
     )
     if not quantized:
         return case
-    return over_codes(case, str(rng.choice(KINDS)), int(rng.choice(BLOCK_SIZES[:4])), bool(rng.integers(2)))
+    return over_codes(
+        case, str(rng.choice(KINDS)), int(rng.choice(BLOCK_SIZES[:4])), bool(rng.integers(2))
+    )
 
 
 def cases_of(model: PeftModel, adapter_name: str = "default", seed: int = 0) -> Iterator[Case]:
     """Every adapted layer of a model, with a random input."""
     config = model.peft_config[adapter_name]
     for number, (path, layer) in enumerate(wrappers(model.get_base_model())):
-        if not isinstance(layer, LoraLinear) or isinstance(layer.held.get(adapter_name), HeadAdapter):
+        if not isinstance(layer, LoraLinear) or isinstance(
+            layer.held.get(adapter_name), HeadAdapter
+        ):
             continue  # a tied head's numbers are its embedding's
         if adapter_name in layer.adapters:
             rng, base = np.random.default_rng([seed, number]), layer.base_layer
@@ -246,9 +285,13 @@ def cases_of(model: PeftModel, adapter_name: str = "default", seed: int = 0) -> 
 def _of_layer(config: LoraConfig, path: str) -> LoraConfig:
     """The configuration of one layer of a model, for a model that is this layer, `proj`."""
     kind, names = type(config), ["use_rslora", "use_dora"]
-    own: dict[str, Any] = {"lora_alpha": pattern_value(path, config.alpha_pattern, config.lora_alpha)}
+    own: dict[str, Any] = {
+        "lora_alpha": pattern_value(path, config.alpha_pattern, config.lora_alpha)
+    }
     if isinstance(config, AdaLoraConfig):
-        names += {f.name for f in dataclasses.fields(AdaLoraConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
+        names += {f.name for f in dataclasses.fields(AdaLoraConfig)} - {
+            f.name for f in dataclasses.fields(LoraConfig)
+        }
         kept = config.rank_pattern.get(f"{path}.lora_E")
         own["rank_pattern"] = {} if kept is None else {"proj.lora_E": kept}
     else:

@@ -72,7 +72,9 @@ Applies = Callable[[Case], bool]
 def listing(into: list[Property], usual: Applies) -> Callable[..., Callable[[Measure], Measure]]:
     """`holds(name, equation, source, when=usual)`: put a measurement into the list, beside what it is a measure of."""
 
-    def holds(name: str, equation: str, source: str, when: Applies = usual) -> Callable[[Measure], Measure]:
+    def holds(
+        name: str, equation: str, source: str, when: Applies = usual
+    ) -> Callable[[Measure], Measure]:
         def add(measure: Measure) -> Measure:
             into.append(Property(name, equation, source, measure, when))
             return measure
@@ -155,13 +157,22 @@ def run(layer: Any, x: Array) -> Array:
 def backward(layer: LoraLinear, x: Array, G: Array) -> tuple[Array, Array, list[tuple[Array, ...]]]:
     """(y, dX, the gradients of each active adapter in the order of its TENSORS) by the autograd engine, as rows."""
     X = Tensor(x, requires_grad=True)
-    held = [[getattr(a, name) for name in a.TENSORS] for a in (layer.adapters[name] for name in layer.active)]
+    held = [
+        [getattr(a, name) for name in a.TENSORS]
+        for a in (layer.adapters[name] for name in layer.active)
+    ]
     y = layer(X)
     leaves = [X, *(p for parameters in held for p in parameters)]
     found = gradients(y, leaves, G) if y.requires_grad else [None] * len(leaves)
-    dX, *rest = (np.full(p.shape, np.nan) if g is None else g for p, g in zip(leaves, found, strict=True))
+    dX, *rest = (
+        np.full(p.shape, np.nan) if g is None else g for p, g in zip(leaves, found, strict=True)
+    )
     each = iter(rest)
-    return F.rows(y.data), F.rows(dX), [tuple(next(each) for _ in parameters) for parameters in held]
+    return (
+        F.rows(y.data),
+        F.rows(dX),
+        [tuple(next(each) for _ in parameters) for parameters in held],
+    )
 
 
 def slopes(

@@ -17,7 +17,19 @@ from ..autograd import Tensor, gradients
 from ..backend import Array
 from ..lora import AdaLoraAdapter, AdaLoraConfig, LoraLinear, RankAllocator, orthogonality
 from .case import WIDE, Case
-from .measuring import Measured, Property, adalora, backward, counted, differing, listing, ranked, run, slopes, worst
+from .measuring import (
+    Measured,
+    Property,
+    adalora,
+    backward,
+    counted,
+    differing,
+    listing,
+    ranked,
+    run,
+    slopes,
+    worst,
+)
 
 PROPERTIES: list[Property] = []
 holds = listing(PROPERTIES, lambda case: adalora(case) and ranked(case))
@@ -43,7 +55,11 @@ def _noise(case: Case, rng: np.random.Generator, ranks: RankAllocator) -> list[A
 # ---- one layer ------------------------------------------------------------------------------------------------------
 
 
-@holds("AdaLoRA starts as the base", "E = 0  ⇒  y = x Wᵀ + b;  dA = 0, dB = 0, dE ≠ 0", f"{PAPER}, section 3.1")
+@holds(
+    "AdaLoRA starts as the base",
+    "E = 0  ⇒  y = x Wᵀ + b;  dA = 0, dB = 0, dE ≠ 0",
+    f"{PAPER}, section 3.1",
+)
 def _start(case: Case) -> Measured:
     """Exact, on its own and by the weight of a step: all but dE is a product with 0."""
     layer, G, wrong = case.layer(), case.upstream(), 0
@@ -55,7 +71,9 @@ def _start(case: Case) -> Measured:
         prepare()
         y, _, found = backward(layer.eval(), case.x, G)
         wrong += differing(y, expected)
-        wrong += sum(np.count_nonzero(dA) + np.count_nonzero(dB) + (not dE.any()) for dA, dE, dB in found)
+        wrong += sum(
+            np.count_nonzero(dA) + np.count_nonzero(dB) + (not dE.any()) for dA, dE, dB in found
+        )
     return worst((wrong, 0))
 
 
@@ -86,7 +104,12 @@ def _penalty(case: Case) -> Measured:
     """Q = I - 2 v vᵀ / vᵀv, a reflection. R is the mean of |M Mᵀ - I|, M = A and Bᵀ (r, n). Q M is rounded to within
     D = u |Q M| (and r + 6 times in the reference's precision), which moves M Mᵀ by D |M|ᵀ + |M| Dᵀ + D Dᵀ. Both sides
     take n + 1 roundings to |M| |M|ᵀ + I, r² + 2 to its norm, and one for each norm to the mean."""
-    layer, rng, wide, u = case.layer(), case.rng, WIDE[case.dtype], float(np.finfo(case.dtype).eps) / 2
+    layer, rng, wide, u = (
+        case.layer(),
+        case.rng,
+        WIDE[case.dtype],
+        float(np.finfo(case.dtype).eps) / 2,
+    )
     sides: list[list[Array]] = [[], []]
     error = []
     for adapter in _adapters(layer).values():
@@ -115,16 +138,28 @@ def _of_norm(case: Case, M: Array) -> float:
 
 def _of(rows: list[Array]) -> float:
     """R of A and Bᵀ in turn, all (r, n)."""
-    return orthogonality([(Tensor(A), Tensor(Bt.T)) for A, Bt in zip(rows[::2], rows[1::2], strict=True)]).item()
+    return orthogonality(
+        [(Tensor(A), Tensor(Bt.T)) for A, Bt in zip(rows[::2], rows[1::2], strict=True)]
+    ).item()
 
 
-@holds("AdaLoRA's penalty at rest", "A Aᵀ = Bᵀ B = I  ⇒  R = 0, dR = 0;  else R > 0", f"{PAPER}, eq. (4)")
+@holds(
+    "AdaLoRA's penalty at rest",
+    "A Aᵀ = Bᵀ B = I  ⇒  R = 0, dR = 0;  else R > 0",
+    f"{PAPER}, eq. (4)",
+)
 def _at_rest(case: Case) -> Measured:
     """Exact, of as many rows and columns of the identity as there can be. And a zero A has a finite gradient, too."""
     wrong = 0
-    for r, inputs, outputs in ((a.r, a.lora_A.shape[1], len(a.lora_B)) for a in _adapters(case.layer()).values()):
+    for r, inputs, outputs in (
+        (a.r, a.lora_A.shape[1], len(a.lora_B)) for a in _adapters(case.layer()).values()
+    ):
         r = min(r, inputs, outputs)
-        for size, rests in ((1.0, True), (1 + 2.0**-8, False), (0.0, True)):  # at 0 all directions are alike
+        for size, rests in (
+            (1.0, True),
+            (1 + 2.0**-8, False),
+            (0.0, True),
+        ):  # at 0 all directions are alike
             A, B = np.eye(r, inputs, dtype=case.dtype), np.eye(outputs, r, dtype=case.dtype)
             leaves = [Tensor(A * case.dtype.type(size), True), Tensor(B, True)]
             R = orthogonality([(leaves[0], leaves[1])])
@@ -149,7 +184,9 @@ def _smoothing(case: Case) -> Measured:
     b1, b2 = (float(rng.uniform(0.1, 0.95)) for _ in range(2))
     ranks = allocator(case, layer, beta1=b1, beta2=b2, total_step=2 * t, tinit=2 * t - 1, tfinal=0)
     grads = _noise(case, rng, ranks)
-    now = np.concatenate([abs(p.data.astype(wide) * g).ravel() for p, g in zip(ranks.params, grads, strict=True)])
+    now = np.concatenate(
+        [abs(p.data.astype(wide) * g).ravel() for p, g in zip(ranks.params, grads, strict=True)]
+    )
     for _ in range(t):
         ranks.step(grads)
     b1, b2 = wide.type(b1), wide.type(b2)
@@ -161,7 +198,9 @@ def _smoothing(case: Case) -> Measured:
     )
 
 
-@holds("AdaLoRA's order", "triplets in another order  ⇒  the same S and dW", f"{PAPER}, section 3.2")
+@holds(
+    "AdaLoRA's order", "triplets in another order  ⇒  the same S and dW", f"{PAPER}, section 3.2"
+)
 def _order(case: Case) -> Measured:
     """S = s(E) + mean s(A) + mean s(B) of the same numbers: max(I, O) + 3 roundings of each, all of one sign. dW: those
     of s are the same, E A is one and B (.) are r. Twice, for both may err."""
@@ -179,9 +218,13 @@ def _order(case: Case) -> Measured:
         one.step(grads)
         other.step(permuted(grads))
     ends = np.cumsum([len(order) for order in orders])[:-1]
-    S = np.concatenate([s[order] for s, order in zip(np.split(one.importance(), ends), orders, strict=True)])
+    S = np.concatenate(
+        [s[order] for s, order in zip(np.split(one.importance(), ends), orders, strict=True)]
+    )
     base = case.subject.base_layer
-    pairs.append((other.importance() - S, 2 * case.gamma(max(base.in_features, base.out_features) + 3, S)))
+    pairs.append(
+        (other.importance() - S, 2 * case.gamma(max(base.in_features, base.out_features) + 3, S))
+    )
     W = np.zeros((base.out_features, base.in_features), case.dtype)
     for a, b in zip(one.adapters.values(), other.adapters.values(), strict=True):
         pairs.append((b.delta_weight(W) - a.delta_weight(W), _of_delta(case, a)))
@@ -190,7 +233,10 @@ def _order(case: Case) -> Measured:
 
 def _of_delta(case: Case, adapter: AdaLoraAdapter) -> Array:
     """2 gamma_(r+2) s |B| |E| |A|: what two sums of the same triplets may differ by.    (O, I)"""
-    A, E, B = (abs(p.data.astype(WIDE[case.dtype])) for p in (adapter.lora_A, adapter.lora_E, adapter.lora_B))
+    A, E, B = (
+        abs(p.data.astype(WIDE[case.dtype]))
+        for p in (adapter.lora_A, adapter.lora_E, adapter.lora_B)
+    )
     return 2 * case.gamma(adapter.r + 2, adapter.scaling * (B @ (E * A)))
 
 
@@ -208,19 +254,25 @@ def _budget(case: Case) -> Measured:
     tinit, deltaT = int(rng.integers(0, total - tfinal)), int(rng.integers(1, 5))
     most = max(a.r for a in _adapters(layer).values())
     target = int(rng.integers(1, most + 1))
-    ranks = allocator(case, layer, total_step=total, tinit=tinit, tfinal=tfinal, deltaT=deltaT, target_r=target)
+    ranks = allocator(
+        case, layer, total_step=total, tinit=tinit, tfinal=tfinal, deltaT=deltaT, target_r=target
+    )
     b0, end = sum(a.r for a in ranks.adapters.values()), total - tfinal
     b = [ranks.budget(t) for t in range(total + 1)]
     wrong += (b[: tinit + 1] != [b0] * (tinit + 1)) + (b != sorted(b, reverse=True))
     wrong += b[end:] != [min(b0, target * len(ranks.adapters))] * (tfinal + 1)
     for t in range(1, total + 1):
-        for p, change in zip(ranks.params, _noise(case, rng, ranks), strict=True):  # what was cut grows again
+        for p, change in zip(
+            ranks.params, _noise(case, rng, ranks), strict=True
+        ):  # what was cut grows again
             p.data = p.data + change
         ranks.step(_noise(case, rng, ranks))
         if t >= end or (t > tinit and t % deltaT == 0):
             E = np.concatenate([a.lora_E.data.ravel() for a in ranks.adapters.values()])
             S = ranks.importance()
-            wrong += (np.count_nonzero(E) != b[t]) + (S[E != 0].min(initial=math.inf) < S[E == 0].max(initial=0))
+            wrong += (np.count_nonzero(E) != b[t]) + (
+                S[E != 0].min(initial=math.inf) < S[E == 0].max(initial=0)
+            )
     return worst((wrong, 0))
 
 

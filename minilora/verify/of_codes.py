@@ -22,7 +22,10 @@ holds = listing(PROPERTIES, coded)
 U = 2.0**-24
 SMALLEST = 2.0**-126  # the smallest normal float32: a block without one becomes zeros
 # How far a value can be from its nearest level, in units of absmax: NF4's is 0.1519, between -1 and -0.696.
-HALF_GAP = {kind: float(np.diff(np.sort(levels.astype(np.float64))).max()) / 2 for kind, levels in LEVELS.items()}
+HALF_GAP = {
+    kind: float(np.diff(np.sort(levels.astype(np.float64))).max()) / 2
+    for kind, levels in LEVELS.items()
+}
 BITS = {"nf4": 4, "fp4": 4, "int8": 8}
 PAPER = "Dettmers et al. 2023"
 
@@ -55,7 +58,9 @@ def _error(case: Case) -> Measured:
     1 / absmax is subnormal, one more where w is rounded to float32 first. A block without a normal number is zeros."""
     w, held = weights(case)
     single, pairs = encode(w, held.kind, held.block_size), []
-    for exact, back in zip(blocks(w, held.block_size), blocks(single.decode(), held.block_size), strict=True):
+    for exact, back in zip(
+        blocks(w, held.block_size), blocks(single.decode(), held.block_size), strict=True
+    ):
         top = float(abs(exact.astype(np.float32)).max())
         slack = 4 + 3 * (top > 2.0**126) + (w.dtype == np.float64)
         bound = top * (HALF_GAP[held.kind] + slack * U) if top >= SMALLEST else abs(exact).max()
@@ -64,7 +69,9 @@ def _error(case: Case) -> Measured:
 
 
 @holds(
-    "absmax stays", "|w| = absmax  ⇒  ŵ = w;  absmax < 2⁻¹²⁶  ⇒  ŵ = 0", f"{PAPER}, section 3: -1, 0 and 1 are levels"
+    "absmax stays",
+    "|w| = absmax  ⇒  ŵ = w;  absmax < 2⁻¹²⁶  ⇒  ŵ = 0",
+    f"{PAPER}, section 3: -1, 0 and 1 are levels",
 )
 def _absmax(case: Case) -> Measured:
     """Exact: 1 / absmax rounds so that the product is next to 1, whose level it finds."""
@@ -75,17 +82,27 @@ def _absmax(case: Case) -> Measured:
         top = abs(exact).max()
         wrong += absmax != (top if top >= SMALLEST else 0)
         largest = abs(exact) == top
-        wrong += np.count_nonzero(back[largest] != exact[largest]) if top >= SMALLEST else np.count_nonzero(back)
+        wrong += (
+            np.count_nonzero(back[largest] != exact[largest])
+            if top >= SMALLEST
+            else np.count_nonzero(back)
+        )
     return worst((wrong, 0))
 
 
-@holds("coded again", "the codes of ŵ are those of w", f"{PAPER}, section 2: a level is its own nearest")
+@holds(
+    "coded again",
+    "the codes of ŵ are those of w",
+    f"{PAPER}, section 2: a level is its own nearest",
+)
 def _again(case: Case) -> Measured:
     """Exact, but that FP4 has two codes for zero: there what they decode to is compared."""
     w, held = weights(case)
     once = encode(w, held.kind, held.block_size)
     again = encode(once.decode(), held.kind, held.block_size)
-    wrong = np.count_nonzero(again.absmax != once.absmax) + np.count_nonzero(again.decode() != once.decode())
+    wrong = np.count_nonzero(again.absmax != once.absmax) + np.count_nonzero(
+        again.decode() != once.decode()
+    )
     return worst((wrong + (held.kind != "fp4") * differing(again.codes, once.codes), 0))
 
 
@@ -112,7 +129,13 @@ def _neighbours(case: Case) -> Measured:
     within = [size * i + rng.permutation(min(size, flat.size - size * i)) for i in order]
     one, other = (encode(z, held.kind, size) for z in (flat, flat[np.concatenate(within)]))
     moved = one.absmax[order]
-    return worst((differing(codes(one)[np.concatenate(within)], codes(other)) + differing(moved, other.absmax), 0))
+    return worst(
+        (
+            differing(codes(one)[np.concatenate(within)], codes(other))
+            + differing(moved, other.absmax),
+            0,
+        )
+    )
 
 
 def _middling(w: Array) -> Array:
@@ -133,15 +156,23 @@ def _double(case: Case) -> Measured:
     """Of each 256: u for absmax - offset and for the sum with it again, four as for any code. ŵ' and ŵ are products
     of one level, rounded once each; the offset is a mean, rounded once. And the codes are the same."""
     w, held = weights(case)
-    single, double = (encode(w, held.kind, held.block_size, double_quant=dq) for dq in (False, True))
+    single, double = (
+        encode(w, held.kind, held.block_size, double_quant=dq) for dq in (False, True)
+    )
     a, b = single.absmax.astype(np.float64), double.decode_absmax().astype(np.float64)
-    pairs: list[tuple[Array, Array]] = [(np.array(differing(single.codes, double.codes)), np.array(0))]
+    pairs: list[tuple[Array, Array]] = [
+        (np.array(differing(single.codes, double.codes)), np.array(0))
+    ]
     pairs.append((np.array(double.offset - a.mean()), U * a.mean() + np.float64(2.0**-149)))
     for group, back in zip(blocks(a, ABSMAX_BLOCK), blocks(b, ABSMAX_BLOCK), strict=True):
         far = abs(group - double.offset).max()
         rounding = (4 * far + 2 * (group.max() + double.offset)) * U
-        pairs.append((abs(group - back).max(), max(HALF_GAP["dynamic"] * far, min(far, SMALLEST)) + rounding))
-    largest, moved = (np.repeat(z, held.block_size)[: w.size] for z in (np.maximum(a, abs(b)), abs(a - b)))
+        pairs.append(
+            (abs(group - back).max(), max(HALF_GAP["dynamic"] * far, min(far, SMALLEST)) + rounding)
+        )
+    largest, moved = (
+        np.repeat(z, held.block_size)[: w.size] for z in (np.maximum(a, abs(b)), abs(a - b))
+    )
     apart = single.decode().astype(np.float64).reshape(-1) - double.decode().reshape(-1)
     return worst(*pairs, (apart, moved + 2 * U * largest + 2.0**-149))
 
@@ -159,13 +190,25 @@ def _bytes(case: Case) -> Measured:
         packed = (pairs[0::2] << 4) | pairs[1::2]
     absmax = np.repeat(held.decode_absmax(), held.block_size)[: w.size]
     product = (LEVELS[held.kind][each] * absmax).reshape(w.shape).astype(w.dtype)
-    return worst((differing(packed, held.codes) + differing(product, case.subject.base_layer.dense_weight()), 0))
+    return worst(
+        (
+            differing(packed, held.codes)
+            + differing(product, case.subject.base_layer.dense_weight()),
+            0,
+        )
+    )
 
 
-@holds("bits", "4 or 8 a weight;  32 / block for absmax, or (8 + 32 / 256) / block", f"{PAPER}, section 3")
+@holds(
+    "bits",
+    "4 or 8 a weight;  32 / block for absmax, or (8 + 32 / 256) / block",
+    f"{PAPER}, section 3",
+)
 def _bits(case: Case) -> Measured:
     """Exact, in whole bytes: in blocks of 64 NF4 takes 4.5 bits, or 4.127."""
     w, held = weights(case)
     count = -(-w.size // held.block_size)
-    scales = count + 4 * -(-count // ABSMAX_BLOCK) + 4 if held.double_quant else 4 * count  # 4 of them the offset
+    scales = (
+        count + 4 * -(-count // ABSMAX_BLOCK) + 4 if held.double_quant else 4 * count
+    )  # 4 of them the offset
     return worst((held.nbytes - -(-w.size * BITS[held.kind] // 8) - scales, 0))

@@ -46,7 +46,9 @@ class Directed(NamedTuple):
         V, S = lora.W + lora.dW(), absolute.W + absolute.dW()
         norms, I = np.linalg.norm(V, axis=1), V.shape[1]
         with np.errstate(all="ignore"):
-            rho = case.gamma(adapter.r + 3, np.linalg.norm(S, axis=1) / norms) + case.gamma(I + 3, 1)
+            rho = case.gamma(adapter.r + 3, np.linalg.norm(S, axis=1) / norms) + case.gamma(
+                I + 3, 1
+            )
             kappa = np.where(rho < 1, rho / (1 - rho), np.inf)
         return cls(lora, V, norms, m / norms, kappa)
 
@@ -56,7 +58,11 @@ def steady(case: Case) -> bool:
     return dora(case) and bool((Directed.of(case, case.layer()).kappa < 0.1).all())
 
 
-@holds("DoRA starts as the base", "B = 0  ⇒  y = x Wᵀ + b;  dA = 0, dB ≠ 0, dm ≠ 0", "Liu et al. 2024, section 4.1")
+@holds(
+    "DoRA starts as the base",
+    "B = 0  ⇒  y = x Wᵀ + b;  dA = 0, dB ≠ 0, dm ≠ 0",
+    "Liu et al. 2024, section 4.1",
+)
 def _start(case: Case) -> Measured:
     """Exact, on its own and by the weight of a step: m = |W| gives k = 1. dm is zero only if y or its gradient is."""
     layer, G = case.layer(), case.upstream()
@@ -66,8 +72,16 @@ def _start(case: Case) -> Measured:
     for prepare in (layer.end_step, layer.prepare_step):
         prepare()
         y = layer(Tensor(case.x))
-        dA, dB, dm = (np.asarray(g) for g in gradients(y, [getattr(adapter, name) for name in adapter.TENSORS], G))
-        wrong += differing(F.rows(y.data), expected) + np.count_nonzero(dA) + (not dB.any()) + (not dm.any())
+        dA, dB, dm = (
+            np.asarray(g)
+            for g in gradients(y, [getattr(adapter, name) for name in adapter.TENSORS], G)
+        )
+        wrong += (
+            differing(F.rows(y.data), expected)
+            + np.count_nonzero(dA)
+            + (not dB.any())
+            + (not dm.any())
+        )
     return worst((wrong, 0))
 
 
@@ -76,7 +90,9 @@ def _scale(exact: Directed) -> Array:
     return abs(exact.lora).y() + abs(exact.lora.b)
 
 
-@holds("DoRA's forward", "y = m / |V| (V x) + b,  V = W + s B A", "Liu et al. 2024, eq. (5)", steady)
+@holds(
+    "DoRA's forward", "y = m / |V| (V x) + b,  V = W + s B A", "Liu et al. 2024, eq. (5)", steady
+)
 def _forward(case: Case) -> Measured:
     """On its own, by the weight of a step, and merged. On its own V x = z + s B A x, z = y - b, has n = I + r + 3
     roundings, and three more follow in k (V x) - z + y, whose terms are at most |k| T, T and T. To form k V takes as
@@ -107,7 +123,10 @@ def _gradients(case: Case) -> Measured:
     exact, dY = Directed.of(case, layer), F.rows(G).astype(WIDE[case.dtype])
     lora, absolute, (N, O), I = exact.lora, abs(exact.lora), dY.shape, exact.V.shape[1]
     kG, off = exact.k * dY, exact.off * abs(dY)
-    T, expected = _scale(exact), (lora.dA(kG), lora.dB(kG), (dY * (lora.X @ exact.V.T)).sum(axis=0) / exact.norms)
+    T, expected = (
+        _scale(exact),
+        (lora.dA(kG), lora.dB(kG), (dY * (lora.X @ exact.V.T)).sum(axis=0) / exact.norms),
+    )
     of_m = (abs(dY) * T).sum(axis=0) / exact.norms
     size = abs(kG) + off
     bounds = [
@@ -115,7 +134,9 @@ def _gradients(case: Case) -> Measured:
         case.gamma(I + N + 4, absolute.dB(size)) + absolute.dB(off),
         case.gamma(case.roundings(layer, N + 5), (1 + exact.kappa) * of_m) + exact.kappa * of_m,
     ]
-    of_x = case.gamma(O + layer.running[0].r + 6, absolute.dX(size) + 2 * abs(dY) @ absolute.W) + absolute.dX(off)
+    of_x = case.gamma(
+        O + layer.running[0].r + 6, absolute.dX(size) + 2 * abs(dY) @ absolute.W
+    ) + absolute.dX(off)
     pairs = []
     for prepare in (layer.end_step, layer.prepare_step):
         prepare()
@@ -125,7 +146,9 @@ def _gradients(case: Case) -> Measured:
     return worst(*pairs)
 
 
-@holds("DoRA's rows", "W' = m V / |V|  ⇒  |W'| = |m|, row by row", "Liu et al. 2024, eq. (5)", steady)
+@holds(
+    "DoRA's rows", "W' = m V / |V|  ⇒  |W'| = |m|, row by row", "Liu et al. 2024, eq. (5)", steady
+)
 def _rows(case: Case) -> Measured:
     """k is off by kappa, W' by one rounding; before it are r + 5 in float64, of k S and of W, which is taken away and
     added again."""
@@ -135,11 +158,19 @@ def _rows(case: Case) -> Measured:
     layer.merge()
     merged, m = layer.base_layer.dense_weight().astype(WIDE[case.dtype]), k * exact.norms
     S, W = (np.linalg.norm(M, axis=1) for M in (absolute.W + absolute.dW(), absolute.W))
-    bound = exact.kappa * m + case.gamma(1, (1 + exact.kappa) * m) + case.gamma(r + 5, k * S + W, np.float64)
+    bound = (
+        exact.kappa * m
+        + case.gamma(1, (1 + exact.kappa) * m)
+        + case.gamma(r + 5, k * S + W, np.float64)
+    )
     return worst((np.linalg.norm(merged, axis=1) - m, bound))
 
 
-@holds("DoRA's scale", "W, B → c W, c B,  c = 2ᵏ  ⇒  W' = m V / |V| is the same bits", "Liu et al. 2024, eq. (5)")
+@holds(
+    "DoRA's scale",
+    "W, B → c W, c B,  c = 2ᵏ  ⇒  W' = m V / |V| is the same bits",
+    "Liu et al. 2024, eq. (5)",
+)
 def _scaled(case: Case) -> Measured:
     """Exact: a power of two changes exponents alone, and |V| takes it out again. W' is what a step computes with."""
     layer = case.layer()

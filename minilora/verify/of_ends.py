@@ -59,10 +59,15 @@ def _weight(case: Case) -> Array:
 def _tied(case: Case) -> tuple[PeftModel, Any]:
     """A model with the case's first adapter at both its ends, and that adapter as the case has it."""
     name, config = next(iter(case.configs.items()))
-    own: LoraConfig = dataclasses.replace(config, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    own: LoraConfig = dataclasses.replace(
+        config, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True
+    )
     made, adapter = get_peft_model(Ends(_weight(case)), own), case.subject.adapters[name]
     embedding = made.model.embed_tokens.adapters["default"]
-    embedding.lora_embedding_A.data, embedding.lora_embedding_B.data = adapter.lora_A.data, adapter.lora_B.data
+    embedding.lora_embedding_A.data, embedding.lora_embedding_B.data = (
+        adapter.lora_A.data,
+        adapter.lora_B.data,
+    )
     return made, adapter
 
 
@@ -72,8 +77,13 @@ def _embedding(case: Case) -> Measured:
     layer, formula = LoraEmbedding(Embedding(_weight(case))), case.formula(case.layer())
     for name, config in case.configs.items():
         there = case.subject.adapters[name]
-        layer.adapters[name] = made = EmbeddingAdapter(layer.as_linear(layer.base_layer), "proj", config, case.rng)
-        made.lora_embedding_A.data, made.lora_embedding_B.data = there.lora_A.data, there.lora_B.data
+        layer.adapters[name] = made = EmbeddingAdapter(
+            layer.as_linear(layer.base_layer), "proj", config, case.rng
+        )
+        made.lora_embedding_A.data, made.lora_embedding_B.data = (
+            there.lora_A.data,
+            there.lora_B.data,
+        )
     layer.active = list(case.configs)
     y, absolute = layer(np.arange(formula.W.shape[1])).data, abs(formula)
     n = max(a.r for a in layer.adapters.values()) + 2 + len(case.configs)
@@ -94,11 +104,18 @@ def _two_places(case: Case) -> Measured:
     embedding, head, name = made.model.embed_tokens, made.model.lm_head, next(iter(case.configs))
     (V, C), own, rng = embedding.weight.shape, embedding.adapters["default"], case.rng
     ids, G1 = np.arange(V), Tensor(rng.standard_normal((V, C)).astype(case.dtype))
-    x, G2 = (Tensor(rng.standard_normal((3, n)).astype(case.dtype), requires_grad=True) for n in (C, V))
+    x, G2 = (
+        Tensor(rng.standard_normal((3, n)).astype(case.dtype), requires_grad=True) for n in (C, V)
+    )
     wrong = abs(made.get_nb_trainable_parameters()[0] - own.r * (V + C))
     plain = LoraLinear(head.base_layer)
-    plain.adapters["alone"] = turned = LoraAdapter(head.base_layer, "lm_head", case.configs[name], rng)
-    turned.lora_A.data, turned.lora_B.data = own.lora_embedding_B.data.T, own.lora_embedding_A.data.T
+    plain.adapters["alone"] = turned = LoraAdapter(
+        head.base_layer, "lm_head", case.configs[name], rng
+    )
+    turned.lora_A.data, turned.lora_B.data = (
+        own.lora_embedding_B.data.T,
+        own.lora_embedding_A.data.T,
+    )
     plain.active = ["alone"]
     both = [own.lora_embedding_A, own.lora_embedding_B]
     found = gradients((embedding(ids) * G1).sum() + (head(x) * G2).sum(), both)
@@ -111,7 +128,9 @@ def _two_places(case: Case) -> Measured:
     for whole, one, other, size in zip(found, first, second, sizes, strict=True):
         if whole is None or one is None or other is None:
             return Measured(np.nan, 0, "no gradient")
-        pairs.append((whole - (one + other.T), 2 * case.gamma(V + C + len(x.data) + 3, size + abs(one))))
+        pairs.append(
+            (whole - (one + other.T), 2 * case.gamma(V + C + len(x.data) + 3, size + abs(one)))
+        )
     return worst(*pairs)
 
 
@@ -127,7 +146,9 @@ def _files(case: Case) -> Measured:
         made.save_pretrained(folder)
         again = PeftModel.from_pretrained(Ends(_weight(case)), folder, "another")
         again.save_pretrained(folder)
-        first, second = (path / "adapter_model.safetensors" for path in (Path(folder), Path(folder, "another")))
+        first, second = (
+            path / "adapter_model.safetensors" for path in (Path(folder), Path(folder, "another"))
+        )
         there = {key.removeprefix("base_model.model."): a for key, a in load_file(first).items()}
         wrong = int(first.read_bytes() != second.read_bytes())
     A, B, W = adapter.lora_A.data, adapter.lora_B.data, _weight(case)
@@ -136,9 +157,15 @@ def _files(case: Case) -> Measured:
         "embed_tokens.lora_embedding_B": B,
         "embed_tokens.base_layer.weight": W,
     }
-    expected |= {"lm_head.lora_A.weight": B.T, "lm_head.lora_B.weight": A.T, "lm_head.base_layer.weight": W}
+    expected |= {
+        "lm_head.lora_A.weight": B.T,
+        "lm_head.lora_B.weight": A.T,
+        "lm_head.base_layer.weight": W,
+    }
     wrong += len(set(there) ^ set(expected))
-    return worst((wrong + sum(differing(a, expected[key]) for key, a in there.items() if key in expected), 0))
+    return worst(
+        (wrong + sum(differing(a, expected[key]) for key, a in there.items() if key in expected), 0)
+    )
 
 
 # ---- what is left out -----------------------------------------------------------------------------------------------
@@ -153,16 +180,24 @@ def _halves(total: Array, digits: int, least: int) -> Array:
     return np.asarray(np.ldexp(0.5, np.maximum(np.frexp(total)[1], least) - digits))
 
 
-@holds("half precision", "|fl(W + dW) - (W + dW)| ≤ ulp / 2 in bfloat16, float16", "IEEE 754-2019, section 4.3.1")
+@holds(
+    "half precision",
+    "|fl(W + dW) - (W + dW)| ≤ ulp / 2 in bfloat16, float16",
+    "IEEE 754-2019, section 4.3.1",
+)
 def _half_precision(case: Case) -> Measured:
     """From the float64 sum, rounded once. Rounded twice, by way of float32, it is wrong just above the middle between
     two neighbours: so the sum is taken as it is, and also moved there. For float16, which ends at 65,504 and at 2^-14
     goes on in even steps, it is moved into its range by powers of two: to the upper end, and among those steps."""
     name = next(iter(case.configs))
-    total = case.subject.base_layer.dense_weight().astype(np.float64) + case.subject.delta_weight(name)
+    total = case.subject.base_layer.dense_weight().astype(np.float64) + case.subject.delta_weight(
+        name
+    )
     total = total[abs(total) > 2.0**-100]
     top = int(np.frexp(abs(total).max(initial=1))[1])
-    formats: list[tuple[Array, int, int, Any]] = [(total, 8, -125, lambda t: bf16_to_float32(bf16_from(t)))]
+    formats: list[tuple[Array, int, int, Any]] = [
+        (total, 8, -125, lambda t: bf16_to_float32(bf16_from(t)))
+    ]
     formats += [(np.ldexp(total, end - top), 11, -13, to_half) for end in (15, -14)]
     pairs = []
     for exact, digits, least, stored in formats:
@@ -181,10 +216,18 @@ def _lower_rank(case: Case) -> Measured:
     for name, adapter in case.subject.adapters.items():
         layer = case.layer(name)
         A, B, s = adapter.lora_A.data, adapter.lora_B.data, adapter.scaling
-        dW, values, k = layer.delta_weight(name), singular_values(A, B, s), int(case.rng.integers(0, adapter.r))
+        dW, values, k = (
+            layer.delta_weight(name),
+            singular_values(A, B, s),
+            int(case.rng.integers(0, adapter.r)),
+        )
         least = float(np.linalg.norm(values[k:]))
-        moved = np.linalg.norm(case.gamma(adapter.r + 2, abs(case.formula(layer)).dW(), np.float64).astype(float))
-        bound = np.sqrt(adapter.r) * (moved + 2 * max(dW.shape) * np.finfo(np.float64).eps * values[0])
+        moved = np.linalg.norm(
+            case.gamma(adapter.r + 2, abs(case.formula(layer)).dW(), np.float64).astype(float)
+        )
+        bound = np.sqrt(adapter.r) * (
+            moved + 2 * max(dW.shape) * np.finfo(np.float64).eps * values[0]
+        )
         U, S, Vt = np.linalg.svd(dW, full_matrices=False)
         pairs.append((np.linalg.norm(dW - (U[:, :k] * S[:k]) @ Vt[:k]) - least, bound))
         random = case.rng.standard_normal((len(dW), k)) @ case.rng.standard_normal((k, dW.shape[1]))
@@ -194,7 +237,9 @@ def _lower_rank(case: Case) -> Measured:
     return worst(*pairs)
 
 
-@holds("principal part first", "W = W_res + s B A,  |W_res|₂ = σᵣ₊₁(W)", "Meng et al. 2024, section 3")
+@holds(
+    "principal part first", "W = W_res + s B A,  |W_res|₂ = σᵣ₊₁(W)", "Meng et al. 2024, section 3"
+)
 def _principal(case: Case) -> Measured:
     """s B A is the first r terms of W's own SVD, W_res what they leave, and merged it is W again: W_res is rounded
     once, and so is the sum; dW is float64's both times. The spectrum moves by no more than W_res does (Weyl): that
@@ -209,9 +254,14 @@ def _principal(case: Case) -> Measured:
     layer.base_layer.weight.data = residual = (W - layer.delta_weight(name)).astype(case.dtype)
     layer.merge()
     again = layer.base_layer.dense_weight().astype(np.float64)
-    left, float64 = abs(residual.astype(np.float64)), case.gamma(adapter.r + 4, S + abs(W), np.float64).astype(float)
+    left, float64 = (
+        abs(residual.astype(np.float64)),
+        case.gamma(adapter.r + 4, S + abs(W), np.float64).astype(float),
+    )
     moved = np.linalg.norm(u * left + case.gamma(2, S).astype(float) + float64)
     of_svd = 3 * max(W.shape) * np.finfo(np.float64).eps * values[0]
     largest = np.linalg.svd(residual.astype(np.float64), compute_uv=False)[0]
     next_one = values[adapter.r] if adapter.r < len(values) else 0.0
-    return worst((again - W, u * (left + abs(again)) + 2 * float64), (largest - next_one, moved + of_svd))
+    return worst(
+        (again - W, u * (left + abs(again)) + 2 * float64), (largest - next_one, moved + of_svd)
+    )

@@ -73,7 +73,9 @@ def _effective(case: Case) -> Measured:
     return worst(*pairs, *slopes(case, layer, exact, dY, found))
 
 
-@holds("merged forward", "x (W + Σ s B A)ᵀ = x Wᵀ + Σ s (x Aᵀ) Bᵀ", "Hu et al. 2021, section 4.1", adds)
+@holds(
+    "merged forward", "x (W + Σ s B A)ᵀ = x Wᵀ + Σ s (x Aᵀ) Bᵀ", "Hu et al. 2021, section 4.1", adds
+)
 def _merged_forward(case: Case) -> Measured:
     """Both sides err by at most gamma_(n+1) S, n as for `forward`: the merged one needs only the I of a product, the
     bias, and what making W + dW takes."""
@@ -93,7 +95,9 @@ def _merge(case: Case) -> Measured:
     W = layer.base_layer.dense_weight()
     half = np.spacing(abs(W)).astype(WIDE[case.dtype]) / 2
     absolute = abs(exact)
-    return worst((W - (exact.W + exact.dW()), half + case.gamma(n, absolute.W + absolute.dW(), np.float64)))
+    return worst(
+        (W - (exact.W + exact.dW()), half + case.gamma(n, absolute.W + absolute.dW(), np.float64))
+    )
 
 
 @holds("merge in any portions", "twice, or one by one  ⇒  the same bits", "one sum from the kept W")
@@ -103,7 +107,12 @@ def _portions(case: Case) -> Measured:
     once = case.layer()
     once.merge(names)
     W, wrong = once.base_layer.dense_weight(), int(once.merged != tuple(names))
-    for portions in ([names, names], [names + names], [[name] for name in names], [names[:1], names]):
+    for portions in (
+        [names, names],
+        [names + names],
+        [[name] for name in names],
+        [names[:1], names],
+    ):
         layer = case.layer()
         for portion in portions:
             layer.merge(portion)
@@ -111,7 +120,9 @@ def _portions(case: Case) -> Measured:
     return worst((wrong, 0))
 
 
-@holds("merge refuses", "W + dW not finite  ⇒  an error, W as it was", "nothing is merged half", ranked)
+@holds(
+    "merge refuses", "W + dW not finite  ⇒  an error, W as it was", "nothing is merged half", ranked
+)
 def _refuses(case: Case) -> Measured:
     """Exact: a NaN or inf in one entry of a factor, or finite factors whose product overflows."""
     wrong = 0
@@ -127,7 +138,9 @@ def _refuses(case: Case) -> Measured:
             layer.merge()
             wrong += 1
         except NonFiniteError:
-            wrong += differing(layer.base_layer.dense_weight(), before) + (layer.base_layer is not base)
+            wrong += differing(layer.base_layer.dense_weight(), before) + (
+                layer.base_layer is not base
+            )
             wrong += len(layer.merged)
     return worst((wrong, 0))
 
@@ -144,7 +157,12 @@ def _unmerge(case: Case) -> Measured:
     return worst((differing(layer.base_layer.dense_weight(), before) + wrong, 0))
 
 
-@holds("round trip", "|fl(W' - dW) - W| ≤ u (|W'| + |W|): why W is kept", "Higham 2002, eq. (2.5)", adds)
+@holds(
+    "round trip",
+    "|fl(W' - dW) - W| ≤ u (|W'| + |W|): why W is kept",
+    "Higham 2002, eq. (2.5)",
+    adds,
+)
 def _round_trip(case: Case) -> Measured:
     """What subtracting dW, asked for while it is merged, would restore. The two sums round once each, to W' and to the
     result R: u |W'| + u |R|, and gamma_(r+1+k) S for dW in float64, twice. Nearly all of that is really lost."""
@@ -152,7 +170,11 @@ def _round_trip(case: Case) -> Measured:
     exact, n = case.formula(layer), case.roundings(layer) - layer.base_layer.in_features
     layer.merge()
     merged = layer.base_layer.dense_weight().astype(wide)
-    R = (merged - sum(layer.delta_weight(name) for name in layer.active)).astype(case.dtype).astype(wide)
+    R = (
+        (merged - sum(layer.delta_weight(name) for name in layer.active))
+        .astype(case.dtype)
+        .astype(wide)
+    )
     absolute = abs(exact)
     float64 = case.gamma(2 * n, absolute.W + absolute.dW(), np.float64)
     return worst((R - exact.W, u * (abs(merged) + abs(R)) + float64))
@@ -182,7 +204,10 @@ def dense(case: Case) -> bool:
 
 
 @holds(
-    "files", "save, load  ⇒  the same bits under PEFT's keys, whatever the name", "peft 0.21, save_pretrained", dense
+    "files",
+    "save, load  ⇒  the same bits under PEFT's keys, whatever the name",
+    "peft 0.21, save_pretrained",
+    dense,
 )
 def _files(case: Case) -> Measured:
     """Exact: tensors, outputs, the two keys, and the bytes of a file that was saved under another adapter's name."""
@@ -192,11 +217,15 @@ def _files(case: Case) -> Measured:
     keys = {f"base_model.model.proj.{key}" for key in KEYS[type(adapter)]}
     with tempfile.TemporaryDirectory() as folder:
         made = get_peft_model(OneLayer(case.layer().base_layer), config)
-        factors(made.model.proj, [tuple(getattr(adapter, tensor).data for tensor in adapter.TENSORS)])
+        factors(
+            made.model.proj, [tuple(getattr(adapter, tensor).data for tensor in adapter.TENSORS)]
+        )
         made.save_pretrained(folder)
         again = PeftModel.from_pretrained(OneLayer(case.layer().base_layer), folder, "another")
         again.save_pretrained(folder)
-        first, second = (path / "adapter_model.safetensors" for path in (Path(folder), Path(folder, "another")))
+        first, second = (
+            path / "adapter_model.safetensors" for path in (Path(folder), Path(folder, "another"))
+        )
         wrong = len(set(load_file(first)) ^ keys) + (first.read_bytes() != second.read_bytes())
     loaded = again.model.proj.adapters["another"]
     for own, other in zip(adapter.parameters(), loaded.parameters(), strict=True):
@@ -220,7 +249,12 @@ def _dropout_off(case: Case) -> Measured:
     return worst((wrong + differing(run(layer.eval(), case.x), y), 0))
 
 
-@holds("dropout spares the base", "y = x Wᵀ + b + Σ s (drop(x) Aᵀ) Bᵀ", "peft 0.21, forward of its LoRA layer", adds)
+@holds(
+    "dropout spares the base",
+    "y = x Wᵀ + b + Σ s (drop(x) Aᵀ) Bᵀ",
+    "peft 0.21, forward of its LoRA layer",
+    adds,
+)
 def _dropout_base(case: Case) -> Measured:
     """Exact: with the same masks, the same operations give the same bits. The base reads x itself."""
     layer, x = case.layer().train(), Tensor(case.x)
@@ -256,7 +290,9 @@ def _dropout_mean(case: Case) -> Measured:
     c = s * (B @ A) * X[0]  # (O, I): what each element of x adds to each output
     log = math.log(2 * (len(c) + 1) / CHANCE)
     radius = np.sqrt((c * c).sum(axis=1) * log / (2 * M)) / (1 - p)
-    rounding = case.gamma(case.roundings(layer, 1), abs(s) * (abs(B) @ abs(A)) @ abs(X[0]) / (1 - p))
+    rounding = case.gamma(
+        case.roundings(layer, 1), abs(s) * (abs(B) @ abs(A)) @ abs(X[0]) / (1 - p)
+    )
     mean = y[:, 0].astype(c.dtype).mean(axis=0)
     share = dropped.mean() - p, math.sqrt(log / (2 * dropped.size))
     return worst((mean - c.sum(axis=1), radius + rounding), share)

@@ -35,12 +35,16 @@ def several(case: Case) -> bool:
 holds = listing(PROPERTIES, plain)
 
 
-def _added(case: Case, weights: dict[str, float], way: str, r: int | None = None) -> tuple[Array, Array, Parts]:
+def _added(
+    case: Case, weights: dict[str, float], way: str, r: int | None = None
+) -> tuple[Array, Array, Parts]:
     """(dW of the adapter that others are added up to, its |B| |A|, what they are); with linear they get equal ranks."""
     own, base = case.subject.adapters, case.layer().base_layer
     first, *others = weights
     most = max(own[name].r for name in weights) if way == "linear" else 0
-    configs = {name: dataclasses.replace(case.configs[name], r=max(most, own[name].r)) for name in weights}
+    configs = {
+        name: dataclasses.replace(case.configs[name], r=max(most, own[name].r)) for name in weights
+    }
     made = get_peft_model(OneLayer(base), configs[first], f"of {first}")
     for name in others:
         made.add_adapter(f"of {name}", configs[name])
@@ -52,8 +56,13 @@ def _added(case: Case, weights: dict[str, float], way: str, r: int | None = None
         layer.adapters[f"of {name}"].scaling = own[name].scaling
         factors(layer, [(A, B)])
         parts.append((A.astype(wide), B.astype(wide), w * own[name].scaling))
-    made.add_weighted_adapter([f"of {name}" for name in weights], [*weights.values()], "sum", way, r)
-    A, B = (abs(p.data.astype(np.float64)) for p in (layer.adapters["sum"].lora_A, layer.adapters["sum"].lora_B))
+    made.add_weighted_adapter(
+        [f"of {name}" for name in weights], [*weights.values()], "sum", way, r
+    )
+    A, B = (
+        abs(p.data.astype(np.float64))
+        for p in (layer.adapters["sum"].lora_A, layer.adapters["sum"].lora_B)
+    )
     return layer.delta_weight("sum"), B @ A, parts
 
 
@@ -78,12 +87,17 @@ def _sum(case: Case) -> Measured:
     exact: Any = sum(c * (B @ A) for A, B, c in parts)
     S: Any = sum(abs(c) * (abs(B) @ abs(A)) for A, B, c in parts)
     q = sum(len(A) for A, *_ in parts)
-    pairs: list[tuple[Any, Any]] = [(got - exact, case.gamma(1, S) + case.gamma(q + 5, S, np.float64))]
+    pairs: list[tuple[Any, Any]] = [
+        (got - exact, case.gamma(1, S) + case.gamma(q + 5, S, np.float64))
+    ]
     alone, _, [(A, B, c)] = _added(case, first, "linear")
     S = abs(c) * (abs(B) @ abs(A))
     pairs.append((alone - c * (B @ A), case.gamma(2, S) + case.gamma(len(A) + 9, S, np.float64)))
     got, S, _ = _added(case, weights, "svd", q)
-    sizes = [math.sqrt(sum(np.linalg.norm(c**i * p[i].astype(float)) ** 2 for *p, c in parts)) for i in (0, 1)]
+    sizes = [
+        math.sqrt(sum(np.linalg.norm(c**i * p[i].astype(float)) ** 2 for *p, c in parts))
+        for i in (0, 1)
+    ]
     apart = 4 * max(*got.shape, q) * np.finfo(np.float64).eps * sizes[0] * sizes[1]
     pairs.append((got - exact, case.gamma(2, S) + case.gamma(q + 2, S, np.float64) + apart))
     return worst(*pairs)

@@ -30,7 +30,9 @@ ABSENT = "absent"  # a task of which no batch has a row
 def _tasks(case: Case) -> MultiTask:
     """A model of one layer, in which each adapter of the case is a task's own."""
     first, layer = next(iter(case.configs.values())), case.layer()
-    made = get_multitask_model(OneLayer(layer.base_layer), {**case.configs, ABSENT: first}, seed=case.seed)
+    made = get_multitask_model(
+        OneLayer(layer.base_layer), {**case.configs, ABSENT: first}, seed=case.seed
+    )
     for name, adapter in layer.adapters.items():
         own = made.model.proj.adapters[name]
         own.lora_A.data, own.lora_B.data = adapter.lora_A.data, adapter.lora_B.data
@@ -48,7 +50,11 @@ def _mixed(case: Case) -> tuple[Array, list[str], Array]:
     return np.concatenate([case.x] * len(names))[order], tasks, order
 
 
-@holds("mixed batch", "yᵢ = xᵢ Wᵀ + b + sₜ (xᵢ Aₜᵀ) Bₜᵀ,  t the task of row i", "Sheng et al. 2023, section 4.1")
+@holds(
+    "mixed batch",
+    "yᵢ = xᵢ Wᵀ + b + sₜ (xᵢ Aₜᵀ) Bₜᵀ,  t the task of row i",
+    "Sheng et al. 2023, section 4.1",
+)
 def _mixed_batch(case: Case) -> Measured:
     """What every task gives by itself, to 2 gamma_n S: both sides err as `forward`. So rows may stand in any order, and
     adapters may have any ranks: one that is filled up with zeros, which round nothing, has the same n."""
@@ -68,7 +74,9 @@ def _mixed_batch(case: Case) -> Measured:
     bounds.append(2 * case.gamma(base.in_features + 1, abs(case.formula(base)).y()))
     sequences = (len(x), -1, alone[0].shape[1])
     expected, bound = (np.concatenate(side).reshape(sequences)[order] for side in (alone, bounds))
-    return worst((y.astype(wide) - expected, bound), (moved.astype(wide) - y[again], bound[again]), *pairs)
+    return worst(
+        (y.astype(wide) - expected, bound), (moved.astype(wide) - y[again], bound[again]), *pairs
+    )
 
 
 def _padded(layer: LoraLinear, name: str) -> LoraLinear:
@@ -85,7 +93,9 @@ def _absent(case: Case) -> Measured:
     """Exact, on their own and by the weights of a step; and each task that is there has a gradient."""
     made, (x, tasks, _), wrong = _tasks(case), _mixed(case), 0
     adapters = made.model.proj.adapters
-    parameters = {name: [getattr(adapter, t) for t in adapter.TENSORS] for name, adapter in adapters.items()}
+    parameters = {
+        name: [getattr(adapter, t) for t in adapter.TENSORS] for name, adapter in adapters.items()
+    }
     leaves = [p for own in parameters.values() for p in own]
     for prepared in (False, True):
         for name in parameters if prepared else ():
@@ -95,7 +105,11 @@ def _absent(case: Case) -> Measured:
         found = dict(zip(leaves, gradients(y, leaves, np.ones_like(y.data)), strict=True))
         for name, own in parameters.items():
             mine = [g for g in (found[p] for p in own) if g is not None]
-            wrong += sum(int(np.count_nonzero(g)) for g in mine) if name == ABSENT else len(mine) != len(own)
+            wrong += (
+                sum(int(np.count_nonzero(g)) for g in mine)
+                if name == ABSENT
+                else len(mine) != len(own)
+            )
     return worst((wrong, 0))
 
 
@@ -106,9 +120,15 @@ def _hydra(case: Case, experts: int) -> tuple[str, LoraLinear]:
     """A layer whose one adapter has all its experts equal to the B of the case's first, and any router."""
     name, config = next(iter(case.configs.items()))
     layer, fields = case.layer(name), {f.name for f in dataclasses.fields(config)} - {"extra"}
-    adapter, own = layer.adapters[name], HydraConfig(**{f: getattr(config, f) for f in fields}, experts=experts)
+    adapter, own = (
+        layer.adapters[name],
+        HydraConfig(**{f: getattr(config, f) for f in fields}, experts=experts),
+    )
     made = HydraAdapter(layer.base_layer, "proj", own, case.rng)
-    made.lora_A.data, made.lora_B.data = adapter.lora_A.data, np.tile(adapter.lora_B.data, (1, experts))
+    made.lora_A.data, made.lora_B.data = (
+        adapter.lora_A.data,
+        np.tile(adapter.lora_B.data, (1, experts)),
+    )
     made.lora_route.data = (2 * made.lora_route.data).astype(case.dtype)
     layer.adapters = {name: made.eval()}
     return name, layer

@@ -40,9 +40,13 @@ class Row(NamedTuple):
     note: str = ""
 
     @classmethod
-    def of(cls, name: str, equation: str, source: str, found: Sequence[tuple[str, Measured]]) -> Row:
+    def of(
+        cls, name: str, equation: str, source: str, found: Sequence[tuple[str, Measured]]
+    ) -> Row:
         where, m = max(found, key=lambda item: (not item[1].ok, item[1].ratio))
-        return cls(name, equation, source, m.measured, m.bound, m.ratio, m.ok, where, len(found), m.note)
+        return cls(
+            name, equation, source, m.measured, m.bound, m.ratio, m.ok, where, len(found), m.note
+        )
 
 
 class Finding(NamedTuple):
@@ -72,7 +76,9 @@ class Report(NamedTuple):
     layers: list[Finding]
 
 
-def verify(cases: int = 100, seed: int = 0, properties: Sequence[Property] = PROPERTIES) -> list[Row]:
+def verify(
+    cases: int = 100, seed: int = 0, properties: Sequence[Property] = PROPERTIES
+) -> list[Row]:
     """Every property over random cases, half as many each of DoRA, of AdaLoRA and over codes: the worst of each.
 
     By the seed the same numbers.
@@ -80,7 +86,9 @@ def verify(cases: int = 100, seed: int = 0, properties: Sequence[Property] = PRO
     half = [seed + i for i in range((cases + 1) // 2)]
     made = [random_case(seed + i) for i in range(cases)]
     made += [random_case(i, kind) for kind in ("dora", "adalora") for i in half]
-    made += [random_case(i, kind, quantized=True) for i, kind in zip(half, itertools.cycle(ADAPTERS))]
+    made += [
+        random_case(i, kind, quantized=True) for i, kind in zip(half, itertools.cycle(ADAPTERS))
+    ]
     return measure(made, properties)
 
 
@@ -91,7 +99,9 @@ def measure(cases: Sequence[Case], properties: Sequence[Property] = PROPERTIES) 
         for p in properties:
             if p.applies(case):
                 found[p.name].append((case.name, p.check(case)))
-    return [Row.of(p.name, p.equation, p.source, found[p.name]) for p in properties if found[p.name]]
+    return [
+        Row.of(p.name, p.equation, p.source, found[p.name]) for p in properties if found[p.name]
+    ]
 
 
 # ---- somebody's own files -------------------------------------------------------------------------------------------
@@ -105,17 +115,27 @@ def verify_files(base: str | Path, adapter: str | Path, seed: int = 0) -> Report
     """
     _, checkpoint = read_checkpoint(base)
     with checkpoint:
-        dtype = "float64" if any(checkpoint.dtype(key) == "F64" for key in checkpoint.keys()) else "float32"  # noqa: SIM118
+        dtype = (
+            "float64"
+            if any(checkpoint.dtype(key) == "F64" for key in checkpoint.keys())
+            else "float32"
+        )
         model = PeftModel.from_pretrained(CausalLM.from_pretrained(base, dtype), adapter)
         cases = list(cases_of(model, seed=seed))
         layers = [_finding(case, checkpoint) for case in cases]
     parameters = [
-        (n, Measured(float(np.count_nonzero(~np.isfinite(p.numpy()))), 0)) for n, p in model.named_parameters()
+        (n, Measured(float(np.count_nonzero(~np.isfinite(p.numpy()))), 0))
+        for n, p in model.named_parameters()
     ]
     rounded = [(f.layer, Measured(f.error, 1)) for f in layers]
     rows = [
         Row.of("finite", "no NaN, no inf", "every tensor of the base and the adapter", parameters),
-        Row.of("merge as stored", "|fl(W + dW) - (W + dW)| ≤ ulp / 2", "IEEE 754-2019, section 4.3.1", rounded),
+        Row.of(
+            "merge as stored",
+            "|fl(W + dW) - (W + dW)| ≤ ulp / 2",
+            "IEEE 754-2019, section 4.3.1",
+            rounded,
+        ),
     ]
     return Report([*rows, *measure(cases)], layers)
 
@@ -131,10 +151,15 @@ def _finding(case: Case, checkpoint: Checkpoint) -> Finding:
         stored = checkpoint.dtype(key) if key in checkpoint else "F32"
         merged, half_ulp = rounded(W + dW, stored)
         off = abs(merged - (W + dW))
-        error, lost = float((off / half_ulp).max()), float(np.linalg.norm(off)) / norm if norm else 0.0
+        error, lost = (
+            float((off / half_ulp).max()),
+            float(np.linalg.norm(off)) / norm if norm else 0.0,
+        )
     shape, finite = f"{len(B)} x {A.shape[1]}", bool(np.isfinite(merged).all())
     size = float(np.linalg.norm(W))
-    return Finding(case.name, shape, len(A), s, effective_rank(values), norm, size, finite, stored, error, lost)
+    return Finding(
+        case.name, shape, len(A), s, effective_rank(values), norm, size, finite, stored, error, lost
+    )
 
 
 def rounded(total: Array, dtype: str) -> tuple[Array, Array]:
@@ -164,4 +189,9 @@ def as_json(report: Report) -> dict[str, Any]:
 
     rows, layers = table(report.rows), table(report.layers)
     ok = all(row.ok for row in report.rows)
-    return {"ok": ok, "worst_ratio": plain(worst_ratio(report.rows)), "rows": rows, "layers": layers}
+    return {
+        "ok": ok,
+        "worst_ratio": plain(worst_ratio(report.rows)),
+        "rows": rows,
+        "layers": layers,
+    }
