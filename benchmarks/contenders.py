@@ -47,7 +47,7 @@ class Minilora(Contender):
         super().__init__(work)
         from minilora import AdamW, CausalLM, PeftModel
         from minilora.data import Batch
-        from minilora.parallel import ShardedStep
+        from minilora.training.parallel import ShardedStep
 
         self.Batch = Batch
         self.model: Any = CausalLM.from_pretrained(work / "base").train()
@@ -431,7 +431,7 @@ class MiniloraGenerates(Contender):
     def __init__(self, work: Path, threads: int):
         super().__init__(work)
         from minilora import CausalLM
-        from minilora.generate import generate
+        from minilora.models.generation import generate
 
         self.generate, self.model = generate, CausalLM.from_pretrained(work / "base")
 

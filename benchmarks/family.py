@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 
 from minilora import CausalLM, get_peft_model, quantize
-from minilora.demo import Plan
-from minilora.recipes import held_bytes
-from minilora.texts import prose, python_sources, split
-from minilora.tokenizer import ByteTokenizer
-from minilora.train import bits_per_byte, evaluate, train
+from minilora.data.texts import prose, python_sources, split
+from minilora.data.tokenizer import ByteTokenizer
+from minilora.lab.demo import Plan
+from minilora.training.loop import bits_per_byte, evaluate, train
+from minilora.training.methods import measure_weight_memory
 
 RESULT = Path(__file__).parent / "results" / "family.json"
 RUNS = [
@@ -75,7 +75,7 @@ def measure(base: Path, method: str, kind: str, seed: int, threads: int | None) 
             )
         )
 
-    before, held = bits(model), held_bytes(model)
+    before, held = bits(model), measure_weight_memory(model)
     adapted: Any = model if plan.adapter is None else get_peft_model(model, plan.adapter, seed=seed)
     trainable = sum(p.size for p in adapted.parameters() if p.requires_grad)
     settings = dataclasses.replace(plan.adapt, seed=seed, threads=threads, eval_every=None)

@@ -27,11 +27,11 @@ import numpy as np
 
 import minilora.formats.disk
 import minilora.formats.safetensors
-import minilora.train
+import minilora.training.loop
 from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
 from minilora.errors import CheckpointError
-from minilora.runs import MANIFEST, find_checkpoint, save_checkpoint
-from minilora.train import Settings, train
+from minilora.training.loop import Settings, train
+from minilora.training.runs import MANIFEST, find_checkpoint, save_checkpoint
 
 RESULT = Path(__file__).parent / "results" / "faults.json"
 STEPS = 5
@@ -101,7 +101,7 @@ def start(out: Path, save, model) -> tuple[int, int]:
 
     code = 1
     try:
-        minilora.train.save_checkpoint = told
+        minilora.training.loop.save_checkpoint = told
         if save is naive_save:
             for module in (minilora.formats.disk, minilora.formats.safetensors):
                 module.atomic_file = lambda path: open(path, "wb")  # noqa: SIM115

@@ -62,13 +62,13 @@ from samples import (
 
 from minilora import CausalLM
 from minilora.cli import main as command_line
+from minilora.data.records import pack, read_records
+from minilora.data.tokenizer import ByteTokenizer, load_tokenizer
 from minilora.errors import MiniloraError
 from minilora.formats import SafetensorsFile
-from minilora.inspection import inspect_adapter
 from minilora.lora import MultiTask, PeftModel
-from minilora.records import pack, read_records
-from minilora.tokenizer import ByteTokenizer, load_tokenizer
 from minilora.tools.converting import convert, to_mlx
+from minilora.tools.inspecting import inspect_adapter
 
 try:
     import safetensors

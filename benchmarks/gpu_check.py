@@ -1,7 +1,7 @@
 """Is minilora right on this machine's GPU, and how long does a LoRA step take there beside PyTorch + peft?
 
     python benchmarks/gpu_check.py              under ten minutes; writes benchmarks/results/gpu-check.json
-    python benchmarks/gpu_check.py --dry-run    the same, small, on the stand-in of tests/strict_xp.py; writes nothing
+    python benchmarks/gpu_check.py --dry-run    the same, small, on strict_xp's stand-in; writes nothing
 
 Without a GPU it says why and ends. The parts, each a process of its own under a time-out, so that what fails is
 recorded and the rest goes on:
@@ -36,7 +36,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # this copy of minilora, and the stand-in
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "tests" / "support"),
+]  # this copy of minilora, and the stand-in
 
 import numpy as np  # noqa: E402
 
@@ -45,8 +48,8 @@ from minilora.backend import Backend, CupyBackend, get_backend  # noqa: E402
 from minilora.data import Batch  # noqa: E402
 from minilora.errors import DeviceError  # noqa: E402
 from minilora.optim import AdamW, clip_by_global_norm  # noqa: E402
-from minilora.parallel import ShardedStep  # noqa: E402
-from minilora.train import Run, Settings  # noqa: E402
+from minilora.training.loop import Run, Settings  # noqa: E402
+from minilora.training.parallel import ShardedStep  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "gpu-check.json"
 LIMIT = 570  # seconds for everything
@@ -449,7 +452,7 @@ def check(bench: Bench) -> dict[str, Any]:
     return {
         "command": "python benchmarks/gpu_check.py" + " --dry-run" * bench.dry,
         "date": time.strftime("%Y-%m-%d"),
-        "device": "the stand-in of tests/strict_xp.py" if bench.dry else device_facts(),
+        "device": "the stand-in of tests/support/strict_xp.py" if bench.dry else device_facts(),
         "versions": {
             name: _version(name)
             for name in ("numpy", "cupy-cuda13x", "torch", "transformers", "peft")

@@ -115,8 +115,8 @@ def make(folder: Path, size: str) -> None:
         name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         ones = bf16_from(np.ones(SIZES[size][0], np.float32))
         entries = [
-            Entry(key, "BF16", shape, lambda: ones)
-            for key, shape in vectors[number].items()  # noqa: B023
+            Entry(key, "BF16", shape, lambda ones=ones: ones)
+            for key, shape in vectors[number].items()
         ]
         index |= dict.fromkeys(vectors[number], name)
         for i, (key, shape) in enumerate(tensors.items()):

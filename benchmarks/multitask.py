@@ -28,7 +28,7 @@ from peers import SIZES
 from minilora import AdamW, CausalLM, LoraConfig, TransformerConfig, get_multitask_model
 from minilora.data import Batch
 from minilora.lora import MultiTask
-from minilora.parallel import ShardedStep
+from minilora.training.parallel import ShardedStep
 
 RESULT = Path(__file__).parent / "results" / "multitask.json"
 TASKS = ["prose", "python", "json", "c"]

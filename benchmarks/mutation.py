@@ -211,7 +211,7 @@ def main() -> None:
         "--known", type=Path, help="a file that remembers outcomes, to go on after an interruption"
     )
     args = parser.parse_args()
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
     import hypothesis.extra.numpy  # noqa: F401 - once, before forking
     import numpy  # noqa: F401
     import pytest  # noqa: F401

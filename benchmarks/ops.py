@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import threadpoolctl
 
-from minilora import autograd, functional, fused
+from minilora import autograd, functional
 from minilora.autograd import Tensor, gradients
+from minilora.effective import EffectiveWeight
 
 RESULT = Path(__file__).parent / "results" / "ops.json"
 TARGET = 5.0  # microseconds
@@ -233,7 +234,7 @@ def effective_linear(n: int, r: int = 2) -> Case:
     """The same layer over a base, with its weight formed beforehand."""
     a, B = rotation(n)[:r], Tensor(0.01 * rotation(n, seed=1)[:, :r], requires_grad=True)
     W = rotation(n, seed=2) + 0.5 * B.data @ a
-    formed = fused.Effective(W, [(n, None, [((B,), lambda X, dY: (dY.T @ (X @ a.T * 0.5),))])])
+    formed = EffectiveWeight(W, [(n, None, [((B,), lambda X, dY: (dY.T @ (X @ a.T * 0.5),))])])
 
     def forward(x: Array) -> tuple[Array, Array]:
         return x @ W.T, x
@@ -241,14 +242,14 @@ def effective_linear(n: int, r: int = 2) -> Case:
     def backward(dy: Array, x: Array, dw: Array) -> tuple[Array, Array]:
         return dy @ W, dw + dy.T @ (x @ a.T * 0.5)
 
-    return Case(start(n), lambda t: fused.effective_linear(t, formed), forward, backward, B)
+    return Case(start(n), lambda t: effective_linear(t, formed), forward, backward, B)
 
 
 def norm_linear_swiglu(n: int) -> Case:
     """The norm, gate and up in one product, and the activation: three operations. Without the norm x would explode."""
     norm = rms_norm(n)
     W = np.stack([rotation(n), rotation(n, seed=1)])
-    fan = fused.Effective(W.reshape(2 * n, n), [(n, None, []), (n, None, [])], stacked=True)
+    fan = EffectiveWeight(W.reshape(2 * n, n), [(n, None, []), (n, None, [])], stacked=True)
 
     def forward(x: Array) -> tuple[Array, Any]:
         x, normed = norm.forward(x)
@@ -275,7 +276,7 @@ def norm_linear_swiglu(n: int) -> Case:
         return norm.backward(dx, normed, dw)
 
     def link(t: Tensor) -> Tensor:
-        return functional.swiglu(fused.effective_linear(norm.link(t), fan))
+        return functional.swiglu(effective_linear(norm.link(t), fan))
 
     return Case(start(n), link, forward, backward, norm.weight, operations=3)
 
@@ -283,7 +284,7 @@ def norm_linear_swiglu(n: int) -> Case:
 def linear_attention(n: int, heads: int = 2) -> Case:
     """q, k and v in one product, and attention over n positions, with a reshape on either side: four operations."""
     D, W = n // heads, np.concatenate([rotation(n), rotation(n, seed=1), rotation(n, seed=2)])
-    project = fused.Effective(W, [(3 * n, None, [])])
+    project = EffectiveWeight(W, [(3 * n, None, [])])
     angle = np.arange(n)[:, None] * np.tile(0.5 ** np.arange(D // 2), 2)  # (n, D)
     cos = np.tile(np.cos(angle), 2 * heads).astype(np.float32)  # (n, 2 heads D): rows for q and k
     sin = np.tile(np.sin(angle) * np.repeat([-1, 1], D // 2), 2 * heads).astype(np.float32)
@@ -293,7 +294,9 @@ def linear_attention(n: int, heads: int = 2) -> Case:
 
     def forward(x: Array) -> tuple[Array, Any]:
         z = (x @ W.T).reshape(1, n, 3 * heads, D)
-        qk = fused.turn(np, z[:, :, : 2 * heads], cos, sin)[0].swapaxes(0, 1)  # (2 heads, n, D)
+        qk = functional.apply_rotary(np, z[:, :, : 2 * heads], cos, sin)[0].swapaxes(
+            0, 1
+        )  # (2 heads, n, D)
         q, k, v = qk[:heads], qk[heads:], z[0, :, 2 * heads :].swapaxes(0, 1)
         P = k @ q.swapaxes(1, 2)  # (heads, key, query)
         P += future
@@ -318,12 +321,12 @@ def linear_attention(n: int, heads: int = 2) -> Case:
         dS *= P
         np.matmul(dS.swapaxes(1, 2), k, out=by_head[:heads])
         np.matmul(dS, q, out=by_head[heads:])
-        fused.turn(np, dqk, cos, -sin, out=dz[:, :, : 2 * heads])
+        functional.apply_rotary(np, dqk, cos, -sin, out=dz[:, :, : 2 * heads])
         return dz.reshape(n, 3 * n) @ W, dw
 
     def link(t: Tensor) -> Tensor:
-        qkv = fused.effective_linear(t, project).reshape(1, n, 3 * n)
-        return fused.attention(qkv, heads, heads, cos, sin).reshape(n, n)
+        qkv = effective_linear(t, project).reshape(1, n, 3 * n)
+        return functional.attention(qkv, heads, heads, cos, sin).reshape(n, n)
 
     return Case(start(n), link, forward, backward, operations=4)
 

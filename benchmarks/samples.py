@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from minilora import CausalLM, LoraConfig, get_peft_model
+from minilora.data.tokenizer import ByteTokenizer
 from minilora.formats import read_checkpoint, save_file, write_json
 from minilora.formats.safetensors import NAMES
 from minilora.lora import HydraConfig, get_multitask_model
 from minilora.quant import quantize
-from minilora.tokenizer import ByteTokenizer
 from minilora.tools.converting import convert
 
 try:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
-from minilora.train import Run, Settings, train
+from minilora.training.loop import Run, Settings, train
 
 RESULT = Path(__file__).parent / "results" / "soak.json"
 SHAPE = TransformerConfig(

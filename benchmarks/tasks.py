@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from minilora import ByteTokenizer, CausalLM, LoraConfig, get_multitask_model
-from minilora.demo import ADAPT, MODEL, PRETRAIN
-from minilora.texts import four_tasks, prose, split
-from minilora.train import bits_per_byte, evaluate, train
+from minilora.data.texts import four_tasks, prose, split
+from minilora.lab.demo import ADAPT, MODEL, PRETRAIN
+from minilora.training.loop import bits_per_byte, evaluate, train
 
 RESULT = Path(__file__).parent / "results" / "tasks.json"
 WINDOWS = 256  # held-out windows of each task

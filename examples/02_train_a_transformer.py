@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from minilora import AdamW, ByteTokenizer, CausalLM, TransformerConfig, generate, gradients
 from minilora.data import Windows
+from minilora.data.texts import prose, split
 from minilora.functional import cross_entropy
 from minilora.optim import clip_by_global_norm, warmup_cosine
-from minilora.texts import prose, split
 
 STEPS = 150
 tokenizer = ByteTokenizer()

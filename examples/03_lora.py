@@ -16,7 +16,7 @@ from minilora import (
     no_grad,
 )
 from minilora.data import Windows
-from minilora.parallel import ShardedStep
+from minilora.training.parallel import ShardedStep
 
 tokenizer = ByteTokenizer()
 model = CausalLM(

@@ -16,14 +16,14 @@ from minilora import (
     LoraConfig,
     TransformerConfig,
     get_peft_model,
-    plots,
     quantize,
 )
 from minilora.data import Windows
-from minilora.parallel import ShardedStep
+from minilora.data.texts import prose, python_sources, split
+from minilora.lab import plots
 from minilora.quant import LEVELS, encode, quantization_report
-from minilora.texts import prose, python_sources, split
-from minilora.train import bits_per_byte, evaluate
+from minilora.training.loop import bits_per_byte, evaluate
+from minilora.training.parallel import ShardedStep
 
 # ---- 1. sixteen levels for normal weights ----------------------------------------------------------------------------
 w = np.random.default_rng(0).standard_normal(1 << 20).astype(np.float32)

@@ -18,12 +18,12 @@ from minilora import (
     LoraConfig,
     TransformerConfig,
     get_peft_model,
-    plots,
 )
 from minilora.data import Windows
-from minilora.parallel import ShardedStep
-from minilora.texts import prose, python_sources, split
-from minilora.train import bits_per_byte, evaluate
+from minilora.data.texts import prose, python_sources, split
+from minilora.lab import plots
+from minilora.training.loop import bits_per_byte, evaluate
+from minilora.training.parallel import ShardedStep
 
 tokenizer = ByteTokenizer()
 english, python = (

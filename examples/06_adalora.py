@@ -19,8 +19,8 @@ from minilora import (
     get_peft_model,
     gradients,
     no_grad,
-    plots,
 )
+from minilora.lab import plots
 from minilora.lora import RankAllocator
 from minilora.optim import clip_by_global_norm, warmup_cosine
 

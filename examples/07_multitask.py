@@ -21,11 +21,11 @@ from minilora import (
     no_grad,
 )
 from minilora.data import Batch, TaskWindows, Windows
+from minilora.data.texts import four_tasks, prose, split
+from minilora.lab.plots import available, heat_table
 from minilora.lora import get_multitask_model
-from minilora.parallel import ShardedStep
-from minilora.plots import available, heat_table
-from minilora.texts import four_tasks, prose, split
-from minilora.train import bits_per_byte, evaluate
+from minilora.training.loop import bits_per_byte, evaluate
+from minilora.training.parallel import ShardedStep
 
 encode, T = ByteTokenizer().encode, 64
 texts = {

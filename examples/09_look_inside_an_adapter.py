@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model, plots
+from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
 from minilora.formats import load_file
-from minilora.inspection import inspect_adapter
+from minilora.lab import plots
 from minilora.tools.factoring import resize
+from minilora.tools.inspecting import inspect_adapter
 
 VALUES = np.array([4.0, 3.0, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01])  # of every layer's dW
 rng = np.random.default_rng(0)

@@ -1,14 +1,13 @@
 """minilora: LoRA from scratch in NumPy, to read, to run, and to check.
 
-The door: public names by the room they come from. `minilora.functional`, `minilora.formats`, `minilora.parallel` and
-`minilora.train` are rooms to go into by name.
+Public names, grouped by module. `minilora.functional`, `minilora.formats` and `minilora.verify` are
+modules to import by name; the folder `minilora.training` holds the training loop.
 """
 
-from .architecture import TransformerConfig
 from .autograd import Tensor, gradients, no_grad
 from .backend import get_backend
+from .data.tokenizer import ByteTokenizer
 from .errors import MiniloraError
-from .generate import generate
 from .gradcheck import check_gradient
 from .lora import (
     AdaLoraConfig,
@@ -20,11 +19,12 @@ from .lora import (
     get_multitask_model,
     get_peft_model,
 )
+from .models.config import TransformerConfig
+from .models.generation import generate
+from .models.transformer import CausalLM
 from .nn import Dropout, Embedding, LayerNorm, Linear, Module, Parameter, RMSNorm
 from .optim import SGD, AdamW
-from .quant import QuantizedLinear, dequantize, quantize
-from .tokenizer import ByteTokenizer
-from .transformer import CausalLM
+from .quant.linear import QuantizedLinear, dequantize, quantize
 
 __version__ = "0.1.0"
 

@@ -10,24 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from .autograd import Tensor, Vjp, observer
 from .backend import Array, Backend
-from .data import Batch
 from .errors import GraphError, NonFiniteError
 from .nn import Module
-from .parallel import ShardedStep, language_modelling_loss
 
 # No user's line is in these.
-ENGINE = {f"minilora.{room}" for room in ("anomaly", "autograd", "functional", "fused", "nn")}
+ENGINE = {
+    f"minilora.{module}"
+    for module in ("anomaly", "autograd", "functional", "effective", "nn", "training.nonfinite")
+}
 
 
 @contextlib.contextmanager
@@ -68,7 +68,7 @@ class _Observer:
         xp, name, place = y.backend.xp, _name(vjp), self.place()
         given = any(self.bad(xp, t.data) for t in inputs)
         if self.bad(xp, y.data) and not given:
-            blown = not all(_finite(xp, t.data) for t in inputs)
+            blown = not all(all_finite(xp, t.data) for t in inputs)
             raise self.error(xp, y.data, f"the output of {name} {y.shape}", f"made {place}", blown)
         self.from_outside |= given
         if y.node is not None:
@@ -100,14 +100,14 @@ class _Observer:
             for i, g in enumerate(grads):
                 if g is not None and wanted[i] and self.bad(xp, g) and not (given or brought):
                     what = f"the gradient of input {i} of {name} {tuple(g.shape)}"
-                    raise self.error(xp, g, what, f"which was {called}", not _finite(xp, dy))
+                    raise self.error(xp, g, what, f"which was {called}", not all_finite(xp, dy))
             return grads
 
         return checked
 
     def bad(self, xp: Any, array: Array) -> bool:
         if self.infinities:
-            return not _finite(xp, array)
+            return not all_finite(xp, array)
         return array.dtype.kind == "f" and bool(xp.isnan(array).any())
 
     def error(
@@ -132,7 +132,7 @@ class _Observer:
         return f"{line} in {module}" if module else line
 
 
-def _finite(xp: Any, array: Array) -> bool:
+def all_finite(xp: Any, array: Array) -> bool:
     return array.dtype.kind != "f" or bool(xp.isfinite(array).all())
 
 
@@ -155,60 +155,3 @@ def _checksum(backend: Backend, array: Array) -> int:
 
 
 # ---- a training step that went wrong --------------------------------------------------------------------------------
-
-
-def explain_non_finite(
-    model: Any,
-    batch: Batch,
-    seed: int = 0,
-    step: int = 0,
-    *,
-    shard: int | None = None,
-    loss: Callable[[Any, Batch], Tensor] = language_modelling_loss,
-) -> str:
-    """Why does this training step give a loss or a gradient that is not finite? One sentence of at most 500 characters.
-
-    Takes the forward and the backward of `ShardedStep.gradients` again (same batch, seed and step, so the same dropout
-    masks; same `shard`, so the same cut) in anomaly mode, one shard after another, and looks at the parameters. Changes
-    nothing: no weight, no `.grad`.
-    """
-    params = [p for p in model.parameters() if p.requires_grad]
-    found = ""
-    with (
-        np.errstate(all="ignore"),
-        ShardedStep(model, 1, shard, loss) as sharded,
-        detect_anomaly(True, model),
-    ):
-        try:
-            total, grads = sharded.gradients(batch, params, seed, step)
-            if not math.isfinite(float(total)) or not all(
-                g is None or _finite(p.backend.xp, g) for p, g in zip(params, grads, strict=True)
-            ):
-                found = "every operation gave finite numbers for finite ones, and only their sum is not finite"
-        except NonFiniteError as error:
-            found = str(error)
-    broken = [
-        _described(name, p)
-        for name, p in model.named_parameters()
-        if not _finite(p.backend.xp, p.data)
-    ]
-    if broken:
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        before = (
-            f"before the step, values that are not finite stood in {', '.join(broken[:3])}{more}"
-        )
-        # An operation that was given them is not to blame; and one that holds W + dW was given them unseen.
-        return f"{before}; {found}"[:500] if found.startswith("first") else before[:500]
-    return (
-        found
-        or "taken again, the step is finite: nothing in the batch or in the weights explains it"
-    )
-
-
-def _described(name: str, parameter: Tensor) -> str:
-    """'model.norm.weight (1 of 64)'; and which row, where one row of a matrix, as one token's embedding is, has all."""
-    bad = ~np.isfinite(parameter.numpy())
-    rows = np.flatnonzero(bad.any(axis=1)).tolist() if bad.ndim == 2 else []
-    return (
-        f"{name} ({bad.sum()} of {bad.size}{f', all in row {rows[0]}' if len(rows) == 1 else ''})"
-    )

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from . import functional as F
-from . import fused
 from .autograd import Tensor, concat, grad_enabled, gradients, no_grad, record, stack
 from .backend import Array, Backend, get_backend, mix_key
+from .effective import EffectiveWeight, Parts, effective_linear
 
 _thread = threading.local()
 _recomputed = itertools.count(1)
@@ -164,7 +164,7 @@ class LinearBase(Module):
         """W (O, I) as an array, decoded where it is stored in another way."""
         raise NotImplementedError
 
-    def effective(self, out: Array, tokens: int | None) -> fused.Parts | None:
+    def effective(self, out: Array, tokens: int | None) -> Parts | None:
         """Write the weight that this layer has in a step over `tokens` positions into `out` (O, I).
 
         Returns the parameters that it was formed of, with their pulls, or None: the layer must run on its own.
@@ -194,7 +194,7 @@ class Linear(LinearBase):
     def dense_weight(self) -> Array:
         return self.weight.data
 
-    def effective(self, out: Array, tokens: int | None) -> fused.Parts | None:
+    def effective(self, out: Array, tokens: int | None) -> Parts | None:
         out[...] = self.weight.data
         return [((self.weight,), lambda X, dY: (dY.T @ X,))] if self.trainable else []
 
@@ -213,9 +213,9 @@ def frozen_linear(weight: Array, like: LinearBase) -> Linear:
     return dense
 
 
-def effective(
+def prepare_effective_weight(
     layers: Sequence[Any], tokens: int | None, stacked: bool = False
-) -> fused.Effective | None:
+) -> EffectiveWeight | None:
     """What layers that share an input are in a step over `tokens` positions; None if one must run on its own."""
     first, at = layers[0], 0
     weight = first.backend.xp.empty(
@@ -228,10 +228,10 @@ def effective(
             return None
         formed.append((layer.out_features, layer.bias, parts))
         at += layer.out_features
-    return fused.Effective(weight, formed, stacked)
+    return EffectiveWeight(weight, formed, stacked)
 
 
-class Fan(Module):
+class FusedProjection(Module):
     """A module in which the layers of the attributes `fan` share an input; `project(x)` is their outputs side by side.
 
     During a step that is one product. The plain model takes the same way as one with adapters, so both give equal bits.
@@ -241,13 +241,13 @@ class Fan(Module):
     stacked = (
         False  # or in a new first axis, for layers of equal size whose outputs are read one by one
     )
-    _effective: Mapping[Any, fused.Effective | None] = {}  # during a step, by what runs
+    _effective: Mapping[Any, EffectiveWeight | None] = {}  # during a step, by what runs
 
     def preparations(self, tokens: int | None) -> Iterator[Callable[[], None]]:
         layers = [getattr(self, name) for name in self.fan]
 
         def prepare() -> None:
-            made = effective(layers, tokens, self.stacked)
+            made = prepare_effective_weight(layers, tokens, self.stacked)
             self._effective = {**self._effective, tuple(layer.running for layer in layers): made}
             for layer in layers if made is None else ():
                 layer.prepare_step(tokens)
@@ -265,7 +265,7 @@ class Fan(Module):
         """(..., I) -> (..., sum of O_i), or stacked (n, ..., O)"""
         layers = [getattr(self, name) for name in self.fan]
         if (ready := self._effective.get(tuple(layer.running for layer in layers))) is not None:
-            return fused.effective_linear(x, ready)
+            return effective_linear(x, ready)
         outputs = [layer(x) for layer in layers]
         return stack(outputs) if self.stacked else concat(outputs, axis=-1)
 
@@ -343,7 +343,7 @@ class Dropout(Module):
         return F.dropout(x, self.p, mix_key(seed, self.stream, step), first)
 
 
-def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence[Tensor]) -> Tensor:
+def checkpoint(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence[Tensor]) -> Tensor:
     """function(x), of which nothing but x is kept: backward runs it again (Chen et al. 2016). The same bits, for less.
 
     params   the leaves inside that require a gradient
@@ -380,11 +380,11 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence
     return record(y, (x, *params), vjp)
 
 
-def through(blocks: Sequence[Any], x: Tensor, cache: Any, recompute: bool) -> Tensor:
+def run_blocks(blocks: Sequence[Any], x: Tensor, cache: Any, recompute: bool) -> Tensor:
     """One block of a decoder after another, `block(x, cache)`; with `recompute` each keeps nothing but its x."""
     for block in blocks:
         if recompute and cache is None:
-            x = recomputed(block, x, [p for p in block.parameters() if p.requires_grad])
+            x = checkpoint(block, x, [p for p in block.parameters() if p.requires_grad])
         else:
             x = block(x, cache)
     return x

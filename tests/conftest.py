@@ -20,6 +20,10 @@ settings.register_profile(
 settings.register_profile(
     "nightly", max_examples=2000, derandomize=False, deadline=None, print_blob=True
 )
+SUPPORT = Path(__file__).parent / "support"
+os.environ["PYTHONPATH"] = os.pathsep.join(  # processes that tests start find the helpers too
+    filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH")))
+)
 settings.load_profile(os.environ.get("MINILORA_HYPOTHESIS", "ci"))
 
 

@@ -18,14 +18,16 @@ import pytest
 from operations import TABLE, Operation
 from test_autograd import captured, graph, run, some_dy
 
-from minilora import CausalLM, LoraConfig, TransformerConfig, fused, get_peft_model
+from minilora import CausalLM, LoraConfig, TransformerConfig, effective, get_peft_model
 from minilora import autograd as ag
 from minilora import functional as F
-from minilora.anomaly import detect_anomaly, explain_non_finite
+from minilora.anomaly import detect_anomaly
 from minilora.autograd import Tensor, gradients, no_grad, observer
 from minilora.data import Batch
+from minilora.effective import EffectiveWeight, effective_linear
 from minilora.errors import GraphError, NonFiniteError
-from minilora.parallel import ShardedStep, language_modelling_loss
+from minilora.training.nonfinite import explain_non_finite
+from minilora.training.parallel import ShardedStep, language_modelling_loss
 
 RECORDING = [op for op in TABLE if op.id != "dropout-p=0.0"]  # that one returns its input
 EVERY = pytest.mark.parametrize("op", RECORDING, ids=lambda op: op.id)
@@ -45,7 +47,7 @@ def call(op: Operation, *inputs: Tensor) -> tuple[Tensor, str]:
     inside = own is None or os.path.basename(own) not in (
         "autograd.py",
         "functional.py",
-        "fused.py",
+        "effective.py",
         HERE,
     )
     return y, r"operations\.py:\d+" if inside else rf"test_anomaly\.py:{line}\b"
@@ -104,7 +106,7 @@ def sabotage(
     record = types.FunctionType(record.__code__, inside, closure=record.__closure__)  # type: ignore[assignment]
     monkeypatch.setattr(ag, "record", record)
     monkeypatch.setattr(F, "record", record)
-    monkeypatch.setattr(fused, "record", record)
+    monkeypatch.setattr(effective, "record", record)
 
 
 @EVERY
@@ -219,7 +221,7 @@ FORWARD: dict[str, Fault] = {  # the operation, what it is given, what is found 
         functools.partial(F.lora_linear, scaling=1.0), [ONE, np.ones((2, 2)), BIG, np.full((2, 2), 1e10)],
         "infinity: the output of lora_linear"),
     "merged weights that are broken": (
-        lambda x: fused.effective_linear(x, fused.Effective(np.full((4, 3), np.nan), [(4, None, [])])), [ONE],
+        lambda x: effective_linear(x, EffectiveWeight(np.full((4, 3), np.nan), [(4, None, [])])), [ONE],
         "NaN: the output of effective_linear"),
     "a softmax of infinities": (F.softmax, [INF], "NaN: the output of softmax"),
     "infinity - infinity": (ag.sub, [INF, INF], "NaN: the output of sub"),
@@ -229,7 +231,7 @@ FORWARD: dict[str, Fault] = {  # the operation, what it is given, what is found 
         lambda z: F.cross_entropy(z, np.array([0, 1])), [INF], "NaN: the output of cross_entropy"),
     "a norm of infinities": (F.layer_norm, [INF, np.ones(3), np.ones(3)], "NaN: the output of layer_norm"),
     "attention to an infinite key": (
-        lambda qkv: fused.attention(qkv, 1, 1, np.ones((2, 4)), np.zeros((2, 4))),
+        lambda qkv: F.attention(qkv, 1, 1, np.ones((2, 4)), np.zeros((2, 4))),
         [np.array([[[1, 1, np.inf, np.inf, 1, 1]] * 2])], "NaN: the output of attention"),
 }  # fmt: skip
 BACKWARD: dict[str, Fault] = {  # finite forward; dy is 0 or 1

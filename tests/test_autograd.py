@@ -23,9 +23,10 @@ from hypothesis.extra import numpy as hnp
 from operations import TABLE, Operation
 
 from minilora import autograd as ag
-from minilora import backend, fused
+from minilora import backend
 from minilora import functional as F
 from minilora.autograd import Node, Tensor, gradients, no_grad
+from minilora.effective import EffectiveWeight, effective_linear
 from minilora.errors import DeviceError, GraphError
 
 RNG = np.random.default_rng(8)
@@ -777,7 +778,7 @@ def test_frozen_factors_keep_no_activation() -> None:
     A, B = Tensor(RNG.standard_normal((2, 4))), Tensor(RNG.standard_normal((4, 2)))
     for y in (
         F.lora_linear(x, F.linear(x, Tensor(W)), A, B, 0.5),
-        fused.effective_linear(x, fused.Effective(W, [(4, None, [])])),
+        effective_linear(x, EffectiveWeight(W, [(4, None, [])])),
     ):
         assert {a.size for a in held_arrays(y).values()} <= {16, 8}
     for combine in (ag.mul, ag.matmul):  # an operand is kept for the other's gradient alone
@@ -888,7 +889,6 @@ LEAK = """
 import gc, resource, sys
 import numpy as np
 from minilora import functional as F
-from minilora import fused
 from minilora.autograd import Tensor
 rng = np.random.default_rng(0)
 w, b, v = (Tensor(rng.standard_normal(s).astype(np.float32), True) for s in ((64, 32), (64,), (10, 64)))

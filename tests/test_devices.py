@@ -20,15 +20,16 @@ from small import CONFIG
 from strict_xp import METER, STRICT, counted, no_sync
 
 from minilora import CausalLM, LoraConfig, PeftModel, generate, get_peft_model, gradients
-from minilora.architecture import MODEL_TYPES
 from minilora.autograd import Tensor
 from minilora.backend import NUMPY, Backend, get_backend
-from minilora.data import IGNORE, Batch
+from minilora.data import Batch
+from minilora.data.batches import IGNORE
 from minilora.errors import DataError, DeviceError, NonFiniteError
 from minilora.functional import cross_entropy
+from minilora.models.config import MODEL_TYPES
 from minilora.optim import SGD, AdamW, clip_by_global_norm
-from minilora.parallel import ShardedStep, language_modelling_loss
-from minilora.train import Run, Settings, evaluate, train
+from minilora.training.loop import Run, Settings, evaluate, train
+from minilora.training.parallel import ShardedStep, language_modelling_loss
 
 DEVICES = ["strict", pytest.param("cuda", marks=pytest.mark.gpu)]  # what is compared with NumPy
 WHOLE = 2**31  # sequences a shard: a GPU takes a batch whole, so NumPy must, to have the same bits

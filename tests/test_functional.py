@@ -14,9 +14,9 @@ from hypothesis.extra import numpy as hnp
 from operations import NEURAL, Operation, angles, rotary_tables
 
 from minilora import functional as F
-from minilora import fused
 from minilora.autograd import Tensor, gradients, no_grad
 from minilora.backend import NUMPY, mix_key
+from minilora.effective import costs
 from minilora.errors import DataError
 
 U32 = 2.0**-24  # half the distance from 1 to the next float32
@@ -82,7 +82,7 @@ def test_merging_pays_from_this_number_of_tokens_on(
     # W + dW once: (2 r + 12) in out; the low-rank path, 8 r (in + out) a token. In three of these, least - 1 is a tie.
     pays = [
         merged < apart
-        for merged, apart in (fused.costs(least + i, inputs, outputs, r) for i in (-1, 0, 1))
+        for merged, apart in (costs(least + i, inputs, outputs, r) for i in (-1, 0, 1))
     ]
     assert pays == [False, True, True]
 
@@ -286,7 +286,7 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
             np.concatenate([z[:, :past], new], axis=1) for z, new in zip((k, v), late, strict=True)
         )
 
-    return fused.attention(Tensor(packed), H, K, *tables, extend if past else None).data.reshape(
+    return F.attention(Tensor(packed), H, K, *tables, extend if past else None).data.reshape(
         B, T, H, D
     )
 
@@ -337,7 +337,7 @@ def test_attention_refuses_heads_that_do_not_fit(H: int, K: int, width: int) -> 
     with pytest.raises(
         ValueError, match=rf"attention: {H} heads and {K} of keys do not fit .* {width} channels"
     ):
-        fused.attention(Tensor(np.ones((1, 2, width))), H, K, np.ones((2, 1)), np.ones((2, 1)))
+        F.attention(Tensor(np.ones((1, 2, width))), H, K, np.ones((2, 1)), np.ones((2, 1)))
 
 
 # ---- rope -----------------------------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def test_attention_refuses_heads_that_do_not_fit(H: int, K: int, width: int) -> 
 
 def rotated(x: np.ndarray, start: int) -> np.ndarray:
     a = angles(start + x.shape[1], x.shape[3])[start:]
-    return fused.turn(np, x, *rotary_tables(a, x.shape[2], 0, 1.0))
+    return F.apply_rotary(np, x, *rotary_tables(a, x.shape[2], 0, 1.0))
 
 
 @given(st.integers(0, 50), st.integers(1, 6), st.sampled_from([2, 4, 8]))
@@ -499,8 +499,8 @@ def test_scores_are_kept_for_backward_while_they_are_few(monkeypatch: pytest.Mon
         rotary_tables(np.zeros((3, 2)), 4, 2, 0.5),
     )
     for most, are_kept in ((2 * 4 * 3 * 3, True), (2 * 4 * 3 * 3 - 1, False)):
-        monkeypatch.setattr(fused, "KEPT_SCORES", most)
-        held = inspect.getclosurevars(fused.attention(qkv, 4, 2, *tables).node.vjp).nonlocals
+        monkeypatch.setattr(F, "KEPT_SCORES", most)
+        held = inspect.getclosurevars(F.attention(qkv, 4, 2, *tables).node.vjp).nonlocals
         kept = inspect.getclosurevars(held["back"]).nonlocals["kept"]
         assert [scores is not None for *_, scores in kept] == [are_kept]
 
@@ -508,7 +508,7 @@ def test_scores_are_kept_for_backward_while_they_are_few(monkeypatch: pytest.Mon
 def test_an_id_that_is_outside_is_named() -> None:
     for ids, named in (([0, 9], 9), ([-1, 9], -1), ([-2, 0], -2), ([5, 1], 5)):
         with pytest.raises(DataError, match=rf"id {named} is outside \[0, 5\)"):
-            F.within(np.array(ids), 5, "id")
+            F.check_ids(np.array(ids), 5, "id")
 
 
 def test_masks_begin_with_the_first_sequence() -> None:

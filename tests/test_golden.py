@@ -13,7 +13,7 @@ from minilora.autograd import gradients
 from minilora.errors import ConfigError
 from minilora.formats import load_file
 from minilora.lora import PeftModel
-from minilora.transformer import CausalLM
+from minilora.models.transformer import CausalLM
 
 GOLDEN = Path(__file__).parent / "golden"
 BASES = sorted(p.name for p in GOLDEN.iterdir() if (p / "config.json").exists())

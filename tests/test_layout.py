@@ -1,156 +1,206 @@
-"""The structure: imports point one way, cupy and matplotlib have a room each, private names stay private."""
+"""The structure: imports point left in ORDER, each optional package has one importer, private names stay private.
+
+`python tests/test_layout.py` prints the table of imports between folders.
+"""
+
+from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "minilora"
+PAGES = [PACKAGE.parent / "CONTRIBUTING.md"]
 
-# A room may import any room that stands above it here, and those on its own line only where a line says so below.
-ORDER = [
-    ["errors"],
-    ["architecture", "backend", "formats.disk"],
-    ["formats.safetensors"],
-    ["formats.checkpoint", "formats.adapter"],
-    ["formats"],
-    ["autograd", "lora.patterns"],
-    ["functional", "lora.targets"],
-    ["fused"],
-    ["gradcheck", "nn", "tokenizer", "texts", "data", "cache", "weights"],
-    ["chat.rendering", "optim", "quant", "gpt2", "lora.config"],
-    ["chat"],
-    ["records"],
-    ["bitsandbytes", "halves"],
-    ["pretrained"],
-    ["transformer"],
-    ["lora.lora", "decoding"],
-    ["lora.adalora", "lora.dora", "lora.hydra", "lora.merging", "generate"],
-    ["lora.layer"],
-    ["lora.embedding"],
-    ["lora.tokens"],
-    ["lora.plan"],
-    ["lora.keys", "lora.injection", "lora.combining"],
-    ["lora.model"],
-    ["lora.multitask"],
-    ["lora"],
-    ["tools"],
-    ["tools.adapters", "tools.leading"],
-    ["inspection", "recipes", "verify.case"],
-    ["verify.measuring"],
-    [
-        "verify.of_lora",
-        "verify.of_layers",
-        "verify.of_dora",
-        "verify.of_adalora",
-        "verify.of_codes",
-    ],
-    ["verify.of_tasks", "verify.of_sums", "verify.of_ends"],
-    ["verify.properties"],
-    ["verify.run"],
-    ["verify"],
-    ["parallel", "runs"],
-    ["tools.folders"],
-    ["tools.merging", "tools.comparing", "tools.factoring", "tools.converting"],
-    ["tools.combining"],
-    ["anomaly"],
-    ["train"],
-    ["plots"],
-    ["demo"],
-    ["cli.shown"],
-    ["cli.files"],
-    ["cli.options"],
-    ["cli.commands"],
-    ["cli"],
-    ["", "__main__"],
-]
-RANK = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-# Besides the order: lora knows no transformer, files know no model, and the command line starts without drawing.
-FORBIDDEN = {
-    ("lora.model", "transformer"),
-    ("lora.layer", "transformer"),
-    ("lora.lora", "transformer"),
-    ("lora.embedding", "transformer"),
-    ("lora.adalora", "transformer"),
-    ("lora.dora", "transformer"),
-    ("lora.hydra", "transformer"),
-    ("lora.multitask", "transformer"),
-    ("cli", "plots"),
-    ("cli.options", "plots"),
+# Twelve levels. A folder or top-level file may import what stands left of it; what stands on one
+# level with `|` between knows nothing of its neighbours. README and CONTRIBUTING quote this line.
+ORDER = (
+    "errors, threads, display < formats, backend, cuda < autograd < functional < data, effective, gradcheck "
+    "< nn < optim, anomaly, quant < models | lora < training < tools | verify < lab < cli"
+)
+EXCEPTIONS = {("verify", "tools")}  # the one import between neighbours
+EXEMPT = {"__init__", "__main__"}  # they collect public names, and import the whole package
+IMPORTERS = {  # the only files that may import an optional package
+    "cupy": ("backend.py", "cuda/"),
+    "cupyx": ("backend.py", "cuda/"),
+    "matplotlib": ("lab/plots.py",),
+    "jinja2": ("data/rendering.py", "lab/report.py"),
+    "tokenizers": ("data/tokenizer.py",),
+    "plotly": ("lab/report.py",),
+    "mpi4py": ("training/ranks.py",),
+    "huggingface_hub": ("models/pretrained.py",),
 }
-ROOMS = sorted(PACKAGE.rglob("*.py"))
+NEVER = {"torch", "transformers", "peft", "safetensors", "scipy", "pickle", "importlib", "re"}
+MOST_LINES = 700
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room_of(path: Path) -> str:
+def levels() -> list[list[list[str]]]:
+    """ORDER as levels of groups: groups are separated by `|`, the names in a group by commas."""
+    return [
+        [[name.strip() for name in group.split(",")] for group in level.split("|")]
+        for level in ORDER.split("<")
+    ]
+
+
+def rank_of(name: str) -> tuple[int, int, int]:
+    """(level, group, place in the group) of a folder or top-level file."""
+    for i, level in enumerate(levels()):
+        for j, group in enumerate(level):
+            if name in group:
+                return i, j, group.index(name)
+    raise AssertionError(f"give {name!r} its place in ORDER")
+
+
+def may_import(importer: str, imported: str) -> bool:
+    if importer == imported or (importer, imported) in EXCEPTIONS:
+        return True
+    here, there = rank_of(importer), rank_of(imported)
+    if here[0] != there[0]:
+        return there[0] < here[0]
+    return here[1] == there[1] and there[2] < here[2]
+
+
+def module_of(path: Path) -> tuple[str, ...]:
+    """("lora", "config") of minilora/lora/config.py, and ("lora",) of minilora/lora/__init__.py."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts
 
 
 def imports(path: Path) -> list[tuple[str, str]]:
     """(module, name) of every import in a file, also those inside functions."""
-    found = []
     package = ["minilora", *path.relative_to(PACKAGE).parts[:-1]]
+    result = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [(alias.name, "") for alias in node.names]
+            result += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            found += [(module, alias.name) for alias in node.names]
-    return found
+            result += [(module, alias.name) for alias in node.names]
+    return result
 
 
-def rooms_imported(path: Path) -> set[str]:
-    found = set()
+MODULES = {module_of(path) for path in FILES}
+
+
+def imported_modules(path: Path) -> set[tuple[str, ...]]:
+    """The modules of the package that a file imports; the version, which any file may take, left out."""
+    result = set()
     for module, name in imports(path):
-        if module.split(".")[0] == "minilora":
-            inner = module.removeprefix("minilora").removeprefix(".")
-            deeper = f"{inner}.{name}" if inner else name
-            found.add(deeper if deeper in RANK else inner)
-    return found
+        parts = tuple(module.split("."))
+        if parts[0] != "minilora" or (parts == ("minilora",) and name == "__version__"):
+            continue
+        inner = (*parts[1:], name)
+        result.add(inner if inner in MODULES else parts[1:])
+    return result
 
 
-@pytest.mark.parametrize("path", ROOMS, ids=room_of)
-def test_imports_point_one_way(path):
-    room = room_of(path)
-    assert room in RANK, f"give {room} its place in ORDER"
-    for other in rooms_imported(path):
-        if other == "" and room in ("cli.options", "__main__"):
-            continue  # the version
-        assert RANK[other] < RANK[room], f"{room} imports {other}"
-        assert (room, other) not in FORBIDDEN, f"{room} imports {other}"
+def table() -> Counter[tuple[str, str]]:
+    """How many files of one folder import another folder: {(importer, imported): files}."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for path in FILES:
+        if module_of(path)[0] not in EXEMPT:
+            folders = {module[0] for module in imported_modules(path) if module}
+            counts.update((module_of(path)[0], folder) for folder in folders)
+    return counts
 
 
-@pytest.mark.parametrize("path", ROOMS, ids=room_of)
-def test_optional_packages_have_one_room_each(path):
+@pytest.mark.parametrize("path", FILES, ids=lambda path: ".".join(module_of(path)))
+def test_imports_point_left(path):
+    here = module_of(path)[0]
+    if here in EXEMPT:
+        return
+    for module in imported_modules(path):
+        assert module, f"{here} imports the package itself"
+        assert may_import(here, module[0]), (
+            f"{'.'.join(module_of(path))} imports {'.'.join(module)}"
+        )
+
+
+def test_imports_form_no_circle_inside_a_folder():
+    graph = {module_of(path): imported_modules(path) for path in FILES}
+    done: set[tuple[str, ...]] = set()
+
+    def visit(module: tuple[str, ...], trail: tuple[tuple[str, ...], ...]) -> None:
+        if module in done:
+            return
+        assert module not in trail, " -> ".join(".".join(m) for m in (*trail, module))
+        for other in graph[module]:
+            if other in graph and other[0] == module[0] and other != module:
+                visit(other, (*trail, module))
+        done.add(module)
+
+    for module in graph:
+        if module[0] not in EXEMPT:
+            visit(module, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: ".".join(module_of(path)))
+def test_imports_of_optional_packages_have_one_file_each(path):
     packages = {module.split(".")[0] for module, _ in imports(path)}
-    assert "cupy" not in packages or room_of(path) == "backend"
-    assert "matplotlib" not in packages or room_of(path) == "plots"
-    assert "jinja2" not in packages or room_of(path) == "chat.rendering"
-    assert not packages & {
-        "torch",
-        "transformers",
-        "peft",
-        "safetensors",
-        "scipy",
-        "pickle",
-        "importlib",
-        "re",
-    }
+    for package, importers in IMPORTERS.items():
+        if package in packages:
+            assert path.relative_to(PACKAGE).as_posix().startswith(importers)
+    assert not packages & NEVER
 
 
-@pytest.mark.parametrize("path", ROOMS, ids=room_of)
-def test_no_room_takes_a_private_name_of_another(path):
-    taken = [
-        (m, n)
-        for m, n in imports(path)
-        if m.startswith("minilora") and n.startswith("_") and n != "__version__"
-    ]
-    assert not taken
+@pytest.mark.parametrize("path", FILES, ids=lambda path: ".".join(module_of(path)))
+def test_imports_take_no_private_name_of_another_file(path):
+    taken = [(m, n) for m, n in imports(path) if m.startswith("minilora") and n.startswith("_")]
+    assert not [(m, n) for m, n in taken if n != "__version__"]
 
 
-@pytest.mark.parametrize("path", ROOMS, ids=room_of)
-def test_a_room_says_what_it_is_and_stays_readable(path):
+def test_public_names_are_not_modules_too():
+    for init in PACKAGE.rglob("__init__.py"):
+        modules = {p.stem for p in init.parent.iterdir() if p.suffix == ".py" or p.is_dir()}
+        for node in ast.parse(init.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                assert not modules & set(ast.literal_eval(node.value))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: ".".join(module_of(path)))
+def test_files_say_what_they_are_and_stay_readable(path):
     text = path.read_text(encoding="utf-8")
     assert ast.get_docstring(ast.parse(text))
-    assert len(text.splitlines()) <= 600
+    assert len(text.splitlines()) <= MOST_LINES
+
+
+def test_rules_are_quoted_word_for_word():
+    for page in PAGES:
+        assert ORDER in " ".join(page.read_text(encoding="utf-8").split())
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported", "allowed"),
+    [
+        ("lora", "nn", True),
+        ("nn", "lora", False),
+        ("lora", "models", False),
+        ("models", "lora", False),
+        ("verify", "tools", True),
+        ("tools", "verify", False),
+        ("threads", "errors", True),
+        ("errors", "threads", False),
+    ],
+)
+def test_may_import_tells_left_from_right(importer, imported, allowed):
+    assert may_import(importer, imported) is allowed
+
+
+def main() -> None:
+    counts = table()
+    print("importer    imported (files)")
+    for level in levels():
+        for name in (name for group in level for name in group):
+            row = [f"{other} {n}" for (here, other), n in counts.items() if here == name != other]
+            print(f"{name:<11} {', '.join(sorted(row)) or '-'}")
+    pairs = {pair for pair in counts if pair[0] != pair[1]}
+    backwards = [pair for pair in pairs if not may_import(*pair)]
+    print(f"{len(pairs)} imports between folders, {len(backwards)} backwards")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ from minilora.errors import GraphError
 from minilora.nn import (
     Dropout,
     Embedding,
-    Fan,
+    FusedProjection,
     LayerNorm,
     Linear,
     Module,
@@ -136,7 +136,7 @@ def test_layers_are_their_functions(shape: tuple[int, int, int, int], dtype: str
         assert np.array_equal(got.data, expected.data)
 
 
-class Layers(Fan):
+class Layers(FusedProjection):
     def __init__(self, layers: list[Linear], stacked: bool):
         self.fan, self.stacked = tuple(f"layer{i}" for i in range(len(layers))), stacked
         for name, layer in zip(self.fan, layers, strict=True):

@@ -13,17 +13,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACKAGE = ROOT / "minilora"
-READING_PATH = [
-    "backend",
-    "autograd",
-    "functional",
-    "nn",
-    "transformer",
-    "lora/config",
-    "lora/layer",
-    "lora/lora",
-    "lora/model",
-]
 
 
 def blocks(language: str) -> list[str]:
@@ -47,11 +36,11 @@ def test_the_two_commands_are_the_first_install_lines():
     assert lines[1].endswith("&& python -m pytest")
 
 
-def test_the_tree_names_every_room_and_no_other():
-    tree = next(block for block in blocks("") if block.startswith("minilora/"))
-    inside = tree.split("\ntests/")[0]
+def test_tree_in_contributing_names_every_file_and_no_other():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = page.split("```\nminilora/")[1].split("\ntests/")[0]
     named, folder = set(), ""
-    for line in inside.splitlines()[1:]:
+    for line in tree.splitlines()[1:]:
         depth, name = len(line) - len(line.lstrip()), line.split()[0]
         if name.endswith("/"):
             folder = name
@@ -60,22 +49,13 @@ def test_the_tree_names_every_room_and_no_other():
     files = (
         p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".cu") and not p.name.startswith("__")
     )
-    rooms = {p.relative_to(PACKAGE).as_posix() for p in files}
-    assert named == rooms
-
-
-def test_the_reading_path_is_an_afternoon():
-    lengths = {
-        name: len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines())
-        for name in READING_PATH
-    }
-    assert sum(lengths.values()) <= 2500, lengths
+    assert named == {p.relative_to(PACKAGE).as_posix() for p in files}
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_an_example_is_short_and_says_what_you_should_see(example):
     text = example.read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 80
+    assert len(text.splitlines()) < 110
     assert "You should see" in text.split('"""')[1]
 
 

@@ -16,11 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from ..architecture import TransformerConfig
 from ..backend import get_backend, gpus
-from ..data import Ids, Packed
+from ..data.batches import Ids, PackedRecords
+from ..data.records import bytes_per_token, is_records, pack, read_records, split_records
+from ..data.texts import prose, read_text, split_text
+from ..data.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
+from ..display import print_table, printable
 from ..errors import ConfigError, DataError, MiniloraError, NonFiniteError
-from ..halves import pieces
+from ..formats.folders import locked, numbered_folder, open_folder
 from ..lora import (
     AdaLoraConfig,
     LoraConfig,
@@ -30,16 +33,14 @@ from ..lora import (
     get_peft_model,
 )
 from ..lora.multitask import FILE as MULTITASK
-from ..quant import quantize
-from ..recipes import adapter_config, held_bytes, told
-from ..records import bytes_per_token, is_records, pack, read_records, split_records
-from ..runs import find_checkpoint, locked, numbered_folder, open_folder
-from ..texts import prose, read_text, split_text
-from ..tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
-from ..transformer import CausalLM
+from ..models.config import TransformerConfig
+from ..models.transformer import CausalLM
+from ..quant.half import iterate_pieces
+from ..quant.linear import quantize
+from ..training.methods import adapter_config, format_weight_memory, measure_weight_memory
+from ..training.runs import find_checkpoint
 from . import files
 from .options import ADALORA_OPTIONS, LORA_OPTIONS, SHAPE
-from .shown import print_table, printable
 
 MAX_PARAMETERS = 2**32  # 64 GiB to train; a shape beyond that is a mistake of typing
 
@@ -47,8 +48,8 @@ MAX_PARAMETERS = 2**32  # 64 GiB to train; a shape beyond that is a mistake of t
 
 
 def demo(args: argparse.Namespace) -> None:
-    from ..demo import Plan
-    from ..demo import demo as run
+    from ..lab.demo import Plan
+    from ..lab.demo import demo as run
 
     plan = Plan()
     plan = plan.quick() if args.quick else plan
@@ -76,7 +77,7 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    from ..train import Settings, bits_per_byte, train
+    from ..training.loop import Settings, bits_per_byte, train
 
     settings = _settings(args, Settings)
     tokenizer = ByteTokenizer()
@@ -105,7 +106,7 @@ def pretrain(args: argparse.Namespace) -> None:
 
 
 def finetune(args: argparse.Namespace) -> None:
-    from ..train import Settings, Text, bits_per_byte, train
+    from ..training.loop import Settings, Text, bits_per_byte, train
 
     settings = _settings(args, Settings)
     config = adapter_config(args.method, args.quantize, _given(args), settings.steps)
@@ -124,7 +125,7 @@ def finetune(args: argparse.Namespace) -> None:
         ratio = statistics.fmean(found[2] for found in read.values())
     else:
         tokens, held_out, ratio = _texts(args.data, args.eval_data, tokenizer, settings.context)
-    held = held_bytes(model)
+    held = measure_weight_memory(model)
     if config is None and held["layers"]:
         raise ConfigError(
             f"--base {args.base!r} is held as {held['kind']}: --method full cannot train it"
@@ -146,7 +147,7 @@ def finetune(args: argparse.Namespace) -> None:
     }
     with _run_folder(args, "finetune") as out:
         if held["layers"]:
-            print(told(held))
+            print(format_weight_memory(held))
         if config is None:
             print(f"all {sum(p.size for p in model.parameters()):,} parameters of the base train")
         else:
@@ -206,7 +207,7 @@ def _tasks(args: argparse.Namespace, config: LoraConfig | None) -> dict[str, str
 
 
 def generate(args: argparse.Namespace) -> None:
-    from ..generate import stream
+    from ..models.generation import stream
 
     model, tokenizer = _base(args)
     prompt = tokenizer.encode(args.prompt)
@@ -225,8 +226,8 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from ..train import bits_per_byte
-    from ..train import evaluate as measure
+    from ..training.loop import bits_per_byte
+    from ..training.loop import evaluate as measure
 
     model, tokenizer = _base(args)
     context = args.context or min(256, model.config.max_position_embeddings)
@@ -243,7 +244,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def devices(args: argparse.Namespace) -> None:
     import threadpoolctl
 
-    from ..parallel import available_cores
+    from ..threads import available_cores
 
     pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
     blas = [f"{p['internal_api']} {p['version']} with {p['num_threads']} threads" for p in pools]
@@ -332,7 +333,7 @@ def _base(args: argparse.Namespace) -> tuple[Any, ByteTokenizer | HubTokenizer]:
         model.named_parameters()
     ):  # known before anything is made of them: no text, no run, no merged file
         if not args.allow_nonfinite and not all(
-            bool(p.backend.xp.isfinite(piece).all()) for piece in pieces(p)
+            bool(p.backend.xp.isfinite(piece).all()) for piece in iterate_pieces(p)
         ):
             raise NonFiniteError(
                 f"the weights in {args.base!r}, or of its adapter, are broken: {name} is not finite"
@@ -391,7 +392,7 @@ def _run_folder(args: argparse.Namespace, stem: str) -> Iterator[Path]:
 
 def _text(
     data: str, tokenizer: ByteTokenizer | HubTokenizer, context: int
-) -> tuple[Ids | Packed, float]:
+) -> tuple[Ids | PackedRecords, float]:
     """(ids, bytes a token) of a text, or of records, to measure on."""
     if is_records(data):
         records = read_records(data, tokenizer, context)
@@ -407,9 +408,9 @@ def _texts(
     tokenizer: ByteTokenizer | HubTokenizer,
     context: int,
     option: str = "--data",
-) -> tuple[Ids | Packed, Ids | Packed, float]:
+) -> tuple[Ids | PackedRecords, Ids | PackedRecords, float]:
     """(training ids, held-out ids, bytes a token). Without --eval-data the last tenth of --data is held out."""
-    tokens: Ids | Packed
+    tokens: Ids | PackedRecords
     if is_records(data):
         records = read_records(data, tokenizer, context)
         if not eval_data:
@@ -450,8 +451,8 @@ def _within_positions(context: int, limit: int) -> None:
 
 
 def _draw_ranks(out: Path) -> None:
-    from .. import plots  # matplotlib is optional, and slow to import
-    from ..train import rank_history
+    from ..lab import plots  # matplotlib is optional, and slow to import
+    from ..training.loop import rank_history
 
     if plots.available():
         plots.rank_allocation(out / "rank_allocation.png", *rank_history(out))

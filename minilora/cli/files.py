@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..display import print_table, printable
 from ..errors import ConfigError, FormatError
 from ..formats.disk import read_json
-from ..lora.combining import WAYS
+from ..lora.combining import COMBINATION_TYPES
 from ..lora.multitask import FILE as MULTITASK
-from .shown import print_table, printable
 
 PICTURES = (".png", ".svg", ".pdf")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -76,7 +76,7 @@ def define(command: Command, whole: Callable[[int], Callable[[str], int]]) -> No
         "--weights", type=_numbers, metavar="X,X", help="times what each adapter is added (1)"
     )
     text = "cat (ranks add up: exact), svd (the nearest of rank r) or linear (PEFT's, with cross terms)"
-    sub.add_argument("--how", choices=WAYS, default="cat", metavar="WAY", help=text)
+    sub.add_argument("--how", choices=COMBINATION_TYPES, default="cat", metavar="WAY", help=text)
     sub.add_argument(
         "--r",
         type=whole(1),
@@ -151,12 +151,12 @@ def _numbers(text: str) -> list[float]:
 
 
 def merge(args: argparse.Namespace) -> None:
-    from ..tools.folders import outside
+    from ..formats.folders import require_outside
     from ..tools.merging import merge as run
 
-    outside(args.out, base=args.base)
+    require_outside(args.out, base=args.base)
     for folder in args.adapters:
-        outside(args.out, adapter=folder)
+        require_outside(args.out, adapter=folder)
     if args.task is not None or any(
         (Path(folder) / MULTITASK).exists() for folder in args.adapters
     ):
@@ -221,7 +221,7 @@ def combine(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    from ..inspection import inspect_adapter, inspect_checkpoint
+    from ..tools.inspecting import inspect_adapter, inspect_checkpoint
 
     folder = Path(args.directory)
     if (folder / MULTITASK).exists():
@@ -241,7 +241,7 @@ def inspect(args: argparse.Namespace) -> None:
     report = inspect_adapter(folder, args.base) if adapter else inspect_checkpoint(folder)
     spectra = report.pop("spectra", {})
     if args.plot:
-        from .. import plots  # matplotlib is optional, and slow to import
+        from ..lab import plots  # matplotlib is optional, and slow to import
 
         plots.spectra(Path(args.plot), spectra)
     if args.json:

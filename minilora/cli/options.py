@@ -16,7 +16,7 @@ from .. import __version__
 from ..errors import ConfigError, FormatError
 from ..formats.disk import parse_json
 from ..lora import AdaLoraConfig, LoraConfig
-from ..recipes import ADALORA_FIELDS, CODES, METHODS, QUANTIZE
+from ..training.methods import ADALORA_FIELDS, CODES, METHODS, QUANTIZE
 from . import files
 
 SHAPE = (

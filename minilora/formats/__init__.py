@@ -9,16 +9,8 @@ adapter      PEFT's folder: adapter_config.json and adapter_model.safetensors
 from .adapter import PEFT_CONFIG_DEFAULTS, read_adapter, write_adapter
 from .checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from .disk import atomic_file, read_json, write_json
-from .safetensors import (
-    Entry,
-    SafetensorsFile,
-    array_entry,
-    bf16_from,
-    bf16_to_float32,
-    load_file,
-    save_file,
-    write_stream,
-)
+from .dtypes import bf16_from, bf16_to_float32
+from .safetensors import Entry, SafetensorsFile, array_entry, load_file, save_file, write_stream
 
 __all__ = [
     "PEFT_CONFIG_DEFAULTS",

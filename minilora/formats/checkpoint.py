@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 from numpy.typing import DTypeLike
 
 from ..errors import FormatError
@@ -160,3 +161,22 @@ def write_checkpoint(
             save_file(path, tensors)
         else:
             write_stream(path, tensors)
+
+
+# Layers whose weight W (O, I) the files of a type of model hold as (in, out), by the last part of their paths.
+FAN_IN_FAN_OUT = {"gpt2": ("c_attn", "c_proj", "c_fc")}
+
+
+# What old files hold besides weights, by the ends of its keys: tables of the rotation, masks of attention.
+BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+
+
+def is_stored_transposed(model_type: str, key: str) -> bool:
+    """Do the files of this type of model hold a weight's transpose under `key`?"""
+    path, _, tensor = key.rpartition(".")
+    return tensor == "weight" and path.rpartition(".")[2] in FAN_IN_FAN_OUT.get(model_type, ())
+
+
+def to_file_layout(model_type: str, key: str, array: np.ndarray) -> np.ndarray:
+    """From a parameter to what the files hold under `key`, or back: its transpose, or as good as always itself."""
+    return np.ascontiguousarray(array.T) if is_stored_transposed(model_type, key) else array

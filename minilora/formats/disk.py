@@ -91,7 +91,7 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
         _being_written.discard(temporary)
 
 
-def in_turn(calls: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
+def run_ahead(calls: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
     """The results of calls, each made by another thread while the one before it is in use.
 
     Whoever may stop before the end closes it (`contextlib.closing`): that waits for the call that is being made.
@@ -107,7 +107,7 @@ def in_turn(calls: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
             yield result
 
 
-def send_off(file: BinaryIO) -> None:
+def start_writeback(file: BinaryIO) -> None:
     """Have the disk begin with what was written so far, so that the wait at the end is short. Elsewhere than on Linux
     the system begins when it likes."""
     if sys.platform == "linux":

@@ -25,7 +25,16 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..errors import FormatError
-from .disk import PathLike, atomic_file, in_turn, open_regular, parse_json, quoted, send_off
+from .disk import (
+    PathLike,
+    atomic_file,
+    open_regular,
+    parse_json,
+    quoted,
+    run_ahead,
+    start_writeback,
+)
+from .dtypes import bf16_to_float32
 
 Array = NDArray[Any]
 
@@ -51,44 +60,6 @@ MAX_METADATA = 10_000  # texts; the metadata that trainers write hold some hundr
 
 
 # ---- bfloat16: the upper half of a float32 ----
-
-
-def bf16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """bits uint16 -> float32 of the same shape, exact for all 65,536 patterns."""
-    wide = np.asarray(bits).astype(np.uint32)
-    wide <<= np.uint32(16)
-    return wide.view(np.float32)
-
-
-def bf16_from(array: Array) -> NDArray[np.uint16]:
-    """float64, float32 or float16 -> bfloat16 bits (uint16, same shape), rounded once, to nearest with ties to even.
-
-    Rounding float64 first to float32 goes wrong only where that lands on a tie: halfway between two bfloat16, from a
-    number that was not. There one step back, towards that number, leaves the second rounding nothing to decide.
-    """
-    array = np.asarray(array)
-    if array.dtype.kind != "f" or array.itemsize > 8:
-        raise FormatError(
-            f"bfloat16 is rounded from float64, float32 or float16, not from {array.dtype}"
-        )
-    with np.errstate(
-        all="ignore"
-    ):  # beyond float32's range is inf, and so it is beyond bfloat16's; NaN may signal
-        single = np.atleast_1d(array).astype(np.float32)
-    bits = single.view(np.uint32)
-    if array.itemsize == 8:
-        tie = (bits & np.uint32(0xFFFF)) == np.uint32(0x8000)
-        if tie.any():
-            wide, exact = np.abs(single[tie].astype(np.float64)), np.abs(np.atleast_1d(array)[tie])
-            bits[tie] += (exact > wide).astype(np.uint32) - (exact < wide).astype(np.uint32)
-    nan = np.isnan(single)
-    upper = bits >> np.uint32(16)
-    bits += np.uint32(0x7FFF)
-    bits += upper & np.uint32(1)
-    bits >>= np.uint32(16)
-    if nan.any():  # the quiet bit: a NaN whose payload is cut must not become inf
-        bits[nan] = upper[nan] | np.uint32(0x40)
-    return bits.astype(np.uint16).reshape(array.shape)
 
 
 # ---- reading ----
@@ -312,7 +283,7 @@ def write_stream(
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         with closing(
-            in_turn(entry.read for entry in entries)
+            run_ahead(entry.read for entry in entries)
         ) as arrays:  # no `read` goes on when this has failed
             for entry, array in zip(entries, arrays, strict=True):
                 expected = DTYPES[entry.dtype]
@@ -326,7 +297,7 @@ def write_stream(
                         array.view(np.uint8) != 0
                     )  # in memory a bool may be any byte, in a file it is 0 or 1
                 file.write(np.ascontiguousarray(array, expected).reshape(-1).view(np.uint8).data)
-                send_off(file)
+                start_writeback(file)
 
 
 def save_file(

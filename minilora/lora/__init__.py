@@ -26,7 +26,8 @@ targets   which names are meant, by PEFT's rules
 patterns  regular expressions that cannot hang
 """
 
-from .adalora import AdaLoraAdapter, AdaLoraConfig, RankAllocator, orthogonality
+from .adalora import AdaLoraAdapter, AdaLoraConfig
+from .allocator import RankAllocator, orthogonality
 from .config import LoraConfig
 from .dora import DoraAdapter
 from .embedding import DoraEmbeddingAdapter, EmbeddingAdapter, LoraEmbedding

@@ -15,91 +15,29 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..errors import ConfigError, NonFiniteError
+from . import factors
 from .config import LoraConfig
+from .factors import Part, cat, error_row, pad_rank, product_norm, rounding_error, svd
 from .plan import NAMES, plan_adapter
 
 Array = np.ndarray
 Row = dict[str, Any]
-WAYS = ("cat", "svd", "linear")
+COMBINATION_TYPES = ("cat", "svd", "linear")
 MAX_RANK = 2**16
-
-
-class Part(NamedTuple):
-    """c B A, in float64.    A (r, I), B (O, r)"""
-
-    A: Array
-    B: Array
-    c: float
 
 
 # ---- factors --------------------------------------------------------------------------------------------------------
 
 
-def cat(parts: Sequence[Part]) -> tuple[Array, Array]:
-    """A (q, I), B (O, q) with B A = sum c_i B_i A_i; q is the sum of the ranks."""
-    return np.concatenate([p.A for p in parts]), np.concatenate([p.c * p.B for p in parts], axis=1)
-
-
-def svd(parts: Sequence[Part], r: int) -> tuple[Array, Array]:
-    """A (r, I), B (O, r): of all matrices of rank r the nearest to sum c_i B_i A_i."""
-    return resized(*cat(parts), 1.0, r)[:2]
-
-
-def linear(parts: Sequence[Part]) -> tuple[Array, Array]:
-    """A (r, I), B (O, r) as PEFT adds factors that all have the rank r. Of several parts it is not the sum."""
-    A = sum(math.copysign(math.sqrt(abs(p.c)), p.c) * p.A for p in parts)
-    return np.asarray(A), np.asarray(sum(math.sqrt(abs(p.c)) * p.B for p in parts))
-
-
-def low_rank(U: Array, values: Array, Vt: Array, r: int) -> tuple[Array, Array, Row]:
-    """U (O, k), values (k,), Vt (k, I) of a dW -> A (r, I), B (O, r) with s = 1, and what they miss of it.
-
-    Each gets the square roots of the values, so that neither is far larger. Beyond k they are filled up with zeros.
-    Values beyond the first r are only what is missed: one may stand for all of them.
-    """
-    k = min(r, len(values))
-    root = np.sqrt(values[:k])
-    A, B = padded(root[:, None] * Vt[:k], U[:, :k] * root, r)
-    return A, B, _row(float(np.linalg.norm(values)), float(np.linalg.norm(values[k:])))
-
-
-def resized(A: Array, B: Array, s: float, r: int) -> tuple[Array, Array, Row]:
-    """The nearest dW of rank r to s B A: A (r, I), B (O, r) with s = 1.    A (q, I), B (O, q)
-
-    s times their `size` must be finite: of an infinite core LAPACK's decomposition may never end.
-    B = Q R and A^T = P S give s B A = Q (s R S^T) P^T, so it is the q x q core whose decomposition is computed.
-    """
-    Q, R = np.linalg.qr(B)
-    P, S = np.linalg.qr(A.T)
-    U, values, Vt = np.linalg.svd(s * (R @ S.T), full_matrices=False)
-    return low_rank(Q @ U, values, Vt @ P.T, r)
-
-
-def padded(A: Array, B: Array, r: int) -> tuple[Array, Array]:
-    """A (q, I), B (O, q) with zeros up to rank r >= q, which change nothing."""
-    return np.pad(A, ((0, r - len(A)), (0, 0))), np.pad(B, ((0, 0), (0, r - len(A))))
-
-
-def size(A: Array, B: Array) -> float:
-    """|B A|, Frobenius: orthonormal factors of both change no length. Of what is not finite it is not, either, nor of
-    what float64's squares are too short for.    A (q, I), B (O, q)"""
-    with np.errstate(all="ignore"):
-        return float(np.linalg.norm(np.linalg.qr(B)[1] @ np.linalg.qr(A.T)[1].T))
-
-
-def _row(whole: float, missed: float) -> Row:
-    return {"|dW|": whole, "error": missed, "relative": missed / whole if whole else 0.0}
-
-
 # ---- one layer, and the rank of all ---------------------------------------------------------------------------------
 
 
-def weights_of(adapters: Any, weights: Any, name: str) -> list[float]:
+def check_weights(adapters: Any, weights: Any, name: str) -> list[float]:
     """The weight of each of `adapters`: 1 if none is given. ConfigError unless they are a list, and so many numbers."""
     if not isinstance(adapters, Sequence) or isinstance(adapters, str | bytes) or not adapters:
         raise ConfigError(f"adapters: expected a list of one or more, got {adapters!r:.200}")
@@ -118,13 +56,15 @@ def _is_finite(weight: Any) -> bool:
         return False
 
 
-def rank_of(ranks: Mapping[str, Sequence[int]], way: str, r: int | None = None) -> int:
+def choose_rank(ranks: Mapping[str, Sequence[int]], way: str, r: int | None = None) -> int:
     """The rank that every layer gets, by the ranks of the parts of each: with svd it is r, or else the largest of them.
 
     ConfigError for a way that there is not, a rank that is none, and parts that `linear` cannot add.
     """
-    if way not in WAYS:
-        raise ConfigError(f"adapters are combined by {', '.join(WAYS)}; there is no {way!r:.60}")
+    if way not in COMBINATION_TYPES:
+        raise ConfigError(
+            f"adapters are combined by {', '.join(COMBINATION_TYPES)}; there is no {way!r:.60}"
+        )
     if r is not None and (way != "svd" or type(r) is not int or not 1 <= r <= MAX_RANK):
         raise ConfigError(
             f"a rank is for svd, which takes one from 1 to {MAX_RANK}; {way} got {r!r:.60}"
@@ -138,7 +78,7 @@ def rank_of(ranks: Mapping[str, Sequence[int]], way: str, r: int | None = None) 
     return r or max(1, *(sum(own) if way == "cat" else max(own) for own in ranks.values()))
 
 
-def combined(
+def combine_layer(
     path: str, parts: Sequence[Part], way: str, r: int, dtype: Any = np.float32
 ) -> tuple[Array, Array, Row]:
     """A (r, I), B (O, r) of the layer `path` in `dtype`, with s = 1, and a row: how far they are from the sum.
@@ -150,29 +90,24 @@ def combined(
         total = cat(parts)
         if not all(np.isfinite(array).all() for array in total):
             raise NonFiniteError(f"{path}: the sum of its adapters is not finite")
-        whole = size(*total)
+        whole = product_norm(*total)
         if not math.isfinite(whole):
             raise NonFiniteError(f"{path}: the sum of its adapters is too large for float64")
-        if whole < _rounding(*total):  # the parts cancel
+        if whole < rounding_error(*total):  # the parts cancel
             whole = 0.0
         A, B = (
             svd(parts, r)
             if way == "svd"
-            else padded(*(total if way == "cat" else linear(parts)), r)
+            else pad_rank(*(total if way == "cat" else factors.linear(parts)), r)
         )
         A, B = A.astype(dtype), B.astype(dtype)
         if not (np.isfinite(A).all() and np.isfinite(B).all()):
             raise NonFiniteError(
                 f"{path}: the sum of its adapters is too large for {np.dtype(dtype)}"
             )
-    missed = size(np.concatenate([A, total[0]]), np.concatenate([B, -total[1]], axis=1))
+    missed = product_norm(np.concatenate([A, total[0]]), np.concatenate([B, -total[1]], axis=1))
     ranks = " + ".join(str(len(p.A)) for p in parts)
-    return A, B, {"layer": path, "r": f"{ranks} -> {r}", **_row(whole, missed)}
-
-
-def _rounding(A: Array, B: Array) -> float:
-    """What rounding may leave of a sum B A that is 0: a number is q products, each an ulp off."""
-    return float(len(A) * np.finfo(np.float64).eps * np.linalg.norm(A) * np.linalg.norm(B))
+    return A, B, {"layer": path, "r": f"{ranks} -> {r}", **error_row(whole, missed)}
 
 
 # ---- in a model -----------------------------------------------------------------------------------------------------
@@ -194,7 +129,7 @@ def add_weighted_adapter(
     ConfigError, before anything changes, for what is no sum of factors: DoRA, AdaLoRA, HydraLoRA, biases, copied
     modules, tokens, and an embedding that a tied head follows; and for ranks and names as `rank_of`. NonFiniteError.
     """
-    weights = weights_of(adapters, weights, "weights")
+    weights = check_weights(adapters, weights, "weights")
     names = list(adapters)
     self._known(names)
     for name in names:
@@ -208,7 +143,7 @@ def add_weighted_adapter(
         for path, wrapper in self._wrappers().items()
     }
     layers = {path: held for path, held in layers.items() if held}
-    r = rank_of(
+    r = choose_rank(
         {path: [a.r for _, a, _ in held] for path, held in layers.items()},
         combination_type,
         svd_rank,
@@ -232,7 +167,7 @@ def add_weighted_adapter(
     made = {}
     for path, held in layers.items():
         parts = [Part(_double(a.lora_A), _double(a.lora_B), w * a.scaling) for _, a, w in held]
-        made[path] = combined(path, parts, combination_type, r, held[0][1].lora_A.dtype)
+        made[path] = combine_layer(path, parts, combination_type, r, held[0][1].lora_A.dtype)
     self._inject(adapter_name, plan, seed=0)
     for path, wrapper in self._wrappers().items():
         if path in made:

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from .. import functional as F
-from .. import fused
 from ..autograd import Tensor, namespace, record
 from ..backend import Array
+from ..effective import OfOutput, Pull
 from ..errors import ConfigError
 from ..nn import LinearBase, Parameter
 from .config import LoraConfig
@@ -85,7 +85,7 @@ class DoraAdapter(LoraAdapter):
         With dropout y + (k - 1) W x' + k s B A x', x' being what is left of x: as in PEFT, the base's own part too.
         """
         k, kept = (
-            scales(self.lora_magnitude_vector, self.norms(base.dense_weight())),
+            row_scales(self.lora_magnitude_vector, self.norms(base.dense_weight())),
             self.dropout(x),
         )
         z = base(kept) if self.dropout.active else y
@@ -100,7 +100,7 @@ class DoraAdapter(LoraAdapter):
         k = _ratio(m.backend.xp, m.data, self.norms(W.astype(m.dtype))).astype(W.dtype)
         return k[:, None] * (W + super().delta_weight(W)) - W
 
-    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], fused.Pull | fused.OfOutput]:
+    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], Pull | OfOutput]:
         """W (O, I) becomes k V in place; returns the parameters, and how their gradients are found.
 
         V x is the output without its bias, over k: it need not be computed again for dm.
@@ -122,10 +122,10 @@ class DoraAdapter(LoraAdapter):
             dB = (dY.T @ (X @ a_t)) * ks  # (O, N) @ (N, r) -> (O, r)
             return dA, dB, xp.einsum("no,no->o", dY, Y) * per_m
 
-        return (self.lora_A, self.lora_B, self.lora_magnitude_vector), fused.OfOutput(pull)
+        return (self.lora_A, self.lora_B, self.lora_magnitude_vector), OfOutput(pull)
 
 
-def scales(m: Tensor, norms: Array) -> Tensor:
+def row_scales(m: Tensor, norms: Array) -> Tensor:
     """k = m / norms, whose gradient takes the norms for constants; 1 where one is 0.    m (O,), norms (O,) -> (O,)"""
     xp = namespace(m)
 
@@ -145,7 +145,7 @@ def _kept(xp: Any, k: Array) -> Array:
     return xp.where(k == 0, LEAST, k)
 
 
-def refuse_company(adapters: Mapping[str, LoraAdapter], names: Sequence[str]) -> None:
+def require_compatible(adapters: Mapping[str, LoraAdapter], names: Sequence[str]) -> None:
     """ConfigError if a DoRA adapter is to run, or to be merged, beside another one of the same layer.
 
     It scales what the layer gives, so that the result would depend on the order of the two.

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from .. import functional as F
-from .. import fused
 from ..autograd import Tensor
 from ..backend import Array
+from ..effective import Pull
 from ..errors import ConfigError
-from ..halves import HalfWeight
 from ..nn import Dropout, Embedding, LinearBase, Parameter, normal
+from ..quant.half import HalfWeight
 from .config import LoraConfig
-from .dora import DoraAdapter, scales
+from .dora import DoraAdapter, row_scales
 from .layer import Wrapper
 from .lora import LoraAdapter
 from .merging import Merging
@@ -119,7 +119,7 @@ class DoraEmbeddingAdapter(DoraAdapter, EmbeddingAdapter):
 
     def __call__(self, ids: Any, y: Tensor, base: LinearBase) -> Tensor:
         """k (y + s B A[:, t]), k = m / |W + dW| being a constant to A and B.    ids (...), y (..., C) -> (..., C)"""
-        k = scales(self.lora_magnitude_vector, self.norms(base.dense_weight()))
+        k = row_scales(self.lora_magnitude_vector, self.norms(base.dense_weight()))
         return k * EmbeddingAdapter.__call__(self, ids, y, base)
 
 
@@ -165,7 +165,7 @@ class HeadAdapter(LoraAdapter):
         self._source, self.r, self.scaling = source, source.r, source.scaling
         self.dropout = Dropout(dropout, stream)
 
-    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], fused.Pull]:
+    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], Pull]:
         """LoRA's, the gradients turned to be those of the embedding's own tensors."""
         _, pull = super().effective(W)
         own = (self._source.lora_embedding_B, self._source.lora_embedding_A)
@@ -177,22 +177,22 @@ class HeadAdapter(LoraAdapter):
 CHOICES = ("untie", "share")
 
 
-def unwrapped(module: Any) -> Any:
+def unwrap(module: Any) -> Any:
     """The module as it was before any adapter: neither a wrapper nor what was merged."""
     while isinstance(module, Wrapper):
         module = getattr(module, "_original", None) or module.inner
     return module
 
 
-def ends(model: Any) -> tuple[Any, Any]:
+def embedding_and_head(model: Any) -> tuple[Any, Any]:
     """What stands in the places of the embedding and of the head; None for a head that there is not."""
     return model.get_input_embeddings(), getattr(model, "get_output_embeddings", lambda: None)()
 
 
-def tied(model: Any) -> bool:
+def is_tied(model: Any) -> bool:
     """Have the embedding and the head one weight, but for adapters?"""
-    places = ends(model)
-    embedding, head = map(unwrapped, places)
+    places = embedding_and_head(model)
+    embedding, head = map(unwrap, places)
     led = any(
         isinstance(p, Merging) and p.leads(m)
         for p, m in zip(places, (head, embedding), strict=True)
@@ -207,13 +207,13 @@ def choose(model: Any, names: Sequence[str], choice: str | None) -> None:
     """
     if choice is not None and choice not in CHOICES:
         raise ConfigError(f"tied must be {' or '.join(map(repr, CHOICES))}, got {choice!r:.99}")
-    embedding, head = ends(model)
+    embedding, head = embedding_and_head(model)
     held = [
         [n for n in names if n in e.adapters] if isinstance(e, Merging) else []
         for e in (embedding, head)
     ]
     changed = [e for e, own in zip((embedding, head), held, strict=True) if own]
-    if not (changed and tied(model)) or (held[0] == held[1] and head.follows(embedding)):
+    if not (changed and is_tied(model)) or (held[0] == held[1] and head.follows(embedding)):
         return
     if choice is None and all(
         {*e.merged} >= {*own} for e, own in zip((embedding, head), held, strict=True) if own
@@ -237,5 +237,5 @@ def choose(model: Any, names: Sequence[str], choice: str | None) -> None:
             "tied='share' is for an adapter of the embedding or of the head, not of each: use 'untie'"
         )
     for end in changed:
-        other = unwrapped(head if end is embedding else embedding)
+        other = unwrap(head if end is embedding else embedding)
         end.lead(other if choice == "share" else None)

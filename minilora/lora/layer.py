@@ -12,12 +12,12 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .. import fused
 from ..autograd import Tensor
 from ..backend import Array
+from ..effective import EffectiveWeight, Parts, costs, effective_linear
 from ..errors import ConfigError
-from ..nn import LinearBase, Module, effective, frozen_linear
-from .dora import refuse_company
+from ..nn import LinearBase, Module, frozen_linear, prepare_effective_weight
+from .dora import require_compatible
 from .lora import LoraAdapter
 from .merging import Merging
 
@@ -76,12 +76,12 @@ class Wrapper(Module):
 
     def result(self, names: Sequence[str]) -> Any:
         """What is left in this place once these adapters are merged and gone. ConfigError if not all can be at once."""
-        refuse_company(self.held, names)
+        require_compatible(self.held, names)
         return self.inner
 
 
 @contextlib.contextmanager
-def chosen(layers: Iterable[Wrapper], names: Sequence[str] | None) -> Iterator[None]:
+def use_adapters(layers: Iterable[Wrapper], names: Sequence[str] | None) -> Iterator[None]:
     """Inside, these layers run `names` in place of the active adapters: in this thread, not in one that runs beside it.
 
     With None they run their inner modules alone, whatever is chosen further inside.
@@ -108,7 +108,7 @@ class LoraLinear(Merging, Wrapper):
         super().__init__()
         self.base_layer: LinearBase = base_layer
         self.adapters: dict[str, LoraAdapter] = {}
-        self._effective: Mapping[Any, fused.Effective | None] = {}  # during a step, by what runs
+        self._effective: Mapping[Any, EffectiveWeight | None] = {}  # during a step, by what runs
 
     @property
     def current(self) -> LinearBase:
@@ -120,7 +120,7 @@ class LoraLinear(Merging, Wrapper):
     def __call__(self, x: Tensor) -> Tensor:
         running = self.running
         if (ready := self._effective.get(running)) is not None:
-            return fused.effective_linear(x, ready)
+            return effective_linear(x, ready)
         y = self.base_layer(x)
         for adapter in running:
             y = adapter(x, y, self.base_layer)
@@ -138,11 +138,11 @@ class LoraLinear(Merging, Wrapper):
         return (merged < apart or not self.running) and not hindered
 
     def costs(self, tokens: int) -> tuple[int, int]:
-        """See `fused.costs`."""
+        """See `effective.costs`."""
         r, normed = sum(a.r for a in self.running), any(a.NORMED for a in self.running)
-        return fused.costs(tokens, self.in_features, self.out_features, r, normed)
+        return costs(tokens, self.in_features, self.out_features, r, normed)
 
-    def effective(self, out: Array, tokens: int | None) -> fused.Parts | None:
+    def effective(self, out: Array, tokens: int | None) -> Parts | None:
         parts = self.base_layer.effective(out, tokens) if self.merges(tokens) else None
         if parts is not None:
             added = [adapter.effective(out) for adapter in self.running]
@@ -155,7 +155,7 @@ class LoraLinear(Merging, Wrapper):
         def prepare() -> None:
             self._effective = {
                 **self._effective,
-                self.running: effective([self], tokens) if self.running else None,
+                self.running: prepare_effective_weight([self], tokens) if self.running else None,
             }
 
         yield prepare
@@ -181,7 +181,7 @@ class SavedModule(Wrapper):
     def current(self) -> Any:
         return self.running[0] if self.running else self.original_module
 
-    def effective(self, out: Array, tokens: int | None) -> fused.Parts | None:
+    def effective(self, out: Array, tokens: int | None) -> Parts | None:
         return self.current.effective(out, tokens)  # type: ignore[no-any-return]
 
     def result(self, names: Sequence[str]) -> Any:

@@ -15,9 +15,9 @@ import math
 import numpy as np
 
 from .. import functional as F
-from .. import fused
 from ..autograd import Tensor
 from ..backend import Array
+from ..effective import OfOutput, Pull
 from ..nn import Dropout, LinearBase, Module, Parameter, normal, uniform
 from .config import LoraConfig
 
@@ -81,7 +81,7 @@ class LoraAdapter(Module):
         A, B = self.lora_A.data.astype(W.dtype), self.lora_B.data.astype(W.dtype)
         return (B @ A) * self.scaling
 
-    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], fused.Pull | fused.OfOutput]:
+    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], Pull | OfOutput]:
         """Add dW to W (O, I) in place; returns the parameters, and how their gradients are found.
 
         With G = dL/dW' = dY^T X they are dA = s B^T G and dB = s G A^T, by way of (N, r) and never of G.

@@ -13,8 +13,8 @@ import numpy as np
 
 from ..backend import Array
 from ..errors import ConfigError, NonFiniteError
-from ..halves import HalfWeight
 from ..nn import LinearBase
+from ..quant.half import HalfWeight
 
 
 class Merging:

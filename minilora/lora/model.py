@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,18 @@ from typing import Any
 import numpy as np
 
 from ..autograd import Tensor
+from ..backend import mix_key
 from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import read_adapter, write_adapter
+from ..formats.checkpoint import to_file_layout
 from ..nn import Module, Parameter, replace_module
-from ..weights import turned
 from .combining import add_weighted_adapter
 from .config import LoraConfig
-from .embedding import choose
-from .injection import inject
-from .keys import file_key, peft_name, repeated
-from .layer import LoraLinear, Wrapper, chosen
-from .plan import PREFIX, Plan, plan_adapter, read_config, wrappers
+from .embedding import HeadAdapter, LoraEmbedding, OneHot, choose
+from .layer import LoraLinear, SavedModule, Wrapper, use_adapters
+from .names import file_key, peft_name, repeated
+from .plan import PREFIX, Plan, adapter_class, plan_adapter, read_config, wrappers
+from .tokens import TokenRows, TrainableTokens
 
 
 def get_peft_model(
@@ -190,7 +192,7 @@ class PeftModel(Module):
             for layer in self._wrappers().values()
             if layer.merged
         ]
-        with chosen(self._wrappers().values(), None):
+        with use_adapters(self._wrappers().values(), None):
             try:
                 for layer, *_ in merged:
                     layer.unmerge()
@@ -325,7 +327,9 @@ class PeftModel(Module):
     def state_dict(self, adapter_name: str = "default") -> dict[str, np.ndarray]:
         """What one adapter's file holds, by its keys there."""
         kind, own = self.config.model_type, self.adapter_parameters(adapter_name)
-        tensors = {key: turned(kind, key, parameter.numpy()) for key, parameter in own.items()}
+        tensors = {
+            key: to_file_layout(kind, key, parameter.numpy()) for key, parameter in own.items()
+        }
         return {**tensors, **repeated(self.model, self._plans[adapter_name], adapter_name, tensors)}
 
     def save_pretrained(
@@ -398,7 +402,7 @@ class PeftModel(Module):
         self._inject(adapter_name, plan, seed=0)
         own = self.adapter_parameters(adapter_name)
         for key in expected:
-            array = turned(self.config.model_type, key, tensors[key])
+            array = to_file_layout(self.config.model_type, key, tensors[key])
             own[key].data = own[key].backend.from_numpy(array.astype(own[key].dtype))
 
 
@@ -407,3 +411,50 @@ def _same(there: np.ndarray, here: np.ndarray) -> bool:
     return there.shape == here.shape and np.array_equal(
         there, here.astype(there.dtype), equal_nan=True
     )
+
+
+def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
+    """Put the adapter that `plan` describes into `model`; it is active nowhere yet.
+
+    First values depend on `seed` and on the layer's name, and on nothing else.
+    """
+    head, embedding = plan.follows or ("", "")
+    for path, base in plan.targets.items():
+        layer = _wrap(model, path, LoraEmbedding if isinstance(base, OneHot) else LoraLinear)
+        place = zlib.crc32(path.encode())
+        rng, stream = (
+            np.random.default_rng([seed, place]),
+            mix_key(place, zlib.crc32(adapter_name.encode())),
+        )
+        if path == head:  # after its embedding: see Plan
+            source = _at(model, embedding)
+            adapter: Any = HeadAdapter(
+                source.adapters[adapter_name], plan.config.lora_dropout, stream
+            )
+            layer.follow(source)
+        else:
+            adapter = adapter_class(plan.config, base)(base, path, plan.config, rng, stream)
+        layer.adapters[adapter_name] = adapter.train(base.training)
+    for path in plan.saved:
+        _wrap(model, path, SavedModule).add(adapter_name)
+    if head in plan.saved:
+        copies = [_at(model, path).held[adapter_name] for path in (head, embedding)]
+        copies[0].weight = copies[1].weight
+    for path, (module, rows) in plan.tokens.items():
+        _wrap(model, path, TrainableTokens).adapters[adapter_name] = TokenRows(module.weight, rows)
+        if path == embedding:
+            source = _at(model, path)
+            _wrap(model, head, TrainableTokens, source.adapters).follow(source)
+
+
+def _at(model: Module, path: str) -> Any:
+    return dict(model.named_modules())[path]
+
+
+def _wrap(model: Module, path: str, kind: Any, *details: Any) -> Any:
+    """The wrapper at `path`, put there if need be."""
+    module = _at(model, path)
+    if not isinstance(module, kind):
+        module = kind(module, *details)
+        replace_module(model, path, module)
+    return module

@@ -36,7 +36,7 @@ import numpy as np
 
 from ..autograd import Tensor, namespace, record
 from ..backend import backend_of, mix_key
-from ..data import rows_by_task
+from ..data.batches import rows_by_task
 from ..errors import ConfigError, FormatError
 from ..formats import write_adapter
 from ..formats.disk import read_json, write_json
@@ -46,7 +46,7 @@ from .config import LoraConfig
 from .dora import DoraAdapter
 from .embedding import LoraEmbedding
 from .hydra import HydraAdapter
-from .layer import LoraLinear, chosen
+from .layer import LoraLinear, use_adapters
 from .model import PeftModel
 from .plan import PREFIX, wrappers
 from .tokens import TrainableTokens
@@ -216,7 +216,7 @@ class MultiTask(PeftModel):
             )
         token = _told.set(_told.get() | {self})
         try:
-            with chosen(layers.values(), names):
+            with use_adapters(layers.values(), names):
                 yield
         finally:
             _told.reset(token)

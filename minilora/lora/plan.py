@@ -12,8 +12,8 @@ from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
+from ..formats.checkpoint import is_stored_transposed
 from ..nn import Embedding, Linear, LinearBase, Module
-from ..weights import transposed
 from .adalora import AdaLoraAdapter, AdaLoraConfig
 from .config import DEFAULT_TARGETS, LoraConfig
 from .dora import DoraAdapter
@@ -22,9 +22,9 @@ from .embedding import (
     EmbeddingAdapter,
     LoraEmbedding,
     OneHot,
-    ends,
-    tied,
-    unwrapped,
+    embedding_and_head,
+    is_tied,
+    unwrap,
 )
 from .hydra import HydraAdapter, HydraConfig
 from .layer import LoraLinear, SavedModule, Wrapper
@@ -89,7 +89,9 @@ class Plan(NamedTuple):
         for path, module in self.saved.items():
             for name, p in module.named_parameters() if path != follower else ():
                 key = f"{PREFIX}{path}.{name}"
-                found[key] = p.shape[::-1] if transposed(model.config.model_type, key) else p.shape
+                found[key] = (
+                    p.shape[::-1] if is_stored_transposed(model.config.model_type, key) else p.shape
+                )
         for path, (module, rows) in self.tokens.items():
             found[f"{PREFIX}{path}.{TOKENS}"] = (len(rows), module.weight.shape[1])
         for path, module in _inside(model).items() if self.config.bias == "all" else ():
@@ -159,7 +161,7 @@ def plan_adapter(model: Any, config: LoraConfig, keys: Container[str] = ()) -> P
     on_linear = [p for p in found if kinds[p] is LoraLinear]
     fan_in_fan_out = config.fan_in_fan_out  # PEFT's: of the last layer
     if on_linear:
-        fan_in_fan_out = transposed(model.config.model_type, f"{on_linear[-1]}.weight")
+        fan_in_fan_out = is_stored_transposed(model.config.model_type, f"{on_linear[-1]}.weight")
     _warn(config, found, fan_in_fan_out)
     config.fan_in_fan_out = fan_in_fan_out
     return Plan(found, saved, config, tokens, follows or token_head)
@@ -194,7 +196,7 @@ def _targets(
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
     whole: list[str] = []  # names given in full stay whatever their layer, as in PEFT
     if everything:
-        head = unwrapped(model.get_output_embeddings())
+        head = unwrap(model.get_output_embeddings())
         found = {p: m for p, m in linear.items() if m is not head}
     else:
         found = {
@@ -235,9 +237,9 @@ def _targets(
 
 def _tied_paths(model: Any, modules: Modules) -> tuple[str, str] | None:
     """The paths of the head and of the embedding, if they have one weight."""
-    embedding, head = map(unwrapped, ends(model))
+    embedding, head = map(unwrap, embedding_and_head(model))
     paths = {id(m): p for p, m in modules.items()}
-    known = id(head) in paths and id(embedding) in paths and tied(model)
+    known = id(head) in paths and id(embedding) in paths and is_tied(model)
     return (paths[id(head)], paths[id(embedding)]) if known else None
 
 
@@ -319,7 +321,7 @@ def _tokens(
     wanted, found = config.trainable_token_indices, {}
     if wanted is None:
         return {}, None
-    own = unwrapped(model.get_input_embeddings())
+    own = unwrap(model.get_input_embeddings())
     for name, rows in wanted.items() if isinstance(wanted, dict) else [(None, wanted)]:
         paths = [p for p, m in modules.items() if (m is own if name is None else p.endswith(name))]
         if not paths:
@@ -400,7 +402,7 @@ def _inside(model: Module) -> Modules:
     """The model as it was without adapters: what a wrapper holds stands at the wrapper's own path."""
     inside = {*LoraLinear.ATTRIBUTES, *SavedModule.ATTRIBUTES}
     return {
-        path: unwrapped(m) for path, m in model.named_modules() if not inside & set(path.split("."))
+        path: unwrap(m) for path, m in model.named_modules() if not inside & set(path.split("."))
     }
 
 

@@ -14,13 +14,15 @@ from tqdm import tqdm
 from ..errors import ConfigError, FormatError
 from ..formats import write_adapter
 from ..formats.disk import quoted
+from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import LoraConfig
-from ..lora.combining import Part, combined, rank_of, weights_of
+from ..lora.combining import check_weights, choose_rank, combine_layer
+from ..lora.factors import Part
+from ..lora.files import AdapterFile
 from ..lora.plan import PREFIX
-from .adapters import AdapterFile
 from .factoring import EMBEDDING, LINEAR, OWN_OF_ADALORA, plain
-from .folders import Row, fingerprint, new_folder, outside
 from .merging import EMBEDDINGS, HEAD, Term, alike, require_addable, terms
+from .rewriting import Row
 
 Array = np.ndarray
 
@@ -45,9 +47,9 @@ def combine(
     ConfigError for what cannot be added up, as in `merging.merge`, or is no way or rank; FormatError where adapters are
     of different bases; NonFiniteError, OSError; `out` is then as it was.
     """
-    weights = weights_of(adapters, weights, "--weights")
+    weights = check_weights(adapters, weights, "--weights")
     for folder in adapters:
-        outside(out, adapter=folder)
+        require_outside(out, adapter=folder)
     with ExitStack() as opened:
         files = [opened.enter_context(AdapterFile(folder)) for folder in adapters]
         plan: dict[str, list[Term]] = {}
@@ -66,14 +68,14 @@ def combine(
                 stacklevel=2,
             )
         ranks = {path: [_shape(t, "A")[0] for t in own] for path, own in layers.items()}
-        r = rank_of(ranks, how, r)
+        r = choose_rank(ranks, how, r)
         tensors = {t.key: t.adapter.file.read(t.key) for own in plan.values() for t in own if t.key}
         rows: dict[str, Row] = {}
         for path, own in tqdm(
             layers.items(), desc="combine", unit=" layers", disable=None, leave=False
         ):
             parts = [Part(f.A, f.B, t.weight * f.s) for t in own for f in [t.adapter.factors(path)]]
-            A, B, rows[path] = combined(path, parts, how, r)
+            A, B, rows[path] = combine_layer(path, parts, how, r)
             tensors |= {_key(path, own, "A"): A, _key(path, own, "B"): B, **_others(path, own)}
         tied = _tied(layers)
         if tied is not None:  # the head has the embedding's factors, turned, to the bit

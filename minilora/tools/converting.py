@@ -37,10 +37,12 @@ from ..formats import (
 )
 from ..formats.adapter import CONFIG_FILE, WEIGHTS_FILE
 from ..formats.disk import quoted, require_folder
+from ..formats.dtypes import DTYPES, FLOATS
+from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import LoraConfig
+from ..lora.files import AdapterFile
 from ..lora.plan import PREFIX
-from .adapters import AdapterFile
-from .folders import DTYPES, FLOATS, fingerprint, new_folder, outside, rewrite, stored
+from .rewriting import rewrite, stored
 
 MLX_FILE = "adapters.safetensors"
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
@@ -70,7 +72,7 @@ def convert(
         raise ConfigError(f"--to must be peft or mlx, got {to!r:.60}")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype must be {', '.join(DTYPES)}, got {dtype!r:.60}")
-    outside(out, source=source)
+    require_outside(out, source=source)
     require_folder(source, "model or adapter")
     inputs = {
         "source": fingerprint(source),

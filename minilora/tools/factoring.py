@@ -17,13 +17,15 @@ from tqdm import tqdm
 
 from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import Checkpoint, read_checkpoint, write_adapter
+from ..formats.checkpoint import is_stored_transposed
+from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import AdaLoraConfig, HydraConfig, LoraConfig
-from ..lora.combining import MAX_RANK, low_rank, resized, size
+from ..lora.combining import MAX_RANK
+from ..lora.factors import factors_from_svd, product_norm, truncate_rank
+from ..lora.files import AdapterFile
 from ..lora.plan import PREFIX
-from ..weights import transposed
-from .adapters import AdapterFile
-from .folders import Row, fingerprint, new_folder, outside
-from .leading import leading
+from .leading import leading_triplets
+from .rewriting import Row
 
 Array = np.ndarray
 OWN_OF_ADALORA = {f.name for f in dataclasses.fields(AdaLoraConfig)} - {
@@ -39,7 +41,7 @@ def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
     none, or HydraLoRA; FormatError, NonFiniteError, OSError; `out` is then as it was.
     """
     _require_rank(r)
-    outside(out, adapter=adapter)
+    require_outside(out, adapter=adapter)
     with AdapterFile(adapter) as file:
         if isinstance(file.config, HydraConfig):
             raise ConfigError(
@@ -52,9 +54,9 @@ def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
             file.layers.items(), desc="resize", unit=" layers", disable=None, leave=False
         ):
             was = file.factors(path)
-            if not math.isfinite(was.s * size(was.A, was.B)):
+            if not math.isfinite(was.s * product_norm(was.A, was.B)):
                 raise NonFiniteError(f"{file.where}: {path} is not finite")
-            A, B, row = resized(was.A, was.B, was.s, r)
+            A, B, row = truncate_rank(was.A, was.B, was.s, r)
             names = EMBEDDING if file.embeds(path) else LINEAR
             tensors |= {
                 f"{PREFIX}{path}.{names[x]}": _single(array, path)
@@ -83,7 +85,7 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
     FormatError where the two have other tensors or shapes, ConfigError where nothing changed or a tied embedding did.
     """
     _require_rank(r)
-    outside(out, base=base, tuned=tuned)
+    require_outside(out, base=base, tuned=tuned)
     config, one = read_checkpoint(base)
     with one, read_checkpoint(tuned)[1] as other, threadpoolctl.threadpool_limits(1, "blas"):
         keys = one.keys()
@@ -117,7 +119,9 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
                 )
             whole_key = f"{own[0].rpartition('.')[0]}.weight"
             if own == [whole_key] and len(one.shape(whole_key)) == 2 and name not in _NO_TARGETS:
-                A, B, row = _difference(one, other, whole_key, transposed(kind, whole_key), r)
+                A, B, row = _difference(
+                    one, other, whole_key, is_stored_transposed(kind, whole_key), r
+                )
                 tensors |= {
                     f"{PREFIX}{path}.{LINEAR[x]}": _single(array, path)
                     for x, array in (("A", A), ("B", B))
@@ -140,7 +144,7 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
             "modules_to_save": sorted(whole) or None,
             "task_type": "CAUSAL_LM",
         }
-        fields["fan_in_fan_out"] = transposed(kind, f"{layers[-1]}.weight")
+        fields["fan_in_fan_out"] = is_stored_transposed(kind, f"{layers[-1]}.weight")
         fields["base_model_name_or_path"] = str(base)
         _write(out, base, {**fields, **plain(r)}, tensors)
     return rows
@@ -156,7 +160,7 @@ def _difference(
     D -= one.read(key)
     if not np.isfinite(D).all():
         raise NonFiniteError(f"the difference of {key} is not finite")
-    return low_rank(*leading(D.T if flip else D, r), r)
+    return factors_from_svd(*leading_triplets(D.T if flip else D, r), r)
 
 
 def _path(key: str, kind: str) -> str:

@@ -25,7 +25,7 @@ WORTH = 16  # rounds: a matrix for which fewer cost as much as its whole decompo
 PRECISION = 1e-11  # of the square of the error
 
 
-def leading(D: Array, r: int) -> tuple[Array, Array, Array]:
+def leading_triplets(D: Array, r: int) -> tuple[Array, Array, Array]:
     """D (O, I), finite -> U (O, k), values (k or k + 1,), Vt (k, I): the r largest or more, of a small D all.
 
     A value more than triplets is the norm of all that they leave, |D - U diag(values) Vt|, which is measured. It is the
@@ -42,7 +42,7 @@ def leading(D: Array, r: int) -> tuple[Array, Array, Array]:
     rounds = n // k  # which together cost about what the whole decomposition does
     exponent = math.frexp(max(float(D.max(initial=0)), -float(D.min(initial=0))))[1]
     if abs(exponent) > 200:  # else squares overflow, or vanish
-        U, values, Vt = leading(np.ldexp(D, -exponent), r)
+        U, values, Vt = leading_triplets(np.ldexp(D, -exponent), r)
         return U, np.ldexp(values, exponent), Vt
     found = _ritz(D, r, k, rounds) if rounds >= WORTH else None
     return found or np.linalg.svd(D, full_matrices=False)

@@ -19,25 +19,14 @@ import threadpoolctl
 
 from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import Checkpoint, read_checkpoint
-from ..inspection import singular_values
+from ..formats.dtypes import DTYPES, FLOATS, round_to, row_blocks, widen
+from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import HydraConfig
-from ..lora.combining import weights_of
-from ..parallel import available_cores, keep_memory
-from .adapters import AdapterFile, base_key, lies_transposed, mismatches, same
-from .folders import (
-    DTYPES,
-    FLOATS,
-    Row,
-    blocks,
-    fingerprint,
-    new_folder,
-    not_finite,
-    outside,
-    rewrite,
-    rounded,
-    stored,
-    widened,
-)
+from ..lora.combining import check_weights
+from ..lora.factors import singular_values
+from ..lora.files import AdapterFile, base_key, lies_transposed, mismatches, same
+from ..threads import available_cores, keep_memory
+from .rewriting import Row, not_finite, rewrite, stored
 
 Array = np.ndarray
 EMBEDDINGS, HEAD = ("model.embed_tokens", "transformer.wte"), "lm_head"
@@ -74,14 +63,14 @@ def merge(
     FormatError for what does not fit, ConfigError for what cannot be added up (DoRA beside another adapter, HydraLoRA,
     one half of a tied pair), NonFiniteError for a NaN or infinity, OSError; `out` is then as it was.
     """
-    weights = weights_of(adapters, weights, "--weights")
+    weights = check_weights(adapters, weights, "--weights")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype must be {', '.join(DTYPES)}, got {dtype!r:.60}")
     if threads is not None and (type(threads) is not int or threads < 1):
         raise ConfigError(f"--threads must be an integer of at least 1, got {threads!r:.60}")
-    outside(out, base=base)
+    require_outside(out, base=base)
     for folder in adapters:
-        outside(out, adapter=folder)
+        require_outside(out, adapter=folder)
     with ExitStack() as opened:
         config, checkpoint = read_checkpoint(base)
         opened.enter_context(checkpoint)
@@ -252,14 +241,14 @@ def _changed(
     first = terms[0]
     if first.key:
         array = first.adapter.file.read(first.key, np.float64)
-        bits = rounded(array, target)
+        bits = round_to(array, target)
         if first.rows:
             table = stored(base, key, code, allow_nonfinite=True)
             table[list(first.rows)] = bits
             return table, {
-                "sum": float(np.abs(widened(table[list(first.rows)])).sum(dtype=np.float64))
+                "sum": float(np.abs(widen(table[list(first.rows)])).sum(dtype=np.float64))
             }
-        return bits, {"sum": float(np.abs(widened(bits)).sum(dtype=np.float64))}
+        return bits, {"sum": float(np.abs(widen(bits)).sum(dtype=np.float64))}
     bits = base.read_bits(key)
     flip = lies_transposed(first.adapter, first.path, kind)
     factors = [term.adapter.factors(term.path) for term in terms]
@@ -272,7 +261,7 @@ def _changed(
     out = (
         bits
         if target == base.dtype(key)
-        else np.empty(bits.shape, rounded(np.zeros(0), target).dtype)
+        else np.empty(bits.shape, round_to(np.zeros(0), target).dtype)
     )
     m = factors[0].m
     norms = None if m is None else _norms(bits, left, right, flip, over)
@@ -280,7 +269,7 @@ def _changed(
     @np.errstate(all="ignore")  # of the thread that it runs in
     def block(at: slice) -> tuple[float, float]:
         V = left[at] @ right
-        W = widened(bits[at])
+        W = widen(bits[at])
         V += W
         change = 0.0
         if m is not None and norms is not None:
@@ -288,11 +277,11 @@ def _changed(
             V *= k if flip else k[at, None]
             difference = V - W
             change = float(np.vdot(difference, difference))
-        out[at] = rounded(V, target)
-        V -= widened(out[at])
+        out[at] = round_to(V, target)
+        V -= widen(out[at])
         return float(np.vdot(V, V)), change
 
-    parts = list(over(block, blocks(bits.shape)))
+    parts = list(over(block, row_blocks(bits.shape)))
     lost = math.sqrt(math.fsum(part[0] for part in parts))
     square = None if m is None else math.fsum(part[1] for part in parts)
     with np.errstate(over="ignore"):  # then it is infinite, and said to be
@@ -315,8 +304,8 @@ def _norms(bits: Array, left: Array, right: Array, flip: bool, over: Rows) -> Ar
     @np.errstate(all="ignore")
     def block(at: slice) -> Array:
         V = left[at] @ right
-        V += widened(bits[at])
+        V += widen(bits[at])
         return np.asarray(np.einsum("io,io->o" if flip else "oi,oi->o", V, V))
 
-    parts = list(over(block, blocks(bits.shape)))
+    parts = list(over(block, row_blocks(bits.shape)))
     return np.asarray(np.sqrt(np.sum(parts, axis=0) if flip else np.concatenate(parts)))

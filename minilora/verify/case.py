@@ -34,7 +34,8 @@ from ..lora.embedding import HeadAdapter
 from ..lora.plan import wrappers
 from ..lora.targets import pattern_value
 from ..nn import Linear
-from ..quant import BLOCK_SIZES, KINDS, QuantizedLinear
+from ..quant.codes import BLOCK_SIZES, KINDS
+from ..quant.linear import QuantizedLinear
 
 # What a reference is computed in. (Where long double is no wider than double the bounds still hold, twice as large.)
 WIDE: dict[Any, Any] = {

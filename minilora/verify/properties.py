@@ -18,7 +18,14 @@ docstring says how its measurement counts. Shown is the entry that comes nearest
 
 from __future__ import annotations
 
-from . import of_adalora, of_codes, of_dora, of_ends, of_layers, of_lora, of_sums, of_tasks
+from . import adalora as of_adalora
+from . import codes as of_codes
+from . import dora as of_dora
+from . import ends as of_ends
+from . import layers as of_layers
+from . import lora as of_lora
+from . import sums as of_sums
+from . import tasks as of_tasks
 from .measuring import Property
 
 PROPERTIES: list[Property] = [

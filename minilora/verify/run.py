@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from ..backend import Array
 from ..formats import Checkpoint, bf16_from, bf16_to_float32, read_checkpoint
-from ..inspection import effective_rank, singular_values
 from ..lora import AdaLoraAdapter, PeftModel
-from ..transformer import CausalLM
+from ..lora.factors import effective_rank, singular_values
+from ..models.transformer import CausalLM
 from .case import ADAPTERS, Case, cases_of, random_case
 from .measuring import Measured, Property
 from .properties import PROPERTIES

@@ -1,0 +1,1 @@
+"""Training: a step over shards and threads, the loop, methods by name."""

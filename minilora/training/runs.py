@@ -1,0 +1,190 @@
+"""A run's folder: one writer at a time, logs that only grow, and checkpoints that are there whole or not at all.
+
+    OUT/.lock                        while a run writes; the kernel's lock on it goes with the process
+    OUT/log.jsonl, eval.jsonl        one line a step, one an evaluation
+    OUT/checkpoints/step-N/          the ecosystem's own files, optimizer.safetensors, and manifest.json
+
+A checkpoint is written into a temporary folder; its manifest, with the size and SHA-256 of every file, comes last;
+then one rename makes it real. Whatever happens before that rename leaves the previous checkpoint the newest one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, FormatError
+from ..formats import atomic_file, read_json, write_json
+from ..formats.disk import sync_folder
+from ..formats.folders import checkpoints_by_step
+
+MANIFEST = "manifest.json"
+KEPT = 2  # checkpoints: the newest, and one to fall back on
+
+# ---- logs -----------------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """A file of JSON lines. On resuming at `step`, lines of that step and later are dropped: none is written twice.
+
+    JSON has no NaN and no infinity: they stand as the strings "nan", "inf" and "-inf", which float() reads.
+    """
+
+    def __init__(self, path: Path, step: int = 0):
+        if step and path.is_file():
+            lines = [
+                line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")
+            ]
+            try:
+                kept = [line for line in lines if json.loads(line)["step"] < step]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"{str(path)!r} has a line that is no JSON with a step: {error}"[:500]
+                ) from None
+            with atomic_file(path) as file:
+                file.writelines(kept)
+        self._file = open(path, "a" if step else "w", encoding="utf-8")  # noqa: SIM115 - __exit__ closes it
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def write(self, **record: Any) -> None:
+        strict = {
+            k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
+        self._file.write(json.dumps(strict, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Onto the disk, where a regular file lies: before a checkpoint that says these steps were taken."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if error.errno not in (
+                errno.EINVAL,
+                errno.ENOTSUP,
+            ):  # as for a pipe or a device: nothing to force
+                raise
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `Log`, oldest first, but for one that is being written."""
+    return [
+        json.loads(line)
+        for line in path.read_bytes().splitlines(keepends=True)
+        if line.endswith(b"\n")
+    ]
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    out: Path, step: int, state: dict[str, Any], write: Callable[[Path], None]
+) -> Path:
+    """Make OUT/checkpoints/step-N real in one rename: what `write(folder)` writes, and `state` in the manifest.
+
+    Call it inside `locked(out)`. After an error the same call may be made again.
+    """
+    parent = out / "checkpoints"
+    os.makedirs(parent, exist_ok=True)
+    remove_stale(out)
+    final, temporary = parent / f"step-{step}", parent / f"step-{step}.tmp-{os.getpid()}"
+    replaced = parent / f"{final.name}.old"
+    try:
+        os.mkdir(temporary)
+        write(temporary)
+        files = {
+            p.relative_to(temporary).as_posix(): p
+            for p in sorted(temporary.rglob("*"))
+            if p.is_file()
+        }
+        entries = {
+            name: {"size": p.stat().st_size, "sha256": _sha256(p)} for name, p in files.items()
+        }
+        write_json(
+            temporary / MANIFEST, {"step": step, "state": state, "files": entries}
+        )  # and sync_folder(temporary)
+        if final.exists():  # a run that went back to an older step: at no moment is there neither
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        sync_folder(parent)
+        sync_folder(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    others = [folder for folder in checkpoints_by_step(parent) if folder not in (final, replaced)]
+    for old in [replaced, *others[: 1 - KEPT]]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def remove_stale(out: Path) -> None:
+    """Remove what runs that were killed while saving have left. Call it inside `locked(out)`."""
+    for stale in (out / "checkpoints").glob("step-*.tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def find_checkpoint(resume: str | Path, out: Path) -> tuple[Path, dict[str, Any]]:
+    """(folder, manifest) of the checkpoint that `resume` names, or for "auto" the newest sound one in `out`.
+
+    CheckpointError if there is none, or if the named one is damaged. "auto" passes over a damaged one with a warning.
+    """
+    if resume != "auto":
+        return Path(resume), _verified(Path(resume))
+    found = checkpoints_by_step(out / "checkpoints")
+    for folder in reversed(found):
+        try:
+            return folder, _verified(folder)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; trying the one before", stacklevel=2)
+    raise CheckpointError(
+        f"{str(out)!r} has no {'sound ' if found else ''}checkpoint to resume from"
+    )
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{str(folder)!r} is no checkpoint: it has no {MANIFEST}")
+    try:
+        manifest = read_json(folder / MANIFEST, limit=1 << 30)  # it holds the loss of every step
+        present = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+        step, state, files = manifest["step"], manifest["state"], manifest["files"]
+        if type(step) is not int or not isinstance(state, dict):
+            raise KeyError("step")
+        for name, entry in files.items():
+            path = present.get(name)  # so that no name leads out of the folder
+            if (
+                path is None
+                or path.stat().st_size != entry["size"]
+                or _sha256(path) != entry["sha256"]
+            ):
+                raise CheckpointError(
+                    f"{str(folder)!r} is damaged: {name!r:.100} is not what {MANIFEST} says"
+                )
+    except (FormatError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{str(folder)!r} is damaged: {MANIFEST} cannot be read ({error})"[:500]
+        ) from error
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

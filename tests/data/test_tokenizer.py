@@ -1,0 +1,244 @@
+"""minilora/tokenizer.py: tokenizers against the packages that will read their files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora.data.tokenizer import ByteTokenizer, HubTokenizer, _byte_level, load_tokenizer
+from minilora.errors import DataError, FormatError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@given(st.text())
+def test_bytes_of_a_text_come_back(text):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert ids.tolist() == list(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+@given(st.binary())
+def test_any_bytes_come_back(raw):
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode_bytes(tokenizer.encode(raw)) == raw
+    assert tokenizer.decode(tokenizer.encode(raw)) == raw.decode("utf-8", "replace")
+    argument = raw.decode("utf-8", "surrogateescape")  # as sys.argv holds it
+    assert tokenizer.decode_bytes(tokenizer.encode(argument)) == raw
+    assert tokenizer.decode(tokenizer.encode(argument), errors="surrogateescape") == argument
+
+
+def test_half_of_a_surrogate_pair_has_no_bytes():
+    with pytest.raises(DataError, match="character 2 "):
+        ByteTokenizer().encode("ab\ud83d")
+
+
+@given(st.lists(st.integers(-5, 600)))
+def test_an_id_that_is_no_byte_is_a_replacement_character(ids):
+    pieces = [bytes([i]) if 0 <= i < 256 else "\ufffd".encode() for i in ids]
+    assert ByteTokenizer().decode(np.array(ids, int)) == b"".join(pieces).decode("utf-8", "replace")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("bytes")
+    ByteTokenizer().save(directory)
+    return directory
+
+
+def test_the_tokenizers_package_gives_the_same_ids(saved):
+    theirs = pytest.importorskip("tokenizers").Tokenizer.from_file(str(saved / "tokenizer.json"))
+    assert theirs.get_vocab_size() == 256
+    ours = ByteTokenizer()
+
+    @given(st.text())
+    def same(text):
+        ids = theirs.encode(text).ids
+        assert ids == ours.encode(text).tolist()
+        assert theirs.decode(ids) == text
+
+    same()
+    every = "".join(map(chr, range(0x800))) + "\u2028\U0001f600  \r\n"
+    assert theirs.encode(every).ids == list(every.encode())
+    # All 256 bytes, those that no UTF-8 text has among them.
+    piece = _byte_level()["model"]["vocab"]
+    assert (
+        [theirs.token_to_id(token) for token in piece] == list(piece.values()) == list(range(256))
+    )
+    assert theirs.decode([0xFF, 0x20, 0xC3, 0xA9]) == b"\xff \xc3\xa9".decode("utf-8", "replace")
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("model", [None, "llama"])
+def test_transformers_gives_the_same_ids(saved, tmp_path, model):
+    transformers = pytest.importorskip("transformers")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(saved / name, tmp_path)
+    if (
+        model
+    ):  # with a config.json beside it, AutoTokenizer may prefer the class of that architecture
+        shutil.copy(GOLDEN / model / "config.json", tmp_path)
+    kinds = [transformers.AutoTokenizer.from_pretrained(tmp_path)]
+    kinds.append(
+        transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    )
+    ours = ByteTokenizer()
+
+    @given(st.text())
+    def same(text):
+        for theirs in kinds:
+            ids = theirs(text)["input_ids"]
+            assert ids == ours.encode(text).tolist()
+            assert theirs.decode(ids) == text
+
+    same()
+    again = tmp_path / "again"
+    kinds[0].save_pretrained(again)
+    assert load_tokenizer(again, 256) == ByteTokenizer()
+
+
+def test_our_own_file_needs_no_package(saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert load_tokenizer(saved, 256) == ByteTokenizer()
+    assert load_tokenizer(saved, 300).note == ""
+    with pytest.raises(DataError, match="256 ids, more than the model's vocab_size of 255"):
+        load_tokenizer(saved, 255)
+
+
+def test_without_a_file_texts_are_bytes_and_the_tokenizer_says_so(tmp_path):
+    tokenizer = load_tokenizer(tmp_path, 256)
+    assert isinstance(tokenizer, ByteTokenizer)
+    assert "no tokenizer.json" in tokenizer.note
+    assert "cannot be used" not in tokenizer.note
+    with pytest.raises(DataError, match=r"no tokenizer\.json.*vocab_size of 255"):
+        load_tokenizer(tmp_path, 255)
+    (tmp_path / "tokenizer.model").touch()
+    assert "tokenizer.model cannot be used" in load_tokenizer(tmp_path, 256).note
+
+
+def test_what_does_not_change_the_ids_does_not_make_another_tokenizer(saved, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {},
+    }
+    options = {
+        "version": "2.0",
+        "decoder": {"type": "ByteLevel"},
+        "post_processor": template,
+        "truncation": {"x": 1},
+    }
+    assert (
+        load_tokenizer(changed(saved, tmp_path, lambda f: f.update(options)), 256)
+        == ByteTokenizer()
+    )
+
+
+def changed(saved, tmp_path, change):
+    found = json.loads((saved / "tokenizer.json").read_text())
+    change(found)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: f["model"]["merges"].append(["a", "b"]),
+        lambda f: f["model"]["vocab"].update({"a": 98, "b": 97}),
+        lambda f: f["pre_tokenizer"].update(add_prefix_space=True),
+        lambda f: f.update(normalizer={"type": "NFC"}),
+        lambda f: f.update(added_tokens=[{"id": 256, "content": "<s>"}]),
+        lambda f: f.update(
+            post_processor={"type": "RobertaProcessing", "sep": ["a", 97], "cls": ["b", 98]}
+        ),
+        lambda f: f.pop("model"),
+    ],
+)
+def test_any_other_file_needs_the_package_and_says_how_to_get_it(
+    saved, tmp_path, monkeypatch, change
+):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(DataError, match=r"pip install -e .\[hf\]"):
+        load_tokenizer(changed(saved, tmp_path, change), 256)
+
+
+def trained(directory):
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=None))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<s>"], show_progress=False
+    )
+    made.train_from_iterator(["the cat sat on the mat and the rat"] * 3, trainer)
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    made.enable_truncation(4)
+    made.save(str(directory / "tokenizer.json"))
+    return made
+
+
+def test_a_tokenizer_of_the_hub(tmp_path):
+    theirs = trained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"x": 1}')
+    ours = load_tokenizer(tmp_path, 512)
+    assert isinstance(ours, HubTokenizer)
+    assert ours.note == ""
+    assert ours.vocab_size == theirs.get_vocab_size()
+    text = "the cat sat on the mat, and so on: " * 3
+    ids = ours.encode(text)
+    assert ids.dtype == np.int32
+    assert len(ids) > 4, "a file's truncation must not cut a corpus"
+    assert ours.decode(ids) == text
+    assert ours.decode_bytes(ids) == text.encode()
+    assert ours.encode(text.encode()).tolist() == ids.tolist()
+    assert ours.encode(text, add_special_tokens=True).tolist() == [0, *ids.tolist()]
+    assert ours.decode([0]) == "<s>"
+    with pytest.raises(DataError, match="at byte 3;"):
+        ours.encode(b"the\xff")
+    with pytest.raises(
+        DataError, match=f"{ours.vocab_size} ids, more than the model's vocab_size of 200"
+    ):
+        load_tokenizer(tmp_path, 200)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    ours.save(copy)
+    assert sorted(os.listdir(copy)) == ["tokenizer.json", "tokenizer_config.json"]
+    assert all(
+        (copy / name).read_bytes() == (tmp_path / name).read_bytes() for name in os.listdir(copy)
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: f["model"]["merges"].append(["nowhere", "b"]),
+        lambda f: f["model"]["vocab"].update(a=98),
+        lambda f: f["model"].update(vocab={}),
+        lambda f: f["model"].update(type="Unheard"),
+    ],
+)
+def test_a_tokenizer_that_makes_no_sense_is_refused(saved, tmp_path, change):
+    pytest.importorskip("tokenizers")
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
+        load_tokenizer(changed(saved, tmp_path, change), 256)
+
+
+def test_a_damaged_tokenizer_file_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 1, "a": 2}}}')
+    with pytest.raises(FormatError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path, 256)

@@ -1,0 +1,649 @@
+"""Folders of models and adapters, and the disk below them: whole or not at all, and never outside."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import open_descriptors, refused
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora.errors import ConfigError, FormatError
+from minilora.formats import (
+    PEFT_CONFIG_DEFAULTS,
+    Checkpoint,
+    Entry,
+    atomic_file,
+    read_adapter,
+    read_checkpoint,
+    read_json,
+    save_file,
+    write_adapter,
+    write_checkpoint,
+    write_json,
+)
+from minilora.formats.disk import parse_json, quoted
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MODELS = sorted(path.name for path in GOLDEN.iterdir() if (path / "config.json").exists())
+ADAPTERS = sorted(path.name for path in GOLDEN.iterdir() if (path / "adapter_config.json").exists())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+# ---- atomic files ----
+
+
+def test_the_file_appears_at_the_end_and_not_before(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with atomic_file(path) as file:
+        file.write(b"new" * 10_000)
+        file.flush()
+        assert path.read_bytes() == b"old"
+        (temporary,) = set(os.listdir(tmp_path)) - {"a"}
+        assert temporary.startswith(f".a.tmp-{os.getpid()}-")
+    assert contents(tmp_path) == {"a": b"new" * 10_000}
+
+
+@pytest.mark.parametrize("problem", [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit])
+@pytest.mark.parametrize("old", [{}, {"a": b"old"}])
+def test_an_exception_leaves_everything_as_it_was(tmp_path, problem, old):
+    for name, data in old.items():
+        (tmp_path / name).write_bytes(data)
+    before = open_descriptors()
+    with pytest.raises(problem), atomic_file(tmp_path / "a") as file:  # noqa: PT012
+        file.write(b"half")
+        file.flush()
+        raise problem
+    assert contents(tmp_path) == old
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fails_at_the_end_leaves_the_old_file(tmp_path, monkeypatch, call):
+    (tmp_path / "a").write_bytes(b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match="No space"), atomic_file(tmp_path / "a") as file:
+        file.write(b"new")
+    assert contents(tmp_path) == {"a": b"old"}
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_end(
+    tmp_path, monkeypatch
+):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def kind(descriptor: int) -> str:
+        return (
+            "folder"
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode)
+            else f"{os.fstat(descriptor).st_size} bytes"
+        )
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(f"fsync {kind(fd)}"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    with atomic_file(tmp_path / "a") as file:
+        file.write(b"12345")
+    assert calls == ["fsync 5 bytes", "replace", "fsync folder"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_new_file_follows_the_umask_and_an_old_one_keeps_its_mode(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        for path, mode in (tmp_path / "new", 0o666 & ~umask), (tmp_path / "old", 0o640):
+            if path.name == "old":
+                path.touch()
+                path.chmod(mode)
+            with atomic_file(path) as file:
+                file.write(b"x")
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+    finally:
+        os.umask(before)
+
+
+def test_a_symbolic_link_stays_one_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "target").write_bytes(b"old")
+    for link, target in ("link", "target"), ("dangling", "fresh"):
+        (tmp_path / link).symlink_to(tmp_path / "far" / target)
+        with atomic_file(tmp_path / link) as file:
+            file.write(b"new")
+        assert (tmp_path / link).is_symlink()
+    assert contents(tmp_path / "far") == {"target": b"new", "fresh": b"new"}
+
+
+def test_what_is_not_a_file_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "loop", "folder", "absent/a", "n" * 300):
+        with pytest.raises(OSError), atomic_file(tmp_path / name):
+            raise AssertionError("never reached")
+    with pytest.raises(FileExistsError), atomic_file("/dev/null"):
+        raise AssertionError("never reached")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "loop", "pipe"]
+
+
+def test_a_name_as_long_as_the_file_system_allows(tmp_path):
+    for name in ("n" * 255, "\u00e9" * 127):
+        with atomic_file(tmp_path / name) as file:
+            file.write(b"x")
+    assert len(os.listdir(tmp_path)) == 2
+
+
+# ---- JSON ----
+
+TEXT = st.text(
+    st.characters(exclude_categories=["Cs"]), max_size=5
+)  # halves of surrogate pairs are not text
+NUMBERS = st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(TEXT, JSON, max_size=3))
+def test_json_comes_back_as_it_went(tmp_path_factory, value):
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    write_json(path, value)
+    assert read_json(path) == value
+    text = path.read_text(encoding="utf-8")
+    assert (
+        text == json.dumps({key: value[key] for key in sorted(value)}, indent=2) + "\n"
+    )  # inside, as it was
+    assert text.isascii()
+
+
+BAD_JSON: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "not valid JSON"),
+    "not UTF-8": (b'{"a": "\xff"}', "utf-8"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16"), "utf-8"),
+    "byte order mark": (b"\xef\xbb\xbf{}", "BOM"),
+    "lone surrogate": (b'{"a": "\\ud800"}', "surrogates"),
+    "lone surrogate in a key": (b'{"\\uDFFF": 1}', "surrogates"),
+    "truncated": (b'{"a": 1', "not valid JSON"),
+    "two": (b"{} {}", "not valid JSON"),
+    "trailing comma": (b'{"a": 1,}', "not valid JSON"),
+    "comment": (b"{} // yes", "not valid JSON"),
+    "single quotes": (b"{'a': 1}", "not valid JSON"),
+    "raw newline in a text": (b'{"a": "\n"}', "not valid JSON"),
+    "list": (b"[]", "expected a JSON object, found list"),
+    "null": (b"null", "found NoneType"),
+    "NaN": (b'{"a": NaN}', "not valid JSON"),
+    "Infinity": (b'{"a": [-Infinity]}', "not valid JSON"),
+    "1e400": (b'{"a": {"b": 1e400}}', "not valid JSON"),
+    "duplicate": (b'{"a": 1, "a": 1}', "'a' appears twice"),
+    "duplicate deep": (b'{"x": [{"b": 1, "a": 2, "b": 3}]}', "'b' appears twice"),
+    "duplicate by escape": (b'{"a": 1, "\\u0061": 2}', "'a' appears twice"),
+    "5,000 digits": (b'{"a": ' + b"9" * 5000 + b"}", "not an integer"),
+    "21 digits": (b'{"a": ' + b"9" * 21 + b"}", "not an integer"),
+    "depth 65": (b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", "deeper than 64"),
+    "depth 100,000": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "deeper than 64"),
+    "depth 100,000 unclosed": (b"[" * 100_000, "deeper than 64"),
+    "depth hidden behind an escaped quote": (
+        b'{"\\\\\\"": "\\\\",  "b":' + b"[" * 100_000,
+        "deeper than 64",
+    ),
+    "control characters": (b'{"\x1b[31m": 1}', "not valid JSON"),
+    "half a MB, twice": (b'{"%b": 1, "%b": 1}' % ((b"\\n" * 2**17,) * 2), "appears twice"),
+    "2 MiB": (b"{" + b" " * (2 << 20) + b"}", "expected at most 1048576"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_JSON)
+def test_bad_json(tmp_path, case):
+    content, message = BAD_JSON[case]
+    (tmp_path / "bad.json").write_bytes(content)
+    with refused(FormatError, message, tmp_path, f"JSON, {case}", "bad.json"):
+        read_json(tmp_path / "bad.json")
+
+
+def test_the_bounds_of_json_are_exact(tmp_path):
+    data = b'{"a": [1, {"b": "c"}]}'  # three texts, three lists and objects, three deep
+    assert parse_json(data, "x", depth=3, values=6) == {"a": [1, {"b": "c"}]}
+    for bounds in ({"depth": 2}, {"values": 5}, {"values": 2}):
+        with pytest.raises(FormatError, match=r"nested deeper|lists, objects and texts"):
+            parse_json(data, "x", **bounds)
+    with pytest.raises(FormatError, match="nested deeper"):
+        parse_json(b'{"a": [[], [], [[]]]}', "x", depth=3)  # four deep, also after what was closed
+    (tmp_path / "a").write_bytes(data)
+    assert read_json(tmp_path / "a", limit=len(data))
+    with pytest.raises(FormatError, match="expected at most"):
+        read_json(tmp_path / "a", limit=len(data) - 1)
+
+
+def test_depth_64_is_read_and_brackets_in_texts_do_not_count(tmp_path):
+    deep = b'{"a":' + b"[" * 63 + b"]" * 63 + b"}"
+    (tmp_path / "a").write_bytes(deep)
+    assert read_json(tmp_path / "a") == json.loads(deep)
+    many = {'[[[[{{{{\\"' * 100: "\\" + "[" * 1000 + '"', "b": "\\\\"}
+    write_json(tmp_path / "a", many)
+    assert read_json(tmp_path / "a") == many
+
+
+def test_json_is_read_from_files_only(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(FormatError, match="not a regular file"):
+            read_json(path)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"a": float("nan")}, {"a": float("inf")}, {"a": {1, 2}}, {"a": np.float32(1)}, {"a": "\ud800"}, {1: 2, "1": 3},
+     {"a": 2**70}, [], {"a": b""}],
+)  # fmt: skip
+def test_what_could_not_be_read_back_is_not_written(tmp_path, value):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(ConfigError, match="cannot be written as JSON") as caught:
+        write_json(tmp_path / "a", value)
+    assert len(str(caught.value)) <= 500
+    assert contents(tmp_path) == {"a": b"old"}
+
+
+def test_circular_and_too_deep_values_are_not_written(tmp_path):
+    circle: dict[str, object] = {}
+    circle["a"] = circle
+    deep: dict[str, object] = {}
+    for _ in range(100_000):
+        deep = {"a": deep}
+    for value in (circle, deep):
+        with pytest.raises(ConfigError):
+            write_json(tmp_path / "a", value)
+    while deep:  # taken apart by hand: CPython 3.10 would free so deep a nest by recursion
+        deep = deep.pop("a")
+    assert contents(tmp_path) == {}
+
+
+def test_quoted_shows_both_ends():
+    assert quoted("a" * 118) == repr("a" * 118)
+    assert quoted("a" * 60 + "b" * 60 + "c" * 100) == "'" + "a" * 59 + "..." + "c" * 56 + "'"
+    assert quoted("a" * 30 + "b" * 30, 20) == "'" + "a" * 9 + "..." + "b" * 6 + "'"
+    assert quoted("\x1b" * 20, 40) == r"'\x1b\x1b\x1b\x1b\x1...\x1b\x1b\x1b\x1b'"
+
+
+@given(st.text(), st.integers(10, 120))
+def test_quoted_is_short_and_printable(text, limit):
+    shown = quoted(text, limit)
+    assert len(shown) <= limit
+    assert shown.isprintable()
+    if len(repr(text)) <= limit:
+        assert shown == repr(text)
+
+
+# ---- a base model's folder ----
+
+
+def split(folder: Path, shards: int = 3) -> dict[str, str]:
+    """Rewrite a whole checkpoint as shards; returns the weight map."""
+    with Checkpoint(folder) as whole:
+        tensors = {key: whole.read(key) for key in whole.keys()}
+    (folder / "model.safetensors").unlink()
+    name = "model-{:05}-of-" + f"{shards:05}.safetensors"
+    weight_map = {key: name.format(1 + i % shards) for i, key in enumerate(tensors)}
+    for shard in set(weight_map.values()):
+        save_file(
+            folder / shard, {key: tensors[key] for key in tensors if weight_map[key] == shard}
+        )
+    write_index(folder, weight_map)
+    return weight_map
+
+
+def write_index(folder: Path, weight_map: object) -> None:
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return Path(shutil.copytree(GOLDEN / "llama", tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_golden_model_is_read_and_rewritten(tmp_path, name):
+    config, checkpoint = read_checkpoint(GOLDEN / name)
+    with checkpoint:
+        tensors = {key: checkpoint.read(key) for key in checkpoint.keys()}
+        assert config["model_type"] == name.partition("_")[0]
+        norm, width = (
+            ("transformer.ln_f.weight", "n_embd")
+            if name == "gpt2"
+            else ("model.norm.weight", "hidden_size")
+        )
+        assert checkpoint.shape(norm) == (config[width],)
+        assert checkpoint.dtype(norm) == "F32"
+        assert len(checkpoint) == len(tensors)
+        assert checkpoint.read(norm, "float64").dtype == np.float64
+    with pytest.raises(ValueError, match="closed"):
+        checkpoint.read(norm)
+    write_checkpoint(tmp_path / "new" / "deep", config, tensors)
+    assert sorted(os.listdir(tmp_path / "new" / "deep")) == ["config.json", "model.safetensors"]
+    assert read_json(tmp_path / "new" / "deep" / "config.json") == read_json(
+        GOLDEN / name / "config.json"
+    )
+    written = (tmp_path / "new" / "deep" / "model.safetensors").read_bytes()
+    assert written == (GOLDEN / name / "model.safetensors").read_bytes()
+
+
+def test_shards_are_one_checkpoint(model):
+    with Checkpoint(model) as whole:
+        expected = {key: whole.read(key) for key in whole.keys()}
+    before = open_descriptors()
+    split(model)
+    with read_checkpoint(model)[1] as checkpoint:
+        assert set(checkpoint.keys()) == set(expected)
+        for key, array in expected.items():
+            assert key in checkpoint
+            assert np.array_equal(checkpoint.read(key), array)
+            assert np.array_equal(checkpoint.read_bits(key), array)
+            assert (checkpoint.shape(key), checkpoint.dtype(key)) == (array.shape, "F32")
+        with pytest.raises(FormatError, match=r"no tensor 'lm_tail\.weight' among its"):
+            checkpoint.read("lm_tail.weight")
+    assert open_descriptors() == before
+
+
+def test_a_checkpoint_can_be_written_as_a_stream(tmp_path, model):
+    stored = np.arange(6, dtype=np.uint16).reshape(2, 3)
+    write_checkpoint(model, {"a": 1}, [Entry("x", "BF16", (2, 3), lambda: stored)])
+    config, checkpoint = read_checkpoint(model)
+    with checkpoint:
+        assert config == {"a": 1}
+        assert checkpoint.dtype("x") == "BF16"
+        assert np.array_equal(checkpoint.read_bits("x"), stored)
+
+
+def test_the_weights_are_written_before_the_config(model, monkeypatch):
+    """A reader that finds the new config finds the new weights; if the weights fail, the folder is as it was."""
+    before = contents(model)
+    with pytest.raises(FormatError):
+        write_checkpoint(model, {"a": 1}, {"x": np.zeros(1, complex)})
+    assert contents(model) == before
+
+
+def hostile_index(change: Callable[[Path, dict[str, str]], object]) -> Callable[[Path], None]:
+    def prepare(folder: Path) -> None:
+        weight_map = split(folder)
+        changed = change(folder, weight_map)
+        write_index(folder, weight_map if changed is None else changed)
+
+    return prepare
+
+
+def put(shard: str) -> Callable[[Path], None]:
+    return hostile_index(lambda folder, weights: weights.update({next(iter(weights)): shard}))
+
+
+def outside(folder: Path, weights: dict[str, str]) -> None:
+    """A shard that is a link to a good file outside the folder."""
+    shard = next(iter(weights.values()))
+    (folder / shard).rename(folder.parent / "secret.safetensors")
+    (folder / shard).symlink_to(folder.parent / "secret.safetensors")
+
+
+def swapped(folder: Path, weights: dict[str, str]) -> None:
+    first, second = list(weights)[:2]
+    weights[first], weights[second] = weights[second], weights[first]
+
+
+HOSTILE_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda m: (m / "config.json").unlink(), r"has no config\.json$"),
+    "an adapter": (
+        lambda m: (m / "config.json").rename(m / "adapter_config.json"),
+        r"has no config\.json: it is an adapter's folder, and no model's$",
+    ),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), r"has no model\.safetensors"),
+    "only a pickle": (
+        lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
+        r"'pytorch_model\.bin' is a pickle, and only safetensors are read",
+    ),
+    "only a .pt": (
+        lambda m: (m / "model.safetensors").rename(m / "m.pt"),
+        "only safetensors are read",
+    ),
+    "a pickle under the right name": (
+        lambda m: (m / "model.safetensors").write_bytes(b"\x80\x04\x95" * 99),
+        r"no \.bin, \.pt",
+    ),
+    "weights are a folder": (
+        lambda m: ((m / "model.safetensors").unlink(), (m / "model.safetensors").mkdir()),
+        "not a regular file",
+    ),
+    "config is a list": (lambda m: (m / "config.json").write_text("[]"), "expected a JSON object"),
+    "config is a pipe": (
+        lambda m: ((m / "config.json").unlink(), os.mkfifo(m / "config.json")),
+        "not a regular file",
+    ),
+    "no weight_map": (hostile_index(lambda m, w: "x"), "weight_map must"),
+    "weight_map of numbers": (hostile_index(lambda m, w: {"a": 1}), "weight_map must"),
+    "parent": (put("../secret.safetensors"), "lies outside the folder"),
+    "absolute": (put("/etc/passwd.safetensors"), "lies outside the folder"),
+    "absolute, though inside": (
+        hostile_index(
+            lambda m, w: w.update({next(iter(w)): str(m / "model-00001-of-00003.safetensors")})
+        ),
+        "lies outside the folder",
+    ),
+    "backslash": (put("..\\secret.safetensors"), "not the name of"),
+    "NUL": (put("a\0.safetensors"), "not the name of"),
+    "pickled shard": (put("pytorch_model-00001.bin"), "not the name of"),
+    "empty name": (put(""), "not the name of"),
+    "link to the outside": (hostile_index(outside), "lies outside the folder"),
+    "missing shard": (put("model-00009.safetensors"), "is missing"),
+    "name of 255": (put("x" * 243 + ".safetensors"), "is missing"),
+    "name of 256": (put("x" * 244 + ".safetensors"), "is not the name of a safetensors file"),
+    "10 kB name": (put("\x1b" * 10_000 + ".safetensors"), r"is not the name of a safetensors file"),
+    "same shard by another way": (
+        put("../model/model-00002-of-00003.safetensors"),
+        "listed for it but not in it",
+    ),
+    "wrong shard": (hostile_index(swapped), "listed for it but not in it"),
+    "tensor not stored": (
+        hostile_index(lambda m, w: w.update({"zzz": "model-00001-of-00003.safetensors"})),
+        "'zzz' is listed for it but not in it",
+    ),
+    "tensor not listed": (
+        hostile_index(lambda m, w: w.pop("model.norm.weight") and None),
+        "in it but not listed",
+    ),
+    "damaged last shard": (
+        hostile_index(
+            lambda m, w: (m / "model-00003-of-00003.safetensors").write_bytes(b"\0" * 9) and None
+        ),
+        "not a safetensors file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_MODELS)
+def test_hostile_model(tmp_path, model, case):
+    prepare, message = HOSTILE_MODELS[case]
+    save_file(tmp_path / "secret.safetensors", {"x": np.zeros(1)})
+    prepare(model)
+    with refused(FormatError, message, tmp_path, f"model, {case}", "model"):
+        read_checkpoint(model)
+
+
+@pytest.mark.parametrize("read", [read_checkpoint, read_adapter])
+def test_a_folder_that_is_none_is_an_os_error_with_its_path(tmp_path, read):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=r"nothing is downloaded.*someone/model"):
+        read("someone/model")
+    with pytest.raises(NotADirectoryError, match="file"):
+        read(tmp_path / "file")
+
+
+# ---- PEFT's folder ----
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_golden_adapter_is_rewritten_byte_for_byte(tmp_path, name):
+    config, tensors = read_adapter(GOLDEN / name)
+    assert config.keys() >= PEFT_CONFIG_DEFAULTS.keys()
+    assert config.keys() == PEFT_CONFIG_DEFAULTS.keys() or config["peft_type"] != "LORA"
+    assert tensors
+    write_adapter(tmp_path / "new", config, tensors)
+    assert contents(tmp_path / "new") == {
+        "adapter_config.json": (GOLDEN / name / "adapter_config.json").read_bytes() + b"\n",
+        "adapter_model.safetensors": (GOLDEN / name / "adapter_model.safetensors").read_bytes(),
+    }
+
+
+def test_a_written_config_has_every_key_and_keeps_the_unknown(tmp_path):
+    before = dict(PEFT_CONFIG_DEFAULTS)
+    write_adapter(tmp_path, {"r": 3, "unknown": {"x": [1]}}, {"k": np.zeros((3, 2), np.float32)})
+    config, tensors = read_adapter(tmp_path)
+    assert config == {**before, "r": 3, "unknown": {"x": [1]}}
+    assert tensors["k"].shape == (3, 2)
+    assert dict(PEFT_CONFIG_DEFAULTS) == before
+
+
+def test_the_defaults_are_peft_s():
+    """The golden adapter was asked for little: whatever else its configuration says is PEFT's own default."""
+    golden, _ = read_adapter(GOLDEN / "llama--lora")
+    asked = {"r", "lora_alpha", "target_modules", "task_type", "base_model_name_or_path"}
+    assert {k: v for k, v in golden.items() if k not in asked} == {
+        k: v for k, v in PEFT_CONFIG_DEFAULTS.items() if k not in asked
+    }
+    assert (PEFT_CONFIG_DEFAULTS["r"], PEFT_CONFIG_DEFAULTS["lora_alpha"]) == (8, 8)
+
+
+HOSTILE_ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda a: (a / "adapter_config.json").unlink(), r"has no adapter_config\.json"),
+    "no weights": (
+        lambda a: (a / "adapter_model.safetensors").unlink(),
+        r"has no adapter_model\.safetensors$",
+    ),
+    "a pickle": (
+        lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"),
+        r"adapter_model\.bin is a pickle and is not read",
+    ),
+    "of mlx-lm": (
+        lambda a: (a / "adapter_model.safetensors").rename(a / "adapters.safetensors"),
+        r"has no adapter_model\.safetensors: an adapter in mlx-lm's files, which `minilora convert --to peft` turns",
+    ),
+    "a model": (
+        lambda a: (a / "adapter_config.json").rename(a / "config.json"),
+        r"has no adapter_config\.json: it is a model's folder, and no adapter's$",
+    ),
+    "several tasks": (
+        lambda a: (a / "adapter_config.json").rename(a / "multitask.json"),
+        r"has no adapter_config\.json: it holds an adapter for each task, in a folder of its own",
+    ),
+    "config twice": (
+        lambda a: (a / "adapter_config.json").write_text('{"r": 1, "r": 2}'),
+        "'r' appears twice",
+    ),
+    "alpha is NaN": (
+        lambda a: (a / "adapter_config.json").write_text('{"lora_alpha": NaN}'),
+        "not valid JSON",
+    ),
+    "alpha is 1e400": (
+        lambda a: (a / "adapter_config.json").write_text('{"lora_alpha": 1e400}'),
+        "not valid JSON",
+    ),
+    "cut weights": (lambda a: os.truncate(a / "adapter_model.safetensors", 1200), "the file holds"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_ADAPTERS)
+def test_hostile_adapter(tmp_path, case):
+    adapter = Path(shutil.copytree(GOLDEN / "llama--lora", tmp_path / "adapter"))
+    prepare, message = HOSTILE_ADAPTERS[case]
+    prepare(adapter)
+    with refused(FormatError, message, tmp_path, f"adapter, {case}", "adapter"):
+        read_adapter(adapter)
+
+
+def test_one_changed_byte_of_a_config_is_refused_or_read_as_json():
+    source = (GOLDEN / "llama--lora" / "adapter_config.json").read_bytes()
+    refused = 0
+    for at in range(len(source)):
+        before, byte, after = source[:at], source[at], source[at + 1 :]
+        for changed in (
+            before + bytes([byte ^ 1]) + after,
+            before + bytes([byte ^ 128]) + after,
+            before + after,
+        ):
+            try:
+                assert parse_json(changed, "a.json") == json.loads(changed)
+            except FormatError:
+                refused += 1
+    assert refused > len(source)
+
+
+def test_nothing_here_can_run_code_or_reach_the_network():
+    """Nothing that executes, unpickles or connects is imported by this room, and NumPy's pickle door is not used."""
+    room = Path(__file__).parents[2] / "minilora" / "formats"
+    for path in room.glob("*.py"):
+        words = set(path.read_text(encoding="utf-8").replace("(", " ").replace(".", " ").split())
+        assert not words & {
+            "eval",
+            "exec",
+            "importlib",
+            "__import__",
+            "allow_pickle",
+            "socket",
+            "urllib",
+            "mmap",
+        }
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import numpy; before = set(sys.modules); import minilora.formats;"
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", script, str(room.parent.parent)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert "minilora.formats.disk" in loaded
+    assert not {"socket", "ssl", "urllib.request", "mmap"} & set(loaded)
+
+
+@pytest.mark.oracle
+def test_the_defaults_are_those_of_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    if peft.__version__ != PEFT_CONFIG_DEFAULTS["peft_version"]:
+        pytest.skip("another peft")
+    peft.LoraConfig(inference_mode=True).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == PEFT_CONFIG_DEFAULTS
+
+
+def test_an_adapter_s_two_files_change_together_or_not_at_all(tmp_path, monkeypatch):
+    write_adapter(tmp_path, {"r": 1}, {"a": np.zeros(3, np.float32)})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    real = os.replace
+
+    def full(source, target):
+        if str(target).endswith(".safetensors"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=r"No space left.*adapter_model\.safetensors"):
+        write_adapter(tmp_path, {"r": 2}, {"a": np.ones(3, np.float32)})
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -1,0 +1,211 @@
+"""The disk: a temporary file of a process that was killed goes with the next write; everything else beside it stays."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faults import (
+    NO_DISK,
+    NO_ROOM,
+    Disk,
+    in_child,
+    no_disk,
+    no_room,
+    power_off,
+    read_tree,
+    start,
+    stay_full,
+    wait,
+)
+
+from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
+from minilora.formats import atomic_file
+from minilora.formats.disk import run_ahead
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes as POSIX has them")
+
+
+def write(path: Path, content: bytes = b"new") -> None:
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def beside(folder: Path):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def gone() -> int:
+    """The number of a process that is no more."""
+    child = start(lambda: None)
+    assert wait(child) == 0
+    return child
+
+
+def killed_while_writing(path: Path) -> None:
+    def work() -> None:
+        with atomic_file(path) as file:
+            file.write(b"half")
+            file.flush()
+            os._exit(9)
+
+    assert in_child(work) == 9
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "a", "ü" * 60, "x.tmp-1-abcdefgh"])
+def test_what_a_killed_writer_left_goes_with_the_next_write(name, tmp_path):
+    path = tmp_path / name
+    write(path, b"old")
+    for _ in range(2):
+        killed_while_writing(path)
+        assert len(beside(tmp_path)) == 2
+    assert path.read_bytes() == b"old"
+    write(path)
+    assert beside(tmp_path) == [name]
+    assert path.read_bytes() == b"new"
+
+
+def test_what_is_not_ours_or_still_in_use_stays(tmp_path):
+    dead = gone()
+    stays = [
+        f".other.tmp-{dead}-0123abcd",  # of another file
+        f"a.tmp-{dead}-0123abcd",
+        f".a.tmp-{dead}-0123abc",
+        f".a.tmp-{dead}-0123abcde",
+        f".a.tmp-{dead}",
+        f".a.tmp--{dead}-0123abcd",
+        ".a.tmp-x-0123abcd",
+        ".a.tmp-",
+        f".a.tmp-{os.getppid()}-0123abcd",  # a process that lives
+        ".a.tmp-1-0123abcd",  # so does this one, for as long as the machine
+    ]
+    goes = [
+        f".a.tmp-{dead}-0123abcd",
+        f".a.tmp-{os.getpid()}-0123abcd",
+        f".a.tmp-{10**30}-0123abcd",
+    ]
+    for name in stays + goes:
+        (tmp_path / name).touch()
+    write(tmp_path / "a")
+    assert beside(tmp_path) == sorted({*stays, "a"})  # the parent may be process 1
+
+
+def test_two_threads_that_write_one_file_do_not_remove_each_other_s(tmp_path):
+    both, done = threading.Barrier(2, timeout=60), []
+
+    def work(content: bytes) -> None:
+        for _ in range(50):
+            with atomic_file(tmp_path / "a") as file:
+                both.wait()  # both temporaries are there
+                file.write(content)
+                both.wait()
+        done.append(content)
+
+    threads = [threading.Thread(target=work, args=(content,)) for content in (b"one", b"two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == [b"one", b"two"]
+    assert beside(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() in (b"one", b"two")
+
+
+def test_a_folder_that_may_not_be_listed_can_be_written_to(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    write(tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+# ---- what a run leaves at its end ----
+
+
+def model(value: int):
+    made = CausalLM(
+        TransformerConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
+    )
+    for p in made.parameters():
+        p.data = np.full_like(p.data, value)
+    return made
+
+
+def adapter(value: int):
+    made = get_peft_model(model(0), LoraConfig(r=1, target_modules=["q_proj"]))
+    for _, p in made.named_parameters():
+        p.data = np.full_like(p.data, value)
+    return made
+
+
+@pytest.mark.parametrize("make", [model, adapter])
+@pytest.mark.parametrize("wrong", [no_room, no_disk, stay_full, power_off])
+@pytest.mark.parametrize("over", [False, True], ids=["into an empty folder", "over an older one"])
+def test_a_fault_at_any_change_leaves_each_file_whole(make, wrong, over, tmp_path):
+    before, new = tmp_path / "before", make(2)
+    before.mkdir()
+    if over:
+        make(1).save_pretrained(before)
+    old_files = read_tree(before)
+    with Disk() as disk:
+        new.save_pretrained(tmp_path / "after")
+    new_files = read_tree(tmp_path / "after")
+    assert disk.changes >= 10
+    for at in range(1, disk.changes + 1):
+        out, codes = tmp_path / f"out-{at}", []
+        shutil.copytree(before, out)
+
+        def work(out=out, at=at, codes=codes) -> None:
+            with Disk(at, wrong):
+                try:
+                    new.save_pretrained(out)
+                except OSError as error:
+                    codes.append(error.errno)
+
+        if wrong is power_off:
+            assert in_child(work) == 9
+        else:
+            work()
+            assert codes in ([], [NO_ROOM.errno], [NO_DISK.errno])
+            assert not [name for name in beside(out) if ".tmp-" in name]
+        for name, content in read_tree(out).items():
+            assert ".tmp-" in name or content in (old_files.get(name), new_files[name])
+        with Disk():
+            new.save_pretrained(out)
+        assert read_tree(out) == new_files
+        shutil.rmtree(out)
+
+
+def test_the_next_result_is_made_while_one_is_in_use():
+    begun = [threading.Event() for _ in range(5)]
+
+    def call(i: int) -> int:
+        begun[i].set()
+        return i
+
+    for i, result in enumerate(run_ahead([lambda i=i: call(i) for i in range(5)])):
+        assert result == i
+        assert i == 4 or begun[i + 1].wait(60)  # without anybody asking for it
+        assert not any(event.is_set() for event in begun[i + 2 :])
+
+
+def test_what_a_call_raises_comes_in_its_turn_and_ends_the_rest():
+    made = []
+
+    def call(i: int) -> int:
+        made.append(i)
+        return 1 // (2 - i)
+
+    results = run_ahead([lambda i=i: call(i) for i in range(5)])
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert made == [0, 1, 2]
+    assert list(run_ahead([])) == []

@@ -1,0 +1,250 @@
+"""Which tensor of a folder is which parameter: names with and without the decoder's, transposes, buffers, shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shapes import bits, randomised, shape
+
+from minilora import CausalLM, LoraConfig, PeftModel, QuantizedLinear, get_peft_model, quantize
+from minilora.errors import ConfigError, FormatError
+from minilora.formats import Entry, bf16_from, load_file, save_file, write_stream
+from minilora.formats.checkpoint import FAN_IN_FAN_OUT, is_stored_transposed, to_file_layout
+from minilora.lora.config import DEFAULT_TARGETS
+from minilora.models.config import MODEL_TYPES
+
+IDS = np.array([[1, 2, 3, 4], [5, 6, 7, 0]])
+
+
+def saved(folder: Path, kind: str) -> tuple[CausalLM, dict[str, np.ndarray]]:
+    """A model, written; and what its file holds."""
+    model = randomised(shape(kind), "float32")
+    model.save_pretrained(folder)
+    return model, load_file(folder / "model.safetensors")
+
+
+def rewrite(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    save_file(folder / "model.safetensors", tensors)
+
+
+def test_gpt2_s_layers_lie_transposed_even_where_they_are_square(tmp_path: Path) -> None:
+    model, tensors = saved(tmp_path, "gpt2")
+    assert "lm_head.weight" not in tensors  # it is the embedding
+    own, turned_ones = dict(model.named_parameters()), 0
+    assert set(own) == set(tensors)
+    for key, array in tensors.items():
+        layer = key.removesuffix(".weight").rpartition(".")[2]
+        is_stored_transposed = layer in (
+            "c_attn",
+            "c_proj",
+            "c_fc",
+        )  # written out: the table itself is on trial
+        expected = own[key].data.T if is_stored_transposed else own[key].data
+        turned_ones += is_stored_transposed
+        np.testing.assert_array_equal(array, expected)
+    assert turned_ones == 2 * 4
+    square = tensors["transformer.h.0.attn.c_proj.weight"]
+    assert square.shape == square.T.shape
+    assert not np.array_equal(square, square.T)
+    assert tensors["transformer.h.0.attn.c_attn.weight"].shape == (8, 24)
+    assert bits(CausalLM.from_pretrained(tmp_path)) == bits(model)
+
+
+@given(
+    st.sampled_from([*MODEL_TYPES, "another"]),
+    st.sampled_from(["c_attn", "q_proj", "lm_head", "my_c_attn", "wte"]),
+)
+def test_to_turn_twice_is_not_to_turn(kind: str, layer: str) -> None:
+    array = np.arange(6.0).reshape(2, 3)
+    for tensor in ("weight", "bias", "lora_A.weight"):
+        key = f"h.0.{layer}.{tensor}"
+        there = to_file_layout(kind, key, array)
+        assert there.flags.c_contiguous
+        np.testing.assert_array_equal(to_file_layout(kind, key, there), array)
+        expected = tensor == "weight" and layer in FAN_IN_FAN_OUT.get(kind, ())
+        assert (there.shape != array.shape) == expected == is_stored_transposed(kind, key)
+    assert is_stored_transposed(kind, f"h.0.{layer}.weight") == (
+        kind == "gpt2" and layer == "c_attn"
+    )
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_keys_with_and_without_the_decoder_s_name(tmp_path: Path, kind: str) -> None:
+    model, tensors = saved(tmp_path, kind)
+    prefix = "transformer." if kind == "gpt2" else "model."
+    rewrite(tmp_path, {key.removeprefix(prefix): array for key, array in tensors.items()})
+    again = CausalLM.from_pretrained(tmp_path)
+    assert bits(again) == bits(model)
+    again.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(tensors)
+    last = f"{prefix}{'ln_f' if kind == 'gpt2' else 'norm'}.weight"
+    rewrite(
+        tmp_path,
+        {key.removeprefix(prefix) if key == last else key: a for key, a in tensors.items()},
+    )
+    with pytest.raises(FormatError, match=f"missing {last}; unknown {last.removeprefix(prefix)}"):
+        CausalLM.from_pretrained(tmp_path)
+
+
+def test_buffers_of_old_files_are_passed_over_and_nothing_else(tmp_path: Path) -> None:
+    model, tensors = saved(tmp_path, "gpt2")
+    mask = np.ones((1, 1, 32, 32), np.float32)
+    buffers = {
+        f"transformer.h.{i}.attn.{name}": mask for i in range(2) for name in ("bias", "masked_bias")
+    }
+    rewrite(tmp_path, {**tensors, **buffers})
+    assert bits(CausalLM.from_pretrained(tmp_path)) == bits(model)
+    rewrite(tmp_path, {**tensors, "transformer.h.0.attn.c_attn.masks": mask})
+    with pytest.raises(FormatError, match=r"unknown transformer\.h\.0\.attn\.c_attn\.masks"):
+        CausalLM.from_pretrained(tmp_path)
+
+
+def test_a_weight_that_lies_the_wrong_way_is_refused_by_its_shape_in_the_file(
+    tmp_path: Path,
+) -> None:
+    _, tensors = saved(tmp_path, "gpt2")
+    key = "transformer.h.1.attn.c_attn.weight"
+    rewrite(tmp_path, {**tensors, key: np.ascontiguousarray(tensors[key].T)})
+    with pytest.raises(
+        FormatError, match=r"h\.1\.attn\.c_attn\.weight is \(24, 8\), config\.json says \(8, 24\)"
+    ):
+        CausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_shards_are_the_whole_and_a_missing_one_is_named(tmp_path: Path, kind: str) -> None:
+    model, tensors = saved(tmp_path, kind)
+    (tmp_path / "model.safetensors").unlink()
+    names = [f"model-0000{i + 1}-of-00003.safetensors" for i in range(3)]
+    weight_map = {key: names[i % 3] for i, key in enumerate(tensors)}
+    for name in names:
+        save_file(
+            tmp_path / name, {key: a for key, a in tensors.items() if weight_map[key] == name}
+        )
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert bits(CausalLM.from_pretrained(tmp_path)) == bits(model)
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(FormatError, match=f"shard '?{names[1]}'? is missing"):
+        CausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+@pytest.mark.parametrize("stored", ["F16", "BF16"])
+def test_half_precision_files_are_widened_exactly(tmp_path: Path, kind: str, stored: str) -> None:
+    _, tensors = saved(tmp_path, kind)
+    rounded = {}
+    entries = []
+    for key, array in tensors.items():
+        half = bf16_from(array) if stored == "BF16" else array.astype(np.float16)
+        wide = (
+            (half.astype(np.uint32) << 16).view(np.float32)
+            if stored == "BF16"
+            else half.astype(np.float32)
+        )
+        rounded[key] = to_file_layout(kind, key, wide).astype(np.float64)
+        entries.append(Entry(key, stored, array.shape, lambda half=half: half))
+    write_stream(tmp_path / "model.safetensors", entries)
+    for dtype in ("float32", "float64"):
+        for name, p in CausalLM.from_pretrained(tmp_path, dtype=dtype).named_parameters():
+            assert p.dtype == dtype
+            np.testing.assert_array_equal(p.data, rounded[name])
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_a_quantised_base_with_an_adapter_is_saved_as_what_it_computes(
+    tmp_path: Path, kind: str
+) -> None:
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = quantize(randomised(shape(kind, hidden_size=32, head_dim=None), "float32").eval())
+    merged = get_peft_model(model, config).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(CausalLM.from_pretrained(tmp_path)(IDS).data, merged(IDS).data)
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_layers_of_codes_are_those_of_the_weight_as_it_is_here(tmp_path: Path, kind: str) -> None:
+    """Never turned: bitsandbytes codes GPT-2's layers as (out, in), too."""
+    model = quantize(randomised(shape(kind, hidden_size=32, head_dim=None), "float32").eval())
+    model.save_pretrained(tmp_path)
+    again = CausalLM.from_pretrained(tmp_path)
+    codes = {
+        path: m.weight.quantized.codes
+        for path, m in again.named_modules()
+        if isinstance(m, QuantizedLinear)
+    }
+    assert codes
+    for path, layer in model.named_modules():
+        if path in codes:
+            np.testing.assert_array_equal(codes[path], layer.weight.quantized.codes)
+    np.testing.assert_array_equal(again(IDS).data, model(IDS).data)
+
+
+# ---- adapters' files hold such weights the same way ----
+
+
+@pytest.mark.parametrize("saved_module", ["attn.c_proj", "mlp", "ln_f", "wpe"])
+def test_a_copied_layer_lies_in_an_adapter_s_file_as_in_the_base_s(
+    tmp_path: Path, saved_module: str
+) -> None:
+    config = LoraConfig(
+        r=2, target_modules=["c_attn"], modules_to_save=[saved_module], init_lora_weights=False
+    )
+    model = get_peft_model(randomised(shape("gpt2"), "float32"), config)
+    model.save_pretrained(tmp_path)
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    copied = {key: array for key, array in file.items() if ".lora_" not in key}
+    own = model.adapter_parameters("default")
+    assert copied
+    for key, array in copied.items():
+        expected = (
+            own[key].data.T if key.endswith(("c_proj.weight", "c_fc.weight")) else own[key].data
+        )
+        np.testing.assert_array_equal(array, expected)
+    again = PeftModel.from_pretrained(randomised(shape("gpt2"), "float32", seed=0), tmp_path)
+    np.testing.assert_array_equal(again(IDS).data, model(IDS).data)
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_default_targets_and_fan_in_fan_out_follow_the_type(tmp_path: Path, kind: str) -> None:
+    model = get_peft_model(randomised(shape(kind), "float32"), LoraConfig(r=2))
+    assert model.peft_config["default"].target_modules == DEFAULT_TARGETS[kind]
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["fan_in_fan_out"] == (kind == "gpt2")
+    shapes = {
+        key.split(".h.0.")[1]: a.shape for key, a in model.state_dict().items() if ".h.0." in key
+    }
+    if kind == "gpt2":
+        assert shapes == {"attn.c_attn.lora_A.weight": (2, 8), "attn.c_attn.lora_B.weight": (24, 2)}
+    again = LoraConfig(r=2, fan_in_fan_out=True)
+    if kind == "gpt2":
+        get_peft_model(randomised(shape(kind)), again)
+    else:
+        with pytest.warns(UserWarning, match="fan_in_fan_out is for layers whose files hold W as"):
+            get_peft_model(randomised(shape(kind)), again)
+
+
+def test_all_linear_layers_are_not_the_head() -> None:
+    model = randomised(shape("gpt2"), "float32")
+    everything = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).state_dict()
+    assert len(everything) == 2 * 2 * 4  # A and B, two blocks, four layers each: not the head
+
+
+def test_targets_inside_a_module_that_is_saved_whole_are_passed_over() -> None:
+    """PEFT's own files of "all-linear" name them, and load."""
+    inside = [f"transformer.h.{i}.mlp.{name}" for i in range(2) for name in ("c_fc", "c_proj")]
+    config = LoraConfig(r=2, target_modules=["c_attn", *inside], modules_to_save=["mlp"])
+    model = get_peft_model(randomised(shape("gpt2"), "float32"), config)
+    adapted = {
+        key.split(".lora_")[0].rpartition(".")[2] for key in model.state_dict() if ".lora_" in key
+    }
+    assert adapted == {"c_attn"}
+    with pytest.raises(ConfigError, match="'c_gate' match nothing"):
+        get_peft_model(
+            randomised(shape("gpt2")), LoraConfig(r=2, target_modules=["c_attn", "c_gate"])
+        )

@@ -1,0 +1,475 @@
+"""Whole commands on a bad day: signals, full and read-only disks, folders that vanish, two runs in one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faults import read_tree
+
+import minilora.training.loop
+from minilora import CausalLM, PeftModel
+from minilora.cli import main
+from minilora.formats import load_file
+from minilora.formats.folders import LOCK, locked
+from minilora.tools import merging
+from minilora.training.runs import find_checkpoint
+
+pytest.importorskip("fcntl", reason="needs processes and signals as POSIX has them")
+
+TINY = [
+    "--batch-size=2",
+    "--context=16",
+    "--threads=1",
+    "--hidden-size=16",
+    "--intermediate-size=24",
+]
+TINY += ["--num-hidden-layers=1", "--num-attention-heads=2"]
+PRETRAIN = ["pretrain", "--data=book.txt", "--eval-data=short.txt", *TINY]
+CHILD = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is inherited as ignored
+from minilora import cli
+from minilora.training import loop
+{before}
+build_parser = cli.build_parser
+cli.build_parser = lambda: print("ready", flush=True) or build_parser()  # from here on `main` answers for everything
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_bytes(
+        b"the quick brown fox jumps over the lazy dog, again and again. " * 40
+    )
+    Path("short.txt").write_bytes(b"the lazy fox jumps over the quick dog")
+
+
+def run(argv: list[str]) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        warnings.simplefilter("default")
+        code = main(argv)
+    assert "Traceback" not in out.getvalue() + err.getvalue()
+    return code, out.getvalue(), err.getvalue()
+
+
+def start(argv: list[str], before: str = "") -> subprocess.Popen:
+    """A command in a process of its own, which has come as far as `main`."""
+    command = [sys.executable, "-c", CHILD.format(before=before), *argv]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def end(process: subprocess.Popen) -> tuple[int, str]:
+    """(exit code, stderr)"""
+    _, err = process.communicate(timeout=120)
+    assert b"Traceback" not in err
+    return process.returncode, err.decode()
+
+
+def sound(out: str | Path) -> int:
+    """The step of the newest checkpoint, which is sound; 0 if there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return (
+            find_checkpoint("auto", Path(out))[1]["step"]
+            if any(Path(out).glob("checkpoints/step-*"))
+            else 0
+        )
+
+
+def left_behind(out: str | Path) -> list[str]:
+    return [p.name for p in Path(out).rglob("*") if ".tmp-" in p.name or p.name in (".lock",)]
+
+
+# ---- one folder, one run ----
+
+
+def test_whoever_writes_is_refused_at_once_and_whoever_reads_is_not():
+    assert run([*PRETRAIN, "--steps=2", "--out=base"])[0] == 0
+    finetune = [
+        "finetune",
+        "--base=base",
+        "--data=book.txt",
+        "--steps=2",
+        "--batch-size=2",
+        "--context=16",
+    ]
+    assert run([*finetune, "--out=adapter"])[0] == 0
+    writers = [
+        [*PRETRAIN, "--out=taken"],
+        [*PRETRAIN, "--out=taken", "--resume"],
+        [*finetune, "--out=taken"],
+        ["merge", "--base=base", "--adapter=adapter", "--out=taken"],
+        ["demo", "--quick", "--out=taken"],
+    ]
+    readers = [
+        ["evaluate", "--base=base", "--adapter=adapter", "--data=short.txt"],
+        ["generate", "--base=base", "--prompt=x", "--max-new-tokens=2"],
+        ["inspect", "adapter"],
+    ]
+    with ThreadPoolExecutor(1) as other, contextlib.ExitStack() as held:
+        for name in ("taken", "base", "adapter"):
+            held.enter_context(locked(name))
+        before = read_tree(Path("taken"))
+        for argv in writers:
+            code, out, err = other.submit(run, argv).result()
+            assert code == 6
+            assert (
+                err
+                == f"minilora: error: 'taken' is in use: process {os.getpid()} is writing there; "
+                + ("choose another folder\n")
+            )
+            assert "held out" not in out
+            assert read_tree(Path("taken")) == before
+        for argv in readers:
+            assert other.submit(run, argv).result()[0] == 0
+    assert run(writers[3])[0] == 0
+
+
+def test_a_command_holds_its_folder_until_all_is_written(monkeypatch):
+    held = []
+    for kind in (CausalLM, PeftModel):
+        plain = kind.save_pretrained
+
+        def save(self, folder, *rest, plain=plain, **more):
+            held.append((Path(folder).name, (Path(folder) / LOCK).exists()))
+            return plain(self, folder, *rest, **more)
+
+        monkeypatch.setattr(kind, "save_pretrained", save)
+    plain_rewrite = merging.rewrite
+
+    def rewrite(*rest):
+        held.append(("merged", Path("merged", LOCK).exists()))
+        return plain_rewrite(*rest)
+
+    monkeypatch.setattr(merging, "rewrite", rewrite)
+    options = ["--batch-size=2", "--context=16", "--steps=1"]
+    assert run([*PRETRAIN, "--steps=1", "--out=base"])[0] == 0
+    assert run(["finetune", "--base=base", "--data=book.txt", *options, "--out=adapter"])[0] == 0
+    assert run(["merge", "--base=base", "--adapter=adapter", "--out=merged"])[0] == 0
+    assert held == [("base", True), ("adapter", True), ("merged", True)]
+
+
+def test_of_commands_that_start_at_once_one_wins():
+    started = [start([*PRETRAIN, "--steps=30", "--out=run"]) for _ in range(4)]
+    codes = sorted(end(process)[0] for process in started)
+    assert codes[0] == 0
+    assert set(codes[1:]) <= {2, 6}
+    assert [
+        json.loads(line)["step"] for line in Path("run", "log.jsonl").read_text().splitlines()
+    ] == list(range(30))
+    assert not left_behind("run")
+
+
+# ---- the disk ----
+
+
+def straight(*options: str) -> dict[str, np.ndarray]:
+    assert run([*PRETRAIN, *options, "--out=straight"])[0] == 0
+    return load_file("straight/model.safetensors")
+
+
+def same(out: str, expected: dict[str, np.ndarray]) -> None:
+    found = load_file(Path(out) / "model.safetensors")
+    assert {k: v.tobytes() for k, v in found.items()} == {
+        k: v.tobytes() for k, v in expected.items()
+    }
+
+
+@pytest.mark.parametrize("limit", [16_000, 40_000, 100], ids=["weights", "optimiser", "everything"])
+def test_a_limit_of_the_size_of_files(limit):
+    expected = straight("--steps=6", "--save-every=2")
+    shutil.copytree("straight", "run")
+    shutil.rmtree("run/checkpoints/step-6")
+    Path("run/model.safetensors").unlink()
+    argv = [*PRETRAIN, "--steps=6", "--save-every=2", "--out=run", "--resume"]
+    before = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+    code, err = end(start(argv, before))
+    assert code == 4
+    assert err.startswith("minilora: error: File too large")
+    assert err.count("\n") == 1
+    assert sound("run") == 4
+    assert not left_behind("run")
+    assert run(argv)[0] == 0
+    same("run", expected)
+
+
+MOUNTED = """
+import json, os, subprocess, sys
+subprocess.run(["mount", "-t", "tmpfs", "-o", sys.argv[1], "tmpfs", "disk"], check=True)
+from pathlib import Path
+from minilora.cli import main
+from minilora.training.runs import find_checkpoint
+code = main(sys.argv[2:])
+step = 0
+if any(Path("disk/run").glob("checkpoints/step-*")):
+    step = find_checkpoint("auto", Path("disk/run"))[1]["step"]
+left = [p.name for p in Path("disk").rglob("*") if ".tmp-" in p.name or p.name == ".lock"]
+print(json.dumps([code, step, left]))
+"""
+
+
+def on_a_disk_of(options: str, argv: list[str]) -> tuple[int, int, list[str], str, str]:
+    """(exit code, step of the newest checkpoint, what was left, stdout, stderr) of a command on a disk of its own."""
+    Path("disk").mkdir()
+    try:
+        probe = subprocess.run(
+            ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "disk"], capture_output=True
+        )
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    if probe.returncode:
+        pytest.skip("nothing may be mounted here")
+    command = ["unshare", "-rm", sys.executable, "-W", "error", "-c", MOUNTED, options, *argv]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    *out, last = done.stdout.splitlines()
+    return (*json.loads(last), "\n".join(out), done.stderr)
+
+
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint():
+    argv = [*PRETRAIN, "--steps=6", "--save-every=1", "--out=disk/run"]
+    code, step, left, out, err = on_a_disk_of("size=250k", argv)
+    assert (code, left) == (4, [])
+    assert err.startswith("minilora: error: No space left on device")
+    assert "held out" in out
+    assert step == 2
+
+
+def test_a_disk_that_is_too_small_is_known_before_training():
+    argv = [*PRETRAIN, "--steps=6", "--save-every=1", "--out=disk/run"]
+    code, step, left, out, err = on_a_disk_of("size=60k", argv)
+    assert (code, step, left) == (4, 0, [])
+    assert "saving takes" in err
+    assert "held out" not in out
+
+
+def test_a_disk_that_is_read_only_is_known_before_training():
+    for out in ("disk/run", "disk"):
+        code, step, left, said, err = on_a_disk_of("ro", [*PRETRAIN, f"--out={out}"])
+        assert (code, step, left) == (4, 0, [])
+        assert "Read-only file system" in err
+        assert "held out" not in said
+        Path("disk").rmdir()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written():
+    assert run([*PRETRAIN, "--steps=1", "--out=base"])[0] == 0
+    command = [sys.executable, "-m", "minilora"]
+    for argv in (
+        ["inspect", "base"],
+        ["generate", "--base=base", "--prompt=x"],
+        [*PRETRAIN, "--out=run"],
+    ):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run([*command, *argv], stdout=full, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (4, "minilora: error: No space left on device\n")
+    with open("/dev/full", "wb") as full:
+        assert subprocess.run([*command, "inspect", "missing"], stderr=full).returncode == 4
+
+
+def test_a_folder_that_vanishes(monkeypatch):
+    plain = minilora.training.loop.Windows.batch
+
+    def batch(self, step):
+        if step == 3:
+            shutil.rmtree("run")
+        return plain(self, step)
+
+    monkeypatch.setattr(minilora.training.loop.Windows, "batch", batch)
+    for options in ([], ["--save-every=2"]):
+        code, _, _ = run([*PRETRAIN, "--steps=6", "--out=run", *options])
+        assert code in (0, 4)
+        assert not left_behind("run")
+        assert sound("run") == (6 if options else 0)
+        shutil.rmtree("run")
+
+
+@pytest.mark.parametrize(
+    "name", ["with spaces", "line\nbreak", b"\xff\xfe".decode("utf-8", "surrogateescape"), "-x"]
+)
+def test_a_folder_of_any_name(name):
+    expected = straight("--steps=4")
+    out = f"./{name}"
+    assert run([*PRETRAIN, "--steps=4", "--save-every=2", f"--out={out}"])[0] == 0
+    same(out, expected)
+    (Path(out) / "model.safetensors").unlink()
+    assert run([*PRETRAIN, "--steps=4", f"--out={out}", "--resume"])[0] == 0
+    same(out, expected)
+    finetune = [
+        "finetune",
+        f"--base={out}",
+        "--data=book.txt",
+        "--steps=1",
+        "--batch-size=2",
+        "--context=16",
+    ]
+    assert run([*finetune, f"--out={out}/adapter"])[0] == 0
+    assert run(["merge", f"--base={out}", f"--adapter={out}/adapter", "--out=merged"])[0] == 0
+
+
+def test_a_text_that_is_larger_than_memory():
+    with open("huge.txt", "wb") as file:
+        file.truncate(4 << 30)  # takes no room
+    before = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1500 << 20, 1500 << 20))"
+    argv = ["pretrain", "--data=huge.txt", "--out=run", *TINY]
+    code, err = end(start(argv, before))
+    assert code == 3
+    assert err.startswith(
+        "minilora: error: 'huge.txt' has 4,294,967,296 bytes, more than there is memory"
+    )
+    assert not Path("run").exists()
+
+
+# ---- signals ----
+
+KINDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize(("number", "code"), KINDS)
+def test_training_that_is_stopped_at_a_random_moment(number, code):
+    """Whenever it comes: the exit code, no traceback, and from there the same weights as if it had never come."""
+    options = ["--steps=150", "--eval-every=20", "--save-every=15"]
+    begun = time.perf_counter()
+    expected = straight(*options)
+    length = time.perf_counter() - begun
+    rng = np.random.default_rng(int(number))
+    steps = []
+    for attempt in range(5):
+        process = start([*PRETRAIN, *options, f"--out=run-{attempt}"])
+        time.sleep(length * rng.uniform(0, 0.8))
+        process.send_signal(number)
+        got, err = end(process)
+        assert got in (code, 0)  # it may just have ended
+        assert not Path(f"run-{attempt}").exists() or not left_behind(f"run-{attempt}")
+        steps.append(sound(f"run-{attempt}"))
+        if steps[-1]:
+            assert (
+                got == 0 or steps[-1] == 150 or f"stopped after {steps[-1]} steps" in err
+            )  # 150: training was over
+            assert run([*PRETRAIN, *options, f"--out=run-{attempt}", "--resume"])[0] == 0
+            same(f"run-{attempt}", expected)
+    assert any(steps)
+
+
+@pytest.mark.parametrize(("number", "code"), KINDS)
+def test_a_second_signal_stops_at_once_and_leaves_the_last_checkpoint(number, code):
+    slow = """
+plain = loop.Run.step
+def step(self, sharded):
+    if self.done == 3:
+        import os, time
+        os.kill(os.getpid(), {0})
+        time.sleep(0.1)
+        os.kill(os.getpid(), {0})
+        time.sleep(60)
+    return plain(self, sharded)
+loop.Run.step = step
+"""
+    begun = time.perf_counter()
+    got, err = end(
+        start([*PRETRAIN, "--steps=6", "--save-every=2", "--out=run"], slow.format(int(number)))
+    )
+    assert time.perf_counter() - begun < 50
+    assert got == code
+    assert err.splitlines()[-1] == "minilora: interrupted"
+    assert sound("run") == 2
+    assert not left_behind("run")
+    assert run([*PRETRAIN, "--steps=6", "--save-every=2", "--out=run", "--resume"])[0] == 0
+    same("run", straight("--steps=6", "--save-every=2"))
+
+
+@pytest.mark.parametrize(("number", "code"), KINDS)
+def test_the_other_commands_stop_at_once(number, code):
+    assert run([*PRETRAIN, "--steps=1", "--out=base"])[0] == 0
+    assert (
+        run(
+            [
+                "finetune",
+                "--base=base",
+                "--data=book.txt",
+                "--steps=1",
+                "--context=16",
+                "--out=adapter",
+            ]
+        )[0]
+        == 0
+    )
+    Path("long.txt").write_bytes(Path("book.txt").read_bytes() * 2000)  # some minutes
+    waits = "import time; from minilora.tools import merging; merging.rewrite = lambda *_: {}"
+    for argv, before in (
+        (["evaluate", "--base=base", "--data=long.txt"], ""),
+        (["generate", "--base=base", "--prompt=x", "--max-new-tokens=10000000"], ""),
+        (
+            ["merge", "--base=base", "--adapter=adapter", "--out=merged"],
+            waits.format("time.sleep(60)"),
+        ),
+    ):
+        process = start(argv, before)
+        time.sleep(0.3)
+        process.send_signal(number)
+        begun = time.perf_counter()
+        assert end(process) == (code, "\nminilora: interrupted\n")
+        assert time.perf_counter() - begun < 30
+    assert not Path("merged").exists()
+
+
+def test_a_command_leaves_the_handlers_of_its_caller_alone():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    assert run([*PRETRAIN, "--steps=1", "--out=run"])[0] == 0
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    calls = []
+    plain = signal.signal(signal.SIGTERM, lambda *_: calls.append(1))
+    try:
+        assert run(["inspect", "run"])[0] == 0
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, plain)
+    assert calls == [1]
+
+
+# ---- a loss that leaves ----
+
+
+def test_abort_on_divergence_is_an_option():
+    argv = [
+        *PRETRAIN,
+        "--steps=40",
+        "--save-every=2",
+        "--lr=30",
+        "--warmup=0",
+        "--max-grad-norm=1e9",
+    ]
+    code, _, err = run([*argv, "--abort-on-divergence", "--out=run"])
+    assert code == 5
+    assert "the loss, " in err
+    assert (
+        "the latest checkpoint is 'run/checkpoints/step-" in err
+        or "the latest checkpoint is None" in err
+    )
+    code, _, err = run([*argv, "--out=on"])
+    assert code == 0
+    assert err.count("--abort-on-divergence would stop here") == 1
