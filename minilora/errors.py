@@ -7,7 +7,8 @@ run holds the folder.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 
 class MiniloraError(Exception):
@@ -20,11 +21,12 @@ class MiniloraError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in _middle_cut(message))
-        super().__init__(_middle_cut(line))
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in shorten(message))
+        super().__init__(shorten(line))
 
 
-def _middle_cut(text: str) -> str:
+def shorten(text: str) -> str:
+    """`text` within 500 characters: what was given stands at its start and the cure at its end, so both stay."""
     return text if len(text) <= 500 else f"{text[:300]} ... {text[-195:]}"
 
 
@@ -32,6 +34,21 @@ class ConfigError(MiniloraError, ValueError):
     """An option or a configuration that means nothing, or that does not fit the model."""
 
     exit_code = 2
+
+
+class Rule(NamedTuple):
+    """A line of a table that checks fields: the field, a predicate of its value, and what would be valid."""
+
+    field: str
+    is_valid: Callable[[Any], bool]
+    wanted: str
+
+
+def check_fields(values: Mapping[str, Any], rules: Iterable[Rule], where: str = "") -> None:
+    """ConfigError for the first rule that the value of its field breaks; `where` begins the message."""
+    for field, is_valid, wanted in rules:
+        if not is_valid(values[field]):
+            raise ConfigError(f"{where}{field} must be {wanted}, got {values[field]!r:.200}")
 
 
 class FormatError(MiniloraError, ValueError):

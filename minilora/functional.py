@@ -16,6 +16,7 @@ import numpy as np
 from .autograd import Tensor, grad_enabled, namespace, record
 from .backend import Array, Backend
 from .errors import DataError
+from .threads import blocks
 
 Grads = tuple[Array | None, ...]
 IGNORE = -100  # a target that is not counted: PyTorch's ignore_index
@@ -352,10 +353,10 @@ def linear_cross_entropy(
     dX = xp.empty_like(X) if grad_enabled() and x.requires_grad else None
     dW = xp.zeros(head.shape, head.dtype) if grad_enabled() and head.requires_grad else None
     loss = xp.zeros((), X.dtype)
-    for at in _slices(len(X), ROWS):
+    for at in blocks(len(X), ROWS):
         Xn, tn, w, skip = X[at], t[at], weight[at], ignored[at]  # (n, C), (n,), (n,), (n,)
         top, total, hit = (xp.full(w.shape, start, X.dtype) for start in (-np.inf, 0, 0))
-        words = _slices(V, max(1, LOGITS // len(Xn)))
+        words = blocks(V, max(1, LOGITS // len(Xn)))
 
         def logits(W: Array, Xn: Array = Xn, skip: Array = skip) -> Array:
             Z = W @ Xn.T  # (v, C) @ (C, n) -> (v, n): NumPy reduces over rows with whole vectors
@@ -397,10 +398,6 @@ def linear_cross_entropy(
         return None if dX is None else (dX * dy).reshape(shape), None if dW is None else dW * dy
 
     return record(loss, (x, head), vjp)
-
-
-def _slices(size: int, most: int) -> list[slice]:
-    return [slice(start, min(start + most, size)) for start in range(0, size, most)]
 
 
 QUERY_BLOCK = 64  # queries a block: shorter blocks skip more hidden scores, and cost more calls
@@ -516,7 +513,7 @@ def _attend(
 
     O, inv, kept = xp.empty((B, T, H, D), q.dtype), xp.empty((B, T, H, 1), q.dtype), []
     qh, kh, vh, Oh = by_head(q), by_head(k), by_head(v), by_head(O)
-    for at in _slices(T, QUERY_BLOCK):
+    for at in blocks(T, QUERY_BLOCK):
         keys, P, view = seen(at)
         top = P.max(axis=1, keepdims=True)  # (B, 1, H t)
         P -= top

@@ -1,4 +1,4 @@
-"""Cores, BLAS threads, glibc's memory, and threads that work in order."""
+"""Cores, glibc's memory, arrays cut into blocks, and threads that work in order."""
 
 from __future__ import annotations
 
@@ -6,22 +6,27 @@ import contextlib
 import contextvars
 import ctypes
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # from glibc's malloc.h
-
-
 MAX_THREADS = 256  # more would only meet the system's own limit
+P = TypeVar("P")
+R = TypeVar("R")
 
 
 def keep_memory() -> None:
-    """Tell glibc to keep freed memory for the next array, not to return it to the system at once.
+    """Tell glibc to keep freed memory for the next array instead of returning it to the system.
 
-    NumPy allocates every temporary anew. Above a threshold glibc maps and unmaps it, and the system clears it page by
-    page: some 17,000 page faults a step for a small model, a fifth of its time. A thread's own arena returns what it
-    can whatever the thresholds are, so new threads share the main one. Elsewhere than on glibc, nothing.
+    NumPy allocates every temporary anew. Above a threshold glibc maps and unmaps it, and the system
+    clears it page by page: some 17,000 page faults per step for a small model, a fifth of its time.
+    A thread's own arena returns memory whatever the thresholds are, so new threads share the main
+    arena. Without glibc nothing happens.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -32,26 +37,72 @@ def keep_memory() -> None:
 
 
 def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-P = TypeVar("P")
-R = TypeVar("R")
+def blocks(count: int, size: int) -> list[slice]:
+    """0 ... count as slices of `size`, the last one shorter; `size` below 1 counts as 1."""
+    step = max(1, size)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-class Team:
-    """`team(work, parts)` is [work(part) for part in parts], of two parts at once; it owns the second thread."""
+class Workers:
+    """Threads that work on parts and give results in the order of the parts. Use it in a `with` block.
 
-    def __enter__(self) -> Team:
+    Each part runs in a copy of the caller's context, so context variables set by the caller hold
+    there too. With one thread `map` runs in the calling thread, unless it is to work ahead.
+    """
 
-        self._pool = ThreadPoolExecutor(1, "minilora")
+    def __init__(self, threads: int):
+        self.threads = threads
+
+    def __enter__(self) -> Workers:
+        from concurrent.futures import (
+            ThreadPoolExecutor,  # 10 ms that `import minilora` need not pay
+        )
+
+        self._pool = ThreadPoolExecutor(self.threads, "minilora")
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown()
 
-    def __call__(self, work: Callable[[P], R], parts: Sequence[P]) -> list[R]:
-        here = contextvars.copy_context()  # what the caller has switched, its thread sees too
-        others = [self._pool.submit(here.run, work, part) for part in parts[1:]]
+    def _submit(self, work: Callable[[P], R], part: P) -> Future[R]:
+        return self._pool.submit(contextvars.copy_context().run, work, part)
+
+    def map(
+        self, work: Callable[[P], R], parts: Iterable[P], ahead: int | None = None
+    ) -> Generator[R, None, None]:
+        """Yield work(part) for each part, in order.
+
+        ahead   how many parts may be in work while a result is in use. None: one more than there are
+                threads; with one thread, none, and the calling thread does the work
+
+        An exception surfaces at its part; parts that wait are then dropped and running ones awaited.
+        The same happens when the generator is closed early.
+        """
+        if ahead is None and self.threads == 1:
+            yield from map(work, parts)
+            return
+        coming = iter(parts)
+        most = self.threads + 1 if ahead is None else ahead
+        waiting = deque(self._submit(work, part) for part in islice(coming, most))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(self._submit(work, part) for part in islice(coming, 1))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
+            for future in waiting:
+                if not future.cancelled():
+                    future.exception()
+
+    def together(self, work: Callable[[P], R], parts: Sequence[P]) -> list[R]:
+        """[work(part) for part in parts], the first part in the calling thread and the others beside it."""
+        others = [self._submit(work, part) for part in parts[1:]]
         return [work(parts[0]), *(other.result() for other in others)]

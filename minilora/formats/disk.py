@@ -16,7 +16,7 @@ import os
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from itertools import accumulate
@@ -89,22 +89,6 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
         raise
     finally:
         _being_written.discard(temporary)
-
-
-def run_ahead(calls: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
-    """The results of calls, each made by another thread while the one before it is in use.
-
-    Whoever may stop before the end closes it (`contextlib.closing`): that waits for the call that is being made.
-    """
-    from concurrent.futures import ThreadPoolExecutor  # 10 ms that `import minilora` does not need
-
-    with ThreadPoolExecutor(1) as maker:
-        coming = (maker.submit(call) for call in calls)
-        made = next(coming, None)
-        while made is not None:
-            result = made.result()
-            made = next(coming, None)
-            yield result
 
 
 def start_writeback(file: BinaryIO) -> None:

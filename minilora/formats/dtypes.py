@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FormatError
+from ..threads import blocks
 
 Array = NDArray[Any]
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # by the names of config.json
@@ -40,8 +41,7 @@ def round_to(exact: Array, dtype: str) -> Array:
 
 def row_blocks(shape: Sequence[int]) -> list[slice]:
     """The rows of an array, as slices of about BLOCK numbers."""
-    rows, step = shape[0], max(1, BLOCK // max(1, math.prod(shape[1:])))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return blocks(shape[0], BLOCK // max(1, math.prod(shape[1:])))
 
 
 def bf16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:

@@ -25,13 +25,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..errors import FormatError
+from ..threads import Workers
 from .disk import (
     PathLike,
     atomic_file,
     open_regular,
     parse_json,
     quoted,
-    run_ahead,
     start_writeback,
 )
 from .dtypes import bf16_to_float32
@@ -280,11 +280,10 @@ def write_stream(
             f"{quoted(path)}: a name is not valid Unicode: {str(error)[:200]}"
         ) from None
     text += b" " * (-len(text) % 8)
-    with atomic_file(path) as file:
+    with Workers(1) as workers, atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        with closing(
-            run_ahead(entry.read for entry in entries)
-        ) as arrays:  # no `read` goes on when this has failed
+        arrays = workers.map(lambda entry: entry.read(), entries, ahead=1)
+        with closing(arrays):  # no `read` goes on when this has failed
             for entry, array in zip(entries, arrays, strict=True):
                 expected = DTYPES[entry.dtype]
                 if array.dtype.newbyteorder("<") != expected or array.shape != entry.shape:

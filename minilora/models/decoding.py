@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from .. import nn
 from ..backend import Array
-from ..threads import Team
+from ..threads import Workers
 from .cache import KeyValueCache
 from .transformer import CausalLM, Decoder
 
@@ -55,7 +55,7 @@ class Weights:
     head: Product
 
     @classmethod
-    def of(cls, model: Any, team: Team) -> Weights | None:
+    def of(cls, model: Any, workers: Workers) -> Weights | None:
         """None where a layer must run on its own (a quantised weight, dropout), or the copy would be too large.
 
         None for GPT-2, too, and where an embedding has an adapter: tokens are then asked in the ordinary way.
@@ -79,7 +79,7 @@ class Weights:
                 if norm is not None
             ]
         weights = cls(model) if all(type(norm) is nn.RMSNorm for norm in norms) else None
-        return weights if weights and weights._lay_out(model, team) else None
+        return weights if weights and weights._lay_out(model, workers) else None
 
     def __init__(self, model: CausalLM):
         c = model.config
@@ -95,7 +95,7 @@ class Weights:
         # Each channel i of a head, and after it its partner i + D/2.
         self.pairs = self.xp.arange(c.head_dim).reshape(2, -1).T.reshape(-1)
 
-    def _lay_out(self, model: CausalLM, team: Team) -> bool:
+    def _lay_out(self, model: CausalLM, workers: Workers) -> bool:
         """False where a layer must run on its own."""
         turned = self.heads + self.kv_heads
         channels = self.xp.arange((turned + self.kv_heads) * self.head_dim).reshape(
@@ -131,7 +131,7 @@ class Weights:
             ]
 
         products: list[Any] = [None] * len(jobs)
-        products[0::2], products[1::2] = team(work, [0, 1])
+        products[0::2], products[1::2] = workers.together(work, [0, 1])
         if None in products:
             return False
         *blocks, self.head = products

@@ -12,7 +12,7 @@ import threadpoolctl
 from ..autograd import no_grad
 from ..backend import Array
 from ..errors import ConfigError, DataError, NonFiniteError
-from ..threads import Team
+from ..threads import Workers
 from .cache import KeyValueCache
 from .decoding import Decoding, Weights
 
@@ -98,15 +98,15 @@ def stream(
         return logits
 
     # BLAS's own threads gain nothing with so few rows, and lose much where the cores have other work.
-    with threadpoolctl.threadpool_limits(1, "blas"), Team() as team:
-        weights = Weights.of(plain, team)
+    with threadpoolctl.threadpool_limits(1, "blas"), Workers(1) as workers:
+        weights = Weights.of(plain, workers)
         for _ in range(max_new_tokens):
             if (going_on[0] or caches[0]).length + pending.shape[1] > limit:
                 window = pending = window[:, -max(1, limit // 2) :]
                 going_on = [None] * len(halves)
                 for cache in caches:
                     cache.length = 0
-            logits = backend.xp.concatenate(team(forward, range(len(halves))))
+            logits = backend.xp.concatenate(workers.together(forward, range(len(halves))))
             token = sample(
                 backend.to_numpy(logits), rng, temperature, min(top_k or V, V), top_p or 1.0
             )

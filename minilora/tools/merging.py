@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from ..lora import HydraConfig
 from ..lora.combining import check_weights
 from ..lora.factors import singular_values
 from ..lora.files import AdapterFile, base_key, lies_transposed, mismatches, same
-from ..threads import available_cores, keep_memory
+from ..threads import Workers, available_cores, keep_memory
 from .rewriting import Row, not_finite, rewrite, stored
 
 Array = np.ndarray
@@ -90,14 +89,14 @@ def merge(
             threadpoolctl.threadpool_limits(1, "blas")
         )  # threads have blocks of rows, not products
         keep_memory()
-        pool = opened.enter_context(ThreadPoolExecutor(threads or available_cores()))
+        workers = opened.enter_context(Workers(threads or available_cores()))
         kind = str(config.get("model_type"))
 
         def make(key: str) -> tuple[Array, Row | None]:
             terms = plan.get(key, [])
             if not terms:
                 return stored(checkpoint, key, code, allow_nonfinite), None
-            bits, row = _changed(checkpoint, key, terms, kind, code, pool.map)
+            bits, row = _changed(checkpoint, key, terms, kind, code, workers.map)
             if not allow_nonfinite and not math.isfinite(row.pop("sum")):
                 if set(weights) != {1.0}:
                     raise NonFiniteError(

@@ -11,13 +11,10 @@ task's: the price is a copy of the adapted weights for each.
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import contextvars
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -29,7 +26,7 @@ from ..backend import Array
 from ..data.batches import Batch
 from ..errors import ConfigError
 from ..nn import Parameter, dropout_counter
-from ..threads import MAX_THREADS, available_cores, keep_memory
+from ..threads import MAX_THREADS, Workers, available_cores, keep_memory
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -93,6 +90,7 @@ class ShardedStep:
             next(iter(model.parameters())).backend.name == "cpu"
         )  # a GPU is kept busy by one thread
         self.threads = min(threads or available_cores(), MAX_THREADS) if on_host else 1
+        self._workers = Workers(self.threads)
         self._stack = ExitStack()
 
     def __enter__(self) -> ShardedStep:
@@ -104,7 +102,7 @@ class ShardedStep:
             )
         if self.keep_memory:
             keep_memory()
-        self._pool = self._stack.enter_context(ThreadPoolExecutor(self.threads, "minilora"))
+        self._stack.enter_context(self._workers)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -144,7 +142,7 @@ class ShardedStep:
             for task, part in parts:
                 with self._running(task):
                     self._prepare(part.ids.size)
-            for task, loss, found in self._in_order(work, self._cut(batch.ids.shape, parts)):
+            for task, loss, found in self._workers.map(work, self._cut(batch.ids.shape, parts)):
                 totals[task] = totals[task] + loss
                 trained |= found is not None
                 for i, g in enumerate(found or ()):
@@ -201,7 +199,7 @@ class ShardedStep:
                 yield from self._cut(batch.ids.shape, parts)
 
         try:
-            yield from self._in_order(work, shards())
+            yield from self._workers.map(work, shards())
         finally:
             self.model.end_step()
 
@@ -212,7 +210,7 @@ class ShardedStep:
             for job in jobs[first :: self.threads]:
                 job()
 
-        for _ in self._in_order(work, range(self.threads)):
+        for _ in self._workers.map(work, range(self.threads)):
             pass
 
     def _cut(
@@ -224,26 +222,3 @@ class ShardedStep:
             for task, part in parts
             for i in range(0, len(part), size)
         )
-
-    def _in_order(self, work: Callable[[P], R], parts: Iterable[P]) -> Iterator[R]:
-        """work(part) of each, in the order of the parts, at most `threads` at once and none far ahead."""
-        if self.threads == 1:
-            yield from map(work, parts)
-            return
-        waiting: collections.deque[Future[R]] = collections.deque()
-        try:
-            for part in parts:
-                here = (
-                    contextvars.copy_context()
-                )  # what the caller has switched, its threads see too
-                waiting.append(self._pool.submit(here.run, work, part))
-                if len(waiting) > self.threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:  # after an exception: start no more, and wait for those that run
-            for future in waiting:
-                future.cancel()
-            for future in waiting:
-                if not future.cancelled():
-                    future.exception()

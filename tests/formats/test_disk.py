@@ -25,7 +25,6 @@ from faults import (
 
 from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
 from minilora.formats import atomic_file
-from minilora.formats.disk import run_ahead
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes as POSIX has them")
 
@@ -181,31 +180,3 @@ def test_a_fault_at_any_change_leaves_each_file_whole(make, wrong, over, tmp_pat
             new.save_pretrained(out)
         assert read_tree(out) == new_files
         shutil.rmtree(out)
-
-
-def test_the_next_result_is_made_while_one_is_in_use():
-    begun = [threading.Event() for _ in range(5)]
-
-    def call(i: int) -> int:
-        begun[i].set()
-        return i
-
-    for i, result in enumerate(run_ahead([lambda i=i: call(i) for i in range(5)])):
-        assert result == i
-        assert i == 4 or begun[i + 1].wait(60)  # without anybody asking for it
-        assert not any(event.is_set() for event in begun[i + 2 :])
-
-
-def test_what_a_call_raises_comes_in_its_turn_and_ends_the_rest():
-    made = []
-
-    def call(i: int) -> int:
-        made.append(i)
-        return 1 // (2 - i)
-
-    results = run_ahead([lambda i=i: call(i) for i in range(5)])
-    assert [next(results), next(results)] == [0, 1]
-    with pytest.raises(ZeroDivisionError):
-        next(results)
-    assert made == [0, 1, 2]
-    assert list(run_ahead([])) == []

@@ -305,9 +305,10 @@ def test_an_entry_must_keep_its_word(tmp_path, made):
 
 def test_when_writing_has_failed_no_read_is_going_on(tmp_path):
     """Else it would use a file that its caller closes, or reads from anew."""
-    done = []
+    started, done = [], []
 
     def slow() -> np.ndarray:
+        started.append(True)
         time.sleep(0.1)
         done.append(True)
         return np.zeros(2, np.float32)
@@ -320,7 +321,7 @@ def test_when_writing_has_failed_no_read_is_going_on(tmp_path):
         FormatError, match="announced as"
     ) as caught:  # its traceback holds whatever was going on
         write_stream(tmp_path / "m.safetensors", entries)
-    assert done == [True], caught
+    assert done == started, caught
     assert not any(tmp_path.iterdir())
 
 

@@ -29,7 +29,7 @@ from minilora.models.transformer import KeyValueCache
 from minilora.nn import Linear, dropout_counter
 from minilora.optim import AdamW
 from minilora.quant import QuantizedLinear, quantize
-from minilora.threads import Team
+from minilora.threads import Workers
 from minilora.tools.inspecting import inspect_adapter
 from minilora.training.nonfinite import explain_non_finite
 from minilora.training.parallel import ShardedStep
@@ -419,9 +419,9 @@ def test_inspect_and_verify_read_such_a_folder(tmp_path: Path) -> None:
 def test_decoding_takes_its_weight() -> None:
     made = model().eval()
     cache = KeyValueCache(made.get_base_model(), 2, 10)
-    with no_grad(), Team() as team:
+    with no_grad(), Workers(1) as workers:
         made(IDS[:, :9], cache=cache)
-        weights = Weights.of(made.get_base_model(), team)
+        weights = Weights.of(made.get_base_model(), workers)
         assert weights is not None
         assert Decoding(weights, cache)(IDS[:, 9]) == pytest.approx(made(IDS).data[:, 9], abs=1e-4)
 

@@ -22,12 +22,12 @@ from minilora import (
 from minilora.models import decoding as room
 from minilora.models.decoding import Decoding, Weights
 from minilora.models.transformer import KeyValueCache
-from minilora.threads import Team
+from minilora.threads import Workers
 
 
 def laid_out(model: Any) -> Weights | None:
-    with Team() as team:
-        return Weights.of(model.get_base_model(), team)
+    with Workers(1) as workers:
+        return Weights.of(model.get_base_model(), workers)
 
 
 def model_of(seed: int, adapter: str, **options: Any) -> Any:

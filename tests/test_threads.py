@@ -1,0 +1,61 @@
+"""Blocks and workers: the cut, the order of results, what runs ahead, and what an exception leaves."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from minilora.threads import Workers, blocks
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+@pytest.mark.parametrize("size", [-1, 0, 1, 3, 7, 9])
+def test_blocks_cover_everything_once_in_order(count, size):
+    cut = blocks(count, size)
+    assert [i for block in cut for i in range(block.start, block.stop)] == list(range(count))
+    assert all(block.stop - block.start == max(1, size) for block in cut[:-1])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("ahead", [None, 1, 2])
+def test_workers_map_gives_results_in_order(threads, ahead):
+    with Workers(threads) as workers:
+        assert list(workers.map(lambda i: i * i, range(9), ahead)) == [i * i for i in range(9)]
+        assert list(workers.map(lambda i: i, [], ahead)) == []
+
+
+def test_workers_map_makes_the_next_result_while_one_is_in_use():
+    begun = [threading.Event() for _ in range(5)]
+
+    def work(i: int) -> int:
+        begun[i].set()
+        return i
+
+    with Workers(1) as workers:
+        for i, result in enumerate(workers.map(work, range(5), ahead=1)):
+            assert result == i
+            assert i == 4 or begun[i + 1].wait(60)  # although nobody asked for it yet
+            assert not any(event.is_set() for event in begun[i + 2 :])
+
+
+def test_workers_map_raises_at_the_part_that_failed_and_starts_no_other():
+    made = []
+
+    def work(i: int) -> int:
+        made.append(i)
+        return 1 // (2 - i)
+
+    with Workers(1) as workers:
+        results = workers.map(work, range(5), ahead=1)
+        assert [next(results), next(results)] == [0, 1]
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+    assert made == [0, 1, 2]
+
+
+def test_workers_together_gives_results_in_order_and_works_in_the_calling_thread():
+    with Workers(1) as workers:
+        names = workers.together(lambda _: threading.current_thread().name, range(3))
+    assert names[0] == threading.current_thread().name
+    assert all(name.startswith("minilora") for name in names[1:])
