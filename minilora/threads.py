@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import ctypes
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -41,6 +42,19 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def one_blas_thread() -> Any:
+    """A context manager that holds BLAS to one thread: its own threads would change the bits of a product."""
+    return _blas().limit(limits=1, user_api="blas")
+
+
+@functools.cache
+def _blas() -> Any:
+    """threadpoolctl's controller; to look for the BLAS libraries takes milliseconds, so it is done once."""
+    import threadpoolctl
+
+    return threadpoolctl.ThreadpoolController()
 
 
 def blocks(count: int, size: int) -> list[slice]:

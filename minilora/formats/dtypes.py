@@ -16,6 +16,7 @@ Array = NDArray[Any]
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # by the names of config.json
 
 
+CODES = {"float64": "F64", **DTYPES}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -37,6 +38,11 @@ def round_to(exact: Array, dtype: str) -> Array:
         return exact.astype(
             {"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype], copy=False
         )
+
+
+def empty_as(shape: Sequence[int], dtype: str) -> Array:
+    """An uninitialised array for numbers of the format's `dtype`: uint16 for bfloat16."""
+    return np.empty(shape, round_to(np.zeros(0), dtype).dtype)
 
 
 def row_blocks(shape: Sequence[int]) -> list[slice]:

@@ -29,6 +29,7 @@ from ..effective import Pull
 from ..errors import ConfigError
 from ..nn import Dropout, LinearBase, Parameter, normal
 from .config import LoraConfig
+from .factors import Part, float64
 from .lora import LoraAdapter
 
 RANK_EPS = 1e-5  # what PEFT adds to AdaLoRA's rank before it divides by it
@@ -197,6 +198,10 @@ class AdaLoraAdapter(LoraAdapter):
         """dW = s B diag(E) A (O, I), over the base's weight W (O, I) and in its precision."""
         A, E, B = (p.data.astype(W.dtype) for p in (self.lora_A, self.lora_E, self.lora_B))
         return (B @ (A * E)) * self.scaling
+
+    def part(self) -> Part:
+        """dW as float64 factors on the host, diag(E) A being the first."""
+        return Part(float64(self.lora_A) * float64(self.lora_E), float64(self.lora_B), self.scaling)
 
     def effective(self, W: Array) -> tuple[tuple[Tensor, ...], Pull]:
         """Add dW to W (O, I) in place; returns the parameters, and how their gradients are found: LoRA's, then dE."""

@@ -30,6 +30,7 @@ from ..effective import OfOutput, Pull
 from ..errors import ConfigError
 from ..nn import LinearBase, Parameter
 from .config import LoraConfig
+from .factors import Part, float64
 from .lora import LoraAdapter
 
 BLOCK = 1 << 16  # numbers of V at a time: from the product to the norm they stay in the cache
@@ -95,10 +96,15 @@ class DoraAdapter(LoraAdapter):
         )  # at k = 1, B = 0: y + 0
 
     def delta_weight(self, W: Array) -> Array:
-        """dW' = k V - W (O, I), over the base's weight W (O, I) and in its precision; k is what the forward takes."""
-        m = self.lora_magnitude_vector
-        k = _ratio(m.backend.xp, m.data, self.norms(W.astype(m.dtype))).astype(W.dtype)
-        return k[:, None] * (W + super().delta_weight(W)) - W
+        """dW' = k V - W (O, I), k included, over the base's weight W (O, I) and in its precision."""
+        xp, m = self.lora_A.backend.xp, self.lora_magnitude_vector.data.astype(W.dtype)
+        V = W + super().delta_weight(W)
+        norms = xp.sqrt(F.row_dot(xp, V, V)[:, 0])
+        return _ratio(xp, m, norms)[:, None] * V - W
+
+    def part(self) -> Part:
+        """LoRA's factors with the magnitude, in float64 on the host."""
+        return super().part()._replace(m=float64(self.lora_magnitude_vector))
 
     def effective(self, W: Array) -> tuple[tuple[Tensor, ...], Pull | OfOutput]:
         """W (O, I) becomes k V in place; returns the parameters, and how their gradients are found.

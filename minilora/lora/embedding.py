@@ -15,8 +15,6 @@ parameters over one storage, counts both, and gives each a state of the optimise
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +23,7 @@ from .. import functional as F
 from ..autograd import Tensor
 from ..backend import Array
 from ..effective import Pull
-from ..errors import ConfigError
 from ..nn import Dropout, Embedding, LinearBase, Parameter, normal
-from ..quant.half import HalfWeight
 from .config import LoraConfig
 from .dora import DoraAdapter, row_scales
 from .layer import Wrapper
@@ -48,17 +44,6 @@ class OneHot(LinearBase):
 
     def dense_weight(self) -> Array:
         return self.embedding.weight.data.T
-
-    def rebuilt(self, weight: Array) -> Embedding:  # type: ignore[override]
-        """A frozen embedding over another weight (C, V), in sixteen bits if this one's is: rounded once."""
-        weight = self.backend.xp.ascontiguousarray(weight.T)
-        made = copy.copy(self.embedding)
-        made.weight = (
-            self.weight.merged(weight)
-            if isinstance(self.weight, HalfWeight)
-            else Parameter(weight, False)
-        )
-        return made
 
 
 class EmbeddingAdapter(LoraAdapter):
@@ -145,9 +130,6 @@ class LoraEmbedding(Merging, Wrapper):
     def as_linear(self, base: Embedding) -> OneHot:
         return OneHot(base)
 
-    def rebuilt(self, weight: Array, base: Embedding) -> Embedding:
-        return OneHot(base).rebuilt(weight)
-
     def __call__(self, ids: Any) -> Tensor:
         y, base = self.base_layer(ids), OneHot(self.base_layer)
         for adapter in self.running:
@@ -170,72 +152,3 @@ class HeadAdapter(LoraAdapter):
         _, pull = super().effective(W)
         own = (self._source.lora_embedding_B, self._source.lora_embedding_A)
         return own, lambda X, dY: tuple(None if g is None else g.T for g in pull(X, dY))  # type: ignore[operator]
-
-
-# ---- one weight in two places ---------------------------------------------------------------------------------------
-
-CHOICES = ("untie", "share")
-
-
-def unwrap(module: Any) -> Any:
-    """The module as it was before any adapter: neither a wrapper nor what was merged."""
-    while isinstance(module, Wrapper):
-        module = getattr(module, "_original", None) or module.inner
-    return module
-
-
-def embedding_and_head(model: Any) -> tuple[Any, Any]:
-    """What stands in the places of the embedding and of the head; None for a head that there is not."""
-    return model.get_input_embeddings(), getattr(model, "get_output_embeddings", lambda: None)()
-
-
-def is_tied(model: Any) -> bool:
-    """Have the embedding and the head one weight, but for adapters?"""
-    places = embedding_and_head(model)
-    embedding, head = map(unwrap, places)
-    led = any(
-        isinstance(p, Merging) and p.leads(m)
-        for p, m in zip(places, (head, embedding), strict=True)
-    )
-    return led or (head is not None and vars(head).get("weight") is vars(embedding).get("weight"))
-
-
-def choose(model: Any, names: Sequence[str], choice: str | None) -> None:
-    """Let merging do what `choice` says with an embedding and a head of one weight. ConfigError where it must be said.
-
-    That is where merging `names` would change one of the two places, or each in its own way.
-    """
-    if choice is not None and choice not in CHOICES:
-        raise ConfigError(f"tied must be {' or '.join(map(repr, CHOICES))}, got {choice!r:.99}")
-    embedding, head = embedding_and_head(model)
-    held = [
-        [n for n in names if n in e.adapters] if isinstance(e, Merging) else []
-        for e in (embedding, head)
-    ]
-    changed = [e for e, own in zip((embedding, head), held, strict=True) if own]
-    if not (changed and is_tied(model)) or (held[0] == held[1] and head.follows(embedding)):
-        return
-    if choice is None and all(
-        {*e.merged} >= {*own} for e, own in zip((embedding, head), held, strict=True) if own
-    ):
-        return  # they are merged, as was said then
-    if choice is None:
-        place = (
-            "each of them apart"
-            if len(changed) == 2
-            else "the embedding"
-            if embedding in changed
-            else "the head"
-        )
-        raise ConfigError(
-            f"the embedding and the head have one weight, and adapter {', '.join(names)} changes {place}: merging it "
-            "needs tied='untie', which gives each a weight of its own and keeps the model's output, or tied='share', "
-            "which changes the weight in both places, as peft does, and so the output"
-        )
-    if choice == "share" and len(changed) == 2:
-        raise ConfigError(
-            "tied='share' is for an adapter of the embedding or of the head, not of each: use 'untie'"
-        )
-    for end in changed:
-        other = unwrap(head if end is embedding else embedding)
-        end.lead(other if choice == "share" else None)

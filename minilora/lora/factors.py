@@ -13,11 +13,20 @@ Row = dict[str, Any]
 
 
 class Part(NamedTuple):
-    """c B A, in float64.    A (r, I), B (O, r)"""
+    """c B A in float64, with A (r, I) and B (O, r): what one adapter adds to a weight W (O, I).
+
+    m   DoRA's magnitude (O,), the lengths of the rows of W + c B A; None for every other method
+    """
 
     A: Array
     B: Array
     c: float
+    m: Array | None = None
+
+
+def float64(p: Any) -> Array:
+    """A parameter's values in float64 on the host."""
+    return p.numpy().astype(np.float64)  # type: ignore[no-any-return]
 
 
 def cat(parts: Sequence[Part]) -> tuple[Array, Array]:

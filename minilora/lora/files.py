@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from ..formats.checkpoint import is_stored_transposed
 from ..formats.disk import quoted
 from . import AdaLoraConfig, HydraConfig, read_config
 from .config import DEFAULT_TARGETS
+from .factors import Part
 from .plan import PREFIX, TOKENS
 from .targets import in_layers, matches
 
@@ -29,15 +30,6 @@ ENDINGS = {
     ".lora_B.weight": "B", ".lora_B": "B", ".lora_embedding_B": "B",
     ".lora_E": "E", ".lora_magnitude_vector": "m", ".base_layer.weight": "base", ".lora_route.weight": "route",
 }  # fmt: skip
-
-
-class Factors(NamedTuple):
-    """dW = s B A in float64: A (r, I), with AdaLoRA's E in it, B (O, r), and DoRA's m (O,) or None."""
-
-    A: Array
-    B: Array
-    s: float
-    m: Array | None
 
 
 class AdapterFile:
@@ -121,15 +113,15 @@ class AdapterFile:
         """Does the layer `path` adapt an embedding?"""
         return self.layers[path]["A"].endswith(".lora_embedding_A")
 
-    def factors(self, path: str) -> Factors:
-        """The factors of a layer, in float64. Of HydraLoRA there are none: its dW is another one at every position."""
+    def part(self, path: str) -> Part:
+        """dW of a layer as float64 factors; with AdaLoRA's E in A. HydraLoRA's B holds all its experts."""
         layer = {
-            part: self.file.read(key, np.float64)
-            for part, key in self.layers[path].items()
-            if part != "base"
+            name: self.file.read(key, np.float64)
+            for name, key in self.layers[path].items()
+            if name != "base"
         }
         A = layer["A"] * layer["E"] if "E" in layer else layer["A"]
-        return Factors(A, layer["B"], float(self.config.scaling(path)), layer.get("m"))
+        return Part(A, layer["B"], float(self.config.scaling(path)), layer.get("m"))
 
     def rows(self, path: str) -> list[int]:
         """The tokens whose rows of the embedding `path` the adapter replaces."""

@@ -31,6 +31,7 @@ from ..backend import Array
 from ..errors import ConfigError
 from ..nn import LinearBase, Parameter, uniform
 from .config import LoraConfig
+from .factors import Part
 from .lora import LoraAdapter
 
 
@@ -100,7 +101,11 @@ class HydraAdapter(LoraAdapter):
         return F.softmax(F.linear(x, self.lora_route))
 
     def delta_weight(self, W: Array) -> Array:
-        """There is none. ConfigError: HydraLoRA cannot be merged."""
+        """ConfigError: HydraLoRA has no dW."""
+        return self.part().A
+
+    def part(self) -> Part:
+        """ConfigError: HydraLoRA cannot be merged."""
         raise ConfigError(
             "HydraLoRA cannot be merged: it mixes its experts anew at every position, so there is no dW"
         )

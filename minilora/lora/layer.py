@@ -16,7 +16,7 @@ from ..autograd import Tensor
 from ..backend import Array
 from ..effective import EffectiveWeight, Parts, costs, effective_linear
 from ..errors import ConfigError
-from ..nn import LinearBase, Module, frozen_linear, prepare_effective_weight
+from ..nn import LinearBase, Module, prepare_effective_weight
 from .dora import require_compatible
 from .lora import LoraAdapter
 from .merging import Merging
@@ -113,9 +113,6 @@ class LoraLinear(Merging, Wrapper):
     @property
     def current(self) -> LinearBase:
         return self.base_layer
-
-    def rebuilt(self, weight: Array, base: LinearBase) -> LinearBase:
-        return frozen_linear(weight, base)
 
     def __call__(self, x: Tensor) -> Tensor:
         running = self.running

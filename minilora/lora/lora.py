@@ -20,6 +20,7 @@ from ..backend import Array
 from ..effective import OfOutput, Pull
 from ..nn import Dropout, LinearBase, Module, Parameter, normal, uniform
 from .config import LoraConfig
+from .factors import Part, float64
 
 
 class LoraAdapter(Module):
@@ -80,6 +81,10 @@ class LoraAdapter(Module):
         """dW = s B A (O, I), over the base's weight W (O, I) and in its precision."""
         A, B = self.lora_A.data.astype(W.dtype), self.lora_B.data.astype(W.dtype)
         return (B @ A) * self.scaling
+
+    def part(self) -> Part:
+        """dW as float64 factors on the host."""
+        return Part(float64(self.lora_A), float64(self.lora_B), self.scaling)
 
     def effective(self, W: Array) -> tuple[tuple[Tensor, ...], Pull | OfOutput]:
         """Add dW to W (O, I) in place; returns the parameters, and how their gradients are found.

@@ -1,121 +1,254 @@
-"""Merging: what adapters add, put into a copy of the base's weight, and taken out again without a trace.
+"""Merging: adapters summed into a copy of a weight, for models in memory and for checkpoints on disk alike.
 
-The base is kept as it is, so unmerging restores every bit. The copy is one float64 sum, rounded once. An embedding and
-a head that share one weight are two places of one model: what is merged in one of them may have to stand in the other.
+    W' = round(W + sum_i c_i B_i A_i)        DoRA: W' = round(k (W + c B A)),  k = m / |W + c B A| by row
+
+The sum is float64, k included, and is rounded once, to the dtype in which the weight is stored. It is
+formed a few rows at a time; the blocks depend on the shape alone and BLAS has one thread, so a model
+and a tool that merge the same numbers get the same bits.
+
+merge_weight   the sum, on arrays
+Merging        what a wrapper around a layer can do: merge, and unmerge bit for bit
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..backend import Array
-from ..errors import ConfigError, NonFiniteError
-from ..nn import LinearBase
-from ..quant.half import HalfWeight
+from ..errors import NonFiniteError
+from ..formats.dtypes import CODES, empty_as, round_to, row_blocks, widen
+from ..nn import Embedding, LinearBase, Parameter, frozen_linear
+from ..quant.half import Half, HalfLinear, HalfWeight
+from ..threads import one_blas_thread
+from .factors import Part, cat, singular_values
+
+Map = Callable[[Callable[[slice], Any], Iterable[slice]], Iterator[Any]]
+
+
+class Merged(NamedTuple):
+    """A weight W' as it is stored, and two Frobenius norms.
+
+    lost    |W' - V|, what rounding took from the float64 sum V
+    moved   |V - W|; None where it is the norm of the factors' product
+    """
+
+    weight: Array
+    lost: float
+    moved: float | None
+
+    def size(self, parts: Sequence[Part]) -> float:
+        """|dW|, |V - W|; infinite if a factor's square overflows."""
+        if self.moved is not None:
+            return self.moved
+        with np.errstate(over="ignore"):
+            return float(np.linalg.norm(singular_values(*cat(parts), 1)))
+
+    def share_lost(self, parts: Sequence[Part]) -> float:
+        """|W' - V| / |V - W|: 0 if rounding took nothing, 1 as if dW had been zero."""
+        size = self.size(parts)
+        return self.lost / size if size else 0.0
+
+
+def merge_weight(
+    W: Array,
+    parts: Sequence[Part],
+    dtype: str,
+    table: bool = False,
+    out: Array | None = None,
+    over: Map = map,
+) -> Merged:
+    """`parts` summed into W in float64 and rounded once to `dtype`. NaN or inf if a number of the sum is.
+
+    W       (O, I) as it is stored: floats, or uint16 for bfloat16
+    parts   one or more; DoRA's stands alone
+    dtype   "F64", "F32", "F16" or "BF16"
+    table   W is an embedding's table (V, C): the transpose of the matrix that the parts add to
+    out     where the result is written; it may be W itself. None: a new array
+    over    maps a function over blocks of rows, in their order; perhaps in threads
+    """
+    A, B = cat(parts)
+    left, right = (A.T, B.T) if table else (B, A)
+    left = np.ascontiguousarray(left)
+    right = np.ascontiguousarray(right)
+    if out is None:
+        out = empty_as(W.shape, dtype)
+
+    @np.errstate(all="ignore")  # here, because each thread has its own error state
+    def norms_of(at: slice) -> Array:
+        V = left[at] @ right
+        V += widen(W[at])
+        return np.asarray(np.einsum("io,io->o" if table else "oi,oi->o", V, V))
+
+    @np.errstate(all="ignore")
+    def merge_block(at: slice) -> tuple[float, float]:
+        V = left[at] @ right
+        before = widen(W[at])
+        V += before
+        moved = 0.0
+        if k is not None:
+            V *= k if table else k[at, None]
+            change = V - before
+            moved = float(np.vdot(change, change))
+        out[at] = round_to(V, dtype)
+        V -= widen(out[at])
+        return float(np.vdot(V, V)), moved
+
+    with one_blas_thread():
+        rows = row_blocks(W.shape)
+        k = None
+        if parts[0].m is not None:
+            squares = list(over(norms_of, rows))
+            k = _scale(parts[0].m, np.sum(squares, axis=0) if table else np.concatenate(squares))
+        sums = list(over(merge_block, rows))
+    lost = math.sqrt(math.fsum(lost for lost, _ in sums))
+    moved = None if k is None else math.sqrt(math.fsum(moved for _, moved in sums))
+    return Merged(out, lost, moved)
+
+
+@np.errstate(all="ignore")
+def _scale(m: Array, squares: Array) -> Array:
+    """k = m / |V| for each row of V: 1 where the norm is 0, NaN where its square overflows."""
+    norms = np.sqrt(squares)
+    k = np.where(norms == 0, 1, m / norms)
+    return np.where(np.isfinite(norms), k, np.nan)
+
+
+def merge_rows(W: Array, rows: Sequence[int] | np.ndarray, values: Array, dtype: str) -> Merged:
+    """W (V, C), stored as `dtype`, with float64 `values` (n, C) rounded once in the place of `rows`."""
+    out = W.copy()
+    at = list(rows)
+    with np.errstate(all="ignore"):
+        out[at] = round_to(values, dtype)
+        lost = float(np.linalg.norm(widen(out[at]) - values))
+        moved = float(np.linalg.norm(values - widen(W[at])))
+    return Merged(out, lost, moved)
 
 
 class Merging:
-    """What a wrapper is besides that can merge the adapters that it holds into its base layer."""
+    """What a wrapper is besides, if the adapters in it can be merged into its base layer.
+
+    leader     for a head whose adapters are its embedding's: the embedding's wrapper, merged first
+    follower   a plain module that shares the base's weight, and gets the merged one too
+    """
 
     base_layer: Any
     adapters: dict[str, Any]
     active: tuple[str, ...] | list[str]
     merged: tuple[str, ...]  # this and the next are the wrapper's
     requantized: bool
+    # With an underscore, because these modules are no children of this one.
+    _leader: Merging | None = None
+    _follower: Any = None
     _original: Any = None  # the base while adapters are merged into a copy of it
-    _follows: Merging | None = (
-        None  # of a head: what stands in the place of the embedding whose weight it has
-    )
-    _leads: Any = None  # a module that has the base's weight too, and is to have what is merged
 
-    def as_linear(self, base: Any) -> LinearBase:
-        """The base as the linear layer that adapters take it for."""
-        return base  # type: ignore[no-any-return]
+    leader = property(lambda self: self._leader)
+    follower = property(lambda self: self._follower)
 
-    def rebuilt(self, weight: Array, base: Any) -> Any:
-        """A frozen, dense layer like the base, over another weight (O, I)."""
-        raise NotImplementedError
+    def follow(self, leader: Merging) -> None:
+        """Have the weight of `leader` whenever both have the same adapters merged."""
+        self._leader = leader
 
-    def merged_weight(self, W: Array, names: Sequence[str]) -> Array:
-        """W with these adapters in it (O, I): one float64 sum, rounded once."""
-        deltas = (self.adapters[n].delta_weight(W.astype(np.float64)) for n in names)
-        return sum(deltas, start=W.astype(np.float64)).astype(W.dtype)
+    def lead(self, follower: Any) -> None:
+        """Give `follower`, a plain module, what is merged here from now on; None: nobody."""
+        self._follower = follower
+
+    @property
+    def original(self) -> Any:
+        """The base layer as it was before anything was merged."""
+        return self._original or self.base_layer
 
     def merge(self, names: Sequence[str] | None = None, requantize: bool = False) -> None:
-        """Put adapters (the active ones) into a dense copy of the base: one float64 sum, rounded once.
+        """Put adapters (the active ones) into a copy of the base: one float64 sum, rounded once.
 
-        The base itself is kept, so `unmerge` restores every bit. A NaN or inf raises NonFiniteError; nothing changes.
-        With `requantize` all that is merged is held as the base is: over codes it is coded again, which rounds part of
-        dW away, and the layer's `lost` says how much. A dense base stays dense, and in sixteen bits if it is held so.
+        The base itself stays, so `unmerge` restores every bit. NonFiniteError for a NaN or inf in
+        the sum; nothing changes then. A dense base stays dense; one in 16 bits stays in 16 bits, and
+        its weight's `lost` says what part of dW rounding took. A base of codes becomes dense, unless
+        `requantize`: then the sum is coded again, and the layer's `lost` says what that took.
         """
         names = list(dict.fromkeys(self.active if names is None else names))
         names = [n for n in names if n in self.adapters and n not in self.merged]
         if not names and (not self.merged or requantize == self.requantized):
             return
-        self.result((*self.merged, *names))  # type: ignore[attr-defined]  # raises where they cannot be at once
-        base = self._original or self.base_layer
-        linear = self.as_linear(base)
-        half = isinstance(
-            linear.weight, HalfWeight
-        )  # which rounds the sum itself: not to float32 first
-        W = linear.dense_weight()
-        with np.errstate(all="ignore"):  # a sum that overflows is found below
-            total = self.merged_weight(W.astype(np.float64) if half else W, (*self.merged, *names))
-        if not bool(linear.backend.xp.isfinite(total).all()):
-            raise NonFiniteError(
-                f"merging {', '.join(names)} gives weights that are not finite: something is broken"
-            )
-        self.base_layer = linear.rebuilt(total) if requantize or half else self.rebuilt(total, base)
-        self._original, self.merged, self.requantized = base, (*self.merged, *names), requantize
-        if self._follows is not None and self._follows.merged == self.merged:
-            self.base_layer.weight = (
-                self._follows.base_layer.weight
-            )  # one parameter before, and one now
-        if self._leads is not None:
-            self._leads.weight = self.base_layer.weight
+        every = (*self.merged, *names)
+        self.result(every)  # type: ignore[attr-defined]  # raises if they cannot be merged together
+        base = self.original
+        self.base_layer = self._merged_layer(base, every, requantize)
+        self._original = base
+        self.merged = every
+        self.requantized = requantize
+        self._settle()
 
     def unmerge(self) -> None:
         """Take all merged adapters out again: the original base comes back, bit for bit."""
-        if self._original is not None:
-            self.base_layer, self._original, self.merged, self.requantized = (
-                self._original,
-                None,
-                (),
-                False,
+        if self._original is None:
+            return
+        self.base_layer = self._original
+        self._original = None
+        self.merged = ()
+        self.requantized = False
+        self._settle()
+
+    def _settle(self) -> None:
+        """Make a weight that embedding and head share one parameter again; see tying.py."""
+        if self.leader is not None and self.leader.merged == self.merged:
+            self.base_layer.weight = self.leader.base_layer.weight
+        if self.follower is not None:
+            self.follower.weight = self.base_layer.weight
+
+    def _merged_layer(self, base: Any, names: Sequence[str], requantize: bool) -> Any:
+        """A frozen layer like `base` over its weight with these adapters in it."""
+        half = base.weight.quantized if isinstance(base.weight, HalfWeight) else None
+        backend = base.weight.backend
+        if half is not None:
+            W, dtype = backend.to_numpy(half.codes), CODES[half.kind]
+        else:
+            dense = base.weight.data if isinstance(base, Embedding) else base.dense_weight()
+            W, dtype = backend.to_numpy(dense), CODES[str(dense.dtype)]
+        merged = self._merge_into(W, dtype, names)
+        if not np.isfinite(widen(merged.weight)).all():
+            kind = half.kind if half else W.dtype
+            raise NonFiniteError(
+                f"merging {', '.join(names)} gives weights that are not finite in {kind}: "
+                "`minilora inspect` names broken values of an adapter's folder"
             )
-            if self._leads is not None:
-                self._leads.weight = self.base_layer.weight
+        weight = backend.from_numpy(merged.weight)
+        if half is not None:
+            made = HalfWeight(Half(half.kind, weight), base.weight.dtype)
+            made.lost = self._share_lost(merged, names)
+            return _with_weight(base, made)
+        if requantize and isinstance(base, LinearBase):
+            return base.rebuilt(weight)
+        return _with_weight(base, Parameter(weight, False))
 
-    def follow(self, embedding: Any) -> None:
-        """Be the head of `embedding`, which is merged before this: then both have one weight again."""
-        self._follows = embedding
+    def _merge_into(self, W: Array, dtype: str, names: Sequence[str]) -> Merged:
+        parts = [self.adapters[name].part() for name in names]
+        return merge_weight(W, parts, dtype, isinstance(self.original, Embedding))
 
-    def follows(self, embedding: Any) -> bool:
-        """Is this the head of `embedding`, with the same adapters?"""
-        return self._follows is embedding
-
-    def leads(self, other: Any) -> bool:
-        """Does `other` have what is merged here?"""
-        return other is not None and self._leads is other
-
-    def lead(self, other: Any) -> None:
-        """Give `other`, a module that shares the base's weight, what is merged, too; None: not.
-
-        ConfigError where adapters are merged already, and otherwise.
-        """
-        if self.merged and self._leads is not other:
-            before, now = ("untie", "share") if self._leads is None else ("share", "untie")
-            raise ConfigError(
-                f"{', '.join(self.merged)} is merged with tied={before!r}: unmerge_adapter before {now!r}"
-            )
-        self._leads = other
+    def _share_lost(self, merged: Merged, names: Sequence[str]) -> float:
+        return merged.share_lost([self.adapters[name].part() for name in names])
 
     def delta_weight(self, name: str) -> np.ndarray:
         """dW (O, I) of one adapter, in float64 on the host."""
-        base = self.as_linear(self._original or self.base_layer)
-        return base.backend.to_numpy(
-            self.adapters[name].delta_weight(base.dense_weight().astype(np.float64))
-        )
+        base = self.as_linear(self.original)
+        W = base.dense_weight().astype(np.float64)
+        return base.backend.to_numpy(self.adapters[name].delta_weight(W))
+
+    def as_linear(self, base: Any) -> LinearBase:
+        """The base as the linear layer that its adapters add to."""
+        return base  # type: ignore[no-any-return]
+
+
+def _with_weight(base: Any, weight: Parameter) -> Any:
+    """A frozen layer like `base` over another weight, held in 16 bits if `weight` is."""
+    if isinstance(base, Embedding):
+        made = copy.copy(base)
+        made.weight = weight
+        return made
+    if isinstance(weight, HalfWeight):
+        return HalfLinear(weight, base)
+    return frozen_linear(weight.data, base)

@@ -24,11 +24,12 @@ from ..formats.checkpoint import to_file_layout
 from ..nn import Module, Parameter, replace_module
 from .combining import add_weighted_adapter
 from .config import LoraConfig
-from .embedding import HeadAdapter, LoraEmbedding, OneHot, choose
+from .embedding import HeadAdapter, LoraEmbedding, OneHot
 from .layer import LoraLinear, SavedModule, Wrapper, use_adapters
 from .names import file_key, peft_name, repeated
 from .plan import PREFIX, Plan, adapter_class, plan_adapter, read_config, wrappers
 from .tokens import TokenRows, TrainableTokens
+from .tying import prepare_tie
 
 
 def get_peft_model(
@@ -241,7 +242,7 @@ class PeftModel(Module):
         """
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         self._known(names)
-        choose(self.model, names, tied)
+        prepare_tie(self.model, names, tied)
         done: list[tuple[Wrapper, tuple[str, ...], bool]] = []
         for path, layer in self._wrappers().items():
             before = layer.merged, layer.requantized
@@ -444,7 +445,8 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
         _wrap(model, path, TrainableTokens).adapters[adapter_name] = TokenRows(module.weight, rows)
         if path == embedding:
             source = _at(model, path)
-            _wrap(model, head, TrainableTokens, source.adapters).follow(source)
+            follower = _wrap(model, head, TrainableTokens, source.adapters)
+            follower.follow(source)
 
 
 def _at(model: Module, path: str) -> Any:

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from .config import LoraConfig
-from .embedding import EmbeddingAdapter, OneHot, embedding_and_head, unwrap
+from .embedding import EmbeddingAdapter, OneHot
 from .plan import BARE, NAMES, PREFIX, TENSORS, Plan, adapter_class
 from .targets import matches
 from .tokens import TokenRows
+from .tying import embedding_and_head, unwrap
 
 PARAMETERS = {
     *EmbeddingAdapter.TENSORS,

@@ -22,15 +22,13 @@ from .embedding import (
     EmbeddingAdapter,
     LoraEmbedding,
     OneHot,
-    embedding_and_head,
-    is_tied,
-    unwrap,
 )
 from .hydra import HydraAdapter, HydraConfig
 from .layer import LoraLinear, SavedModule, Wrapper
 from .lora import LoraAdapter
 from .targets import in_layers, matches, pattern_value
 from .tokens import TokenRows, TrainableTokens
+from .tying import embedding_and_head, is_tied, unwrap
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 # By peft_type; a relative of LoRA is one line here. DoRA goes by LoRA's name, and use_dora tells: see adapter_class.
@@ -365,7 +363,7 @@ def _check_head(
     """ConfigError if the head would go by the embedding for one adapter, and by itself for another."""
     for head, wrapper in there.items():
         if isinstance(wrapper, TrainableTokens):
-            path = next((p for p, m in there.items() if p != head and wrapper.follows(m)), None)
+            path = next((p for p, m in there.items() if p != head and wrapper.leader is m), None)
             if (head in tokens and path) or (follows and follows[0] == head and path != follows[1]):
                 raise ConfigError(
                     f"{head} has trainable tokens of its own in one adapter, and the embedding's in another"

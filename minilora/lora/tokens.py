@@ -17,10 +17,10 @@ from .. import functional as F
 from ..autograd import Tensor, namespace, record
 from ..backend import Array
 from ..errors import ConfigError
-from ..nn import Embedding, LinearBase, Module, Parameter, frozen_linear
-from .embedding import OneHot
+from ..nn import Embedding, Module, Parameter
+from .factors import float64
 from .layer import Wrapper
-from .merging import Merging
+from .merging import Merged, Merging, merge_rows
 
 
 def replace_rows(W: Tensor, indices: np.ndarray, rows: Tensor) -> Tensor:
@@ -89,26 +89,12 @@ class TrainableTokens(Merging, Wrapper):
     def effective(self, out: Array, tokens: int | None) -> None:
         """None: a head runs on its own."""
 
-    def as_linear(self, base: Any) -> LinearBase:
-        return OneHot(base) if isinstance(base, Embedding) else base
+    def _merge_into(self, W: Array, dtype: str, names: Sequence[str]) -> Merged:
+        rows = self.adapters[names[-1]]
+        return merge_rows(W, rows.indices, float64(rows.trainable_tokens_delta), dtype)
 
-    def rebuilt(self, weight: Array, base: Any) -> Any:
-        return (
-            OneHot(base).rebuilt(weight)
-            if isinstance(base, Embedding)
-            else frozen_linear(weight, base)
-        )
-
-    def merged_weight(self, W: Array, names: Sequence[str]) -> Array:
-        """W with the rows in their places, which takes no rounding."""
-        total = W.copy()
-        table = total.T if isinstance(self.base_layer, Embedding) else total  # (V, C)
-        for name in names:
-            rows = self.adapters[name]
-            table[rows.trainable_tokens_delta.backend.from_numpy(rows.indices)] = (
-                rows.trainable_tokens_delta.data
-            )
-        return total
+    def _share_lost(self, merged: Merged, names: Sequence[str]) -> float:
+        return merged.share_lost([])  # rows that are replaced have no factors
 
     def result(self, names: Sequence[str]) -> Any:
         """The base layer. ConfigError where two adapters have rows here: only one of them can be active, as in PEFT."""
@@ -120,9 +106,9 @@ class TrainableTokens(Merging, Wrapper):
         return self.base_layer
 
     def delta_weight(self, name: str) -> np.ndarray:
-        """W' - W of one adapter, (V, C) of a head and (C, V) of an embedding, in float64 on the host."""
-        base = self.as_linear(self._original or self.base_layer)
-        W = base.dense_weight()
-        return base.backend.to_numpy(
-            self.merged_weight(W, [name]).astype(np.float64) - W.astype(np.float64)
-        )
+        """W' - W of one adapter, (V, C) for a head and (C, V) for an embedding, in float64 on the host."""
+        W = float64(self.original.weight)
+        rows = self.adapters[name]
+        merged = merge_rows(W, rows.indices, float64(rows.trainable_tokens_delta), "F64")
+        change = merged.weight - W
+        return np.asarray(change.T if isinstance(self.original, Embedding) else change)

@@ -17,7 +17,6 @@ from ..formats.disk import quoted
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import LoraConfig
 from ..lora.combining import check_weights, choose_rank, combine_layer
-from ..lora.factors import Part
 from ..lora.files import AdapterFile
 from ..lora.plan import PREFIX
 from .factoring import EMBEDDING, LINEAR, OWN_OF_ADALORA, plain
@@ -74,7 +73,7 @@ def combine(
         for path, own in tqdm(
             layers.items(), desc="combine", unit=" layers", disable=None, leave=False
         ):
-            parts = [Part(f.A, f.B, t.weight * f.s) for t in own for f in [t.adapter.factors(path)]]
+            parts = [term.part()._replace(m=None) for term in own]
             A, B, rows[path] = combine_layer(path, parts, how, r)
             tensors |= {_key(path, own, "A"): A, _key(path, own, "B"): B, **_others(path, own)}
         tied = _tied(layers)

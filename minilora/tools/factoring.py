@@ -53,10 +53,10 @@ def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
         for path, layer in tqdm(
             file.layers.items(), desc="resize", unit=" layers", disable=None, leave=False
         ):
-            was = file.factors(path)
-            if not math.isfinite(was.s * product_norm(was.A, was.B)):
+            was = file.part(path)
+            if not math.isfinite(was.c * product_norm(was.A, was.B)):
                 raise NonFiniteError(f"{file.where}: {path} is not finite")
-            A, B, row = truncate_rank(was.A, was.B, was.s, r)
+            A, B, row = truncate_rank(was.A, was.B, was.c, r)
             names = EMBEDDING if file.embeds(path) else LINEAR
             tensors |= {
                 f"{PREFIX}{path}.{names[x]}": _single(array, path)

@@ -32,7 +32,7 @@ def inspect_adapter(folder: Path, base: str | Path | None = None) -> Report:
     with AdapterFile(folder) as file:
         config, rows, spectra = file.config, [], {}
         for path in file.layers:
-            A, B, s, m = file.factors(path)
+            A, B, s, m = file.part(path)
             experts = config.experts if isinstance(config, HydraConfig) else 1
             values = singular_values(A, B.reshape(len(B), experts, -1).mean(axis=1), s)
             row = {

@@ -8,7 +8,7 @@ each layer's row says how much:  lost = |W' - (W + dW)| / |dW|,  Frobenius norms
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,20 +18,20 @@ import threadpoolctl
 
 from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import Checkpoint, read_checkpoint
-from ..formats.dtypes import DTYPES, FLOATS, round_to, row_blocks, widen
+from ..formats.checkpoint import is_stored_transposed
+from ..formats.dtypes import DTYPES, FLOATS, round_to, widen
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import HydraConfig
 from ..lora.combining import check_weights
-from ..lora.factors import singular_values
-from ..lora.files import AdapterFile, base_key, lies_transposed, mismatches, same
+from ..lora.factors import Part
+from ..lora.files import AdapterFile, base_key, mismatches, same
+from ..lora.merging import Map, merge_weight
+from ..lora.tying import are_transposed
 from ..threads import Workers, available_cores, keep_memory
 from .rewriting import Row, not_finite, rewrite, stored
 
 Array = np.ndarray
 EMBEDDINGS, HEAD = ("model.embed_tokens", "transformer.wte"), "lm_head"
-Rows = Callable[
-    [Callable[[slice], Any], Iterable[slice]], Iterator[Any]
-]  # map, over blocks, perhaps in threads
 
 
 class Term(NamedTuple):
@@ -43,6 +43,11 @@ class Term(NamedTuple):
     path: str = ""
     key: str = ""
     rows: tuple[int, ...] = ()
+
+    def part(self) -> Part:
+        """`weight` times the factors of the layer `path`."""
+        part = self.adapter.part(self.path)
+        return part._replace(c=part.c * self.weight)
 
 
 def merge(
@@ -220,16 +225,14 @@ def alike(below: Term, above: Term) -> bool:
     file = below.adapter
     if below.key:
         return np.array_equal(file.file.read(below.key), file.file.read(above.key))
-    one, other = file.factors(below.path), file.factors(above.path)  # W and its transpose
-    same = one.s == other.s and one.m is None and other.m is None
-    return same and np.array_equal(one.A, other.B.T) and np.array_equal(one.B, other.A.T)
+    return are_transposed(file.part(below.path), file.part(above.path))
 
 
 # ---- one tensor ----
 
 
 def _changed(
-    base: Checkpoint, key: str, terms: list[Term], kind: str, code: str | None, over: Rows
+    base: Checkpoint, key: str, terms: list[Term], kind: str, code: str | None, over: Map
 ) -> tuple[Array, Row]:
     """A tensor's new bits, and its row; row["sum"] is not finite if a number in it is not."""
     target = code or base.dtype(key)
@@ -249,62 +252,21 @@ def _changed(
             }
         return bits, {"sum": float(np.abs(widen(bits)).sum(dtype=np.float64))}
     bits = base.read_bits(key)
-    flip = lies_transposed(first.adapter, first.path, kind)
-    factors = [term.adapter.factors(term.path) for term in terms]
-    A = np.concatenate([f.A for f in factors])  # (sum of r, I)
-    B = np.concatenate(
-        [f.B * (t.weight * f.s) for t, f in zip(terms, factors, strict=True)], axis=1
-    )
-    left, right = (A.T, B.T) if flip else (B, A)  # dW as it is stored is left @ right
-    left, right = np.ascontiguousarray(left), np.ascontiguousarray(right)
-    out = (
-        bits
-        if target == base.dtype(key)
-        else np.empty(bits.shape, round_to(np.zeros(0), target).dtype)
-    )
-    m = factors[0].m
-    norms = None if m is None else _norms(bits, left, right, flip, over)
-
-    @np.errstate(all="ignore")  # of the thread that it runs in
-    def block(at: slice) -> tuple[float, float]:
-        V = left[at] @ right
-        W = widen(bits[at])
-        V += W
-        change = 0.0
-        if m is not None and norms is not None:
-            k = np.where(norms == 0, 1, m / norms)
-            V *= k if flip else k[at, None]
-            difference = V - W
-            change = float(np.vdot(difference, difference))
-        out[at] = round_to(V, target)
-        V -= widen(out[at])
-        return float(np.vdot(V, V)), change
-
-    parts = list(over(block, row_blocks(bits.shape)))
-    lost = math.sqrt(math.fsum(part[0] for part in parts))
-    square = None if m is None else math.fsum(part[1] for part in parts)
-    with np.errstate(over="ignore"):  # then it is infinite, and said to be
-        size = (
-            float(np.linalg.norm(singular_values(A, B, 1))) if square is None else math.sqrt(square)
-        )
-    share = lost / size if size else 0.0
+    parts = [term.part() for term in terms]
+    out = bits if target == base.dtype(key) else None
+    if is_stored_transposed(
+        kind, f"{first.path}.weight"
+    ):  # as models hold it, so the bits are theirs
+        merged = merge_weight(np.ascontiguousarray(bits.T), parts, target, over=over)
+        merged = merged._replace(weight=np.ascontiguousarray(merged.weight.T))
+    else:
+        merged = merge_weight(bits, parts, target, first.adapter.embeds(first.path), out, over)
+    size = merged.size(parts)
+    share = merged.lost / size if size else 0.0
     known = math.isfinite(share)
-    return out, {
+    return merged.weight, {
         "tensor": key,
         "|dW|": size if known else None,
         "lost": share if known else None,
-        "sum": lost + size,
+        "sum": merged.lost + size,
     }
-
-
-def _norms(bits: Array, left: Array, right: Array, flip: bool, over: Rows) -> Array:
-    """|V| of the rows of V = W + dW (O, I), which is stored as it is, or turned.    -> (O,)"""
-
-    @np.errstate(all="ignore")
-    def block(at: slice) -> Array:
-        V = left[at] @ right
-        V += widen(bits[at])
-        return np.asarray(np.einsum("io,io->o" if flip else "oi,oi->o", V, V))
-
-    parts = list(over(block, row_blocks(bits.shape)))
-    return np.asarray(np.sqrt(np.sum(parts, axis=0) if flip else np.concatenate(parts)))

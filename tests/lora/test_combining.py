@@ -92,7 +92,7 @@ def sums(
     for folder, w in zip(adapters, weights, strict=True):
         with AdapterFile(folder) as file:
             for path in file.layers:
-                A, B, s, _ = file.factors(path)
+                A, B, s, _ = file.part(path)
                 total[path] = total.get(path, 0) + w * s * (B @ A)
                 scale[path] = scale.get(path, 0) + abs(w * s) * (abs(B) @ abs(A))
     return total, scale
@@ -104,7 +104,7 @@ def cross_terms(adapters: list[Path], weights: list[float], path: str) -> tuple[
     for folder, w in zip(adapters, weights, strict=True):
         with AdapterFile(folder) as file:
             if path in file.layers:
-                A, B, s, _ = file.factors(path)
+                A, B, s, _ = file.part(path)
                 found.append((A, B, w * s))
     cross, scale = 0.0, 0.0
     for (i, (_, B, c)), (j, (A, _, d)) in itertools.product(enumerate(found), repeat=2):
@@ -190,7 +190,7 @@ def test_a_combined_adapter_is_the_sum_or_as_far_from_it_as_it_says(data: st.Dat
 
 def sized(folder: Path, path: str) -> np.ndarray:
     with AdapterFile(folder) as file:
-        A, B, s, _ = file.factors(path)
+        A, B, s, _ = file.part(path)
         return s * (abs(B) @ abs(A))  # type: ignore[no-any-return]
 
 

@@ -113,7 +113,7 @@ def test_merging_puts_the_rows_in_their_places_bit_for_bit(tie: bool, tokens: An
     )
     before, unmerged = bits(made), logits(made)
     if apart:
-        with pytest.raises(ConfigError, match="adapter default changes each of them apart"):
+        with pytest.raises(ConfigError, match="adapter default changes both, each in its own way"):
             made.merge_adapter()
         assert bits(made) == before
     made.merge_adapter(tied="untie" if apart else None)

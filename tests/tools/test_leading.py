@@ -143,7 +143,7 @@ def test_an_adapter_that_was_merged_in_bfloat16_comes_back(kind: str, tmp_path: 
     )
     N = np.linalg.norm((after - before).T - dW if kind == "gpt2" else after - before - dW, 2)
     with AdapterFile(tmp_path / "out") as file:
-        found = file.factors(path)
-    assert np.linalg.norm(found.s * found.B @ found.A - dW, 2) <= 2 * N * (1 + 1e-6)
+        found = file.part(path)
+    assert np.linalg.norm(found.c * found.B @ found.A - dW, 2) <= 2 * N * (1 + 1e-6)
     assert 0 < row["error"] <= math.sqrt(min(O, I)) * N
     assert 0.02 * np.linalg.norm(dW, 2) > N

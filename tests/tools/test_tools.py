@@ -536,7 +536,7 @@ def test_a_killed_merge_goes_on_if_nothing_changed(same: bool, tmp_path: Path, m
 
 def deltas(adapter: Path) -> dict[str, np.ndarray]:
     with AdapterFile(adapter) as file:
-        return {path: f.s * (f.B @ f.A) for path in file.layers for f in [file.factors(path)]}
+        return {path: f.c * (f.B @ f.A) for path in file.layers for f in [file.part(path)]}
 
 
 @pytest.mark.parametrize("r", [1, 3, 8])
@@ -696,11 +696,11 @@ def test_an_adapter_goes_to_mlx_and_comes_back(name: str, tmp_path: Path) -> Non
     )
     with AdapterFile(GOLDEN / name) as file:
         for path in file.layers:
-            f = file.factors(path)
+            f = file.part(path)
             name_there = path.replace("transformer.h", "model.h")
             assert (there[f"{name_there}.lora_a"] == f.A.T).all()
             assert (there[f"{name_there}.lora_b"] == f.B.T).all()
-            assert fields["lora_parameters"]["scale"] == f.s
+            assert fields["lora_parameters"]["scale"] == f.c
     assert fields["fine_tune_type"] == ("dora" if "dora" in name else "lora")
     convert(tmp_path / "mlx", tmp_path / "peft", to="peft")
     _, before = read_adapter(GOLDEN / name)

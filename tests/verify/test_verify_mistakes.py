@@ -16,6 +16,7 @@ import minilora.functional as F
 import minilora.lora.combining
 import minilora.lora.dora
 import minilora.lora.hydra
+import minilora.lora.merging
 import minilora.lora.model
 import minilora.lora.multitask
 import minilora.nn
@@ -32,7 +33,7 @@ from minilora.lora import (
     RankAllocator,
 )
 from minilora.lora.embedding import EmbeddingAdapter, HeadAdapter
-from minilora.lora.factors import cat, pad_rank, truncate_rank
+from minilora.lora.factors import Part, cat, pad_rank, truncate_rank
 from minilora.lora.layer import Wrapper
 from minilora.nn import Dropout, Parameter
 from minilora.optim import SGD
@@ -457,11 +458,11 @@ def a_norm_has_an_epsilon(mp: pytest.MonkeyPatch) -> None:
 
 
 @breaks("DoRA's rows")
-def k_is_a_few_ulps_too_large(mp: pytest.MonkeyPatch) -> None:
-    def change(delta: np.ndarray, self: Any, W: np.ndarray) -> np.ndarray:
-        return delta + (delta + W) * 40 * np.finfo(self.lora_A.dtype).eps
+def merging_takes_a_magnitude_a_few_ulps_too_large(mp: pytest.MonkeyPatch) -> None:
+    def change(part: Part, self: Any) -> Part:
+        return part._replace(m=part.m * (1 + 40 * np.finfo(self.lora_A.dtype).eps))
 
-    after(mp, DoraAdapter, "delta_weight", change)
+    after(mp, DoraAdapter, "part", change)
 
 
 @breaks("DoRA's count")
@@ -809,18 +810,9 @@ def dA_is_a_thousandth_too_large(mp: pytest.MonkeyPatch) -> None:
     in_backward(mp, lambda grads, *rest: (*grads[:2], grads[2] * 1.001, grads[3]))
 
 
-@breaks("merge rounds once", "round trip", "principal part first")
+@breaks("merge rounds once", "merged forward", "round trip", "principal part first")
 def merging_adds_in_the_layer_s_precision(mp: pytest.MonkeyPatch) -> None:
-    def change(A: np.ndarray, B: np.ndarray) -> np.ndarray:
-        return (B.astype("f4") @ A.astype("f4")).astype(np.float64)
-
-    def only_to_merge(self: Any, names: Any = None) -> None:
-        with pytest.MonkeyPatch.context() as inner:
-            in_delta(inner, change)
-            real(self, names)
-
-    real = LoraLinear.merge
-    mp.setattr(LoraLinear, "merge", only_to_merge)
+    after(mp, minilora.lora.merging, "cat", lambda pair, *_: tuple(M.astype("f4") for M in pair))
 
 
 @breaks("count", "files")

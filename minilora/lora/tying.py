@@ -1,0 +1,129 @@
+"""A tied weight: an embedding and a head that share it, in a model and in a checkpoint's files.
+
+An adapter that changes one of the two places, or each in its own way, cannot be merged into the one
+weight without a choice:
+
+    untie   each place gets a weight of its own, and the model's output stays
+    share   both places get the changed weight, as in peft, and so the output changes
+
+While it is merged, the changed place leads and the other follows: `leader` and `follower` of a wrapper
+(merging.py). With `ensure_weight_tying` both places have the same adapter, the head's being the embedding's
+transposed: A_head = B^T, B_head = A^T. Then the merged weight is one again, without a choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError
+from .factors import Part
+from .layer import Wrapper
+from .merging import Merging
+
+CHOICES = ("untie", "share")
+
+
+def choose(
+    choice: str | None, adapters: str, embedding: bool, head: bool, same: bool = False
+) -> str:
+    """How a tied weight is merged: "share" (one weight for both places) or "untie".
+
+    adapters          what changes the weight, for the message
+    embedding, head   is the weight changed in this place?
+    same              is it the same change in both?
+
+    ConfigError if a choice is needed and missing, or impossible.
+    """
+    if choice is not None and choice not in CHOICES:
+        raise ConfigError(f"tied must be {' or '.join(map(repr, CHOICES))}, got {choice!r:.99}")
+    if same or not (embedding or head):
+        return "share"
+    if choice is None:
+        place = "the head" if head else "the embedding"
+        if embedding and head:
+            place = "both, each in its own way"
+        raise ConfigError(
+            f"{adapters} changes {place}, and embedding and head share one weight (they are tied): choose "
+            "tied='untie' to give each its own weight and keep the output, or tied='share' to change "
+            "both, as peft does, and so the output"
+        )
+    if choice == "share" and embedding and head:
+        raise ConfigError(
+            f"tied='share' needs a change of one place, but {adapters} changes embedding and head: "
+            "use tied='untie'"
+        )
+    return choice
+
+
+def are_transposed(embedding: Part, head: Part) -> bool:
+    """Is the head's part the embedding's, transposed: the same change of the one weight (V, C)?"""
+    plain = embedding.m is None and head.m is None and embedding.c == head.c
+    return plain and np.array_equal(embedding.A, head.B.T) and np.array_equal(embedding.B, head.A.T)
+
+
+# ---- in a model -------------------------------------------------------------------------------
+
+
+def unwrap(module: Any) -> Any:
+    """The module as it was before any adapter: neither a wrapper nor merged."""
+    while isinstance(module, Wrapper):
+        module = getattr(module, "_original", None) or module.inner
+    return module
+
+
+def embedding_and_head(model: Any) -> tuple[Any, Any]:
+    """The modules in the places of the embedding and of the head; None for a head that does not exist."""
+    return model.get_input_embeddings(), getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def is_tied(model: Any) -> bool:
+    """Do embedding and head share one weight, apart from adapters?"""
+    places = embedding_and_head(model)
+    embedding, head = map(unwrap, places)
+    if head is None:
+        return False
+    followers = [getattr(place, "follower", None) for place in places]
+    if followers[0] is head or followers[1] is embedding:
+        return True
+    return vars(head).get("weight") is vars(embedding).get("weight")
+
+
+def prepare_tie(model: Any, names: Sequence[str], choice: str | None) -> None:
+    """Set what merging the adapters `names` does to a tied weight; see `choose` for errors."""
+    if choice is not None:
+        choose(choice, "", False, False)  # an unknown choice raises, needed or not
+    embedding, head = embedding_and_head(model)
+    names_of = [
+        [n for n in names if n in place.adapters] if isinstance(place, Merging) else []
+        for place in (embedding, head)
+    ]
+    changed = [p for p, own in zip((embedding, head), names_of, strict=True) if own]
+    if not changed or not is_tied(model):
+        return
+    same = names_of[0] == names_of[1] and head.leader is embedding
+    merged_before = all(
+        {*place.merged} >= {*own}
+        for place, own in zip((embedding, head), names_of, strict=True)
+        if own
+    )
+    if same or (choice is None and merged_before):
+        return
+    adapters = f"adapter {', '.join(names)}"
+    how = choose(choice, adapters, bool(names_of[0]), bool(names_of[1]))
+    for place in changed:
+        other = unwrap(head if place is embedding else embedding)
+        _set_follower(place, other if how == "share" else None)
+
+
+def _set_follower(place: Merging, follower: Any) -> None:
+    """ConfigError if something is merged already, with the other choice."""
+    if place.merged and place.follower is not follower:
+        before, now = ("untie", "share") if place.follower is None else ("share", "untie")
+        raise ConfigError(
+            f"{', '.join(place.merged)} is merged with tied={before!r}, now tied={now!r} is asked for: "
+            "call unmerge_adapter first"
+        )
+    place.lead(follower)
