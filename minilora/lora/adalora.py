@@ -180,7 +180,7 @@ class AdaLoraAdapter(LoraAdapter):
         )
 
     @staticmethod
-    def shapes(base: LinearBase, r: int) -> dict[str, tuple[int, ...]]:
+    def shapes(base: Any, r: int) -> dict[str, tuple[int, ...]]:
         """The trainable tensors of a layer over `base`, by name: r (in + out + 1) numbers."""
         return {"lora_A": (r, base.in_features), "lora_E": (r, 1), "lora_B": (base.out_features, r)}
 

@@ -23,7 +23,7 @@ from ..errors import ConfigError, NonFiniteError
 from . import factors
 from .config import LoraConfig
 from .factors import Part, cat, error_row, pad_rank, product_norm, rounding_error, svd
-from .plan import NAMES, plan_adapter
+from .plan import ENDS, check_wrapped, describe_model, plan_adapter
 
 Array = np.ndarray
 Row = dict[str, Any]
@@ -163,7 +163,8 @@ def add_weighted_adapter(
     }
     config = dataclasses.replace(first, **fields, layers_to_transform=None, layers_pattern=None)
     self._check_name(adapter_name, config)
-    plan = plan_adapter(self.model, config)
+    plan = plan_adapter(describe_model(self.model), config)
+    check_wrapped(self.model, plan)
     made = {}
     for path, held in layers.items():
         parts = [Part(_double(a.lora_A), _double(a.lora_B), w * a.scaling) for _, a, w in held]
@@ -194,7 +195,7 @@ def _require_plain(name: str, plan: Any) -> None:
 def _name(path: str) -> str:
     """How target_modules say it: in full; but an embedding and a head by the names by which PEFT knows them."""
     last = path.rpartition(".")[2]
-    return last if last in NAMES else path
+    return last if last in ENDS else path
 
 
 def _double(p: Any) -> Array:

@@ -57,7 +57,7 @@ class DoraAdapter(LoraAdapter):
         self.lora_magnitude_vector = Parameter(self.norms(base.dense_weight()))
 
     @staticmethod
-    def shapes(base: LinearBase, r: int) -> dict[str, tuple[int, ...]]:
+    def shapes(base: Any, r: int) -> dict[str, tuple[int, ...]]:
         """The trainable tensors of a layer over `base`, by name: r (in + out) + out numbers."""
         return {**LoraAdapter.shapes(base, r), "lora_magnitude_vector": (base.out_features,)}
 

@@ -79,7 +79,7 @@ class EmbeddingAdapter(LoraAdapter):
         self.lora_embedding_B = Parameter(base.backend.from_numpy(B.astype(base.dtype)))
 
     @staticmethod
-    def shapes(base: LinearBase, r: int) -> dict[str, tuple[int, ...]]:
+    def shapes(base: Any, r: int) -> dict[str, tuple[int, ...]]:
         """The trainable tensors of an embedding, by name: r (V + C) numbers."""
         return {
             "lora_embedding_A": (r, base.in_features),
@@ -98,7 +98,7 @@ class DoraEmbeddingAdapter(DoraAdapter, EmbeddingAdapter):
     TENSORS = (*EmbeddingAdapter.TENSORS, "lora_magnitude_vector")
 
     @staticmethod
-    def shapes(base: LinearBase, r: int) -> dict[str, tuple[int, ...]]:
+    def shapes(base: Any, r: int) -> dict[str, tuple[int, ...]]:
         """The trainable tensors of an embedding, by name: r (V + C) + C numbers."""
         return {**EmbeddingAdapter.shapes(base, r), "lora_magnitude_vector": (base.out_features,)}
 

@@ -6,22 +6,31 @@ rows: A (r, V), B (d, r), and its table holds W's transpose, as GPT-2's linear l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import FormatError
-from ..formats import Checkpoint
+from ..errors import ConfigError, FormatError
+from ..formats import Checkpoint, SafetensorsFile
 from ..formats.adapter import open_adapter
-from ..formats.checkpoint import is_stored_transposed
 from ..formats.disk import quoted
-from . import AdaLoraConfig, HydraConfig, read_config
-from .config import DEFAULT_TARGETS
+from .adalora import AdaLoraConfig
 from .factors import Part
-from .plan import PREFIX, TOKENS
-from .targets import in_layers, matches
+from .hydra import HydraConfig
+from .names import repeated
+from .plan import (
+    FIRST_EMBEDDINGS,
+    HEAD,
+    PREFIX,
+    TOKENS,
+    Base,
+    Plan,
+    describe_checkpoint,
+    plan_adapter,
+    read_config,
+)
 
 Array = np.ndarray
 # What a key of PEFT's ends in -> what it is.
@@ -41,7 +50,8 @@ class AdapterFile:
     originals  name of a base's bias -> key: what bias="all" says again of a module that is saved whole, from before
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, check: bool = True) -> None:
+        """`check` False leaves it to `fit` to find what is unknown, missing or of another shape."""
         self.where = quoted(folder)
         self.raw, self.file = open_adapter(folder)
         try:
@@ -50,13 +60,16 @@ class AdapterFile:
             self.replaced: dict[str, str] = {}
             self.tokens: dict[str, str] = {}
             self.originals: dict[str, str] = {}
+            self.saved_name = "default"  # the adapter's name, where PEFT left it in a key
             again: dict[str, str] = {}
+            if not check:
+                return
             for key in self.file.keys():
                 self._place(key, again)
             for path in self.layers:
                 self._check(path)
             for name, key in again.items():
-                if name not in self.replaced or not same(
+                if name not in self.replaced or not equal_as_stored(
                     self.file.read(self.replaced[name]), self.file.read(key)
                 ):
                     raise FormatError(
@@ -80,7 +93,9 @@ class AdapterFile:
         if name.endswith(f".{TOKENS}"):
             self.tokens[name.removesuffix(f".{TOKENS}")] = key
         elif copied and name.endswith(".bias"):  # of what has parts, after the adapter's name
-            again[f"{path}.{inside if inside == 'bias' else inside.partition('.')[2]}"] = key
+            if inside != "bias":
+                self.saved_name, _, inside = inside.partition(".")
+            again[f"{path}.{inside}"] = key
         elif ".original_module." in name and name.endswith(".bias"):
             self.originals[name.replace(".original_module.", ".")] = key
         elif ending is None:
@@ -137,7 +152,7 @@ class AdapterFile:
         self.file.close()
 
 
-def same(one: Array, other: Array) -> bool:
+def equal_as_stored(one: Array, other: Array) -> bool:
     """Have two arrays equal numbers, as far as the precision of `one` goes?"""
     return one.shape == other.shape and np.array_equal(one, other.astype(one.dtype), equal_nan=True)
 
@@ -153,88 +168,88 @@ def base_key(base: Checkpoint, name: str) -> str | None:
     )
 
 
-def lies_transposed(adapter: AdapterFile, path: str, model_type: str) -> bool:
-    """Do the files of the base hold the transpose of the layer's W (O, I)? Its name tells; a square shape could not."""
-    return adapter.embeds(path) or is_stored_transposed(model_type, f"{path}.weight")
+def plan_of(adapter: AdapterFile, base: Base, warn: bool = True) -> Plan:
+    """The plan of the adapter over `base`. ConfigError if its configuration means nothing there."""
+    return plan_adapter(base, adapter.config, adapter.file.keys(), warn)
 
 
-def mismatches(adapter: AdapterFile, base: Checkpoint, config: Mapping[str, Any]) -> list[str]:
-    """What keeps an adapter from fitting a base, a line each: names that one of them lacks, shapes that differ."""
-    return list(_mismatches(adapter, base, str(config.get("model_type"))))
+def mismatches(adapter: AdapterFile, plan: Plan, read: Callable[[str], Array]) -> list[str]:
+    """What keeps the adapter's file from being the plan's, one line each: missing and unknown keys, shapes, values.
+
+    read   gives a tensor of the base by its name
+    """
+    file = adapter.file
+    keys = file.keys()
+    expected = plan.shapes()
+    tensors = _Tensors(file)
+    wrong = [f"missing {key}" for key in expected if key not in keys]
+    more = repeated(plan, adapter.saved_name, tensors, read)
+    wrong += [f"unknown {key}" for key in keys if key not in expected and key not in more]
+    for key, shape in expected.items():
+        if key in keys and file.shape(key) != shape:
+            wrong.append(f"{key} is {file.shape(key)}, the base needs {shape}")
+    for key, array in more.items():
+        if key in keys and not equal_as_stored(file.read(key), array):
+            wrong.append(f"{key} differs from the base's or from what it repeats")
+    return wrong
 
 
-def _mismatches(adapter: AdapterFile, base: Checkpoint, kind: str) -> Iterator[str]:
-    tied = "lm_head.weight" not in base
-    for path, layer in adapter.layers.items():
-        key = base_key(base, f"{path}.weight")
-        O, I = adapter.file.shape(layer["B"])[0], adapter.file.shape(layer["A"])[1]
-        shape = (I, O) if lies_transposed(adapter, path, kind) else (O, I)
+def fit(adapter: AdapterFile, base: Base, read: Callable[[str], Array], warn: bool = True) -> Plan:
+    """The adapter's plan over `base`. One FormatError lists everything that does not fit."""
+    try:
+        plan = plan_of(adapter, base, warn)
+        wrong = mismatches(adapter, plan, read)
+    except ConfigError as error:
+        raise FormatError(
+            f"{adapter.where}: the adapter does not fit this base: {error}"
+        ) from error
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise FormatError(
+            f"{adapter.where}: the adapter does not fit this base: {'; '.join(wrong[:3])}{more}"
+        )
+    return plan
+
+
+def mismatches_with(
+    adapter: AdapterFile, checkpoint: Checkpoint, config: Mapping[str, Any]
+) -> list[str]:
+    """`mismatches` with a checkpoint; one line if the adapter's configuration means nothing there."""
+    base = describe_checkpoint(checkpoint, config)
+    try:
+        plan = plan_of(adapter, base, warn=False)
+    except ConfigError as error:
+        return [str(error), *(f"unknown {p}" for p in adapter.layers if p not in base.layers)]
+    return mismatches(adapter, plan, read_base(checkpoint))
+
+
+class _Tensors(Mapping[str, Array]):
+    """A file's tensors by key, each read when it is asked for."""
+
+    def __init__(self, file: SafetensorsFile) -> None:
+        self.file = file
+
+    def __getitem__(self, key: str) -> Array:
+        if key not in self.file.keys():
+            raise KeyError(key)
+        return self.file.read(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file.keys())
+
+    def __len__(self) -> int:
+        return len(self.file.keys())
+
+
+def read_base(base: Checkpoint) -> Callable[[str], Array]:
+    """A function that reads a tensor of a checkpoint by the name that an adapter has for it."""
+
+    def read(name: str) -> Array:
+        key = base_key(base, name)
+        if key is None and name == f"{HEAD}.weight":  # tied, so its weight is the embedding's
+            key = next(k for p in FIRST_EMBEDDINGS if (k := base_key(base, f"{p}.weight")))
         if key is None:
-            if not (tied and path == "lm_head"):
-                yield f"unknown {path}"
-        elif base.shape(key) != shape:
-            yield f"{path}: the adapter is for {shape}, the base has {base.shape(key)}"
-    for name, key in adapter.replaced.items():
-        there = base_key(base, name)
-        if there is None:
-            if not (tied and name == "lm_head.weight"):
-                yield f"unknown {name}"
-        elif base.shape(there) != adapter.file.shape(key):
-            yield f"{name} is {adapter.file.shape(key)}, the base has {base.shape(there)}"
-    for name, key in adapter.originals.items():
-        there = base_key(base, name)
-        if there is None or not same(adapter.file.read(key), base.read(there)):
-            yield f"{key.removeprefix(PREFIX)} is another one in the base"
-    for path, key in adapter.tokens.items():
-        there, rows = base_key(base, f"{path}.weight"), adapter.rows(path)
-        V, d = base.shape(there) if there else (0, 0)
-        if adapter.file.shape(key) != (len(rows), d) or max(rows, default=V) >= V:
-            yield f"{path}: {adapter.file.shape(key)} for {len(rows)} tokens, the base has {(V, d)}"
-    yield from (
-        f"missing {path}" for path in targets(adapter, base, kind) if path not in adapter.layers
-    )
-    config = adapter.config
-    if config.bias != "none":
-        for path in adapter.layers:
-            if base_key(base, f"{path}.bias") and f"{path}.bias" not in adapter.replaced:
-                yield f"missing {path}.base_layer.bias"
-    for name in config.modules_to_save or ():
-        if not any(_is_inside(key, (name,)) for key in adapter.replaced):
-            yield f"missing what modules_to_save calls {name!r:.99}"
+            raise FormatError(f"{base.directory!r} has no {name}")
+        return base.read(key)
 
-
-def targets(adapter: AdapterFile, base: Checkpoint, model_type: str) -> list[str]:
-    """The paths of the base's matrices that the adapter's configuration means; none where it says "all-linear"."""
-    config = adapter.config
-    if config.target_modules is None and adapter.tokens:
-        return []
-    wanted = (
-        DEFAULT_TARGETS.get(model_type, [])
-        if config.target_modules is None
-        else config.target_modules
-    )
-    if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        return []
-    paths = [key.removesuffix(".weight") for key in base.keys() if key.endswith(".weight")]
-    paths = [path for path in paths if len(base.shape(f"{path}.weight")) == 2]
-    if model_type == "gpt2":  # in an adapter's names the prefix always is
-        paths = [
-            f"transformer.{path.removeprefix('transformer.')}"
-            for path in paths
-            if path != "lm_head"
-        ]
-    saved = tuple(config.modules_to_save or ())
-    found = [p for p in paths if matches(p, wanted) and not _is_inside(f"{p}.weight", saved)]
-    where = config.layers_to_transform, config.layers_pattern
-    found = [
-        p for p in found if (not isinstance(wanted, str) and p in wanted) or in_layers(p, *where)
-    ]
-    return [
-        p for p in found if not config.exclude_modules or not matches(p, config.exclude_modules)
-    ]
-
-
-def _is_inside(key: str, names: tuple[str, ...]) -> bool:
-    """Is the tensor `key` one of a module whose path ends in one of `names`, or of a part of it?"""
-    parts = key.split(".")
-    return any(".".join(parts[:i]).endswith(names) for i in range(1, len(parts)))
+    return read

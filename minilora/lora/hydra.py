@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,7 @@ class HydraAdapter(LoraAdapter):
         self.lora_route = Parameter(from_numpy(uniform(rng, 1 / math.sqrt(I), (k, I), base.dtype)))
 
     @staticmethod
-    def shapes(base: LinearBase, r: int, experts: int = 1) -> dict[str, tuple[int, ...]]:
+    def shapes(base: Any, r: int, experts: int = 1) -> dict[str, tuple[int, ...]]:
         """The trainable tensors of a layer over `base`, by name: r in + k (r out + in) numbers."""
         I, O = base.in_features, base.out_features
         return {"lora_A": (r, I), "lora_B": (O, experts * r), "lora_route": (experts, I)}

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class LoraAdapter(Module):
         self.lora_B = Parameter(base.backend.from_numpy(B))
 
     @staticmethod
-    def shapes(base: LinearBase, r: int) -> dict[str, tuple[int, ...]]:
+    def shapes(base: Any, r: int) -> dict[str, tuple[int, ...]]:
         """The trainable tensors of a layer over `base`, by name: r (in + out) numbers."""
         return {"lora_A": (r, base.in_features), "lora_B": (base.out_features, r)}
 

@@ -19,17 +19,27 @@ import numpy as np
 from ..autograd import Tensor
 from ..backend import mix_key
 from ..errors import ConfigError, FormatError, NonFiniteError
-from ..formats import read_adapter, write_adapter
+from ..formats import write_adapter
 from ..formats.checkpoint import to_file_layout
 from ..nn import Module, Parameter, replace_module
 from .combining import add_weighted_adapter
 from .config import LoraConfig
-from .embedding import HeadAdapter, LoraEmbedding, OneHot
+from .embedding import HeadAdapter, LoraEmbedding
+from .files import AdapterFile, fit
 from .layer import LoraLinear, SavedModule, Wrapper, use_adapters
 from .names import file_key, peft_name, repeated
-from .plan import PREFIX, Plan, adapter_class, plan_adapter, read_config, wrappers
+from .plan import (
+    PREFIX,
+    Plan,
+    adapter_class,
+    check_wrapped,
+    describe_model,
+    modules_inside,
+    plan_adapter,
+    wrappers,
+)
 from .tokens import TokenRows, TrainableTokens
-from .tying import prepare_tie
+from .tying import prepare_tie, unwrap
 
 
 def get_peft_model(
@@ -90,7 +100,9 @@ class PeftModel(Module):
     def add_adapter(self, adapter_name: str, config: LoraConfig, seed: int = 0) -> None:
         """Add another adapter; it stays inactive until `set_adapter`."""
         self._check_name(adapter_name, config)
-        self._inject(adapter_name, plan_adapter(self.model, config), seed)
+        plan = plan_adapter(describe_model(self.model), config)
+        check_wrapped(self.model, plan)
+        self._inject(adapter_name, plan, seed)
 
     def _check_name(self, adapter_name: str, config: LoraConfig) -> None:
         """ConfigError if an adapter of this name and configuration cannot join those that are here."""
@@ -331,7 +343,10 @@ class PeftModel(Module):
         tensors = {
             key: to_file_layout(kind, key, parameter.numpy()) for key, parameter in own.items()
         }
-        return {**tensors, **repeated(self.model, self._plans[adapter_name], adapter_name, tensors)}
+        return {
+            **tensors,
+            **repeated(self._plans[adapter_name], adapter_name, tensors, self._read_base),
+        }
 
     def save_pretrained(
         self, directory: str | Path, selected_adapters: Sequence[str] | None = None
@@ -364,89 +379,70 @@ class PeftModel(Module):
     def load_adapter(
         self, directory: str | Path, adapter_name: str, is_trainable: bool = False
     ) -> None:
-        """Add the adapter that a folder holds, inactive until `set_adapter`; biases it trained change at once."""
-        raw, tensors = read_adapter(directory)
-        config = read_config(raw, f"{directory}/adapter_config.json")
-        self._check_name(adapter_name, config)
-        try:
-            plan = plan_adapter(
-                self.model, dataclasses.replace(config, inference_mode=not is_trainable), tensors
-            )
-        except ConfigError as error:
-            raise FormatError(
-                f"{directory}: the adapter does not fit this base: {error}"[:500]
-            ) from error
-        expected = plan.shapes(self.model)
-        wrong = [f"missing {key}" for key in expected if key not in tensors]
-        again = repeated(self.model, plan, adapter_name, tensors)
-        wrong += [f"unknown {key}" for key in tensors if key not in expected and key not in again]
-        sizes = [
-            (key, tensors[key].shape, shape) for key, shape in expected.items() if key in tensors
-        ]
-        wrong += [
-            f"{key} is {there}, the base needs {shape}"
-            for key, there, shape in sizes
-            if there != shape
-        ]
-        wrong += [
-            f"{key} is another one here"
-            for key, a in again.items()
-            if not _same(tensors.get(key, a), a)
-        ]
-        if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise FormatError(
-                f"{directory}: the adapter does not fit this base: {'; '.join(wrong[:3])}{more}"[
-                    :500
-                ]
-            )
-        self._inject(adapter_name, plan, seed=0)
-        own = self.adapter_parameters(adapter_name)
-        for key in expected:
-            array = to_file_layout(self.config.model_type, key, tensors[key])
-            own[key].data = own[key].backend.from_numpy(array.astype(own[key].dtype))
+        """Add the adapter that a folder holds, inactive until `set_adapter`; trained biases change at once.
 
+        An adapter for another base raises one FormatError that lists every mismatch.
+        """
+        with AdapterFile(directory, check=False) as file:
+            self._check_name(adapter_name, file.config)
+            file.config = dataclasses.replace(file.config, inference_mode=not is_trainable)
+            plan = fit(file, describe_model(self.model), self._read_base)
+            try:
+                check_wrapped(self.model, plan)
+            except ConfigError as error:
+                raise FormatError(f"{file.where}: {error}") from error
+            self._inject(adapter_name, plan, seed=0)
+            own = self.adapter_parameters(adapter_name)
+            for key in plan.shapes():
+                array = to_file_layout(self.config.model_type, key, file.file.read(key))
+                own[key].data = own[key].backend.from_numpy(array.astype(own[key].dtype))
 
-def _same(there: np.ndarray, here: np.ndarray) -> bool:
-    """Is an array of a file what is here, as far as the file's precision goes?"""
-    return there.shape == here.shape and np.array_equal(
-        there, here.astype(there.dtype), equal_nan=True
-    )
+    def _read_base(self, name: str) -> np.ndarray:
+        """A tensor of the base by its name, as the base's files hold it."""
+        modules = modules_inside(self.model)
+        path, _, inside = name.rpartition(".")
+        while path not in modules:  # inside a module that is saved whole
+            path, _, last = path.rpartition(".")
+            inside = f"{last}.{inside}"
+        parameter: Any = modules[path]
+        for part in inside.split("."):
+            parameter = parameter[int(part)] if part.isdecimal() else getattr(parameter, part)
+        return to_file_layout(self.config.model_type, name, parameter.numpy())
 
 
 def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
-    """Put the adapter that `plan` describes into `model`; it is active nowhere yet.
+    """Put the adapter that `plan` describes into `model`, active nowhere yet.
 
     First values depend on `seed` and on the layer's name, and on nothing else.
     """
     head, embedding = plan.follows or ("", "")
-    for path, base in plan.targets.items():
-        layer = _wrap(model, path, LoraEmbedding if isinstance(base, OneHot) else LoraLinear)
+    for path, described in plan.targets.items():
+        is_embedding = described.kind == "embedding"
+        layer = _wrap(model, path, LoraEmbedding if is_embedding else LoraLinear)
         place = zlib.crc32(path.encode())
-        rng, stream = (
-            np.random.default_rng([seed, place]),
-            mix_key(place, zlib.crc32(adapter_name.encode())),
-        )
+        stream = mix_key(place, zlib.crc32(adapter_name.encode()))
+        base = layer.as_linear(unwrap(layer))
         if path == head:  # after its embedding: see Plan
             source = _at(model, embedding)
-            adapter: Any = HeadAdapter(
-                source.adapters[adapter_name], plan.config.lora_dropout, stream
-            )
+            of_embedding = source.adapters[adapter_name]
+            adapter: Any = HeadAdapter(of_embedding, plan.config.lora_dropout, stream)
             layer.follow(source)
         else:
-            adapter = adapter_class(plan.config, base)(base, path, plan.config, rng, stream)
+            rng = np.random.default_rng([seed, place])
+            kind = adapter_class(plan.config, described)
+            adapter = kind(base, path, plan.config, rng, stream)
         layer.adapters[adapter_name] = adapter.train(base.training)
     for path in plan.saved:
         _wrap(model, path, SavedModule).add(adapter_name)
     if head in plan.saved:
         copies = [_at(model, path).held[adapter_name] for path in (head, embedding)]
         copies[0].weight = copies[1].weight
-    for path, (module, rows) in plan.tokens.items():
-        _wrap(model, path, TrainableTokens).adapters[adapter_name] = TokenRows(module.weight, rows)
+    for path, rows in plan.tokens.items():
+        tokens = _wrap(model, path, TrainableTokens)
+        tokens.adapters[adapter_name] = TokenRows(unwrap(tokens).weight, rows)
         if path == embedding:
-            source = _at(model, path)
-            follower = _wrap(model, head, TrainableTokens, source.adapters)
-            follower.follow(source)
+            follower = _wrap(model, head, TrainableTokens, tokens.adapters)
+            follower.follow(tokens)
 
 
 def _at(model: Module, path: str) -> Any:

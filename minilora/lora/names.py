@@ -10,18 +10,18 @@ what a tied head has of its embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from .config import LoraConfig
-from .embedding import EmbeddingAdapter, OneHot
-from .plan import BARE, NAMES, PREFIX, TENSORS, Plan, adapter_class
+from .embedding import EmbeddingAdapter
+from .plan import BARE, ENDS, PREFIX, TENSORS, Plan, adapter_class
 from .targets import matches
 from .tokens import TokenRows
-from .tying import embedding_and_head, unwrap
 
+Array = np.ndarray
+TRANSPOSED = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
 PARAMETERS = {
     *EmbeddingAdapter.TENSORS,
     *TokenRows.TENSORS,
@@ -51,47 +51,47 @@ def file_key(name: str, adapter_name: str) -> str:
 
 
 def repeated(
-    model: Any, plan: Plan, adapter_name: str, tensors: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """What PEFT's file holds besides `tensors`, the adapter's own, and what follows from them and from the base.
+    plan: Plan, adapter_name: str, tensors: Mapping[str, Array], read: Callable[[str], Array]
+) -> dict[str, Array]:
+    """What PEFT's file holds besides `tensors`, the adapter's: what follows from them and from the base.
 
-    The base's embedding and head where they are targets by NAMES; a tied head's factors, or its copy; and with
-    bias="all" the biases of a module that is saved whole, once more before and once more after.
+    read   gives a tensor of the base by its name, such as "lm_head.weight"
+
+    The base's embedding and head if they are targets by one of ENDS; a tied head's factors, or its
+    copy; and with bias="all" the biases of a module that is saved whole, before and after training.
     """
-    found = {}
-    for path, base in plan.targets.items() if _names_an_end(plan) else ():
-        module: Any = base.embedding if isinstance(base, OneHot) else base
-        if module in map(unwrap, embedding_and_head(model)):
-            found[f"{PREFIX}{path}.base_layer.weight"] = module.weight.numpy()
+    more: dict[str, Array] = {}
+    if _names_an_end(plan):
+        for path in plan.targets:
+            if path in (plan.base.embedding, plan.base.head):
+                more[f"{PREFIX}{path}.base_layer.weight"] = read(f"{path}.weight")
     if plan.follows:
         head, embedding = (PREFIX + path for path in plan.follows)
-        pairs = [
-            ("lora_A.weight", "lora_embedding_B"),
-            ("lora_B.weight", "lora_embedding_A"),
-            ("weight", "weight"),
-        ]
-        for own, other in pairs:
-            if (source := tensors.get(f"{embedding}.{other}")) is not None:
-                found[f"{head}.{own}"] = source if own == other else np.ascontiguousarray(source.T)
-    for path, module in plan.saved.items() if plan.config.bias == "all" else ():
-        for name, p in module.named_parameters():
-            if name.rpartition(".")[2] == "bias":
-                place = (
-                    name if name == "bias" else f"{adapter_name}.{name}"
-                )  # PEFT takes its name out of ends alone
-                found[f"{PREFIX}{path}.original_module.{name}"] = p.numpy()
-                if (copy := tensors.get(f"{PREFIX}{path}.{name}")) is not None:
-                    found[f"{PREFIX}{path}.modules_to_save.{place}"] = copy
-    return found
+        for of_head, of_embedding in TRANSPOSED.items():
+            if (source := tensors.get(f"{embedding}.{of_embedding}")) is not None:
+                more[f"{head}.{of_head}"] = np.ascontiguousarray(source.T)
+        if (copy := tensors.get(f"{embedding}.weight")) is not None:
+            more[f"{head}.weight"] = copy
+    if plan.config.bias == "all":
+        for path in plan.saved:
+            for name, _ in plan.base.below(path):
+                if name.endswith(".bias"):
+                    inside = name.removeprefix(f"{path}.")
+                    more[f"{PREFIX}{path}.original_module.{inside}"] = read(name)
+                    # PEFT takes the adapter's name out of keys only where it is their end.
+                    place = inside if inside == "bias" else f"{adapter_name}.{inside}"
+                    if (copy := tensors.get(PREFIX + name)) is not None:
+                        more[f"{PREFIX}{path}.modules_to_save.{place}"] = copy
+    return more
 
 
 def _names_an_end(plan: Plan) -> bool:
-    """Does PEFT save the base's weight of an embedding or a head that is a target? By the configuration's words."""
+    """Does PEFT save the base's weight of an embedding or a head that is a target? By the configuration's names."""
     targets = plan.config.target_modules
     if plan.config.trainable_token_indices is not None or targets is None:
         return False
     if isinstance(targets, str):
         return any(
-            path.rpartition(".")[2] in NAMES and matches(path, targets) for path in plan.targets
+            path.rpartition(".")[2] in ENDS and matches(path, targets) for path in plan.targets
         )
-    return any(name in targets for name in NAMES)
+    return any(name in targets for name in ENDS)

@@ -15,7 +15,7 @@ import numpy as np
 from ..formats import SafetensorsFile, read_checkpoint
 from ..lora import AdaLoraConfig, HydraConfig
 from ..lora.factors import effective_rank, singular_values
-from ..lora.files import AdapterFile, base_key, mismatches
+from ..lora.files import AdapterFile, base_key, mismatches_with
 
 Report = dict[str, Any]
 
@@ -68,7 +68,7 @@ def inspect_adapter(folder: Path, base: str | Path | None = None) -> Report:
         if base is not None:
             fields, checkpoint = read_checkpoint(base)
             with checkpoint:
-                report["mismatches"] = mismatches(file, checkpoint, fields)
+                report["mismatches"] = mismatches_with(file, checkpoint, fields)
                 for row in rows:
                     there = base_key(checkpoint, f"{row['layer']}.weight")
                     W = 0.0 if there is None else norm(checkpoint.read(there))

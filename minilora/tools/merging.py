@@ -24,8 +24,9 @@ from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import HydraConfig
 from ..lora.combining import check_weights
 from ..lora.factors import Part
-from ..lora.files import AdapterFile, base_key, mismatches, same
+from ..lora.files import AdapterFile, base_key, fit, read_base
 from ..lora.merging import Map, merge_weight
+from ..lora.plan import describe_checkpoint
 from ..lora.tying import are_transposed
 from ..threads import Workers, available_cores, keep_memory
 from .rewriting import Row, not_finite, rewrite, stored
@@ -127,20 +128,16 @@ def planned(
     weights: Sequence[float],
 ) -> dict[str, list[Term]]:
     """The base's keys that change, and what is done to each. Everything that does not go together raises here."""
+    described = describe_checkpoint(base, config)
+    read = read_base(base)
     plan: dict[str, list[Term]] = {}
     head: dict[str, list[Term]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         found = terms(adapter, weight)
-        wrong = mismatches(adapter, base, config)
-        if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise FormatError(
-                f"{adapter.where}: the adapter does not fit this base: {'; '.join(wrong[:3])}{more}"
-            )
+        fit(adapter, described, read, warn=False)
         for name, term in found.items():
             place = base_key(base, name)
             (plan if place else head).setdefault(place or name, []).append(term)
-        _check_whole(adapter, base)
     for key, own in plan.items():
         require_addable(key, own)
     _check_tied(base, config, plan, head)
@@ -173,20 +170,6 @@ def require_addable(key: str, terms: Sequence[Term]) -> None:
         why = "it replaces the base's" if alone[0].key else "DoRA scales the sum"
         what = f"what it does to {key} cannot be added to another adapter's"
         raise ConfigError(f"{alone[0].adapter.where}: {what}: {why}")
-
-
-def _check_whole(adapter: AdapterFile, base: Checkpoint) -> None:
-    """A targeted embedding or head comes with its base's weight in the file: then it must be this base."""
-    for path, layer in adapter.layers.items():
-        key = base_key(base, f"{path}.weight")
-        if (
-            "base" in layer
-            and key is not None
-            and not same(adapter.file.read(layer["base"]), base.read(key))
-        ):
-            raise FormatError(
-                f"{adapter.where}: {path}.base_layer.weight differs from the base's: another base"
-            )
 
 
 def _check_tied(

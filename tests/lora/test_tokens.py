@@ -169,7 +169,7 @@ def test_a_head_goes_by_the_embedding_in_all_adapters_or_in_none() -> None:
         made = model(first)
         before = bits(made)
         with pytest.raises(
-            ConfigError, match="lm_head has trainable tokens of its own in one adapter"
+            ConfigError, match="lm_head has its own trainable tokens in one adapter"
         ):
             made.add_adapter("b", config(second))
         assert bits(made) == before

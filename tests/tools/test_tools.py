@@ -295,7 +295,7 @@ def test_biases_that_a_file_has_again_must_be_those(saved: str, tmp_path: Path) 
     )
     for key in again[0], again[-1]:
         says = (
-            "another one in the base"
+            "differs from the base's"
             if ".original_module." in key
             else "is not what modules_to_save has there"
         )
@@ -388,9 +388,7 @@ def test_trained_rows_take_their_places(tied: bool, tmp_path: Path) -> None:
     before[[5, 2]] = new
     assert (after == before).all()
     write_adapter(adapter, {**fields, "trainable_token_indices": [5, 7]}, tensors)
-    with pytest.raises(
-        FormatError, match=r"embed_tokens: \(2, 4\) for 2 tokens, the base has \(7, 4\)"
-    ):
+    with pytest.raises(FormatError, match="embed_tokens has no row 7, only 7"):
         merge(base, [adapter], tmp_path / "new")
 
 
@@ -408,8 +406,8 @@ SPOILT = {
     "weights": (ConfigError, "--weights: expected 1"),
     "no adapters": (ConfigError, "adapters: expected a list of one or more"),
     "threads": (ConfigError, "--threads must be an integer of at least 1, got -1"),
-    "another shape": (FormatError, r"q_proj: the adapter is for \(4, 5\), the base has \(4, 4\)"),
-    "another layer": (FormatError, "unknown model.layers.9.q_proj; missing model.layers.0.q_proj"),
+    "another shape": (FormatError, r"q_proj.lora_A.weight is \(2, 5\), the base needs \(2, 4\)"),
+    "another layer": (FormatError, "missing .*layers.0.q_proj.*unknown .*layers.9.q_proj"),
     "another rank": (FormatError, "q_proj: lora_A is .2, 4., but adapter_config.json says r = 3"),
     "no B": (FormatError, "q_proj: lora_A .2, 4. has no lora_B"),
     "another base's embedding": (FormatError, "embed_tokens.base_layer.weight differs"),
