@@ -21,19 +21,19 @@ from .measuring import (
     Property,
     backward,
     compare,
+    count_differences,
+    count_nonzeros,
     count_parameters,
-    differing,
-    exactly,
+    expect_zero,
     gradient_errors,
+    has_rank,
     is_adalora,
-    nonzeros,
-    ranked,
-    registrar,
+    make_registrar,
     worst,
 )
 
 PROPERTIES: list[Property] = []
-holds = registrar(PROPERTIES, lambda case: is_adalora(case) and ranked(case))
+holds = make_registrar(PROPERTIES, lambda case: is_adalora(case) and has_rank(case))
 PAPER = "Zhang et al. 2023"
 
 
@@ -70,10 +70,10 @@ def measure_start(case: Case) -> Measured:
     for prepare in (layer.end_step, layer.prepare_step):
         prepare()
         y, _, slopes = backward(case, layer.eval(), dY)
-        wrong += differing(y, expected)
+        wrong += count_differences(y, expected)
         for dA, dE, dB in slopes:
-            wrong += nonzeros(dA) + nonzeros(dB) + (not dE.any())
-    return exactly(wrong)
+            wrong += count_nonzeros(dA) + count_nonzeros(dB) + (not dE.any())
+    return expect_zero(wrong)
 
 
 @holds(
@@ -173,10 +173,10 @@ def measure_minimum(case: Case) -> Measured:
             R = orthogonality([(A, B)])
             wrong += (R.item() == 0) != (size == 1)
             for dR in map(np.asarray, gradients(R, [A, B])):
-                wrong += nonzeros(~np.isfinite(dR))
+                wrong += count_nonzeros(~np.isfinite(dR))
                 if at_rest:
-                    wrong += nonzeros(dR)
-    return exactly(wrong)
+                    wrong += count_nonzeros(dR)
+    return expect_zero(wrong)
 
 
 # ---- importance, budget, pruning -----------------------------------------------------------------
@@ -314,9 +314,9 @@ def measure_budget(case: Case) -> Measured:
             E = np.concatenate([adapter.lora_E.data.ravel() for adapter in adapters])
             S = allocator.importance()
             least = S[E != 0].min(initial=math.inf)
-            wrong += nonzeros(E) != b[t]
+            wrong += count_nonzeros(E) != b[t]
             wrong += bool(least < S[E == 0].max(initial=0))
-    return exactly(wrong)
+    return expect_zero(wrong)
 
 
 @holds("AdaLoRA's pruning", "triplets with E = 0 cut out  ⇒  dW stays", f"{PAPER}, section 3.3")
@@ -334,5 +334,5 @@ def measure_pruning(case: Case) -> Measured:
         bound = reordered_update_error(case, adapter)
         adapter.keep(left)
         pairs.append((adapter.delta_weight(W) - before, bound))
-        pairs.append((adapter.r - nonzeros(left), 0))
+        pairs.append((adapter.r - count_nonzeros(left), 0))
     return worst(*pairs)

@@ -22,16 +22,16 @@ from .case import Case
 from .measuring import (
     Measured,
     Property,
-    coded,
-    differing,
-    exactly,
-    nonzeros,
-    registrar,
+    count_differences,
+    count_nonzeros,
+    expect_zero,
+    has_codes,
+    make_registrar,
     worst,
 )
 
 PROPERTIES: list[Property] = []
-holds = registrar(PROPERTIES, coded)
+holds = make_registrar(PROPERTIES, has_codes)
 U = 2.0**-24
 SMALLEST = 2.0**-126  # the smallest normal float32: a block without one becomes zeros
 LEAST = 2.0**-149  # the smallest subnormal float32
@@ -121,12 +121,12 @@ def measure_absmax(case: Case) -> Measured:
         top = abs(block).max()
         if top < SMALLEST:
             wrong += int(absmax != 0)
-            wrong += nonzeros(decoded)
+            wrong += count_nonzeros(decoded)
             continue
         largest = abs(block) == top
         wrong += int(absmax != top)
-        wrong += nonzeros(decoded[largest] != block[largest])
-    return exactly(wrong)
+        wrong += count_nonzeros(decoded[largest] != block[largest])
+    return expect_zero(wrong)
 
 
 @holds(
@@ -139,11 +139,11 @@ def measure_second_encoding(case: Case) -> Measured:
     w, q = weight_and_codes(case)
     once = encode_like(q, w)
     again = encode_like(q, once.decode())
-    wrong = nonzeros(again.absmax != once.absmax)
-    wrong += nonzeros(again.decode() != once.decode())
+    wrong = count_nonzeros(again.absmax != once.absmax)
+    wrong += count_nonzeros(again.decode() != once.decode())
     if q.kind != "fp4":
-        wrong += differing(again.codes, once.codes)
-    return exactly(wrong)
+        wrong += count_differences(again.codes, once.codes)
+    return expect_zero(wrong)
 
 
 @holds("codes ignore scale", "w → 2ᵏ w  ⇒  the same codes, 2ᵏ absmax", f"{PAPER}, section 2")
@@ -156,9 +156,9 @@ def measure_scale(case: Case) -> Measured:
     wrong = 0
     for c in (np.float32(2.0**k), np.float32(2.0**-k)):
         scaled = encode_like(q, flat * c)
-        wrong += differing(plain.codes, scaled.codes)
-        wrong += differing(plain.absmax * c, scaled.absmax)
-    return exactly(wrong)
+        wrong += count_differences(plain.codes, scaled.codes)
+        wrong += count_differences(plain.absmax * c, scaled.absmax)
+    return expect_zero(wrong)
 
 
 @holds(
@@ -181,9 +181,9 @@ def measure_neighbours(case: Case) -> Measured:
     order = np.concatenate(indices)
     plain = encode_like(q, flat)
     moved = encode_like(q, flat[order])
-    wrong = differing(unpack_codes(plain)[order], unpack_codes(moved))
-    wrong += differing(plain.absmax[blocks], moved.absmax)
-    return exactly(wrong)
+    wrong = count_differences(unpack_codes(plain)[order], unpack_codes(moved))
+    wrong += count_differences(plain.absmax[blocks], moved.absmax)
+    return expect_zero(wrong)
 
 
 def normalize(w: Array) -> Array:
@@ -214,7 +214,7 @@ def measure_double_quantisation(case: Case) -> Measured:
     double = encode_like(q, w, double_quant=True)
     a = single.absmax.astype(np.float64)
     b = double.decode_absmax().astype(np.float64)
-    pairs: list[tuple[Any, Any]] = [(differing(single.codes, double.codes), 0)]
+    pairs: list[tuple[Any, Any]] = [(count_differences(single.codes, double.codes), 0)]
     pairs.append((double.offset - a.mean(), U * a.mean() + LEAST))
     a_blocks = split_blocks(a, ABSMAX_BLOCK)
     b_blocks = split_blocks(b, ABSMAX_BLOCK)
@@ -251,9 +251,9 @@ def measure_bytes(case: Case) -> Measured:
         packed = (padded[0::2] << 4) | padded[1::2]
     product = levels[codes] * repeat_absmax(q, q.decode_absmax())
     decoded = product.reshape(w.shape).astype(w.dtype)
-    wrong = differing(packed, q.codes)
-    wrong += differing(decoded, case.base.dense_weight())
-    return exactly(wrong)
+    wrong = count_differences(packed, q.codes)
+    wrong += count_differences(decoded, case.base.dense_weight())
+    return expect_zero(wrong)
 
 
 @holds(
@@ -270,4 +270,4 @@ def measure_bits(case: Case) -> Measured:
         # one byte each, the float32 scales of their blocks, and the float32 offset
         absmax_bytes = count + 4 * math.ceil(count / ABSMAX_BLOCK) + 4
     code_bytes = math.ceil(w.size * BITS[q.kind] / 8)
-    return exactly(q.nbytes - code_bytes - absmax_bytes)
+    return expect_zero(q.nbytes - code_bytes - absmax_bytes)

@@ -6,7 +6,7 @@ Letters are case.py's.
 gamma_(r+3) |S|, the rows' norms of S = |W| + s |B| |A|, which may be many times |V| where dW takes
 away most of W. Squares, their sum, the root and the quotient m / |V| take I + 3 more. With rho for
 both, as a share of |V|, k is off by at most kappa = rho / (1 - rho) of itself. A row of V of which
-nothing is left has no direction, and promises nothing (`steady`).
+nothing is left has no direction, and promises nothing (`is_steady`).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from .measuring import (
     Property,
     backward,
     compare,
+    count_differences,
+    count_nonzeros,
     count_parameters,
-    differing,
-    exactly,
+    expect_zero,
     is_dora,
-    nonzeros,
-    registrar,
+    make_registrar,
     tensors_of,
     worst,
 )
 
 PROPERTIES: list[Property] = []
-holds = registrar(PROPERTIES, is_dora)
+holds = make_registrar(PROPERTIES, is_dora)
 
 
 class DoraFormula(NamedTuple):
@@ -83,7 +83,7 @@ def dora_formula(case: Case, layer: LoraLinear) -> DoraFormula:
     return DoraFormula(lora, V, norms, m / norms, kappa)
 
 
-def steady(case: Case) -> bool:
+def is_steady(case: Case) -> bool:
     """No row of V nearly cancels: k is known to a few digits at least."""
     if not is_dora(case):
         return False
@@ -112,13 +112,13 @@ def measure_start(case: Case) -> Measured:
         y = layer(Tensor(case.x))
         slopes = gradients(y, tensors_of(adapter), dY)
         dA, dB, dm = map(np.asarray, slopes)
-        wrong += differing(F.rows(y.data), expected)
-        wrong += nonzeros(dA) + (not dB.any()) + (not dm.any())
-    return exactly(wrong)
+        wrong += count_differences(F.rows(y.data), expected)
+        wrong += count_nonzeros(dA) + (not dB.any()) + (not dm.any())
+    return expect_zero(wrong)
 
 
 @holds(
-    "DoRA's forward", "y = m / |V| (V x) + b,  V = W + s B A", "Liu et al. 2024, eq. (5)", steady
+    "DoRA's forward", "y = m / |V| (V x) + b,  V = W + s B A", "Liu et al. 2024, eq. (5)", is_steady
 )
 def measure_forward(case: Case) -> Measured:
     """Without and with the prepared weight, and merged.
@@ -146,7 +146,7 @@ def measure_forward(case: Case) -> Measured:
     "DoRA's gradients",
     "dA = s Bᵀ (k G)ᵀ X,  dB = s (k G)ᵀ X Aᵀ,  dm = Σ G (V x) / |V|",
     "Liu et al. 2024, section 4.3: |V| is a constant",
-    steady,
+    is_steady,
 )
 def measure_gradients(case: Case) -> Measured:
     """With and without the prepared weight; dX = (k G) V, too.
@@ -191,7 +191,10 @@ def measure_gradients(case: Case) -> Measured:
 
 
 @holds(
-    "DoRA's rows", "W' = m V / |V|  ⇒  |W'| = |m|, row by row", "Liu et al. 2024, eq. (5)", steady
+    "DoRA's rows",
+    "W' = m V / |V|  ⇒  |W'| = |m|, row by row",
+    "Liu et al. 2024, eq. (5)",
+    is_steady,
 )
 def measure_rows(case: Case) -> Measured:
     """k is off by kappa, W' by one rounding.
@@ -234,7 +237,7 @@ def measure_scale(case: Case) -> Measured:
     scaled = W * c
     adapter.lora_B.data = adapter.lora_B.data * c
     adapter.effective(scaled)
-    return exactly(differing(plain, scaled))
+    return expect_zero(count_differences(plain, scaled))
 
 
 @holds("DoRA's count", "trainable numbers = r (I + O) + O", "Liu et al. 2024, section 4.1")

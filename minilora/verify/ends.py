@@ -25,10 +25,10 @@ from .measuring import (
     Measured,
     Property,
     compare,
-    differing,
-    exactly,
+    count_differences,
+    expect_zero,
     is_lora,
-    registrar,
+    make_registrar,
     set_tensors,
     svd_error,
     update_error,
@@ -38,12 +38,12 @@ from .measuring import (
 PROPERTIES: list[Property] = []
 
 
-def plain(case: Case) -> bool:
+def is_plain(case: Case) -> bool:
     """LoRA over a dense weight, which an embedding is."""
     return is_lora(case) and not case.base.weight.fixed
 
 
-holds = registrar(PROPERTIES, plain)
+holds = make_registrar(PROPERTIES, is_plain)
 
 
 class Ends(Module):
@@ -178,8 +178,8 @@ def measure_files(case: Case) -> Measured:
     found = {key.removeprefix("base_model.model."): a for key, a in stored.items()}
     wrong += len(found.keys() ^ expected.keys())
     for key in found.keys() & expected.keys():
-        wrong += differing(found[key], expected[key])
-    return exactly(wrong)
+        wrong += count_differences(found[key], expected[key])
+    return expect_zero(wrong)
 
 
 # ---- what is left out ----------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def measure_lower_rank(case: Case) -> Measured:
         k = int(case.rng.integers(0, adapter.r))
         sigma = singular_values(A, B, s)
         least = float(np.linalg.norm(sigma[k:]))
-        error = update_error(case, layer) + 2 * svd_error(dW.shape, sigma[0])
+        error = update_error(case, layer) + svd_error(dW.shape, sigma[0], 2)
         bound = np.sqrt(adapter.r) * error
 
         U, S, Vt = np.linalg.svd(dW, full_matrices=False)
@@ -283,5 +283,5 @@ def measure_principal(case: Case) -> Measured:
     largest = np.linalg.svd(W_res, compute_uv=False)[0]
     expected = sigma[r] if r < len(sigma) else 0.0
     moved = case.u * abs(W_res) + case.gamma(2, S).astype(float) + float64
-    spectrum_bound = np.linalg.norm(moved) + 3 * svd_error(W.shape, sigma[0])
+    spectrum_bound = np.linalg.norm(moved) + svd_error(W.shape, sigma[0], 3)
     return worst((merged - W, bound), (largest - expected, spectrum_bound))

@@ -21,23 +21,23 @@ from .case import Case, active_adapters
 from .measuring import (
     Measured,
     Property,
-    adds,
     always,
     backward,
     compare,
-    dense,
-    differing,
-    exactly,
+    count_differences,
+    expect_zero,
     gradient_errors,
-    ranked,
-    registrar,
+    has_rank,
+    is_additive,
+    is_dense,
+    make_registrar,
     set_tensors,
     tensors_of,
     worst,
 )
 
 PROPERTIES: list[Property] = []
-holds = registrar(PROPERTIES, always)
+holds = make_registrar(PROPERTIES, always)
 CHANCE = 1e-9  # that a correct layer misses a statistical bound, for each measurement
 # The keys of a layer's tensors in PEFT's files.
 KEYS: dict[type[LoraAdapter], tuple[str, ...]] = {
@@ -54,14 +54,14 @@ def measure_disabled(case: Case) -> Measured:
     """Exact: the base runs alone."""
     layer = case.layer()
     layer.enabled = False
-    return exactly(differing(case.run(layer), case.run(layer.base_layer)))
+    return expect_zero(count_differences(case.run(layer), case.run(layer.base_layer)))
 
 
 @holds(
     "effective weight",
     "y and every gradient by one product with W + Σ s B A",
     "Hu et al. 2021, section 4.1: no latency",
-    adds,
+    is_additive,
 )
 def measure_effective(case: Case) -> Measured:
     """W + dW is formed in the layer's own precision: r + 1 + k roundings.
@@ -85,7 +85,10 @@ def measure_effective(case: Case) -> Measured:
 
 
 @holds(
-    "merged forward", "x (W + Σ s B A)ᵀ = x Wᵀ + Σ s (x Aᵀ) Bᵀ", "Hu et al. 2021, section 4.1", adds
+    "merged forward",
+    "x (W + Σ s B A)ᵀ = x Wᵀ + Σ s (x Aᵀ) Bᵀ",
+    "Hu et al. 2021, section 4.1",
+    is_additive,
 )
 def measure_merged_forward(case: Case) -> Measured:
     """Both sides err by at most gamma_(n+1) S, n as for `forward`.
@@ -100,7 +103,7 @@ def measure_merged_forward(case: Case) -> Measured:
     return compare(case.run(layer) - y, 2 * case.gamma(n, S))
 
 
-@holds("merge rounds once", "W' = fl(W + Σ s B A)", "IEEE 754-2019, section 4.3.1", adds)
+@holds("merge rounds once", "W' = fl(W + Σ s B A)", "IEEE 754-2019, section 4.3.1", is_additive)
 def measure_merge(case: Case) -> Measured:
     """Half an ulp of W' (Higham 2002, section 2.1), and the float64 sum's own gamma_(r+1+k) S."""
     layer = case.layer()
@@ -126,13 +129,16 @@ def measure_portions(case: Case) -> Measured:
         layer = case.layer()
         for portion in portions:
             layer.merge(portion)
-        wrong += differing(layer.base_layer.dense_weight(), W)
+        wrong += count_differences(layer.base_layer.dense_weight(), W)
         wrong += layer.merged != once.merged
-    return exactly(wrong)
+    return expect_zero(wrong)
 
 
 @holds(
-    "merge refuses", "W + dW not finite  ⇒  an error, W as it was", "nothing is merged half", ranked
+    "merge refuses",
+    "W + dW not finite  ⇒  an error, W as it was",
+    "nothing is merged half",
+    has_rank,
 )
 def measure_refusal(case: Case) -> Measured:
     """Exact: a NaN or inf in one entry of a factor, or finite factors whose product overflows."""
@@ -156,10 +162,10 @@ def measure_refusal(case: Case) -> Measured:
             layer.merge()
             wrong += 1
         except NonFiniteError:
-            wrong += differing(layer.base_layer.dense_weight(), W)
+            wrong += count_differences(layer.base_layer.dense_weight(), W)
             wrong += layer.base_layer is not base
             wrong += len(layer.merged)
-    return exactly(wrong)
+    return expect_zero(wrong)
 
 
 @holds("unmerge", "W comes back, every bit", "the base itself is kept")
@@ -171,17 +177,17 @@ def measure_unmerge(case: Case) -> Measured:
     for _ in range(3):
         layer.merge()
         layer.unmerge()
-    wrong = differing(layer.base_layer.dense_weight(), W)
+    wrong = count_differences(layer.base_layer.dense_weight(), W)
     wrong += layer.base_layer is not base
     wrong += len(layer.merged)
-    return exactly(wrong)
+    return expect_zero(wrong)
 
 
 @holds(
     "round trip",
     "|fl(W' - dW) - W| ≤ u (|W'| + |W|): why W is kept",
     "Higham 2002, eq. (2.5)",
-    adds,
+    is_additive,
 )
 def measure_round_trip(case: Case) -> Measured:
     """What subtracting dW, computed while it is merged, would restore.
@@ -239,7 +245,7 @@ def save_twice(model: PeftModel, base: Module) -> tuple[PeftModel, dict[str, Arr
     "files",
     "save, load  ⇒  the same bits under PEFT's keys, whatever the name",
     "peft 0.21, save_pretrained",
-    dense,
+    is_dense,
 )
 def measure_files(case: Case) -> Measured:
     """Exact: tensors, outputs, the keys, and the bytes of a file saved under another name."""
@@ -254,9 +260,9 @@ def measure_files(case: Case) -> Measured:
     again = loaded.model.proj
     parameters = again.adapters["another"].parameters()
     for p, q in zip(adapter.parameters(), parameters, strict=True):
-        wrong += differing(p.data, q.data)
-    wrong += differing(case.run(layer), case.run(again))
-    return exactly(wrong)
+        wrong += count_differences(p.data, q.data)
+    wrong += count_differences(case.run(layer), case.run(again))
+    return expect_zero(wrong)
 
 
 # ---- dropout -------------------------------------------------------------------------------------
@@ -269,18 +275,18 @@ def measure_dropout_off(case: Case) -> Measured:
     for adapter in layer.adapters.values():
         adapter.dropout.p = 0.0
     y = case.run(layer)
-    wrong = differing(case.run(layer.train()), y)
+    wrong = count_differences(case.run(layer.train()), y)
     for adapter in layer.adapters.values():
         adapter.dropout.p = 0.5
-    wrong += differing(case.run(layer.eval()), y)
-    return exactly(wrong)
+    wrong += count_differences(case.run(layer.eval()), y)
+    return expect_zero(wrong)
 
 
 @holds(
     "dropout spares the base",
     "y = x Wᵀ + b + Σ s (drop(x) Aᵀ) Bᵀ",
     "peft 0.21, forward of its LoRA layer",
-    adds,
+    is_additive,
 )
 def measure_dropout_base(case: Case) -> Measured:
     """Exact: the same operations with the same masks give the same bits; the base reads x."""
@@ -298,14 +304,14 @@ def measure_dropout_base(case: Case) -> Measured:
                 A = A * adapter.lora_E
             dropped = adapter.dropout(x)
             expected = F.lora_linear(dropped, expected, A, adapter.lora_B, adapter.scaling)
-    return exactly(differing(y, F.rows(expected.data)))
+    return expect_zero(count_differences(y, F.rows(expected.data)))
 
 
 @holds(
     "dropout is unbiased",
     "E[s (drop(x) Aᵀ) Bᵀ] = s (x Aᵀ) Bᵀ",
     "Srivastava et al. 2014; Hoeffding 1963, theorem 2",
-    adds,
+    is_additive,
 )
 def measure_dropout_mean(case: Case) -> Measured:
     """The mean over M masks is a mean of independent terms, each 0 or cⱼ / (1 - p).

@@ -1,6 +1,6 @@
 """LoRA's properties: its forward, its gradients, the update's rank and gauge.
 
-Letters are case.py's. Some of them hold for AdaLoRA as well, whose A is diag(E) A (`adds`).
+Letters are case.py's. Some of them hold for AdaLoRA as well, whose A is diag(E) A (`is_additive`).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from .case import Case, active_adapters, unit_roundoff
 from .measuring import (
     Measured,
     Property,
-    adds,
     backward,
     compare,
+    count_differences,
+    count_nonzeros,
     count_parameters,
-    differing,
-    exactly,
+    expect_zero,
     gradient_errors,
+    is_additive,
     is_lora,
-    nonzeros,
-    registrar,
+    make_registrar,
     set_tensors,
     svd_error,
     update_error,
@@ -33,24 +33,24 @@ from .measuring import (
 )
 
 PROPERTIES: list[Property] = []
-holds = registrar(PROPERTIES, is_lora)
+holds = make_registrar(PROPERTIES, is_lora)
 
 # ---- to which cases a property applies -----------------------------------------------------------
 
 
-def several(case: Case) -> bool:
-    return adds(case) and len(case.adapters) > 1
+def has_several(case: Case) -> bool:
+    return is_additive(case) and len(case.adapters) > 1
 
 
-def deficient(case: Case) -> bool:
+def is_deficient(case: Case) -> bool:
     """Some adapter's rank is below full rank."""
-    if not adds(case):
+    if not is_additive(case):
         return False
     full = min(case.base.in_features, case.base.out_features)
     return any(adapter.r < full for adapter in case.adapters.values())
 
 
-def scalable(case: Case) -> bool:
+def is_scalable(case: Case) -> bool:
     """A can be divided by 2^8 and nothing underflows, not in a product with x either."""
     if not is_lora(case):
         return False
@@ -62,7 +62,7 @@ def scalable(case: Case) -> bool:
 # ---- forward -------------------------------------------------------------------------------------
 
 
-@holds("forward", "y = x Wᵀ + b + Σ s (x Aᵀ) Bᵀ", "Hu et al. 2021, eq. (3)", adds)
+@holds("forward", "y = x Wᵀ + b + Σ s (x Aᵀ) Bᵀ", "Hu et al. 2021, eq. (3)", is_additive)
 def measure_forward(case: Case) -> Measured:
     """gamma_n S with n = I + r + k + 2 (`Case.roundings`), the way through the adapter."""
     layer = case.layer(*case.rng.permutation(list(case.adapters)))
@@ -82,10 +82,10 @@ def measure_start(case: Case) -> Measured:
         config = dataclasses.replace(config, init_lora_weights=init)
         kind = type(layer.adapters[name])
         layer.adapters[name] = kind(layer.base_layer, "proj", config, rng, i)
-    return exactly(differing(case.run(layer), case.run(layer.base_layer)))
+    return expect_zero(count_differences(case.run(layer), case.run(layer.base_layer)))
 
 
-@holds("sum", "y(a, b) - y(a) = y(b) - y()", "Hu et al. 2021, section 4.1", several)
+@holds("sum", "y(a, b) - y(a) = y(b) - y()", "Hu et al. 2021, section 4.1", has_several)
 def measure_sum(case: Case) -> Measured:
     """y(a, b) = fl(y(a) + v) and y(b) = fl(y() + v) with the same v: u |y(a, b)| + u |y(b)|.
 
@@ -105,7 +105,7 @@ def measure_sum(case: Case) -> Measured:
     return worst(*pairs)
 
 
-@holds("linear in s", "y(t s) - y(0) = t (y(s) - y(0))", "Hu et al. 2021, section 4.1", adds)
+@holds("linear in s", "y(t s) - y(0) = t (y(s) - y(0))", "Hu et al. 2021, section 4.1", is_additive)
 def measure_linear(case: Case) -> Measured:
     """All three have y(0) and v = (x Aᵀ) Bᵀ in common, bit for bit.
 
@@ -120,7 +120,7 @@ def measure_linear(case: Case) -> Measured:
     y_0 = case.run_wide(layer.base_layer)
     y_s = case.run_wide(layer)
     adapter.scaling = 2 * s
-    doubled = differing(layer.delta_weight(case.first), 2 * dW)
+    doubled = count_differences(layer.delta_weight(case.first), 2 * dW)
     adapter.scaling = t * s
     y_ts = case.run_wide(layer)
     error = y_ts - y_0 - t * (y_s - y_0)
@@ -158,7 +158,7 @@ def measure_count(case: Case) -> Measured:
 # ---- the update's rank, and its gauge ------------------------------------------------------------
 
 
-@holds("rank", "σᵣ₊₁(s B A) = 0", "Hu et al. 2021, section 4.1", deficient)
+@holds("rank", "σᵣ₊₁(s B A) = 0", "Hu et al. 2021, section 4.1", is_deficient)
 def measure_rank(case: Case) -> Measured:
     """Weyl: an error F moves singular values by at most |F|, here `update_error`.
 
@@ -209,7 +209,10 @@ def measure_gauge(case: Case) -> Measured:
 
 
 @holds(
-    "gauge by powers of two", "P = diag(2ᵏ)  ⇒  the same bits", "Higham 2002, section 2.1", scalable
+    "gauge by powers of two",
+    "P = diag(2ᵏ)  ⇒  the same bits",
+    "Higham 2002, section 2.1",
+    is_scalable,
 )
 def measure_powers(case: Case) -> Measured:
     """Exact: a power of two changes exponents alone, and each product a b stays as it was."""
@@ -222,10 +225,10 @@ def measure_powers(case: Case) -> Measured:
         P = 2.0 ** -rng.integers(1, 9, adapter.r)
         scaled.append((P[:, None] * adapter.lora_A.data, adapter.lora_B.data / P))
     set_tensors(layer, scaled)
-    wrong = differing(case.run(layer), y)
+    wrong = count_differences(case.run(layer), y)
     for name, dW in zip(layer.active, updates, strict=True):
-        wrong += differing(layer.delta_weight(name), dW)
-    return exactly(wrong)
+        wrong += count_differences(layer.delta_weight(name), dW)
+    return expect_zero(wrong)
 
 
 # ---- backward ------------------------------------------------------------------------------------
@@ -241,7 +244,9 @@ def measure_gradients(case: Case) -> Measured:
     return worst(*gradient_errors(case, layer, exact, case.wide_rows(dY), slopes))
 
 
-@holds("input gradient", "dX = G (W + Σ s B A)", "Hu et al. 2021, eq. (3), differentiated", adds)
+@holds(
+    "input gradient", "dX = G (W + Σ s B A)", "Hu et al. 2021, eq. (3), differentiated", is_additive
+)
 def measure_input_gradient(case: Case) -> Measured:
     """The longest way has O roundings in G B, two with s, r in (.) A, and k in the sums."""
     layer = case.layer()
@@ -308,8 +313,8 @@ def measure_first_step(case: Case) -> Measured:
         prepare()
         _, _, slopes = backward(case, layer, dY)
         for dA, dB in slopes:
-            wrong += nonzeros(dA) + (not dB.any())
-    return exactly(wrong)
+            wrong += count_nonzeros(dA) + (not dB.any())
+    return expect_zero(wrong)
 
 
 @holds(

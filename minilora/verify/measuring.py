@@ -1,9 +1,9 @@
 """A measurement beside its bound, what a claim is, and what most measurements have in common.
 
-Measured               a number and the most that it may be
-compare, worst         the entry that comes nearest to its bound, or is furthest beyond it
-Property, registrar    a claim: its equation, its source, its measurement, its cases
-is_lora, is_dora, ...  the kinds of cases
+Measured                  a number and the most that it may be
+compare, worst            the entry that comes nearest to its bound, or is furthest beyond it
+Property, make_registrar  a claim: its equation, its source, its measurement, its cases
+is_lora, is_dora, ...     the kinds of cases
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Property:
                 return Measured(math.nan, 0.0, str(error))
 
 
-def registrar(
+def make_registrar(
     properties: list[Property], usual: Applies
 ) -> Callable[..., Callable[[Measure], Measure]]:
     """A decorator `holds(name, equation, source, when=usual)`, which appends to `properties`."""
@@ -112,7 +112,7 @@ def worst(*pairs: tuple[Any, Any]) -> Measured:
     return max(measured, key=lambda m: m.badness)
 
 
-def exactly(wrong: Any) -> Measured:
+def expect_zero(wrong: Any) -> Measured:
     """For a claim without rounding: the number of entries that are wrong, which must be 0."""
     return Measured(float(abs(wrong)), 0.0)
 
@@ -141,22 +141,22 @@ def is_adalora(case: Case) -> bool:
     return has_only(case, AdaLoraAdapter)
 
 
-def adds(case: Case) -> bool:
+def is_additive(case: Case) -> bool:
     """What adapters add is s B A x: LoRA's, and AdaLoRA's with diag(E) A for A."""
     return has_only(case, LoraAdapter, AdaLoraAdapter)
 
 
-def ranked(case: Case) -> bool:
+def has_rank(case: Case) -> bool:
     """Every adapter has r > 0: AdaLoRA takes all triplets from some layers."""
     return all(adapter.r for adapter in case.adapters.values())
 
 
-def dense(case: Case) -> bool:
+def is_dense(case: Case) -> bool:
     """The base has no codes of a known weight: for a property that does not read the base."""
     return case.w is None
 
 
-def coded(case: Case) -> bool:
+def has_codes(case: Case) -> bool:
     """The base has codes, and the weight that they were made from is known."""
     return case.w is not None
 
@@ -164,15 +164,15 @@ def coded(case: Case) -> bool:
 # ---- counts of what is wrong ---------------------------------------------------------------------
 
 
-def nonzeros(a: Array) -> int:
+def count_nonzeros(a: Array) -> int:
     return int(np.count_nonzero(a))
 
 
-def differing(a: Array, b: Array) -> int:
+def count_differences(a: Array, b: Array) -> int:
     """How many entries are not the same bits. A NaN differs from everything."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return max(int(a.size), int(b.size), 1)
-    return nonzeros((a != b) | (np.signbit(a) != np.signbit(b)))
+    return count_nonzeros((a != b) | (np.signbit(a) != np.signbit(b)))
 
 
 def count_parameters(case: Case, formula: Callable[[int, int, int], int]) -> Measured:
@@ -188,7 +188,7 @@ def count_parameters(case: Case, formula: Callable[[int, int, int], int]) -> Mea
         planned = sum(math.prod(shape) for shape in shapes)
         actual = sum(p.size for p in adapter.parameters())
         wrong += abs(actual - expected) + abs(planned - expected)
-    return exactly(wrong)
+    return expect_zero(wrong)
 
 
 # ---- tensors of adapters, and their gradients ----------------------------------------------------
@@ -268,9 +268,9 @@ def update_error(case: Case, layer: LoraLinear) -> float:
     return float(np.linalg.norm(error.astype(float)))
 
 
-def svd_error(shape: Sequence[int], largest: float) -> Any:
-    """What the singular values of a float64 matrix may err by: max(I, O) eps sigma_1.
+def svd_error(shape: Sequence[int], largest: float, count: int = 1) -> Any:
+    """What singular values may err by in `count` decompositions: max(I, O) eps sigma_1 for each.
 
-    Golub & Van Loan 2013, section 5.4.1; also NumPy's matrix_rank.
+    The matrices are float64's. Golub & Van Loan 2013, section 5.4.1; also NumPy's matrix_rank.
     """
-    return max(shape) * np.finfo(np.float64).eps * largest
+    return count * max(shape) * np.finfo(np.float64).eps * largest

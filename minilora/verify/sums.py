@@ -17,23 +17,32 @@ from ..lora import get_peft_model
 from ..lora.factors import pad_rank
 from .case import Case
 from .layers import OneLayer
-from .measuring import Measured, Property, compare, dense, is_lora, registrar, set_tensors, worst
+from .measuring import (
+    Measured,
+    Property,
+    compare,
+    is_dense,
+    is_lora,
+    make_registrar,
+    set_tensors,
+    worst,
+)
 
 PROPERTIES: list[Property] = []
 # (A, B, c = w s) of each adapter, in a wider precision
 Parts = list[tuple[Array, Array, float]]
 
 
-def plain(case: Case) -> bool:
+def is_plain(case: Case) -> bool:
     """A sum does not read the base: one kind of base is enough."""
-    return is_lora(case) and dense(case)
+    return is_lora(case) and is_dense(case)
 
 
-def several(case: Case) -> bool:
-    return plain(case) and len(case.configs) > 1
+def has_several(case: Case) -> bool:
+    return is_plain(case) and len(case.configs) > 1
 
 
-holds = registrar(PROPERTIES, plain)
+holds = make_registrar(PROPERTIES, is_plain)
 
 
 def add_adapters(
@@ -119,7 +128,7 @@ def measure_sum(case: Case) -> Measured:
     "cross terms",
     "linear:  B A - Σ cᵢ Bᵢ Aᵢ = Σ sgn(cⱼ) √|cᵢ cⱼ| Bᵢ Aⱼ,  i ≠ j",
     "peft 0.21, add_weighted_adapter, multiplied out",
-    several,
+    has_several,
 )
 def measure_cross_terms(case: Case) -> Measured:
     """What `linear` adds to the sum.

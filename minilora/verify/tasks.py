@@ -23,17 +23,17 @@ from .measuring import (
     Measured,
     Property,
     compare,
-    differing,
-    exactly,
+    count_differences,
+    count_nonzeros,
+    expect_zero,
     is_lora,
-    nonzeros,
-    registrar,
+    make_registrar,
     tensors_of,
     worst,
 )
 
 PROPERTIES: list[Property] = []
-holds = registrar(PROPERTIES, is_lora)
+holds = make_registrar(PROPERTIES, is_lora)
 
 ABSENT = "absent"  # a task without rows in any batch
 
@@ -140,8 +140,8 @@ def measure_absent_task(case: Case) -> Measured:
             if owner != ABSENT:
                 wrong += slope is None
             elif slope is not None:
-                wrong += nonzeros(slope)
-    return exactly(wrong)
+                wrong += count_nonzeros(slope)
+    return expect_zero(wrong)
 
 
 # ---- HydraLoRA -----------------------------------------------------------------------------------
@@ -187,4 +187,4 @@ def measure_equal_experts(case: Case) -> Measured:
     y = case.run(layer)
     y_1 = case.run(make_hydra(case, 1))
     y_k = case.run(make_hydra(case, k)).astype(np.longdouble)
-    return worst((y_k - y, bound), (differing(y_1, y), 0))
+    return worst((y_k - y, bound), (count_differences(y_1, y), 0))
