@@ -1,10 +1,10 @@
-"""LoRA's mathematics, checked: a list of properties, each with its equation, its paper and a computed bound.
+"""LoRA's mathematics, checked: properties, each with its equation, its paper and a computed bound.
 
-case         what a property is measured on, and the formula it is measured against
+case         what a property is measured on, and the formula that it is measured against
 measuring    a measurement beside its bound
-of_lora, of_layers, of_dora, of_adalora, of_codes, of_tasks, of_sums, of_ends    the properties, by what promises them
+lora, layers, dora, adalora, codes, tasks, sums, ends    the properties, by what promises them
 properties   the list, and where bounds come from
-run          all of it over random layers, or over somebody's own files
+run          all of it over random layers, or over given files
 """
 
 from .case import Case, Formula, cases_of, make_case, over_codes, random_case

@@ -1,13 +1,16 @@
-"""What a property is measured on: a layer with its adapters and an input; and what that layer should compute.
+"""What a property is measured on: a layer with its adapters and an input; and its formula.
 
-    Formula        y, dW and the gradients as the paper writes them, in a wider precision than the layer's
+    Formula        y, dW and the gradients as the paper writes them, in a wider precision
     Case           the layer, its input, and what rounding may do to a result (`gamma`)
-    make_case, random_case, cases_of    a case of a given shape, of any shape, and those of somebody's model
-    over_codes     a case again, its base held in four or eight bits
+    make_case      a case of a given shape
+    random_case    a case of any shape
+    cases_of       a case for each adapted layer of a model
+    over_codes     the same case with the base's weight in four or eight bits
 
-Letters: N rows of x, I in, O out, r rank, k active adapters, u the unit roundoff. Shapes: X (N, I), W (O, I), A (r, I),
-B (O, r), G = dL/dy (N, O), s the scaling, dW = s B A. AdaLoRA has E (r, 1): its dW = s B diag(E) A is LoRA's, with
-diag(E) A in A's place. W is what the base computes with: over codes, what they decode to.
+Letters: N rows of x, I in, O out, r rank, k active adapters, u the unit roundoff. Shapes: X (N, I),
+W (O, I), A (r, I), B (O, r), G = dL/dy (N, O), s the scaling, dW = s B A. AdaLoRA has E (r, 1): its
+dW = s B diag(E) A is LoRA's, with diag(E) A in A's place. W is what the base computes with: over
+codes, what they decode to.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import functional as F
+from ..autograd import Tensor
 from ..backend import Array
 from ..lora import (
     AdaLoraAdapter,
@@ -37,7 +41,8 @@ from ..nn import Linear
 from ..quant.codes import BLOCK_SIZES, KINDS
 from ..quant.linear import QuantizedLinear
 
-# What a reference is computed in. (Where long double is no wider than double the bounds still hold, twice as large.)
+# The precision of a reference. (Where long double is as wide as double the bounds still hold, twice
+# as large.)
 WIDE: dict[Any, Any] = {
     np.dtype(np.float32): np.dtype(np.float64),
     np.dtype(np.float64): np.dtype(np.longdouble),
@@ -49,82 +54,135 @@ ADAPTERS: dict[str, type[LoraAdapter]] = {
     "adalora": AdaLoraAdapter,
 }
 
-# ---- the formula, over values or over absolute values ---------------------------------------------------------------
+
+def active_adapters(layer: LoraLinear) -> list[Any]:
+    """The active adapters of a layer, in the order in which it adds them."""
+    return [layer.adapters[name] for name in layer.active]
+
+
+def unit_roundoff(dtype: Any) -> float:
+    """u, half the distance from 1 to the next number of a dtype."""
+    return float(np.finfo(dtype).eps) / 2
+
+
+# ---- the formula, over values or over absolute values --------------------------------------------
 
 
 class Formula(NamedTuple):
-    """y = X W^T + b + sum over adapters of s (X A^T) B^T, the update of W and the gradients, as in the paper."""
+    """y = X W^T + b + sum over adapters of s (X A^T) B^T, the update of W and the gradients.
+
+    factors    (A, B, s) of each active adapter; in AdaLoRA diag(E) A is its A
+    """
 
     X: Array
     W: Array
     b: Array
-    factors: list[
-        tuple[Array, Array, float]
-    ]  # (A, B, s) of each active adapter; in AdaLoRA diag(E) A is its A
+    factors: list[tuple[Array, Array, float]]
 
     def __abs__(self) -> Formula:
         """The same over absolute values: what rounding errors are measured in."""
-        X, W, b = abs(self.X), abs(self.W), abs(self.b)
-        return Formula(X, W, b, [(abs(A), abs(B), abs(s)) for A, B, s in self.factors])
+        factors = [(abs(A), abs(B), abs(s)) for A, B, s in self.factors]
+        return Formula(abs(self.X), abs(self.W), abs(self.b), factors)
 
     def y(self) -> Array:
-        """(N, O)"""
-        low_rank = (
-            s * ((self.X @ A.T) @ B.T) for A, B, s in self.factors
-        )  # (N, I) @ (I, r) @ (r, O)
-        return sum(low_rank, start=self.X @ self.W.T + self.b)
+        """X W^T + b + sum s (X A^T) B^T (N, O)"""
+        y = self.X @ self.W.T + self.b
+        for A, B, s in self.factors:
+            H = self.X @ A.T  # (N, r)
+            y = y + s * (H @ B.T)
+        return y
 
     def dW(self) -> Array:
         """sum s B A (O, I)"""
-        return sum((s * (B @ A) for A, B, s in self.factors), start=0 * self.W)
+        dW = 0 * self.W
+        for A, B, s in self.factors:
+            dW = dW + s * (B @ A)
+        return dW
+
+    def merged(self) -> Array:
+        """W + sum s B A (O, I)"""
+        return self.W + self.dW()
 
     def dX(self, G: Array) -> Array:
         """G (W + sum s B A) (N, I)"""
-        return sum((s * ((G @ B) @ A) for A, B, s in self.factors), start=G @ self.W)
+        dX = G @ self.W
+        for A, B, s in self.factors:
+            dH = G @ B  # (N, r)
+            dX = dX + s * (dH @ A)
+        return dX
 
     def dA(self, G: Array, i: int = 0) -> Array:
         """s B^T G^T X (r, I), of the adapter number i"""
         _, B, s = self.factors[i]
-        return s * ((G @ B).T @ self.X)
+        dH = G @ B  # (N, r)
+        return s * (dH.T @ self.X)
 
     def dB(self, G: Array, i: int = 0) -> Array:
         """s G^T X A^T (O, r), of the adapter number i"""
         A, _, s = self.factors[i]
-        return s * (G.T @ (self.X @ A.T))
+        H = self.X @ A.T  # (N, r)
+        return s * (G.T @ H)
 
 
-# ---- cases ----------------------------------------------------------------------------------------------------------
+# ---- cases ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """What a property is measured on. Nothing is ever done to `subject` itself: `layer` makes a copy for that.
+    """What a property is measured on. No measurement changes `original`: `layer` copies it.
 
-    subject    a layer with adapters, unmerged
+    original   a layer with adapters, unmerged
     x          (batch, time, I) in the layer's dtype
-    configs    by adapter: its configuration, r and lora_alpha being those of this layer
-    seed       of whatever a measurement draws
-    weight     (O, I) what the base's codes were made of, where it holds codes and that is known
+    configs    the configuration of each adapter, with the r and lora_alpha of this layer
+    seed       of all random numbers that a measurement draws
+    w          (O, I) the weight that the base's codes were made from; None if unknown, or dense
     """
 
     name: str
-    subject: LoraLinear
+    original: LoraLinear
     x: np.ndarray
     configs: dict[str, LoraConfig]
     seed: int = 0
-    weight: np.ndarray | None = None
+    w: np.ndarray | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
         return self.x.dtype
 
     @property
+    def wide(self) -> np.dtype[Any]:
+        """The dtype of a reference."""
+        return WIDE[self.dtype]  # type: ignore[no-any-return]
+
+    @property
+    def u(self) -> float:
+        """The unit roundoff of the layer's dtype."""
+        return unit_roundoff(self.dtype)
+
+    @property
     def rng(self) -> np.random.Generator:
+        """A new generator, which draws the same numbers each time."""
         return np.random.default_rng(self.seed)
 
+    @property
+    def base(self) -> Any:
+        return self.original.base_layer
+
+    @property
+    def adapters(self) -> dict[str, Any]:
+        return self.original.adapters
+
+    @property
+    def first(self) -> str:
+        """The name of the first configured adapter."""
+        return next(iter(self.configs))
+
     def layer(self, *names: str) -> LoraLinear:
-        """A copy of the subject, base and all: the adapters `names` (or all) active, no dropout, only they train."""
-        layer = copy.deepcopy(self.subject)
+        """A copy of the layer and its base, without dropout, of which only the adapters train.
+
+        The adapters `names` (or all) are active.
+        """
+        layer: LoraLinear = copy.deepcopy(self.original)
         layer.active = list(names or layer.adapters)
         for p in layer.parameters():
             p.requires_grad = False
@@ -133,41 +191,60 @@ class Case:
                 p.requires_grad = True
         return layer.eval()  # type: ignore[no-any-return]
 
+    def run(self, layer: Any) -> Array:
+        """layer(x) as rows (N, O)"""
+        y = layer(Tensor(self.x))
+        return F.rows(y.data)
+
+    def run_wide(self, layer: Any) -> Array:
+        """layer(x) as rows (N, O), in the reference's dtype."""
+        return self.run(layer).astype(self.wide)
+
     def formula(self, layer: LoraLinear) -> Formula:
-        """What `layer`, with its active adapters, is to compute."""
-        base, wide = layer.base_layer, WIDE[self.dtype]
+        """What `layer`, with its active adapters, should compute."""
+        base = layer.base_layer
+        X = F.rows(self.x).astype(self.wide)
+        W = base.dense_weight().astype(self.wide)
         b = np.zeros(1) if base.bias is None else base.bias.data
         factors = []
-        for a in (layer.adapters[name] for name in layer.active):
-            A, B = a.lora_A.data.astype(wide), a.lora_B.data.astype(wide)
-            factors.append(
-                (A * a.lora_E.data if isinstance(a, AdaLoraAdapter) else A, B, float(a.scaling))
-            )
-        return Formula(
-            F.rows(self.x).astype(wide), base.dense_weight().astype(wide), b.astype(wide), factors
-        )
+        for adapter in active_adapters(layer):
+            A = adapter.lora_A.data.astype(self.wide)
+            B = adapter.lora_B.data.astype(self.wide)
+            if isinstance(adapter, AdaLoraAdapter):
+                A = A * adapter.lora_E.data
+            factors.append((A, B, float(adapter.scaling)))
+        return Formula(X, W, b.astype(self.wide), factors)
 
-    def upstream(self) -> Array:
-        """G = dL/dy, at random (batch, time, O)."""
-        shape = (*self.x.shape[:-1], self.subject.base_layer.out_features)
+    def draw_dY(self) -> Array:
+        """dL/dy at random (batch, time, O), in the layer's dtype."""
+        shape = (*self.x.shape[:-1], self.base.out_features)
         return self.rng.standard_normal(shape).astype(self.dtype)
 
+    def wide_rows(self, dY: Array) -> Array:
+        """G (N, O), in the reference's dtype, of dL/dy (batch, time, O)."""
+        return F.rows(dY).astype(self.wide)
+
     def roundings(self, layer: LoraLinear, extra: int = 0) -> int:
-        """How many a product meets at most on its way into y: I + r + 2 + k, and one with E where there is one.
+        """How many roundings a product meets at most on its way into y: I + r + 2 + k.
 
-        I in x A^T, r in (.) B^T, two with s (its own dtype is float64), k in sums with what the layer gives so far.
+        I in x A^T, r in (.) B^T, two with s (its own dtype is float64), k in sums with what the
+        layer gives so far. AdaLoRA's product with E is one more.
         """
-        adapters = [layer.adapters[name] for name in layer.active]
-        rank, ada = max(a.r for a in adapters), any(isinstance(a, AdaLoraAdapter) for a in adapters)
-        return layer.base_layer.in_features + rank + 2 + len(adapters) + ada + extra
+        adapters = active_adapters(layer)
+        r: int = max(a.r for a in adapters)
+        with_E = any(isinstance(a, AdaLoraAdapter) for a in adapters)
+        I: int = layer.in_features
+        return I + r + 2 + len(adapters) + with_E + extra
 
-    def gamma(self, n: int, scale: Array, dtype: Any = None) -> Array:
-        """gamma_n S for n roundings in `dtype` (the layer's) and n in the reference's own precision.
+    def gamma(self, n: int, S: Array, dtype: Any = None) -> Array:
+        """gamma_n S for n roundings in `dtype` (by default the layer's) and n in the reference's.
 
-        The smallest normal number on top is far more than underflow can add (Higham 2002, equation 2.8).
+        The smallest normal number on top is far more than underflow can add (Higham 2002, equation
+        2.8).
         """
-        us = [float(np.finfo(d).eps) / 2 for d in (dtype or self.dtype, WIDE[self.dtype])]
-        return sum(n * u / (1 - n * u) for u in us) * scale + np.finfo(self.dtype).tiny
+        units = [unit_roundoff(d) for d in (dtype or self.dtype, self.wide)]
+        gamma = sum(n * u / (1 - n * u) for u in units)
+        return gamma * S + np.finfo(self.dtype).tiny
 
 
 def make_case(
@@ -183,118 +260,135 @@ def make_case(
     exponents: tuple[int, int, int] = (0, 0, 0),
     kind: str = "lora",
 ) -> Case:
-    """A random layer of this shape, an adapter for each of `ranks` and `alphas`; W, A, B times a power of two each.
+    """A random layer of this shape with an adapter for each of `ranks` and `alphas`.
 
-    kind    "lora"; "dora", of which a layer holds one: its magnitudes are then anything; or "adalora", whose E is
-            then anything, and whose adapters share a budget and so a rank
+    exponents    W, A and B are multiplied by two to these powers
+    kind         "lora"; "dora", which allows one adapter per layer and gets random magnitudes; or
+                 "adalora", whose E is random, and whose adapters share a budget and so one rank
     """
     rng = np.random.default_rng(seed)
     W, A, B = (2.0**e for e in exponents)
     b = rng.standard_normal(outputs).astype(dtype) if bias else None
-    subject = LoraLinear(Linear((W * rng.standard_normal((outputs, inputs))).astype(dtype), b))
-    for p in subject.parameters():
+    weight = W * rng.standard_normal((outputs, inputs))
+    layer = LoraLinear(Linear(weight.astype(dtype), b))
+    for p in layer.parameters():
         p.requires_grad = False
     sizes = {"lora_A": A, "lora_B": B, "lora_E": 1.0, "lora_magnitude_vector": W}
     configs = {}
     for i, (r, alpha) in enumerate(zip(ranks, alphas, strict=True)):
-        configs[f"a{i}"] = config = _config(kind, r, alpha, use_rslora)
-        adapter = ADAPTERS[kind](subject.base_layer, "proj", config, rng, stream=i)
-        for name in adapter.TENSORS:
-            p = getattr(adapter, name)
-            p.data = (sizes[name] * rng.standard_normal(p.shape)).astype(dtype)
-        subject.adapters[f"a{i}"] = adapter
-    subject.active = list(subject.adapters)
+        config = make_config(kind, r, alpha, use_rslora)
+        adapter = ADAPTERS[kind](layer.base_layer, "proj", config, rng, stream=i)
+        for tensor in adapter.TENSORS:
+            p = getattr(adapter, tensor)
+            p.data = (sizes[tensor] * rng.standard_normal(p.shape)).astype(dtype)
+        configs[f"a{i}"] = config
+        layer.adapters[f"a{i}"] = adapter
+    layer.active = list(layer.adapters)
     x = rng.standard_normal((*rows, inputs)).astype(dtype)
     name = f"{dtype}, {kind}, W {outputs} x {inputs}, r = {', '.join(map(str, ranks))}, seed {seed}"
-    return Case(name, subject.eval(), x, configs, seed)
+    return Case(name, layer.eval(), x, configs, seed)
 
 
-def _config(kind: str, r: int, alpha: float, use_rslora: bool) -> LoraConfig:
+def make_config(kind: str, r: int, alpha: float, use_rslora: bool) -> LoraConfig:
+    """The configuration of an adapter of this kind in a model that is one layer, `proj`."""
+    target = ["proj"]
     if kind == "adalora":
         return AdaLoraConfig(
-            init_r=r, target_r=1, lora_alpha=alpha, total_step=8, target_modules=["proj"]
+            init_r=r, target_r=1, lora_alpha=alpha, total_step=8, target_modules=target
         )
+    dora = kind == "dora"
     return LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        use_rslora=use_rslora,
-        use_dora=kind == "dora",
-        target_modules=["proj"],
+        r=r, lora_alpha=alpha, use_rslora=use_rslora, use_dora=dora, target_modules=target
     )
 
 
 def over_codes(
     case: Case, kind: str = "nf4", block_size: int = 64, double_quant: bool = True
 ) -> Case:
-    """The same layer over its base's weight as codes: QLoRA, whatever the adapter. Errors as of `quant.encode`."""
+    """The same case with its base's weight as codes: QLoRA, whatever the adapter.
+
+    Raises what `quant.encode` raises.
+    """
     layer = case.layer()
-    base = layer.base_layer
-    layer.base_layer = QuantizedLinear.from_linear(base, kind, block_size, double_quant)
+    w = layer.base_layer.dense_weight()
+    layer.base_layer = QuantizedLinear.from_linear(layer.base_layer, kind, block_size, double_quant)
     name = f"{case.name}, {kind} in blocks of {block_size}"
-    return dataclasses.replace(case, name=name, subject=layer, weight=base.dense_weight())
+    return dataclasses.replace(case, name=name, original=layer, w=w)
 
 
 def random_case(seed: int, kind: str = "lora", quantized: bool = False) -> Case:
-    """A case of any shape from 1 x 1 to 64 x 64, any rank up to 80, either dtype; one to three adapters, or one DoRA.
+    """A case of any shape from 1 x 1 to 64 x 64, any rank up to 80, either dtype.
 
-    Over codes to 192 x 192: that is more than 256 blocks, and absmax with more than one scale.
+    It has one to three adapters, or one DoRA. Over codes it has up to 192 x 192 weights: that is
+    more than 256 blocks, and absmax with more than one scale.
     """
     rng = np.random.default_rng([seed, 1])
 
-    def size(
-        most: int,
-    ) -> int:  # small ones are where shapes go wrong, large ones where rounding does
-        return int(most ** rng.random())
+    def draw_size(end: int) -> int:
+        """From 1 to end - 1: shapes go wrong where it is small, rounding where it is large."""
+        return int(end ** rng.random())
 
-    count, most = 1 if kind == "dora" else int(rng.integers(1, 4)), 193 if quantized else 65
-    inputs, outputs = (max(size(most) for _ in range(1 + quantized)) for _ in range(2))
-    ranks = [size(81 if rng.random() < 0.1 else 17) for _ in range(count)]
+    def draw_flag() -> bool:
+        return bool(rng.integers(2))
+
+    def draw_side() -> int:
+        if quantized:
+            return max(draw_size(193), draw_size(193))
+        return draw_size(65)
+
+    count = 1 if kind == "dora" else int(rng.integers(1, 4))
+    inputs = draw_side()
+    outputs = draw_side()
+    ranks = [draw_size(81 if rng.random() < 0.1 else 17) for _ in range(count)]
+    if kind == "adalora":
+        ranks = ranks[:1] * count
+    alphas = [float(2 ** rng.uniform(-4, 6)) for _ in range(count)]
+    dtype = str(rng.choice(["float32", "float64"]))
+    use_rslora = draw_flag()
+    bias = draw_flag()
+    rows = draw_size(4), draw_size(9)
+    W, A, B = (int(e) for e in rng.integers(-6, 4, 3))
     case = make_case(
-        seed,
-        inputs,
-        outputs,
-        ranks[:1] * count if kind == "adalora" else ranks,
-        [float(2 ** rng.uniform(-4, 6)) for _ in range(count)],
-        str(rng.choice(["float32", "float64"])),
-        bool(rng.integers(2)),
-        bool(rng.integers(2)),
-        (size(4), size(9)),
-        tuple(map(int, rng.integers(-6, 4, 3))),  # type: ignore[arg-type]
-        kind,
+        seed, inputs, outputs, ranks, alphas, dtype, use_rslora, bias, rows, (W, A, B), kind
     )
     if not quantized:
         return case
-    return over_codes(
-        case, str(rng.choice(KINDS)), int(rng.choice(BLOCK_SIZES[:4])), bool(rng.integers(2))
-    )
+    code = str(rng.choice(KINDS))
+    block_size = int(rng.choice(BLOCK_SIZES[:4]))
+    return over_codes(case, code, block_size, double_quant=draw_flag())
 
 
 def cases_of(model: PeftModel, adapter_name: str = "default", seed: int = 0) -> Iterator[Case]:
-    """Every adapted layer of a model, with a random input."""
+    """A case for each adapted layer of a model, with a random input.
+
+    A tied head has none: its numbers are its embedding's.
+    """
     config = model.peft_config[adapter_name]
     for number, (path, layer) in enumerate(wrappers(model.get_base_model())):
-        if not isinstance(layer, LoraLinear) or isinstance(
-            layer.held.get(adapter_name), HeadAdapter
-        ):
-            continue  # a tied head's numbers are its embedding's
-        if adapter_name in layer.adapters:
-            rng, base = np.random.default_rng([seed, number]), layer.base_layer
-            x = rng.standard_normal((2, 4, base.in_features)).astype(base.dtype)
-            yield Case(path, layer, x, {adapter_name: _of_layer(config, path)}, seed + number)
+        if not isinstance(layer, LoraLinear):
+            continue
+        if isinstance(layer.held.get(adapter_name), HeadAdapter):
+            continue
+        if adapter_name not in layer.adapters:
+            continue
+        base = layer.base_layer
+        rng = np.random.default_rng([seed, number])
+        x = rng.standard_normal((2, 4, base.in_features)).astype(base.dtype)
+        configs = {adapter_name: layer_config(config, path)}
+        yield Case(path, layer, x, configs, seed + number)
 
 
-def _of_layer(config: LoraConfig, path: str) -> LoraConfig:
+def layer_config(config: LoraConfig, path: str) -> LoraConfig:
     """The configuration of one layer of a model, for a model that is this layer, `proj`."""
-    kind, names = type(config), ["use_rslora", "use_dora"]
-    own: dict[str, Any] = {
-        "lora_alpha": pattern_value(path, config.alpha_pattern, config.lora_alpha)
-    }
+    names = ["use_rslora", "use_dora"]
+    alpha = pattern_value(path, config.alpha_pattern, config.lora_alpha)
+    fields: dict[str, Any] = {"lora_alpha": alpha, "target_modules": ["proj"]}
     if isinstance(config, AdaLoraConfig):
-        names += {f.name for f in dataclasses.fields(AdaLoraConfig)} - {
-            f.name for f in dataclasses.fields(LoraConfig)
-        }
-        kept = config.rank_pattern.get(f"{path}.lora_E")
-        own["rank_pattern"] = {} if kept is None else {"proj.lora_E": kept}
+        common = {field.name for field in dataclasses.fields(LoraConfig)}
+        names += {field.name for field in dataclasses.fields(config)} - common
+        mask = config.rank_pattern.get(f"{path}.lora_E")
+        fields["rank_pattern"] = {} if mask is None else {"proj.lora_E": mask}
     else:
-        own["r"] = config.rank(path)
-    return kind(**own, **{name: getattr(config, name) for name in names}, target_modules=["proj"])
+        fields["r"] = config.rank(path)
+    fields |= {name: getattr(config, name) for name in names}
+    return type(config)(**fields)

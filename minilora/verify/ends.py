@@ -1,38 +1,49 @@
-"""What adapters promise at the two ends of a model, and what a smaller rank or a shorter number may cost.
+"""What adapters promise at the two ends of a model, and what a lower rank or precision may cost.
 
-Measured on the layers of plain LoRA, turned: the embedding has W^T (V, C) with V = I tokens and C = O channels, and the
-head that is tied to it has the same weight.
+Measured on the layers of plain LoRA, transposed: the embedding has W^T (V, C) with V = I tokens and
+C = O channels, and the head that is tied to it has the same weight.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..autograd import Tensor, gradients
 from ..backend import Array
-from ..formats import bf16_from, bf16_to_float32, load_file
-from ..lora import LoraAdapter, LoraConfig, LoraEmbedding, LoraLinear, PeftModel, get_peft_model
+from ..formats.dtypes import round_to, widen
+from ..lora import LoraAdapter, LoraEmbedding, LoraLinear, PeftModel, get_peft_model
 from ..lora.embedding import EmbeddingAdapter
 from ..lora.factors import factors_from_svd, singular_values
 from ..models.config import TransformerConfig
 from ..nn import Embedding, Linear, Module
 from .case import Case
-from .measuring import Measured, Property, differing, factors, listing, lora, worst
+from .layers import save_twice
+from .measuring import (
+    Measured,
+    Property,
+    compare,
+    count_differences,
+    expect_zero,
+    is_lora,
+    make_registrar,
+    set_tensors,
+    svd_error,
+    update_error,
+    worst,
+)
 
 PROPERTIES: list[Property] = []
 
 
-def plain(case: Case) -> bool:
+def is_plain(case: Case) -> bool:
     """LoRA over a dense weight, which an embedding is."""
-    return lora(case) and not case.subject.base_layer.weight.fixed
+    return is_lora(case) and not case.base.weight.fixed
 
 
-holds = listing(PROPERTIES, plain)
+holds = make_registrar(PROPERTIES, is_plain)
 
 
 class Ends(Module):
@@ -41,7 +52,8 @@ class Ends(Module):
     config = TransformerConfig(tie_word_embeddings=True)
 
     def __init__(self, weight: Array):
-        self.embed_tokens, self.lm_head = Embedding(weight), Linear(weight)
+        self.embed_tokens = Embedding(weight)
+        self.lm_head = Linear(weight)
         self.lm_head.weight = self.embed_tokens.weight
 
     def get_input_embeddings(self) -> Embedding:
@@ -51,42 +63,44 @@ class Ends(Module):
         return self.lm_head
 
 
-def _weight(case: Case) -> Array:
-    return np.ascontiguousarray(case.subject.base_layer.dense_weight().T)  # (V, C)
+def embedding_weight(case: Case) -> Array:
+    return np.ascontiguousarray(case.base.dense_weight().T)  # (V, C)
 
 
-def _tied(case: Case) -> tuple[PeftModel, Any]:
-    """A model with the case's first adapter at both its ends, and that adapter as the case has it."""
-    name, config = next(iter(case.configs.items()))
-    own: LoraConfig = dataclasses.replace(
-        config, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True
+def set_embedding(adapter: Any, source: Any) -> None:
+    """Give an embedding's adapter the factors of a layer's."""
+    adapter.lora_embedding_A.data = source.lora_A.data
+    adapter.lora_embedding_B.data = source.lora_B.data
+
+
+def make_tied(case: Case) -> PeftModel:
+    """A model with the case's first adapter at both its ends."""
+    config = dataclasses.replace(
+        case.configs[case.first],
+        target_modules=["embed_tokens", "lm_head"],
+        ensure_weight_tying=True,
     )
-    made, adapter = get_peft_model(Ends(_weight(case)), own), case.subject.adapters[name]
-    embedding = made.model.embed_tokens.adapters["default"]
-    embedding.lora_embedding_A.data, embedding.lora_embedding_B.data = (
-        adapter.lora_A.data,
-        adapter.lora_B.data,
-    )
-    return made, adapter
+    model = get_peft_model(Ends(embedding_weight(case)), config)
+    set_embedding(model.model.embed_tokens.adapters["default"], case.adapters[case.first])
+    return model
 
 
 @holds("embedding", "y(t) = W[t] + Σ s B A[:, t]", "peft 0.21, forward of its LoRA embedding")
-def _embedding(case: Case) -> Measured:
-    """All rows. gamma_n S with n = r + 2 + k: r in the product, two with s, and k in sums with what is there so far."""
-    layer, formula = LoraEmbedding(Embedding(_weight(case))), case.formula(case.layer())
+def measure_embedding(case: Case) -> Measured:
+    """All rows. gamma_n S with n = r + 2 + k: r in the product, two with s, k in the sums."""
+    exact = case.formula(case.layer())
+    layer = LoraEmbedding(Embedding(embedding_weight(case)))
+    base = layer.as_linear(layer.base_layer)
     for name, config in case.configs.items():
-        there = case.subject.adapters[name]
-        layer.adapters[name] = made = EmbeddingAdapter(
-            layer.as_linear(layer.base_layer), "proj", config, case.rng
-        )
-        made.lora_embedding_A.data, made.lora_embedding_B.data = (
-            there.lora_A.data,
-            there.lora_B.data,
-        )
+        adapter = EmbeddingAdapter(base, "proj", config, case.rng)
+        set_embedding(adapter, case.adapters[name])
+        layer.adapters[name] = adapter
     layer.active = list(case.configs)
-    y, absolute = layer(np.arange(formula.W.shape[1])).data, abs(formula)
-    n = max(a.r for a in layer.adapters.values()) + 2 + len(case.configs)
-    return worst((y - (formula.W + formula.dW()).T, case.gamma(n, (absolute.W + absolute.dW()).T)))
+    V = exact.W.shape[1]
+    y = layer(np.arange(V)).data
+    n = max(adapter.r for adapter in layer.adapters.values()) + 2 + len(case.configs)
+    S = abs(exact).merged().T
+    return compare(y - exact.merged().T, case.gamma(n, S))
 
 
 @holds(
@@ -94,42 +108,50 @@ def _embedding(case: Case) -> Measured:
     "d(A, B) = that of the embedding + that of the head, turned",
     "peft 0.21, ensure_weight_tying",
 )
-def _two_places(case: Case) -> Measured:
-    """What each place would give by itself, added. The head by itself has plain LoRA, its A being the embedding's Bᵀ,
-    its B the Aᵀ: the same sums, of which BLAS may change the order with the layout. 2 gamma_n of the head's part, with
-    n = N + 3 for s G₂ᵀ (x B), two with s, C more in x B or V in G₂ Aᵀ, and one where the two gradients meet. In the
-    model the parameters are counted once, and are nowhere else."""
-    made, _ = _tied(case)
-    embedding, head, name = made.model.embed_tokens, made.model.lm_head, next(iter(case.configs))
-    (V, C), own, rng = embedding.weight.shape, embedding.adapters["default"], case.rng
-    ids, G1 = np.arange(V), Tensor(rng.standard_normal((V, C)).astype(case.dtype))
-    x, G2 = (
-        Tensor(rng.standard_normal((3, n)).astype(case.dtype), requires_grad=True) for n in (C, V)
-    )
-    wrong = abs(made.get_nb_trainable_parameters()[0] - own.r * (V + C))
-    plain = LoraLinear(head.base_layer)
-    plain.adapters["alone"] = turned = LoraAdapter(
-        head.base_layer, "lm_head", case.configs[name], rng
-    )
-    turned.lora_A.data, turned.lora_B.data = (
-        own.lora_embedding_B.data.T,
-        own.lora_embedding_A.data.T,
-    )
-    plain.active = ["alone"]
-    both = [own.lora_embedding_A, own.lora_embedding_B]
-    found = gradients((embedding(ids) * G1).sum() + (head(x) * G2).sum(), both)
-    first = gradients((embedding(ids) * G1).sum(), both)
-    second = gradients((plain(x) * G2).sum(), [turned.lora_B, turned.lora_A])
-    pairs: list[tuple[Any, Any]] = [(wrong, 0)]
-    A, B, s = abs(own.lora_embedding_A.data), abs(own.lora_embedding_B.data), own.scaling
+def measure_tied_gradients(case: Case) -> Measured:
+    """What each place would give by itself, added.
+
+    The head by itself has plain LoRA, its A being the embedding's Bᵀ, its B the Aᵀ: the same sums,
+    of which BLAS may change the order with the layout. 2 gamma_n of the head's part, with n = N + 3
+    for s G₂ᵀ (x B), two with s, C more in x B or V in G₂ Aᵀ, and one where the two gradients meet.
+    In the model the parameters are counted once, and are nowhere else.
+    """
+    model = make_tied(case)
+    embedding = model.model.embed_tokens
+    head = model.model.lm_head
+    adapter = embedding.adapters["default"]
+    A = adapter.lora_embedding_A
+    B = adapter.lora_embedding_B
+    V, C = embedding.weight.shape
+    rng = case.rng
+    N = 3
+    G1 = Tensor(rng.standard_normal((V, C)).astype(case.dtype))
+    x = Tensor(rng.standard_normal((N, C)).astype(case.dtype), requires_grad=True)
+    G2 = Tensor(rng.standard_normal((N, V)).astype(case.dtype), requires_grad=True)
+
+    turned = LoraAdapter(head.base_layer, "lm_head", case.configs[case.first], rng)
+    turned.lora_A.data = B.data.T
+    turned.lora_B.data = A.data.T
+    alone = LoraLinear(head.base_layer)
+    alone.adapters["alone"] = turned
+    alone.active = ["alone"]
+
+    ids = np.arange(V)
+    both = gradients((embedding(ids) * G1).sum() + (head(x) * G2).sum(), [A, B])
+    of_embedding = gradients((embedding(ids) * G1).sum(), [A, B])
+    of_head = gradients((alone(x) * G2).sum(), [turned.lora_B, turned.lora_A])
+
+    s = adapter.scaling
     G = (abs(G2.data).T @ abs(x.data)).astype(np.longdouble)  # (V, C)
-    sizes = [s * (B.T @ G.T), s * (G.T @ A.T)]
-    for whole, one, other, size in zip(found, first, second, sizes, strict=True):
-        if whole is None or one is None or other is None:
+    S_A = s * (abs(B.data).T @ G.T)
+    S_B = s * (G.T @ abs(A.data).T)
+    trained = model.get_nb_trainable_parameters()[0]
+    pairs: list[tuple[Any, Any]] = [(trained - adapter.r * (V + C), 0)]
+    for d, d1, d2, S in zip(both, of_embedding, of_head, (S_A, S_B), strict=True):
+        if d is None or d1 is None or d2 is None:
             return Measured(np.nan, 0, "no gradient")
-        pairs.append(
-            (whole - (one + other.T), 2 * case.gamma(V + C + len(x.data) + 3, size + abs(one)))
-        )
+        bound = 2 * case.gamma(V + C + N + 3, S + abs(d1))
+        pairs.append((d - (d1 + d2.T), bound))
     return worst(*pairs)
 
 
@@ -138,45 +160,29 @@ def _two_places(case: Case) -> Measured:
     "save, load  ⇒  the same bits, the base's weight and both factors twice",
     "peft 0.21, save_pretrained",
 )
-def _files(case: Case) -> Measured:
-    """Exact: tensors and keys; and the bytes of a file that was saved again under another adapter's name."""
-    made, adapter = _tied(case)
-    with tempfile.TemporaryDirectory() as folder:
-        made.save_pretrained(folder)
-        again = PeftModel.from_pretrained(Ends(_weight(case)), folder, "another")
-        again.save_pretrained(folder)
-        first, second = (
-            path / "adapter_model.safetensors" for path in (Path(folder), Path(folder, "another"))
-        )
-        there = {key.removeprefix("base_model.model."): a for key, a in load_file(first).items()}
-        wrong = int(first.read_bytes() != second.read_bytes())
-    A, B, W = adapter.lora_A.data, adapter.lora_B.data, _weight(case)
+def measure_files(case: Case) -> Measured:
+    """Exact: tensors and keys; and the bytes of a file saved again under another adapter's name."""
+    W = embedding_weight(case)
+    _, stored, wrong = save_twice(make_tied(case), Ends(W))
+    adapter = case.adapters[case.first]
+    A = adapter.lora_A.data
+    B = adapter.lora_B.data
     expected = {
         "embed_tokens.lora_embedding_A": A,
         "embed_tokens.lora_embedding_B": B,
         "embed_tokens.base_layer.weight": W,
-    }
-    expected |= {
         "lm_head.lora_A.weight": B.T,
         "lm_head.lora_B.weight": A.T,
         "lm_head.base_layer.weight": W,
     }
-    wrong += len(set(there) ^ set(expected))
-    return worst(
-        (wrong + sum(differing(a, expected[key]) for key, a in there.items() if key in expected), 0)
-    )
+    found = {key.removeprefix("base_model.model."): a for key, a in stored.items()}
+    wrong += len(found.keys() ^ expected.keys())
+    for key in found.keys() & expected.keys():
+        wrong += count_differences(found[key], expected[key])
+    return expect_zero(wrong)
 
 
-# ---- what is left out -----------------------------------------------------------------------------------------------
-
-
-def to_half(total: Array) -> Array:
-    return np.asarray(total, np.float16)
-
-
-def _halves(total: Array, digits: int, least: int) -> Array:
-    """Half an ulp there, of a format of so many digits whose smallest normal number is 2^(least - 1)."""
-    return np.asarray(np.ldexp(0.5, np.maximum(np.frexp(total)[1], least) - digits))
+# ---- what is left out ----------------------------------------------------------------------------
 
 
 @holds(
@@ -184,83 +190,98 @@ def _halves(total: Array, digits: int, least: int) -> Array:
     "|fl(W + dW) - (W + dW)| ≤ ulp / 2 in bfloat16, float16",
     "IEEE 754-2019, section 4.3.1",
 )
-def _half_precision(case: Case) -> Measured:
-    """From the float64 sum, rounded once. Rounded twice, by way of float32, it is wrong just above the middle between
-    two neighbours: so the sum is taken as it is, and also moved there. For float16, which ends at 65,504 and at 2^-14
-    goes on in even steps, it is moved into its range by powers of two: to the upper end, and among those steps."""
-    name = next(iter(case.configs))
-    total = case.subject.base_layer.dense_weight().astype(np.float64) + case.subject.delta_weight(
-        name
-    )
+def measure_half_precision(case: Case) -> Measured:
+    """From the float64 sum, rounded once.
+
+    Rounded twice, by way of float32, it is wrong just above the middle between two neighbours: so
+    the sum is taken as it is, and also moved there. For float16, which ends at 65,504 and at 2^-14
+    goes on in even steps, it is moved into its range by powers of two: to the upper end, and among
+    those steps.
+    """
+    W = case.base.dense_weight().astype(np.float64)
+    total = W + case.original.delta_weight(case.first)
     total = total[abs(total) > 2.0**-100]
-    top = int(np.frexp(abs(total).max(initial=1))[1])
-    formats: list[tuple[Array, int, int, Any]] = [
-        (total, 8, -125, lambda t: bf16_to_float32(bf16_from(t)))
-    ]
-    formats += [(np.ldexp(total, end - top), 11, -13, to_half) for end in (15, -14)]
+    _, top = np.frexp(abs(total).max(initial=1))
+    # (values, stored dtype, its significant digits, the exponent of twice its least normal number)
+    formats: list[tuple[Array, str, int, int]] = [(total, "BF16", 8, -125)]
+    for end in (15, -14):
+        formats.append((np.ldexp(total, end - int(top)), "F16", 11, -13))
     pairs = []
-    for exact, digits, least, stored in formats:
-        half = _halves(exact, digits, least)
-        middle = (np.trunc(exact / (2 * half)) * 2 * half + np.sign(exact) * half) * (1 + 2.0**-45)
-        pairs += [(stored(t).astype(np.float64) - t, half) for t in (exact, middle)]
+    for exact, dtype, digits, least in formats:
+        _, exponent = np.frexp(exact)
+        half_ulp = np.ldexp(0.5, np.maximum(exponent, least) - digits)
+        below = np.trunc(exact / (2 * half_ulp)) * 2 * half_ulp
+        middle = (below + np.sign(exact) * half_ulp) * (1 + 2.0**-45)
+        for values in (exact, middle):
+            stored = widen(round_to(values, dtype))
+            pairs.append((stored.astype(np.float64) - values, half_ulp))
     return worst(*pairs)
 
 
 @holds("best of lower rank", "min |dW - P Q|² = Σ σᵢ², i > k", "Eckart & Young 1936; Mirsky 1960")
-def _lower_rank(case: Case) -> Measured:
-    """The σᵢ are found from the small factors, and the least error by the SVD of dW itself, cut off at k. Both are off
-    by max(V, C) eps σ₁ each, and dW by the norm of its own roundings (see `rank`), √r of them. Nothing of rank k is
-    nearer: neither P Q at random, scaled as well as can be, nor the first k columns of B with their rows of A."""
-    pairs = []
-    for name, adapter in case.subject.adapters.items():
+def measure_lower_rank(case: Case) -> Measured:
+    """The σᵢ come from the small factors, the least error from the SVD of dW itself, cut off at k.
+
+    Both are off by max(V, C) eps σ₁ each, and dW by the norm of its own roundings (see `rank`), √r
+    of them. Nothing of rank k is nearer: neither a random P Q, scaled as well as can be, nor the
+    first k columns of B with their rows of A.
+    """
+    pairs: list[tuple[Any, Any]] = []
+    for name, adapter in case.adapters.items():
         layer = case.layer(name)
-        A, B, s = adapter.lora_A.data, adapter.lora_B.data, adapter.scaling
-        dW, values, k = (
-            layer.delta_weight(name),
-            singular_values(A, B, s),
-            int(case.rng.integers(0, adapter.r)),
-        )
-        least = float(np.linalg.norm(values[k:]))
-        moved = np.linalg.norm(
-            case.gamma(adapter.r + 2, abs(case.formula(layer)).dW(), np.float64).astype(float)
-        )
-        bound = np.sqrt(adapter.r) * (
-            moved + 2 * max(dW.shape) * np.finfo(np.float64).eps * values[0]
-        )
+        A = adapter.lora_A.data
+        B = adapter.lora_B.data
+        s = adapter.scaling
+        dW = layer.delta_weight(name)
+        O, I = dW.shape
+        k = int(case.rng.integers(0, adapter.r))
+        sigma = singular_values(A, B, s)
+        least = float(np.linalg.norm(sigma[k:]))
+        error = update_error(case, layer) + svd_error(dW.shape, sigma[0], 2)
+        bound = np.sqrt(adapter.r) * error
+
         U, S, Vt = np.linalg.svd(dW, full_matrices=False)
-        pairs.append((np.linalg.norm(dW - (U[:, :k] * S[:k]) @ Vt[:k]) - least, bound))
-        random = case.rng.standard_normal((len(dW), k)) @ case.rng.standard_normal((k, dW.shape[1]))
-        random *= (random * dW).sum() / max((random * random).sum(), 1e-300)
-        for other in (random, s * (B[:, :k].astype(float) @ A[:k].astype(float))):
-            pairs.append((max(0.0, least - float(np.linalg.norm(dW - other))), bound))
+        nearest = (U[:, :k] * S[:k]) @ Vt[:k]
+        pairs.append((np.linalg.norm(dW - nearest) - least, bound))
+
+        PQ = case.rng.standard_normal((O, k)) @ case.rng.standard_normal((k, I))
+        PQ *= (PQ * dW).sum() / max((PQ * PQ).sum(), 1e-300)
+        first_k = s * (B[:, :k].astype(float) @ A[:k].astype(float))
+        for other in (PQ, first_k):
+            distance = float(np.linalg.norm(dW - other))
+            pairs.append((max(0.0, least - distance), bound))
     return worst(*pairs)
 
 
 @holds(
     "principal part first", "W = W_res + s B A,  |W_res|₂ = σᵣ₊₁(W)", "Meng et al. 2024, section 3"
 )
-def _principal(case: Case) -> Measured:
-    """s B A is the first r terms of W's own SVD, W_res what they leave, and merged it is W again: W_res is rounded
-    once, and so is the sum; dW is float64's both times. The spectrum moves by no more than W_res does (Weyl): that
-    rounding, one of each factor, and max(I, O) eps σ₁ for each of the decompositions and the product of the terms."""
-    name, u = next(iter(case.configs)), float(np.finfo(case.dtype).eps) / 2
-    layer = case.layer(name)
-    adapter, W = layer.adapters[name], layer.base_layer.dense_weight().astype(np.float64)
-    U, values, Vt = np.linalg.svd(W, full_matrices=False)
-    A, B, _ = factors_from_svd(U, values, Vt, adapter.r)
-    factors(layer, [(A / np.sqrt(adapter.scaling), B / np.sqrt(adapter.scaling))])
+def measure_principal(case: Case) -> Measured:
+    """s B A is the first r terms of W's own SVD, W_res the others; merged they are W again.
+
+    W_res is rounded once, and so is the sum; dW is float64's both times. The spectrum moves by no
+    more than W_res does (Weyl): that rounding, one of each factor, and max(I, O) eps σ₁ for each of
+    the decompositions and the product of the terms.
+    """
+    layer = case.layer(case.first)
+    adapter = layer.adapters[case.first]
+    r = adapter.r
+    root = np.sqrt(adapter.scaling)
+    W = layer.base_layer.dense_weight().astype(np.float64)
+    U, sigma, Vt = np.linalg.svd(W, full_matrices=False)
+    A, B, _ = factors_from_svd(U, sigma, Vt, r)
+    set_tensors(layer, [(A / root, B / root)])
     S = abs(case.formula(layer)).dW()
-    layer.base_layer.weight.data = residual = (W - layer.delta_weight(name)).astype(case.dtype)
+    W_res = (W - layer.delta_weight(case.first)).astype(case.dtype)
+    layer.base_layer.weight.data = W_res
     layer.merge()
-    again = layer.base_layer.dense_weight().astype(np.float64)
-    left, float64 = (
-        abs(residual.astype(np.float64)),
-        case.gamma(adapter.r + 4, S + abs(W), np.float64).astype(float),
-    )
-    moved = np.linalg.norm(u * left + case.gamma(2, S).astype(float) + float64)
-    of_svd = 3 * max(W.shape) * np.finfo(np.float64).eps * values[0]
-    largest = np.linalg.svd(residual.astype(np.float64), compute_uv=False)[0]
-    next_one = values[adapter.r] if adapter.r < len(values) else 0.0
-    return worst(
-        (again - W, u * (left + abs(again)) + 2 * float64), (largest - next_one, moved + of_svd)
-    )
+    merged = layer.base_layer.dense_weight().astype(np.float64)
+    W_res = W_res.astype(np.float64)
+
+    float64 = case.gamma(r + 4, S + abs(W), np.float64).astype(float)
+    bound = case.u * (abs(W_res) + abs(merged)) + 2 * float64
+    largest = np.linalg.svd(W_res, compute_uv=False)[0]
+    expected = sigma[r] if r < len(sigma) else 0.0
+    moved = case.u * abs(W_res) + case.gamma(2, S).astype(float) + float64
+    spectrum_bound = np.linalg.norm(moved) + svd_error(W.shape, sigma[0], 3)
+    return worst((merged - W, bound), (largest - expected, spectrum_bound))

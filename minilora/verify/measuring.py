@@ -1,9 +1,9 @@
-"""A measurement beside its bound, what a claim is, and the few things that most measurements do.
+"""A measurement beside its bound, what a claim is, and what most measurements have in common.
 
-Measured, worst     a number and the most that it may be; of many, the one nearest to its bound or furthest beyond
-Property, listing   a claim: its equation, where it comes from, how it is measured, to which cases it applies
-lora, dora, ...     the kinds of cases
-differing, run, backward, slopes, factors, counted
+Measured                  a number and the most that it may be
+compare, worst            the entry that comes nearest to its bound, or is furthest beyond it
+Property, make_registrar  a claim: its equation, its source, its measurement, its cases
+is_lora, is_dora, ...     the kinds of cases
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ..autograd import Tensor, gradients
 from ..backend import Array
 from ..errors import MiniloraError
 from ..lora import AdaLoraAdapter, DoraAdapter, LoraAdapter, LoraLinear
-from .case import Case, Formula
+from .case import Case, Formula, active_adapters
 
-# ---- a measurement, and a claim -------------------------------------------------------------------------------------
+# ---- a measurement, and a claim ------------------------------------------------------------------
 
 
 class Measured(NamedTuple):
-    """A measurement and its bound; `note` says what went wrong where there is more to say than a number."""
+    """A measurement and its bound; `note` is the message where it could not be computed."""
 
     measured: float
     bound: float
@@ -42,21 +42,31 @@ class Measured(NamedTuple):
         """measured / bound: 0 for what is exact, infinite for what should be and is not."""
         if self.bound == 0:
             return 0.0 if self.measured == 0 else math.inf
-        return math.inf if math.isnan(self.measured / self.bound) else self.measured / self.bound
+        ratio = self.measured / self.bound
+        return math.inf if math.isnan(ratio) else ratio
+
+    @property
+    def badness(self) -> tuple[bool, float]:
+        """A sort key: the worst measurement has the largest."""
+        return not self.ok, self.ratio
+
+
+Measure = Callable[[Case], Measured]
+Applies = Callable[[Case], bool]
 
 
 @dataclass(frozen=True)
 class Property:
-    """One claim. `measure` gives a measurement that is at most its bound wherever the claim is true."""
+    """One claim. Wherever it holds, `measure` gives a measurement that is at most its bound."""
 
     name: str
     equation: str
     source: str
-    measure: Callable[[Case], Measured]
-    applies: Callable[[Case], bool]
+    measure: Measure
+    applies: Applies
 
     def check(self, case: Case) -> Measured:
-        """Measure it. What cannot even be computed does not hold: the measurement is then a NaN."""
+        """Measure it. What cannot be computed does not hold: the measurement is then a NaN."""
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -65,18 +75,16 @@ class Property:
                 return Measured(math.nan, 0.0, str(error))
 
 
-Measure = Callable[[Case], Measured]
-Applies = Callable[[Case], bool]
-
-
-def listing(into: list[Property], usual: Applies) -> Callable[..., Callable[[Measure], Measure]]:
-    """`holds(name, equation, source, when=usual)`: put a measurement into the list, beside what it is a measure of."""
+def make_registrar(
+    properties: list[Property], usual: Applies
+) -> Callable[..., Callable[[Measure], Measure]]:
+    """A decorator `holds(name, equation, source, when=usual)`, which appends to `properties`."""
 
     def holds(
         name: str, equation: str, source: str, when: Applies = usual
     ) -> Callable[[Measure], Measure]:
         def add(measure: Measure) -> Measure:
-            into.append(Property(name, equation, source, measure, when))
+            properties.append(Property(name, equation, source, measure, when))
             return measure
 
         return add
@@ -84,133 +92,185 @@ def listing(into: list[Property], usual: Applies) -> Callable[..., Callable[[Mea
     return holds
 
 
-def worst(*pairs: tuple[Any, Any]) -> Measured:
-    """Of pairs (error, bound), numbers or arrays of one shape: the entry with the largest error / bound."""
-    return max((_worst(error, bound) for error, bound in pairs), key=lambda m: (not m.ok, m.ratio))
-
-
-def _worst(error: Any, bound: Any) -> Measured:
-    error, bound = (np.ravel(a) for a in np.broadcast_arrays(np.abs(error), bound))
+def compare(error: Any, bound: Any) -> Measured:
+    """The entry with the largest |error| / bound, of numbers or arrays that broadcast."""
+    error, bound = np.broadcast_arrays(np.abs(error), bound)
     if not error.size:
         return Measured(0.0, 0.0)
+    exact = (error == 0) & (bound == 0)
     with np.errstate(all="ignore"):
-        ratio = np.where((error == 0) & (bound == 0), 0, error / bound)
+        ratio = np.where(exact, 0, error / bound)
     hopeless = np.isnan(ratio) | ~np.isfinite(bound)
-    at = int(np.argmax(np.where(hopeless, np.inf, ratio)))
-    return Measured(float(error[at]), float(bound[at]))
+    ratio = np.where(hopeless, np.inf, ratio)
+    worst_entry = np.argmax(ratio)
+    return Measured(float(error.flat[worst_entry]), float(bound.flat[worst_entry]))
 
 
-# ---- to which cases a property applies ------------------------------------------------------------------------------
+def worst(*pairs: tuple[Any, Any]) -> Measured:
+    """The worst entry of all pairs (error, bound)."""
+    measured = [compare(error, bound) for error, bound in pairs]
+    return max(measured, key=lambda m: m.badness)
 
 
-def _all(case: Case, *kinds: type) -> bool:
-    return all(type(a) in kinds for a in case.subject.adapters.values())
+def expect_zero(wrong: Any) -> Measured:
+    """For a claim without rounding: the number of entries that are wrong, which must be 0."""
+    return Measured(float(abs(wrong)), 0.0)
+
+
+# ---- to which cases a property applies -----------------------------------------------------------
+
+
+def has_only(case: Case, *kinds: type) -> bool:
+    return all(type(adapter) in kinds for adapter in case.adapters.values())
 
 
 def always(case: Case) -> bool:
     return True
 
 
-def lora(case: Case) -> bool:
+def is_lora(case: Case) -> bool:
     """All adapters are plain LoRA: dW = s B A, and nothing else."""
-    return _all(case, LoraAdapter)
+    return has_only(case, LoraAdapter)
 
 
-def dora(case: Case) -> bool:
-    return _all(case, DoraAdapter)
+def is_dora(case: Case) -> bool:
+    return has_only(case, DoraAdapter)
 
 
-def adalora(case: Case) -> bool:
-    return _all(case, AdaLoraAdapter)
+def is_adalora(case: Case) -> bool:
+    return has_only(case, AdaLoraAdapter)
 
 
-def adds(case: Case) -> bool:
+def is_additive(case: Case) -> bool:
     """What adapters add is s B A x: LoRA's, and AdaLoRA's with diag(E) A for A."""
-    return _all(case, LoraAdapter, AdaLoraAdapter)
+    return has_only(case, LoraAdapter, AdaLoraAdapter)
 
 
-def ranked(case: Case) -> bool:
-    """Every adapter has triplets, or rows and columns: from some layers AdaLoRA takes all."""
-    return all(a.r for a in case.subject.adapters.values())
+def has_rank(case: Case) -> bool:
+    """Every adapter has r > 0: AdaLoRA takes all triplets from some layers."""
+    return all(adapter.r for adapter in case.adapters.values())
 
 
-def coded(case: Case) -> bool:
-    """The base holds codes, and what they were made of is known."""
-    return case.weight is not None
+def is_dense(case: Case) -> bool:
+    """The base has no codes of a known weight: for a property that does not read the base."""
+    return case.w is None
 
 
-# ---- what most measurements do --------------------------------------------------------------------------------------
+def has_codes(case: Case) -> bool:
+    """The base has codes, and the weight that they were made from is known."""
+    return case.w is not None
 
 
-def differing(a: Array, b: Array) -> int:
+# ---- counts of what is wrong ---------------------------------------------------------------------
+
+
+def count_nonzeros(a: Array) -> int:
+    return int(np.count_nonzero(a))
+
+
+def count_differences(a: Array, b: Array) -> int:
     """How many entries are not the same bits. A NaN differs from everything."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return max(int(a.size), int(b.size), 1)
-    return int(np.count_nonzero((a != b) | (np.signbit(a) != np.signbit(b))))
+    return count_nonzeros((a != b) | (np.signbit(a) != np.signbit(b)))
 
 
-def run(layer: Any, x: Array) -> Array:
-    """layer(x) as rows (N, O)"""
-    return F.rows(layer(Tensor(x)).data)
+def count_parameters(case: Case, formula: Callable[[int, int, int], int]) -> Measured:
+    """How far the size of each adapter is from formula(r, I, O).
 
-
-def backward(layer: LoraLinear, x: Array, G: Array) -> tuple[Array, Array, list[tuple[Array, ...]]]:
-    """(y, dX, the gradients of each active adapter in the order of its TENSORS) by the autograd engine, as rows."""
-    X = Tensor(x, requires_grad=True)
-    held = [
-        [getattr(a, name) for name in a.TENSORS]
-        for a in (layer.adapters[name] for name in layer.active)
-    ]
-    y = layer(X)
-    leaves = [X, *(p for parameters in held for p in parameters)]
-    found = gradients(y, leaves, G) if y.requires_grad else [None] * len(leaves)
-    dX, *rest = (
-        np.full(p.shape, np.nan) if g is None else g for p, g in zip(leaves, found, strict=True)
-    )
-    each = iter(rest)
-    return (
-        F.rows(y.data),
-        F.rows(dX),
-        [tuple(next(each) for _ in parameters) for parameters in held],
-    )
-
-
-def slopes(
-    case: Case, layer: LoraLinear, exact: Formula, G: Array, found: Sequence[tuple[Array, ...]]
-) -> Iterator[tuple[Array, Array]]:
-    """(error, bound) of the gradients of LoRA's and AdaLoRA's tensors, in their order.    G = dL/dy (N, O)
-
-    dA: O roundings in G B, two with s, N in (.)^T X. dB: I in X A^T, N in G^T (.), two with s. gamma_n S of each.
-    AdaLoRA's first is that of diag(E) A: dA is E times it, dE its sum along A, one and I + 1 more.
+    Its size is that of its parameters, and that of its shapes, which are known before them.
     """
-    (N, I), O, absolute = exact.X.shape, G.shape[1], abs(exact)
-    for i, (name, (dA, *dE, dB)) in enumerate(zip(layer.active, found, strict=True)):
-        P, S, ada = exact.dA(G, i), absolute.dA(abs(G), i), len(dE)
-        if dE:
-            adapter = layer.adapters[name]
-            A, E = (getattr(adapter, name).data.astype(P.dtype) for name in ("lora_A", "lora_E"))
-            along, size = ((z * a).sum(axis=1, keepdims=True) for z, a in ((P, A), (S, abs(A))))
-            yield dE[0] - along, case.gamma(O + N + I + 3, size)
-            P, S = E * P, abs(E) * S
-        yield dA - P, case.gamma(O + N + 2 + ada, S)
-        yield dB - exact.dB(G, i), case.gamma(I + N + 2 + ada, absolute.dB(abs(G), i))
+    base = case.base
+    wrong = 0
+    for adapter in case.adapters.values():
+        expected = formula(adapter.r, base.in_features, base.out_features)
+        shapes = adapter.shapes(base, adapter.r).values()
+        planned = sum(math.prod(shape) for shape in shapes)
+        actual = sum(p.size for p in adapter.parameters())
+        wrong += abs(actual - expected) + abs(planned - expected)
+    return expect_zero(wrong)
 
 
-def factors(layer: LoraLinear, values: Sequence[tuple[Array, ...]]) -> LoraLinear:
-    """The layer, the tensors of its active adapters holding these values, in the order of their TENSORS."""
-    for name, arrays in zip(layer.active, values, strict=True):
-        adapter = layer.adapters[name]
-        for tensor, array in zip(adapter.TENSORS, arrays, strict=True):
-            p = getattr(adapter, tensor)
+# ---- tensors of adapters, and their gradients ----------------------------------------------------
+
+
+def tensors_of(adapter: Any) -> list[Any]:
+    """The parameters of an adapter in the order of its TENSORS."""
+    return [getattr(adapter, name) for name in adapter.TENSORS]
+
+
+def set_tensors(layer: LoraLinear, values: Sequence[Sequence[Array]]) -> None:
+    """Give the tensors of each active adapter these values, in the order of its TENSORS."""
+    for adapter, arrays in zip(active_adapters(layer), values, strict=True):
+        for p, array in zip(tensors_of(adapter), arrays, strict=True):
             p.data = array.astype(p.dtype)
-    return layer
 
 
-def counted(case: Case, numbers: Callable[[int, int, int], int]) -> Measured:
-    """Is each adapter as large as numbers(r, I, O) says: its parameters, and its shapes, known before there are any?"""
-    base, wrong = case.subject.base_layer, 0
-    for a in case.subject.adapters.values():
-        expected = numbers(a.r, base.in_features, base.out_features)
-        planned = sum(math.prod(shape) for shape in a.shapes(base, a.r).values())
-        wrong += abs(sum(p.size for p in a.parameters()) - expected) + abs(planned - expected)
-    return worst((wrong, 0))
+def backward(
+    case: Case, layer: LoraLinear, dY: Array
+) -> tuple[Array, Array, list[tuple[Array, ...]]]:
+    """(y, dX, the gradients of each active adapter in the order of its TENSORS), y and dX as rows.
+
+    The autograd engine computes them. A gradient that it does not give is a NaN.
+    """
+    X = Tensor(case.x, requires_grad=True)
+    groups = [tensors_of(adapter) for adapter in active_adapters(layer)]
+    leaves = [X]
+    for group in groups:
+        leaves += group
+    y = layer(X)
+    slopes = gradients(y, leaves, dY) if y.requires_grad else [None] * len(leaves)
+    arrays = []
+    for leaf, slope in zip(leaves, slopes, strict=True):
+        arrays.append(np.full(leaf.shape, np.nan) if slope is None else slope)
+    dX, *rest = arrays
+    remaining = iter(rest)
+    by_adapter = [tuple(next(remaining) for _ in group) for group in groups]
+    return F.rows(y.data), F.rows(dX), by_adapter
+
+
+def gradient_errors(
+    case: Case, layer: LoraLinear, exact: Formula, G: Array, slopes: Sequence[tuple[Array, ...]]
+) -> Iterator[tuple[Array, Array]]:
+    """(error, bound) of the gradients of LoRA's and AdaLoRA's tensors, in their order.
+
+    G = dL/dy (N, O). The bound is gamma_n S of each: dA has O roundings in G B, two with s, N in
+    (.)^T X; dB has I in X A^T, N in G^T (.), two with s. AdaLoRA's first is the gradient of
+    diag(E) A: dA is E times it, dE its sum along A, with one and I + 1 more.
+    """
+    N, I = exact.X.shape
+    O = G.shape[1]
+    absolute = abs(exact)
+    for i, (adapter, (dA, *dE, dB)) in enumerate(zip(active_adapters(layer), slopes, strict=True)):
+        P = exact.dA(G, i)
+        S = absolute.dA(abs(G), i)
+        if dE:
+            A = adapter.lora_A.data.astype(P.dtype)
+            E = adapter.lora_E.data.astype(P.dtype)
+            exact_dE = (P * A).sum(axis=1, keepdims=True)
+            S_E = (S * abs(A)).sum(axis=1, keepdims=True)
+            yield dE[0] - exact_dE, case.gamma(O + N + I + 3, S_E)
+            P = E * P
+            S = abs(E) * S
+        yield dA - P, case.gamma(O + N + 2 + len(dE), S)
+        S_B = absolute.dB(abs(G), i)
+        yield dB - exact.dB(G, i), case.gamma(I + N + 2 + len(dE), S_B)
+
+
+# ---- bounds in float64 ---------------------------------------------------------------------------
+
+
+def update_error(case: Case, layer: LoraLinear) -> float:
+    """The norm of what dW = s B A, formed in float64, may err by: gamma_(r+2) |s| |B| |A|."""
+    [adapter] = active_adapters(layer)
+    S = abs(case.formula(layer)).dW()
+    error = case.gamma(adapter.r + 2, S, np.float64)
+    return float(np.linalg.norm(error.astype(float)))
+
+
+def svd_error(shape: Sequence[int], largest: float, count: int = 1) -> Any:
+    """What singular values may err by in `count` decompositions: max(I, O) eps sigma_1 for each.
+
+    The matrices are float64's. Golub & Van Loan 2013, section 5.4.1; also NumPy's matrix_rank.
+    """
+    return count * max(shape) * np.finfo(np.float64).eps * largest

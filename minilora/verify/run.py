@@ -1,7 +1,7 @@
-"""Every property over many cases, one row each: over random layers, or over those of somebody's own files.
+"""Every property over many cases, one row each: random layers, or the layers of given files.
 
 verify         over random cases
-verify_files   over each adapted layer of a base and an adapter, and what there is to find in each
+verify_files   over each adapted layer of a base and an adapter, with a description of each layer
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..backend import Array
-from ..formats import Checkpoint, bf16_from, bf16_to_float32, read_checkpoint
+from ..formats import Checkpoint, read_checkpoint
+from ..formats.dtypes import FLOATS, round_to, widen
 from ..lora import AdaLoraAdapter, PeftModel
 from ..lora.factors import effective_rank, singular_values
 from ..models.transformer import CausalLM
@@ -26,35 +27,41 @@ from .properties import PROPERTIES
 
 
 class Row(NamedTuple):
-    """A property's worst case."""
+    """A property's worst case.
+
+    ratio    measured / bound
+    where    the name of the case
+    cases    how many cases the property applies to
+    """
 
     property: str
     equation: str
     source: str
     measured: float
     bound: float
-    ratio: float  # measured / bound
+    ratio: float
     ok: bool
-    where: str  # which case it was
-    cases: int  # to how many the property applies
+    where: str
+    cases: int
     note: str = ""
 
-    @classmethod
-    def of(
-        cls, name: str, equation: str, source: str, found: Sequence[tuple[str, Measured]]
-    ) -> Row:
-        where, m = max(found, key=lambda item: (not item[1].ok, item[1].ratio))
-        return cls(
-            name, equation, source, m.measured, m.bound, m.ratio, m.ok, where, len(found), m.note
-        )
+
+def worst_row(
+    name: str, equation: str, source: str, measured: Sequence[tuple[str, Measured]]
+) -> Row:
+    """The row of a property, from its measurements (case's name, measurement)."""
+    where, m = max(measured, key=lambda item: item[1].badness)
+    count = len(measured)
+    return Row(name, equation, source, m.measured, m.bound, m.ratio, m.ok, where, count, m.note)
 
 
 class Finding(NamedTuple):
-    """What there is to know of one adapted layer.
+    """What the numbers of one adapted layer show.
 
-    rank      the effective rank of dW (of DoRA: of s B A): how many of its r directions it really uses
+    rank      the effective rank of dW (of DoRA: of s B A): how many of its r directions it uses
     dW, W     their Frobenius norms
-    error     of merging in the stored dtype: how far fl(W + dW) is from W + dW, in halves of an ulp; 1 if rounded once
+    error     of merging in the stored dtype: how far fl(W + dW) is from W + dW, in halves of an
+              ulp; at most 1 if rounded once
     lost      the share of dW's norm that this rounding takes away
     """
 
@@ -79,98 +86,104 @@ class Report(NamedTuple):
 def verify(
     cases: int = 100, seed: int = 0, properties: Sequence[Property] = PROPERTIES
 ) -> list[Row]:
-    """Every property over random cases, half as many each of DoRA, of AdaLoRA and over codes: the worst of each.
+    """Every property's worst case over random layers; the same seed gives the same numbers.
 
-    By the seed the same numbers.
+    `cases` layers have LoRA; half as many each have DoRA, AdaLoRA, and any of them over codes.
     """
-    half = [seed + i for i in range((cases + 1) // 2)]
-    made = [random_case(seed + i) for i in range(cases)]
-    made += [random_case(i, kind) for kind in ("dora", "adalora") for i in half]
-    made += [
-        random_case(i, kind, quantized=True) for i, kind in zip(half, itertools.cycle(ADAPTERS))
-    ]
+    seeds = range(seed, seed + cases)
+    half = seeds[: (cases + 1) // 2]
+    made = [random_case(i) for i in seeds]
+    for kind in ("dora", "adalora"):
+        made += [random_case(i, kind) for i in half]
+    for i, kind in zip(half, itertools.cycle(ADAPTERS)):
+        made.append(random_case(i, kind, quantized=True))
     return measure(made, properties)
 
 
 def measure(cases: Sequence[Case], properties: Sequence[Property] = PROPERTIES) -> list[Row]:
-    """Every property over these cases, in the list's order; one that applies to none of them has no row."""
-    found: dict[str, list[tuple[str, Measured]]] = {p.name: [] for p in properties}
+    """Every property's worst case, in the list's order; one that applies to no case has no row."""
+    measured: dict[str, list[tuple[str, Measured]]] = {p.name: [] for p in properties}
     for case in tqdm(cases, desc="verify", disable=None, leave=False, dynamic_ncols=True):
         for p in properties:
             if p.applies(case):
-                found[p.name].append((case.name, p.check(case)))
-    return [
-        Row.of(p.name, p.equation, p.source, found[p.name]) for p in properties if found[p.name]
-    ]
+                measured[p.name].append((case.name, p.check(case)))
+    rows = []
+    for p in properties:
+        if measured[p.name]:
+            rows.append(worst_row(p.name, p.equation, p.source, measured[p.name]))
+    return rows
 
 
-# ---- somebody's own files -------------------------------------------------------------------------------------------
+# ---- given files ---------------------------------------------------------------------------------
 
 
 def verify_files(base: str | Path, adapter: str | Path, seed: int = 0) -> Report:
-    """Every property on every adapted layer of these files, and what there is to find there. The files are only read.
+    """Every property on every adapted layer of these files, and a description of each layer.
 
-    Computed in float32, or in float64 where the base is stored so. FormatError for files that are damaged or do not
-    fit each other; a number that is not finite loads, and then the rows are not ok.
+    The files are only read. Computed in float32, or in float64 where the base is stored so.
+    FormatError for files that are damaged or do not fit each other; a number that is not finite
+    loads, and then the rows are not ok.
     """
     _, checkpoint = read_checkpoint(base)
     with checkpoint:
-        dtype = (
-            "float64"
-            if any(checkpoint.dtype(key) == "F64" for key in checkpoint.keys())
-            else "float32"
-        )
+        double = any(checkpoint.dtype(key) == "F64" for key in checkpoint.keys())
+        dtype = "float64" if double else "float32"
         model = PeftModel.from_pretrained(CausalLM.from_pretrained(base, dtype), adapter)
         cases = list(cases_of(model, seed=seed))
-        layers = [_finding(case, checkpoint) for case in cases]
-    parameters = [
-        (n, Measured(float(np.count_nonzero(~np.isfinite(p.numpy()))), 0))
-        for n, p in model.named_parameters()
-    ]
-    rounded = [(f.layer, Measured(f.error, 1)) for f in layers]
-    rows = [
-        Row.of("finite", "no NaN, no inf", "every tensor of the base and the adapter", parameters),
-        Row.of(
-            "merge as stored",
-            "|fl(W + dW) - (W + dW)| ≤ ulp / 2",
-            "IEEE 754-2019, section 4.3.1",
-            rounded,
-        ),
-    ]
-    return Report([*rows, *measure(cases)], layers)
-
-
-def _finding(case: Case, checkpoint: Checkpoint) -> Finding:
-    (adapter,) = (case.subject.adapters[name] for name in case.configs)
-    A, B, s = adapter.lora_A.numpy(), adapter.lora_B.numpy(), adapter.scaling
-    A = A * adapter.lora_E.numpy() if isinstance(adapter, AdaLoraAdapter) else A
-    W, key = case.subject.base_layer.dense_weight().astype(np.float64), f"{case.name}.weight"
-    with np.errstate(all="ignore"):  # what is not finite is found, not warned of
-        dW = case.subject.delta_weight(next(iter(case.configs)))
-        values, norm = singular_values(A, B, s), float(np.linalg.norm(dW))
-        stored = checkpoint.dtype(key) if key in checkpoint else "F32"
-        merged, half_ulp = rounded(W + dW, stored)
-        off = abs(merged - (W + dW))
-        error, lost = (
-            float((off / half_ulp).max()),
-            float(np.linalg.norm(off)) / norm if norm else 0.0,
-        )
-    shape, finite = f"{len(B)} x {A.shape[1]}", bool(np.isfinite(merged).all())
-    size = float(np.linalg.norm(W))
-    return Finding(
-        case.name, shape, len(A), s, effective_rank(values), norm, size, finite, stored, error, lost
+        layers = [describe_layer(case, checkpoint) for case in cases]
+    infinite = []
+    for name, p in model.named_parameters():
+        wrong = np.count_nonzero(~np.isfinite(p.numpy()))
+        infinite.append((name, Measured(float(wrong), 0)))
+    finite = worst_row(
+        "finite", "no NaN, no inf", "every tensor of the base and the adapter", infinite
     )
+    merged = worst_row(
+        "merge as stored",
+        "|fl(W + dW) - (W + dW)| ≤ ulp / 2",
+        "IEEE 754-2019, section 4.3.1",
+        [(layer.layer, Measured(layer.error, 1)) for layer in layers],
+    )
+    return Report([finite, merged, *measure(cases)], layers)
 
 
-def rounded(total: Array, dtype: str) -> tuple[Array, Array]:
-    """(fl(total), half an ulp there) in a dtype of the file format's: F64, F32, F16 or BF16; all four as float64."""
-    if dtype == "BF16":  # the upper half of a float32, so an ulp is 2^16 of float32's
-        single = bf16_to_float32(bf16_from(total))
-        half = np.spacing(abs(single)).astype(np.float64) * 2.0**15
-    else:
-        single = total.astype({"F64": np.float64, "F16": np.float16}.get(dtype, np.float32))
-        half = np.spacing(abs(single)).astype(np.float64) / 2
-    return single.astype(np.float64), half
+def describe_layer(case: Case, checkpoint: Checkpoint) -> Finding:
+    adapter = case.adapters[case.first]
+    A = adapter.lora_A.numpy()
+    B = adapter.lora_B.numpy()
+    s = adapter.scaling
+    if isinstance(adapter, AdaLoraAdapter):
+        A = A * adapter.lora_E.numpy()
+    W = case.base.dense_weight().astype(np.float64)
+    key = f"{case.name}.weight"
+    dtype = checkpoint.dtype(key) if key in checkpoint else "F32"
+    with np.errstate(all="ignore"):  # a number that is not finite is reported, not warned of
+        dW = case.original.delta_weight(case.first)
+        merged, half_ulp = round_with_half_ulp(W + dW, dtype)
+        off = abs(merged - (W + dW))
+        norm = float(np.linalg.norm(dW))
+        return Finding(
+            layer=case.name,
+            shape=f"{len(B)} x {A.shape[1]}",
+            r=len(A),
+            scaling=s,
+            rank=effective_rank(singular_values(A, B, s)),
+            dW=norm,
+            W=float(np.linalg.norm(W)),
+            finite=bool(np.isfinite(merged).all()),
+            dtype=dtype,
+            error=float((off / half_ulp).max()),
+            lost=float(np.linalg.norm(off)) / norm if norm else 0.0,
+        )
+
+
+def round_with_half_ulp(exact: Array, dtype: str) -> tuple[Array, Array]:
+    """(fl(exact), half an ulp there) in a dtype of the file format's, both as float64."""
+    stored = widen(round_to(exact, dtype if dtype in FLOATS else "F32"))
+    half_ulp = np.spacing(abs(stored)).astype(np.float64) / 2
+    if dtype == "BF16":
+        half_ulp *= 2.0**16  # bfloat16 is the upper half of a float32
+    return stored.astype(np.float64), half_ulp
 
 
 def worst_ratio(rows: Iterable[Row]) -> float:
@@ -179,19 +192,19 @@ def worst_ratio(rows: Iterable[Row]) -> float:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """For programs: what `minilora verify --json` prints. A number that JSON lacks is a string: "nan", "inf"."""
+    """What `minilora verify --json` prints. A number that JSON lacks is a string: "nan", "inf"."""
 
     def plain(value: Any) -> Any:
-        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
+        return value
 
     def table(items: Sequence[Any]) -> list[dict[str, Any]]:
         return [{name: plain(value) for name, value in item._asdict().items()} for item in items]
 
-    rows, layers = table(report.rows), table(report.layers)
-    ok = all(row.ok for row in report.rows)
     return {
-        "ok": ok,
+        "ok": all(row.ok for row in report.rows),
         "worst_ratio": plain(worst_ratio(report.rows)),
-        "rows": rows,
-        "layers": layers,
+        "rows": table(report.rows),
+        "layers": table(report.layers),
     }

@@ -1,6 +1,6 @@
-"""What adapters that are added up promise: the sum itself, or what is between. Letters and shapes are those of case.py.
+"""What sums of adapters promise: the sum itself, or the cross terms. Letters are case.py's.
 
-Measured through `PeftModel.add_weighted_adapter`, so factors are rounded to the layer's precision as they are there.
+Measured through `PeftModel.add_weighted_adapter`, which rounds factors to the layer's precision.
 """
 
 from __future__ import annotations
@@ -15,58 +15,68 @@ import numpy as np
 from ..backend import Array
 from ..lora import get_peft_model
 from ..lora.factors import pad_rank
-from .case import WIDE, Case
-from .layers import OneLayer, dense
-from .measuring import Measured, Property, factors, listing, lora, worst
+from .case import Case
+from .layers import OneLayer
+from .measuring import (
+    Measured,
+    Property,
+    compare,
+    is_dense,
+    is_lora,
+    make_registrar,
+    set_tensors,
+    worst,
+)
 
 PROPERTIES: list[Property] = []
-Parts = list[tuple[Array, Array, float]]  # (A, B, w s) of each adapter, in a wider precision
+# (A, B, c = w s) of each adapter, in a wider precision
+Parts = list[tuple[Array, Array, float]]
 
 
-def plain(case: Case) -> bool:
-    """A sum has nothing to do with the base: one kind of base is enough."""
-    return lora(case) and dense(case)
+def is_plain(case: Case) -> bool:
+    """A sum does not read the base: one kind of base is enough."""
+    return is_lora(case) and is_dense(case)
 
 
-def several(case: Case) -> bool:
-    return plain(case) and len(case.configs) > 1
+def has_several(case: Case) -> bool:
+    return is_plain(case) and len(case.configs) > 1
 
 
-holds = listing(PROPERTIES, plain)
+holds = make_registrar(PROPERTIES, is_plain)
 
 
-def _added(
-    case: Case, weights: dict[str, float], way: str, r: int | None = None
+def add_adapters(
+    case: Case, weights: dict[str, float], method: str, r: int | None = None
 ) -> tuple[Array, Array, Parts]:
-    """(dW of the adapter that others are added up to, its |B| |A|, what they are); with linear they get equal ranks."""
-    own, base = case.subject.adapters, case.layer().base_layer
-    first, *others = weights
-    most = max(own[name].r for name in weights) if way == "linear" else 0
-    configs = {
-        name: dataclasses.replace(case.configs[name], r=max(most, own[name].r)) for name in weights
-    }
-    made = get_peft_model(OneLayer(base), configs[first], f"of {first}")
-    for name in others:
-        made.add_adapter(f"of {name}", configs[name])
-    layer, wide = made.model.proj, WIDE[case.dtype]
+    """(dW of the sum, its |B| |A|, its parts); `linear` pads all to one rank."""
+    ranks = {name: case.adapters[name].r for name in weights}
+    if method == "linear":
+        ranks = dict.fromkeys(weights, max(ranks.values()))
+    model: Any = None
+    for name in weights:
+        config = dataclasses.replace(case.configs[name], r=ranks[name])
+        if model is None:
+            model = get_peft_model(OneLayer(case.layer().base_layer), config, f"of {name}")
+        else:
+            model.add_adapter(f"of {name}", config)
+    layer = model.model.proj
     parts: Parts = []
     for name, w in weights.items():
-        A, B = pad_rank(own[name].lora_A.data, own[name].lora_B.data, configs[name].r)
+        adapter = case.adapters[name]
+        A, B = pad_rank(adapter.lora_A.data, adapter.lora_B.data, ranks[name])
         layer.active = [f"of {name}"]
-        layer.adapters[f"of {name}"].scaling = own[name].scaling
-        factors(layer, [(A, B)])
-        parts.append((A.astype(wide), B.astype(wide), w * own[name].scaling))
-    made.add_weighted_adapter(
-        [f"of {name}" for name in weights], [*weights.values()], "sum", way, r
-    )
-    A, B = (
-        abs(p.data.astype(np.float64))
-        for p in (layer.adapters["sum"].lora_A, layer.adapters["sum"].lora_B)
-    )
+        layer.adapters[f"of {name}"].scaling = adapter.scaling
+        set_tensors(layer, [(A, B)])
+        parts.append((A.astype(case.wide), B.astype(case.wide), w * adapter.scaling))
+    names = [f"of {name}" for name in weights]
+    model.add_weighted_adapter(names, list(weights.values()), "sum", method, r)
+    total = layer.adapters["sum"]
+    A = abs(total.lora_A.data.astype(np.float64))
+    B = abs(total.lora_B.data.astype(np.float64))
     return layer.delta_weight("sum"), B @ A, parts
 
 
-def _weights(case: Case) -> dict[str, float]:
+def draw_weights(case: Case) -> dict[str, float]:
     rng = case.rng
     return {name: float(rng.choice([-1, 1]) * rng.uniform(0.25, 2)) for name in case.configs}
 
@@ -76,30 +86,41 @@ def _weights(case: Case) -> dict[str, float]:
     "cat, svd of full rank, linear of one:  B A = Σ wᵢ sᵢ Bᵢ Aᵢ",
     "peft 0.21, add_weighted_adapter; Ilharco et al. 2023, section 2",
 )
-def _sum(case: Case) -> Measured:
-    """Of cat, A is as it was, and w s B is rounded once to the layer's precision; in float64 there are q products, q
-    being the sum of the ranks, and a few roundings on the way to them. Of linear both factors are rounded so, with a
-    root in each. Of svd both are, too; and two QR, an SVD and their products err by max(I, O, q) eps |A| |B| each
-    (Golub & Van Loan 2013, sections 5.2.1 and 5.4.1)."""
-    weights = _weights(case)
-    first = dict(itertools.islice(weights.items(), 1))
-    got, _, parts = _added(case, weights, "cat")
-    exact: Any = sum(c * (B @ A) for A, B, c in parts)
-    S: Any = sum(abs(c) * (abs(B) @ abs(A)) for A, B, c in parts)
-    q = sum(len(A) for A, *_ in parts)
-    pairs: list[tuple[Any, Any]] = [
-        (got - exact, case.gamma(1, S) + case.gamma(q + 5, S, np.float64))
-    ]
-    alone, _, [(A, B, c)] = _added(case, first, "linear")
+def measure_sum(case: Case) -> Measured:
+    """cat: A is as it was, and w s B is rounded once to the layer's precision.
+
+    In float64 there are q products, q being the sum of the ranks, and a few roundings before them.
+    linear rounds both factors so, with a root in each. svd rounds both, too; and two QR, an SVD and
+    their products err by max(I, O, q) eps |A| |B| each (Golub & Van Loan 2013, sections 5.2.1 and
+    5.4.1).
+    """
+    weights = draw_weights(case)
+    dW, _, parts = add_adapters(case, weights, "cat")
+    exact: Any = 0
+    S: Any = 0
+    q = 0
+    A_square: Any = 0.0  # |A|² and |B|² of the stacked factors
+    B_square: Any = 0.0
+    for A, B, c in parts:
+        exact = exact + c * (B @ A)
+        S = S + abs(c) * (abs(B) @ abs(A))
+        q += len(A)
+        A_square += np.linalg.norm(A.astype(float)) ** 2
+        B_square += np.linalg.norm(c * B.astype(float)) ** 2
+    cat_bound = case.gamma(1, S) + case.gamma(q + 5, S, np.float64)
+    pairs: list[tuple[Any, Any]] = [(dW - exact, cat_bound)]
+
+    alone = {case.first: weights[case.first]}
+    dW, _, [(A, B, c)] = add_adapters(case, alone, "linear")
     S = abs(c) * (abs(B) @ abs(A))
-    pairs.append((alone - c * (B @ A), case.gamma(2, S) + case.gamma(len(A) + 9, S, np.float64)))
-    got, S, _ = _added(case, weights, "svd", q)
-    sizes = [
-        math.sqrt(sum(np.linalg.norm(c**i * p[i].astype(float)) ** 2 for *p, c in parts))
-        for i in (0, 1)
-    ]
-    apart = 4 * max(*got.shape, q) * np.finfo(np.float64).eps * sizes[0] * sizes[1]
-    pairs.append((got - exact, case.gamma(2, S) + case.gamma(q + 2, S, np.float64) + apart))
+    linear_bound = case.gamma(2, S) + case.gamma(len(A) + 9, S, np.float64)
+    pairs.append((dW - c * (B @ A), linear_bound))
+
+    dW, S, _ = add_adapters(case, weights, "svd", q)
+    eps = max(*dW.shape, q) * np.finfo(np.float64).eps
+    decomposed = 4 * eps * math.sqrt(A_square) * math.sqrt(B_square)
+    svd_bound = case.gamma(2, S) + case.gamma(q + 2, S, np.float64) + decomposed
+    pairs.append((dW - exact, svd_bound))
     return worst(*pairs)
 
 
@@ -107,17 +128,21 @@ def _sum(case: Case) -> Measured:
     "cross terms",
     "linear:  B A - Σ cᵢ Bᵢ Aᵢ = Σ sgn(cⱼ) √|cᵢ cⱼ| Bᵢ Aⱼ,  i ≠ j",
     "peft 0.21, add_weighted_adapter, multiplied out",
-    several,
+    has_several,
 )
-def _cross_terms(case: Case) -> Measured:
-    """What `linear` adds to the sum. Factors are rounded once each to the layer's precision; in float64 a root and its
-    product have four roundings each, k factors are added up, and r products."""
-    got, _, parts = _added(case, _weights(case), "linear")
-    expected: Any = 0
+def measure_cross_terms(case: Case) -> Measured:
+    """What `linear` adds to the sum.
+
+    Factors are rounded once each to the layer's precision; in float64 a root and its product have
+    four roundings each, k factors are added up, and r products. The roots here have three more.
+    """
+    dW, _, parts = add_adapters(case, draw_weights(case), "linear")
+    exact: Any = 0
     S: Any = 0
     for (A, _, c), (_, B, d) in itertools.product(parts, repeat=2):
-        root = math.sqrt(abs(c) * abs(d))  # of float64 itself: three roundings, which are in n
-        expected = expected + math.copysign(1, c) * root * (B @ A)
+        root = math.sqrt(abs(c) * abs(d))
+        exact = exact + math.copysign(1, c) * root * (B @ A)
         S = S + root * (abs(B) @ abs(A))
-    n = len(parts[0][0]) + 2 * len(parts) + 13
-    return worst((got - expected, case.gamma(2, S) + case.gamma(n, S, np.float64)))
+    r = len(parts[0][0])
+    n = r + 2 * len(parts) + 13
+    return compare(dW - exact, case.gamma(2, S) + case.gamma(n, S, np.float64))

@@ -196,13 +196,13 @@ def test_first_values_follow_their_laws() -> None:
 @pytest.mark.parametrize("left", [0, 1])
 def test_a_layer_that_lost_its_triplets_keeps_every_promise(left: int) -> None:
     case = make_case(1, 7, 5, [4, 4], [4, 2], kind="adalora")
-    for adapter in list(case.subject.adapters.values())[left:]:
+    for adapter in list(case.original.adapters.values())[left:]:
         adapter.keep(np.zeros(4, bool))
-    case.subject.prepare_step()
-    assert any(case.subject._effective.values()) == (
+    case.original.prepare_step()
+    assert any(case.original._effective.values()) == (
         left > 0
     )  # without a triplet there is nothing to form
-    case.subject.end_step()
+    case.original.end_step()
     config = dataclasses.replace(
         case.configs["a0"], rank_pattern={} if left else {"proj.lora_E": [False] * 4}
     )

@@ -525,8 +525,14 @@ def test_a_file_says_which_layers_all_linear_meant() -> None:
             {"target_modules": ["q_proj"], "layers_to_transform": 7},
             "layers_to_transform 7 match nothing",
         ),
-        ({"target_modules": ["mlp"]}, "target model.layers.0.mlp is not a linear layer but of kind MLP"),
-        ({"target_modules": ["model.norm"]}, "target model.norm is not a linear layer but of kind RMSNorm"),
+        (
+            {"target_modules": ["mlp"]},
+            "target model.layers.0.mlp is not a linear layer but of kind MLP",
+        ),
+        (
+            {"target_modules": ["model.norm"]},
+            "target model.norm is not a linear layer but of kind RMSNorm",
+        ),
         ({"target_modules": ["q_proj"], "modules_to_save": ["q_proj"]}, "'q_proj' match nothing"),
         (
             {"target_modules": ["q_proj"], "modules_to_save": ["mlp", "up_proj"]},

@@ -144,7 +144,7 @@ def test_what_verify_says_of_codes_holds_for_every_float(
         np.zeros((1, w.shape[1]), np.float32),
         {},
         seed=w.size,
-        weight=w,
+        w=w,
     )
     found = next(p for p in of_codes.PROPERTIES if p.name == name).check(case)
     assert found.ok, found
@@ -509,7 +509,7 @@ def test_every_property_of_a_layer_holds_over_a_quantised_model(
             "lora_A" not in name
         )
     cases = list(cases_of(subject, seed=3))[:7]
-    assert all(isinstance(case.subject.base_layer, QuantizedLinear) for case in cases)
+    assert all(isinstance(case.original.base_layer, QuantizedLinear) for case in cases)
     rows = measure(cases, PROPERTIES)
     assert len(rows) > 10
     assert [row.property for row in rows if not row.ok] == []

@@ -1,0 +1,15 @@
+"""What all tests of `verify` share: files are written without waiting for the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_fsync() -> Iterator[None]:
+    """`files` saves hundreds of times; test_disk tests that a file is on the disk before its name."""
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setattr("os.fsync", lambda file: None)
+        yield
