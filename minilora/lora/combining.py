@@ -167,7 +167,7 @@ def add_weighted_adapter(
     check_wrapped(self.model, plan)
     made = {}
     for path, held in layers.items():
-        parts = [Part(_double(a.lora_A), _double(a.lora_B), w * a.scaling) for _, a, w in held]
+        parts = [a.part()._replace(c=w * a.scaling) for _, a, w in held]
         made[path] = combine_layer(path, parts, combination_type, r, held[0][1].lora_A.dtype)
     self._inject(adapter_name, plan, seed=0)
     for path, wrapper in self._wrappers().items():
@@ -196,7 +196,3 @@ def _name(path: str) -> str:
     """How target_modules say it: in full; but an embedding and a head by the names by which PEFT knows them."""
     last = path.rpartition(".")[2]
     return last if last in ENDS else path
-
-
-def _double(p: Any) -> Array:
-    return p.numpy().astype(np.float64)  # type: ignore[no-any-return]

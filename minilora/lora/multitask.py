@@ -41,10 +41,10 @@ from ..errors import ConfigError, FormatError
 from ..formats import write_adapter
 from ..formats.disk import read_json, write_json
 from ..nn import replace_module
-from .adalora import AdaLoraAdapter
 from .config import LoraConfig
 from .dora import DoraAdapter
 from .embedding import LoraEmbedding
+from .factors import cat
 from .hydra import HydraAdapter
 from .layer import LoraLinear, use_adapters
 from .model import PeftModel
@@ -321,10 +321,10 @@ class MultiTask(PeftModel):
             there = [adapter for adapter in there if adapter.r]  # AdaLoRA may leave a layer nothing
             if there:
                 s = there[0].scaling
-                A = np.concatenate([_first_factor(adapter) for adapter in there])
-                B = np.concatenate(
-                    [a.lora_B.numpy() * a.lora_A.dtype.type(a.scaling / s) for a in there], axis=1
-                )
+                dtype = there[0].lora_A.dtype
+                parts = [adapter.part() for adapter in there]
+                A, B = cat([part._replace(c=part.c / s) for part in parts])
+                A, B = A.astype(dtype), B.astype(dtype)
                 tensors |= {f"{PREFIX}{path}.lora_A.weight": A, f"{PREFIX}{path}.lora_B.weight": B}
                 ranks[path], alphas[path] = len(A), s * len(A)
         configs = [self.peft_config[name] for name in names]
@@ -429,11 +429,6 @@ def _taken(value: Any, rows: np.ndarray) -> Any:
             f"rows of several tasks take arrays with as many rows, got {what}: run each task by itself"
         )
     return value[backend_of(value).from_numpy(rows)]
-
-
-def _first_factor(adapter: Any) -> np.ndarray:
-    A = adapter.lora_A.numpy()
-    return A * adapter.lora_E.numpy() if isinstance(adapter, AdaLoraAdapter) else A  # type: ignore[no-any-return]
 
 
 def _names(model: MultiTask) -> str:

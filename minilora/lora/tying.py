@@ -48,7 +48,7 @@ def choose(
         raise ConfigError(
             f"{adapters} changes {place}, and embedding and head share one weight (they are tied): choose "
             "tied='untie' to give each its own weight and keep the output, or tied='share' to change "
-            "both, as peft does, and so the output"
+            "both, as peft does, and so the output (--tied on the command line)"
         )
     if choice == "share" and embedding and head:
         raise ConfigError(

@@ -18,9 +18,9 @@ from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import LoraConfig
 from ..lora.combining import check_weights, choose_rank, combine_layer
 from ..lora.files import AdapterFile
-from ..lora.plan import PREFIX
+from ..lora.plan import FIRST_EMBEDDINGS, HEAD, PREFIX
 from .factoring import EMBEDDING, LINEAR, OWN_OF_ADALORA, plain
-from .merging import EMBEDDINGS, HEAD, Term, alike, require_addable, terms
+from .merging import Term, alike, require_addable, terms
 from .rewriting import Row
 
 Array = np.ndarray
@@ -150,7 +150,7 @@ def _others(path: str, own: list[Term]) -> dict[str, Array]:
 
 def _tied(layers: dict[str, list[Term]]) -> str | None:
     """The embedding whose adapters the head has, too, turned; None if that is not so of every one of them."""
-    path = next((name for name in EMBEDDINGS if name in layers), None)
+    path = next((name for name in FIRST_EMBEDDINGS if name in layers), None)
     if path is None or HEAD not in layers or len(layers[path]) != len(layers[HEAD]):
         return None
     pairs = zip(layers[path], layers[HEAD], strict=True)

@@ -26,13 +26,13 @@ from ..lora.combining import check_weights
 from ..lora.factors import Part
 from ..lora.files import AdapterFile, base_key, fit, read_base
 from ..lora.merging import Map, merge_weight
-from ..lora.plan import describe_checkpoint
-from ..lora.tying import are_transposed
+from ..lora.plan import HEAD, describe_checkpoint
+from ..lora.tying import are_transposed, choose
 from ..threads import Workers, available_cores, keep_memory
 from .rewriting import Row, not_finite, rewrite, stored
 
 Array = np.ndarray
-EMBEDDINGS, HEAD = ("model.embed_tokens", "transformer.wte"), "lm_head"
+HEAD_WEIGHT = f"{HEAD}.weight"
 
 
 class Term(NamedTuple):
@@ -59,14 +59,20 @@ def merge(
     dtype: str | None = None,
     threads: int | None = None,
     allow_nonfinite: bool = False,
+    tied: str | None = None,
 ) -> list[Row]:
-    """Merge `adapters` of PEFT's, times `weights` (1), into the checkpoint `base`, and write that to the folder `out`.
+    """Merge PEFT adapters, times `weights` (1), into the checkpoint `base`; write the result to the folder `out`.
 
-    Files, index and keys are the base's; so is each tensor's dtype, unless `dtype` is "float32", "float16" or
-    "bfloat16". Returns a row for each layer: |dW|, and how much of it rounding took. Memory holds one tensor.
+    dtype   "float32", "float16" or "bfloat16" for every float; None: each tensor's own
+    tied    "untie" or "share": see lora/tying.py. It is needed if the adapters change an embedding
+            or the head that shares its weight, but not both alike
 
-    FormatError for what does not fit, ConfigError for what cannot be added up (DoRA beside another adapter, HydraLoRA,
-    one half of a tied pair), NonFiniteError for a NaN or infinity, OSError; `out` is then as it was.
+    Files, index and keys are the base's; an untied head is one tensor more. Returns one row per
+    layer: |dW|, and how much of it rounding took. Memory holds one tensor.
+
+    FormatError if something does not fit; ConfigError for adapters that cannot be added up (DoRA
+    beside another one, HydraLoRA) and if `tied` is needed; NonFiniteError for a NaN or infinity;
+    OSError. `out` is then as it was.
     """
     weights = check_weights(adapters, weights, "--weights")
     if dtype is not None and dtype not in DTYPES:
@@ -84,12 +90,13 @@ def merge(
                 f"--base {str(base)!r} holds codes (quantization_config): a merged weight is none of them"
             )
         files = [opened.enter_context(AdapterFile(folder)) for folder in adapters]
-        plan = planned(checkpoint, config, files, weights)
+        plan, twins = plan_merge(checkpoint, config, files, weights, tied)
         inputs: dict[str, Any] = {
             "base": fingerprint(base),
             "adapters": [fingerprint(folder) for folder in adapters],
         }
         inputs |= {"weights": weights, "dtype": dtype, "allow_nonfinite": allow_nonfinite}
+        inputs["tied"] = tied
         stage = opened.enter_context(new_folder(out, inputs))
         opened.enter_context(
             threadpoolctl.threadpool_limits(1, "blas")
@@ -100,48 +107,74 @@ def merge(
 
         def make(key: str) -> tuple[Array, Row | None]:
             terms = plan.get(key, [])
+            source = twins.get(key, key)
             if not terms:
-                return stored(checkpoint, key, code, allow_nonfinite), None
-            bits, row = _changed(checkpoint, key, terms, kind, code, workers.map)
+                return stored(checkpoint, source, code, allow_nonfinite), None
+            bits, row = _changed(checkpoint, source, terms, kind, code, workers.map)
             if not allow_nonfinite and not math.isfinite(row.pop("sum")):
                 if set(weights) != {1.0}:
                     raise NonFiniteError(
-                        f"--weights {weights}: {key} with its adapters times these is not finite"[
-                            :500
-                        ]
+                        f"--weights {weights}: {key} with its adapters times these is not finite"
                     )
                 raise not_finite(checkpoint.directory, key)
             row.pop("sum", None)
             return bits, row if row else None
 
         code = None if dtype is None else DTYPES[dtype]
-        return rewrite(checkpoint, config, stage, make, dtype, "merge")
+        if tied == "untie" and HEAD_WEIGHT in plan:
+            config = {**config, "tie_word_embeddings": False}
+        return rewrite(checkpoint, config, stage, make, dtype, "merge", twins)
 
 
 # ---- what is done to which tensor ----
 
 
-def planned(
+def plan_merge(
     base: Checkpoint,
     config: dict[str, Any],
     adapters: Sequence[AdapterFile],
     weights: Sequence[float],
-) -> dict[str, list[Term]]:
-    """The base's keys that change, and what is done to each. Everything that does not go together raises here."""
+    tied: str | None,
+) -> tuple[dict[str, list[Term]], dict[str, str]]:
+    """The keys that change with what is done to each, and twins: new keys, with the key each is made from."""
     described = describe_checkpoint(base, config)
     read = read_base(base)
     plan: dict[str, list[Term]] = {}
-    head: dict[str, list[Term]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
-        found = terms(adapter, weight)
+        changes = terms(adapter, weight)
         fit(adapter, described, read, warn=False)
-        for name, term in found.items():
-            place = base_key(base, name)
-            (plan if place else head).setdefault(place or name, []).append(term)
+        for name, term in changes.items():
+            plan.setdefault(base_key(base, name) or name, []).append(term)
+    twins = {}
+    if described.tied:
+        embedding = base_key(base, f"{described.embedding}.weight")
+        assert embedding is not None
+        twins = _settle_tie(base, embedding, plan, tied)
     for key, own in plan.items():
         require_addable(key, own)
-    _check_tied(base, config, plan, head)
-    return plan
+    return plan, twins
+
+
+def _settle_tie(
+    base: Checkpoint, embedding: str, plan: dict[str, list[Term]], tied: str | None
+) -> dict[str, str]:
+    """Change `plan` to what `tied` says about the one weight of embedding and head; returns the twins."""
+    of_head = plan.get(HEAD_WEIGHT, [])
+    of_embedding = [term for term in plan.get(embedding, []) if not term.rows]
+    rows = [term for term in plan.get(embedding, []) if term.rows]  # the head has these too
+    same = len(of_head) == len(of_embedding) and all(map(alike, of_embedding, of_head))
+    names = ", ".join(dict.fromkeys(t.adapter.where for t in (*of_embedding, *of_head)))
+    how = choose(tied, names, bool(of_embedding), bool(of_head), same)
+    if same:
+        changes = of_embedding
+    elif how == "share":
+        changes = of_embedding or of_head
+    else:
+        plan[HEAD_WEIGHT] = [*of_head, *rows]
+        return {} if HEAD_WEIGHT in base else {HEAD_WEIGHT: embedding}
+    plan[embedding] = [*changes, *rows]
+    plan[HEAD_WEIGHT] = plan[embedding]
+    return {}
 
 
 def terms(adapter: AdapterFile, weight: float) -> dict[str, Term]:
@@ -172,43 +205,14 @@ def require_addable(key: str, terms: Sequence[Term]) -> None:
         raise ConfigError(f"{alone[0].adapter.where}: {what}: {why}")
 
 
-def _check_tied(
-    base: Checkpoint,
-    config: dict[str, Any],
-    plan: dict[str, list[Term]],
-    head: dict[str, list[Term]],
-) -> None:
-    """ConfigError if the head has the embedding's weight, and merging would change one of them and not the other.
-
-    An adapter on the embedding alone leaves the head as it was, while it is an adapter. Its dW in the one weight that
-    both have would be another model.
-    """
-    embedding = next((k for name in EMBEDDINGS if (k := base_key(base, f"{name}.weight"))), None)
-    tied = (
-        config.get("tie_word_embeddings", config.get("model_type") == "gpt2")
-        or f"{HEAD}.weight" not in base
-    )
-    if not tied or embedding is None:
-        return
-    above = plan.get(f"{HEAD}.weight", head.get(f"{HEAD}.weight", []))
-    below = [term for term in plan.get(embedding, []) if not term.rows]  # these the head has, too
-    if len(above) != len(below) or not all(map(alike, below, above)):
-        alone = embedding if below else f"{HEAD}.weight"
-        where = (below or above)[0].adapter.where
-        raise ConfigError(
-            f"{where} changes {alone}, and the head is tied to the embedding: merged, one weight would serve for both, "
-            "and the model would be another one. Keep the adapter apart, or untie the base first"
-        )
-
-
-def alike(below: Term, above: Term) -> bool:
-    """Do the two do the same to the tied weight (V, d)?"""
-    if below.adapter is not above.adapter or bool(below.key) != bool(above.key):
+def alike(embedding: Term, head: Term) -> bool:
+    """Do the two change the tied weight (V, C) in the same way?"""
+    if embedding.adapter is not head.adapter or bool(embedding.key) != bool(head.key):
         return False
-    file = below.adapter
-    if below.key:
-        return np.array_equal(file.file.read(below.key), file.file.read(above.key))
-    return are_transposed(file.part(below.path), file.part(above.path))
+    file = embedding.adapter
+    if embedding.key:
+        return np.array_equal(file.file.read(embedding.key), file.file.read(head.key))
+    return are_transposed(file.part(embedding.path), file.part(head.path))
 
 
 # ---- one tensor ----

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,6 @@ def not_finite(where: str, key: str) -> NonFiniteError:
     )
 
 
-# ---- folders ----
-
-
 # ---- a checkpoint written anew ----
 
 
@@ -85,24 +83,36 @@ def rewrite(
     make: Make,
     dtype: str | None = None,
     title: str = "",
+    twins: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Row]:
-    """Write a checkpoint's shards anew into `stage`, each tensor as `make(key)` gives its bits; returns make's rows.
+    """Write a checkpoint's shards again into `stage`, each tensor as `make(key)` gives its bits.
 
-    The files, the index and the keys stay as they are; floats are announced as `dtype`, if one is given. config.json
-    says so, and comes last. A shard that is there already is not made again.
+    dtype   of every float; None: each tensor's own
+    twins   new keys, each with the key whose shard, shape and dtype it gets
+
+    Returns make's rows. The files, the index and the other keys stay as they are. config.json comes
+    last. A shard that exists already is not made again.
     """
     rows: list[Row] = []
     code = None if dtype is None else DTYPES[dtype]
 
-    def announced(key: str) -> str:
-        there = checkpoint.dtype(key)
-        return code if code is not None and there in FLOATS else there
+    def dtype_of(key: str) -> str:
+        own = checkpoint.dtype(twins.get(key, key))
+        return code if code is not None and own in FLOATS else own
 
-    total = sum(math.prod(checkpoint.shape(key)) for key in checkpoint.keys())
+    def shape_of(key: str) -> tuple[int, ...]:
+        return checkpoint.shape(twins.get(key, key))
+
+    shards = {
+        shard: [*keys, *(twin for twin, key in twins.items() if key in keys)]
+        for shard, keys in checkpoint.shards.items()
+    }
+    every = [key for keys in shards.values() for key in keys]
+    total = sum(math.prod(shape_of(key)) for key in every)
     with tqdm(
         total=total, desc=title, unit=" weights", unit_scale=True, disable=None, leave=False
     ) as bar:
-        for number, (shard, keys) in enumerate(checkpoint.shards.items()):
+        for number, (shard, keys) in enumerate(shards.items()):
             path, notes = stage / shard, stage / f".rows-{number}"
             path.parent.mkdir(parents=True, exist_ok=True)
             if not (path.exists() and notes.exists()):
@@ -116,16 +126,18 @@ def rewrite(
 
                 write_stream(
                     path,
-                    [Entry(k, announced(k), checkpoint.shape(k), partial(read, k)) for k in keys],
+                    [Entry(k, dtype_of(k), shape_of(k), partial(read, k)) for k in keys],
                 )
                 write_json(notes, {"rows": found})
             else:
-                bar.update(sum(math.prod(checkpoint.shape(key)) for key in keys))
+                bar.update(sum(math.prod(shape_of(key)) for key in keys))
             rows += read_json(notes, limit=MAX_INDEX_BYTES)["rows"]
     where = Path(checkpoint.directory)
     if [*checkpoint.shards] != ["model.safetensors"]:
         index = read_json(where / INDEX_FILE, limit=MAX_INDEX_BYTES)
-        size = sum(_bytes(announced(k)) * math.prod(checkpoint.shape(k)) for k in checkpoint.keys())
+        size = sum(_bytes(dtype_of(key)) * math.prod(shape_of(key)) for key in every)
+        files = {key: shard for shard, keys in shards.items() for key in keys if key in twins}
+        index["weight_map"] |= files
         about = index.get("metadata")
         about = {**(about if isinstance(about, dict) else {}), "total_size": size}
         write_json(stage / INDEX_FILE, {**index, "metadata": about})
