@@ -138,8 +138,8 @@ def test_layers_are_their_functions(shape: tuple[int, int, int, int], dtype: str
 
 class Layers(FusedProjection):
     def __init__(self, layers: list[Linear], stacked: bool):
-        self.fan, self.stacked = tuple(f"layer{i}" for i in range(len(layers))), stacked
-        for name, layer in zip(self.fan, layers, strict=True):
+        self.projections, self.stacked = tuple(f"layer{i}" for i in range(len(layers))), stacked
+        for name, layer in zip(self.projections, layers, strict=True):
             setattr(self, name, layer)
 
 
