@@ -171,7 +171,7 @@ def _result(value: Any, *owners: Any) -> Any:
     return DevArray(value)
 
 
-def _check_keywords(
+def check_keywords(
     name: str, parameters: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[str]:
     """The name of the parameter of each of `args`, as far as CuPy's signature goes. TypeError beyond it."""
@@ -201,7 +201,7 @@ def _call(
     kwargs: Any,
     owner: Any = None,
 ) -> Any:
-    places = _check_keywords(name, parameters, args, kwargs)
+    places = check_keywords(name, parameters, args, kwargs)
     given = [_argument(place, x) for place, x in zip(places, args, strict=False)]
     named = {key: _argument(key, x) for key, x in kwargs.items()}
     if name in ("sort", "argsort"):
@@ -400,7 +400,7 @@ class Module:
 
     def _array(self, name: str, x: Any, *args: Any, **kwargs: Any) -> DevArray:
         """The two functions that take what is on the host: an upload then, a number's too."""
-        _check_keywords(name, NAMES["functions"][name], (x, *args), kwargs)
+        check_keywords(name, NAMES["functions"][name], (x, *args), kwargs)
         if not isinstance(x, DevArray):
             METER.uploads.append(name)
         made = getattr(np, name)(x._host if isinstance(x, DevArray) else x, *args, **kwargs)
