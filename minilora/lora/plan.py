@@ -212,7 +212,7 @@ def _targets(
         ]
         if unused:  # a name that means nothing is a typing mistake, and says so
             raise ConfigError(
-                f"target_modules: {_listed(unused)} match nothing; {_candidates(linear)}"[:500]
+                f"target_modules: {_listed(unused)} match nothing; {_candidates(linear)}"
             )
     chosen = config.layers_to_transform, config.layers_pattern
     found = {p: m for p, m in found.items() if p in whole or in_layers(p, *chosen)}
@@ -229,7 +229,7 @@ def _targets(
             (name, getattr(config, name)) for name in ("layers_to_transform", "exclude_modules")
         ]
         said = ", ".join(f"{name} {value!r:.120}" for name, value in asked if value is not None)
-        raise ConfigError(f"no target is left: {said} match nothing; {_candidates(linear)}"[:500])
+        raise ConfigError(f"no target is left: {said} match nothing; {_candidates(linear)}")
     if everything:
         config.target_modules = sorted(found)  # PEFT's files name them one by one
     return found
