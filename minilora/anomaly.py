@@ -88,9 +88,9 @@ class _Observer:
         def checked(dy: Array) -> tuple[Array | None, ...]:
             for array, before in kept:
                 if _checksum(backend, array) != before:
-                    needed = f"an array {array.shape} that the backward of '{_name(vjp)}' needs"
                     raise GraphError(
-                        f"{needed} was written to after the forward; the operation was called {place}"
+                        f"an array {array.shape} that the backward of '{_name(vjp)}' needs was "
+                        f"written to after the forward; the operation was called {place}"
                     )
             called = f"which was called {place}"
             brought = self.is_bad(xp, dy)

@@ -65,7 +65,7 @@ class Module:
                         yield f"{name}.{key}", item
 
     def __repr__(self) -> str:
-        """One line per module: its path, which an adapter can target, and its parameters' shapes."""
+        """One line per module: its path, which adapters can target, and its parameters' shapes."""
         lines = [type(self).__name__]
         for path, module in self.named_modules():
             parameters = vars(module).items()
@@ -345,8 +345,8 @@ class LayerNorm(Module):
 def dropout_counter(seed: int, step: int, first: int = 0) -> Iterator[None]:
     """Inside, this thread's dropout masks are those of training step `step`.
 
-    They are for sequences `first`, `first` + 1, ... A mask is then a function of (seed, step, layer,
-    sequence), whichever thread runs whichever part of a batch.
+    They are for sequences `first`, `first` + 1, ... A mask is then a function of (seed, step,
+    layer, sequence), whichever thread runs whichever part of a batch.
     """
     before = getattr(_thread, "counter", None)
     _thread.counter = (seed, step, first)
@@ -385,7 +385,7 @@ class Dropout(Module):
 
 
 def checkpoint(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """function(x), which keeps x alone: backward runs it again (Chen et al. 2016), to the same bits.
+    """function(x), of which only x is kept: backward runs it again (Chen et al. 2016). Same bits.
 
     params   the leaves that the function reads and that require a gradient
     """
@@ -439,7 +439,10 @@ def uniform(
 def normal(
     rng: np.random.Generator | None, std: float, shape: tuple[int, ...], dtype: Any = np.float32
 ) -> np.ndarray:
-    """Values from N(0, std^2). Without a generator zeros, which cost nothing until a file fills them."""
+    """Values from N(0, std^2).
+
+    Without a generator zeros, which cost nothing until a file fills them.
+    """
     if rng is None:
         return np.zeros(shape, dtype)
     return (rng.standard_normal(shape) * std).astype(dtype)

@@ -54,7 +54,7 @@ def _checked(name: str, value: Any) -> Any:
 
 @dataclass(eq=False)
 class Member:
-    """One parameter of an optimiser: its group, how many steps it has taken, its moments by name."""
+    """One parameter of an optimiser: its group, how many steps it took, its moments by name."""
 
     name: str
     parameter: Parameter
@@ -201,9 +201,8 @@ class Optimizer:
         kind = numbers.get("optimizer")
         steps = numbers.get("steps")
         if kind != type(self).__name__ or not isinstance(steps, dict):
-            raise CheckpointError(
-                f"expected {type(self).__name__} and its 'steps', got {kind!r:.99} and {steps!r:.99}"
-            )
+            wanted = f"{type(self).__name__} and its 'steps'"
+            raise CheckpointError(f"expected {wanted}, got {kind!r:.99} and {steps!r:.99}")
         expected = {f"steps.{member.name}": "a count" for member in self.members}
         # The others have no moments yet.
         stepped = [member for member in self.members if steps.get(member.name)]
@@ -279,7 +278,9 @@ class SGD(Optimizer):
 class AdamW(Optimizer):
     """Adam (Kingma & Ba 2015, algorithm 1) with decoupled weight decay.
 
-    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  p <- (1 - lr wd) p - lr m' / (sqrt(v') + eps)
+    m <- b1 m + (1 - b1) g
+    v <- b2 v + (1 - b2) g^2
+    p <- (1 - lr wd) p - lr m' / (sqrt(v') + eps)
     with m' = m / (1 - b1^t) and v' = v / (1 - b2^t), t counted per parameter. The decay is that of
     Loshchilov & Hutter (2019, algorithm 2); as in PyTorch, and unlike the paper, it too is
     multiplied by lr. It applies to every parameter unless a group says otherwise.
