@@ -302,6 +302,7 @@ class Kernel:
 
     def __call__(self, grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
         rows, order, start, out, count, width = args
+        assert grid[0] > 0  # CUDA refuses an empty grid
         # A C long long; a Python int would be one too, but only by luck.
         assert type(count) is np.int64
         assert type(width) is np.int64

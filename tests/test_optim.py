@@ -639,3 +639,20 @@ def test_step_updates_small_parameters_together_with_the_bits_of_one_by_one(kind
             arrays, numbers = optimizer.state_dict()
         results.append((values(named), array_bits(arrays), numbers))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_step_separates_moments_that_other_parameters_share(kind):
+    results = []
+    g = np.arange(2.0)
+    for small in (optim.SMALL, -1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optim, "SMALL", small)
+            named = [(name, Parameter(np.ones(2))) for name in "abc"]
+            optimizer = make(kind, named)
+            optimizer.step([g, g + 1, None])  # a and b share memory for their moments
+            optimizer.step([None, None, g + 2])
+            optimizer.step([g, None, g])  # a and c are now as large as that memory
+            optimizer.step([g, g, g])
+        results.append(values(named))
+    assert results[0] == results[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import time
 
 import pytest
 
@@ -57,6 +58,22 @@ def test_workers_map_raises_at_the_part_that_failed_and_starts_no_other():
         with pytest.raises(ZeroDivisionError):
             next(results)
     assert made == [0, 1, 2]
+
+
+def test_workers_map_drops_the_parts_that_wait_when_it_is_closed():
+    made = []
+
+    def work(i: int) -> int:
+        made.append(i)
+        if i > 0:
+            time.sleep(0.2)  # long enough for the parts behind to wait
+        return i
+
+    with Workers(1) as workers:
+        results = workers.map(work, range(9), ahead=3)
+        assert next(results) == 0
+        results.close()
+    assert 3 not in made
 
 
 def test_workers_together_gives_results_in_order_and_works_in_the_calling_thread():
