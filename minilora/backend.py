@@ -246,7 +246,7 @@ def get_backend(device: str | Backend) -> Backend:
     kind, _, number = str(device).partition(":")
     if device == "cpu":
         return NUMPY
-    if kind == "cuda" and (number or "0").isdecimal() and not device.endswith(":"):
+    if kind == "cuda" and (number.isdecimal() or device == "cuda"):
         backend = _gpu(int(number or 0))
         # CuPy's current device belongs to the thread; training on a GPU stays in this one.
         backend.xp.cuda.Device(backend.device).use()

@@ -116,7 +116,7 @@ class Module:
     def preparations(self, tokens: int | None) -> Iterator[Callable[[], None]]:
         """The functions to call once before a step's shards run forward over `tokens` positions.
 
-        Any thread may call them, in any order. None stands for many tokens. Weights must not change
+        Any thread may call them, in any order. None means many tokens. Weights must not change
         before `end_step`.
         """
         for _, child in self.named_children():
@@ -225,46 +225,38 @@ def frozen_linear(weight: Array, like: LinearBase) -> Linear:
     return dense
 
 
-def prepare_effective_weight(
-    layers: Sequence[Any], tokens: int | None, stacked: bool = False
-) -> EffectiveWeight | None:
-    """The effective weight of layers that share an input, for a step over `tokens` positions.
-
-    None if one of them has to run by itself.
-    """
-    first = layers[0]
-    rows = sum(layer.out_features for layer in layers)
-    weight = first.backend.xp.empty((rows, first.in_features), first.dtype)
-    formed = []
-    start = 0
-    for layer in layers:
-        end = start + layer.out_features
-        parts = layer.effective(weight[start:end], tokens)
-        if parts is None:
-            return None
-        formed.append((layer.out_features, layer.bias, parts))
-        start = end
-    return EffectiveWeight(weight, formed, stacked)
-
-
 class PreparedModule(Module):
     """A module that runs with an effective weight during a step.
 
     stacked      the layers' outputs in a new first axis, for layers of equal size that are read
                  one by one; otherwise side by side
-    _effective   during a step, for each combination of adapters that may run: the weight, or None
+    _effective   during a step, the weight for each combination of adapters that may run
     """
 
     stacked = False
-    _effective: Mapping[Any, EffectiveWeight | None] = {}
+    _effective: Mapping[Any, EffectiveWeight] = {}
 
-    def prepare_weight(
-        self, running: Any, layers: Sequence[Any], tokens: int | None
-    ) -> EffectiveWeight | None:
-        """Prepare, keep and return the weight of `layers` while the adapters `running` run."""
-        weight = prepare_effective_weight(layers, tokens, self.stacked)
-        self._effective = {**self._effective, running: weight}
-        return weight
+    def prepare_weight(self, running: Any, layers: Sequence[Any], tokens: int | None) -> bool:
+        """Form the weight of `layers`, which share an input, while the adapters `running` apply.
+
+        It serves a step over `tokens` positions. False if a layer has to run by itself: then the
+        module runs without an effective weight.
+        """
+        first = layers[0]
+        rows = sum(layer.out_features for layer in layers)
+        weight = first.backend.xp.empty((rows, first.in_features), first.dtype)
+        formed = []
+        start = 0
+        for layer in layers:
+            end = start + layer.out_features
+            parts = layer.effective(weight[start:end], tokens)
+            if parts is None:
+                return False
+            formed.append((layer.out_features, layer.bias, parts))
+            start = end
+        effective = EffectiveWeight(weight, formed, self.stacked)
+        self._effective = {**self._effective, running: effective}
+        return True
 
     def end_step(self) -> None:
         self._effective = {}
@@ -284,7 +276,7 @@ class FusedProjection(PreparedModule):
 
         def prepare() -> None:
             running = tuple(layer.running for layer in layers)
-            if self.prepare_weight(running, layers, tokens) is None:
+            if not self.prepare_weight(running, layers, tokens):
                 for layer in layers:
                     layer.prepare_step(tokens)
 

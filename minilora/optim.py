@@ -87,8 +87,8 @@ class Optimizer:
         if not self.members:
             raise ConfigError("the optimiser got no parameters: there is nothing to train")
         names = {member.name for member in self.members}
-        different = {id(p) for p in self.params}
-        if min(len(names), len(different)) < len(self.members):
+        identities = set(map(id, self.params))
+        if min(len(names), len(identities)) < len(self.members):
             raise ConfigError(
                 "a parameter, or a name, was given twice: one step would update it twice"
             )
