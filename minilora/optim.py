@@ -207,14 +207,15 @@ class Optimizer:
         # The others have no moments yet.
         stepped = [member for member in self.members if steps.get(member.name)]
         for member in stepped:
+            p = member.parameter
             for slot in self.slots:
-                expected[f"{slot}.{member.name}"] = _described(member.parameter)
+                expected[f"{slot}.{member.name}"] = f"{p.dtype} {p.shape}"
         given = {}
         for name, count in steps.items():
             valid = type(count) is int and count >= 0
             given[f"steps.{name}"] = "a count" if valid else f"{count!r:.40}"
         for key, array in arrays.items():
-            given[key] = _described(array)
+            given[key] = f"{array.dtype} {array.shape}"
         wrong = [
             f"{key!r}: expected {expected.get(key, 'nothing')}, got {given.get(key, 'nothing')}"
             for key in expected | given
@@ -231,10 +232,6 @@ class Optimizer:
             for slot in self.slots:
                 array = arrays[f"{slot}.{member.name}"].copy()
                 member.moments[slot] = member.parameter.backend.from_numpy(array)
-
-
-def _described(array: Any) -> str:
-    return f"{array.dtype} {array.shape}"
 
 
 def _joined(xp: Any, arrays: Sequence[Array]) -> Array:

@@ -1,4 +1,4 @@
-"""Anomaly mode finds the first NaN, and only that: each operation is broken, forward and backward."""
+"""Anomaly mode finds the first NaN, and only that: each operation is broken, in both directions."""
 
 from __future__ import annotations
 

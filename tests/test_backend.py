@@ -278,8 +278,9 @@ EMULATED = """
 #define __global__
 static struct { long long x; } blockIdx, threadIdx, blockDim;
 #include KERNEL
-extern "C" void launch(long long blocks, long long threads, const REAL* rows, const long long* order,
-                       const long long* start, REAL* out, long long count, long long width) {
+extern "C" void launch(long long blocks, long long threads, const REAL* rows,
+                       const long long* order, const long long* start, REAL* out, long long count,
+                       long long width) {
     blockDim.x = threads;  // no thread depends on another: here they run last to first
     for (blockIdx.x = blocks - 1; blockIdx.x >= 0; blockIdx.x--)
         for (threadIdx.x = threads - 1; threadIdx.x >= 0; threadIdx.x--)
