@@ -1,9 +1,8 @@
-"""Anomaly mode: which operation made the first NaN, going forward or backward, and on which line it was called.
+"""Anomaly mode: which operation made the first NaN, forward or backward, and on which line.
 
-Inside `detect_anomaly()` the engine shows every operation to an observer. It looks at the output, and puts a vjp in the
-place of the operation's own that looks at the gradients. Outside, an operation pays for one look at a context variable.
-
-Contents: detect_anomaly - what the observer does - explain_non_finite, for a training step that went wrong.
+Inside `detect_anomaly()` the engine shows every operation to an observer. It checks the output, and
+replaces the operation's vjp by one that checks the gradients. Outside, an operation pays for one
+look at a context variable.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .backend import Array, Backend
 from .errors import GraphError, NonFiniteError
 from .nn import Module
 
-# No user's line is in these.
+# A line in one of these modules is never the user's.
 ENGINE = {
     f"minilora.{module}"
     for module in ("anomaly", "autograd", "functional", "effective", "nn", "training.nonfinite")
@@ -32,25 +31,25 @@ ENGINE = {
 
 @contextlib.contextmanager
 def detect_anomaly(infinities: bool = False, model: Module | None = None) -> Iterator[None]:
-    """Inside, the first NaN is an error where it is made, and so is a write into an array that backward will read.
+    """Inside, the first NaN is an error where it is made; so is a write into an array of the graph.
 
     infinities   an infinity counts like a NaN
     model        name the module, too, in which an operation was called
 
-    NonFiniteError: an operation's output has a NaN and none of its inputs has; or, going backward, a gradient has one
-    and the dy it was made from has none. GraphError: an array kept for backward is no longer what it was, which the
-    versions see for `tensor.data = ...` and this mode for `tensor.data[0] = ...`, too (by a checksum).
+    NonFiniteError: an operation's output contains a NaN and none of its inputs does; or, going
+    backward, a gradient contains one and the dy it was made from does not. GraphError: an array
+    kept for backward has changed, which the versions detect for `tensor.data = ...` and this mode
+    for `tensor.data[0] = ...`, too (by a checksum).
 
-    A graph recorded inside is checked by every backward that walks it. Slow: each array is read again, some twice.
+    A graph recorded inside is checked by every backward that walks it. Slow: each array is read
+    again, some twice.
     """
-    paths = (
-        {}
-        if model is None
-        else {id(module): path or "the model" for path, module in model.named_modules()}
-    )
+    modules = () if model is None else model.named_modules()
+    paths = {id(module): path or "the model" for path, module in modules}
     token = observer.set(_Observer(infinities, paths))
     try:
-        with np.errstate(invalid="ignore"):  # NumPy's warning would say the same, and not where
+        # NumPy's warning would say the same, but not where.
+        with np.errstate(invalid="ignore"):
             yield
     finally:
         observer.reset(token)
@@ -60,70 +59,80 @@ class _Observer:
     def __init__(self, infinities: bool, paths: dict[int, str]):
         self.infinities = infinities
         self.paths = paths
-        self.from_outside = (
-            False  # has a leaf brought a NaN in? From there on no operation is to blame
-        )
+        # Whether an input of an operation contained a NaN; from then on no operation is to blame.
+        self.from_outside = False
 
     def __call__(self, y: Tensor, inputs: tuple[Tensor, ...], vjp: Vjp) -> None:
-        xp, name, place = y.backend.xp, _name(vjp), self.place()
-        given = any(self.bad(xp, t.data) for t in inputs)
-        if self.bad(xp, y.data) and not given:
-            blown = not all(all_finite(xp, t.data) for t in inputs)
-            raise self.error(xp, y.data, f"the output of {name} {y.shape}", f"made {place}", blown)
+        xp = y.backend.xp
+        place = self.place()
+        given = any(self.is_bad(xp, t.data) for t in inputs)
+        if self.is_bad(xp, y.data) and not given:
+            what = f"the output of {_name(vjp)} {y.shape}"
+            finite = all(all_finite(xp, t.data) for t in inputs)
+            raise self.error(xp, y.data, what, f"made {place}", finite)
         self.from_outside |= given
         if y.node is not None:
-            y.node.vjp = self.checked(
-                y, [t.requires_grad for t in inputs], vjp, name, f"called {place}", given
-            )
+            y.node.vjp = self.checked(y, [t.requires_grad for t in inputs], vjp, place, given)
 
-    def checked(
-        self, y: Tensor, wanted: list[bool], vjp: Vjp, name: str, called: str, given: bool
-    ) -> Vjp:
-        """A vjp that does what `vjp` does, and looks at what it reads and at what it gives."""
-        backend, shape = y.backend, y.shape
+    def checked(self, y: Tensor, wanted: list[bool], vjp: Vjp, place: str, given: bool) -> Vjp:
+        """A vjp that does what `vjp` does, and checks what it reads and what it returns.
+
+        given   whether an input of the operation contained a NaN
+        """
+        backend = y.backend
+        xp = backend.xp
+        output = f"{_name(vjp)} {y.shape}"
         kept = [(array, _checksum(backend, array)) for array in _arrays(vjp, type(y.data))]
 
         @functools.wraps(vjp)
         def checked(dy: Array) -> tuple[Array | None, ...]:
-            xp = backend.xp
             for array, before in kept:
                 if _checksum(backend, array) != before:
-                    needed = f"an array {array.shape} that the backward of '{name}' needs"
                     raise GraphError(
-                        f"{needed} was written to after the forward; the operation was {called}"
+                        f"an array {array.shape} that the backward of '{_name(vjp)}' needs was "
+                        f"written to after the forward; the operation was called {place}"
                     )
-            brought = self.bad(xp, dy)
-            if brought and not self.from_outside:  # no vjp made it, or it would have been reported
-                what = f"the gradient that reached the output of {name} {shape}, given to backward or a sum of several"
-                raise self.error(xp, dy, what, f"which was {called}")
+            called = f"which was called {place}"
+            brought = self.is_bad(xp, dy)
+            if brought and not self.from_outside:  # no vjp made it: it would have been reported
+                what = f"the gradient that reached the output of {output}"
+                raise self.error(xp, dy, f"{what}, given to backward or a sum of several", called)
             grads = vjp(dy)
+            if given or brought:
+                return grads
             for i, g in enumerate(grads):
-                if g is not None and wanted[i] and self.bad(xp, g) and not (given or brought):
-                    what = f"the gradient of input {i} of {name} {tuple(g.shape)}"
-                    raise self.error(xp, g, what, f"which was {called}", not all_finite(xp, dy))
+                if g is not None and wanted[i] and self.is_bad(xp, g):
+                    what = f"the gradient of input {i} of {_name(vjp)} {tuple(g.shape)}"
+                    raise self.error(xp, g, what, called, all_finite(xp, dy))
             return grads
 
         return checked
 
-    def bad(self, xp: Any, array: Array) -> bool:
+    def is_bad(self, xp: Any, array: Array) -> bool:
         if self.infinities:
             return not all_finite(xp, array)
         return array.dtype.kind == "f" and bool(xp.isnan(array).any())
 
     def error(
-        self, xp: Any, array: Array, what: str, place: str, blown: bool = False
+        self, xp: Any, array: Array, what: str, place: str, finite: bool = True
     ) -> NonFiniteError:
+        """The error for `array`; `finite` says whether it was made from finite numbers."""
         nan = xp.isnan(array)
         kind = "NaN" if nan.any() else "infinity"
         count = int((~xp.isfinite(array) if self.infinities else nan).sum())
-        why = ", from numbers that were infinite" if blown else ""
+        why = "" if finite else ", from numbers that were infinite"
         return NonFiniteError(
-            f"first {kind}: {what}, {count} of {array.size} entries, {place}{why}"[:500]
+            f"first {kind}: {what}, {count} of {array.size} entries, {place}{why}"
         )
 
     def place(self) -> str:
-        """The line outside the engine that called this operation; with a model, the innermost module that did."""
-        frame, line, module = sys._getframe(2), "", None
+        """The line outside the engine that called this operation.
+
+        With a model, also the innermost module that did.
+        """
+        frame = sys._getframe(2)
+        line = ""
+        module = None
         while frame is not None and not (line and (module or not self.paths)):
             if not line and frame.f_globals.get("__name__") not in ENGINE:
                 line = f"at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
@@ -133,6 +142,7 @@ class _Observer:
 
 
 def all_finite(xp: Any, array: Array) -> bool:
+    """Whether an array contains neither NaN nor infinity."""
     return array.dtype.kind != "f" or bool(xp.isfinite(array).all())
 
 
@@ -142,7 +152,7 @@ def _name(vjp: Vjp) -> str:
 
 
 def _arrays(item: Any, kind: type) -> Iterator[Array]:
-    """Every array that a vjp holds: in its closure, in tuples and lists there, and in functions that it calls."""
+    """Every array that a vjp keeps: in its closure, in tuples and lists in it, in what it calls."""
     if isinstance(item, kind):
         yield item
     inner = item if isinstance(item, (tuple, list)) else getattr(item, "__closure__", None) or ()
@@ -152,6 +162,3 @@ def _arrays(item: Any, kind: type) -> Iterator[Array]:
 
 def _checksum(backend: Backend, array: Array) -> int:
     return zlib.crc32(backend.to_numpy(array).tobytes())
-
-
-# ---- a training step that went wrong --------------------------------------------------------------------------------

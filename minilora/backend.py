@@ -1,7 +1,8 @@
-"""Where arrays live: NumPy on the CPU, CuPy on a GPU. The only room that imports cupy, and only when it is asked for.
+"""NumPy on the CPU, CuPy on a GPU: the only file that imports cupy, and only when a GPU is used.
 
-Operations are written once, on `xp`, the module that NumPy and CuPy have in common; a `Backend` adds what they do not
-share: how data moves, and the few kernels one of them does better. A tensor carries its backend; none is global.
+Operations are written once, on `xp`, the module that NumPy and CuPy have in common; a `Backend`
+adds what differs: how data moves, and the few kernels one of them does better. Each tensor carries
+its backend; none is global.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio, made odd
 
 
 def mix_key(*numbers: int) -> int:
-    """One 64-bit key out of several integers (seed, layer, step, ...): a chain of SplitMix64's mixing, a round each."""
+    """One 64-bit key out of several integers (seed, layer, step, ...).
+
+    A chain of SplitMix64's mixing, one round per integer.
+    """
     z = 0
     for n in numbers:
         z = (z ^ (n & _MASK)) + _GOLDEN & _MASK
@@ -35,31 +39,36 @@ def mix_key(*numbers: int) -> int:
 
 
 class Backend:
-    """One device: its array module `xp`, its `name` ("cpu", "cuda:0"), and what differs between array modules."""
+    """One device: its array module `xp`, its `name` ("cpu", "cuda:0"), and what modules lack."""
 
     name: str
     xp: Any
 
     def __deepcopy__(self, memo: Any) -> Backend:
-        return self  # a copy of what lives on a device lives there, too
+        return self  # a copy of a tensor stays on its device
 
     def from_numpy(self, array: np.ndarray) -> Array:
-        """Host to device. With `to_numpy`, the only two ways that data moves."""
+        """The array on the device. Data moves only through this and `to_numpy`."""
         raise NotImplementedError
 
     def to_numpy(self, array: Array) -> np.ndarray:
+        """The device's array on the host."""
         raise NotImplementedError
 
     def add_rows(self, index: Array, rows: Array, count: int) -> Array:
-        """out[i] = sum of rows[n] over index[n] == i    index (N,), rows (N, C) -> (count, C), in a fixed order."""
+        """out[i] = sum of rows[n] over index[n] == i, added in a fixed order.
+
+        index (N,), rows (N, C) -> (count, C)
+        """
         raise NotImplementedError
 
     def random_words(self, key: int, first: int, rows: int, count: int) -> Array:
-        """(rows, count) random uint64. With key = mix_key(...), row i depends on mix_key(..., first + i) alone.
+        """(rows, count) random uint64.
 
-        SplitMix64 (Steele, Lea & Flood 2014, fig. 13): word j is a mix of its row's key + (j + 1) * golden. Any word
-        can be computed without those before it, and nothing is sent to a GPU but two numbers: a dropout mask depends
-        neither on the device, nor on threads, nor on where a batch is cut.
+        With key = mix_key(...), row i depends on mix_key(..., first + i) alone. SplitMix64 (Steele,
+        Lea & Flood 2014, fig. 13): word j is a mix of its row's key + (j + 1) * golden. Any word
+        can be computed without those before it, and a GPU receives nothing but two numbers: a
+        dropout mask depends neither on the device, nor on threads, nor on where a batch is cut.
         """
 
         def mix(z: Array) -> Array:
@@ -68,26 +77,25 @@ class Backend:
             return z ^ (z >> np.uint64(31))
 
         golden = np.uint64(_GOLDEN)
-        place = self.xp.arange(first, first + rows, dtype=np.uint64)
-        keys = mix(
-            (place ^ np.uint64(key & _MASK)) + golden
-        )  # the chain's last round, for every row at once
+        position = self.xp.arange(first, first + rows, dtype=np.uint64)
+        # The last round of mix_key, for every row at once.
+        keys = mix((position ^ np.uint64(key & _MASK)) + golden)
         return mix(keys[:, None] + self.xp.arange(1, count + 1, dtype=np.uint64) * golden)
 
     @functools.cached_property
     def _erf_table(self) -> tuple[Array, Array]:
         """erf and its slope at k / 512 for 0 <= k / 512 <= 6; beyond 6, erf is 1 in float64."""
         grid = [k / 512 for k in range(6 * 512 + 1)]
+        value = [math.erf(x) for x in grid]
         slope = [2 / math.sqrt(math.pi) * math.exp(-x * x) for x in grid]
-        return self.from_numpy(np.array([math.erf(x) for x in grid])), self.from_numpy(
-            np.array(slope)
-        )
+        return self.from_numpy(np.array(value)), self.from_numpy(np.array(slope))
 
     def erf(self, x: Array) -> Array:
-        """The error function to 4e-16, any shape; NumPy has none, and math.erf is one number at a time.
+        """The error function to 4e-16, any shape; NumPy lacks it, and math.erf takes one number.
 
-        Around the nearest grid point c, with d = |x| - c: erf(c + d) = erf(c) + erf'(c) (d - c d^2 + (2c^2 - 1) d^3 / 3
-        + (c/2 - c^3/3) d^4 + ...). |d| <= 2^-10, so that four terms leave an error below 1e-16.
+        Around the nearest grid point c, with d = |x| - c: erf(c + d) = erf(c) + erf'(c) (d - c d^2
+        + (2c^2 - 1) d^3 / 3 + (c/2 - c^3/3) d^4 + ...). |d| <= 2^-10, so that four terms leave an
+        error below 1e-16.
         """
         xp = self.xp
         z = xp.minimum(xp.abs(x), 6.0)
@@ -103,6 +111,8 @@ class Backend:
 
 
 class NumpyBackend(Backend):
+    """The CPU."""
+
     name = "cpu"
     xp = np
 
@@ -116,10 +126,10 @@ class NumpyBackend(Backend):
         out = np.zeros((count, rows.shape[1]), rows.dtype)
         if index.size:
             order = np.argsort(index, kind="stable")
-            first = np.flatnonzero(
-                np.diff(index[order], prepend=-1)
-            )  # where each run of equal indices begins
-            out[index[order[first]]] = np.add.reduceat(rows[order], first, axis=0)
+            ordered = index[order]
+            # Where each run of equal indices begins.
+            first = np.flatnonzero(np.diff(ordered, prepend=-1))
+            out[ordered[first]] = np.add.reduceat(rows[order], first, axis=0)
         return out
 
 
@@ -128,7 +138,7 @@ class CupyBackend(Backend):
 
     def __init__(self, device: int):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # CuPy's, about libraries that nothing here needs
+            warnings.simplefilter("ignore")  # CuPy warns about libraries that nothing here needs
             import cupy
 
         self.xp = cupy
@@ -143,59 +153,68 @@ class CupyBackend(Backend):
 
     def add_rows(self, index: Array, rows: Array, count: int) -> Array:
         xp = self.xp
+        width = rows.shape[1]
         order = xp.argsort(index, kind="stable")
         start = xp.searchsorted(index[order], xp.arange(count + 1))
-        out = xp.empty((count, rows.shape[1]), rows.dtype)
+        out = xp.empty((count, width), rows.dtype)
         kernel = _add_rows_kernel({"float32": "float", "float64": "double"}[str(rows.dtype)])
         blocks = (out.size + 255) // 256
-        args = (xp.ascontiguousarray(rows), order.astype(np.int64), start.astype(np.int64), out)
+        arrays = xp.ascontiguousarray(rows), order.astype(np.int64), start.astype(np.int64), out
         if blocks:
-            kernel((blocks,), (256,), (*args, np.int64(count), np.int64(rows.shape[1])))
+            kernel((blocks,), (256,), (*arrays, np.int64(count), np.int64(width)))
         return out
 
 
 @functools.cache
 def _add_rows_kernel(real: str) -> Any:
+    """The kernel in add_rows.cu for numbers of C's type `real`, compiled at the first call."""
     import cupy
 
     source = Path(__file__).with_name("add_rows.cu").read_text(encoding="utf-8")
     return cupy.RawKernel(source, "add_rows", options=(f"-DREAL={real}",))
 
 
-# ---- which backend --------------------------------------------------------------------------------------------------
+# ---- which backend -------------------------------------------------------------------------------
 
 NUMPY = NumpyBackend()
 _owners: dict[type, Callable[[Array], Backend]] = {np.ndarray: lambda array: NUMPY}
 
 
 def register(array_type: type, owner: Callable[[Array], Backend]) -> None:
-    """Let arrays of `array_type` belong to the backend that `owner(array)` returns (CuPy, or a test's stand-in)."""
+    """Let arrays of `array_type` belong to the backend that `owner(array)` returns.
+
+    For CuPy, and for a test's replacement of it.
+    """
     _owners[array_type] = owner
 
 
 def backend_of(array: Array) -> Backend:
-    """The backend an array lives on. DeviceError for anything that is not an array of a known module."""
+    """The backend of an array. DeviceError for anything but an array of a registered module."""
     owner = _owners.get(type(array))
     if owner is None:
-        raise DeviceError(
-            f"expected an array of {sorted(t.__module__ for t in _owners)}, got {type(array).__name__}"
-        )
+        known = sorted(t.__module__ for t in _owners)
+        raise DeviceError(f"expected an array of {known}, got {type(array).__name__}")
     return owner(array)
 
 
 @functools.cache
 def _gpu(device: int) -> CupyBackend:
-    """Find out by running a tiny kernel: a device can be listed and yet be unusable."""
-    # A GPU gives the same sums every time only if cuBLAS is told to; it reads this when its handle is made.
+    """The backend of GPU number `device`, or DeviceError with the reason why it is unusable.
+
+    A tiny kernel decides: a device can be listed and yet be unusable.
+    """
+    # Only with this setting does cuBLAS give the same sums every time; it is read when its handle
+    # is made.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         backend = CupyBackend(device)
         with backend.xp.cuda.Device(device):
             backend.xp.arange(3).sum().item()
-    except Exception as error:  # cupy's own kinds are not importable without it
+    except Exception as error:  # without cupy its own kinds of error cannot be imported
         reason = (str(error) or type(error).__name__).splitlines()[0][:300]
-        missing = isinstance(error, ImportError)
-        cure = "pip install -e .[cuda]" if missing else "check the driver and CUDA_VISIBLE_DEVICES"
+        cure = "check the driver and CUDA_VISIBLE_DEVICES"
+        if isinstance(error, ImportError):
+            cure = "pip install -e .[cuda]"
         raise DeviceError(
             f"device 'cuda:{device}' is not usable: {reason} ({cure}, or use 'cpu')"
         ) from error
@@ -204,34 +223,32 @@ def _gpu(device: int) -> CupyBackend:
 
 
 def gpus() -> dict[str, str]:
-    """Every GPU by name, with what it is or why it cannot be used; where none can be counted, cuda:0 says why."""
+    """{GPU's name: its model, or why it is unusable}; only cuda:0 if GPUs cannot be counted."""
     try:
         runtime = CupyBackend(0).xp.cuda.runtime
-        models = [
-            runtime.getDeviceProperties(n)["name"].decode() for n in range(runtime.getDeviceCount())
-        ]
-    except Exception:  # of as many kinds as there are reasons
+        numbers = range(runtime.getDeviceCount())
+        models = [runtime.getDeviceProperties(n)["name"].decode() for n in numbers]
+    except Exception:  # each reason has its own kind
         models = []
-    found = {}
+    states = {}
     for number, model in enumerate(models or [""]):
         try:
-            found[_gpu(number).name] = f"usable, {model}"
+            states[_gpu(number).name] = f"usable, {model}"
         except DeviceError as error:
-            found[f"cuda:{number}"] = str(error)
-    return found
+            states[f"cuda:{number}"] = str(error)
+    return states
 
 
 def get_backend(device: str | Backend) -> Backend:
-    """'cpu', 'cuda' or 'cuda:N' -> Backend. DeviceError with the reason where it cannot be used."""
+    """The backend for 'cpu', 'cuda' or 'cuda:N'. DeviceError with the reason if it is unusable."""
     if isinstance(device, Backend):
         return device
     kind, _, number = str(device).partition(":")
     if device == "cpu":
         return NUMPY
-    if kind == "cuda" and (number or "0").isdecimal() and not device.endswith(":"):
+    if kind == "cuda" and (number.isdecimal() or device == "cuda"):
         backend = _gpu(int(number or 0))
-        backend.xp.cuda.Device(
-            backend.device
-        ).use()  # for this thread, and training on a GPU stays in it
+        # CuPy's current device belongs to the thread; training on a GPU stays in this one.
+        backend.xp.cuda.Device(backend.device).use()
         return backend
     raise DeviceError(f"unknown device {device!r}: expected 'cpu', 'cuda' or 'cuda:N'")

@@ -1,25 +1,21 @@
-"""What commands print: tables, and text that cannot steer the terminal."""
+"""What commands print: tables, and text that cannot control the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from .errors import printable
+
+__all__ = ["print_table", "printable"]
+
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Rows with the same keys, in columns as wide as they need to be."""
-    widths = {
-        key: max(len(key), *(len(printable(str(row[key]))) for row in rows)) for key in rows[0]
-    }
-    print("  ".join(f"{key:{width}}" for key, width in widths.items()).rstrip())
+    """Print rows with the same keys, with columns as wide as they need to be."""
+    lines = [list(rows[0])]
     for row in rows:
-        print(
-            "  ".join(
-                f"{printable(str(row[key])):{width}}" for key, width in widths.items()
-            ).rstrip()
-        )
-
-
-def printable(text: str, kept: str = "") -> str:
-    """Control characters but the `kept` ones could steer the terminal, or look like another line: show them escaped."""
-    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
+        lines.append([printable(str(row[key])) for key in rows[0]])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = map(str.ljust, line, widths)
+        print("  ".join(cells).rstrip())

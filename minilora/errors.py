@@ -1,58 +1,110 @@
-"""What can go wrong, by kind. Every mistake of a user ends in one of these, never in a bare traceback.
+"""Every error that minilora raises on purpose, by kind, and the checks that raise one.
 
 Each kind carries the exit code with which the command line ends when it meets that kind:
-2 usage, 3 a bad input file, 4 input or output failed (an `OSError`), 5 training went non-finite or diverged, 6 another
-run holds the folder.
+2 usage, 3 a bad input file, 4 input or output failed (an `OSError`), 5 training went non-finite or
+diverged, 6 another run is using the folder.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 
 class MiniloraError(Exception):
     """The parent of every error that minilora raises on purpose.
 
-    The message is one line of at most 500 printable characters, whatever it quotes: a name in a stranger's file can
-    neither steer the terminal that shows it nor fill it.
+    The message is one line of at most 500 printable characters, whatever it quotes: a name from an
+    untrusted file can neither control the terminal that shows it nor fill the screen.
     """
 
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in shorten(message))
-        super().__init__(shorten(line))
+        super().__init__(shorten(printable(shorten(message))))
 
 
 def shorten(text: str) -> str:
-    """`text` within 500 characters: what was given stands at its start and the cure at its end, so both stay."""
+    """`text` in at most 500 characters: its start says what was given, its end what to do."""
     return text if len(text) <= 500 else f"{text[:300]} ... {text[-195:]}"
 
 
+def printable(text: str, allowed: str = "") -> str:
+    """`text` with control characters escaped, except the `allowed` ones.
+
+    Unescaped they could control the terminal, or begin a line that looks like another message.
+    """
+    return "".join(c if c.isprintable() or c in allowed else repr(c)[1:-1] for c in text)
+
+
 class ConfigError(MiniloraError, ValueError):
-    """An option or a configuration that means nothing, or that does not fit the model."""
+    """An option or a configuration that is invalid, or that does not fit the model."""
 
     exit_code = 2
 
 
+# ---- checking fields -----------------------------------------------------------------------------
+
+Predicate = Callable[[Any], bool]
+
+
 class Rule(NamedTuple):
-    """A line of a table that checks fields: the field, a predicate of its value, and what would be valid."""
+    """One line of a table that checks fields.
+
+    field      its name
+    is_valid   a predicate of its value
+    wanted     what would be valid: completes the sentence "`field` must be ..."
+    """
 
     field: str
-    is_valid: Callable[[Any], bool]
+    is_valid: Predicate
     wanted: str
 
 
 def check_fields(values: Mapping[str, Any], rules: Iterable[Rule], where: str = "") -> None:
-    """ConfigError for the first rule that the value of its field breaks; `where` begins the message."""
+    """Raise ConfigError for the first rule that a field breaks; `where` begins the message."""
     for field, is_valid, wanted in rules:
         if not is_valid(values[field]):
             raise ConfigError(f"{where}{field} must be {wanted}, got {values[field]!r:.200}")
 
 
+def is_flag(value: Any) -> bool:
+    """True for True and False, not for 1 and 0."""
+    return isinstance(value, bool)
+
+
+def is_integer(least: float = -math.inf, most: float = math.inf) -> Predicate:
+    """A predicate: an int with least <= value <= most. True and 1.0 do not count as 1."""
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def is_number(
+    least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> Predicate:
+    """A predicate: a finite real number with least <= value and above < value < below.
+
+    NumPy's scalars count as numbers; bools and NaN do not.
+    """
+
+    def is_valid(value: Any) -> bool:
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        return real and least <= value and above < value < below
+
+    return is_valid
+
+
+def one_of(*choices: Any) -> Predicate:
+    """A predicate: equal to one of `choices` and of the same type, so that True is not 1."""
+    return lambda value: any(type(value) is type(c) and value == c for c in choices)
+
+
+# ---- other kinds ---------------------------------------------------------------------------------
+
+
 class FormatError(MiniloraError, ValueError):
-    """A file that is damaged, or not what it claims to be."""
+    """A file that is damaged, or not of the format that it claims."""
 
     exit_code = 3
 
@@ -76,11 +128,14 @@ class DeviceError(MiniloraError, RuntimeError):
 
 
 class GraphError(MiniloraError, RuntimeError):
-    """A backward pass that is not possible: the graph was freed, or a value it needs has changed."""
+    """An impossible backward pass: the graph was freed, or a value that it needs has changed."""
 
 
 class NonFiniteError(MiniloraError, ArithmeticError):
-    """A NaN or an infinity where the work cannot go on. In training, `line` is what the step measured."""
+    """A NaN or an infinity where the work cannot go on.
+
+    In training, `line` is what the step measured.
+    """
 
     exit_code = 5
 
@@ -90,19 +145,22 @@ class NonFiniteError(MiniloraError, ArithmeticError):
 
 
 class DivergenceError(MiniloraError, ArithmeticError):
-    """The loss has left for good, in numbers that are still finite."""
+    """The loss diverged but is still finite."""
 
     exit_code = 5
 
 
 class LockError(MiniloraError):
-    """A run's folder that another thread or process is writing into."""
+    """Another thread or process is writing into a run's folder."""
 
     exit_code = 6
 
 
 class Interrupted(MiniloraError):
-    """A signal asked the run to stop; the step was finished and saved. `exit_code` is 128 + the signal's number."""
+    """A signal asked the run to stop; the current step was finished and saved.
+
+    `exit_code` is 128 + the signal's number.
+    """
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)

@@ -1,7 +1,7 @@
-"""Layers: parameters with names, and the few modules a transformer is made of.
+"""Layers: parameters with names, and the few modules that make up a transformer.
 
-A Module is a plain object. Its parameters, sub-modules, and lists or dictionaries of sub-modules are found by looking
-at its attributes, in the order in which they were assigned; nothing is registered. Calling a module computes its
+A Module is a plain object. Its parameters, sub-modules, and lists or dictionaries of sub-modules
+are its attributes, in the order of assignment; nothing is registered. Calling a module computes its
 output.
 """
 
@@ -26,7 +26,10 @@ _recomputed = itertools.count(1)
 
 
 class Parameter(Tensor):
-    """A leaf that training may change. It requires a gradient unless it is frozen, and cannot if it is `fixed`."""
+    """A leaf that training may change.
+
+    It requires a gradient unless it is frozen, and cannot require one if it is `fixed`.
+    """
 
     __slots__ = ()
     fixed = False
@@ -37,36 +40,38 @@ class Parameter(Tensor):
     def move(self, backend: Backend, dtype: Any) -> None:
         """Give the parameter new storage, on another device or in another dtype."""
         self._data = backend.from_numpy(self.numpy().astype(dtype, copy=False))
-        self.backend, self.grad = backend, None
+        self.backend = backend
+        self.grad = None
         assert self.version is not None
         self.version[0] += 1
 
 
 class Module:
-    """Something with parameters. `training` switches dropout, and nothing else."""
+    """Anything with parameters. `training` switches dropout, and nothing else."""
 
     training = True
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
-        """(name, module) of what stands directly below; an attribute that begins with _ is no part of the tree."""
+        """(name, module) of each direct child. Attributes that begin with _ are not children."""
         for name, value in vars(self).items():
             if name.startswith("_"):
                 continue
             if isinstance(value, Module):
                 yield name, value
             elif isinstance(value, (list, dict)):
-                for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                for key, item in items:
                     if isinstance(item, Module):
                         yield f"{name}.{key}", item
 
     def __repr__(self) -> str:
-        """One line a module: its path, by which an adapter can target it, and the shapes of its own parameters."""
+        """One line per module: its path, which adapters can target, and its parameters' shapes."""
         lines = [type(self).__name__]
         for path, module in self.named_modules():
-            shapes = {
-                name: list(p.shape) for name, p in vars(module).items() if isinstance(p, Parameter)
-            }
-            lines += [f"  {path}: {type(module).__name__} {shapes or ''}".rstrip()] if path else []
+            parameters = vars(module).items()
+            shapes = {name: list(p.shape) for name, p in parameters if isinstance(p, Parameter)}
+            if path:
+                lines.append(f"  {path}: {type(module).__name__} {shapes or ''}".rstrip())
         return "\n".join(lines)
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
@@ -76,7 +81,7 @@ class Module:
             yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """(path, parameter), each parameter once: a tied one under its first name."""
+        """(path, parameter), each parameter once: a tied one under its first path."""
         seen = set()
         for path, module in self.named_modules():
             for name, value in vars(module).items():
@@ -85,29 +90,34 @@ class Module:
                     yield f"{path}.{name}" if path else name, value
 
     def parameters(self) -> Iterator[Parameter]:
+        """The parameters of `named_parameters`."""
         for _, parameter in self.named_parameters():
             yield parameter
 
     def train(self, mode: bool = True) -> Any:
+        """Set `training` of this module and all below it; returns the module."""
         for _, module in self.named_modules():
             module.training = mode
         return self
 
     def eval(self) -> Any:
+        """`train(False)`."""
         return self.train(False)
 
     def to(self, device: str | Backend | None = None, dtype: Any = None) -> Any:
         """Move every parameter to a device, or to a float dtype, in place; returns the module."""
         for p in self.parameters():
             backend = p.backend if device is None else get_backend(device)
-            if backend is not p.backend or (dtype is not None and p.dtype != np.dtype(dtype)):
-                p.move(backend, dtype or p.dtype)
+            new_dtype = np.dtype(dtype or p.dtype)
+            if backend is not p.backend or p.dtype != new_dtype:
+                p.move(backend, new_dtype)
         return self
 
     def preparations(self, tokens: int | None) -> Iterator[Callable[[], None]]:
-        """What is to be done once before a step's shards run forward, over `tokens` positions; in any order, by anyone.
+        """The functions to call once before a step's shards run forward over `tokens` positions.
 
-        Many tokens if None. Weights must not change before `end_step`.
+        Any thread may call them, in any order. None means many tokens. Weights must not change
+        before `end_step`.
         """
         for _, child in self.named_children():
             yield from child.preparations(tokens)
@@ -118,31 +128,31 @@ class Module:
             prepare()
 
     def end_step(self) -> None:
-        """Called when the step is over; a layer drops what it prepared."""
+        """Drop what was prepared: the step is over."""
         for _, child in self.named_children():
             child.end_step()
 
 
 def replace_module(model: Module, path: str, module: Module) -> None:
-    """Put `module` at `path`, a way through attributes and lists."""
-    owner: Any = model
-    *way, last = path.split(".")
-    for name in way:
-        owner = owner[int(name)] if isinstance(owner, list) else getattr(owner, name)
-    if isinstance(owner, list):
-        owner[int(last)] = module
+    """Put `module` at `path`, which leads through attributes and lists."""
+    parent: Any = model
+    *names, last = path.split(".")
+    for name in names:
+        parent = parent[int(name)] if isinstance(parent, list) else getattr(parent, name)
+    if isinstance(parent, list):
+        parent[int(last)] = module
     else:
-        setattr(owner, last, module)
+        setattr(parent, last, module)
 
 
 class LinearBase(Module):
-    """What an adapter can be put on: a linear map whose weight may be stored in any way.
+    """What an adapter can be put on: a linear map, however its weight is stored.
 
     in_features, out_features    I and O
     bias                         (O,) or None
-    dtype, backend               of what it computes in, and where
-    trainable                    does the weight itself require a gradient?
-    running                      the adapters that the next forward applies: none of its own
+    dtype, backend               of its computations
+    trainable                    whether the weight itself requires a gradient
+    running                      the adapters that the next forward applies: none here
     """
 
     in_features: int
@@ -161,18 +171,19 @@ class LinearBase(Module):
         return self.weight.backend
 
     def dense_weight(self) -> Array:
-        """W (O, I) as an array, decoded where it is stored in another way."""
+        """W (O, I) as an array, decoded if it is stored in another way."""
         raise NotImplementedError
 
     def effective(self, out: Array, tokens: int | None) -> Parts | None:
-        """Write the weight that this layer has in a step over `tokens` positions into `out` (O, I).
+        """Write this layer's effective weight W' for a step over `tokens` positions into `out`.
 
-        Returns the parameters that it was formed of, with their pulls, or None: the layer must run on its own.
+        out (O, I). Returns the parameters that W' was formed from, with their pulls; None if the
+        layer has to run by itself.
         """
         return None
 
     def rebuilt(self, weight: Array) -> LinearBase:
-        """A frozen layer over another weight (O, I), stored as this one stores its own; the bias is shared."""
+        """A frozen layer of another weight (O, I), stored in the same way; the bias is shared."""
         raise NotImplementedError
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -206,72 +217,91 @@ class Linear(LinearBase):
 
 
 def frozen_linear(weight: Array, like: LinearBase) -> Linear:
-    """A dense layer over `weight` (O, I), which is frozen, with the bias and the mode of `like`."""
+    """A dense layer of the frozen `weight` (O, I), with the bias and the mode of `like`."""
     dense = Linear(weight)
     dense.weight.requires_grad = False
-    dense.bias, dense.training = like.bias, like.training
+    dense.bias = like.bias
+    dense.training = like.training
     return dense
 
 
-def prepare_effective_weight(
-    layers: Sequence[Any], tokens: int | None, stacked: bool = False
-) -> EffectiveWeight | None:
-    """What layers that share an input are in a step over `tokens` positions; None if one must run on its own."""
-    first, at = layers[0], 0
-    weight = first.backend.xp.empty(
-        (sum(layer.out_features for layer in layers), first.in_features), first.dtype
-    )
-    formed = []
-    for layer in layers:
-        parts = layer.effective(weight[at : at + layer.out_features], tokens)
-        if parts is None:
-            return None
-        formed.append((layer.out_features, layer.bias, parts))
-        at += layer.out_features
-    return EffectiveWeight(weight, formed, stacked)
+class PreparedModule(Module):
+    """A module that runs with an effective weight during a step.
 
-
-class FusedProjection(Module):
-    """A module in which the layers of the attributes `fan` share an input; `project(x)` is their outputs side by side.
-
-    During a step that is one product. The plain model takes the same way as one with adapters, so both give equal bits.
+    stacked      the layers' outputs in a new first axis, for layers of equal size that are read
+                 one by one; otherwise side by side
+    _effective   during a step, the weight for each combination of adapters that may run
     """
 
-    fan: tuple[str, ...]
-    stacked = (
-        False  # or in a new first axis, for layers of equal size whose outputs are read one by one
-    )
-    _effective: Mapping[Any, EffectiveWeight | None] = {}  # during a step, by what runs
+    stacked = False
+    _effective: Mapping[Any, EffectiveWeight] = {}
+
+    def prepare_weight(self, running: Any, layers: Sequence[Any], tokens: int | None) -> bool:
+        """Form the weight of `layers`, which share an input, while the adapters `running` apply.
+
+        It serves a step over `tokens` positions. False if a layer has to run by itself: then the
+        module runs without an effective weight.
+        """
+        first = layers[0]
+        rows = sum(layer.out_features for layer in layers)
+        weight = first.backend.xp.empty((rows, first.in_features), first.dtype)
+        formed = []
+        start = 0
+        for layer in layers:
+            end = start + layer.out_features
+            parts = layer.effective(weight[start:end], tokens)
+            if parts is None:
+                return False
+            formed.append((layer.out_features, layer.bias, parts))
+            start = end
+        effective = EffectiveWeight(weight, formed, self.stacked)
+        self._effective = {**self._effective, running: effective}
+        return True
+
+    def end_step(self) -> None:
+        self._effective = {}
+
+
+class FusedProjection(PreparedModule):
+    """A module in which several layers, the attributes named by `projections`, share an input.
+
+    `project(x)` computes their outputs side by side. During a step that is one product, in the
+    plain model as in one with adapters, so both give equal bits.
+    """
+
+    projections: tuple[str, ...]
 
     def preparations(self, tokens: int | None) -> Iterator[Callable[[], None]]:
-        layers = [getattr(self, name) for name in self.fan]
+        layers = [getattr(self, name) for name in self.projections]
 
         def prepare() -> None:
-            made = prepare_effective_weight(layers, tokens, self.stacked)
-            self._effective = {**self._effective, tuple(layer.running for layer in layers): made}
-            for layer in layers if made is None else ():
-                layer.prepare_step(tokens)
+            running = tuple(layer.running for layer in layers)
+            if not self.prepare_weight(running, layers, tokens):
+                for layer in layers:
+                    layer.prepare_step(tokens)
 
         yield prepare
         for name, child in self.named_children():
-            if name not in self.fan:
+            if name not in self.projections:
                 yield from child.preparations(tokens)
 
     def end_step(self) -> None:
         super().end_step()
-        self._effective = {}
+        for _, child in self.named_children():
+            child.end_step()
 
     def project(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., sum of O_i), or stacked (n, ..., O)"""
-        layers = [getattr(self, name) for name in self.fan]
-        if (ready := self._effective.get(tuple(layer.running for layer in layers))) is not None:
-            return effective_linear(x, ready)
+        """(..., I) -> (..., sum of O_i), or (n, ..., O) if stacked"""
+        layers = [getattr(self, name) for name in self.projections]
+        weight = self._effective.get(tuple(layer.running for layer in layers))
+        if weight is not None:
+            return effective_linear(x, weight)
         outputs = [layer(x) for layer in layers]
         return stack(outputs) if self.stacked else concat(outputs, axis=-1)
 
 
 class Embedding(Module):
-    """One row of weight (V, C) a token."""
+    """One row of weight (V, C) per token."""
 
     def __init__(self, weight: Array):
         self.weight = Parameter(weight)
@@ -305,9 +335,10 @@ class LayerNorm(Module):
 
 @contextlib.contextmanager
 def dropout_counter(seed: int, step: int, first: int = 0) -> Iterator[None]:
-    """Inside, this thread's dropout masks are those of training step `step`, for sequences `first`, `first` + 1, ...
+    """Inside, this thread's dropout masks are those of training step `step`.
 
-    A mask is then a function of (seed, step, layer, sequence), whichever thread runs whichever part of a batch.
+    They are for sequences `first`, `first` + 1, ... A mask is then a function of (seed, step,
+    layer, sequence), whichever thread runs whichever part of a batch.
     """
     before = getattr(_thread, "counter", None)
     _thread.counter = (seed, step, first)
@@ -318,9 +349,10 @@ def dropout_counter(seed: int, step: int, first: int = 0) -> Iterator[None]:
 
 
 class Dropout(Module):
-    """Zero elements with probability p while training.    `stream` is a number that no other layer has
+    """Zero elements with probability p while training. `stream` is a number unique to the layer.
 
-    Outside a `dropout_counter` each call counts as a step of its own, so that a hand-written loop gets fresh masks.
+    Outside a `dropout_counter` each call counts as another step, so that a hand-written loop gets
+    new masks.
     """
 
     def __init__(self, p: float, stream: int = 0):
@@ -330,6 +362,7 @@ class Dropout(Module):
 
     @property
     def active(self) -> bool:
+        """Whether a call changes anything."""
         return self.training and self.p > 0
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -344,44 +377,39 @@ class Dropout(Module):
 
 
 def checkpoint(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """function(x), of which nothing but x is kept: backward runs it again (Chen et al. 2016). The same bits, for less.
+    """function(x), of which only x is kept: backward runs it again (Chen et al. 2016). Same bits.
 
-    params   the leaves inside that require a gradient
+    params   the leaves that the function reads and that require a gradient
     """
     if not grad_enabled() or not (x.requires_grad or params):
         return function(x)
-    seed, step, first = getattr(_thread, "counter", None) or (
-        0,
-        next(_recomputed),
-        0,
-    )  # dropout must fall alike twice
-    X, need_dx, values, here = (
-        x.data,
-        x.requires_grad,
-        [p.data for p in params],
-        contextvars.copy_context(),
-    )
-    with no_grad(), dropout_counter(seed, step, first):
+    # Both runs must draw the same dropout masks.
+    counter = getattr(_thread, "counter", None) or (0, next(_recomputed), 0)
+    X = x.data
+    need_dx = x.requires_grad
+    # The vjp names these arrays, so that a change of them is noticed: see `record`'s guards.
+    values = [p.data for p in params]
+    context = contextvars.copy_context()
+    with no_grad(), dropout_counter(*counter):
         y = function(x).data
 
     def vjp(dy: Array) -> F.Grads:
         leaf = Tensor(X, need_dx)
-        with dropout_counter(seed, step, first):
-            again = here.run(function, leaf)  # with the adapters of that time
-        assert len(values) == len(
-            params
-        )  # named here, so that a change of them is noticed: see `record`'s guards
-        return tuple(
-            gradients(again, [leaf, *params], dy)
-            if again.requires_grad
-            else [None] * (1 + len(params))
-        )
+        with dropout_counter(*counter):
+            again = context.run(function, leaf)  # with the adapters of the first run
+        assert len(values) == len(params)
+        if not again.requires_grad:
+            return (None,) * (1 + len(params))
+        return tuple(gradients(again, [leaf, *params], dy))
 
     return record(y, (x, *params), vjp)
 
 
 def run_blocks(blocks: Sequence[Any], x: Tensor, cache: Any, recompute: bool) -> Tensor:
-    """One block of a decoder after another, `block(x, cache)`; with `recompute` each keeps nothing but its x."""
+    """The output of a decoder's blocks, one after another: `block(x, cache)`.
+
+    With `recompute` each block keeps nothing but its input.
+    """
     for block in blocks:
         if recompute and cache is None:
             x = checkpoint(block, x, [p for p in block.parameters() if p.requires_grad])
@@ -393,23 +421,28 @@ def run_blocks(blocks: Sequence[Any], x: Tensor, cache: Any, recompute: bool) ->
 def uniform(
     rng: np.random.Generator, bound: float, shape: tuple[int, ...], dtype: Any = np.float32
 ) -> np.ndarray:
-    """Values from U(-bound, bound); drawn in float64 and rounded, so that every dtype starts from the same numbers."""
+    """Values from U(-bound, bound).
+
+    Drawn in float64 and rounded, so that every dtype starts from the same numbers.
+    """
     return rng.uniform(-bound, bound, shape).astype(dtype)
 
 
 def normal(
     rng: np.random.Generator | None, std: float, shape: tuple[int, ...], dtype: Any = np.float32
 ) -> np.ndarray:
-    """Values from N(0, std^2). Without a generator zeros, which cost nothing until a file fills them."""
-    return (
-        np.zeros(shape, dtype) if rng is None else (rng.standard_normal(shape) * std).astype(dtype)
-    )
+    """Values from N(0, std^2).
+
+    Without a generator zeros, which cost nothing until a file fills them.
+    """
+    if rng is None:
+        return np.zeros(shape, dtype)
+    return (rng.standard_normal(shape) * std).astype(dtype)
 
 
 def random_linear(
     rng: np.random.Generator | None, std: float, inputs: int, outputs: int, bias: bool
 ) -> Linear:
-    """A layer as training begins: weight from N(0, std^2), bias zero."""
-    return Linear(
-        normal(rng, std, (outputs, inputs)), np.zeros(outputs, np.float32) if bias else None
-    )
+    """A layer for the beginning of training: weight from N(0, std^2), bias zero or None."""
+    weight = normal(rng, std, (outputs, inputs))
+    return Linear(weight, np.zeros(outputs, np.float32) if bias else None)

@@ -1,4 +1,4 @@
-"""Cores, glibc's memory, arrays cut into blocks, and threads that work in order."""
+"""Cores, glibc's memory, arrays cut into blocks, and threads that return results in order."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # from glibc's malloc.h
-MAX_THREADS = 256  # more would only meet the system's own limit
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # glibc's malloc.h
+MAX_THREADS = 256  # beyond that the system's limits decide
 P = TypeVar("P")
 R = TypeVar("R")
 
@@ -64,19 +64,19 @@ def blocks(count: int, size: int) -> list[slice]:
 
 
 class Workers:
-    """Threads that work on parts and give results in the order of the parts. Use it in a `with` block.
+    """Threads that work on parts and return results in the order of the parts.
 
-    Each part runs in a copy of the caller's context, so context variables set by the caller hold
-    there too. With one thread `map` runs in the calling thread, unless it is to work ahead.
+    Use it in a `with` block. Each part runs in a copy of the caller's context, so context variables
+    that the caller set apply to the part too. With one thread `map` runs in the calling thread,
+    unless it is to work ahead.
     """
 
     def __init__(self, threads: int):
         self.threads = threads
 
     def __enter__(self) -> Workers:
-        from concurrent.futures import (
-            ThreadPoolExecutor,  # 10 ms that `import minilora` need not pay
-        )
+        # Imported here: it takes 10 ms, which `import minilora` need not pay.
+        from concurrent.futures import ThreadPoolExecutor
 
         self._pool = ThreadPoolExecutor(self.threads, "minilora")
         return self
@@ -92,11 +92,11 @@ class Workers:
     ) -> Generator[R, None, None]:
         """Yield work(part) for each part, in order.
 
-        ahead   how many parts may be in work while a result is in use. None: one more than there are
-                threads; with one thread, none, and the calling thread does the work
+        ahead   how many parts may be in work while a result is in use. None: one more than the
+                number of threads; with one thread, none, and the calling thread does the work
 
-        An exception surfaces at its part; parts that wait are then dropped and running ones awaited.
-        The same happens when the generator is closed early.
+        An exception is raised at its part; parts that wait are then dropped and running ones
+        awaited. The same happens when the generator is closed early.
         """
         if ahead is None and self.threads == 1:
             yield from map(work, parts)
@@ -117,6 +117,6 @@ class Workers:
                     future.exception()
 
     def together(self, work: Callable[[P], R], parts: Sequence[P]) -> list[R]:
-        """[work(part) for part in parts], the first part in the calling thread and the others beside it."""
+        """[work(part) for part in parts]: the calling thread does the first, others the rest."""
         others = [self._submit(work, part) for part in parts[1:]]
         return [work(parts[0]), *(other.result() for other in others)]

@@ -1,4 +1,4 @@
-"""What every test shares: the Hypothesis profiles, the two marks that skip, the golden data."""
+"""What all tests share: the Hypothesis profiles, the two marks that skip, the golden data."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ settings.register_profile(
 settings.register_profile(
     "nightly", max_examples=2000, derandomize=False, deadline=None, print_blob=True
 )
-SUPPORT = Path(__file__).parent / "support"
-os.environ["PYTHONPATH"] = os.pathsep.join(  # processes that tests start find the helpers too
-    filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH")))
-)
 settings.load_profile(os.environ.get("MINILORA_HYPOTHESIS", "ci"))
+
+# Processes that tests start must import the helpers in support/, too.
+SUPPORT = str(Path(__file__).parent / "support")
+search_path = filter(None, (SUPPORT, os.environ.get("PYTHONPATH")))
+os.environ["PYTHONPATH"] = os.pathsep.join(search_path)
 
 
 def _why_no_oracle() -> str | None:
-    missing = [
-        name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name) is None
-    ]
+    """The reference implementations that are not installed, or None."""
+    names = ("torch", "transformers", "peft")
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(missing)}" if missing else None
 
 
 def _why_no_gpu() -> str | None:
+    """Why no GPU can be used, or None."""
     try:
         get_backend("cuda")
     except DeviceError as error:
@@ -43,6 +45,7 @@ def _why_no_gpu() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `oracle` or `gpu` if what they need is missing."""
     for mark, find_reason in (("oracle", _why_no_oracle), ("gpu", _why_no_gpu)):
         marked = [item for item in items if item.get_closest_marker(mark)]
         reason = find_reason() if marked else None
@@ -52,13 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if harness.TAKEN:
-        terminalreporter.write_line(harness.told())
+    if harness.COSTS:
+        terminalreporter.write_line(harness.summary())
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A base in a folder, and transformers' model of it, which nobody may change."""
+    """The folder of a base model, and transformers' model of it, which no test may change."""
     from peers import save_llama
 
     folder = tmp_path_factory.mktemp("base")
@@ -67,5 +70,5 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The directory of models, adapters and expected logits that the reference implementations wrote."""
+    """The folder of models, adapters and expected logits that reference implementations wrote."""
     return Path(__file__).parent / "golden"

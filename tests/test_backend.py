@@ -1,4 +1,4 @@
-"""Which device, with which words it is refused; the random words; adding rows, on CUDA C too; what an import costs."""
+"""Devices and the words that refuse them; random words; adding rows, in CUDA C too; imports."""
 
 from __future__ import annotations
 
@@ -24,35 +24,41 @@ from minilora.cli import main
 from minilora.errors import DeviceError
 
 WORD = st.integers(0, 2**64 - 1)
+CURE = "(check the driver and CUDA_VISIBLE_DEVICES, or use 'cpu')"
 
 
-def test_cpu_is_one_backend() -> None:
-    assert get_backend("cpu") is NUMPY is get_backend(NUMPY) is backend_of(np.zeros(1))
-
-
-@pytest.mark.parametrize(
-    "device",
-    ["gpu", "cuda:x", "cuda:", "cuda:-1", "cuda:1:2", "CPU", "cpu:0", "", "gpu\n", 0, None],
-)
-def test_an_unknown_device_is_named_with_what_would_be_valid(device: Any) -> None:
+def refusal(device: Any) -> str:
+    """The message of `get_backend`, which refuses the device."""
     with pytest.raises(DeviceError) as caught:
         get_backend(device)
-    assert str(caught.value) == f"unknown device {device!r}: expected 'cpu', 'cuda' or 'cuda:N'"
+    return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("device", "name"), [("cuda", "cuda:0"), ("cuda:0", "cuda:0"), ("cuda:3", "cuda:3")]
-)
-def test_without_cupy_the_gpu_is_refused_with_a_reason_and_a_cure(
+def test_get_backend_cpu_is_one_backend() -> None:
+    assert get_backend("cpu") is NUMPY
+    assert get_backend(NUMPY) is NUMPY
+    assert backend_of(np.zeros(1)) is NUMPY
+
+
+UNKNOWN = ["gpu", "cuda:x", "cuda:", "cuda:-1", "cuda:1:2", "CPU", "cpu:0", "", "gpu\n", 0, None]
+
+
+@pytest.mark.parametrize("device", UNKNOWN)
+def test_get_backend_names_an_unknown_device_and_valid_ones(device: Any) -> None:
+    assert refusal(device) == f"unknown device {device!r}: expected 'cpu', 'cuda' or 'cuda:N'"
+
+
+GPUS = [("cuda", "cuda:0"), ("cuda:0", "cuda:0"), ("cuda:3", "cuda:3")]
+
+
+@pytest.mark.parametrize(("device", "name"), GPUS)
+def test_get_backend_without_cupy_gives_a_reason_and_a_cure(
     device: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(
-        sys.modules, "cupy", None
-    )  # `import cupy` now raises ImportError, installed or not
+    # `import cupy` now raises ImportError, whether it is installed or not.
+    monkeypatch.setitem(sys.modules, "cupy", None)
     backend._gpu.cache_clear()
-    with pytest.raises(DeviceError) as caught:
-        get_backend(device)
-    message = str(caught.value)
+    message = refusal(device)
     assert message.startswith(f"device '{name}' is not usable: ")
     assert "cupy" in message
     assert message.endswith("(pip install -e .[cuda], or use 'cpu')")
@@ -61,38 +67,38 @@ def test_without_cupy_the_gpu_is_refused_with_a_reason_and_a_cure(
 
 
 class FakeCuda:
-    """The few names of `cupy` that finding a GPU takes. `working` are the devices that run a kernel."""
+    """The few names of `cupy` that `gpus` needs. `working` are the devices that run a kernel."""
 
     def __init__(
-        self,
-        count: int,
-        working: tuple[int, ...],
-        error: str = "no kernel image is available\nfor this",
+        self, count: int, working: tuple[int, ...], error: str = "no kernel image\nfor this"
     ):
-        self.current, self.kernels, self.working, self.error = 0, [], working, error
-
-        def number_of_devices() -> int:
-            if not count:
-                raise RuntimeError("cudaErrorInsufficientDriver: the driver is too old")
-            return count
-
-        properties = lambda n: {"name": f"Model {n}".encode()}  # noqa: E731
-        runtime = types.SimpleNamespace(
-            getDeviceCount=number_of_devices, getDeviceProperties=properties
-        )
-        self.cuda = types.SimpleNamespace(runtime=runtime, Device=self.device)
+        self.current = 0
+        self.kernels: list[int] = []
+        self.count = count
+        self.working = working
+        self.error = error
+        self.cuda = types.SimpleNamespace(runtime=self, Device=self.device)
         self.ndarray = type("ndarray", (), {})
+
+    def getDeviceCount(self) -> int:
+        if not self.count:
+            raise RuntimeError("cudaErrorInsufficientDriver: the driver is too old")
+        return self.count
+
+    def getDeviceProperties(self, number: int) -> dict[str, bytes]:
+        return {"name": f"Model {number}".encode()}
 
     @contextlib.contextmanager
     def selected(self, number: int) -> Iterator[None]:
-        before, self.current = self.current, number
+        before = self.current
+        self.current = number
         try:
             yield
         finally:
             self.current = before
 
     def device(self, number: int) -> Any:
-        chosen = self.selected(number)
+        chosen: Any = self.selected(number)
         chosen.use = lambda: setattr(self, "current", number)
         return chosen
 
@@ -100,7 +106,8 @@ class FakeCuda:
         self.kernels.append(self.current)
         if self.current not in self.working:
             raise RuntimeError(self.error)
-        return types.SimpleNamespace(sum=lambda: types.SimpleNamespace(item=lambda: 3))
+        total = types.SimpleNamespace(item=lambda: 3)
+        return types.SimpleNamespace(sum=lambda: total)
 
 
 @pytest.fixture
@@ -116,34 +123,43 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeCud
     backend._gpu.cache_clear()
 
 
-def test_every_gpu_is_listed_with_what_it_is_or_why_not(fake_cuda: Callable[..., FakeCuda]) -> None:
+def test_gpus_lists_each_with_its_model_or_why_it_is_unusable(
+    fake_cuda: Callable[..., FakeCuda],
+) -> None:
     fake = fake_cuda(3, working=(0, 2))
-    found = gpus()
-    assert list(found) == ["cuda:0", "cuda:1", "cuda:2"]
-    assert (found["cuda:0"], found["cuda:2"]) == ("usable, Model 0", "usable, Model 2")
-    reason = (
-        "no kernel image is available (check the driver and CUDA_VISIBLE_DEVICES, or use 'cpu')"
-    )
-    assert found["cuda:1"] == f"device 'cuda:1' is not usable: {reason}"
-    assert fake.kernels == [0, 1, 2]  # each ran, or tried to run, a kernel of its own
-    assert fake.current == 0  # looking selects nothing
+    states = gpus()
+    assert list(states) == ["cuda:0", "cuda:1", "cuda:2"]
+    assert states["cuda:0"] == "usable, Model 0"
+    assert states["cuda:2"] == "usable, Model 2"
+    assert states["cuda:1"] == f"device 'cuda:1' is not usable: no kernel image {CURE}"
+    assert fake.kernels == [0, 1, 2]  # each ran, or tried to run, a kernel
+    assert fake.current == 0  # listing selects nothing
+
+
+def test_get_backend_selects_the_gpu_and_tries_it_once(
+    fake_cuda: Callable[..., FakeCuda],
+) -> None:
+    fake = fake_cuda(3, working=(0, 2))
+    gpus()
     assert get_backend("cuda:2").name == "cuda:2"
-    assert fake.current == 2  # asking for one does, for this thread
+    assert fake.current == 2
     assert get_backend("cuda") is get_backend("cuda:0")
     assert fake.current == 0
-    assert fake.kernels == [0, 1, 2]  # found out once
-    with pytest.raises(DeviceError, match=r"cuda:1.*no kernel image"):
-        get_backend("cuda:1")
+    assert fake.kernels == [0, 1, 2]
+    message = refusal("cuda:1")
+    assert "cuda:1" in message
+    assert "no kernel image" in message
 
 
-def test_without_a_driver_the_first_gpu_says_why(fake_cuda: Callable[..., FakeCuda]) -> None:
+def test_gpus_without_a_driver_says_why_for_the_first(fake_cuda: Callable[..., FakeCuda]) -> None:
     fake_cuda(0, working=(), error="cudaErrorInsufficientDriver: " + "x" * 999)
     (message,) = gpus().values()
     assert message.startswith("device 'cuda:0' is not usable: cudaErrorInsufficientDriver: xxx")
+    assert message.endswith(CURE)
     assert len(message) <= 500
 
 
-def test_the_devices_command_lists_cpu_and_gpus(
+def test_devices_command_lists_cpu_and_gpus(
     fake_cuda: Callable[..., FakeCuda], capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake_cuda(2, working=(1,))
@@ -156,13 +172,16 @@ def test_the_devices_command_lists_cpu_and_gpus(
 
 
 @pytest.mark.parametrize("thing", [None, "text", object(), np.ma.zeros(2), [1.0], 2.5])
-def test_what_is_no_array_belongs_to_no_backend(thing: object) -> None:
+def test_backend_of_refuses_what_is_not_an_array(thing: object) -> None:
     with pytest.raises(DeviceError, match=f"got {type(thing).__name__}$"):
         backend_of(thing)
 
 
+# ---- random words --------------------------------------------------------------------------------
+
+
 def splitmix64(state: int, count: int) -> list[int]:
-    """The generator as published, on Python's integers: state += golden, then three rounds of mixing."""
+    """The published generator, on Python's integers: state += golden, then three mixing rounds."""
     words = []
     for _ in range(count):
         state = (state + 0x9E3779B97F4A7C15) % 2**64
@@ -177,43 +196,42 @@ def test_random_words_begin_as_splitmix64_does() -> None:
     # The first outputs for seed 0, as in the generator's public test vectors.
     known = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert splitmix64(0, 3) == known
-    # A round of mixing takes 0 to known[0], so that a row's key is known[0] where key ^ place is 0.
+    # A round of mixing takes 0 to known[0], so a row's key is known[0] where key ^ index is 0.
     assert NUMPY.random_words(5, 5, 1, 3).tolist() == [splitmix64(known[0], 3)]
 
 
-@given(
-    st.lists(WORD, min_size=1, max_size=3),
-    st.integers(0, 2**40),
-    st.integers(0, 4),
-    st.integers(0, 9),
-)
-def test_random_words_are_splitmix64_of_each_rows_own_key(
+KEYS = st.lists(WORD, min_size=1, max_size=3)
+
+
+@given(KEYS, st.integers(0, 2**40), st.integers(0, 4), st.integers(0, 9))
+def test_random_words_are_splitmix64_of_each_row_s_key(
     before: list[int], first: int, rows: int, count: int
 ) -> None:
     words = NUMPY.random_words(mix_key(*before), first, rows, count)
     assert words.dtype == np.uint64
     assert words.shape == (rows, count)
-    assert words.tolist() == [splitmix64(mix_key(*before, first + i), count) for i in range(rows)]
+    for i, row in enumerate(words.tolist()):
+        assert row == splitmix64(mix_key(*before, first + i), count)
 
 
 @given(st.integers(-(2**63), 2**64 - 1))
-def test_keys_count_modulo_2_to_the_64(key: int) -> None:
-    assert (
-        NUMPY.random_words(key, 0, 1, 2).tolist()
-        == NUMPY.random_words(key % 2**64, 0, 1, 2).tolist()
-    )
+def test_random_words_take_keys_modulo_2_to_the_64(key: int) -> None:
+    words = NUMPY.random_words(key, 0, 1, 2)
+    np.testing.assert_array_equal(words, NUMPY.random_words(key % 2**64, 0, 1, 2))
 
 
 @given(st.lists(WORD, min_size=1, max_size=4), st.data())
 def test_mix_key_depends_on_every_number_and_on_their_order(
     numbers: list[int], data: st.DataObject
 ) -> None:
-    # Mixing is a bijection of each number while the others stay: another number always gives another key.
+    # Mixing is a bijection of each number while the others stay: another number always gives
+    # another key.
     key = mix_key(*numbers)
     assert 0 <= key < 2**64
     at = data.draw(st.integers(0, len(numbers) - 1))
-    other = data.draw(WORD.filter(lambda n: n != numbers[at]))
-    assert mix_key(*numbers[:at], other, *numbers[at + 1 :]) != key
+    changed = list(numbers)
+    changed[at] = data.draw(WORD.filter(lambda n: n != numbers[at]))
+    assert mix_key(*changed) != key
     assert mix_key(*numbers, 0) != key
     if numbers != numbers[::-1]:
         assert mix_key(*numbers[::-1]) != key
@@ -225,39 +243,45 @@ def test_mix_key_is_the_first_word_of_splitmix64_chained() -> None:
     assert mix_key(-1) == mix_key(2**64 - 1)
 
 
+# ---- adding rows ---------------------------------------------------------------------------------
+
+
 @given(st.lists(st.integers(0, 5), max_size=12), st.integers(0, 3), st.integers(0, 2**32 - 1))
 def test_add_rows_is_np_add_at(index: list[int], width: int, seed: int) -> None:
-    # Small integers add exactly in any order; so this is equality, not closeness.
+    # Small integers add exactly in any order; so the results are equal, not only close.
     rows = np.random.default_rng(seed).integers(-100, 100, (len(index), width)).astype(np.float32)
     expected = np.zeros((6, width), np.float32)
     np.add.at(expected, np.array(index, np.int64), rows)
-    for kind in (np.int64, np.int32, np.uint8):
-        got = NUMPY.add_rows(np.array(index, kind), rows, 6)
+    for dtype in (np.int64, np.int32, np.uint8):
+        got = NUMPY.add_rows(np.array(index, dtype), rows, 6)
         assert got.dtype == np.float32
         np.testing.assert_array_equal(got, expected)
 
 
 def test_add_rows_adds_in_a_fixed_order() -> None:
     rng = np.random.default_rng(0)
-    index, rows = rng.integers(0, 3, 1000), rng.standard_normal((1000, 5)).astype(np.float32)
+    index = rng.integers(0, 3, 1000)
+    rows = rng.standard_normal((1000, 5)).astype(np.float32)
     got = NUMPY.add_rows(index, rows, 3)
     np.testing.assert_array_equal(got, NUMPY.add_rows(index, rows, 3))
     for i in range(3):
-        mine = rows[index == i].astype(np.float64)
-        bound = len(mine) * 2.0**-24 * np.abs(mine).sum(axis=0)  # n additions, each rounded once
-        assert (np.abs(got[i] - mine.sum(axis=0)) <= bound).all()
+        terms = rows[index == i].astype(np.float64)
+        # n additions, each rounded once
+        bound = len(terms) * 2.0**-24 * np.abs(terms).sum(axis=0)
+        assert (np.abs(got[i] - terms.sum(axis=0)) <= bound).all()
 
 
-# ---- the CUDA kernel, without a GPU ----
+# ---- the CUDA kernel, without a GPU --------------------------------------------------------------
 
 KERNEL = Path(backend.__file__).with_name("add_rows.cu")
 EMULATED = """
 #define __global__
 static struct { long long x; } blockIdx, threadIdx, blockDim;
 #include KERNEL
-extern "C" void launch(long long blocks, long long threads, const REAL* rows, const long long* order,
-                       const long long* start, REAL* out, long long count, long long width) {
-    blockDim.x = threads;  // threads depend on none before them: here they run last to first
+extern "C" void launch(long long blocks, long long threads, const REAL* rows,
+                       const long long* order, const long long* start, REAL* out, long long count,
+                       long long width) {
+    blockDim.x = threads;  // no thread depends on another: here they run last to first
     for (blockIdx.x = blocks - 1; blockIdx.x >= 0; blockIdx.x--)
         for (threadIdx.x = threads - 1; threadIdx.x >= 0; threadIdx.x--)
             add_rows(rows, order, start, out, count, width);
@@ -266,104 +290,100 @@ extern "C" void launch(long long blocks, long long threads, const REAL* rows, co
 REALS = {"float": np.float32, "double": np.float64}
 
 
+class Kernel:
+    """add_rows.cu compiled for the CPU, for numbers of C's type `real`; called as CuPy calls it."""
+
+    def __init__(self, compiler: str, folder: Path, real: str):
+        self.dtype = REALS[real]
+        library = folder / f"{real}.so"
+        command = [compiler, f"-DREAL={real}", f'-DKERNEL="{KERNEL}"', "-O1", "-Wall", "-Wextra"]
+        command += ["-Werror", "-shared", "-fPIC", "-o", str(library), "launch.cpp"]
+        subprocess.run(command, check=True, cwd=folder)
+        self.launch = ctypes.CDLL(str(library)).launch
+
+    def __call__(self, grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
+        rows, order, start, out, count, width = args
+        assert grid[0] > 0  # CUDA refuses an empty grid
+        # A C long long; a Python int would be one too, but only by luck.
+        assert type(count) is np.int64
+        assert type(width) is np.int64
+        assert rows.dtype == out.dtype == self.dtype
+        assert order.dtype == start.dtype == np.int64
+        for array in (rows, order, start, out):
+            assert array._host.flags.c_contiguous  # a kernel sees memory, not strides
+        # A write past the end of `out` changes one of the 512 numbers after it.
+        padded = np.full(out.size + 512, 1e30, out.dtype)
+        pointers = [a.ctypes.data for a in (rows._host, order._host, start._host, padded)]
+        arguments = map(ctypes.c_void_p, pointers)
+        first, second, *sizes = map(ctypes.c_longlong, (grid[0], block[0], int(count), int(width)))
+        self.launch(first, second, *arguments, *sizes)
+        assert (padded[out.size :] == padded.dtype.type(1e30)).all()
+        out._host[...] = padded[: out.size].reshape(out.shape)
+
+
 @pytest.fixture(scope="module")
-def launchers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., None]]:
-    """The kernel's own file, compiled for the CPU: by its type of numbers, what launches it as CuPy would."""
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kernel]:
+    """The kernel's own file, compiled for the CPU, by its type of numbers."""
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     if compiler is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("kernel")
     (folder / "launch.cpp").write_text(EMULATED)
-
-    def launcher(real: str) -> Callable[..., None]:
-        macros = [f"-DREAL={real}", f'-DKERNEL="{KERNEL}"']
-        options = ["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", f"{real}.so"]
-        subprocess.run([compiler, *macros, *options, "launch.cpp"], check=True, cwd=folder)
-        function = ctypes.CDLL(str(folder / f"{real}.so")).launch
-
-        def launch(grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
-            *arrays, count, width = args
-            assert (
-                type(count) is type(width) is np.int64
-            )  # a C long long; a Python int would be one too, by luck
-            for array, dtype in zip(
-                arrays, (REALS[real], np.int64, np.int64, REALS[real]), strict=True
-            ):
-                assert array.dtype == dtype
-                assert array._host.flags.c_contiguous  # a kernel sees memory, not strides
-            out = arrays[-1]._host
-            around = np.full(out.size + 512, 1e30, out.dtype)  # whoever writes past the end is seen
-            hosts = [*(array._host for array in arrays[:-1]), around]
-            numbers = [ctypes.c_longlong(int(n)) for n in (grid[0], block[0], count, width)]
-            function(
-                *numbers[:2], *(ctypes.c_void_p(host.ctypes.data) for host in hosts), *numbers[2:]
-            )
-            assert (around[out.size :] == around.dtype.type(1e30)).all()
-            out[...] = around[: out.size].reshape(out.shape)
-
-        return launch
-
-    return {real: launcher(real) for real in REALS}
+    return {real: Kernel(compiler, folder, real) for real in REALS}
 
 
 @pytest.fixture
-def cupy_on_the_stand_in(launchers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> CupyBackend:
+def strict_cupy(kernels: dict[str, Kernel], monkeypatch: pytest.MonkeyPatch) -> CupyBackend:
     """CupyBackend's own code, over the strict array module and the kernel compiled for the CPU."""
-    monkeypatch.setattr(backend, "_add_rows_kernel", launchers.__getitem__)
-    monkeypatch.setattr(
-        STRICT.xp,
-        "empty",
-        lambda *args: STRICT.xp.full(*args[:1], np.nan, *args[1:]),
-        raising=False,
-    )
+
+    def empty(shape: Any, dtype: Any) -> Any:
+        return STRICT.xp.full(shape, np.nan, dtype)
+
+    monkeypatch.setattr(backend, "_add_rows_kernel", kernels.__getitem__)
+    monkeypatch.setattr(STRICT.xp, "empty", empty, raising=False)
     made = object.__new__(CupyBackend)
     made.xp = STRICT.xp
     return made
 
 
+KERNEL_SHAPES = [(0, 3), (3, 0), (1, 1), (7, 1), (40, 5), (300, 3), (1000, 130)]
+
+
 @pytest.mark.parametrize("dtype", REALS.values())
-@pytest.mark.parametrize(
-    "shape", [(0, 3), (3, 0), (1, 1), (7, 1), (40, 5), (300, 3), (1000, 130)], ids=str
-)
+@pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
 @pytest.mark.parametrize("count", [1, 4, 300])
-def test_the_cuda_kernel_is_add_rows(
-    shape: tuple[int, int], count: int, dtype: type, cupy_on_the_stand_in: CupyBackend
+def test_add_rows_in_cuda_is_numpy_s(
+    shape: tuple[int, int], count: int, dtype: type, strict_cupy: CupyBackend
 ) -> None:
     rng = np.random.default_rng(0)
-    index, rows = rng.integers(0, count, shape[0]), rng.standard_normal(shape).astype(dtype)
-    whole = rng.integers(-100, 100, shape).astype(dtype)  # adds exactly, in any order
-    there = [STRICT.from_numpy(a) for a in (index, rows, rows[:, ::-1].T, whole)]
+    index = rng.integers(0, count, shape[0])
+    rows = rng.standard_normal(shape).astype(dtype)
+    integers = rng.integers(-100, 100, shape).astype(dtype)  # they add exactly, in any order
+    there = STRICT.from_numpy(index)
+    straight = STRICT.from_numpy(rows)
+    strided = STRICT.from_numpy(rows[:, ::-1].T).T[:, ::-1]
+    whole = STRICT.from_numpy(integers)
     with counted(), no_sync():
-        got, turned, exact = (
-            cupy_on_the_stand_in.add_rows(there[0], r, count)
-            for r in (there[1], there[2].T[:, ::-1], there[3])
-        )
+        sums = strict_cupy.add_rows(there, straight, count)
+        of_strided = strict_cupy.add_rows(there, strided, count)
+        exact = strict_cupy.add_rows(there, whole, count)
         assert METER.uploads == []
-    np.testing.assert_array_equal(STRICT.to_numpy(exact), NUMPY.add_rows(index, whole, count))
-    expected, got = NUMPY.add_rows(index, rows.astype(np.float64), count), STRICT.to_numpy(got)
-    assert (got.shape, got.dtype) == ((count, shape[1]), dtype)
-    n = np.bincount(index, minlength=count)[:, None]
+    got = STRICT.to_numpy(sums)
+    assert got.shape == (count, shape[1])
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(STRICT.to_numpy(exact), NUMPY.add_rows(index, integers, count))
+    np.testing.assert_array_equal(STRICT.to_numpy(of_strided), got)
+    expected = NUMPY.add_rows(index, rows.astype(np.float64), count)
     size = NUMPY.add_rows(index, np.abs(rows.astype(np.float64)), count)
-    assert (
-        np.abs(got - expected) <= 2 * n * np.finfo(dtype).eps / 2 * size
-    ).all()  # n additions on either side
-    np.testing.assert_array_equal(STRICT.to_numpy(turned), got)  # strides make no difference
+    additions = 2 * np.bincount(index, minlength=count)[:, None]  # on either side
+    assert (np.abs(got - expected) <= additions * np.finfo(dtype).eps / 2 * size).all()
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("real", REALS)
-def test_the_cuda_kernel_compiles_for_a_gpu_and_spills_nothing(real: str, tmp_path: Path) -> None:
-    command = [
-        "nvcc",
-        "-arch=sm_90",
-        "-cubin",
-        "-Xptxas",
-        "-v",
-        f"-DREAL={real}",
-        "-o",
-        "add_rows.cubin",
-        str(KERNEL),
-    ]
+def test_add_rows_kernel_compiles_for_a_gpu_and_spills_nothing(real: str, tmp_path: Path) -> None:
+    command = ["nvcc", "-arch=sm_90", "-cubin", "-Xptxas", "-v", f"-DREAL={real}"]
+    command += ["-o", "add_rows.cubin", str(KERNEL)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr
@@ -373,11 +393,14 @@ def test_the_cuda_kernel_compiles_for_a_gpu_and_spills_nothing(real: str, tmp_pa
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", REALS.values())
 def test_add_rows_on_a_gpu_is_the_same_every_time(dtype: type) -> None:
-    gpu, rng = get_backend("cuda"), np.random.default_rng(0)
-    index, rows = rng.integers(0, 7, 5000), rng.standard_normal((5000, 33)).astype(dtype)
-    runs = [
-        gpu.to_numpy(gpu.add_rows(gpu.from_numpy(index), gpu.from_numpy(rows), 7)) for _ in range(3)
-    ]
+    gpu = get_backend("cuda")
+    rng = np.random.default_rng(0)
+    index = rng.integers(0, 7, 5000)
+    rows = rng.standard_normal((5000, 33)).astype(dtype)
+    runs = []
+    for _ in range(3):
+        sums = gpu.add_rows(gpu.from_numpy(index), gpu.from_numpy(rows), 7)
+        runs.append(gpu.to_numpy(sums))
     assert runs[0].tobytes() == runs[1].tobytes() == runs[2].tobytes()
     expected = NUMPY.add_rows(index, rows.astype(np.float64), 7)
     size = NUMPY.add_rows(index, np.abs(rows).astype(np.float64), 7)
@@ -386,10 +409,13 @@ def test_add_rows_on_a_gpu_is_the_same_every_time(dtype: type) -> None:
     assert not gpu.to_numpy(empty).any()
 
 
+IMPORTS = """
+import sys, minilora, minilora.backend, minilora.autograd, minilora.functional, minilora.gradcheck
+print(sorted({'cupy', 'matplotlib', 'torch', 'transformers', 'peft'} & set(sys.modules)))
+"""
+
+
 def test_import_minilora_imports_no_heavy_module() -> None:
-    code = (
-        "import sys, minilora, minilora.backend, minilora.autograd, minilora.functional, minilora.gradcheck\n"
-        "print(sorted({'cupy', 'matplotlib', 'torch', 'transformers', 'peft'} & set(sys.modules)))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", IMPORTS]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -1,9 +1,10 @@
-"""Modules: parameters by name, the few layers beside their functions, and dropout that no cut of a batch changes."""
+"""Modules: parameters by name, layers beside their functions, and dropout that no cut of a batch
+changes."""
 
 from __future__ import annotations
 
-import functools
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from minilora.nn import (
     RMSNorm,
     dropout_counter,
     normal,
+    replace_module,
     uniform,
 )
 
@@ -35,7 +37,7 @@ def array(*shape: int, dtype: str = "float64") -> np.ndarray:
 
 
 class Tree(Module):
-    """One of each thing that a module can hold, and things that it must not mistake for one."""
+    """One of each thing that a module can contain, and things that are not parts of its tree."""
 
     def __init__(self) -> None:
         self.first = Linear(array(2, 3), array(2))
@@ -46,20 +48,42 @@ class Tree(Module):
         self.own = Parameter(array(1))
         self.notes = ["text", 3, None]
         self.table = array(5)
+        self._hidden = Linear(array(2, 2))
 
 
+PATHS = ["", "first", "blocks.0", "blocks.1", "byname.b", "byname.a", "last"]
 NAMES = ["own", "first.weight", "first.bias", "blocks.0.weight", "blocks.1.weight"]
 NAMES += ["byname.b.weight", "byname.a.weight"]
 
 
-def test_names_come_in_the_order_of_assignment_and_a_tied_parameter_once() -> None:
+def test_named_modules_come_in_the_order_of_assignment() -> None:
     tree = Tree()
-    paths = ["", "first", "blocks.0", "blocks.1", "byname.b", "byname.a", "last"]
-    assert [path for path, _ in tree.named_modules()] == paths
-    assert [path for path, _ in tree.named_modules("x")] == ["x", *(f"x.{p}" for p in paths[1:])]
-    assert [name for name, _ in tree.named_parameters()] == NAMES
-    assert [id(p) for p in tree.parameters()] == [id(p) for _, p in tree.named_parameters()]
-    assert dict(tree.named_parameters())["first.weight"] is tree.last.weight
+    assert [path for path, _ in tree.named_modules()] == PATHS
+    assert [path for path, _ in tree.named_modules("x")] == ["x", *(f"x.{p}" for p in PATHS[1:])]
+
+
+def test_named_parameters_contain_a_tied_parameter_once() -> None:
+    tree = Tree()
+    named = list(tree.named_parameters())
+    assert [name for name, _ in named] == NAMES
+    assert [id(p) for p in tree.parameters()] == [id(p) for _, p in named]
+    assert dict(named)["first.weight"] is tree.last.weight
+
+
+def test_module_repr_shows_each_path_and_its_shapes() -> None:
+    lines = repr(Tree()).splitlines()
+    assert lines[0] == "Tree"
+    assert lines[1] == "  first: Linear {'weight': [2, 3], 'bias': [2]}"
+    assert len(lines) == len(PATHS)
+
+
+def test_replace_module_leads_through_attributes_and_lists() -> None:
+    tree = Tree()
+    new = RMSNorm(array(2))
+    replace_module(tree, "blocks.0", new)
+    assert tree.blocks[0] is new
+    replace_module(tree, "last", new)
+    assert tree.last is new
 
 
 def test_train_and_eval_reach_every_module() -> None:
@@ -69,38 +93,40 @@ def test_train_and_eval_reach_every_module() -> None:
     assert not any(m.training for _, m in tree.named_modules())
     assert tree.train() is tree
     assert all(m.training for _, m in tree.named_modules())
-    assert Module.training  # the class is not what was switched
+    assert Module.training  # the class itself was not switched
 
 
 def test_to_another_dtype_and_back() -> None:
     tree = Tree()
-    before = {n: p.data.copy() for n, p in tree.named_parameters()}
+    before = {name: p.data.copy() for name, p in tree.named_parameters()}
     out = tree.first(Tensor(array(1, 3), requires_grad=True))
     assert tree.to("cpu", "float32") is tree
-    assert {p.dtype for p in tree.parameters()} == {np.dtype("float32")}
     assert tree.first.weight is tree.last.weight
     for name, p in tree.named_parameters():
+        assert p.dtype == np.float32
         assert np.array_equal(p.data, before[name].astype(np.float32))
     with pytest.raises(GraphError, match="changed"):
         gradients(out, [tree.first.weight], np.ones((1, 2)))
-    storage = {n: p.data for n, p in tree.named_parameters()}
+    storage = {name: p.data for name, p in tree.named_parameters()}
     tree.to(dtype="float32")
-    assert all(
-        p.data is storage[n] for n, p in tree.named_parameters()
-    )  # nothing to do: nothing moved
+    for name, p in tree.named_parameters():
+        assert p.data is storage[name]  # nothing to do: nothing moved
 
 
-def test_assigning_data_copies_and_bumps_the_version() -> None:
+def test_parameter_data_assignment_copies_and_counts_a_version() -> None:
     p = Parameter(array(2, 3))
     assert p.requires_grad
     assert not Parameter(array(1), requires_grad=False).requires_grad
-    storage, new, then = p.data, array(2, 3), list(p.version or [])
+    assert p.version is not None
+    storage = p.data
+    new = array(2, 3)
+    (version,) = p.version
     y = F.linear(Tensor(array(1, 3), requires_grad=True), p)
     p.data = new
     assert p.data is storage
     assert np.array_equal(storage, new)
     assert not np.shares_memory(p.data, new)
-    assert p.version == [then[0] + 1]
+    assert p.version == [version + 1]
     with pytest.raises(GraphError, match="changed"):
         gradients(y, [p], np.ones((1, 2)))
     for wrong in (array(3, 2), array(2, 3, dtype="float32")):
@@ -108,145 +134,160 @@ def test_assigning_data_copies_and_bumps_the_version() -> None:
             p.data = wrong
 
 
-shapes = st.tuples(*[st.integers(1, 5)] * 4)
+SHAPES = st.tuples(*[st.integers(1, 5)] * 4)
 
 
-@given(shapes, st.sampled_from(["float32", "float64"]))
-def test_layers_are_their_functions(shape: tuple[int, int, int, int], dtype: str) -> None:
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    assert got.requires_grad
+    assert got.dtype == expected.dtype
+    assert np.array_equal(got.data, expected.data)
+
+
+@given(SHAPES, st.sampled_from(["float32", "float64"]))
+def test_layers_are_their_functions(shape: tuple[int, int, int, int], dtype: Any) -> None:
     B, T, n, m = shape
     x = Tensor(array(B, T, n, dtype=dtype))
-    W, b, scale, shift = (array(*s, dtype=dtype) for s in ((m, n), (m,), (n,), (n,)))
-    full, bare = Linear(W, b), Linear(W)
-    assert (full.in_features, full.out_features) == (n, m)
+    W = array(m, n, dtype=dtype)
+    b = array(m, dtype=dtype)
+    scale = array(n, dtype=dtype)
+    shift = array(n, dtype=dtype)
+    ids = RNG.integers(0, m, (B, T))
+    full = Linear(W, b)
+    bare = Linear(W)
+    assert full.in_features == n
+    assert full.out_features == m
     assert full.dense_weight() is W
     assert bare.bias is None
-    ids = RNG.integers(0, m, (B, T))
-    pairs = [
-        (full(x), F.linear(x, Tensor(W), Tensor(b))),
-        (bare(x), F.linear(x, Tensor(W))),
-        (Embedding(W)(ids), F.embedding(ids, Tensor(W))),
-        (RMSNorm(scale, 1e-3)(x), F.rms_norm(x, Tensor(scale), 1e-3)),
-        (RMSNorm(scale)(x), F.rms_norm(x, Tensor(scale), 1e-6)),
-        (LayerNorm(scale, shift, 1e-3)(x), F.layer_norm(x, Tensor(scale), Tensor(shift), 1e-3)),
-        (LayerNorm(scale, shift)(x), F.layer_norm(x, Tensor(scale), Tensor(shift), 1e-5)),
-    ]
-    for got, expected in pairs:
-        assert got.requires_grad
-        assert got.dtype == np.dtype(dtype)
-        assert np.array_equal(got.data, expected.data)
+    gain, move = Tensor(scale), Tensor(shift)
+    assert_same(full(x), F.linear(x, Tensor(W), Tensor(b)))
+    assert_same(bare(x), F.linear(x, Tensor(W)))
+    assert_same(Embedding(W)(ids), F.embedding(ids, Tensor(W)))
+    assert_same(RMSNorm(scale, 1e-3)(x), F.rms_norm(x, gain, 1e-3))
+    assert_same(RMSNorm(scale)(x), F.rms_norm(x, gain, 1e-6))
+    assert_same(LayerNorm(scale, shift, 1e-3)(x), F.layer_norm(x, gain, move, 1e-3))
+    assert_same(LayerNorm(scale, shift)(x), F.layer_norm(x, gain, move, 1e-5))
+    assert full(x).dtype == np.dtype(dtype)
 
 
 class Layers(FusedProjection):
     def __init__(self, layers: list[Linear], stacked: bool):
-        self.fan, self.stacked = tuple(f"layer{i}" for i in range(len(layers))), stacked
-        for name, layer in zip(self.fan, layers, strict=True):
+        self.projections = tuple(f"layer{i}" for i in range(len(layers)))
+        self.stacked = stacked
+        for name, layer in zip(self.projections, layers, strict=True):
             setattr(self, name, layer)
 
 
-@given(
-    st.lists(st.integers(1, 5), min_size=1, max_size=4), st.booleans(), st.booleans(), st.booleans()
-)
-def test_a_fan_gives_its_layers_one_by_one(
+WIDTHS = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+
+
+@given(WIDTHS, st.booleans(), st.booleans(), st.booleans())
+def test_fused_projection_computes_its_layers_outputs(
     widths: list[int], bias: bool, stacked: bool, frozen: bool
 ) -> None:
-    widths = [widths[0]] * len(widths) if stacked else widths
+    if stacked:
+        widths = [widths[0]] * len(widths)
     layers = [Linear(array(m, 3), array(m) if bias else None) for m in widths]
     layers[0].weight.requires_grad = not frozen
-    x, fan = Tensor(array(2, 3, 3), requires_grad=True), Layers(layers, stacked)
-    join = np.stack if stacked else functools.partial(np.concatenate, axis=-1)
-    apart = join([layer(x).data for layer in layers])
-    leaves = [x, *fan.parameters()]
-    dy = array(*apart.shape)
-    found = []
+    x = Tensor(array(2, 3, 3), requires_grad=True)
+    fused = Layers(layers, stacked)
+    outputs = [layer(x).data for layer in layers]
+    expected = np.stack(outputs) if stacked else np.concatenate(outputs, axis=-1)
+    leaves = [x, *fused.parameters()]
+    dy = array(*expected.shape)
+    results = []
     for tokens in (None, 6):
         if tokens:
-            fan.prepare_step(tokens)
-        y = fan.project(x)
-        assert not any(fan._effective.values()) or y.node.vjp.__qualname__.startswith(
-            "effective_linear"
-        )
-        np.testing.assert_allclose(y.data, apart, rtol=1e-14, atol=1e-14)
-        found.append(gradients(y, leaves, dy))
-        fan.end_step()
-        assert not any(fan._effective.values())
-    for p, one, other in zip(leaves, *found, strict=True):
+            fused.prepare_step(tokens)
+        y = fused.project(x)
+        assert y.node is not None
+        if any(fused._effective.values()):
+            assert y.node.vjp.__qualname__.startswith("effective_linear")
+        np.testing.assert_allclose(y.data, expected, rtol=1e-14, atol=1e-14)
+        results.append(gradients(y, leaves, dy))
+        fused.end_step()
+        assert not any(fused._effective.values())
+    for p, one, other in zip(leaves, *results, strict=True):
         assert (one is None) == (other is None) == (not p.requires_grad)
         if one is not None:
             np.testing.assert_allclose(one, other, rtol=1e-13, atol=1e-13)
 
 
-# ---- dropout ----
+# ---- dropout -------------------------------------------------------------------------------------
 
 
-def test_dropout_is_the_identity_when_there_is_nothing_to_drop() -> None:
+def test_dropout_is_the_identity_in_eval_mode_and_for_p_0() -> None:
     x = Tensor(array(2, 3, 4))
-    dropped = Dropout(0.5)
-    assert dropped(x) is not x
-    assert dropped.eval()(x) is x
-    assert not dropped.active
+    dropout = Dropout(0.5)
+    assert dropout(x) is not x
+    assert dropout.eval()(x) is x
+    assert not dropout.active
     assert Dropout(0.0)(x) is x
     assert not Dropout(0.0).active
 
 
-def test_without_a_counter_every_call_draws_anew_and_a_new_layer_repeats_it() -> None:
+def test_dropout_without_a_counter_draws_anew_and_a_new_layer_repeats_it() -> None:
     x = Tensor(np.ones((3, 40, 5)))
     layer = Dropout(0.5, stream=1)
     calls = [layer(x).data for _ in range(6)]
     assert len({c.tobytes() for c in calls}) == 6
     again = Dropout(0.5, stream=1)
-    assert all(np.array_equal(again(x).data, c) for c in calls)
+    for call in calls:
+        assert np.array_equal(again(x).data, call)
     assert not np.array_equal(Dropout(0.5, stream=2)(x).data, calls[0])
-    assert len({row.tobytes() for row in calls[0]}) == 3  # every sequence has a mask of its own
+    assert len({row.tobytes() for row in calls[0]}) == 3  # each sequence has another mask
 
 
-cuts = st.lists(st.integers(1, 3), min_size=1, max_size=5)
+CUTS = st.lists(st.integers(1, 3), min_size=1, max_size=5)
+SEEDS = st.integers(0, 2**40)
+STEPS = st.integers(0, 2**20)
+PROBABILITIES = st.sampled_from([0.1, 0.5, 0.9])
 
 
-@given(
-    cuts,
-    st.integers(0, 2**40),
-    st.integers(0, 2**20),
-    st.integers(0, 9),
-    st.sampled_from([0.1, 0.5, 0.9]),
-)
-def test_any_cut_of_a_batch_gives_the_same_masks(
+@given(CUTS, SEEDS, STEPS, st.integers(0, 9), PROBABILITIES)
+def test_dropout_masks_do_not_depend_on_the_cut_of_a_batch(
     parts: list[int], seed: int, step: int, first: int, p: float
 ) -> None:
     layer = Dropout(p, stream=3)
     x = array(sum(parts), 7, 5)
+
+    def dropped(x: np.ndarray, seed: int, step: int, first: int) -> np.ndarray:
+        with dropout_counter(seed, step, first):
+            return layer(Tensor(x)).data
+
     with dropout_counter(seed, step, first):
         whole = layer(Tensor(x)).data
         twice = layer(Tensor(x)).data
     assert np.array_equal(whole, twice)  # the mask belongs to the step, not to the call
-    pieces, at = [], 0
+    pieces = []
+    start = 0
     for size in parts:
-        with dropout_counter(seed, step, first + at):
-            pieces.append(layer(Tensor(x[at : at + size])).data)
-        at += size
+        pieces.append(dropped(x[start : start + size], seed, step, first + start))
+        start += size
     assert np.array_equal(np.concatenate(pieces), whole)
-    with dropout_counter(seed, step + 1, first):
-        other_step = layer(Tensor(x)).data
-    with dropout_counter(seed + 1, step, first):
-        other_seed = layer(Tensor(x)).data
+    other_step = dropped(x, seed, step + 1, first)
+    other_seed = dropped(x, seed + 1, step, first)
     if x.size * min(p, 1 - p) >= 15:  # two masks agree with a chance below e^-15
         assert not np.array_equal(other_step, whole)
         assert not np.array_equal(other_seed, whole)
 
 
-def test_the_counter_is_the_thread_s_own_and_ends_with_its_block() -> None:
-    layer, x, seen = Dropout(0.5, stream=4), Tensor(np.ones((2, 50))), {}
+def test_dropout_counter_belongs_to_its_thread_and_ends_with_its_block() -> None:
+    layer = Dropout(0.5, stream=4)
+    x = Tensor(np.ones((2, 50)))
+    others = []
 
-    def elsewhere() -> None:
+    def run_in_thread() -> None:
         with dropout_counter(9, 9):
-            seen["there"] = layer(x).data
+            others.append(layer(x).data)
 
     with dropout_counter(1, 1):
-        here = layer(x).data
-        thread = threading.Thread(target=elsewhere)
+        mask = layer(x).data
+        thread = threading.Thread(target=run_in_thread)
         thread.start()
         thread.join()
-        assert np.array_equal(layer(x).data, here)
-    assert not np.array_equal(seen["there"], here)
+        assert np.array_equal(layer(x).data, mask)
+    (other,) = others
+    assert not np.array_equal(other, mask)
     assert not np.array_equal(layer(x).data, layer(x).data)
 
 
@@ -258,19 +299,26 @@ def test_dropout_keeps_the_mean_and_backward_uses_the_mask_of_the_forward(p: flo
     deviation = np.sqrt(p / (1 - p) / x.size)
     assert abs(y.data.mean() - 1) <= 6 * deviation  # the chance of more is 2e-9
     dy = array(*x.shape)
-    assert np.array_equal(gradients(y, [x], dy)[0], dy * y.data)
+    (dx,) = gradients(y, [x], dy)
+    assert np.array_equal(dx, dy * y.data)
 
 
-# ---- first values ----
+# ---- first values --------------------------------------------------------------------------------
 
 
-def test_first_values_do_not_depend_on_the_dtype() -> None:
-    for draw in (uniform, normal):
-        double, single = (
-            draw(np.random.default_rng(3), 0.7, (50, 20), t) for t in (np.float64, np.float32)
-        )
-        assert double.dtype == np.float64
-        assert single.dtype == np.float32
-        assert np.array_equal(double.astype(np.float32), single)
-    assert np.abs(uniform(np.random.default_rng(3), 0.7, (50, 20))).max() <= np.float32(0.7)
+@pytest.mark.parametrize("draw", [uniform, normal])
+def test_uniform_and_normal_do_not_depend_on_the_dtype(draw: Any) -> None:
+    double = draw(np.random.default_rng(3), 0.7, (50, 20), np.float64)
+    single = draw(np.random.default_rng(3), 0.7, (50, 20), np.float32)
+    assert double.dtype == np.float64
+    assert single.dtype == np.float32
+    assert np.array_equal(double.astype(np.float32), single)
+
+
+def test_uniform_stays_within_its_bound() -> None:
+    values = uniform(np.random.default_rng(3), 0.7, (50, 20))
+    assert np.abs(values).max() <= np.float32(0.7)
+
+
+def test_normal_without_a_generator_is_zero() -> None:
     assert not normal(None, 0.7, (3, 2)).any()

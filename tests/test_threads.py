@@ -1,8 +1,10 @@
-"""Blocks and workers: the cut, the order of results, what runs ahead, and what an exception leaves."""
+"""Blocks and workers: the cut, the order of results, work ahead, and what an exception stops."""
 
 from __future__ import annotations
 
+import contextvars
 import threading
+import time
 
 import pytest
 
@@ -13,15 +15,18 @@ from minilora.threads import Workers, blocks
 @pytest.mark.parametrize("size", [-1, 0, 1, 3, 7, 9])
 def test_blocks_cover_everything_once_in_order(count, size):
     cut = blocks(count, size)
-    assert [i for block in cut for i in range(block.start, block.stop)] == list(range(count))
-    assert all(block.stop - block.start == max(1, size) for block in cut[:-1])
+    covered = [i for block in cut for i in range(block.start, block.stop)]
+    assert covered == list(range(count))
+    for block in cut[:-1]:
+        assert block.stop - block.start == max(1, size)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("ahead", [None, 1, 2])
 def test_workers_map_gives_results_in_order(threads, ahead):
     with Workers(threads) as workers:
-        assert list(workers.map(lambda i: i * i, range(9), ahead)) == [i * i for i in range(9)]
+        squares = workers.map(lambda i: i * i, range(9), ahead)
+        assert list(squares) == [i * i for i in range(9)]
         assert list(workers.map(lambda i: i, [], ahead)) == []
 
 
@@ -48,14 +53,40 @@ def test_workers_map_raises_at_the_part_that_failed_and_starts_no_other():
 
     with Workers(1) as workers:
         results = workers.map(work, range(5), ahead=1)
-        assert [next(results), next(results)] == [0, 1]
+        assert next(results) == 0
+        assert next(results) == 1
         with pytest.raises(ZeroDivisionError):
             next(results)
     assert made == [0, 1, 2]
+
+
+def test_workers_map_drops_the_parts_that_wait_when_it_is_closed():
+    made = []
+
+    def work(i: int) -> int:
+        made.append(i)
+        if i > 0:
+            time.sleep(0.2)  # long enough for the parts behind to wait
+        return i
+
+    with Workers(1) as workers:
+        results = workers.map(work, range(9), ahead=3)
+        assert next(results) == 0
+        results.close()
+    assert 3 not in made
 
 
 def test_workers_together_gives_results_in_order_and_works_in_the_calling_thread():
     with Workers(1) as workers:
         names = workers.together(lambda _: threading.current_thread().name, range(3))
     assert names[0] == threading.current_thread().name
-    assert all(name.startswith("minilora") for name in names[1:])
+    for name in names[1:]:
+        assert name.startswith("minilora")
+
+
+def test_workers_map_runs_each_part_in_the_caller_s_context():
+    variable = contextvars.ContextVar("variable", default=0)
+    token = variable.set(1)
+    with Workers(2) as workers:
+        assert list(workers.map(lambda i: variable.get() + i, range(3))) == [1, 2, 3]
+    variable.reset(token)

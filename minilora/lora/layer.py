@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ..autograd import Tensor
 from ..backend import Array
-from ..effective import EffectiveWeight, Parts, costs, effective_linear
+from ..effective import Parts, costs, effective_linear
 from ..errors import ConfigError
-from ..nn import LinearBase, Module, prepare_effective_weight
+from ..nn import LinearBase, Module, PreparedModule
 from .dora import require_compatible
 from .lora import LoraAdapter
 from .merging import Merging
@@ -96,7 +96,7 @@ def use_adapters(layers: Iterable[Wrapper], names: Sequence[str] | None) -> Iter
         _chosen.reset(token)
 
 
-class LoraLinear(Merging, Wrapper):
+class LoraLinear(Merging, PreparedModule, Wrapper):
     """y = base(x), and then each active adapter in turn.    x (..., I) -> (..., O)
 
     The base is any `LinearBase`. Adapters read x, never each other's output, so several active ones add up.
@@ -108,7 +108,6 @@ class LoraLinear(Merging, Wrapper):
         super().__init__()
         self.base_layer: LinearBase = base_layer
         self.adapters: dict[str, LoraAdapter] = {}
-        self._effective: Mapping[Any, EffectiveWeight | None] = {}  # during a step, by what runs
 
     @property
     def current(self) -> LinearBase:
@@ -150,15 +149,11 @@ class LoraLinear(Merging, Wrapper):
 
     def preparations(self, tokens: int | None) -> Iterator[Callable[[], None]]:
         def prepare() -> None:
-            self._effective = {
-                **self._effective,
-                self.running: prepare_effective_weight([self], tokens) if self.running else None,
-            }
+            running = self.running
+            if running:
+                self.prepare_weight(running, [self], tokens)
 
         yield prepare
-
-    def end_step(self) -> None:
-        self._effective = {}
 
 
 class SavedModule(Wrapper):

@@ -39,7 +39,7 @@ class Attention(FusedProjection):
     In Qwen3 each head of q and k has an RMSNorm before that. In Mistral, and in layers of Qwen, only a window is seen.
     """
 
-    fan = ("q_proj", "k_proj", "v_proj")
+    projections = ("q_proj", "k_proj", "v_proj")
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Attention(FusedProjection):
 class MLP(FusedProjection):
     """down(silu(gate(x)) * up(x))    (..., C) -> (..., C)"""
 
-    fan = ("gate_proj", "up_proj")
+    projections = ("gate_proj", "up_proj")
     stacked = True  # NumPy takes twice as long for rows with gaps between them
 
     def __init__(self, config: TransformerConfig, rng: np.random.Generator | None):

@@ -1,10 +1,10 @@
-"""What every hostile input must leave behind: its error, and nothing else.
+"""What every hostile input must lead to: its error, and nothing else.
 
     with unharmed(folder, label):  the call, caught        files, times, descriptors, memory
     with refused(Kind, message, folder, label):  the call  the same, and the error itself
 
-The seconds and the bytes that each took are kept, and the largest are told at the end of the run (conftest.py): a time
-is not asserted, but it is seen.
+Both record the seconds and the bytes that the call took; the end of the run reports the largest
+(conftest.py). Times are reported, never asserted.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from pathlib import Path
 
 import pytest
 
-SPARE = 16 << 20  # bytes that a refusal may take besides twice the largest file that it was given
-TAKEN: list[tuple[float, int, str]] = []  # (seconds, bytes, label) of each input
+SPARE = 16 << 20  # bytes that a refusal may take besides twice the largest file in the folder
+COSTS: list[tuple[float, int, str]] = []  # (seconds, bytes, label) of each input
 
 
 def snapshot(folder: Path) -> dict[Path, tuple[bytes, int] | None]:
-    """Every folder, and every file with its bytes and its time."""
-    return {
-        p: (p.read_bytes(), p.stat().st_mtime_ns) if p.is_file() else None
-        for p in folder.rglob("*")
-        if not p.is_symlink() or p.exists()
-    }
+    """Every folder, and every file with its bytes and its time of modification."""
+    contents: dict[Path, tuple[bytes, int] | None] = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            contents[path] = path.read_bytes(), path.stat().st_mtime_ns
+        elif path.exists() or not path.is_symlink():
+            contents[path] = None
+    return contents
 
 
 def open_descriptors() -> list[str]:
@@ -39,21 +41,29 @@ def open_descriptors() -> list[str]:
 
 @contextmanager
 def unharmed(folder: Path, label: str) -> Iterator[None]:
-    """Inside, nothing below `folder` changes, no descriptor stays open, and memory is bounded by the files there."""
-    before, descriptors = snapshot(folder), open_descriptors()
-    largest = max((len(found[0]) for found in before.values() if found), default=0)
-    running = tracemalloc.is_tracing()
-    if not running:
+    """Check that the block changes nothing in `folder` and leaves no descriptor open.
+
+    The memory that it takes is bounded by the files in the folder.
+    """
+    before = snapshot(folder)
+    descriptors = open_descriptors()
+    sizes = [len(content[0]) for content in before.values() if content]
+    largest = max(sizes, default=0)
+    already_tracing = tracemalloc.is_tracing()
+    if not already_tracing:
         tracemalloc.start()
     tracemalloc.reset_peak()
-    started, begun = tracemalloc.get_traced_memory()[0], time.perf_counter()
+    memory, _ = tracemalloc.get_traced_memory()
+    begin = time.perf_counter()
     try:
         yield
     finally:
-        seconds, taken = time.perf_counter() - begun, tracemalloc.get_traced_memory()[1] - started
-        if not running:
+        seconds = time.perf_counter() - begin
+        _, peak = tracemalloc.get_traced_memory()
+        if not already_tracing:
             tracemalloc.stop()
-    TAKEN.append((seconds, taken, label))
+    taken = peak - memory
+    COSTS.append((seconds, taken, label))
     assert taken <= 2 * largest + SPARE, f"{taken:,} bytes for files of at most {largest:,}"
     assert snapshot(folder) == before
     assert open_descriptors() == descriptors
@@ -63,7 +73,10 @@ def unharmed(folder: Path, label: str) -> Iterator[None]:
 def refused(
     kind: type[Exception], message: str, folder: Path, label: str, names: str
 ) -> Iterator[None]:
-    """Inside, exactly `kind` is raised; its text matches `message`, names `names`, is short, and steers no terminal."""
+    """Check that the block raises exactly `kind`, and that it is `unharmed`.
+
+    The error's text matches `message`, contains `names`, is short and printable.
+    """
     with unharmed(folder, label), pytest.raises(kind) as caught:
         yield
     text = str(caught.value)
@@ -74,10 +87,11 @@ def refused(
     assert text.isprintable()
 
 
-def told() -> str:
-    """What the inputs took at most, in a line for the end of the run."""
-    (seconds, _, slow), (_, memory, large) = max(TAKEN), max(TAKEN, key=lambda taken: taken[1])
+def summary() -> str:
+    """The largest costs of the inputs, as a line for the end of the run."""
+    seconds, _, slow = max(COSTS)
+    _, memory, large = max(COSTS, key=lambda cost: cost[1])
     return (
-        f"{len(TAKEN)} hostile inputs: the slowest took {seconds:.2f} s ({slow!r:.60}), "
+        f"{len(COSTS)} hostile inputs: the slowest took {seconds:.2f} s ({slow!r:.60}), "
         f"the largest {memory / 2**20:.1f} MiB ({large!r:.60})"
     )

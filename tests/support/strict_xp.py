@@ -1,15 +1,18 @@
-"""A stand-in for CuPy that needs no GPU: NumPy underneath, and as strict as a GPU is.
+"""A replacement for CuPy that needs no GPU: NumPy underneath, and as strict as a GPU is.
 
-`xp` is the module, `DevArray` its array, `STRICT` a Backend on them. Results have NumPy's bits, so that an engine which
-runs here runs the same arithmetic as on the CPU; what differs is what is refused:
+`xp` is the module, `DevArray` its array, `STRICT` a Backend of them. Results have NumPy's bits, so
+an engine that runs on it computes the same as on the CPU. The difference is what it refuses:
 
-  names that CuPy does not have, and parameters that it does not take (cupy_names.json)
-  host arrays and lists where a GPU wants its own, implicit conversion to NumPy, NumPy scalars that would widen a dtype
-  what CuPy gets wrong without a word: an index out of range (it wraps), an assignment through equal indices (undefined)
+  names that CuPy lacks, and parameters that it does not take (cupy_names.json)
+  host arrays and lists where a GPU needs its arrays, implicit conversion to NumPy, NumPy scalars
+  that would widen a dtype
+  what CuPy computes otherwise without a word: an index out of range (it wraps), an assignment
+  through equal indices (undefined)
 
-`METER` counts what moves or waits: uploads, downloads, synchronisations, and array operations. In `no_sync()` whatever
-would wait raises. Stricter than CuPy on purpose: `np.f(x)` is refused, where CuPy would dispatch it; of ufuncs there is
-the call alone, no `.reduce` or `.at`; no submodules. More lenient: results may keep NumPy's memory order.
+`METER` counts what moves or waits: uploads, downloads, synchronisations, and array operations. In
+`no_sync()` whatever would wait raises. It is stricter than CuPy on purpose: it refuses `np.f(x)`,
+which CuPy would dispatch; ufuncs can only be called, without `.reduce` or `.at`; submodules are
+missing. It is more lenient in one thing: results may keep NumPy's memory order.
 """
 
 from __future__ import annotations
@@ -25,38 +28,21 @@ import numpy as np
 
 from minilora.backend import NUMPY, Backend, register
 
-NAMES: dict[str, Any] = json.loads(
-    Path(__file__).with_name("cupy_names.json").read_text(encoding="utf-8")
-)
-UFUNC_KEYWORDS = {
-    "out",
-    "dtype",
-    "casting",
-}  # what cupy.ufunc.__call__ pops; anything else is "Wrong arguments"
-NOT_TAKEN = {"einsum": {"out"}}  # keywords that a signature of **kwargs hides, and that raise
-INTEGERS = {
-    "shape",
-    "newshape",
-    "axis",
-    "axes",
-    "source",
-    "destination",
-    "indices_or_sections",
-    "reps",
-    "shift",
-}
-WAITS = {"item", "tolist", "tobytes", "tofile", "dump", "dumps", "nonzero"}  # methods
-WAITS |= {
-    "unique",
-    "argwhere",
-    "flatnonzero",
-    "bincount",
-    "repeat",
-    "extract",
-    "compress",
-    "asnumpy",
-}  # functions
+NAMES_FILE = Path(__file__).with_name("cupy_names.json")
+NAMES: dict[str, Any] = json.loads(NAMES_FILE.read_text(encoding="utf-8"))
+# What cupy.ufunc.__call__ accepts; anything else is "Wrong arguments".
+UFUNC_KEYWORDS = {"out", "dtype", "casting"}
+# Keywords that a signature of **kwargs hides, and that raise.
+NOT_TAKEN = {"einsum": {"out"}}
+# Parameters of integers, which may be lists and tuples.
+INTEGERS = {"shape", "newshape", "axis", "axes", "source", "destination", "reps", "shift"}
+INTEGERS.add("indices_or_sections")
+# Methods and functions that wait for the device.
+WAITS = {"item", "tolist", "tobytes", "tofile", "dump", "dumps", "nonzero"}
+WAITS |= {"unique", "argwhere", "flatnonzero", "bincount", "repeat", "extract", "compress"}
+WAITS.add("asnumpy")
 SCALARS = (bool, int, float, complex, np.generic)
+MIRRORED = ("shape", "dtype", "ndim", "size", "itemsize", "nbytes", "strides")
 
 
 class Synchronised(Exception):
@@ -64,11 +50,11 @@ class Synchronised(Exception):
 
 
 class Silent(IndexError):
-    """CuPy would have gone on here, with another result than NumPy's."""
+    """CuPy would have continued here, with another result than NumPy's."""
 
 
 class Meter:
-    """What moved and what waited, each by the name of the call that did it."""
+    """What moved and what waited, each as the name of the call."""
 
     def __init__(self) -> None:
         self.forbidden = False
@@ -78,7 +64,7 @@ class Meter:
         self.uploads: list[str] = []
         self.downloads: list[str] = []
         self.syncs: list[str] = []  # downloads among them
-        self.operations = 0  # calls that gave a new array: on a GPU at least one kernel each
+        self.operations = 0  # calls that return a new array: on a GPU at least one kernel each
 
     def wait(self, name: str) -> None:
         if self.forbidden:
@@ -91,14 +77,14 @@ METER = Meter()
 
 @contextlib.contextmanager
 def counted() -> Iterator[Meter]:
-    """Count from zero."""
+    """Inside, METER counts from zero."""
     METER.reset()
     yield METER
 
 
 @contextlib.contextmanager
 def no_sync() -> Iterator[None]:
-    """Inside, whatever would wait for the device, a download included, raises Synchronised."""
+    """Inside, whatever would wait for the device, also a download, raises Synchronised."""
     METER.forbidden = True
     try:
         yield
@@ -106,11 +92,11 @@ def no_sync() -> Iterator[None]:
         METER.forbidden = False
 
 
-# ---- what goes in, what comes out -----------------------------------------------------------------------------------
+# ---- arguments and results -----------------------------------------------------------------------
 
 
 def _operand(x: Any) -> Any:
-    """An argument of arithmetic: an array of the device or a number."""
+    """An argument of arithmetic on the host: an array of the device or a number."""
     if isinstance(x, DevArray):
         return x._host
     if isinstance(x, SCALARS):
@@ -119,7 +105,7 @@ def _operand(x: Any) -> Any:
 
 
 def _argument(name: str, x: Any) -> Any:
-    """An argument of a function, whose parameter is called `name`."""
+    """The argument on the host of a function's parameter `name`."""
     if isinstance(x, DevArray):
         return x._host
     if isinstance(x, (list, tuple)):
@@ -133,27 +119,28 @@ def _argument(name: str, x: Any) -> Any:
 
 
 def _check_scalars(operands: Any) -> None:
-    """A NumPy scalar keeps its dtype beside an array (NEP 50): one float64 makes float32 float64."""
-    arrays = [a.dtype for a in operands if isinstance(a, np.ndarray)]
+    """A NumPy scalar keeps its dtype beside an array (NEP 50): float64 makes float32 float64."""
+    dtypes = [a.dtype for a in operands if isinstance(a, np.ndarray)]
+    if not dtypes:
+        return
+    dtype = np.result_type(*dtypes)
     for s in operands:
-        if (
-            arrays
-            and isinstance(s, np.generic)
-            and np.result_type(*arrays, s.dtype) != np.result_type(*arrays)
-        ):
-            raise TypeError(
-                f"a NumPy scalar of {s.dtype} would widen {np.result_type(*arrays)}: use a Python number"
-            )
+        if isinstance(s, np.generic) and np.result_type(dtype, s.dtype) != dtype:
+            raise TypeError(f"a NumPy scalar of {s.dtype} would widen {dtype}: use a Python number")
 
 
 def _root(host: np.ndarray) -> np.ndarray:
+    """The array whose memory `host` is a view of."""
     while isinstance(host.base, np.ndarray):
         host = host.base
     return host
 
 
 def _result(value: Any, *owners: Any) -> Any:
-    """NumPy's result as the device has it: a 0-d array for a number, and a view that knows whose it is."""
+    """NumPy's result as the device returns it: a number is a 0-d array, a view knows its base.
+
+    owners   the arrays that the result may be a view of
+    """
     if isinstance(value, (tuple, list)) and any(isinstance(item, np.ndarray) for item in value):
         return type(value)(_result(item, *owners) for item in value)
     if isinstance(value, np.generic):
@@ -162,27 +149,32 @@ def _result(value: Any, *owners: Any) -> Any:
         return value  # a dtype, a shape, a flag
     for owner in owners:
         if isinstance(owner, DevArray) and _root(value) is _root(owner._host):
-            return (
-                owner
-                if value is owner._host
-                else DevArray(value, owner if owner.base is None else owner.base)
-            )
+            if value is owner._host:
+                return owner
+            return DevArray(value, owner if owner.base is None else owner.base)
     METER.operations += 1
     return DevArray(value)
 
 
-def _check_keywords(
+def check_keywords(
     name: str, parameters: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[str]:
-    """The name of the parameter of each of `args`, as far as CuPy's signature goes. TypeError beyond it."""
+    """The names of the parameters of `args`. TypeError if CuPy's signature does not take a call."""
     known = parameters.split()
     places = [p for p in known if not p.startswith("*")]
-    rest = next((p[1:] for p in known if p.startswith("*") and not p.startswith("**")), None)
-    wrong = set(kwargs) - set(places) if not any(p.startswith("**") for p in known) else set()
-    wrong |= set(kwargs) & NOT_TAKEN.get(name, set())
+    rest = None
+    any_keyword = False
+    for parameter in known:
+        if parameter.startswith("**"):
+            any_keyword = True
+        elif parameter.startswith("*"):
+            rest = parameter[1:]
+    wrong = set(kwargs) & NOT_TAKEN.get(name, set())
+    if not any_keyword:
+        wrong |= set(kwargs) - set(places)
     if wrong:
         raise TypeError(
-            f"{name}() got an unexpected keyword argument {sorted(wrong)[0]!r}: CuPy takes {parameters}"
+            f"{name}() got an unexpected keyword {sorted(wrong)[0]!r}: CuPy takes {parameters}"
         )
     if rest is not None:
         return [rest] * len(args)
@@ -201,12 +193,13 @@ def _call(
     kwargs: Any,
     owner: Any = None,
 ) -> Any:
-    places = _check_keywords(name, parameters, args, kwargs)
+    """What `function`, NumPy's of CuPy's `name`, returns, after all checks."""
+    places = check_keywords(name, parameters, args, kwargs)
     given = [_argument(place, x) for place, x in zip(places, args, strict=False)]
     named = {key: _argument(key, x) for key, x in kwargs.items()}
     if name in ("sort", "argsort"):
         if (named.pop("kind", None) or "stable") != "stable":
-            raise ValueError(f"{name}: CuPy's sorts are stable, and no other kind can be asked for")
+            raise ValueError(f"{name}: CuPy's sorts are stable, and take no other kind")
         named["kind"] = "stable"
     if name in WAITS or (name == "where" and len(args) == 1):
         METER.wait(name)
@@ -217,53 +210,53 @@ def _call(
     if kwargs.get("out") is not None:
         METER.operations += 1
         return kwargs["out"]
-    return _result(
-        value, owner, *args, *(a for x in args if isinstance(x, (list, tuple)) for a in x)
-    )
+    owners = [owner, *args]
+    for x in args:
+        if isinstance(x, (list, tuple)):
+            owners += x
+    return _result(value, *owners)
 
 
-# ---- the array ------------------------------------------------------------------------------------------------------
+# ---- the array -----------------------------------------------------------------------------------
 
 
 class DevArray:
-    """An array of the device. Not an ndarray: nothing that NumPy does by itself may touch it."""
+    """An array of the device. It is not an ndarray: NumPy may not touch it by itself."""
 
     __slots__ = ("__weakref__", "_host", "base")
     __array_priority__ = 100
-    __array_ufunc__ = None  # NumPy's operators hand over to ours, and its functions refuse
+    __array_ufunc__ = None  # NumPy's operators defer to ours, and its functions refuse
     __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, host: np.ndarray, base: DevArray | None = None):
-        self._host, self.base = host, base
+        self._host = host
+        self.base = base
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         raise TypeError(
-            "Implicit conversion to a NumPy array is not allowed. Please use `.get()`: a transfer is asked for"
+            "Implicit conversion to a NumPy array is not allowed: use `.get()` for a transfer"
         )
 
     def __reduce__(self) -> Any:
         raise TypeError("pickling an array of the device transfers it")
 
     shape, dtype, ndim, size, itemsize, nbytes, strides = (
-        property(lambda self, name=name: getattr(self._host, name))
-        for name in ("shape", "dtype", "ndim", "size", "itemsize", "nbytes", "strides")
+        property(lambda self, name=name: getattr(self._host, name)) for name in MIRRORED
     )
 
     @property
     def T(self) -> DevArray:
-        return (
-            self if self.ndim < 2 else _result(self._host.T, self)
-        )  # CuPy's is then the array itself, not a view
+        # Below two dimensions CuPy returns the array itself, not a view.
+        return self if self.ndim < 2 else _result(self._host.T, self)
 
     def __getattr__(self, name: str) -> Any:
         if name == "get":
             return lambda: STRICT.to_numpy(self)
         if name in NAMES["methods"] and hasattr(np.ndarray, name):
             parameters = NAMES["methods"][name]
-            return lambda *args, **kwargs: _call(
-                name, getattr(self._host, name), parameters, args, kwargs, self
-            )
-        raise AttributeError(f"cupy.ndarray has no {name!r}, or this stand-in offers none")
+            method = getattr(self._host, name)
+            return lambda *args, **kwargs: _call(name, method, parameters, args, kwargs, self)
+        raise AttributeError(f"cupy.ndarray, or this replacement, lacks {name!r}")
 
     # ---- what waits ----
 
@@ -281,9 +274,8 @@ class DevArray:
     # fmt: on
 
     def __format__(self, specification: str) -> str:
-        return self._wait(
-            lambda host: format(host.item() if host.ndim == 0 else host, specification)
-        )
+        value = self._wait(np.asarray)
+        return format(value.item() if value.ndim == 0 else value, specification)
 
     # ---- indices ----
 
@@ -296,19 +288,18 @@ class DevArray:
         return (self[i] for i in range(len(self)))
 
     def _key(self, key: Any) -> tuple[Any, ...]:
+        """The parts of an index, on the host."""
         parts = key if isinstance(key, tuple) else (key,)
         for part in parts:
             if isinstance(part, (list, np.ndarray)):
-                raise TypeError(
-                    f"Unsupported type {type(part)}: an index that is uploaded on the way"
-                )
+                raise TypeError(f"Unsupported type {type(part)}: an index that needs an upload")
         return tuple(part._host if isinstance(part, DevArray) else part for part in parts)
 
     def __getitem__(self, key: Any) -> DevArray:
         parts = self._key(key)
         arrays = [part for part in parts if isinstance(part, np.ndarray)]
         if any(part.dtype == bool for part in arrays):
-            METER.wait("a mask as an index")  # how many are True decides the result's shape
+            METER.wait("a mask as an index")  # the number of True decides the result's shape
         if not arrays and Ellipsis not in parts:
             parts = (*parts, Ellipsis)  # an element is a 0-d view, not a number
         try:
@@ -317,16 +308,15 @@ class DevArray:
             raise Silent(f"{error}: CuPy would wrap it") if arrays else error from error
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        parts, value = self._key(key), _operand(value)
+        parts = self._key(key)
+        value = _operand(value)
         if any(isinstance(part, np.ndarray) and part.dtype != bool for part in parts):
             try:
                 places = np.arange(self.size).reshape(self.shape)[parts]
             except IndexError as error:
                 raise Silent(f"{error}: CuPy would wrap it") from error
             if len(np.unique(places)) < places.size:
-                raise Silent(
-                    "an assignment through equal indices: on a GPU any of the values may stay"
-                )
+                raise Silent("an assignment through equal indices: a GPU keeps any of the values")
         METER.operations += 1
         self._host[parts] = value
 
@@ -338,13 +328,13 @@ class DevArray:
 
 
 def _operator(name: str) -> Callable[..., Any]:
+    """The operator `name` of NumPy's arrays, for arrays of the device."""
+
     def apply(self: DevArray, *others: Any) -> Any:
         for other in others:
-            if (
-                not isinstance(other, DevArray)
-                and getattr(other, "__array_priority__", 0) > self.__array_priority__ > 0
-            ):
-                return NotImplemented  # as CuPy does: a Tensor knows better
+            priority = getattr(other, "__array_priority__", 0)
+            if not isinstance(other, DevArray) and priority > self.__array_priority__:
+                return NotImplemented  # as CuPy does: a Tensor has its own operators
         operands = [_operand(other) for other in others]
         _check_scalars([self._host, *operands])
         value = getattr(self._host, name)(*operands)
@@ -356,20 +346,18 @@ def _operator(name: str) -> Callable[..., Any]:
     return apply
 
 
-_WRITTEN = {name for name in vars(DevArray) if name.startswith("__")}
+_OTHERS = ("__array", "__dlpack", "__class", "__delitem__")  # these are not arithmetic
 for _name in NAMES["operators"]:
-    _arithmetic = hasattr(np.ndarray, _name) and not _name.startswith(
-        ("__array", "__dlpack", "__class")
-    )
-    if _arithmetic and (_name not in _WRITTEN) and _name not in ("__delitem__",):
+    _arithmetic = hasattr(np.ndarray, _name) and not _name.startswith(_OTHERS)
+    if _arithmetic and _name not in vars(DevArray):
         setattr(DevArray, _name, _operator(_name))
 
 
-# ---- the module -----------------------------------------------------------------------------------------------------
+# ---- the module ----------------------------------------------------------------------------------
 
 
 class Module:
-    """What stands for `cupy`: looked up by name, once each."""
+    """The replacement of `cupy`; each name is looked up once."""
 
     ndarray = DevArray
 
@@ -388,37 +376,31 @@ class Module:
         if name in NAMES["functions"] and hasattr(np, name):
             parameters, function = NAMES["functions"][name], getattr(np, name)
             return lambda *args, **kwargs: _call(name, function, parameters, args, kwargs)
-        if (
-            name in NAMES["others"]
-            and isinstance(getattr(np, name, None), (type, float, type(None)))
-            and name != "cuda"
-        ):
-            return getattr(np, name)
-        raise AttributeError(
-            f"module 'cupy' has no attribute {name!r}, or this stand-in offers none"
-        )
+        if name in NAMES["others"] and name != "cuda":
+            value = getattr(np, name, None)
+            if isinstance(value, (type, float, type(None))):
+                return getattr(np, name)
+        raise AttributeError(f"module 'cupy', or this replacement, lacks {name!r}")
 
     def _array(self, name: str, x: Any, *args: Any, **kwargs: Any) -> DevArray:
-        """The two functions that take what is on the host: an upload then, a number's too."""
-        _check_keywords(name, NAMES["functions"][name], (x, *args), kwargs)
-        if not isinstance(x, DevArray):
-            METER.uploads.append(name)
-        made = getattr(np, name)(x._host if isinstance(x, DevArray) else x, *args, **kwargs)
-        return _result(made, x) if isinstance(x, DevArray) else DevArray(np.array(made))
+        """The two functions that take a value of the host, also a number: an upload."""
+        check_keywords(name, NAMES["functions"][name], (x, *args), kwargs)
+        function = getattr(np, name)
+        if isinstance(x, DevArray):
+            return _result(function(x._host, *args, **kwargs), x)
+        METER.uploads.append(name)
+        return DevArray(np.array(function(x, *args, **kwargs)))
 
     def _ufunc(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if set(kwargs) - UFUNC_KEYWORDS:
-            raise TypeError(
-                f"Wrong arguments {kwargs}: a ufunc of CuPy takes {', '.join(sorted(UFUNC_KEYWORDS))}"
-            )
+            allowed = ", ".join(sorted(UFUNC_KEYWORDS))
+            raise TypeError(f"Wrong arguments {kwargs}: a ufunc of CuPy takes {allowed}")
         operands = [_operand(x) for x in args]
         _check_scalars(operands)
         out = kwargs.get("out")
-        value = getattr(np, name)(
-            *operands, **(kwargs if out is None else {**kwargs, "out": _operand(out)})
-        )
         if out is None:
-            return _result(value)
+            return _result(getattr(np, name)(*operands, **kwargs))
+        getattr(np, name)(*operands, **{**kwargs, "out": _operand(out)})
         METER.operations += 1
         return out
 
@@ -427,7 +409,7 @@ xp: Any = Module()
 
 
 class StrictBackend(Backend):
-    """The device behind `xp`. Its one kernel is NumPy's body."""
+    """The device of `xp`. Its kernel `add_rows` is NumPy's."""
 
     name = "strict"
     xp = xp

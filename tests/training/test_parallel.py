@@ -62,7 +62,7 @@ def layers(model):
         id(getattr(fan, name))
         for fan in found
         if isinstance(fan, FusedProjection)
-        for name in fan.fan
+        for name in fan.projections
     }
     return [m for m in found if id(m) not in inside]
 
