@@ -465,7 +465,7 @@ def test_integers_compute_as_integers_and_with_fractions_exactly() -> None:
 
 @pytest.mark.parametrize("data", [[1, 2], [True], np.arange(3), 3])
 def test_integers_cannot_require_a_gradient(data: Any) -> None:
-    with pytest.raises(TypeError, match=r"can require a gradient, this one is (int64|bool)"):
+    with pytest.raises(TypeError, match=r"can require a gradient, not (int64|bool)"):
         Tensor(data, requires_grad=True)
 
 
@@ -609,7 +609,7 @@ def test_what_backward_refuses() -> None:
         (Tensor(np.ones((2, 3))), r"Tensor \(2, 3\)"),
         ([1.0], "list"),
     ):
-        with pytest.raises(GraphError, match=rf"dy must be an array \(2, 3\), got {got}"):
+        with pytest.raises(GraphError, match=rf"dy must be an array of shape \(2, 3\), got {got}"):
             (x * x).backward(dy)
 
 

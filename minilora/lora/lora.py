@@ -17,7 +17,7 @@ import numpy as np
 from .. import functional as F
 from ..autograd import Tensor
 from ..backend import Array
-from ..effective import OfOutput, Pull
+from ..effective import Pull
 from ..nn import Dropout, LinearBase, Module, Parameter, normal, uniform
 from .config import LoraConfig
 
@@ -81,7 +81,7 @@ class LoraAdapter(Module):
         A, B = self.lora_A.data.astype(W.dtype), self.lora_B.data.astype(W.dtype)
         return (B @ A) * self.scaling
 
-    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], Pull | OfOutput]:
+    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], Pull]:
         """Add dW to W (O, I) in place; returns the parameters, and how their gradients are found.
 
         With G = dL/dW' = dY^T X they are dA = s B^T G and dB = s G A^T, by way of (N, r) and never of G.
@@ -96,4 +96,4 @@ class LoraAdapter(Module):
             dU = (dY @ b) * s  # (N, O) @ (O, r) -> (N, r)
             return dU.T @ X, dY.T @ ((X @ a_t) * s)  # dA (r, I), dB (O, r)
 
-        return (self.lora_A, self.lora_B), pull
+        return (self.lora_A, self.lora_B), Pull(pull)

@@ -21,7 +21,7 @@ from minilora import effective
 from minilora import functional as F
 from minilora.autograd import Tensor
 from minilora.backend import NUMPY, mix_key
-from minilora.effective import EffectiveWeight, effective_linear
+from minilora.effective import EffectiveWeight, Pull, effective_linear
 
 ELEMENTARY, COMPOSITE = 1e-10, 1e-9
 
@@ -311,7 +311,7 @@ def call_effective_linear(
         parts, at, end = [], slice(end, end + size), end + size
         for A, B in [(pairs[2 * i], pairs[2 * i + 1])] if len(pairs) > 2 * i else []:
             weight[at] += (0.7 + i) * (B.data @ A.data)
-            parts.append(((A, B), _pull(A.data, B.data, 0.7 + i)))
+            parts.append(((A, B), Pull(_pull(A.data, B.data, 0.7 + i))))
         layers.append((size, biases[i] if biases else None, parts))
     return effective_linear(x, EffectiveWeight(weight, layers, stacked))
 
