@@ -14,13 +14,13 @@ import pytest
 from operations import (
     EMPTY,
     EXEMPT,
+    FROZEN_WEIGHT,
     LAYOUT_ROUNDS,
     NOT_EMPTY,
     TABLE,
     Operation,
-    _dropout_definition,
-    _weight,
     angles,
+    dropout_definition,
 )
 from test_autograd import some_dy
 
@@ -448,7 +448,7 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
             [p for p in rest if p.ndim == 1],
             [],
         )
-        for i, weight in enumerate(torch.tensor(_weight[: sum(sizes)]).split(sizes)):
+        for i, weight in enumerate(torch.tensor(FROZEN_WEIGHT[: sum(sizes)]).split(sizes)):
             A, B = pairs[2 * i : 2 * i + 2] or (torch.zeros(1, 4), torch.zeros(sizes[i], 1))
             outputs.append(tf.linear(x, weight + (0.7 + i) * B @ A, biases[i] if biases else None))
         return torch.stack(outputs) if stacked else torch.cat(outputs, -1)
@@ -516,7 +516,7 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
         "effective_linear": effective,
         "embedding": lambda ids, w: tf.embedding(torch.tensor(ids), w),
         "dropout": lambda x, p, key, first: (
-            x * torch.tensor(_dropout_definition(Tensor(np.ones(x.shape)), p).data)
+            x * torch.tensor(dropout_definition(Tensor(np.ones(x.shape)), p).data)
         ),
         "silu": tf.silu,
         "swiglu": lambda x: tf.silu(x[0]) * x[1],
