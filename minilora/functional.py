@@ -574,7 +574,7 @@ def _attend(
 
     O = xp.empty(q.shape, q.dtype)
     inv = xp.empty((B, T, H, 1), q.dtype)
-    kept = []
+    saved_blocks = []
     qh = by_head(q)
     kh = by_head(k)
     vh = by_head(v)
@@ -589,7 +589,7 @@ def _attend(
         total = xp.ones((1, P.shape[1]), P.dtype) @ P
         inv[:, at, :, 0] = 1.0 / total.reshape(B, H, at.stop - at.start).swapaxes(1, 2)
         xp.matmul(view.swapaxes(-1, -2), vh[..., keys, :], out=Oh[..., at, :])  # (t, s) @ (s, D)
-        kept.append((at, keys, top, (P, view) if keep_scores else None))
+        saved_blocks.append((at, keys, top, (P, view) if keep_scores else None))
     O *= inv  # T x D numbers: dividing the scores would be T x S
 
     def back(dO: Array, dq: Array, dk: Array, dv: Array) -> None:
@@ -612,10 +612,10 @@ def _attend(
                 total[...] = (a @ b).sum(axis=2, keepdims=True)
 
         # If the last block, which comes first, sees every key, it overwrites dk and dv.
-        if kept[-1][1].start > 0:
+        if saved_blocks[-1][1].start > 0:
             dk[...] = 0
             dv[...] = 0
-        for at, keys, top, exps in reversed(kept):
+        for at, keys, top, exps in reversed(saved_blocks):
             if exps is None:
                 _, P, view = masked_scores(at)
                 P[...] = xp.exp(P - top)

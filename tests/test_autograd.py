@@ -185,7 +185,7 @@ def test_backward_refuses_a_changed_value_only_if_it_reads_it(op, view):
                 equal(x.grad, g)
 
 
-# ---- a device of its own -------------------------------------------------------------------------
+# ---- another device ------------------------------------------------------------------------------
 
 
 class OtherArray(np.ndarray):
@@ -222,14 +222,14 @@ def test_operation_on_two_devices_names_both_and_the_cure(op, other):
 def test_tensor_to_moves_a_leaf(other):
     x = leaf(2, 3)
     assert x.to("cpu") is x
-    there = x.to(other)
-    assert there.backend is other
-    assert there.requires_grad
-    assert "device='other:0'" in repr(there)
+    moved = x.to(other)
+    assert moved.backend is other
+    assert moved.requires_grad
+    assert "device='other:0'" in repr(moved)
     with pytest.raises(DeviceError):
-        x + there
+        x + moved
     with pytest.raises(DeviceError):
-        there + x.data  # an array of the host is not moved in secret
+        moved + x.data  # an array of the host is not moved in secret
 
 
 # ---- broadcasting, indexing, products: any shape -------------------------------------------------
@@ -334,8 +334,8 @@ def test_sum_of_any_axes_spreads_its_gradient(shape, data):
     expected = x.data.sum(axis=axis, keepdims=keepdims)
     equal(y.data, expected)
     dy = some_dy(y)
-    kept = dy.reshape(x.data.sum(axis=axis, keepdims=True).shape)
-    equal(gradients(y, [x], dy)[0], np.broadcast_to(kept, shape))
+    broadcastable = dy.reshape(x.data.sum(axis=axis, keepdims=True).shape)
+    equal(gradients(y, [x], dy)[0], np.broadcast_to(broadcastable, shape))
 
 
 @pytest.mark.parametrize("name", ["sum", "mean", "max", "min"])
@@ -593,8 +593,8 @@ def test_backward_takes_retain_graph_by_keyword_only():
 
 def test_record_needs_a_gradient_or_none_for_every_input():
     x = leaf(3)
-    for found in ((), (x.data,), (x.data, x.data, x.data)):
-        y = ag.record(x.data * 2, (x, x), lambda dy, found=found: found)
+    for count in (0, 1, 3):
+        y = ag.record(x.data * 2, (x, x), lambda dy, count=count: (x.data,) * count)
         with pytest.raises(ValueError, match=r"zip\(\) argument"):
             y.backward(np.ones(3))
 
@@ -841,7 +841,7 @@ def test_gradients_in_threads_have_the_same_bits():
         assert p.grad is None
 
 
-# ---- depth and leaks: in processes of their own --------------------------------------------------
+# ---- depth and leaks, in separate processes ------------------------------------------------------
 
 
 def run(code: str) -> str:
@@ -922,8 +922,8 @@ gc.disable()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 steps(1000)
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-found = gc.collect()
-assert found == 0, f"{found} objects in cycles"
+count = gc.collect()
+assert count == 0, f"{count} objects in cycles"
 assert grown * (1 if sys.platform == "darwin" else 1024) < 2**20, grown
 """
 

@@ -385,9 +385,8 @@ def test_attention_keeps_scores_for_backward_only_up_to_kept_scores():
         with setting(KEPT_SCORES=most):
             y = F.attention(qkv, 4, 2, *tables)
         back = inspect.getclosurevars(y.node.vjp).nonlocals["back"]
-        kept = inspect.getclosurevars(back).nonlocals["kept"]
-        are_kept = [scores is not None for *_, scores in kept]
-        assert are_kept == [most == count]
+        blocks = inspect.getclosurevars(back).nonlocals["saved_blocks"]
+        assert [scores is not None for *_, scores in blocks] == [most == count]
 
 
 # ---- rotary position embedding -------------------------------------------------------------------
