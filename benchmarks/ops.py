@@ -28,7 +28,7 @@ import threadpoolctl
 
 from minilora import autograd, functional
 from minilora.autograd import Tensor, gradients
-from minilora.effective import EffectiveWeight
+from minilora.effective import EffectiveWeight, Pull
 
 RESULT = Path(__file__).parent / "results" / "ops.json"
 TARGET = 5.0  # microseconds
@@ -234,7 +234,9 @@ def effective_linear(n: int, r: int = 2) -> Case:
     """The same layer over a base, with its weight formed beforehand."""
     a, B = rotation(n)[:r], Tensor(0.01 * rotation(n, seed=1)[:, :r], requires_grad=True)
     W = rotation(n, seed=2) + 0.5 * B.data @ a
-    formed = EffectiveWeight(W, [(n, None, [((B,), lambda X, dY: (dY.T @ (X @ a.T * 0.5),))])])
+    formed = EffectiveWeight(
+        W, [(n, None, [((B,), Pull(lambda X, dY: (dY.T @ (X @ a.T * 0.5),)))])]
+    )
 
     def forward(x: Array) -> tuple[Array, Array]:
         return x @ W.T, x

@@ -1,42 +1,43 @@
-"""Operations that make a step fast, each equal to what it says in elementary operations: the tests hold it to that.
+"""One weight for a whole step: W' = W + dW formed once, and a linear map by it.
 
-A linear map whose weight was formed once for many calls, attention as one operation, and a loss without all its logits.
-Shapes as in functional.py: B batch, T time (queries), S keys, H heads, K key/value heads, G = H / K, D head size, V
-vocabulary, I in, O out, r rank, N rows.
+Layers with the same input are one product over their stacked weights. Shapes: I in, O out (of all
+layers), O_i out of layer i, r rank, N rows (all leading axes flattened).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .autograd import Tensor, namespace, record
+from .autograd import Grads, Tensor, namespace, record
 from .backend import Array
-from .functional import Grads, rows
-
-# ---- one weight for a whole step ------------------------------------------------------------------------------------
-
-Pull = Callable[
-    [Array, Array], Grads
-]  # from X (N, I) and dY (N, O) to the gradients of some parameters
+from .functional import rows
 
 
-class OfOutput(NamedTuple):
-    """A pull that also reads the output Y = X W'^T (N, O), without the bias: y is then kept until backward."""
+class Pull(NamedTuple):
+    """How the gradients of the parameters that formed a layer's W' follow from its X and dY.
 
-    pull: Callable[[Array, Array, Array], Grads]
+    gradients     gradients(X, dY), with X (N, I) and dY (N, O_i), returns one array per parameter
+    needs_output  call gradients(X, dY, Y) with the output Y = X W'^T (N, O_i), without the bias;
+                  y is then kept until backward
+    """
+
+    gradients: Callable[..., Grads]
+    needs_output: bool = False
 
 
-Parts = list[tuple[tuple[Tensor, ...], Pull | OfOutput]]  # these parameters, and how
+# What formed a layer's W': groups of parameters, each with the pull that gives their gradients.
+Parts = list[tuple[tuple[Tensor, ...], Pull]]
 
 
 class EffectiveWeight:
-    """The weight W' (O, I) that layers with one input have in a step, formed beforehand, once for many calls.
+    """The weight W' (O, I) in a step of layers with one input, formed once for many calls.
 
-    weight   W', the layers' rows below each other
-    layers   of each: its size O_i, its bias, and the parameters that its rows were formed of, with their pulls
-    stacked  the outputs stand in a new first axis (n, ..., O / n), for layers of equal size; otherwise side by side
+    weight   W', the rows of the layers one after another
+    layers   for each layer: its size O_i, its bias, and the parts that formed its rows
+    stacked  give the outputs in a new first axis (n, ..., O / n), for layers of equal size;
+             otherwise side by side
     """
 
     def __init__(
@@ -45,72 +46,83 @@ class EffectiveWeight:
         layers: Sequence[tuple[int, Tensor | None, Parts]],
         stacked: bool = False,
     ):
-        ends = list(itertools.accumulate(size for size, _, _ in layers))
         self.weight = weight.reshape(len(layers), -1, weight.shape[1]) if stacked else weight
         self.stacked = stacked
+        ends = itertools.accumulate(size for size, _, _ in layers)
         self.rows = [slice(end - size, end) for end, (size, _, _) in zip(ends, layers, strict=True)]
-        self.biases = [(i, bias) for i, (_, bias, _) in enumerate(layers) if bias is not None]
-        self.pulls = [(i, pull) for i, (_, _, parts) in enumerate(layers) for _, pull in parts]
-        params = (p for _, _, parts in layers for formed_of, _ in parts for p in formed_of)
+        self.biases: list[tuple[int, Tensor]] = []
+        self.pulls: list[tuple[int, Pull]] = []
+        params: list[Tensor] = []
+        for i, (_, bias, parts) in enumerate(layers):
+            if bias is not None:
+                self.biases.append((i, bias))
+            for formed_from, pull in parts:
+                self.pulls.append((i, pull))
+                params += formed_from
+        self.needs_output = any(pull.needs_output for _, pull in self.pulls)
         self.inputs = (*(bias for _, bias in self.biases), *params)
 
 
 def effective_linear(x: Tensor, effective: EffectiveWeight) -> Tensor:
     """y = x W'^T + b    x (..., I), W' (O, I) -> (..., O), or (n, ..., O / n) if it is stacked
 
-    For LoRA W' is W + s B A. By the merge identity this equals `linear` followed by `lora_linear`, with one product a
-    direction in place of three; the pulls bring A and B their gradients by way of (N, r), never of dL/dW'.
+    For LoRA W' is W + s B A. By the merge identity this equals `linear` followed by `lora_linear`,
+    with one product in each direction instead of three; the pulls compute the gradients of A and B
+    through (N, r) and never form dL/dW'.
     """
-    xp, W, pulls = namespace(x, *effective.inputs), effective.weight, effective.pulls
-    stacked, at, X, shape = effective.stacked, effective.rows, rows(x.data), x.shape
+    xp = namespace(x, *effective.inputs)
+    W = effective.weight
+    pulls = effective.pulls
+    stacked = effective.stacked
+    slices = effective.rows
+    X = rows(x.data)
+    shape = x.shape
     y = xp.matmul(X, W.swapaxes(-1, -2))  # (N, I) @ (I, O) -> (N, O)
 
-    def layer(z: Array, i: int) -> Array:  # its (N, O_i), a view
-        return z[i] if stacked else z[:, at[i]]
+    def layer(z: Array, i: int) -> Array:
+        return z[i] if stacked else z[:, slices[i]]  # a view (N, O_i)
 
-    y_kept = y if any(isinstance(pull, OfOutput) for _, pull in pulls) else None
-    if y_kept is not None and effective.biases:
+    y_kept = y if effective.needs_output else None
+    if effective.needs_output and effective.biases:
         y = y.copy()  # Y + b - b would not be Y
     for i, bias in effective.biases:
         layer(y, i)[...] += bias.data
-    need_dx, need_db = (
-        x.requires_grad,
-        [i if bias.requires_grad else None for i, bias in effective.biases],
-    )
-    X_kept, flat = X if pulls else None, y.shape
+    need_dx = x.requires_grad
+    need_db = [i if bias.requires_grad else None for i, bias in effective.biases]
+    X_kept = X if pulls else None
+    flat = y.shape
 
     def vjp(dy: Array) -> Grads:
-        dY, dX = dy.reshape(flat), None
+        dY = dy.reshape(flat)
+        grads: list[Any] = [None]
         if need_dx and stacked:
             dX = dY[0] @ W[0]
             for i in range(1, len(W)):
                 dX += dY[i] @ W[i]
+            grads = [dX.reshape(shape)]
         elif need_dx:
-            dX = dY @ W  # (N, O) @ (O, I) -> (N, I)
-        found = [None if dX is None else dX.reshape(shape)]
-        found += [None if i is None else layer(dY, i).sum(axis=0) for i in need_db]
+            grads = [(dY @ W).reshape(shape)]  # (N, O) @ (O, I) -> (N, I)
+        for bias_of in need_db:
+            grads.append(None if bias_of is None else layer(dY, bias_of).sum(axis=0))
         for i, pull in pulls:
-            if isinstance(pull, OfOutput):
-                found += pull.pull(X_kept, layer(dY, i), layer(y_kept, i))
+            if pull.needs_output:
+                grads += pull.gradients(X_kept, layer(dY, i), layer(y_kept, i))
             else:
-                found += pull(X_kept, layer(dY, i))
-        return tuple(found)
+                grads += pull.gradients(X_kept, layer(dY, i))
+        return tuple(grads)
 
     return record(y.reshape(*flat[:-2], *shape[:-1], flat[-1]), (x, *effective.inputs), vjp)
 
 
 def costs(tokens: int, inputs: int, outputs: int, r: int, normed: bool = False) -> tuple[int, int]:
-    """Operations that LoRA adds to a step over `tokens` positions: (W + dW formed once, the low-rank path at each one).
+    """Operations that LoRA adds to a step over `tokens` positions: (with W + dW formed, without).
 
-    Counted from shapes alone, so that a resumed run chooses alike: 2 r I O operations and three passes over W, which
-    weigh as much as 12 each element; against 4 r (I + O) a position, forward and for dx, and twice that because skinny
-    products run at half the speed of square ones. `normed`: that path has to form W + dW as well, to know its norms.
+    Counted from shapes alone, so that a resumed run makes the same choice. Forming W + dW takes
+    2 r I O operations and three passes over W, which weigh as much as 12 per element. The low-rank
+    path takes 4 r (I + O) per position, forward and for dx, counted twice because skinny products
+    run at half the speed of square ones. `normed`: that path has to form W + dW as well, to know
+    its norms.
     """
-    formed, apart = inputs * outputs * (2 * r + 12), tokens * 2 * 4 * r * (inputs + outputs)
-    return formed, apart + formed * normed
-
-
-# ---- the head and its loss ------------------------------------------------------------------------------------------
-
-
-# ---- attention ------------------------------------------------------------------------------------------------------
+    formed = inputs * outputs * (2 * r + 12)
+    low_rank = tokens * 2 * 4 * r * (inputs + outputs)
+    return formed, low_rank + formed * normed

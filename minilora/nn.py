@@ -19,7 +19,7 @@ import numpy as np
 from . import functional as F
 from .autograd import Tensor, concat, grad_enabled, gradients, no_grad, record, stack
 from .backend import Array, Backend, get_backend, mix_key
-from .effective import EffectiveWeight, Parts, effective_linear
+from .effective import EffectiveWeight, Parts, Pull, effective_linear
 
 _thread = threading.local()
 _recomputed = itertools.count(1)
@@ -207,7 +207,7 @@ class Linear(LinearBase):
 
     def effective(self, out: Array, tokens: int | None) -> Parts | None:
         out[...] = self.weight.data
-        return [((self.weight,), lambda X, dY: (dY.T @ X,))] if self.trainable else []
+        return [((self.weight,), Pull(lambda X, dY: (dY.T @ X,)))] if self.trainable else []
 
     def rebuilt(self, weight: Array) -> Linear:
         return frozen_linear(weight, self)

@@ -215,7 +215,7 @@ class AdaLoraAdapter(LoraAdapter):
             dE = (product * a).sum(axis=1, keepdims=True)
             return product * e, dE, dY.T @ ((X @ scaled_t) * s)  # dA (r, I), dE (r, 1), dB (O, r)
 
-        return (self.lora_A, self.lora_E, self.lora_B), pull
+        return (self.lora_A, self.lora_E, self.lora_B), Pull(pull)
 
     def keep(self, kept: np.ndarray) -> None:
         """Cut out every triplet i with kept[i] False: new, smaller parameters. dW changes by theirs alone."""

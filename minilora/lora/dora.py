@@ -26,7 +26,7 @@ import numpy as np
 from .. import functional as F
 from ..autograd import Tensor, namespace, record
 from ..backend import Array
-from ..effective import OfOutput, Pull
+from ..effective import Pull
 from ..errors import ConfigError
 from ..nn import LinearBase, Parameter
 from .config import LoraConfig
@@ -106,7 +106,7 @@ class DoraAdapter(LoraAdapter):
         """LoRA's factors with the magnitude, in float64 on the host."""
         return super().part()._replace(m=float64(self.lora_magnitude_vector))
 
-    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], Pull | OfOutput]:
+    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], Pull]:
         """W (O, I) becomes k V in place; returns the parameters, and how their gradients are found.
 
         V x is the output without its bias, over k: it need not be computed again for dm.
@@ -128,7 +128,8 @@ class DoraAdapter(LoraAdapter):
             dB = (dY.T @ (X @ a_t)) * ks  # (O, N) @ (N, r) -> (O, r)
             return dA, dB, xp.einsum("no,no->o", dY, Y) * per_m
 
-        return (self.lora_A, self.lora_B, self.lora_magnitude_vector), OfOutput(pull)
+        params = (self.lora_A, self.lora_B, self.lora_magnitude_vector)
+        return params, Pull(pull, needs_output=True)
 
 
 def row_scales(m: Tensor, norms: Array) -> Tensor:

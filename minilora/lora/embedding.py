@@ -151,4 +151,6 @@ class HeadAdapter(LoraAdapter):
         """LoRA's, the gradients turned to be those of the embedding's own tensors."""
         _, pull = super().effective(W)
         own = (self._source.lora_embedding_B, self._source.lora_embedding_A)
-        return own, lambda X, dY: tuple(None if g is None else g.T for g in pull(X, dY))  # type: ignore[operator]
+        return own, Pull(
+            lambda X, dY: tuple(None if g is None else g.T for g in pull.gradients(X, dY))
+        )

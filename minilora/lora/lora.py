@@ -18,7 +18,7 @@ import numpy as np
 from .. import functional as F
 from ..autograd import Tensor
 from ..backend import Array
-from ..effective import OfOutput, Pull
+from ..effective import Pull
 from ..nn import Dropout, LinearBase, Module, Parameter, normal, uniform
 from .config import LoraConfig
 from .factors import Part, float64
@@ -87,7 +87,7 @@ class LoraAdapter(Module):
         """dW as float64 factors on the host."""
         return Part(float64(self.lora_A), float64(self.lora_B), self.scaling)
 
-    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], Pull | OfOutput]:
+    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], Pull]:
         """Add dW to W (O, I) in place; returns the parameters, and how their gradients are found.
 
         With G = dL/dW' = dY^T X they are dA = s B^T G and dB = s G A^T, by way of (N, r) and never of G.
@@ -102,4 +102,4 @@ class LoraAdapter(Module):
             dU = (dY @ b) * s  # (N, O) @ (O, r) -> (N, r)
             return dU.T @ X, dY.T @ ((X @ a_t) * s)  # dA (r, I), dB (O, r)
 
-        return (self.lora_A, self.lora_B), pull
+        return (self.lora_A, self.lora_B), Pull(pull)
