@@ -413,7 +413,7 @@ def test_parameters_that_were_broken_before_are_named(value: float) -> None:
         put(model, name, at, value)
         said = explain_non_finite(model, batch())
         assert said.startswith(
-            f"before the step, values that are not finite stood in {name} ({count})"
+            f"before the step, values that are not finite were in {name} ({count})"
         )
         assert ("; first" in said) == (
             name == base
@@ -453,7 +453,7 @@ def test_a_sum_that_overflows_and_a_step_that_is_sound() -> None:
     said = explain_non_finite(model, Batch(batch().ids, np.full((4, 6), -100)), shard=1, loss=steep)
     assert (
         said
-        == "every operation gave finite numbers for finite ones, and only their sum is not finite"
+        == "every operation gave finite values for finite inputs, and only their sum is not finite"
     )
 
 

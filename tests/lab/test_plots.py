@@ -230,6 +230,6 @@ def test_no_figure_stays_open(tmp_path):
 
 
 def test_the_running_mean():
-    assert plots._smooth([1.0, 2.0, 6.0, 0.0], 2).tolist() == [1.0, 1.5, 4.0, 3.0]
-    assert plots._smooth([3.0, 1.0], 100).tolist() == [3.0, 2.0]
-    assert plots._smooth([], 5).tolist() == []
+    assert plots._running_mean([1.0, 2.0, 6.0, 0.0], 2).tolist() == [1.0, 1.5, 4.0, 3.0]
+    assert plots._running_mean([3.0, 1.0], 100).tolist() == [3.0, 2.0]
+    assert plots._running_mean([], 5).tolist() == []

@@ -465,10 +465,9 @@ def test_abort_on_divergence_is_an_option():
     ]
     code, _, err = run([*argv, "--abort-on-divergence", "--out=run"])
     assert code == 5
-    assert "the loss, " in err
+    assert "the loss diverged but is still finite: the loss (" in err
     assert (
-        "the latest checkpoint is 'run/checkpoints/step-" in err
-        or "the latest checkpoint is None" in err
+        "the latest checkpoint is 'run/checkpoints/step-" in err or "no checkpoint was saved" in err
     )
     code, _, err = run([*argv, "--out=on"])
     assert code == 0
