@@ -11,10 +11,9 @@ from __future__ import annotations
 import hashlib
 import lzma
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from ..lora import AdaLoraConfig, LoraConfig, LoraLinear, PeftModel, get_peft_mo
 from ..models.config import TransformerConfig
 from ..models.generation import generate
 from ..models.transformer import CausalLM
-from ..nn import LinearBase, Parameter
+from ..nn import LinearBase
 from ..quant.linear import quantize
 from ..training.loop import Result, Settings, bits_per_byte, evaluate, rank_history, train
 from ..training.methods import (
@@ -95,9 +94,7 @@ class Plan:
             )
         defaults = {"full": {}, "adalora": ADALORA}.get(method, ADAPTER)
         config = adapter_config(method, quantize, defaults | dict(fields or {}), self.adapt.steps)
-        adapt = self.adapt
-        if method == "adalora":
-            adapt = replace(adapt, lr=ADALORA_LR)
+        adapt = replace(self.adapt, lr=ADALORA_LR) if method == "adalora" else self.adapt
         return replace(self, adapter=config, adapt=adapt, quantize=quantize)
 
     def quick(self) -> Plan:
@@ -143,8 +140,8 @@ def demo(
 
     def measure(some_model: Any) -> dict[str, float]:
         bits = {}
+        context = plan.pretrain.context
         for name, ids in held_out.items():
-            context = plan.pretrain.context
             loss = evaluate(some_model, ids, context, limit=plan.windows, threads=threads)
             bits[name] = bits_per_byte(loss)
         return bits
@@ -155,8 +152,8 @@ def demo(
         return tokenizer.decode(ids[0])
 
     model = CausalLM(plan.model, seed=seed, device=device)
-    size = _count(model.parameters())
-    say(f"1. Pretrain {size:,} parameters on {len(training['prose']):,} bytes of prose")
+    count = sum(p.size for p in model.parameters())
+    say(f"1. Pretrain {count:,} parameters on {len(training['prose']):,} bytes of prose")
     base_folder = out / "base"
     with _timed(seconds, "pretrain"):
         pretrained = fit(model, "prose", plan.pretrain, base_folder, "pretrain")
@@ -175,53 +172,50 @@ def demo(
     adapted: Any = model
     folder = out / "adapted"
     weights = folder / "model.safetensors"
-    if plan.adapter is None:
-        originals = _linear_weights(model)
-    else:
+    if plan.adapter:
         adapted = get_peft_model(model, plan.adapter, seed=seed)
         folder = out / "adapter"
         weights = folder / "adapter_model.safetensors"
-    trainable = _count(p for p in adapted.parameters() if p.requires_grad)
-    total = _count(adapted.parameters())
+    else:
+        originals = _linear_weights(model)
+    trainable = sum(p.size for p in adapted.parameters() if p.requires_grad)
+    total = sum(p.size for p in adapted.parameters())
     what = "Train all of them"
-    if plan.adapter is not None:
+    if plan.adapter:
         ranks = _describe_ranks(plan.adapter)
         what = f"Freeze them, and train {trainable:,} of {NAMES[plan.method]} ({ranks})"
     say(f"2. {what} on {len(training['code']):,} bytes of code")
     with _timed(seconds, "adapt"):
         fine_tuned = fit(adapted, "code", plan.adapt, folder, "adapt")
-        if plan.adapter is None:
+        if not plan.adapter:
             tokenizer.save(folder)
     with _timed(seconds, "evaluate adapter"):
         figures[plan.method] = measure(adapted)
         samples[plan.method] = write_sample(adapted)
-        figures["lzma"] = {}
-        for name, (_, text) in texts.items():
-            figures["lzma"][name] = 8 * len(lzma.compress(text)) / len(text)
+        figures["lzma"] = {
+            name: 8 * len(lzma.compress(text)) / len(text) for name, (_, text) in texts.items()
+        }
 
-    checks = {}
-    if plan.adapter is not None:
-        checks = _check(adapted, held_out["code"][None, : plan.pretrain.context], before)
-    summary["bits_per_byte"] = figures
-    summary["trainable"] = trainable
-    summary["total"] = total
-    summary["adapter_bytes"] = weights.stat().st_size
-    summary["base_bytes"] = (base_folder / "model.safetensors").stat().st_size
-    summary["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
-    summary["checks"] = checks
-    summary["samples"] = samples
-    summary["seed"] = seed
+    ids = held_out["code"][None, : plan.pretrain.context]
+    summary |= {
+        "bits_per_byte": figures,
+        "trainable": trainable,
+        "total": total,
+        "adapter_bytes": weights.stat().st_size,
+        "base_bytes": (base_folder / "model.safetensors").stat().st_size,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "checks": _check(adapted, ids, before) if plan.adapter else {},
+        "samples": samples,
+        "seed": seed,
+    }
     _report(summary, say)  # first, because what follows needs free space on the disk
     if pictures:
-        spectra = partial(_spectra, adapted, originals)
-        summary["pictures"] = _draw(out, plan, spectra, pretrained, fine_tuned, say)
+        summary["pictures"] = _draw(
+            out, plan, lambda: _spectra(adapted, originals), pretrained, fine_tuned, say
+        )
     write_json(out / "summary.json", summary)
     _list_files(out, say)
     return summary
-
-
-def _count(parameters: Iterable[Parameter]) -> int:
-    return sum(p.size for p in parameters)
 
 
 def _describe_ranks(config: LoraConfig) -> str:
@@ -277,8 +271,8 @@ def _spectra(
     spectra = {}
     if not isinstance(model, PeftModel):
         for path, W in _linear_weights(model).items():
-            original = originals[path]
-            spectra[path] = _singular_values(original), _singular_values(W - original)
+            before = originals[path]
+            spectra[path] = _singular_values(before), _singular_values(W - before)
         return spectra
     adapter = model.active_adapter
     config = model.peft_config[adapter]
@@ -310,9 +304,9 @@ def _draw(
         say("(no pictures: pip install -e .[plot])")
         return []
     title = "Code, all parameters"
-    if plan.adapter is not None:
-        base = "base frozen" if plan.quantize == "none" else f"base frozen in {plan.quantize}"
-        title = f"{NAMES[plan.method]} on code, {base}"
+    if plan.adapter:
+        form = "" if plan.quantize == "none" else f" in {plan.quantize}"
+        title = f"{NAMES[plan.method]} on code, base frozen{form}"
     stages = {"Pretraining on prose, all parameters": _in_bits(pretrained)}
     stages[title] = _in_bits(fine_tuned)
     plots.loss_curves(out / "loss.png", stages)
@@ -325,9 +319,8 @@ def _draw(
 
 def _in_bits(run: Result) -> tuple[list[float], list[tuple[int, float]]]:
     """A run's losses and its evaluations, (step, loss), in bits per byte."""
-    losses = [bits_per_byte(loss) for loss in run.losses]
     evaluations = [(step, bits_per_byte(loss)) for step, loss in run.evaluations]
-    return losses, evaluations
+    return [bits_per_byte(loss) for loss in run.losses], evaluations
 
 
 def _report(summary: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -345,10 +338,9 @@ def _report(summary: dict[str, Any], say: Callable[[str], None]) -> None:
         say(f"  {labels[key]:24}{row['prose']:8.3f}{row['code']:8.3f}")
     trainable = summary["trainable"]
     total = summary["total"]
-    percent = f"{100 * trainable / total:.2f} %"
-    say(f"\n  trainable parameters    {trainable:,} of {total:,} ({percent})")
-    adapter_bytes = f"{summary['adapter_bytes']:,} bytes"
-    say(f"  {what:22}  {adapter_bytes}, the base {summary['base_bytes']:,}")
+    say(f"\n  trainable parameters    {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
+    size = summary["adapter_bytes"]
+    say(f"  {what:22}  {size:,} bytes, the base {summary['base_bytes']:,}")
     checks = summary["checks"]
     if checks:
         error = checks["merge_identity_error"]

@@ -86,7 +86,11 @@ def loss_curves(
         mean = _running_mean(losses, max(1, len(losses) // 40))
         axis.plot(mean, color=COOL, linewidth=1.6, label="training")
         if held_out:
-            _draw_held_out(axis, held_out)
+            steps, values = zip(*held_out, strict=True)
+            label = "held out (its first 20 kB)"
+            axis.plot(steps, values, "-o", color=WARM, markersize=3.5, linewidth=1.2, label=label)
+            end = held_out[-1]
+            axis.annotate(f"{end[1]:.2f}", end, (3, 5), textcoords="offset points", color=WARM)
         axis.set_title(title, loc="left")
         axis.set_xlabel("step")
         axis.grid(axis="y", color="#eeeeee")
@@ -96,14 +100,6 @@ def loss_curves(
     first.legend(loc="upper right")
     figure.tight_layout()
     _save(plt, figure, path)
-
-
-def _draw_held_out(axis: Any, held_out: Sequence[tuple[int, float]]) -> None:
-    steps, values = zip(*held_out, strict=True)
-    label = "held out (its first 20 kB)"
-    axis.plot(steps, values, "-o", color=WARM, markersize=3.5, linewidth=1.2, label=label)
-    last = steps[-1], values[-1]
-    axis.annotate(f"{values[-1]:.2f}", last, (3, 5), textcoords="offset points", color=WARM)
 
 
 def delta_spectrum(
@@ -172,7 +168,7 @@ def heat_table(
     values   (rows, columns)
     """
     plt = _pyplot()
-    size = 1.0 * len(columns) + 2.0, 0.42 * len(rows) + 1.1
+    size = len(columns) + 2.0, 0.42 * len(rows) + 1.1
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     axis.imshow(values, cmap="Blues", aspect="auto")
     middle = (values.max() + values.min()) / 2
@@ -270,17 +266,14 @@ def spectra(path: Path, layers: Mapping[str, Sequence[float] | None]) -> None:
             kind = name.rpartition(".")[2]
             kinds.setdefault(kind, []).append(positive)
     figure, axis = plt.subplots(figsize=(6.5, 4))
-    colours = plt.get_cmap("viridis")
     for i, (kind, lines) in enumerate(sorted(kinds.items())):
-        colour = colours(i / len(kinds))
+        colour = plt.get_cmap("viridis")(i / len(kinds))
         label = kind.replace("$", r"\$")
         for line in lines:
             index = range(1, len(line) + 1)
             axis.plot(index, line, ".-", color=colour, lw=0.9, ms=3, label=label)
             label = ""  # the legend names each kind once
-    axis.set_yscale("log")
-    axis.set_xlabel("i")
-    axis.set_ylabel("singular value i of dW")
+    axis.set(yscale="log", xlabel="i", ylabel="singular value i of dW")
     axis.set_title("How many directions each update uses")
     # The values have whole numbers as indices.
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)

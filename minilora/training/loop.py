@@ -76,26 +76,16 @@ def _is_bool(value: Any) -> bool:
     return type(value) is bool
 
 
-_COUNT = "an integer of at least 1"
-_NATURAL = "an integer of at least 0"
-_RULES = (
-    Rule("steps", _is_count, _COUNT),
-    Rule("batch_size", _is_count, _COUNT),
-    Rule("context", _is_count, _COUNT),
-    Rule("warmup", _is_natural, _NATURAL),
-    Rule("accumulate", _is_count, _COUNT),
-    Rule("seed", _is_natural, _NATURAL),
-    Rule("shard", _is_count_or_none, _COUNT),
-    Rule("threads", _is_count_or_none, _COUNT),
-    Rule("eval_every", _is_count_or_none, _COUNT),
-    Rule("save_every", _is_count_or_none, _COUNT),
-    Rule("lr", _is_positive, "a number above 0"),
-    Rule("max_grad_norm", _is_positive, "a number above 0"),
-    Rule("floor", _is_nonnegative, "a number of at least 0"),
-    Rule("weight_decay", _is_nonnegative, "a number of at least 0"),
-    Rule("abort_on_divergence", _is_bool, "True or False"),
-    Rule("gradient_checkpointing", _is_bool, "True or False"),
+_OPTIONAL = ("shard", "threads", "eval_every", "save_every")
+_CHECKS = (
+    (("steps", "batch_size", "context", "accumulate"), _is_count, "an integer of at least 1"),
+    (_OPTIONAL, _is_count_or_none, "an integer of at least 1"),
+    (("warmup", "seed"), _is_natural, "an integer of at least 0"),
+    (("lr", "max_grad_norm"), _is_positive, "a number above 0"),
+    (("floor", "weight_decay"), _is_nonnegative, "a number of at least 0"),
+    (("abort_on_divergence", "gradient_checkpointing"), _is_bool, "True or False"),
 )
+_RULES = [Rule(name, is_valid, wanted) for names, is_valid, wanted in _CHECKS for name in names]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +126,9 @@ class Settings:
     def __post_init__(self) -> None:
         check_fields(vars(self), _RULES)
         if self.sequences > MAX_SEQUENCES:
-            got = f"{self.batch_size} x {self.accumulate}"
             raise ConfigError(
-                f"batch_size x accumulate must be at most {MAX_SEQUENCES} sequences, got {got}"
+                f"batch_size x accumulate must be at most {MAX_SEQUENCES} sequences, "
+                f"got {self.batch_size} x {self.accumulate}"
             )
 
     @property
@@ -230,8 +220,8 @@ class Run:
             "loss": loss,
             "lr": settings.lr * scale,
             "grad_norm": norm,
+            "tokens": batch.tokens,
         }
-        line["tokens"] = batch.tokens
         if rest:
             line["penalty"] = rest[0]
         if not math.isfinite(loss + norm):
@@ -244,8 +234,9 @@ class Run:
         if self.allocator is not None:
             before = self.allocator.ranks if number else None
             self.allocator.step([grads[i] for i in self.allocated])
-            if self.allocator.ranks != before:
-                line["ranks"] = self.allocator.ranks
+            ranks = self.allocator.ranks
+            if ranks != before:
+                line["ranks"] = ranks
         line["seconds"] = round(time.perf_counter() - begun, 6)
         self.losses.append(loss)
         self.done += 1
@@ -298,16 +289,15 @@ class Run:
         folder, manifest = find_checkpoint(resume, self.out)
         done = manifest["step"]
         state = manifest["state"]
-        shown = repr(str(folder))
         try:
             identity = dict(state["run"])
-            optimizer_numbers = dict(state["optimizer"])
+            numbers = dict(state["optimizer"])
             allocator_numbers = dict(state["allocator"]) if self.allocator else {}
             losses = [float(loss) for loss in state["losses"]]
             evaluations = [(int(step), float(loss)) for step, loss in state["evaluations"]]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{shown} is damaged: its state cannot be read ({error!r:.99})"
+                f"{str(folder)!r} is damaged: its state cannot be read ({error!r:.99})"
             ) from None
         differences = []
         for key, now in self.identity.items():
@@ -315,27 +305,28 @@ class Run:
             if before != now:
                 differences.append(f"{key} ({before!r:.40} in the checkpoint, {now!r:.40} now)")
         if differences:
-            raise CheckpointError(f"{shown} belongs to another run: {', '.join(differences)}")
+            raise CheckpointError(
+                f"{str(folder)!r} belongs to another run: {', '.join(differences)}"
+            )
         version = state.get("numpy")
         if version != np.__version__:
             warnings.warn(
-                f"{shown} was written with NumPy {version!r:.40}, this is {np.__version__}: "
-                "the last bits may differ from those of an uninterrupted run",
+                f"{str(folder)!r} was written with NumPy {version!r:.40}, this is "
+                f"{np.__version__}: the last bits may differ from an uninterrupted run's",
                 stacklevel=3,
             )
         if len(losses) != done:
             raise CheckpointError(
-                f"{shown} is damaged: it has {len(losses)} losses after {done} steps"
+                f"{str(folder)!r} is damaged: it has {len(losses)} losses after {done} steps"
             )
         stored = []
-        for file, parameters in _parameters_by_file(self.model).items():
-            arrays = load_file(folder / file)
-            if set(arrays) != set(parameters):
-                raise CheckpointError(f"{shown} has other parameters than the model")
+        for name, parameters in _parameters_by_file(self.model).items():
+            arrays = load_file(folder / name)
+            if arrays.keys() != parameters.keys():
+                raise CheckpointError(f"{str(folder)!r} has other parameters than the model")
             stored.append((arrays, parameters))
         ranks = load_file(folder / "allocator.safetensors") if self.allocator else {}
-        moments = load_file(folder / "optimizer.safetensors")
-        self.optimizer.load_state_dict(moments, optimizer_numbers)
+        self.optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"), numbers)
         if self.allocator:
             self.allocator.load_state_dict(ranks, allocator_numbers)
         for arrays, parameters in stored:
@@ -404,7 +395,14 @@ def train(
         stack.enter_context(bar)
 
         def measure(text: Text) -> None:
-            losses = _evaluate_tasks(model, text, settings.context, sharded, stopped)
+            losses = {}
+            for task, ids in _by_task(text).items():
+                with contextlib.ExitStack() as adapters:
+                    if task and isinstance(model, MultiTask):
+                        adapters.enter_context(model.task(task))
+                    losses[task] = evaluate(
+                        model, ids, settings.context, sharded=sharded, stopped=stopped
+                    )
             if stopped:
                 return  # the losses may cover a part of the text: a resumed run measures again
             loss = math.fsum(losses.values()) / len(losses)
@@ -414,9 +412,11 @@ def train(
             if "" not in losses:
                 record["tasks"] = losses
             evaluation_log.write(**record)
-            if bar.disable:  # without a terminal, a line per evaluation replaces the bar
-                progress = f"{title}: step {run.done} of {steps}, held out {bits:.3f} bits per byte"
-                print(progress, flush=True)
+            if bar.disable:  # without a terminal, one line per evaluation replaces the bar
+                print(
+                    f"{title}: step {run.done} of {steps}, held out {bits:.3f} bits per byte",
+                    flush=True,
+                )
 
         def save() -> Path:
             log.sync()
@@ -433,10 +433,11 @@ def train(
             if (settings.save_every and last) or _is_due(run.done, settings.save_every):
                 save()
             if stopped:
-                number = stopped[0]
                 folder = str(save())
-                text = f"stopped after {run.done} steps, saved in {folder!r:.300}"
-                raise Interrupted(f"{signal.Signals(number).name}: {text}", number)
+                name = signal.Signals(stopped[0]).name
+                raise Interrupted(
+                    f"{name}: stopped after {run.done} steps, saved in {folder!r:.300}", stopped[0]
+                )
             if last:
                 break
             try:
@@ -454,12 +455,15 @@ def train(
                 saved = "no checkpoint was saved"
                 if run.checkpoint:
                     saved = f"the latest checkpoint is {str(run.checkpoint[1])!r:.250}"
-                text = f"the loss diverged but is still finite: {reason}; {saved}"
-                raise DivergenceError(f"step {line['step']}: {text}")
+                raise DivergenceError(
+                    f"step {line['step']}: the loss diverged but is still finite: {reason}; {saved}"
+                )
             if reason and not warned:
                 warned = True
-                text = f"step {line['step']}: {reason}; --abort-on-divergence would stop here"
-                warnings.warn(text, stacklevel=2)
+                warnings.warn(
+                    f"step {line['step']}: {reason}; --abort-on-divergence would stop here",
+                    stacklevel=2,
+                )
     if run.allocator is not None:
         run.allocator.prune()
     model.eval()
@@ -479,14 +483,18 @@ def divergence(losses: Sequence[float], vocabulary: int, warmup: int = 0) -> str
     """
     ceiling = math.log(vocabulary) + 5
     if len(losses) > warmup and losses[-1] > ceiling:
-        text = f"the loss ({losses[-1]:.4g}) is above {ceiling:.4g}"
-        return f"{text}, which is 5 more than guessing gives"
+        return (
+            f"the loss ({losses[-1]:.4g}) is above {ceiling:.4g}, "
+            "which is 5 more than guessing gives"
+        )
     before = losses[-2 * PATIENCE : -PATIENCE]
     if len(before) == PATIENCE:
         bound = 3 * statistics.median(before)
         if min(losses[-PATIENCE:]) > bound:
-            text = f"for {PATIENCE} steps the loss has been above {bound:.4g}"
-            return f"{text}, 3 times the median of the {PATIENCE} before"
+            return (
+                f"for {PATIENCE} steps the loss has been above {bound:.4g}, "
+                f"3 times the median of the {PATIENCE} before"
+            )
     return None
 
 
@@ -525,19 +533,6 @@ def evaluate(
                 "the model's weights are not finite, or too large"
             )
     return math.fsum(loss for loss, _ in totals) / sum(count for _, count in totals)
-
-
-def _evaluate_tasks(
-    model: Any, text: Text, context: int, sharded: ShardedStep, stopped: Sequence[object]
-) -> dict[str, float]:
-    """The mean loss of each task's text; of a text without tasks under the key ""."""
-    losses = {}
-    for task, ids in _by_task(text).items():
-        with contextlib.ExitStack() as stack:
-            if task and isinstance(model, MultiTask):
-                stack.enter_context(model.task(task))
-            losses[task] = evaluate(model, ids, context, sharded=sharded, stopped=stopped)
-    return losses
 
 
 def _by_task(text: Text) -> Mapping[str, Ids | PackedRecords]:
@@ -585,10 +580,7 @@ def _identity(
         if key not in Settings.FREE:
             identity[key] = value
     checksums = {task: _checksum(text) for task, text in _by_task(tokens).items()}
-    if isinstance(tokens, Mapping):
-        identity["text"] = list(checksums.items())
-    else:
-        identity["text"] = checksums[""]
+    identity["text"] = list(checksums.items()) if isinstance(tokens, Mapping) else checksums[""]
     parameters = [(name, p.shape, str(p.dtype)) for name, p in trained]
     identity["parameters"] = hashlib.sha256(repr(parameters).encode()).hexdigest()
     frozen = hashlib.sha256()

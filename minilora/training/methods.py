@@ -84,11 +84,14 @@ def adalora_defaults(fields: Mapping[str, Any], steps: int) -> dict[str, Any]:
     r = given.pop("r", 8)
     r = given.get("target_r", r)
     init_r = max(1, -(-3 * r // 2)) if type(r) is int else r
-    defaults = {"target_r": r, "init_r": init_r}
-    defaults["tinit"] = steps // 10
-    defaults["tfinal"] = steps // 4
-    defaults["deltaT"] = max(1, steps // 100)
-    defaults["orth_reg_weight"] = 0.1
+    defaults = {
+        "target_r": r,
+        "init_r": init_r,
+        "tinit": steps // 10,
+        "tfinal": steps // 4,
+        "deltaT": max(1, steps // 100),
+        "orth_reg_weight": 0.1,
+    }
     return defaults | given
 
 

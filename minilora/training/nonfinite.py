@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -33,10 +32,8 @@ def explain_non_finite(
     """
     params = [p for p in model.parameters() if p.requires_grad]
     reason = ""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(np.errstate(all="ignore"))
-        sharded = stack.enter_context(ShardedStep(model, 1, shard, loss))
-        stack.enter_context(detect_anomaly(True, model))
+    quiet = np.errstate(all="ignore")
+    with quiet, ShardedStep(model, 1, shard, loss) as sharded, detect_anomaly(True, model):
         try:
             total, grads = sharded.gradients(batch, params, seed, step)
             finite = math.isfinite(float(total))
@@ -54,8 +51,9 @@ def explain_non_finite(
         if not all_finite(p.backend.xp, p.data):
             broken.append(_describe(name, p))
     if not broken:
-        again = "taken again, the step is finite"
-        return reason or f"{again}: nothing in the batch or in the weights explains it"
+        return reason or (
+            "taken again, the step is finite: nothing in the batch or in the weights explains it"
+        )
     more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
     before = f"before the step, values that are not finite were in {', '.join(broken[:3])}{more}"
     # An operation with such values among its inputs is not the cause; nor is one that uses W + dW,

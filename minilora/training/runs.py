@@ -51,8 +51,8 @@ class Log:
                 ) from None
             with atomic_file(path) as file:
                 file.writelines(earlier)
-        mode = "a" if step else "w"
-        self._file = open(path, mode, encoding="utf-8")  # noqa: SIM115 - __exit__ closes it
+        # __exit__ closes it.
+        self._file = open(path, "a" if step else "w", encoding="utf-8")  # noqa: SIM115
 
     def __enter__(self) -> Log:
         return self
@@ -164,17 +164,13 @@ def _verified_manifest(folder: Path) -> dict[str, Any]:
         # Looked up among the files that exist, so that no name leads out of the folder.
         present = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
         for name, entry in manifest["files"].items():
-            if not _is_intact(present.get(name), entry):
+            path = present.get(name)
+            size = path.stat().st_size if path else None
+            if not path or size != entry["size"] or _sha256(path) != entry["sha256"]:
                 raise CheckpointError(f"{damaged}: {name!r:.100} is not what {MANIFEST} says")
     except (FormatError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{damaged}: {MANIFEST} cannot be read ({error})") from error
     return manifest
-
-
-def _is_intact(path: Path | None, entry: dict[str, Any]) -> bool:
-    if path is None or path.stat().st_size != entry["size"]:
-        return False
-    return bool(_sha256(path) == entry["sha256"])
 
 
 def _sha256(path: Path) -> str:
