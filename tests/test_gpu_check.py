@@ -30,7 +30,7 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     return module
 
 
-def test_a_dry_run_runs_every_part_and_writes_nothing() -> None:
+def test_gpu_check_dry_run_runs_every_part_and_writes_nothing() -> None:
     kept = SCRIPT.parent / "results" / "gpu-check.json"
     before = kept.read_bytes() if kept.exists() else None
     done = subprocess.run(
@@ -62,7 +62,7 @@ def test_a_dry_run_runs_every_part_and_writes_nothing() -> None:
     )
 
 
-def test_without_a_gpu_it_says_why_and_writes_nothing(
+def test_gpu_check_without_a_gpu_prints_why_and_writes_nothing(
     script: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -78,7 +78,7 @@ def test_without_a_gpu_it_says_why_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_part_that_fails_or_takes_too_long_is_recorded(
+def test_gpu_check_records_a_part_that_fails_or_takes_too_long(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ended, plain = [], os.killpg
@@ -95,7 +95,7 @@ def test_a_part_that_fails_or_takes_too_long_is_recorded(
     assert ended == [signal.SIGKILL]
 
 
-def test_when_the_time_is_over_the_rest_is_said_to_be_missing(
+def test_gpu_check_reports_the_parts_for_which_no_time_was_left(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert script.LIMIT < 600
@@ -103,5 +103,5 @@ def test_when_the_time_is_over_the_rest_is_said_to_be_missing(
     result = script.check(script.Bench(True, tmp_path))
     assert not result["ok"]
     assert {part["error"] for part in result["parts"].values()} == {
-        "not run: the time for everything was over"
+        "not run: the time for all parts was over"
     }

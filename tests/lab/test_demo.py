@@ -42,7 +42,7 @@ def quick(tmp_path_factory):
     return out, json.loads((out / "summary.json").read_text()), said.getvalue()
 
 
-def test_everything_that_is_promised_is_there(quick):
+def test_demo_writes_all_that_it_promises(quick):
     out, summary, said = quick
     pictures = ["loss.png", "delta_spectrum.png"] if HAS_MATPLOTLIB else []
     assert sorted(p.name for p in out.iterdir()) == sorted(
@@ -65,7 +65,7 @@ def test_everything_that_is_promised_is_there(quick):
         assert held_out == list(range(0, steps + 1, 20))
 
 
-def test_the_summary_has_its_fields(quick):
+def test_demo_summary_has_its_fields(quick):
     _, summary, _ = quick
     figures = summary["bits_per_byte"]
     assert set(figures) == {"base", "lora", "lzma"}
@@ -80,19 +80,19 @@ def test_the_summary_has_its_fields(quick):
     assert summary["samples"]["base"] != summary["samples"]["lora"]
 
 
-def test_lora_learned_code(quick):
+def test_demo_adapter_learns_code(quick):
     figures = quick[1]["bits_per_byte"]
     assert figures["lora"]["code"] < figures["base"]["code"] - 0.05
     assert figures["base"]["prose"] < 5.5  # of 8 before any training
 
 
-def test_the_checks_hold(quick):
+def test_demo_checks_hold(quick):
     checks = quick[1]["checks"]
     assert checks["base_bit_identical"] is True
     assert 0 < checks["merge_identity_error"] < 1e-5
 
 
-def test_the_folders_give_the_figures_again(quick):
+def test_demo_folders_give_the_figures_again(quick):
     """From the disk, by the public functions, on the text that was held out: the same bits."""
     out, summary, _ = quick
     plan, encode = Plan().quick(), ByteTokenizer().encode
@@ -121,7 +121,7 @@ def test_the_folders_give_the_figures_again(quick):
         assert (out / f"{folder}.safetensors").stat().st_size == summary[name]
 
 
-def test_the_report_says_what_the_summary_holds(quick):
+def test_demo_report_agrees_with_the_summary(quick):
     _, summary, said = quick
     for row in summary["bits_per_byte"].values():
         assert f"{row['prose']:8.3f}{row['code']:8.3f}" in said
@@ -153,7 +153,7 @@ def tiny(monkeypatch, tmp_path):
 OWN = ["demo", "--quick", "--pretrain-data", "book.txt", "--adapt-data", "code.txt", "--out", "out"]
 
 
-def test_texts_of_ones_own(tiny, capsys):
+def test_demo_takes_the_user_s_texts(tiny, capsys):
     assert main([*OWN, "--r", "2", "--lora-alpha", "6"]) == 0
     summary = json.loads(Path("out/summary.json").read_text())
     book, code = Path("book.txt").read_bytes(), Path("code.txt").read_bytes()
@@ -167,7 +167,7 @@ def test_texts_of_ones_own(tiny, capsys):
 
 @pytest.mark.parametrize("kind", ["none", "nf4"])
 @pytest.mark.parametrize("method", METHODS[1:])
-def test_other_methods_and_bases(method, kind, tiny, capsys):
+def test_demo_runs_other_methods_and_bases(method, kind, tiny, capsys):
     if (method, kind) == ("full", "nf4"):
         assert main([*OWN, "--method", method, "--quantize", kind]) == 2
         assert not Path("out").exists()
@@ -208,7 +208,7 @@ def test_other_methods_and_bases(method, kind, tiny, capsys):
     assert bits_per_byte(loss) == summary["bits_per_byte"][method]["code"]
 
 
-def test_r_is_the_rank_at_the_end_of_adalora(tiny, capsys):
+def test_demo_with_adalora_takes_r_as_the_final_rank(tiny, capsys):
     assert main([*OWN, "--method", "adalora", "--r", "2"]) == 0
     config = json.loads(Path("out/adapter/adapter_config.json").read_text())
     assert (config["target_r"], config["init_r"], config["lora_alpha"]) == (2, 3, 256)
@@ -216,7 +216,7 @@ def test_r_is_the_rank_at_the_end_of_adalora(tiny, capsys):
     assert sum(ranks) == 2 * len(ranks) == 14
 
 
-def test_the_spectra_are_those_of_what_was_trained():
+def test_demo_spectra_are_those_of_the_trained_weights():
     """Of W as it was, and of dW: without an adapter what training added, and of AdaLoRA as many as ranks are left."""
     shape = dataclasses.replace(
         Plan().model, hidden_size=16, intermediate_size=24, num_hidden_layers=1
@@ -236,7 +236,7 @@ def test_the_spectra_are_those_of_what_was_trained():
         assert {len(of_delta) for _, of_delta in _spectra(adapted, {}).values()} == {count}
 
 
-def test_the_seed_decides_and_the_number_of_threads_does_not(tiny, capsys):
+def test_demo_depends_on_the_seed_and_not_on_the_number_of_threads(tiny, capsys):
     def files(*options):
         assert main([*OWN, *options]) == 0
         arrays = load_file("out/adapter/adapter_model.safetensors") | load_file(
@@ -250,7 +250,7 @@ def test_the_seed_decides_and_the_number_of_threads_does_not(tiny, capsys):
     assert files("--seed", "4", "--threads", "1") != first
 
 
-def test_without_matplotlib_it_says_so_and_goes_on(tiny, capsys, monkeypatch):
+def test_demo_without_matplotlib_draws_no_pictures(tiny, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(OWN) == 0
     assert "no pictures: pip install -e .[plot]" in capsys.readouterr().out
@@ -258,7 +258,7 @@ def test_without_matplotlib_it_says_so_and_goes_on(tiny, capsys, monkeypatch):
     assert not list(Path("out").glob("*.png"))
 
 
-def test_a_python_without_the_prose_asks_for_a_text(tiny, capsys, monkeypatch):
+def test_demo_without_the_prose_asks_for_a_text(tiny, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(DataError, match="--pretrain-data"):
         prose()
@@ -270,7 +270,7 @@ def test_a_python_without_the_prose_asks_for_a_text(tiny, capsys, monkeypatch):
     assert main(OWN) == 0
 
 
-def test_a_base_that_changed_would_be_found(tiny, capsys, monkeypatch):
+def test_demo_notices_a_base_that_changed(tiny, capsys, monkeypatch):
     """The check itself can fail: spoil one weight of the base while the adapter trains."""
     import minilora.lab.demo
 

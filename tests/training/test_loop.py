@@ -130,38 +130,38 @@ BAD = {
 }
 
 
-def test_the_table_has_every_setting():
+def test_settings_table_of_bad_values_has_every_field():
     assert set(BAD) == {f.name for f in dataclasses.fields(Settings)}
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in BAD.items() for value in values]
 )
-def test_a_bad_setting_is_named(name, value):
+def test_settings_error_names_the_bad_field(name, value):
     with pytest.raises(ConfigError, match=rf"^{name} must be .*got "):
         Settings(**{name: value})
 
 
-def test_long_values_give_short_messages():
+def test_settings_error_for_a_long_value_is_short():
     for name in BAD:
         with pytest.raises(ConfigError) as caught:
             Settings(**{name: "x" * 10_000})
         assert len(str(caught.value)) <= 500
 
 
-def test_more_sequences_than_a_step_can_hold():
+def test_settings_limit_the_sequences_per_step():
     with pytest.raises(ConfigError, match="batch_size x accumulate"):
         Settings(batch_size=2**40, accumulate=2)
 
 
-def test_zero_is_allowed_where_it_means_something():
+def test_settings_allow_zero_where_it_is_meaningful():
     Settings(warmup=0, seed=0, floor=0, weight_decay=0)
 
 
 # ---- learning ----
 
 
-def test_a_fresh_model_starts_at_the_uniform_loss_and_training_lowers_it(tmp_path):
+def test_train_starts_at_the_uniform_loss_and_lowers_it(tmp_path):
     result = train(full(), TEXT, dataclasses.replace(SHORT, steps=60), tmp_path, held_out=HELD_OUT)
     assert result.losses[0] == pytest.approx(math.log(16), abs=0.1)
     assert result.losses[-1] < result.losses[0] - 0.8
@@ -170,7 +170,7 @@ def test_a_fresh_model_starts_at_the_uniform_loss_and_training_lowers_it(tmp_pat
 
 
 @pytest.mark.parametrize("adapt", [False, True], ids=["full", "lora"])
-def test_one_batch_is_learned_by_heart(adapt, tmp_path):
+def test_train_learns_one_batch_by_heart(adapt, tmp_path):
     model = CausalLM(
         dataclasses.replace(CONFIG, initializer_range=1.0)
     )  # a frozen head needs some size to be sure
@@ -184,7 +184,7 @@ def test_one_batch_is_learned_by_heart(adapt, tmp_path):
     assert min(result.losses) < 0.01
 
 
-def test_training_ends_in_eval_mode_and_measuring_keeps_the_mode(tmp_path):
+def test_train_ends_in_eval_mode_and_evaluate_keeps_the_mode(tmp_path):
     model = lora()
     for mode in (True, False):
         model.train(mode)
@@ -194,7 +194,7 @@ def test_training_ends_in_eval_mode_and_measuring_keeps_the_mode(tmp_path):
     assert {m.training for _, m in model.named_modules()} == {False}
 
 
-def test_fine_tuning_changes_the_adapter_and_not_one_bit_of_the_base(tmp_path):
+def test_train_changes_the_adapter_and_no_bit_of_the_base(tmp_path):
     model = lora()
     before = weights(model)
     train(model, TEXT, SHORT, tmp_path, held_out=HELD_OUT)
@@ -205,7 +205,7 @@ def test_fine_tuning_changes_the_adapter_and_not_one_bit_of_the_base(tmp_path):
     assert len(changed) == 14
 
 
-def test_nothing_to_train(tmp_path):
+def test_train_refuses_a_model_with_nothing_to_train(tmp_path):
     model = full()
     for p in model.parameters():
         p.requires_grad = False
@@ -238,7 +238,7 @@ def test_evaluate_is_the_mean_over_every_token_but_the_first():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_disabled_adapter_is_disabled_in_every_thread(threads):
+def test_evaluate_with_a_disabled_adapter_disables_it_in_every_thread(threads):
     base, model = full(1), lora(dropout=0.0)
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -249,7 +249,7 @@ def test_a_disabled_adapter_is_disabled_in_every_thread(threads):
     assert evaluate(model, TEXT, 8, threads=threads) != expected
 
 
-def test_evaluate_on_some_windows_only():
+def test_evaluate_with_a_limit_reads_only_so_many_windows():
     model = full(3)
     first = evaluate(model, HELD_OUT[:9], 8, threads=1)
     assert evaluate(model, HELD_OUT, 8, limit=1, threads=1) == first
@@ -263,7 +263,7 @@ def test_evaluate_on_some_windows_only():
         evaluate(model, HELD_OUT[:1], 8, threads=1)
 
 
-def test_the_logs_hold_one_line_a_step_and_one_an_evaluation(tmp_path):
+def test_train_logs_one_line_per_step_and_one_per_evaluation(tmp_path):
     settings = dataclasses.replace(SHORT, eval_every=4, accumulate=2)
     result = train(full(), TEXT, settings, tmp_path, held_out=HELD_OUT, bytes_per_token=2.0)
     log = lines(tmp_path / "log.jsonl")
@@ -284,7 +284,7 @@ def test_the_logs_hold_one_line_a_step_and_one_an_evaluation(tmp_path):
     assert all(line["bits_per_byte"] == bits_per_byte(line["loss"], 2.0) for line in held)
 
 
-def test_a_folder_used_again_without_resume_starts_new_logs(tmp_path):
+def test_train_without_resume_starts_new_logs_in_a_used_folder(tmp_path):
     for _ in range(2):
         train(full(), TEXT, dataclasses.replace(SHORT, steps=1), tmp_path, held_out=HELD_OUT)
     assert [line["step"] for line in lines(tmp_path / "log.jsonl")] == [0]
@@ -295,7 +295,7 @@ def test_a_folder_used_again_without_resume_starts_new_logs(tmp_path):
 
 
 @pytest.mark.parametrize("make", [full, lora], ids=["full", "lora"])
-def test_the_number_of_threads_changes_no_bit(make, tmp_path):
+def test_train_gives_the_same_bits_for_any_number_of_threads(make, tmp_path):
     results = []
     for threads in (1, 2, 4):
         model, out = make(), tmp_path / str(threads)
@@ -309,7 +309,7 @@ def test_the_number_of_threads_changes_no_bit(make, tmp_path):
     assert results[2] == results[0]
 
 
-def test_accumulating_is_a_larger_batch_bit_for_bit(tmp_path):
+def test_train_with_accumulation_equals_a_larger_batch_bit_for_bit(tmp_path):
     results = []
     for sizes in ({"batch_size": 4, "accumulate": 3}, {"batch_size": 12}):
         model = lora()
@@ -331,7 +331,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_resuming_from_every_checkpoint_gives_the_same_bits(name, tmp_path, monkeypatch):
+def test_train_resumed_from_every_checkpoint_gives_the_same_bits(name, tmp_path, monkeypatch):
     make, changes = RUNS[name]
     text, held_out = (
         (TEXTS, HELD_OUT_OF_TASKS) if name.endswith(("tasks", "texts")) else (TEXT, HELD_OUT)
@@ -412,12 +412,12 @@ def refused(stopped, tmp_path, model, tokens, settings, *names):
     return str(caught.value)
 
 
-def test_every_setting_either_is_free_or_makes_another_run():
+def test_settings_are_all_either_free_or_part_of_the_run():
     assert set(OTHER) | set(Settings.FREE) == {f.name for f in dataclasses.fields(Settings)}
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_a_changed_setting_is_named(name, stopped, tmp_path):
+def test_resume_error_names_a_changed_setting(name, stopped, tmp_path):
     message = refused(
         stopped, tmp_path, lora(), TEXT, dataclasses.replace(SHORT, **{name: OTHER[name]}), name
     )
@@ -425,7 +425,7 @@ def test_a_changed_setting_is_named(name, stopped, tmp_path):
     assert repr(getattr(SHORT, name)) in message
 
 
-def test_every_changed_setting_is_named_at_once(stopped, tmp_path):
+def test_resume_error_names_every_changed_setting(stopped, tmp_path):
     refused(
         stopped,
         tmp_path,
@@ -450,12 +450,12 @@ def test_every_changed_setting_is_named_at_once(stopped, tmp_path):
     ],
     ids=["shorter text", "one token", "rank", "no adapter", "alpha", "dropout", "base"],
 )
-def test_another_text_or_model_is_another_run(model, tokens, name, stopped, tmp_path):
+def test_resume_refuses_another_text_or_model(model, tokens, name, stopped, tmp_path):
     refused(stopped, tmp_path, model(), tokens, SHORT, name)
 
 
 @pytest.mark.parametrize("base", sorted(path.parent.name for path in GOLDEN.glob("*/config.json")))
-def test_a_run_on_any_type_of_model_is_the_same_run_again(base, tmp_path):
+def test_resume_works_for_every_type_of_model(base, tmp_path):
     settings = dataclasses.replace(SHORT, steps=3, save_every=1)
 
     def model(seed=1):
@@ -470,7 +470,7 @@ def test_a_run_on_any_type_of_model_is_the_same_run_again(base, tmp_path):
     assert bits(weights(resumed)) == bits(weights(expected))
 
 
-def test_free_settings_may_change(stopped, tmp_path):
+def test_resume_allows_free_settings_to_change(stopped, tmp_path):
     straight, out = tmp_path / "straight", tmp_path / "out"
     straight.mkdir()
     model = lora()
@@ -497,7 +497,7 @@ def test_free_settings_may_change(stopped, tmp_path):
     ],
     ids=repr,
 )
-def test_a_state_that_makes_no_sense_is_a_damaged_checkpoint(change, stopped, tmp_path):
+def test_resume_refuses_a_damaged_state(change, stopped, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(stopped, out)
     path = out / "checkpoints" / "step-3" / "manifest.json"
@@ -539,7 +539,9 @@ def spoil_one(loss, found):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_poisoned_base_stops_the_first_step(value, tmp_path, before_each_step):
+def test_train_stops_in_the_first_step_on_a_base_that_is_not_finite(
+    value, tmp_path, before_each_step
+):
     model = lora()
     model.get_base_model().model.norm.weight.data[3] = value
     why = (
@@ -557,7 +559,7 @@ def test_a_poisoned_base_stops_the_first_step(value, tmp_path, before_each_step)
     "trouble",
     [lambda loss, found: (math.nan, found), lambda loss, found: (math.inf, found), spoil_one],
 )
-def test_a_loss_or_a_gradient_that_is_no_number_stops_its_own_step(
+def test_train_stops_in_the_step_whose_loss_or_gradient_is_not_finite(
     trouble, save_every, tmp_path, before_each_step, monkeypatch
 ):
     seen, troubles = before_each_step
@@ -602,7 +604,9 @@ def test_a_loss_or_a_gradient_that_is_no_number_stops_its_own_step(
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:.*abort-on-divergence")
-def test_a_huge_learning_rate_ends_at_the_step_that_overflows(tmp_path, before_each_step):
+def test_train_with_a_huge_learning_rate_stops_in_the_step_that_overflows(
+    tmp_path, before_each_step
+):
     model = full()
     with pytest.raises(NonFiniteError) as caught:
         train(
@@ -617,7 +621,7 @@ def test_a_huge_learning_rate_ends_at_the_step_that_overflows(tmp_path, before_e
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_held_out_loss_that_is_no_number_is_an_error_not_a_figure(tmp_path):
+def test_evaluate_raises_for_a_loss_that_is_not_finite(tmp_path):
     model = full()
     model.model.norm.weight.data[0] = np.nan
     with pytest.raises(NonFiniteError, match="held-out"):
@@ -637,7 +641,7 @@ def first_sign(losses, **rest):
     return next(((step, sign) for step, sign in signs if sign), None)
 
 
-def test_fifty_steps_above_three_times_the_median_are_a_divergence_and_less_is_not():
+def test_divergence_needs_fifty_steps_above_three_times_the_median():
     assert first_sign(HEALTHY) is None
     assert first_sign([*HEALTHY, *[7.0] * 49, 2.0, *[7.0] * 49]) is None  # below ln(16) + 5 = 7.77
     step, sign = first_sign([*HEALTHY, *[7.0] * 60])
@@ -651,7 +655,7 @@ def test_fifty_steps_above_three_times_the_median_are_a_divergence_and_less_is_n
     assert first_sign([*([1e-4] * 80), 0.9, *([1e-4] * 80)]) is None  # a spike
 
 
-def test_five_nats_worse_than_guessing_is_a_divergence_once_the_warm_up_is_over():
+def test_divergence_after_the_warm_up_is_five_nats_above_guessing():
     losses = [2.0, 2.0, math.log(16) + 5.01, 2.0, math.log(16) + 4.99, math.log(16) + 5.01]
     assert first_sign(losses)[0] == 2
     assert first_sign(losses, warmup=2)[0] == 2
@@ -668,7 +672,7 @@ def off_it_goes(before_each_step):
         before_each_step[1][step] = lambda loss, found: (100.0, found)
 
 
-def test_a_divergence_is_told_once(off_it_goes, tmp_path):
+def test_train_warns_once_of_a_divergence(off_it_goes, tmp_path):
     settings = dataclasses.replace(SHORT, save_every=2)
     with pytest.warns(UserWarning, match="--abort-on-divergence would stop here") as seen:
         result = train(lora(), TEXT, settings, tmp_path)
@@ -677,7 +681,7 @@ def test_a_divergence_is_told_once(off_it_goes, tmp_path):
     assert len(result.losses) == 6
 
 
-def test_a_divergence_stops_the_run_where_that_is_asked_for(off_it_goes, tmp_path):
+def test_train_aborts_on_divergence_if_set(off_it_goes, tmp_path):
     settings = dataclasses.replace(SHORT, save_every=2, abort_on_divergence=True)
     with pytest.raises(
         DivergenceError,
@@ -692,7 +696,7 @@ def test_a_divergence_stops_the_run_where_that_is_asked_for(off_it_goes, tmp_pat
         train(lora(), TEXT, dataclasses.replace(settings, save_every=None), tmp_path / "none")
 
 
-def test_a_run_that_learns_is_no_divergence(tmp_path):
+def test_train_that_learns_does_not_diverge(tmp_path):
     """Ten seeds here; benchmarks/soak.py has a hundred runs."""
     for seed in range(10):
         settings = Settings(
@@ -723,7 +727,7 @@ def signal_at(monkeypatch):
 
 @pytest.mark.parametrize("step", [0, 2, 4])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_and_saves_it(number, step, tmp_path, signal_at):
+def test_train_on_a_signal_ends_the_step_and_saves_it(number, step, tmp_path, signal_at):
     out, straight = tmp_path / "out", tmp_path / "straight"
     out.mkdir()
     straight.mkdir()
@@ -744,7 +748,7 @@ def test_a_signal_ends_the_step_and_saves_it(number, step, tmp_path, signal_at):
     assert log_without_time(out) == log_without_time(straight)
 
 
-def test_a_signal_in_the_last_step_stops_what_would_follow(tmp_path, signal_at):
+def test_train_on_a_signal_in_the_last_step_does_not_continue(tmp_path, signal_at):
     signal_at({5: [signal.SIGINT]})
     with pytest.raises(Interrupted, match="stopped after 6 steps"):
         train(lora(), TEXT, SHORT, tmp_path)
@@ -778,7 +782,7 @@ def signal_in_evaluation(monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(("at", "step"), [(0, 0), (1, 2), (2, 4), (3, 6)])
-def test_a_signal_ends_an_evaluation_which_a_resumed_run_makes_good(
+def test_train_on_a_signal_ends_an_evaluation_that_a_resumed_run_repeats(
     at, step, number, tmp_path, signal_in_evaluation, monkeypatch
 ):
     settings = dataclasses.replace(SHORT, eval_every=2, save_every=4)
@@ -800,13 +804,11 @@ def test_a_signal_ends_an_evaluation_which_a_resumed_run_makes_good(
         assert lines(tmp_path / "out" / "eval.jsonl") == lines(tmp_path / "straight" / "eval.jsonl")
 
 
-def test_a_signal_that_ends_an_evaluation_alone_gives_no_number():
+def test_evaluate_returns_nan_when_it_is_stopped():
     assert math.isnan(evaluate(full(), TEXT, 8, threads=1, stopped=[signal.SIGINT]))
 
 
-def test_a_resumed_run_that_is_stopped_at_once_has_nothing_new_to_save(
-    tmp_path, signal_in_evaluation
-):
+def test_train_that_is_resumed_and_stopped_at_once_saves_nothing(tmp_path, signal_in_evaluation):
     settings = dataclasses.replace(SHORT, eval_every=4, save_every=2)
     train(lora(), TEXT, settings, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "step-6")
@@ -818,7 +820,7 @@ def test_a_resumed_run_that_is_stopped_at_once_has_nothing_new_to_save(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_saving_waits_for_that(number, tmp_path, monkeypatch):
+def test_train_on_a_signal_while_saving_finishes_the_checkpoint(number, tmp_path, monkeypatch):
     plain = minilora.training.loop.save_checkpoint
 
     def save(*arguments):
@@ -833,7 +835,9 @@ def test_a_signal_while_saving_waits_for_that(number, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["_sha256", "write_json", "sync_folder"])
-def test_a_second_signal_while_saving_leaves_a_sound_checkpoint(where, tmp_path, monkeypatch):
+def test_train_on_a_second_signal_while_saving_leaves_a_sound_checkpoint(
+    where, tmp_path, monkeypatch
+):
     settings = dataclasses.replace(SHORT, save_every=2)
     train(lora(), TEXT, dataclasses.replace(settings), tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "step-6")
@@ -855,7 +859,7 @@ def test_a_second_signal_while_saving_leaves_a_sound_checkpoint(where, tmp_path,
     assert len(train(lora(), TEXT, settings, tmp_path, resume="auto").losses) == 6
 
 
-def test_a_second_signal_stops_at_once(tmp_path, signal_at):
+def test_train_on_a_second_signal_stops_at_once(tmp_path, signal_at):
     signal_at({3: [signal.SIGINT, signal.SIGINT]})
     before = signal.getsignal(signal.SIGINT)  # in a background job it may be ignored
     with pytest.raises(KeyboardInterrupt):
@@ -864,7 +868,7 @@ def test_a_second_signal_stops_at_once(tmp_path, signal_at):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_training_in_another_thread_leaves_signals_alone(tmp_path):
+def test_train_in_another_thread_leaves_signals_alone(tmp_path):
     found = []
     thread = threading.Thread(
         target=lambda: found.append(train(lora(), TEXT, SHORT, tmp_path).losses)
@@ -890,7 +894,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_killed_command_goes_on_where_it_was(number, code, tmp_path, monkeypatch):
+def test_pretrain_command_continues_after_a_signal(number, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_bytes(bytes(range(97, 123)) * 40)
     options = {
@@ -927,7 +931,7 @@ def test_a_killed_command_goes_on_where_it_was(number, code, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("names", [["default", "task"], ["task"]])
-def test_every_active_adapter_goes_on_where_it_was(names, tmp_path):
+def test_resume_continues_every_active_adapter(names, tmp_path):
     def model():
         made = lora()
         made.add_adapter("task", dataclasses.replace(made.peft_config["default"]), seed=1)
@@ -948,7 +952,7 @@ def test_every_active_adapter_goes_on_where_it_was(names, tmp_path):
         }
 
 
-def test_every_task_is_measured_by_itself_and_has_the_same_weight(tmp_path):
+def test_train_evaluates_each_task_with_the_same_weight(tmp_path):
     model = with_tasks()
     result = train(model, TEXTS, SHORT, tmp_path, held_out=HELD_OUT_OF_TASKS)
     alone = {}
@@ -960,7 +964,7 @@ def test_every_task_is_measured_by_itself_and_has_the_same_weight(tmp_path):
     assert last["loss"] == result.evaluations[-1][1] == math.fsum(last["tasks"].values()) / 2
 
 
-def test_tasks_that_the_model_has_not_and_texts_of_other_tasks(tmp_path):
+def test_train_refuses_texts_that_do_not_fit_the_tasks(tmp_path):
     with pytest.raises(ConfigError, match="no task 'down'; there is up, left"):
         train(with_tasks(up=1, left=1), TEXTS, SHORT, tmp_path / "a")
     with pytest.raises(ConfigError, match="cannot hold one of each of 2 tasks"):
@@ -969,7 +973,7 @@ def test_tasks_that_the_model_has_not_and_texts_of_other_tasks(tmp_path):
         train(with_tasks(), {**TEXTS, "down": TEXT[:5]}, SHORT, tmp_path / "c")
 
 
-def test_a_run_whose_tasks_run_other_adapters_is_another_run(tmp_path):
+def test_resume_refuses_tasks_with_other_adapters(tmp_path):
     settings = dataclasses.replace(SHORT, save_every=2)
     train(with_tasks(), TEXTS, settings, tmp_path)
     other = with_tasks()
@@ -978,7 +982,7 @@ def test_a_run_whose_tasks_run_other_adapters_is_another_run(tmp_path):
         train(other, TEXTS, settings, tmp_path, resume="auto")
 
 
-def test_what_nothing_would_save_does_not_train(tmp_path):
+def test_train_refuses_a_parameter_that_nothing_would_save(tmp_path):
     model = lora()
     model.get_base_model().model.norm.weight.requires_grad = True
     with pytest.raises(
@@ -990,7 +994,7 @@ def test_what_nothing_would_save_does_not_train(tmp_path):
 # ---- the folder, and the disk ----
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
+def test_train_refuses_a_folder_that_another_run_uses(tmp_path, monkeypatch):
     settings, seen = dataclasses.replace(SHORT, save_every=2), []
     train(full(), TEXT, dataclasses.replace(settings, steps=2), tmp_path / "other")
     plain = Run.step
@@ -1018,14 +1022,14 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
     assert not (tmp_path / LOCK).exists()
 
 
-def test_a_folder_is_made_if_need_be_and_left_without_a_lock(tmp_path):
+def test_train_makes_its_folder_and_leaves_no_lock(tmp_path):
     train(full(), TEXT, dataclasses.replace(SHORT, steps=1), tmp_path / "a" / "b")
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["eval.jsonl", "log.jsonl"]
 
 
 @pytest.mark.parametrize("make", [full, lora])
 @pytest.mark.parametrize("wrong", [no_room, no_disk, stay_full])
-def test_a_save_that_fails_anywhere_may_be_made_again(make, wrong, tmp_path):
+def test_run_save_can_be_repeated_after_any_failure(make, wrong, tmp_path):
     """The run in memory is as it was, and goes on to the same end as one that had no trouble."""
     expected, straight = full_run(make(), tmp_path / "straight")
     with Disk() as disk:
@@ -1060,9 +1064,7 @@ def full_run(model, out, save_at=None, fault=None):
     return run.losses, model
 
 
-def test_the_logs_are_on_the_disk_before_a_checkpoint_says_that_their_steps_were_taken(
-    tmp_path, monkeypatch
-):
+def test_train_syncs_the_logs_before_each_checkpoint(tmp_path, monkeypatch):
     order, save, sync = [], minilora.training.loop.save_checkpoint, minilora.training.runs.Log.sync
     monkeypatch.setattr(
         minilora.training.loop, "save_checkpoint", lambda *args: order.append("save") or save(*args)
@@ -1074,7 +1076,7 @@ def test_the_logs_are_on_the_disk_before_a_checkpoint_says_that_their_steps_were
     assert order == ["sync", "sync", "save"] * 2
 
 
-def test_no_room_is_known_before_the_first_step(tmp_path, monkeypatch):
+def test_train_checks_the_free_space_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(
         minilora.training.runs.shutil,
         "disk_usage",
@@ -1093,14 +1095,14 @@ def test_no_room_is_known_before_the_first_step(tmp_path, monkeypatch):
         tmp_path.mkdir()
 
 
-def test_what_a_killed_run_left_is_removed_at_the_start(tmp_path):
+def test_train_removes_what_a_killed_run_left(tmp_path):
     stale = tmp_path / "checkpoints" / "step-9.tmp-123"
     stale.mkdir(parents=True)
     train(full(), TEXT, dataclasses.replace(SHORT, steps=1), tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
+def test_train_does_not_depend_on_the_clock(tmp_path, monkeypatch):
     ticks = itertools.count(1e9, -3600)
     bar = functools.partial(tqdm.tqdm, disable=False, file=io.StringIO())
     train(lora(), TEXT, SHORT, tmp_path / "straight")
@@ -1116,7 +1118,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
     assert log_without_time(tmp_path / "out") == log_without_time(tmp_path / "straight")
 
 
-def test_another_numpy_is_told(stopped, tmp_path):
+def test_resume_warns_of_another_numpy(stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "out")
     path = tmp_path / "out" / "checkpoints" / "step-3" / "manifest.json"
     path.write_text(path.read_text().replace(f'"{np.__version__}"', '"1.0.0"'))
@@ -1135,7 +1137,7 @@ print(hashlib.sha256(repr((result.losses, bits(weights(model)))).encode()).hexdi
 """
 
 
-def test_threads_and_hash_seeds_of_other_processes_change_no_bit(tmp_path):
+def test_train_gives_the_same_bits_in_processes_with_other_threads_and_hash_seeds(tmp_path):
     processes = []
     for threads, seed in ((1, "0"), (2, "1"), (4, "random"), (1, "random")):
         command = [
@@ -1173,7 +1175,7 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_no_kind_of_adapter_changes_a_bit_of_what_it_does_not_train(name, tmp_path):
+def test_train_changes_no_bit_outside_any_kind_of_adapter(name, tmp_path):
     model = get_peft_model(full(), LoraConfig(r=4, lora_dropout=0.1, **ADAPTERS[name]))
     declared = {key for key, p in model.named_parameters() if p.requires_grad}
     before = weights(model)
@@ -1188,7 +1190,7 @@ def test_no_kind_of_adapter_changes_a_bit_of_what_it_does_not_train(name, tmp_pa
 @pytest.mark.parametrize(
     "name", [name for name in ADAPTERS if name != "q and v"]
 )  # two maps of one layer are too few
-def test_every_kind_of_adapter_learns_a_batch_by_heart(name, tmp_path):
+def test_train_learns_a_batch_by_heart_with_every_kind_of_adapter(name, tmp_path):
     model = CausalLM(
         dataclasses.replace(CONFIG, initializer_range=1.0)
     )  # a frozen head needs some size to be sure
@@ -1202,7 +1204,7 @@ def test_every_kind_of_adapter_learns_a_batch_by_heart(name, tmp_path):
     assert min(result.losses) < 0.01
 
 
-def test_memory_does_not_grow_with_the_steps(tmp_path):
+def test_train_memory_does_not_grow_with_the_steps(tmp_path):
     """A few hundred steps here, by Python's own count of its blocks; benchmarks/soak.py has twenty thousand."""
     seen, plain = [], Run.step
 

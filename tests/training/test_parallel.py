@@ -108,7 +108,7 @@ def batches(draw):
     st.integers(0, 3),
     st.integers(0, 2**40),
 )
-def test_any_cut_equals_no_cut(batch, shard, dropout, step, seed):
+def test_gradients_of_any_cut_equal_those_of_the_whole_batch(batch, shard, dropout, step, seed):
     model = lora_model(dropout).train()
     params = trainable(model)
     expected = whole(model, batch, params, seed, step)
@@ -116,7 +116,7 @@ def test_any_cut_equals_no_cut(batch, shard, dropout, step, seed):
         assert_same_to_rounding(sharded.gradients(batch, params, seed, step), expected)
 
 
-def test_dropout_masks_follow_seed_and_step():
+def test_gradients_draw_dropout_masks_from_seed_and_step():
     model = lora_model(0.5).train()
     params, batch = trainable(model), batch_of(4, 4)
     with ShardedStep(model, threads=1, shard=2) as sharded:
@@ -128,7 +128,7 @@ def test_dropout_masks_follow_seed_and_step():
     assert len(set(losses)) == 3
 
 
-def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_gradient():
+def test_gradients_of_a_batch_without_counted_targets_are_zero():
     model, batch = lora_model(), batch_of(3, 4)
     batch.targets[:] = IGNORE
     with ShardedStep(model, threads=2, shard=2) as sharded:
@@ -137,7 +137,7 @@ def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_gradient():
     assert all(g is None or not g.any() for g in found)
 
 
-def test_losses_are_the_sums_of_each_shard_in_order_without_gradients():
+def test_losses_are_the_sums_of_the_shards_in_order_without_gradients():
     model, batch = lora_model().eval(), batch_of(5, 3)
     batch.targets[3:] = IGNORE
     recorded = []
@@ -155,7 +155,7 @@ def test_losses_are_the_sums_of_each_shard_in_order_without_gradients():
     assert [count for _, count in found] == [6, 3, 0, 3]
 
 
-def test_a_parameter_that_takes_no_part_has_no_gradient():
+def test_gradients_are_none_for_a_parameter_that_takes_no_part():
     model = CausalLM(CONFIG, dtype="float64")
     stranger = CausalLM(CONFIG, seed=9).lm_head.weight
     with ShardedStep(model, threads=1) as sharded:
@@ -164,7 +164,7 @@ def test_a_parameter_that_takes_no_part_has_no_gradient():
     assert other is None
 
 
-def test_the_effective_weight_lives_for_one_step_and_only_without_dropout():
+def test_sharded_step_keeps_the_effective_weight_for_one_step_without_dropout():
     for dropout in (0.0, 0.3):
         model = lora_model(dropout).train()
         seen = []
@@ -183,7 +183,7 @@ def test_the_effective_weight_lives_for_one_step_and_only_without_dropout():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_the_number_of_threads_changes_no_bit(dropout):
+def test_gradients_have_the_same_bits_for_any_number_of_threads(dropout):
     model = lora_model(dropout, "float32").train()
     params, batch = trainable(model), batch_of(9, 6)
     results = []
@@ -199,7 +199,7 @@ def test_the_number_of_threads_changes_no_bit(dropout):
 
 
 @pytest.mark.parametrize("order", [(3, 2, 1, 0), (0, 1, 2, 3), (2, 0, 3, 1)])
-def test_shards_may_finish_in_any_order(order):
+def test_gradients_do_not_depend_on_the_order_in_which_shards_finish(order):
     model = lora_model(dtype="float32").train()
     params, batch = trainable(model), batch_of(4, 6)
     with ShardedStep(model, threads=1, shard=1) as sharded:
@@ -219,7 +219,7 @@ def test_shards_may_finish_in_any_order(order):
     assert [g.tobytes() for g in found] == [g.tobytes() for g in expected[1]]
 
 
-def test_only_as_many_shards_run_at_once_as_there_are_threads():
+def test_sharded_step_runs_at_most_one_shard_per_thread():
     model, lock = lora_model(), threading.Lock()
     running, most = [0], [0]
 
@@ -237,7 +237,7 @@ def test_only_as_many_shards_run_at_once_as_there_are_threads():
     assert most[0] <= 2
 
 
-def test_shards_are_cut_as_they_are_needed():
+def test_losses_cut_shards_only_as_they_are_needed():
     """A long text is never queued whole: what waits is bounded by the number of threads."""
     model, drawn, seen = lora_model(), [], []
 
@@ -262,7 +262,7 @@ class ShardError(Exception):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("bad", [0, 3, 5])
-def test_an_exception_in_a_shard_surfaces_once_and_the_step_can_be_used_again(threads, bad):
+def test_gradients_raise_a_shard_s_exception_once_and_can_be_used_again(threads, bad):
     model = lora_model()
     params, batch = trainable(model), batch_of(6, 3)
     expected = whole(model, batch, params)
@@ -294,7 +294,7 @@ def test_an_exception_in_a_shard_surfaces_once_and_the_step_can_be_used_again(th
     assert not workers()
 
 
-def test_the_exception_waits_for_the_shards_that_still_run():
+def test_gradients_raise_only_after_the_running_shards_end():
     started, finished = threading.Event(), threading.Event()
 
     def loss(model, shard):
@@ -313,7 +313,7 @@ def test_the_exception_waits_for_the_shards_that_still_run():
         assert finished.is_set()
 
 
-def test_every_shard_failing_gives_the_first_shards_exception():
+def test_gradients_raise_the_first_shard_s_exception_if_all_fail():
     def loss(model, shard):
         raise ShardError(f"shard {shard.first}")
 
@@ -327,7 +327,7 @@ def test_every_shard_failing_gives_the_first_shards_exception():
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_memory_is_kept_unless_that_is_not_wanted_and_never_by_an_import(keep, monkeypatch):
+def test_sharded_step_calls_keep_memory_only_if_set(keep, monkeypatch):
     called = []
     monkeypatch.setattr(minilora.training.parallel, "keep_memory", lambda: called.append(True))
     with ShardedStep(lora_model(0.0), threads=1, keep_memory=keep):
@@ -335,7 +335,7 @@ def test_memory_is_kept_unless_that_is_not_wanted_and_never_by_an_import(keep, m
     assert called == [True] * keep
 
 
-def test_where_there_is_no_glibc_memory_is_left_alone(monkeypatch):
+def test_keep_memory_does_nothing_without_glibc(monkeypatch):
     for missing in (OSError, TypeError, AttributeError):
 
         def nothing(name, missing=missing):
@@ -345,7 +345,7 @@ def test_where_there_is_no_glibc_memory_is_left_alone(monkeypatch):
         minilora.threads.keep_memory()
 
 
-def test_no_thread_outlives_the_block():
+def test_sharded_step_ends_its_threads_with_the_block():
     model = lora_model()
     with ShardedStep(model, threads=3, shard=1) as sharded:
         sharded.gradients(batch_of(6, 3), trainable(model))
@@ -357,19 +357,19 @@ def test_no_thread_outlives_the_block():
 
 @pytest.mark.parametrize("name", ["threads", "shard"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), "2", True])
-def test_bad_numbers_of_threads_and_sequences(name, value):
+def test_sharded_step_refuses_bad_numbers_of_threads_and_sequences(name, value):
     with pytest.raises(ConfigError, match=name):
         ShardedStep(lora_model(), **{name: value})
 
 
-def test_more_threads_than_a_system_gives_are_not_asked_for():
+def test_sharded_step_limits_the_number_of_threads():
     model = lora_model()
     with ShardedStep(model, threads=10**9, shard=1) as sharded:
         assert sharded.threads == MAX_THREADS
         assert len(list(sharded.losses([batch_of(5, 2)]))) == 5
 
 
-def test_nothing_to_train_is_said():
+def test_gradients_refuse_a_model_with_nothing_to_train():
     model = lora_model()
     for p in model.parameters():
         p.requires_grad = False
@@ -381,7 +381,7 @@ def test_nothing_to_train_is_said():
     assert not workers()
 
 
-def test_the_cut_depends_on_the_shape_alone():
+def test_shard_size_depends_on_the_shape_alone():
     model, sizes = lora_model(), []
     assert shard_size(model, 10**6, 1) == TOKENS_PER_SHARD
     assert [shard_size(model, 8, n * TOKENS_PER_SHARD) for n in (1, 10)] == [1, 1]
@@ -425,7 +425,7 @@ def blas_threads():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_blas_has_one_thread_inside_and_what_it_had_before_after(threads):
+def test_sharded_step_limits_blas_to_one_thread_inside_the_block(threads):
     model = lora_model()
     if not blas_threads():
         pytest.skip("no BLAS that threadpoolctl knows")
@@ -445,7 +445,7 @@ def test_blas_has_one_thread_inside_and_what_it_had_before_after(threads):
     assert {count for counts in inside for count in counts} == {1}
 
 
-def test_an_unknown_blas_is_warned_about(monkeypatch):
+def test_sharded_step_warns_of_a_blas_that_it_cannot_limit(monkeypatch):
     class NothingFound(threadpoolctl.threadpool_limits):
         def get_original_num_threads(self):
             return dict.fromkeys(super().get_original_num_threads())
@@ -460,7 +460,7 @@ def test_an_unknown_blas_is_warned_about(monkeypatch):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_computing_activations_again_changes_no_bit(dropout, threads):
+def test_gradient_checkpointing_changes_no_bit(dropout, threads):
     model, batch, found = lora_model(dropout).train(), batch_of(5, 4), []
     for enable in (False, True):
         model.get_base_model().gradient_checkpointing_enable(enable)
@@ -470,7 +470,7 @@ def test_computing_activations_again_changes_no_bit(dropout, threads):
     assert found[0] == found[1]
 
 
-def test_computing_activations_again_keeps_a_block_s_input_alone():
+def test_gradient_checkpointing_stores_only_the_input_of_a_block():
     model, batch, kept = lora_model(0.0).train(), batch_of(5, 4), []
     for enable in (False, True):
         model.get_base_model().gradient_checkpointing_enable(enable)
@@ -490,7 +490,7 @@ def test_computing_activations_again_keeps_a_block_s_input_alone():
     assert kept[1] <= (CONFIG.num_hidden_layers + 4) * hidden < kept[0]
 
 
-def test_without_a_counter_dropout_falls_alike_in_both_forwards():
+def test_checkpoint_repeats_dropout_without_a_counter():
     x, layer = Tensor(np.ones((2, 50)), True), Dropout(0.5)
     for _ in range(2):
         y = checkpoint(layer, x, [])
@@ -500,7 +500,7 @@ def test_without_a_counter_dropout_falls_alike_in_both_forwards():
     assert not checkpoint(layer, x.detach(), []).requires_grad
 
 
-def test_a_parameter_that_changes_before_it_is_computed_again_is_noticed():
+def test_checkpoint_notices_a_parameter_that_changes_before_the_second_forward():
     x, w = Tensor(np.ones(3), True), Tensor(np.ones(3), True)
     y = checkpoint(lambda z: z * w, x, [w])
     w.data = np.full(3, 2.0)

@@ -106,7 +106,7 @@ def left_behind(out: str | Path) -> list[str]:
 # ---- one folder, one run ----
 
 
-def test_whoever_writes_is_refused_at_once_and_whoever_reads_is_not():
+def test_commands_that_write_are_refused_in_a_locked_folder_and_readers_are_not():
     assert run([*PRETRAIN, "--steps=2", "--out=base"])[0] == 0
     finetune = [
         "finetune",
@@ -148,7 +148,7 @@ def test_whoever_writes_is_refused_at_once_and_whoever_reads_is_not():
     assert run(writers[3])[0] == 0
 
 
-def test_a_command_holds_its_folder_until_all_is_written(monkeypatch):
+def test_commands_lock_their_folder_until_all_is_written(monkeypatch):
     held = []
     for kind in (CausalLM, PeftModel):
         plain = kind.save_pretrained
@@ -172,7 +172,7 @@ def test_a_command_holds_its_folder_until_all_is_written(monkeypatch):
     assert held == [("base", True), ("adapter", True), ("merged", True)]
 
 
-def test_of_commands_that_start_at_once_one_wins():
+def test_commands_that_start_together_leave_one_winner():
     started = [start([*PRETRAIN, "--steps=30", "--out=run"]) for _ in range(4)]
     codes = sorted(end(process)[0] for process in started)
     assert codes[0] == 0
@@ -199,7 +199,7 @@ def same(out: str, expected: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("limit", [16_000, 40_000, 100], ids=["weights", "optimiser", "everything"])
-def test_a_limit_of_the_size_of_files(limit):
+def test_pretrain_under_a_file_size_limit_keeps_the_last_checkpoint(limit):
     expected = straight("--steps=6", "--save-every=2")
     shutil.copytree("straight", "run")
     shutil.rmtree("run/checkpoints/step-6")
@@ -249,7 +249,7 @@ def on_a_disk_of(options: str, argv: list[str]) -> tuple[int, int, list[str], st
     return (*json.loads(last), "\n".join(out), done.stderr)
 
 
-def test_a_disk_that_fills_up_keeps_the_last_checkpoint():
+def test_pretrain_on_a_disk_that_fills_up_keeps_the_last_checkpoint():
     argv = [*PRETRAIN, "--steps=6", "--save-every=1", "--out=disk/run"]
     code, step, left, out, err = on_a_disk_of("size=250k", argv)
     assert (code, left) == (4, [])
@@ -258,7 +258,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint():
     assert step == 2
 
 
-def test_a_disk_that_is_too_small_is_known_before_training():
+def test_pretrain_on_a_disk_that_is_too_small_stops_before_training():
     argv = [*PRETRAIN, "--steps=6", "--save-every=1", "--out=disk/run"]
     code, step, left, out, err = on_a_disk_of("size=60k", argv)
     assert (code, step, left) == (4, 0, [])
@@ -266,7 +266,7 @@ def test_a_disk_that_is_too_small_is_known_before_training():
     assert "held out" not in out
 
 
-def test_a_disk_that_is_read_only_is_known_before_training():
+def test_pretrain_on_a_read_only_disk_stops_before_training():
     for out in ("disk/run", "disk"):
         code, step, left, said, err = on_a_disk_of("ro", [*PRETRAIN, f"--out={out}"])
         assert (code, step, left) == (4, 0, [])
@@ -276,7 +276,7 @@ def test_a_disk_that_is_read_only_is_known_before_training():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_output_that_cannot_be_written():
+def test_commands_whose_output_cannot_be_written_exit_with_4():
     assert run([*PRETRAIN, "--steps=1", "--out=base"])[0] == 0
     command = [sys.executable, "-m", "minilora"]
     for argv in (
@@ -291,7 +291,7 @@ def test_output_that_cannot_be_written():
         assert subprocess.run([*command, "inspect", "missing"], stderr=full).returncode == 4
 
 
-def test_a_folder_that_vanishes(monkeypatch):
+def test_pretrain_in_a_folder_that_vanishes_leaves_no_fragments(monkeypatch):
     plain = minilora.training.loop.Windows.batch
 
     def batch(self, step):
@@ -311,7 +311,7 @@ def test_a_folder_that_vanishes(monkeypatch):
 @pytest.mark.parametrize(
     "name", ["with spaces", "line\nbreak", b"\xff\xfe".decode("utf-8", "surrogateescape"), "-x"]
 )
-def test_a_folder_of_any_name(name):
+def test_pretrain_accepts_any_name_of_a_folder(name):
     expected = straight("--steps=4")
     out = f"./{name}"
     assert run([*PRETRAIN, "--steps=4", "--save-every=2", f"--out={out}"])[0] == 0
@@ -331,7 +331,7 @@ def test_a_folder_of_any_name(name):
     assert run(["merge", f"--base={out}", f"--adapter={out}/adapter", "--out=merged"])[0] == 0
 
 
-def test_a_text_that_is_larger_than_memory():
+def test_pretrain_refuses_a_text_that_is_larger_than_memory():
     with open("huge.txt", "wb") as file:
         file.truncate(4 << 30)  # takes no room
     before = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1500 << 20, 1500 << 20))"
@@ -350,7 +350,7 @@ KINDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
 
 @pytest.mark.parametrize(("number", "code"), KINDS)
-def test_training_that_is_stopped_at_a_random_moment(number, code):
+def test_pretrain_stopped_at_a_random_moment_can_be_resumed(number, code):
     """Whenever it comes: the exit code, no traceback, and from there the same weights as if it had never come."""
     options = ["--steps=150", "--eval-every=20", "--save-every=15"]
     begun = time.perf_counter()
@@ -376,7 +376,7 @@ def test_training_that_is_stopped_at_a_random_moment(number, code):
 
 
 @pytest.mark.parametrize(("number", "code"), KINDS)
-def test_a_second_signal_stops_at_once_and_leaves_the_last_checkpoint(number, code):
+def test_pretrain_on_a_second_signal_stops_at_once_with_the_last_checkpoint(number, code):
     slow = """
 plain = loop.Run.step
 def step(self, sharded):
@@ -403,7 +403,7 @@ loop.Run.step = step
 
 
 @pytest.mark.parametrize(("number", "code"), KINDS)
-def test_the_other_commands_stop_at_once(number, code):
+def test_commands_other_than_training_stop_at_once_on_a_signal(number, code):
     assert run([*PRETRAIN, "--steps=1", "--out=base"])[0] == 0
     assert (
         run(
@@ -437,7 +437,7 @@ def test_the_other_commands_stop_at_once(number, code):
     assert not Path("merged").exists()
 
 
-def test_a_command_leaves_the_handlers_of_its_caller_alone():
+def test_commands_leave_the_signal_handlers_of_the_caller():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     assert run([*PRETRAIN, "--steps=1", "--out=run"])[0] == 0
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
@@ -454,7 +454,7 @@ def test_a_command_leaves_the_handlers_of_its_caller_alone():
 # ---- a loss that leaves ----
 
 
-def test_abort_on_divergence_is_an_option():
+def test_pretrain_with_abort_on_divergence_exits_with_5():
     argv = [
         *PRETRAIN,
         "--steps=40",
