@@ -1,4 +1,4 @@
-"""benchmarks/gpu_check.py works but for the GPU: all of it on the stand-in, and what fails is recorded, not fatal."""
+"""benchmarks/gpu_check.py works on the stand-in for a GPU, and records failures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_check.py"
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """The script as a module, that would write its result into `tmp_path`."""
+    """The script as a module that writes its result into `tmp_path`."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     specification = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
     module = importlib.util.module_from_spec(specification)
@@ -31,31 +31,26 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 def test_gpu_check_dry_run_runs_every_part_and_writes_nothing() -> None:
-    kept = SCRIPT.parent / "results" / "gpu-check.json"
-    before = kept.read_bytes() if kept.exists() else None
+    path = SCRIPT.parent / "results" / "gpu-check.json"
+    before = path.read_bytes() if path.exists() else None
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--dry-run"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert (kept.read_bytes() if kept.exists() else None) == before
+    assert (path.read_bytes() if path.exists() else None) == before
     result = json.loads(done.stdout)
     assert result["ok"]
     parts = result["parts"]
-    assert list(parts) == [
-        "prepare",
-        "parity",
-        "tests",
-        "traffic",
-        "ours:micro",
-        "eager:micro",
-        "compiled:micro",
-    ]
+    expected = ["prepare", "parity", "tests", "traffic", "ours:micro", "eager:micro"]
+    assert list(parts) == [*expected, "compiled:micro"]
     assert parts["parity"]["largest_relative_difference"] == 0
     assert parts["parity"]["two_runs_bitwise_equal"]
-    assert parts["traffic"]["micro"]["moves"] == {"uploads": 1, "downloads": 1, "waits": 1}
-    assert parts["traffic"]["micro"]["array_operations"] > 100
-    assert parts["ours:micro"]["milliseconds"]["median"] > 0
-    assert parts["ours:micro"]["losses"] == sorted(parts["ours:micro"]["losses"], reverse=True)
+    traffic = parts["traffic"]["micro"]
+    assert traffic["moves"] == {"uploads": 1, "downloads": 1, "waits": 1}
+    assert traffic["array_operations"] > 100
+    ours = parts["ours:micro"]
+    assert ours["milliseconds"]["median"] > 0
+    assert ours["losses"] == sorted(ours["losses"], reverse=True)
     assert (
         "skipped" in parts["eager:micro"]
         or result["losses_differ_from_ours_by"]["eager:micro"] < 1e-5

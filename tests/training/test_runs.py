@@ -1,4 +1,4 @@
-"""A run's folder: one writer, logs that only grow, and checkpoints that are there whole or not at all."""
+"""A run's folder: one writer, logs that only grow, checkpoints that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def test_open_folder_refuses_a_folder_with_content_unless_resumed(tmp_path):
 
 
 def test_open_folder_refuses_a_file(tmp_path):
-    (tmp_path / "file").write_text("kept")
+    (tmp_path / "file").write_text("text")
     with pytest.raises(ConfigError, match="is a file"):
         open_folder(tmp_path / "file", resume=True)
     with pytest.raises(NotADirectoryError):
         open_folder(tmp_path / "file" / "below")
-    assert (tmp_path / "file").read_text() == "kept"
+    assert (tmp_path / "file").read_text() == "text"
 
 
 @pytest.mark.skipif(
@@ -102,11 +102,8 @@ def test_open_folder_refuses_a_folder_without_write_permission(tmp_path):
 
 def test_numbered_folder_takes_the_first_free_number(tmp_path):
     parent = tmp_path / "runs"
-    assert [numbered_folder(parent, "demo").name for _ in range(3)] == [
-        "demo-001",
-        "demo-002",
-        "demo-003",
-    ]
+    names = [numbered_folder(parent, "demo").name for _ in range(3)]
+    assert names == ["demo-001", "demo-002", "demo-003"]
     (parent / "demo-002").rmdir()
     (parent / "other-001").write_text("a file takes its number, too")
     assert numbered_folder(parent, "demo").name == "demo-002"
@@ -122,10 +119,8 @@ def test_log_grows_by_whole_lines_at_once(tmp_path):
     with Log(path) as log:
         for step in range(3):
             log.write(step=step, loss=step / 3)
-            assert [json.loads(line) for line in path.read_text().splitlines()][-1] == {
-                "step": step,
-                "loss": step / 3,
-            }
+            last = path.read_text().splitlines()[-1]
+            assert json.loads(last) == {"step": step, "loss": step / 3}
     assert path.read_text().count("\n") == 3
 
 
@@ -135,13 +130,13 @@ def test_log_resumed_drops_that_step_and_later_ones_only(step, tmp_path):
     with Log(path) as log:
         for i in range(5):
             log.write(step=i, text="ü \u2028")
-    kept = path.read_bytes().splitlines(keepends=True)[:step]
+    earlier = path.read_bytes().splitlines(keepends=True)[:step]
     with open(path, "ab") as file:
         file.write(b'{"step": 1, "te')  # killed while it wrote
     with Log(path, step) as log:
-        assert path.read_bytes() == b"".join(kept)
+        assert path.read_bytes() == b"".join(earlier)
         log.write(step=step)
-    assert path.read_bytes() == b"".join(kept) + f'{{"step": {step}}}\n'.encode()
+    assert path.read_bytes() == b"".join(earlier) + f'{{"step": {step}}}\n'.encode()
     assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
 
 
@@ -194,9 +189,10 @@ def test_find_checkpoint_returns_what_was_saved(tmp_path):
     folder = save(tmp_path, 3, run={"lr": 0.1}, losses=[1 / 3])
     assert folder == tmp_path / "checkpoints" / "step-3"
     for resume in ("auto", folder, str(folder)):
-        found, manifest = find_checkpoint(resume, tmp_path)
-        assert found == folder
-        assert (manifest["step"], manifest["state"]) == (3, {"run": {"lr": 0.1}, "losses": [1 / 3]})
+        newest_folder, manifest = find_checkpoint(resume, tmp_path)
+        assert newest_folder == folder
+        assert manifest["step"] == 3
+        assert manifest["state"] == {"run": {"lr": 0.1}, "losses": [1 / 3]}
         assert set(manifest["files"]) == {"model.bin", "inner/more.bin"}
 
 
@@ -243,10 +239,12 @@ def test_save_checkpoint_that_fails_leaves_the_previous_one_newest(
     def fail(*_arguments):
         raise error
 
-    owner = {"write": Path, "rename": os}.get(where, minilora.training.runs)
-    monkeypatch.setattr(
-        owner, {"write": "write_bytes"}.get(where, where), fail
-    )  # the second file of `save`
+    if where == "write":  # the second file of `save`
+        monkeypatch.setattr(Path, "write_bytes", fail)
+    elif where == "rename":
+        monkeypatch.setattr(os, "rename", fail)
+    else:
+        monkeypatch.setattr(minilora.training.runs, where, fail)
     with pytest.raises(type(error)) as caught:
         save(tmp_path, 4)
     assert caught.value is error
@@ -309,38 +307,54 @@ def other_name(name):
     return edit(change)
 
 
-DAMAGE = {
-    "a byte": flip,
-    "a longer file": lambda folder: (folder / "model.bin").write_text("weights 4!"),
-    "a cut file": lambda folder: os.truncate(folder / "model.bin", 3),
-    "a missing file": lambda folder: (folder / "inner" / "more.bin").unlink(),
-    "a renamed file": lambda folder: (folder / "model.bin").rename(folder / "model2.bin"),
-    "a folder for a file": lambda folder: (
-        (folder / "model.bin").unlink(),
-        (folder / "model.bin").mkdir(),
-    ),
-    "no manifest": lambda folder: (folder / MANIFEST).unlink(),
-    "an empty manifest": lambda folder: (folder / MANIFEST).write_text(""),
-    "half a manifest": lambda folder: os.truncate(folder / MANIFEST, 60),
-    "a manifest of something else": lambda folder: (folder / MANIFEST).write_text('{"a": 1}'),
-    "a manifest that is a list": lambda folder: (folder / MANIFEST).write_text("[]"),
-    "a manifest in Latin-1": lambda folder: (folder / MANIFEST).write_bytes(b'{"\xe9": 1}'),
-    "a step in letters": edit(lambda m: m.update(step="4")),
-    "a step that is true": edit(lambda m: m.update(step=True)),
-    "no step": edit(lambda m: m.pop("step")),
-    "no state": edit(lambda m: m.pop("state")),
-    "a state that is a list": edit(lambda m: m.update(state=[])),
-    "files that are a list": edit(lambda m: m.update(files=["model.bin"])),
-    "an entry that is null": edit(lambda m: m["files"].update({"model.bin": None})),
-    "an entry without a sum": edit(lambda m: m["files"]["model.bin"].pop("sha256")),
-    "another size": edit(lambda m: m["files"]["model.bin"].update(size=3)),
-    "a sum in capitals": edit(lambda m: m["files"]["model.bin"].update(sha256="A" * 64)),
-    "a name that leads out": other_name("../step-2/model.bin"),
-    "a name from the root": other_name("/etc/hostname"),
-    "a name with a NUL": other_name("model\0.bin"),
-    "a name too long": other_name("x" * 5000),
-    "an empty name": other_name(""),
-}
+def write(content):
+    def damage(folder: Path) -> None:
+        (folder / MANIFEST).write_bytes(content)
+
+    return damage
+
+
+def update(**changes):
+    return edit(lambda manifest: manifest.update(changes))
+
+
+def update_entry(**changes):
+    return edit(lambda manifest: manifest["files"]["model.bin"].update(changes))
+
+
+def put_folder(folder: Path) -> None:
+    (folder / "model.bin").unlink()
+    (folder / "model.bin").mkdir()
+
+
+DAMAGE = {}
+DAMAGE["a byte"] = flip
+DAMAGE["a longer file"] = lambda folder: (folder / "model.bin").write_text("weights 4!")
+DAMAGE["a cut file"] = lambda folder: os.truncate(folder / "model.bin", 3)
+DAMAGE["a missing file"] = lambda folder: (folder / "inner" / "more.bin").unlink()
+DAMAGE["a renamed file"] = lambda folder: (folder / "model.bin").rename(folder / "model2.bin")
+DAMAGE["a folder for a file"] = put_folder
+DAMAGE["no manifest"] = lambda folder: (folder / MANIFEST).unlink()
+DAMAGE["an empty manifest"] = write(b"")
+DAMAGE["half a manifest"] = lambda folder: os.truncate(folder / MANIFEST, 60)
+DAMAGE["a manifest of something else"] = write(b'{"a": 1}')
+DAMAGE["a manifest that is a list"] = write(b"[]")
+DAMAGE["a manifest in Latin-1"] = write(b'{"\xe9": 1}')
+DAMAGE["a step in letters"] = update(step="4")
+DAMAGE["a step that is true"] = update(step=True)
+DAMAGE["no step"] = edit(lambda manifest: manifest.pop("step"))
+DAMAGE["no state"] = edit(lambda manifest: manifest.pop("state"))
+DAMAGE["a state that is a list"] = update(state=[])
+DAMAGE["files that are a list"] = update(files=["model.bin"])
+DAMAGE["an entry that is null"] = edit(lambda m: m["files"].update({"model.bin": None}))
+DAMAGE["an entry without a sum"] = edit(lambda m: m["files"]["model.bin"].pop("sha256"))
+DAMAGE["another size"] = update_entry(size=3)
+DAMAGE["a sum in capitals"] = update_entry(sha256="A" * 64)
+DAMAGE["a name that leads out"] = other_name("../step-2/model.bin")
+DAMAGE["a name from the root"] = other_name("/etc/hostname")
+DAMAGE["a name with a NUL"] = other_name("model\0.bin")
+DAMAGE["a name too long"] = other_name("x" * 5000)
+DAMAGE["an empty name"] = other_name("")
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
@@ -354,15 +368,16 @@ def test_find_checkpoint_skips_a_damaged_one_for_auto_and_refuses_it_by_name(dam
     assert len(str(caught.value)) <= 500
     assert str(caught.value).isprintable()
     with pytest.warns(UserWarning, match="step-4.*the one before"):
-        found, manifest = find_checkpoint("auto", tmp_path)
-    assert (found.name, manifest["step"]) == ("step-2", 2)
-    shutil.rmtree(found)
+        folder, manifest = find_checkpoint("auto", tmp_path)
+    assert (folder.name, manifest["step"]) == ("step-2", 2)
+    shutil.rmtree(folder)
     with (
         pytest.warns(UserWarning, match="step-4"),
         pytest.raises(CheckpointError, match="no sound checkpoint"),
     ):
         find_checkpoint("auto", tmp_path)
-    assert {k: v for k, v in before.items() if "step-2" not in k.parts} == files(tmp_path)
+    expected = {path: file for path, file in before.items() if "step-2" not in path.parts}
+    assert files(tmp_path) == expected
 
 
 def test_find_checkpoint_refuses_a_name_that_leads_out_of_the_folder(tmp_path):
@@ -405,7 +420,7 @@ def put(out: Path, step: int, text: str, save=save_checkpoint):
 
 
 def newest(out: Path):
-    """The newest checkpoint as a tree, or None; a warning that a damaged one was passed over is an error."""
+    """The newest checkpoint as a tree, or None; an error if a damaged one is skipped."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -425,7 +440,7 @@ SITUATIONS = {  # what was saved before, and what is saved now
 
 @pytest.fixture(params=SITUATIONS)
 def situation(request, tmp_path):
-    """(a folder as it is before, save(out) that adds the new checkpoint, the old tree, the new tree)"""
+    """(a folder before the save, save(out) that adds the new checkpoint, the old and new tree)"""
     before, (step, text) = SITUATIONS[request.param]
     out = tmp_path / "before"
     out.mkdir()
@@ -484,7 +499,7 @@ def test_save_checkpoint_after_an_error_at_any_change_leaves_the_old_one_or_the_
 
 
 def killed_anywhere(situation, tmp_path, how):
-    """The changes at which a process may not end, because what is found afterwards is neither old nor new."""
+    """The changes at which an end of the process leaves neither the old nor the new checkpoint."""
     before, save, old, new = situation
     bad, at, code = [], 0, 9
     while code == 9:
@@ -531,19 +546,17 @@ def cut_anywhere(situation, tmp_path, how):
     for number, tree in states:
         write_tree(out, tree)
         try:
-            found = newest(out)
+            tree = newest(out)
         except (UserWarning, CheckpointError):
             bad.append(number)
         else:
-            if found not in (old, new):
+            if tree not in (old, new):
                 bad.append(number)
-            assert (
-                number < end or how is naive_save or found == new
-            )  # what has returned is there for good
+            # A save that has returned must be there for good.
+            assert number < end or how is naive_save or tree == new
         for folder in (out / "checkpoints").glob("step-*"):
-            with contextlib.suppress(
-                CheckpointError
-            ):  # whatever a sum lets pass is what was saved, to the last byte
+            # A checkpoint whose sums are right is what was saved, to the last byte.
+            with contextlib.suppress(CheckpointError):
                 find_checkpoint(folder, out)
                 assert read_tree(folder) in trees(before, old, new)
     return len(states), bad
@@ -564,7 +577,7 @@ def test_naive_save_after_a_power_cut_is_noticed(situation, tmp_path):
 
 
 def test_save_checkpoint_survives_real_kills(tmp_path):
-    """The moments are drawn from some lengths of a save; benchmarks/faults.py does it with whole runs, fifty times."""
+    """Kills at random moments of some saves; benchmarks/faults.py kills whole runs, fifty times."""
 
     def big(out: Path, step: int) -> None:
         def write(folder: Path) -> None:
@@ -615,7 +628,7 @@ def test_locked_again_in_the_same_context_leaves_nothing(tmp_path):
 
 
 def elsewhere(work):
-    """What `work()` returns or raises in another thread."""
+    """The result of `work()` in another thread."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()
 
@@ -645,7 +658,7 @@ def test_locked_takes_the_lock_of_a_process_that_ended(tmp_path):
     assert in_child(killed) == 9
     assert (tmp_path / LOCK).exists()
     assert open_folder(tmp_path) == tmp_path  # the lock is not what makes a folder full
-    (tmp_path / LOCK).write_text("1\n")  # there is a process 1, but it holds nothing
+    (tmp_path / LOCK).write_text("1\n")  # process 1 exists, but has no lock
     with locked(tmp_path):
         assert (tmp_path / LOCK).read_text() == f"{os.getpid()}\n"
     assert not list(tmp_path.iterdir())
@@ -676,7 +689,7 @@ def test_locked_lets_one_of_twenty_processes_in(tmp_path):
 
 
 def test_locked_never_lets_two_threads_in(tmp_path):
-    """Many take and drop it as fast as they can: the file is removed each time, and nobody holds a removed one."""
+    """Threads lock and unlock as fast as they can; a removed lock file must not count as locked."""
     inside, overlaps, taken = [], [], []
 
     def work(name):
