@@ -105,6 +105,7 @@ def left_behind(out: str | Path) -> list[str]:
 def test_commands_that_write_are_refused_in_a_locked_folder_and_readers_are_not():
     assert run([*PRETRAIN, "--steps=2", "--out=base"])[0] == 0
     finetune = [*FINETUNE, "--steps=2"]
+    assert run([*finetune, "--out=adapter"])[0] == 0
     writers = [
         [*PRETRAIN, "--out=taken"],
         [*PRETRAIN, "--out=taken", "--resume"],
