@@ -1,20 +1,24 @@
-"""Is minilora right on this machine's GPU, and how long does a LoRA step take there beside PyTorch + peft?
+"""Check minilora on this machine's GPU, and time a LoRA step beside PyTorch + peft.
 
-    python benchmarks/gpu_check.py              under ten minutes; writes benchmarks/results/gpu-check.json
-    python benchmarks/gpu_check.py --dry-run    the same, small, on strict_xp's stand-in; writes nothing
+    python benchmarks/gpu_check.py
+        takes under ten minutes and writes benchmarks/results/gpu-check.json
+    python benchmarks/gpu_check.py --dry-run
+        does the same with small sizes on strict_xp's stand-in for a GPU, and writes nothing
 
-Without a GPU it says why and ends. The parts, each a process of its own under a time-out, so that what fails is
-recorded and the rest goes on:
+Without a GPU it prints the reason and ends. Each part runs in a separate process with a time limit,
+so that a failure is recorded and the other parts still run:
 
     prepare    writes a base and an adapter of every size, as files that both sides load
-    parity     200 training steps on the CPU and twice on the GPU: losses within 1e-5, the two GPU runs bit for bit
+    parity     200 training steps on the CPU and twice on the GPU: losses agree within 1e-5, and the
+               two GPU runs agree bit for bit
     tests      pytest -m gpu
-    traffic    what one step launches and moves (see the part for what is counted, and how)
+    traffic    what one step launches and moves (the part says what is counted, and how)
     ours       a LoRA step: gradients, clipping, one read of loss and norm, AdamW
-    eager, compiled   the same step in PyTorch, transformers' Llama under peft: the same files, batch and order
+    eager, compiled
+               the same step in PyTorch, transformers' Llama under peft: same files, batch and order
 
-Every timing waits for the device before it stops the clock; float32 throughout, TF32 off. The medians are of the
-machine as it is: nothing here tunes it.
+Every timing waits for the device before it stops the clock; all is float32, with TF32 off. The
+machine is measured as it is: nothing here tunes it.
 """
 
 from __future__ import annotations
@@ -36,14 +40,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [
-    str(ROOT),
-    str(ROOT / "tests" / "support"),
-]  # this copy of minilora, and the stand-in
+# This copy of minilora, and the stand-in.
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import numpy as np  # noqa: E402
 
-from minilora import CausalLM, LoraConfig, PeftModel, TransformerConfig, get_peft_model  # noqa: E402
+from minilora import (  # noqa: E402
+    CausalLM,
+    LoraConfig,
+    PeftModel,
+    TransformerConfig,
+    get_peft_model,
+)
 from minilora.backend import Backend, CupyBackend, get_backend  # noqa: E402
 from minilora.data import Batch  # noqa: E402
 from minilora.errors import DeviceError  # noqa: E402
@@ -53,8 +61,11 @@ from minilora.training.parallel import ShardedStep  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "gpu-check.json"
 LIMIT = 570  # seconds for everything
-WARM_UP, TIMED, LONGEST = 5, 30, 12  # steps, steps, and seconds of timed steps
-WHOLE = 2**31  # sequences a shard: the whole batch at once, on the CPU too where bits are compared
+WARM_UP = 5  # steps
+TIMED = 30  # steps
+LONGEST = 12  # seconds of timed steps
+# Sequences per shard: the whole batch at once, on the CPU too where bits are compared.
+WHOLE = 2**31
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 SIZES: dict[str, dict[str, int]] = {  # layers, C, heads, T, B, V
     "micro": {"layers": 2, "width": 64, "heads": 2, "time": 64, "batch": 16, "vocabulary": 32},
@@ -68,7 +79,7 @@ DRY_SIZES = {
 
 
 class Bench:
-    """What every part is given: where it runs, which sizes, and where the files are."""
+    """What every part needs: the device, the sizes, and the folder of the files."""
 
     def __init__(self, dry: bool, folder: Path):
         self.dry, self.folder = dry, folder
@@ -84,7 +95,7 @@ class Bench:
         return get_backend("cuda")
 
     def wait(self) -> None:
-        """Until the device has done all it was given."""
+        """Wait until the device has finished its work."""
         if not self.dry:
             self.device().xp.cuda.Device().synchronize()
 
@@ -109,7 +120,7 @@ class Bench:
         return PeftModel.from_pretrained(base, self.folder / size / "adapter", is_trainable=True)
 
     def time(self, step: Callable[[], float], wait: Callable[[], None]) -> dict[str, Any]:
-        """Milliseconds a step, and the losses of the first steps, the warm-up among them."""
+        """Milliseconds per step, and the losses of the first steps, warm-up included."""
         warm_up, timed = self.timed
         losses = [step() for _ in range(warm_up)]
         wait()
@@ -132,7 +143,7 @@ class Bench:
         }
 
 
-# ---- the parts ------------------------------------------------------------------------------------------------------
+# ---- the parts -----------------------------------------------------------------------------------
 
 
 def prepare(bench: Bench) -> dict[str, Any]:
@@ -149,11 +160,13 @@ def prepare(bench: Bench) -> dict[str, Any]:
 
 
 def parity(bench: Bench) -> dict[str, Any]:
-    """Losses and weights of the same run on the CPU and, twice, on the device. With dropout: the masks must agree."""
+    """Compare losses and weights of the same run on the CPU and, twice, on the device.
+
+    The run has dropout, so that the masks must agree.
+    """
     size = bench.sizes["micro"]
-    tokens = (
-        np.random.default_rng(1).integers(0, 8, 5000).astype(np.int32)
-    )  # 8 of 32 ids: something to learn
+    # 8 of 32 ids: something to learn.
+    tokens = np.random.default_rng(1).integers(0, 8, 5000).astype(np.int32)
     settings = Settings(
         steps=bench.steps, batch_size=size["batch"], context=size["time"], lr=1e-3, shard=WHOLE
     )
@@ -195,14 +208,15 @@ def tests(bench: Bench) -> dict[str, Any]:
 
 
 def traffic(bench: Bench) -> dict[str, Any]:
-    """Of one step after the first. Counted are, as far as each can be:
+    """Count what one step after the first launches and moves, as far as it can be counted:
 
-    array_operations   calls of the engine that give a new array, on the stand-in: a lower bound of the kernels, for a
-                       matrix product or a reduction may take several
+    array_operations   calls of the engine that return a new array, on the stand-in: a lower bound
+                       of the kernels, since a matrix product or a reduction may take several
     moves              calls of from_numpy and to_numpy on the device
-    cuda               kernels, copies and waits as the driver reports them to PyTorch's profiler, which sees every
-                       library of the process; None where there is no PyTorch
-    waits_in_gradients False if gradients and clipping ran where CuPy forbids to wait; None where it cannot forbid
+    cuda               kernels, copies and waits as the driver reports them to PyTorch's profiler,
+                       which sees every library of the process; None without PyTorch
+    waits_in_gradients False if gradients and clipping ran while CuPy forbade waiting; None if CuPy
+                       cannot forbid it
     """
     from strict_xp import METER, STRICT, counted
 
@@ -236,17 +250,17 @@ def traffic(bench: Bench) -> dict[str, Any]:
         ):
             try:
                 found[size][name] = look(bench, given)
-            except Exception as error:  # what these tools raise is theirs; the counts above stand
+            except Exception as error:  # of any class; the counts above remain valid
                 found[size][name] = f"failed: {error!r:.300}"
     return found
 
 
 def _stepper(folder: Path, backend: Backend, batch: Batch) -> Callable[[], float]:
-    """One LoRA step on fixed data, as `train` takes it; returns the loss."""
+    """A function that takes one LoRA step on fixed data, as `train` does, and returns the loss."""
     base = CausalLM.from_pretrained(folder / "base", device=backend)
     model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
-    sharded = ShardedStep(model, shard=WHOLE).__enter__()  # for as long as this process lives
+    sharded = ShardedStep(model, shard=WHOLE).__enter__()  # until the process ends
 
     def step() -> float:
         mean, grads = sharded.gradients(batch, optimizer.params)
@@ -301,14 +315,14 @@ def _waits(bench: Bench, size: str) -> bool | None:
         import cupyx
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is on its way out of CuPy
+            warnings.simplefilter("ignore")  # CuPy deprecates it
             forbidden = cupyx.allow_synchronize(False)
     except (ImportError, AttributeError):
         return None
     model = bench.model(size).train()
     params = [p for p in model.parameters() if p.requires_grad]
     with ShardedStep(model, shard=WHOLE) as sharded:
-        clip_by_global_norm(sharded.gradients(bench.batch(size), params)[1], 1.0)  # tables go up
+        clip_by_global_norm(sharded.gradients(bench.batch(size), params)[1], 1.0)  # uploads tables
         try:
             with forbidden:
                 clip_by_global_norm(sharded.gradients(bench.batch(size), params)[1], 1.0)
@@ -386,9 +400,10 @@ def compiled(bench: Bench, size: str) -> dict[str, Any]:
     )
 
 
-# ---- running them ---------------------------------------------------------------------------------------------------
+# ---- running them --------------------------------------------------------------------------------
 
-ONCE: dict[str, tuple[Callable[..., Any], int]] = {  # with their seconds
+# The parts and their time limits in seconds: once, and for each size.
+ONCE: dict[str, tuple[Callable[..., Any], int]] = {
     "prepare": (prepare, 90),
     "parity": (parity, 90),
     "tests": (tests, 200),
@@ -402,7 +417,10 @@ EACH: dict[str, tuple[Callable[..., Any], int]] = {
 
 
 def run_part(name: str, bench: Bench, seconds: float) -> dict[str, Any]:
-    """A part in a process of its own, and of its own group: when its time is over, what it started ends too."""
+    """The result of a part that runs in a separate process and process group.
+
+    When its time is over, the processes that it started end too.
+    """
     command = [sys.executable, __file__, "--part", name, "--folder", str(bench.folder)]
     begun = time.perf_counter()
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -423,12 +441,12 @@ def run_part(name: str, bench: Bench, seconds: float) -> dict[str, Any]:
             os.killpg(process.pid, signal.SIGKILL)
             outcome = {"ok": False, "error": f"more than {seconds:.0f} seconds"}
         except ValueError:
-            outcome = {"ok": False, "error": f"no JSON at the end of its output: {last[-500:]!r}"}
+            outcome = {"ok": False, "error": f"its output must end in JSON, got {last[-500:]!r}"}
     return {**outcome, "seconds": round(time.perf_counter() - begun, 1)}
 
 
 def check(bench: Bench) -> dict[str, Any]:
-    """Every part in turn; the result as it is written."""
+    """Run every part in turn and return the result that is written."""
     begun, parts = time.perf_counter(), {}
     names = [(name, seconds) for name, (_, seconds) in ONCE.items()]
     names += [
@@ -439,7 +457,7 @@ def check(bench: Bench) -> dict[str, Any]:
         if left > 5:
             parts[name] = run_part(name, bench, min(seconds, left))
         else:
-            parts[name] = {"ok": False, "error": "not run: the time for everything was over"}
+            parts[name] = {"ok": False, "error": "not run: the time for all parts was over"}
         state = (
             "ok" if parts[name]["ok"] else f"FAILED: {parts[name].get('error', parts[name])!s:.300}"
         )
@@ -467,7 +485,10 @@ def check(bench: Bench) -> dict[str, Any]:
 
 
 def _loss_differences(parts: dict[str, Any], bench: Bench) -> dict[str, float]:
-    """Of PyTorch's first losses, relative: both sides must have computed the same thing for the times to compare."""
+    """The largest relative difference of PyTorch's first losses from ours.
+
+    The times can be compared only if both sides computed the same thing.
+    """
     found = {}
     for size in bench.sizes:
         mine = parts[f"ours:{size}"].get("losses")
@@ -503,7 +524,9 @@ def _version(package: str) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--dry-run", action="store_true", help="on the stand-in, small; the result is printed"
+        "--dry-run",
+        action="store_true",
+        help="run small sizes on the stand-in; print the result",
     )
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -461,7 +461,7 @@ def test_explain_non_finite_names_a_parameter_that_was_broken_before(
     broken[index] = value
     parameter.data = broken
     text = explain_non_finite(model, batch())
-    assert text.startswith(f"before the step, values that are not finite stood in {name} ({words})")
+    assert text.startswith(f"before the step, values that are not finite were in {name} ({words})")
     # effective_linear reads W + dW, so the operation did not see that W was broken.
     assert ("; first" in text) == ("base_layer" in name)
 
@@ -509,7 +509,7 @@ def test_explain_non_finite_says_that_only_a_sum_overflows() -> None:
     ignored = Batch(batch().ids, np.full((4, 6), -100))
     text = explain_non_finite(model, ignored, shard=1, loss=steep)
     assert text == (
-        "every operation gave finite numbers for finite ones, and only their sum is not finite"
+        "every operation gave finite values for finite inputs, and only their sum is not finite"
     )
 
 

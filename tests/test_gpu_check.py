@@ -1,4 +1,4 @@
-"""benchmarks/gpu_check.py works but for the GPU: all of it on the stand-in, and what fails is recorded, not fatal."""
+"""benchmarks/gpu_check.py works on the stand-in for a GPU, and records failures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_check.py"
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """The script as a module, that would write its result into `tmp_path`."""
+    """The script as a module that writes its result into `tmp_path`."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     specification = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
     module = importlib.util.module_from_spec(specification)
@@ -30,39 +30,34 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     return module
 
 
-def test_a_dry_run_runs_every_part_and_writes_nothing() -> None:
-    kept = SCRIPT.parent / "results" / "gpu-check.json"
-    before = kept.read_bytes() if kept.exists() else None
+def test_gpu_check_dry_run_runs_every_part_and_writes_nothing() -> None:
+    path = SCRIPT.parent / "results" / "gpu-check.json"
+    before = path.read_bytes() if path.exists() else None
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--dry-run"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert (kept.read_bytes() if kept.exists() else None) == before
+    assert (path.read_bytes() if path.exists() else None) == before
     result = json.loads(done.stdout)
     assert result["ok"]
     parts = result["parts"]
-    assert list(parts) == [
-        "prepare",
-        "parity",
-        "tests",
-        "traffic",
-        "ours:micro",
-        "eager:micro",
-        "compiled:micro",
-    ]
+    expected = ["prepare", "parity", "tests", "traffic", "ours:micro", "eager:micro"]
+    assert list(parts) == [*expected, "compiled:micro"]
     assert parts["parity"]["largest_relative_difference"] == 0
     assert parts["parity"]["two_runs_bitwise_equal"]
-    assert parts["traffic"]["micro"]["moves"] == {"uploads": 1, "downloads": 1, "waits": 1}
-    assert parts["traffic"]["micro"]["array_operations"] > 100
-    assert parts["ours:micro"]["milliseconds"]["median"] > 0
-    assert parts["ours:micro"]["losses"] == sorted(parts["ours:micro"]["losses"], reverse=True)
+    traffic = parts["traffic"]["micro"]
+    assert traffic["moves"] == {"uploads": 1, "downloads": 1, "waits": 1}
+    assert traffic["array_operations"] > 100
+    ours = parts["ours:micro"]
+    assert ours["milliseconds"]["median"] > 0
+    assert ours["losses"] == sorted(ours["losses"], reverse=True)
     assert (
         "skipped" in parts["eager:micro"]
         or result["losses_differ_from_ours_by"]["eager:micro"] < 1e-5
     )
 
 
-def test_without_a_gpu_it_says_why_and_writes_nothing(
+def test_gpu_check_without_a_gpu_prints_why_and_writes_nothing(
     script: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -78,7 +73,7 @@ def test_without_a_gpu_it_says_why_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_part_that_fails_or_takes_too_long_is_recorded(
+def test_gpu_check_records_a_part_that_fails_or_takes_too_long(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ended, plain = [], os.killpg
@@ -95,7 +90,7 @@ def test_a_part_that_fails_or_takes_too_long_is_recorded(
     assert ended == [signal.SIGKILL]
 
 
-def test_when_the_time_is_over_the_rest_is_said_to_be_missing(
+def test_gpu_check_reports_the_parts_for_which_no_time_was_left(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert script.LIMIT < 600
@@ -103,5 +98,5 @@ def test_when_the_time_is_over_the_rest_is_said_to_be_missing(
     result = script.check(script.Bench(True, tmp_path))
     assert not result["ok"]
     assert {part["error"] for part in result["parts"].values()} == {
-        "not run: the time for everything was over"
+        "not run: the time for all parts was over"
     }

@@ -1,8 +1,9 @@
-"""The main job, whole: a language model from nothing, bent to another language by LoRA, and measured.
+"""The demo: pretrain a language model, adapt it to another language with LoRA, and measure both.
 
-English prose (Python's own language reference) teaches a small byte-level transformer; then its weights are frozen
-and a few per cent as many new ones, the adapter's, learn Python code. Held-out text is of other topics and other
-files. The adapter is LoRA's unless another method is asked for, or all weights train instead, to compare with.
+English prose (Python's own language reference) teaches a small byte-level transformer; then its
+weights are frozen and the adapter's weights, a few per cent as many, learn Python code. Held-out
+text is of other topics and other files. The adapter is LoRA's unless another method is chosen; with
+the method "full" all weights train instead, for comparison.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ..models.generation import generate
 from ..models.transformer import CausalLM
 from ..nn import LinearBase
 from ..quant.linear import quantize
-from ..training.loop import Settings, bits_per_byte, evaluate, rank_history, train
+from ..training.loop import Result, Settings, bits_per_byte, evaluate, rank_history, train
 from ..training.methods import (
     NAMES,
     adapter_config,
@@ -52,8 +53,11 @@ PRETRAIN = Settings(
 )
 ADAPT = Settings(steps=350, batch_size=16, context=128, lr=5e-3, eval_every=50)
 ADAPTER: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
-# AdaLoRA's E starts at zero between A and B of length one, and grows by the learning rate: it wants larger steps.
-ADALORA, ADALORA_LR = {**ADAPTER, "lora_alpha": 256}, 1e-2
+# AdaLoRA's E starts at zero between A and B of length one, and grows with the learning rate: it
+# needs larger steps.
+ADALORA = {**ADAPTER, "lora_alpha": 256}
+ADALORA_LR = 1e-2
+HELD_OUT_BYTES = 20_000  # of the held-out text, measured while a run trains
 PROMPT = "def read("
 FORMULAS = {
     "lora": "dW = s B A",
@@ -65,15 +69,14 @@ FORMULAS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of a demo; the defaults take some two to three minutes on two cores."""
+    """The sizes of a demo; the defaults take two to three minutes on two cores."""
 
     model: TransformerConfig = MODEL
     pretrain: Settings = PRETRAIN
     adapt: Settings = ADAPT
-    adapter: LoraConfig | None = field(
-        default_factory=lambda: LoraConfig(**ADAPTER)
-    )  # None: all weights train
-    quantize: str = "none"  # what the base is held as while the adapter trains
+    # None: all weights train.
+    adapter: LoraConfig | None = field(default_factory=lambda: LoraConfig(**ADAPTER))
+    quantize: str = "none"  # the form in which the base is stored while the adapter trains
     windows: int = 512  # held-out windows that the final figures are measured on
     sample: int = 240  # bytes of text to write
 
@@ -84,28 +87,23 @@ class Plan:
     def adapted_by(
         self, method: str, quantize: str = "none", fields: Mapping[str, Any] | None = None
     ) -> Plan:
-        """The plan with another method; `fields` of its adapter in place of those that the demo has for it."""
+        """The plan with another method; `fields` of its adapter replace the demo's defaults."""
         if quantize == "stored":
             raise ConfigError(
                 "quantize = stored is for a base that is read from a file: the demo trains its own"
             )
         defaults = {"full": {}, "adalora": ADALORA}.get(method, ADAPTER)
-        config = adapter_config(method, quantize, {**defaults, **(fields or {})}, self.adapt.steps)
+        config = adapter_config(method, quantize, defaults | dict(fields or {}), self.adapt.steps)
         adapt = replace(self.adapt, lr=ADALORA_LR) if method == "adalora" else self.adapt
         return replace(self, adapter=config, adapt=adapt, quantize=quantize)
 
     def quick(self) -> Plan:
-        """A version of 20 seconds, for tests: it shows that everything runs, not what the method can do."""
+        """A version of 20 seconds, for tests: it shows that all steps run, not what LoRA can do."""
         model = replace(self.model, hidden_size=64, intermediate_size=160, num_hidden_layers=2)
-        settings: dict[str, Any] = {"batch_size": 8, "context": 64, "eval_every": 20}
-        return replace(
-            self,
-            model=model,
-            pretrain=replace(self.pretrain, steps=120, **settings),
-            adapt=replace(self.adapt, steps=80, **settings),
-            windows=64,
-            sample=80,
-        )
+        sizes: dict[str, Any] = {"batch_size": 8, "context": 64, "eval_every": 20}
+        pretrain = replace(self.pretrain, steps=120, **sizes)
+        adapt = replace(self.adapt, steps=80, **sizes)
+        return replace(self, model=model, pretrain=pretrain, adapt=adapt, windows=64, sample=80)
 
 
 def demo(
@@ -119,51 +117,47 @@ def demo(
     pictures: bool = True,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Run every stage, write everything into `out`, an empty folder, and return what summary.json holds."""
+    """Run all stages, write the results into `out`, an empty folder, and return the summary.
+
+    The summary is what summary.json has.
+    """
     seconds: dict[str, float] = {}
-    plan = replace(
-        plan,
-        pretrain=replace(plan.pretrain, seed=seed, threads=threads),
-        adapt=replace(plan.adapt, seed=seed, threads=threads),
-    )
     tokenizer = ByteTokenizer()
     texts = {
         "prose": split_text(read_text(pretrain_data)) if pretrain_data else split(prose()),
         "code": split_text(read_text(adapt_data)) if adapt_data else split(python_sources()),
     }
-    ids = {name: tuple(tokenizer.encode(text) for text in parts) for name, parts in texts.items()}
+    training = {name: tokenizer.encode(text) for name, (text, _) in texts.items()}
+    held_out = {name: tokenizer.encode(text) for name, (_, text) in texts.items()}
 
-    model = CausalLM(plan.model, seed=seed, device=device)
-    size = sum(p.size for p in model.parameters())
-    say(f"1. Pretrain {size:,} parameters on {len(ids['prose'][0]):,} bytes of prose")
-    with _timed(seconds, "pretrain"):
-        folder = _made(out / "base")
-        first = train(
-            model,
-            ids["prose"][0],
-            plan.pretrain,
-            folder,
-            held_out=ids["prose"][1][:20_000],
-            title="pretrain",
-        )
-        model.save_pretrained(folder)
-        tokenizer.save(folder)
+    def fit(some_model: Any, name: str, settings: Settings, folder: Path, title: str) -> Result:
+        folder.mkdir()
+        settings = replace(settings, seed=seed, threads=threads)
+        part = held_out[name][:HELD_OUT_BYTES]
+        result = train(some_model, training[name], settings, folder, held_out=part, title=title)
+        some_model.save_pretrained(folder)
+        return result
 
     def measure(some_model: Any) -> dict[str, float]:
+        bits = {}
         context = plan.pretrain.context
-        held_out = {name: parts[1] for name, parts in ids.items()}
-        losses = {
-            k: evaluate(some_model, v, context, limit=plan.windows, threads=threads)
-            for k, v in held_out.items()
-        }
-        return {name: bits_per_byte(loss) for name, loss in losses.items()}
+        for name, ids in held_out.items():
+            loss = evaluate(some_model, ids, context, limit=plan.windows, threads=threads)
+            bits[name] = bits_per_byte(loss)
+        return bits
 
     def write_sample(some_model: Any) -> str:
         prompt = tokenizer.encode(PROMPT)[None]
-        return tokenizer.decode(
-            generate(some_model, prompt, plan.sample, temperature=0.7, top_k=40, seed=seed)[0]
-        )
+        ids = generate(some_model, prompt, plan.sample, temperature=0.7, top_k=40, seed=seed)
+        return tokenizer.decode(ids[0])
 
+    model = CausalLM(plan.model, seed=seed, device=device)
+    count = sum(p.size for p in model.parameters())
+    say(f"1. Pretrain {count:,} parameters on {len(training['prose']):,} bytes of prose")
+    base_folder = out / "base"
+    with _timed(seconds, "pretrain"):
+        pretrained = fit(model, "prose", plan.pretrain, base_folder, "pretrain")
+        tokenizer.save(base_folder)
     with _timed(seconds, "evaluate base"):
         figures = {"base": measure(model)}
         samples = {"base": write_sample(model)}
@@ -174,28 +168,26 @@ def demo(
         say(f"   {format_weight_memory(summary['held'])}")
         figures["quantized base"] = measure(model)
     before = _fingerprint(model)
-    originals = _linear_weights(model) if plan.adapter is None else {}
-    adapted: Any = model if plan.adapter is None else get_peft_model(model, plan.adapter, seed=seed)
+    originals: dict[str, np.ndarray] = {}
+    adapted: Any = model
+    folder = out / "adapted"
+    weights = folder / "model.safetensors"
+    if plan.adapter:
+        adapted = get_peft_model(model, plan.adapter, seed=seed)
+        folder = out / "adapter"
+        weights = folder / "adapter_model.safetensors"
+    else:
+        originals = _linear_weights(model)
     trainable = sum(p.size for p in adapted.parameters() if p.requires_grad)
     total = sum(p.size for p in adapted.parameters())
-    frozen = (
-        f"Freeze them, and train {trainable:,} of {NAMES[plan.method]} ({_ranks(plan.adapter)})"
-    )
-    say(
-        f"2. {frozen if plan.adapter else 'Train all of them'} on {len(ids['code'][0]):,} bytes of code"
-    )
+    what = "Train all of them"
+    if plan.adapter:
+        ranks = _describe_ranks(plan.adapter)
+        what = f"Freeze them, and train {trainable:,} of {NAMES[plan.method]} ({ranks})"
+    say(f"2. {what} on {len(training['code']):,} bytes of code")
     with _timed(seconds, "adapt"):
-        folder = _made(out / ("adapted" if plan.adapter is None else "adapter"))
-        second = train(
-            adapted,
-            ids["code"][0],
-            plan.adapt,
-            folder,
-            held_out=ids["code"][1][:20_000],
-            title="adapt",
-        )
-        adapted.save_pretrained(folder)
-        if plan.adapter is None:
+        fine_tuned = fit(adapted, "code", plan.adapt, folder, "adapt")
+        if not plan.adapter:
             tokenizer.save(folder)
     with _timed(seconds, "evaluate adapter"):
         figures[plan.method] = measure(adapted)
@@ -204,99 +196,106 @@ def demo(
             name: 8 * len(lzma.compress(text)) / len(text) for name, (_, text) in texts.items()
         }
 
-    weights = "model.safetensors" if plan.adapter is None else "adapter_model.safetensors"
+    ids = held_out["code"][None, : plan.pretrain.context]
     summary |= {
         "bits_per_byte": figures,
         "trainable": trainable,
         "total": total,
-        "adapter_bytes": (folder / weights).stat().st_size,
-        "base_bytes": (out / "base" / "model.safetensors").stat().st_size,
+        "adapter_bytes": weights.stat().st_size,
+        "base_bytes": (base_folder / "model.safetensors").stat().st_size,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "checks": _checks(adapted, ids["code"][1][None, : plan.pretrain.context], before)
-        if plan.adapter
-        else {},
+        "checks": _check(adapted, ids, before) if plan.adapter else {},
         "samples": samples,
         "seed": seed,
     }
-    _report(summary, say)  # first of all: what follows needs room on the disk
+    _report(summary, say)  # first, because what follows needs free space on the disk
     if pictures:
         summary["pictures"] = _draw(
-            out, plan, lambda: _spectra(adapted, originals), first, second, say
+            out, plan, lambda: _spectra(adapted, originals), pretrained, fine_tuned, say
         )
     write_json(out / "summary.json", summary)
     _list_files(out, say)
     return summary
 
 
-def _ranks(config: LoraConfig | None) -> str:
+def _describe_ranks(config: LoraConfig) -> str:
     if isinstance(config, AdaLoraConfig):
         return f"init_r = {config.init_r}, target_r = {config.target_r}"
-    return f"r = {config.r}" if config else ""
+    return f"r = {config.r}"
 
 
-def _checks(model: PeftModel, ids: np.ndarray, before: str) -> dict[str, Any]:
-    """What must hold after training: the base untouched, and merging the same as adding."""
+def _check(model: PeftModel, ids: np.ndarray, before: str) -> dict[str, Any]:
+    """What must hold after training: the base is unchanged, and merging equals adding."""
+    base = model.get_base_model()
     with no_grad():
         adapted = model(ids).numpy()
         with model.disable_adapter():
-            disabled = _fingerprint(model.get_base_model())
+            disabled = _fingerprint(base)
         model.merge_adapter()
         merged = model(ids).numpy()
         model.unmerge_adapter()
+    error = np.abs(merged - adapted).max() / np.abs(adapted).max()
     return {
-        "base_bit_identical": before == disabled == _fingerprint(model.get_base_model()),
-        "merge_identity_error": float(np.abs(merged - adapted).max() / np.abs(adapted).max()),
+        "base_bit_identical": before == disabled == _fingerprint(base),
+        "merge_identity_error": float(error),
     }
 
 
 def _fingerprint(model: Any) -> str:
-    """SHA-256 of the base's weights, by name, whatever adapters are in it."""
+    """SHA-256 of the base's weights, by name, without the adapters in it."""
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         if ".adapters." not in name:
-            digest.update(
-                name.replace(".base_layer", "").encode() + np.ascontiguousarray(p.numpy()).tobytes()
-            )
+            digest.update(name.replace(".base_layer", "").encode())
+            digest.update(p.numpy().tobytes())
     return digest.hexdigest()
 
 
 def _linear_weights(model: Any) -> dict[str, np.ndarray]:
     """A copy of W of every linear layer but the head, by path."""
     head = model.get_output_embeddings()
-    layers = {p: m for p, m in model.named_modules() if isinstance(m, LinearBase) and m is not head}
-    return {
-        path: layer.backend.to_numpy(layer.dense_weight()).copy() for path, layer in layers.items()
-    }
+    weights = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LinearBase) and layer is not head:
+            weights[path] = layer.backend.to_numpy(layer.dense_weight()).copy()
+    return weights
 
 
 def _spectra(
     model: Any, originals: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Singular values of W and of dW, by path: what the adapter adds, or else how far W is from `originals`."""
+    """Singular values of W and of dW, by path.
 
-    def values(W: np.ndarray) -> np.ndarray:
-        return np.asarray(np.linalg.svd(W, compute_uv=False))
-
+    dW is what the adapter adds, or without an adapter the difference of W from `originals`.
+    """
+    spectra = {}
     if not isinstance(model, PeftModel):
-        return {
-            path: (values(originals[path]), values(W - originals[path]))
-            for path, W in _linear_weights(model).items()
-        }
-    config, found = model.peft_config[model.active_adapter], {}
+        for path, W in _linear_weights(model).items():
+            before = originals[path]
+            spectra[path] = _singular_values(before), _singular_values(W - before)
+        return spectra
+    adapter = model.active_adapter
+    config = model.peft_config[adapter]
     for path, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLinear):
-            W = layer.base_layer.backend.to_numpy(layer.base_layer.dense_weight())
+            base = layer.base_layer
+            W = base.backend.to_numpy(base.dense_weight())
+            dW = layer.delta_weight(adapter)
             rank = None if config.use_dora else config.rank(path)  # the values beyond are zero
-            found[path] = values(W), values(layer.delta_weight(model.active_adapter))[:rank]
-    return found
+            spectra[path] = _singular_values(W), _singular_values(dW)[:rank]
+    return spectra
+
+
+def _singular_values(W: np.ndarray) -> np.ndarray:
+    return np.asarray(np.linalg.svd(W, compute_uv=False))
 
 
 def _draw(
     out: Path,
     plan: Plan,
     spectra: Callable[[], Any],
-    first: Any,
-    second: Any,
+    pretrained: Result,
+    fine_tuned: Result,
     say: Callable[[str], None],
 ) -> list[str]:
     from . import plots  # matplotlib is optional, and slow to import
@@ -304,20 +303,13 @@ def _draw(
     if not plots.available():
         say("(no pictures: pip install -e .[plot])")
         return []
-
-    def in_bits(run: Any) -> tuple[list[float], list[tuple[int, float]]]:
-        return [bits_per_byte(v) for v in run.losses], [
-            (step, bits_per_byte(v)) for step, v in run.evaluations
-        ]
-
-    held = "base frozen" if plan.quantize == "none" else f"base frozen in {plan.quantize}"
-    title = (
-        "Code, all parameters" if plan.adapter is None else f"{NAMES[plan.method]} on code, {held}"
-    )
-    plots.loss_curves(
-        out / "loss.png",
-        {"Pretraining on prose, all parameters": in_bits(first), title: in_bits(second)},
-    )
+    title = "Code, all parameters"
+    if plan.adapter:
+        form = "" if plan.quantize == "none" else f" in {plan.quantize}"
+        title = f"{NAMES[plan.method]} on code, base frozen{form}"
+    stages = {"Pretraining on prose, all parameters": _in_bits(pretrained)}
+    stages[title] = _in_bits(fine_tuned)
+    plots.loss_curves(out / "loss.png", stages)
     plots.delta_spectrum(out / "delta_spectrum.png", spectra(), FORMULAS[plan.method])
     if plan.method != "adalora":
         return ["loss.png", "delta_spectrum.png"]
@@ -325,46 +317,51 @@ def _draw(
     return ["loss.png", "delta_spectrum.png", "rank_allocation.png"]
 
 
+def _in_bits(run: Result) -> tuple[list[float], list[tuple[int, float]]]:
+    """A run's losses and its evaluations, (step, loss), in bits per byte."""
+    evaluations = [(step, bits_per_byte(loss)) for step, loss in run.evaluations]
+    return [bits_per_byte(loss) for loss in run.losses], evaluations
+
+
 def _report(summary: dict[str, Any], say: Callable[[str], None]) -> None:
-    bits, checks, samples, method = (
-        summary[k] for k in ("bits_per_byte", "checks", "samples", "method")
-    )
+    method = summary["method"]
     coded = "" if summary["quantize"] == "none" else f"{summary['quantize']} "
-    adapted = "all weights trained" if method == "full" else f"{coded}base + {NAMES[method]}"
-    labels = {
-        "base": "base",
-        "quantized base": f"{coded}base",
-        method: adapted,
-        "lzma": "lzma, for scale",
-    }
+    labels = {"base": "base", "quantized base": f"{coded}base", "lzma": "lzma, for scale"}
+    labels[method] = f"{coded}base + {NAMES[method]}"
+    what = "adapter on disk"
+    if method == "full":
+        labels[method] = "all weights trained"
+        what = "adapted model on disk"
     say("\nHeld-out text, bits per byte (lower is better)\n")
     say(f"  {'':24}{'prose':>8}{'code':>8}")
-    for key, row in bits.items():
+    for key, row in summary["bits_per_byte"].items():
         say(f"  {labels[key]:24}{row['prose']:8.3f}{row['code']:8.3f}")
-    trainable, total = summary["trainable"], summary["total"]
+    trainable = summary["trainable"]
+    total = summary["total"]
     say(f"\n  trainable parameters    {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
-    what = "adapted model" if method == "full" else "adapter"
-    say(
-        f"  {f'{what} on disk':22}  {summary['adapter_bytes']:,} bytes, the base {summary['base_bytes']:,}"
-    )
+    size = summary["adapter_bytes"]
+    say(f"  {what:22}  {size:,} bytes, the base {summary['base_bytes']:,}")
+    checks = summary["checks"]
     if checks:
-        say(
-            f"  merged = base + adapter to {checks['merge_identity_error']:.1e} of the largest logit"
-        )
-        say(
-            f"  base weights unchanged  {'yes, every bit' if checks['base_bit_identical'] else 'NO'}"
-        )
+        error = checks["merge_identity_error"]
+        unchanged = "yes, every bit" if checks["base_bit_identical"] else "NO"
+        say(f"  merged = base + adapter to {error:.1e} of the largest logit")
+        say(f"  base weights unchanged  {unchanged}")
     for key, label in {"base": "Before", method: "After"}.items():
         say(f"\n{label}, from {PROMPT!r}:\n")
-        text = "".join(
-            c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in samples[key]
-        )
-        say("\n".join("    " + line for line in text.splitlines()))
+        say(_printable(summary["samples"][key]))
+
+
+def _printable(sample: str) -> str:
+    """The sample, indented, with a replacement for each character that does not print."""
+    text = ""
+    for c in sample:
+        text += c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}"
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _list_files(out: Path, say: Callable[[str], None]) -> None:
-    say("\nWritten")
-    for name, what in {
+    contents = {
         "base": "the base, for transformers",
         "adapter": "the adapter, for peft",
         "adapted": "the base after training on code, for transformers",
@@ -372,9 +369,12 @@ def _list_files(out: Path, say: Callable[[str], None]) -> None:
         "loss.png": "both runs",
         "delta_spectrum.png": "what training on code changed",
         "rank_allocation.png": "which layers kept their ranks",
-    }.items():
-        if (out / name).exists():
-            say(f"  {out / name!s:40} {what}")
+    }
+    say("\nWritten")
+    for name, content in contents.items():
+        path = out / name
+        if path.exists():
+            say(f"  {path!s:40} {content}")
 
 
 @contextmanager
@@ -382,8 +382,3 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     begun = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - begun
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder

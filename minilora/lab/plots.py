@@ -1,4 +1,7 @@
-"""Pictures of a run. The only room that imports matplotlib, which is optional: `pip install -e .[plot]`."""
+"""Pictures of a run.
+
+Only this file imports matplotlib, which is optional: `pip install -e .[plot]`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,21 @@ import numpy as np
 from ..errors import ConfigError
 from ..formats import atomic_file
 
-INK, QUIET, WARM, COOL = "#222222", "#b0b0b0", "#c8553d", "#2a6f97"
+INK = "#222222"
+QUIET = "#b0b0b0"
+PALE = "#dddddd"
+WARM = "#c8553d"
+COOL = "#2a6f97"
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.titlesize": 9,
+    "legend.frameon": False,
+    "figure.dpi": 150,
+    "svg.hashsalt": "0",
+}
 
 
 def _pyplot() -> Any:
@@ -22,26 +39,12 @@ def _pyplot() -> Any:
     matplotlib.use("agg")  # files only: no window, no display
     import matplotlib.pyplot as plt
 
-    style = {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": INK,
-    }
-    plt.rcParams.update(
-        {
-            **style,
-            "axes.titlesize": 9,
-            "legend.frameon": False,
-            "figure.dpi": 150,
-            "svg.hashsalt": "0",
-        }
-    )
+    plt.rcParams.update(STYLE)
     return plt
 
 
 def available() -> bool:
-    """Can pictures be drawn here?"""
+    """True if pictures can be drawn here."""
     try:
         _pyplot()
     except ConfigError:
@@ -50,7 +53,7 @@ def available() -> bool:
 
 
 def _save(plt: Any, figure: Any, path: Path) -> None:
-    """Write the picture whole, or leave what was there; the figure is closed either way."""
+    """Write the whole picture, or leave the file as it was; the figure is closed either way."""
     try:
         with atomic_file(path) as file:
             figure.savefig(file, format=path.suffix[1:])
@@ -58,8 +61,8 @@ def _save(plt: Any, figure: Any, path: Path) -> None:
         plt.close(figure)
 
 
-def _smooth(values: Sequence[float], window: int) -> np.ndarray:
-    """A running mean of up to `window` values back."""
+def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
+    """The mean of each value and up to `window` - 1 values before it."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     stop = np.arange(1, len(values) + 1)
     start = np.maximum(stop - window, 0)
@@ -69,7 +72,7 @@ def _smooth(values: Sequence[float], window: int) -> np.ndarray:
 def loss_curves(
     path: Path, stages: Mapping[str, tuple[Sequence[float], Sequence[tuple[int, float]]]]
 ) -> None:
-    """One panel a stage, side by side: bits per byte of every step, their running mean, and the held-out text.
+    """Draw one panel per stage: bits per byte of each step, their running mean, and held-out text.
 
     stages   title -> (bits per byte of each step, [(step, bits per byte held out), ...])
     """
@@ -80,33 +83,21 @@ def loss_curves(
     )
     for axis, (title, (losses, held_out)) in zip(axes[0], stages.items(), strict=True):
         axis.plot(losses, color=QUIET, linewidth=0.6)
-        axis.plot(
-            _smooth(losses, max(1, len(losses) // 40)), color=COOL, linewidth=1.6, label="training"
-        )
+        mean = _running_mean(losses, max(1, len(losses) // 40))
+        axis.plot(mean, color=COOL, linewidth=1.6, label="training")
         if held_out:
             steps, values = zip(*held_out, strict=True)
-            axis.plot(
-                steps,
-                values,
-                color=WARM,
-                marker="o",
-                markersize=3.5,
-                linewidth=1.2,
-                label="held out (its first 20 kB)",
-            )
-            axis.annotate(
-                f"{values[-1]:.2f}",
-                (steps[-1], values[-1]),
-                (3, 5),
-                textcoords="offset points",
-                color=WARM,
-            )
+            label = "held out (its first 20 kB)"
+            axis.plot(steps, values, "-o", color=WARM, markersize=3.5, linewidth=1.2, label=label)
+            end = held_out[-1]
+            axis.annotate(f"{end[1]:.2f}", end, (3, 5), textcoords="offset points", color=WARM)
         axis.set_title(title, loc="left")
         axis.set_xlabel("step")
         axis.grid(axis="y", color="#eeeeee")
         axis.set_axisbelow(True)
-    axes[0][0].set_ylabel("bits per byte")
-    axes[0][0].legend(loc="upper right")
+    first = axes[0][0]
+    first.set_ylabel("bits per byte")
+    first.legend(loc="upper right")
     figure.tight_layout()
     _save(plt, figure, path)
 
@@ -114,54 +105,52 @@ def loss_curves(
 def delta_spectrum(
     path: Path, layers: Mapping[str, tuple[np.ndarray, np.ndarray]], formula: str = "dW = s B A"
 ) -> None:
-    """Small multiples, a row a block and a column a projection: singular values of dW in front of those of W.
+    """Draw the singular values of dW in front of those of W: one panel per layer.
 
-    layers   module path ("model.layers.0.self_attn.q_proj") -> (singular values of W, those of dW), each descending
+    Each block is a row, and each kind of projection is a column.
+
+    layers   module path ("model.layers.0.self_attn.q_proj") -> (singular values of W, those of dW),
+             each in descending order
     """
     plt = _pyplot()
     places = {name: _place(name) for name in layers}
     blocks = sorted({block for block, _ in places.values()})
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
-    size = (max(5.2, 1.35 * len(kinds) + 0.8), 1.15 * len(blocks) + 0.9)
+    size = max(5.2, 1.35 * len(kinds) + 0.8), 1.15 * len(blocks) + 0.9
     figure, axes = plt.subplots(
         len(blocks), len(kinds), figsize=size, sharex=True, sharey=True, squeeze=False
     )
-    floor = min(
-        (float(d[d > d[0] * 1e-3].min()) for _, d in layers.values() if d.size and d[0] > 0),
-        default=1e-3,
-    )
+    smallest = []
+    largest = []
+    for of_weight, of_delta in layers.values():
+        largest += [float(values.max()) for values in (of_weight, of_delta) if values.size]
+        if of_delta.size and of_delta[0] > 0:
+            smallest.append(float(of_delta[of_delta > of_delta[0] * 1e-3].min()))
+    bottom = min(smallest, default=1e-3)
     for axis in axes.flat:
         axis.set_visible(False)
     for name, (of_weight, of_delta) in layers.items():
         block, kind = places[name]
         axis = axes[blocks.index(block)][kinds.index(kind)]
         axis.set_visible(True)
-        axis.fill_between(
-            np.arange(1, len(of_weight) + 1), of_weight, floor / 2, color="#dddddd", linewidth=0
-        )
-        axis.plot(
-            np.arange(1, len(of_delta) + 1),
-            np.maximum(of_delta, floor / 2),
-            color=WARM,
-            marker=".",
-            markersize=4,
-            linewidth=1,
-        )
+        index = np.arange(1, len(of_weight) + 1)
+        axis.fill_between(index, of_weight, bottom / 2, color=PALE, linewidth=0)
+        index = np.arange(1, len(of_delta) + 1)
+        shown = np.maximum(of_delta, bottom / 2)
+        axis.plot(index, shown, ".-", color=WARM, markersize=4, linewidth=1)
         axis.set_yscale("log")
         axis.set_xscale("log")
         axis.tick_params(labelsize=7)
-        if block == min(b for b, k in places.values() if k == kind):  # the first of its column
+        column = [b for b, k in places.values() if k == kind]
+        if block == min(column):
             axis.set_title(kind, fontsize=8)
-        if kind == min((k for b, k in places.values() if b == block), key=kinds.index):
+        row = [k for b, k in places.values() if b == block]
+        if kind == min(row, key=kinds.index):
             axis.set_ylabel(f"layer {block}" if block >= 0 else "", fontsize=8)
-    tops = [float(values.max()) for pair in layers.values() for values in pair if values.size]
-    axes[0][0].set_ylim(floor / 2, 1.5 * max(max(tops, default=1.0), floor))  # one scale for all
-    figure.suptitle(
-        f"Singular values by index: of W (grey) and of {formula} (red)",
-        fontsize=9,
-        x=0.01,
-        ha="left",
-    )
+    top = max(largest, default=1.0)
+    axes[0][0].set_ylim(bottom / 2, 1.5 * max(top, bottom))  # one scale for all
+    title = f"Singular values by index: of W (grey) and of {formula} (red)"
+    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     figure.tight_layout()
     _save(plt, figure, path)
 
@@ -174,22 +163,23 @@ def heat_table(
     title: str,
     ylabel: str = "",
 ) -> None:
-    """A table whose cells are the darker the larger; the best of a column, its smallest, is framed.
+    """Draw a table whose cells get darker with their value; each column's smallest is framed.
 
     values   (rows, columns)
     """
     plt = _pyplot()
-    figure, axis = plt.subplots(
-        figsize=(1.0 * len(columns) + 2.0, 0.42 * len(rows) + 1.1), layout="constrained"
-    )
+    size = len(columns) + 2.0, 0.42 * len(rows) + 1.1
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
     axis.imshow(values, cmap="Blues", aspect="auto")
     middle = (values.max() + values.min()) / 2
     for i, j in np.ndindex(values.shape):
-        color = "white" if values[i, j] > middle else INK
-        axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color=color)
-        if values[i, j] == values[:, j].min():
-            frame = {"fill": False, "edgecolor": WARM, "linewidth": 1.8}
-            axis.add_patch(plt.Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, **frame))
+        value = values[i, j]
+        color = "white" if value > middle else INK
+        axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=color)
+        if value == values[:, j].min():
+            corner = j - 0.48, i - 0.46
+            frame = plt.Rectangle(corner, 0.96, 0.92, fill=False, edgecolor=WARM, linewidth=1.8)
+            axis.add_patch(frame)
     axis.set_xticks(range(len(columns)), columns)
     axis.set_yticks(range(len(rows)), rows)
     axis.tick_params(length=0)
@@ -202,58 +192,46 @@ def heat_table(
 def rank_allocation(
     path: Path, history: Sequence[tuple[int, Mapping[str, int]]], steps: int
 ) -> None:
-    """Who keeps how many ranks: a row a layer, a column a step, the darker the more; above it their mean, the budget.
+    """Draw which layers keep how many ranks: one row per layer, steps from left to right.
 
-    history   [(step, ranks by layer) of each allocation]; they stand until the next, the last to the end
+    More ranks are darker; above the rows is their mean, the budget.
+
+    history   [(step, ranks by layer) of each allocation]; they stay until the next one, the last
+              to the end
     steps     of the run
     """
     plt = _pyplot()
     places = {name: _place(name) for name in history[0][1]} if history else {}
-    order = sorted(places, key=lambda name: places[name][0])  # by block; in a block as they come
-    edges = (
-        [step for step, _ in history] + [max(steps, history[-1][0] + 1)]
-        if history
-        else [0, max(steps, 1)]
-    )
-    ranks = np.array([[found[name] for name in order] for _, found in history], float).reshape(
-        len(edges) - 1, -1
-    )
-    height = max(0.19 * len(order), 0.6)
+    # By block; layers of the same block in their given order.
+    names = sorted(places, key=lambda name: places[name][0])
+    edges = [step for step, _ in history] or [0]
+    edges.append(max(steps, edges[-1] + 1))
+    table = [[ranks[name] for name in names] for _, ranks in history]
+    ranks = np.array(table, float).reshape(len(edges) - 1, -1)  # (allocations, layers)
+    height = max(0.19 * len(names), 0.6)
+    size = 8, height + 1.9
+    ratios = 0.9, height
     figure, (above, below) = plt.subplots(
-        2,
-        1,
-        figsize=(8, height + 1.9),
-        sharex=True,
-        height_ratios=(0.9, height),
-        layout="constrained",
+        2, 1, figsize=size, sharex=True, height_ratios=ratios, layout="constrained"
     )
-    if order:
+    if names:
         above.stairs(ranks.mean(axis=1), edges, color=INK, linewidth=1.2, baseline=None)
-        rows = np.arange(len(order) + 1)
-        picture = below.pcolormesh(
-            edges, rows, ranks.T, cmap="Blues", vmin=0, vmax=max(ranks.max(), 1)
-        )
-        figure.colorbar(
-            picture, ax=below, label="rank", ticks=range(int(ranks.max()) + 1), pad=0.06, aspect=30
-        )
+        rows = np.arange(len(names) + 1)
+        top = ranks.max()
+        cells = below.pcolormesh(edges, rows, ranks.T, cmap="Blues", vmin=0, vmax=max(top, 1))
+        ticks = range(int(top) + 1)
+        figure.colorbar(cells, ax=below, label="rank", ticks=ticks, pad=0.06, aspect=30)
+        right = below.get_yaxis_transform()
         for row, rank in enumerate(ranks[-1]):
-            below.text(
-                1.008,
-                row + 0.5,
-                f"{rank:.0f}",
-                transform=below.get_yaxis_transform(),
-                va="center",
-                fontsize=7,
-            )
-    blocks = [places[name][0] for name in order]
-    for row in range(1, len(order)):
-        if blocks[row] != blocks[row - 1]:
+            text = f"{rank:.0f}"
+            below.text(1.008, row + 0.5, text, transform=right, va="center", fontsize=7)
+    labels = []
+    for row, name in enumerate(names):
+        block, kind = places[name]
+        labels.append(f"{block} {kind}" if block >= 0 else kind)
+        if row and block != places[names[row - 1]][0]:
             below.axhline(row, color="white", linewidth=2.5)
-    labels = [
-        f"{block} {kind}" if block >= 0 else kind
-        for block, kind in (places[name] for name in order)
-    ]
-    below.set_yticks(np.arange(len(order)) + 0.5, labels, fontsize=7)
+    below.set_yticks(np.arange(len(names)) + 0.5, labels, fontsize=7)
     below.invert_yaxis()
     below.tick_params(axis="y", length=0)
     below.spines[["left", "bottom"]].set_visible(False)
@@ -267,41 +245,38 @@ def rank_allocation(
 def _place(name: str) -> tuple[int, str]:
     """(number of the block or -1, last part of the name)"""
     parts = name.split(".")
-    return next((int(part) for part in parts if part.isdecimal()), -1), parts[-1]
+    for part in parts:
+        if part.isdecimal():
+            return int(part), parts[-1]
+    return -1, parts[-1]
 
 
 def spectra(path: Path, layers: Mapping[str, Sequence[float] | None]) -> None:
-    """The singular values of each layer's dW, falling, on a logarithmic axis; a colour for each kind of layer.
+    """Draw the singular values of each layer's dW, in descending order, on a logarithmic axis.
 
-    layers   path of a layer -> its values, or None where they are not finite: that one is left out
+    Each kind of layer has its colour.
+
+    layers   path of a layer -> its values, or None where they are not finite: the layer is left out
     """
     plt = _pyplot()
     kinds: dict[str, list[list[float]]] = {}
     for name, values in layers.items():
-        above = [value for value in values or () if value > 0]
-        if above:
-            kinds.setdefault(name.rpartition(".")[2], []).append(above)
+        positive = [value for value in values or () if value > 0]
+        if positive:
+            kind = name.rpartition(".")[2]
+            kinds.setdefault(kind, []).append(positive)
     figure, axis = plt.subplots(figsize=(6.5, 4))
     for i, (kind, lines) in enumerate(sorted(kinds.items())):
         colour = plt.get_cmap("viridis")(i / len(kinds))
-        for n, values in enumerate(lines):
-            label = "" if n else kind.replace("$", r"\$")
-            axis.plot(
-                range(1, len(values) + 1),
-                values,
-                color=colour,
-                lw=0.9,
-                marker=".",
-                ms=3,
-                label=label,
-            )
-    axis.set(
-        yscale="log",
-        xlabel="i",
-        ylabel="singular value i of dW",
-        title="How many directions each update uses",
-    )
-    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # there is no value 1.5
+        label = kind.replace("$", r"\$")
+        for line in lines:
+            index = range(1, len(line) + 1)
+            axis.plot(index, line, ".-", color=colour, lw=0.9, ms=3, label=label)
+            label = ""  # the legend names each kind once
+    axis.set(yscale="log", xlabel="i", ylabel="singular value i of dW")
+    axis.set_title("How many directions each update uses")
+    # The values have whole numbers as indices.
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if kinds:
         axis.legend()
     _save(plt, figure, path)

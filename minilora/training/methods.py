@@ -1,11 +1,11 @@
-"""A method by its name: what is trained, and what the frozen base is held as.
+"""Methods by name: what is trained, and in what form the frozen base is stored.
 
 method     lora      dW = s B A
            dora      W' = m (W + dW) / |W + dW|
-           adalora   dW = s B diag(E) A, whose ranks are found in training
+           adalora   dW = s B diag(E) A, whose ranks are chosen in training
            full      no adapter: all weights of the base train
-quantize   none; or what `quantize` makes of the base before the adapter comes: nf4 and LoRA are QLoRA; or stored, what
-           its files hold in sixteen bits is held so, too
+quantize   none; or what `quantize` makes of the base before the adapter is added: nf4 and LoRA are
+           QLoRA; or stored: weights that the base's files have in sixteen bits stay in sixteen bits
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..quant.half import HalfWeight
 from ..quant.linear import LayerReport, quantization_report
 
 METHODS = ("lora", "dora", "adalora", "full")
-CODES = ("none", *KINDS)  # of a base that is in memory
-QUANTIZE = (*CODES, "stored")  # of one that is read
+CODES = ("none", *KINDS)  # for a base that is in memory
+QUANTIZE = (*CODES, "stored")  # for a base that is read from files
 NAMES = {"lora": "LoRA", "dora": "DoRA", "adalora": "AdaLoRA", "full": "all weights"}
 ADALORA_FIELDS = (
     "target_r",
@@ -40,21 +40,18 @@ def adapter_config(
 ) -> LoraConfig | None:
     """The configuration that a method means for a run of `steps`; None for "full".
 
-    fields   the adapter's, by PEFT's names, where they are not to be the defaults
+    fields   the adapter's fields, by PEFT's names, that are to differ from the defaults
 
-    AdaLoRA takes r for target_r, and its schedule from the length of the run: see `adalora_defaults`.
-    ConfigError names what does not go together.
+    AdaLoRA takes r for target_r, and its schedule from the length of the run: see
+    `adalora_defaults`. ConfigError names what does not go together.
     """
-    if method not in METHODS:
-        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r:.99}")
-    if quantize not in QUANTIZE:
-        raise ConfigError(f"quantize must be one of {', '.join(QUANTIZE)}, got {quantize!r:.99}")
-    of_adalora = [name for name in ADALORA_FIELDS if name in fields]
+    for option, value, valid in (("method", method, METHODS), ("quantize", quantize, QUANTIZE)):
+        if value not in valid:
+            raise ConfigError(f"{option} must be one of {', '.join(valid)}, got {value!r:.99}")
     if method == "full":
         if fields:
-            raise ConfigError(
-                f"method full trains the base itself: there is no adapter to have {', '.join(fields)}"
-            )
+            names = ", ".join(fields)
+            raise ConfigError(f"method full trains the base, not an adapter: leave out {names}")
         if quantize != "none":
             raise ConfigError(
                 f"quantize = {quantize} freezes the weights that method full would train"
@@ -62,78 +59,82 @@ def adapter_config(
         return None
     if method == "adalora":
         return AdaLoraConfig(**adalora_defaults(fields, steps), total_step=steps)
-    if of_adalora:
-        raise ConfigError(
-            f"{', '.join(of_adalora)}: AdaLoRA's; method {method} does not allocate ranks"
-        )
-    return LoraConfig(**{**fields, "use_dora": True} if method == "dora" else fields)
+    names = ", ".join(name for name in ADALORA_FIELDS if name in fields)
+    if names:
+        raise ConfigError(f"{names}: fields of AdaLoRA; method {method} does not allocate ranks")
+    config = dict(fields)
+    if method == "dora":
+        config["use_dora"] = True
+    return LoraConfig(**config)
 
 
 def adalora_defaults(fields: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """`fields` of an AdaLoraConfig with what is missing, in proportion to r and to the run.
+    """`fields` of an AdaLoraConfig, completed in proportion to r and to the run's length.
 
-    Half as many triplets again as are to stay; a tenth of the steps before the first is cut, a quarter after the last,
-    a hundred allocations. The penalty's weight is a fifth of PEFT's, as in the authors' code.
+    At first half as many triplets again as in the end; the first cut after a tenth of the steps,
+    the last a quarter of them before the end, and a hundred allocations. The penalty's weight is a
+    fifth of PEFT's, as in the authors' code.
     """
     if "r" in fields and "target_r" in fields:
         raise ConfigError(
-            "r and target_r are the same to AdaLoRA, the rank of the average layer at the end: give one"
+            "r and target_r mean the same to AdaLoRA, the average rank of a layer at the end: "
+            "give one of them"
         )
-    given = {name: value for name, value in fields.items() if name != "r"}
-    r = given.get("target_r", fields.get("r", 8))
-    schedule = {
+    given = dict(fields)
+    r = given.pop("r", 8)
+    r = given.get("target_r", r)
+    init_r = max(1, -(-3 * r // 2)) if type(r) is int else r
+    defaults = {
+        "target_r": r,
+        "init_r": init_r,
         "tinit": steps // 10,
         "tfinal": steps // 4,
         "deltaT": max(1, steps // 100),
         "orth_reg_weight": 0.1,
     }
-    return {
-        "target_r": r,
-        "init_r": max(1, -(-3 * r // 2)) if type(r) is int else r,
-        **schedule,
-        **given,
-    }
+    return defaults | given
 
 
 def method_of(config: LoraConfig | None) -> str:
-    """The name of the method that a configuration stands for."""
+    """The name of the method of a configuration."""
     if config is None:
         return "full"
-    return "adalora" if isinstance(config, AdaLoraConfig) else "dora" if config.use_dora else "lora"
+    if isinstance(config, AdaLoraConfig):
+        return "adalora"
+    return "dora" if config.use_dora else "lora"
 
 
 def measure_weight_memory(model: Any) -> dict[str, Any]:
-    """What a base holds, counted: its layers of codes or sixteen bits, then all its weights, each beside float32."""
+    """Count the bytes of a base's weights: of those in codes or sixteen bits, and of all.
+
+    Each count comes with its percentage of the same weights' size in float32.
+    """
     report = quantization_report(model)
-    halves = [
-        (name, p, p.quantized) for name, p in model.named_parameters() if isinstance(p, HalfWeight)
-    ]
-    report += [
-        LayerReport(name, h.kind, p.size, h.nbytes, 16.0, 0.0, p.lost) for name, p, h in halves
-    ]
-    coded, weights = (
-        sum(layer.nbytes for layer in report),
-        sum(layer.parameters for layer in report),
-    )
+    for name, p in model.named_parameters():
+        if isinstance(p, HalfWeight):
+            half = p.quantized
+            report.append(LayerReport(name, half.kind, p.size, half.nbytes, 16.0, 0.0, p.lost))
+    weights = sum(layer.parameters for layer in report)
+    size = sum(layer.nbytes for layer in report)
     others = [p for p in model.parameters() if not p.fixed]
-    everything, count = (
-        coded + sum(p.size * p.dtype.itemsize for p in others),
-        weights + sum(p.size for p in others),
-    )
+    all_weights = weights + sum(p.size for p in others)
+    all_size = size + sum(p.size * p.dtype.itemsize for p in others)
     return {
         "kind": ", ".join(sorted({layer.kind for layer in report})) or "none",
         "layers": len(report),
         "weights": weights,
-        "bytes": coded,
-        "percent": 100 * coded / (4 * weights) if weights else 0.0,
-        "all_weights": count,
-        "all_bytes": everything,
-        "all_percent": 100 * everything / (4 * count),
+        "bytes": size,
+        "percent": 100 * size / (4 * weights) if weights else 0.0,
+        "all_weights": all_weights,
+        "all_bytes": all_size,
+        "all_percent": 100 * all_size / (4 * all_weights),
     }
 
 
-def format_weight_memory(held: Mapping[str, Any]) -> str:
-    """`held_bytes` in a line."""
-    layers = f"{held['weights']:,} weights of {held['layers']} layers in {held['bytes']:,} bytes of {held['kind']}"
-    every = f"all {held['all_weights']:,} in {held['all_bytes']:,}, {held['all_percent']:.1f} %"
-    return f"{layers}, {held['percent']:.1f} % of their size in float32; {every}"
+def format_weight_memory(report: Mapping[str, Any]) -> str:
+    """The report of `measure_weight_memory` in one line."""
+    layers = f"{report['weights']:,} weights of {report['layers']} layers"
+    coded = f"{layers} in {report['bytes']:,} bytes of {report['kind']}"
+    every = f"all {report['all_weights']:,} in {report['all_bytes']:,}"
+    percent = f"{report['percent']:.1f} % of their size in float32"
+    return f"{coded}, {percent}; {every}, {report['all_percent']:.1f} %"

@@ -1,11 +1,12 @@
-"""A run's folder: one writer at a time, logs that only grow, and checkpoints that are there whole or not at all.
+"""A run's folder: logs that only grow, and checkpoints that appear whole or not at all.
 
-    OUT/.lock                        while a run writes; the kernel's lock on it goes with the process
-    OUT/log.jsonl, eval.jsonl        one line a step, one an evaluation
-    OUT/checkpoints/step-N/          the ecosystem's own files, optimizer.safetensors, and manifest.json
+    OUT/.lock                    while a run writes; the kernel releases it when the process ends
+    OUT/log.jsonl, eval.jsonl    one line per step, one line per evaluation
+    OUT/checkpoints/step-N/      the ecosystem's files, optimizer.safetensors, and manifest.json
 
-A checkpoint is written into a temporary folder; its manifest, with the size and SHA-256 of every file, comes last;
-then one rename makes it real. Whatever happens before that rename leaves the previous checkpoint the newest one.
+A checkpoint is written into a temporary folder; its manifest, with the size and SHA-256 of every
+file, comes last; then one rename makes it real. Whatever happens before that rename leaves the
+previous checkpoint the newest one.
 """
 
 from __future__ import annotations
@@ -27,31 +28,31 @@ from ..formats.disk import sync_folder
 from ..formats.folders import checkpoints_by_step
 
 MANIFEST = "manifest.json"
-KEPT = 2  # checkpoints: the newest, and one to fall back on
+KEPT = 2  # checkpoints: the newest, and one to fall back to
 
-# ---- logs -----------------------------------------------------------------------------------------------------------
+# ---- logs ----------------------------------------------------------------------------------------
 
 
 class Log:
-    """A file of JSON lines. On resuming at `step`, lines of that step and later are dropped: none is written twice.
+    """A file of JSON lines.
 
-    JSON has no NaN and no infinity: they stand as the strings "nan", "inf" and "-inf", which float() reads.
+    On resuming at `step`, the lines of that step and later steps are dropped: the run writes them
+    again. JSON has no NaN and no infinity: they become the strings "nan", "inf" and "-inf", which
+    float() reads.
     """
 
     def __init__(self, path: Path, step: int = 0):
         if step and path.is_file():
-            lines = [
-                line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")
-            ]
             try:
-                kept = [line for line in lines if json.loads(line)["step"] < step]
+                earlier = [line for line in _whole_lines(path) if json.loads(line)["step"] < step]
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(
-                    f"{str(path)!r} has a line that is no JSON with a step: {error}"[:500]
+                    f"{str(path)!r} has a line that is not JSON with a step: {error}"
                 ) from None
             with atomic_file(path) as file:
-                file.writelines(kept)
-        self._file = open(path, "a" if step else "w", encoding="utf-8")  # noqa: SIM115 - __exit__ closes it
+                file.writelines(earlier)
+        # __exit__ closes it.
+        self._file = open(path, "a" if step else "w", encoding="utf-8")  # noqa: SIM115
 
     def __enter__(self) -> Log:
         return self
@@ -60,64 +61,61 @@ class Log:
         self._file.close()
 
     def write(self, **record: Any) -> None:
-        strict = {
-            k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in record.items()
-        }
-        self._file.write(json.dumps(strict, allow_nan=False) + "\n")
+        for key, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record[key] = str(value)
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
-        """Onto the disk, where a regular file lies: before a checkpoint that says these steps were taken."""
+        """Force a regular file onto the disk, before a checkpoint says that its steps are done."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            if error.errno not in (
-                errno.EINVAL,
-                errno.ENOTSUP,
-            ):  # as for a pipe or a device: nothing to force
+            # A pipe or a device has nothing to force.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `Log`, oldest first, but for one that is being written."""
-    return [
-        json.loads(line)
-        for line in path.read_bytes().splitlines(keepends=True)
-        if line.endswith(b"\n")
-    ]
+    """The lines of a `Log`, oldest first, except one that is being written."""
+    return [json.loads(line) for line in _whole_lines(path)]
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+def _whole_lines(path: Path) -> list[bytes]:
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [line for line in lines if line.endswith(b"\n")]
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 def save_checkpoint(
     out: Path, step: int, state: dict[str, Any], write: Callable[[Path], None]
 ) -> Path:
-    """Make OUT/checkpoints/step-N real in one rename: what `write(folder)` writes, and `state` in the manifest.
+    """Make OUT/checkpoints/step-N real in one rename, and return it.
 
-    Call it inside `locked(out)`. After an error the same call may be made again.
+    It has what `write(folder)` writes, and `state` in the manifest. Call this inside `locked(out)`.
+    After an error the same call may be made again.
     """
     parent = out / "checkpoints"
     os.makedirs(parent, exist_ok=True)
     remove_stale(out)
-    final, temporary = parent / f"step-{step}", parent / f"step-{step}.tmp-{os.getpid()}"
-    replaced = parent / f"{final.name}.old"
+    final = parent / f"step-{step}"
+    temporary = parent / f"step-{step}.tmp-{os.getpid()}"
+    replaced = parent / f"step-{step}.old"
     try:
         os.mkdir(temporary)
         write(temporary)
-        files = {
-            p.relative_to(temporary).as_posix(): p
-            for p in sorted(temporary.rglob("*"))
-            if p.is_file()
-        }
-        entries = {
-            name: {"size": p.stat().st_size, "sha256": _sha256(p)} for name, p in files.items()
-        }
-        write_json(
-            temporary / MANIFEST, {"step": step, "state": state, "files": entries}
-        )  # and sync_folder(temporary)
-        if final.exists():  # a run that went back to an older step: at no moment is there neither
+        entries = {}
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                entry = {"size": path.stat().st_size, "sha256": _sha256(path)}
+                entries[path.relative_to(temporary).as_posix()] = entry
+        manifest = {"step": step, "state": state, "files": entries}
+        write_json(temporary / MANIFEST, manifest)  # and sync_folder(temporary)
+        if final.exists():
+            # A run that went back to an older step: at no moment are both missing.
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(final, replaced)
         os.rename(temporary, final)
@@ -133,52 +131,45 @@ def save_checkpoint(
 
 
 def remove_stale(out: Path) -> None:
-    """Remove what runs that were killed while saving have left. Call it inside `locked(out)`."""
+    """Remove what runs left that were killed while saving. Call it inside `locked(out)`."""
     for stale in (out / "checkpoints").glob("step-*.tmp-*"):
         shutil.rmtree(stale, ignore_errors=True)
 
 
 def find_checkpoint(resume: str | Path, out: Path) -> tuple[Path, dict[str, Any]]:
-    """(folder, manifest) of the checkpoint that `resume` names, or for "auto" the newest sound one in `out`.
+    """(folder, manifest) of the checkpoint `resume`; for "auto", of the newest sound one in `out`.
 
-    CheckpointError if there is none, or if the named one is damaged. "auto" passes over a damaged one with a warning.
+    CheckpointError if it does not exist or is damaged. "auto" skips a damaged one with a warning.
     """
     if resume != "auto":
-        return Path(resume), _verified(Path(resume))
-    found = checkpoints_by_step(out / "checkpoints")
-    for folder in reversed(found):
+        return Path(resume), _verified_manifest(Path(resume))
+    folders = checkpoints_by_step(out / "checkpoints")
+    for folder in reversed(folders):
         try:
-            return folder, _verified(folder)
+            return folder, _verified_manifest(folder)
         except CheckpointError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=2)
-    raise CheckpointError(
-        f"{str(out)!r} has no {'sound ' if found else ''}checkpoint to resume from"
-    )
+    sound = "sound " if folders else ""
+    raise CheckpointError(f"{str(out)!r} has no {sound}checkpoint to resume from")
 
 
-def _verified(folder: Path) -> dict[str, Any]:
+def _verified_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{str(folder)!r} is no checkpoint: it has no {MANIFEST}")
+    damaged = f"{str(folder)!r} is damaged"
     try:
-        manifest = read_json(folder / MANIFEST, limit=1 << 30)  # it holds the loss of every step
-        present = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-        step, state, files = manifest["step"], manifest["state"], manifest["files"]
-        if type(step) is not int or not isinstance(state, dict):
+        manifest = read_json(folder / MANIFEST, limit=1 << 30)  # it has the loss of every step
+        if type(manifest["step"]) is not int or not isinstance(manifest["state"], dict):
             raise KeyError("step")
-        for name, entry in files.items():
-            path = present.get(name)  # so that no name leads out of the folder
-            if (
-                path is None
-                or path.stat().st_size != entry["size"]
-                or _sha256(path) != entry["sha256"]
-            ):
-                raise CheckpointError(
-                    f"{str(folder)!r} is damaged: {name!r:.100} is not what {MANIFEST} says"
-                )
+        # Looked up among the files that exist, so that no name leads out of the folder.
+        present = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+        for name, entry in manifest["files"].items():
+            path = present.get(name)
+            size = path.stat().st_size if path else None
+            if not path or size != entry["size"] or _sha256(path) != entry["sha256"]:
+                raise CheckpointError(f"{damaged}: {name!r:.100} is not what {MANIFEST} says")
     except (FormatError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{str(folder)!r} is damaged: {MANIFEST} cannot be read ({error})"[:500]
-        ) from error
+        raise CheckpointError(f"{damaged}: {MANIFEST} cannot be read ({error})") from error
     return manifest
 
 

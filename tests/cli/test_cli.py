@@ -1144,11 +1144,11 @@ BAD = [
     (f"{F} --resume missing", 3, "missing"),
     (f"{F} --resume ''", 2, "--resume: ''"),
     (f"{F.replace(' --out new', '')} --resume", 2, "--out"),
-    (f"{F} --out adapter --resume --steps 5 --lr 0.05", 3, "steps (4 there, 5 now)"),
+    (f"{F} --out adapter --resume --steps 5 --lr 0.05", 3, "steps (4 in the checkpoint, 5 now)"),
     (
         f"{F} --out adapter --resume --steps 4 --lr 0.05 --lora-alpha 3",
         3,
-        "lora_alpha (8 there, 3 now)",
+        "lora_alpha (8 in the checkpoint, 3 now)",
     ),
     (
         f"{F} --out full --resume adapter/checkpoints/step-2 --steps 4 --lr 0.05",

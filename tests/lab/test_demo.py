@@ -1,4 +1,4 @@
-"""The main job, whole: the quick demo writes what it promises, and what it says of its own run is true."""
+"""The quick demo writes what it promises, and what it reports of its run is true."""
 
 from __future__ import annotations
 
@@ -32,47 +32,54 @@ def quick(tmp_path_factory):
     """(folder, summary, what was printed) of one run of `minilora demo --quick`."""
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("demo"))
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(printed):
             assert main(["demo", "--quick"]) == 0
         out = Path("runs/demo-001").resolve()
     finally:
         os.chdir(before)
-    return out, json.loads((out / "summary.json").read_text()), said.getvalue()
+    return out, read_json(out / "summary.json"), printed.getvalue()
 
 
-def test_everything_that_is_promised_is_there(quick):
-    out, summary, said = quick
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_table_printed(summary, printed):
+    for row in summary["bits_per_byte"].values():
+        assert f"{row['prose']:8.3f}{row['code']:8.3f}" in printed
+
+
+def test_demo_writes_all_that_it_promises(quick):
+    out, summary, printed = quick
     pictures = ["loss.png", "delta_spectrum.png"] if HAS_MATPLOTLIB else []
-    assert sorted(p.name for p in out.iterdir()) == sorted(
-        ["base", "adapter", "summary.json", *pictures]
-    )
+    names = ["base", "adapter", "summary.json", *pictures]
+    assert sorted(p.name for p in out.iterdir()) == sorted(names)
     assert [Path(p).name for p in summary["pictures"]] == pictures
-    assert all((out / name).read_bytes().startswith(b"\x89PNG\r\n") for name in pictures)
-    for name in ("base", "adapter", "summary.json", *pictures):
-        assert str(Path("runs", "demo-001", name)) in said
+    for name in pictures:
+        assert (out / name).read_bytes().startswith(b"\x89PNG\r\n")
+    for name in names:
+        assert str(Path("runs", "demo-001", name)) in printed
     for run, steps in (("base", 120), ("adapter", 80)):
-        log = [json.loads(line) for line in (out / run / "log.jsonl").read_text().splitlines()]
+        log = lines(out / run / "log.jsonl")
         assert [line["step"] for line in log] == list(range(steps))
-        held_out = [
-            json.loads(line)["loss"] for line in (out / run / "eval.jsonl").read_text().splitlines()
-        ]
-        assert held_out[-1] < held_out[0]
-        held_out = [
-            json.loads(line)["step"] for line in (out / run / "eval.jsonl").read_text().splitlines()
-        ]
-        assert held_out == list(range(0, steps + 1, 20))
+        evaluations = lines(out / run / "eval.jsonl")
+        assert evaluations[-1]["loss"] < evaluations[0]["loss"]
+        assert [line["step"] for line in evaluations] == list(range(0, steps + 1, 20))
 
 
-def test_the_summary_has_its_fields(quick):
+def test_demo_summary_has_its_fields(quick):
     _, summary, _ = quick
     figures = summary["bits_per_byte"]
     assert set(figures) == {"base", "lora", "lzma"}
-    assert all(
-        set(row) == {"prose", "code"} and all(0 < v < 8 for v in row.values())
-        for row in figures.values()
-    )
+    for row in figures.values():
+        assert set(row) == {"prose", "code"}
+        assert all(0 < bits < 8 for bits in row.values())
     assert set(summary["seconds"]) == {"pretrain", "evaluate base", "adapt", "evaluate adapter"}
     assert all(v > 0 for v in summary["seconds"].values())
     assert 0 < summary["trainable"] < summary["total"]
@@ -80,68 +87,67 @@ def test_the_summary_has_its_fields(quick):
     assert summary["samples"]["base"] != summary["samples"]["lora"]
 
 
-def test_lora_learned_code(quick):
+def test_demo_adapter_learns_code(quick):
     figures = quick[1]["bits_per_byte"]
     assert figures["lora"]["code"] < figures["base"]["code"] - 0.05
     assert figures["base"]["prose"] < 5.5  # of 8 before any training
 
 
-def test_the_checks_hold(quick):
+def test_demo_checks_hold(quick):
     checks = quick[1]["checks"]
     assert checks["base_bit_identical"] is True
     assert 0 < checks["merge_identity_error"] < 1e-5
 
 
-def test_the_folders_give_the_figures_again(quick):
-    """From the disk, by the public functions, on the text that was held out: the same bits."""
+def test_demo_folders_give_the_figures_again(quick):
+    """The public functions, on the files and the held-out text, compute the same bits."""
     out, summary, _ = quick
-    plan, encode = Plan().quick(), ByteTokenizer().encode
+    plan = Plan().quick()
+    encode = ByteTokenizer().encode
     held_out = {"prose": encode(split(prose())[1]), "code": encode(split(python_sources())[1])}
 
     def measure(model):
-        losses = {
-            k: evaluate(model, v, plan.pretrain.context, limit=plan.windows)
-            for k, v in held_out.items()
-        }
-        return {name: bits_per_byte(loss) for name, loss in losses.items()}
+        bits = {}
+        for name, ids in held_out.items():
+            loss = evaluate(model, ids, plan.pretrain.context, limit=plan.windows)
+            bits[name] = bits_per_byte(loss)
+        return bits
 
     base = CausalLM.from_pretrained(out / "base")
-    assert load_tokenizer(out / "base", 256) == ByteTokenizer(
-        note=""
-    )  # said by its files, not guessed
+    # The tokenizer comes from the folder's files.
+    assert load_tokenizer(out / "base", 256) == ByteTokenizer(note="")
     assert measure(base) == summary["bits_per_byte"]["base"]
     adapted = PeftModel.from_pretrained(base, out / "adapter")
     assert measure(adapted) == summary["bits_per_byte"]["lora"]
-    arrays = load_file(out / "adapter" / "adapter_model.safetensors")
-    assert sum(a.size for a in arrays.values()) == summary["trainable"]
-    assert sum(a.size for a in load_file(out / "base" / "model.safetensors").values()) == (
-        summary["total"] - summary["trainable"]
-    )
-    for name, folder in (("adapter_bytes", "adapter/adapter_model"), ("base_bytes", "base/model")):
-        assert (out / f"{folder}.safetensors").stat().st_size == summary[name]
+    base_file = out / "base" / "model.safetensors"
+    adapter_file = out / "adapter" / "adapter_model.safetensors"
+    trained = sum(a.size for a in load_file(adapter_file).values())
+    frozen = sum(a.size for a in load_file(base_file).values())
+    assert summary["trainable"] == trained
+    assert summary["total"] == trained + frozen
+    assert summary["adapter_bytes"] == adapter_file.stat().st_size
+    assert summary["base_bytes"] == base_file.stat().st_size
 
 
-def test_the_report_says_what_the_summary_holds(quick):
-    _, summary, said = quick
-    for row in summary["bits_per_byte"].values():
-        assert f"{row['prose']:8.3f}{row['code']:8.3f}" in said
-    assert f"{summary['trainable']:,} of {summary['total']:,}" in said
-    assert "yes, every bit" in said
-    assert all(c.isprintable() or c in "\n\N{REPLACEMENT CHARACTER}" for c in said)
-    assert max(map(len, said.splitlines())) <= 110
+def test_demo_report_agrees_with_the_summary(quick):
+    _, summary, printed = quick
+    assert_table_printed(summary, printed)
+    assert f"{summary['trainable']:,} of {summary['total']:,}" in printed
+    assert "yes, every bit" in printed
+    assert all(c.isprintable() or c in "\n\N{REPLACEMENT CHARACTER}" for c in printed)
+    assert max(map(len, printed.splitlines())) <= 110
 
 
-# ---- variations, on a model that takes no time ----
+# ---- variations, on a tiny model ----
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """`demo --quick` is a demo of a few steps; the working folder is new, and holds two texts."""
+    """`demo --quick` takes a few steps; the working folder is new and has two texts."""
     small = Settings(steps=3, batch_size=2, context=16, lr=1e-2, warmup=1)
     plan = Plan().quick()
-    shape = dataclasses.replace(
-        plan.model, hidden_size=16, intermediate_size=16, num_hidden_layers=1
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    shape = dataclasses.replace(plan.model, **sizes)
     plan = dataclasses.replace(plan, model=shape, pretrain=small, adapt=small, windows=4, sample=5)
     monkeypatch.setattr(Plan, "quick", lambda self: plan)
     monkeypatch.chdir(tmp_path)
@@ -153,95 +159,104 @@ def tiny(monkeypatch, tmp_path):
 OWN = ["demo", "--quick", "--pretrain-data", "book.txt", "--adapt-data", "code.txt", "--out", "out"]
 
 
-def test_texts_of_ones_own(tiny, capsys):
+def test_demo_takes_the_user_s_texts(tiny, capsys):
     assert main([*OWN, "--r", "2", "--lora-alpha", "6"]) == 0
-    summary = json.loads(Path("out/summary.json").read_text())
-    book, code = Path("book.txt").read_bytes(), Path("code.txt").read_bytes()
+    summary = read_json("out/summary.json")
+    book = Path("book.txt").read_bytes()
     assert f"on {len(split_text(book)[0]):,} bytes of prose" in capsys.readouterr().out
-    config = json.loads(Path("out/adapter/adapter_config.json").read_text())
+    config = read_json("out/adapter/adapter_config.json")
     assert (config["r"], config["lora_alpha"]) == (2, 6)
     model = PeftModel.from_pretrained(CausalLM.from_pretrained("out/base"), "out/adapter")
-    loss = evaluate(model, ByteTokenizer().encode(split_text(code)[1]), 16, limit=4)
-    assert bits_per_byte(loss) == summary["bits_per_byte"]["lora"]["code"]
+    assert code_bits(model) == summary["bits_per_byte"]["lora"]["code"]
+
+
+def code_bits(model):
+    """Bits per byte on the held-out part of the user's code."""
+    _, held_out = split_text(Path("code.txt").read_bytes())
+    return bits_per_byte(evaluate(model, ByteTokenizer().encode(held_out), 16, limit=4))
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4"])
 @pytest.mark.parametrize("method", METHODS[1:])
-def test_other_methods_and_bases(method, kind, tiny, capsys):
+def test_demo_runs_other_methods_and_bases(method, kind, tiny, capsys):
     if (method, kind) == ("full", "nf4"):
         assert main([*OWN, "--method", method, "--quantize", kind]) == 2
         assert not Path("out").exists()
         return
     assert main([*OWN, "--method", method, "--quantize", kind]) == 0
-    summary, said = json.loads(Path("out/summary.json").read_text()), capsys.readouterr().out
+    summary = read_json("out/summary.json")
+    printed = capsys.readouterr().out
+    coded = kind == "nf4"
     assert (summary["method"], summary["quantize"]) == (method, kind)
-    assert ("held" in summary) == ("of nf4, " in said) == (kind == "nf4")
-    rows = ["base", *(["quantized base"] if kind == "nf4" else []), method, "lzma"]
+    assert ("held" in summary) == coded
+    assert ("of nf4, " in printed) == coded
+    rows = ["base", "quantized base", method, "lzma"]
+    if not coded:
+        rows.remove("quantized base")
     assert list(summary["bits_per_byte"]) == rows
-    assert all(
-        f"{row['prose']:8.3f}{row['code']:8.3f}" in said
-        for row in summary["bits_per_byte"].values()
-    )
-    pictures = [
-        "loss.png",
-        "delta_spectrum.png",
-        *(["rank_allocation.png"] if method == "adalora" else []),
-    ]
-    assert summary["pictures"] == (pictures if HAS_MATPLOTLIB else [])
+    assert_table_printed(summary, printed)
+    pictures = []
+    if HAS_MATPLOTLIB:
+        pictures = ["loss.png", "delta_spectrum.png"]
+    if HAS_MATPLOTLIB and method == "adalora":
+        pictures.append("rank_allocation.png")
+    assert summary["pictures"] == pictures
     base = CausalLM.from_pretrained("out/base")
-    if kind == "nf4":
+    if coded:
         quantize(base, kind)
+    checks = summary["checks"]
     if method == "full":
-        assert summary["checks"] == {}
+        assert checks == {}
         model = CausalLM.from_pretrained("out/adapted")
         assert load_tokenizer("out/adapted", 256) == ByteTokenizer(note="")
         assert summary["trainable"] == summary["total"] == sum(p.size for p in model.parameters())
         assert (base.lm_head.weight.numpy() != model.lm_head.weight.numpy()).any()
     else:
-        assert summary["checks"]["base_bit_identical"] is True
-        assert 0 <= summary["checks"]["merge_identity_error"] < 1e-5
+        assert checks["base_bit_identical"] is True
+        assert 0 <= checks["merge_identity_error"] < 1e-5
         model = PeftModel.from_pretrained(base, "out/adapter")
         assert method_of(model.peft_config["default"]) == method
-    loss = evaluate(
-        model, ByteTokenizer().encode(split_text(Path("code.txt").read_bytes())[1]), 16, limit=4
-    )
-    assert bits_per_byte(loss) == summary["bits_per_byte"][method]["code"]
+    assert code_bits(model) == summary["bits_per_byte"][method]["code"]
 
 
-def test_r_is_the_rank_at_the_end_of_adalora(tiny, capsys):
+def test_demo_with_adalora_takes_r_as_the_final_rank(tiny, capsys):
     assert main([*OWN, "--method", "adalora", "--r", "2"]) == 0
-    config = json.loads(Path("out/adapter/adapter_config.json").read_text())
+    config = read_json("out/adapter/adapter_config.json")
     assert (config["target_r"], config["init_r"], config["lora_alpha"]) == (2, 3, 256)
-    ranks = [sum(kept) for kept in config["rank_pattern"].values()]
+    ranks = [sum(mask) for mask in config["rank_pattern"].values()]
     assert sum(ranks) == 2 * len(ranks) == 14
 
 
-def test_the_spectra_are_those_of_what_was_trained():
-    """Of W as it was, and of dW: without an adapter what training added, and of AdaLoRA as many as ranks are left."""
-    shape = dataclasses.replace(
-        Plan().model, hidden_size=16, intermediate_size=24, num_hidden_layers=1
-    )
+def test_demo_spectra_are_those_of_the_trained_weights():
+    """Spectra of W before training and of dW.
+
+    Without an adapter dW is what training added; AdaLoRA's have as many values as ranks are left.
+    """
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    shape = dataclasses.replace(Plan().model, **sizes)
     model = CausalLM(shape)
     before = _linear_weights(model)
     assert len(before) == 7
-    layer, rng = model.model.layers[0].mlp.up_proj, np.random.default_rng(0)
-    W, dW = layer.weight.numpy().copy(), rng.standard_normal((24, 16)).astype(np.float32)
+    layer = model.model.layers[0].mlp.up_proj
+    W = layer.weight.numpy().copy()
+    dW = np.random.default_rng(0).standard_normal((24, 16)).astype(np.float32)
     layer.weight.data = W + dW
-    of_weight, of_delta = _spectra(model, before)["model.layers.0.mlp.up_proj"]
+    spectra = _spectra(model, before)
+    of_weight, of_delta = spectra["model.layers.0.mlp.up_proj"]
     np.testing.assert_allclose(of_weight, np.linalg.svd(W, compute_uv=False), rtol=1e-5)
     np.testing.assert_allclose(of_delta, np.linalg.svd(dW, compute_uv=False), rtol=1e-4)
-    assert not _spectra(model, before)["model.layers.0.mlp.down_proj"][1].any()
+    _, unchanged = spectra["model.layers.0.mlp.down_proj"]
+    assert not unchanged.any()
     for method, count in (("lora", 4), ("dora", 16), ("adalora", 6)):
         adapted = get_peft_model(CausalLM(shape), Plan().adapted_by(method).adapter)
         assert {len(of_delta) for _, of_delta in _spectra(adapted, {}).values()} == {count}
 
 
-def test_the_seed_decides_and_the_number_of_threads_does_not(tiny, capsys):
+def test_demo_depends_on_the_seed_and_not_on_the_number_of_threads(tiny, capsys):
     def files(*options):
         assert main([*OWN, *options]) == 0
-        arrays = load_file("out/adapter/adapter_model.safetensors") | load_file(
-            "out/base/model.safetensors"
-        )
+        arrays = load_file("out/adapter/adapter_model.safetensors")
+        arrays |= load_file("out/base/model.safetensors")
         Path("out").rename(f"out{'-'.join(options)}")
         return {name: a.tobytes() for name, a in arrays.items()}
 
@@ -250,15 +265,15 @@ def test_the_seed_decides_and_the_number_of_threads_does_not(tiny, capsys):
     assert files("--seed", "4", "--threads", "1") != first
 
 
-def test_without_matplotlib_it_says_so_and_goes_on(tiny, capsys, monkeypatch):
+def test_demo_without_matplotlib_draws_no_pictures(tiny, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(OWN) == 0
     assert "no pictures: pip install -e .[plot]" in capsys.readouterr().out
-    assert json.loads(Path("out/summary.json").read_text())["pictures"] == []
+    assert read_json("out/summary.json")["pictures"] == []
     assert not list(Path("out").glob("*.png"))
 
 
-def test_a_python_without_the_prose_asks_for_a_text(tiny, capsys, monkeypatch):
+def test_demo_without_the_prose_asks_for_a_text(tiny, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(DataError, match="--pretrain-data"):
         prose()
@@ -270,11 +285,12 @@ def test_a_python_without_the_prose_asks_for_a_text(tiny, capsys, monkeypatch):
     assert main(OWN) == 0
 
 
-def test_a_base_that_changed_would_be_found(tiny, capsys, monkeypatch):
-    """The check itself can fail: spoil one weight of the base while the adapter trains."""
+def test_demo_notices_a_base_that_changed(tiny, capsys, monkeypatch):
+    """The check itself can fail: one weight of the base changes while the adapter trains."""
     import minilora.lab.demo
 
-    plain, seeds = minilora.lab.demo.train, []
+    plain = minilora.lab.demo.train
+    seeds = []
 
     def spoiling(model, tokens, settings, *rest, **options):
         seeds.append(settings.seed)
@@ -287,5 +303,5 @@ def test_a_base_that_changed_would_be_found(tiny, capsys, monkeypatch):
     monkeypatch.setattr(minilora.lab.demo, "train", spoiling)
     assert main([*OWN, "--seed", "7"]) == 0
     assert seeds == [7, 7]
-    assert json.loads(Path("out/summary.json").read_text())["checks"]["base_bit_identical"] is False
+    assert read_json("out/summary.json")["checks"]["base_bit_identical"] is False
     assert "base weights unchanged  NO" in capsys.readouterr().out

@@ -790,13 +790,13 @@ def test_a_schedule_for_another_run_is_refused_before_anything_changes(tmp_path:
     made = model(**{**SCHEDULE, "total_step": 40})
     before = bits(made)
     with pytest.raises(
-        ConfigError, match=r"'default' has its ranks planned for total_step = 40, .* steps = 12"
+        ConfigError, match=r"'default' plans its ranks for total_step = 40, .* steps = 12"
     ):
         train(made, TEXT, SHORT, tmp_path)
     assert bits(made) == before
     made.add_adapter("second", config(**SCHEDULE))
     made.set_adapter(["default", "second"])
-    with pytest.raises(ConfigError, match="adapters default, second share no budget"):
+    with pytest.raises(ConfigError, match="adapters default, second cannot share a rank budget"):
         train(made, TEXT, SHORT, tmp_path)
     made.set_adapter("second")  # the other is not active, and its schedule does not matter
     train(made, TEXT, SHORT, tmp_path)

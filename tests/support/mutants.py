@@ -434,8 +434,8 @@ mutant(
 mutant(
     COUNT,
     "training.parallel",
-    "counts = {task: part.tokens for",
-    "counts = {task: part.ids.size for",
+    "counts = {task: task_batch.tokens for",
+    "counts = {task: task_batch.ids.size for",
     a_cut_batch_is_the_whole_batch,
 )
 mutant(
@@ -501,8 +501,8 @@ mutant(
 mutant(
     "a resumed run takes a batch again",
     "training.loop",
-    "self.done, self.losses, self.evaluations, self.checkpoint = (done, losses",
-    "self.done, self.losses, self.evaluations, self.checkpoint = (done - 1, losses",
+    "self.done = done\n",
+    "self.done = done - 1\n",
     a_resumed_run_is_the_whole_run,
 )
 mutant(

@@ -1,4 +1,4 @@
-"""One step over many shards: any cut equals no cut, threads change no bit, and nothing is left behind."""
+"""A step over many shards: any cut equals no cut, threads change no bit, failures leave nothing."""
 
 from __future__ import annotations
 
@@ -56,15 +56,19 @@ def batch_of(sequences: int, length: int, seed: int = 0) -> Batch:
 
 
 def layers(model):
-    """What prepares a step: fans for the layers in them, and the others."""
-    found = [m for path, m in model.named_modules() if isinstance(m, (FusedProjection, LoraLinear))]
-    inside = {
-        id(getattr(fan, name))
-        for fan in found
-        if isinstance(fan, FusedProjection)
-        for name in fan.projections
-    }
-    return [m for m in found if id(m) not in inside]
+    """The modules that prepare a step: fused projections, and layers that are in none of them."""
+    modules = []
+    inside = set()
+    for _, module in model.named_modules():
+        if isinstance(module, (FusedProjection, LoraLinear)):
+            modules.append(module)
+        if isinstance(module, FusedProjection):
+            inside |= {id(getattr(module, name)) for name in module.projections}
+    return [module for module in modules if id(module) not in inside]
+
+
+def has_effective_weights(model):
+    return [any(layer._effective.values()) for layer in layers(model)]
 
 
 def workers():
@@ -79,11 +83,18 @@ def whole(model, batch, params, seed=0, step=0):
     return loss.item() / counted, [g / counted for g in gradients(loss, params)]
 
 
-def assert_same_to_rounding(found, expected, rel=1e-12):
-    assert found[0] == pytest.approx(expected[0], rel=rel, abs=1e-300)
-    scale = max(np.abs(g).max() for g in expected[1])
-    for one, other in zip(found[1], expected[1], strict=True):
-        assert np.abs(one - other).max() <= rel * scale
+def assert_same_to_rounding(result, expected, rel=1e-12):
+    loss, grads = result
+    expected_loss, expected_grads = expected
+    assert loss == pytest.approx(expected_loss, rel=rel, abs=1e-300)
+    scale = max(np.abs(g).max() for g in expected_grads)
+    for grad, other in zip(grads, expected_grads, strict=True):
+        assert np.abs(grad - other).max() <= rel * scale
+
+
+def step_bits(result):
+    loss, grads = result
+    return float(loss), [g.tobytes() for g in grads]
 
 
 # ---- any cut equals no cut ----
@@ -91,24 +102,25 @@ def assert_same_to_rounding(found, expected, rel=1e-12):
 
 @st.composite
 def batches(draw):
-    sequences, length = draw(st.integers(1, 7)), draw(st.integers(1, 5))
+    """A batch in which any targets do not count, maybe none in a row, maybe none at all."""
+    sequences = draw(st.integers(1, 7))
+    length = draw(st.integers(1, 5))
     batch = batch_of(sequences, length, draw(st.integers(0, 99)))
     counts = draw(st.lists(st.integers(0, length), min_size=sequences, max_size=sequences))
     for row, count in zip(batch.targets, counts, strict=True):
-        row[draw(st.permutations(range(length)))[count:]] = (
-            IGNORE  # a row may count nothing, and so may all of them
-        )
+        order = draw(st.permutations(range(length)))
+        row[order[count:]] = IGNORE
     return batch
 
 
 @given(
-    batches(),
-    st.integers(1, 9),
-    st.sampled_from([0.0, 0.4]),
-    st.integers(0, 3),
-    st.integers(0, 2**40),
+    batch=batches(),
+    shard=st.integers(1, 9),
+    dropout=st.sampled_from([0.0, 0.4]),
+    step=st.integers(0, 3),
+    seed=st.integers(0, 2**40),
 )
-def test_any_cut_equals_no_cut(batch, shard, dropout, step, seed):
+def test_gradients_of_any_cut_equal_those_of_the_whole_batch(batch, shard, dropout, step, seed):
     model = lora_model(dropout).train()
     params = trainable(model)
     expected = whole(model, batch, params, seed, step)
@@ -116,28 +128,28 @@ def test_any_cut_equals_no_cut(batch, shard, dropout, step, seed):
         assert_same_to_rounding(sharded.gradients(batch, params, seed, step), expected)
 
 
-def test_dropout_masks_follow_seed_and_step():
+def test_gradients_draw_dropout_masks_from_seed_and_step():
     model = lora_model(0.5).train()
     params, batch = trainable(model), batch_of(4, 4)
+    losses = []
     with ShardedStep(model, threads=1, shard=2) as sharded:
-        losses = [
-            sharded.gradients(batch, params, seed, step)[0]
-            for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0))
-        ]
+        for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
+            loss, _ = sharded.gradients(batch, params, seed, step)
+            losses.append(loss)
     assert losses[0] == losses[3]
     assert len(set(losses)) == 3
 
 
-def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_gradient():
+def test_gradients_of_a_batch_without_counted_targets_are_zero():
     model, batch = lora_model(), batch_of(3, 4)
     batch.targets[:] = IGNORE
     with ShardedStep(model, threads=2, shard=2) as sharded:
-        loss, found = sharded.gradients(batch, trainable(model))
+        loss, grads = sharded.gradients(batch, trainable(model))
     assert loss == 0
-    assert all(g is None or not g.any() for g in found)
+    assert all(g is None or not g.any() for g in grads)
 
 
-def test_losses_are_the_sums_of_each_shard_in_order_without_gradients():
+def test_losses_are_the_sums_of_the_shards_in_order_without_gradients():
     model, batch = lora_model().eval(), batch_of(5, 3)
     batch.targets[3:] = IGNORE
     recorded = []
@@ -148,58 +160,58 @@ def test_losses_are_the_sums_of_each_shard_in_order_without_gradients():
         return value
 
     with ShardedStep(model, threads=3, shard=2, loss=loss) as sharded:
-        found = list(sharded.losses([batch, batch.shard(0, 1)]))
+        losses = list(sharded.losses([batch, batch.shard(0, 1)]))
     assert recorded == [False] * 4
     shards = [batch.shard(0, 2), batch.shard(2, 4), batch.shard(4, 6), batch.shard(0, 1)]
-    assert found == [(language_modelling_loss(model, s).item(), s.tokens) for s in shards]
-    assert [count for _, count in found] == [6, 3, 0, 3]
+    assert losses == [(language_modelling_loss(model, s).item(), s.tokens) for s in shards]
+    assert [count for _, count in losses] == [6, 3, 0, 3]
 
 
-def test_a_parameter_that_takes_no_part_has_no_gradient():
+def test_gradients_are_none_for_a_parameter_that_takes_no_part():
     model = CausalLM(CONFIG, dtype="float64")
-    stranger = CausalLM(CONFIG, seed=9).lm_head.weight
+    weight = model.lm_head.weight
+    unused = CausalLM(CONFIG, seed=9).lm_head.weight
     with ShardedStep(model, threads=1) as sharded:
-        _, (own, other) = sharded.gradients(batch_of(2, 3), [model.lm_head.weight, stranger])
-    assert own.shape == model.lm_head.weight.shape
-    assert other is None
+        _, (grad, none) = sharded.gradients(batch_of(2, 3), [weight, unused])
+    assert grad.shape == weight.shape
+    assert none is None
 
 
-def test_the_effective_weight_lives_for_one_step_and_only_without_dropout():
+def test_sharded_step_keeps_the_effective_weight_for_one_step_without_dropout():
     for dropout in (0.0, 0.3):
         model = lora_model(dropout).train()
         seen = []
 
         def loss(model, batch, seen=seen):
-            seen.extend(any(layer._effective.values()) for layer in layers(model))
+            seen.extend(has_effective_weights(model))
             return language_modelling_loss(model, batch)
 
         with ShardedStep(model, threads=2, shard=1, loss=loss) as sharded:
             sharded.gradients(batch_of(3, 2), trainable(model))
         assert set(seen) == {dropout == 0}
-        assert all(not any(layer._effective.values()) for layer in layers(model))
+        assert not any(has_effective_weights(model))
 
 
 # ---- the same bits ----
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_the_number_of_threads_changes_no_bit(dropout):
+def test_gradients_have_the_same_bits_for_any_number_of_threads(dropout):
     model = lora_model(dropout, "float32").train()
     params, batch = trainable(model), batch_of(9, 6)
     results = []
     for threads in (1, 2, 4):
         with ShardedStep(model, threads=threads, shard=2) as sharded:
-            loss, found = sharded.gradients(batch, params, 5, 6)
-            held_out = (
-                list(sharded.losses([batch])) if dropout == 0 else []
-            )  # dropout is off where a text is measured
-            results.append((loss, [g.tobytes() for g in found], held_out))
+            grads = step_bits(sharded.gradients(batch, params, 5, 6))
+            # Dropout is off where a text is measured.
+            losses = [] if dropout else list(sharded.losses([batch]))
+            results.append((grads, losses))
     assert results[1] == results[0]
     assert results[2] == results[0]
 
 
 @pytest.mark.parametrize("order", [(3, 2, 1, 0), (0, 1, 2, 3), (2, 0, 3, 1)])
-def test_shards_may_finish_in_any_order(order):
+def test_gradients_do_not_depend_on_the_order_in_which_shards_finish(order):
     model = lora_model(dtype="float32").train()
     params, batch = trainable(model), batch_of(4, 6)
     with ShardedStep(model, threads=1, shard=1) as sharded:
@@ -214,32 +226,35 @@ def test_shards_may_finish_in_any_order(order):
         return value
 
     with ShardedStep(model, threads=4, shard=1, loss=in_that_order) as sharded:
-        loss, found = sharded.gradients(batch, params)
-    assert loss == expected[0]
-    assert [g.tobytes() for g in found] == [g.tobytes() for g in expected[1]]
+        result = sharded.gradients(batch, params)
+    assert step_bits(result) == step_bits(expected)
 
 
-def test_only_as_many_shards_run_at_once_as_there_are_threads():
-    model, lock = lora_model(), threading.Lock()
-    running, most = [0], [0]
+def test_sharded_step_runs_at_most_one_shard_per_thread():
+    model = lora_model()
+    lock = threading.Lock()
+    running = set()
+    counts = []
 
     def loss(model, shard):
         with lock:
-            running[0] += 1
-            most[0] = max(most[0], running[0])
+            running.add(shard.first)
+            counts.append(len(running))
         value = language_modelling_loss(model, shard)
         with lock:
-            running[0] -= 1
+            running.discard(shard.first)
         return value
 
     with ShardedStep(model, threads=2, shard=1, loss=loss) as sharded:
         sharded.gradients(batch_of(12, 3), trainable(model))
-    assert most[0] <= 2
+    assert 1 <= max(counts) <= 2
 
 
-def test_shards_are_cut_as_they_are_needed():
-    """A long text is never queued whole: what waits is bounded by the number of threads."""
-    model, drawn, seen = lora_model(), [], []
+def test_losses_cut_shards_only_as_they_are_needed():
+    """A long text never waits whole: the number of threads limits the shards that wait."""
+    model = lora_model()
+    drawn = []
+    seen = []
 
     def text():
         for i in range(20):
@@ -262,7 +277,7 @@ class ShardError(Exception):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("bad", [0, 3, 5])
-def test_an_exception_in_a_shard_surfaces_once_and_the_step_can_be_used_again(threads, bad):
+def test_gradients_raise_a_shard_s_exception_once_and_can_be_used_again(threads, bad):
     model = lora_model()
     params, batch = trainable(model), batch_of(6, 3)
     expected = whole(model, batch, params)
@@ -280,13 +295,13 @@ def test_an_exception_in_a_shard_surfaces_once_and_the_step_can_be_used_again(th
     with ShardedStep(model, threads=threads, shard=1, loss=loss_that_breaks) as sharded:
         with pytest.raises(ShardError, match=f"shard {bad}") as caught:
             sharded.gradients(batch, params)
-        assert caught.value.__cause__ is None
-        assert caught.value.__context__ is None
-        assert "loss_that_breaks" in {
-            frame.name for frame in traceback.extract_tb(caught.value.__traceback__)
-        }
+        error = caught.value
+        assert error.__cause__ is None
+        assert error.__context__ is None
+        frames = traceback.extract_tb(error.__traceback__)
+        assert "loss_that_breaks" in {frame.name for frame in frames}
         assert not running
-        assert all(not any(layer._effective.values()) for layer in layers(model))
+        assert not any(has_effective_weights(model))
         with pytest.raises(ShardError, match=f"shard {bad}"):
             list(sharded.losses([batch]))
         broken[0] = False
@@ -294,7 +309,7 @@ def test_an_exception_in_a_shard_surfaces_once_and_the_step_can_be_used_again(th
     assert not workers()
 
 
-def test_the_exception_waits_for_the_shards_that_still_run():
+def test_gradients_raise_only_after_the_running_shards_end():
     started, finished = threading.Event(), threading.Event()
 
     def loss(model, shard):
@@ -313,7 +328,7 @@ def test_the_exception_waits_for_the_shards_that_still_run():
         assert finished.is_set()
 
 
-def test_every_shard_failing_gives_the_first_shards_exception():
+def test_gradients_raise_the_first_shard_s_exception_if_all_fail():
     def loss(model, shard):
         raise ShardError(f"shard {shard.first}")
 
@@ -327,7 +342,7 @@ def test_every_shard_failing_gives_the_first_shards_exception():
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_memory_is_kept_unless_that_is_not_wanted_and_never_by_an_import(keep, monkeypatch):
+def test_sharded_step_calls_keep_memory_only_if_set(keep, monkeypatch):
     called = []
     monkeypatch.setattr(minilora.training.parallel, "keep_memory", lambda: called.append(True))
     with ShardedStep(lora_model(0.0), threads=1, keep_memory=keep):
@@ -335,7 +350,7 @@ def test_memory_is_kept_unless_that_is_not_wanted_and_never_by_an_import(keep, m
     assert called == [True] * keep
 
 
-def test_where_there_is_no_glibc_memory_is_left_alone(monkeypatch):
+def test_keep_memory_does_nothing_without_glibc(monkeypatch):
     for missing in (OSError, TypeError, AttributeError):
 
         def nothing(name, missing=missing):
@@ -345,7 +360,7 @@ def test_where_there_is_no_glibc_memory_is_left_alone(monkeypatch):
         minilora.threads.keep_memory()
 
 
-def test_no_thread_outlives_the_block():
+def test_sharded_step_ends_its_threads_with_the_block():
     model = lora_model()
     with ShardedStep(model, threads=3, shard=1) as sharded:
         sharded.gradients(batch_of(6, 3), trainable(model))
@@ -357,19 +372,19 @@ def test_no_thread_outlives_the_block():
 
 @pytest.mark.parametrize("name", ["threads", "shard"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), "2", True])
-def test_bad_numbers_of_threads_and_sequences(name, value):
+def test_sharded_step_refuses_bad_numbers_of_threads_and_sequences(name, value):
     with pytest.raises(ConfigError, match=name):
         ShardedStep(lora_model(), **{name: value})
 
 
-def test_more_threads_than_a_system_gives_are_not_asked_for():
+def test_sharded_step_limits_the_number_of_threads():
     model = lora_model()
     with ShardedStep(model, threads=10**9, shard=1) as sharded:
         assert sharded.threads == MAX_THREADS
         assert len(list(sharded.losses([batch_of(5, 2)]))) == 5
 
 
-def test_nothing_to_train_is_said():
+def test_gradients_refuse_a_model_with_nothing_to_train():
     model = lora_model()
     for p in model.parameters():
         p.requires_grad = False
@@ -381,20 +396,15 @@ def test_nothing_to_train_is_said():
     assert not workers()
 
 
-def test_the_cut_depends_on_the_shape_alone():
-    model, sizes = lora_model(), []
+def test_shard_size_depends_on_the_shape_alone():
+    model = lora_model()
+    sizes = []
     assert shard_size(model, 10**6, 1) == TOKENS_PER_SHARD
     assert [shard_size(model, 8, n * TOKENS_PER_SHARD) for n in (1, 10)] == [1, 1]
-    assert [shard_size(model, n, 2) for n in (1, 2, 3, 8, 9)] == [
-        1,
-        1,
-        2,
-        4,
-        5,
-    ]  # work for two cores
-    wide = types.SimpleNamespace(
-        parameters=model.parameters, config=types.SimpleNamespace(intermediate_size=2048)
-    )
+    two_cores = [shard_size(model, n, 2) for n in (1, 2, 3, 8, 9)]
+    assert two_cores == [1, 1, 2, 4, 5]
+    config = types.SimpleNamespace(intermediate_size=2048)
+    wide = types.SimpleNamespace(parameters=model.parameters, config=config)
     assert shard_size(wide, 100, 32) == FLOATS_PER_SHARD // 2048 // 32
 
     def loss(model, shard):
@@ -404,12 +414,8 @@ def test_the_cut_depends_on_the_shape_alone():
     with ShardedStep(model, threads=1, loss=loss) as sharded:
         sharded.gradients(batch_of(TOKENS_PER_SHARD // 4 + 3, 4), trainable(model))
         sharded.gradients(batch_of(TOKENS_PER_SHARD // 2 + 3, 4), trainable(model))
-    assert sizes == [
-        TOKENS_PER_SHARD // 8 + 2,
-        TOKENS_PER_SHARD // 8 + 1,
-        *[TOKENS_PER_SHARD // 4] * 2,
-        3,
-    ]
+    tokens = TOKENS_PER_SHARD
+    assert sizes == [tokens // 8 + 2, tokens // 8 + 1, tokens // 4, tokens // 4, 3]
     assert ShardedStep(model).threads == available_cores() >= 1
 
 
@@ -417,15 +423,12 @@ def test_the_cut_depends_on_the_shape_alone():
 
 
 def blas_threads():
-    return [
-        pool["num_threads"]
-        for pool in threadpoolctl.threadpool_info()
-        if pool["user_api"] == "blas"
-    ]
+    pools = threadpoolctl.threadpool_info()
+    return [pool["num_threads"] for pool in pools if pool["user_api"] == "blas"]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_blas_has_one_thread_inside_and_what_it_had_before_after(threads):
+def test_sharded_step_limits_blas_to_one_thread_inside_the_block(threads):
     model = lora_model()
     if not blas_threads():
         pytest.skip("no BLAS that threadpoolctl knows")
@@ -445,7 +448,7 @@ def test_blas_has_one_thread_inside_and_what_it_had_before_after(threads):
     assert {count for counts in inside for count in counts} == {1}
 
 
-def test_an_unknown_blas_is_warned_about(monkeypatch):
+def test_sharded_step_warns_of_a_blas_that_it_cannot_limit(monkeypatch):
     class NothingFound(threadpoolctl.threadpool_limits):
         def get_original_num_threads(self):
             return dict.fromkeys(super().get_original_num_threads())
@@ -460,37 +463,45 @@ def test_an_unknown_blas_is_warned_about(monkeypatch):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_computing_activations_again_changes_no_bit(dropout, threads):
-    model, batch, found = lora_model(dropout).train(), batch_of(5, 4), []
+def test_gradient_checkpointing_changes_no_bit(dropout, threads):
+    model = lora_model(dropout).train()
+    batch = batch_of(5, 4)
+    results = []
     for enable in (False, True):
         model.get_base_model().gradient_checkpointing_enable(enable)
         with ShardedStep(model, threads=threads, shard=2) as sharded:
-            loss, grads = sharded.gradients(batch, trainable(model), seed=3, step=4)
-        found.append((float(loss), [g.tobytes() for g in grads]))
-    assert found[0] == found[1]
+            result = sharded.gradients(batch, trainable(model), seed=3, step=4)
+        results.append(step_bits(result))
+    assert results[0] == results[1]
 
 
-def test_computing_activations_again_keeps_a_block_s_input_alone():
-    model, batch, kept = lora_model(0.0).train(), batch_of(5, 4), []
+def stored_floats(loss, least):
+    """The total size of the arrays of at least `least` values that the graph of a loss stores."""
+    sizes = {}
+    waiting = [loss.node]
+    while waiting:
+        node = waiting.pop()
+        waiting += [p for p in node.parents if isinstance(p, Node)]
+        for cell in node.vjp.__closure__ or ():
+            array = cell.cell_contents
+            if isinstance(array, np.ndarray) and array.size >= least:
+                sizes[id(array)] = array.size
+    return sum(sizes.values())
+
+
+def test_gradient_checkpointing_stores_only_the_input_of_a_block():
+    model = lora_model(0.0).train()
+    batch = batch_of(5, 4)
+    stored = []
     for enable in (False, True):
         model.get_base_model().gradient_checkpointing_enable(enable)
         loss = language_modelling_loss(model, batch)
-        seen, waiting = {}, [loss.node]
-        while waiting:
-            node = waiting.pop()
-            waiting += [p for p in node.parents if isinstance(p, Node)]
-            for cell in node.vjp.__closure__ or ():
-                if (
-                    isinstance(cell.cell_contents, np.ndarray)
-                    and cell.cell_contents.size >= batch.ids.size
-                ):
-                    seen[id(cell.cell_contents)] = cell.cell_contents.size
-        kept.append(sum(seen.values()))
+        stored.append(stored_floats(loss, batch.ids.size))
     hidden = batch.ids.size * CONFIG.hidden_size
-    assert kept[1] <= (CONFIG.num_hidden_layers + 4) * hidden < kept[0]
+    assert stored[1] <= (CONFIG.num_hidden_layers + 4) * hidden < stored[0]
 
 
-def test_without_a_counter_dropout_falls_alike_in_both_forwards():
+def test_checkpoint_repeats_dropout_without_a_counter():
     x, layer = Tensor(np.ones((2, 50)), True), Dropout(0.5)
     for _ in range(2):
         y = checkpoint(layer, x, [])
@@ -500,7 +511,7 @@ def test_without_a_counter_dropout_falls_alike_in_both_forwards():
     assert not checkpoint(layer, x.detach(), []).requires_grad
 
 
-def test_a_parameter_that_changes_before_it_is_computed_again_is_noticed():
+def test_checkpoint_notices_a_parameter_that_changes_before_the_second_forward():
     x, w = Tensor(np.ones(3), True), Tensor(np.ones(3), True)
     y = checkpoint(lambda z: z * w, x, [w])
     w.data = np.full(3, 2.0)

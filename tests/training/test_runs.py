@@ -1,4 +1,4 @@
-"""A run's folder: one writer, logs that only grow, and checkpoints that are there whole or not at all."""
+"""A run's folder: one writer, logs that only grow, checkpoints that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def files(folder: Path):
 # ---- folders ----
 
 
-def test_a_new_folder_is_made_with_its_parents_and_left_empty(tmp_path):
+def test_open_folder_makes_a_folder_with_its_parents(tmp_path):
     out = open_folder(tmp_path / "a" / "b")
     assert out == tmp_path / "a" / "b"
     assert not list(out.iterdir())
     assert open_folder(str(out)) == out  # an empty one may be used
 
 
-def test_a_folder_that_holds_something_is_refused_unless_resumed(tmp_path):
+def test_open_folder_refuses_a_folder_with_content_unless_resumed(tmp_path):
     (tmp_path / ".hidden").touch()
     before = files(tmp_path)
     with pytest.raises(ConfigError, match="not empty"):
@@ -75,38 +75,35 @@ def test_a_folder_that_holds_something_is_refused_unless_resumed(tmp_path):
     assert files(tmp_path) == before
 
 
-def test_what_is_no_folder(tmp_path):
-    (tmp_path / "file").write_text("kept")
+def test_open_folder_refuses_a_file(tmp_path):
+    (tmp_path / "file").write_text("text")
     with pytest.raises(ConfigError, match="is a file"):
         open_folder(tmp_path / "file", resume=True)
     with pytest.raises(NotADirectoryError):
         open_folder(tmp_path / "file" / "below")
-    assert (tmp_path / "file").read_text() == "kept"
+    assert (tmp_path / "file").read_text() == "text"
 
 
 @pytest.mark.skipif(
     not Path("/proc/self").exists(), reason="needs a file system on which nothing can be made"
 )
-def test_where_nothing_can_be_made():
+def test_open_folder_raises_where_nothing_can_be_made():
     with pytest.raises(OSError, match="/proc/"):
         open_folder("/proc/minilora-test")
 
 
 @pytest.mark.skipif(AS_ROOT, reason="root may write anywhere")
-def test_a_folder_without_leave_to_write_is_found_out_at_once(tmp_path):
+def test_open_folder_refuses_a_folder_without_write_permission(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(PermissionError):
         open_folder(tmp_path)
     tmp_path.chmod(0o700)
 
 
-def test_numbers_go_on_from_the_first_free_one(tmp_path):
+def test_numbered_folder_takes_the_first_free_number(tmp_path):
     parent = tmp_path / "runs"
-    assert [numbered_folder(parent, "demo").name for _ in range(3)] == [
-        "demo-001",
-        "demo-002",
-        "demo-003",
-    ]
+    names = [numbered_folder(parent, "demo").name for _ in range(3)]
+    assert names == ["demo-001", "demo-002", "demo-003"]
     (parent / "demo-002").rmdir()
     (parent / "other-001").write_text("a file takes its number, too")
     assert numbered_folder(parent, "demo").name == "demo-002"
@@ -117,35 +114,33 @@ def test_numbers_go_on_from_the_first_free_one(tmp_path):
 # ---- logs ----
 
 
-def test_a_log_grows_by_whole_lines_that_are_there_at_once(tmp_path):
+def test_log_grows_by_whole_lines_at_once(tmp_path):
     path = tmp_path / "log.jsonl"
     with Log(path) as log:
         for step in range(3):
             log.write(step=step, loss=step / 3)
-            assert [json.loads(line) for line in path.read_text().splitlines()][-1] == {
-                "step": step,
-                "loss": step / 3,
-            }
+            last = path.read_text().splitlines()[-1]
+            assert json.loads(last) == {"step": step, "loss": step / 3}
     assert path.read_text().count("\n") == 3
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 9])
-def test_resuming_drops_that_step_and_later_ones_and_nothing_else(step, tmp_path):
+def test_log_resumed_drops_that_step_and_later_ones_only(step, tmp_path):
     path = tmp_path / "log.jsonl"
     with Log(path) as log:
         for i in range(5):
             log.write(step=i, text="ü \u2028")
-    kept = path.read_bytes().splitlines(keepends=True)[:step]
+    earlier = path.read_bytes().splitlines(keepends=True)[:step]
     with open(path, "ab") as file:
         file.write(b'{"step": 1, "te')  # killed while it wrote
     with Log(path, step) as log:
-        assert path.read_bytes() == b"".join(kept)
+        assert path.read_bytes() == b"".join(earlier)
         log.write(step=step)
-    assert path.read_bytes() == b"".join(kept) + f'{{"step": {step}}}\n'.encode()
+    assert path.read_bytes() == b"".join(earlier) + f'{{"step": {step}}}\n'.encode()
     assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
 
 
-def test_a_new_run_starts_a_new_log(tmp_path):
+def test_log_of_a_new_run_starts_empty(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 0}\n')
     Log(tmp_path / "log.jsonl").__exit__()
     assert (tmp_path / "log.jsonl").read_bytes() == b""
@@ -154,7 +149,7 @@ def test_a_new_run_starts_a_new_log(tmp_path):
 @pytest.mark.parametrize(
     "line", [b"hello", b"\xff\xfe", b"[]", b"{}", b'{"step": "x"}', b"3", b"", b'{"step": null}']
 )
-def test_a_log_that_was_edited_is_left_as_it_is(line, tmp_path):
+def test_log_that_was_edited_is_refused_and_unchanged(line, tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 1}\n')
     before = files(tmp_path)
@@ -163,7 +158,7 @@ def test_a_log_that_was_edited_is_left_as_it_is(line, tmp_path):
     assert files(tmp_path) == before
 
 
-def test_a_log_is_read_but_for_a_line_that_is_being_written(tmp_path):
+def test_read_log_leaves_out_a_line_that_is_being_written(tmp_path):
     with Log(tmp_path / "log.jsonl") as log:
         log.write(step=0, loss=math.nan)
         log.write(step=1, ranks={"q_proj": 3})
@@ -190,17 +185,18 @@ def names(out: Path):
     return sorted(p.name for p in (out / "checkpoints").iterdir())
 
 
-def test_what_is_saved_is_found_again(tmp_path):
+def test_find_checkpoint_returns_what_was_saved(tmp_path):
     folder = save(tmp_path, 3, run={"lr": 0.1}, losses=[1 / 3])
     assert folder == tmp_path / "checkpoints" / "step-3"
     for resume in ("auto", folder, str(folder)):
-        found, manifest = find_checkpoint(resume, tmp_path)
-        assert found == folder
-        assert (manifest["step"], manifest["state"]) == (3, {"run": {"lr": 0.1}, "losses": [1 / 3]})
+        newest_folder, manifest = find_checkpoint(resume, tmp_path)
+        assert newest_folder == folder
+        assert manifest["step"] == 3
+        assert manifest["state"] == {"run": {"lr": 0.1}, "losses": [1 / 3]}
         assert set(manifest["files"]) == {"model.bin", "inner/more.bin"}
 
 
-def test_the_newest_is_found_by_number_not_by_name_or_time(tmp_path, monkeypatch):
+def test_find_checkpoint_takes_the_newest_by_number(tmp_path, monkeypatch):
     monkeypatch.setattr(minilora.training.runs, "KEPT", 9)
     for step in (10, 9, 100):
         save(tmp_path, step)
@@ -210,19 +206,19 @@ def test_the_newest_is_found_by_number_not_by_name_or_time(tmp_path, monkeypatch
     assert find_checkpoint("auto", tmp_path)[1]["step"] == 100
 
 
-def test_two_are_kept(tmp_path):
+def test_save_checkpoint_keeps_two(tmp_path):
     for step in (2, 4, 6, 8):
         save(tmp_path, step)
     assert names(tmp_path) == ["step-6", "step-8"]
 
 
-def test_going_back_to_an_older_step_keeps_what_is_saved_there(tmp_path):
+def test_save_checkpoint_of_an_older_step_keeps_it(tmp_path):
     for step in (6, 8, 3):
         assert save(tmp_path, step).is_dir()
     assert names(tmp_path) == ["step-3", "step-8"]
 
 
-def test_saving_a_step_again_replaces_it(tmp_path):
+def test_save_checkpoint_of_a_saved_step_replaces_it(tmp_path):
     save(tmp_path, 5, "old")
     save(tmp_path, 5, "new")
     assert names(tmp_path) == ["step-5"]
@@ -234,17 +230,21 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("bug")]
 )
 @pytest.mark.parametrize("where", ["write", "_sha256", "write_json", "rename"])
-def test_a_failure_while_saving_leaves_the_previous_one_newest(error, where, tmp_path, monkeypatch):
+def test_save_checkpoint_that_fails_leaves_the_previous_one_newest(
+    error, where, tmp_path, monkeypatch
+):
     save(tmp_path, 2)
     before = files(tmp_path)
 
     def fail(*_arguments):
         raise error
 
-    owner = {"write": Path, "rename": os}.get(where, minilora.training.runs)
-    monkeypatch.setattr(
-        owner, {"write": "write_bytes"}.get(where, where), fail
-    )  # the second file of `save`
+    if where == "write":  # the second file of `save`
+        monkeypatch.setattr(Path, "write_bytes", fail)
+    elif where == "rename":
+        monkeypatch.setattr(os, "rename", fail)
+    else:
+        monkeypatch.setattr(minilora.training.runs, where, fail)
     with pytest.raises(type(error)) as caught:
         save(tmp_path, 4)
     assert caught.value is error
@@ -256,7 +256,9 @@ def test_a_failure_while_saving_leaves_the_previous_one_newest(error, where, tmp
     assert find_checkpoint("auto", tmp_path)[1]["step"] == 4
 
 
-def test_the_manifest_is_written_last_and_the_folder_named_after_that(tmp_path, monkeypatch):
+def test_save_checkpoint_writes_the_manifest_last_and_renames_the_folder_after_that(
+    tmp_path, monkeypatch
+):
     order = []
     plain = minilora.training.runs.write_json
 
@@ -270,7 +272,7 @@ def test_the_manifest_is_written_last_and_the_folder_named_after_that(tmp_path, 
     assert order == [["inner", "model.bin"]]
 
 
-def test_what_a_killed_run_left_is_removed_and_never_found(tmp_path):
+def test_save_checkpoint_removes_what_a_killed_run_left(tmp_path):
     stale = tmp_path / "checkpoints" / "step-9.tmp-123"
     stale.mkdir(parents=True)
     (stale / "model.bin").write_text("half")
@@ -305,42 +307,58 @@ def other_name(name):
     return edit(change)
 
 
-DAMAGE = {
-    "a byte": flip,
-    "a longer file": lambda folder: (folder / "model.bin").write_text("weights 4!"),
-    "a cut file": lambda folder: os.truncate(folder / "model.bin", 3),
-    "a missing file": lambda folder: (folder / "inner" / "more.bin").unlink(),
-    "a renamed file": lambda folder: (folder / "model.bin").rename(folder / "model2.bin"),
-    "a folder for a file": lambda folder: (
-        (folder / "model.bin").unlink(),
-        (folder / "model.bin").mkdir(),
-    ),
-    "no manifest": lambda folder: (folder / MANIFEST).unlink(),
-    "an empty manifest": lambda folder: (folder / MANIFEST).write_text(""),
-    "half a manifest": lambda folder: os.truncate(folder / MANIFEST, 60),
-    "a manifest of something else": lambda folder: (folder / MANIFEST).write_text('{"a": 1}'),
-    "a manifest that is a list": lambda folder: (folder / MANIFEST).write_text("[]"),
-    "a manifest in Latin-1": lambda folder: (folder / MANIFEST).write_bytes(b'{"\xe9": 1}'),
-    "a step in letters": edit(lambda m: m.update(step="4")),
-    "a step that is true": edit(lambda m: m.update(step=True)),
-    "no step": edit(lambda m: m.pop("step")),
-    "no state": edit(lambda m: m.pop("state")),
-    "a state that is a list": edit(lambda m: m.update(state=[])),
-    "files that are a list": edit(lambda m: m.update(files=["model.bin"])),
-    "an entry that is null": edit(lambda m: m["files"].update({"model.bin": None})),
-    "an entry without a sum": edit(lambda m: m["files"]["model.bin"].pop("sha256")),
-    "another size": edit(lambda m: m["files"]["model.bin"].update(size=3)),
-    "a sum in capitals": edit(lambda m: m["files"]["model.bin"].update(sha256="A" * 64)),
-    "a name that leads out": other_name("../step-2/model.bin"),
-    "a name from the root": other_name("/etc/hostname"),
-    "a name with a NUL": other_name("model\0.bin"),
-    "a name too long": other_name("x" * 5000),
-    "an empty name": other_name(""),
-}
+def write(content):
+    def damage(folder: Path) -> None:
+        (folder / MANIFEST).write_bytes(content)
+
+    return damage
+
+
+def update(**changes):
+    return edit(lambda manifest: manifest.update(changes))
+
+
+def update_entry(**changes):
+    return edit(lambda manifest: manifest["files"]["model.bin"].update(changes))
+
+
+def put_folder(folder: Path) -> None:
+    (folder / "model.bin").unlink()
+    (folder / "model.bin").mkdir()
+
+
+DAMAGE = {}
+DAMAGE["a byte"] = flip
+DAMAGE["a longer file"] = lambda folder: (folder / "model.bin").write_text("weights 4!")
+DAMAGE["a cut file"] = lambda folder: os.truncate(folder / "model.bin", 3)
+DAMAGE["a missing file"] = lambda folder: (folder / "inner" / "more.bin").unlink()
+DAMAGE["a renamed file"] = lambda folder: (folder / "model.bin").rename(folder / "model2.bin")
+DAMAGE["a folder for a file"] = put_folder
+DAMAGE["no manifest"] = lambda folder: (folder / MANIFEST).unlink()
+DAMAGE["an empty manifest"] = write(b"")
+DAMAGE["half a manifest"] = lambda folder: os.truncate(folder / MANIFEST, 60)
+DAMAGE["a manifest of something else"] = write(b'{"a": 1}')
+DAMAGE["a manifest that is a list"] = write(b"[]")
+DAMAGE["a manifest in Latin-1"] = write(b'{"\xe9": 1}')
+DAMAGE["a step in letters"] = update(step="4")
+DAMAGE["a step that is true"] = update(step=True)
+DAMAGE["no step"] = edit(lambda manifest: manifest.pop("step"))
+DAMAGE["no state"] = edit(lambda manifest: manifest.pop("state"))
+DAMAGE["a state that is a list"] = update(state=[])
+DAMAGE["files that are a list"] = update(files=["model.bin"])
+DAMAGE["an entry that is null"] = edit(lambda m: m["files"].update({"model.bin": None}))
+DAMAGE["an entry without a sum"] = edit(lambda m: m["files"]["model.bin"].pop("sha256"))
+DAMAGE["another size"] = update_entry(size=3)
+DAMAGE["a sum in capitals"] = update_entry(sha256="A" * 64)
+DAMAGE["a name that leads out"] = other_name("../step-2/model.bin")
+DAMAGE["a name from the root"] = other_name("/etc/hostname")
+DAMAGE["a name with a NUL"] = other_name("model\0.bin")
+DAMAGE["a name too long"] = other_name("x" * 5000)
+DAMAGE["an empty name"] = other_name("")
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_one_is_passed_over_by_auto_and_refused_by_name(damage, tmp_path):
+def test_find_checkpoint_skips_a_damaged_one_for_auto_and_refuses_it_by_name(damage, tmp_path):
     save(tmp_path, 2)
     newest = save(tmp_path, 4)
     damage(newest)
@@ -350,18 +368,19 @@ def test_a_damaged_one_is_passed_over_by_auto_and_refused_by_name(damage, tmp_pa
     assert len(str(caught.value)) <= 500
     assert str(caught.value).isprintable()
     with pytest.warns(UserWarning, match="step-4.*the one before"):
-        found, manifest = find_checkpoint("auto", tmp_path)
-    assert (found.name, manifest["step"]) == ("step-2", 2)
-    shutil.rmtree(found)
+        folder, manifest = find_checkpoint("auto", tmp_path)
+    assert (folder.name, manifest["step"]) == ("step-2", 2)
+    shutil.rmtree(folder)
     with (
         pytest.warns(UserWarning, match="step-4"),
         pytest.raises(CheckpointError, match="no sound checkpoint"),
     ):
         find_checkpoint("auto", tmp_path)
-    assert {k: v for k, v in before.items() if "step-2" not in k.parts} == files(tmp_path)
+    expected = {path: file for path, file in before.items() if "step-2" not in path.parts}
+    assert files(tmp_path) == expected
 
 
-def test_a_name_that_leads_out_is_refused_even_where_the_file_there_is_the_right_one(tmp_path):
+def test_find_checkpoint_refuses_a_name_that_leads_out_of_the_folder(tmp_path):
     save(tmp_path, 2)
     newest = save(tmp_path, 4)
     shutil.copy(newest / "model.bin", tmp_path / "checkpoints" / "outside.bin")
@@ -370,7 +389,7 @@ def test_a_name_that_leads_out_is_refused_even_where_the_file_there_is_the_right
         find_checkpoint(newest, tmp_path)
 
 
-def test_a_manifest_of_a_very_long_run_can_be_read_again(tmp_path, monkeypatch):
+def test_find_checkpoint_reads_the_manifest_of_a_very_long_run(tmp_path, monkeypatch):
     monkeypatch.setattr(
         minilora.training.runs.read_json, "__defaults__", (1000,)
     )  # the limit for other files
@@ -378,7 +397,7 @@ def test_a_manifest_of_a_very_long_run_can_be_read_again(tmp_path, monkeypatch):
     assert len(find_checkpoint("auto", tmp_path)[1]["state"]["losses"]) == 1000
 
 
-def test_where_there_is_no_checkpoint(tmp_path):
+def test_find_checkpoint_raises_without_a_checkpoint(tmp_path):
     for resume in ("auto", tmp_path, tmp_path / "nowhere", "step-4"):
         with pytest.raises(CheckpointError, match="no checkpoint"):
             find_checkpoint(resume, tmp_path)
@@ -401,7 +420,7 @@ def put(out: Path, step: int, text: str, save=save_checkpoint):
 
 
 def newest(out: Path):
-    """The newest checkpoint as a tree, or None; a warning that a damaged one was passed over is an error."""
+    """The newest checkpoint as a tree, or None; an error if a damaged one is skipped."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -421,7 +440,7 @@ SITUATIONS = {  # what was saved before, and what is saved now
 
 @pytest.fixture(params=SITUATIONS)
 def situation(request, tmp_path):
-    """(a folder as it is before, save(out) that adds the new checkpoint, the old tree, the new tree)"""
+    """(a folder before the save, save(out) that adds the new checkpoint, the old and new tree)"""
     before, (step, text) = SITUATIONS[request.param]
     out = tmp_path / "before"
     out.mkdir()
@@ -457,7 +476,7 @@ def changes(situation, tmp_path) -> int:
 
 
 @pytest.mark.parametrize("wrong", [no_room, no_disk, stay_full])
-def test_an_error_at_any_change_to_the_disk_leaves_the_old_checkpoint_or_the_new(
+def test_save_checkpoint_after_an_error_at_any_change_leaves_the_old_one_or_the_new(
     wrong, situation, tmp_path
 ):
     before, save, old, new = situation
@@ -480,7 +499,7 @@ def test_an_error_at_any_change_to_the_disk_leaves_the_old_checkpoint_or_the_new
 
 
 def killed_anywhere(situation, tmp_path, how):
-    """The changes at which a process may not end, because what is found afterwards is neither old nor new."""
+    """The changes at which an end of the process leaves neither the old nor the new checkpoint."""
     before, save, old, new = situation
     bad, at, code = [], 0, 9
     while code == 9:
@@ -509,11 +528,11 @@ def killed_anywhere(situation, tmp_path, how):
     return bad
 
 
-def test_an_end_at_any_change_to_the_disk_leaves_the_old_checkpoint_or_the_new(situation, tmp_path):
+def test_save_checkpoint_killed_at_any_change_leaves_the_old_one_or_the_new(situation, tmp_path):
     assert not killed_anywhere(situation, tmp_path, save_checkpoint)
 
 
-def test_that_test_sees_a_naive_writer(situation, tmp_path):
+def test_naive_save_killed_at_some_change_is_noticed(situation, tmp_path):
     assert len(killed_anywhere(situation, tmp_path, naive_save)) >= 3
 
 
@@ -527,19 +546,17 @@ def cut_anywhere(situation, tmp_path, how):
     for number, tree in states:
         write_tree(out, tree)
         try:
-            found = newest(out)
+            tree = newest(out)
         except (UserWarning, CheckpointError):
             bad.append(number)
         else:
-            if found not in (old, new):
+            if tree not in (old, new):
                 bad.append(number)
-            assert (
-                number < end or how is naive_save or found == new
-            )  # what has returned is there for good
+            # A save that has returned must be there for good.
+            assert number < end or how is naive_save or tree == new
         for folder in (out / "checkpoints").glob("step-*"):
-            with contextlib.suppress(
-                CheckpointError
-            ):  # whatever a sum lets pass is what was saved, to the last byte
+            # A checkpoint whose sums are right is what was saved, to the last byte.
+            with contextlib.suppress(CheckpointError):
                 find_checkpoint(folder, out)
                 assert read_tree(folder) in trees(before, old, new)
     return len(states), bad
@@ -549,18 +566,18 @@ def trees(before: Path, *more):
     return [*more, *(read_tree(p) for p in (before / "checkpoints").glob("*"))]
 
 
-def test_a_power_cut_at_any_moment_leaves_the_old_checkpoint_or_the_new(situation, tmp_path):
+def test_save_checkpoint_after_a_power_cut_leaves_the_old_one_or_the_new(situation, tmp_path):
     count, bad = cut_anywhere(situation, tmp_path, save_checkpoint)
     assert count > 12
     assert not bad
 
 
-def test_that_test_sees_a_naive_writer_too(situation, tmp_path):
+def test_naive_save_after_a_power_cut_is_noticed(situation, tmp_path):
     assert cut_anywhere(situation, tmp_path, naive_save)[1]
 
 
-def test_real_kills_leave_a_sound_checkpoint(tmp_path):
-    """The moments are drawn from some lengths of a save; benchmarks/faults.py does it with whole runs, fifty times."""
+def test_save_checkpoint_survives_real_kills(tmp_path):
+    """Kills at random moments of some saves; benchmarks/faults.py kills whole runs, fifty times."""
 
     def big(out: Path, step: int) -> None:
         def write(folder: Path) -> None:
@@ -594,7 +611,7 @@ def test_real_kills_leave_a_sound_checkpoint(tmp_path):
 # ---- one writer ----
 
 
-def test_a_lock_is_taken_again_in_the_same_context_and_leaves_nothing(tmp_path):
+def test_locked_again_in_the_same_context_leaves_nothing(tmp_path):
     out = tmp_path / "new" / "run"
     with locked(out) as folder:
         assert folder == out
@@ -611,12 +628,12 @@ def test_a_lock_is_taken_again_in_the_same_context_and_leaves_nothing(tmp_path):
 
 
 def elsewhere(work):
-    """What `work()` returns or raises in another thread."""
+    """The result of `work()` in another thread."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()
 
 
-def test_another_thread_or_process_is_refused_at_once(tmp_path):
+def test_locked_refuses_another_thread_or_process_at_once(tmp_path):
     holder = os.getpid()
 
     def attempt():
@@ -633,7 +650,7 @@ def test_another_thread_or_process_is_refused_at_once(tmp_path):
     elsewhere(lambda: open_folder(tmp_path / "run"))
 
 
-def test_the_lock_of_a_process_that_is_gone_is_taken(tmp_path):
+def test_locked_takes_the_lock_of_a_process_that_ended(tmp_path):
     def killed():
         with locked(tmp_path):
             os._exit(9)
@@ -641,13 +658,13 @@ def test_the_lock_of_a_process_that_is_gone_is_taken(tmp_path):
     assert in_child(killed) == 9
     assert (tmp_path / LOCK).exists()
     assert open_folder(tmp_path) == tmp_path  # the lock is not what makes a folder full
-    (tmp_path / LOCK).write_text("1\n")  # there is a process 1, but it holds nothing
+    (tmp_path / LOCK).write_text("1\n")  # process 1 exists, but has no lock
     with locked(tmp_path):
         assert (tmp_path / LOCK).read_text() == f"{os.getpid()}\n"
     assert not list(tmp_path.iterdir())
 
 
-def test_of_twenty_that_start_at_once_one_wins(tmp_path):
+def test_locked_lets_one_of_twenty_processes_in(tmp_path):
     out = tmp_path / "run"
     go, gun = os.pipe()
 
@@ -671,8 +688,8 @@ def test_of_twenty_that_start_at_once_one_wins(tmp_path):
     assert [p.name for p in out.iterdir()] == [f"winner-{codes.index(0)}"]
 
 
-def test_threads_in_turn_never_hold_it_together(tmp_path):
-    """Many take and drop it as fast as they can: the file is removed each time, and nobody holds a removed one."""
+def test_locked_never_lets_two_threads_in(tmp_path):
+    """Threads lock and unlock as fast as they can; a removed lock file must not count as locked."""
     inside, overlaps, taken = [], [], []
 
     def work(name):
@@ -693,7 +710,7 @@ def test_threads_in_turn_never_hold_it_together(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_that_was_removed_between_opening_and_locking_is_no_lock(tmp_path, monkeypatch):
+def test_locked_notices_a_file_removed_between_opening_and_locking(tmp_path, monkeypatch):
     plain, removed = fcntl.flock, []
 
     def late(descriptor, how):
@@ -711,7 +728,7 @@ def test_a_lock_that_was_removed_between_opening_and_locking_is_no_lock(tmp_path
             elsewhere(lambda: open_folder(tmp_path))
 
 
-def test_the_lock_of_another_is_not_removed(tmp_path):
+def test_locked_does_not_remove_another_run_s_lock(tmp_path):
     with contextlib.ExitStack() as second, ThreadPoolExecutor(1) as pool:
         with locked(tmp_path):
             (tmp_path / LOCK).unlink()  # somebody tidies up
@@ -723,7 +740,7 @@ def test_the_lock_of_another_is_not_removed(tmp_path):
 
 
 @pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
-def test_where_nothing_can_be_locked_there_is_a_warning(reason, tmp_path, monkeypatch):
+def test_locked_warns_where_nothing_can_be_locked(reason, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(reason, os.strerror(reason))
 
@@ -737,7 +754,7 @@ def test_where_nothing_can_be_locked_there_is_a_warning(reason, tmp_path, monkey
         pass
 
 
-def test_another_trouble_with_a_lock_is_an_error(tmp_path, monkeypatch):
+def test_locked_raises_other_errors_of_flock(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EIO, "Input/output error")
 
@@ -747,7 +764,7 @@ def test_another_trouble_with_a_lock_is_an_error(tmp_path, monkeypatch):
     assert open_descriptors() == open_descriptors()
 
 
-def test_what_is_not_a_lock_is_left_alone(tmp_path):
+def test_locked_leaves_a_file_that_is_not_a_lock(tmp_path):
     (tmp_path / LOCK).write_text("my notes")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / LOCK).mkdir()
@@ -764,7 +781,7 @@ def test_what_is_not_a_lock_is_left_alone(tmp_path):
     assert (files(tmp_path), open_descriptors()) == (before, count)
 
 
-def test_a_folder_that_has_gone_is_no_trouble_at_the_end(tmp_path):
+def test_locked_ends_well_if_the_folder_was_removed(tmp_path):
     count = open_descriptors()
     with locked(tmp_path / "out"):
         shutil.rmtree(tmp_path / "out")
@@ -774,7 +791,7 @@ def test_a_folder_that_has_gone_is_no_trouble_at_the_end(tmp_path):
     assert open_descriptors() == count
 
 
-def test_readers_need_no_lock(tmp_path):
+def test_find_checkpoint_needs_no_lock(tmp_path):
     put(tmp_path, 2, "text")
     with locked(tmp_path):
         assert elsewhere(lambda: find_checkpoint("auto", tmp_path)[1]["step"]) == 2
@@ -783,7 +800,7 @@ def test_readers_need_no_lock(tmp_path):
 # ---- what is known before ----
 
 
-def test_a_disk_without_room_is_known_before(tmp_path):
+def test_require_free_space_raises_on_a_full_disk(tmp_path):
     require_free_space(tmp_path, 1)
     with pytest.raises(OSError, match=r"saving takes 1,\d{3},.* the disk has") as caught:
         require_free_space(tmp_path, 10**18 + shutil.disk_usage(tmp_path).free)
@@ -791,7 +808,7 @@ def test_a_disk_without_room_is_known_before(tmp_path):
     assert caught.value.filename == str(tmp_path)
 
 
-def test_a_file_system_that_does_not_say_is_believed_to_have_room(tmp_path, monkeypatch):
+def test_require_free_space_accepts_a_file_system_that_reports_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
     require_free_space(tmp_path, 10**18)
 
@@ -799,7 +816,7 @@ def test_a_file_system_that_does_not_say_is_believed_to_have_room(tmp_path, monk
 @pytest.mark.parametrize(
     "name", ["with spaces", "line\nbreak", "ünï", b"\xff\xfe".decode("utf-8", "surrogateescape")]
 )
-def test_any_name_of_a_folder_will_do(name, tmp_path):
+def test_save_checkpoint_and_find_checkpoint_accept_any_name_of_a_folder(name, tmp_path):
     out = tmp_path / name
     try:
         out.mkdir()
@@ -823,7 +840,7 @@ def flip_one(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_checkpoint_that_was_about_to_be_replaced_is_found(tmp_path):
+def test_find_checkpoint_finds_one_that_was_about_to_be_replaced(tmp_path):
     put(tmp_path, 2, "older")
     put(tmp_path, 4, "old")
     folder = tmp_path / "checkpoints"
@@ -836,7 +853,7 @@ def test_a_checkpoint_that_was_about_to_be_replaced_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_number_that_is_none_is_strict_json_in_a_log(value, tmp_path):
+def test_log_writes_nan_and_infinity_as_strict_json(value, tmp_path):
     with Log(tmp_path / "log.jsonl") as log:
         log.write(step=0, loss=value, lr=0.5)
         log.sync()
@@ -846,7 +863,7 @@ def test_a_number_that_is_none_is_strict_json_in_a_log(value, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_log_without_room_says_so(tmp_path):
+def test_log_on_a_full_disk_raises(tmp_path):
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     log = Log(tmp_path / "log.jsonl", 3)
     log.sync()
@@ -856,7 +873,7 @@ def test_a_log_without_room_says_so(tmp_path):
         log.__exit__()
 
 
-def test_a_disk_that_fails_under_a_log_is_an_error_and_a_pipe_is_not(tmp_path, monkeypatch):
+def test_log_sync_raises_for_a_failing_disk_but_not_for_a_pipe(tmp_path, monkeypatch):
     with Log(tmp_path / "log.jsonl") as log:
         for number, kind in (
             (errno.EINVAL, contextlib.nullcontext()),
