@@ -85,7 +85,7 @@ def merge(args: Args) -> None:
     if not known:
         return
     worst = max(known, key=lambda row: row["lost"])
-    print(f"rounding took at most {worst['lost']:.2%} of a dW: of {printable(worst['tensor'])}")
+    print(f"rounding took at most {worst['lost']:.2%} of a dW, in {printable(worst['tensor'])}")
     if worst["lost"] > 0.01:
         print_table([format_row(row) for row in rows])
 

@@ -305,7 +305,7 @@ def test_tools_turn_files_into_files(world, tmp_path):
 
     weights = "--adapter adapter --adapter adapter --weights -0.5,1"
     printed = ok(f"merge --base base {weights} --out {out('tuned')}")
-    assert re.search(r"rounding took at most 0\.\d\d% of a dW: of model.layers.0", printed)
+    assert re.search(r"rounding took at most 0\.\d\d% of a dW, in model.layers.0", printed)
     half = f"merge --base base --adapter adapter --dtype bfloat16 --out {out('half')}"
     rows = as_json(half)["tensors"]
     merged = [row["tensor"] for row in rows]
