@@ -76,4 +76,4 @@ print(f"exported as a plain adapter, {tasks[1]} gives the same bits: {same}")
 
 if available():
     Path("runs").mkdir(exist_ok=True)
-    heat_table(Path("runs", "multitask.png"), np.array(rows), names, tasks, "Bits per byte")
+    heat_table(Path("runs/multitask.png"), np.array(rows), names, tasks, "Bits per byte by adapter")

@@ -169,8 +169,9 @@ def add_method_rows() -> None:
     for start in (FINETUNE, EVALUATE, GENERATE, DEMO):
         refused(48, f"{start} --quantize nf3", "--quantize: invalid choice: 'nf3'", "nf4")
     for start in (line, DEMO):
-        refused(67, f"{start} --method full --r 4", "full", "have r")
-        refused(67, f"{start} --method full --lora-alpha 3", "full", "lora_alpha")
+        refused(67, f"{start} --method full --r 4", "method full")
+        refused(67, f"{start} --method full --lora-alpha 3", "method full", "lora_alpha")
+        refused(67, f"{start} --method full --lora-alpha 3 --r 4", "full", "r, lora_alpha")
         refused(67, f"{start} --method full --quantize nf4", "full", "quantize = nf4")
     refused(67, f"{line} --method full --use-dora --tinit 3", "use_dora, tinit")
     refused(67, f"{line} --method dora --lora-bias", "--lora-bias")
