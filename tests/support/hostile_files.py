@@ -492,7 +492,7 @@ def add_adapter_rows() -> None:
     without = lambda name: changed_tensors(ADAPTER_WEIGHTS, lambda t: t.pop(name))  # noqa: E731
     having = lambda name, array: with_tensor(ADAPTER_WEIGHTS, name, array)  # noqa: E731
     misfit("a key is missing", without(key("q", "A")), f"missing {key('q', 'A')}")
-    unknown = "base_model.model.stranger"
+    unknown = "base_model.model.extra"
     misfit("a key too many", having(unknown, np.zeros(1)), f"unknown {unknown}")
     escape = having("\x1b[2J", np.zeros(1))
     misfit("a key that steers the terminal", escape, r"unknown \x1b[2J")
@@ -743,7 +743,7 @@ def add_tokenizer_rows() -> None:
     bad_tokenizer("an id beyond the vocabulary", vocabulary(zz=256))
     bad_tokenizer("the largest id", vocabulary(zz=2**32 - 1))
     bad_tokenizer("an id below zero", vocabulary(zz=-1))
-    bad_tokenizer("an id that is no integer", vocabulary(zz=1.5))
+    bad_tokenizer("an id that is not an integer", vocabulary(zz=1.5))
     bad_tokenizer("a merge of unknown tokens", merges(["nowhere", "b"]))
     bad_tokenizer("merges in a circle", merges(["x", "x"], ["xx", "x"]))
     bad_tokenizer("no vocabulary", lambda t: t["model"].update(vocab={}))

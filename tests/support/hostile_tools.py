@@ -164,8 +164,8 @@ def add_mlx_rows() -> None:
     mlx(3, wanted, a=(0, 2), b=(3, 16))
     mlx(3, wanted, a=(2, 2), b=(3, 3))  # in a square matrix only the rank tells the two sides
     for key in ("x.lora_A", "x.weight", "\x1b[2J"):
-        stranger = with_tensor(MLX_WEIGHTS, key, np.ones((16, 2), np.float32))
-        mlx(3, "mlx-lm", repr(key)[1:-1], then=stranger)
+        unknown = with_tensor(MLX_WEIGHTS, key, np.ones((16, 2), np.float32))
+        mlx(3, "mlx-lm", repr(key)[1:-1], then=unknown)
     mlx(3, "mlx-lm", then=removed(MLX_WEIGHTS))
     mlx(3, "a file of 200", then=cut(MLX_WEIGHTS, 200))
     damaged = written("mlx/adapter_config.json", b'{"lora_parameters": {')
@@ -251,7 +251,7 @@ def add_merge_rows() -> None:
     misfit(having(key("v", "A"), np.zeros(())), "lora_A ()")
     misfit(without(key("v", "B")), "v_proj", "lora_B")
     misfit(without(key("v", "A"), key("v", "B")), "missing model.layers.0.self_attn.v_proj")
-    misfit(having("base_model.model.stranger.weight", np.zeros(1)), "unknown stranger.weight")
+    misfit(having("base_model.model.extra.weight", np.zeros(1)), "unknown extra.weight")
     misfit(having("\x1b[2J", np.zeros(1)), r"\x1b[2J")
     misfit(having("base_model.model.lora_A.weight", np.zeros((2, 16))), "unknown lora_A.weight")
 
