@@ -1,7 +1,7 @@
-"""A transformer from nothing, by a loop written out: batch, loss, gradients, step.
+"""A transformer trained from random weights, with the whole loop: batch, loss, gradients, step.
 
-You should see the loss fall from ln 256 = 5.5 (every byte equally likely) to about 2.7 in 150 steps, and the samples
-turn from noise into something with the rhythm of English.
+You should see the loss fall from ln 256 = 5.5 (every byte is equally likely) to about 2.7 in 150
+steps, and the samples turn from noise into something with the rhythm of English.
 """
 
 import math
@@ -19,26 +19,25 @@ STEPS = 150
 tokenizer = ByteTokenizer()
 text, _ = split(prose())
 windows = Windows(tokenizer.encode(text), context=64, batch_size=16)
-shape = {
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-}
-config = TransformerConfig(**shape, tie_word_embeddings=True)
+config = TransformerConfig(
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    tie_word_embeddings=True,
+)
 model = CausalLM(config, seed=0)
 params = dict(model.named_parameters())
 optimizer = AdamW(params.items(), lr=5e-3, weight_decay=0.1)
-print(
-    f"{sum(p.size for p in params.values()):,} parameters, such as model.layers.0.self_attn.q_proj.weight",
-    end=" ",
-)
-print(params["model.layers.0.self_attn.q_proj.weight"].shape)
+count = sum(p.size for p in params.values())
+name = "model.layers.0.self_attn.q_proj.weight"
+print(f"{count:,} parameters, such as {name} {params[name].shape}")
 
 
 def sample() -> str:
     prompt = tokenizer.encode("The ")[None]
-    return repr(tokenizer.decode(generate(model, prompt, 60, temperature=0.7, seed=1)[0]))
+    ids = generate(model, prompt, 60, temperature=0.7, seed=1)
+    return repr(tokenizer.decode(ids[0]))
 
 
 print("before:", sample())
@@ -51,7 +50,6 @@ for step in tqdm(range(STEPS), disable=None):
     losses.append(loss.item())
     if step % 30 == 0:
         print(f"step {step:3}   loss {losses[-1]:.3f}   gradient norm {norm:.2f}")
-print(
-    f"step {STEPS - 1:3}   loss {np.mean(losses[-10:]):.3f} nats a byte, {np.mean(losses[-10:]) / math.log(2):.2f} bits"
-)
+mean = np.mean(losses[-10:])
+print(f"step {STEPS - 1:3}   loss {mean:.3f} nats per byte, {mean / math.log(2):.2f} bits")
 print("after: ", sample())

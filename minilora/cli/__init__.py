@@ -1,16 +1,19 @@
-"""The command line: demo, pretrain, finetune, generate, evaluate, merge, combine, inspect, diff, extract, ...
+"""The command line: one file per group of commands, each command's options beside its function.
 
-options    the options of every command, and how each is read
-commands   a function each, which turns options into calls of the rooms below
-files      both, for the commands that need files alone
-shown      tables, and text that cannot steer a terminal
+training   demo, pretrain, finetune
+using      generate, evaluate
+files      merge, combine, inspect, diff, extract, resize, convert: files in, files out
+checking   verify, devices
+reading    models and texts, as several commands read them
+options    the parser, how a value is read, and options that several commands take
 
-Here is what they share: a user's mistake ends in one line on stderr and an exit code (errors.py), `--debug` shows where
-it came from, and a signal leaves nothing behind.
+`main` is what the commands share: a mistake of the user ends in one line on stderr and an exit code
+(errors.py), `--debug` shows a traceback, and a signal leaves no temporary file and no lock behind.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -21,109 +24,108 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from .. import __version__
+from ..display import printable
 from ..errors import Interrupted, MiniloraError
-from .commands import COMMANDS
-from .options import build_parser, hyphens
+from . import checking, files, training, using
+from .options import HelpFormatter, Parser, hyphenate, option
 
-PATHS = (
-    "base",
-    "adapter",
-    "data",
-    "eval_data",
-    "out",
-    "resume",
-    "pretrain_data",
-    "adapt_data",
-    "directory",
-    "other",
-    "tuned",
-    "plot",
-)
-SUCCESS, FAILED, IO = 0, 1, 4
+COMMANDS = (*training.COMMANDS, *using.COMMANDS, *files.COMMANDS, *checking.COMMANDS)
+SUCCESS, FAILED, IO = 0, 1, 4  # besides the exit codes in errors.py
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # a terminal without Unicode shows an escape, and no traceback
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal without Unicode shows an escape instead of ending in a traceback.
         sys.stdout.reconfigure(errors="backslashreplace")
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *rest: _tell("warning", str(message))
-        with _terminable():
-            return _run(argv, debug)
+    with warnings.catch_warnings(), _terminable():
+        warnings.showwarning = lambda message, *rest: _print_error("warning", str(message))
+        return _run(argv)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    text = "LoRA from scratch in NumPy: train, adapt, look inside."
+    parser = Parser(prog="minilora", description=text, formatter_class=HelpFormatter)
+    parser.add_argument("--version", action="version", version=f"minilora {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for run, add_options, text, example in COMMANDS:
+        name = run.__name__
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            usage=f"minilora {name} [options]",
+            epilog=f"example: minilora {name} {example}",
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+        add_options(command)
+        option(command, "--debug", "show a traceback when something fails")
+        command.set_defaults(run=run)
+    return parser
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: temporary files and the lock of a folder are removed first."""
+    """SIGTERM ends a command as Ctrl-C does: first, temporary files and locks are removed."""
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt(number)
 
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    )
-    if ours:  # whoever calls us from Python may have plans of their own
-        signal.signal(signal.SIGTERM, stop)
+    # A Python program that calls `main` may have its own handler, which stays.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _run(argv: Sequence[str], debug: bool) -> int:
+def _run(argv: Sequence[str]) -> int:
     try:
         parser = build_parser()
-        args = parser.parse_args(hyphens(argv))
+        args = parser.parse_args(hyphenate(argv))
         if args.command is None:
             parser.print_help()
             parser.error("no command was given")
-        given = [(name, getattr(args, name, None)) for name in PATHS]
-        given += [("tasks", path) for path in getattr(args, "tasks", None) or ()]
-        given += [("adapter", path) for path in getattr(args, "adapters", None) or ()]
-        for name, path in given:
-            if path is not None and (
-                not path or "\0" in path
-            ):  # "" is what a shell makes of an unset variable
-                flag = "DIR" if name in ("directory", "other") else f"--{name.replace('_', '-')}"
-                parser.error(f"argument {flag}: {path!r} is no path")
-        COMMANDS[args.command](args)
+        args.run(args)
         sys.stdout.flush()
         return SUCCESS
-    except BrokenPipeError:  # the reader of our output has gone: not our failure
+    except BrokenPipeError:  # the reader of the output has gone, which is not a failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return SUCCESS
     except (MiniloraError, OSError, MemoryError, KeyboardInterrupt) as error:
-        if debug:
+        if "--debug" in argv:
             raise
-        if isinstance(error, KeyboardInterrupt):
-            print("\nminilora: interrupted", file=sys.stderr)
-            return 128 + (error.args[0] if error.args else signal.SIGINT)
-        text = str(error) if isinstance(error, MiniloraError) else _os_message(error)
-        _tell("interrupted" if isinstance(error, Interrupted) else "error", text)
-        return (
-            error.exit_code
-            if isinstance(error, MiniloraError)
-            else IO
-            if isinstance(error, OSError)
-            else FAILED
-        )
+        return _report(error)
 
 
-def _os_message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
-    return str(error) or "out of memory"
+def _report(error: BaseException) -> int:
+    """Print what went wrong; returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print("\nminilora: interrupted", file=sys.stderr)
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
+    if isinstance(error, MiniloraError):
+        kind = "interrupted" if isinstance(error, Interrupted) else "error"
+        _print_error(kind, str(error))
+        return error.exit_code
+    if isinstance(error, OSError):
+        text = error.strerror or str(error)
+        _print_error("error", f"{text}: {error.filename!r}" if error.filename else text)
+        return IO
+    _print_error("error", str(error) or "out of memory")
+    return FAILED
 
 
-def _tell(kind: str, text: str) -> None:
-    """An error or a warning: one line on stderr, its middle left out if it is long."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    line = line if len(line) <= 480 else f"{line[:240]} ... {line[-230:]}"
-    with contextlib.suppress(OSError):  # there is nobody left to tell; the exit code still does
+def _print_error(kind: str, text: str) -> None:
+    """Print an error or a warning to stderr as one line, without its middle if it is long."""
+    line = printable(text)
+    if len(line) > 480:
+        line = f"{line[:240]} ... {line[-230:]}"
+    with contextlib.suppress(OSError):  # without a stderr, the exit code still tells
         print(f"minilora: {kind}: {line}", file=sys.stderr)

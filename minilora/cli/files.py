@@ -1,10 +1,10 @@
-"""The commands that need files alone, merge, combine, inspect, diff, extract, ...: their options, and what they do."""
+"""merge, combine, inspect, diff, extract, resize, convert: commands that read and write files."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,307 +13,331 @@ from ..errors import ConfigError, FormatError
 from ..formats.disk import read_json
 from ..lora.combining import COMBINATION_TYPES
 from ..lora.multitask import FILE as MULTITASK
+from .options import (
+    DTYPES,
+    Args,
+    Command,
+    Parser,
+    add_allow_nonfinite,
+    add_base,
+    add_json,
+    add_task,
+    option,
+    path,
+)
+from .reading import choose_task, has_tasks
 
 PICTURES = (".png", ".svg", ".pdf")
-DTYPES = ("float32", "float16", "bfloat16")
-Command = Callable[[str, str, str], argparse.ArgumentParser]
-
-# ---- options ----
 
 
-def define(command: Command, whole: Callable[[int], Callable[[str], int]]) -> None:
-    """Add the commands to the parser; `whole(n)` reads an integer of at least n."""
-
-    def common(sub: argparse.ArgumentParser, out: bool = True, finite: bool = False) -> None:
-        if out:
-            sub.add_argument("--out", required=True, metavar="DIR", help="a new folder")
-        if finite:
-            sub.add_argument(
-                "--allow-nonfinite",
-                action="store_true",
-                help="even where a weight is NaN or infinite",
-            )
-        sub.add_argument("--json", action="store_true", help="for programs")
-        sub.add_argument(
-            "--debug", action="store_true", help="show a traceback when something fails"
-        )
-
-    text = "Add adapters into their base's weights: file to file, in float64, rounded once."
-    sub = command("merge", text, "--base base --adapter adapter --out merged")
-    sub.add_argument(
-        "--base", required=True, metavar="DIR", help="config.json and model.safetensors, or shards"
-    )
-    text = "in PEFT's format; again for each that is to be added"
-    sub.add_argument(
-        "--adapter", dest="adapters", required=True, action="append", metavar="DIR", help=text
-    )
-    sub.add_argument(
-        "--task", metavar="NAME", help="which one of an adapter that finetune --tasks made"
-    )
-    sub.add_argument(
-        "--weights", type=_numbers, metavar="X,X", help="times what each adapter is added (1)"
-    )
-    sub.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        metavar="D",
-        help=f"{', '.join(DTYPES)} (default: as it is stored)",
-    )
-    sub.add_argument(
-        "--threads", type=whole(1), metavar="K", help="blocks of rows at once (default: one a core)"
-    )
-    common(sub, finite=True)
-
-    text = "Several adapters added up to one."
-    sub = command(
-        "combine", text, "--adapter a --adapter b --weights 0.5,0.5 --how svd --r 8 --out both"
-    )
-    text = "in PEFT's format; again for each that is to be added"
-    sub.add_argument(
-        "--adapter", dest="adapters", required=True, action="append", metavar="DIR", help=text
-    )
-    sub.add_argument(
-        "--weights", type=_numbers, metavar="X,X", help="times what each adapter is added (1)"
-    )
-    text = "cat (ranks add up: exact), svd (the nearest of rank r) or linear (PEFT's, with cross terms)"
-    sub.add_argument("--how", choices=COMBINATION_TYPES, default="cat", metavar="WAY", help=text)
-    sub.add_argument(
-        "--r",
-        type=whole(1),
-        metavar="R",
-        help="rank of every layer, with svd (default: their largest)",
-    )
-    common(sub)
-
-    sub = command("inspect", "What an adapter or a checkpoint holds.", "adapter --base base")
-    sub.add_argument("directory", metavar="DIR")
-    sub.add_argument(
-        "--base",
-        metavar="DIR",
-        help="set an adapter beside its base: |dW| / |W|, and whether they fit",
-    )
-    sub.add_argument("--plot", metavar="FILE", help="draw the spectrum of each layer's dW")
-    common(sub, out=False)
-
-    sub = command("diff", "How far apart two checkpoints are, tensor by tensor.", "base tuned")
-    sub.add_argument("directory", metavar="A")
-    sub.add_argument("other", metavar="B")
-    text = "of each matrix the numerical rank of B - A (default: where a side has at most 2,048)"
-    sub.add_argument("--ranks", action=argparse.BooleanOptionalAction, default=None, help=text)
-    common(sub, out=False)
-
-    text = "An adapter from the difference of two checkpoints."
-    sub = command("extract", text, "--base base --tuned tuned --r 16 --out adapter")
-    sub.add_argument("--base", required=True, metavar="DIR")
-    sub.add_argument("--tuned", required=True, metavar="DIR", help="the same model, trained on")
-    sub.add_argument("--r", required=True, type=whole(1), metavar="R", help="rank of every layer")
-    common(sub)
-
-    sub = command(
-        "resize",
-        "An adapter of another rank, as near as it can be.",
-        "--adapter adapter --r 4 --out small",
-    )
-    sub.add_argument("--adapter", required=True, metavar="DIR", help="in PEFT's format")
-    sub.add_argument("--r", required=True, type=whole(1), metavar="R", help="rank of every layer")
-    common(sub)
-
-    text = (
-        "A checkpoint or an adapter in another dtype; an adapter between PEFT's files and mlx-lm's."
-    )
-    sub = command("convert", text, "adapter --to mlx --out adapter-mlx")
-    sub.add_argument("directory", metavar="DIR")
-    sub.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        metavar="D",
-        help=f"{', '.join(DTYPES)}: every float, rounded once",
-    )
-    sub.add_argument(
-        "--to",
-        choices=("peft", "mlx"),
-        metavar="F",
-        help="peft or mlx: whose files an adapter gets",
-    )
-    common(sub, finite=True)
+def _add_out(parser: Parser) -> None:
+    option(parser, "--out DIR", "a new or empty folder", required=True)
 
 
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r:.60} is no list of numbers, such as 0.5,-1"
-        ) from None
+def _add_adapters(parser: Parser) -> None:
+    text = "adapter in PEFT's format; repeat the option to add several"
+    option(parser, "--adapter DIR", text, dest="adapters", required=True, action="append")
+    text = "finite factor of each adapter, in their order (default: 1 for each)"
+    option(parser, "--weights X,X", text)
 
 
-# ---- commands ----
+def _add_dtype(parser: Parser, default: str) -> None:
+    text = f"dtype of the written floats: {', '.join(DTYPES)} (default: {default})"
+    option(parser, "--dtype D", text, choices=DTYPES)
 
 
-def merge(args: argparse.Namespace) -> None:
+# ---- merge ---------------------------------------------------------------------------------------
+
+
+def add_merge_options(parser: Parser) -> None:
+    add_base(parser)
+    _add_adapters(parser)
+    add_task(parser)
+    _add_dtype(parser, "as stored")
+    text = "threads, each for a block of rows, at least 1 (default: one per core)"
+    option(parser, "--threads K", text)
+    _add_out(parser)
+    add_allow_nonfinite(parser)
+    add_json(parser)
+
+
+def merge(args: Args) -> None:
     from ..formats.folders import require_outside
     from ..tools.merging import merge as run
 
     require_outside(args.out, base=args.base)
     for folder in args.adapters:
         require_outside(args.out, adapter=folder)
-    if args.task is not None or any(
-        (Path(folder) / MULTITASK).exists() for folder in args.adapters
-    ):
-        args.adapters = _of_task(args.adapters, args.task)
-    options = {
-        "dtype": args.dtype,
-        "threads": args.threads,
-        "allow_nonfinite": args.allow_nonfinite,
-    }
-    rows = run(args.base, args.adapters, args.out, args.weights, **options)
+    rows = run(
+        args.base,
+        _adapters_of_task(args.adapters, args.task),
+        args.out,
+        args.weights,
+        dtype=args.dtype,
+        threads=args.threads,
+        allow_nonfinite=args.allow_nonfinite,
+    )
     if args.json:
-        print(json.dumps({"merged": args.out, "tensors": rows}, indent=2))
+        _print_json({"merged": args.out, "tensors": rows})
         return
     print(f"merged into {printable(args.out)}")
     known = [row for row in rows if row["lost"] is not None]
-    if known:
-        worst = max(known, key=lambda row: row["lost"])
-        print(f"rounding took at most {worst['lost']:.2%} of a dW: of {printable(worst['tensor'])}")
-        if worst["lost"] > 0.01:
-            print_table([_short(row) for row in rows])
+    if not known:
+        return
+    worst = max(known, key=lambda row: row["lost"])
+    print(f"rounding took at most {worst['lost']:.2%} of a dW, in {printable(worst['tensor'])}")
+    if worst["lost"] > 0.01:
+        print_table([format_row(row) for row in rows])
 
 
-def _of_task(folders: list[str], task: str | None) -> list[str]:
-    """The adapters that a task of a folder of several has."""
-    folder = Path(folders[0])
-    if len(folders) > 1:
-        raise ConfigError(
-            "--adapter with several tasks stands alone: the task says which adapters are added"
-        )
-    if not (folder / MULTITASK).exists():
-        raise ConfigError(f"--adapter {folders[0]!r} holds one adapter: there is no task to choose")
-    tasks = _tasks(folder)
-    if task not in tasks:
-        what = "choose one with --task" if task is None else f"there is no {task!r:.60}"
-        raise ConfigError(f"--adapter holds several tasks: {what}: {', '.join(tasks)}"[:300])
-    return [str(folder if name == "default" else folder / name) for name in tasks[task]]
+def _adapters_of_task(folders: list[str], task: str | None) -> list[str]:
+    """The folders of the adapters that a task adds; `folders` if none of them has tasks."""
+    several = [folder for folder in folders if (Path(folder) / MULTITASK).exists()]
+    if len(folders) > 1 and (several or task is not None):
+        message = "--adapter must be given once if it has tasks or with --task"
+        raise ConfigError(f"{message}, got {len(folders)}: merge one task at a time")
+    folder = folders[0]
+    if not has_tasks(folder, task):
+        return folders
+    tasks = _read_tasks(Path(folder))
+    names = tasks[choose_task(folder, task, tasks)]
+    return [folder if name == "default" else str(Path(folder) / name) for name in names]
 
 
-def _tasks(folder: Path) -> dict[str, list[str]]:
-    """A folder's tasks, and the names of the adapters of each, none of which leads out of the folder."""
+def _read_tasks(folder: Path) -> dict[str, list[str]]:
+    """{task: names of its adapters} of a folder. FormatError if a name leads out of the folder."""
     tasks = read_json(folder / MULTITASK).get("tasks")
-    listed = isinstance(tasks, dict) and all(
-        isinstance(v, list) and all(map(_is_name, v)) for v in tasks.values()
-    )
-    if not isinstance(tasks, dict) or not listed:
-        raise FormatError(
-            f"{folder / MULTITASK}: expected tasks, and for each of them the names of its adapters"
-        )
+    if not isinstance(tasks, dict) or not all(map(_is_names, tasks.values())):
+        raise FormatError(f"{folder / MULTITASK}: expected tasks, each with the names of adapters")
     return tasks
 
 
-def _is_name(name: Any) -> bool:
-    return (
-        isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
-    )
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_name, value))
 
 
-def combine(args: argparse.Namespace) -> None:
+def _is_name(value: Any) -> bool:
+    if not isinstance(value, str) or value in ("", ".", ".."):
+        return False
+    return not set(value) & {"/", "\\", "\0"}
+
+
+# ---- combine, extract, resize --------------------------------------------------------------------
+
+
+def add_combine_options(parser: Parser) -> None:
+    _add_adapters(parser)
+    text = "cat (exact: ranks add up), svd (nearest of rank r), linear (PEFT's, with cross terms)"
+    option(parser, "--how WAY", text, choices=COMBINATION_TYPES, default="cat")
+    text = "rank of every layer with svd, at least 1 (default: the largest of the adapters)"
+    option(parser, "--r R", text)
+    _add_out(parser)
+    add_json(parser)
+
+
+def combine(args: Args) -> None:
     from ..tools.combining import combine as run
 
-    _print_factored(args, run(args.adapters, args.out, args.weights, args.how, args.r), args.how)
+    rows = run(args.adapters, args.out, args.weights, args.how, args.r)
+    _print_errors(args, rows, args.how)
 
 
-def inspect(args: argparse.Namespace) -> None:
+def _add_rank(parser: Parser) -> None:
+    option(parser, "--r R", "rank of every layer, at least 1", required=True)
+    _add_out(parser)
+    add_json(parser)
+
+
+def add_extract_options(parser: Parser) -> None:
+    add_base(parser)
+    option(parser, "--tuned DIR", "the same model after training", required=True)
+    _add_rank(parser)
+
+
+def extract(args: Args) -> None:
+    from ..tools.factoring import extract as run
+
+    rows = run(args.base, args.tuned, args.r, args.out)
+    _print_errors(args, rows, f"rank {args.r}")
+
+
+def add_resize_options(parser: Parser) -> None:
+    option(parser, "--adapter DIR", "adapter in PEFT's format", required=True)
+    _add_rank(parser)
+
+
+def resize(args: Args) -> None:
+    from ..tools.factoring import resize as run
+
+    rows = run(args.adapter, args.r, args.out)
+    _print_errors(args, rows, f"rank {args.r}")
+
+
+def _print_errors(args: Args, rows: list[dict[str, Any]], how: str) -> None:
+    """Print how far the new adapter is from the exact dW, per layer and over all layers."""
+    if args.json:
+        _print_json({"out": args.out, "tensors": rows})
+        return
+    print_table([format_row(row) for row in rows])
+    whole = math.sqrt(sum(row["|dW|"] ** 2 for row in rows))
+    error = math.sqrt(sum(row["error"] ** 2 for row in rows))
+    share = f"{error / whole:.3%} of dW" if whole else f"{error:.3g} of a dW that is 0"
+    print(f"\nerror with {how} over all layers: {share} -> {printable(args.out)}")
+
+
+# ---- inspect, diff -------------------------------------------------------------------------------
+
+
+def add_inspect_options(parser: Parser) -> None:
+    option(parser, "directory DIR", "an adapter or a checkpoint")
+    option(parser, "--base DIR", "base of the adapter: shows |dW| / |W|, and whether the two fit")
+    text = f"draw the singular values of each layer's dW; ends in {', '.join(PICTURES)}"
+    option(parser, "--plot FILE", text)
+    add_json(parser)
+
+
+def inspect(args: Args) -> None:
     from ..tools.inspecting import inspect_adapter, inspect_checkpoint
 
     folder = Path(args.directory)
     if (folder / MULTITASK).exists():
-        names = sorted({name for own in _tasks(folder).values() for name in own})
-        raise ConfigError(
-            f"{args.directory!r} holds several adapters: inspect one of them: {', '.join(names)}"[
-                :300
-            ]
-        )
-    adapter = (folder / "adapter_config.json").exists()
-    if not adapter and (args.base or args.plot):
-        raise ConfigError("--base and --plot are for an adapter: of two checkpoints, diff tells")
+        names = sorted({name for adapters in _read_tasks(folder).values() for name in adapters})
+        given = f"{args.directory!r:.100} has the adapters {', '.join(names)}"
+        raise ConfigError(f"{given}: inspect one of these folders inside it")
+    is_adapter = (folder / "adapter_config.json").exists()
+    if not is_adapter and (args.base or args.plot):
+        message = f"--base and --plot are for an adapter, and {args.directory!r:.100} is none"
+        raise ConfigError(f"{message}: leave them out, or compare checkpoints with diff")
     if args.plot and Path(args.plot).suffix not in PICTURES:
-        raise ConfigError(
-            f"--plot {args.plot!r:.200}: a picture's name ends in {', '.join(PICTURES)}"
-        )
-    report = inspect_adapter(folder, args.base) if adapter else inspect_checkpoint(folder)
+        raise ConfigError(f"--plot must end in {', '.join(PICTURES)}, got {args.plot!r:.200}")
+    report = inspect_adapter(folder, args.base) if is_adapter else inspect_checkpoint(folder)
     spectra = report.pop("spectra", {})
     if args.plot:
         from ..lab import plots  # matplotlib is optional, and slow to import
 
         plots.spectra(Path(args.plot), spectra)
-    if args.json:
-        print(json.dumps({**report, **({"spectra": spectra} if spectra else {})}, indent=2))
+    if not args.json:
+        _print_report(report)
         return
-    _print_report(report)
+    if spectra:
+        report["spectra"] = spectra
+    _print_json(report)
 
 
-def diff(args: argparse.Namespace) -> None:
+def add_diff_options(parser: Parser) -> None:
+    option(parser, "directory A", "a checkpoint", type=path)
+    option(parser, "other B", "another checkpoint of the same model", type=path)
+    text = "show the rank of B - A of each matrix (default: of those with a side up to 2,048)"
+    option(parser, "--ranks", text, action=argparse.BooleanOptionalAction)
+    add_json(parser)
+
+
+def diff(args: Args) -> None:
     from ..tools.comparing import diff as run
 
     report = run(args.directory, args.other, args.ranks)
     if args.json:
-        print(json.dumps(report, indent=2))
+        _print_json(report)
         return
-    _print_report(
-        {**report, "tensors": [_short(row) for row in report["tensors"] if row["|b - a|"] != 0]}
-    )
+    changed = [row for row in report["tensors"] if row["|b - a|"] != 0]
+    _print_report({**report, "tensors": [format_row(row) for row in changed]})
 
 
-def extract(args: argparse.Namespace) -> None:
-    from ..tools.factoring import extract as run
-
-    _print_factored(args, run(args.base, args.tuned, args.r, args.out), f"rank {args.r}")
+# ---- convert -------------------------------------------------------------------------------------
 
 
-def resize(args: argparse.Namespace) -> None:
-    from ..tools.factoring import resize as run
+def add_convert_options(parser: Parser) -> None:
+    option(parser, "directory DIR", "a checkpoint or an adapter")
+    _add_dtype(parser, "none; give this or --to")
+    text = "whose files the adapter gets: peft or mlx (default: none; give this or --dtype)"
+    option(parser, "--to F", text, choices=("peft", "mlx"))
+    _add_out(parser)
+    add_allow_nonfinite(parser)
+    add_json(parser)
 
-    _print_factored(args, run(args.adapter, args.r, args.out), f"rank {args.r}")
 
-
-def convert(args: argparse.Namespace) -> None:
+def convert(args: Args) -> None:
     from ..tools.converting import convert as run
 
-    said = run(args.directory, args.out, args.dtype, args.to, args.allow_nonfinite)
-    print(
-        json.dumps({"out": args.out, "is": said})
-        if args.json
-        else f"{said} -> {printable(args.out)}"
-    )
-
-
-# ---- what they show ----
-
-
-def _print_factored(args: argparse.Namespace, rows: list[dict[str, Any]], by: str) -> None:
+    kind = run(args.directory, args.out, args.dtype, args.to, args.allow_nonfinite)
     if args.json:
-        print(json.dumps({"out": args.out, "tensors": rows}, indent=2))
-        return
-    print_table([_short(row) for row in rows])
-    whole, missed = (sum(row[name] ** 2 for row in rows) ** 0.5 for name in ("|dW|", "error"))
-    share = f"{missed / whole:.3%}" if whole else f"{missed:.3g} of a dW that is 0"
-    print(f"\nof all layers together {by} misses {share} -> {printable(args.out)}")
+        print(json.dumps({"out": args.out, "is": kind}))
+    else:
+        print(f"{kind} -> {printable(args.out)}")
+
+
+# ---- what they print -----------------------------------------------------------------------------
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2))
 
 
 def _print_report(report: dict[str, Any]) -> None:
     for name, value in report.items():
-        if name != "tensors":
-            value = ", ".join(map(str, value)) or "-" if isinstance(value, list) else value
-            print(
-                f"{name:18} {format(value, ',') if type(value) is int else printable(str(value))}"
-            )
+        if name == "tensors":
+            continue
+        if isinstance(value, list):
+            value = ", ".join(map(str, value)) or "-"
+        shown = f"{value:,}" if type(value) is int else printable(str(value))
+        print(f"{name:18} {shown}")
     if report["tensors"]:
         print()
         print_table(report["tensors"])
 
 
-def _short(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: f"{v:.4g}" if isinstance(v, float) else "-" if v is None else v for k, v in row.items()
-    }
+def format_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table with four digits of each float, and "-" for None."""
+    result = dict(row)
+    for key, value in row.items():
+        if value is None:
+            result[key] = "-"
+        elif isinstance(value, float):
+            result[key] = f"{value:.4g}"
+    return result
 
 
-COMMANDS = {f.__name__: f for f in (merge, combine, inspect, diff, extract, resize, convert)}
+COMMANDS = (
+    Command(
+        merge,
+        add_merge_options,
+        "Add adapters to their base's weights, file to file, in float64 and rounded once.",
+        "--base base --adapter adapter --out merged",
+    ),
+    Command(
+        combine,
+        add_combine_options,
+        "Add several adapters up to one.",
+        "--adapter a --adapter b --weights 0.5,0.5 --how svd --r 8 --out both",
+    ),
+    Command(
+        inspect,
+        add_inspect_options,
+        "Show what an adapter or a checkpoint contains.",
+        "adapter --base base",
+    ),
+    Command(
+        diff,
+        add_diff_options,
+        "Compare two checkpoints, tensor by tensor.",
+        "base tuned",
+    ),
+    Command(
+        extract,
+        add_extract_options,
+        "Make an adapter from the difference of two checkpoints.",
+        "--base base --tuned tuned --r 16 --out adapter",
+    ),
+    Command(
+        resize,
+        add_resize_options,
+        "Make the nearest adapter of another rank.",
+        "--adapter adapter --r 4 --out small",
+    ),
+    Command(
+        convert,
+        add_convert_options,
+        "Write a checkpoint or an adapter in another dtype, or an adapter in other files.",
+        "adapter --to mlx --out adapter-mlx",
+    ),
+)

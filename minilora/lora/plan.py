@@ -269,8 +269,8 @@ def plan_adapter(
     for path, layer in saved.items():
         if layer.fixed:
             raise ConfigError(
-                f"modules_to_save: {path} is quantized or in 16 bits and cannot be trained; "
-                "choose a base without quantization, or leave it out"
+                f"modules_to_save: {path} is quantised or in 16 bits and cannot be trained; "
+                "choose a base that is not, or leave it out"
             )
     tokens, token_head = _tokens(base, config, tie, {*targets, *saved})
     fan_in_fan_out = config.fan_in_fan_out  # PEFT's value is that of the last layer

@@ -1,4 +1,4 @@
-"""More of the table of hostile inputs: records to train on, and what the tools on files are given. See hostile.py."""
+"""Bad and odd records, and what the commands on files are given. See hostile.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,36 @@ import numpy as np
 from faults import Disk, stay_full
 from hostile import (
     ADAPTER_KEY,
+    ADAPTER_WEIGHTS,
+    BASE_WEIGHTS,
     CONFIG,
+    EVALUATE,
+    FINETUNE,
+    HAS_PROC,
     LONG,
-    TINY,
-    Row,
+    MERGE,
+    NOWHERE,
+    PRETRAIN,
+    Build,
     World,
+    add,
+    both,
     broken,
     changed_tensors,
     command,
     cut,
     first_shard,
     nothing,
+    removed,
+    save_adapter,
     split,
+    with_tensor,
     write_index,
     written,
-)  # fmt: skip
+)
+from hostile_commands import TASKS, refused, wide
 
-from minilora import CausalLM, LoraConfig, get_multitask_model, get_peft_model
+from minilora import CausalLM, LoraConfig, get_multitask_model
 from minilora.cli import main
 from minilora.data.records import MAX_LINE_BYTES
 from minilora.errors import FormatError
@@ -38,177 +51,162 @@ from minilora.formats import load_file, save_file, write_json
 from minilora.lora import MultiTask
 from minilora.quant import quantize
 
-Build = Callable[[Path], object]
-MERGE = "merge --base base --adapter adapter --out new"
-TOOLS = {
-    "merge": MERGE,
-    "extract": "extract --base base --tuned tuned --r 1 --out new",
-    "resize": "resize --adapter adapter --r 1 --out new",
-    "convert": "convert adapter --dtype float16 --out new",
-}
-NOWHERE = "/proc/minilora" if Path("/proc/self").exists() else "book.txt/new"
+COMBINE = "combine --adapter adapter --out new"
+EXTRACT = "extract --base base --tuned tuned --r 1 --out new"
+RESIZE = "resize --adapter adapter --r 1 --out new"
+CONVERT = "convert adapter --dtype float16 --out new"
+HALVE_BASE = "convert base --dtype float16 --out new"
+Q_PROJ = "model.layers.0.self_attn.q_proj"
 
-
-def rows() -> Iterator[Row]:
-    yield from record_rows()
-    yield from mlx_rows()
-    yield from merge_rows()
-    yield from tool_rows()
-    yield from interrupted_rows()
-    yield from task_rows()
-
-
-# ---- records --------------------------------------------------------------------------------------------------------
+# ---- records -------------------------------------------------------------------------------------
 
 GOOD = b'{"text": "the quick brown fox"}\n'
+TRAIN = f"{FINETUNE.replace('book.txt', 'data.jsonl')} --steps 1"
 
 
-def record_rows() -> Iterator[Row]:
-    line = f"finetune --base base --data data.jsonl --out new --steps 1 {TINY}"
-    where = "'data.jsonl' line 2: "
-    for bad, *says in (
-        (b"the lazy dog", "not valid JSON"),
-        (b'{"text": "cut', "not valid JSON"),
-        (b'{"text": "a"} {"text": "b"}', "not valid JSON"),
-        (b'["text"]', "expected a JSON object, found list"),
-        (b'{"text": "caf\xe9"}', "utf-8"),
-        (GOOD.decode().encode("utf-16"), "data.jsonl"),
-        (b'{"text": "\\ud800"}', "surrogates"),
-        (b'{"text": ' + b"9" * 5000 + b"}", "not an integer"),
-        (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested deeper"),
-        (b'{"text": ["a"]}', "'text'", "found list"),
-        (b'{"text": "a b", "id": 3}', "found 'text', 'id'"),
-        (b'{"prompt": "a b"}', "found 'prompt'"),
-        (b'{"text": "abc", "text": "abc"}', "'text' appears twice"),
-        (b'{"\\u001b[2J": "abc"}', r"\x1b[2J"),
-        (b'{"messages": 5}', "messages"),
-        (b'{"messages": [{"role": "user", "content": {"a": "{{ 7 * 7 }}"}}]}', "messages"),
-        (b'{"prompt": "' + b"x" * 200 + b'", "completion": "y"}', "nothing to learn"),
-    ):
-        build = written("data.jsonl", GOOD + bad + b"\n" + GOOD)
-        yield Row(61, f"finetune of {bad[:30]!r}", build, line, 3, ("data.jsonl", *says))
-    huge = written("data.jsonl", lambda: GOOD + b'{"text": "' + b"x" * MAX_LINE_BYTES + b'"}\n')
-    yield command(61, line, 3, where, "longer than", build=huge)
-    yield command(
-        61, line, 3, "data.jsonl", "has no record", build=written("data.jsonl", b"\n\r\n")
-    )
-    yield command(61, line, 3, "expected 2 records or more", build=written("data.jsonl", GOOD))
-    yield command(
-        61, f"{line} --eval-data book.jsonl", 4, "book.jsonl", build=written("data.jsonl", GOOD * 9)
-    )
+def record(content: bytes, *says: str) -> None:
+    """Line 2 of a file of records is bad."""
+    build = written("data.jsonl", GOOD + content + b"\n" + GOOD)
+    add(61, f"finetune of {content[:30]!r}", build, TRAIN, 3, "data.jsonl", *says)
 
 
-# ---- adapters of mlx-lm's -------------------------------------------------------------------------------------------
-
-MLX_PATH = "model.layers.0.self_attn.q_proj"
-
-
-def mlx(
-    folder: Path,
-    a: tuple[int, ...] = (16, 2),
-    b: tuple[int, ...] = (2, 16),
-    more: Any = None,
-    **given: Any,
-) -> None:
-    """An adapter of mlx-lm's on one layer, in the folder `mlx`."""
-    (folder / "mlx").mkdir()
-    parameters = {"rank": 2, "scale": 20.0, "dropout": 0.0, **given}
-    fields = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters}
-    write_json(folder / "mlx" / "adapter_config.json", {**fields, **(more or {})})
-    tensors = {
-        f"{MLX_PATH}.lora_a": np.ones(a, np.float32),
-        f"{MLX_PATH}.lora_b": np.ones(b, np.float32),
-    }
-    save_file(folder / "mlx" / "adapters.safetensors", tensors)
+def records(line: str, code: int, content: bytes | Callable[[], bytes], *says: str) -> None:
+    command(61, line, code, *says, build=written("data.jsonl", content))
 
 
-def mlx_rows() -> Iterator[Row]:
-    line = "convert mlx --to peft --out new"
-
-    def row(code: int, says: str, then: Build = nothing, **fields: Any) -> Row:
-        def build(folder: Path) -> None:
-            mlx(folder, **fields)
-            then(folder)
-
-        return Row(62, f"{fields or says}"[:60], build, line, code, ("mlx", says))
-
-    for scale in (0, -1, None, True, "20", [20.0], 1e300):
-        yield row(2, "a positive scale", scale=scale)
-    for rank in (0, -2, 2.0, True, "2", 2**31):
-        yield row(2, "a rank of at least 1", rank=rank)
-    for dropout in (1.0, -0.5, "a", None):
-        yield row(2, "lora_dropout must be", dropout=dropout)
-    for more in (
-        {"fine_tune_type": "full"},
-        {"lora_parameters": None},
-        {"lora_parameters": [2]},
-        {"fine_tune_type": 1},
-    ):
-        yield row(2, "expected fine_tune_type lora or dora", more=more)
-    shapes: tuple[tuple[Any, Any], ...] = (
-        ((2, 16), (16, 2)), ((2, 16), (2, 16)), ((16, 2), (16, 2)), ((16, 3), (3, 16)), ((16,), (2, 16)), ((), ()),
-        ((16, 2, 1), (2, 16)), ((0, 2), (3, 16)),
-    )  # fmt: skip
-    for a, b in shapes:  # such as PEFT has them, or of another rank
-        yield row(3, "expected (in, 2), (2, out)", a=a, b=b)
-    # In a square matrix nothing but the rank tells what lies the wrong way.
-    yield row(3, "expected (in, 2), (2, out)", a=(2, 2), b=(3, 3))
-    file = "mlx/adapters.safetensors"
-    for key in ("x.lora_A", "x.weight", "\x1b[2J"):
-        yield row(
-            3,
-            "is not a tensor of an adapter of mlx-lm's",
-            changed_tensors(file, lambda t, k=key: t.update({k: t[next(iter(t))]})),
-        )
-    yield row(3, "no adapter of mlx-lm's", lambda f: (f / file).unlink())
-    yield row(3, "a file of 200", cut(file, 200))
-    yield row(3, "not valid JSON", written("mlx/adapter_config.json", b'{"lora_parameters": {'))
-    yield row(5, "not finite", broken(file, "lora_a", np.nan))
-    yield Row(
-        62,
-        "PEFT's as mlx-lm's",
-        nothing,
-        "convert adapter --to peft --out new",
-        3,
-        ("adapter", "mlx-lm"),
-    )
-    yield Row(
-        62,
-        "mlx-lm's as PEFT's",
-        mlx,
-        "convert mlx --to mlx --out new",
-        3,
-        ("mlx", "adapter_model.safetensors"),
-    )
+def add_record_rows() -> None:
+    line2 = "line 2: "
+    record(b"the lazy dog", line2, "not valid JSON")
+    record(b'{"text": "cut', line2, "not valid JSON")
+    record(b'{"text": "a"} {"text": "b"}', line2, "not valid JSON")
+    record(b'["text"]', line2, "JSON object", "list")
+    record(b'{"text": "caf\xe9"}', line2, "utf-8")
+    record(GOOD.decode().encode("utf-16"))
+    record(b'{"text": "\\ud800"}', line2, "surrogates")
+    record(b'{"text": ' + b"9" * 5000 + b"}", line2, "integer")
+    record(b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", line2, "deeper")
+    record(b'{"text": ["a"]}', line2, "'text'", "list")
+    record(b'{"text": "a b", "id": 3}', line2, "'text', 'id'")
+    record(b'{"prompt": "a b"}', line2, "'prompt'")
+    record(b'{"text": "abc", "text": "abc"}', line2, "'text'", "twice")
+    record(b'{"\\u001b[2J": "abc"}', line2, r"\x1b[2J")
+    record(b'{"messages": 5}', line2, "messages")
+    object_content = b'{"role": "user", "content": {"a": "{{ 7 * 7 }}"}}'
+    record(b'{"messages": [' + object_content + b"]}", line2, "messages")
+    chat = b'{"messages": [{"role": "user", "content": "hi"}]}'
+    record(chat, line2, "messages", "tokenizer.json", "chat template")
+    long = b'{"prompt": "' + b"x" * 200 + b'", "completion": "y"}'
+    record(long, line2, "nothing to learn")
+    huge = lambda: GOOD + b'{"text": "' + b"x" * MAX_LINE_BYTES + b'"}\n'  # noqa: E731
+    records(TRAIN, 3, huge, "'data.jsonl' line 2: ", "longer than")
+    records(TRAIN, 3, b"\n\r\n", "data.jsonl", "no record")
+    records(TRAIN, 3, GOOD, "--data data.jsonl", "2 records")
+    records(TASKS.replace("latin.txt", "data.jsonl"), 3, GOOD, "--tasks data.jsonl", "2 records")
+    records(f"{TRAIN} --eval-data book.jsonl", 4, GOOD * 9, "book.jsonl")
+    empty = both(written("data.jsonl", GOOD * 9), written("empty.txt", b""))
+    command(61, f"{TRAIN} --eval-data empty.txt", 3, "empty.txt", build=empty)
+    command(61, f"{FINETUNE} --data missing.jsonl", 4, "missing.jsonl")
+    damaged = GOOD + b'{"text": "not so'
+    says = ("'data.jsonl' line 2: ", "not valid JSON")
+    records(f"{PRETRAIN} --data data.jsonl", 3, damaged, *says)
+    records(f"{EVALUATE} --data data.jsonl", 3, damaged, *says)
+    records(f"{FINETUNE} --eval-data data.jsonl", 3, damaged, *says)
+    records(f"{PRETRAIN} --eval-data data.jsonl", 3, damaged, *says)
 
 
-# ---- what cannot be merged ------------------------------------------------------------------------------------------
+# ---- adapters of mlx-lm --------------------------------------------------------------------------
+
+MLX_WEIGHTS = "mlx/adapters.safetensors"
+TO_PEFT = "convert mlx --to peft --out new"
 
 
-def second(config: LoraConfig, name: str = "second") -> Build:
-    """Another adapter for the base."""
+def make_mlx(
+    a: tuple[int, ...] = (16, 2), b: tuple[int, ...] = (2, 16), more: Any = None, **given: Any
+) -> Build:
+    """An adapter of mlx-lm on one layer, in the folder `mlx`."""
 
     def build(folder: Path) -> None:
-        model = get_peft_model(CausalLM(CONFIG, seed=1), config)
-        for parameter in model.adapter_parameters("default").values():
-            parameter.data = parameter.data + np.float32(0.01)
-        model.save_pretrained(folder / name)
+        (folder / "mlx").mkdir()
+        parameters = {"rank": 2, "scale": 20.0, "dropout": 0.0, **given}
+        fields = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters}
+        write_json(folder / "mlx" / "adapter_config.json", {**fields, **(more or {})})
+        A = np.ones(a, np.float32)
+        B = np.ones(b, np.float32)
+        save_file(folder / MLX_WEIGHTS, {f"{Q_PROJ}.lora_a": A, f"{Q_PROJ}.lora_b": B})
 
     return build
 
 
-def quantised(folder: Path) -> None:
+def mlx(code: int, *says: str, then: Build = nothing, **fields: Any) -> None:
+    name = f"{fields or says}"[:60]
+    add(62, name, both(make_mlx(**fields), then), TO_PEFT, code, "mlx", *says)
+
+
+def add_mlx_rows() -> None:
+    for scale in (0, -1, None, True, "20", [20.0], 1e300):
+        mlx(2, "scale", "positive", scale=scale)
+    for rank in (0, -2, 2.0, True, "2", 2**31):
+        mlx(2, "rank", "at least 1", rank=rank)
+    for dropout in (1.0, -0.5, "a", None):
+        mlx(2, "lora_dropout must be", dropout=dropout)
+    mlx(2, "fine_tune_type lora or dora", more={"fine_tune_type": "full"})
+    mlx(2, "fine_tune_type lora or dora", more={"fine_tune_type": 1})
+    mlx(2, "fine_tune_type lora or dora", more={"lora_parameters": None})
+    mlx(2, "fine_tune_type lora or dora", more={"lora_parameters": [2]})
+    wanted = "(in, 2), (2, out)"
+    mlx(3, wanted, a=(2, 16), b=(16, 2))  # as PEFT has them
+    mlx(3, wanted, a=(2, 16), b=(2, 16))
+    mlx(3, wanted, a=(16, 2), b=(16, 2))
+    mlx(3, wanted, a=(16, 3), b=(3, 16))  # another rank
+    mlx(3, wanted, a=(16,), b=(2, 16))
+    mlx(3, wanted, a=(), b=())
+    mlx(3, wanted, a=(16, 2, 1), b=(2, 16))
+    mlx(3, wanted, a=(0, 2), b=(3, 16))
+    mlx(3, wanted, a=(2, 2), b=(3, 3))  # in a square matrix only the rank tells the two sides
+    for key in ("x.lora_A", "x.weight", "\x1b[2J"):
+        unknown = with_tensor(MLX_WEIGHTS, key, np.ones((16, 2), np.float32))
+        mlx(3, "mlx-lm", repr(key)[1:-1], then=unknown)
+    mlx(3, "mlx-lm", then=removed(MLX_WEIGHTS))
+    mlx(3, "a file of 200", then=cut(MLX_WEIGHTS, 200))
+    damaged = written("mlx/adapter_config.json", b'{"lora_parameters": {')
+    mlx(3, "not valid JSON", then=damaged)
+    mlx(5, "not finite", then=broken(MLX_WEIGHTS, "lora_a", np.nan))
+    command(
+        62, "convert adapter --to peft --out new", 3, "adapter", "mlx-lm", "adapters.safetensors"
+    )
+    line = "convert mlx --to mlx --out new"
+    command(62, line, 3, "mlx", "adapter_model.safetensors", build=make_mlx())
+
+
+# ---- what cannot be merged -----------------------------------------------------------------------
+
+
+def second(config: LoraConfig, name: str = "second") -> Build:
+    """Another adapter for the base."""
+    return lambda folder: save_adapter(folder / name, config)
+
+
+def quantized(folder: Path) -> None:
     quantize(CausalLM(CONFIG, seed=1)).save_pretrained(folder / "base")
 
 
-def sharded(
-    change: Callable[[Path, dict[str, str]], object] = lambda folder, weight_map: None,
-) -> Build:
+def tuned(folder: Path) -> None:
+    """The base, trained on."""
+    shutil.copytree(folder / "base", folder / "tuned", dirs_exist_ok=True)
+
+    def add_one(tensors: dict[str, np.ndarray]) -> None:
+        tensors[f"{Q_PROJ}.weight"] += np.float32(1)
+
+    changed_tensors("tuned/model.safetensors", add_one)(folder)
+
+
+def sharded(change: Callable[[Path, dict[str, str]], object] | None = None) -> Build:
     """The base in three shards, with its index changed in place."""
 
     def build(folder: Path) -> None:
         weight_map = split(folder / "base")
-        change(folder / "base", weight_map)
+        if change is not None:
+            change(folder / "base", weight_map)
         write_index(folder / "base", weight_map)
 
     return build
@@ -219,232 +217,206 @@ def leading_outside(folder: Path, weight_map: dict[str, str]) -> None:
     first_shard("../secret.safetensors")(folder, weight_map)
 
 
-def made_not_finite(line: str, name: str) -> Callable[[World], None]:
-    """The command ends well, without a warning, and the tensor `name` of what it made is not finite."""
+def shards(change: Callable[[Path, dict[str, str]], object], *says: str) -> None:
+    """Every command that reads a sharded base refuses it."""
+    build = both(tuned, sharded(change))
+    for line in (MERGE, HALVE_BASE, "diff base tuned", "inspect base"):
+        name = f"{line.split()[0]}: {' '.join(says)}"[:60]
+        add(42, name, build, line, 3, *says)
+
+
+def add_merge_rows() -> None:
+    index = "model.safetensors.index.json"
+    shard = "model-00002-of-00003.safetensors"
+    shards(leading_outside, index, "outside the folder")
+    shards(first_shard("/etc/passwd.safetensors"), index, "outside the folder")
+    shards(first_shard("model-00009-of-00003.safetensors"), index, "missing")
+    shards(lambda b, w: (b / shard).unlink(), index, shard, "missing")
+    shards(lambda b, w: (b / shard).write_bytes(b""), shard, "not a safetensors file")
+    shards(lambda b, w: w.pop("model.norm.weight"), index, "in it but not listed")
+
+    key = ADAPTER_KEY.format
+
+    def misfit(build: Build, *says: str) -> None:
+        command(43, MERGE, 3, "adapter", *says, build=build)
+
+    def having(name: str, array: Any) -> Build:
+        return with_tensor(ADAPTER_WEIGHTS, name, array)
+
+    def without(*names: str) -> Build:
+        return changed_tensors(ADAPTER_WEIGHTS, lambda t: [t.pop(name) for name in names])
+
+    misfit(having(key("v", "B"), np.zeros((5, 2))), "v_proj", "(5, 16)")
+    misfit(having(key("v", "A"), np.zeros((2, 2, 16))), "v_proj", "lora_B")
+    misfit(having(key("v", "A"), np.zeros(())), "lora_A ()")
+    misfit(without(key("v", "B")), "v_proj", "lora_B")
+    misfit(without(key("v", "A"), key("v", "B")), "missing model.layers.0.self_attn.v_proj")
+    misfit(having("base_model.model.extra.weight", np.zeros(1)), "unknown extra.weight")
+    misfit(having("\x1b[2J", np.zeros(1)), r"\x1b[2J")
+    misfit(having("base_model.model.lora_A.weight", np.zeros((2, 16))), "unknown lora_A.weight")
+
+    for weights in ("x", "''", "1,", ",", "0.5,", "1;2", "0x10", "1e", LONG):
+        refused(56, f"{MERGE} --weights={weights}", "--weights", "list of numbers", "0.5,-1")
+    for weights in ("1,2", "nan", "inf", "-inf", "1e999", "1,2,3", "1,1"):
+        refused(56, f"{MERGE} --weights={weights}", "--weights", "1 finite numbers")
+    refused(63, f"{MERGE} --dtype float8", "--dtype", "'float8'", "bfloat16")
+    refused(63, f"{MERGE} --adapter ''", "--adapter must not be empty")
+    command(63, f"{MERGE} --base missing", 4, "missing")
+    command(63, MERGE, 2, "quantization_config", build=quantized)
+    command(63, HALVE_BASE, 2, "quantization_config", build=quantized)
+    beside = f"{MERGE} --adapter second"
+    dora = second(LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    command(63, beside, 2, "cannot be added", build=dora)
+    command(63, f"{beside} --weights 1,0.5", 2, "0.5", build=dora)
+    saved = LoraConfig(r=2, target_modules=["k_proj"], modules_to_save=["lm_head"])
+    twice = both(second(saved), second(saved, "third"))
+    command(63, f"{beside} --adapter third", 2, "lm_head.weight", "cannot be added", build=twice)
+    command(63, f"{MERGE} --adapter missing", 4, "missing")
+    command(63, f"{MERGE} --adapter base", 3, "'base'", "adapter_config.json")
+    refused(63, f"{MERGE} --task one", "--adapter 'adapter'", "--task")
+    refused(63, f"{MERGE} --adapter ''", "--adapter must not be empty")
+    # What is not finite is merged only where that is asked for.
+    not_finite(broken(BASE_WEIGHTS, "lm_head", np.nan), "lm_head.weight")
+    not_finite(broken(BASE_WEIGHTS, "q_proj", np.inf), f"{Q_PROJ}.weight")
+    not_finite(broken(ADAPTER_WEIGHTS, "q_proj.lora_B", np.nan), f"{Q_PROJ}.weight")
+    command(38, f"{MERGE} --weights 1e300", 5, "--weights", "1e+300", "q_proj.weight")
+    large = broken(BASE_WEIGHTS, "lm_head", 1e30)
+    command(38, f"{MERGE} --dtype float16", 5, "lm_head", build=large)
+
+
+def not_finite(build: Build, name: str) -> None:
+    """With --allow-nonfinite the merge succeeds, and its tensor `name` is not finite."""
+    line = f"{MERGE} --allow-nonfinite --threads 2"
 
     def run(world: World) -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             assert main(line.split()) == 0
-        assert not np.isfinite(load_file(world.folder / "new" / "model.safetensors")[name]).all()
+        merged = load_file(world.folder / "new" / "model.safetensors")
+        assert not np.isfinite(merged[name]).all()
         shutil.rmtree(world.folder / "new")
 
-    return run
+    add(38, f"{name} is not finite, and that is allowed", build, run, None)
 
 
-def merge_rows() -> Iterator[Row]:
-    second_shard = "model-00002-of-00003.safetensors"
-    index = "model.safetensors.index.json"
-    for build, *says in (
-        (sharded(leading_outside), index, "lies outside the folder"),
-        (sharded(first_shard("/etc/passwd.safetensors")), index, "lies outside the folder"),
-        (sharded(first_shard("model-00009-of-00003.safetensors")), index, "is missing"),
-        (sharded(lambda b, w: (b / second_shard).unlink()), index, second_shard, "is missing"),
-        (
-            sharded(lambda b, w: (b / second_shard).write_bytes(b"")),
-            second_shard,
-            "not a safetensors file",
-        ),
-        (sharded(lambda b, w: w.pop("model.norm.weight")), index, "in it but not listed"),
-    ):
-        for line in (
-            MERGE,
-            "convert base --dtype float16 --out new",
-            "diff base tuned",
-            "inspect base",
-        ):
-            yield Row(
-                42,
-                f"{line.split()[0]}: {' '.join(says)}"[:60],
-                lambda f, b=build: (tuned(f), b(f)),
-                line,
-                3,
-                tuple(says),
-            )
-    key, file = ADAPTER_KEY.format, "adapter/adapter_model.safetensors"
-    for change, says in (
-        (
-            lambda t: t.update({key("v", "B"): np.zeros((5, 2))}),
-            "v_proj: the adapter is for (5, 16)",
-        ),
-        (lambda t: t.update({key("v", "A"): np.zeros((2, 2, 16))}), "has no lora_B that fits it"),
-        (lambda t: t.update({key("v", "A"): np.zeros(())}), "lora_A ()"),
-        (lambda t: t.pop(key("v", "B")), "has no lora_B that fits it"),
-        (lambda t: [t.pop(key("v", x)) for x in "AB"], "missing model.layers.0.self_attn.v_proj"),
-        (
-            lambda t: t.update({"base_model.model.stranger.weight": np.zeros(1)}),
-            "unknown stranger.weight",
-        ),
-        (lambda t: t.update({"\x1b[2J": np.zeros(1)}), r"\x1b[2J"),
-        (
-            lambda t: t.update({"base_model.model.lora_A.weight": np.zeros((2, 16))}),
-            "unknown lora_A.weight",
-        ),
-    ):
-        yield command(43, MERGE, 3, "adapter", says, build=changed_tensors(file, change))
-    for weights in (
-        "x",
-        "''",
-        "1,",
-        ",",
-        "1,2",
-        "nan",
-        "inf",
-        "-inf",
-        "1e999",
-        "1;2",
-        "1,2,3",
-        "0x10",
-        "1e",
-        LONG,
-    ):
-        yield command(56, f"{MERGE} --weights={weights}", 2, "--weights")
-    yield command(63, MERGE, 2, "quantization_config", build=quantised)
-    yield command(
-        63, "convert base --dtype float16 --out new", 2, "quantization_config", build=quantised
-    )
-    beside = f"{MERGE} --adapter second"
-    dora = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
-    yield command(63, beside, 2, "cannot be added to another adapter's", build=second(dora))
-    yield command(
-        63, f"{beside} --weights 1,0.5", 2, "cannot be taken 0.5 times", build=second(dora)
-    )
-    saved = LoraConfig(r=2, target_modules=["k_proj"], modules_to_save=["lm_head"])
-    both = lambda folder: (second(saved)(folder), second(saved, "third")(folder))  # noqa: E731
-    yield command(63, f"{beside} --adapter third", 2, "lm_head.weight cannot be added", build=both)
-    yield command(63, f"{MERGE} --adapter missing", 4, "missing")
-    yield command(63, f"{MERGE} --adapter base", 3, "'base' has no adapter_config.json")
-    yield command(63, f"{MERGE} --task one", 2, "there is no task to choose")
-    # What is not finite is merged where that is asked for, and stays what it is.
-    for spoilt, name in (
-        (broken("base/model.safetensors", "lm_head", np.nan), "lm_head.weight"),
-        (
-            broken("base/model.safetensors", "q_proj", np.inf),
-            "model.layers.0.self_attn.q_proj.weight",
-        ),
-        (broken(file, "q_proj.lora_B", np.nan), "model.layers.0.self_attn.q_proj.weight"),
-    ):
-        allowed = made_not_finite(f"{MERGE} --allow-nonfinite --threads 2", name)
-        yield Row(38, f"{name} is not finite, and may be so", spoilt, allowed, None)
-    large = f"{MERGE} --weights 1e300"
-    yield command(38, large, 5, "--weights [1e+300]", "q_proj.weight with its adapters")
-    yield command(
-        38,
-        f"{MERGE} --dtype float16",
-        5,
-        "lm_head",
-        build=broken("base/model.safetensors", "lm_head", 1e30),
-    )
+# ---- the other tools -----------------------------------------------------------------------------
 
 
-# ---- the other tools ------------------------------------------------------------------------------------------------
+def tool(kind: int, line: str, code: int, *says: str, build: Build = nothing) -> None:
+    """A command line beside a base that was trained on."""
+    command(kind, line, code, *says, build=both(tuned, build))
 
 
-def tuned(folder: Path) -> None:
-    """The base, trained on."""
-    shutil.copytree(folder / "base", folder / "tuned", dirs_exist_ok=True)
-    q = "model.layers.0.self_attn.q_proj.weight"
-    changed_tensors("tuned/model.safetensors", lambda t: t.update({q: t[q] + np.float32(1)}))(
-        folder
-    )
-
-
-def tool_rows() -> Iterator[Row]:
-    def row(kind: int, line: str, code: int, *says: str, build: Build = nothing) -> Row:
-        return command(kind, line, code, *says, build=lambda folder: (tuned(folder), build(folder)))
-
-    extract, resize = "extract --r 1 --out new", "resize --r 1 --out new"
-    for line, code, says in (
-        ("diff base missing", 4, "missing"), ("diff missing base", 4, "missing"), ("diff base adapter", 3, "adapter"),
-        ("diff base book.txt", 4, "book.txt"), ("diff base full", 3, "'full' has no"), ("diff base ''", 2, "DIR"),
-        (f"{extract} --base base --tuned missing", 4, "missing"),
-        (f"{extract} --base adapter --tuned tuned", 3, "adapter"),
-        (f"{extract} --base base --tuned full", 3, "full"), (f"{extract} --base base --tuned ''", 2, "--tuned"),
-        (f"{extract} --base base --tuned base", 2, "there is nothing to extract"),
-        (f"{resize} --adapter base", 3, "'base' has no adapter_config.json"),
-        (f"{resize} --adapter missing", 4, "missing"),
-        (f"{resize} --adapter book.txt", 4, "book.txt"), (f"{resize} --adapter full", 3, "full"),
-        ("convert missing --to mlx --out new", 4, "missing"), ("convert full --dtype float16 --out new", 3, "full"),
-        ("convert book.txt --to peft --out new", 4, "book.txt"), ("convert adapter --out new", 2, "--dtype, or --to"),
-        ("convert adapter --to mlx --dtype float16 --out new", 2, "--dtype, or --to"),
-        ("convert base --to mlx --out new", 3, "base"), ("convert adapter --dtype float8 --out new", 2, "float8"),
-        ("inspect adapter --base missing", 4, "missing"), ("inspect adapter --base adapter", 3, "config.json"),
-        ("inspect base --base base", 2, "for an adapter"), ("inspect adapter --plot new.txt", 2, "a picture's name"),
-    ):  # fmt: skip
-        yield row(40, line, code, says)
+def add_tool_rows() -> None:
+    tool(40, "diff base missing", 4, "missing")
+    tool(40, "diff missing base", 4, "missing")
+    tool(40, "diff base adapter", 3, "adapter")
+    tool(40, "diff base book.txt", 4, "book.txt")
+    tool(40, "diff base full", 3, "'full'")
+    tool(40, "diff base ''", 2, "B must not be empty")
+    tool(40, EXTRACT.replace("tuned tuned", "tuned missing"), 4, "missing")
+    tool(40, EXTRACT.replace("base base", "base adapter"), 3, "adapter")
+    tool(40, EXTRACT.replace("tuned tuned", "tuned full"), 3, "full")
+    tool(40, EXTRACT.replace("tuned tuned", "tuned ''"), 2, "--tuned must not be empty")
+    tool(40, EXTRACT.replace("tuned tuned", "tuned base"), 2, "nothing to extract")
+    tool(40, EXTRACT.replace("tuned tuned", "tuned wide"), 3, "shape", build=wide)
+    tool(40, f"{RESIZE} --adapter base", 3, "'base'", "adapter_config.json")
+    tool(40, f"{RESIZE} --adapter missing", 4, "missing")
+    tool(40, f"{RESIZE} --adapter book.txt", 4, "book.txt")
+    tool(40, f"{RESIZE} --adapter full", 3, "full")
+    tool(40, "convert missing --to mlx --out new", 4, "missing")
+    tool(40, "convert full --dtype float16 --out new", 3, "full")
+    tool(40, "convert book.txt --to peft --out new", 4, "book.txt")
+    tool(40, "convert adapter --out new", 2, "--dtype", "--to")
+    tool(40, "convert adapter --to mlx --dtype float16 --out new", 2, "--dtype", "--to")
+    tool(40, "convert base --to mlx --out new", 3, "base", "adapter_config.json")
+    tool(40, "convert adapter --dtype float8 --out new", 2, "--dtype", "'float8'", "bfloat16")
+    tool(40, "inspect adapter --base missing", 4, "missing")
+    tool(40, "inspect adapter --base adapter", 3, "config.json")
+    tool(40, "inspect base --base base", 2, "--base", "for an adapter", "'base'")
+    tool(40, "inspect adapter --plot new.txt", 2, "--plot", "'new.txt'", ".png, .svg, .pdf")
+    tool(40, "inspect adapter --plot ''", 2, "--plot must not be empty")
+    tool(63, f"{COMBINE} --weights 1,2", 2, "--weights", "1 finite numbers", "[1.0, 2.0]")
+    tool(63, f"{COMBINE} --how ties", 2, "--how", "'ties'", "svd")
+    tool(63, f"{COMBINE} --r 4", 2, "rank", "svd")
+    tool(63, f"{COMBINE} --adapter base", 3, "adapter_config.json")
+    tool(63, f"{COMBINE} --adapter ''", 2, "--adapter must not be empty")
     for r in (0, -1, "x", 1.5, 2**16 + 1, "9" * 30):
-        yield row(44, f"resize --adapter adapter --out new --r={r}", 2, "--r")
-    for line in TOOLS.values():
-        for out, code, says in (("full", 2, "'full' is not empty"), ("book.txt", 2, "'book.txt' is a file"),
-                                ("book.txt/new", 4, "book.txt/new"), (LONG, 4, "File name too long"),
-                                (NOWHERE, 4, NOWHERE), ("''", 2, "--out")):  # fmt: skip
-            if not line.startswith(
-                "merge"
-            ):  # test_cli.py and the rows of hostile.py have them of merge
-                yield row(58 if code == 2 else 59, line.removesuffix("new") + out, code, says)
+        tool(44, f"{RESIZE} --r={r}", 2, "--r must be", str(r))
+    for line in (EXTRACT, RESIZE, CONVERT):  # hostile_commands has these rows of merge
+        start = line.removesuffix("new")
+        tool(58, f"{start}full", 2, "'full' is not empty")
+        tool(58, f"{start}book.txt", 2, "'book.txt' is a file")
+        tool(58, f"{start}''", 2, "--out must not be empty")
+        tool(59, f"{start}book.txt/new", 4, "book.txt/new")
+        tool(59, f"{start}{LONG}", 4, "File name too long")
+        if HAS_PROC:
+            tool(59, f"{start}{NOWHERE}", 4, NOWHERE)
+    in_the_way = written(".new.unfinished", b"mine")
+    for line in (MERGE, EXTRACT, RESIZE, CONVERT):
         source = "adapter" if "adapter" in line else "base"
-        link = lambda folder, source=source: (folder / "link").symlink_to(folder / source)  # noqa: E731
-        yield row(58, line.removesuffix("new") + "link/new", 2, "is inside", build=link)
-        in_the_way = lambda folder: (folder / ".new.unfinished").write_text("mine")  # noqa: E731
-        yield row(58, line, 3, ".new.unfinished' is in the way", build=in_the_way)
-    spoilt = broken("adapter/adapter_model.safetensors", "q_proj.lora_B", np.nan)
-    yield row(38, TOOLS["resize"], 5, "q_proj", "not finite", build=spoilt)
+        link = lambda f, source=source: (f / "link").symlink_to(f / source)  # noqa: E731
+        tool(58, f"{line.removesuffix('new')}link/new", 2, "is inside", build=link)
+        tool(58, line, 3, ".new.unfinished'", build=in_the_way)
+    spoilt = broken(ADAPTER_WEIGHTS, "q_proj.lora_B", np.nan)
+    tool(38, RESIZE, 5, "q_proj", "not finite", build=spoilt)
+    tool(38, COMBINE, 5, "q_proj", "not finite", build=spoilt)
+    tool(38, "convert adapter --to mlx --out new", 5, "q_proj", "not finite", build=spoilt)
     spoilt = broken("tuned/model.safetensors", "q_proj", np.inf)
-    yield row(38, TOOLS["extract"], 5, "q_proj", "not finite", build=spoilt)
-    yield row(
-        38, "convert tuned --dtype float16 --out new", 5, "q_proj", "not finite", build=spoilt
-    )
+    tool(38, EXTRACT, 5, "q_proj", "not finite", build=spoilt)
+    tool(38, "convert tuned --dtype float16 --out new", 5, "q_proj", "not finite", build=spoilt)
 
 
-# ---- an end in the middle -------------------------------------------------------------------------------------------
+# ---- an interruption while files are written -----------------------------------------------------
 
 
 def interrupt(disk: Disk, kind: str) -> None:
     raise KeyboardInterrupt
 
 
-def ended(
+def run_quietly(line: str) -> tuple[int, str]:
+    """(exit code, stderr)"""
+    threads = ["--threads", "1"] if line.startswith("merge") else []
+    said = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        code = main([*line.split(), *threads])
+    return code, said.getvalue()
+
+
+def interrupted(
     line: str, wrong: Callable[[Disk, str], None], code: int, says: str, empty: bool = False
 ) -> Callable[[World], None]:
-    """The command, into a new folder or an `empty` one, with a disk of which one change goes wrong: the first ten, some
-    in the middle, the last three.
+    """The command, into a new folder or an `empty` one, on a disk of which one change goes wrong.
 
-    Each time the folder is then as it was, or, where nothing is left to be written, all is done. The next try works.
+    That is one of the first ten, some in the middle, or the last three. Each time the folder is
+    then as it was, or, if everything was written, complete. The next run works.
     """
 
+    def clear() -> None:
+        shutil.rmtree("new", ignore_errors=True)
+        if empty:
+            Path("new").mkdir()
+
     def run(world: World) -> None:
-        def call() -> tuple[int, str]:
-            with (
-                contextlib.redirect_stdout(io.StringIO()),
-                contextlib.redirect_stderr(io.StringIO()) as said,
-            ):
-                return main(
-                    [*line.split(), *(["--threads", "1"] if line.startswith("merge") else [])]
-                ), said.getvalue()
-
-        def again() -> None:
-            shutil.rmtree("new", ignore_errors=True)
-            if empty:
-                Path("new").mkdir()
-
-        again()
+        clear()
         before = contents(world.folder)
         with Disk() as whole:
-            assert call() == (0, "")
-        done, last = contents(world.folder), whole.changes
-        again()
-        ends = []
+            assert run_quietly(line) == (0, "")
+        done = contents(world.folder)
+        last = whole.changes
+        clear()
+        codes = []
         for at in [*range(1, 11), *range(11, last - 3, 13), last - 2, last - 1, last]:
             with Disk(at, wrong):
-                ends.append(call())
-            there = contents(world.folder)
-            assert there == before or (there == done and (ends[-1][0] == 0 or at == last)), (
-                f"change {at} of {last}"
-            )
-            assert ends[-1][0] in (0, code), ends[-1]
-            assert ends[-1][0] == 0 or says in ends[-1][1]
-            again()
-        assert sum(end[0] == code for end in ends) > len(ends) / 2
-        assert call() == (0, "")
+                ended, message = run_quietly(line)
+            codes.append(ended)
+            assert ended in (0, code), message
+            assert ended == 0 or says in message
+            present = contents(world.folder)
+            is_done = present == done and (ended == 0 or at == last)
+            assert present == before or is_done, f"change {at} of {last}"
+            clear()
+        assert codes.count(code) > len(codes) / 2
+        assert run_quietly(line) == (0, "")
         assert contents(world.folder) == done
         shutil.rmtree("new")
 
@@ -452,33 +424,34 @@ def ended(
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
+    found = {}
+    for path in folder.rglob("*"):
+        found[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else None
+    return found
 
 
-def interrupted_rows() -> Iterator[Row]:
-    build = lambda folder: (tuned(folder), sharded()(folder))  # noqa: E731
-    for name, line in TOOLS.items():
-        for wrong, code, says in (
-            (stay_full, 4, "No space left on device"),
-            (interrupt, 130, "interrupted"),
-        ):
-            yield Row(64, f"{name}, {wrong.__name__}", build, ended(line, wrong, code, says), None)
-    empty = ended(TOOLS["resize"], interrupt, 130, "interrupted", empty=True)
-    yield Row(64, "resize into an empty folder, interrupt", nothing, empty, None)
+def add_interrupted_rows() -> None:
+    build = both(tuned, sharded())
+    for line in (MERGE, EXTRACT, RESIZE, CONVERT):
+        name = line.split()[0]
+        full = interrupted(line, stay_full, 4, "No space left on device")
+        add(64, f"{name}, the disk is full", build, full, None)
+        stopped = interrupted(line, interrupt, 130, "interrupted")
+        add(64, f"{name}, interrupted", build, stopped, None)
+    empty = interrupted(RESIZE, interrupt, 130, "interrupted", empty=True)
+    add(64, "resize into an empty folder, interrupted", nothing, empty, None)
 
 
-# ---- several tasks in a folder --------------------------------------------------------------------------------------
+# ---- several tasks in a folder -------------------------------------------------------------------
 
 
 def tasks(value: object) -> Build:
+    """A folder with two tasks, and `value` for what its file says of them."""
+
     def build(folder: Path) -> None:
         config = LoraConfig(r=2, target_modules=["q_proj"])
-        get_multitask_model(
-            CausalLM(CONFIG, seed=1), {"one": config, "two": config}
-        ).save_pretrained(folder / "tasks")
+        model = get_multitask_model(CausalLM(CONFIG, seed=1), {"one": config, "two": config})
+        model.save_pretrained(folder / "tasks")
         (folder / "tasks" / "multitask.json").write_text(json.dumps(value))
 
     return build
@@ -488,47 +461,37 @@ def load_tasks(world: World) -> None:
     MultiTask.from_pretrained(CausalLM.from_pretrained("base"), "tasks")
 
 
-def task_rows() -> Iterator[Row]:
+def add_task_rows() -> None:
     line = "merge --base base --adapter tasks --task one --out new"
-    for value in ([], {}, {"tasks": []}, {"tasks": {"one": 1}}, {"tasks": {"one": "one"}}, {"tasks": {"one": [1]}},
-                  {"tasks": {"one": None, "two": ["two"]}}, {"tasks": {"one": [["one"]]}}):  # fmt: skip
-        for run in (line, "inspect tasks"):
-            yield Row(
-                65,
-                f"{run.split()[0]} {value!r}",
-                tasks(value),
-                run,
-                3,
-                ("multitask.json", "expected"),
-            )
-        yield Row(
-            65,
-            f"load {value!r}",
-            tasks(value),
-            load_tasks,
-            FormatError,
-            ("multitask.json", "expected"),
-        )
+    file = "multitask.json"
+
+    def bad(tables: object) -> None:
+        build = tasks(tables)
+        add(65, f"merge {tables!r}", build, line, 3, file, "expected")
+        add(65, f"inspect {tables!r}", build, "inspect tasks", 3, file, "expected")
+        add(65, f"load {tables!r}", build, load_tasks, FormatError, file, "expected")
+
+    bad([])
+    bad({})
+    bad({"tasks": []})
+    bad({"tasks": {"one": 1}})
+    bad({"tasks": {"one": "one"}})
+    bad({"tasks": {"one": [1]}})
+    bad({"tasks": {"one": None, "two": ["two"]}})
+    bad({"tasks": {"one": [["one"]]}})
     for name in ("..", "../base", "/etc", "a/b", "a\\b", "\0", ""):
-        yield Row(
-            65, f"merge {name!r}", tasks({"tasks": {"one": [name]}}), line, 3, ("multitask.json",)
-        )
-        yield Row(
-            65,
-            f"load {name!r}",
-            tasks({"tasks": {"one": [name]}}),
-            load_tasks,
-            FormatError,
-            ("multitask.json",),
-        )
+        build = tasks({"tasks": {"one": [name]}})
+        add(65, f"merge {name!r}", build, line, 3, file)
+        add(65, f"load {name!r}", build, load_tasks, FormatError, file)
     for name in ("three", "x" * 300, "\N{BULLET}" * 200):
-        missing = tasks({"tasks": {"one": ["one", name]}})
-        yield Row(
-            65,
-            f"no folder {name!r}",
-            missing,
-            load_tasks,
-            FormatError,
-            ("multitask.json", "there is no folder of"),
-        )
-        yield Row(65, f"merge of no folder {name!r}", missing, line, 4, (name[:30],))
+        build = tasks({"tasks": {"one": ["one", name]}})
+        add(65, f"no folder {name!r}", build, load_tasks, FormatError, file, "folder")
+        add(65, f"merge of no folder {name!r}", build, line, 4, name[:30])
+
+
+add_record_rows()
+add_mlx_rows()
+add_merge_rows()
+add_tool_rows()
+add_interrupted_rows()
+add_task_rows()

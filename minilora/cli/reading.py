@@ -1,0 +1,156 @@
+"""What several commands read: a model with its adapter, and the tokens of texts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..data.batches import Ids, PackedRecords
+from ..data.records import bytes_per_token, is_records, pack, read_records, split_records
+from ..data.texts import read_text, split_text
+from ..data.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
+from ..errors import ConfigError, DataError, NonFiniteError
+from ..lora import MultiTask, PeftModel
+from ..lora.multitask import BASE
+from ..lora.multitask import FILE as MULTITASK
+from ..models.transformer import CausalLM
+from ..quant.half import iterate_pieces
+from ..quant.linear import quantize
+from .options import Args
+
+Tokenizer = ByteTokenizer | HubTokenizer
+Tokens = Ids | PackedRecords
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+def load_model(
+    args: Args, adapter: str | None = None, task: str | None = None
+) -> tuple[Any, Tokenizer]:
+    """(model, tokenizer) of --base, quantized by --quantize, with an adapter or one task of it.
+
+    NonFiniteError for a weight that is NaN or infinite, before a command makes anything of it.
+    """
+    kind = args.quantize
+    model: Any = CausalLM.from_pretrained(args.base, device=args.device, stored=kind == "stored")
+    tokenizer = load_tokenizer(args.base, model.config.vocab_size)
+    if tokenizer.note:
+        print(tokenizer.note, file=sys.stderr)
+    if kind not in ("none", "stored"):
+        quantize(model, kind)
+    if adapter is not None:
+        model = _load_adapter(model, adapter, task)
+    elif task is not None:
+        raise ConfigError("--task chooses a task of an adapter: give --adapter too")
+    if not args.allow_nonfinite:
+        _require_finite(model, args.base)
+    return model, tokenizer
+
+
+def _load_adapter(model: CausalLM, adapter: str, task: str | None) -> Any:
+    if not has_tasks(adapter, task):
+        return PeftModel.from_pretrained(model, adapter)
+    multitask = MultiTask.from_pretrained(model, adapter)
+    return multitask.merge_task(choose_task(adapter, task, (*multitask.tasks, BASE)))
+
+
+def has_tasks(adapter: str, task: str | None) -> bool:
+    """Whether the folder has several tasks. ConfigError if it has none and one was chosen."""
+    if (Path(adapter) / MULTITASK).exists():
+        return True
+    if task is not None:
+        raise ConfigError(f"--adapter {adapter!r} has one adapter and no tasks: leave out --task")
+    return False
+
+
+def choose_task(adapter: str, task: str | None, tasks: Iterable[str]) -> str:
+    """`task`, which must be one of `tasks`."""
+    if task is not None and task in tasks:
+        return task
+    given = "" if task is None else f", but not {task!r:.60}"
+    known = f"--adapter {adapter!r:.100} has the tasks {', '.join(tasks)}{given}"
+    raise ConfigError(f"{known}: choose one of them with --task")
+
+
+def _require_finite(model: Any, base: str) -> None:
+    for name, p in model.named_parameters():
+        isfinite = p.backend.xp.isfinite
+        if not all(bool(isfinite(piece).all()) for piece in iterate_pieces(p)):
+            message = f"{name} in {base!r} or in the adapter is not finite"
+            raise NonFiniteError(f"{message}: repair the weights, or give --allow-nonfinite")
+
+
+# ---- texts ---------------------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """A text: tokens to train on, tokens to evaluate on, and bytes per token of the latter."""
+
+    tokens: Tokens
+    held_out: Tokens
+    bytes_per_token: float
+
+
+def read_tokens(path: str, tokenizer: Tokenizer, context: int) -> tuple[Tokens, float]:
+    """(tokens, bytes per token) of a text or of records to evaluate on."""
+    if is_records(path):
+        records = read_records(path, tokenizer, context)
+        return pack(records, context), bytes_per_token(records)
+    text = read_text(path)
+    return _encode(text, tokenizer)
+
+
+def read_training_text(
+    path: str, eval_path: str | None, tokenizer: Tokenizer, context: int, option: str = "--data"
+) -> Text:
+    """The text of `option`; without a text to evaluate on, its last tenth is held out."""
+    tokens: Tokens
+    what = f"{option} {path}"
+    if is_records(path):
+        records = read_records(path, tokenizer, context)
+        if eval_path is None:
+            try:
+                records, others = split_records(records)
+            except DataError as error:
+                raise DataError(f"{what}: {error}") from None
+            return Text(pack(records, context), pack(others, context), bytes_per_token(others))
+        tokens = pack(records, context)
+    else:
+        text = read_text(path)
+        rest = b""
+        require_bytes(text, 2 if eval_path else 10, what)
+        if eval_path is None:
+            text, rest = split_text(text)
+        tokens, _ = _encode(text, tokenizer)
+        if len(tokens) <= context:
+            needed = f"a context of {context} needs at least {context + 1} tokens"
+            remaining = "" if eval_path else " once its last tenth is held out"
+            raise DataError(f"{what}: {needed}, it has {len(tokens)}{remaining}")
+    if eval_path is not None:
+        what = f"--eval-data {eval_path}"
+        held_out, ratio = read_tokens(eval_path, tokenizer, context)
+    else:
+        held_out, ratio = _encode(rest, tokenizer)
+    if len(held_out) < 2:
+        raise DataError(f"{what}: needs at least 2 tokens to evaluate on, has {len(held_out)}")
+    return Text(tokens, held_out, ratio)
+
+
+def _encode(text: bytes, tokenizer: Tokenizer) -> tuple[Ids, float]:
+    """(ids, bytes per token)"""
+    ids = tokenizer.encode(text)
+    return ids, len(text) / max(1, len(ids))
+
+
+def require_bytes(text: bytes, least: int, what: str) -> None:
+    if len(text) < least:
+        raise DataError(f"{what}: needs at least {least} bytes, has {len(text)}")
+
+
+def require_context(context: int, limit: int) -> None:
+    if context > limit:
+        raise ConfigError(
+            f"--context {context} must be at most max_position_embeddings = {limit} of the model"
+        )

@@ -1,0 +1,364 @@
+"""demo, pretrain and finetune: commands that train."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import os
+import statistics
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..backend import get_backend
+from ..data.texts import prose, read_text
+from ..data.tokenizer import ByteTokenizer
+from ..display import printable
+from ..errors import ConfigError
+from ..formats.folders import locked, numbered_folder, open_folder
+from ..lora import AdaLoraConfig, LoraConfig, get_multitask_model, get_peft_model
+from ..models.config import TransformerConfig
+from ..models.transformer import CausalLM
+from ..training.methods import CODES, adapter_config, format_weight_memory, measure_weight_memory
+from ..training.runs import find_checkpoint
+from .options import (
+    Args,
+    Command,
+    Parser,
+    add_allow_nonfinite,
+    add_base,
+    add_device_and_threads,
+    add_method,
+    add_quantize,
+    add_seed,
+    option,
+    path,
+    positive_integer,
+    select_fields,
+    true_false_or_name,
+)
+from .reading import (
+    load_model,
+    read_training_text,
+    require_bytes,
+    require_context,
+)
+
+MAX_PARAMETERS = 2**32  # 64 GiB to train; a larger shape is a typing error
+
+# ---- demo ----------------------------------------------------------------------------------------
+
+
+def add_demo_options(parser: Parser) -> None:
+    option(
+        parser, "--quick", "take 20 seconds: shows that everything runs, not what training can do"
+    )
+    add_method(parser)
+    add_quantize(parser, CODES)
+    option(parser, "--pretrain-data FILE", "text to pretrain on (default: Python's reference)")
+    option(parser, "--adapt-data FILE", "text to adapt to (default: Python's standard library)")
+    field = functools.partial(option, parser, default=argparse.SUPPRESS)
+    field("--r R", "rank of the adapter, at least 1 (default: 4)")
+    field("--lora-alpha X", "scaling is lora_alpha / r; above 0 (default: 16; adalora: 256)")
+    option(parser, "--out DIR", "a new or empty folder (default: runs/demo-NNN)")
+    add_device_and_threads(parser)
+    add_seed(parser)
+
+
+def demo(args: Args) -> None:
+    from ..lab.demo import Plan
+    from ..lab.demo import demo as run
+
+    plan = Plan().quick() if args.quick else Plan()
+    plan = plan.adapted_by(args.method, args.quantize, select_fields(args, AdaLoraConfig))
+    # What cannot work ends here, before a folder is made.
+    least = 10 * (plan.pretrain.context + 1)
+    if args.pretrain_data is not None:
+        text = read_text(args.pretrain_data)
+        require_bytes(text, least, f"--pretrain-data {args.pretrain_data}")
+    if args.adapt_data is not None:
+        require_bytes(read_text(args.adapt_data), least, f"--adapt-data {args.adapt_data}")
+    get_backend(args.device)
+    if args.pretrain_data is None:
+        prose()
+    with locked(args.out or numbered_folder("runs", "demo")) as out:
+        machine = {"threads": args.threads, "device": args.device}
+        run(open_folder(out), plan, args.pretrain_data, args.adapt_data, args.seed, **machine)
+
+
+# ---- pretrain ------------------------------------------------------------------------------------
+
+
+def add_training_options(parser: Parser, lr: float) -> None:
+    text = "text to evaluate on (default: the last tenth of the text, not trained on)"
+    option(parser, "--eval-data FILE", text)
+    option(parser, "--out DIR", "a new or empty folder (default: runs/COMMAND-NNN)")
+    text = "continue from this checkpoint, or from the newest in --out (auto)"
+    option(parser, "--resume auto|DIR", text, nargs="?", const="auto", type=path)
+    option(parser, "--abort-on-divergence", "stop when the loss has diverged but is still finite")
+    option(parser, "--gradient-checkpointing", "use less memory, and a third more time")
+    add_device_and_threads(parser)
+    run = parser.add_argument_group("training")
+    option(run, "--steps N", "optimizer steps, at least 1", default=400)
+    option(run, "--batch-size N", "sequences per batch, at least 1", default=16)
+    option(run, "--accumulate N", "batches per step, at least 1", default=1)
+    option(run, "--context T", "tokens per sequence, at least 1", default=128)
+    option(run, "--lr X", "highest learning rate, above 0", default=lr)
+    option(
+        run, "--warmup N", "steps until the learning rate is the highest, at least 0", default=20
+    )
+    option(run, "--weight-decay X", "AdamW's weight decay, at least 0", default=0.0)
+    option(
+        run, "--max-grad-norm X", "larger gradients are scaled to this norm, above 0", default=1.0
+    )
+    text = "sequences a thread runs together, at least 1 (default: by the model's size)"
+    option(run, "--shard N", text)
+    option(run, "--save-every N", "steps between checkpoints, at least 1 (default: none)")
+    text = "steps between evaluations, at least 1 (default: only first and last)"
+    option(run, "--eval-every N", text)
+    add_seed(run)
+
+
+def add_pretrain_options(parser: Parser) -> None:
+    text = "a text, or .jsonl with a text, or prompt and completion, per line"
+    option(parser, "--data FILE", text, required=True)
+    add_training_options(parser, lr=3e-3)
+    shape = parser.add_argument_group("model")
+    size = functools.partial(option, shape, type=positive_integer, default=argparse.SUPPRESS)
+    default = TransformerConfig
+    size("--hidden-size N", f"width of the model (default: {default.hidden_size})")
+    size("--intermediate-size N", f"width of an MLP (default: {default.intermediate_size})")
+    size("--num-hidden-layers N", f"layers (default: {default.num_hidden_layers})")
+    size("--num-attention-heads N", f"attention heads (default: {default.num_attention_heads})")
+    size("--num-key-value-heads N", "heads of keys and values (default: all attention heads)")
+    size("--max-position-embeddings N", "longest context (default: 256, or --context if larger)")
+    option(shape, "--untied", "do not use the weights of the embedding for the head")
+
+
+def pretrain(args: Args) -> None:
+    from ..training.loop import Settings, train
+
+    settings = Settings(**select_fields(args, Settings))
+    tokenizer = ByteTokenizer()
+    shape = select_fields(args, TransformerConfig)
+    limit = shape.setdefault("max_position_embeddings", max(settings.context, 256))
+    require_context(settings.context, limit)
+    config = TransformerConfig(**shape, tie_word_embeddings=not args.untied)
+    count = config.parameter_count()
+    if count > MAX_PARAMETERS:
+        raise ConfigError(f"the model has {count:,} parameters, at most {MAX_PARAMETERS:,} train")
+    text = read_training_text(args.data, args.eval_data, tokenizer, settings.context)
+    model = CausalLM(config, seed=settings.seed, device=args.device)
+    with _run_folder(args, "pretrain") as out:
+        size = sum(p.size for p in model.parameters())
+        print(f"{size:,} parameters, {len(text.tokens):,} tokens -> {printable(str(out))}")
+        options = {"held_out": text.held_out, "resume": args.resume, "title": "pretrain"}
+        result = train(model, text.tokens, settings, out, **options)
+        model.save_pretrained(out)
+        tokenizer.save(out)
+    _print_result(result, text.bytes_per_token)
+
+
+# ---- finetune ------------------------------------------------------------------------------------
+
+
+def add_finetune_options(parser: Parser) -> None:
+    add_base(parser)
+    add_allow_nonfinite(parser)
+    text = "a text, or .jsonl with a text, prompt and completion, or messages per line"
+    option(parser, "--data FILE", text)
+    text = "in place of --data: one text per task, which gets an adapter of its own"
+    option(parser, "--tasks FILE", text, nargs="+")
+    text = "rank of one more adapter that all tasks share, at least 1 (default: none)"
+    option(parser, "--shared-r R", text)
+    add_training_options(parser, lr=2e-3)
+    group = parser.add_argument_group("method and adapter (fields of PEFT's configuration)")
+    add_method(group)
+    add_quantize(group)
+    field = functools.partial(option, group, default=argparse.SUPPRESS)
+    default = LoraConfig
+    field("--r R", f"rank, at least 1 (default: {default.r})")
+    field("--lora-alpha X", f"scaling is lora_alpha / r; above 0 (default: {default.lora_alpha})")
+    text = "names (q_proj,v_proj), a pattern or all-linear (default: by type of model)"
+    field("--target-modules NAMES", text)
+    text = "names or a pattern of layers that get no adapter (default: none)"
+    field("--exclude-modules NAMES", text)
+    text = f"probability of dropout, in [0, 1) (default: {default.lora_dropout})"
+    field("--lora-dropout P", text)
+    text = f"biases of the base to train: none, all, lora_only (default: {default.bias})"
+    field("--bias B", text, choices=("none", "all", "lora_only"))
+    field("--use-rslora", "scaling is lora_alpha / sqrt(r)")
+    field("--use-dora", "the same as --method dora")
+    text = "start of A and B: true (B is 0), false or gaussian (default: true)"
+    field("--init-lora-weights HOW", text, type=true_false_or_name)
+    field("--rank-pattern JSON", "rank by name or pattern, such as '{\"q_proj\": 4}' (default: r)")
+    text = "lora_alpha by name or pattern, such as '{\"q_proj\": 16}' (default: lora_alpha)"
+    field("--alpha-pattern JSON", text)
+    field("--layers-to-transform N,N", "numbers of the layers to adapt, such as 0,1 (default: all)")
+    text = "what comes before a layer's number in a name (default: any)"
+    field("--layers-pattern NAME,NAME", text)
+    field("--modules-to-save NAME,NAME", "modules to train whole, such as lm_head (default: none)")
+    text = "rows of the embedding to train, such as 0,7 (default: none)"
+    field("--trainable-token-indices N,N", text)
+    field("--ensure-weight-tying", "adapt a tied head together with its embedding")
+    field("--fan-in-fan-out", "accepted for PEFT's sake: the layout is read from the model")
+    _add_adalora_fields(parser)
+
+
+def _add_adalora_fields(parser: Parser) -> None:
+    group = parser.add_argument_group("AdaLoRA (--method adalora)")
+    field = functools.partial(option, group, default=argparse.SUPPRESS)
+    field("--target-r R", "rank of the average layer at the end (default: r)")
+    field("--init-r R", "rank at the start, at least target_r (default: 1.5 r)")
+    field("--tinit N", "steps before the first cut, at least 0 (default: steps / 10)")
+    field("--tfinal N", "steps after the last cut, at least 0 (default: steps / 4)")
+    field("--deltaT N", "steps between cuts, at least 1 (default: steps / 100)")
+    beta = AdaLoraConfig.beta1
+    field("--beta1 X", f"smoothing of the importance, in (0, 1) (default: {beta})")
+    beta = AdaLoraConfig.beta2
+    field("--beta2 X", f"smoothing of its uncertainty, in (0, 1) (default: {beta})")
+    field("--orth-reg-weight X", "weight of the orthogonality penalty, at least 0 (default: 0.1)")
+
+
+def finetune(args: Args) -> None:
+    from ..training.loop import Settings, train
+
+    settings = Settings(**select_fields(args, Settings))
+    fields = select_fields(args, AdaLoraConfig)
+    config = adapter_config(args.method, args.quantize, fields, settings.steps)
+    tasks = _name_tasks(args, config)
+    model, tokenizer = load_model(args)
+    require_context(settings.context, model.config.max_position_embeddings)
+    read = functools.partial(read_training_text, tokenizer=tokenizer, context=settings.context)
+    tokens: Any
+    held_out: Any
+    if tasks:
+        texts = {task: read(file, None, option="--tasks") for task, file in tasks.items()}
+        tokens = {task: text.tokens for task, text in texts.items()}
+        held_out = {task: text.held_out for task, text in texts.items()}
+        ratio = statistics.fmean(text.bytes_per_token for text in texts.values())
+        sizes = ", ".join(f"{task} {len(text.tokens):,}" for task, text in texts.items())
+    else:
+        tokens, held_out, ratio = read(args.data, args.eval_data)
+        sizes = f"{len(tokens):,}"
+    memory = measure_weight_memory(model)
+    if config is not None:
+        model = _add_adapters(args, model, config, tasks)
+    elif memory["layers"]:
+        given = f"--method full cannot train --base {args.base!r}"
+        raise ConfigError(f"{given}, which is held as {memory['kind']}: train an adapter")
+    with _run_folder(args, "finetune") as out:
+        if memory["layers"]:
+            print(format_weight_memory(memory))
+        if config is None:
+            print(f"all {sum(p.size for p in model.parameters()):,} parameters of the base train")
+        else:
+            model.print_trainable_parameters()
+        print(printable(f"{sizes} tokens -> {out}"))
+        options = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
+        result = train(model, tokens, settings, out, **options, title="finetune")
+        model.save_pretrained(out)
+        if config is None and not tokenizer.note:  # a base without a tokenizer.json stays without
+            tokenizer.save(out)
+        if isinstance(config, AdaLoraConfig):
+            _draw_ranks(out)
+    _print_result(result, ratio)
+
+
+def _name_tasks(args: Args, config: LoraConfig | None) -> dict[str, str]:
+    """{name of the file: file} of --tasks. ConfigError for options that do not fit together."""
+    if (args.data is None) == (args.tasks is None):
+        raise ConfigError("give --data FILE for one text, or --tasks FILE FILE ... for several")
+    if args.tasks is None:
+        if args.shared_r is not None:
+            raise ConfigError("--shared-r is for an adapter that tasks share: give --tasks too")
+        return {}
+    tasks = {Path(file).stem.replace(".", "-"): file for file in args.tasks}
+    if len(tasks) < len(args.tasks):
+        files = ", ".join(args.tasks)
+        raise ConfigError(f"--tasks {files}: each file names a task, and two are alike: rename one")
+    if args.batch_size * args.accumulate < len(tasks):
+        given = f"--batch-size {args.batch_size} times --accumulate {args.accumulate}"
+        raise ConfigError(f"{given} must be at least the number of --tasks, {len(tasks)}")
+    if args.eval_data is not None:
+        raise ConfigError("--tasks hold out the last tenth of each text: leave out --eval-data")
+    if isinstance(config, AdaLoraConfig):
+        raise ConfigError("--method adalora does not support --tasks; train one adapter per run")
+    if args.shared_r is not None and (config is None or config.use_dora):
+        raise ConfigError(f"--method {args.method} does not support --shared-r; use --method lora")
+    return tasks
+
+
+def _add_adapters(args: Args, model: Any, config: LoraConfig, tasks: Iterable[str]) -> Any:
+    """The model with one adapter, or with one per task."""
+    base = os.fsencode(args.base).decode("utf-8", "replace")
+    config = dataclasses.replace(config, task_type="CAUSAL_LM", base_model_name_or_path=base)
+    if not tasks:
+        return get_peft_model(model, config, seed=args.seed)
+    shared = dataclasses.replace(config, r=args.shared_r) if args.shared_r else None
+    return get_multitask_model(model, dict.fromkeys(tasks, config), shared, seed=args.seed)
+
+
+def _draw_ranks(out: Path) -> None:
+    from ..lab import plots  # matplotlib is optional, and slow to import
+    from ..training.loop import rank_history
+
+    if plots.available():
+        plots.rank_allocation(out / "rank_allocation.png", *rank_history(out))
+
+
+# ---- both ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _run_folder(args: Args, stem: str) -> Iterator[Path]:
+    """--out or a new folder in runs/, locked while the run writes to it.
+
+    The folder may have files in it only if the run continues from one of its checkpoints.
+    """
+    with contextlib.ExitStack() as stack:
+        is_resumed = False
+        if args.resume is not None:
+            if args.resume == "auto" and args.out is None:
+                raise ConfigError("--resume auto needs --out, the folder of the run to continue")
+            if args.out is not None and Path(args.out).is_dir():
+                # Before the search: another run adds and removes checkpoints.
+                stack.enter_context(locked(args.out))
+            checkpoint, _ = find_checkpoint(args.resume, Path(args.out or "runs"))
+            parents = checkpoint.resolve().parents
+            is_resumed = args.out is not None and Path(args.out).resolve() in parents
+        out = stack.enter_context(locked(args.out or numbered_folder("runs", stem)))
+        yield open_folder(out, is_resumed)
+
+
+def _print_result(result: Any, bytes_per_token: float) -> None:
+    from ..training.loop import bits_per_byte
+
+    losses = [loss for _, loss in result.evaluations]
+    before = bits_per_byte(losses[0], bytes_per_token)
+    after = bits_per_byte(losses[-1], bytes_per_token)
+    print(f"held-out bits per byte {before:.3f} -> {after:.3f} in {result.seconds:.0f} s")
+
+
+COMMANDS = (
+    Command(
+        demo,
+        add_demo_options,
+        "Pretrain a small model on prose, adapt it to code with a method, and measure both.",
+        "--method adalora --out my-demo",
+    ),
+    Command(
+        pretrain,
+        add_pretrain_options,
+        "Train a small Llama-shaped model on the bytes of a text.",
+        "--data book.txt --out base",
+    ),
+    Command(
+        finetune,
+        add_finetune_options,
+        "Train an adapter and leave the base as it is; with --method full, train the base.",
+        "--base base --data notes.txt --r 8",
+    ),
+)

@@ -1,0 +1,103 @@
+"""generate and evaluate: commands that use a model."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ..display import printable
+from ..errors import DataError
+from .options import (
+    Args,
+    Command,
+    Parser,
+    add_adapter,
+    add_allow_nonfinite,
+    add_base,
+    add_device_and_threads,
+    add_quantize,
+    add_seed,
+    option,
+)
+from .reading import load_model, read_tokens, require_context
+
+
+def _add_model_options(parser: Parser) -> None:
+    add_base(parser)
+    add_adapter(parser)
+    add_allow_nonfinite(parser)
+    add_quantize(parser)
+    add_device_and_threads(parser)
+    add_seed(parser)
+
+
+def add_generate_options(parser: Parser) -> None:
+    _add_model_options(parser)
+    option(parser, "--prompt TEXT", "text to continue, not empty", required=True)
+    option(parser, "--max-new-tokens N", "tokens to generate, at least 0", default=200)
+    text = "randomness, at least 0; 0 takes the likeliest token"
+    option(parser, "--temperature X", text, default=0.8)
+    text = "choose among the K likeliest tokens, at least 1 (default: all)"
+    option(parser, "--top-k K", text)
+    text = "choose among the likeliest tokens up to probability P, in (0, 1] (default: all)"
+    option(parser, "--top-p P", text)
+
+
+def generate(args: Args) -> None:
+    from ..models.generation import stream
+
+    model, tokenizer = load_model(args, args.adapter, args.task)
+    prompt = tokenizer.encode(args.prompt)
+    if not len(prompt):
+        raise DataError("--prompt is empty: give the model at least one token to continue")
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    ids = [int(token) for token in prompt]
+    shown = ""
+    for token in stream(model, np.asarray(prompt)[None], args.max_new_tokens, **sampling):
+        ids.append(int(token[0]))
+        text = tokenizer.decode(ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # wait for the rest of a character
+            print(printable(text[len(shown) :], "\n\t"), end="", flush=True)
+            shown = text
+    print(printable(tokenizer.decode(ids)[len(shown) :], "\n\t"))
+
+
+def add_evaluate_options(parser: Parser) -> None:
+    _add_model_options(parser)
+    option(parser, "--data FILE", "text or .jsonl to measure the loss on", required=True)
+    option(parser, "--context T", "tokens per window, at least 1 (default: up to 256)")
+    text = "most windows to measure, spread over the text, at least 1 (default: all)"
+    option(parser, "--limit N", text)
+
+
+def evaluate(args: Args) -> None:
+    from ..training.loop import bits_per_byte
+    from ..training.loop import evaluate as measure
+
+    model, tokenizer = load_model(args, args.adapter, args.task)
+    limit = model.config.max_position_embeddings
+    context = args.context or min(256, limit)
+    require_context(context, limit)
+    tokens, ratio = read_tokens(args.data, tokenizer, context)
+    loss = measure(model, tokens, context, limit=args.limit, threads=args.threads)
+    bits = bits_per_byte(loss, ratio)
+    perplexity = math.exp(min(loss, 700))
+    measures = f"loss {loss:.6f} nats a token, {bits:.4f} bits a byte"
+    print(f"{measures}, perplexity {perplexity:.4f} (context {context})")
+
+
+COMMANDS = (
+    Command(
+        generate,
+        add_generate_options,
+        "Continue a prompt.",
+        '--base base --adapter adapter --prompt "def "',
+    ),
+    Command(
+        evaluate,
+        add_evaluate_options,
+        "Print the loss, bits per byte and perplexity of a text.",
+        "--base base --data held-out.txt",
+    ),
+)
