@@ -23,7 +23,7 @@ from ..data.texts import prose, read_text, split_text
 from ..data.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
 from ..display import print_table, printable
 from ..errors import ConfigError, DataError, MiniloraError, NonFiniteError
-from ..formats.folders import locked, numbered_folder, open_folder
+from ..formats.folders import locked, numbered_folder
 from ..lora import (
     AdaLoraConfig,
     LoraConfig,
@@ -38,7 +38,7 @@ from ..models.transformer import CausalLM
 from ..quant.half import iterate_pieces
 from ..quant.linear import quantize
 from ..training.methods import adapter_config, format_weight_memory, measure_weight_memory
-from ..training.runs import find_checkpoint
+from ..training.runs import find_checkpoint, open_folder
 from . import files
 from .options import ADALORA_OPTIONS, LORA_OPTIONS, SHAPE
 

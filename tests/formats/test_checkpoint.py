@@ -413,7 +413,7 @@ HOSTILE_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda m: (m / "config.json").unlink(), r"has no config\.json$"),
     "an adapter": (
         lambda m: (m / "config.json").rename(m / "adapter_config.json"),
-        r"has no config\.json: it is an adapter's folder, and no model's$",
+        r"has no config\.json: it is an adapter's folder, not a model's$",
     ),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), r"has no model\.safetensors"),
     "only a pickle": (
@@ -547,11 +547,11 @@ HOSTILE_ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a model": (
         lambda a: (a / "adapter_config.json").rename(a / "config.json"),
-        r"has no adapter_config\.json: it is a model's folder, and no adapter's$",
+        r"has no adapter_config\.json: it is a model's folder, not an adapter's$",
     ),
     "several tasks": (
         lambda a: (a / "adapter_config.json").rename(a / "multitask.json"),
-        r"has no adapter_config\.json: it holds an adapter for each task, in a folder of its own",
+        r"has no adapter_config\.json: it holds one adapter per task, each in its own folder",
     ),
     "config twice": (
         lambda a: (a / "adapter_config.json").write_text('{"r": 1, "r": 2}'),
