@@ -88,16 +88,11 @@ def open_adapter(directory: PathLike) -> tuple[dict[str, Any], SafetensorsFile]:
     require_folder(directory, "adapter")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not os.path.lexists(Path(directory, name)):
-            raise FormatError(f"{quoted(directory)} has no {name}{_other_file_in(directory)}")
+            names = (name for name in OTHER_FILES if os.path.lexists(Path(directory, name)))
+            hint = OTHER_FILES.get(next(names, ""), "")
+            raise FormatError(f"{quoted(directory)} has no {name}{hint}")
     config = read_json(Path(directory, CONFIG_FILE))
     return config, SafetensorsFile(Path(directory, WEIGHTS_FILE))
-
-
-def _other_file_in(directory: PathLike) -> str:
-    for name, meaning in OTHER_FILES.items():
-        if os.path.lexists(Path(directory, name)):
-            return meaning
-    return ""
 
 
 def read_adapter(directory: PathLike) -> tuple[dict[str, Any], dict[str, Array]]:

@@ -27,7 +27,7 @@ MAX_NAME = 255  # characters of a shard's name: what most file systems take
 MAX_INDEX_BYTES = 16 << 20  # the index of a model of 90,000 tensors in 160 shards takes nine
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-# By type of model: the layers whose files hold W (O, I) as (in, out), by the last part of their paths.
+# By type of model: the layers whose files hold W (O, I) as (in, out), by the last part of a path.
 FAN_IN_FAN_OUT = {"gpt2": ("c_attn", "c_proj", "c_fc")}
 
 # What old files hold besides weights, by the ends of its keys: tables of the rotation, masks of
@@ -44,9 +44,7 @@ def is_stored_transposed(model_type: str, key: str) -> bool:
 
 def to_file_layout(model_type: str, key: str, array: np.ndarray) -> np.ndarray:
     """A parameter as the files hold it under `key`, or back: transposed if they store it so."""
-    if is_stored_transposed(model_type, key):
-        return np.ascontiguousarray(array.T)
-    return array
+    return np.ascontiguousarray(array.T) if is_stored_transposed(model_type, key) else array
 
 
 class Checkpoint:
@@ -104,11 +102,11 @@ class Checkpoint:
         The index may come from anywhere: no name in it may lead out of the folder, not through a
         link either. A path of many parts takes `realpath` quadratic time, so its length is bounded.
         """
-        odd = "\\" in shard or "\0" in shard or not shard.endswith(".safetensors")
-        if odd or len(shard) > MAX_NAME:
+        is_name = len(shard) <= MAX_NAME and shard.endswith(".safetensors")
+        if not is_name or "\\" in shard or "\0" in shard:
             raise FormatError(f"{where}: {quoted(shard)} is not the name of a safetensors file")
         root = os.path.realpath(self.directory)
-        path = os.path.realpath(os.path.join(root, shard))
+        path = os.path.realpath(Path(root, shard))
         if os.path.isabs(shard) or os.path.commonpath([root, path]) != root:
             raise FormatError(f"{where}: shard {quoted(shard)} lies outside the folder")
         if not os.path.lexists(path):
@@ -162,13 +160,10 @@ class Checkpoint:
 def _read_index(path: Path) -> dict[str, set[str]]:
     """{shard: its keys}, as the index lists them."""
     weight_map = read_json(path, limit=MAX_INDEX_BYTES).get("weight_map")
-    message = f"{quoted(path)}: weight_map must give a file name for each tensor"
-    if type(weight_map) is not dict:
-        raise FormatError(message)
+    if type(weight_map) is not dict or any(type(name) is not str for name in weight_map.values()):
+        raise FormatError(f"{quoted(path)}: weight_map must give a file name for each tensor")
     listed: dict[str, set[str]] = {}
     for key, shard in weight_map.items():
-        if type(shard) is not str:
-            raise FormatError(message)
         listed.setdefault(shard, set()).add(key)
     return listed
 

@@ -42,7 +42,7 @@ _being_written: set[str] = set()
 
 
 def quoted(text: object, limit: int = 120) -> str:
-    """`text` for an error message: control characters escaped, the middle left out when it is long."""
+    """`text` for an error message: control characters escaped, a long middle left out."""
     whole = os.fspath(text) if isinstance(text, os.PathLike) else str(text)
     half = limit // 2
     if len(whole) > limit:
@@ -53,7 +53,7 @@ def quoted(text: object, limit: int = 120) -> str:
     return f"{shown[:half]}...{shown[3 - half :]}"
 
 
-# ---- files ----------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -116,10 +116,8 @@ def _remove_stale(folder: str, stem: str) -> None:
     """Remove `atomic_file`'s temporary files of this stem whose process has ended."""
     with suppress(OSError):  # a folder that may not be listed can still be written to
         for name in os.listdir(folder):
-            if not name.startswith(stem):
-                continue
             number, dash, rest = name.removeprefix(stem).partition("-")
-            if number.isdecimal() and dash and len(rest) == 8:
+            if name.startswith(stem) and number.isdecimal() and dash and len(rest) == 8:
                 path = os.path.join(folder, name)
                 if path not in _being_written and not _is_another(int(number)):
                     os.unlink(path)
@@ -176,7 +174,7 @@ def require_folder(path: PathLike, what: str) -> None:
         raise NotADirectoryError(errno.ENOTDIR, f"the {what} must be a folder", name)
 
 
-# ---- JSON -----------------------------------------------------------------------------------------
+# ---- JSON ----------------------------------------------------------------------------------------
 
 
 def parse_json(
@@ -251,7 +249,7 @@ def write_json(path: PathLike, value: dict[str, Any]) -> None:
 
 @contextmanager
 def json_after(path: PathLike, value: dict[str, Any]) -> Iterator[None]:
-    """`write_json`, whose file becomes real after the block: two files change together or not at all.
+    """`write_json`, whose file becomes real after the block, so that two files change together.
 
     Objects inside keep their order, which can matter: in a rank_pattern the first match counts.
     """

@@ -35,8 +35,7 @@ BLOCK = 1 << 16
 
 def row_blocks(shape: Sequence[int]) -> list[slice]:
     """The rows of an array as slices of about BLOCK numbers each."""
-    row_size = max(1, math.prod(shape[1:]))
-    return blocks(shape[0], BLOCK // row_size)
+    return blocks(shape[0], BLOCK // max(1, math.prod(shape[1:])))
 
 
 def widen(bits: Array) -> Array:
@@ -45,7 +44,7 @@ def widen(bits: Array) -> Array:
 
 
 def bf16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """float32 with the values of bfloat16 bits (uint16, same shape), exact for all 65,536 patterns."""
+    """float32 with the values of bfloat16 bits (uint16), exact for all 65,536 patterns."""
     wide = np.asarray(bits).astype(np.uint32)
     wide <<= np.uint32(16)
     return wide.view(np.float32)

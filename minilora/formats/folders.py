@@ -35,7 +35,7 @@ _locked: ContextVar[frozenset[str]] = ContextVar("folders locked", default=froze
 # What flock says where the file system has no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
-# ---- one writer at a time -------------------------------------------------------------------------
+# ---- one writer at a time ------------------------------------------------------------------------
 
 
 @contextmanager
@@ -76,9 +76,8 @@ def locked(out: str | Path) -> Iterator[Path]:
 
 def _open_locked(path: Path) -> int:
     """A descriptor of the file `path`, made if need be, with the lock on it."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     while True:
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             _lock(descriptor, path)
             # The writer before may have removed the file: then others will lock a new one.
@@ -120,18 +119,16 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _warn_unlocked(path: Path, reason: str) -> None:
-    folder = quoted(path.parent)
-    warnings.warn(
-        f"{folder} cannot be locked ({reason}): let no other run write there", stacklevel=2
-    )
+    text = f"{quoted(path.parent)} cannot be locked ({reason}): let no other run write there"
+    warnings.warn(text, stacklevel=2)
 
 
-# ---- which folder ---------------------------------------------------------------------------------
+# ---- which folder --------------------------------------------------------------------------------
 
 
 def require_empty(folder: Path, advice: str = "") -> None:
     """ConfigError if the folder holds anything but its lock; `advice` ends the message."""
-    if any(name != LOCK for name in os.listdir(folder)):
+    if set(os.listdir(folder)) - {LOCK}:
         raise ConfigError(
             f"--out {str(folder)!r} is not empty: choose another folder, or remove it{advice}"
         )
@@ -142,11 +139,9 @@ def numbered_folder(parent: str | Path, stem: str) -> Path:
     Path(parent).mkdir(parents=True, exist_ok=True)
     for number in range(1, 1_000_000):
         folder = Path(parent, f"{stem}-{number:03d}")
-        try:
+        with suppress(FileExistsError):
             folder.mkdir()
             return folder
-        except FileExistsError:
-            continue
     raise ConfigError(f"{str(parent)!r} has no free number for {stem}: remove some of its folders")
 
 
@@ -154,8 +149,9 @@ def require_free_space(out: Path, size: int) -> None:
     """OSError if the disk has less than `size` bytes left: better now than after the training."""
     disk = shutil.disk_usage(out)
     if disk.total and disk.free < size:  # some network file systems report 0 of 0
-        message = f"saving takes {size:,} bytes, the disk has {disk.free:,}"
-        raise OSError(errno.ENOSPC, message, str(out))
+        raise OSError(
+            errno.ENOSPC, f"saving takes {size:,} bytes, the disk has {disk.free:,}", str(out)
+        )
 
 
 def require_outside(out: str | Path, **sources: str | Path) -> None:
@@ -176,7 +172,7 @@ def fingerprint(folder: str | Path) -> dict[str, list[int]]:
     return result
 
 
-# ---- whole or not at all --------------------------------------------------------------------------
+# ---- whole or not at all -------------------------------------------------------------------------
 
 
 @contextmanager
@@ -214,7 +210,7 @@ def new_folder(out: str | Path, inputs: Mapping[str, Any]) -> Iterator[Path]:
 
             def make_way() -> None:
                 (place / LOCK).unlink()
-                place.rmdir()  # fails if another run takes the lock in between: the folder is its own
+                place.rmdir()  # fails if another run takes the lock in between, and has the folder
 
             with whole_folder(stage, place, make_way):
                 _begin(stage, {"out": place.name, **inputs})

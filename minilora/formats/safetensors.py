@@ -33,11 +33,11 @@ from .dtypes import bf16_to_float32
 
 Array = NDArray[Any]
 
-# The order is the reference writer's: wide types first, so that every array is aligned without gaps.
-# NumPy has no bfloat16; its bits travel as uint16.
+# The order is the reference writer's: wide types first, so that arrays are aligned without gaps.
+# NumPy lacks bfloat16; its bits travel as uint16.
 CODES = {
-    "U64": "<u8", "I64": "<i8", "F64": "<f8", "F32": "<f4", "U32": "<u4", "I32": "<i4", "BF16": "<u2",
-    "F16": "<f2", "U16": "<u2", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?",
+    "U64": "<u8", "I64": "<i8", "F64": "<f8", "F32": "<f4", "U32": "<u4", "I32": "<i4",
+    "BF16": "<u2", "F16": "<f2", "U16": "<u2", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
 DTYPES = {name: np.dtype(code) for name, code in CODES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
@@ -51,11 +51,11 @@ MAX_METADATA = 10_000  # texts; the metadata that trainers write hold about a hu
 SMALLEST_ENTRY = 49
 ENTRY_VALUES = 8
 
-# ---- reading --------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 class _Stored(NamedTuple):
-    """One tensor in a file: its dtype under the format's name, its shape, its bytes after the header."""
+    """A tensor in a file: the format's name of its dtype, its shape, its place after the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -139,7 +139,7 @@ class SafetensorsFile:
         return _Stored(dtype, shape, begin, end)
 
     def _check_offsets(self, size: int) -> None:
-        """One walk in the order of the offsets excludes every hole, overlap, extra or missing byte."""
+        """A walk in the order of the offsets excludes holes, overlaps, extra and missing bytes."""
         place = 0
         for begin, end, name in sorted((e.begin, e.end, name) for name, e in self._entries.items()):
             if begin != place:
@@ -169,9 +169,9 @@ class SafetensorsFile:
     def _entry(self, name: str) -> _Stored:
         if name not in self._entries:
             known = ", ".join(quoted(key, 60) for key in self.keys()[:3])
-            count = len(self._entries)
             raise FormatError(
-                f"{self._where}: no tensor {quoted(name)} among its {count} ({known}, ...)"
+                f"{self._where}: no tensor {quoted(name)} among its {len(self._entries)} "
+                f"({known}, ...)"
             )
         return self._entries[name]
 
@@ -206,7 +206,7 @@ class SafetensorsFile:
         return stored.astype(stored.dtype.newbyteorder("="), copy=False)
 
     def read(self, name: str, dtype: DTypeLike | None = None) -> Array:
-        """One tensor as `read_bits` gives it, BF16 widened exactly to float32, in `dtype` if given."""
+        """One tensor as `read_bits` gives it, BF16 widened to float32, in `dtype` if given."""
         array = self.read_bits(name)
         if self.dtype(name) == "BF16":
             array = bf16_to_float32(array)
@@ -232,12 +232,12 @@ def load_file(path: PathLike) -> dict[str, Array]:
         return {name: file.read(name) for name in file}
 
 
-# ---- writing --------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: what its header entry says, and `read`, which makes the array in turn.
+    """A tensor to be written: what its header entry says, and `read`, which makes the array.
 
     `dtype` is the format's name; a "BF16" entry makes uint16 bits.
     """
@@ -266,15 +266,26 @@ def write_stream(
             raise FormatError(
                 f"{where}: tensor {quoted(entry.name)}: unsupported dtype {quoted(entry.dtype)}"
             )
-    place = {dtype: index for index, dtype in enumerate(DTYPES)}
-    entries.sort(key=lambda entry: (place[entry.dtype], entry.name))
+    order = list(DTYPES)
+    entries.sort(key=lambda entry: (order.index(entry.dtype), entry.name))
     header = _header(where, entries, {"format": "pt"} if metadata is None else metadata)
     with Workers(1) as workers, atomic_file(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         arrays = workers.map(lambda entry: entry.read(), entries, ahead=1)
         with closing(arrays):  # no `read` goes on when this has failed
             for entry, array in zip(entries, arrays, strict=True):
-                file.write(_to_stored(where, entry, array).data)
+                expected = DTYPES[entry.dtype]
+                if array.dtype.newbyteorder("<") != expected or array.shape != entry.shape:
+                    raise FormatError(
+                        f"{where}: tensor {quoted(entry.name)} was announced as {expected} "
+                        f"{entry.shape}, but came as {array.dtype} {array.shape}"
+                    )
+                if (
+                    entry.dtype == "BOOL"
+                ):  # in memory a bool may be any byte, in a file it is 0 or 1
+                    array = array.view(np.uint8) != 0
+                stored = np.ascontiguousarray(array, expected).reshape(-1)
+                file.write(stored.view(np.uint8).data)
                 start_writeback(file)
 
 
@@ -301,19 +312,6 @@ def _header(where: str, entries: list[Entry], metadata: Mapping[str, str]) -> by
     except UnicodeError as error:
         raise FormatError(f"{where}: a name is not valid Unicode: {error}") from None
     return text + b" " * (-len(text) % 8)
-
-
-def _to_stored(where: str, entry: Entry, array: Array) -> Array:
-    """The array's bytes as the file holds them, uint8 (n,). FormatError if it is not as announced."""
-    expected = DTYPES[entry.dtype]
-    if array.dtype.newbyteorder("<") != expected or array.shape != entry.shape:
-        raise FormatError(
-            f"{where}: tensor {quoted(entry.name)} was announced as {expected} {entry.shape}, "
-            f"but came as {array.dtype} {array.shape}"
-        )
-    if entry.dtype == "BOOL":  # in memory a bool may be any byte, in a file it is 0 or 1
-        array = array.view(np.uint8) != 0
-    return np.ascontiguousarray(array, expected).reshape(-1).view(np.uint8)
 
 
 def save_file(

@@ -881,7 +881,7 @@ BAD = [
     (
         f"{F} --data wordy.jsonl",
         3,
-        "'wordy.jsonl' line 1: there is nothing to learn: its first 45 of 52 tokens",
+        "'wordy.jsonl' line 1: nothing to learn: its first 45 of 52 tokens",
     ),
     (f"{F} --data missing.jsonl", 4, "missing.jsonl"),
     *[
