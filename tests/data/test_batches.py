@@ -29,7 +29,7 @@ def windows(draw):
 
 
 @given(windows(), st.integers(0, 30))
-def test_targets_are_the_ids_one_position_later(cut, step):
+def test_windows_targets_are_the_ids_one_position_later(cut, step):
     batch = cut.batch(step)
     assert batch.ids.shape == batch.targets.shape == (cut.batch_size, cut.context)
     assert batch.ids.dtype == batch.targets.dtype == np.int64
@@ -46,7 +46,7 @@ def test_targets_are_the_ids_one_position_later(cut, step):
 
 
 @given(windows())
-def test_each_epoch_visits_each_window_once(cut):
+def test_windows_visits_each_window_once_per_epoch(cut):
     n, steps = len(cut), 3 * len(cut) // cut.batch_size + 1
     starts = np.concatenate([cut.batch(step).ids[:, 0] for step in range(steps)])
     for epoch in range(3):
@@ -60,7 +60,7 @@ def test_each_epoch_visits_each_window_once(cut):
 
 
 @given(windows(), st.lists(st.integers(0, 60), max_size=8))
-def test_a_batch_depends_on_no_batch_before_it(cut, history):
+def test_windows_batch_depends_on_no_batch_before_it(cut, history):
     fresh = [
         data.Windows(cut.tokens, cut.context, cut.batch_size, cut.seed).batch(step)
         for step in history
@@ -69,7 +69,7 @@ def test_a_batch_depends_on_no_batch_before_it(cut, history):
         assert np.array_equal(cut.batch(step).ids, batch.ids)
 
 
-def test_order_and_offset_differ_from_epoch_to_epoch_and_seed_to_seed():
+def test_windows_order_and_offset_differ_between_epochs_and_seeds():
     tokens = np.arange(1000)
     epochs = [
         data.Windows(tokens, 9, 110, seed).batch(epoch).ids[:, 0]
@@ -82,7 +82,7 @@ def test_order_and_offset_differ_from_epoch_to_epoch_and_seed_to_seed():
     assert len(set(offsets)) == 10
 
 
-def test_every_window_is_as_likely_to_come_first():
+def test_windows_order_is_uniform():
     # Chi-square over 1,000 epochs with 9 degrees of freedom: 33.7 is passed with probability 1e-4.
     cut = data.Windows(np.arange(45), context=4, batch_size=10, seed=3)
     assert len(cut) == 10
@@ -92,7 +92,7 @@ def test_every_window_is_as_likely_to_come_first():
         assert ((counts - 100) ** 2 / 100).sum() < 33.7
 
 
-def test_the_shortest_text_is_one_window():
+def test_windows_takes_a_text_of_one_window():
     batch = data.Windows(np.array([5, 6, 7]), context=2, batch_size=2).batch(4)
     assert batch.ids.tolist() == [[5, 6]] * 2
     assert batch.targets.tolist() == [[6, 7]] * 2
@@ -101,13 +101,13 @@ def test_the_shortest_text_is_one_window():
 
 
 @pytest.mark.parametrize("options", [{"context": 0}, {"batch_size": 0}, {"seed": -1}])
-def test_numbers_that_mean_nothing_are_refused(options):
+def test_windows_refuses_numbers_below_their_least_value(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         data.Windows(np.arange(9), **{"context": 2, "batch_size": 2, **options})
 
 
 @pytest.mark.parametrize("tokens", [np.zeros((3, 3), int), np.zeros(9), np.array(1)])
-def test_tokens_that_are_no_text_are_refused(tokens):
+def test_windows_and_evaluation_windows_refuse_tokens_that_are_not_a_text(tokens):
     with pytest.raises(DataError, match=r"integers \(N,\)"):
         data.Windows(tokens, 2, 2)
     with pytest.raises(DataError, match=r"integers \(N,\)"):
@@ -115,7 +115,7 @@ def test_tokens_that_are_no_text_are_refused(tokens):
 
 
 @given(windows(), st.lists(st.integers(0, 9), max_size=5))
-def test_shards_together_are_the_batch(cut, cuts):
+def test_batch_shards_together_are_the_batch(cut, cuts):
     batch = cut.batch(1)
     places = sorted({0, len(batch), *(min(c, len(batch)) for c in cuts)})
     shards = [batch.shard(a, b) for a, b in pairwise(places)]
@@ -130,13 +130,13 @@ def test_shards_together_are_the_batch(cut, cuts):
         assert np.shares_memory(inner.ids, batch.ids)
 
 
-def test_ignored_targets_do_not_count():
+def test_batch_tokens_does_not_count_ignored_targets():
     batch = data.Batch(np.zeros((2, 3), np.int64), np.array([[1, IGNORE, 0], [IGNORE] * 3]))
     assert (batch.tokens, batch.shard(1, 2).tokens) == (2, 0)
 
 
 @given(st.lists(st.sampled_from(["b", "a", "__base__", "c"]), max_size=9), st.integers(0, 9))
-def test_a_batch_sorted_by_task_is_cut_between_tasks(tasks, first):
+def test_batch_by_task_sorts_stably_and_cuts_between_tasks(tasks, first):
     ids = np.arange(len(tasks))[:, None] + np.zeros((1, 2), np.int64)
     batch = data.Batch(ids, ids + 1, first, tasks)
     parts = batch.by_task()
@@ -156,7 +156,7 @@ def test_a_batch_sorted_by_task_is_cut_between_tasks(tasks, first):
     st.integers(0, 9),
     st.integers(0, 40),
 )
-def test_a_batch_of_several_texts_has_each_task_s_own_windows(sizes, more, seed, step):
+def test_task_windows_has_each_task_s_own_windows(sizes, more, seed, step):
     texts = {
         f"task {i}": np.arange(size, dtype=np.int32) + 1000 * i for i, size in enumerate(sizes)
     }
@@ -172,7 +172,7 @@ def test_a_batch_of_several_texts_has_each_task_s_own_windows(sizes, more, seed,
         assert np.array_equal(batch.targets[rows], alone.targets)
 
 
-def test_texts_that_no_batch_can_hold():
+def test_task_windows_refuses_texts_that_no_batch_can_hold():
     text = np.arange(50)
     for texts, size in (({}, 4), ({"a": text, "b": text}, 1)):
         with pytest.raises(ConfigError, match="cannot hold one of each"):
@@ -186,7 +186,7 @@ def test_texts_that_no_batch_can_hold():
     st.integers(0, 9),
     st.integers(0, 9),
 )
-def test_a_shard_keeps_the_tasks_of_its_sequences(tasks, start, stop):
+def test_batch_shard_keeps_the_tasks_of_its_sequences(tasks, start, stop):
     ids = np.zeros((len(tasks), 2), np.int64)
     batch = data.Batch(ids, ids, 0, tasks)
     assert batch.shard(start, stop).tasks == tasks[start:stop]
@@ -201,7 +201,7 @@ def test_a_shard_keeps_the_tasks_of_its_sequences(tasks, start, stop):
     st.integers(1, 9),
     st.sampled_from([np.uint8, np.int32, np.uint64]),
 )
-def test_evaluation_counts_each_target_once(size, context, batch_size, dtype):
+def test_evaluation_windows_counts_each_target_once(size, context, batch_size, dtype):
     tokens = np.arange(size).astype(dtype) + dtype(100)
     batches = list(data.evaluation_windows(tokens, context, batch_size))
     targets = np.concatenate([batch.targets for batch in batches]).ravel()
@@ -218,7 +218,7 @@ def test_evaluation_counts_each_target_once(size, context, batch_size, dtype):
 
 
 @given(st.integers(2, 300), st.integers(1, 9), st.integers(1, 40))
-def test_a_limited_evaluation_is_spread_over_the_text(size, context, limit):
+def test_evaluation_windows_with_a_limit_are_spread_over_the_text(size, context, limit):
     whole = np.concatenate(
         [b.ids for b in data.evaluation_windows(np.arange(size) + 1, context, 3)]
     )
@@ -234,7 +234,7 @@ def test_a_limited_evaluation_is_spread_over_the_text(size, context, limit):
     assert gaps.min() >= 1
 
 
-def test_evaluation_refuses_what_it_cannot_measure():
+def test_evaluation_windows_refuses_what_it_cannot_measure():
     with pytest.raises(DataError, match="needs at least 2 tokens, has 1"):
         data.evaluation_windows(np.arange(1), 4, 1)
     for options in ((0, 1), (1, 0), (1, 1, 0)):

@@ -101,7 +101,7 @@ def that_day(monkeypatch):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", ALL)
-def test_text_and_ids_are_those_of_transformers(models, that_day, name):
+def test_chat_render_and_encode_agree_with_transformers(models, that_day, name):
     import transformers
 
     folder, chat = models[name]
@@ -124,7 +124,7 @@ def test_text_and_ids_are_those_of_transformers(models, that_day, name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_is_learned_is_what_the_assistant_says_and_where_it_ends(models, name):
+def test_chat_encode_learns_the_assistant_s_turns_and_their_ends(models, name):
     _, chat = models[name]
     text, spans = chat.turns(TALK)
     said = [text[start:end] for start, end in spans]
@@ -152,7 +152,7 @@ def test_what_is_learned_is_what_the_assistant_says_and_where_it_ends(models, na
 
 
 @given(talks())
-def test_every_turn_is_learned_whole_and_nothing_else(models, messages):
+def test_chat_turns_are_whole_and_nothing_else(models, messages):
     for name in ("chatml", "zephyr", "phi", "chatml, marked"):
         _, chat = models[name]
         text, spans = chat.turns(messages)
@@ -166,7 +166,7 @@ def test_every_turn_is_learned_whole_and_nothing_else(models, messages):
         assert [text[start:stop] for start, stop in spans] == [turn + ends[name] for turn in turns]
 
 
-def test_a_token_at_the_edge_of_a_turn_is_learned(tmp_path):
+def test_chat_encode_learns_a_token_at_the_edge_of_a_turn(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     words = {token: i for i, token in enumerate(["a", "b", "c", "ab", "bc"])}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(words, [("a", "b"), ("b", "c")]))
@@ -182,7 +182,7 @@ def test_a_token_at_the_edge_of_a_turn_is_learned(tmp_path):
     assert lesson.size == 3
 
 
-def test_the_template_is_found_where_transformers_finds_it(tmp_path):
+def test_chat_template_comes_from_where_transformers_takes_it(tmp_path):
     def written(template, jinja=None):
         write_tokenizer(tmp_path, template)
         (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
@@ -248,13 +248,13 @@ THINKS += "{% if add_generation_prompt %}[assistant]<plan>{% endif %}"
         ),
     ],
 )
-def test_a_template_that_lets_no_turn_be_told_is_refused(chat_of, template, named):
+def test_chat_encode_refuses_a_template_that_separates_no_turn(chat_of, template, named):
     with pytest.raises(DataError, match=named) as caught:
         chat_of(template).encode(TALK)
     assert "the chat_template in tokenizer_config.json" in str(caught.value)
 
 
-def test_only_turns_that_stay_as_they_were_are_learned(chat_of):
+def test_chat_encode_learns_only_turns_that_stay_as_they_were(chat_of):
     chat = chat_of(QWEN3)
     again = [*TALK, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     lesson = chat.encode(again)
@@ -278,45 +278,47 @@ def test_only_turns_that_stay_as_they_were_are_learned(chat_of):
 USER, TURN = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
-@pytest.mark.parametrize(
-    ("messages", "named"),
-    [
-        ([], "a list of messages, found an empty one"),
-        (None, "a list of messages, found NoneType"),
-        ("text", "a list of messages, found str"),
-        ({"role": "user"}, "a list of messages, found dict"),
-        ([USER], "no message is the assistant's"),
-        ([USER, "b"], "message 2: expected 'role' and 'content' and no other key, found str"),
-        (
-            [USER, {"role": "assistant"}],
-            "message 2: expected 'role' and 'content' and no other key, found role",
-        ),
-        ([USER, {}], "message 2: expected 'role' and 'content' and no other key, found nothing"),
-        ([USER, {**TURN, "tool_calls": []}], "no other key, found content, role, tool_calls"),
-        (
-            [USER, {**TURN, "role": "tool"}],
-            "message 2: expected a role of system, user, assistant, found 'tool'",
-        ),
-        ([USER, {**TURN, "role": None}], "found 'None'"),
-        ([USER, {**TURN, "role": ["user"]}], "expected a role of"),
-        (
-            [{**USER, "content": [{"type": "text", "text": "a"}]}, TURN],
-            "message 1: expected 'content' to be a text, found list",
-        ),
-        (
-            [{**USER, "content": None}, TURN],
-            "message 1: expected 'content' to be a text, found NoneType",
-        ),
-    ],
+BAD: list[tuple[object, str]] = []
+
+
+def bad(messages: object, message: str) -> None:
+    BAD.append((messages, message))
+
+
+bad([], "a list of messages, found an empty one")
+bad(None, "a list of messages, found NoneType")
+bad("text", "a list of messages, found str")
+bad({"role": "user"}, "a list of messages, found dict")
+bad([USER], "no message is the assistant's")
+bad([USER, "b"], "message 2: expected 'role' and 'content' and no other key, found str")
+bad(
+    [USER, {"role": "assistant"}],
+    "message 2: expected 'role' and 'content' and no other key, found role",
 )
-def test_what_is_no_conversation_is_named(messages, named):
+bad([USER, {}], "message 2: expected 'role' and 'content' and no other key, found nothing")
+bad([USER, {**TURN, "tool_calls": []}], "no other key, found content, role, tool_calls")
+bad(
+    [USER, {**TURN, "role": "tool"}],
+    "message 2: expected a role of system, user, assistant, found 'tool'",
+)
+bad([USER, {**TURN, "role": None}], "found 'None'")
+bad([USER, {**TURN, "role": ["user"]}], "expected a role of")
+bad(
+    [{**USER, "content": [{"type": "text", "text": "a"}]}, TURN],
+    "message 1: expected 'content' to be a text, found list",
+)
+bad([{**USER, "content": None}, TURN], "message 1: expected 'content' to be a text, found NoneType")
+
+
+@pytest.mark.parametrize(("messages", "named"), BAD)
+def test_conversation_names_what_is_wrong(messages, named):
     with pytest.raises(DataError) as caught:
         conversation(messages)
     assert named in str(caught.value)
     assert conversation([USER, TURN]) == [USER, TURN]
 
 
-def test_edges_are_places_in_the_text(tmp_path):
+def test_encode_with_edges_gives_places_in_the_text(tmp_path):
     found = [
         load_tokenizer(write_tokenizer(tmp_path, None, trim_offsets=trim), 1000)
         for trim in (False, True)
@@ -343,27 +345,41 @@ def test_edges_are_places_in_the_text(tmp_path):
 
 # ---- what a template may do -----------------------------------------------------------------------------------------
 
-WRITES = {
-    "{{ {'b': ['<é>', none], 'a': 1}|tojson }}": '{"b": ["<é>", null], "a": 1}',
-    "{{ [1, {}]|tojson(indent=2) }}{{ 'é'|tojson(true) }}": '[\n  1,\n  {}\n]"\\u00e9"',
-    "{{ {'b': 1, 'a': 'é'}|tojson(ensure_ascii=true, sort_keys=true, separators=('', '')) }}": '{"a""\\u00e9""b"1}',
-    "{{ strftime_now('%d %b %Y, 100%%') }}": "26 Jul 2024, 100%",
-    "a\n  {% if true %}\n  b\n  {% endif %}\nc\n": "a\n  b\nc",
-    "{% for i in [1, 2, 3] %}{{ i }}{% if i == 1 %}{% continue %}{% endif %}{% break %}{% endfor %}": "12",
-    "{% set x = 1 %}{% generation %}{{ x }}{% set x = 2 %}{% endgeneration %}{{ x }}": "11",
-    "{{ tools }}{{ documents }}{{ bos_token }}{{ nowhere }}{{ dict(a=1).a }}{{ '<b>' }}": "NoneNone<s>1<b>",
-    "{% set n = namespace({'a': 1}, b=2) %}{% set n.c = 3 %}{{ n.a }}{{ n.b }}{{ n.c }}": "123",
-}
+WRITES: dict[str, str] = {}
+
+
+def writes(template: str, text: str) -> None:
+    WRITES[template] = text
+
+
+writes("{{ {'b': ['<é>', none], 'a': 1}|tojson }}", '{"b": ["<é>", null], "a": 1}')
+writes("{{ [1, {}]|tojson(indent=2) }}{{ 'é'|tojson(true) }}", '[\n  1,\n  {}\n]"\\u00e9"')
+writes(
+    "{{ {'b': 1, 'a': 'é'}|tojson(ensure_ascii=true, sort_keys=true, separators=('', '')) }}",
+    '{"a""\\u00e9""b"1}',
+)
+writes("{{ strftime_now('%d %b %Y, 100%%') }}", "26 Jul 2024, 100%")
+writes("a\n  {% if true %}\n  b\n  {% endif %}\nc\n", "a\n  b\nc")
+writes(
+    "{% for i in [1, 2, 3] %}{{ i }}{% if i == 1 %}{% continue %}{% endif %}{% break %}{% endfor %}",
+    "12",
+)
+writes("{% set x = 1 %}{% generation %}{{ x }}{% set x = 2 %}{% endgeneration %}{{ x }}", "11")
+writes(
+    "{{ tools }}{{ documents }}{{ bos_token }}{{ nowhere }}{{ dict(a=1).a }}{{ '<b>' }}",
+    "NoneNone<s>1<b>",
+)
+writes("{% set n = namespace({'a': 1}, b=2) %}{% set n.c = 3 %}{{ n.a }}{{ n.b }}{{ n.c }}", "123")
 
 
 @pytest.mark.parametrize("template", WRITES)
-def test_it_is_given_what_transformers_gives_it(chat_of, template):
+def test_chat_render_gives_a_template_what_transformers_gives_it(chat_of, template):
     chat = chat_of(template)
     assert [chat.render(TALK), chat.render(TALK)] == [WRITES[template]] * 2
 
 
 @pytest.mark.oracle
-def test_transformers_gives_it_that(that_day):
+def test_chat_render_expectations_are_those_of_transformers(that_day):
     from transformers.utils.chat_template_utils import render_jinja_template
 
     for template, text in WRITES.items():
@@ -375,33 +391,50 @@ def test_transformers_gives_it_that(that_day):
 
 HANGS = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
 TOO_MUCH = "takes too much time or memory: its process ended with SIG"
-HOSTILE = {
-    "{{ 9 ** (9 ** 9) }}": TOO_MUCH,  # before it runs: Jinja computes what is constant
-    HANGS: TOO_MUCH,
-    "{{ 'a' * 9999999999 }}": "MemoryError",
-    "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}": "MemoryError",
-    "{% for i in range(99999) %}{{ messages[0].content }}{{ 'x' * 999 }}{% endfor %}": "it writes more than 1,0",
-    "{{ range(10000000000) }}": "Range too big",
-    "{% macro m() %}{{ m() }}{% endmacro %}\n{{ m() }}": "line 1: maximum recursion depth",
-    "\n{{ ''.__class__.__mro__ }}": "line 2: access to attribute '__class__' of 'str' object is unsafe",
-    "{{ raise_exception.__globals__.x }}": "'__globals__' of 'function' object is unsafe",
-    "{{ (''|attr('__class__')).x }}": "is unsafe",
-    "{% set f = '{0.__class__.x}'.format %}{{ f(1) }}": "is unsafe",
-    "{{ namespace(__html__='{0.__class__}'.format) }}": "a namespace may not have '__html__'",
-    "{% set n = namespace() %}{% set n.__html__ = 1 %}": "a namespace may not have '__html__'",
-    "{{ messages.append(1) }}": "'append' of 'list' object is unsafe",
-    "{% include '/etc/passwd' %}": "no loader for this environment",
-    "{{ '\\ud800' }}": "surrogates not allowed",
-    "{{ raise_exception('\x1b[2J no' * 99999) }}": "the template itself refuses these messages: '\\x1b[2J no",
-    "{{ " + "(" * 99999 + " }}": "recursion depth",
-    "\n\n{% for %}": "line 3: Expected an expression",
-    "{{ 1 / 0 }}": "line 1: division by zero",
-}
+HOSTILE: dict[str, str] = {}
+
+
+def hostile(template: str, message: str) -> None:
+    HOSTILE[template] = message
+
+
+hostile("{{ 9 ** (9 ** 9) }}", TOO_MUCH)
+hostile(HANGS, TOO_MUCH)
+hostile("{{ 'a' * 9999999999 }}", "MemoryError")
+hostile(
+    "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "MemoryError",
+)
+hostile(
+    "{% for i in range(99999) %}{{ messages[0].content }}{{ 'x' * 999 }}{% endfor %}",
+    "it writes more than 1,0",
+)
+hostile("{{ range(10000000000) }}", "Range too big")
+hostile("{% macro m() %}{{ m() }}{% endmacro %}\n{{ m() }}", "line 1: maximum recursion depth")
+hostile(
+    "\n{{ ''.__class__.__mro__ }}",
+    "line 2: access to attribute '__class__' of 'str' object is unsafe",
+)
+hostile("{{ raise_exception.__globals__.x }}", "'__globals__' of 'function' object is unsafe")
+hostile("{{ (''|attr('__class__')).x }}", "is unsafe")
+hostile("{% set f = '{0.__class__.x}'.format %}{{ f(1) }}", "is unsafe")
+hostile("{{ namespace(__html__='{0.__class__}'.format) }}", "a namespace may not have '__html__'")
+hostile("{% set n = namespace() %}{% set n.__html__ = 1 %}", "a namespace may not have '__html__'")
+hostile("{{ messages.append(1) }}", "'append' of 'list' object is unsafe")
+hostile("{% include '/etc/passwd' %}", "no loader for this environment")
+hostile("{{ '\\ud800' }}", "surrogates not allowed")
+hostile(
+    "{{ raise_exception('\x1b[2J no' * 99999) }}",
+    "the template itself refuses these messages: '\\x1b[2J no",
+)
+hostile("{{ " + "(" * 99999 + " }}", "recursion depth")
+hostile("\n\n{% for %}", "line 3: Expected an expression")
+hostile("{{ 1 / 0 }}", "line 1: division by zero")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other limits, or none")
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
-def test_a_hostile_template_is_refused_and_gone(chat_of, number):
+def test_chat_encode_refuses_a_hostile_template(chat_of, number):
     template, named = list(HOSTILE.items())[number]
     chat = chat_of(template, seconds=0.8 if named == TOO_MUCH else 5)
     with pytest.raises(DataError) as caught:
@@ -415,7 +448,7 @@ def test_a_hostile_template_is_refused_and_gone(chat_of, number):
 WHILE_IT_RUNS = 0.3  # seconds after which an interruption comes; it hangs far longer
 
 
-def test_what_hangs_is_ended_where_the_system_sets_no_limits(chat_of):
+def test_chat_encode_ends_a_template_that_hangs_without_limits(chat_of):
     chat = chat_of(HANGS, seconds=100)
     chat.patience = WHILE_IT_RUNS
     with pytest.raises(DataError, match="too much time or memory"):
@@ -425,7 +458,7 @@ def test_what_hangs_is_ended_where_the_system_sets_no_limits(chat_of):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="interrupts itself with a signal")
-def test_an_interruption_leaves_no_process_behind(tmp_path):
+def test_chat_leaves_no_process_behind_after_an_interruption(tmp_path):
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # it is ignored in what runs in the background
@@ -447,7 +480,7 @@ def test_an_interruption_leaves_no_process_behind(tmp_path):
         os.kill(chat.process.pid, 0)
 
 
-def test_a_file_has_one_process_and_it_ends_with_it(tmp_path, monkeypatch):
+def test_read_records_has_one_process_per_file_and_ends_it(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, TEMPLATES["llama2"]), 1000)
     started, popen = [], minilora.data.chat.subprocess.Popen
     monkeypatch.setattr(
@@ -470,7 +503,7 @@ def test_a_file_has_one_process_and_it_ends_with_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="reads them in /proc")
-def test_the_process_has_limits_and_time_in_proportion_to_its_work(chat_of):
+def test_chat_process_has_limits_and_time_in_proportion_to_its_work(chat_of):
     chat = chat_of(TEMPLATES["zephyr"], seconds=3)
 
     def limits():
@@ -489,7 +522,7 @@ def test_the_process_has_limits_and_time_in_proportion_to_its_work(chat_of):
     assert limits()["Max cpu time"] == "11"
 
 
-def test_without_the_package_it_says_how_to_get_it(chat_of, monkeypatch):
+def test_chat_without_jinja2_says_how_to_install_it(chat_of, monkeypatch):
     place = str(Path(jinja2.__file__).parents[1])
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != place])
     with pytest.raises(

@@ -19,13 +19,13 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @given(st.binary(min_size=1))
-def test_a_text_is_read_as_it_is(tmp_path_factory, raw):
+def test_read_text_returns_the_bytes(tmp_path_factory, raw):
     path = tmp_path_factory.getbasetemp() / "text"
     path.write_bytes(raw)
     assert read_text(path) == raw
 
 
-def test_what_is_no_text_is_refused(tmp_path):
+def test_read_text_refuses_what_is_not_a_text(tmp_path):
     (tmp_path / "empty").touch()
     with pytest.raises(DataError, match="empty"):
         read_text(tmp_path / "empty")
@@ -44,13 +44,13 @@ def test_prose_comes_with_python():
     assert len(found) > 50
 
 
-def test_prose_that_is_missing_is_named(monkeypatch):
+def test_prose_names_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(DataError, match="--pretrain-data"):
         prose()
 
 
-def test_code_comes_with_python():
+def test_python_sources_come_with_python():
     found = python_sources()
     names = [name for name, _ in found]
     assert names == sorted(set(names))
@@ -69,7 +69,7 @@ def test_code_comes_with_python():
     assert 400_000 < sum(len(text) for _, text in fewer) <= 500_000
 
 
-def test_only_sources_of_a_standard_library_are_taken(tmp_path, monkeypatch):
+def test_python_sources_takes_only_the_standard_library(tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(DataError, match="without its sources"):
         python_sources()
@@ -91,7 +91,7 @@ DOCUMENTS = st.lists(
 
 
 @given(DOCUMENTS, st.floats(0.01, 0.99), st.integers(0, 100))
-def test_documents_are_held_out_whole(documents, fraction, seed):
+def test_split_holds_out_whole_documents(documents, fraction, seed):
     texts = [text for _, text in documents if text]
     if len(texts) < 2:
         with pytest.raises(DataError, match=f"got {len(texts)}"):
@@ -110,18 +110,18 @@ def test_documents_are_held_out_whole(documents, fraction, seed):
     assert all(size + len(text) > budget for text in train), "no document more would fit"
 
 
-def test_a_document_that_fits_exactly_is_held_out():
+def test_split_holds_out_a_document_that_fits_exactly():
     documents = [(str(i), b"%010d" % i) for i in range(10)]
     assert len(split(documents, 0.2)[1]) == 10 + 1 + 10
 
 
-def test_another_seed_holds_out_other_documents():
+def test_split_depends_on_the_seed():
     documents = [(str(i), b"%d" % (100 + i)) for i in range(50)]
     assert len({split(documents, 0.1, seed)[1] for seed in range(10)}) == 10
 
 
 @given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode), st.floats(0.01, 0.99))
-def test_the_end_of_a_text_is_held_out(text, fraction):
+def test_split_text_holds_out_the_end(text, fraction):
     try:
         train, held = split_text(text, fraction)
     except DataError:
@@ -139,13 +139,13 @@ def test_the_end_of_a_text_is_held_out(text, fraction):
     held.decode()
 
 
-def test_the_cut_moves_by_three_bytes_at_most():
+def test_split_text_moves_the_cut_by_three_bytes_at_most():
     assert split_text(b"\x80" * 10, 0.5) == (b"\x80" * 2, b"\x80" * 8)
     assert split_text("a\U0001f600".encode(), 0.2) == (b"a", "\U0001f600".encode())
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, float("nan")])
-def test_a_fraction_that_holds_out_nothing_or_all_is_refused(fraction):
+def test_split_and_split_text_refuse_a_fraction_outside_0_and_1(fraction):
     with pytest.raises(ConfigError, match="fraction"):
         split([("a", b"a"), ("b", b"b")], fraction)
     with pytest.raises(ConfigError, match="fraction"):
@@ -169,7 +169,7 @@ def test_four_tasks_come_with_python():
     }
 
 
-def test_a_task_without_a_text_is_named(monkeypatch, tmp_path):
+def test_four_tasks_names_a_task_without_a_text(monkeypatch, tmp_path):
     monkeypatch.setattr(np, "get_include", lambda: str(tmp_path))
     with pytest.raises(DataError, match="the texts of task 'c'"):
         four_tasks()

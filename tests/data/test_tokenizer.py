@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @given(st.text())
-def test_bytes_of_a_text_come_back(text):
+def test_byte_tokenizer_decodes_a_text_again(text):
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32
@@ -29,7 +29,7 @@ def test_bytes_of_a_text_come_back(text):
 
 
 @given(st.binary())
-def test_any_bytes_come_back(raw):
+def test_byte_tokenizer_decodes_any_bytes_again(raw):
     tokenizer = ByteTokenizer()
     assert tokenizer.decode_bytes(tokenizer.encode(raw)) == raw
     assert tokenizer.decode(tokenizer.encode(raw)) == raw.decode("utf-8", "replace")
@@ -38,13 +38,13 @@ def test_any_bytes_come_back(raw):
     assert tokenizer.decode(tokenizer.encode(argument), errors="surrogateescape") == argument
 
 
-def test_half_of_a_surrogate_pair_has_no_bytes():
+def test_byte_tokenizer_refuses_half_of_a_surrogate_pair():
     with pytest.raises(DataError, match="character 2 "):
         ByteTokenizer().encode("ab\ud83d")
 
 
 @given(st.lists(st.integers(-5, 600)))
-def test_an_id_that_is_no_byte_is_a_replacement_character(ids):
+def test_byte_tokenizer_decodes_other_ids_as_replacement_characters(ids):
     pieces = [bytes([i]) if 0 <= i < 256 else "\ufffd".encode() for i in ids]
     assert ByteTokenizer().decode(np.array(ids, int)) == b"".join(pieces).decode("utf-8", "replace")
 
@@ -56,7 +56,7 @@ def saved(tmp_path_factory):
     return directory
 
 
-def test_the_tokenizers_package_gives_the_same_ids(saved):
+def test_byte_tokenizer_save_gives_the_tokenizers_package_the_same_ids(saved):
     theirs = pytest.importorskip("tokenizers").Tokenizer.from_file(str(saved / "tokenizer.json"))
     assert theirs.get_vocab_size() == 256
     ours = ByteTokenizer()
@@ -80,7 +80,7 @@ def test_the_tokenizers_package_gives_the_same_ids(saved):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("model", [None, "llama"])
-def test_transformers_gives_the_same_ids(saved, tmp_path, model):
+def test_byte_tokenizer_save_gives_transformers_the_same_ids(saved, tmp_path, model):
     transformers = pytest.importorskip("transformers")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(saved / name, tmp_path)
@@ -107,7 +107,7 @@ def test_transformers_gives_the_same_ids(saved, tmp_path, model):
     assert load_tokenizer(again, 256) == ByteTokenizer()
 
 
-def test_our_own_file_needs_no_package(saved, monkeypatch):
+def test_load_tokenizer_reads_its_own_file_without_the_package(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert load_tokenizer(saved, 256) == ByteTokenizer()
     assert load_tokenizer(saved, 300).note == ""
@@ -115,7 +115,7 @@ def test_our_own_file_needs_no_package(saved, monkeypatch):
         load_tokenizer(saved, 255)
 
 
-def test_without_a_file_texts_are_bytes_and_the_tokenizer_says_so(tmp_path):
+def test_load_tokenizer_without_a_file_gives_bytes_and_a_note(tmp_path):
     tokenizer = load_tokenizer(tmp_path, 256)
     assert isinstance(tokenizer, ByteTokenizer)
     assert "no tokenizer.json" in tokenizer.note
@@ -126,7 +126,7 @@ def test_without_a_file_texts_are_bytes_and_the_tokenizer_says_so(tmp_path):
     assert "tokenizer.model cannot be used" in load_tokenizer(tmp_path, 256).note
 
 
-def test_what_does_not_change_the_ids_does_not_make_another_tokenizer(saved, tmp_path, monkeypatch):
+def test_load_tokenizer_ignores_fields_that_change_no_id(saved, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     template = {
         "type": "TemplateProcessing",
@@ -166,9 +166,7 @@ def changed(saved, tmp_path, change):
         lambda f: f.pop("model"),
     ],
 )
-def test_any_other_file_needs_the_package_and_says_how_to_get_it(
-    saved, tmp_path, monkeypatch, change
-):
+def test_load_tokenizer_says_how_to_install_the_package(saved, tmp_path, monkeypatch, change):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(DataError, match=r"pip install -e .\[hf\]"):
         load_tokenizer(changed(saved, tmp_path, change), 256)
@@ -192,7 +190,7 @@ def trained(directory):
     return made
 
 
-def test_a_tokenizer_of_the_hub(tmp_path):
+def test_hub_tokenizer_gives_the_package_s_ids(tmp_path):
     theirs = trained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"x": 1}')
     ours = load_tokenizer(tmp_path, 512)
@@ -232,13 +230,13 @@ def test_a_tokenizer_of_the_hub(tmp_path):
         lambda f: f["model"].update(type="Unheard"),
     ],
 )
-def test_a_tokenizer_that_makes_no_sense_is_refused(saved, tmp_path, change):
+def test_load_tokenizer_refuses_an_unusable_file(saved, tmp_path, change):
     pytest.importorskip("tokenizers")
     with pytest.raises(DataError, match=r"tokenizer\.json"):
         load_tokenizer(changed(saved, tmp_path, change), 256)
 
 
-def test_a_damaged_tokenizer_file_is_refused(tmp_path):
+def test_load_tokenizer_refuses_a_damaged_file(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 1, "a": 2}}}')
     with pytest.raises(FormatError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path, 256)

@@ -56,7 +56,7 @@ def killed_while_writing(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "a", "ü" * 60, "x.tmp-1-abcdefgh"])
-def test_what_a_killed_writer_left_goes_with_the_next_write(name, tmp_path):
+def test_atomic_file_removes_what_a_killed_writer_left(name, tmp_path):
     path = tmp_path / name
     write(path, b"old")
     for _ in range(2):
@@ -68,7 +68,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(name, tmp_path):
     assert path.read_bytes() == b"new"
 
 
-def test_what_is_not_ours_or_still_in_use_stays(tmp_path):
+def test_atomic_file_leaves_files_of_others_and_files_in_use(tmp_path):
     dead = gone()
     stays = [
         f".other.tmp-{dead}-0123abcd",  # of another file
@@ -93,7 +93,7 @@ def test_what_is_not_ours_or_still_in_use_stays(tmp_path):
     assert beside(tmp_path) == sorted({*stays, "a"})  # the parent may be process 1
 
 
-def test_two_threads_that_write_one_file_do_not_remove_each_other_s(tmp_path):
+def test_atomic_file_may_be_used_by_two_threads_at_once(tmp_path):
     both, done = threading.Barrier(2, timeout=60), []
 
     def work(content: bytes) -> None:
@@ -114,7 +114,7 @@ def test_two_threads_that_write_one_file_do_not_remove_each_other_s(tmp_path):
     assert (tmp_path / "a").read_bytes() in (b"one", b"two")
 
 
-def test_a_folder_that_may_not_be_listed_can_be_written_to(tmp_path, monkeypatch):
+def test_atomic_file_writes_into_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(path)
 
@@ -147,7 +147,9 @@ def adapter(value: int):
 @pytest.mark.parametrize("make", [model, adapter])
 @pytest.mark.parametrize("wrong", [no_room, no_disk, stay_full, power_off])
 @pytest.mark.parametrize("over", [False, True], ids=["into an empty folder", "over an older one"])
-def test_a_fault_at_any_change_leaves_each_file_whole(make, wrong, over, tmp_path):
+def test_save_pretrained_leaves_each_file_whole_after_a_fault_at_any_change(
+    make, wrong, over, tmp_path
+):
     before, new = tmp_path / "before", make(2)
     before.mkdir()
     if over:

@@ -32,7 +32,7 @@ def rewrite(folder: Path, tensors: dict[str, np.ndarray]) -> None:
     save_file(folder / "model.safetensors", tensors)
 
 
-def test_gpt2_s_layers_lie_transposed_even_where_they_are_square(tmp_path: Path) -> None:
+def test_save_pretrained_transposes_gpt2_s_layers_even_square_ones(tmp_path: Path) -> None:
     model, tensors = saved(tmp_path, "gpt2")
     assert "lm_head.weight" not in tensors  # it is the embedding
     own, turned_ones = dict(model.named_parameters()), 0
@@ -59,7 +59,7 @@ def test_gpt2_s_layers_lie_transposed_even_where_they_are_square(tmp_path: Path)
     st.sampled_from([*MODEL_TYPES, "another"]),
     st.sampled_from(["c_attn", "q_proj", "lm_head", "my_c_attn", "wte"]),
 )
-def test_to_turn_twice_is_not_to_turn(kind: str, layer: str) -> None:
+def test_to_file_layout_is_its_own_inverse(kind: str, layer: str) -> None:
     array = np.arange(6.0).reshape(2, 3)
     for tensor in ("weight", "bias", "lora_A.weight"):
         key = f"h.0.{layer}.{tensor}"
@@ -74,7 +74,9 @@ def test_to_turn_twice_is_not_to_turn(kind: str, layer: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
-def test_keys_with_and_without_the_decoder_s_name(tmp_path: Path, kind: str) -> None:
+def test_from_pretrained_reads_keys_with_and_without_the_decoder_s_name(
+    tmp_path: Path, kind: str
+) -> None:
     model, tensors = saved(tmp_path, kind)
     prefix = "transformer." if kind == "gpt2" else "model."
     rewrite(tmp_path, {key.removeprefix(prefix): array for key, array in tensors.items()})
@@ -91,7 +93,7 @@ def test_keys_with_and_without_the_decoder_s_name(tmp_path: Path, kind: str) -> 
         CausalLM.from_pretrained(tmp_path)
 
 
-def test_buffers_of_old_files_are_passed_over_and_nothing_else(tmp_path: Path) -> None:
+def test_from_pretrained_skips_buffers_of_old_files_and_nothing_else(tmp_path: Path) -> None:
     model, tensors = saved(tmp_path, "gpt2")
     mask = np.ones((1, 1, 32, 32), np.float32)
     buffers = {
@@ -104,7 +106,7 @@ def test_buffers_of_old_files_are_passed_over_and_nothing_else(tmp_path: Path) -
         CausalLM.from_pretrained(tmp_path)
 
 
-def test_a_weight_that_lies_the_wrong_way_is_refused_by_its_shape_in_the_file(
+def test_from_pretrained_refuses_a_weight_that_is_not_transposed(
     tmp_path: Path,
 ) -> None:
     _, tensors = saved(tmp_path, "gpt2")
@@ -117,7 +119,7 @@ def test_a_weight_that_lies_the_wrong_way_is_refused_by_its_shape_in_the_file(
 
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
-def test_shards_are_the_whole_and_a_missing_one_is_named(tmp_path: Path, kind: str) -> None:
+def test_from_pretrained_reads_shards_and_names_a_missing_one(tmp_path: Path, kind: str) -> None:
     model, tensors = saved(tmp_path, kind)
     (tmp_path / "model.safetensors").unlink()
     names = [f"model-0000{i + 1}-of-00003.safetensors" for i in range(3)]
@@ -135,7 +137,9 @@ def test_shards_are_the_whole_and_a_missing_one_is_named(tmp_path: Path, kind: s
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
 @pytest.mark.parametrize("stored", ["F16", "BF16"])
-def test_half_precision_files_are_widened_exactly(tmp_path: Path, kind: str, stored: str) -> None:
+def test_from_pretrained_widens_half_precision_exactly(
+    tmp_path: Path, kind: str, stored: str
+) -> None:
     _, tensors = saved(tmp_path, kind)
     rounded = {}
     entries = []
@@ -156,7 +160,7 @@ def test_half_precision_files_are_widened_exactly(tmp_path: Path, kind: str, sto
 
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
-def test_a_quantised_base_with_an_adapter_is_saved_as_what_it_computes(
+def test_save_pretrained_saves_a_merged_quantised_base_as_what_it_computes(
     tmp_path: Path, kind: str
 ) -> None:
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
@@ -167,7 +171,7 @@ def test_a_quantised_base_with_an_adapter_is_saved_as_what_it_computes(
 
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
-def test_layers_of_codes_are_those_of_the_weight_as_it_is_here(tmp_path: Path, kind: str) -> None:
+def test_from_pretrained_reads_codes_without_transposing_them(tmp_path: Path, kind: str) -> None:
     """Never turned: bitsandbytes codes GPT-2's layers as (out, in), too."""
     model = quantize(randomised(shape(kind, hidden_size=32, head_dim=None), "float32").eval())
     model.save_pretrained(tmp_path)
@@ -188,7 +192,7 @@ def test_layers_of_codes_are_those_of_the_weight_as_it_is_here(tmp_path: Path, k
 
 
 @pytest.mark.parametrize("saved_module", ["attn.c_proj", "mlp", "ln_f", "wpe"])
-def test_a_copied_layer_lies_in_an_adapter_s_file_as_in_the_base_s(
+def test_save_pretrained_stores_a_copied_layer_as_the_base_does(
     tmp_path: Path, saved_module: str
 ) -> None:
     config = LoraConfig(
@@ -210,7 +214,9 @@ def test_a_copied_layer_lies_in_an_adapter_s_file_as_in_the_base_s(
 
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
-def test_default_targets_and_fan_in_fan_out_follow_the_type(tmp_path: Path, kind: str) -> None:
+def test_lora_config_default_targets_and_fan_in_fan_out_follow_the_type(
+    tmp_path: Path, kind: str
+) -> None:
     model = get_peft_model(randomised(shape(kind), "float32"), LoraConfig(r=2))
     assert model.peft_config["default"].target_modules == DEFAULT_TARGETS[kind]
     model.save_pretrained(tmp_path)
@@ -229,13 +235,13 @@ def test_default_targets_and_fan_in_fan_out_follow_the_type(tmp_path: Path, kind
             get_peft_model(randomised(shape(kind)), again)
 
 
-def test_all_linear_layers_are_not_the_head() -> None:
+def test_get_peft_model_all_linear_leaves_out_the_head() -> None:
     model = randomised(shape("gpt2"), "float32")
     everything = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).state_dict()
     assert len(everything) == 2 * 2 * 4  # A and B, two blocks, four layers each: not the head
 
 
-def test_targets_inside_a_module_that_is_saved_whole_are_passed_over() -> None:
+def test_get_peft_model_skips_targets_inside_a_module_to_save() -> None:
     """PEFT's own files of "all-linear" name them, and load."""
     inside = [f"transformer.h.{i}.mlp.{name}" for i in range(2) for name in ("c_fc", "c_proj")]
     config = LoraConfig(r=2, target_modules=["c_attn", *inside], modules_to_save=["mlp"])
