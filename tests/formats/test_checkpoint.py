@@ -1,4 +1,4 @@
-"""Folders of models and adapters, and the disk below them: whole or not at all, and never outside."""
+"""Atomic files, JSON, and the folders of models and adapters: whole or not at all, never outside."""
 
 from __future__ import annotations
 
@@ -89,17 +89,21 @@ def test_atomic_file_syncs_the_bytes_before_the_rename_and_the_folder_after_it(
     tmp_path, monkeypatch
 ):
     calls = []
-    fsync, replace = os.fsync, os.replace
+    fsync = os.fsync
+    replace = os.replace
 
-    def kind(descriptor: int) -> str:
-        return (
-            "folder"
-            if stat.S_ISDIR(os.fstat(descriptor).st_mode)
-            else f"{os.fstat(descriptor).st_size} bytes"
-        )
+    def watched_fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        is_folder = stat.S_ISDIR(status.st_mode)
+        calls.append("fsync folder" if is_folder else f"fsync {status.st_size} bytes")
+        fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(f"fsync {kind(fd)}"), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    def watched_replace(source: str, target: str) -> None:
+        calls.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
     with atomic_file(tmp_path / "a") as file:
         file.write(b"12345")
     assert calls == ["fsync 5 bytes", "replace", "fsync folder"]
@@ -109,10 +113,10 @@ def test_atomic_file_syncs_the_bytes_before_the_rename_and_the_folder_after_it(
 def test_atomic_file_follows_the_umask_and_keeps_an_old_file_s_mode(tmp_path, umask):
     before = os.umask(umask)
     try:
-        for path, mode in (tmp_path / "new", 0o666 & ~umask), (tmp_path / "old", 0o640):
-            if path.name == "old":
-                path.touch()
-                path.chmod(mode)
+        old = tmp_path / "old"
+        old.touch()
+        old.chmod(0o640)
+        for path, mode in (tmp_path / "new", 0o666 & ~umask), (old, 0o640):
             with atomic_file(path) as file:
                 file.write(b"x")
             assert stat.S_IMODE(path.stat().st_mode) == mode
@@ -153,9 +157,8 @@ def test_atomic_file_takes_the_longest_name_of_a_file_system(tmp_path):
 
 # ---- JSON ----
 
-TEXT = st.text(
-    st.characters(exclude_categories=["Cs"]), max_size=5
-)  # halves of surrogate pairs are not text
+CHARACTERS = st.characters(exclude_categories=["Cs"])  # halves of surrogate pairs are not text
+TEXT = st.text(CHARACTERS, max_size=5)
 NUMBERS = st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXT,
@@ -170,9 +173,7 @@ def test_write_json_and_read_json_return_the_same_value(tmp_path_factory, value)
     write_json(path, value)
     assert read_json(path) == value
     text = path.read_text(encoding="utf-8")
-    assert (
-        text == json.dumps({key: value[key] for key in sorted(value)}, indent=2) + "\n"
-    )  # inside, as it was
+    assert text == json.dumps(dict(sorted(value.items())), indent=2) + "\n", "inside, as it was"
     assert text.isascii()
 
 
@@ -232,8 +233,9 @@ def test_parse_json_has_exact_bounds(tmp_path):
     for bounds in ({"depth": 2}, {"values": 5}, {"values": 2}):
         with pytest.raises(FormatError, match=r"nested deeper|lists, objects and texts"):
             parse_json(data, "x", **bounds)
+    # Four deep, also after lists that were closed.
     with pytest.raises(FormatError, match="nested deeper"):
-        parse_json(b'{"a": [[], [], [[]]]}', "x", depth=3)  # four deep, also after what was closed
+        parse_json(b'{"a": [[], [], [[]]]}', "x", depth=3)
     (tmp_path / "a").write_bytes(data)
     assert read_json(tmp_path / "a", limit=len(data))
     with pytest.raises(FormatError, match="expected at most"):
@@ -258,11 +260,12 @@ def test_read_json_reads_regular_files_only(tmp_path):
         read_json(tmp_path / "absent")
 
 
-@pytest.mark.parametrize(
-    "value",
-    [{"a": float("nan")}, {"a": float("inf")}, {"a": {1, 2}}, {"a": np.float32(1)}, {"a": "\ud800"}, {1: 2, "1": 3},
-     {"a": 2**70}, [], {"a": b""}],
-)  # fmt: skip
+UNREADABLE = [[], {1: 2, "1": 3}]
+UNREADABLE += [{"a": value} for value in (float("nan"), float("inf"), {1, 2}, np.float32(1))]
+UNREADABLE += [{"a": value} for value in ("\ud800", 2**70, b"")]
+
+
+@pytest.mark.parametrize("value", UNREADABLE)
 def test_write_json_refuses_what_could_not_be_read_back(tmp_path, value):
     (tmp_path / "a").write_bytes(b"old")
     with pytest.raises(ConfigError, match="cannot be written as JSON") as caught:
@@ -280,7 +283,7 @@ def test_write_json_refuses_circular_and_too_deep_values(tmp_path):
     for value in (circle, deep):
         with pytest.raises(ConfigError):
             write_json(tmp_path / "a", value)
-    while deep:  # taken apart by hand: CPython 3.10 would free so deep a nest by recursion
+    while deep:  # to free such a deep nest at once, CPython 3.10 would recurse
         deep = deep.pop("a")
     assert contents(tmp_path) == {}
 
@@ -306,15 +309,16 @@ def test_quoted_is_short_and_printable(text, limit):
 
 def split(folder: Path, shards: int = 3) -> dict[str, str]:
     """Rewrite a whole checkpoint as shards; returns the weight map."""
+    weight_map = {}
+    parts: dict[str, dict[str, np.ndarray]] = {}
     with Checkpoint(folder) as whole:
-        tensors = {key: whole.read(key) for key in whole.keys()}
+        for i, key in enumerate(whole):
+            shard = f"model-{1 + i % shards:05}-of-{shards:05}.safetensors"
+            weight_map[key] = shard
+            parts.setdefault(shard, {})[key] = whole.read(key)
     (folder / "model.safetensors").unlink()
-    name = "model-{:05}-of-" + f"{shards:05}.safetensors"
-    weight_map = {key: name.format(1 + i % shards) for i, key in enumerate(tensors)}
-    for shard in set(weight_map.values()):
-        save_file(
-            folder / shard, {key: tensors[key] for key in tensors if weight_map[key] == shard}
-        )
+    for shard, tensors in parts.items():
+        save_file(folder / shard, tensors)
     write_index(folder, weight_map)
     return weight_map
 
@@ -333,35 +337,33 @@ def model(tmp_path) -> Path:
 def test_write_checkpoint_rewrites_a_golden_model(tmp_path, name):
     config, checkpoint = read_checkpoint(GOLDEN / name)
     with checkpoint:
-        tensors = {key: checkpoint.read(key) for key in checkpoint.keys()}
+        tensors = {key: checkpoint.read(key) for key in checkpoint}
+        assert checkpoint.keys() == list(tensors)
         assert config["model_type"] == name.partition("_")[0]
-        norm, width = (
-            ("transformer.ln_f.weight", "n_embd")
-            if name == "gpt2"
-            else ("model.norm.weight", "hidden_size")
-        )
+        norm, width = "model.norm.weight", "hidden_size"
+        if name == "gpt2":
+            norm, width = "transformer.ln_f.weight", "n_embd"
         assert checkpoint.shape(norm) == (config[width],)
         assert checkpoint.dtype(norm) == "F32"
         assert len(checkpoint) == len(tensors)
         assert checkpoint.read(norm, "float64").dtype == np.float64
     with pytest.raises(ValueError, match="closed"):
         checkpoint.read(norm)
-    write_checkpoint(tmp_path / "new" / "deep", config, tensors)
-    assert sorted(os.listdir(tmp_path / "new" / "deep")) == ["config.json", "model.safetensors"]
-    assert read_json(tmp_path / "new" / "deep" / "config.json") == read_json(
-        GOLDEN / name / "config.json"
-    )
-    written = (tmp_path / "new" / "deep" / "model.safetensors").read_bytes()
+    new = tmp_path / "new" / "deep"
+    write_checkpoint(new, config, tensors)
+    assert sorted(os.listdir(new)) == ["config.json", "model.safetensors"]
+    assert read_json(new / "config.json") == read_json(GOLDEN / name / "config.json")
+    written = (new / "model.safetensors").read_bytes()
     assert written == (GOLDEN / name / "model.safetensors").read_bytes()
 
 
 def test_read_checkpoint_joins_shards(model):
     with Checkpoint(model) as whole:
-        expected = {key: whole.read(key) for key in whole.keys()}
+        expected = {key: whole.read(key) for key in whole}
     before = open_descriptors()
     split(model)
     with read_checkpoint(model)[1] as checkpoint:
-        assert set(checkpoint.keys()) == set(expected)
+        assert set(checkpoint) == set(checkpoint.keys()) == set(expected)
         for key, array in expected.items():
             assert key in checkpoint
             assert np.array_equal(checkpoint.read(key), array)
@@ -390,122 +392,115 @@ def test_write_checkpoint_writes_the_weights_before_the_config(model, monkeypatc
     assert contents(model) == before
 
 
-def hostile_index(change: Callable[[Path, dict[str, str]], object]) -> Callable[[Path], None]:
+Change = Callable[[Path, dict[str, str]], object]
+HOSTILE_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {}
+
+
+def hostile_model(case: str, message: str, prepare: Callable[[Path], object]) -> None:
+    HOSTILE_MODELS[case] = prepare, message
+
+
+def hostile_index(case: str, message: str, change: Change) -> None:
+    """A model in shards. `change` edits the folder or the weight map, or returns another one."""
+
     def prepare(folder: Path) -> None:
         weight_map = split(folder)
         changed = change(folder, weight_map)
         write_index(folder, weight_map if changed is None else changed)
 
-    return prepare
+    hostile_model(case, message, prepare)
 
 
-def put(shard: str) -> Callable[[Path], None]:
-    return hostile_index(lambda folder, weights: weights.update({next(iter(weights)): shard}))
+def hostile_shard(case: str, message: str, shard: str) -> None:
+    """A model in shards whose index names this one for its first tensor."""
+    hostile_index(
+        case, message, lambda folder, weights: weights.update({next(iter(weights)): shard})
+    )
 
 
-def outside(folder: Path, weights: dict[str, str]) -> None:
+def rename(old: str, new: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / old).rename(folder / new)
+
+
+def link_outside(folder: Path, weights: dict[str, str]) -> None:
     """A shard that is a link to a good file outside the folder."""
     shard = next(iter(weights.values()))
     (folder / shard).rename(folder.parent / "secret.safetensors")
     (folder / shard).symlink_to(folder.parent / "secret.safetensors")
 
 
-def swapped(folder: Path, weights: dict[str, str]) -> None:
+def absolute(folder: Path, weights: dict[str, str]) -> None:
+    weights[next(iter(weights))] = str(folder / "model-00001-of-00003.safetensors")
+
+
+def swap(folder: Path, weights: dict[str, str]) -> None:
     first, second = list(weights)[:2]
     weights[first], weights[second] = weights[second], weights[first]
 
 
-HOSTILE_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {}
+def list_another(folder: Path, weights: dict[str, str]) -> None:
+    weights["zzz"] = "model-00001-of-00003.safetensors"
 
 
-def hostile_model(case: str, prepare: Callable[[Path], object], message: str) -> None:
-    HOSTILE_MODELS[case] = prepare, message
+def leave_out(folder: Path, weights: dict[str, str]) -> None:
+    del weights["model.norm.weight"]
 
 
-hostile_model("no config", lambda m: (m / "config.json").unlink(), r"has no config\.json$")
-hostile_model(
-    "an adapter",
-    lambda m: (m / "config.json").rename(m / "adapter_config.json"),
-    r"has no config\.json: it is an adapter's folder, not a model's$",
-)
-hostile_model(
-    "no weights", lambda m: (m / "model.safetensors").unlink(), r"has no model\.safetensors"
-)
-hostile_model(
-    "only a pickle",
-    lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
-    r"'pytorch_model\.bin' is a pickle, and only safetensors are read",
-)
-hostile_model(
-    "only a .pt",
-    lambda m: (m / "model.safetensors").rename(m / "m.pt"),
-    "only safetensors are read",
-)
+def damage(folder: Path, weights: dict[str, str]) -> None:
+    (folder / "model-00003-of-00003.safetensors").write_bytes(b"\0" * 9)
+
+
+def weights_in_a_folder(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+
+
+def config_in_a_pipe(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+
+
+hostile_model("no config", r"has no config\.json$", lambda m: (m / "config.json").unlink())
+AN_ADAPTER = r"has no config\.json: it is an adapter's folder, not a model's$"
+hostile_model("an adapter", AN_ADAPTER, rename("config.json", "adapter_config.json"))
+NO_WEIGHTS = r"has no model\.safetensors"
+hostile_model("no weights", NO_WEIGHTS, lambda m: (m / "model.safetensors").unlink())
+A_PICKLE = r"'pytorch_model\.bin' is a pickle, and only safetensors are read"
+hostile_model("only a pickle", A_PICKLE, rename("model.safetensors", "pytorch_model.bin"))
+ONLY = "only safetensors are read"
+hostile_model("only a .pt", ONLY, rename("model.safetensors", "m.pt"))
+PICKLE = b"\x80\x04\x95" * 99
 hostile_model(
     "a pickle under the right name",
-    lambda m: (m / "model.safetensors").write_bytes(b"\x80\x04\x95" * 99),
     r"no \.bin, \.pt",
+    lambda m: (m / "model.safetensors").write_bytes(PICKLE),
 )
+hostile_model("weights are a folder", "not a regular file", weights_in_a_folder)
 hostile_model(
-    "weights are a folder",
-    lambda m: ((m / "model.safetensors").unlink(), (m / "model.safetensors").mkdir()),
-    "not a regular file",
+    "config is a list", "expected a JSON object", lambda m: (m / "config.json").write_text("[]")
 )
-hostile_model(
-    "config is a list", lambda m: (m / "config.json").write_text("[]"), "expected a JSON object"
-)
-hostile_model(
-    "config is a pipe",
-    lambda m: ((m / "config.json").unlink(), os.mkfifo(m / "config.json")),
-    "not a regular file",
-)
-hostile_model("no weight_map", hostile_index(lambda m, w: "x"), "weight_map must")
-hostile_model("weight_map of numbers", hostile_index(lambda m, w: {"a": 1}), "weight_map must")
-hostile_model("parent", put("../secret.safetensors"), "lies outside the folder")
-hostile_model("absolute", put("/etc/passwd.safetensors"), "lies outside the folder")
-hostile_model(
-    "absolute, though inside",
-    hostile_index(
-        lambda m, w: w.update({next(iter(w)): str(m / "model-00001-of-00003.safetensors")})
-    ),
-    "lies outside the folder",
-)
-hostile_model("backslash", put("..\\secret.safetensors"), "not the name of")
-hostile_model("NUL", put("a\0.safetensors"), "not the name of")
-hostile_model("pickled shard", put("pytorch_model-00001.bin"), "not the name of")
-hostile_model("empty name", put(""), "not the name of")
-hostile_model("link to the outside", hostile_index(outside), "lies outside the folder")
-hostile_model("missing shard", put("model-00009.safetensors"), "is missing")
-hostile_model("name of 255", put("x" * 243 + ".safetensors"), "is missing")
-hostile_model(
-    "name of 256", put("x" * 244 + ".safetensors"), "is not the name of a safetensors file"
-)
-hostile_model(
-    "10 kB name", put("\x1b" * 10_000 + ".safetensors"), r"is not the name of a safetensors file"
-)
-hostile_model(
-    "same shard by another way",
-    put("../model/model-00002-of-00003.safetensors"),
-    "listed for it but not in it",
-)
-hostile_model("wrong shard", hostile_index(swapped), "listed for it but not in it")
-hostile_model(
-    "tensor not stored",
-    hostile_index(lambda m, w: w.update({"zzz": "model-00001-of-00003.safetensors"})),
-    "'zzz' is listed for it but not in it",
-)
-hostile_model(
-    "tensor not listed",
-    hostile_index(lambda m, w: w.pop("model.norm.weight") and None),
-    "in it but not listed",
-)
-hostile_model(
-    "damaged last shard",
-    hostile_index(
-        lambda m, w: (m / "model-00003-of-00003.safetensors").write_bytes(b"\0" * 9) and None
-    ),
-    "not a safetensors file",
-)
+hostile_model("config is a pipe", "not a regular file", config_in_a_pipe)
+hostile_index("no weight_map", "weight_map must", lambda m, w: "x")
+hostile_index("weight_map of numbers", "weight_map must", lambda m, w: {"a": 1})
+hostile_shard("parent", "lies outside the folder", "../secret.safetensors")
+hostile_shard("absolute", "lies outside the folder", "/etc/passwd.safetensors")
+hostile_index("absolute, though inside", "lies outside the folder", absolute)
+hostile_shard("backslash", "not the name of", "..\\secret.safetensors")
+hostile_shard("NUL", "not the name of", "a\0.safetensors")
+hostile_shard("pickled shard", "not the name of", "pytorch_model-00001.bin")
+hostile_shard("empty name", "not the name of", "")
+hostile_index("link to the outside", "lies outside the folder", link_outside)
+hostile_shard("missing shard", "is missing", "model-00009.safetensors")
+hostile_shard("name of 255", "is missing", "x" * 243 + ".safetensors")
+NO_NAME = "is not the name of a safetensors file"
+hostile_shard("name of 256", NO_NAME, "x" * 244 + ".safetensors")
+hostile_shard("10 kB name", NO_NAME, "\x1b" * 10_000 + ".safetensors")
+ABSENT = "listed for it but not in it"
+hostile_shard("same shard by another way", ABSENT, "../model/model-00002-of-00003.safetensors")
+hostile_index("wrong shard", ABSENT, swap)
+hostile_index("tensor not stored", f"'zzz' is {ABSENT}", list_another)
+hostile_index("tensor not listed", "in it but not listed", leave_out)
+hostile_index("damaged last shard", "not a safetensors file", damage)
 
 
 @pytest.mark.parametrize("case", HOSTILE_MODELS)
@@ -536,10 +531,11 @@ def test_write_adapter_rewrites_a_golden_adapter_byte_for_byte(tmp_path, name):
     assert config.keys() == PEFT_CONFIG_DEFAULTS.keys() or config["peft_type"] != "LORA"
     assert tensors
     write_adapter(tmp_path / "new", config, tensors)
-    assert contents(tmp_path / "new") == {
-        "adapter_config.json": (GOLDEN / name / "adapter_config.json").read_bytes() + b"\n",
-        "adapter_model.safetensors": (GOLDEN / name / "adapter_model.safetensors").read_bytes(),
-    }
+    golden = contents(GOLDEN / name)
+    written = contents(tmp_path / "new")
+    assert written.keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    assert written["adapter_config.json"] == golden["adapter_config.json"] + b"\n"
+    assert written["adapter_model.safetensors"] == golden["adapter_model.safetensors"]
 
 
 def test_write_adapter_writes_every_key_and_keeps_unknown_ones(tmp_path):
@@ -552,67 +548,47 @@ def test_write_adapter_writes_every_key_and_keeps_unknown_ones(tmp_path):
 
 
 def test_peft_config_defaults_are_those_of_the_golden_adapter():
-    """The golden adapter was asked for little: whatever else its configuration says is PEFT's own default."""
+    """The golden adapter sets a few fields; the others have PEFT's own defaults."""
     golden, _ = read_adapter(GOLDEN / "llama--lora")
-    asked = {"r", "lora_alpha", "target_modules", "task_type", "base_model_name_or_path"}
-    assert {k: v for k, v in golden.items() if k not in asked} == {
-        k: v for k, v in PEFT_CONFIG_DEFAULTS.items() if k not in asked
-    }
+    fields = {"r", "lora_alpha", "target_modules", "task_type", "base_model_name_or_path"}
+    assert golden.keys() == PEFT_CONFIG_DEFAULTS.keys()
+    for key in golden.keys() - fields:
+        assert golden[key] == PEFT_CONFIG_DEFAULTS[key]
     assert (PEFT_CONFIG_DEFAULTS["r"], PEFT_CONFIG_DEFAULTS["lora_alpha"]) == (8, 8)
 
 
 HOSTILE_ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {}
 
 
-def hostile_adapter(case: str, prepare: Callable[[Path], object], message: str) -> None:
+def hostile_adapter(case: str, message: str, prepare: Callable[[Path], object]) -> None:
     HOSTILE_ADAPTERS[case] = prepare, message
 
 
+def hostile_config(case: str, message: str, text: str) -> None:
+    hostile_adapter(case, message, lambda a: (a / "adapter_config.json").write_text(text))
+
+
+NO_CONFIG = r"has no adapter_config\.json"
+NO_ADAPTER = r"has no adapter_model\.safetensors"
+hostile_adapter("no config", NO_CONFIG, lambda a: (a / "adapter_config.json").unlink())
 hostile_adapter(
-    "no config", lambda a: (a / "adapter_config.json").unlink(), r"has no adapter_config\.json"
+    "no weights", f"{NO_ADAPTER}$", lambda a: (a / "adapter_model.safetensors").unlink()
 )
+BIN = r"adapter_model\.bin is a pickle and is not read"
+hostile_adapter("a pickle", BIN, rename("adapter_model.safetensors", "adapter_model.bin"))
+MLX = f"{NO_ADAPTER}: an adapter in mlx-lm's files, which `minilora convert --to peft` turns"
+hostile_adapter("mlx-lm's", MLX, rename("adapter_model.safetensors", "adapters.safetensors"))
+A_MODEL = f"{NO_CONFIG}: it is a model's folder, not an adapter's$"
+hostile_adapter("a model", A_MODEL, rename("adapter_config.json", "config.json"))
+SEVERAL = f"{NO_CONFIG}: it holds one adapter per task, each in its own folder"
+hostile_adapter("several tasks", SEVERAL, rename("adapter_config.json", "multitask.json"))
+hostile_config("config twice", "'r' appears twice", '{"r": 1, "r": 2}')
+hostile_config("alpha is NaN", "not valid JSON", '{"lora_alpha": NaN}')
+hostile_config("alpha is 1e400", "not valid JSON", '{"lora_alpha": 1e400}')
 hostile_adapter(
-    "no weights",
-    lambda a: (a / "adapter_model.safetensors").unlink(),
-    r"has no adapter_model\.safetensors$",
-)
-hostile_adapter(
-    "a pickle",
-    lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"),
-    r"adapter_model\.bin is a pickle and is not read",
-)
-hostile_adapter(
-    "of mlx-lm",
-    lambda a: (a / "adapter_model.safetensors").rename(a / "adapters.safetensors"),
-    r"has no adapter_model\.safetensors: an adapter in mlx-lm's files, which `minilora convert --to peft` turns",
-)
-hostile_adapter(
-    "a model",
-    lambda a: (a / "adapter_config.json").rename(a / "config.json"),
-    r"has no adapter_config\.json: it is a model's folder, not an adapter's$",
-)
-hostile_adapter(
-    "several tasks",
-    lambda a: (a / "adapter_config.json").rename(a / "multitask.json"),
-    r"has no adapter_config\.json: it holds one adapter per task, each in its own folder",
-)
-hostile_adapter(
-    "config twice",
-    lambda a: (a / "adapter_config.json").write_text('{"r": 1, "r": 2}'),
-    "'r' appears twice",
-)
-hostile_adapter(
-    "alpha is NaN",
-    lambda a: (a / "adapter_config.json").write_text('{"lora_alpha": NaN}'),
-    "not valid JSON",
-)
-hostile_adapter(
-    "alpha is 1e400",
-    lambda a: (a / "adapter_config.json").write_text('{"lora_alpha": 1e400}'),
-    "not valid JSON",
-)
-hostile_adapter(
-    "cut weights", lambda a: os.truncate(a / "adapter_model.safetensors", 1200), "the file holds"
+    "cut weights",
+    "the file holds",
+    lambda a: os.truncate(a / "adapter_model.safetensors", 1200),
 )
 
 
@@ -628,45 +604,37 @@ def test_read_adapter_refuses_a_hostile_adapter(tmp_path, case):
 def test_parse_json_refuses_one_changed_byte_or_reads_it_as_json_does():
     source = (GOLDEN / "llama--lora" / "adapter_config.json").read_bytes()
     refused = 0
-    for at in range(len(source)):
-        before, byte, after = source[:at], source[at], source[at + 1 :]
-        for changed in (
-            before + bytes([byte ^ 1]) + after,
-            before + bytes([byte ^ 128]) + after,
-            before + after,
-        ):
+    for place, byte in enumerate(source):
+        for changed in (bytes([byte ^ 1]), bytes([byte ^ 128]), b""):
+            text = source[:place] + changed + source[place + 1 :]
             try:
-                assert parse_json(changed, "a.json") == json.loads(changed)
+                assert parse_json(text, "a.json") == json.loads(text)
             except FormatError:
                 refused += 1
     assert refused > len(source)
 
 
+FORBIDDEN = {"eval", "exec", "importlib", "__import__", "allow_pickle", "socket", "urllib", "mmap"}
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy
+before = set(sys.modules)
+import minilora.formats
+print(*sorted(set(sys.modules) - before))
+"""
+
+
 def test_formats_cannot_run_code_or_reach_the_network():
-    """Nothing that executes, unpickles or connects is imported by this room, and NumPy's pickle door is not used."""
-    room = Path(__file__).parents[2] / "minilora" / "formats"
-    for path in room.glob("*.py"):
-        words = set(path.read_text(encoding="utf-8").replace("(", " ").replace(".", " ").split())
-        assert not words & {
-            "eval",
-            "exec",
-            "importlib",
-            "__import__",
-            "allow_pickle",
-            "socket",
-            "urllib",
-            "mmap",
-        }
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import numpy; before = set(sys.modules); import minilora.formats;"
-        "print(*sorted(set(sys.modules) - before))"
-    )
-    loaded = subprocess.run(
-        [sys.executable, "-c", script, str(room.parent.parent)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+    """Nothing that executes, unpickles or connects is imported, and NumPy's pickles are not read."""
+    folder = Path(__file__).parents[2] / "minilora" / "formats"
+    for path in folder.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        words = set(text.replace("(", " ").replace(".", " ").split())
+        assert not words & FORBIDDEN
+    command = [sys.executable, "-c", SCRIPT, str(folder.parent.parent)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = result.stdout.split()
     assert "minilora.formats.disk" in loaded
     assert not {"socket", "ssl", "urllib.request", "mmap"} & set(loaded)
 
@@ -682,15 +650,15 @@ def test_peft_config_defaults_are_those_of_peft(tmp_path):
 
 def test_write_adapter_changes_both_files_or_neither(tmp_path, monkeypatch):
     write_adapter(tmp_path, {"r": 1}, {"a": np.zeros(3, np.float32)})
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    real = os.replace
+    before = contents(tmp_path)
+    replace = os.replace
 
     def full(source, target):
         if str(target).endswith(".safetensors"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(source, target)
+        replace(source, target)
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match=r"No space left.*adapter_model\.safetensors"):
         write_adapter(tmp_path, {"r": 2}, {"a": np.ones(3, np.float32)})
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
