@@ -108,7 +108,7 @@ class Checkpoint:
         root = os.path.realpath(self.directory)
         path = os.path.realpath(Path(root, shard))
         if os.path.isabs(shard) or os.path.commonpath([root, path]) != root:
-            raise FormatError(f"{where}: shard {quoted(shard)} lies outside the folder")
+            raise FormatError(f"{where}: shard {quoted(shard)} is outside the folder")
         if not os.path.lexists(path):
             raise FormatError(f"{where}: shard {quoted(shard)} is missing")
         return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +14,6 @@ from minilora.backend import NUMPY
 from minilora.errors import ConfigError, DataError
 from minilora.functional import IGNORE
 from minilora.threads import blocks
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @st.composite

@@ -1,11 +1,10 @@
-"""minilora/texts.py: what is read, what comes with Python, and what is held out."""
+"""Texts: what is read, what comes with Python, and what is held out."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,6 @@ from hypothesis import strategies as st
 
 from minilora.data.texts import four_tasks, prose, python_sources, read_text, split, split_text
 from minilora.errors import ConfigError, DataError
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @given(st.binary(min_size=1))
@@ -38,10 +35,10 @@ def test_read_text_refuses_what_is_not_a_text(tmp_path):
 
 
 def test_prose_comes_with_python():
-    found = prose()
-    assert found == sorted(found)
-    assert 300_000 < sum(len(text) for _, text in found) < 2_000_000
-    assert len(found) > 50
+    documents = prose()
+    assert documents == sorted(documents)
+    assert 300_000 < sum(len(text) for _, text in documents) < 2_000_000
+    assert len(documents) > 50
 
 
 def test_prose_names_what_is_missing(monkeypatch):
@@ -51,20 +48,18 @@ def test_prose_names_what_is_missing(monkeypatch):
 
 
 def test_python_sources_come_with_python():
-    found = python_sources()
-    names = [name for name, _ in found]
+    documents = python_sources()
+    names = [name for name, _ in documents]
     assert names == sorted(set(names))
-    assert found == python_sources()
-    assert 2_000_000 < sum(len(text) for _, text in found) <= 3_000_000
-    assert sum("/" not in name for name in names) < 0.8 * len(names), (
-        "packages as well as single modules"
-    )
-    for name, text in found:
+    assert documents == python_sources()
+    assert 2_000_000 < sum(len(text) for _, text in documents) <= 3_000_000
+    single = sum("/" not in name for name in names)
+    assert single < 0.8 * len(names), "packages as well as single modules"
+    skipped = {"test", "tests", "idle_test", "site-packages", "pydoc_data"}
+    for name, text in documents:
         text.decode("utf-8")
         assert name.endswith(".py")
-        assert not {"test", "tests", "idle_test", "site-packages", "pydoc_data"} & set(
-            name.split("/")
-        )
+        assert not skipped & set(name.split("/"))
     fewer = python_sources(500_000)
     assert 400_000 < sum(len(text) for _, text in fewer) <= 500_000
 
@@ -73,21 +68,20 @@ def test_python_sources_takes_only_the_standard_library(tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(DataError, match="without its sources"):
         python_sources()
-    latin = "# é".encode("latin-1")
-    for name, text in {
-        "a.py": b"a", "z/b.py": b"bb", "z/c.txt": b"c", "empty.py": b"", "latin.py": latin, "test/d.py": b"d",
-        "z/tests/e.py": b"e", "site-packages/f.py": b"f", "_sysconfigdata_x.py": b"g", "config-3/h.py": b"h",
-        "long.py": b"x" * 9, "__pycache__/i.py": b"i",
-    }.items():  # fmt: skip
-        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
-        (tmp_path / name).write_bytes(text)
+    sources = {"a.py": b"a", "z/b.py": b"bb", "z/c.txt": b"c", "empty.py": b""}
+    sources |= {"latin.py": "# é".encode("latin-1"), "long.py": b"x" * 9}
+    skipped = ["test/d.py", "z/tests/e.py", "site-packages/f.py", "_sysconfigdata_x.py"]
+    skipped += ["config-3/h.py", "__pycache__/i.py"]
+    for name, text in (sources | dict.fromkeys(skipped, b"d")).items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(text)
     assert python_sources(5) == [("a.py", b"a"), ("z/b.py", b"bb")]
     assert python_sources(2) in ([("a.py", b"a")], [("z/b.py", b"bb")])
 
 
-DOCUMENTS = st.lists(
-    st.binary(max_size=40).map(lambda text: text.replace(b"\n", b"")), max_size=12
-).map(lambda texts: [(str(i), text) for i, text in enumerate(texts)])
+LINE = st.binary(max_size=40).map(lambda text: text.replace(b"\n", b""))
+DOCUMENTS = st.lists(st.tuples(st.text(max_size=2), LINE), max_size=12)
 
 
 @given(DOCUMENTS, st.floats(0.01, 0.99), st.integers(0, 100))
@@ -99,14 +93,15 @@ def test_split_holds_out_whole_documents(documents, fraction, seed):
         return
     sides = split(documents, fraction, seed)
     assert sides == split(documents, fraction, seed)
-    train, held = (side.split(b"\n") for side in sides)
-    assert all((train, held, *sides))
-    assert sorted(train + held) == sorted(texts)
-    left = iter(texts)
-    assert all(text in left for text in train), "the order is kept"
-    size = sum(map(len, held))
+    assert all(sides)
+    train, held_out = (side.split(b"\n") for side in sides)
+    assert sorted(train + held_out) == sorted(texts)
+    remaining = iter(texts)
+    assert all(text in remaining for text in train), "the order stays"
+    size = sum(map(len, held_out))
     budget = fraction * sum(map(len, texts))
-    assert size <= budget or (held == [min(texts, key=len)] and len(held[0]) > budget)
+    if size > budget:
+        assert held_out == [min(texts, key=len)]
     assert all(size + len(text) > budget for text in train), "no document more would fit"
 
 
@@ -123,20 +118,20 @@ def test_split_depends_on_the_seed():
 @given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode), st.floats(0.01, 0.99))
 def test_split_text_holds_out_the_end(text, fraction):
     try:
-        train, held = split_text(text, fraction)
+        train, held_out = split_text(text, fraction)
     except DataError:
         assert len(text) * (1 - fraction) < 4
         return
     assert train
-    assert held
-    assert train + held == text
-    assert 0 <= len(held) - len(text) * fraction < 4
+    assert held_out
+    assert train + held_out == text
+    assert 0 <= len(held_out) - len(text) * fraction < 4
     try:
         text.decode()
     except UnicodeDecodeError:
         return
     train.decode()
-    held.decode()
+    held_out.decode()
 
 
 def test_split_text_moves_the_cut_by_three_bytes_at_most():
@@ -153,20 +148,16 @@ def test_split_and_split_text_refuse_a_fraction_outside_0_and_1(fraction):
 
 
 def test_four_tasks_come_with_python():
-    found = four_tasks(100_000)
-    assert list(found) == ["python", "c", "charmap", "json"]
-    for documents in found.values():
+    tasks = four_tasks(100_000)
+    assert list(tasks) == ["python", "c", "charmap", "json"]
+    for documents in tasks.values():
         sizes = [len(text) for _, text in documents]
         assert min(sizes) > 0
         assert 20_000 < sum(sizes) <= 100_000
         assert len(dict(documents)) > 2  # documents are held out whole
-    line = json.loads(found["json"][0][1].decode().splitlines()[33])
-    assert line == {
-        "code": "U+0041",
-        "name": "LATIN CAPITAL LETTER A",
-        "category": "Lu",
-        "char": "A",
-    }
+    line = json.loads(tasks["json"][0][1].decode().splitlines()[33])
+    assert list(line) == ["code", "name", "category", "char"]
+    assert list(line.values()) == ["U+0041", "LATIN CAPITAL LETTER A", "Lu", "A"]
 
 
 def test_four_tasks_names_a_task_without_a_text(monkeypatch, tmp_path):

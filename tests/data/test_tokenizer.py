@@ -1,4 +1,4 @@
-"""minilora/tokenizer.py: tokenizers against the packages that will read their files."""
+"""Tokenizers against the packages that will read their files."""
 
 from __future__ import annotations
 
@@ -71,10 +71,9 @@ def test_byte_tokenizer_save_gives_the_tokenizers_package_the_same_ids(saved):
     every = "".join(map(chr, range(0x800))) + "\u2028\U0001f600  \r\n"
     assert theirs.encode(every).ids == list(every.encode())
     # All 256 bytes, those that no UTF-8 text has among them.
-    piece = _byte_level()["model"]["vocab"]
-    assert (
-        [theirs.token_to_id(token) for token in piece] == list(piece.values()) == list(range(256))
-    )
+    pieces = _byte_level()["model"]["vocab"]
+    assert list(pieces.values()) == list(range(256))
+    assert [theirs.token_to_id(piece) for piece in pieces] == list(range(256))
     assert theirs.decode([0xFF, 0x20, 0xC3, 0xA9]) == b"\xff \xc3\xa9".decode("utf-8", "replace")
 
 
@@ -84,14 +83,12 @@ def test_byte_tokenizer_save_gives_transformers_the_same_ids(saved, tmp_path, mo
     transformers = pytest.importorskip("transformers")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(saved / name, tmp_path)
-    if (
-        model
-    ):  # with a config.json beside it, AutoTokenizer may prefer the class of that architecture
+    # With a config.json beside it, AutoTokenizer may prefer the class of that architecture.
+    if model:
         shutil.copy(GOLDEN / model / "config.json", tmp_path)
+    file = str(tmp_path / "tokenizer.json")
     kinds = [transformers.AutoTokenizer.from_pretrained(tmp_path)]
-    kinds.append(
-        transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-    )
+    kinds.append(transformers.PreTrainedTokenizerFast(tokenizer_file=file))
     ours = ByteTokenizer()
 
     @given(st.text())
@@ -128,28 +125,22 @@ def test_load_tokenizer_without_a_file_gives_bytes_and_a_note(tmp_path):
 
 def test_load_tokenizer_ignores_fields_that_change_no_id(saved, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    template = {
-        "type": "TemplateProcessing",
-        "single": [{"Sequence": {"id": "A", "type_id": 0}}],
-        "special_tokens": {},
-    }
-    options = {
-        "version": "2.0",
-        "decoder": {"type": "ByteLevel"},
-        "post_processor": template,
-        "truncation": {"x": 1},
-    }
-    assert (
-        load_tokenizer(changed(saved, tmp_path, lambda f: f.update(options)), 256)
-        == ByteTokenizer()
-    )
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "single": [sequence], "special_tokens": {}}
+    fields = {"version": "2.0", "decoder": {"type": "ByteLevel"}}
+    fields |= {"post_processor": template, "truncation": {"x": 1}}
+    folder = changed(saved, tmp_path, lambda file: file.update(fields))
+    assert load_tokenizer(folder, 256) == ByteTokenizer()
 
 
 def changed(saved, tmp_path, change):
-    found = json.loads((saved / "tokenizer.json").read_text())
-    change(found)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    fields = json.loads((saved / "tokenizer.json").read_text())
+    change(fields)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
     return tmp_path
+
+
+ROBERTA = {"type": "RobertaProcessing", "sep": ["a", 97], "cls": ["b", 98]}
 
 
 @pytest.mark.parametrize(
@@ -160,9 +151,7 @@ def changed(saved, tmp_path, change):
         lambda f: f["pre_tokenizer"].update(add_prefix_space=True),
         lambda f: f.update(normalizer={"type": "NFC"}),
         lambda f: f.update(added_tokens=[{"id": 256, "content": "<s>"}]),
-        lambda f: f.update(
-            post_processor={"type": "RobertaProcessing", "sep": ["a", 97], "cls": ["b", 98]}
-        ),
+        lambda f: f.update(post_processor=ROBERTA),
         lambda f: f.pop("model"),
     ],
 )
@@ -200,7 +189,7 @@ def test_hub_tokenizer_gives_the_package_s_ids(tmp_path):
     text = "the cat sat on the mat, and so on: " * 3
     ids = ours.encode(text)
     assert ids.dtype == np.int32
-    assert len(ids) > 4, "a file's truncation must not cut a corpus"
+    assert len(ids) > 4, "the truncation in a file must not cut a corpus"
     assert ours.decode(ids) == text
     assert ours.decode_bytes(ids) == text.encode()
     assert ours.encode(text.encode()).tolist() == ids.tolist()
@@ -208,17 +197,15 @@ def test_hub_tokenizer_gives_the_package_s_ids(tmp_path):
     assert ours.decode([0]) == "<s>"
     with pytest.raises(DataError, match="at byte 3;"):
         ours.encode(b"the\xff")
-    with pytest.raises(
-        DataError, match=f"{ours.vocab_size} ids, more than the model's vocab_size of 200"
-    ):
+    message = f"{ours.vocab_size} ids, more than the model's vocab_size of 200"
+    with pytest.raises(DataError, match=message):
         load_tokenizer(tmp_path, 200)
     copy = tmp_path / "copy"
     copy.mkdir()
     ours.save(copy)
     assert sorted(os.listdir(copy)) == ["tokenizer.json", "tokenizer_config.json"]
-    assert all(
-        (copy / name).read_bytes() == (tmp_path / name).read_bytes() for name in os.listdir(copy)
-    )
+    for name in os.listdir(copy):
+        assert (copy / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -796,15 +796,15 @@ def folder_rows() -> Iterator[Row]:
     )
     yield index(42, "no weight_map", lambda b, w: "x", "weight_map must")
     yield index(42, "a weight_map of numbers", lambda b, w: {"a": 1}, "weight_map must")
-    yield index(42, "parent", first_shard("../secret.safetensors"), "lies outside the folder")
-    yield index(42, "absolute", first_shard("/etc/passwd.safetensors"), "lies outside the folder")
+    yield index(42, "parent", first_shard("../secret.safetensors"), "is outside the folder")
+    yield index(42, "absolute", first_shard("/etc/passwd.safetensors"), "is outside the folder")
     inside = lambda b, w: w.update({next(iter(w)): str(b / "model-00001-of-00003.safetensors")})  # noqa: E731
-    yield index(42, "absolute, though inside", inside, "lies outside the folder")
+    yield index(42, "absolute, though inside", inside, "is outside the folder")
     yield index(42, "backslash", first_shard("..\\secret.safetensors"), "not the name of")
     yield index(42, "NUL", first_shard("a\0.safetensors"), "not the name of")
     yield index(42, "a pickled shard", first_shard("pytorch_model-00001.bin"), "not the name of")
     yield index(42, "an empty name", first_shard(""), "not the name of")
-    yield index(42, "link to the outside", linked_outside, "lies outside the folder")
+    yield index(42, "link to the outside", linked_outside, "is outside the folder")
     yield index(42, "a missing shard", first_shard("model-00009.safetensors"), "is missing")
     yield index(
         42, "a 10 kB name", first_shard("\x1b" * 10_000 + ".safetensors"), "not the name of"

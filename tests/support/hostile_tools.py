@@ -235,8 +235,8 @@ def merge_rows() -> Iterator[Row]:
     second_shard = "model-00002-of-00003.safetensors"
     index = "model.safetensors.index.json"
     for build, *says in (
-        (sharded(leading_outside), index, "lies outside the folder"),
-        (sharded(first_shard("/etc/passwd.safetensors")), index, "lies outside the folder"),
+        (sharded(leading_outside), index, "is outside the folder"),
+        (sharded(first_shard("/etc/passwd.safetensors")), index, "is outside the folder"),
         (sharded(first_shard("model-00009-of-00003.safetensors")), index, "is missing"),
         (sharded(lambda b, w: (b / second_shard).unlink()), index, second_shard, "is missing"),
         (
