@@ -280,12 +280,10 @@ def write_stream(
                         f"{where}: tensor {quoted(entry.name)} was announced as {expected} "
                         f"{entry.shape}, but came as {array.dtype} {array.shape}"
                     )
-                if (
-                    entry.dtype == "BOOL"
-                ):  # in memory a bool may be any byte, in a file it is 0 or 1
+                # In memory a bool may be any byte, in a file it is 0 or 1.
+                if entry.dtype == "BOOL":
                     array = array.view(np.uint8) != 0
-                stored = np.ascontiguousarray(array, expected).reshape(-1)
-                file.write(stored.view(np.uint8).data)
+                file.write(np.ascontiguousarray(array, expected).reshape(-1).view(np.uint8).data)
                 start_writeback(file)
 
 

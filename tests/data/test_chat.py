@@ -1,4 +1,4 @@
-"""Conversations: text and ids as transformers makes them; only the assistant's turns are learned."""
+"""Conversations: text and ids are transformers'; only the assistant's turns are learned."""
 
 from __future__ import annotations
 
@@ -292,7 +292,7 @@ def test_encode_with_edges_gives_places_in_the_text(tmp_path):
         loaded[0].encode_with_edges("a\ud83d")
 
 
-# ---- what a template may do -----------------------------------------------------------------------------------------
+# ---- what a template may do ----------------------------------------------------------------------
 
 WRITES: dict[str, str] = {}
 
@@ -309,10 +309,8 @@ writes(
 )
 writes("{{ strftime_now('%d %b %Y, 100%%') }}", "26 Jul 2024, 100%")
 writes("a\n  {% if true %}\n  b\n  {% endif %}\nc\n", "a\n  b\nc")
-writes(
-    "{% for i in [1, 2, 3] %}{{ i }}{% if i == 1 %}{% continue %}{% endif %}{% break %}{% endfor %}",
-    "12",
-)
+LOOP = "{{ i }}{% if i == 1 %}{% continue %}{% endif %}{% break %}"
+writes("{% for i in [1, 2, 3] %}" + LOOP + "{% endfor %}", "12")
 writes("{% set x = 1 %}{% generation %}{{ x }}{% set x = 2 %}{% endgeneration %}{{ x }}", "11")
 writes(
     "{{ tools }}{{ documents }}{{ bos_token }}{{ nowhere }}{{ dict(a=1).a }}{{ '<b>' }}",
@@ -337,7 +335,7 @@ def test_chat_render_expectations_are_those_of_transformers(that_day):
         assert rendered == text
 
 
-# ---- what no template may do -----------------------------------------------------------------------------------------
+# ---- what no template may do ---------------------------------------------------------------------
 
 HANGS = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
 TOO_MUCH = "takes too much time or memory: its process ended with SIG"

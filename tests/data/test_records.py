@@ -60,7 +60,7 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("records") / "data.jsonl"
 
 
-# ---- packing --------------------------------------------------------------------------------------------------------
+# ---- packing -------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -191,7 +191,7 @@ def test_packed_records_refuses_unsound_arrays(counts, edges, named):
     assert counts.all(), "the first token of a window is not a target, but the input is only read"
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 WRITTEN = st.fixed_dictionaries({"text": TEXT}) | st.fixed_dictionaries(
@@ -378,7 +378,7 @@ def test_is_records_looks_at_the_name():
         assert not is_records(name)
 
 
-# ---- a tokenizer with special tokens --------------------------------------------------------------------------------
+# ---- a tokenizer with special tokens -------------------------------------------------------------
 
 
 def hub(folder: Path, template: str = "<s> $A", config: object = None) -> HubTokenizer:
@@ -491,7 +491,7 @@ def test_eos_is_what_tokenizer_config_names(tmp_path, config, eos):
         assert record.ids.tolist() == [0, 5, 4] + [1] * (eos is not None)
 
 
-# ---- conversations --------------------------------------------------------------------------------------------------
+# ---- conversations -------------------------------------------------------------------------------
 
 USER, TURN = {"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}
 
@@ -587,7 +587,7 @@ def test_eos_of_bytes_is_none():
     assert BYTES.eos is None
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def sums(count: int = 24) -> list[Record]:

@@ -1,4 +1,4 @@
-"""Atomic files, JSON, and the folders of models and adapters: whole or not at all, never outside."""
+"""Atomic files, JSON, and the folders of models and adapters."""
 
 from __future__ import annotations
 
@@ -385,7 +385,7 @@ def test_write_checkpoint_takes_entries(tmp_path, model):
 
 
 def test_write_checkpoint_writes_the_weights_before_the_config(model, monkeypatch):
-    """A reader that finds the new config finds the new weights; if the weights fail, the folder is as it was."""
+    """A reader of the new config reads the new weights; a failure leaves the folder as it was."""
     before = contents(model)
     with pytest.raises(FormatError):
         write_checkpoint(model, {"a": 1}, {"x": np.zeros(1, complex)})
@@ -626,7 +626,7 @@ print(*sorted(set(sys.modules) - before))
 
 
 def test_formats_cannot_run_code_or_reach_the_network():
-    """Nothing that executes, unpickles or connects is imported, and NumPy's pickles are not read."""
+    """Nothing that executes, unpickles or connects is imported; NumPy's pickles are not read."""
     folder = Path(__file__).parents[2] / "minilora" / "formats"
     for path in folder.glob("*.py"):
         text = path.read_text(encoding="utf-8")

@@ -586,7 +586,7 @@ CHANGES = st.sampled_from(["field", "entry", "order", "pad", "data", "byte"])
 
 @st.composite
 def nearly_good(draw: st.DrawFn) -> bytes:
-    """A valid file, then up to two changes: a field of the header, a byte, the tail, the padding."""
+    """A valid file with up to two changes: a field of the header, a byte, the tail, the padding."""
     header: dict[str, object] = {}
     begin = 0
     for name in draw(st.lists(SHORT_NAMES, max_size=3, unique=True)):

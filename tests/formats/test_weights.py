@@ -1,4 +1,4 @@
-"""Which tensor of a folder is which parameter: names with and without the decoder's, transposes, buffers, shards."""
+"""Which tensor of a folder is which parameter: names, transposes, buffers, shards."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A disk that fails: every change to it is counted, may go wrong at any point, or be cut by a power cut.
+"""A disk that fails: every change is counted and may go wrong, and the power may be cut.
 
-    Disk          counts and records every change that Python code makes through `os`; one goes wrong
+    Disk          counts and records every change made through `os`; one of them goes wrong
     in_child      a function in its own process, which may end without any except or finally
     start, wait   the two halves of `in_child`
     power_cuts    every state in which a power cut during the recorded changes may leave a folder
@@ -176,7 +176,7 @@ def in_child(work: Callable[[], object]) -> int:
     return wait(start(work))
 
 
-# ---- power cuts -----------------------------------------------------------------------------------
+# ---- power cuts ----------------------------------------------------------------------------------
 
 
 class _File:
@@ -289,7 +289,7 @@ def read_tree(folder: Path) -> dict[str, Any]:
     return {p.name: read_tree(p) if p.is_dir() else p.read_bytes() for p in folder.iterdir()}
 
 
-# ---- how not to save -----------------------------------------------------------------------------------------------
+# ---- how not to save -----------------------------------------------------------------------------
 
 
 def naive_save(out: Path, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
