@@ -17,12 +17,12 @@ from ..data.texts import prose, read_text
 from ..data.tokenizer import ByteTokenizer
 from ..display import printable
 from ..errors import ConfigError
-from ..formats.folders import locked, numbered_folder, open_folder
+from ..formats.folders import locked, numbered_folder
 from ..lora import AdaLoraConfig, LoraConfig, get_multitask_model, get_peft_model
 from ..models.config import TransformerConfig
 from ..models.transformer import CausalLM
 from ..training.methods import CODES, adapter_config, format_weight_memory, measure_weight_memory
-from ..training.runs import find_checkpoint
+from ..training.runs import find_checkpoint, open_folder
 from .options import (
     Args,
     Command,

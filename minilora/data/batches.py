@@ -1,12 +1,11 @@
-"""Batches: the two ways to cut a text into sequences, for training by counter and for evaluation in order.
+"""Batches: a text cut into sequences, drawn by step for training and in order for evaluation.
 
-Nothing here remembers how far a run has come: a batch is a function of text, seed and step, so a resumed run needs only
-its step number.
+Nothing here remembers how far a run has come: a batch is a function of text, seed and step, so a
+resumed run needs only its step number.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,17 +16,28 @@ from numpy.typing import NDArray
 from ..backend import Backend
 from ..errors import ConfigError, DataError
 from ..functional import IGNORE, check_ids
+from ..threads import blocks
 
 Ids = NDArray[np.integer[Any]]
 
 
+def require_positive(**counts: int) -> None:
+    """ConfigError, naming it, for a count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{name} must be 1 or more, got {count!r}")
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """ids (B, T) and targets (B, T), the ids one position later, or IGNORE where nothing is to be learned.
+    """ids (B, T) and targets (B, T): the ids one position later, or IGNORE where none counts.
 
-    Every array is sequence-first, so that a batch can be cut into shards. `first` is the place of this shard's first
-    sequence in the whole batch: dropout depends on that place, not on where the batch was cut. `tasks` says for each
-    sequence by its name which task it belongs to, where a model has several: ConfigError if they are not B.
+    first    the number of this shard's first sequence in the whole batch: dropout depends on that
+             number, not on where the batch was cut
+    tasks    for a model with several tasks: the name of each sequence's task. ConfigError unless
+             there are B names
+
+    Every array has B first, so that a batch can be cut into shards.
     """
 
     ids: NDArray[np.int64]
@@ -46,13 +56,13 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """How many targets count."""
+        """The number of targets that are not IGNORE."""
         return int(np.count_nonzero(self.targets != IGNORE))
 
     def to(self, backend: Backend, vocab_size: int) -> Batch:
-        """The same batch where a model of `vocab_size` tokens lives: ids and targets move as one array.
+        """The same batch on a model's device; ids and targets move as one array.
 
-        DataError for an id outside [0, vocab_size), or a target that is neither there nor IGNORE.
+        DataError for an id outside [0, vocab_size), or a target that is neither inside nor IGNORE.
         """
         check_ids(self.ids, vocab_size, "id")
         check_ids(self.targets[self.targets != IGNORE], vocab_size, "target")
@@ -65,34 +75,36 @@ class Batch:
         return Batch(self.ids[start:stop], self.targets[start:stop], self.first + start, tasks)
 
     def by_task(self) -> list[tuple[str | None, Batch]]:
-        """(task, its sequences) of each task, where there are tasks; otherwise None and the batch itself.
+        """[(task, its sequences)], or [(None, the batch)] without tasks.
 
-        That is the batch sorted by task, stably, and cut between tasks: `first` counts in the sorted one.
+        This is the batch sorted by task, stably, and cut between tasks: `first` counts in the
+        sorted one.
         """
         if self.tasks is None:
             return [(None, self)]
-        found: list[tuple[str | None, Batch]] = []
+        parts: list[tuple[str | None, Batch]] = []
         first = self.first
         for task, rows in rows_by_task(self.tasks).items():
-            found.append(
-                (task, Batch(self.ids[rows], self.targets[rows], first, (task,) * len(rows)))
-            )
+            part = Batch(self.ids[rows], self.targets[rows], first, (task,) * len(rows))
+            parts.append((task, part))
             first += len(rows)
-        return found
+        return parts
 
 
 def rows_by_task(tasks: Sequence[str]) -> dict[str, NDArray[np.intp]]:
-    """Which rows are each task's. Tasks are in the order of their names: it must not depend on that of the rows."""
+    """{task: its rows}, sorted by task: the order must not depend on that of the rows."""
     return {task: np.flatnonzero([other == task for other in tasks]) for task in sorted(set(tasks))}
 
 
 @dataclass(frozen=True, eq=False)
 class PackedRecords:
-    """A text that was cut into windows beforehand, and of which not every token is to be learned.
+    """A text that is cut into windows already, with the tokens to learn marked.
 
-    ids (N,), integers; counts (N,), bool, where a token is a target; edges (W + 1,): window w is ids[edges[w] :
-    edges[w + 1]]. The first token of a window is no target, whatever `counts` says. DataError unless the edges rise
-    from 0 to N and something counts in every window.
+    ids       (N,) integers
+    counts    (N,) bool, where a token is a target; the first token of a window never is one
+    edges     (W + 1,): window w is ids[edges[w] : edges[w + 1]]
+
+    DataError unless the edges rise from 0 to N and every window has a target.
     """
 
     ids: Ids
@@ -100,18 +112,14 @@ class PackedRecords:
     edges: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        n, edges = len(self.ids), self.edges
-        if (
-            self.counts.dtype != bool
-            or self.counts.shape != self.ids.shape
-            or edges.ndim != 1
-            or len(edges) < 2
-        ):
+        edges = self.edges
+        is_marked = self.counts.dtype == bool and self.counts.shape == self.ids.shape
+        if not is_marked or edges.ndim != 1 or len(edges) < 2:
             raise DataError(
                 "expected a bool for each of the ids, and the edges of at least one window"
             )
-        if edges[0] != 0 or edges[-1] != n or np.diff(edges).min() < 1:
-            raise DataError(f"the edges of the windows must rise from 0 to {n}")
+        if edges[0] != 0 or edges[-1] != len(self) or np.diff(edges).min() < 1:
+            raise DataError(f"the edges of the windows must rise from 0 to {len(self)}")
         targets = self.counts.copy()
         targets[edges[:-1]] = False
         if not np.logical_or.reduceat(targets, edges[:-1]).all():
@@ -121,142 +129,161 @@ class PackedRecords:
         return len(self.ids)
 
     def windows(self, starts: NDArray[np.int64], context: int) -> Batch:
-        """Those that begin at `starts` (B,). Beyond a window's end ids are 0, and targets IGNORE as where none counts.
+        """The windows that begin at `starts` (B,). Beyond a window's end, ids are 0.
 
-        Inside a window attention is the ordinary causal one: a record sees those that are packed before it.
+        Targets are IGNORE there and where a token does not count. Inside a window attention is the
+        ordinary causal one: a record sees those that are packed before it.
         """
         batch = _cut(self.ids, starts, context)
         places = starts[:, None] + np.arange(1, context + 1)  # of the targets
-        inside = places < self.edges[np.searchsorted(self.edges, starts, "right")][:, None]
+        ends = self.edges[np.searchsorted(self.edges, starts, "right")]
+        inside = places < ends[:, None]
         counted = inside & self.counts[np.minimum(places, len(self) - 1)]
         return Batch(np.where(inside, batch.ids, 0), np.where(counted, batch.targets, IGNORE))
 
 
-def _cut(text: Ids | PackedRecords, starts: NDArray[np.int64], context: int) -> Batch:
-    """The windows of T + 1 tokens from `starts` (B,) on. Positions beyond the text have id 0 and target IGNORE."""
+Text = Ids | PackedRecords
+
+
+def _cut(text: Text, starts: NDArray[np.int64], context: int) -> Batch:
+    """The windows of T + 1 tokens from `starts` (B,) on.
+
+    Positions beyond the text have id 0 and target IGNORE.
+    """
     if isinstance(text, PackedRecords):
         return text.windows(starts, context)
     positions = starts[:, None] + np.arange(context)  # (B, 1) + (T,) -> (B, T)
-    last = len(text) - 1  # it is only ever a target
-    ids, targets = (text[np.minimum(positions + shift, last)].astype(np.int64) for shift in (0, 1))
-    return Batch(np.where(positions < last, ids, 0), np.where(positions < last, targets, IGNORE))
+    last = len(text) - 1  # only ever a target
+    inside = positions < last
+    ids = text[np.minimum(positions, last)].astype(np.int64)
+    targets = text[np.minimum(positions + 1, last)].astype(np.int64)
+    return Batch(np.where(inside, ids, 0), np.where(inside, targets, IGNORE))
 
 
-def _check_text(text: Ids | PackedRecords, needed: int, **counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"{name} must be 1 or more, got {count!r}")
+def _check_text(text: Text, context: int, needed: int) -> None:
+    """DataError unless a text is integers (N,), N >= `needed`, or is packed for this context."""
     if isinstance(text, PackedRecords):
         longest = int(np.diff(text.edges).max())
-        if longest > counts["context"] + 1:
+        if longest > context + 1:
             raise DataError(
-                f"packed into windows of up to {longest} tokens: a context of {longest - 1} is needed"
+                f"packed windows have up to {longest} tokens: context must be {longest - 1} or more"
             )
-    tokens, needed = (text.ids, 2) if isinstance(text, PackedRecords) else (text, needed)
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        text = text.ids
+        needed = 2
+    if text.ndim != 1 or text.dtype.kind not in "iu":
         raise DataError(
-            f"expected the ids of one text, integers (N,), got {tokens.dtype} {tokens.shape}"
+            f"expected the ids of one text, integers (N,), got {text.dtype} {text.shape}"
         )
-    if len(tokens) < needed:
-        raise DataError(f"the text needs at least {needed} tokens, has {len(tokens)}")
+    if len(text) < needed:
+        raise DataError(f"the text needs at least {needed} tokens, has {len(text)}")
 
 
 class Windows:
-    """Training batches of a text, by counter: `batch(step)` depends on the text, the numbers below and `step` alone.
+    """Training batches of a text: `batch(step)` depends on the text, the numbers below and `step`.
 
-    An epoch visits n = len(self) windows of T + 1 tokens at stride T, each once, in an order and from an offset drawn
-    from (seed, epoch): other tokens meet in every epoch. Sequence b of a batch is number g = step * batch_size + b of
-    the run: window g mod n of epoch g div n. The text is integers (N,), N > T = context, or else DataError; or it is
-    packed, and its windows are its own, of T + 1 tokens at most, without an offset.
+    An epoch visits n = len(self) windows of T + 1 tokens at stride T, each once, in an order and
+    from an offset drawn from (seed, epoch): other tokens meet in every epoch. Sequence b of a batch
+    is number g = step * batch_size + b of the run: window g mod n of epoch g div n.
+
+    The text is integers (N,), N > T = context, or else DataError; or it is packed, and has windows
+    already, of T + 1 tokens at most, without an offset.
     """
 
-    def __init__(self, tokens: Ids | PackedRecords, context: int, batch_size: int, seed: int = 0):
-        _check_text(tokens, context + 1, context=context, batch_size=batch_size)
+    def __init__(self, tokens: Text, context: int, batch_size: int, seed: int = 0):
+        require_positive(context=context, batch_size=batch_size)
         if seed < 0:
             raise ConfigError(f"seed must be 0 or more, got {seed!r}")
-        self.tokens, self.context, self.batch_size, self.seed = tokens, context, batch_size, seed
-        # One window less than would fit, where there is more than one: this leaves a whole stride for the offset.
-        self._count = max(1, (len(tokens) - context) // context)
+        _check_text(tokens, context, context + 1)
+        self.tokens = tokens
+        self.context = context
+        self.batch_size = batch_size
+        self.seed = seed
         if isinstance(tokens, PackedRecords):
             self._count = len(tokens.edges) - 1
-        self._latest: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+        else:
+            # One window less than would fit, if several fit: this leaves a whole stride for the
+            # offset.
+            self._count = max(1, (len(tokens) - context) // context)
+        self._latest: dict[int, NDArray[np.int64]] = {}
 
     def __len__(self) -> int:
         return self._count
 
     def epoch(self, step: int) -> int:
-        """The epoch in which the first sequence of batch `step` lies."""
+        """The epoch of the first sequence of batch `step`."""
         return step * self.batch_size // len(self)
 
     def _starts(self, epoch: int) -> NDArray[np.int64]:
         """Where the windows of an epoch begin, in the order of their visit."""
-        if self._latest[0] != epoch:
+        if epoch not in self._latest:
             rng = np.random.default_rng([self.seed, epoch])
             if isinstance(self.tokens, PackedRecords):
-                self._latest = epoch, self.tokens.edges[rng.permutation(len(self))]
+                starts = self.tokens.edges[rng.permutation(len(self))]
             else:
                 offset = rng.integers(len(self.tokens) - len(self) * self.context)
-                self._latest = epoch, offset + self.context * rng.permutation(len(self))
-        return self._latest[1]
+                starts = offset + self.context * rng.permutation(len(self))
+            self._latest = {epoch: starts}
+        return self._latest[epoch]
 
     def batch(self, step: int) -> Batch:
         """Batch number `step`, from 0: B = batch_size sequences of T = context."""
         numbers = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, places = numbers // len(self), numbers % len(self)
-        starts = [
-            self._starts(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()
-        ]
+        epochs, places = divmod(numbers, len(self))
+        starts = []
+        for epoch in np.unique(epochs).tolist():
+            starts.append(self._starts(epoch)[places[epochs == epoch]])
         return _cut(self.tokens, np.concatenate(starts), self.context)
 
 
 class TaskWindows:
-    """Training batches of several texts, one a task: sequence b of a batch is of task number b modulo their count.
+    """Training batches of several texts, one per task: sequence b is of task b modulo their count.
 
-    Each task has windows of its own, visited as `Windows` visits them, so that a small text is seen more often. The
-    number of sequences a batch must reach every task: ConfigError if it does not.
+    Each task has its own windows, visited as `Windows` visits them, so a small text is seen more
+    often. ConfigError unless a batch has at least one sequence per task.
     """
 
-    def __init__(
-        self, texts: Mapping[str, Ids | PackedRecords], context: int, batch_size: int, seed: int = 0
-    ):
+    def __init__(self, texts: Mapping[str, Text], context: int, batch_size: int, seed: int = 0):
         if not texts or batch_size < len(texts):
             raise ConfigError(
                 f"a batch of {batch_size} sequences cannot hold one of each of {len(texts)} tasks"
             )
-        self.tasks = [list(texts)[b % len(texts)] for b in range(batch_size)]
+        names = list(texts)
+        self.context = context
+        self.tasks = [names[b % len(names)] for b in range(batch_size)]
+        self._rows = rows_by_task(self.tasks)
         self._windows = {}
         for task, tokens in texts.items():
             try:
-                self._windows[task] = Windows(tokens, context, self.tasks.count(task), seed)
+                self._windows[task] = Windows(tokens, context, len(self._rows[task]), seed)
             except DataError as error:
                 raise DataError(f"task {task!r:.99}: {error}") from None
 
     def batch(self, step: int) -> Batch:
         """Batch number `step`, from 0: B = batch_size sequences of T = context, and their tasks."""
-        parts = {task: windows.batch(step) for task, windows in self._windows.items()}
-        place = dict.fromkeys(parts, 0)
-        rows = []
-        for task in self.tasks:
-            rows.append((parts[task].ids[place[task]], parts[task].targets[place[task]]))
-            place[task] += 1
-        ids, targets = zip(*rows, strict=True)
-        return Batch(np.stack(ids), np.stack(targets), tasks=self.tasks)
+        ids, targets = np.empty((2, len(self.tasks), self.context), np.int64)
+        for task, windows in self._windows.items():
+            part = windows.batch(step)
+            rows = self._rows[task]
+            ids[rows] = part.ids
+            targets[rows] = part.targets
+        return Batch(ids, targets, tasks=self.tasks)
 
 
 def evaluation_windows(
-    tokens: Ids | PackedRecords, context: int, batch_size: int, limit: int | None = None
+    tokens: Text, context: int, batch_size: int, limit: int | None = None
 ) -> Iterator[Batch]:
-    """Consecutive windows, in which every token but the first is a target exactly once. The last may be padded.
+    """Consecutive windows in which every token but the first is a target exactly once.
 
-    With a `limit`, so many of these windows at most, spread evenly over the text. DataError for fewer than 2 tokens.
-    A packed text has its own windows, in their order.
+    The last may be padded. With a `limit`, at most so many of these windows, spread evenly over the
+    text. A packed text has its own windows, in their order. DataError for fewer than 2 tokens.
     """
-    _check_text(
-        tokens, 2, context=context, batch_size=batch_size, limit=1 if limit is None else limit
-    )
-    packed = tokens.edges[:-1] if isinstance(tokens, PackedRecords) else None
-    count = math.ceil((len(tokens) - 1) / context) if packed is None else len(packed)
-    kept = min(count, limit or count)
-    places = np.arange(kept, dtype=np.int64) * count // kept
-    starts = places * context if packed is None else packed[places]
-    return (_cut(tokens, starts[i : i + batch_size], context) for i in range(0, kept, batch_size))
+    require_positive(context=context, batch_size=batch_size, limit=1 if limit is None else limit)
+    _check_text(tokens, context, 2)
+    if isinstance(tokens, PackedRecords):
+        starts = tokens.edges[:-1]
+    else:
+        starts = np.arange(0, len(tokens) - 1, context)
+    count = len(starts)
+    size = min(count, limit or count)
+    starts = starts[np.arange(size) * count // size]
+    return (_cut(tokens, starts[rows], context) for rows in blocks(size, batch_size))

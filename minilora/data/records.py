@@ -1,12 +1,13 @@
-"""Fine-tuning data: a file of JSON lines, a record each, read strictly, encoded, and packed into windows.
+"""Fine-tuning data: one JSON record per line, read strictly, encoded, and packed into windows.
 
-    {"text": "..."}                           every token of it is to be learned but the first
-    {"prompt": "...", "completion": "..."}    only what comes after the prompt is
-    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}    the assistant's turns
+    {"text": "..."}                           all tokens but the first are learned
+    {"prompt": "...", "completion": "..."}    only the completion is learned
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+                                              only the assistant's turns are learned
 
-Between a record and the next stands the tokenizer's end-of-text token, where it has one: it is what teaches a model to
-stop. With bytes there is none, and records follow each other bare: end them with a line break of your own. A
-conversation is as its chat template writes it, from the beginning to the end.
+The tokenizer's end-of-text token, if it has one, follows each record: it teaches a model to stop.
+Bytes have none, so records follow each other bare: end them with a line break of your own. A
+conversation is exactly what its chat template writes.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from ..formats.disk import PathLike, open_regular, parse_json, quoted
-from .batches import PackedRecords
+from .batches import PackedRecords, require_positive
 from .chat import Chat, Example, conversation
-from .tokenizer import ByteTokenizer, HubTokenizer
+from .texts import held_out_size
+from .tokenizer import Tokenizer
 
 SUFFIX = ".jsonl"
-MAX_LINE_BYTES = 16 << 20  # a line is the only part of a file that is held in memory whole
+MAX_LINE_BYTES = 16 << 20  # a line is the only part of a file that is in memory as a whole
 MAX_VALUES = 1 << 16  # of JSON in a line: a record has four, and a conversation hundreds
 PAIR = ("prompt", "completion")
 KINDS = {"text": ("text",), "messages": ("messages",), "prompt": PAIR, "completion": PAIR}
@@ -38,10 +40,12 @@ KINDS = {"text": ("text",), "messages": ("messages",), "prompt": PAIR, "completi
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """ids (n,), of which those `learned` (n,) are targets, at least one; they stand for `size` bytes.
+    """An example cut to a context.
 
-    The first token is no target: nothing of its record stands before it. So what is learned from a record does not
-    depend on how it is packed.
+    ids        (n,) its tokens
+    learned    (n,) bool, its targets, at least one; never the first token, which follows nothing of
+               its record: so what is learned does not depend on how the record is packed
+    size       the bytes that the targets stand for
     """
 
     ids: NDArray[np.int32]
@@ -50,60 +54,61 @@ class Record:
 
 
 def is_records(path: PathLike) -> bool:
-    """Whether a file is read as records: by its name, which ends in .jsonl."""
+    """Whether a file is read as records: its name ends in .jsonl."""
     return os.fsdecode(path).lower().endswith(SUFFIX)
 
 
-def read_records(
-    path: PathLike, tokenizer: ByteTokenizer | HubTokenizer, context: int
-) -> list[Record]:
-    """The records of a file of JSON lines in UTF-8, of at most T + 1 = context + 1 tokens each. Empty lines are none.
+def read_records(path: PathLike, tokenizer: Tokenizer, context: int) -> list[Record]:
+    """The records of a file of JSON lines in UTF-8, of at most T + 1 = context + 1 tokens each.
 
-    What is longer loses its end, and one warning says how much that was of the whole; another, how many turns of the
-    assistant's are not learned (see `Chat`). FormatError for a line that is not JSON (`parse_json`); DataError for one
-    with other keys or other types, for one of which no token is left to be learned, for a conversation without a chat
-    template that can write it, and for a file without a record. Both name the line. OSError if the file cannot be read.
+    Empty lines are skipped. Longer records lose their ends, and one warning says how many tokens of
+    the whole that were; another says how many turns of the assistant's are not learned (see
+    `Chat`). Errors name the line. FormatError for a line that is not JSON (`parse_json`); DataError
+    for a line with other keys or types or without a token to learn, for a conversation that no chat
+    template can write, and for a file without records. OSError if the file cannot be read.
     """
-    if context < 1:
-        raise ConfigError(f"context must be 1 or more, got {context!r}")
-    records, chat = [], None
+    require_positive(context=context)
+    records = []
     cut = lost = total = skipped = 0
     with contextlib.ExitStack() as stack:
+        chat = None
         for where, line in _lines(path):
-            found = _checked(parse_json(line, where, values=MAX_VALUES), where)
+            fields = _check_fields(parse_json(line, where, values=MAX_VALUES), where)
             try:
-                if "messages" in found:
+                if "messages" in fields:
                     chat = chat or stack.enter_context(Chat(tokenizer))
-                    lesson = chat.encode(conversation(found["messages"]))
-                elif "text" in found:
-                    lesson = _completion(tokenizer, "", found["text"])
+                    example = chat.encode(conversation(fields["messages"]))
+                elif "text" in fields:
+                    example = _encode(tokenizer, "", fields["text"])
                 else:
-                    lesson = _completion(tokenizer, found["prompt"], found["completion"])
-                record = _record(lesson, context)
+                    example = _encode(tokenizer, fields["prompt"], fields["completion"])
+                record = _cut(example, context)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
             records.append(record)
-            total += len(lesson.ids)
-            lost += len(lesson.ids) - len(record.ids)
-            cut += len(lesson.ids) > len(record.ids)
-            skipped += lesson.skipped
+            total += len(example.ids)
+            lost += len(example.ids) - len(record.ids)
+            cut += len(example.ids) > len(record.ids)
+            skipped += example.skipped
     if not records:
-        raise DataError(f"{quoted(path)} has no record: there is nothing to train on")
+        raise DataError(f"{quoted(path)} has no record to train on")
     if cut:
-        text = f"{quoted(path)}: {cut:,} of {len(records):,} records are longer than {context + 1} tokens"
         warnings.warn(
-            f"{text} and lose their ends, {lost:,} of {total:,} tokens: see --context", stacklevel=2
+            f"{quoted(path)}: {cut:,} of {len(records):,} records are longer than {context + 1} "
+            f"tokens and lose their ends, {lost:,} of {total:,} tokens: see --context",
+            stacklevel=2,
         )
     if skipped:
-        text = f"{quoted(path)}: {skipped:,} of the assistant's turns are not learned"
         warnings.warn(
-            f"{text}: the chat template writes them differently once others follow", stacklevel=2
+            f"{quoted(path)}: {skipped:,} of the assistant's turns are not learned: the chat "
+            "template writes them differently once others follow",
+            stacklevel=2,
         )
     return records
 
 
 def _lines(path: PathLike) -> Iterator[tuple[str, bytes]]:
-    """(file and number, line) of each that is not empty; never more than one of them in memory."""
+    """(file and number, line) of each line that is not empty, one of them in memory at a time."""
     with open_regular(path) as raw, io.BufferedReader(raw) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
@@ -111,78 +116,81 @@ def _lines(path: PathLike) -> Iterator[tuple[str, bytes]]:
             where = f"{quoted(path)} line {number}"
             if len(line) > MAX_LINE_BYTES:
                 raise DataError(
-                    f"{where}: longer than {MAX_LINE_BYTES:,} bytes, expected a record a line"
+                    f"{where}: longer than {MAX_LINE_BYTES:,} bytes, expected one record per line"
                 )
             if line.strip(b" \t\r\n"):
                 yield where, line
 
 
-def _checked(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """The same record: it has the keys of its kind, and texts under them, but for the messages."""
+def _check_fields(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """The record itself, if it has the keys of its kind, and texts under all but 'messages'."""
     keys = next((KINDS[key] for key in record if key in KINDS), ())
     if not keys or set(record) != set(keys):
-        odd = ", ".join(quoted(key, 40) for key in list(record)[:5]) or "nothing"
-        kinds = "'text', or 'prompt' and 'completion', or 'messages'"
-        raise DataError(f"{where}: expected {kinds}, and no other key, found {odd}")
+        names = ", ".join(quoted(key, 40) for key in list(record)[:5])
+        raise DataError(
+            f"{where}: expected 'text', or 'prompt' and 'completion', or 'messages', and no other "
+            f"key, found {names or 'nothing'}"
+        )
     for key in keys:
-        if key != "messages" and type(record[key]) is not str:
-            raise DataError(
-                f"{where}: expected {key!r} to be a text, found {type(record[key]).__name__}"
-            )
+        kind = type(record[key])
+        if key != "messages" and kind is not str:
+            raise DataError(f"{where}: expected {key!r} to be a text, found {kind.__name__}")
     return record
 
 
-def _completion(tokenizer: ByteTokenizer | HubTokenizer, prompt: str, text: str) -> Example:
-    """What of a prompt and its completion is to be learned: all after the prompt, which a plain text has empty."""
-    ids, start = _encode(tokenizer, prompt, text)
-    own = len(ids)
-    if tokenizer.eos is not None and not (
-        own and ids[-1] == tokenizer.eos
-    ):  # some files put one there themselves
+def _encode(tokenizer: Tokenizer, prompt: str, text: str) -> Example:
+    """A prompt and its completion in tokens, the completion to be learned.
+
+    The ids are those of both as one text, with the special tokens that the tokenizer's file asks
+    for. What is learned begins where they differ from the ids of the prompt alone: a token that
+    has the prompt's end and the completion's beginning is learned, because after the prompt alone
+    a model has to write it anew.
+    """
+    ids = tokenizer.encode(prompt + text, add_special_tokens=True)
+    alone = tokenizer.encode(prompt, add_special_tokens=True)
+    start = size = min(len(ids), len(alone))
+    different = np.flatnonzero(ids[:size] != alone[:size])
+    if len(different):
+        start = int(different[0])
+    end = len(ids)
+    # Some files put an end-of-text token there themselves.
+    if tokenizer.eos is not None and (not end or ids[-1] != tokenizer.eos):
         ids = np.append(ids, np.int32(tokenizer.eos))
     learned, spoken = np.zeros((2, len(ids)), bool)
-    learned[start:] = spoken[start:own] = True
+    learned[start:] = True
+    spoken[start:end] = True
     return Example(ids, learned, spoken, len(text.encode()))
 
 
-def _record(lesson: Example, context: int) -> Record:
-    """A lesson cut to T + 1 tokens. DataError if none is left to be learned."""
-    n = min(len(lesson.ids), context + 1)
-    learned = lesson.learned[:n].copy()  # a view would keep the whole in memory
+def _cut(example: Example, context: int) -> Record:
+    """An example cut to T + 1 tokens. DataError if none is left to be learned."""
+    n = min(len(example.ids), context + 1)
+    learned = example.learned[:n].copy()  # a view would keep the whole in memory
     learned[:1] = False
     if not learned.any():
-        why = f"no token follows {'its first' if lesson.learned[:1].all() else 'the prompt'}"
-        if lesson.learned[1:].any():
-            prompt = f"its first {1 + lesson.learned[1:].argmax()} of {len(lesson.ids)} tokens are prompt"
-            why = f"{prompt}, and a context of {context} ends before the rest"
-        raise DataError(f"there is nothing to learn: {why}")
-    share = lesson.size / max(1, int(np.count_nonzero(lesson.spoken)))  # bytes a token
-    return Record(
-        lesson.ids[:n].copy(), learned, share * np.count_nonzero(lesson.spoken[:n] & learned)
-    )
-
-
-def _encode(
-    tokenizer: ByteTokenizer | HubTokenizer, prompt: str, text: str
-) -> tuple[NDArray[np.int32], int]:
-    """(ids of both as one text, where what is to be learned begins), with the special tokens that the file asks for.
-
-    That is where the ids part from those of the prompt alone. A token that holds the prompt's end and the text's
-    beginning is learned: after the prompt alone, a model has to write it anew.
-    """
-    whole, alone = (tokenizer.encode(t, add_special_tokens=True) for t in (prompt + text, prompt))
-    n = min(len(whole), len(alone))
-    parted = np.flatnonzero(whole[:n] != alone[:n])
-    return whole, int(parted[0]) if len(parted) else n
+        later = example.learned[1:]
+        reason = "no token follows the prompt"
+        if later.any():
+            reason = (
+                f"its first {1 + later.argmax()} of {len(example.ids)} tokens are prompt, and a "
+                f"context of {context} ends before the rest"
+            )
+        elif example.learned[:1].all():
+            reason = "no token follows its first"
+        raise DataError(f"nothing to learn: {reason}")
+    bytes_per_spoken = example.size / max(1, int(np.count_nonzero(example.spoken)))
+    size = bytes_per_spoken * np.count_nonzero(example.spoken[:n] & learned)
+    return Record(example.ids[:n].copy(), learned, size)
 
 
 def split_records(
     records: list[Record], fraction: float = 0.1
 ) -> tuple[list[Record], list[Record]]:
-    """(train, held_out): the last `fraction` of the records is held out. DataError where a side would be empty."""
-    if not 0 < fraction < 1:
-        raise ConfigError(f"the held-out fraction must lie between 0 and 1, got {fraction!r}")
-    cut = len(records) - math.ceil(len(records) * fraction)
+    """(train, held_out): the last `fraction` of the records is held out.
+
+    DataError where a side would be empty.
+    """
+    cut = len(records) - math.ceil(held_out_size(len(records), fraction))
     if cut < 1:
         raise DataError(
             f"expected 2 records or more, one to train on and one to hold out, got {len(records)}"
@@ -191,35 +199,35 @@ def split_records(
 
 
 def pack(records: Sequence[Record], context: int) -> PackedRecords:
-    """Records, whole and in their order, in windows of at most T + 1 tokens: first come, first served.
+    """Whole records in their order, in windows of at most T + 1 tokens: first come, first served.
 
-    A record that does not fit into the window that is being filled begins the next one. DataError for a record that
-    fits into none, or no record.
+    A record that does not fit into the window that is being filled begins the next one. DataError
+    for a record that fits into none, or no records.
     """
     sizes = [len(record.ids) for record in records]
     if not sizes or max(sizes) > context + 1:
         raise DataError(
             f"expected records of at most {context + 1} tokens, got {max(sizes, default='none')}"
         )
-    edges, end = [0], 0
+    edges = [0]
+    end = 0
     for size in sizes:
         if end + size - edges[-1] > context + 1:
             edges.append(end)
         end += size
-    ids, counts = (
-        np.concatenate([r.ids for r in records]),
-        np.concatenate([r.learned for r in records]),
-    )
-    return PackedRecords(ids, counts, np.array([*edges, end], np.int64))
+    edges.append(end)
+    ids = np.concatenate([record.ids for record in records])
+    counts = np.concatenate([record.learned for record in records])
+    return PackedRecords(ids, counts, np.array(edges, np.int64))
 
 
 def bytes_per_token(records: Sequence[Record]) -> float:
-    """Of the targets, the end-of-text tokens among them: what makes of a loss in nats a token bits a byte.
+    """Bytes per target, end-of-text tokens included: turns nats per token into bits per byte.
 
-    A record that was cut has the share of its bytes that its tokens have; with bytes for tokens, that is exact.
-    DataError where they stand for no byte.
+    A record that was cut has the share of its bytes that its tokens have; with bytes for tokens,
+    that is exact. DataError where the targets stand for no byte.
     """
     size = math.fsum(record.size for record in records)
     if not size:
-        raise DataError(f"of {len(records)} records nothing is to be learned but where they end")
+        raise DataError(f"{len(records)} records have nothing to learn but where they end")
     return size / sum(int(np.count_nonzero(record.learned)) for record in records)

@@ -1,4 +1,4 @@
-"""Texts: a file's bytes, those that come with Python for the demo and the examples, and what of a text is held out."""
+"""Texts: a file's bytes, the texts that come with Python, and what of a text is held out."""
 
 from __future__ import annotations
 
@@ -16,11 +16,21 @@ import numpy as np
 from ..errors import ConfigError, DataError, FormatError
 from ..formats.disk import PathLike, open_regular, quoted
 
-Documents = list[tuple[str, bytes]]  # (name, text)
+Document = tuple[str, bytes]  # (name, text)
+Documents = list[Document]
+
+# Folders of the standard library that hold tests, packages of others, or tables of data.
+SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3"}
+SKIPPED |= {"encodings", "pydoc_data"}
+
+# ---- texts ---------------------------------------------------------------------------------------
 
 
 def read_text(path: PathLike) -> bytes:
-    """The bytes of a text file. DataError if it is empty, not a regular file or too large, OSError if it fails."""
+    """The bytes of a text file.
+
+    DataError if it is empty, too large or not a regular file, OSError if it cannot be read.
+    """
     try:
         with open_regular(path) as file:
             text = file.read()
@@ -29,147 +39,142 @@ def read_text(path: PathLike) -> bytes:
     except MemoryError:
         size = os.path.getsize(path)
         raise DataError(
-            f"{quoted(path)} has {size:,} bytes, more than there is memory: cut a part out of it"
+            f"{quoted(path)} has {size:,} bytes, more than the memory takes: cut a part out of it"
         ) from None
     if not text:
-        raise DataError(f"{quoted(path)} is empty: there is nothing to train on")
+        raise DataError(f"{quoted(path)} is empty: give a text to train on")
     return text
 
 
 def prose() -> Documents:
-    """Python's language reference, (topic, text) by name: half a megabyte of English that comes with Python."""
+    """Python's language reference by topic: half a megabyte of English that comes with Python."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise DataError(
             "this Python comes without pydoc_data, the demo's prose: give --pretrain-data FILE"
         ) from None
-    return [(name, text.encode()) for name, text in sorted(topics.items())]
+    return [(topic, text.encode()) for topic, text in sorted(topics.items())]
 
 
 def python_sources(limit: int = 3_000_000) -> Documents:
-    """The standard library's own sources, (path, text) by path, up to `limit` bytes, without tests and tables of data.
+    """The standard library's own sources by path, up to `limit` bytes, without tests and tables.
 
-    Files are taken in the order of a checksum of their path: a fair sample, much the same on every version of Python.
+    Files are taken in the order of a checksum of their path: a fair sample, much the same on every
+    version of Python.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {
-        "test",
-        "tests",
-        "idle_test",
-        "site-packages",
-        "dist-packages",
-        "lib2to3",
-        "encodings",
-        "pydoc_data",
-    }
-    paths: list[str] = []
+    paths = []
     for folder, folders, names in os.walk(root):
         # config-3.x-... and _sysconfigdata... hold one machine's settings.
         folders[:] = [
             name
             for name in folders
-            if name not in skipped and not name.startswith(("config-", "__"))
+            if name not in SKIPPED and not name.startswith(("config-", "__"))
         ]
-        sources = [
-            name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")
-        ]
-        paths += [Path(folder, name).relative_to(root).as_posix() for name in sources]
-    found: Documents = []
-    for path in sorted(paths, key=lambda path: (zlib.crc32(os.fsencode(path)), path)):
+        for name in names:
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                paths.append(Path(folder, name).relative_to(root).as_posix())
+    paths.sort(key=lambda path: (zlib.crc32(os.fsencode(path)), path))
+    sources = []
+    for path in paths:
         text = (root / path).read_bytes()
         if 0 < len(text) <= limit and text.decode("utf-8", "ignore").encode() == text:
-            found.append((path, text))
+            sources.append((path, text))
             limit -= len(text)
-    if found:
-        return sorted(found)
-    raise DataError(f"this Python comes without its sources in {quoted(root)}: give --data FILE")
+    if not sources:
+        raise DataError(
+            f"this Python comes without its sources in {quoted(root)}: give --data FILE"
+        )
+    return sorted(sources)
 
 
 def four_tasks(limit: int = 400_000) -> dict[str, Documents]:
-    """Four kinds of text that every Python with NumPy carries, up to `limit` bytes each, by name.
+    """Four kinds of text that every Python with NumPy has, up to `limit` bytes each, by name.
 
     python   sources of the standard library          c       NumPy's headers
-    charmap  the tables of Python's text encodings    json    the Unicode database, an object a character
+    charmap  the tables of Python's text encodings    json    Unicode's characters, one object each
     """
-    headers = sorted(Path(np.get_include()).rglob("*.h"))
-    tables = sorted((Path(sysconfig.get_paths()["stdlib"]) / "encodings").glob("*.py"))
-    found = {
+    headers = Path(np.get_include()).rglob("*.h")
+    tables = Path(sysconfig.get_paths()["stdlib"], "encodings").glob("*.py")
+    tasks = {
         "python": python_sources(limit),
-        "c": _files(headers, limit),
-        "charmap": _files(tables, limit),
+        "c": _that_fit(map(_read, sorted(headers)), limit),
+        "charmap": _that_fit(map(_read, sorted(tables)), limit),
+        "json": _that_fit(_unicode(), limit),
     }
-    found["json"] = [(f"plane {at:x}", text) for at, text in _unicode(limit)]
-    for task, documents in found.items():
+    for task, documents in tasks.items():
         if not documents:
             raise DataError(
                 f"this Python comes without the texts of task {task!r}: give files of your own"
             )
-    return found
+    return tasks
 
 
-def _files(paths: Iterable[Path], limit: int) -> Documents:
-    """(name, text) of files in turn, as long as they fit."""
-    found: Documents = []
-    for path in paths:
-        text = path.read_bytes()
-        if 0 < len(text) <= limit:
-            found.append((path.name, text))
-            limit -= len(text)
-    return found
+def _read(path: Path) -> Document:
+    return path.name, path.read_bytes()
 
 
-def _unicode(limit: int) -> Iterator[tuple[int, bytes]]:
-    """Blocks of 256 characters, a line of JSON for each that has a name."""
+def _unicode() -> Iterator[Document]:
+    """Blocks of 256 characters, with one line of JSON for each that has a name."""
     for block in range(0, 0x3000, 256):
-        characters = [chr(c) for c in range(block, block + 256) if unicodedata.name(chr(c), "")]
-        rows = [
-            {
-                "code": f"U+{ord(c):04X}",
-                "name": unicodedata.name(c),
-                "category": unicodedata.category(c),
-                "char": c,
-            }
-            for c in characters
-        ]
-        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        lines = []
+        for code in range(block, block + 256):
+            name = unicodedata.name(chr(code), "")
+            category = unicodedata.category(chr(code))
+            row = {"code": f"U+{code:04X}", "name": name, "category": category, "char": chr(code)}
+            if name:
+                lines.append(json.dumps(row) + "\n")
+        yield f"plane {block:x}", "".join(lines).encode()
+
+
+def _that_fit(documents: Iterable[Document], limit: int) -> Documents:
+    """The documents that are not empty, in turn, as long as they fit into `limit` bytes."""
+    taken = []
+    for name, text in documents:
         if 0 < len(text) <= limit:
+            taken.append((name, text))
             limit -= len(text)
-            yield block, text
+    return taken
 
 
-def _share(size: int, fraction: float) -> float:
+# ---- what is held out ----------------------------------------------------------------------------
+
+
+def held_out_size(size: int, fraction: float) -> float:
+    """`fraction` of `size`. ConfigError unless it is between 0 and 1."""
     if not 0 < fraction < 1:
         raise ConfigError(f"the held-out fraction must lie between 0 and 1, got {fraction!r}")
     return size * fraction
 
 
 def split(documents: Documents, fraction: float = 0.1, seed: int = 0) -> tuple[bytes, bytes]:
-    """(train, held_out): `fraction` of the bytes is held out, in whole documents drawn by `seed`, at least one.
+    """(train, held_out): `fraction` of the bytes in whole documents drawn by `seed`, at least one.
 
-    Never a part of one: who has seen half a file guesses the other half too well. Documents keep their order, with a
-    newline between them. DataError for fewer than two that are not empty.
+    Never a part of one: who has seen half a file guesses the other half too well. Documents keep
+    their order, with a newline between them. DataError for fewer than two that are not empty.
     """
     texts = [text for _, text in documents if text]
     if len(texts) < 2:
         raise DataError(
             f"expected 2 documents or more, one to train on and one to hold out, got {len(texts)}"
         )
-    room, held = _share(sum(map(len, texts)), fraction), set()
+    space = held_out_size(sum(map(len, texts)), fraction)
+    chosen = set()
     for i in np.random.default_rng(seed).permutation(len(texts)).tolist():
-        if len(texts[i]) <= room:
-            held.add(i)
-            room -= len(texts[i])
-    held = held or {min(range(len(texts)), key=lambda i: len(texts[i]))}
-    train, held_out = (
-        b"\n".join(t for i, t in enumerate(texts) if (i in held) == side) for side in (False, True)
-    )
-    return train, held_out
+        if len(texts[i]) <= space:
+            chosen.add(i)
+            space -= len(texts[i])
+    if not chosen:
+        chosen.add(min(range(len(texts)), key=lambda i: len(texts[i])))
+    train = [text for i, text in enumerate(texts) if i not in chosen]
+    held_out = [text for i, text in enumerate(texts) if i in chosen]
+    return b"\n".join(train), b"\n".join(held_out)
 
 
 def split_text(text: bytes, fraction: float = 0.1) -> tuple[bytes, bytes]:
-    """(train, held_out): the last `fraction` of one text is held out. DataError where a side would be empty."""
-    cut = len(text) - math.ceil(_share(len(text), fraction))
+    """(train, held_out): the last `fraction` of one text. DataError where a side would be empty."""
+    cut = len(text) - math.ceil(held_out_size(len(text), fraction))
     for _ in range(3):  # never inside a character, which in UTF-8 has at most 4 bytes
         cut -= cut > 0 and text[cut] & 0xC0 == 0x80
     if not 0 < cut < len(text):

@@ -1,6 +1,6 @@
-"""Tokenizers: bytes, which need nothing, and a model's own tokenizer.json through the package `tokenizers`.
+"""Tokenizers: bytes, and a model's own tokenizer.json, which needs the package `tokenizers`.
 
-Whether the ids fit a model's vocabulary is checked by whoever knows the model.
+Whether the ids fit a model's vocabulary is checked where the model is known.
 """
 
 from __future__ import annotations
@@ -20,22 +20,26 @@ from numpy.typing import NDArray
 from ..errors import DataError
 from ..formats.disk import PathLike, atomic_file, open_regular, quoted, read_json, write_json
 
-SPECIAL = (
-    "bos",
-    "eos",
-    "unk",
-    "sep",
-    "pad",
-    "cls",
-    "mask",
-)  # tokens that have a meaning of their own
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # tokens with a meaning of their own
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest in use, of 256,000 tokens, take about 35 MB
+
+# Fields of tokenizer.json that change no id. (transformers drops or rewrites them.)
+HARMLESS = {"version", "decoder", "truncation", "padding"}
+OTHER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt")  # tokenizers that cannot be used
 
 
 def _utf8(text: str | bytes) -> bytes:
-    """A text's bytes. What the command line could not decode (U+DC80 to U+DCFF in a str) is the byte that it was."""
+    """A text's bytes.
+
+    A byte that the command line could not decode (U+DC80 to U+DCFF in a str) becomes itself again.
+    """
+    if isinstance(text, bytes):
+        return text
     try:
-        return text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+        return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
         raise DataError(
             f"character {error.start} of the text is half of a surrogate pair: it has no bytes"
@@ -43,10 +47,11 @@ def _utf8(text: str | bytes) -> bytes:
 
 
 def _byte_level() -> dict[str, Any]:
-    """Our tokenizer.json: byte-level BPE without merges. Its pieces are bytes, and a byte's id is its value.
+    """Our tokenizer.json: byte-level BPE without merges. Its pieces are bytes, its ids too.
 
-    Byte-level BPE (Radford et al. 2019) writes each byte as one visible character: a printable Latin-1 character is
-    itself, the other 68 bytes are U+0100, U+0101, ... in order. So the space, byte 32, is U+0120.
+    Byte-level BPE (Radford et al. 2019) writes each byte as one visible character: a printable
+    Latin-1 character is itself, the other 68 bytes are U+0100, U+0101, ... in order. So the space,
+    byte 32, is U+0120.
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -62,10 +67,9 @@ def _byte_level() -> dict[str, Any]:
         ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
     )
     model |= dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
-    absent = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
     return {
         "version": "1.0",
-        **absent,
+        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
         "added_tokens": [],
         "pre_tokenizer": level,
         "decoder": level,
@@ -75,155 +79,166 @@ def _byte_level() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ByteTokenizer:
-    """Ids 0 to 255 are the bytes. Any text, in any encoding or none, has ids, and nothing needs to be installed."""
+    """Ids 0 to 255 are the bytes: any text has ids, in any encoding, and no package is needed."""
 
     note: str = ""  # why bytes were chosen, where the model's own files do not say so
     vocab_size: ClassVar[int] = 256
-    eos: ClassVar[int | None] = None  # all 256 bytes may stand in a text
+    eos: ClassVar[int | None] = None  # all 256 bytes may occur in a text
 
     def encode(self, text: str | bytes, add_special_tokens: bool = False) -> NDArray[np.int32]:
-        """The bytes of the text, a str as UTF-8. There are no special tokens to add."""
+        """The bytes of the text, a str as UTF-8. No special tokens exist to be added."""
         return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes again. An id that is no byte (a model may have a larger vocabulary) becomes U+FFFD."""
+        """The bytes again. Other ids (a model may have a larger vocabulary) give U+FFFD."""
         return b"".join(bytes([i]) if 0 <= i < 256 else b"\xef\xbf\xbd" for i in ids)
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
-        """As UTF-8. errors="surrogateescape" gives back what the command line gave, be it UTF-8 or not."""
+        """The text, as UTF-8.
+
+        errors="surrogateescape" gives back what the command line gave, be it UTF-8 or not.
+        """
         return self.decode_bytes(ids).decode("utf-8", errors)
 
     def save(self, directory: PathLike) -> None:
-        """Write tokenizer.json and tokenizer_config.json: `transformers.AutoTokenizer` then gives the same ids."""
-        write_json(os.path.join(directory, "tokenizer.json"), _byte_level())
+        """Write both files from which `transformers.AutoTokenizer` gives the same ids."""
+        write_json(Path(directory, TOKENIZER_FILE), _byte_level())
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
-        write_json(os.path.join(directory, "tokenizer_config.json"), config)
+        write_json(Path(directory, CONFIG_FILE), config)
 
 
 class HubTokenizer:
-    """Any other tokenizer.json, run by the `tokenizers` package. DataError where it cannot be, or for repeated ids."""
+    """Any other tokenizer.json, run by the `tokenizers` package.
 
-    FILES = (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-    )
+    DataError for a file that the package cannot run, or that gives two tokens one id.
+    """
+
+    FILES = (TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json", TEMPLATE_FILE)
     note = ""
 
     def __init__(self, directory: PathLike):
-        self._path = path = os.path.join(directory, "tokenizer.json")
+        self._path = os.path.join(directory, TOKENIZER_FILE)
+        where = quoted(self._path)
         try:
             import tokenizers
         except ImportError:
             raise DataError(
-                f"{quoted(path)} needs the package 'tokenizers': pip install -e .[hf]"
+                f"{where} needs the package 'tokenizers': pip install -e .[hf]"
             ) from None
         with self._usable():
-            self._tokenizer = tokenizers.Tokenizer.from_file(path)
-        self._tokenizer.no_truncation()  # a file may ask for both, but a corpus is one long text
+            self._tokenizer = tokenizers.Tokenizer.from_file(self._path)
+        # A file may ask for both, but a corpus is one long text.
+        self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         if len(set(ids)) < max(1, len(ids)):
             raise DataError(
-                f"{quoted(path)}: expected at least one token and an id of its own for each of {len(ids)}"
+                f"{where}: expected at least one token and an id of its own for each of {len(ids)}"
             )
         self.vocab_size = max(ids) + 1
         self._files = {}
         for name in self.FILES:
-            if os.path.isfile(beside := os.path.join(directory, name)):
-                with open_regular(beside) as file:
+            path = Path(directory, name)
+            if os.path.isfile(path):
+                with open_regular(path) as file:
                     if os.fstat(file.fileno()).st_size > MAX_TOKENIZER_BYTES:
                         raise DataError(
-                            f"{quoted(beside)}: expected at most {MAX_TOKENIZER_BYTES} bytes"
+                            f"{quoted(path)}: expected at most {MAX_TOKENIZER_BYTES} bytes"
                         )
                     self._files[name] = file.read()
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        """tokenizer_config.json, an object without anything if it is none."""
-        try:  # by Python's own parser: what is there besides is not ours, and has integers of 31 digits
-            config = json.loads(self._files.get("tokenizer_config.json", b"{}"))
+        """tokenizer_config.json; an empty object if it is another value, or missing.
+
+        Python's own parser reads it: minilora uses few of its fields, and others have integers of
+        31 digits.
+        """
+        try:
+            config = json.loads(self._files.get(CONFIG_FILE, b"{}"))
         except (ValueError, RecursionError):
-            raise DataError(
-                f"the tokenizer_config.json beside {quoted(self._path)} is not JSON"
-            ) from None
+            raise DataError(f"the {CONFIG_FILE} beside {quoted(self._path)} is not JSON") from None
         return config if isinstance(config, dict) else {}
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
-        """bos_token, eos_token and their like, those that tokenizer_config.json names."""
-        named = {f"{name}_token": self._config.get(f"{name}_token") for name in SPECIAL}
-        texts = {
-            name: found.get("content") if isinstance(found, dict) else found
-            for name, found in named.items()
-        }
-        return {name: text for name, text in texts.items() if isinstance(text, str)}
+        """bos_token, eos_token and the like, those that tokenizer_config.json names."""
+        texts = {}
+        for name in SPECIAL:
+            token = self._config.get(f"{name}_token")
+            if isinstance(token, dict):
+                token = token.get("content")
+            if isinstance(token, str):
+                texts[f"{name}_token"] = token
+        return texts
 
     @cached_property
     def eos(self) -> int | None:
-        """The id of the token that ends a text: tokenizer_config.json's eos_token. None where it names none."""
+        """The id of tokenizer_config.json's eos_token, which ends a text. None if it names none."""
+        token = self.special_tokens.get("eos_token")
         with self._usable():
-            token = self.special_tokens.get("eos_token")
             return None if token is None else self._tokenizer.token_to_id(token)
 
     @cached_property
     def added(self) -> list[int]:
-        """The ids of the tokens that are found in a text as they are written, before it is cut up: the special ones."""
+        """The ids of the special tokens, which a text is searched for before it is cut up."""
         with self._usable():
             return sorted(self._tokenizer.get_added_tokens_decoder())
 
     @property
     def chat_template(self) -> tuple[str, str] | None:
-        """(template, where it is from): chat_template.jinja, or the one of tokenizer_config.json. None without one.
+        """(template, where it is from): chat_template.jinja, or the one of tokenizer_config.json.
 
-        Where that has several, the one whose name is "default". DataError for one that is no text in UTF-8.
+        If that has several, the one whose name is "default". None without one. DataError for one
+        that is not a text in UTF-8.
         """
-        name, found = "chat_template.jinja", self._files.get("chat_template.jinja")
-        if found is None:
-            name, found = (
-                "the chat_template in tokenizer_config.json",
-                self._config.get("chat_template"),
-            )
-            if isinstance(found, list):
-                named = [
-                    entry
-                    for entry in found
-                    if isinstance(entry, dict) and entry.get("name") == "default"
-                ]
-                found = named[-1].get("template") if named else None
-        where = f"{name} beside {quoted(self._path)}"
-        if found is None:
+        name = TEMPLATE_FILE
+        template: Any = self._files.get(TEMPLATE_FILE)
+        if template is None:
+            name = f"the chat_template in {CONFIG_FILE}"
+            template = self._config.get("chat_template")
+        if isinstance(template, list):
+            named = template
+            template = None
+            for entry in named:
+                if isinstance(entry, dict) and entry.get("name") == "default":
+                    template = entry.get("template")
+        if template is None:
             return None
-        try:
-            text = found.decode("utf-8") if isinstance(found, bytes) else found
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where} is not UTF-8 at byte {error.start}") from None
-        if not isinstance(text, str):
-            raise DataError(f"{where}: expected a text, found {type(text).__name__}")
-        return text, where
+        where = f"{name} beside {quoted(self._path)}"
+        if isinstance(template, bytes):
+            try:
+                template = template.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where} is not UTF-8 at byte {error.start}") from None
+        if not isinstance(template, str):
+            raise DataError(f"{where}: expected a text, found {type(template).__name__}")
+        return template, where
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
-        """What the package cannot do with this file is a DataError.
+        """DataError for what the package cannot do with this file.
 
-        It raises plain Exceptions, and panics (BaseExceptions) for a file that it did not check: with a pattern that
-        does not end, say, which it gives up after ten million steps.
+        It raises plain Exceptions, and panics (BaseExceptions) for a file that it did not check:
+        with a pattern that does not end, say, which it gives up after ten million steps.
         """
         try:
             yield
         except BaseException as error:
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
                 raise DataError(
-                    f"{quoted(self._path)} is not a usable tokenizer: {str(error)[:200]!r}"
+                    f"{quoted(self._path)} is not a usable tokenizer: {str(error)!r:.200}"
                 ) from None
             raise
 
     def encode(self, text: str | bytes, add_special_tokens: bool = False) -> NDArray[np.int32]:
-        """The ids of a text in UTF-8; `add_special_tokens` puts what the file asks for around it (a BOS, say)."""
+        """The ids of a text in UTF-8.
+
+        `add_special_tokens` puts what the file asks for around it (a BOS, say).
+        """
         try:
             decoded = _utf8(text).decode("utf-8")
         except UnicodeDecodeError as error:
@@ -231,13 +246,15 @@ class HubTokenizer:
                 f"the text is not UTF-8 at byte {error.start}; this model's tokenizer needs that"
             ) from None
         with self._usable():
-            return np.array(
-                self._tokenizer.encode(decoded, add_special_tokens=add_special_tokens).ids, np.int32
-            )
+            encoding = self._tokenizer.encode(decoded, add_special_tokens=add_special_tokens)
+            return np.array(encoding.ids, np.int32)
 
     @cached_property
     def _bare(self) -> Any:
-        """The same without what it puts around a text: in some files that trims spaces off tokens' places, too."""
+        """The tokenizer without what it puts around a text.
+
+        In some files that trims spaces off tokens' places, too.
+        """
         import tokenizers
 
         bare = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
@@ -247,15 +264,15 @@ class HubTokenizer:
     def encode_with_edges(
         self, text: str
     ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-        """(ids, starts, ends), each (n,): token i is of text[starts[i] : ends[i]]. No special tokens are added.
+        """(ids, starts, ends), each (n,): token i is part of text[starts[i] : ends[i]].
 
-        Tokens that are parts of one character have that character each.
+        No special tokens are added. Each part of a character has all of it.
         """
         _utf8(text)
         with self._usable():
-            found = self._bare.encode(text, add_special_tokens=False)
-        starts, ends = np.array(found.offsets, np.int64).reshape(-1, 2).T
-        return np.array(found.ids, np.int32), starts, ends
+            encoding = self._bare.encode(text, add_special_tokens=False)
+        starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        return np.array(encoding.ids, np.int32), starts, ends
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.decode(ids).encode("utf-8")
@@ -267,43 +284,44 @@ class HubTokenizer:
     def save(self, directory: PathLike) -> None:
         """Write the files again as they were read."""
         for name, content in self._files.items():
-            with atomic_file(os.path.join(directory, name)) as file:
+            with atomic_file(Path(directory, name)) as file:
                 file.write(content)
 
 
-def load_tokenizer(directory: PathLike, vocab_size: int) -> ByteTokenizer | HubTokenizer:
-    """The tokenizer in a model's directory: bytes, with a `note` that says so, where it has no tokenizer.json.
+Tokenizer = ByteTokenizer | HubTokenizer
+
+
+def load_tokenizer(directory: PathLike, vocab_size: int) -> Tokenizer:
+    """The tokenizer in a model's folder: bytes, with a `note` that says so, without tokenizer.json.
 
     DataError for a tokenizer that gives ids of `vocab_size` or more.
     """
-    path = os.path.join(directory, "tokenizer.json")
-    if os.path.lexists(path):
-        found, ours = read_json(path, limit=MAX_TOKENIZER_BYTES), _byte_level()
-        template = found.get("post_processor")
-        if isinstance(template, dict) and template.get("special_tokens") == {}:
-            found["post_processor"] = (
-                None  # transformers writes ours again with a template that adds nothing
-            )
-        same = all(
-            found.get(key) == ours[key]
-            for key in ours.keys() - {"version", "decoder", "truncation", "padding"}
-        )
-        tokenizer: ByteTokenizer | HubTokenizer = (
-            ByteTokenizer() if same else HubTokenizer(directory)
-        )
+    path = Path(directory, TOKENIZER_FILE)
+    tokenizer: Tokenizer
+    if not os.path.lexists(path):
+        note = f"{quoted(directory)} has no {TOKENIZER_FILE}: texts are read as bytes, ids 0 to 255"
+        others = [name for name in OTHER_FILES if Path(directory, name).exists()]
+        if others:
+            note += f" ({', '.join(others)} cannot be used)"
+        tokenizer = ByteTokenizer(note)
+    elif _is_byte_level(read_json(path, limit=MAX_TOKENIZER_BYTES)):
+        tokenizer = ByteTokenizer()
     else:
-        others = [
-            name
-            for name in ("tokenizer.model", "vocab.json", "vocab.txt")
-            if Path(directory, name).exists()
-        ]
-        note = f"{quoted(directory)} has no tokenizer.json: texts are read as bytes, ids 0 to 255"
-        tokenizer = ByteTokenizer(
-            note + (f" ({', '.join(others)} cannot be used)" if others else "")
-        )
+        tokenizer = HubTokenizer(directory)
     if tokenizer.vocab_size > vocab_size:
-        source = tokenizer.note or quoted(path)
         raise DataError(
-            f"{source}: {tokenizer.vocab_size} ids, more than the model's vocab_size of {vocab_size}"
+            f"{tokenizer.note or quoted(path)}: {tokenizer.vocab_size} ids, more than the model's "
+            f"vocab_size of {vocab_size}"
         )
     return tokenizer
+
+
+def _is_byte_level(fields: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json gives the same ids as `_byte_level`."""
+    ours = _byte_level()
+    template = fields.get("post_processor")
+    if isinstance(template, dict) and template.get("special_tokens") == {}:
+        fields["post_processor"] = (
+            None  # transformers writes ours with a template that adds nothing
+        )
+    return all(fields.get(key) == ours[key] for key in ours.keys() - HARMLESS)

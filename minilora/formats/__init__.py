@@ -1,6 +1,8 @@
-"""Files of the ecosystem <-> arrays and JSON: strict in, exact out. Nothing here knows what a model is.
+"""Files of the ecosystem as arrays and JSON: strict in, exact out. This folder knows no model.
 
 disk         a file appears whole or not at all; strict JSON
+folders      one writer at a time; a folder appears whole or not at all
+dtypes       numbers as files store them: widened exactly, rounded once
 safetensors  arrays in one file
 checkpoint   a base model's folder: config.json and model.safetensors, in one piece or in shards
 adapter      PEFT's folder: adapter_config.json and adapter_model.safetensors

@@ -1,12 +1,14 @@
-"""PEFT's folder for one adapter: adapter_config.json and adapter_model.safetensors <-> a dict and arrays by key.
+"""PEFT's folder for one adapter: adapter_config.json and adapter_model.safetensors.
 
-What the fields mean and where the arrays belong is lora's business. A pickle (adapter_model.bin) is never opened.
+This file reads and writes them as a dict and arrays by key; minilora.lora knows what they mean.
+A pickle (adapter_model.bin) is never opened.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -16,15 +18,21 @@ from .safetensors import Array, SafetensorsFile, save_file
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-OTHERS = {  # by a file that lies there instead
+
+# What the folder is if it holds this file instead.
+OTHER_FILES = {
     "adapter_model.bin": "; adapter_model.bin is a pickle and is not read",
-    "adapters.safetensors": ": an adapter in mlx-lm's files, which `minilora convert --to peft` turns into PEFT's",
-    "multitask.json": ": it holds an adapter for each task, in a folder of its own: name one of them",
-    "config.json": ": it is a model's folder, and no adapter's",
+    "adapters.safetensors": (
+        ": an adapter in mlx-lm's files, which `minilora convert --to peft` turns into PEFT's"
+    ),
+    "multitask.json": ": it holds one adapter per task, each in its own folder: name one of them",
+    "config.json": ": it is a model's folder, not an adapter's",
 }
 
-# Every key that peft 0.21.2 writes for LoRA, with PEFT's default. Its loader warns about a key it does not know,
-# and other readers look some of these up without a default, so a written file always has all of them.
+# Every key that peft 0.21.2 writes for LoRA, with PEFT's default. Its loader warns about a key that
+# it does not know, and other readers look some of these up without a default, so a written file
+# always has all of them. inference_mode is not PEFT's default, but what it always writes: a saved
+# adapter loads frozen.
 PEFT_CONFIG_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "alora_invocation_tokens": None,
@@ -38,7 +46,7 @@ PEFT_CONFIG_DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "eva_config": None,
         "exclude_modules": None,
         "fan_in_fan_out": False,
-        "inference_mode": True,  # not PEFT's default, but what it always writes: a saved adapter loads frozen
+        "inference_mode": True,
         "init_lora_weights": True,
         "kasa_config": None,
         "layer_replication": None,
@@ -73,35 +81,34 @@ PEFT_CONFIG_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 
 def open_adapter(directory: PathLike) -> tuple[dict[str, Any], SafetensorsFile]:
-    """PEFT's folder -> (config as it stands in the file, its open tensors: close them, or use `with`).
+    """(config as the file has it, the open tensors) of PEFT's folder: close them, or use `with`.
 
     FileNotFoundError without the folder; FormatError when a file is missing or damaged.
     """
     require_folder(directory, "adapter")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not os.path.lexists(os.path.join(directory, name)):
-            hints = (
-                hint
-                for other, hint in OTHERS.items()
-                if os.path.lexists(os.path.join(directory, other))
-            )
-            raise FormatError(f"{quoted(directory)} has no {name}{next(hints, '')}")
-    return read_json(os.path.join(directory, CONFIG_FILE)), SafetensorsFile(
-        os.path.join(directory, WEIGHTS_FILE)
-    )
+        if not os.path.lexists(Path(directory, name)):
+            names = (name for name in OTHER_FILES if os.path.lexists(Path(directory, name)))
+            hint = OTHER_FILES.get(next(names, ""), "")
+            raise FormatError(f"{quoted(directory)} has no {name}{hint}")
+    config = read_json(Path(directory, CONFIG_FILE))
+    return config, SafetensorsFile(Path(directory, WEIGHTS_FILE))
 
 
 def read_adapter(directory: PathLike) -> tuple[dict[str, Any], dict[str, Array]]:
-    """`open_adapter`, with the arrays by PEFT's keys read at once. BF16 comes as float32."""
+    """`open_adapter`, with all arrays read, by PEFT's keys. BF16 comes as float32."""
     config, file = open_adapter(directory)
     with file:
-        return config, {key: file.read(key) for key in file.keys()}
+        return config, {key: file.read(key) for key in file}
 
 
 def write_adapter(
     directory: PathLike, config: Mapping[str, Any], tensors: Mapping[str, Array]
 ) -> None:
-    """Write PEFT's folder. Keys that `config` leaves out get PEFT's defaults; keys that PEFT does not know are kept."""
+    """Write PEFT's folder.
+
+    Keys that `config` lacks get PEFT's defaults; keys that PEFT does not know stay in the file.
+    """
     os.makedirs(directory, exist_ok=True)
-    with json_after(os.path.join(directory, CONFIG_FILE), {**PEFT_CONFIG_DEFAULTS, **config}):
-        save_file(os.path.join(directory, WEIGHTS_FILE), tensors)
+    with json_after(Path(directory, CONFIG_FILE), {**PEFT_CONFIG_DEFAULTS, **config}):
+        save_file(Path(directory, WEIGHTS_FILE), tensors)

@@ -1,11 +1,12 @@
 """The disk: a file appears whole or not at all, and JSON is read as strictly as it is written.
 
-This room knows bytes, files and JSON. What a file means is the business of its neighbours.
+This file knows bytes, files and JSON. The other files of the folder know what they mean.
 
-    atomic_file     write beside the old file, then put the new one in its place in one step; sync_folder
-    in_turn         the next array is made while this one is written; send_off    the disk begins before the end
+    atomic_file     write beside the old file, then put the new one in its place in one step
+    start_writeback, sync_folder    have the disk begin early; force a folder's names to the disk
     open_regular    open for reading; a folder, a pipe or a device is refused, never waited for
-    parse_json      strict JSON from bytes         read_json, write_json    the same, from and to a file
+    parse_json      strict JSON from bytes
+    read_json, write_json, json_after    the same, from and to a file
 """
 
 from __future__ import annotations
@@ -20,57 +21,68 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from itertools import accumulate
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from ..errors import ConfigError, FormatError
 
 PathLike = str | os.PathLike[str]
-T = TypeVar("T")
 
-MAX_JSON_BYTES = (
-    1 << 20
-)  # the largest config of a language model or an adapter seen in the wild is far below
+MAX_JSON_BYTES = 1 << 20  # configs of language models and adapters in use are far smaller
 MAX_JSON_VALUES = 4 << 20  # twice the lists, objects and texts of the largest tokenizer in use
 MAX_DEPTH = 64  # real configs stay below 10; Python's own limit would end in a RecursionError
 MAX_INTEGER_DIGITS = (
-    20  # 2^64 has 20 digits; Python takes quadratic time over longer ones, or refuses them
+    20  # 2^64 has 20; Python takes quadratic time over longer ones, or refuses them
 )
+
+BINARY = getattr(os, "O_BINARY", 0)
+
+# The temporary files that this process is writing. In a container, the process before may have had
+# the same number.
+_being_written: set[str] = set()
 
 
 def quoted(text: object, limit: int = 120) -> str:
-    """`text` for an error message: control characters escaped, and its middle left out when it is long."""
+    """`text` for an error message: control characters escaped, a long middle left out."""
     whole = os.fspath(text) if isinstance(text, os.PathLike) else str(text)
-    shown = repr(whole if len(whole) <= limit else whole[: limit // 2] + whole[-limit // 2 :])
-    return shown if len(shown) <= limit else shown[: limit // 2] + "..." + shown[3 - limit // 2 :]
+    half = limit // 2
+    if len(whole) > limit:
+        whole = whole[:half] + whole[-half:]
+    shown = repr(whole)
+    if len(shown) <= limit:
+        return shown
+    return f"{shown[:half]}...{shown[3 - half :]}"
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 
 @contextmanager
 def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
-    """A binary file to write that becomes `path` when the block ends well; otherwise the old file stays untouched.
+    """A binary file to write that becomes `path` when the block ends well; else the old one stays.
 
-    The bytes go to a temporary file in the same folder, are forced to the disk, and are renamed over `path`, which a
-    file system does in one step. A crash at any moment leaves the old file or the new one; the temporary file that a
-    killed process leaves is removed by the next writer. A symbolic link stays a link (its target is replaced), and an
-    existing file keeps its mode. OSError when the disk says no.
+    The bytes go to a temporary file in the same folder, are forced to the disk, and are renamed
+    over `path`, which a file system does in one step. A crash at any moment leaves the old file or
+    the new one; the temporary file that a killed process leaves is removed by the next writer. A
+    symbolic link stays a link (its target is replaced), and an existing file keeps its mode.
+    OSError when the disk refuses.
     """
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
     mode = None
     with suppress(FileNotFoundError):
         mode = os.stat(target).st_mode
-    if mode is not None and not stat.S_ISREG(
-        mode
-    ):  # renaming over /dev/null would destroy the device
+    # Renaming over /dev/null would destroy the device.
+    if mode is not None and not stat.S_ISREG(mode):
         raise FileExistsError(errno.EEXIST, "exists and is not a regular file", os.fspath(path))
     stem = f".{name[:40]}.tmp-"
     _remove_stale(folder, stem)
     temporary = os.path.join(folder, f"{stem}{os.getpid()}-{os.urandom(4).hex()}")
     _being_written.add(temporary)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY
     try:
-        # Mode 0666 here is cut by the umask in the kernel; reading the umask in Python would race with other threads.
-        descriptor = os.open(
-            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
-        )
+        # The kernel cuts mode 0666 by the umask; to read the umask in Python would race with other
+        # threads.
+        descriptor = os.open(temporary, flags, 0o666)
         with os.fdopen(descriptor, "wb") as file:
             if mode is not None:
                 os.chmod(temporary, stat.S_IMODE(mode))
@@ -82,30 +94,26 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
     except BaseException as error:  # KeyboardInterrupt too: nothing half-written may stay behind
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+        # A full disk does not say by itself which file had no space.
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = os.fspath(
-                path
-            )  # a full disk does not say by itself which file it had no room for
+            error.filename = os.fspath(path)
         raise
     finally:
         _being_written.discard(temporary)
 
 
 def start_writeback(file: BinaryIO) -> None:
-    """Have the disk begin with what was written so far, so that the wait at the end is short. Elsewhere than on Linux
-    the system begins when it likes."""
+    """Have the disk begin with what was written so far, so that the wait at the end is short.
+
+    Only Linux is asked; other systems begin when they like.
+    """
     if sys.platform == "linux":
         file.flush()
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-_being_written: set[str] = (
-    set()
-)  # by this process: in a container, the one before may have had the same number
-
-
 def _remove_stale(folder: str, stem: str) -> None:
-    """Remove `atomic_file`'s temporaries of this stem whose process is gone."""
+    """Remove `atomic_file`'s temporary files of this stem whose process has ended."""
     with suppress(OSError):  # a folder that may not be listed can still be written to
         for name in os.listdir(folder):
             number, dash, rest = name.removeprefix(stem).partition("-")
@@ -116,23 +124,23 @@ def _remove_stale(folder: str, stem: str) -> None:
 
 
 def _is_another(number: int) -> bool:
-    """Whether there is a process of this number, other than this one."""
+    """Whether a process of this number runs, other than this one."""
     if number == os.getpid():
         return False
-    if os.name == "nt":  # where os.kill(number, 0) is no question but a Ctrl-C
+    if os.name == "nt":  # where os.kill(number, 0) is not a question but a Ctrl-C
         return True
     try:
         os.kill(number, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's
         pass
     return True
 
 
 def sync_folder(folder: PathLike) -> None:
-    """Make a rename survive a power cut: until its folder is on the disk, the new name may be forgotten."""
-    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder, and has no need to
+    """Force a folder's names to the disk: until then a power cut may undo a rename in it."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder, and need not
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -142,11 +150,13 @@ def sync_folder(folder: PathLike) -> None:
 
 
 def open_regular(path: PathLike) -> FileIO:
-    """Open a regular file for unbuffered reading. FormatError for anything else, OSError when it cannot be opened."""
-    # Without O_NONBLOCK, opening a pipe would wait for somebody to write into it.
-    descriptor = os.open(
-        path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-    )
+    """A regular file, opened for unbuffered reading. FormatError for anything else.
+
+    OSError when it cannot be opened.
+    """
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
+    flags = os.O_RDONLY | BINARY | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FormatError(f"{quoted(path)} is not a regular file")
@@ -154,13 +164,17 @@ def open_regular(path: PathLike) -> FileIO:
 
 
 def require_folder(path: PathLike, what: str) -> None:
-    """FileNotFoundError or NotADirectoryError, unless `path` is a folder."""
+    """FileNotFoundError or NotADirectoryError unless `path` is a folder."""
+    name = os.fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(
-            errno.ENOENT, f"no such {what} folder (nothing is downloaded)", os.fspath(path)
+            errno.ENOENT, f"no such {what} folder (nothing is downloaded)", name
         )
     if not os.path.isdir(path):
-        raise NotADirectoryError(errno.ENOTDIR, f"the {what} must be a folder", os.fspath(path))
+        raise NotADirectoryError(errno.ENOTDIR, f"the {what} must be a folder", name)
+
+
+# ---- JSON ----------------------------------------------------------------------------------------
 
 
 def parse_json(
@@ -168,36 +182,15 @@ def parse_json(
 ) -> dict[str, Any]:
     """The JSON object in `data`, or a FormatError that begins with `where`.
 
-    Stricter than Python's parser, which takes NaN, repeated keys, 1e400, half of a surrogate pair and integers of any
-    length. `depth` and `values` bound the nesting and the number of lists, objects and texts before anything is built:
-    a byte of JSON can take thirty in memory.
+    Stricter than Python's parser, which takes NaN, repeated keys, 1e400, half of a surrogate pair
+    and integers of any length. `depth` and `values` bound the nesting and the number of lists,
+    objects and texts before anything is built: one byte of JSON can take thirty in memory.
     """
-    # What is left outside texts: drop escaped backslashes, then escaped quotes; then every second piece is outside.
-    plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    texts = plain.count(b'"') // 2
-    outside = b"".join(plain.split(b'"')[::2]) if texts <= values else b""
-    brackets = outside.translate(None, delete=bytes(set(range(256)) - set(b"{}[]")))
-    if max(accumulate(1 if byte in b"{[" else -1 for byte in brackets), default=0) > depth:
-        raise FormatError(f"{where}: JSON nested deeper than {depth}")
-    if texts + len(brackets) // 2 > values:
-        raise FormatError(f"{where}: JSON of more than {values} lists, objects and texts")
-
-    def integer(digits: str) -> int:
-        if len(digits) > MAX_INTEGER_DIGITS or digits == "-0":
-            raise ValueError(f"{digits[:30]} is not an integer that can be meant")
-        return int(digits)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError(
-                f"{quoted(Counter(name for name, _ in pairs).most_common(1)[0][0])} appears twice"
-            )
-        return found
-
+    _check_bounds(data, where, depth, values)
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_int=integer)
-        # Only what can be written again was JSON: this refuses NaN, Infinity, 1e400 and half of a surrogate pair.
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)
+        # Only what can be written again was JSON: this refuses NaN, Infinity, 1e400 and half of a
+        # surrogate pair.
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
     except ValueError as error:  # UnicodeError and JSONDecodeError are ValueErrors
         raise FormatError(f"{where}: not valid JSON: {error}") from None
@@ -206,8 +199,41 @@ def parse_json(
     return value
 
 
+def _check_bounds(data: bytes, where: str, depth: int, values: int) -> None:
+    # What is outside texts: drop escaped backslashes, then escaped quotes; then every second piece
+    # is outside.
+    plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    texts = plain.count(b'"') // 2
+    outside = b""
+    if texts <= values:
+        outside = b"".join(plain.split(b'"')[::2])
+    brackets = outside.translate(None, delete=bytes(set(range(256)) - set(b"{}[]")))
+    depths = accumulate(1 if byte in b"{[" else -1 for byte in brackets)
+    if max(depths, default=0) > depth:
+        raise FormatError(f"{where}: JSON nested deeper than {depth}")
+    if texts + len(brackets) // 2 > values:
+        raise FormatError(f"{where}: JSON of more than {values} lists, objects and texts")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_INTEGER_DIGITS or digits == "-0":
+        raise ValueError(f"{digits[:30]} is not an integer that can be meant")
+    return int(digits)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"{quoted(counts.most_common(1)[0][0])} appears twice")
+    return result
+
+
 def read_json(path: PathLike, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes. FormatError names the file; OSError if it cannot be read."""
+    """The JSON object in a file of at most `limit` bytes.
+
+    FormatError names the file; OSError if it cannot be read.
+    """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
@@ -216,26 +242,24 @@ def read_json(path: PathLike, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def write_json(path: PathLike, value: dict[str, Any]) -> None:
-    """Write `value` as JSON, atomically, its keys sorted. ConfigError when `read_json` could not read it back."""
+    """Write `value` as JSON, atomically, its keys sorted. ConfigError if `read_json` refused it."""
     with json_after(path, value):
         pass
 
 
 @contextmanager
 def json_after(path: PathLike, value: dict[str, Any]) -> Iterator[None]:
-    """`write_json`, whose file becomes real after the block: so that two files change together, or neither does.
+    """`write_json`, whose file becomes real after the block, so that two files change together.
 
-    Objects inside keep their order, which can carry a meaning: in a rank_pattern the first entry that matches holds.
+    Objects inside keep their order, which can matter: in a rank_pattern the first match counts.
     """
     try:
         text = json.dumps(dict(sorted(value.items())), indent=2, allow_nan=False) + "\n"
         parse_json(text.encode(), "read back")
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{quoted(path)}: cannot be written as JSON: {str(error)[:200]}"
-        ) from None
+        raise ConfigError(f"{quoted(path)}: cannot be written as JSON: {error}") from None
     with atomic_file(path) as file:
         file.write(text.encode())
         file.flush()
-        os.fsync(file.fileno())  # its room on the disk is taken before the block begins
+        os.fsync(file.fileno())  # its space on the disk is taken before the block begins
         yield

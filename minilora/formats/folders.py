@@ -1,4 +1,13 @@
-"""Folders: one writer at a time, and a folder that appears whole or not at all."""
+"""Folders to write into: one writer at a time, and a folder that appears whole or not at all.
+
+locked                 one writer at a time                        OUT/.lock, while it writes
+require_empty          refuse a folder that holds something
+numbered_folder        the first free name of runs/demo-001, demo-002, ...
+require_free_space     refuse a disk that is too full
+require_outside        refuse to write into a folder that is read
+whole_folder           rename a finished stage to its place, remove an unfinished one
+new_folder             a stage that a killed run leaves, and the next run continues
+"""
 
 from __future__ import annotations
 
@@ -8,7 +17,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -17,106 +26,38 @@ from typing import Any
 from ..errors import ConfigError, FormatError, LockError
 from .disk import quoted, read_json, sync_folder, write_json
 
-_locked: ContextVar[frozenset[str]] = ContextVar("folders locked", default=frozenset())
-STAMP = "inputs.json"  # in an unfinished folder: what it is being made of
-
-
-def require_outside(out: str | Path, **sources: str | Path) -> None:
-    """ConfigError if `out` is one of the folders `sources`, by the names of their options, or inside one."""
-    there = Path(out).resolve()
-    for name, source in sources.items():
-        if Path(source).resolve() in (there, *there.parents):
-            raise ConfigError(f"--out {str(out)!r} is inside --{name}: choose another folder")
-
-
-@contextmanager
-def new_folder(out: str | Path, inputs: Mapping[str, Any]) -> Iterator[Path]:
-    """A folder to write into that becomes `out`, which must be new or empty, when the block ends well.
-
-    What fails, or is interrupted, takes it away. A run that was killed leaves it beside `out`; the next one with the
-    same `inputs` finds there what was finished, and another one starts afresh.
-    """
-    there = Path(out).exists()
-    try:
-        with locked(out) as held:
-            open_folder(held)
-            real = held.resolve()
-            stage = real.parent / f".{_short(real.name)}.unfinished"
-            try:
-                _begin(stage, {"out": real.name, **inputs})
-                yield stage
-                (stage / STAMP).unlink()
-                for file in stage.glob(".*"):
-                    file.unlink()
-                sync_folder(stage)
-                (real / LOCK).unlink()
-                real.rmdir()  # whoever takes the lock in between makes this fail, and has the folder
-                os.rename(stage, real)
-                sync_folder(real.parent)
-            except BaseException:  # KeyboardInterrupt too
-                shutil.rmtree(stage, ignore_errors=True)
-                raise
-    except BaseException:
-        with suppress(OSError):  # there is something in it, then
-            if there:
-                Path(out).mkdir(exist_ok=True)
-            else:
-                Path(out).rmdir()
-        raise
-
-
-def _short(name: str) -> str:
-    """A name that can be made longer. Two that begin alike differ: runs at once must not share an unfinished folder."""
-    return (
-        name
-        if len(name) <= 40
-        else f"{name[:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
-    )
-
-
-def _begin(stage: Path, inputs: Mapping[str, Any]) -> None:
-    if stage.is_symlink() or (stage.exists() and not stage.is_dir()):
-        raise FormatError(f"{quoted(stage)} is in the way")
-    asked = json.loads(json.dumps(inputs))
-    with suppress(OSError, FormatError):
-        if read_json(stage / STAMP) == asked:
-            return
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir()
-    write_json(stage / STAMP, asked)
-
-
-def fingerprint(folder: str | Path) -> dict[str, list[int]]:
-    """Sizes and times of the files that a folder's meaning depends on: two that are alike hold the same."""
-    found = {}
-    for file in sorted(Path(folder).rglob("*")):
-        if file.suffix in (".safetensors", ".json") and file.is_file():
-            stat = file.stat()
-            found[str(file.relative_to(folder))] = [stat.st_size, stat.st_mtime_ns]
-    return found
-
-
 LOCK = ".lock"
+STAMP = "inputs.json"  # in an unfinished folder: what it is made from
+
+# The folders that this context has locked, by their real paths.
+_locked: ContextVar[frozenset[str]] = ContextVar("folders locked", default=frozenset())
+
+# What flock says where the file system has no locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+# ---- one writer at a time ------------------------------------------------------------------------
 
 
 @contextmanager
 def locked(out: str | Path) -> Iterator[Path]:
-    """Hold a run's folder, made if need be, for the block. LockError while another thread or process holds it.
+    """Lock a run's folder for the block; the folder is made if need be.
 
-    Who holds it in the same context may take it again: a command does so around all that it writes, and `train` for
-    itself. The lock is flock's on OUT/.lock, so a killed run leaves a file that is simply taken. Where a file system
-    has no locks, that is one warning. A folder that cannot be written to is an OSError, before anything is computed.
+    The same context may lock it again: a command does so around all that it writes, and `train`
+    for itself. The lock is flock's on OUT/.lock, so the file that a killed run leaves is simply
+    taken. A file system without locks causes one warning. LockError while another thread or
+    process has the lock; OSError, before anything is computed, for a folder that cannot be written.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {str(out)!r} is a file, not a folder")
     out.mkdir(parents=True, exist_ok=True)
-    before, key = _locked.get(), os.path.realpath(out)
+    before = _locked.get()
+    key = os.path.realpath(out)
     if key in before:
         yield out
         return
     path = out / LOCK
-    descriptor = _lock_file(path)
+    descriptor = _open_locked(path)
     try:
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
@@ -125,22 +66,22 @@ def locked(out: str | Path) -> Iterator[Path]:
         yield out
     finally:
         _locked.set(before)
-        with suppress(
-            OSError
-        ):  # the folder may be gone. Removed while it is locked: nobody can be waiting for it
-            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+        # The file goes while it is locked, so that nobody can be waiting for it. The folder may be
+        # gone already.
+        with suppress(OSError):
+            if _is_same_file(path, descriptor):
                 os.unlink(path)
         os.close(descriptor)
 
 
-def _lock_file(path: Path) -> int:
-    """A descriptor that holds the lock on `path`, made if need be."""
+def _open_locked(path: Path) -> int:
+    """A descriptor of the file `path`, made if need be, with the lock on it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
-            _flock(descriptor, path)
-            # Whoever held it until now has removed it: then this is no longer the file that others will lock.
-            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+            _lock(descriptor, path)
+            # The writer before may have removed the file: then others will lock a new one.
+            if _is_same_file(path, descriptor):
                 return descriptor
         except FileNotFoundError:
             pass
@@ -150,11 +91,15 @@ def _lock_file(path: Path) -> int:
         os.close(descriptor)
 
 
-def _flock(descriptor: int, path: Path) -> None:
+def _is_same_file(path: Path, descriptor: int) -> bool:
+    return os.path.samestat(os.stat(path), os.fstat(descriptor))
+
+
+def _lock(descriptor: int, path: Path) -> None:
     content = os.read(descriptor, 30).strip()
     if content and not content.isdigit():
         raise ConfigError(
-            f"{quoted(path)} is no lock of a run: choose another folder, or move it away"
+            f"{quoted(path)} is not the lock of a run: choose another folder, or move it away"
         )
     try:
         import fcntl
@@ -164,52 +109,28 @@ def _flock(descriptor: int, path: Path) -> None:
         _warn_unlocked(path, "this system has no flock")
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            who = f"process {int(content)}" if content else "another process"
+            writer = f"process {int(content)}" if content else "another process"
             raise LockError(
-                f"{quoted(path.parent)} is in use: {who} is writing there; choose another folder"
+                f"{quoted(path.parent)} is in use: {writer} is writing there; choose another folder"
             ) from None
-        if error.errno not in (
-            errno.ENOLCK,
-            errno.ENOTSUP,
-            errno.EOPNOTSUPP,
-            errno.ENOSYS,
-            errno.EINVAL,
-        ):
+        if error.errno not in NO_LOCKS:
             raise
         _warn_unlocked(path, str(error.strerror))
 
 
 def _warn_unlocked(path: Path, reason: str) -> None:
-    warnings.warn(
-        f"{quoted(path.parent)} cannot be locked ({reason}): let no other run write there",
-        stacklevel=2,
-    )
+    text = f"{quoted(path.parent)} cannot be locked ({reason}): let no other run write there"
+    warnings.warn(text, stacklevel=2)
 
 
-def open_folder(out: str | Path, resume: bool = False) -> Path:
-    """The folder of a run, made if need be. ConfigError if it holds anything and the run is not a resumed one.
-
-    Two that come at once may both find it empty, unless this is called, and everything written, inside `locked(out)`.
-    """
-    with locked(out) as folder:
-        if not resume and any(name != LOCK for name in os.listdir(folder)):
-            resumable = (
-                ", or go on with --resume auto"
-                if checkpoints_by_step(folder / "checkpoints")
-                else ""
-            )
-            raise ConfigError(
-                f"--out {str(out)!r} is not empty: choose another folder, or remove it{resumable}"
-            )
-    return folder
+# ---- which folder --------------------------------------------------------------------------------
 
 
-def require_free_space(out: Path, size: int) -> None:
-    """OSError where the disk has less than `size` bytes left for a run: better now than after the training."""
-    disk = shutil.disk_usage(out)
-    if disk.total and disk.free < size:  # some network file systems report 0 of 0
-        raise OSError(
-            errno.ENOSPC, f"saving takes {size:,} bytes, the disk has {disk.free:,}", str(out)
+def require_empty(folder: Path, advice: str = "") -> None:
+    """ConfigError if the folder holds anything but its lock; `advice` ends the message."""
+    if set(os.listdir(folder)) - {LOCK}:
+        raise ConfigError(
+            f"--out {str(folder)!r} is not empty: choose another folder, or remove it{advice}"
         )
 
 
@@ -217,22 +138,114 @@ def numbered_folder(parent: str | Path, stem: str) -> Path:
     """A new folder parent/stem-001, stem-002, ...: the first number that is free."""
     Path(parent).mkdir(parents=True, exist_ok=True)
     for number in range(1, 1_000_000):
-        folder = Path(parent) / f"{stem}-{number:03d}"
-        try:
+        folder = Path(parent, f"{stem}-{number:03d}")
+        with suppress(FileExistsError):
             folder.mkdir()
             return folder
-        except FileExistsError:
-            continue
-    raise ConfigError(f"no number is free for {stem} in {str(parent)!r}")
+    raise ConfigError(f"{str(parent)!r} has no free number for {stem}: remove some of its folders")
 
 
-def checkpoints_by_step(parent: Path) -> list[Path]:
-    """The checkpoints, oldest first. step-N.old is one whose run was killed when it had all but replaced it."""
-    found = [
-        p
-        for p in parent.glob("step-*")
-        if p.name[5:].removesuffix(".old").isdecimal() and p.is_dir()
-    ]
-    return sorted(
-        found, key=lambda p: (int(p.name[5:].removesuffix(".old")), not p.name.endswith(".old"))
-    )
+def require_free_space(out: Path, size: int) -> None:
+    """OSError if the disk has less than `size` bytes left: better now than after the training."""
+    disk = shutil.disk_usage(out)
+    if disk.total and disk.free < size:  # some network file systems report 0 of 0
+        raise OSError(
+            errno.ENOSPC, f"saving takes {size:,} bytes, the disk has {disk.free:,}", str(out)
+        )
+
+
+def require_outside(out: str | Path, **sources: str | Path) -> None:
+    """ConfigError if `out` is one of the folders `sources` (by option name), or inside one."""
+    place = Path(out).resolve()
+    for option, source in sources.items():
+        if Path(source).resolve() in (place, *place.parents):
+            raise ConfigError(f"--out {str(out)!r} is inside --{option}: choose another folder")
+
+
+def fingerprint(folder: str | Path) -> dict[str, list[int]]:
+    """{file: [size, time]} for the files that give a folder its meaning: a change shows in it."""
+    result = {}
+    for file in sorted(Path(folder).rglob("*")):
+        if file.suffix in (".safetensors", ".json") and file.is_file():
+            stat = file.stat()
+            result[str(file.relative_to(folder))] = [stat.st_size, stat.st_mtime_ns]
+    return result
+
+
+# ---- whole or not at all -------------------------------------------------------------------------
+
+
+@contextmanager
+def whole_folder(stage: Path, place: Path, make_way: Callable[[], object]) -> Iterator[None]:
+    """Rename `stage`, a folder that the block fills, to `place`; remove it if anything fails.
+
+    The stage is beside its place: a rename is one step for the file system. Before it, the stage's
+    names are forced to the disk (the files in it are the block's business), and `make_way` frees
+    the place. A crash leaves the stage or the whole folder, never a part under the final name.
+    """
+    try:
+        yield
+        sync_folder(stage)
+        make_way()
+        os.rename(stage, place)
+        sync_folder(place.parent)
+    except BaseException:  # KeyboardInterrupt too
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def new_folder(out: str | Path, inputs: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder to write into that becomes `out`, which must be new or empty, when the block ends.
+
+    A failure or an interrupt removes it. A killed run leaves it beside `out`; the next run with the
+    same `inputs` finds the finished files in it, and a run with other inputs starts afresh.
+    """
+    existed = Path(out).exists()
+    try:
+        with locked(out) as folder:
+            require_empty(folder)
+            place = folder.resolve()
+            stage = place.parent / f".{_short(place.name)}.unfinished"
+
+            def make_way() -> None:
+                (place / LOCK).unlink()
+                place.rmdir()  # fails if another run takes the lock in between, and has the folder
+
+            with whole_folder(stage, place, make_way):
+                _begin(stage, {"out": place.name, **inputs})
+                yield stage
+                (stage / STAMP).unlink()
+                for file in stage.glob(".*"):
+                    file.unlink()
+    except BaseException:
+        with suppress(OSError):  # the folder holds something
+            if existed:
+                Path(out).mkdir(exist_ok=True)
+            else:
+                Path(out).rmdir()
+        raise
+
+
+def _short(name: str) -> str:
+    """A name that leaves space for a suffix; two long names that begin alike stay different.
+
+    Runs at the same time must not share an unfinished folder.
+    """
+    if len(name) <= 40:
+        return name
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return f"{name[:40]}-{digest[:12]}"
+
+
+def _begin(stage: Path, inputs: Mapping[str, Any]) -> None:
+    """Keep a stage that was made from the same inputs, or make an empty one."""
+    if stage.is_symlink() or (stage.exists() and not stage.is_dir()):
+        raise FormatError(f"{quoted(stage)} is in the way: it is not a folder; move it away")
+    stamp = json.loads(json.dumps(inputs))
+    with suppress(OSError, FormatError):
+        if read_json(stage / STAMP) == stamp:
+            return
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir()
+    write_json(stage / STAMP, stamp)

@@ -25,10 +25,26 @@ from typing import Any
 from ..errors import CheckpointError, FormatError
 from ..formats import atomic_file, read_json, write_json
 from ..formats.disk import sync_folder
-from ..formats.folders import checkpoints_by_step
+from ..formats.folders import locked, require_empty, whole_folder
 
 MANIFEST = "manifest.json"
 KEPT = 2  # checkpoints: the newest, and one to fall back to
+
+# ---- the folder ----------------------------------------------------------------------------------
+
+
+def open_folder(out: str | Path, resume: bool = False) -> Path:
+    """The folder of a run, made if need be. ConfigError if it holds anything and the run is not a resumed one.
+
+    Two runs that start together may both see it empty, unless each calls this, and writes everything, inside
+    `locked(out)`.
+    """
+    with locked(out) as folder:
+        if not resume:
+            resumable = checkpoints_by_step(folder / "checkpoints")
+            require_empty(folder, ", or go on with --resume auto" if resumable else "")
+    return folder
+
 
 # ---- logs ----------------------------------------------------------------------------------------
 
@@ -104,7 +120,13 @@ def save_checkpoint(
     final = parent / f"step-{step}"
     temporary = parent / f"step-{step}.tmp-{os.getpid()}"
     replaced = parent / f"step-{step}.old"
-    try:
+
+    def make_way() -> None:
+        if final.exists():  # a run that went back to an older step: at no moment are both missing
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(final, replaced)
+
+    with whole_folder(temporary, final, make_way):
         os.mkdir(temporary)
         write(temporary)
         entries = {}
@@ -112,22 +134,25 @@ def save_checkpoint(
             if path.is_file():
                 entry = {"size": path.stat().st_size, "sha256": _sha256(path)}
                 entries[path.relative_to(temporary).as_posix()] = entry
-        manifest = {"step": step, "state": state, "files": entries}
-        write_json(temporary / MANIFEST, manifest)  # and sync_folder(temporary)
-        if final.exists():
-            # A run that went back to an older step: at no moment are both missing.
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(final, replaced)
-        os.rename(temporary, final)
-        sync_folder(parent)
-        sync_folder(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        write_json(temporary / MANIFEST, {"step": step, "state": state, "files": entries})
+    sync_folder(out)
     others = [folder for folder in checkpoints_by_step(parent) if folder not in (final, replaced)]
     for old in [replaced, *others[: 1 - KEPT]]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def checkpoints_by_step(parent: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first.
+
+    step-N.old is a checkpoint whose run was killed when it had almost replaced it.
+    """
+    steps = {}
+    for folder in parent.glob("step-*"):
+        number = folder.name.removeprefix("step-").removesuffix(".old")
+        if number.isdecimal() and folder.is_dir():
+            steps[folder] = (int(number), not folder.name.endswith(".old"))
+    return sorted(steps, key=steps.__getitem__)
 
 
 def remove_stale(out: Path) -> None:

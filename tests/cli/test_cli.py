@@ -334,7 +334,7 @@ def test_tools_turn_files_into_files(world, tmp_path):
     assert report["mismatches"] == []
     assert all(len(values) == 2 for values in report["spectra"].values())
     printed = ok("inspect adapter --base wide")
-    assert re.search(r"^mismatches +q_proj|unknown|adapter is for", printed, re.MULTILINE)
+    assert re.search(r"^mismatches +q_proj|unknown|missing|the base needs", printed, re.MULTILINE)
 
 
 def test_commands_print_no_escape_of_a_file_to_the_terminal(world, tmp_path):

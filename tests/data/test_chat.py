@@ -1,4 +1,4 @@
-"""Conversations: the text and the ids that transformers makes of them, and of those the assistant's turns alone."""
+"""Conversations: text and ids are transformers'; only the assistant's turns are learned."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -17,7 +18,6 @@ from chat_templates import MARKED, QWEN3, TEMPLATES, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-import minilora.data.chat
 from minilora.data.chat import Chat, conversation
 from minilora.data.records import read_records
 from minilora.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -35,55 +35,42 @@ TALK = [
     {"role": "user", "content": "\nand"},
     {"role": "assistant", "content": "the  mat\n"},
 ]
-WORD = st.sampled_from(
-    [
-        "the cat",
-        " ",
-        "\n",
-        "é\U0001f600",
-        "<s>",
-        "</s>",
-        "<|im_end|>",
-        "x",
-        "</think>",
-        "  sat ",
-        "",
-    ]
-)
-SAID = st.lists(WORD, max_size=4).map("".join)
+WORDS = ["the cat", " ", "\n", "é\U0001f600", "<s>", "</s>", "<|im_end|>", "x", "</think>"]
+WORD = st.sampled_from([*WORDS, "  sat ", ""])
+CONTENT = st.lists(WORD, max_size=4).map("".join)
 
 
 @st.composite
 def talks(draw):
-    pairs = [
-        [("user", draw(SAID)), ("assistant", draw(SAID))] for _ in range(draw(st.integers(1, 3)))
-    ]
-    turns = [("system", draw(SAID))] * draw(st.integers(0, 1)) + [
-        turn for pair in pairs for turn in pair
-    ]
-    return [{"role": role, "content": content} for role, content in turns]
+    roles = ["user", "assistant"] * draw(st.integers(1, 3))
+    if draw(st.booleans()):
+        roles.insert(0, "system")
+    return [{"role": role, "content": draw(CONTENT)} for role in roles]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """name: (its folder, our Chat)"""
-    found = {}
+    """{name of a template: (its folder, our Chat)}"""
+    models = {}
+    trim_offsets = False
     with contextlib.ExitStack() as stack:
-        for i, (name, template) in enumerate(ALL.items()):
-            folder = write_tokenizer(
-                tmp_path_factory.mktemp("chat"), template, trim_offsets=bool(i % 2)
-            )
-            found[name] = folder, stack.enter_context(Chat(load_tokenizer(folder, 1000)))
-        yield found
+        for name, template in ALL.items():
+            folder = write_tokenizer(tmp_path_factory.mktemp("chat"), template, trim_offsets)
+            models[name] = folder, stack.enter_context(Chat(load_tokenizer(folder, 1000)))
+            trim_offsets = not trim_offsets
+        yield models
 
 
 @pytest.fixture
 def chat_of(tmp_path):
-    """template, options of Chat: a Chat, which ends with the test"""
+    """A function of a template and Chat's options: a Chat, which ends with the test."""
     with contextlib.ExitStack() as stack:
-        yield lambda template, **options: stack.enter_context(
-            Chat(load_tokenizer(write_tokenizer(tmp_path, template), 1000), **options)
-        )
+
+        def start(template, **options):
+            tokenizer = load_tokenizer(write_tokenizer(tmp_path, template), 1000)
+            return stack.enter_context(Chat(tokenizer, **options))
+
+        yield start
 
 
 @pytest.fixture
@@ -101,7 +88,7 @@ def that_day(monkeypatch):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", ALL)
-def test_text_and_ids_are_those_of_transformers(models, that_day, name):
+def test_chat_render_and_encode_agree_with_transformers(models, that_day, name):
     import transformers
 
     folder, chat = models[name]
@@ -111,78 +98,74 @@ def test_text_and_ids_are_those_of_transformers(models, that_day, name):
     @given(talks())
     def same(messages):
         for prompt in (False, True):
-            text = theirs.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt
-            )
-            assert chat.render(messages, prompt) == text
-        found = theirs.apply_chat_template(messages, return_dict=True)
-        assert chat.encode(messages).ids.tolist() == found["input_ids"]
+            options = {"tokenize": False, "add_generation_prompt": prompt}
+            assert chat.render(messages, prompt) == theirs.apply_chat_template(messages, **options)
+        expected = theirs.apply_chat_template(messages, return_dict=True)
+        assert chat.encode(messages).ids.tolist() == expected["input_ids"]
         compared.append(len(messages))
 
     same()
     assert len(compared) >= 40
 
 
+ENDS = ("</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
+
+
 @pytest.mark.parametrize("name", ALL)
-def test_what_is_learned_is_what_the_assistant_says_and_where_it_ends(models, name):
+def test_chat_encode_learns_the_assistant_s_turns_and_their_ends(models, name):
     _, chat = models[name]
     text, spans = chat.turns(TALK)
-    said = [text[start:end] for start, end in spans]
+    turns = [text[start:end] for start, end in spans]
     expected = ["<think>\nhm\n</think>\n\n thé cat\U0001f600", "the  mat"]
-    if name == "qwen3":  # the first turn was written with its thought as long as it was the last
+    if name == "qwen3":  # it wrote the first turn with its thought as long as it was the last
         expected = ["<think>\n\n</think>\n\nthe  mat"]
-    for found, words in zip(said, expected, strict=True):
-        assert found.lstrip().startswith(words)
-        assert found.lstrip().removeprefix(words).strip() in (
-            "</s>",
-            "<|im_end|>",
-            "<|eot_id|>",
-            "<end_of_turn>",
-            "<|end|>",
-        )
-    lesson = chat.encode(TALK)
-    assert lesson.skipped == (name == "qwen3")
-    assert chat.tokenizer.decode(lesson.ids[lesson.learned]) == "".join(said)
-    assert chat.tokenizer.decode(lesson.ids) == text
-    marks = lesson.learned & ~lesson.spoken
-    assert np.count_nonzero(marks) == len(expected), "the ends of turns"
-    assert lesson.size == sum(len(turn.encode()) for turn in said) - sum(
-        len(chat.tokenizer.decode([i])) for i in lesson.ids[marks].tolist()
-    )
+    for turn, words in zip(turns, expected, strict=True):
+        assert turn.lstrip().startswith(words)
+        assert turn.lstrip().removeprefix(words).strip() in ENDS
+    example = chat.encode(TALK)
+    decode = chat.tokenizer.decode
+    assert example.skipped == (name == "qwen3")
+    assert decode(example.ids[example.learned]) == "".join(turns)
+    assert decode(example.ids) == text
+    marks = example.ids[example.learned & ~example.spoken].tolist()
+    assert len(marks) == len(expected), "the ends of turns"
+    size = sum(len(turn.encode()) for turn in turns)
+    assert example.size == size - sum(len(decode([mark])) for mark in marks)
+
+
+TURN_ENDS = {"chatml": "<|im_end|>\n\n", "zephyr": "</s>\n"}
+TURN_ENDS |= {"phi": "<|end|>\n", "chatml, marked": "<|im_end|>\n"}
 
 
 @given(talks())
-def test_every_turn_is_learned_whole_and_nothing_else(models, messages):
-    for name in ("chatml", "zephyr", "phi", "chatml, marked"):
+def test_chat_turns_are_whole_and_nothing_else(models, messages):
+    contents = [m["content"] for m in messages if m["role"] == "assistant"]
+    for name, end in TURN_ENDS.items():
         _, chat = models[name]
         text, spans = chat.turns(messages)
-        turns = [m["content"] for m in messages if m["role"] == "assistant"]
-        ends = {
-            "chatml": "<|im_end|>\n\n",
-            "zephyr": "</s>\n",
-            "phi": "<|end|>\n",
-            "chatml, marked": "<|im_end|>\n",
-        }
-        assert [text[start:stop] for start, stop in spans] == [turn + ends[name] for turn in turns]
+        turns = [text[start:stop] for start, stop in spans]
+        assert turns == [content + end for content in contents]
 
 
-def test_a_token_at_the_edge_of_a_turn_is_learned(tmp_path):
+def test_chat_encode_learns_a_token_at_the_edge_of_a_turn(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     words = {token: i for i, token in enumerate(["a", "b", "c", "ab", "bc"])}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(words, [("a", "b"), ("b", "c")]))
     made.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ '' }}{% endif %}"
-    )
-    pairs = [("user", "ca"), ("assistant", "bc"), ("user", "c"), ("assistant", "a"), ("user", "bb")]
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ '' }}{% endif %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    messages = []
+    for role, content in zip(["user", "assistant"] * 3, ["ca", "bc", "c", "a", "bb"], strict=False):
+        messages.append({"role": role, "content": content})
     with Chat(load_tokenizer(tmp_path, 5)) as chat:
-        lesson = chat.encode([{"role": role, "content": content} for role, content in pairs])
-    assert lesson.ids.tolist() == [2, 3, 2, 2, 3, 1]  # c ab c c ab b
-    assert lesson.learned.tolist() == [False, True, True, False, True, False]
-    assert lesson.size == 3
+        example = chat.encode(messages)
+    assert example.ids.tolist() == [2, 3, 2, 2, 3, 1]  # c ab c c ab b
+    assert example.learned.tolist() == [False, True, True, False, True, False]
+    assert example.size == 3
 
 
-def test_the_template_is_found_where_transformers_finds_it(tmp_path):
+def test_chat_template_comes_from_where_transformers_takes_it(tmp_path):
     def written(template, jinja=None):
         write_tokenizer(tmp_path, template)
         (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
@@ -191,217 +174,215 @@ def test_the_template_is_found_where_transformers_finds_it(tmp_path):
         with Chat(load_tokenizer(tmp_path, 1000)) as chat:
             return chat.render(TALK)
 
-    several = [
-        {"name": "tool_use", "template": "tools"},
-        {"name": "default", "template": "{{ bos_token }}one"},
-    ]
+    tools = {"name": "tool_use", "template": "tools"}
+    several = [tools, {"name": "default", "template": "{{ bos_token }}one"}]
     assert written("{{ eos_token }}") == "</s>"
     assert written(several) == "<s>one"
     assert written(several, b"file {{ pad_token }}") == "file "
     assert written(None, "é".encode()) == "é"
-    for template, jinja, named in [
-        (None, None, "needs a tokenizer.json and its chat template"),
-        (
-            [{"name": "tool_use", "template": "tools"}],
-            None,
-            "needs a tokenizer.json and its chat template",
-        ),
-        ([3, {"name": "default"}], None, "needs a tokenizer.json and its chat template"),
-        (
-            {"default": "x"},
-            None,
-            "the chat_template in tokenizer_config.json beside .* expected a text, found dict",
-        ),
-        ([{"name": "default", "template": 3}], None, "expected a text, found int"),
-        (None, b"a\xff", "chat_template.jinja beside .* is not UTF-8 at byte 1"),
-        (
-            "{% if %}",
-            None,
-            "the chat_template in tokenizer_config.json beside .* line 1: Expected an expression",
-        ),
-    ]:
-        with pytest.raises(DataError, match=named):
+    absent = "needs a tokenizer.json and its chat template"
+    in_config = "the chat_template in tokenizer_config.json beside .*"
+    refused = [(None, None, absent)]
+    refused.append(([tools], None, absent))
+    refused.append(([3, {"name": "default"}], None, absent))
+    refused.append(({"default": "x"}, None, f"{in_config} expected a text, found dict"))
+    number = [{"name": "default", "template": 3}]
+    refused.append((number, None, "expected a text, found int"))
+    refused.append((None, b"a\xff", "chat_template.jinja beside .* is not UTF-8 at byte 1"))
+    refused.append(("{% if %}", None, f"{in_config} line 1: Expected an expression"))
+    for template, jinja, message in refused:
+        with pytest.raises(DataError, match=message):
             written(template, jinja)
     with pytest.raises(DataError, match="this model has none"):
         Chat(ByteTokenizer())
 
 
+# The generation prompt makes the model plan, and what is learned has no plan.
 THINKS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 THINKS += "{% if add_generation_prompt %}[assistant]<plan>{% endif %}"
+COUNTS = "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+REFUSES = "{% if messages[0].role != 'user' %}{{ raise_exception('no system') }}{% endif %}"
+NO_TURN = [
+    (template, "no turn can be told") for template in (THINKS, COUNTS, "{{ messages[0].role }}")
+]
+NO_TURN.append((REFUSES, "itself refuses these messages: 'no system'"))
 
 
-@pytest.mark.parametrize(
-    ("template", "named"),
-    [
-        (
-            THINKS,
-            "no turn can be told",
-        ),  # the prompt makes the model plan, and what is learned has no plan
-        (
-            "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}",
-            "no turn can be told",
-        ),
-        ("{{ messages[0].role }}", "no turn can be told"),
-        (
-            "{% if messages[0].role != 'user' %}{{ raise_exception('no system') }}{% endif %}",
-            "itself refuses these messages: 'no system'",
-        ),
-    ],
-)
-def test_a_template_that_lets_no_turn_be_told_is_refused(chat_of, template, named):
+@pytest.mark.parametrize(("template", "named"), NO_TURN)
+def test_chat_encode_refuses_a_template_that_separates_no_turn(chat_of, template, named):
     with pytest.raises(DataError, match=named) as caught:
         chat_of(template).encode(TALK)
     assert "the chat_template in tokenizer_config.json" in str(caught.value)
 
 
-def test_only_turns_that_stay_as_they_were_are_learned(chat_of):
+def test_chat_encode_learns_only_turns_that_stay_as_they_were(chat_of):
     chat = chat_of(QWEN3)
     again = [*TALK, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-    lesson = chat.encode(again)
-    assert lesson.skipped == 2
-    assert (
-        chat.tokenizer.decode(lesson.ids[lesson.learned]) == "<think>\n\n</think>\n\ny<|im_end|>\n"
-    )
-    two = [
-        *TALK,
-        {"role": "assistant", "content": "<think>a</think>y"},
-    ]  # nobody asked in between: both stand
-    text, spans = chat.turns(
-        [SYSTEM, TALK[1], {"role": "assistant", "content": "<think>b</think>x"}, two[-1]]
-    )
-    assert [text[a:b] for a, b in spans] == [
-        "<think>\nb\n</think>\n\nx<|im_end|>\n",
-        "<think>\na\n</think>\n\ny<|im_end|>\n",
-    ]
+    example = chat.encode(again)
+    assert example.skipped == 2
+    learned = chat.tokenizer.decode(example.ids[example.learned])
+    assert learned == "<think>\n\n</think>\n\ny<|im_end|>\n"
+    # Two turns without a question between them keep their thoughts.
+    one = {"role": "assistant", "content": "<think>b</think>x"}
+    two = {"role": "assistant", "content": "<think>a</think>y"}
+    text, spans = chat.turns([SYSTEM, TALK[1], one, two])
+    first, second = (text[start:end] for start, end in spans)
+    assert first == "<think>\nb\n</think>\n\nx<|im_end|>\n"
+    assert second == "<think>\na\n</think>\n\ny<|im_end|>\n"
 
 
 USER, TURN = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
-@pytest.mark.parametrize(
-    ("messages", "named"),
-    [
-        ([], "a list of messages, found an empty one"),
-        (None, "a list of messages, found NoneType"),
-        ("text", "a list of messages, found str"),
-        ({"role": "user"}, "a list of messages, found dict"),
-        ([USER], "no message is the assistant's"),
-        ([USER, "b"], "message 2: expected 'role' and 'content' and no other key, found str"),
-        (
-            [USER, {"role": "assistant"}],
-            "message 2: expected 'role' and 'content' and no other key, found role",
-        ),
-        ([USER, {}], "message 2: expected 'role' and 'content' and no other key, found nothing"),
-        ([USER, {**TURN, "tool_calls": []}], "no other key, found content, role, tool_calls"),
-        (
-            [USER, {**TURN, "role": "tool"}],
-            "message 2: expected a role of system, user, assistant, found 'tool'",
-        ),
-        ([USER, {**TURN, "role": None}], "found 'None'"),
-        ([USER, {**TURN, "role": ["user"]}], "expected a role of"),
-        (
-            [{**USER, "content": [{"type": "text", "text": "a"}]}, TURN],
-            "message 1: expected 'content' to be a text, found list",
-        ),
-        (
-            [{**USER, "content": None}, TURN],
-            "message 1: expected 'content' to be a text, found NoneType",
-        ),
-    ],
-)
-def test_what_is_no_conversation_is_named(messages, named):
+BAD: list[tuple[object, str]] = []
+
+
+def bad(messages: object, message: str) -> None:
+    BAD.append((messages, message))
+
+
+bad([], "a list of messages, found an empty one")
+bad(None, "a list of messages, found NoneType")
+bad("text", "a list of messages, found str")
+bad({"role": "user"}, "a list of messages, found dict")
+bad([USER], "no message is the assistant's")
+KEYS = "message 2: expected 'role' and 'content' and no other key"
+bad([USER, "b"], f"{KEYS}, found str")
+bad([USER, {"role": "assistant"}], f"{KEYS}, found role")
+bad([USER, {}], f"{KEYS}, found nothing")
+bad([USER, {**TURN, "tool_calls": []}], "no other key, found content, role, tool_calls")
+ROLES = "message 2: expected a role of system, user, assistant"
+bad([USER, {**TURN, "role": "tool"}], f"{ROLES}, found 'tool'")
+bad([USER, {**TURN, "role": None}], "found 'None'")
+bad([USER, {**TURN, "role": ["user"]}], "expected a role of")
+CONTENTS = "message 1: expected 'content' to be a text"
+PARTS = [{"type": "text", "text": "a"}]
+bad([{**USER, "content": PARTS}, TURN], f"{CONTENTS}, found list")
+bad([{**USER, "content": None}, TURN], f"{CONTENTS}, found NoneType")
+
+
+@pytest.mark.parametrize(("messages", "named"), BAD)
+def test_conversation_names_what_is_wrong(messages, named):
     with pytest.raises(DataError) as caught:
         conversation(messages)
     assert named in str(caught.value)
     assert conversation([USER, TURN]) == [USER, TURN]
 
 
-def test_edges_are_places_in_the_text(tmp_path):
-    found = [
-        load_tokenizer(write_tokenizer(tmp_path, None, trim_offsets=trim), 1000)
-        for trim in (False, True)
-    ]
+def test_encode_with_edges_gives_places_in_the_text(tmp_path):
+    loaded = []
+    for trim_offsets in (False, True):
+        folder = write_tokenizer(tmp_path, None, trim_offsets)
+        loaded.append(load_tokenizer(folder, 1000))
 
-    @given(SAID)
+    @given(CONTENT)
     def tiled(text):
-        for tokenizer in found:
+        for tokenizer in loaded:
             ids, starts, ends = tokenizer.encode_with_edges(text)
             assert ids.tolist() == tokenizer.encode(text).tolist()
             assert ids.dtype == np.int32
             assert (starts < ends).all()
-            covered = [
-                i
-                for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-                for i in range(start, end)
-            ]
-            assert sorted(set(covered)) == list(range(len(text)))
+            covered = set()
+            for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+                covered |= set(range(start, end))
+            assert covered == set(range(len(text)))
 
     tiled()
     with pytest.raises(DataError, match="half of a surrogate pair"):
-        found[0].encode_with_edges("a\ud83d")
+        loaded[0].encode_with_edges("a\ud83d")
 
 
-# ---- what a template may do -----------------------------------------------------------------------------------------
+# ---- what a template may do ----------------------------------------------------------------------
 
-WRITES = {
-    "{{ {'b': ['<é>', none], 'a': 1}|tojson }}": '{"b": ["<é>", null], "a": 1}',
-    "{{ [1, {}]|tojson(indent=2) }}{{ 'é'|tojson(true) }}": '[\n  1,\n  {}\n]"\\u00e9"',
-    "{{ {'b': 1, 'a': 'é'}|tojson(ensure_ascii=true, sort_keys=true, separators=('', '')) }}": '{"a""\\u00e9""b"1}',
-    "{{ strftime_now('%d %b %Y, 100%%') }}": "26 Jul 2024, 100%",
-    "a\n  {% if true %}\n  b\n  {% endif %}\nc\n": "a\n  b\nc",
-    "{% for i in [1, 2, 3] %}{{ i }}{% if i == 1 %}{% continue %}{% endif %}{% break %}{% endfor %}": "12",
-    "{% set x = 1 %}{% generation %}{{ x }}{% set x = 2 %}{% endgeneration %}{{ x }}": "11",
-    "{{ tools }}{{ documents }}{{ bos_token }}{{ nowhere }}{{ dict(a=1).a }}{{ '<b>' }}": "NoneNone<s>1<b>",
-    "{% set n = namespace({'a': 1}, b=2) %}{% set n.c = 3 %}{{ n.a }}{{ n.b }}{{ n.c }}": "123",
-}
+WRITES: dict[str, str] = {}
+
+
+def writes(template: str, text: str) -> None:
+    WRITES[template] = text
+
+
+writes("{{ {'b': ['<é>', none], 'a': 1}|tojson }}", '{"b": ["<é>", null], "a": 1}')
+writes("{{ [1, {}]|tojson(indent=2) }}{{ 'é'|tojson(true) }}", '[\n  1,\n  {}\n]"\\u00e9"')
+writes(
+    "{{ {'b': 1, 'a': 'é'}|tojson(ensure_ascii=true, sort_keys=true, separators=('', '')) }}",
+    '{"a""\\u00e9""b"1}',
+)
+writes("{{ strftime_now('%d %b %Y, 100%%') }}", "26 Jul 2024, 100%")
+writes("a\n  {% if true %}\n  b\n  {% endif %}\nc\n", "a\n  b\nc")
+LOOP = "{{ i }}{% if i == 1 %}{% continue %}{% endif %}{% break %}"
+writes("{% for i in [1, 2, 3] %}" + LOOP + "{% endfor %}", "12")
+writes("{% set x = 1 %}{% generation %}{{ x }}{% set x = 2 %}{% endgeneration %}{{ x }}", "11")
+writes(
+    "{{ tools }}{{ documents }}{{ bos_token }}{{ nowhere }}{{ dict(a=1).a }}{{ '<b>' }}",
+    "NoneNone<s>1<b>",
+)
+writes("{% set n = namespace({'a': 1}, b=2) %}{% set n.c = 3 %}{{ n.a }}{{ n.b }}{{ n.c }}", "123")
 
 
 @pytest.mark.parametrize("template", WRITES)
-def test_it_is_given_what_transformers_gives_it(chat_of, template):
+def test_chat_render_gives_a_template_what_transformers_gives_it(chat_of, template):
     chat = chat_of(template)
     assert [chat.render(TALK), chat.render(TALK)] == [WRITES[template]] * 2
 
 
 @pytest.mark.oracle
-def test_transformers_gives_it_that(that_day):
+def test_chat_render_expectations_are_those_of_transformers(that_day):
     from transformers.utils.chat_template_utils import render_jinja_template
 
     for template, text in WRITES.items():
-        ((found,), _) = render_jinja_template([TALK], chat_template=template, bos_token="<s>")
-        assert found == text
+        options = {"chat_template": template, "bos_token": "<s>"}
+        ((rendered,), _) = render_jinja_template([TALK], **options)
+        assert rendered == text
 
 
-# ---- what no template can do ----------------------------------------------------------------------------------------
+# ---- what no template may do ---------------------------------------------------------------------
 
 HANGS = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
 TOO_MUCH = "takes too much time or memory: its process ended with SIG"
-HOSTILE = {
-    "{{ 9 ** (9 ** 9) }}": TOO_MUCH,  # before it runs: Jinja computes what is constant
-    HANGS: TOO_MUCH,
-    "{{ 'a' * 9999999999 }}": "MemoryError",
-    "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}": "MemoryError",
-    "{% for i in range(99999) %}{{ messages[0].content }}{{ 'x' * 999 }}{% endfor %}": "it writes more than 1,0",
-    "{{ range(10000000000) }}": "Range too big",
-    "{% macro m() %}{{ m() }}{% endmacro %}\n{{ m() }}": "line 1: maximum recursion depth",
-    "\n{{ ''.__class__.__mro__ }}": "line 2: access to attribute '__class__' of 'str' object is unsafe",
-    "{{ raise_exception.__globals__.x }}": "'__globals__' of 'function' object is unsafe",
-    "{{ (''|attr('__class__')).x }}": "is unsafe",
-    "{% set f = '{0.__class__.x}'.format %}{{ f(1) }}": "is unsafe",
-    "{{ namespace(__html__='{0.__class__}'.format) }}": "a namespace may not have '__html__'",
-    "{% set n = namespace() %}{% set n.__html__ = 1 %}": "a namespace may not have '__html__'",
-    "{{ messages.append(1) }}": "'append' of 'list' object is unsafe",
-    "{% include '/etc/passwd' %}": "no loader for this environment",
-    "{{ '\\ud800' }}": "surrogates not allowed",
-    "{{ raise_exception('\x1b[2J no' * 99999) }}": "the template itself refuses these messages: '\\x1b[2J no",
-    "{{ " + "(" * 99999 + " }}": "recursion depth",
-    "\n\n{% for %}": "line 3: Expected an expression",
-    "{{ 1 / 0 }}": "line 1: division by zero",
-}
+HOSTILE: dict[str, str] = {}
+
+
+def hostile(template: str, message: str) -> None:
+    HOSTILE[template] = message
+
+
+hostile("{{ 9 ** (9 ** 9) }}", TOO_MUCH)  # before it runs: Jinja computes constants
+hostile(HANGS, TOO_MUCH)
+hostile("{{ 'a' * 9999999999 }}", "MemoryError")
+hostile(
+    "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "MemoryError",
+)
+hostile(
+    "{% for i in range(99999) %}{{ messages[0].content }}{{ 'x' * 999 }}{% endfor %}",
+    "it writes more than 1,0",
+)
+hostile("{{ range(10000000000) }}", "Range too big")
+hostile("{% macro m() %}{{ m() }}{% endmacro %}\n{{ m() }}", "line 1: maximum recursion depth")
+hostile(
+    "\n{{ ''.__class__.__mro__ }}",
+    "line 2: access to attribute '__class__' of 'str' object is unsafe",
+)
+hostile("{{ raise_exception.__globals__.x }}", "'__globals__' of 'function' object is unsafe")
+hostile("{{ (''|attr('__class__')).x }}", "is unsafe")
+hostile("{% set f = '{0.__class__.x}'.format %}{{ f(1) }}", "is unsafe")
+hostile("{{ namespace(__html__='{0.__class__}'.format) }}", "a namespace may not have '__html__'")
+hostile("{% set n = namespace() %}{% set n.__html__ = 1 %}", "a namespace may not have '__html__'")
+hostile("{{ messages.append(1) }}", "'append' of 'list' object is unsafe")
+hostile("{% include '/etc/passwd' %}", "no loader for this environment")
+hostile("{{ '\\ud800' }}", "surrogates not allowed")
+hostile(
+    "{{ raise_exception('\x1b[2J no' * 99999) }}",
+    "the template itself refuses these messages: '\\x1b[2J no",
+)
+hostile("{{ " + "(" * 99999 + " }}", "recursion depth")
+hostile("\n\n{% for %}", "line 3: Expected an expression")
+hostile("{{ 1 / 0 }}", "line 1: division by zero")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other limits, or none")
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
-def test_a_hostile_template_is_refused_and_gone(chat_of, number):
+def test_chat_encode_refuses_a_hostile_template(chat_of, number):
     template, named = list(HOSTILE.items())[number]
     chat = chat_of(template, seconds=0.8 if named == TOO_MUCH else 5)
     with pytest.raises(DataError) as caught:
@@ -415,7 +396,7 @@ def test_a_hostile_template_is_refused_and_gone(chat_of, number):
 WHILE_IT_RUNS = 0.3  # seconds after which an interruption comes; it hangs far longer
 
 
-def test_what_hangs_is_ended_where_the_system_sets_no_limits(chat_of):
+def test_chat_encode_ends_a_template_that_hangs_without_limits(chat_of):
     chat = chat_of(HANGS, seconds=100)
     chat.patience = WHILE_IT_RUNS
     with pytest.raises(DataError, match="too much time or memory"):
@@ -425,10 +406,9 @@ def test_what_hangs_is_ended_where_the_system_sets_no_limits(chat_of):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="interrupts itself with a signal")
-def test_an_interruption_leaves_no_process_behind(tmp_path):
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # it is ignored in what runs in the background
+def test_chat_leaves_no_process_behind_after_an_interruption(tmp_path):
+    # A background process ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     chat = Chat(load_tokenizer(write_tokenizer(tmp_path, HANGS), 1000), seconds=8)
     chat.patience = 4  # a signal may come just before the reading that it is to interrupt
 
@@ -447,20 +427,21 @@ def test_an_interruption_leaves_no_process_behind(tmp_path):
         os.kill(chat.process.pid, 0)
 
 
-def test_a_file_has_one_process_and_it_ends_with_it(tmp_path, monkeypatch):
+def test_read_records_has_one_process_per_file_and_ends_it(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, TEMPLATES["llama2"]), 1000)
-    started, popen = [], minilora.data.chat.subprocess.Popen
-    monkeypatch.setattr(
-        minilora.data.chat.subprocess,
-        "Popen",
-        lambda *a, **b: started.append(popen(*a, **b)) or started[-1],
-    )
+    started = []
+    popen = subprocess.Popen
+
+    def watched(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", watched)
     path = tmp_path / "data.jsonl"
-    path.write_text('{"text": "the cat"}\n' + (json.dumps({"messages": TALK}) + "\n") * 20)
+    talks = (json.dumps({"messages": TALK}) + "\n") * 20
+    path.write_text('{"text": "the cat"}\n' + talks)
     assert len(read_records(path, tokenizer, 1000)) == 21
-    path.write_text(
-        (json.dumps({"messages": TALK}) + "\n") * 20 + json.dumps({"messages": TALK[2:]})
-    )
+    path.write_text(talks + json.dumps({"messages": TALK[2:]}))
     with pytest.raises(DataError, match=r"line 21: .*user and assistant must take turns"):
         read_records(path, tokenizer, 1000)
     path.write_text('{"text": "the cat"}\n')
@@ -470,7 +451,7 @@ def test_a_file_has_one_process_and_it_ends_with_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="reads them in /proc")
-def test_the_process_has_limits_and_time_in_proportion_to_its_work(chat_of):
+def test_chat_process_has_limits_and_time_in_proportion_to_its_work(chat_of):
     chat = chat_of(TEMPLATES["zephyr"], seconds=3)
 
     def limits():
@@ -478,10 +459,10 @@ def test_the_process_has_limits_and_time_in_proportion_to_its_work(chat_of):
         return {line[:26].strip(): line[26:].split()[0] for line in lines}
 
     chat.render(TALK)
-    found = limits()
-    assert found["Max open files"] == found["Max file size"] == found["Max processes"] == "0"
-    assert found["Max address space"] == str(1 << 30)
-    assert found["Max cpu time"] == "4"
+    values = limits()
+    assert values["Max open files"] == values["Max file size"] == values["Max processes"] == "0"
+    assert values["Max address space"] == str(1 << 30)
+    assert values["Max cpu time"] == "4"
     for _ in range(100):
         chat.render(TALK)
     assert limits()["Max cpu time"] == "6"
@@ -489,10 +470,9 @@ def test_the_process_has_limits_and_time_in_proportion_to_its_work(chat_of):
     assert limits()["Max cpu time"] == "11"
 
 
-def test_without_the_package_it_says_how_to_get_it(chat_of, monkeypatch):
+def test_chat_without_jinja2_says_how_to_install_it(chat_of, monkeypatch):
     place = str(Path(jinja2.__file__).parents[1])
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != place])
-    with pytest.raises(
-        DataError, match=r"tokenizer.json' needs the package 'jinja2': pip install -e \.\[hf\]"
-    ):
+    message = r"tokenizer.json' needs the package 'jinja2': pip install -e \.\[hf\]"
+    with pytest.raises(DataError, match=message):
         chat_of("").encode(TALK)

@@ -1,4 +1,4 @@
-"""minilora/tokenizer.py: tokenizers against the packages that will read their files."""
+"""Tokenizers against the packages that will read their files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @given(st.text())
-def test_bytes_of_a_text_come_back(text):
+def test_byte_tokenizer_decodes_a_text_again(text):
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32
@@ -29,7 +29,7 @@ def test_bytes_of_a_text_come_back(text):
 
 
 @given(st.binary())
-def test_any_bytes_come_back(raw):
+def test_byte_tokenizer_decodes_any_bytes_again(raw):
     tokenizer = ByteTokenizer()
     assert tokenizer.decode_bytes(tokenizer.encode(raw)) == raw
     assert tokenizer.decode(tokenizer.encode(raw)) == raw.decode("utf-8", "replace")
@@ -38,13 +38,13 @@ def test_any_bytes_come_back(raw):
     assert tokenizer.decode(tokenizer.encode(argument), errors="surrogateescape") == argument
 
 
-def test_half_of_a_surrogate_pair_has_no_bytes():
+def test_byte_tokenizer_refuses_half_of_a_surrogate_pair():
     with pytest.raises(DataError, match="character 2 "):
         ByteTokenizer().encode("ab\ud83d")
 
 
 @given(st.lists(st.integers(-5, 600)))
-def test_an_id_that_is_no_byte_is_a_replacement_character(ids):
+def test_byte_tokenizer_decodes_other_ids_as_replacement_characters(ids):
     pieces = [bytes([i]) if 0 <= i < 256 else "\ufffd".encode() for i in ids]
     assert ByteTokenizer().decode(np.array(ids, int)) == b"".join(pieces).decode("utf-8", "replace")
 
@@ -56,7 +56,7 @@ def saved(tmp_path_factory):
     return directory
 
 
-def test_the_tokenizers_package_gives_the_same_ids(saved):
+def test_byte_tokenizer_save_gives_the_tokenizers_package_the_same_ids(saved):
     theirs = pytest.importorskip("tokenizers").Tokenizer.from_file(str(saved / "tokenizer.json"))
     assert theirs.get_vocab_size() == 256
     ours = ByteTokenizer()
@@ -71,27 +71,24 @@ def test_the_tokenizers_package_gives_the_same_ids(saved):
     every = "".join(map(chr, range(0x800))) + "\u2028\U0001f600  \r\n"
     assert theirs.encode(every).ids == list(every.encode())
     # All 256 bytes, those that no UTF-8 text has among them.
-    piece = _byte_level()["model"]["vocab"]
-    assert (
-        [theirs.token_to_id(token) for token in piece] == list(piece.values()) == list(range(256))
-    )
+    pieces = _byte_level()["model"]["vocab"]
+    assert list(pieces.values()) == list(range(256))
+    assert [theirs.token_to_id(piece) for piece in pieces] == list(range(256))
     assert theirs.decode([0xFF, 0x20, 0xC3, 0xA9]) == b"\xff \xc3\xa9".decode("utf-8", "replace")
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("model", [None, "llama"])
-def test_transformers_gives_the_same_ids(saved, tmp_path, model):
+def test_byte_tokenizer_save_gives_transformers_the_same_ids(saved, tmp_path, model):
     transformers = pytest.importorskip("transformers")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(saved / name, tmp_path)
-    if (
-        model
-    ):  # with a config.json beside it, AutoTokenizer may prefer the class of that architecture
+    # With a config.json beside it, AutoTokenizer may prefer the class of that architecture.
+    if model:
         shutil.copy(GOLDEN / model / "config.json", tmp_path)
+    file = str(tmp_path / "tokenizer.json")
     kinds = [transformers.AutoTokenizer.from_pretrained(tmp_path)]
-    kinds.append(
-        transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-    )
+    kinds.append(transformers.PreTrainedTokenizerFast(tokenizer_file=file))
     ours = ByteTokenizer()
 
     @given(st.text())
@@ -107,7 +104,7 @@ def test_transformers_gives_the_same_ids(saved, tmp_path, model):
     assert load_tokenizer(again, 256) == ByteTokenizer()
 
 
-def test_our_own_file_needs_no_package(saved, monkeypatch):
+def test_load_tokenizer_reads_its_own_file_without_the_package(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert load_tokenizer(saved, 256) == ByteTokenizer()
     assert load_tokenizer(saved, 300).note == ""
@@ -115,7 +112,7 @@ def test_our_own_file_needs_no_package(saved, monkeypatch):
         load_tokenizer(saved, 255)
 
 
-def test_without_a_file_texts_are_bytes_and_the_tokenizer_says_so(tmp_path):
+def test_load_tokenizer_without_a_file_gives_bytes_and_a_note(tmp_path):
     tokenizer = load_tokenizer(tmp_path, 256)
     assert isinstance(tokenizer, ByteTokenizer)
     assert "no tokenizer.json" in tokenizer.note
@@ -126,30 +123,24 @@ def test_without_a_file_texts_are_bytes_and_the_tokenizer_says_so(tmp_path):
     assert "tokenizer.model cannot be used" in load_tokenizer(tmp_path, 256).note
 
 
-def test_what_does_not_change_the_ids_does_not_make_another_tokenizer(saved, tmp_path, monkeypatch):
+def test_load_tokenizer_ignores_fields_that_change_no_id(saved, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    template = {
-        "type": "TemplateProcessing",
-        "single": [{"Sequence": {"id": "A", "type_id": 0}}],
-        "special_tokens": {},
-    }
-    options = {
-        "version": "2.0",
-        "decoder": {"type": "ByteLevel"},
-        "post_processor": template,
-        "truncation": {"x": 1},
-    }
-    assert (
-        load_tokenizer(changed(saved, tmp_path, lambda f: f.update(options)), 256)
-        == ByteTokenizer()
-    )
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "single": [sequence], "special_tokens": {}}
+    fields = {"version": "2.0", "decoder": {"type": "ByteLevel"}}
+    fields |= {"post_processor": template, "truncation": {"x": 1}}
+    folder = changed(saved, tmp_path, lambda file: file.update(fields))
+    assert load_tokenizer(folder, 256) == ByteTokenizer()
 
 
 def changed(saved, tmp_path, change):
-    found = json.loads((saved / "tokenizer.json").read_text())
-    change(found)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    fields = json.loads((saved / "tokenizer.json").read_text())
+    change(fields)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
     return tmp_path
+
+
+ROBERTA = {"type": "RobertaProcessing", "sep": ["a", 97], "cls": ["b", 98]}
 
 
 @pytest.mark.parametrize(
@@ -160,15 +151,11 @@ def changed(saved, tmp_path, change):
         lambda f: f["pre_tokenizer"].update(add_prefix_space=True),
         lambda f: f.update(normalizer={"type": "NFC"}),
         lambda f: f.update(added_tokens=[{"id": 256, "content": "<s>"}]),
-        lambda f: f.update(
-            post_processor={"type": "RobertaProcessing", "sep": ["a", 97], "cls": ["b", 98]}
-        ),
+        lambda f: f.update(post_processor=ROBERTA),
         lambda f: f.pop("model"),
     ],
 )
-def test_any_other_file_needs_the_package_and_says_how_to_get_it(
-    saved, tmp_path, monkeypatch, change
-):
+def test_load_tokenizer_says_how_to_install_the_package(saved, tmp_path, monkeypatch, change):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(DataError, match=r"pip install -e .\[hf\]"):
         load_tokenizer(changed(saved, tmp_path, change), 256)
@@ -192,7 +179,7 @@ def trained(directory):
     return made
 
 
-def test_a_tokenizer_of_the_hub(tmp_path):
+def test_hub_tokenizer_gives_the_package_s_ids(tmp_path):
     theirs = trained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"x": 1}')
     ours = load_tokenizer(tmp_path, 512)
@@ -202,7 +189,7 @@ def test_a_tokenizer_of_the_hub(tmp_path):
     text = "the cat sat on the mat, and so on: " * 3
     ids = ours.encode(text)
     assert ids.dtype == np.int32
-    assert len(ids) > 4, "a file's truncation must not cut a corpus"
+    assert len(ids) > 4, "the truncation in a file must not cut a corpus"
     assert ours.decode(ids) == text
     assert ours.decode_bytes(ids) == text.encode()
     assert ours.encode(text.encode()).tolist() == ids.tolist()
@@ -210,17 +197,15 @@ def test_a_tokenizer_of_the_hub(tmp_path):
     assert ours.decode([0]) == "<s>"
     with pytest.raises(DataError, match="at byte 3;"):
         ours.encode(b"the\xff")
-    with pytest.raises(
-        DataError, match=f"{ours.vocab_size} ids, more than the model's vocab_size of 200"
-    ):
+    message = f"{ours.vocab_size} ids, more than the model's vocab_size of 200"
+    with pytest.raises(DataError, match=message):
         load_tokenizer(tmp_path, 200)
     copy = tmp_path / "copy"
     copy.mkdir()
     ours.save(copy)
     assert sorted(os.listdir(copy)) == ["tokenizer.json", "tokenizer_config.json"]
-    assert all(
-        (copy / name).read_bytes() == (tmp_path / name).read_bytes() for name in os.listdir(copy)
-    )
+    for name in os.listdir(copy):
+        assert (copy / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -232,13 +217,13 @@ def test_a_tokenizer_of_the_hub(tmp_path):
         lambda f: f["model"].update(type="Unheard"),
     ],
 )
-def test_a_tokenizer_that_makes_no_sense_is_refused(saved, tmp_path, change):
+def test_load_tokenizer_refuses_an_unusable_file(saved, tmp_path, change):
     pytest.importorskip("tokenizers")
     with pytest.raises(DataError, match=r"tokenizer\.json"):
         load_tokenizer(changed(saved, tmp_path, change), 256)
 
 
-def test_a_damaged_tokenizer_file_is_refused(tmp_path):
+def test_load_tokenizer_refuses_a_damaged_file(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 1, "a": 2}}}')
     with pytest.raises(FormatError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path, 256)

@@ -1,4 +1,4 @@
-"""The disk: a temporary file of a process that was killed goes with the next write; everything else beside it stays."""
+"""Atomic files: what killed writers leave, two writers at once, and a disk that fails."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def beside(folder: Path):
     return sorted(p.name for p in folder.iterdir())
 
 
-def gone() -> int:
-    """The number of a process that is no more."""
+def ended_process() -> int:
+    """The number of a process that has ended."""
     child = start(lambda: None)
     assert wait(child) == 0
     return child
@@ -56,7 +56,7 @@ def killed_while_writing(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "a", "ü" * 60, "x.tmp-1-abcdefgh"])
-def test_what_a_killed_writer_left_goes_with_the_next_write(name, tmp_path):
+def test_atomic_file_removes_what_a_killed_writer_left(name, tmp_path):
     path = tmp_path / name
     write(path, b"old")
     for _ in range(2):
@@ -68,8 +68,8 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(name, tmp_path):
     assert path.read_bytes() == b"new"
 
 
-def test_what_is_not_ours_or_still_in_use_stays(tmp_path):
-    dead = gone()
+def test_atomic_file_leaves_files_of_others_and_files_in_use(tmp_path):
+    dead = ended_process()
     stays = [
         f".other.tmp-{dead}-0123abcd",  # of another file
         f"a.tmp-{dead}-0123abcd",
@@ -82,24 +82,21 @@ def test_what_is_not_ours_or_still_in_use_stays(tmp_path):
         f".a.tmp-{os.getppid()}-0123abcd",  # a process that lives
         ".a.tmp-1-0123abcd",  # so does this one, for as long as the machine
     ]
-    goes = [
-        f".a.tmp-{dead}-0123abcd",
-        f".a.tmp-{os.getpid()}-0123abcd",
-        f".a.tmp-{10**30}-0123abcd",
-    ]
-    for name in stays + goes:
+    removed = [f".a.tmp-{number}-0123abcd" for number in (dead, os.getpid(), 10**30)]
+    for name in stays + removed:
         (tmp_path / name).touch()
     write(tmp_path / "a")
     assert beside(tmp_path) == sorted({*stays, "a"})  # the parent may be process 1
 
 
-def test_two_threads_that_write_one_file_do_not_remove_each_other_s(tmp_path):
-    both, done = threading.Barrier(2, timeout=60), []
+def test_atomic_file_may_be_used_by_two_threads_at_once(tmp_path):
+    both = threading.Barrier(2, timeout=60)
+    done = []
 
     def work(content: bytes) -> None:
         for _ in range(50):
             with atomic_file(tmp_path / "a") as file:
-                both.wait()  # both temporaries are there
+                both.wait()  # both temporary files exist
                 file.write(content)
                 both.wait()
         done.append(content)
@@ -114,7 +111,7 @@ def test_two_threads_that_write_one_file_do_not_remove_each_other_s(tmp_path):
     assert (tmp_path / "a").read_bytes() in (b"one", b"two")
 
 
-def test_a_folder_that_may_not_be_listed_can_be_written_to(tmp_path, monkeypatch):
+def test_atomic_file_writes_into_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(path)
 
@@ -126,12 +123,13 @@ def test_a_folder_that_may_not_be_listed_can_be_written_to(tmp_path, monkeypatch
 # ---- what a run leaves at its end ----
 
 
+SHAPE = TransformerConfig(
+    hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+)
+
+
 def model(value: int):
-    made = CausalLM(
-        TransformerConfig(
-            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-        )
-    )
+    made = CausalLM(SHAPE)
     for p in made.parameters():
         p.data = np.full_like(p.data, value)
     return made
@@ -147,9 +145,12 @@ def adapter(value: int):
 @pytest.mark.parametrize("make", [model, adapter])
 @pytest.mark.parametrize("wrong", [no_room, no_disk, stay_full, power_off])
 @pytest.mark.parametrize("over", [False, True], ids=["into an empty folder", "over an older one"])
-def test_a_fault_at_any_change_leaves_each_file_whole(make, wrong, over, tmp_path):
-    before, new = tmp_path / "before", make(2)
+def test_save_pretrained_leaves_each_file_whole_after_a_fault_at_any_change(
+    make, wrong, over, tmp_path
+):
+    before = tmp_path / "before"
     before.mkdir()
+    new = make(2)
     if over:
         make(1).save_pretrained(before)
     old_files = read_tree(before)
@@ -158,7 +159,8 @@ def test_a_fault_at_any_change_leaves_each_file_whole(make, wrong, over, tmp_pat
     new_files = read_tree(tmp_path / "after")
     assert disk.changes >= 10
     for at in range(1, disk.changes + 1):
-        out, codes = tmp_path / f"out-{at}", []
+        out = tmp_path / f"out-{at}"
+        codes = []
         shutil.copytree(before, out)
 
         def work(out=out, at=at, codes=codes) -> None:

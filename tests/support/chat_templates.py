@@ -1,6 +1,6 @@
-"""Chat templates after the formats that models in use were trained on, written for these tests, and a tokenizer.
+"""Chat templates in the formats of models in use, written for these tests, and a tokenizer.
 
-TEMPLATES    name: template; each writes the assistant's turns where its generation prompt ends
+TEMPLATES    {name: template}; each writes an assistant's turn where its generation prompt ends
 MARKED       the same, with {% generation %} around what the assistant says
 """
 
@@ -154,14 +154,8 @@ QWEN3 = """\
     {%- endif %}
 {%- endif %}
 """
-TEMPLATES = {
-    "chatml": CHATML,
-    "llama2": LLAMA2,
-    "llama3": LLAMA3,
-    "mistral": MISTRAL,
-    "zephyr": ZEPHYR,
-}
-TEMPLATES |= {"gemma": GEMMA, "phi": PHI, "qwen3": QWEN3}
+TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "mistral": MISTRAL}
+TEMPLATES |= {"zephyr": ZEPHYR, "gemma": GEMMA, "phi": PHI, "qwen3": QWEN3}
 MARKED = {
     "chatml": """\
 {%- for message in messages -%}
@@ -192,27 +186,13 @@ MARKED = {
 {% endif %}
 """,
 }
-SPECIAL = [
-    "<s>",
-    "</s>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-]
-SPECIAL += [
-    "<|user|>",
-    "<|assistant|>",
-    "<|system|>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<|end|>",
-]
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
+SPECIAL += ["<|start_header_id|>", "<|end_header_id|>", "<|user|>", "<|assistant|>", "<|system|>"]
+SPECIAL += ["<start_of_turn>", "<end_of_turn>", "<|end|>"]
 
 
 def write_tokenizer(folder: Path, template: object, trim_offsets: bool = False) -> Path:
-    """A byte-level BPE with a template: a text for tokenizer_config.json, or whatever JSON may hold there."""
+    """Write a byte-level BPE with a template: a text, or any JSON, for tokenizer_config.json."""
     tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -226,6 +206,7 @@ def write_tokenizer(folder: Path, template: object, trim_offsets: bool = False) 
     made.save(str(folder / "tokenizer.json"))
     end = {"__type": "AddedToken", "content": "</s>", "special": True}
     config = {"bos_token": "<s>", "eos_token": end, "tokenizer_class": "PreTrainedTokenizerFast"}
-    config |= {} if template is None else {"chat_template": template}
+    if template is not None:
+        config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder

@@ -1,12 +1,14 @@
-"""A disk that fails: what changes it is counted, may go wrong at any one point, and can be cut off from its power.
+"""A disk that fails: every change is counted and may go wrong, and the power may be cut.
 
-    Disk          counts and records every change that Python code makes through `os`; number `at` goes wrong
-    in_child      a function in a process of its own, which may end without any except or finally; start, wait
+    Disk          counts and records every change made through `os`; one of them goes wrong
+    in_child      a function in its own process, which may end without any except or finally
+    start, wait   the two halves of `in_child`
     power_cuts    every state in which a power cut during the recorded changes may leave a folder
-    naive_save    a checkpoint written as one would without a thought: what all this must be able to see
+    naive_save    a checkpoint written without care, which these tools must be able to detect
 
-The model of a power cut is stricter than most file systems: the bytes of a file are those of its last fsync, and the
-names in a folder are those of its last fsync or the present ones, for each folder by itself.
+The model of a power cut is stricter than most file systems: the bytes of a file are those of its
+last fsync, and the names in a folder are those of its last fsync or the present ones, for each
+folder independently.
 """
 
 from __future__ import annotations
@@ -20,21 +22,19 @@ import os
 import shutil
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-NO_ROOM, NO_DISK = (
-    OSError(errno.ENOSPC, "No space left on device"),
-    OSError(errno.EIO, "Input/output error"),
-)
+NO_ROOM = OSError(errno.ENOSPC, "No space left on device")
+NO_DISK = OSError(errno.EIO, "Input/output error")
 TAKES_ROOM = ("create", "write", "mkdir")
 
 
 def no_room(disk: Disk, kind: str) -> None:
-    """Once: there may be room again the next moment."""
+    """A full disk, once: the next change may succeed."""
     raise OSError(NO_ROOM.errno, NO_ROOM.strerror)
 
 
@@ -43,7 +43,7 @@ def no_disk(disk: Disk, kind: str) -> None:
 
 
 def stay_full(disk: Disk, kind: str) -> None:
-    """From now on there is no room, but what is there can still be renamed and removed."""
+    """A full disk from now on; files can still be renamed and removed."""
     disk.at = disk.changes + 1
     if kind in TAKES_ROOM:
         raise OSError(NO_ROOM.errno, NO_ROOM.strerror)
@@ -54,13 +54,16 @@ def power_off(disk: Disk, kind: str) -> None:
 
 
 class Disk:
-    """In its block, changes number 1, 2, ... to the disk are recorded; `wrong(disk, kind)` comes before number `at`.
+    """In its block, changes number 1, 2, ... to the disk are recorded.
 
-    A write that goes wrong has by then written its first half.
+    `wrong(disk, kind)` is called before number `at`. A write that goes wrong has written its first
+    half by then.
     """
 
     def __init__(self, at: int | None = None, wrong: Callable[[Disk, str], None] = no_room):
-        self.at, self.wrong, self.changes = at, wrong, 0
+        self.at = at
+        self.wrong = wrong
+        self.changes = 0
         self.events: list[tuple[Any, ...]] = []
         self._paths: dict[int, str] = {}  # of open descriptors
 
@@ -69,18 +72,16 @@ class Disk:
         plain = {name: getattr(os, name) for name in ("open", "fdopen", "mkdir", "rmdir", "unlink")}
 
         def path_of(path: Any, dir_fd: int | None = None) -> str:
-            return os.path.abspath(
-                os.path.join(self._paths[dir_fd] if dir_fd is not None else "", os.fspath(path))
-            )
+            folder = "" if dir_fd is None else self._paths[dir_fd]
+            return os.path.abspath(os.path.join(folder, os.fspath(path)))
 
         def open_(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
             if flags & os.O_CREAT:
                 self._change("create")
             descriptor: int = plain["open"](path, flags, mode, dir_fd=dir_fd)
-            self._paths[descriptor] = path_of(path, dir_fd)
-            self.events.append(
-                ("open", self._paths[descriptor], descriptor, bool(flags & os.O_TRUNC))
-            )
+            whole = path_of(path, dir_fd)
+            self._paths[descriptor] = whole
+            self.events.append(("open", whole, descriptor, bool(flags & os.O_TRUNC)))
             return descriptor
 
         def fdopen(descriptor: int, mode: str = "r", *rest: Any, **options: Any) -> Any:
@@ -89,9 +90,8 @@ class Disk:
             return io.BufferedWriter(_Raw(descriptor, self))
 
         def fsync(descriptor: int) -> None:
-            self._change(
-                "fsync"
-            )  # what it gives is only seen after a power cut: no need to wait for the disk
+            # Its effect is only visible after a power cut: no need to wait for the disk.
+            self._change("fsync")
             self.events.append(("fsync", descriptor))
 
         def named(kind: str) -> Callable[..., None]:
@@ -112,11 +112,13 @@ class Disk:
 
             return change
 
-        hooks = {"open": open_, "fdopen": fdopen, "fsync": fsync}
-        hooks |= {kind: named(kind) for kind in ("mkdir", "rmdir", "unlink")}
-        hooks |= {kind: renaming(kind) for kind in ("rename", "replace")}
-        for name, hook in hooks.items():
-            self._patch.setattr(os, name, hook)
+        self._patch.setattr(os, "open", open_)
+        self._patch.setattr(os, "fdopen", fdopen)
+        self._patch.setattr(os, "fsync", fsync)
+        changes = {kind: named(kind) for kind in ("mkdir", "rmdir", "unlink")}
+        changes |= {kind: renaming(kind) for kind in ("rename", "replace")}
+        for name, change in changes.items():
+            self._patch.setattr(os, name, change)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -145,11 +147,13 @@ class _Raw(io.FileIO):
 
 
 def start(work: Callable[[], object]) -> int:
-    """The number of a new copy of this process, which does `work` and ends: with 0, or with 1 after an exception."""
+    """The number of a new copy of this process, which does `work` and ends.
+
+    Its exit code is 0, or 1 after an exception.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # BLAS has threads; it makes new ones in the child
+        # BLAS has threads; it makes new ones in the child.
+        warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
         code = 1
@@ -172,12 +176,13 @@ def in_child(work: Callable[[], object]) -> int:
     return wait(start(work))
 
 
-# ---- power cuts -----------------------------------------------------------------------------------------------------
+# ---- power cuts ----------------------------------------------------------------------------------
 
 
 class _File:
     def __init__(self, content: bytes = b"", durable: bytes = b""):
-        self.content, self.durable = content, durable
+        self.content = content
+        self.durable = durable
 
 
 class _Folder:
@@ -187,12 +192,13 @@ class _Folder:
 
     @classmethod
     def of(cls, path: Path) -> _Folder:
-        """A folder that has been on the disk for long."""
+        """A folder whose files and names are all on the disk."""
         folder = cls()
         for p in path.iterdir():
-            folder.names[p.name] = (
-                cls.of(p) if p.is_dir() else _File(p.read_bytes(), p.read_bytes())
-            )
+            if p.is_dir():
+                folder.names[p.name] = cls.of(p)
+            else:
+                folder.names[p.name] = _File(p.read_bytes(), p.read_bytes())
         folder.durable = dict(folder.names)
         return folder
 
@@ -204,9 +210,10 @@ class _Folder:
 
 
 def power_cuts(out: Path, work: Callable[[], object]) -> list[tuple[int, Any]]:
-    """Do `work`, which changes the folder `out`. (changes before the cut, what is left) for every way it may be left.
+    """[(events before the cut, what is left)] for every state in which a cut may leave `out`.
 
-    What is left is a tree {name: bytes or tree}. The number is that of events; the last is that of all of them.
+    `work` is done and changes the folder `out`. What is left is a tree {name: bytes or tree}. The
+    largest number is that of all events.
     """
     root = _Folder.of(out)
     with Disk() as disk:
@@ -223,7 +230,7 @@ def power_cuts(out: Path, work: Callable[[], object]) -> list[tuple[int, Any]]:
             folder = folder.names[parent]
         return folder, name
 
-    found: dict[Any, tuple[int, Any]] = {}
+    states: dict[Any, tuple[int, Any]] = {}
     for number, (kind, *rest) in enumerate([("start",), *disk.events]):
         if kind == "open":
             path, descriptor, truncated = rest
@@ -246,24 +253,22 @@ def power_cuts(out: Path, work: Callable[[], object]) -> list[tuple[int, Any]]:
         elif kind == "rename":
             (source, old), (target, new) = place(rest[0]), place(rest[1])
             target.names[new] = source.names.pop(old)
-        unsure = [
-            folder
-            for folder in {id(f): f for f in root.below()}.values()
-            if folder.names != folder.durable
-        ]
+        unsure = {id(folder) for folder in root.below() if folder.names != folder.durable}
         assert len(unsure) <= 6
-        for choice in itertools.product([False, True], repeat=len(unsure)):
-            tree = _left(
-                root, {id(folder) for folder, kept in zip(unsure, choice, strict=True) if kept}
-            )
-            key = _frozen(tree)
-            found[key] = number, tree  # the latest moment at which it may be left so
-    return list(found.values())
+        for size in range(len(unsure) + 1):
+            for present in itertools.combinations(unsure, size):
+                tree = _after_cut(root, present)
+                states[_frozen(tree)] = number, tree  # the latest moment of this state
+    return list(states.values())
 
 
-def _left(folder: _Folder, present: set[int]) -> dict[str, Any]:
+def _after_cut(folder: _Folder, present: Collection[int]) -> dict[str, Any]:
+    """What a cut leaves if the folders `present` (by id) have their present names."""
+    tree = {}
     names = folder.names if id(folder) in present else folder.durable
-    return {k: v.durable if isinstance(v, _File) else _left(v, present) for k, v in names.items()}
+    for name, node in names.items():
+        tree[name] = node.durable if isinstance(node, _File) else _after_cut(node, present)
+    return tree
 
 
 def _frozen(tree: dict[str, Any]) -> Any:
@@ -284,29 +289,31 @@ def read_tree(folder: Path) -> dict[str, Any]:
     return {p.name: read_tree(p) if p.is_dir() else p.read_bytes() for p in folder.iterdir()}
 
 
-# ---- how not to do it -----------------------------------------------------------------------------------------------
+# ---- how not to save -----------------------------------------------------------------------------
 
 
 def naive_save(out: Path, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    """runs.save_checkpoint without its care: file by file into the folder's final name, nothing forced to the disk."""
+    """runs.save_checkpoint without care: file by file under the final name, nothing synced."""
     folder = out / "checkpoints" / f"step-{step}"
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
-    elsewhere = out.with_name(
-        f"{out.name}.source"
-    )  # `write` is careful by itself: only its bytes are wanted
-    shutil.rmtree(elsewhere, ignore_errors=True)
-    elsewhere.mkdir()
-    write(elsewhere)
-    names = sorted(p.relative_to(elsewhere) for p in elsewhere.rglob("*") if p.is_file())
-    contents = {name: (elsewhere / name).read_bytes() for name in names}
-    shutil.rmtree(elsewhere)
-    entries = {
-        k.as_posix(): {"size": len(v), "sha256": hashlib.sha256(v).hexdigest()}
-        for k, v in contents.items()
-    }
+    # `write` is careful by itself: only its bytes are wanted.
+    source = out.with_name(f"{out.name}.source")
+    shutil.rmtree(source, ignore_errors=True)
+    source.mkdir()
+    write(source)
+    contents = {}
+    entries = {}
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        name = path.relative_to(source)
+        content = path.read_bytes()
+        contents[name] = content
+        digest = hashlib.sha256(content).hexdigest()
+        entries[name.as_posix()] = {"size": len(content), "sha256": digest}
+    shutil.rmtree(source)
     manifest = {"step": step, "state": state, "files": entries}
-    for name, content in {**contents, Path("manifest.json"): json.dumps(manifest).encode()}.items():
+    contents[Path("manifest.json")] = json.dumps(manifest).encode()
+    for name, content in contents.items():
         os.makedirs((folder / name).parent, exist_ok=True)
         descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         with os.fdopen(descriptor, "wb") as file:

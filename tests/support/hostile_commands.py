@@ -294,7 +294,7 @@ def add_input_rows() -> None:
     line = f"{EVALUATE} --base wide --adapter adapter"
     says = ("q_proj.lora_A.weight", "(2, 16)", "(2, 24)", "q_proj.lora_B.weight", "1 more")
     command(43, line, 3, *says, build=wide)
-    says = ("q_proj", "(16, 16)", "(24, 24)")
+    says = ("q_proj", "(2, 24)", "(2, 16)")
     command(43, f"{MERGE} --base wide", 3, *says, build=wide)
 
 

@@ -246,14 +246,23 @@ def add_merge_rows() -> None:
     def without(*names: str) -> Build:
         return changed_tensors(ADAPTER_WEIGHTS, lambda t: [t.pop(name) for name in names])
 
-    misfit(having(key("v", "B"), np.zeros((5, 2))), "v_proj", "(5, 16)")
+    misfit(having(key("v", "B"), np.zeros((5, 2))), "v_proj", "(5, 2)", "(16, 2)")
     misfit(having(key("v", "A"), np.zeros((2, 2, 16))), "v_proj", "lora_B")
     misfit(having(key("v", "A"), np.zeros(())), "lora_A ()")
     misfit(without(key("v", "B")), "v_proj", "lora_B")
-    misfit(without(key("v", "A"), key("v", "B")), "missing model.layers.0.self_attn.v_proj")
-    misfit(having("base_model.model.extra.weight", np.zeros(1)), "unknown extra.weight")
+    misfit(
+        without(key("v", "A"), key("v", "B")),
+        "missing base_model.model.model.layers.0.self_attn.v_proj",
+    )
+    misfit(
+        having("base_model.model.extra.weight", np.zeros(1)),
+        "unknown base_model.model.extra.weight",
+    )
     misfit(having("\x1b[2J", np.zeros(1)), r"\x1b[2J")
-    misfit(having("base_model.model.lora_A.weight", np.zeros((2, 16))), "unknown lora_A.weight")
+    misfit(
+        having("base_model.model.lora_A.weight", np.zeros((2, 16))),
+        "unknown base_model.model.lora_A.weight",
+    )
 
     for weights in ("x", "''", "1,", ",", "0.5,", "1;2", "0x10", "1e", LONG):
         refused(56, f"{MERGE} --weights={weights}", "--weights", "list of numbers", "0.5,-1")

@@ -422,7 +422,7 @@ SPOILT = {
         r"--weights \[1e\+300\]: .*q_proj.weight with its adapters",
     ),
     "codes": (ConfigError, "quantization_config"),
-    "outside": (FormatError, "lies outside"),
+    "outside": (FormatError, "is outside"),
     "missing shard": (FormatError, "x.safetensors' is missing"),
 }
 

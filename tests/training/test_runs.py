@@ -39,8 +39,15 @@ import minilora.training.runs
 from minilora.errors import CheckpointError, ConfigError, LockError, MiniloraError
 from minilora.formats import load_file, save_file, write_json
 from minilora.formats.disk import parse_json
-from minilora.formats.folders import LOCK, locked, numbered_folder, open_folder, require_free_space
-from minilora.training.runs import MANIFEST, Log, find_checkpoint, read_log, save_checkpoint
+from minilora.formats.folders import LOCK, locked, numbered_folder, require_free_space
+from minilora.training.runs import (
+    MANIFEST,
+    Log,
+    find_checkpoint,
+    open_folder,
+    read_log,
+    save_checkpoint,
+)
 
 fcntl = pytest.importorskip("fcntl", reason="needs locks and processes as POSIX has them")
 

@@ -319,7 +319,7 @@ def test_pretrain_refuses_a_text_that_is_larger_than_memory():
     code, err = end(start(argv, before))
     assert code == 3
     assert err.startswith(
-        "minilora: error: 'huge.txt' has 4,294,967,296 bytes, more than there is memory"
+        "minilora: error: 'huge.txt' has 4,294,967,296 bytes, more than the memory takes"
     )
     assert not Path("run").exists()
 
