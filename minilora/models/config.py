@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,7 +63,6 @@ COMMON = (
 )
 SHARED = (*COMMON, "num_key_value_heads", "head_dim", "rope_parameters")
 WINDOWED = (*SHARED, "sliding_window", "max_window_layers", "layer_types")
-LLAMA_ABSENT = {"max_position_embeddings": 2048}
 MISTRAL_ABSENT = {
     "max_position_embeddings": 131072,
     "num_key_value_heads": 8,
@@ -100,7 +99,7 @@ LLAMA_FIELDS = (*SHARED, "attention_bias", "mlp_bias")
 QWEN3_FIELDS = (*WINDOWED, "attention_bias")
 
 DIALECTS = {
-    "llama": Dialect("LlamaForCausalLM", LLAMA_FIELDS, LLAMA_ABSENT),
+    "llama": Dialect("LlamaForCausalLM", LLAMA_FIELDS, {"max_position_embeddings": 2048}),
     "mistral": Dialect("MistralForCausalLM", (*SHARED, "sliding_window"), MISTRAL_ABSENT),
     "qwen2": Dialect("Qwen2ForCausalLM", WINDOWED, QWEN_ABSENT),
     "qwen3": Dialect("Qwen3ForCausalLM", QWEN3_FIELDS, {**QWEN_ABSENT, "head_dim": 128}),
@@ -117,10 +116,6 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
 
 
-def _is_size_or_none(value: Any) -> bool:
-    return value is None or _is_size(value)
-
-
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
@@ -133,11 +128,6 @@ def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1e300
 
 
-def _is_rotary_number(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and 1e-30 < value < 1e30
-
-
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -147,17 +137,17 @@ def _is_object(value: Any) -> bool:
 
 
 MODEL_TYPE_RULE = Rule(
-    "model_type", lambda value: value in MODEL_TYPES, f"one of {', '.join(MODEL_TYPES)}"
+    "model_type", lambda kind: kind in MODEL_TYPES, f"one of {', '.join(MODEL_TYPES)}"
 )
 SIZES = (*REQUIRED, "num_key_value_heads", "max_position_embeddings")
 SIZE_RULES = [Rule(name, _is_size, "a positive integer") for name in SIZES]
-RULES = [
+OTHER_RULES = [
     Rule("rms_norm_eps", _is_positive, "a positive number"),
     Rule("initializer_range", _is_positive, "a positive number"),
     Rule("attention_bias", _is_bool, "true or false"),
     Rule("mlp_bias", _is_bool, "true or false"),
     Rule("tie_word_embeddings", _is_bool, "true or false"),
-    Rule("sliding_window", _is_size_or_none, "a positive integer, or null"),
+    Rule("sliding_window", lambda n: n is None or _is_size(n), "a positive integer, or null"),
     Rule("max_window_layers", _is_count, "an integer of at least 0"),
     Rule("rope_parameters", _is_object, "an object"),
 ]
@@ -167,8 +157,8 @@ RULES = [
 class TransformerConfig:
     """The shape of a model in the words of Llama's config.json. ConfigError names an invalid field.
 
-    model_type            "llama", "mistral", "qwen2" (q, k and v have biases), "qwen3" (each head of
-                          q and k has a norm) or "gpt2" (learnt positions, LayerNorm, no gate,
+    model_type            "llama", "mistral", "qwen2" (q, k and v have biases), "qwen3" (each head
+                          of q and k has a norm) or "gpt2" (learnt positions, LayerNorm, no gate,
                           biases everywhere)
     intermediate_size     None, for GPT-2: four times hidden_size
     num_key_value_heads   None: as many as query heads
@@ -206,38 +196,35 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         check_fields(vars(self), [MODEL_TYPE_RULE], "config: ")
         dialect = DIALECTS[self.model_type]
+        is_rotary = "rope_parameters" in dialect.fields
         heads = self.num_attention_heads
-        has_rotation = "rope_parameters" in dialect.fields
-
-        activations = dialect.activations
-        self._check(
-            "hidden_act", self.hidden_act in activations, f"one of {', '.join(activations)}"
-        )
         if self.num_key_value_heads is None:
             self._set("num_key_value_heads", heads)
-        if self.intermediate_size is None and not has_rotation and _is_size(self.hidden_size):
+        if self.intermediate_size is None and not is_rotary and _is_size(self.hidden_size):
             self._set("intermediate_size", 4 * self.hidden_size)
-        self._check_rules(SIZE_RULES)
-
+        activations = dialect.activations
+        wanted = f"one of {', '.join(activations)}"
+        self._check("hidden_act", lambda name: name in activations, wanted)
+        for rule in SIZE_RULES:
+            self._check(*rule)
         if self.head_dim is None:
             wanted = f"a multiple of num_attention_heads = {heads}, or head_dim be given"
-            self._check("hidden_size", self.hidden_size % heads == 0, wanted)
+            self._check("hidden_size", lambda C: C % heads == 0, wanted)
             self._set("head_dim", self.hidden_size // heads)
-        fits = _is_head_dim(self.head_dim)
-        if has_rotation:
-            fits = fits and self.head_dim % 2 == 0  # type: ignore[operator]
-            self._check("head_dim", fits, "even and positive")
+        if is_rotary:
+            wanted = "even and positive"
+            self._check("head_dim", lambda D: _is_head_dim(D) and D % 2 == 0, wanted)
         else:
             wanted = "hidden_size / num_attention_heads, and nothing else"
-            self._check("head_dim", fits and self._plain_heads, wanted)
+            self._check("head_dim", lambda D: _is_head_dim(D) and self._plain_heads, wanted)
         wanted = f"a divisor of num_attention_heads = {heads}"
-        self._check("num_key_value_heads", heads % self.kv_heads == 0, wanted)
-        self._check_rules(RULES)
-
+        self._check("num_key_value_heads", lambda K: heads % K == 0, wanted)
+        for rule in OTHER_RULES:
+            self._check(*rule)
         if self.layer_types is not None:
             self._check_layer_types(self.layer_types)
         self._check_absent_fields(dialect)
-        if has_rotation:
+        if is_rotary:
             defaults = {"rope_type": "default", "rope_theta": 10000.0}
             self._set("rope_parameters", {**defaults, **self.rope_parameters})
             rotary_frequencies(self)  # ConfigError if the rotary parameters do not fit
@@ -245,25 +232,25 @@ class TransformerConfig:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the class is frozen
 
-    def _check(self, name: str, is_valid: bool, wanted: str) -> None:
-        """ConfigError if the field is not valid; it names the field as config.json does, too."""
+    def _check(self, name: str, is_valid: Callable[[Any], bool], wanted: str) -> None:
+        """ConfigError if the value is not valid; it names the field as config.json does, too."""
         names = DIALECTS[self.model_type].names
         shown = f"{name} ({names[name]})" if name in names else name
-        rule = Rule(shown, lambda _: is_valid, wanted)
+        rule = Rule(shown, is_valid, wanted)
         check_fields({shown: getattr(self, name)}, [rule], "config: ")
-
-    def _check_rules(self, rules: list[Rule]) -> None:
-        for name, is_valid, wanted in rules:
-            self._check(name, is_valid(getattr(self, name)), wanted)
 
     def _check_layer_types(self, types: Any) -> None:
         """Check that each layer has a type, and that sliding layers have a window."""
         count = self.num_hidden_layers
-        listed = isinstance(types, (list, tuple)) and all(kind in LAYER_TYPES for kind in types)
-        wanted = f"{count} of {', '.join(LAYER_TYPES)}, or null"
-        self._check("layer_types", listed and len(types) == count, wanted)
-        fits = self.sliding_window is not None or SLIDING not in types
-        self._check("sliding_window", fits, f"given for {SLIDING}")
+
+        def is_listed(types: Any) -> bool:
+            if not isinstance(types, (list, tuple)) or len(types) != count:
+                return False
+            return all(kind in LAYER_TYPES for kind in types)
+
+        self._check("layer_types", is_listed, f"{count} of {', '.join(LAYER_TYPES)}, or null")
+        if SLIDING in types:
+            self._check("sliding_window", _is_size, f"given for {SLIDING}")
         self._set("layer_types", tuple(types))
 
     def _check_absent_fields(self, dialect: Dialect) -> None:
@@ -278,8 +265,9 @@ class TransformerConfig:
             "num_key_value_heads": self.num_attention_heads,
         }
         for name, default in defaults.items():
-            same = name in dialect.fields or getattr(self, name) == default
-            self._check(name, same, f"{default!r}, since the model_type is {self.model_type}")
+            wanted = f"{default!r}, since the model_type is {self.model_type}"
+            if name not in dialect.fields:
+                self._check(name, functools.partial(operator.eq, default), wanted)
 
     @property
     def kv_heads(self) -> int:
@@ -402,13 +390,15 @@ def rotary_frequencies(config: TransformerConfig) -> np.ndarray:
     parameters = config.rope_parameters
 
     def check(name: str, is_valid: bool, wanted: str) -> None:
-        rule = Rule(f"rope_parameters.{name}", lambda _: is_valid, wanted)
-        check_fields({rule.field: parameters.get(name)}, [rule], "config: ")
+        field = f"rope_parameters.{name}"
+        values = {field: parameters.get(name)}
+        check_fields(values, [Rule(field, lambda _: is_valid, wanted)], "config: ")
 
     def number(name: str) -> float:
-        value = parameters.get(name)
-        check(name, _is_rotary_number(value), "a positive number")
-        return float(value)  # type: ignore[arg-type]
+        value: Any = parameters.get(name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        check(name, is_number and 1e-30 < value < 1e30, "a positive number")
+        return float(value)
 
     kind = parameters["rope_type"]
     check("rope_type", kind in ROPE_TYPES, f"one of {', '.join(ROPE_TYPES)}")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ..autograd import Tensor
 from ..backend import Array
 from ..nn import Embedding, Module, run_blocks
 from .cache import KeyValueCache
+
+Generator = np.random.Generator | None  # of first weights; None leaves them zero
 
 
 class BaseDecoder(Module):

@@ -20,7 +20,7 @@ from ..backend import Array
 from ..nn import Embedding, LayerNorm, Module, normal, random_linear
 from .cache import KeyValueCache
 from .config import TransformerConfig
-from .decoder import BaseDecoder
+from .decoder import BaseDecoder, Generator
 
 _gelu_tanh = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS: dict[str, Any] = {
@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Any] = {
 class GPT2Attention(Module):
     """Causal self-attention without rotation.    (B, T, C) -> (B, T, C)"""
 
-    def __init__(self, config: TransformerConfig, layer: int, rng: np.random.Generator | None):
+    def __init__(self, config: TransformerConfig, layer: int, rng: Generator):
         C = config.hidden_size
         self.layer = layer
         self.heads = config.num_attention_heads
@@ -51,7 +51,7 @@ class GPT2Attention(Module):
 class GPT2MLP(Module):
     """c_proj(activation(c_fc(x)))    (..., C) -> (..., C)"""
 
-    def __init__(self, config: TransformerConfig, rng: np.random.Generator | None):
+    def __init__(self, config: TransformerConfig, rng: Generator):
         C = config.hidden_size
         M = config.intermediate_size
         self.activation = ACTIVATIONS[config.hidden_act]
@@ -65,7 +65,7 @@ class GPT2MLP(Module):
 class GPT2Block(Module):
     """x += attention(norm(x)), x += mlp(norm(x))    (B, T, C) -> (B, T, C)"""
 
-    def __init__(self, config: TransformerConfig, layer: int, rng: np.random.Generator | None):
+    def __init__(self, config: TransformerConfig, layer: int, rng: Generator):
         self.ln_1 = _new_norm(config)
         self.attn = GPT2Attention(config, layer, rng)
         self.ln_2 = _new_norm(config)
@@ -81,7 +81,7 @@ class GPT2Decoder(BaseDecoder):
 
     part_names = ("wte", "h", "ln_f")
 
-    def __init__(self, config: TransformerConfig, rng: np.random.Generator | None):
+    def __init__(self, config: TransformerConfig, rng: Generator):
         C = config.hidden_size
         std = config.initializer_range
         self.wte = Embedding(normal(rng, std, (config.vocab_size, C)))

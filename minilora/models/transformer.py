@@ -21,7 +21,7 @@ from ..errors import ConfigError, DataError, GraphError
 from ..nn import Embedding, FusedProjection, Linear, Module, RMSNorm, normal, random_linear
 from .cache import KeyValueCache
 from .config import TransformerConfig, rotary_frequencies
-from .decoder import BaseDecoder
+from .decoder import BaseDecoder, Generator
 from .gpt2 import GPT2Decoder
 from .pretrained import load_model, save_model
 
@@ -74,13 +74,7 @@ class Attention(FusedProjection):
 
     fan = ("q_proj", "k_proj", "v_proj")
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer: int,
-        rotary: RotaryTable,
-        rng: np.random.Generator | None,
-    ):
+    def __init__(self, config: TransformerConfig, layer: int, rotary: RotaryTable, rng: Generator):
         assert config.head_dim is not None
         self.layer = layer
         self.rotary = rotary
@@ -119,7 +113,7 @@ class MLP(FusedProjection):
     fan = ("gate_proj", "up_proj")
     stacked = True  # NumPy takes twice as long for rows with gaps between them
 
-    def __init__(self, config: TransformerConfig, rng: np.random.Generator | None):
+    def __init__(self, config: TransformerConfig, rng: Generator):
         C = config.hidden_size
         M = config.intermediate_size
         new_linear = functools.partial(random_linear, rng, config.initializer_range)
@@ -134,13 +128,7 @@ class MLP(FusedProjection):
 class Block(Module):
     """x += attention(norm(x)), x += mlp(norm(x))    (B, T, C) -> (B, T, C)"""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer: int,
-        rotary: RotaryTable,
-        rng: np.random.Generator | None,
-    ):
+    def __init__(self, config: TransformerConfig, layer: int, rotary: RotaryTable, rng: Generator):
         self.input_layernorm = _new_norm(config, config.hidden_size)
         self.self_attn = Attention(config, layer, rotary, rng)
         self.post_attention_layernorm = _new_norm(config, config.hidden_size)
@@ -156,7 +144,7 @@ class Decoder(BaseDecoder):
 
     part_names = ("embed_tokens", "layers", "norm")
 
-    def __init__(self, config: TransformerConfig, rng: np.random.Generator | None):
+    def __init__(self, config: TransformerConfig, rng: Generator):
         C = config.hidden_size
         rotary = RotaryTable(config)
         table = normal(rng, config.initializer_range, (config.vocab_size, C))
@@ -171,11 +159,8 @@ def _new_norm(config: TransformerConfig, size: int) -> RMSNorm:
 
 # ---- the model ----------------------------------------------------------------------------------
 
-# The decoder of each type of model, and its name in the files.
-DECODERS: dict[str, tuple[str, Any]] = dict.fromkeys(
-    ("llama", "mistral", "qwen2", "qwen3"), ("model", Decoder)
-)
-DECODERS["gpt2"] = ("transformer", GPT2Decoder)
+# The decoder of a type of model and its name in files, if it is not Llama's.
+DECODERS: dict[str, tuple[str, Any]] = {"gpt2": ("transformer", GPT2Decoder)}
 
 
 class CausalLM(Module):
@@ -197,7 +182,7 @@ class CausalLM(Module):
             raise ConfigError(f"dtype must be float32 or float64, got {dtype!r:.99}")
         rng = None if seed is None else np.random.default_rng(seed)
         self.config = config
-        self.decoder_name, decoder = DECODERS[config.model_type]
+        self.decoder_name, decoder = DECODERS.get(config.model_type, ("model", Decoder))
         setattr(self, self.decoder_name, decoder(config, rng))
         std = config.initializer_range
         self.lm_head = random_linear(rng, std, config.hidden_size, config.vocab_size, False)
