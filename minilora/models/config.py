@@ -198,10 +198,11 @@ class TransformerConfig:
         dialect = DIALECTS[self.model_type]
         is_rotary = "rope_parameters" in dialect.fields
         heads = self.num_attention_heads
+        fields = vars(self)  # which can be written though the class is frozen
         if self.num_key_value_heads is None:
-            self._set("num_key_value_heads", heads)
+            fields["num_key_value_heads"] = heads
         if self.intermediate_size is None and not is_rotary and _is_size(self.hidden_size):
-            self._set("intermediate_size", 4 * self.hidden_size)
+            fields["intermediate_size"] = 4 * self.hidden_size
         activations = dialect.activations
         wanted = f"one of {', '.join(activations)}"
         self._check("hidden_act", lambda name: name in activations, wanted)
@@ -210,7 +211,7 @@ class TransformerConfig:
         if self.head_dim is None:
             wanted = f"a multiple of num_attention_heads = {heads}, or head_dim be given"
             self._check("hidden_size", lambda C: C % heads == 0, wanted)
-            self._set("head_dim", self.hidden_size // heads)
+            fields["head_dim"] = self.hidden_size // heads
         if is_rotary:
             wanted = "even and positive"
             self._check("head_dim", lambda D: _is_head_dim(D) and D % 2 == 0, wanted)
@@ -221,16 +222,20 @@ class TransformerConfig:
         self._check("num_key_value_heads", lambda K: heads % K == 0, wanted)
         for rule in OTHER_RULES:
             self._check(*rule)
-        if self.layer_types is not None:
-            self._check_layer_types(self.layer_types)
+        types: Any = self.layer_types
+        if types is not None:
+            count = self.num_hidden_layers
+            listed = isinstance(types, (list, tuple)) and all(kind in LAYER_TYPES for kind in types)
+            wanted = f"{count} of {', '.join(LAYER_TYPES)}, or null"
+            self._check("layer_types", lambda _: listed and len(types) == count, wanted)
+            if SLIDING in types:
+                self._check("sliding_window", _is_size, f"given for {SLIDING}")
+            fields["layer_types"] = tuple(types)
         self._check_absent_fields(dialect)
         if is_rotary:
             defaults = {"rope_type": "default", "rope_theta": 10000.0}
-            self._set("rope_parameters", {**defaults, **self.rope_parameters})
+            fields["rope_parameters"] = {**defaults, **self.rope_parameters}
             rotary_frequencies(self)  # ConfigError if the rotary parameters do not fit
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # the class is frozen
 
     def _check(self, name: str, is_valid: Callable[[Any], bool], wanted: str) -> None:
         """ConfigError if the value is not valid; it names the field as config.json does, too."""
@@ -238,20 +243,6 @@ class TransformerConfig:
         shown = f"{name} ({names[name]})" if name in names else name
         rule = Rule(shown, is_valid, wanted)
         check_fields({shown: getattr(self, name)}, [rule], "config: ")
-
-    def _check_layer_types(self, types: Any) -> None:
-        """Check that each layer has a type, and that sliding layers have a window."""
-        count = self.num_hidden_layers
-
-        def is_listed(types: Any) -> bool:
-            if not isinstance(types, (list, tuple)) or len(types) != count:
-                return False
-            return all(kind in LAYER_TYPES for kind in types)
-
-        self._check("layer_types", is_listed, f"{count} of {', '.join(LAYER_TYPES)}, or null")
-        if SLIDING in types:
-            self._check("sliding_window", _is_size, f"given for {SLIDING}")
-        self._set("layer_types", tuple(types))
 
     def _check_absent_fields(self, dialect: Dialect) -> None:
         """Check that the fields that the type of model does not have keep their defaults."""

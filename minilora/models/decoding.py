@@ -56,10 +56,6 @@ class Source(NamedTuple):
     order: Array | None = None  # of the output channels
     sign: int = 1
 
-    @property
-    def size(self) -> int:
-        return sum(layer.in_features * layer.out_features for layer in self.layers)
-
 
 class Weights:
     """A model's weights as they are now, laid out once for all tokens that are then generated."""
@@ -109,7 +105,8 @@ class Weights:
     def _lay_out(self, model: CausalLM, workers: Workers) -> bool:
         """Build all products; False if a layer must run on its own."""
         sources = self._sources(model)
-        ends = [0, *itertools.accumulate(source.size for source in sources)]
+        sizes = [sum(p.in_features * p.out_features for p in source.layers) for source in sources]
+        ends = [0, *itertools.accumulate(sizes)]
         memory = self.xp.empty(
             ends[-1], self.dtype
         )  # one piece, which the system maps by large pages

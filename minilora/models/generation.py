@@ -81,9 +81,7 @@ def stream(
         raise DataError(
             f"a prompt needs at least one token: ids of shape (batch, time), got {ids.shape}"
         )
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    settings |= {"top_k": top_k, "top_p": top_p}
-    check_fields(settings, SETTINGS)
+    check_fields(locals(), SETTINGS)
     rng = np.random.default_rng(seed)
     window = ids[:, -limit:]  # what the caches will hold
     pending = window  # the part of it that the model has not seen yet

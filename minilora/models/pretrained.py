@@ -36,7 +36,7 @@ from ..quant.half import (
     half_weight_owners,
     store_half_weights,
 )
-from ..quant.linear import QuantizedLinear, quantized_layers
+from ..quant.linear import quantized_layers
 from .config import TransformerConfig
 
 # ---- loading ------------------------------------------------------------------------------------
@@ -58,7 +58,14 @@ def load_model(
         config = TransformerConfig.from_dict(fields)
         quantization = fields.get("quantization_config")
         scheme = None if quantization is None else read_quantization_config(quantization)
-        _check_size(config, checkpoint, directory)
+        # Seen before memory is allocated. A byte of codes holds two weights.
+        count = config.parameter_count()
+        available = sum(math.prod(checkpoint.shape(key)) for key in checkpoint.keys())
+        if count > 2 * available:
+            raise FormatError(
+                f"{directory}: config.json describes {count:,} parameters, "
+                f"the file holds {available:,}"
+            )
         model = make(config, seed=None, dtype=dtype)
         names = _model_names(model, checkpoint)
         coded = {} if scheme is None else _coded_layers(model, names)
@@ -77,19 +84,19 @@ def load_model(
             for name in tensor_names:
                 tensors[name.removeprefix(f"{path}.")] = checkpoint.read(names[name])
             where = f"{directory}: {path}"
-            layer = _read_layer(tensors, modules[path], scheme, where)
+            layer = read_bitsandbytes(tensors, where)
+            plain = modules[path]
+            if layer.weight.shape != plain.weight.shape:
+                raise FormatError(
+                    f"{where} is {layer.weight.shape}, config.json says {plain.weight.shape}"
+                )
+            if QuantizationScheme.of(layer) != scheme:
+                raise FormatError(
+                    f"{where} is {QuantizationScheme.of(layer)}, quantization_config says {scheme}"
+                )
+            layer.bias = plain.bias
             replace_module(model, path, layer.to(dtype=dtype))
     return model
-
-
-def _check_size(config: TransformerConfig, checkpoint: Checkpoint, directory: str | Path) -> None:
-    """Refuse a model that is far larger than its files, before memory is allocated for it."""
-    count = config.parameter_count()
-    stored = sum(math.prod(checkpoint.shape(key)) for key in checkpoint.keys())
-    if count > 2 * stored:  # a byte of codes holds two weights
-        raise FormatError(
-            f"{directory}: config.json describes {count:,} parameters, the file holds {stored:,}"
-        )
 
 
 def _model_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
@@ -123,20 +130,6 @@ def _coded_layers(model: Any, names: Iterable[str]) -> dict[str, list[str]]:
     return coded
 
 
-def _read_layer(
-    tensors: dict[str, np.ndarray], plain: Linear, scheme: Any, where: str
-) -> QuantizedLinear:
-    """The layer of codes that takes the place of `plain`, whose bias it keeps."""
-    layer = read_bitsandbytes(tensors, where)
-    if layer.weight.shape != plain.weight.shape:
-        raise FormatError(f"{where} is {layer.weight.shape}, config.json says {plain.weight.shape}")
-    stored = QuantizationScheme.of(layer)
-    if stored != scheme:
-        raise FormatError(f"{where} is {stored}, quantization_config says {scheme}")
-    layer.bias = plain.bias
-    return layer
-
-
 def _fill(
     model: Any,
     checkpoint: Checkpoint,
@@ -159,8 +152,9 @@ def _fill(
     for name, p in params.items():
         shape = p.shape[::-1] if is_stored_transposed(kind, name) else p.shape
         if name in keys and checkpoint.shape(keys[name]) != shape:
-            found = checkpoint.shape(keys[name])
-            problems.append(f"{keys[name]} is {found}, config.json says {shape}")
+            problems.append(
+                f"{keys[name]} is {checkpoint.shape(keys[name])}, config.json says {shape}"
+            )
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise FormatError(f"{where}: {'; '.join(problems[:5])}{more}")

@@ -159,9 +159,6 @@ def _new_norm(config: TransformerConfig, size: int) -> RMSNorm:
 
 # ---- the model ----------------------------------------------------------------------------------
 
-# The decoder of a type of model and its name in files, if it is not Llama's.
-DECODERS: dict[str, tuple[str, Any]] = {"gpt2": ("transformer", GPT2Decoder)}
-
 
 class CausalLM(Module):
     """A language model: the logits of the next token at every position.
@@ -182,8 +179,10 @@ class CausalLM(Module):
             raise ConfigError(f"dtype must be float32 or float64, got {dtype!r:.99}")
         rng = None if seed is None else np.random.default_rng(seed)
         self.config = config
-        self.decoder_name, decoder = DECODERS.get(config.model_type, ("model", Decoder))
-        setattr(self, self.decoder_name, decoder(config, rng))
+        is_gpt2 = config.model_type == "gpt2"
+        self.decoder_name = "transformer" if is_gpt2 else "model"  # as in files
+        decoder = GPT2Decoder(config, rng) if is_gpt2 else Decoder(config, rng)
+        setattr(self, self.decoder_name, decoder)
         std = config.initializer_range
         self.lm_head = random_linear(rng, std, config.hidden_size, config.vocab_size, False)
         if config.tie_word_embeddings:

@@ -82,9 +82,10 @@ def read_bitsandbytes(tensors: Mapping[str, np.ndarray], where: str = "layer") -
     def array(key: str, dtype: type, *shape: int) -> np.ndarray:
         tensor = tensors[key]
         if not isinstance(tensor, np.ndarray) or tensor.dtype != dtype or tensor.shape != shape:
-            given = getattr(tensor, "dtype", type(tensor).__name__)
-            size = getattr(tensor, "shape", "")
-            raise fail(f"{key} must be {np.dtype(dtype)} {shape}, it is {given} {size}")
+            given = (
+                f"{getattr(tensor, 'dtype', type(tensor).__name__)} {getattr(tensor, 'shape', '')}"
+            )
+            raise fail(f"{key} must be {np.dtype(dtype)} {shape}, it is {given}")
         if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
             raise fail(f"{key} is not finite")
         return tensor
@@ -102,8 +103,11 @@ def read_bitsandbytes(tensors: Mapping[str, np.ndarray], where: str = "layer") -
     expected = {"weight", "weight.absmax", "weight.quant_map", states[0]}
     if nested:
         expected |= {"weight.nested_absmax", "weight.nested_quant_map"}
-    _check_names("missing", expected - set(tensors), where)
-    _check_names("unknown", set(tensors) - expected - {"bias"}, where)
+    missing = expected - set(tensors)
+    unknown = set(tensors) - expected - {"bias"}
+    if missing or unknown:
+        problem = "missing" if missing else "unknown"
+        raise fail(f"{problem} {', '.join(sorted(missing or unknown))}")
 
     raw = tensors[states[0]]
     data = array(states[0], np.uint8, raw.size if isinstance(raw, np.ndarray) else 0)
@@ -138,17 +142,10 @@ def read_bitsandbytes(tensors: Mapping[str, np.ndarray], where: str = "layer") -
     return QuantizedLinear(quantized, Parameter(bias.astype(dtype)), dtype)
 
 
-def _check_names(problem: str, names: set[str], where: str) -> None:
-    if names:
-        raise FormatError(f"{where}: {problem} {', '.join(sorted(names))}")
-
-
-def _is_length(value: Any) -> bool:
-    return type(value) is int and value > 0  # True would compare like 1
-
-
 def _is_shape(value: Any) -> bool:
-    return type(value) is list and len(value) == 2 and all(map(_is_length, value))
+    if type(value) is not list or len(value) != 2:
+        return False
+    return all(type(n) is int and n > 0 for n in value)  # True would compare like 1
 
 
 def _is_float32(value: Any) -> bool:
@@ -216,11 +213,11 @@ class QuantizationScheme(NamedTuple):
         return f"{self.kind} with double quantisation" if self.double_quant else self.kind
 
 
-# The fields of quantization_config, their defaults in transformers, and what can be read here.
+# The fields of quantization_config with their defaults in transformers, and what can be read here.
 _DEFAULTS = {
     "quant_method": "bitsandbytes",
-    "load_in_8bit": False,
     "load_in_4bit": False,
+    "load_in_8bit": False,
     "bnb_4bit_quant_type": "fp4",
     "bnb_4bit_use_double_quant": False,
     "bnb_4bit_quant_storage": "uint8",
@@ -275,12 +272,10 @@ def quantization_config(model: Module) -> dict[str, Any] | None:
     (scheme,) = schemes
     dense = [path for path, module in model.named_modules() if isinstance(module, Linear)]
     return {
-        "quant_method": "bitsandbytes",
+        **_DEFAULTS,
         "load_in_4bit": True,
-        "load_in_8bit": False,
         "bnb_4bit_quant_type": scheme.kind,
         "bnb_4bit_use_double_quant": scheme.double_quant,
-        "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_compute_dtype": str(next(iter(layers.values())).dtype),
         "llm_int8_skip_modules": dense,
     }

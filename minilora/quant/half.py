@@ -181,11 +181,11 @@ def convert_to_half(model: Any, kind: str = "bfloat16") -> Any:
 
 def half_weight_owners(model: Module) -> dict[str, Any]:
     """The dense layers and embeddings, by path, whose weights are still floats."""
-    owners = {}
-    for path, module in model.named_modules():
-        if type(module) in (Linear, Embedding) and not vars(module)["weight"].fixed:
-            owners[path] = module
-    return owners
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if type(module) in (Linear, Embedding) and not vars(module)["weight"].fixed
+    }
 
 
 def store_half_weights(model: Module, halves: Mapping[Parameter, Half]) -> None:

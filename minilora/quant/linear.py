@@ -52,8 +52,9 @@ class QuantizedWeight(Parameter):
 
     @data.setter
     def data(self, value: Array) -> None:
-        kind = self.quantized.kind
-        raise ConfigError(f"a weight stored as {kind} cannot be assigned to: quantise another")
+        raise ConfigError(
+            f"a weight stored as {self.quantized.kind} cannot be assigned to: quantise another"
+        )
 
     @property
     def requires_grad(self) -> bool:
@@ -62,9 +63,8 @@ class QuantizedWeight(Parameter):
     @requires_grad.setter
     def requires_grad(self, wanted: bool) -> None:
         if wanted:
-            kind = self.quantized.kind
             raise ConfigError(
-                f"a weight stored as {kind} cannot be trained: put an adapter over it"
+                f"a weight stored as {self.quantized.kind} cannot be trained: put an adapter over it"
             )
 
     @property
@@ -234,11 +234,12 @@ def quantize(
             raise ConfigError(f"skip: {name!r:.99} matches nothing in this model")
     for path, module in modules.items():
         if isinstance(module, QuantizedLinear):
-            coded = module.weight.quantized.kind
-            raise ConfigError(f"{path or 'the model'} is quantised already, as {coded}")
+            raise ConfigError(
+                f"{path or 'the model'} is quantised already, as {module.weight.quantized.kind}"
+            )
         if path.endswith(".base_layer"):
             raise ConfigError(
-                f"{_adapted(path)} has adapters, which were made for the weight as it is: "
+                f"{path.removesuffix('.base_layer')} has adapters, which were made for the weight as it is: "
                 "quantise first, then add adapters"
             )
     layers = {}
@@ -277,7 +278,9 @@ def dequantize(model: Module) -> Any:
         raise ConfigError("the model has no quantised layer")
     for path in layers:
         if path.endswith(".base_layer"):
-            raise ConfigError(f"{_adapted(path)} has adapters: merge_and_unload or unload first")
+            raise ConfigError(
+                f"{path.removesuffix('.base_layer')} has adapters: merge_and_unload or unload first"
+            )
     for path, layer in layers.items():
         dense = frozen_linear(layer.dense_weight(), layer)
         dense.weight.requires_grad = True
@@ -292,11 +295,6 @@ def quantized_layers(model: Module) -> dict[str, QuantizedLinear]:
 
 def _is_named(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
-
-
-def _adapted(path: str) -> str:
-    """The path of the layer whose adapters stand over the base layer at `path`."""
-    return path.removesuffix(".base_layer")
 
 
 class LayerReport(NamedTuple):
@@ -315,8 +313,8 @@ def quantization_report(model: Module) -> list[LayerReport]:
     """The size of each quantised layer of a model, and what encoding lost of its weight."""
     reports = []
     for path, layer in quantized_layers(model).items():
+        kind = layer.weight.quantized.kind
         size = layer.weight.size
         bits = layer.bits_per_parameter
-        kind = layer.weight.quantized.kind
         reports.append(LayerReport(path, kind, size, layer.nbytes, bits, layer.error, layer.lost))
     return reports
