@@ -139,9 +139,10 @@ def _is_object(value: Any) -> bool:
 MODEL_TYPE_RULE = Rule(
     "model_type", lambda kind: kind in MODEL_TYPES, f"one of {', '.join(MODEL_TYPES)}"
 )
-SIZES = (*REQUIRED, "num_key_value_heads", "max_position_embeddings")
-SIZE_RULES = [Rule(name, _is_size, "a positive integer") for name in SIZES]
-OTHER_RULES = [
+RULES = [
+    *[Rule(name, _is_size, "a positive integer") for name in REQUIRED],
+    Rule("num_key_value_heads", _is_size, "a positive integer"),
+    Rule("max_position_embeddings", _is_size, "a positive integer"),
     Rule("rms_norm_eps", _is_positive, "a positive number"),
     Rule("initializer_range", _is_positive, "a positive number"),
     Rule("attention_bias", _is_bool, "true or false"),
@@ -194,11 +195,11 @@ class TransformerConfig:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        check_fields(vars(self), [MODEL_TYPE_RULE], "config: ")
+        fields = vars(self)  # which can be written though the class is frozen
+        check_fields(fields, [MODEL_TYPE_RULE], "config: ")
         dialect = DIALECTS[self.model_type]
         is_rotary = "rope_parameters" in dialect.fields
         heads = self.num_attention_heads
-        fields = vars(self)  # which can be written though the class is frozen
         if self.num_key_value_heads is None:
             fields["num_key_value_heads"] = heads
         if self.intermediate_size is None and not is_rotary and _is_size(self.hidden_size):
@@ -206,7 +207,7 @@ class TransformerConfig:
         activations = dialect.activations
         wanted = f"one of {', '.join(activations)}"
         self._check("hidden_act", lambda name: name in activations, wanted)
-        for rule in SIZE_RULES:
+        for rule in RULES:
             self._check(*rule)
         if self.head_dim is None:
             wanted = f"a multiple of num_attention_heads = {heads}, or head_dim be given"
@@ -220,8 +221,6 @@ class TransformerConfig:
             self._check("head_dim", lambda D: _is_head_dim(D) and self._plain_heads, wanted)
         wanted = f"a divisor of num_attention_heads = {heads}"
         self._check("num_key_value_heads", lambda K: heads % K == 0, wanted)
-        for rule in OTHER_RULES:
-            self._check(*rule)
         types: Any = self.layer_types
         if types is not None:
             count = self.num_hidden_layers
@@ -233,16 +232,15 @@ class TransformerConfig:
             fields["layer_types"] = tuple(types)
         self._check_absent_fields(dialect)
         if is_rotary:
-            defaults = {"rope_type": "default", "rope_theta": 10000.0}
-            fields["rope_parameters"] = {**defaults, **self.rope_parameters}
+            rope = {"rope_type": "default", "rope_theta": 10000.0}
+            fields["rope_parameters"] = {**rope, **self.rope_parameters}
             rotary_frequencies(self)  # ConfigError if the rotary parameters do not fit
 
     def _check(self, name: str, is_valid: Callable[[Any], bool], wanted: str) -> None:
         """ConfigError if the value is not valid; it names the field as config.json does, too."""
         names = DIALECTS[self.model_type].names
         shown = f"{name} ({names[name]})" if name in names else name
-        rule = Rule(shown, is_valid, wanted)
-        check_fields({shown: getattr(self, name)}, [rule], "config: ")
+        check_fields({shown: getattr(self, name)}, [Rule(shown, is_valid, wanted)], "config: ")
 
     def _check_absent_fields(self, dialect: Dialect) -> None:
         """Check that the fields that the type of model does not have keep their defaults."""
@@ -296,11 +294,11 @@ class TransformerConfig:
         if not self.tie_word_embeddings:
             tables *= 2
         if self.model_type == "gpt2":
-            norms = 4 * C
-            biases = 4 * C + (C + M)
-            layer = 4 * C * C + 2 * C * M + biases + norms
-            positions = self.max_position_embeddings * C
-            return tables + positions + self.num_hidden_layers * layer + 2 * C
+            layer = 4 * C * C + 2 * C * M
+            layer += 4 * C + (C + M)  # biases
+            layer += 4 * C  # norms
+            tables += self.max_position_embeddings * C
+            return tables + self.num_hidden_layers * layer + 2 * C
         layer = 2 * C * D * (H + K) + 3 * C * M + 2 * C
         layer += 2 * D * self.qk_norm
         layer += (H + 2 * K) * D * self.qkv_bias

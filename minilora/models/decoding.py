@@ -112,8 +112,10 @@ class Weights:
         )  # one piece, which the system maps by large pages
 
         def build_every_other(first: int) -> list[Product | None]:
-            numbers = range(first, len(sources), 2)
-            return [_build_product(sources[i], memory[ends[i] : ends[i + 1]]) for i in numbers]
+            return [
+                _build_product(sources[i], memory[ends[i] : ends[i + 1]])
+                for i in range(first, len(sources), 2)
+            ]
 
         products: list[Any] = [None] * len(sources)
         products[0::2], products[1::2] = workers.together(build_every_other, [0, 1])
@@ -195,12 +197,11 @@ class Decoding:
     def __init__(self, weights: Weights, cache: KeyValueCache):
         self.weights = weights
         self.length = cache.length
-        xp = weights.xp
         seen = cache.length
         limit = cache.limit
         D = weights.head_dim
         known = cache.data[:, :, :, :seen].transpose(0, 1, 2, 4, 3, 5)  # (layers, 2, B, K, seen, D)
-        self.data = xp.empty((*known.shape[:4], limit, D), weights.dtype)
+        self.data = weights.xp.empty((*known.shape[:4], limit, D), weights.dtype)
         self.data[:, 0, ..., :seen, :] = known[:, 0][..., weights.pairs]
         self.data[:, 1, ..., :seen, :] = known[:, 1]
         cos, sin = (

@@ -107,8 +107,7 @@ def stream(
     with threadpoolctl.threadpool_limits(1, "blas"), Workers(1) as workers:
         weights = Weights.of(base, workers)
         for _ in range(max_new_tokens):
-            seen = (decodings[0] or caches[0]).length
-            if seen + pending.shape[1] > limit:
+            if (decodings[0] or caches[0]).length + pending.shape[1] > limit:
                 window = pending = window[:, -max(1, limit // 2) :]
                 decodings = [None] * len(parts)
                 for cache in caches:

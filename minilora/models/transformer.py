@@ -61,8 +61,7 @@ class RotaryTable:
     def _rows(self, first: np.ndarray, second: np.ndarray, like: Any) -> Array:
         """The factors of the first and the second half of a head, for all heads: (S, (H + K) D)."""
         heads = np.concatenate([first, second], axis=1)[:, None] * self.scale  # (S, H + K, D)
-        rows = heads.reshape(len(heads), -1)
-        return like.backend.from_numpy(rows.astype(like.dtype))
+        return like.backend.from_numpy(heads.reshape(len(heads), -1).astype(like.dtype))
 
 
 class Attention(FusedProjection):

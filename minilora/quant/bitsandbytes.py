@@ -128,8 +128,9 @@ def read_bitsandbytes(tensors: Mapping[str, np.ndarray], where: str = "layer") -
     if nested:
         absmax_codes = array("weight.absmax", np.uint8, blocks)
         absmax = Quantized("dynamic", (blocks,), ABSMAX_BLOCK, absmax_codes, absmax)
-    offset = state.get("nested_offset", 0.0)
-    quantized = Quantized(kind, (outputs, inputs), block_size, codes, absmax, offset)
+    quantized = Quantized(
+        kind, (outputs, inputs), block_size, codes, absmax, state.get("nested_offset", 0.0)
+    )
     with np.errstate(over="ignore", invalid="ignore"):
         if not np.isfinite(quantized.decode(dtype)).all():
             raise fail("the weights it describes are not finite")
@@ -153,10 +154,6 @@ def _is_float32(value: Any) -> bool:
     return in_range and float(np.float32(value)) == value
 
 
-def _is_dtype(value: Any) -> bool:
-    return type(value) is str and value in _DTYPES
-
-
 def _one_of(field: str, *valid: Any) -> Rule:
     """The rule that a field has one of these values, and its type: 1 would compare like True."""
 
@@ -168,7 +165,7 @@ def _one_of(field: str, *valid: Any) -> Rule:
 
 _STATE_RULES = [
     _one_of("blocksize", *BLOCK_SIZES)._replace(wanted="a power of two from 32 to 4096"),
-    Rule("dtype", _is_dtype, ", ".join(_DTYPES)),
+    Rule("dtype", lambda name: type(name) is str and name in _DTYPES, ", ".join(_DTYPES)),
     Rule("shape", _is_shape, "two lengths"),
 ]
 _NESTED_RULES = [

@@ -146,8 +146,7 @@ class HalfLinear(Linear):
 
 def iterate_pieces(p: Parameter) -> Iterator[Array]:
     """The rows of a parameter in pieces, so that one in half precision is never widened whole."""
-    pieces = blocks(len(p), PIECE * len(p) // max(1, p.size))
-    return (p.take(rows) for rows in pieces)
+    return map(p.take, blocks(len(p), PIECE * len(p) // max(1, p.size)))
 
 
 # ---- a model ------------------------------------------------------------------------------------
