@@ -116,10 +116,6 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**31
-
-
 def _is_head_dim(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**16
 
@@ -149,7 +145,9 @@ RULES = [
     Rule("mlp_bias", _is_bool, "true or false"),
     Rule("tie_word_embeddings", _is_bool, "true or false"),
     Rule("sliding_window", lambda n: n is None or _is_size(n), "a positive integer, or null"),
-    Rule("max_window_layers", _is_count, "an integer of at least 0"),
+    Rule(
+        "max_window_layers", lambda n: type(n) is int and 0 <= n < 2**31, "an integer of at least 0"
+    ),
     Rule("rope_parameters", _is_object, "an object"),
 ]
 
@@ -319,8 +317,9 @@ class TransformerConfig:
         for name, value in dialect.demands.items():
             rule = Rule(name, functools.partial(operator.is_, value), str(value).lower())
             check_fields({name: value, **config}, [rule], "config: ")
-        rope = _pop_rope_parameters(config) if "rope_parameters" in dialect.fields else {}
         given = dict(dialect.absent)
+        if "rope_parameters" in dialect.fields:
+            given["rope_parameters"] = _pop_rope_parameters(config)
         for name in dialect.fields:
             key = dialect.names.get(name, name)
             if key in config:
@@ -330,7 +329,6 @@ class TransformerConfig:
             raise ConfigError(f"config: missing {', '.join(sorted(missing))}")
         if "layer_types" in dialect.fields and not config.get("use_sliding_window"):
             given["sliding_window"] = None
-        given["rope_parameters"] = rope
         return cls(**given, model_type=kind, extra=config)
 
     def to_dict(self, dtype: str = "float32") -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _model_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     keys = checkpoint.keys()
     prefix = f"{model.decoder_name}."
     if any(key.startswith(prefix) for key in keys):
-        return {key: key for key in keys}
+        prefix = ""
     return {key if key.startswith("lm_head.") else prefix + key: key for key in keys}
 
 

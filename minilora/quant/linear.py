@@ -151,20 +151,15 @@ class QuantizedLinear(LinearBase):
 
         Errors as of `encode`.
         """
-        return cls._encoded(layer.weight.data, layer, kind, block_size, double_quant)
-
-    @classmethod
-    def _encoded(
-        cls, W: Array, like: Any, kind: str, block_size: int, double_quant: bool
-    ) -> QuantizedLinear:
-        layer = cls(encode(W, kind, block_size, double_quant), like.bias, W.dtype)
-        layer.training = like.training
+        W = layer.weight.data
+        made = cls(encode(W, kind, block_size, double_quant), layer.bias, W.dtype)
+        made.training = layer.training
         with np.errstate(over="ignore", invalid="ignore"):
-            layer.error = _relative_distance(layer.dense_weight(), W, W)
+            made.error = _relative_distance(made.dense_weight(), W, W)
         # A rounded absmax can leave the dtype's range at its very end.
-        if not math.isfinite(layer.error):
+        if not math.isfinite(made.error):
             raise NonFiniteError(f"the decoded weight is beyond {W.dtype}: use double_quant=False")
-        return layer
+        return made
 
     @property
     def nbytes(self) -> int:
@@ -180,12 +175,12 @@ class QuantizedLinear(LinearBase):
 
     def rebuilt(self, weight: Array) -> QuantizedLinear:
         """The same kind of layer over another weight (O, I); see `lost`."""
-        before = self.dense_weight()
-        q = self.weight.quantized
-        layer = self._encoded(weight, self, q.kind, q.block_size, q.double_quant)
-        dW = weight.astype(np.float64) - before
-        layer.lost = _relative_distance(layer.dense_weight(), weight, dW)
-        return layer
+        coded = self.weight.quantized
+        dense = frozen_linear(weight, self)
+        made = self.from_linear(dense, coded.kind, coded.block_size, coded.double_quant)
+        dW = weight.astype(np.float64) - self.dense_weight()
+        made.lost = _relative_distance(made.dense_weight(), weight, dW)
+        return made
 
     def __call__(self, x: Tensor) -> Tensor:
         return quantized_linear(x, self.weight, self.bias)
@@ -312,9 +307,8 @@ class LayerReport(NamedTuple):
 def quantization_report(model: Module) -> list[LayerReport]:
     """The size of each quantised layer of a model, and what encoding lost of its weight."""
     reports = []
-    for path, layer in quantized_layers(model).items():
-        kind = layer.weight.quantized.kind
-        size = layer.weight.size
-        bits = layer.bits_per_parameter
-        reports.append(LayerReport(path, kind, size, layer.nbytes, bits, layer.error, layer.lost))
+    for path, m in quantized_layers(model).items():
+        kind = m.weight.quantized.kind
+        bits = m.bits_per_parameter
+        reports.append(LayerReport(path, kind, m.weight.size, m.nbytes, bits, m.error, m.lost))
     return reports
