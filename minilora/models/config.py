@@ -394,8 +394,8 @@ def rotary_frequencies(config: TransformerConfig) -> np.ndarray:
             "config: rope_parameters must be those of all layers: "
             "one set for each type of layer is not supported"
         )
-    whole = parameters.get("partial_rotary_factor") in (None, 1)
-    check("partial_rotary_factor", whole, "1: all of a head is rotated")
+    factor = parameters.get("partial_rotary_factor")
+    check("partial_rotary_factor", factor in (None, 1), "1: all of a head is rotated")
 
     frequency = number("rope_theta") ** (-np.arange(0, D, 2, dtype=np.float64) / D)
     if kind == "linear":

@@ -89,10 +89,9 @@ class Weights:
 
     def __init__(self, model: CausalLM):
         c = model.config
-        assert c.head_dim is not None
         self.heads = c.num_attention_heads
         self.kv_heads = c.kv_heads
-        self.head_dim = c.head_dim
+        self.head_dim: Any = c.head_dim
         self.eps = c.rms_norm_eps
         self.embedding = model.get_input_embeddings().weight
         self.rotary = model.decoder.layers[0].self_attn.rotary

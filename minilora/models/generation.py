@@ -113,8 +113,9 @@ def stream(
                 for cache in caches:
                     cache.length = 0
             logits = backend.xp.concatenate(workers.together(forward, range(len(parts))))
-            z = backend.to_numpy(logits)
-            token = sample(z, rng, temperature, min(top_k or V, V), top_p or 1.0)
+            token = sample(
+                backend.to_numpy(logits), rng, temperature, min(top_k or V, V), top_p or 1.0
+            )
             pending = token[:, None]
             window = np.concatenate([window, pending], axis=1)
             yield token

@@ -80,9 +80,9 @@ def load_model(
         _fill(model, checkpoint, dense, coded, directory, stored)
         modules: dict[str, Any] = dict(model.named_modules())
         for path, tensor_names in coded.items():
-            tensors = {}
-            for name in tensor_names:
-                tensors[name.removeprefix(f"{path}.")] = checkpoint.read(names[name])
+            tensors = {
+                name.removeprefix(f"{path}."): checkpoint.read(names[name]) for name in tensor_names
+            }
             where = f"{directory}: {path}"
             layer = read_bitsandbytes(tensors, where)
             plain = modules[path]

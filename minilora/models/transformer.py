@@ -36,9 +36,9 @@ class RotaryTable:
     """
 
     def __init__(self, config: TransformerConfig):
-        assert config.head_dim is not None
+        D: Any = config.head_dim
         self.frequency = rotary_frequencies(config)
-        scale = [config.head_dim**-0.5] * config.num_attention_heads + [1.0] * config.kv_heads
+        scale = [D**-0.5] * config.num_attention_heads + [1.0] * config.kv_heads
         self.scale = np.array(scale)[:, None]
         self.tables: dict[tuple[str, Any], tuple[Array, Array]] = {}
 
@@ -74,14 +74,13 @@ class Attention(FusedProjection):
     fan = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: TransformerConfig, layer: int, rotary: RotaryTable, rng: Generator):
-        assert config.head_dim is not None
         self.layer = layer
         self.rotary = rotary
         self.heads = config.num_attention_heads
         self.kv_heads = config.kv_heads
         self.window = config.window(layer)
         C = config.hidden_size
-        D = config.head_dim
+        D: Any = config.head_dim
         new_linear = functools.partial(random_linear, rng, config.initializer_range)
         self.q_proj = new_linear(C, self.heads * D, config.qkv_bias)
         self.k_proj = new_linear(C, self.kv_heads * D, config.qkv_bias)
@@ -146,8 +145,7 @@ class Decoder(BaseDecoder):
     def __init__(self, config: TransformerConfig, rng: Generator):
         C = config.hidden_size
         rotary = RotaryTable(config)
-        table = normal(rng, config.initializer_range, (config.vocab_size, C))
-        self.embed_tokens = Embedding(table)
+        self.embed_tokens = Embedding(normal(rng, config.initializer_range, (config.vocab_size, C)))
         self.layers = [Block(config, i, rotary, rng) for i in range(config.num_hidden_layers)]
         self.norm = _new_norm(config, C)
 

@@ -3,7 +3,7 @@
     q_proj.weight                                uint8 (bytes, 1), two codes per byte
     q_proj.weight.absmax                         float32 (blocks,); uint8 if it is quantised, too
     q_proj.weight.quant_map                      float32 (16,), the levels
-    q_proj.weight.nested_absmax                  float32 (ceil(blocks / 256),), if absmax is quantised
+    q_proj.weight.nested_absmax                  float32 (ceil(blocks / 256),), of a uint8 absmax
     q_proj.weight.nested_quant_map               float32 (256,), the levels of absmax
     q_proj.weight.quant_state.bitsandbytes__nf4  JSON in uint8: kind, shape, dtype and others
 

@@ -173,8 +173,7 @@ def encode(
     each, and one scale for 256 of them. ConfigError for an invalid kind or block size,
     NonFiniteError for a NaN or what float32 cannot hold.
     """
-    options = {"kind": kind, "block_size": block_size, "double_quant": double_quant}
-    check_fields(options, OPTIONS)
+    check_fields({"kind": kind, "block_size": block_size, "double_quant": double_quant}, OPTIONS)
     if not values.size:
         raise ConfigError(f"nothing to quantise: an array of shape {tuple(values.shape)}")
     backend = backend_of(values)

@@ -64,7 +64,7 @@ class QuantizedWeight(Parameter):
     def requires_grad(self, wanted: bool) -> None:
         if wanted:
             raise ConfigError(
-                f"a weight stored as {self.quantized.kind} cannot be trained: put an adapter over it"
+                f"a weight stored as {self.quantized.kind} cannot be trained: add an adapter to it"
             )
 
     @property
@@ -234,7 +234,7 @@ def quantize(
             )
         if path.endswith(".base_layer"):
             raise ConfigError(
-                f"{path.removesuffix('.base_layer')} has adapters, which were made for the weight as it is: "
+                f"{path.removesuffix('.base_layer')} has adapters, made for its weight as it is: "
                 "quantise first, then add adapters"
             )
     layers = {}

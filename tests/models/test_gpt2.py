@@ -1,4 +1,4 @@
-"""GPT-2's decoder: its definition in plain NumPy, its first weights, and its gradients in a step."""
+"""GPT-2's decoder: its definition in plain NumPy, its first weights, its gradients in a step."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_gpt2_starts_with_smaller_weights_where_it_adds_to_the_residual_stream()
             assert (p.data == 1).all()
         else:
             expected = 0.02 / (4 if "c_proj" in name else 1)  # sqrt(2 x 8 layers)
-            # The standard deviation of n values strays by 1 / sqrt(2 n): at most 0.011, for 64 x 64.
+            # The standard deviation of n values strays by 1 / sqrt(2 n), at most 0.011.
             assert abs(p.data.std() / expected - 1) <= 5 / math.sqrt(2 * p.size)
 
 

@@ -1,6 +1,6 @@
 """Half precision: weights compute what their floats compute, bit for bit, and are saved as stored.
 
-Adapters of every method over such weights are in test_method_table.py, beside those over other bases.
+Adapters of every method over such weights are in test_method_table.py, with other bases.
 """
 
 from __future__ import annotations

@@ -326,7 +326,7 @@ def test_encode_gives_the_same_codes_on_every_device(
 @ANY_KIND
 @WITH_OR_WITHOUT
 def test_quantized_linear_computes_the_same_on_a_device(kind: str, double_quant: bool) -> None:
-    """Encoded there, or here and moved: the same bits. A step moves nothing and waits for nothing."""
+    """Encoded there, or here and moved: the same bits. A step moves nothing, waits for nothing."""
     quant.codes._tables.cache_clear()  # the levels move with the layer, too
     here = QuantizedLinear.from_linear(linear(5, 39), kind, 64, double_quant)
     moved = QuantizedLinear.from_linear(linear(5, 39), kind, 64, double_quant).to(STRICT)

@@ -1,8 +1,8 @@
 """How tests/golden/bitsandbytes was written: weights by bitsandbytes, a model by transformers.
 
-`weight(case)` gives the same float32 numbers wherever it runs. To write the files again, with torch,
-transformers, accelerate and bitsandbytes installed (transformers 5.23.0 and bitsandbytes 0.50.2
-wrote them, on a CPU): python tests/support/bitsandbytes_golden.py
+`weight(case)` gives the same float32 numbers wherever it runs. To write the files again, with
+torch, transformers, accelerate and bitsandbytes installed (transformers 5.23.0 and bitsandbytes
+0.50.2 wrote them, on a CPU): python tests/support/bitsandbytes_golden.py
 """
 
 from __future__ import annotations
