@@ -1,4 +1,4 @@
-"""What a decoder remembers between the tokens that it writes: the keys and values of every position so far."""
+"""What a decoder remembers between the tokens that it writes: the keys and values so far."""
 
 from __future__ import annotations
 
@@ -8,20 +8,29 @@ from ..backend import Array
 
 
 class KeyValueCache:
-    """The keys and values of the positions seen so far, up to `limit`: what makes generation incremental."""
+    """The keys and values of at most `limit` positions, which make generation incremental.
+
+    data     (layers, 2, B, limit, K, D): of each layer its keys, then its values
+    length   how many positions have been seen
+    """
 
     def __init__(self, model: Any, batch: int, limit: int):
-        c, like = model.config, next(iter(model.parameters()))
+        c = model.config
+        parameter = next(iter(model.parameters()))
         shape = (c.num_hidden_layers, 2, batch, limit, c.kv_heads, c.head_dim)
-        self.data = like.backend.xp.empty(shape, like.dtype)
+        self.data = parameter.backend.xp.empty(shape, parameter.dtype)
         self.length = 0
         self.limit = limit
 
     def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """Append k and v (B, T, K, D) of one layer; returns all (B, S, K, D) so far. `advance` when every layer has."""
+        """Append k and v (B, T, K, D) of one layer; return its k and v (B, S, K, D) so far.
+
+        The length stays as it is until `advance`, which follows when every layer has been extended.
+        """
         stop = self.length + k.shape[1]
         keys, values = self.data[layer]
-        keys[:, self.length : stop], values[:, self.length : stop] = k, v
+        keys[:, self.length : stop] = k
+        values[:, self.length : stop] = v
         return keys[:, :stop], values[:, :stop]
 
     def advance(self, count: int) -> None:

@@ -1,27 +1,27 @@
-"""One token after another, on arrays: what a model computes for a single position, with its weights laid out for that.
+"""Decoding on arrays: the logits after one more token, from weights that are laid out for that.
 
-A product with few rows is nothing but reading the weights, and what is left is the price of calls. So adapters are
-merged, layers that share an input stand side by side, norm weights are folded into the weights behind them, every
-matrix is transposed (it is read a third faster), and no graph is built. The logits are the model's, to rounding.
+A product with few rows takes as long as reading its weights, and the rest of the time goes into
+calls. So adapters are merged, layers that share an input become one product, the weights of norms
+are folded into the weights behind them, every matrix is transposed (which reads a third faster),
+and no graph is built. The logits are the model's, to rounding.
+Shapes: B batch, S positions seen, C = hidden_size, H query heads, K key/value heads, G = H / K,
+D = head_dim, V vocabulary, I in, O out.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from .. import nn
 from ..backend import Array
+from ..nn import RMSNorm
 from ..threads import Workers
 from .cache import KeyValueCache
 from .transformer import CausalLM, Decoder
 
-LARGEST = (
-    1 << 31
-)  # bytes of weights that are copied; of a larger model each token is asked in the ordinary way
-P = TypeVar("P")
-R = TypeVar("R")
+LARGEST = 1 << 31  # bytes of weights that are copied; a larger model computes each token itself
+
+# ---- the weights of a model, laid out -----------------------------------------------------------
 
 
 class Product(NamedTuple):
@@ -38,169 +38,212 @@ class Product(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The products of a block, and what else there is to its attention."""
+    """The products of one block, and what its attention needs besides."""
 
-    qkv: Product  # the two channels that a rotation turns stand side by side
+    qkv: Product  # the two channels that a rotation turns are neighbours
     o: Product
     gate_up: Product  # negated: see `Decoding.__call__`
     down: Product
-    norms: Array | None  # weights (H + K, D) of the norms of q's and k's heads
-    window: int | None  # how many of the newest positions are seen, where not all are
+    head_norms: Array | None  # (H + K, D), the weights of the norms of q's and k's heads
+    window: int | None  # how many of the newest positions are seen; None: all
+
+
+class Source(NamedTuple):
+    """What one product is made from."""
+
+    layers: list[Any]  # they share an input; their outputs follow each other
+    norm: Any = None  # of that input, whose weight is folded in
+    order: Array | None = None  # of the output channels
+    sign: int = 1
 
 
 class Weights:
-    """A model's weights as they are now, laid out once for all that is then generated with them."""
+    """A model's weights as they are now, laid out once for all tokens that are then generated."""
 
     layers: list[Layer]
     head: Product
 
     @classmethod
     def of(cls, model: Any, workers: Workers) -> Weights | None:
-        """None where a layer must run on its own (a quantised weight, dropout), or the copy would be too large.
+        """The weights of `model`; None if it must compute each token in the ordinary way.
 
-        None for GPT-2, too, and where an embedding has an adapter: tokens are then asked in the ordinary way.
+        That is so for GPT-2, for adapters of an embedding, for a layer that must run on its own
+        (a quantised weight, dropout), and for weights of more than LARGEST bytes.
         """
-        if (
-            type(model) is not CausalLM
-            or sum(p.size * p.dtype.itemsize for p in model.parameters()) > LARGEST
-        ):
+        if type(model) is not CausalLM or type(model.decoder) is not Decoder:
             return None
-        adapted = any(
-            hasattr(a, "TENSORS") for a in getattr(model.get_input_embeddings(), "running", ())
-        )
-        if type(model.decoder) is not Decoder or adapted:
+        if sum(p.size * p.dtype.itemsize for p in model.parameters()) > LARGEST:
             return None
-        norms = [model.decoder.norm]
+        adapters = getattr(model.get_input_embeddings(), "running", ())
+        if any(hasattr(adapter, "TENSORS") for adapter in adapters):
+            return None
+        norms: list[Any] = [model.decoder.norm]
         for block in model.decoder.layers:
             norms += [block.input_layernorm, block.post_attention_layernorm]
-            norms += [
-                norm
-                for norm in (block.self_attn.q_norm, block.self_attn.k_norm)
-                if norm is not None
-            ]
-        weights = cls(model) if all(type(norm) is nn.RMSNorm for norm in norms) else None
-        return weights if weights and weights._lay_out(model, workers) else None
+            if block.self_attn.q_norm is not None:
+                norms += [block.self_attn.q_norm, block.self_attn.k_norm]
+        if any(type(norm) is not RMSNorm for norm in norms):
+            return None
+        weights = cls(model)
+        return weights if weights._lay_out(model, workers) else None
 
     def __init__(self, model: CausalLM):
         c = model.config
-        assert c.head_dim is not None
-        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.kv_heads, c.head_dim
+        self.heads = c.num_attention_heads
+        self.kv_heads = c.kv_heads
+        self.head_dim: Any = c.head_dim
         self.eps = c.rms_norm_eps
-        self.embedding, self.rotary = (
-            model.get_input_embeddings().weight,
-            model.decoder.layers[0].self_attn.rotary,
-        )
-        self.xp, self.dtype = self.embedding.backend.xp, self.embedding.dtype
+        self.embedding = model.get_input_embeddings().weight
+        self.rotary = model.decoder.layers[0].self_attn.rotary
+        self.xp = self.embedding.backend.xp
+        self.dtype = self.embedding.dtype
         self.mean = self.xp.full((c.hidden_size, 1), 1 / c.hidden_size, self.dtype)
-        # Each channel i of a head, and after it its partner i + D/2.
+        # Each channel i of a head, followed by its partner i + D/2.
         self.pairs = self.xp.arange(c.head_dim).reshape(2, -1).T.reshape(-1)
 
     def _lay_out(self, model: CausalLM, workers: Workers) -> bool:
-        """False where a layer must run on its own."""
-        turned = self.heads + self.kv_heads
-        channels = self.xp.arange((turned + self.kv_heads) * self.head_dim).reshape(
-            -1, self.head_dim
-        )
-        channels[:turned] = channels[:turned, self.pairs]
-        jobs: list[tuple[Any, ...]] = []
-        for block in model.decoder.layers:
-            attn, mlp = block.self_attn, block.mlp
-            jobs.append(
-                (
-                    [attn.q_proj, attn.k_proj, attn.v_proj],
-                    block.input_layernorm,
-                    channels.reshape(-1),
-                )
-            )
-            jobs.append(([attn.o_proj],))
-            jobs.append(([mlp.gate_proj, mlp.up_proj], block.post_attention_layernorm, None, -1))
-            jobs.append(([mlp.down_proj],))
-        jobs.append(([model.lm_head], model.decoder.norm))
-        sizes = (
-            sum(layer.in_features * layer.out_features for layer in layers) for layers, *_ in jobs
-        )
+        """Build all products; False if a layer must run on its own."""
+        sources = self._sources(model)
+        sizes = [sum(p.in_features * p.out_features for p in source.layers) for source in sources]
         ends = [0, *itertools.accumulate(sizes)]
         memory = self.xp.empty(
             ends[-1], self.dtype
-        )  # in one piece, which the system maps by large pages
+        )  # one piece, which the system maps by large pages
 
-        def work(first: int) -> list[Product | None]:
+        def build_every_other(first: int) -> list[Product | None]:
             return [
-                _laid_out(memory[ends[i] : ends[i + 1]], *jobs[i])
-                for i in range(first, len(jobs), 2)
+                _build_product(sources[i], memory[ends[i] : ends[i + 1]])
+                for i in range(first, len(sources), 2)
             ]
 
-        products: list[Any] = [None] * len(jobs)
-        products[0::2], products[1::2] = workers.together(work, [0, 1])
+        products: list[Any] = [None] * len(sources)
+        products[0::2], products[1::2] = workers.together(build_every_other, [0, 1])
         if None in products:
             return False
         *blocks, self.head = products
         self.layers = []
         for i, block in enumerate(model.decoder.layers):
             qkv, o, gate_up, down = blocks[4 * i : 4 * i + 4]
-            norms, window = self._head_norms(block.self_attn), block.self_attn.window
-            self.layers.append(Layer(qkv, o, gate_up, down, norms, window))
+            norms = self._head_norms(block.self_attn)
+            self.layers.append(Layer(qkv, o, gate_up, down, norms, block.self_attn.window))
         return True
 
-    def _head_norms(self, attn: Any) -> Array | None:
-        """The weights (H + K, D) of the norms of q's and k's heads, in the order of the laid-out channels."""
-        if attn.q_norm is None:
+    def _sources(self, model: CausalLM) -> list[Source]:
+        """The sources of four products per block, and of the head."""
+        rotated = self.heads + self.kv_heads
+        channels = self.xp.arange((rotated + self.kv_heads) * self.head_dim)
+        channels = channels.reshape(-1, self.head_dim)  # (H + 2 K, D)
+        channels[:rotated] = channels[:rotated, self.pairs]
+        order = channels.reshape(-1)
+        sources = []
+        for block in model.decoder.layers:
+            attention = block.self_attn
+            qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+            gate_up = [block.mlp.gate_proj, block.mlp.up_proj]
+            sources.append(Source(qkv, block.input_layernorm, order))
+            sources.append(Source([attention.o_proj]))
+            sources.append(Source(gate_up, block.post_attention_layernorm, sign=-1))
+            sources.append(Source([block.mlp.down_proj]))
+        sources.append(Source([model.lm_head], model.decoder.norm))
+        return sources
+
+    def _head_norms(self, attention: Any) -> Array | None:
+        """The weights (H + K, D) of the norms of q's and k's heads, their channels in pairs."""
+        if attention.q_norm is None:
             return None
-        each = [attn.q_norm.weight.data] * self.heads + [attn.k_norm.weight.data] * self.kv_heads
-        return self.xp.stack(each)[:, self.pairs]
+        q = [attention.q_norm.weight.data] * self.heads
+        k = [attention.k_norm.weight.data] * self.kv_heads
+        return self.xp.stack(q + k)[:, self.pairs]
+
+
+def _build_product(source: Source, memory: Array) -> Product | None:
+    """sign W'^T (I, sum of O) in `memory`, with a norm's weight in it.
+
+    None if a layer must run on its own.
+    """
+    layers, norm, order, sign = source
+    xp = layers[0].backend.xp
+    inputs = layers[0].in_features
+    W = xp.empty((len(memory) // inputs, inputs), memory.dtype)
+    end = 0
+    for layer in layers:
+        start, end = end, end + layer.out_features
+        if layer.effective(W[start:end], None) is None:
+            return None
+    if order is not None:
+        W = W[order]
+    weight = memory.reshape(inputs, -1)
+    xp.multiply(W.T, sign if norm is None else sign * norm.weight.data[:, None], out=weight)
+    if all(layer.bias is None for layer in layers):
+        return Product(weight, None)
+    biases = []
+    for layer in layers:
+        zeros = xp.zeros(layer.out_features, memory.dtype)
+        biases.append(zeros if layer.bias is None else layer.bias.data)
+    bias = sign * xp.concatenate(biases)
+    return Product(weight, bias if order is None else bias[order])
+
+
+# ---- one token after another --------------------------------------------------------------------
 
 
 class Decoding:
-    """Sequences that have seen a prompt, ready to go on: their keys and values, and a model's weights.
+    """Sequences that have seen a prompt and can continue: their keys and values, a model's weights.
 
-    cache   what the model has put there of the prompts: it is copied
+    cache   the model's keys and values of the prompts, which are copied
     """
 
     def __init__(self, weights: Weights, cache: KeyValueCache):
-        self.weights, self.length = weights, cache.length
-        xp, (seen, limit, D) = weights.xp, (cache.length, cache.limit, weights.head_dim)
-        kept = cache.data[:, :, :, :seen].transpose(0, 1, 2, 4, 3, 5)
-        self.data = xp.empty((*kept.shape[:4], limit, D), weights.dtype)  # (layers, 2, B, K, S, D)
-        self.data[:, 0, ..., :seen, :], self.data[:, 1, ..., :seen, :] = (
-            kept[:, 0][..., weights.pairs],
-            kept[:, 1],
-        )
+        self.weights = weights
+        self.length = cache.length
+        seen = cache.length
+        limit = cache.limit
+        D = weights.head_dim
+        known = cache.data[:, :, :, :seen].transpose(0, 1, 2, 4, 3, 5)  # (layers, 2, B, K, seen, D)
+        self.data = weights.xp.empty((*known.shape[:4], limit, D), weights.dtype)
+        self.data[:, 0, ..., :seen, :] = known[:, 0][..., weights.pairs]
+        self.data[:, 1, ..., :seen, :] = known[:, 1]
         cos, sin = (
-            z.reshape(limit, -1, 2, D // 2)[:, :, 1]
-            for z in weights.rotary(0, limit, weights.embedding)
+            table.reshape(limit, -1, 2, D // 2)[:, :, 1]
+            for table in weights.rotary(0, limit, weights.embedding)
         )
-        self.turns = (cos + 1j * sin).reshape(
-            limit, -1
-        )  # exp(i angle) of each pair in q and k; 1/sqrt(D) is in q's
+        # exp(i angle) of each pair in q and k, with 1/sqrt(D) in q's part.
+        self.rotations = (cos + 1j * sin).reshape(limit, -1)
 
     def __call__(self, ids: Array) -> Array:
         """ids (B,), the newest token of each sequence -> logits (B, V)"""
-        w, xp, B, at, S = self.weights, self.weights.xp, len(ids), self.length, self.length + 1
-        H, K, D, turn = w.heads, w.kv_heads, w.head_dim, self.turns[at]
+        w = self.weights
+        xp = w.xp
+        B = len(ids)
+        H = w.heads
+        K = w.kv_heads
+        D = w.head_dim
+        at = self.length
+        S = at + 1
+        rotation = self.rotations[at]
         x = w.embedding.data[ids]  # (B, C)
-        for layer, kept in zip(w.layers, self.data, strict=True):
+        for layer, key_values in zip(w.layers, self.data, strict=True):
             qkv = layer.qkv(self._normed(x))
-            if layer.norms is not None:
+            if layer.head_norms is not None:
                 heads = qkv[:, : (H + K) * D].reshape(B, H + K, D)  # a view
                 heads /= xp.sqrt((heads * heads).mean(axis=-1, keepdims=True) + w.eps)
-                heads *= layer.norms
-            turning = qkv[:, : (H + K) * D].view(
-                turn.dtype
-            )  # as complex numbers: a rotation is one product
-            turning *= turn
-            kept[:, :, :, at] = qkv[:, H * D :].reshape(B, 2, K, D).swapaxes(0, 1)
-            seen = slice(max(0, S - layer.window) if layer.window else 0, S)
-            q, (keys, values) = qkv[:, : H * D].reshape(B, K, H // K, D), kept[:, :, :, seen]
+                heads *= layer.head_norms
+            # As complex numbers, so that a rotation is one product.
+            pairs = qkv[:, : (H + K) * D].view(rotation.dtype)
+            pairs *= rotation
+            key_values[:, :, :, at] = qkv[:, H * D :].reshape(B, 2, K, D).swapaxes(0, 1)
+            first = max(0, S - layer.window) if layer.window else 0
+            keys, values = key_values[:, :, :, first:S]
+            q = qkv[:, : H * D].reshape(B, K, H // K, D)
             p = q @ keys.swapaxes(-1, -2)  # (B, K, G, S)
             p -= p.max(axis=-1, keepdims=True)
             xp.exp(p, out=p)
             y = p @ values  # (B, K, G, D)
             y /= p.sum(axis=-1, keepdims=True)
             x += layer.o(y.reshape(B, H * D))
+            # silu(g) u = (-g) (-u) / (1 + exp(-g)), and the weights give -g and -u.
             gate, up = layer.gate_up(self._normed(x)).reshape(B, 2, -1).swapaxes(0, 1)
-            s = xp.exp(
-                gate
-            )  # silu(g) u = (-g) (-u) / (1 + exp(-g)), and the weights are those of -g and -u
+            s = xp.exp(gate)
             s += 1
             xp.divide(gate, s, out=s)
             s *= up
@@ -213,32 +256,3 @@ class Decoding:
         scale = (x * x) @ self.weights.mean
         scale += self.weights.eps
         return x / self.weights.xp.sqrt(scale, out=scale)
-
-
-def _laid_out(
-    memory: Array,
-    layers: Sequence[Any],
-    norm: Any = None,
-    order: Array | None = None,
-    sign: int = 1,
-) -> Product | None:
-    """sign W'^T (I, sum of O) in `memory`, with a norm's weight in it; None if a layer must run on its own."""
-    xp, inputs = layers[0].backend.xp, layers[0].in_features
-    ends = list(itertools.accumulate(layer.out_features for layer in layers))
-    W = xp.empty((ends[-1], inputs), memory.dtype)
-    for layer, end in zip(layers, ends, strict=True):
-        if layer.effective(W[end - layer.out_features : end], None) is None:
-            return None
-    if order is not None:
-        W = W[order]
-    weight = memory.reshape(inputs, -1)
-    xp.multiply(W.T, sign if norm is None else sign * norm.weight.data[:, None], out=weight)
-    if all(layer.bias is None for layer in layers):
-        return Product(weight, None)
-    zeros = [xp.zeros(layer.out_features, memory.dtype) for layer in layers]
-    biases = [
-        zero if layer.bias is None else layer.bias.data
-        for layer, zero in zip(layers, zeros, strict=True)
-    ]
-    bias = sign * xp.concatenate(biases)
-    return Product(weight, bias if order is None else bias[order])

@@ -1,4 +1,4 @@
-"""Text from a model: one token after another, each drawn from the distribution that the model gives for it."""
+"""Text from a model: each next token is drawn from the distribution that the model gives for it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ import threadpoolctl
 
 from ..autograd import no_grad
 from ..backend import Array
-from ..errors import ConfigError, DataError, NonFiniteError
+from ..errors import ConfigError, DataError, NonFiniteError, Rule, check_fields
 from ..threads import Workers
 from .cache import KeyValueCache
 from .decoding import Decoding, Weights
+
+SETTINGS = [
+    Rule("max_new_tokens", lambda count: count >= 0, "at least 0"),
+    Rule("temperature", lambda value: 0 <= value < math.inf, "a number >= 0"),
+    Rule("top_k", lambda k: k is None or k >= 1, "at least 1"),
+    Rule("top_p", lambda p: p is None or 0 < p <= 1, "in (0, 1]"),
+]
 
 
 def generate(
@@ -24,26 +31,25 @@ def generate(
     tasks: str | Sequence[str] | None = None,
     **sampling: Any,
 ) -> np.ndarray:
-    """ids (B, T) -> (B, T + max_new_tokens) integers: the prompts and what `stream` appends to them.
+    """The prompts and what `stream` appends to them.    ids (B, T) -> (B, T + max_new_tokens)
 
-    tasks   of a model that has several: whose adapters go on with each prompt, a name a row or one for all. The prompts
-            of a task run together, each task by itself, with the same seed
+    tasks   for a model that has several: the task whose adapters continue each prompt, one name per
+            prompt or one for all. The prompts of one task run together and apart from those of
+            other tasks, with the same seed
     """
     prompt = np.asarray(ids)
-    if tasks is not None:
-        if not hasattr(model, "rows_of"):
-            raise ConfigError("tasks were given, but the model has none")
-        groups, texts = model.rows_of(tasks, len(prompt)), []
-        for task, rows in groups.items():
-            with model.task(task):
-                texts.append(generate(model, prompt[rows], max_new_tokens, **sampling))
-        return (
-            np.concatenate(texts)[np.argsort(np.concatenate(list(groups.values())))]
-            if texts
-            else prompt
-        )
-    new = list(stream(model, prompt, max_new_tokens, **sampling))
-    return np.concatenate([prompt, np.stack(new, axis=1)], axis=1) if new else prompt
+    if tasks is None:
+        new = list(stream(model, prompt, max_new_tokens, **sampling))
+        return np.concatenate([prompt, np.stack(new, axis=1)], axis=1) if new else prompt
+    if not hasattr(model, "rows_of"):
+        raise ConfigError("tasks were given, but the model has none")
+    groups = model.rows_of(tasks, len(prompt))
+    texts = []
+    for task, rows in groups.items():
+        with model.task(task):
+            texts.append(generate(model, prompt[rows], max_new_tokens, **sampling))
+    rows = np.concatenate(list(groups.values()))
+    return np.concatenate(texts)[np.argsort(rows)]
 
 
 def stream(
@@ -60,53 +66,53 @@ def stream(
     model         a CausalLM, or a PeftModel around one
     ids           (B, T) integers, T >= 1; only the last max_position_embeddings of them are seen
     temperature   divides the logits; 0 takes the likeliest token
-    top_k, top_p  keep the k likeliest tokens; keep the likeliest ones up to probability p (Holtzman et al. 2020)
+    top_k         keep the k likeliest tokens; None: all
+    top_p         keep the likeliest tokens up to probability p (Holtzman et al. 2020); None: all
     seed          of NumPy's generator: the same seed gives the same text
 
-    When the context is full, generation goes on from its newer half. Adapters run merged, the weights are those of the
-    first call. ConfigError for a setting out of range.
+    When the context is full, generation continues from its newer half. Adapters run merged, and the
+    weights are those of the first call. ConfigError for a setting out of range.
     """
-    limit, V = model.config.max_position_embeddings, model.config.vocab_size
+    config = model.config
+    limit = config.max_position_embeddings
+    V = config.vocab_size
     ids = np.asarray(ids)
     if ids.ndim != 2 or ids.shape[1] == 0:
         raise DataError(
             f"a prompt needs at least one token: ids of shape (batch, time), got {ids.shape}"
         )
-    _check(max_new_tokens, temperature, top_k, top_p)
+    check_fields(locals(), SETTINGS)
     rng = np.random.default_rng(seed)
-    window = pending = ids[
-        :, -limit:
-    ]  # what the caches will hold; and of it what the model has not seen yet
-    plain, backend = (
-        model.get_base_model(),
-        model.get_base_model().get_input_embeddings().weight.backend,
-    )
-    halves = np.array_split(np.arange(len(ids)), 2 if backend.name == "cpu" and len(ids) > 1 else 1)
-    caches = [
-        KeyValueCache(model, len(half), min(limit, ids.shape[1] + max_new_tokens))
-        for half in halves
-    ]
-    going_on: list[Decoding | None] = [None] * len(halves)
+    window = ids[:, -limit:]  # what the caches will hold
+    pending = window  # the part of it that the model has not seen yet
+    base = model.get_base_model()
+    backend = base.get_input_embeddings().weight.backend
+    both = backend.name == "cpu" and len(ids) > 1  # one half of the prompts per thread
+    parts = np.array_split(np.arange(len(ids)), 2 if both else 1)
+    length = min(limit, ids.shape[1] + max_new_tokens)
+    caches = [KeyValueCache(model, len(part), length) for part in parts]
+    decodings: list[Decoding | None] = [None] * len(parts)
 
     def forward(i: int) -> Array:
-        """The logits (B, V) after `pending`, of one half of the prompts."""
-        if decoding := going_on[i]:
-            return decoding(backend.from_numpy(pending[halves[i], 0]))
+        """The logits (B, V) after `pending` for one part of the prompts."""
+        if decoding := decodings[i]:
+            return decoding(backend.from_numpy(pending[parts[i], 0]))
         with no_grad():
-            logits = model(pending[halves[i]], caches[i]).data[:, -1]
-        going_on[i] = Decoding(weights, caches[i]) if weights else None
+            logits = model(pending[parts[i]], caches[i]).data[:, -1]
+        if weights:
+            decodings[i] = Decoding(weights, caches[i])
         return logits
 
-    # BLAS's own threads gain nothing with so few rows, and lose much where the cores have other work.
+    # BLAS's own threads gain nothing with so few rows, and lose much where other work needs cores.
     with threadpoolctl.threadpool_limits(1, "blas"), Workers(1) as workers:
-        weights = Weights.of(plain, workers)
+        weights = Weights.of(base, workers)
         for _ in range(max_new_tokens):
-            if (going_on[0] or caches[0]).length + pending.shape[1] > limit:
+            if (decodings[0] or caches[0]).length + pending.shape[1] > limit:
                 window = pending = window[:, -max(1, limit // 2) :]
-                going_on = [None] * len(halves)
+                decodings = [None] * len(parts)
                 for cache in caches:
                     cache.length = 0
-            logits = backend.xp.concatenate(workers.together(forward, range(len(halves))))
+            logits = backend.xp.concatenate(workers.together(forward, range(len(parts))))
             token = sample(
                 backend.to_numpy(logits), rng, temperature, min(top_k or V, V), top_p or 1.0
             )
@@ -118,35 +124,23 @@ def stream(
 def sample(
     logits: np.ndarray, rng: np.random.Generator, temperature: float, top_k: int, top_p: float
 ) -> np.ndarray:
-    """One token a row.    logits (B, V) -> (B,)"""
+    """One token per row.    logits (B, V) -> (B,)"""
     z = logits.astype(np.float64)
-    if not np.isfinite(z.max(axis=-1)).all():  # a NaN is the largest of whatever it is among
+    largest = z.max(axis=-1, keepdims=True)  # NaN if any logit is
+    if not np.isfinite(largest).all():
         raise NonFiniteError(
             "the model gives no finite logit for the next token: its weights are broken"
         )
     if temperature == 0:
         return np.asarray(z.argmax(axis=-1))
-    z = (z - z.max(axis=-1, keepdims=True)) / temperature
+    z = (z - largest) / temperature
     order = np.argsort(-z, axis=-1, kind="stable")  # likeliest first
     p = np.exp(np.take_along_axis(z, order, axis=-1))
     p[:, top_k:] = 0
     p /= p.sum(axis=-1, keepdims=True)
+    # A token stays if those before it do not yet reach top_p, so that one always stays.
     before = p.cumsum(axis=-1) - p
-    p[before >= top_p] = (
-        0  # a token stays if those before it do not yet reach top_p: one always stays
-    )
-    chosen = (p.cumsum(axis=-1) > rng.random((len(p), 1)) * p.sum(axis=-1, keepdims=True)).argmax(
-        axis=-1
-    )
-    return np.asarray(np.take_along_axis(order, chosen[:, None], axis=-1)[:, 0])
-
-
-def _check(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if max_new_tokens < 0:
-        raise ConfigError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    if not (0 <= temperature < math.inf):
-        raise ConfigError(f"temperature must be a number >= 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError(f"top_p must be in (0, 1], got {top_p}")
+    p[before >= top_p] = 0
+    drawn = rng.random((len(p), 1)) * p.sum(axis=-1, keepdims=True)
+    rank = (p.cumsum(axis=-1) > drawn).argmax(axis=-1)
+    return np.asarray(np.take_along_axis(order, rank[:, None], axis=-1)[:, 0])

@@ -1,8 +1,9 @@
-"""GPT-2's decoder (Radford et al. 2019), for CausalLM: where it is not Llama's, under the names that its files use.
+"""GPT-2's decoder (Radford et al. 2019) for CausalLM, under the names that its files use.
 
-A learnt row a position in place of rotation, LayerNorm in place of RMSNorm, one layer for q, k and v, no gate between
-c_fc and c_proj, and a bias everywhere. In files c_attn, c_fc and c_proj hold W as (in, out); here they are linear
-layers like any other, and weights.py turns them. Shapes: B batch, T time, C = hidden_size, H heads.
+It differs from Llama's: one learnt embedding per position in place of rotation, LayerNorm in place
+of RMSNorm, one layer for q, k and v, no gate between c_fc and c_proj, and biases everywhere. Files
+store the weights of c_attn, c_fc and c_proj as (in, out); here they are ordinary linear layers, and
+formats/checkpoint.py transposes them. Shapes: B batch, T time, C = hidden_size.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import numpy as np
 from .. import functional as F
 from ..autograd import Tensor, maximum
 from ..backend import Array
-from ..nn import Embedding, LayerNorm, Module, normal, random_linear, run_blocks
+from ..nn import Embedding, LayerNorm, Module, normal, random_linear
 from .cache import KeyValueCache
 from .config import TransformerConfig
+from .decoder import BaseDecoder, Generator
 
+_gelu_tanh = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS: dict[str, Any] = {
-    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
     "gelu": F.gelu,
     "silu": F.silu,
     "swish": F.silu,
@@ -33,9 +36,10 @@ ACTIVATIONS: dict[str, Any] = {
 class GPT2Attention(Module):
     """Causal self-attention without rotation.    (B, T, C) -> (B, T, C)"""
 
-    def __init__(self, config: TransformerConfig, layer: int, rng: np.random.Generator | None):
+    def __init__(self, config: TransformerConfig, layer: int, rng: Generator):
         C = config.hidden_size
-        self.layer, self.heads = layer, config.num_attention_heads
+        self.layer = layer
+        self.heads = config.num_attention_heads
         self.c_attn = random_linear(rng, config.initializer_range, C, 3 * C, True)
         self.c_proj = random_linear(rng, _residual_std(config), C, C, True)
 
@@ -47,8 +51,9 @@ class GPT2Attention(Module):
 class GPT2MLP(Module):
     """c_proj(activation(c_fc(x)))    (..., C) -> (..., C)"""
 
-    def __init__(self, config: TransformerConfig, rng: np.random.Generator | None):
-        C, M = config.hidden_size, config.intermediate_size
+    def __init__(self, config: TransformerConfig, rng: Generator):
+        C = config.hidden_size
+        M = config.intermediate_size
         self.activation = ACTIVATIONS[config.hidden_act]
         self.c_fc = random_linear(rng, config.initializer_range, C, M, True)
         self.c_proj = random_linear(rng, _residual_std(config), M, C, True)
@@ -60,10 +65,10 @@ class GPT2MLP(Module):
 class GPT2Block(Module):
     """x += attention(norm(x)), x += mlp(norm(x))    (B, T, C) -> (B, T, C)"""
 
-    def __init__(self, config: TransformerConfig, layer: int, rng: np.random.Generator | None):
-        self.ln_1 = _norm(config)
+    def __init__(self, config: TransformerConfig, layer: int, rng: Generator):
+        self.ln_1 = _new_norm(config)
         self.attn = GPT2Attention(config, layer, rng)
-        self.ln_2 = _norm(config)
+        self.ln_2 = _new_norm(config)
         self.mlp = GPT2MLP(config, rng)
 
     def __call__(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -71,32 +76,33 @@ class GPT2Block(Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT2Decoder(Module):
-    """Everything but the head.    ids (B, T) -> (B, T, C)"""
+class GPT2Decoder(BaseDecoder):
+    """Token and position embeddings, blocks, a norm.    ids (B, T) -> (B, T, C)"""
 
-    recompute = False  # keep a block's input alone for backward, and run the block again there
+    part_names = ("wte", "h", "ln_f")
 
-    def __init__(self, config: TransformerConfig, rng: np.random.Generator | None):
-        C, std = config.hidden_size, config.initializer_range
+    def __init__(self, config: TransformerConfig, rng: Generator):
+        C = config.hidden_size
+        std = config.initializer_range
         self.wte = Embedding(normal(rng, std, (config.vocab_size, C)))
         self.wpe = Embedding(normal(rng, std, (config.max_position_embeddings, C)))
-        self.h = [GPT2Block(config, i, rng) for i in range(config.num_hidden_layers)]
-        self.ln_f = _norm(config)
+        self.h = [GPT2Block(config, layer, rng) for layer in range(config.num_hidden_layers)]
+        self.ln_f = _new_norm(config)
 
-    def get_input_embeddings(self) -> Embedding:
-        return self.wte
-
-    def __call__(self, ids: Array, cache: KeyValueCache | None = None) -> Tensor:
-        x, start = self.wte(ids), cache.length if cache else 0
+    def embed(self, ids: Array, start: int) -> Tensor:
+        x = self.wte(ids)
         positions = x.backend.xp.arange(start, start + ids.shape[1])
-        return self.ln_f(run_blocks(self.h, x + self.wpe(positions), cache, self.recompute))
+        return x + self.wpe(positions)
 
 
 def _residual_std(config: TransformerConfig) -> float:
-    """Of what is added to the residual stream: 2 L terms add up to about one (Radford et al. 2019, section 2.3)."""
+    """The standard deviation of weights whose products are added to the residual stream.
+
+    2 L terms then add up to about one (Radford et al. 2019, section 2.3).
+    """
     return config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
 
 
-def _norm(config: TransformerConfig) -> LayerNorm:
+def _new_norm(config: TransformerConfig) -> LayerNorm:
     ones = np.ones(config.hidden_size, np.float32)
     return LayerNorm(ones, np.zeros_like(ones), config.rms_norm_eps)

@@ -1,15 +1,16 @@
-"""A base model <-> its folder: config.json and what the tensors beside it are, checked whole before any is used.
+"""Loading and saving a base model's folder: config.json and tensors, checked before any is used.
 
-A folder may hold linear layers as bitsandbytes' codes, which its quantization_config announces: they are read as
-`QuantizedLinear`, and written as they were. Weights in sixteen bits become float32, or are held as they are stored
-(halves.py). Nothing here knows what a model computes: it has a config, and parameters with names.
+A folder may store linear layers as bitsandbytes' codes, which its quantization_config announces:
+they are read as `QuantizedLinear`, and written as they were. Weights in 16 bits become float32, or
+stay as they are stored (quant/half.py). This file does not know what a model computes, only its
+configuration and its parameters by name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from ..errors import FormatError
 from ..formats import Checkpoint, Entry, array_entry, read_checkpoint, write_checkpoint
 from ..formats.checkpoint import BUFFERS, is_stored_transposed, to_file_layout
-from ..nn import Linear, replace_module
+from ..nn import Linear, Parameter, replace_module
 from ..quant.bitsandbytes import (
     QuantizationScheme,
     quantization_config,
@@ -35,148 +36,167 @@ from ..quant.half import (
     half_weight_owners,
     store_half_weights,
 )
-from ..quant.linear import QuantizedLinear
+from ..quant.linear import quantized_layers
 from .config import TransformerConfig
+
+# ---- loading ------------------------------------------------------------------------------------
 
 
 def load_model(
     make: Callable[..., Any], directory: str | Path, dtype: Any, stored: bool = False
 ) -> Any:
-    """make(config, seed=None, dtype=dtype), with the tensors of a folder put in, one by one, on the host.
+    """make(config, seed=None, dtype=dtype), filled with the tensors of a folder, on the host.
 
-    stored   hold the weights of linear layers and embeddings in sixteen bits where the files do
+    stored   keep the weights of linear layers and embeddings in 16 bits where the files do
 
-    FormatError lists every tensor that is missing, unknown, or of another shape than config.json says; it names a layer
-    of codes that is damaged, or of another kind than quantization_config says. ConfigError where that is not supported.
+    FormatError lists every tensor that is missing, unknown, or of another shape than config.json
+    says; it names a layer of codes that is damaged, or of another kind than quantization_config
+    says. ConfigError for a configuration or a quantization that is not supported.
     """
-    raw, checkpoint = read_checkpoint(directory)
+    fields, checkpoint = read_checkpoint(directory)
     with checkpoint:
-        config = TransformerConfig.from_dict(raw)
-        said = raw.get("quantization_config")
-        way = None if said is None else read_quantization_config(said)
-        there = sum(math.prod(checkpoint.shape(key)) for key in checkpoint.keys())
-        if (
-            config.parameter_count() > 2 * there
-        ):  # seen before memory is asked for; a byte of codes is two weights
-            described = f"{config.parameter_count():,} parameters"
+        config = TransformerConfig.from_dict(fields)
+        quantization = fields.get("quantization_config")
+        scheme = None if quantization is None else read_quantization_config(quantization)
+        # Seen before memory is allocated. A byte of codes holds two weights.
+        count = config.parameter_count()
+        available = sum(math.prod(checkpoint.shape(key)) for key in checkpoint.keys())
+        if count > 2 * available:
             raise FormatError(
-                f"{directory}: config.json describes {described}, the file holds {there:,}"
+                f"{directory}: config.json describes {count:,} parameters, "
+                f"the file holds {available:,}"
             )
         model = make(config, seed=None, dtype=dtype)
-        names = _names(model, checkpoint)
-        coded = {} if way is None else _coded(model, names)
-        if way is not None and not coded:
+        names = _model_names(model, checkpoint)
+        coded = {} if scheme is None else _coded_layers(model, names)
+        if scheme is not None and not coded:
             raise FormatError(
-                f"{directory}: quantization_config says {way}, but no linear layer is stored so"
+                f"{directory}: quantization_config says {scheme}, but no linear layer is stored so"
             )
-        held = {name for of_layer in coded.values() for name in of_layer}
-        dense = {name: key for name, key in names.items() if name not in held}
-        _fill(model, checkpoint, dense, set(coded), str(directory), stored)
+        dense = dict(names)
+        for tensor_names in coded.values():
+            for name in tensor_names:
+                del dense[name]
+        _fill(model, checkpoint, dense, coded, directory, stored)
         modules: dict[str, Any] = dict(model.named_modules())
-        for path, of_layer in coded.items():
-            where, plain = f"{directory}: {path}", modules[path]
+        for path, tensor_names in coded.items():
             tensors = {
-                name.removeprefix(f"{path}."): checkpoint.read(names[name]) for name in of_layer
+                name.removeprefix(f"{path}."): checkpoint.read(names[name]) for name in tensor_names
             }
+            where = f"{directory}: {path}"
             layer = read_bitsandbytes(tensors, where)
+            plain = modules[path]
             if layer.weight.shape != plain.weight.shape:
                 raise FormatError(
                     f"{where} is {layer.weight.shape}, config.json says {plain.weight.shape}"
                 )
-            if QuantizationScheme.of(layer) != way:
+            if QuantizationScheme.of(layer) != scheme:
                 raise FormatError(
-                    f"{where} is {QuantizationScheme.of(layer)}, quantization_config says {way}"
+                    f"{where} is {QuantizationScheme.of(layer)}, quantization_config says {scheme}"
                 )
             layer.bias = plain.bias
             replace_module(model, path, layer.to(dtype=dtype))
     return model
 
 
-def _names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """The files' keys by their names in the model. Files that were saved without a head have no name of the decoder."""
-    keys, prefix = checkpoint.keys(), f"{model.decoder_name}."
-    bare = not any(key.startswith(prefix) for key in keys)
-    return {prefix + key if bare and not key.startswith("lm_head.") else key: key for key in keys}
+def _model_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """The keys of the files by their names in the model.
+
+    The keys of files that were saved without a head lack the decoder's name.
+    """
+    keys = checkpoint.keys()
+    prefix = f"{model.decoder_name}."
+    if any(key.startswith(prefix) for key in keys):
+        prefix = ""
+    return {key if key.startswith("lm_head.") else prefix + key: key for key in keys}
 
 
-def _coded(model: Any, names: dict[str, str]) -> dict[str, list[str]]:
-    """The linear layers that the file has more of than a weight, `....weight.absmax`: all their names, by path."""
-    keys: dict[str, list[str]] = {}
+def _coded_layers(model: Any, names: Iterable[str]) -> dict[str, list[str]]:
+    """The linear layers that are stored as codes: the names of their tensors, by path.
+
+    The tensors beside the codes tell: `....weight.absmax` and others.
+    """
+    by_path: dict[str, list[str]] = {}
     for name in names:
-        keys.setdefault(name.partition(".weight")[0], []).append(name)
-    embedding = model.get_input_embeddings().weight  # a tied head is no layer of its own
-    linear = [
-        path
-        for path, m in model.named_modules()
-        if isinstance(m, Linear) and m.weight is not embedding
-    ]
-    return {
-        path: keys[path]
-        for path in linear
-        if any(key.startswith(f"{path}.weight.") for key in keys.get(path, ()))
-    }
+        by_path.setdefault(name.partition(".weight")[0], []).append(name)
+    embedding = model.get_input_embeddings().weight
+    coded = {}
+    for path, module in model.named_modules():
+        # A tied head is not a layer with a weight of its own.
+        if isinstance(module, Linear) and module.weight is not embedding:
+            tensors = by_path.get(path, [])
+            if any(name.startswith(f"{path}.weight.") for name in tensors):
+                coded[path] = tensors
+    return coded
 
 
 def _fill(
     model: Any,
     checkpoint: Checkpoint,
-    names: dict[str, str],
-    coded: set[str],
-    where: str,
+    keys: dict[str, str],
+    coded: Iterable[str],
+    where: str | Path,
     stored: bool,
 ) -> None:
-    """Give each parameter the tensor of its name among `names`, but for the weights of the layers `coded`."""
+    """Give each parameter its tensor, except for the weights of the layers `coded`.
+
+    keys   the keys of the dense tensors by their names in the model
+    """
     kind = model.config.model_type
-    own = {
-        name: p for name, p in model.named_parameters() if name.removesuffix(".weight") not in coded
-    }
-    tied = {"lm_head.weight"} & set(names) if model.config.tie_word_embeddings else set()
-    wrong = [f"missing {name}" for name in own if name not in names]
-    unknown = sorted(key for name, key in names.items() if name not in own and name not in tied)
-    wrong += [f"unknown {key}" for key in unknown if not key.endswith(BUFFERS)]
-    for name, p in own.items():
-        said = p.shape[::-1] if is_stored_transposed(kind, name) else p.shape
-        if name in names and checkpoint.shape(names[name]) != said:
-            wrong.append(
-                f"{names[name]} is {checkpoint.shape(names[name])}, config.json says {said}"
+    weights = {f"{path}.weight" for path in coded}
+    params = {name: p for name, p in model.named_parameters() if name not in weights}
+    head = keys.get("lm_head.weight") if model.config.tie_word_embeddings else None
+    problems = [f"missing {name}" for name in params if name not in keys]
+    unknown = sorted(key for name, key in keys.items() if name not in params and key != head)
+    problems += [f"unknown {key}" for key in unknown if not key.endswith(BUFFERS)]
+    for name, p in params.items():
+        shape = p.shape[::-1] if is_stored_transposed(kind, name) else p.shape
+        if name in keys and checkpoint.shape(keys[name]) != shape:
+            problems.append(
+                f"{keys[name]} is {checkpoint.shape(keys[name])}, config.json says {shape}"
             )
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise FormatError(f"{where}: {'; '.join(wrong[:5])}{more}"[:500])
-    can_be, halves = {m.weight for m in half_weight_owners(model).values()} if stored else (), {}
-    for name, p in own.items():
-        key = names[name]
-        if p in can_be and checkpoint.dtype(key) in STORED:
-            halves[p] = Half(
-                STORED[checkpoint.dtype(key)], to_file_layout(kind, name, checkpoint.read_bits(key))
-            )
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise FormatError(f"{where}: {'; '.join(problems[:5])}{more}")
+    owners = half_weight_owners(model).values() if stored else ()
+    can_be_half = {module.weight for module in owners}
+    halves = {}
+    for name, p in params.items():
+        key = keys[name]
+        half_kind = STORED.get(checkpoint.dtype(key))
+        if half_kind is not None and p in can_be_half:
+            codes = to_file_layout(kind, name, checkpoint.read_bits(key))
+            halves[p] = Half(half_kind, codes)
         else:
             p.data = to_file_layout(kind, name, checkpoint.read(key, dtype=p.dtype))
     store_half_weights(model, halves)
-    for name in tied:
+    if head is not None:
         embedding = model.get_input_embeddings().weight
-        if not np.array_equal(
-            checkpoint.read(names[name], dtype=embedding.dtype), embedding.data, equal_nan=True
-        ):
+        array = checkpoint.read(head, dtype=embedding.dtype)
+        if not np.array_equal(array, embedding.data, equal_nan=True):
             raise FormatError(
-                f"{where}: tie_word_embeddings is true, but {names[name]} differs from the embedding"
+                f"{where}: tie_word_embeddings is true, but {head} differs from the embedding"
             )
 
 
-def save_model(model: Any, directory: str | Path) -> None:
-    """Write model.safetensors and config.json, each whole or not at all; layers of codes as bitsandbytes' tensors.
+# ---- saving -------------------------------------------------------------------------------------
 
-    What is held in sixteen bits is written so. The vectors beside an embedding that is held so, its norms and biases,
-    are written in its format where that holds them exactly, as it does those that came from such a file.
-    ConfigError, before anything is written, for quantised layers that have no such form.
+
+def save_model(model: Any, directory: str | Path) -> None:
+    """Write model.safetensors and config.json, each whole or not at all.
+
+    Layers of codes are written as bitsandbytes' tensors, weights in 16 bits as they are. Beside an
+    embedding in 16 bits, vectors (norms and biases) are written in its format if that holds them
+    exactly, as it does for those that came from such a file. ConfigError, before anything is
+    written, for quantised layers that bitsandbytes cannot store.
     """
     table = model.get_input_embeddings().weight
-    kind = table.quantized.kind if isinstance(table, HalfWeight) else None
-    config = model.config.to_dict(kind or str(table.dtype))
-    said = quantization_config(model)
-    if said is not None:
-        config["quantization_config"] = said
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    half_kind = table.quantized.kind if isinstance(table, HalfWeight) else None
+    config = model.config.to_dict(half_kind or str(table.dtype))
+    quantization = quantization_config(model)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    layers = quantized_layers(model)
     entries: dict[str, Entry] = {}
     for name, p in model.named_parameters():
         path = name.removesuffix(".weight")
@@ -184,19 +204,24 @@ def save_model(model: Any, directory: str | Path) -> None:
             for key, array in write_bitsandbytes(layers[path]).items():  # the bias, too
                 entries[f"{path}.{key}"] = array_entry(f"{path}.{key}", array)
             continue
-        if isinstance(p, HalfWeight):
-            half: Half | None = p.quantized
-        else:
-            half = _exactly(p.numpy(), kind) if kind is not None and p.ndim == 1 else None
+        half = _as_half(p, half_kind)
         array = p.numpy() if half is None else p.backend.to_numpy(half.codes)
         entry = array_entry(name, to_file_layout(model.config.model_type, name, array))
-        entries[name] = (
-            entry if half is None else dataclasses.replace(entry, dtype=NAMES[half.kind])
-        )
+        if half is not None:
+            entry = dataclasses.replace(entry, dtype=NAMES[half.kind])
+        entries[name] = entry
     write_checkpoint(directory, config, entries.values())
 
 
-def _exactly(values: np.ndarray, kind: str) -> Half | None:
-    """The values in sixteen bits; None if that would round one."""
+def _as_half(p: Parameter, kind: str | None) -> Half | None:
+    """The parameter in 16 bits; None if it is stored in floats.
+
+    A vector becomes `kind` only if that rounds none of its values.
+    """
+    if isinstance(p, HalfWeight):
+        return p.quantized
+    if kind is None or p.ndim != 1:
+        return None
+    values = p.numpy()
     half = encode_half(values, kind)
     return half if np.array_equal(half.decode(values.dtype), values) else None

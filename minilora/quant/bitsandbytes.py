@@ -1,189 +1,203 @@
-"""Weights of four bits as bitsandbytes stores them, and what transformers says of them in config.json.
+"""bitsandbytes' files: layers of 4-bit codes as tensors, and what config.json says of them.
 
-    q_proj.weight                                  uint8 (bytes, 1), two codes to a byte
-    q_proj.weight.absmax                           float32 (blocks,), or uint8 with double quantisation
-    q_proj.weight.quant_map                        float32 (16,), the levels
-    q_proj.weight.nested_absmax, nested_quant_map  float32 (ceil(blocks / 256),) and (256,), of a quantised absmax
-    q_proj.weight.quant_state.bitsandbytes__nf4    JSON in uint8: kind, shape, block size, dtype, offset
+    q_proj.weight                                uint8 (bytes, 1), two codes per byte
+    q_proj.weight.absmax                         float32 (blocks,); uint8 if it is quantised, too
+    q_proj.weight.quant_map                      float32 (16,), the levels
+    q_proj.weight.nested_absmax                  float32 (ceil(blocks / 256),), of a uint8 absmax
+    q_proj.weight.nested_quant_map               float32 (256,), the levels of absmax
+    q_proj.weight.quant_state.bitsandbytes__nf4  JSON in uint8: kind, shape, dtype and others
 
-One layer: read_bitsandbytes, write_bitsandbytes. A model's config.json: read_quantization_config, quantization_config.
+One layer: write_bitsandbytes, read_bitsandbytes.
+A model's config.json: read_quantization_config, quantization_config.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, Rule, check_fields
 from ..formats.disk import parse_json
 from ..nn import Linear, Module, Parameter
 from .codes import ABSMAX_BLOCK, BLOCK_SIZES, LEVELS, Quantized
-from .linear import QuantizedLinear
+from .linear import QuantizedLinear, quantized_layers
 
-STORED = ("nf4", "fp4")  # the kinds that have such a form
+STORED = ("nf4", "fp4")  # the kinds that bitsandbytes stores in this form
 
-# ---- one layer -------------------------------------------------------------------------------------------------------
+# ---- one layer ----------------------------------------------------------------------------------
 
-_STATE = "weight.quant_state.bitsandbytes__"  # and the kind: JSON as uint8
-_DTYPES = {
-    "float32": "float32",
-    "float64": "float64",
-    "float16": "float16",
-    "bfloat16": "float32",
-}  # NumPy has no last
+_STATE = "weight.quant_state.bitsandbytes__"  # the kind follows; JSON as uint8
+_DTYPES = {"float32": "float32", "float64": "float64", "float16": "float16"}
+_DTYPES["bfloat16"] = "float32"  # which NumPy does not have
 
 
 def write_bitsandbytes(layer: QuantizedLinear) -> dict[str, np.ndarray]:
-    """The layer as the tensors that bitsandbytes keeps of it, by their keys after the layer's path; `bias` if any.
+    """The layer as the tensors that bitsandbytes stores, by their names after the layer's path.
 
-    ConfigError for a kind that has no such form: int8.
+    `bias` is among them if the layer has one. ConfigError for int8, which has no such form.
     """
-    held, host = layer.weight.quantized, layer.backend.to_numpy
-    if held.kind not in STORED:
-        raise ConfigError(f"bitsandbytes stores nf4 and fp4 in this form, not {held.kind}")
+    quantized = layer.weight.quantized
+    kind = quantized.kind
+    absmax = quantized.absmax
+    host = layer.backend.to_numpy
+    if kind not in STORED:
+        raise ConfigError(f"bitsandbytes stores nf4 and fp4 in this form, not {kind}")
     tensors = {
-        "weight": host(held.codes).reshape(-1, 1),
-        "weight.quant_map": LEVELS[held.kind].copy(),
+        "weight": host(quantized.codes).reshape(-1, 1),
+        "weight.quant_map": LEVELS[kind].copy(),
     }
-    state: dict[str, Any] = {
-        "quant_type": held.kind,
-        "blocksize": held.block_size,
-        "dtype": str(layer.dtype),
-    }
-    state["shape"] = list(held.shape)
-    if held.double_quant:
-        nested = held.absmax
-        tensors["weight.absmax"] = host(nested.codes)
-        tensors["weight.nested_absmax"] = host(nested.absmax)
+    state: dict[str, Any] = {"quant_type": kind, "blocksize": quantized.block_size}
+    state["dtype"] = str(layer.dtype)
+    state["shape"] = list(quantized.shape)
+    if quantized.double_quant:
+        tensors["weight.absmax"] = host(absmax.codes)
+        tensors["weight.nested_absmax"] = host(absmax.absmax)
         tensors["weight.nested_quant_map"] = LEVELS["dynamic"].copy()
-        state |= {
-            "nested_blocksize": nested.block_size,
-            "nested_dtype": "float32",
-            "nested_offset": held.offset,
-        }
+        state["nested_blocksize"] = absmax.block_size
+        state["nested_dtype"] = "float32"
+        state["nested_offset"] = quantized.offset
     else:
-        tensors["weight.absmax"] = host(held.absmax)
-    tensors[_STATE + held.kind] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+        tensors["weight.absmax"] = host(absmax)
+    tensors[_STATE + kind] = np.frombuffer(json.dumps(state).encode(), np.uint8)
     if layer.bias is not None:
         tensors["bias"] = layer.bias.numpy()
     return tensors
 
 
 def read_bitsandbytes(tensors: Mapping[str, np.ndarray], where: str = "layer") -> QuantizedLinear:
-    """The layer that these tensors describe, by their keys after its path, on the host; bfloat16 becomes float32.
+    """The layer that these tensors describe, on the host; bfloat16 becomes float32.
 
-    FormatError, which begins with `where`, for anything that is missing, left over, or not as bitsandbytes writes it.
+    tensors   by their names after the layer's path
+
+    FormatError, which begins with `where`, for a tensor that is missing, unknown, or not as
+    bitsandbytes writes it.
     """
 
     def fail(what: str) -> FormatError:
         return FormatError(f"{where}: {what}")
 
-    keys = [key for key in tensors if key.startswith(_STATE)]
-    kind = keys[0].removeprefix(_STATE) if len(keys) == 1 else ""
-    if kind not in STORED:
-        raise fail(f"expected one {_STATE}nf4 or fp4, found {', '.join(keys) or 'none'}")
-    nested = "weight.nested_absmax" in tensors
-    expected = {"weight", "weight.absmax", "weight.quant_map", keys[0]}
-    expected |= {"weight.nested_absmax", "weight.nested_quant_map"} if nested else set()
-    for problem, some in (
-        ("missing", expected - set(tensors)),
-        ("unknown", set(tensors) - expected - {"bias"}),
-    ):
-        if some:
-            raise fail(f"{problem} {', '.join(sorted(some))}")
-
     def array(key: str, dtype: type, *shape: int) -> np.ndarray:
-        found = tensors[key]
-        if not isinstance(found, np.ndarray) or found.dtype != dtype or found.shape != shape:
-            there = f"{getattr(found, 'dtype', type(found).__name__)} {getattr(found, 'shape', '')}"
-            raise fail(f"{key} must be {np.dtype(dtype)} {shape}, it is {there}")
-        if found.dtype.kind == "f" and not np.isfinite(found).all():
+        tensor = tensors[key]
+        if not isinstance(tensor, np.ndarray) or tensor.dtype != dtype or tensor.shape != shape:
+            given = (
+                f"{getattr(tensor, 'dtype', type(tensor).__name__)} {getattr(tensor, 'shape', '')}"
+            )
+            raise fail(f"{key} must be {np.dtype(dtype)} {shape}, it is {given}")
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
             raise fail(f"{key} is not finite")
-        return found
+        return tensor
 
-    raw = tensors[keys[0]]
-    data = array(keys[0], np.uint8, raw.size if isinstance(raw, np.ndarray) else 0)
+    def check_map(key: str, kind: str) -> None:
+        levels = LEVELS[kind]
+        if np.abs(array(key, np.float32, len(levels)) - levels).max() > 2.0**-23:  # one last bit
+            raise fail(f"{key} is not the map of {kind}")
+
+    states = [key for key in tensors if key.startswith(_STATE)]
+    kind = states[0].removeprefix(_STATE) if len(states) == 1 else ""
+    if kind not in STORED:
+        raise fail(f"expected one {_STATE}nf4 or fp4, found {', '.join(states) or 'none'}")
+    nested = "weight.nested_absmax" in tensors
+    expected = {"weight", "weight.absmax", "weight.quant_map", states[0]}
+    if nested:
+        expected |= {"weight.nested_absmax", "weight.nested_quant_map"}
+    missing = expected - set(tensors)
+    unknown = set(tensors) - expected - {"bias"}
+    if missing or unknown:
+        problem = "missing" if missing else "unknown"
+        raise fail(f"{problem} {', '.join(sorted(missing or unknown))}")
+
+    raw = tensors[states[0]]
+    data = array(states[0], np.uint8, raw.size if isinstance(raw, np.ndarray) else 0)
     state = _read_state(data.tobytes(), kind, nested, where)
-    (out, inside), block_size = state["shape"], state["blocksize"]
-    count = -(-out * inside // block_size)
-    codes = array("weight", np.uint8, -(-out * inside // 2), 1).reshape(-1)
-    for key, name in (
-        ("weight.quant_map", kind),
-        *([("weight.nested_quant_map", "dynamic")] if nested else []),
-    ):
-        if (
-            np.abs(array(key, np.float32, len(LEVELS[name])) - LEVELS[name]).max() > 2.0**-23
-        ):  # its last bit may differ
-            raise fail(f"{key} is not the map of {name}")
+    outputs, inputs = state["shape"]
+    size = outputs * inputs
+    block_size = state["blocksize"]
+    dtype = np.dtype(_DTYPES[state["dtype"]])
+    blocks = -(-size // block_size)
+    codes = array("weight", np.uint8, -(-size // 2), 1).reshape(-1)
+    check_map("weight.quant_map", kind)
+    if nested:
+        check_map("weight.nested_quant_map", "dynamic")
     scales = "weight.nested_absmax" if nested else "weight.absmax"
-    absmax = array(scales, np.float32, -(-count // ABSMAX_BLOCK) if nested else count)
+    absmax: Any = array(scales, np.float32, -(-blocks // ABSMAX_BLOCK) if nested else blocks)
     if (absmax < 0).any():
         raise fail(f"{scales} is negative")
-    held: Any = absmax
     if nested:
-        held = Quantized(
-            "dynamic", (count,), ABSMAX_BLOCK, array("weight.absmax", np.uint8, count), absmax
-        )
+        absmax_codes = array("weight.absmax", np.uint8, blocks)
+        absmax = Quantized("dynamic", (blocks,), ABSMAX_BLOCK, absmax_codes, absmax)
     quantized = Quantized(
-        kind, (out, inside), block_size, codes, held, state.get("nested_offset", 0.0)
+        kind, (outputs, inputs), block_size, codes, absmax, state.get("nested_offset", 0.0)
     )
     with np.errstate(over="ignore", invalid="ignore"):
-        if not np.isfinite(quantized.decode(_DTYPES[state["dtype"]])).all():
+        if not np.isfinite(quantized.decode(dtype)).all():
             raise fail("the weights it describes are not finite")
-    bias = tensors.get("bias")
-    if bias is not None and (not isinstance(bias, np.ndarray) or bias.dtype.kind != "f"):
+    if "bias" not in tensors:
+        return QuantizedLinear(quantized, None, dtype)
+    bias = tensors["bias"]
+    if not isinstance(bias, np.ndarray) or bias.dtype.kind != "f":
         raise fail("bias must be an array of floats")
-    bias = None if bias is None else array("bias", bias.dtype.type, out)
-    dtype = np.dtype(_DTYPES[state["dtype"]])
-    return QuantizedLinear(
-        quantized, None if bias is None else Parameter(bias.astype(dtype)), dtype
-    )
+    bias = array("bias", bias.dtype.type, outputs)
+    return QuantizedLinear(quantized, Parameter(bias.astype(dtype)), dtype)
+
+
+def _is_shape(value: Any) -> bool:
+    if type(value) is not list or len(value) != 2:
+        return False
+    return all(type(n) is int and n > 0 for n in value)  # True would compare like 1
+
+
+def _is_float32(value: Any) -> bool:
+    in_range = type(value) is float and abs(value) < 2**128 - 2**103
+    return in_range and float(np.float32(value)) == value
+
+
+def _one_of(field: str, *valid: Any) -> Rule:
+    """The rule that a field has one of these values, and its type: 1 would compare like True."""
+
+    def is_valid(value: Any) -> bool:
+        return any(type(value) is type(v) and value == v for v in valid)
+
+    return Rule(field, is_valid, " or ".join(json.dumps(v) for v in valid))
+
+
+_STATE_RULES = [
+    _one_of("blocksize", *BLOCK_SIZES)._replace(wanted="a power of two from 32 to 4096"),
+    Rule("dtype", lambda name: type(name) is str and name in _DTYPES, ", ".join(_DTYPES)),
+    Rule("shape", _is_shape, "two lengths"),
+]
+_NESTED_RULES = [
+    _one_of("nested_blocksize", ABSMAX_BLOCK),
+    _one_of("nested_dtype", "float32"),
+    Rule("nested_offset", _is_float32, "a float32"),
+]
 
 
 def _read_state(data: bytes, kind: str, nested: bool, where: str) -> dict[str, Any]:
-    """The JSON beside the tensors: what it must hold, and what each value may be."""
-
-    def length(value: Any) -> bool:
-        return type(value) is int and value > 0  # True would compare like 1
-
-    may_be: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "quant_type": (lambda v: v == kind, kind),
-        "blocksize": (
-            lambda v: type(v) is int and v in BLOCK_SIZES,
-            "a power of two from 32 to 4096",
-        ),
-        "dtype": (lambda v: type(v) is str and v in _DTYPES, ", ".join(_DTYPES)),
-        "shape": (lambda v: type(v) is list and len(v) == 2 and all(map(length, v)), "two lengths"),
-    }
+    """The JSON object beside the tensors, its fields and their values checked."""
+    rules = [_one_of("quant_type", kind), *_STATE_RULES]
     if nested:
-        may_be["nested_blocksize"] = (
-            lambda v: type(v) is int and v == ABSMAX_BLOCK,
-            str(ABSMAX_BLOCK),
-        )
-        may_be["nested_dtype"] = (lambda v: v == "float32", "float32")
-        may_be["nested_offset"] = (
-            lambda v: type(v) is float and abs(v) < 2**128 - 2**103 and float(np.float32(v)) == v,
-            "a float32",
-        )
+        rules += _NESTED_RULES
     state = parse_json(data, f"{where}: {_STATE + kind}")
-    if state.keys() != may_be.keys():
+    fields = [rule.field for rule in rules]
+    if state.keys() != set(fields):
         raise FormatError(
-            f"{where}: {_STATE + kind} must hold {', '.join(may_be)}, it holds {', '.join(state)}"
+            f"{where}: {_STATE + kind} must hold {', '.join(fields)}, it holds {', '.join(state)}"
         )
-    for name, (good, valid) in may_be.items():
-        if not good(state[name]):
-            raise FormatError(f"{where}: {name} must be {valid}, it is {state[name]!r:.99}")
+    try:
+        check_fields(state, rules, f"{where}: ")
+    except ConfigError as error:
+        raise FormatError(str(error)) from None
     return state
 
 
-# ---- a model's config.json ------------------------------------------------------------------------------------------
+# ---- a model's config.json ----------------------------------------------------------------------
 
 
 class QuantizationScheme(NamedTuple):
-    """How every quantised layer of a checkpoint is held."""
+    """How all quantised layers of a checkpoint are stored."""
 
     kind: str
     double_quant: bool
@@ -196,64 +210,69 @@ class QuantizationScheme(NamedTuple):
         return f"{self.kind} with double quantisation" if self.double_quant else self.kind
 
 
-def read_quantization_config(fields: Any) -> QuantizationScheme:
-    """What a quantization_config says, whose defaults are transformers'.
+# The fields of quantization_config with their defaults in transformers, and what can be read here.
+_DEFAULTS = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": False,
+    "load_in_8bit": False,
+    "bnb_4bit_quant_type": "fp4",
+    "bnb_4bit_use_double_quant": False,
+    "bnb_4bit_quant_storage": "uint8",
+}
+_CONFIG_RULES = [
+    _one_of("quant_method", "bitsandbytes"),
+    _one_of("load_in_8bit", False),
+    _one_of("load_in_4bit", True),
+    _one_of("bnb_4bit_quant_type", *STORED),
+    _one_of("bnb_4bit_use_double_quant", False, True),
+    _one_of("bnb_4bit_quant_storage", "uint8"),
+]
 
-    Which layers are skipped is not asked for here: their own tensors say it. ConfigError for another method than
-    bitsandbytes, another width than four bits, and values that this one cannot have.
+
+def read_quantization_config(fields: Any) -> QuantizationScheme:
+    """The scheme that a quantization_config describes.
+
+    Which layers are skipped is not read: their tensors tell. ConfigError for a method other than
+    bitsandbytes, a width other than 4 bits, and an invalid value.
     """
     if not isinstance(fields, Mapping):
         raise ConfigError(f"config: quantization_config must be an object, got {fields!r:.99}")
-    may_be = {
-        "quant_method": ("bitsandbytes", ("bitsandbytes",)),
-        "load_in_8bit": (False, (False,)),
-        "load_in_4bit": (False, (True,)),
-        "bnb_4bit_quant_type": ("fp4", STORED),
-        "bnb_4bit_use_double_quant": (False, (False, True)),
-        "bnb_4bit_quant_storage": ("uint8", ("uint8",)),
-    }
-    found = {name: fields.get(name, default) for name, (default, _) in may_be.items()}
-    for name, (_, valid) in may_be.items():
-        if not any(
-            type(found[name]) is type(v) and found[name] == v for v in valid
-        ):  # 1 would compare like True
-            wanted = " or ".join(json.dumps(v) for v in valid)
-            only = "only the 4 bits of bitsandbytes are read, nf4 and fp4"
-            raise ConfigError(
-                f"config: quantization_config.{name} must be {wanted}, got {found[name]!r:.99}; {only}"
-            )
-    return QuantizationScheme(found["bnb_4bit_quant_type"], found["bnb_4bit_use_double_quant"])
+    values = {**_DEFAULTS, **fields}
+    for rule in _CONFIG_RULES:
+        wanted = f"{rule.wanted} (only bitsandbytes' 4 bits, nf4 and fp4, can be read)"
+        check_fields(values, [rule._replace(wanted=wanted)], "config: quantization_config.")
+    return QuantizationScheme(values["bnb_4bit_quant_type"], values["bnb_4bit_use_double_quant"])
 
 
 def quantization_config(model: Module) -> dict[str, Any] | None:
-    """What transformers writes of a model's quantised layers; None where there are none.
+    """The quantization_config that transformers writes for a model; None without quantised layers.
 
-    ConfigError for layers that have no such form, int8, and for layers of two kinds, which it cannot say.
+    ConfigError for int8 layers, which have no such form, and for layers of two schemes.
     """
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    layers = quantized_layers(model)
     if not layers:
         return None
-    ways: dict[QuantizationScheme, str] = {}  # and the first layer that is held so
+    schemes: dict[QuantizationScheme, str] = {}  # and the path of the first layer of each
     for path, layer in layers.items():
-        ways.setdefault(QuantizationScheme.of(layer), path)
-    for way, path in ways.items():
-        if way.kind not in STORED:
+        schemes.setdefault(QuantizationScheme.of(layer), path)
+    for scheme, path in schemes.items():
+        if scheme.kind not in STORED:
             raise ConfigError(
-                f"{path} is {way.kind}: only {' and '.join(STORED)} are stored as codes; dequantize first"
+                f"{path} is {scheme.kind}: only {' and '.join(STORED)} are stored as codes; "
+                "dequantize first"
             )
-    if len(ways) > 1:
-        told = ", ".join(f"{path} is {way}" for way, path in ways.items())
-        raise ConfigError(f"a model is stored in one way, and here {told}; dequantize first")
-    (way,) = ways
+    if len(schemes) > 1:
+        found = ", ".join(f"{path} is {scheme}" for scheme, path in schemes.items())
+        raise ConfigError(
+            f"all quantised layers must have one scheme, but {found}; dequantize first"
+        )
+    (scheme,) = schemes
+    dense = [path for path, module in model.named_modules() if isinstance(module, Linear)]
     return {
-        "quant_method": "bitsandbytes",
+        **_DEFAULTS,
         "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": way.kind,
-        "bnb_4bit_use_double_quant": way.double_quant,
-        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": scheme.kind,
+        "bnb_4bit_use_double_quant": scheme.double_quant,
         "bnb_4bit_compute_dtype": str(next(iter(layers.values())).dtype),
-        "llm_int8_skip_modules": [
-            path for path, m in model.named_modules() if isinstance(m, Linear)
-        ],
+        "llm_int8_skip_modules": dense,
     }

@@ -1,11 +1,12 @@
-"""Frozen weights in four or eight bits: block-wise codes (NF4, FP4, int8).
+"""Arrays as codes of 4 or 8 bits, block by block: the levels of each kind, encoding and decoding.
 
-    w            0.30   -1.20    0.05  ...    0.66      a block of 64 weights; absmax, the largest magnitude, is 1.20
+    w            0.30   -1.20    0.05  ...    0.66      a block of 64, whose absmax is 1.20
     w / absmax   0.25   -1.00    0.04  ...    0.55
-    code           10       0       8  ...      13      the nearest of 16 levels, two codes to a byte
-    level       0.246  -1.000   0.080  ...   0.563      times absmax: what is read back
+    code           10       0       8  ...      13      the nearest of 16 levels, two codes per byte
+    level       0.246  -1.000   0.080  ...   0.563      times absmax: the decoded weight
 
-Dettmers et al. 2023 (QLoRA), sections 2 and 3. The codes are those of bitsandbytes; bitsandbytes.py has its files.
+Dettmers et al. 2023 (QLoRA), sections 2 and 3. The codes are those of bitsandbytes, whose stored
+tensors are read and written in bitsandbytes.py; linear.py has the layer that computes with codes.
 """
 
 from __future__ import annotations
@@ -18,54 +19,67 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backend import Array, Backend, backend_of
-from ..errors import ConfigError, NonFiniteError
+from ..errors import ConfigError, NonFiniteError, Rule, check_fields
 
-# Each kind's levels in the order of its codes. NF4: the quantiles of N(0, 1) in sixteen parts, with an exact 0 (QLoRA,
-# section 3 and appendix E). FP4: a sign, two bits of exponent, one of mantissa. int8: steps of absmax / 127.
-_FP4 = [magnitude / 12 for magnitude in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)]
+# ---- the levels of each kind, in the order of its codes ------------------------------------------
 
 
 def _dynamic_map() -> list[float]:
-    """The 8-bit dynamic map, signed: 2^i values in each decade +-10^(i-7) ... 10^(i-6), i = 0 ... 6; and 0 and 1.
+    """The signed 8-bit dynamic map: 2^i values in each decade +-10^(i-7) ... 10^(i-6), and 0 and 1.
 
-    Dettmers 2016. A value is the middle of one of 2^i equal parts. All is rounded to float32 where torch rounds it
-    (whose linspace runs from both ends to the middle), so that the map has the bits of bitsandbytes' own.
+    i = 0 ... 6; Dettmers 2016. A value is the middle of one of 2^i equal parts of its decade. All
+    is rounded to float32 where torch rounds it (whose linspace runs from both ends to the middle),
+    so that the map has the bits of bitsandbytes' map.
     """
-    f32, found = np.float32, [0.0, 1.0]
+    f32 = np.float32
+    values = [0.0, 1.0]
+    low = float(f32(0.1))
     for i in range(7):
         k = np.arange(2**i + 1)
-        low, step = float(f32(0.1)), float((f32(1) - f32(0.1)) / f32(2**i))
+        step = float((f32(1) - f32(0.1)) / f32(2**i))
         ends = np.where(2 * k < 2**i, low + step * k, 1 - step * (2**i - k)).astype(f32)
         middles = f32(10.0 ** (i - 6)) * ((ends[:-1] + ends[1:]) / f32(2))
-        found += [*map(float, middles), *map(float, -middles)]
-    return sorted(found)
+        values += [*map(float, middles), *map(float, -middles)]
+    return sorted(values)
 
 
-LEVELS: dict[str, np.ndarray] = {
-    kind: np.array(levels, np.float32)
-    for kind, levels in {
-        "nf4": [
-            -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-            -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-            0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-        ],
-        "fp4": [*_FP4, *(0.0 - level for level in _FP4)],
-        "int8": [k / 127 for k in range(-127, 128)],
-        "dynamic": _dynamic_map(),  # of the absmax of others
-    }.items()
-}  # fmt: skip
+# The quantiles of N(0, 1) in sixteen parts, with an exact 0 (QLoRA, section 3 and appendix E).
+_NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+# A sign, two bits of exponent, one of mantissa.
+_FP4 = [magnitude / 12 for magnitude in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)]
+_LISTS = {
+    "nf4": _NF4,
+    "fp4": _FP4 + [0.0 - level for level in _FP4],
+    "int8": [k / 127 for k in range(-127, 128)],
+    "dynamic": _dynamic_map(),  # for the absmax of the others
+}
+LEVELS = {kind: np.array(levels, np.float32) for kind, levels in _LISTS.items()}
 KINDS = ("nf4", "fp4", "int8")  # of weights
 BLOCK_SIZES = tuple(2**k for k in range(5, 13))  # 32 ... 4096
-ABSMAX_BLOCK = 256  # absmax values that share one scale where they are quantised, too
+ABSMAX_BLOCK = 256  # how many absmax share one scale when they are quantised, too
 _SMALLEST = 2.0**-126  # the smallest normal float32: 1 / absmax of anything below could overflow
+OPTIONS = [
+    Rule("kind", lambda kind: kind in KINDS, f"one of {', '.join(KINDS)}"),
+    Rule(
+        "block_size",
+        lambda size: type(size) is int and size in BLOCK_SIZES,
+        f"one of {', '.join(map(str, BLOCK_SIZES))}",
+    ),
+    Rule("double_quant", lambda flag: type(flag) is bool, "True or False"),
+]
 
 
 class _Tables(NamedTuple):
-    """A kind's levels as encoding and decoding read them, on one device."""
+    """A kind's levels on one device, as encoding and decoding read them."""
 
-    thresholds: Array  # (levels - 1,) float32, the midpoints of neighbours: a value on one belongs to the lower level
+    thresholds: Array  # (levels - 1,) float32, midpoints; a value on one gets the lower level
     order: Array  # (levels,) uint8, the codes by rising level
-    values: Array  # (256, codes a byte) float32, what each byte stands for
+    values: Array  # (256, codes per byte) float32, what each byte decodes to
 
 
 @functools.cache
@@ -73,22 +87,27 @@ def _tables(kind: str, backend: Backend) -> _Tables:
     levels = LEVELS[kind]
     order = np.argsort(levels, kind="stable")
     rising = levels[order]
+    thresholds = (rising[:-1] + rising[1:]) / np.float32(2)
     byte = np.arange(256)
     codes = np.stack([byte >> 4, byte & 15], axis=1) if len(levels) == 16 else byte[:, None]
     values = levels[np.minimum(codes, len(levels) - 1)]
-    host = (rising[:-1] + rising[1:]) / np.float32(2), order.astype(np.uint8), values
+    host = thresholds, order.astype(np.uint8), values
     return _Tables(*map(backend.from_numpy, host))
+
+
+# ---- decoding -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """An array as codes, one absmax a block. It never changes.
+    """An array as codes, with one absmax per block. It never changes.
 
-    kind         whose levels: "nf4", "fp4", "int8", or "dynamic" where it is the absmax of another
-    shape        of the array; blocks follow its elements in row-major order, the last one may be short
-    block_size   elements a block
-    codes        uint8 (ceil(size / codes a byte),); of two 4-bit codes the first is the upper half of the byte
-    absmax       float32 (blocks,), or that as Quantized itself, less `offset` (double quantisation)
+    kind         of its levels: "nf4", "fp4", "int8", or "dynamic" if it is the absmax of another
+    shape        of the array; blocks follow its elements in row-major order, the last may be short
+    block_size   elements per block
+    codes        uint8 (ceil(size / codes per byte),); the upper half of a byte is the first of two
+                 4-bit codes
+    absmax       float32 (blocks,), or (double quantisation) that less `offset`, as a Quantized
     """
 
     kind: str
@@ -108,7 +127,7 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: codes, absmax, and four for the offset where there is one."""
+        """The bytes of codes and absmax, and four of the offset if there is double quantisation."""
         return int(self.codes.nbytes) + int(self.absmax.nbytes) + 4 * self.double_quant
 
     def to(self, backend: Backend) -> Quantized:
@@ -120,74 +139,73 @@ class Quantized:
         return replace(self, codes=moved(self.codes), absmax=absmax)
 
     def decode_absmax(self) -> Array:
-        """absmax (blocks,) float32, with the error of double quantisation where there is one."""
+        """absmax (blocks,) float32, with the error of double quantisation if that was used."""
         return self.absmax.decode() + self.offset if self.double_quant else self.absmax
 
     def decode(self, dtype: Any = np.float32) -> Array:
-        """level x absmax, in float32 and then rounded to `dtype`; an array of its own, of `shape`."""
+        """level x absmax, in float32 and then rounded to `dtype`: a new array of `shape`."""
         backend = backend_of(self.codes)
-        values = backend.xp.take(_tables(self.kind, backend).values, self.codes, axis=0).reshape(
-            -1
-        )[: self.size]
-        absmax, count = self.decode_absmax(), self.size // self.block_size
-        whole = count * self.block_size
-        blocks, rest = values[:whole].reshape(count, self.block_size), values[whole:]  # views
+        levels = _tables(self.kind, backend).values
+        values = backend.xp.take(levels, self.codes, axis=0).reshape(-1)[: self.size]
+        absmax = self.decode_absmax()
+        count = self.size // self.block_size
+        end = count * self.block_size
+        blocks = values[:end].reshape(count, self.block_size)  # a view
         blocks *= absmax[:count, None]
-        rest *= absmax[count:]
+        short_block = values[end:]  # a view
+        short_block *= absmax[count:]
         return values.reshape(self.shape).astype(dtype, copy=False)
+
+
+# ---- encoding -----------------------------------------------------------------------------------
 
 
 def encode(
     values: Array, kind: str = "nf4", block_size: int = 64, double_quant: bool = False
 ) -> Quantized:
-    """Each block's absmax, and each value's nearest level in units of it.    values of any shape and float dtype
+    """Each block's absmax, and for each value / absmax the code of the nearest level.
 
-    All is done in float32, as bitsandbytes does: v = w * (1 / absmax), and a v halfway between two levels takes the
-    lower. A block without a normal number (absmax < 2^-126) becomes zeros. With `double_quant` (QLoRA, section 3) the
-    absmax, less their mean, are encoded themselves: 8 bits each and a scale for 256 of them.
-    ConfigError for a kind or block size that there is not, NonFiniteError for a NaN or what float32 cannot hold.
+    values   of any shape and float dtype
+
+    All is done in float32, as bitsandbytes does: v = w * (1 / absmax), and a v halfway between two
+    levels takes the lower. A block without a normal number (absmax < 2^-126) becomes zeros. With
+    `double_quant` (QLoRA, section 3) the absmax, less their mean, are encoded themselves: 8 bits
+    each, and one scale for 256 of them. ConfigError for an invalid kind or block size,
+    NonFiniteError for a NaN or what float32 cannot hold.
     """
-    _check_options(kind, block_size, double_quant)
+    check_fields({"kind": kind, "block_size": block_size, "double_quant": double_quant}, OPTIONS)
     if not values.size:
         raise ConfigError(f"nothing to quantise: an array of shape {tuple(values.shape)}")
     backend = backend_of(values)
-    with np.errstate(over="ignore"):  # beyond float32 is inf, and is found here
+    with np.errstate(over="ignore"):  # a value beyond float32 becomes inf, which is refused below
         flat = values.reshape(-1).astype(np.float32)
     if not bool(backend.xp.isfinite(flat).all()):
         raise NonFiniteError("a weight is NaN, infinite or beyond float32: it has no code")
-    held = _encode(flat, kind, block_size)
+    quantized = _encode(flat, kind, block_size)
     if double_quant:
-        offset = float(np.float32(backend.to_numpy(held.absmax.mean(dtype=np.float64))))
-        held = replace(
-            held, absmax=_encode(held.absmax - offset, "dynamic", ABSMAX_BLOCK), offset=offset
-        )
-    return replace(held, shape=tuple(values.shape))
+        absmax = quantized.absmax
+        offset = float(np.float32(backend.to_numpy(absmax.mean(dtype=np.float64))))
+        coded = _encode(absmax - offset, "dynamic", ABSMAX_BLOCK)
+        quantized = replace(quantized, absmax=coded, offset=offset)
+    return replace(quantized, shape=tuple(values.shape))
 
 
 def _encode(flat: Array, kind: str, block_size: int) -> Quantized:
-    xp, tables, size = backend_of(flat).xp, _tables(kind, backend_of(flat)), len(flat)
-    count, per_byte = -(-size // block_size), tables.values.shape[1]
-    blocks = xp.zeros((count * block_size,), np.float32)
-    blocks[:size] = flat
-    blocks = blocks.reshape(count, block_size)
+    backend = backend_of(flat)
+    xp = backend.xp
+    tables = _tables(kind, backend)
+    size = len(flat)
+    count = -(-size // block_size)
+    padded = xp.zeros((count * block_size,), np.float32)
+    padded[:size] = flat
+    blocks = padded.reshape(count, block_size)
     absmax = xp.abs(blocks).max(axis=1)
     absmax = xp.where(absmax < _SMALLEST, 0, absmax)
     inverse = xp.where(absmax == 0, 0, 1 / xp.maximum(absmax, _SMALLEST))
-    nearest = xp.searchsorted(
-        tables.thresholds, (blocks * inverse[:, None]).reshape(-1), side="left"
-    )
-    codes = xp.take(tables.order, nearest)
+    scaled = (blocks * inverse[:, None]).reshape(-1)
+    codes = xp.take(tables.order, xp.searchsorted(tables.thresholds, scaled, side="left"))
+    per_byte = tables.values.shape[1]
     if per_byte == 2:
         codes = (codes[0::2] << 4) | codes[1::2]
-    return Quantized(kind, (size,), block_size, codes[: -(-size // per_byte)].copy(), absmax)
-
-
-def _check_options(kind: Any, block_size: Any, double_quant: Any) -> None:
-    if kind not in KINDS:
-        raise ConfigError(f"cannot quantise to {kind!r:.99}: the kinds are {', '.join(KINDS)}")
-    if type(block_size) is not int or block_size not in BLOCK_SIZES:
-        raise ConfigError(
-            f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size!r:.99}"
-        )
-    if type(double_quant) is not bool:
-        raise ConfigError(f"double_quant must be True or False, got {double_quant!r:.99}")
+    codes = codes[: -(-size // per_byte)].copy()
+    return Quantized(kind, (size,), block_size, codes, absmax)

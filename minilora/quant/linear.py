@@ -1,7 +1,7 @@
-"""QuantizedLinear: a frozen layer over codes, and models whose linear layers are quantized.
+"""Frozen linear layers over codes, and models whose linear layers are quantised.
 
-QuantizedLinear, quantized_linear               a layer
-quantize, dequantize, quantization_report       a model
+Contents: QuantizedWeight, QuantizedLinear and its operation quantized_linear, a layer -
+quantize, dequantize, quantization_report, a model. The codes themselves are in codes.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from ..functional import Grads, rows
 from ..nn import Linear, LinearBase, Module, Parameter, frozen_linear, replace_module
 from .codes import Quantized, encode
 
-# ---- the layer ------------------------------------------------------------------------------------------------------
+# ---- a layer ------------------------------------------------------------------------------------
 
 
 class QuantizedWeight(Parameter):
-    """A frozen parameter held as codes. Whoever reads it gets the dense weight, decoded anew; nobody can write it.
+    """A frozen parameter stored as codes. Reading it decodes the weight; it cannot be written.
 
-    So it counts once a weight, is saved as what it computes with, and moves to a device as any parameter does.
+    It counts once per weight, is saved as what it computes with, and moves to a device as any
+    parameter does.
     """
 
     __slots__ = ("_dtype", "quantized")
@@ -34,7 +35,8 @@ class QuantizedWeight(Parameter):
     def __init__(self, quantized: Any, dtype: Any = np.float32):
         self.quantized: Quantized = quantized
         self._dtype = np.dtype(dtype)
-        self.backend, self.version = backend_of(quantized.codes), [0]
+        self.backend = backend_of(quantized.codes)
+        self.version = [0]
         self.grad = self.node = None
 
     def __deepcopy__(self, memo: Any) -> QuantizedWeight:
@@ -51,7 +53,7 @@ class QuantizedWeight(Parameter):
     @data.setter
     def data(self, value: Array) -> None:
         raise ConfigError(
-            f"a weight held as {self.quantized.kind} cannot be assigned to: quantise another"
+            f"a weight stored as {self.quantized.kind} cannot be assigned to: quantise another"
         )
 
     @property
@@ -62,47 +64,58 @@ class QuantizedWeight(Parameter):
     def requires_grad(self, wanted: bool) -> None:
         if wanted:
             raise ConfigError(
-                f"a weight held as {self.quantized.kind} cannot be trained: put an adapter over it"
+                f"a weight stored as {self.quantized.kind} cannot be trained: add an adapter to it"
             )
 
-    # fmt: off
     @property
-    def shape(self) -> tuple[int, ...]: return self.quantized.shape
+    def shape(self) -> tuple[int, ...]:
+        return self.quantized.shape
+
     @property
-    def dtype(self) -> Any: return self._dtype
+    def dtype(self) -> Any:
+        return self._dtype
+
     @property
-    def ndim(self) -> int: return len(self.shape)
+    def ndim(self) -> int:
+        return len(self.shape)
+
     @property
-    def size(self) -> int: return self.quantized.size
-    def __len__(self) -> int: return self.shape[0]
-    # fmt: on
+    def size(self) -> int:
+        return self.quantized.size
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
     def move(self, backend: Backend, dtype: Any) -> None:
-        self.quantized, self._dtype, self.backend = (
-            self.quantized.to(backend),
-            np.dtype(dtype),
-            backend,
-        )
+        self.quantized = self.quantized.to(backend)
+        self._dtype = np.dtype(dtype)
+        self.backend = backend
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + b    x (..., I), W (O, I) as codes, b (O,) -> (..., O)    QLoRA, eq. (5) without the adapter
+    """y = x W^T + b    x (..., I), W (O, I) as codes, b (O,) -> (..., O)
 
-    The graph keeps the codes. W is decoded for the product and again for dx, and dropped after each.
+    QLoRA, eq. (5) without the adapter. The graph keeps the codes: W is decoded for the product and
+    again for dx, and dropped after each.
     """
     inputs = (x,) if bias is None else (x, bias)
     namespace(*inputs, weight)
-    X, shape, held, dtype = rows(x.data), x.shape, weight.quantized, weight.dtype
-    y = X @ held.decode(dtype).T  # (N, I) @ (I, O) -> (N, O)
+    X = rows(x.data)
+    shape = x.shape
+    codes = weight.quantized
+    dtype = weight.dtype
+    y = X @ codes.decode(dtype).T  # (N, I) @ (I, O) -> (N, O)
     if bias is not None:
         y += bias.data
-    need_dx, need_db, count = x.requires_grad, bias is not None and bias.requires_grad, len(inputs)
+    need_dx = x.requires_grad
+    need_db = bias is not None and bias.requires_grad
+    count = len(inputs)
 
     def vjp(dy: Array) -> Grads:
         dY = rows(dy)  # (N, O)
-        dx = (
-            (dY @ held.decode(dtype)).reshape(shape) if need_dx else None
-        )  # (N, O) @ (O, I) -> (N, I)
+        dx = None
+        if need_dx:
+            dx = (dY @ codes.decode(dtype)).reshape(shape)  # (N, O) @ (O, I) -> (N, I)
         db = dY.sum(axis=0) if need_db else None
         return (dx, db)[:count]
 
@@ -110,10 +123,12 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
 
 
 class QuantizedLinear(LinearBase):
-    """y = x W^T + b    weight (O, I) frozen and held as codes, bias (O,) in floats or None
+    """y = x W^T + b    weight (O, I) frozen and stored as codes, bias (O,) in floats or None
 
-    error   |W - decoded W| / |W| in Frobenius norms, against the weight it was made from; None if that is not known
-    lost    of a merge that quantised again: |dW - what is left of it| / |dW|; 0 is nothing, 1 as if dW had been zero
+    error   |W - decoded W| / |W| in Frobenius norms, against the weight that was encoded; None if
+            that is not known
+    lost    in a merge that quantised again: |dW - what is left of it| / |dW|; 0 is nothing, 1 is
+            all of dW
     """
 
     weight: QuantizedWeight
@@ -132,26 +147,23 @@ class QuantizedLinear(LinearBase):
     def from_linear(
         cls, layer: Any, kind: str = "nf4", block_size: int = 64, double_quant: bool = True
     ) -> QuantizedLinear:
-        """A quantised copy of `layer`, which has a `weight`; the bias is shared. Errors as of `encode`."""
-        return cls._encoded(layer.weight.data, layer, kind, block_size, double_quant)
+        """A quantised copy of `layer`, which has a `weight`; the bias is shared.
 
-    @classmethod
-    def _encoded(
-        cls, W: Array, like: Any, kind: str, block_size: int, double_quant: bool
-    ) -> QuantizedLinear:
-        made = cls(encode(W, kind, block_size, double_quant), like.bias, W.dtype)
-        made.training = like.training
+        Errors as of `encode`.
+        """
+        W = layer.weight.data
+        made = cls(encode(W, kind, block_size, double_quant), layer.bias, W.dtype)
+        made.training = layer.training
         with np.errstate(over="ignore", invalid="ignore"):
-            made.error = _ratio(made.dense_weight(), W, W)
-        if not math.isfinite(
-            made.error
-        ):  # a rounded absmax can leave the dtype's range at its very end
+            made.error = _relative_distance(made.dense_weight(), W, W)
+        # A rounded absmax can leave the dtype's range at its very end.
+        if not math.isfinite(made.error):
             raise NonFiniteError(f"the decoded weight is beyond {W.dtype}: use double_quant=False")
         return made
 
     @property
     def nbytes(self) -> int:
-        """What the weight holds, in bytes; the bias is not in it."""
+        """The bytes of the weight, without the bias."""
         return self.weight.quantized.nbytes
 
     @property
@@ -162,31 +174,34 @@ class QuantizedLinear(LinearBase):
         return self.weight.data
 
     def rebuilt(self, weight: Array) -> QuantizedLinear:
-        """The same kind of layer over another weight (O, I); `lost` says how much of the difference did not survive."""
-        held, before = self.weight.quantized, self.dense_weight()
-        made = self._encoded(weight, self, held.kind, held.block_size, held.double_quant)
-        made.lost = _ratio(made.dense_weight(), weight, weight.astype(np.float64) - before)
+        """The same kind of layer over another weight (O, I); see `lost`."""
+        coded = self.weight.quantized
+        dense = frozen_linear(weight, self)
+        made = self.from_linear(dense, coded.kind, coded.block_size, coded.double_quant)
+        dW = weight.astype(np.float64) - self.dense_weight()
+        made.lost = _relative_distance(made.dense_weight(), weight, dW)
         return made
 
     def __call__(self, x: Tensor) -> Tensor:
         return quantized_linear(x, self.weight, self.bias)
 
 
-def _ratio(a: Array, b: Array, scale: Array) -> float:
-    """|a - b| / |scale| in Frobenius norms, formed in float64; 0 where there is nothing to compare with."""
+def _relative_distance(a: Array, b: Array, scale: Array) -> float:
+    """|a - b| / |scale| in Frobenius norms, computed in float64; 0 if the scale is 0."""
     backend = backend_of(a)
 
     def norm(z: Array) -> float:
-        top = float(backend.to_numpy(backend.xp.abs(z).max()))
-        return top and top * math.sqrt(
-            float(backend.to_numpy(((z / top) ** 2).sum()))
-        )  # no square overflows
+        largest = float(backend.to_numpy(backend.xp.abs(z).max()))
+        if not largest:
+            return largest
+        squares = ((z / largest) ** 2).sum()  # which cannot overflow
+        return largest * math.sqrt(float(backend.to_numpy(squares)))
 
     size = norm(scale.astype(np.float64))
     return norm(a.astype(np.float64) - b) / size if size else 0.0
 
 
-# ---- a model --------------------------------------------------------------------------------------------------------
+# ---- a model ------------------------------------------------------------------------------------
 
 
 def quantize(
@@ -196,21 +211,22 @@ def quantize(
     double_quant: bool = True,
     skip: str | Iterable[str] = ("lm_head",),
 ) -> Any:
-    """Hold every linear layer of `model` as codes, in place, but for those named in `skip`; returns the model.
+    """Store the weights of `model`'s linear layers as codes, in place; returns the model.
 
-    skip   names or endings of paths, as in target_modules: the head is left out, as bitsandbytes leaves it
+    skip   the layers to leave out, by path or its ending, as in target_modules. By default the
+           head, as in bitsandbytes
 
-    Adapters come afterwards, by `get_peft_model`. ConfigError, before anything changes, for an option that there is
-    not, a name in `skip` that matches nothing, adapters or quantised layers that are there already, and a weight that
-    is shared; NonFiniteError names the layer.
+    Adapters come afterwards, by `get_peft_model`. ConfigError, before anything changes, for an
+    invalid option, a name in `skip` that matches nothing, a model that has adapters or quantised
+    layers, and a weight that is shared; NonFiniteError names the layer.
     """
     if not isinstance(model, Module):
         raise ConfigError(f"expected a model to quantise, got {model!r:.99}")
     names = (skip,) if isinstance(skip, str) else tuple(skip)
     modules = dict(model.named_modules())
-    unused = [n for n in names if not any(_named(path, n) for path in modules)]
-    if unused:
-        raise ConfigError(f"skip: {unused[0]!r:.99} matches nothing in this model")
+    for name in names:
+        if not any(_is_named(path, name) for path in modules):
+            raise ConfigError(f"skip: {name!r:.99} matches nothing in this model")
     for path, module in modules.items():
         if isinstance(module, QuantizedLinear):
             raise ConfigError(
@@ -218,56 +234,61 @@ def quantize(
             )
         if path.endswith(".base_layer"):
             raise ConfigError(
-                f"{path.removesuffix('.base_layer')} has adapters, made for W as it is: quantise first"
+                f"{path.removesuffix('.base_layer')} has adapters, made for its weight as it is: "
+                "quantise first, then add adapters"
             )
-    found = {
-        p: m
-        for p, m in modules.items()
-        if isinstance(m, Linear) and not any(_named(p, n) for n in names)
-    }
-    if not found:
-        raise ConfigError("there is no linear layer to quantise")
-    if "" in found:
+    layers = {}
+    for path, module in modules.items():
+        if isinstance(module, Linear) and not any(_is_named(path, name) for name in names):
+            layers[path] = module
+    if not layers:
+        raise ConfigError("the model has no linear layer to quantise")
+    if "" in layers:
         raise ConfigError("the model is one linear layer: use QuantizedLinear.from_linear")
-    for path, layer in found.items():
+    for path, layer in layers.items():
         for other, module in modules.items():
             if other != path and any(value is layer.weight for value in vars(module).values()):
                 raise ConfigError(
                     f"{path} shares its weight with {other}: name it in skip, or untie them"
                 )
-    made = {}
-    for path, layer in found.items():
+    coded_layers = {}
+    for path, layer in layers.items():
         try:
-            made[path] = QuantizedLinear.from_linear(layer, kind, block_size, double_quant)
+            coded_layers[path] = QuantizedLinear.from_linear(layer, kind, block_size, double_quant)
         except NonFiniteError as error:
             raise NonFiniteError(f"{path}: {error}") from None
-    for path, quantized in made.items():
-        replace_module(model, path, quantized)
+    for path, coded_layer in coded_layers.items():
+        replace_module(model, path, coded_layer)
     return model
 
 
 def dequantize(model: Module) -> Any:
-    """Put a dense layer over the decoded weight in place of every quantised one; returns the model.
+    """Replace every quantised layer by a dense one over its decoded weight; returns the model.
 
-    It computes what it did before, bit for bit, and all its weights train. ConfigError, before anything changes, where
-    there is none, or adapters stand over one.
+    It computes what it did before, bit for bit, and all its weights train. ConfigError, before
+    anything changes, if no layer is quantised, or one has adapters.
     """
-    found = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    if not found:
-        raise ConfigError("there is no quantised layer")
-    adapted = [path for path in found if path.endswith(".base_layer")]
-    if adapted:
-        raise ConfigError(
-            f"{adapted[0].removesuffix('.base_layer')} has adapters: merge_and_unload or unload first"
-        )
-    for path, layer in found.items():
+    layers = quantized_layers(model)
+    if not layers:
+        raise ConfigError("the model has no quantised layer")
+    for path in layers:
+        if path.endswith(".base_layer"):
+            raise ConfigError(
+                f"{path.removesuffix('.base_layer')} has adapters: merge_and_unload or unload first"
+            )
+    for path, layer in layers.items():
         dense = frozen_linear(layer.dense_weight(), layer)
         dense.weight.requires_grad = True
         replace_module(model, path, dense)
     return model
 
 
-def _named(path: str, name: str) -> bool:
+def quantized_layers(model: Module) -> dict[str, QuantizedLinear]:
+    """The quantised layers of a model by path."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+def _is_named(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
@@ -284,17 +305,10 @@ class LayerReport(NamedTuple):
 
 
 def quantization_report(model: Module) -> list[LayerReport]:
-    """What each quantised layer of a model holds, and what it lost."""
-    return [
-        LayerReport(
-            path,
-            m.weight.quantized.kind,
-            m.weight.size,
-            m.nbytes,
-            m.bits_per_parameter,
-            m.error,
-            m.lost,
-        )
-        for path, m in model.named_modules()
-        if isinstance(m, QuantizedLinear)
-    ]
+    """The size of each quantised layer of a model, and what encoding lost of its weight."""
+    reports = []
+    for path, m in quantized_layers(model).items():
+        kind = m.weight.quantized.kind
+        bits = m.bits_per_parameter
+        reports.append(LayerReport(path, kind, m.weight.size, m.nbytes, bits, m.error, m.lost))
+    return reports

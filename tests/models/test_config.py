@@ -1,4 +1,4 @@
-"""config.json's dialects: one configuration in the words of every type of model, and what a type has not."""
+"""config.json's dialects: one configuration in the words of every type of model."""
 
 from __future__ import annotations
 
@@ -17,167 +17,173 @@ from minilora.models.config import DIALECTS, GPT2_ACTIVATIONS, MODEL_TYPES, Tran
 from minilora.models.gpt2 import ACTIVATIONS
 
 NOT_A_SIZE = [0, -1, True, 1.0, 2**31, math.nan, "4", [4]]
-Q = ("qwen2", "qwen3")
-# (types, a field of config.json, values that it must not have, what the message says)
-BAD: list[tuple[tuple[str, ...], str, list[Any], str]] = [
-    (("mistral", *Q), "sliding_window", NOT_A_SIZE, "sliding_window must be a positive integer, or null"),
-    (Q, "max_window_layers", [-1, True, 1.0, None, "0", 2**31], "max_window_layers must be an integer of at least 0"),
-    (Q, "layer_types", [[], ["full_attention"], "full_attention", ["full_attention", "chunked_attention"],
-                        ["full_attention"] * 3, [["full_attention"]] * 2, {"full_attention": 1}, 2],
-     "layer_types must be 2 of full_attention, sliding_attention, or null"),
-    (("gpt2",), "n_inner", [0, -1, True, "4"], "intermediate_size (n_inner) must be a positive integer"),
-    (("gpt2",), "n_embd", [0, 7, None], "hidden_size (n_embd) must be"),
-    (("gpt2",), "layer_norm_epsilon", [0, math.nan, "1"], "rms_norm_eps (layer_norm_epsilon) must be a pos"),
-    (("gpt2",), "activation_function", ["gelu_fast", "tanh", None, ["relu"]],
-     "hidden_act (activation_function) must be one of gelu_new, gelu_pytorch_tanh, gelu, silu, swish, relu"),
-    (("gpt2",), "scale_attn_weights", [False, None, 1], "scale_attn_weights must be true"),
-    (("gpt2",), "scale_attn_by_inverse_layer_idx", [True, None, 0], "scale_attn_by_inverse_layer_idx must be false"),
-    (("gpt2",), "add_cross_attention", [True], "add_cross_attention must be false"),
-    (("llama", "mistral", *Q), "hidden_act", ["gelu", "relu", None], "hidden_act must be one of silu, swish"),
-    (("llama", "mistral", *Q), "head_dim", [3, 0, -2, 2.0, True], "head_dim must be even and positive"),
-    (("llama", "mistral", *Q), "rope_parameters",
-     [{"partial_rotary_factor": 0.5}, {"partial_rotary_factor": "1"}], "partial_rotary_factor must be 1"),
-    (("llama", "mistral", *Q), "rope_parameters", [{"rope_type": kind} for kind in ("yarn", "dynamic", "longrope")],
-     "rope_type must be one of default, linear, llama3"),
-    (("llama", "mistral", *Q), "rope_parameters", [{"full_attention": {"rope_theta": 1e6}, "sliding_attention": {}}],
-     "rope_parameters must be those of all layers"),
-    (MODEL_TYPES, "model_type", ["gemma", "gpt_neox", "", None, ["llama"], {}, 1],
-     "model_type must be one of llama, mistral, qwen2, qwen3, gpt2, got"),
-]  # fmt: skip
-CASES = [
-    (kind, name, value, says)
-    for kinds, name, values, says in BAD
-    for kind in kinds
-    for value in values
-]
+QWEN = ("qwen2", "qwen3")
+WINDOWED = ("mistral", *QWEN)
+ROTARY = ("llama", *WINDOWED)
+GPT2 = ("gpt2",)
+CASES: list[tuple[str, str, Any, str]] = []  # (type, field of config.json, value, message)
 
 
-@pytest.mark.parametrize(("kind", "name", "value", "says"), CASES, ids=lambda v: str(v)[:30])
-def test_a_value_that_means_nothing_is_refused_by_name(
-    kind: str, name: str, value: Any, says: str
+def bad(kinds: tuple[str, ...], field: str, message: str, values: list[Any]) -> None:
+    """These types of model refuse these values of a field of config.json."""
+    for kind in kinds:
+        for value in values:
+            CASES.append((kind, field, value, message))
+
+
+FULL = "full_attention"
+size = "must be a positive integer"
+bad(WINDOWED, "sliding_window", f"sliding_window {size}, or null", NOT_A_SIZE)
+count = "max_window_layers must be an integer of at least 0"
+bad(QWEN, "max_window_layers", count, [-1, True, False, 1.0, 0.0, None, "0", 2**31])
+types = "layer_types must be 2 of full_attention, sliding_attention, or null"
+bad(QWEN, "layer_types", types, [[], [FULL], FULL, [FULL, "chunked_attention"], [FULL] * 3])
+bad(QWEN, "layer_types", types, [[[FULL]] * 2, {FULL: 1}, 2])
+bad(GPT2, "n_inner", f"intermediate_size (n_inner) {size}", [0, -1, True, "4"])
+bad(GPT2, "n_embd", "hidden_size (n_embd) must be", [0, 7, None])
+eps = "rms_norm_eps (layer_norm_epsilon) must be a pos"
+bad(GPT2, "layer_norm_epsilon", eps, [0, math.nan, "1"])
+activation = "hidden_act (activation_function) must be one of gelu_new, gelu_pytorch_tanh, gelu, "
+activation += "silu, swish, relu"
+bad(GPT2, "activation_function", activation, ["gelu_fast", "tanh", None, ["relu"]])
+bad(GPT2, "scale_attn_weights", "scale_attn_weights must be true", [False, None, 1])
+by_layer = "scale_attn_by_inverse_layer_idx"
+bad(GPT2, by_layer, f"{by_layer} must be false", [True, None, 0])
+bad(GPT2, "add_cross_attention", "add_cross_attention must be false", [True])
+bad(ROTARY, "hidden_act", "hidden_act must be one of silu, swish", ["gelu", "relu", None])
+bad(ROTARY, "head_dim", "head_dim must be even and positive", [3, 0, -2, 2.0, True, 2**16])
+ROPE = "rope_parameters"
+partial = f"{ROPE}.partial_rotary_factor must be 1"
+bad(ROTARY, ROPE, partial, [{"partial_rotary_factor": 0.5}, {"partial_rotary_factor": "1"}])
+rope_type = f"{ROPE}.rope_type must be one of default, linear, llama3"
+bad(ROTARY, ROPE, rope_type, [{"rope_type": kind} for kind in ("yarn", "dynamic", "longrope")])
+by_type = {FULL: {"rope_theta": 1e6}, "sliding_attention": {}}
+bad(ROTARY, ROPE, "rope_parameters must be those of all layers", [by_type])
+listed = "model_type must be one of llama, mistral, qwen2, qwen3, gpt2, got"
+bad(MODEL_TYPES, "model_type", listed, ["gemma", "gpt_neox", "", None, ["llama"], {}, 1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "message"), CASES, ids=lambda value: str(value)[:30]
+)
+def test_from_dict_refuses_a_bad_value_by_name(
+    kind: str, field: str, value: Any, message: str
 ) -> None:
     written = shape(kind).to_dict()
     TransformerConfig.from_dict(written)
     with pytest.raises(ConfigError) as error:
-        TransformerConfig.from_dict({**written, name: value})
-    assert f"config: {says}" in str(error.value) or f"config: rope_parameters.{says}" in str(
-        error.value
-    )
+        TransformerConfig.from_dict({**written, field: value})
+    assert f"config: {message}" in str(error.value)
     assert len(str(error.value)) <= 500
 
 
-# What a type of model has not, its file could not say; the value that each has instead.
-LACKING = {
-    "llama": {"sliding_window": 4, "max_window_layers": 1, "layer_types": ["full_attention"] * 2},
-    "mistral": {"attention_bias": True, "mlp_bias": True, "max_window_layers": 1},
-    "qwen2": {"attention_bias": True, "mlp_bias": True},
-    "qwen3": {"mlp_bias": True},
-    "gpt2": {
-        "attention_bias": True,
-        "rope_parameters": {"rope_theta": 1e4},
-        "num_key_value_heads": 1,
-        "head_dim": 2,
-        "sliding_window": 4,
-    },
-}
+# Values of fields that a type of model does not have, and that its file could not express.
+ABSENT: list[tuple[str, str, Any]] = []
 
 
-@pytest.mark.parametrize(("kind", "name"), [(k, n) for k, names in LACKING.items() for n in names])
-def test_a_field_that_a_type_has_not_keeps_its_default(kind: str, name: str) -> None:
+def absent(kind: str, **fields: Any) -> None:
+    for name, value in fields.items():
+        ABSENT.append((kind, name, value))
+
+
+absent("llama", sliding_window=4, max_window_layers=1, layer_types=["full_attention"] * 2)
+absent("mistral", attention_bias=True, mlp_bias=True, max_window_layers=1)
+absent("qwen2", attention_bias=True, mlp_bias=True)
+absent("qwen3", mlp_bias=True)
+absent("gpt2", attention_bias=True, rope_parameters={"rope_theta": 1e4})
+absent("gpt2", num_key_value_heads=1, head_dim=2, sliding_window=4)
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), ABSENT)
+def test_transformer_config_refuses_a_field_that_the_type_does_not_have(
+    kind: str, name: str, value: Any
+) -> None:
     with pytest.raises(ConfigError, match=f"config: {name} must be "):
-        dataclasses.replace(shape(kind), **{name: LACKING[kind][name]})
+        dataclasses.replace(shape(kind), **{name: value})
 
 
-def test_a_file_may_hold_fields_of_another_type_which_mean_nothing() -> None:
-    for kind, name, value in (("mistral", "attention_bias", True), ("llama", "sliding_window", 2)):
-        written = shape(kind).to_dict() | {name: value}
-        config = TransformerConfig.from_dict(written)
-        assert getattr(config, name) == getattr(
-            shape(kind), name
-        )  # as in transformers, whose classes ignore them
-        assert config.to_dict() == written
+@pytest.mark.parametrize(
+    ("kind", "name", "value"), [("mistral", "attention_bias", True), ("llama", "sliding_window", 2)]
+)
+def test_from_dict_keeps_fields_of_another_type_which_mean_nothing(
+    kind: str, name: str, value: Any
+) -> None:
+    """As in transformers, whose classes ignore them."""
+    written = shape(kind).to_dict() | {name: value}
+    config = TransformerConfig.from_dict(written)
+    assert getattr(config, name) == getattr(shape(kind), name)
+    assert config.to_dict() == written
 
 
-def test_gpt2_s_names() -> None:
+def test_to_dict_of_gpt2_uses_its_names() -> None:
     config = shape("gpt2", intermediate_size=32, rms_norm_eps=1e-4)
     written = config.to_dict()
-    assert written["n_inner"] is None  # four times the width, as its files say it
-    expected = {
-        "n_embd": 8,
-        "n_layer": 2,
-        "n_head": 2,
-        "n_positions": 32,
-        "activation_function": "gelu_new",
-    }
-    assert written.items() >= {**expected, "layer_norm_epsilon": 1e-4, "model_type": "gpt2"}.items()
-    assert not {
-        "hidden_size",
-        "rope_parameters",
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-    } & set(written)
+    assert written["n_inner"] is None  # four times the width, as its files express it
+    expected = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    expected |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-4}
+    assert written.items() >= {**expected, "model_type": "gpt2"}.items()
+    for name in ("hidden_size", ROPE, "num_key_value_heads", "head_dim", "rms_norm_eps"):
+        assert name not in written
     assert dataclasses.replace(TransformerConfig.from_dict(written), extra={}) == config
     assert TransformerConfig.from_dict(written | {"n_inner": 5}).to_dict()["n_inner"] == 5
-    for name in ("n_embd", "n_layer", "n_head", "vocab_size"):
-        with pytest.raises(ConfigError, match=f"missing {name}"):
-            TransformerConfig.from_dict({k: v for k, v in written.items() if k != name})
+
+
+@pytest.mark.parametrize("name", ["n_embd", "n_layer", "n_head", "vocab_size"])
+def test_from_dict_of_gpt2_names_a_missing_field(name: str) -> None:
+    written = shape("gpt2").to_dict()
+    del written[name]
+    with pytest.raises(ConfigError, match=f"missing {name}"):
+        TransformerConfig.from_dict(written)
+
+
+def test_gpt2_activations_are_those_that_its_decoder_has() -> None:
     assert set(GPT2_ACTIVATIONS) == set(ACTIVATIONS)
 
 
-@pytest.mark.parametrize("kind", Q)
-def test_which_layers_of_qwen_have_a_window(kind: str) -> None:
+@pytest.mark.parametrize("kind", QWEN)
+def test_window_of_qwen_depends_on_the_layer(kind: str) -> None:
     base = shape(kind, sliding_window=None, layer_types=None, num_hidden_layers=4).to_dict()
 
     def windows(**fields: Any) -> list[int | None]:
         config = TransformerConfig.from_dict({**base, "sliding_window": 5, **fields})
         again = TransformerConfig.from_dict(json.loads(json.dumps(config.to_dict())))
-        found = [config.window(i) for i in range(4)]
-        assert found == [again.window(i) for i in range(4)]
+        found = [config.window(layer) for layer in range(4)]
+        assert found == [again.window(layer) for layer in range(4)]
         return found
 
-    assert (
-        windows()
-        == windows(use_sliding_window=False)
-        == windows(use_sliding_window=False, max_window_layers=2)
-    )
     assert windows() == [None] * 4
+    assert windows(use_sliding_window=False) == [None] * 4
+    assert windows(use_sliding_window=False, max_window_layers=2) == [None] * 4
     assert windows(use_sliding_window=True, max_window_layers=2) == [None, None, 5, 5]
-    types = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
-    assert windows(use_sliding_window=True, max_window_layers=2, layer_types=types) == [
-        5,
-        None,
-        None,
-        5,
-    ]
+    types = ["sliding_attention", FULL, FULL, "sliding_attention"]
+    found = windows(use_sliding_window=True, max_window_layers=2, layer_types=types)
+    assert found == [5, None, None, 5]
     with pytest.raises(ConfigError, match="sliding_window must be given for sliding_attention"):
         windows(use_sliding_window=False, layer_types=types)
     del base["max_window_layers"]
-    assert windows(use_sliding_window=True) == [None] * 4  # 28, where it is left out
+    assert windows(use_sliding_window=True) == [None] * 4  # 28 if it is left out
 
 
-def test_every_layer_of_mistral_has_its_window_and_of_llama_none() -> None:
-    for kind, expected in (("mistral", 3), ("llama", None), ("gpt2", None)):
-        assert {shape(kind).window(i) for i in range(2)} == {expected}
+@pytest.mark.parametrize(("kind", "window"), [("mistral", 3), ("llama", None), ("gpt2", None)])
+def test_window_of_other_types_is_that_of_every_layer(kind: str, window: int | None) -> None:
+    config = shape(kind)
+    assert [config.window(layer) for layer in range(2)] == [window] * 2
 
 
 @given(configs(), st.sampled_from(["float32", "float64"]))
-def test_a_file_has_the_fields_of_its_type_and_no_others(
+def test_to_dict_has_the_fields_of_the_type_and_no_others(
     config: TransformerConfig, dtype: str
 ) -> None:
-    dialect, written = DIALECTS[config.model_type], config.to_dict(dtype)
-    expected = {dialect.names.get(name, name) for name in dialect.fields} | {
-        "architectures",
-        "model_type",
-        "dtype",
-    }
+    dialect = DIALECTS[config.model_type]
+    written = set(config.to_dict(dtype))
+    expected = {dialect.names.get(name, name) for name in dialect.fields}
+    expected |= {"architectures", "model_type", "dtype"}
     if "layer_types" in dialect.fields:
-        expected |= {"use_sliding_window"}
-        expected -= {"layer_types"} if config.layer_types is None else set()
-    if (
-        config.model_type == "qwen2"
-        and config.head_dim * config.num_attention_heads == config.hidden_size
-    ):
-        expected -= {"head_dim"}
-    assert set(written) - {"head_dim"} == expected - {"head_dim"}
+        expected.add("use_sliding_window")
+        if config.layer_types is None:
+            expected.remove("layer_types")
+    plain_heads = config.head_dim * config.num_attention_heads == config.hidden_size
+    if config.model_type == "qwen2" and plain_heads:
+        expected.remove("head_dim")
+    assert written - {"head_dim"} == expected - {"head_dim"}
     assert ("head_dim" in written) >= ("head_dim" in expected)

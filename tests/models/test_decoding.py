@@ -1,7 +1,8 @@
-"""One token at a time on arrays: the model's own logits to rounding, and where it must stand aside."""
+"""Decoding on arrays: the model's logits to rounding, and the models that it leaves alone."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from minilora import (
     no_grad,
     quantize,
 )
-from minilora.models import decoding as room
+from minilora.models import decoding as decoding_module
 from minilora.models.decoding import Decoding, Weights
 from minilora.models.transformer import KeyValueCache
 from minilora.threads import Workers
@@ -31,79 +32,86 @@ def laid_out(model: Any) -> Weights | None:
 
 
 def model_of(seed: int, adapter: str, **options: Any) -> Any:
-    config = TransformerConfig(
-        vocab_size=11, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=32, **options,
-    )  # fmt: skip
-    model: Any = CausalLM(config, seed=seed, dtype="float64")
+    """A model in float64 with random norms and biases, and an adapter or none."""
+    sizes = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 12}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
+    model: Any = CausalLM(TransformerConfig(**sizes, **options), seed=seed, dtype="float64")
     if adapter != "none":
-        saved = ["lm_head"] if adapter == "a saved head" else None
-        options = {
-            "target_modules": "all-linear",
-            "init_lora_weights": False,
-            "modules_to_save": saved,
-        }
-        model = get_peft_model(model, LoraConfig(r=2, **options), seed=seed)
+        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        if adapter == "a saved head":
+            config = dataclasses.replace(config, modules_to_save=["lm_head"])
+        model = get_peft_model(model, config, seed=seed)
     rng = np.random.default_rng(seed)
     for p in model.parameters():
-        p.data = rng.standard_normal(p.shape) * (
-            0.4 if p.ndim == 2 else 1.0
-        )  # norms and biases, too
+        p.data = rng.standard_normal(p.shape) * (0.4 if p.ndim == 2 else 1.0)
     return model.eval()
+
+
+def prefilled(model: Any, prompt: np.ndarray, limit: int) -> KeyValueCache:
+    """The keys and values of a prompt."""
+    cache = KeyValueCache(model, len(prompt), limit)
+    with no_grad():
+        model(prompt, cache)
+    return cache
 
 
 @given(
     seed=st.integers(0, 99),
     adapter=st.sampled_from(["none", "all-linear", "a saved head"]),
     kv=st.sampled_from([1, 2, 4]),
-    biases=st.tuples(st.booleans(), st.booleans()),
+    attention_bias=st.booleans(),
+    mlp_bias=st.booleans(),
     tied=st.booleans(),
-    parts=st.tuples(st.integers(1, 4), st.integers(1, 5)),
+    prompt=st.integers(1, 4),
+    steps=st.integers(1, 5),
 )
-def test_the_logits_are_the_model_s(seed, adapter, kv, biases, tied, parts) -> None:
-    options = {
-        "num_key_value_heads": kv,
-        "attention_bias": biases[0],
-        "mlp_bias": biases[1],
-        "tie_word_embeddings": tied,
-    }
+def test_decoding_gives_the_logits_of_the_model(
+    seed, adapter, kv, attention_bias, mlp_bias, tied, prompt, steps
+) -> None:
+    options = {"num_key_value_heads": kv, "tie_word_embeddings": tied}
+    options |= {"attention_bias": attention_bias, "mlp_bias": mlp_bias}
     model = model_of(seed, adapter, **options)
-    prompt, steps = parts
-    ids = np.random.default_rng(seed).integers(0, 11, (3, prompt + steps))
+    count = prompt + steps
+    ids = np.random.default_rng(seed).integers(0, 11, (3, count))
     with no_grad():
         expected = model(ids).data
-        cache = KeyValueCache(model, 3, prompt + steps)
-        model(ids[:, :prompt], cache)
+    cache = prefilled(model, ids[:, :prompt], count)
     weights = laid_out(model)
     assert weights is not None
     decoding = Decoding(weights, cache)
-    for t in range(prompt, prompt + steps):
-        got = decoding(ids[:, t])
+    # Each of some 20 operations on the way rounds sums of at most 16 terms: far below this.
+    bound = 1e-12 * np.abs(expected).max()
+    for t in range(prompt, count):
+        logits = decoding(ids[:, t])
         assert decoding.length == t + 1
-        # Each of some 20 operations on the way rounds sums of at most 16 terms: a bound of 1e-12 is far above.
-        assert np.abs(got - expected[:, t]).max() <= 1e-12 * np.abs(expected).max()
+        assert np.abs(logits - expected[:, t]).max() <= bound
 
 
 @given(configs(), st.integers(0, 99), st.integers(1, 6), st.integers(1, 8))
-def test_every_type_writes_on_as_a_whole_pass_would(
+def test_decoding_continues_every_type_as_a_whole_pass_would(
     config: Any, seed: int, prompt: int, steps: int
 ) -> None:
-    """With the laid out weights, or (GPT-2) with the model's own: windows, norms of heads and biases among them."""
+    """With windows, norms of heads and biases; GPT-2 computes each token itself."""
     model = randomised(config, seed=seed).eval()
-    ids = np.random.default_rng(seed).integers(0, config.vocab_size, (2, prompt + steps))
+    count = prompt + steps
+    ids = np.random.default_rng(seed).integers(0, config.vocab_size, (2, count))
+    cache = prefilled(model, ids[:, :prompt], count)
+    weights = laid_out(model)
+    assert (weights is None) == (config.model_type == "gpt2")
+    decoding = Decoding(weights, cache) if weights else None
     with no_grad():
-        expected, cache = model(ids).data, KeyValueCache(model, 2, prompt + steps)
-        model(ids[:, :prompt], cache)
-        weights = laid_out(model)
-        assert (weights is None) == (config.model_type == "gpt2")
-        decoding = Decoding(weights, cache) if weights else None
-        for t in range(prompt, prompt + steps):
-            got = decoding(ids[:, t]) if decoding else model(ids[:, t : t + 1], cache).data[:, -1]
-            assert np.abs(got - expected[:, t]).max() <= 1e-12 * max(1, np.abs(expected).max())
+        expected = model(ids).data
+        bound = 1e-12 * max(1, np.abs(expected).max())
+        for t in range(prompt, count):
+            if decoding:
+                logits = decoding(ids[:, t])
+            else:
+                logits = model(ids[:, t : t + 1], cache).data[:, -1]
+            assert np.abs(logits - expected[:, t]).max() <= bound
 
 
 @given(configs(), st.integers(0, 99), st.integers(1, 4), st.integers(1, 9))
-def test_greedy_text_is_that_of_whole_passes(
+def test_generate_is_greedy_by_whole_passes_for_every_type(
     config: Any, seed: int, prompt: int, count: int
 ) -> None:
     model = randomised(config, seed=seed).eval()
@@ -115,58 +123,58 @@ def test_greedy_text_is_that_of_whole_passes(
     np.testing.assert_array_equal(generate(model, ids, count, temperature=0), expected)
 
 
-def test_float32_stays_float32() -> None:
-    model = CausalLM(
-        TransformerConfig(vocab_size=11, hidden_size=16, intermediate_size=12, num_hidden_layers=1),
-        seed=0,
-    )
+def small(size: int) -> CausalLM:
+    sizes = {"hidden_size": size, "intermediate_size": size, "num_hidden_layers": 1}
+    return CausalLM(TransformerConfig(vocab_size=11, **sizes), seed=0)
+
+
+def test_decoding_of_float32_stays_float32() -> None:
+    model = small(16)
     weights = laid_out(model)
     assert weights is not None
-    assert Decoding(weights, KeyValueCache(model, 2, 4))(np.array([1, 2])).dtype == np.float32
+    decoding = Decoding(weights, KeyValueCache(model, 2, 4))
+    assert decoding(np.array([1, 2])).dtype == np.float32
 
 
-def test_it_stands_aside_where_a_layer_must_run_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = TransformerConfig(
-        vocab_size=11, hidden_size=64, intermediate_size=64, num_hidden_layers=1
-    )
-    dropped = get_peft_model(
-        CausalLM(config), LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear")
-    )
-    quantised = get_peft_model(
-        quantize(CausalLM(config)), LoraConfig(r=2, target_modules="all-linear")
-    ).eval()
-    saved = get_peft_model(
-        CausalLM(config), LoraConfig(r=2, modules_to_save=["input_layernorm"])
-    ).eval()
-    heads = get_peft_model(
-        CausalLM(shape("qwen3")), LoraConfig(r=2, modules_to_save=["k_norm"])
-    ).eval()
-    cases = {
-        "dropout": dropped.train(),
-        "quantised": quantised,
-        "a saved norm": saved,
-        "a head's norm": heads,
-    }
+def test_weights_of_is_none_where_a_layer_must_run_on_its_own() -> None:
+    def adapted(model: CausalLM, **options: Any) -> Any:
+        return get_peft_model(model, LoraConfig(r=2, **options)).eval()
+
+    every = {"target_modules": "all-linear"}
+    cases = {"quantised": adapted(quantize(small(64)), **every)}
+    cases["dropout"] = adapted(small(64), lora_dropout=0.5, **every).train()
+    cases["a saved norm"] = adapted(small(64), modules_to_save=["input_layernorm"])
+    cases["a head's norm"] = adapted(CausalLM(shape("qwen3")), modules_to_save=["k_norm"])
     for name, model in cases.items():
         assert laid_out(model) is None, name
         assert generate(model, [[1, 2]], 4).shape == (1, 6)
-    plain = CausalLM(config)
-    size = sum(p.data.nbytes for p in plain.parameters())
-    for largest, copied in ((size, True), (size - 1, False)):
-        monkeypatch.setattr(room, "LARGEST", largest)
-        assert (laid_out(plain) is not None) == copied
 
 
-def test_generation_takes_it_and_gives_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the context, too: there generation goes on from the newer half."""
-    model, found, calls = model_of(3, "all-linear"), [], []
+def test_weights_of_is_none_for_a_model_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small(64)
+    size = sum(p.data.nbytes for p in model.parameters())
+    monkeypatch.setattr(decoding_module, "LARGEST", size)
+    assert laid_out(model) is not None
+    monkeypatch.setattr(decoding_module, "LARGEST", size - 1)
+    assert laid_out(model) is None
+
+
+def test_generate_with_decoding_gives_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the context, too: generation then continues from the newer half."""
+    model = model_of(3, "all-linear")
     real = Decoding.__call__
-    monkeypatch.setattr(
-        Decoding, "__call__", lambda self, ids: (calls.append(len(ids)), real(self, ids))[1]
-    )
-    for largest in (1 << 31, 0):
-        monkeypatch.setattr(room, "LARGEST", largest)
-        found.append(generate(model, np.arange(6).reshape(2, 3), 50, temperature=0.0))
-    np.testing.assert_array_equal(*found)
-    # Two prompts, a half each. The prompt gives one of the 50 tokens, and so does each fresh start in a full context.
+    calls = []
+
+    def call(self: Decoding, ids: np.ndarray) -> np.ndarray:
+        calls.append(len(ids))
+        return real(self, ids)
+
+    monkeypatch.setattr(Decoding, "__call__", call)
+    prompt = np.arange(6).reshape(2, 3)
+    text = generate(model, prompt, 50, temperature=0.0)
+    # Each half of the prompts is one of the two. The prompt gives one of the 50 tokens, and so does
+    # each fresh start in a full context.
     assert calls == [1] * 2 * 47
+    monkeypatch.setattr(decoding_module, "LARGEST", 0)
+    np.testing.assert_array_equal(generate(model, prompt, 50, temperature=0.0), text)
+    assert len(calls) == 2 * 47

@@ -1,6 +1,6 @@
-"""Weights in sixteen bits: they compute what their floats compute, bit for bit, and come back as they were stored.
+"""Half precision: weights compute what their floats compute, bit for bit, and are saved as stored.
 
-Adapters of every method over them are in test_methods.py's table, too, beside those over other bases.
+Adapters of every method over such weights are in test_method_table.py, with other bases.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,10 @@ from minilora.training.parallel import ShardedStep, language_modelling_loss
 KINDS = tuple(NAMES)
 ANY_KIND = pytest.mark.parametrize("kind", KINDS)
 IDS = np.random.default_rng(0).integers(0, 11, (3, 10))
-MODELS = {
-    "llama": {"tie_word_embeddings": False},
-    "qwen2": {"tie_word_embeddings": True},
-    "gpt2": {},
-}
+BATCH = Batch(IDS[:, :-1], IDS[:, 1:])
+MODELS: dict[str, dict[str, Any]] = {"gpt2": {}}
+MODELS["llama"] = {"tie_word_embeddings": False}
+MODELS["qwen2"] = {"tie_word_embeddings": True}
 ANY_MODEL = pytest.mark.parametrize("name", MODELS)
 
 
@@ -64,59 +64,73 @@ def exact(model: CausalLM, kind: str) -> CausalLM:
 
 
 def model_of(name: str, kind: str = "bfloat16", dtype: str = "float32", **changes: Any) -> CausalLM:
-    return exact(randomised(shape(name, **{**MODELS[name], **changes}), dtype), kind)
+    config = shape(name, **{**MODELS[name], **changes})
+    return exact(randomised(config, dtype), kind)
 
 
 def stored(folder: Path, name: str, kind: str = "bfloat16", **changes: Any) -> Path:
     """A folder whose tensors are all of this kind."""
-    convert_to_half(model_of(name, kind, **changes), kind).save_pretrained(folder)
+    model = convert_to_half(model_of(name, kind, **changes), kind)
+    model.save_pretrained(folder)
     return folder
 
 
+def load_half(folder: Path, dtype: str = "float32", device: Any = "cpu") -> CausalLM:
+    return CausalLM.from_pretrained(folder, dtype, device, stored=True)
+
+
 def tensors(folder: Path) -> dict[str, tuple[str, bytes]]:
+    """The dtype and the bytes of each tensor of a folder."""
+    found = {}
     with read_checkpoint(folder)[1] as checkpoint:
-        return {
-            key: (checkpoint.dtype(key), checkpoint.read_bits(key).tobytes())
-            for key in checkpoint.keys()
-        }
+        for key in checkpoint.keys():
+            found[key] = (checkpoint.dtype(key), checkpoint.read_bits(key).tobytes())
+    return found
 
 
 def loss(model: Any) -> Tensor:
     return F.cross_entropy(model(IDS[:, :-1]), IDS[:, 1:])
 
 
+def logits(model: Any) -> bytes:
+    return model(IDS).numpy().tobytes()  # type: ignore[no-any-return]
+
+
+def trainable(model: Any) -> list[Any]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def halves(model: Any) -> dict[str, HalfWeight]:
     return {name: p for name, p in model.named_parameters() if isinstance(p, HalfWeight)}
 
 
-# ---- an array -------------------------------------------------------------------------------------------------------
+# ---- an array -----------------------------------------------------------------------------------
+
+
+def every_value(kind: str, patterns: np.ndarray) -> np.ndarray:
+    """Values by the definition of a binary format: (-1)^s 2^(e - bias) 1.m, or 0.m for e = 0."""
+    width, bias = (7, 127) if kind == "bfloat16" else (10, 15)
+    e = (patterns >> width).astype(int) & (2 * bias + 1)
+    m = (patterns & (2**width - 1)).astype(float)
+    subnormal = np.ldexp(m, 1 - bias - width)
+    normal = np.ldexp(2.0**width + m, e - bias - width)
+    special = np.where(m == 0, np.inf, np.nan)
+    value = np.where(e == 0, subnormal, normal)
+    value = np.where(e == 2 * bias + 1, special, value)
+    return value * np.where(patterns >> 15, -1, 1)
 
 
 @ANY_KIND
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_every_pattern_is_widened_to_its_own_value(kind: str, dtype: str) -> None:
-    """By the definition of a binary format: (-1)^s 2^(e - bias) 1.m, or 0.m for the smallest e."""
+def test_half_decode_widens_every_pattern_to_its_value(kind: str, dtype: str) -> None:
     patterns = np.arange(1 << 16, dtype=np.uint16)
-    width, bias = (7, 127) if kind == "bfloat16" else (10, 15)
-    e, m = (
-        (patterns >> width).astype(int) & (2 * bias + 1),
-        (patterns & (2**width - 1)).astype(float),
-    )
-    value = np.where(
-        e == 0, np.ldexp(m, 1 - bias - width), np.ldexp(2.0**width + m, e - bias - width)
-    )
-    value = np.where(e == 2 * bias + 1, np.where(m == 0, np.inf, np.nan), value) * np.where(
-        patterns >> 15, -1, 1
-    )
+    value = every_value(kind, patterns)
     codes = patterns if kind == "bfloat16" else patterns.view(np.float16)
     half = Half(kind, codes.reshape(256, 256))
     found = half.decode(dtype)
-    assert (found.dtype, found.shape, half.size, half.nbytes) == (
-        np.dtype(dtype),
-        (256, 256),
-        1 << 16,
-        1 << 17,
-    )
+    assert found.dtype == np.dtype(dtype)
+    assert found.shape == (256, 256)
+    assert (half.size, half.nbytes) == (1 << 16, 1 << 17)
     assert np.array_equal(found.reshape(-1), value, equal_nan=True)
     assert np.array_equal(np.signbit(found.reshape(-1)), patterns >> 15 == 1)
     assert np.array_equal(half.decode(dtype, slice(3, 5)), found[3:5], equal_nan=True)
@@ -128,138 +142,127 @@ def test_every_pattern_is_widened_to_its_own_value(kind: str, dtype: str) -> Non
 
 
 @ANY_KIND
-def test_a_weight_reads_as_floats_and_cannot_be_written(kind: str) -> None:
+def test_half_weight_reads_as_floats_and_cannot_be_written(kind: str) -> None:
     values = encode_half(np.random.default_rng(0).standard_normal((5, 3)), kind)
-    weight, floats = HalfWeight(values), values.decode()
-    assert (weight.shape, weight.ndim, weight.size, len(weight), weight.dtype) == (
-        (5, 3),
-        2,
-        15,
-        5,
-        np.float32,
-    )
-    for read in (
-        weight.data,
-        weight.numpy(),
-        np.array(weight),
-        Tensor(weight).data,
-        weight.take(slice(None)),
-    ):
+    weight = HalfWeight(values)
+    floats = values.decode()
+    assert (weight.shape, weight.ndim) == ((5, 3), 2)
+    assert (weight.size, len(weight)) == (15, 5)
+    assert weight.dtype == np.float32
+    for read in (weight.data, weight.numpy(), np.array(weight), weight.take(slice(None))):
         assert read.tobytes() == floats.tobytes()
+    assert Tensor(weight).data.tobytes() == floats.tobytes()
     assert weight.take(np.array([4, 0, 4])).tobytes() == floats[[4, 0, 4]].tobytes()
-    assert b"".join(piece.tobytes() for piece in iterate_pieces(weight)) == floats.tobytes()
+    pieces = [piece.tobytes() for piece in iterate_pieces(weight)]
+    assert b"".join(pieces) == floats.tobytes()
     with pytest.raises(ConfigError, match=f"{kind} cannot be assigned to"):
         weight.data = floats
     with pytest.raises(ConfigError, match=f"{kind} cannot be trained"):
         weight.requires_grad = True
-    weight.data[...] = 0  # of an array that was made for this look alone
+    weight.data[...] = 0  # of an array that was widened for this one access
     twin = copy.deepcopy(weight)
     assert type(twin) is HalfWeight
     assert weight.data.tobytes() == twin.data.tobytes() == floats.tobytes()
 
 
-def test_pieces_are_rows_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_iterate_pieces_gives_rows_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minilora.quant.half.PIECE", 8)
     weight = HalfWeight(encode_half(np.arange(33.0).reshape(11, 3), "float16"))
     found = list(iterate_pieces(weight))
     assert [len(piece) for piece in found] == [2] * 5 + [1]
     assert np.array_equal(np.concatenate(found), weight.data)
-    assert [
-        len(piece) for piece in iterate_pieces(HalfWeight(encode_half(np.ones((2, 99)), "float16")))
-    ] == [
-        1,
-        1,
-    ]
+    wide = HalfWeight(encode_half(np.ones((2, 99)), "float16"))
+    assert [len(piece) for piece in iterate_pieces(wide)] == [1, 1]
 
 
-# ---- a model --------------------------------------------------------------------------------------------------------
+# ---- a model ------------------------------------------------------------------------------------
 
 
 @ANY_KIND
 @ANY_MODEL
-def test_logits_and_gradients_have_the_bits_of_the_floats(
+def test_from_pretrained_stored_has_the_bits_of_the_floats(
     kind: str, name: str, tmp_path: Path
 ) -> None:
+    """Its logits, and the gradients of what is stored in floats and still trains."""
     folder = stored(tmp_path, name, kind)
-    wide, held = CausalLM.from_pretrained(folder), CausalLM.from_pretrained(folder, stored=True)
+    wide = CausalLM.from_pretrained(folder)
+    half = load_half(folder)
+    matrices = {n for n, p in wide.named_parameters() if p.ndim == 2}
     assert not halves(wide)
-    assert set(halves(held)) == {n for n, p in wide.named_parameters() if p.ndim == 2}
-    assert (
-        held.lm_head.weight is held.get_input_embeddings().weight
-    ) == held.config.tie_word_embeddings
-    assert bits(held) == bits(wide) == bits(model_of(name, kind))
+    assert set(halves(half)) == matrices
+    is_tied = half.lm_head.weight is half.get_input_embeddings().weight
+    assert is_tied == half.config.tie_word_embeddings
+    assert bits(half) == bits(wide) == bits(model_of(name, kind))
     for p in wide.parameters():
-        p.requires_grad = p.ndim == 1  # what is held in floats still trains
-    batch, found = Batch(IDS[:, :-1], IDS[:, 1:]), []
-    for model in (wide, held):
+        p.requires_grad = p.ndim == 1
+
+    def results(model: CausalLM) -> list[bytes]:
         assert not any(m.training for _, m in model.named_modules())
-        params, each = [p for p in model.parameters() if p.requires_grad], [model(IDS).numpy()]
-        for value in (loss(model), language_modelling_loss(model, batch)):
-            each += [value.data, *gradients(value, params)]
-        found.append([a.tobytes() for a in each])
-    assert found[0] == found[1]
+        found = [model(IDS).numpy()]
+        for value in (loss(model), language_modelling_loss(model, BATCH)):
+            found += [value.data, *gradients(value, trainable(model))]
+        return [array.tobytes() for array in found]
+
+    assert results(half) == results(wide)
+
+
+def five_steps_of_both_loops(model: Any, method: str) -> tuple[list[float], dict[str, bytes]]:
+    """The losses and the parameters after five sharded steps and five of plain autograd."""
+    more = {"total_step": 11, "tfinal": 1} if method == "adalora" else {}
+    config = METHODS[method].config(
+        lora_alpha=6, target_modules="all-linear", lora_dropout=0.3, **more
+    )
+    made = get_peft_model(model, config, seed=2).train()
+    move(made, "default")
+    params = trainable(made)
+    losses: list[float] = []
+    optimiser = AdamW(params, lr=0.02)
+    allocator = RankAllocator.of(made) if method == "adalora" else None
+
+    def take(value: Any, grads: list[Any]) -> None:
+        optimiser.step(grads)
+        if allocator is not None:
+            allocator.step(grads)
+        losses.append(float(value))
+
+    with ShardedStep(made, shard=2, threads=2) as sharded:
+        for step in range(5):
+            take(*sharded.gradients(BATCH, params, seed=1, step=step))
+    made.eval()
+    for _ in range(5):
+        value = loss(made)
+        take(value, gradients(value, params))
+    return losses, bits(made)
 
 
 @ANY_KIND
 @ANY_MODEL
 @pytest.mark.parametrize("method", METHODS)
-def test_five_steps_have_the_bits_of_five_over_floats(kind: str, name: str, method: str) -> None:
-    """Autograd's own, and those of a sharded step in which dropout keeps a dense base from forming W + dW."""
-    adapters = []
-    for model in (model_of(name, kind), convert_to_half(model_of(name, kind), kind)):
-        more = {"total_step": 11, "tfinal": 1} if method == "adalora" else {}
-        config = METHODS[method].config(
-            lora_alpha=6, target_modules="all-linear", lora_dropout=0.3, **more
-        )
-        made = get_peft_model(model, config, seed=2).train()
-        move(made, "default")
-        params, values = [p for p in made.parameters() if p.requires_grad], []
-        optimiser, batch = AdamW(params, lr=0.02), Batch(IDS[:, :-1], IDS[:, 1:])
-        allocator = RankAllocator.of(made) if method == "adalora" else None
-
-        def take(
-            value: Any, grads: list[Any], optimiser: AdamW = optimiser, allocator: Any = allocator
-        ) -> None:
-            optimiser.step(grads)
-            if allocator is not None:
-                allocator.step(grads)
-            values.append(float(value))  # noqa: B023 - of this round
-
-        with ShardedStep(made, shard=2, threads=2) as sharded:
-            for step in range(5):
-                value, grads = sharded.gradients(batch, params, seed=1, step=step)
-                take(value, grads)
-        made.eval()
-        for _ in range(5):
-            value = loss(made)
-            take(value, gradients(value, params))
-        adapters.append((values, bits(made)))
-    assert adapters[0] == adapters[1]
-    assert len(set(adapters[0][0])) == 10
+def test_convert_to_half_keeps_the_bits_of_five_steps(kind: str, name: str, method: str) -> None:
+    """In sharded steps dropout keeps a dense base from forming W + dW."""
+    wide = five_steps_of_both_loops(model_of(name, kind), method)
+    half = five_steps_of_both_loops(convert_to_half(model_of(name, kind), kind), method)
+    assert half == wide
+    assert len(set(wide[0])) == 10
 
 
-def test_loading_holds_two_bytes_a_weight_and_a_step_widens_one_layer_at_a_time(
+def test_from_pretrained_stored_takes_two_bytes_per_weight_and_widens_one_layer_at_a_time(
     tmp_path: Path,
 ) -> None:
-    sizes = {
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "vocab_size": 4096,
-        "num_hidden_layers": 6,
-    }
+    sizes = {"hidden_size": 128, "intermediate_size": 512}
+    sizes |= {"vocab_size": 4096, "num_hidden_layers": 6}
     folder = stored(tmp_path, "gpt2", **sizes)
     batch = Batch(np.arange(16)[None], np.arange(1, 17)[None])
 
-    def measured(stored: bool) -> tuple[float, float]:
-        """Bytes a weight, at rest; and what a step takes on top, in bytes."""
+    def measure(stored: bool) -> tuple[float, float]:
+        """Bytes per weight at rest, and the bytes that a step adds to all."""
         tracemalloc.start()
         model = CausalLM.from_pretrained(folder, stored=stored)
-        at_rest = tracemalloc.get_traced_memory()[0] / sum(p.size for p in model.parameters())
+        count = sum(p.size for p in model.parameters())
+        at_rest = tracemalloc.get_traced_memory()[0] / count
         made = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
-        params, before = (
-            [p for p in made.parameters() if p.requires_grad],
-            tracemalloc.get_traced_memory()[0],
-        )
+        params = trainable(made)
+        before = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
         with ShardedStep(made, threads=1) as step:
             step.gradients(batch, params)
@@ -267,336 +270,335 @@ def test_loading_holds_two_bytes_a_weight_and_a_step_widens_one_layer_at_a_time(
         tracemalloc.stop()
         return at_rest, peak - before
 
-    largest, activations = (
-        4 * 4096 * 128,
-        16 * (3 * 4096 + 6 * 24 * 128) * 4,
-    )  # the head; logits, and each layer's own
-    (held, added), (wide, _) = measured(True), measured(False)
-    assert held < 2.3
+    head = 4 * 4096 * 128  # the largest layer
+    activations = 16 * (3 * 4096 + 6 * 24 * 128) * 4  # logits, and those of each layer
+    all_layers = 4 * 6 * 12 * 128 * 128  # in floats
+    half, added = measure(True)
+    wide, _ = measure(False)
+    assert half < 2.3
     assert wide > 4
-    assert (
-        added < largest + activations < 4 * 6 * 12 * 128 * 128
-    )  # which is what all layers are in floats
+    assert added < head + activations < all_layers
 
 
-def test_a_dtype_is_what_is_computed_in_and_a_device_where(tmp_path: Path) -> None:
+def test_from_pretrained_stored_computes_in_a_dtype_and_on_a_device(tmp_path: Path) -> None:
     folder = stored(tmp_path, "qwen2")
-    single, double = (
-        CausalLM.from_pretrained(folder, dtype, stored=True) for dtype in ("float32", "float64")
-    )
-    assert (
-        double(IDS).numpy().tobytes()
-        == CausalLM.from_pretrained(folder, "float64")(IDS).numpy().tobytes()
-    )
-    there = CausalLM.from_pretrained(folder, device=STRICT, stored=True)
+    single = load_half(folder)
+    double = load_half(folder, "float64")
+    assert logits(double) == logits(CausalLM.from_pretrained(folder, "float64"))
+    there = load_half(folder, device=STRICT)
     assert {p.backend for p in there.parameters()} == {STRICT}
-    twin, expected = copy.deepcopy(there), single(IDS).numpy()
-    assert twin.lm_head.weight is twin.get_input_embeddings().weight is not there.lm_head.weight
-    assert there(IDS).numpy().tobytes() == twin(IDS).numpy().tobytes() == expected.tobytes()
+    twin = copy.deepcopy(there)
+    assert twin.lm_head.weight is twin.get_input_embeddings().weight
+    assert twin.lm_head.weight is not there.lm_head.weight
+    assert logits(there) == logits(twin) == logits(single)
     with counted() as meter, no_sync(), no_grad():
         there(STRICT.from_numpy(IDS))
     assert meter.downloads == meter.syncs == []
-    codes = {name: p.quantized.codes.tobytes() for name, p in halves(single).items()}
-    assert {
-        n: p.quantized.codes.tobytes()
-        for n, p in halves(there.to("cpu").to(dtype="float64")).items()
-    } == codes
-    assert there(IDS).numpy().tobytes() == double(IDS).numpy().tobytes()
+    back = there.to("cpu").to(dtype="float64")
+    for name, p in halves(back).items():
+        assert p.quantized.codes.tobytes() == halves(single)[name].quantized.codes.tobytes()
+    assert halves(back).keys() == halves(single).keys()
+    assert logits(there) == logits(double)
     assert {p.backend for p in there.parameters()} == {NUMPY}
 
 
 @ANY_KIND
 @ANY_MODEL
-def test_saved_again_it_is_the_file_that_it_came_from(kind: str, name: str, tmp_path: Path) -> None:
+def test_save_pretrained_writes_the_file_that_it_came_from(
+    kind: str, name: str, tmp_path: Path
+) -> None:
     folder = stored(tmp_path / "first", name, kind)
+    again = tmp_path / "again"
     assert {dtype for dtype, _ in tensors(folder).values()} == {NAMES[kind]}
-    CausalLM.from_pretrained(folder, stored=True).save_pretrained(tmp_path / "again")
-    assert tensors(tmp_path / "again") == tensors(folder)
-    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    load_half(folder).save_pretrained(again)
+    assert tensors(again) == tensors(folder)
+    config = json.loads((again / "config.json").read_text())
     assert config == json.loads((folder / "config.json").read_text())
     assert config["dtype"] == kind
     assert "quantization_config" not in config
 
 
-def test_what_sixteen_bits_cannot_hold_is_written_in_its_own(tmp_path: Path) -> None:
+def test_save_pretrained_writes_floats_that_half_precision_cannot_hold(tmp_path: Path) -> None:
     model = convert_to_half(model_of("qwen2"))
     bias = model.model.layers[0].self_attn.q_proj.bias
     bias.data = bias.data + np.float32(2.0**-20)
     model.save_pretrained(tmp_path)
-    assert {key for key, (dtype, _) in tensors(tmp_path).items() if dtype == "F32"} == {
-        "model.layers.0.self_attn.q_proj.bias"
-    }
-    assert bits(CausalLM.from_pretrained(tmp_path, stored=True)) == bits(model)
+    wide = [key for key, (dtype, _) in tensors(tmp_path).items() if dtype == "F32"]
+    assert wide == ["model.layers.0.self_attn.q_proj.bias"]
+    assert bits(load_half(tmp_path)) == bits(model)
 
 
-def test_float32_files_and_mixed_ones_are_held_as_they_are(tmp_path: Path) -> None:
+def test_from_pretrained_stored_keeps_float32_files_and_mixed_ones_as_they_are(
+    tmp_path: Path,
+) -> None:
     model_of("llama").save_pretrained(tmp_path / "wide")
-    assert not halves(CausalLM.from_pretrained(tmp_path / "wide", stored=True))
+    assert not halves(load_half(tmp_path / "wide"))
     model = model_of("llama")
-    plain = model.lm_head, model.model.layers[1].mlp
+    head = model.lm_head
+    mlp = model.model.layers[1].mlp
     convert_to_half(model)
-    model.lm_head, model.model.layers[1].mlp = plain
+    model.lm_head = head
+    model.model.layers[1].mlp = mlp
     model.save_pretrained(tmp_path / "mixed")
-    mixed = CausalLM.from_pretrained(tmp_path / "mixed", stored=True)
+    mixed = load_half(tmp_path / "mixed")
     assert set(halves(mixed)) == set(halves(model))
     assert type(mixed.lm_head) is Linear
-    assert mixed(IDS).numpy().tobytes() == model_of("llama")(IDS).numpy().tobytes()
+    assert logits(mixed) == logits(model_of("llama"))
 
 
-def test_codes_made_of_it_are_those_of_its_floats(tmp_path: Path) -> None:
+def test_quantize_makes_the_codes_of_the_floats(tmp_path: Path) -> None:
     folder = stored(tmp_path / "base", "llama")
-    wide, held = CausalLM.from_pretrained(folder), CausalLM.from_pretrained(folder, stored=True)
-    assert bits(quantize(held)) == bits(quantize(wide))
-    assert set(halves(held)) == {"model.embed_tokens.weight", "lm_head.weight"}
-    assert len(quantization_report(held)) == 14
-    held.save_pretrained(tmp_path / "codes")
-    again = CausalLM.from_pretrained(tmp_path / "codes", stored=True)
-    assert (
-        again(IDS).numpy().tobytes() == held(IDS).numpy().tobytes() == wide(IDS).numpy().tobytes()
-    )
-    assert set(halves(again)) == set(halves(held))
+    wide = CausalLM.from_pretrained(folder)
+    half = load_half(folder)
+    assert bits(quantize(half)) == bits(quantize(wide))
+    assert set(halves(half)) == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert len(quantization_report(half)) == 14
+    half.save_pretrained(tmp_path / "codes")
+    again = load_half(tmp_path / "codes")
+    assert logits(again) == logits(half) == logits(wide)
+    assert set(halves(again)) == set(halves(half))
 
 
-def test_what_a_base_holds_is_counted() -> None:
+def test_measure_weight_memory_counts_half_precision() -> None:
     model = convert_to_half(model_of("gpt2"))
     vectors = sum(p.size for p in model.parameters() if p.ndim == 1)
     matrices = sum(p.size for p in model.parameters()) - vectors
-    held = measure_weight_memory(model)
-    assert (held["kind"], held["layers"], held["weights"], held["bytes"]) == (
-        "bfloat16",
-        10,
-        matrices,
-        2 * matrices,
-    )
-    assert held["all_bytes"] == 2 * matrices + 4 * vectors
+    report = measure_weight_memory(model)
+    assert report["kind"] == "bfloat16"
+    assert report["layers"] == 10
+    assert report["weights"] == matrices
+    assert report["bytes"] == 2 * matrices
+    assert report["all_bytes"] == 2 * matrices + 4 * vectors
 
 
-REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "kind": (lambda: model_of("llama"), {"kind": "float8"}, "'float8': the kinds are bfloat16, float16"),
-    "no model": (lambda: "model", {}, "expected a model"),
-    "not exact": (lambda: randomised(shape("llama"), "float32"), {}, "bfloat16 cannot hold its weights exactly"),
-    "another kind": (lambda: model_of("llama", "float16"), {}, r"embed_tokens: bfloat16 cannot hold"),
-    "too small": (lambda: model_of("llama"), {"kind": "float16"}, "float16 cannot hold"),
-    "adapters": (lambda: get_peft_model(model_of("gpt2"), LoraConfig(target_modules=["c_fc"])), {}, "c_fc has adapt"),
-}  # fmt: skip
+def with_a_small_weight() -> CausalLM:
+    model = model_of("llama")
+    model.lm_head.weight.data[0, 0] = 2.0**-30
+    return model
+
+
+def with_adapters() -> PeftModel:
+    return get_peft_model(model_of("gpt2"), LoraConfig(target_modules=["c_fc"]))
+
+
+# Case -> (a function that makes the model, options, what the message says).
+REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {}
+
+
+def refused(case: str, message: str, make: Callable[[], Any], **options: Any) -> None:
+    REFUSED[case] = (make, options, message)
+
+
+kinds = "kind must be one of bfloat16, float16, got 'float8'"
+refused("kind", kinds, lambda: model_of("llama"), kind="float8")
+refused("no model", "expected a model", lambda: "model")
+not_exact = "bfloat16 cannot hold its weights exactly"
+refused("not exact", not_exact, lambda: randomised(shape("llama"), "float32"))
+other_kind = "embed_tokens: bfloat16 cannot hold"
+refused("another kind", other_kind, lambda: model_of("llama", "float16"))
+refused("too small", "float16 cannot hold", with_a_small_weight, kind="float16")
+refused("adapters", "c_fc has adapters", with_adapters)
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_would_be_rounded_is_refused_before_anything_changes(case: str) -> None:
+def test_convert_to_half_refuses_before_anything_changes(case: str) -> None:
     make, options, message = REFUSED[case]
     model = make()
-    if case == "too small":
-        model.lm_head.weight.data[0, 0] = 2.0**-30
     with pytest.raises(ConfigError, match=message):
         convert_to_half(model, **options)
     assert isinstance(model, str) or not halves(model)
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
-def test_it_cannot_be_trained_whole(name: str) -> None:
-    with pytest.raises(
-        ConfigError, match=f"{name} is quantised, or held in sixteen bits: it cannot be trained"
-    ):
-        get_peft_model(
-            convert_to_half(model_of("llama")),
-            LoraConfig(target_modules=["q_proj"], modules_to_save=[name]),
-        )
+def test_modules_to_save_refuse_half_precision(name: str) -> None:
+    model = convert_to_half(model_of("llama"))
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=[name])
+    message = f"{name} is quantised or in 16 bits and cannot be trained"
+    with pytest.raises(ConfigError, match=message):
+        get_peft_model(model, config)
 
 
-def test_there_is_nothing_to_dequantize() -> None:
-    with pytest.raises(ConfigError, match="there is no quantised layer"):
+def test_dequantize_refuses_half_precision() -> None:
+    with pytest.raises(ConfigError, match="the model has no quantised layer"):
         dequantize(convert_to_half(model_of("llama")))
 
 
-# ---- adapters -------------------------------------------------------------------------------------------------------
+def test_half_weight_owners_are_dense_layers_and_embeddings() -> None:
+    model = small.base()
+    owners = half_weight_owners(model)
+    assert {type(module) for module in owners.values()} == {Linear, Embedding}
+    assert len(owners) == 16
+    assert not half_weight_owners(convert_to_half(exact(model, "bfloat16")))
+
+
+# ---- adapters -----------------------------------------------------------------------------------
 
 
 @ANY_KIND
 @ANY_MODEL
 @pytest.mark.parametrize("method", ["lora", "rslora", "adalora"])
-def test_a_merge_is_the_float64_sum_rounded_once_as_from_the_files(
+def test_merge_and_unload_rounds_the_float64_sum_once_as_merging_files_does(
     kind: str, name: str, method: str, tmp_path: Path
 ) -> None:
     folder = stored(tmp_path / "base", name, kind)
     config = METHODS[method].config(lora_alpha=6, target_modules="all-linear")
-    made = get_peft_model(CausalLM.from_pretrained(folder, stored=True), config, seed=2)
+    made = get_peft_model(load_half(folder), config, seed=2)
     move(made, "default")
     made.save_pretrained(tmp_path / "adapter")
-    rows = {
-        row["tensor"]: row["lost"]
-        for row in merge(folder, [tmp_path / "adapter"], tmp_path / "by files")
-    }
+    by_files = tmp_path / "by files"
+    in_memory = tmp_path / "in memory"
+    lost_by_files = {}
+    for row in merge(folder, [tmp_path / "adapter"], by_files):
+        lost_by_files[row["tensor"]] = row["lost"]
     model = made.merge_and_unload()
-    model.save_pretrained(tmp_path / "in memory")
-    assert tensors(tmp_path / "in memory") == tensors(tmp_path / "by files") != tensors(folder)
+    model.save_pretrained(in_memory)
+    assert tensors(in_memory) == tensors(by_files) != tensors(folder)
     lost = {key: p.lost for key, p in halves(model).items() if p.lost is not None}
-    assert lost.keys() == rows.keys()
-    for key, share in rows.items():
+    assert lost.keys() == lost_by_files.keys()
+    for key, share in lost_by_files.items():
         assert lost[key] == pytest.approx(share, rel=1e-9)
         assert 0 < share < 0.1
-    assert all(
-        isinstance(m, HalfLinear)
-        for p, m in model.named_modules()
-        if p.endswith(("_proj", "c_fc", "lm_head"))
-    )
+    for path, module in model.named_modules():
+        if path.endswith(("_proj", "c_fc", "lm_head")):
+            assert isinstance(module, HalfLinear)
 
 
-def test_a_sum_beyond_the_kind_is_not_merged() -> None:
+def test_merge_adapter_refuses_a_sum_beyond_the_kind() -> None:
     """float16 ends at 65504; and what was merged before comes out again."""
-    made = get_peft_model(
-        convert_to_half(model_of("llama", "float16"), "float16"),
-        LoraConfig(2, target_modules="all-linear"),
-    )
+    model = convert_to_half(model_of("llama", "float16"), "float16")
+    made = get_peft_model(model, LoraConfig(2, target_modules="all-linear"))
     move(made, "default")
     made.model.model.layers[1].mlp.down_proj.adapters["default"].lora_B.data *= np.float32(1e6)
     before = bits(made)
-    with pytest.raises(
-        NonFiniteError,
-        match=r"layers\.1\.mlp\.down_proj: merging default gives weights that are not finite in float16",
-    ):
+    message = (
+        r"layers\.1\.mlp\.down_proj: merging default gives weights that are not finite in float16"
+    )
+    with pytest.raises(NonFiniteError, match=message):
         made.merge_adapter()
     assert bits(made) == before
-    assert not any(getattr(m, "merged", ()) for _, m in made.named_modules())
+    assert not any(getattr(module, "merged", ()) for _, module in made.named_modules())
 
 
-ENDS: dict[str, tuple[str, dict[str, Any], str | None]] = {
-    "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}, None),
-    "DoRA's": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}, None),
-    "tied": ("qwen2", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, None),
-    "untied": ("gpt2", {"target_modules": ["wte"]}, "untie"),
-    "shared": ("gpt2", {"target_modules": ["wte"]}, "share"),
-    "head": ("gpt2", {"target_modules": ["lm_head"]}, "untie"),
-    "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 7]}, None),
-    "tied tokens": ("gpt2", {"target_modules": ["c_fc"], "trainable_token_indices": [1, 7]}, None),
-    "tokens of the head": (
-        "llama",
-        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2]}},
-        None,
-    ),
-}
+# Case -> (type of model, options of LoraConfig, `tied` of merge_and_unload).
+ENDS: dict[str, tuple[str, dict[str, Any], str | None]] = {}
+
+
+def end(case: str, name: str, targets: str, tied: str | None = None, **options: Any) -> None:
+    ENDS[case] = (name, {"target_modules": targets.split(), **options}, tied)
+
+
+end("embedding", "llama", "embed_tokens q_proj")
+end("DoRA's", "llama", "embed_tokens", use_dora=True)
+end("tied", "qwen2", "embed_tokens", ensure_weight_tying=True)
+end("untied", "gpt2", "wte", "untie")
+end("shared", "gpt2", "wte", "share")
+end("head", "gpt2", "lm_head", "untie")
+end("tokens", "llama", "q_proj", trainable_token_indices=[1, 7])
+end("tied tokens", "gpt2", "c_fc", trainable_token_indices=[1, 7])
+end("tokens of the head", "llama", "q_proj", trainable_token_indices={"lm_head": [2]})
 
 
 @pytest.mark.filterwarnings("ignore:.*ensure_weight_tying")
 @pytest.mark.parametrize("case", ENDS)
-def test_embeddings_heads_and_tokens_over_it(case: str, tmp_path: Path) -> None:
+def test_adapters_of_embeddings_heads_and_tokens_over_half_precision(
+    case: str, tmp_path: Path
+) -> None:
     name, options, tied = ENDS[case]
-    found = []
-    for model in (model_of(name), convert_to_half(model_of(name))):
-        made = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **options), seed=2)
+    config = LoraConfig(r=2, init_lora_weights=False, **options)
+
+    def adapted(model: CausalLM) -> PeftModel:
+        made = get_peft_model(model, config, seed=2)
         move(made, "default")
-        params = [p for p in made.parameters() if p.requires_grad]
-        value = loss(made)
-        found.append([made(IDS).numpy(), *gradients(value, params)])
-    assert [np.asarray(a).tobytes() for a in found[0]] == [
-        np.asarray(a).tobytes() for a in found[1]
-    ]
-    names, adapted = set(halves(made)), made(IDS).numpy()
+        return made
+
+    def results(made: PeftModel) -> list[bytes]:
+        grads = gradients(loss(made), trainable(made))
+        return [logits(made), *(np.asarray(g).tobytes() for g in grads)]
+
+    made = adapted(convert_to_half(model_of(name)))
+    assert results(made) == results(adapted(model_of(name)))
+    names = set(halves(made))
+    before = made(IDS).numpy()
     with made.disable_adapter():
-        assert made(IDS).numpy().tobytes() == model_of(name)(IDS).numpy().tobytes()
+        assert logits(made) == logits(model_of(name))
     plain = made.merge_and_unload(tied=tied)
-    own = {n.removeprefix("base_model.model.").replace(".base_layer", "") for n in names}
-    assert own <= set(halves(plain))  # and a head's own, once it is untied
-    together = plain.lm_head.weight is plain.get_input_embeddings().weight
-    assert together == plain.config.tie_word_embeddings == (name != "llama" and tied != "untie")
+    plain_names = {n.removeprefix("base_model.model.").replace(".base_layer", "") for n in names}
+    assert plain_names <= set(halves(plain))  # and the head's, once it is untied
+    is_tied = plain.lm_head.weight is plain.get_input_embeddings().weight
+    assert is_tied == plain.config.tie_word_embeddings
+    assert is_tied == (name != "llama" and tied != "untie")
     if tied != "share":
-        assert np.abs(plain(IDS).numpy() - adapted).max() < 0.05 * np.abs(adapted).max()
+        assert np.abs(plain(IDS).numpy() - before).max() < 0.05 * np.abs(before).max()
     plain.save_pretrained(tmp_path)
-    again = CausalLM.from_pretrained(tmp_path, stored=True)
-    assert again(IDS).numpy().tobytes() == plain(IDS).numpy().tobytes()
+    assert logits(load_half(tmp_path)) == logits(plain)
     assert {dtype for dtype, _ in tensors(tmp_path).values()} == {"BF16"}
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+def test_peft_model_from_pretrained_runs_over_half_precision(tmp_path: Path) -> None:
+    folder = stored(tmp_path / "base", "qwen2")
+    config = LoraConfig(r=2, init_lora_weights=False)
+    made = get_peft_model(CausalLM.from_pretrained(folder), config)
+    made.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load_half(folder), tmp_path / "adapter")
+    assert logits(again) == logits(made)
 
 
-def test_the_commands_hold_a_base_as_it_is_stored(
+# ---- the command line ---------------------------------------------------------------------------
+
+STORED = ("--quantize", "stored")
+
+
+def test_finetune_and_others_keep_a_base_as_it_is_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     stored(tmp_path / "base", "gpt2", vocab_size=256)
-    Path("book.txt").write_text(
-        "the quick brown fox jumps over the lazy dog, again and again. " * 9
-    )
-    line = [
-        "finetune",
-        "--base",
-        "base",
-        "--data",
-        "book.txt",
-        "--batch-size",
-        "2",
-        "--context",
-        "16",
-        "--r",
-        "2",
-    ]
-    line += ["--lora-dropout", "0.2", "--warmup", "0", "--steps"]
+    text = "the quick brown fox jumps over the lazy dog, again and again. " * 9
+    Path("book.txt").write_text(text)
 
-    def run(*words: str) -> str:
-        assert main(list(words)) == 0
+    def run(line: str, *more: str) -> str:
+        assert main([*line.split(), *more]) == 0
         return capsys.readouterr().out
 
-    said = run(*line, "6", "--out", "held", "--quantize", "stored")
-    assert (
-        "3,200 weights of 10 layers in 6,400 bytes of bfloat16, 50.0 % of their size in float32"
-        in said
-    )
-    run(*line, "6", "--out", "wide")
-    logs = [
-        [json.loads(row)["loss"] for row in Path(out, "log.jsonl").read_text().splitlines()]
-        for out in ("held", "wide")
-    ]
-    assert logs[0] == logs[1]
-    assert tensors_of_adapter("held") == tensors_of_adapter("wide")
-    run(*line, "4", "--out", "half way", "--quantize", "stored", "--save-every", "2")
-    run(*line, "4", "--out", "half way", "--quantize", "stored", "--save-every", "2", "--resume")
-    use = ["--base", "base", "--adapter", "held"]
-    found = [run("evaluate", "--data", "book.txt", "--context", "16", *use, *more) for more in HELD]
-    losses = [float(said.split()[1]) for said in found]  # here a dense base does form W + dW
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    found = [
-        run("generate", "--prompt", "the", "--max-new-tokens", "5", *use, *more) for more in HELD
-    ]
-    assert found[0] == found[1]
-    run("verify", *use)
-    assert main(["demo", "--quantize", "stored"]) == 2
+    finetune = "finetune --base base --data book.txt --batch-size 2 --context 16 --r 2 "
+    finetune += "--lora-dropout 0.2 --warmup 0 --steps "
+    said = run(finetune + "6 --out half", *STORED)
+    share = "in 6,400 bytes of bfloat16, 50.0 % of their size in float32"
+    assert f"3,200 weights of 10 layers {share}" in said
+    run(finetune + "6 --out wide")
+
+    def losses(out: str) -> list[float]:
+        lines = Path(out, "log.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    def adapter(out: str) -> bytes:
+        return Path(out, "adapter_model.safetensors").read_bytes()
+
+    assert losses("half") == losses("wide")
+    assert adapter("half") == adapter("wide")
+    resumed = (*STORED, "--save-every", "2", "--out", "half way")
+    run(finetune + "4", *resumed)
+    run(finetune + "4", *resumed, "--resume")
+    use = " --base base --adapter half"
+    evaluate = "evaluate --data book.txt --context 16" + use
+    wide = float(run(evaluate).split()[1])  # here a dense base does form W + dW
+    half = float(run(evaluate, *STORED).split()[1])
+    assert wide == pytest.approx(half, rel=1e-6)
+    generate = "generate --prompt the --max-new-tokens 5" + use
+    assert run(generate) == run(generate, *STORED)
+    run("verify" + use)
+    assert main(["demo", *STORED]) == 2
     assert "invalid choice: 'stored'" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="the demo trains its own"):
         Plan().adapted_by("lora", "stored")
 
 
-HELD = ([], ["--quantize", "stored"])
-
-
-def tensors_of_adapter(folder: str) -> bytes:
-    return (Path(folder) / "adapter_model.safetensors").read_bytes()
-
-
-def test_a_loaded_adapter_runs_over_it(tmp_path: Path) -> None:
-    folder = stored(tmp_path / "base", "qwen2")
-    made = get_peft_model(
-        CausalLM.from_pretrained(folder), LoraConfig(r=2, init_lora_weights=False)
-    )
-    made.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(
-        CausalLM.from_pretrained(folder, stored=True), tmp_path / "adapter"
-    )
-    assert again(IDS).numpy().tobytes() == made(IDS).numpy().tobytes()
-
-
-def test_a_damaged_number_is_found_without_widening_all(
+def test_generate_names_a_damaged_number_without_widening_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = convert_to_half(model_of("gpt2", vocab_size=256))
-    model.transformer.h[1].mlp.c_fc.weight.quantized.codes[3, 2] = bf16_from(np.array([np.nan]))[0]
+    codes = model.transformer.h[1].mlp.c_fc.weight.quantized.codes
+    codes[3, 2] = bf16_from(np.array([np.nan]))[0]
     model.save_pretrained(tmp_path)
-    words = ["generate", "--base", str(tmp_path), "--prompt", "a", "--quantize", "stored"]
-    assert main(words) != 0
+    assert main(["generate", "--base", str(tmp_path), "--prompt", "a", *STORED]) != 0
     assert "transformer.h.1.mlp.c_fc.weight is not finite" in capsys.readouterr().err
-
-
-def test_all_that_can_be_held_are_dense_layers_and_embeddings() -> None:
-    model = small.base()
-    assert {type(m) for m in half_weight_owners(model).values()} == {Linear, Embedding}
-    assert len(half_weight_owners(model)) == 16
-    assert not half_weight_owners(convert_to_half(exact(model, "bfloat16")))

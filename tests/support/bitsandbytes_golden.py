@@ -1,8 +1,8 @@
-"""What bitsandbytes makes of some weights, and transformers of a model: how tests/golden/bitsandbytes was written.
+"""How tests/golden/bitsandbytes was written: weights by bitsandbytes, a model by transformers.
 
-`weight(case)` gives the same float32 numbers wherever it runs. To write the files again, with torch, transformers,
-accelerate and bitsandbytes installed (they were made by transformers 5.23.0 and bitsandbytes 0.50.2 on a CPU):
-python tests/support/bitsandbytes_golden.py
+`weight(case)` gives the same float32 numbers wherever it runs. To write the files again, with
+torch, transformers, accelerate and bitsandbytes installed (transformers 5.23.0 and bitsandbytes
+0.50.2 wrote them, on a CPU): python tests/support/bitsandbytes_golden.py
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 FILE = Path(__file__).parents[1] / "golden" / "bitsandbytes" / "expect.safetensors"
-FOLDER = (
-    FILE.parent / "llama--nf4"
-)  # as transformers saved it; logits.safetensors holds `ids` and their `logits`
+FOLDER = FILE.parent / "llama--nf4"  # of transformers; logits.safetensors has `ids` and `logits`
 
 
 class Case(NamedTuple):
@@ -39,38 +37,37 @@ CASES = {
 
 
 def weight(name: str) -> np.ndarray:
-    """The weight (O, I) float32 of a case: products of exact numbers, so that no generator and no library matters."""
+    """The weight (O, I) float32 of a case.
+
+    Products of exact numbers, so that no generator and no library matters.
+    """
     case = CASES[name]
     size = case.shape[0] * case.shape[1]
-    k = (
-        np.arange(size, dtype=np.uint64) * np.uint64(2654435761) % np.uint64(2**32)
-    )  # Knuth's multiplicative hash
+    count = np.arange(size, dtype=np.uint64)
+    k = count * np.uint64(2654435761) % np.uint64(2**32)  # Knuth's multiplicative hash
     u = k.astype(np.float64) / 2**31 - 1  # in [-1, 1)
     values = (u * u * u * 0.5 + u * 0.25) * (1 + np.arange(size) // case.block_size % 5)
     if name.endswith("ties"):
         values = np.resize(_midpoints(case.kind), size)
-        values[0] = values[case.block_size] = (
-            1.0  # absmax 1: what is divided is the midpoint itself
-        )
-    if (
-        name == "small"
-    ):  # a zero block, one at the end of the normal numbers, one with subnormals in it
+        values[0] = 1.0  # absmax 1: what is divided is the midpoint itself
+        values[case.block_size] = 1.0
+    if name == "small":
         values = values.reshape(4, 64)
         values[0] = [0.0, -0.0] * 32
-        values[1] *= 2.0**-126 / np.abs(values[1]).max()
-        values[2] *= 2.0**-120
+        values[1] *= 2.0**-126 / np.abs(values[1]).max()  # the end of the normal numbers
+        values[2] *= 2.0**-120  # some are subnormal
     return values.reshape(case.shape).astype(np.float32)
 
 
 def _midpoints(kind: str) -> np.ndarray:
-    """The float32 midpoints of neighbouring levels, each between the float32 below it and the one above."""
+    """The float32 midpoints of neighbouring levels, and the float32 just below and above each."""
     from minilora.quant import LEVELS
 
     levels = np.sort(LEVELS[kind])
     middle = (levels[:-1] + levels[1:]) / np.float32(2)
-    return np.concatenate(
-        [middle, np.nextafter(middle, np.float32(-2)), np.nextafter(middle, np.float32(2))]
-    )
+    below = np.nextafter(middle, np.float32(-2))
+    above = np.nextafter(middle, np.float32(2))
+    return np.concatenate([middle, below, above])
 
 
 def main() -> None:
@@ -87,11 +84,9 @@ def main() -> None:
             compress_statistics=case.double_quant,
             quant_type=case.kind,
         )
-        found = {
-            "weight": packed,
-            **{f"weight.{key}": value for key, value in state.as_dict(packed=True).items()},
-        }
-        tensors.update({f"{name}.{key}": value.numpy() for key, value in found.items()})
+        tensors[f"{name}.weight"] = packed.numpy()
+        for key, value in state.as_dict(packed=True).items():
+            tensors[f"{name}.weight.{key}"] = value.numpy()
         if packed.numel() <= 2048:
             tensors[f"{name}.decoded"] = bnb.dequantize_4bit(packed, state).numpy()
     FILE.parent.mkdir(exist_ok=True)
@@ -102,7 +97,8 @@ def main() -> None:
 def write_folder() -> None:
     """A Llama that transformers quantised, and the logits of the weights that it decodes.
 
-    Rows are as long as blocks: where they are shorter, bitsandbytes' CPU kernel decodes with another block's absmax.
+    Rows are as long as blocks: with shorter rows bitsandbytes' CPU kernel decodes with another
+    block's absmax.
     """
     import tempfile
 
@@ -120,13 +116,13 @@ def write_folder() -> None:
     for p in dense.parameters():
         if p.ndim == 1:
             p.data = 1 + 0.3 * torch.randn_like(p)
-    way = transformers.BitsAndBytesConfig(
+    scheme = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )
     with tempfile.TemporaryDirectory() as folder:
         dense.save_pretrained(folder)
         load = transformers.AutoModelForCausalLM.from_pretrained
-        coded = load(folder, quantization_config=way, dtype=torch.float32, device_map="cpu")
+        coded = load(folder, quantization_config=scheme, dtype=torch.float32, device_map="cpu")
     coded.save_pretrained(FOLDER)
     (FOLDER / "generation_config.json").unlink(missing_ok=True)
     ids = torch.arange(12).reshape(2, 6)

@@ -1,4 +1,4 @@
-"""The small model that tests are run on, and what they ask of any model."""
+"""The small model that many tests use, its inputs, and its parameters and logits."""
 
 from __future__ import annotations
 
@@ -30,22 +30,23 @@ SMALLER = TransformerConfig(
     max_position_embeddings=12,
     initializer_range=0.4,
 )
-LINEAR = {
-    **{
-        f"self_attn.{name}_proj": (16, out)
-        for name, out in zip("qkvo", (16, 8, 8, 16), strict=True)
-    },
-    **{"mlp.gate_proj": (16, 24), "mlp.up_proj": (16, 24), "mlp.down_proj": (24, 16)},
-}  # name -> (in, out)
+LINEAR = {  # name -> (in, out)
+    "self_attn.q_proj": (16, 16),
+    "self_attn.k_proj": (16, 8),
+    "self_attn.v_proj": (16, 8),
+    "self_attn.o_proj": (16, 16),
+    "mlp.gate_proj": (16, 24),
+    "mlp.up_proj": (16, 24),
+    "mlp.down_proj": (24, 16),
+}
 IDS = np.random.default_rng(0).integers(0, 16, (2, 10))
 
 
 def base(dtype: str = "float32", device: Any = "cpu", **changes: Any) -> CausalLM:
-    """The model, `changes` made to its config; its biases are not zero."""
-    model, rng = (
-        CausalLM(dataclasses.replace(CONFIG, **changes), seed=1, dtype=dtype),
-        np.random.default_rng(1),
-    )
+    """The model with `changes` made to its config; its biases are not zero."""
+    config = dataclasses.replace(CONFIG, **changes)
+    model = CausalLM(config, seed=1, dtype=dtype)
+    rng = np.random.default_rng(1)
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             p.data = rng.standard_normal(p.shape).astype(p.dtype)
