@@ -144,7 +144,10 @@ def test_every_field_of_its_own_is_checked() -> None:
         f.name for f in dataclasses.fields(LoraConfig)
     }
     assert own - {"use_dora"} <= set(BAD)
-    with pytest.raises(ConfigError, match="total_step must be an integer of at least 1, got None"):
+    with pytest.raises(
+        ConfigError,
+        match="total_step must be an integer of at least 1 and below 16777216, got None",
+    ):
         AdaLoraConfig()
 
 
@@ -160,7 +163,7 @@ def test_what_lora_checks_is_checked_here_too() -> None:
 
 
 def test_r_means_nothing_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="r = 5 means nothing in AdaLoRA"):
+    with pytest.warns(UserWarning, match="r = 5 has no effect in AdaLoRA"):
         assert config(r=5).rank("x") == 4
 
 
@@ -379,7 +382,7 @@ def test_gradients_that_do_not_fit_change_nothing() -> None:
             made.step(wrong)
     assert made.steps == 0
     assert not made.sensitivity.any()
-    with pytest.raises(ConfigError, match="no AdaLoRA layer"):
+    with pytest.raises(ConfigError, match="no AdaLoRA layer was given"):
         RankAllocator({}, made.config)
 
 
@@ -428,7 +431,7 @@ def test_another_s_state_is_refused_and_changes_nothing() -> None:
         (arrays, {"steps": True}),
     ]
     for wrong in cases:
-        with pytest.raises(CheckpointError, match="the allocator's state should be"):
+        with pytest.raises(CheckpointError, match="the allocator's state must be"):
             made.load_state_dict(*wrong)
     assert made.steps == 1
     assert np.array_equal(made.sensitivity, arrays["sensitivity"])
@@ -602,11 +605,11 @@ def test_adapters_of_two_kinds_live_side_by_side(tmp_path: Path) -> None:
     again.load_adapter(tmp_path / "plain", "plain")
     again.set_adapter(["default", "plain"])
     assert again(IDS).data.tobytes() == both.tobytes()
-    with pytest.raises(
-        ConfigError, match=r"only an ADALORA adapter .* 'plain' is none: .* plain \(LORA\)"
-    ):
+    with pytest.raises(ConfigError, match=r"'plain' is not an ADALORA adapter, .* plain \(LORA\)"):
         RankAllocator.of(made, "plain")
-    with pytest.raises(ConfigError, match=r"'nothing' is none: there is default \(ADALORA\)"):
+    with pytest.raises(
+        ConfigError, match=r"'nothing' is not an ADALORA adapter, .* default \(ADALORA\)"
+    ):
         RankAllocator.of(made, "nothing")
 
 
@@ -624,7 +627,7 @@ def test_to_train_without_the_allocator_is_an_error_and_not_silence() -> None:
     optimizer = SGD([p for p in made.parameters() if p.requires_grad], lr=0.1)
     hand_made_step(made, optimizer)
     with pytest.raises(
-        ConfigError, match=r"AdaLoRA trains with a RankAllocator: .*RankAllocator\.of\(model\)"
+        ConfigError, match=r"AdaLoRA trains with a RankAllocator, .*RankAllocator\.of\(model\)"
     ):
         hand_made_step(made, optimizer)
     ranks = RankAllocator.of(made)  # takes the weights as they are
