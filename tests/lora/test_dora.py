@@ -97,7 +97,8 @@ def direction(wrapper: LoraLinear) -> np.ndarray:
 
 def scales(wrapper: LoraLinear) -> np.ndarray:
     """k, in plain arithmetic."""
-    return pieces(wrapper)[2] / np.linalg.norm(direction(wrapper), axis=1)  # type: ignore[no-any-return]
+    m = pieces(wrapper)[2]
+    return m / np.linalg.norm(direction(wrapper), axis=1)  # type: ignore[no-any-return]
 
 
 def in_a_step(wrapper: LoraLinear, x: Tensor) -> Tensor:

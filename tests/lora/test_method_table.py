@@ -1,4 +1,4 @@
-"""What holds of every method over every base on every backend: a new method is one row in methods.py.
+"""What holds of every method, over every base and backend: a new method is one row in methods.py.
 
 The identities of a single method are in that method's file, those of one LoRA layer of any shape in
 test_verify.py.
@@ -238,9 +238,9 @@ def test_gradients_match_finite_differences(case: Combination) -> None:
 @ANY
 @ANY_DTYPE
 def test_prepare_step_computes_what_the_layer_computes(case: Combination, dtype: str) -> None:
-    """y and all gradients: 2 gamma_n S, for the I + r + 8 roundings of y, and O + rows more of each gradient.
+    """y and all gradients: 2 gamma_n S.
 
-    Where no weight is formed only one way exists, and the bits are equal.
+    n counts the I + r + 8 roundings of y, and O + rows more of each gradient. Where no weight is formed only one way exists, and the bits are equal.
     """
     for layer in layers(case.model(dtype)).values():
         x, dy = inputs(case, layer)
@@ -366,9 +366,9 @@ def test_decoding_weights_include_the_update(case: Combination) -> None:
 def test_merge_adapter_keeps_the_output_and_unmerge_adapter_restores_the_base(
     case: Combination, dtype: str
 ) -> None:
-    """Property 9: |merged - y| <= 2 gamma_(I + r + 6) S. The merged weight is fl(W + dW); W returns bit for bit.
+    """Property 9: |merged - y| <= 2 gamma_(I + r + 6) S.
 
-    In sixteen bits fl is bfloat16's, whose u is 2^-8.
+    The merged weight is fl(W + dW); W returns bit for bit. In sixteen bits fl is bfloat16's, whose u is 2^-8.
     """
     model = case.model(dtype)
     half = case.kind == "bfloat16"

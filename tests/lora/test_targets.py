@@ -109,7 +109,7 @@ HANGS = r"(([a-z_0-9]+)*\.?)*! (.*)*x (.|.)*! ((((.*)*)*)*)*! (.*.*.*.*.*.*)*! (
 
 @pytest.mark.parametrize("pattern", HANGS.split())
 def test_pattern_that_hangs_in_re_takes_bounded_work(pattern, monkeypatch):
-    """Counted, not timed: every state is entered at most once per position, and read three times."""
+    """Counted, not timed: a state is entered at most once per position, and read three times."""
     compiled = Pattern(pattern)
     states = Counted(compiled._states)
     monkeypatch.setattr(compiled, "_states", states)
