@@ -240,7 +240,8 @@ def test_gradients_match_finite_differences(case: Combination) -> None:
 def test_prepare_step_computes_what_the_layer_computes(case: Combination, dtype: str) -> None:
     """y and all gradients: 2 gamma_n S.
 
-    n counts the I + r + 8 roundings of y, and O + rows more of each gradient. Where no weight is formed only one way exists, and the bits are equal.
+    n counts the I + r + 8 roundings of y, and O + rows more of each gradient. Where no weight is
+    formed only one way exists, and the bits are equal.
     """
     for layer in layers(case.model(dtype)).values():
         x, dy = inputs(case, layer)

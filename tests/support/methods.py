@@ -1,4 +1,4 @@
-"""Every kind of adapter over every kind of base on every backend: the table of test_method_table.py.
+"""Every kind of adapter over every base and backend: the table of test_method_table.py.
 
 A method's row states what its paper states, in numbers that the package has not computed.
 """
