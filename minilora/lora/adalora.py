@@ -219,10 +219,10 @@ class AdaLoraAdapter(LoraAdapter):
 
         return (self.lora_A, self.lora_E, self.lora_B), pull
 
-    def keep(self, kept: np.ndarray) -> None:
-        """Remove every triplet i with kept[i] False from dW: new, smaller parameters."""
+    def keep(self, mask: np.ndarray) -> None:
+        """Remove every triplet i with mask[i] False from dW: new, smaller parameters."""
         backend = self.lora_E.backend
-        rows = backend.from_numpy(np.flatnonzero(kept))
+        rows = backend.from_numpy(np.flatnonzero(mask))
         for name in self.TENSORS:
             before: Parameter = getattr(self, name)
             left = backend.xp.take(before.data, rows, axis=1 if name == "lora_B" else 0)

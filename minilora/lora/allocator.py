@@ -111,7 +111,7 @@ class RankAllocator:
     @property
     def ranks(self) -> dict[str, int]:
         """The number of triplets that the last allocation kept, by layer."""
-        return {layer: int(kept.sum()) for layer, kept in self._by_layer(self.kept).items()}
+        return {layer: int(mask.sum()) for layer, mask in self._by_layer(self.kept).items()}
 
     def budget(self, t: int) -> int:
         """b(t), the triplets that stay after step t: all, then a cubic, then target_r per layer."""
@@ -170,10 +170,10 @@ class RankAllocator:
         due = t == end or (self.config.tinit < t < end and t % self.config.deltaT == 0)
         if due:
             cut = self.initial - self.budget(t)
-            kept = xp.ones(self.initial, bool)
+            mask = xp.ones(self.initial, bool)
             # Among equals, the first is cut first.
-            kept[xp.argsort(self.importance(), kind="stable")[:cut]] = False
-            self._choose(self._backend.to_numpy(kept))
+            mask[xp.argsort(self.importance(), kind="stable")[:cut]] = False
+            self._choose(self._backend.to_numpy(mask))
         if due or t > end:
             for layer, mask in self._by_layer(self._mask).items():
                 E = self.adapters[layer].lora_E
@@ -204,12 +204,12 @@ class RankAllocator:
                 "prune afterwards"
             )
         pattern = {}
-        for layer, kept in self._by_layer(self.kept).items():
+        for layer, mask in self._by_layer(self.kept).items():
             key = f"{layer}.lora_E"
             before = self.config.rank_pattern.get(key, [True] * self.config.init_r)
-            left = iter(kept.tolist())  # one value per triplet that an earlier pruning left
+            left = iter(mask.tolist())  # one value per triplet that an earlier pruning left
             pattern[key] = [was_kept and next(left) for was_kept in before]
-            self.adapters[layer].keep(kept)
+            self.adapters[layer].keep(mask)
         self.config.rank_pattern = pattern
         self._begin()
 
@@ -242,9 +242,9 @@ class RankAllocator:
         for adapter in self.adapters.values():
             adapter.settle(known)
 
-    def _choose(self, kept: np.ndarray) -> None:
-        self.kept = kept  # (sum r,) on the host
-        self._mask = self._backend.from_numpy(kept)  # the same on the device
+    def _choose(self, mask: np.ndarray) -> None:
+        self.kept = mask  # (sum r,) on the host
+        self._mask = self._backend.from_numpy(mask)  # the same on the device
 
     def _by_layer(self, values: Array) -> dict[str, Array]:
         """The part of each layer, by name, of an array with one entry per triplet."""

@@ -14,14 +14,8 @@ from .patterns import Pattern
 from .targets import pattern_value
 
 # The targets of target_modules=None, by type of model (PEFT's table).
-_LLAMA = ["q_proj", "v_proj"]
-DEFAULT_TARGETS = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gpt2": ["c_attn"],
-}
+DEFAULT_TARGETS = {name: ["q_proj", "v_proj"] for name in ("llama", "mistral", "qwen2", "qwen3")}
+DEFAULT_TARGETS["gpt2"] = ["c_attn"]
 HARMLESS = ("peft_version", "revision", "auto_mapping")  # PEFT's fields that change no meaning
 MAX_NAMES = 10_000  # a list of targets longer than any model is a mistake, or an attack
 
@@ -246,11 +240,11 @@ class LoraConfig:
         kind = config.get("peft_type", "LORA")
         if kind != cls.peft_type:
             raise ConfigError(f"{where}: peft_type must be {cls.peft_type!r}, got {kind!r:.200}")
-        own = {field.name for field in dataclasses.fields(cls)} - {"extra"}
+        names = {field.name for field in dataclasses.fields(cls)} - {"extra"}
         given = {}
         extra = {}
         for name, value in config.items():
-            if name in own:
+            if name in names:
                 given[name] = value
                 continue
             if name == "peft_type":
@@ -269,12 +263,12 @@ class LoraConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field that PEFT 0.21 writes to adapter_config.json."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del own["extra"]
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["extra"]
         return {
             **PEFT_CONFIG_DEFAULTS,
             **self.extra,
-            **own,
+            **values,
             "peft_type": self.peft_type,
             "inference_mode": True,
         }

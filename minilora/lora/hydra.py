@@ -143,7 +143,7 @@ def mixture(x: Tensor, y: Tensor, w: Tensor, A: Tensor, B: Tensor, scaling: floa
     w_shape = w.shape
     need_dx = x.requires_grad
     need_dB = B.requires_grad
-    X_kept = X if A.requires_grad else None
+    X_of_dA = X if A.requires_grad else None
 
     def vjp(dy: Array) -> F.Grads:
         dY = F.rows(dy)  # (N, O)
@@ -151,7 +151,7 @@ def mixture(x: Tensor, y: Tensor, w: Tensor, A: Tensor, B: Tensor, scaling: floa
         dU = (V[:, :, None] * dZ).sum(axis=1)  # (N, r)
         dw = (dZ * U[:, None, :]).sum(axis=2).reshape(w_shape)
         dx = (dU @ a).reshape(x_shape) if need_dx else None  # (N, r) @ (r, I) -> (N, I)
-        dA = None if X_kept is None else dU.T @ X_kept  # (r, N) @ (N, I) -> (r, I)
+        dA = None if X_of_dA is None else dU.T @ X_of_dA  # (r, N) @ (N, I) -> (r, I)
         dB = (dY.T @ spread()) * s if need_dB else None  # (O, N) @ (N, k r) -> (O, k r)
         return dx, dy, dw, dA, dB
 

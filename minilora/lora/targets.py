@@ -37,10 +37,8 @@ def pattern_value(name: str, patterns: Mapping[str, V], default: V) -> V:
     starts = _part_starts(name)
     for key, value in patterns.items():
         pattern = _pattern(key)
-        possible = starts
         # A pattern without a choice (nearly all are names) can only begin at one position.
-        if pattern.width is not None:
-            possible = starts & {len(name) - pattern.width}
+        possible = starts if pattern.width is None else starts & {len(name) - pattern.width}
         if possible and len(name) in pattern.ends(name, possible):
             return value
     return default

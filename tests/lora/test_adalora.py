@@ -585,9 +585,9 @@ def test_inspect_adapter_and_verify_files_read_a_pruned_adapter(tmp_path: Path) 
     assert report["r"] == 4
     for row in report["tensors"]:
         assert float(row["|dW|"]) == pytest.approx(norms[row["layer"]], rel=1e-3)
-    found = verify_files(tmp_path / "base", tmp_path / "adapter")
-    assert all(row.ok for row in found.rows)
-    for finding in found.layers:
+    measured = verify_files(tmp_path / "base", tmp_path / "adapter")
+    assert all(row.ok for row in measured.rows)
+    for finding in measured.layers:
         assert finding.dW == pytest.approx(norms[finding.layer], rel=1e-6)
     raw, stored = read_adapter(tmp_path / "adapter")
     del stored[next(key for key in stored if key.endswith("lora_E"))]

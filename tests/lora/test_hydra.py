@@ -122,10 +122,10 @@ def test_mixture_computes_only_the_gradients_that_are_needed(trained: int) -> No
     for i in (0, 3, 4):  # x, A, B
         assert (direct[i] is not None) == (i == trained)
     expected = gradients(mixture(*everything, 0.7), everything, dy)
-    found = gradients(mixture(*one, 0.7), one, dy)
-    for i, g in enumerate(found):
+    grads = gradients(mixture(*one, 0.7), one, dy)
+    for i, g in enumerate(grads):
         assert (g is not None) == (i == trained)
-    assert np.array_equal(found[trained], expected[trained])
+    assert np.array_equal(grads[trained], expected[trained])
 
 
 def test_hydra_adapter_is_equation_6() -> None:
@@ -167,9 +167,9 @@ def test_hydra_adapter_of_equal_experts_shares_loras_gradient(k: int, seed: int)
     made = layer(k, seed)
     plain = layer(1, seed)
     A, B, _ = tensors(plain)
-    own_A, own_B, _ = tensors(made)
-    own_A.data = A.data
-    own_B.data = np.tile(B.data, (1, k))
+    A_k, B_k, _ = tensors(made)
+    A_k.data = A.data
+    B_k.data = np.tile(B.data, (1, k))
     x = np.random.default_rng(seed).standard_normal((4, 5))
     dy = np.random.default_rng(seed + 1).standard_normal((4, 6))
     dA, dB, dR = gradients(made(Tensor(x)), tensors(made), dy)

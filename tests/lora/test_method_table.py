@@ -167,8 +167,8 @@ def test_get_peft_model_starts_as_the_base_bit_for_bit(case: Combination) -> Non
 def test_gradients_at_the_start_are_zero_but_for_what_the_paper_names(case: Combination) -> None:
     model = case.model(moved=False)
     for layer in layers(model).values():
-        found = gradients(loss(model), tensors(layer))
-        for name, g in zip(layer.adapters["default"].TENSORS, found, strict=True):
+        grads = gradients(loss(model), tensors(layer))
+        for name, g in zip(layer.adapters["default"].TENSORS, grads, strict=True):
             assert g is not None
             assert bool(g.any()) == (name in case.method.moves)
 
@@ -188,15 +188,15 @@ def test_get_nb_trainable_parameters_follows_the_formula(case: Combination) -> N
 @ANY
 def test_backward_reaches_only_the_adapter(case: Combination) -> None:
     model = case.model().train()
-    own = {id(p) for layer in layers(model).values() for p in tensors(layer)}
+    adapter_ids = {id(p) for layer in layers(model).values() for p in tensors(layer)}
     before = bits(model)
     loss(model).backward()
     for p in model.parameters():
-        assert (p.grad is not None) == (id(p) in own)
+        assert (p.grad is not None) == (id(p) in adapter_ids)
     params = trained(model)
     SGD(params, lr=0.1).step([p.grad for p in params])
     changed = {name for name, after in bits(model).items() if after != before[name]}
-    assert changed == {name for name, p in model.named_parameters() if id(p) in own}
+    assert changed == {name for name, p in model.named_parameters() if id(p) in adapter_ids}
 
 
 @over(row for row in HOSTED if row.kind in ("dense", "nf4"))
@@ -369,7 +369,8 @@ def test_merge_adapter_keeps_the_output_and_unmerge_adapter_restores_the_base(
 ) -> None:
     """Property 9: |merged - y| <= 2 gamma_(I + r + 6) S.
 
-    The merged weight is fl(W + dW); W returns bit for bit. In sixteen bits fl is bfloat16's, whose u is 2^-8.
+    The merged weight is fl(W + dW); W returns bit for bit. In sixteen bits fl is bfloat16's, whose
+    u is 2^-8.
     """
     model = case.model(dtype)
     half = case.kind == "bfloat16"
@@ -498,8 +499,8 @@ def test_set_adapter_makes_one_of_two_compute_and_train(case: Combination) -> No
     for name in ("default", "b", "default"):
         model.set_adapter(name)
         outputs.append(logits(model).tobytes())
-        own = {id(p) for layer in layers(model).values() for p in tensors(layer, name)}
-        assert {id(p) for p in trained(model)} == own
+        active = {id(p) for layer in layers(model).values() for p in tensors(layer, name)}
+        assert {id(p) for p in trained(model)} == active
     assert outputs[0] == outputs[2] == alone != outputs[1]
     if case.method.merges:
         model.merge_adapter(["default"])

@@ -219,8 +219,8 @@ def test_pattern_value_takes_the_first_key_that_matches(patterns, expected):
 @given(st.lists(SHORT, max_size=3), NAMES)
 def test_pattern_value_follows_pefts_rule(patterns, name):
     keys = {key: place for place, key in enumerate(patterns)}
-    found = [value for key, value in keys.items() if re.match(rf"(.*\.)?({key})$", name)]
-    expected = found[0] if found else -1
+    matching = [value for key, value in keys.items() if re.match(rf"(.*\.)?({key})$", name)]
+    expected = matching[0] if matching else -1
     assert pattern_value(name, keys, -1) == expected
 
 
@@ -249,10 +249,10 @@ def test_layer_index_without_a_pattern_follows_pefts_rule(name):
 @given(PATHS, st.lists(LAYERS, min_size=1))
 def test_layer_index_with_patterns_follows_pefts_rule(name, patterns):
     assume(any(patterns))
-    found = None
+    match = None
     for pattern in patterns:
-        found = found or re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name)
-    assert layer_index(name, patterns) == index_of(found)
+        match = match or re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name)
+    assert layer_index(name, patterns) == index_of(match)
     if patterns[0]:
         assert layer_index(name, patterns[0]) == layer_index(name, patterns[:1])
 
