@@ -210,7 +210,7 @@ class AdaLoraAdapter(LoraAdapter):
         self._require_allocator()
         a = self.lora_A.data
         e = self.lora_E.data
-        pull_factors = self._add_update(W)
+        pull_factors = self._add_update(W, a * e)
 
         def pull(X: Array, dY: Array) -> Grads:
             P, dB = pull_factors(X, dY)

@@ -90,25 +90,24 @@ class LoraAdapter(Module):
 
     def effective(self, W: Array) -> Part:
         """Add dW to W (O, I) in place; returns (parameters, function of their gradients)."""
-        return (self.lora_A, self.lora_B), self._add_update(W)
+        return (self.lora_A, self.lora_B), self._add_update(W, self.lora_A.data)
 
-    def _add_update(self, W: Array) -> Callable[[Array, Array], tuple[Array, Array]]:
-        """Add dW to W (O, I) in place; returns the function (X, dY) -> (dA, dB) of the factors.
+    def _add_update(self, W: Array, a: Array) -> Callable[[Array, Array], tuple[Array, Array]]:
+        """Add dW = s B a to W (O, I) in place; returns the function (X, dY) -> (da, dB).
 
-        With G = dL/dW' = dY^T X the gradients are dA = s B^T G and dB = s G A^T. They are computed
-        through (N, r); G is never formed. A is the first factor, diag(E) A for AdaLoRA.
+        a is the first factor (r, I). With G = dL/dW' = dY^T X the gradients are da = s B^T G and dB
+        = s G a^T. They are computed through (N, r); G is never formed.
         """
-        a = self.first_factor.data
         b = self.lora_B.data
         s = self.scaling
         delta = b @ a
         delta *= s
         W += delta
-        # BLAS reads a contiguous A^T twice as fast where r is small.
+        # BLAS reads a contiguous a^T twice as fast where r is small.
         a_t = self.lora_A.backend.xp.ascontiguousarray(a.T)
 
         def pull(X: Array, dY: Array) -> tuple[Array, Array]:
             dU = (dY @ b) * s  # (N, O) @ (O, r) -> (N, r)
-            return dU.T @ X, dY.T @ ((X @ a_t) * s)  # dA (r, I), dB (O, r)
+            return dU.T @ X, dY.T @ ((X @ a_t) * s)  # da (r, I), dB (O, r)
 
         return pull
