@@ -65,6 +65,10 @@ def same_as_re(pattern, name):
 @example("[a^]+", "^a")
 @example("a|^b$|", "b")
 @example("(a*)*b", "aab")
+@example("a?b", "aab")
+@example("a+", "")
+@example("a{2,}", "a")
+@example("a{1,3}", "aaaa")
 @example(".*layers\\.1\\..*(k|down)_proj", "model.layers.1.self_attn.k_proj")
 def test_pattern_fullmatch_answers_as_re_does(pattern, name):
     assume(len(pattern) <= MAX_LENGTH)
