@@ -27,8 +27,9 @@ class Pull(NamedTuple):
     needs_output: bool = False
 
 
-# What formed a layer's W': groups of parameters, each with the pull that gives their gradients.
-Parts = list[tuple[tuple[Tensor, ...], Pull]]
+# Parameters that formed a part of W', and the pull that gives their gradients; all parts of a layer.
+Formed = tuple[tuple[Tensor, ...], Pull]
+Parts = list[Formed]
 
 
 class EffectiveWeight:

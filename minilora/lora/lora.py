@@ -2,15 +2,16 @@
 
                x (I)
              /       \\
-      W (O, I)        A (r, I)      r numbers are all that passes: rank(dW) <= r
-      frozen          B (O, r)      starts at zero, so the start is the base, bit for bit
-             \\       /  * s        s = lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023)
-              y (O)
+      W (O, I)        A (r, I)      only r numbers pass through, so rank(dW) <= r
+      frozen          B (O, r)      starts at zero, so the first output is the base's, bit for bit
+             \\       /  * s        s = lora_alpha / r, or lora_alpha / sqrt(r)
+              y (O)                     (rsLoRA, Kalajdzievski 2023)
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,25 +19,24 @@ import numpy as np
 from .. import functional as F
 from ..autograd import Tensor
 from ..backend import Array
-from ..effective import Pull
+from ..effective import Formed, Pull
 from ..nn import Dropout, LinearBase, Module, Parameter, normal, uniform
 from .config import LoraConfig
-from .factors import Part, float64
+from .factors import Part
 
 
 class LoraAdapter(Module):
-    """The trainable pair of one layer: lora_A (r, I) and lora_B (O, r), with its scaling s.
+    """The trainable pair of one layer, lora_A (r, I) and lora_B (O, r), with its scaling s.
 
-    What every adapter offers: its forward `adapter(x, y, base)`, its dW, and its tensors' names and shapes.
+    Every adapter offers the same: its forward pass `adapter(x, y, base)`, its dW, its factors, and
+    the names and shapes of its tensors.
     """
 
-    TENSORS: tuple[str, ...] = (
-        "lora_A",
-        "lora_B",
-    )  # the trainable attributes, in the order of PEFT's files
-    SUFFIX = ".weight"  # of their names there, where each is a module's weight
-    NORMED = False  # does it scale the rows of W + dW by their norms?
-    MIXED = False  # is what it adds another matrix for every position?
+    # The trainable attributes, in the order of PEFT's files.
+    TENSORS: tuple[str, ...] = ("lora_A", "lora_B")
+    SUFFIX = ".weight"  # ends their names in PEFT's files, where each is a module's weight
+    NORMED = False  # whether it scales each row of W + dW by the row's norm
+    MIXED = False  # whether it adds a different matrix at every position
 
     def __init__(
         self,
@@ -49,57 +49,70 @@ class LoraAdapter(Module):
         self.r = r = config.rank(name)
         self.scaling = config.scaling(name)
         self.dropout = Dropout(config.lora_dropout, stream)
-        init, I, O, dtype = (
-            config.init_lora_weights,
-            base.in_features,
-            base.out_features,
-            base.dtype,
-        )
-        # PEFT's kaiming_uniform(a = sqrt 5) has the bound sqrt(2 / 6) sqrt(3 / in) = 1 / sqrt(in).
-        A = (
-            normal(rng, 1 / r, (r, I), dtype)
-            if init == "gaussian"
-            else uniform(rng, 1 / math.sqrt(I), (r, I), dtype)
-        )
-        B = (
-            np.zeros((O, r), dtype)
-            if init is not False
-            else uniform(rng, 1 / math.sqrt(r), (O, r), dtype)
-        )
+        init = config.init_lora_weights
+        I = base.in_features
+        O = base.out_features
+        if init == "gaussian":
+            A = normal(rng, 1 / r, (r, I), base.dtype)
+        else:
+            # The bound of PEFT's kaiming_uniform(a = sqrt 5): sqrt(2 / 6) sqrt(3 / in).
+            A = uniform(rng, 1 / math.sqrt(I), (r, I), base.dtype)
+        if init is False:
+            B = uniform(rng, 1 / math.sqrt(r), (O, r), base.dtype)
+        else:
+            B = np.zeros((O, r), base.dtype)
         self.lora_A = Parameter(base.backend.from_numpy(A))
         self.lora_B = Parameter(base.backend.from_numpy(B))
 
     @staticmethod
     def shapes(base: Any, r: int) -> dict[str, tuple[int, ...]]:
-        """The trainable tensors of a layer over `base`, by name: r (in + out) numbers."""
+        """The shapes of the trainable tensors of a layer over `base`: r (in + out) numbers."""
         return {"lora_A": (r, base.in_features), "lora_B": (base.out_features, r)}
 
+    @property
+    def first_factor(self) -> Tensor:
+        """The matrix (r, I) that multiplies x first: A, or diag(E) A for AdaLoRA."""
+        return self.lora_A
+
+    def factors(self, dtype: Any) -> tuple[Array, Array]:
+        """(first factor (r, I), B (O, r)) in `dtype`, so that dW = s B @ first factor."""
+        return self.lora_A.data.astype(dtype), self.lora_B.data.astype(dtype)
+
     def __call__(self, x: Tensor, y: Tensor, base: LinearBase) -> Tensor:
-        """y, what the layer gives so far, with this adapter added.    x (..., I), y (..., O) -> (..., O)"""
-        return F.lora_linear(self.dropout(x), y, self.lora_A, self.lora_B, self.scaling)
+        """y, the layer's output so far, plus s B A x.    x (..., I), y (..., O) -> (..., O)"""
+        return F.lora_linear(self.dropout(x), y, self.first_factor, self.lora_B, self.scaling)
 
     def delta_weight(self, W: Array) -> Array:
-        """dW = s B A (O, I), over the base's weight W (O, I) and in its precision."""
-        A, B = self.lora_A.data.astype(W.dtype), self.lora_B.data.astype(W.dtype)
+        """dW = s B A (O, I) for the base's weight W (O, I), in the dtype of W."""
+        A, B = self.factors(W.dtype)
         return (B @ A) * self.scaling
 
     def part(self) -> Part:
-        """dW as float64 factors on the host."""
-        return Part(float64(self.lora_A), float64(self.lora_B), self.scaling)
+        """dW as float64 factors on the host, for merging and adding up."""
+        A, B = self.factors(np.float64)
+        to_numpy = self.lora_A.backend.to_numpy
+        return Part(to_numpy(A), to_numpy(B), self.scaling)
 
-    def effective(self, W: Array) -> tuple[tuple[Tensor, ...], Pull]:
-        """Add dW to W (O, I) in place; returns the parameters, and how their gradients are found.
+    def effective(self, W: Array) -> Formed:
+        """Add dW to W (O, I) in place; returns (parameters, function of their gradients)."""
+        return (self.lora_A, self.lora_B), Pull(self._add_update(W, self.lora_A.data))
 
-        With G = dL/dW' = dY^T X they are dA = s B^T G and dB = s G A^T, by way of (N, r) and never of G.
+    def _add_update(self, W: Array, a: Array) -> Callable[[Array, Array], tuple[Array, Array]]:
+        """Add dW = s B a to W (O, I) in place; returns the function (X, dY) -> (da, dB).
+
+        a is the first factor (r, I). With G = dL/dW' = dY^T X the gradients are da = s B^T G and dB
+        = s G a^T. They are computed through (N, r); G is never formed.
         """
-        xp, a, b, s = self.lora_A.backend.xp, self.lora_A.data, self.lora_B.data, self.scaling
+        b = self.lora_B.data
+        s = self.scaling
         delta = b @ a
         delta *= s
         W += delta
-        a_t = xp.ascontiguousarray(a.T)  # BLAS reads it twice as fast where r is small
+        # BLAS reads a contiguous a^T twice as fast where r is small.
+        a_t = self.lora_A.backend.xp.ascontiguousarray(a.T)
 
-        def pull(X: Array, dY: Array) -> F.Grads:
+        def pull(X: Array, dY: Array) -> tuple[Array, Array]:
             dU = (dY @ b) * s  # (N, O) @ (O, r) -> (N, r)
-            return dU.T @ X, dY.T @ ((X @ a_t) * s)  # dA (r, I), dB (O, r)
+            return dU.T @ X, dY.T @ ((X @ a_t) * s)  # da (r, I), dB (O, r)
 
-        return (self.lora_A, self.lora_B), Pull(pull)
+        return pull

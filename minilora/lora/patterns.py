@@ -1,8 +1,8 @@
-"""Regular expressions of the usual subset, for strings that a stranger may have written.
+"""Regular expressions of the usual subset that cannot hang, for strings from untrusted files.
 
-Over some patterns `re` takes years: `(([a-z]+)*\\.?)*!` on a name of thirty letters. This matcher follows all ways
-through a pattern at once (Thompson, "Regular expression search algorithm", 1968): its time is at most states x letters,
-whatever the pattern. It knows nothing of what the names mean.
+Over some patterns `re` takes years: `(([a-z]+)*\\.?)*!` on a name of thirty letters. This matcher
+follows all ways through a pattern at once (Thompson, "Regular expression search algorithm", 1968):
+its time is at most states x letters, whatever the pattern. It does not know what the names mean.
 """
 
 from __future__ import annotations
@@ -11,95 +11,110 @@ from collections.abc import Callable, Container
 
 from ..errors import ConfigError
 
-Test = Callable[[str], bool]  # does this one character fit?
-Fragment = Callable[
-    [int], int
-]  # a piece of pattern: given the state that follows it, add its own; return its first
+Test = Callable[[str], bool]  # whether one character fits
 
-MAX_LENGTH, MAX_GROUPS, MAX_REPEAT, MAX_STATES = 200, 40, 100, 1000
+# A piece of a pattern: given the state that follows the piece, it adds its own states and returns
+# the first of them.
+Fragment = Callable[[int], int]
+
+MAX_LENGTH = 200
+MAX_GROUPS = 40
+MAX_REPEAT = 100
+MAX_STATES = 1000
 SUPPORTED = (
-    r"supported are literals, ., [a-z_0-9], [^.], \d \w \s \D \W \S, \. and the like, ( ), (?: ), |, *, +, ?, "
-    rf"{{m}}, {{m,n}}, ^, $, up to {MAX_LENGTH} characters, {MAX_GROUPS} groups and {MAX_REPEAT} repetitions"
+    r"supported are literals, ., [a-z_0-9], [^.], \d \w \s \D \W \S, \. and the like, ( ), (?: ), "
+    rf"|, *, +, ?, {{m}}, {{m,n}}, ^, $, up to {MAX_LENGTH} characters, {MAX_GROUPS} groups and "
+    f"{MAX_REPEAT} repetitions"
 )
 CLASSES: dict[str, Test] = {
     "d": str.isdecimal,
-    "w": lambda c: c.isalnum() or c == "_",
+    "w": lambda char: char.isalnum() or char == "_",
     "s": str.isspace,
 }
-FREE, START, END = (
-    "",
-    "^",
-    "$",
-)  # states that eat no character: pass always, pass at the start, pass at the end
+# States that consume no character: they pass always, only at the start, only at the end.
+FREE = ""
+START = "^"
+END = "$"
 ACCEPT = 0
 
 
 class Pattern:
-    """A regular expression of the usual subset. ConfigError shows the pattern and says what is supported."""
+    """A regular expression of the usual subset. ConfigError shows it and what is supported."""
 
     def __init__(self, text: str) -> None:
-        reader = _Reader(text)
-        self._states = reader.states
-        self._first = reader.read()
+        parser = _Parser(text)
+        self._states = parser.states
+        self._first = parser.parse()
         self.size = len(self._states)
-        # The number of characters of every match; None where there is a choice, and all states can be live at once.
+        # The number of characters of every match, or None if the pattern has a choice. Then all
+        # states can be live at once.
         choice = any(len(following) > 1 for _, following in self._states)
         self.width = None if choice else sum(callable(what) for what, _ in self._states)
 
     def fullmatch(self, name: str) -> bool:
-        """Whether the whole of `name` matches, as `re.fullmatch` would say."""
+        """Whether the whole of `name` matches, as `re.fullmatch` decides it."""
         return len(name) in self.ends(name, {0})
 
     def ends(self, name: str, starts: Container[int]) -> set[int]:
-        """Every position of `name` where a match can end that begins at one of the positions `starts`."""
-        found = set()
+        """Every position of `name` where a match can end that begins at a position in `starts`."""
+        ends = set()
         arrived: set[int] = set()
         for at in range(len(name) + 1):
             if at in starts:
                 arrived.add(self._first)
             if not arrived:
                 continue
-            live, pending = set(arrived), list(arrived)
-            while pending:
-                what, following = self._states[pending.pop()]
-                if what == FREE or (what == START and at == 0) or (what == END and at == len(name)):
-                    pending += [state for state in following if state not in live]
-                    live.update(following)
+            live = self._reachable(arrived, at == 0, at == len(name))
             if ACCEPT in live:
-                found.add(at)
+                ends.add(at)
             arrived = set()
-            for what, following in (self._states[state] for state in live):
+            for state in live:
+                what, following = self._states[state]
                 if callable(what) and at < len(name) and what(name[at]):
                     arrived.update(following)
-        return found
+        return ends
+
+    def _reachable(self, arrived: set[int], at_start: bool, at_end: bool) -> set[int]:
+        """The states `arrived` and all that follow them without a character."""
+        live = set(arrived)
+        pending = list(arrived)
+        while pending:
+            what, following = self._states[pending.pop()]
+            if what == FREE or (what == START and at_start) or (what == END and at_end):
+                pending += [state for state in following if state not in live]
+                live.update(following)
+        return live
 
 
-class _Reader:
+class _Parser:
     """Pattern text -> states, by recursive descent: alternatives of sequences of repeated atoms."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+        self.text = text
+        self.at = 0
         self.states: list[tuple[Test | str, tuple[int, ...]]] = [("accept", ())]
 
-    def read(self) -> int:
-        if (
-            len(self.text) > MAX_LENGTH or self.text.count("(") > MAX_GROUPS
-        ):  # so that recursion stays shallow
-            raise self._error(f"{len(self.text)} characters with {self.text.count('(')} groups")
+    def parse(self) -> int:
+        """Add the states of the whole pattern; returns the first of them."""
+        groups = self.text.count("(")
+        if len(self.text) > MAX_LENGTH or groups > MAX_GROUPS:  # so that recursion stays shallow
+            raise self._error(f"{len(self.text)} characters with {groups} groups")
         whole = self._alternatives()
         if self.at < len(self.text):
             raise self._error("a ) without its (")
         return whole(ACCEPT)
 
     def _error(self, problem: str) -> ConfigError:
-        shown = repr(self.text[:60] + "..." if len(self.text) > 60 else self.text)[:120]
-        return ConfigError(f"pattern {shown}: {problem}, near character {self.at}; {SUPPORTED}")
+        return ConfigError(
+            f"pattern {self.text!r:.120}: {problem}, near character {self.at}; {SUPPORTED}"
+        )
 
-    def _peek(self) -> str:
-        return self.text[self.at : self.at + 1]  # "" at the end
+    def _peek(self, offset: int = 0) -> str:
+        at = self.at + offset
+        return self.text[at : at + 1]  # "" at the end
 
     def _take(self, wanted: str = "") -> str:
-        """The next character, taken; or "" when it is not the wanted one."""
+        """Consume the next character and return it; "" if it is not the wanted one."""
         char = self._peek()
         if wanted and char != wanted:
             return ""
@@ -116,7 +131,7 @@ class _Reader:
         branches = [self._sequence()]
         while self._take("|"):
             branches.append(self._sequence())
-        # Even an empty group takes this one state, so that MAX_STATES also bounds (((){99}){99}){99}.
+        # Even an empty group takes this state, so that MAX_STATES also bounds (((){99}){99}){99}.
         return lambda after: self._add(FREE, *[branch(after) for branch in branches])
 
     def _sequence(self) -> Fragment:
@@ -135,7 +150,7 @@ class _Reader:
         repeatable = self._peek() not in (START, END)
         piece = self._atom()
         low, high = self._counts()
-        if (low, high) == (1, 1):
+        if low == high == 1:
             return piece
         if not repeatable or self._peek() in ("*", "+", "?", "{"):
             raise self._error("a repetition that is lazy, possessive, doubled or of nothing")
@@ -155,18 +170,22 @@ class _Reader:
         return link
 
     def _counts(self) -> tuple[int, int | None]:
-        for sign, low, high in ("*", 0, None), ("+", 1, None), ("?", 0, 1):
-            if self._take(sign):
-                return low, high
+        """(least, most) repetitions of the atom before; `most` is None without a limit."""
+        if self._take("*"):
+            return 0, None
+        if self._take("+"):
+            return 1, None
+        if self._take("?"):
+            return 0, 1
         if not self._take("{"):
             return 1, 1
         inside, closed, rest = self.text[self.at :].partition("}")
         first, comma, last = inside.partition(",")
-        if not closed or not all(
-            digits.isascii() and digits.isdecimal() for digits in (first, last or "0")
-        ):
+        digits = first + last
+        if not (closed and first and digits.isascii() and digits.isdecimal()):
             raise self._error("a { that begins no {m}, {m,} or {m,n}")
-        least, most = int(first), int(last or first)
+        least = int(first)
+        most = int(last or first)
         if not least <= most <= MAX_REPEAT:
             raise self._error(f"repetition counts must rise and stay within {MAX_REPEAT}")
         self.at = len(self.text) - len(rest)
@@ -175,12 +194,7 @@ class _Reader:
     def _atom(self) -> Fragment:
         char = self._take()
         if char == "(":
-            if self._take("?") and not self._take(":"):
-                raise self._error("a group of another kind than ( ) or (?: )")
-            group = self._alternatives()
-            if not self._take(")"):
-                raise self._error("a ( without its )")
-            return group
+            return self._group()
         if char in ("*", "+", "?", "{"):
             raise self._error(f"nothing to repeat before {char}")
         what: Test | str
@@ -190,9 +204,20 @@ class _Reader:
             what = bool  # every character is true
         elif char == "[":
             what = self._set()
+        elif char == "\\":
+            what = self._escape()
         else:
-            what = self._escape() if char == "\\" else char.__eq__
+            what = char.__eq__
         return lambda after: self._add(what, after)
+
+    def _group(self) -> Fragment:
+        """The rest of ( ) or (?: )."""
+        if self._take("?") and not self._take(":"):
+            raise self._error("a group of another kind than ( ) or (?: )")
+        group = self._alternatives()
+        if not self._take(")"):
+            raise self._error("a ( without its )")
+        return group
 
     def _escape(self) -> Test:
         char = self._take()
@@ -204,21 +229,20 @@ class _Reader:
         return char.__eq__
 
     def _set(self) -> Test:
-        """The rest of [...], where a first ] and a last - stand for themselves."""
+        """The rest of [...], where a first ] and a last - mean themselves."""
         negated = self._take("^") == "^"
         tests: list[Test] = []
         while not (tests and self._take("]")):
             low, test = self._member()
-            if self._peek() == "-" and self.text[self.at + 1 : self.at + 2] not in ("", "]"):
+            if self._peek() == "-" and self._peek(1) not in ("", "]"):
                 self._take()
                 high, _ = self._member()
-                if (
-                    not low or high < low
-                ):  # a class such as \d has no character, and "" is below all
+                # A class such as \d has no character, and "" sorts before all characters.
+                if not low or high < low:
                     raise self._error("a range that does not rise from one character to another")
                 test = _between(low, high)
             tests.append(test)
-        return lambda c: any(test(c) for test in tests) != negated
+        return lambda char: any(test(char) for test in tests) != negated
 
     def _member(self) -> tuple[str, Test]:
         """One member of a set: the character ("" for a class such as \\d) and its test."""
@@ -232,4 +256,4 @@ class _Reader:
 
 
 def _between(low: str, high: str) -> Test:
-    return lambda c: low <= c <= high
+    return lambda char: low <= char <= high

@@ -1,6 +1,7 @@
-"""AdaLoRA: triplets and their scaling, the penalty, importance and budget, pruning, files, and the loop that calls it.
+"""AdaLoRA: configuration, penalty, importance and budget, pruning, files, and the training loop.
 
-Shapes: W (O, I), A (r, I), E (r, 1), B (O, r). u is the unit roundoff.
+Shapes: W (O, I), A (r, I), E (r, 1), B (O, r). u is the unit roundoff. What holds of every method
+is in test_method_table.py.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses
 import json
 import math
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,28 +48,24 @@ from minilora.training.runs import MANIFEST
 from minilora.verify import PROPERTIES, make_case, measure, verify_files
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-TEXT = (
-    np.random.default_rng(0).integers(0, 4, 400).cumsum().astype(np.int32) % 16
-)  # each token is near the one before
+# Each token is near the one before.
+TEXT = np.random.default_rng(0).integers(0, 4, 400).cumsum().astype(np.int32) % 16
 IDS = TEXT[:20].reshape(2, 10)
+BATCH = Batch(IDS[:, :-1], IDS[:, 1:])
+NEEDED = {"init_r": 4, "target_r": 2, "total_step": 9}
 
 
 def config(**changes: Any) -> AdaLoraConfig:
-    return AdaLoraConfig(
-        **({"init_r": 4, "target_r": 2, "total_step": 9, "target_modules": "all-linear"} | changes)
-    )
+    return AdaLoraConfig(**NEEDED | {"target_modules": "all-linear"} | changes)
 
 
-def layer(
-    seed: int = 0, inputs: int = 5, outputs: int = 6, dtype: str = "float64", **changes: Any
-) -> LoraLinear:
-    """A frozen base with one active adapter, all of whose numbers are random."""
-    rng = np.random.default_rng(seed)
-    made = LoraLinear(Linear(rng.standard_normal((outputs, inputs)).astype(dtype)))
+def layer(**changes: Any) -> LoraLinear:
+    """A frozen base (6, 5) with one active adapter, all of whose numbers are random."""
+    rng = np.random.default_rng(0)
+    made = LoraLinear(Linear(rng.standard_normal((6, 5))))
     made.base_layer.weight.requires_grad = False
-    made.adapters["a"] = AdaLoraAdapter(
-        made.base_layer, "x", config(**{"init_lora_weights": False, **changes}), rng, 3
-    )
+    options = config(init_lora_weights=False, **changes)
+    made.adapters["a"] = AdaLoraAdapter(made.base_layer, "x", options, rng, 3)
     made.active = ["a"]
     return made
 
@@ -80,95 +78,94 @@ def pieces(made: AdaLoraAdapter) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return made.lora_A.data, made.lora_E.data, made.lora_B.data
 
 
+def copies(params: Sequence[Any]) -> list[np.ndarray]:
+    return [p.data.copy() for p in params]
+
+
+def are_equal(params: Sequence[Any], arrays: Sequence[np.ndarray]) -> bool:
+    return all(np.array_equal(p.data, array) for p, array in zip(params, arrays, strict=True))
+
+
 # ---- the configuration ----
 
 
-def test_peft_s_file_goes_through_unchanged() -> None:
+def test_read_config_keeps_pefts_file_unchanged() -> None:
     raw, _ = read_adapter(GOLDEN / "llama--adalora")
     made = read_config(raw, "here")
     assert type(made) is AdaLoraConfig
-    assert (made.init_r, made.target_r, made.tinit, made.tfinal, made.total_step) == (
-        6,
-        3,
-        10,
-        20,
-        100,
-    )
+    assert (made.init_r, made.target_r) == (6, 3)
+    assert (made.tinit, made.tfinal, made.total_step) == (10, 20, 100)
     assert made.to_dict() == raw
     assert made.rank("any") == 6
     assert made.scaling("any") == 8 / (6 + 1e-5)
 
 
-BAD: dict[str, list[Any]] = {
-    "init_r": [0, -1, 2.0, True, None, "4", 2**24],
-    "target_r": [0, -1, 2.0, True, None, 5],
-    "total_step": [0, -3, 9.0, None, True, "9"],
-    "tinit": [-1, 1.0, None, 9, 10],
-    "tfinal": [-1, 1.0, None, 9, 10],
-    "deltaT": [0, -1, 1.0, None],
-    "beta1": [0, 1, -0.1, 1.5, None, True, math.nan, "x"],
-    "beta2": [0, 1, -0.1, 1.5, None, True, math.nan, "x"],
-    "orth_reg_weight": [-0.1, math.inf, math.nan, None, "x", True],
-    "init_lora_weights": ["gaussian", "pissa", None, 1],
-    "use_rslora": [True],
-    "use_dora": [True, None, "yes"],
-    "alpha_pattern": [{"q_proj": 3}],
-    "lora_alpha": [0, -1, None],
-    "rank_pattern": [
-        {"x.lora_E": [True] * 3},
-        {"x.lora_E": [1, 0, 1, 0]},
-        {"x.lora_E": 4},
-        {"x.lora_A": [True] * 4},
-        {3: [True] * 4},
-        [True],
-        "x",
-    ],
-}
+BAD: dict[str, list[Any]] = {}
+
+
+def bad(field: str, *values: Any) -> None:
+    BAD[field] = list(values)
+
+
+bad("init_r", 0, -1, 2.0, True, None, "4", 2**24)
+bad("target_r", 0, -1, 2.0, True, None, 5)
+bad("total_step", 0, -3, 9.0, None, True, "9", 2**24)
+bad("tinit", -1, 1.0, None, 9, 10)
+bad("tfinal", -1, 1.0, None, 9, 10)
+bad("deltaT", 0, -1, 1.0, None)
+bad("beta1", 0, 1, -0.1, 0.0, 1.0, 1.5, None, True, math.nan, "x")
+bad("beta2", 0, 1, -0.1, 0.0, 1.0, 1.5, None, True, math.nan, "x")
+bad("orth_reg_weight", -0.1, math.inf, math.nan, None, "x", True)
+bad("init_lora_weights", "gaussian", "pissa", None, 1)
+bad("use_rslora", True)
+bad("use_dora", True, None, "yes")
+bad("alpha_pattern", {"q_proj": 3})
+bad("lora_alpha", 0, -1, None)
+bad(
+    "rank_pattern",
+    {"x.lora_E": [True] * 3},
+    {"x.lora_E": [1, 0, 1, 0]},
+    {"x.lora_E": 4},
+    {"x.lora_A": [True] * 4},
+    {"y.lora_E": [True] * 4, "x.lora_E": [True] * 5},
+    {3: [True] * 4},
+    [True],
+    "x",
+)
 
 
 @pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in BAD.items() for v in values])
-def test_a_bad_value_is_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(
-        ConfigError, match=field if field != "tfinal" or value not in (9, 10) else "tinit .*tfinal"
-    ):
+def test_adalora_config_refuses_a_bad_value_by_name(field: str, value: Any) -> None:
+    late = field == "tfinal" and value in (9, 10)
+    with pytest.raises(ConfigError, match="tinit .*tfinal" if late else field):
         config(**{field: value})
     with pytest.raises(ConfigError, match=r"^here: "):
-        read_config(
-            {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 9, field: value},
-            "here",
-        )
+        read_config({"peft_type": "ADALORA"} | NEEDED | {field: value}, "here")
 
 
-def test_every_field_of_its_own_is_checked() -> None:
-    own = {f.name for f in dataclasses.fields(AdaLoraConfig)} - {
-        f.name for f in dataclasses.fields(LoraConfig)
-    }
-    assert own - {"use_dora"} <= set(BAD)
-    with pytest.raises(ConfigError, match="total_step must be an integer of at least 1, got None"):
+def test_adalora_config_checks_every_field() -> None:
+    names = [{f.name for f in dataclasses.fields(c)} for c in (AdaLoraConfig, LoraConfig)]
+    assert names[0] - names[1] <= set(BAD)
+    message = "total_step must be an integer of at least 1 and below 16777216, got None"
+    with pytest.raises(ConfigError, match=message):
         AdaLoraConfig()
-
-
-def test_what_lora_checks_is_checked_here_too() -> None:
-    for wrong in (
-        {"lora_dropout": 1},
-        {"bias": "some"},
-        {"target_modules": []},
-        {"target_modules": "(("},
-    ):
+    wrong = {"lora_dropout": 1, "bias": "some", "exclude_modules": [""], "target_modules": "(("}
+    for field, value in wrong.items():
         with pytest.raises(ConfigError):
-            config(**wrong)
+            config(**{field: value})
+    with pytest.raises(ConfigError, match="target_modules"):
+        config(target_modules=[])
 
 
-def test_r_means_nothing_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="r = 5 means nothing in AdaLoRA"):
+def test_adalora_config_warns_that_r_has_no_effect() -> None:
+    with pytest.warns(UserWarning, match="r = 5 has no effect in AdaLoRA"):
         assert config(r=5).rank("x") == 4
 
 
 @pytest.mark.parametrize("kind", ["IA3", None, ["LORA"], {}, 3])
-def test_another_kind_of_adapter_is_refused_by_name(kind: Any, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match="peft_type must be 'LORA' or 'ADALORA' or 'HYDRALORA', got"
-    ):
+def test_read_config_refuses_another_kind_of_adapter(kind: Any) -> None:
+    message = "peft_type must be 'LORA' or 'ADALORA' or 'HYDRALORA', got"
+    with pytest.raises(ConfigError, match=message):
         read_config({"peft_type": kind}, "here")
     with pytest.raises(ConfigError, match="use_dora must be False"):
         read_config({"peft_type": "ADALORA", "total_step": 9, "use_dora": True}, "here")
@@ -177,88 +174,94 @@ def test_another_kind_of_adapter_is_refused_by_name(kind: Any, tmp_path: Path) -
 # ---- one layer ----
 
 
-def test_first_values_follow_their_laws() -> None:
+def test_adalora_adapter_draws_first_values_by_their_laws() -> None:
     for init, std in ((True, 0.02), (False, 1.0)):
-        made = AdaLoraAdapter(
-            Linear(np.zeros((90, 80))),
-            "x",
-            config(init_r=50, init_lora_weights=init),
-            np.random.default_rng(0),
-        )
+        options = config(init_r=50, init_lora_weights=init)
+        rng = np.random.default_rng(0)
+        made = AdaLoraAdapter(Linear(np.zeros((90, 80))), "x", options, rng)
         for name, p in zip(made.TENSORS, pieces(made), strict=True):
             wanted = 0.0 if init and name == "lora_E" else std
-            assert abs(p.std() - wanted) <= 5 * wanted / math.sqrt(
-                2 * p.size
-            )  # five standard errors
+            # Five standard errors each.
+            assert abs(p.std() - wanted) <= 5 * wanted / math.sqrt(2 * p.size)
             assert abs(p.mean()) <= 5 * wanted / math.sqrt(p.size)
 
 
 @pytest.mark.parametrize("left", [0, 1])
-def test_a_layer_that_lost_its_triplets_keeps_every_promise(left: int) -> None:
+def test_keep_nothing_of_a_layer_breaks_no_property(left: int) -> None:
     case = make_case(1, 7, 5, [4, 4], [4, 2], kind="adalora")
-    for adapter in list(case.original.adapters.values())[left:]:
+    layer = case.original
+    for adapter in list(layer.adapters.values())[left:]:
         adapter.keep(np.zeros(4, bool))
-    case.original.prepare_step()
-    assert any(case.original._effective.values()) == (
-        left > 0
-    )  # without a triplet there is nothing to form
-    case.original.end_step()
-    config = dataclasses.replace(
-        case.configs["a0"], rank_pattern={} if left else {"proj.lora_E": [False] * 4}
-    )
-    rows = measure([dataclasses.replace(case, configs={"a0": config})])
-    assert {"forward", "effective weight", "AdaLoRA's gradients", "merge rounds once", "files"} < {
-        r.property for r in rows
-    }
+    layer.prepare_step()
+    # Without a triplet nothing is formed.
+    assert any(layer._effective.values()) == (left > 0)
+    layer.end_step()
+    pattern = {} if left else {"proj.lora_E": [False] * 4}
+    options = dataclasses.replace(case.configs["a0"], rank_pattern=pattern)
+    rows = measure([dataclasses.replace(case, configs={"a0": options})])
+    expected = {"forward", "effective weight", "AdaLoRA's gradients", "merge rounds once", "files"}
+    assert expected < {row.property for row in rows}
     assert [row for row in rows if not row.ok] == []
 
 
-def test_dropout_is_on_x_in_training_alone() -> None:
-    made, x = layer(lora_dropout=0.5), Tensor(np.ones((1, 40, 5)))
-    A, E, B = pieces(made.adapters["a"])
+def test_adalora_dropout_acts_on_x_in_training_alone() -> None:
+    made = layer(lora_dropout=0.5)
+    adapter = made.adapters["a"]
+    A, E, B = pieces(adapter)
+    x = Tensor(np.ones((1, 40, 5)))
     still = made.eval()(x).data
     assert np.ptp(still, axis=1).max() == 0  # the rows are equal
     moved = made.train()(x).data - made.base_layer(x).data
     assert np.ptp(moved, axis=1).max() > 0
-    kept = np.array([[i >> k & 1 for k in range(5)] for i in range(32)])  # every mask there is
-    possible = (2 * kept * 1.0) @ (made.adapters["a"].scaling * B @ (A * E)).T
-    assert all(np.abs(possible - row).max(axis=1).min() < 1e-12 for row in moved[0])
+    masks = np.array([[i >> k & 1 for k in range(5)] for i in range(32)])  # all of them
+    possible = (2.0 * masks) @ (adapter.scaling * B @ (A * E)).T
+    for row in moved[0]:
+        assert np.abs(possible - row).max(axis=1).min() < 1e-12
 
 
 # ---- the penalty ----
 
 
-@given(st.integers(0, 99), st.lists(st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(1, 7)), min_size=1,
-                                    max_size=3))  # fmt: skip
-def test_the_penalty_is_the_mean_norm_and_its_gradient_is_true(
+def paired(items: Sequence[Any]) -> list[Any]:
+    return list(zip(items[::2], items[1::2], strict=True))
+
+
+def gap_norm(M: np.ndarray, r: int) -> float:
+    """|M M^T - I|: its square sums (sigma^2 - 1)^2 over r singular values, missing ones being 0."""
+    sigma = np.zeros(r)
+    values = np.linalg.svd(M, compute_uv=False)
+    sigma[: len(values)] = values
+    return math.sqrt(((sigma**2 - 1) ** 2).sum())
+
+
+SIDES = st.integers(1, 7)
+PAIRS = st.tuples(st.integers(1, 5), SIDES, SIDES)
+
+
+@given(st.integers(0, 99), st.lists(PAIRS, min_size=1, max_size=3))
+def test_orthogonality_is_the_mean_norm_and_its_gradient_is_true(
     seed: int, sizes: list[tuple[int, int, int]]
 ) -> None:
     rng = np.random.default_rng(seed)
-    flat = [rng.standard_normal(shape) for r, i, o in sizes for shape in ((r, i), (o, r))]
-
-    def paired(items: Any) -> list[Any]:
-        return list(zip(items[::2], items[1::2], strict=True))
-
-    # |A A^T - I|^2 is the sum of (sigma^2 - 1)^2 over r singular values, the missing ones being 0.
+    factors = []
     norms = []
-    for A, B in paired(flat):
-        for M, r in ((A, len(A)), (B, len(A))):
-            sigma = np.zeros(r)
-            values = np.linalg.svd(M, compute_uv=False)
-            sigma[: len(values)] = values
-            norms.append(math.sqrt(((sigma**2 - 1) ** 2).sum()))
-    value = orthogonality(paired([Tensor(a) for a in flat])).item()
+    for r, I, O in sizes:
+        for shape in ((r, I), (O, r)):
+            factors.append(rng.standard_normal(shape))
+            norms.append(gap_norm(factors[-1], r))
+    value = orthogonality(paired([Tensor(factor) for factor in factors])).item()
     assert value == pytest.approx(np.mean(norms), rel=1e-12)
     if min(norms) > 0.05:  # at 0 a norm has a kink
-        check_gradient(lambda *leaves: orthogonality(paired(leaves)), *flat, tolerance=1e-8)
+        check_gradient(lambda *leaves: orthogonality(paired(leaves)), *factors, tolerance=1e-8)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_layer_without_triplets_costs_nothing(dtype: str) -> None:
+def test_orthogonality_without_triplets_is_zero(dtype: str) -> None:
     leaves = [Tensor(np.zeros(shape, dtype), True) for shape in ((0, 5), (6, 0))]
-    value = orthogonality([(leaves[0], leaves[1])])
+    value = orthogonality(paired(leaves))
     assert (value.item(), value.dtype) == (0, np.dtype(dtype))
     for g, leaf in zip(gradients(value, leaves), leaves, strict=True):
+        assert g is not None
         assert (g.shape, g.dtype) == (leaf.shape, leaf.dtype)
 
 
@@ -268,379 +271,393 @@ def test_a_layer_without_triplets_costs_nothing(dtype: str) -> None:
 def allocator(
     seed: int = 0, layers: int = 2, dtype: str = "float64", **changes: Any
 ) -> RankAllocator:
-    made = config(**{"init_lora_weights": False, **changes})
+    """An allocator over layers of random sizes."""
+    options = config(**{"init_lora_weights": False} | changes)
     rng = np.random.default_rng(seed)
     adapters = {}
     for i in range(layers):
         base = Linear(np.zeros(rng.integers(1, 5, 2), dtype))
-        adapters[f"l{i}"] = AdaLoraAdapter(base, f"l{i}", made, rng)
-    return RankAllocator(adapters, made)
+        adapters[f"l{i}"] = AdaLoraAdapter(base, f"l{i}", options, rng)
+    return RankAllocator(adapters, options)
 
 
-def random_grads(made: RankAllocator, rng: np.random.Generator) -> list[Any]:
-    return [rng.standard_normal(p.shape).astype(p.dtype) for p in made.params]
+def random_grads(ranks: RankAllocator, rng: np.random.Generator) -> list[Any]:
+    return [rng.standard_normal(p.shape).astype(p.dtype) for p in ranks.params]
 
 
-def test_sensitivity_uncertainty_and_importance_are_the_paper_s() -> None:
+def test_importance_is_the_papers() -> None:
     """Number by number, in plain loops, for two steps with weights that change between them."""
-    made, rng = (
-        allocator(layers=2, init_r=3, total_step=90, beta1=0.7, beta2=0.6),
-        np.random.default_rng(1),
-    )
-    smoothed: dict[int, np.ndarray] = {}
-    strayed: dict[int, np.ndarray] = {}
+    ranks = allocator(layers=2, init_r=3, total_step=90, beta1=0.7, beta2=0.6)
+    ranks.config.deltaT = 50  # no mask yet
+    rng = np.random.default_rng(1)
+    sensitivity: dict[int, np.ndarray] = {}
+    uncertainty: dict[int, np.ndarray] = {}
     for _ in range(2):
-        grads = random_grads(made, rng)
-        for i, (p, g) in enumerate(zip(made.params, grads, strict=True)):
+        grads = random_grads(ranks, rng)
+        for i, (p, g) in enumerate(zip(ranks.params, grads, strict=True)):
             p.data = rng.standard_normal(p.shape)
             now = np.abs(p.data * g)
-            smoothed[i] = 0.7 * smoothed.get(i, 0 * now) + 0.3 * now
-            strayed[i] = 0.6 * strayed.get(i, 0 * now) + 0.4 * np.abs(now - smoothed[i])
-        weights = [p.data.copy() for p in made.params]
-        made.config.deltaT = 50  # no mask yet
-        made.step(grads)
-        assert all(np.array_equal(p.data, w) for p, w in zip(made.params, weights, strict=True))
-    made.final_step = 3
-    made.step(grads)  # the last allocation chooses by what was seen before it
+            sensitivity[i] = 0.7 * sensitivity.get(i, 0 * now) + 0.3 * now
+            distance = np.abs(now - sensitivity[i])
+            uncertainty[i] = 0.6 * uncertainty.get(i, 0 * now) + 0.4 * distance
+        before = copies(ranks.params)
+        ranks.step(grads)
+        assert are_equal(ranks.params, before)
+    ranks.final_step = 3
+    ranks.step(grads)  # the last allocation chooses by what was seen before it
     expected = []
-    for i in range(0, len(smoothed), 3):
-        A, E, B = (smoothed[j] * strayed[j] for j in (i, i + 1, i + 2))
-        expected += [E[k, 0] + A[k].mean() + B[:, k].mean() for k in range(len(E))]
-    assert np.allclose(made.importance(), expected, rtol=1e-13, atol=0)
+    for i in range(0, len(sensitivity), 3):
+        A, E, B = (sensitivity[j] * uncertainty[j] for j in (i, i + 1, i + 2))
+        for k in range(len(E)):
+            expected.append(E[k, 0] + A[k].mean() + B[:, k].mean())
+    assert np.allclose(ranks.importance(), expected, rtol=1e-13, atol=0)
 
 
-def test_the_budget_is_kept_over_2000_random_schedules() -> None:
-    """Property 21, of another schedule, shape and dtype for each seed."""
-    [budget] = [p for p in PROPERTIES if p.name == "AdaLoRA's budget"]
+def test_budget_is_kept_over_2000_random_schedules() -> None:
+    """Property 21, with another schedule, shape and dtype for each seed."""
+    [budget] = [claim for claim in PROPERTIES if claim.name == "AdaLoRA's budget"]
     for seed in range(2000):
-        r, layers, dtype = 1 + seed % 4, 1 + seed % 3, ("float32", "float64")[seed % 2]
-        case = make_case(
-            seed, 1 + seed % 5, 1 + seed % 7, [r] * layers, [4.0] * layers, dtype, kind="adalora"
-        )
+        r = 1 + seed % 4
+        layers = 1 + seed % 3
+        dtype = ("float32", "float64")[seed % 2]
+        sizes = 1 + seed % 5, 1 + seed % 7
+        case = make_case(seed, *sizes, [r] * layers, [4.0] * layers, dtype, kind="adalora")
         assert budget.check(case).ok, seed
 
 
-def test_the_cubic_in_numbers() -> None:
-    made = allocator(layers=5, init_r=20, target_r=4, total_step=100, tinit=10, tfinal=30)
-    assert [made.budget(t) for t in (0, 10, 11, 25, 40, 55, 69, 70, 71, 100)] == [
-        100, 100, 96, 53, 30, 21, 20, 20, 20, 20,
-    ]  # fmt: skip
+def test_budget_is_the_cubic_in_numbers() -> None:
+    ranks = allocator(layers=5, init_r=20, target_r=4, total_step=100, tinit=10, tfinal=30)
+    expected = {0: 100, 10: 100, 11: 96, 25: 53, 40: 30, 55: 21, 69: 20, 70: 20, 71: 20, 100: 20}
+    assert {t: ranks.budget(t) for t in expected} == expected
 
 
-def test_of_all_layers_the_most_important_stay() -> None:
-    """One global order, not one a layer: a layer of no use loses all."""
-    made = allocator(layers=3, init_r=4, target_r=2, total_step=2, tinit=0)
+def test_step_keeps_the_most_important_triplets_of_all_layers() -> None:
+    """One global order, not one per layer: a layer of no use loses all."""
+    ranks = allocator(layers=3, init_r=4, target_r=2, total_step=2, tinit=0)
     worth = {"l0": 0.0, "l1": 3.0, "l2": 1.0}
     grads = []
-    for name, a in made.adapters.items():
-        for tensor in a.TENSORS:
-            getattr(a, tensor).data = np.ones(getattr(a, tensor).shape)
-            size = worth[name] * np.linspace(1, 2, 4)  # the last triplet is the best
-            shaped = size[None, :] if tensor == "lora_B" else size[:, None]
-            grads.append(np.ones(getattr(a, tensor).shape) * shaped)
-    made.step(grads)
-    made.step(grads)
-    assert made.ranks == {"l0": 0, "l1": 4, "l2": 2}
-    assert made.adapters["l2"].lora_E.data.ravel().tolist() == [0, 0, 1, 1]
-    assert not made.adapters["l0"].lora_E.data.any()
+    for name, adapter in ranks.adapters.items():
+        size = worth[name] * np.linspace(1, 2, 4)  # the last triplet is the best
+        for tensor in adapter.TENSORS:
+            p = getattr(adapter, tensor)
+            p.data = np.ones(p.shape)
+            grads.append(p.data * (size[None, :] if tensor == "lora_B" else size[:, None]))
+    ranks.step(grads)
+    ranks.step(grads)
+    assert ranks.ranks == {"l0": 0, "l1": 4, "l2": 2}
+    assert ranks.adapters["l2"].lora_E.data.ravel().tolist() == [0, 0, 1, 1]
+    assert not ranks.adapters["l0"].lora_E.data.any()
 
 
 @pytest.mark.parametrize("tfinal", [0, 3])
-def test_equal_ranks_are_nothing_to_do(tfinal: int) -> None:
-    made, rng = (
-        allocator(init_r=3, target_r=3, total_step=8, tfinal=tfinal),
-        np.random.default_rng(0),
-    )
+def test_step_changes_nothing_if_target_r_is_init_r(tfinal: int) -> None:
+    ranks = allocator(init_r=3, target_r=3, total_step=8, tfinal=tfinal)
+    rng = np.random.default_rng(0)
     for _ in range(8):
-        before = [p.data.copy() for p in made.params]
-        made.step(random_grads(made, rng))
-        assert all(np.array_equal(p.data, w) for p, w in zip(made.params, before, strict=True))
-    assert set(made.ranks.values()) == {3}
-    made.prune()
-    assert set(made.config.rank_pattern) == {"l0.lora_E", "l1.lora_E"}
-    assert [a.r for a in made.adapters.values()] == [3, 3]
+        before = copies(ranks.params)
+        ranks.step(random_grads(ranks, rng))
+        assert are_equal(ranks.params, before)
+    assert set(ranks.ranks.values()) == {3}
+    ranks.prune()
+    assert set(ranks.config.rank_pattern) == {"l0.lora_E", "l1.lora_E"}
+    assert [adapter.r for adapter in ranks.adapters.values()] == [3, 3]
 
 
-def test_equal_importance_still_meets_the_budget() -> None:
-    """Where nothing is better than the rest, as with no gradients at all, as many stay as the budget says."""
-    made = allocator(layers=2, init_r=4, target_r=2, total_step=3)
+def test_step_meets_the_budget_among_equals() -> None:
+    """Where no triplet is better than the rest, as without any gradient, the budget holds too."""
+    ranks = allocator(layers=2, init_r=4, target_r=2, total_step=3)
     for _ in range(3):
-        made.step([None] * 6)
-    assert sum(made.ranks.values()) == 4
+        ranks.step([None] * 6)
+    assert sum(ranks.ranks.values()) == 4
+    assert ranks.kept.tolist() == [False] * 4 + [True] * 4  # of equals the first goes first
 
 
-def test_gradients_that_do_not_fit_change_nothing() -> None:
-    made = allocator()
-    grads = random_grads(made, np.random.default_rng(0))
+def test_step_refuses_gradients_that_do_not_fit_and_changes_nothing() -> None:
+    ranks = allocator()
+    grads = random_grads(ranks, np.random.default_rng(0))
     for wrong in (grads[:-1], [*grads, grads[0]], [np.zeros((9, 9)), *grads[1:]]):
-        with pytest.raises(
-            ConfigError, match=f"{len(wrong)} gradients do not fit the 6 parameters"
-        ):
-            made.step(wrong)
-    assert made.steps == 0
-    assert not made.sensitivity.any()
-    with pytest.raises(ConfigError, match="no AdaLoRA layer"):
-        RankAllocator({}, made.config)
+        message = f"{len(wrong)} gradients do not fit the 6 parameters"
+        with pytest.raises(ConfigError, match=message):
+            ranks.step(wrong)
+    assert ranks.steps == 0
+    assert not ranks.sensitivity.any()
+    with pytest.raises(ConfigError, match="no AdaLoRA layer was given"):
+        RankAllocator({}, ranks.config)
 
 
 @given(st.integers(0, 999), st.integers(0, 9))
-def test_the_state_is_all_that_the_next_steps_depend_on(seed: int, at: int) -> None:
-    options = {"total_step": 9, "tinit": 1, "tfinal": 2, "deltaT": 2, "dtype": "float32"}
-    one, rng = allocator(seed, **options), np.random.default_rng(seed)
+def test_state_dict_is_all_that_the_next_steps_depend_on(seed: int, at: int) -> None:
+    options: dict[str, Any] = {"total_step": 9, "tinit": 1, "tfinal": 2, "deltaT": 2}
+    one = allocator(seed, dtype="float32", **options)
+    other = allocator(seed, dtype="float32", **options)
+    rng = np.random.default_rng(seed)
     plan = [(random_grads(one, rng), random_grads(one, rng)) for _ in range(10)]
 
-    def go(made: RankAllocator, steps: list[Any]) -> None:
-        for change, grads in steps:
-            for p, d in zip(made.params, change, strict=True):
-                p.data = p.data + d
-            made.step(grads)
+    def follow(ranks: RankAllocator, steps: list[Any]) -> None:
+        for changes, grads in steps:
+            for p, change in zip(ranks.params, changes, strict=True):
+                p.data = p.data + change
+            ranks.step(grads)
 
-    go(one, plan[:at])
+    follow(one, plan[:at])
     arrays, numbers = one.state_dict()
-    saved = [p.data.copy() for p in one.params]
-    go(one, plan[at:])  # what was handed out is a copy
-    other = allocator(seed, **options)
-    for p, w in zip(other.params, saved, strict=True):
-        p.data = w
+    saved = copies(one.params)
+    follow(one, plan[at:])  # the state is a copy
+    for p, array in zip(other.params, saved, strict=True):
+        p.data = array
     other.load_state_dict(arrays, json.loads(json.dumps(numbers)))
-    go(other, plan[at:])
-    assert [p.data.tobytes() for p in one.params] == [p.data.tobytes() for p in other.params]
-    ends = [made.state_dict() for made in (one, other)]
+    follow(other, plan[at:])
+    for p, q in zip(one.params, other.params, strict=True):
+        assert p.data.tobytes() == q.data.tobytes()
+    ends = [ranks.state_dict() for ranks in (one, other)]
     assert ends[0][1] == ends[1][1] == {"steps": 10}
-    assert all(
-        ends[0][0][k].tobytes() == ends[1][0][k].tobytes()
-        for k in ("sensitivity", "uncertainty", "kept")
-    )
+    assert set(ends[0][0]) == {"sensitivity", "uncertainty", "kept"}
+    for name, array in ends[0][0].items():
+        assert array.tobytes() == ends[1][0][name].tobytes()
 
 
-def test_another_s_state_is_refused_and_changes_nothing() -> None:
-    made = allocator(0)
-    made.step(random_grads(made, np.random.default_rng(0)))
-    arrays, numbers = made.state_dict()
-    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        ({k: v for k, v in arrays.items() if k != "kept"}, numbers),
-        ({**arrays, "kept": arrays["kept"].astype(np.uint8)}, numbers),
-        ({**arrays, "sensitivity": arrays["sensitivity"][1:]}, numbers),
-        ({**arrays, "more": arrays["kept"]}, numbers),
-        (arrays, {}),
-        (arrays, {"steps": -1}),
-        (arrays, {"steps": 1.0}),
-        (arrays, {"steps": True}),
-    ]
+def test_load_state_dict_refuses_another_state_and_changes_nothing() -> None:
+    ranks = allocator(0)
+    ranks.step(random_grads(ranks, np.random.default_rng(0)))
+    arrays, numbers = ranks.state_dict()
+    kept = arrays["kept"]
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    cases.append(({name: a for name, a in arrays.items() if name != "kept"}, numbers))
+    cases.append((arrays | {"kept": kept.astype(np.uint8)}, numbers))
+    cases.append((arrays | {"sensitivity": arrays["sensitivity"][1:]}, numbers))
+    cases.append((arrays | {"more": kept}, numbers))
+    cases.append((arrays, {}))
+    for steps in (-1, 1.0, True):
+        cases.append((arrays, {"steps": steps}))
     for wrong in cases:
-        with pytest.raises(CheckpointError, match="the allocator's state should be"):
-            made.load_state_dict(*wrong)
-    assert made.steps == 1
-    assert np.array_equal(made.sensitivity, arrays["sensitivity"])
+        with pytest.raises(CheckpointError, match="the allocator's state must be"):
+            ranks.load_state_dict(*wrong)
+    assert ranks.steps == 1
+    assert np.array_equal(ranks.sensitivity, arrays["sensitivity"])
 
 
-# ---- cutting for good ----
+# ---- pruning ----
 
 
-def test_to_keep_triplets_is_to_make_smaller_parameters() -> None:
-    made, kept = layer(init_r=4).adapters["a"], np.array([True, False, False, True])
-    before, scaling = pieces(made), made.scaling
-    old = made.lora_A
-    made.keep(kept)
-    assert (made.r, made.scaling) == (2, scaling)
-    assert made.lora_A is not old
-    assert all(getattr(made, name).requires_grad for name in made.TENSORS)
-    for now, was, axis in zip(pieces(made), before, (0, 0, 1), strict=True):
+def test_keep_makes_smaller_parameters() -> None:
+    adapter = layer(init_r=4).adapters["a"]
+    before = pieces(adapter)
+    scaling = adapter.scaling
+    old = adapter.lora_A
+    adapter.keep(np.array([True, False, False, True]))
+    assert (adapter.r, adapter.scaling) == (2, scaling)
+    assert adapter.lora_A is not old
+    assert all(getattr(adapter, name).requires_grad for name in adapter.TENSORS)
+    for now, was, axis in zip(pieces(adapter), before, (0, 0, 1), strict=True):
         assert np.array_equal(now, was.take([0, 3], axis=axis))
 
 
-def trained(
-    seed: int = 0, dtype: str = "float32", **changes: Any
-) -> tuple[PeftModel, RankAllocator]:
-    """A model whose allocator has come to its end, with hand-made gradients; some layers keep nothing."""
-    made = model(dtype, **{"init_lora_weights": False, "total_step": 4, "tfinal": 1, **changes})
-    ranks, rng = RankAllocator.of(made), np.random.default_rng(seed)
+def trained(**changes: Any) -> tuple[PeftModel, RankAllocator]:
+    """A model whose allocator has made its final choice, by hand-made gradients.
+
+    Some layers keep nothing.
+    """
+    made = model(**{"init_lora_weights": False, "total_step": 4, "tfinal": 1} | changes)
+    ranks = RankAllocator.of(made)
+    rng = np.random.default_rng(0)
     for _ in range(4):
-        for a in ranks.adapters.values():  # what was masked grows again, but for the last time
-            a.lora_E.data = a.lora_E.data + a.lora_E.dtype.type(0.1) * (a.lora_E.data == 0)
+        for adapter in ranks.adapters.values():  # what was masked grows again, until the last time
+            E = adapter.lora_E
+            E.data = E.data + E.dtype.type(0.1) * (E.data == 0)
         sizes = np.repeat(rng.uniform(0, 1, len(ranks.adapters)) ** 4, 3)
-        ranks.step([g * s for g, s in zip(random_grads(ranks, rng), sizes, strict=True)])
+        grads = random_grads(ranks, rng)
+        ranks.step([g * size for g, size in zip(grads, sizes, strict=True)])
     return made.eval(), ranks
 
 
-def test_a_pruned_model_is_the_same_and_goes_through_its_files(tmp_path: Path) -> None:
+def are_close(made: Any, expected: np.ndarray) -> bool:
+    return bool(np.abs(made(IDS).data - expected).max() <= 1e-5 * np.abs(expected).max())
+
+
+def reload(folder: Path, **options: Any) -> PeftModel:
+    return PeftModel.from_pretrained(small.base(), folder, **options)
+
+
+def test_prune_keeps_the_model_and_its_files(tmp_path: Path) -> None:
     made, ranks = trained()
-    whole, counts = made(IDS).data, ranks.ranks
+    whole = made(IDS).data
+    counts = ranks.ranks
     assert min(counts.values()) == 0  # a layer that keeps nothing is a case of its own
     assert max(counts.values()) > 2
     made.save_pretrained(tmp_path / "whole")
-    assert (
-        json.loads((tmp_path / "whole" / "adapter_config.json").read_text())["rank_pattern"] is None
-    )
-    kept = {f"{n}.lora_E": (a.lora_E.data.ravel() != 0).tolist() for n, a in ranks.adapters.items()}
+    written = json.loads((tmp_path / "whole" / "adapter_config.json").read_text())
+    assert written["rank_pattern"] is None
+    masks = {}
+    for path, adapter in ranks.adapters.items():
+        masks[f"{path}.lora_E"] = (adapter.lora_E.data.ravel() != 0).tolist()
     ranks.prune()
-    assert np.abs(made(IDS).data - whole).max() <= 1e-5 * np.abs(whole).max()
-    assert {n: a.r for n, a in ranks.adapters.items()} == counts == ranks.ranks
+    assert are_close(made, whole)
+    assert {path: adapter.r for path, adapter in ranks.adapters.items()} == counts == ranks.ranks
     assert made.get_nb_trainable_parameters()[0] == sum(p.size for p in ranks.params)
     assert sum(counts.values()) == 2 * len(counts)
 
     made.save_pretrained(tmp_path / "cut")
-    raw, tensors = read_adapter(tmp_path / "cut")
-    assert raw["rank_pattern"] == kept
-    assert {len(v) for v in raw["rank_pattern"].values()} == {4}
-    assert {k.rpartition(".")[2] for k in tensors} == {"lora_A", "lora_E", "lora_B"}
-    for key, tensor in tensors.items():
+    raw, stored = read_adapter(tmp_path / "cut")
+    assert raw["rank_pattern"] == masks
+    assert {len(mask) for mask in raw["rank_pattern"].values()} == {4}
+    for key, tensor in stored.items():
         path = key.removeprefix("base_model.model.").rpartition(".")[0]
         assert tensor.shape[1 if key.endswith("lora_B") else 0] == counts[path]
-    for folder in ("whole", "cut"):
-        again = PeftModel.from_pretrained(small.base(), tmp_path / folder)
-        assert np.abs(again(IDS).data - whole).max() <= 1e-5 * np.abs(whole).max()
-        assert bits(again) == bits(made) or folder == "whole"
-        again.save_pretrained(tmp_path / f"{folder} again")
+    for folder in (tmp_path / "whole", tmp_path / "cut"):
+        again = reload(folder)
+        assert are_close(again, whole)
+        if folder.name == "cut":
+            assert bits(again) == bits(made)
+        again.save_pretrained(tmp_path / "again")
         for name in ("adapter_config.json", "adapter_model.safetensors"):
-            assert (tmp_path / folder / name).read_bytes() == (
-                tmp_path / f"{folder} again" / name
-            ).read_bytes()
-        merged = again.merge_and_unload()
-        assert np.abs(merged(IDS).data - whole).max() <= 1e-5 * np.abs(whole).max()
+            assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+        assert are_close(again.merge_and_unload(), whole)
 
 
-def test_what_was_pruned_trains_on_and_may_be_pruned_again(tmp_path: Path) -> None:
-    """The pattern of the file is always over init_r triplets: a second cut is a cut of what the first has left."""
+def test_prune_again_cuts_what_the_first_left(tmp_path: Path) -> None:
+    """The pattern of the file is always over init_r triplets."""
     made, ranks = trained(target_r=3)
     ranks.prune()
     first = dict(made.peft_config["default"].rank_pattern)
     with pytest.raises(ConfigError, match="ranks are final after step 3, this is step 0"):
         RankAllocator.of(made).prune()
     raw = made.peft_config["default"].to_dict() | {"target_r": 1, "inference_mode": False}
-    made.save_pretrained(tmp_path / "first")
-    write_adapter(
-        tmp_path / "first", raw, load_file(tmp_path / "first" / "adapter_model.safetensors")
-    )
-    again = PeftModel.from_pretrained(small.base(), tmp_path / "first", is_trainable=True)
-    more, rng = RankAllocator.of(again), np.random.default_rng(1)
+    folder = tmp_path / "first"
+    made.save_pretrained(folder)
+    write_adapter(folder, raw, load_file(folder / "adapter_model.safetensors"))
+    again = reload(folder, is_trainable=True)
+    more = RankAllocator.of(again)
+    rng = np.random.default_rng(1)
     assert more.initial == 3 * len(more.adapters)
     for _ in range(4):
         more.step(random_grads(more, rng))
     more.prune()
     second = again.peft_config["default"].rank_pattern
     assert set(first) == set(second)
-    assert all(a >= b for key in first for a, b in zip(first[key], second[key], strict=True))
-    assert sum(map(sum, second.values())) == len(second) == sum(a.r for a in more.adapters.values())
+    for key, mask in second.items():
+        assert all(was >= now for was, now in zip(first[key], mask, strict=True))
+    left = sum(adapter.r for adapter in more.adapters.values())
+    assert sum(map(sum, second.values())) == len(second) == left
     again.eval().save_pretrained(tmp_path / "second")
-    last = PeftModel.from_pretrained(small.base(), tmp_path / "second")
-    assert last(IDS).data.tobytes() == again(IDS).data.tobytes()
+    assert reload(tmp_path / "second")(IDS).data.tobytes() == again(IDS).data.tobytes()
 
 
-def test_a_file_that_does_not_fit_its_pattern_is_refused(tmp_path: Path) -> None:
+def test_from_pretrained_refuses_a_file_that_does_not_fit_its_pattern(tmp_path: Path) -> None:
     made, ranks = trained()
     ranks.prune()
     made.save_pretrained(tmp_path)
-    raw, tensors = read_adapter(tmp_path)
+    raw, stored = read_adapter(tmp_path)
     key = max(ranks.ranks, key=ranks.ranks.__getitem__)
-    wrong = {**raw["rank_pattern"], f"{key}.lora_E": [False] * 4}
-    write_adapter(tmp_path, {**raw, "rank_pattern": wrong}, tensors)
+    raw["rank_pattern"] = raw["rank_pattern"] | {f"{key}.lora_E": [False] * 4}
+    write_adapter(tmp_path, raw, stored)
     with pytest.raises(FormatError, match=rf"{key}\.lora_A is \(\d, \d+\), the base needs \(0, "):
-        PeftModel.from_pretrained(small.base(), tmp_path)
+        reload(tmp_path)
     with pytest.warns(UserWarning, match=r"rank_pattern: 'nowhere\.lora_E' matches no target"):
         model(rank_pattern={"nowhere.lora_E": [True] * 4})
 
 
-def test_a_rank_that_nothing_backs_takes_no_memory(tmp_path: Path) -> None:
+def test_from_pretrained_takes_no_memory_for_a_rank_without_tensors(tmp_path: Path) -> None:
     model(target_modules=["q_proj"]).save_pretrained(tmp_path)
-    raw, tensors = read_adapter(tmp_path)
-    write_adapter(tmp_path, {**raw, "init_r": 2**24 - 1}, tensors)
+    raw, stored = read_adapter(tmp_path)
+    write_adapter(tmp_path, raw | {"init_r": 2**24 - 1}, stored)
     plain = small.base()
+    warning = pytest.warns(UserWarning, match="r = 16777215 is above the full rank 16")
+    message = r"lora_A is \(4, 16\), the base needs \(16777215, 16\)"
     tracemalloc.start()
     try:
-        with (
-            pytest.warns(UserWarning, match="r = 16777215 is above the full rank 16"),
-            pytest.raises(
-                FormatError, match=r"lora_A is \(4, 16\), the base needs \(16777215, 16\)"
-            ),
-        ):
+        with warning, pytest.raises(FormatError, match=message):
             PeftModel.from_pretrained(plain, tmp_path)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
 
 
-def test_inspect_and_verify_read_such_a_folder(tmp_path: Path) -> None:
-    made, ranks = trained(dtype="float32")
+def test_inspect_adapter_and_verify_files_read_a_pruned_adapter(tmp_path: Path) -> None:
+    made, ranks = trained()
     ranks.prune()
     made.save_pretrained(tmp_path / "adapter")
     small.base().save_pretrained(tmp_path / "base")
+    norms = {}
+    for path, wrapper in made._wrappers().items():
+        norms[path] = np.linalg.norm(wrapper.delta_weight("default"))
     report = inspect_adapter(tmp_path / "adapter")
     assert {row["layer"]: row["r"] for row in report["tensors"]} == ranks.ranks
     assert report["r"] == 4
     for row in report["tensors"]:
-        norm = np.linalg.norm(dict(made._wrappers())[row["layer"]].delta_weight("default"))
-        assert float(row["|dW|"]) == pytest.approx(norm, rel=1e-3)
-    found = verify_files(tmp_path / "base", tmp_path / "adapter")
-    assert all(row.ok for row in found.rows)
-    for finding in found.layers:
-        norm = np.linalg.norm(dict(made._wrappers())[finding.layer].delta_weight("default"))
-        assert finding.dW == pytest.approx(norm, rel=1e-6)
-    raw, tensors = read_adapter(tmp_path / "adapter")
-    first = next(key for key in tensors if key.endswith("lora_E"))
-    write_adapter(tmp_path / "adapter", raw, {k: v for k, v in tensors.items() if k != first})
+        assert float(row["|dW|"]) == pytest.approx(norms[row["layer"]], rel=1e-3)
+    measured = verify_files(tmp_path / "base", tmp_path / "adapter")
+    assert all(row.ok for row in measured.rows)
+    for finding in measured.layers:
+        assert finding.dW == pytest.approx(norms[finding.layer], rel=1e-6)
+    raw, stored = read_adapter(tmp_path / "adapter")
+    del stored[next(key for key in stored if key.endswith("lora_E"))]
+    write_adapter(tmp_path / "adapter", raw, stored)
     with pytest.raises(FormatError, match=r"lora_A .* has no lora_E that fits it"):
         inspect_adapter(tmp_path / "adapter")
 
 
-def test_adapters_of_two_kinds_live_side_by_side(tmp_path: Path) -> None:
+def test_add_adapter_puts_lora_beside_adalora(tmp_path: Path) -> None:
     made = model(init_lora_weights=False, target_modules=["q_proj"])
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     made.add_adapter("plain", lora, seed=5)
-    names = {n for n, _ in made.named_parameters() if "q_proj" in n and ".0." in n and "lora_" in n}
     path = "base_model.model.model.layers.0.self_attn.q_proj"
-    assert names == {f"{path}.{t}.default" for t in ("lora_A", "lora_E", "lora_B")} | {
-        f"{path}.{t}.plain.weight" for t in ("lora_A", "lora_B")
-    }
+    names = [name for name, _ in made.named_parameters() if name.startswith(f"{path}.lora_")]
+    expected = {f"{path}.{tensor}.default" for tensor in ("lora_A", "lora_E", "lora_B")}
+    expected |= {f"{path}.{tensor}.plain.weight" for tensor in ("lora_A", "lora_B")}
+    assert set(names) == expected
     made.set_adapter(["default", "plain"])
     both = made.eval()(IDS).data
     made.merge_adapter()
-    assert np.abs(made(IDS).data - both).max() <= 1e-5 * np.abs(both).max()
+    assert are_close(made, both)
     made.unmerge_adapter()
     made.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(small.base(), tmp_path)
+    again = reload(tmp_path)
     again.load_adapter(tmp_path / "plain", "plain")
     again.set_adapter(["default", "plain"])
     assert again(IDS).data.tobytes() == both.tobytes()
-    with pytest.raises(
-        ConfigError, match=r"only an ADALORA adapter .* 'plain' is none: .* plain \(LORA\)"
-    ):
-        RankAllocator.of(made, "plain")
-    with pytest.raises(ConfigError, match=r"'nothing' is none: there is default \(ADALORA\)"):
-        RankAllocator.of(made, "nothing")
+    for name in ("plain", "nothing"):
+        message = rf"'{name}' is not an ADALORA adapter, .* default \(ADALORA\), plain \(LORA\)"
+        with pytest.raises(ConfigError, match=message):
+            RankAllocator.of(made, name)
 
 
 # ---- training ----
 
+NO_ALLOCATOR = r"AdaLoRA trains with a RankAllocator, .*RankAllocator\.of\(model\)"
 
-def hand_made_step(made: PeftModel, optimizer: SGD) -> list[Any]:
-    grads = gradients(F.cross_entropy(made(IDS[:, :-1]), IDS[:, 1:]), optimizer.params)
+
+def loss(made: PeftModel) -> Tensor:
+    return F.cross_entropy(made(BATCH.ids), BATCH.targets)
+
+
+def trainable(made: PeftModel) -> list[Any]:
+    return [p for p in made.parameters() if p.requires_grad]
+
+
+def step_by_hand(made: PeftModel, optimizer: SGD) -> list[Any]:
+    grads = gradients(loss(made), optimizer.params)
     optimizer.step(grads)
     return grads
 
 
-def test_to_train_without_the_allocator_is_an_error_and_not_silence() -> None:
+def test_forward_in_training_without_the_allocator_is_an_error() -> None:
     made = model().train()
-    optimizer = SGD([p for p in made.parameters() if p.requires_grad], lr=0.1)
-    hand_made_step(made, optimizer)
-    with pytest.raises(
-        ConfigError, match=r"AdaLoRA trains with a RankAllocator: .*RankAllocator\.of\(model\)"
-    ):
-        hand_made_step(made, optimizer)
+    optimizer = SGD(trainable(made), lr=0.1)
+    step_by_hand(made, optimizer)
+    with pytest.raises(ConfigError, match=NO_ALLOCATOR):
+        step_by_hand(made, optimizer)
     ranks = RankAllocator.of(made)  # takes the weights as they are
-    hand_made_step(made, optimizer)
-    with pytest.raises(
-        ConfigError, match="AdaLoRA trains with a RankAllocator"
-    ):  # to make one is not to call it
-        hand_made_step(made, optimizer)
+    step_by_hand(made, optimizer)
+    with pytest.raises(ConfigError, match=NO_ALLOCATOR):  # an allocator alone does not suffice
+        step_by_hand(made, optimizer)
     with no_grad():
         made(IDS)
-    made.eval()(IDS)  # only what trains needs one
+    made.eval()(IDS)  # only training needs one
     ranks = RankAllocator.of(made)
     optimizer = SGD(ranks.params, lr=0.1)
     made.train()
     for _ in range(3):
-        ranks.step(hand_made_step(made, optimizer))
+        ranks.step(step_by_hand(made, optimizer))
     made.set_adapter("default", inference_mode=True)
     RankAllocator.of(made)
     for p in ranks.params:
@@ -648,150 +665,148 @@ def test_to_train_without_the_allocator_is_an_error_and_not_silence() -> None:
     made(IDS)
 
 
-def test_a_prepared_step_wants_the_allocator_too() -> None:
-    made = model().train()
-    ranks = RankAllocator.of(made)
-    optimizer, batch = SGD(ranks.params, lr=0.1), Batch(IDS[:, :-1], IDS[:, 1:])
-    with ShardedStep(made, 2, 1) as sharded:
-        for called in (True, False):
-            _, grads = sharded.gradients(batch, ranks.params)
-            optimizer.step(grads)
-            if called:
-                ranks.step(grads)
-        with pytest.raises(ConfigError, match="AdaLoRA trains with a RankAllocator"):
-            sharded.gradients(batch, ranks.params)
-
-
-def test_who_goes_back_to_a_state_and_its_weights_trains_on_from_there() -> None:
+def test_prepare_step_without_the_allocator_is_an_error_too() -> None:
     made = model().train()
     ranks = RankAllocator.of(made)
     optimizer = SGD(ranks.params, lr=0.1)
-    state, weights, seen = ranks.state_dict(), [p.data.copy() for p in ranks.params], []
+    with ShardedStep(made, 2, 1) as sharded:
+        for is_called in (True, False):
+            _, grads = sharded.gradients(BATCH, ranks.params)
+            optimizer.step(grads)
+            if is_called:
+                ranks.step(grads)
+        with pytest.raises(ConfigError, match=NO_ALLOCATOR):
+            sharded.gradients(BATCH, ranks.params)
+
+
+def test_load_state_dict_with_its_weights_trains_on_from_there() -> None:
+    made = model().train()
+    ranks = RankAllocator.of(made)
+    optimizer = SGD(ranks.params, lr=0.1)
+    state = ranks.state_dict()
+    weights = copies(ranks.params)
+    results = []
     for _ in range(2):
-        for p, w in zip(ranks.params, weights, strict=True):
-            p.data = w
+        for p, array in zip(ranks.params, weights, strict=True):
+            p.data = array
         ranks.load_state_dict(*state)
-        ranks.step(hand_made_step(made, optimizer))
-        seen.append(bits(made))
-    assert seen[0] == seen[1]
+        ranks.step(step_by_hand(made, optimizer))
+        results.append(bits(made))
+    assert results[0] == results[1]
 
 
-def test_forwards_between_two_steps_are_as_many_as_one_likes() -> None:
+def test_forward_between_two_steps_may_run_any_number_of_times() -> None:
     made = model().train()
     for _ in range(3):
-        gradients(
-            F.cross_entropy(made(IDS[:, :-1]), IDS[:, 1:]),
-            [p for p in made.parameters() if p.requires_grad],
-        )
+        gradients(loss(made), trainable(made))
 
 
 SCHEDULE = {"total_step": 12, "tinit": 2, "tfinal": 4, "deltaT": 3}
 SHORT = Settings(steps=12, batch_size=4, context=8, lr=1e-2, warmup=2, threads=1, shard=2)
 
 
-def lines(out: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+def without_seconds(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: v for key, v in line.items() if key != "seconds"} for line in lines]
 
 
-def test_a_run_allocates_logs_and_prunes(tmp_path: Path) -> None:
+def log_of(out: Path) -> list[dict[str, Any]]:
+    lines = (out / "log.jsonl").read_text().splitlines()
+    return without_seconds([json.loads(line) for line in lines])
+
+
+def test_train_allocates_logs_and_prunes(tmp_path: Path) -> None:
     made = model(**SCHEDULE)
     train(made, TEXT, SHORT, tmp_path)
-    log = lines(tmp_path)
+    log = log_of(tmp_path)
     assert all(line["penalty"] > 0 for line in log)
     assert set(log[0]["ranks"].values()) == {4}
-    told = {line["step"]: sum(line["ranks"].values()) for line in log if "ranks" in line}
-    expected = RankAllocator(RankAllocator.of(made).adapters, made.peft_config["default"])
-    expected.initial = 4 * 14
-    assert told == {
-        0: 56,
-        2: expected.budget(3),
-        5: expected.budget(6),
-        7: 28,
-    }  # step 7 is the eighth
+    totals = {line["step"]: sum(line["ranks"].values()) for line in log if "ranks" in line}
     adapters = RankAllocator.of(made).adapters
-    assert {path: a.r for path, a in adapters.items()} == log[7]["ranks"]
-    assert all(a.lora_E.data.all() for a in adapters.values())
+    planned = RankAllocator(adapters, made.peft_config["default"])
+    planned.initial = 4 * 14
+    # Step 7 is the eighth.
+    assert totals == {0: 56, 2: planned.budget(3), 5: planned.budget(6), 7: 28}
+    assert {path: adapter.r for path, adapter in adapters.items()} == log[7]["ranks"]
+    assert all(adapter.lora_E.data.all() for adapter in adapters.values())
     assert set(made.peft_config["default"].rank_pattern) == {f"{path}.lora_E" for path in adapters}
 
 
-def test_the_penalty_comes_once_a_step_before_clipping_and_with_its_weight(tmp_path: Path) -> None:
-    for w, shard in ((0.5, 1), (0.5, 4), (0.0, 2)):
-        made = model("float64", orth_reg_weight=w, init_lora_weights=False, **SCHEDULE).train()
-        run = Run(made, TEXT, dataclasses.replace(SHORT, shard=shard, max_grad_norm=1e-3), tmp_path)
-        params = run.optimizer.params
-        ranks = run.allocator
-        assert ranks is not None
-        pairs = [(a.lora_A, a.lora_B) for a in ranks.adapters.values()]
-        apart = orthogonality(pairs)
-        extra = dict(zip(map(id, ranks.params), gradients(apart, ranks.params), strict=True))
-        with ShardedStep(made, 1, shard) as sharded:
-            _, found = sharded.gradients(run.windows.batch(0), params, 0, 0)
-            total = [
-                g if extra.get(id(p)) is None else g + w * extra[id(p)]
-                for g, p in zip(found, params, strict=True)
-            ]
-            clipped, norm = clip_by_global_norm(total, 1e-3)
-            seen: list[Any] = []
-            step = ranks.step
-            ranks.step = lambda grads, seen=seen, step=step: seen.extend(grads) or step(grads)  # type: ignore[method-assign]
-            line = run.step(sharded)
-        assert line["penalty"] == pytest.approx(w * apart.item(), rel=1e-14)
-        assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-12)
-        by_id = dict(zip(map(id, params), clipped, strict=True))
-        for p, g in zip(ranks.params, seen, strict=True):
-            assert np.allclose(g, by_id[id(p)], rtol=1e-10, atol=1e-18)
+@pytest.mark.parametrize(("weight", "shard"), [(0.5, 1), (0.5, 4), (0.0, 2)])
+def test_run_step_adds_the_weighted_penalty_once_before_clipping(
+    weight: float, shard: int, tmp_path: Path
+) -> None:
+    made = model("float64", orth_reg_weight=weight, init_lora_weights=False, **SCHEDULE).train()
+    settings = dataclasses.replace(SHORT, shard=shard, max_grad_norm=1e-3)
+    run = Run(made, TEXT, settings, tmp_path)
+    params = run.optimizer.params
+    ranks = run.allocator
+    assert ranks is not None
+    penalty = orthogonality([(a.lora_A, a.lora_B) for a in ranks.adapters.values()])
+    slopes = gradients(penalty, ranks.params)
+    extra = {id(p): g for p, g in zip(ranks.params, slopes, strict=True) if g is not None}
+    seen: list[Any] = []
+    step = ranks.step
+
+    def record(grads: Sequence[Any]) -> None:
+        seen.extend(grads)
+        step(grads)
+
+    with ShardedStep(made, 1, shard) as sharded:
+        _, grads = sharded.gradients(run.windows.batch(0), params, 0, 0)
+        total = [g + weight * extra.get(id(p), 0) for g, p in zip(grads, params, strict=True)]
+        clipped, norm = clip_by_global_norm(total, 1e-3)
+        ranks.step = record  # type: ignore[method-assign]
+        line = run.step(sharded)
+    assert line["penalty"] == pytest.approx(weight * penalty.item(), rel=1e-14)
+    assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-12)
+    expected = dict(zip(map(id, params), clipped, strict=True))
+    for p, g in zip(ranks.params, seen, strict=True):
+        assert np.allclose(g, expected[id(p)], rtol=1e-10, atol=1e-18)
 
 
 @pytest.mark.parametrize("at", [1, 3, 4, 8, 10, 12])
-def test_a_run_resumed_at_any_step_ends_with_the_same_bits(at: int, tmp_path: Path) -> None:
-    for name in ("whole", "part"):
+def test_train_resumed_at_any_step_ends_with_the_same_bits(at: int, tmp_path: Path) -> None:
+    """In a fresh model, and in the one that has trained on meanwhile."""
+    for name in ("whole", "part", "fresh", "begun"):
         (tmp_path / name).mkdir()
-    straight = model(lora_dropout=0.1, **SCHEDULE)
+    options = SCHEDULE | {"lora_dropout": 0.1}
+    straight = model(**options)
     train(straight, TEXT, SHORT, tmp_path / "whole")
-    begun = model(lora_dropout=0.1, **SCHEDULE).train()
+    whole = log_of(tmp_path / "whole")
+    begun = model(**options).train()
     run = Run(begun, TEXT, SHORT, tmp_path / "part")
     with ShardedStep(begun, 1, 2) as sharded:
-        told = [run.step(sharded) for _ in range(at)]
-    folder = run.save()
-    for again in (
-        model(lora_dropout=0.1, **SCHEDULE),
-        begun,
-    ):  # in a fresh model, and in the one that has gone on
-        (tmp_path / str(again is begun)).mkdir()
-        train(again, TEXT, SHORT, tmp_path / str(again is begun), resume=folder)
+        lines = [run.step(sharded) for _ in range(at)]
+        folder = run.save()
+        assert without_seconds(lines) == whole[:at]
+        fresh = model(**options)
+        train(fresh, TEXT, SHORT, tmp_path / "fresh", resume=folder)
+        run.step(sharded)
+    train(begun, TEXT, SHORT, tmp_path / "begun", resume=folder)
+    for name, again in (("fresh", fresh), ("begun", begun)):
         assert bits(again) == bits(straight)
-        rest = [line for line in lines(tmp_path / "whole") if line["step"] >= at]
-        assert lines(tmp_path / str(again is begun)) == rest
-        if again is not begun:
-            assert [{k: v for k, v in line.items() if k != "seconds"} for line in told] == lines(
-                tmp_path / "whole"
-            )[:at]
-            with ShardedStep(begun, 1, 2) as sharded:
-                run.step(sharded)
+        assert log_of(tmp_path / name) == whole[at:]
 
 
-def test_a_checkpoint_without_the_allocator_s_state_is_refused(tmp_path: Path) -> None:
-    made = model(**SCHEDULE).train()
-    run = Run(made, TEXT, SHORT, tmp_path)
+def test_restore_refuses_a_checkpoint_without_the_allocators_state(tmp_path: Path) -> None:
+    run = Run(model(**SCHEDULE).train(), TEXT, SHORT, tmp_path)
     run.save()
     manifest = tmp_path / "checkpoints" / "step-0" / MANIFEST
     written = json.loads(manifest.read_text())
-    assert set(written["files"]) == {
-        "adapter_config.json", "adapter_model.safetensors", "allocator.safetensors", "optimizer.safetensors",
-    }  # fmt: skip
+    stems = {"adapter_model", "allocator", "optimizer"}
+    expected = {f"{stem}.safetensors" for stem in stems} | {"adapter_config.json"}
+    assert set(written["files"]) == expected
     del written["state"]["allocator"]
     manifest.write_text(json.dumps(written))
     with pytest.raises(CheckpointError, match="its state cannot be read"):
         Run(model(**SCHEDULE), TEXT, SHORT, tmp_path).restore(manifest.parent)
 
 
-def test_a_schedule_for_another_run_is_refused_before_anything_changes(tmp_path: Path) -> None:
-    made = model(**{**SCHEDULE, "total_step": 40})
+def test_train_refuses_a_schedule_for_another_run_before_anything_changes(tmp_path: Path) -> None:
+    made = model(**SCHEDULE | {"total_step": 40})
     before = bits(made)
-    with pytest.raises(
-        ConfigError, match=r"'default' plans its ranks for total_step = 40, .* steps = 12"
-    ):
+    message = r"'default' plans its ranks for total_step = 40, .* steps = 12"
+    with pytest.raises(ConfigError, match=message):
         train(made, TEXT, SHORT, tmp_path)
     assert bits(made) == before
     made.add_adapter("second", config(**SCHEDULE))
@@ -803,59 +818,67 @@ def test_a_schedule_for_another_run_is_refused_before_anything_changes(tmp_path:
     assert "rank_pattern" in made.peft_config["second"].to_dict()
 
 
-def test_a_frozen_adapter_beside_one_that_trains_needs_no_allocator(tmp_path: Path) -> None:
+def test_train_beside_a_frozen_adalora_needs_no_allocator(tmp_path: Path) -> None:
     made = model(init_lora_weights=False, inference_mode=True, target_modules=["q_proj"])
     made.add_adapter("plain", LoraConfig(r=2, target_modules=["v_proj"]))
     made.set_adapter(["default", "plain"])
-    before = {k: v for k, v in bits(made).items() if ".default" in k}
+
+    def frozen() -> dict[str, bytes]:
+        return {name: value for name, value in bits(made).items() if ".default" in name}
+
+    before = frozen()
     train(made, TEXT, SHORT, tmp_path)
-    assert before == {k: v for k, v in bits(made).items() if ".default" in k}
-    assert "ranks" not in lines(tmp_path)[0]
+    assert frozen() == before
+    assert "ranks" not in log_of(tmp_path)[0]
 
 
 # ---- on any device ----
 
 
-def test_the_allocator_waits_for_the_device_only_when_it_allocates() -> None:
+@pytest.mark.parametrize("device", [STRICT, "cpu"])
+def test_step_waits_for_the_device_only_when_it_allocates(device: Any) -> None:
+    options = SCHEDULE | {"tinit": 3}
+    ranks = RankAllocator.of(model(device=device, init_lora_weights=False, **options))
+    rng = np.random.default_rng(0)
+    moves = (["to_numpy"], ["from_numpy"]) if device is STRICT else ([], [])
+    for t in range(1, 13):
+        grads = [ranks.params[0].backend.from_numpy(g) for g in random_grads(ranks, rng)]
+        with counted():
+            with no_sync():
+                ranks.penalty()
+            if t in (6, 8):  # at 3 nothing is cut yet
+                ranks.step(grads)
+                assert (METER.downloads, METER.uploads) == moves
+                continue
+            with no_sync():
+                ranks.step(grads)
+            assert METER.uploads == []
+
+
+def test_allocator_has_the_same_bits_on_either_device() -> None:
     results = []
     for device in (STRICT, "cpu"):
-        made = model(device=device, init_lora_weights=False, **{**SCHEDULE, "tinit": 3})
-        ranks, rng = RankAllocator.of(made), np.random.default_rng(0)
+        made = model(device=device, init_lora_weights=False, **SCHEDULE | {"tinit": 3})
+        ranks = RankAllocator.of(made)
         backend = ranks.params[0].backend
-        for t in range(1, 13):
-            grads = [backend.from_numpy(g) for g in random_grads(ranks, rng)]
-            with counted():
-                with no_sync():
-                    ranks.penalty()
-                if t in (6, 8):  # at 3 there is nothing to cut yet
-                    ranks.step(grads)
-                    assert METER.downloads == (["to_numpy"] if device is STRICT else [])
-                    assert METER.uploads == (["from_numpy"] if device is STRICT else [])
-                else:
-                    with no_sync():
-                        ranks.step(grads)
-                    assert METER.uploads == []
+        rng = np.random.default_rng(0)
+        for _ in range(12):
+            ranks.step([backend.from_numpy(g) for g in random_grads(ranks, rng)])
         arrays, numbers = ranks.state_dict()
         ranks.load_state_dict(arrays, numbers)
-        value, more = ranks.penalty()
+        value, slopes = ranks.penalty()
         ranks.prune()
-        host = backend.to_numpy
-        results.append(
-            [
-                host(value).tobytes(),
-                [None if g is None else host(g).tobytes() for g in more],
-                bits(made),
-                numbers,
-            ]
-            + [a.tobytes() for a in arrays.values()]
-        )
+        host = [g if g is None else backend.to_numpy(g).tobytes() for g in (value, *slopes)]
+        state = {name: array.tobytes() for name, array in arrays.items()}
+        results.append((host, state, numbers, bits(made)))
     assert results[0] == results[1]
 
 
-def test_a_whole_run_has_the_same_bits_on_either_device(tmp_path: Path) -> None:
-    found = []
-    for name, device in (("there", STRICT), ("here", "cpu")):
+def test_train_has_the_same_bits_on_either_device(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SHORT, shard=2**31, save_every=5)
+    results = []
+    for name, device in (("strict", STRICT), ("cpu", "cpu")):
         made = model(device=device, **SCHEDULE)
-        train(made, TEXT, dataclasses.replace(SHORT, shard=2**31, save_every=5), tmp_path / name)
-        found.append((bits(made), lines(tmp_path / name)))
-    assert found[0] == found[1]
+        train(made, TEXT, settings, tmp_path / name)
+        results.append((bits(made), log_of(tmp_path / name)))
+    assert results[0] == results[1]

@@ -1057,7 +1057,7 @@ def test_what_only_the_future_knows_is_kept(tmp_path: Path) -> None:
         "peft_version": "9.9",
     }
     file.write_text(json.dumps(written))
-    with pytest.warns(UserWarning, match="'from_the_future' is no field that is known here"):
+    with pytest.warns(UserWarning, match="'from_the_future' is not a known field"):
         again = PeftModel.from_pretrained(base(), tmp_path)
     again.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text()) == written

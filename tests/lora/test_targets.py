@@ -1,4 +1,4 @@
-"""Names and patterns: what `re` and PEFT would answer, for every pattern, in bounded time."""
+"""Names and patterns: the answers of `re` and PEFT, for every pattern, in bounded time."""
 
 from __future__ import annotations
 
@@ -13,34 +13,48 @@ from minilora.errors import ConfigError
 from minilora.lora.patterns import MAX_LENGTH, MAX_STATES, Pattern
 from minilora.lora.targets import in_layers, layer_index, matches, pattern_value
 
+NAME = "model.layers.10.self_attn.q_proj"
+
+# ---- random patterns ----
+
 LETTERS = "ab.0_"
 NAMES = st.text(LETTERS, max_size=8)
 
-CHARACTERS = st.sampled_from(
-    [*"ab0_", ".", r"\.", r"\d", r"\w", r"\s", r"\D", r"\W", r"\S", r"\_", "-", "]", "}"]
-)
-MEMBERS = st.sampled_from(
-    [*"ab0_.", "a-b", "0-9", "_-b", r"\d", r"\w", r"\S", r"\.", r"\]", r"\-", "(", "*", "$"]
-)
-SETS = st.builds(
-    "[{}{}{}]".format, st.sampled_from(["", "^", "]", "^]"]), st.lists(MEMBERS, min_size=1).map("".join),
-    st.sampled_from(["", "-"]),
-)  # fmt: skip
-COUNTS = st.sampled_from(["*", "+", "?", "{0}", "{1}", "{2}", "{0,2}", "{1,3}", "{2,}", "{0,}"])
+
+def joined(parts, least=1, most=None, separator=""):
+    """Several of `parts`, as one text."""
+    return st.lists(parts, min_size=least, max_size=most).map(separator.join)
 
 
-def larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+def words(text):
+    """One of the words of `text`."""
+    return st.sampled_from(text.split())
+
+
+CHARACTERS = words(r"a b 0 _ . \. \d \w \s \D \W \S \_ - ] }")
+MEMBERS = words(r"a b 0 _ . a-b 0-9 _-b \d \w \S \. \] \- ( * $")
+FIRST = st.sampled_from(["", "^", "]", "^]"])
+LAST = st.sampled_from(["", "-"])
+SETS = st.builds("[{}{}{}]".format, FIRST, joined(MEMBERS), LAST)
+COUNTS = words("* + ? {0} {1} {2} {0,2} {1,3} {2,} {0,}")
+
+
+def larger(inner):
     """Sequences, alternatives and repetitions of smaller patterns."""
     groups = st.builds("({}{})".format, st.sampled_from(["", "?:"]), inner)
-    return st.one_of(
-        st.lists(inner, min_size=1, max_size=4).map("".join),
-        st.lists(inner, min_size=2, max_size=3).map("|".join),
-        st.builds("{}{}".format, groups | CHARACTERS | SETS, COUNTS),
-        groups,
-    )
+    repeated = st.builds("{}{}".format, groups | CHARACTERS | SETS, COUNTS)
+    return joined(inner, most=4) | joined(inner, 2, 3, "|") | repeated | groups
 
 
-PATTERNS = st.recursive(CHARACTERS | SETS | st.sampled_from(["^", "$"]), larger, max_leaves=12)
+PATTERNS = st.recursive(CHARACTERS | SETS | words("^ $"), larger, max_leaves=12)
+UNANCHORED = st.recursive(CHARACTERS | SETS, larger, max_leaves=12)
+SHORT = PATTERNS.filter(lambda pattern: len(pattern) <= 30)
+
+# ---- patterns ----
+
+
+def same_as_re(pattern, name):
+    return Pattern(pattern).fullmatch(name) == (re.fullmatch(pattern, name) is not None)
 
 
 @given(PATTERNS, NAMES)
@@ -51,92 +65,97 @@ PATTERNS = st.recursive(CHARACTERS | SETS | st.sampled_from(["^", "$"]), larger,
 @example("[a^]+", "^a")
 @example("a|^b$|", "b")
 @example("(a*)*b", "aab")
+@example("a?b", "aab")
+@example("a+", "")
+@example("a{2,}", "a")
+@example("a{1,3}", "aaaa")
 @example(".*layers\\.1\\..*(k|down)_proj", "model.layers.1.self_attn.k_proj")
-def test_a_pattern_answers_what_re_answers(pattern, name):
+def test_pattern_fullmatch_answers_as_re_does(pattern, name):
     assume(len(pattern) <= MAX_LENGTH)
-    assert Pattern(pattern).fullmatch(name) == (re.fullmatch(pattern, name) is not None)
+    assert same_as_re(pattern, name)
 
 
-@given(PATTERNS, NAMES, st.integers(0, 8))
-def test_ends_are_all_the_places_where_a_match_can_end(pattern, name, start):
-    assume(
-        len(pattern) <= MAX_LENGTH
-        and start <= len(name)
-        and "^" not in pattern
-        and "$" not in pattern
-    )
-    expected = {
-        end for end in range(start, len(name) + 1) if re.fullmatch(pattern, name[start:end])
-    }
+@given(UNANCHORED, NAMES, st.integers(0, 8))
+def test_pattern_ends_are_all_positions_where_a_match_can_end(pattern, name, number):
+    assume(len(pattern) <= MAX_LENGTH)
+    start = number % (len(name) + 1)
+    expected = set()
+    for end in range(start, len(name) + 1):
+        if re.fullmatch(pattern, name[start:end]):
+            expected.add(end)
     assert Pattern(pattern).ends(name, {start}) == expected
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Possible:FutureWarning"
-)  # of `re`, about [[ and --; here they are characters
+# `re` warns about [[ and --, which are characters here.
+@pytest.mark.filterwarnings("ignore:Possible:FutureWarning")
 @given(st.text("ab(|)[]^-$*+?{},1\\d.:=!", max_size=12), NAMES)
-def test_what_is_accepted_means_the_same_and_what_re_refuses_is_refused(pattern, name):
-    """Any text at all: no crash, no other error, and never more than `re` would take."""
+def test_pattern_accepts_nothing_that_re_refuses_or_reads_differently(pattern, name):
+    """Any text at all: no crash, no other error, and never more than `re` accepts."""
     try:
-        ours = Pattern(pattern)
+        Pattern(pattern)
     except ConfigError:
         return
-    assert ours.fullmatch(name) == (re.fullmatch(pattern, name) is not None)
+    assert same_as_re(pattern, name)
 
 
-NAME = "model.layers.10.self_attn.q_proj"
-HANGS = [
-    r"(([a-z_0-9]+)*\.?)*!",
-    "(.*)*x",
-    "(.|.)*!",
-    "((((.*)*)*)*)*!",
-    "(.*.*.*.*.*.*)*!",
-    "((.?){30}){6}!",
-]
+class Counted(list):
+    """A list that counts how often an element is read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("pattern", HANGS)
-def test_patterns_that_hang_elsewhere_take_bounded_work(pattern, monkeypatch):
-    """Counted, not timed: every state is entered at most once for each position."""
+HANGS = r"(([a-z_0-9]+)*\.?)*! (.*)*x (.|.)*! ((((.*)*)*)*)*! (.*.*.*.*.*.*)*! ((.?){30}){6}!"
+
+
+@pytest.mark.parametrize("pattern", HANGS.split())
+def test_pattern_that_hangs_in_re_takes_bounded_work(pattern, monkeypatch):
+    """Counted, not timed: a state is entered at most once per position, and read three times."""
     compiled = Pattern(pattern)
-    entered = 0
-
-    class Counted(list):
-        def __getitem__(self, index):
-            nonlocal entered
-            entered += 1
-            return super().__getitem__(index)
-
-    monkeypatch.setattr(compiled, "_states", Counted(compiled._states))
+    states = Counted(compiled._states)
+    monkeypatch.setattr(compiled, "_states", states)
     assert not compiled.fullmatch(NAME * 3)
-    assert entered <= 3 * len(compiled._states) * (len(NAME) * 3 + 1)
-    assert len(compiled._states) <= MAX_STATES
-    for use in (lambda: matches(NAME, pattern), lambda: pattern_value(NAME, {pattern: 1}, 0)):
-        assert not use()
+    assert 0 < states.reads <= 3 * len(states) * (len(NAME) * 3 + 1)
+    assert len(states) <= MAX_STATES
+    assert not matches(NAME, pattern)
+    assert not pattern_value(NAME, {pattern: 1}, 0)
     assert layer_index(NAME, pattern) is None
 
 
-@pytest.mark.parametrize(
-    ("pattern", "problem"),
-    [
-        ("a" * 201, "201 characters"), ("(" * 41 + ")" * 41, "41 groups"), ("a*?", "lazy"), ("a*+", "possessive"),
-        ("a**", "doubled"), ("a+{2}", "doubled"), ("^*", "of nothing"), ("${2}", "of nothing"),
-        ("*", "nothing to repeat"), ("a|+", "nothing to repeat"), ("(?=a)", "another kind"), ("(?!a)", "another kind"),
-        ("(?<=a)b", "another kind"),
-        ("(?P<n>a)", "another kind"), ("(?i)a", "another kind"), (r"(a)\1", r"escape \\1"), (r"\b", "escape"),
-        (r"\Z", "escape"), ("a\\", "escape"), ("(a", "without its )"), ("a)", "without its ("), ("[a", "without its ]"),
-        ("[]", "without its ]"), ("[^]", "without its ]"), ("[b-a]", "range"), (r"[\d-z]", "range"),
-        (r"[a-\d]", "range"),
-        ("a{", "begins no"), ("a{x}", "begins no"), ("a{,3}", "begins no"), ("a{1,2,3}", "begins no"),
-        ("a{\u0663}", "begins no"), ("a{3,2}", "must rise"), ("a{101}", "within 100"), ("a{1,101}", "within 100"),
-        ("a{" + "9" * 150 + "}", "within 100"), ("(((){99}){99}){99}", "too many"), ("((a{0}){99}){99}", "too many"),
-        ("((a?){99}){99}", "too many"), ("\x1b[31m(", r"'\\x1b"),
-    ],
-)  # fmt: skip
-def test_outside_the_subset_the_error_shows_the_pattern_and_the_subset(pattern, problem):
-    with pytest.raises(
-        ConfigError, match=problem.replace("(", r"\(").replace(")", r"\)")
-    ) as caught:
+UNSUPPORTED: list[tuple[str, str]] = []
+
+
+def unsupported(problem, *patterns):
+    UNSUPPORTED.extend((pattern, problem) for pattern in patterns)
+
+
+unsupported("201 characters", "a" * 201)
+unsupported("41 groups", "(" * 41 + ")" * 41)
+unsupported("lazy", "a*?")
+unsupported("possessive", "a*+")
+unsupported("doubled", "a**", "a+{2}")
+unsupported("of nothing", "^*", "${2}")
+unsupported("nothing to repeat", "*", "a|+")
+unsupported("another kind", "(?=a)", "(?!a)", "(?<=a)b", "(?P<n>a)", "(?i)a")
+unsupported(r"escape \\1", r"(a)\1")
+unsupported("escape", r"\b", r"\Z", "a\\")
+unsupported(r"without its \)", "(a")
+unsupported(r"without its \(", "a)")
+unsupported("without its ]", "[a", "[]", "[^]")
+unsupported("range", "[b-a]", r"[\d-z]", r"[a-\d]")
+unsupported("begins no", "a{", "a{x}", "a{,3}", "a{1,2,3}", "a{}", "a{\u0663}")
+unsupported("must rise", "a{3,2}")
+unsupported("within 100", "a{101}", "a{1,101}", "a{" + "9" * 150 + "}")
+unsupported("too many", "(((){99}){99}){99}", "((a{0}){99}){99}", "((a?){99}){99}")
+unsupported(r"'\\x1b", "\x1b[31m(")
+
+
+@pytest.mark.parametrize(("pattern", "problem"), UNSUPPORTED)
+def test_pattern_outside_the_subset_raises_with_the_pattern_and_the_subset(pattern, problem):
+    with pytest.raises(ConfigError, match=problem) as caught:
         Pattern(pattern)
     text = str(caught.value)
     assert len(text) <= 500
@@ -145,132 +164,148 @@ def test_outside_the_subset_the_error_shows_the_pattern_and_the_subset(pattern, 
     assert "supported are literals" in text
 
 
-@pytest.mark.parametrize(
-    ("name", "targets", "expected"),
-    [
-        ("q_proj", ["q_proj"], True),
-        ("a.q_proj", ["q_proj"], True),
-        ("a.q_proj", ["proj"], False),
-        ("mlp.c_proj", ["c_proj"], True),
-        ("a.b", ["a"], False),
-        ("a.b", [], False),
-        ("a.b.c", ["b.c"], True),
-        ("axb", ["a.b"], False),
-        ("x.(", ["("], True),  # a list holds names, never patterns
-        ("a.q_proj", "q_proj", False),
-        ("a.q_proj", r".*\.q_proj", True),
-        ("a.q_proj", "q_proj|a.*", True),
-        ("q_proj", "q_proj", True),
-    ],
-)
-def test_matches(name, targets, expected):
+# ---- names ----
+
+MEANT: list[tuple[str, str | list[str], bool]] = []
+
+
+def meant(name, targets, expected=True):
+    MEANT.append((name, targets, expected))
+
+
+meant("q_proj", ["q_proj"])
+meant("a.q_proj", ["q_proj"])
+meant("a.q_proj", ["proj"], False)
+meant("mlp.c_proj", ["c_proj"])
+meant("a.b", ["a"], False)
+meant("a.b", [], False)
+meant("a.b.c", ["b.c"])
+meant("axb", ["a.b"], False)
+meant("x.(", ["("])  # a list holds names, never patterns
+meant("a.q_proj", "q_proj", False)
+meant("a.q_proj", r".*\.q_proj")
+meant("a.q_proj", "q_proj|a.*")
+meant("q_proj", "q_proj")
+
+
+@pytest.mark.parametrize(("name", "targets", "expected"), MEANT)
+def test_matches_names_endings_and_patterns(name, targets, expected):
     assert matches(name, targets) is expected
 
 
-@pytest.mark.parametrize(
-    ("patterns", "expected"),
-    [
-        ({}, 0),
-        ({"q_proj": 1}, 1),
-        ({"proj": 1}, 0),
-        ({"self_attn": 1}, 0),
-        ({"self_attn.q_proj": 1}, 1),
-        ({r"layers\.1\.self_attn\.q_proj": 1}, 0),
-        ({r"layers\.10\..*": 1}, 1),
-        ({"^q_proj": 1}, 0),
-        ({"^model.*": 1}, 1),
-        ({"q_proj$": 1}, 1),
-        ({"k_proj": 1, ".*": 2, "q_proj": 3}, 2),
-        ({"q_proj": 3, ".*": 2}, 3),
-        ({"k_proj|q_proj": 1}, 1),
-    ],
-)
-def test_pattern_value_takes_the_first_entry_that_matches(patterns, expected):
+VALUES: list[tuple[dict[str, int], int]] = []
+
+
+def value_of(expected, **patterns):
+    VALUES.append((patterns, expected))
+
+
+value_of(0)
+value_of(1, q_proj=1)
+value_of(0, proj=1)
+value_of(0, self_attn=1)
+value_of(1, **{"self_attn.q_proj": 1})
+value_of(0, **{r"layers\.1\.self_attn\.q_proj": 1})
+value_of(1, **{r"layers\.10\..*": 1})
+value_of(0, **{"^q_proj": 1})
+value_of(1, **{"^model.*": 1})
+value_of(1, **{"q_proj$": 1})
+value_of(2, **{"k_proj": 1, ".*": 2, "q_proj": 3})
+value_of(3, **{"q_proj": 3, ".*": 2})
+value_of(1, **{"k_proj|q_proj": 1})
+
+
+@pytest.mark.parametrize(("patterns", "expected"), VALUES)
+def test_pattern_value_takes_the_first_key_that_matches(patterns, expected):
     assert pattern_value(NAME, patterns, 0) == expected
 
 
-@given(st.lists(PATTERNS.filter(lambda p: len(p) <= 30), max_size=3), NAMES)
-def test_pattern_value_is_pefts_rule(patterns, name):
+@given(st.lists(SHORT, max_size=3), NAMES)
+def test_pattern_value_follows_pefts_rule(patterns, name):
     keys = {key: place for place, key in enumerate(patterns)}
-    expected = next(
-        (value for key, value in keys.items() if re.match(rf"(.*\.)?({key})$", name)), -1
-    )
+    matching = [value for key, value in keys.items() if re.match(rf"(.*\.)?({key})$", name)]
+    expected = matching[0] if matching else -1
     assert pattern_value(name, keys, -1) == expected
 
 
-PATHS = st.lists(
-    st.sampled_from(["", "a", "h", "layers", "0", "1", "12", "1a", "\u0663", "\u00b2"]), max_size=7
-).map(".".join)
+# ---- layers ----
+
+PARTS = st.sampled_from(["", "a", "h", "layers", "0", "1", "12", "1a", "\u0663", "\u00b2"])
+PATHS = joined(PARTS, 0, 7, ".")
+LAYERS = st.sampled_from(["h", "layers", r"a\.h", "(a|h)", "[ah]", r"layers\.\d+\.a", ".*", ""])
+
+
+def index_of(match):
+    return int(match["idx"]) if match else None
 
 
 @given(PATHS)
 @example("layers.0.q_proj")
 @example("model.layers.0")
 @example("model.layers.1.experts.0.w")
-def test_layer_index_without_a_pattern_is_pefts_rule(name):
-    found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
-    assert layer_index(name) == (int(found["idx"]) if found else None)
-    assert layer_index(name, []) == layer_index(name, "") == layer_index(name)
-
-
-LAYERS = st.sampled_from(["h", "layers", r"a\.h", "(a|h)", "[ah]", r"layers\.\d+\.a", ".*", ""])
+def test_layer_index_without_a_pattern_follows_pefts_rule(name):
+    expected = index_of(re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name))
+    assert layer_index(name) == expected
+    assert layer_index(name, []) == expected
+    assert layer_index(name, "") == expected
 
 
 @given(PATHS, st.lists(LAYERS, min_size=1))
-def test_layer_index_with_patterns_is_pefts_rule(name, patterns):
+def test_layer_index_with_patterns_follows_pefts_rule(name, patterns):
     assume(any(patterns))
-    found = None
+    match = None
     for pattern in patterns:
-        found = found or re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name)
-    assert layer_index(name, patterns) == (int(found["idx"]) if found else None)
+        match = match or re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name)
+    assert layer_index(name, patterns) == index_of(match)
     if patterns[0]:
         assert layer_index(name, patterns[0]) == layer_index(name, patterns[:1])
 
 
-@pytest.mark.parametrize(
-    ("layers", "pattern", "expected"),
-    [(None, None, True), ([], None, True), (10, None, True), (1, None, False), ([1, 10], None, True),
-     ([1], None, False), (0, None, False), ([10], "layers", True),
-     ([10], "h", False), ([10], ["h", "layers"], True), (None, "h", True)],
-)  # fmt: skip
-def test_in_layers(layers, pattern, expected):
-    assert in_layers(NAME, layers, pattern) is expected
+def test_in_layers_takes_numbers_lists_and_patterns():
+    for everything in None, []:
+        assert in_layers(NAME, everything) is True
+    assert in_layers(NAME, None, "h") is True
+    for layers in 10, [1, 10]:
+        assert in_layers(NAME, layers) is True
+    for layers in 1, 0, [1]:
+        assert in_layers(NAME, layers) is False
+    for pattern in "layers", ["h", "layers"]:
+        assert in_layers(NAME, [10], pattern) is True
+    assert in_layers(NAME, [10], "h") is False
 
 
-def test_layer_zero_is_a_layer_and_no_index_is_in_none():
+def test_in_layers_counts_layer_zero_and_never_a_name_without_a_number():
     assert in_layers("model.layers.0.q", 0)
     assert not in_layers("model.layers.1.q", 0)
     assert not in_layers("layers.0.q", 0)  # PEFT's trap
     assert in_layers("layers.0.q", 0, "layers")
 
 
+# ---- PEFT itself ----
+
+MODULES = joined(words("model layers h 0 1 attn q_proj proj"), separator=".")
+LISTS = st.sampled_from([["q_proj"], ["proj", "attn"], ["attn.q_proj"]])
+TARGETS = LISTS | words(r".*q_proj model\..*(attn|proj)")
+NUMBERS = st.sampled_from([None, [], 0, 1, [0], [1, 0]])
+CONTAINERS = st.sampled_from([None, [], "", "layers", ["h", "layers"]])
+
+
 @pytest.mark.oracle
-@given(
-    st.lists(
-        st.sampled_from(["model", "layers", "h", "0", "1", "attn", "q_proj", "proj"]), min_size=1
-    ).map(".".join),
-    st.sampled_from(
-        [["q_proj"], ["proj", "attn"], ["attn.q_proj"], r".*q_proj", r"model\..*(attn|proj)"]
-    ),
-    st.sampled_from([None, [], 0, 1, [0], [1, 0]]),
-    st.sampled_from([None, [], "", "layers", ["h", "layers"]]),
-)
-def test_peft_chooses_the_same_modules(name, targets, layers, pattern):
+@given(MODULES, TARGETS, NUMBERS, CONTAINERS)
+def test_matches_and_in_layers_choose_the_modules_that_peft_chooses(name, targets, layers, pattern):
     tuners = pytest.importorskip("peft.tuners.tuners_utils")
-    config = SimpleNamespace(
-        target_modules=targets, layers_to_transform=layers, layers_pattern=pattern
-    )
-    ours = matches(name, targets)
-    if (
-        not isinstance(targets, str) and name not in targets
-    ):  # PEFT restricts neither patterns nor full names to layers
-        ours = ours and in_layers(name, layers, pattern)
-    assert ours == bool(tuners.check_target_module_exists(config, name))
+    fields = {"layers_to_transform": layers, "layers_pattern": pattern}
+    config = SimpleNamespace(target_modules=targets, **fields)
+    chosen = matches(name, targets)
+    # PEFT restricts neither patterns nor full names to layers.
+    if not isinstance(targets, str) and name not in targets:
+        chosen = chosen and in_layers(name, layers, pattern)
+    assert chosen == bool(tuners.check_target_module_exists(config, name))
 
 
 @pytest.mark.oracle
-@given(NAMES, st.lists(PATTERNS.filter(lambda p: len(p) <= 30), max_size=3, unique=True))
-def test_peft_takes_the_same_entry_of_a_rank_pattern(name, patterns):
+@given(NAMES, st.lists(SHORT, max_size=3, unique=True))
+def test_pattern_value_takes_the_key_that_peft_takes(name, patterns):
     other = pytest.importorskip("peft.utils.other")
     assume(name not in patterns)
     table = {pattern: pattern for pattern in patterns}
