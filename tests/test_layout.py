@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 from collections import Counter
 from pathlib import Path
 
@@ -171,6 +172,19 @@ def test_files_say_what_they_are_and_stay_readable(path):
 def test_rules_are_quoted_word_for_word():
     for page in PAGES:
         assert ORDER in " ".join(page.read_text(encoding="utf-8").split())
+
+
+def test_package_data_covers_every_file_that_is_not_python():
+    settings = configparser.ConfigParser()
+    settings.read(PACKAGE.parent / "setup.cfg", encoding="utf-8")
+    data = settings["options.package_data"]
+    for path in PACKAGE.rglob("*"):
+        if path.is_dir():
+            assert (path / "__init__.py").exists() or not list(path.glob("*.py")), path
+        elif path.suffix not in (".py", ".pyc"):
+            folder = ".".join(path.relative_to(PACKAGE.parent).parts[:-1])
+            patterns = [pattern.strip() for pattern in data[folder].split(",")]
+            assert any(path.match(pattern) for pattern in patterns), path
 
 
 @pytest.mark.parametrize(
