@@ -13,6 +13,7 @@ from ..errors import ConfigError, FormatError
 from ..formats.disk import read_json
 from ..lora.combining import COMBINATION_TYPES
 from ..lora.multitask import FILE as MULTITASK
+from ..lora.tying import CHOICES
 from .options import (
     DTYPES,
     Args,
@@ -56,6 +57,9 @@ def add_merge_options(parser: Parser) -> None:
     _add_dtype(parser, "as stored")
     text = "threads, each for a block of rows, at least 1 (default: one per core)"
     option(parser, "--threads K", text)
+    text = "for an adapter of the embedding or of the head that shares its weight: untie keeps the "
+    text += "output with two weights, share changes both places as peft does (default: refuse)"
+    option(parser, "--tied WAY", text, choices=CHOICES)
     _add_out(parser)
     add_allow_nonfinite(parser)
     add_json(parser)
@@ -76,6 +80,7 @@ def merge(args: Args) -> None:
         dtype=args.dtype,
         threads=args.threads,
         allow_nonfinite=args.allow_nonfinite,
+        tied=args.tied,
     )
     if args.json:
         _print_json({"merged": args.out, "tensors": rows})

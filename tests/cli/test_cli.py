@@ -244,6 +244,19 @@ def test_merge_measures_as_the_adapter_and_leaves_its_inputs(world, tmp_path):
     assert files == expected
 
 
+def test_merge_asks_for_tied_and_takes_either_choice(world, tmp_path):
+    golden = Path(__file__).parents[1] / "golden"
+    line = f"merge --base '{golden}/gpt2' --adapter '{golden}/gpt2--lora_wte'"
+    code, _, err = run(f"{line} --out '{tmp_path}/none'")
+    assert code == 2
+    assert "--tied" in err
+    assert not (tmp_path / "none").exists()
+    for tied in ("untie", "share"):
+        ok(f"{line} --out '{tmp_path}/{tied}' --tied {tied}")
+        merged = CausalLM.from_pretrained(tmp_path / tied)
+        assert merged.config.tie_word_embeddings == (tied == "share")
+
+
 def test_evaluate_with_a_limit_measures_fewer_windows(world):
     line = "evaluate --base base --data book.txt"
     assert ok(f"{line} --context 16 --limit 1") != ok(line)

@@ -269,6 +269,7 @@ def add_merge_rows() -> None:
     for weights in ("1,2", "nan", "inf", "-inf", "1e999", "1,2,3", "1,1"):
         refused(56, f"{MERGE} --weights={weights}", "--weights", "1 finite numbers")
     refused(63, f"{MERGE} --dtype float8", "--dtype", "'float8'", "bfloat16")
+    refused(63, f"{MERGE} --tied both", "--tied", "'both'", "untie", "share")
     refused(63, f"{MERGE} --adapter ''", "--adapter must not be empty")
     command(63, f"{MERGE} --base missing", 4, "missing")
     command(63, MERGE, 2, "quantization_config", build=quantized)
