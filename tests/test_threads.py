@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextvars
 import threading
 import time
+import types
 
 import pytest
+import threadpoolctl
 
-from minilora.threads import Workers, blocks
+from minilora.threads import Workers, available_cores, blocks, keep_memory, one_blas_thread
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
@@ -90,3 +92,59 @@ def test_workers_map_runs_each_part_in_the_caller_s_context():
     with Workers(2) as workers:
         assert list(workers.map(lambda i: variable.get() + i, range(3))) == [1, 2, 3]
     variable.reset(token)
+
+
+def test_workers_map_works_in_the_calling_thread_if_there_is_one():
+    with Workers(1) as workers:
+        names = list(workers.map(lambda _: threading.current_thread().name, range(3)))
+    assert names == [threading.current_thread().name] * 3
+
+
+def test_workers_map_starts_one_part_more_than_there_are_threads():
+    started, proceed = [], threading.Event()
+
+    def work(i: int) -> int:
+        started.append(i)
+        assert proceed.wait(60)
+        return i
+
+    taken = []
+    with Workers(2) as workers:
+        parts = (taken.append(i) or i for i in range(9))
+        results = workers.map(work, parts)
+        threading.Timer(0.05, proceed.set).start()
+        assert next(results) == 0
+        assert taken[:3] == [0, 1, 2]
+        assert len(taken) == 4  # the third waited beside the two at work, then the fourth
+        assert list(results) == list(range(1, 9))
+
+
+def test_one_blas_thread_holds_blas_to_one_thread_and_restores_it():
+    def counts() -> list[int]:
+        pools = threadpoolctl.threadpool_info()
+        return [pool["num_threads"] for pool in pools if pool["user_api"] == "blas"]
+
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        before = counts()
+        with one_blas_thread():
+            assert set(counts()) == {1}
+            with one_blas_thread():
+                assert set(counts()) == {1}
+        assert counts() == before
+
+
+def test_keep_memory_sets_the_documented_thresholds(monkeypatch):
+    calls = []
+    library = types.SimpleNamespace(mallopt=lambda option, value: calls.append((option, value)))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
+    keep_memory()
+    # glibc's malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
+    assert calls == [(-3, 2**30), (-1, 2**31 - 1), (-2, 2**24), (-8, 1)]
+
+
+def test_available_cores_without_affinity_are_those_of_the_machine(monkeypatch):
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 7)
+    assert available_cores() == 7
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    assert available_cores() == 1
