@@ -4,9 +4,9 @@
     nice python benchmarks/mutation.py [--sample N] [--limit SECONDS] [--write] [FILE ...]
 
 cosmic-ray (https://cosmic-ray.readthedocs.io) makes the changes: another operator, a number one
-higher or lower, a negated condition, a loop that never runs, a removed decorator. Each change runs
-in a forked process that imports the changed source in place of that one module; no file is touched.
-The process runs the fast tests of TESTS with few Hypothesis examples and stops at the first failure.
+higher or lower, a negated condition, a loop that never runs, a removed decorator. Each change is
+tried in a forked process that imports the changed source in place of that module; no file is
+touched. The process runs the tests of TESTS with few Hypothesis examples and stops at the first failure.
 
 Two kinds of changes are left out: those of type annotations, which cannot matter, and those that
 would only improve the score: operators in place of + - * / that no formula here uses, above all
@@ -217,7 +217,7 @@ class ChangedModule(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
         return self.source.encode()
 
 
-def run_tests(path: Path, source: str, tests: list[Path]) -> int:
+def run_tests(path: Path, source: str, tests: list[Path], quiet: bool) -> int:
     """Run the tests of a changed source in this process, and return a child's exit code."""
     import pytest
     from hypothesis import Phase, settings
@@ -230,9 +230,10 @@ def run_tests(path: Path, source: str, tests: list[Path]) -> int:
         "mutation", max_examples=10, derandomize=True, deadline=None, database=None, phases=phases
     )
     os.environ["MINILORA_HYPOTHESIS"] = "mutation"
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
+    if quiet:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
     # A change that breaks this import is noticed here. In pytest it would give the exit code of a
     # wrong command line.
     importlib.import_module("conftest")
@@ -255,14 +256,17 @@ def run_tests(path: Path, source: str, tests: list[Path]) -> int:
     return SURVIVED
 
 
-def find_outcome(path: Path, source: str, tests: list[Path], limit: float) -> str:
-    """ "survived", "killed" or "timeout". SystemExit if pytest refuses its command line."""
+def find_outcome(
+    path: Path, source: str, tests: list[Path], limit: float, quiet: bool = True
+) -> str:
+    """One of survived, killed and timeout. SystemExit if pytest refuses its command line."""
+    sys.stdout.flush()
     child = os.fork()
     if child == 0:
         code = KILLED  # also where an import fails
         try:
             os.setsid()  # a signal to the group reaches only this child and what it starts
-            code = run_tests(path, source, tests)
+            code = run_tests(path, source, tests, quiet)
         finally:
             os._exit(code)
     deadline = time.monotonic() + limit
@@ -317,7 +321,7 @@ def measure(
     path = ROOT / name
     tests = find_tests(name)
     source = path.read_text(encoding="utf-8")
-    if find_outcome(path, source, tests, args.limit) != "survived":
+    if find_outcome(path, source, tests, args.limit, quiet=False) != "survived":
         raise SystemExit(f"{name}: its tests fail, or take longer than --limit, without any change")
     chosen = list(changes(path))
     total = len(chosen)
