@@ -5,9 +5,9 @@
 
 It makes a random sharded bfloat16 checkpoint of Llama's shape and an adapter of r = 16 on all
 linear layers in a temporary folder. Then it copies the files, merges, and copies them again, each
-in a separate process. A copy reads and writes every file once and forces it to the disk; the mean of
-both copies is what the disk allows at that time. `--peft` (extra `oracle`) also lets peft merge the
-same files on the CPU, with as many threads.
+in a separate process. A copy reads and writes every file once and forces it to the disk; the mean
+of both copies is what the disk allows at that time. `--peft` (extra `oracle`) also lets peft merge
+the same files on the CPU, with as many threads.
 
 Three conditions are checked; exit code 1 if one does not hold:
 

@@ -6,7 +6,8 @@
 cosmic-ray (https://cosmic-ray.readthedocs.io) makes the changes: another operator, a number one
 higher or lower, a negated condition, a loop that never runs, a removed decorator. Each change is
 tried in a forked process that imports the changed source in place of that module; no file is
-touched. The process runs the tests of TESTS with few Hypothesis examples and stops at the first failure.
+touched. The process runs the tests of TESTS with few Hypothesis examples and stops at the first
+failure.
 
 Two kinds of changes are left out: those of type annotations, which cannot matter, and those that
 would only improve the score: operators in place of + - * / that no formula here uses, above all
