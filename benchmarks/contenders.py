@@ -363,8 +363,8 @@ class Floor(Contender):
     """Not a contender: the matrix products that a LoRA step over frozen weights cannot avoid.
 
     For every weight (O, I) and the batch's tokens, y = x W^T and dx = dy W. They are computed by
-    threaded BLAS over all rows, and by threads over blocks of rows with one BLAS thread each; `step`
-    returns the seconds of the faster way.
+    threaded BLAS over all rows, and by threads over blocks of rows with one BLAS thread each.
+    `step` returns the seconds of the faster way.
     """
 
     def __init__(self, work: Path, threads: int):
