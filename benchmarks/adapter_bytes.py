@@ -69,10 +69,10 @@ def main() -> int:
         train_adapters(Path(scratch))
         for name, expected in EXPECTED.items():
             content = Path(scratch, name, "adapter_model.safetensors").read_bytes()
-            found = hashlib.sha256(content).hexdigest()
-            adapters[name] = {"sha256": found, "expected": expected, "equal": found == expected}
-            verdict = "as expected" if found == expected else f"expected {expected}"
-            print(f"{name:12} {found}   {verdict}")
+            digest = hashlib.sha256(content).hexdigest()
+            adapters[name] = {"sha256": digest, "expected": expected, "equal": digest == expected}
+            verdict = "as expected" if digest == expected else f"expected {expected}"
+            print(f"{name:12} {digest}   {verdict}")
     if args.write:
         result = {
             "command": "python benchmarks/adapter_bytes.py --write",

@@ -5,7 +5,7 @@
         [--threads 2] [--scratch DIR]
 
 OLD and NEW are folders with a copy of this repository. In every round each checkout takes one turn
-in a fresh process, which runs that checkout's own benchmarks/peers.py over its own package; OLD
+in a fresh process, which runs the checkout's benchmarks/peers.py over the checkout's package; OLD
 and NEW start the rounds alternately. A turn is one step that does not count and `--steps` steps
 that do. Both checkouts read the same base, adapter and batches, and their losses (or tokens) are
 compared: "equal" means equal in every bit. `--merge SIZE` times `minilora merge` in the same way on

@@ -75,15 +75,15 @@ def elementary(n: int) -> dict[str, Case]:
         operations: int = 1,
     ) -> Case:
         return Case(
-            x, link, forward, lambda dy, kept, dw: (backward(dy, kept), dw), operations=operations
+            x, link, forward, lambda dy, saved, dw: (backward(dy, saved), dw), operations=operations
         )
 
-    def back_to_two(dy: Array, kept: None) -> Array:
+    def back_to_two(dy: Array, saved: None) -> Array:
         dx = np.zeros(other, np.float32)
         dx[::-1] = dy
         return dx
 
-    def rows_back(dy: Array, kept: None) -> Array:
+    def rows_back(dy: Array, saved: None) -> Array:
         dx = np.zeros(other, np.float32)
         np.add.at(dx, perm, dy)
         return dx
@@ -203,8 +203,8 @@ def rms_norm(n: int) -> Case:
         y *= g
         return y, (x, rstd)
 
-    def backward(dy: Array, kept: Any, dw: Array) -> tuple[Array, Array]:
-        x, rstd = kept
+    def backward(dy: Array, saved: Any, dw: Array) -> tuple[Array, Array]:
+        x, rstd = saved
         xhat = x * rstd
         dw = dw + (dy * xhat).sum(axis=0)
         dx = dy * g
@@ -271,8 +271,8 @@ def norm_linear_swiglu(n: int) -> Case:
         y *= up
         return y, (normed, gate, up, s)
 
-    def backward(dy: Array, kept: Any, dw: Array) -> tuple[Array, Array]:
-        normed, gate, up, s = kept
+    def backward(dy: Array, saved: Any, dw: Array) -> tuple[Array, Array]:
+        normed, gate, up, s = saved
         dup = gate * s
         dgate = 1 - s
         dgate *= dup
@@ -317,8 +317,8 @@ def linear_attention(n: int, heads: int = 2) -> Case:
         y *= inv
         return y.swapaxes(0, 1).reshape(n, n), (q, k, v, P, inv, y)
 
-    def backward(dy: Array, kept: Any, dw: Array) -> tuple[Array, Array]:
-        q, k, v, P, inv, y = kept
+    def backward(dy: Array, saved: Any, dw: Array) -> tuple[Array, Array]:
+        q, k, v, P, inv, y = saved
         d = dy.reshape(n, heads, D).swapaxes(0, 1) * inv
         dz = np.empty((1, n, 3 * heads, D), np.float32)
         dqk = np.empty((1, n, 2 * heads, D), np.float32)
@@ -359,19 +359,19 @@ def by_engine(case: Case, links: int) -> list[Array]:
 def by_hand(case: Case, links: int) -> list[Array]:
     x = case.x
     dw = np.zeros_like(x if case.weight is None else case.weight.data)
-    kept = []
+    saved = []
     for _ in range(links):
         x, needed = case.forward(x)
-        kept.append(needed)
+        saved.append(needed)
     dy = np.ones_like(case.x)
-    while kept:
-        dy, dw = case.backward(dy, kept.pop(), dw)
+    while saved:
+        dy, dw = case.backward(dy, saved.pop(), dw)
     return [dy] if case.weight is None else [dy, dw]
 
 
 # The loop of by_hand without an operation.
 LOOP = Case(
-    np.ones((1, 1), np.float32), lambda t: t, lambda x: (x, None), lambda dy, kept, dw: (dy, dw)
+    np.ones((1, 1), np.float32), lambda t: t, lambda x: (x, None), lambda dy, saved, dw: (dy, dw)
 )
 
 

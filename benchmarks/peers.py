@@ -102,7 +102,7 @@ def prepare(work: Path, shape: tuple[int, ...], method: str, r: int = 8, count: 
     options: dict[str, Any] = {"lora_alpha": 2 * r, "target_modules": "all-linear"}
     kinds = {"adapter": LoraConfig(r=r, **options)}
     if method == "family":
-        # Every measured step lies in the period in which AdaLoRA allocates ranks.
+        # Every measured step is in the period in which AdaLoRA allocates ranks.
         schedule = {"tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 1 << 20}
         kinds["dora"] = LoraConfig(r=r, use_dora=True, **options)
         kinds["adalora"] = AdaLoraConfig(init_r=r, target_r=r // 2, **schedule, **options)
