@@ -1,12 +1,14 @@
-"""One training step of one model, by each contender: minilora, PyTorch + peft (two models, two modes), JAX.
+"""One training step of one model by each contender: minilora, PyTorch + peft, transformers, JAX.
 
-Not a benchmark itself: peers.py starts one process for each contender and asks it for steps. All read the same base
-and adapter from disk, see the same batches, and do the same: forward, mean cross-entropy, backward, AdamW, no clipping.
-Those at the end generate text instead: a step appends the likeliest tokens to a batch of prompts.
+peers.py starts one process per contender and asks it for steps. All contenders read the same base
+and adapter from files, use the same batches, and compute the same step: forward, mean
+cross-entropy, backward, AdamW, no clipping. The classes at the end generate text instead: a step
+appends the most likely tokens to a batch of prompts.
 
-    contender(work, threads)                 work: a folder that peers.py made (base/, adapter/, batches.npy, job.json)
-    contender.step(number) -> loss           one step on batch `number`, finished when it returns
-    generator.step(number) -> tokens         (B, new) as lists: what follows the prompts of batch `number`
+    contender(work, threads)           work: a folder that peers.prepare made, with base/, adapter/,
+                                       batches.npy and job.json
+    contender.step(number) -> loss     one step on batch `number`, finished when it returns
+    generator.step(number) -> tokens   (B, new) as lists: the continuation of the prompts
 """
 
 from __future__ import annotations
@@ -22,17 +24,17 @@ LEARNING_RATE = 1e-3
 
 
 class Contender:
-    """What all share: the job and its batches."""
+    """The job and its batches."""
 
     def __init__(self, work: Path):
         self.work = work
         self.job = json.loads((work / "job.json").read_text())
         self.method: str = self.job["method"]
-        self.batches = np.load(
-            work / "batches.npy"
-        )  # (count, B, T + 1) int64, or (count, B, T) prompts
+        # (count, B, T + 1) int64, or (count, B, T) for prompts
+        self.batches = np.load(work / "batches.npy")
 
     def windows(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, targets) of a batch, each (B, T)."""
         batch = self.batches[number % len(self.batches)]
         return np.ascontiguousarray(batch[:, :-1]), np.ascontiguousarray(batch[:, 1:])
 
@@ -72,7 +74,7 @@ class MiniloraDora(Minilora):
 
 
 class MiniloraAdalora(Minilora):
-    """With what a step of AdaLoRA is besides: the penalty, the scores, and at every step another choice of ranks."""
+    """A step of AdaLoRA also has the penalty, the scores, and an allocation of the ranks."""
 
     adapter = "adalora"
 
@@ -81,22 +83,24 @@ class MiniloraAdalora(Minilora):
         from minilora.lora import RankAllocator
 
         self.allocator = RankAllocator.of(self.model)
-        place = {id(p): i for i, p in enumerate(self.optimizer.params)}
-        self.own = [place[id(p)] for p in self.allocator.params]
+        index = {id(p): i for i, p in enumerate(self.optimizer.params)}
+        # Index of each of the allocator's parameters among the optimiser's.
+        self.indices = [index[id(p)] for p in self.allocator.params]
 
     def step(self, number: int) -> float:
-        loss, grads = self.sharded.gradients(
-            self.Batch(*self.windows(number)), self.optimizer.params, step=number
-        )
-        for i, more in zip(self.own, self.allocator.penalty()[1], strict=True):
-            grads[i] = grads[i] if more is None else grads[i] + more
+        batch = self.Batch(*self.windows(number))
+        loss, grads = self.sharded.gradients(batch, self.optimizer.params, step=number)
+        _, penalty_grads = self.allocator.penalty()
+        for i, penalty_grad in zip(self.indices, penalty_grads, strict=True):
+            if penalty_grad is not None:
+                grads[i] = grads[i] + penalty_grad
         self.optimizer.step(grads)
-        self.allocator.step([grads[i] for i in self.own])
+        self.allocator.step([grads[i] for i in self.indices])
         return float(loss)
 
 
 class Torch(Contender):
-    """PyTorch + peft over `self.base()`; `compiled` runs the same under torch.compile."""
+    """PyTorch + peft with the model of `self.base()`; under torch.compile if `compiled`."""
 
     compiled = False
     adapter = "adapter"
@@ -158,7 +162,7 @@ class Transformers(Torch):
 
 
 def decoder(folder: Path) -> Any:
-    """A Llama-shaped decoder as one writes it by hand in PyTorch, under the names that peft's files use."""
+    """A Llama-shaped decoder written by hand in PyTorch, with the names of peft's files."""
     import torch
     from safetensors.torch import load_file
     from torch import nn
@@ -173,12 +177,11 @@ def decoder(folder: Path) -> Any:
 
     frequency = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
     angle = torch.arange(c["max_position_embeddings"], dtype=torch.float64)[:, None] * frequency
-    cos, sin = (
-        torch.cat([angle, angle], 1).cos().float(),
-        torch.cat([angle, angle], 1).sin().float(),
-    )
+    angles = torch.cat([angle, angle], 1)  # (T, D)
+    cos = angles.cos().float()
+    sin = angles.sin().float()
 
-    def turned(x: Any) -> Any:  # (B, heads, T, D)
+    def rotate(x: Any) -> Any:  # (B, heads, T, D)
         first, second = x.chunk(2, dim=-1)
         T = x.shape[-2]
         return x * cos[:T] + torch.cat([-second, first], dim=-1) * sin[:T]
@@ -186,28 +189,26 @@ def decoder(folder: Path) -> Any:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.q_proj, self.k_proj, self.v_proj = (
-                linear(C, H * D),
-                linear(C, K * D),
-                linear(C, K * D),
-            )
+            self.q_proj = linear(C, H * D)
+            self.k_proj = linear(C, K * D)
+            self.v_proj = linear(C, K * D)
             self.o_proj = linear(H * D, C)
 
         def forward(self, x: Any) -> Any:
             B, T, _ = x.shape
-            q, k, v = (
-                p(x).view(B, T, -1, D).transpose(1, 2)
-                for p in (self.q_proj, self.k_proj, self.v_proj)
-            )
+            projections = self.q_proj, self.k_proj, self.v_proj
+            q, k, v = (p(x).view(B, T, -1, D).transpose(1, 2) for p in projections)
             y = F.scaled_dot_product_attention(
-                turned(q), turned(k), v, is_causal=True, enable_gqa=K != H
+                rotate(q), rotate(k), v, is_causal=True, enable_gqa=K != H
             )
             return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
 
     class MLP(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gate_proj, self.up_proj, self.down_proj = linear(C, M), linear(C, M), linear(M, C)
+            self.gate_proj = linear(C, M)
+            self.up_proj = linear(C, M)
+            self.down_proj = linear(M, C)
 
         def forward(self, x: Any) -> Any:
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -217,7 +218,8 @@ def decoder(folder: Path) -> Any:
             super().__init__()
             self.input_layernorm = nn.RMSNorm(C, eps=c["rms_norm_eps"])
             self.post_attention_layernorm = nn.RMSNorm(C, eps=c["rms_norm_eps"])
-            self.self_attn, self.mlp = Attention(), MLP()
+            self.self_attn = Attention()
+            self.mlp = MLP()
 
         def forward(self, x: Any) -> Any:
             x = x + self.self_attn(self.input_layernorm(x))
@@ -264,28 +266,24 @@ class Jax(Contender):
         from safetensors.numpy import load_file
 
         c = json.loads((work / "base" / "config.json").read_text())
-        base = {
-            k: jnp.asarray(v)
-            for k, v in load_file(str(work / "base" / "model.safetensors")).items()
-        }
+        tensors = load_file(str(work / "base" / "model.safetensors"))
+        base = {key: jnp.asarray(value) for key, value in tensors.items()}
         if c["tie_word_embeddings"]:
             base["lm_head.weight"] = base["model.embed_tokens.weight"]
         H, D = c["num_attention_heads"], c["head_dim"]
         eps, scale = c["rms_norm_eps"], self.job["scaling"]
         T = self.batches.shape[2] - 1
-        angle = np.arange(T)[:, None] * c["rope_parameters"]["rope_theta"] ** (
-            -np.arange(0, D, 2) / D
-        )
-        cos, sin = (
-            jnp.asarray(f(angle), jnp.float32)[:, None] for f in (np.cos, np.sin)
-        )  # (T, 1, D/2)
+        frequency = c["rope_parameters"]["rope_theta"] ** (-np.arange(0, D, 2) / D)
+        angle = np.arange(T)[:, None] * frequency
+        # (T, 1, D/2)
+        cos = jnp.asarray(np.cos(angle), jnp.float32)[:, None]
+        sin = jnp.asarray(np.sin(angle), jnp.float32)[:, None]
         causal = jnp.tril(jnp.ones((T, T), bool))
         adapter: dict[str, Any] = {}
         if self.method != "full":
-            found = load_file(str(work / "adapter" / "adapter_model.safetensors"))
-            adapter = {
-                k.removeprefix("base_model.model."): jnp.asarray(v) for k, v in found.items()
-            }
+            factors = load_file(str(work / "adapter" / "adapter_model.safetensors"))
+            for key, value in factors.items():
+                adapter[key.removeprefix("base_model.model.")] = jnp.asarray(value)
 
         def loss_of(trained: Any, frozen: Any, ids: Any, targets: Any) -> Any:
             weights = {**frozen, **trained}
@@ -293,21 +291,16 @@ class Jax(Contender):
             def linear(name: str, x: Any) -> Any:
                 y = x @ weights[f"{name}.weight"].T
                 if f"{name}.lora_A.weight" in weights:
-                    y = (
-                        y
-                        + x
-                        @ weights[f"{name}.lora_A.weight"].T
-                        @ weights[f"{name}.lora_B.weight"].T
-                        * scale
-                    )
+                    A = weights[f"{name}.lora_A.weight"]
+                    B = weights[f"{name}.lora_B.weight"]
+                    y = y + x @ A.T @ B.T * scale
                 return y
 
             def norm(name: str, x: Any) -> Any:
-                return (
-                    x / jnp.sqrt((x * x).mean(-1, keepdims=True) + eps) * weights[f"{name}.weight"]
-                )
+                scale = jnp.sqrt((x * x).mean(-1, keepdims=True) + eps)
+                return x / scale * weights[f"{name}.weight"]
 
-            def turned(x: Any) -> Any:  # (B, T, heads, D)
+            def rotate(x: Any) -> Any:  # (B, T, heads, D)
                 first, second = jnp.split(x, 2, axis=-1)
                 return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
@@ -318,7 +311,8 @@ class Jax(Contender):
                 q, k, v = (
                     linear(f"{at}.self_attn.{p}_proj", h).reshape(*ids.shape, -1, D) for p in "qkv"
                 )
-                q, k = turned(q), turned(k)
+                q = rotate(q)
+                k = rotate(k)
                 k, v = (jnp.repeat(z, H // z.shape[2], axis=2) for z in (k, v))
                 scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(D)
                 share = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
@@ -339,17 +333,20 @@ class Jax(Contender):
             first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, moments[0], grads)
             second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, moments[1], grads)
 
-            def moved(p: Any, m: Any, v: Any) -> Any:
-                return p - LEARNING_RATE * (m / (1 - 0.9**count)) / (
-                    jnp.sqrt(v / (1 - 0.999**count)) + 1e-8
-                )
+            def update(p: Any, m: Any, v: Any) -> Any:
+                mean = m / (1 - 0.9**count)
+                square = v / (1 - 0.999**count)
+                return p - LEARNING_RATE * mean / (jnp.sqrt(square) + 1e-8)
 
-            return loss, jax.tree.map(moved, trained, first, second), (first, second)
+            return loss, jax.tree.map(update, trained, first, second), (first, second)
 
         self.jitted = jax.jit(step, donate_argnums=(0, 1))
         self.trained, self.frozen = (adapter, base) if adapter else (base, {})
         if not adapter and c["tie_word_embeddings"]:
-            raise SystemExit("the JAX contender has no tied heads for full fine-tuning")
+            raise SystemExit(
+                "the base ties its head to its embedding, which the JAX contender does not support "
+                "for the method full; choose another method"
+            )
         self.moments = tuple(jax.tree.map(jnp.zeros_like, self.trained) for _ in range(2))
         self.count = 0
 
@@ -363,17 +360,19 @@ class Jax(Contender):
 
 
 class Floor(Contender):
-    """Not a contender: only the matrix products that a LoRA step over frozen weights cannot do without.
+    """Not a contender: the matrix products that a LoRA step over frozen weights cannot avoid.
 
-    For every weight (O, I), y = x W^T and dx = dy W over the batch's tokens, as NumPy does them best: with threaded
-    BLAS over all rows, or by threads over blocks of rows with one BLAS thread each. `step` gives the faster's seconds.
+    For every weight (O, I) and the batch's tokens, y = x W^T and dx = dy W. They are computed by
+    threaded BLAS over all rows, and by threads over blocks of rows with one BLAS thread each.
+    `step` returns the seconds of the faster way.
     """
 
     def __init__(self, work: Path, threads: int):
         super().__init__(work)
         import threadpoolctl
 
-        self.limits, self.threads = threadpoolctl.threadpool_limits, threads
+        self.limits = threadpoolctl.threadpool_limits
+        self.threads = threads
         c = json.loads((work / "base" / "config.json").read_text())
         C, M, D = c["hidden_size"], c["intermediate_size"], c["head_dim"]
         H = c["num_attention_heads"]
@@ -399,15 +398,15 @@ class Floor(Contender):
 
         times = []
         with self.limits(self.threads, "blas"):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             self.products(slice(None))
-            times.append(time.perf_counter() - begun)
+            times.append(time.perf_counter() - started)
         size = 512
         parts = [slice(i, i + size) for i in range(0, self.rows, size)]
         with self.limits(1, "blas"), ThreadPoolExecutor(self.threads) as pool:
-            begun = time.perf_counter()
+            started = time.perf_counter()
             list(pool.map(self.products, parts))
-            times.append(time.perf_counter() - begun)
+            times.append(time.perf_counter() - started)
         return min(times)
 
 
@@ -424,7 +423,7 @@ CONTENDERS: dict[str, type[Any]] = {
 }
 
 
-# ---- generation: the plain base, greedily, with a cache of keys and values -------------------------------------------
+# ---- greedy generation by the base alone, with a cache of keys and values ------------------------
 
 
 class MiniloraGenerates(Contender):
@@ -433,7 +432,8 @@ class MiniloraGenerates(Contender):
         from minilora import CausalLM
         from minilora.models.generation import generate
 
-        self.generate, self.model = generate, CausalLM.from_pretrained(work / "base")
+        self.generate = generate
+        self.model = CausalLM.from_pretrained(work / "base")
 
     def step(self, number: int) -> list[list[int]]:
         prompts = self.batches[number % len(self.batches)]
@@ -452,9 +452,8 @@ class TransformersGenerates(Contender):
         self.model = AutoModelForCausalLM.from_pretrained(
             work / "base", dtype="float32", attn_implementation="sdpa"
         )
-        self.model.eval().generation_config.eos_token_id = (
-            None  # so that every prompt gets all of its tokens
-        )
+        # Without an end-of-text token every prompt gets all of its tokens.
+        self.model.eval().generation_config.eos_token_id = None
 
     def step(self, number: int) -> list[list[int]]:
         prompts = self.torch.from_numpy(self.batches[number % len(self.batches)])

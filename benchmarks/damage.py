@@ -1,11 +1,14 @@
-"""How a valid file is damaged: bytes anywhere, what JSON is made of, what JSON means, a tensor in the midst.
+"""Functions that damage a valid file, for benchmarks/fuzz.py.
 
-    damaged_bytes     flipped, set, dropped, added, repeated, cut off
-    damaged_json      the text: boundary numbers; words and signs exchanged, repeated, dropped, spliced
-    altered_json      the values: of other types, out of bounds, gone, renamed, twice, nested, taken from another file
-    damaged_safetensors, with_tensor   the header with its length put right again, or one tensor of many
+    damaged_bytes         bytes flipped, set, removed, added, repeated, cut off
+    damaged_json          the text of JSON: numbers, words and punctuation replaced, repeated,
+                          removed, taken from another file
+    altered_json          the values of JSON: another type, out of bounds, missing, renamed, twice,
+                          nested, taken from another file
+    damaged_safetensors   the header, with its length corrected afterwards, or any bytes
+    with_tensor           one tensor replaced
 
-Every function is given its random numbers, and draws no others. For benchmarks/fuzz.py, and not a script.
+Every function draws its random numbers from the generator that it is given. This is not a script.
 """
 
 from __future__ import annotations
@@ -13,25 +16,29 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+# fmt: off
 NUMBERS = (
-    "0", "1", "-1", "-0", "2", "3", "7", "8", "63", "64", "65", "255", "256", "1.0", "1e0", "1e400", "NaN", "Infinity",
-    "2147483647", "2147483648", "4294967296", "4611686018427387904", "9223372036854775807", "18446744073709551615",
-    "18446744073709551616", "9" * 30, "9" * 5000,
-)  # fmt: skip
+    "0", "1", "-1", "-0", "2", "3", "7", "8", "63", "64", "65", "255", "256", "1.0", "1e0", "1e400",
+    "NaN", "Infinity", "2147483647", "2147483648", "4294967296", "4611686018427387904",
+    "9223372036854775807", "18446744073709551615", "18446744073709551616", "9" * 30, "9" * 5000,
+)
 WORDS = (
-    '"F32"', '"F64"', '"BF16"', '"F16"', '"BOOL"', '"U8"', '"I64"', '"F8_E4M3"', '"f32"', '"O"', '""', '"dtype"',
-    '"shape"', '"data_offsets"', '"__metadata__"', '"format"', '"pt"', "null", "true", "false", "[]", "{}", "[0]",
-    "[0,0]", '"\\ud800"', '"\\u0000"', '"../x"', '"a"', '{"a":"b"}', "[[[[[]]]]]", '"(.*)*x"', '"r"', '"all-linear"',
-)  # fmt: skip
-VALUES: tuple[Any, ...] = (  # what may stand where another value is meant
-    None, True, False, 0, 1, -1, 2, 3, 7, 255, 2**31 - 1, 2**31, 2**53, 2**63, 2**64 - 1, 10**19, 10**30, 0.0, -0.0,
-    0.5, 1.0, 1e-300, 1e300, 5e-324, float("inf"), float("nan"), "", "0", "1", "None", "nan", "a", "\0", "\x1b[2J",
-    "\ud800", "\N{BULLET}", "/", "/etc/passwd", "..", "../x", "x" * 300, "(.*)*x", "(", "[^", "(a|a)*b", "{", "\\",
-    "all-linear", "default", "lora_", ".", [], {}, [0], [[]], [None], ["", ""], [0] * 70, {"": None}, {"a": 1},
-)  # fmt: skip
+    '"F32"', '"F64"', '"BF16"', '"F16"', '"BOOL"', '"U8"', '"I64"', '"F8_E4M3"', '"f32"', '"O"',
+    '""', '"dtype"', '"shape"', '"data_offsets"', '"__metadata__"', '"format"', '"pt"', "null",
+    "true", "false", "[]", "{}", "[0]", "[0,0]", '"\\ud800"', '"\\u0000"', '"../x"', '"a"',
+    '{"a":"b"}', "[[[[[]]]]]", '"(.*)*x"', '"r"', '"all-linear"',
+)
+VALUES: tuple[Any, ...] = (  # values that may replace another one
+    None, True, False, 0, 1, -1, 2, 3, 7, 255, 2**31 - 1, 2**31, 2**53, 2**63, 2**64 - 1, 10**19,
+    10**30, 0.0, -0.0, 0.5, 1.0, 1e-300, 1e300, 5e-324, float("inf"), float("nan"), "", "0", "1",
+    "None", "nan", "a", "\0", "\x1b[2J", "\ud800", "\N{BULLET}", "/", "/etc/passwd", "..", "../x",
+    "x" * 300, "(.*)*x", "(", "[^", "(a|a)*b", "{", "\\", "all-linear", "default", "lora_", ".", [],
+    {}, [0], [[]], [None], ["", ""], [0] * 70, {"": None}, {"a": 1},
+)
+# fmt: on
 PUNCTUATION = (
     "",
     ",",
@@ -54,7 +61,7 @@ TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*|[{}\[\],:]|[a-z]+')
 
 
 def damaged_bytes(rng: random.Random, data: bytes) -> bytes:
-    """One to three changes of bytes: flipped, set, dropped, added, repeated, or the end cut off."""
+    """One to three changes of bytes: flipped, set, removed, added, repeated, or the end cut off."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         at, length = rng.randrange(len(out) + 1), rng.choice((1, 1, 2, 8, 40))
@@ -75,7 +82,8 @@ def damaged_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def damaged_json(rng: random.Random, text: bytes, other: bytes) -> bytes:
-    """One to three changes of what JSON is made of: numbers, words and signs exchanged, dropped, repeated, spliced."""
+    """One to three changes of JSON's text: numbers, words and punctuation replaced, removed,
+    repeated, or taken from the text `other`."""
     for _ in range(rng.choice((1, 1, 2, 3))):
         tokens = list(TOKEN.finditer(text))
         if not tokens:
@@ -96,9 +104,8 @@ def damaged_json(rng: random.Random, text: bytes, other: bytes) -> bytes:
             new = b""
         elif kind == 4 and (pieces := list(TOKEN.finditer(other))):
             start = rng.randrange(len(pieces))
-            new = other[
-                pieces[start].start() : pieces[min(len(pieces) - 1, start + rng.randrange(8))].end()
-            ]
+            stop = min(len(pieces) - 1, start + rng.randrange(8))
+            new = other[pieces[start].start() : pieces[stop].end()]
         elif kind == 5:
             begin = end = rng.choice((0, begin, len(text)))
             new = rng.choice(PUNCTUATION).encode()
@@ -109,119 +116,124 @@ def damaged_json(rng: random.Random, text: bytes, other: bytes) -> bytes:
     return text
 
 
-Place = tuple[Any, Any]  # a dictionary or a list, and a key of it
+Place = tuple[Any, Any]  # a dictionary or a list, and one of its keys
 
 
 def places(value: Any) -> Iterator[Place]:
-    """Every place in a value of JSON where another value stands."""
-    for key in (
-        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    ):
+    """Every place of a value inside a value of JSON."""
+    keys: Iterable[Any] = ()
+    if isinstance(value, dict):
+        keys = value
+    elif isinstance(value, list):
+        keys = range(len(value))
+    for key in keys:
         yield value, key
         yield from places(value[key])
 
 
 def altered_json(rng: random.Random, text: bytes, other: bytes) -> bytes:
-    """One to three changes that a program might make: values of another type or out of bounds, fields gone or renamed,
-    exchanged, nested, repeated, or taken from another file; at times a field twice."""
-    value, strange = json.loads(text), json.loads(other)
+    """One to three changes that a program might make.
+
+    Values of another type or out of bounds; fields missing, renamed, exchanged, nested, repeated,
+    or taken from the text `other`; sometimes a field twice.
+    """
+    value = json.loads(text)
+    other_value = json.loads(other)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        there = _some(rng, list(places(value)))
-        if not there:
+        candidates = _choose(rng, list(places(value)))
+        if not candidates:
             break
-        inside, key = rng.choice(there)
-        old, kind = inside[key], rng.randrange(9)
+        inside, key = rng.choice(candidates)
+        old = inside[key]
+        kind = rng.randrange(9)
         if kind < 3:
             inside[key] = json.loads(json.dumps(rng.choice(VALUES)))
         elif kind == 3:
             del inside[key]
         elif kind == 4 and isinstance(inside, dict):
-            inside[
-                rng.choice(
-                    (rng.choice(there)[1], "", f"{key} ", str(key).upper(), rng.choice(WORDS))
-                )
-            ] = old
+            another_key = rng.choice(candidates)[1]
+            names = another_key, "", f"{key} ", str(key).upper(), rng.choice(WORDS)
+            inside[rng.choice(names)] = old
             del inside[key]
-        elif kind == 5 and (taken := _some(rng, list(places(strange)))):
-            source, name = rng.choice(taken)
-            inside[name if isinstance(inside, dict) and isinstance(source, dict) else key] = (
-                json.loads(_dumps(source[name]))
-            )
+        elif kind == 5 and (others := _choose(rng, list(places(other_value)))):
+            source, name = rng.choice(others)
+            if isinstance(inside, dict) and isinstance(source, dict):
+                key = name
+            inside[key] = json.loads(_dumps(source[name]))
         elif kind == 6:
-            others, name = rng.choice(there)
-            inside[key], others[name] = (
-                (others[name], old) if others is inside else (json.loads(_dumps(old)), "taken")
-            )
+            target, name = rng.choice(candidates)
+            if target is inside:
+                inside[key], target[name] = target[name], old
+            else:
+                inside[key], target[name] = json.loads(_dumps(old)), "taken"
         elif kind == 7:
-            deep = rng.choice((1, 1, 2, 70, 200))
-            for _ in range(deep):
+            depth = rng.choice((1, 1, 2, 70, 200))
+            for _ in range(depth):
                 old = [old] if rng.random() < 0.5 else {"a": old}
             inside[key] = old
         else:
-            inside[key] = _varied(rng, old)
+            inside[key] = _vary(rng, old)
     new = _dumps(value).encode("utf-8", "surrogatepass")
     if rng.random() < 0.05 and isinstance(value, dict) and value:
         name = rng.choice(list(value))
-        new = (
-            b"{"
-            + f"{_dumps(name)}:{_dumps(value[name])},".encode("utf-8", "surrogatepass")
-            + new[1:]
-        )
+        field = f"{_dumps(name)}:{_dumps(value[name])},"
+        new = b"{" + field.encode("utf-8", "surrogatepass") + new[1:]
     return new
 
 
-def _some(rng: random.Random, there: list[Place]) -> list[Place]:
-    """Of many places mostly those near the top: a vocabulary has thousands, and they are all alike."""
-    return (
-        there
-        if len(there) < 100 or rng.random() < 0.2
-        else [p for p in there if len(p[0]) < 50] or there
-    )
+def _choose(rng: random.Random, candidates: list[Place]) -> list[Place]:
+    """Mostly the places near the top, where a vocabulary has thousands of similar ones."""
+    if len(candidates) < 100 or rng.random() < 0.2:
+        return candidates
+    near = [place for place in candidates if len(place[0]) < 50]
+    return near or candidates
 
 
 def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _varied(rng: random.Random, old: Any) -> Any:
-    """The same value in another spelling, or near it."""
+def _vary(rng: random.Random, old: Any) -> Any:
+    """The same value in another form, or a similar one."""
+    variants: tuple[Any, ...]
     if isinstance(old, bool) or old is None:
-        return rng.choice((not old, int(bool(old)), str(old)))
-    if isinstance(old, (int, float)):
-        return rng.choice(
-            (old + 1, old - 1, -old, 2 * old, old * 1000, float(old), str(old), [old], old + 0.5)
+        variants = not old, int(bool(old)), str(old)
+    elif isinstance(old, (int, float)):
+        variants = (
+            old + 1,
+            old - 1,
+            -old,
+            2 * old,
+            old * 1000,
+            float(old),
+            str(old),
+            [old],
+            old + 0.5,
         )
-    if isinstance(old, str):
-        return rng.choice(
-            (
-                old + old,
-                old[1:],
-                old[:-1],
-                old.upper(),
-                f".*{old}",
-                f"{old}.x",
-                [old],
-                list(old),
-                "é" + old,
-            )
+    elif isinstance(old, str):
+        variants = (
+            old + old,
+            old[1:],
+            old[:-1],
+            old.upper(),
+            f".*{old}",
+            f"{old}.x",
+            [old],
+            list(old),
+            "é" + old,
         )
-    if isinstance(old, list):
-        return rng.choice(
-            (
-                old * 2,
-                old[::-1],
-                old[1:],
-                old * 200 if len(old) < 50 else [],
-                dict(enumerate(map(str, old))),
-            )
-        )
-    return rng.choice(
-        (list(old), list(old.values()), [old], dict(reversed(old.items())), str(list(old)))
-    )
+    elif isinstance(old, list):
+        longer = old * 200 if len(old) < 50 else []
+        variants = old * 2, old[::-1], old[1:], longer, dict(enumerate(map(str, old)))
+    else:
+        backwards = dict(reversed(old.items()))
+        variants = list(old), list(old.values()), [old], backwards, str(list(old))
+    return rng.choice(variants)
 
 
 def altered_header(rng: random.Random, text: bytes) -> bytes:
-    """One change that a program might make: another name, dtype, shape or order, a field more, an entry twice."""
+    """One change that a program might make: another name, dtype, shape or order, one more field,
+    or an entry twice."""
     header = json.loads(text)
     names = [name for name in header if name != "__metadata__"]
     entry = header[rng.choice(names)] if names else {}
@@ -229,9 +241,8 @@ def altered_header(rng: random.Random, text: bytes) -> bytes:
     if kind == 0:
         header = dict(sorted(header.items(), key=lambda _: rng.random()))
     elif kind == 1 and names:
-        header[rng.choice(("z", "", "a", "../../etc/passwd", "\x1b[2J", names[0]))] = header.pop(
-            rng.choice(names)
-        )
+        entry = header.pop(rng.choice(names))
+        header[rng.choice(("z", "", "a", "../../etc/passwd", "\x1b[2J", names[0]))] = entry
     elif kind == 2 and entry:
         entry["dtype"] = rng.choice(
             ("F32", "I32", "U32", "F16", "BF16", "I16", "U8", "I8", "BOOL", "F8_E4M3", "C64")

@@ -1,13 +1,18 @@
-"""How well the family adapts the demo's model: bits per byte of held-out code, by method, base and seed.
+"""Measure how well each method adapts the demo's model: bits per byte of held-out code.
 
     python benchmarks/family.py [--base DIR] [--seeds 0,1,2] [--threads K] [--write]
 
-The base is the demo's, pretrained once (two minutes; `--base` keeps it, or takes it from there); then every method
-trains on the demo's code with the demo's settings for it, half a minute each. `--write` adds each result to
-benchmarks/results/family.json as it comes, and does not measure again what stands there. Checked against the means over
-seeds: a base in nf4 costs LoRA at most 0.05 bits per byte, its quantised layers hold at most 13.1 % of their size in
-float32 and all frozen weights at most 20 %, and AdaLoRA ends no worse than LoRA of the same final budget. Exit code 1
-if anything is not so.
+The base is the demo's, pretrained once in two minutes; `--base` names a folder that keeps it for
+the next run. Then every method trains on the demo's code with the demo's settings for it, half a
+minute each. `--write` adds each result to benchmarks/results/family.json as soon as it is measured,
+and does not measure again what that file has.
+
+Four conditions are checked on the means over the seeds; exit code 1 if one does not hold:
+
+    nf4       the base in nf4 costs LoRA at most 0.05 bits per byte
+    layers    the quantized layers take at most 13.1 % of their bytes in float32
+    weights   all frozen weights take at most 20 %
+    AdaLoRA   is not worse than LoRA with the same final budget
 """
 
 from __future__ import annotations
@@ -41,27 +46,26 @@ RUNS = [
     ("full", "none"),
     ("lora", "int8"),
 ]
-GAP, LAYERS, FROZEN = 0.05, 13.1, 20.0  # bits per byte; per cent of float32
+LARGEST_GAP = 0.05  # bits per byte
+LAYERS_PERCENT = 13.1  # of float32
+FROZEN_PERCENT = 20.0
 
 
-def pretrained(folder: Path, threads: int | None) -> Path:
-    """The demo's base with seed 0, made in `folder` if it is not there."""
-    if not (folder / "config.json").exists():
-        plan, text = Plan(), ByteTokenizer().encode(split(prose())[0])
-        model = CausalLM(plan.model, seed=0)
-        train(
-            model,
-            text,
-            dataclasses.replace(plan.pretrain, threads=threads),
-            folder,
-            title="pretrain",
-        )
-        model.save_pretrained(folder)
-    return folder
+def pretrain(folder: Path, threads: int | None) -> None:
+    """Write the demo's base with seed 0 into `folder`, unless the folder has it."""
+    if (folder / "config.json").exists():
+        return
+    plan = Plan()
+    text = ByteTokenizer().encode(split(prose())[0])
+    model = CausalLM(plan.model, seed=0)
+    settings = dataclasses.replace(plan.pretrain, threads=threads)
+    train(model, text, settings, folder, title="pretrain")
+    model.save_pretrained(folder)
 
 
 def measure(base: Path, method: str, kind: str, seed: int, threads: int | None) -> dict[str, Any]:
-    """One run: bits per byte of the demo's held-out code before and after, parameters that trained, bytes held."""
+    """One run: bits per byte of the demo's held-out code before and after, trained parameters,
+    and the memory of a quantized base."""
     train_text, held_out = (ByteTokenizer().encode(text) for text in split(python_sources()))
     plan = Plan().adapted_by(method, kind)
     model = CausalLM.from_pretrained(base)
@@ -69,49 +73,60 @@ def measure(base: Path, method: str, kind: str, seed: int, threads: int | None) 
         quantize(model, kind)
 
     def bits(some_model: Any) -> float:
-        return bits_per_byte(
-            evaluate(
-                some_model, held_out, plan.pretrain.context, limit=plan.windows, threads=threads
-            )
-        )
+        context = plan.pretrain.context
+        loss = evaluate(some_model, held_out, context, limit=plan.windows, threads=threads)
+        return bits_per_byte(loss)
 
-    before, held = bits(model), measure_weight_memory(model)
-    adapted: Any = model if plan.adapter is None else get_peft_model(model, plan.adapter, seed=seed)
+    before = bits(model)
+    memory = measure_weight_memory(model)
+    adapted: Any = model
+    if plan.adapter is not None:
+        adapted = get_peft_model(model, plan.adapter, seed=seed)
     trainable = sum(p.size for p in adapted.parameters() if p.requires_grad)
     settings = dataclasses.replace(plan.adapt, seed=seed, threads=threads, eval_every=None)
+    title = f"{method} {kind} {seed}"
     with tempfile.TemporaryDirectory() as folder:
-        seconds = train(
-            adapted, train_text, settings, Path(folder), title=f"{method} {kind} {seed}"
-        ).seconds
-    after = sum(p.size for p in adapted.parameters() if p.requires_grad)  # AdaLoRA has cut some
-    found = {
+        result = train(adapted, train_text, settings, Path(folder), title=title)
+    # AdaLoRA has removed some parameters.
+    remaining = sum(p.size for p in adapted.parameters() if p.requires_grad)
+    run: dict[str, Any] = {
         "before": round(before, 4),
         "code": round(bits(adapted), 4),
         "trainable": trainable,
-        "kept": after,
+        "kept": remaining,
+        "seconds": round(result.seconds, 1),
     }
-    return {**found, "seconds": round(seconds, 1), **({"held": held} if kind != "none" else {})}
+    if kind != "none":
+        run["held"] = memory
+    return run
 
 
 def verdicts(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What is claimed, beside what was measured, over the seeds that both sides have."""
+    """Each condition with its measurement, over the seeds that both methods have."""
 
     def mean_gap(name: str) -> float:
-        seeds = [key.rpartition(" ")[2] for key in runs if key.startswith(f"{name} ")]
-        pairs = [(runs[f"{name} {s}"], runs.get(f"lora none {s}")) for s in seeds]
-        return round(statistics.mean(a["code"] - b["code"] for a, b in pairs if b), 4)
+        gaps = []
+        for key, run in runs.items():
+            method, _, seed = key.rpartition(" ")
+            plain = runs.get(f"lora none {seed}")
+            if method == name and plain:
+                gaps.append(run["code"] - plain["code"])
+        return round(statistics.mean(gaps), 4)
 
-    held = next(run["held"] for key, run in runs.items() if key.startswith("lora nf4 "))
+    memory = next(run["held"] for key, run in runs.items() if key.startswith("lora nf4 "))
     limits = {
-        "nf4 base, bits per byte above LoRA": (mean_gap("lora nf4"), GAP),
-        "quantised layers, per cent of float32": (round(held["percent"], 2), LAYERS),
-        "all frozen weights, per cent of float32": (round(held["all_percent"], 2), FROZEN),
+        "nf4 base, bits per byte above LoRA": (mean_gap("lora nf4"), LARGEST_GAP),
+        "quantised layers, per cent of float32": (round(memory["percent"], 2), LAYERS_PERCENT),
+        "all frozen weights, per cent of float32": (
+            round(memory["all_percent"], 2),
+            FROZEN_PERCENT,
+        ),
         "AdaLoRA, bits per byte above LoRA": (mean_gap("adalora none"), 0.0),
     }
-    return {
-        what: {"measured": got, "at_most": most, "ok": got <= most}
-        for what, (got, most) in limits.items()
-    }
+    result = {}
+    for name, (measured, limit) in limits.items():
+        result[name] = {"measured": measured, "at_most": limit, "ok": measured <= limit}
+    return result
 
 
 def main() -> int:
@@ -131,7 +146,8 @@ def main() -> int:
     }
     runs = result["runs"]
     with tempfile.TemporaryDirectory() as scratch:
-        base = pretrained(args.base or Path(scratch, "base"), args.threads)
+        base = args.base or Path(scratch, "base")
+        pretrain(base, args.threads)
         for seed in map(int, args.seeds.split(",")):
             for method, kind in RUNS:
                 key = f"{method} {kind} {seed}"

@@ -1,12 +1,14 @@
-"""Runs killed while they save, at random moments: is the newest checkpoint sound, does it lead to the same end?
+"""Kill runs at random moments of a save: the newest checkpoint must be sound, the end the same.
 
     python benchmarks/faults.py [--kills 50] [--seed 0] [--write]
 
-A warm parent forks a run, waits for the beginning of one of its saves, sleeps a random part of a save's length, and
-kills it with SIGKILL. Then it looks for the newest checkpoint, goes on from there, and compares the SHA-256 of the
-last checkpoint (losses, adapter, optimiser) and of the log with those of a run that nobody killed. The same is done to
-a naive writer, which must fail: a harness that cannot see a bad writer says nothing about a good one. Exit code 1 if
-anything is not as it should be. `--write` keeps the result in benchmarks/results/faults.json.
+A warm parent forks a run, waits for the beginning of one of its saves, sleeps for a random part of
+a save's duration, and kills the run with SIGKILL. Then it searches for the newest checkpoint,
+resumes from it, and compares the SHA-256 of the last checkpoint (losses, adapter, optimiser) and of
+the log with those of a run that was not killed. It does the same to a naive writer, which must
+fail: a test that does not notice a bad writer proves nothing about a good one. Exit code 1 if a
+killed run of minilora loses its checkpoint or ends differently, or if the naive writer loses fewer
+than a fifth of its checkpoints. `--write` stores the result in benchmarks/results/faults.json.
 """
 
 import argparse
@@ -41,9 +43,8 @@ SETTINGS = Settings(
 SHAPE = TransformerConfig(
     hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4
 )
-ADAPTER = LoraConfig(
-    r=64, lora_alpha=64, lora_dropout=0.1, target_modules="all-linear"
-)  # 2 MB, and 4 MB of moments
+# 2 MB, and 4 MB of the optimiser's moments
+ADAPTER = LoraConfig(r=64, lora_alpha=64, lora_dropout=0.1, target_modules="all-linear")
 TEXT = np.random.default_rng(0).integers(0, 256, 4_000).astype(np.int32)
 
 
@@ -52,14 +53,15 @@ def new_model(seed=0):
 
 
 def naive_save(out, step, state, write):
-    """What `save_checkpoint` would be without care: file by file, under the final names, nothing forced to the disk."""
+    """Save without care: file by file, under the final names, nothing forced to the disk."""
     folder = out / "checkpoints" / f"step-{step}"
     folder.mkdir(parents=True)
     write(folder)
-    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    entries = {
-        k: {"size": p.stat().st_size, "sha256": digest(p.read_bytes())} for k, p in files.items()
-    }
+    entries = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            entry = {"size": path.stat().st_size, "sha256": digest(path.read_bytes())}
+            entries[path.relative_to(folder).as_posix()] = entry
     (folder / MANIFEST).write_text(json.dumps({"step": step, "state": state, "files": entries}))
     return folder
 
@@ -69,39 +71,46 @@ def digest(content: bytes) -> str:
 
 
 def end_of(out: Path) -> str:
-    """One sum of the last checkpoint, whose manifest has the losses, and of the log, without the time it took."""
+    """One SHA-256 of the last checkpoint, whose manifest has the losses, and of the log.
+
+    The seconds in the log are left out.
+    """
     last = out / "checkpoints" / f"step-{STEPS}"
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    rows = repr([{k: v for k, v in line.items() if k != "seconds"} for line in log])
-    contents = {
-        p.relative_to(last).as_posix(): p.read_bytes() for p in last.rglob("*") if p.is_file()
-    }
-    return digest(
-        repr([(name, digest(contents[name])) for name in sorted(contents)]).encode() + rows.encode()
-    )
+    records = []
+    for line in (out / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        record.pop("seconds", None)
+        records.append(record)
+    digests = []
+    for path in last.rglob("*"):
+        if path.is_file():
+            digests.append((path.relative_to(last).as_posix(), digest(path.read_bytes())))
+    return digest(repr(sorted(digests)).encode() + repr(records).encode())
 
 
 def start(out: Path, save, model) -> tuple[int, int]:
-    """(process, a pipe that gets a byte at the beginning of every save and one at its end) of a run in a child."""
-    begins, ours = os.pipe()
+    """Run in a forked child: (its process, a pipe).
+
+    The pipe gets the byte b at the beginning of each save and the byte e at its end.
+    """
+    reader, writer = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # BLAS has threads; it makes new ones in the child
+        # BLAS has threads; it starts new ones in the child.
+        warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child:
-        os.close(ours)
-        return child, begins
+        os.close(writer)
+        return child, reader
 
-    def told(*arguments):
-        os.write(ours, b"b")
+    def reporting_save(*arguments):
+        os.write(writer, b"b")
         folder = save(*arguments)
-        os.write(ours, b"e")
+        os.write(writer, b"e")
         return folder
 
     code = 1
     try:
-        minilora.training.loop.save_checkpoint = told
+        minilora.training.loop.save_checkpoint = reporting_save
         if save is naive_save:
             for module in (minilora.formats.disk, minilora.formats.safetensors):
                 module.atomic_file = lambda path: open(path, "wb")  # noqa: SIM115
@@ -112,23 +121,26 @@ def start(out: Path, save, model) -> tuple[int, int]:
 
 
 def kill_while_saving(out: Path, save, model, which: int, wait: float) -> bool:
-    """Kill a run `wait` seconds after its save number `which` began. Whether it was saving when it died."""
-    child, begins = start(out, save, model)
+    """Kill a run `wait` seconds after its save number `which` began.
+
+    True if it was saving when it died.
+    """
+    child, reader = start(out, save, model)
     try:
         while which:
-            byte = os.read(begins, 1)
-            assert byte, "the run ended by itself"
+            byte = os.read(reader, 1)
+            assert byte, "the run ended before its kill"
             which -= byte == b"b"
         time.sleep(wait)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        return not os.read(begins, 100).endswith(b"e")
+        return not os.read(reader, 100).endswith(b"e")
     finally:
-        os.close(begins)
+        os.close(reader)
 
 
 def newest(out: Path) -> Path | None:
-    """The newest checkpoint; None if it is damaged, though there may be a sound one before it."""
+    """The newest checkpoint; None if it is damaged, even if an older one is sound."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
@@ -137,18 +149,17 @@ def newest(out: Path) -> Path | None:
             return None
 
 
-def length_of_a_save(work: Path, save, model) -> float:
-    """The median, in seconds, over a run of its own."""
-    child, begins = start(work / "length", save, model)
+def duration_of_a_save(work: Path, save, model) -> float:
+    """The median in seconds over one run that is not killed."""
+    child, reader = start(work / "length", save, model)
     moments = []
-    while os.read(begins, 1):
+    while os.read(reader, 1):
         moments.append(time.perf_counter())
-    os.close(begins)
+    os.close(reader)
     assert os.waitpid(child, 0)[1] == 0
     shutil.rmtree(work / "length")
-    return statistics.median(
-        end - begin for begin, end in zip(moments[::2], moments[1::2], strict=True)
-    )
+    durations = [end - begin for begin, end in zip(moments[::2], moments[1::2], strict=True)]
+    return statistics.median(durations)
 
 
 def main() -> int:
@@ -164,34 +175,35 @@ def main() -> int:
         work, model = Path(folder), new_model()
         train(new_model(), TEXT, SETTINGS, work / "straight")
         expected = end_of(work / "straight")
-        size = sum(
-            p.stat().st_size
-            for p in (work / "straight" / "checkpoints" / f"step-{STEPS}").iterdir()
-        )
+        last = work / "straight" / "checkpoints" / f"step-{STEPS}"
+        size = sum(path.stat().st_size for path in last.iterdir())
         for name, save in (("minilora", save_checkpoint), ("naive", naive_save)):
-            length = length_of_a_save(work, save, model)
-            count = {"save_ms": round(1000 * length, 1), "kills": args.kills}
-            count |= dict.fromkeys(
-                ("while_saving", "temporaries_left", "newest_sound", "resumed_bit_identical"), 0
-            )
+            duration = duration_of_a_save(work, save, model)
+            count = {
+                "save_ms": round(1000 * duration, 1),
+                "kills": args.kills,
+                "while_saving": 0,
+                "temporaries_left": 0,
+                "newest_sound": 0,
+                "resumed_bit_identical": 0,
+            }
             for number in range(args.kills):
                 out = work / f"{name}-{number}"
-                which, part = int(rng.integers(2, STEPS)), rng.uniform(0, 1.1)
-                count["while_saving"] += kill_while_saving(out, save, model, which, part * length)
+                which = int(rng.integers(2, STEPS))
+                wait = rng.uniform(0, 1.1) * duration
+                count["while_saving"] += kill_while_saving(out, save, model, which, wait)
                 count["temporaries_left"] += any(".tmp-" in p.name for p in out.rglob("*"))
                 sound = newest(out)
                 count["newest_sound"] += sound is not None
                 if save is save_checkpoint and sound is not None:
                     train(new_model(seed=1), TEXT, SETTINGS, out, resume="auto")
-                    clean = not [
-                        p for p in out.rglob("*") if ".tmp-" in p.name or p.name in (".lock",)
-                    ]
+                    names = [path.name for path in out.rglob("*")]
+                    clean = ".lock" not in names and not any(".tmp-" in name for name in names)
                     count["resumed_bit_identical"] += clean and end_of(out) == expected
                 shutil.rmtree(out)
             counts[name] = count
-            print(
-                f"{name:9}", ", ".join(f"{key} {value}" for key, value in count.items()), flush=True
-            )
+            values = ", ".join(f"{key} {value}" for key, value in count.items())
+            print(f"{name:9} {values}", flush=True)
     del counts["naive"]["resumed_bit_identical"]
     result = {
         "command": "python benchmarks/faults.py --write",
@@ -206,12 +218,12 @@ def main() -> int:
     if args.write:
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    ours, naive = counts["minilora"], counts["naive"]
+    ours = counts["minilora"]
+    naive = counts["naive"]
     good = ours["newest_sound"] == ours["resumed_bit_identical"] == args.kills
     seen = naive["kills"] - naive["newest_sound"] >= args.kills / 5
-    print(
-        f"{'as it should be' if good and seen else 'NOT AS IT SHOULD BE'}, in {result['seconds']} s"
-    )
+    verdict = "all conditions hold" if good and seen else "A CONDITION DOES NOT HOLD"
+    print(f"{verdict}, in {result['seconds']} s")
     return 0 if good and seen else 1
 
 

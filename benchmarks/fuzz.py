@@ -1,17 +1,23 @@
-"""A hundred thousand damaged files: none may crash a reader or hang it, none be accepted that the reference refuses.
+"""Read a hundred thousand damaged files: no reader may crash, hang, or accept what it must not.
 
-    python benchmarks/fuzz.py [--inputs 100000] [--seed 0] [--kinds config.json,records ...] [--jobs K] [--write]
+    python benchmarks/fuzz.py [--inputs 100000] [--seed 0] [--kinds config.json,records ...]
+                              [--jobs K] [--write]
 
-Valid files, written by minilora and by the reference packages, are damaged (damage.py): bytes anywhere, the text of
-their JSON, or its values. Each goes through the real readers, from a real folder with all that stands beside it; what
-is accepted is used: a model runs, a text is encoded, an adapter is taken out again. The kinds, and how many of a
-hundred inputs each has, are in KINDS.
+damage.py damages valid files, written by minilora and by the reference packages: any bytes, the
+text of their JSON, or its values. The real readers read each file in a real folder that is
+otherwise complete, and what they accept is used: a model computes, a text is encoded, an adapter is
+removed again. KINDS has the kinds of files, and how many of a hundred inputs are of each.
 
-A fault is anything but minilora's own errors, an error that does not say which file, more than 2 seconds of work or
-1 GiB of memory, the end of the process (what a library in another language can do), a safetensors file that only
-minilora accepts, or a value in which it differs from the reference. It ends in exit code 1, the input printed. Without
-the packages `safetensors` and `tokenizers` (extras `oracle`, `hf`) there is no second opinion, and no tokenizer but our
-own. `--write` keeps the counts in benchmarks/results/fuzz.json.
+These are faults:
+
+    an exception that is not one of minilora's, or an error that does not say which file
+    more than 2 seconds of work or 1 GiB of memory
+    the end of the process, which a library in another language can cause
+    a safetensors file that only minilora accepts, or a value that differs from the reference's
+
+A fault ends the program with exit code 1 and prints the input. Without the packages `safetensors`
+and `tokenizers` (extras `oracle`, `hf`) nothing is compared with the reference, and the byte
+tokenizer is the only one. `--write` stores the counts in benchmarks/results/fuzz.json.
 """
 
 from __future__ import annotations
@@ -82,26 +88,29 @@ except ImportError:
 
 SCRIPT = __file__
 RESULT = Path(__file__).parent / "results" / "fuzz.json"
-LIMIT = 2.0  # seconds of work of one input, as the process's clock has them: a loaded machine does not count
-KILLED = 60.0  # seconds of any time, after which the process is ended from outside: for what Python cannot interrupt
-MEMORY = 1 << 30  # bytes beyond those that the readers themselves take
-BLOCK = 500  # inputs that have a sequence of random numbers of their own
-REASONS = 12  # that are kept of each kind
+LIMIT = 2.0  # seconds of processor time per input
+# Seconds of any time per input, after which a signal ends the process: for code that Python cannot
+# interrupt.
+KILLED = 60.0
+MEMORY = 1 << 30  # bytes more than the process has after its imports
+BLOCK = 500  # inputs that share one sequence of random numbers
+REASONS = 12  # outcomes per kind that the results name
 TEXT = "the cat sat on the mat, and Ünïcode \N{SLIGHTLY SMILING FACE} too\n\t <s> [MASK]"
 IDS = np.array([[1, 2, 3]])
 
 
 class Wrong(Exception):
-    """An input by which a reader shows a fault."""
+    """A fault of a reader."""
 
 
 class TooLong(BaseException):
-    """The time of an input is over. No Exception, so that nobody takes it for a fault in a file."""
+    """An input took too long. Not an Exception, so that no reader handles it as a bad file."""
 
 
-# ---- what is done with a damaged one --------------------------------------------------------------------------------
+# ---- what the readers do with a damaged file -----------------------------------------------------
 
-bases: dict[str, Any] = {}  # one of each, which adapters are put into and taken out of
+# One model per golden base, into which adapters are loaded and from which they are removed.
+bases: dict[str, Any] = {}
 
 
 def base_of(adapter: Path) -> Any:
@@ -153,23 +162,16 @@ def as_tasks(file: Path) -> None:
 
 
 def on_the_command_line(file: Path) -> None:
-    """Both commands end in an error, whatever the file: there are several adapters, and NaN is no weight."""
-    merge = [
-        "merge",
-        "--base",
-        str(GOLDEN / "llama"),
-        "--task",
-        "one",
-        "--weights",
-        "nan",
-        "--out",
-        str(file) + ".out",
-    ]
-    for line in (["inspect", str(file.parent)], [*merge, "--adapter", str(file.parent)]):
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said):
-            if command_line(line) not in (2, 3, 4):
-                raise Wrong(f"{line[0]} does not end in a user's error: {said.getvalue()}")
+    """Both commands end in an error for every file: the folder has several adapters, and NaN is
+    not a valid weight."""
+    merge = ["merge", "--base", str(GOLDEN / "llama"), "--adapter", str(file.parent)]
+    merge += ["--task", "one", "--weights", "nan", "--out", f"{file}.out"]
+    for command in (["inspect", str(file.parent)], merge):
+        output = io.StringIO()
+        with contextlib.redirect_stderr(output):
+            code = command_line(command)
+        if code not in (2, 3, 4):
+            raise Wrong(f"{command[0]} does not end in a user's error: {output.getvalue()}")
 
 
 def as_tokenizer(file: Path) -> None:
@@ -189,19 +191,26 @@ Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 def by_minilora(path: Path) -> Tensors:
     with SafetensorsFile(path) as file:
-        return {k: (file.dtype(k), file.shape(k), file.read_bits(k).tobytes()) for k in file.keys()}
+        tensors = {}
+        for key in file.keys():
+            tensors[key] = file.dtype(key), file.shape(key), file.read_bits(key).tobytes()
+        return tensors
 
 
 def by_the_reference(path: Path) -> Tensors | None:
+    """The tensors, or None if the reference package refuses the file."""
     try:
-        found = dict(safetensors.deserialize(path.read_bytes()))
+        entries = dict(safetensors.deserialize(path.read_bytes()))
     except safetensors.SafetensorError:
         return None
-    return {k: (v["dtype"], tuple(v["shape"]), bytes(v["data"])) for k, v in found.items()}
+    tensors = {}
+    for key, entry in entries.items():
+        tensors[key] = entry["dtype"], tuple(entry["shape"]), bytes(entry["data"])
+    return tensors
 
 
 def as_tensors(file: Path) -> str | None:
-    """What the two readers say together."""
+    """The outcome of both readers; None without the reference package."""
     theirs = None if safetensors is None else by_the_reference(file)
     try:
         ours = by_minilora(file)
@@ -209,11 +218,9 @@ def as_tensors(file: Path) -> str | None:
         require_shown(error)
         if safetensors is None:
             raise
-        return (
-            "refused by both"
-            if theirs is None
-            else f"only the reference accepts: {reason(error, file)}"
-        )
+        if theirs is None:
+            return "refused by both"
+        return f"only the reference accepts: {reason(error, file)}"
     if safetensors is None:
         return None
     if theirs is None:
@@ -223,11 +230,10 @@ def as_tensors(file: Path) -> str | None:
     return "accepted by both, equal values"
 
 
-# ---- the kinds ------------------------------------------------------------------------------------------------------
+# ---- the kinds of files --------------------------------------------------------------------------
 
-Damage = Callable[
-    [random.Random, bytes, bytes], bytes
-]  # of a valid file, with another one to take pieces from
+# (random numbers, a valid file, another one to take pieces from) -> a damaged file
+Damage = Callable[[random.Random, bytes, bytes], bytes]
 
 
 def of_json(rng: random.Random, data: bytes, other: bytes) -> bytes:
@@ -254,9 +260,12 @@ def of_tensors(rng: random.Random, data: bytes, other: bytes) -> bytes:
 
 
 class Kind(NamedTuple):
-    """How often, from which folders, which file there, how damaged, how read; what an error may call it but its path.
+    """A kind of file: its share of the inputs, how it is made, damaged and read.
 
-    Of a hundred inputs `share` are of it. One kind has no folders: its files are of many shapes, and stand alone.
+    share     of a hundred inputs
+    folders   writes the valid folders; None for files that need no folder
+    file      the name in the folder
+    names     words besides the path by which an error may name the file
     """
 
     share: float
@@ -290,115 +299,106 @@ KINDS = {
     ),
 }
 Counts = dict[str, dict[str, int]]
-Told = Callable[[str], None]  # is told of an input before it is read
+Report = Callable[[str], None]  # called with a description of each input before it is read
 
 
 class Input(NamedTuple):
     kind: str
     file: Path
-    valid: bytes  # what the file holds again afterwards
+    valid: bytes  # the content to restore
     content: bytes
 
 
 class World:
-    """Valid files of the kinds, each in its folder."""
+    """Valid files of all kinds, each in its folder."""
 
     def __init__(self, folder: Path, seed: int, kinds: tuple[str, ...] = tuple(KINDS)):
-        self.seed, self.kinds = seed, kinds
+        self.seed = seed
+        self.kinds = kinds
         self.valid: dict[str, list[tuple[Path, bytes]]] = {}
+        self.pieces: list[bytes] = []  # texts from which damaged ones take pieces
         for name in kinds:
-            kind, place = KINDS[name], folder / name
+            kind = KINDS[name]
+            place = folder / name
             if kind.folders is None:
                 place.mkdir()
-                self.valid[name] = [
-                    (place / kind.file, data) for data in valid_files(random.Random(seed))
-                ]
+                contents = valid_files(random.Random(seed))
+                self.valid[name] = [(place / kind.file, content) for content in contents]
             else:
-                files = [
-                    made / kind.file for made in kind.folders(place) if (made / kind.file).exists()
-                ]
-                self.valid[name] = [(file, file.read_bytes()) for file in files]
-        texts = [
-            data for name in kinds if KINDS[name].damage is of_json for _, data in self.valid[name]
-        ]
-        self.pieces = [text for text in texts if len(text) < 10_000] or [
-            b"{}"
-        ]  # what others take pieces from
+                files = [path / kind.file for path in kind.folders(place)]
+                self.valid[name] = [(file, file.read_bytes()) for file in files if file.exists()]
+            if kind.damage is of_json:
+                texts = [content for _, content in self.valid[name]]
+                self.pieces += [text for text in texts if len(text) < 10_000]
+        self.pieces = self.pieces or [b"{}"]
 
     def inputs(self, block: int) -> Iterator[Input]:
-        """A block's, without end. The first ones of all are undamaged."""
+        """The endless sequence of a block; block 0 begins with all files undamaged."""
         rng = random.Random(f"{self.seed} {block}")
         shares = [KINDS[name].share for name in self.kinds]
         if block == 0:
-            yield from (
-                Input(name, file, data, data)
-                for name in self.kinds
-                for file, data in self.valid[name]
-            )
+            for name in self.kinds:
+                for file, content in self.valid[name]:
+                    yield Input(name, file, content, content)
         while True:
             (name,) = rng.choices(self.kinds, shares)
-            file, data = rng.choice(self.valid[name])
+            file, valid = rng.choice(self.valid[name])
             if name == "safetensors":
-                yield Input(
-                    name,
-                    file,
-                    data,
-                    damaged_safetensors(rng, [data for _, data in self.valid[name]]),
-                )
+                content = damaged_safetensors(rng, [data for _, data in self.valid[name]])
             else:
-                yield Input(
-                    name, file, data, KINDS[name].damage(rng, data, rng.choice(self.pieces))
-                )
+                content = KINDS[name].damage(rng, valid, rng.choice(self.pieces))
+            yield Input(name, file, valid, content)
 
 
-# ---- running --------------------------------------------------------------------------------------------------------
+# ---- running -------------------------------------------------------------------------------------
 
 
 def reason(error: Exception, file: Path) -> str:
-    """What a message says, without names and numbers."""
+    """The beginning of a message without names and numbers."""
     text = str(error).replace(str(file), "").replace(str(file.parent), "")
     text = re.sub(r"'[^']*'|\"[^\"]*\"|[0-9][0-9,.]*", "_", text)
     return text.split("(")[0][:60].strip(" :_/")
 
 
 def require_shown(error: MiniloraError) -> None:
-    """Wrong, if an error is not of one line that steers no terminal."""
+    """Raise Wrong unless the message is one short line without control characters."""
     if len(str(error)) > 500 or not str(error).isprintable():
         raise Wrong(f"a message that is long or not printable: {str(error)[:700]!r}") from None
 
 
 def outcome(one: Input) -> str:
-    """In what the readers end; Wrong, or whatever a reader raises, for a fault."""
-    ends = []
-    for read in KINDS[one.kind].readers:
+    """The outcome of the first reader. A fault raises Wrong, or what the reader raises."""
+    outcomes = []
+    kind = KINDS[one.kind]
+    names = (str(one.file.parent), *kind.names)
+    for read in kind.readers:
         try:
-            ends.append(read(one.file) or "accepted")
+            outcomes.append(read(one.file) or "accepted")
         except MiniloraError as error:
             require_shown(error)
-            if not any(
-                word in str(error) for word in (str(one.file.parent), *KINDS[one.kind].names)
-            ):
+            if not any(name in str(error) for name in names):
                 raise Wrong(f"an error that does not say which file: {error}") from None
-            ends.append(f"{type(error).__name__}: {reason(error, one.file)}")
-    return ends[0]
+            outcomes.append(f"{type(error).__name__}: {reason(error, one.file)}")
+    return outcomes[0]
 
 
-def run(world: World, blocks: Iterator[tuple[int, int]], told: Told) -> Counts:
-    """Counts of outcomes for each kind, over (block, how many inputs of it). SystemExit names a fault's input."""
+def run(world: World, blocks: Iterator[tuple[int, int]], report: Report) -> Counts:
+    """The number of each outcome by kind. SystemExit names the input that shows a fault.
+
+    blocks   (block, number of inputs)
+    """
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     before = signal.signal(signal.SIGPROF, _late)
     try:
         for block, count in blocks:
             for number, one in zip(range(count), world.inputs(block), strict=False):
                 where = f"block {block} input {number} of seed {world.seed}, {one.kind}, {one.file}"
-                told(where)
+                report(where)
                 one.file.write_bytes(one.content)
                 try:
                     signal.setitimer(signal.ITIMER_PROF, LIMIT)
                     counts[one.kind][outcome(one)] += 1
-                except (
-                    BaseException
-                ) as error:  # a panic of a library, and TooLong, are no Exceptions
+                except BaseException as error:  # TooLong and panics of libraries are not Exceptions
                     if isinstance(error, KeyboardInterrupt):
                         raise
                     raise SystemExit(
@@ -409,7 +409,7 @@ def run(world: World, blocks: Iterator[tuple[int, int]], told: Told) -> Counts:
                 one.file.write_bytes(one.valid)
     finally:
         signal.signal(signal.SIGPROF, before)
-    return {kind: dict(found.most_common()) for kind, found in sorted(counts.items())}
+    return {kind: dict(outcomes.most_common()) for kind, outcomes in sorted(counts.items())}
 
 
 def _late(number: int, frame: Any) -> None:
@@ -421,65 +421,70 @@ def fuzz(
     seed: int,
     kinds: tuple[str, ...] = tuple(KINDS),
     share: tuple[int, int] = (0, 1),
-    told: Told = lambda line: None,
+    report: Report = lambda line: None,
     folder: Path | None = None,
 ) -> Counts:
-    """Counts of outcomes for each kind, of a share of the blocks. SystemExit names the input that shows a fault."""
-    blocks = [(at, min(BLOCK, count - at * BLOCK)) for at in range(-(-count // BLOCK))]
+    """The number of each outcome by kind. SystemExit names the input that shows a fault.
+
+    count   of inputs
+    share   (i, n): every n-th block from block i on
+    """
+    first, step = share
+    blocks = []
+    for block in range(-(-count // BLOCK)):
+        blocks.append((block, min(BLOCK, count - block * BLOCK)))
     with tempfile.TemporaryDirectory(dir=folder or in_memory()) as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return run(World(Path(name), seed, kinds), iter(blocks[share[0] :: share[1]]), told)
+        return run(World(Path(name), seed, kinds), iter(blocks[first::step]), report)
 
 
 def in_memory() -> Path | None:
-    """A folder that no disk stands behind."""
+    """A folder in memory, if the system has one."""
     return Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
 
 
-# ---- a process for each core ----------------------------------------------------------------------------------------
+# ---- one process per core ------------------------------------------------------------------------
 
 
 def child(args: argparse.Namespace) -> None:
-    """One share, in bounded time and memory; the counts as JSON. What is going on stands in the file `now`."""
+    """Read one share in bounded time and memory, and print the counts as JSON.
+
+    The file `now` has the input that is being read.
+    """
     import resource
 
     now = os.open(args.folder / "now", os.O_RDWR | os.O_CREAT, 0o600)
-    pages = (
-        int(Path("/proc/self/statm").read_text().split()[0])
-        if Path("/proc/self/statm").exists()
-        else 0
-    )
-    if pages:
+    status = Path("/proc/self/statm")
+    if status.exists():
+        pages = int(status.read_text().split()[0])
         limit = pages * resource.getpagesize() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
-    def told(line: str) -> None:
-        signal.setitimer(signal.ITIMER_REAL, KILLED)  # nobody handles it: it ends the process
+    def report(line: str) -> None:
+        # No handler: the signal ends the process.
+        signal.setitimer(signal.ITIMER_REAL, KILLED)
         os.pwrite(now, line.encode().ljust(400), 0)
 
-    print(json.dumps(fuzz(args.inputs, args.seed, args.kinds, args.share, told, args.folder)))
+    print(json.dumps(fuzz(args.inputs, args.seed, args.kinds, args.share, report, args.folder)))
 
 
 def in_processes(args: argparse.Namespace) -> Counts:
-    alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
-    environment = {**os.environ, **alone, "TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}
+    """Start one child per job, and return the sum of their counts."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
+    environment = {**os.environ, **threads}
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     with contextlib.ExitStack() as opened:
         children = []
         for i in range(args.jobs):
             folder = Path(opened.enter_context(tempfile.TemporaryDirectory(dir=in_memory())))
-            said = opened.enter_context((folder / "said").open("w+b"))
-            line = [
-                sys.executable,
-                SCRIPT,
-                "--inputs",
-                str(args.inputs),
-                "--seed",
-                str(args.seed),
-                "--kinds",
-            ]
-            line += [",".join(args.kinds), "--share", f"{i}/{args.jobs}", "--folder", str(folder)]
-            started = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=said)
+            errors = opened.enter_context((folder / "errors").open("w+b"))
+            command = [sys.executable, SCRIPT, "--inputs", str(args.inputs)]
+            command += ["--seed", str(args.seed), "--kinds", ",".join(args.kinds)]
+            command += ["--share", f"{i}/{args.jobs}", "--folder", str(folder)]
+            started = subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=errors
+            )
             opened.callback(started.kill)
             children.append((started, folder))
         for started, folder in children:
@@ -491,34 +496,39 @@ def in_processes(args: argparse.Namespace) -> Counts:
                     f"{now}: the process was ended by signal {-started.returncode}\n{content!r}"
                 )
             if started.returncode:
-                raise SystemExit((folder / "said").read_text(errors="replace")[-6000:])
-            for kind, found in json.loads(out).items():
-                counts[kind].update(found)
-    return {kind: few(found) for kind, found in sorted(counts.items())}
+                raise SystemExit((folder / "errors").read_text(errors="replace")[-6000:])
+            for kind, outcomes in json.loads(out).items():
+                counts[kind].update(outcomes)
+    return {kind: shorten(outcomes) for kind, outcomes in sorted(counts.items())}
 
 
-def few(found: collections.Counter[str]) -> dict[str, int]:
-    """The most common outcomes, the others summed up."""
-    most = dict(found.most_common(REASONS))
-    rest = found.total() - sum(most.values())
-    return most | ({f"for {len(found) - len(most)} other reasons": rest} if rest else {})
+def shorten(outcomes: collections.Counter[str]) -> dict[str, int]:
+    """The most common outcomes, and the sum of the others."""
+    most = dict(outcomes.most_common(REASONS))
+    rest = outcomes.total() - sum(most.values())
+    if rest:
+        most[f"for {len(outcomes) - len(most)} other reasons"] = rest
+    return most
 
 
 def main() -> None:
-    def some(text: str) -> tuple[str, ...]:
+    def kinds(text: str) -> tuple[str, ...]:
         names = tuple(text.split(","))
-        if not set(names) <= set(KINDS):
-            raise argparse.ArgumentTypeError(f"expected some of {', '.join(KINDS)}")
+        for name in names:
+            if name not in KINDS:
+                raise argparse.ArgumentTypeError(
+                    f"{name!r} is unknown; choose from {', '.join(KINDS)}"
+                )
         return names
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=100_000, help="of all kinds together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--kinds", type=some, default=tuple(KINDS), help=f"some of {','.join(KINDS)} (all)"
+        "--kinds", type=kinds, default=tuple(KINDS), help=f"some of {','.join(KINDS)} (all)"
     )
     parser.add_argument(
-        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)"
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (one per core)"
     )
     parser.add_argument("--write", action="store_true")
     parser.add_argument(
@@ -538,13 +548,12 @@ def main() -> None:
         "tokenizers": tokenizers.__version__ if tokenizers else None,
         "inputs": args.inputs,
         "seconds": round(time.perf_counter() - begun, 1),
-        "seconds of work": round(
-            sum(os.times()[2:4]), 1
-        ),  # of all processes: what a loaded machine does not lengthen
+        # Processor time of all processes, which a busy machine does not lengthen.
+        "seconds of work": round(sum(os.times()[2:4]), 1),
         "processes": args.jobs,
         "faults": 0,
         "accepted by minilora alone": 0 if safetensors else None,
-        "inputs of each kind": {kind: sum(found.values()) for kind, found in counts.items()},
+        "inputs of each kind": {kind: sum(counts[kind].values()) for kind in counts},
         "counts": counts,
     }
     if args.write:

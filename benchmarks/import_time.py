@@ -1,9 +1,9 @@
-"""How long `import minilora` takes beside `import numpy`, and what it brings along.
+"""Measure how long `import minilora` takes beside `import numpy`, and what it imports.
 
     python benchmarks/import_time.py [--runs 20] [--write]
 
-Fresh processes, alternating, so that a busy machine slows both alike; the median of each, and of the ratio pair by
-pair. `--write` keeps the result in benchmarks/results/import-time.json.
+Fresh processes take turns, so that a busy machine slows both. The result has the median of each and
+the median of the ratios of all pairs. `--write` stores it in benchmarks/results/import-time.json.
 """
 
 import argparse
@@ -20,18 +20,18 @@ from pathlib import Path
 RESULT = Path(__file__).parent / "results" / "import-time.json"
 
 
-def seconds(statement: str, cache: str) -> float:
-    """The processor time of a fresh interpreter that runs `statement`, with compiled modules in the folder `cache`."""
+def processor_seconds(statement: str, cache: str) -> float:
+    """The processor time of a fresh interpreter that runs `statement`.
+
+    cache   folder for compiled modules: like an installed package, both are compiled before
+    """
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": cache}
-    environment.pop(
-        "PYTHONDONTWRITEBYTECODE", None
-    )  # both are measured as an installed package is: compiled before
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     before = os.times()
     subprocess.run([sys.executable, "-c", statement], check=True, env=environment)
     after = os.times()
-    return (
-        after.children_user + after.children_system - before.children_user - before.children_system
-    )
+    user = after.children_user - before.children_user
+    return user + after.children_system - before.children_system
 
 
 def main() -> None:
@@ -41,10 +41,12 @@ def main() -> None:
     args = parser.parse_args()
     runs = args.runs
     with tempfile.TemporaryDirectory() as cache:
-        pairs = [
-            (seconds("import numpy", cache), seconds("import minilora", cache))
-            for _ in range(runs + 1)
-        ][1:]
+        pairs = []
+        for _ in range(runs + 1):
+            numpy_seconds = processor_seconds("import numpy", cache)
+            minilora_seconds = processor_seconds("import minilora", cache)
+            pairs.append((numpy_seconds, minilora_seconds))
+    del pairs[0]  # the first run compiles
     loaded = subprocess.run(
         [sys.executable, "-c", "import minilora, sys; print(*sys.modules)"],
         capture_output=True,

@@ -1,14 +1,20 @@
-"""How a LoRA step's time and memory grow: with tokens, context, width, depth, rank, and threads.
+"""Measure how a LoRA step's time and memory grow with tokens, context, width, depth, rank, threads.
 
-    python benchmarks/scaling.py [--axes tokens,context,width,depth,rank,threads] [--rounds 3] [--steps 2] [--write]
+    python benchmarks/scaling.py [--axes tokens,context,width,depth,rank,threads] [--rounds 3]
+                                 [--steps 2] [--write]
 
-Along each axis one thing of the size `tiny` varies. Every point is a process of its own, so that its peak memory is
-its own, and the points of an axis take turns, as peers.py has it: a step that does not count, then `--steps` that do.
-Two claims are checked along the axis of tokens, from 1k to 64k a step: the time is linear, which is to say that
-microseconds a token, compared round by round, differ by no more than 15 %; and memory does not grow beyond the shard:
-with 64 times as many tokens the peak is at most 10 % higher, of which the batch's own ids are a part. At every point
-page faults must be near zero after the first turn. Exit code 1 if anything is not as it should be. `--write` keeps the
-result in benchmarks/results/scaling.json. Three minutes on two cores.
+Along each axis one property of the size `tiny` varies. Every point is a separate process, so that
+its peak memory is measured alone, and the points of an axis take turns as in peers.py: one step
+that does not count, then `--steps` that do. Three conditions are checked; exit code 1 if one does
+not hold:
+
+    time     is linear in the tokens: from 1,024 to 65,536 tokens per step, the microseconds per
+             token, compared round by round, differ by at most 15 %
+    memory   is bounded by the shard: with 64 times the tokens the peak is at most 10 % higher, a
+             part of which are the ids of the batch
+    faults   after the first turn a step has few page faults, at every point
+
+`--write` stores the result in benchmarks/results/scaling.json. Three minutes on two cores.
 """
 
 from __future__ import annotations
@@ -28,13 +34,13 @@ import numpy as np
 from peers import SIZES, Process, prepare
 
 RESULT = Path(__file__).parent / "results" / "scaling.json"
-LINEAR = 0.15  # microseconds a token may differ by this much
+LINEAR = 0.15  # largest relative difference of the microseconds per token
 GROWTH = 0.10  # of peak memory, from the fewest tokens to the most
-FAULTS = 50  # a step, at most; without care for memory it is thousands
+FAULTS = 50  # per step, at most; it is thousands where memory is returned to the system
 
 
 class Point(NamedTuple):
-    """A size of peers.py, with the rank and the threads."""
+    """A size of peers.py with rank and threads."""
 
     layers: int
     width: int
@@ -66,61 +72,61 @@ AXES: dict[str, dict[int, Point]] = {
 }
 
 
-def along(points: dict[int, Point], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One axis: a row for each point, with microseconds a token relative to the last point's."""
+def measure_axis(points: dict[int, Point], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per point of an axis; `over_last` is relative to the last point, per token."""
+    running = []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        running = []
         for value, point in points.items():
             work = Path(folder) / str(value)
             work.mkdir()
-            prepare(
-                work, point[:7], "lora", point.r, count=1
-            )  # one batch: others would count as memory
-            running.append(
-                stack.enter_context(Process("minilora", work, point.threads, args.timeout))
-            )
+            # One batch only: more would count as memory.
+            prepare(work, point[:7], "lora", point.r, count=1)
+            process = Process("minilora", work, point.threads, args.timeout)
+            running.append(stack.enter_context(process))
         for _ in range(args.rounds):
             for process in running:
                 process.turn(args.steps)
     rows = []
-    last = [statistics.median(turn) / point.tokens for turn in running[-1].turns]
+    last_point = list(points.values())[-1]
+    last = per_token(running[-1], last_point)
     for (value, point), process in zip(points.items(), running, strict=True):
         median = statistics.median(s for turn in process.turns for s in turn)
-        each = [statistics.median(turn) / point.tokens for turn in process.turns]
+        ratios = [a / b for a, b in zip(per_token(process, point), last, strict=True)]
+        faults = process.faults[args.steps :] or process.faults
         rows.append(
             {
                 "value": value,
                 "milliseconds": round(1e3 * median, 3),
                 "microseconds_per_token": round(1e6 * median / point.tokens, 3),
-                "over_last": round(
-                    statistics.median(a / b for a, b in zip(each, last, strict=True)), 3
-                ),
+                "over_last": round(statistics.median(ratios), 3),
                 "peak_megabytes": round(process.peak / 2**20, 1),
-                "faults_per_step": statistics.median(
-                    process.faults[args.steps :] or process.faults
-                ),
+                "faults_per_step": statistics.median(faults),
             }
         )
     return rows
 
 
+def per_token(process: Process, point: Point) -> list[float]:
+    """Seconds per token of each turn."""
+    return [statistics.median(turn) / point.tokens for turn in process.turns]
+
+
 def claims(axes: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """What is claimed, as measured: {claim: {"measured", "limit", "holds"}}."""
+    """Each condition with its measurement: {condition: {"measured", "limit", "holds"}}."""
     limits: dict[str, tuple[float, float]] = {}
     if rows := axes.get("tokens"):
-        each = [row["over_last"] for row in rows]
-        limits["time linear in tokens: microseconds a token differ by"] = (
-            max(each) / min(each) - 1,
-            LINEAR,
-        )
-        grown = rows[-1]["peak_megabytes"] / rows[0]["peak_megabytes"] - 1
-        limits["memory bound by the shard: with 64 times the tokens it grows by"] = grown, GROWTH
+        ratios = [row["over_last"] for row in rows]
+        difference = max(ratios) / min(ratios) - 1
+        limits["time linear in tokens: microseconds a token differ by"] = difference, LINEAR
+        growth = rows[-1]["peak_megabytes"] / rows[0]["peak_megabytes"] - 1
+        limits["memory bound by the shard: with 64 times the tokens it grows by"] = growth, GROWTH
     faults = max(row["faults_per_step"] for rows in axes.values() for row in rows)
     limits["page faults a step, at the worst point"] = faults, FAULTS
-    return {
-        claim: {"measured": round(measured, 3), "limit": limit, "holds": measured <= limit}
-        for claim, (measured, limit) in limits.items()
-    }
+    result = {}
+    for condition, (measured, limit) in limits.items():
+        holds = measured <= limit
+        result[condition] = {"measured": round(measured, 3), "limit": limit, "holds": holds}
+    return result
 
 
 def show(axis: str, rows: list[dict[str, Any]]) -> None:
@@ -144,11 +150,13 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     names = args.axes.split(",")
-    if unknown := [name for name in names if name not in AXES]:
-        parser.error(f"unknown axis {unknown[0]!r}: choose from {', '.join(AXES)}")
-    begun, axes = time.perf_counter(), {}
+    for name in names:
+        if name not in AXES:
+            parser.error(f"--axes: {name!r} is unknown; choose from {', '.join(AXES)}")
+    begun = time.perf_counter()
+    axes = {}
     for axis in names:
-        axes[axis] = along(AXES[axis], args)
+        axes[axis] = measure_axis(AXES[axis], args)
         show(axis, axes[axis])
     checked = claims(axes)
     result = {
@@ -165,9 +173,9 @@ def main() -> int:
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print()
-    for claim, outcome in checked.items():
-        verdict = "as it should be" if outcome["holds"] else "NOT AS IT SHOULD BE"
-        print(f"{claim}: {outcome['measured']:g}, at most {outcome['limit']:g}: {verdict}")
+    for condition, outcome in checked.items():
+        verdict = "holds" if outcome["holds"] else "DOES NOT HOLD"
+        print(f"{condition}: {outcome['measured']:g}, at most {outcome['limit']:g}: {verdict}")
     return 0 if all(outcome["holds"] for outcome in checked.values()) else 1
 
 

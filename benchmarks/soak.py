@@ -1,10 +1,12 @@
-"""Twenty thousand steps: does memory grow, do descriptors leak, does a step slow down, are there false alarms?
+"""Train for twenty thousand steps: memory, descriptors, time per step, false alarms.
 
     python benchmarks/soak.py [--steps 20000] [--runs 100] [--write]
 
-One run of tiny steps through `train` itself, with its log, evaluations and checkpoints. The slopes are least squares
-over the second half of the run. Then a hundred short runs that learn, from different seeds: none may be called
-diverging. Exit code 1 if anything is not as it should be. `--write` keeps the result in benchmarks/results/soak.json.
+One run of tiny steps through `train` itself, with its log, evaluations and checkpoints. Growth of
+memory is the least-squares slope over the second half of the run. Then a hundred short runs that
+learn, from different seeds: none of them may be reported as diverging. Exit code 1 if memory grows
+by 1 kB per step, a descriptor stays open, a step gets 10 % slower, or a run is reported.
+`--write` stores the result in benchmarks/results/soak.json.
 """
 
 import argparse
@@ -31,46 +33,53 @@ SHAPE = TransformerConfig(
 )
 ADAPTER = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, target_modules="all-linear")
 TEXT = np.random.default_rng(0).integers(0, 4, 4_000).cumsum().astype(np.int32) % 16
-EVERY = 50  # steps between two looks at the process
+EVERY = 50  # steps between two measurements of the process
 
 
 def resident() -> int:
-    """The bytes of this process that are in memory."""
+    """The resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def soak(steps: int, out: Path) -> dict:
     model = get_peft_model(CausalLM(SHAPE, seed=0), ADAPTER, seed=0)
-    settings = Settings(steps=steps, batch_size=4, context=8, lr=1e-3, shard=2, threads=2)
-    settings = Settings(**{**vars(settings), "eval_every": steps // 40, "save_every": steps // 10})
-    looks, seconds = [], []
-    plain = Run.step
+    settings = Settings(
+        steps=steps,
+        batch_size=4,
+        context=8,
+        lr=1e-3,
+        shard=2,
+        threads=2,
+        eval_every=steps // 40,
+        save_every=steps // 10,
+    )
+    states = []  # (step, resident bytes, open descriptors)
+    seconds = []
+    original_step = Run.step
 
     def step(self, sharded):
         if self.done % EVERY == 0:
-            looks.append((self.done, resident(), len(os.listdir("/proc/self/fd"))))
-        begun = (
-            time.process_time()
-        )  # on a machine that is shared, the time by the wall says nothing
-        line = plain(self, sharded)
-        seconds.append(time.process_time() - begun)
-        return line
+            states.append((self.done, resident(), len(os.listdir("/proc/self/fd"))))
+        # On a shared machine the clock says nothing.
+        started = time.process_time()
+        record = original_step(self, sharded)
+        seconds.append(time.process_time() - started)
+        return record
 
     Run.step = step
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # a line an evaluation
+        with contextlib.redirect_stdout(io.StringIO()):  # train prints each evaluation
             train(model, TEXT, settings, out, held_out=TEXT[:200])
     finally:
-        Run.step = plain
-    at, memory, descriptors = (np.array(column) for column in zip(*looks, strict=True))
+        Run.step = original_step
+    at, memory, descriptors = np.array(states).T
     half = len(at) // 2
-    early, late = (
-        statistics.median(part)
-        for part in (seconds[steps // 20 : steps // 4], seconds[-steps // 5 :])
-    )
+    early = statistics.median(seconds[steps // 20 : steps // 4])
+    late = statistics.median(seconds[-steps // 5 :])
+    slope = float(np.polyfit(at[half:], memory[half:], 1)[0])
     return {
         "steps": steps,
-        "bytes_a_step": round(float(np.polyfit(at[half:], memory[half:], 1)[0]), 1),
+        "bytes_a_step": round(slope, 1),
         "resident_mib": [round(float(memory[i]) / 2**20, 1) for i in (1, half, -1)],
         "descriptors": [int(descriptors[1:].min()), int(descriptors[1:].max())],
         "step_cpu_ms": [round(1000 * early, 3), round(1000 * late, 3)],
@@ -79,16 +88,11 @@ def soak(steps: int, out: Path) -> dict:
 
 
 def false_alarms(runs: int, out: Path) -> int:
+    """The number of warnings of divergence in `runs` short runs that learn."""
     count = 0
     for seed in range(runs):
-        settings = Settings(
-            steps=150,
-            batch_size=2,
-            context=8,
-            lr=(3e-3, 1e-2, 3e-2)[seed % 3],
-            seed=seed,
-            threads=1,
-        )
+        lr = (3e-3, 1e-2, 3e-2)[seed % 3]
+        settings = Settings(steps=150, batch_size=2, context=8, lr=lr, seed=seed, threads=1)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             train(CausalLM(SHAPE, seed=seed), TEXT, settings, out / str(seed))
