@@ -1,4 +1,4 @@
-"""AdaLoRA beside peft's: the same fields, the same first values, the same ranks at every allocation."""
+"""AdaLoRA beside peft's: the same fields, first values, and ranks at every allocation."""
 
 from __future__ import annotations
 

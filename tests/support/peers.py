@@ -1,4 +1,4 @@
-"""Helpers for tests that compare with torch, transformers and peft; without these three they skip."""
+"""Helpers for tests beside torch, transformers and peft; without these three they skip."""
 
 from __future__ import annotations
 
