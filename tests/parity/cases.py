@@ -129,7 +129,7 @@ def lora_options(draw: st.DrawFn, names: list[str], max_r: int = 4) -> Options:
 def llama_options(draw: st.DrawFn, use_dora: bool) -> Options:
     """LoRA or DoRA on some linear layers of the three-layer Llama."""
     names = draw(some(NAMES))
-    options = draw(lora_options([*names, f"layers.1.*{names[0]}"], 6 if use_dora else 4))
+    options = draw(lora_options([*names, "q_proj", f"layers.1.*{names[0]}"], 6 if use_dora else 4))
     options["use_dora"] = use_dora
     saved = [None, ["lm_head"], ["norm"], ["embed_tokens", "lm_head"]]
     options["modules_to_save"] = draw(st.sampled_from(saved))

@@ -33,7 +33,7 @@ def make_tasks(base: Path, shared: Any, seed: int = 0, **tasks: LoraConfig | Non
 def configs(draw: st.DrawFn, heads: bool = False) -> LoraConfig:
     """LoRA on some linear layers, and with `heads` perhaps a copy of the head."""
     names = draw(some(NAMES))
-    options = draw(lora_options(names, 6)) | {"bias": "none", "use_dora": False}
+    options = draw(lora_options(NAMES, 6)) | {"bias": "none", "use_dora": False}
     if heads and draw(st.booleans()):
         options["modules_to_save"] = ["lm_head"]
     return LoraConfig(target_modules=names, **options)
