@@ -30,15 +30,15 @@ import numpy as np
 from .. import functional as F
 from ..autograd import Tensor, namespace, record
 from ..backend import Array
-from ..errors import ConfigError, Rule, check_fields
+from ..errors import ConfigError, Rule, check_fields, one_of
 from ..nn import LinearBase, Parameter, uniform
-from .config import LoraConfig, integer_rule
+from .config import LoraConfig, integer_rules
 from .factors import Part
 from .lora import LoraAdapter
 
 RULES = [
-    integer_rule("experts", 1, 2**10),
-    Rule("use_dora", lambda value: value is False, "False: a mixture has no magnitude"),
+    *integer_rules("experts", limit=2**10),
+    Rule("use_dora", one_of(False), "False: a mixture has no magnitude"),
 ]
 
 

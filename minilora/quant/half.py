@@ -32,7 +32,7 @@ from .linear import QuantizedWeight, quantized_linear
 STORED = {"BF16": "bfloat16", "F16": "float16"}  # the kinds, by their names in files
 NAMES = {kind: name for name, kind in STORED.items()}
 PIECE = 1 << 20  # how many numbers `iterate_pieces` widens at once
-KIND_RULE = Rule("kind", lambda kind: kind in NAMES, f"one of {', '.join(NAMES)}")
+KIND_RULE = Rule("kind", NAMES.__contains__, f"one of {', '.join(NAMES)}")
 
 # ---- an array -----------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ def encode_half(values: Array, kind: str) -> Half:
 
     Beyond the kind's range they become inf. ConfigError for an invalid kind.
     """
-    check_fields({"kind": kind}, [KIND_RULE])
+    check_fields(locals(), [KIND_RULE])
     backend = backend_of(values)
     codes = round_to(backend.to_numpy(values), NAMES[kind])
     return Half(kind, backend.from_numpy(codes))

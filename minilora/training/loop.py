@@ -34,8 +34,12 @@ from ..errors import (
     DivergenceError,
     Interrupted,
     NonFiniteError,
-    Rule,
     check_fields,
+    is_flag,
+    is_integer,
+    is_plain_number,
+    optional,
+    rules_for,
 )
 from ..formats import load_file, save_file
 from ..formats.folders import locked, require_free_space
@@ -52,40 +56,18 @@ MAX_SEQUENCES = 2**20
 PATIENCE = 50  # steps with a high loss after which a run counts as diverged
 
 
-def _is_natural(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_count(value: Any) -> bool:
-    return _is_natural(value) and value > 0
-
-
-def _is_count_or_none(value: Any) -> bool:
-    return value is None or _is_count(value)
-
-
-def _is_nonnegative(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_nonnegative(value) and value > 0
-
-
-def _is_bool(value: Any) -> bool:
-    return type(value) is bool
-
-
+_LARGEST = 2**63 - 1
+_COUNTS = ("steps", "batch_size", "context", "accumulate")
 _OPTIONAL = ("shard", "threads", "eval_every", "save_every")
-_CHECKS = (
-    (("steps", "batch_size", "context", "accumulate"), _is_count, "an integer of at least 1"),
-    (_OPTIONAL, _is_count_or_none, "an integer of at least 1"),
-    (("warmup", "seed"), _is_natural, "an integer of at least 0"),
-    (("lr", "max_grad_norm"), _is_positive, "a number above 0"),
-    (("floor", "weight_decay"), _is_nonnegative, "a number of at least 0"),
-    (("abort_on_divergence", "gradient_checkpointing"), _is_bool, "True or False"),
-)
-_RULES = [Rule(name, is_valid, wanted) for names, is_valid, wanted in _CHECKS for name in names]
+_is_count = is_integer(1, _LARGEST)
+_RULES = [
+    *rules_for(_COUNTS, _is_count, "an integer of at least 1"),
+    *rules_for(_OPTIONAL, optional(_is_count), "an integer of at least 1"),
+    *rules_for(("warmup", "seed"), is_integer(0, _LARGEST), "an integer of at least 0"),
+    *rules_for(("lr", "max_grad_norm"), is_plain_number(above=0), "a number above 0"),
+    *rules_for(("floor", "weight_decay"), is_plain_number(least=0), "a number of at least 0"),
+    *rules_for(("abort_on_divergence", "gradient_checkpointing"), is_flag, "True or False"),
+]
 
 
 @dataclasses.dataclass(frozen=True)
