@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Array, Backend, backend_of, get_backend
+from .backend import Array, Backend, Shape, backend_of, get_backend
 from .errors import DeviceError, GraphError
 
 Grads = tuple[Array | None, ...]  # one for each input of an operation; None where none is wanted
 Vjp = Callable[[Array], Grads]
 Guard = tuple[list[int], int, int]
 Device = str | Backend | None
-Axis = int | tuple[int, ...] | None
+Axis = int | Shape | None
 
 # ---- the graph -----------------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ def namespace(*tensors: Tensor) -> Any:
 # ---- arithmetic: operations broadcast, so gradients are summed back to the shape of the input ----
 
 
-def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
+def unbroadcast(g: Array, shape: Shape) -> Array:
     """Sum a gradient over the axes along which its input of `shape` was broadcast."""
     if g.shape == shape:
         return g
@@ -405,7 +405,7 @@ def clip(x: Tensor, low: float, high: float) -> Tensor:
 # ---- reductions ----------------------------------------------------------------------------------
 
 
-def _unreduce(g: Array, shape: tuple[int, ...], axis: Axis, keepdims: bool) -> Array:
+def _unreduce(g: Array, shape: Shape, axis: Axis, keepdims: bool) -> Array:
     """A reduction's result or gradient with the reduced axes put back with size 1."""
     if keepdims:
         return g
@@ -468,7 +468,7 @@ def transpose(x: Tensor, *axes: Any) -> Tensor:
     return record(x.data.transpose(order), (x,), lambda dy: (dy.transpose(back),))
 
 
-def broadcast_to(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+def broadcast_to(x: Tensor, shape: Shape) -> Tensor:
     before = x.shape
     y = namespace(x).broadcast_to(x.data, shape)
     return record(y, (x,), lambda dy: (unbroadcast(dy, before),))
@@ -688,7 +688,7 @@ class Tensor:
     @property
     def T(self) -> Tensor: return transpose(self)
     @property
-    def shape(self) -> tuple[int, ...]: return tuple(self._data.shape)
+    def shape(self) -> Shape: return tuple(self._data.shape)
     @property
     def dtype(self) -> Any: return self._data.dtype
     @property

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..autograd import Tensor, grad_enabled
-from ..backend import Array
+from ..backend import Array, Shape
 from ..effective import Formed, Pull
 from ..errors import (
     ConfigError,
@@ -172,7 +172,7 @@ class AdaLoraAdapter(LoraAdapter):
         self._settled: int | None = None
 
     @staticmethod
-    def shapes(base: Any, r: int) -> dict[str, tuple[int, ...]]:
+    def shapes(base: Any, r: int) -> dict[str, Shape]:
         """The shapes of the trainable tensors of a layer over `base`: r (in + out + 1) numbers."""
         return {"lora_A": (r, base.in_features), "lora_E": (r, 1), "lora_B": (base.out_features, r)}
 

@@ -19,7 +19,7 @@ from ..errors import (
     optional,
     rules_for,
 )
-from ..formats import PEFT_CONFIG_DEFAULTS
+from ..formats import PEFT_CONFIG_DEFAULTS, JsonObject
 from .patterns import Pattern
 from .targets import pattern_value
 
@@ -170,7 +170,7 @@ class LoraConfig:
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     inference_mode: bool = False
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    extra: JsonObject = dataclasses.field(default_factory=dict, repr=False)
 
     peft_type = "LORA"  # a constant of the class, not a field
 
@@ -257,7 +257,7 @@ class LoraConfig:
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Every field that PEFT 0.21 writes to adapter_config.json."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["extra"]

@@ -28,6 +28,7 @@ from ..errors import (
     optional,
     rules_for,
 )
+from ..formats import JsonObject
 
 ROPE_TYPES = ("default", "linear", "llama3")
 SLIDING = "sliding_attention"
@@ -212,7 +213,7 @@ class TransformerConfig:
             self._check("head_dim", lambda D: _is_head_dim(D) and self._plain_heads, wanted)
         wanted = f"a divisor of num_attention_heads = {heads}"
         self._check("num_key_value_heads", lambda K: heads % K == 0, wanted)
-        types: Any = self.layer_types
+        types = self.layer_types
         if types is not None:
             count = self.num_hidden_layers
             listed = isinstance(types, (list, tuple)) and all(kind in LAYER_TYPES for kind in types)
@@ -324,7 +325,7 @@ class TransformerConfig:
             given["sliding_window"] = None
         return cls(**given, model_type=kind, extra=config)
 
-    def to_dict(self, dtype: str = "float32") -> dict[str, Any]:
+    def to_dict(self, dtype: str = "float32") -> JsonObject:
         """The fields for config.json, in the dialect of the type of model."""
         dialect = DIALECTS[self.model_type]
         fields = {dialect.names.get(name, name): getattr(self, name) for name in dialect.fields}
@@ -345,7 +346,7 @@ class TransformerConfig:
         return {**written, "model_type": self.model_type, "dtype": dtype}
 
 
-def _pop_rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+def _pop_rope_parameters(config: JsonObject) -> JsonObject:
     """Take the rotary parameters out of a config.json, whichever of three spellings it uses."""
     rope = config.pop("rope_parameters", None) or {}
     scaling = config.pop("rope_scaling", None) or {}

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import ConfigError, FormatError, Rule, check_fields, is_integer, one_of
-from ..formats.disk import parse_json
+from ..formats.disk import JsonObject, parse_json
 from ..nn import Linear, Module, Parameter
 from .codes import ABSMAX_BLOCK, BLOCK_SIZES, LEVELS, Quantized
 from .linear import QuantizedLinear, quantized_layers
@@ -49,7 +49,7 @@ def write_bitsandbytes(layer: QuantizedLinear) -> dict[str, np.ndarray]:
         "weight": host(quantized.codes).reshape(-1, 1),
         "weight.quant_map": LEVELS[kind].copy(),
     }
-    state: dict[str, Any] = {"quant_type": kind, "blocksize": quantized.block_size}
+    state = {"quant_type": kind, "blocksize": quantized.block_size}
     state["dtype"] = str(layer.dtype)
     state["shape"] = list(quantized.shape)
     if quantized.double_quant:
@@ -169,7 +169,7 @@ _NESTED_RULES = [
 ]
 
 
-def _read_state(data: bytes, kind: str, nested: bool, where: str) -> dict[str, Any]:
+def _read_state(data: bytes, kind: str, nested: bool, where: str) -> JsonObject:
     """The JSON object beside the tensors, its fields and their values checked."""
     rules = [_one_of("quant_type", kind), *_STATE_RULES]
     if nested:
@@ -235,7 +235,7 @@ def read_quantization_config(fields: Any) -> QuantizationScheme:
     return QuantizationScheme(values["bnb_4bit_quant_type"], values["bnb_4bit_use_double_quant"])
 
 
-def quantization_config(model: Module) -> dict[str, Any] | None:
+def quantization_config(model: Module) -> JsonObject | None:
     """The quantization_config that transformers writes for a model; None without quantised layers.
 
     ConfigError for int8 layers, which have no such form, and for layers of two schemes.

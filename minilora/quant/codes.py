@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, Backend, backend_of
+from ..backend import Array, Backend, Shape, backend_of
 from ..errors import ConfigError, NonFiniteError, Rule, check_fields, is_flag, one_of
 
 # ---- the levels of each kind, in the order of its codes ------------------------------------------
@@ -107,7 +107,7 @@ class Quantized:
     """
 
     kind: str
-    shape: tuple[int, ...]
+    shape: Shape
     block_size: int
     codes: Array
     absmax: Any

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..autograd import Tensor
-from ..backend import Array, Backend, backend_of
+from ..backend import Array, Backend, Shape, backend_of
 from ..errors import ConfigError, NonFiniteError, Rule, check_fields
 from ..formats.dtypes import round_to
 from ..nn import Embedding, Linear, LinearBase, Module, Parameter, replace_module
@@ -49,7 +49,7 @@ class Half:
     codes: Array
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         return tuple(self.codes.shape)
 
     @property
@@ -161,7 +161,7 @@ def convert_to_half(model: Any, kind: str = "bfloat16") -> Any:
     """
     if not isinstance(model, Module):
         raise ConfigError(f"expected a model, got {model!r:.99}")
-    halves: dict[Parameter, Half] = {}
+    halves = {}
     for path, module in half_weight_owners(model).items():
         W = module.weight
         if path.endswith((".base_layer", ".original_module")):

@@ -41,7 +41,7 @@ from ..errors import (
     optional,
     rules_for,
 )
-from ..formats import load_file, save_file
+from ..formats import JsonObject, load_file, save_file
 from ..formats.folders import locked, require_free_space
 from ..lora import AdaLoraConfig, MultiTask, PeftModel, RankAllocator
 from ..nn import Parameter
@@ -128,6 +128,8 @@ class Result:
     seconds: float
 
 
+NamedParameters = list[tuple[str, Parameter]]
+
 # The ids (N,) of a text, or packed records; or one of them per task, by the task's name.
 Text = Ids | PackedRecords | Mapping[str, Ids | PackedRecords]
 
@@ -174,7 +176,7 @@ class Run:
             return batch
         return dataclasses.replace(batch, tasks=None)
 
-    def step(self, sharded: ShardedStep) -> dict[str, Any]:
+    def step(self, sharded: ShardedStep) -> JsonObject:
         """Take the next step and return its line of the log.
 
         NonFiniteError leaves everything as it was before the step.
@@ -184,7 +186,7 @@ class Run:
         batch = self.batch(number)
         begun = time.perf_counter()
         mean, grads = sharded.gradients(batch, self.optimizer.params, settings.seed, number)
-        penalties: list[Array] = []
+        penalties = []
         if self.allocator is not None:
             # The penalty depends on the weights alone: it is added once, whatever the shards are.
             penalty, penalty_grads = self.allocator.penalty()
@@ -197,7 +199,7 @@ class Run:
         measured = backend.xp.stack([mean, length, *penalties])
         loss, norm, *rest = backend.to_numpy(measured).tolist()
         scale = warmup_cosine(number, settings.steps, settings.warmup, settings.floor)
-        line: dict[str, Any] = {
+        line = {
             "step": number,
             "loss": loss,
             "lr": settings.lr * scale,
@@ -390,7 +392,7 @@ def train(
             loss = math.fsum(losses.values()) / len(losses)
             bits = bits_per_byte(loss, bytes_per_token)
             run.evaluations.append((run.done, loss))
-            record: dict[str, Any] = {"step": run.done, "loss": loss, "bits_per_byte": bits}
+            record: JsonObject = {"step": run.done, "loss": loss, "bits_per_byte": bits}
             if "" not in losses:
                 record["tasks"] = losses
             evaluation_log.write(**record)
@@ -542,9 +544,7 @@ def rank_history(out: Path) -> tuple[list[tuple[int, dict[str, int]]], int]:
 # ---- continuing a run that stopped ---------------------------------------------------------------
 
 
-def _identity(
-    model: Any, settings: Settings, tokens: Text, trained: list[tuple[str, Parameter]]
-) -> dict[str, Any]:
+def _identity(model: Any, settings: Settings, tokens: Text, trained: NamedParameters) -> JsonObject:
     """What makes two runs the same: settings, text, trained parameters and all they depend on."""
     identity = dataclasses.asdict(model.config)
     if isinstance(model, PeftModel):
@@ -585,9 +585,7 @@ def _checksum(text: Ids | PackedRecords) -> str:
     return digest.hexdigest()
 
 
-def _allocator(
-    model: Any, settings: Settings, trained: list[tuple[str, Parameter]]
-) -> RankAllocator | None:
+def _allocator(model: Any, settings: Settings, trained: NamedParameters) -> RankAllocator | None:
     """What cuts the ranks of the adapter that trains; None unless that adapter is AdaLoRA's.
 
     ConfigError for two such adapters, or for a schedule of another length.

@@ -156,7 +156,7 @@ class ShardedStep:
             return task, value, gradients(loss, params, upstream)
 
         losses: dict[str | None, Array] = dict.fromkeys(divisors, 0.0)
-        total: list[Array | None] = [None] * len(params)
+        total = [None] * len(params)
         trained = False
         try:
             for task, task_batch in task_batches:
