@@ -6,8 +6,8 @@ output to the gradients of its inputs. Two rules keep memory small: a `vjp` capt
 and scalars but never a Tensor, and a `Node` keeps its parents and its `vjp` but never the output.
 An array lives only as long as a backward may read it.
 
-Contents: the graph (Node, record, gradients) - Tensor - arithmetic - functions - reductions -
-shapes - products.
+Contents: the graph (Node, record, gradients) - operands - arithmetic - functions - reductions -
+shapes - products - Tensor, whose methods these operations are.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Array, Backend, backend_of, get_backend
+from .backend import Array, Backend, Shape, backend_of, get_backend
 from .errors import DeviceError, GraphError
 
 Grads = tuple[Array | None, ...]  # one for each input of an operation; None where none is wanted
 Vjp = Callable[[Array], Grads]
 Guard = tuple[list[int], int, int]
 Device = str | Backend | None
-Axis = int | tuple[int, ...] | None
+Axis = int | Shape | None
 
 # ---- the graph -----------------------------------------------------------------------------------
 
@@ -210,154 +210,10 @@ def _backward(loss: Tensor, dy: Array | None, retain_graph: bool) -> dict[Tensor
     return leaves
 
 
-# ---- Tensor --------------------------------------------------------------------------------------
+# ---- operands ------------------------------------------------------------------------------------
 
 _NUMBERS = (int, float, np.generic)
 _BASIC = (int, slice, np.integer, type(None), type(...))  # NumPy's basic indexing: a view
-
-
-class Tensor:
-    """An array that can remember the operation it came from.
-
-    data            array or nested list; Python floats become float32, an array keeps its dtype
-    requires_grad   True makes a leaf whose gradient `backward` adds to `.grad`
-    dtype, device   to convert and move the data to; TypeError if integers shall require a gradient
-    """
-
-    __slots__ = ("__weakref__", "_data", "backend", "grad", "node", "requires_grad", "version")
-    __array_priority__ = 1000  # NumPy hands `array + tensor` to Tensor.__radd__
-    backend: Backend
-    grad: Array | None
-    node: Node | None
-    # How often a leaf's data was assigned: a list of one number that the graph shares.
-    version: list[int] | None
-
-    def __init__(
-        self, data: Any, requires_grad: bool = False, dtype: Any = None, device: Device = None
-    ):
-        self.version = [0]
-        if isinstance(data, Tensor):
-            if data.version is not None:
-                self.version = data.version  # the same storage has the same version
-            data = data.data
-        elif isinstance(data, np.generic):
-            data = np.asarray(data)  # NumPy makes these of 0-d arrays
-        elif isinstance(data, (int, float, list, tuple)):
-            data = np.asarray(data)
-            if dtype is None and data.dtype == np.float64:
-                dtype = np.float32
-        self.backend = backend_of(data)
-        if device is not None and get_backend(device) is not self.backend:
-            data = get_backend(device).from_numpy(self.backend.to_numpy(data))
-            self.backend = get_backend(device)
-        self._data = data if dtype is None else data.astype(dtype, copy=False)
-        if requires_grad and self._data.dtype.kind != "f":
-            raise TypeError(f"only floating tensors can require a gradient, not {self._data.dtype}")
-        self.requires_grad = requires_grad
-        self.grad = self.node = None
-
-    @property
-    def data(self) -> Array:
-        return self._data
-
-    @data.setter
-    def data(self, value: Array) -> None:
-        """Copy into this leaf's storage, so views of it stay valid. Same shape and dtype only."""
-        if self.version is None or self.node is not None:
-            raise GraphError("only a leaf's data can be assigned, not an operation's result")
-        if value.shape != self._data.shape or value.dtype != self._data.dtype:
-            raise ValueError(
-                f"cannot assign {value.shape} {value.dtype} to data of {self.shape} {self.dtype}"
-            )
-        self._data[...] = value
-        self.version[0] += 1
-
-    def take(self, at: Any) -> Array:
-        """The rows `at` (a slice or integers); a parameter stored as codes decodes only these."""
-        if isinstance(at, slice):
-            return self._data[at]
-        return self.backend.xp.take(self._data, at, axis=0)
-
-    def __repr__(self) -> str:
-        values = np.array2string(self.numpy(), separator=", ", prefix="Tensor(")
-        grad = ", requires_grad=True" if self.requires_grad else ""
-        device = "" if self.backend.name == "cpu" else f", device={self.backend.name!r}"
-        return f"Tensor({values}{grad}{device})"
-
-    def numpy(self) -> np.ndarray:
-        """The values on the host: the array itself on a CPU, a copy from a GPU."""
-        return self.backend.to_numpy(self._data)
-
-    def item(self) -> float:
-        """The only value, as a Python number."""
-        return self.numpy().item()  # type: ignore[no-any-return]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        # CuPy refuses to do so: a copy from a GPU has to be asked for, by .numpy().
-        return np.array(self._data, dtype=dtype, copy=copy)
-
-    def detach(self) -> Tensor:
-        """The same array without its history. Assigning to it assigns to this tensor."""
-        tensor = Tensor(self)
-        tensor.version = self.version
-        return tensor
-
-    def to(self, device: str | Backend) -> Tensor:
-        """This leaf copied to another device, or itself. GraphError for an operation's result."""
-        if get_backend(device) is self.backend:
-            return self
-        if self.node is not None:
-            raise GraphError("gradients cannot cross devices: move the leaves, or .detach() first")
-        return Tensor(self._data, self.requires_grad, device=device)
-
-    def backward(self, dy: Array | None = None, *, retain_graph: bool = False) -> None:
-        """Add d self / d leaf to the `.grad` of every leaf. See `gradients`."""
-        for leaf, g in _backward(self, dy, retain_graph).items():
-            leaf.grad = g if leaf.grad is None else leaf.grad + g
-
-    # fmt: off
-    def __len__(self) -> int: return len(self._data)
-    def __float__(self) -> float: return float(self.item())
-    def __add__(self, other: Any) -> Tensor: return add(self, other)
-    def __radd__(self, other: Any) -> Tensor: return add(other, self)
-    def __sub__(self, other: Any) -> Tensor: return sub(self, other)
-    def __rsub__(self, other: Any) -> Tensor: return sub(other, self)
-    def __mul__(self, other: Any) -> Tensor: return mul(self, other)
-    def __rmul__(self, other: Any) -> Tensor: return mul(other, self)
-    def __truediv__(self, other: Any) -> Tensor: return div(self, other)
-    def __rtruediv__(self, other: Any) -> Tensor: return div(other, self)
-    def __pow__(self, other: Any) -> Tensor: return power(self, other)
-    def __rpow__(self, other: Any) -> Tensor: return power(other, self)
-    def __matmul__(self, other: Any) -> Tensor: return matmul(self, other)
-    def __rmatmul__(self, other: Any) -> Tensor: return matmul(other, self)
-    def __neg__(self) -> Tensor: return mul(self, -1)
-    def __getitem__(self, key: Any) -> Tensor: return index(self, key)
-    def exp(self) -> Tensor: return exp(self)
-    def log(self) -> Tensor: return log(self)
-    def tanh(self) -> Tensor: return tanh(self)
-    def sqrt(self) -> Tensor: return sqrt(self)
-    def abs(self) -> Tensor: return abs(self)
-    def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
-        return sum(self, axis, keepdims)
-    def mean(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
-        return mean(self, axis, keepdims)
-    def max(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
-        return max(self, axis, keepdims)
-    def min(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
-        return min(self, axis, keepdims)
-    def reshape(self, *shape: Any) -> Tensor: return reshape(self, *shape)
-    def transpose(self, *axes: Any) -> Tensor: return transpose(self, *axes)
-    @property
-    def T(self) -> Tensor: return transpose(self)
-    @property
-    def shape(self) -> tuple[int, ...]: return tuple(self._data.shape)
-    @property
-    def dtype(self) -> Any: return self._data.dtype
-    @property
-    def ndim(self) -> int: return int(self._data.ndim)
-    @property
-    def size(self) -> int: return int(self._data.size)
-    # fmt: on
 
 
 def operands(*values: Any) -> tuple[Tensor, ...]:
@@ -400,7 +256,7 @@ def namespace(*tensors: Tensor) -> Any:
 # ---- arithmetic: operations broadcast, so gradients are summed back to the shape of the input ----
 
 
-def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
+def unbroadcast(g: Array, shape: Shape) -> Array:
     """Sum a gradient over the axes along which its input of `shape` was broadcast."""
     if g.shape == shape:
         return g
@@ -549,7 +405,7 @@ def clip(x: Tensor, low: float, high: float) -> Tensor:
 # ---- reductions ----------------------------------------------------------------------------------
 
 
-def _unreduce(g: Array, shape: tuple[int, ...], axis: Axis, keepdims: bool) -> Array:
+def _unreduce(g: Array, shape: Shape, axis: Axis, keepdims: bool) -> Array:
     """A reduction's result or gradient with the reduced axes put back with size 1."""
     if keepdims:
         return g
@@ -612,7 +468,7 @@ def transpose(x: Tensor, *axes: Any) -> Tensor:
     return record(x.data.transpose(order), (x,), lambda dy: (dy.transpose(back),))
 
 
-def broadcast_to(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+def broadcast_to(x: Tensor, shape: Shape) -> Tensor:
     before = x.shape
     y = namespace(x).broadcast_to(x.data, shape)
     return record(y, (x,), lambda dy: (unbroadcast(dy, before),))
@@ -696,3 +552,147 @@ def matmul(a: Any, b: Any) -> Tensor:
         return da, db
 
     return record(y, (a, b), vjp)
+
+
+# ---- Tensor --------------------------------------------------------------------------------------
+
+
+class Tensor:
+    """An array that can remember the operation it came from.
+
+    data            array or nested list; Python floats become float32, an array keeps its dtype
+    requires_grad   True makes a leaf whose gradient `backward` adds to `.grad`
+    dtype, device   to convert and move the data to; TypeError if integers shall require a gradient
+    """
+
+    __slots__ = ("__weakref__", "_data", "backend", "grad", "node", "requires_grad", "version")
+    __array_priority__ = 1000  # NumPy hands `array + tensor` to Tensor.__radd__
+    backend: Backend
+    grad: Array | None
+    node: Node | None
+    # How often a leaf's data was assigned: a list of one number that the graph shares.
+    version: list[int] | None
+
+    def __init__(
+        self, data: Any, requires_grad: bool = False, dtype: Any = None, device: Device = None
+    ):
+        self.version = [0]
+        if isinstance(data, Tensor):
+            if data.version is not None:
+                self.version = data.version  # the same storage has the same version
+            data = data.data
+        elif isinstance(data, np.generic):
+            data = np.asarray(data)  # NumPy makes these of 0-d arrays
+        elif isinstance(data, (int, float, list, tuple)):
+            data = np.asarray(data)
+            if dtype is None and data.dtype == np.float64:
+                dtype = np.float32
+        self.backend = backend_of(data)
+        if device is not None and get_backend(device) is not self.backend:
+            data = get_backend(device).from_numpy(self.backend.to_numpy(data))
+            self.backend = get_backend(device)
+        self._data = data if dtype is None else data.astype(dtype, copy=False)
+        if requires_grad and self._data.dtype.kind != "f":
+            raise TypeError(f"only floating tensors can require a gradient, not {self._data.dtype}")
+        self.requires_grad = requires_grad
+        self.grad = self.node = None
+
+    @property
+    def data(self) -> Array:
+        return self._data
+
+    @data.setter
+    def data(self, value: Array) -> None:
+        """Copy into this leaf's storage, so views of it stay valid. Same shape and dtype only."""
+        if self.version is None or self.node is not None:
+            raise GraphError("only a leaf's data can be assigned, not an operation's result")
+        if value.shape != self._data.shape or value.dtype != self._data.dtype:
+            raise ValueError(
+                f"cannot assign {value.shape} {value.dtype} to data of {self.shape} {self.dtype}"
+            )
+        self._data[...] = value
+        self.version[0] += 1
+
+    def take(self, at: Any) -> Array:
+        """The rows `at` (a slice or integers); a parameter stored as codes decodes only these."""
+        if isinstance(at, slice):
+            return self._data[at]
+        return self.backend.xp.take(self._data, at, axis=0)
+
+    def __repr__(self) -> str:
+        values = np.array2string(self.numpy(), separator=", ", prefix="Tensor(")
+        grad = ", requires_grad=True" if self.requires_grad else ""
+        device = "" if self.backend.name == "cpu" else f", device={self.backend.name!r}"
+        return f"Tensor({values}{grad}{device})"
+
+    def numpy(self) -> np.ndarray:
+        """The values on the host: the array itself on a CPU, a copy from a GPU."""
+        return self.backend.to_numpy(self._data)
+
+    def item(self) -> float:
+        """The only value, as a Python number."""
+        return self.numpy().item()  # type: ignore[no-any-return]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # CuPy refuses to do so: a copy from a GPU has to be asked for, by .numpy().
+        return np.array(self._data, dtype=dtype, copy=copy)
+
+    def detach(self) -> Tensor:
+        """The same array without its history. Assigning to it assigns to this tensor."""
+        tensor = Tensor(self)
+        tensor.version = self.version
+        return tensor
+
+    def to(self, device: str | Backend) -> Tensor:
+        """This leaf copied to another device, or itself. GraphError for an operation's result."""
+        if get_backend(device) is self.backend:
+            return self
+        if self.node is not None:
+            raise GraphError("gradients cannot cross devices: move the leaves, or .detach() first")
+        return Tensor(self._data, self.requires_grad, device=device)
+
+    def backward(self, dy: Array | None = None, *, retain_graph: bool = False) -> None:
+        """Add d self / d leaf to the `.grad` of every leaf. See `gradients`."""
+        for leaf, g in _backward(self, dy, retain_graph).items():
+            leaf.grad = g if leaf.grad is None else leaf.grad + g
+
+    # fmt: off
+    def __len__(self) -> int: return len(self._data)
+    def __float__(self) -> float: return float(self.item())
+    def __radd__(self, other: Any) -> Tensor: return add(other, self)
+    def __rsub__(self, other: Any) -> Tensor: return sub(other, self)
+    def __rmul__(self, other: Any) -> Tensor: return mul(other, self)
+    def __rtruediv__(self, other: Any) -> Tensor: return div(other, self)
+    def __rpow__(self, other: Any) -> Tensor: return power(other, self)
+    def __rmatmul__(self, other: Any) -> Tensor: return matmul(other, self)
+    def __neg__(self) -> Tensor: return mul(self, -1)
+    # The others are the operations themselves, whose first argument is the Tensor.
+    __add__ = add
+    __sub__ = sub
+    __mul__ = mul
+    __truediv__ = div
+    __pow__ = power
+    __matmul__ = matmul
+    __getitem__ = index
+    exp = exp
+    log = log
+    tanh = tanh
+    sqrt = sqrt
+    abs = abs
+    sum = sum
+    mean = mean
+    max = max
+    min = min
+    reshape = reshape
+    transpose = transpose
+    @property
+    def T(self) -> Tensor: return transpose(self)
+    @property
+    def shape(self) -> Shape: return tuple(self._data.shape)
+    @property
+    def dtype(self) -> Any: return self._data.dtype
+    @property
+    def ndim(self) -> int: return int(self._data.ndim)
+    @property
+    def size(self) -> int: return int(self._data.size)
+    # fmt: on

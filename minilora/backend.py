@@ -20,6 +20,7 @@ import numpy as np
 from .errors import DeviceError
 
 Array = Any  # numpy.ndarray or cupy.ndarray
+Shape = tuple[int, ...]
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio, made odd
 

@@ -63,11 +63,21 @@ class Rule(NamedTuple):
     wanted: str
 
 
-def check_fields(values: Mapping[str, Any], rules: Iterable[Rule], where: str = "") -> None:
-    """Raise ConfigError for the first rule that a field breaks; `where` begins the message."""
+def rules_for(fields: Iterable[str], is_valid: Predicate, wanted: str) -> list[Rule]:
+    """The same rule for several fields."""
+    return [Rule(field, is_valid, wanted) for field in fields]
+
+
+def check_fields(
+    values: Mapping[str, Any],
+    rules: Iterable[Rule],
+    where: str = "",
+    error: type[MiniloraError] = ConfigError,
+) -> None:
+    """Raise `error` for the first rule that a field breaks; `where` begins the message."""
     for field, is_valid, wanted in rules:
         if not is_valid(values[field]):
-            raise ConfigError(f"{where}{field} must be {wanted}, got {values[field]!r:.200}")
+            raise error(f"{where}{field} must be {wanted}, got {values[field]!r:.200}")
 
 
 def is_flag(value: Any) -> bool:
@@ -81,18 +91,33 @@ def is_integer(least: float = -math.inf, most: float = math.inf) -> Predicate:
 
 
 def is_number(
-    least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    kinds: Any = Real,
 ) -> Predicate:
     """A predicate: a finite real number with least <= value and above < value < below.
 
-    NumPy's scalars count as numbers; bools and NaN do not.
+    NumPy's scalars count as numbers, unless `kinds`, a type or a tuple of types, leaves them out.
+    Bools and NaN do not.
     """
 
     def is_valid(value: Any) -> bool:
-        real = isinstance(value, Real) and not isinstance(value, bool)
-        return real and least <= value and above < value < below
+        is_real = isinstance(value, kinds) and not isinstance(value, bool)
+        return is_real and least <= value and above < value < below
 
     return is_valid
+
+
+def is_plain_number(**bounds: float) -> Predicate:
+    """`is_number` of these bounds for Python's own int and float, not for subclasses of them."""
+    is_valid = is_number(**bounds)
+    return lambda value: type(value) in (int, float) and is_valid(value)
+
+
+def optional(is_valid: Predicate) -> Predicate:
+    """A predicate: None, or valid."""
+    return lambda value: value is None or is_valid(value)
 
 
 def one_of(*choices: Any) -> Predicate:

@@ -25,7 +25,7 @@ import numpy as np
 
 from .autograd import Grads as Grads  # other modules write F.Grads
 from .autograd import Tensor, grad_enabled, namespace, record
-from .backend import Array, Backend
+from .backend import Array, Backend, Shape
 from .errors import DataError
 from .threads import blocks
 
@@ -311,7 +311,7 @@ def log_softmax(x: Tensor, axis: int = -1) -> Tensor:
 
 def prepare_targets(
     backend: Backend,
-    shape: tuple[int, ...],
+    shape: Shape,
     V: int,
     targets: Array,
     ignore_index: int,

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import functional as F
 from .autograd import Tensor, concat, grad_enabled, gradients, no_grad, record, stack
-from .backend import Array, Backend, get_backend, mix_key
+from .backend import Array, Backend, Shape, get_backend, mix_key
 from .effective import EffectiveWeight, Parts, Pull, effective_linear
 
 _thread = threading.local()
@@ -419,7 +419,7 @@ def run_blocks(blocks: Sequence[Any], x: Tensor, cache: Any, recompute: bool) ->
 
 
 def uniform(
-    rng: np.random.Generator, bound: float, shape: tuple[int, ...], dtype: Any = np.float32
+    rng: np.random.Generator, bound: float, shape: Shape, dtype: Any = np.float32
 ) -> np.ndarray:
     """Values from U(-bound, bound).
 
@@ -429,7 +429,7 @@ def uniform(
 
 
 def normal(
-    rng: np.random.Generator | None, std: float, shape: tuple[int, ...], dtype: Any = np.float32
+    rng: np.random.Generator | None, std: float, shape: Shape, dtype: Any = np.float32
 ) -> np.ndarray:
     """Values from N(0, std^2).
 

@@ -14,14 +14,18 @@ from minilora import CausalLM, LoraConfig, TransformerConfig, errors, get_peft_m
 from minilora.display import print_table
 from minilora.errors import (
     ConfigError,
+    FormatError,
     MiniloraError,
     Rule,
     check_fields,
     is_flag,
     is_integer,
     is_number,
+    is_plain_number,
     one_of,
+    optional,
     printable,
+    rules_for,
     shorten,
 )
 from minilora.nn import Linear
@@ -143,6 +147,16 @@ def test_check_fields_shows_at_most_200_characters_of_a_value() -> None:
     assert message == "r must be a positive integer, got '" + "x" * 199
 
 
+def test_check_fields_raises_the_given_kind_of_error() -> None:
+    with pytest.raises(FormatError, match=r"^file: r must be a positive integer, got 0$"):
+        check_fields({"r": 0, "bias": "none"}, RULES, "file: ", FormatError)
+
+
+def test_rules_for_gives_one_rule_per_field_in_order() -> None:
+    rules = rules_for(("a", "b"), is_flag, "True or False")
+    assert rules == [Rule("a", is_flag, "True or False"), Rule("b", is_flag, "True or False")]
+
+
 NAN = math.nan
 INF = math.inf
 VALID: list[tuple[Any, list[Any]]] = []
@@ -152,6 +166,11 @@ VALID.append((is_integer(1, 8), [1, 8]))
 VALID.append((is_number(), [-1e308, 0, 0.5, np.float32(0.5), np.float64(2), np.int64(3)]))
 VALID.append((is_number(0, below=1), [0, 0.0, 1 - 1e-16]))
 VALID.append((is_number(above=0), [5e-324, 1, 1e308]))
+VALID.append((is_number(above=0, below=9, kinds=(int, float)), [1, 0.5, np.float64(0.5)]))
+VALID.append((is_plain_number(), [-1e308, 0, 0.5, 10**400]))
+VALID.append((is_plain_number(least=0, below=1), [0, 0.0, 1 - 1e-16]))
+VALID.append((is_plain_number(above=0), [5e-324, 1]))
+VALID.append((optional(is_integer(1)), [None, 1]))
 VALID.append((one_of("a", 1, None, False), ["a", 1, None, False]))
 INVALID: list[tuple[Any, list[Any]]] = []
 INVALID.append((is_flag, [0, 1, None, "True"]))
@@ -160,6 +179,12 @@ INVALID.append((is_integer(1, 8), [0, 9, True, 1.0]))
 INVALID.append((is_number(), [True, False, NAN, INF, -INF, "1", None, 1j, [1]]))
 INVALID.append((is_number(0, below=1), [-5e-324, 1, 1.0, True, False]))
 INVALID.append((is_number(above=0), [0, 0.0, -1, INF, NAN, True]))
+INVALID.append((is_number(kinds=(int, float)), [True, np.float32(0.5), np.int64(3), NAN]))
+INVALID.append((is_number(above=0, below=9, kinds=(int, float)), [0, 9, INF]))
+INVALID.append((is_plain_number(), [True, NAN, INF, "1", None, np.float64(1), np.int64(1)]))
+INVALID.append((is_plain_number(least=0, below=1), [-5e-324, 1]))
+INVALID.append((is_plain_number(above=0), [0, 0.0, -1]))
+INVALID.append((optional(is_integer(1)), [0, False, "None"]))
 INVALID.append((one_of("a", 1, None, False), ["b", True, 1.0, 0, ["a"]]))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from ..backend import gpus
 from ..display import print_table, printable
 from ..errors import ConfigError, MiniloraError
-from .files import format_row
+from .files import format_row, print_json
 from .options import Args, Command, Parser, add_json, add_seed, option, positive_integer
 
 
@@ -37,7 +36,7 @@ def verify(args: Args) -> None:
     else:
         report = verify_files(args.base, args.adapter, args.seed)
     if args.json:
-        print(json.dumps(as_json(report), indent=2))
+        print_json(as_json(report))
     else:
         _print_report(report)
         worst = worst_ratio(report.rows)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..display import print_table, printable
 from ..errors import ConfigError, FormatError
-from ..formats.disk import read_json
+from ..formats.disk import JsonObject, read_json
 from ..lora.combining import COMBINATION_TYPES
 from ..lora.multitask import FILE as MULTITASK
 from ..lora.tying import CHOICES
@@ -83,7 +83,7 @@ def merge(args: Args) -> None:
         tied=args.tied,
     )
     if args.json:
-        _print_json({"merged": args.out, "tensors": rows})
+        print_json({"merged": args.out, "tensors": rows})
         return
     print(f"merged into {printable(args.out)}")
     known = [row for row in rows if row["lost"] is not None]
@@ -178,10 +178,10 @@ def resize(args: Args) -> None:
     _print_errors(args, rows, f"rank {args.r}")
 
 
-def _print_errors(args: Args, rows: list[dict[str, Any]], how: str) -> None:
+def _print_errors(args: Args, rows: list[JsonObject], how: str) -> None:
     """Print how far the new adapter is from the exact dW, per layer and over all layers."""
     if args.json:
-        _print_json({"out": args.out, "tensors": rows})
+        print_json({"out": args.out, "tensors": rows})
         return
     print_table([format_row(row) for row in rows])
     whole = math.sqrt(sum(row["|dW|"] ** 2 for row in rows))
@@ -226,7 +226,7 @@ def inspect(args: Args) -> None:
         return
     if spectra:
         report["spectra"] = spectra
-    _print_json(report)
+    print_json(report)
 
 
 def add_diff_options(parser: Parser) -> None:
@@ -242,7 +242,7 @@ def diff(args: Args) -> None:
 
     report = run(args.directory, args.other, args.ranks)
     if args.json:
-        _print_json(report)
+        print_json(report)
         return
     changed = [row for row in report["tensors"] if row["|b - a|"] != 0]
     _print_report({**report, "tensors": [format_row(row) for row in changed]})
@@ -274,11 +274,11 @@ def convert(args: Args) -> None:
 # ---- what they print -----------------------------------------------------------------------------
 
 
-def _print_json(value: dict[str, Any]) -> None:
+def print_json(value: JsonObject) -> None:
     print(json.dumps(value, indent=2))
 
 
-def _print_report(report: dict[str, Any]) -> None:
+def _print_report(report: JsonObject) -> None:
     for name, value in report.items():
         if name == "tensors":
             continue
@@ -291,7 +291,7 @@ def _print_report(report: dict[str, Any]) -> None:
         print_table(report["tensors"])
 
 
-def format_row(row: dict[str, Any]) -> dict[str, Any]:
+def format_row(row: JsonObject) -> JsonObject:
     """A row of a table with four digits of each float, and "-" for None."""
     result = dict(row)
     for key, value in row.items():

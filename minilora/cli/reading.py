@@ -34,7 +34,7 @@ def load_model(
     NonFiniteError for a weight that is NaN or infinite, before a command makes anything of it.
     """
     kind = args.quantize
-    model: Any = CausalLM.from_pretrained(args.base, device=args.device, stored=kind == "stored")
+    model = CausalLM.from_pretrained(args.base, device=args.device, stored=kind == "stored")
     tokenizer = load_tokenizer(args.base, model.config.vocab_size)
     if tokenizer.note:
         print(tokenizer.note, file=sys.stderr)

@@ -19,6 +19,7 @@ from ..functional import IGNORE, check_ids
 from ..threads import blocks
 
 Ids = NDArray[np.integer[Any]]
+Integers = NDArray[np.int64]  # ids and positions of a batch
 
 
 def require_positive(**counts: int) -> None:
@@ -40,8 +41,8 @@ class Batch:
     Every array has B first, so that a batch can be cut into shards.
     """
 
-    ids: NDArray[np.int64]
-    targets: NDArray[np.int64]
+    ids: Integers
+    targets: Integers
     first: int = 0
     tasks: Sequence[str] | None = None
 
@@ -109,7 +110,7 @@ class PackedRecords:
 
     ids: Ids
     counts: NDArray[np.bool_]
-    edges: NDArray[np.int64]
+    edges: Integers
 
     def __post_init__(self) -> None:
         edges = self.edges
@@ -128,7 +129,7 @@ class PackedRecords:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def windows(self, starts: NDArray[np.int64], context: int) -> Batch:
+    def windows(self, starts: Integers, context: int) -> Batch:
         """The windows that begin at `starts` (B,). Beyond a window's end, ids are 0.
 
         Targets are IGNORE there and where a token does not count. Inside a window attention is the
@@ -145,7 +146,7 @@ class PackedRecords:
 Text = Ids | PackedRecords
 
 
-def _cut(text: Text, starts: NDArray[np.int64], context: int) -> Batch:
+def _cut(text: Text, starts: Integers, context: int) -> Batch:
     """The windows of T + 1 tokens from `starts` (B,) on.
 
     Positions beyond the text have id 0 and target IGNORE.
@@ -204,7 +205,7 @@ class Windows:
             # One window less than would fit, if several fit: this leaves a whole stride for the
             # offset.
             self._count = max(1, (len(tokens) - context) // context)
-        self._latest: dict[int, NDArray[np.int64]] = {}
+        self._latest: dict[int, Integers] = {}
 
     def __len__(self) -> int:
         return self._count
@@ -213,7 +214,7 @@ class Windows:
         """The epoch of the first sequence of batch `step`."""
         return step * self.batch_size // len(self)
 
-    def _starts(self, epoch: int) -> NDArray[np.int64]:
+    def _starts(self, epoch: int) -> Integers:
         """Where the windows of an epoch begin, in the order of their visit."""
         if epoch not in self._latest:
             rng = np.random.default_rng([self.seed, epoch])

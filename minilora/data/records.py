@@ -19,13 +19,12 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from ..formats.disk import PathLike, open_regular, parse_json, quoted
+from ..formats.disk import JsonObject, PathLike, open_regular, parse_json, quoted
 from .batches import PackedRecords, require_positive
 from .chat import Chat, Example, conversation
 from .texts import held_out_size
@@ -122,7 +121,7 @@ def _lines(path: PathLike) -> Iterator[tuple[str, bytes]]:
                 yield where, line
 
 
-def _check_fields(record: dict[str, Any], where: str) -> dict[str, Any]:
+def _check_fields(record: JsonObject, where: str) -> JsonObject:
     """The record itself, if it has the keys of its kind, and texts under all but 'messages'."""
     keys = next((KINDS[key] for key in record if key in KINDS), ())
     if not keys or set(record) != set(keys):

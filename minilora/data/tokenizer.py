@@ -18,7 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from ..formats.disk import PathLike, atomic_file, open_regular, quoted, read_json, write_json
+from ..formats.disk import (
+    JsonObject,
+    PathLike,
+    atomic_file,
+    open_regular,
+    quoted,
+    read_json,
+    write_json,
+)
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -46,7 +54,7 @@ def _utf8(text: str | bytes) -> bytes:
         ) from None
 
 
-def _byte_level() -> dict[str, Any]:
+def _byte_level() -> JsonObject:
     """Our tokenizer.json: byte-level BPE without merges. Its pieces are bytes, its ids too.
 
     Byte-level BPE (Radford et al. 2019) writes each byte as one visible character: a printable
@@ -62,7 +70,7 @@ def _byte_level() -> dict[str, Any]:
         "trim_offsets": True,
         "use_regex": False,
     }
-    model: dict[str, Any] = {"type": "BPE", "vocab": vocabulary, "merges": []}
+    model: JsonObject = {"type": "BPE", "vocab": vocabulary, "merges": []}
     model |= dict.fromkeys(
         ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
     )
@@ -151,7 +159,7 @@ class HubTokenizer:
                     self._files[name] = file.read()
 
     @cached_property
-    def _config(self) -> dict[str, Any]:
+    def _config(self) -> JsonObject:
         """tokenizer_config.json; an empty object if it is another value, or missing.
 
         Python's own parser reads it: minilora uses few of its fields, and others have integers of
@@ -316,7 +324,7 @@ def load_tokenizer(directory: PathLike, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _is_byte_level(fields: dict[str, Any]) -> bool:
+def _is_byte_level(fields: JsonObject) -> bool:
     """Whether a tokenizer.json gives the same ids as `_byte_level`."""
     ours = _byte_level()
     template = fields.get("post_processor")

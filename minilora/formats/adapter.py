@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import FormatError
-from .disk import PathLike, json_after, quoted, read_json, require_folder
+from .disk import JsonObject, PathLike, json_after, quoted, read_json, require_folder
 from .safetensors import Array, SafetensorsFile, save_file
 
 CONFIG_FILE = "adapter_config.json"
@@ -80,7 +80,7 @@ PEFT_CONFIG_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 )
 
 
-def open_adapter(directory: PathLike) -> tuple[dict[str, Any], SafetensorsFile]:
+def open_adapter(directory: PathLike) -> tuple[JsonObject, SafetensorsFile]:
     """(config as the file has it, the open tensors) of PEFT's folder: close them, or use `with`.
 
     FileNotFoundError without the folder; FormatError when a file is missing or damaged.
@@ -95,7 +95,7 @@ def open_adapter(directory: PathLike) -> tuple[dict[str, Any], SafetensorsFile]:
     return config, SafetensorsFile(Path(directory, WEIGHTS_FILE))
 
 
-def read_adapter(directory: PathLike) -> tuple[dict[str, Any], dict[str, Array]]:
+def read_adapter(directory: PathLike) -> tuple[JsonObject, dict[str, Array]]:
     """`open_adapter`, with all arrays read, by PEFT's keys. BF16 comes as float32."""
     config, file = open_adapter(directory)
     with file:

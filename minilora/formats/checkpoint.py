@@ -8,17 +8,16 @@ how the files of a type of model hold a weight (O, I): as it is, or transposed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from ..errors import FormatError
-from .disk import PathLike, json_after, quoted, read_json, require_folder
-from .safetensors import Array, Entry, SafetensorsFile, save_file, write_stream
+from .disk import JsonObject, PathLike, json_after, quoted, read_json, require_folder
+from .safetensors import Array, Entry, SafetensorsFile, Tensors, save_file, write_stream
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -47,7 +46,7 @@ def to_file_layout(model_type: str, key: str, array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array.T) if is_stored_transposed(model_type, key) else array
 
 
-class Checkpoint:
+class Checkpoint(Tensors):
     """The tensors of a folder by key, over one file or many, which it keeps open: use `with`.
 
     shards    {file name in the folder: its keys}
@@ -57,7 +56,7 @@ class Checkpoint:
         require_folder(directory, "model")
         self.directory = os.fspath(directory)
         self.shards: dict[str, list[str]] = {}
-        self._files: dict[str, SafetensorsFile] = {}
+        self._entries: dict[str, SafetensorsFile] = {}
         with ExitStack() as opened:
             self._open(opened)
             self._opened = opened.pop_all()
@@ -80,7 +79,7 @@ class Checkpoint:
 
     def _add(self, shard: str, file: SafetensorsFile) -> None:
         self.shards[shard] = file.keys()
-        self._files.update(dict.fromkeys(file, file))
+        self._entries.update(dict.fromkeys(file, file))
 
     def _open_shards(self, index: Path, opened: ExitStack) -> None:
         where = quoted(index)
@@ -114,23 +113,14 @@ class Checkpoint:
         return path
 
     def _file(self, key: str) -> SafetensorsFile:
-        if key not in self._files:
+        if key not in self._entries:
             raise FormatError(
                 f"{quoted(self.directory)}: no tensor {quoted(key)} among its {len(self)}"
             )
-        return self._files[key]
-
-    def keys(self) -> list[str]:
-        return list(self._files)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._files
+        return self._entries[key]
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._entries)
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self._file(key).shape(key)
@@ -150,12 +140,6 @@ class Checkpoint:
     def close(self) -> None:
         self._opened.close()
 
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
 
 def _read_index(path: Path) -> dict[str, set[str]]:
     """{shard: its keys}, as the index lists them."""
@@ -168,7 +152,7 @@ def _read_index(path: Path) -> dict[str, set[str]]:
     return listed
 
 
-def read_checkpoint(directory: PathLike) -> tuple[dict[str, Any], Checkpoint]:
+def read_checkpoint(directory: PathLike) -> tuple[JsonObject, Checkpoint]:
     """(config.json as a dict, the open tensors) of a model's folder: close them, or use `with`.
 
     FileNotFoundError without the folder; FormatError when a file is missing or damaged.
@@ -184,7 +168,7 @@ def read_checkpoint(directory: PathLike) -> tuple[dict[str, Any], Checkpoint]:
 
 
 def write_checkpoint(
-    directory: PathLike, config: dict[str, Any], tensors: Mapping[str, Array] | Iterable[Entry]
+    directory: PathLike, config: JsonObject, tensors: Mapping[str, Array] | Iterable[Entry]
 ) -> None:
     """Write model.safetensors, then config.json.
 

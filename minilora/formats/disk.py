@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 from ..errors import ConfigError, FormatError
 
 PathLike = str | os.PathLike[str]
+JsonObject = dict[str, Any]
 
 MAX_JSON_BYTES = 1 << 20  # configs of language models and adapters in use are far smaller
 MAX_JSON_VALUES = 4 << 20  # twice the lists, objects and texts of the largest tokenizer in use
@@ -179,7 +180,7 @@ def require_folder(path: PathLike, what: str) -> None:
 
 def parse_json(
     data: bytes, where: str, depth: int = MAX_DEPTH, values: int = MAX_JSON_VALUES
-) -> dict[str, Any]:
+) -> JsonObject:
     """The JSON object in `data`, or a FormatError that begins with `where`.
 
     Stricter than Python's parser, which takes NaN, repeated keys, 1e400, half of a surrogate pair
@@ -221,7 +222,7 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     result = dict(pairs)
     if len(result) < len(pairs):
         counts = Counter(name for name, _ in pairs)
@@ -229,7 +230,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def read_json(path: PathLike, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: PathLike, limit: int = MAX_JSON_BYTES) -> JsonObject:
     """The JSON object in a file of at most `limit` bytes.
 
     FormatError names the file; OSError if it cannot be read.
@@ -241,14 +242,14 @@ def read_json(path: PathLike, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
         return parse_json(file.read(), quoted(path))
 
 
-def write_json(path: PathLike, value: dict[str, Any]) -> None:
+def write_json(path: PathLike, value: JsonObject) -> None:
     """Write `value` as JSON, atomically, its keys sorted. ConfigError if `read_json` refused it."""
     with json_after(path, value):
         pass
 
 
 @contextmanager
-def json_after(path: PathLike, value: dict[str, Any]) -> Iterator[None]:
+def json_after(path: PathLike, value: JsonObject) -> Iterator[None]:
     """`write_json`, whose file becomes real after the block, so that two files change together.
 
     Objects inside keep their order, which can matter: in a rank_pattern the first match counts.

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -63,7 +63,32 @@ class _Stored(NamedTuple):
     end: int
 
 
-class SafetensorsFile:
+class Tensors:
+    """Open files of tensors by name: iterate over the names, and use it in a `with` block."""
+
+    _entries: Mapping[str, Any]
+
+    def keys(self) -> list[str]:
+        """The names of all tensors, in the order of the files."""
+        return list(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class SafetensorsFile(Tensors):
     """An open safetensors file whose whole header has been checked. Use it in a `with` block.
 
     FormatError when anything in the file breaks the format, OSError when it cannot be read.
@@ -103,7 +128,9 @@ class SafetensorsFile:
             raise FormatError(f"{self._where}: __metadata__ must hold strings only")
         self.metadata: dict[str, str] = metadata
         self._start = 8 + length
-        self._entries = {name: self._check_entry(name, entry) for name, entry in header.items()}
+        self._entries: dict[str, _Stored] = {}
+        for name, entry in header.items():
+            self._entries[name] = self._check_entry(name, entry)
         self._check_offsets(size - self._start)
 
     def _check_entry(self, name: str, entry: Any) -> _Stored:
@@ -175,16 +202,6 @@ class SafetensorsFile:
             )
         return self._entries[name]
 
-    def keys(self) -> list[str]:
-        """The names of all tensors, in the header's order."""
-        return list(self._entries)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
     def dtype(self, name: str) -> str:
         """The dtype under the format's own name, such as "BF16"."""
         return self._entry(name).dtype
@@ -218,12 +235,6 @@ class SafetensorsFile:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> SafetensorsFile:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def load_file(path: PathLike) -> dict[str, Array]:

@@ -23,7 +23,7 @@ from ..autograd import no_grad
 from ..data.texts import prose, python_sources, read_text, split, split_text
 from ..data.tokenizer import ByteTokenizer
 from ..errors import ConfigError
-from ..formats import write_json
+from ..formats import JsonObject, write_json
 from ..lora import AdaLoraConfig, LoraConfig, LoraLinear, PeftModel, get_peft_model
 from ..models.config import TransformerConfig
 from ..models.generation import generate
@@ -116,7 +116,7 @@ def demo(
     device: str = "cpu",
     pictures: bool = True,
     say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Run all stages, write the results into `out`, an empty folder, and return the summary.
 
     The summary is what summary.json has.
@@ -162,7 +162,7 @@ def demo(
         figures = {"base": measure(model)}
         samples = {"base": write_sample(model)}
 
-    summary: dict[str, Any] = {"method": plan.method, "quantize": plan.quantize}
+    summary: JsonObject = {"method": plan.method, "quantize": plan.quantize}
     if plan.quantize != "none":
         summary["held"] = measure_weight_memory(quantize(model, plan.quantize))
         say(f"   {format_weight_memory(summary['held'])}")
@@ -224,7 +224,7 @@ def _describe_ranks(config: LoraConfig) -> str:
     return f"r = {config.r}"
 
 
-def _check(model: PeftModel, ids: np.ndarray, before: str) -> dict[str, Any]:
+def _check(model: PeftModel, ids: np.ndarray, before: str) -> JsonObject:
     """What must hold after training: the base is unchanged, and merging equals adding."""
     base = model.get_base_model()
     with no_grad():
@@ -323,7 +323,7 @@ def _in_bits(run: Result) -> tuple[list[float], list[tuple[int, float]]]:
     return [bits_per_byte(loss) for loss in run.losses], evaluations
 
 
-def _report(summary: dict[str, Any], say: Callable[[str], None]) -> None:
+def _report(summary: JsonObject, say: Callable[[str], None]) -> None:
     method = summary["method"]
     coded = "" if summary["quantize"] == "none" else f"{summary['quantize']} "
     labels = {"base": "base", "quantized base": f"{coded}base", "lzma": "lzma, for scale"}

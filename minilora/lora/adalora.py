@@ -16,50 +16,42 @@ once, and keeps as many as a falling budget allows. `orthogonality` is the penal
 from __future__ import annotations
 
 import dataclasses
-import math
+import operator
 import warnings
 from typing import Any
 
 import numpy as np
 
 from ..autograd import Tensor, grad_enabled
-from ..backend import Array
+from ..backend import Array, Shape
 from ..effective import Formed, Pull
-from ..errors import ConfigError, Rule, check_fields
+from ..errors import (
+    ConfigError,
+    Rule,
+    check_fields,
+    is_flag,
+    is_plain_number,
+    one_of,
+    rules_for,
+)
 from ..functional import Grads
 from ..nn import Dropout, LinearBase, Parameter, normal
-from .config import LoraConfig, integer_rule
+from .config import LoraConfig, integer_rules
 from .lora import LoraAdapter
 
 RANK_EPS = 1e-5  # PEFT adds this to AdaLoRA's rank before it divides by the rank
 
 
-def _is_fraction(value: Any) -> bool:
-    return type(value) is float and 0 < value < 1
-
-
 RULES = [
-    integer_rule("init_r"),
-    integer_rule("target_r"),
-    integer_rule("total_step"),
-    integer_rule("tinit", 0),
-    integer_rule("tfinal", 0),
-    integer_rule("deltaT"),
-    Rule("beta1", _is_fraction, "between 0 and 1"),
-    Rule("beta2", _is_fraction, "between 0 and 1"),
-    Rule(
-        "orth_reg_weight",
-        lambda value: type(value) in (int, float) and 0 <= value < math.inf,
-        "a number of at least 0",
-    ),
-    Rule("init_lora_weights", lambda value: isinstance(value, bool), "True or False"),
-    Rule(
-        "use_rslora",
-        lambda value: value is False,
-        f"False: the scaling is lora_alpha / (init_r + {RANK_EPS})",
-    ),
-    Rule("alpha_pattern", lambda value: not value, "empty: all layers have one lora_alpha"),
-    Rule("use_dora", lambda value: value is False, "False: AdaLoRA has no magnitude"),
+    *integer_rules("init_r", "target_r", "total_step"),
+    *integer_rules("tinit", "tfinal", least=0),
+    *integer_rules("deltaT"),
+    *rules_for(("beta1", "beta2"), is_plain_number(above=0, below=1), "between 0 and 1"),
+    Rule("orth_reg_weight", is_plain_number(least=0), "a number of at least 0"),
+    Rule("init_lora_weights", is_flag, "True or False"),
+    Rule("use_rslora", one_of(False), f"False: the scaling is lora_alpha / (init_r + {RANK_EPS})"),
+    Rule("alpha_pattern", operator.not_, "empty: all layers have one lora_alpha"),
+    Rule("use_dora", one_of(False), "False: AdaLoRA has no magnitude"),
 ]
 
 
@@ -180,7 +172,7 @@ class AdaLoraAdapter(LoraAdapter):
         self._settled: int | None = None
 
     @staticmethod
-    def shapes(base: Any, r: int) -> dict[str, tuple[int, ...]]:
+    def shapes(base: Any, r: int) -> dict[str, Shape]:
         """The shapes of the trainable tensors of a layer over `base`: r (in + out + 1) numbers."""
         return {"lora_A": (r, base.in_features), "lora_E": (r, 1), "lora_B": (base.out_features, r)}
 

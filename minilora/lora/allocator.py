@@ -25,7 +25,7 @@ def orthogonality(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """
     inputs = tuple(factor for pair in factors for factor in pair)
     xp = namespace(*inputs)
-    matrices: list[Array] = []  # A and B^T of each pair, all (r, n)
+    matrices = []  # A and B^T of each pair, all (r, n)
     for A, B in factors:
         matrices += [A.data, B.data.T]
     gaps = []

@@ -5,11 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from ..errors import ConfigError, Rule, check_fields
-from ..formats import PEFT_CONFIG_DEFAULTS
+from ..errors import (
+    ConfigError,
+    Predicate,
+    Rule,
+    check_fields,
+    is_flag,
+    is_integer,
+    is_number,
+    optional,
+    rules_for,
+)
+from ..formats import PEFT_CONFIG_DEFAULTS, JsonObject
 from .patterns import Pattern
 from .targets import pattern_value
 
@@ -27,25 +37,10 @@ MAX_BRANCHING = 2000
 # ---- the rules for fields ----------------------------------------------------------------------
 
 
-def integer_rule(field: str, least: int = 1, limit: int = 2**24) -> Rule:
-    """The rule that a field is an integer of at least `least`, below `limit`."""
-    return Rule(
-        field,
-        lambda value: type(value) is int and least <= value < limit,
-        f"an integer of at least {least} and below {limit}",
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
+def integer_rules(*fields: str, least: int = 1, limit: int = 2**24) -> list[Rule]:
+    """The rules that these fields are integers of at least `least`, below `limit`."""
+    wanted = f"an integer of at least {least} and below {limit}"
+    return rules_for(fields, is_integer(least, limit - 1), wanted)
 
 
 def _is_names(value: Any) -> bool:
@@ -82,7 +77,7 @@ def _is_tokens(value: Any) -> bool:
     )
 
 
-def _table_rule(field: str, is_valid: Callable[[Any], bool]) -> Rule:
+def _table_rule(field: str, is_valid: Predicate) -> Rule:
     """The rule that a field is a dictionary from names to valid values."""
 
     def is_table(table: Any) -> bool:
@@ -94,25 +89,26 @@ def _table_rule(field: str, is_valid: Callable[[Any], bool]) -> Rule:
 
 
 SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "ensure_weight_tying")
-RANK = integer_rule("r")
+_RANK = integer_rules("r")
+_is_scale = is_number(above=0, below=1e300, kinds=(int, float))
 RULES = [
-    RANK,
-    Rule("lora_alpha", _is_positive, "a positive number"),
-    Rule("lora_dropout", lambda value: _is_number(value) and 0 <= value < 1, "in [0, 1)"),
+    *_RANK,
+    Rule("lora_alpha", _is_scale, "a positive number"),
+    Rule("lora_dropout", is_number(0, below=1, kinds=(int, float)), "in [0, 1)"),
     Rule("bias", ("none", "all", "lora_only").__contains__, "'none', 'all' or 'lora_only'"),
     Rule(
         "init_lora_weights",
-        lambda value: _is_bool(value) or value == "gaussian",
+        lambda value: is_flag(value) or value == "gaussian",
         "True, False or 'gaussian'",
     ),
     Rule("task_type", (None, "CAUSAL_LM").__contains__, "'CAUSAL_LM' or None"),
-    *(Rule(name, _is_bool, "True or False") for name in SWITCHES),
-    _table_rule("rank_pattern", RANK.is_valid),
-    _table_rule("alpha_pattern", _is_positive),
+    *rules_for(SWITCHES, is_flag, "True or False"),
+    _table_rule("rank_pattern", _RANK[0].is_valid),
+    _table_rule("alpha_pattern", _is_scale),
     Rule("target_modules", _is_names_or_pattern, "a list of names, or a pattern"),
     Rule("target_modules", lambda value: value not in ([], ""), "at least one name"),
     Rule("exclude_modules", _is_names_or_pattern, "a list of names, or a pattern"),
-    Rule("modules_to_save", lambda value: value is None or _is_names(value), "a list of names"),
+    Rule("modules_to_save", optional(_is_names), "a list of names"),
     Rule(
         "trainable_token_indices",
         _is_tokens,
@@ -174,7 +170,7 @@ class LoraConfig:
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     inference_mode: bool = False
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    extra: JsonObject = dataclasses.field(default_factory=dict, repr=False)
 
     peft_type = "LORA"  # a constant of the class, not a field
 
@@ -261,7 +257,7 @@ class LoraConfig:
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Every field that PEFT 0.21 writes to adapter_config.json."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["extra"]

@@ -27,7 +27,7 @@ import numpy as np
 
 from .. import functional as F
 from ..autograd import Tensor, namespace, record
-from ..backend import Array
+from ..backend import Array, Shape
 from ..effective import Formed, Pull
 from ..errors import ConfigError
 from ..nn import LinearBase, Parameter
@@ -63,7 +63,7 @@ class DoraAdapter(LoraAdapter):
         self.lora_magnitude_vector = Parameter(self.norms(base.dense_weight()))
 
     @staticmethod
-    def shapes(base: Any, r: int) -> dict[str, tuple[int, ...]]:
+    def shapes(base: Any, r: int) -> dict[str, Shape]:
         """The shapes of the trainable tensors over `base`: r (in + out) + out numbers."""
         return {**LoraAdapter.shapes(base, r), "lora_magnitude_vector": (base.out_features,)}
 

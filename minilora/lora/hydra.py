@@ -29,16 +29,16 @@ import numpy as np
 
 from .. import functional as F
 from ..autograd import Tensor, namespace, record
-from ..backend import Array
-from ..errors import ConfigError, Rule, check_fields
+from ..backend import Array, Shape
+from ..errors import ConfigError, Rule, check_fields, one_of
 from ..nn import LinearBase, Parameter, uniform
-from .config import LoraConfig, integer_rule
+from .config import LoraConfig, integer_rules
 from .factors import Part
 from .lora import LoraAdapter
 
 RULES = [
-    integer_rule("experts", 1, 2**10),
-    Rule("use_dora", lambda value: value is False, "False: a mixture has no magnitude"),
+    *integer_rules("experts", limit=2**10),
+    Rule("use_dora", one_of(False), "False: a mixture has no magnitude"),
 ]
 
 
@@ -92,7 +92,7 @@ class HydraAdapter(LoraAdapter):
         self.lora_route = Parameter(from_numpy(uniform(rng, 1 / math.sqrt(I), (k, I), base.dtype)))
 
     @staticmethod
-    def shapes(base: Any, r: int, experts: int = 1) -> dict[str, tuple[int, ...]]:
+    def shapes(base: Any, r: int, experts: int = 1) -> dict[str, Shape]:
         """The shapes of the trainable tensors over `base`: r in + k (r out + in) numbers."""
         I = base.in_features
         O = base.out_features

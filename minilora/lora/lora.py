@@ -18,7 +18,7 @@ import numpy as np
 
 from .. import functional as F
 from ..autograd import Tensor
-from ..backend import Array
+from ..backend import Array, Shape
 from ..effective import Formed, Pull
 from ..nn import Dropout, LinearBase, Module, Parameter, normal, uniform
 from .config import LoraConfig
@@ -65,7 +65,7 @@ class LoraAdapter(Module):
         self.lora_B = Parameter(base.backend.from_numpy(B))
 
     @staticmethod
-    def shapes(base: Any, r: int) -> dict[str, tuple[int, ...]]:
+    def shapes(base: Any, r: int) -> dict[str, Shape]:
         """The shapes of the trainable tensors of a layer over `base`: r (in + out) numbers."""
         return {"lora_A": (r, base.in_features), "lora_B": (base.out_features, r)}
 

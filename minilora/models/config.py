@@ -10,12 +10,25 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError, Rule, check_fields
+from ..errors import (
+    ConfigError,
+    Predicate,
+    Rule,
+    check_fields,
+    is_flag,
+    is_integer,
+    is_number,
+    is_plain_number,
+    one_of,
+    optional,
+    rules_for,
+)
+from ..formats import JsonObject
 
 ROPE_TYPES = ("default", "linear", "llama3")
 SLIDING = "sliding_attention"
@@ -112,42 +125,24 @@ MODEL_TYPES = tuple(DIALECTS)
 # ---- what each field may hold -------------------------------------------------------------------
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**31
-
-
-def _is_head_dim(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**16
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < 1e300
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
 def _is_object(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
-MODEL_TYPE_RULE = Rule(
-    "model_type", lambda kind: kind in MODEL_TYPES, f"one of {', '.join(MODEL_TYPES)}"
-)
+_LARGEST = 2**31 - 1
+_is_size = is_integer(1, _LARGEST)
+_is_head_dim = is_integer(1, 2**16 - 1)
+_is_rotary_number = is_number(above=1e-30, below=1e30, kinds=(int, float))
+SIZES = (*REQUIRED, "num_key_value_heads", "max_position_embeddings")
+SCALES = ("rms_norm_eps", "initializer_range")
+SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings")
+MODEL_TYPE_RULE = Rule("model_type", MODEL_TYPES.__contains__, f"one of {', '.join(MODEL_TYPES)}")
 RULES = [
-    *[Rule(name, _is_size, "a positive integer") for name in REQUIRED],
-    Rule("num_key_value_heads", _is_size, "a positive integer"),
-    Rule("max_position_embeddings", _is_size, "a positive integer"),
-    Rule("rms_norm_eps", _is_positive, "a positive number"),
-    Rule("initializer_range", _is_positive, "a positive number"),
-    Rule("attention_bias", _is_bool, "true or false"),
-    Rule("mlp_bias", _is_bool, "true or false"),
-    Rule("tie_word_embeddings", _is_bool, "true or false"),
-    Rule("sliding_window", lambda n: n is None or _is_size(n), "a positive integer, or null"),
-    Rule(
-        "max_window_layers", lambda n: type(n) is int and 0 <= n < 2**31, "an integer of at least 0"
-    ),
+    *rules_for(SIZES, _is_size, "a positive integer"),
+    *rules_for(SCALES, is_plain_number(above=0, below=1e300), "a positive number"),
+    *rules_for(SWITCHES, is_flag, "true or false"),
+    Rule("sliding_window", optional(_is_size), "a positive integer, or null"),
+    Rule("max_window_layers", is_integer(0, _LARGEST), "an integer of at least 0"),
     Rule("rope_parameters", _is_object, "an object"),
 ]
 
@@ -202,9 +197,8 @@ class TransformerConfig:
             fields["num_key_value_heads"] = heads
         if self.intermediate_size is None and not is_rotary and _is_size(self.hidden_size):
             fields["intermediate_size"] = 4 * self.hidden_size
-        activations = dialect.activations
-        wanted = f"one of {', '.join(activations)}"
-        self._check("hidden_act", lambda name: name in activations, wanted)
+        wanted = f"one of {', '.join(dialect.activations)}"
+        self._check("hidden_act", dialect.activations.__contains__, wanted)
         for rule in RULES:
             self._check(*rule)
         if self.head_dim is None:
@@ -219,7 +213,7 @@ class TransformerConfig:
             self._check("head_dim", lambda D: _is_head_dim(D) and self._plain_heads, wanted)
         wanted = f"a divisor of num_attention_heads = {heads}"
         self._check("num_key_value_heads", lambda K: heads % K == 0, wanted)
-        types: Any = self.layer_types
+        types = self.layer_types
         if types is not None:
             count = self.num_hidden_layers
             listed = isinstance(types, (list, tuple)) and all(kind in LAYER_TYPES for kind in types)
@@ -234,7 +228,7 @@ class TransformerConfig:
             fields["rope_parameters"] = {**rope, **self.rope_parameters}
             rotary_frequencies(self)  # ConfigError if the rotary parameters do not fit
 
-    def _check(self, name: str, is_valid: Callable[[Any], bool], wanted: str) -> None:
+    def _check(self, name: str, is_valid: Predicate, wanted: str) -> None:
         """ConfigError if the value is not valid; it names the field as config.json does, too."""
         names = DIALECTS[self.model_type].names
         shown = f"{name} ({names[name]})" if name in names else name
@@ -315,7 +309,7 @@ class TransformerConfig:
         check_fields({"model_type": kind}, [MODEL_TYPE_RULE], "config: ")
         dialect = DIALECTS[kind]
         for name, value in dialect.demands.items():
-            rule = Rule(name, functools.partial(operator.is_, value), str(value).lower())
+            rule = Rule(name, one_of(value), str(value).lower())
             check_fields({name: value, **config}, [rule], "config: ")
         given = dict(dialect.absent)
         if "rope_parameters" in dialect.fields:
@@ -331,7 +325,7 @@ class TransformerConfig:
             given["sliding_window"] = None
         return cls(**given, model_type=kind, extra=config)
 
-    def to_dict(self, dtype: str = "float32") -> dict[str, Any]:
+    def to_dict(self, dtype: str = "float32") -> JsonObject:
         """The fields for config.json, in the dialect of the type of model."""
         dialect = DIALECTS[self.model_type]
         fields = {dialect.names.get(name, name): getattr(self, name) for name in dialect.fields}
@@ -352,7 +346,7 @@ class TransformerConfig:
         return {**written, "model_type": self.model_type, "dtype": dtype}
 
 
-def _pop_rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+def _pop_rope_parameters(config: JsonObject) -> JsonObject:
     """Take the rotary parameters out of a config.json, whichever of three spellings it uses."""
     rope = config.pop("rope_parameters", None) or {}
     scaling = config.pop("rope_scaling", None) or {}
@@ -383,8 +377,7 @@ def rotary_frequencies(config: TransformerConfig) -> np.ndarray:
 
     def number(name: str) -> float:
         value: Any = parameters.get(name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        check(name, is_number and 1e-30 < value < 1e30, "a positive number")
+        check(name, _is_rotary_number(value), "a positive number")
         return float(value)
 
     kind = parameters["rope_type"]

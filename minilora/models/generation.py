@@ -11,7 +11,7 @@ import threadpoolctl
 
 from ..autograd import no_grad
 from ..backend import Array
-from ..errors import ConfigError, DataError, NonFiniteError, Rule, check_fields
+from ..errors import ConfigError, DataError, NonFiniteError, Rule, check_fields, optional
 from ..threads import Workers
 from .cache import KeyValueCache
 from .decoding import Decoding, Weights
@@ -19,8 +19,8 @@ from .decoding import Decoding, Weights
 SETTINGS = [
     Rule("max_new_tokens", lambda count: count >= 0, "at least 0"),
     Rule("temperature", lambda value: 0 <= value < math.inf, "a number >= 0"),
-    Rule("top_k", lambda k: k is None or k >= 1, "at least 1"),
-    Rule("top_p", lambda p: p is None or 0 < p <= 1, "in (0, 1]"),
+    Rule("top_k", optional(lambda k: k >= 1), "at least 1"),
+    Rule("top_p", optional(lambda p: 0 < p <= 1), "in (0, 1]"),
 ]
 
 

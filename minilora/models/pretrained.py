@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FormatError
-from ..formats import Checkpoint, Entry, array_entry, read_checkpoint, write_checkpoint
+from ..formats import Checkpoint, array_entry, read_checkpoint, write_checkpoint
 from ..formats.checkpoint import BUFFERS, is_stored_transposed, to_file_layout
 from ..nn import Linear, Parameter, replace_module
 from ..quant.bitsandbytes import (
@@ -78,7 +78,7 @@ def load_model(
             for name in tensor_names:
                 del dense[name]
         _fill(model, checkpoint, dense, coded, directory, stored)
-        modules: dict[str, Any] = dict(model.named_modules())
+        modules = dict(model.named_modules())
         for path, tensor_names in coded.items():
             tensors = {
                 name.removeprefix(f"{path}."): checkpoint.read(names[name]) for name in tensor_names
@@ -197,7 +197,7 @@ def save_model(model: Any, directory: str | Path) -> None:
     if quantization is not None:
         config["quantization_config"] = quantization
     layers = quantized_layers(model)
-    entries: dict[str, Entry] = {}
+    entries = {}
     for name, p in model.named_parameters():
         path = name.removesuffix(".weight")
         if path in layers:

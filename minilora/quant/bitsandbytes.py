@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError, FormatError, Rule, check_fields
-from ..formats.disk import parse_json
+from ..errors import ConfigError, FormatError, Rule, check_fields, is_integer, one_of
+from ..formats.disk import JsonObject, parse_json
 from ..nn import Linear, Module, Parameter
 from .codes import ABSMAX_BLOCK, BLOCK_SIZES, LEVELS, Quantized
 from .linear import QuantizedLinear, quantized_layers
@@ -49,7 +49,7 @@ def write_bitsandbytes(layer: QuantizedLinear) -> dict[str, np.ndarray]:
         "weight": host(quantized.codes).reshape(-1, 1),
         "weight.quant_map": LEVELS[kind].copy(),
     }
-    state: dict[str, Any] = {"quant_type": kind, "blocksize": quantized.block_size}
+    state = {"quant_type": kind, "blocksize": quantized.block_size}
     state["dtype"] = str(layer.dtype)
     state["shape"] = list(quantized.shape)
     if quantized.double_quant:
@@ -144,9 +144,7 @@ def read_bitsandbytes(tensors: Mapping[str, np.ndarray], where: str = "layer") -
 
 
 def _is_shape(value: Any) -> bool:
-    if type(value) is not list or len(value) != 2:
-        return False
-    return all(type(n) is int and n > 0 for n in value)  # True would compare like 1
+    return type(value) is list and len(value) == 2 and all(map(is_integer(1), value))
 
 
 def _is_float32(value: Any) -> bool:
@@ -155,17 +153,13 @@ def _is_float32(value: Any) -> bool:
 
 
 def _one_of(field: str, *valid: Any) -> Rule:
-    """The rule that a field has one of these values, and its type: 1 would compare like True."""
-
-    def is_valid(value: Any) -> bool:
-        return any(type(value) is type(v) and value == v for v in valid)
-
-    return Rule(field, is_valid, " or ".join(json.dumps(v) for v in valid))
+    """The rule that a field has one of these values, and its type."""
+    return Rule(field, one_of(*valid), " or ".join(map(json.dumps, valid)))
 
 
 _STATE_RULES = [
     _one_of("blocksize", *BLOCK_SIZES)._replace(wanted="a power of two from 32 to 4096"),
-    Rule("dtype", lambda name: type(name) is str and name in _DTYPES, ", ".join(_DTYPES)),
+    Rule("dtype", one_of(*_DTYPES), ", ".join(_DTYPES)),
     Rule("shape", _is_shape, "two lengths"),
 ]
 _NESTED_RULES = [
@@ -175,7 +169,7 @@ _NESTED_RULES = [
 ]
 
 
-def _read_state(data: bytes, kind: str, nested: bool, where: str) -> dict[str, Any]:
+def _read_state(data: bytes, kind: str, nested: bool, where: str) -> JsonObject:
     """The JSON object beside the tensors, its fields and their values checked."""
     rules = [_one_of("quant_type", kind), *_STATE_RULES]
     if nested:
@@ -186,10 +180,7 @@ def _read_state(data: bytes, kind: str, nested: bool, where: str) -> dict[str, A
         raise FormatError(
             f"{where}: {_STATE + kind} must hold {', '.join(fields)}, it holds {', '.join(state)}"
         )
-    try:
-        check_fields(state, rules, f"{where}: ")
-    except ConfigError as error:
-        raise FormatError(str(error)) from None
+    check_fields(state, rules, f"{where}: ", FormatError)
     return state
 
 
@@ -244,7 +235,7 @@ def read_quantization_config(fields: Any) -> QuantizationScheme:
     return QuantizationScheme(values["bnb_4bit_quant_type"], values["bnb_4bit_use_double_quant"])
 
 
-def quantization_config(model: Module) -> dict[str, Any] | None:
+def quantization_config(model: Module) -> JsonObject | None:
     """The quantization_config that transformers writes for a model; None without quantised layers.
 
     ConfigError for int8 layers, which have no such form, and for layers of two schemes.

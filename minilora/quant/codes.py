@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, Backend, backend_of
-from ..errors import ConfigError, NonFiniteError, Rule, check_fields
+from ..backend import Array, Backend, Shape, backend_of
+from ..errors import ConfigError, NonFiniteError, Rule, check_fields, is_flag, one_of
 
 # ---- the levels of each kind, in the order of its codes ------------------------------------------
 
@@ -64,13 +64,9 @@ BLOCK_SIZES = tuple(2**k for k in range(5, 13))  # 32 ... 4096
 ABSMAX_BLOCK = 256  # how many absmax share one scale when they are quantised, too
 _SMALLEST = 2.0**-126  # the smallest normal float32: 1 / absmax of anything below could overflow
 OPTIONS = [
-    Rule("kind", lambda kind: kind in KINDS, f"one of {', '.join(KINDS)}"),
-    Rule(
-        "block_size",
-        lambda size: type(size) is int and size in BLOCK_SIZES,
-        f"one of {', '.join(map(str, BLOCK_SIZES))}",
-    ),
-    Rule("double_quant", lambda flag: type(flag) is bool, "True or False"),
+    Rule("kind", KINDS.__contains__, f"one of {', '.join(KINDS)}"),
+    Rule("block_size", one_of(*BLOCK_SIZES), f"one of {', '.join(map(str, BLOCK_SIZES))}"),
+    Rule("double_quant", is_flag, "True or False"),
 ]
 
 
@@ -111,7 +107,7 @@ class Quantized:
     """
 
     kind: str
-    shape: tuple[int, ...]
+    shape: Shape
     block_size: int
     codes: Array
     absmax: Any
@@ -173,7 +169,7 @@ def encode(
     each, and one scale for 256 of them. ConfigError for an invalid kind or block size,
     NonFiniteError for a NaN or what float32 cannot hold.
     """
-    check_fields({"kind": kind, "block_size": block_size, "double_quant": double_quant}, OPTIONS)
+    check_fields(locals(), OPTIONS)
     if not values.size:
         raise ConfigError(f"nothing to quantise: an array of shape {tuple(values.shape)}")
     backend = backend_of(values)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..autograd import Tensor
-from ..backend import Array, Backend, backend_of
+from ..backend import Array, Backend, Shape, backend_of
 from ..errors import ConfigError, NonFiniteError, Rule, check_fields
 from ..formats.dtypes import round_to
 from ..nn import Embedding, Linear, LinearBase, Module, Parameter, replace_module
@@ -32,7 +32,7 @@ from .linear import QuantizedWeight, quantized_linear
 STORED = {"BF16": "bfloat16", "F16": "float16"}  # the kinds, by their names in files
 NAMES = {kind: name for name, kind in STORED.items()}
 PIECE = 1 << 20  # how many numbers `iterate_pieces` widens at once
-KIND_RULE = Rule("kind", lambda kind: kind in NAMES, f"one of {', '.join(NAMES)}")
+KIND_RULE = Rule("kind", NAMES.__contains__, f"one of {', '.join(NAMES)}")
 
 # ---- an array -----------------------------------------------------------------------------------
 
@@ -49,7 +49,7 @@ class Half:
     codes: Array
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         return tuple(self.codes.shape)
 
     @property
@@ -80,7 +80,7 @@ def encode_half(values: Array, kind: str) -> Half:
 
     Beyond the kind's range they become inf. ConfigError for an invalid kind.
     """
-    check_fields({"kind": kind}, [KIND_RULE])
+    check_fields(locals(), [KIND_RULE])
     backend = backend_of(values)
     codes = round_to(backend.to_numpy(values), NAMES[kind])
     return Half(kind, backend.from_numpy(codes))
@@ -161,7 +161,7 @@ def convert_to_half(model: Any, kind: str = "bfloat16") -> Any:
     """
     if not isinstance(model, Module):
         raise ConfigError(f"expected a model, got {model!r:.99}")
-    halves: dict[Parameter, Half] = {}
+    halves = {}
     for path, module in half_weight_owners(model).items():
         W = module.weight
         if path.endswith((".base_layer", ".original_module")):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..autograd import Tensor, namespace, record
-from ..backend import Array, Backend, backend_of
+from ..backend import Array, Backend, Shape, backend_of
 from ..errors import ConfigError, NonFiniteError
 from ..functional import Grads, rows
 from ..nn import Linear, LinearBase, Module, Parameter, frozen_linear, replace_module
@@ -68,7 +68,7 @@ class QuantizedWeight(Parameter):
             )
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         return self.quantized.shape
 
     @property

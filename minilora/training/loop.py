@@ -34,10 +34,14 @@ from ..errors import (
     DivergenceError,
     Interrupted,
     NonFiniteError,
-    Rule,
     check_fields,
+    is_flag,
+    is_integer,
+    is_plain_number,
+    optional,
+    rules_for,
 )
-from ..formats import load_file, save_file
+from ..formats import JsonObject, load_file, save_file
 from ..formats.folders import locked, require_free_space
 from ..lora import AdaLoraConfig, MultiTask, PeftModel, RankAllocator
 from ..nn import Parameter
@@ -52,40 +56,18 @@ MAX_SEQUENCES = 2**20
 PATIENCE = 50  # steps with a high loss after which a run counts as diverged
 
 
-def _is_natural(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_count(value: Any) -> bool:
-    return _is_natural(value) and value > 0
-
-
-def _is_count_or_none(value: Any) -> bool:
-    return value is None or _is_count(value)
-
-
-def _is_nonnegative(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_nonnegative(value) and value > 0
-
-
-def _is_bool(value: Any) -> bool:
-    return type(value) is bool
-
-
+_LARGEST = 2**63 - 1
+_COUNTS = ("steps", "batch_size", "context", "accumulate")
 _OPTIONAL = ("shard", "threads", "eval_every", "save_every")
-_CHECKS = (
-    (("steps", "batch_size", "context", "accumulate"), _is_count, "an integer of at least 1"),
-    (_OPTIONAL, _is_count_or_none, "an integer of at least 1"),
-    (("warmup", "seed"), _is_natural, "an integer of at least 0"),
-    (("lr", "max_grad_norm"), _is_positive, "a number above 0"),
-    (("floor", "weight_decay"), _is_nonnegative, "a number of at least 0"),
-    (("abort_on_divergence", "gradient_checkpointing"), _is_bool, "True or False"),
-)
-_RULES = [Rule(name, is_valid, wanted) for names, is_valid, wanted in _CHECKS for name in names]
+_is_count = is_integer(1, _LARGEST)
+_RULES = [
+    *rules_for(_COUNTS, _is_count, "an integer of at least 1"),
+    *rules_for(_OPTIONAL, optional(_is_count), "an integer of at least 1"),
+    *rules_for(("warmup", "seed"), is_integer(0, _LARGEST), "an integer of at least 0"),
+    *rules_for(("lr", "max_grad_norm"), is_plain_number(above=0), "a number above 0"),
+    *rules_for(("floor", "weight_decay"), is_plain_number(least=0), "a number of at least 0"),
+    *rules_for(("abort_on_divergence", "gradient_checkpointing"), is_flag, "True or False"),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +128,8 @@ class Result:
     seconds: float
 
 
+NamedParameters = list[tuple[str, Parameter]]
+
 # The ids (N,) of a text, or packed records; or one of them per task, by the task's name.
 Text = Ids | PackedRecords | Mapping[str, Ids | PackedRecords]
 
@@ -192,7 +176,7 @@ class Run:
             return batch
         return dataclasses.replace(batch, tasks=None)
 
-    def step(self, sharded: ShardedStep) -> dict[str, Any]:
+    def step(self, sharded: ShardedStep) -> JsonObject:
         """Take the next step and return its line of the log.
 
         NonFiniteError leaves everything as it was before the step.
@@ -202,7 +186,7 @@ class Run:
         batch = self.batch(number)
         begun = time.perf_counter()
         mean, grads = sharded.gradients(batch, self.optimizer.params, settings.seed, number)
-        penalties: list[Array] = []
+        penalties = []
         if self.allocator is not None:
             # The penalty depends on the weights alone: it is added once, whatever the shards are.
             penalty, penalty_grads = self.allocator.penalty()
@@ -215,7 +199,7 @@ class Run:
         measured = backend.xp.stack([mean, length, *penalties])
         loss, norm, *rest = backend.to_numpy(measured).tolist()
         scale = warmup_cosine(number, settings.steps, settings.warmup, settings.floor)
-        line: dict[str, Any] = {
+        line = {
             "step": number,
             "loss": loss,
             "lr": settings.lr * scale,
@@ -408,7 +392,7 @@ def train(
             loss = math.fsum(losses.values()) / len(losses)
             bits = bits_per_byte(loss, bytes_per_token)
             run.evaluations.append((run.done, loss))
-            record: dict[str, Any] = {"step": run.done, "loss": loss, "bits_per_byte": bits}
+            record: JsonObject = {"step": run.done, "loss": loss, "bits_per_byte": bits}
             if "" not in losses:
                 record["tasks"] = losses
             evaluation_log.write(**record)
@@ -560,9 +544,7 @@ def rank_history(out: Path) -> tuple[list[tuple[int, dict[str, int]]], int]:
 # ---- continuing a run that stopped ---------------------------------------------------------------
 
 
-def _identity(
-    model: Any, settings: Settings, tokens: Text, trained: list[tuple[str, Parameter]]
-) -> dict[str, Any]:
+def _identity(model: Any, settings: Settings, tokens: Text, trained: NamedParameters) -> JsonObject:
     """What makes two runs the same: settings, text, trained parameters and all they depend on."""
     identity = dataclasses.asdict(model.config)
     if isinstance(model, PeftModel):
@@ -603,9 +585,7 @@ def _checksum(text: Ids | PackedRecords) -> str:
     return digest.hexdigest()
 
 
-def _allocator(
-    model: Any, settings: Settings, trained: list[tuple[str, Parameter]]
-) -> RankAllocator | None:
+def _allocator(model: Any, settings: Settings, trained: NamedParameters) -> RankAllocator | None:
     """What cuts the ranks of the adapter that trains; None unless that adapter is AdaLoRA's.
 
     ConfigError for two such adapters, or for a schedule of another length.

@@ -14,7 +14,6 @@ the adapted weights per task.
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,7 +24,15 @@ import threadpoolctl
 from ..autograd import Tensor, gradients, no_grad
 from ..backend import Array, Backend
 from ..data.batches import Batch
-from ..errors import ConfigError, Rule, check_fields
+from ..errors import (
+    ConfigError,
+    Rule,
+    check_fields,
+    is_integer,
+    is_plain_number,
+    optional,
+    rules_for,
+)
 from ..nn import Parameter, dropout_counter
 from ..threads import MAX_THREADS, Workers, available_cores, keep_memory
 
@@ -60,21 +67,16 @@ def shard_size(model: Any, sequences: int, context: int) -> int:
     return max(1, min(int(tokens) // context, (sequences + 1) // 2))
 
 
-def _is_count_or_none(value: Any) -> bool:
-    return value is None or (type(value) is int and value > 0)
-
-
 def _is_balance(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return value in ("tasks", "tokens")
-    return all(type(w) in (int, float) and 0 < w < math.inf for w in value.values())
+    return all(map(is_plain_number(above=0), value.values()))
 
 
-_RULES = (
-    Rule("threads", _is_count_or_none, "an integer of at least 1"),
-    Rule("shard", _is_count_or_none, "an integer of at least 1"),
+_RULES = [
+    *rules_for(("threads", "shard"), optional(is_integer(1)), "an integer of at least 1"),
     Rule("balance", _is_balance, "'tasks', 'tokens' or positive numbers by task"),
-)
+]
 
 
 class ShardedStep:
@@ -100,7 +102,7 @@ class ShardedStep:
         keep_memory: bool = True,
         balance: str | Mapping[str, float] = "tasks",
     ):
-        check_fields({"threads": threads, "shard": shard, "balance": balance}, _RULES)
+        check_fields(locals(), _RULES)
         self.model = model
         self.loss = loss
         self.shard = shard
@@ -154,7 +156,7 @@ class ShardedStep:
             return task, value, gradients(loss, params, upstream)
 
         losses: dict[str | None, Array] = dict.fromkeys(divisors, 0.0)
-        total: list[Array | None] = [None] * len(params)
+        total = [None] * len(params)
         trained = False
         try:
             for task, task_batch in task_batches:

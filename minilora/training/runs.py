@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, FormatError
-from ..formats import atomic_file, read_json, write_json
+from ..formats import JsonObject, atomic_file, read_json, write_json
 from ..formats.disk import sync_folder
 from ..formats.folders import locked, require_empty, whole_folder
 
@@ -93,7 +93,7 @@ class Log:
                 raise
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[JsonObject]:
     """The lines of a `Log`, oldest first, except one that is being written."""
     return [json.loads(line) for line in _whole_lines(path)]
 
@@ -106,9 +106,7 @@ def _whole_lines(path: Path) -> list[bytes]:
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    out: Path, step: int, state: dict[str, Any], write: Callable[[Path], None]
-) -> Path:
+def save_checkpoint(out: Path, step: int, state: JsonObject, write: Callable[[Path], None]) -> Path:
     """Make OUT/checkpoints/step-N real in one rename, and return it.
 
     It has what `write(folder)` writes, and `state` in the manifest. Call this inside `locked(out)`.
@@ -161,7 +159,7 @@ def remove_stale(out: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def find_checkpoint(resume: str | Path, out: Path) -> tuple[Path, dict[str, Any]]:
+def find_checkpoint(resume: str | Path, out: Path) -> tuple[Path, JsonObject]:
     """(folder, manifest) of the checkpoint `resume`; for "auto", of the newest sound one in `out`.
 
     CheckpointError if it does not exist or is damaged. "auto" skips a damaged one with a warning.
@@ -178,7 +176,7 @@ def find_checkpoint(resume: str | Path, out: Path) -> tuple[Path, dict[str, Any]
     raise CheckpointError(f"{str(out)!r} has no {sound}checkpoint to resume from")
 
 
-def _verified_manifest(folder: Path) -> dict[str, Any]:
+def _verified_manifest(folder: Path) -> JsonObject:
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{str(folder)!r} is no checkpoint: it has no {MANIFEST}")
     damaged = f"{str(folder)!r} is damaged"

@@ -225,7 +225,7 @@ def test_lora_config_default_targets_and_fan_in_fan_out_follow_the_type(
     if kind == "gpt2":
         get_peft_model(randomised(shape(kind)), again)
     else:
-        with pytest.warns(UserWarning, match="fan_in_fan_out is for layers whose files hold W as"):
+        with pytest.warns(UserWarning, match="fan_in_fan_out is for layers whose files store W as"):
             get_peft_model(randomised(shape(kind)), again)
 
 
