@@ -1092,7 +1092,7 @@ BAD = [
     (f"{T} --batch-size 1", 2, "cannot hold a sequence of each of 2 tasks"),
     (f"{T} --bias all", 2, "bias must be 'none'"),
     (f"{E} --adapter tasks", 2, "book, latin"),
-    (f"{E} --adapter tasks --task other", 2, "no task 'other'; there is book, latin, __base__"),
+    (f"{E} --adapter tasks --task other", 2, "no task 'other'; choose from book, latin, __base__"),
     (f"{E} --adapter adapter --task book", 2, "holds one adapter"),
     (f"{E} --task book", 2, "give that, too"),
     (f"{M.replace('--adapter adapter', '--adapter tasks')}", 2, "book, latin"),

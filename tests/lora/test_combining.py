@@ -443,7 +443,7 @@ SPOILT: dict[str, tuple[type[MiniloraError], str]] = {
     "a long number": (ConfigError, "--weights: expected 2 finite numbers"),
     "no adapters": (ConfigError, r"adapters: expected a list of one or more, got \[\]"),
     "no list": (ConfigError, "adapters: expected a list of one or more, got 'a'"),
-    "a way": (ConfigError, "cat, svd, linear; there is no 'ties'"),
+    "a way": (ConfigError, "no combination type 'ties'; choose from cat, svd, linear"),
     "r": (ConfigError, "a rank is for svd.*cat got 3"),
     "r = 0": (ConfigError, "from 1 to 65536; svd got 0"),
 }
@@ -554,8 +554,8 @@ def test_the_sum_of_adapters_is_what_all_of_them_give(way: str, dtype: str) -> N
     got = small.logits(model)
     for layer in model._wrappers().values():
         for name, weight in weights.items():
-            if name in layer.held:
-                layer.held[name].scaling *= weight
+            if name in layer.entries:
+                layer.entries[name].scaling *= weight
     model.set_adapter(list(weights))
     both = small.logits(model)
     assert np.abs(got - both).max() <= (1e-4 if dtype == "float32" else 1e-12) * np.abs(both).max()
@@ -615,9 +615,9 @@ MORE = {
         ((["one", "two"], [1], "sum"), ConfigError, "weights: expected 2 finite numbers"),
         ((["one", "two"], [1, "x"], "sum"), ConfigError, "weights: expected 2 finite numbers"),
         ((["one", "two"], [1, math.inf], "sum"), ConfigError, "weights: expected 2 finite numbers"),
-        ((["one", "two"], [1, 1], "two"), ConfigError, "there is an adapter 'two' already"),
+        ((["one", "two"], [1, 1], "two"), ConfigError, "an adapter 'two' exists already"),
         ((["one", "two"], [1, 1], "one.two"), ConfigError, "cannot name an adapter"),
-        ((["one", "two"], [1, 1], "sum", "ties"), ConfigError, "there is no 'ties'"),
+        ((["one", "two"], [1, 1], "sum", "ties"), ConfigError, "no combination type 'ties'"),
         ((["one", "two"], [1, 1], "sum", "cat", 4), ConfigError, "a rank is for svd"),
         ((["one", "two"], [1, 1], "sum", "svd", 0), ConfigError, "svd got 0"),
         ((["one", "two"], [1, 1], "sum", "linear"), ConfigError, "linear adds factors of one rank"),

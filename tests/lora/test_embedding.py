@@ -267,7 +267,7 @@ def test_what_is_merged_in_one_way_is_not_taken_for_the_other(
     for merge in (made.merge_adapter, made.merge_and_unload):
         with pytest.raises(
             ConfigError,
-            match=f"default is merged with tied='{first}', now tied='{then}' is asked for",
+            match=f"default is merged with tied='{first}', got tied='{then}'",
         ):
             merge(tied=then)
         assert np.array_equal(logits(made), before)

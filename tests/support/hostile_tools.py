@@ -529,6 +529,6 @@ def task_rows() -> Iterator[Row]:
             missing,
             load_tasks,
             FormatError,
-            ("multitask.json", "there is no folder of"),
+            ("multitask.json", "the folder of the adapter"),
         )
         yield Row(65, f"merge of no folder {name!r}", missing, line, 4, (name[:30],))
