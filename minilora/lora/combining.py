@@ -67,8 +67,9 @@ def choose_rank(ranks: Mapping[str, Sequence[int]], way: str, r: int | None = No
     and parts that `linear` cannot add.
     """
     if way not in COMBINATION_TYPES:
-        known = ", ".join(COMBINATION_TYPES)
-        raise ConfigError(f"no combination type {way!r:.60}; choose from {known}")
+        raise ConfigError(
+            f"no combination type {way!r:.60}; choose from {', '.join(COMBINATION_TYPES)}"
+        )
     if r is not None and not (way == "svd" and _is_rank(r)):
         raise ConfigError(
             f"a rank is for svd, which takes one from 1 to {MAX_RANK}; {way} got {r!r:.60}"
@@ -76,9 +77,9 @@ def choose_rank(ranks: Mapping[str, Sequence[int]], way: str, r: int | None = No
     largest = 1
     for path, of_parts in ranks.items():
         if way == "linear" and len(set(of_parts)) > 1:
-            listed = ", ".join(map(str, of_parts))
             raise ConfigError(
-                f"{path}: linear adds factors of one rank, and these have {listed}: use cat or svd"
+                f"{path}: linear adds factors of one rank, and these have "
+                f"{', '.join(map(str, of_parts))}: use cat or svd"
             )
         largest = max(largest, sum(of_parts) if way == "cat" else max(of_parts))
     return r or largest
@@ -87,10 +88,10 @@ def choose_rank(ranks: Mapping[str, Sequence[int]], way: str, r: int | None = No
 def combine_layer(
     path: str, parts: Sequence[Part], way: str, r: int, dtype: Any = np.float32
 ) -> tuple[Array, Array, Row]:
-    """A (r, I), B (O, r) of the layer `path` in `dtype`, with s = 1, and how far B A is from the sum.
+    """A (r, I), B (O, r) of the layer `path`, with s = 1, and how far B A is from the sum.
 
-    In the row, |dW| is the sum's norm, and error that of the difference, with the rounding to
-    `dtype` in it. NonFiniteError names the layer.
+    A and B are of `dtype`. In the row, |dW| is the sum's norm, and error that of the difference,
+    with the rounding to `dtype` in it. NonFiniteError names the layer.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         total = cat(parts)
@@ -110,8 +111,9 @@ def combine_layer(
         A = A.astype(dtype)
         B = B.astype(dtype)
         if not (np.isfinite(A).all() and np.isfinite(B).all()):
-            kind = np.dtype(dtype)
-            raise NonFiniteError(f"{path}: the sum of its adapters is too large for {kind}")
+            raise NonFiniteError(
+                f"{path}: the sum of its adapters is too large for {np.dtype(dtype)}"
+            )
     difference = np.concatenate([A, total[0]]), np.concatenate([B, -total[1]], axis=1)
     ranks = " + ".join(str(len(part.A)) for part in parts)
     row = {"layer": path, "r": f"{ranks} -> {r}", **error_row(whole, product_norm(*difference))}
@@ -171,7 +173,7 @@ def add_weighted_adapter(
     check_wrapped(self.model, plan)
     made = {}
     for path, found in sources.items():
-        parts = [_scaled(adapter.part(), weight) for adapter, weight in found]
+        parts = [adapter.part()._replace(c=weight * adapter.scaling) for adapter, weight in found]
         dtype = found[0][0].lora_A.dtype
         made[path] = combine_layer(path, parts, combination_type, r, dtype)
     self._inject(adapter_name, plan, seed=0)
@@ -181,10 +183,6 @@ def add_weighted_adapter(
         adapter.lora_A.data = adapter.lora_A.backend.from_numpy(A)
         adapter.lora_B.data = adapter.lora_B.backend.from_numpy(B)
     return [row for _, _, row in made.values()]
-
-
-def _scaled(part: Part, weight: float) -> Part:
-    return part._replace(c=weight * part.c)
 
 
 def _require_plain(name: str, plan: Plan) -> None:

@@ -3,16 +3,17 @@
 An embedding is the linear layer of one-hot vectors: the token's row W[t] is W^T e_t. So its adapter
 is LoRA's, with the V tokens as inputs and the C channels as outputs:
 
-    lora_embedding_A (r, V)    lora_embedding_B (C, r)    y = W[t] + s B A[:, t]    dW^T = s B A (C, V)
+    lora_embedding_A (r, V)    lora_embedding_B (C, r)
+    y = W[t] + s B A[:, t]     dW^T = s B A (C, V)
 
 A starts at zero here and B at random, because a step reads only some columns of A. It has no
 dropout: no part of a one-hot vector can be left out. DoRA's magnitudes (C,) are the lengths of W's
 columns.
 
 A head of the same weight reads it the other way: y = W x. With `ensure_weight_tying` its adapter is
-the embedding's, transposed: lora_A = B^T, lora_B = A^T. The two are one parameter, whose gradient is
-the sum of both uses. (peft has two parameters over one storage, counts both, and gives each its own
-state in the optimiser.)
+the embedding's, transposed: lora_A = B^T, lora_B = A^T. The two are one parameter, whose gradient
+is the sum of both uses. (peft has two parameters over one storage, counts both, and gives each its
+own state in the optimiser.)
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class EmbeddingAdapter(LoraAdapter):
 
     TENSORS: tuple[str, ...] = ("lora_embedding_A", "lora_embedding_B")
     SUFFIX = ""  # in PEFT these are bare parameters
+    lora_embedding_A: Parameter
+    lora_embedding_B: Parameter
     lora_A = property(lambda self: self.lora_embedding_A)
     lora_B = property(lambda self: self.lora_embedding_B)
 
@@ -70,14 +73,12 @@ class EmbeddingAdapter(LoraAdapter):
         self.r = config.rank(name)
         self.scaling = config.scaling(name)
         self.dropout = Dropout(0.0)
-        A_shape, B_shape = EmbeddingAdapter.shapes(base, self.r).values()
-        if config.init_lora_weights is False:
-            A = normal(rng, 1.0, A_shape, np.float64)
-        else:
-            A = np.zeros(A_shape)  # so the start is the base, bit for bit
-        B = normal(rng, 1.0, B_shape, np.float64)
-        self.lora_embedding_A = Parameter(base.backend.from_numpy(A.astype(base.dtype)))
-        self.lora_embedding_B = Parameter(base.backend.from_numpy(B.astype(base.dtype)))
+        for tensor, shape in EmbeddingAdapter.shapes(base, self.r).items():
+            if tensor == EmbeddingAdapter.TENSORS[0] and config.init_lora_weights is not False:
+                values = np.zeros(shape)  # so the start is the base, bit for bit
+            else:
+                values = normal(rng, 1.0, shape, np.float64)
+            setattr(self, tensor, Parameter(base.backend.from_numpy(values.astype(base.dtype))))
 
     @staticmethod
     def shapes(base: Any, r: int) -> dict[str, tuple[int, ...]]:
@@ -113,16 +114,8 @@ class DoraEmbeddingAdapter(DoraAdapter, EmbeddingAdapter):
 class LoraEmbedding(Merging, Wrapper):
     """y = base(ids), then each active adapter adds to it.    ids (...) integers -> (..., C)"""
 
-    ATTRIBUTES = "base_layer", "adapters"
-
-    def __init__(self, base_layer: Embedding):
-        super().__init__()
-        self.base_layer: Embedding = base_layer
-        self.adapters: dict[str, EmbeddingAdapter] = {}
-
-    @property
-    def current(self) -> Embedding:
-        return self.base_layer
+    base_layer: Embedding
+    adapters: dict[str, EmbeddingAdapter]
 
     @property
     def weight(self) -> Parameter:

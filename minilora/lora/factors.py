@@ -43,23 +43,25 @@ def svd(parts: Sequence[Part], r: int) -> tuple[Array, Array]:
 
 
 def linear(parts: Sequence[Part]) -> tuple[Array, Array]:
-    """A (r, I), B (O, r) as PEFT adds factors of one rank r; B A is not the sum if there are several.
+    """A (r, I), B (O, r) as PEFT adds factors of one rank r; for several, B A is not the sum.
 
     A = sum sgn(c_i) sqrt|c_i| A_i, B = sum sqrt|c_i| B_i
     """
-    roots = [math.sqrt(abs(part.c)) for part in parts]
-    pairs = list(zip(roots, parts, strict=True))
-    A = sum(math.copysign(root, part.c) * part.A for root, part in pairs)
-    B = sum(root * part.B for root, part in pairs)
-    return np.asarray(A), np.asarray(B)
+    A: Any = 0
+    B: Any = 0
+    for part in parts:
+        root = math.sqrt(abs(part.c))
+        A = A + math.copysign(root, part.c) * part.A
+        B = B + root * part.B
+    return A, B
 
 
 def factors_from_svd(U: Array, values: Array, Vt: Array, r: int) -> tuple[Array, Array, Row]:
     """A (r, I), B (O, r) with s = 1 for dW = U diag(values) Vt, and how far B A is from dW.
 
-    U (O, k), values (k,) falling, Vt (k, I). A and B each get the square roots of the values, so that
-    neither is far larger; beyond k they are filled up with zeros. Values beyond the first r only add
-    to the error: one may represent all of them.
+    U (O, k), values (k,) falling, Vt (k, I). A and B each get the square roots of the values, so
+    that neither is far larger; beyond k they are filled up with zeros. Values beyond the first r
+    only add to the error: one may represent all of them.
     """
     k = min(r, len(values))
     root = np.sqrt(values[:k])
@@ -73,8 +75,9 @@ def factors_from_svd(U: Array, values: Array, Vt: Array, r: int) -> tuple[Array,
 def truncate_rank(A: Array, B: Array, s: float, r: int) -> tuple[Array, Array, Row]:
     """A (r, I), B (O, r) whose product is the nearest of rank r to dW = s B A, and how far it is.
 
-    A (q, I), B (O, q). s |B| |A| must be finite: LAPACK's decomposition of an infinite core may never
-    end. B = Q R and A^T = P S give s B A = Q (s R S^T) P^T, so only the q x q core is decomposed.
+    A (q, I), B (O, q). s |B| |A| must be finite: LAPACK's decomposition of an infinite core may
+    never end. B = Q R and A^T = P S give s B A = Q (s R S^T) P^T, so only the q x q core is
+    decomposed.
     """
     Q, R = np.linalg.qr(B)
     P, S = np.linalg.qr(A.T)
@@ -85,14 +88,12 @@ def truncate_rank(A: Array, B: Array, s: float, r: int) -> tuple[Array, Array, R
 
 def pad_rank(A: Array, B: Array, r: int) -> tuple[Array, Array]:
     """A (q, I), B (O, q) with zeros up to rank r >= q, which do not change B A."""
-    more = r - len(A)
-    A = np.pad(A, ((0, more), (0, 0)))
-    B = np.pad(B, ((0, 0), (0, more)))
-    return A, B
+    more = (0, r - len(A))
+    return np.pad(A, (more, (0, 0))), np.pad(B, ((0, 0), more))
 
 
 def product_norm(A: Array, B: Array) -> float:
-    """|B A|, Frobenius. NaN or inf if a factor is not finite, or if float64 cannot square its entries.
+    """|B A|, Frobenius; not finite if a factor is not, or if float64 cannot square its entries.
 
     A (q, I), B (O, q). The orthonormal factors of both change no length, so the core has this norm.
     """

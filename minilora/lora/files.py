@@ -10,14 +10,14 @@ base's, what a tied head has of its embedding, and with bias="all" the biases of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import ConfigError, FormatError
-from ..formats import Checkpoint, SafetensorsFile
+from ..formats import Checkpoint
 from ..formats.adapter import open_adapter
 from ..formats.disk import quoted
 from .adalora import AdaLoraConfig
@@ -67,12 +67,13 @@ class AdapterFile:
             raise
 
     def _sort_keys(self) -> None:
+        file = self.file
         copies: dict[str, str] = {}
-        for key in self.file.keys():
+        for key in file.keys():
             self._sort_key(key, copies)
         for name, key in copies.items():
-            replaced = self.replaced.get(name)
-            if replaced is None or not self._are_equal(replaced, key):
+            trained = self.replaced.get(name)
+            if trained is None or not equal_as_stored(file.read(trained), file.read(key)):
                 raise FormatError(
                     f"{self.where}: {quoted(key)} is not what modules_to_save has there"
                 )
@@ -128,9 +129,6 @@ class AdapterFile:
         if A[0] != r:
             raise FormatError(f"{where}: lora_A is {A}, but adapter_config.json says r = {r}")
 
-    def _are_equal(self, one: str, other: str) -> bool:
-        return equal_as_stored(self.file.read(one), self.file.read(other))
-
     def embeds(self, path: str) -> bool:
         """Does the layer `path` adapt an embedding?"""
         return self.layers[path]["A"].endswith(".lora_embedding_A")
@@ -181,10 +179,9 @@ def fit(adapter: AdapterFile, base: Base, read: Read, warn: bool = True) -> Plan
         wrong = [str(error)]
         cause = error
     if wrong:
-        listed = "; ".join(wrong[:3])
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise FormatError(
-            f"{adapter.where}: the adapter does not fit this base: {listed}{more}"
+            f"{adapter.where}: the adapter does not fit this base: {'; '.join(wrong[:3])}{more}"
         ) from cause
     return plan
 
@@ -205,11 +202,15 @@ def mismatches_with(
 
 
 def mismatches(adapter: AdapterFile, plan: Plan, read: Read) -> list[str]:
-    """The missing keys, unknown keys, wrong shapes and wrong values of a file, one line for each."""
+    """The missing and unknown keys, wrong shapes and wrong values of a file, one line for each."""
     file = adapter.file
     keys = file.keys()
+
+    def get(key: str) -> Array | None:
+        return file.read(key) if key in keys else None
+
     expected = plan.shapes()
-    copies = repeated(plan, adapter.saved_name, _Tensors(file), read)
+    copies = repeated(plan, adapter.saved_name, get, read)
     wrong = [f"missing {key}" for key in expected if key not in keys]
     wrong += [f"unknown {key}" for key in keys if key not in expected and key not in copies]
     for key, shape in expected.items():
@@ -222,9 +223,11 @@ def mismatches(adapter: AdapterFile, plan: Plan, read: Read) -> list[str]:
 
 
 def repeated(
-    plan: Plan, adapter_name: str, tensors: Mapping[str, Array], read: Read
+    plan: Plan, adapter_name: str, get: Callable[[str], Array | None], read: Read
 ) -> dict[str, Array]:
-    """The tensors in PEFT's file that follow from `tensors`, the adapter's, and from the base's.
+    """The tensors in PEFT's file that follow from the adapter's others and from the base's.
+
+    get    gives one of the adapter's tensors by its key, or None
 
     They are the base's embedding and head if they are targets by one of ENDS; a tied head's
     factors, or its copy; and with bias="all" the biases of a module that is saved whole, before and
@@ -239,10 +242,10 @@ def repeated(
     if plan.follows:
         head, embedding = (PREFIX + path for path in plan.follows)
         for of_head, of_embedding in TRANSPOSED.items():
-            factor = tensors.get(f"{embedding}.{of_embedding}")
+            factor = get(f"{embedding}.{of_embedding}")
             if factor is not None:
                 copies[f"{head}.{of_head}"] = np.ascontiguousarray(factor.T)
-        weight = tensors.get(f"{embedding}.weight")
+        weight = get(f"{embedding}.weight")
         if weight is not None:
             copies[f"{head}.weight"] = weight
     if plan.config.bias == "all":
@@ -251,7 +254,7 @@ def repeated(
                 if name.endswith(".bias"):
                     inside = name.removeprefix(f"{path}.")
                     copies[f"{PREFIX}{path}.original_module.{inside}"] = read(name)
-                    trained = tensors.get(PREFIX + name)
+                    trained = get(PREFIX + name)
                     if trained is not None:
                         # PEFT takes the adapter's name out of keys only where it is their end.
                         place = inside if inside == "bias" else f"{adapter_name}.{inside}"
@@ -271,24 +274,6 @@ def _targets_name_an_end(plan: Plan) -> bool:
 
 
 # ---- reading tensors by name ---------------------------------------------------------------------
-
-
-class _Tensors(Mapping[str, Array]):
-    """A file's tensors by key, each read when it is asked for."""
-
-    def __init__(self, file: SafetensorsFile) -> None:
-        self.file = file
-
-    def __getitem__(self, key: str) -> Array:
-        if key not in self.file.keys():
-            raise KeyError(key)
-        return self.file.read(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.file.keys())
-
-    def __len__(self) -> int:
-        return len(self.file.keys())
 
 
 def base_key(base: Checkpoint, name: str) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from ..autograd import Tensor
@@ -37,7 +37,7 @@ class Wrapper(Module):
     ATTRIBUTES: tuple[str, str]  # the names of the attributes `inner` and `entries` are, in PEFT
 
     def __init__(self) -> None:
-        self.active: tuple[str, ...] | list[str] = ()
+        self.active: Sequence[str] = ()
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.requantized = False
@@ -108,19 +108,11 @@ def use_adapters(layers: Iterable[Wrapper], names: Sequence[str] | None) -> Iter
 class LoraLinear(Merging, PreparedModule, Wrapper):
     """y = base(x), then each active adapter adds to it.    x (..., I) -> (..., O)
 
-    The base is any `LinearBase`. Adapters read x, never each other's output, so that several add up.
+    The base is any `LinearBase`. Adapters read x, never each other's output, so several add up.
     """
 
-    ATTRIBUTES = "base_layer", "adapters"
-
-    def __init__(self, base_layer: LinearBase):
-        super().__init__()
-        self.base_layer: LinearBase = base_layer
-        self.adapters: dict[str, LoraAdapter] = {}
-
-    @property
-    def current(self) -> LinearBase:
-        return self.base_layer
+    base_layer: LinearBase
+    adapters: dict[str, LoraAdapter]
 
     def __call__(self, x: Tensor) -> Tensor:
         running = self.running
@@ -207,9 +199,13 @@ class SavedModule(Wrapper):
 
         ConfigError if several have one.
         """
-        owners = [name for name in names if name in self.modules_to_save]
-        if len(owners) > 1:
-            raise ConfigError(
-                f"adapters {', '.join(owners)} each replace the same module: only one can be active"
-            )
-        return self.modules_to_save[owners[0]] if owners else self.original_module
+        owner = find_owner(self.modules_to_save, names, "replace the same module")
+        return self.original_module if owner is None else self.modules_to_save[owner]
+
+
+def find_owner(entries: Collection[str], names: Sequence[str], what: str) -> str | None:
+    """The one name with an entry, or None. ConfigError if several have one: `what` they each do."""
+    owners = [name for name in dict.fromkeys(names) if name in entries]
+    if len(owners) > 1:
+        raise ConfigError(f"adapters {', '.join(owners)} each {what}: only one can be active")
+    return owners[0] if owners else None

@@ -1,10 +1,11 @@
-"""Merging: adapters summed into a copy of a weight, for models in memory and for checkpoints on disk alike.
+"""Merging: adapters summed into a copy of a weight, for models and for checkpoints on disk alike.
 
-    W' = round(W + sum_i c_i B_i A_i)        DoRA: W' = round(k (W + c B A)),  k = m / |W + c B A| by row
+    W' = round(W + sum_i c_i B_i A_i)
+    W' = round(k (W + c B A)),  k = m / |W + c B A| by row        for DoRA
 
-The sum is float64, k included, and is rounded once, to the dtype in which the weight is stored. It is
-formed a few rows at a time; the blocks depend on the shape alone and BLAS has one thread, so a model
-and a tool that merge the same numbers get the same bits.
+The sum is float64, k included, and is rounded once, to the dtype in which the weight is stored. It
+is formed a few rows at a time; the blocks depend on the shape alone and BLAS has one thread, so a
+model and a tool that merge the same numbers get the same bits.
 
 merge_weight   the sum, on arrays
 Merging        what a wrapper around a layer can do: merge, and unmerge bit for bit
@@ -118,7 +119,7 @@ def _scale(m: Array, squares: Array) -> Array:
 
 
 def merge_rows(W: Array, rows: Sequence[int] | np.ndarray, values: Array, dtype: str) -> Merged:
-    """W (V, C), stored as `dtype`, with `values` (n, C), float64, rounded once in place of `rows`."""
+    """W (V, C), stored as `dtype`, with float64 `values` (n, C) rounded once as its `rows`."""
     at = list(rows)
     out = W.copy()
     with np.errstate(all="ignore"):
@@ -136,16 +137,21 @@ class Merging:
     original   the base layer as it was before anything was merged
     """
 
-    base_layer: Any
-    adapters: dict[str, Any]
-    active: tuple[str, ...] | list[str]
-    merged: tuple[str, ...]  # this and the next are the wrapper's
+    ATTRIBUTES = "base_layer", "adapters"
+    active: Sequence[str]  # this and the next two are the wrapper's
+    merged: tuple[str, ...]
     requantized: bool
     # With an underscore, because these modules are no children of this one.
     _leader: Merging | None = None
     _follower: Any = None
     _original: Any = None  # the base while adapters are merged into a copy of it
 
+    def __init__(self, base_layer: Any, adapters: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = {} if adapters is None else adapters
+
+    current = property(lambda self: self.base_layer)
     leader = property(lambda self: self._leader)
     follower = property(lambda self: self._follower)
     original = property(lambda self: self._original or self.base_layer)

@@ -48,7 +48,10 @@ def get_peft_model(
 
 
 class PeftModel(Module):
-    """A model with adapters, by name. The active ones add up; only their parameters require a gradient."""
+    """A model with adapters, by name.
+
+    The active ones add up; only their parameters require a gradient.
+    """
 
     def __init__(
         self, model: Any, config: LoraConfig, adapter_name: str = "default", seed: int = 0
@@ -88,7 +91,7 @@ class PeftModel(Module):
     def _wrappers(self) -> dict[str, Wrapper]:
         return dict(wrappers(self.model))
 
-    # ---- adding -----------------------------------------------------------------------------------------------------
+    # ---- adding ----------------------------------------------------------------------------------
 
     def add_adapter(self, adapter_name: str, config: LoraConfig, seed: int = 0) -> None:
         """Add another adapter; it stays inactive until `set_adapter`."""
@@ -98,21 +101,20 @@ class PeftModel(Module):
         self._inject(adapter_name, plan, seed)
 
     def _check_name(self, adapter_name: str, config: LoraConfig) -> None:
-        """ConfigError if an adapter of this name and configuration cannot join those that are here."""
-        if not isinstance(config, LoraConfig) or not isinstance(adapter_name, str):
-            raise ConfigError(
-                f"expected a LoraConfig and a name, got {config!r:.99} and {adapter_name!r:.99}"
-            )
-        if adapter_name in self.peft_config:
-            others = ", ".join(self.peft_config)
-            raise ConfigError(
-                f"an adapter {adapter_name!r} exists already; choose a name other than {others}"
-            )
+        """ConfigError if an adapter of this name and configuration cannot join the others."""
+        if not isinstance(config, LoraConfig):
+            raise ConfigError(f"expected a LoraConfig, got {config!r:.99}")
         # Keys are searched for "lora_", and "" is a part of any text.
-        if adapter_name in "lora_" or any(c in adapter_name for c in "./\\\0"):
+        is_text = isinstance(adapter_name, str) and adapter_name not in "lora_"
+        if not is_text or any(c in adapter_name for c in "./\\\0"):
             raise ConfigError(
                 f"{adapter_name!r:.99} cannot name an adapter: "
                 "choose a text without dots or slashes that is no part of 'lora_'"
+            )
+        if adapter_name in self.peft_config:
+            raise ConfigError(
+                f"an adapter {adapter_name!r} exists already; "
+                f"choose a name other than {', '.join(self.peft_config)}"
             )
         biased = [name for name, other in self.peft_config.items() if other.bias != "none"]
         if biased and config.bias != "none":
@@ -130,15 +132,15 @@ class PeftModel(Module):
 
     add_weighted_adapter = add_weighted_adapter
 
-    # ---- switching --------------------------------------------------------------------------------------------------
+    # ---- switching -------------------------------------------------------------------------------
 
     def set_adapter(
         self, adapter_name: str | Sequence[str], inference_mode: bool | None = None
     ) -> None:
-        """Make these adapters the active ones. Only they require a gradient; none if `inference_mode`.
+        """Make these adapters the active ones. Only they require a gradient.
 
-        `inference_mode` None means the value in each adapter's configuration: True for one that was
-        loaded to be used.
+        With `inference_mode` they require none either; None means the value in each adapter's
+        configuration, which is True for one that was loaded to be used.
         """
         names = list_names(adapter_name)
         self._require_known(names)
@@ -182,10 +184,8 @@ class PeftModel(Module):
         biases: dict[str, Parameter] = {}
         if mode == "none":
             return biases
-        adapted = set()
-        for path, layer in self._wrappers().items():
-            if isinstance(layer, LoraLinear) and adapter_name in layer.adapters:
-                adapted.add(path)
+        layers = self._wrappers().items()
+        adapted = {p for p, m in layers if isinstance(m, LoraLinear) and adapter_name in m.adapters}
         for path, parameter in self.model.named_parameters():
             if not path.endswith(".bias") or ".modules_to_save." in path:
                 continue
@@ -252,7 +252,7 @@ class PeftModel(Module):
         self._require_known(chosen)
         return chosen
 
-    # ---- merging ----------------------------------------------------------------------------------------------------
+    # ---- merging ---------------------------------------------------------------------------------
 
     def merge_adapter(
         self,
@@ -264,9 +264,9 @@ class PeftModel(Module):
         """Put adapters (the active ones) into the base's weights; see `LoraLinear.merge`.
 
         All layers or none: NonFiniteError names the layer. (PEFT checks only if `safe_merge`; here
-        it always is.) If an adapter changes an embedding or a head, but not both, and they share one
-        weight, `tied` must be given: "untie" gives each its own weight, and the output stays;
-        "share" changes both, as PEFT does, and so the output.
+        that makes no difference.) If an adapter changes an embedding or a head, but not both, and
+        they share one weight, `tied` must be given: "untie" gives each its own weight, and the
+        output stays; "share" changes both, as PEFT does, and so the output.
         """
         names = self._known_or_active(adapter_names)
         prepare_tie(self.model, names, tied)
@@ -326,7 +326,7 @@ class PeftModel(Module):
         self.active_adapters = []
         return self.model
 
-    # ---- counting ---------------------------------------------------------------------------------------------------
+    # ---- counting --------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all), each parameter counted once."""
@@ -361,7 +361,7 @@ class PeftModel(Module):
             f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {percent:.4f}"
         )
 
-    # ---- files ------------------------------------------------------------------------------------------------------
+    # ---- files -----------------------------------------------------------------------------------
 
     def state_dict(self, adapter_name: str = "default") -> dict[str, np.ndarray]:
         """The tensors in one adapter's file, by key."""
@@ -369,12 +369,12 @@ class PeftModel(Module):
         for key, parameter in self.adapter_parameters(adapter_name).items():
             tensors[key] = to_file_layout(self.config.model_type, key, parameter.numpy())
         plan = self._plans[adapter_name]
-        return {**tensors, **repeated(plan, adapter_name, tensors, self._read_base)}
+        return {**tensors, **repeated(plan, adapter_name, tensors.get, self._read_base)}
 
     def save_pretrained(
         self, directory: str | Path, selected_adapters: Sequence[str] | None = None
     ) -> None:
-        """Write PEFT's files: the adapter "default" into `directory`, any other into its subfolder."""
+        """Write PEFT's files: the adapter "default" to `directory`, any other to a folder in it."""
         names = list(self.peft_config if selected_adapters is None else selected_adapters)
         self._require_known(names)
         for name in names:
@@ -436,7 +436,7 @@ class PeftModel(Module):
 
 
 def adapter_folder(directory: str | Path, name: str) -> Path:
-    """The folder of the adapter `name` below `directory`, which is that of the adapter "default"."""
+    """The folder of an adapter that is saved to `directory`; "default" has `directory` itself."""
     return Path(directory) if name == "default" else Path(directory) / name
 
 

@@ -7,10 +7,10 @@
     x_4         __base__   W
 
 Sequences never attend to each other, so a mixed batch is one batch per task: rows are grouped by
-task, each group runs with its adapters, and rows return to their places (as S-LoRA batches requests:
-Sheng et al. 2023, section 4.1). Forward and backward are those of a single task, whatever its
-adapters are: of unequal ranks, DoRA, with a copied head (`modules_to_save`). An adapter that no row
-of a batch runs gets no gradient at all.
+task, each group runs with its adapters, and rows return to their places (as S-LoRA batches
+requests: Sheng et al. 2023, section 4.1). Forward and backward are those of a single task, whatever
+its adapters are: of unequal ranks, DoRA, with a copied head (`modules_to_save`). An adapter that no
+row of a batch runs gets no gradient at all.
 
 The forms in use are all this one mechanism:
 
@@ -75,7 +75,8 @@ def get_multitask_model(
     shared   the configuration of an adapter that every task runs too; its name is "shared"
     seed     as of `get_peft_model`; an adapter's first values also depend on its name
 
-    ConfigError, with `model` as it was: no task, an invalid name, adapters that cannot run together.
+    ConfigError, with `model` as it was, for no task, invalid names, and adapters that cannot run
+    together.
     """
     return MultiTask(model, tasks, shared, seed)
 
@@ -112,7 +113,7 @@ class MultiTask(PeftModel):
             self._require_tasks()
             self.set_adapter(list(self.peft_config))
 
-    # ---- tasks and their adapters -----------------------------------------------------------------------------------
+    # ---- tasks and their adapters ----------------------------------------------------------------
 
     def declare(self, task: str, adapters: Sequence[str]) -> None:
         """Add a task that runs these adapters. ConfigError if they cannot run together."""
@@ -158,8 +159,6 @@ class MultiTask(PeftModel):
         super().delete_adapter(adapter_name)
 
     def _check_name(self, adapter_name: str, config: LoraConfig) -> None:
-        if not isinstance(adapter_name, str):
-            raise ConfigError(f"{adapter_name!r:.99} cannot name an adapter: expected a text")
         super()._check_name(adapter_name, config)
         if config.bias != "none":
             raise ConfigError(
@@ -167,7 +166,7 @@ class MultiTask(PeftModel):
                 "base's biases"
             )
 
-    # ---- running ----------------------------------------------------------------------------------------------------
+    # ---- running ---------------------------------------------------------------------------------
 
     def __call__(
         self, ids: Any, *inputs: Any, tasks: str | Sequence[str] | None = None, **options: Any
@@ -178,13 +177,14 @@ class MultiTask(PeftModel):
                 adapter. Not needed inside `task` or `disable_adapter`
 
         With several tasks every argument is an array of as many rows, or None. If the outputs have
-        rows, they come back in the order of the inputs; a scalar, such as the sum of the losses with
-        `targets`, is added up.
+        rows, they come back in the order of the inputs; a scalar, such as the sum of the losses
+        with `targets`, is added up.
         """
         if tasks is None:
             if self not in _inside_task.get():
                 raise ConfigError(
-                    f"tasks is required: pass tasks=... or use `with model.task(...)`; {_choices(self)}"
+                    "tasks is required: pass tasks=... or use `with model.task(...)`; "
+                    f"{_choices(self)}"
                 )
             return super().__call__(ids, *inputs, **options)
         groups = self.rows_of(tasks, len(ids))
@@ -235,13 +235,14 @@ class MultiTask(PeftModel):
             self.adapters_of(name)
         return rows_by_task(names)
 
-    # ---- one task by itself -----------------------------------------------------------------------------------------
+    # ---- one task by itself ----------------------------------------------------------------------
 
     def merge_task(self, task: str, requantize: bool = False, tied: str | None = None) -> Any:
         """A plain model: a copy of the base with this task's adapters merged.
 
-        ConfigError if one cannot be merged. `merge_and_unload(adapter_names=model.adapters_of(task))`
-        needs no copy, and leaves no other task.
+        ConfigError if one cannot be merged.
+        `merge_and_unload(adapter_names=model.adapters_of(task))` needs no copy, and leaves no other
+        task.
         """
         names = self.adapters_of(task)
         backends = {id(p.backend): p.backend for p in self.model.parameters()}
@@ -251,7 +252,7 @@ class MultiTask(PeftModel):
         return twin.merge_and_unload(False, True, names, requantize, tied)
 
     def _known_or_active(self, names: Sequence[str] | None) -> list[str]:
-        """As in `PeftModel`, but adapters must be named: those of all tasks together mean nothing."""
+        """As in `PeftModel`, but None is an error: all tasks' adapters together mean nothing."""
         if names is None:
             raise ConfigError(
                 "adapter_names is required: pass adapter_names=model.adapters_of(task); "
@@ -264,16 +265,16 @@ class MultiTask(PeftModel):
         return super()._unwrap(names)
 
     def task_adapter(self, task: str) -> tuple[LoraConfig, dict[str, np.ndarray]]:
-        """This task as one adapter of PEFT's: its configuration, and the tensors of its file by key.
+        """This task as one adapter of PEFT's: its configuration, and its file's tensors by key.
 
         A task with one adapter is that adapter. Several become one LoRA of their ranks' sum, since
         with any s
 
             s [B_0 s_0/s, B_t s_t/s] [A_0; A_t] = s_0 B_0 A_0 + s_t B_t A_t
 
-        s is the first one's, so that its numbers stay as they are. Dropout is left out: the adapters
-        had different masks. ConfigError for "__base__", for HydraLoRA, which PEFT cannot read, and
-        for DoRA or an adapted embedding beside another adapter.
+        s is the first one's, so that its numbers stay as they are. Dropout is left out: the
+        adapters had different masks. ConfigError for "__base__", for HydraLoRA, which PEFT cannot
+        read, and for DoRA or an adapted embedding beside another adapter.
         """
         names = self.adapters_of(task)
         if not names:
@@ -350,12 +351,12 @@ class MultiTask(PeftModel):
         config, tensors = self.task_adapter(task)
         write_adapter(directory, config.to_dict(), tensors)
 
-    # ---- files ------------------------------------------------------------------------------------------------------
+    # ---- files -----------------------------------------------------------------------------------
 
     def save_pretrained(
         self, directory: str | Path, selected_adapters: Sequence[str] | None = None
     ) -> None:
-        """Write the folder of each adapter as PEFT does; all of them with multitask.json, the tasks."""
+        """Write each adapter's folder as PEFT does, and for all of them multitask.json, too."""
         super().save_pretrained(directory, selected_adapters)
         if selected_adapters is None:
             tasks = {task: list(names) for task, names in self.tasks.items()}

@@ -60,8 +60,9 @@ def read_config(fields: dict[str, Any], where: str) -> LoraConfig:
     """
     kind = fields.get("peft_type", "LORA")
     if not isinstance(kind, str) or kind not in CONFIGS:
-        known = " or ".join(map(repr, CONFIGS))
-        raise ConfigError(f"{where}: peft_type must be {known}, got {kind!r:.100}")
+        raise ConfigError(
+            f"{where}: peft_type must be {' or '.join(map(repr, CONFIGS))}, got {kind!r:.100}"
+        )
     return CONFIGS[kind].from_dict(fields, where)
 
 

@@ -110,11 +110,8 @@ def modules_inside(model: Module) -> dict[str, Any]:
     The path of a wrapper is that of its inner module.
     """
     inside = {*LoraLinear.ATTRIBUTES, *SavedModule.ATTRIBUTES}
-    modules = {}
-    for path, module in model.named_modules():
-        if not inside & set(path.split(".")):
-            modules[path] = unwrap(module)
-    return modules
+    modules = model.named_modules()
+    return {path: unwrap(m) for path, m in modules if not inside & set(path.split("."))}
 
 
 def describe_checkpoint(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Base:
@@ -164,8 +161,9 @@ def _describe_layer(
 
 
 class Plan(NamedTuple):
-    """Layers to adapt, modules to copy and tokens to train, by path, and the resolved configuration.
+    """Layers to adapt, modules to copy and tokens to train, by path, with the full configuration.
 
+    config    as the user's, with the values that depend on the base
     saved     modules that are trained whole, as copies
     tokens    embeddings and heads of which some rows are trained, and which rows
     follows   (head, embedding): the head has what the embedding has, because their weight is one
@@ -262,8 +260,10 @@ def _replace_head(config: LoraConfig, tie: tuple[str, str] | None, keys: Contain
     written without such a name show it by their keys.
     """
     if tie is None:
-        note = "ensure_weight_tying: the embedding and the head have weights of their own"
-        warnings.warn(note, stacklevel=5)
+        warnings.warn(
+            "ensure_weight_tying: the embedding and the head have weights of their own",
+            stacklevel=5,
+        )
         return False
     head, embedding = tie
     done = False
@@ -287,9 +287,10 @@ def _replace_head(config: LoraConfig, tie: tuple[str, str] | None, keys: Contain
             )
         done |= named
     if not done:
-        ends = " or ".join(ENDS)
-        note = f"ensure_weight_tying: no target and no module to save ends in {ends}"
-        warnings.warn(note, stacklevel=5)
+        warnings.warn(
+            f"ensure_weight_tying: no target and no module to save ends in {' or '.join(ENDS)}",
+            stacklevel=5,
+        )
     return done
 
 

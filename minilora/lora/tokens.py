@@ -2,8 +2,8 @@
 
     W' = W, with trainable_tokens_delta (n, C) in place of its rows `indices`
 
-PEFT's name for the tensor suggests a difference, but its values are the rows themselves. A head that
-is tied to the embedding has W' too.
+PEFT's name for the tensor suggests a difference, but its values are the rows themselves. A head
+that is tied to the embedding has W' too.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import numpy as np
 from .. import functional as F
 from ..autograd import Tensor, namespace, record
 from ..backend import Array
-from ..errors import ConfigError
 from ..nn import Embedding, Module, Parameter
 from .factors import Part, float64
-from .layer import Wrapper
+from .layer import Wrapper, find_owner
 from .merging import Merged, Merging, merge_rows
 
 
@@ -67,16 +66,7 @@ class TrainableTokens(Merging, Wrapper):
     adapters   those of the embedding, for a head that is tied to it: one parameter in two places
     """
 
-    ATTRIBUTES = "base_layer", "adapters"
-
-    def __init__(self, base_layer: Any, adapters: dict[str, TokenRows] | None = None):
-        super().__init__()
-        self.base_layer = base_layer
-        self.adapters: dict[str, TokenRows] = {} if adapters is None else adapters
-
-    @property
-    def current(self) -> Any:
-        return self.base_layer
+    adapters: dict[str, TokenRows]
 
     @property
     def weight(self) -> Parameter:
@@ -103,16 +93,11 @@ class TrainableTokens(Merging, Wrapper):
 
     def result(self, names: Sequence[str]) -> Any:
         """The base layer. ConfigError if several adapters have rows here; PEFT refuses that too."""
-        several = list(dict.fromkeys(name for name in names if name in self.adapters))
-        if len(several) > 1:
-            raise ConfigError(
-                f"adapters {', '.join(several)} each have rows of one embedding: "
-                "only one can be active"
-            )
+        find_owner(self.adapters, names, "have rows of one embedding")
         return self.base_layer
 
     def delta_weight(self, name: str) -> np.ndarray:
-        """W' - W of one adapter, in float64 on the host: (V, C) for a head, (C, V) for an embedding."""
+        """W' - W of one adapter in float64, (V, C) for a head and (C, V) for an embedding."""
         W = float64(self.original.weight)
         change = self.adapters[name].merge_into(W, "F64").weight - W
         return np.asarray(change.T if isinstance(self.original, Embedding) else change)

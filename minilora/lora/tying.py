@@ -6,10 +6,10 @@ weight without a choice:
     untie   each place gets a weight of its own, and the model's output stays the same
     share   both places get the changed weight, as in peft, and so the output changes
 
-While an adapter is merged, the changed place leads and the other follows: `leader` and `follower` of
-a wrapper (merging.py). With `ensure_weight_tying` both places have the same adapter, the head's being
-the embedding's transposed: A_head = B^T, B_head = A^T. Then the merged weight is one again, without
-a choice.
+While an adapter is merged, the changed place leads and the other follows: `leader` and `follower`
+of a wrapper (merging.py). With `ensure_weight_tying` both places have the same adapter, the head's
+being the embedding's transposed: A_head = B^T, B_head = A^T. Then the merged weight is one again,
+without a choice.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ def choose(
     ConfigError if a choice is needed and missing, or impossible.
     """
     if choice is not None and choice not in CHOICES:
-        known = " or ".join(map(repr, CHOICES))
-        raise ConfigError(f"tied must be {known}, got {choice!r:.99}")
+        raise ConfigError(f"tied must be {' or '.join(map(repr, CHOICES))}, got {choice!r:.99}")
     if same or not (embedding or head):
         return "share"
     if choice is None:
@@ -50,8 +49,8 @@ def choose(
             place = "both, each in its own way"
         raise ConfigError(
             f"{adapters} changes {place}, and embedding and head share one weight (they are tied): "
-            "choose tied='untie' to give each its own weight and keep the output, or tied='share' to "
-            "change both, as peft does, and so the output (--tied on the command line)"
+            "choose tied='untie' to give each its own weight and keep the output, or tied='share' "
+            "to change both, as peft does, and so the output (--tied on the command line)"
         )
     if choice == "share" and embedding and head:
         raise ConfigError(
@@ -123,8 +122,7 @@ def _adapters_in(place: Any, names: Sequence[str]) -> list[str]:
 def _set_follower(place: Merging, follower: Any) -> None:
     """ConfigError if something is merged already, with the other choice."""
     if place.merged and place.follower is not follower:
-        before = "untie" if place.follower is None else "share"
-        now = "share" if place.follower is None else "untie"
+        before, now = CHOICES if place.follower is None else CHOICES[::-1]
         raise ConfigError(
             f"{', '.join(place.merged)} is merged with tied={before!r}, got tied={now!r}: "
             "call unmerge_adapter first"

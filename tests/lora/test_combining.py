@@ -610,7 +610,7 @@ MORE = {
         (([], [], "sum"), ConfigError, "a list of one or more"),
         (("one", [1], "sum"), ConfigError, "a list of one or more, got 'one'"),
         ((["one", ["two"]], [1, 1], "sum"), ConfigError, r"no adapter \['two'\]"),
-        ((["one", "two"], [1, 1], None), ConfigError, "expected a LoraConfig and a name, got .* and None"),
+        ((["one", "two"], [1, 1], None), ConfigError, "None cannot name an adapter"),
         ((["one", "two"], 1, "sum"), ConfigError, "weights: expected 2 finite numbers.*got 1$"),
         ((["one", "two"], [1], "sum"), ConfigError, "weights: expected 2 finite numbers"),
         ((["one", "two"], [1, "x"], "sum"), ConfigError, "weights: expected 2 finite numbers"),

@@ -24,7 +24,7 @@ from minilora.formats import load_file
 from minilora.gradcheck import check_gradient
 from minilora.lora import LoraLinear, PeftModel
 from minilora.lora.factors import Part
-from minilora.lora.plan import plan_adapter
+from minilora.lora.plan import describe_model, plan_adapter
 from minilora.nn import Linear, dropout_counter
 from minilora.optim import SGD
 from minilora.quant import KINDS, QuantizedLinear, QuantizedWeight, quantization_report
@@ -108,7 +108,7 @@ def test_as_many_numbers_train_as_the_formula_says(case: Combination) -> None:
         case.method.count(layer.in_features, layer.out_features) for layer in layers(made).values()
     )
     assert made.get_nb_trainable_parameters() == (expected, total + expected)
-    planned = plan_adapter(case.base(), case.config()).shapes(made.get_base_model())
+    planned = plan_adapter(describe_model(case.base()), case.config()).shapes()
     assert {key: p.shape for key, p in made.adapter_parameters("default").items()} == planned
 
 
