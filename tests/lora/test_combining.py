@@ -585,10 +585,11 @@ def lora(*targets: str, **fields: Any) -> LoraConfig:
     return LoraConfig(target_modules=list(targets), init_lora_weights=False, **fields)
 
 
-PATTERNS = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 7}}
+PATTERNS: dict[str, Any] = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}}
+PATTERNS |= {"alpha_pattern": {"v_proj": 7}, "exclude_modules": ["up_proj"]}
 CONFIGS = {
     "one": lora("q_proj", "up_proj", r=3, lora_alpha=2),
-    "two": lora("q_proj", "v_proj", r=3, lora_alpha=5, use_rslora=True, **PATTERNS),
+    "two": lora("q_proj", "v_proj", "up_proj", r=3, lora_alpha=5, use_rslora=True, **PATTERNS),
     "ends": lora("embed_tokens", "lm_head", "q_proj", r=2),
 }
 
@@ -661,6 +662,7 @@ MORE = {
     "hydra": HydraConfig(r=2, experts=2, target_modules=["q_proj"]),
     "biased": LoraConfig(r=2, bias="all", target_modules=["q_proj"]),
     "saved": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]),
+    "tokens": LoraConfig(target_modules=["q_proj"], trainable_token_indices={"o_proj": [1]}),
 }
 WRONG: list[tuple[str, type[MiniloraError], tuple[Any, ...]]] = []
 
@@ -674,6 +676,7 @@ wrong("'ada' is of ADALORA", ["one", "ada"], [1, 1], "sum")
 wrong("'hydra' is of HYDRALORA", ["hydra", "one"], [1, 1], "sum")
 wrong("'biased' trains biases", ["biased", "one"], [1, 1], "sum")
 wrong("'saved' replaces modules or tokens", ["saved", "one"], [1, 1], "sum")
+wrong("'tokens' replaces modules or tokens", ["tokens", "one"], [1, 1], "sum")
 wrong("no adapter 'nobody'", ["one", "nobody"], [1, 1], "sum")
 wrong("a list of one or more", [], [], "sum")
 wrong("a list of one or more, got 'one'", "one", [1], "sum")
