@@ -1,29 +1,38 @@
-"""The LoRA family: one contract, and a room for each adapter.
+"""The LoRA family: adapters of several kinds, and models that have them.
 
-Orientation, once and for all, is the paper's and PEFT's: W (O, I), A (r, I), B (O, r), and
+Orientation is the paper's and PEFT's everywhere: W (O, I), A (r, I), B (O, r), and
 
     dW = s B A          y = x W^T + s (x A^T) B^T
 
-A is the first factor that x meets and starts random; B is the second and starts at zero. Some lessons write dW = A B
-for row vectors y = x W, with A (I, r) and B (r, O): that is the same product transposed, and their A is our A^T.
+A is the first factor that x meets and starts random; B is the second and starts at zero. Some
+lessons write dW = A B for row vectors y = x W, with A (I, r) and B (r, O): that is the same product
+transposed, and their A is our A^T.
 
-config    what an adapter is to be, in PEFT's words
-lora      dW = s B A
-dora      W' = m (W + dW) / |W + dW|
-adalora   dW = s B diag(E) A, and which triplets of it are worth keeping
-hydra     y = W x + s sum_i w_i(x) B_i A x, one A and several B's
-embedding the same on an embedding, and on the head that has its weight
-tokens    a few rows of an embedding, and nothing else of it
-layer     where adapters live: a base, adapters by name
-merging   dW put into a copy of the base's weight, and taken out again
-combining several adapters added up to one
-model     get_peft_model and PeftModel
-multitask several tasks in one batch, each with adapters of its own
-plan      what a configuration means for a model, found out before anything is touched
-injection what a plan says, done
-keys      the names of an adapter's tensors, here and in PEFT's files
-targets   which names are meant, by PEFT's rules
-patterns  regular expressions that cannot hang
+Adapters
+    config      LoraConfig: the description of an adapter, in PEFT's words
+    lora        dW = s B A
+    dora        W' = m (W + dW) / |W + dW|
+    adalora     dW = s B diag(E) A
+    allocator   the triplets of AdaLoRA that are worth keeping
+    hydra       y = W x + s sum_i w_i(x) B_i A x, with one A and several B's
+    embedding   the same for an embedding, and for the head that shares its weight
+    tokens      some trainable rows of an embedding
+    factors     the algebra of (A, B, s) without dW
+
+Models
+    layer       wrappers: a module of the base with adapters, by name
+    merging     adapters summed into a copy of a weight, and taken out again
+    tying       an embedding and a head that share one weight
+    targets     which module names a configuration means, by PEFT's rules
+    patterns    regular expressions whose time is bounded
+    plan        the layers that a configuration means in a model or a checkpoint
+    model       get_peft_model and PeftModel
+    combining   several adapters added up to one
+    multitask   several tasks in one batch, each with its adapters
+
+Files
+    names       PEFT's spellings of methods and tensors
+    files       an adapter's file, and whether it fits a base
 """
 
 from .adalora import AdaLoraAdapter, AdaLoraConfig
@@ -36,7 +45,7 @@ from .layer import LoraLinear, SavedModule
 from .lora import LoraAdapter
 from .model import PeftModel, get_peft_model
 from .multitask import MultiTask, get_multitask_model
-from .plan import read_config
+from .names import read_config
 from .tokens import TrainableTokens
 
 __all__ = [

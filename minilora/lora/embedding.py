@@ -1,16 +1,19 @@
 """LoRA on an embedding, and on the head that is tied to it.
 
-An embedding is the linear layer of one-hot vectors: the token's row W[t] is W^T e_t. So an adapter of it is LoRA's, its
-inputs the V tokens and its outputs the C channels:
+An embedding is the linear layer of one-hot vectors: the token's row W[t] is W^T e_t. So its adapter
+is LoRA's, with the V tokens as inputs and the C channels as outputs:
 
-    lora_embedding_A (r, V)    lora_embedding_B (C, r)    y = W[t] + s B A[:, t]        dW^T = s B A (C, V)
+    lora_embedding_A (r, V)    lora_embedding_B (C, r)
+    y = W[t] + s B A[:, t]     dW^T = s B A (C, V)
 
-A starts at zero here and B at random, for A's columns are met one by one. There is no dropout: no part of a one-hot
-vector can go. DoRA's magnitudes (C,) are the lengths of W's columns.
+A starts at zero here and B at random, because a step reads only some columns of A. It has no
+dropout: no part of a one-hot vector can be left out. DoRA's magnitudes (C,) are the lengths of W's
+columns.
 
-A head of the same weight reads it the other way: y = W x. With `ensure_weight_tying` its adapter is the embedding's,
-turned: lora_A = B^T, lora_B = A^T. The two are one parameter, whose gradient is the sum of both uses. (peft has two
-parameters over one storage, counts both, and gives each a state of the optimiser of its own.)
+A head of the same weight reads it the other way: y = W x. With `ensure_weight_tying` its adapter is
+the embedding's, transposed: lora_A = B^T, lora_B = A^T. The two are one parameter, whose gradient
+is the sum of both uses. (peft has two parameters over one storage, counts both, and gives each its
+own state in the optimiser.)
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from .merging import Merging
 
 
 class OneHot(LinearBase):
-    """What an embedding (V, C) is to an adapter: a linear layer W^T (C, V), of which only columns are ever read."""
+    """An embedding (V, C) as its adapter sees it: a linear layer W^T (C, V) with one-hot inputs."""
 
     bias = None
     trainable = property(lambda self: self.embedding.weight.requires_grad)
@@ -47,10 +50,15 @@ class OneHot(LinearBase):
 
 
 class EmbeddingAdapter(LoraAdapter):
-    """The trainable pair of one embedding: lora_embedding_A (r, V) and lora_embedding_B (C, r), with its scaling s."""
+    """The trainable pair of one embedding, with its scaling s.
+
+    lora_embedding_A (r, V), lora_embedding_B (C, r)
+    """
 
     TENSORS: tuple[str, ...] = ("lora_embedding_A", "lora_embedding_B")
     SUFFIX = ""  # in PEFT these are bare parameters
+    lora_embedding_A: Parameter
+    lora_embedding_B: Parameter
     lora_A = property(lambda self: self.lora_embedding_A)
     lora_B = property(lambda self: self.lora_embedding_B)
 
@@ -62,29 +70,21 @@ class EmbeddingAdapter(LoraAdapter):
         rng: np.random.Generator,
         stream: int = 0,
     ):
-        self.r = r = config.rank(name)
+        self.r = config.rank(name)
         self.scaling = config.scaling(name)
         self.dropout = Dropout(0.0)
-        shape = {
-            tensor: EmbeddingAdapter.shapes(base, r)[tensor] for tensor in EmbeddingAdapter.TENSORS
-        }
-        zero = config.init_lora_weights is not False  # so the start is the base, bit for bit
-        A = (
-            np.zeros(shape["lora_embedding_A"])
-            if zero
-            else normal(rng, 1.0, shape["lora_embedding_A"], np.float64)
-        )
-        B = normal(rng, 1.0, shape["lora_embedding_B"], np.float64)
-        self.lora_embedding_A = Parameter(base.backend.from_numpy(A.astype(base.dtype)))
-        self.lora_embedding_B = Parameter(base.backend.from_numpy(B.astype(base.dtype)))
+        for tensor, shape in EmbeddingAdapter.shapes(base, self.r).items():
+            if tensor == EmbeddingAdapter.TENSORS[0] and config.init_lora_weights is not False:
+                values = np.zeros(shape)  # so the start is the base, bit for bit
+            else:
+                values = normal(rng, 1.0, shape, np.float64)
+            setattr(self, tensor, Parameter(base.backend.from_numpy(values.astype(base.dtype))))
 
     @staticmethod
     def shapes(base: Any, r: int) -> dict[str, tuple[int, ...]]:
         """The trainable tensors of an embedding, by name: r (V + C) numbers."""
-        return {
-            "lora_embedding_A": (r, base.in_features),
-            "lora_embedding_B": (base.out_features, r),
-        }
+        A, B = EmbeddingAdapter.TENSORS
+        return {A: (r, base.in_features), B: (base.out_features, r)}
 
     def __call__(self, ids: Any, y: Tensor, base: LinearBase) -> Tensor:
         """y with this adapter added.    ids (...) integers, y (..., C) -> (..., C)"""
@@ -93,7 +93,7 @@ class EmbeddingAdapter(LoraAdapter):
 
 
 class DoraEmbeddingAdapter(DoraAdapter, EmbeddingAdapter):
-    """The same with lora_magnitude_vector (C,): W' = m (W + dW) / |W + dW|, column by column."""
+    """The same with lora_magnitude_vector (C,): W' = m (W + dW) / |W + dW| by column."""
 
     TENSORS = (*EmbeddingAdapter.TENSORS, "lora_magnitude_vector")
 
@@ -103,54 +103,57 @@ class DoraEmbeddingAdapter(DoraAdapter, EmbeddingAdapter):
         return {**EmbeddingAdapter.shapes(base, r), "lora_magnitude_vector": (base.out_features,)}
 
     def __call__(self, ids: Any, y: Tensor, base: LinearBase) -> Tensor:
-        """k (y + s B A[:, t]), k = m / |W + dW| being a constant to A and B.    ids (...), y (..., C) -> (..., C)"""
+        """k (y + s B A[:, t]), with k = m / |W + dW| a constant to A and B.
+
+        ids (...), y (..., C) -> (..., C)
+        """
         k = row_scales(self.lora_magnitude_vector, self.norms(base.dense_weight()))
         return k * EmbeddingAdapter.__call__(self, ids, y, base)
 
 
 class LoraEmbedding(Merging, Wrapper):
-    """y = base(ids), and then each active adapter in turn.    ids (...) integers -> (..., C)"""
+    """y = base(ids), then each active adapter adds to it.    ids (...) integers -> (..., C)"""
 
-    ATTRIBUTES = "base_layer", "adapters"
-
-    def __init__(self, base_layer: Embedding):
-        super().__init__()
-        self.base_layer: Embedding = base_layer
-        self.adapters: dict[str, EmbeddingAdapter] = {}
-
-    @property
-    def current(self) -> Embedding:
-        return self.base_layer
+    base_layer: Embedding
+    adapters: dict[str, EmbeddingAdapter]
 
     @property
     def weight(self) -> Parameter:
-        """The base's weight (V, C), without what is not merged: what a tied head has, too."""
+        """The base's weight (V, C), with merged adapters alone: a tied head shares it."""
         return self.base_layer.weight
 
     def as_linear(self, base: Embedding) -> OneHot:
         return OneHot(base)
 
     def __call__(self, ids: Any) -> Tensor:
-        y, base = self.base_layer(ids), OneHot(self.base_layer)
+        y = self.base_layer(ids)
+        base = OneHot(self.base_layer)
         for adapter in self.running:
             y = adapter(ids, y, base)
         return y
 
 
 class HeadAdapter(LoraAdapter):
-    """An embedding's adapter as its tied head has it: lora_A = B^T (r, C), lora_B = A^T (V, r), and no parameters."""
+    """An embedding's adapter for its tied head: lora_A = B^T (r, C), lora_B = A^T (V, r).
+
+    It has no parameters: they are the embedding's.
+    """
 
     lora_A = property(lambda self: self._source.lora_embedding_B.T)
     lora_B = property(lambda self: self._source.lora_embedding_A.T)
 
     def __init__(self, source: EmbeddingAdapter, dropout: float, stream: int = 0):
-        self._source, self.r, self.scaling = source, source.r, source.scaling
+        self._source = source
+        self.r = source.r
+        self.scaling = source.scaling
         self.dropout = Dropout(dropout, stream)
 
     def effective(self, W: Array) -> tuple[tuple[Tensor, ...], Pull]:
-        """LoRA's, the gradients turned to be those of the embedding's own tensors."""
+        """As LoRA's, with the embedding's parameters and their gradients: LoRA's, transposed."""
         _, pull = super().effective(W)
-        own = (self._source.lora_embedding_B, self._source.lora_embedding_A)
-        return own, Pull(
-            lambda X, dY: tuple(None if g is None else g.T for g in pull.gradients(X, dY))
-        )
+        params = self._source.lora_embedding_B, self._source.lora_embedding_A
+
+        def pull_transposed(X: Array, dY: Array) -> F.Grads:
+            return tuple(None if g is None else g.T for g in pull.gradients(X, dY))
+
+        return params, Pull(pull_transposed)

@@ -31,86 +31,115 @@ def float64(p: Any) -> Array:
 
 def cat(parts: Sequence[Part]) -> tuple[Array, Array]:
     """A (q, I), B (O, q) with B A = sum c_i B_i A_i; q is the sum of the ranks."""
-    return np.concatenate([p.A for p in parts]), np.concatenate([p.c * p.B for p in parts], axis=1)
+    A = np.concatenate([part.A for part in parts])
+    B = np.concatenate([part.c * part.B for part in parts], axis=1)
+    return A, B
 
 
 def svd(parts: Sequence[Part], r: int) -> tuple[Array, Array]:
-    """A (r, I), B (O, r): of all matrices of rank r the nearest to sum c_i B_i A_i."""
-    return truncate_rank(*cat(parts), 1.0, r)[:2]
+    """A (r, I), B (O, r) whose product is the nearest of rank r to sum c_i B_i A_i."""
+    A, B, _ = truncate_rank(*cat(parts), 1.0, r)
+    return A, B
 
 
 def linear(parts: Sequence[Part]) -> tuple[Array, Array]:
-    """A (r, I), B (O, r) as PEFT adds factors that all have the rank r. Of several parts it is not the sum."""
-    A = sum(math.copysign(math.sqrt(abs(p.c)), p.c) * p.A for p in parts)
-    return np.asarray(A), np.asarray(sum(math.sqrt(abs(p.c)) * p.B for p in parts))
+    """A (r, I), B (O, r) as PEFT adds factors of one rank r; for several, B A is not the sum.
+
+    A = sum sgn(c_i) sqrt|c_i| A_i, B = sum sqrt|c_i| B_i
+    """
+    A: Any = 0
+    B: Any = 0
+    for part in parts:
+        root = math.sqrt(abs(part.c))
+        A = A + math.copysign(root, part.c) * part.A
+        B = B + root * part.B
+    return A, B
 
 
 def factors_from_svd(U: Array, values: Array, Vt: Array, r: int) -> tuple[Array, Array, Row]:
-    """U (O, k), values (k,), Vt (k, I) of a dW -> A (r, I), B (O, r) with s = 1, and what they miss of it.
+    """A (r, I), B (O, r) with s = 1 for dW = U diag(values) Vt, and how far B A is from dW.
 
-    Each gets the square roots of the values, so that neither is far larger. Beyond k they are filled up with zeros.
-    Values beyond the first r are only what is missed: one may stand for all of them.
+    U (O, k), values (k,) falling, Vt (k, I). A and B each get the square roots of the values, so
+    that neither is far larger; beyond k they are filled up with zeros. Values beyond the first r
+    only add to the error: one may represent all of them.
     """
     k = min(r, len(values))
     root = np.sqrt(values[:k])
-    A, B = pad_rank(root[:, None] * Vt[:k], U[:, :k] * root, r)
-    return A, B, error_row(float(np.linalg.norm(values)), float(np.linalg.norm(values[k:])))
+    A = root[:, None] * Vt[:k]
+    B = U[:, :k] * root
+    whole = float(np.linalg.norm(values))
+    missed = float(np.linalg.norm(values[k:]))
+    return *pad_rank(A, B, r), error_row(whole, missed)
 
 
 def truncate_rank(A: Array, B: Array, s: float, r: int) -> tuple[Array, Array, Row]:
-    """The nearest dW of rank r to s B A: A (r, I), B (O, r) with s = 1.    A (q, I), B (O, q)
+    """A (r, I), B (O, r) whose product is the nearest of rank r to dW = s B A, and how far it is.
 
-    s times their `size` must be finite: of an infinite core LAPACK's decomposition may never end.
-    B = Q R and A^T = P S give s B A = Q (s R S^T) P^T, so it is the q x q core whose decomposition is computed.
+    A (q, I), B (O, q). s |B| |A| must be finite: LAPACK's decomposition of an infinite core may
+    never end. B = Q R and A^T = P S give s B A = Q (s R S^T) P^T, so only the q x q core is
+    decomposed.
     """
     Q, R = np.linalg.qr(B)
     P, S = np.linalg.qr(A.T)
-    U, values, Vt = np.linalg.svd(s * (R @ S.T), full_matrices=False)
+    core = s * (R @ S.T)
+    U, values, Vt = np.linalg.svd(core, full_matrices=False)
     return factors_from_svd(Q @ U, values, Vt @ P.T, r)
 
 
 def pad_rank(A: Array, B: Array, r: int) -> tuple[Array, Array]:
-    """A (q, I), B (O, q) with zeros up to rank r >= q, which change nothing."""
-    return np.pad(A, ((0, r - len(A)), (0, 0))), np.pad(B, ((0, 0), (0, r - len(A))))
+    """A (q, I), B (O, q) with zeros up to rank r >= q, which do not change B A."""
+    more = (0, r - len(A))
+    return np.pad(A, (more, (0, 0))), np.pad(B, ((0, 0), more))
 
 
 def product_norm(A: Array, B: Array) -> float:
-    """|B A|, Frobenius: orthonormal factors of both change no length. Of what is not finite it is not, either, nor of
-    what float64's squares are too short for.    A (q, I), B (O, q)"""
+    """|B A|, Frobenius; not finite if a factor is not, or if float64 cannot square its entries.
+
+    A (q, I), B (O, q). The orthonormal factors of both change no length, so the core has this norm.
+    """
     with np.errstate(all="ignore"):
-        return float(np.linalg.norm(np.linalg.qr(B)[1] @ np.linalg.qr(A.T)[1].T))
+        return float(np.linalg.norm(_core(A, B)))
+
+
+def _core(A: Array, B: Array) -> Array:
+    """R S^T (min(q, O), min(q, I)), where B = Q R and A^T = P S, so that B A = Q (R S^T) P^T."""
+    R = np.linalg.qr(B)[1]
+    S = np.linalg.qr(A.T)[1]
+    return np.asarray(R @ S.T)
 
 
 def error_row(whole: float, missed: float) -> Row:
+    """|dW| = `whole`, the norm `missed` of the error, and that as a share of |dW|."""
     return {"|dW|": whole, "error": missed, "relative": missed / whole if whole else 0.0}
 
 
 def rounding_error(A: Array, B: Array) -> float:
-    """What rounding may leave of a sum B A that is 0: a number is q products, each an ulp off."""
-    return float(len(A) * np.finfo(np.float64).eps * np.linalg.norm(A) * np.linalg.norm(B))
+    """The largest |B A| that rounding may leave where B A is 0: q products, each an ulp off."""
+    eps = np.finfo(np.float64).eps
+    return float(len(A) * eps * np.linalg.norm(A) * np.linalg.norm(B))
 
 
 def singular_values(A: np.ndarray, B: np.ndarray, scaling: float) -> np.ndarray:
-    """The singular values of s B A that can differ from zero, falling: (min(r, I, O),). A (r, I), B (O, r).
+    """The singular values of s B A that can differ from zero, falling: (min(r, I, O),).
 
-    From the small factors: B = Q R and Aᵀ = P S give B A = Q (R Sᵀ) Pᵀ, and Q, P change no singular value. One NaN is
-    what a factor or a product gives that is not finite: LAPACK's decomposition of it may never end.
+    A (r, I), B (O, r). They are those of the small core R S^T, where B = Q R and A^T = P S: Q and P
+    change no singular value. One NaN if a factor or a product is not finite: LAPACK's decomposition
+    of it may never end.
     """
     if not (np.isfinite(A).all() and np.isfinite(B).all()):
         return np.array([np.nan])
     with np.errstate(over="ignore", invalid="ignore"):
-        core = (
-            np.linalg.qr(B.astype(np.float64))[1] @ np.linalg.qr(A.T.astype(np.float64))[1].T
-        )  # at most (r, r)
+        core = _core(A.astype(np.float64), B.astype(np.float64))
     if not np.isfinite(core).all():
         return np.array([np.nan])
     return np.asarray(np.linalg.svd(core, compute_uv=False) * abs(scaling))
 
 
 def effective_rank(values: np.ndarray) -> float:
-    """exp of the entropy of the spectrum's energy: how many directions dW really uses, 0 if it is zero or not finite.
+    """exp of the entropy of the spectrum's energy: how many directions dW really uses.
 
-    Roy & Vetterli 2007, with the shares σᵢ² / Σ σ² for their σᵢ / Σ σ.
+    0 if dW is zero or not finite. Roy & Vetterli 2007, with the shares s_i^2 / sum s^2 in place of
+    their s_i / sum s.
     """
     norm = float(np.linalg.norm(values))
     if not 0 < norm < math.inf:

@@ -1,7 +1,7 @@
-"""Where adapters live: a base layer and, by name, what is added to it.
+"""Wrappers: a module of the base with adapters, by name, in its place in the model.
 
-`LoraLinear` wraps a linear base and holds adapters; `SavedModule` wraps any module and holds trained copies of it.
-Both keep the base as it is: to disable an adapter is to have the base back, bit for bit.
+`LoraLinear` wraps a linear layer and has adapters; `SavedModule` wraps any module and has trained
+copies of it. Both leave the base as it is: disabling an adapter restores the base bit for bit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from ..autograd import Tensor
@@ -21,32 +21,43 @@ from .dora import require_compatible
 from .lora import LoraAdapter
 from .merging import Merging
 
-# By layer: the adapters that this thread, and the shards it hands to others, runs there in place of the active ones.
-_chosen: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
-    "chosen", default=None
-)
+# By layer: the adapters that run there in place of the active ones, in this thread and in the
+# threads that it hands shards to. Never changed in place.
+_chosen = contextvars.ContextVar[dict[Any, Any]]("chosen", default={})  # noqa: B039
 
 
 class Wrapper(Module):
-    """Stands in a module's place: `inner` is what stood there, `held` what each adapter brings, by its name."""
+    """A module in the place of another: of `inner`, with what each adapter adds in `entries`.
 
-    ATTRIBUTES: tuple[str, str]  # where these two are, in PEFT's words
+    active        the adapters that run, if `enabled` and nothing is merged
+    merged        the adapters that are merged into the inner module
+    requantized   is the merged weight stored as codes again?
+    """
+
+    ATTRIBUTES: tuple[str, str]  # the names of the attributes `inner` and `entries` are, in PEFT
 
     def __init__(self) -> None:
-        self.active: tuple[str, ...] | list[str] = ()
+        self.active: Sequence[str] = ()
         self.enabled = True
         self.merged: tuple[str, ...] = ()
-        self.requantized = False  # is what was merged held as codes again?
+        self.requantized = False
 
     @property
     def inner(self) -> Any:
+        """The wrapped module."""
         return getattr(self, self.ATTRIBUTES[0])
 
     @property
-    def held(self) -> dict[str, Any]:
+    def entries(self) -> dict[str, Any]:
+        """Adapters, or copies of the wrapped module, by the adapter's name."""
         return getattr(self, self.ATTRIBUTES[1])  # type: ignore[no-any-return]
 
-    # What a linear layer offers, where there is one.
+    @property
+    def current(self) -> Any:
+        """The module inside that the next forward runs."""
+        raise NotImplementedError
+
+    # What a linear layer offers, if this wraps one.
     in_features = property(lambda self: self.current.in_features)
     out_features = property(lambda self: self.current.out_features)
     bias = property(lambda self: self.current.bias)
@@ -54,19 +65,13 @@ class Wrapper(Module):
     dtype = property(lambda self: self.current.dtype)
 
     @property
-    def current(self) -> Any:
-        """The module inside that the next forward runs."""
-        raise NotImplementedError
-
-    @property
     def running(self) -> tuple[Any, ...]:
-        """What the next forward of this thread applies."""
-        names = (
-            ()
-            if self.merged or not self.enabled
-            else (_chosen.get() or {}).get(self, self.active) or ()
-        )
-        return tuple(self.held[name] for name in names if name in self.held)
+        """The entries that the next forward of this thread applies."""
+        if self.merged or not self.enabled:
+            return ()
+        names = _chosen.get().get(self, self.active) or ()
+        entries = self.entries
+        return tuple(entries[name] for name in names if name in entries)
 
     def merge(self, names: Sequence[str] | None = None, requantize: bool = False) -> None:
         """Put adapters into the inner module's weights, where that means something."""
@@ -75,21 +80,25 @@ class Wrapper(Module):
         """Take all of them out again."""
 
     def result(self, names: Sequence[str]) -> Any:
-        """What is left in this place once these adapters are merged and gone. ConfigError if not all can be at once."""
-        require_compatible(self.held, names)
+        """The module that is left once these adapters are merged and the wrapper is removed.
+
+        ConfigError if they cannot run together.
+        """
+        require_compatible(self.entries, names)
         return self.inner
 
 
 @contextlib.contextmanager
 def use_adapters(layers: Iterable[Wrapper], names: Sequence[str] | None) -> Iterator[None]:
-    """Inside, these layers run `names` in place of the active adapters: in this thread, not in one that runs beside it.
+    """Inside, these layers run `names` in place of the active adapters, in this thread alone.
 
-    With None they run their inner modules alone, whatever is chosen further inside.
+    None runs the inner modules without adapters, whatever a block further inside chooses.
     """
-    before = _chosen.get() or {}
-    token = _chosen.set(
-        {**before, **{layer: names for layer in layers if before.get(layer, ()) is not None}}
-    )
+    chosen = dict(_chosen.get())
+    for layer in layers:
+        if chosen.get(layer, ()) is not None:
+            chosen[layer] = names
+    token = _chosen.set(chosen)
     try:
         yield
     finally:
@@ -97,54 +106,56 @@ def use_adapters(layers: Iterable[Wrapper], names: Sequence[str] | None) -> Iter
 
 
 class LoraLinear(Merging, PreparedModule, Wrapper):
-    """y = base(x), and then each active adapter in turn.    x (..., I) -> (..., O)
+    """y = base(x), then each active adapter adds to it.    x (..., I) -> (..., O)
 
-    The base is any `LinearBase`. Adapters read x, never each other's output, so several active ones add up.
+    The base is any `LinearBase`. Adapters read x, never each other's output, so several add up.
     """
 
-    ATTRIBUTES = "base_layer", "adapters"
-
-    def __init__(self, base_layer: LinearBase):
-        super().__init__()
-        self.base_layer: LinearBase = base_layer
-        self.adapters: dict[str, LoraAdapter] = {}
-
-    @property
-    def current(self) -> LinearBase:
-        return self.base_layer
+    base_layer: LinearBase
+    adapters: dict[str, LoraAdapter]
 
     def __call__(self, x: Tensor) -> Tensor:
         running = self.running
-        if (ready := self._effective.get(running)) is not None:
-            return effective_linear(x, ready)
+        prepared = self._effective.get(running)
+        if prepared is not None:
+            return effective_linear(x, prepared)
         y = self.base_layer(x)
         for adapter in running:
             y = adapter(x, y, self.base_layer)
         return y
 
-    # ---- one training step: the merge identity as a way to compute ----
+    # ---- one training step: W + dW formed once ----
 
     def merges(self, tokens: int | None) -> bool:
-        """Is it right, and cheaper, to form W + dW once for a step over `tokens` positions? Not right with dropout."""
+        """Is it right, and cheaper, to form W + dW once for a step over `tokens` positions?
+
+        It is not right with dropout.
+        """
+        running = self.running
+        for adapter in running:
+            if adapter.MIXED or adapter.dropout.active:
+                return False
+            if adapter.NORMED and self.base_layer.trainable:
+                return False
         merged, apart = self.costs(tokens or 1 << 30)
-        hindered = any(
-            a.MIXED or a.dropout.active or (a.NORMED and self.base_layer.trainable)
-            for a in self.running
-        )
-        return (merged < apart or not self.running) and not hindered
+        return merged < apart or not running
 
     def costs(self, tokens: int) -> tuple[int, int]:
         """See `effective.costs`."""
-        r, normed = sum(a.r for a in self.running), any(a.NORMED for a in self.running)
+        running = self.running
+        r = sum(adapter.r for adapter in running)
+        normed = any(adapter.NORMED for adapter in running)
         return costs(tokens, self.in_features, self.out_features, r, normed)
 
     def effective(self, out: Array, tokens: int | None) -> Parts | None:
+        """See `LinearBase.effective`."""
         parts = self.base_layer.effective(out, tokens) if self.merges(tokens) else None
-        if parts is not None:
-            added = [adapter.effective(out) for adapter in self.running]
-            parts += [
-                (params, pull) for params, pull in added if any(p.requires_grad for p in params)
-            ]
+        if parts is None:
+            return None
+        for adapter in self.running:
+            params, pull = adapter.effective(out)
+            if any(p.requires_grad for p in params):
+                parts.append((params, pull))
         return parts
 
     def preparations(self, tokens: int | None) -> Iterator[Callable[[], None]]:
@@ -157,7 +168,7 @@ class LoraLinear(Merging, PreparedModule, Wrapper):
 
 
 class SavedModule(Wrapper):
-    """A module that is trained whole: the original, and by adapter's name a copy of it that training may change."""
+    """A module that is trained whole: the original and, by adapter, a trainable copy of it."""
 
     ATTRIBUTES = "original_module", "modules_to_save"
 
@@ -167,25 +178,34 @@ class SavedModule(Wrapper):
         self.modules_to_save: dict[str, Module] = {}
 
     def add(self, name: str) -> None:
+        """Add a copy for the adapter `name`."""
         self.modules_to_save[name] = copy.deepcopy(self.original_module)
 
     @property
     def current(self) -> Any:
-        return self.running[0] if self.running else self.original_module
-
-    def effective(self, out: Array, tokens: int | None) -> Parts | None:
-        return self.current.effective(out, tokens)  # type: ignore[no-any-return]
-
-    def result(self, names: Sequence[str]) -> Any:
-        """The copy of the one adapter among `names` that has one. ConfigError where two have."""
-        found = [n for n in names if n in self.modules_to_save]
-        if len(found) > 1:
-            raise ConfigError(
-                f"adapters {', '.join(found)} each replace the same module: only one can be active"
-            )
-        return self.modules_to_save[found[0]] if found else self.original_module
+        running = self.running
+        return running[0] if running else self.original_module
 
     weight = property(lambda self: self.current.weight)
 
     def __call__(self, *inputs: Any) -> Tensor:
         return self.current(*inputs)  # type: ignore[no-any-return]
+
+    def effective(self, out: Array, tokens: int | None) -> Parts | None:
+        return self.current.effective(out, tokens)  # type: ignore[no-any-return]
+
+    def result(self, names: Sequence[str]) -> Any:
+        """The copy of the one adapter among `names` that has one, or the original.
+
+        ConfigError if several have one.
+        """
+        owner = find_owner(self.modules_to_save, names, "replace the same module")
+        return self.original_module if owner is None else self.modules_to_save[owner]
+
+
+def find_owner(entries: Collection[str], names: Sequence[str], what: str) -> str | None:
+    """The one name with an entry, or None. ConfigError if several have one: `what` they each do."""
+    owners = [name for name in dict.fromkeys(names) if name in entries]
+    if len(owners) > 1:
+        raise ConfigError(f"adapters {', '.join(owners)} each {what}: only one can be active")
+    return owners[0] if owners else None

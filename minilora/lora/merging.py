@@ -1,10 +1,11 @@
-"""Merging: adapters summed into a copy of a weight, for models in memory and for checkpoints on disk alike.
+"""Merging: adapters summed into a copy of a weight, for models and for checkpoints on disk alike.
 
-    W' = round(W + sum_i c_i B_i A_i)        DoRA: W' = round(k (W + c B A)),  k = m / |W + c B A| by row
+    W' = round(W + sum_i c_i B_i A_i)
+    W' = round(k (W + c B A)),  k = m / |W + c B A| by row        for DoRA
 
-The sum is float64, k included, and is rounded once, to the dtype in which the weight is stored. It is
-formed a few rows at a time; the blocks depend on the shape alone and BLAS has one thread, so a model
-and a tool that merge the same numbers get the same bits.
+The sum is float64, k included, and is rounded once, to the dtype in which the weight is stored. It
+is formed a few rows at a time; the blocks depend on the shape alone and BLAS has one thread, so a
+model and a tool that merge the same numbers get the same bits.
 
 merge_weight   the sum, on arrays
 Merging        what a wrapper around a layer can do: merge, and unmerge bit for bit
@@ -42,7 +43,7 @@ class Merged(NamedTuple):
     moved: float | None
 
     def size(self, parts: Sequence[Part]) -> float:
-        """|dW|, |V - W|; infinite if a factor's square overflows."""
+        """|V - W|, the norm of the change by `parts`; infinite if a factor's square overflows."""
         if self.moved is not None:
             return self.moved
         with np.errstate(over="ignore"):
@@ -62,15 +63,16 @@ def merge_weight(
     out: Array | None = None,
     over: Map = map,
 ) -> Merged:
-    """`parts` summed into W in float64 and rounded once to `dtype`. NaN or inf if a number of the sum is.
+    """W + sum of `parts` in float64, rounded once to `dtype`; NaN or inf where the sum is.
 
     W       (O, I) as it is stored: floats, or uint16 for bfloat16
-    parts   one or more; DoRA's stands alone
+    parts   one or more; only one if it is DoRA's
     dtype   "F64", "F32", "F16" or "BF16"
     table   W is an embedding's table (V, C): the transpose of the matrix that the parts add to
     out     where the result is written; it may be W itself. None: a new array
     over    maps a function over blocks of rows, in their order; perhaps in threads
     """
+    m = parts[0].m
     A, B = cat(parts)
     left, right = (A.T, B.T) if table else (B, A)
     left = np.ascontiguousarray(left)
@@ -79,7 +81,7 @@ def merge_weight(
         out = empty_as(W.shape, dtype)
 
     @np.errstate(all="ignore")  # here, because each thread has its own error state
-    def norms_of(at: slice) -> Array:
+    def squared_norms(at: slice) -> Array:
         V = left[at] @ right
         V += widen(W[at])
         return np.asarray(np.einsum("io,io->o" if table else "oi,oi->o", V, V))
@@ -90,7 +92,7 @@ def merge_weight(
         before = widen(W[at])
         V += before
         moved = 0.0
-        if k is not None:
+        if m is not None:
             V *= k if table else k[at, None]
             change = V - before
             moved = float(np.vdot(change, change))
@@ -99,15 +101,13 @@ def merge_weight(
         return float(np.vdot(V, V)), moved
 
     with one_blas_thread():
-        rows = row_blocks(W.shape)
-        k = None
-        if parts[0].m is not None:
-            squares = list(over(norms_of, rows))
-            k = _scale(parts[0].m, np.sum(squares, axis=0) if table else np.concatenate(squares))
-        sums = list(over(merge_block, rows))
-    lost = math.sqrt(math.fsum(lost for lost, _ in sums))
-    moved = None if k is None else math.sqrt(math.fsum(moved for _, moved in sums))
-    return Merged(out, lost, moved)
+        blocks = row_blocks(W.shape)
+        if m is not None:
+            squares = list(over(squared_norms, blocks))
+            k = _scale(m, np.sum(squares, axis=0) if table else np.concatenate(squares))
+        sums = list(over(merge_block, blocks))
+    lost, moved = (math.sqrt(math.fsum(column)) for column in zip(*sums, strict=True))
+    return Merged(out, lost, None if m is None else moved)
 
 
 @np.errstate(all="ignore")
@@ -119,9 +119,9 @@ def _scale(m: Array, squares: Array) -> Array:
 
 
 def merge_rows(W: Array, rows: Sequence[int] | np.ndarray, values: Array, dtype: str) -> Merged:
-    """W (V, C), stored as `dtype`, with float64 `values` (n, C) rounded once in the place of `rows`."""
-    out = W.copy()
+    """W (V, C), stored as `dtype`, with float64 `values` (n, C) rounded once as its `rows`."""
     at = list(rows)
+    out = W.copy()
     with np.errstate(all="ignore"):
         out[at] = round_to(values, dtype)
         lost = float(np.linalg.norm(widen(out[at]) - values))
@@ -130,58 +130,61 @@ def merge_rows(W: Array, rows: Sequence[int] | np.ndarray, values: Array, dtype:
 
 
 class Merging:
-    """What a wrapper is besides, if the adapters in it can be merged into its base layer.
+    """The part of a wrapper that merges its adapters into a copy of its base layer.
 
     leader     for a head whose adapters are its embedding's: the embedding's wrapper, merged first
     follower   a plain module that shares the base's weight, and gets the merged one too
+    original   the base layer as it was before anything was merged
     """
 
-    base_layer: Any
-    adapters: dict[str, Any]
-    active: tuple[str, ...] | list[str]
-    merged: tuple[str, ...]  # this and the next are the wrapper's
+    ATTRIBUTES = "base_layer", "adapters"
+    active: Sequence[str]  # this and the next two are the wrapper's
+    merged: tuple[str, ...]
     requantized: bool
     # With an underscore, because these modules are no children of this one.
     _leader: Merging | None = None
     _follower: Any = None
     _original: Any = None  # the base while adapters are merged into a copy of it
 
+    def __init__(self, base_layer: Any, adapters: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = {} if adapters is None else adapters
+
+    current = property(lambda self: self.base_layer)
     leader = property(lambda self: self._leader)
     follower = property(lambda self: self._follower)
+    original = property(lambda self: self._original or self.base_layer)
 
     def follow(self, leader: Merging) -> None:
         """Have the weight of `leader` whenever both have the same adapters merged."""
         self._leader = leader
 
     def lead(self, follower: Any) -> None:
-        """Give `follower`, a plain module, what is merged here from now on; None: nobody."""
+        """Give `follower`, a plain module, what is merged here from now on; None: no module."""
         self._follower = follower
-
-    @property
-    def original(self) -> Any:
-        """The base layer as it was before anything was merged."""
-        return self._original or self.base_layer
 
     def merge(self, names: Sequence[str] | None = None, requantize: bool = False) -> None:
         """Put adapters (the active ones) into a copy of the base: one float64 sum, rounded once.
 
         The base itself stays, so `unmerge` restores every bit. NonFiniteError for a NaN or inf in
-        the sum; nothing changes then. A dense base stays dense; one in 16 bits stays in 16 bits, and
-        its weight's `lost` says what part of dW rounding took. A base of codes becomes dense, unless
-        `requantize`: then the sum is coded again, and the layer's `lost` says what that took.
+        the sum; nothing changes then. A dense base stays dense; one in 16 bits stays in 16 bits,
+        and its weight's `lost` says what part of dW rounding took. A base of codes becomes dense,
+        unless `requantize`: then the sum is coded again, and the layer's `lost` says what that
+        took.
         """
-        names = list(dict.fromkeys(self.active if names is None else names))
-        names = [n for n in names if n in self.adapters and n not in self.merged]
-        if not names and (not self.merged or requantize == self.requantized):
+        wanted = self.active if names is None else names
+        every = dict.fromkeys([*self.merged, *(n for n in wanted if n in self.adapters)])
+        if len(every) == len(self.merged) and (not every or requantize == self.requantized):
             return
-        every = (*self.merged, *names)
-        self.result(every)  # type: ignore[attr-defined]  # raises if they cannot be merged together
+        names = tuple(every)
+        self.result(names)  # type: ignore[attr-defined]  # raises if they cannot be merged together
         base = self.original
-        self.base_layer = self._merged_layer(base, every, requantize)
+        self.base_layer = self._merged_layer(base, names, requantize)
         self._original = base
-        self.merged = every
+        self.merged = names
         self.requantized = requantize
-        self._settle()
+        self._share_weight()
 
     def unmerge(self) -> None:
         """Take all merged adapters out again: the original base comes back, bit for bit."""
@@ -191,9 +194,9 @@ class Merging:
         self._original = None
         self.merged = ()
         self.requantized = False
-        self._settle()
+        self._share_weight()
 
-    def _settle(self) -> None:
+    def _share_weight(self) -> None:
         """Make a weight that embedding and head share one parameter again; see tying.py."""
         if self.leader is not None and self.leader.merged == self.merged:
             self.base_layer.weight = self.leader.base_layer.weight
@@ -205,32 +208,32 @@ class Merging:
         half = base.weight.quantized if isinstance(base.weight, HalfWeight) else None
         backend = base.weight.backend
         if half is not None:
-            W, dtype = backend.to_numpy(half.codes), CODES[half.kind]
+            stored = half.codes
+            kind = half.kind
         else:
-            dense = base.weight.data if isinstance(base, Embedding) else base.dense_weight()
-            W, dtype = backend.to_numpy(dense), CODES[str(dense.dtype)]
-        merged = self._merge_into(W, dtype, names)
+            stored = base.weight.data if isinstance(base, Embedding) else base.dense_weight()
+            kind = str(stored.dtype)
+        merged, parts = self._merge_into(backend.to_numpy(stored), CODES[kind], names)
         if not np.isfinite(widen(merged.weight)).all():
-            kind = half.kind if half else W.dtype
             raise NonFiniteError(
                 f"merging {', '.join(names)} gives weights that are not finite in {kind}: "
                 "`minilora inspect` names broken values of an adapter's folder"
             )
         weight = backend.from_numpy(merged.weight)
         if half is not None:
-            made = HalfWeight(Half(half.kind, weight), base.weight.dtype)
-            made.lost = self._share_lost(merged, names)
+            made = HalfWeight(Half(kind, weight), base.weight.dtype)
+            made.lost = merged.share_lost(parts)
             return _with_weight(base, made)
         if requantize and isinstance(base, LinearBase):
             return base.rebuilt(weight)
         return _with_weight(base, Parameter(weight, False))
 
-    def _merge_into(self, W: Array, dtype: str, names: Sequence[str]) -> Merged:
+    def _merge_into(
+        self, W: Array, dtype: str, names: Sequence[str]
+    ) -> tuple[Merged, Sequence[Part]]:
+        """W, stored as `dtype`, with these adapters in it, and the parts that were summed."""
         parts = [self.adapters[name].part() for name in names]
-        return merge_weight(W, parts, dtype, isinstance(self.original, Embedding))
-
-    def _share_lost(self, merged: Merged, names: Sequence[str]) -> float:
-        return merged.share_lost([self.adapters[name].part() for name in names])
+        return merge_weight(W, parts, dtype, isinstance(self.original, Embedding)), parts
 
     def delta_weight(self, name: str) -> np.ndarray:
         """dW (O, I) of one adapter, in float64 on the host."""
@@ -244,7 +247,7 @@ class Merging:
 
 
 def _with_weight(base: Any, weight: Parameter) -> Any:
-    """A frozen layer like `base` over another weight, held in 16 bits if `weight` is."""
+    """A frozen layer like `base` over another weight, in 16 bits if `weight` is."""
     if isinstance(base, Embedding):
         made = copy.copy(base)
         made.weight = weight

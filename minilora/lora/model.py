@@ -1,7 +1,8 @@
-"""From a model and a configuration to a model with adapters, and back: put in, freeze, switch, merge, save, load.
+"""A model with adapters: add them, switch, merge, count, save, load.
 
-`get_peft_model` puts adapters into the model that it is given, as PEFT does; `unload` and `merge_and_unload` take
-them out again. Every change is planned and checked whole before the first layer is touched.
+`get_peft_model` puts adapters into the model that it is given, as PEFT does; `unload` and
+`merge_and_unload` take them out again. Every change is planned and checked before the first layer
+is changed.
 """
 
 from __future__ import annotations
@@ -25,21 +26,12 @@ from ..nn import Module, Parameter, replace_module
 from .combining import add_weighted_adapter
 from .config import LoraConfig
 from .embedding import HeadAdapter, LoraEmbedding
-from .files import AdapterFile, fit
+from .files import AdapterFile, fit, repeated
 from .layer import LoraLinear, SavedModule, Wrapper, use_adapters
-from .names import file_key, peft_name, repeated
-from .plan import (
-    PREFIX,
-    Plan,
-    adapter_class,
-    check_wrapped,
-    describe_model,
-    modules_inside,
-    plan_adapter,
-    wrappers,
-)
+from .names import PREFIX, adapter_class, file_key, peft_name
+from .plan import Plan, check_wrapped, describe_model, modules_inside, plan_adapter, wrappers
 from .tokens import TokenRows, TrainableTokens
-from .tying import prepare_tie, unwrap
+from .tying import embedding_and_head, prepare_tie, unwrap
 
 
 def get_peft_model(
@@ -47,15 +39,19 @@ def get_peft_model(
 ) -> PeftModel:
     """Freeze `model`, put the adapter that `config` describes into it, and return it wrapped.
 
-    model   offers `get_input_embeddings()`, `get_output_embeddings()`, `named_modules()` and `config`, a dataclass with
-            `model_type` and `tie_word_embeddings`
-    seed    of the adapter's first values; they depend on it and on the layer's name, and on nothing else
+    model   offers `get_input_embeddings()`, `get_output_embeddings()`, `named_modules()` and
+            `config`, a dataclass with `model_type` and `tie_word_embeddings`
+    seed    of the adapter's first values; they depend on it and on the layer's name, and on nothing
+            else
     """
     return PeftModel(model, config, adapter_name, seed)
 
 
 class PeftModel(Module):
-    """A model with adapters, by name. The active ones add up; only their parameters require a gradient."""
+    """A model with adapters, by name.
+
+    The active ones add up; only their parameters require a gradient.
+    """
 
     def __init__(
         self, model: Any, config: LoraConfig, adapter_name: str = "default", seed: int = 0
@@ -69,7 +65,8 @@ class PeftModel(Module):
             raise ConfigError(f"expected a model to put an adapter into, got {model!r:.99}")
         if isinstance(model, PeftModel) or any(wrappers(model)):
             raise ConfigError(
-                "the model has adapters already: use add_adapter or load_adapter, or unload it first"
+                "the model has adapters already: use add_adapter or load_adapter, "
+                "or unload it first"
             )
         self.model: Any = model
         self.peft_config: dict[str, LoraConfig] = {}
@@ -84,7 +81,6 @@ class PeftModel(Module):
         return self.model
 
     config = property(lambda self: self.model.config)
-
     active_adapter = property(lambda self: self.active_adapters[0])
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
@@ -95,7 +91,7 @@ class PeftModel(Module):
     def _wrappers(self) -> dict[str, Wrapper]:
         return dict(wrappers(self.model))
 
-    # ---- adding -----------------------------------------------------------------------------------------------------
+    # ---- adding ----------------------------------------------------------------------------------
 
     def add_adapter(self, adapter_name: str, config: LoraConfig, seed: int = 0) -> None:
         """Add another adapter; it stays inactive until `set_adapter`."""
@@ -105,110 +101,118 @@ class PeftModel(Module):
         self._inject(adapter_name, plan, seed)
 
     def _check_name(self, adapter_name: str, config: LoraConfig) -> None:
-        """ConfigError if an adapter of this name and configuration cannot join those that are here."""
-        if not isinstance(config, LoraConfig) or not isinstance(adapter_name, str):
+        """ConfigError if an adapter of this name and configuration cannot join the others."""
+        if not isinstance(config, LoraConfig):
+            raise ConfigError(f"expected a LoraConfig, got {config!r:.99}")
+        # Keys are searched for "lora_", and "" is a part of any text.
+        is_text = isinstance(adapter_name, str) and adapter_name not in "lora_"
+        if not is_text or any(c in adapter_name for c in "./\\\0"):
             raise ConfigError(
-                f"expected a LoraConfig and a name, got {config!r:.99} and {adapter_name!r:.99}"
+                f"{adapter_name!r:.99} cannot name an adapter: "
+                "choose a text without dots or slashes that is no part of 'lora_'"
             )
         if adapter_name in self.peft_config:
             raise ConfigError(
-                f"there is an adapter {adapter_name!r} already: {', '.join(self.peft_config)}"
+                f"an adapter {adapter_name!r} exists already; "
+                f"choose a name other than {', '.join(self.peft_config)}"
             )
-        if adapter_name in "lora_" or any(
-            c in adapter_name for c in "./\\\0"
-        ):  # "" is a part of any text
-            raise ConfigError(
-                f"{adapter_name!r:.99} cannot name an adapter: no dot, no slash, no part of 'lora_'"
-            )
-        biased = [n for n, c in self.peft_config.items() if c.bias != "none"]
+        biased = [name for name, other in self.peft_config.items() if other.bias != "none"]
         if biased and config.bias != "none":
             raise ConfigError(
-                f"adapter {biased[0]!r} trains the base's biases already: a second one needs bias='none'"
+                f"adapter {biased[0]!r} trains the base's biases already: "
+                "a second one needs bias='none'"
             )
 
     def _inject(self, adapter_name: str, plan: Plan, seed: int) -> None:
         inject(self.model, adapter_name, plan, seed)
-        self.peft_config[adapter_name], self._plans[adapter_name] = plan.config, plan
+        self.peft_config[adapter_name] = plan.config
+        self._plans[adapter_name] = plan
         for parameter in self.adapter_parameters(adapter_name).values():
             parameter.requires_grad = False  # until set_adapter makes it the active one
 
-    add_weighted_adapter = add_weighted_adapter  # several, added up to another
+    add_weighted_adapter = add_weighted_adapter
 
-    # ---- switching --------------------------------------------------------------------------------------------------
+    # ---- switching -------------------------------------------------------------------------------
 
     def set_adapter(
         self, adapter_name: str | Sequence[str], inference_mode: bool | None = None
     ) -> None:
-        """Make these adapters the active ones. Only they require a gradient, and not if `inference_mode`.
+        """Make these adapters the active ones. Only they require a gradient.
 
-        `inference_mode` None means what each adapter's configuration says: True for one that was loaded to be used.
+        With `inference_mode` they require none either; None means the value in each adapter's
+        configuration, which is True for one that was loaded to be used.
         """
-        names = (
-            [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
-        )
-        self._known(names)
-        for layer in self._wrappers().values():
-            layer.result(names)  # raises where two of them cannot be active at once
-            if layer.merged and set(layer.merged) != {n for n in names if n in layer.held}:
+        names = list_names(adapter_name)
+        self._require_known(names)
+        layers = self._wrappers().values()
+        for layer in layers:
+            layer.result(names)  # raises if two of them cannot be active at once
+            if layer.merged and {*layer.merged} != {*names} & {*layer.entries}:
                 raise ConfigError(
                     f"adapters {', '.join(layer.merged)} are merged: unmerge_adapter first"
                 )
+        self._train_only(names, inference_mode)
+        for layer in layers:
+            layer.active = tuple(names)
+
+    def _train_only(self, names: list[str], inference_mode: bool | None) -> None:
         for parameter in self.model.parameters():
             parameter.requires_grad = False
-        for layer in self._wrappers().values():
-            layer.active = tuple(names)
         for name in names:
-            frozen = (
-                self.peft_config[name].inference_mode if inference_mode is None else inference_mode
-            )
+            frozen = inference_mode
+            if frozen is None:
+                frozen = self.peft_config[name].inference_mode
             for parameter in self.adapter_parameters(name).values():
                 parameter.requires_grad = not frozen
         self.active_adapters = names
 
     def adapter_parameters(self, adapter_name: str) -> dict[str, Parameter]:
-        """One adapter's parameters by their keys in its file: factors, copied modules, biases if it trains them."""
-        keys = ((file_key(name, adapter_name), name, p) for name, p in self.named_parameters())
-        return {**self._biases(adapter_name), **{key: p for key, name, p in keys if key != name}}
+        """The parameters of one adapter by their keys in its file.
+
+        They are its factors, copied modules, and biases if it trains them.
+        """
+        parameters = self._biases(adapter_name)
+        for name, parameter in self.named_parameters():
+            key = file_key(name, adapter_name)
+            if key != name:
+                parameters[key] = parameter
+        return parameters
 
     def _biases(self, adapter_name: str) -> dict[str, Parameter]:
-        """The base's biases that this adapter trains, by their keys in its file, whatever other adapters there are."""
+        """The base's biases that this adapter trains, by their keys in its file."""
         mode = self.peft_config[adapter_name].bias
-        layers = {
-            p
-            for p, m in self._wrappers().items()
-            if isinstance(m, LoraLinear) and adapter_name in m.held
-        }
-        found = {}
+        biases: dict[str, Parameter] = {}
+        if mode == "none":
+            return biases
+        layers = self._wrappers().items()
+        adapted = {p for p, m in layers if isinstance(m, LoraLinear) and adapter_name in m.adapters}
         for path, parameter in self.model.named_parameters():
-            owner = (
-                path.removesuffix(".bias")
-                .removesuffix(".base_layer")
-                .replace(".original_module", "")
-            )
-            wanted = mode == "all" or (mode == "lora_only" and owner in layers)
-            if path.endswith(".bias") and wanted and ".modules_to_save." not in path:
-                found[PREFIX + owner + (".base_layer.bias" if owner in layers else ".bias")] = (
-                    parameter
-                )
-        return found
+            if not path.endswith(".bias") or ".modules_to_save." in path:
+                continue
+            owner = path.removesuffix(".bias").removesuffix(".base_layer")
+            owner = owner.replace(".original_module", "")
+            if owner in adapted:
+                biases[f"{PREFIX}{owner}.base_layer.bias"] = parameter
+            elif mode == "all":
+                biases[f"{PREFIX}{owner}.bias"] = parameter
+        return biases
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside, the model is its base, bit for bit (but for trained biases); merged adapters are out meanwhile."""
+        """Inside, the model is its base, bit for bit (but for trained biases).
+
+        Merged adapters are taken out, and put in again at the end.
+        """
         if any(self.peft_config[n].bias != "none" for n in self.active_adapters):
             warnings.warn(
                 "the adapter trained the base's biases: disabling it does not bring them back",
                 stacklevel=3,
             )
-        merged = [
-            (layer, layer.merged, layer.requantized)
-            for layer in self._wrappers().values()
-            if layer.merged
-        ]
-        with use_adapters(self._wrappers().values(), None):
+        layers = self._wrappers().values()
+        merged = [(layer, layer.merged, layer.requantized) for layer in layers if layer.merged]
+        with use_adapters(layers, None):
             try:
-                for layer, *_ in merged:
-                    layer.unmerge()
+                self.unmerge_adapter()
                 yield
             finally:
                 for layer, names, requantized in merged:
@@ -216,44 +220,55 @@ class PeftModel(Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first of the others takes its place."""
-        self._known([adapter_name])
+        self._require_known([adapter_name])
         if any(layer.merged for layer in self._wrappers().values()):
             raise ConfigError(
-                f"adapter {adapter_name!r} cannot be deleted while any is merged: unmerge_adapter first"
+                f"adapter {adapter_name!r} cannot be deleted while any is merged: "
+                "unmerge_adapter first"
             )
         if len(self.peft_config) == 1:
-            raise ConfigError(f"{adapter_name!r} is the only adapter: unload() gives the base back")
-        del self.peft_config[adapter_name], self._plans[adapter_name]
+            raise ConfigError(
+                f"{adapter_name!r} is the only adapter: call unload() to restore the base"
+            )
+        del self.peft_config[adapter_name]
+        del self._plans[adapter_name]
         for path, layer in self._wrappers().items():
-            layer.held.pop(adapter_name, None)
-            if not layer.held:
+            layer.entries.pop(adapter_name, None)
+            if not layer.entries:
                 replace_module(self.model, path, layer.inner)
         if adapter_name in self.active_adapters:
-            self.set_adapter(
-                [n for n in self.active_adapters if n != adapter_name]
-                or [next(iter(self.peft_config))]
-            )
+            others = [name for name in self.active_adapters if name != adapter_name]
+            self.set_adapter(others or next(iter(self.peft_config)))
 
-    def _known(self, names: Sequence[str]) -> None:
-        unknown = [n for n in names if n not in list(self.peft_config)]  # whatever it is
+    def _require_known(self, names: Sequence[str]) -> None:
+        known = list(self.peft_config)
+        unknown = [name for name in names if name not in known]  # also one that cannot be hashed
         if unknown or not names:
             shown = ", ".join(map(repr, unknown)) or "(none named)"
-            raise ConfigError(f"no adapter {shown}; there is {', '.join(self.peft_config)}")
+            raise ConfigError(f"no adapter {shown}; choose from {', '.join(known)}")
 
-    # ---- merging ----------------------------------------------------------------------------------------------------
+    def _known_or_active(self, names: Sequence[str] | None) -> list[str]:
+        chosen = list(self.active_adapters if names is None else names)
+        self._require_known(chosen)
+        return chosen
+
+    # ---- merging ---------------------------------------------------------------------------------
 
     def merge_adapter(
-        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, requantize: bool = False,
+        self,
+        adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = True,
+        requantize: bool = False,
         tied: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Put adapters (the active ones) into the base's weights; see `LoraLinear.merge`.
 
-        All layers or none: NonFiniteError names the layer. (PEFT checks only if `safe_merge`; here it always is.)
-        Where an adapter changes an embedding or a head, but not both, and they have one weight, `tied` has to say what
-        is meant: "untie" gives them two, and the output stays; "share" changes both, as PEFT does, and the output.
+        All layers or none: NonFiniteError names the layer. (PEFT checks only if `safe_merge`; here
+        that makes no difference.) If an adapter changes an embedding or a head, but not both, and
+        they share one weight, `tied` must be given: "untie" gives each its own weight, and the
+        output stays; "share" changes both, as PEFT does, and so the output.
         """
-        names = list(self.active_adapters if adapter_names is None else adapter_names)
-        self._known(names)
+        names = self._known_or_active(adapter_names)
         prepare_tie(self.model, names, tied)
         done: list[tuple[Wrapper, tuple[str, ...], bool]] = []
         for path, layer in self._wrappers().items():
@@ -264,11 +279,9 @@ class PeftModel(Module):
                 for changed, merged, requantized in done:
                     changed.unmerge()
                     changed.merge(merged, requantized)
-                raise (
-                    NonFiniteError(f"{path}: {error}")
-                    if isinstance(error, NonFiniteError)
-                    else error
-                ) from None
+                if isinstance(error, NonFiniteError):
+                    raise NonFiniteError(f"{path}: {error}") from None
+                raise
             done.append((layer, *before))
 
     def unmerge_adapter(self) -> None:
@@ -277,17 +290,21 @@ class PeftModel(Module):
             layer.unmerge()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None,
-        requantize: bool = False, tied: str | None = None,
-    ) -> Any:  # fmt: skip
-        """Merge, take the adapters out, and return the plain model. (`progressbar` is PEFT's: merging is quick.)
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: Sequence[str] | None = None,
+        requantize: bool = False,
+        tied: str | None = None,
+    ) -> Any:
+        """Merge, take the adapters out, and return the plain model.
 
-        A quantised layer becomes dense, unless `requantize`. See `merge_adapter`.
+        A quantised layer becomes dense, unless `requantize`. See `merge_adapter`. (`progressbar` is
+        PEFT's; merging is quick and shows none.)
         """
-        names = list(self.active_adapters if adapter_names is None else adapter_names)
-        self._known(names)
+        names = self._known_or_active(adapter_names)
         for layer in self._wrappers().values():
-            layer.result(names)  # raises where two of them cannot be active at once
+            layer.result(names)  # raises if two of them cannot be active at once
         self.merge_adapter(names, safe_merge, requantize, tied)
         return self._unwrap(names)
 
@@ -299,64 +316,70 @@ class PeftModel(Module):
     def _unwrap(self, names: Sequence[str]) -> Any:
         for path, layer in self._wrappers().items():
             replace_module(self.model, path, layer.result(names))
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        embedding, head = embedding_and_head(self.model)
         if self.model.config.tie_word_embeddings and head.weight is not embedding.weight:
             self.model.config = dataclasses.replace(self.model.config, tie_word_embeddings=False)
         for parameter in self.model.parameters():
             parameter.requires_grad = not parameter.fixed
-        self.peft_config, self._plans, self.active_adapters = {}, {}, []
+        self.peft_config = {}
+        self._plans = {}
+        self.active_adapters = []
         return self.model
 
-    # ---- counting ---------------------------------------------------------------------------------------------------
+    # ---- counting --------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all), each parameter counted once."""
-        sizes = [(p.size, p.requires_grad) for p in self.model.parameters()]
-        return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+        trainable = total = 0
+        for parameter in self.model.parameters():
+            total += parameter.size
+            if parameter.requires_grad:
+                trainable += parameter.size
+        return trainable, total
 
     def explain(self, tokens: int) -> str:
-        """A line a layer: how a step over `tokens` positions computes it, and the operations either way would add."""
+        """How a step over `tokens` positions computes each layer, one line per layer.
+
+        A line also says how many operations each of the two ways would add.
+        """
         lines = []
         for path, layer in self._wrappers().items():
             if isinstance(layer, LoraLinear) and layer.running:
-                way, (merged, apart) = (
-                    ("W + dW" if layer.merges(tokens) else "W, then A and B"),
-                    layer.costs(tokens),
-                )
+                way = "W + dW" if layer.merges(tokens) else "W, then A and B"
+                merged, apart = layer.costs(tokens)
                 lines.append(
-                    f"{path}: {way}   (W + dW once {merged:,} operations, A and B at each position {apart:,})"
+                    f"{path}: {way}   (W + dW once {merged:,} operations, "
+                    f"A and B at each position {apart:,})"
                 )
         return "\n".join(lines)
 
     def print_trainable_parameters(self) -> None:
         """trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364"""
         trainable, total = self.get_nb_trainable_parameters()
+        percent = 100 * trainable / total
         print(
-            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {percent:.4f}"
         )
 
-    # ---- files ------------------------------------------------------------------------------------------------------
+    # ---- files -----------------------------------------------------------------------------------
 
     def state_dict(self, adapter_name: str = "default") -> dict[str, np.ndarray]:
-        """What one adapter's file holds, by its keys there."""
-        kind, own = self.config.model_type, self.adapter_parameters(adapter_name)
-        tensors = {
-            key: to_file_layout(kind, key, parameter.numpy()) for key, parameter in own.items()
-        }
-        return {
-            **tensors,
-            **repeated(self._plans[adapter_name], adapter_name, tensors, self._read_base),
-        }
+        """The tensors in one adapter's file, by key."""
+        tensors = {}
+        for key, parameter in self.adapter_parameters(adapter_name).items():
+            tensors[key] = to_file_layout(self.config.model_type, key, parameter.numpy())
+        plan = self._plans[adapter_name]
+        return {**tensors, **repeated(plan, adapter_name, tensors.get, self._read_base)}
 
     def save_pretrained(
         self, directory: str | Path, selected_adapters: Sequence[str] | None = None
     ) -> None:
-        """Write PEFT's files: the adapter "default" into `directory`, any other into a folder of its name there."""
+        """Write PEFT's files: the adapter "default" to `directory`, any other to a folder in it."""
         names = list(self.peft_config if selected_adapters is None else selected_adapters)
-        self._known(names)
+        self._require_known(names)
         for name in names:
-            where = Path(directory) if name == "default" else Path(directory) / name
-            write_adapter(where, self.peft_config[name].to_dict(), self.state_dict(name))
+            folder = adapter_folder(directory, name)
+            write_adapter(folder, self.peft_config[name].to_dict(), self.state_dict(name))
 
     @classmethod
     def from_pretrained(
@@ -366,9 +389,10 @@ class PeftModel(Module):
         adapter_name: str = "default",
         is_trainable: bool = False,
     ) -> PeftModel:
-        """`model` with the adapter that a folder holds. Frozen and in eval mode unless `is_trainable`.
+        """`model` with the adapter in `directory`. Frozen and in eval mode unless `is_trainable`.
 
-        An adapter for another base raises one FormatError that lists every mismatch, and leaves `model` as it was.
+        An adapter for another base raises one FormatError that lists every mismatch, and leaves
+        `model` as it was.
         """
         made = cls.__new__(cls)  # without the fresh adapter that __init__ would put in
         made._wrap_model(model)
@@ -379,7 +403,7 @@ class PeftModel(Module):
     def load_adapter(
         self, directory: str | Path, adapter_name: str, is_trainable: bool = False
     ) -> None:
-        """Add the adapter that a folder holds, inactive until `set_adapter`; trained biases change at once.
+        """Add the adapter in `directory`, inactive until `set_adapter`; biases change at once.
 
         An adapter for another base raises one FormatError that lists every mismatch.
         """
@@ -392,13 +416,14 @@ class PeftModel(Module):
             except ConfigError as error:
                 raise FormatError(f"{file.where}: {error}") from error
             self._inject(adapter_name, plan, seed=0)
-            own = self.adapter_parameters(adapter_name)
+            parameters = self.adapter_parameters(adapter_name)
             for key in plan.shapes():
+                parameter = parameters[key]
                 array = to_file_layout(self.config.model_type, key, file.file.read(key))
-                own[key].data = own[key].backend.from_numpy(array.astype(own[key].dtype))
+                parameter.data = parameter.backend.from_numpy(array.astype(parameter.dtype))
 
     def _read_base(self, name: str) -> np.ndarray:
-        """A tensor of the base by its name, as the base's files hold it."""
+        """A tensor of the base by its name, as it is in the base's files."""
         modules = modules_inside(self.model)
         path, _, inside = name.rpartition(".")
         while path not in modules:  # inside a module that is saved whole
@@ -410,6 +435,19 @@ class PeftModel(Module):
         return to_file_layout(self.config.model_type, name, parameter.numpy())
 
 
+def adapter_folder(directory: str | Path, name: str) -> Path:
+    """The folder of an adapter that is saved to `directory`; "default" has `directory` itself."""
+    return Path(directory) if name == "default" else Path(directory) / name
+
+
+def list_names(names: str | Sequence[str]) -> list[str]:
+    """One name, or several, each once, as a list."""
+    return [names] if isinstance(names, str) else list(dict.fromkeys(names))
+
+
+# ---- from a plan to modules ----------------------------------------------------------------------
+
+
 def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
     """Put the adapter that `plan` describes into `model`, active nowhere yet.
 
@@ -417,41 +455,39 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
     """
     head, embedding = plan.follows or ("", "")
     for path, described in plan.targets.items():
-        is_embedding = described.kind == "embedding"
-        layer = _wrap(model, path, LoraEmbedding if is_embedding else LoraLinear)
+        layer = _wrap(model, path, LoraEmbedding if described.kind == "embedding" else LoraLinear)
         place = zlib.crc32(path.encode())
         stream = mix_key(place, zlib.crc32(adapter_name.encode()))
         base = layer.as_linear(unwrap(layer))
         if path == head:  # after its embedding: see Plan
-            source = _at(model, embedding)
+            source = _module_at(model, embedding)
             of_embedding = source.adapters[adapter_name]
             adapter: Any = HeadAdapter(of_embedding, plan.config.lora_dropout, stream)
             layer.follow(source)
         else:
             rng = np.random.default_rng([seed, place])
-            kind = adapter_class(plan.config, described)
+            kind = adapter_class(plan.config, described.kind)
             adapter = kind(base, path, plan.config, rng, stream)
         layer.adapters[adapter_name] = adapter.train(base.training)
     for path in plan.saved:
         _wrap(model, path, SavedModule).add(adapter_name)
     if head in plan.saved:
-        copies = [_at(model, path).held[adapter_name] for path in (head, embedding)]
+        copies = [_module_at(model, path).entries[adapter_name] for path in (head, embedding)]
         copies[0].weight = copies[1].weight
     for path, rows in plan.tokens.items():
         tokens = _wrap(model, path, TrainableTokens)
         tokens.adapters[adapter_name] = TokenRows(unwrap(tokens).weight, rows)
         if path == embedding:
-            follower = _wrap(model, head, TrainableTokens, tokens.adapters)
-            follower.follow(tokens)
+            _wrap(model, head, TrainableTokens, tokens.adapters).follow(tokens)
 
 
-def _at(model: Module, path: str) -> Any:
+def _module_at(model: Module, path: str) -> Any:
     return dict(model.named_modules())[path]
 
 
 def _wrap(model: Module, path: str, kind: Any, *details: Any) -> Any:
-    """The wrapper at `path`, put there if need be."""
-    module = _at(model, path)
+    """The wrapper of this kind at `path`; a new one if it has none yet."""
+    module = _module_at(model, path)
     if not isinstance(module, kind):
         module = kind(module, *details)
         replace_module(model, path, module)

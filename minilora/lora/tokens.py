@@ -1,9 +1,9 @@
-"""Trainable tokens: a few rows of an embedding are trained, and nothing else of it (PEFT's TrainableTokens).
+"""Trainable tokens: only some rows of an embedding are trained (PEFT's TrainableTokens).
 
     W' = W, with trainable_tokens_delta (n, C) in place of its rows `indices`
 
-The tensor has the name of a difference, but holds the rows themselves. A head that is tied to the embedding has W'
-too.
+PEFT's name for the tensor suggests a difference, but its values are the rows themselves. A head
+that is tied to the embedding has W' too.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 from .. import functional as F
 from ..autograd import Tensor, namespace, record
 from ..backend import Array
-from ..errors import ConfigError
 from ..nn import Embedding, Module, Parameter
-from .factors import float64
-from .layer import Wrapper
+from .factors import Part, float64
+from .layer import Wrapper, find_owner
 from .merging import Merged, Merging, merge_rows
 
 
 def replace_rows(W: Tensor, indices: np.ndarray, rows: Tensor) -> Tensor:
-    """W with other rows.    W (V, C), indices (n,) in [0, V) and distinct, rows (n, C) -> (V, C)
+    """W with `rows` in place of its rows `indices`.
 
-    dW is dy, but zero in these rows; drows is dy there.
+    W (V, C), indices (n,) in [0, V) and distinct, rows (n, C) -> (V, C)
+    dW is dy with zeros in these rows, drows is dy[indices].
     """
     namespace(W, rows)
     at = W.backend.from_numpy(indices)
@@ -35,50 +35,47 @@ def replace_rows(W: Tensor, indices: np.ndarray, rows: Tensor) -> Tensor:
     need_dW = W.requires_grad
 
     def vjp(dy: Array) -> F.Grads:
-        dW = dy.copy() if need_dW else None
-        if dW is not None:
-            dW[at] = 0
+        if not need_dW:
+            return None, dy[at]
+        dW = dy.copy()
+        dW[at] = 0
         return dW, dy[at]
 
     return record(out, (W, rows), vjp)
 
 
 class TokenRows(Module):
-    """The rows of one adapter: trainable_tokens_delta (n, C), which start as the base's."""
+    """The rows of one adapter: trainable_tokens_delta (n, C), at first equal to the base's."""
 
     TENSORS = ("trainable_tokens_delta",)
 
     def __init__(self, weight: Parameter, indices: Sequence[int]):
         self.indices = np.array(indices, np.int64)
-        self.trainable_tokens_delta = Parameter(
-            weight.take(weight.backend.from_numpy(self.indices))
-        )
+        at = weight.backend.from_numpy(self.indices)
+        self.trainable_tokens_delta = Parameter(weight.take(at))
+
+    def merge_into(self, W: Array, dtype: str) -> Merged:
+        """W (V, C), stored as `dtype`, with these rows rounded once."""
+        return merge_rows(W, self.indices, float64(self.trainable_tokens_delta), dtype)
 
 
 class TrainableTokens(Merging, Wrapper):
-    """An embedding, or a head, some of whose rows are an adapter's.    ids (...) -> (..., C), or x (..., C) -> (..., V)
+    """An embedding, or a head, some of whose rows are an adapter's.
 
-    rows   those of the embedding, for a head that is tied to it: one parameter in two places
+    ids (...) -> (..., C), or x (..., C) -> (..., V)
+    adapters   those of the embedding, for a head that is tied to it: one parameter in two places
     """
 
-    ATTRIBUTES = "base_layer", "adapters"
-
-    def __init__(self, base_layer: Any, rows: dict[str, TokenRows] | None = None):
-        super().__init__()
-        self.base_layer = base_layer
-        self.adapters: dict[str, TokenRows] = {} if rows is None else rows
-
-    @property
-    def current(self) -> Any:
-        return self.base_layer
+    adapters: dict[str, TokenRows]
 
     @property
     def weight(self) -> Parameter:
-        """The base's weight (V, C), without what is not merged."""
+        """The base's weight (V, C), with merged adapters alone."""
         return self.base_layer.weight  # type: ignore[no-any-return]
 
     def __call__(self, x: Any) -> Tensor:
-        base, running = self.base_layer, self.running
+        base = self.base_layer
+        running = self.running
         if not running:
             return base(x)  # type: ignore[no-any-return]
         W: Tensor = base.weight
@@ -89,26 +86,18 @@ class TrainableTokens(Merging, Wrapper):
     def effective(self, out: Array, tokens: int | None) -> None:
         """None: a head runs on its own."""
 
-    def _merge_into(self, W: Array, dtype: str, names: Sequence[str]) -> Merged:
-        rows = self.adapters[names[-1]]
-        return merge_rows(W, rows.indices, float64(rows.trainable_tokens_delta), dtype)
-
-    def _share_lost(self, merged: Merged, names: Sequence[str]) -> float:
-        return merged.share_lost([])  # rows that are replaced have no factors
+    def _merge_into(
+        self, W: Array, dtype: str, names: Sequence[str]
+    ) -> tuple[Merged, Sequence[Part]]:
+        return self.adapters[names[-1]].merge_into(W, dtype), []  # replaced rows have no factors
 
     def result(self, names: Sequence[str]) -> Any:
-        """The base layer. ConfigError where two adapters have rows here: only one of them can be active, as in PEFT."""
-        found = [n for n in names if n in self.adapters]
-        if len(set(found)) > 1:
-            raise ConfigError(
-                f"adapters {', '.join(found)} each have rows of one embedding: only one can be active"
-            )
+        """The base layer. ConfigError if several adapters have rows here; PEFT refuses that too."""
+        find_owner(self.adapters, names, "have rows of one embedding")
         return self.base_layer
 
     def delta_weight(self, name: str) -> np.ndarray:
-        """W' - W of one adapter, (V, C) for a head and (C, V) for an embedding, in float64 on the host."""
+        """W' - W of one adapter in float64, (V, C) for a head and (C, V) for an embedding."""
         W = float64(self.original.weight)
-        rows = self.adapters[name]
-        merged = merge_rows(W, rows.indices, float64(rows.trainable_tokens_delta), "F64")
-        change = merged.weight - W
+        change = self.adapters[name].merge_into(W, "F64").weight - W
         return np.asarray(change.T if isinstance(self.original, Embedding) else change)

@@ -3,12 +3,13 @@
 An adapter that changes one of the two places, or each in its own way, cannot be merged into the one
 weight without a choice:
 
-    untie   each place gets a weight of its own, and the model's output stays
+    untie   each place gets a weight of its own, and the model's output stays the same
     share   both places get the changed weight, as in peft, and so the output changes
 
-While it is merged, the changed place leads and the other follows: `leader` and `follower` of a wrapper
-(merging.py). With `ensure_weight_tying` both places have the same adapter, the head's being the embedding's
-transposed: A_head = B^T, B_head = A^T. Then the merged weight is one again, without a choice.
+While an adapter is merged, the changed place leads and the other follows: `leader` and `follower`
+of a wrapper (merging.py). With `ensure_weight_tying` both places have the same adapter, the head's
+being the embedding's transposed: A_head = B^T, B_head = A^T. Then the merged weight is one again,
+without a choice.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ CHOICES = ("untie", "share")
 def choose(
     choice: str | None, adapters: str, embedding: bool, head: bool, same: bool = False
 ) -> str:
-    """How a tied weight is merged: "share" (one weight for both places) or "untie".
+    """The way to merge a tied weight: "share" (one weight for both places) or "untie".
 
+    choice            what the user chose, or None
     adapters          what changes the weight, for the message
     embedding, head   is the weight changed in this place?
     same              is it the same change in both?
@@ -46,14 +48,14 @@ def choose(
         if embedding and head:
             place = "both, each in its own way"
         raise ConfigError(
-            f"{adapters} changes {place}, and embedding and head share one weight (they are tied): choose "
-            "tied='untie' to give each its own weight and keep the output, or tied='share' to change "
-            "both, as peft does, and so the output (--tied on the command line)"
+            f"{adapters} changes {place}, and embedding and head share one weight (they are tied): "
+            "choose tied='untie' to give each its own weight and keep the output, or tied='share' "
+            "to change both, as peft does, and so the output (--tied on the command line)"
         )
     if choice == "share" and embedding and head:
         raise ConfigError(
             f"tied='share' needs a change of one place, but {adapters} changes embedding and head: "
-            "use tied='untie'"
+            "choose tied='untie'"
         )
     return choice
 
@@ -75,8 +77,9 @@ def unwrap(module: Any) -> Any:
 
 
 def embedding_and_head(model: Any) -> tuple[Any, Any]:
-    """The modules in the places of the embedding and of the head; None for a head that does not exist."""
-    return model.get_input_embeddings(), getattr(model, "get_output_embeddings", lambda: None)()
+    """The modules in the places of the embedding and of the head; None for a missing head."""
+    get_head = getattr(model, "get_output_embeddings", lambda: None)
+    return model.get_input_embeddings(), get_head()
 
 
 def is_tied(model: Any) -> bool:
@@ -95,35 +98,33 @@ def prepare_tie(model: Any, names: Sequence[str], choice: str | None) -> None:
     """Set what merging the adapters `names` does to a tied weight; see `choose` for errors."""
     if choice is not None:
         choose(choice, "", False, False)  # an unknown choice raises, needed or not
-    embedding, head = embedding_and_head(model)
-    names_of = [
-        [n for n in names if n in place.adapters] if isinstance(place, Merging) else []
-        for place in (embedding, head)
-    ]
-    changed = [p for p, own in zip((embedding, head), names_of, strict=True) if own]
-    if not changed or not is_tied(model):
+    places = embedding_and_head(model)
+    own_names = [_adapters_in(place, names) for place in places]
+    embedding, head = places
+    of_embedding, of_head = own_names
+    if not (of_embedding or of_head) or not is_tied(model):
         return
-    same = names_of[0] == names_of[1] and head.leader is embedding
-    merged_before = all(
-        {*place.merged} >= {*own}
-        for place, own in zip((embedding, head), names_of, strict=True)
-        if own
-    )
-    if same or (choice is None and merged_before):
+    if of_embedding == of_head and head.leader is embedding:
         return
-    adapters = f"adapter {', '.join(names)}"
-    how = choose(choice, adapters, bool(names_of[0]), bool(names_of[1]))
-    for place in changed:
-        other = unwrap(head if place is embedding else embedding)
-        _set_follower(place, other if how == "share" else None)
+    changed = [(place, own) for place, own in zip(places, own_names, strict=True) if own]
+    if choice is None and all({*place.merged} >= {*own} for place, own in changed):
+        return
+    how = choose(choice, f"adapter {', '.join(names)}", bool(of_embedding), bool(of_head))
+    for place, _ in changed:
+        other = head if place is embedding else embedding
+        _set_follower(place, unwrap(other) if how == "share" else None)
+
+
+def _adapters_in(place: Any, names: Sequence[str]) -> list[str]:
+    return [name for name in names if name in place.adapters] if isinstance(place, Merging) else []
 
 
 def _set_follower(place: Merging, follower: Any) -> None:
     """ConfigError if something is merged already, with the other choice."""
     if place.merged and place.follower is not follower:
-        before, now = ("untie", "share") if place.follower is None else ("share", "untie")
+        before, now = CHOICES if place.follower is None else CHOICES[::-1]
         raise ConfigError(
-            f"{', '.join(place.merged)} is merged with tied={before!r}, now tied={now!r} is asked for: "
+            f"{', '.join(place.merged)} is merged with tied={before!r}, got tied={now!r}: "
             "call unmerge_adapter first"
         )
     place.lead(follower)

@@ -18,8 +18,9 @@ from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import LoraConfig
 from ..lora.combining import check_weights, choose_rank, combine_layer
 from ..lora.files import AdapterFile
-from ..lora.plan import FIRST_EMBEDDINGS, HEAD, PREFIX
-from .factoring import EMBEDDING, LINEAR, OWN_OF_ADALORA, plain
+from ..lora.names import EMBEDDING, LINEAR, PREFIX
+from ..lora.plan import FIRST_EMBEDDINGS, HEAD
+from .factoring import OWN_OF_ADALORA, plain
 from .merging import Term, alike, require_addable, terms
 from .rewriting import Row
 

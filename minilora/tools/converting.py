@@ -41,7 +41,7 @@ from ..formats.dtypes import DTYPES, FLOATS
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import LoraConfig
 from ..lora.files import AdapterFile
-from ..lora.plan import PREFIX
+from ..lora.names import PREFIX
 from .rewriting import rewrite, stored
 
 MLX_FILE = "adapters.safetensors"

@@ -23,7 +23,7 @@ from ..lora import AdaLoraConfig, HydraConfig, LoraConfig
 from ..lora.combining import MAX_RANK
 from ..lora.factors import factors_from_svd, product_norm, truncate_rank
 from ..lora.files import AdapterFile
-from ..lora.plan import PREFIX
+from ..lora.names import EMBEDDING, LINEAR, PREFIX
 from .leading import leading_triplets
 from .rewriting import Row
 
@@ -69,10 +69,6 @@ def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
         kept = {k: v for k, v in file.raw.items() if k not in OWN_OF_ADALORA}
         _write(out, adapter, {**kept, **plain(r)}, tensors)
     return rows
-
-
-LINEAR = {"A": "lora_A.weight", "B": "lora_B.weight"}
-EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 
 
 def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> list[Row]:

@@ -367,7 +367,7 @@ def cases_of(model: PeftModel, adapter_name: str = "default", seed: int = 0) -> 
     for number, (path, layer) in enumerate(wrappers(model.get_base_model())):
         if not isinstance(layer, LoraLinear):
             continue
-        if isinstance(layer.held.get(adapter_name), HeadAdapter):
+        if isinstance(layer.entries.get(adapter_name), HeadAdapter):
             continue
         if adapter_name not in layer.adapters:
             continue

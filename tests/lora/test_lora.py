@@ -636,7 +636,7 @@ def test_switching_decides_what_trains() -> None:
     assert trainable(model) == set()
     assert np.array_equal(logits(model), once)
     model.set_adapter("default")
-    with pytest.raises(ConfigError, match="no adapter 'c'; there is default, b"):
+    with pytest.raises(ConfigError, match="no adapter 'c'; choose from default, b"):
         model.set_adapter(["b", "c"])
     for nothing in ([], "c"):
         with pytest.raises(ConfigError, match="no adapter"):
@@ -652,7 +652,7 @@ def test_a_name_that_no_adapter_can_have(name: str) -> None:
     model = two()
     before = bits(model)
     with pytest.raises(
-        ConfigError, match=r"cannot name an adapter|there is an adapter 'default' already"
+        ConfigError, match=r"cannot name an adapter|an adapter 'default' exists already"
     ):
         model.add_adapter(name, lora())
     assert bits(model) == before

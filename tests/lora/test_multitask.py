@@ -199,9 +199,9 @@ def test_the_sum_of_the_losses_is_the_sum_over_rows() -> None:
 
 def test_without_a_task_nothing_runs_silently() -> None:
     made, ids = MODELS["shared and own"], batch_of(None, rows=2).ids
-    with pytest.raises(ConfigError, match=r"whose rows are these\? .*there is prose, code"):
+    with pytest.raises(ConfigError, match=r"tasks is required: .*; choose from prose, code"):
         made(ids)
-    with pytest.raises(ConfigError, match="whose rows"), ShardedStep(made, 1) as sharded:
+    with pytest.raises(ConfigError, match="tasks is required"), ShardedStep(made, 1) as sharded:
         sharded.gradients(batch_of(None, rows=2), trained(made))
 
 
@@ -588,7 +588,7 @@ def test_a_task_that_does_not_exist() -> None:
         lambda: next(ShardedStep(made, 1).losses([batch])),
     ]
     for call in calls:
-        with pytest.raises(ConfigError, match="no task 'verse'; there is prose, code, __base__"):
+        with pytest.raises(ConfigError, match="no task 'verse'; choose from prose, code, __base__"):
             call()
     with ShardedStep(made, 2) as sharded, pytest.raises(ConfigError, match="no task 'verse'"):
         sharded.gradients(batch, trained(made))
@@ -650,7 +650,7 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "saved here, adapted there": (
         {"prose": lora(modules_to_save=["q_proj"], target_modules=["v_proj"]), "code": lora()}, None, "saved whole"
     ),
-    "no task": ({}, lora(), "there is no task"),
+    "no task": ({}, lora(), "expected at least one task"),
     "neither": ({"prose": None}, None, "task 'prose' has no adapter"),
     "no dictionary": (["prose"], lora(), "expected a dictionary"),
     "the base's name": ({BASE: lora()}, None, "'__base__' cannot name a task"),
@@ -792,7 +792,7 @@ def test_merging_is_of_named_adapters_and_tasks_wait_until_it_is_undone() -> Non
     made, ids = model(), batch_of(None, rows=2).ids
     before, plain = made(ids, tasks="prose").data, made(ids, tasks=BASE).data
     for method in (made.merge_adapter, made.merge_and_unload):
-        with pytest.raises(ConfigError, match="which task's adapters"):
+        with pytest.raises(ConfigError, match="adapter_names is required"):
             method()
     with pytest.raises(ConfigError, match="HydraLoRA cannot be merged"):
         MODELS["HydraLoRA"].merge_task("prose")
@@ -865,7 +865,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "no names": ({"tasks": {"prose": "prose"}}, "expected tasks"),
     "an empty task": ({"tasks": {"prose": []}}, "expected tasks"),
     "numbers": ({"tasks": {"prose": [1]}}, "expected tasks"),
-    "none": ({"tasks": {}}, "there is no task"),
+    "none": ({"tasks": {}}, "expected at least one task"),
     "a way out": ({"tasks": {"prose": ["../elsewhere"]}}, "cannot name an adapter"),
     "the base": ({"tasks": {BASE: ["prose"]}}, "cannot name a task"),
     "unequal": ({"tasks": {"prose": ["prose", "code"]}}, "is DoRA's"),

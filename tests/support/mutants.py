@@ -494,8 +494,8 @@ mutant(
 mutant(
     "the base is trained",
     "lora.model",
-    "            parameter.requires_grad = False\n        for layer",
-    "            parameter.requires_grad = True\n        for layer",
+    "            parameter.requires_grad = False\n        for name",
+    "            parameter.requires_grad = True\n        for name",
     the_base_stays_as_it_is,
 )
 mutant(
