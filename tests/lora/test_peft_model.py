@@ -153,7 +153,7 @@ NOT_NAMES = ["", "a.b", "a/b", "a\\b", "/x", "..", "\0", "lora", "lora_", "ora",
 def test_get_peft_model_refuses_a_name_that_could_leave_its_folder_or_break_its_keys(
     name: str,
 ) -> None:
-    with pytest.raises(ConfigError, match="name an adapter"):
+    with pytest.raises(ConfigError, match=re.escape(repr(name))):
         get_peft_model(base(), lora(), name)
 
 
