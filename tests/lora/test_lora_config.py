@@ -17,39 +17,39 @@ from minilora.lora import LoraConfig
 BAD: list[Any] = []
 
 
-def bad(field: str, *values: Any) -> None:
+def add_bad(field: str, *values: Any) -> None:
     for value in values:
         BAD.append(pytest.param(field, value, id=f"{field}-{value!s:.30}"))
 
 
-def bad_table(field: str, *values: Any) -> None:
+def add_bad_table(field: str, *values: Any) -> None:
     """Every one of `values` is wrong for a name, and so are other tables."""
     for value in values:
-        bad(field, {"q": value})
-    bad(field, {1: 2}, ["q"], "q", {"(": 2})
+        add_bad(field, {"q": value})
+    add_bad(field, {1: 2}, ["q"], "q", {"(": 2})
 
 
 NOT_A_COUNT = [0, -1, True, 2.0, "8", None, math.nan, 2**24, [8]]
 NOT_POSITIVE = [0, -1, True, "8", None, math.nan, math.inf, 10**400, [8]]
-bad("r", *NOT_A_COUNT)
-bad("lora_alpha", *NOT_POSITIVE)
-bad("target_modules", [], "", 5, [""], ["q_proj", 1], [None], True, ["x"] * 10_001)
-bad("target_modules", "(", "a{2", "(?=a)")
-bad("exclude_modules", 5, [""], [1], "[a", True)
-bad("lora_dropout", -0.1, 1.0, 1, True, None, math.nan, math.inf, "0", 10**400)
-bad("bias", "", "some", None, True, [])
-bad("use_rslora", 1, 0, None, "true")
-bad("use_dora", 1, 0, None, "true")
-bad("init_lora_weights", "", "pissa", "eva", None, 1, 0, 1.0, [])
-bad_table("rank_pattern", *NOT_A_COUNT)
-bad_table("alpha_pattern", *NOT_POSITIVE)
-bad("layers_to_transform", True, "0", 1.0, [True], ["0"], [None])
-bad("layers_pattern", 5, True, [1])
-bad("layers_pattern", "layers")  # without layers_to_transform
-bad("modules_to_save", "lm_head", [""], [1], 5, True)
-bad("fan_in_fan_out", 1, None, "false")
-bad("task_type", "SEQ_CLS", 1, True, [])
-bad("inference_mode", 1, None, "false")
+add_bad("r", *NOT_A_COUNT)
+add_bad("lora_alpha", *NOT_POSITIVE)
+add_bad("target_modules", [], "", 5, [""], ["q_proj", 1], [None], True, ["x"] * 10_001)
+add_bad("target_modules", "(", "a{2", "(?=a)")
+add_bad("exclude_modules", 5, [""], [1], "[a", True)
+add_bad("lora_dropout", -0.1, 1.0, 1, True, None, math.nan, math.inf, "0", 10**400)
+add_bad("bias", "", "some", None, True, [])
+add_bad("use_rslora", 1, 0, None, "true")
+add_bad("use_dora", 1, 0, None, "true")
+add_bad("init_lora_weights", "", "pissa", "eva", None, 1, 0, 1.0, [])
+add_bad_table("rank_pattern", *NOT_A_COUNT)
+add_bad_table("alpha_pattern", *NOT_POSITIVE)
+add_bad("layers_to_transform", True, "0", 1.0, [True], ["0"], [None])
+add_bad("layers_pattern", 5, True, [1])
+add_bad("layers_pattern", "layers")  # without layers_to_transform
+add_bad("modules_to_save", "lm_head", [""], [1], 5, True)
+add_bad("fan_in_fan_out", 1, None, "false")
+add_bad("task_type", "SEQ_CLS", 1, True, [])
+add_bad("inference_mode", 1, None, "false")
 
 
 @pytest.mark.parametrize(("field", "value"), BAD)
@@ -88,29 +88,29 @@ def test_from_dict_reads_the_smallest_file_that_peft_accepts() -> None:
 UNSUPPORTED: dict[str, Any] = {}
 
 
-def unsupported(**options: Any) -> None:
+def add_unsupported(**options: Any) -> None:
     UNSUPPORTED.update(options)
 
 
-unsupported(lora_bias=True)
-unsupported(layer_replication=[[0, 1], [0, 2]])
-unsupported(use_qalora=True)
-unsupported(qalora_group_size=32)
-unsupported(alora_invocation_tokens=[1, 2])
-unsupported(target_parameters=["mlp.experts"])
-unsupported(loftq_config={"loftq_bits": 4})
-unsupported(eva_config={"rho": 2.0})
-unsupported(corda_config={"a": 1})
-unsupported(lora_ga_config={"a": 1})
-unsupported(arrow_config={"a": 1})
-unsupported(kasa_config={"a": 1})
-unsupported(velora_config={"a": 1})
-unsupported(monteclora_config={"a": 1})
-unsupported(use_bdlora={"a": 1})
-unsupported(megatron_config={"a": 1})
-unsupported(megatron_core="other")
-unsupported(init_lora_weights="pissa")
-unsupported(peft_type="ADALORA")
+add_unsupported(lora_bias=True)
+add_unsupported(layer_replication=[[0, 1], [0, 2]])
+add_unsupported(use_qalora=True)
+add_unsupported(qalora_group_size=32)
+add_unsupported(alora_invocation_tokens=[1, 2])
+add_unsupported(target_parameters=["mlp.experts"])
+add_unsupported(loftq_config={"loftq_bits": 4})
+add_unsupported(eva_config={"rho": 2.0})
+add_unsupported(corda_config={"a": 1})
+add_unsupported(lora_ga_config={"a": 1})
+add_unsupported(arrow_config={"a": 1})
+add_unsupported(kasa_config={"a": 1})
+add_unsupported(velora_config={"a": 1})
+add_unsupported(monteclora_config={"a": 1})
+add_unsupported(use_bdlora={"a": 1})
+add_unsupported(megatron_config={"a": 1})
+add_unsupported(megatron_core="other")
+add_unsupported(init_lora_weights="pissa")
+add_unsupported(peft_type="ADALORA")
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)

@@ -51,7 +51,7 @@ from minilora.training.parallel import ShardedStep, language_modelling_loss
 
 NAMES = ["code", "prose", BASE]
 
-# ---- models: forms[name] = (the tasks' configurations, the shared one) ----
+# ---- models: FORMS[name] is the tasks' configurations and the shared one ----
 
 Tasks = dict[str, LoraConfig | None]
 FORMS: dict[str, tuple[Tasks, LoraConfig | None]] = {}
@@ -62,7 +62,7 @@ def all_linear(**changes: Any) -> LoraConfig:
     return lora(**{"target_modules": "all-linear"} | changes)
 
 
-def form(name: str, prose: Any, code: Any, shared: LoraConfig | None = None) -> None:
+def add_form(name: str, prose: Any, code: Any, shared: LoraConfig | None = None) -> None:
     FORMS[name] = ({"prose": prose, "code": code}, shared)
 
 
@@ -75,15 +75,15 @@ DORA = all_linear(use_dora=True)
 DORA_IN_Q = lora(use_dora=True, target_modules=["q_proj"])
 HYDRA = HydraConfig(r=2, target_modules="all-linear", **RANDOM)
 ADALORA = AdaLoraConfig(init_r=3, target_r=2, total_step=9, **TWO_LAYERS, **RANDOM)
-form("only shared", None, None, LARGER)
-form("only own", PLAIN, lora(r=5, lora_alpha=3, **TWO_LAYERS))
-form("both", PLAIN, all_linear(r=3, use_rslora=True), all_linear(r=4, lora_alpha=5))
-form("one has its own", None, lora(target_modules=["o_proj"]), LARGER)
-form("heads", SAVED_HEAD, PLAIN, lora(target_modules=["v_proj"]))
-form("DoRA", DORA, all_linear(use_dora=True, r=4))
-form("DoRA in other layers", DORA_IN_Q, None, lora(target_modules=["down_proj"]))
-form("HydraLoRA", HYDRA, PLAIN, LARGER)
-form("AdaLoRA", ADALORA, PLAIN, all_linear(r=1))
+add_form("shared adapter only", None, None, LARGER)
+add_form("task adapters only", PLAIN, lora(r=5, lora_alpha=3, **TWO_LAYERS))
+add_form("both", PLAIN, all_linear(r=3, use_rslora=True), all_linear(r=4, lora_alpha=5))
+add_form("one task adapter", None, lora(target_modules=["o_proj"]), LARGER)
+add_form("heads", SAVED_HEAD, PLAIN, lora(target_modules=["v_proj"]))
+add_form("DoRA", DORA, all_linear(use_dora=True, r=4))
+add_form("DoRA in other layers", DORA_IN_Q, None, lora(target_modules=["down_proj"]))
+add_form("HydraLoRA", HYDRA, PLAIN, LARGER)
+add_form("AdaLoRA", ADALORA, PLAIN, all_linear(r=1))
 
 
 def base(dtype: str = "float64", device: Any = "cpu") -> CausalLM:
@@ -215,7 +215,7 @@ def test_multitask_computes_base_rows_as_the_base_and_tasks_apart(form: str) -> 
     ids = random_ids(3)
     outputs = {task: model(ids, tasks=task).data.tobytes() for task in NAMES}
     assert outputs[BASE] == base()(ids).data.tobytes()
-    assert len(set(outputs.values())) == (2 if form == "only shared" else 3)
+    assert len(set(outputs.values())) == (2 if form == "shared adapter only" else 3)
 
 
 def test_multitask_runs_over_a_quantized_base() -> None:
@@ -378,7 +378,7 @@ def weighted_mean(
     st.integers(1, 4),
     st.sampled_from([{}, {"prose": 3.0, "code": 0.5}, None]),
     st.integers(0, 99),
-    st.sampled_from(["both", "only own", "DoRA", "HydraLoRA", "heads"]),
+    st.sampled_from(["both", "task adapters only", "DoRA", "HydraLoRA", "heads"]),
     st.sampled_from([0.1, 0.7]),
 )
 def test_sharded_step_is_the_weighted_mean_of_the_tasks_means_for_any_shard(
@@ -672,27 +672,27 @@ def test_multitask_refuses_one_cache_for_several_tasks() -> None:
 WRONG: list[Any] = []
 
 
-def wrong(label: str, message: str, tasks: Any, shared: LoraConfig | None = None) -> None:
+def add_wrong(label: str, message: str, tasks: Any, shared: LoraConfig | None = None) -> None:
     WRONG.append(pytest.param(tasks, shared, message, id=label))
 
 
 TARGETS_NOTHING = lora(target_modules=["nothing"])
 SAVED_Q = lora(modules_to_save=["q_proj"], target_modules=["v_proj"])
-wrong("DoRA beside the shared one", "task 'prose', .*'prose'.*DoRA", {"prose": DORA}, PLAIN)
-wrong("a shared DoRA", "'shared'.*DoRA", {"prose": PLAIN}, DORA)
-wrong("two heads", "shared, prose", {"prose": SAVED_HEAD}, SAVED_HEAD)
-wrong("saved here, adapted there", "q_proj.*saved", {"prose": SAVED_Q, "code": PLAIN})
-wrong("no task", "task", {}, PLAIN)
-wrong("no adapter", "'prose'", {"prose": None})
-wrong("not a dictionary", r"\['prose'\]", ["prose"], PLAIN)
-wrong("the base's name", "'__base__'", {BASE: PLAIN})
-wrong("the shared one's name", "'shared'", {"shared": PLAIN}, PLAIN)
-wrong("an adapter's bad name", "'a/b'", {"a/b": PLAIN})
-wrong("a number for a name", r"\b3\b", {3: PLAIN})
-wrong("a number for a name, shared", r"\b3\b", {3: None}, PLAIN)
-wrong("not a configuration", "LoraConfig.*'lora'", {"prose": "lora"})
-wrong("biases", "bias.*'none'", {"prose": all_linear(bias="all")})
-wrong("no such layer", "'nothing'", {"prose": PLAIN, "code": TARGETS_NOTHING})
+add_wrong("DoRA beside the shared one", "task 'prose', .*'prose'.*DoRA", {"prose": DORA}, PLAIN)
+add_wrong("a shared DoRA", "'shared'.*DoRA", {"prose": PLAIN}, DORA)
+add_wrong("two heads", "shared, prose", {"prose": SAVED_HEAD}, SAVED_HEAD)
+add_wrong("saved here, adapted there", "q_proj.*saved", {"prose": SAVED_Q, "code": PLAIN})
+add_wrong("no task", "task", {}, PLAIN)
+add_wrong("no adapter", "'prose'", {"prose": None})
+add_wrong("not a dictionary", r"\['prose'\]", ["prose"], PLAIN)
+add_wrong("the base's name", "'__base__'", {BASE: PLAIN})
+add_wrong("the shared one's name", "'shared'", {"shared": PLAIN}, PLAIN)
+add_wrong("an adapter's bad name", "'a/b'", {"a/b": PLAIN})
+add_wrong("a number for a name", r"\b3\b", {3: PLAIN})
+add_wrong("a number for a name, shared", r"\b3\b", {3: None}, PLAIN)
+add_wrong("not a configuration", "LoraConfig.*'lora'", {"prose": "lora"})
+add_wrong("biases", "bias.*'none'", {"prose": all_linear(bias="all")})
+add_wrong("no such layer", "'nothing'", {"prose": PLAIN, "code": TARGETS_NOTHING})
 
 
 def describe(model: CausalLM) -> tuple[Any, ...]:
@@ -734,7 +734,7 @@ def test_get_multitask_model_takes_first_values_from_the_seed_and_the_name_alone
 
 
 def test_declare_refuses_what_cannot_run_and_declares_nothing() -> None:
-    model = make_model("only own")
+    model = make_model("task adapters only")
     model.add_adapter("verse", DORA)
     with pytest.raises(ConfigError, match=r"'verse'.*DoRA"):
         model.declare("verse", ["prose", "verse"])
@@ -746,7 +746,7 @@ def test_declare_refuses_what_cannot_run_and_declares_nothing() -> None:
 
 
 def test_declare_adds_adapters_up_in_every_layer() -> None:
-    model = make_model("only own")
+    model = make_model("task adapters only")
     model.declare("together", ["prose", "code"])
     ids = random_ids(1)
     plain = model(ids, tasks=BASE).data
@@ -757,7 +757,7 @@ def test_declare_adds_adapters_up_in_every_layer() -> None:
 
 
 def test_delete_adapter_refuses_an_adapter_that_a_task_runs() -> None:
-    model = make_model("only own")
+    model = make_model("task adapters only")
     model.declare("together", ["prose", "code"])
     with pytest.raises(ConfigError, match=r"'prose'.*prose, together"):
         model.delete_adapter("prose")
@@ -768,7 +768,7 @@ def test_delete_adapter_refuses_an_adapter_that_a_task_runs() -> None:
 
 
 def test_set_adapter_of_a_multitask_model_decides_what_trains() -> None:
-    model = make_model("only own")
+    model = make_model("task adapters only")
     model.set_adapter("code")
     assert {name.split(".")[-2] for name in trained_names(model)} == {"code"}
     model.set_adapter(["prose", "code"], inference_mode=True)
@@ -932,19 +932,19 @@ def test_from_pretrained_reads_the_tasks_that_save_pretrained_wrote(
 DAMAGED: list[Any] = []
 
 
-def damaged(label: str, message: str, written: dict[str, Any]) -> None:
+def add_damaged(label: str, message: str, written: dict[str, Any]) -> None:
     DAMAGED.append(pytest.param(written, message, id=label))
 
 
-damaged("no tasks", "tasks", {})
-damaged("a list", "tasks", {"tasks": ["prose"]})
-damaged("no names", "tasks", {"tasks": {"prose": "prose"}})
-damaged("an empty task", "tasks", {"tasks": {"prose": []}})
-damaged("numbers", "tasks", {"tasks": {"prose": [1]}})
-damaged("none", "task", {"tasks": {}})
-damaged("a path", r"'\.\./elsewhere'", {"tasks": {"prose": ["../elsewhere"]}})
-damaged("the base", "'__base__'", {"tasks": {BASE: ["prose"]}})
-damaged("unequal", "DoRA", {"tasks": {"prose": ["prose", "code"]}})
+add_damaged("no tasks", "tasks", {})
+add_damaged("a list", "tasks", {"tasks": ["prose"]})
+add_damaged("no names", "tasks", {"tasks": {"prose": "prose"}})
+add_damaged("an empty task", "tasks", {"tasks": {"prose": []}})
+add_damaged("numbers", "tasks", {"tasks": {"prose": [1]}})
+add_damaged("none", "task", {"tasks": {}})
+add_damaged("a path", r"'\.\./elsewhere'", {"tasks": {"prose": ["../elsewhere"]}})
+add_damaged("the base", "'__base__'", {"tasks": {BASE: ["prose"]}})
+add_damaged("unequal", "DoRA", {"tasks": {"prose": ["prose", "code"]}})
 
 
 @pytest.mark.parametrize(("written", "message"), DAMAGED)
