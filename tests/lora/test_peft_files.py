@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ from minilora.models.transformer import CausalLM
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """Files are saved hundreds of times; test_disk checks that they are on the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda file: None)
+        yield
 
 
 def read_json(folder: Path) -> dict[str, Any]:

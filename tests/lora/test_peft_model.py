@@ -204,9 +204,8 @@ expect_ranks([2, 2, 2, 2])
 expect_ranks([3, 2, 3, 2], q_proj=3)
 expect_ranks([2, 2, 1, 2], **{"layers.1.self_attn.q_proj": 1})
 expect_ranks([3, 2, 1, 2], **{"layers.1.self_attn.q_proj": 1, "q_proj": 3})
-expect_ranks(
-    [3, 2, 3, 2], **{"q_proj": 3, "layers.1.self_attn.q_proj": 1}
-)  # the first match counts
+# The first match counts.
+expect_ranks([3, 2, 3, 2], **{"q_proj": 3, "layers.1.self_attn.q_proj": 1})
 expect_ranks([4, 4, 2, 2], **{r"layers\.0\..*": 4})
 expect_ranks([2, 2, 2, 1], **{r"^model\.layers\.1.*v_proj": 1})
 expect_ranks([1, 1, 1, 1], **{"[qv]_proj": 1})
@@ -491,10 +490,17 @@ def test_set_adapter_refuses_unknown_names_and_changes_nothing(names: Any) -> No
     assert trainable(model) == owned(model, "default")
 
 
-def test_delete_adapter_activates_another_one() -> None:
+def test_delete_adapter_activates_the_first_of_the_others() -> None:
+    model = with_two_adapters()
+    model.add_adapter("c", lora())
+    model.delete_adapter("default")
+    assert model.active_adapters == ["b"]
+    assert trainable(model) == owned(model, "b")
+
+
+def test_delete_adapter_takes_its_wrappers_out() -> None:
     model = with_two_adapters()
     model.delete_adapter("default")
-    assert trainable(model) == owned(model, "b")
     assert {path.rpartition(".")[2] for path in layers(model)} == {"q_proj", "up_proj"}
 
 
