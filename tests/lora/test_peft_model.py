@@ -533,7 +533,7 @@ def add_clash(message: str, **options: Any) -> None:
 
 add_clash("'default'.*bias", bias="lora_only")
 add_clash("q_proj.*saved", modules_to_save=["q_proj"], target_modules=["k_proj"])
-add_clash("self_attn.*contain", modules_to_save=["self_attn"], target_modules=["up_proj"])
+add_clash("self_attn.*saved", modules_to_save=["self_attn"], target_modules=["up_proj"])
 add_clash("lm_head.*saved", target_modules=["lm_head"])
 
 
