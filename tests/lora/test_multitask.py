@@ -917,12 +917,14 @@ def test_from_pretrained_reads_the_tasks_that_save_pretrained_wrote(
     assert again.tasks == model.tasks
     assert list(again.peft_config) == list(model.peft_config)
     assert not trained(again)
+    assert not any(module.training for _, module in again.named_modules())
     assert bits(again) == bits(model)
     batch = random_batch("code", BASE, "prose", "code")
     y = model(batch.ids, tasks=batch.tasks)
     assert np.array_equal(again(batch.ids, tasks=batch.tasks).data, y.data)
     resumed = MultiTask.from_pretrained(base("float32"), tmp_path, is_trainable=True)
     assert trained_names(resumed) == trained_names(model)
+    assert all(module.training for _, module in resumed.named_modules())
     for name in model.peft_config:  # each folder is an adapter of PEFT's
         alone = PeftModel.from_pretrained(base("float32"), tmp_path / name)
         stored = load_file(tmp_path / name / "adapter_model.safetensors")
