@@ -52,11 +52,11 @@ ENGINE = "test_gradcheck test_functional test_promises test_autograd test_nn tra
 
 # The tests of each file, in the order in which they run; paths below tests/, without ".py".
 TESTS = {
-    "minilora/errors.py": "test_errors test_optim lora/test_lora",
+    "minilora/errors.py": "test_errors test_optim lora/test_peft_model lora/test_peft_files",
     "minilora/threads.py": "test_threads training/test_parallel models/test_decoding",
     "minilora/autograd.py": f"{ENGINE} test_anomaly test_backend",
     "minilora/functional.py": ENGINE,
-    "minilora/effective.py": f"{ENGINE} lora/test_lora",
+    "minilora/effective.py": f"{ENGINE} lora/test_peft_model lora/test_peft_files",
     "minilora/optim.py": "test_optim",
     "minilora/formats/disk.py": "formats/test_checkpoint formats/test_disk",
     "minilora/formats/dtypes.py": (
@@ -69,16 +69,16 @@ TESTS = {
     "minilora/formats/checkpoint.py": (
         "formats/test_checkpoint formats/test_weights models/test_transformer"
     ),
-    "minilora/formats/adapter.py": "formats/test_checkpoint lora/test_lora",
-    "minilora/lora/config.py": "lora/test_lora lora/test_targets lora/test_adalora",
-    "minilora/lora/names.py": "lora/test_lora lora/test_embedding lora/test_dora tools/test_tools",
+    "minilora/formats/adapter.py": "formats/test_checkpoint lora/test_peft_model lora/test_peft_files",
+    "minilora/lora/config.py": "lora/test_peft_model lora/test_peft_files lora/test_targets lora/test_adalora",
+    "minilora/lora/names.py": "lora/test_peft_model lora/test_peft_files lora/test_embedding lora/test_dora tools/test_tools",
     "minilora/lora/plan.py": (
-        "lora/test_targets lora/test_lora lora/test_embedding lora/test_tokens tools/test_tools "
+        "lora/test_targets lora/test_peft_model lora/test_peft_files lora/test_embedding lora/test_tokens tools/test_tools "
         "lora/test_combining"
     ),
-    "minilora/lora/files.py": "lora/test_lora tools/test_tools lora/test_combining",
+    "minilora/lora/files.py": "lora/test_peft_model lora/test_peft_files tools/test_tools lora/test_combining",
     "minilora/lora/merging.py": (
-        "lora/test_lora lora/test_embedding lora/test_tokens quant/test_half tools/test_merging"
+        "lora/test_peft_model lora/test_peft_files lora/test_embedding lora/test_tokens quant/test_half tools/test_merging"
     ),
     "minilora/lora/tying.py": "lora/test_embedding tools/test_tools tools/test_merging",
     "minilora/lora/factors.py": "lora/test_combining tools/test_inspecting tools/test_tools",
