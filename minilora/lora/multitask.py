@@ -356,7 +356,7 @@ class MultiTask(PeftModel):
     def save_pretrained(
         self, directory: str | Path, selected_adapters: Sequence[str] | None = None
     ) -> None:
-        """Write each adapter's folder as PEFT does, and for all of them multitask.json, too."""
+        """Write each adapter's folder as PEFT does; without a selection also multitask.json."""
         super().save_pretrained(directory, selected_adapters)
         if selected_adapters is None:
             tasks = {task: list(names) for task, names in self.tasks.items()}
