@@ -150,10 +150,10 @@ def add_weighted_adapter(
     for path, wrapper in self._wrappers().items():
         pairs = zip(names, weights, strict=True)
         entries = wrapper.entries
-        found = [(entries[name], weight) for name, weight in pairs if name in entries]
-        if found:
-            sources[path] = found
-    ranks = {path: [adapter.r for adapter, _ in found] for path, found in sources.items()}
+        of_layer = [(entries[name], weight) for name, weight in pairs if name in entries]
+        if of_layer:
+            sources[path] = of_layer
+    ranks = {path: [adapter.r for adapter, _ in of_layer] for path, of_layer in sources.items()}
     r = choose_rank(ranks, combination_type, svd_rank)
     config = dataclasses.replace(
         self.peft_config[names[0]],
@@ -172,9 +172,11 @@ def add_weighted_adapter(
     plan = plan_adapter(describe_model(self.model), config)
     check_wrapped(self.model, plan)
     made = {}
-    for path, found in sources.items():
-        parts = [adapter.part()._replace(c=weight * adapter.scaling) for adapter, weight in found]
-        dtype = found[0][0].lora_A.dtype
+    for path, of_layer in sources.items():
+        parts = [
+            adapter.part()._replace(c=weight * adapter.scaling) for adapter, weight in of_layer
+        ]
+        dtype = of_layer[0][0].lora_A.dtype
         made[path] = combine_layer(path, parts, combination_type, r, dtype)
     self._inject(adapter_name, plan, seed=0)
     wrappers = self._wrappers()

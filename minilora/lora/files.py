@@ -75,7 +75,7 @@ class AdapterFile:
             trained = self.replaced.get(name)
             if trained is None or not equal_as_stored(file.read(trained), file.read(key)):
                 raise FormatError(
-                    f"{self.where}: {quoted(key)} is not what modules_to_save has there"
+                    f"{self.where}: {quoted(key)} differs from the bias in modules_to_save"
                 )
 
     def _sort_key(self, key: str, copies: dict[str, str]) -> None:
@@ -189,7 +189,7 @@ def fit(adapter: AdapterFile, base: Base, read: Read, warn: bool = True) -> Plan
 def mismatches_with(
     adapter: AdapterFile, checkpoint: Checkpoint, config: Mapping[str, Any]
 ) -> list[str]:
-    """`mismatches` with a checkpoint, or why the configuration means nothing there."""
+    """`mismatches` with a checkpoint, or why the configuration does not fit it."""
     base = describe_checkpoint(checkpoint, config)
     try:
         plan = plan_adapter(base, adapter.config, adapter.file.keys(), warn=False)

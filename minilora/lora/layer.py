@@ -27,14 +27,14 @@ _chosen = contextvars.ContextVar[dict[Any, Any]]("chosen", default={})  # noqa: 
 
 
 class Wrapper(Module):
-    """A module in the place of another: of `inner`, with what each adapter adds in `entries`.
+    """A module in the place of `inner`, with what each adapter adds to it in `entries`.
 
     active        the adapters that run, if `enabled` and nothing is merged
     merged        the adapters that are merged into the inner module
     requantized   is the merged weight stored as codes again?
     """
 
-    ATTRIBUTES: tuple[str, str]  # the names of the attributes `inner` and `entries` are, in PEFT
+    ATTRIBUTES: tuple[str, str]  # where `inner` and `entries` are: PEFT's names for them
 
     def __init__(self) -> None:
         self.active: Sequence[str] = ()
@@ -90,8 +90,9 @@ class Wrapper(Module):
 
 @contextlib.contextmanager
 def use_adapters(layers: Iterable[Wrapper], names: Sequence[str] | None) -> Iterator[None]:
-    """Inside, these layers run `names` in place of the active adapters, in this thread alone.
+    """Inside, these layers run `names` in place of the active adapters.
 
+    That holds in this thread and in those that it hands shards to, not in one that runs beside it.
     None runs the inner modules without adapters, whatever a block further inside chooses.
     """
     chosen = dict(_chosen.get())

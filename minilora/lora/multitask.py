@@ -356,7 +356,7 @@ class MultiTask(PeftModel):
     def save_pretrained(
         self, directory: str | Path, selected_adapters: Sequence[str] | None = None
     ) -> None:
-        """Write each adapter's folder as PEFT does, and for all of them multitask.json, too."""
+        """Write each adapter's folder as PEFT does; without a selection also multitask.json."""
         super().save_pretrained(directory, selected_adapters)
         if selected_adapters is None:
             tasks = {task: list(names) for task, names in self.tasks.items()}
@@ -372,11 +372,10 @@ class MultiTask(PeftModel):
         fit, with `model` as it was.
         """
         file = Path(directory) / FILE
-        where = repr(str(file))
         tasks = read_json(file).get("tasks")
         if not isinstance(tasks, dict) or not all(map(_is_list_of_names, tasks.values())):
             raise FormatError(
-                f"{where}: expected tasks, and for each of them the names of its adapters"
+                f"{str(file)!r}: expected tasks, and for each of them the names of its adapters"
             )
         made = cls.__new__(cls)
         made.tasks = {}
@@ -388,14 +387,14 @@ class MultiTask(PeftModel):
                     folder = adapter_folder(directory, name)
                     if not os.path.isdir(folder):  # a name may be too long for Path.is_dir
                         raise FormatError(
-                            f"{where}: the folder of the adapter {name!r:.99} is missing"
+                            f"{str(file)!r}: the folder of the adapter {name!r:.99} is missing"
                         )
                     made.load_adapter(folder, name, is_trainable)
                 for task, names in tasks.items():
                     made.declare(task, names)
                 made._require_tasks()
             except ConfigError as error:
-                raise FormatError(f"{where}: {error}") from error
+                raise FormatError(f"{str(file)!r}: {error}") from error
             made.set_adapter(list(made.peft_config))
         return made.train(is_trainable)  # type: ignore[no-any-return]
 

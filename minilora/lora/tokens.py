@@ -84,7 +84,7 @@ class TrainableTokens(Merging, Wrapper):
         return F.embedding(x, W) if isinstance(base, Embedding) else F.linear(x, W, base.bias)
 
     def effective(self, out: Array, tokens: int | None) -> None:
-        """None: a head runs on its own."""
+        """None: a head has no prepared weight."""
 
     def _merge_into(
         self, W: Array, dtype: str, names: Sequence[str]

@@ -99,15 +99,15 @@ def prepare_tie(model: Any, names: Sequence[str], choice: str | None) -> None:
     if choice is not None:
         choose(choice, "", False, False)  # an unknown choice raises, needed or not
     places = embedding_and_head(model)
-    own_names = [_adapters_in(place, names) for place in places]
+    adapters_of = [_adapters_in(place, names) for place in places]
     embedding, head = places
-    of_embedding, of_head = own_names
+    of_embedding, of_head = adapters_of
     if not (of_embedding or of_head) or not is_tied(model):
         return
     if of_embedding == of_head and head.leader is embedding:
         return
-    changed = [(place, own) for place, own in zip(places, own_names, strict=True) if own]
-    if choice is None and all({*place.merged} >= {*own} for place, own in changed):
+    changed = [(place, some) for place, some in zip(places, adapters_of, strict=True) if some]
+    if choice is None and all({*place.merged} >= {*some} for place, some in changed):
         return
     how = choose(choice, f"adapter {', '.join(names)}", bool(of_embedding), bool(of_head))
     for place, _ in changed:

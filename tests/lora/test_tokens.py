@@ -89,12 +89,12 @@ def test_trainable_tokens_start_as_the_base_s_rows(tie: bool) -> None:
 def test_trainable_tokens_have_the_gradient_of_the_merged_weight_s_rows(tie: bool) -> None:
     """With a tied head it is the sum of both uses: the rows are one parameter."""
     made = model(tie=tie)
-    (found,) = gradients(loss_of(made), [rows(made)[NAME]])
+    (grad,) = gradients(loss_of(made), [rows(made)[NAME]])
     plain = made.merge_and_unload()
     assert (plain.lm_head.weight is plain.get_input_embeddings().weight) == tie
     (G,) = gradients(loss_of(plain), [plain.get_input_embeddings().weight])
-    assert found is not None and G is not None  # noqa: PT018
-    assert np.abs(found - G[ROWS]).max() <= 1e-13 * np.abs(G).max()
+    assert grad is not None and G is not None  # noqa: PT018
+    assert np.abs(grad - G[ROWS]).max() <= 1e-13 * np.abs(G).max()
 
 
 TOKENS = [ROWS, {"embed_tokens": ROWS}]

@@ -297,7 +297,7 @@ def test_biases_that_a_file_has_again_must_be_those(saved: str, tmp_path: Path) 
         says = (
             "differs from the base's"
             if ".original_module." in key
-            else "is not what modules_to_save has there"
+            else "differs from the bias in modules_to_save"
         )
         write_adapter(tmp_path / "adapter", fields, {**tensors, key: tensors[key] + np.float32(1)})
         with pytest.raises(FormatError, match=says):
