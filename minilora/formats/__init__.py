@@ -10,7 +10,7 @@ adapter      PEFT's folder: adapter_config.json and adapter_model.safetensors
 
 from .adapter import PEFT_CONFIG_DEFAULTS, read_adapter, write_adapter
 from .checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from .disk import JsonObject, atomic_file, read_json, write_json
+from .disk import atomic_file, read_json, write_json
 from .dtypes import bf16_from, bf16_to_float32
 from .safetensors import Entry, SafetensorsFile, array_entry, load_file, save_file, write_stream
 
@@ -18,7 +18,6 @@ __all__ = [
     "PEFT_CONFIG_DEFAULTS",
     "Checkpoint",
     "Entry",
-    "JsonObject",
     "SafetensorsFile",
     "array_entry",
     "atomic_file",

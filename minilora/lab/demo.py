@@ -23,7 +23,8 @@ from ..autograd import no_grad
 from ..data.texts import prose, python_sources, read_text, split, split_text
 from ..data.tokenizer import ByteTokenizer
 from ..errors import ConfigError
-from ..formats import JsonObject, write_json
+from ..formats import write_json
+from ..formats.disk import JsonObject
 from ..lora import AdaLoraConfig, LoraConfig, LoraLinear, PeftModel, get_peft_model
 from ..models.config import TransformerConfig
 from ..models.generation import generate

@@ -19,7 +19,8 @@ from ..errors import (
     optional,
     rules_for,
 )
-from ..formats import PEFT_CONFIG_DEFAULTS, JsonObject
+from ..formats import PEFT_CONFIG_DEFAULTS
+from ..formats.disk import JsonObject
 from .patterns import Pattern
 from .targets import pattern_value
 

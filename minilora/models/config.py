@@ -28,7 +28,7 @@ from ..errors import (
     optional,
     rules_for,
 )
-from ..formats import JsonObject
+from ..formats.disk import JsonObject
 
 ROPE_TYPES = ("default", "linear", "llama3")
 SLIDING = "sliding_attention"

@@ -41,7 +41,8 @@ from ..errors import (
     optional,
     rules_for,
 )
-from ..formats import JsonObject, load_file, save_file
+from ..formats import load_file, save_file
+from ..formats.disk import JsonObject
 from ..formats.folders import locked, require_free_space
 from ..lora import AdaLoraConfig, MultiTask, PeftModel, RankAllocator
 from ..nn import Parameter

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, FormatError
-from ..formats import JsonObject, atomic_file, read_json, write_json
-from ..formats.disk import sync_folder
+from ..formats import atomic_file, read_json, write_json
+from ..formats.disk import JsonObject, sync_folder
 from ..formats.folders import locked, require_empty, whole_folder
 
 MANIFEST = "manifest.json"
