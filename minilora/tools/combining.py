@@ -62,7 +62,11 @@ def combine(
             if changes[0].path:
                 layers[changes[0].path] = changes
         _check_together(files, layers)
-        _warn_of_bases(files)
+        bases = {str(file.raw.get("base_model_name_or_path") or "") for file in files} - {""}
+        if len(bases) > 1:  # not an error, because one model may have several names
+            names = ", ".join(map(quoted, sorted(bases)))
+            text = f"the adapters name different bases, and a sum is for one model: {names}"
+            warnings.warn(shorten(text), stacklevel=2)
         ranks = {path: [_shape(c, "A")[0] for c in changes] for path, changes in layers.items()}
         r = choose_rank(ranks, how, r)
         tensors: dict[str, Array] = {}
@@ -128,15 +132,6 @@ def _check_together(files: Sequence[AdapterFile], layers: Layers) -> None:
         )
 
 
-def _warn_of_bases(files: Sequence[AdapterFile]) -> None:
-    """Warn if the adapters name different bases; names of one model may differ, so it is not an error."""
-    bases = {str(file.raw.get("base_model_name_or_path") or "") for file in files} - {""}
-    if len(bases) > 1:
-        names = ", ".join(map(quoted, sorted(bases)))
-        text = f"the adapters name different bases, and a sum is for one model: {names}"
-        warnings.warn(shorten(text), stacklevel=3)
-
-
 def _shape(change: Change, part: str) -> tuple[int, ...]:
     """The shape of the factor "A" or "B"."""
     return change.adapter.file.shape(change.adapter.layers[change.path][part])
@@ -183,13 +178,15 @@ def _fields(files: Sequence[AdapterFile], layers: Layers) -> dict[str, Any]:
         targets.append(path.rpartition(".")[2] if has_weight else path)
     configs = [file.config for file in files]
     saved = {name for config in configs for name in config.modules_to_save or ()}
-    tokens = [file.config.trainable_token_indices for file in files if file.tokens]
-    biases = [config.bias for config in configs if config.bias != "none"]
+    tokens = [file.config.trainable_token_indices for file in files if file.tokens] or [None]
+    biases = [config.bias for config in configs if config.bias != "none"] or ["none"]
     fields = {name: value for name, value in files[0].raw.items() if name not in ADALORA_FIELDS}
-    fields |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    fields["target_modules"] = sorted(targets)
-    fields["modules_to_save"] = sorted(saved) or None
-    fields["bias"] = biases[0] if biases else "none"
-    fields["fan_in_fan_out"] = any(config.fan_in_fan_out for config in configs)
-    fields["trainable_token_indices"] = tokens[0] if tokens else None
-    return fields
+    return {
+        **fields,
+        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
+        "target_modules": sorted(targets),
+        "modules_to_save": sorted(saved) or None,
+        "bias": biases[0],
+        "fan_in_fan_out": any(config.fan_in_fan_out for config in configs),
+        "trainable_token_indices": tokens[0],
+    }

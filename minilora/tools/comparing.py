@@ -73,10 +73,10 @@ def diff(a: str | Path, b: str | Path, ranks: bool | None = None) -> dict[str, A
 def _compare(one: Checkpoint, other: Checkpoint, key: str, ranks: bool | None) -> dict[str, Any]:
     """The row of one tensor."""
     shape = one.shape(key)
-    row: dict[str, Any] = {"tensor": key, "shape": _format(shape)}
+    shapes = [" x ".join(map(str, file.shape(key))) for file in (one, other)]
+    row: dict[str, Any] = {"tensor": key, "shape": " and ".join(dict.fromkeys(shapes))}
     row |= dict.fromkeys(("|b - a|", "relative", "largest", "rank"))
     if other.shape(key) != shape:
-        row["shape"] += f" and {_format(other.shape(key))}"
         return row
     A = one.read(key, np.float64)
     D = other.read(key, np.float64)
@@ -99,7 +99,3 @@ def _compare(one: Checkpoint, other: Checkpoint, key: str, ranks: bool | None) -
         half_step = max(HALF_STEPS.get(file.dtype(key), 0) for file in (one, other))
         row["rank"] = numerical_rank(D, max(size, other_size), half_step) if distance else 0
     return row
-
-
-def _format(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))

@@ -19,6 +19,7 @@ says how a factor is stored, and the configuration's rank must be where the name
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -31,7 +32,6 @@ from ..errors import ConfigError, FormatError, NonFiniteError, Rule, check_field
 from ..formats import (
     Entry,
     SafetensorsFile,
-    read_checkpoint,
     read_json,
     save_file,
     write_adapter,
@@ -45,7 +45,7 @@ from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import LoraConfig
 from ..lora.files import AdapterFile
 from ..lora.plan import HEAD, PREFIX
-from .rewriting import DTYPE_RULE, rewrite, stored
+from .rewriting import DTYPE_RULE, read_dense, rewrite, stored
 
 MLX_FILE = "adapters.safetensors"
 EMBEDDING = "embed_tokens"
@@ -58,22 +58,11 @@ Tensors = dict[str, Array]
 OpenOut = Callable[[], AbstractContextManager[Path]]  # makes the new folder
 
 
-def _is_rank(r: Any) -> bool:
-    return type(r) is int and 0 < r < 2**24
-
-
-def _is_scale(scale: Any) -> bool:
-    return type(scale) in (int, float) and 0 < scale < 1e300
-
-
 RULES = (Rule("--to", lambda to: to in (None, "peft", "mlx"), "peft or mlx"), DTYPE_RULE)
 MLX_RULES = (
     Rule("fine_tune_type", lambda kind: kind in ("lora", "dora"), "lora or dora"),
-    Rule("lora_parameters", lambda fields: isinstance(fields, dict), "an object"),
-)
-MLX_PARAMETERS = (
-    Rule("rank", _is_rank, "an integer of at least 1"),
-    Rule("scale", _is_scale, "a positive number"),
+    Rule("rank", lambda r: type(r) is int and 0 < r < 2**24, "an integer of at least 1"),
+    Rule("scale", lambda s: type(s) in (int, float) and 0 < s < 1e300, "a positive number"),
 )
 
 
@@ -129,19 +118,14 @@ def _round_adapter(folder: Path, code: str, open_out: OpenOut, allow_nonfinite: 
 
 
 def _round_checkpoint(folder: Path, dtype: str, open_out: OpenOut, allow_nonfinite: bool) -> None:
-    config, checkpoint = read_checkpoint(folder)
+    config, checkpoint = read_dense(folder)
     with checkpoint:
-        if config.get("quantization_config") is not None:
-            raise ConfigError(
-                f"{str(folder)!r} is quantized (quantization_config in its config.json): convert the "
-                "checkpoint that it was made from"
-            )
 
         def make(key: str) -> tuple[Array, None]:
             return stored(checkpoint, key, DTYPES[dtype], allow_nonfinite), None
 
         with open_out() as stage:
-            rewrite(checkpoint, config, stage, make, dtype, "convert")
+            rewrite(checkpoint, config, stage, make, dtype, "convert", {})
 
 
 # ---- another format ----
@@ -165,23 +149,37 @@ def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
     where = quoted(folder)
     if not (folder / MLX_FILE).exists():
         raise FormatError(f"{where} has no {MLX_FILE}, so it is not an adapter of mlx-lm's")
-    fields: dict[str, Any] = {"fine_tune_type": "lora", "lora_parameters": None}
-    fields |= read_json(folder / CONFIG_FILE)
-    check_fields(fields, MLX_RULES, f"{where}: ")
-    parameters: dict[str, Any] = {"rank": None, "scale": None, "dropout": 0.0}
-    parameters |= fields["lora_parameters"]
-    check_fields(parameters, MLX_PARAMETERS, f"{where}: lora_parameters: ")
-    r = parameters["rank"]
-    use_dora = fields["fine_tune_type"] == "dora"
+    fields = read_json(folder / CONFIG_FILE)
+    kind = fields.get("fine_tune_type", "lora")
+    given = fields.get("lora_parameters")
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where}: lora_parameters must be an object, got {given!r:.100}")
+    parameters = {"rank": None, "scale": None, "dropout": 0.0, **given}
+    check_fields({**parameters, "fine_tune_type": kind}, MLX_RULES, f"{where}: ")
+    r: Any = parameters["rank"]
+    use_dora = kind == "dora"
     tensors: Tensors = {}
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     with SafetensorsFile(folder / MLX_FILE) as file:
         for key in file.keys():
-            path, ending = _split_mlx_key(key, where)
+            ending = next((ending for ending in ENDINGS if key.endswith(ending)), None)
+            if ending is None:
+                raise FormatError(
+                    f"{where}: {quoted(key)} is not a tensor of an adapter of mlx-lm's"
+                )
+            path = re.sub(r"^model\.h\.", "transformer.h.", key.removesuffix(ending))
+            if path.endswith((".wte", ".wpe")):
+                raise ConfigError(
+                    f"{where}: {path}: mlx-lm adapts GPT-2's embeddings together with the head, PEFT does not"
+                )
+            names = EMBEDDED if path.endswith(EMBEDDING) else ENDINGS
+            if ending not in names:
+                raise ConfigError(
+                    f"{where}: DoRA of {path} has one magnitude per token in mlx-lm, one per channel in PEFT"
+                )
             array = file.read(key, np.float32)
             layers.setdefault(path, {})[ending] = array.shape
-            name = (EMBEDDED if path.endswith(EMBEDDING) else ENDINGS)[ending]
-            tensors[f"{PREFIX}{path}.{name}"] = np.ascontiguousarray(array.T)
+            tensors[f"{PREFIX}{path}.{names[ending]}"] = np.ascontiguousarray(array.T)
     for path, shapes in layers.items():
         a, b, m = (shapes.get(ending, ()) for ending in ENDINGS)
         if a[1:] != (r,) or b[:-1] != (r,) or m != (b[1:] if use_dora else ()):
@@ -192,7 +190,7 @@ def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
     base = fields.get("model")
     peft_fields = {
         "r": r,
-        "lora_alpha": parameters["scale"] * r,
+        "lora_alpha": r * parameters["scale"],
         "target_modules": sorted(layers),
         "lora_dropout": parameters["dropout"],
         "task_type": "CAUSAL_LM",
@@ -203,23 +201,6 @@ def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
     }
     config = LoraConfig.from_dict(peft_fields, f"{where}: adapter_config.json")
     return config.to_dict(), tensors
-
-
-def _split_mlx_key(key: str, where: str) -> tuple[str, str]:
-    """mlx-lm's key -> the layer's path in PEFT, and the key's ending. Errors for what PEFT cannot express."""
-    ending = next((ending for ending in ENDINGS if key.endswith(ending)), None)
-    if ending is None:
-        raise FormatError(f"{where}: {quoted(key)} is not a tensor of an adapter of mlx-lm's")
-    path = _rename(key.removesuffix(ending), "model.h.", "transformer.h.")
-    if path.endswith((".wte", ".wpe")):
-        raise ConfigError(
-            f"{where}: {path}: mlx-lm adapts GPT-2's embeddings together with the head, PEFT does not"
-        )
-    if path.endswith(EMBEDDING) and ending not in EMBEDDED:
-        raise ConfigError(
-            f"{where}: DoRA of {path} has one magnitude per token in mlx-lm, one per channel in PEFT"
-        )
-    return path, ending
 
 
 def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
@@ -246,18 +227,17 @@ def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
             )
         tensors = {}
         for path, layer in file.layers.items():
-            mlx_path = _rename(path, "transformer.h.", "model.h.")
+            mlx_path = re.sub(r"^transformer\.h\.", "model.h.", path)
             for part, ending in PARTS.items():
                 if part in layer:
                     array = file.file.read(layer[part], np.float32)
                     tensors[mlx_path + ending] = np.ascontiguousarray(array.T)
         r, scale = kinds.pop()
-        parameters: dict[str, Any] = {"rank": r, "scale": scale, "dropout": config.lora_dropout}
-        parameters["keys"] = sorted(keys)
+        dropout = config.lora_dropout
+        parameters = {"rank": r, "scale": scale, "dropout": dropout, "keys": sorted(keys)}
         kind = "dora" if config.use_dora else "lora"
         fields = {"fine_tune_type": kind, "num_layers": -1, "lora_parameters": parameters}
-        fields["model"] = config.base_model_name_or_path
-        return fields, tensors
+        return {**fields, "model": config.base_model_name_or_path}, tensors
 
 
 def _mlx_path(path: str) -> str:
@@ -268,7 +248,3 @@ def _mlx_path(path: str) -> str:
         if path.startswith(prefix):
             return path.removeprefix(prefix).partition(".")[2]
     return ""
-
-
-def _rename(path: str, before: str, after: str) -> str:
-    return after + path.removeprefix(before) if path.startswith(before) else path

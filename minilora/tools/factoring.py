@@ -29,8 +29,7 @@ from .rewriting import Row, progress
 
 Array = np.ndarray
 Tensors = dict[str, Array]
-TOKEN_EMBEDDINGS = ("embed_tokens", "wte")
-NOT_TARGETS = (*TOKEN_EMBEDDINGS, "wpe", HEAD)  # extract saves these whole
+NOT_TARGETS = ("embed_tokens", "wte", "wpe", HEAD)  # extract saves these whole
 ADALORA_FIELDS = {field.name for field in dataclasses.fields(AdaLoraConfig)}
 ADALORA_FIELDS -= {field.name for field in dataclasses.fields(LoraConfig)}
 
@@ -95,13 +94,14 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
         for path in progress(changed, "extract"):
             keys = changed[path]
             name = path.rpartition(".")[2]
-            if name in TOKEN_EMBEDDINGS and f"{HEAD}.weight" not in one:
+            if name in ("embed_tokens", "wte") and f"{HEAD}.weight" not in one:
                 raise ConfigError(
                     f"{keys[0]} changed, and the head is tied to it, which an adapter cannot express: "
                     "untie them in both checkpoints first"
                 )
-            weight = f"{keys[0].rpartition('.')[0]}.weight"
-            if keys == [weight] and len(one.shape(weight)) == 2 and name not in NOT_TARGETS:
+            weight = keys[0]
+            is_matrix = weight.endswith(".weight") and len(one.shape(weight)) == 2
+            if is_matrix and len(keys) == 1 and name not in NOT_TARGETS:
                 D = _difference(one, other, weight)
                 D = D.T if is_stored_transposed(model_type, weight) else D
                 A, B, row = factors_from_svd(*leading_triplets(D, r), r)
@@ -128,16 +128,17 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
 
 def _changed_modules(one: Checkpoint, other: Checkpoint, model_type: str) -> dict[str, list[str]]:
     """The keys that differ, by the paths of their modules as an adapter names them."""
-    keys = one.keys()
-    unequal = sorted(set(keys) ^ set(other.keys()))
-    unequal = unequal or [key for key in keys if one.shape(key) != other.shape(key)]
-    if unequal:
+    shapes, other_shapes = (
+        {(key, file.shape(key)) for key in file.keys()} for file in (one, other)
+    )
+    if shapes != other_shapes:
+        key = min(shapes ^ other_shapes)[0]
         raise FormatError(
-            f"{other.directory!r} is not tuned from {one.directory!r}: {unequal[0]} is in one alone, "
-            "or differs in shape"
+            f"{other.directory!r} is not tuned from {one.directory!r}: {key} is in one alone, or "
+            "differs in shape"
         )
     changed: dict[str, list[str]] = {}
-    for key in keys:
+    for key in one.keys():
         if not np.array_equal(one.read(key), other.read(key), equal_nan=True):
             path = canonical_name(model_type, key).rpartition(".")[0]
             changed.setdefault(path, []).append(key)
@@ -181,8 +182,8 @@ def _factor_tensors(path: str, A: Array, B: Array, embeds: bool = False) -> Tens
 
 def plain(r: int) -> dict[str, Any]:
     """The fields of adapter_config.json that give every layer rank r and s = 1."""
-    patterns = {"rank_pattern": {}, "alpha_pattern": {}}
-    return {"peft_type": "LORA", "r": r, "lora_alpha": r, "use_rslora": False, **patterns}
+    fields: dict[str, Any] = {"peft_type": "LORA", "r": r, "lora_alpha": r, "use_rslora": False}
+    return {**fields, "rank_pattern": {}, "alpha_pattern": {}}
 
 
 def _require_rank(r: int) -> None:

@@ -43,10 +43,14 @@ def inspect_adapter(folder: Path, base: str | Path | None = None) -> Report:
             values = singular_values(A, B, s)
             norms.append(float(np.linalg.norm(values)))
             spectra[path] = None if np.isnan(values).any() else values.tolist()
-            row = {"layer": path, "shape": f"{len(B)} x {A.shape[1]}", "r": len(A)}
-            row["scaling"] = f"{s:g}"
-            row["|dW|"] = f"{norms[-1]:.4g}"
-            row["rank"] = f"{effective_rank(values):.2f}"
+            row = {
+                "layer": path,
+                "shape": f"{len(B)} x {A.shape[1]}",
+                "r": len(A),
+                "scaling": f"{s:g}",
+                "|dW|": f"{norms[-1]:.4g}",
+                "rank": f"{effective_rank(values):.2f}",
+            }
             if m is not None:
                 row["magnitude"] = f"{m.min():.4g} to {m.max():.4g}"
             rows.append(row)
@@ -75,8 +79,8 @@ def inspect_adapter(folder: Path, base: str | Path | None = None) -> Report:
             with checkpoint:
                 report["mismatches"] = mismatches_with(file, checkpoint, fields)
                 for row, size in zip(rows, norms, strict=True):
-                    key = base_key(checkpoint, f"{row['layer']}.weight")
-                    W = 0.0 if key is None else norm(checkpoint.read(key))
+                    name = base_key(checkpoint, f"{row['layer']}.weight")
+                    W = 0.0 if name is None else norm(checkpoint.read(name))
                     row["|dW| / |W|"] = f"{size / W:.4g}" if W else "-"
     return {**report, "spectra": spectra, "tensors": rows}
 
@@ -84,30 +88,24 @@ def inspect_adapter(folder: Path, base: str | Path | None = None) -> Report:
 def norm(W: np.ndarray) -> float:
     """The Frobenius norm, summed in float64 without a float64 copy of W."""
     numbers = W.reshape(-1)
-    squares = []
-    for block in blocks(numbers.size, 1 << 16):
-        squares.append(np.square(numbers[block], dtype=np.float64).sum())
-    return math.sqrt(float(np.sum(np.array(squares))))
+    squares = [np.square(numbers[at], dtype=np.float64).sum() for at in blocks(W.size, 1 << 16)]
+    return math.sqrt(np.sum(squares))
 
 
 def inspect_checkpoint(path: Path) -> Report:
-    """A report on a model's folder, or one safetensors file: each tensor's shape and dtype, and the number of weights."""
+    """A report on a model's folder, or one safetensors file: each tensor's shape and dtype."""
     config: dict[str, Any] = {}
+    file: Checkpoint | SafetensorsFile
     if path.is_file():
-        with SafetensorsFile(path) as file:
-            rows = _tensors(file)
+        file = SafetensorsFile(path)
     else:
-        config, checkpoint = read_checkpoint(path)
-        with checkpoint:
-            rows = _tensors(checkpoint)
-    report: Report = {"checkpoint": str(path), "model_type": config.get("model_type", "-")}
-    report["parameters"] = sum(math.prod(row["shape"]) for row in rows)
-    report["tensors"] = rows
-    return report
-
-
-def _tensors(file: Checkpoint | SafetensorsFile) -> list[Report]:
-    return [
-        {"tensor": key, "shape": list(file.shape(key)), "dtype": file.dtype(key)}
-        for key in file.keys()
-    ]
+        config, file = read_checkpoint(path)
+    parameters = 0
+    rows = []
+    with file:
+        for key in file.keys():
+            shape = file.shape(key)
+            parameters += math.prod(shape)
+            rows.append({"tensor": key, "shape": list(shape), "dtype": file.dtype(key)})
+    report = {"checkpoint": str(path), "model_type": config.get("model_type", "-")}
+    return {**report, "parameters": parameters, "tensors": rows}

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import ConfigError, FormatError, NonFiniteError, Rule, check_fields
-from ..formats import Checkpoint, read_checkpoint
+from ..formats import Checkpoint
 from ..formats.checkpoint import is_stored_transposed
 from ..formats.dtypes import DTYPES, FLOATS, round_to, widen
 from ..formats.folders import fingerprint, new_folder, require_outside
@@ -32,17 +32,16 @@ from ..lora.merging import Map, merge_weight
 from ..lora.plan import HEAD, Base, describe_checkpoint
 from ..lora.tying import are_transposed, choose
 from ..threads import Workers, available_cores, keep_memory, one_blas_thread
-from .rewriting import DTYPE_RULE, Row, not_finite, rewrite, stored
+from .rewriting import DTYPE_RULE, Row, not_finite, read_dense, rewrite, stored
 
 Array = np.ndarray
 HEAD_WEIGHT = f"{HEAD}.weight"
 
 
-def _is_thread_count(threads: Any) -> bool:
-    return threads is None or (type(threads) is int and threads >= 1)
-
-
-RULES = (DTYPE_RULE, Rule("--threads", _is_thread_count, "an integer of at least 1"))
+RULES = (
+    DTYPE_RULE,
+    Rule("--threads", lambda count: type(count) is int and count >= 1, "an integer of at least 1"),
+)
 
 
 class Change(NamedTuple):
@@ -64,9 +63,11 @@ class Change(NamedTuple):
         part = self.adapter.part(self.path)
         return part._replace(c=part.c * self.weight)
 
-    def must_be_alone(self) -> bool:
-        """Can no other adapter change this tensor as well?"""
-        return bool(self.key) or self.adapter.config.use_dora
+    def why_alone(self) -> str:
+        """Why it cannot be scaled, or added to another adapter's change; "" if it can."""
+        if self.key:
+            return "it replaces the base's"
+        return "DoRA scales the sum" if self.adapter.config.use_dora else ""
 
 
 class MergePlan(NamedTuple):
@@ -106,28 +107,28 @@ def merge(
     OSError. `out` is then as it was.
     """
     weights = check_weights(adapters, weights, "--weights")
+    threads = available_cores() if threads is None else threads
     check_fields({"--dtype": dtype, "--threads": threads}, RULES)
     require_outside(out, base=base)
     for folder in adapters:
         require_outside(out, adapter=folder)
     with ExitStack() as opened:
-        config, checkpoint = read_checkpoint(base)
+        config, checkpoint = read_dense(base)
         opened.enter_context(checkpoint)
-        if config.get("quantization_config") is not None:
-            raise ConfigError(
-                f"--base {str(base)!r} is quantized (quantization_config in its config.json): merge "
-                "into the checkpoint that it was made from"
-            )
         files = [opened.enter_context(AdapterFile(folder)) for folder in adapters]
         plan = plan_merge(checkpoint, config, files, weights, tied)
-        inputs: dict[str, Any] = {"base": fingerprint(base)}
-        inputs["adapters"] = [fingerprint(folder) for folder in adapters]
-        inputs |= {"weights": weights, "dtype": dtype, "tied": tied}
-        inputs["allow_nonfinite"] = allow_nonfinite
+        inputs = {
+            "base": fingerprint(base),
+            "adapters": [fingerprint(folder) for folder in adapters],
+            "weights": weights,
+            "dtype": dtype,
+            "allow_nonfinite": allow_nonfinite,
+            "tied": tied,
+        }
         stage = opened.enter_context(new_folder(out, inputs))
         opened.enter_context(one_blas_thread())  # threads work on blocks of rows, not on products
         keep_memory()
-        workers = opened.enter_context(Workers(threads or available_cores()))
+        workers = opened.enter_context(Workers(threads))
         model_type = str(config.get("model_type"))
         code = None if dtype is None else DTYPES[dtype]
 
@@ -185,9 +186,9 @@ def _settle_tie(
     embedding = base_key(base, f"{described.embedding}.weight")
     assert embedding is not None
     of_head = changes.get(HEAD_WEIGHT, [])
-    of_embedding = [change for change in changes.get(embedding, []) if not change.rows]
-    # New rows belong to both places, whatever `tied` says.
-    of_rows = [change for change in changes.get(embedding, []) if change.rows]
+    before = changes.get(embedding, [])
+    of_embedding = [change for change in before if not change.rows]
+    of_rows = [change for change in before if change.rows]  # both places get these
     same = len(of_head) == len(of_embedding) and all(map(alike, of_embedding, of_head))
     names = dict.fromkeys(change.adapter.where for change in (*of_embedding, *of_head))
     how = choose(tied, ", ".join(names), bool(of_embedding), bool(of_head), same)
@@ -205,42 +206,39 @@ def changes_of(adapter: AdapterFile, weight: float) -> dict[str, Change]:
         raise ConfigError(
             f"{adapter.where} is HydraLoRA's: its dW differs from token to token and cannot be merged"
         )
-    changes: dict[str, Change] = {}
-    for path in adapter.layers:
-        changes[f"{path}.weight"] = Change(adapter, weight, path=path)
+    changes = {f"{path}.weight": Change(adapter, weight, path) for path in adapter.layers}
     for name, key in adapter.replaced.items():
         changes[name] = Change(adapter, weight, key=key)
     for path, key in adapter.tokens.items():
         rows = tuple(adapter.rows(path))
         changes[f"{path}.weight"] = Change(adapter, weight, key=key, rows=rows)
     for name, change in changes.items():
-        if weight != 1 and change.must_be_alone():
-            what = "a tensor that replaces the base's" if change.key else "DoRA's scales"
+        why = change.why_alone()
+        if why and weight != 1:
             raise ConfigError(
-                f"{adapter.where}: {name} is {what}, and cannot be taken {weight:g} times"
+                f"{adapter.where}: what it does to {name} cannot be taken {weight:g} times: {why}"
             )
     return changes
 
 
 def require_addable(key: str, changes: Sequence[Change]) -> None:
     """ConfigError if several adapters change the tensor `key`, and one of them does more than add to it."""
-    alone = [change for change in changes if change.must_be_alone()]
-    if alone and len(changes) > 1:
-        first = alone[0]
-        why = "it replaces the base's" if first.key else "DoRA scales the sum"
-        raise ConfigError(
-            f"{first.adapter.where}: what it does to {key} cannot be added to another adapter's: {why}"
-        )
+    for change in changes:
+        why = change.why_alone()
+        if why and len(changes) > 1:
+            where = change.adapter.where
+            raise ConfigError(
+                f"{where}: what it does to {key} cannot be added to another adapter's: {why}"
+            )
 
 
 def alike(embedding: Change, head: Change) -> bool:
     """Do the two change the tied weight (V, C) in the same way?"""
-    if embedding.adapter is not head.adapter or bool(embedding.key) != bool(head.key):
-        return False
     adapter = embedding.adapter
-    if embedding.key:
-        file = adapter.file
-        return np.array_equal(file.read(embedding.key), file.read(head.key))
+    if head.adapter is not adapter or bool(embedding.key) != bool(head.key):
+        return False
+    if head.key:
+        return np.array_equal(adapter.file.read(embedding.key), adapter.file.read(head.key))
     return are_transposed(adapter.part(embedding.path), adapter.part(head.path))
 
 
@@ -257,36 +255,30 @@ def _change_tensor(
 ) -> tuple[Array, Row | None, float]:
     """A tensor's new bits, its row (None if it is replaced), and a sum: NaN or inf if a new number is."""
     source = base.dtype(key)
+    target = code or source
     if source not in FLOATS:
         raise FormatError(
             f"{base.directory!r}: {key} is {source}: only {', '.join(FLOATS)} can be changed"
         )
-    first = changes[0]
-    if not first.key:
-        return _add(base, key, changes, model_type, code or source, over)
-    bits = round_to(first.adapter.file.read(first.key, np.float64), code or source)
-    total = float(np.abs(widen(bits)).sum(dtype=np.float64))
-    if first.rows:
-        table = stored(base, key, code, allow_nonfinite=True)
-        table[list(first.rows)] = bits
-        bits = table
-    return bits, None, total
-
-
-def _add(
-    base: Checkpoint, key: str, changes: list[Change], model_type: str, target: str, over: Map
-) -> tuple[Array, Row, float]:
+    adapter, _, path, new, rows = changes[0]
+    if new:
+        bits = round_to(adapter.file.read(new, np.float64), target)
+        total = float(np.abs(widen(bits)).sum(dtype=np.float64))
+        if rows:
+            table = stored(base, key, code, allow_nonfinite=True)
+            table[list(rows)] = bits
+            bits = table
+        return bits, None, total
     bits = base.read_bits(key)
     parts = [change.part() for change in changes]
-    path = changes[0].path
     if is_stored_transposed(model_type, f"{path}.weight"):
         # Rows as models have them, so that the bits are theirs.
         W = np.ascontiguousarray(bits.T)
         merged = merge_weight(W, parts, target, over=over)
         bits = np.ascontiguousarray(merged.weight.T)
     else:
-        out = bits if target == base.dtype(key) else None
-        merged = merge_weight(bits, parts, target, changes[0].adapter.embeds(path), out, over)
+        out = bits if target == source else None
+        merged = merge_weight(bits, parts, target, adapter.embeds(path), out, over)
         bits = merged.weight
     size = merged.size(parts)
     lost = merged.lost / size if size else 0.0

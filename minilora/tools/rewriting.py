@@ -10,17 +10,17 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from ..errors import NonFiniteError, Rule
+from ..errors import ConfigError, NonFiniteError, Rule
 from ..formats import (
     Checkpoint,
     Entry,
     SafetensorsFile,
+    read_checkpoint,
     read_json,
     safetensors,
     write_json,
@@ -42,9 +42,21 @@ COMPANIONS = (
 DTYPE_RULE = Rule("--dtype", lambda dtype: dtype is None or dtype in DTYPES, " or ".join(DTYPES))
 
 
-def progress(parts: Iterable[Any], title: str, unit: str = "layers") -> Iterable[Any]:
+def progress(parts: Iterable[str], title: str, unit: str = "layers") -> Any:
     """The parts, with a progress bar while they are worked on; on a terminal only."""
     return tqdm(parts, desc=title, unit=f" {unit}", disable=None, leave=False)
+
+
+def read_dense(folder: str | Path) -> tuple[dict[str, Any], Checkpoint]:
+    """`read_checkpoint` of a folder with config.json. ConfigError if its weights are quantized."""
+    config, checkpoint = read_checkpoint(folder)
+    if config.get("quantization_config") is not None:
+        checkpoint.close()
+        raise ConfigError(
+            f"{str(folder)!r} is quantized (quantization_config in its config.json): use the "
+            "checkpoint that it was made from"
+        )
+    return config, checkpoint
 
 
 # ---- numbers as they are stored ----
@@ -91,9 +103,9 @@ def rewrite(
     config: dict[str, Any],
     stage: Path,
     make: Make,
-    dtype: str | None = None,
-    title: str = "",
-    twins: Mapping[str, str] = MappingProxyType({}),
+    dtype: str | None,
+    title: str,
+    twins: Mapping[str, str],
 ) -> list[Row]:
     """Write a checkpoint's shards again into `stage`, each tensor with the bits that `make(key)` returns.
 
@@ -145,7 +157,8 @@ def rewrite(
         if (folder / name).is_file():
             _copy(folder / name, stage / name)
     if dtype is not None:
-        config = {**config, _dtype_field(config): dtype}
+        is_old = "torch_dtype" in config and "dtype" not in config
+        config = {**config, "torch_dtype" if is_old else "dtype": dtype}
     write_json(stage / CONFIG_FILE, config)
     return rows
 
@@ -167,11 +180,6 @@ def _write_index(folder: Path, stage: Path, shards: dict[str, list[Entry]]) -> N
         metadata = {}
     index["metadata"] = {**metadata, "total_size": size}
     write_json(stage / INDEX_FILE, index)
-
-
-def _dtype_field(config: dict[str, Any]) -> str:
-    """The name that config.json has for the weights' dtype, new or old."""
-    return "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
 
 
 def _copy(source: Path, target: Path) -> None:
