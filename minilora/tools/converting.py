@@ -19,7 +19,6 @@ says how a factor is stored, and the configuration's rank must be where the name
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -167,7 +166,7 @@ def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
                 raise FormatError(
                     f"{where}: {quoted(key)} is not a tensor of an adapter of mlx-lm's"
                 )
-            path = re.sub(r"^model\.h\.", "transformer.h.", key.removesuffix(ending))
+            path = _rename(key.removesuffix(ending), "model.h.", "transformer.h.")
             if path.endswith((".wte", ".wpe")):
                 raise ConfigError(
                     f"{where}: {path}: mlx-lm adapts GPT-2's embeddings together with the head, PEFT does not"
@@ -227,7 +226,7 @@ def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
             )
         tensors = {}
         for path, layer in file.layers.items():
-            mlx_path = re.sub(r"^transformer\.h\.", "model.h.", path)
+            mlx_path = _rename(path, "transformer.h.", "model.h.")
             for part, ending in PARTS.items():
                 if part in layer:
                     array = file.file.read(layer[part], np.float32)
@@ -248,3 +247,7 @@ def _mlx_path(path: str) -> str:
         if path.startswith(prefix):
             return path.removeprefix(prefix).partition(".")[2]
     return ""
+
+
+def _rename(path: str, before: str, after: str) -> str:
+    return after + path.removeprefix(before) if path.startswith(before) else path

@@ -29,7 +29,7 @@ from ..lora.combining import check_weights
 from ..lora.factors import Part
 from ..lora.files import AdapterFile, base_key, fit, read_base
 from ..lora.merging import Map, merge_weight
-from ..lora.plan import HEAD, Base, describe_checkpoint
+from ..lora.plan import HEAD, describe_checkpoint
 from ..lora.tying import are_transposed, choose
 from ..threads import Workers, available_cores, keep_memory, one_blas_thread
 from .rewriting import DTYPE_RULE, Row, not_finite, read_dense, rewrite, stored
@@ -173,18 +173,20 @@ def plan_merge(
         for name, change in changes_by_name.items():
             key = base_key(base, name) or name
             changes.setdefault(key, []).append(change)
-    twins = _settle_tie(base, described, changes, tied) if described.tied else {}
+    twins = {}
+    untied = False
+    embedding = base_key(base, f"{described.embedding}.weight")
+    if described.tied and embedding:
+        untied = _settle_tie(embedding, changes, tied)
+        if untied and HEAD_WEIGHT not in base:
+            twins[HEAD_WEIGHT] = embedding
     for key, several in changes.items():
         require_addable(key, several)
-    return MergePlan(changes, twins, tied == "untie" and HEAD_WEIGHT in changes)
+    return MergePlan(changes, twins, untied)
 
 
-def _settle_tie(
-    base: Checkpoint, described: Base, changes: dict[str, list[Change]], tied: str | None
-) -> dict[str, str]:
-    """Change `changes` to what `tied` says about the one weight of embedding and head; returns the twins."""
-    embedding = base_key(base, f"{described.embedding}.weight")
-    assert embedding is not None
+def _settle_tie(embedding: str, changes: dict[str, list[Change]], tied: str | None) -> bool:
+    """Change `changes` to what `tied` says about the one weight of embedding and head. Are they two now?"""
     of_head = changes.get(HEAD_WEIGHT, [])
     before = changes.get(embedding, [])
     of_embedding = [change for change in before if not change.rows]
@@ -194,10 +196,10 @@ def _settle_tie(
     how = choose(tied, ", ".join(names), bool(of_embedding), bool(of_head), same)
     if how == "untie":
         changes[HEAD_WEIGHT] = [*of_head, *of_rows]
-        return {} if HEAD_WEIGHT in base else {HEAD_WEIGHT: embedding}
+        return True
     changes[embedding] = [*(of_embedding or of_head), *of_rows]
     changes[HEAD_WEIGHT] = changes[embedding]
-    return {}
+    return False
 
 
 def changes_of(adapter: AdapterFile, weight: float) -> dict[str, Change]:

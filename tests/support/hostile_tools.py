@@ -133,9 +133,9 @@ def mlx_rows() -> Iterator[Row]:
         return Row(62, f"{fields or says}"[:60], build, line, code, ("mlx", says))
 
     for scale in (0, -1, None, True, "20", [20.0], 1e300):
-        yield row(2, "a positive scale", scale=scale)
+        yield row(2, "scale must be a positive number", scale=scale)
     for rank in (0, -2, 2.0, True, "2", 2**31):
-        yield row(2, "a rank of at least 1", rank=rank)
+        yield row(2, "rank must be an integer of at least 1", rank=rank)
     for dropout in (1.0, -0.5, "a", None):
         yield row(2, "lora_dropout must be", dropout=dropout)
     for more in (
@@ -144,7 +144,7 @@ def mlx_rows() -> Iterator[Row]:
         {"lora_parameters": [2]},
         {"fine_tune_type": 1},
     ):
-        yield row(2, "expected fine_tune_type lora or dora", more=more)
+        yield row(2, f"{next(iter(more))} must be", more=more)
     shapes: tuple[tuple[Any, Any], ...] = (
         ((2, 16), (16, 2)), ((2, 16), (2, 16)), ((16, 2), (16, 2)), ((16, 3), (3, 16)), ((16,), (2, 16)), ((), ()),
         ((16, 2, 1), (2, 16)), ((0, 2), (3, 16)),
@@ -160,7 +160,7 @@ def mlx_rows() -> Iterator[Row]:
             "is not a tensor of an adapter of mlx-lm's",
             changed_tensors(file, lambda t, k=key: t.update({k: t[next(iter(t))]})),
         )
-    yield row(3, "no adapter of mlx-lm's", lambda f: (f / file).unlink())
+    yield row(3, "not an adapter of mlx-lm's", lambda f: (f / file).unlink())
     yield row(3, "a file of 200", cut(file, 200))
     yield row(3, "not valid JSON", written("mlx/adapter_config.json", b'{"lora_parameters": {'))
     yield row(5, "not finite", broken(file, "lora_a", np.nan))
