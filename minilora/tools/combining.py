@@ -18,12 +18,9 @@ from ..lora import LoraConfig
 from ..lora.combining import check_weights, choose_rank, combine_layer
 from ..lora.files import AdapterFile
 from ..lora.plan import FIRST_EMBEDDINGS, HEAD
-from .factoring import ADALORA_FIELDS, factor_keys, plain
-from .merging import Change, alike, changes_of, require_addable
+from .factoring import ADALORA_FIELDS, Tensors, factor_keys, plain
+from .merging import Change, Changes, alike, changes_of, require_addable
 from .rewriting import Row, progress
-
-Array = np.ndarray
-Layers = dict[str, list[Change]]  # what the adapters add to each layer, by its path
 
 
 def combine(
@@ -52,11 +49,11 @@ def combine(
         require_outside(out, adapter=folder)
     with ExitStack() as opened:
         files = [opened.enter_context(AdapterFile(folder)) for folder in adapters]
-        plan: dict[str, list[Change]] = {}
+        plan: Changes = {}
         for file, weight in zip(files, weights, strict=True):
             for name, change in changes_of(file, weight).items():
                 plan.setdefault(name, []).append(change)
-        layers: Layers = {}
+        layers: Changes = {}  # by path, where the adapters add to a layer
         for name, changes in sorted(plan.items()):
             require_addable(name, changes)
             if changes[0].path:
@@ -69,7 +66,7 @@ def combine(
             warnings.warn(shorten(text), stacklevel=2)
         ranks = {path: [_shape(c, "A")[0] for c in changes] for path, changes in layers.items()}
         r = choose_rank(ranks, how, r)
-        tensors: dict[str, Array] = {}
+        tensors: Tensors = {}
         for changes in plan.values():
             for change in changes:
                 if change.key:
@@ -100,7 +97,7 @@ def combine(
     return rows
 
 
-def _check_together(files: Sequence[AdapterFile], layers: Layers) -> None:
+def _check_together(files: Sequence[AdapterFile], layers: Changes) -> None:
     """Raise for adapters that do not go together, although each tensor's changes can be added."""
     if not layers:
         names = ", ".join(file.where for file in files)
@@ -141,9 +138,9 @@ def _keys(path: str, changes: list[Change]) -> tuple[str, str]:
     return factor_keys(path, changes[0].adapter.embeds(path))
 
 
-def _other_tensors(path: str, changes: list[Change]) -> dict[str, Array]:
+def _other_tensors(path: str, changes: list[Change]) -> Tensors:
     """The tensors of a layer besides its factors: DoRA's m, and the weight of a targeted embedding or head."""
-    tensors: dict[str, Array] = {}
+    tensors: Tensors = {}
     for change in changes:
         file = change.adapter.file
         for part, key in change.adapter.layers[path].items():
@@ -158,7 +155,7 @@ def _other_tensors(path: str, changes: list[Change]) -> dict[str, Array]:
     return tensors
 
 
-def _tied_embedding(layers: Layers) -> str | None:
+def _tied_embedding(layers: Changes) -> str | None:
     """The embedding whose adapters the head has, too, transposed; None if one adapter differs there."""
     path = next((name for name in FIRST_EMBEDDINGS if name in layers), None)
     if path is None or HEAD not in layers or len(layers[path]) != len(layers[HEAD]):
@@ -169,7 +166,7 @@ def _tied_embedding(layers: Layers) -> str | None:
     return path
 
 
-def _fields(files: Sequence[AdapterFile], layers: Layers) -> dict[str, Any]:
+def _fields(files: Sequence[AdapterFile], layers: Changes) -> dict[str, Any]:
     """adapter_config.json without rank and scaling: the first adapter's, with exactly these layers."""
     targets = []
     for path, changes in layers.items():

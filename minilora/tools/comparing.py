@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..formats import Checkpoint, read_checkpoint
-from .rewriting import progress
+from .rewriting import Row, progress
 
 Array = np.ndarray
 # The largest relative error of rounding to a dtype.
@@ -50,7 +49,7 @@ def count_above(D: Array, threshold: float) -> int:
     return int((values > threshold).sum())
 
 
-def diff(a: str | Path, b: str | Path, ranks: bool | None = None) -> dict[str, Any]:
+def diff(a: str | Path, b: str | Path, ranks: bool | None = None) -> Row:
     """How the checkpoint `b` differs from `a`: tensors that only one has, and a row for every other one.
 
     A row has |b - a| (Frobenius), the same over |a|, the largest difference, and, for a matrix, the
@@ -70,13 +69,13 @@ def diff(a: str | Path, b: str | Path, ranks: bool | None = None) -> dict[str, A
         }
 
 
-def _compare(one: Checkpoint, other: Checkpoint, key: str, ranks: bool | None) -> dict[str, Any]:
+def _compare(one: Checkpoint, other: Checkpoint, key: str, ranks: bool | None) -> Row:
     """The row of one tensor."""
     shape = one.shape(key)
     shapes = [" x ".join(map(str, file.shape(key))) for file in (one, other)]
-    row: dict[str, Any] = {"tensor": key, "shape": " and ".join(dict.fromkeys(shapes))}
+    row: Row = {"tensor": key, "shape": " and ".join(dict.fromkeys(shapes))}
     row |= dict.fromkeys(("|b - a|", "relative", "largest", "rank"))
-    if other.shape(key) != shape:
+    if shapes[0] != shapes[1]:
         return row
     A = one.read(key, np.float64)
     D = other.read(key, np.float64)

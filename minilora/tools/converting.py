@@ -85,8 +85,12 @@ def convert(
     check_fields({"--to": to, "--dtype": dtype}, RULES)
     require_outside(out, source=source)
     require_folder(source, "model or adapter")
-    inputs: dict[str, Any] = {"source": fingerprint(source)}
-    inputs |= {"dtype": dtype, "to": to, "allow_nonfinite": allow_nonfinite}
+    inputs = {
+        "source": fingerprint(source),
+        "dtype": dtype,
+        "to": to,
+        "allow_nonfinite": allow_nonfinite,
+    }
     open_out = partial(new_folder, out, inputs)
     folder = Path(source)
     if dtype is None:

@@ -88,9 +88,9 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
         model_type = str(config.get("model_type"))
         changed = _changed_modules(one, other, model_type)
         tensors: Tensors = {}
-        rows: list[Row] = []
-        layers: list[str] = []
-        whole: list[str] = []
+        rows = []
+        layers = []
+        whole = []
         for path in progress(changed, "extract"):
             keys = changed[path]
             name = path.rpartition(".")[2]
@@ -118,10 +118,13 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
             raise ConfigError(
                 f"no linear layer of {other.directory!r} differs from the base's by its weight alone"
             )
-        fields: dict[str, Any] = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)}
-        fields["target_modules"] = sorted(layers)
-        fields["modules_to_save"] = sorted(whole) or None
-        fields["fan_in_fan_out"] = is_stored_transposed(model_type, f"{layers[-1]}.weight")
+        fields = {
+            "target_modules": sorted(layers),
+            "modules_to_save": sorted(whole) or None,
+            "task_type": "CAUSAL_LM",
+            "fan_in_fan_out": is_stored_transposed(model_type, f"{layers[-1]}.weight"),
+            "base_model_name_or_path": str(base),
+        }
         _write(out, base, {**fields, **plain(r)}, tensors)
     return rows
 

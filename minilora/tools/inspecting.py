@@ -35,8 +35,8 @@ def inspect_adapter(folder: Path, base: str | Path | None = None) -> Report:
         config = file.config
         experts = config.experts if isinstance(config, HydraConfig) else 1
         rows: list[Report] = []
-        spectra: dict[str, list[float] | None] = {}
-        norms: list[float] = []
+        spectra = {}
+        norms = []
         for path in file.layers:
             A, B, s, m = file.part(path)
             B = B.reshape(len(B), experts, -1).mean(axis=1)
@@ -59,8 +59,8 @@ def inspect_adapter(folder: Path, base: str | Path | None = None) -> Report:
         for key in file.file.keys():
             array = file.file.read(key)
             parameters += array.size
-            nan = int(np.isnan(array).sum())
-            infinite = int(np.isinf(array).sum())
+            nan = np.isnan(array).sum()
+            infinite = np.isinf(array).sum()
             if nan or infinite:
                 broken.append(f"{key}: {nan} NaN, {infinite} infinite")
         report: Report = {

@@ -36,8 +36,6 @@ from .rewriting import DTYPE_RULE, Row, not_finite, read_dense, rewrite, stored
 
 Array = np.ndarray
 HEAD_WEIGHT = f"{HEAD}.weight"
-
-
 RULES = (
     DTYPE_RULE,
     Rule("--threads", lambda count: type(count) is int and count >= 1, "an integer of at least 1"),
@@ -70,6 +68,9 @@ class Change(NamedTuple):
         return "DoRA scales the sum" if self.adapter.config.use_dora else ""
 
 
+Changes = dict[str, list[Change]]  # by the name of a tensor
+
+
 class MergePlan(NamedTuple):
     """What a merge does.
 
@@ -78,7 +79,7 @@ class MergePlan(NamedTuple):
     untied    are embedding and head two weights afterwards?
     """
 
-    changes: dict[str, list[Change]]
+    changes: Changes
     twins: dict[str, str]
     untied: bool
 
@@ -166,7 +167,7 @@ def plan_merge(
     """What merging does to the base. FormatError if an adapter does not fit; ConfigError as for `merge`."""
     described = describe_checkpoint(base, config)
     read = read_base(base)
-    changes: dict[str, list[Change]] = {}
+    changes: Changes = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         changes_by_name = changes_of(adapter, weight)
         fit(adapter, described, read, warn=False)
@@ -185,7 +186,7 @@ def plan_merge(
     return MergePlan(changes, twins, untied)
 
 
-def _settle_tie(embedding: str, changes: dict[str, list[Change]], tied: str | None) -> bool:
+def _settle_tie(embedding: str, changes: Changes, tied: str | None) -> bool:
     """Change `changes` to what `tied` says about the one weight of embedding and head. Are they two now?"""
     of_head = changes.get(HEAD_WEIGHT, [])
     before = changes.get(embedding, [])

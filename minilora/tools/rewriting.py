@@ -155,7 +155,8 @@ def rewrite(
         _write_index(folder, stage, shards)
     for name in COMPANIONS:
         if (folder / name).is_file():
-            _copy(folder / name, stage / name)
+            with open_regular(folder / name) as source, atomic_file(stage / name) as target:
+                shutil.copyfileobj(source, target, 1 << 20)
     if dtype is not None:
         is_old = "torch_dtype" in config and "dtype" not in config
         config = {**config, "torch_dtype" if is_old else "dtype": dtype}
@@ -180,8 +181,3 @@ def _write_index(folder: Path, stage: Path, shards: dict[str, list[Entry]]) -> N
         metadata = {}
     index["metadata"] = {**metadata, "total_size": size}
     write_json(stage / INDEX_FILE, index)
-
-
-def _copy(source: Path, target: Path) -> None:
-    with open_regular(source) as read, atomic_file(target) as write:
-        shutil.copyfileobj(read, write, 1 << 20)

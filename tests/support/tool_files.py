@@ -91,7 +91,7 @@ def lora_tensors(path: str, A: np.ndarray, B: np.ndarray) -> dict[str, np.ndarra
 def write_small(folder: Path, tied: bool = False, **config: Any) -> tuple[Path, Path]:
     """A base with a linear layer, an embedding and, unless `tied`, a head; and an adapter on the layer."""
     rng = np.random.default_rng(0)
-    shapes = {"model.embed_tokens": (7, 4), LAYER: (4, 4), "lm_head": (7, 4)}
+    shapes = {LAYER: (4, 4), "model.embed_tokens": (7, 4), "lm_head": (7, 4)}
     if tied:
         del shapes["lm_head"]
     weights = {f"{path}.weight": rng.normal(size=shape) for path, shape in shapes.items()}

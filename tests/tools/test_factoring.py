@@ -35,6 +35,8 @@ def test_resize_misses_what_eckart_and_young_say(name, r, tmp_path):
     before = deltas(GOLDEN / name)
     after = deltas(tmp_path / "out")
     assert [row["layer"] for row in rows] == list(before)
+    others = {key for key in read_adapter(GOLDEN / name)[1] if ".lora_" not in key}
+    assert others <= set(read_adapter(tmp_path / "out")[1])
     for row in rows:
         dW = before[row["layer"]]
         size = row["|dW|"]

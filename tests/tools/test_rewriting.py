@@ -11,7 +11,8 @@ import pytest
 from tool_files import tree, write_small
 
 from minilora.errors import ConfigError
-from minilora.formats import folders, write_stream
+from minilora.formats import folders, read_json, write_stream
+from minilora.formats.checkpoint import INDEX_FILE
 from minilora.tools import rewriting
 from minilora.tools.converting import convert
 from minilora.tools.factoring import extract, resize
@@ -68,6 +69,14 @@ def test_merge_that_was_killed_is_continued_if_nothing_changed(same, tmp_path, m
     assert (tree(tmp_path / "out") == tree(tmp_path / "whole")) == same
     assert (again == rows) == same
     assert not unfinished.exists()
+
+
+def test_merge_into_another_dtype_keeps_the_index_but_for_the_size(tmp_path):
+    base, adapter = write_small(tmp_path, shards=3)
+    merge(base, [adapter], tmp_path / "out", dtype="float16")
+    index = read_json(tmp_path / "out" / INDEX_FILE)
+    assert index["weight_map"] == read_json(base / INDEX_FILE)["weight_map"]
+    assert index["metadata"] == {"of": "us", "total_size": 2 * (16 + 28 + 28)}
 
 
 def test_new_folder_takes_names_that_begin_alike_at_once(tmp_path):
