@@ -1,4 +1,5 @@
-"""Tools on files: they read, change and write models and adapters one tensor at a time, and build no model.
+"""Tools on files: they read, change and write models and adapters one tensor at a time, and build
+no model.
 
 merging     base + adapters -> checkpoint: summed in float64, rounded once
 comparing   two checkpoints, tensor by tensor

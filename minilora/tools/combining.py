@@ -1,4 +1,5 @@
-"""Several adapters -> one, from files alone: the sum of what they add to a model, as another adapter's folder."""
+"""Several adapters -> one, from files alone: the sum of what they add to a model, as another
+adapter's folder."""
 
 from __future__ import annotations
 
@@ -30,16 +31,17 @@ def combine(
     how: str = "cat",
     r: int | None = None,
 ) -> list[Row]:
-    """Write the sum of PEFT `adapters`, times `weights` (1), as one plain LoRA adapter to the folder `out`.
+    """Write the sum of PEFT `adapters`, times `weights` (1), as one plain LoRA adapter to the
+    folder `out`.
 
     how     "cat", the sum itself; "svd", the nearest of rank r (by default the largest of theirs);
             or "linear", PEFT's sum of factors, which has cross terms: see lora/combining.py
 
-    Every layer that one of them has gets one rank, and s = 1; zeros fill up lower ranks. AdaLoRA's E
-    goes into the factors. What replaces tensors of the base (copied modules, biases, tokens) stays
-    as it is if only one adapter does that, and so does the m of a single DoRA adapter. Other fields
-    are those of the first adapter. Returns one row per layer, sorted by name: |dW| of the sum, how
-    far the new dW is from it, and that distance over |dW|.
+    Every layer that one of them has gets one rank, and s = 1; zeros fill up lower ranks. AdaLoRA's
+    E goes into the factors. What replaces tensors of the base (copied modules, biases, tokens)
+    stays as it is if only one adapter does that, and so does the m of a single DoRA adapter. Other
+    fields are those of the first adapter. Returns one row per layer, sorted by name: |dW| of the
+    sum, how far the new dW is from it, and that distance over |dW|.
 
     ConfigError for what cannot be added up, as in `merging.merge`, or for an invalid `how` or `r`;
     FormatError for adapters of different bases; NonFiniteError, OSError; `out` is then as it was.
@@ -139,7 +141,8 @@ def _keys(path: str, changes: list[Change]) -> tuple[str, str]:
 
 
 def _other_tensors(path: str, changes: list[Change]) -> Tensors:
-    """The tensors of a layer besides its factors: DoRA's m, and the weight of a targeted embedding or head."""
+    """The tensors of a layer besides its factors: DoRA's m, and the weight of a targeted embedding
+    or head."""
     tensors: Tensors = {}
     for change in changes:
         file = change.adapter.file
@@ -156,7 +159,8 @@ def _other_tensors(path: str, changes: list[Change]) -> Tensors:
 
 
 def _tied_embedding(layers: Changes) -> str | None:
-    """The embedding whose adapters the head has, too, transposed; None if one adapter differs there."""
+    """The embedding whose adapters the head has, too, transposed; None if one adapter differs
+    there."""
     path = next((name for name in FIRST_EMBEDDINGS if name in layers), None)
     if path is None or HEAD not in layers or len(layers[path]) != len(layers[HEAD]):
         return None
@@ -167,7 +171,8 @@ def _tied_embedding(layers: Changes) -> str | None:
 
 
 def _fields(files: Sequence[AdapterFile], layers: Changes) -> dict[str, Any]:
-    """adapter_config.json without rank and scaling: the first adapter's, with exactly these layers."""
+    """adapter_config.json without rank and scaling: the first adapter's, with exactly these
+    layers."""
     targets = []
     for path, changes in layers.items():
         # PEFT looks for a base weight in an adapter's file only if the target is the last name.

@@ -13,15 +13,16 @@ from .rewriting import Row, progress
 Array = np.ndarray
 # The largest relative error of rounding to a dtype.
 HALF_STEPS = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
-# The shorter side of the largest matrix whose spectrum is computed without a request: it takes seconds.
+# The shorter side of the largest matrix whose rank is computed by default, which takes seconds.
 RANKED = 2048
 
 
 def numerical_rank(D: Array, norm: float, half_step: float) -> int:
-    """The number of singular values of D (O, I) that rounding W (O, I) to its stored dtype does not explain.
+    """The number of singular values of D (O, I) that rounding W (O, I) to its stored dtype does not
+    explain.
 
-    Rounding errs like noise of at most u rms(W), rms(W) = `norm` / sqrt(O I), whose largest singular
-    value is about that times sqrt(O) + sqrt(I) (Vershynin 2018, theorem 4.4.5).
+    Rounding errs like noise of at most u rms(W), rms(W) = `norm` / sqrt(O I), whose largest
+    singular value is about that times sqrt(O) + sqrt(I) (Vershynin 2018, theorem 4.4.5).
     """
     noise = half_step * norm / math.sqrt(D.size or 1)
     return count_above(D, noise * sum(map(math.sqrt, D.shape)))
@@ -50,7 +51,8 @@ def count_above(D: Array, threshold: float) -> int:
 
 
 def diff(a: str | Path, b: str | Path, ranks: bool | None = None) -> Row:
-    """How the checkpoint `b` differs from `a`: tensors that only one has, and a row for every other one.
+    """How the checkpoint `b` differs from `a`: tensors that only one has, and a row for every other
+    one.
 
     A row has |b - a| (Frobenius), the same over |a|, the largest difference, and, for a matrix, the
     numerical rank of b - a: with `ranks` always or never, by default (None) if a side is at most

@@ -5,8 +5,8 @@
                 adapter_config.json                               adapter_config.json
     A (r, I)    base_model.model.<path>.lora_A.weight             <path>.lora_a, transposed: (I, r)
     B (O, r)    base_model.model.<path>.lora_B.weight             <path>.lora_b, transposed: (r, O)
-    embedding   <path>.lora_embedding_A and _B                    the same as any other layer, and a tied
-                                                                  head has it, too
+    embedding   <path>.lora_embedding_A and _B                    as any other layer; a tied head
+                                                                  has it, too
     m (O,)      base_model.model.<path>.lora_magnitude_vector     <path>.m
     s           lora_alpha / r, per layer                         lora_parameters.scale, one for all
 
@@ -72,7 +72,8 @@ def convert(
     to: str | None = None,
     allow_nonfinite: bool = False,
 ) -> str:
-    """Write the checkpoint or adapter `source` to the folder `out`; returns what it is now, in words.
+    """Write the checkpoint or adapter `source` to the folder `out`; returns what it is now, in
+    words.
 
     dtype   "float32", "float16" or "bfloat16": every float is rounded to it once
     to      "peft" or "mlx": an adapter gets files of that format
@@ -173,12 +174,14 @@ def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
             path = _rename(key.removesuffix(ending), "model.h.", "transformer.h.")
             if path.endswith((".wte", ".wpe")):
                 raise ConfigError(
-                    f"{where}: {path}: mlx-lm adapts GPT-2's embeddings together with the head, PEFT does not"
+                    f"{where}: {path}: mlx-lm adapts GPT-2's embeddings together with the "
+                    "head, PEFT does not"
                 )
             names = EMBEDDED if path.endswith(EMBEDDING) else ENDINGS
             if ending not in names:
                 raise ConfigError(
-                    f"{where}: DoRA of {path} has one magnitude per token in mlx-lm, one per channel in PEFT"
+                    f"{where}: DoRA of {path} has one magnitude per token in mlx-lm, "
+                    "one per channel in PEFT"
                 )
             array = file.read(key, np.float32)
             layers.setdefault(path, {})[ending] = array.shape
@@ -209,8 +212,8 @@ def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
 def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
     """PEFT's adapter -> mlx-lm's configuration and tensors.
 
-    mlx-lm has one rank and one scale for all layers. num_layers = -1 adapts every block: a layer for
-    which the file has no tensors gets B = 0, which changes nothing.
+    mlx-lm has one rank and one scale for all layers. num_layers = -1 adapts every block: a layer
+    for which the file has no tensors gets B = 0, which changes nothing.
     """
     with AdapterFile(folder) as file:
         config = file.config
@@ -244,7 +247,8 @@ def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
 
 
 def _mlx_path(path: str) -> str:
-    """A layer's path inside its block (self_attn.q_proj), or the head's; "" for a layer that mlx-lm cannot name."""
+    """A layer's path inside its block (self_attn.q_proj), or the head's; "" for a layer that mlx-lm
+    cannot name."""
     if path == HEAD:
         return path
     for prefix in BLOCKS:

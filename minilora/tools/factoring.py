@@ -1,4 +1,5 @@
-"""The best low-rank factors: an adapter from the difference of two checkpoints, and an adapter of another rank.
+"""The best low-rank factors: an adapter from the difference of two checkpoints, and an adapter of
+another rank.
 
 Eckart & Young 1936: the first r terms of the singular value decomposition are the nearest matrix of
 rank r in the Frobenius norm, and miss sqrt(sum of the squares of the other singular values). Both
@@ -35,19 +36,21 @@ ADALORA_FIELDS -= {field.name for field in dataclasses.fields(LoraConfig)}
 
 
 def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
-    """Write the adapter with the nearest dW of rank r in every layer, as plain LoRA (or DoRA), to the folder `out`.
+    """Write the adapter with the nearest dW of rank r in every layer, as plain LoRA (or DoRA), to
+    the folder `out`.
 
-    Returns one row per layer: |dW|, |dW' - dW|, and that over |dW|. AdaLoRA's E goes into the factors.
-    The adapter's other tensors stay as they are; DoRA's m, too, so that its row is about s B A alone.
-    ConfigError for an invalid rank, or HydraLoRA; FormatError, NonFiniteError, OSError; `out` is then
-    as it was.
+    Returns one row per layer: |dW|, |dW' - dW|, and that over |dW|. AdaLoRA's E goes into the
+    factors. The adapter's other tensors stay as they are; DoRA's m, too, so that its row is about s
+    B A alone. ConfigError for an invalid rank, or HydraLoRA; FormatError, NonFiniteError, OSError;
+    `out` is then as it was.
     """
     _require_rank(r)
     require_outside(out, adapter=adapter)
     with AdapterFile(adapter) as file:
         if isinstance(file.config, HydraConfig):
             raise ConfigError(
-                f"{file.where} is HydraLoRA's: it has several B's, and so no single dW to approximate"
+                f"{file.where} is HydraLoRA's: it has several B's, and so "
+                "no single dW to approximate"
             )
         tensors: Tensors = {}
         layers = file.layers.values()
@@ -71,15 +74,16 @@ def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
 
 
 def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> list[Row]:
-    """Write the difference of the checkpoints `tuned` and `base` as an adapter of rank r, in PEFT's files, to `out`.
+    """Write the difference of the checkpoints `tuned` and `base` as an adapter of rank r, in PEFT's
+    files, to `out`.
 
-    A linear layer of which the weight alone changed gets the nearest factors of the difference; other
-    changed modules (norms, biases, the embedding, the head) are saved whole. Returns one row per layer
-    as `resize` does. Memory holds a few tensors in float64; BLAS runs in one thread, so that equal
-    checkpoints give equal bits everywhere.
+    A linear layer of which the weight alone changed gets the nearest factors of the difference;
+    other changed modules (norms, biases, the embedding, the head) are saved whole. Returns one row
+    per layer as `resize` does. Memory holds a few tensors in float64; BLAS runs in one thread, so
+    that equal checkpoints give equal bits everywhere.
 
-    FormatError if the two have different tensors or shapes, ConfigError if nothing changed or a tied
-    embedding did.
+    FormatError if the two have different tensors or shapes, ConfigError if nothing changed or a
+    tied embedding did.
     """
     _require_rank(r)
     require_outside(out, base=base, tuned=tuned)
@@ -96,8 +100,8 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
             name = path.rpartition(".")[2]
             if name in ("embed_tokens", "wte") and f"{HEAD}.weight" not in one:
                 raise ConfigError(
-                    f"{keys[0]} changed, and the head is tied to it, which an adapter cannot express: "
-                    "untie them in both checkpoints first"
+                    f"{keys[0]} changed, and the head is tied to it, which an adapter cannot "
+                    "express: untie them in both checkpoints first"
                 )
             weight = keys[0]
             is_matrix = weight.endswith(".weight") and len(one.shape(weight)) == 2
@@ -116,7 +120,8 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
                     tensors[f"{PREFIX}{path}.{parameter}"] = other.read(key, np.float32)
         if not layers:
             raise ConfigError(
-                f"no linear layer of {other.directory!r} differs from the base's by its weight alone"
+                f"no linear layer of {other.directory!r} differs from the base's by its "
+                "weight alone"
             )
         fields = {
             "target_modules": sorted(layers),

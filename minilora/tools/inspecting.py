@@ -1,4 +1,5 @@
-"""What a folder contains, without running anything: an adapter's layers and their spectra, or a checkpoint's tensors.
+"""What a folder contains, without running anything: an adapter's layers and their spectra, or a
+checkpoint's tensors.
 
 inspect_adapter      a report on an adapter, with a row for each layer
 inspect_checkpoint   a report on a checkpoint, with a row for each tensor
@@ -23,13 +24,14 @@ Report = dict[str, Any]
 
 
 def inspect_adapter(folder: Path, base: str | Path | None = None) -> Report:
-    """A report on an adapter's folder: its configuration in short, and for each layer the size of dW and its rank.
+    """A report on an adapter's folder: its configuration in short, and for each layer the size of
+    dW and its rank.
 
     For DoRA dW means s B A, what is added to the direction, and the row has the range of its
-    magnitudes m, too: the lengths of the rows before are the base's. For HydraLoRA dW is what an even
-    mixture of its experts adds. With `base` a row has |dW| / |W|, too, and "mismatches" lists what
-    does not fit. "spectra" are dW's singular values, by layer. FormatError for a damaged file, or a
-    lora_A without a lora_B (AdaLoRA's lora_E, DoRA's lora_magnitude_vector) that fits it.
+    magnitudes m, too: the lengths of the rows before are the base's. For HydraLoRA dW is what an
+    even mixture of its experts adds. With `base` a row has |dW| / |W|, too, and "mismatches" lists
+    what does not fit. "spectra" are dW's singular values, by layer. FormatError for a damaged file,
+    or a lora_A without a lora_B (AdaLoRA's lora_E, DoRA's lora_magnitude_vector) that fits it.
     """
     with AdapterFile(folder) as file:
         config = file.config

@@ -1,6 +1,8 @@
-"""The leading singular triplets of a large matrix, without its whole decomposition, which takes a minute.
+"""The leading singular triplets of a large matrix, without its whole decomposition, which takes a
+minute.
 
-Rayleigh-Ritz on a basis Q that grows: the decomposition of Q^T D gives the best approximations in span(Q),
+Rayleigh-Ritz on a basis Q that grows: the decomposition of Q^T D gives the best approximations in
+span(Q),
 
     U = Q U',  s,  V   with   D^T U = V diag(s) exactly   and   R = D V - U diag(s)   still missing,
 
@@ -29,18 +31,19 @@ PRECISION = 1e-11  # of the square of the error
 
 
 def leading_triplets(D: Array, r: int) -> tuple[Array, Array, Array]:
-    """D (O, I), finite -> U (O, k), values (k or k + 1,), Vt (k, I): the r largest or more; all of a small D.
+    """D (O, I), finite -> U (O, k), values (k or k + 1,), Vt (k, I): the r largest or more; all of
+    a small D.
 
-    If there is one value more than triplets, it is the norm of all that they leave,
-    |D - U diag(values) Vt|, which is measured. It is the least possible at that rank (Eckart & Young
+    If there is one value more than triplets, it is the norm of all that they leave, |D - U
+    diag(values) Vt|, which is measured. It is the least possible at that rank (Eckart & Young
     1936), to 1e-10 of itself or to what rounding leaves of |D|: where a triplet is known up to R_i,
     its value's true square is larger by at most sigma_i |R_i|, and by no more than that number's
     square over its distance from the first square that is left out (Parlett 1998, sections 11.5 and
     11.7), for which its own approximation is used.
 
-    No residual shows that a larger triplet was missed altogether; the random block excludes that, but
-    for a negligible chance. Its seed is fixed: equal D have equal results. If the values are so close
-    that rounds run out, D is decomposed whole.
+    No residual shows that a larger triplet was missed altogether; the random block excludes that,
+    but for a negligible chance. Its seed is fixed: equal D have equal results. If the values are so
+    close that rounds run out, D is decomposed whole.
     """
     largest = max(float(D.max(initial=0)), -float(D.min(initial=0)))
     exponent = math.frexp(largest)[1]

@@ -1,9 +1,10 @@
-"""base + adapters -> checkpoint, from files alone:  W' = round(W + sum_i w_i s_i B_i A_i), or DoRA's round(k (W + dW)).
+"""base + adapters -> checkpoint, from files alone:  W' = round(W + sum_i w_i s_i B_i A_i), or
+DoRA's round(k (W + dW)).
 
-The sum is formed in float64, a few rows at a time, and is rounded once, to the dtype of the file. In
-bfloat16, with 8 bits per number, rounding takes away a part of dW that is worth knowing: most of a
-small dW, where |dW| is far below |W| / 256. So each layer's row says how much, in Frobenius norms:
-lost = |W' - (W + dW)| / |dW|.
+The sum is formed in float64, a few rows at a time, and is rounded once, to the dtype of the file.
+In bfloat16, with 8 bits per number, rounding takes away a part of dW that is worth knowing: most of
+a small dW, where |dW| is far below |W| / 256. So each layer's row says how much, in Frobenius
+norms: lost = |W' - (W + dW)| / |dW|.
 
 A merge first plans which `Change` each adapter makes to which tensor of the base, then settles what
 happens to a weight that embedding and head share, and then writes the base again, tensor by tensor.
@@ -94,7 +95,8 @@ def merge(
     allow_nonfinite: bool = False,
     tied: str | None = None,
 ) -> list[Row]:
-    """Merge PEFT adapters, times `weights` (1), into the checkpoint `base`; write the result to the folder `out`.
+    """Merge PEFT adapters, times `weights` (1), into the checkpoint `base`; write the result to the
+    folder `out`.
 
     dtype   "float32", "float16" or "bfloat16" for every float; None: each tensor keeps its dtype
     tied    "untie" or "share": see lora/tying.py. It is needed if the adapters change an embedding
@@ -164,7 +166,8 @@ def plan_merge(
     weights: Sequence[float],
     tied: str | None,
 ) -> MergePlan:
-    """What merging does to the base. FormatError if an adapter does not fit; ConfigError as for `merge`."""
+    """What merging does to the base. FormatError if an adapter does not fit; ConfigError as for
+    `merge`."""
     described = describe_checkpoint(base, config)
     read = read_base(base)
     changes: Changes = {}
@@ -187,7 +190,8 @@ def plan_merge(
 
 
 def _settle_tie(embedding: str, changes: Changes, tied: str | None) -> bool:
-    """Change `changes` to what `tied` says about the one weight of embedding and head. Are they two now?"""
+    """Change `changes` to what `tied` says about the one weight of embedding and head. Are they two
+    now?"""
     of_head = changes.get(HEAD_WEIGHT, [])
     before = changes.get(embedding, [])
     of_embedding = [change for change in before if not change.rows]
@@ -204,10 +208,12 @@ def _settle_tie(embedding: str, changes: Changes, tied: str | None) -> bool:
 
 
 def changes_of(adapter: AdapterFile, weight: float) -> dict[str, Change]:
-    """What `weight` times an adapter does, by names of tensors. ConfigError if it has no such multiple."""
+    """What `weight` times an adapter does, by names of tensors. ConfigError if it has no such
+    multiple."""
     if isinstance(adapter.config, HydraConfig):
         raise ConfigError(
-            f"{adapter.where} is HydraLoRA's: its dW differs from token to token and cannot be merged"
+            f"{adapter.where} is HydraLoRA's: its dW differs from token to token and "
+            "cannot be merged"
         )
     changes = {f"{path}.weight": Change(adapter, weight, path) for path in adapter.layers}
     for name, key in adapter.replaced.items():
@@ -225,7 +231,8 @@ def changes_of(adapter: AdapterFile, weight: float) -> dict[str, Change]:
 
 
 def require_addable(key: str, changes: Sequence[Change]) -> None:
-    """ConfigError if several adapters change the tensor `key`, and one of them does more than add to it."""
+    """ConfigError if several adapters change the tensor `key`, and one of them does more than add
+    to it."""
     for change in changes:
         why = change.why_alone()
         if why and len(changes) > 1:
@@ -256,7 +263,8 @@ def _change_tensor(
     code: str | None,
     over: Map,
 ) -> tuple[Array, Row | None, float]:
-    """A tensor's new bits, its row (None if it is replaced), and a sum: NaN or inf if a new number is."""
+    """A tensor's new bits, its row (None if it is replaced), and a sum: NaN or inf if a new number
+    is."""
     source = base.dtype(key)
     target = code or source
     if source not in FLOATS:

@@ -34,10 +34,11 @@ Array = np.ndarray
 Row = dict[str, Any]
 Make = Callable[[str], tuple[Array, Row | None]]
 
-# The other files in a model's folder that a new checkpoint needs: its tokenizer and how it generates.
+# The other files that a new checkpoint needs: the tokenizer, and how to generate.
 COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 DTYPE_RULE = Rule("--dtype", lambda dtype: dtype is None or dtype in DTYPES, " or ".join(DTYPES))
 
@@ -68,7 +69,8 @@ def stored(
     dtype: str | None = None,
     allow_nonfinite: bool = False,
 ) -> Array:
-    """A tensor's bits; floats are rounded to `dtype` ("F32", ...) if it is given. NonFiniteError names the tensor."""
+    """A tensor's bits; floats are rounded to `dtype` ("F32", ...) if it is given. NonFiniteError
+    names the tensor."""
     bits = file.read_bits(key)
     source = file.dtype(key)
     if source not in FLOATS:
@@ -107,7 +109,8 @@ def rewrite(
     title: str,
     twins: Mapping[str, str],
 ) -> list[Row]:
-    """Write a checkpoint's shards again into `stage`, each tensor with the bits that `make(key)` returns.
+    """Write a checkpoint's shards again into `stage`, each tensor with the bits that `make(key)`
+    returns.
 
     dtype   of every float; None: each tensor keeps its dtype
     twins   new keys, each with the key whose shard, shape and dtype it gets

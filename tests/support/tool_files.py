@@ -1,4 +1,5 @@
-"""Checkpoints and adapters in files, for the tests of the tools and of what they share with models."""
+"""Checkpoints and adapters in files, for the tests of the tools and of what they share with
+models."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def write_base(
     entries = []
     for key, array in tensors.items():
         bits = bf16_from(array) if dtype == "bfloat16" else array.astype(dtype)
-        entries.append(Entry(key, CODES[dtype], bits.shape, lambda bits=bits: bits))  # type: ignore[misc]
+        entries.append(Entry(key, CODES[dtype], bits.shape, lambda bits=bits: bits))
     if shards == 1:
         write_stream(folder / WEIGHTS, entries)
         return folder
@@ -89,7 +90,8 @@ def lora_tensors(path: str, A: np.ndarray, B: np.ndarray) -> dict[str, np.ndarra
 
 
 def write_small(folder: Path, tied: bool = False, **config: Any) -> tuple[Path, Path]:
-    """A base with a linear layer, an embedding and, unless `tied`, a head; and an adapter on the layer."""
+    """A base with a linear layer, an embedding and, unless `tied`, a head; and an adapter on the
+    layer."""
     rng = np.random.default_rng(0)
     shapes = {LAYER: (4, 4), "model.embed_tokens": (7, 4), "lm_head": (7, 4)}
     if tied:

@@ -60,7 +60,8 @@ def test_count_above_counts_values_however_near_the_threshold(O, I, power, expon
 
 @pytest.mark.parametrize("scale", [0, 1e-9, 1])
 def test_diff_rank_does_not_count_the_rounding_of_the_larger_tensor(scale, tmp_path):
-    """u v^T, stored in float32, has small singular values of its rounding, too; in either of the two files."""
+    """u v^T, stored in float32, has small singular values of its rounding, too; in either of the
+    two files."""
     rng = np.random.default_rng(0)
     W = scale * rng.standard_normal((40, 50))
     D = np.outer(rng.standard_normal(40), rng.standard_normal(50))

@@ -1,4 +1,5 @@
-"""convert: another dtype, and adapters from and to mlx-lm's files, beside what mlx-lm itself trained."""
+"""convert: another dtype, and adapters from and to mlx-lm's files, beside what mlx-lm itself
+trained."""
 
 from __future__ import annotations
 

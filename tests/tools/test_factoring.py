@@ -9,6 +9,7 @@ import pytest
 from tool_files import (
     ADAPTERS,
     GOLDEN,
+    PREFIX,
     WEIGHTS,
     base_of,
     deltas,
@@ -50,11 +51,21 @@ def test_resize_misses_what_eckart_and_young_say(name, r, tmp_path):
         assert np.abs(difference).max() < 2e-6
 
 
+def test_resize_keeps_the_weight_of_a_targeted_embedding(tmp_path):
+    fields, tensors = read_adapter(GOLDEN / "gpt2--lora_wte")
+    key = f"{PREFIX}transformer.wte.base_layer.weight"
+    tensors[key] = np.ones((3, 3), np.float32)
+    write_adapter(tmp_path / "whole", fields, tensors)
+    resize(tmp_path / "whole", 2, tmp_path / "out")
+    assert (read_adapter(tmp_path / "out")[1][key] == 1).all()
+
+
 @pytest.mark.parametrize(
     ("x", "message"), [(1e60, "too large for float32"), (1e160, "is not finite")]
 )
 def test_resize_refuses_factors_with_a_product_beyond_float32_or_float64(x, message, tmp_path):
-    """Finite in the file, in float64; beyond it, LAPACK's decomposition of their product may never end."""
+    """Finite in the file, in float64; beyond it, LAPACK's decomposition of their product may never
+    end."""
     config, tensors = read_adapter(GOLDEN / "llama--lora")
     large = {key: np.full(array.shape, x) for key, array in tensors.items()}
     write_adapter(tmp_path / "large", config, large)

@@ -28,7 +28,8 @@ def test_singular_values_of_small_factors_are_those_of_the_update(seed):
     dW = (s * (B @ A)).astype(float)
     exact = np.linalg.svd(dW, compute_uv=False)[: len(got)]
     assert len(got) == min(len(A), *dW.shape)
-    # Each way errs by a modest multiple of its products' norms: Weyl, and Householder's QR (Higham 2002, section 19.3).
+    # Each way errs by a modest multiple of its products' norms: Weyl, and Householder's QR
+    # (Higham 2002, section 19.3).
     size = s * np.linalg.norm(A) * np.linalg.norm(B)
     bound = 8 * max(*dW.shape, len(A)) * EPS * size
     assert abs(got - exact).max() <= bound

@@ -1,4 +1,5 @@
-"""leading_triplets beside the whole decomposition: the error of Eckart and Young, as measured and as reported."""
+"""leading_triplets beside the whole decomposition: the error of Eckart and Young, as measured and
+as reported."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ EXPONENTS = st.sampled_from([0, -900, -40, 40, 900])
 @settings(max_examples=60)
 @given(st.sampled_from(KINDS), st.integers(1, 6), st.booleans(), EXPONENTS, st.integers(0, 2**32))
 def test_leading_triplets_have_the_error_of_the_best_of_this_rank(kind, r, tall, exponent, seed):
-    """To 1e-10 of itself, or what rounding leaves: n eps |D|, which is what LAPACK promises of a singular value."""
+    """To 1e-10 of itself, or what rounding leaves: n eps |D|, which is what LAPACK promises of a
+    singular value."""
     rng = np.random.default_rng(seed)
     n = WORTH * (r + SPARE) + int(rng.integers(0, 40))
     D = with_values(spectrum(kind, n, rng), n, n + 30, rng)
@@ -89,7 +91,8 @@ def test_leading_triplets_have_the_error_of_the_best_of_this_rank(kind, r, tall,
 
 @pytest.mark.parametrize("entries", [1, 11, 13, 20, 60])
 def test_leading_triplets_ignore_residuals_that_vanish(entries):
-    """Few entries, each a triplet of its own: the basis contains some of them exactly, and nothing of others."""
+    """Few entries, each a triplet of its own: the basis contains some of them exactly, and nothing
+    of others."""
     D = np.zeros((300, 250))
     index = np.arange(entries)
     D[index, 3 * index] = entries - index
@@ -144,7 +147,8 @@ def test_leading_triplets_of_equal_matrices_have_equal_bits_and_change_nothing()
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_extract_recovers_an_adapter_that_was_merged_in_bfloat16(kind, tmp_path):
-    """D = dW + N, N being the rounding; D_r is as near as any of rank r: |D_r - dW| <= |D_r - D| + |N| <= 2 |N|."""
+    """D = dW + N, N being the rounding; D_r is as near as any of rank r: |D_r - dW| <= |D_r - D| +
+    |N| <= 2 |N|."""
     is_gpt2 = kind == "gpt2"
     rng = np.random.default_rng(0)
     O = 240

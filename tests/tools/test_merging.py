@@ -1,4 +1,5 @@
-"""merge: the bits of merging in a model, each within half an ulp of the exact sum; tied weights; what is refused."""
+"""merge: the bits of merging in a model, each within half an ulp of the exact sum; tied weights;
+what is refused."""
 
 from __future__ import annotations
 
@@ -275,7 +276,8 @@ def test_merge_gives_the_weighted_sum_rounded_once(data):
 
 
 def test_merge_rounds_to_bfloat16_directly_and_not_through_float32(tmp_path):
-    """1 + 2^-8 + 2^-31 is above the tie of 1 and 1 + 2^-7; in float32 it is that tie, which would become 1."""
+    """1 + 2^-8 + 2^-31 is above the tie of 1 and 1 + 2^-7; in float32 it is that tie, which would
+    become 1."""
     base = write_base(tmp_path / "base", {"q.weight": np.ones((1, 1))}, dtype="bfloat16")
     fields = {"r": 1, "lora_alpha": 1, "target_modules": ["q"]}
     tensors = lora_tensors("q", np.ones((1, 1)), np.full((1, 1), 2.0**-8 + 2.0**-31))
@@ -305,7 +307,8 @@ def randomise(model: Any) -> None:
 
 @pytest.mark.parametrize("dtype", sorted(CODES))
 def test_merge_of_dora_on_an_embedding_is_the_scaled_sum_rounded_once(dtype, tmp_path):
-    """Column by column of the table W (V, C):  m (W + s (B A)^T) / |W + s (B A)^T|; and in memory the same model."""
+    """Column by column of the table W (V, C):  m (W + s (B A)^T) / |W + s (B A)^T|; and in memory
+    the same model."""
     CausalLM(SMALLER, seed=0).save_pretrained(tmp_path / "float32")
     base = tmp_path / "base"
     if dtype == "float64":
@@ -401,7 +404,8 @@ def test_merge_replaces_the_rows_of_trained_tokens(tied, tmp_path):
 
 @pytest.mark.parametrize("saved", ["ln_f", "mlp"])
 def test_merge_and_resize_require_repeated_biases_to_be_equal(saved, tmp_path):
-    """With bias="all" and a module that is saved whole, PEFT's files have its biases as they were, and twice."""
+    """With bias="all" and a module that is saved whole, PEFT's files have its biases as they were,
+    and twice."""
     base = GOLDEN / "gpt2"
     adapter = tmp_path / "adapter"
     config = LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=[saved], bias="all")

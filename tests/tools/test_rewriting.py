@@ -1,4 +1,5 @@
-"""Rewriting: an interrupted run leaves nothing, a killed one is continued, sources stay as they are."""
+"""Rewriting: an interrupted run leaves nothing, a killed one is continued, sources stay as they
+are."""
 
 from __future__ import annotations
 
