@@ -51,40 +51,42 @@ LIMIT = 60.0  # seconds per change
 ENGINE = "test_gradcheck test_functional test_promises test_autograd test_nn training/test_parallel"
 
 # The tests of each file, in the order in which they run; paths below tests/, without ".py".
+PEFT = "lora/test_peft_model lora/test_peft_files"
+FILES = "tools/test_merge_errors tools/test_rewriting"
 TESTS = {
-    "minilora/errors.py": "test_errors test_optim lora/test_peft_model lora/test_peft_files",
+    "minilora/errors.py": f"test_errors test_optim {PEFT}",
     "minilora/threads.py": "test_threads training/test_parallel models/test_decoding",
     "minilora/autograd.py": f"{ENGINE} test_anomaly test_backend",
     "minilora/functional.py": ENGINE,
-    "minilora/effective.py": f"{ENGINE} lora/test_peft_model lora/test_peft_files",
+    "minilora/effective.py": ff"{ENGINE} {PEFT}",
     "minilora/optim.py": "test_optim",
     "minilora/formats/disk.py": "formats/test_checkpoint formats/test_disk",
     "minilora/formats/dtypes.py": (
-        "formats/test_safetensors tools/test_merging tools/test_tools quant/test_half"
+        f"formats/test_safetensors tools/test_merging {FILES} quant/test_half"
     ),
-    "minilora/formats/folders.py": "training/test_runs tools/test_tools",
+    "minilora/formats/folders.py": f"training/test_runs {FILES}",
     "minilora/formats/safetensors.py": (
         "formats/test_safetensors formats/test_checkpoint cli/test_fuzz"
     ),
     "minilora/formats/checkpoint.py": (
         "formats/test_checkpoint formats/test_weights models/test_transformer"
     ),
-    "minilora/formats/adapter.py": "formats/test_checkpoint lora/test_peft_model lora/test_peft_files",
-    "minilora/lora/config.py": "lora/test_peft_model lora/test_peft_files lora/test_targets lora/test_adalora",
-    "minilora/lora/names.py": "lora/test_peft_model lora/test_peft_files lora/test_embedding lora/test_dora tools/test_tools",
+    "minilora/formats/adapter.py": f"formats/test_checkpoint {PEFT}",
+    "minilora/lora/config.py": f"{PEFT} lora/test_targets lora/test_adalora",
+    "minilora/lora/names.py": f"{PEFT} lora/test_embedding lora/test_dora {FILES}",
     "minilora/lora/plan.py": (
-        "lora/test_targets lora/test_peft_model lora/test_peft_files lora/test_embedding lora/test_tokens tools/test_tools "
+        f"lora/test_targets {PEFT} lora/test_embedding lora/test_tokens {FILES} "
         "lora/test_combining"
     ),
-    "minilora/lora/files.py": "lora/test_peft_model lora/test_peft_files tools/test_tools lora/test_combining",
+    "minilora/lora/files.py": f"{PEFT} {FILES} lora/test_combining",
     "minilora/lora/merging.py": (
-        "lora/test_peft_model lora/test_peft_files lora/test_embedding lora/test_tokens quant/test_half tools/test_merging"
+        f"{PEFT} lora/test_embedding lora/test_tokens quant/test_half tools/test_merging"
     ),
-    "minilora/lora/tying.py": "lora/test_embedding tools/test_tools tools/test_merging",
-    "minilora/lora/factors.py": "lora/test_combining tools/test_inspecting tools/test_tools",
+    "minilora/lora/tying.py": f"lora/test_embedding {FILES} tools/test_merging",
+    "minilora/lora/factors.py": "lora/test_combining tools/test_inspecting tools/test_factoring",
     "minilora/lora/combining.py": "lora/test_combining",
-    "minilora/tools/merging.py": "tools/test_merging tools/test_tools",
-    "minilora/tools/rewriting.py": "tools/test_tools",
+    "minilora/tools/merging.py": f"tools/test_merging {FILES}",
+    "minilora/tools/rewriting.py": "tools/test_rewriting tools/test_converting tools/test_merge_errors",
     "minilora/training/parallel.py": "training/test_parallel",
     "minilora/training/runs.py": "training/test_runs",
 }

@@ -1,4 +1,5 @@
-"""Several adapters -> one, from files alone: what they add to a model, added up, as another adapter's folder."""
+"""Several adapters -> one, from files alone: the sum of what they add to a model, as another
+adapter's folder."""
 
 from __future__ import annotations
 
@@ -9,22 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, shorten
 from ..formats import write_adapter
 from ..formats.disk import quoted
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import LoraConfig
 from ..lora.combining import check_weights, choose_rank, combine_layer
 from ..lora.files import AdapterFile
-from ..lora.names import EMBEDDING, LINEAR, PREFIX
 from ..lora.plan import FIRST_EMBEDDINGS, HEAD
-from .factoring import OWN_OF_ADALORA, plain
-from .merging import Term, alike, require_addable, terms
-from .rewriting import Row
-
-Array = np.ndarray
+from .factoring import ADALORA_FIELDS, Tensors, factor_keys, plain
+from .merging import Change, Changes, alike, changes_of, require_addable
+from .rewriting import Row, progress
 
 
 def combine(
@@ -34,79 +31,88 @@ def combine(
     how: str = "cat",
     r: int | None = None,
 ) -> list[Row]:
-    """Write the sum of `adapters` of PEFT's, times `weights` (1), as one plain LoRA adapter to the folder `out`.
+    """Write the sum of PEFT `adapters`, times `weights` (1), as one plain LoRA adapter to the
+    folder `out`.
 
-    how     "cat", the sum itself; "svd", the nearest of rank r (by default the largest of theirs); or "linear", PEFT's
-            sum of factors, which has cross terms: see lora/combining.py
+    how     "cat", the sum itself; "svd", the nearest of rank r (by default the largest of theirs);
+            or "linear", PEFT's sum of factors, which has cross terms: see lora/combining.py
 
-    Every layer that one of them has gets one rank, and s = 1; ranks below it are filled up with zeros. AdaLoRA's E goes
-    into the factors. What replaces tensors of the base (copied modules, biases, tokens) stays as it is where only one
-    adapter does that, and so does DoRA's m where it stands alone. Other fields are those of the first adapter. Returns
-    a row a layer, in the order of names: |dW| of the sum, how far from it the new one is, and that over |dW|.
+    Every layer that one of them has gets one rank, and s = 1; zeros fill up lower ranks. AdaLoRA's
+    E goes into the factors. What replaces tensors of the base (copied modules, biases, tokens)
+    stays as it is if only one adapter does that, and so does the m of a single DoRA adapter. Other
+    fields are those of the first adapter. Returns one row per layer, sorted by name: |dW| of the
+    sum, how far the new dW is from it, and that distance over |dW|.
 
-    ConfigError for what cannot be added up, as in `merging.merge`, or is no way or rank; FormatError where adapters are
-    of different bases; NonFiniteError, OSError; `out` is then as it was.
+    ConfigError for what cannot be added up, as in `merging.merge`, or for an invalid `how` or `r`;
+    FormatError for adapters of different bases; NonFiniteError, OSError; `out` is then as it was.
     """
     weights = check_weights(adapters, weights, "--weights")
     for folder in adapters:
         require_outside(out, adapter=folder)
     with ExitStack() as opened:
         files = [opened.enter_context(AdapterFile(folder)) for folder in adapters]
-        plan: dict[str, list[Term]] = {}
+        plan: Changes = {}
         for file, weight in zip(files, weights, strict=True):
-            for name, term in terms(file, weight).items():
-                plan.setdefault(name, []).append(term)
-        for name, own in plan.items():
-            require_addable(name, own)
-        layers = {own[0].path: own for _, own in sorted(plan.items()) if own[0].path}
-        _check(files, layers)
+            for name, change in changes_of(file, weight).items():
+                plan.setdefault(name, []).append(change)
+        layers: Changes = {}  # by path, where the adapters add to a layer
+        for name, changes in sorted(plan.items()):
+            require_addable(name, changes)
+            if changes[0].path:
+                layers[changes[0].path] = changes
+        _check_together(files, layers)
         bases = {str(file.raw.get("base_model_name_or_path") or "") for file in files} - {""}
-        if len(bases) > 1:  # names of one model may differ, so it is no error
-            named = ", ".join(map(quoted, sorted(bases)))
-            warnings.warn(
-                f"the adapters name different bases, and a sum is for one model: {named}"[:500],
-                stacklevel=2,
-            )
-        ranks = {path: [_shape(t, "A")[0] for t in own] for path, own in layers.items()}
+        if len(bases) > 1:  # not an error, because one model may have several names
+            names = ", ".join(map(quoted, sorted(bases)))
+            text = f"the adapters name different bases, and a sum is for one model: {names}"
+            warnings.warn(shorten(text), stacklevel=2)
+        ranks = {path: [_shape(c, "A")[0] for c in changes] for path, changes in layers.items()}
         r = choose_rank(ranks, how, r)
-        tensors = {t.key: t.adapter.file.read(t.key) for own in plan.values() for t in own if t.key}
-        rows: dict[str, Row] = {}
-        for path, own in tqdm(
-            layers.items(), desc="combine", unit=" layers", disable=None, leave=False
-        ):
-            parts = [term.part()._replace(m=None) for term in own]
-            A, B, rows[path] = combine_layer(path, parts, how, r)
-            tensors |= {_key(path, own, "A"): A, _key(path, own, "B"): B, **_others(path, own)}
-        tied = _tied(layers)
-        if tied is not None:  # the head has the embedding's factors, turned, to the bit
-            for part, other in ("AB", "BA"):
-                turned = tensors[_key(tied, layers[tied], other)].T
-                tensors[_key(HEAD, layers[HEAD], part)] = np.ascontiguousarray(turned)
-        config = {**_fields(files, layers), "ensure_weight_tying": tied is not None, **plain(r)}
-    LoraConfig.from_dict(config, str(out))  # what is written can be read
-    inputs = {
-        "adapters": [fingerprint(folder) for folder in adapters],
-        "weights": weights,
-        "how": how,
-        "r": r,
-    }
+        tensors: Tensors = {}
+        for changes in plan.values():
+            for change in changes:
+                if change.key:
+                    tensors[change.key] = change.adapter.file.read(change.key)
+        rows = []
+        for path in progress(layers, "combine"):
+            changes = layers[path]
+            parts = [change.part()._replace(m=None) for change in changes]
+            A, B, row = combine_layer(path, parts, how, r)
+            key_A, key_B = _keys(path, changes)
+            tensors |= {key_A: A, key_B: B}
+            tensors |= _other_tensors(path, changes)
+            rows.append(row)
+        tied = _tied_embedding(layers)
+        if tied is not None:
+            # The head has the embedding's factors, transposed, to the bit.
+            A, B = (tensors[key] for key in _keys(tied, layers[tied]))
+            head_A, head_B = _keys(HEAD, layers[HEAD])
+            tensors[head_A] = np.ascontiguousarray(B.T)
+            tensors[head_B] = np.ascontiguousarray(A.T)
+        config = _fields(files, layers)
+        config |= {"ensure_weight_tying": tied is not None, **plain(r)}
+    LoraConfig.from_dict(config, str(out))  # so that what is written can be read
+    sources = [fingerprint(folder) for folder in adapters]
+    inputs = {"adapters": sources, "weights": weights, "how": how, "r": r}
     with new_folder(out, inputs) as stage:
         write_adapter(stage, config, tensors)
-    return [*rows.values()]
+    return rows
 
 
-def _check(files: Sequence[AdapterFile], layers: dict[str, list[Term]]) -> None:
-    """Everything that does not go together as a whole, though no tensor is in the way of another, raises here."""
+def _check_together(files: Sequence[AdapterFile], layers: Changes) -> None:
+    """Raise for adapters that do not go together, although each tensor's changes can be added."""
     if not layers:
-        raise ConfigError(
-            f"{', '.join(file.where for file in files)}: no layer is adapted, there is nothing to add up"
-        )
-    for path, own in layers.items():
-        sizes = [(_shape(t, "B")[0], _shape(t, "A")[1], t.adapter.embeds(path)) for t in own]
+        names = ", ".join(file.where for file in files)
+        raise ConfigError(f"{names}: no layer is adapted, so nothing can be added up")
+    for path, changes in layers.items():
+        sizes = []
+        for change in changes:
+            kind = " of an embedding" if change.adapter.embeds(path) else ""
+            sizes.append(f"({_shape(change, 'B')[0]}, {_shape(change, 'A')[1]}){kind}")
         if len(set(sizes)) > 1:
-            there = ", ".join(f"({O}, {I})" + " of an embedding" * embeds for O, I, embeds in sizes)
+            where = changes[-1].adapter.where
             raise FormatError(
-                f"{own[-1].adapter.where}: {path} is another layer than the other adapters': {there}"
+                f"{where}: {path} is another layer than the other adapters': {', '.join(sizes)}"
             )
     for file in files:
         if file.config.use_dora and len(files) > 1:
@@ -116,70 +122,73 @@ def _check(files: Sequence[AdapterFile], layers: dict[str, list[Term]]) -> None:
         more = [path for path in layers if path not in file.layers]
         if file.config.bias != "none" and more:
             raise ConfigError(
-                f"{file.where} trains the biases of its own layers, and none of {more[0]}"
+                f"{file.where} trains the biases of its layers, but does not adapt {more[0]}"
             )
-    tokens = [file for file in files if file.tokens]
+    tokens = [file.where for file in files if file.tokens]
     if len(tokens) > 1:
         raise ConfigError(
-            f"{tokens[1].where}: only one adapter can have trainable tokens, {tokens[0].where} has some"
+            f"{tokens[1]}: only one adapter can have trainable tokens, {tokens[0]} has some"
         )
 
 
-def _shape(term: Term, part: str) -> tuple[int, ...]:
-    return term.adapter.file.shape(term.adapter.layers[term.path][part])
+def _shape(change: Change, part: str) -> tuple[int, ...]:
+    """The shape of the factor "A" or "B"."""
+    return change.adapter.file.shape(change.adapter.layers[change.path][part])
 
 
-def _key(path: str, own: list[Term], part: str) -> str:
-    """The key of a factor in plain LoRA's file."""
-    return f"{PREFIX}{path}.{(EMBEDDING if own[0].adapter.embeds(path) else LINEAR)[part]}"
+def _keys(path: str, changes: list[Change]) -> tuple[str, str]:
+    return factor_keys(path, changes[0].adapter.embeds(path))
 
 
-def _others(path: str, own: list[Term]) -> dict[str, Array]:
-    """What files hold of a layer besides its factors: DoRA's m, and the weight of a targeted embedding or head."""
-    found: dict[str, Array] = {}
-    for term in own:
-        for part, key in term.adapter.layers[path].items():
-            array = term.adapter.file.read(key) if part in ("m", "base") else None
-            if array is not None and not np.array_equal(
-                found.setdefault(key, array), array, equal_nan=True
-            ):
+def _other_tensors(path: str, changes: list[Change]) -> Tensors:
+    """The tensors of a layer besides its factors: DoRA's m, and the weight of a targeted embedding
+    or head."""
+    tensors: Tensors = {}
+    for change in changes:
+        file = change.adapter.file
+        for part, key in change.adapter.layers[path].items():
+            if part not in ("m", "base"):
+                continue
+            array = file.read(key)
+            if not np.array_equal(tensors.setdefault(key, array), array, equal_nan=True):
                 raise FormatError(
-                    f"{term.adapter.where}: {path}.base_layer.weight is not the others': another base"
+                    f"{change.adapter.where}: {path}.base_layer.weight differs from another "
+                    "adapter's: combine adapters of one base"
                 )
-    return found
+    return tensors
 
 
-def _tied(layers: dict[str, list[Term]]) -> str | None:
-    """The embedding whose adapters the head has, too, turned; None if that is not so of every one of them."""
+def _tied_embedding(layers: Changes) -> str | None:
+    """The embedding whose adapters the head has, too, transposed; None if one adapter differs
+    there."""
     path = next((name for name in FIRST_EMBEDDINGS if name in layers), None)
     if path is None or HEAD not in layers or len(layers[path]) != len(layers[HEAD]):
         return None
-    pairs = zip(layers[path], layers[HEAD], strict=True)
-    return (
-        path
-        if all(t.adapter.config.ensure_weight_tying and alike(t, other) for t, other in pairs)
-        else None
-    )
+    for embedding, head in zip(layers[path], layers[HEAD], strict=True):
+        if not (embedding.adapter.config.ensure_weight_tying and alike(embedding, head)):
+            return None
+    return path
 
 
-def _fields(files: Sequence[AdapterFile], layers: dict[str, list[Term]]) -> dict[str, Any]:
-    """adapter_config.json, but for rank and scaling: the first adapter's, meaning exactly these layers."""
+def _fields(files: Sequence[AdapterFile], layers: Changes) -> dict[str, Any]:
+    """adapter_config.json without rank and scaling: the first adapter's, with exactly these
+    layers."""
+    targets = []
+    for path, changes in layers.items():
+        # PEFT looks for a base weight in an adapter's file only if the target is the last name.
+        has_weight = any("base" in change.adapter.layers[path] for change in changes)
+        targets.append(path.rpartition(".")[2] if has_weight else path)
     configs = [file.config for file in files]
     saved = {name for config in configs for name in config.modules_to_save or ()}
-    # In full; but where a file has the base's weight besides, PEFT would not look for it under another name than this.
-    whole = {
-        path for path, own in layers.items() if any("base" in t.adapter.layers[path] for t in own)
-    }
+    tokens = [file.config.trainable_token_indices for file in files if file.tokens] or [None]
+    biases = [config.bias for config in configs if config.bias != "none"] or ["none"]
+    fields = {name: value for name, value in files[0].raw.items() if name not in ADALORA_FIELDS}
     return {
-        **{name: value for name, value in files[0].raw.items() if name not in OWN_OF_ADALORA},
-        "target_modules": sorted(
-            path.rpartition(".")[2] if path in whole else path for path in layers
-        ),
+        **fields,
         **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
+        "target_modules": sorted(targets),
         "modules_to_save": sorted(saved) or None,
-        "bias": next((config.bias for config in configs if config.bias != "none"), "none"),
+        "bias": biases[0],
         "fan_in_fan_out": any(config.fan_in_fan_out for config in configs),
-        "trainable_token_indices": next(
-            (f.config.trainable_token_indices for f in files if f.tokens), None
-        ),
+        "trainable_token_indices": tokens[0],
     }

@@ -1,8 +1,13 @@
-"""base + adapters -> checkpoint, from files alone:  W' = round(W + sum_i w_i s_i B_i A_i), or DoRA's round(k (W + dW)).
+"""base + adapters -> checkpoint, from files alone:  W' = round(W + sum_i w_i s_i B_i A_i), or
+DoRA's round(k (W + dW)).
 
-The sum is in float64, a few rows at a time, and it is rounded once, to what the file stores. In bfloat16, with 8 bits
-a number, that takes away a part of dW that is worth knowing: most of a small one, where |dW| is far below |W| / 256. So
-each layer's row says how much:  lost = |W' - (W + dW)| / |dW|,  Frobenius norms.
+The sum is formed in float64, a few rows at a time, and is rounded once, to the dtype of the file.
+In bfloat16, with 8 bits per number, rounding takes away a part of dW that is worth knowing: most of
+a small dW, where |dW| is far below |W| / 256. So each layer's row says how much, in Frobenius
+norms: lost = |W' - (W + dW)| / |dW|.
+
+A merge first plans which `Change` each adapter makes to which tensor of the base, then settles what
+happens to a weight that embedding and head share, and then writes the base again, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -14,10 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import threadpoolctl
 
-from ..errors import ConfigError, FormatError, NonFiniteError
-from ..formats import Checkpoint, read_checkpoint
+from ..errors import ConfigError, FormatError, NonFiniteError, Rule, check_fields
+from ..formats import Checkpoint
 from ..formats.checkpoint import is_stored_transposed
 from ..formats.dtypes import DTYPES, FLOATS, round_to, widen
 from ..formats.folders import fingerprint, new_folder, require_outside
@@ -28,16 +32,24 @@ from ..lora.files import AdapterFile, base_key, fit, read_base
 from ..lora.merging import Map, merge_weight
 from ..lora.plan import HEAD, describe_checkpoint
 from ..lora.tying import are_transposed, choose
-from ..threads import Workers, available_cores, keep_memory
-from .rewriting import Row, not_finite, rewrite, stored
+from ..threads import Workers, available_cores, keep_memory, one_blas_thread
+from .rewriting import DTYPE_RULE, Row, not_finite, read_dense, rewrite, stored
 
 Array = np.ndarray
 HEAD_WEIGHT = f"{HEAD}.weight"
+RULES = (
+    DTYPE_RULE,
+    Rule("--threads", lambda count: type(count) is int and count >= 1, "an integer of at least 1"),
+)
 
 
-class Term(NamedTuple):
-    """What one adapter does to one tensor: `weight` times a layer's dW, or a tensor (`key`) in its place, or in some
-    rows' place (`rows`)."""
+class Change(NamedTuple):
+    """What one adapter does to one tensor of the base: it adds to it, or replaces it.
+
+    path   the layer whose dW, times `weight`, is added; "" if the tensor is replaced
+    key    the adapter's tensor that replaces the base's; "" if dW is added
+    rows   the rows that are replaced; () for all
+    """
 
     adapter: AdapterFile
     weight: float
@@ -50,6 +62,28 @@ class Term(NamedTuple):
         part = self.adapter.part(self.path)
         return part._replace(c=part.c * self.weight)
 
+    def why_alone(self) -> str:
+        """Why it cannot be scaled, or added to another adapter's change; "" if it can."""
+        if self.key:
+            return "it replaces the base's"
+        return "DoRA scales the sum" if self.adapter.config.use_dora else ""
+
+
+Changes = dict[str, list[Change]]  # by the name of a tensor
+
+
+class MergePlan(NamedTuple):
+    """What a merge does.
+
+    changes   by the base's key
+    twins     new keys, each with the key of the base that it is made from
+    untied    are embedding and head two weights afterwards?
+    """
+
+    changes: Changes
+    twins: dict[str, str]
+    untied: bool
+
 
 def merge(
     base: str | Path,
@@ -61,9 +95,10 @@ def merge(
     allow_nonfinite: bool = False,
     tied: str | None = None,
 ) -> list[Row]:
-    """Merge PEFT adapters, times `weights` (1), into the checkpoint `base`; write the result to the folder `out`.
+    """Merge PEFT adapters, times `weights` (1), into the checkpoint `base`; write the result to the
+    folder `out`.
 
-    dtype   "float32", "float16" or "bfloat16" for every float; None: each tensor's own
+    dtype   "float32", "float16" or "bfloat16" for every float; None: each tensor keeps its dtype
     tied    "untie" or "share": see lora/tying.py. It is needed if the adapters change an embedding
             or the head that shares its weight, but not both alike
 
@@ -75,58 +110,53 @@ def merge(
     OSError. `out` is then as it was.
     """
     weights = check_weights(adapters, weights, "--weights")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype must be {', '.join(DTYPES)}, got {dtype!r:.60}")
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise ConfigError(f"--threads must be an integer of at least 1, got {threads!r:.60}")
+    threads = available_cores() if threads is None else threads
+    check_fields({"--dtype": dtype, "--threads": threads}, RULES)
     require_outside(out, base=base)
     for folder in adapters:
         require_outside(out, adapter=folder)
     with ExitStack() as opened:
-        config, checkpoint = read_checkpoint(base)
+        config, checkpoint = read_dense(base)
         opened.enter_context(checkpoint)
-        if config.get("quantization_config") is not None:
-            raise ConfigError(
-                f"--base {str(base)!r} holds codes (quantization_config): a merged weight is none of them"
-            )
         files = [opened.enter_context(AdapterFile(folder)) for folder in adapters]
-        plan, twins = plan_merge(checkpoint, config, files, weights, tied)
-        inputs: dict[str, Any] = {
+        plan = plan_merge(checkpoint, config, files, weights, tied)
+        inputs = {
             "base": fingerprint(base),
             "adapters": [fingerprint(folder) for folder in adapters],
+            "weights": weights,
+            "dtype": dtype,
+            "allow_nonfinite": allow_nonfinite,
+            "tied": tied,
         }
-        inputs |= {"weights": weights, "dtype": dtype, "allow_nonfinite": allow_nonfinite}
-        inputs["tied"] = tied
         stage = opened.enter_context(new_folder(out, inputs))
-        opened.enter_context(
-            threadpoolctl.threadpool_limits(1, "blas")
-        )  # threads have blocks of rows, not products
+        opened.enter_context(one_blas_thread())  # threads work on blocks of rows, not on products
         keep_memory()
-        workers = opened.enter_context(Workers(threads or available_cores()))
-        kind = str(config.get("model_type"))
+        workers = opened.enter_context(Workers(threads))
+        model_type = str(config.get("model_type"))
+        code = None if dtype is None else DTYPES[dtype]
 
         def make(key: str) -> tuple[Array, Row | None]:
-            terms = plan.get(key, [])
-            source = twins.get(key, key)
-            if not terms:
+            changes = plan.changes.get(key)
+            source = plan.twins.get(key, key)
+            if not changes:
                 return stored(checkpoint, source, code, allow_nonfinite), None
-            bits, row = _changed(checkpoint, source, terms, kind, code, workers.map)
-            if not allow_nonfinite and not math.isfinite(row.pop("sum")):
-                if set(weights) != {1.0}:
-                    raise NonFiniteError(
-                        f"--weights {weights}: {key} with its adapters times these is not finite"
-                    )
+            bits, row, total = _change_tensor(
+                checkpoint, source, changes, model_type, code, workers.map
+            )
+            if allow_nonfinite or math.isfinite(total):
+                return bits, row
+            if set(weights) == {1.0}:
                 raise not_finite(checkpoint.directory, key)
-            row.pop("sum", None)
-            return bits, row if row else None
+            raise NonFiniteError(
+                f"--weights {weights}: {key} with its adapters times these is not finite"
+            )
 
-        code = None if dtype is None else DTYPES[dtype]
-        if tied == "untie" and HEAD_WEIGHT in plan:
+        if plan.untied:
             config = {**config, "tie_word_embeddings": False}
-        return rewrite(checkpoint, config, stage, make, dtype, "merge", twins)
+        return rewrite(checkpoint, config, stage, make, dtype, "merge", plan.twins)
 
 
-# ---- what is done to which tensor ----
+# ---- which tensors change, and how ----
 
 
 def plan_merge(
@@ -135,125 +165,135 @@ def plan_merge(
     adapters: Sequence[AdapterFile],
     weights: Sequence[float],
     tied: str | None,
-) -> tuple[dict[str, list[Term]], dict[str, str]]:
-    """The keys that change with what is done to each, and twins: new keys, with the key each is made from."""
+) -> MergePlan:
+    """What merging does to the base. FormatError if an adapter does not fit; ConfigError as for
+    `merge`."""
     described = describe_checkpoint(base, config)
     read = read_base(base)
-    plan: dict[str, list[Term]] = {}
+    changes: Changes = {}
     for adapter, weight in zip(adapters, weights, strict=True):
-        changes = terms(adapter, weight)
+        changes_by_name = changes_of(adapter, weight)
         fit(adapter, described, read, warn=False)
-        for name, term in changes.items():
-            plan.setdefault(base_key(base, name) or name, []).append(term)
+        for name, change in changes_by_name.items():
+            key = base_key(base, name) or name
+            changes.setdefault(key, []).append(change)
     twins = {}
-    if described.tied:
-        embedding = base_key(base, f"{described.embedding}.weight")
-        assert embedding is not None
-        twins = _settle_tie(base, embedding, plan, tied)
-    for key, own in plan.items():
-        require_addable(key, own)
-    return plan, twins
+    untied = False
+    embedding = base_key(base, f"{described.embedding}.weight")
+    if described.tied and embedding:
+        untied = _settle_tie(embedding, changes, tied)
+        if untied and HEAD_WEIGHT not in base:
+            twins[HEAD_WEIGHT] = embedding
+    for key, several in changes.items():
+        require_addable(key, several)
+    return MergePlan(changes, twins, untied)
 
 
-def _settle_tie(
-    base: Checkpoint, embedding: str, plan: dict[str, list[Term]], tied: str | None
-) -> dict[str, str]:
-    """Change `plan` to what `tied` says about the one weight of embedding and head; returns the twins."""
-    of_head = plan.get(HEAD_WEIGHT, [])
-    of_embedding = [term for term in plan.get(embedding, []) if not term.rows]
-    rows = [term for term in plan.get(embedding, []) if term.rows]  # the head has these too
+def _settle_tie(embedding: str, changes: Changes, tied: str | None) -> bool:
+    """Change `changes` to what `tied` says about the one weight of embedding and head. Are they two
+    now?"""
+    of_head = changes.get(HEAD_WEIGHT, [])
+    before = changes.get(embedding, [])
+    of_embedding = [change for change in before if not change.rows]
+    of_rows = [change for change in before if change.rows]  # both places get these
     same = len(of_head) == len(of_embedding) and all(map(alike, of_embedding, of_head))
-    names = ", ".join(dict.fromkeys(t.adapter.where for t in (*of_embedding, *of_head)))
-    how = choose(tied, names, bool(of_embedding), bool(of_head), same)
-    if same:
-        changes = of_embedding
-    elif how == "share":
-        changes = of_embedding or of_head
-    else:
-        plan[HEAD_WEIGHT] = [*of_head, *rows]
-        return {} if HEAD_WEIGHT in base else {HEAD_WEIGHT: embedding}
-    plan[embedding] = [*changes, *rows]
-    plan[HEAD_WEIGHT] = plan[embedding]
-    return {}
+    names = dict.fromkeys(change.adapter.where for change in (*of_embedding, *of_head))
+    how = choose(tied, ", ".join(names), bool(of_embedding), bool(of_head), same)
+    if how == "untie":
+        changes[HEAD_WEIGHT] = [*of_head, *of_rows]
+        return True
+    changes[embedding] = [*(of_embedding or of_head), *of_rows]
+    changes[HEAD_WEIGHT] = changes[embedding]
+    return False
 
 
-def terms(adapter: AdapterFile, weight: float) -> dict[str, Term]:
-    """What `weight` times an adapter does, by the names of tensors. ConfigError for what cannot be taken so often."""
+def changes_of(adapter: AdapterFile, weight: float) -> dict[str, Change]:
+    """What `weight` times an adapter does, by names of tensors. ConfigError if it has no such
+    multiple."""
     if isinstance(adapter.config, HydraConfig):
         raise ConfigError(
-            f"{adapter.where} is HydraLoRA's: its dW is another one at every position, none to merge"
+            f"{adapter.where} is HydraLoRA's: its dW differs from token to token and "
+            "cannot be merged"
         )
-    found = {f"{path}.weight": Term(adapter, weight, path=path) for path in adapter.layers}
-    found |= {name: Term(adapter, weight, key=key) for name, key in adapter.replaced.items()}
+    changes = {f"{path}.weight": Change(adapter, weight, path) for path in adapter.layers}
+    for name, key in adapter.replaced.items():
+        changes[name] = Change(adapter, weight, key=key)
     for path, key in adapter.tokens.items():
-        found[f"{path}.weight"] = Term(adapter, weight, key=key, rows=tuple(adapter.rows(path)))
-    for name, term in found.items():
-        if weight != 1 and (term.key or adapter.config.use_dora):
-            what = "a tensor that replaces the base's" if term.key else "DoRA's scales"
+        rows = tuple(adapter.rows(path))
+        changes[f"{path}.weight"] = Change(adapter, weight, key=key, rows=rows)
+    for name, change in changes.items():
+        why = change.why_alone()
+        if why and weight != 1:
             raise ConfigError(
-                f"{adapter.where}: {name} is {what}, and cannot be taken {weight:g} times"
+                f"{adapter.where}: what it does to {name} cannot be taken {weight:g} times: {why}"
             )
-    return found
+    return changes
 
 
-def require_addable(key: str, terms: Sequence[Term]) -> None:
-    """ConfigError if several adapters change the tensor `key`, and one of them by more than adding to it."""
-    alone = [t for t in terms if t.key or t.adapter.config.use_dora]
-    if alone and len(terms) > 1:
-        why = "it replaces the base's" if alone[0].key else "DoRA scales the sum"
-        what = f"what it does to {key} cannot be added to another adapter's"
-        raise ConfigError(f"{alone[0].adapter.where}: {what}: {why}")
+def require_addable(key: str, changes: Sequence[Change]) -> None:
+    """ConfigError if several adapters change the tensor `key`, and one of them does more than add
+    to it."""
+    for change in changes:
+        why = change.why_alone()
+        if why and len(changes) > 1:
+            where = change.adapter.where
+            raise ConfigError(
+                f"{where}: what it does to {key} cannot be added to another adapter's: {why}"
+            )
 
 
-def alike(embedding: Term, head: Term) -> bool:
+def alike(embedding: Change, head: Change) -> bool:
     """Do the two change the tied weight (V, C) in the same way?"""
-    if embedding.adapter is not head.adapter or bool(embedding.key) != bool(head.key):
+    adapter = embedding.adapter
+    if head.adapter is not adapter or bool(embedding.key) != bool(head.key):
         return False
-    file = embedding.adapter
-    if embedding.key:
-        return np.array_equal(file.file.read(embedding.key), file.file.read(head.key))
-    return are_transposed(file.part(embedding.path), file.part(head.path))
+    if head.key:
+        return np.array_equal(adapter.file.read(embedding.key), adapter.file.read(head.key))
+    return are_transposed(adapter.part(embedding.path), adapter.part(head.path))
 
 
 # ---- one tensor ----
 
 
-def _changed(
-    base: Checkpoint, key: str, terms: list[Term], kind: str, code: str | None, over: Map
-) -> tuple[Array, Row]:
-    """A tensor's new bits, and its row; row["sum"] is not finite if a number in it is not."""
-    target = code or base.dtype(key)
-    if base.dtype(key) not in FLOATS:
+def _change_tensor(
+    base: Checkpoint,
+    key: str,
+    changes: list[Change],
+    model_type: str,
+    code: str | None,
+    over: Map,
+) -> tuple[Array, Row | None, float]:
+    """A tensor's new bits, its row (None if it is replaced), and a sum: NaN or inf if a new number
+    is."""
+    source = base.dtype(key)
+    target = code or source
+    if source not in FLOATS:
         raise FormatError(
-            f"{base.directory!r}: {key} is {base.dtype(key)}: only {', '.join(FLOATS)} can be changed"
+            f"{base.directory!r}: {key} is {source}: only {', '.join(FLOATS)} can be changed"
         )
-    first = terms[0]
-    if first.key:
-        array = first.adapter.file.read(first.key, np.float64)
-        bits = round_to(array, target)
-        if first.rows:
+    adapter, _, path, new, rows = changes[0]
+    if new:
+        bits = round_to(adapter.file.read(new, np.float64), target)
+        total = float(np.abs(widen(bits)).sum(dtype=np.float64))
+        if rows:
             table = stored(base, key, code, allow_nonfinite=True)
-            table[list(first.rows)] = bits
-            return table, {
-                "sum": float(np.abs(widen(table[list(first.rows)])).sum(dtype=np.float64))
-            }
-        return bits, {"sum": float(np.abs(widen(bits)).sum(dtype=np.float64))}
+            table[list(rows)] = bits
+            bits = table
+        return bits, None, total
     bits = base.read_bits(key)
-    parts = [term.part() for term in terms]
-    out = bits if target == base.dtype(key) else None
-    if is_stored_transposed(
-        kind, f"{first.path}.weight"
-    ):  # as models hold it, so the bits are theirs
-        merged = merge_weight(np.ascontiguousarray(bits.T), parts, target, over=over)
-        merged = merged._replace(weight=np.ascontiguousarray(merged.weight.T))
+    parts = [change.part() for change in changes]
+    if is_stored_transposed(model_type, f"{path}.weight"):
+        # Rows as models have them, so that the bits are theirs.
+        W = np.ascontiguousarray(bits.T)
+        merged = merge_weight(W, parts, target, over=over)
+        bits = np.ascontiguousarray(merged.weight.T)
     else:
-        merged = merge_weight(bits, parts, target, first.adapter.embeds(first.path), out, over)
+        out = bits if target == source else None
+        merged = merge_weight(bits, parts, target, adapter.embeds(path), out, over)
+        bits = merged.weight
     size = merged.size(parts)
-    share = merged.lost / size if size else 0.0
-    known = math.isfinite(share)
-    return merged.weight, {
-        "tensor": key,
-        "|dW|": size if known else None,
-        "lost": share if known else None,
-        "sum": merged.lost + size,
-    }
+    lost = merged.lost / size if size else 0.0
+    row: Row = {"tensor": key, "|dW|": None, "lost": None}
+    if math.isfinite(lost):
+        row |= {"|dW|": size, "lost": lost}
+    return bits, row, merged.lost + size

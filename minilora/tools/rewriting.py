@@ -1,44 +1,63 @@
-"""A folder that appears whole or not at all, and a checkpoint that is written anew, tensor by tensor.
+"""A checkpoint written anew, tensor by tensor.
 
-new_folder   written beside its place, and put there in one step; a killed run is gone on with
-rewrite      a checkpoint -> a checkpoint: the same files and keys, each tensor as it is made
+stored    one tensor's bits, rounded once to another dtype
+rewrite   a checkpoint -> a checkpoint: the same files and keys, with new tensors
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from ..errors import NonFiniteError
+from ..errors import ConfigError, NonFiniteError, Rule
 from ..formats import (
     Checkpoint,
     Entry,
     SafetensorsFile,
+    read_checkpoint,
     read_json,
+    safetensors,
     write_json,
     write_stream,
 )
-from ..formats.checkpoint import CONFIG_FILE, INDEX_FILE, MAX_INDEX_BYTES
+from ..formats.checkpoint import CONFIG_FILE, INDEX_FILE, MAX_INDEX_BYTES, WEIGHTS_FILE
 from ..formats.disk import atomic_file, open_regular
-from ..formats.dtypes import DTYPES, FLOATS, round_to, row_blocks, widen
+from ..formats.dtypes import DTYPES, FLOATS, empty_as, round_to, row_blocks, widen
 
 Array = np.ndarray
 Row = dict[str, Any]
 Make = Callable[[str], tuple[Array, Row | None]]
 
-# What a model's folder holds besides config.json and weights, and a merged one needs: its tokenizer, how it generates.
+# The other files that a new checkpoint needs: the tokenizer, and how to generate.
 COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+DTYPE_RULE = Rule("--dtype", lambda dtype: dtype is None or dtype in DTYPES, " or ".join(DTYPES))
+
+
+def progress(parts: Iterable[str], title: str, unit: str = "layers") -> Any:
+    """The parts, with a progress bar while they are worked on; on a terminal only."""
+    return tqdm(parts, desc=title, unit=f" {unit}", disable=None, leave=False)
+
+
+def read_dense(folder: str | Path) -> tuple[dict[str, Any], Checkpoint]:
+    """`read_checkpoint` of a folder with config.json. ConfigError if its weights are quantized."""
+    config, checkpoint = read_checkpoint(folder)
+    if config.get("quantization_config") is not None:
+        checkpoint.close()
+        raise ConfigError(
+            f"{str(folder)!r} is quantized (quantization_config in its config.json): use the "
+            "checkpoint that it was made from"
+        )
+    return config, checkpoint
 
 
 # ---- numbers as they are stored ----
@@ -50,26 +69,31 @@ def stored(
     dtype: str | None = None,
     allow_nonfinite: bool = False,
 ) -> Array:
-    """A tensor's bits, rounded to `dtype` if it is a float and one is given. NonFiniteError names it."""
-    bits, source = file.read_bits(key), file.dtype(key)
+    """A tensor's bits; floats are rounded to `dtype` ("F32", ...) if it is given. NonFiniteError
+    names the tensor."""
+    bits = file.read_bits(key)
+    source = file.dtype(key)
     if source not in FLOATS:
         return bits
     target = dtype or source
-    flat = bits.reshape(-1)
-    out = flat if target == source else np.empty(flat.shape, round_to(np.zeros(0), target).dtype)
-    for at in row_blocks(flat.shape):
-        wide = widen(flat[at])
-        if out is not flat:
-            out[at] = round_to(wide.astype(np.float64), target)
-            wide = widen(out[at])
+    numbers = bits.reshape(-1)
+    out = numbers if target == source else empty_as(numbers.shape, target)
+    for block in row_blocks(numbers.shape):
+        wide = widen(numbers[block])
+        if target != source:
+            out[block] = round_to(wide.astype(np.float64), target)
+            wide = widen(out[block])
         if not allow_nonfinite and not np.isfinite(wide).all():
-            raise not_finite(file.directory if isinstance(file, Checkpoint) else file.path, key)
+            folder = file.directory if isinstance(file, Checkpoint) else file.path
+            raise not_finite(folder, key)
     return out.reshape(bits.shape)
 
 
-def not_finite(where: str, key: str) -> NonFiniteError:
+def not_finite(folder: str, key: str) -> NonFiniteError:
+    """The error for a NaN or infinity in the new tensor `key`."""
     return NonFiniteError(
-        f"the weights in {where!r}, or of its adapter, are broken: {key} is not finite"
+        f"{key} is not finite: the weights in {folder!r}, or those of an adapter for them, are "
+        "broken; --allow-nonfinite writes them as they are"
     )
 
 
@@ -81,93 +105,82 @@ def rewrite(
     config: dict[str, Any],
     stage: Path,
     make: Make,
-    dtype: str | None = None,
-    title: str = "",
-    twins: Mapping[str, str] = MappingProxyType({}),
+    dtype: str | None,
+    title: str,
+    twins: Mapping[str, str],
 ) -> list[Row]:
-    """Write a checkpoint's shards again into `stage`, each tensor as `make(key)` gives its bits.
+    """Write a checkpoint's shards again into `stage`, each tensor with the bits that `make(key)`
+    returns.
 
-    dtype   of every float; None: each tensor's own
+    dtype   of every float; None: each tensor keeps its dtype
     twins   new keys, each with the key whose shard, shape and dtype it gets
 
     Returns make's rows. The files, the index and the other keys stay as they are. config.json comes
     last. A shard that exists already is not made again.
     """
     rows: list[Row] = []
-    code = None if dtype is None else DTYPES[dtype]
+    bar = tqdm(desc=title, unit=" weights", unit_scale=True, disable=None, leave=False)
 
-    def dtype_of(key: str) -> str:
-        own = checkpoint.dtype(twins.get(key, key))
-        return code if code is not None and own in FLOATS else own
+    def entry(key: str) -> Entry:
+        source = twins.get(key, key)
+        code = checkpoint.dtype(source)
+        if dtype is not None and code in FLOATS:
+            code = DTYPES[dtype]
 
-    def shape_of(key: str) -> tuple[int, ...]:
-        return checkpoint.shape(twins.get(key, key))
+        def read() -> Array:
+            bits, row = make(key)
+            if row is not None:
+                rows.append(row)
+            bar.update(bits.size)
+            return bits
 
-    shards = {
-        shard: [*keys, *(twin for twin, key in twins.items() if key in keys)]
-        for shard, keys in checkpoint.shards.items()
-    }
-    every = [key for keys in shards.values() for key in keys]
-    total = sum(math.prod(shape_of(key)) for key in every)
-    with tqdm(
-        total=total, desc=title, unit=" weights", unit_scale=True, disable=None, leave=False
-    ) as bar:
-        for number, (shard, keys) in enumerate(shards.items()):
-            path, notes = stage / shard, stage / f".rows-{number}"
+        return Entry(key, code, checkpoint.shape(source), read)
+
+    shards = {}
+    for shard, keys in checkpoint.shards.items():
+        new_keys = [twin for twin, key in twins.items() if key in keys]
+        shards[shard] = [entry(key) for key in (*keys, *new_keys)]
+    with bar:
+        bar.reset(sum(_count_weights(entries) for entries in shards.values()))
+        for number, (shard, entries) in enumerate(shards.items()):
+            path = stage / shard
+            notes = stage / f".rows-{number}"
+            if path.exists() and notes.exists():
+                bar.update(_count_weights(entries))
+                rows += read_json(notes, limit=MAX_INDEX_BYTES)["rows"]
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not (path.exists() and notes.exists()):
-                found: list[Row] = []
-
-                def read(key: str, found: list[Row] = found) -> Array:
-                    array, row = make(key)
-                    found += [] if row is None else [row]
-                    bar.update(array.size)
-                    return array
-
-                write_stream(
-                    path,
-                    [Entry(k, dtype_of(k), shape_of(k), partial(read, k)) for k in keys],
-                )
-                write_json(notes, {"rows": found})
-            else:
-                bar.update(sum(math.prod(shape_of(key)) for key in keys))
-            rows += read_json(notes, limit=MAX_INDEX_BYTES)["rows"]
-    where = Path(checkpoint.directory)
-    if [*checkpoint.shards] != ["model.safetensors"]:
-        index = read_json(where / INDEX_FILE, limit=MAX_INDEX_BYTES)
-        size = sum(_bytes(dtype_of(key)) * math.prod(shape_of(key)) for key in every)
-        files = {key: shard for shard, keys in shards.items() for key in keys if key in twins}
-        index["weight_map"] |= files
-        about = index.get("metadata")
-        about = {**(about if isinstance(about, dict) else {}), "total_size": size}
-        write_json(stage / INDEX_FILE, {**index, "metadata": about})
+            first = len(rows)
+            write_stream(path, entries)
+            write_json(notes, {"rows": rows[first:]})
+    folder = Path(checkpoint.directory)
+    if list(shards) != [WEIGHTS_FILE]:
+        _write_index(folder, stage, shards)
     for name in COMPANIONS:
-        if (where / name).is_file():
-            _copy(where / name, stage / name)
-    write_json(stage / CONFIG_FILE, config if dtype is None else _of_dtype(config, dtype))
+        if (folder / name).is_file():
+            with open_regular(folder / name) as source, atomic_file(stage / name) as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+    if dtype is not None:
+        is_old = "torch_dtype" in config and "dtype" not in config
+        config = {**config, "torch_dtype" if is_old else "dtype": dtype}
+    write_json(stage / CONFIG_FILE, config)
     return rows
 
 
-def _bytes(code: str) -> int:
-    return {
-        "F64": 8,
-        "I64": 8,
-        "U64": 8,
-        "F32": 4,
-        "I32": 4,
-        "U32": 4,
-        "BOOL": 1,
-        "I8": 1,
-        "U8": 1,
-    }.get(code, 2)
+def _count_weights(entries: list[Entry]) -> int:
+    return sum(math.prod(entry.shape) for entry in entries)
 
 
-def _of_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json for weights of `dtype`; it has the field under the name that it has there, new or old."""
-    old = "torch_dtype" in config and "dtype" not in config
-    return {**config, ("torch_dtype" if old else "dtype"): dtype}
-
-
-def _copy(source: Path, target: Path) -> None:
-    with open_regular(source) as read, atomic_file(target) as write:
-        shutil.copyfileobj(read, write, 1 << 20)
+def _write_index(folder: Path, stage: Path, shards: dict[str, list[Entry]]) -> None:
+    """The index in `folder` written to `stage`, with the new keys and the new size."""
+    index = read_json(folder / INDEX_FILE, limit=MAX_INDEX_BYTES)
+    size = 0
+    for shard, entries in shards.items():
+        for entry in entries:
+            index["weight_map"][entry.name] = shard
+            size += safetensors.DTYPES[entry.dtype].itemsize * math.prod(entry.shape)
+    metadata = index.get("metadata")
+    if not isinstance(metadata, dict):
+        metadata = {}
+    index["metadata"] = {**metadata, "total_size": size}
+    write_json(stage / INDEX_FILE, index)

@@ -16,7 +16,8 @@ import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strict_xp import STRICT
-from test_tools import GOLDEN, PREFIX, logits, of, tree
+from tool_files import GOLDEN, PREFIX, logits, tree
+from tool_files import base_of as of
 
 from minilora import CausalLM
 from minilora.errors import ConfigError, FormatError, MiniloraError, NonFiniteError
@@ -414,7 +415,7 @@ def weighted_biases(pair: Pair) -> None:
     pair.options["weights"] = [1.0, 0.5]
 
 
-@refused(ConfigError, "biases of its own layers, and none of model.layers.1.self_attn.q_proj")
+@refused(ConfigError, "biases of its layers, but does not adapt model.layers.1.self_attn.q_proj")
 def biases_beside_another_layer(pair: Pair) -> None:
     add_bias(pair)
     part = random_part(pair.rng, 4, 2, 4)
@@ -567,7 +568,7 @@ def test_combine_refuses_an_embedding_of_another_base(tmp_path: Path) -> None:
         folders.append(tmp_path / str(value))
         tensors[key] = np.full((3, 3), value, np.float32)
         write_adapter(folders[-1], fields, tensors)
-    with pytest.raises(FormatError, match=r"wte\.base_layer\.weight is not the others'"):
+    with pytest.raises(FormatError, match=r"wte\.base_layer\.weight differs from another"):
         combine(folders, tmp_path / "out")
 
 

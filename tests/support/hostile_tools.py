@@ -149,10 +149,10 @@ def add_mlx_rows() -> None:
         mlx(2, "rank", "at least 1", rank=rank)
     for dropout in (1.0, -0.5, "a", None):
         mlx(2, "lora_dropout must be", dropout=dropout)
-    mlx(2, "fine_tune_type lora or dora", more={"fine_tune_type": "full"})
-    mlx(2, "fine_tune_type lora or dora", more={"fine_tune_type": 1})
-    mlx(2, "fine_tune_type lora or dora", more={"lora_parameters": None})
-    mlx(2, "fine_tune_type lora or dora", more={"lora_parameters": [2]})
+    mlx(2, "fine_tune_type must be", more={"fine_tune_type": "full"})
+    mlx(2, "fine_tune_type must be", more={"fine_tune_type": 1})
+    mlx(2, "lora_parameters must be", more={"lora_parameters": None})
+    mlx(2, "lora_parameters must be", more={"lora_parameters": [2]})
     wanted = "(in, 2), (2, out)"
     mlx(3, wanted, a=(2, 16), b=(16, 2))  # as PEFT has them
     mlx(3, wanted, a=(2, 16), b=(2, 16))

@@ -949,7 +949,7 @@ def test_train_evaluates_each_task_with_the_same_weight(tmp_path):
 
 
 def test_train_refuses_texts_that_do_not_fit_the_tasks(tmp_path):
-    with pytest.raises(ConfigError, match="no task 'down'; there is up, left"):
+    with pytest.raises(ConfigError, match="no task 'down'; choose from up, left"):
         train(with_tasks(tasks=("up", "left")), TEXTS, SHORT, tmp_path / "a")
     with pytest.raises(ConfigError, match="cannot hold one of each of 2 tasks"):
         train(with_tasks(), TEXTS, short(batch_size=1), tmp_path / "b")
