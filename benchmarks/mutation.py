@@ -52,19 +52,17 @@ ENGINE = "test_gradcheck test_functional test_promises test_autograd test_nn tra
 
 # The tests of each file, in the order in which they run; paths below tests/, without ".py".
 PEFT = "lora/test_peft_model lora/test_peft_files"
-FILES = "tools/test_merge_errors tools/test_rewriting"
+TOOLS = "tools/test_merging tools/test_merge_errors tools/test_rewriting"
 TESTS = {
     "minilora/errors.py": f"test_errors test_optim {PEFT}",
     "minilora/threads.py": "test_threads training/test_parallel models/test_decoding",
     "minilora/autograd.py": f"{ENGINE} test_anomaly test_backend",
     "minilora/functional.py": ENGINE,
-    "minilora/effective.py": ff"{ENGINE} {PEFT}",
+    "minilora/effective.py": f"{ENGINE} {PEFT}",
     "minilora/optim.py": "test_optim",
     "minilora/formats/disk.py": "formats/test_checkpoint formats/test_disk",
-    "minilora/formats/dtypes.py": (
-        f"formats/test_safetensors tools/test_merging {FILES} quant/test_half"
-    ),
-    "minilora/formats/folders.py": f"training/test_runs {FILES}",
+    "minilora/formats/dtypes.py": "formats/test_dtypes formats/test_safetensors quant/test_half",
+    "minilora/formats/folders.py": "formats/test_folders training/test_runs tools/test_rewriting",
     "minilora/formats/safetensors.py": (
         "formats/test_safetensors formats/test_checkpoint cli/test_fuzz"
     ),
@@ -72,21 +70,21 @@ TESTS = {
         "formats/test_checkpoint formats/test_weights models/test_transformer"
     ),
     "minilora/formats/adapter.py": f"formats/test_checkpoint {PEFT}",
-    "minilora/lora/config.py": f"{PEFT} lora/test_targets lora/test_adalora",
-    "minilora/lora/names.py": f"{PEFT} lora/test_embedding lora/test_dora {FILES}",
+    "minilora/lora/config.py": f"lora/test_lora_config lora/test_targets lora/test_adalora {PEFT}",
+    "minilora/lora/names.py": f"{PEFT} lora/test_embedding lora/test_dora",
     "minilora/lora/plan.py": (
-        f"lora/test_targets {PEFT} lora/test_embedding lora/test_tokens {FILES} "
-        "lora/test_combining"
+        f"lora/test_targets {PEFT} lora/test_embedding lora/test_tokens "
+        "tools/test_merge_errors lora/test_combining"
     ),
-    "minilora/lora/files.py": f"{PEFT} {FILES} lora/test_combining",
+    "minilora/lora/files.py": f"{PEFT} tools/test_merge_errors lora/test_combining",
     "minilora/lora/merging.py": (
         f"{PEFT} lora/test_embedding lora/test_tokens quant/test_half tools/test_merging"
     ),
-    "minilora/lora/tying.py": f"lora/test_embedding {FILES} tools/test_merging",
+    "minilora/lora/tying.py": f"lora/test_embedding {TOOLS}",
     "minilora/lora/factors.py": "lora/test_combining tools/test_inspecting tools/test_factoring",
     "minilora/lora/combining.py": "lora/test_combining",
-    "minilora/tools/merging.py": f"tools/test_merging {FILES}",
-    "minilora/tools/rewriting.py": "tools/test_rewriting tools/test_converting tools/test_merge_errors",
+    "minilora/tools/merging.py": TOOLS,
+    "minilora/tools/rewriting.py": "tools/test_rewriting tools/test_converting tools/test_merging",
     "minilora/training/parallel.py": "training/test_parallel",
     "minilora/training/runs.py": "training/test_runs",
 }

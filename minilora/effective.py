@@ -27,7 +27,7 @@ class Pull(NamedTuple):
     needs_output: bool = False
 
 
-# Parameters that formed a part of W', and the pull that gives their gradients; all parts of a layer.
+# Parameters that formed a part of W', with the pull that gives their gradients; then all parts.
 Formed = tuple[tuple[Tensor, ...], Pull]
 Parts = list[Formed]
 

@@ -45,13 +45,13 @@ def available_cores() -> int:
 
 
 def one_blas_thread() -> Any:
-    """A context manager that holds BLAS to one thread: its own threads would change the bits of a product."""
+    """A context manager that holds BLAS to one thread, because more threads change a product's bits."""
     return _blas().limit(limits=1, user_api="blas")
 
 
 @functools.cache
 def _blas() -> Any:
-    """threadpoolctl's controller; to look for the BLAS libraries takes milliseconds, so it is done once."""
+    """threadpoolctl's controller, made once: finding the BLAS libraries takes milliseconds."""
     import threadpoolctl
 
     return threadpoolctl.ThreadpoolController()

@@ -1,4 +1,4 @@
-"""The structure: imports point left in ORDER, each optional package has one importer, private names stay private.
+"""The structure: imports point left in ORDER, and each optional package has one importer.
 
 `python tests/test_layout.py` prints the table of imports between folders.
 """
@@ -18,8 +18,8 @@ PAGES = [PACKAGE.parent / "CONTRIBUTING.md"]  # README refers to it
 # Twelve levels. A folder or top-level file may import what stands left of it; what stands on one
 # level with `|` between knows nothing of its neighbours. CONTRIBUTING quotes this line.
 ORDER = (
-    "errors, threads, display < formats, backend, cuda < autograd < functional < data, effective, gradcheck "
-    "< nn < optim, anomaly, quant < models | lora < training < tools | verify < lab < cli"
+    "errors, threads, display < formats, backend, cuda < autograd < functional < data, "
+    "effective, gradcheck < nn < optim, anomaly, quant < models | lora < training < tools | verify < lab < cli"
 )
 EXCEPTIONS = {("verify", "tools")}  # the one import between neighbours
 EXEMPT = {"__init__", "__main__"}  # they collect public names, and import the whole package
@@ -88,7 +88,7 @@ MODULES = {module_of(path) for path in FILES}
 
 
 def imported_modules(path: Path) -> set[tuple[str, ...]]:
-    """The modules of the package that a file imports; the version, which any file may take, left out."""
+    """The modules of the package that a file imports, apart from the version."""
     result = set()
     for module, name in imports(path):
         parts = tuple(module.split("."))

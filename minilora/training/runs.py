@@ -34,10 +34,10 @@ KEPT = 2  # checkpoints: the newest, and one to fall back to
 
 
 def open_folder(out: str | Path, resume: bool = False) -> Path:
-    """The folder of a run, made if need be. ConfigError if it holds anything and the run is not a resumed one.
+    """The folder of a run, made if need be. ConfigError if it is not empty and nothing is resumed.
 
-    Two runs that start together may both see it empty, unless each calls this, and writes everything, inside
-    `locked(out)`.
+    Two runs that start together may both see it empty, unless each calls this, and writes
+    everything, inside `locked(out)`.
     """
     with locked(out) as folder:
         if not resume:

@@ -1,4 +1,4 @@
-"""Adapters added up, in a model and from files: beside the exact sum, and leaving nothing behind."""
+"""Adapters added up, in a model and from files, beside the exact sum."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What mlx-lm makes of tiny models: how tests/golden/mlx was written, and what loads there of what is written here.
+"""What mlx-lm makes of tiny models: how tests/golden/mlx was written, and what mlx-lm can load.
 
-To write the files again, with mlx and mlx-lm installed (they were made by mlx 0.32.4 and mlx-lm 0.32.2 on a CPU):
+To write the files again, install mlx and mlx-lm (mlx 0.32.4 and mlx-lm 0.32.2 wrote them on a CPU):
 
     python tests/support/mlx_golden.py
 
@@ -44,7 +44,7 @@ REFUSED = ("gpt2-embedding", "dora-embedding")  # what PEFT cannot say
 
 
 def load(base: Path) -> Any:
-    """mlx-lm's model of a folder. It knows RoPE's parameters and GPT-2's names as older files have them."""
+    """mlx-lm's model of a folder, which knows older files' names of RoPE's fields and of GPT-2."""
     import mlx.core as mx
     from mlx_lm.utils import load_model
 

@@ -159,7 +159,7 @@ def quantized_base(case):
     write_json(case.base / "config.json", fields)
 
 
-@mistake(FormatError, "lies outside")
+@mistake(FormatError, "is outside the folder")
 def shard_outside_the_folder(case):
     case.replace_weights({"a": "../x.safetensors"})
 

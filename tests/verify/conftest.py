@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def _without_fsync() -> Iterator[None]:
-    """`files` saves hundreds of times; test_disk tests that a file is on the disk before its name."""
+    """`files` saves hundreds of times; test_disk tests what reaches the disk."""
     with pytest.MonkeyPatch.context() as mp:
         mp.setattr("os.fsync", lambda file: None)
         yield

@@ -62,7 +62,7 @@ APPLICATIONS = [(name, of) for name, kinds in APPLIES.items() for of in kinds]
 
 @st.composite
 def cases(draw: st.DrawFn, kinds: list[Kind]) -> Case:
-    """Any shape from 1 x 1, rank (above full too), scale, dtype and codes; one to three adapters."""
+    """Any shape from 1 x 1, any rank, scale, dtype and codes; one to three adapters."""
     sides = st.integers(1, 24)
     powers = st.integers(-9, 9)
     kind, quantized = draw(st.sampled_from(kinds))
