@@ -45,7 +45,7 @@ def available_cores() -> int:
 
 
 def one_blas_thread() -> Any:
-    """A context manager that holds BLAS to one thread, because more threads change a product's bits."""
+    """A context manager that holds BLAS to one thread; more threads change a product's bits."""
     return _blas().limit(limits=1, user_api="blas")
 
 

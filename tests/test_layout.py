@@ -19,7 +19,8 @@ PAGES = [PACKAGE.parent / "CONTRIBUTING.md"]  # README refers to it
 # level with `|` between knows nothing of its neighbours. CONTRIBUTING quotes this line.
 ORDER = (
     "errors, threads, display < formats, backend, cuda < autograd < functional < data, "
-    "effective, gradcheck < nn < optim, anomaly, quant < models | lora < training < tools | verify < lab < cli"
+    "effective, gradcheck < nn < optim, anomaly, quant < models | lora < training "
+    "< tools | verify < lab < cli"
 )
 EXCEPTIONS = {("verify", "tools")}  # the one import between neighbours
 EXEMPT = {"__init__", "__main__"}  # they collect public names, and import the whole package
