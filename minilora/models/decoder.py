@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 
 from ..autograd import Tensor
@@ -9,7 +11,8 @@ from ..backend import Array
 from ..nn import Embedding, Module, run_blocks
 from .cache import KeyValueCache
 
-Generator = np.random.Generator | None  # of first weights; None leaves them zero
+# Of first weights; None leaves them zero. As text, because `np.random` takes time to import.
+Generator: TypeAlias = "np.random.Generator | None"
 
 
 class BaseDecoder(Module):
