@@ -411,7 +411,8 @@ def test_add_rows_on_a_gpu_is_the_same_every_time(dtype: type) -> None:
 
 IMPORTS = """
 import sys, minilora, minilora.backend, minilora.autograd, minilora.functional, minilora.gradcheck
-print(sorted({'cupy', 'matplotlib', 'torch', 'transformers', 'peft', 'numpy.random'} & set(sys.modules)))
+heavy = {'cupy', 'matplotlib', 'torch', 'transformers', 'peft', 'numpy.random'}
+print(sorted(heavy & set(sys.modules)))
 """
 
 

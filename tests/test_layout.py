@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "minilora"
-PAGES = [PACKAGE.parent / "CONTRIBUTING.md"]  # README refers to it
+PAGES = [PACKAGE.parent / "CONTRIBUTING.md", PACKAGE.parent / "README.md"]
 
 # Twelve levels. A folder or top-level file may import what stands left of it; what stands on one
-# level with `|` between knows nothing of its neighbours. CONTRIBUTING quotes this line.
+# level with `|` between knows nothing of its neighbours. README and CONTRIBUTING quote this line.
 ORDER = (
     "errors, threads, display < formats, backend, cuda < autograd < functional < data, "
     "effective, gradcheck < nn < optim, anomaly, quant < models | lora < training "

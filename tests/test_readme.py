@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_layout as layout
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,6 +35,36 @@ def test_the_two_commands_are_the_first_install_lines():
     assert len(lines) == 2
     assert lines[0].endswith("&& python -m minilora demo")
     assert lines[1].endswith("&& python -m pytest")
+
+
+def test_reading_path_has_the_promised_minutes_and_counts_every_line():
+    """A minute is 25 lines; what the files import, and need not be read, is counted too."""
+    section = README.split("## Reading path")[1].split("\n## ")[0]
+    path = []
+    for names, minutes in re.findall(r"^\| ([^|]*\.py) \| (\d+) \|", section, re.MULTILINE):
+        files = [PACKAGE / name for name in names.split(", ")]
+        assert abs(sum(map(count_lines, files)) / 25 - int(minutes)) <= 3, names
+        path += files
+    modules = {layout.module_of(file) for file in layout.FILES}
+    needed = {layout.module_of(file) for file in path}
+    todo = list(needed)
+    while todo:
+        for module in layout.imported_modules(file_of(todo.pop())):
+            if module in modules - needed:
+                needed.add(module)
+                todo.append(module)
+    read = sum(map(count_lines, path))
+    rest = sum(count_lines(file_of(module)) for module in needed) - read
+    promised = [int(n.replace(",", "")) for n in re.findall(r"(\d,\d{3}) (?:lines|more)", section)]
+    assert [abs(a - b) <= 100 for a, b in zip((read, rest), promised, strict=True)] == [True, True]
+
+
+def count_lines(file):
+    return len(file.read_text(encoding="utf-8").splitlines())
+
+
+def file_of(module):
+    return next(file for file in layout.FILES if layout.module_of(file) == module)
 
 
 def test_tree_in_contributing_names_every_file_and_no_other():
