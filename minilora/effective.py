@@ -115,7 +115,9 @@ def effective_linear(x: Tensor, effective: EffectiveWeight) -> Tensor:
     return record(y.reshape(*flat[:-2], *shape[:-1], flat[-1]), (x, *effective.inputs), vjp)
 
 
-def costs(tokens: int, inputs: int, outputs: int, r: int, normed: bool = False) -> tuple[int, int]:
+def count_operations(
+    tokens: int, inputs: int, outputs: int, r: int, normed: bool = False
+) -> tuple[int, int]:
     """Operations that LoRA adds to a step over `tokens` positions: (with W + dW formed, without).
 
     Counted from shapes alone, so that a resumed run makes the same choice. Forming W + dW takes

@@ -174,7 +174,7 @@ class LinearBase(Module):
         """W (O, I) as an array, decoded if it is stored in another way."""
         raise NotImplementedError
 
-    def effective(self, out: Array, tokens: int | None) -> Parts | None:
+    def write_effective_weight(self, out: Array, tokens: int | None) -> Parts | None:
         """Write this layer's effective weight W' for a step over `tokens` positions into `out`.
 
         out (O, I). Returns the parameters that W' was formed from, with their pulls; None if the
@@ -205,7 +205,7 @@ class Linear(LinearBase):
     def dense_weight(self) -> Array:
         return self.weight.data
 
-    def effective(self, out: Array, tokens: int | None) -> Parts | None:
+    def write_effective_weight(self, out: Array, tokens: int | None) -> Parts | None:
         out[...] = self.weight.data
         return [((self.weight,), Pull(lambda X, dY: (dY.T @ X,)))] if self.trainable else []
 
@@ -249,7 +249,7 @@ class PreparedModule(Module):
         start = 0
         for layer in layers:
             end = start + layer.out_features
-            parts = layer.effective(weight[start:end], tokens)
+            parts = layer.write_effective_weight(weight[start:end], tokens)
             if parts is None:
                 return False
             formed.append((layer.out_features, layer.bias, parts))

@@ -17,7 +17,7 @@ from operations import NEURAL, angles, rotary_tables, setting
 from minilora import functional as F
 from minilora.autograd import Tensor, gradients, no_grad
 from minilora.backend import NUMPY, mix_key
-from minilora.effective import costs
+from minilora.effective import count_operations
 from minilora.errors import DataError
 
 U32 = 2.0**-24  # half the distance from 1 to the next float32
@@ -103,7 +103,7 @@ def test_costs_favour_forming_the_weight_from_this_number_of_tokens_on(least, in
     # cases least - 1 is a tie.
     pays = []
     for tokens in (least - 1, least, least + 1):
-        formed, low_rank = costs(tokens, inputs, outputs, r)
+        formed, low_rank = count_operations(tokens, inputs, outputs, r)
         pays.append(formed < low_rank)
     assert pays == [False, True, True]
 

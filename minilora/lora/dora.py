@@ -115,7 +115,7 @@ class DoraAdapter(LoraAdapter):
         """LoRA's factors with the magnitude, in float64 on the host."""
         return super().part()._replace(m=float64(self.lora_magnitude_vector))
 
-    def effective(self, W: Array) -> Formed:
+    def write_effective_weight(self, W: Array) -> Formed:
         """Make W (O, I) k V in place; returns the parameters, and the function of their gradients.
 
         V x is the output without its bias, divided by k, so dm needs no second product.

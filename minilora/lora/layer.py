@@ -14,7 +14,7 @@ from typing import Any
 
 from ..autograd import Tensor
 from ..backend import Array
-from ..effective import Parts, costs, effective_linear
+from ..effective import Parts, count_operations, effective_linear
 from ..errors import ConfigError
 from ..nn import LinearBase, Module, PreparedModule
 from .dora import require_compatible
@@ -138,23 +138,23 @@ class LoraLinear(Merging, PreparedModule, Wrapper):
                 return False
             if adapter.NORMED and self.base_layer.trainable:
                 return False
-        merged, apart = self.costs(tokens or 1 << 30)
+        merged, apart = self.count_operations(tokens or 1 << 30)
         return merged < apart or not running
 
-    def costs(self, tokens: int) -> tuple[int, int]:
-        """See `effective.costs`."""
+    def count_operations(self, tokens: int) -> tuple[int, int]:
+        """See `effective.count_operations`."""
         running = self.running
         r = sum(adapter.r for adapter in running)
         normed = any(adapter.NORMED for adapter in running)
-        return costs(tokens, self.in_features, self.out_features, r, normed)
+        return count_operations(tokens, self.in_features, self.out_features, r, normed)
 
-    def effective(self, out: Array, tokens: int | None) -> Parts | None:
-        """See `LinearBase.effective`."""
-        parts = self.base_layer.effective(out, tokens) if self.merges(tokens) else None
+    def write_effective_weight(self, out: Array, tokens: int | None) -> Parts | None:
+        """See `LinearBase.write_effective_weight`."""
+        parts = self.base_layer.write_effective_weight(out, tokens) if self.merges(tokens) else None
         if parts is None:
             return None
         for adapter in self.running:
-            params, pull = adapter.effective(out)
+            params, pull = adapter.write_effective_weight(out)
             if any(p.requires_grad for p in params):
                 parts.append((params, pull))
         return parts
@@ -192,8 +192,8 @@ class SavedModule(Wrapper):
     def __call__(self, *inputs: Any) -> Tensor:
         return self.current(*inputs)  # type: ignore[no-any-return]
 
-    def effective(self, out: Array, tokens: int | None) -> Parts | None:
-        return self.current.effective(out, tokens)  # type: ignore[no-any-return]
+    def write_effective_weight(self, out: Array, tokens: int | None) -> Parts | None:
+        return self.current.write_effective_weight(out, tokens)  # type: ignore[no-any-return]
 
     def result(self, names: Sequence[str]) -> Any:
         """The copy of the one adapter among `names` that has one, or the original.

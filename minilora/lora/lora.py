@@ -93,7 +93,7 @@ class LoraAdapter(Module):
         to_numpy = self.lora_A.backend.to_numpy
         return Part(to_numpy(A), to_numpy(B), self.scaling)
 
-    def effective(self, W: Array) -> Formed:
+    def write_effective_weight(self, W: Array) -> Formed:
         """Add dW to W (O, I) in place; returns (parameters, function of their gradients)."""
         return (self.lora_A, self.lora_B), Pull(self._add_update(W, self.lora_A.data))
 

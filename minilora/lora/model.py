@@ -346,7 +346,7 @@ class PeftModel(Module):
         for path, layer in self._wrappers().items():
             if isinstance(layer, LoraLinear) and layer.running:
                 way = "W + dW" if layer.merges(tokens) else "W, then A and B"
-                merged, apart = layer.costs(tokens)
+                merged, apart = layer.count_operations(tokens)
                 lines.append(
                     f"{path}: {way}   (W + dW once {merged:,} operations, "
                     f"A and B at each position {apart:,})"

@@ -83,7 +83,7 @@ class TrainableTokens(Merging, Wrapper):
             W = replace_rows(W, adapter.indices, adapter.trainable_tokens_delta)
         return F.embedding(x, W) if isinstance(base, Embedding) else F.linear(x, W, base.bias)
 
-    def effective(self, out: Array, tokens: int | None) -> None:
+    def write_effective_weight(self, out: Array, tokens: int | None) -> None:
         """None: a head has no prepared weight."""
 
     def _merge_into(

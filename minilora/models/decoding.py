@@ -168,7 +168,7 @@ def _build_product(source: Source, memory: Array) -> Product | None:
     end = 0
     for layer in layers:
         start, end = end, end + layer.out_features
-        if layer.effective(W[start:end], None) is None:
+        if layer.write_effective_weight(W[start:end], None) is None:
             return None
     if order is not None:
         W = W[order]

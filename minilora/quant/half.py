@@ -133,7 +133,7 @@ class HalfLinear(Linear):
         self.training = like.training
         self.out_features, self.in_features = weight.shape
 
-    def effective(self, out: Array, tokens: int | None) -> None:
+    def write_effective_weight(self, out: Array, tokens: int | None) -> None:
         """None: the layer runs on its own."""
 
     def rebuilt(self, weight: Array) -> HalfLinear:

@@ -233,10 +233,10 @@ def measure_scale(case: Case) -> Measured:
     k = case.rng.choice([-3, -2, -1, 1, 2, 3])
     c = W.dtype.type(2.0**k)
     plain = W.copy()
-    adapter.effective(plain)
+    adapter.write_effective_weight(plain)
     scaled = W * c
     adapter.lora_B.data = adapter.lora_B.data * c
-    adapter.effective(scaled)
+    adapter.write_effective_weight(scaled)
     return expect_zero(count_differences(plain, scaled))
 
 

@@ -253,7 +253,7 @@ def test_prepare_step_forms_no_weight_over_a_base_that_trains() -> None:
 def test_costs_prefer_one_weight_even_for_one_token() -> None:
     """The other way has to form V, too, to know its norms."""
     made = layer()
-    formed, apart = made.costs(1)
+    formed, apart = made.count_operations(1)
     assert formed < apart
     made.prepare_step(1)
     assert any(made._effective.values())

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.autograd import Tensor, gradients
-from minilora.effective import costs
+from minilora.effective import count_operations
 from minilora.lora import LoraAdapter, LoraConfig, LoraLinear
 from minilora.nn import Linear, LinearBase
 from minilora.verify import make_case
@@ -113,9 +113,9 @@ def test_prepare_step_forms_the_weight_once_and_end_step_drops_it() -> None:
 
 @pytest.mark.parametrize("shape", [(128, 128), (512, 128), (4096, 4096)])
 def test_costs_of_the_merged_weight_are_lower_for_many_tokens_only(shape: tuple[int, int]) -> None:
-    merged, apart = costs(1, *shape, 8)
+    merged, apart = count_operations(1, *shape, 8)
     assert merged >= apart
-    merged, apart = costs(10_000, *shape, 8)
+    merged, apart = count_operations(10_000, *shape, 8)
     assert merged < apart
 
 

@@ -749,7 +749,7 @@ def test_explain_shows_how_each_layer_computes_a_step() -> None:
     assert all(": W + dW " in line for line in many)
     for line in few:
         layer = layers(model)[line.partition(":")[0]]
-        merged, apart = layer.costs(FEW)
+        merged, apart = layer.count_operations(FEW)
         assert f"{merged:,} operations" in line
         assert f"{apart:,}" in line
 

@@ -27,7 +27,7 @@ from minilora.backend import NUMPY, mix_key
 from minilora.effective import EffectiveWeight, Pull, effective_linear
 
 NOT_OPERATIONS = {
-    "costs": "counts operations",
+    "count_operations": "counts operations",
     "record": "makes the output of every operation; no operation itself",
     "grad_enabled": "returns a flag",
     "no_grad": "a context manager",

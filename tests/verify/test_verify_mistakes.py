@@ -459,7 +459,7 @@ def nothing_is_dropped(real, x, p, key, first):
 
 
 @breaks("DoRA starts as the base")
-@after(DoraAdapter, "effective")
+@after(DoraAdapter, "write_effective_weight")
 def a_step_s_weight_is_an_ulp_too_small(parts, self, W):
     W *= 1 - np.finfo(W.dtype).eps
     return parts
