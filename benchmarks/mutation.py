@@ -78,9 +78,9 @@ TESTS = {
     ),
     "minilora/lora/files.py": f"{PEFT} tools/test_merge_errors lora/test_combining",
     "minilora/lora/merging.py": (
-        f"{PEFT} lora/test_embedding lora/test_tokens quant/test_half tools/test_merging"
+        f"lora/test_merge_weight {PEFT} lora/test_embedding lora/test_tokens tools/test_merging"
     ),
-    "minilora/lora/tying.py": f"lora/test_embedding {TOOLS}",
+    "minilora/lora/tying.py": f"lora/test_merge_weight lora/test_embedding {TOOLS}",
     "minilora/lora/factors.py": "lora/test_combining tools/test_inspecting tools/test_factoring",
     "minilora/lora/combining.py": "lora/test_combining",
     "minilora/tools/merging.py": TOOLS,
