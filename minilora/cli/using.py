@@ -83,7 +83,7 @@ def evaluate(args: Args) -> None:
     loss = measure(model, tokens, context, limit=args.limit, threads=args.threads)
     bits = bits_per_byte(loss, ratio)
     perplexity = math.exp(min(loss, 700))
-    measures = f"loss {loss:.6f} nats a token, {bits:.4f} bits a byte"
+    measures = f"loss {loss:.6f} nats per token, {bits:.4f} bits per byte"
     print(f"{measures}, perplexity {perplexity:.4f} (context {context})")
 
 

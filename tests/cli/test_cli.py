@@ -164,7 +164,7 @@ def test_finetune_trains_on_records_and_measures_them(world, tmp_path):
     evaluate = f"evaluate --base base --adapter '{out}/one' --context 16"
     measured = ok(f"{evaluate} --data '{tmp_path}/held.jsonl'")
     bits_per_byte = loss / np.log(2)
-    assert measured.startswith(f"loss {loss:.6f} nats a token, {bits_per_byte:.4f} bits a byte")
+    assert measured.startswith(f"loss {loss:.6f} nats per token, {bits_per_byte:.4f} bits per byte")
     texts = f"--data '{tmp_path}/kept.jsonl' --eval-data '{tmp_path}/held.jsonl'"
     ok(f"{line} {texts} --out '{out}/two'")
     assert bits(out / "one") == bits(out / "two")
@@ -224,7 +224,9 @@ def test_generate_takes_prompts_of_any_length_and_any_bytes(world):
 
 
 def loss_of(printed: str) -> float:
-    pattern = r"loss ([\d.]+) nats a token, [\d.]+ bits a byte, perplexity [\d.]+ \(context \d+\)\n"
+    pattern = (
+        r"loss ([\d.]+) nats per token, [\d.]+ bits per byte, perplexity [\d.]+ \(context \d+\)\n"
+    )
     match = re.fullmatch(pattern, printed)
     assert match is not None
     return float(match[1])
