@@ -109,7 +109,7 @@ class PeftModel(Module):
         if not is_text or any(c in adapter_name for c in "./\\\0"):
             raise ConfigError(
                 f"{adapter_name!r:.99} cannot name an adapter: "
-                "choose a text without dots or slashes that is no part of 'lora_'"
+                "choose a text without dots or slashes that 'lora_' does not contain"
             )
         if adapter_name in self.peft_config:
             raise ConfigError(

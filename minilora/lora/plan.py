@@ -336,7 +336,7 @@ def _find_targets(
         if meant:
             chosen[path] = layer
     if isinstance(targets, list):
-        # PEFT's files of "all-linear" also name what is inside a saved module: that is no mistake.
+        # PEFT's files of "all-linear" also name what is inside a saved module, which is right.
         paths = [path for path in base.layers if path] if chosen else []
         unused = [name for name in targets if not any(matches(path, [name]) for path in paths)]
         if unused:

@@ -178,7 +178,7 @@ def find_checkpoint(resume: str | Path, out: Path) -> tuple[Path, JsonObject]:
 
 def _verified_manifest(folder: Path) -> JsonObject:
     if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{str(folder)!r} is no checkpoint: it has no {MANIFEST}")
+        raise CheckpointError(f"{str(folder)!r} is not a checkpoint: {MANIFEST} is missing")
     damaged = f"{str(folder)!r} is damaged"
     try:
         manifest = read_json(folder / MANIFEST, limit=1 << 30)  # it has the loss of every step
