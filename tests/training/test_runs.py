@@ -285,7 +285,7 @@ def test_save_checkpoint_removes_what_a_killed_run_left(tmp_path):
     (stale / "model.bin").write_text("half")
     same_process = tmp_path / "checkpoints" / f"step-4.tmp-{os.getpid()}"
     same_process.mkdir()
-    with pytest.raises(CheckpointError, match="(no|not a) checkpoint"):
+    with pytest.raises(CheckpointError, match=r"(no|not a) checkpoint"):
         find_checkpoint("auto", tmp_path)
     save(tmp_path, 4)
     assert names(tmp_path) == ["step-4"]
@@ -406,7 +406,7 @@ def test_find_checkpoint_reads_the_manifest_of_a_very_long_run(tmp_path, monkeyp
 
 def test_find_checkpoint_raises_without_a_checkpoint(tmp_path):
     for resume in ("auto", tmp_path, tmp_path / "nowhere", "step-4"):
-        with pytest.raises(CheckpointError, match="(no|not a) checkpoint"):
+        with pytest.raises(CheckpointError, match=r"(no|not a) checkpoint"):
             find_checkpoint(resume, tmp_path)
     assert not list(tmp_path.iterdir())
 
