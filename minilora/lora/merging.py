@@ -104,9 +104,10 @@ def merge_weight(
         blocks = row_blocks(W.shape)
         if m is not None:
             squares = list(over(squared_norms, blocks))
-            k = _scale(m, np.sum(squares, axis=0) if table else np.concatenate(squares))
+            k = _scale(m, np.sum(squares, axis=0) if table else np.hstack([[], *squares]))
         sums = list(over(merge_block, blocks))
-    lost, moved = (math.sqrt(math.fsum(column)) for column in zip(*sums, strict=True))
+    lost = math.sqrt(math.fsum(lost for lost, _ in sums))
+    moved = math.sqrt(math.fsum(moved for _, moved in sums))
     return Merged(out, lost, None if m is None else moved)
 
 

@@ -65,6 +65,13 @@ def test_merge_weight_writes_into_out_which_may_be_the_weight():
     assert stored == pytest.approx(W + update(PART), abs=1e-14)
 
 
+@pytest.mark.parametrize("m", [None, np.ones(0)])
+def test_merge_weight_takes_a_weight_without_rows(m):
+    merged = merge_weight(W[:0], [Part(PART.A, PART.B[:0], 1.0, m)], "F32")
+    assert merged.weight.shape == (0, 5)
+    assert merged.lost == 0
+
+
 def test_merge_weight_gives_nan_for_a_norm_that_overflows():
     huge = Part(np.full((1, 5), 1e160), np.full((6, 1), 1e160), 1.0, MAGNITUDE)
     assert not np.isfinite(merge_weight(W, [huge], "F64").weight).any()
