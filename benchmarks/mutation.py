@@ -73,10 +73,10 @@ TESTS = {
     "minilora/lora/config.py": f"lora/test_lora_config lora/test_targets lora/test_adalora {PEFT}",
     "minilora/lora/names.py": f"{PEFT} lora/test_embedding lora/test_dora",
     "minilora/lora/plan.py": (
-        f"lora/test_targets {PEFT} lora/test_embedding lora/test_tokens "
+        f"lora/test_plan lora/test_targets {PEFT} lora/test_embedding lora/test_tokens "
         "tools/test_merge_errors lora/test_combining"
     ),
-    "minilora/lora/files.py": f"{PEFT} tools/test_merge_errors lora/test_combining",
+    "minilora/lora/files.py": f"lora/test_plan {PEFT} tools/test_merge_errors lora/test_combining",
     "minilora/lora/merging.py": (
         f"lora/test_merge_weight {PEFT} lora/test_embedding lora/test_tokens tools/test_merging"
     ),

@@ -1,0 +1,71 @@
+"""The planner over a checkpoint's header and over a model, and an adapter's file beside a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+
+from minilora import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from minilora.errors import ConfigError, FormatError
+from minilora.formats import read_adapter, read_checkpoint, write_adapter
+from minilora.lora.files import AdapterFile
+from minilora.lora.plan import describe_checkpoint, describe_model, plan_adapter
+from minilora.tools.merging import merge
+
+
+def test_describe_checkpoint_gives_the_plan_of_the_model(tmp_path):
+    model = small.base()
+    model.save_pretrained(tmp_path)
+    config, checkpoint = read_checkpoint(tmp_path)
+    with checkpoint:
+        header = describe_checkpoint(checkpoint, config)
+    for targets in ("all-linear", ["q_proj", "down_proj"], r".*\.1\..*_proj"):
+        plans = [
+            plan_adapter(base, LoraConfig(r=2, target_modules=targets, bias="all"))
+            for base in (describe_model(model), header)
+        ]
+        assert set(plans[0].targets) == set(plans[1].targets)
+        assert plans[0].shapes() == plans[1].shapes()
+        assert not [path for path in plans[1].targets if "norm" in path]
+    with pytest.raises(ConfigError, match="not a linear layer but of kind"):
+        plan_adapter(header, LoraConfig(r=2, target_modules=["norm"]))
+
+
+def test_plan_adapter_leaves_out_targets_only_for_a_file_of_tokens():
+    base = describe_model(small.base())
+    tokens = ["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    alone = LoraConfig(r=2, trainable_token_indices=[1])
+    assert not plan_adapter(base, alone, tokens).targets
+    assert plan_adapter(base, alone).targets
+    assert plan_adapter(base, alone, [*tokens, "q_proj.lora_A.weight"]).targets
+    assert plan_adapter(base, LoraConfig(r=2), tokens).targets
+
+
+def test_load_adapter_warns_about_what_is_hardly_meant(tmp_path):
+    config = LoraConfig(r=9, target_modules=["k_proj"])
+    with pytest.warns(UserWarning, match="above the full rank 8"):
+        get_peft_model(small.base(), config).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="above the full rank 8"):
+        PeftModel.from_pretrained(small.base(), tmp_path)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_adapter_file_refuses_a_lora_e_of_another_rank(rows, tmp_path):
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=5, target_modules=["q_proj"])
+    get_peft_model(small.base(), config).save_pretrained(tmp_path)
+    fields, tensors = read_adapter(tmp_path)
+    key = next(key for key in tensors if key.endswith("lora_E"))
+    write_adapter(tmp_path, fields, {**tensors, key: np.zeros((rows, 1), np.float32)})
+    with pytest.raises(FormatError, match="lora_E"):
+        AdapterFile(tmp_path)
+
+
+@pytest.mark.parametrize("threads", [0, -1, True, 1.5])
+def test_merge_refuses_threads_below_one(threads, tmp_path):
+    get_peft_model(small.base(), LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    small.base().save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match="threads"):
+        merge(tmp_path / "base", [tmp_path / "adapter"], Path(tmp_path / "out"), threads=threads)
