@@ -10,7 +10,7 @@ import pytest
 from cases import lora_options, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peers import NAMES, close, load_theirs, logits, randomise, trainable
+from peers import NAMES, close, in_double, load_ours, load_theirs, logits, randomise, trainable
 
 from minilora.lora import AdaLoraConfig, LoraConfig, MultiTask, get_multitask_model
 from minilora.lora.multitask import BASE
@@ -54,10 +54,15 @@ def test_export_writes_any_task_as_one_adapter_of_peft(
     ours = make_tasks(base, shared, seed, prose=prose, code=code)
     for task in ours.tasks:
         ours.export(task, folder / task)
+        exact = load_ours(base, folder / task, "float64")(IDS).data
         theirs = load_theirs(plain, folder / task)
-        assert close(logits(theirs, IDS), ours(IDS, tasks=task).data)
+        own = np.abs(logits(theirs, IDS) - exact).max() / np.abs(exact).max()
+        bound = max(1e-5, 4 * own)  # some draws are ill-conditioned: 4 times peft's own rounding
+        assert close(logits(theirs, IDS), ours(IDS, tasks=task).data, bound)
         merged = ours.merge_task(task)
-        assert close(logits(theirs.merge_and_unload(), IDS), merged(IDS).data)
+        assert close(logits(theirs.merge_and_unload(), IDS), merged(IDS).data, bound)
+        double = in_double(load_theirs(plain, folder / task))
+        assert close(logits(double, IDS), exact, 1e-9)
 
 
 MIXED = ["prose", "code", BASE, "prose", "code", "code"]
