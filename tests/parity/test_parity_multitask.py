@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import lora_options, some
+from cases import some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import NAMES, close, in_double, load_ours, load_theirs, logits, randomise, trainable
@@ -32,11 +32,16 @@ def make_tasks(base: Path, shared: Any, seed: int = 0, **tasks: LoraConfig | Non
 @st.composite
 def configs(draw: st.DrawFn, heads: bool = False) -> LoraConfig:
     """LoRA on some linear layers, and with `heads` perhaps a copy of the head."""
-    names = draw(some(NAMES))
-    options = draw(lora_options(NAMES, 6)) | {"bias": "none", "use_dora": False}
-    if heads and draw(st.booleans()):
-        options["modules_to_save"] = ["lm_head"]
-    return LoraConfig(target_modules=names, **options)
+    return LoraConfig(
+        r=draw(st.integers(1, 6)),
+        lora_alpha=draw(st.integers(1, 16)),
+        use_rslora=draw(st.booleans()),
+        target_modules=draw(some(NAMES)),
+        rank_pattern=draw(st.sampled_from([{}, {"q_proj": 2}])),
+        alpha_pattern=draw(st.sampled_from([{}, {"up_proj": 3}])),
+        modules_to_save=draw(st.sampled_from([None, ["lm_head"]])) if heads else None,
+        task_type="CAUSAL_LM",
+    )
 
 
 @settings(max_examples=15)
@@ -56,11 +61,9 @@ def test_export_writes_any_task_as_one_adapter_of_peft(
         ours.export(task, folder / task)
         exact = load_ours(base, folder / task, "float64")(IDS).data
         theirs = load_theirs(plain, folder / task)
-        own = np.abs(logits(theirs, IDS) - exact).max() / np.abs(exact).max()
-        bound = max(1e-5, 4 * own)  # some draws are ill-conditioned: 4 times peft's own rounding
-        assert close(logits(theirs, IDS), ours(IDS, tasks=task).data, bound)
+        assert close(logits(theirs, IDS), ours(IDS, tasks=task).data)
         merged = ours.merge_task(task)
-        assert close(logits(theirs.merge_and_unload(), IDS), merged(IDS).data, bound)
+        assert close(logits(theirs.merge_and_unload(), IDS), merged(IDS).data)
         double = in_double(load_theirs(plain, folder / task))
         assert close(logits(double, IDS), exact, 1e-9)
 
