@@ -458,20 +458,25 @@ QUERY_BLOCK = 64  # queries per block: shorter blocks skip more hidden scores bu
 KEPT_SCORES = 1 << 20
 
 
-def apply_rotary(xp: Any, z: Array, cos: Array, sin: Array, out: Array | None = None) -> Array:
+def apply_rotary(
+    xp: Any, z: Array, cos: Array, sin: Array, out: Array | None = None, back: bool = False
+) -> Array:
     """Rotate pairs (z_i, z_{i + D/2}) by angles that depend on the position, on arrays.
 
     z (B, T, h, D) -> (B, T, h, D)    Su et al. 2021, eq. (34), in the layout of Llama's
     checkpoints: the pair of i is i + D/2, not i + 1. A row of cos and sin (T, h D) has the factors
     for all heads at one position, because arithmetic on whole rows is fast; sin is negated in the
-    first half of each D. -sin rotates back, which is the transpose.
+    first half of each D. They may be (B, T, h D) where positions differ between sequences.
+    `back` rotates by the negative angles, which is the transpose.
     """
     B, T, h, D = z.shape
-    pairs = (B, T, h, 2, D // 2)
+    pairs = (h, 2, D // 2)
     y = xp.empty(z.shape, z.dtype) if out is None else out
-    xp.multiply(z.reshape(pairs)[..., ::-1, :], sin.reshape(pairs[1:]), out=y.reshape(pairs))
+    swapped = z.reshape(B, T, *pairs)[..., ::-1, :]
+    xp.multiply(swapped, sin.reshape(*sin.shape[:-1], *pairs), out=y.reshape(B, T, *pairs))
     whole = y.reshape(B, T, h * D)
-    whole += z.reshape(B, T, h * D) * cos
+    kept = z.reshape(B, T, h * D) * cos
+    (xp.subtract if back else xp.add)(kept, whole, out=whole)
     return y
 
 
@@ -483,16 +488,19 @@ def attention(
     sin: Array | None = None,
     extend: Callable[[Array, Array], tuple[Array, Array]] | None = None,
     window: int | None = None,
+    first_key: Array | None = None,
 ) -> Tensor:
     """Causal self-attention, softmax(q k^T) v.    qkv (B, T, (H + 2 K) D) -> (B, T, H D)
 
     qkv       q of H heads, k and v of K heads, side by side. Query head h reads key/value head
               h // G (grouped queries: Ainslie et al. 2023; K = H is the ordinary case)
-    cos, sin  (T, (H + K) D) rotate q and k, see `apply_rotary`; the columns of q include the scale
-              1/sqrt(D) of the scores. Without them nothing is rotated
+    cos, sin  (T, (H + K) D) or (B, T, (H + K) D) rotate q and k, see `apply_rotary`; the columns of
+              q include the scale 1/sqrt(D) of the scores. Without them nothing is rotated
     extend    extend(k, v), each (B, T, K, D), may return (B, S, K, D) with earlier positions in
               front: the T queries are the last of S. Use it without gradients only
     window    a query sees only the newest `window` keys (Beltagy et al. 2020, section 3.1)
+    first_key (B, T) integers: a query sees no key before this one of the S. Not above the query's
+              own key, or its output is NaN. None: all earlier keys
     """
     xp = namespace(qkv)
     B, T, width = qkv.shape
@@ -514,7 +522,7 @@ def attention(
         q *= D**-0.5
     if extend:
         k, v = extend(k, v)
-    O, back = _attend(xp, q, k, v, window)
+    O, back = _attend(xp, q, k, v, window, first_key)
 
     def vjp(dy: Array) -> Grads:
         dZ = xp.empty((B, T, count, D), dy.dtype)
@@ -523,14 +531,14 @@ def attention(
         if cos is None or sin is None:
             dQK[:, :, :heads] *= D**-0.5
         else:
-            apply_rotary(xp, dQK, cos, -sin, out=dZ[:, :, :rotated])
+            apply_rotary(xp, dQK, cos, sin, dZ[:, :, :rotated], back=True)
         return (dZ.reshape(B, T, width),)
 
     return record(O.reshape(B, T, heads * D), (qkv,), vjp)
 
 
 def _attend(
-    xp: Any, q: Array, k: Array, v: Array, window: int | None
+    xp: Any, q: Array, k: Array, v: Array, window: int | None, first_key: Array | None
 ) -> tuple[Array, Callable[[Array, Array, Array, Array], None]]:
     """softmax(q k^T) v, causal, on arrays.    q (B, T, H, D), k and v (B, S, K, D) -> O and `back`
 
@@ -543,6 +551,9 @@ def _attend(
     G = H // K
     order = xp.arange(min(QUERY_BLOCK, T))
     future = xp.where(order[:, None] > order, -np.inf, 0).astype(q.dtype)  # (key, query)
+    # Keys that no query of a block sees are left out, but not on a GPU: to look at `first_key`
+    # there would wait for the device.
+    on_host = first_key if isinstance(first_key, np.ndarray) else None
 
     def by_head(z: Array) -> Array:
         # (B, T, H, D) -> (B, K, G, T, D) without a copy: products with k broadcast over G
@@ -561,6 +572,8 @@ def _attend(
         t = at.stop - at.start
         last = S - T + at.stop
         first = max(0, last - t + 1 - window) if window else 0
+        if on_host is not None:
+            first = max(first, int(on_host[:, at].min(initial=last)))
         keys = slice(first, last)
         P, view = products(kh[..., keys, :], qh[..., at, :])
         # Only the newest t keys can be later than a query.
@@ -570,6 +583,12 @@ def _attend(
         if old > 0:
             past = xp.where(order[:, None] - old <= order - t, -np.inf, 0)  # (key, query)
             P[:, :old].reshape(B, old, H, t)[...] += past.astype(q.dtype)[:old, None, :t]
+        if first_key is not None:
+            # Only keys before the largest first_key can be hidden from a query.
+            end = last if on_host is None else int(on_host[:, at].max(initial=first))
+            is_hidden = xp.arange(first, end)[:, None] < first_key[:, None, at]  # (B, key, query)
+            earlier = P[:, : end - first].reshape(B, end - first, H, t)
+            xp.copyto(earlier, -np.inf, where=is_hidden[:, :, None])
         return keys, P, view
 
     O = xp.empty(q.shape, q.dtype)

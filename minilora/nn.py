@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -405,16 +406,17 @@ def checkpoint(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence
     return record(y, (x, *params), vjp)
 
 
-def run_blocks(blocks: Sequence[Any], x: Tensor, cache: Any, recompute: bool) -> Tensor:
-    """The output of a decoder's blocks, one after another: `block(x, cache)`.
+def run_blocks(blocks: Sequence[Any], x: Tensor, positions: Any, recompute: bool) -> Tensor:
+    """The output of a decoder's blocks, one after another: `block(x, positions)`.
 
     With `recompute` each block keeps nothing but its input.
     """
     for block in blocks:
-        if recompute and cache is None:
-            x = checkpoint(block, x, [p for p in block.parameters() if p.requires_grad])
+        if recompute:
+            run = functools.partial(block, positions=positions)
+            x = checkpoint(run, x, [p for p in block.parameters() if p.requires_grad])
         else:
-            x = block(x, cache)
+            x = block(x, positions)
     return x
 
 

@@ -65,8 +65,10 @@ def host(x: Any) -> np.ndarray:
     return owner.to_numpy(x)
 
 
-def assert_agrees(mine: Any, reference: Any, backend: Backend, rounding: float = 1e-5) -> None:
-    """The same bits; on a GPU within `rounding` of the largest value.
+def assert_agrees(
+    mine: Any, reference: Any, backend: Backend, rounding: float = 1e-5, exact: bool = True
+) -> None:
+    """The same bits; on a GPU, or if not `exact`, within `rounding` of the largest value.
 
     `rounding` is for float32; float64 has 2^-29 of it.
     """
@@ -74,7 +76,8 @@ def assert_agrees(mine: Any, reference: Any, backend: Backend, rounding: float =
     reference = host(reference)
     assert mine.shape == reference.shape
     assert mine.dtype == reference.dtype
-    if is_cuda(backend) and reference.size and reference.dtype.kind == "f":
+    rounds = is_cuda(backend) or not exact
+    if rounds and reference.size and reference.dtype.kind == "f":
         bound = rounding * 2.0 ** (-29 if reference.dtype == np.float64 else 0)
         top = np.abs(reference[np.isfinite(reference)]).max(initial=0)
         np.testing.assert_allclose(mine, reference, rtol=0, atol=bound * max(top, 1e-30))
@@ -133,11 +136,13 @@ def test_operations_and_their_gradients_agree(
         uploads = len(METER.uploads)
         waited = list(METER.syncs)
     assert mine.backend is backend
-    assert_agrees(mine, reference, backend)
+    # Hidden keys are left out on the host alone, where first_key is known: sums group otherwise.
+    exact = not op.variant.startswith("records")
+    assert_agrees(mine, reference, backend, exact=exact)
     for one, other in zip(grads, gradients(reference, here, dy), strict=True):
         assert (one is None) == (other is None)
         if one is not None:
-            assert_agrees(one, other, backend)
+            assert_agrees(one, other, backend, exact=exact)
     assert uploads == 0 or op.name in UPLOADS
     # The number of True in a mask decides a shape.
     assert waited == [] or "mask" in op.variant
@@ -171,12 +176,13 @@ def test_batch_ids_are_checked_on_the_host(
 
 def test_batch_moves_in_one_piece(any_backend: Backend) -> None:
     ids = np.arange(6).reshape(2, 3)
-    batch = Batch(ids, ids + 1, first=5)
+    batch = Batch(ids, ids + 1, first=5, first_key=ids // 2)
     with counted():
         moved = batch.to(any_backend, 7)
     assert len(METER.uploads) == (any_backend is STRICT)
     assert_agrees(moved.ids, batch.ids, any_backend)
     assert_agrees(moved.targets, batch.targets, any_backend)
+    assert_agrees(moved.first_key, batch.first_key, any_backend)
     assert moved.first == 5
 
 

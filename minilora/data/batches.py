@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ class Batch:
              number, not on where the batch was cut
     tasks    for a model with several tasks: the name of each sequence's task. ConfigError unless
              there are B names
+    first_key   (B, T), the first position of its sequence that each position may see, and from
+             which positions are numbered; None: a position sees all before it
 
     Every array has B first, so that a batch can be cut into shards.
     """
@@ -45,6 +48,7 @@ class Batch:
     targets: Integers
     first: int = 0
     tasks: Sequence[str] | None = None
+    first_key: Integers | None = None
 
     def __post_init__(self) -> None:
         if self.tasks is not None and len(self.tasks) != len(self.ids):
@@ -61,19 +65,36 @@ class Batch:
         return int(np.count_nonzero(self.targets != IGNORE))
 
     def to(self, backend: Backend, vocab_size: int) -> Batch:
-        """The same batch on a model's device; ids and targets move as one array.
+        """The same batch on a model's device; its arrays move as one.
 
         DataError for an id outside [0, vocab_size), or a target that is neither inside nor IGNORE.
         """
         check_ids(self.ids, vocab_size, "id")
         check_ids(self.targets[self.targets != IGNORE], vocab_size, "target")
-        ids, targets = backend.from_numpy(np.stack([self.ids, self.targets]))
-        return Batch(ids, targets, self.first, self.tasks)
+        arrays = [self.ids, self.targets]
+        if self.first_key is not None:
+            arrays.append(self.first_key)
+        ids, targets, *first_key = backend.from_numpy(np.stack(arrays))
+        return Batch(ids, targets, self.first, self.tasks, *first_key)
 
     def shard(self, start: int, stop: int) -> Batch:
         """Sequences start to stop, 0 <= start; views, not copies."""
         tasks = None if self.tasks is None else self.tasks[start:stop]
-        return Batch(self.ids[start:stop], self.targets[start:stop], self.first + start, tasks)
+        return self._take(slice(start, stop), self.first + start, tasks)
+
+    def _take(self, rows: Any, first: int, tasks: Sequence[str] | None) -> Batch:
+        first_key = None if self.first_key is None else self.first_key[rows]
+        return Batch(self.ids[rows], self.targets[rows], first, tasks, first_key)
+
+    def trim(self) -> Batch:
+        """The batch without the positions behind the last target of all sequences.
+
+        No loss depends on them: attention is causal.
+        """
+        counted = np.flatnonzero((self.targets != IGNORE).any(axis=0))
+        T = int(counted[-1]) + 1 if len(counted) else 1
+        first_key = None if self.first_key is None else self.first_key[:, :T]
+        return Batch(self.ids[:, :T], self.targets[:, :T], self.first, self.tasks, first_key)
 
     def by_task(self) -> list[tuple[str | None, Batch]]:
         """[(task, its sequences)], or [(None, the batch)] without tasks.
@@ -86,8 +107,7 @@ class Batch:
         parts: list[tuple[str | None, Batch]] = []
         first = self.first
         for task, rows in rows_by_task(self.tasks).items():
-            part = Batch(self.ids[rows], self.targets[rows], first, (task,) * len(rows))
-            parts.append((task, part))
+            parts.append((task, self._take(rows, first, (task,) * len(rows))))
             first += len(rows)
         return parts
 
@@ -99,18 +119,24 @@ def rows_by_task(tasks: Sequence[str]) -> dict[str, NDArray[np.intp]]:
 
 @dataclass(frozen=True, eq=False)
 class PackedRecords:
-    """A text that is cut into windows already, with the tokens to learn marked.
+    """Records in windows of one or more, with the tokens to learn marked.
+
+    A record sees no other one, and its positions are numbered from its own first token: so its loss
+    does not depend on what shares its window.
 
     ids       (N,) integers
-    counts    (N,) bool, where a token is a target; the first token of a window never is one
+    counts    (N,) bool, where a token is a target; the first token of a record never is one
     edges     (W + 1,): window w is ids[edges[w] : edges[w + 1]]
+    starts    (R,): where each record begins
 
-    DataError unless the edges rise from 0 to N and every window has a target.
+    DataError unless the edges rise from 0 to N, every window has a target, and the starts rise and
+    include the start of every window.
     """
 
     ids: Ids
     counts: NDArray[np.bool_]
     edges: Integers
+    starts: Integers
 
     def __post_init__(self) -> None:
         edges = self.edges
@@ -121,10 +147,22 @@ class PackedRecords:
             )
         if edges[0] != 0 or edges[-1] != len(self) or np.diff(edges).min() < 1:
             raise DataError(f"the edges of the windows must rise from 0 to {len(self)}")
-        targets = self.counts.copy()
-        targets[edges[:-1]] = False
-        if not np.logical_or.reduceat(targets, edges[:-1]).all():
+        starts = self.starts
+        rises = starts.ndim == 1 and (np.diff(starts) > 0).all()
+        if not rises or not np.isin(edges[:-1], starts).all() or starts[-1] >= len(self):
+            raise DataError(
+                "the starts of the records must rise, begin each window, and be below the number "
+                f"of ids, {len(self)}"
+            )
+        if not np.logical_or.reduceat(self._targets, edges[:-1]).all():
             raise DataError("a window in which no token counts cannot be trained on")
+
+    @cached_property
+    def _targets(self) -> NDArray[np.bool_]:
+        """(N,), `counts` without the first token of each record, which follows nothing of it."""
+        targets = self.counts.copy()
+        targets[self.starts] = False
+        return targets
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -132,15 +170,21 @@ class PackedRecords:
     def windows(self, starts: Integers, context: int) -> Batch:
         """The windows that begin at `starts` (B,). Beyond a window's end, ids are 0.
 
-        Targets are IGNORE there and where a token does not count. Inside a window attention is the
-        ordinary causal one: a record sees those that are packed before it.
+        Targets are IGNORE there and where a token does not count. A position sees its own record
+        from `first_key` on; one beyond the end sees the window's last record.
         """
         batch = _cut(self.ids, starts, context)
-        places = starts[:, None] + np.arange(1, context + 1)  # of the targets
-        ends = self.edges[np.searchsorted(self.edges, starts, "right")]
-        inside = places < ends[:, None]
-        counted = inside & self.counts[np.minimum(places, len(self) - 1)]
-        return Batch(np.where(inside, batch.ids, 0), np.where(counted, batch.targets, IGNORE))
+        places = starts[:, None] + np.arange(context)  # of the inputs; targets are one place later
+        ends = self.edges[np.searchsorted(self.edges, starts, "right")][:, None]
+        inside = places + 1 < ends
+        counted = inside & self._targets[np.minimum(places + 1, len(self) - 1)]
+        record = np.searchsorted(self.starts, np.minimum(places, ends - 1), "right") - 1
+        first_key = self.starts[record] - starts[:, None]
+        return Batch(
+            np.where(inside, batch.ids, 0),
+            np.where(counted, batch.targets, IGNORE),
+            first_key=first_key,
+        )
 
 
 Text = Ids | PackedRecords
@@ -261,13 +305,17 @@ class TaskWindows:
 
     def batch(self, step: int) -> Batch:
         """Batch number `step`, from 0: B = batch_size sequences of T = context, and their tasks."""
-        ids, targets = np.empty((2, len(self.tasks), self.context), np.int64)
+        ids, targets, first_key = np.zeros((3, len(self.tasks), self.context), np.int64)
+        is_packed = False
         for task, windows in self._windows.items():
             part = windows.batch(step)
             rows = self._rows[task]
             ids[rows] = part.ids
             targets[rows] = part.targets
-        return Batch(ids, targets, tasks=self.tasks)
+            if part.first_key is not None:
+                first_key[rows] = part.first_key
+                is_packed = True
+        return Batch(ids, targets, tasks=self.tasks, first_key=first_key if is_packed else None)
 
 
 def evaluation_windows(

@@ -217,7 +217,8 @@ def pack(records: Sequence[Record], context: int) -> PackedRecords:
     edges.append(end)
     ids = np.concatenate([record.ids for record in records])
     counts = np.concatenate([record.learned for record in records])
-    return PackedRecords(ids, counts, np.array(edges, np.int64))
+    starts = np.cumsum([0, *sizes[:-1]])
+    return PackedRecords(ids, counts, np.array(edges, np.int64), starts)
 
 
 def bytes_per_token(records: Sequence[Record]) -> float:

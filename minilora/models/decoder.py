@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -13,6 +15,25 @@ from .cache import KeyValueCache
 
 # Of first weights; None leaves them zero. As text, because `np.random` takes time to import.
 Generator: TypeAlias = "np.random.Generator | None"
+
+
+class Positions(NamedTuple):
+    """Where the T tokens of one forward are and what they may see: the same for every block.
+
+    first_key   (B, T) integers, the first key that each token sees, counted over the cache and the
+                T tokens; None: all earlier ones
+    cos, sin    the rotation of q and k, as `functional.attention` reads them; None: no rotation
+    cache       the keys and values of the tokens before these; None: there are none
+    """
+
+    first_key: Array | None = None
+    cos: Array | None = None
+    sin: Array | None = None
+    cache: KeyValueCache | None = None
+
+    def extend(self, layer: int) -> Callable[[Array, Array], tuple[Array, Array]] | None:
+        """`KeyValueCache.extend` of this layer, or None without a cache."""
+        return functools.partial(self.cache.extend, layer) if self.cache else None
 
 
 class BaseDecoder(Module):
@@ -27,11 +48,33 @@ class BaseDecoder(Module):
     def get_input_embeddings(self) -> Embedding:
         return getattr(self, self.part_names[0])  # type: ignore[no-any-return]
 
-    def embed(self, ids: Array, start: int) -> Tensor:
-        """The embeddings (B, T, C) of tokens at positions start, start + 1, ..."""
+    def embed(self, ids: Array, places: Array) -> Tensor:
+        """The embeddings (B, T, C) of tokens; `places` (T,) or (B, T) are their positions."""
         return self.get_input_embeddings()(ids)
 
-    def __call__(self, ids: Array, cache: KeyValueCache | None = None) -> Tensor:
+    def rotation(self, places: Array, end: int, like: Tensor) -> tuple[Array | None, Array | None]:
+        """(cos, sin) at positions `places` (T,) or (B, T), all below `end`; (None, None) if none.
+
+        They have the dtype and the device of `like`.
+        """
+        return None, None
+
+    def __call__(
+        self, ids: Array, cache: KeyValueCache | None = None, first_key: Array | None = None
+    ) -> Tensor:
+        """The last norm's output.
+
+        cache       the keys and values of the tokens before `ids`, which is extended
+        first_key   (B, T): the first key that each token sees (see `Positions`). A token's position
+                    is counted from there
+        """
         _, blocks, norm = (getattr(self, name) for name in self.part_names)
-        x = self.embed(ids, cache.length if cache else 0)
-        return norm(run_blocks(blocks, x, cache, self.recompute))  # type: ignore[no-any-return]
+        start = cache.length if cache else 0
+        end = start + ids.shape[1]
+        places = self.get_input_embeddings().weight.backend.xp.arange(start, end)
+        if first_key is not None:
+            places = places - first_key
+        x = self.embed(ids, places)
+        positions = Positions(first_key, *self.rotation(places, end, x), cache)
+        recompute = self.recompute and cache is None
+        return norm(run_blocks(blocks, x, positions, recompute))  # type: ignore[no-any-return]

@@ -94,7 +94,7 @@ class Weights:
         self.head_dim: Any = c.head_dim
         self.eps = c.rms_norm_eps
         self.embedding = model.get_input_embeddings().weight
-        self.rotary = model.decoder.layers[0].self_attn.rotary
+        self.rotary = model.decoder.rotary
         self.xp = self.embedding.backend.xp
         self.dtype = self.embedding.dtype
         self.mean = self.xp.full((c.hidden_size, 1), 1 / c.hidden_size, self.dtype)

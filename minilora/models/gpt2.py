@@ -18,9 +18,8 @@ from .. import functional as F
 from ..autograd import Tensor, maximum
 from ..backend import Array
 from ..nn import Embedding, LayerNorm, Module, normal, random_linear
-from .cache import KeyValueCache
 from .config import TransformerConfig
-from .decoder import BaseDecoder, Generator
+from .decoder import BaseDecoder, Generator, Positions
 
 _gelu_tanh = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS: dict[str, Any] = {
@@ -43,9 +42,12 @@ class GPT2Attention(Module):
         self.c_attn = random_linear(rng, config.initializer_range, C, 3 * C, True)
         self.c_proj = random_linear(rng, _residual_std(config), C, C, True)
 
-    def __call__(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        extend = functools.partial(cache.extend, self.layer) if cache else None
-        return self.c_proj(F.attention(self.c_attn(x), self.heads, self.heads, extend=extend))
+    def __call__(self, x: Tensor, positions: Positions) -> Tensor:
+        H = self.heads
+        extend = positions.extend(self.layer)
+        first_key = positions.first_key
+        y = F.attention(self.c_attn(x), H, H, extend=extend, first_key=first_key)
+        return self.c_proj(y)
 
 
 class GPT2MLP(Module):
@@ -71,8 +73,8 @@ class GPT2Block(Module):
         self.ln_2 = _new_norm(config)
         self.mlp = GPT2MLP(config, rng)
 
-    def __call__(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def __call__(self, x: Tensor, positions: Positions) -> Tensor:
+        x = x + self.attn(self.ln_1(x), positions)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -89,10 +91,8 @@ class GPT2Decoder(BaseDecoder):
         self.h = [GPT2Block(config, layer, rng) for layer in range(config.num_hidden_layers)]
         self.ln_f = _new_norm(config)
 
-    def embed(self, ids: Array, start: int) -> Tensor:
-        x = self.wte(ids)
-        positions = x.backend.xp.arange(start, start + ids.shape[1])
-        return x + self.wpe(positions)
+    def embed(self, ids: Array, places: Array) -> Tensor:
+        return self.wte(ids) + self.wpe(places)
 
 
 def _residual_std(config: TransformerConfig) -> float:

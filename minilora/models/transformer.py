@@ -21,7 +21,7 @@ from ..errors import ConfigError, DataError, GraphError
 from ..nn import Embedding, FusedProjection, Linear, Module, RMSNorm, normal, random_linear
 from .cache import KeyValueCache
 from .config import TransformerConfig, rotary_frequencies
-from .decoder import BaseDecoder, Generator
+from .decoder import BaseDecoder, Generator, Positions
 from .gpt2 import GPT2Decoder
 from .pretrained import load_model, save_model
 
@@ -73,9 +73,8 @@ class Attention(FusedProjection):
 
     projections = ("q_proj", "k_proj", "v_proj")
 
-    def __init__(self, config: TransformerConfig, layer: int, rotary: RotaryTable, rng: Generator):
+    def __init__(self, config: TransformerConfig, layer: int, rng: Generator):
         self.layer = layer
-        self.rotary = rotary
         self.heads = config.num_attention_heads
         self.kv_heads = config.kv_heads
         self.window = config.window(layer)
@@ -89,7 +88,7 @@ class Attention(FusedProjection):
         self.q_norm = _new_norm(config, D) if config.qk_norm else None
         self.k_norm = _new_norm(config, D) if config.qk_norm else None
 
-    def __call__(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def __call__(self, x: Tensor, positions: Positions) -> Tensor:
         H = self.heads
         K = self.kv_heads
         qkv = self.project(x)  # (B, T, (H + 2 K) D)
@@ -99,10 +98,9 @@ class Attention(FusedProjection):
             k = self.k_norm(heads[:, :, H : H + K])
             v = heads[:, :, H + K :]
             qkv = concat([q, k, v], axis=2).reshape(*qkv.shape)
-        start = cache.length if cache else 0
-        cos, sin = self.rotary(start, start + x.shape[1], x)
-        extend = functools.partial(cache.extend, self.layer) if cache else None
-        return self.o_proj(F.attention(qkv, H, K, cos, sin, extend, self.window))
+        first_key, cos, sin, _ = positions
+        extend = positions.extend(self.layer)
+        return self.o_proj(F.attention(qkv, H, K, cos, sin, extend, self.window, first_key))
 
 
 class MLP(FusedProjection):
@@ -126,14 +124,14 @@ class MLP(FusedProjection):
 class Block(Module):
     """x += attention(norm(x)), x += mlp(norm(x))    (B, T, C) -> (B, T, C)"""
 
-    def __init__(self, config: TransformerConfig, layer: int, rotary: RotaryTable, rng: Generator):
+    def __init__(self, config: TransformerConfig, layer: int, rng: Generator):
         self.input_layernorm = _new_norm(config, config.hidden_size)
-        self.self_attn = Attention(config, layer, rotary, rng)
+        self.self_attn = Attention(config, layer, rng)
         self.post_attention_layernorm = _new_norm(config, config.hidden_size)
         self.mlp = MLP(config, rng)
 
-    def __call__(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cache)
+    def __call__(self, x: Tensor, positions: Positions) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), positions)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -144,10 +142,17 @@ class Decoder(BaseDecoder):
 
     def __init__(self, config: TransformerConfig, rng: Generator):
         C = config.hidden_size
-        rotary = RotaryTable(config)
+        self.rotary = RotaryTable(config)
         self.embed_tokens = Embedding(normal(rng, config.initializer_range, (config.vocab_size, C)))
-        self.layers = [Block(config, i, rotary, rng) for i in range(config.num_hidden_layers)]
+        self.layers = [Block(config, i, rng) for i in range(config.num_hidden_layers)]
         self.norm = _new_norm(config, C)
+
+    def rotation(self, places: Array, end: int, like: Tensor) -> tuple[Array, Array]:
+        cos, sin = self.rotary(0, end, like)
+        if places.ndim == 1:  # consecutive: a view is enough
+            return cos[-len(places) :], sin[-len(places) :]
+        take = like.backend.xp.take
+        return take(cos, places, axis=0), take(sin, places, axis=0)
 
 
 def _new_norm(config: TransformerConfig, size: int) -> RMSNorm:
@@ -188,21 +193,30 @@ class CausalLM(Module):
         self._names = {name for name, _ in self.named_parameters()}
 
     def __call__(
-        self, ids: Any, cache: KeyValueCache | None = None, targets: Array | None = None
+        self,
+        ids: Any,
+        cache: KeyValueCache | None = None,
+        targets: Array | None = None,
+        first_key: Array | None = None,
     ) -> Tensor:
         """ids (B, T) integers -> logits (B, T, V).
 
         With a cache, the logits (B, 1, V) of the last position alone. With `targets` (B, T), in
         place of logits the sum of -log p(target) over the targets that are not F.IGNORE, a scalar;
-        a plain head then never holds all logits at once. DataError for ids outside the vocabulary,
-        or too many positions.
+        a plain head then never holds all logits at once. With `first_key` (B, T) integers, a
+        position sees no key before that one, and is numbered from there: what shares a row, such as
+        packed records, is computed as if each were alone. Keys are counted from the cache's first.
+        DataError for ids outside the vocabulary, too many positions, or a `first_key` that is
+        negative or after its own position.
         """
         ids = self._check_ids(ids)
         end = ids.shape[1] + (cache.length if cache else 0)
         limit = self.config.max_position_embeddings
         if end > limit:
             raise DataError(f"{end} positions, but the model has max_position_embeddings = {limit}")
-        hidden = self.decoder(ids, cache)
+        if first_key is not None:
+            first_key = self._check_first_key(first_key, ids.shape, end)
+        hidden = self.decoder(ids, cache, first_key)
         if cache:
             if hidden.requires_grad:
                 raise GraphError(
@@ -234,6 +248,25 @@ class CausalLM(Module):
         if ids.min() < 0 or ids.max() >= V:
             raise DataError(f"ids must be in [0, {V}), got {ids.min()} to {ids.max()}")
         return backend.from_numpy(ids)
+
+    def _check_first_key(self, first_key: Any, shape: tuple[int, ...], end: int) -> Array:
+        """first_key as an array (B, T) on the model's device. Values on the host are checked."""
+        backend = self.get_input_embeddings().weight.backend
+        if isinstance(first_key, backend.xp.ndarray) and not isinstance(first_key, np.ndarray):
+            return first_key
+        first_key = np.asarray(first_key)
+        if first_key.shape != shape or first_key.dtype.kind not in "iu":
+            raise DataError(
+                f"first_key must be integers of the ids' shape {shape}, "
+                f"got {first_key.dtype} {first_key.shape}"
+            )
+        own = np.arange(end - shape[1], end)
+        if first_key.min() < 0 or (first_key > own).any():
+            raise DataError(
+                "first_key must be at least 0 and at most each position's own key, "
+                f"got {first_key.min()} to {first_key.max()} for keys {own[0]} to {own[-1]}"
+            )
+        return backend.from_numpy(first_key)
 
     @property
     def decoder(self) -> Any:

@@ -54,6 +54,7 @@ from .runs import Log, find_checkpoint, read_log, remove_stale, save_checkpoint
 
 # Sequences per step. More is a typing mistake, whose array would not fit into memory.
 MAX_SEQUENCES = 2**20
+PACKING = "records do not see each other"  # how packed records are trained on
 PATIENCE = 50  # steps with a high loss after which a run counts as diverged
 
 
@@ -564,6 +565,8 @@ def _identity(model: Any, settings: Settings, tokens: Text, trained: NamedParame
             identity[key] = value
     checksums = {task: _checksum(text) for task, text in _by_task(tokens).items()}
     identity["text"] = list(checksums.items()) if isinstance(tokens, Mapping) else checksums[""]
+    if any(isinstance(text, PackedRecords) for text in _by_task(tokens).values()):
+        identity["packing"] = PACKING
     parameters = [(name, p.shape, str(p.dtype)) for name, p in trained]
     identity["parameters"] = hashlib.sha256(repr(parameters).encode()).hexdigest()
     frozen = hashlib.sha256()
@@ -577,10 +580,13 @@ def _identity(model: Any, settings: Settings, tokens: Text, trained: NamedParame
 
 
 def _checksum(text: Ids | PackedRecords) -> str:
-    """SHA-256 of the ids; for packed records, of what counts and of the windows too."""
+    """SHA-256 of the ids; for packed records, of what counts, the windows and the records too."""
     digest = hashlib.sha256()
     arrays: list[np.ndarray]
-    arrays = [text.ids, text.counts, text.edges] if isinstance(text, PackedRecords) else [text]
+    if isinstance(text, PackedRecords):
+        arrays = [text.ids, text.counts, text.edges, text.starts]
+    else:
+        arrays = [text]
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

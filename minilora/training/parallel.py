@@ -48,7 +48,8 @@ def language_modelling_loss(model: Any, batch: Batch) -> Tensor:
     DataError for an id outside the vocabulary.
     """
     batch = batch.to(_backend(model), model.config.vocab_size)
-    return model(batch.ids, targets=batch.targets)  # type: ignore[no-any-return]
+    loss = model(batch.ids, targets=batch.targets, first_key=batch.first_key)
+    return loss  # type: ignore[no-any-return]
 
 
 def _backend(model: Any) -> Backend:
@@ -109,7 +110,8 @@ class ShardedStep:
         self.keep_memory = keep_memory
         self.balance = balance
         self.threads = 1  # one thread keeps a GPU busy
-        if _backend(model).name == "cpu":
+        self._on_cpu = _backend(model).name == "cpu"
+        if self._on_cpu:
             self.threads = min(threads or available_cores(), MAX_THREADS)
         self._workers = Workers(self.threads)
         self._stack = contextlib.ExitStack()
@@ -242,4 +244,7 @@ class ShardedStep:
         size = self.shard or shard_size(self.model, *shape)
         for task, task_batch in task_batches:
             for start in range(0, len(task_batch), size):
-                yield task, task_batch.shard(start, start + size)
+                shard = task_batch.shard(start, start + size)
+                # Windows of records have ends of many lengths. A GPU runs fixed shapes faster.
+                is_ragged = shard.first_key is not None and self._on_cpu
+                yield task, shard.trim() if is_ragged else shard

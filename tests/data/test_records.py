@@ -105,6 +105,9 @@ def test_windows_of_packed_records_learn_each_token_once_per_epoch(case, batch_s
     batches = [cut.batch(step) for step in range(-(-2 * len(cut) // batch_size))]
     all_ids = np.concatenate([batch.ids for batch in batches])
     all_targets = np.concatenate([batch.targets for batch in batches])
+    first_keys = np.concatenate([batch.first_key for batch in batches])
+    assert first_keys.min() >= 0
+    assert (first_keys <= np.arange(context)).all()
     assert all_ids.dtype == all_targets.dtype == np.int64
     edges = packed.edges.tolist()
     for epoch in blocks(2 * len(cut), len(cut)):
@@ -113,6 +116,13 @@ def test_windows_of_packed_records_learn_each_token_once_per_epoch(case, batch_s
         counted = targets != IGNORE
         assert sorted(targets[counted].tolist()) == learned(records)
         assert np.array_equal(ids[counted], targets[counted] - 1)
+        # The first key of each token is the first token of its own record.
+        starts = packed.starts.tolist()
+        for batch_ids, batch_keys in zip(ids, first_keys[epoch], strict=True):
+            for token, first_key in zip(batch_ids.tolist(), batch_keys.tolist(), strict=True):
+                if token:
+                    begin = max(start for start in starts if start <= token)
+                    assert first_key == batch_ids.tolist().index(begin)
         # A row is a whole window but its last token, then zeros.
         for row in ids.tolist():
             window = edges.index(row[0])
@@ -146,7 +156,11 @@ def test_task_windows_takes_packed_records():
     texts = {"plain": np.arange(100, 150), "records": packed}
     batch = TaskWindows(texts, 3, 6, seed=1).batch(2)
     rows = [b for b, task in enumerate(batch.tasks) if task == "records"]
-    assert batch.targets[rows].tolist() == Windows(packed, 3, 3, seed=1).batch(2).targets.tolist()
+    alone = Windows(packed, 3, 3, seed=1).batch(2)
+    assert batch.targets[rows].tolist() == alone.targets.tolist()
+    assert batch.first_key[rows].tolist() == alone.first_key.tolist()
+    others = [b for b, task in enumerate(batch.tasks) if task == "plain"]
+    assert not batch.first_key[others].any(), "a plain text sees all before"
     assert (batch.targets[rows] != IGNORE).sum() == 2 * len(rows)
 
 
@@ -183,12 +197,18 @@ unsound([0, 0, 0, 1], [0, 2, 4], "no token counts")
 @pytest.mark.parametrize(("counts", "edges", "named"), UNSOUND)
 def test_packed_records_refuses_unsound_arrays(counts, edges, named):
     with pytest.raises(DataError, match=named):
-        PackedRecords(np.arange(4), np.array(counts, bool), np.array(edges))
+        PackedRecords(np.arange(4), np.array(counts, bool), np.array(edges), np.array([0, 2]))
     with pytest.raises(DataError, match="a bool for each"):
-        PackedRecords(np.arange(4), np.ones(4), np.array([0, 4]))
+        PackedRecords(np.arange(4), np.ones(4), np.array([0, 4]), np.array([0]))
     counts = np.ones(4, bool)
-    PackedRecords(np.arange(4), counts, np.array([0, 2, 4]))
+    PackedRecords(np.arange(4), counts, np.array([0, 2, 4]), np.array([0, 2]))
     assert counts.all(), "the first token of a window is not a target, but the input is only read"
+
+
+@pytest.mark.parametrize("starts", [[0, 1, 3], [0, 2, 2], [2, 0], [0, 2, 4], [[0, 2]], [2], []])
+def test_packed_records_refuses_starts_that_are_not_those_of_records(starts):
+    with pytest.raises(DataError, match="starts of the records must rise, begin each window"):
+        PackedRecords(np.arange(4), np.ones(4, bool), np.array([0, 2, 4]), np.array(starts, int))
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -614,11 +634,11 @@ def test_train_and_evaluate_average_over_the_tokens_that_count(tmp_path):
     model = adapted("float64")
     packed = pack(sums(6), 15)
     assert np.diff(packed.edges).tolist() == [16, 16, 16]
-    rows = packed.ids.reshape(3, 16).astype(np.int64)
+    rows = packed.ids.reshape(6, 8).astype(np.int64)  # a record each
     logits = model(rows[:, :-1]).numpy()
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     of_target = -np.take_along_axis(log_p, rows[:, 1:, None], -1)[..., 0]
-    counted = packed.counts.reshape(3, 16)[:, 1:]
+    counted = packed.counts.reshape(6, 8)[:, 1:]
     assert counted.sum() == 18
     expected = of_target[counted].mean()
     assert abs(expected - of_target.mean()) > 1e-3, "all tokens together have another loss"
@@ -637,12 +657,9 @@ def test_evaluate_masks_a_prompt_as_transformers_does(llama):
     folder, theirs = llama
     records = [dataclasses.replace(record, ids=record.ids % 13) for record in sums(5)]
     packed = pack(records, 15)
-    ids = np.zeros((3, 16), np.int64)
-    labels = np.full((3, 16), -100)
-    for row, (start, stop) in enumerate(pairwise(packed.edges.tolist())):
-        ids[row, : stop - start] = packed.ids[start:stop]
-        labels[row, : stop - start] = np.where(packed.counts, packed.ids, -100)[start:stop]
-    assert (labels[2] != -100).sum() == 3, "the last window holds one record, and padding"
+    ids = packed.ids.reshape(5, 8).astype(np.int64)
+    labels = np.where(packed.counts, packed.ids, -100).reshape(5, 8).astype(np.int64)
+    assert len(packed.edges) == 4, "two windows of two records, one of one and padding"
     with torch.no_grad():
         expected = theirs(torch.tensor(ids), labels=torch.tensor(labels)).loss.item()
     model = CausalLM.from_pretrained(folder)

@@ -542,6 +542,9 @@ norms((2, 3, 4), eps=0.1)
 norms((4,), eps=0.1)
 
 
+Rows = tuple[tuple[int, ...], ...]  # of integers, one per sequence
+
+
 def angles(T: int, D: int) -> np.ndarray:
     return np.arange(T)[:, None] * 10000.0 ** (-np.arange(D // 2) * 2 / D)
 
@@ -562,22 +565,39 @@ def _call_attention(
     kept: int | None,
     rotate: bool = True,
     window: int | None = None,
+    first_key: Rows | None = None,
 ) -> Tensor:
-    """With heads of size 4, `block` queries at a time, keeping up to `kept` scores for backward."""
-    tables: Arrays = ()
+    """With heads of size 4, `block` queries at a time, keeping up to `kept` scores for backward.
+
+    With `first_key`, positions are numbered from there, so that each sequence has its own rotation.
+    """
+    backend = qkv.backend
+    options: dict[str, Any] = {"window": window}
+    if first_key is not None:
+        options["first_key"] = backend.from_numpy(np.array(first_key))
     if rotate:
-        tables = rotary_tables(angles(qkv.shape[1], 4), heads, kv_heads, 0.5)
-    on_device = [qkv.backend.from_numpy(t.astype(qkv.dtype)) for t in tables]
+        a = _places(qkv.shape[1], first_key) * angles(2, 4)[1]
+        tables = rotary_tables(a.reshape(-1, 2), heads, kv_heads, 0.5)
+        for name, table in zip(("cos", "sin"), tables, strict=True):
+            table = table.reshape(*a.shape[:-1], -1).astype(qkv.dtype)
+            options[name] = backend.from_numpy(table)
     with setting(QUERY_BLOCK=block, KEPT_SCORES=kept):
-        return F.attention(qkv, heads, kv_heads, *on_device, window=window)
+        return F.attention(qkv, heads, kv_heads, **options)
 
 
-def _rotated(x: Tensor) -> Tensor:
+def _places(T: int, first_key: Rows | None) -> np.ndarray:
+    """Positions (T, 1) or, numbered from `first_key`, (B, T, 1)."""
+    places = np.arange(T) if first_key is None else np.arange(T) - np.array(first_key)
+    return places[..., None]
+
+
+def _rotated(x: Tensor, first_key: Rows | None) -> Tensor:
     """Each pair times a rotation matrix: (x1, x2) [[cos, sin], [-sin, cos]]."""
     B, T, H, D = x.shape
-    a = angles(T, D)
+    a = _places(T, first_key) * angles(2, D)[1]  # (T, D/2) or (B, T, D/2)
     matrix = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
-    matrix = matrix.transpose(2, 3, 0, 1)  # (T, D/2, 2, 2)
+    matrix = np.moveaxis(matrix, (0, 1), (-2, -1))  # (..., T, D/2, 2, 2)
+    matrix = matrix.reshape(-1, 1, *matrix.shape[-4:])  # (1 or B, 1, T, D/2, 2, 2)
     pairs = ag.reshape(x, B, T, H, 2, D // 2)
     pairs = ag.transpose(pairs, 0, 2, 1, 4, 3)  # (B, H, T, D/2, 2)
     rotated = ag.reshape(pairs, B, H, T, D // 2, 1, 2) @ matrix
@@ -590,20 +610,28 @@ def _by_head(x: Tensor) -> Tensor:
 
 
 def _attention(
-    qkv: Tensor, heads: int, kv_heads: int, rotate: bool = True, window: int | None = None, **_: Any
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    rotate: bool = True,
+    window: int | None = None,
+    first_key: Rows | None = None,
+    **_: Any,
 ) -> Tensor:
     B, T, _ = qkv.shape
     z = ag.reshape(qkv, B, T, heads + 2 * kv_heads, 4)
     keys = heads + np.arange(heads) // (heads // kv_heads)  # the key that each query head reads
     qk = z[:, :, : heads + kv_heads]
     if rotate:
-        qk = _rotated(qk)
+        qk = _rotated(qk, first_key)
     q = _by_head(qk[:, :, :heads])
     k = _by_head(qk[:, :, keys])
     v = _by_head(z[:, :, keys + kv_heads])
     scores = (q @ ag.transpose(k, 0, 1, 3, 2)) / math.sqrt(4)  # (B, H, T, T)
     age = np.arange(T)[:, None] - np.arange(T)  # of each key, for each query
     seen = (age >= 0) & (age < (window or T))
+    if first_key is not None:
+        seen = seen & (np.arange(T) >= np.array(first_key)[:, None, :, None])  # (B, 1, T, T)
     P = _softmax(ag.where(seen, scores, -np.inf))
     return ag.reshape(_by_head(P @ v), B, T, heads * 4)
 
@@ -627,6 +655,11 @@ attention("not rotated", 5, 4, 2, rotate=False)
 attention("a window", 7, 2, 1, window=3)
 attention("a window of one", 4, 2, 2, window=1)
 attention("a window of all", 4, 2, 2, window=4)
+RECORDS = ((0, 0, 0, 3, 3, 5, 5), (0, 1, 1, 1, 1, 5, 5))  # two and more in each of two sequences
+attention("records", 7, 2, 1, first_key=RECORDS)
+attention("records, not rotated", 7, 2, 2, first_key=RECORDS, rotate=False)
+attention("records, a window", 7, 4, 2, first_key=RECORDS, window=2)
+attention("records of one token", 3, 2, 2, first_key=((0, 1, 2), (0, 0, 2)))
 
 NEURAL = [op for op in TABLE if op.definition is not None]
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import traceback
 import types
+from typing import Any
 
 import numpy as np
 import pytest
 import threadpoolctl
 from hypothesis import given
 from hypothesis import strategies as st
+from shapes import shape
 
 import minilora.training.parallel
 from minilora import CausalLM, LoraConfig, LoraLinear, TransformerConfig, get_peft_model, gradients
 from minilora.autograd import Node, Tensor, no_grad
-from minilora.data import Batch
+from minilora.data import Batch, evaluation_windows
 from minilora.data.batches import IGNORE
+from minilora.data.records import Record, pack
 from minilora.errors import ConfigError, GraphError
+from minilora.models.config import MODEL_TYPES
 from minilora.nn import Dropout, FusedProjection, checkpoint, dropout_counter
 from minilora.threads import MAX_THREADS, available_cores
 from minilora.training.parallel import (
@@ -517,3 +522,76 @@ def test_checkpoint_notices_a_parameter_that_changes_before_the_second_forward()
     w.data = np.full(3, 2.0)
     with pytest.raises(GraphError, match="checkpoint"):
         y.backward(np.ones(3))
+
+
+# ---- packed records ------------------------------------------------------------------------------
+
+
+def records(sizes: list[int]) -> list[Record]:
+    """Records of these sizes, each with its own ids and targets."""
+    made = []
+    for number, size in enumerate(sizes):
+        rng = np.random.default_rng([number, size])
+        learned = rng.random(size) < 0.7
+        learned[0] = False
+        learned[-1] = True
+        made.append(Record(rng.integers(0, 16, size).astype(np.int32), learned, float(size)))
+    return made
+
+
+@st.composite
+def two_packings(draw: st.DrawFn) -> list[tuple[list[int], int]]:
+    """(order, context) of the same 2 to 8 records, twice; each context holds the longest record."""
+    count = draw(st.integers(2, 8))
+    return [(draw(st.permutations(range(count))), draw(st.integers(5, 16))) for _ in range(2)]
+
+
+def adapted(kind: str, dtype: str) -> Any:
+    model = CausalLM(dataclasses.replace(shape(kind), vocab_size=16), seed=1, dtype=dtype)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(model, config, seed=2)
+
+
+# Gradients are sums in which terms cancel, so that float32 keeps a digit less of them.
+PACKING_BOUNDS = {"float64": (1e-12, 2e-12), "float32": (1e-6, 1e-5)}
+
+
+@pytest.mark.parametrize("dtype", PACKING_BOUNDS)
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+@given(st.data())
+def test_losses_and_gradients_do_not_depend_on_how_records_are_packed(kind, dtype, data):
+    (first, context), (second, other) = data.draw(two_packings())
+    made = records([2 + (5 * i) % 5 for i in range(len(first))])
+    model = adapted(kind, dtype)
+    params = [p for p in model.parameters() if p.requires_grad]
+    measured = []
+    for order, width in ((first, context), (second, other)):
+        packed = pack([made[i] for i in order], width)
+        windows = list(evaluation_windows(packed, width, 4))
+        with ShardedStep(model, 2) as sharded:
+            loss = sum(loss for loss, _ in sharded.losses(windows))
+            sums = [np.zeros(p.shape) for p in params]
+            for batch in windows:
+                _, grads = sharded.gradients(batch, params)
+                for total, grad in zip(sums, grads, strict=True):
+                    total += grad * float(batch.tokens)
+        measured.append((loss, np.concatenate([total.ravel() for total in sums])))
+    (loss, grads), (other_loss, other_grads) = measured
+    loss_bound, gradient_bound = PACKING_BOUNDS[dtype]
+    assert abs(loss - other_loss) <= loss_bound * loss
+    assert np.abs(grads - other_grads).max() <= gradient_bound * np.abs(grads).max()
+
+
+def test_trim_changes_no_loss_and_no_gradient():
+    model = adapted("llama", "float64")
+    params = [p for p in model.parameters() if p.requires_grad]
+    [batch] = evaluation_windows(pack(records([6, 4, 3]), 7), 7, 4)
+    trimmed = batch.trim()
+    assert (batch.ids.shape, trimmed.ids.shape) == ((2, 7), (2, 6))
+    assert trimmed.tokens == batch.tokens
+    losses = [language_modelling_loss(model, b) for b in (batch, trimmed)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-14)
+    for one, other in zip(*(gradients(loss, params) for loss in losses), strict=True):
+        assert np.allclose(one, other, rtol=1e-12, atol=1e-15)
+    empty = dataclasses.replace(batch, targets=np.full_like(batch.targets, IGNORE))
+    assert empty.trim().ids.shape == (2, 1)
