@@ -33,6 +33,7 @@ from minilora.data.records import (
 from minilora.data.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
 from minilora.errors import CheckpointError, ConfigError, DataError, FormatError
 from minilora.threads import blocks
+from minilora.training import loop
 from minilora.training.loop import Settings, evaluate, train
 
 BYTES = ByteTokenizer()
@@ -149,6 +150,17 @@ def test_windows_of_packed_records_have_another_order_in_each_epoch():
     assert len(orders) == 15
     again = [Windows(packed, 3, 20, 0).batch(4).ids.tolist() for _ in range(2)]
     assert again[0] == again[1]
+
+
+def test_windows_of_packed_records_never_have_the_first_token_of_a_record_for_a_target():
+    counts = np.ones(6, bool)
+    packed = PackedRecords(np.arange(6), counts, np.array([0, 6]), np.array([0, 2, 3]))
+    batch = packed.windows(np.array([0]), 7)
+    assert batch.targets.tolist() == [[1, IGNORE, IGNORE, 4, 5, IGNORE, IGNORE]]
+    assert batch.first_key.tolist() == [[0, 0, 2, 3, 3, 3, 3]]
+    two = dataclasses.replace(packed, edges=np.array([0, 3, 6]), starts=np.array([0, 2, 3]))
+    message = "padding sees the last record of its own window"
+    assert two.windows(np.array([0]), 5).first_key.tolist() == [[0, 0, 2, 2, 2]], message
 
 
 def test_task_windows_takes_packed_records():
@@ -691,6 +703,16 @@ def test_train_refuses_to_resume_with_other_targets(tmp_path, change):
     with pytest.raises(CheckpointError, match=r"belongs to another run: text \("):
         train(adapted(), other, SETTINGS, tmp_path / "out", resume="auto")
     train(adapted(), dataclasses.replace(packed), SETTINGS, tmp_path / "out", resume="auto")
+
+
+def test_train_refuses_to_resume_records_that_were_packed_in_another_form(tmp_path, monkeypatch):
+    packed = pack(sums(), 15)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(loop, "PACKING", "records see each other")
+        train(adapted(), packed, SETTINGS, tmp_path / "out")
+    message = r"packing \('records see each other' in the checkpoint, 'records do not see"
+    with pytest.raises(CheckpointError, match=message):
+        train(adapted(), packed, SETTINGS, tmp_path / "out", resume="auto")
 
 
 def test_train_takes_several_tasks_of_records(tmp_path):
