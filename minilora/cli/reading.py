@@ -36,8 +36,9 @@ def load_model(
     kind = args.quantize
     model = CausalLM.from_pretrained(args.base, device=args.device, stored=kind == "stored")
     tokenizer = load_tokenizer(args.base, model.config.vocab_size)
-    if tokenizer.note:
-        print(tokenizer.note, file=sys.stderr)
+    for note in (tokenizer.note, *tokenizer.special.notes):
+        if note:
+            print(note, file=sys.stderr)
     if kind not in ("none", "stored"):
         quantize(model, kind)
     if adapter is not None:

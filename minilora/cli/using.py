@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-
-import numpy as np
+import sys
 
 from ..display import printable
 from ..errors import DataError
@@ -42,19 +41,28 @@ def add_generate_options(parser: Parser) -> None:
     option(parser, "--top-k K", text)
     text = "choose among the likeliest tokens up to probability P, in (0, 1] (default: all)"
     option(parser, "--top-p P", text)
+    option(parser, "--ignore-eos", "go on where the text ends, up to --max-new-tokens")
 
 
 def generate(args: Args) -> None:
     from ..models.generation import stream
 
     model, tokenizer = load_model(args, args.adapter, args.task)
-    prompt = tokenizer.encode(args.prompt)
+    prompt = tokenizer.encode_prompt(args.prompt)
     if not len(prompt):
         raise DataError("--prompt is empty: give the model at least one token to continue")
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    ids = [int(token) for token in prompt]
+    eos: tuple[int, ...] = ()
+    if not args.ignore_eos:
+        eos = tokenizer.special.eos
+        if tokenizer.missing_end:
+            note = f"{tokenizer.missing_end}: only --max-new-tokens ends the text"
+            print(printable(note), file=sys.stderr)
+    ids = tokenizer.encode(args.prompt).tolist()  # what is shown: without a BOS
     shown = ""
-    for token in stream(model, np.asarray(prompt)[None], args.max_new_tokens, **sampling):
+    for token in stream(model, prompt[None], args.max_new_tokens, **sampling, eos=eos):
+        if token[0] in eos:
+            break
         ids.append(int(token[0]))
         text = tokenizer.decode(ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # wait for the rest of a character

@@ -102,7 +102,7 @@ class Chat:
         self.tokenizer = tokenizer
         self.patience = WAITS * seconds
         template, self.where = tokenizer.chat_template
-        given = {"tools": None, "documents": None, **tokenizer.special_tokens}
+        given = {"tools": None, "documents": None, **tokenizer.special.texts}
         self.order = {"path": sys.path, "template": template, "given": given, "seconds": seconds}
 
     def __enter__(self) -> Chat:
