@@ -19,18 +19,19 @@ to end its texts with this token must be stopped by it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import FormatError, Rule, check_fields, is_integer, optional, rules_for
+from ..errors import DataError, FormatError, Rule, check_fields, is_integer, optional, rules_for
 from ..formats.disk import JsonObject, PathLike, quoted, read_json
 
 MODEL_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 MAP_FILE = "special_tokens_map.json"
 SETTINGS_FILE = "tokenizer_config.json"
+MAX_SURROUNDING = 1024  # tokenizers in use put one or two ids around a text
 
 Ids = tuple[int, ...]
 TokenToId = Callable[[str], int | None]
@@ -125,31 +126,54 @@ def _token_text(name: str, value: Any, path: Path) -> str | None:
 
 
 def surrounding_ids(processor: JsonObject | None) -> tuple[Ids, Ids]:
-    """(before, after): the ids that a post-processor of tokenizer.json puts around one text."""
-    kind = None if processor is None else processor["type"]
-    if processor is None or kind == "ByteLevel":
-        return (), ()
-    before: Ids = ()
-    after: Ids = ()
-    if kind == "Sequence":
-        for part in processor["processors"]:
-            outer = surrounding_ids(part)
-            before = outer[0] + before
-            after = after + outer[1]
-        return before, after
-    if kind == "TemplateProcessing":
+    """(before, after): the ids that a post-processor of tokenizer.json puts around one text.
+
+    DataError for more than MAX_SURROUNDING of them.
+    """
+    before: list[int] = []
+    after: list[int] = []
+    for part in _parts(processor):
         is_before = True
+        start: list[int] = []
+        for piece in _pieces(part):
+            if piece is None:
+                is_before = False
+            elif is_before:
+                start.extend(piece)
+            else:
+                after.extend(piece)
+            if len(start) + len(before) + len(after) > MAX_SURROUNDING:
+                raise DataError(
+                    f"the post_processor puts more than {MAX_SURROUNDING} tokens around a text"
+                )
+        before = start + before
+    return tuple(before), tuple(after)
+
+
+def _parts(processor: JsonObject | None) -> Iterator[JsonObject]:
+    """The post-processors that a sequence of them has, the innermost first."""
+    if processor is None:
+        return
+    if processor["type"] != "Sequence":
+        yield processor
+        return
+    for part in processor["processors"]:
+        yield from _parts(part)
+
+
+def _pieces(processor: JsonObject) -> Iterator[list[int] | None]:
+    """The ids of each special token that a post-processor adds, and None in place of the text."""
+    kind = processor["type"]
+    if kind == "TemplateProcessing":
         for piece in processor["single"]:
             if "Sequence" in piece:
-                is_before = False
-                continue
-            ids = tuple(processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
-            if is_before:
-                before += ids
+                yield None
             else:
-                after += ids
-        return before, after
-    return (processor["cls"][1],), (processor["sep"][1],)  # BertProcessing, RobertaProcessing
+                yield processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    elif kind in ("BertProcessing", "RobertaProcessing"):
+        yield [processor["cls"][1]]
+        yield None
+        yield [processor["sep"][1]]
 
 
 # ---- all together --------------------------------------------------------------------------------

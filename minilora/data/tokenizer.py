@@ -195,9 +195,13 @@ class HubTokenizer:
         with self._usable():
             added = {t.content for t in self._tokenizer.get_added_tokens_decoder().values()}
             # transformers cuts a text at each of them, even if tokenizer.json does not list it.
-            for token in named.values():
-                if token.text not in added and token_to_id(token.text) is not None:
-                    self._tokenizer.add_special_tokens([AddedToken(token.text, special=True)])
+            texts = {token.text for token in named.values()} - added
+            missing = [
+                AddedToken(text, special=True)
+                for text in sorted(texts)
+                if token_to_id(text) is not None
+            ]
+            self._tokenizer.add_special_tokens(missing)
             processor = self._tokenizer.post_processor
             state = None if processor is None else json.loads(processor.__getstate__())
             around = surrounding_ids(state)

@@ -100,6 +100,27 @@ def test_generate_stops_at_each_eos_and_does_not_show_it(world, file):
         assert ok(f"{GENERATE} --ignore-eos") == (shown(new), "")
 
 
+CHAT_TEMPLATE = "{% for m in messages %}<x>{{ m.content }}</s>{% endfor %}"
+CHAT_TEMPLATE += "{% if add_generation_prompt %}<x>{% endif %}"
+
+
+def test_generate_chat_puts_the_prompt_into_the_template(world):
+    pytest.importorskip("jinja2")
+    settings = {"eos_token": "</s>", "chat_template": CHAT_TEMPLATE}
+    model = write_base(processor="bos", settings=settings)
+    tokenizer = load_tokenizer("base", VOCAB_SIZE)
+    ids = tokenizer.encode(f"<x>{PROMPT}</s><x>")[None]
+    new = generate(model, ids, 12, temperature=0, eos=EOS)[0, ids.shape[1] :].tolist()
+    new = [id for id in new if id != EOS]
+    out, err = ok(f"{GENERATE} --chat")
+    assert out == printable(tokenizer.decode(new), "\n\t") + "\n"
+    assert err == ""
+    write_base(settings={"eos_token": "</s>"})
+    code, _, err = run(f"{GENERATE} --chat")
+    assert code == 3
+    assert "chat template" in err
+
+
 def test_generate_notes_that_no_token_ends_the_text(world):
     model = write_base()
     out, err = ok(GENERATE)

@@ -190,6 +190,16 @@ def test_surrounding_ids_of_a_sequence_are_those_of_its_parts_from_the_inside() 
     assert surrounding_ids({"type": "Sequence", "processors": parts}) == ((BOS, BOS, OWN), (EOS,))
 
 
+def test_load_tokenizer_refuses_a_template_of_very_many_tokens(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, processor="bos")
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    fields["post_processor"]["special_tokens"]["<s>"] |= {"ids": [BOS] * 999, "tokens": ["s"] * 999}
+    fields["post_processor"]["single"] *= 999
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(DataError, match=r"tokenizer\.json.* more than 1024 tokens"):
+        load_tokenizer(folder, VOCAB_SIZE)
+
+
 def test_encode_prompt_adds_no_second_bos(tmp_path: Path) -> None:
     tokenizer = read(write_folder(tmp_path, processor="bos"))
     assert tokenizer.encode_prompt("<s>ab").tolist() == tokenizer.encode_prompt("ab").tolist()
