@@ -140,7 +140,8 @@ def read_training_text(
 
 
 def _encode(text: bytes, tokenizer: Tokenizer) -> tuple[Ids, float]:
-    """(ids, bytes per token)"""
+    """(ids, bytes per token) of a plain text, a stream without special tokens: windows of it begin
+    anywhere."""
     ids = tokenizer.encode(text)
     return ids, len(text) / max(1, len(ids))
 

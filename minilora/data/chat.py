@@ -96,7 +96,7 @@ class Chat:
     def __init__(self, tokenizer: Tokenizer, seconds: float = SECONDS):
         if isinstance(tokenizer, ByteTokenizer) or tokenizer.chat_template is None:
             raise DataError(
-                "messages need a tokenizer.json and its chat template (chat_template.jinja, or "
+                "a list of messages needs a tokenizer.json and its chat template (chat_template.jinja, or "
                 "chat_template in tokenizer_config.json): this model has none"
             )
         self.tokenizer = tokenizer

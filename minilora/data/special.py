@@ -41,7 +41,8 @@ TokenToId = Callable[[str], int | None]
 NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 END = "<|endoftext|>"
 
-# The tokens of a tokenizer's class where the folder names none. Other classes have none.
+# The tokens of a tokenizer's class where the folder names none. Other classes have none. A None
+# counts as named: tokenizer.json's padding is then not asked.
 CLASS_TOKENS: dict[str, dict[str, str | None]] = {
     "GPT2Tokenizer": {"bos_token": END, "eos_token": END, "unk_token": END, "pad_token": None},
     "Qwen2Tokenizer": {"bos_token": None, "eos_token": END, "unk_token": END, "pad_token": END},
