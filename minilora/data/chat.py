@@ -96,8 +96,9 @@ class Chat:
     def __init__(self, tokenizer: Tokenizer, seconds: float = SECONDS):
         if isinstance(tokenizer, ByteTokenizer) or tokenizer.chat_template is None:
             raise DataError(
-                "a list of messages needs a tokenizer.json and its chat template (chat_template.jinja, or "
-                "chat_template in tokenizer_config.json): this model has none"
+                "a list of messages needs a tokenizer.json and its chat template "
+                "(chat_template.jinja, or chat_template in tokenizer_config.json): this model has "
+                "none"
             )
         self.tokenizer = tokenizer
         self.patience = WAITS * seconds
