@@ -179,7 +179,7 @@ def as_tokenizer(file: Path) -> None:
     ids = [*tokenizer.encode(TEXT, add_special_tokens=True), *tokenizer.encode(TEXT)]
     tokenizer.decode(ids)
     tokenizer.decode([0, 255, tokenizer.vocab_size - 1, 4095])
-    _ = tokenizer.eos
+    tokenizer.encode_prompt(TEXT)
 
 
 def as_records(file: Path) -> None:

@@ -36,8 +36,9 @@ def load_model(
     kind = args.quantize
     model = CausalLM.from_pretrained(args.base, device=args.device, stored=kind == "stored")
     tokenizer = load_tokenizer(args.base, model.config.vocab_size)
-    if tokenizer.note:
-        print(tokenizer.note, file=sys.stderr)
+    for note in (tokenizer.note, *tokenizer.special.notes):
+        if note:
+            print(note, file=sys.stderr)
     if kind not in ("none", "stored"):
         quantize(model, kind)
     if adapter is not None:
@@ -139,7 +140,8 @@ def read_training_text(
 
 
 def _encode(text: bytes, tokenizer: Tokenizer) -> tuple[Ids, float]:
-    """(ids, bytes per token)"""
+    """(ids, bytes per token) of a plain text, a stream without special tokens: windows of it begin
+    anywhere."""
     ids = tokenizer.encode(text)
     return ids, len(text) / max(1, len(ids))
 

@@ -223,6 +223,7 @@ def _add_adalora_fields(parser: Parser) -> None:
 
 
 def finetune(args: Args) -> None:
+    from ..tools.rewriting import copy_companions
     from ..training.loop import Settings, train
 
     settings = Settings(**select_fields(args, Settings))
@@ -260,8 +261,8 @@ def finetune(args: Args) -> None:
         options = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
         result = train(model, tokens, settings, out, **options, title="finetune")
         model.save_pretrained(out)
-        if config is None and not tokenizer.note:  # a base without a tokenizer.json stays without
-            tokenizer.save(out)
+        if config is None:
+            copy_companions(args.base, out)
         if isinstance(config, AdaLoraConfig):
             _draw_ranks(out)
     _print_result(result, ratio)

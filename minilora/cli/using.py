@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 
-import numpy as np
-
+from ..data.batches import Ids
+from ..data.chat import Chat
+from ..data.tokenizer import Tokenizer
 from ..display import printable
 from ..errors import DataError
 from .options import (
@@ -42,25 +44,46 @@ def add_generate_options(parser: Parser) -> None:
     option(parser, "--top-k K", text)
     text = "choose among the likeliest tokens up to probability P, in (0, 1] (default: all)"
     option(parser, "--top-p P", text)
+    text = "--prompt is a user's message: use the model's chat template, and print the answer only"
+    option(parser, "--chat", text)
+    option(parser, "--ignore-eos", "go on where the text ends, up to --max-new-tokens")
 
 
 def generate(args: Args) -> None:
     from ..models.generation import stream
 
     model, tokenizer = load_model(args, args.adapter, args.task)
-    prompt = tokenizer.encode(args.prompt)
+    prompt, ids = _encode_prompt(args, tokenizer)
     if not len(prompt):
         raise DataError("--prompt is empty: give the model at least one token to continue")
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    ids = [int(token) for token in prompt]
+    eos: tuple[int, ...] = ()
+    if not args.ignore_eos:
+        eos = tokenizer.special.eos
+        if tokenizer.missing_end:
+            note = f"{tokenizer.missing_end}: only --max-new-tokens ends the text"
+            print(printable(note), file=sys.stderr)
     shown = ""
-    for token in stream(model, np.asarray(prompt)[None], args.max_new_tokens, **sampling):
+    for token in stream(model, prompt[None], args.max_new_tokens, **sampling, eos=eos):
+        if token[0] in eos:
+            break
         ids.append(int(token[0]))
         text = tokenizer.decode(ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # wait for the rest of a character
             print(printable(text[len(shown) :], "\n\t"), end="", flush=True)
             shown = text
     print(printable(tokenizer.decode(ids)[len(shown) :], "\n\t"))
+
+
+def _encode_prompt(args: Args, tokenizer: Tokenizer) -> tuple[Ids, list[int]]:
+    """(the ids to continue, those of them to show): as training encodes a record."""
+    if not args.chat:
+        # A BOS is not shown.
+        return tokenizer.encode_prompt(args.prompt), tokenizer.encode(args.prompt).tolist()
+    messages = [{"role": "user", "content": args.prompt}]
+    with Chat(tokenizer) as chat:
+        text = chat.render(messages, add_generation_prompt=True)
+    return tokenizer.encode(text), []
 
 
 def add_evaluate_options(parser: Parser) -> None:

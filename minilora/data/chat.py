@@ -96,13 +96,14 @@ class Chat:
     def __init__(self, tokenizer: Tokenizer, seconds: float = SECONDS):
         if isinstance(tokenizer, ByteTokenizer) or tokenizer.chat_template is None:
             raise DataError(
-                "'messages' needs a tokenizer.json and its chat template (chat_template.jinja, or "
-                "chat_template in tokenizer_config.json): this model has none"
+                "a list of messages needs a tokenizer.json and its chat template "
+                "(chat_template.jinja, or chat_template in tokenizer_config.json): this model has "
+                "none"
             )
         self.tokenizer = tokenizer
         self.patience = WAITS * seconds
         template, self.where = tokenizer.chat_template
-        given = {"tools": None, "documents": None, **tokenizer.special_tokens}
+        given = {"tools": None, "documents": None, **tokenizer.special.texts}
         self.order = {"path": sys.path, "template": template, "given": given, "seconds": seconds}
 
     def __enter__(self) -> Chat:

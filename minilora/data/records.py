@@ -5,9 +5,9 @@
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
                                               only the assistant's turns are learned
 
-The tokenizer's end-of-text token, if it has one, follows each record: it teaches a model to stop.
-Bytes have none, so records follow each other bare: end them with a line break of your own. A
-conversation is exactly what its chat template writes.
+The model's end-of-text token (`special.py`), if it has one, follows each record: it teaches a model
+to stop. Bytes have none, so records follow each other bare: end them with a line break of your own.
+A conversation is exactly what its chat template writes.
 """
 
 from __future__ import annotations
@@ -61,14 +61,16 @@ def read_records(path: PathLike, tokenizer: Tokenizer, context: int) -> list[Rec
     """The records of a file of JSON lines in UTF-8, of at most T + 1 = context + 1 tokens each.
 
     Empty lines are skipped. Longer records lose their ends, and one warning says how many tokens of
-    the whole that were; another says how many turns of the assistant's are not learned (see
-    `Chat`). Errors name the line. FormatError for a line that is not JSON (`parse_json`); DataError
-    for a line with other keys or types or without a token to learn, for a conversation that no chat
-    template can write, and for a file without records. OSError if the file cannot be read.
+    the whole that were. Others say how many turns of the assistant's are not learned (see `Chat`),
+    and that the model has no token that ends a text. Errors name the line. FormatError for a line
+    that is not JSON (`parse_json`); DataError for a line with other keys or types or without a
+    token to learn, for a conversation that no chat template can write, and for a file without
+    records. OSError if the file cannot be read.
     """
     require_positive(context=context)
     records = []
     cut = lost = total = skipped = 0
+    is_open = False  # whether a record has no template that writes its end
     with contextlib.ExitStack() as stack:
         chat = None
         for where, line in _lines(path):
@@ -81,6 +83,7 @@ def read_records(path: PathLike, tokenizer: Tokenizer, context: int) -> list[Rec
                     example = _encode(tokenizer, "", fields["text"])
                 else:
                     example = _encode(tokenizer, fields["prompt"], fields["completion"])
+                is_open |= "messages" not in fields
                 record = _cut(example, context)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
@@ -91,6 +94,12 @@ def read_records(path: PathLike, tokenizer: Tokenizer, context: int) -> list[Rec
             skipped += example.skipped
     if not records:
         raise DataError(f"{quoted(path)} has no record to train on")
+    if is_open and tokenizer.missing_end:
+        warnings.warn(
+            f"{tokenizer.missing_end}: a model does not learn where the records of "
+            f"{quoted(path)} end",
+            stacklevel=2,
+        )
     if cut:
         warnings.warn(
             f"{quoted(path)}: {cut:,} of {len(records):,} records are longer than {context + 1} "
@@ -141,20 +150,19 @@ def _encode(tokenizer: Tokenizer, prompt: str, text: str) -> Example:
     """A prompt and its completion in tokens, the completion to be learned.
 
     The ids are those of both as one text, with the special tokens that the tokenizer's file asks
-    for. What is learned begins where they differ from the ids of the prompt alone: a token that
-    has the prompt's end and the completion's beginning is learned, because after the prompt alone
-    a model has to write it anew.
+    for (`special.py`), the end of the text among them. What is learned begins where they differ
+    from the ids of the prompt alone: a token that has the prompt's end and the completion's
+    beginning is learned, because after the prompt alone a model has to write it anew.
     """
-    ids = tokenizer.encode(prompt + text, add_special_tokens=True)
-    alone = tokenizer.encode(prompt, add_special_tokens=True)
+    ids = tokenizer.encode_prompt(prompt + text)
+    alone = tokenizer.encode_prompt(prompt)
     start = size = min(len(ids), len(alone))
     different = np.flatnonzero(ids[:size] != alone[:size])
     if len(different):
         start = int(different[0])
     end = len(ids)
-    # Some files put an end-of-text token there themselves.
-    if tokenizer.eos is not None and (not end or ids[-1] != tokenizer.eos):
-        ids = np.append(ids, np.int32(tokenizer.eos))
+    if closing := tokenizer.special.closing(int(ids[-1]) if end else None):
+        ids = np.append(ids, np.array(closing, np.int32))
     learned, spoken = np.zeros((2, len(ids)), bool)
     learned[start:] = True
     spoken[start:end] = True

@@ -27,11 +27,18 @@ from ..formats.disk import (
     read_json,
     write_json,
 )
+from .special import (
+    MAP_FILE,
+    SETTINGS_FILE,
+    SpecialTokens,
+    default_tokens,
+    named_tokens,
+    read_special_tokens,
+    surrounding_ids,
+)
 
 TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
-SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # tokens with a meaning of their own
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest in use, of 256,000 tokens, take about 35 MB
 
 # Fields of tokenizer.json that change no id. (transformers drops or rewrites them.)
@@ -91,11 +98,16 @@ class ByteTokenizer:
 
     note: str = ""  # why bytes were chosen, where the model's own files do not say so
     vocab_size: ClassVar[int] = 256
-    eos: ClassVar[int | None] = None  # all 256 bytes may occur in a text
+    special: ClassVar[SpecialTokens] = SpecialTokens()  # none: all 256 bytes may occur in a text
+    missing_end: ClassVar[str] = ""
 
     def encode(self, text: str | bytes, add_special_tokens: bool = False) -> NDArray[np.int32]:
         """The bytes of the text, a str as UTF-8. No special tokens exist to be added."""
         return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+
+    def encode_prompt(self, text: str | bytes) -> NDArray[np.int32]:
+        """The same bytes: see `HubTokenizer.encode_prompt`."""
+        return self.encode(text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes again. Other ids (a model may have a larger vocabulary) give U+FFFD."""
@@ -115,19 +127,22 @@ class ByteTokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
-        write_json(Path(directory, CONFIG_FILE), config)
+        write_json(Path(directory, SETTINGS_FILE), config)
 
 
 class HubTokenizer:
     """Any other tokenizer.json, run by the `tokenizers` package.
 
+    special       the model's special tokens (special.py)
+    missing_end   a note if no token ends a text, else empty
+
     DataError for a file that the package cannot run, or that gives two tokens one id.
     """
 
-    FILES = (TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json", TEMPLATE_FILE)
+    FILES = (TOKENIZER_FILE, SETTINGS_FILE, MAP_FILE, TEMPLATE_FILE)
     note = ""
 
-    def __init__(self, directory: PathLike):
+    def __init__(self, directory: PathLike, vocab_size: int):
         self._path = os.path.join(directory, TOKENIZER_FILE)
         where = quoted(self._path)
         try:
@@ -138,6 +153,7 @@ class HubTokenizer:
             ) from None
         with self._usable():
             self._tokenizer = tokenizers.Tokenizer.from_file(self._path)
+        self._padding = self._tokenizer.padding
         # A file may ask for both, but a corpus is one long text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -158,37 +174,52 @@ class HubTokenizer:
                         )
                     self._files[name] = file.read()
 
+        self.special = self._read_special_tokens(directory, vocab_size)
+        self.missing_end = ""
+        if not self.special.eos:
+            self.missing_end = (
+                f"{quoted(directory)} names no token that ends a text (eos_token in "
+                "tokenizer_config.json, or eos_token_id in generation_config.json)"
+            )
+
+    def _read_special_tokens(self, directory: PathLike, vocab_size: int) -> SpecialTokens:
+        """The model's special tokens, which `self._tokenizer` then finds in texts, too."""
+        from tokenizers import AddedToken
+
+        is_byte_level = b'"ByteLevel"' in self._files[TOKENIZER_FILE]
+        default = default_tokens(directory, self._settings, is_byte_level)
+        if self._padding is not None:
+            default = {"pad_token": self._padding["pad_token"], **default}
+        named = named_tokens(directory, self._settings, default)
+        token_to_id = self._tokenizer.token_to_id
+        with self._usable():
+            added = {t.content for t in self._tokenizer.get_added_tokens_decoder().values()}
+            # transformers cuts a text at each of them, even if tokenizer.json does not list it.
+            texts = {token.text for token in named.values()} - added
+            missing = [
+                AddedToken(text, special=True)
+                for text in sorted(texts)
+                if token_to_id(text) is not None
+            ]
+            self._tokenizer.add_special_tokens(missing)
+            processor = self._tokenizer.post_processor
+            state = None if processor is None else json.loads(processor.__getstate__())
+            around = surrounding_ids(state)
+        return read_special_tokens(directory, named, token_to_id, around, vocab_size)
+
     @cached_property
-    def _config(self) -> JsonObject:
+    def _settings(self) -> JsonObject:
         """tokenizer_config.json; an empty object if it is another value, or missing.
 
         Python's own parser reads it: minilora uses few of its fields, and others have integers of
         31 digits.
         """
         try:
-            config = json.loads(self._files.get(CONFIG_FILE, b"{}"))
+            settings = json.loads(self._files.get(SETTINGS_FILE, b"{}"))
         except (ValueError, RecursionError):
-            raise DataError(f"the {CONFIG_FILE} beside {quoted(self._path)} is not JSON") from None
-        return config if isinstance(config, dict) else {}
-
-    @cached_property
-    def special_tokens(self) -> dict[str, str]:
-        """bos_token, eos_token and the like, those that tokenizer_config.json names."""
-        texts = {}
-        for name in SPECIAL:
-            token = self._config.get(f"{name}_token")
-            if isinstance(token, dict):
-                token = token.get("content")
-            if isinstance(token, str):
-                texts[f"{name}_token"] = token
-        return texts
-
-    @cached_property
-    def eos(self) -> int | None:
-        """The id of tokenizer_config.json's eos_token, which ends a text. None if it names none."""
-        token = self.special_tokens.get("eos_token")
-        with self._usable():
-            return None if token is None else self._tokenizer.token_to_id(token)
+            where = f"the {SETTINGS_FILE} beside {quoted(self._path)}"
+            raise DataError(f"{where} is not JSON") from None
+        return settings if isinstance(settings, dict) else {}
 
     @cached_property
     def added(self) -> list[int]:
@@ -206,8 +237,8 @@ class HubTokenizer:
         name = TEMPLATE_FILE
         template: Any = self._files.get(TEMPLATE_FILE)
         if template is None:
-            name = f"the chat_template in {CONFIG_FILE}"
-            template = self._config.get("chat_template")
+            name = f"the chat_template in {SETTINGS_FILE}"
+            template = self._settings.get("chat_template")
         if isinstance(template, list):
             named = template
             template = None
@@ -256,6 +287,18 @@ class HubTokenizer:
         with self._usable():
             encoding = self._tokenizer.encode(decoded, add_special_tokens=add_special_tokens)
             return np.array(encoding.ids, np.int32)
+
+    def encode_prompt(self, text: str | bytes) -> NDArray[np.int32]:
+        """The ids of a text that is to be continued, in training and in generation.
+
+        What the file asks for before a text comes first, unless the text begins with it: what a
+        chat template writes has a BOS. What the file asks for after a text is left out.
+        """
+        before = np.array(self.special.before, np.int32)
+        ids = self.encode(text)
+        if np.array_equal(ids[: len(before)], before):
+            return ids
+        return np.concatenate([before, ids])
 
     @cached_property
     def _bare(self) -> Any:
@@ -315,7 +358,7 @@ def load_tokenizer(directory: PathLike, vocab_size: int) -> Tokenizer:
     elif _is_byte_level(read_json(path, limit=MAX_TOKENIZER_BYTES)):
         tokenizer = ByteTokenizer()
     else:
-        tokenizer = HubTokenizer(directory)
+        tokenizer = HubTokenizer(directory, vocab_size)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"{tokenizer.note or quoted(path)}: {tokenizer.vocab_size} ids, more than the model's "

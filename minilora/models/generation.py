@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,9 @@ def generate(
     tasks: str | Sequence[str] | None = None,
     **sampling: Any,
 ) -> np.ndarray:
-    """The prompts and what `stream` appends to them.    ids (B, T) -> (B, T + max_new_tokens)
+    """The prompts and what `stream` appends to them.    ids (B, T) -> (B, T + N)
+
+    N is max_new_tokens, or less if each text has ended before that.
 
     tasks   for a model that has several: the task whose adapters continue each prompt, one name per
             prompt or one for all. The prompts of one task run together and apart from those of
@@ -44,10 +47,17 @@ def generate(
     if not hasattr(model, "rows_of"):
         raise ConfigError("tasks were given, but the model has none")
     groups = model.rows_of(tasks, len(prompt))
+    stops, pad = _stop_ids(sampling.get("eos", ()), sampling.get("pad"), model.config.vocab_size)
+    sampling |= {"eos": stops, "pad": pad}
     texts = []
     for task, rows in groups.items():
         with model.task(task):
             texts.append(generate(model, prompt[rows], max_new_tokens, **sampling))
+    # The texts of a task are shorter if they have all ended.
+    width = max(text.shape[1] for text in texts)
+    for i, text in enumerate(texts):
+        missing = width - text.shape[1]
+        texts[i] = np.pad(text, ((0, 0), (0, missing)), constant_values=pad)
     rows = np.concatenate(list(groups.values()))
     return np.concatenate(texts)[np.argsort(rows)]
 
@@ -60,8 +70,10 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    eos: int | Iterable[int] = (),
+    pad: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield the next token (B,) of each prompt, `max_new_tokens` times.
+    """Yield the next token (B,) of each prompt, up to `max_new_tokens` times.
 
     model         a CausalLM, or a PeftModel around one
     ids           (B, T) integers, T >= 1; only the last max_position_embeddings of them are seen
@@ -69,6 +81,9 @@ def stream(
     top_k         keep the k likeliest tokens; None: all
     top_p         keep the likeliest tokens up to probability p (Holtzman et al. 2020); None: all
     seed          of NumPy's generator: the same seed gives the same text
+    eos           the ids at which a text ends. Such an id is its last one, and the stream ends when
+                  all texts have. The others are what they would be without an end
+    pad           the id that follows a text that has ended; None: the first of `eos`
 
     When the context is full, generation continues from its newer half. Adapters run merged, and the
     weights are those of the first call. ConfigError for a setting out of range.
@@ -82,6 +97,8 @@ def stream(
             f"a prompt needs at least one token: ids of shape (batch, time), got {ids.shape}"
         )
     check_fields(locals(), SETTINGS)
+    stops, pad = _stop_ids(eos, pad, V)
+    ended = np.zeros(len(ids), bool)
     rng = np.random.default_rng(seed)
     window = ids[:, -limit:]  # what the caches will hold
     pending = window  # the part of it that the model has not seen yet
@@ -116,9 +133,33 @@ def stream(
             token = sample(
                 backend.to_numpy(logits), rng, temperature, min(top_k or V, V), top_p or 1.0
             )
+            token = np.where(ended, pad, token)
+            ended |= np.isin(token, stops)
             pending = token[:, None]
             window = np.concatenate([window, pending], axis=1)
             yield token
+            if len(stops) and ended.all():
+                return
+
+
+def _stop_ids(eos: int | Iterable[int], pad: int | None, vocab_size: int) -> tuple[list[int], int]:
+    """(the ids at which a text ends, the id that follows it). ConfigError for what is no id."""
+    stops = list(eos) if isinstance(eos, Iterable) else [eos]
+    if pad is None:
+        pad = stops[0] if stops else 0
+
+    def is_id(value: Any) -> bool:
+        is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+        return is_integer and 0 <= value < vocab_size
+
+    wanted = f"from 0 to {vocab_size - 1}"
+    ids = {"eos": stops, "pad": pad}
+    rules = [
+        Rule("eos", lambda ids: all(map(is_id, ids)), f"ids {wanted}"),
+        Rule("pad", is_id, f"an id {wanted}"),
+    ]
+    check_fields(ids, rules)
+    return stops, pad
 
 
 def sample(

@@ -2,6 +2,7 @@
 
 stored    one tensor's bits, rounded once to another dtype
 rewrite   a checkpoint -> a checkpoint: the same files and keys, with new tensors
+copy_companions   the tokenizer and how to generate, from one checkpoint's folder to another
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..formats import (
     write_stream,
 )
 from ..formats.checkpoint import CONFIG_FILE, INDEX_FILE, MAX_INDEX_BYTES, WEIGHTS_FILE
-from ..formats.disk import atomic_file, open_regular
+from ..formats.disk import PathLike, atomic_file, open_regular
 from ..formats.dtypes import DTYPES, FLOATS, empty_as, round_to, row_blocks, widen
 
 Array = np.ndarray
@@ -156,15 +157,23 @@ def rewrite(
     folder = Path(checkpoint.directory)
     if list(shards) != [WEIGHTS_FILE]:
         _write_index(folder, stage, shards)
-    for name in COMPANIONS:
-        if (folder / name).is_file():
-            with open_regular(folder / name) as source, atomic_file(stage / name) as target:
-                shutil.copyfileobj(source, target, 1 << 20)
+    copy_companions(folder, stage)
     if dtype is not None:
         is_old = "torch_dtype" in config and "dtype" not in config
         config = {**config, "torch_dtype" if is_old else "dtype": dtype}
     write_json(stage / CONFIG_FILE, config)
     return rows
+
+
+def copy_companions(base: PathLike, out: PathLike) -> None:
+    """Copy the files of a base's folder that are neither weights nor config.json.
+
+    They say how texts become ids and where generation stops, for the new checkpoint as for the old.
+    """
+    for name in COMPANIONS:
+        if Path(base, name).is_file():
+            with open_regular(Path(base, name)) as source, atomic_file(Path(out, name)) as target:
+                shutil.copyfileobj(source, target, 1 << 20)
 
 
 def _count_weights(entries: list[Entry]) -> int:

@@ -312,7 +312,7 @@ bad_line(THREE, "found 'text', 'prompt', 'completion'")
 bad_line({"prompt": "abc"}, "found 'prompt'")
 bad_line({"completion": "abc"}, "found 'completion'")
 bad_line({"\x1b[2J" * 5000: "abc"}, "no other key")
-bad_line({"messages": []}, "'messages' needs a tokenizer.json and its chat template")
+bad_line({"messages": []}, "messages needs a tokenizer.json and its chat template")
 bad_line({"messages": [], "text": "a"}, "no other key, found 'messages', 'text'")
 bad_line({"text": 3}, "expected 'text' to be a text, found int")
 bad_line({"text": None}, "found NoneType")
@@ -464,8 +464,7 @@ def test_read_records_adds_the_tokenizer_s_special_tokens(
     records = read_records(written(tmp_path, line, good), tokenizer, 9)
     assert records[0].ids.tolist() == ids
     assert records[0].learned.tolist() == [i >= first for i in range(len(ids))]
-    if template != "<s> $A </s>":  # whose end token, which has no bytes, shares them
-        assert records[0].size == pytest.approx(size)
+    assert records[0].size == pytest.approx(size)
     packed = pack(records, 9)
     assert len(packed.edges) == 2
     beginning = packed.ids.tolist()[: len(ids) + 1]
@@ -502,25 +501,44 @@ ends({"eos_token": "</s>"}, 1)
 ends({"eos_token": {"content": "</s>", "lstrip": False}}, 1)
 ends({"eos_token": "<nowhere>"}, None)
 ends({"eos_token": None}, None)
-ends({"eos_token": 1}, None)
-ends({"eos_token": {"content": ["</s>"]}}, None)
 ends({}, None)
 ends([], None)
+ends({"eos_token": 1}, "eos_token must be a text")
+ends({"eos_token": {"content": ["</s>"]}}, "eos_token must be a text")
 ends(b"{", "tokenizer_config.json")
 ends(b"[" * 100_000, "tokenizer_config.json")
 ends(b"\xff\xff\xff", "tokenizer_config.json")
 
 
 @pytest.mark.parametrize(("config", "eos"), ENDS)
-def test_eos_is_what_tokenizer_config_names(tmp_path, config, eos):
-    tokenizer = hub(tmp_path, config=config)
+def test_read_records_ends_each_with_the_token_of_tokenizer_config(tmp_path, config, eos):
     if isinstance(eos, str):
-        with pytest.raises(DataError, match=eos):
-            read_records(written(tmp_path, {"text": "abc"}), tokenizer, 9)
+        with pytest.raises((DataError, FormatError), match=eos):
+            hub(tmp_path, config=config)
+        return
+    tokenizer = hub(tmp_path, config=config)
+    path = written(tmp_path, {"text": "abc"})
+    if eos is None:
+        with pytest.warns(UserWarning, match="no token that ends a text"):
+            (record,) = read_records(path, tokenizer, 9)
     else:
-        assert tokenizer.eos == eos
-        (record,) = read_records(written(tmp_path, {"text": "abc"}), tokenizer, 9)
-        assert record.ids.tolist() == [0, 5, 4] + [1] * (eos is not None)
+        (record,) = read_records(path, tokenizer, 9)
+    assert record.ids.tolist() == [0, 5, 4] + [1] * (eos is not None)
+
+
+def test_read_records_ends_each_with_the_first_of_several(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 1]}')
+    tokenizer = hub(tmp_path, config={})
+    path = written(tmp_path, {"text": "ac"}, {"text": "ab</s>"})
+    first, second = read_records(path, tokenizer, 9)
+    assert first.ids.tolist() == [0, 2, 4, 3]
+    assert second.ids.tolist() == [0, 5, 1], "which ends a text already"
+
+
+def test_read_records_puts_one_bos_before_a_text_that_has_one(tmp_path):
+    tokenizer = hub(tmp_path)
+    (record,) = read_records(written(tmp_path, {"text": "<s>abc"}), tokenizer, 9)
+    assert record.ids.tolist() == [0, 5, 4, 1]
 
 
 # ---- conversations -------------------------------------------------------------------------------
@@ -615,8 +633,8 @@ def test_read_records_names_a_bad_conversation(tmp_path, chat, name, line, named
     assert re.search(named, str(caught.value))
 
 
-def test_eos_of_bytes_is_none():
-    assert BYTES.eos is None
+def test_eos_of_bytes_is_empty():
+    assert BYTES.special.eos == ()
 
 
 # ---- training ------------------------------------------------------------------------------------

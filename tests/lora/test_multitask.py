@@ -892,6 +892,22 @@ def test_generate_continues_each_prompt_as_its_own_task() -> None:
     assert np.array_equal(generate(model, ids, 0, tasks=tasks), ids)
 
 
+def test_generate_of_several_tasks_fills_the_texts_that_have_ended() -> None:
+    model = make_model("heads").eval()
+    ids = random_ids(4, 3)
+    tasks = ["prose", "code", "prose", BASE]
+    whole = generate(model, ids, 6, tasks=tasks, temperature=0)
+    stop = int(whole[1, 4])
+    ended = generate(model, ids, 6, tasks=tasks, temperature=0, eos=[stop], pad=0)
+    for row, text in zip(whole, ended, strict=True):
+        places = np.flatnonzero(row[3:] == stop)
+        length = 4 + int(places[0]) if len(places) else 9
+        assert np.array_equal(text[:length], row[:length])
+        assert not text[length:].any()
+    texts = generate(model, ids[:2], 6, tasks=tasks[:2], temperature=0, eos=range(1, 13), pad=0)
+    assert texts.shape[1] <= 5
+
+
 def test_generate_takes_one_task_for_all_prompts() -> None:
     model = make_model("heads").eval()
     ids = random_ids(2, 3)

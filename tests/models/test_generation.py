@@ -116,6 +116,53 @@ def test_generate_with_top_k_of_one_is_greedy_and_of_no_tokens_is_the_prompt() -
     assert np.array_equal(generate(model(), ids.tolist(), 0), ids)
 
 
+# ---- the end of a text ---------------------------------------------------------------------------
+
+stop_ids = st.lists(st.integers(0, 12), min_size=1, max_size=4)
+
+
+@given(prompts, seeds, stop_ids, st.sampled_from([None, 0, 12]), st.sampled_from([0.0, 1.0]))
+def test_generate_with_eos_is_the_text_without_up_to_its_end(
+    ids: np.ndarray, seed: int, stops: list[int], pad: int | None, temperature: float
+) -> None:
+    settings = {"temperature": temperature, "seed": seed}
+    whole = generate(model(seed), ids, 12, **settings)
+    ended = generate(model(seed), ids, 12, **settings, eos=stops, pad=pad)
+    T = ids.shape[1]
+    expected = whole.copy()
+    lengths = []
+    for row in expected:
+        ends = np.flatnonzero(np.isin(row[T:], stops))
+        length = int(ends[0]) + 1 if len(ends) else 12
+        row[T + length :] = stops[0] if pad is None else pad
+        lengths.append(length)
+    assert np.array_equal(ended, expected[:, : T + max(lengths)])
+
+
+def test_stream_ends_with_the_token_that_ends_the_last_text() -> None:
+    ids = np.array([[1, 2], [3, 4]])
+    tokens = np.stack(list(stream(model(), ids, 12, temperature=0)), axis=1)
+    first, second = tokens[0, 2], tokens[1, 5]
+    ended = list(stream(model(), ids, 12, temperature=0, eos=(first, second), pad=11))
+    assert len(ended) < 12
+    assert set(ended[-1]) <= {first, second, 11}
+    alone = list(stream(model(), ids[:1], 12, temperature=0, eos=int(first)))
+    assert alone[-1] == [first]
+    assert len(alone) == tokens[0].tolist().index(first) + 1
+
+
+@pytest.mark.parametrize("eos", [-1, 13, 1.0, True, None, [2, 13], ["2"]])
+def test_stream_refuses_an_eos_that_is_no_id(eos: Any) -> None:
+    with pytest.raises(ConfigError, match="eos must be ids from 0 to 12, got"):
+        next(stream(model(), [[1]], 3, eos=eos))
+
+
+@pytest.mark.parametrize("pad", [-1, 13, 1.0, True])
+def test_stream_refuses_a_pad_that_is_no_id(pad: Any) -> None:
+    with pytest.raises(ConfigError, match="pad must be an id from 0 to 12, got"):
+        next(stream(model(), [[1]], 3, eos=2, pad=pad))
+
+
 @pytest.mark.parametrize("limit", [1, 2, 5])
 @pytest.mark.parametrize("length", [1, 4, 9])
 def test_generate_in_a_full_context_continues_from_its_newer_half(limit: int, length: int) -> None:

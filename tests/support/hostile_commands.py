@@ -119,6 +119,7 @@ def add_number_rows() -> None:
     refused_values(56, GENERATE, "max-new-tokens", "max_new_tokens", [-1])
     command(56, f"{GENERATE} --top-k 100000", None)
     command(57, f"{GENERATE} --prompt ''", 3, "--prompt is empty")
+    command(57, f"{GENERATE} --chat", 3, "chat template")
     command(57, f"{GENERATE} --prompt '{'long ' * 100}'", None)
     command(57, f"{GENERATE} --prompt '\udcff\x1b\U0001f600 é'", None)
 

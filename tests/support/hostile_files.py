@@ -42,6 +42,7 @@ from hostile import (
 )
 
 from minilora import CausalLM, PeftModel
+from minilora.data.special import default_tokens, named_tokens, read_special_tokens
 from minilora.data.texts import read_text
 from minilora.data.tokenizer import MAX_TOKENIZER_BYTES, load_tokenizer
 from minilora.errors import ConfigError, DataError, FormatError
@@ -53,6 +54,7 @@ from minilora.formats import (
     read_json,
     save_file,
 )
+from minilora.formats.disk import MAX_JSON_BYTES
 from minilora.formats.safetensors import MAX_HEADER_BYTES
 
 # ---- safetensors ---------------------------------------------------------------------------------
@@ -771,6 +773,65 @@ def add_tokenizer_rows() -> None:
     command(52, EVALUATE, 3, "tokenizer.json", build=cut("base/tokenizer.json", 100))
 
 
+def read_special(world: World) -> None:
+    """The special tokens of the base, without the package `tokenizers`."""
+    named = named_tokens("base", {}, default_tokens("base", {}, is_byte_level=True))
+    read_special_tokens("base", named, lambda text: None, ((), ()), 256)
+
+
+def add_special_token_rows() -> None:
+    """The files beside a tokenizer.json that name special tokens."""
+    contents = {
+        "cut": (b'{"a": ', "not valid JSON"),
+        "a list": (b"[2]", "JSON object"),
+        "NaN": (b'{"a": NaN}', "not valid JSON"),
+        "too large a number": (b'{"a": 1e400}', "not valid JSON"),
+        "a field twice": (b'{"a": 1, "a": 2}', "twice"),
+        "deep": (b'{"a":' * 1000 + b"1" + b"}" * 1000, "deeper"),
+        "thousands of digits": (b'{"eos_token_id": ' + b"9" * 5000 + b"}", "integer"),
+        "half of a surrogate pair": (b'{"eos_token": "\\ud800"}', "surrogates"),
+        "not UTF-8": (b'{"a": "\xff"}', "utf-8"),
+        "empty": (b"", "not valid JSON"),
+        "more than 1 MiB": (b'{"a": "' + b"x" * MAX_JSON_BYTES + b'"}', "expected at most"),
+    }
+    for file in ("generation_config.json", "special_tokens_map.json"):
+        path = f"base/{file}"
+        for name, (content, says) in contents.items():
+            build = written(path, content)
+            add(52, f"{file}: {name}", build, read_special, FormatError, file, says)
+        pipe = both(written(path, b"{}"), replaced_by_pipe(path))
+        add(52, f"{file}: a pipe", pipe, read_special, FormatError, file, "regular file")
+        add(52, f"{file}: a folder", make_folder(path), read_special, FormatError, file)
+        # Texts are bytes in this base, which have no special tokens: the file is not read.
+        command(52, f"{GENERATE} --ignore-eos", None, build=pipe)
+    wanted = "an integer, a list of integers, or null"
+    ids = {"eos_token_id": ("2", 2.5, True, {}, [[2]], [2, None], ["2"])}
+    ids |= dict.fromkeys(("bos_token_id", "pad_token_id"), ("2", 2.5, True, {}, [2]))
+    for file in ("config.json", "generation_config.json"):
+        for field, values in ids.items():
+            for value in values:
+                build = both(write_generation, set_to(f"base/{file}", **{field: value}))
+                says = wanted if field == "eos_token_id" else "an integer, or null"
+                name = f"{file}: {field} {value!r}"
+                add(52, name, build, read_special, FormatError, file, field, says)
+        # No id of the model, or so many that a slow test for membership would be noticed.
+        for value in (-1, 256, 10**19, [], None, list(range(100_000))):
+            build = both(write_generation, set_to(f"base/{file}", eos_token_id=value))
+            add(52, f"{file}: {value!r:.30}", build, read_special, None)
+    for value in (2, True, ["</s>"], {"content": 2}, {}):
+        build = written("base/special_tokens_map.json", json.dumps({"eos_token": value}).encode())
+        says = ("special_tokens_map.json", "eos_token must be a text")
+        add(52, f"eos_token {value!r}", build, read_special, FormatError, *says)
+
+
+def write_generation(folder: Path) -> None:
+    (folder / "base" / "generation_config.json").write_text("{}")
+
+
+def make_folder(path: str) -> Build:
+    return lambda folder: (folder / path).mkdir()
+
+
 add_safetensors_rows()
 add_odd_safetensors_rows()
 add_path_rows()
@@ -782,3 +843,4 @@ add_config_rows()
 add_weight_rows()
 add_nonfinite_rows()
 add_tokenizer_rows()
+add_special_token_rows()
