@@ -358,7 +358,9 @@ def cross_entropy(
     with np.errstate(invalid="ignore"):  # an infinite logit makes its row NaN
         E = xp.exp(Z - top)  # (N, V)
         down = Z[each, t] - top[:, 0]  # (N,)
-    E[ignored] = 1  # an ignored row is not read any further, whatever it contains
+    # An ignored row is not read any further, whatever it contains. (An assignment through a mask
+    # would wait for a GPU, which counts the mask.)
+    xp.copyto(E, 1, where=ignored[:, None])
     total = E.sum(axis=-1, keepdims=True)  # (N, 1)
     # Not log + top - Z, which would round away a loss near 0.
     nll = xp.where(ignored, 0, xp.log(total)[:, 0] - down)
@@ -402,7 +404,7 @@ def linear_cross_entropy(
 
     def logits(W: Array, at: slice) -> Array:
         Z = W @ X[at].T  # (v, C) @ (C, n) -> (v, n): NumPy reduces over rows with whole vectors
-        Z[:, ignored[at]] = 0
+        xp.copyto(Z, 0, where=ignored[at])  # unlike Z[:, mask] = 0 it does not wait for a GPU
         return Z
 
     for at in blocks(len(X), ROWS):
@@ -573,7 +575,7 @@ def _attend(
         last = S - T + at.stop
         first = max(0, last - t + 1 - window) if window else 0
         if on_host is not None:
-            first = max(first, int(on_host[:, at].min(initial=last)))
+            first = max(first, int(np.min(on_host[:, at], initial=last)))
         keys = slice(first, last)
         P, view = products(kh[..., keys, :], qh[..., at, :])
         # Only the newest t keys can be later than a query.
@@ -585,7 +587,7 @@ def _attend(
             P[:, :old].reshape(B, old, H, t)[...] += past.astype(q.dtype)[:old, None, :t]
         if first_key is not None:
             # Only keys before the largest first_key can be hidden from a query.
-            end = last if on_host is None else int(on_host[:, at].max(initial=first))
+            end = last if on_host is None else int(np.max(on_host[:, at], initial=first))
             is_hidden = xp.arange(first, end)[:, None] < first_key[:, None, at]  # (B, key, query)
             earlier = P[:, : end - first].reshape(B, end - first, H, t)
             xp.copyto(earlier, -np.inf, where=is_hidden[:, :, None])

@@ -310,7 +310,10 @@ class DevArray:
     def __setitem__(self, key: Any, value: Any) -> None:
         parts = self._key(key)
         value = _operand(value)
-        if any(isinstance(part, np.ndarray) and part.dtype != bool for part in parts):
+        arrays = [part for part in parts if isinstance(part, np.ndarray)]
+        if any(part.dtype == bool for part in arrays):
+            METER.wait("an assignment through a mask")  # CuPy counts the True ones; copyto does not
+        if any(part.dtype != bool for part in arrays):
             try:
                 places = np.arange(self.size).reshape(self.shape)[parts]
             except IndexError as error:
