@@ -32,7 +32,7 @@ from strict_xp import (
 )
 
 from minilora.autograd import Tensor
-from minilora.backend import backend_of
+from minilora.backend import Backend, backend_of
 from minilora.errors import DeviceError
 
 PACKAGE = Path(__file__).parents[1] / "minilora"
@@ -239,6 +239,41 @@ def test_meter_counts_operations_but_not_views() -> None:
         with counted():
             eval(expression)
             assert METER.operations == operations, expression
+
+
+# Matrix products of the arrays below, with the operations that CuPy takes for each.
+PRODUCTS: dict[str, int] = {}
+PRODUCTS["xp.matmul(a, b)"] = 1
+PRODUCTS["a @ b[0]"] = 4  # three tables of pointers, because the batch is broadcast
+PRODUCTS["a[0] @ b"] = 4
+PRODUCTS["a[:, None] @ b[None]"] = 7  # three tables for each of two batch axes
+PRODUCTS["a[:1] @ b[:1]"] = 1
+PRODUCTS["a @ c.swapaxes(1, 2)"] = 2  # a transposed operand is copied,
+PRODUCTS["a.swapaxes(1, 2) @ c.swapaxes(1, 2)[:, :3]"] = 3
+PRODUCTS["a[:, :2] @ b"] = 2  # and every other one with gaps,
+PRODUCTS["a[0].T @ c[0, :3]"] = 1  # but not among two axes,
+PRODUCTS["a[0] @ c[0].T"] = 1
+PRODUCTS["a[0, :, :2] @ c[0, :2]"] = 2  # where only gaps matter
+PRODUCTS["a[0] @ b[0, :, 0]"] = 2
+PRODUCTS["xp.matmul(a, b, out=out)"] = 1
+PRODUCTS["xp.matmul(a, b, out=out.swapaxes(1, 2))"] = 2
+PRODUCTS["xp.matmul(a[0], b[0], out=out[0].T)"] = 2
+PRODUCT_ARRAYS = {"a": (2, 3, 4), "b": (2, 4, 3), "c": (2, 5, 4), "out": (2, 3, 3)}
+
+
+def product_arrays(backend: Backend) -> dict[str, Any]:
+    names = {"xp": backend.xp}
+    for name, shape in PRODUCT_ARRAYS.items():
+        names[name] = backend.from_numpy(np.ones(shape, np.float32))
+    return names
+
+
+@pytest.mark.parametrize("expression", PRODUCTS)
+def test_meter_counts_the_hidden_copies_of_a_product(expression: str) -> None:
+    names = product_arrays(STRICT)
+    with counted():
+        eval(expression, names)
+        assert METER.operations == PRODUCTS[expression]
 
 
 # ---- what comes out ------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ an engine that runs on it computes the same as on the CPU. The difference is wha
   what CuPy computes otherwise without a word: an index out of range (it wraps), an assignment
   through equal indices (undefined)
 
-`METER` counts what moves or waits: uploads, downloads, synchronisations, and array operations. In
-`no_sync()` whatever would wait raises. It is stricter than CuPy on purpose: it refuses `np.f(x)`,
-which CuPy would dispatch; ufuncs can only be called, without `.reduce` or `.at`; submodules are
-missing. It is more lenient in one thing: results may keep NumPy's memory order.
+`METER` counts what moves or waits: uploads, downloads, synchronisations, and array operations, the
+copies that CuPy makes of a product's operands among them. In `no_sync()` whatever would wait
+raises. It is stricter than CuPy on purpose: it refuses `np.f(x)`, which CuPy would dispatch; ufuncs
+can only be called, without `.reduce` or `.at`; submodules are missing. It is more lenient in one
+thing: results may keep NumPy's memory order.
 """
 
 from __future__ import annotations
@@ -156,6 +157,23 @@ def _result(value: Any, *owners: Any) -> Any:
     return DevArray(value)
 
 
+def hidden_matmul_operations(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> int:
+    """How many kernels CuPy launches for a matrix product besides the product itself.
+
+    Up to two axes: a copy for each operand that is contiguous in neither order. With more axes: a
+    copy for each operand that is not C-contiguous, a transposed one too, and one table of pointers
+    per batch axis and array if a batch axis is broadcast. A copy back if `out` is not C-contiguous.
+    """
+    copies = out is not None and not out.flags.c_contiguous
+    ndim = max(a.ndim, b.ndim)
+    if ndim <= 2:
+        return copies + sum(not z.flags.forc for z in (a, b))
+    copies += sum(not z.flags.c_contiguous for z in (a, b))
+    batches = [(1,) * (ndim - max(z.ndim, 2)) + z.shape[:-2] for z in (a, b)]
+    broadcast = batches[0] != batches[1]
+    return copies + 3 * (ndim - 2) * broadcast
+
+
 def check_keywords(
     name: str, parameters: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[str]:
@@ -207,6 +225,8 @@ def _call(
         value = function(*given, **named)
     except IndexError as error:
         raise Silent(f"{error}: CuPy would wrap it") from error
+    if name == "matmul":
+        METER.operations += hidden_matmul_operations(*given, named.get("out"))
     if kwargs.get("out") is not None:
         METER.operations += 1
         return kwargs["out"]
@@ -341,6 +361,8 @@ def _operator(name: str) -> Callable[..., Any]:
         operands = [_operand(other) for other in others]
         _check_scalars([self._host, *operands])
         value = getattr(self._host, name)(*operands)
+        if name == "__matmul__":
+            METER.operations += hidden_matmul_operations(self._host, *operands)
         if name.startswith("__i") and name != "__invert__":
             METER.operations += 1
             return self
