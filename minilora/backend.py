@@ -22,6 +22,7 @@ from .errors import DeviceError
 Array = Any  # numpy.ndarray or cupy.ndarray
 Shape = tuple[int, ...]
 _MASK = 2**64 - 1
+_SMALLEST = 2.0**-126  # the smallest normal float32; below are the subnormal numbers
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio, made odd
 
 
@@ -62,6 +63,15 @@ class Backend:
         index (N,), rows (N, C) -> (count, C)
         """
         raise NotImplementedError
+
+    def divide_rows(self, rows: Array, sizes: Array) -> Array:
+        """rows[n] * (1 / sizes[n]), each operation rounded to float32; 0 where the size is 0.
+
+        rows (N, C) float32, sizes (N,) float32: 0 or at least 2^-126 -> (N, C)
+        """
+        xp = self.xp
+        inverse = xp.where(sizes == 0, 0, 1 / xp.maximum(sizes, _SMALLEST))
+        return rows * inverse[:, None]
 
     def random_words(self, key: int, first: int, rows: int, count: int) -> Array:
         """(rows, count) random uint64.
@@ -164,6 +174,32 @@ class CupyBackend(Backend):
         if blocks:
             kernel((blocks,), (256,), (*arrays, np.int64(count), np.int64(width)))
         return out
+
+    def divide_rows(self, rows: Array, sizes: Array) -> Array:
+        """As on the CPU, but +-2^-126 in place of every result between 0 and that.
+
+        CuPy has its kernels compiled so that a subnormal number is 0. Here it may be a number in
+        rows, 1 / size for a size above 2^126, or a result. Powers of two, which change no other
+        bits, keep all three in the normal range: the row is multiplied by c, and 1 / size by
+        2^64 / c. So the products are the results times 2^64.
+        """
+        xp = self.xp
+        sizes = sizes.astype(np.float64)
+        inverse = xp.where(sizes == 0, 0, 1 / xp.maximum(sizes, _SMALLEST))
+        rounded = xp.rint(inverse * 2.0**149) * 2.0**-149  # as float32 rounds a subnormal number
+        is_large = inverse < _SMALLEST
+        inverse = xp.where(is_large, rounded, inverse)
+        is_small = sizes < 2.0**60  # above that, a subnormal number times 1 / size rounds to 0
+        c = xp.where(is_small, 2.0**64, xp.where(is_large, 2.0**-4, 1.0))
+        bits = rows.view(np.int32)
+        mantissas = (bits & 0x7FFFFF).astype(np.float32)  # a subnormal number is this times 2^-149
+        subnormals = xp.where(bits < 0, -mantissas, mantissas)
+        subnormals *= xp.where(is_small, 2.0 ** (64 - 149), 0.0).astype(np.float32)[:, None]
+        z = rows * c.astype(np.float32)[:, None]
+        z = xp.where((bits & 0x7F800000) == 0, subnormals, z)
+        z *= (inverse * (2.0**64 / c)).astype(np.float32)[:, None]
+        smallest = xp.where(xp.abs(z) > 2.0 ** (64 - 150), xp.copysign(_SMALLEST, z), 0)
+        return xp.where(xp.abs(z) < _SMALLEST * 2.0**64, smallest, z * 2.0**-64)
 
 
 @functools.cache

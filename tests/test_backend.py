@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from strict_xp import METER, STRICT, counted, no_sync
 
 from minilora import backend
-from minilora.backend import NUMPY, CupyBackend, backend_of, get_backend, gpus, mix_key
+from minilora.backend import NUMPY, Backend, CupyBackend, backend_of, get_backend, gpus, mix_key
 from minilora.cli import main
 from minilora.errors import DeviceError
 
@@ -377,6 +377,46 @@ def test_add_rows_in_cuda_is_numpy_s(
     size = NUMPY.add_rows(index, np.abs(rows.astype(np.float64)), count)
     additions = 2 * np.bincount(index, minlength=count)[:, None]  # on either side
     assert (np.abs(got - expected) <= additions * np.finfo(dtype).eps / 2 * size).all()
+
+
+# Numbers and sizes at the ends of float32's range, where 1 / size or a product is subnormal.
+POWERS = st.integers(-149, 127)
+NUMBERS = st.builds(lambda m, e: m * 2.0 ** (e - 23), st.integers(2**23, 2**24 - 1), POWERS)
+NUMBERS = NUMBERS.map(np.float32) | st.just(np.float32(0))
+
+
+def assert_divide_rows_is_numpy_s(
+    gpu: Backend, size: np.float32, parts: list[np.float32], other: np.float32
+) -> None:
+    size = np.float32(0) if size < 2.0**-126 else size
+    row = np.minimum(np.array([size, *parts], np.float32), size)
+    rows = np.stack([row, -row, np.minimum(row, np.float32(2.0**-120))])
+    sizes = np.array([size, size, other if other >= 2.0**-126 else 0], np.float32)
+    expected = NUMPY.divide_rows(rows, sizes)
+    is_subnormal = (expected != 0) & (np.abs(expected) < 2.0**-126)
+    expected[is_subnormal] = np.copysign(np.float32(2.0**-126), expected[is_subnormal])
+    result = gpu.divide_rows(gpu.from_numpy(rows), gpu.from_numpy(sizes))
+    got = result._host if gpu.xp is STRICT.xp else gpu.to_numpy(result)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, expected)
+
+
+@given(NUMBERS, st.lists(NUMBERS, min_size=1, max_size=5), NUMBERS)
+def test_divide_rows_of_cupy_has_numpy_s_results(
+    size: np.float32, parts: list[np.float32], other: np.float32
+) -> None:
+    gpu = object.__new__(CupyBackend)
+    gpu.xp = STRICT.xp
+    gpu.from_numpy = STRICT.from_numpy  # type: ignore[method-assign]
+    assert_divide_rows_is_numpy_s(gpu, size, parts, other)
+
+
+@pytest.mark.gpu
+@given(NUMBERS, st.lists(NUMBERS, min_size=1, max_size=5), NUMBERS)
+def test_divide_rows_on_a_gpu_has_numpy_s_results(
+    size: np.float32, parts: list[np.float32], other: np.float32
+) -> None:
+    assert_divide_rows_is_numpy_s(get_backend("cuda"), size, parts, other)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

@@ -197,8 +197,7 @@ def _encode(flat: Array, kind: str, block_size: int) -> Quantized:
     blocks = padded.reshape(count, block_size)
     absmax = xp.abs(blocks).max(axis=1)
     absmax = xp.where(absmax < _SMALLEST, 0, absmax)
-    inverse = xp.where(absmax == 0, 0, 1 / xp.maximum(absmax, _SMALLEST))
-    scaled = (blocks * inverse[:, None]).reshape(-1)
+    scaled = backend.divide_rows(blocks, absmax).reshape(-1)
     codes = xp.take(tables.order, xp.searchsorted(tables.thresholds, scaled, side="left"))
     per_byte = tables.values.shape[1]
     if per_byte == 2:

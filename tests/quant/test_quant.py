@@ -324,6 +324,25 @@ def test_encode_gives_the_same_codes_on_every_device(
 
 
 @ANY_KIND
+@pytest.mark.parametrize("device", ["strict", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_encode_gives_the_same_codes_for_tiny_and_huge_numbers_on_every_device(
+    kind: str, device: str
+) -> None:
+    """A GPU's arithmetic takes a subnormal number as 0, but here each has its own code."""
+    backend = STRICT if device == "strict" else get_backend(device)
+    exponents = np.arange(-149, 128, dtype=np.float64)
+    signs = np.array([1.0, -1.0, 0.0])[:, None]
+    numbers = (signs * np.exp2(exponents)).reshape(-1)
+    absmax = 1.9 * np.exp2(exponents[20:])  # of one block each, from 2^-129 on
+    w = np.clip(numbers, -absmax[:, None], absmax[:, None])
+    w = np.concatenate([absmax[:, None], w], axis=1).astype(np.float32)
+    here = encode(w, kind, 1024)
+    there = encode(backend.from_numpy(w), kind, 1024)
+    assert here.codes.tobytes() == backend.to_numpy(there.codes).tobytes()
+    assert here.absmax.tobytes() == backend.to_numpy(there.absmax).tobytes()
+
+
+@ANY_KIND
 @WITH_OR_WITHOUT
 def test_quantized_linear_computes_the_same_on_a_device(kind: str, double_quant: bool) -> None:
     """Encoded there, or here and moved: the same bits. A step moves nothing, waits for nothing."""
