@@ -68,7 +68,8 @@ class Workers:
 
     Use it in a `with` block. Each part runs in a copy of the caller's context, so context variables
     that the caller set apply to the part too. With one thread `map` runs in the calling thread,
-    unless it is to work ahead.
+    unless it is to work ahead. With none, all is done in the calling thread: a GPU is kept busy by
+    one thread, and CuPy's current device and stream belong to a thread.
     """
 
     def __init__(self, threads: int):
@@ -78,7 +79,7 @@ class Workers:
         # Imported here: it takes 10 ms, which `import minilora` need not pay.
         from concurrent.futures import ThreadPoolExecutor
 
-        self._pool = ThreadPoolExecutor(self.threads, "minilora")
+        self._pool = ThreadPoolExecutor(max(1, self.threads), "minilora")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -98,7 +99,7 @@ class Workers:
         An exception is raised at its part; parts that wait are then dropped and running ones
         awaited. The same happens when the generator is closed early.
         """
-        if ahead is None and self.threads == 1:
+        if self.threads == 0 or (ahead is None and self.threads == 1):
             yield from map(work, parts)
             return
         coming = iter(parts)
@@ -118,5 +119,7 @@ class Workers:
 
     def together(self, work: Callable[[P], R], parts: Sequence[P]) -> list[R]:
         """[work(part) for part in parts]: the calling thread does the first, others the rest."""
+        if self.threads == 0:
+            return [work(part) for part in parts]
         others = [self._submit(work, part) for part in parts[1:]]
         return [work(parts[0]), *(other.result() for other in others)]

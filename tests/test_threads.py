@@ -46,6 +46,14 @@ def test_workers_map_makes_the_next_result_while_one_is_in_use():
             assert not any(event.is_set() for event in begun[i + 2 :])
 
 
+@pytest.mark.parametrize("ahead", [None, 1, 2])
+def test_workers_without_threads_do_all_in_the_calling_thread(ahead):
+    here = [threading.get_ident()] * 3
+    with Workers(0) as workers:
+        assert list(workers.map(lambda i: threading.get_ident(), range(3), ahead)) == here
+        assert workers.together(lambda i: threading.get_ident(), range(3)) == here
+
+
 def test_workers_map_raises_at_the_part_that_failed_and_starts_no_other():
     made = []
 

@@ -104,7 +104,8 @@ def stream(
     pending = window  # the part of it that the model has not seen yet
     base = model.get_base_model()
     backend = base.get_input_embeddings().weight.backend
-    both = backend.name == "cpu" and len(ids) > 1  # one half of the prompts per thread
+    threads = 1 if backend.name == "cpu" else 0  # besides this one, which alone uses a GPU
+    both = threads > 0 and len(ids) > 1  # one half of the prompts per thread
     parts = np.array_split(np.arange(len(ids)), 2 if both else 1)
     length = min(limit, ids.shape[1] + max_new_tokens)
     caches = [KeyValueCache(model, len(part), length) for part in parts]
@@ -121,7 +122,7 @@ def stream(
         return logits
 
     # BLAS's own threads gain nothing with so few rows, and lose much where other work needs cores.
-    with threadpoolctl.threadpool_limits(1, "blas"), Workers(1) as workers:
+    with threadpoolctl.threadpool_limits(1, "blas"), Workers(threads) as workers:
         weights = Weights.of(base, workers)
         for _ in range(max_new_tokens):
             if (decodings[0] or caches[0]).length + pending.shape[1] > limit:

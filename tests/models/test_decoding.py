@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shapes import configs, randomised, shape
+from strict_xp import STRICT
 
 from minilora import (
     CausalLM,
@@ -178,3 +180,24 @@ def test_generate_with_decoding_gives_the_same_text(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(decoding_module, "LARGEST", 0)
     np.testing.assert_array_equal(generate(model, prompt, 50, temperature=0.0), text)
     assert len(calls) == 2 * 47
+
+
+@pytest.mark.parametrize("device", ["cpu", "strict"])
+def test_generate_uses_a_gpu_in_the_calling_thread_only(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CuPy's current device belongs to a thread: in another one it would be cuda:0."""
+    build = decoding_module._build_product
+    threads = set()
+
+    def recording(*args: Any) -> Any:
+        threads.add(threading.get_ident())
+        return build(*args)
+
+    monkeypatch.setattr(decoding_module, "_build_product", recording)
+    model = CausalLM(shape("llama"), seed=1, device=STRICT if device == "strict" else device)
+    generate(model, np.zeros((2, 3), np.int64), 2, temperature=0)
+    if device == "cpu":
+        assert len(threads) == 2
+    else:
+        assert threads == {threading.get_ident()}
