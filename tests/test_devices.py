@@ -85,10 +85,10 @@ def assert_agrees(
         assert mine.tobytes() == reference.tobytes()
 
 
-def assert_all_agree(results: list[list[Any]], backend: Backend) -> None:
+def assert_all_agree(results: list[list[Any]], backend: Backend, rounding: float = 1e-5) -> None:
     """Two lists of results agree one by one."""
     for mine, reference in zip(*results, strict=True):
-        assert_agrees(mine, reference, backend)
+        assert_agrees(mine, reference, backend, rounding)
 
 
 def lora_model(device: Any = "cpu", dropout: float = 0.0, **changes: Any) -> PeftModel:
@@ -274,22 +274,27 @@ def test_causal_lm_logits_and_every_gradient_agree(dtype: str, backend: Backend)
     assert_all_agree(results, backend)
 
 
+# In float32 NumPy's own gradients of these models are up to 1.3e-5 off those in float64.
+GRADIENT_ROUNDING = 4e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_every_type_of_model_agrees(model_type: str, backend: Backend) -> None:
+def test_every_type_of_model_agrees(model_type: str, dtype: str, backend: Backend) -> None:
     ids = np.random.default_rng(2).integers(0, 11, (3, 13))
     batch = Batch(ids[:, :-1], ids[:, 1:])
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     results = []
     for device in (backend, NUMPY):
-        base = CausalLM(shape(model_type), seed=4, device=device)
+        base = CausalLM(shape(model_type), seed=4, dtype=dtype, device=device)
         model = get_peft_model(base, config, seed=2)
         params = [p for p in model.parameters() if p.requires_grad]
         with ShardedStep(model, shard=WHOLE) as step:
             loss, grads = step.gradients(batch, params)
         text = generate(model.eval(), ids[:, :3], 12, temperature=0)
-        loss = loss.astype(np.float32)  # a float64 sum of float32 losses
+        loss = loss.astype(dtype)  # a float64 sum of losses of that dtype
         results.append([model(ids), loss, *grads, text])
-    assert_all_agree(results, backend)
+    assert_all_agree(results, backend, GRADIENT_ROUNDING)
 
 
 SAMPLED = {"temperature": 0.9, "top_k": 5, "top_p": 0.9, "seed": 7}
