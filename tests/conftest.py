@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import cupy_on_cpu
 import harness
 import pytest
 from hypothesis import settings
@@ -35,13 +39,42 @@ def _why_no_oracle() -> str | None:
     return f"not installed: {', '.join(missing)}" if missing else None
 
 
+DRIVER = """
+import ctypes, sys
+driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+sys.exit(driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value)
+"""
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    """Whether a driver finds a GPU. A process of its own asks: an emulated driver must be first."""
+    command = [sys.executable, "-c", DRIVER]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def _why_no_gpu() -> str | None:
-    """Why no GPU can be used, or None."""
+    """Why the tests marked `gpu` cannot run, or None.
+
+    They run on a real GPU if there is one, and otherwise on the emulation of cupy_on_cpu.
+    """
+    reason = None if _has_gpu() else cupy_on_cpu.why_not()
+    if reason is not None:
+        return f"no GPU, and none can be emulated: {reason}"
+    if not _has_gpu():
+        cupy_on_cpu.install()
     try:
         get_backend("cuda")
     except DeviceError as error:
         return str(error)
     return None
+
+
+@pytest.fixture
+def emulated() -> None:
+    """Skips a test of what only the emulated device can show, such as exact counts."""
+    if not cupy_on_cpu.is_installed():
+        pytest.skip("this is a real GPU")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,116 @@
+"""Kernels compiled by g++ in place of NVRTC, and thrust's sorts done by NumPy."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import counting
+from .building import SOURCES, build, cache, digest
+from .packages import EmulationError, cupy_headers, headers
+
+BOUNDS = r"(?:__launch_bounds__\([^)]*\)\s*)?"
+KERNEL = re.compile(rf'extern\s+"C"\s+__global__\s+void\s+{BOUNDS}(\w+)\s*\(')
+CUPY_INCLUDE = re.compile(r"#include <cupy/\w+\.(?:cuh|h)>\n")
+COMPLEX = "#include <cupy/complex.cuh>\n"
+BARRIERS = ("__syncthreads", "__syncwarp", "__shfl")
+
+
+def replace_compiler() -> None:
+    """Let CuPy, which is imported, compile and sort with what this file has."""
+    import cupy
+    import cupy._core._routines_sorting as sorting
+    from cupy.cuda import compiler
+
+    compiler._compile_module_with_cache = compile_module
+    cupy.cuda.thrust = sorting.thrust = Sorts()
+
+
+def compile_module(source: str, options: tuple[str, ...] = (), **more: Any) -> Any:
+    """The module of a CUDA source. Its kernels are `extern "C" __global__ void name(...)`."""
+    from cupy.cuda import function
+
+    if more.get("name_expressions"):
+        raise EmulationError("templates by name_expressions are not emulated")
+    module = function.Module()
+    module.load(b"EMU:" + os.fsencode(_library(source, options)) + b"\0")
+    return module
+
+
+def _library(source: str, options: tuple[str, ...]) -> Path:
+    text = as_cpp(source)
+    wanted = [option for option in options if option.startswith(("-D", "-I"))]
+    parts = [(SOURCES / name).read_text(encoding="utf-8") for name in ("language.h", "threads.h")]
+    parts.append((SOURCES / "launch.h").read_text(encoding="utf-8"))
+    folder = cache() / "kernels"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{digest(text, repr(wanted), *parts)}.cpp"
+    if not path.exists():
+        path.write_text(text, encoding="utf-8")
+    search = [f"-I{part}" for part in (SOURCES, *cupy_headers(), headers())]
+    return build(path.with_suffix(".so"), ["-O1", "-fpermissive", *search, *wanted], path)
+
+
+def as_cpp(source: str) -> str:
+    """The C++ file for a CUDA source: what CUDA has and C++ lacks, the source, its launches."""
+    own = CUPY_INCLUDE.sub("", source)  # what is not CuPy's headers
+    has_barriers = any(word in own for word in BARRIERS)
+    # CUPY_FOR is a loop with a stride of the whole grid, so one thread can do all of it; but
+    # `return` would then end the loop and not one thread's part.
+    has_return = re.search(r"return\s*;", own)
+    one_thread = "CUPY_FOR" in own and not has_barriers and not has_return
+    lines = []
+    if has_barriers:
+        lines.append("#define EMU_BARRIERS")
+    if "float16" in own:
+        lines.append("#define EMU_HALF")
+    lines += ['#include "language.h"', '#include "threads.h"']
+    lines.append(source if "complex" in own else source.replace(COMPLEX, ""))  # slow to compile
+    lines.append('#include "launch.h"')
+    for name in dict.fromkeys(KERNEL.findall(source)):
+        lines.append(f"EMU_KERNEL({name}, {int(one_thread)})")
+    return "\n".join(lines) + "\n"
+
+
+class Sorts:
+    """In place of cupy.cuda.thrust, which is compiled for a GPU. Stable, and waits for nothing."""
+
+    available = True
+
+    def sort(self, dtype: Any, data: int, keys: int, shape: Any) -> None:
+        def work() -> None:
+            _array_at(data, dtype, shape).sort(axis=-1)
+
+        _submit("sort", work)
+
+    def argsort(self, dtype: Any, index: int, data: int, keys: int, shape: Any) -> None:
+        """Write the order into `index`, and sort `data`."""
+        import numpy as np
+
+        def work() -> None:
+            values = _array_at(data, dtype, shape)
+            order = np.argsort(values, axis=-1, kind="stable")
+            _array_at(index, np.intp, shape)[...] = order
+            values[...] = np.take_along_axis(values, order, -1)
+
+        _submit("argsort", work)
+
+
+def _submit(name: str, work: Callable[[], None]) -> None:
+    import cupy
+
+    counting.submit(name, cupy.cuda.get_current_stream().ptr, work)
+
+
+def _array_at(address: int, dtype: Any, shape: Any) -> Any:
+    """The memory of an emulated device as an array of NumPy."""
+    import numpy as np
+
+    dtype = np.dtype(dtype)
+    count = int(np.prod(shape))
+    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    return np.frombuffer(memory, dtype).reshape(tuple(shape))

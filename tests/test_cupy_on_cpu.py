@@ -1,0 +1,256 @@
+"""CuPy on the emulated device: counts, waits, captures, two devices, the threads of a kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cupy_on_cpu
+import numpy as np
+import pytest
+import test_strict_xp
+from cupy_on_cpu import counted
+from cupy_on_cpu.packages import CUPY
+
+from minilora.backend import get_backend
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("emulated")]
+
+
+@pytest.fixture
+def xp() -> Iterator[Any]:
+    """CuPy, with cuda:0 as the current device."""
+    yield get_backend("cuda").xp
+    get_backend("cuda")  # whatever the test selected
+
+
+def floats(xp: Any, *shape: int) -> Any:
+    return xp.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+# ---- what is counted -----------------------------------------------------------------------------
+
+
+def test_counted_tells_launches_products_copies_and_waits_apart(xp: Any) -> None:
+    a = floats(xp, 3, 4)
+    host = np.ones(3, np.float32)
+    b = a + 1
+    with counted() as device:
+        a + 1
+        a @ a.T
+        b[...] = a
+        xp.asarray(host)
+        xp.zeros(3)
+        float(a[0, 0])
+    assert device.counts._replace(allocations=0) == (1, 1, 1, 1, 1, 1, 1, 0, 0)
+    assert device.operations == 6
+    a + 1
+    assert device.operations == 6  # the block is over
+
+
+@pytest.mark.parametrize("expression", test_strict_xp.PRODUCTS)
+def test_hidden_copies_of_a_product_are_those_that_strict_xp_counts(expression: str) -> None:
+    names = test_strict_xp.product_arrays(get_backend("cuda"))
+    eval(expression, names)
+    with counted() as device:
+        eval(expression, names)
+    assert device.operations == test_strict_xp.PRODUCTS[expression]
+
+
+def test_an_assignment_through_a_mask_waits_and_copyto_does_not(xp: Any) -> None:
+    a = floats(xp, 5)
+    mask = a > 2
+    with counted() as device:
+        a[mask] = 0
+    assert device.waits == 1
+    with counted() as device:
+        xp.copyto(a, 1, where=mask)
+    assert (device.launches, device.waits) == (1, 0)
+
+
+def test_compute_false_counts_and_does_nothing(xp: Any, tmp_path: Path) -> None:
+    a = floats(xp, 4)
+    out = xp.zeros_like(a)
+    xp.exp(a, out=out)
+    out.fill(7)
+    with cupy_on_cpu.journal(tmp_path / "journal"), cupy_on_cpu.compute(False):
+        with counted() as device:
+            xp.exp(a, out=out)
+        assert device.launches == 1
+    assert out.tolist() == [7] * 4
+    assert (tmp_path / "journal").read_text().startswith("kernel cupy_exp__float32_float32 grid")
+
+
+def test_new_memory_is_nan(xp: Any) -> None:
+    xp.get_default_memory_pool().free_all_blocks()
+    assert xp.isnan(xp.empty(300, np.float32)).all()
+
+
+# ---- captures ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def capturing(stream: Any) -> Iterator[list[Any]]:
+    """Inside, the stream captures; afterwards the list has the graph."""
+    graphs: list[Any] = []
+    with stream:
+        stream.begin_capture()
+        try:
+            yield graphs
+        finally:
+            graphs.append(stream.end_capture())
+
+
+def test_a_captured_graph_replays_with_what_its_memory_holds_then(xp: Any) -> None:
+    a = floats(xp, 4)
+    stream = xp.cuda.Stream(non_blocking=True)
+    with stream:
+        xp.exp(a)[xp.argsort(-a)]  # compiled before the capture
+    with counted() as device, capturing(stream) as graphs:
+        y = xp.exp(a)[xp.argsort(-a)]
+        nodes = cupy_on_cpu.nodes()
+    assert nodes == 5  # argsort copies before it sorts
+    assert device.operations == 0
+    for values in ([0, 1, 2, 3], [5, 0, 1, 2]):
+        a.set(np.array(values, np.float32))
+        with counted() as device:
+            graphs[0].launch(stream)
+        assert (device.operations, device.replays) == (0, 1)
+        np.testing.assert_allclose(y.get(), np.exp(sorted(values, reverse=True)), rtol=1e-6)
+
+
+REFUSED = ["a.get()", "float(a[0])", "a[mask]", "a.__setitem__(mask, 0)", "stream.synchronize()"]
+
+
+@pytest.mark.parametrize("expression", REFUSED)
+def test_a_capture_refuses_what_waits(xp: Any, expression: str) -> None:
+    a = floats(xp, 4)
+    mask = a > 2
+    stream = xp.cuda.Stream(non_blocking=True)
+    names = {"a": a, "mask": mask, "stream": stream}
+    with stream:
+        eval(expression, names)
+    with capturing(stream), pytest.raises(Exception, match=r"(?i)captur"):
+        eval(expression, names)
+
+
+def test_a_capture_refuses_the_default_stream(xp: Any) -> None:
+    a = floats(xp, 4)
+    a + 1
+    refused = pytest.raises(xp.cuda.driver.CUDADriverError)
+    with capturing(xp.cuda.Stream(non_blocking=True)), xp.cuda.Stream.null, refused:
+        a + 1
+
+
+# ---- devices -------------------------------------------------------------------------------------
+
+
+def test_arrays_of_two_devices_do_not_mix(xp: Any) -> None:
+    here = floats(xp, 3)
+    with xp.cuda.Device(1):
+        there = floats(xp, 3)
+        assert there.device.id == 1
+    with pytest.raises(ValueError, match="device"):
+        here + there
+    with pytest.raises(ValueError, match="device"):
+        there + 1  # the current device is 0
+
+
+def test_the_current_device_belongs_to_a_thread(xp: Any) -> None:
+    xp.cuda.Device(1).use()
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(xp.cuda.Device().id))
+    thread.start()
+    thread.join()
+    assert seen == [0]
+    assert xp.cuda.Device().id == 1
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+SUM_OF_A_BLOCK = """
+extern "C" __global__ void sum_of_block(const float* x, float* y) {
+    __shared__ float part[64];
+    int t = threadIdx.x;
+    part[t] = x[blockIdx.x * 64 + t];
+    BARRIER;
+    for (int half = 32; half; half /= 2) {
+        if (t < half) part[t] += part[t + half];
+        BARRIER;
+    }
+    if (!t) y[blockIdx.x] = part[0];
+}
+extern "C" __global__ void sum_of_warp(const float* x, float* y) {
+    float sum = x[blockIdx.x * 32 + threadIdx.x];
+    for (int by = 16; by; by /= 2) sum += __shfl_down_sync(~0u, sum, by);
+    if (!threadIdx.x) y[blockIdx.x] = sum;
+}
+"""
+
+
+def test_a_kernel_with_barriers_and_shuffles_adds_up(xp: Any) -> None:
+    x = floats(xp, 3, 64)
+    y = xp.zeros(6, np.float32)
+    module = xp.RawModule(code=SUM_OF_A_BLOCK.replace("BARRIER", "__syncthreads()"))
+    module.get_function("sum_of_block")((3,), (64,), (x, y))
+    assert y[:3].tolist() == x.sum(axis=1).tolist()
+    module.get_function("sum_of_warp")((6,), (32,), (x, y))
+    assert y.tolist() == x.reshape(6, 32).sum(axis=1).tolist()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_kernel_without_one_of_its_barriers_computes_something_else(xp: Any, which: int) -> None:
+    x = floats(xp, 4, 64) + 1
+    y = xp.zeros(4, np.float32)
+    first, middle, last = SUM_OF_A_BLOCK.split("BARRIER")
+    barriers = ["", "__syncthreads()"] if which == 0 else ["__syncthreads()", ""]
+    source = first + barriers[0] + middle + barriers[1] + last
+    xp.RawModule(code=source).get_function("sum_of_block")((4,), (64,), (x, y))
+    assert y.tolist() != x.sum(axis=1).tolist()
+
+
+@pytest.mark.parametrize(("grid", "block"), [((1,), (2048,)), ((1, 70000), (1,))])
+def test_a_launch_that_cuda_refuses_is_refused(xp: Any, grid: Any, block: Any) -> None:
+    x = floats(xp, 64)
+    kernel = xp.RawKernel('extern "C" __global__ void nothing(float* x) {}', "nothing")
+    with pytest.raises(xp.cuda.driver.CUDADriverError):
+        kernel(grid, block, (x,))
+
+
+def test_a_source_that_does_not_compile_names_the_error(xp: Any) -> None:
+    kernel = xp.RawKernel('extern "C" __global__ void broken(float* x) { x = ; }', "broken")
+    with pytest.raises(cupy_on_cpu.EmulationError, match="expected primary-expression"):
+        kernel((1,), (1,), (floats(xp, 1),))
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"), [({}, "[1e-40, 1e-39]"), ({"CUPY_ON_CPU_FLUSH": "1"}, "[0.0, 0.0]")]
+)
+def test_kernels_keep_or_flush_subnormal_numbers(
+    flag: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import cupy; x = cupy.array([1e-40, 1e-39], 'f4') * 1; "
+    code += "print([float(f'{v:.0e}') for v in x.tolist()])"
+    monkeypatch.delenv("CUPY_ON_CPU_FLUSH", raising=False)
+    for name, value in flag.items():
+        monkeypatch.setenv(name, value)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
+
+
+def test_why_not_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cupy_on_cpu.why_not() is None
+    monkeypatch.setenv("PATH", "")
+    assert cupy_on_cpu.why_not() == "not installed: g++, nm (apt-get install g++)"
+    packages = cupy_on_cpu.packages
+    monkeypatch.setattr(packages, "headers", lambda: Path("nowhere"))
+    assert "nvidia-cuda-runtime" in (cupy_on_cpu.why_not() or "")
+    monkeypatch.setattr(packages.importlib.metadata, "version", lambda name: "1.0")
+    assert CUPY in (cupy_on_cpu.why_not() or "")
+    monkeypatch.setattr(packages.platform, "machine", lambda: "arm64")
+    assert "x86-64" in (cupy_on_cpu.why_not() or "")
