@@ -155,6 +155,7 @@ def _backward(loss: Tensor, dy: Array | None, retain_graph: bool) -> dict[Tensor
             "the loss depends on no tensor that requires a gradient: compute it outside no_grad, "
             "and not from gradients, which are arrays (second derivatives are not supported)"
         )
+    loss.backend.select()
     if dy is None:
         if loss.size != 1:
             raise GraphError(

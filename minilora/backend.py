@@ -49,6 +49,9 @@ class Backend:
     def __deepcopy__(self, memo: Any) -> Backend:
         return self  # a copy of a tensor stays on its device
 
+    def select(self) -> None:
+        """Make this the device on which the calling thread's new arrays are made."""
+
     def from_numpy(self, array: np.ndarray) -> Array:
         """The array on the device. Data moves only through this and `to_numpy`."""
         raise NotImplementedError
@@ -145,16 +148,34 @@ class NumpyBackend(Backend):
 
 
 class CupyBackend(Backend):
-    """One GPU. Where CuPy has NumPy's names, operations run as they are."""
+    """One GPU. Where CuPy has NumPy's names, operations run as they are.
+
+    CuPy makes results on the thread's current device, wherever the operands are. So that several
+    GPUs can be used in one process, and from any thread, asking for `xp` selects this one.
+    """
 
     def __init__(self, device: int):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # CuPy warns about libraries that nothing here needs
             import cupy
 
-        self.xp = cupy
+        self.cupy = cupy
         self.device = device
         self.name = f"cuda:{device}"
+
+    @functools.cached_property
+    def _is_one_of_several(self) -> bool:
+        return int(self.cupy.cuda.runtime.getDeviceCount()) > 1
+
+    @property
+    def xp(self) -> Any:  # type: ignore[override]
+        """CuPy, with this GPU as its current device."""
+        if self._is_one_of_several:
+            self.select()
+        return self.cupy
+
+    def select(self) -> None:
+        self.cupy.cuda.Device(self.device).use()
 
     def from_numpy(self, array: np.ndarray) -> Array:
         return self.xp.asarray(array)
@@ -245,8 +266,8 @@ def _gpu(device: int) -> CupyBackend:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         backend = CupyBackend(device)
-        with backend.xp.cuda.Device(device):
-            backend.xp.arange(3).sum().item()
+        with backend.cupy.cuda.Device(device):
+            backend.cupy.arange(3).sum().item()
     except Exception as error:  # without cupy its own kinds of error cannot be imported
         reason = (str(error) or type(error).__name__).splitlines()[0][:300]
         cure = "check the driver and CUDA_VISIBLE_DEVICES"
@@ -255,14 +276,14 @@ def _gpu(device: int) -> CupyBackend:
         raise DeviceError(
             f"device 'cuda:{device}' is not usable: {reason} ({cure}, or use 'cpu')"
         ) from error
-    register(backend.xp.ndarray, lambda array: _gpu(array.device.id))
+    register(backend.cupy.ndarray, lambda array: _gpu(array.device.id))
     return backend
 
 
 def gpus() -> dict[str, str]:
     """{GPU's name: its model, or why it is unusable}; only cuda:0 if GPUs cannot be counted."""
     try:
-        runtime = CupyBackend(0).xp.cuda.runtime
+        runtime = CupyBackend(0).cupy.cuda.runtime
         numbers = range(runtime.getDeviceCount())
         models = [runtime.getDeviceProperties(n)["name"].decode() for n in numbers]
     except Exception:  # each reason has its own kind
@@ -285,7 +306,6 @@ def get_backend(device: str | Backend) -> Backend:
         return NUMPY
     if kind == "cuda" and (number.isdecimal() or device == "cuda"):
         backend = _gpu(int(number or 0))
-        # CuPy's current device belongs to the thread; training on a GPU stays in this one.
-        backend.xp.cuda.Device(backend.device).use()
+        backend.select()
         return backend
     raise DeviceError(f"unknown device {device!r}: expected 'cpu', 'cuda' or 'cuda:N'")

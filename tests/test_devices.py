@@ -8,6 +8,8 @@ uploads its batch, downloads two numbers, and waits for nothing else.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,24 @@ from shapes import shape
 from small import CONFIG
 from strict_xp import METER, STRICT, counted, no_sync
 
-from minilora import CausalLM, LoraConfig, PeftModel, generate, get_peft_model, gradients
+from minilora import (
+    CausalLM,
+    LoraConfig,
+    PeftModel,
+    generate,
+    get_peft_model,
+    gradients,
+    quant,
+    quantize,
+)
 from minilora.autograd import Tensor
-from minilora.backend import NUMPY, Backend, get_backend
+from minilora.backend import NUMPY, Backend, get_backend, gpus
 from minilora.data import Batch
 from minilora.data.batches import IGNORE
 from minilora.errors import DataError, DeviceError, NonFiniteError
 from minilora.functional import cross_entropy
 from minilora.models.config import MODEL_TYPES
+from minilora.models.generation import stream
 from minilora.optim import SGD, AdamW, clip_by_global_norm
 from minilora.training.loop import Run, Settings, evaluate, train
 from minilora.training.parallel import ShardedStep, language_modelling_loss
@@ -455,3 +467,84 @@ def test_train_twice_on_a_gpu_has_the_same_bits(tmp_path: Path) -> None:
         bits = [array.tobytes() for array in weights(model).values()]
         runs.append((result.losses, bits))
     assert runs[0] == runs[1]
+
+
+# ---- two GPUs in one process ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_gpus() -> Iterator[list[Backend]]:
+    """cuda:0 and cuda:1; the emulation has both."""
+    if gpus().get("cuda:1", "").startswith("usable"):
+        yield [get_backend("cuda:0"), get_backend("cuda:1")]
+        get_backend("cuda:0")
+    else:
+        pytest.skip("there is one GPU only")
+
+
+@pytest.mark.gpu
+def test_from_numpy_and_operations_use_the_backend_s_own_gpu(two_gpus: list[Backend]) -> None:
+    first, second = two_gpus
+    a = np.arange(6, dtype=np.float32).reshape(3, 2)
+    for gpu, other in ((first, second), (second, first)):
+        x = Tensor(gpu.from_numpy(a), requires_grad=True)
+        other.select()
+        again = gpu.from_numpy(a)
+        other.select()
+        words = gpu.random_words(1, 2, 3, 4)
+        other.select()
+        rows = gpu.add_rows(gpu.from_numpy(np.array([1, 0, 1])), again, 2)
+        other.select()
+        erf = gpu.erf(again)
+        other.select()
+        y = (x * x).sum()
+        other.select()
+        (dx,) = gradients(y, [x])
+        other.select()
+        assert gpu.to_numpy(dx).tolist() == (2 * a).tolist()
+        codes = quant.encode(x.data).codes
+        for array in (again, words, rows, erf, y.data, dx, codes):
+            assert array.device.id == gpu.device  # type: ignore[attr-defined]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantized", [False, True])
+def test_models_on_two_gpus_compute_as_on_one(
+    quantized: bool, two_gpus: list[Backend], tmp_path: Path
+) -> None:
+    """Every step of each model follows one of the other, some of them in another thread."""
+    ids = TEXT[:24].reshape(2, 12)
+    batch = Batch(ids[:, :-1], ids[:, 1:])
+
+    def steps(gpu: Backend, out: Path) -> Iterator[Any]:
+        base = CausalLM(CONFIG, seed=1, device=gpu)
+        if quantized:
+            quantize(base, "nf4")
+        config = LoraConfig(r=3, lora_dropout=0.1, init_lora_weights=False)
+        model = get_peft_model(base, config, seed=2)
+        yield None
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = AdamW(params)
+        for step in range(2):
+            with ShardedStep(model.train(), shard=WHOLE) as sharded:
+                loss, grads = sharded.gradients(batch, params, step=step)
+                yield gpu.to_numpy(loss).tobytes()
+                grads, norm = clip_by_global_norm(grads, 0.1)
+                yield gpu.to_numpy(norm).tobytes()
+                optimizer.step(grads)
+                yield None
+        out.mkdir()
+        model.save_pretrained(out)
+        yield sorted(path.read_bytes() for path in out.iterdir())
+        yield list(ShardedStep(model.eval()).losses([batch]))
+        tokens = stream(model, ids[:, :3], 20, temperature=0)
+        for token in tokens:
+            yield token.tolist()
+
+    alone = list(steps(two_gpus[0], tmp_path / "alone"))
+    runs = [steps(gpu, tmp_path / gpu.name[-1]) for gpu in two_gpus]
+    with ThreadPoolExecutor(1) as pool:
+        for i, expected in enumerate(alone):
+            for run in runs:
+                found = pool.submit(next, run).result() if i % 3 == 2 else next(run)
+                assert found == expected
