@@ -11,7 +11,7 @@ so that a failure is recorded and the other parts still run:
     prepare    writes a base and an adapter of every size, as files that both sides load
     parity     200 training steps on the CPU and twice on the GPU: losses agree within 1e-5, and the
                two GPU runs agree bit for bit
-    tests      pytest -m gpu
+    tests      pytest -m gpu: all must pass, and none may be skipped
     traffic    what one step launches and moves (the part says what is counted, and how)
     ours       a LoRA step: gradients, clipping, one read of loss and norm, AdamW
     eager, compiled
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -35,6 +36,7 @@ import sys
 import tempfile
 import time
 import warnings
+import xml.etree.ElementTree
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,20 +193,67 @@ def parity(bench: Bench) -> dict[str, Any]:
     }
 
 
+# The one reason for which a test of a GPU may be skipped.
+MAY_SKIP = "there is one GPU only"
+
+
+def files_of_gpu_tests() -> list[str]:
+    """The files with tests marked `gpu`, without those of the emulation that stands for a GPU."""
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    marked = [path for path in paths if "mark.gpu" in path.read_text(encoding="utf-8")]
+    return [str(path) for path in marked if path.name != "test_cupy_on_cpu.py"]
+
+
 def tests(bench: Bench) -> dict[str, Any]:
-    paths = ["tests/test_backend.py"] if bench.dry else []
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *paths]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    """Run the tests marked `gpu`: passed, failed by name with the last line of each error, skipped.
+
+    Not ok unless one passed, none failed and none was skipped (but for MAY_SKIP). In a dry run,
+    which has no GPU, they may all be skipped.
+    """
+    report = bench.folder / "tests.xml"
+    files = [str(ROOT / "tests" / "test_backend.py")] if bench.dry else files_of_gpu_tests()
+    options = ["-c", str(ROOT / "setup.cfg"), "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rfE"]
+    # A warning of another library, at an import or later, says nothing about this GPU.
+    options += ["-W", "default", "--continue-on-collection-errors", "--durations", "10"]
+    if importlib.util.find_spec("pytest_timeout"):
+        options += ["--timeout", "60"]
+    command = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", *files]
+    search_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment
     )
-    lines = done.stdout.strip().splitlines() or [""]
-    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    if done.returncode:
-        raise RuntimeError(
-            f"pytest ended with {done.returncode}: {lines[-1]}; {'; '.join(failures)[:2000]}"
-        )
-    return {"command": "python -m pytest -m gpu", "summary": lines[-1]}
+    if not report.exists():
+        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-6:])
+        return {"ok": False, "error": f"pytest ended with {done.returncode}: {tail[-2000:]}"}
+    found = read_report(report)
+    wrong = [f"{name}: {line}" for name, line in found["failed"].items()]
+    wrong += [reason for reason in found["skipped"] if reason != MAY_SKIP and not bench.dry]
+    if not found["passed"] and not bench.dry:
+        wrong.append("no test passed")
+    if done.returncode and not wrong:
+        wrong.append(f"pytest ended with {done.returncode}")
+    found |= {"ok": not wrong, "command": "python -m pytest -m gpu"}
+    return found | ({"error": "; ".join(wrong)[:2000]} if wrong else {})
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """{passed: how many, failed: {name: the error's last line}, skipped: {reason: how many}}"""
+    passed = 0
+    failed: dict[str, str] = {}
+    skipped: dict[str, int] = {}
+    for case in xml.etree.ElementTree.parse(path).iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        outcomes = [child for child in case if child.tag in ("failure", "error", "skipped")]
+        for outcome in outcomes:
+            message = outcome.get("message") or ""
+            if outcome.tag == "skipped":
+                skipped[message] = skipped.get(message, 0) + 1
+            else:
+                lines = (outcome.text or message).strip().splitlines() or [""]
+                failed[name] = lines[-1][:300]
+        passed += not outcomes
+    return {"passed": passed, "failed": failed, "skipped": skipped}
 
 
 def traffic(bench: Bench) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -168,7 +167,7 @@ class CupyBackend(Backend):
         return int(self.cupy.cuda.runtime.getDeviceCount()) > 1
 
     @property
-    def xp(self) -> Any:  # type: ignore[override]
+    def xp(self) -> Any:
         """CuPy, with this GPU as its current device."""
         if self._is_one_of_several:
             self.select()
@@ -259,11 +258,10 @@ def backend_of(array: Array) -> Backend:
 def _gpu(device: int) -> CupyBackend:
     """The backend of GPU number `device`, or DeviceError with the reason why it is unusable.
 
-    A tiny kernel decides: a device can be listed and yet be unusable.
+    A tiny kernel decides: a device can be listed and yet be unusable. cuBLAS gives the same sums
+    every time without CUBLAS_WORKSPACE_CONFIG, because a process uses one stream at a time (cuBLAS
+    documentation, section "Results reproducibility"); a small workspace would only slow it down.
     """
-    # Only with this setting does cuBLAS give the same sums every time; it is read when its handle
-    # is made.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         backend = CupyBackend(device)
         with backend.cupy.cuda.Device(device):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cupy_on_cpu import packages
+from cupy_on_cpu.packages import find_nvcc
 from hypothesis import given
 from hypothesis import strategies as st
 from strict_xp import METER, STRICT, counted, no_sync
@@ -149,6 +152,13 @@ def test_get_backend_selects_the_gpu_and_tries_it_once(
     message = refusal("cuda:1")
     assert "cuda:1" in message
     assert "no kernel image" in message
+
+
+def test_get_backend_changes_no_environment_variable(fake_cuda: Callable[..., FakeCuda]) -> None:
+    fake_cuda(1, working=(0,))
+    before = dict(os.environ)
+    get_backend("cuda")
+    assert dict(os.environ) == before
 
 
 def test_gpus_without_a_driver_says_why_for_the_first(fake_cuda: Callable[..., FakeCuda]) -> None:
@@ -421,10 +431,31 @@ def test_divide_rows_on_a_gpu_has_numpy_s_results(
     assert_divide_rows_is_numpy_s(get_backend("cuda"), size, parts, other)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_find_nvcc_finds_that_of_the_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(packages, "toolkit", lambda: tmp_path)
+    assert find_nvcc() is None
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    assert find_nvcc() == str(tmp_path / "bin" / "nvcc")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("real", REALS)
+def test_add_rows_kernel_compiles_with_nvrtc(real: str) -> None:
+    """NVRTC, which CuPy uses on a GPU, has no headers of the host."""
+    from cupy.cuda import compiler
+
+    program = compiler._NVRTCProgram(KERNEL.read_text(encoding="utf-8"), KERNEL.name)
+    include = f"-I{packages.headers()}"
+    image, _ = program.compile(("-arch=sm_90", "-ftz=true", include, f"-DREAL={real}"))
+    assert b"add_rows" in image
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="not installed: nvcc")
 @pytest.mark.parametrize("real", REALS)
 def test_add_rows_kernel_compiles_for_a_gpu_and_spills_nothing(real: str, tmp_path: Path) -> None:
-    command = ["nvcc", "-arch=sm_90", "-cubin", "-Xptxas", "-v", f"-DREAL={real}"]
+    command = [str(find_nvcc()), "-arch=sm_90", "-cubin", "-Xptxas", "-v", f"-DREAL={real}"]
     command += ["-o", "add_rows.cubin", str(KERNEL)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -73,6 +73,99 @@ def test_gpu_check_without_a_gpu_prints_why_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+GPU_TESTS = """
+import importlib.util
+import warnings
+
+import pytest
+
+warnings.warn("of another library")
+
+
+@pytest.mark.gpu
+def test_that_passes():
+    assert importlib.util.find_spec("carried")
+
+
+def test_without_the_mark():
+    raise AssertionError
+"""
+FAILS = """
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 2])
+def test_that_fails(n):
+    assert n == 1, "two is too many"
+"""
+SKIPS = """
+
+@pytest.mark.gpu
+def test_that_skips():
+    pytest.skip("%s")
+"""
+
+
+def run_tests_part(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, source: str
+) -> dict[str, Any]:
+    """The result of the part `tests` on a file with this source."""
+    path = folder / "test_of_a_gpu.py"
+    path.write_text(source, encoding="utf-8")
+    (folder / "carried.py").write_text("", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setattr(script, "files_of_gpu_tests", lambda: [str(path)])
+    return script.tests(script.Bench(False, folder))
+
+
+def test_gpu_check_tests_pass_with_what_pythonpath_carries_and_a_warning_at_import(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = GPU_TESTS + SKIPS % script.MAY_SKIP
+    result = run_tests_part(script, monkeypatch, tmp_path, source)
+    assert result["ok"], result
+    assert (result["passed"], result["failed"]) == (1, {})
+    assert result["skipped"] == {script.MAY_SKIP: 1}
+
+
+def test_gpu_check_tests_name_what_failed_with_the_error_s_last_line(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    result = run_tests_part(script, monkeypatch, tmp_path, GPU_TESTS + FAILS)
+    assert not result["ok"]
+    assert result["passed"] == 2
+    ((name, line),) = result["failed"].items()
+    assert name.endswith("test_that_fails[2]")
+    assert "AssertionError" in line
+    assert name in result["error"]
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_gpu_check_tests_are_not_ok_where_one_is_skipped(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, everything: bool
+) -> None:
+    start = "import pytest\n" if everything else GPU_TESTS
+    result = run_tests_part(script, monkeypatch, tmp_path, start + SKIPS % "no device")
+    assert not result["ok"]
+    assert "no device" in result["error"]
+    assert ("no test passed" in result["error"]) == everything
+
+
+@pytest.mark.parametrize("source", ["import pytest\n", "import no_such_module\n"])
+def test_gpu_check_tests_are_not_ok_where_nothing_could_run(
+    source: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    result = run_tests_part(script, monkeypatch, tmp_path, source)
+    assert not result["ok"]
+    assert "no test passed" in result["error"]
+
+
+def test_gpu_check_finds_the_files_with_tests_of_a_gpu(script: ModuleType) -> None:
+    names = [Path(path).name for path in script.files_of_gpu_tests()]
+    assert {"test_backend.py", "test_devices.py", "test_quant.py"} <= set(names)
+    assert "test_cupy_on_cpu.py" not in names
+    assert "test_nn.py" not in names
+
+
 def test_gpu_check_records_a_part_that_fails_or_takes_too_long(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -461,6 +461,11 @@ def test_complaints_name_what_cupy_lacks(code: str, tmp_path: Path) -> None:
     assert CENSUS[code] in text
 
 
+def test_operators_do_not_depend_on_the_versions_of_numpy_and_python() -> None:
+    named = {"__add__", "__buffer__", "__release_buffer__", "sum"}
+    assert cupy_names.operators(named, named) == sorted({"__add__"} | cupy_names.COMPARISONS)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="not installed: cupy")
 def test_cupy_names_are_those_of_the_installed_cupy() -> None:
     survey = cupy_names.survey()

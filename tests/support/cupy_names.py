@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_name("cupy_names.json")
+# The buffer protocol, which NumPy shows since 2.5 and Python since 3.12: it is for C code only.
+BUFFER = {"__buffer__", "__release_buffer__"}
 COMPARISONS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
 
 
@@ -40,10 +42,15 @@ def survey() -> dict[str, Any]:
     public = [name for name in members if not name.startswith("_")]
     methods = [name for name in public if callable(members[name])]
     names["methods"] = {name: _signature(members[name]) for name in methods}
-    both = set(members) & set(dir(numpy.ndarray)) - set(dir(object)) | COMPARISONS
-    names["operators"] = sorted(name for name in both if name.startswith("__"))
+    names["operators"] = operators(set(members), set(dir(numpy.ndarray)))
     names["attributes"] = [name for name in public if name not in methods]
     return names
+
+
+def operators(ours: set[str], numpys: set[str]) -> list[str]:
+    """The special methods that two classes of arrays have in common."""
+    both = ours & numpys - set(dir(object)) - BUFFER | COMPARISONS
+    return sorted(name for name in both if name.startswith("__"))
 
 
 def _signature(function: Any) -> str:
