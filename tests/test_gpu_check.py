@@ -111,8 +111,10 @@ def run_tests_part(
     """The result of the part `tests` on a file with this source."""
     path = folder / "test_of_a_gpu.py"
     path.write_text(source, encoding="utf-8")
-    (folder / "carried.py").write_text("", encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "carried.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(elsewhere))
     monkeypatch.setattr(script, "files_of_gpu_tests", lambda: [str(path)])
     return script.tests(script.Bench(False, folder))
 
