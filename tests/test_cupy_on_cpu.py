@@ -16,8 +16,14 @@ import pytest
 import test_strict_xp
 from cupy_on_cpu import counted
 from cupy_on_cpu.packages import CUPY
+from small import CONFIG
 
+from minilora import CausalLM, LoraConfig, get_peft_model
 from minilora.backend import get_backend
+from minilora.data import Batch
+from minilora.data.batches import IGNORE
+from minilora.training.loop import Run, Settings
+from minilora.training.parallel import ShardedStep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("emulated")]
 
@@ -254,3 +260,31 @@ def test_why_not_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CUPY in (cupy_on_cpu.why_not() or "")
     monkeypatch.setattr(packages.platform, "machine", lambda: "arm64")
     assert "x86-64" in (cupy_on_cpu.why_not() or "")
+
+
+# ---- a training step -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.1}], ids=str)
+def test_a_training_step_waits_only_where_its_loss_is_read(
+    options: dict[str, Any], xp: Any, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=2, target_modules="all-linear", **options)
+    model = get_peft_model(CausalLM(CONFIG, seed=1, device="cuda"), config, seed=2).train()
+    tokens = np.random.default_rng(3).integers(0, CONFIG.vocab_size, 600).astype(np.int32)
+    settings = Settings(steps=9, batch_size=3, context=8, eval_every=100, max_grad_norm=0.05)
+    run = Run(model, tokens, settings, tmp_path)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ids = tokens[:24].reshape(2, 12)
+    with ShardedStep(model) as sharded:
+        for _ in range(2):
+            run.step(sharded)
+        with counted() as device:
+            run.step(sharded)
+        assert (device.waits, device.downloads) == (1, 1)
+        assert device.operations > 100
+        batch = Batch(ids[:, :-1], np.where(ids[:, 1:] == 3, IGNORE, ids[:, 1:]))
+        sharded.gradients(batch, parameters)
+        with counted() as device:
+            sharded.gradients(batch, parameters)
+        assert (device.waits, device.downloads) == (0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -29,19 +30,31 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
-def build(target: Path, options: list[str], source: Path) -> Path:
-    """`target`, compiled from `source` unless it exists.
+def write_source(path: Path, text: str) -> None:
+    """Write the file unless it exists; another process never sees a part of it."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
 
-    Two processes may compile it at once: each writes a file of its own and renames it.
-    """
+
+def build(target: Path, options: list[str], source: Path) -> Path:
+    """`target`, compiled from `source` unless it exists; by one process, for which others wait."""
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}")
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+        if not target.exists():
+            temporary = target.with_suffix(".new")
+            _compile(temporary, options, source)
+            temporary.replace(target)
+    return target
+
+
+def _compile(target: Path, options: list[str], source: Path) -> None:
     command = ["g++", "-w", "-fPIC", "-shared", "-std=c++17", *options, str(source)]
-    command += ["-o", str(temporary)]
+    command += ["-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise EmulationError(f"g++ failed on {source}: {done.stderr[:3000]}")
-    temporary.replace(target)
-    return target

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import counting
-from .building import SOURCES, build, cache, digest
+from .building import SOURCES, build, cache, digest, write_source
 from .packages import EmulationError, cupy_headers, headers
 
 BOUNDS = r"(?:__launch_bounds__\([^)]*\)\s*)?"
@@ -46,11 +46,8 @@ def _library(source: str, options: tuple[str, ...]) -> Path:
     wanted = [option for option in options if option.startswith(("-D", "-I"))]
     parts = [(SOURCES / name).read_text(encoding="utf-8") for name in ("language.h", "threads.h")]
     parts.append((SOURCES / "launch.h").read_text(encoding="utf-8"))
-    folder = cache() / "kernels"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{digest(text, repr(wanted), *parts)}.cpp"
-    if not path.exists():
-        path.write_text(text, encoding="utf-8")
+    path = cache() / "kernels" / f"{digest(text, repr(wanted), *parts)}.cpp"
+    write_source(path, text)
     search = [f"-I{part}" for part in (SOURCES, *cupy_headers(), headers())]
     return build(path.with_suffix(".so"), ["-O1", "-fpermissive", *search, *wanted], path)
 

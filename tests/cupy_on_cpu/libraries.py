@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import counting
-from .building import SOURCES, build, cache, digest
+from .building import SOURCES, build, cache, digest, write_source
 from .packages import EmulationError, folder_of, headers
 
 DRIVER_PARTS = ("devices.cpp", "memory.cpp", "streams.cpp", "launches.cpp")
@@ -40,10 +40,9 @@ def _build_both() -> tuple[Path, Path]:
     unsupported = _unsupported_functions()
     texts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
     folder = cache() / f"libraries-{digest(*texts, unsupported)}"
-    folder.mkdir(exist_ok=True)
-    (folder / "unsupported.inc").write_text(unsupported, encoding="utf-8")
-    one_file = "".join(f'#include "{part}"\n' for part in DRIVER_PARTS)
-    (folder / "driver.cpp").write_text(one_file, encoding="utf-8")
+    write_source(folder / "unsupported.inc", unsupported)
+    includes = [f'#include "{part}"\n' for part in DRIVER_PARTS]
+    write_source(folder / "driver.cpp", "".join(includes))
     paths = []
     sources = ("libcuda.so.1", folder / "driver.cpp"), ("libcublas.so.13", SOURCES / "cublas.cpp")
     for name, source in sources:
