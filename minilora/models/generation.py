@@ -125,7 +125,6 @@ def stream(
     with threadpoolctl.threadpool_limits(1, "blas"), Workers(threads) as workers:
         weights = Weights.of(base, workers)
         for _ in range(max_new_tokens):
-            backend.select()  # the caller may have used another device since the last token
             if (decodings[0] or caches[0]).length + pending.shape[1] > limit:
                 window = pending = window[:, -max(1, limit // 2) :]
                 decodings = [None] * len(parts)
