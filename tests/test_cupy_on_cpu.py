@@ -93,8 +93,8 @@ def test_compute_false_counts_and_does_nothing(xp: Any, tmp_path: Path) -> None:
 
 
 def test_new_memory_is_nan(xp: Any) -> None:
-    xp.get_default_memory_pool().free_all_blocks()
-    assert xp.isnan(xp.empty(300, np.float32)).all()
+    memory = xp.cuda.MemoryPointer(xp.cuda.Memory(1200), 0)  # not out of CuPy's pool
+    assert xp.isnan(xp.ndarray(300, np.float32, memory)).all()
 
 
 # ---- captures ------------------------------------------------------------------------------------

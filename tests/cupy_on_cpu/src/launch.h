@@ -1,4 +1,4 @@
-// What the driver calls for each kernel. Included after the kernels.
+// What the driver calls for each kernel: EMU_KERNEL follows the kernel.
 #pragma once
 
 template <class T>
