@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cupy_on_cpu import packages
+from cupy_on_cpu import EmulationError, packages
+from cupy_on_cpu.compilers import compile_with_nvcc, compile_with_nvrtc
 from cupy_on_cpu.packages import find_nvcc
 from hypothesis import given
 from hypothesis import strategies as st
@@ -443,24 +444,33 @@ def test_find_nvcc_finds_that_of_the_wheel(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.gpu
 @pytest.mark.parametrize("real", REALS)
 def test_add_rows_kernel_compiles_with_nvrtc(real: str) -> None:
-    """NVRTC, which CuPy uses on a GPU, has no headers of the host."""
-    from cupy.cuda import compiler
-
-    program = compiler._NVRTCProgram(KERNEL.read_text(encoding="utf-8"), KERNEL.name)
-    include = f"-I{packages.headers()}"
-    image, _ = program.compile(("-arch=sm_90", "-ftz=true", include, f"-DREAL={real}"))
-    assert b"add_rows" in image
+    assert b"add_rows" in compile_with_nvrtc(KERNEL, [f"REAL={real}"])
 
 
 @pytest.mark.skipif(find_nvcc() is None, reason="not installed: nvcc")
 @pytest.mark.parametrize("real", REALS)
-def test_add_rows_kernel_compiles_for_a_gpu_and_spills_nothing(real: str, tmp_path: Path) -> None:
-    command = [str(find_nvcc()), "-arch=sm_90", "-cubin", "-Xptxas", "-v", f"-DREAL={real}"]
-    command += ["-o", "add_rows.cubin", str(KERNEL)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr
-    assert (tmp_path / "add_rows.cubin").stat().st_size > 0
+def test_add_rows_kernel_compiles_for_a_gpu_and_spills_nothing(real: str) -> None:
+    usages = compile_with_nvcc(KERNEL, [f"REAL={real}"])
+    assert list(usages) == ["add_rows"]
+    usage = usages["add_rows"]
+    assert usage.registers > 0
+    assert (usage.stack_bytes, usage.spilled_bytes) == (0, 0)
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="not installed: nvcc")
+def test_compile_with_nvcc_reports_spills_and_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "kernel.cu"
+    path.write_text(
+        'extern "C" __global__ void __launch_bounds__(1024) crowded(float* x, int n) {'
+        "  float y[200];"
+        "  for (int i = 0; i < 200; i++) y[i] = x[i * n];"
+        "  for (int i = 0; i < 200; i++) x[i] = y[(i * n) % 200];"
+        "}"
+    )
+    assert compile_with_nvcc(path)["crowded"].stack_bytes >= 800
+    path.write_text("wrong")
+    with pytest.raises(EmulationError, match="nvcc failed"):
+        compile_with_nvcc(path)
 
 
 @pytest.mark.gpu

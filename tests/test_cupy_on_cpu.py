@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import subprocess
 import sys
 import threading
@@ -128,6 +129,30 @@ def test_a_captured_graph_replays_with_what_its_memory_holds_then(xp: Any) -> No
             graphs[0].launch(stream)
         assert (device.operations, device.replays) == (0, 1)
         np.testing.assert_allclose(y.get(), np.exp(sorted(values, reverse=True)), rtol=1e-6)
+
+
+def test_a_captured_product_of_cublas_replays(xp: Any) -> None:
+    """With a handle of one's own: CuPy itself refuses cuBLAS in a capture."""
+    cublas = ctypes.CDLL("libcublas.so.13")
+    handle = ctypes.c_void_p()
+    cublas.cublasCreate_v2(ctypes.byref(handle))
+    a, b = floats(xp, 3, 3), floats(xp, 3, 3) + 1
+    c = xp.zeros((3, 3), np.float32)
+    two, one = ctypes.c_float(2), ctypes.c_float(1)
+    stream = xp.cuda.Stream(non_blocking=True)
+    pointers = [ctypes.c_void_p(array.data.ptr) for array in (a, b, c)]
+    first, second, result = ((pointer, 0, 3) for pointer in pointers)  # float32, stride 3
+    with capturing(stream) as graphs:
+        cublas.cublasSetStream_v2(handle, ctypes.c_void_p(stream.ptr))
+        # By columns: (c.T) = 2 (b.T) (a.T) + c.T
+        scalars = ctypes.byref(two), ctypes.byref(one)
+        operands = (*second, *first, scalars[1], *result)
+        assert cublas.cublasGemmEx(handle, 0, 0, 3, 3, 3, scalars[0], *operands, 68, -1) == 0
+    with counted() as device:
+        graphs[0].launch(stream)
+        graphs[0].launch(stream)
+    assert (device.products, device.replays) == (0, 2)
+    assert c.tolist() == (4 * (a @ b)).tolist()
 
 
 REFUSED = ["a.get()", "float(a[0])", "a[mask]", "a.__setitem__(mask, 0)", "stream.synchronize()"]
