@@ -120,6 +120,7 @@ def measure(cases: Sequence[Case], properties: Sequence[Property] = PROPERTIES) 
     `Stopped` at Ctrl-C.
     """
     measured: dict[str, list[tuple[str, Measured]]] = {p.name: [] for p in properties}
+    done = 0
 
     def rows() -> list[Row]:
         return [
@@ -136,9 +137,10 @@ def measure(cases: Sequence[Case], properties: Sequence[Property] = PROPERTIES) 
                     bar.update(0)
                     if p.applies(case):
                         measured[p.name].append((case.name, p.check(case)))
+                done += 1  # the bar does not count where it is not shown
                 bar.update()
         except KeyboardInterrupt as signal:
-            raise Stopped(signal, Report(rows(), []), bar.n, len(cases)) from None
+            raise Stopped(signal, Report(rows(), []), done, len(cases)) from None
     return rows()
 
 
