@@ -246,19 +246,34 @@ bad(None, "a list of messages, found NoneType")
 bad("text", "a list of messages, found str")
 bad({"role": "user"}, "a list of messages, found dict")
 bad([USER], "no message is the assistant's")
-KEYS = "message 2: expected 'role' and 'content' and no other key"
+KEYS = "message 2: expected 'role' and 'content'"
 bad([USER, "b"], f"{KEYS}, found str")
 bad([USER, {"role": "assistant"}], f"{KEYS}, found role")
 bad([USER, {}], f"{KEYS}, found nothing")
-bad([USER, {**TURN, "tool_calls": []}], "no other key, found content, role, tool_calls")
-ROLES = "message 2: expected a role of system, user, assistant"
-bad([USER, {**TURN, "role": "tool"}], f"{ROLES}, found 'tool'")
+bad([USER, {"role": "assistant", "tool_calls": []}], f"{KEYS}, found role, tool_calls")
+CALLS = "message 2: expected 'tool_calls' to be a list of objects"
+bad([USER, {**TURN, "tool_calls": "f()"}], f"{CALLS}, found 'f()'")
+bad([USER, {**TURN, "tool_calls": ["f()"]}], CALLS)
+bad([{**USER, "tool_calls": [{}]}, TURN], "only in the assistant's messages, found user")
+ROLES = "message 2: expected a role of system, user, assistant, developer, tool"
+bad([USER, {**TURN, "role": "bot"}], f"{ROLES}, found 'bot'")
 bad([USER, {**TURN, "role": None}], "found 'None'")
 bad([USER, {**TURN, "role": ["user"]}], "expected a role of")
 CONTENTS = "message 1: expected 'content' to be a text"
-PARTS = [{"type": "text", "text": "a"}]
-bad([{**USER, "content": PARTS}, TURN], f"{CONTENTS}, found list")
+bad([{**USER, "content": []}, TURN], f"{CONTENTS}, found an empty list")
+bad([{**USER, "content": 3}, TURN], f"{CONTENTS}, found int")
 bad([{**USER, "content": None}, TURN], f"{CONTENTS}, found NoneType")
+bad([USER, {**TURN, "content": None}], "message 2: expected 'content' to be a text, found NoneTy")
+PART = "message 1: expected part 2 of 'content' to"
+PARTS = [{"type": "text", "text": "a"}]
+IMAGE = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
+NOT_IMAGES = "found 'image_url': only text is learned, not images"
+bad([{**USER, "content": [*PARTS, IMAGE]}, TURN], f"{PART} be of type text, {NOT_IMAGES}")
+bad([{**USER, "content": [*PARTS, "a"]}, TURN], f"{PART} be of type text, found 'str'")
+bad([{**USER, "content": [*PARTS, {"text": "a"}]}, TURN], "found 'None'")
+bad(
+    [{**USER, "content": [*PARTS, {"type": "text"}]}, TURN], f"{PART} have a 'text', found NoneType"
+)
 
 
 @pytest.mark.parametrize(("messages", "named"), BAD)
@@ -267,6 +282,17 @@ def test_conversation_names_what_is_wrong(messages, named):
         conversation(messages)
     assert named in str(caught.value)
     assert conversation([USER, TURN]) == [USER, TURN]
+
+
+def test_conversation_drops_keys_that_say_nothing():
+    """A template that asks `'tool_calls' in message` must not find a null one."""
+    nulls = {"tool_calls": None, "name": None}
+    part = {"type": "text", "text": "a", "image": None}
+    talk = [{**USER, **nulls, "content": [part]}, {**TURN, "tool_calls": [], "weight": 1}]
+    assert conversation(talk) == [{**USER, "content": PARTS}, {**TURN, "weight": 1}]
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    assert conversation([USER, calls]) == [USER, calls]
+    assert talk[1]["tool_calls"] == [], "what is given is only read"
 
 
 def test_encode_with_edges_gives_places_in_the_text(tmp_path):
