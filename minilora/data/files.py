@@ -224,14 +224,18 @@ def _lines(path: PathLike) -> Iterator[tuple[int, bytes]]:
 
 def _open_array(path: PathLike) -> DataFile:
     """A file that begins with a list, whose first value must be a record."""
-    with open_regular(path) as file:
-        # Enough to see whether a large file is an array. The size of a read is allocated at once.
-        head = file.read(min(2 * MAX_RECORD_BYTES, os.fstat(file.fileno()).st_size))
-    begin = head.index(b"[")
-    _require_array(head, begin, len(head), quoted(path))
+    _require_array_in_head(path)
     data = read_text(path)
     note = f"{quoted(path)} is read as a JSON array of records"
-    return DataFile(path, "array", note, data, begin, len(data))
+    return DataFile(path, "array", note, data, data.index(b"["), len(data))
+
+
+def _require_array_in_head(path: PathLike) -> None:
+    """`_require_array`, from enough of a file to see whether a large one is an array."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(min(2 * MAX_RECORD_BYTES, size))  # which allocates all at once
+    _require_array(head, head.index(b"["), len(head), quoted(path))
 
 
 def _require_array(data: bytes, begin: int, end: int, where: str) -> None:

@@ -153,7 +153,9 @@ def _texts(record: JsonObject, fields: tuple[str, ...]) -> list[str]:
 def _read_tools(record: JsonObject) -> list[Any] | None:
     """The tools of a conversation: a list of objects, or a text that is one in JSON."""
     tools = record.get("tools")
-    if type(tools) is str and tools.strip():
+    if type(tools) is str and not tools.strip():
+        return None
+    if type(tools) is str:
         try:
             tools = parse_json(b'{"tools": %b}' % tools.encode(), "'tools'")
         except FormatError as error:
