@@ -165,7 +165,7 @@ class Chat:
         self.tokenizer = tokenizer
         self.patience = WAITS * seconds
         template, self.where = tokenizer.chat_template
-        given = {"documents": None, **tokenizer.special_tokens}
+        given = {"tools": None, "documents": None, **tokenizer.special_tokens}
         self.order = {"path": sys.path, "template": template, "given": given, "seconds": seconds}
         self._supported: set[str] = set()  # what the template was seen not to leave out
 
@@ -296,7 +296,7 @@ def _left_out(messages: Messages, tools: Tools) -> Iterator[tuple[str, Given, Gi
     if tools:
         yield "'tools'", (messages, tools), (messages, None)
     if any("tool_calls" in message for message in messages):
-        # A null content, which is written as None, would be a difference of its own.
+        # Many of the templates that leave tool calls out cannot write a null content.
         whole = [{**message, "content": message.get("content") or ""} for message in messages]
         without = []
         for message in whole:

@@ -89,6 +89,7 @@ def render(
     template: Any, given: dict[str, Any], messages: list[Any], parts: list[Any], tools: Any
 ) -> tuple[str, list[Any]]:
     """(the first part's text, for each part its length if the first part begins with it)."""
+    given = {**given, "tools": tools}
     most = CHARACTERS + COPIES * (count_characters(messages) + count_characters(tools))
     whole = None
     lengths = []
@@ -96,7 +97,7 @@ def render(
         pieces = []
         size = 0
         for piece in template.generate(
-            messages=messages[:count], add_generation_prompt=prompt, tools=tools, **given
+            messages=messages[:count], add_generation_prompt=prompt, **given
         ):
             pieces.append(piece)
             size += len(piece)

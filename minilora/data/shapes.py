@@ -11,7 +11,8 @@
 
 A record with the fields of several shapes has the first of them in this order: data sets keep the
 text that they made from an instruction, or the prompt that begins a conversation, beside it. Other
-columns are ignored, and so is a column whose value is null. "tools" belongs to a conversation.
+columns are ignored, and so is a column whose value is null. "tools" belongs to a conversation. One
+file may have records of several shapes.
 """
 
 from __future__ import annotations

@@ -368,6 +368,11 @@ AS_PARTS = {"role": "assistant", "content": [{"type": "text", "text": "b"}]}
 left_out("part.text", "'?'", ([USER, AS_PARTS], None), f"{CONTENT_IN_PARTS} assistant")
 
 
+def test_chat_encode_refuses_tool_calls_before_a_null_content_fails(chat_of):
+    with pytest.raises(DataError, match="leaves out 'tool_calls': take them out of the record"):
+        chat_of(TEMPLATES["chatml"]).encode(conversation([USER, CALL]))
+
+
 @pytest.mark.parametrize(("old", "new", "given", "message"), LEFT_OUT)
 def test_chat_encode_refuses_a_template_that_leaves_something_out(
     chat_of, old, new, given, message

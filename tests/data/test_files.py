@@ -127,7 +127,8 @@ def test_open_data_reads_the_same_records_in_every_form(
 
 
 def test_records_of_an_array_say_where_they_are(tmp_path):
-    content = b'{"n": 1,\n"data": [\n' + R + b", " + R + b",\n\n" + R + b"\n]}"
+    long = R.replace(b" ", b"\n")
+    content = b'{"n": 1,\n"data": [\n' + R + b", " + long + b",\n" + R + b"\n]}"
     file = open_data(written(tmp_path / "a.json", content))
     places = [where.removeprefix(f"'{tmp_path}/a.json' ") for where, _ in file.records()]
     assert places == ["record 1 (line 3)", "record 2 (line 3)", "record 3 (line 5)"]
@@ -160,7 +161,14 @@ LISTS = b'{"train": [' + R + b'], "test": [' + R + b"]}"
 bad("a.json", LISTS, DataError, "found 'train', 'test': give each list a file of its own")
 bad("a.json", b'{"data": [{"a": 1}]}', DataError, "record 1 (line 1): expected the fields")
 bad("a.json", b'{"data": [' + R + b'],\n"data": []}', FormatError, "'data' appears twice")
+bad(
+    "a.json",
+    b'\n{\n"data": [\n' + R + b'\n],\n"x": 1,}',
+    FormatError,
+    "name enclosed in double quotes: line 6 c",
+)
 bad("a.jsonl", b'{"data": [' + R + b"]}", DataError, "line 1: expected the fields")
+bad("a.json", b'{"data": [' + R + b"]}\n" + R, DataError, "line 1: expected the fields")
 for nothing in (b"", b"\n \r\n", BOM, b"[]", b"[ \n]", b'{"data": []}'):
     bad("a.json", nothing, DataError, "has no record to train on")
 # Lines that are damaged, whatever the name.
@@ -260,15 +268,17 @@ def peak_of(path: Path, message: str) -> int:
         tracemalloc.stop()
 
 
-HUGE = [(name, begin) for name in ("a.jsonl", "a.json") for begin in (b'[{"text": "', b"[", b"x")]
+TOO_LONG = "longer than 16,777,216 bytes"
+HUGE = [("a.jsonl", b'{"text": "', TOO_LONG)]
+for name in ("a.jsonl", "a.json"):
+    HUGE += [(name, b'[{"text": "', TOO_LONG), (name, b"x", TOO_LONG), (name, b"[", "does not end")]
 
 
-@pytest.mark.parametrize(("name", "begin"), [*HUGE, ("a.jsonl", b'{"text": "')])
-def test_open_data_reads_little_of_a_huge_line(tmp_path, name, begin):
+@pytest.mark.parametrize(("name", "begin", "message"), HUGE)
+def test_open_data_reads_little_of_a_huge_line(tmp_path, name, begin, message):
     path = written(tmp_path / name, begin)
     os.truncate(path, 2**31)  # a hole, which takes no space on the disk
-    refused = "longer than 16,777,216 bytes|line 1: expected a list of objects|does not end"
-    assert peak_of(path, refused) < 12 * MAX_RECORD_BYTES
+    assert peak_of(path, message) < 12 * MAX_RECORD_BYTES
 
 
 def test_records_parses_one_record_of_lines_or_of_an_array_at_a_time(tmp_path, monkeypatch):
