@@ -224,7 +224,7 @@ def test_demo_refuses_records(tmp_path):
     path.write_text('[{"text": "abc"}]')
     texts = ({"pretrain_data": str(path)}, {"adapt_data": str(path)})
     for text in texts:
-        with pytest.raises(DataError, match="data.json' has records, expected a plain text"):
+        with pytest.raises(DataError, match=r"data\.json' has records, expected a plain text"):
             demo(tmp_path, Plan(), **text)
 
 
