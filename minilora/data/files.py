@@ -39,7 +39,6 @@ BLANKS = b" \t\r\n"
 
 UNPACK = "decompress it first"
 EXPORT = "export it as JSON Lines"
-CONVERT = "convert it to UTF-8"
 SIGNATURES = {  # how files begin that are no text, what they are, and what to do
     b"\x1f\x8b": ("compressed with gzip", UNPACK),
     b"BZh91AY&SY": ("compressed with bzip2", UNPACK),
@@ -55,10 +54,12 @@ SIGNATURES = {  # how files begin that are no text, what they are, and what to d
     b"\x89HDF\r\n": ("an HDF5 file", EXPORT),
     b"%PDF-": ("a PDF document", "extract its text first"),
     b"version https://git-lfs.github.com/spec/": ("a Git LFS pointer", "run: git lfs pull"),
-    b"\xff\xfe\0\0": ("in UTF-32", CONVERT),
-    b"\0\0\xfe\xff": ("in UTF-32", CONVERT),
-    b"\xff\xfe": ("in UTF-16", CONVERT),
-    b"\xfe\xff": ("in UTF-16", CONVERT),
+}
+ENCODINGS = {  # a model of bytes may train on any text, but records are UTF-8
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
 }
 
 
@@ -129,15 +130,24 @@ def open_data(path: PathLike, must_be_records: bool = False) -> DataFile:
     say where it is not a record. DataError for a file that is empty, not regular, or of a known
     format that is not text. OSError if it cannot be read.
     """
-    _refuse_binary(path)
+    head = _read_head(path)
     name = os.fsdecode(path).lower()
+    must_be_records = must_be_records or name.endswith(JSON_NAMES)
+    for mark, encoding in ENCODINGS.items():
+        if head.startswith(mark):
+            begin = head.removeprefix(mark).strip(BLANKS + b"\0")[:1]
+            if must_be_records or begin in (b"[", b"{"):
+                where = quoted(path)
+                raise DataError(f"{where} is in {encoding}, expected UTF-8: convert it to UTF-8")
+            note = f"{quoted(path)} is in {encoding} and is read as plain text, byte by byte"
+            return DataFile(path, "text", note)
     number, line = next(_lines(path), (0, b""))
     try:
         return _open_records(path, number, line)
     except (DataError, FormatError) as error:
         if name.endswith(".json") and number:
             raise type(error)(f"{error}; to train on its characters, rename it to .txt") from None
-        if must_be_records or name.endswith(JSON_NAMES):
+        if must_be_records:
             raise
         reason = str(error).removeprefix(quoted(path)).lstrip(": ")
     note = ""
@@ -151,8 +161,11 @@ def read_plain_text(path: PathLike) -> bytes:
     return open_data(path).text()
 
 
-def _refuse_binary(path: PathLike) -> None:
-    """FormatError for a file that is not regular, DataError for one of a known binary format."""
+def _read_head(path: PathLike) -> bytes:
+    """The first bytes of a file.
+
+    FormatError if it is not regular, DataError if it is of a known binary format.
+    """
     try:
         file = open_regular(path)
     except FormatError as error:
@@ -163,6 +176,7 @@ def _refuse_binary(path: PathLike) -> None:
     for signature, (kind, cure) in SIGNATURES.items():
         if head.startswith(signature):
             raise DataError(f"{quoted(path)} is {kind}, expected text in UTF-8: {cure}")
+    return head
 
 
 def _open_records(path: PathLike, number: int, line: bytes) -> DataFile:

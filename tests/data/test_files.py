@@ -229,7 +229,7 @@ BINARY = {
     "a Git LFS pointer, expected text in UTF-8: run: git lfs pull": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     ),
-    "in UTF-16, expected text in UTF-8: convert it to UTF-8": '{"text": "a"}'.encode("utf-16"),
+    "in UTF-16, expected UTF-8: convert it to UTF-8": '{"text": "a"}'.encode("utf-16"),
     "in UTF-16": b"\xfe\xff\0{",
     "in UTF-32": '{"text": "a"}'.encode("utf-32"),
 }
@@ -240,6 +240,15 @@ BINARY = {
 def test_open_data_names_a_binary_format(tmp_path, name, message):
     with pytest.raises(DataError, match=f"{name}' is {message}"):
         open_data(written(tmp_path / name, BINARY[message]))
+
+
+def test_open_data_reads_a_plain_text_in_utf_16_as_bytes(tmp_path):
+    content = "a text".encode("utf-16")
+    file = open_data(written(tmp_path / "a.txt", content))
+    assert file.text() == content
+    assert "is in UTF-16 and is read as plain text, byte by byte" in file.note
+    with pytest.raises(DataError, match="is in UTF-16, expected UTF-8: convert it"):
+        open_data(written(tmp_path / "a.json", content))
 
 
 def test_open_data_refuses_what_is_not_a_file(tmp_path):
