@@ -140,6 +140,10 @@ class DataError(MiniloraError, ValueError):
     exit_code = 3
 
 
+class NothingToLearnError(DataError):
+    """A record that has no token to learn: readers skip it and count it, unless they are strict."""
+
+
 class CheckpointError(MiniloraError):
     """A training checkpoint that is missing, damaged, or belongs to another run."""
 

@@ -203,7 +203,7 @@ def test_predicates_refuse_invalid_values(predicate: Any, values: list[Any]) -> 
 # ---- exit codes ----------------------------------------------------------------------------------
 
 EXIT_CODES = {"MiniloraError": 1, "GraphError": 1, "ConfigError": 2, "DeviceError": 2}
-EXIT_CODES |= {"FormatError": 3, "DataError": 3, "CheckpointError": 3}
+EXIT_CODES |= {"FormatError": 3, "DataError": 3, "NothingToLearnError": 3, "CheckpointError": 3}
 EXIT_CODES |= {"NonFiniteError": 5, "DivergenceError": 5, "LockError": 6}
 
 

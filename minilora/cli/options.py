@@ -14,6 +14,7 @@ from ..training.methods import METHODS, QUANTIZE
 
 Args = argparse.Namespace
 DTYPES = ("float32", "float16", "bfloat16")
+DATA = "a text, or JSON: text, messages, prompt + completion, Alpaca or ShareGPT"
 
 
 class Command(NamedTuple):
@@ -178,6 +179,11 @@ def option(parser: Any, words: str, text: str, **reading: Any) -> None:
 def add_device_and_threads(parser: Parser) -> None:
     option(parser, "--device DEV", "where to compute: cpu, cuda or cuda:N", default="cpu")
     option(parser, "--threads K", "threads, at least 1 (default: one per core)")
+
+
+def add_strict(parser: Parser) -> None:
+    text = "refuse records that are too long or empty, which are cut or skipped"
+    option(parser, "--strict", text)
 
 
 def add_seed(parser: Any) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backend import get_backend
-from ..data.texts import prose, read_text
+from ..data.texts import prose
 from ..data.tokenizer import ByteTokenizer
 from ..display import printable
 from ..errors import ConfigError
@@ -24,6 +24,7 @@ from ..models.transformer import CausalLM
 from ..training.methods import CODES, adapter_config, format_weight_memory, measure_weight_memory
 from ..training.runs import find_checkpoint, open_folder
 from .options import (
+    DATA,
     Args,
     Command,
     Parser,
@@ -33,6 +34,7 @@ from .options import (
     add_method,
     add_quantize,
     add_seed,
+    add_strict,
     option,
     path,
     positive_integer,
@@ -41,6 +43,7 @@ from .options import (
 )
 from .reading import (
     load_model,
+    open_text,
     read_training_text,
     require_bytes,
     require_context,
@@ -76,10 +79,11 @@ def demo(args: Args) -> None:
     # What cannot work ends here, before a folder is made.
     least = 10 * (plan.pretrain.context + 1)
     if args.pretrain_data is not None:
-        text = read_text(args.pretrain_data)
+        text = open_text(args.pretrain_data).text()
         require_bytes(text, least, f"--pretrain-data {args.pretrain_data}")
     if args.adapt_data is not None:
-        require_bytes(read_text(args.adapt_data), least, f"--adapt-data {args.adapt_data}")
+        text = open_text(args.adapt_data).text()
+        require_bytes(text, least, f"--adapt-data {args.adapt_data}")
     get_backend(args.device)
     if args.pretrain_data is None:
         prose()
@@ -94,6 +98,7 @@ def demo(args: Args) -> None:
 def add_training_options(parser: Parser, lr: float) -> None:
     text = "text to evaluate on (default: the last tenth of the text, not trained on)"
     option(parser, "--eval-data FILE", text)
+    add_strict(parser)
     option(parser, "--out DIR", "a new or empty folder (default: runs/COMMAND-NNN)")
     text = "continue from this checkpoint, or from the newest in --out (auto)"
     option(parser, "--resume auto|DIR", text, nargs="?", const="auto", type=path)
@@ -122,8 +127,7 @@ def add_training_options(parser: Parser, lr: float) -> None:
 
 
 def add_pretrain_options(parser: Parser) -> None:
-    text = "a text, or .jsonl with a text, or prompt and completion, per line"
-    option(parser, "--data FILE", text, required=True)
+    option(parser, "--data FILE", DATA, required=True)
     add_training_options(parser, lr=3e-3)
     shape = parser.add_argument_group("model")
     size = functools.partial(option, shape, type=positive_integer, default=argparse.SUPPRESS)
@@ -149,7 +153,9 @@ def pretrain(args: Args) -> None:
     count = config.parameter_count()
     if count > MAX_PARAMETERS:
         raise ConfigError(f"the model has {count:,} parameters, at most {MAX_PARAMETERS:,} train")
-    text = read_training_text(args.data, args.eval_data, tokenizer, settings.context)
+    text = read_training_text(
+        args.data, args.eval_data, tokenizer, settings.context, strict=args.strict
+    )
     model = CausalLM(config, seed=settings.seed, device=args.device)
     with _run_folder(args, "pretrain") as out:
         size = sum(p.size for p in model.parameters())
@@ -167,8 +173,7 @@ def pretrain(args: Args) -> None:
 def add_finetune_options(parser: Parser) -> None:
     add_base(parser)
     add_allow_nonfinite(parser)
-    text = "a text, or .jsonl with a text, prompt and completion, or messages per line"
-    option(parser, "--data FILE", text)
+    option(parser, "--data FILE", DATA)
     text = "in place of --data: one text per task, which gets an adapter of its own"
     option(parser, "--tasks FILE", text, nargs="+")
     text = "rank of one more adapter that all tasks share, at least 1 (default: none)"
@@ -232,7 +237,9 @@ def finetune(args: Args) -> None:
     tasks = _name_tasks(args, config)
     model, tokenizer = load_model(args)
     require_context(settings.context, model.config.max_position_embeddings)
-    read = functools.partial(read_training_text, tokenizer=tokenizer, context=settings.context)
+    read = functools.partial(
+        read_training_text, tokenizer=tokenizer, context=settings.context, strict=args.strict
+    )
     tokens: Any
     held_out: Any
     if tasks:

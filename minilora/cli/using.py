@@ -11,6 +11,7 @@ from ..data.tokenizer import Tokenizer
 from ..display import printable
 from ..errors import DataError
 from .options import (
+    DATA,
     Args,
     Command,
     Parser,
@@ -20,6 +21,7 @@ from .options import (
     add_device_and_threads,
     add_quantize,
     add_seed,
+    add_strict,
     option,
 )
 from .reading import load_model, read_tokens, require_context
@@ -88,7 +90,8 @@ def _encode_prompt(args: Args, tokenizer: Tokenizer) -> tuple[Ids, list[int]]:
 
 def add_evaluate_options(parser: Parser) -> None:
     _add_model_options(parser)
-    option(parser, "--data FILE", "text or .jsonl to measure the loss on", required=True)
+    option(parser, "--data FILE", DATA, required=True)
+    add_strict(parser)
     option(parser, "--context T", "tokens per window, at least 1 (default: up to 256)")
     text = "most windows to measure, spread over the text, at least 1 (default: all)"
     option(parser, "--limit N", text)
@@ -102,7 +105,7 @@ def evaluate(args: Args) -> None:
     limit = model.config.max_position_embeddings
     context = args.context or min(256, limit)
     require_context(context, limit)
-    tokens, ratio = read_tokens(args.data, tokenizer, context)
+    tokens, ratio = read_tokens(args.data, tokenizer, context, args.strict)
     loss = measure(model, tokens, context, limit=args.limit, threads=args.threads)
     bits = bits_per_byte(loss, ratio)
     perplexity = math.exp(min(loss, 700))

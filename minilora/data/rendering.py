@@ -3,10 +3,10 @@
     python -I rendering.py    lines of JSON in, one line of JSON out for each after the first
 
 The first line is {"path": sys.path, "template": text, "given": variables of the template by name,
-"seconds": processor time}. Each other line is {"messages": [...], "parts": [[number of messages,
-add_generation_prompt], ...]}. The answer is [text of the first part, lengths], where lengths has
-one entry per part: its length if the first part begins with it, else null. After a failure the
-answer is {"error": reason}.
+"seconds": processor time}. Each other line is {"messages": [...], "tools": [...] or null, "parts":
+[[number of messages, add_generation_prompt], ...]}. The answer is [text of the first part,
+lengths], where lengths has one entry per part: its length if the first part begins with it, else
+null. After a failure the answer is {"error": reason}.
 
 Jinja's sandbox keeps a template from Python. The system keeps it from all else: before it is
 parsed, this process loses the right to open a file or (root excepted) start another, and gets
@@ -86,10 +86,11 @@ def describe(error: Exception) -> str:
 
 
 def render(
-    template: Any, given: dict[str, Any], messages: list[Any], parts: list[Any]
+    template: Any, given: dict[str, Any], messages: list[Any], parts: list[Any], tools: Any
 ) -> tuple[str, list[Any]]:
     """(the first part's text, for each part its length if the first part begins with it)."""
-    most = CHARACTERS + COPIES * sum(len(text) for message in messages for text in message.values())
+    given = {**given, "tools": tools}
+    most = CHARACTERS + COPIES * (count_characters(messages) + count_characters(tools))
     whole = None
     lengths = []
     for count, prompt in parts:
@@ -108,6 +109,15 @@ def render(
             whole = text
         lengths.append(size if whole.startswith(text) else None)
     return whole or "", lengths
+
+
+def count_characters(value: Any) -> int:
+    """The characters of all texts in a JSON value; keys and numbers count as nothing."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(count_characters, value)) if isinstance(value, list) else 0
 
 
 def sandbox() -> Any:

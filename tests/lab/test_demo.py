@@ -20,7 +20,7 @@ from minilora.data.texts import prose, python_sources, split, split_text
 from minilora.data.tokenizer import ByteTokenizer, load_tokenizer
 from minilora.errors import DataError
 from minilora.formats import load_file
-from minilora.lab.demo import PROMPT, Plan, _linear_weights, _spectra
+from minilora.lab.demo import PROMPT, Plan, _linear_weights, _spectra, demo
 from minilora.training.loop import Settings, bits_per_byte, evaluate
 from minilora.training.methods import METHODS, method_of
 
@@ -217,6 +217,15 @@ def test_demo_runs_other_methods_and_bases(method, kind, tiny, capsys):
         model = PeftModel.from_pretrained(base, "out/adapter")
         assert method_of(model.peft_config["default"]) == method
     assert code_bits(model) == summary["bits_per_byte"][method]["code"]
+
+
+def test_demo_refuses_records(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text('[{"text": "abc"}]')
+    texts = ({"pretrain_data": str(path)}, {"adapt_data": str(path)})
+    for text in texts:
+        with pytest.raises(DataError, match=r"data\.json' has records, expected a plain text"):
+            demo(tmp_path, Plan(), **text)
 
 
 def test_demo_with_adalora_takes_r_as_the_final_rank(tiny, capsys):
