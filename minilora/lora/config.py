@@ -21,7 +21,8 @@ from ..errors import (
 )
 from ..formats import PEFT_CONFIG_DEFAULTS
 from ..formats.disk import JsonObject
-from .patterns import Pattern
+from .endings import plain_text
+from .patterns import compile_pattern
 from .targets import pattern_value
 
 # The targets of target_modules=None, by type of model (PEFT's table).
@@ -207,7 +208,10 @@ class LoraConfig:
         layers = self.layers_pattern or []
         patterns += [layers] if isinstance(layers, str) else layers
         branching = 0
-        for pattern in map(Pattern, patterns[: MAX_PATTERNS + 1]):
+        for text in patterns[: MAX_PATTERNS + 1]:
+            if plain_text(text) is not None:
+                continue
+            pattern = compile_pattern(text)
             if pattern.width is None:
                 branching += pattern.size
         if len(patterns) > MAX_PATTERNS or branching > MAX_BRANCHING:

@@ -204,7 +204,7 @@ def mismatches_with(
 def mismatches(adapter: AdapterFile, plan: Plan, read: Read) -> list[str]:
     """The missing and unknown keys, wrong shapes and wrong values of a file, one line for each."""
     file = adapter.file
-    keys = file.keys()
+    keys = dict.fromkeys(file.keys())
 
     def get(key: str) -> Array | None:
         return file.read(key) if key in keys else None

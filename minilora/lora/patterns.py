@@ -8,6 +8,7 @@ its time is at most states x letters, whatever the pattern. It does not know wha
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from functools import lru_cache
 
 from ..errors import ConfigError
 
@@ -84,6 +85,9 @@ class Pattern:
                 pending += [state for state in following if state not in live]
                 live.update(following)
         return live
+
+
+compile_pattern = lru_cache(maxsize=4096)(Pattern)  # more than one configuration may hold
 
 
 class _Parser:
