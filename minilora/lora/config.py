@@ -23,7 +23,7 @@ from ..formats import PEFT_CONFIG_DEFAULTS
 from ..formats.disk import JsonObject
 from .endings import plain_text
 from .patterns import compile_pattern
-from .targets import pattern_value
+from .targets import Layers, pattern_value
 
 # The targets of target_modules=None, by type of model (PEFT's table).
 DEFAULT_TARGETS = {name: ["q_proj", "v_proj"] for name in ("llama", "mistral", "qwen2", "qwen3")}
@@ -207,6 +207,7 @@ class LoraConfig:
                 patterns.append(text)
         layers = self.layers_pattern or []
         patterns += [layers] if isinstance(layers, str) else layers
+        Layers(None, layers)  # raises for a pattern that could mean another number than in PEFT
         branching = 0
         for text in patterns[: MAX_PATTERNS + 1]:
             if plain_text(text) is not None:

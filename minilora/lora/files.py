@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, FormatError
-from ..formats import Checkpoint
+from ..formats import Checkpoint, SafetensorsFile
 from ..formats.adapter import open_adapter
 from ..formats.disk import quoted
+from ..formats.dtypes import FLOATS, round_to, widen
 from .adalora import AdaLoraConfig
 from .factors import Part
 from .hydra import HydraConfig
@@ -73,7 +74,9 @@ class AdapterFile:
             self._sort_key(key, copies)
         for name, key in copies.items():
             trained = self.replaced.get(name)
-            if trained is None or not equal_as_stored(file.read(trained), file.read(key)):
+            if trained is None or not np.array_equal(
+                file.read(trained), file.read(key), equal_nan=True
+            ):
                 raise FormatError(
                     f"{self.where}: {quoted(key)} differs from the bias in modules_to_save"
                 )
@@ -161,9 +164,14 @@ class AdapterFile:
         self.file.close()
 
 
-def equal_as_stored(one: Array, other: Array) -> bool:
-    """Are two arrays equal in shape and numbers, as far as the precision of `one` goes?"""
-    return one.shape == other.shape and np.array_equal(one, other.astype(one.dtype), equal_nan=True)
+def equal_as_stored(file: SafetensorsFile, key: str, expected: Array) -> bool:
+    """Is a tensor of a file `expected`, or what rounding once to the file's dtype makes of it?"""
+    stored = file.read_bits(key)
+    if stored.shape != expected.shape or file.dtype(key) not in FLOATS:
+        return False
+    with np.errstate(over="ignore"):
+        rounded = round_to(expected.astype(np.float64), file.dtype(key))
+    return np.array_equal(widen(stored), widen(rounded), equal_nan=True)
 
 
 # ---- does it fit a base? -------------------------------------------------------------------------
@@ -217,7 +225,7 @@ def mismatches(adapter: AdapterFile, plan: Plan, read: Read) -> list[str]:
         if key in keys and file.shape(key) != shape:
             wrong.append(f"{key} is {file.shape(key)}, the base needs {shape}")
     for key, array in copies.items():
-        if key in keys and not equal_as_stored(file.read(key), array):
+        if key in keys and not equal_as_stored(file, key, array):
             wrong.append(f"{key} differs from the base's or from what it repeats")
     return wrong
 
@@ -291,13 +299,18 @@ def read_base(base: Checkpoint) -> Read:
     """A function that reads a tensor of a checkpoint by the name that an adapter has for it."""
 
     def read(name: str) -> Array:
-        names = [name]
-        if name == f"{HEAD}.weight":  # tied if it is missing, so its weight is the embedding's
-            names += [f"{path}.weight" for path in FIRST_EMBEDDINGS]
-        for alias in names:
-            key = base_key(base, alias)
-            if key is not None:
-                return base.read(key)
-        raise FormatError(f"{base.directory!r} has no {name}")
+        key = stored_key(base, name)
+        if key is None:
+            raise FormatError(f"{base.directory!r} has no {name}")
+        return base.read(key)
 
     return read
+
+
+def stored_key(base: Checkpoint, name: str) -> str | None:
+    """The key in `base` where `name` is stored: that of the embedding for a head that is tied."""
+    names = [name]
+    if name == f"{HEAD}.weight":  # tied if it is missing, so its weight is the embedding's
+        names += [f"{path}.weight" for path in FIRST_EMBEDDINGS]
+    keys = (base_key(base, alias) for alias in names)
+    return next((key for key in keys if key is not None), None)

@@ -147,8 +147,9 @@ class PeftModel(Module):
     ) -> None:
         """Make these adapters the active ones. Only they require a gradient.
 
-        Merged adapters must be among them. With `inference_mode` they require none either; None means the value in each adapter's
-        configuration, which is True for one that was loaded to be used.
+        Merged adapters must be among them. With `inference_mode` they require none either; None
+        means the value in each adapter's configuration, which is True for one that was loaded to
+        be used.
         """
         names = list_names(adapter_name)
         self._require_known(names)
@@ -278,12 +279,14 @@ class PeftModel(Module):
         self._merge([*self.merged_adapters, *names], requantize, tied)
 
     def _require_active(self, names: Sequence[str]) -> None:
+        for layer in self._wrappers().values():
+            layer.result([*self.active_adapters, *names])  # raises if they cannot run together
         inactive = [name for name in names if name not in self.active_adapters]
         if inactive:
             raise ConfigError(
                 f"adapter {', '.join(map(repr, inactive))} is not active, and merging would "
-                f"activate it; active: {', '.join(self.active_adapters)}. Call set_adapter() first, "
-                "or merge_and_unload(adapter_names=...)"
+                f"activate it; active: {', '.join(self.active_adapters)}. Call set_adapter() "
+                "first, or merge_and_unload(adapter_names=...)"
             )
 
     def _merge(self, names: Sequence[str], requantize: bool, tied: str | None) -> None:
@@ -314,9 +317,7 @@ class PeftModel(Module):
     def _require_merged_among(self, names: Sequence[str], problem: str) -> None:
         left = [name for name in self.merged_adapters if name not in names]
         if left:
-            raise ConfigError(
-                f"adapters {', '.join(left)} {problem}: call unmerge_adapter() first"
-            )
+            raise ConfigError(f"adapters {', '.join(left)} {problem}: call unmerge_adapter() first")
 
     @contextlib.contextmanager
     def _unmerged(self) -> Iterator[None]:
@@ -333,7 +334,8 @@ class PeftModel(Module):
     def unmerge_adapter(self) -> None:
         """Take every merged adapter out again; the base comes back bit for bit."""
         for layer in self._wrappers().values():
-            layer.unmerge()
+            if layer.merged:
+                layer.unmerge()
 
     def merge_and_unload(
         self,
@@ -484,7 +486,6 @@ def adapter_folder(directory: str | Path, name: str) -> Path:
 
     ConfigError for a name that no folder inside `directory` can have.
     """
-    encodable = name.isprintable() or name.encode(errors="ignore").decode() == name
     has_unpaired = name.encode(errors="ignore").decode() != name
     if has_unpaired or name in ("", ".", "..") or any(char in name for char in "/\\\0"):
         raise ConfigError(

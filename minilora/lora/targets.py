@@ -12,10 +12,11 @@ A module's name is a dotted path, such as model.layers.0.self_attn.q_proj, witho
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
+from ..errors import ConfigError
 from .endings import Endings, plain_text
 from .patterns import Pattern, compile_pattern
 
@@ -51,8 +52,8 @@ class Targets:
                 groups[self._names[number]].append(name)
         return groups
 
-    def _find(self, name: str) -> Iterable[tuple[int, int]]:
-        starts = range(len(name) + 1) if self._anywhere else _part_starts(name)
+    def _find(self, name: str) -> Iterator[tuple[int, int]]:
+        starts: Container[int] = range(len(name) + 1) if self._anywhere else _part_starts(name)
         return self._endings.find(name, len(name), starts)
 
 
@@ -81,7 +82,7 @@ class Patterns:
 
     def unused(self, names: Iterable[str]) -> list[str]:
         """The patterns that match none of `names`."""
-        used = set()
+        used: set[int] = set()
         for name in names:
             starts = _part_starts(name)
             used.update(number for number, _ in self._find_plain(name, starts))
@@ -124,6 +125,12 @@ class Layers:
         texts = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or []
         self._has_pattern = bool(layers_pattern)
         self._plain, self._others = _sort_patterns(texts)
+        for number, pattern in self._others:
+            if pattern.lazy:  # `re` would prefer another of several numbers
+                raise ConfigError(
+                    f"layers_pattern {texts[number]!r:.120} has a lazy repetition such as *?: "
+                    "leave out its ?"
+                )
 
     def contain(self, name: str) -> bool:
         """Is the module `name` in one of the layers?"""
