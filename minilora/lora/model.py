@@ -512,7 +512,7 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
     for path, described in plan.targets.items():
         layer = _wrap(model, path, LoraEmbedding if described.kind == "embedding" else LoraLinear)
         place = zlib.crc32(path.encode())
-        stream = mix_key(place, zlib.crc32(adapter_name.encode()))
+        stream = mix_key(place, zlib.crc32(adapter_name.encode(errors="surrogatepass")))
         base = layer.as_linear(unwrap(layer))
         if path == head:  # after its embedding: see Plan
             source = _module_at(model, embedding)

@@ -106,7 +106,8 @@ class MultiTask(PeftModel):
         with _all_or_nothing(model):
             for name, config in configs.items():
                 if config is not None:
-                    self.add_adapter(name, config, mix_key(seed, zlib.crc32(str(name).encode())))
+                    place = zlib.crc32(str(name).encode(errors="surrogatepass"))
+                    self.add_adapter(name, config, mix_key(seed, place))
             for task in tasks:
                 names = [name for name in (SHARED, task) if configs.get(name) is not None]
                 self.declare(task, names)
