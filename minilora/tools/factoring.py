@@ -79,12 +79,12 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
     """Write the difference of the checkpoints `tuned` and `base` as an adapter of rank r, in PEFT's
     files, to `out`.
 
-    A linear layer of which the weight alone changed gets the nearest factors of the difference;
-    other changed modules (norms, biases, the embedding, the head) are saved whole. An embedding and
-    a head with one weight are saved once, with `ensure_weight_tying`; if only the tuned model has
-    two weights, each that changed is saved, and merging needs tied="untie". Returns one row per
-    layer as `resize` does. Memory holds a few tensors in float64; BLAS runs in one thread, so that
-    equal checkpoints give equal bits everywhere.
+    A linear layer whose weight changed gets the nearest factors of the difference, and its bias if
+    any such bias changed; other changed modules (norms, the embedding, the head) are saved whole.
+    An embedding and a head with one weight are saved once, with `ensure_weight_tying`; if only the
+    tuned model has two weights, each that changed is saved, and merging needs tied="untie". Returns
+    one row per layer as `resize` does. Memory holds a few tensors in float64; BLAS runs in one
+    thread, so that equal checkpoints give equal bits everywhere.
 
     FormatError if the two have different tensors or shapes, ConfigError if nothing changed.
     """
@@ -103,9 +103,9 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
         whole = []
         for path in progress(changed, "extract"):
             names = changed[path]
-            weight = names[0]
-            is_matrix = weight.endswith(".weight") and len(pair.shape(weight)) == 2
-            if is_matrix and len(names) == 1 and path.rpartition(".")[2] not in NOT_TARGETS:
+            weight = f"{path}.weight"
+            is_matrix = weight in names and len(pair.shape(weight)) == 2
+            if is_matrix and path.rpartition(".")[2] not in NOT_TARGETS:
                 D = pair.difference(weight)
                 A, B, row = factors_from_svd(*leading_triplets(D, r), r)
                 tensors |= _factor_tensors(path, A, B)
@@ -120,13 +120,20 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
             tensors[PREFIX + HEAD_WEIGHT] = pair.read_tuned(HEAD_WEIGHT, np.float32)
         if not layers:
             raise ConfigError(
-                f"no linear layer of {other.directory!r} differs from the base's by its "
-                "weight alone"
+                f"no weight of a linear layer of {other.directory!r} differs from the base's, and "
+                "an adapter needs one"
             )
+        biases = [f"{path}.bias" for path in layers if f"{path}.bias" in pair.names]
+        biased = any(name in changed[name.removesuffix(".bias")] for name in biases)
+        if biased:
+            for name in biases:
+                path = name.removesuffix(".bias")
+                tensors[f"{PREFIX}{path}.base_layer.bias"] = pair.read_tuned(name, np.float32)
         model_type = pair.described.model_type
         fields = {
             "target_modules": sorted(layers),
             "modules_to_save": sorted(whole) or None,
+            "bias": "lora_only" if biased else "none",
             "ensure_weight_tying": tied,
             "task_type": "CAUSAL_LM",
             "fan_in_fan_out": is_stored_transposed(model_type, f"{layers[-1]}.weight"),
