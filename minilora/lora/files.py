@@ -24,7 +24,7 @@ from ..formats.dtypes import FLOATS, round_to, widen
 from .adalora import AdaLoraConfig
 from .factors import Part
 from .hydra import HydraConfig
-from .names import ENDINGS, ENDS, PREFIX, TOKENS, TRANSPOSED, read_config
+from .names import ENDINGS, ENDS, PREFIX, TOKENS, TRANSPOSED, keys_without_name, read_config
 from .plan import FIRST_EMBEDDINGS, HEAD, Base, Plan, describe_checkpoint, plan_adapter
 from .targets import matches
 
@@ -41,7 +41,7 @@ class AdapterFile:
     where      the folder, quoted for messages
     raw        the fields of adapter_config.json
     config     the configuration that they mean
-    file       the open tensors
+    file       the open tensors, by PEFT's keys
     layers     path -> {"A": key, "B": key, ...}, the keys in the file
     replaced   name of a base's tensor -> key: modules_to_save and trained biases take its place
     tokens     path of an embedding -> key: trainable_token_indices, which replace some of its rows
@@ -58,6 +58,7 @@ class AdapterFile:
         self.tokens: dict[str, str] = {}
         self.saved_name = "default"  # the adapter's name, where PEFT left it in a key
         try:
+            self.file.rename(keys_without_name(self.file.keys()))
             self.config = read_config(self.raw, f"{folder}/adapter_config.json")
             if check:
                 self._sort_keys()

@@ -70,6 +70,33 @@ def adapter_class(config: LoraConfig, kind: str = "linear") -> type[LoraAdapter]
     return DoraAdapter if config.use_dora else ADAPTERS[config.peft_type]
 
 
+TENSORS = ("lora_A", "lora_B", "lora_E", "lora_route", "lora_embedding_A", "lora_embedding_B")
+
+
+def keys_without_name(keys: Iterable[str]) -> dict[str, str]:
+    """The keys of a file that has the adapter's name in them, each with the key without it.
+
+    Some programs save an adapter's tensors as models call them: lora_A.default.weight. Empty if no
+    key has a name, if there are several names, or if two keys without it would be one.
+    """
+    shorter: dict[str, str] = {}
+    names = set()
+    keys = list(keys)
+    for key in keys:
+        path, _, name = key.removesuffix(".weight").rpartition(".")
+        tensor = path.rpartition(".")[2]
+        if tensor in (*TENSORS, *BARE):
+            end = ".weight" if key.endswith(".weight") and tensor not in BARE else ""
+            shorter[key] = path + end
+            names.add(name)
+    if len(names) != 1:
+        return {}
+    copied = f".modules_to_save.{names.pop()}."
+    shorter |= {key: key.replace(copied, ".", 1) for key in keys if copied in key}
+    all_keys = {shorter.get(key, key) for key in keys}
+    return shorter if len(all_keys) == len(keys) else {}
+
+
 # A name is made from its parts, here alone, and never taken apart: adapters have any names.
 
 
