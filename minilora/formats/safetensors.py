@@ -104,6 +104,10 @@ class SafetensorsFile(Tensors):
             self._file.close()
             raise
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call some tensors by other names from now on; each must be new."""
+        self._entries = {names.get(name, name): entry for name, entry in self._entries.items()}
+
     def _read_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
         length = -1

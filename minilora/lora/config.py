@@ -21,8 +21,9 @@ from ..errors import (
 )
 from ..formats import PEFT_CONFIG_DEFAULTS
 from ..formats.disk import JsonObject
-from .patterns import Pattern
-from .targets import pattern_value
+from .endings import plain_text
+from .patterns import compile_pattern
+from .targets import Layers, pattern_value
 
 # The targets of target_modules=None, by type of model (PEFT's table).
 DEFAULT_TARGETS = {name: ["q_proj", "v_proj"] for name in ("llama", "mistral", "qwen2", "qwen3")}
@@ -206,8 +207,12 @@ class LoraConfig:
                 patterns.append(text)
         layers = self.layers_pattern or []
         patterns += [layers] if isinstance(layers, str) else layers
+        Layers(None, layers)  # raises for a pattern that could mean another number than in PEFT
         branching = 0
-        for pattern in map(Pattern, patterns[: MAX_PATTERNS + 1]):
+        for text in patterns[: MAX_PATTERNS + 1]:
+            if plain_text(text) is not None:
+                continue
+            pattern = compile_pattern(text)
             if pattern.width is None:
                 branching += pattern.size
         if len(patterns) > MAX_PATTERNS or branching > MAX_BRANCHING:

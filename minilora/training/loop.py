@@ -45,6 +45,7 @@ from ..formats import load_file, save_file
 from ..formats.disk import JsonObject
 from ..formats.folders import locked, require_free_space
 from ..lora import AdaLoraConfig, MultiTask, PeftModel, RankAllocator
+from ..lora.model import adapter_folder
 from ..nn import Parameter
 from ..optim import AdamW, clip_by_global_norm, warmup_cosine
 from ..quant.half import iterate_pieces
@@ -629,7 +630,7 @@ def _parameters_by_file(model: Any) -> dict[str, dict[str, Parameter]]:
         return {"model.safetensors": dict(model.named_parameters())}
     files = {}
     for name in model.active_adapters:
-        folder = "" if name == "default" else f"{name}/"
+        folder = "" if name == "default" else f"{adapter_folder('', name)}/"
         files[f"{folder}adapter_model.safetensors"] = model.adapter_parameters(name)
     return files
 
