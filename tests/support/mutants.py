@@ -409,7 +409,7 @@ mutant(
     "(dy.transpose(order).reshape(dy.transpose(back).shape),)",
     gradient("transpose"),
 )
-mutant(ADD, "autograd", "sums[target] = sums[target] + g", "sums[target] = g", paths_add_up)
+mutant(ADD, "graph", "sums[key] = sums[key] + g", "sums[key] = g", paths_add_up)
 mutant(
     ADD,
     "autograd",
@@ -480,7 +480,7 @@ mutant("survivors are not scaled", "functional", "1 / (1 - float(p))", "1.0", de
 mutant(
     "a detached branch passes a gradient",
     "autograd",
-    "        tensor = Tensor(self)\n",
+    "        tensor = Tensor(self.data)\n",
     "        tensor = self\n",
     a_detached_branch_gets_nothing,
 )
