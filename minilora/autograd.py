@@ -319,8 +319,11 @@ def _bound(value: Any) -> Any:
 # ---- reductions ----------------------------------------------------------------------------------
 
 
-def _axis_of(x: Tensor, axis: Axis) -> Axis:
-    """The axis for a reduction of x: a 0-d array has none, but 0 and -1 count as all of it."""
+def axis_of(x: Tensor, axis: Axis) -> Axis:
+    """The axis for a reduction of x: a 0-d array is one value along axis 0 or -1, as in NumPy.
+
+    CuPy takes only None there.
+    """
     return axis if x.ndim or axis not in (0, -1) else None
 
 
@@ -338,7 +341,7 @@ def _unreduce(g: Array, shape: Shape, axis: Axis, keepdims: bool) -> Array:
 
 def sum(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     expand, shape = namespace(x).broadcast_to, x.shape
-    axis = _axis_of(x, axis)
+    axis = axis_of(x, axis)
     y = x.data.sum(axis=axis, keepdims=keepdims)
     return record(y, (x,), lambda dy: (expand(_unreduce(dy, shape, axis, keepdims), shape),))
 
@@ -353,7 +356,7 @@ def mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
 
 def max(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """The largest along `axis`; equal ones share the gradient evenly."""
-    axis = _axis_of(x, axis)
+    axis = axis_of(x, axis)
     xp = namespace(x)
     X = x.data
     y = X.max(axis=axis, keepdims=keepdims)
@@ -362,7 +365,7 @@ def max(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
 
 def min(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """The smallest along `axis`; equal ones share the gradient evenly."""
-    axis = _axis_of(x, axis)
+    axis = axis_of(x, axis)
     xp = namespace(x)
     X = x.data
     y = X.min(axis=axis, keepdims=keepdims)

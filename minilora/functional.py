@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from .autograd import Grads as Grads  # other modules write F.Grads
-from .autograd import Tensor, grad_enabled, namespace, operands, record, where
+from .autograd import Tensor, axis_of, grad_enabled, namespace, operands, record, where
 from .backend import Array, Backend, Shape
 from .errors import ConfigError, DataError, is_number
 from .threads import blocks
@@ -311,7 +311,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 # ---- softmax -------------------------------------------------------------------------------------
 
 
-def _below_zero(x: Tensor, axis: int) -> Array:
+def _below_zero(x: Tensor, axis: int | Shape | None) -> Array:
     """x - max x along `axis`, as an array; empty where x is, for no values have no maximum."""
     X = as_floats(x.data)
     top = X.max(axis=axis, keepdims=True) if X.size else X.sum(axis=axis, keepdims=True)
@@ -320,18 +320,20 @@ def _below_zero(x: Tensor, axis: int) -> Array:
 
 def softmax(x: Tensor, axis: int = -1) -> Tensor:
     """exp(x) / sum exp(x) along `axis`    any shape"""
-    y = namespace(x).exp(_below_zero(x, axis))
-    y /= y.sum(axis=axis, keepdims=True)
-    return record(y, (x,), lambda dy: (y * (dy - (dy * y).sum(axis=axis, keepdims=True)),))
+    along = axis_of(x, axis)
+    y = namespace(x).exp(_below_zero(x, along))
+    y /= y.sum(axis=along, keepdims=True)
+    return record(y, (x,), lambda dy: (y * (dy - (dy * y).sum(axis=along, keepdims=True)),))
 
 
 def log_softmax(x: Tensor, axis: int = -1) -> Tensor:
     """x - log sum exp(x) along `axis`    any shape"""
     xp = namespace(x)
-    y = _below_zero(x, axis)
+    along = axis_of(x, axis)
+    y = _below_zero(x, along)
     if y.size:
-        y -= xp.log(xp.exp(y).sum(axis=axis, keepdims=True))
-    return record(y, (x,), lambda dy: (dy - xp.exp(y) * dy.sum(axis=axis, keepdims=True),))
+        y -= xp.log(xp.exp(y).sum(axis=along, keepdims=True))
+    return record(y, (x,), lambda dy: (dy - xp.exp(y) * dy.sum(axis=along, keepdims=True),))
 
 
 # ---- losses --------------------------------------------------------------------------------------

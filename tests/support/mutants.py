@@ -355,7 +355,7 @@ mutant(TERM, "functional", "dx -= xhat\n", "dx -= 0\n", gradient("rms_norm"))
 mutant(
     TERM,
     "functional",
-    "(y * (dy - (dy * y).sum(axis=axis, keepdims=True)),)",
+    "(y * (dy - (dy * y).sum(axis=along, keepdims=True)),)",
     "(y * dy,)",
     gradient("softmax"),
 )
@@ -377,8 +377,8 @@ mutant(
 mutant(
     BROADCAST,
     "functional",
-    "xp.exp(y) * dy.sum(axis=axis, keepdims=True)",
-    "xp.exp(y) * dy.sum(axis=axis)",
+    "xp.exp(y) * dy.sum(axis=along, keepdims=True)",
+    "xp.exp(y) * dy.sum(axis=along)",
     gradient("log_softmax"),
 )
 mutant(
@@ -391,7 +391,7 @@ mutant(
 mutant(
     AXIS,
     "functional",
-    "(dy * y).sum(axis=axis, keepdims=True)",
+    "(dy * y).sum(axis=along, keepdims=True)",
     "(dy * y).sum(axis=0, keepdims=True)",
     gradient("softmax"),
 )

@@ -34,6 +34,7 @@ NOT_OPERATIONS = {
     "unbroadcast": "works on arrays, inside vjps",
     "rows": "works on arrays, inside operations",
     "as_floats": "works on arrays, inside operations",
+    "axis_of": "returns an axis",
     "check_ids": "checks ids on the host",
     "check_probability": "checks an option",
     "prepare_targets": "prepares targets",
