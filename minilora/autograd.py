@@ -92,17 +92,17 @@ def operands(*values: Any) -> tuple[Tensor, ...]:
 
 def _convert_operands(values: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """`operands` of different kinds, dtypes or devices."""
-    tensors = [v if isinstance(v, Tensor) or _is_number(v) else Tensor(v) for v in values]
-    like = [t for t in tensors if isinstance(t, Tensor)] or [Tensor(0.0)]
-    floats = [t.dtype for t in like if t.dtype.kind in "fc"]
-    dtype = np.result_type(*floats) if floats else None  # 2.5 beside integers stays 2.5
-    for i, t in enumerate(tensors):
-        if not isinstance(t, Tensor):
-            tensors[i] = Tensor(like[0].backend.xp.full((), t, dtype))
-        elif dtype is not None and t.dtype.kind in "iub":
-            tensors[i] = Tensor(t.data.astype(dtype))
-    namespace(*tensors)
-    return tuple(tensors)
+    items = [v if isinstance(v, Tensor) or _is_number(v) else Tensor(v) for v in values]
+    tensors = [t for t in items if isinstance(t, Tensor)] or [Tensor(0.0)]
+    dtypes = {t.dtype for t in tensors if t.dtype.kind in "fc"}
+    dtype = np.result_type(*dtypes) if len(dtypes) > 1 else next(iter(dtypes), None)
+    for i, item in enumerate(items):
+        if not isinstance(item, Tensor):  # with no floats beside it, 2.5 stays 2.5
+            items[i] = Tensor(tensors[0].backend.xp.full((), item, dtype))
+        elif dtype is not None and item.dtype.kind in "iub":
+            items[i] = Tensor(item.data.astype(dtype))
+    namespace(*items)
+    return tuple(items)
 
 
 def _is_number(value: Any) -> bool:
@@ -324,7 +324,7 @@ def axis_of(x: Tensor, axis: Axis) -> Axis:
 
     CuPy takes only None there.
     """
-    return axis if x.ndim or axis not in (0, -1) else None
+    return axis if axis is None or x.ndim or axis not in (0, -1) else None
 
 
 def _unreduce(g: Array, shape: Shape, axis: Axis, keepdims: bool) -> Array:
