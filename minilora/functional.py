@@ -202,15 +202,14 @@ def swiglu(x: Tensor) -> Tensor:
     X = as_floats(x.data)
     if X.shape[:1] != (2,):
         raise ValueError(f"swiglu: x is [gate, up], so its first axis must be 2, got {x.shape}")
-    g = X[0, ...]  # with the ellipsis a view also for x (2,), not a number
-    u = X[1, ...]
+    g, u = X
     s = _sigmoid(xp, g)
     y = g * s
     y *= u
 
     def vjp(dy: Array) -> Grads:
         dX = xp.empty_like(X)
-        dgate = dX[0, ...]
+        dgate = dX[0, ...]  # a view even for x (2,), where dX[0] is a number
         dup = dX[1, ...]
         xp.multiply(g, s, out=dup)
         xp.subtract(1, s, out=dgate)  # d silu = s + g s (1 - s)

@@ -30,7 +30,6 @@ CURE = "use the engine's operations, or .numpy() to compute with its values alon
 
 # Operations that have another name in NumPy, and functions that NumPy has under two names.
 NUMPY_NAMES = {"sub": "subtract", "mul": "multiply", "div": "divide", "neg": "negative"}
-NUMPY_NAMES["concat"] = "concatenate"
 ALIASES = {"amax": "max", "amin": "min"}
 
 # The signatures of the functions that are no ufuncs, as far as the engine has their parameters: the
