@@ -48,6 +48,9 @@ class Backend:
     def __deepcopy__(self, memo: Any) -> Backend:
         return self  # a copy of a tensor stays on its device
 
+    def __reduce__(self) -> Any:
+        return get_backend, (self.name,)  # so does a pickled one: there is one object per device
+
     def from_numpy(self, array: np.ndarray) -> Array:
         """The array on the device. Data moves only through this and `to_numpy`."""
         raise NotImplementedError

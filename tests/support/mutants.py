@@ -355,7 +355,7 @@ mutant(TERM, "functional", "dx -= xhat\n", "dx -= 0\n", gradient("rms_norm"))
 mutant(
     TERM,
     "functional",
-    "(y * (dy - (dy * y).sum(axis=axis, keepdims=True)),)",
+    "(y * (dy - (dy * y).sum(axis=along, keepdims=True)),)",
     "(y * dy,)",
     gradient("softmax"),
 )
@@ -377,8 +377,8 @@ mutant(
 mutant(
     BROADCAST,
     "functional",
-    "xp.exp(y) * dy.sum(axis=axis, keepdims=True)",
-    "xp.exp(y) * dy.sum(axis=axis)",
+    "xp.exp(y) * dy.sum(axis=along, keepdims=True)",
+    "xp.exp(y) * dy.sum(axis=along)",
     gradient("log_softmax"),
 )
 mutant(
@@ -391,7 +391,7 @@ mutant(
 mutant(
     AXIS,
     "functional",
-    "(dy * y).sum(axis=axis, keepdims=True)",
+    "(dy * y).sum(axis=along, keepdims=True)",
     "(dy * y).sum(axis=0, keepdims=True)",
     gradient("softmax"),
 )
@@ -409,7 +409,7 @@ mutant(
     "(dy.transpose(order).reshape(dy.transpose(back).shape),)",
     gradient("transpose"),
 )
-mutant(ADD, "autograd", "sums[target] = sums[target] + g", "sums[target] = g", paths_add_up)
+mutant(ADD, "graph", "sums[key] = sums[key] + g", "sums[key] = g", paths_add_up)
 mutant(
     ADD,
     "autograd",
@@ -480,7 +480,7 @@ mutant("survivors are not scaled", "functional", "1 / (1 - float(p))", "1.0", de
 mutant(
     "a detached branch passes a gradient",
     "autograd",
-    "        tensor = Tensor(self)\n",
+    "        tensor = Tensor(self.data)\n",
     "        tensor = self\n",
     a_detached_branch_gets_nothing,
 )
