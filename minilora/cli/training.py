@@ -305,7 +305,10 @@ def _draw_ranks(out: Path) -> None:
     from ..lab import plots  # matplotlib is optional, and slow to import
     from ..training.loop import rank_history
 
-    if plots.available():
+    reason = plots.why_unavailable()
+    if reason:
+        print(printable(f"(no pictures: {reason})"))
+    else:
         plots.rank_allocation(out / "rank_allocation.png", *rank_history(out))
 
 

@@ -266,11 +266,7 @@ def test_pretrain_on_a_read_only_disk_stops_before_training():
 def test_commands_whose_output_cannot_be_written_exit_with_4():
     assert run([*PRETRAIN, "--steps=1", "--out=base"])[0] == 0
     command = [sys.executable, "-m", "minilora"]
-    for argv in (
-        ["inspect", "base"],
-        ["generate", "--base=base", "--prompt=x"],
-        [*PRETRAIN, "--out=run"],
-    ):
+    for argv in (["inspect", "base"], ["generate", "--base=base", "--prompt=x"]):
         with open("/dev/full", "wb") as full:
             done = subprocess.run([*command, *argv], stdout=full, stderr=subprocess.PIPE, text=True)
         assert (done.returncode, done.stderr) == (4, "minilora: error: No space left on device\n")
@@ -326,7 +322,7 @@ def test_pretrain_refuses_a_text_that_is_larger_than_memory():
 
 # ---- signals ----
 
-KINDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+KINDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
 @pytest.mark.parametrize(("number", "code"), KINDS)
@@ -400,10 +396,24 @@ def test_commands_other_than_training_stop_at_once_on_a_signal(number, code):
     assert not Path("merged").exists()
 
 
+def test_pretrain_under_nohup_ignores_that_the_terminal_is_closed():
+    before = """
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+plain = loop.Run.step
+def step(self, sharded):
+    signal.raise_signal(signal.SIGHUP)
+    return plain(self, sharded)
+loop.Run.step = step
+"""
+    assert end(start([*PRETRAIN, "--steps=3", "--out=run"], before)) == (0, "")
+    assert Path("run", "model.safetensors").exists()
+
+
 def test_commands_leave_the_signal_handlers_of_the_caller():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    before = [signal.getsignal(number) for number in numbers]
     assert run([*PRETRAIN, "--steps=1", "--out=run"])[0] == 0
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert [signal.getsignal(number) for number in numbers] == before
     calls = []
     plain = signal.signal(signal.SIGTERM, lambda *_: calls.append(1))
     try:
