@@ -5,6 +5,7 @@ using      generate, evaluate
 files      merge, combine, inspect, diff, extract, resize, convert: files in, files out
 checking   verify, devices
 reading    models and texts, as several commands read them
+continuing finetune --adapter: training goes on from an adapter
 options    the parser, how a value is read, and options that several commands take
 streams    standard output and standard error that may be closed, full, or gone
 
@@ -83,6 +84,8 @@ def _terminable() -> Iterator[None]:
     """SIGTERM and SIGHUP end a command as Ctrl-C does: temporary files and locks are removed."""
 
     def stop(number: int, frame: Any) -> None:
+        if number == HANGUP:  # the shell may send a second one, while temporary files are removed
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
     numbers = []

@@ -20,7 +20,7 @@ CLOSED = "standard output is closed: give the command a file, a pipe or a termin
 class Stream:
     """A text stream of this process; after a failure, what is written to it goes nowhere.
 
-    stream   sys.stdout or sys.stderr, which is None if it was closed when Python started
+    stream   sys.stdout or sys.stderr, None if it was closed when Python started
     needed   whether a failure is raised, or ignored
     error    the failure, if there was one
     """
@@ -29,7 +29,7 @@ class Stream:
         self.stream = stream
         self.needed = needed
         self.error: OSError | None = None
-        if stream is None:
+        if stream is None or stream.closed:
             self.error = OSError(errno.EBADF, CLOSED)
 
     def __getattr__(self, name: str) -> Any:  # encoding, fileno, ...

@@ -21,8 +21,15 @@ from ..formats.folders import locked, numbered_folder
 from ..lora import AdaLoraConfig, LoraConfig, get_multitask_model, get_peft_model
 from ..models.config import TransformerConfig
 from ..models.transformer import CausalLM
-from ..training.methods import CODES, adapter_config, format_weight_memory, measure_weight_memory
+from ..training.methods import (
+    CODES,
+    METHODS,
+    adapter_config,
+    format_weight_memory,
+    measure_weight_memory,
+)
 from ..training.runs import find_checkpoint, open_folder
+from .continuing import continue_adapter, read_continued_config
 from .options import (
     Args,
     Command,
@@ -95,7 +102,8 @@ def add_training_options(parser: Parser, lr: float) -> None:
     text = "text to evaluate on (default: the last tenth of the text, not trained on)"
     option(parser, "--eval-data FILE", text)
     option(parser, "--out DIR", "a new or empty folder (default: runs/COMMAND-NNN)")
-    text = "continue from this checkpoint, or from the newest in --out (auto)"
+    text = "continue from this checkpoint, or from the newest in --out (auto); --steps may change "
+    text += "as long as no step done had another learning rate: in the warm-up, or with --floor 1"
     option(parser, "--resume auto|DIR", text, nargs="?", const="auto", type=path)
     option(parser, "--abort-on-divergence", "stop when the loss has diverged but is still finite")
     option(parser, "--gradient-checkpointing", "use less memory, and a third more time")
@@ -106,6 +114,8 @@ def add_training_options(parser: Parser, lr: float) -> None:
     option(run, "--accumulate N", "batches per step, at least 1", default=1)
     option(run, "--context T", "tokens per sequence, at least 1", default=128)
     option(run, "--lr X", "highest learning rate, above 0", default=lr)
+    text = "lowest learning rate, as a part of --lr, at least 0; 1 keeps it constant"
+    option(run, "--floor X", text, default=0.1)
     option(
         run, "--warmup N", "steps until the learning rate is the highest, at least 0", default=20
     )
@@ -173,9 +183,12 @@ def add_finetune_options(parser: Parser) -> None:
     option(parser, "--tasks FILE", text, nargs="+")
     text = "rank of one more adapter that all tasks share, at least 1 (default: none)"
     option(parser, "--shared-r R", text)
+    text = "adapter to go on from, from step 0; its own configuration holds (default: a new one)"
+    option(parser, "--adapter DIR", text)
     add_training_options(parser, lr=2e-3)
     group = parser.add_argument_group("method and adapter (fields of PEFT's configuration)")
     add_method(group)
+    parser.set_defaults(method=None)  # to tell "lora" from an option that was not given
     add_quantize(group)
     field = functools.partial(option, group, default=argparse.SUPPRESS)
     default = LoraConfig
@@ -227,7 +240,12 @@ def finetune(args: Args) -> None:
 
     settings = Settings(**select_fields(args, Settings))
     fields = select_fields(args, AdaLoraConfig)
-    config = adapter_config(args.method, args.quantize, fields, settings.steps)
+    config: LoraConfig | None
+    if args.adapter is None:
+        args.method = args.method or METHODS[0]
+        config = adapter_config(args.method, args.quantize, fields, settings.steps)
+    else:
+        config = read_continued_config(args, fields, settings.steps)
     tasks = _name_tasks(args, config)
     model, tokenizer = load_model(args)
     require_context(settings.context, model.config.max_position_embeddings)
@@ -244,7 +262,10 @@ def finetune(args: Args) -> None:
         tokens, held_out, ratio = read(args.data, args.eval_data)
         sizes = f"{len(tokens):,}"
     memory = measure_weight_memory(model)
-    if config is not None:
+    origin = None
+    if config is not None and args.adapter is not None:
+        model, origin = continue_adapter(args, model, config)
+    elif config is not None:
         model = _add_adapters(args, model, config, tasks)
     elif memory["layers"]:
         given = f"--method full cannot train --base {args.base!r}"
@@ -256,9 +277,11 @@ def finetune(args: Args) -> None:
             print(f"all {sum(p.size for p in model.parameters()):,} parameters of the base train")
         else:
             model.print_trainable_parameters()
+        if origin is not None:
+            print(printable(f"goes on from {args.adapter}"))
         print(printable(f"{sizes} tokens -> {out}"))
         options = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
-        result = train(model, tokens, settings, out, **options, title="finetune")
+        result = train(model, tokens, settings, out, **options, origin=origin, title="finetune")
         model.save_pretrained(out)
         if config is None and not tokenizer.note:  # a base without a tokenizer.json stays without
             tokenizer.save(out)

@@ -168,7 +168,7 @@ class Run:
             places = {id(p): i for i, (_, p) in enumerate(trained)}
             self.allocated = [places[id(p)] for p in self.allocator.params]
         self.identity = _identity(model, settings, tokens, trained)
-        self.identity["origin"] = origin
+        self.identity["starting weights"] = origin
         self.done = 0  # steps
         self.losses: list[float] = []
         self.evaluations: list[tuple[int, float]] = []

@@ -79,7 +79,8 @@ class Log:
                 with atomic_file(path) as file:
                     file.writelines(earlier)
         # __exit__ closes it.
-        self._file = open(path, "a" if step else "w", encoding="utf-8")  # noqa: SIM115
+        mode = "a" if step else "w"
+        self._file = open(path, mode, encoding="utf-8", opener=_open_at_once)  # noqa: SIM115
 
     def __enter__(self) -> Log:
         return self
@@ -102,6 +103,13 @@ class Log:
             # A pipe or a device has nothing to force.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A descriptor. OSError for a pipe that nobody reads, which would be waited for otherwise."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def read_log(path: Path) -> list[JsonObject]:
@@ -227,7 +235,10 @@ def find_checkpoint(resume: str | Path, out: Path) -> tuple[Path, JsonObject]:
         except CheckpointError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=2)
     sound = "sound " if folders else ""
-    raise CheckpointError(f"{str(out)!r} has no {sound}checkpoint to resume from")
+    raise CheckpointError(
+        f"{str(out)!r} has no {sound}checkpoint to resume from: "
+        "a run writes one when it is stopped, and with --save-every N"
+    )
 
 
 def _verified_manifest(folder: Path) -> JsonObject:

@@ -16,12 +16,15 @@ HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has
 def stop_signals() -> Iterator[list[int]]:
     """A list that receives SIGINT, SIGTERM and SIGHUP, so that the running step can end first.
 
-    A second signal stops the run at once. SIGHUP stays ignored if it is: `nohup` asks for that.
+    A second signal stops the run at once, but for SIGHUP: the system and the shell may both send
+    one when a terminal is closed. SIGHUP stays ignored if it is: `nohup` asks for that.
     """
     received: list[int] = []
 
     def receive(number: int, frame: Any) -> None:
         if received:
+            if number == HANGUP:
+                return
             raise KeyboardInterrupt(number)
         received.append(number)
         name = signal.Signals(number).name

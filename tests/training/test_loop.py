@@ -506,7 +506,7 @@ def test_resume_refuses_another_number_of_steps_for_adalora(tmp_path):
 @pytest.mark.parametrize(("before", "now"), [("a" * 64, None), (None, "a" * 64), ("a" * 64, "b")])
 def test_resume_refuses_a_run_of_another_origin(before, now, tmp_path):
     train(lora(), TEXT, short(save_every=3), tmp_path, origin=before)
-    with pytest.raises(CheckpointError, match=r"belongs to another run: origin \(was "):
+    with pytest.raises(CheckpointError, match=r"belongs to another run: starting weights \(was "):
         train(lora(), TEXT, SHORT, tmp_path, resume="auto", origin=now)
     train(lora(), TEXT, SHORT, tmp_path, resume="auto", origin=before)
 

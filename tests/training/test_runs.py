@@ -928,6 +928,19 @@ def test_log_writes_nan_and_infinity_as_strict_json(value, tmp_path):
     assert (line["step"], line["lr"]) == (0, 0.5)
 
 
+def test_log_that_is_a_pipe_is_written_if_somebody_reads(tmp_path):
+    path = tmp_path / "log.jsonl"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="No such device"):  # and does not wait for a reader
+        Log(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with Log(path) as log:
+        log.write(step=0)
+        log.sync()
+        assert os.read(reader, 100) == b'{"step": 0}\n'
+    os.close(reader)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_log_on_a_full_disk_raises(tmp_path):
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
