@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +11,6 @@ import pytest
 import minilora
 
 ROOT = Path(minilora.__file__).parents[1]
-
-
-def test_minilora_names_are_the_same_for_readers_and_type_checkers():
-    tree = ast.parse(Path(minilora.__file__).read_text())
-    imported = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            imported[node.module] = sorted(alias.name for alias in node.names)
-    assert imported == {module: sorted(names.split()) for module, names in minilora.MODULES.items()}
-    assert sorted(minilora.__all__) == sorted(name for names in imported.values() for name in names)
 
 
 def test_minilora_gives_every_public_name_and_module():

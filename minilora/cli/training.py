@@ -102,8 +102,7 @@ def add_training_options(parser: Parser, lr: float) -> None:
     text = "text to evaluate on (default: the last tenth of the text, not trained on)"
     option(parser, "--eval-data FILE", text)
     option(parser, "--out DIR", "a new or empty folder (default: runs/COMMAND-NNN)")
-    text = "continue from this checkpoint, or from the newest in --out (auto); --steps may change "
-    text += "as long as no step done had another learning rate: in the warm-up, or with --floor 1"
+    text = "continue from this checkpoint, or from the newest in --out (auto)"
     option(parser, "--resume auto|DIR", text, nargs="?", const="auto", type=path)
     option(parser, "--abort-on-divergence", "stop when the loss has diverged but is still finite")
     option(parser, "--gradient-checkpointing", "use less memory, and a third more time")
@@ -114,7 +113,7 @@ def add_training_options(parser: Parser, lr: float) -> None:
     option(run, "--accumulate N", "batches per step, at least 1", default=1)
     option(run, "--context T", "tokens per sequence, at least 1", default=128)
     option(run, "--lr X", "highest learning rate, above 0", default=lr)
-    text = "lowest learning rate, as a part of --lr, at least 0; 1 keeps it constant"
+    text = "learning rate at the end / --lr, at least 0; 1: constant"
     option(run, "--floor X", text, default=0.1)
     option(
         run, "--warmup N", "steps until the learning rate is the highest, at least 0", default=20
@@ -183,7 +182,7 @@ def add_finetune_options(parser: Parser) -> None:
     option(parser, "--tasks FILE", text, nargs="+")
     text = "rank of one more adapter that all tasks share, at least 1 (default: none)"
     option(parser, "--shared-r R", text)
-    text = "adapter to go on from, from step 0; its own configuration holds (default: a new one)"
+    text = "adapter to go on from, configured as it is (default: a new one)"
     option(parser, "--adapter DIR", text)
     add_training_options(parser, lr=2e-3)
     group = parser.add_argument_group("method and adapter (fields of PEFT's configuration)")

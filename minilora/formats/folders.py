@@ -264,6 +264,7 @@ def new_folder(out: str | Path, inputs: Mapping[str, Any]) -> Iterator[Path]:
             def make_way() -> None:
                 (place / LOCK).unlink()
                 place.rmdir()  # fails if another run takes the lock in between, and has the folder
+                (stage / STAMP).unlink()  # at the last moment: a stage without it is not ours
 
             _begin(stage, {"out": place.name, **inputs})
             with whole_folder(stage, place, make_way):
@@ -271,8 +272,6 @@ def new_folder(out: str | Path, inputs: Mapping[str, Any]) -> Iterator[Path]:
                 for file in stage.glob(".*"):
                     if file.name != STAMP:
                         file.unlink()
-            # Only now: at every moment before, a killed run leaves a stage that is known as ours.
-            (place / STAMP).unlink()
     except BaseException:
         with suppress(OSError):  # the folder holds something
             if existed:

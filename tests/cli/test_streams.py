@@ -98,6 +98,7 @@ def run(line: str, redirect: str = "", before: str = "", **environment: str):
     script = f'{before} exec "$@" {redirect.replace(GONE, "")}'
     command = ["sh", "-c", script, "sh", sys.executable, "-m", "minilora", *line.split()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    environment.pop("PYTHONUNBUFFERED", None)  # what is in a buffer at the end must not fail either
     done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=environment)
     os.close(gone)
     err = done.stderr.decode()
@@ -149,7 +150,7 @@ def test_main_in_broken_surroundings(name, world):
     assert got == code, err
     assert said in out + err
     is_drawn = Path("new/rank_allocation.png").exists()
-    assert is_drawn == (line == ADALORA and "no pictures" not in out)
+    assert is_drawn == (name in ("MPLBACKEND", "no home"))
 
 
 # ---- Ctrl-C while Python still imports -----------------------------------------------------------
