@@ -234,6 +234,16 @@ def test_stream_that_was_closed_from_the_beginning():
         stream.require()
 
 
+def test_open_descriptors_leaves_no_number_to_the_next_file(tmp_path):
+    """Without it, `new` would be descriptor 0, and what C code prints would go into it."""
+    program = "from minilora.cli.streams import open_descriptors\nopen_descriptors()\n"
+    program += "import sys\nsys.exit(open('new', 'w').fileno())"
+    script = 'exec "$@" <&- >&- 2>&-'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = ["sh", "-c", script, "sh", sys.executable, "-c", program]
+    assert subprocess.run(command, cwd=tmp_path, env=environment).returncode > 2
+
+
 def test_main_restores_the_streams_of_its_caller(world):
     out, err = Failing(40, errno.EPIPE), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):

@@ -426,6 +426,25 @@ loop.Run.step = step
     assert sound("run") == 2
 
 
+def test_merge_whose_terminal_is_closed_cleans_up_although_two_signals_come():
+    assert run([*PRETRAIN, "--steps=1", "--out=base"])[0] == 0
+    assert run([*FINETUNE, "--steps=1", "--out=adapter"])[0] == 0
+    twice = """
+from minilora.formats import folders
+from minilora.tools import merging
+merging.rewrite = lambda *_: signal.raise_signal(signal.SIGHUP)
+plain = folders.remove_folder
+def remove_folder(*arguments):
+    signal.raise_signal(signal.SIGHUP)
+    plain(*arguments)
+folders.remove_folder = remove_folder
+"""
+    argv = ["merge", "--base=base", "--adapter=adapter", "--out=merged"]
+    assert end(start(argv, twice)) == (129, "\nminilora: interrupted\n")
+    assert not Path("merged").exists()
+    assert not Path(".merged.unfinished").exists()
+
+
 def test_commands_leave_the_signal_handlers_of_the_caller():
     numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
     before = [signal.getsignal(number) for number in numbers]
