@@ -1,16 +1,30 @@
 """The program: `python -m minilora`, and the command `minilora`.
 
 Nothing is imported before `main` runs but what Python has imported anyway: NumPy alone takes longer
-than a user who has made a mistake needs to press Ctrl-C.
+than a user who has made a mistake needs to press Ctrl-C. (While Python itself starts, before this
+file, Ctrl-C still shows a traceback.)
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
-INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED = 130  # 128 + SIGINT
+
+
+def _exit(*_: object) -> None:
+    """End at once: there is nothing to save, and a traceback would say nothing."""
+    try:
+        os.write(2, b"\nminilora: interrupted\n")
+    finally:
+        os._exit(INTERRUPTED)
+
+
+try:
+    import signal
+except KeyboardInterrupt:  # even this import takes some milliseconds
+    _exit()
 
 
 def main() -> int:
@@ -33,14 +47,6 @@ def main() -> int:
     finally:
         if is_ours:
             signal.signal(signal.SIGINT, _exit)
-
-
-def _exit(*_: object) -> None:
-    """End at once: there is nothing to save, and a traceback would say nothing."""
-    try:
-        os.write(2, b"\nminilora: interrupted\n")
-    finally:
-        os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
