@@ -339,7 +339,9 @@ def test_pretrain_stopped_at_a_random_moment_can_be_resumed(number, code):
         time.sleep(length * rng.uniform(0, 0.8))
         process.send_signal(number)
         got, err = end(process)
-        assert got in (code, 0)  # it may just have ended
+        # It may just have ended: with its last file written, Python itself may meet the signal.
+        has_ended = Path(f"run-{attempt}", "tokenizer.json").exists()
+        assert got in (code, 0) or (has_ended and got == -number)
         assert not Path(f"run-{attempt}").exists() or not left_behind(f"run-{attempt}")
         steps.append(sound(f"run-{attempt}"))
         if steps[-1]:
