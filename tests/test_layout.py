@@ -23,7 +23,11 @@ ORDER = (
     "< tools | verify < lab < cli"
 )
 EXCEPTIONS = {("verify", "tools")}  # the one import between neighbours
-EXEMPT = {"__init__", "__main__"}  # they collect public names, and import the whole package
+EXEMPT = {
+    "__init__",
+    "__main__",
+    "public",
+}  # they collect public names, and import the whole package
 IMPORTERS = {  # the only files that may import an optional package
     "cupy": ("backend.py", "cuda/"),
     "cupyx": ("backend.py", "cuda/"),

@@ -106,5 +106,6 @@ COMMANDS = (
         add_devices_options,
         "List the CPU and each GPU, or why it cannot be used.",
         "",
+        prints=True,
     ),
 )

@@ -18,12 +18,17 @@ DATA = "a text, or JSON: text, messages, prompt + completion, Alpaca or ShareGPT
 
 
 class Command(NamedTuple):
-    """A command: what runs it, what adds its options, and a text and an example for its help."""
+    """A command: what runs it, what adds its options, and a text and an example for its help.
+
+    prints   whether its output is what it is for, and not a report beside the files that it writes
+             or the exit code
+    """
 
     run: Callable[[Args], None]
     add_options: Callable[[Parser], None]
     text: str
     example: str
+    prints: bool = False
 
 
 class Parser(argparse.ArgumentParser):

@@ -48,7 +48,7 @@ def load_model(
     elif task is not None:
         raise ConfigError("--task chooses a task of an adapter: give --adapter too")
     if not args.allow_nonfinite:
-        _require_finite(model, args.base)
+        require_finite(model, args.base)
     return model, tokenizer
 
 
@@ -77,7 +77,8 @@ def choose_task(adapter: str, task: str | None, tasks: Iterable[str]) -> str:
     raise ConfigError(f"{known}: choose one of them with --task")
 
 
-def _require_finite(model: Any, base: str) -> None:
+def require_finite(model: Any, base: str) -> None:
+    """NonFiniteError for a weight that is NaN or infinite."""
     for name, p in model.named_parameters():
         isfinite = p.backend.xp.isfinite
         if not all(bool(isfinite(piece).all()) for piece in iterate_pieces(p)):

@@ -21,8 +21,15 @@ from ..formats.folders import locked, numbered_folder
 from ..lora import AdaLoraConfig, LoraConfig, get_multitask_model, get_peft_model
 from ..models.config import TransformerConfig
 from ..models.transformer import CausalLM
-from ..training.methods import CODES, adapter_config, format_weight_memory, measure_weight_memory
+from ..training.methods import (
+    CODES,
+    METHODS,
+    adapter_config,
+    format_weight_memory,
+    measure_weight_memory,
+)
 from ..training.runs import find_checkpoint, open_folder
+from .continuing import continue_adapter, read_continued_config
 from .options import (
     DATA,
     Args,
@@ -111,6 +118,8 @@ def add_training_options(parser: Parser, lr: float) -> None:
     option(run, "--accumulate N", "batches per step, at least 1", default=1)
     option(run, "--context T", "tokens per sequence, at least 1", default=128)
     option(run, "--lr X", "highest learning rate, above 0", default=lr)
+    text = "learning rate at the end / --lr, at least 0; 1: constant"
+    option(run, "--floor X", text, default=0.1)
     option(
         run, "--warmup N", "steps until the learning rate is the highest, at least 0", default=20
     )
@@ -178,9 +187,12 @@ def add_finetune_options(parser: Parser) -> None:
     option(parser, "--tasks FILE", text, nargs="+")
     text = "rank of one more adapter that all tasks share, at least 1 (default: none)"
     option(parser, "--shared-r R", text)
+    text = "adapter to go on from, configured as it is (default: a new one)"
+    option(parser, "--adapter DIR", text)
     add_training_options(parser, lr=2e-3)
     group = parser.add_argument_group("method and adapter (fields of PEFT's configuration)")
     add_method(group)
+    parser.set_defaults(method=None)  # to tell "lora" from an option that was not given
     add_quantize(group)
     field = functools.partial(option, group, default=argparse.SUPPRESS)
     default = LoraConfig
@@ -233,7 +245,12 @@ def finetune(args: Args) -> None:
 
     settings = Settings(**select_fields(args, Settings))
     fields = select_fields(args, AdaLoraConfig)
-    config = adapter_config(args.method, args.quantize, fields, settings.steps)
+    config: LoraConfig | None
+    if args.adapter is None:
+        args.method = args.method or METHODS[0]
+        config = adapter_config(args.method, args.quantize, fields, settings.steps)
+    else:
+        config = read_continued_config(args, fields, settings.steps)
     tasks = _name_tasks(args, config)
     model, tokenizer = load_model(args)
     require_context(settings.context, model.config.max_position_embeddings)
@@ -252,7 +269,10 @@ def finetune(args: Args) -> None:
         tokens, held_out, ratio = read(args.data, args.eval_data)
         sizes = f"{len(tokens):,}"
     memory = measure_weight_memory(model)
-    if config is not None:
+    origin = None
+    if config is not None and args.adapter is not None:
+        model, origin = continue_adapter(args, model, config)
+    elif config is not None:
         model = _add_adapters(args, model, config, tasks)
     elif memory["layers"]:
         given = f"--method full cannot train --base {args.base!r}"
@@ -264,9 +284,11 @@ def finetune(args: Args) -> None:
             print(f"all {sum(p.size for p in model.parameters()):,} parameters of the base train")
         else:
             model.print_trainable_parameters()
+        if origin is not None:
+            print(printable(f"goes on from {args.adapter}"))
         print(printable(f"{sizes} tokens -> {out}"))
         options = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
-        result = train(model, tokens, settings, out, **options, title="finetune")
+        result = train(model, tokens, settings, out, **options, origin=origin, title="finetune")
         model.save_pretrained(out)
         if config is None:
             copy_companions(args.base, out)
@@ -313,7 +335,10 @@ def _draw_ranks(out: Path) -> None:
     from ..lab import plots  # matplotlib is optional, and slow to import
     from ..training.loop import rank_history
 
-    if plots.available():
+    reason = plots.why_unavailable()
+    if reason:
+        print(printable(f"(no pictures: {reason})"))
+    else:
         plots.rank_allocation(out / "rank_allocation.png", *rank_history(out))
 
 

@@ -119,11 +119,13 @@ COMMANDS = (
         add_generate_options,
         "Continue a prompt.",
         '--base base --adapter adapter --prompt "def "',
+        prints=True,
     ),
     Command(
         evaluate,
         add_evaluate_options,
         "Print the loss, bits per byte and perplexity of a text.",
         "--base base --data held-out.txt",
+        prints=True,
     ),
 )

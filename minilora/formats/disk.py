@@ -117,10 +117,13 @@ def _remove_stale(folder: str, stem: str) -> None:
     """Remove `atomic_file`'s temporary files of this stem whose process has ended."""
     with suppress(OSError):  # a folder that may not be listed can still be written to
         for name in os.listdir(folder):
-            number, dash, rest = name.removeprefix(stem).partition("-")
-            if name.startswith(stem) and number.isdecimal() and dash and len(rest) == 8:
+            number, _, rest = name.removeprefix(stem).partition("-")
+            # Exactly the names that atomic_file makes: any other is somebody else's file.
+            is_random = len(rest) == 8 and set(rest) <= set("0123456789abcdef")
+            if name.startswith(stem) and number.isdecimal() and is_random:
                 path = os.path.join(folder, name)
-                if path not in _being_written and not _is_another(int(number)):
+                is_file = stat.S_ISREG(os.lstat(path).st_mode)
+                if is_file and path not in _being_written and not _is_another(int(number)):
                     os.unlink(path)
 
 

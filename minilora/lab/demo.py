@@ -302,8 +302,9 @@ def _draw(
 ) -> list[str]:
     from . import plots  # matplotlib is optional, and slow to import
 
-    if not plots.available():
-        say("(no pictures: pip install -e .[plot])")
+    reason = plots.why_unavailable()
+    if reason:
+        say(f"(no pictures: {reason})")
         return []
     title = "Code, all parameters"
     if plan.adapter:

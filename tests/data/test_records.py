@@ -796,7 +796,7 @@ def test_train_refuses_to_resume_records_that_were_packed_in_another_form(tmp_pa
     with monkeypatch.context() as earlier:
         earlier.setattr(loop, "PACKING", "records see each other")
         train(adapted(), packed, SETTINGS, tmp_path / "out")
-    message = r"packing \('records see each other' in the checkpoint, 'records do not see"
+    message = r"packing \(was 'records see each other', now 'records do not see"
     with pytest.raises(CheckpointError, match=message):
         train(adapted(), packed, SETTINGS, tmp_path / "out", resume="auto")
 

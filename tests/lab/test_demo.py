@@ -277,7 +277,7 @@ def test_demo_depends_on_the_seed_and_not_on_the_number_of_threads(tiny, capsys)
 def test_demo_without_matplotlib_draws_no_pictures(tiny, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(OWN) == 0
-    assert "no pictures: pip install -e .[plot]" in capsys.readouterr().out
+    assert "(no pictures: matplotlib is missing: pip install -e .[plot])" in capsys.readouterr().out
     assert read_json("out/summary.json")["pictures"] == []
     assert not list(Path("out").glob("*.png"))
 

@@ -378,7 +378,7 @@ def add_resume_rows() -> None:
     refused(68, f"{FINETUNE} --resume ''", "--resume must not be empty")
     refused(68, f"{FINETUNE.replace(' --out new', '')} --resume", "--resume auto", "--out")
     line = f"{TRAIN} --out run --resume"
-    command(68, f"{line} --steps 5", 3, "steps", "4", "5", build=trained)
+    command(68, f"{line} --steps 3", 3, "steps", "4", "3", build=trained)
     command(68, f"{line} --lora-alpha 3", 3, "lora_alpha", "8", "3", build=trained)
     line = f"{TRAIN} --out full --resume run/checkpoints/step-2"
     command(68, line, 2, "'full' is not empty", build=trained)
