@@ -18,9 +18,21 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    """A public name, or a module that they need: all of them are imported now."""
+    """A module of the package, or a public name, for which all public names are imported now."""
+    import importlib
+
+    module = f"{__name__}.{name}"
+    is_special = name.startswith("__")
+    try:
+        # Before the public names: `from .. import functional` inside the package asks here, too,
+        # and may be a part of the import of these very names.
+        if not is_special:
+            return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
     names = globals()
-    if "__all__" not in names:
+    if "__all__" not in names and (not is_special or name == "__all__"):
         from .public import public_names
 
         names.update(public_names())

@@ -35,4 +35,12 @@ assert generate.__module__ == "minilora.models.generation"
     subprocess.run([sys.executable, "-S", "-c", SETUP + program], check=True)
 
 
+@pytest.mark.parametrize(
+    "module", ["models.transformer", "models.gpt2", "lora", "training.loop", "functional", "verify"]
+)
+def test_minilora_has_modules_that_can_be_imported_first(module):
+    program = f"import minilora.{module}; from minilora import Tensor, generate, CausalLM"
+    subprocess.run([sys.executable, "-c", SETUP + program], check=True)
+
+
 SETUP = f"import sys; sys.path[:0] = {[str(ROOT), *sys.path]!r}\n"
