@@ -41,7 +41,7 @@ from minilora.formats import load_file
 from minilora.lab.demo import Plan, demo
 from minilora.lora import LoraLinear, RankAllocator
 from minilora.lora.config import DEFAULT_TARGETS
-from minilora.models.config import DIALECTS, MODEL_TYPES
+from minilora.models.dialects import DIALECTS, MODEL_TYPES
 from minilora.optim import AdamW
 from minilora.tools.merging import merge
 from minilora.training.parallel import ShardedStep
