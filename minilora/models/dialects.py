@@ -62,12 +62,12 @@ NOTES = """
     name_or_path output_attentions output_hidden_states quantization_config tie_last_hidden_states
     transformers_version
 """
-# of other heads than the language model's, and those that only transformers 4 read,
+# of other heads than the language model's, and those that only older versions read,
 OLD = """
-    _attn_implementation_autoset cross_attention_hidden_size decoder_start_token_id finetuning_task
-    is_decoder label2id n_ctx original_max_position_embeddings output_past prefix problem_type
-    pruned_heads sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder
-    tokenizer_class torchscript use_bfloat16
+    _attn_implementation_autoset _num_labels cross_attention_hidden_size decoder_start_token_id
+    finetuning_task is_decoder label2id n_ctx n_special original_max_position_embeddings output_past
+    predict_special_tokens prefix problem_type pruned_heads sep_token_id task_specific_params
+    tf_legacy_loss tie_encoder_decoder tokenizer_class torchscript use_bfloat16
 """
 # and of `generate`: transformers reads them from generation_config.json alone.
 GENERATION = """
