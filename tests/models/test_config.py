@@ -153,6 +153,13 @@ def test_from_dict_of_gpt2_reads_the_general_names() -> None:
         TransformerConfig.from_dict(written)
 
 
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_to_dict_writes_a_point_into_every_real_number(kind: str) -> None:
+    """transformers refuses an integer for a float."""
+    written = shape(kind, rms_norm_eps=1, initializer_range=1).to_dict()
+    assert TransformerConfig.from_dict(json.loads(json.dumps(written))).to_dict() == written
+
+
 def test_from_dict_does_not_build_what_an_absurd_size_asks_for() -> None:
     written = shape("llama").to_dict() | {"num_hidden_layers": 2**31 - 1, "layer_types": ["a"]}
     with pytest.raises(ConfigError, match="layer_types must be null, or full_attention for each"):

@@ -67,16 +67,19 @@ def test_rotary_frequencies_of_llama3_have_all_three_kinds_of_waves() -> None:
     assert ((ratio > 1 / 8) & (ratio < 1)).any()
 
 
-@given(dims, thetas, factors, st.sampled_from([16, 64, 2048]), st.booleans())
+betas = st.sampled_from([(16, 2), (4, 4)])
+
+
+@given(dims, thetas, factors, st.sampled_from([16, 64, 2048]), betas, st.booleans())
 def test_rotary_frequencies_of_yarn_equal_a_scalar_derivation(
-    dim: int, theta: float, factor: float, old: int, truncate: bool
+    dim: int, theta: float, factor: float, old: int, beta: tuple[int, int], truncate: bool
 ) -> None:
     """Peng et al. 2023, section 3.2; the ramp is over the planes, as in transformers."""
 
     def plane_with(turns: float) -> float:
         return dim * math.log(old / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    first, last = plane_with(16), plane_with(2)
+    first, last = map(plane_with, beta)
     if truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)
@@ -88,7 +91,7 @@ def test_rotary_frequencies_of_yarn_equal_a_scalar_derivation(
         frequency = theta ** (-2 * i / dim)
         expected.append((1 - slowed) * frequency + slowed * frequency / factor)
     rope = {**YARN, "rope_theta": theta, "factor": factor, "truncate": truncate}
-    rope |= {"beta_fast": 16, "beta_slow": 2, "original_max_position_embeddings": old}
+    rope |= {"beta_fast": beta[0], "beta_slow": beta[1], "original_max_position_embeddings": old}
     found = rotation(rope, dim)
     np.testing.assert_allclose(found.frequencies, expected, rtol=1e-13)
     assert found.scale == pytest.approx(0.1 * math.log(factor) + 1, rel=1e-15)

@@ -78,6 +78,7 @@ SETTINGS: list[Fields] = [
     {**YARN, "mscale": 0, "mscale_all_dim": 0.5},
     {**YARN, "beta_fast": 8, "beta_slow": 2.0},
     {**YARN, "beta_fast": 4, "beta_slow": 4, "truncate": True},
+    {**YARN, "beta_fast": 4, "beta_slow": 4, "truncate": False},
     {**YARN, "beta_fast": 0, "beta_slow": None, "truncate": False},
     {**YARN, OLD: 4},  # no plane turns once within so few positions
     {**YARN, OLD: 100000},  # and here every plane turns often
