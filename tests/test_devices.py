@@ -27,7 +27,7 @@ from minilora.data import Batch
 from minilora.data.batches import IGNORE
 from minilora.errors import DataError, DeviceError, GraphError, NonFiniteError
 from minilora.functional import cross_entropy
-from minilora.models.config import MODEL_TYPES
+from minilora.models.dialects import MODEL_TYPES
 from minilora.optim import SGD, AdamW, clip_by_global_norm
 from minilora.training.loop import Run, Settings, evaluate, train
 from minilora.training.parallel import ShardedStep, language_modelling_loss

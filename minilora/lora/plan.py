@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Collection, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ..errors import ConfigError, shorten
+from ..errors import ConfigError, Rule, check_fields, is_flag, shorten
 from ..formats import Checkpoint
 from ..formats.checkpoint import BUFFERS, is_stored_transposed
 from ..nn import Embedding, LinearBase, Module, Parameter
@@ -31,6 +31,7 @@ from .tying import embedding_and_head, is_tied, unwrap
 HEAD = "lm_head"
 FIRST_EMBEDDINGS = ("model.embed_tokens", "transformer.wte")  # paths of the embedding of tokens
 EMBEDDINGS = ("embed_tokens", "wte", "wpe")  # last parts of the paths of a checkpoint's embeddings
+TIED = Rule("tie_word_embeddings", is_flag, "true or false")
 Shape = tuple[int, ...]
 
 
@@ -142,7 +143,8 @@ def describe_checkpoint(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Ba
             parameters[name] = shape[::-1] if is_stored_transposed(model_type, key) else shape
     head_weight = f"{HEAD}.weight"
     embedding = next((p for p in FIRST_EMBEDDINGS if f"{p}.weight" in parameters), "")
-    tied = bool(config.get("tie_word_embeddings", model_type == "gpt2"))
+    tied = config.get("tie_word_embeddings", model_type == "gpt2")
+    check_fields({TIED.field: tied}, [TIED], "config: ")
     if head_weight not in parameters and embedding:
         tied = True
         parameters[head_weight] = parameters[f"{embedding}.weight"]

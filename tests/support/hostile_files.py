@@ -596,11 +596,17 @@ def bad_weights(name: str, build: Build, *says: str) -> None:
 
 
 def add_config_rows() -> None:
-    code = {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}, "trust_remote_code": True}
-    internal = {"_attn_implementation_internal": "evil/kernel", "architectures": ["../evil"]}
-    build = set_to(BASE_CONFIG, **code, **internal, torch_dtype="os.system")
-    add(49, "code to load is not loaded", build, load_base, None)
+    code = {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}, "architectures": ["../evil"]}
+    add(49, "code to load is not loaded", set_to(BASE_CONFIG, **code), load_base, None)
+    unknown = {"trust_remote_code": True, "_attn_implementation_internal": "evil/kernel"}
+    build = set_to(BASE_CONFIG, **code, **unknown)  # of which a warning tells
     add(49, "nor by a command", build, f"{EVALUATE} --limit 1", None)
+    bad_config(49, "torch_dtype must be", torch_dtype="os.system")
+    bad_config(49, "configuration_files must be", configuration_files=["../evil.json"])
+    bad_config(49, "transformers_weights must be", transformers_weights="../evil.bin")
+    bad_config(49, "attribute_map must be", attribute_map={"hidden_size": "__class__"})
+    bad_config(49, "_heterogeneity_spec must be", _heterogeneity_spec={})
+    bad_config(49, "per_layer_config must be", per_layer_config={"0": {"skip": ["mlp"]}})
     bad_config(49, "model_type", model_type="evil")
     bad_config(49, r"\x1b[2J", model_type="\x1b[2J" * 10_000)
 
@@ -630,8 +636,9 @@ def add_config_rows() -> None:
     bad_config(50, "must be", **qwen2, max_window_layers=-1)
     bad_config(50, "must be", **qwen2, use_sliding_window=True, max_window_layers="0")
     gpt2 = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16}
-    bad_config(50, "must be", **{**gpt2, "n_embd": 15})
-    bad_config(50, "must be", **{**gpt2, "n_layer": 2**31})
+    bad_config(50, "must be", **{**gpt2, "n_embd": 15, "hidden_size": 15})
+    bad_config(50, "must be", **{**gpt2, "n_layer": 2**31, "num_hidden_layers": 2**31})
+    bad_config(50, "n_embd is 15", "keep one of the two", **{**gpt2, "n_embd": 15})
     bad_config(50, "must be", **gpt2, add_cross_attention=True)
     bad_config(50, "must be", **gpt2, activation_function="tanh")
     bad_config(50, "hidden_size", "must be", hidden_size=15, head_dim=None)
@@ -648,6 +655,9 @@ def add_config_rows() -> None:
     rope({"rope_theta": 1e38})
     rope({"rope_type": "linear"})
     rope({"rope_type": "linear", "factor": 0})
+    rope({"rope_type": "yarn", "factor": 1e38})
+    rope({"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 1e38})
+    rope({"type": "dynamic", "factor": 2.0})
     rope({"rope_type": "llama3", "factor": 8})
     factors = {"low_freq_factor": 4.0, "high_freq_factor": 4.0}
     length = {"original_max_position_embeddings": 64}
@@ -669,7 +679,13 @@ def add_weight_rows() -> None:
     vocabulary = set_to(BASE_CONFIG, vocab_size=255)
     says = ("embed_tokens.weight", "(256, 16)", "(255, 16)")
     bad_weights("another vocabulary", vocabulary, *says)
-    qwen2 = set_to(BASE_CONFIG, model_type="qwen2")  # whose q, k and v have biases
+
+    def become_qwen2(config: dict[str, Any]) -> None:
+        """Its q, k and v have biases in any case."""
+        config["model_type"] = "qwen2"
+        del config["attention_bias"], config["mlp_bias"]
+
+    qwen2 = edited(BASE_CONFIG, become_qwen2)
     bias = "missing model.layers.0.self_attn.q_proj.bias"
     bad_weights("another type of model", qwen2, bias)
     tied = set_to(BASE_CONFIG, tie_word_embeddings=True)
@@ -681,8 +697,8 @@ def add_weight_rows() -> None:
     bad_weights("a name that steers the terminal", escape, r"unknown \x1b[2J\n")
     scalar = with_tensor(BASE_WEIGHTS, "model.norm.weight", np.float32(1))
     bad_weights("a scalar for a vector", scalar, "model.norm.weight", "()", "(16,)")
-    heads = set_to(BASE_CONFIG, num_attention_heads=3, num_key_value_heads=3, head_dim=8)
-    command(51, EVALUATE, 3, "q_proj.weight", "(16, 16)", "(24, 16)", build=heads)
+    heads = set_to(BASE_CONFIG, num_attention_heads=4, num_key_value_heads=4, head_dim=8)
+    command(51, EVALUATE, 3, "q_proj.weight", "(16, 16)", "(32, 16)", build=heads)
     layers = set_to(BASE_CONFIG, num_hidden_layers=2)
     command(51, EVALUATE, 3, "model.layers.1", build=layers)
 
