@@ -1,14 +1,16 @@
 """Tokenizers: bytes, and a model's own tokenizer.json, which needs the package `tokenizers`.
 
+A tokenizer.json is of unknown origin: it runs in a process of its own (sandbox.py).
+
 Whether the ids fit a model's vocabulary is checked where the model is known.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,12 +29,23 @@ from ..formats.disk import (
     read_json,
     write_json,
 )
+from .sandbox import Sandbox
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # tokens with a meaning of their own
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest in use, of 256,000 tokens, take about 35 MB
+
+# What a tokenizer.json may take: some ten times the processor time, and three times the memory, of
+# the slowest tokenizers in use.
+LOADING_SECONDS = 1.0
+LOADING_SECONDS_PER_BYTE = 1e-6
+LOADING_MEMORY = 1 << 29
+LOADING_MEMORY_PER_BYTE = 64
+CALL_SECONDS = 0.001
+SECONDS_PER_BYTE = 1e-5
+MEMORY_PER_BYTE = 512
 
 # Fields of tokenizer.json that change no id. (transformers drops or rewrites them.)
 HARMLESS = {"version", "decoder", "truncation", "padding"}
@@ -119,9 +132,10 @@ class ByteTokenizer:
 
 
 class HubTokenizer:
-    """Any other tokenizer.json, run by the `tokenizers` package.
+    """Any other tokenizer.json, run by the `tokenizers` package in a process with limits.
 
-    DataError for a file that the package cannot run, or that gives two tokens one id.
+    DataError for a file that the package cannot run, that gives two tokens one id, or that takes
+    more time or memory than tokenizers in use.
     """
 
     FILES = (TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json", TEMPLATE_FILE)
@@ -130,33 +144,29 @@ class HubTokenizer:
     def __init__(self, directory: PathLike):
         self._path = os.path.join(directory, TOKENIZER_FILE)
         where = quoted(self._path)
-        try:
-            import tokenizers
-        except ImportError:
-            raise DataError(
-                f"{where} needs the package 'tokenizers': pip install -e .[hf]"
-            ) from None
-        with self._usable():
-            self._tokenizer = tokenizers.Tokenizer.from_file(self._path)
-        # A file may ask for both, but a corpus is one long text.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
-        if len(set(ids)) < max(1, len(ids)):
-            raise DataError(
-                f"{where}: expected at least one token and an id of its own for each of {len(ids)}"
-            )
-        self.vocab_size = max(ids) + 1
         self._files = {}
         for name in self.FILES:
             path = Path(directory, name)
             if os.path.isfile(path):
-                with open_regular(path) as file:
-                    if os.fstat(file.fileno()).st_size > MAX_TOKENIZER_BYTES:
-                        raise DataError(
-                            f"{quoted(path)}: expected at most {MAX_TOKENIZER_BYTES} bytes"
-                        )
-                    self._files[name] = file.read()
+                self._files[name] = _read_bytes(path)
+        content = self._files[TOKENIZER_FILE]
+        seconds = LOADING_SECONDS + LOADING_SECONDS_PER_BYTE * len(content)
+        memory = LOADING_MEMORY + LOADING_MEMORY_PER_BYTE * len(content)
+        self._sandbox = Sandbox(where, {"tokenizer": content}, seconds, memory)
+        summary = self._ask("summary", 0)
+        if summary["ids"] < max(1, summary["tokens"]):
+            raise DataError(
+                f"{where}: expected at least one token and an id of its own for each of "
+                f"{summary['tokens']}"
+            )
+        self.vocab_size = summary["largest"] + 1
+        # The ids of the special tokens, which a text is searched for before it is cut up.
+        self.added: list[int] = summary["added"]
+
+    def _ask(self, method: str, size: int, **fields: Any) -> Any:
+        """What a method of sandboxed.py's Tokenizer returns for a text or ids of so many bytes."""
+        seconds = CALL_SECONDS + SECONDS_PER_BYTE * size
+        return self._sandbox.ask({"do": method, **fields}, seconds, MEMORY_PER_BYTE * size)
 
     @cached_property
     def _config(self) -> JsonObject:
@@ -187,14 +197,7 @@ class HubTokenizer:
     def eos(self) -> int | None:
         """The id of tokenizer_config.json's eos_token, which ends a text. None if it names none."""
         token = self.special_tokens.get("eos_token")
-        with self._usable():
-            return None if token is None else self._tokenizer.token_to_id(token)
-
-    @cached_property
-    def added(self) -> list[int]:
-        """The ids of the special tokens, which a text is searched for before it is cut up."""
-        with self._usable():
-            return sorted(self._tokenizer.get_added_tokens_decoder())
+        return None if token is None else self._ask("id_of", len(token), token=token)
 
     @property
     def chat_template(self) -> tuple[str, str] | None:
@@ -226,48 +229,20 @@ class HubTokenizer:
             raise DataError(f"{where}: expected a text, found {type(template).__name__}")
         return template, where
 
-    @contextmanager
-    def _usable(self) -> Iterator[None]:
-        """DataError for what the package cannot do with this file.
-
-        It raises plain Exceptions, and panics (BaseExceptions) for a file that it did not check:
-        with a pattern that does not end, say, which it gives up after ten million steps.
-        """
-        try:
-            yield
-        except BaseException as error:
-            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise DataError(
-                    f"{quoted(self._path)} is not a usable tokenizer: {str(error)!r:.200}"
-                ) from None
-            raise
-
     def encode(self, text: str | bytes, add_special_tokens: bool = False) -> NDArray[np.int32]:
         """The ids of a text in UTF-8.
 
         `add_special_tokens` puts what the file asks for around it (a BOS, say).
         """
+        data = _utf8(text)
         try:
-            decoded = _utf8(text).decode("utf-8")
+            data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(
                 f"the text is not UTF-8 at byte {error.start}; this model's tokenizer needs that"
             ) from None
-        with self._usable():
-            encoding = self._tokenizer.encode(decoded, add_special_tokens=add_special_tokens)
-            return np.array(encoding.ids, np.int32)
-
-    @cached_property
-    def _bare(self) -> Any:
-        """The tokenizer without what it puts around a text.
-
-        In some files that trims spaces off tokens' places, too.
-        """
-        import tokenizers
-
-        bare = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-        bare.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
-        return bare
+        ids = self._ask("encode", len(data), text=data, special=add_special_tokens)
+        return _unpacked(ids)
 
     def encode_with_edges(
         self, text: str
@@ -276,24 +251,35 @@ class HubTokenizer:
 
         No special tokens are added. Each part of a character has all of it.
         """
-        _utf8(text)
-        with self._usable():
-            encoding = self._bare.encode(text, add_special_tokens=False)
-        starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        return np.array(encoding.ids, np.int32), starts, ends
+        data = _utf8(text)
+        ids, starts, ends = self._ask("edges", len(data), text=data)
+        starts, ends = (_unpacked(places).astype(np.int64) for places in (starts, ends))
+        return _unpacked(ids), starts, ends
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self.decode(ids).encode("utf-8")
+        numbers = [int(i) for i in ids]
+        return base64.b64decode(self._ask("decode", 8 * len(numbers), ids=numbers))
 
     def decode(self, ids: Iterable[int]) -> str:
-        with self._usable():
-            return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+        return self.decode_bytes(ids).decode("utf-8")
 
     def save(self, directory: PathLike) -> None:
         """Write the files again as they were read."""
         for name, content in self._files.items():
             with atomic_file(Path(directory, name)) as file:
                 file.write(content)
+
+
+def _read_bytes(path: Path) -> bytes:
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > MAX_TOKENIZER_BYTES:
+            raise DataError(f"{quoted(path)}: expected at most {MAX_TOKENIZER_BYTES} bytes")
+        return file.read()
+
+
+def _unpacked(packed: str) -> NDArray[np.int32]:
+    """The array of `sandboxed.py`, in memory of its own."""
+    return np.frombuffer(base64.b64decode(packed), np.int32).copy()
 
 
 Tokenizer = ByteTokenizer | HubTokenizer

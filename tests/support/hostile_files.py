@@ -43,7 +43,7 @@ from hostile import (
 
 from minilora import CausalLM, PeftModel
 from minilora.data.texts import read_text
-from minilora.data.tokenizer import MAX_TOKENIZER_BYTES, load_tokenizer
+from minilora.data.tokenizer import MAX_TOKENIZER_BYTES, HubTokenizer, load_tokenizer
 from minilora.errors import ConfigError, DataError, FormatError
 from minilora.formats import (
     SafetensorsFile,
@@ -729,6 +729,83 @@ def merges(*pairs: list[str]) -> Change:
     return lambda value: value["model"]["merges"].extend(pairs)
 
 
+TOO_MUCH = "takes too much time or memory"
+
+
+def greedy_tokenizer(
+    name: str, change: Change, use: Callable[[HubTokenizer], object], *says: str
+) -> None:
+    """A small tokenizer.json that takes much time or memory for a small text."""
+
+    def read(world: World) -> None:
+        tokenizer = load_tokenizer("base", 1000)
+        assert isinstance(tokenizer, HubTokenizer)
+        use(tokenizer)
+
+    build = edited("base/tokenizer.json", change)
+    add(52, name, build, read, DataError, "tokenizer.json", *(says or (TOO_MUCH,)))
+
+
+def replacing(times: int, content: str) -> list[dict[str, Any]]:
+    """Rules that replace each `a`, one after another."""
+    return [{"type": "Replace", "pattern": {"String": "a"}, "content": content}] * times
+
+
+def in_sequence(normalizers: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "Sequence", "normalizers": normalizers}
+
+
+def add_greedy_tokenizer_rows() -> None:
+    def encode(tokenizer: HubTokenizer) -> None:
+        tokenizer.encode("a b")
+
+    def decode(tokenizer: HubTokenizer) -> None:
+        tokenizer.decode([97, 256, 256, *[256] * 5000])
+
+    def long_word(tokenizer: HubTokenizer) -> None:
+        tokenizer.encode("a" * 100_000)
+
+    def with_special_tokens(tokenizer: HubTokenizer) -> None:
+        tokenizer.encode("a", add_special_tokens=True)
+
+    doubling = in_sequence(replacing(600, "aa"))
+    greedy_tokenizer("600 rules that double", lambda t: t.update(normalizer=doubling), encode)
+    growing = in_sequence(replacing(60, "a" * 1000))
+    greedy_tokenizer("60 rules of 1000 letters", lambda t: t.update(normalizer=growing), encode)
+    megabyte = replacing(1, "b" * 10**6)[0]
+    greedy_tokenizer("1 MB for a letter", lambda t: t.update(normalizer=megabyte), long_word)
+
+    growth = {"type": "Sequence", "decoders": replacing(60, "a" * 1000)}
+    other = {"normalizer": {"type": "NFC"}, "decoder": growth}
+    greedy_tokenizer("a decoder that grows", lambda t: t.update(other), decode)
+
+    def long_token(fields: dict[str, Any]) -> None:
+        fields["model"]["vocab"]["y" * 20_000] = 256
+        fields["decoder"] = None
+
+    greedy_tokenizer("a token of 20 kB", long_token, decode, "more than", "characters of 5,003")
+    special = {"id": "S", "ids": [1] * 1000, "tokens": ["S"] * 1000}
+    single = [{"SpecialToken": {"id": "S", "type_id": 0}}] * 1100
+    around = {"type": "TemplateProcessing", "single": single, "pair": []}
+    around["special_tokens"] = {"S": special}
+    says = ("more than", "tokens of 1 characters")
+    change = lambda t: t.update(post_processor=around)  # noqa: E731
+    greedy_tokenizer("a million special tokens", change, with_special_tokens, *says)
+    pieces = {"type": "WordPiece", "vocab": {"a": 0, "##a": 1, "U": 2}, "unk_token": "U"}
+    pieces |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 10**9}
+    change = lambda t: t.update(model=pieces, pre_tokenizer=None)  # noqa: E731
+    greedy_tokenizer("quadratic pieces of a word", change, long_word)
+    hangs = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    hangs["invert"] = False
+    change = lambda t: t.update(pre_tokenizer=hangs)  # noqa: E731
+    backtrack = lambda tokenizer: tokenizer.encode("a" * 40 + "!")  # noqa: E731
+    greedy_tokenizer("a pattern that hangs", change, backtrack, "retry-limit")
+    padding = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
+    build = edited("base/tokenizer.json", lambda t: t.update(normalizer=None, padding=padding))
+    add(52, "a billion tokens to pad with are not added", build, load_and_encode, None)
+
+
 def add_tokenizer_rows() -> None:
     bad_tokenizer_json("cut", b'{"model": {"vocab": {', "not valid JSON")
     bad_tokenizer_json("no object", b"[]", "JSON object")
@@ -782,3 +859,4 @@ add_config_rows()
 add_weight_rows()
 add_nonfinite_rows()
 add_tokenizer_rows()
+add_greedy_tokenizer_rows()
