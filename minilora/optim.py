@@ -33,13 +33,13 @@ def _are_betas(value: Any) -> bool:
 
 
 RULES = (
-    Rule("lr", is_positive, "a finite number > 0"),
-    Rule("ratio", is_positive, "a finite number > 0"),
-    Rule("eps", is_number(0), "a finite number >= 0"),
-    Rule("weight_decay", is_number(0), "a finite number >= 0"),
+    Rule("lr", is_positive, "a finite number above 0"),
+    Rule("ratio", is_positive, "a finite number above 0"),
+    Rule("eps", is_number(0), "a finite number of at least 0"),
+    Rule("weight_decay", is_number(0), "a finite number of at least 0"),
     Rule("betas", _are_betas, "two numbers in [0, 1)"),
     Rule("momentum", is_fraction, "a number in [0, 1)"),
-    Rule("max_norm", lambda value: value == math.inf or is_positive(value), "a number > 0"),
+    Rule("max_norm", lambda value: value == math.inf or is_positive(value), "a number above 0"),
 )
 
 

@@ -614,7 +614,7 @@ def test_loraplus_groups_leave_out_an_empty_group():
 
 @pytest.mark.parametrize(("lr", "ratio"), [(0.0, 16.0), (NAN, 16.0), (0.1, -1.0), (0.1, INF)])
 def test_loraplus_groups_refuse_invalid_numbers(lr, ratio):
-    with pytest.raises(ConfigError, match="must be a finite number > 0"):
+    with pytest.raises(ConfigError, match="must be a finite number above 0"):
         optim.loraplus_groups([("x", Parameter(np.zeros((2, 2))))], lr, ratio)
 
 

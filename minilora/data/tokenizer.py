@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from ..formats.contents import describe_content
 from ..formats.disk import (
     JsonObject,
     PathLike,
@@ -178,7 +179,10 @@ class HubTokenizer:
         try:
             config = json.loads(self._files.get(CONFIG_FILE, b"{}"))
         except (ValueError, RecursionError):
-            raise DataError(f"the {CONFIG_FILE} beside {quoted(self._path)} is not JSON") from None
+            content = describe_content(self._files[CONFIG_FILE])
+            reason = f"it is {content}" if content else "it cannot be parsed"
+            where = f"the {CONFIG_FILE} beside {quoted(self._path)}"
+            raise DataError(f"{where} is not JSON: {reason}") from None
         return config if isinstance(config, dict) else {}
 
     @cached_property
@@ -221,6 +225,9 @@ class HubTokenizer:
             return None
         where = f"{name} beside {quoted(self._path)}"
         if isinstance(template, bytes):
+            content = describe_content(template)
+            if template and content:
+                raise DataError(f"{where} is not a template: it is {content}")
             try:
                 template = template.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -272,7 +279,7 @@ class HubTokenizer:
 
 def _read_bytes(path: Path) -> bytes:
     with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > MAX_TOKENIZER_BYTES:
+        if file.size() > MAX_TOKENIZER_BYTES:
             raise DataError(f"{quoted(path)}: expected at most {MAX_TOKENIZER_BYTES} bytes")
         return file.read()
 

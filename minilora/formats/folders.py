@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, FormatError, LockError
-from .disk import quoted, read_json, sync_folder, write_json
+from .disk import name_errors, quoted, read_json, sync_folder, write_json
 
 LOCK = ".lock"
 STAMP = "inputs.json"  # in an unfinished folder: what it is made from
@@ -59,9 +59,10 @@ def locked(out: str | Path) -> Iterator[Path]:
     path = out / LOCK
     descriptor = _open_locked(path)
     try:
-        os.ftruncate(descriptor, 0)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        os.write(descriptor, b"%d\n" % os.getpid())
+        with name_errors(path):
+            os.ftruncate(descriptor, 0)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            os.write(descriptor, b"%d\n" % os.getpid())
         _locked.set(before | {key})
         yield out
     finally:
@@ -79,7 +80,8 @@ def _open_locked(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
-            _lock(descriptor, path)
+            with name_errors(path):
+                _lock(descriptor, path)
             # The writer before may have removed the file: then others will lock a new one.
             if _is_same_file(path, descriptor):
                 return descriptor

@@ -138,11 +138,11 @@ SCALES = ("rms_norm_eps", "initializer_range")
 SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings")
 MODEL_TYPE_RULE = Rule("model_type", MODEL_TYPES.__contains__, f"one of {', '.join(MODEL_TYPES)}")
 RULES = [
-    *rules_for(SIZES, _is_size, "a positive integer"),
-    *rules_for(SCALES, is_plain_number(above=0, below=1e300), "a positive number"),
+    *rules_for(SIZES, _is_size, "a positive integer below 2^31"),
+    *rules_for(SCALES, is_plain_number(above=0, below=1e300), "a positive number below 1e300"),
     *rules_for(SWITCHES, is_flag, "true or false"),
-    Rule("sliding_window", optional(_is_size), "a positive integer, or null"),
-    Rule("max_window_layers", is_integer(0, _LARGEST), "an integer of at least 0"),
+    Rule("sliding_window", optional(_is_size), "a positive integer below 2^31, or null"),
+    Rule("max_window_layers", is_integer(0, _LARGEST), "an integer of at least 0 and below 2^31"),
     Rule("rope_parameters", _is_object, "an object"),
 ]
 
@@ -206,7 +206,7 @@ class TransformerConfig:
             self._check("hidden_size", lambda C: C % heads == 0, wanted)
             fields["head_dim"] = self.hidden_size // heads
         if is_rotary:
-            wanted = "even and positive"
+            wanted = "even and positive, and below 2^16"
             self._check("head_dim", lambda D: _is_head_dim(D) and D % 2 == 0, wanted)
         else:
             wanted = "hidden_size / num_attention_heads, and nothing else"
@@ -377,7 +377,7 @@ def rotary_frequencies(config: TransformerConfig) -> np.ndarray:
 
     def number(name: str) -> float:
         value: Any = parameters.get(name)
-        check(name, _is_rotary_number(value), "a positive number")
+        check(name, _is_rotary_number(value), "a positive number, above 1e-30 and below 1e30")
         return float(value)
 
     kind = parameters["rope_type"]

@@ -149,6 +149,8 @@ def _changed_modules(one: Checkpoint, other: Checkpoint, model_type: str) -> dic
     changed: dict[str, list[str]] = {}
     for key in one.keys():
         if not np.array_equal(one.read(key), other.read(key), equal_nan=True):
+            one.require_floats([key])
+            other.require_floats([key])
             path = canonical_name(model_type, key).rpartition(".")[0]
             changed.setdefault(path, []).append(key)
     if not changed:

@@ -44,7 +44,7 @@ from hostile import (
 from minilora import CausalLM, PeftModel
 from minilora.data.texts import read_text
 from minilora.data.tokenizer import MAX_TOKENIZER_BYTES, HubTokenizer, load_tokenizer
-from minilora.errors import ConfigError, DataError, FormatError
+from minilora.errors import ConfigError, DataError, FormatError, NonFiniteError
 from minilora.formats import (
     SafetensorsFile,
     load_file,
@@ -384,6 +384,36 @@ def add_folder_rows() -> None:
     bad_adapter(26, "cut weights", cut(ADAPTER_WEIGHTS, 800), "model.safetensors", "the file holds")
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
+PAGE = b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
+ZIP = b"PK\x03\x04" + b"\0" * 60
+CONTENTS = {
+    "a git-lfs pointer": (POINTER, "git lfs pull"),
+    "an HTML page": (PAGE, "download the file itself"),
+    "a server's message": (b"Entry not found", "check the address"),
+    "a zip archive": (ZIP, "torch.save", "save the tensors with safetensors"),
+    "a pickle": (b"\x80\x02}q\0." * 20, "torch.save"),
+    "a GGUF file": (b"GGUF\x03\0\0\0" + b"\1" * 60, "llama.cpp"),
+    "a compressed file": (b"\x1f\x8b\x08" + b"\0" * 60, "unpack it"),
+    "empty": (b"", "download it again"),
+    "zeros": (b"\0" * 99, "download it again"),
+}
+
+
+def add_content_rows() -> None:
+    """A file that is another one is named as what it is, with what to do."""
+    for kind, (content, *says) in CONTENTS.items():
+        for path in (BASE_WEIGHTS, BASE_CONFIG, "base/tokenizer.json"):
+            build = written(path, content)
+            command(41, EVALUATE, 3, path, f"it is {kind}", *says, build=build)
+        for path in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            build = written(path, content)
+            read = lambda world: read_adapter("adapter")  # noqa: E731
+            add(41, f"{path}: {kind}", build, read, FormatError, path, f"it is {kind}", *says)
+    other = both(removed(BASE_CONFIG), renamed(BASE_WEIGHTS, BASE_CONFIG))
+    bad_base(41, "weights for config.json", other, "base/config.json", "it is a safetensors file")
+
+
 def bad_index(
     kind: int,
     name: str,
@@ -487,6 +517,71 @@ def bad_adapter_config(kind: int, *says: str, worst: bool = False, **fields: obj
     )
 
 
+PREFIX = "base_model.model."
+
+
+def renaming(old: str, new: str) -> Callable[[Tensors], object]:
+    """A change of the beginnings of all names."""
+
+    def rename(tensors: Tensors) -> None:
+        for name in list(tensors):
+            if name.startswith(old):
+                tensors[new + name.removeprefix(old)] = tensors.pop(name)
+
+    return rename
+
+
+def quoted_prefix(prefix: str) -> str:
+    return f"its keys begin with {prefix!r}" if prefix else "its keys have no prefix"
+
+
+INTEGERS = (np.int32, np.int64, np.int8, np.uint8, np.uint16, np.bool_)
+
+
+def add_integer_rows() -> None:
+    """Weights that are stored as integers are refused, wherever they would be used as numbers."""
+    name = ADAPTER_KEY.format("q", "A")
+    floats = "expected F64, F32, F16, BF16"
+    for kind in INTEGERS:
+        code = {"bool": "BOOL"}.get(np.dtype(kind).name, np.dtype(kind).str[1:].upper())
+        code = {"I4": "I32", "I8": "I64", "I1": "I8", "U1": "U8", "U2": "U16"}.get(code, code)
+        build = with_tensor(ADAPTER_WEIGHTS, name, np.ones((2, 16), kind))
+        says = (ADAPTER_WEIGHTS, name, code, floats, "save it again")
+        for load in (load_beside, load_fresh):
+            add(33, f"{code} in an adapter, {load.__name__}", build, load, FormatError, *says)
+        build = with_tensor(BASE_WEIGHTS, "lm_head.weight", np.ones((256, 16), kind))
+        says = (BASE_WEIGHTS, "lm_head.weight", code, floats)
+        add(33, f"{code} in a base", build, load_base, FormatError, *says)
+    lines = (MERGE, "inspect adapter", "resize --adapter adapter --r 1 --out new")
+    lines += ("convert adapter --dtype float16 --out new", "convert adapter --to mlx --out new")
+    lines += ("combine --adapter adapter --out new", f"{EVALUATE} --adapter adapter")
+    build = with_tensor(ADAPTER_WEIGHTS, name, np.full((2, 16), 10**9, np.int32))
+    for line in lines:
+        command(33, line, 3, name, "I32", floats, build=build)
+    q_proj = "model.layers.0.self_attn.q_proj.weight"
+    build = with_tensor(BASE_WEIGHTS, q_proj, np.ones((16, 16), np.int32))
+    command(33, MERGE, 3, "base", q_proj, "I32", build=build)
+
+
+def add_overflow_rows() -> None:
+    """A number that the wanted dtype cannot hold is not a broken weight."""
+    q_proj = "model.layers.0.self_attn.q_proj.weight"
+    build = broken(BASE_WEIGHTS, "q_proj", 1e6)
+    says = ("base", q_proj, "65504, the largest of float16", "choose float32 or bfloat16")
+    command(38, "convert base --dtype float16 --out new", 5, *says, build=build)
+    command(38, f"{MERGE} --dtype float16", 5, *says, build=build)
+    build = broken(ADAPTER_WEIGHTS, "q_proj.lora_B", 1e6)
+    says = ("adapter", "q_proj.lora_B", "65504, the largest of float16")
+    command(38, "convert adapter --dtype float16 --out new", 5, *says, build=build)
+    wide = with_tensor(BASE_WEIGHTS, "lm_head.weight", np.full((256, 16), 1e300))
+    says = (BASE_WEIGHTS, "lm_head.weight", "3.40282e+38, the largest of float32")
+    add(38, "1e300 for float32", wide, load_base, NonFiniteError, *says)
+    name = ADAPTER_KEY.format("q", "A")
+    wide = with_tensor(ADAPTER_WEIGHTS, name, np.full((2, 16), 1e300))
+    says = (ADAPTER_WEIGHTS, name, "the largest of float32")
+    add(38, "1e300 in an adapter", wide, load_beside, NonFiniteError, *says)
+
+
 def add_adapter_rows() -> None:
     key = ADAPTER_KEY.format
     without = lambda name: changed_tensors(ADAPTER_WEIGHTS, lambda t: t.pop(name))  # noqa: E731
@@ -499,6 +594,19 @@ def add_adapter_rows() -> None:
     wide = having(key("v", "B"), np.zeros((5, 2)))
     misfit("a wrong shape", wide, key("v", "B"), "(5, 2)", "(16, 2)")
     misfit("another rank", set_to(ADAPTER_CONFIG, r=3), "(2, 16)", "(3, 16)")
+    prefixes = ("", "module.", "base_model.model.module.", "base_model.model._orig_mod.")
+    for prefix in (*prefixes, "base_model.model.transformer."):
+        for load in (load_beside, load_fresh):
+            build = changed_tensors(ADAPTER_WEIGHTS, renaming("base_model.model.", prefix))
+            says = [quoted_prefix(prefix), "'base_model.model.' is expected: rename them"]
+            name = f"keys that begin with {prefix!r}, {load.__name__}"
+            add(43, name, build, load, FormatError, "adapter", "fit", *says)
+    build = changed_tensors(ADAPTER_WEIGHTS, renaming("base_model.model.model.", PREFIX))
+    says = ["begin with 'base_model.' where 'base_model.model.' is expected"]
+    add(43, "keys without 'model.'", build, load_fresh, FormatError, "adapter", *says)
+    for prefix in ("", "module."):
+        build = changed_tensors(ADAPTER_WEIGHTS, renaming(PREFIX, prefix))
+        command(43, MERGE, 3, "does not begin with 'base_model.model.'", "rename", build=build)
     names = {f"k{i:04}": np.zeros(1) for i in range(1000)}
     thousand = changed_tensors(ADAPTER_WEIGHTS, lambda t: t.update(names))
     misfit("a thousand keys too many", thousand, "unknown k0000", "997 more")
@@ -585,7 +693,9 @@ def load_base(world: World) -> None:
 def bad_config(kind: int, *says: str, **fields: object) -> None:
     """A config.json that describes no model."""
     name = f"config.json: {fields!r:.60}"
-    add(kind, name, set_to(BASE_CONFIG, **fields), load_base, ConfigError, "config", *says)
+    add(
+        kind, name, set_to(BASE_CONFIG, **fields), load_base, ConfigError, "base/config.json", *says
+    )
 
 
 def bad_weights(name: str, build: Build, *says: str) -> None:
@@ -683,6 +793,16 @@ def add_weight_rows() -> None:
     command(51, EVALUATE, 3, "q_proj.weight", "(16, 16)", "(24, 16)", build=heads)
     layers = set_to(BASE_CONFIG, num_hidden_layers=2)
     command(51, EVALUATE, 3, "model.layers.1", build=layers)
+
+
+def add_base_prefix_rows() -> None:
+    for prefix in ("module.", "_orig_mod.", "base_model.model."):
+        build = changed_tensors(BASE_WEIGHTS, renaming("", prefix))
+        says = (f"begin with {prefix!r} where none is expected", "rename them")
+        bad_weights(f"keys that begin with {prefix!r}", build, *says)
+    build = changed_tensors(BASE_WEIGHTS, renaming("model.", "transformer."))
+    says = ("begin with 'transformer.' where 'model.' is expected",)
+    bad_weights("keys that begin with 'transformer.'", build, *says)
 
 
 def add_nonfinite_rows() -> None:
@@ -854,7 +974,11 @@ add_path_rows()
 add_json_rows()
 add_folder_rows()
 add_index_rows()
+add_content_rows()
 add_adapter_rows()
+add_integer_rows()
+add_overflow_rows()
+add_base_prefix_rows()
 add_config_rows()
 add_weight_rows()
 add_nonfinite_rows()
