@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> object:
     """A module of the package, or a public name, for which all public names are imported now."""
-    import importlib
+    import sys
 
     module = f"{__name__}.{name}"
     is_special = name.startswith("__")
@@ -27,7 +27,8 @@ def __getattr__(name: str) -> object:
         # Before the public names: `from .. import functional` inside the package asks here, too,
         # and may be a part of the import of these very names.
         if not is_special:
-            return importlib.import_module(module)
+            __import__(module)
+            return sys.modules[module]
     except ModuleNotFoundError as error:
         if error.name != module:
             raise

@@ -34,14 +34,14 @@ def _are_betas(value: Any) -> bool:
 
 
 RULES = (
-    Rule("lr", is_positive, "a finite number > 0"),
-    Rule("ratio", is_positive, "a finite number > 0"),
-    Rule("embedding_lr", is_positive, "a finite number > 0"),
-    Rule("eps", is_number(0), "a finite number >= 0"),
-    Rule("weight_decay", is_number(0), "a finite number >= 0"),
+    Rule("lr", is_positive, "a finite number above 0"),
+    Rule("ratio", is_positive, "a finite number above 0"),
+    Rule("embedding_lr", is_positive, "a finite number above 0"),
+    Rule("eps", is_number(0), "a finite number of at least 0"),
+    Rule("weight_decay", is_number(0), "a finite number of at least 0"),
     Rule("betas", _are_betas, "two numbers in [0, 1)"),
     Rule("momentum", is_fraction, "a number in [0, 1)"),
-    Rule("max_norm", lambda value: value == math.inf or is_positive(value), "a number > 0"),
+    Rule("max_norm", lambda value: value == math.inf or is_positive(value), "a number above 0"),
 )
 
 
@@ -380,6 +380,9 @@ def clip_by_global_norm(
     return [None if g is None else g * factor.astype(g.dtype) for g in grads], norm
 
 
+FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+
+
 def loraplus_groups(
     named: Iterable[tuple[str, Parameter]],
     lr: float,
@@ -397,10 +400,11 @@ def loraplus_groups(
     embeddings: Group = {"params": [], "lr": _checked("embedding_lr", embedding_lr)}
     fast: Group = {"params": [], "lr": lr * _checked("ratio", ratio)}
     for name, p in named:
-        kinds = name.split(".")[-3:-1]
-        if "lora_embedding_A" in kinds or "lora_embedding_B" in kinds:
+        # The first of the two: an adapter may be called "lora_B", too.
+        factor = next((part for part in name.split(".")[-3:-1] if part in FACTORS), "")
+        if "embedding" in factor:
             group = embeddings
-        elif p.ndim == 1 or "lora_B" in kinds:
+        elif p.ndim == 1 or factor == "lora_B":
             group = fast
         else:
             group = slow

@@ -635,9 +635,12 @@ def test_loraplus_groups_give_embeddings_a_rate_of_their_own():
     middle, fast = optim.loraplus_groups(named, 0.1, 8.0)
     assert middle == {"params": list(embeddings.items()), "lr": 1e-6}
     assert fast == {"params": [magnitude, B], "lr": 0.8}
+    slow = STEM + "lora_A.lora_B.weight", Parameter(np.zeros((2, 4)))
+    groups = optim.loraplus_groups([slow], 0.1, 8.0)
+    assert groups == [{"params": [slow], "lr": 0.1}], "an adapter may have any name"
     middle, _ = optim.loraplus_groups(named, 0.1, 8.0, embedding_lr=0.02)
     assert middle["lr"] == 0.02
-    with pytest.raises(ConfigError, match="embedding_lr must be a finite number > 0"):
+    with pytest.raises(ConfigError, match="embedding_lr must be a finite number above 0"):
         optim.loraplus_groups(named, 0.1, embedding_lr=0.0)
 
 
@@ -681,7 +684,7 @@ def test_loraplus_groups_leave_out_an_empty_group():
 
 @pytest.mark.parametrize(("lr", "ratio"), [(0.0, 16.0), (NAN, 16.0), (0.1, -1.0), (0.1, INF)])
 def test_loraplus_groups_refuse_invalid_numbers(lr, ratio):
-    with pytest.raises(ConfigError, match="must be a finite number > 0"):
+    with pytest.raises(ConfigError, match="must be a finite number above 0"):
         optim.loraplus_groups([("x", Parameter(np.zeros((2, 2))))], lr, ratio)
 
 

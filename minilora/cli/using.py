@@ -22,7 +22,9 @@ from .options import (
     add_quantize,
     add_seed,
     add_strict,
+    integer_from,
     option,
+    positive_integer,
 )
 from .reading import load_model, read_tokens, require_context
 
@@ -39,7 +41,8 @@ def _add_model_options(parser: Parser) -> None:
 def add_generate_options(parser: Parser) -> None:
     _add_model_options(parser)
     option(parser, "--prompt TEXT", "text to continue, not empty", required=True)
-    option(parser, "--max-new-tokens N", "tokens to generate, at least 0", default=200)
+    text = "tokens to generate, at least 0"
+    option(parser, "--max-new-tokens N", text, type=integer_from(0), default=200)
     text = "randomness, at least 0; 0 takes the likeliest token"
     option(parser, "--temperature X", text, default=0.8)
     text = "choose among the K likeliest tokens, at least 1 (default: all)"
@@ -94,7 +97,7 @@ def add_evaluate_options(parser: Parser) -> None:
     add_strict(parser)
     option(parser, "--context T", "tokens per window, at least 1 (default: up to 256)")
     text = "most windows to measure, spread over the text, at least 1 (default: all)"
-    option(parser, "--limit N", text)
+    option(parser, "--limit N", text, type=positive_integer)
 
 
 def evaluate(args: Args) -> None:

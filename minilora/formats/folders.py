@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, FormatError, LockError
-from .disk import JsonObject, quoted, read_json, sync_folder, write_json
+from .disk import JsonObject, name_errors, quoted, read_json, sync_folder, write_json
 
 LOCK = ".lock"
 MARK = b"minilora "  # begins a lock file of this program; the number of the process follows
@@ -67,9 +67,10 @@ def locked(out: str | Path) -> Iterator[Path]:
     path = out / LOCK
     descriptor = _open_locked(path)
     try:
-        os.ftruncate(descriptor, 0)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        os.write(descriptor, b"%s%d\n" % (MARK, os.getpid()))
+        with name_errors(path):
+            os.ftruncate(descriptor, 0)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            os.write(descriptor, b"%s%d\n" % (MARK, os.getpid()))
         _locked.set(before | {key})
         yield out
     finally:
@@ -94,7 +95,8 @@ def _open_locked(path: Path) -> int:
                 raise _not_a_lock(path)
         descriptor = os.open(path, flags, 0o666)
         try:
-            _lock(descriptor, path)
+            with name_errors(path):
+                _lock(descriptor, path)
             # The writer before may have removed the file: then others will lock a new one.
             if _is_same_file(path, descriptor):
                 return descriptor

@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import ConfigError, FormatError
 from ..formats import Checkpoint, SafetensorsFile
 from ..formats.adapter import open_adapter
+from ..formats.checkpoint import describe_prefix
 from ..formats.disk import quoted
 from ..formats.dtypes import FLOATS, round_to, widen
 from .adalora import AdaLoraConfig
@@ -46,7 +47,8 @@ class AdapterFile:
     replaced   name of a base's tensor -> key: modules_to_save and trained biases take its place
     tokens     path of an embedding -> key: trainable_token_indices, which replace some of its rows
 
-    FormatError for tensors that are unknown or do not fit each other or the configuration.
+    FormatError for tensors that are not floats, are unknown, or do not fit each other or the
+    configuration.
     """
 
     def __init__(self, folder: str | Path, check: bool = True) -> None:
@@ -60,6 +62,7 @@ class AdapterFile:
         try:
             self.file.rename(keys_without_name(self.file.keys()))
             self.config = read_config(self.raw, f"{folder}/adapter_config.json")
+            self.file.require_floats(self.file)
             if check:
                 self._sort_keys()
                 for path in self.layers:
@@ -87,6 +90,13 @@ class AdapterFile:
         ending = next((e for e in ENDINGS if name.endswith(e)), None)
         is_token = name.endswith(f".{TOKENS}")
         unknown = ".lora_" in name or (".token_adapter." in name and not is_token)
+        if name == key and ending is not None:
+            _, found, rest = key.partition(PREFIX)
+            renamed = PREFIX + (rest if found else key)
+            raise FormatError(
+                f"{self.where}: {quoted(key)} does not begin with {PREFIX!r}, as PEFT's keys do: "
+                f"rename it, perhaps to {quoted(renamed)}, and the others likewise"
+            )
         if name == key or (unknown and ending is None):
             raise FormatError(f"{self.where}: {quoted(key)} is not a tensor of a known adapter")
         if is_token:
@@ -183,6 +193,9 @@ def fit(adapter: AdapterFile, base: Base, read: Read, warn: bool = True) -> Plan
     try:
         plan = plan_adapter(base, adapter.config, adapter.file.keys(), warn)
         wrong = mismatches(adapter, plan, read)
+        prefix = describe_prefix(adapter.file.keys(), plan.shapes()) if wrong else ""
+        if prefix:
+            wrong = [prefix, *wrong]
         cause = None
     except ConfigError as error:
         wrong = [str(error)]

@@ -467,12 +467,16 @@ class PeftModel(Module):
                     check_wrapped(self.model, plan)
                 except ConfigError as error:
                     raise FormatError(f"{file.where}: {error}") from error
+                # All are read before the model changes: one may be damaged, or too large for the
+                # dtype.
+                dtype = np.result_type(*{p.dtype for p in self.model.parameters()})
+                arrays = {key: file.file.read(key, dtype) for key in plan.shapes()}
                 self._inject(adapter_name, plan, seed=0)
-            parameters = self.adapter_parameters(adapter_name)
-            for key in plan.shapes():
-                parameter = parameters[key]
-                array = to_file_layout(self.config.model_type, key, file.file.read(key))
-                parameter.data = parameter.backend.from_numpy(array.astype(parameter.dtype))
+        parameters = self.adapter_parameters(adapter_name)
+        for key, array in arrays.items():
+            parameter = parameters[key]
+            array = to_file_layout(self.config.model_type, key, array)
+            parameter.data = parameter.backend.from_numpy(array.astype(parameter.dtype, copy=False))
 
     def _read_base(self, name: str) -> np.ndarray:
         """A tensor of the base by its name, as it is in the base's files."""

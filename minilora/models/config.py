@@ -64,11 +64,11 @@ SCALES = ("rms_norm_eps", "initializer_range")
 SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings")
 MODEL_TYPE_RULE = Rule("model_type", MODEL_TYPES.__contains__, f"one of {', '.join(MODEL_TYPES)}")
 RULES = [
-    *rules_for(SIZES, _is_size, "a positive integer"),
-    *rules_for(SCALES, is_plain_number(above=0, below=1e300), "a positive number"),
+    *rules_for(SIZES, _is_size, "a positive integer below 2^31"),
+    *rules_for(SCALES, is_plain_number(above=0, below=1e300), "a positive number below 1e300"),
     *rules_for(SWITCHES, is_flag, "true or false"),
-    Rule("sliding_window", optional(_is_size), "a positive integer, or null"),
-    Rule("max_window_layers", is_integer(0, _LARGEST), "an integer of at least 0"),
+    Rule("sliding_window", optional(_is_size), "a positive integer below 2^31, or null"),
+    Rule("max_window_layers", is_integer(0, _LARGEST), "an integer of at least 0 and below 2^31"),
     Rule("rope_parameters", _is_object, "an object"),
 ]
 
@@ -139,7 +139,7 @@ class TransformerConfig:
         if self.head_dim is None:
             fields["head_dim"] = self.hidden_size // heads
         if is_rotary:
-            wanted = "even and positive"
+            wanted = "even and positive, and below 2^16"
             self._check("head_dim", lambda D: _is_head_dim(D) and D % 2 == 0, wanted)
         else:
             wanted = "hidden_size / num_attention_heads, and nothing else"

@@ -209,6 +209,8 @@ class _Pair:
             if not np.array_equal(
                 self._read(self.base, name), self.read_tuned(name), equal_nan=True
             ):
+                for file in (self.base, self.tuned):
+                    file.require_floats([key for key in [self._key(file, name)] if key])
                 changed.setdefault(name.rpartition(".")[0], []).append(name)
         if not changed:
             raise ConfigError(

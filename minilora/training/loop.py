@@ -34,10 +34,11 @@ from ..errors import (
     Interrupted,
     NonFiniteError,
     check_fields,
+    integer_rules,
     is_flag,
-    is_integer,
     is_plain_number,
-    optional,
+    number_rules,
+    optional_rule,
     rules_for,
 )
 from ..formats import load_file, save_file
@@ -60,16 +61,15 @@ PACKING = "records do not see each other"  # how packed records are trained on
 PATIENCE = 50  # steps with a high loss after which a run counts as diverged
 
 
-_LARGEST = 2**63 - 1
+_LIMIT = 2**63
 _COUNTS = ("steps", "batch_size", "context", "accumulate")
 _OPTIONAL = ("shard", "threads", "eval_every", "save_every")
-_is_count = is_integer(1, _LARGEST)
 _RULES = [
-    *rules_for(_COUNTS, _is_count, "an integer of at least 1"),
-    *rules_for(_OPTIONAL, optional(_is_count), "an integer of at least 1"),
-    *rules_for(("warmup", "seed"), is_integer(0, _LARGEST), "an integer of at least 0"),
-    *rules_for(("lr", "max_grad_norm"), is_plain_number(above=0), "a number above 0"),
-    *rules_for(("floor", "weight_decay"), is_plain_number(least=0), "a number of at least 0"),
+    *integer_rules(*_COUNTS, least=1, limit=_LIMIT),
+    *map(optional_rule, integer_rules(*_OPTIONAL, least=1, limit=_LIMIT)),
+    *integer_rules("warmup", "seed", least=0, limit=_LIMIT),
+    *number_rules("lr", "max_grad_norm", is_kind=is_plain_number, above=0),
+    *number_rules("floor", "weight_decay", is_kind=is_plain_number, least=0),
     *rules_for(("abort_on_divergence", "gradient_checkpointing"), is_flag, "True or False"),
 ]
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from ..errors import CheckpointError, FormatError
 from ..formats import atomic_file, read_json, write_json
-from ..formats.disk import JsonObject, sync_folder
+from ..formats.disk import JsonObject, name_errors, sync_folder
 from ..formats.folders import (
     begin_stage,
     is_empty_stage,
@@ -92,13 +92,15 @@ class Log:
         for key, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
                 record[key] = str(value)
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        with name_errors(self._file.name):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Force a regular file onto the disk, before a checkpoint says that its steps are done."""
         try:
-            os.fsync(self._file.fileno())
+            with name_errors(self._file.name):
+                os.fsync(self._file.fileno())
         except OSError as error:
             # A pipe or a device has nothing to force.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
@@ -118,7 +120,8 @@ def read_log(path: Path) -> list[JsonObject]:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    lines = path.read_bytes().splitlines(keepends=True)
+    with name_errors(path):
+        lines = path.read_bytes().splitlines(keepends=True)
     return [line for line in lines if line.endswith(b"\n")]
 
 
@@ -263,7 +266,7 @@ def _verified_manifest(folder: Path) -> JsonObject:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with name_errors(path), open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

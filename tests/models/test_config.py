@@ -35,7 +35,7 @@ def bad(kinds: tuple[str, ...], field: str, message: str, values: list[Any]) -> 
 
 
 FULL = "full_attention"
-size = "must be a positive integer"
+size = "must be a positive integer below 2^31"
 bad(WINDOWED, "sliding_window", f"sliding_window {size}, or null", NOT_A_SIZE)
 count = "max_window_layers must be an integer of at least 0"
 bad(QWEN, "max_window_layers", count, [-1, True, False, 1.0, 0.0, None, "0", 2**31])

@@ -184,7 +184,7 @@ def mlx(code: int, *says: str, then: Build = nothing, **fields: Any) -> None:
 
 def add_mlx_rows() -> None:
     for scale in (0, -1, None, True, "20", [20.0], 1e300):
-        mlx(2, "scale", "positive", scale=scale)
+        mlx(2, "adapter_config.json", "scale", "above 0 and below 1e+300", scale=scale)
     for rank in (0, -2, 2.0, True, "2", 2**31):
         mlx(2, "rank", "at least 1", rank=rank)
     for dropout in (1.0, -0.5, "a", None):
