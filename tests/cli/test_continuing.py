@@ -134,7 +134,7 @@ def test_finetune_resumed_with_another_adapter_is_another_run(world):
 REFUSED = {
     "--adapter lora --r 4": "--r 4, but --adapter 'lora' has r = 8: leave it out",
     "--adapter lora --lora-alpha 3": "--lora-alpha 3, but --adapter 'lora' has lora_alpha = 8",
-    "--adapter lora --lora-dropout 0": "--lora-dropout 0.0, but --adapter 'lora' has",
+    "--adapter lora --lora-dropout 0": "--lora-dropout 0, but --adapter 'lora' has",
     "--adapter lora --target-modules q_proj": "--target-modules ['q_proj'], but --adapter 'lora'",
     "--adapter lora --use-dora": "--use-dora True, but --adapter 'lora' has use_dora = False",
     "--adapter lora --method dora": "--method dora, but --adapter 'lora' has method lora",
