@@ -18,22 +18,14 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    """A module of the package, or a public name, for which all public names are imported now."""
-    import sys
+    """A public name, or a module that they need: all of them are imported now."""
+    if name == "functional":
+        # Files of the package import it from here, perhaps as a part of the import of these names.
+        import minilora.functional as functional
 
-    module = f"{__name__}.{name}"
-    is_special = name.startswith("__")
-    try:
-        # Before the public names: `from .. import functional` inside the package asks here, too,
-        # and may be a part of the import of these very names.
-        if not is_special:
-            __import__(module)
-            return sys.modules[module]
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
+        return functional
     names = globals()
-    if "__all__" not in names and (not is_special or name == "__all__"):
+    if "__all__" not in names and (name == "__all__" or not name.startswith("__")):
         from .public import public_names
 
         names.update(public_names())

@@ -602,7 +602,7 @@ def _attend(
         last = S - T + at.stop
         first = max(0, last - t + 1 - window) if window else 0
         if on_host is not None:
-            first = max(first, int(on_host[:, at].min(initial=last)))
+            first = max(first, int(np.min(on_host[:, at], initial=last)))
         keys = slice(first, last)
         P, view = products(kh[..., keys, :], qh[..., at, :])
         # Only the newest t keys can be later than a query.
@@ -614,7 +614,7 @@ def _attend(
             P[:, :old].reshape(B, old, H, t)[...] += past.astype(q.dtype)[:old, None, :t]
         if first_key is not None:
             # Only keys before the largest first_key can be hidden from a query.
-            end = last if on_host is None else int(on_host[:, at].max(initial=first))
+            end = last if on_host is None else int(np.max(on_host[:, at], initial=first))
             is_hidden = xp.arange(first, end)[:, None] < first_key[:, None, at]  # (B, key, query)
             earlier = P[:, : end - first].reshape(B, end - first, H, t)
             xp.copyto(earlier, -np.inf, where=is_hidden[:, :, None])
