@@ -1,62 +1,39 @@
 """minilora: LoRA from scratch in NumPy, to read, to run, and to check.
 
-Public names, grouped by module. `minilora.functional`, `minilora.formats` and `minilora.verify` are
-modules to import by name; the folder `minilora.training` holds the training loop.
+The public names are listed in `minilora.public`. `minilora.functional`, `minilora.formats` and
+`minilora.verify` are modules to import by name; the folder `minilora.training` holds the training
+loop.
+
+Nothing is imported until the first of these names is used. So the command line can handle Ctrl-C
+before NumPy is imported, which takes most of the time until it starts.
 """
 
-from .autograd import Tensor, gradients, no_grad
-from .backend import get_backend
-from .data.tokenizer import ByteTokenizer
-from .errors import MiniloraError
-from .gradcheck import check_gradient
-from .lora import (
-    AdaLoraConfig,
-    HydraConfig,
-    LoraConfig,
-    LoraLinear,
-    MultiTask,
-    PeftModel,
-    get_multitask_model,
-    get_peft_model,
-)
-from .models.config import TransformerConfig
-from .models.generation import generate
-from .models.transformer import CausalLM
-from .nn import Dropout, Embedding, LayerNorm, Linear, Module, Parameter, RMSNorm
-from .optim import SGD, AdamW
-from .quant.linear import QuantizedLinear, dequantize, quantize
+from __future__ import annotations
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "SGD",
-    "AdaLoraConfig",
-    "AdamW",
-    "ByteTokenizer",
-    "CausalLM",
-    "Dropout",
-    "Embedding",
-    "HydraConfig",
-    "LayerNorm",
-    "Linear",
-    "LoraConfig",
-    "LoraLinear",
-    "MiniloraError",
-    "Module",
-    "MultiTask",
-    "Parameter",
-    "PeftModel",
-    "QuantizedLinear",
-    "RMSNorm",
-    "Tensor",
-    "TransformerConfig",
-    "check_gradient",
-    "dequantize",
-    "generate",
-    "get_backend",
-    "get_multitask_model",
-    "get_peft_model",
-    "gradients",
-    "no_grad",
-    "quantize",
-]
+TYPE_CHECKING = False  # as in `typing`, whose import would take longer than all of this
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> object:
+    """A public name, or a module that they need: all of them are imported now."""
+    if name == "functional":
+        # Files of the package import it from here, perhaps as a part of the import of these names.
+        import minilora.functional as functional
+
+        return functional
+    names = globals()
+    if "__all__" not in names and (name == "__all__" or not name.startswith("__")):
+        from .public import public_names
+
+        names.update(public_names())
+        names["__all__"] = list(public_names())
+    if name in names:
+        return names[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})  # type: ignore[misc]

@@ -26,7 +26,7 @@ from .nn import Module
 ENGINE = {
     f"minilora.{module}"
     for module in ("anomaly", "autograd", "functional", "effective", "nn", "training.nonfinite")
-}
+} | {"minilora.graph", "minilora.protocols"}
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A small reverse-mode autograd: `Tensor`, the graph that its operations record, and the algebra.
+"""A small reverse-mode autograd: `Tensor`, the operations that record its graph, and the algebra.
 
 One operation is one plain function. It computes the output on arrays, decides what backward will
 need, and hands `record` a nested `vjp(dy)`, the vector-Jacobian product: from the gradient of its
@@ -6,58 +6,35 @@ output to the gradients of its inputs. Two rules keep memory small: a `vjp` capt
 and scalars but never a Tensor, and a `Node` keeps its parents and its `vjp` but never the output.
 An array lives only as long as a backward may read it.
 
-Contents: the graph (Node, record, gradients) - operands - arithmetic - functions - reductions -
-shapes - products - Tensor, whose methods these operations are.
+Contents: record - operands - arithmetic - functions - reductions - shapes - products - Tensor,
+whose methods these operations are. The graph and the walk back through it are in graph.py; what
+NumPy's functions do with a Tensor is in protocols.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import heapq
 import itertools
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from .backend import Array, Backend, Shape, backend_of, get_backend
 from .errors import DeviceError, GraphError
+from .graph import Grads as Grads  # other modules import the graph's names from here
+from .graph import Node as Node
+from .graph import Vjp as Vjp
+from .graph import grad_enabled as grad_enabled
+from .graph import gradients as gradients
+from .graph import leaf_gradients, owner_of
+from .graph import no_grad as no_grad
+from .graph import observer as observer
+from .protocols import TensorBase, numpy_operations
 
-Grads = tuple[Array | None, ...]  # one for each input of an operation; None where none is wanted
-Vjp = Callable[[Array], Grads]
-Guard = tuple[list[int], int, int]
 Device = str | Backend | None
 Axis = int | Shape | None
 
-# ---- the graph -----------------------------------------------------------------------------------
-
-_order = itertools.count()
-_thread = threading.local()
-# anomaly.py sets a function here that gets every operation's output, inputs and vjp. A thread that
-# runs in a copy of the context calls it too.
-observer: contextvars.ContextVar[Any] = contextvars.ContextVar("observer", default=None)
-
-
-class Node:
-    """A vertex of the graph: where gradients go next (`parents`) and how (`vjp`).
-
-    parents   for each input its Node, a leaf Tensor, or None where no gradient is wanted
-    guards    for each input that can be assigned to: version cell, version then, id of the memory
-    order     the order of creation, which is topological
-    """
-
-    __slots__ = ("guards", "order", "parents", "vjp")
-
-    def __init__(self, parents: tuple[Node | Tensor | None, ...], vjp: Vjp, guards: list[Guard]):
-        self.order = next(_order)
-        self.parents = parents
-        self.vjp = vjp
-        self.guards = guards
-
-    def __lt__(self, other: Node) -> bool:
-        return self.order > other.order  # heapq pops the smallest: the youngest node
+# ---- one operation -------------------------------------------------------------------------------
 
 
 def record(data: Array, inputs: tuple[Tensor, ...], vjp: Vjp) -> Tensor:
@@ -80,9 +57,9 @@ def record(data: Array, inputs: tuple[Tensor, ...], vjp: Vjp) -> Tensor:
         parents.append((t.node or t) if t.requires_grad else None)
         y.requires_grad |= t.requires_grad
         if t.version is not None:
-            owner = t._data if t._data.base is None else _owner(t._data)
+            owner = t._data if t._data.base is None else owner_of(t._data)
             guards.append((t.version, t.version[0], id(owner)))
-            if is_view and _owner(data) is owner:
+            if is_view and owner_of(data) is owner:
                 y.version = t.version  # a view of a leaf changes when the leaf does
     if y.requires_grad and grad_enabled():
         y.node = Node(tuple(parents), vjp, guards)
@@ -93,124 +70,6 @@ def record(data: Array, inputs: tuple[Tensor, ...], vjp: Vjp) -> Tensor:
     return y
 
 
-def _owner(array: Array) -> Array:
-    """The array whose memory `array` is a view of, or `array` itself."""
-    while isinstance(array.base, type(array)):
-        array = array.base
-    return array
-
-
-def _reads(item: Any, owner: int, array_type: type) -> bool:
-    """Whether a vjp's closure, or a value in it, refers to the memory with the id `owner`."""
-    if isinstance(item, array_type):
-        return id(_owner(item)) == owner
-    inner = item if isinstance(item, (tuple, list)) else getattr(item, "__closure__", None) or ()
-    return any(_reads(getattr(i, "cell_contents", i), owner, array_type) for i in inner)
-
-
-def grad_enabled() -> bool:
-    """Whether this thread records: False inside `no_grad`."""
-    return getattr(_thread, "grad_enabled", True)
-
-
-@contextlib.contextmanager
-def no_grad() -> Iterator[None]:
-    """Record nothing in this thread inside the block: no graph, no activation. Also a decorator."""
-    before = grad_enabled()
-    _thread.grad_enabled = False
-    try:
-        yield
-    finally:
-        _thread.grad_enabled = before
-
-
-def _freed(dy: Array) -> Grads:
-    """The vjp of a node that a backward has freed."""
-    raise GraphError(
-        "this graph was freed by an earlier backward: "
-        "run the forward again, or pass retain_graph=True to the earlier one"
-    )
-
-
-def gradients(
-    loss: Tensor, params: Sequence[Tensor], dy: Array | None = None, *, retain_graph: bool = False
-) -> list[Array | None]:
-    """d loss / d p for every leaf p of `params`, as new arrays; None where the loss is independent.
-
-    dy             the gradient of the loss itself; 1 for a scalar
-    retain_graph   keep the graph for another backward; otherwise each node is freed once visited
-
-    Nodes are visited youngest first, by a heap and without recursion. All accumulators are local,
-    so several threads may call this at once over the same parameters. GraphError if the graph was
-    freed, or if a value that backward needs has changed.
-    """
-    leaves = _backward(loss, dy, retain_graph)
-    return [leaves.get(p) for p in params]
-
-
-def _backward(loss: Tensor, dy: Array | None, retain_graph: bool) -> dict[Tensor, Array]:
-    """The gradient of every leaf that the loss depends on. See `gradients`."""
-    if not loss.requires_grad:
-        raise GraphError(
-            "the loss depends on no tensor that requires a gradient: compute it outside no_grad, "
-            "and not from gradients, which are arrays (second derivatives are not supported)"
-        )
-    loss.backend.select()
-    if dy is None:
-        if loss.size != 1:
-            raise GraphError(
-                f"backward from shape {loss.shape} needs dy, an array of that shape: "
-                "only for a scalar it is 1 by default"
-            )
-        dy = loss.backend.xp.ones_like(loss.data)
-    elif isinstance(dy, Tensor) or getattr(dy, "shape", None) != loss.shape:
-        got = f"{type(dy).__name__} {getattr(dy, 'shape', '')}"
-        raise GraphError(f"dy must be an array of shape {loss.shape}, got {got}")
-    pending: dict[Node, Array] = {}  # gradients of nodes that are not visited yet
-    leaves: dict[Tensor, Array] = {}
-    heap: list[Node] = []
-
-    def add_gradient(target: Node | Tensor, g: Array) -> None:
-        # Add out of place: another input may have the same array (`add` gives dy to both of its).
-        sums: dict[Any, Array] = leaves if isinstance(target, Tensor) else pending
-        if target in sums:
-            sums[target] = sums[target] + g
-            return
-        sums[target] = g
-        if isinstance(target, Node):
-            heapq.heappush(heap, target)
-
-    add_gradient(loss.node or loss, dy)
-    while heap:
-        node = heapq.heappop(heap)
-        for version, before, owner in node.guards:
-            if version[0] != before and _reads(node.vjp, owner, type(dy)):
-                name = node.vjp.__qualname__.split(".")[0]
-                raise GraphError(
-                    f"a tensor that the backward of '{name}' needs was changed after the forward "
-                    f"(version {before} then, {version[0]} now): "
-                    "run backward before the optimiser step, merge or load"
-                )
-        parents = node.parents
-        grads = node.vjp(pending.pop(node))
-        if not retain_graph:
-            node.vjp = _freed
-            node.parents = ()
-            node.guards = []
-        for parent, g in zip(parents, grads, strict=True):
-            if parent is not None and g is not None:
-                add_gradient(parent, g)
-    returned = {id(dy)}
-    for leaf, g in leaves.items():
-        # A new array is needed for a NumPy scalar, a view, dy itself or what another leaf has.
-        is_array = type(g) is type(leaf.data) and g.base is None
-        if not is_array or id(g) in returned or g.dtype != leaf.dtype:
-            g = leaf.backend.xp.array(g, dtype=leaf.dtype)
-        returned.add(id(g))
-        leaves[leaf] = g
-    return leaves
-
-
 # ---- operands ------------------------------------------------------------------------------------
 
 _NUMBERS = (int, float, np.generic)
@@ -218,28 +77,37 @@ _BASIC = (int, slice, np.integer, type(None), type(...))  # NumPy's basic indexi
 
 
 def operands(*values: Any) -> tuple[Tensor, ...]:
-    """Tensors, numbers and arrays as Tensors; a number takes the dtype of the first Tensor.
+    """Tensors, numbers and arrays as Tensors on one device.
 
-    So a Python or NumPy scalar never turns float32 into float64. DeviceError if two are on
-    different devices.
+    A number, and an array or Tensor of integers or booleans, takes the floating dtype of what is
+    beside it: float32 stays float32. DeviceError if two are on different devices.
     """
-    if all(isinstance(v, Tensor) for v in values):
-        namespace(*values)
-        return values
-    like = next((v for v in values if isinstance(v, Tensor)), None)
-    if like is None:
-        like = next((Tensor(v) for v in values if not isinstance(v, _NUMBERS)), Tensor(0.0))
-    dtype = like.dtype if like.dtype.kind == "f" else None  # 2.5 beside integers stays 2.5
-    tensors = []
+    first = values[0]
     for v in values:
-        if isinstance(v, Tensor):
-            tensors.append(v)
-        elif isinstance(v, _NUMBERS) or (isinstance(v, np.ndarray) and v.ndim == 0):
-            tensors.append(Tensor(like.backend.xp.full((), v, dtype)))
-        else:
-            tensors.append(Tensor(v))
-    namespace(*tensors)
-    return tuple(tensors)
+        same = isinstance(v, Tensor) and v.backend is first.backend and v.dtype is first.dtype
+        if not same:
+            return _convert_operands(values)
+    first.backend.select()
+    return values
+
+
+def _convert_operands(values: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """`operands` of different kinds, dtypes or devices."""
+    items = [v if isinstance(v, Tensor) or _is_number(v) else Tensor(v) for v in values]
+    tensors = [t for t in items if isinstance(t, Tensor)] or [Tensor(0.0)]
+    dtypes = {t.dtype for t in tensors if t.dtype.kind in "fc"}
+    dtype = np.result_type(*dtypes) if len(dtypes) > 1 else next(iter(dtypes), None)
+    for i, item in enumerate(items):
+        if not isinstance(item, Tensor):  # with no floats beside it, 2.5 stays 2.5
+            items[i] = Tensor(tensors[0].backend.xp.full((), item, dtype))
+        elif dtype is not None and item.dtype.kind in "iub":
+            items[i] = Tensor(item.data.astype(dtype))
+    namespace(*items)
+    return tuple(items)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, _NUMBERS) or (isinstance(value, np.ndarray) and value.ndim == 0)
 
 
 def namespace(*tensors: Tensor) -> Any:
@@ -294,6 +162,10 @@ def mul(a: Any, b: Any) -> Tensor:
     return record(a.data * b.data, (a, b), vjp)
 
 
+def neg(x: Tensor) -> Tensor:
+    return record(namespace(x).negative(x.data), (x,), lambda dy: (-dy,))
+
+
 def div(a: Any, b: Any) -> Tensor:
     a, b = operands(a, b)
     sa = a.shape
@@ -303,15 +175,19 @@ def div(a: Any, b: Any) -> Tensor:
     Y = y if b.requires_grad else None
 
     def vjp(dy: Array) -> Grads:
-        da = dy / B
-        db = None if Y is None else unbroadcast(-da * Y, sb)
-        return unbroadcast(da, sa), db
+        # Not (dy / B) Y, which is 0 times infinity where dy / B underflows and a is infinite.
+        db = None if Y is None else unbroadcast(-dy * (Y / B), sb)
+        return unbroadcast(dy / B, sa), db
 
     return record(y, (a, b), vjp)
 
 
 def power(a: Any, b: Any) -> Tensor:
-    """a ** b, elementwise. Where a is 0 the gradient of b is 0 (the limit for b > 0)."""
+    """a ** b, elementwise.
+
+    Where a is 0 the gradient of b, a^b log a, is its limit: 0 for b > 0 and -infinity for b < 0.
+    For b = 0 it is 0, as in PyTorch: 0^b has no derivative there.
+    """
     a, b = operands(a, b)
     xp = namespace(a, b)
     sa = a.shape
@@ -320,6 +196,7 @@ def power(a: Any, b: Any) -> Tensor:
     y = A**b.data
     Y = y if b.requires_grad else None
     B = b.data if a.requires_grad else None
+    vanishes = (A == 0) & (b.data >= 0) if b.requires_grad else None
 
     def vjp(dy: Array) -> Grads:
         da = db = None
@@ -327,28 +204,43 @@ def power(a: Any, b: Any) -> Tensor:
             # b a^(b-1) is 0 for b = 0, also at a = 0 or infinity: a^0 is 1 everywhere.
             da = unbroadcast(dy * B * A ** xp.where(B == 0, 0, B - 1), sa)
         if Y is not None:
-            db = unbroadcast(dy * Y * xp.log(xp.where(A == 0, 1, A)), sb)
+            db = unbroadcast(dy * Y * xp.log(xp.where(vanishes, 1, A)), sb)
         return da, db
 
     return record(y, (a, b), vjp)
 
 
+def _split(xp: Any, dy: Array, wins: Array, ties: Array, sa: Shape, sb: Shape) -> Grads:
+    """The gradients of two: dy for the first where it `wins`, half for each where it `ties`."""
+    half = dy / 2
+    # Not dy times a share: 0 times infinity would be NaN.
+    da = xp.where(wins, dy, xp.where(ties, half, 0))
+    db = xp.where(wins, 0, xp.where(ties, half, dy))
+    return unbroadcast(da, sa), unbroadcast(db, sb)
+
+
 def maximum(a: Any, b: Any) -> Tensor:
     """The larger of two, elementwise; where they are equal, each gets half of the gradient."""
     a, b = operands(a, b)
+    xp = namespace(a, b)
     sa = a.shape
     sb = b.shape
-    share = ((a.data > b.data) + 0.5 * (a.data == b.data)).astype(a.dtype)
-    y = namespace(a, b).maximum(a.data, b.data)
-    return record(
-        y, (a, b), lambda dy: (unbroadcast(dy * share, sa), unbroadcast(dy * (1 - share), sb))
-    )
+    wins = a.data > b.data
+    ties = a.data == b.data
+    y = xp.maximum(a.data, b.data)
+    return record(y, (a, b), lambda dy: _split(xp, dy, wins, ties, sa, sb))
 
 
 def minimum(a: Any, b: Any) -> Tensor:
     """The smaller of two, elementwise; where they are equal, each gets half of the gradient."""
     a, b = operands(a, b)
-    return mul(maximum(mul(a, -1), mul(b, -1)), -1)
+    xp = namespace(a, b)
+    sa = a.shape
+    sb = b.shape
+    wins = a.data < b.data
+    ties = a.data == b.data
+    y = xp.minimum(a.data, b.data)
+    return record(y, (a, b), lambda dy: _split(xp, dy, wins, ties, sa, sb))
 
 
 def where(condition: Any, a: Any, b: Any) -> Tensor:
@@ -396,14 +288,44 @@ def abs(x: Tensor) -> Tensor:
     return record(xp.abs(X), (x,), lambda dy: (dy * xp.sign(X),))
 
 
-def clip(x: Tensor, low: float, high: float) -> Tensor:
-    """x limited to [low, high]; the gradient passes where low <= x <= high."""
-    inside = (x.data >= low) & (x.data <= high)
-    y = namespace(x).clip(x.data, float(low), float(high))
-    return record(y, (x,), lambda dy: (dy * inside,))
+def clip(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
+    """x limited to [low, high], two numbers or None; gradients pass where low <= x <= high."""
+    xp = namespace(x)
+    X = x.data
+    # Python's numbers, because NumPy's would widen float32.
+    low = _bound(low)
+    high = _bound(high)
+    if low is None and high is None:
+        raise ValueError("clip got no bounds: give low, high or both")
+    inside = xp.ones(X.shape, bool)
+    if low is not None:
+        inside &= low <= X
+    if high is not None:
+        inside &= high >= X
+    return record(xp.clip(X, low, high), (x,), lambda dy: (xp.where(inside, dy, 0),))
+
+
+def _bound(value: Any) -> Any:
+    """A bound of clip as Python's number, because NumPy's would widen float32; or None."""
+    if value is None:
+        return None
+    if np.ndim(value):
+        raise ValueError(
+            f"clip: low and high must be numbers or None, got shape {np.shape(value)}: "
+            "maximum() and minimum() take arrays"
+        )
+    return np.asarray(value).item()
 
 
 # ---- reductions ----------------------------------------------------------------------------------
+
+
+def axis_of(x: Tensor, axis: Axis) -> Axis:
+    """The axis for a reduction of x: a 0-d array is one value along axis 0 or -1, as in NumPy.
+
+    CuPy takes only None there.
+    """
+    return axis if axis is None or x.ndim or axis not in (0, -1) else None
 
 
 def _unreduce(g: Array, shape: Shape, axis: Axis, keepdims: bool) -> Array:
@@ -412,7 +334,7 @@ def _unreduce(g: Array, shape: Shape, axis: Axis, keepdims: bool) -> Array:
         return g
     if axis is None:
         axis = tuple(range(len(shape)))
-    elif isinstance(axis, int):
+    elif not isinstance(axis, tuple):
         axis = (axis,)
     reduced = [i % len(shape) for i in axis]
     return g.reshape([1 if i in reduced else n for i, n in enumerate(shape)])
@@ -420,6 +342,7 @@ def _unreduce(g: Array, shape: Shape, axis: Axis, keepdims: bool) -> Array:
 
 def sum(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     expand, shape = namespace(x).broadcast_to, x.shape
+    axis = axis_of(x, axis)
     y = x.data.sum(axis=axis, keepdims=keepdims)
     return record(y, (x,), lambda dy: (expand(_unreduce(dy, shape, axis, keepdims), shape),))
 
@@ -429,26 +352,33 @@ def mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     y = sum(x, axis, keepdims)
     if y.size > x.size:
         raise ValueError(f"the mean of no values: shape {x.shape}, axis {axis}")
-    return mul(y, y.size / x.size) if x.size else y
+    return mul(y, y.size / x.size if x.size else 1.0)
 
 
 def max(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """The largest along `axis`; equal ones share the gradient evenly."""
+    axis = axis_of(x, axis)
+    xp = namespace(x)
     X = x.data
-    shape = x.shape
     y = X.max(axis=axis, keepdims=keepdims)
-
-    def vjp(dy: Array) -> Grads:
-        is_largest = _unreduce(y, shape, axis, keepdims) == X
-        count = is_largest.sum(axis=axis, keepdims=True).astype(X.dtype)
-        return (is_largest * (_unreduce(dy, shape, axis, keepdims) / count),)
-
-    return record(y, (x,), vjp)
+    return record(y, (x,), lambda dy: (_share(xp, dy, X, y, axis, keepdims),))
 
 
 def min(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """The smallest along `axis`; equal ones share the gradient evenly."""
-    return mul(max(mul(x, -1), axis, keepdims), -1)
+    axis = axis_of(x, axis)
+    xp = namespace(x)
+    X = x.data
+    y = X.min(axis=axis, keepdims=keepdims)
+    return record(y, (x,), lambda dy: (_share(xp, dy, X, y, axis, keepdims),))
+
+
+def _share(xp: Any, dy: Array, X: Array, y: Array, axis: Axis, keepdims: bool) -> Array:
+    """dy shared evenly among the entries of X that equal the reduction's result y."""
+    equal = _unreduce(y, X.shape, axis, keepdims) == X
+    count = equal.sum(axis=axis, keepdims=True).astype(dy.dtype)
+    # 0 / count is NaN where y is: no entry equals it.
+    return xp.where(equal, _unreduce(dy, X.shape, axis, keepdims) / count, 0 / count)
 
 
 # ---- shapes --------------------------------------------------------------------------------------
@@ -465,8 +395,9 @@ def transpose(x: Tensor, *axes: Any) -> Tensor:
     order: Any = axes or tuple(reversed(range(x.ndim)))
     if axes and isinstance(axes[0], (tuple, list)):
         order = axes[0]
+    y = x.data.transpose(order)
     back = tuple(int(i) for i in np.argsort([i % x.ndim for i in order]))
-    return record(x.data.transpose(order), (x,), lambda dy: (dy.transpose(back),))
+    return record(y, (x,), lambda dy: (dy.transpose(back),))
 
 
 def broadcast_to(x: Tensor, shape: Shape) -> Tensor:
@@ -499,24 +430,35 @@ def index(x: Tensor, key: Any) -> Tensor:
 
 
 def _move_key(backend: Backend, part: Any) -> Any:
-    """A list or NumPy array in a key as an array of `backend`; other parts as they are."""
+    """A list, Tensor or NumPy array in a key as an array of `backend`; other parts as they are."""
+    if isinstance(part, Tensor):
+        return part.data.copy()  # assigning to the tensor must not change what backward reads
     if isinstance(part, list):
         part = np.asarray(part, None if np.size(part) else np.intp)  # [] would be floats
     return backend.from_numpy(part) if isinstance(part, np.ndarray) else part
 
 
+def _to_join(name: str, values: Any, axis: Any) -> tuple[Tensor, ...]:
+    values = tuple(values)
+    if not values:
+        raise ValueError(f"{name} got no tensors: give at least one")
+    if axis is None:
+        raise ValueError(f"{name}: axis must be an integer, got None: reshape the tensors first")
+    return operands(*values)
+
+
 def concat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
-    """The tensors joined along an axis that they have."""
-    tensors = operands(*tensors)
+    """The tensors joined along an axis that they have. ValueError for no tensors."""
+    tensors = _to_join("concat", tensors, axis)
     xp = namespace(*tensors)
-    cuts = list(itertools.accumulate(t.shape[axis] for t in tensors[:-1]))
     y = xp.concatenate([t.data for t in tensors], axis=axis)
+    cuts = list(itertools.accumulate(t.shape[axis] for t in tensors[:-1]))
     return record(y, tensors, lambda dy: tuple(xp.split(dy, cuts, axis=axis)))
 
 
 def stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
-    """The tensors joined along a new axis."""
-    tensors = operands(*tensors)
+    """The tensors joined along a new axis. ValueError for no tensors."""
+    tensors = _to_join("stack", tensors, axis)
     xp = namespace(*tensors)
     y = xp.stack([t.data for t in tensors], axis=axis)
     return record(y, tensors, lambda dy: tuple(xp.moveaxis(dy, axis, 0)))
@@ -558,16 +500,40 @@ def matmul(a: Any, b: Any) -> Tensor:
 # ---- Tensor --------------------------------------------------------------------------------------
 
 
-class Tensor:
+def _in_place(operation: Callable[[Any, Any], Tensor], symbol: str) -> Any:
+    """The operator `symbol`: it assigns to a leaf that requires a gradient, under `no_grad` only.
+
+    For any other tensor it makes a new one, to which Python gives the name on the left.
+    """
+
+    def method(self: Tensor, other: Any) -> Tensor:
+        if self.node is not None or not self.requires_grad:
+            return operation(self, other)
+        if grad_enabled():
+            raise GraphError(
+                f"p {symbol} ... would change a leaf that requires a gradient in place: "
+                f"do it inside no_grad(), or write p = p {symbol[:-1]} ... for a new tensor"
+            )
+        result: Any = operation(self, other)
+        values = result.data if isinstance(result, Tensor) else result
+        self.data = values.astype(self.dtype, copy=False)
+        return self
+
+    return method
+
+
+class Tensor(TensorBase):
     """An array that can remember the operation it came from.
 
     data            array or nested list; Python floats become float32, an array keeps its dtype
     requires_grad   True makes a leaf whose gradient `backward` adds to `.grad`
     dtype, device   to convert and move the data to; TypeError if integers shall require a gradient
+
+    A Tensor made of a leaf shares its storage. GraphError for an operation's result.
     """
 
     __slots__ = ("__weakref__", "_data", "backend", "grad", "node", "requires_grad", "version")
-    __array_priority__ = 1000  # NumPy hands `array + tensor` to Tensor.__radd__
+    operations = numpy_operations(globals())
     backend: Backend
     grad: Array | None
     node: Node | None
@@ -579,6 +545,11 @@ class Tensor:
     ):
         self.version = [0]
         if isinstance(data, Tensor):
+            if data.node is not None:
+                raise GraphError(
+                    "Tensor(result) would lose the graph of an operation's result: "
+                    "use the result itself, or result.detach() for its value"
+                )
             if data.version is not None:
                 self.version = data.version  # the same storage has the same version
             data = data.data
@@ -634,13 +605,9 @@ class Tensor:
         """The only value, as a Python number."""
         return self.numpy().item()  # type: ignore[no-any-return]
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        # CuPy refuses to do so: a copy from a GPU has to be asked for, by .numpy().
-        return np.array(self._data, dtype=dtype, copy=copy)
-
     def detach(self) -> Tensor:
         """The same array without its history. Assigning to it assigns to this tensor."""
-        tensor = Tensor(self)
+        tensor = Tensor(self.data)
         tensor.version = self.version
         return tensor
 
@@ -654,19 +621,17 @@ class Tensor:
 
     def backward(self, dy: Array | None = None, *, retain_graph: bool = False) -> None:
         """Add d self / d leaf to the `.grad` of every leaf. See `gradients`."""
-        for leaf, g in _backward(self, dy, retain_graph).items():
+        for leaf, g in leaf_gradients(self, dy, retain_graph):
             leaf.grad = g if leaf.grad is None else leaf.grad + g
 
     # fmt: off
-    def __len__(self) -> int: return len(self._data)
-    def __float__(self) -> float: return float(self.item())
     def __radd__(self, other: Any) -> Tensor: return add(other, self)
     def __rsub__(self, other: Any) -> Tensor: return sub(other, self)
     def __rmul__(self, other: Any) -> Tensor: return mul(other, self)
     def __rtruediv__(self, other: Any) -> Tensor: return div(other, self)
     def __rpow__(self, other: Any) -> Tensor: return power(other, self)
     def __rmatmul__(self, other: Any) -> Tensor: return matmul(other, self)
-    def __neg__(self) -> Tensor: return mul(self, -1)
+    def __pos__(self) -> Tensor: return self
     # The others are the operations themselves, whose first argument is the Tensor.
     __add__ = add
     __sub__ = sub
@@ -674,6 +639,16 @@ class Tensor:
     __truediv__ = div
     __pow__ = power
     __matmul__ = matmul
+    __neg__ = neg
+    __abs__ = abs
+    __iadd__ = _in_place(add, "+=")
+    __isub__ = _in_place(sub, "-=")
+    __imul__ = _in_place(mul, "*=")
+    __itruediv__ = _in_place(div, "/=")
+    __ipow__ = _in_place(power, "**=")
+    __imatmul__ = _in_place(matmul, "@=")
+    __ifloordiv__ = _in_place(np.floor_divide, "//=")
+    __imod__ = _in_place(np.remainder, "%=")
     __getitem__ = index
     exp = exp
     log = log
@@ -686,6 +661,8 @@ class Tensor:
     min = min
     reshape = reshape
     transpose = transpose
+    @property
+    def is_tracked(self) -> bool: return self.requires_grad and grad_enabled()
     @property
     def T(self) -> Tensor: return transpose(self)
     @property

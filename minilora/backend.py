@@ -51,6 +51,9 @@ class Backend:
     def select(self) -> None:
         """Make this the device on which the calling thread's new arrays are made."""
 
+    def __reduce__(self) -> Any:
+        return get_backend, (self.name,)  # so does a pickled one: there is one object per device
+
     def from_numpy(self, array: np.ndarray) -> Array:
         """The array on the device. Data moves only through this and `to_numpy`."""
         raise NotImplementedError
@@ -169,12 +172,12 @@ class CupyBackend(Backend):
     @property
     def xp(self) -> Any:
         """CuPy, with this GPU as its current device."""
-        if self._is_one_of_several:
-            self.select()
+        self.select()
         return self.cupy
 
     def select(self) -> None:
-        self.cupy.cuda.Device(self.device).use()
+        if self._is_one_of_several:
+            self.cupy.cuda.Device(self.device).use()
 
     def from_numpy(self, array: np.ndarray) -> Array:
         return self.xp.asarray(array)

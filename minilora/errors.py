@@ -8,6 +8,7 @@ diverged, 6 another run is using the folder.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ class ConfigError(MiniloraError, ValueError):
 # ---- checking fields -----------------------------------------------------------------------------
 
 Predicate = Callable[[Any], bool]
+LARGEST_FLOAT = sys.float_info.max
 
 
 class Rule(NamedTuple):
@@ -66,6 +68,43 @@ class Rule(NamedTuple):
 def rules_for(fields: Iterable[str], is_valid: Predicate, wanted: str) -> list[Rule]:
     """The same rule for several fields."""
     return [Rule(field, is_valid, wanted) for field in fields]
+
+
+def integer_rules(*fields: str, least: int, limit: int | None = None) -> list[Rule]:
+    """The rules that these fields are integers of at least `least`, below `limit`."""
+    is_valid = is_integer(least, math.inf if limit is None else limit - 1)
+    return rules_for(fields, is_valid, describe_integer(least, limit))
+
+
+def describe_integer(least: int, limit: int | None = None) -> str:
+    """What `integer_rules` asks for, in words: it states every limit that exists."""
+    below = "" if limit is None else f" and below {_as_power(limit)}"
+    return f"an integer of at least {least}{below}"
+
+
+def _as_power(limit: int) -> str:
+    bits = limit.bit_length() - 1
+    return f"2^{bits}" if bits >= 31 and limit == 1 << bits else str(limit)
+
+
+def number_rules(*fields: str, is_kind: Callable[..., Predicate], **bounds: float) -> list[Rule]:
+    """The rules that these fields are numbers within the bounds of `is_kind`, as `is_number`'s."""
+    return rules_for(fields, is_kind(**bounds), describe_number(**bounds))
+
+
+def describe_number(
+    least: float | None = None, above: float | None = None, below: float | None = None
+) -> str:
+    """What `number_rules` asks for, in words: it states every limit that exists."""
+    limits = []
+    if least is not None:
+        limits.append(f"of at least {least:g}")
+    if above is not None:
+        limits.append(f"above {above:g}")
+    if below is not None:
+        limits.append(f"below {below:g}")
+    kind = "a number" if below is not None else "a finite number"
+    return f"{kind} {' and '.join(limits)}".rstrip()
 
 
 def check_fields(
@@ -104,6 +143,9 @@ def is_number(
 
     def is_valid(value: Any) -> bool:
         is_real = isinstance(value, kinds) and not isinstance(value, bool)
+        # An integer may be finite and yet beyond the floats.
+        if isinstance(value, int) and not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
+            return False
         return is_real and least <= value and above < value < below
 
     return is_valid
@@ -118,6 +160,11 @@ def is_plain_number(**bounds: float) -> Predicate:
 def optional(is_valid: Predicate) -> Predicate:
     """A predicate: None, or valid."""
     return lambda value: value is None or is_valid(value)
+
+
+def optional_rule(rule: Rule) -> Rule:
+    """The same rule for a field that may be None, too."""
+    return Rule(rule.field, optional(rule.is_valid), f"{rule.wanted}, or None")
 
 
 def one_of(*choices: Any) -> Predicate:
@@ -138,6 +185,10 @@ class DataError(MiniloraError, ValueError):
     """A text or a batch that cannot be trained on: empty, too short, ids outside the vocabulary."""
 
     exit_code = 3
+
+
+class NothingToLearnError(DataError):
+    """A record that has no token to learn: readers skip it and count it, unless they are strict."""
 
 
 class CheckpointError(MiniloraError):

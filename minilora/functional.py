@@ -12,7 +12,7 @@ Contents, by rising complexity:
     softmax        softmax, log_softmax
     losses         cross_entropy, linear_cross_entropy (without all logits at once)
     attention      apply_rotary, attention
-and helpers on arrays: rows, row_dot, check_ids, prepare_targets.
+and helpers on arrays: rows, row_dot, as_floats, check_ids, prepare_targets.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from .autograd import Grads as Grads  # other modules write F.Grads
-from .autograd import Tensor, grad_enabled, namespace, record
+from .autograd import Tensor, axis_of, grad_enabled, namespace, operands, record, where
 from .backend import Array, Backend, Shape
-from .errors import DataError
+from .errors import ConfigError, DataError, is_number
 from .threads import blocks
 
 IGNORE = -100  # a target that is not counted: PyTorch's ignore_index
@@ -43,13 +43,18 @@ def row_dot(xp: Any, a: Array, b: Array) -> Array:
     return xp.matmul(a[:, None, :], b[:, :, None])[:, 0]
 
 
+def as_floats(x: Array) -> Array:
+    """x, or integers and booleans as float64: small integers would overflow in a difference."""
+    return x.astype(np.float64) if x.dtype.kind in "iub" else x
+
+
 # ---- linear maps ---------------------------------------------------------------------------------
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + b    x (..., I), W (O, I), b (O,) -> (..., O)"""
-    inputs = (x, weight) if bias is None else (x, weight, bias)
-    namespace(*inputs)
+    inputs = operands(x, weight) if bias is None else operands(x, weight, bias)
+    x, weight = inputs[:2]
     X = rows(x.data)
     W = weight.data
     y = X @ W.T  # (N, I) @ (I, O) -> (N, O)
@@ -77,7 +82,7 @@ def lora_linear(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float) -> T
     Hu et al. 2021, eq. (3). It never forms dW = s B A. With G = dL/dy the gradients are
     dA = s B^T G^T X and dB = s G^T X A^T, the projections of the full gradient.
     """
-    namespace(x, y, A, B)
+    x, y, A, B = operands(x, y, A, B)
     X = rows(x.data)
     a = A.data
     b = B.data
@@ -138,23 +143,34 @@ def embedding(ids: Array, weight: Tensor) -> Tensor:
 # ---- dropout -------------------------------------------------------------------------------------
 
 
+def check_probability(p: Any) -> None:
+    """ConfigError unless p is a probability of dropout."""
+    if not (is_number(least=0)(p) and p <= 1):
+        raise ConfigError(f"dropout: p must be a number in [0, 1], got {p!r:.100}")
+
+
 def dropout(x: Tensor, p: float, key: int, first: int = 0) -> Tensor:
     """Zero each element with probability p, scale the others by 1 / (1 - p).    x (B, ...)
 
     The mask of sequence b is a function of (key, first + b): see `Backend.random_words`. So it does
     not depend on how a batch was cut, and backward makes it again instead of keeping it.
+    ConfigError unless 0 <= p <= 1.
     """
+    check_probability(p)
     if p == 0:
         return x
+    if p == 1:
+        return where(False, x, 0)  # nothing is left to scale
     backend = x.backend
     shape = x.shape
     dtype = x.dtype
     scale = 1 / (1 - float(p))
+    count = shape[0] if shape else 1
     size = math.prod(shape[1:])
     threshold = np.uint32(min(round(p * 2**32), 2**32 - 1))
 
     def mask() -> Array:
-        words = backend.random_words(key, first, shape[0], (size + 1) // 2)
+        words = backend.random_words(key, first, count, (size + 1) // 2)
         bits = words.view(np.uint32)[:, :size]  # 32 random bits per element
         return (bits >= threshold).reshape(shape).astype(dtype) * scale
 
@@ -175,7 +191,7 @@ def _sigmoid(xp: Any, x: Array) -> Array:
 
 def silu(x: Tensor) -> Tensor:
     """x sigmoid(x)    any shape"""
-    X = x.data
+    X = as_floats(x.data)
     s = _sigmoid(namespace(x), X)
     return record(X * s, (x,), lambda dy: (dy * (s * (1 + X * (1 - s))),))
 
@@ -183,8 +199,8 @@ def silu(x: Tensor) -> Tensor:
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up    x = [gate, up] (2, ..., C) -> (..., C)    Shazeer 2020"""
     xp = namespace(x)
-    X = x.data
-    if len(X) != 2:
+    X = as_floats(x.data)
+    if X.shape[:1] != (2,):
         raise ValueError(f"swiglu: x is [gate, up], so its first axis must be 2, got {x.shape}")
     g, u = X
     s = _sigmoid(xp, g)
@@ -193,7 +209,8 @@ def swiglu(x: Tensor) -> Tensor:
 
     def vjp(dy: Array) -> Grads:
         dX = xp.empty_like(X)
-        dgate, dup = dX
+        dgate = dX[0, ...]  # a view even for x (2,), where dX[0] is a number
+        dup = dX[1, ...]
         xp.multiply(g, s, out=dup)
         xp.subtract(1, s, out=dgate)  # d silu = s + g s (1 - s)
         dgate *= dup
@@ -208,7 +225,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """x Phi(x), or for approximate="tanh" its tanh form    any shape    Hendrycks & Gimpel 2016"""
-    X = x.data
+    X = as_floats(x.data)
     xp = namespace(x)
     if approximate == "none":
         phi = 0.5 * (1.0 + x.backend.erf(X * math.sqrt(0.5)))  # the normal distribution function
@@ -236,7 +253,8 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * w    x (..., C), w (C,)    Zhang & Sennrich 2019, eq. (4)"""
-    xp = namespace(x, weight)
+    x, weight = operands(x, weight)
+    xp = namespace(x)
     X = rows(x.data)
     w = weight.data
     shape = x.shape
@@ -263,7 +281,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(var + eps) * w + b    x (..., C), w, b (C,)    Ba et al. 2016, eq. (4)"""
-    xp = namespace(x, weight, bias)
+    x, weight, bias = operands(x, weight, bias)
+    xp = namespace(x)
     X = x.data
     w = weight.data
     mean = X.mean(axis=-1, keepdims=True)
@@ -291,19 +310,29 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 # ---- softmax -------------------------------------------------------------------------------------
 
 
+def _below_zero(x: Tensor, axis: int | Shape | None) -> Array:
+    """x - max x along `axis`, as an array; empty where x is, for no values have no maximum."""
+    X = as_floats(x.data)
+    top = X.max(axis=axis, keepdims=True) if X.size else X.sum(axis=axis, keepdims=True)
+    return X - top
+
+
 def softmax(x: Tensor, axis: int = -1) -> Tensor:
     """exp(x) / sum exp(x) along `axis`    any shape"""
-    y = namespace(x).exp(x.data - x.data.max(axis=axis, keepdims=True))
-    y /= y.sum(axis=axis, keepdims=True)
-    return record(y, (x,), lambda dy: (y * (dy - (dy * y).sum(axis=axis, keepdims=True)),))
+    along = axis_of(x, axis)
+    y = namespace(x).exp(_below_zero(x, along))
+    y /= y.sum(axis=along, keepdims=True)
+    return record(y, (x,), lambda dy: (y * (dy - (dy * y).sum(axis=along, keepdims=True)),))
 
 
 def log_softmax(x: Tensor, axis: int = -1) -> Tensor:
     """x - log sum exp(x) along `axis`    any shape"""
     xp = namespace(x)
-    y = x.data - x.data.max(axis=axis, keepdims=True)
-    y -= xp.log(xp.exp(y).sum(axis=axis, keepdims=True))
-    return record(y, (x,), lambda dy: (dy - xp.exp(y) * dy.sum(axis=axis, keepdims=True),))
+    along = axis_of(x, axis)
+    y = _below_zero(x, along)
+    if y.size:
+        y -= xp.log(xp.exp(y).sum(axis=along, keepdims=True))
+    return record(y, (x,), lambda dy: (dy - xp.exp(y) * dy.sum(axis=along, keepdims=True),))
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -351,8 +380,8 @@ def cross_entropy(
     t, ignored, weight = prepare_targets(
         logits.backend, shape[:-1], shape[-1], targets, ignore_index, reduction
     )
-    Z = rows(logits.data)  # (N, V)
-    weight = weight.astype(logits.dtype)  # (N,)
+    Z = rows(as_floats(logits.data))  # (N, V)
+    weight = weight.astype(Z.dtype)  # (N,)
     top = Z.max(axis=-1, keepdims=True)
     each = xp.arange(len(t))
     with np.errstate(invalid="ignore"):  # an infinite logit makes its row NaN

@@ -353,10 +353,11 @@ class Dropout(Module):
     """Zero elements with probability p while training. `stream` is a number unique to the layer.
 
     Outside a `dropout_counter` each call counts as another step, so that a hand-written loop gets
-    new masks.
+    new masks. ConfigError unless 0 <= p <= 1.
     """
 
     def __init__(self, p: float, stream: int = 0):
+        F.check_probability(p)
         self.p = p
         self.stream = stream
         self.calls = 0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .autograd import Tensor
 from .backend import Array, backend_of
 from .errors import CheckpointError, ConfigError, Rule, check_fields, is_number
 
@@ -33,14 +34,36 @@ def _are_betas(value: Any) -> bool:
 
 
 RULES = (
-    Rule("lr", is_positive, "a finite number > 0"),
-    Rule("ratio", is_positive, "a finite number > 0"),
-    Rule("eps", is_number(0), "a finite number >= 0"),
-    Rule("weight_decay", is_number(0), "a finite number >= 0"),
+    Rule("lr", is_positive, "a finite number above 0"),
+    Rule("ratio", is_positive, "a finite number above 0"),
+    Rule("embedding_lr", is_positive, "a finite number above 0"),
+    Rule("eps", is_number(0), "a finite number of at least 0"),
+    Rule("weight_decay", is_number(0), "a finite number of at least 0"),
     Rule("betas", _are_betas, "two numbers in [0, 1)"),
     Rule("momentum", is_fraction, "a number in [0, 1)"),
-    Rule("max_norm", lambda value: value == math.inf or is_positive(value), "a number > 0"),
+    Rule("max_norm", lambda value: value == math.inf or is_positive(value), "a number above 0"),
 )
+
+
+def _listed(params: Any) -> list[Any]:
+    """The parameters as a list. ConfigError for one alone: its rows are no parameters."""
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        got = f"one {type(params).__name__}"
+        raise ConfigError(
+            f"params must be a list of parameters, got {got}: "
+            "pass [parameter], or model.parameters() for all of a model"
+        )
+    return list(params)
+
+
+def _check_leaf(name: Any, p: Any) -> None:
+    """ConfigError unless p is a Tensor that an optimiser can change."""
+    if not isinstance(p, Tensor) or p.node is not None:
+        got = "an operation's result" if isinstance(p, Tensor) else f"{p!r:.100}"
+        raise ConfigError(
+            f"expected parameters or (name, parameter) pairs, got {got} as {name!r:.100}: "
+            "give leaves, such as model.parameters() or model.named_parameters()"
+        )
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -79,7 +102,7 @@ class Optimizer:
     def __init__(self, params: Iterable[Any], **defaults: Any):
         self.groups: list[Group] = []
         self.members: list[Member] = []
-        items = list(params)
+        items = _listed(params)
         if not any(isinstance(item, dict) for item in items):
             items = [{"params": items}]
         for item in items:
@@ -101,8 +124,10 @@ class Optimizer:
             )
         group = {name: _checked(name, item.get(name, value)) for name, value in defaults.items()}
         self.groups.append(group)
-        for entry in item["params"]:
-            name, p = entry if isinstance(entry, tuple) else (str(len(self.members)), entry)
+        for entry in _listed(item["params"]):
+            is_pair = isinstance(entry, tuple) and len(entry) == 2
+            name, p = entry if is_pair else (str(len(self.members)), entry)
+            _check_leaf(name, p)
             self.members.append(Member(name, p, group))
 
     @property
@@ -355,18 +380,33 @@ def clip_by_global_norm(
     return [None if g is None else g * factor.astype(g.dtype) for g in grads], norm
 
 
+FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+
+
 def loraplus_groups(
-    named: Iterable[tuple[str, Parameter]], lr: float, ratio: float = 16.0
+    named: Iterable[tuple[str, Parameter]],
+    lr: float,
+    ratio: float = 16.0,
+    embedding_lr: float = 1e-6,
 ) -> list[Group]:
     """LoRA+ (Hayou et al. 2024): optimiser groups that train B `ratio` times as fast as A.
 
-    Vectors (biases, DoRA's magnitudes) belong to B's group, as in PEFT. B is known by its name,
-    "...lora_B.<adapter>[.weight]".
+    The groups are PEFT's: A and what else is a matrix; an embedding's two factors, at a rate of
+    their own; B, with all vectors (biases, DoRA's magnitudes). A parameter is known by its name,
+    "...lora_B.<adapter>[.weight]" or "...lora_embedding_A.<adapter>". Only groups with parameters
+    are returned. Weight decay is the optimiser's, for every group.
     """
     slow: Group = {"params": [], "lr": _checked("lr", lr)}
+    embeddings: Group = {"params": [], "lr": _checked("embedding_lr", embedding_lr)}
     fast: Group = {"params": [], "lr": lr * _checked("ratio", ratio)}
     for name, p in named:
-        is_fast = p.ndim == 1 or "lora_B" in name.split(".")[-3:-1]
-        group = fast if is_fast else slow
+        # The first of the two: an adapter may be called "lora_B", too.
+        factor = next((part for part in name.split(".")[-3:-1] if part in FACTORS), "")
+        if "embedding" in factor:
+            group = embeddings
+        elif p.ndim == 1 or factor == "lora_B":
+            group = fast
+        else:
+            group = slow
         group["params"].append((name, p))
-    return [group for group in (slow, fast) if group["params"]]
+    return [group for group in (slow, embeddings, fast) if group["params"]]

@@ -33,7 +33,7 @@ from minilora.training.parallel import ShardedStep, language_modelling_loss
 RECORDING = [op for op in TABLE if op.id != "dropout-p=0.0"]  # that one returns its input
 EVERY = pytest.mark.parametrize("op", RECORDING, ids=lambda op: op.id)
 # Operations made of others: the name of the last of them.
-LAST = {"minimum": "mul", "mean": "mul", "min": "mul"}
+LAST = {"mean": "mul"}
 HERE = Path(__file__).name
 ENGINE_FILES = ("autograd.py", "functional.py", "effective.py", HERE)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from edges import EDGES, Edge
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -183,6 +184,139 @@ def test_backward_refuses_a_changed_value_only_if_it_reads_it(op, view):
             y.backward(dy)
             for x, g in zip(leaves, expected, strict=True):
                 equal(x.grad, g)
+
+
+# ---- at the edges of the domains -----------------------------------------------------------------
+
+AT_EDGES = pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.id)
+
+
+@AT_EDGES
+def test_operation_at_its_edges_has_the_stated_value_and_gradients(edge: Edge) -> None:
+    leaves = edge.leaves()
+    with np.errstate(all="ignore"):  # NumPy warns of an infinity, which is the value here
+        y = edge.function(*leaves)
+        grads = gradients(y, leaves, edge.dy)
+    assert y.shape == edge.value.shape
+    equal(y.data, edge.value)
+    for x, g, expected in zip(leaves, grads, edge.gradients, strict=True):
+        assert (g.shape, g.dtype) == (x.shape, x.dtype)
+        np.testing.assert_allclose(g, expected, rtol=1e-15, atol=0)
+
+
+@AT_EDGES
+def test_operation_without_values_makes_no_warning(edge: Edge) -> None:
+    if all(a.size for a in edge.inputs):
+        return
+    leaves = edge.leaves()
+    gradients(edge.function(*leaves), leaves, edge.dy)  # a warning would be an error
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("edge", [e for e in EDGES if e.peer], ids=lambda edge: edge.id)
+def test_operation_at_its_edges_is_stated_as_in_pytorch(edge: Edge) -> None:
+    torch = pytest.importorskip("torch")
+    leaves = [torch.tensor(a, requires_grad=True) for a in edge.inputs]
+    y = edge.peer(torch, *leaves)
+    shape = edge.value.shape
+    equal(y.detach().numpy().reshape(shape), edge.value)
+    y.backward(torch.tensor(edge.dy).reshape(y.shape))
+    for x, expected in zip(leaves, edge.gradients, strict=True):
+        np.testing.assert_allclose(x.grad.numpy(), expected, rtol=1e-15, atol=0)
+
+
+INTEGERS = st.sampled_from([np.bool_, np.uint8, np.int8, np.uint16, np.int64])
+
+
+@given(INTEGERS.flatmap(lambda kind: hnp.arrays(kind, (2, 3))))
+def test_min_max_minimum_maximum_of_integers_are_exact(values):
+    x = Tensor(values)
+    for name in ("min", "max"):
+        for axis in (None, 0, 1):
+            y = getattr(ag, name)(x, axis)
+            expected = getattr(np, name)(values, axis)
+            assert y.dtype == values.dtype
+            equal(y.data, expected)
+    for name in ("minimum", "maximum"):
+        y = getattr(ag, name)(x[0], x[1])
+        assert y.dtype == values.dtype
+        equal(y.data, getattr(np, name)(*values))
+
+
+def test_neg_of_booleans_is_refused_and_of_integers_is_that_of_numpy():
+    with pytest.raises(TypeError, match="boolean negative"):
+        -Tensor([True])
+    for values in ([1, -2], np.array([1, 2], np.uint8)):
+        equal((-Tensor(values)).data, -np.asarray(values))
+
+
+FLOATS = [np.float16, np.float32, np.float64]
+BESIDE = [np.arange(1, 4), np.array([True, True, True]), np.arange(1, 4, dtype=np.uint8)]
+BESIDE += [Tensor([1, 2, 3]), [1, 2, 3]]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("other", BESIDE, ids=lambda other: f"{type(other).__name__}")
+def test_operands_give_integers_the_dtype_of_the_floats_beside_them(dtype, other):
+    x = Tensor(np.ones(3, dtype), True)
+    for name in BINARY:
+        function = functools.partial(ag.where, True) if name == "where" else getattr(ag, name)
+        for pair in ((x, other), (other, x)):
+            y = function(*pair)
+            assert y.dtype == dtype
+            (g,) = gradients(y, [x], np.ones(3, dtype))
+            assert g.dtype == dtype
+    for y in (ag.matmul(x, other), ag.concat([other, x]), ag.stack([x, other])):
+        assert y.dtype == dtype
+    y = F.linear(x, Tensor(np.arange(6).reshape(2, 3)))
+    assert y.dtype == dtype
+
+
+def test_operands_of_integers_alone_stay_integers():
+    x = Tensor(np.array([1, 2], np.int8))
+    assert (x + x).dtype == np.int8
+    assert (x * np.array([1, 2])).dtype == np.int64
+    assert (x * np.ones(2, np.float32)).dtype == np.float32
+
+
+def test_sum_max_of_repeated_or_missing_axes_are_refused():
+    x = leaf(2, 3)
+    for reduce in (ag.sum, ag.mean, ag.max, ag.min):
+        for axes in ((0, 0), (0, -2), 2, -3, (0, 2)):
+            with pytest.raises(ValueError, match=r"duplicate|out of bounds"):
+                reduce(x, axes)
+        with pytest.raises(ValueError, match="out of bounds"):
+            reduce(leaf(), 1)
+        y = reduce(x, np.int64(1))
+        (g,) = gradients(y, [x], np.ones(2))
+        assert g.shape == x.shape
+
+
+def test_concat_and_stack_refuse_no_tensors_and_no_axis():
+    for join in (ag.concat, ag.stack):
+        for nothing in ([], (), iter([])):
+            with pytest.raises(ValueError, match="got no tensors: give at least one"):
+                join(nothing)
+        with pytest.raises(ValueError, match="axis must be an integer, got None"):
+            join([leaf(2), leaf(2)], None)
+        with pytest.raises(ValueError, match="out of bounds"):
+            join([leaf(2), leaf(2)], 5)
+    with pytest.raises(ValueError, match="zero-dimensional"):
+        ag.concat([leaf(), leaf()])
+
+
+def test_clip_takes_numbers_and_none():
+    x = Tensor(np.array([-2.0, 0.5, 3.0], np.float32))
+    equal(ag.clip(x, None, 1).data, [-2, 0.5, 1])
+    equal(ag.clip(x, np.float64(0)).data, [0, 0.5, 3])
+    assert ag.clip(x, np.float64(0), np.array(1)).dtype == np.float32
+    integers = ag.clip(Tensor([1, 5]), None, 2)
+    assert integers.dtype == np.int64
+    equal(integers.data, [1, 2])
+    with pytest.raises(ValueError, match="no bounds"):
+        ag.clip(x)
+    with pytest.raises(ValueError, match=r"numbers or None, got shape \(3,\)"):
+        ag.clip(x, np.zeros(3), 1)
 
 
 # ---- another device ------------------------------------------------------------------------------
@@ -549,6 +683,33 @@ def test_gradients_of_an_independent_leaf_and_of_the_loss_itself():
     (g,) = gradients(z, [z], dy)
     assert g is not dy
     assert not np.shares_memory(g, dy)
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda x: [x * 2.0], "an operation's result"),
+        (lambda x: [x, x.T], "an operation's result"),
+        (lambda x: [x.data], "ndarray"),
+        (lambda x: [None], "NoneType"),
+    ],
+)
+def test_gradients_refuse_what_is_no_leaf(make, got):
+    x = leaf(2, 2)
+    params = make(x)
+    expected = rf"params\[{len(params) - 1}\] is {got}, but only leaves .* requires_grad=True"
+    with pytest.raises(GraphError, match=expected):
+        gradients((x * 2.0).sum(), params)
+
+
+def test_gradients_refuse_a_single_tensor_and_a_loss_that_is_none():
+    x = leaf(2, 2)
+    with pytest.raises(GraphError, match=r"list of leaves, got one Tensor: pass \[tensor\]"):
+        gradients((x * 2.0).sum(), x)
+    with pytest.raises(GraphError, match="loss must be a Tensor, got float64"):
+        gradients(x.data.sum(), [x])
+    (g,) = gradients((x * 2.0).sum(), (p for p in [x]))
+    equal(g, np.full((2, 2), 2.0))
 
 
 def test_backward_accumulates():

@@ -8,6 +8,7 @@ uploads its batch, downloads two numbers, and waits for nothing else.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import operations
 import pytest
+from edges import EDGES, Edge
 from shapes import shape
 from small import CONFIG
 from strict_xp import METER, STRICT, counted, no_sync
@@ -27,6 +29,7 @@ from minilora import (
     generate,
     get_peft_model,
     gradients,
+    no_grad,
     quant,
     quantize,
 )
@@ -34,9 +37,9 @@ from minilora.autograd import Tensor
 from minilora.backend import NUMPY, Backend, get_backend, gpus
 from minilora.data import Batch
 from minilora.data.batches import IGNORE
-from minilora.errors import DataError, DeviceError, NonFiniteError
+from minilora.errors import DataError, DeviceError, GraphError, NonFiniteError
 from minilora.functional import cross_entropy
-from minilora.models.config import MODEL_TYPES
+from minilora.models.dialects import MODEL_TYPES
 from minilora.models.generation import stream
 from minilora.optim import SGD, AdamW, clip_by_global_norm
 from minilora.training.loop import Run, Settings, evaluate, train
@@ -160,6 +163,94 @@ def test_operations_and_their_gradients_agree(
     assert waited == [] or "mask" in op.variant
 
 
+@pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.id)
+def test_operations_at_their_edges_have_the_stated_values(edge: Edge, backend: Backend) -> None:
+    leaves = [t.to(backend) for t in edge.leaves()]
+    with np.errstate(all="ignore"):
+        y = edge.function(*leaves)
+        grads = gradients(y, leaves, backend.from_numpy(edge.dy))
+    for mine, stated in zip([y, *grads], [edge.value, *edge.gradients], strict=True):
+        np.testing.assert_allclose(host(mine), stated, rtol=1e-15, atol=0)
+
+
+BINARY = [operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.matmul]
+
+
+@pytest.mark.parametrize("combine", BINARY)
+def test_operators_with_an_array_on_the_left_keep_the_graph(
+    combine: Any, any_backend: Backend
+) -> None:
+    left = np.array([1.5, 2.0, 0.5], np.float32)
+    right = np.array([2.0, -1.0, 3.0], np.float32)
+    array = any_backend.from_numpy(left)
+    x = Tensor(any_backend.from_numpy(right), True)
+    reference = Tensor(right, True)
+    operands = [(array, x, left), (np.float32(2), x, np.float32(2)), (np.float64(2), x, 2.0)]
+    for a, t, on_host in operands[: 1 if combine is operator.matmul else 3]:
+        y = combine(a, t)
+        expected = combine(on_host, reference)
+        assert isinstance(y, Tensor)
+        assert y.backend is any_backend
+        assert_agrees(y, expected, any_backend)
+        dy = np.ones(y.shape, np.float32)
+        (g,) = gradients(y, [x], any_backend.from_numpy(dy))
+        (g_expected,) = gradients(expected, [reference], dy)
+        assert_agrees(g, g_expected, any_backend)
+
+
+COMPARE = [operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge]
+
+
+@pytest.mark.parametrize("compare", COMPARE)
+def test_comparisons_give_booleans_on_the_device(compare: Any, any_backend: Backend) -> None:
+    left = np.array([1.0, 2.0, 3.0], np.float32)
+    right = np.array([2.0, 2.0, 2.0], np.float32)
+    array = any_backend.from_numpy(left)
+    x = Tensor(any_backend.from_numpy(left), True)
+    other = Tensor(any_backend.from_numpy(right), True)
+    for a, b in ((x, other), (array, other), (x, other.data), (x, 2.0)):
+        got = compare(a, b)
+        assert type(got) is any_backend.xp.ndarray
+        assert_agrees(got, compare(left, right), any_backend)
+    assert 2.0 in x
+    assert 5.0 not in x
+
+
+def test_numpy_functions_of_a_tensor_stay_on_its_device(any_backend: Backend) -> None:
+    values = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
+    x = Tensor(any_backend.from_numpy(values), True)
+    functions = [np.tanh, np.sum, np.transpose, lambda t: np.maximum(t, 2.5)]
+    functions += [lambda t: np.concatenate([t, t]), lambda t: np.where(True, t, 0)]
+    functions += [lambda t: np.clip(t, 2, 3), lambda t: np.stack([t, t], axis=1)]
+    for function in functions:
+        y = function(x)
+        assert isinstance(y, Tensor)
+        assert y.backend is any_backend
+        assert y.requires_grad
+        assert_agrees(y, np.asarray(function(values)), any_backend)
+    for function in (np.sin, np.cumsum, np.add.reduce):
+        with pytest.raises(GraphError, match="no gradient here"):
+            function(x)
+    assert_agrees(np.isnan(x), np.isnan(values), any_backend)
+    assert_agrees(np.sin(x.detach()), np.sin(values), any_backend)
+
+
+def test_operators_in_place_refuse_or_assign_on_the_device(any_backend: Backend) -> None:
+    values = np.array([1.0, 2.0], np.float32)
+    array = any_backend.from_numpy(values.copy())
+    x = Tensor(any_backend.from_numpy(values.copy()), True)
+    with pytest.raises((GraphError, TypeError)):
+        array -= x
+    assert_agrees(array, values, any_backend)
+    with pytest.raises(GraphError, match="in place"):
+        x -= array
+    storage = x.data
+    with no_grad():
+        x -= array
+    assert x.data is storage
+    assert_agrees(x, np.zeros(2, np.float32), any_backend)
+
+
 IDS = np.array([[1, 15, 0]])
 TARGETS = np.array([[15, IGNORE, 5]])
 
@@ -201,7 +292,9 @@ def test_batch_moves_in_one_piece(any_backend: Backend) -> None:
 def test_tensors_of_two_devices_do_not_mix(backend: Backend) -> None:
     here = Tensor(np.ones(3))
     there = Tensor(np.ones(3)).to(backend)
-    for mix in (lambda: there + here, lambda: here @ there, lambda: there * np.ones(3)):
+    mixes = [lambda: there + here, lambda: here @ there, lambda: there * np.ones(3)]
+    mixes += [lambda: np.ones(3) * there, lambda: np.maximum(np.ones(3), there)]
+    for mix in mixes:
         with pytest.raises(DeviceError, match=backend.name):
             mix()
 
@@ -506,6 +599,20 @@ def test_from_numpy_and_operations_use_the_backend_s_own_gpu(two_gpus: list[Back
         codes = quant.encode(x.data).codes
         for array in (again, words, rows, erf, y.data, dx, codes):
             assert array.device.id == gpu.device  # type: ignore[attr-defined]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", operations.TABLE, ids=lambda op: op.id)
+def test_operations_run_on_their_own_gpu(op: operations.Operation, two_gpus: list[Backend]) -> None:
+    other, gpu = two_gpus
+    leaves = [t.to(gpu) for t in op.leaves(np.float32)]
+    other.select()
+    y = op.function(*leaves)
+    dy = gpu.xp.ones_like(y.data)
+    other.select()
+    grads = gradients(y, leaves, dy)
+    for array in (y.data, *(g for g in grads if g is not None)):
+        assert array.device.id == gpu.device  # type: ignore[attr-defined]
 
 
 @pytest.mark.gpu

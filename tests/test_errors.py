@@ -167,7 +167,7 @@ VALID.append((is_number(), [-1e308, 0, 0.5, np.float32(0.5), np.float64(2), np.i
 VALID.append((is_number(0, below=1), [0, 0.0, 1 - 1e-16]))
 VALID.append((is_number(above=0), [5e-324, 1, 1e308]))
 VALID.append((is_number(above=0, below=9, kinds=(int, float)), [1, 0.5, np.float64(0.5)]))
-VALID.append((is_plain_number(), [-1e308, 0, 0.5, 10**400]))
+VALID.append((is_plain_number(), [-1e308, 0, 0.5, 10**308]))
 VALID.append((is_plain_number(least=0, below=1), [0, 0.0, 1 - 1e-16]))
 VALID.append((is_plain_number(above=0), [5e-324, 1]))
 VALID.append((optional(is_integer(1)), [None, 1]))
@@ -181,7 +181,9 @@ INVALID.append((is_number(0, below=1), [-5e-324, 1, 1.0, True, False]))
 INVALID.append((is_number(above=0), [0, 0.0, -1, INF, NAN, True]))
 INVALID.append((is_number(kinds=(int, float)), [True, np.float32(0.5), np.int64(3), NAN]))
 INVALID.append((is_number(above=0, below=9, kinds=(int, float)), [0, 9, INF]))
-INVALID.append((is_plain_number(), [True, NAN, INF, "1", None, np.float64(1), np.int64(1)]))
+INVALID.append(
+    (is_plain_number(), [True, NAN, INF, "1", None, np.float64(1), np.int64(1), 10**400])
+)
 INVALID.append((is_plain_number(least=0, below=1), [-5e-324, 1]))
 INVALID.append((is_plain_number(above=0), [0, 0.0, -1]))
 INVALID.append((optional(is_integer(1)), [0, False, "None"]))
@@ -203,7 +205,7 @@ def test_predicates_refuse_invalid_values(predicate: Any, values: list[Any]) -> 
 # ---- exit codes ----------------------------------------------------------------------------------
 
 EXIT_CODES = {"MiniloraError": 1, "GraphError": 1, "ConfigError": 2, "DeviceError": 2}
-EXIT_CODES |= {"FormatError": 3, "DataError": 3, "CheckpointError": 3}
+EXIT_CODES |= {"FormatError": 3, "DataError": 3, "NothingToLearnError": 3, "CheckpointError": 3}
 EXIT_CODES |= {"NonFiniteError": 5, "DivergenceError": 5, "LockError": 6}
 
 

@@ -18,7 +18,8 @@ from minilora import functional as F
 from minilora.autograd import Tensor, gradients, no_grad
 from minilora.backend import NUMPY, mix_key
 from minilora.effective import count_operations
-from minilora.errors import DataError
+from minilora.errors import ConfigError, DataError
+from minilora.nn import Dropout
 
 U32 = 2.0**-24  # half the distance from 1 to the next float32
 RNG = np.random.default_rng(1)
@@ -106,6 +107,71 @@ def test_costs_favour_forming_the_weight_from_this_number_of_tokens_on(least, in
         formed, low_rank = count_operations(tokens, inputs, outputs, r)
         pays.append(formed < low_rank)
     assert pays == [False, True, True]
+
+
+# ---- dropout, activations and integers -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.5, math.nan, math.inf, True, None, "0.5"])
+def test_dropout_refuses_what_is_no_probability(p):
+    for drop in (lambda: F.dropout(leaf([1.0]), p, 1), lambda: Dropout(p)):
+        with pytest.raises(ConfigError, match=r"p must be a number in \[0, 1\], got "):
+            drop()
+
+
+def test_dropout_of_everything_is_zero_for_the_module_too():
+    x = leaf(np.ones((2, 3), np.float32))
+    y = Dropout(1.0)(x)
+    assert y.dtype == np.float32
+    equal(y.data, np.zeros((2, 3)))
+    equal(gradients(y, [x], np.ones((2, 3), np.float32))[0], np.zeros((2, 3)))
+
+
+def test_dropout_of_a_number_keeps_or_drops_it():
+    x = leaf(3.0)
+    kept = {F.dropout(x, 0.5, key).item() for key in range(20)}
+    assert kept == {0.0, 6.0}
+    y = F.dropout(x, 0.5, 1)
+    equal(gradients(y, [x])[0], y.data / 3)
+
+
+def test_swiglu_of_two_numbers_is_that_of_a_row():
+    x = leaf([0.5, -2.0])
+    row = leaf([[0.5], [-2.0]])
+    y = F.swiglu(x)
+    assert y.shape == ()
+    equal(y.data, F.swiglu(row).data[0])
+    equal(gradients(y, [x])[0], gradients(F.swiglu(row), [row], np.ones(1))[0][:, 0])
+    for wrong in (leaf(1.0), leaf([1.0, 2, 3]), leaf(np.zeros((0, 2)))):
+        with pytest.raises(ValueError, match="first axis must be 2, got"):
+            F.swiglu(wrong)
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int8, np.int64])
+def test_functions_of_integers_are_those_of_the_same_floats(dtype):
+    values = np.array([[0, 1, 100], [127, 3, 2]]).astype(dtype)
+    functions = [F.softmax, F.log_softmax, F.silu, F.gelu, F.swiglu]
+    functions.append(lambda x: F.gelu(x, "tanh"))
+    functions.append(lambda x: F.cross_entropy(x, np.array([0, 1])))
+    for function in functions:
+        y = function(Tensor(values))
+        assert y.dtype == np.float64
+        equal(y.data, function(Tensor(values.astype(np.float64))).data)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_linear_maps_and_norms_of_integers_keep_the_dtype_of_the_weights(dtype):
+    x = Tensor(np.arange(8).reshape(2, 4))
+    W = leaf(np.ones((3, 4), dtype))
+    w = leaf(np.ones(4, dtype))
+    A = leaf(np.ones((2, 4), dtype))
+    results = [F.linear(x, W), F.rms_norm(x, w), F.layer_norm(x, w, w)]
+    results.append(F.linear(x, W, Tensor(np.arange(3))))
+    results.append(F.lora_linear(x, F.linear(x, W), A, leaf(np.ones((3, 2), dtype)), 0.5))
+    for y in results:
+        assert y.dtype == dtype
+        y.backward(np.ones(y.shape, dtype))
+    assert W.grad.dtype == dtype
 
 
 # ---- embedding and cross-entropy -----------------------------------------------------------------

@@ -18,18 +18,22 @@ PAGES = [PACKAGE.parent / "CONTRIBUTING.md", PACKAGE.parent / "README.md"]
 # Twelve levels. A folder or top-level file may import what stands left of it; what stands on one
 # level with `|` between knows nothing of its neighbours. README and CONTRIBUTING quote this line.
 ORDER = (
-    "errors, threads, display < formats, backend, cuda < autograd < functional < data, "
-    "effective, gradcheck < nn < optim, anomaly, quant < models | lora < training "
+    "errors, threads, display < formats, backend, cuda < protocols, graph, autograd < functional "
+    "< data, effective, gradcheck < nn < optim, anomaly, quant < models | lora < training "
     "< tools | verify < lab < cli"
 )
 EXCEPTIONS = {("verify", "tools")}  # the one import between neighbours
-EXEMPT = {"__init__", "__main__"}  # they collect public names, and import the whole package
+EXEMPT = {
+    "__init__",
+    "__main__",
+    "public",
+}  # they collect public names, and import the whole package
 IMPORTERS = {  # the only files that may import an optional package
     "cupy": ("backend.py", "cuda/"),
     "cupyx": ("backend.py", "cuda/"),
     "matplotlib": ("lab/plots.py",),
-    "jinja2": ("data/rendering.py", "lab/report.py"),
-    "tokenizers": ("data/tokenizer.py",),
+    "jinja2": ("data/sandboxed.py", "lab/report.py"),
+    "tokenizers": ("data/sandboxed.py",),
     "plotly": ("lab/report.py",),
     "mpi4py": ("training/ranks.py",),
     "huggingface_hub": ("models/pretrained.py",),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from minilora import optim
 from minilora.errors import CheckpointError, ConfigError
-from minilora.nn import Parameter
+from minilora.nn import Linear, Parameter
 
 SHAPES = [(3, 4), (5,), (), (2, 0)]
 SEEDS = st.integers(0, 10**6)
@@ -574,6 +574,23 @@ def test_clip_by_global_norm_refuses_an_invalid_limit(max_norm):
         optim.clip_by_global_norm([], max_norm)
 
 
+@pytest.mark.parametrize("kind", [optim.SGD, optim.AdamW])
+def test_optimizer_refuses_one_parameter_and_what_is_none(kind):
+    p = Parameter(np.zeros((2, 2)))
+    for one in (p, Linear(np.zeros((2, 2))), None, 3):
+        with pytest.raises(ConfigError, match=r"must be a list .* got one .* pass \[parameter\]"):
+            kind(one, lr=0.1)
+        with pytest.raises(ConfigError, match=r"must be a list .* got one .* pass \[parameter\]"):
+            kind([{"params": one}], lr=0.1)
+    for wrong, got in ((p * 2.0, "an operation's result"), (p.data, "array"), ("w", "'w'")):
+        for params in ([wrong], [("name", wrong)], [{"params": [p, wrong]}]):
+            with pytest.raises(ConfigError, match=f"got {got}.* give leaves"):
+                kind(params, lr=0.1)
+    with pytest.raises(ConfigError, match="give leaves"):
+        kind(p.data, lr=0.1)
+    kind(iter([("a", p)]), lr=0.1)
+
+
 # ---- LoRA+ ---------------------------------------------------------------------------------------
 
 STEM = "base_model.model.model.layers.0.self_attn.q_proj."
@@ -607,6 +624,59 @@ def test_loraplus_groups_give_b_and_vectors_the_higher_rate():
         assert np.allclose(p.data, -0.8 if name in FAST else -0.1, rtol=1e-6)
 
 
+def test_loraplus_groups_give_embeddings_a_rate_of_their_own():
+    stem = "base_model.model.model.embed_tokens."
+    embeddings = {}
+    for factor, shape in (("lora_embedding_A", (2, 9)), ("lora_embedding_B", (4, 2))):
+        embeddings[stem + factor + ".default"] = Parameter(np.zeros(shape))
+    magnitude = stem + "lora_magnitude_vector.default.weight", Parameter(np.zeros(4))
+    B = STEM + "lora_B.default.weight", Parameter(np.zeros((4, 2)))
+    named = [*embeddings.items(), magnitude, B]
+    middle, fast = optim.loraplus_groups(named, 0.1, 8.0)
+    assert middle == {"params": list(embeddings.items()), "lr": 1e-6}
+    assert fast == {"params": [magnitude, B], "lr": 0.8}
+    slow = STEM + "lora_A.lora_B.weight", Parameter(np.zeros((2, 4)))
+    groups = optim.loraplus_groups([slow], 0.1, 8.0)
+    assert groups == [{"params": [slow], "lr": 0.1}], "an adapter may have any name"
+    middle, _ = optim.loraplus_groups(named, 0.1, 8.0, embedding_lr=0.02)
+    assert middle["lr"] == 0.02
+    with pytest.raises(ConfigError, match="embedding_lr must be a finite number above 0"):
+        optim.loraplus_groups(named, 0.1, embedding_lr=0.0)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_loraplus_groups_are_those_of_peft(use_dora):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from peft.optimizers import create_loraplus_optimizer
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(9, 4)
+            self.norm = torch.nn.LayerNorm(4)
+            self.lin = torch.nn.Linear(4, 4)
+
+        def forward(self, ids):
+            return self.lin(self.norm(self.embed(ids)))
+
+    config = peft.LoraConfig(
+        r=2, target_modules=["embed", "lin"], modules_to_save=["norm"], use_dora=use_dora
+    )
+    model = peft.get_peft_model(Model(), config)
+    rates = {"lr": 0.1, "loraplus_lr_ratio": 8.0}
+    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, **rates)
+    names = {id(p): name for name, p in model.named_parameters()}
+    expected = {names[id(p)]: g["lr"] for g in theirs.param_groups for p in g["params"]}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    got = {}
+    for group in optim.loraplus_groups(trained, 0.1, 8.0):
+        got |= {name: group["lr"] for name, _ in group["params"]}
+    assert got == expected
+    assert sorted(set(got.values())) == [1e-6, 0.1, 0.8]
+
+
 def test_loraplus_groups_leave_out_an_empty_group():
     pair = "x.lora_B.default.weight", Parameter(np.zeros((2, 2)))
     assert optim.loraplus_groups([pair], 0.5) == [{"params": [pair], "lr": 8.0}]
@@ -614,7 +684,7 @@ def test_loraplus_groups_leave_out_an_empty_group():
 
 @pytest.mark.parametrize(("lr", "ratio"), [(0.0, 16.0), (NAN, 16.0), (0.1, -1.0), (0.1, INF)])
 def test_loraplus_groups_refuse_invalid_numbers(lr, ratio):
-    with pytest.raises(ConfigError, match="must be a finite number > 0"):
+    with pytest.raises(ConfigError, match="must be a finite number above 0"):
         optim.loraplus_groups([("x", Parameter(np.zeros((2, 2))))], lr, ratio)
 
 

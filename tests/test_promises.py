@@ -525,6 +525,7 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
     number("maximum", torch.maximum)
     number("minimum", torch.minimum)
     number("where", torch.where)
+    result["neg"] = torch.neg
     result["exp"] = torch.exp
     result["log"] = torch.log
     result["tanh"] = torch.tanh
@@ -598,26 +599,34 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
     def linear_cross_entropy(x: Any, head: Any, cut: Any, **options: Any) -> Any:
         return cross_entropy(x @ head.T, **options)
 
-    def rope(x: Any) -> Any:
-        """As transformers writes it: x cos + rotate_half(x) sin."""
-        a = np.tile(angles(x.shape[1], x.shape[3]), 2)
-        cos = torch.tensor(np.cos(a))[:, None]
-        sin = torch.tensor(np.sin(a))[:, None]
+    def rope(x: Any, places: Any) -> Any:
+        """As transformers writes it, x cos + rotate_half(x) sin, at positions (T,) or (B, T)."""
+        a = places[..., None] * torch.tensor(np.tile(angles(2, x.shape[3])[1], 2))
+        cos = torch.cos(a)[..., None, :]
+        sin = torch.sin(a)[..., None, :]
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat([-second, first], -1) * sin
 
     @by_name
     def attention(
-        qkv: Any, heads: int, kv_heads: int, rotate: bool = True, window: Any = None, **_: Any
+        qkv: Any,
+        heads: int,
+        kv_heads: int,
+        rotate: bool = True,
+        window: Any = None,
+        first_key: Any = None,
+        **_: Any,
     ) -> Any:
+        order = torch.arange(qkv.shape[1])
+        first = torch.tensor(first_key or [[0] * len(order)])  # (B or 1, T)
         z = qkv.reshape(*qkv.shape[:2], -1, 4)
         q, k, v = z.split((heads, kv_heads, kv_heads), dim=2)
         if rotate:
-            q = rope(q)
-            k = rope(k)
-        order = torch.arange(qkv.shape[1])
+            q = rope(q, order - first)
+            k = rope(k, order - first)
         age = order[:, None] - order
         seen = (age >= 0) & (age < (window or len(order)))
+        seen = seen & (order >= first[:, None, :, None])  # (B or 1, 1, T, T)
         by_head = [z.transpose(1, 2) for z in (q, k, v)]
         y = tf.scaled_dot_product_attention(*by_head, seen, enable_gqa=True)
         return y.transpose(1, 2).flatten(2)

@@ -320,8 +320,32 @@ def test_tensor_knows_its_backend_and_its_operators_take_precedence() -> None:
     assert t.backend is STRICT
     assert type(X + t) is Tensor
     assert type(t * X) is Tensor
+    with pytest.raises(TypeError, match="Unsupported type"):
+        X.__iadd__(t)
     with pytest.raises(DeviceError, match=r"'strict'.*'cpu'.*\.to\('strict'\)"):
         t + Tensor(HOST)
+
+
+class Override:
+    """An operand with the given protocols, each of which says that it was asked."""
+
+    def __init__(self, **protocols: Any):
+        self.__dict__.update(protocols)
+
+
+def test_dev_array_operators_ask_array_ufunc_and_ignore_the_priority_beside_it() -> None:
+    calls = []
+
+    def array_ufunc(*arguments: Any) -> str:
+        calls.append(arguments)
+        return "asked"
+
+    both = Override(__array_ufunc__=array_ufunc, __array_priority__=-1)
+    assert X * both == "asked"
+    assert calls == [(np.multiply, "__call__", X, both)]
+    priority = Override(__array_priority__=1000)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        X * priority
 
 
 SHAPES = hnp.array_shapes(max_dims=3, max_side=4)

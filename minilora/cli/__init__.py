@@ -5,7 +5,9 @@ using      generate, evaluate
 files      merge, combine, inspect, diff, extract, resize, convert: files in, files out
 checking   verify, devices
 reading    models and texts, as several commands read them
+continuing finetune --adapter: training goes on from an adapter
 options    the parser, how a value is read, and options that several commands take
+streams    standard output and standard error that may be closed, full, or gone
 
 `main` is what the commands share: a mistake of the user ends in one line on stderr and an exit code
 (errors.py), `--debug` shows a traceback, and a signal leaves no temporary file and no lock behind.
@@ -27,8 +29,10 @@ from typing import Any
 from .. import __version__
 from ..display import printable
 from ..errors import Interrupted, MiniloraError
+from ..training.signals import HANGUP
 from . import checking, files, training, using
 from .options import HelpFormatter, Parser, hyphenate, option
+from .streams import Stream, open_descriptors
 
 COMMANDS = (*training.COMMANDS, *using.COMMANDS, *files.COMMANDS, *checking.COMMANDS)
 SUCCESS, FAILED, IO = 0, 1, 4  # besides the exit codes in errors.py
@@ -37,72 +41,97 @@ SUCCESS, FAILED, IO = 0, 1, 4  # besides the exit codes in errors.py
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    open_descriptors()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal without Unicode shows an escape instead of ending in a traceback.
         sys.stdout.reconfigure(errors="backslashreplace")
-    with warnings.catch_warnings(), _terminable():
+    stdout = Stream(sys.stdout, needed=True)  # for --help, too
+    stderr = Stream(sys.stderr, needed=False)
+    with (
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        warnings.catch_warnings(),
+        _terminable(),
+    ):
         warnings.showwarning = lambda message, *rest: _print_error("warning", str(message))
-        return _run(argv)
+        return _run(argv, stdout)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     text = "LoRA from scratch in NumPy: train, adapt, look inside."
     parser = Parser(prog="minilora", description=text, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    for run, add_options, text, example in COMMANDS:
-        name = run.__name__
-        command = commands.add_parser(
+    for command in COMMANDS:
+        name = command.run.__name__
+        its = commands.add_parser(
             name,
-            help=text,
-            description=text,
+            help=command.text,
+            description=command.text,
             usage=f"minilora {name} [options]",
-            epilog=f"example: minilora {name} {example}",
+            epilog=f"example: minilora {name} {command.example}",
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
-        add_options(command)
-        option(command, "--debug", "show a traceback when something fails")
-        command.set_defaults(run=run)
+        command.add_options(its)
+        option(its, "--debug", "show a traceback when something fails")
+        its.set_defaults(run=command.run, prints=command.prints)
     return parser
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: first, temporary files and locks are removed."""
+    """SIGTERM and SIGHUP end a command as Ctrl-C does: temporary files and locks are removed."""
 
     def stop(number: int, frame: Any) -> None:
+        if number == HANGUP:  # the shell may send a second one, while temporary files are removed
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
-    # A Python program that calls `main` may have its own handler, which stays.
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
+    numbers = []
+    if threading.current_thread() is threading.main_thread():
+        # A Python program that calls `main` may have its own handler, which stays; and `nohup` has
+        # SIGHUP ignored.
+        ending = [signal.SIGTERM, HANGUP] if HANGUP else [signal.SIGTERM]
+        numbers = [number for number in ending if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
-def _run(argv: Sequence[str]) -> int:
+def _run(argv: Sequence[str], stdout: Stream) -> int:
     try:
         parser = build_parser()
-        args = parser.parse_args(hyphenate(argv))
+        args = _parse(parser, argv, stdout)
         if args.command is None:
             parser.print_help()
             parser.error("no command was given")
+        stdout.needed = args.prints
+        stdout.require()  # before anything is computed
         args.run(args)
-        sys.stdout.flush()
-        return SUCCESS
-    except BrokenPipeError:  # the reader of the output has gone, which is not a failure
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stdout.flush()
         return SUCCESS
     except (MiniloraError, OSError, MemoryError, KeyboardInterrupt) as error:
+        if error is stdout.error and isinstance(error, BrokenPipeError):
+            return SUCCESS  # the reader of the output has all that it wanted
         if "--debug" in argv:
             raise
         return _report(error)
+    finally:  # also of --help, and of what was printed before an error
+        stdout.needed = False
+        stdout.flush()
+
+
+def _parse(parser: Parser, argv: Sequence[str], stdout: Stream) -> argparse.Namespace:
+    try:
+        return parser.parse_args(hyphenate(argv))
+    except SystemExit:  # after --help or --version, whose text argparse has printed
+        stdout.flush()
+        raise
 
 
 def _report(error: BaseException) -> int:
@@ -116,10 +145,20 @@ def _report(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, OSError):
         text = error.strerror or str(error)
+        if isinstance(error, FileNotFoundError) and not _has_current_folder():
+            text = "the current folder no longer exists: change to another one"
         _print_error("error", f"{text}: {error.filename!r}" if error.filename else text)
         return IO
     _print_error("error", str(error) or "out of memory")
     return FAILED
+
+
+def _has_current_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _print_error(kind: str, text: str) -> None:
@@ -127,5 +166,4 @@ def _print_error(kind: str, text: str) -> None:
     line = printable(text)
     if len(line) > 480:
         line = f"{line[:240]} ... {line[-230:]}"
-    with contextlib.suppress(OSError):  # without a stderr, the exit code still tells
-        print(f"minilora: {kind}: {line}", file=sys.stderr)
+    print(f"minilora: {kind}: {line}", file=sys.stderr)

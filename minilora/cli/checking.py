@@ -24,17 +24,23 @@ def add_verify_options(parser: Parser) -> None:
 def verify(args: Args) -> None:
     from ..verify import Report, verify_files
     from ..verify import verify as verify_random
-    from ..verify.run import as_json, worst_ratio
+    from ..verify.run import Stopped, as_json, worst_ratio
 
     if (args.base is None) != (args.adapter is None):
         given = "--base" if args.adapter is None else "--adapter"
         raise ConfigError(
             f"only {given} was given: give --base and --adapter, or neither for random layers"
         )
-    if args.base is None:
-        report = Report(verify_random(args.cases, args.seed), [])
-    else:
-        report = verify_files(args.base, args.adapter, args.seed)
+    try:
+        if args.base is None:
+            report = Report(verify_random(args.cases, args.seed), [])
+        else:
+            report = verify_files(args.base, args.adapter, args.seed)
+    except Stopped as stopped:
+        if not args.json:
+            _print_report(stopped.report)
+            print(f"\ninterrupted: {stopped.done} of {stopped.total} layers were measured whole")
+        raise
     if args.json:
         print_json(as_json(report))
     else:
@@ -100,5 +106,6 @@ COMMANDS = (
         add_devices_options,
         "List the CPU and each GPU, or why it cannot be used.",
         "",
+        prints=True,
     ),
 )

@@ -320,12 +320,14 @@ COMMANDS = (
         add_inspect_options,
         "Show what an adapter or a checkpoint contains.",
         "adapter --base base",
+        prints=True,
     ),
     Command(
         diff,
         add_diff_options,
         "Compare two checkpoints, tensor by tensor.",
         "base tuned",
+        prints=True,
     ),
     Command(
         extract,

@@ -8,21 +8,27 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, describe_integer
 from ..formats.disk import parse_json
 from ..training.methods import METHODS, QUANTIZE
 
 Args = argparse.Namespace
 DTYPES = ("float32", "float16", "bfloat16")
+DATA = "a text, or JSON: text, messages, prompt + completion, Alpaca or ShareGPT"
 
 
 class Command(NamedTuple):
-    """A command: what runs it, what adds its options, and a text and an example for its help."""
+    """A command: what runs it, what adds its options, and a text and an example for its help.
+
+    prints   whether its output is what it is for, and not a report beside the files that it writes
+             or the exit code
+    """
 
     run: Callable[[Args], None]
     add_options: Callable[[Parser], None]
     text: str
     example: str
+    prints: bool = False
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,22 +88,52 @@ def path(text: str) -> str:
 
 def integer_from(least: int) -> Callable[[str], int]:
     def integer(text: str) -> int:
-        is_integer = text.strip().lstrip("+-").isdecimal() and len(text) < 40
-        value = int(text) if is_integer else -1
-        if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(
-                f"must be an integer of at least {least} and below 2^63, got {text!r:.60}"
-            )
+        value = integer_or_text(text)
+        if isinstance(value, str) or not least <= value < 2**63:
+            wanted = describe_integer(least, 2**63)
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r:.60}")
         return value
 
     return integer
 
 
-def number(text: str) -> float:
-    """An integer where `text` is one, because PEFT's files tell 8 from 8.0."""
-    value = float(text)
+def integer_or_text(text: str) -> int | str:
+    """The integer, or the text itself: the rule of its field refuses it, and names the limits.
+
+    Python would also read 1_000, spaces, and digits of other scripts.
+    """
+    digits = text.removeprefix("-").removeprefix("+")
+    is_integer = digits.isascii() and digits.isdecimal() and len(text) < 40
+    return int(text) if is_integer else text
+
+
+def number_or_text(text: str) -> float | str:
+    """The number; an integer where `text` is one, because PEFT's files tell 8 from 8.0.
+
+    The text itself if it is none, as for `integer_or_text`.
+    """
+    if not text.isascii() or "_" in text or text != text.strip():
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        return text
     exact = value.is_integer() and "." not in text and abs(value) < 2**53
     return int(value) if exact else value
+
+
+def integer(text: str) -> int:
+    value = integer_or_text(text)
+    if isinstance(value, str):
+        raise ValueError
+    return value
+
+
+def number(text: str) -> float:
+    value = number_or_text(text)
+    if isinstance(value, str):
+        raise ValueError
+    return float(value)
 
 
 def list_of(kind: Callable[[str], Any], example: str) -> Callable[[str], list[Any]]:
@@ -139,14 +175,14 @@ def true_false_or_name(text: str) -> bool | str:
 READERS: dict[str, Callable[[str], Any]] = {
     "DIR": path,
     "FILE": path,
-    "N": int,
+    "N": integer_or_text,
     "K": positive_integer,
     "R": positive_integer,
     "T": positive_integer,
-    "X": number,
-    "P": float,
-    "N,N": list_of(int, "0,1"),
-    "X,X": list_of(float, "0.5,-1"),
+    "X": number_or_text,
+    "P": number_or_text,
+    "N,N": list_of(integer, "0,1"),
+    "X,X": list_of(number, "0.5,-1"),
     "NAME,NAME": names,
     "NAMES": names_or_pattern,
     "JSON": table,
@@ -156,14 +192,13 @@ READERS: dict[str, Callable[[str], Any]] = {
 def option(parser: Any, words: str, text: str, **reading: Any) -> None:
     """Add an option to a parser or to a group: its name and the name of its value, and its help.
 
-    An option without a value is a switch. A default gives the type of the value, and the help
-    shows it; without one, READERS says how the value is read.
+    An option without a value is a switch. READERS says how a value is read, by its name. The help
+    shows a default.
     """
     name, _, metavar = words.partition(" ")
     default = reading.get("default")
     if default not in (None, argparse.SUPPRESS):
         text = f"{text} (default: {default})"
-        reading.setdefault("type", type(default))
     if metavar:
         reading["metavar"] = metavar
         reading.setdefault("type", READERS.get(metavar))
@@ -178,6 +213,11 @@ def option(parser: Any, words: str, text: str, **reading: Any) -> None:
 def add_device_and_threads(parser: Parser) -> None:
     option(parser, "--device DEV", "where to compute: cpu, cuda or cuda:N", default="cpu")
     option(parser, "--threads K", "threads, at least 1 (default: one per core)")
+
+
+def add_strict(parser: Parser) -> None:
+    text = "refuse records that are too long or empty, which are cut or skipped"
+    option(parser, "--strict", text)
 
 
 def add_seed(parser: Any) -> None:

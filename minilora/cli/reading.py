@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.batches import Ids, PackedRecords
-from ..data.records import bytes_per_token, is_records, pack, read_records, split_records
-from ..data.texts import read_text, split_text
+from ..data.files import DataFile, open_data
+from ..data.records import bytes_per_token, pack, read_records, split_records
+from ..data.texts import split_text
 from ..data.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
 from ..errors import ConfigError, DataError, NonFiniteError
 from ..lora import MultiTask, PeftModel
@@ -46,7 +48,7 @@ def load_model(
     elif task is not None:
         raise ConfigError("--task chooses a task of an adapter: give --adapter too")
     if not args.allow_nonfinite:
-        _require_finite(model, args.base)
+        require_finite(model, args.base)
     return model, tokenizer
 
 
@@ -75,7 +77,8 @@ def choose_task(adapter: str, task: str | None, tasks: Iterable[str]) -> str:
     raise ConfigError(f"{known}: choose one of them with --task")
 
 
-def _require_finite(model: Any, base: str) -> None:
+def require_finite(model: Any, base: str) -> None:
+    """NonFiniteError for a weight that is NaN or infinite."""
     for name, p in model.named_parameters():
         isfinite = p.backend.xp.isfinite
         if not all(bool(isfinite(piece).all()) for piece in iterate_pieces(p)):
@@ -94,23 +97,39 @@ class Text(NamedTuple):
     bytes_per_token: float
 
 
-def read_tokens(path: str, tokenizer: Tokenizer, context: int) -> tuple[Tokens, float]:
+def open_text(path: str) -> DataFile:
+    """What a file holds; a warning where its name does not say so."""
+    file = open_data(path)
+    if file.note:
+        warnings.warn(file.note, stacklevel=2)
+    return file
+
+
+def read_tokens(
+    path: str, tokenizer: Tokenizer, context: int, strict: bool = False
+) -> tuple[Tokens, float]:
     """(tokens, bytes per token) of a text or of records to evaluate on."""
-    if is_records(path):
-        records = read_records(path, tokenizer, context)
+    file = open_text(path)
+    if file.is_records:
+        records = read_records(file, tokenizer, context, strict)
         return pack(records, context), bytes_per_token(records)
-    text = read_text(path)
-    return _encode(text, tokenizer)
+    return _encode(file.text(), tokenizer)
 
 
 def read_training_text(
-    path: str, eval_path: str | None, tokenizer: Tokenizer, context: int, option: str = "--data"
+    path: str,
+    eval_path: str | None,
+    tokenizer: Tokenizer,
+    context: int,
+    option: str = "--data",
+    strict: bool = False,
 ) -> Text:
     """The text of `option`; without a text to evaluate on, its last tenth is held out."""
     tokens: Tokens
     what = f"{option} {path}"
-    if is_records(path):
-        records = read_records(path, tokenizer, context)
+    file = open_text(path)
+    if file.is_records:
+        records = read_records(file, tokenizer, context, strict)
         if eval_path is None:
             try:
                 records, others = split_records(records)
@@ -119,7 +138,7 @@ def read_training_text(
             return Text(pack(records, context), pack(others, context), bytes_per_token(others))
         tokens = pack(records, context)
     else:
-        text = read_text(path)
+        text = file.text()
         rest = b""
         require_bytes(text, 2 if eval_path else 10, what)
         if eval_path is None:
@@ -131,7 +150,7 @@ def read_training_text(
             raise DataError(f"{what}: {needed}, it has {len(tokens)}{remaining}")
     if eval_path is not None:
         what = f"--eval-data {eval_path}"
-        held_out, ratio = read_tokens(eval_path, tokenizer, context)
+        held_out, ratio = read_tokens(eval_path, tokenizer, context, strict)
     else:
         held_out, ratio = _encode(rest, tokenizer)
     if len(held_out) < 2:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backend import get_backend
-from ..data.texts import prose, read_text
+from ..data.texts import prose
 from ..data.tokenizer import ByteTokenizer
 from ..display import printable
 from ..errors import ConfigError
@@ -21,9 +21,17 @@ from ..formats.folders import locked, numbered_folder
 from ..lora import AdaLoraConfig, LoraConfig, get_multitask_model, get_peft_model
 from ..models.config import TransformerConfig
 from ..models.transformer import CausalLM
-from ..training.methods import CODES, adapter_config, format_weight_memory, measure_weight_memory
+from ..training.methods import (
+    CODES,
+    METHODS,
+    adapter_config,
+    format_weight_memory,
+    measure_weight_memory,
+)
 from ..training.runs import find_checkpoint, open_folder
+from .continuing import continue_adapter, read_continued_config
 from .options import (
+    DATA,
     Args,
     Command,
     Parser,
@@ -33,6 +41,7 @@ from .options import (
     add_method,
     add_quantize,
     add_seed,
+    add_strict,
     option,
     path,
     positive_integer,
@@ -41,6 +50,7 @@ from .options import (
 )
 from .reading import (
     load_model,
+    open_text,
     read_training_text,
     require_bytes,
     require_context,
@@ -76,10 +86,11 @@ def demo(args: Args) -> None:
     # What cannot work ends here, before a folder is made.
     least = 10 * (plan.pretrain.context + 1)
     if args.pretrain_data is not None:
-        text = read_text(args.pretrain_data)
+        text = open_text(args.pretrain_data).text()
         require_bytes(text, least, f"--pretrain-data {args.pretrain_data}")
     if args.adapt_data is not None:
-        require_bytes(read_text(args.adapt_data), least, f"--adapt-data {args.adapt_data}")
+        text = open_text(args.adapt_data).text()
+        require_bytes(text, least, f"--adapt-data {args.adapt_data}")
     get_backend(args.device)
     if args.pretrain_data is None:
         prose()
@@ -94,6 +105,7 @@ def demo(args: Args) -> None:
 def add_training_options(parser: Parser, lr: float) -> None:
     text = "text to evaluate on (default: the last tenth of the text, not trained on)"
     option(parser, "--eval-data FILE", text)
+    add_strict(parser)
     option(parser, "--out DIR", "a new or empty folder (default: runs/COMMAND-NNN)")
     text = "continue from this checkpoint, or from the newest in --out (auto)"
     option(parser, "--resume auto|DIR", text, nargs="?", const="auto", type=path)
@@ -106,6 +118,8 @@ def add_training_options(parser: Parser, lr: float) -> None:
     option(run, "--accumulate N", "batches per step, at least 1", default=1)
     option(run, "--context T", "tokens per sequence, at least 1", default=128)
     option(run, "--lr X", "highest learning rate, above 0", default=lr)
+    text = "learning rate at the end / --lr, at least 0; 1: constant"
+    option(run, "--floor X", text, default=0.1)
     option(
         run, "--warmup N", "steps until the learning rate is the highest, at least 0", default=20
     )
@@ -122,8 +136,7 @@ def add_training_options(parser: Parser, lr: float) -> None:
 
 
 def add_pretrain_options(parser: Parser) -> None:
-    text = "a text, or .jsonl with a text, or prompt and completion, per line"
-    option(parser, "--data FILE", text, required=True)
+    option(parser, "--data FILE", DATA, required=True)
     add_training_options(parser, lr=3e-3)
     shape = parser.add_argument_group("model")
     size = functools.partial(option, shape, type=positive_integer, default=argparse.SUPPRESS)
@@ -149,7 +162,9 @@ def pretrain(args: Args) -> None:
     count = config.parameter_count()
     if count > MAX_PARAMETERS:
         raise ConfigError(f"the model has {count:,} parameters, at most {MAX_PARAMETERS:,} train")
-    text = read_training_text(args.data, args.eval_data, tokenizer, settings.context)
+    text = read_training_text(
+        args.data, args.eval_data, tokenizer, settings.context, strict=args.strict
+    )
     model = CausalLM(config, seed=settings.seed, device=args.device)
     with _run_folder(args, "pretrain") as out:
         size = sum(p.size for p in model.parameters())
@@ -167,15 +182,17 @@ def pretrain(args: Args) -> None:
 def add_finetune_options(parser: Parser) -> None:
     add_base(parser)
     add_allow_nonfinite(parser)
-    text = "a text, or .jsonl with a text, prompt and completion, or messages per line"
-    option(parser, "--data FILE", text)
+    option(parser, "--data FILE", DATA)
     text = "in place of --data: one text per task, which gets an adapter of its own"
     option(parser, "--tasks FILE", text, nargs="+")
     text = "rank of one more adapter that all tasks share, at least 1 (default: none)"
     option(parser, "--shared-r R", text)
+    text = "adapter to go on from, configured as it is (default: a new one)"
+    option(parser, "--adapter DIR", text)
     add_training_options(parser, lr=2e-3)
     group = parser.add_argument_group("method and adapter (fields of PEFT's configuration)")
     add_method(group)
+    parser.set_defaults(method=None)  # to tell "lora" from an option that was not given
     add_quantize(group)
     field = functools.partial(option, group, default=argparse.SUPPRESS)
     default = LoraConfig
@@ -228,11 +245,18 @@ def finetune(args: Args) -> None:
 
     settings = Settings(**select_fields(args, Settings))
     fields = select_fields(args, AdaLoraConfig)
-    config = adapter_config(args.method, args.quantize, fields, settings.steps)
+    config: LoraConfig | None
+    if args.adapter is None:
+        args.method = args.method or METHODS[0]
+        config = adapter_config(args.method, args.quantize, fields, settings.steps)
+    else:
+        config = read_continued_config(args, fields, settings.steps)
     tasks = _name_tasks(args, config)
     model, tokenizer = load_model(args)
     require_context(settings.context, model.config.max_position_embeddings)
-    read = functools.partial(read_training_text, tokenizer=tokenizer, context=settings.context)
+    read = functools.partial(
+        read_training_text, tokenizer=tokenizer, context=settings.context, strict=args.strict
+    )
     tokens: Any
     held_out: Any
     if tasks:
@@ -245,7 +269,10 @@ def finetune(args: Args) -> None:
         tokens, held_out, ratio = read(args.data, args.eval_data)
         sizes = f"{len(tokens):,}"
     memory = measure_weight_memory(model)
-    if config is not None:
+    origin = None
+    if config is not None and args.adapter is not None:
+        model, origin = continue_adapter(args, model, config)
+    elif config is not None:
         model = _add_adapters(args, model, config, tasks)
     elif memory["layers"]:
         given = f"--method full cannot train --base {args.base!r}"
@@ -257,9 +284,11 @@ def finetune(args: Args) -> None:
             print(f"all {sum(p.size for p in model.parameters()):,} parameters of the base train")
         else:
             model.print_trainable_parameters()
+        if origin is not None:
+            print(printable(f"goes on from {args.adapter}"))
         print(printable(f"{sizes} tokens -> {out}"))
         options = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
-        result = train(model, tokens, settings, out, **options, title="finetune")
+        result = train(model, tokens, settings, out, **options, origin=origin, title="finetune")
         model.save_pretrained(out)
         if config is None:
             copy_companions(args.base, out)
@@ -306,7 +335,10 @@ def _draw_ranks(out: Path) -> None:
     from ..lab import plots  # matplotlib is optional, and slow to import
     from ..training.loop import rank_history
 
-    if plots.available():
+    reason = plots.why_unavailable()
+    if reason:
+        print(printable(f"(no pictures: {reason})"))
+    else:
         plots.rank_allocation(out / "rank_allocation.png", *rank_history(out))
 
 

@@ -11,6 +11,7 @@ from ..data.tokenizer import Tokenizer
 from ..display import printable
 from ..errors import DataError
 from .options import (
+    DATA,
     Args,
     Command,
     Parser,
@@ -20,7 +21,10 @@ from .options import (
     add_device_and_threads,
     add_quantize,
     add_seed,
+    add_strict,
+    integer_from,
     option,
+    positive_integer,
 )
 from .reading import load_model, read_tokens, require_context
 
@@ -37,7 +41,8 @@ def _add_model_options(parser: Parser) -> None:
 def add_generate_options(parser: Parser) -> None:
     _add_model_options(parser)
     option(parser, "--prompt TEXT", "text to continue, not empty", required=True)
-    option(parser, "--max-new-tokens N", "tokens to generate, at least 0", default=200)
+    text = "tokens to generate, at least 0"
+    option(parser, "--max-new-tokens N", text, type=integer_from(0), default=200)
     text = "randomness, at least 0; 0 takes the likeliest token"
     option(parser, "--temperature X", text, default=0.8)
     text = "choose among the K likeliest tokens, at least 1 (default: all)"
@@ -88,10 +93,11 @@ def _encode_prompt(args: Args, tokenizer: Tokenizer) -> tuple[Ids, list[int]]:
 
 def add_evaluate_options(parser: Parser) -> None:
     _add_model_options(parser)
-    option(parser, "--data FILE", "text or .jsonl to measure the loss on", required=True)
+    option(parser, "--data FILE", DATA, required=True)
+    add_strict(parser)
     option(parser, "--context T", "tokens per window, at least 1 (default: up to 256)")
     text = "most windows to measure, spread over the text, at least 1 (default: all)"
-    option(parser, "--limit N", text)
+    option(parser, "--limit N", text, type=positive_integer)
 
 
 def evaluate(args: Args) -> None:
@@ -102,7 +108,7 @@ def evaluate(args: Args) -> None:
     limit = model.config.max_position_embeddings
     context = args.context or min(256, limit)
     require_context(context, limit)
-    tokens, ratio = read_tokens(args.data, tokenizer, context)
+    tokens, ratio = read_tokens(args.data, tokenizer, context, args.strict)
     loss = measure(model, tokens, context, limit=args.limit, threads=args.threads)
     bits = bits_per_byte(loss, ratio)
     perplexity = math.exp(min(loss, 700))
@@ -116,11 +122,13 @@ COMMANDS = (
         add_generate_options,
         "Continue a prompt.",
         '--base base --adapter adapter --prompt "def "',
+        prints=True,
     ),
     Command(
         evaluate,
         add_evaluate_options,
         "Print the loss, bits per byte and perplexity of a text.",
         "--base base --data held-out.txt",
+        prints=True,
     ),
 )

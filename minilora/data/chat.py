@@ -2,6 +2,9 @@
 
     messages   [{"role": "system" | "user" | "assistant", "content": "..."}, ...]
 
+A message may have what the template takes besides: a role of developer or tool, tool calls, content
+in parts of text, and other keys. A template that leaves one of the first four out is refused.
+
 Only the assistant's turns are learned. A turn is what the template adds to the text of the messages
 before it, from the end of their generation prompt to the end of the turn, with the mark that ends
 it. Two texts must therefore be beginnings of the whole text: that of the messages before the turn
@@ -9,33 +12,37 @@ with the generation prompt, and that of the messages up to the turn. Some templa
 differently once others follow: Qwen3's drops the thoughts. Such a turn is not what the model would
 have been asked to write, and is not learned.
 
-A template is a program of unknown origin. `rendering.py` runs it, in a process of its own.
+A template is a program of unknown origin: it runs in a process of its own (sandbox.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
-import subprocess
-import sys
-import threading
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataError
+from ..errors import DataError, NothingToLearnError
 from ..formats.disk import quoted
+from .sandbox import Sandbox
 from .tokenizer import ByteTokenizer, Tokenizer
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
+Tools = list[Any] | None  # the tools that a template is given, as JSON
+Given = tuple[Messages, Tools]
 
-ROLES = ("system", "user", "assistant")
-RENDERING = Path(__file__).with_name("rendering.py")
-SECONDS = 10  # of processor time for a template
-WAITS = 6  # an answer may take this many times as long by the clock
+ROLES = ("system", "user", "assistant", "developer", "tool")
+RARE_ROLES = ROLES[3:]  # some templates leave these out
+
+# Processor time for a template, and for each part and byte that it renders: some twenty times what
+# Qwen3's template takes. Memory likewise.
+SECONDS = 2.0
+MEMORY = 1 << 28
+MEMORY_PER_BYTE = 256
+SECONDS_PER_PART = 0.02
+SECONDS_PER_BYTE = 1e-6
 
 
 class Example(NamedTuple):
@@ -47,6 +54,7 @@ class Example(NamedTuple):
                turn
     size       the bytes of text that the spoken tokens stand for
     skipped    the number of the assistant's turns that are not learned
+    is_open    whether no token ends it
     """
 
     ids: NDArray[np.int32]
@@ -54,35 +62,92 @@ class Example(NamedTuple):
     spoken: NDArray[np.bool_]
     size: int
     skipped: int = 0
+    is_open: bool = False
 
 
-def conversation(value: Any) -> Messages:
-    """A JSON value, checked to be a conversation with something to learn.
+# ---- checking messages ---------------------------------------------------------------------------
 
-    DataError names the message that is wrong.
+
+def conversation(value: Any, name: str = "messages") -> Messages:
+    """The field `name` of a record, checked to be a conversation with something to learn.
+
+    DataError as from `check_messages`; NothingToLearnError where no message is the assistant's.
     """
-    if type(value) is not list or not value:
-        kind = "an empty one" if value == [] else type(value).__name__
-        raise DataError(f"expected 'messages' to be a list of messages, found {kind}")
-    for number, message in enumerate(value, 1):
-        _check_message(f"message {number}: expected", message)
-    if all(message["role"] != "assistant" for message in value):
-        raise DataError("no message is the assistant's, so nothing can be learned")
-    return value
+    messages = check_messages(value, name)
+    if all(message["role"] != "assistant" for message in messages):
+        raise NothingToLearnError("no message is the assistant's, so nothing can be learned")
+    return messages
 
 
-def _check_message(expected: str, message: Any) -> None:
-    if type(message) is not dict or set(message) != {"role", "content"}:
+def check_messages(value: Any, name: str = "messages") -> Messages:
+    """A list of messages, without their keys whose value is null or an empty list of tool calls.
+
+    Data sets with a column per key write such values where a message has no such key, but a
+    template that asks whether the key exists takes them for one. A null content beside tool calls
+    stays. DataError names the message that is wrong; NothingToLearnError for an empty list.
+    """
+    if type(value) is not list:
+        kind = type(value).__name__
+        raise DataError(f"expected {name!r} to be a list of messages, found {kind}")
+    if not value:
+        raise NothingToLearnError(f"expected {name!r} to be a list of messages, found an empty one")
+    return [_check_message(f"message {number}: expected", m) for number, m in enumerate(value, 1)]
+
+
+def _check_message(expected: str, message: Any) -> dict[str, Any]:
+    if type(message) is not dict or "role" not in message:
         keys = type(message).__name__
         if type(message) is dict:
             keys = ", ".join(sorted(message)) or "nothing"
-        raise DataError(f"{expected} 'role' and 'content' and no other key, found {keys:.100}")
+        raise DataError(f"{expected} 'role' and 'content', found {keys:.100}")
     role = message["role"]
     if role not in ROLES:
         raise DataError(f"{expected} a role of {', '.join(ROLES)}, found {quoted(role, 40)}")
-    content = message["content"]
-    if type(content) is not str:
-        raise DataError(f"{expected} 'content' to be a text, found {type(content).__name__}")
+    checked = {}
+    for key, value in message.items():
+        is_empty = value is None or (key == "tool_calls" and value == [])
+        if key == "content" or not is_empty:
+            checked[key] = value
+    if "tool_calls" in checked:
+        _check_tool_calls(expected, role, checked["tool_calls"])
+        if checked.get("content") is None:
+            return checked
+    if "content" not in checked:
+        keys = ", ".join(sorted(message))
+        raise DataError(f"{expected} 'role' and 'content', found {keys:.100}")
+    content = checked["content"]
+    if type(content) is list and content:
+        parts = enumerate(content, 1)
+        checked["content"] = [_check_part(f"{expected} part {i}", part) for i, part in parts]
+    elif type(content) is not str:
+        kind = "an empty list" if content == [] else type(content).__name__
+        raise DataError(f"{expected} 'content' to be a text, found {kind}")
+    return checked
+
+
+def _check_tool_calls(expected: str, role: str, calls: Any) -> None:
+    if role != "assistant":
+        raise DataError(f"{expected} 'tool_calls' only in the assistant's messages, found {role}")
+    if type(calls) is not list or any(type(call) is not dict for call in calls):
+        found = quoted(calls, 60)
+        raise DataError(f"{expected} 'tool_calls' to be a list of objects, found {found}")
+
+
+def _check_part(expected: str, part: Any) -> dict[str, Any]:
+    kind = part.get("type") if type(part) is dict else type(part).__name__
+    if kind != "text":
+        found = quoted(kind, 40)
+        raise DataError(
+            f"{expected} of 'content' to be of type text, found {found}: only text is learned, "
+            "not images, sound or video"
+        )
+    if type(part.get("text")) is not str:
+        found = type(part.get("text")).__name__
+        raise DataError(f"{expected} of 'content' to have a 'text', found {found}")
+    return {key: value for key, value in part.items() if value is not None}
+
+
+# ---- rendering -----------------------------------------------------------------------------------
 
 
 class Chat:
@@ -101,70 +166,73 @@ class Chat:
                 "none"
             )
         self.tokenizer = tokenizer
-        self.patience = WAITS * seconds
         template, self.where = tokenizer.chat_template
         given = {"tools": None, "documents": None, **tokenizer.special.texts}
-        self.order = {"path": sys.path, "template": template, "given": given, "seconds": seconds}
+        self.sandbox = Sandbox(self.where, {"template": template, "given": given}, seconds, MEMORY)
+        self._supported: set[str] = set()  # what the template was seen not to leave out
 
     def __enter__(self) -> Chat:
-        command = [sys.executable, "-I", str(RENDERING)]
-        pipe = subprocess.PIPE
-        self.process: Any = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL
-        )
-        self._write(self.order)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()  # closes the pipes, and waits for its end
-
-    def _write(self, line: object) -> None:
-        # A process that has ended reads nothing: then its answer is missing, which is reported.
-        with contextlib.suppress(OSError):
-            self.process.stdin.write(json.dumps(line).encode() + b"\n")
-            self.process.stdin.flush()
+        self.sandbox.close()
 
     def _rendered(
-        self, messages: Messages, parts: list[tuple[int, bool]]
+        self, messages: Messages, parts: list[tuple[int, bool]], tools: Tools = None
     ) -> tuple[str, list[int | None]]:
         """(text of the first part, the length of each part that begins it, else None).
 
         A part is (number of messages, whether the generation prompt follows).
         """
-        timer = threading.Timer(self.patience, self.process.kill)
-        try:
-            timer.start()
-            self._write({"messages": messages, "parts": parts})
-            line = self.process.stdout.readline()
-            ended = None if line.endswith(b"\n") else self.process.wait()
-        finally:
-            timer.cancel()
-        if ended is not None:
-            reason = signal.Signals(-ended).name if ended < 0 else f"status {ended}"
-            raise DataError(
-                f"{self.where} takes too much time or memory: its process ended with {reason}"
-            )
-        answer = json.loads(line)
-        if isinstance(answer, dict):
-            raise DataError(self.where + answer["error"])
-        text, lengths = answer
+        question = {"messages": messages, "parts": parts, "tools": tools}
+        size = len(json.dumps(question))
+        seconds = SECONDS_PER_PART * len(parts) + SECONDS_PER_BYTE * size
+        text, lengths = self.sandbox.ask(question, seconds, MEMORY_PER_BYTE * size)
         return text, lengths
 
-    def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None
+    ) -> str:
         """The conversation as a text, with a BOS token if the template writes one."""
-        return self._rendered(messages, [(len(messages), add_generation_prompt)])[0]
+        return self._rendered(messages, [(len(messages), add_generation_prompt)], tools)[0]
 
-    def turns(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
+    def _require_support(self, messages: Messages, tools: Tools) -> None:
+        """DataError for a template that does not take what only some templates take.
+
+        It must write something else without the tools, tool calls or messages of a rare role, and
+        the same for a content of one part as for the text of this part. Each kind is tried with the
+        first conversation that has it.
+        """
+        for kind, whole, without in _left_out(messages, tools):
+            if kind not in self._supported and self._writes_same(whole, without):
+                raise DataError(f"{self.where} leaves out {kind}: take them out of the record")
+            self._supported.add(kind)
+        for kind, in_parts, as_text in _in_parts(messages, tools):
+            if kind not in self._supported and not self._writes_same(in_parts, as_text):
+                raise DataError(f"{self.where} does not take {kind}: give 'content' as one text")
+            self._supported.add(kind)
+
+    def _writes_same(self, one: Given, other: Given) -> bool:
+        """Whether the template writes one text for both, and refuses neither."""
+        try:
+            return self.render(one[0], tools=one[1]) == self.render(other[0], tools=other[1])
+        except DataError:
+            return False
+
+    def turns(
+        self, messages: Messages, tools: Tools = None, first: int = 0
+    ) -> tuple[str, list[tuple[int, int]]]:
         """(text, [(start, end)] of the turns to learn, in characters of the text).
 
-        DataError if no turn can be told from the rest of what the template writes.
+        Messages before number `first` are not learned. DataError if no turn can be told from the
+        rest of what the template writes, or it does not take what the messages have.
         """
         parts = [(len(messages), False)]
         for place, message in enumerate(messages):
-            if message["role"] == "assistant":
+            if message["role"] == "assistant" and place >= first:
                 parts += [(place, True), (place + 1, False)]
-        text, (_, *edges) = self._rendered(messages, parts)
+        self._require_support(messages, tools)
+        text, (_, *edges) = self._rendered(messages, parts, tools)
         spans = []
         for start, end in zip(edges[::2], edges[1::2], strict=True):
             if start is not None and end is not None and start < end:
@@ -176,13 +244,13 @@ class Chat:
             )
         return text, spans
 
-    def encode(self, messages: Messages) -> Example:
-        """The conversation in tokens, the assistant's turns to be learned.
+    def encode(self, messages: Messages, tools: Tools = None, first: int = 0) -> Example:
+        """The conversation in tokens, the assistant's turns from message `first` on to be learned.
 
         The ids are those of the whole text, no special tokens added: the template has written them.
         A token across the edge of a turn is learned, as one at the edge of a prompt is.
         """
-        text, spans = self.turns(messages)
+        text, spans = self.turns(messages, tools, first)
         ids, starts, ends = self.tokenizer.encode_with_edges(text)
         learned = np.zeros(len(ids), bool)
         size = 0
@@ -192,5 +260,41 @@ class Chat:
         marks = learned & np.isin(ids, self.tokenizer.added)
         for start, end in zip(starts[marks].tolist(), ends[marks].tolist(), strict=True):
             size -= len(text[start:end].encode())
-        turns = sum(message["role"] == "assistant" for message in messages)
+        turns = sum(message["role"] == "assistant" for message in messages[first:])
         return Example(ids, learned, learned & ~marks, max(0, size), turns - len(spans))
+
+
+def _left_out(messages: Messages, tools: Tools) -> Iterator[tuple[str, Given, Given]]:
+    """(kind, a conversation with it, the same without it) for each kind that the messages have.
+
+    The kinds are those that a template may leave out: tools, tool calls, and rare roles.
+    """
+    if tools:
+        yield "'tools'", (messages, tools), (messages, None)
+    if any("tool_calls" in message for message in messages):
+        # Many of the templates that leave tool calls out cannot write a null content.
+        whole = [{**message, "content": message.get("content") or ""} for message in messages]
+        without = []
+        for message in whole:
+            without.append({key: message[key] for key in message if key != "tool_calls"})
+        yield "'tool_calls'", (whole, tools), (without, tools)
+    for role in RARE_ROLES:
+        others = [message for message in messages if message["role"] != role]
+        if len(others) < len(messages):
+            yield f"messages of role {role}", (messages, tools), (others, tools)
+
+
+def _in_parts(messages: Messages, tools: Tools) -> Iterator[tuple[str, Given, Given]]:
+    """(kind, a conversation with one part in each content of parts, the same with its text as the
+    content) for each role that has content in parts."""
+    has_parts = [type(message.get("content")) is list for message in messages]
+    one_part = []
+    for message, in_parts in zip(messages, has_parts, strict=True):
+        one_part.append({**message, "content": message["content"][:1]} if in_parts else message)
+    for role in ROLES:
+        as_text = list(one_part)
+        for place, message in enumerate(one_part):
+            if has_parts[place] and message["role"] == role:
+                as_text[place] = {**message, "content": message["content"][0]["text"]}
+        if as_text != one_part:
+            yield f"content in parts for role {role}", (one_part, tools), (as_text, tools)

@@ -1,9 +1,12 @@
-"""Fine-tuning data: one JSON record per line, read strictly, encoded, and packed into windows.
+"""Fine-tuning data: JSON records, read strictly, encoded, and packed into windows.
 
-    {"text": "..."}                           all tokens but the first are learned
-    {"prompt": "...", "completion": "..."}    only the completion is learned
-    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-                                              only the assistant's turns are learned
+    a text                      all tokens but the first are learned
+    a prompt and completion     only the completion is learned
+    a conversation              only the assistant's turns are learned
+    an instruction and answer   only the answer is learned: with a chat template as a conversation,
+                                without one after Alpaca's prompt
+
+shapes.py has the fields of each, files.py the files.
 
 The model's end-of-text token (`special.py`), if it has one, follows each record: it teaches a model
 to stop. Bytes have none, so records follow each other bare: end them with a line break of your own.
@@ -13,28 +16,25 @@ A conversation is exactly what its chat template writes.
 from __future__ import annotations
 
 import contextlib
-import io
 import math
-import os
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataError
-from ..formats.disk import JsonObject, PathLike, open_regular, parse_json, quoted
+from ..errors import DataError, NothingToLearnError
+from ..formats.disk import PathLike, quoted
 from .batches import PackedRecords, require_positive
-from .chat import Chat, Example, conversation
+from .chat import Chat, Example
+from .files import DataFile, open_data
+from .shapes import Completion, Content, Instruction, read_shape
 from .texts import held_out_size
-from .tokenizer import Tokenizer
+from .tokenizer import ByteTokenizer, Tokenizer
 
-SUFFIX = ".jsonl"
-MAX_LINE_BYTES = 16 << 20  # a line is the only part of a file that is in memory as a whole
-MAX_VALUES = 1 << 16  # of JSON in a line: a record has four, and a conversation hundreds
-PAIR = ("prompt", "completion")
-KINDS = {"text": ("text",), "messages": ("messages",), "prompt": PAIR, "completion": PAIR}
+MAX_COLUMNS = 100  # unused columns that are counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,97 +53,156 @@ class Record:
 
 
 def is_records(path: PathLike) -> bool:
-    """Whether a file is read as records: its name ends in .jsonl."""
-    return os.fsdecode(path).lower().endswith(SUFFIX)
+    """Whether a file is read as records, which its content decides (`open_data`)."""
+    return open_data(path).is_records
 
 
-def read_records(path: PathLike, tokenizer: Tokenizer, context: int) -> list[Record]:
-    """The records of a file of JSON lines in UTF-8, of at most T + 1 = context + 1 tokens each.
+@dataclass
+class _Tally:
+    """What is counted while records are read, and is reported once per file.
 
-    Empty lines are skipped. Longer records lose their ends, and one warning says how many tokens of
-    the whole that were. Others say how many turns of the assistant's are not learned (see `Chat`),
-    and that the model has no token that ends a text. Errors name the line. FormatError for a line
-    that is not JSON (`parse_json`); DataError for a line with other keys or types or without a
-    token to learn, for a conversation that no chat template can write, and for a file without
-    records. OSError if the file cannot be read.
+    kept       records
+    cut        those of them that lost their ends: `lost` of `total` tokens
+    turns      of the assistant that are not learned
+    open       records that no token ends
+    skipped    records without a token to learn; `first` says where the first is, and why
+    columns    {name of a column that is not used: the records that have it}
+    """
+
+    kept: int = 0
+    cut: int = 0
+    lost: int = 0
+    total: int = 0
+    turns: int = 0
+    open: int = 0
+    skipped: int = 0
+    first: str = ""
+    columns: Counter[str] = field(default_factory=Counter)
+
+    def count(self, example: Example, record: Record) -> None:
+        lost = len(example.ids) - len(record.ids)
+        self.kept += 1
+        self.cut += lost > 0
+        self.lost += lost
+        self.total += len(example.ids)
+        self.turns += example.skipped
+        self.open += example.is_open
+
+    def skip(self, place: str, reason: str) -> None:
+        self.skipped += 1
+        self.first = self.first or f"{place} ({reason})"
+
+    def count_columns(self, names: list[str]) -> None:
+        for name in names:
+            if name in self.columns or len(self.columns) < MAX_COLUMNS:
+                self.columns[name] += 1
+
+    def reports(self, path: PathLike, context: int) -> Iterator[str]:
+        """One sentence for each thing that a user should know."""
+        if self.cut:
+            yield (
+                f"{quoted(path)}: {self.cut:,} of {self.kept:,} records are longer than "
+                f"{context + 1} tokens and lose their ends, {self.lost:,} of {self.total:,} "
+                "tokens: see --context"
+            )
+        if self.turns:
+            yield (
+                f"{quoted(path)}: {self.turns:,} of the assistant's turns are not learned: the "
+                "chat template writes them differently once others follow"
+            )
+        if self.skipped:
+            yield (
+                f"{quoted(path)}: {self.skipped:,} of {self.kept + self.skipped:,} records are "
+                f"skipped, the first at {self.first}"
+            )
+        if self.columns:
+            counts = [f"{quoted(k, 40)} ({n:,})" for k, n in self.columns.most_common(5)]
+            more = ["..."] if len(self.columns) > 5 else []
+            yield (
+                f"{quoted(path)}: columns that are not used (number of records that have them): "
+                f"{', '.join(counts + more)}"
+            )
+
+
+def read_records(
+    path: PathLike | DataFile, tokenizer: Tokenizer, context: int, strict: bool = False
+) -> list[Record]:
+    """The records of a file, of at most T + 1 = context + 1 tokens each.
+
+    Longer records lose their ends. A record of which nothing can be learned is skipped: it is
+    empty, or its prompt fills the context. One warning each says how many, as for the turns of the
+    assistant's that are not learned (see `Chat`), and which columns are not used. With `strict`, a
+    record that is cut or skipped is a DataError.
+
+    Errors name the line or the record. FormatError for what is not JSON (`parse_json`); DataError
+    for a record of no known shape, for a conversation that no chat template can write, and for a
+    file without a record to learn. OSError if the file cannot be read.
     """
     require_positive(context=context)
+    file = path if isinstance(path, DataFile) else open_data(path, must_be_records=True)
     records = []
-    cut = lost = total = skipped = 0
-    is_open = False  # whether a record has no template that writes its end
-    with contextlib.ExitStack() as stack:
-        chat = None
-        for where, line in _lines(path):
-            fields = _check_fields(parse_json(line, where, values=MAX_VALUES), where)
+    tally = _Tally()
+    with _encoder(tokenizer) as encode:
+        for where, fields in file.records():
             try:
-                if "messages" in fields:
-                    chat = chat or stack.enter_context(Chat(tokenizer))
-                    example = chat.encode(conversation(fields["messages"]))
-                elif "text" in fields:
-                    example = _encode(tokenizer, "", fields["text"])
-                else:
-                    example = _encode(tokenizer, fields["prompt"], fields["completion"])
-                is_open |= "messages" not in fields
+                content, columns = read_shape(fields)
+                tally.count_columns(columns)
+                example = encode(content)
                 record = _cut(example, context)
+            except NothingToLearnError as error:
+                if strict:
+                    raise DataError(f"{where}: {error}") from None
+                tally.skip(where.removeprefix(quoted(file.path)).strip(), str(error))
+                continue
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
+            if strict and len(record.ids) < len(example.ids):
+                raise DataError(
+                    f"{where}: {len(example.ids):,} tokens, at most {context + 1:,} fit into a "
+                    f"context of {context}: shorten it or give a larger --context"
+                )
+            tally.count(example, record)
             records.append(record)
-            total += len(example.ids)
-            lost += len(example.ids) - len(record.ids)
-            cut += len(example.ids) > len(record.ids)
-            skipped += example.skipped
     if not records:
-        raise DataError(f"{quoted(path)} has no record to train on")
-    if is_open and tokenizer.missing_end:
+        reason = f": all {tally.skipped:,} are skipped, the first at {tally.first}"
+        raise DataError(
+            f"{quoted(file.path)} has no record to train on{reason if tally.skipped else ''}"
+        )
+    if tally.open:
         warnings.warn(
             f"{tokenizer.missing_end}: a model does not learn where the records of "
-            f"{quoted(path)} end",
+            f"{quoted(file.path)} end",
             stacklevel=2,
         )
-    if cut:
-        warnings.warn(
-            f"{quoted(path)}: {cut:,} of {len(records):,} records are longer than {context + 1} "
-            f"tokens and lose their ends, {lost:,} of {total:,} tokens: see --context",
-            stacklevel=2,
-        )
-    if skipped:
-        warnings.warn(
-            f"{quoted(path)}: {skipped:,} of the assistant's turns are not learned: the chat "
-            "template writes them differently once others follow",
-            stacklevel=2,
-        )
+    for report in tally.reports(file.path, context):
+        warnings.warn(report, stacklevel=2)
     return records
 
 
-def _lines(path: PathLike) -> Iterator[tuple[str, bytes]]:
-    """(file and number, line) of each line that is not empty, one of them in memory at a time."""
-    with open_regular(path) as raw, io.BufferedReader(raw) as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            where = f"{quoted(path)} line {number}"
-            if len(line) > MAX_LINE_BYTES:
-                raise DataError(
-                    f"{where}: longer than {MAX_LINE_BYTES:,} bytes, expected one record per line"
-                )
-            if line.strip(b" \t\r\n"):
-                yield where, line
+@contextlib.contextmanager
+def _encoder(tokenizer: Tokenizer) -> Iterator[Callable[[Content], Example]]:
+    """A function that gives the tokens of a record's content.
+
+    The process of the chat template starts with the first conversation, and ends with the block.
+    """
+    with contextlib.ExitStack() as stack:
+        chat: Chat | None = None
+
+        def encode(content: Content) -> Example:
+            nonlocal chat
+            if isinstance(content, Instruction):
+                has_template = _has_template(tokenizer)
+                content = content.as_conversation() if has_template else content.as_completion()
+            if isinstance(content, Completion):
+                return _encode(tokenizer, content.prompt, content.text)
+            chat = chat or stack.enter_context(Chat(tokenizer))
+            return chat.encode(*content)
+
+        yield encode
 
 
-def _check_fields(record: JsonObject, where: str) -> JsonObject:
-    """The record itself, if it has the keys of its kind, and texts under all but 'messages'."""
-    keys = next((KINDS[key] for key in record if key in KINDS), ())
-    if not keys or set(record) != set(keys):
-        names = ", ".join(quoted(key, 40) for key in list(record)[:5])
-        raise DataError(
-            f"{where}: expected 'text', or 'prompt' and 'completion', or 'messages', and no other "
-            f"key, found {names or 'nothing'}"
-        )
-    for key in keys:
-        kind = type(record[key])
-        if key != "messages" and kind is not str:
-            raise DataError(f"{where}: expected {key!r} to be a text, found {kind.__name__}")
-    return record
+def _has_template(tokenizer: Tokenizer) -> bool:
+    return not isinstance(tokenizer, ByteTokenizer) and tokenizer.chat_template is not None
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, text: str) -> Example:
@@ -166,7 +225,8 @@ def _encode(tokenizer: Tokenizer, prompt: str, text: str) -> Example:
     learned, spoken = np.zeros((2, len(ids)), bool)
     learned[start:] = True
     spoken[start:end] = True
-    return Example(ids, learned, spoken, len(text.encode()))
+    is_open = bool(tokenizer.missing_end)
+    return Example(ids, learned, spoken, len(text.encode()), is_open=is_open)
 
 
 def _cut(example: Example, context: int) -> Record:
@@ -184,7 +244,7 @@ def _cut(example: Example, context: int) -> Record:
             )
         elif example.learned[:1].all():
             reason = "no token follows its first"
-        raise DataError(f"nothing to learn: {reason}")
+        raise NothingToLearnError(f"nothing to learn: {reason}")
     bytes_per_spoken = example.size / max(1, int(np.count_nonzero(example.spoken)))
     size = bytes_per_spoken * np.count_nonzero(example.spoken[:n] & learned)
     return Record(example.ids[:n].copy(), learned, size)

@@ -126,10 +126,10 @@ def _token_text(name: str, value: Any, path: Path) -> str | None:
 # ---- what surrounds a text -----------------------------------------------------------------------
 
 
-def surrounding_ids(processor: JsonObject | None) -> tuple[Ids, Ids]:
+def surrounding_ids(processor: JsonObject | None, where: str = "tokenizer.json") -> tuple[Ids, Ids]:
     """(before, after): the ids that a post-processor of tokenizer.json puts around one text.
 
-    DataError for more than MAX_SURROUNDING of them.
+    DataError, which begins with `where`, for more than MAX_SURROUNDING of them.
     """
     before: list[int] = []
     after: list[int] = []
@@ -145,7 +145,8 @@ def surrounding_ids(processor: JsonObject | None) -> tuple[Ids, Ids]:
                 after.extend(piece)
             if len(start) + len(before) + len(after) > MAX_SURROUNDING:
                 raise DataError(
-                    f"the post_processor puts more than {MAX_SURROUNDING} tokens around a text"
+                    f"{where}: its post_processor puts more than {MAX_SURROUNDING} tokens "
+                    "around a text: use a tokenizer.json with fewer"
                 )
         before = start + before
     return tuple(before), tuple(after)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ConfigError, DataError, FormatError
-from ..formats.disk import PathLike, open_regular, quoted
+from ..formats.disk import PathLike, name_errors, open_regular, quoted
 
 Document = tuple[str, bytes]  # (name, text)
 Documents = list[Document]
@@ -78,7 +78,8 @@ def python_sources(limit: int = 3_000_000) -> Documents:
     paths.sort(key=lambda path: (zlib.crc32(os.fsencode(path)), path))
     sources = []
     for path in paths:
-        text = (root / path).read_bytes()
+        with name_errors(root / path):
+            text = (root / path).read_bytes()
         if 0 < len(text) <= limit and text.decode("utf-8", "ignore").encode() == text:
             sources.append((path, text))
             limit -= len(text)
@@ -112,7 +113,8 @@ def four_tasks(limit: int = 400_000) -> dict[str, Documents]:
 
 
 def _read(path: Path) -> Document:
-    return path.name, path.read_bytes()
+    with name_errors(path):
+        return path.name, path.read_bytes()
 
 
 def _unicode() -> Iterator[Document]:

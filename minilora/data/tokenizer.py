@@ -1,14 +1,16 @@
 """Tokenizers: bytes, and a model's own tokenizer.json, which needs the package `tokenizers`.
 
+A tokenizer.json is of unknown origin: it runs in a process of its own (sandbox.py).
+
 Whether the ids fit a model's vocabulary is checked where the model is known.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from ..formats.contents import describe_content
 from ..formats.disk import (
     JsonObject,
     PathLike,
@@ -27,6 +30,7 @@ from ..formats.disk import (
     read_json,
     write_json,
 )
+from .sandbox import Sandbox
 from .special import (
     MAP_FILE,
     SETTINGS_FILE,
@@ -40,6 +44,16 @@ from .special import (
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest in use, of 256,000 tokens, take about 35 MB
+
+# What a tokenizer.json may take: some ten times the processor time, and three times the memory, of
+# the slowest tokenizers in use.
+LOADING_SECONDS = 1.0
+LOADING_SECONDS_PER_BYTE = 1e-6
+LOADING_MEMORY = 1 << 29
+LOADING_MEMORY_PER_BYTE = 64
+CALL_SECONDS = 0.001
+SECONDS_PER_BYTE = 1e-5
+MEMORY_PER_BYTE = 512
 
 # Fields of tokenizer.json that change no id. (transformers drops or rewrites them.)
 HARMLESS = {"version", "decoder", "truncation", "padding"}
@@ -131,12 +145,14 @@ class ByteTokenizer:
 
 
 class HubTokenizer:
-    """Any other tokenizer.json, run by the `tokenizers` package.
+    """Any other tokenizer.json, run by the `tokenizers` package in a process with limits.
 
     special       the model's special tokens (special.py)
     missing_end   a note if no token ends a text, else empty
+    added         the ids of the tokens that a text is searched for before it is cut up
 
-    DataError for a file that the package cannot run, or that gives two tokens one id.
+    DataError for a file that the package cannot run, that gives two tokens one id, or that takes
+    more time or memory than tokenizers in use.
     """
 
     FILES = (TOKENIZER_FILE, SETTINGS_FILE, MAP_FILE, TEMPLATE_FILE)
@@ -145,36 +161,23 @@ class HubTokenizer:
     def __init__(self, directory: PathLike, vocab_size: int):
         self._path = os.path.join(directory, TOKENIZER_FILE)
         where = quoted(self._path)
-        try:
-            import tokenizers
-        except ImportError:
-            raise DataError(
-                f"{where} needs the package 'tokenizers': pip install -e .[hf]"
-            ) from None
-        with self._usable():
-            self._tokenizer = tokenizers.Tokenizer.from_file(self._path)
-        self._padding = self._tokenizer.padding
-        # A file may ask for both, but a corpus is one long text.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
-        if len(set(ids)) < max(1, len(ids)):
-            raise DataError(
-                f"{where}: expected at least one token and an id of its own for each of {len(ids)}"
-            )
-        self.vocab_size = max(ids) + 1
         self._files = {}
         for name in self.FILES:
             path = Path(directory, name)
             if os.path.isfile(path):
-                with open_regular(path) as file:
-                    if os.fstat(file.fileno()).st_size > MAX_TOKENIZER_BYTES:
-                        raise DataError(
-                            f"{quoted(path)}: expected at most {MAX_TOKENIZER_BYTES} bytes"
-                        )
-                    self._files[name] = file.read()
-
-        self.special = self._read_special_tokens(directory, vocab_size)
+                self._files[name] = _read_bytes(path)
+        content = self._files[TOKENIZER_FILE]
+        seconds = LOADING_SECONDS + LOADING_SECONDS_PER_BYTE * len(content)
+        memory = LOADING_MEMORY + LOADING_MEMORY_PER_BYTE * len(content)
+        self._sandbox = Sandbox(where, {"tokenizer": content}, seconds, memory)
+        summary = self._ask("summary", 0)
+        if summary["ids"] < max(1, summary["tokens"]):
+            raise DataError(
+                f"{where}: expected at least one token and an id of its own for each of "
+                f"{summary['tokens']}"
+            )
+        self.vocab_size = summary["largest"] + 1
+        self.special = self._read_special_tokens(directory, vocab_size, summary)
         self.missing_end = ""
         if not self.special.eos:
             self.missing_end = (
@@ -182,30 +185,27 @@ class HubTokenizer:
                 "tokenizer_config.json, or eos_token_id in generation_config.json)"
             )
 
-    def _read_special_tokens(self, directory: PathLike, vocab_size: int) -> SpecialTokens:
-        """The model's special tokens, which `self._tokenizer` then finds in texts, too."""
-        from tokenizers import AddedToken
-
+    def _read_special_tokens(
+        self, directory: PathLike, vocab_size: int, summary: JsonObject
+    ) -> SpecialTokens:
+        """The model's special tokens, which the tokenizer then finds in texts, too."""
         is_byte_level = b'"ByteLevel"' in self._files[TOKENIZER_FILE]
         default = default_tokens(directory, self._settings, is_byte_level)
-        if self._padding is not None:
-            default = {"pad_token": self._padding["pad_token"], **default}
+        if summary["pad_token"] is not None:
+            default = {"pad_token": summary["pad_token"], **default}
         named = named_tokens(directory, self._settings, default)
-        token_to_id = self._tokenizer.token_to_id
-        with self._usable():
-            added = {t.content for t in self._tokenizer.get_added_tokens_decoder().values()}
-            # transformers cuts a text at each of them, even if tokenizer.json does not list it.
-            texts = {token.text for token in named.values()} - added
-            missing = [
-                AddedToken(text, special=True)
-                for text in sorted(texts)
-                if token_to_id(text) is not None
-            ]
-            self._tokenizer.add_special_tokens(missing)
-            processor = self._tokenizer.post_processor
-            state = None if processor is None else json.loads(processor.__getstate__())
-            around = surrounding_ids(state)
-        return read_special_tokens(directory, named, token_to_id, around, vocab_size)
+        # transformers cuts a text at each of them, even if tokenizer.json does not list it.
+        texts = sorted({token.text for token in named.values()})
+        self._sandbox.program["special"] = texts  # for a process that starts again
+        added = self._ask("add_special", sum(map(len, texts)), texts=texts)
+        self.added: list[int] = added["added"]
+        around = surrounding_ids(summary["processor"], quoted(self._path))
+        return read_special_tokens(directory, named, added["ids"].get, around, vocab_size)
+
+    def _ask(self, method: str, size: int, **fields: Any) -> Any:
+        """What a method of sandboxed.py's Tokenizer returns for a text or ids of so many bytes."""
+        seconds = CALL_SECONDS + SECONDS_PER_BYTE * size
+        return self._sandbox.ask({"do": method, **fields}, seconds, MEMORY_PER_BYTE * size)
 
     @cached_property
     def _settings(self) -> JsonObject:
@@ -217,15 +217,11 @@ class HubTokenizer:
         try:
             settings = json.loads(self._files.get(SETTINGS_FILE, b"{}"))
         except (ValueError, RecursionError):
+            content = describe_content(self._files[SETTINGS_FILE])
+            reason = f"it is {content}" if content else "it cannot be parsed"
             where = f"the {SETTINGS_FILE} beside {quoted(self._path)}"
-            raise DataError(f"{where} is not JSON") from None
+            raise DataError(f"{where} is not JSON: {reason}") from None
         return settings if isinstance(settings, dict) else {}
-
-    @cached_property
-    def added(self) -> list[int]:
-        """The ids of the special tokens, which a text is searched for before it is cut up."""
-        with self._usable():
-            return sorted(self._tokenizer.get_added_tokens_decoder())
 
     @property
     def chat_template(self) -> tuple[str, str] | None:
@@ -249,6 +245,9 @@ class HubTokenizer:
             return None
         where = f"{name} beside {quoted(self._path)}"
         if isinstance(template, bytes):
+            content = describe_content(template)
+            if template and content:
+                raise DataError(f"{where} is not a template: it is {content}")
             try:
                 template = template.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -257,36 +256,20 @@ class HubTokenizer:
             raise DataError(f"{where}: expected a text, found {type(template).__name__}")
         return template, where
 
-    @contextmanager
-    def _usable(self) -> Iterator[None]:
-        """DataError for what the package cannot do with this file.
-
-        It raises plain Exceptions, and panics (BaseExceptions) for a file that it did not check:
-        with a pattern that does not end, say, which it gives up after ten million steps.
-        """
-        try:
-            yield
-        except BaseException as error:
-            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise DataError(
-                    f"{quoted(self._path)} is not a usable tokenizer: {str(error)!r:.200}"
-                ) from None
-            raise
-
     def encode(self, text: str | bytes, add_special_tokens: bool = False) -> NDArray[np.int32]:
         """The ids of a text in UTF-8.
 
         `add_special_tokens` puts what the file asks for around it (a BOS, say).
         """
+        data = _utf8(text)
         try:
-            decoded = _utf8(text).decode("utf-8")
+            data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(
                 f"the text is not UTF-8 at byte {error.start}; this model's tokenizer needs that"
             ) from None
-        with self._usable():
-            encoding = self._tokenizer.encode(decoded, add_special_tokens=add_special_tokens)
-            return np.array(encoding.ids, np.int32)
+        ids = self._ask("encode", len(data), text=data, special=add_special_tokens)
+        return _unpacked(ids)
 
     def encode_prompt(self, text: str | bytes) -> NDArray[np.int32]:
         """The ids of a text that is to be continued, in training and in generation.
@@ -300,18 +283,6 @@ class HubTokenizer:
             return ids
         return np.concatenate([before, ids])
 
-    @cached_property
-    def _bare(self) -> Any:
-        """The tokenizer without what it puts around a text.
-
-        In some files that trims spaces off tokens' places, too.
-        """
-        import tokenizers
-
-        bare = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-        bare.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
-        return bare
-
     def encode_with_edges(
         self, text: str
     ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
@@ -319,24 +290,35 @@ class HubTokenizer:
 
         No special tokens are added. Each part of a character has all of it.
         """
-        _utf8(text)
-        with self._usable():
-            encoding = self._bare.encode(text, add_special_tokens=False)
-        starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        return np.array(encoding.ids, np.int32), starts, ends
+        data = _utf8(text)
+        ids, starts, ends = self._ask("edges", len(data), text=data)
+        starts, ends = (_unpacked(places).astype(np.int64) for places in (starts, ends))
+        return _unpacked(ids), starts, ends
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self.decode(ids).encode("utf-8")
+        numbers = [int(i) for i in ids]
+        return base64.b64decode(self._ask("decode", 8 * len(numbers), ids=numbers))
 
     def decode(self, ids: Iterable[int]) -> str:
-        with self._usable():
-            return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+        return self.decode_bytes(ids).decode("utf-8")
 
     def save(self, directory: PathLike) -> None:
         """Write the files again as they were read."""
         for name, content in self._files.items():
             with atomic_file(Path(directory, name)) as file:
                 file.write(content)
+
+
+def _read_bytes(path: Path) -> bytes:
+    with open_regular(path) as file:
+        if file.size() > MAX_TOKENIZER_BYTES:
+            raise DataError(f"{quoted(path)}: expected at most {MAX_TOKENIZER_BYTES} bytes")
+        return file.read()
+
+
+def _unpacked(packed: str) -> NDArray[np.int32]:
+    """The array of `sandboxed.py`, in memory of its own."""
+    return np.frombuffer(base64.b64decode(packed), np.int32).copy()
 
 
 Tokenizer = ByteTokenizer | HubTokenizer

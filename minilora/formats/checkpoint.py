@@ -8,8 +8,9 @@ how the files of a type of model hold a weight (O, I): as it is, or transposed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -137,8 +138,44 @@ class Checkpoint(Tensors):
         """One tensor as it is stored; BF16 comes as uint16."""
         return self._file(key).read_bits(key)
 
+    def require_floats(self, keys: Iterable[str]) -> None:
+        """FormatError for the first of these tensors that does not hold floats."""
+        for key in keys:
+            self._file(key).require_floats([key])
+
     def close(self) -> None:
         self._opened.close()
+
+
+def describe_prefix(keys: Iterable[str], expected: Collection[str]) -> str:
+    """How the unknown ones of `keys` differ from the expected ones, if only their beginnings do.
+
+    "" if nothing is unknown, or if one new beginning does not make all of them expected.
+    """
+    names = set(expected)
+    unknown = [key for key in keys if key not in names and not key.endswith(BUFFERS)]
+    if not unknown or not names:
+        return ""
+    parts = unknown[0].split(".")
+    nearest = max(names, key=lambda name: (_common_end(parts, name.split(".")), -len(name), name))
+    common = _common_end(parts, nearest.split("."))
+    end = "".join(f".{part}" for part in parts[len(parts) - common :])
+    old = f".{unknown[0]}".removesuffix(end).removeprefix(".")
+    new = f".{nearest}".removesuffix(end).removeprefix(".")
+    old, new = (f"{prefix}." if prefix else "" for prefix in (old, new))
+    known = [key.startswith(old) and new + key[len(old) :] in names for key in unknown]
+    of_another_layer = any(part.isdecimal() for part in (old + new).split("."))
+    if common < 2 or of_another_layer or not all(known):
+        return ""
+    given = f"begin with {quoted(old)}" if old else "have no prefix"
+    wanted = f"{quoted(new)} is expected" if new else "none is expected"
+    return f"its keys {given} where {wanted}: rename them"
+
+
+def _common_end(one: list[str], other: list[str]) -> int:
+    """The number of parts at the end in which two names agree."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _read_index(path: Path) -> dict[str, set[str]]:

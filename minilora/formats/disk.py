@@ -24,6 +24,7 @@ from itertools import accumulate
 from typing import Any, BinaryIO
 
 from ..errors import ConfigError, FormatError
+from .contents import describe_content
 
 PathLike = str | os.PathLike[str]
 JsonObject = dict[str, Any]
@@ -58,6 +59,49 @@ def quoted(text: object, limit: int = 120) -> str:
 
 
 @contextmanager
+def name_errors(path: PathLike, *hidden: str) -> Iterator[None]:
+    """Let an OSError in the block name `path` if it names no file, or only one that is `hidden`.
+
+    A full disk, or one that fails while it is read, does not say by itself which file that was.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or error.filename in hidden:
+            error.filename = os.fspath(path)
+            error.filename2 = None
+        raise
+
+
+class RegularFile(FileIO):
+    """An unbuffered file to read whose errors name it."""
+
+    def __init__(self, descriptor: int, path: PathLike) -> None:
+        super().__init__(descriptor, "rb")
+        self.path = path
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        with name_errors(self.path):
+            return super().read(size)
+
+    def readall(self) -> bytes:
+        with name_errors(self.path):
+            return super().readall()
+
+    def readinto(self, buffer: Any, /) -> int:
+        with name_errors(self.path):
+            return super().readinto(buffer)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        with name_errors(self.path):
+            return super().seek(offset, whence)
+
+    def size(self) -> int:
+        with name_errors(self.path):
+            return os.fstat(self.fileno()).st_size
+
+
+@contextmanager
 def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
     """A binary file to write that becomes `path` when the block ends well; else the old one stays.
 
@@ -70,7 +114,7 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
     mode = None
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError), name_errors(path, target):
         mode = os.stat(target).st_mode
     # Renaming over /dev/null would destroy the device.
     if mode is not None and not stat.S_ISREG(mode):
@@ -81,23 +125,21 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
     _being_written.add(temporary)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY
     try:
-        # The kernel cuts mode 0666 by the umask; to read the umask in Python would race with other
-        # threads.
-        descriptor = os.open(temporary, flags, 0o666)
-        with os.fdopen(descriptor, "wb") as file:
-            if mode is not None:
-                os.chmod(temporary, stat.S_IMODE(mode))
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        sync_folder(folder)
-    except BaseException as error:  # KeyboardInterrupt too: nothing half-written may stay behind
+        with name_errors(path, temporary):
+            # The kernel cuts mode 0666 by the umask; to read the umask in Python would race with
+            # other threads.
+            descriptor = os.open(temporary, flags, 0o666)
+            with os.fdopen(descriptor, "wb") as file:
+                if mode is not None:
+                    os.chmod(temporary, stat.S_IMODE(mode))
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+            sync_folder(folder)
+    except BaseException:  # KeyboardInterrupt too: nothing half-written may stay behind
         with suppress(FileNotFoundError):
             os.unlink(temporary)
-        # A full disk does not say by itself which file had no space.
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = os.fspath(path)
         raise
     finally:
         _being_written.discard(temporary)
@@ -117,10 +159,13 @@ def _remove_stale(folder: str, stem: str) -> None:
     """Remove `atomic_file`'s temporary files of this stem whose process has ended."""
     with suppress(OSError):  # a folder that may not be listed can still be written to
         for name in os.listdir(folder):
-            number, dash, rest = name.removeprefix(stem).partition("-")
-            if name.startswith(stem) and number.isdecimal() and dash and len(rest) == 8:
+            number, _, rest = name.removeprefix(stem).partition("-")
+            # Exactly the names that atomic_file makes: any other is somebody else's file.
+            is_random = len(rest) == 8 and set(rest) <= set("0123456789abcdef")
+            if name.startswith(stem) and number.isdecimal() and is_random:
                 path = os.path.join(folder, name)
-                if path not in _being_written and not _is_another(int(number)):
+                is_file = stat.S_ISREG(os.lstat(path).st_mode)
+                if is_file and path not in _being_written and not _is_another(int(number)):
                     os.unlink(path)
 
 
@@ -145,12 +190,13 @@ def sync_folder(folder: PathLike) -> None:
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        with name_errors(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def open_regular(path: PathLike) -> FileIO:
+def open_regular(path: PathLike) -> RegularFile:
     """A regular file, opened for unbuffered reading. FormatError for anything else.
 
     OSError when it cannot be opened.
@@ -158,10 +204,15 @@ def open_regular(path: PathLike) -> FileIO:
     # Without O_NONBLOCK, opening a pipe would wait for a writer.
     flags = os.O_RDONLY | BINARY | getattr(os, "O_NONBLOCK", 0)
     descriptor = os.open(path, flags)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        with name_errors(path):
+            is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        if not is_regular:
+            raise FormatError(f"{quoted(path)} is not a regular file")
+    except BaseException:
         os.close(descriptor)
-        raise FormatError(f"{quoted(path)} is not a regular file")
-    return os.fdopen(descriptor, "rb", buffering=0)
+        raise
+    return RegularFile(descriptor, path)
 
 
 def require_folder(path: PathLike, what: str) -> None:
@@ -236,10 +287,17 @@ def read_json(path: PathLike, limit: int = MAX_JSON_BYTES) -> JsonObject:
     FormatError names the file; OSError if it cannot be read.
     """
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = file.size()
         if size > limit:
             raise FormatError(f"{quoted(path)}: {size} bytes of JSON, expected at most {limit}")
-        return parse_json(file.read(), quoted(path))
+        data = file.read()
+    try:
+        return parse_json(data, quoted(path))
+    except FormatError:
+        content = describe_content(data)
+        if content is None:
+            raise
+        raise FormatError(f"{quoted(path)}: not valid JSON: it is {content}") from None
 
 
 def write_json(path: PathLike, value: JsonObject) -> None:

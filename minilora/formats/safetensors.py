@@ -28,8 +28,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..errors import FormatError
 from ..threads import Workers
+from .contents import HEAD_BYTES, SAFETENSORS, describe_content
 from .disk import PathLike, atomic_file, open_regular, parse_json, quoted, start_writeback
-from .dtypes import bf16_to_float32
+from .dtypes import FLOATS, NUMPY_FLOATS, bf16_to_float32, too_large
 
 Array = NDArray[Any]
 
@@ -104,15 +105,23 @@ class SafetensorsFile(Tensors):
             self._file.close()
             raise
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call some tensors by other names from now on; each must be new."""
+        self._entries = {names.get(name, name): entry for name, entry in self._entries.items()}
+
     def _read_header(self) -> None:
-        size = os.fstat(self._file.fileno()).st_size
+        size = self._file.size()
         length = -1
         if size >= 8:
             length = int.from_bytes(self._bytes(0, 8, "the length of the header"), "little")
         if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            head = bytes(self._bytes(0, min(size, HEAD_BYTES), "the header"))
+            content = describe_content(head)
+            is_other = content not in (None, SAFETENSORS)
+            reason = f"it is {content}" if is_other else f"header of {length} bytes"
             raise FormatError(
-                f"{self._where} is not a safetensors file: header of {length} bytes in a file of "
-                f"{size}; only safetensors are read (no .bin, .pt, .pkl or .npz)"
+                f"{self._where} is not a safetensors file: {reason}, in a file of {size} bytes; "
+                "only safetensors are read (no .bin, .pt, .pkl or .npz)"
             )
         text = bytes(self._bytes(8, length, "the header"))
         if not text.startswith(b"{") or not text.rstrip(b" ").endswith(b"}"):
@@ -223,15 +232,31 @@ class SafetensorsFile(Tensors):
         return stored.astype(stored.dtype.newbyteorder("="), copy=False)
 
     def read(self, name: str, dtype: DTypeLike | None = None) -> Array:
-        """One tensor as `read_bits` gives it, BF16 widened to float32, in `dtype` if given."""
+        """One tensor as `read_bits` gives it, BF16 widened to float32, in `dtype` if given.
+
+        NonFiniteError for a finite number that `dtype` cannot hold.
+        """
         array = self.read_bits(name)
         if self.dtype(name) == "BF16":
             array = bf16_to_float32(array)
         if dtype is None:
             return array
         # A signalling NaN becomes a quiet one, which is not an error here.
-        with np.errstate(invalid="ignore"):
-            return array.astype(dtype, copy=False)
+        try:
+            with np.errstate(invalid="ignore", over="raise"):
+                return array.astype(dtype, copy=False)
+        except FloatingPointError:
+            code = next(code for code, kind in NUMPY_FLOATS.items() if kind == np.dtype(dtype))
+            raise too_large(quoted(name), self._where, code) from None
+
+    def require_floats(self, names: Iterable[str]) -> None:
+        """FormatError for the first of these tensors that does not hold floats."""
+        for name in names:
+            if self.dtype(name) not in FLOATS:
+                raise FormatError(
+                    f"{self._where}: tensor {quoted(name)} is {self.dtype(name)}, expected "
+                    f"{', '.join(FLOATS)}: a weight must be stored as floats; save it again so"
+                )
 
     def close(self) -> None:
         self._file.close()

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from ..autograd import no_grad
-from ..data.texts import prose, python_sources, read_text, split, split_text
+from ..data.files import read_plain_text
+from ..data.texts import prose, python_sources, split, split_text
 from ..data.tokenizer import ByteTokenizer
 from ..errors import ConfigError
 from ..formats import write_json
@@ -125,8 +126,8 @@ def demo(
     seconds: dict[str, float] = {}
     tokenizer = ByteTokenizer()
     texts = {
-        "prose": split_text(read_text(pretrain_data)) if pretrain_data else split(prose()),
-        "code": split_text(read_text(adapt_data)) if adapt_data else split(python_sources()),
+        "prose": split_text(read_plain_text(pretrain_data)) if pretrain_data else split(prose()),
+        "code": split_text(read_plain_text(adapt_data)) if adapt_data else split(python_sources()),
     }
     training = {name: tokenizer.encode(text) for name, (text, _) in texts.items()}
     held_out = {name: tokenizer.encode(text) for name, (_, text) in texts.items()}
@@ -301,8 +302,9 @@ def _draw(
 ) -> list[str]:
     from . import plots  # matplotlib is optional, and slow to import
 
-    if not plots.available():
-        say("(no pictures: pip install -e .[plot])")
+    reason = plots.why_unavailable()
+    if reason:
+        say(f"(no pictures: {reason})")
         return []
     title = "Code, all parameters"
     if plan.adapter:

@@ -5,13 +5,15 @@ Only this file imports matplotlib, which is optional: `pip install -e .[plot]`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shorten
 from ..formats import atomic_file
 
 INK = "#222222"
@@ -33,23 +35,42 @@ STYLE = {
 
 def _pyplot() -> Any:
     try:
-        import matplotlib
+        with _without_backend():
+            import matplotlib
+        matplotlib.use("agg")  # files only: no window, no display
+        import matplotlib.pyplot as plt
     except ImportError:
-        raise ConfigError("pictures need matplotlib: pip install -e .[plot]") from None
-    matplotlib.use("agg")  # files only: no window, no display
-    import matplotlib.pyplot as plt
-
+        raise ConfigError("matplotlib is missing: pip install -e .[plot]") from None
+    except Exception as error:  # its settings, its fonts or its cache: anything may be wrong there
+        text = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"matplotlib cannot be used here: {shorten(text)}") from error
     plt.rcParams.update(STYLE)
     return plt
 
 
-def available() -> bool:
-    """True if pictures can be drawn here."""
+@contextmanager
+def _without_backend() -> Iterator[None]:
+    """Hide MPLBACKEND: matplotlib refuses to be imported with a name that it does not know."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+
+
+def why_unavailable() -> str:
+    """Why no pictures can be drawn here; empty if they can."""
     try:
         _pyplot()
-    except ConfigError:
-        return False
-    return True
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def available() -> bool:
+    """True if pictures can be drawn here."""
+    return not why_unavailable()
 
 
 def _save(plt: Any, figure: Any, path: Path) -> None:

@@ -29,25 +29,25 @@ from ..errors import (
     ConfigError,
     Rule,
     check_fields,
+    integer_rules,
     is_flag,
     is_plain_number,
+    number_rules,
     one_of,
-    rules_for,
 )
 from ..functional import Grads
 from ..nn import Dropout, LinearBase, Parameter, normal
-from .config import LoraConfig, integer_rules
+from .config import MAX_COUNT, LoraConfig
 from .lora import LoraAdapter
 
 RANK_EPS = 1e-5  # PEFT adds this to AdaLoRA's rank before it divides by the rank
 
 
 RULES = [
-    *integer_rules("init_r", "target_r", "total_step"),
-    *integer_rules("tinit", "tfinal", least=0),
-    *integer_rules("deltaT"),
-    *rules_for(("beta1", "beta2"), is_plain_number(above=0, below=1), "between 0 and 1"),
-    Rule("orth_reg_weight", is_plain_number(least=0), "a number of at least 0"),
+    *integer_rules("init_r", "target_r", "total_step", "deltaT", least=1, limit=MAX_COUNT),
+    *integer_rules("tinit", "tfinal", least=0, limit=MAX_COUNT),
+    *number_rules("beta1", "beta2", is_kind=is_plain_number, above=0, below=1),
+    *number_rules("orth_reg_weight", is_kind=is_plain_number, least=0),
     Rule("init_lora_weights", is_flag, "True or False"),
     Rule("use_rslora", one_of(False), f"False: the scaling is lora_alpha / (init_r + {RANK_EPS})"),
     Rule("alpha_pattern", operator.not_, "empty: all layers have one lora_alpha"),

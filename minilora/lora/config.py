@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Mapping
@@ -10,24 +11,26 @@ from typing import Any, TypeGuard
 
 from ..errors import (
     ConfigError,
-    Predicate,
     Rule,
     check_fields,
+    integer_rules,
     is_flag,
-    is_integer,
     is_number,
+    number_rules,
     optional,
     rules_for,
 )
 from ..formats import PEFT_CONFIG_DEFAULTS
 from ..formats.disk import JsonObject
-from .patterns import Pattern
-from .targets import pattern_value
+from .endings import plain_text
+from .patterns import compile_pattern
+from .targets import Layers, pattern_value
 
 # The targets of target_modules=None, by type of model (PEFT's table).
 DEFAULT_TARGETS = {name: ["q_proj", "v_proj"] for name in ("llama", "mistral", "qwen2", "qwen3")}
 DEFAULT_TARGETS["gpt2"] = ["c_attn"]
 HARMLESS = ("peft_version", "revision", "auto_mapping")  # PEFT's fields that change no meaning
+MAX_COUNT = 2**24  # ranks and numbers of steps are below it
 MAX_NAMES = 10_000  # a list of targets longer than any model is a mistake, or an attack
 
 # Limits for the patterns of one file, and for the states of those with a choice, so that reading a
@@ -36,12 +39,6 @@ MAX_PATTERNS = 2000
 MAX_BRANCHING = 2000
 
 # ---- the rules for fields ----------------------------------------------------------------------
-
-
-def integer_rules(*fields: str, least: int = 1, limit: int = 2**24) -> list[Rule]:
-    """The rules that these fields are integers of at least `least`, below `limit`."""
-    wanted = f"an integer of at least {least} and below {limit}"
-    return rules_for(fields, is_integer(least, limit - 1), wanted)
 
 
 def _is_names(value: Any) -> bool:
@@ -78,24 +75,25 @@ def _is_tokens(value: Any) -> bool:
     )
 
 
-def _table_rule(field: str, is_valid: Predicate) -> Rule:
-    """The rule that a field is a dictionary from names to valid values."""
+def _table_rule(field: str, rule: Rule) -> Rule:
+    """The rule that a field is a dictionary from names to values that another rule allows."""
 
     def is_table(table: Any) -> bool:
         if not isinstance(table, dict):
             return False
-        return all(isinstance(key, str) and is_valid(value) for key, value in table.items())
+        return all(isinstance(key, str) and rule.is_valid(value) for key, value in table.items())
 
-    return Rule(field, is_table, "a dictionary from names to positive numbers")
+    return Rule(field, is_table, f"a dictionary in which each name has {rule.wanted}")
 
 
 SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "ensure_weight_tying")
-_RANK = integer_rules("r")
-_is_scale = is_number(above=0, below=1e300, kinds=(int, float))
+_is_scalar = functools.partial(is_number, kinds=(int, float))
+(_RANK,) = integer_rules("r", least=1, limit=MAX_COUNT)
+(_ALPHA,) = number_rules("lora_alpha", is_kind=_is_scalar, above=0, below=1e300)
 RULES = [
-    *_RANK,
-    Rule("lora_alpha", _is_scale, "a positive number"),
-    Rule("lora_dropout", is_number(0, below=1, kinds=(int, float)), "in [0, 1)"),
+    _RANK,
+    _ALPHA,
+    *number_rules("lora_dropout", is_kind=_is_scalar, least=0, below=1),
     Rule("bias", ("none", "all", "lora_only").__contains__, "'none', 'all' or 'lora_only'"),
     Rule(
         "init_lora_weights",
@@ -104,8 +102,8 @@ RULES = [
     ),
     Rule("task_type", (None, "CAUSAL_LM").__contains__, "'CAUSAL_LM' or None"),
     *rules_for(SWITCHES, is_flag, "True or False"),
-    _table_rule("rank_pattern", _RANK[0].is_valid),
-    _table_rule("alpha_pattern", _is_scale),
+    _table_rule("rank_pattern", _RANK),
+    _table_rule("alpha_pattern", _ALPHA),
     Rule("target_modules", _is_names_or_pattern, "a list of names, or a pattern"),
     Rule("target_modules", lambda value: value not in ([], ""), "at least one name"),
     Rule("exclude_modules", _is_names_or_pattern, "a list of names, or a pattern"),
@@ -206,8 +204,12 @@ class LoraConfig:
                 patterns.append(text)
         layers = self.layers_pattern or []
         patterns += [layers] if isinstance(layers, str) else layers
+        Layers(None, layers)  # raises for a pattern that could mean another number than in PEFT
         branching = 0
-        for pattern in map(Pattern, patterns[: MAX_PATTERNS + 1]):
+        for text in patterns[: MAX_PATTERNS + 1]:
+            if plain_text(text) is not None:
+                continue
+            pattern = compile_pattern(text)
             if pattern.width is None:
                 branching += pattern.size
         if len(patterns) > MAX_PATTERNS or branching > MAX_BRANCHING:

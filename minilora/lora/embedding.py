@@ -126,7 +126,7 @@ class LoraEmbedding(Merging, Wrapper):
         return OneHot(base)
 
     def __call__(self, ids: Any) -> Tensor:
-        y = self.base_layer(ids)
+        y = self.refuse_gradients(self.base_layer(ids))
         base = OneHot(self.base_layer)
         for adapter in self.running:
             y = adapter(ids, y, base)

@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, FormatError
-from ..formats import Checkpoint
+from ..formats import Checkpoint, SafetensorsFile
 from ..formats.adapter import open_adapter
+from ..formats.checkpoint import describe_prefix
 from ..formats.disk import quoted
+from ..formats.dtypes import FLOATS, round_to, widen
 from .adalora import AdaLoraConfig
 from .factors import Part
 from .hydra import HydraConfig
-from .names import ENDINGS, ENDS, PREFIX, TOKENS, TRANSPOSED, read_config
+from .names import ENDINGS, ENDS, PREFIX, TOKENS, TRANSPOSED, keys_without_name, read_config
 from .plan import FIRST_EMBEDDINGS, HEAD, Base, Plan, describe_checkpoint, plan_adapter
 from .targets import matches
 
@@ -40,12 +42,13 @@ class AdapterFile:
     where      the folder, quoted for messages
     raw        the fields of adapter_config.json
     config     the configuration that they mean
-    file       the open tensors
+    file       the open tensors, by PEFT's keys
     layers     path -> {"A": key, "B": key, ...}, the keys in the file
     replaced   name of a base's tensor -> key: modules_to_save and trained biases take its place
     tokens     path of an embedding -> key: trainable_token_indices, which replace some of its rows
 
-    FormatError for tensors that are unknown or do not fit each other or the configuration.
+    FormatError for tensors that are not floats, are unknown, or do not fit each other or the
+    configuration.
     """
 
     def __init__(self, folder: str | Path, check: bool = True) -> None:
@@ -57,7 +60,9 @@ class AdapterFile:
         self.tokens: dict[str, str] = {}
         self.saved_name = "default"  # the adapter's name, where PEFT left it in a key
         try:
+            self.file.rename(keys_without_name(self.file.keys()))
             self.config = read_config(self.raw, f"{folder}/adapter_config.json")
+            self.file.require_floats(self.file)
             if check:
                 self._sort_keys()
                 for path in self.layers:
@@ -73,7 +78,9 @@ class AdapterFile:
             self._sort_key(key, copies)
         for name, key in copies.items():
             trained = self.replaced.get(name)
-            if trained is None or not equal_as_stored(file.read(trained), file.read(key)):
+            if trained is None or not np.array_equal(
+                file.read(trained), file.read(key), equal_nan=True
+            ):
                 raise FormatError(
                     f"{self.where}: {quoted(key)} differs from the bias in modules_to_save"
                 )
@@ -83,6 +90,13 @@ class AdapterFile:
         ending = next((e for e in ENDINGS if name.endswith(e)), None)
         is_token = name.endswith(f".{TOKENS}")
         unknown = ".lora_" in name or (".token_adapter." in name and not is_token)
+        if name == key and ending is not None:
+            _, found, rest = key.partition(PREFIX)
+            renamed = PREFIX + (rest if found else key)
+            raise FormatError(
+                f"{self.where}: {quoted(key)} does not begin with {PREFIX!r}, as PEFT's keys do: "
+                f"rename it, perhaps to {quoted(renamed)}, and the others likewise"
+            )
         if name == key or (unknown and ending is None):
             raise FormatError(f"{self.where}: {quoted(key)} is not a tensor of a known adapter")
         if is_token:
@@ -161,9 +175,14 @@ class AdapterFile:
         self.file.close()
 
 
-def equal_as_stored(one: Array, other: Array) -> bool:
-    """Are two arrays equal in shape and numbers, as far as the precision of `one` goes?"""
-    return one.shape == other.shape and np.array_equal(one, other.astype(one.dtype), equal_nan=True)
+def equal_as_stored(file: SafetensorsFile, key: str, expected: Array) -> bool:
+    """Is a tensor of a file `expected`, or what rounding once to the file's dtype makes of it?"""
+    stored = file.read_bits(key)
+    if stored.shape != expected.shape or file.dtype(key) not in FLOATS:
+        return False
+    with np.errstate(over="ignore"):
+        rounded = round_to(expected.astype(np.float64), file.dtype(key))
+    return np.array_equal(widen(stored), widen(rounded), equal_nan=True)
 
 
 # ---- does it fit a base? -------------------------------------------------------------------------
@@ -174,6 +193,9 @@ def fit(adapter: AdapterFile, base: Base, read: Read, warn: bool = True) -> Plan
     try:
         plan = plan_adapter(base, adapter.config, adapter.file.keys(), warn)
         wrong = mismatches(adapter, plan, read)
+        prefix = describe_prefix(adapter.file.keys(), plan.shapes()) if wrong else ""
+        if prefix:
+            wrong = [prefix, *wrong]
         cause = None
     except ConfigError as error:
         wrong = [str(error)]
@@ -204,7 +226,7 @@ def mismatches_with(
 def mismatches(adapter: AdapterFile, plan: Plan, read: Read) -> list[str]:
     """The missing and unknown keys, wrong shapes and wrong values of a file, one line for each."""
     file = adapter.file
-    keys = file.keys()
+    keys = dict.fromkeys(file.keys())
 
     def get(key: str) -> Array | None:
         return file.read(key) if key in keys else None
@@ -217,7 +239,7 @@ def mismatches(adapter: AdapterFile, plan: Plan, read: Read) -> list[str]:
         if key in keys and file.shape(key) != shape:
             wrong.append(f"{key} is {file.shape(key)}, the base needs {shape}")
     for key, array in copies.items():
-        if key in keys and not equal_as_stored(file.read(key), array):
+        if key in keys and not equal_as_stored(file, key, array):
             wrong.append(f"{key} differs from the base's or from what it repeats")
     return wrong
 
@@ -291,13 +313,18 @@ def read_base(base: Checkpoint) -> Read:
     """A function that reads a tensor of a checkpoint by the name that an adapter has for it."""
 
     def read(name: str) -> Array:
-        names = [name]
-        if name == f"{HEAD}.weight":  # tied if it is missing, so its weight is the embedding's
-            names += [f"{path}.weight" for path in FIRST_EMBEDDINGS]
-        for alias in names:
-            key = base_key(base, alias)
-            if key is not None:
-                return base.read(key)
-        raise FormatError(f"{base.directory!r} has no {name}")
+        key = stored_key(base, name)
+        if key is None:
+            raise FormatError(f"{base.directory!r} has no {name}")
+        return base.read(key)
 
     return read
+
+
+def stored_key(base: Checkpoint, name: str) -> str | None:
+    """The key in `base` where `name` is stored: that of the embedding for a head that is tied."""
+    names = [name]
+    if name == f"{HEAD}.weight":  # tied if it is missing, so its weight is the embedding's
+        names += [f"{path}.weight" for path in FIRST_EMBEDDINGS]
+    keys = (base_key(base, alias) for alias in names)
+    return next((key for key in keys if key is not None), None)

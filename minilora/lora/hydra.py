@@ -30,14 +30,14 @@ import numpy as np
 from .. import functional as F
 from ..autograd import Tensor, namespace, record
 from ..backend import Array, Shape
-from ..errors import ConfigError, Rule, check_fields, one_of
+from ..errors import ConfigError, Rule, check_fields, integer_rules, one_of
 from ..nn import LinearBase, Parameter, uniform
-from .config import LoraConfig, integer_rules
+from .config import LoraConfig
 from .factors import Part
 from .lora import LoraAdapter
 
 RULES = [
-    *integer_rules("experts", limit=2**10),
+    *integer_rules("experts", least=1, limit=2**10),
     Rule("use_dora", one_of(False), "False: a mixture has no magnitude"),
 ]
 

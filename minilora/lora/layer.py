@@ -14,7 +14,7 @@ from typing import Any
 
 from ..autograd import Tensor
 from ..backend import Array
-from ..effective import Parts, count_operations, effective_linear
+from ..effective import Parts, Pull, count_operations, effective_linear
 from ..errors import ConfigError
 from ..nn import LinearBase, Module, PreparedModule
 from .dora import require_compatible
@@ -29,7 +29,10 @@ _chosen = contextvars.ContextVar[dict[Any, Any]]("chosen", default={})  # noqa: 
 class Wrapper(Module):
     """A module in the place of `inner`, with what each adapter adds to it in `entries`.
 
-    active        the adapters that run, if `enabled` and nothing is merged
+    What it computes is inner + the sum of the adapters that are active or merged; a merged one is
+    in the inner module's weight, and the others run beside it.
+
+    active        the adapters that run, if `enabled`
     merged        the adapters that are merged into the inner module
     requantized   is the merged weight stored as codes again?
     """
@@ -66,12 +69,13 @@ class Wrapper(Module):
 
     @property
     def running(self) -> tuple[Any, ...]:
-        """The entries that the next forward of this thread applies."""
-        if self.merged or not self.enabled:
+        """The entries that the next forward of this thread applies to what is merged already."""
+        if not self.enabled:
             return ()
         names = _chosen.get().get(self, self.active) or ()
         entries = self.entries
-        return tuple(entries[name] for name in names if name in entries)
+        merged = self.merged
+        return tuple(entries[name] for name in names if name in entries and name not in merged)
 
     def merge(self, names: Sequence[str] | None = None, requantize: bool = False) -> None:
         """Put adapters into the inner module's weights, where that means something."""
@@ -120,7 +124,7 @@ class LoraLinear(Merging, PreparedModule, Wrapper):
         prepared = self._effective.get(running)
         if prepared is not None:
             return effective_linear(x, prepared)
-        y = self.base_layer(x)
+        y = self.refuse_gradients(self.base_layer(x))
         for adapter in running:
             y = adapter(x, y, self.base_layer)
         return y
@@ -153,6 +157,9 @@ class LoraLinear(Merging, PreparedModule, Wrapper):
         parts = self.base_layer.write_effective_weight(out, tokens) if self.merges(tokens) else None
         if parts is None:
             return None
+        missed = self.missed_parameters
+        if missed:
+            parts.append((missed, Pull(self.raise_merged)))
         for adapter in self.running:
             params, pull = adapter.write_effective_weight(out)
             if any(p.requires_grad for p in params):

@@ -35,6 +35,7 @@ class LoraAdapter(Module):
     # The trainable attributes, in the order of PEFT's files.
     TENSORS: tuple[str, ...] = ("lora_A", "lora_B")
     SUFFIX = ".weight"  # ends their names in PEFT's files, where each is a module's weight
+    INSIDE = ""  # follows the layer's path in these names
     NORMED = False  # whether it scales each row of W + dW by the row's norm
     MIXED = False  # whether it adds a different matrix at every position
 

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..autograd import Tensor, record
 from ..backend import Array
-from ..errors import NonFiniteError
+from ..errors import GraphError, NonFiniteError
 from ..formats.dtypes import CODES, empty_as, round_to, row_blocks, widen
 from ..nn import Embedding, LinearBase, Parameter, frozen_linear
 from ..quant.half import Half, HalfLinear, HalfWeight
@@ -133,6 +134,9 @@ def merge_rows(W: Array, rows: Sequence[int] | np.ndarray, values: Array, dtype:
 class Merging:
     """The part of a wrapper that merges its adapters into a copy of its base layer.
 
+    A merged adapter's parameters have no gradient: the forward pass reads the merged weight. So a
+    backward pass that would need one raises, and never leaves it out in silence.
+
     leader     for a head whose adapters are its embedding's: the embedding's wrapper, merged first
     follower   a plain module that shares the base's weight, and gets the merged one too
     original   the base layer as it was before anything was merged
@@ -196,6 +200,29 @@ class Merging:
         self.merged = ()
         self.requantized = False
         self._share_weight()
+
+    # ---- no training while merged ----
+
+    @property
+    def missed_parameters(self) -> tuple[Parameter, ...]:
+        """The parameters of merged adapters that require a gradient and would get none."""
+        missed: list[Parameter] = []
+        for name in self.merged:
+            missed += (p for p in self.adapters[name].parameters() if p.requires_grad)
+        return tuple(missed)
+
+    def refuse_gradients(self, y: Tensor) -> Tensor:
+        """y, whose backward raises GraphError if a merged adapter would miss its gradient there."""
+        missed = self.missed_parameters
+        return record(y.data, (y, *missed), self.raise_merged) if missed else y
+
+    def raise_merged(self, *_: Array) -> Any:
+        """Always GraphError: what takes the place of the gradient of merged adapters."""
+        names = ", ".join(map(repr, self.merged))
+        raise GraphError(
+            f"adapter {names} is merged, so its parameters have no gradient: call "
+            "unmerge_adapter() before training"
+        )
 
     def _share_weight(self) -> None:
         """Make a weight that embedding and head share one parameter again; see tying.py."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..autograd import Tensor
-from ..backend import mix_key
+from ..backend import Backend, mix_key
 from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import write_adapter
 from ..formats.checkpoint import to_file_layout
@@ -28,7 +28,7 @@ from .config import LoraConfig
 from .embedding import HeadAdapter, LoraEmbedding
 from .files import AdapterFile, fit, repeated
 from .layer import LoraLinear, SavedModule, Wrapper, use_adapters
-from .names import PREFIX, adapter_class, file_key, peft_name
+from .names import PREFIX, EntryParameter, adapter_class, entry_parameters
 from .plan import Plan, check_wrapped, describe_model, modules_inside, plan_adapter, wrappers
 from .tokens import TokenRows, TrainableTokens
 from .tying import embedding_and_head, prepare_tie, unwrap
@@ -85,31 +85,39 @@ class PeftModel(Module):
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """(name, parameter) under PEFT's names."""
+        names = {id(entry.parameter): entry.name for entry in self._entry_parameters()}
         for path, parameter in self.model.named_parameters():
-            yield peft_name(path, self.peft_config), parameter
+            yield names.get(id(parameter), PREFIX + path), parameter
+
+    def to(self, device: str | Backend | None = None, dtype: Any = None) -> Any:
+        """As `Module.to`; what is merged is merged again, into the base as it is then."""
+        with self._unmerged():
+            return super().to(device, dtype)
 
     def _wrappers(self) -> dict[str, Wrapper]:
         return dict(wrappers(self.model))
+
+    def _entry_parameters(self) -> Iterator[EntryParameter]:
+        return entry_parameters(wrappers(self.model))
 
     # ---- adding ----------------------------------------------------------------------------------
 
     def add_adapter(self, adapter_name: str, config: LoraConfig, seed: int = 0) -> None:
         """Add another adapter; it stays inactive until `set_adapter`."""
         self._check_name(adapter_name, config)
-        plan = plan_adapter(describe_model(self.model), config)
-        check_wrapped(self.model, plan)
-        self._inject(adapter_name, plan, seed)
+        with self._unmerged():
+            plan = plan_adapter(describe_model(self.model), config)
+            check_wrapped(self.model, plan)
+            self._inject(adapter_name, plan, seed)
 
     def _check_name(self, adapter_name: str, config: LoraConfig) -> None:
         """ConfigError if an adapter of this name and configuration cannot join the others."""
         if not isinstance(config, LoraConfig):
             raise ConfigError(f"expected a LoraConfig, got {config!r:.99}")
-        # Keys are searched for "lora_", and "" is a part of any text.
-        is_text = isinstance(adapter_name, str) and adapter_name not in "lora_"
-        if not is_text or any(c in adapter_name for c in "./\\\0"):
+        if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
             raise ConfigError(
-                f"{adapter_name!r:.99} cannot name an adapter: "
-                "choose a text without dots or slashes that 'lora_' does not contain"
+                f"{adapter_name!r:.99} cannot name an adapter: choose a text without dots "
+                "that is not empty"
             )
         if adapter_name in self.peft_config:
             raise ConfigError(
@@ -139,18 +147,16 @@ class PeftModel(Module):
     ) -> None:
         """Make these adapters the active ones. Only they require a gradient.
 
-        With `inference_mode` they require none either; None means the value in each adapter's
-        configuration, which is True for one that was loaded to be used.
+        Merged adapters must be among them. With `inference_mode` they require none either; None
+        means the value in each adapter's configuration, which is True for one that was loaded to
+        be used.
         """
         names = list_names(adapter_name)
         self._require_known(names)
         layers = self._wrappers().values()
         for layer in layers:
             layer.result(names)  # raises if two of them cannot be active at once
-            if layer.merged and {*layer.merged} != {*names} & {*layer.entries}:
-                raise ConfigError(
-                    f"adapters {', '.join(layer.merged)} are merged: unmerge_adapter first"
-                )
+        self._require_merged_among(names, "are merged and would stay active")
         self._train_only(names, inference_mode)
         for layer in layers:
             layer.active = tuple(names)
@@ -172,29 +178,26 @@ class PeftModel(Module):
         They are its factors, copied modules, and biases if it trains them.
         """
         parameters = self._biases(adapter_name)
-        for name, parameter in self.named_parameters():
-            key = file_key(name, adapter_name)
-            if key != name:
-                parameters[key] = parameter
+        for entry in self._entry_parameters():
+            if entry.adapter_name == adapter_name:
+                parameters[entry.key] = entry.parameter
         return parameters
 
     def _biases(self, adapter_name: str) -> dict[str, Parameter]:
         """The base's biases that this adapter trains, by their keys in its file."""
-        mode = self.peft_config[adapter_name].bias
+        plan = self._plans[adapter_name]
+        mode = plan.config.bias
         biases: dict[str, Parameter] = {}
         if mode == "none":
             return biases
-        layers = self._wrappers().items()
-        adapted = {p for p, m in layers if isinstance(m, LoraLinear) and adapter_name in m.adapters}
-        for path, parameter in self.model.named_parameters():
-            if not path.endswith(".bias") or ".modules_to_save." in path:
+        for path, module in modules_inside(self.model).items():
+            bias = vars(module).get("bias")
+            if not isinstance(bias, Parameter):
                 continue
-            owner = path.removesuffix(".bias").removesuffix(".base_layer")
-            owner = owner.replace(".original_module", "")
-            if owner in adapted:
-                biases[f"{PREFIX}{owner}.base_layer.bias"] = parameter
+            if path in plan.targets:
+                biases[f"{PREFIX}{path}.base_layer.bias"] = bias
             elif mode == "all":
-                biases[f"{PREFIX}{owner}.bias"] = parameter
+                biases[f"{PREFIX}{path}.bias"] = bias
         return biases
 
     @contextlib.contextmanager
@@ -208,23 +211,16 @@ class PeftModel(Module):
                 "the adapter trained the base's biases: disabling it does not bring them back",
                 stacklevel=3,
             )
-        layers = self._wrappers().values()
-        merged = [(layer, layer.merged, layer.requantized) for layer in layers if layer.merged]
-        with use_adapters(layers, None):
-            try:
-                self.unmerge_adapter()
-                yield
-            finally:
-                for layer, names, requantized in merged:
-                    layer.merge(names, requantized)
+        with use_adapters(self._wrappers().values(), None), self._unmerged():
+            yield
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first of the others takes its place."""
         self._require_known([adapter_name])
-        if any(layer.merged for layer in self._wrappers().values()):
+        if adapter_name in self.merged_adapters:
             raise ConfigError(
-                f"adapter {adapter_name!r} cannot be deleted while any is merged: "
-                "unmerge_adapter first"
+                f"adapter {adapter_name!r} is merged and cannot be deleted: "
+                "call unmerge_adapter() first"
             )
         if len(self.peft_config) == 1:
             raise ConfigError(
@@ -261,7 +257,17 @@ class PeftModel(Module):
         requantize: bool = False,
         tied: str | None = None,
     ) -> None:
-        """Put adapters (the active ones) into the base's weights; see `LoraLinear.merge`.
+        """Put active adapters (all of them) into the base's weights; see `LoraLinear.merge`.
+
+        Merging never changes what the model computes, but for rounding: before and after, it is
+
+            base + the sum of dW of the active adapters
+
+        with the merged ones in the weights and the others beside them. So an adapter that is not
+        active is refused, because merging it would activate it: ConfigError. (In PEFT an inactive
+        adapter that is merged takes effect, and the active ones that are not merged lose theirs.)
+        Where a sum has no meaning (DoRA beside another adapter of a layer) it was refused already
+        by `set_adapter`. Merged adapters cannot be trained: GraphError in a backward pass.
 
         All layers or none: NonFiniteError names the layer. (PEFT checks only if `safe_merge`; here
         that makes no difference.) If an adapter changes an embedding or a head, but not both, and
@@ -269,6 +275,22 @@ class PeftModel(Module):
         output stays; "share" changes both, as PEFT does, and so the output.
         """
         names = self._known_or_active(adapter_names)
+        self._require_active(names)
+        self._merge([*self.merged_adapters, *names], requantize, tied)
+
+    def _require_active(self, names: Sequence[str]) -> None:
+        for layer in self._wrappers().values():
+            layer.result([*self.active_adapters, *names])  # raises if they cannot run together
+        inactive = [name for name in names if name not in self.active_adapters]
+        if inactive:
+            raise ConfigError(
+                f"adapter {', '.join(map(repr, inactive))} is not active, and merging would "
+                f"activate it; active: {', '.join(self.active_adapters)}. Call set_adapter() "
+                "first, or merge_and_unload(adapter_names=...)"
+            )
+
+    def _merge(self, names: Sequence[str], requantize: bool, tied: str | None) -> None:
+        names = list(dict.fromkeys(names))
         prepare_tie(self.model, names, tied)
         done: list[tuple[Wrapper, tuple[str, ...], bool]] = []
         for path, layer in self._wrappers().items():
@@ -284,10 +306,36 @@ class PeftModel(Module):
                 raise
             done.append((layer, *before))
 
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters that are merged in any layer."""
+        merged: dict[str, None] = {}
+        for layer in self._wrappers().values():
+            merged |= dict.fromkeys(layer.merged)
+        return list(merged)
+
+    def _require_merged_among(self, names: Sequence[str], problem: str) -> None:
+        left = [name for name in self.merged_adapters if name not in names]
+        if left:
+            raise ConfigError(f"adapters {', '.join(left)} {problem}: call unmerge_adapter() first")
+
+    @contextlib.contextmanager
+    def _unmerged(self) -> Iterator[None]:
+        """Inside, nothing is merged; then the same is merged again, to the same bits."""
+        layers = self._wrappers().values()
+        merged = [(layer, layer.merged, layer.requantized) for layer in layers if layer.merged]
+        try:
+            self.unmerge_adapter()
+            yield
+        finally:
+            for layer, names, requantized in merged:
+                layer.merge(names, requantized)
+
     def unmerge_adapter(self) -> None:
         """Take every merged adapter out again; the base comes back bit for bit."""
         for layer in self._wrappers().values():
-            layer.unmerge()
+            if layer.merged:
+                layer.unmerge()
 
     def merge_and_unload(
         self,
@@ -299,13 +347,14 @@ class PeftModel(Module):
     ) -> Any:
         """Merge, take the adapters out, and return the plain model.
 
-        A quantised layer becomes dense, unless `requantize`. See `merge_adapter`. (`progressbar` is
+        The adapters are the named ones, active or not, and those that are merged already. A
+        quantised layer becomes dense, unless `requantize`. See `merge_adapter`. (`progressbar` is
         PEFT's; merging is quick and shows none.)
         """
-        names = self._known_or_active(adapter_names)
+        names = [*self.merged_adapters, *self._known_or_active(adapter_names)]
         for layer in self._wrappers().values():
             layer.result(names)  # raises if two of them cannot be active at once
-        self.merge_adapter(names, safe_merge, requantize, tied)
+        self._merge(names, requantize, tied)
         return self._unwrap(names)
 
     def unload(self) -> Any:
@@ -369,7 +418,9 @@ class PeftModel(Module):
         for key, parameter in self.adapter_parameters(adapter_name).items():
             tensors[key] = to_file_layout(self.config.model_type, key, parameter.numpy())
         plan = self._plans[adapter_name]
-        return {**tensors, **repeated(plan, adapter_name, tensors.get, self._read_base)}
+        with self._unmerged():
+            copies = repeated(plan, adapter_name, tensors.get, self._read_base)
+        return {**tensors, **copies}
 
     def save_pretrained(
         self, directory: str | Path, selected_adapters: Sequence[str] | None = None
@@ -377,8 +428,8 @@ class PeftModel(Module):
         """Write PEFT's files: the adapter "default" to `directory`, any other to a folder in it."""
         names = list(self.peft_config if selected_adapters is None else selected_adapters)
         self._require_known(names)
-        for name in names:
-            folder = adapter_folder(directory, name)
+        folders = {name: adapter_folder(directory, name) for name in names}
+        for name, folder in folders.items():
             write_adapter(folder, self.peft_config[name].to_dict(), self.state_dict(name))
 
     @classmethod
@@ -410,33 +461,41 @@ class PeftModel(Module):
         with AdapterFile(directory, check=False) as file:
             self._check_name(adapter_name, file.config)
             file.config = dataclasses.replace(file.config, inference_mode=not is_trainable)
-            plan = fit(file, describe_model(self.model), self._read_base)
-            try:
-                check_wrapped(self.model, plan)
-            except ConfigError as error:
-                raise FormatError(f"{file.where}: {error}") from error
-            self._inject(adapter_name, plan, seed=0)
-            parameters = self.adapter_parameters(adapter_name)
-            for key in plan.shapes():
-                parameter = parameters[key]
-                array = to_file_layout(self.config.model_type, key, file.file.read(key))
-                parameter.data = parameter.backend.from_numpy(array.astype(parameter.dtype))
+            with self._unmerged():
+                plan = fit(file, describe_model(self.model), self._read_base)
+                try:
+                    check_wrapped(self.model, plan)
+                except ConfigError as error:
+                    raise FormatError(f"{file.where}: {error}") from error
+                # All are read before the model changes: one may be damaged, or too large for the
+                # dtype.
+                dtype = np.result_type(*{p.dtype for p in self.model.parameters()})
+                arrays = {key: file.file.read(key, dtype) for key in plan.shapes()}
+                self._inject(adapter_name, plan, seed=0)
+        parameters = self.adapter_parameters(adapter_name)
+        for key, array in arrays.items():
+            parameter = parameters[key]
+            array = to_file_layout(self.config.model_type, key, array)
+            parameter.data = parameter.backend.from_numpy(array.astype(parameter.dtype, copy=False))
 
     def _read_base(self, name: str) -> np.ndarray:
         """A tensor of the base by its name, as it is in the base's files."""
-        modules = modules_inside(self.model)
-        path, _, inside = name.rpartition(".")
-        while path not in modules:  # inside a module that is saved whole
-            path, _, last = path.rpartition(".")
-            inside = f"{last}.{inside}"
-        parameter: Any = modules[path]
-        for part in inside.split("."):
-            parameter = parameter[int(part)] if part.isdecimal() else getattr(parameter, part)
+        path, _, attribute = name.rpartition(".")
+        parameter = getattr(modules_inside(self.model)[path], attribute)
         return to_file_layout(self.config.model_type, name, parameter.numpy())
 
 
 def adapter_folder(directory: str | Path, name: str) -> Path:
-    """The folder of an adapter that is saved to `directory`; "default" has `directory` itself."""
+    """The folder of an adapter that is saved to `directory`; "default" has `directory` itself.
+
+    ConfigError for a name that no folder inside `directory` can have.
+    """
+    has_unpaired = name.encode(errors="ignore").decode() != name
+    if has_unpaired or name in ("", ".", "..") or any(char in name for char in "/\\\0"):
+        raise ConfigError(
+            f"adapter {name!r:.99} cannot be saved: a folder gets its name, which must be without "
+            "slashes, backslashes, zero bytes and unpaired surrogates; choose another name"
+        )
     return Path(directory) if name == "default" else Path(directory) / name
 
 
@@ -457,7 +516,7 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
     for path, described in plan.targets.items():
         layer = _wrap(model, path, LoraEmbedding if described.kind == "embedding" else LoraLinear)
         place = zlib.crc32(path.encode())
-        stream = mix_key(place, zlib.crc32(adapter_name.encode()))
+        stream = mix_key(place, zlib.crc32(adapter_name.encode(errors="surrogatepass")))
         base = layer.as_linear(unwrap(layer))
         if path == head:  # after its embedding: see Plan
             source = _module_at(model, embedding)
@@ -482,7 +541,10 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
 
 
 def _module_at(model: Module, path: str) -> Any:
-    return dict(model.named_modules())[path]
+    found: Any = model
+    for part in path.split("."):
+        found = found[int(part)] if isinstance(found, list) else getattr(found, part)
+    return found
 
 
 def _wrap(model: Module, path: str, kind: Any, *details: Any) -> Any:

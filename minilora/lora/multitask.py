@@ -106,7 +106,8 @@ class MultiTask(PeftModel):
         with _all_or_nothing(model):
             for name, config in configs.items():
                 if config is not None:
-                    self.add_adapter(name, config, mix_key(seed, zlib.crc32(str(name).encode())))
+                    place = zlib.crc32(str(name).encode(errors="surrogatepass"))
+                    self.add_adapter(name, config, mix_key(seed, place))
             for task in tasks:
                 names = [name for name in (SHARED, task) if configs.get(name) is not None]
                 self.declare(task, names)
@@ -205,11 +206,7 @@ class MultiTask(PeftModel):
         """Inside, the model runs this task, in this thread and in those that it hands shards to."""
         layers = self._wrappers()
         names = self.adapters_of(task)
-        merged = next((layer.merged for layer in layers.values() if layer.merged), None)
-        if merged:
-            raise ConfigError(
-                f"adapters {', '.join(merged)} are merged: unmerge_adapter first, or use merge_task"
-            )
+        self._require_merged_among(names, f"are merged, and task {task!r:.99} runs without them")
         token = _inside_task.set(_inside_task.get() | {self})
         try:
             with use_adapters(layers.values(), names):
@@ -247,6 +244,7 @@ class MultiTask(PeftModel):
         names = self.adapters_of(task)
         backends = {id(p.backend): p.backend for p in self.model.parameters()}
         twin = copy.deepcopy(self, backends)  # the twin's backends are these
+        twin.unmerge_adapter()
         if not names:
             return twin.unload()
         return twin.merge_and_unload(False, True, names, requantize, tied)
@@ -259,6 +257,9 @@ class MultiTask(PeftModel):
                 f"{_choices(self)}"
             )
         return super()._known_or_active(names)
+
+    def _require_active(self, names: Sequence[str]) -> None:
+        """Nothing: a task says what is active, and one without a merged adapter is refused."""
 
     def _unwrap(self, names: Sequence[str]) -> Any:
         self.tasks = {}
@@ -305,9 +306,11 @@ class MultiTask(PeftModel):
             modules = self.peft_config[name].modules_to_save
             if modules:
                 saved += modules
-                for key, tensor in self.state_dict(name).items():
-                    if ".lora_" not in key:
-                        tensors[key] = tensor
+                plan = self._plans[name]
+                tensors_of_name = self.state_dict(name)
+                for path in plan.saved:
+                    for key, _ in plan.base.below(path):
+                        tensors[PREFIX + key] = tensors_of_name[PREFIX + key]
         r, rank_pattern = _split_common(ranks)
         lora_alpha, alpha_pattern = _split_common(alphas)
         first = self.peft_config[names[0]]

@@ -7,17 +7,18 @@ in the file         base_model.model.model.layers.0.self_attn.q_proj.lora_A.weig
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from ..errors import ConfigError
+from ..nn import Parameter
 from .adalora import AdaLoraAdapter, AdaLoraConfig
 from .config import LoraConfig
 from .dora import DoraAdapter
 from .embedding import DoraEmbeddingAdapter, EmbeddingAdapter
 from .hydra import HydraAdapter, HydraConfig
+from .layer import SavedModule, Wrapper
 from .lora import LoraAdapter
-from .tokens import TokenRows
 
 PREFIX = "base_model.model."  # begins every name in PEFT's models and files
 ENDS = ("embed_tokens", "lm_head")  # the last part of the path of an embedding or a head, for PEFT
@@ -36,10 +37,6 @@ ADAPTERS: dict[str, type[LoraAdapter]] = {
     "HYDRALORA": HydraAdapter,
 }
 
-# The names of parameters in models.
-TENSORS = {*AdaLoraAdapter.TENSORS, *DoraEmbeddingAdapter.TENSORS, *HydraAdapter.TENSORS}
-TENSORS |= {*TokenRows.TENSORS}
-WITHOUT_SUFFIX = {*EmbeddingAdapter.TENSORS, *TokenRows.TENSORS}  # in PEFT's models, in any adapter
 BARE = {"lora_magnitude_vector"}  # in files without the ".weight" that it has in PEFT's models
 
 # Keys in a file after the path of the layer: plain LoRA's of a linear layer and of an embedding,
@@ -73,28 +70,85 @@ def adapter_class(config: LoraConfig, kind: str = "linear") -> type[LoraAdapter]
     return DoraAdapter if config.use_dora else ADAPTERS[config.peft_type]
 
 
-def peft_name(path: str, configs: Mapping[str, LoraConfig]) -> str:
-    """PEFT's name of the parameter at `path`; `configs` are those of the adapters, by name."""
-    layer, inside, rest = path.rpartition(".adapters.")
-    if not inside:
-        return PREFIX + path
-    adapter, tensor = rest.split(".")
-    if tensor in TokenRows.TENSORS:
-        layer += ".token_adapter"
-    suffix = "" if tensor in WITHOUT_SUFFIX else adapter_class(configs[adapter]).SUFFIX
-    return f"{PREFIX}{layer}.{tensor}.{adapter}{suffix}"
+TENSORS = ("lora_A", "lora_B", "lora_E", "lora_route", "lora_embedding_A", "lora_embedding_B")
 
 
-def file_key(name: str, adapter_name: str) -> str:
-    """The key in adapter_model.safetensors of PEFT's `name`, without the adapter's name."""
-    parts = name.split(".")
-    for i, part in enumerate(parts[:-1]):
-        if parts[i + 1] != adapter_name:
-            continue
-        if part == "modules_to_save":
-            return ".".join(parts[:i] + parts[i + 2 :])
-        if part in BARE:
-            return ".".join(parts[: i + 1])
-        if part in TENSORS:
-            return ".".join(parts[: i + 1] + parts[i + 2 :])
-    return name
+def keys_without_name(keys: Iterable[str]) -> dict[str, str]:
+    """The keys of a file that has the adapter's name in them, each with the key without it.
+
+    Some programs save an adapter's tensors as models call them: lora_A.default.weight. Empty if no
+    key has a name, if there are several names, or if two keys without it would be one.
+    """
+    shorter: dict[str, str] = {}
+    names = set()
+    keys = list(keys)
+    for key in keys:
+        path, _, name = key.removesuffix(".weight").rpartition(".")
+        tensor = path.rpartition(".")[2]
+        if tensor in (*TENSORS, *BARE):
+            end = ".weight" if key.endswith(".weight") and tensor not in BARE else ""
+            shorter[key] = path + end
+            names.add(name)
+    if len(names) != 1:
+        return {}
+    copied = f".modules_to_save.{names.pop()}."
+    shorter |= {key: key.replace(copied, ".", 1) for key in keys if copied in key}
+    all_keys = {shorter.get(key, key) for key in keys}
+    return shorter if len(all_keys) == len(keys) else {}
+
+
+# A name is made from its parts, here alone, and never taken apart: adapters have any names.
+
+
+def file_key(path: str, adapter: Any, tensor: str) -> str:
+    """The key in the file of one tensor of an adapter (the object or its class) of layer `path`."""
+    suffix = "" if tensor in BARE else adapter.SUFFIX
+    return f"{PREFIX}{path}{adapter.INSIDE}.{tensor}{suffix}"
+
+
+def peft_name(path: str, adapter: Any, tensor: str, adapter_name: str) -> str:
+    """The name of the same tensor in PEFT's models."""
+    suffix = ".weight" if tensor in BARE else adapter.SUFFIX
+    return f"{PREFIX}{path}{adapter.INSIDE}.{tensor}.{adapter_name}{suffix}"
+
+
+class EntryParameter(NamedTuple):
+    """A parameter of one adapter in a model: of its factors, of its tokens or of a copied module.
+
+    key    in the adapter's file
+    name   in PEFT's models
+    """
+
+    adapter_name: str
+    key: str
+    name: str
+    parameter: Parameter
+
+
+def entry_parameters(wrappers: Iterable[tuple[str, Wrapper]]) -> Iterator[EntryParameter]:
+    """The parameters of the adapters in `wrappers`, (path, wrapper), each once."""
+    seen = set()  # a tied head has the parameters of its embedding
+    for path, wrapper in wrappers:
+        for adapter_name, entry in wrapper.entries.items():
+            for tensor, parameter in _parameters(wrapper, entry):
+                if id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                if isinstance(wrapper, SavedModule):
+                    key = f"{PREFIX}{path}.{tensor}"
+                    name = f"{PREFIX}{path}.modules_to_save.{adapter_name}.{tensor}"
+                else:
+                    key = file_key(path, entry, tensor)
+                    name = peft_name(path, entry, tensor, adapter_name)
+                yield EntryParameter(adapter_name, key, name, parameter)
+
+
+def _parameters(wrapper: Wrapper, entry: Any) -> Iterator[tuple[str, Parameter]]:
+    """(name inside the entry, parameter)"""
+    if isinstance(wrapper, SavedModule):
+        yield from entry.named_parameters()
+        return
+    for tensor in entry.TENSORS:
+        parameter = vars(entry).get(tensor)  # None for a tied head, which reads its embedding's
+        if parameter is not None:
+            yield tensor, parameter

@@ -8,6 +8,7 @@ its time is at most states x letters, whatever the pattern. It does not know wha
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from functools import lru_cache
 
 from ..errors import ConfigError
 
@@ -23,8 +24,8 @@ MAX_REPEAT = 100
 MAX_STATES = 1000
 SUPPORTED = (
     r"supported are literals, ., [a-z_0-9], [^.], \d \w \s \D \W \S, \. and the like, ( ), (?: ), "
-    rf"|, *, +, ?, {{m}}, {{m,n}}, ^, $, up to {MAX_LENGTH} characters, {MAX_GROUPS} groups and "
-    f"{MAX_REPEAT} repetitions"
+    r"|, *, +, ?, {m}, {m,n} and these with ?, ^, $, "
+    f"up to {MAX_LENGTH} characters, {MAX_GROUPS} groups and {MAX_REPEAT} repetitions"
 )
 CLASSES: dict[str, Test] = {
     "d": str.isdecimal,
@@ -45,6 +46,8 @@ class Pattern:
         parser = _Parser(text)
         self._states = parser.states
         self._first = parser.parse()
+        # Lazy repetitions match the same texts, but would prefer the shorter of several matches.
+        self.lazy = parser.lazy
         self.size = len(self._states)
         # The number of characters of every match, or None if the pattern has a choice. Then all
         # states can be live at once.
@@ -86,6 +89,9 @@ class Pattern:
         return live
 
 
+compile_pattern = lru_cache(maxsize=4096)(Pattern)  # more than one configuration may hold
+
+
 class _Parser:
     """Pattern text -> states, by recursive descent: alternatives of sequences of repeated atoms."""
 
@@ -93,6 +99,7 @@ class _Parser:
         self.text = text
         self.at = 0
         self.states: list[tuple[Test | str, tuple[int, ...]]] = [("accept", ())]
+        self.lazy = False
 
     def parse(self) -> int:
         """Add the states of the whole pattern; returns the first of them."""
@@ -152,8 +159,10 @@ class _Parser:
         low, high = self._counts()
         if low == high == 1:
             return piece
+        if self._take("?"):
+            self.lazy = True
         if not repeatable or self._peek() in ("*", "+", "?", "{"):
-            raise self._error("a repetition that is lazy, possessive, doubled or of nothing")
+            raise self._error("a repetition that is possessive, doubled or of nothing")
 
         def link(after: int) -> int:
             rest = after

@@ -10,11 +10,12 @@ meant warns. Rules for names are in targets.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Collection, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ..errors import ConfigError, shorten
+from ..errors import ConfigError, Rule, check_fields, is_flag, shorten
 from ..formats import Checkpoint
 from ..formats.checkpoint import BUFFERS, is_stored_transposed
 from ..nn import Embedding, LinearBase, Module, Parameter
@@ -22,14 +23,15 @@ from .config import DEFAULT_TARGETS, LoraConfig
 from .embedding import LoraEmbedding
 from .hydra import HydraConfig
 from .layer import LoraLinear, SavedModule, Wrapper
-from .names import BARE, ENDS, PREFIX, TOKENS, adapter_class
-from .targets import in_layers, matches, pattern_value
+from .names import ENDS, PREFIX, TOKENS, adapter_class, file_key
+from .targets import Layers, Patterns, Targets, matches
 from .tokens import TrainableTokens
 from .tying import embedding_and_head, is_tied, unwrap
 
 HEAD = "lm_head"
 FIRST_EMBEDDINGS = ("model.embed_tokens", "transformer.wte")  # paths of the embedding of tokens
 EMBEDDINGS = ("embed_tokens", "wte", "wpe")  # last parts of the paths of a checkpoint's embeddings
+TIED = Rule("tie_word_embeddings", is_flag, "true or false")
 Shape = tuple[int, ...]
 
 
@@ -77,9 +79,19 @@ class Base:
 
     def below(self, path: str) -> Iterator[tuple[str, Shape]]:
         """(name, shape) of the parameters of the module `path` and of those inside it."""
-        for name, shape in self.parameters.items():
-            if name.startswith(path + "."):
-                yield name, shape
+        for name in self._names_below.get(path, ()):
+            yield name, self.parameters[name]
+
+    @functools.cached_property
+    def _names_below(self) -> dict[str, list[str]]:
+        """The names of the parameters of every module and of those inside it, by its path."""
+        below: dict[str, list[str]] = {}
+        for name in self.parameters:
+            path = name.rpartition(".")[0]
+            while path:
+                below.setdefault(path, []).append(name)
+                path = path.rpartition(".")[0]
+        return below
 
 
 def describe_model(model: Any) -> Base:
@@ -109,9 +121,15 @@ def modules_inside(model: Module) -> dict[str, Any]:
 
     The path of a wrapper is that of its inner module.
     """
-    inside = {*LoraLinear.ATTRIBUTES, *SavedModule.ATTRIBUTES}
-    modules = model.named_modules()
-    return {path: unwrap(m) for path, m in modules if not inside & set(path.split("."))}
+    modules: dict[str, Any] = {}
+
+    def visit(path: str, module: Module) -> None:
+        modules[path] = unwrap(module)
+        for name, child in modules[path].named_children():
+            visit(f"{path}.{name}" if path else name, child)
+
+    visit("", model)
+    return modules
 
 
 def describe_checkpoint(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Base:
@@ -125,7 +143,8 @@ def describe_checkpoint(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Ba
             parameters[name] = shape[::-1] if is_stored_transposed(model_type, key) else shape
     head_weight = f"{HEAD}.weight"
     embedding = next((p for p in FIRST_EMBEDDINGS if f"{p}.weight" in parameters), "")
-    tied = bool(config.get("tie_word_embeddings", model_type == "gpt2"))
+    tied = config.get("tie_word_embeddings", model_type == "gpt2")
+    check_fields({TIED.field: tied}, [TIED], "config: ")
     if head_weight not in parameters and embedding:
         tied = True
         parameters[head_weight] = parameters[f"{embedding}.weight"]
@@ -204,8 +223,7 @@ class Plan(NamedTuple):
         experts = [self.config.experts] if isinstance(self.config, HydraConfig) else []
         shapes = {}
         for name, shape in kind.shapes(layer, self.config.rank(path), *experts).items():
-            suffix = "" if name in BARE else kind.SUFFIX
-            shapes[f"{PREFIX}{path}.{name}{suffix}"] = shape
+            shapes[file_key(path, kind, name)] = shape
         return shapes
 
 
@@ -296,11 +314,11 @@ def _replace_head(config: LoraConfig, tie: tuple[str, str] | None, keys: Contain
 
 def _find_saved(layers: Mapping[str, Layer], config: LoraConfig) -> dict[str, Layer]:
     # PEFT's rule for these differs from that for targets: "norm" also ends "input_layernorm".
-    names = config.modules_to_save or []
-    unused = [name for name in names if not any(path.endswith(name) for path in layers)]
+    names = Targets(config.modules_to_save or [], anywhere=True)
+    unused = [name for name, paths in names.group(layers).items() if not paths]
     if unused:
         raise ConfigError(f"modules_to_save: {_quote(unused)} match nothing; {_candidates(layers)}")
-    return {path: layer for path, layer in layers.items() if path.endswith(tuple(names))}
+    return {path: layer for path, layer in layers.items() if names.mean(path)}
 
 
 def _find_targets(
@@ -327,30 +345,33 @@ def _find_targets(
         targets = list(DEFAULT_TARGETS[base.model_type])
         config.target_modules = targets
     all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+    wanted = Targets([] if all_linear else targets)
     chosen = {}
     for path, layer in (linear if all_linear else base.layers).items():
         if all_linear:
             meant = path != base.head
         else:
-            meant = path != "" and matches(path, targets) and not _is_within(path, saved)
+            meant = path != "" and wanted.mean(path) and not _is_within(path, saved)
         if meant:
             chosen[path] = layer
     if isinstance(targets, list):
         # PEFT's files of "all-linear" also name what is inside a saved module, which is right.
         paths = [path for path in base.layers if path] if chosen else []
-        unused = [name for name in targets if not any(matches(path, [name]) for path in paths)]
+        unused = [name for name, meant_by in wanted.group(paths).items() if not meant_by]
         if unused:
             raise ConfigError(
                 f"target_modules: {_quote(unused)} match nothing; {_candidates(linear)}"
             )
-    whole = targets if isinstance(targets, list) else []  # full names stay in any layer, as in PEFT
-    where = config.layers_to_transform, config.layers_pattern
-    chosen = {p: layer for p, layer in chosen.items() if p in whole or in_layers(p, *where)}
-    excluded = config.exclude_modules
-    if excluded:
-        remaining = {p: layer for p, layer in chosen.items() if not matches(p, excluded)}
+    # Full names stay in any layer, as in PEFT.
+    whole = set(targets) if isinstance(targets, list) else set()
+    layers = Layers(config.layers_to_transform, config.layers_pattern)
+    chosen = {p: layer for p, layer in chosen.items() if p in whole or layers.contain(p)}
+    if config.exclude_modules:
+        excluded = Targets(config.exclude_modules)
+        remaining = {p: layer for p, layer in chosen.items() if not excluded.mean(p)}
         if len(remaining) == len(chosen):
-            warnings.warn(f"exclude_modules {excluded!r:.200} excludes nothing", stacklevel=6)
+            text = f"exclude_modules {config.exclude_modules!r:.200} excludes nothing"
+            warnings.warn(text, stacklevel=6)
         chosen = remaining
     if not chosen:
         given = f"target_modules {targets!r:.120}"
@@ -409,8 +430,9 @@ def _find_tokens(
             raise ConfigError(f"{where}: the base has no embedding; give them by its name")
         rows_of.append((base.embedding, wanted))
     else:
+        meant = Targets(wanted, anywhere=True).group(base.layers)
         for name, rows in wanted.items():
-            paths = [path for path in base.layers if path.endswith(name)]
+            paths = meant[name]
             if not paths:
                 raise ConfigError(
                     f"{where}: {name!r:.99} matches nothing; {_candidates(base.layers)}"
@@ -450,12 +472,10 @@ def _warn(config: LoraConfig, targets: Mapping[str, Layer], fan_in_fan_out: bool
             "these do not: set to False"
         )
     for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field):
-            # AdaLoRA's rank_pattern has the names of lora_E, every other one is a pattern.
-            if key.removesuffix(".lora_E") in targets:
-                continue
-            if not any(pattern_value(path, {key: True}, False) for path in targets):
-                notes.append(f"{field}: {key!r:.200} matches no target")
+        # AdaLoRA's rank_pattern has the names of lora_E, every other one is a pattern.
+        keys = [key for key in getattr(config, field) if key.removesuffix(".lora_E") not in targets]
+        for key in Patterns(keys).unused(targets):
+            notes.append(f"{field}: {key!r:.200} matches no target")
     for path, layer in targets.items():
         r = config.rank(path)
         full = min(layer.shape)
@@ -506,9 +526,14 @@ def check_wrapped(model: Module, plan: Plan) -> None:
         wanted[follower] = TrainableTokens
     kinds: dict[str, type] = {path: type(wrapper) for path, wrapper in present.items()}
     both = {**kinds, **wanted}
+    parents = set()
+    for path in both:
+        parent = path.rpartition(".")[0]
+        while parent and parent not in parents:
+            parents.add(parent)
+            parent = parent.rpartition(".")[0]
     for path, kind in both.items():
-        contains = any(other.startswith(path + ".") for other in both)
-        if contains or kinds.get(path, kind) is not kind:
+        if path in parents or kinds.get(path, kind) is not kind:
             raise ConfigError(
                 f"{path} cannot be saved whole and also be adapted, nor be adapted and have "
                 "trainable tokens, nor contain a module that is: choose one of them"

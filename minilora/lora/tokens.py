@@ -48,6 +48,8 @@ class TokenRows(Module):
     """The rows of one adapter: trainable_tokens_delta (n, C), at first equal to the base's."""
 
     TENSORS = ("trainable_tokens_delta",)
+    SUFFIX = ""  # as of LoraAdapter
+    INSIDE = ".token_adapter"
 
     def __init__(self, weight: Parameter, indices: Sequence[int]):
         self.indices = np.array(indices, np.int64)
@@ -77,7 +79,7 @@ class TrainableTokens(Merging, Wrapper):
         base = self.base_layer
         running = self.running
         if not running:
-            return base(x)  # type: ignore[no-any-return]
+            return self.refuse_gradients(base(x))
         W: Tensor = base.weight
         for adapter in running:
             W = replace_rows(W, adapter.indices, adapter.trainable_tokens_delta)

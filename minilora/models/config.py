@@ -1,19 +1,16 @@
 """The shape of a model in the words of config.json: reading, checking and writing it.
 
-Contents: DIALECTS, how each type of model words its config.json - TransformerConfig -
-rotary_frequencies, which the rotary parameters decide
+How each type of model words its file is in dialects.py, rotary parameters are in rotary.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import operator
+import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from ..errors import (
     ConfigError,
@@ -22,105 +19,29 @@ from ..errors import (
     check_fields,
     is_flag,
     is_integer,
-    is_number,
     is_plain_number,
-    one_of,
     optional,
     rules_for,
+    shorten,
 )
 from ..formats.disk import JsonObject
-
-ROPE_TYPES = ("default", "linear", "llama3")
-SLIDING = "sliding_attention"
-LAYER_TYPES = ("full_attention", SLIDING)
-GATED = ("silu", "swish")  # the activations of a gated feed-forward layer
-GPT2_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "silu", "swish", "relu")
-
-# ---- the dialects of config.json ----------------------------------------------------------------
-
-
-class Dialect(NamedTuple):
-    """How the config.json of one type of model expresses a TransformerConfig.
-
-    architecture   the model's class in transformers
-    fields         the fields of TransformerConfig that the type has; the others keep their defaults
-    absent         what transformers assumes for a missing field, where that is not the default here
-    activations    the values that hidden_act may have
-    names          the names of fields in config.json, where they differ
-    demands        fields that would change the model in a way that this package does not implement,
-                   and the only value that each may have
-    """
-
-    architecture: str
-    fields: tuple[str, ...]
-    absent: Mapping[str, Any]
-    activations: tuple[str, ...] = GATED
-    names: Mapping[str, str] = {}
-    demands: Mapping[str, bool] = {}
-
-
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
+from .dialects import (
+    DIALECTS,
+    FULL,
+    LAYER_TYPES,
+    MODEL_TYPES,
+    OLD_LAYER_TYPES,
+    REQUIRED,
+    SLIDING,
+    Dialect,
+    known_fields,
 )
-COMMON = (
-    *REQUIRED,
-    "max_position_embeddings",
-    "hidden_act",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "initializer_range",
+from .rotary import (
+    complete_rope_parameters,
+    pop_rope_parameters,
+    rotary_frequencies,
+    unused_rope_fields,
 )
-SHARED = (*COMMON, "num_key_value_heads", "head_dim", "rope_parameters")
-WINDOWED = (*SHARED, "sliding_window", "max_window_layers", "layer_types")
-MISTRAL_ABSENT = {
-    "max_position_embeddings": 131072,
-    "num_key_value_heads": 8,
-    "sliding_window": 4096,
-}
-QWEN_ABSENT = {
-    "max_position_embeddings": 32768,
-    "num_key_value_heads": 32,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-GPT2_ABSENT = {
-    "max_position_embeddings": 1024,
-    "hidden_act": "gelu_new",
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "intermediate_size": None,
-}
-GPT2_NAMES = {
-    "hidden_size": "n_embd",
-    "intermediate_size": "n_inner",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions",
-    "hidden_act": "activation_function",
-    "rms_norm_eps": "layer_norm_epsilon",
-}
-GPT2_DEMANDS = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-}
-LLAMA_FIELDS = (*SHARED, "attention_bias", "mlp_bias")
-QWEN3_FIELDS = (*WINDOWED, "attention_bias")
-
-DIALECTS = {
-    "llama": Dialect("LlamaForCausalLM", LLAMA_FIELDS, {"max_position_embeddings": 2048}),
-    "mistral": Dialect("MistralForCausalLM", (*SHARED, "sliding_window"), MISTRAL_ABSENT),
-    "qwen2": Dialect("Qwen2ForCausalLM", WINDOWED, QWEN_ABSENT),
-    "qwen3": Dialect("Qwen3ForCausalLM", QWEN3_FIELDS, {**QWEN_ABSENT, "head_dim": 128}),
-}
-DIALECTS["gpt2"] = Dialect(
-    "GPT2LMHeadModel", COMMON, GPT2_ABSENT, GPT2_ACTIVATIONS, GPT2_NAMES, GPT2_DEMANDS
-)
-MODEL_TYPES = tuple(DIALECTS)
 
 # ---- what each field may hold -------------------------------------------------------------------
 
@@ -129,20 +50,25 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
+def _is_full(count: int, types: Any) -> bool:
+    """Whether this is a list of as many layers, in each of which attention sees all positions."""
+    is_list = isinstance(types, list) and len(types) == count
+    return is_list and all(name in (FULL, *OLD_LAYER_TYPES) for name in types)
+
+
 _LARGEST = 2**31 - 1
 _is_size = is_integer(1, _LARGEST)
 _is_head_dim = is_integer(1, 2**16 - 1)
-_is_rotary_number = is_number(above=1e-30, below=1e30, kinds=(int, float))
 SIZES = (*REQUIRED, "num_key_value_heads", "max_position_embeddings")
 SCALES = ("rms_norm_eps", "initializer_range")
 SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings")
 MODEL_TYPE_RULE = Rule("model_type", MODEL_TYPES.__contains__, f"one of {', '.join(MODEL_TYPES)}")
 RULES = [
-    *rules_for(SIZES, _is_size, "a positive integer"),
-    *rules_for(SCALES, is_plain_number(above=0, below=1e300), "a positive number"),
+    *rules_for(SIZES, _is_size, "a positive integer below 2^31"),
+    *rules_for(SCALES, is_plain_number(above=0, below=1e300), "a positive number below 1e300"),
     *rules_for(SWITCHES, is_flag, "true or false"),
-    Rule("sliding_window", optional(_is_size), "a positive integer, or null"),
-    Rule("max_window_layers", is_integer(0, _LARGEST), "an integer of at least 0"),
+    Rule("sliding_window", optional(_is_size), "a positive integer below 2^31, or null"),
+    Rule("max_window_layers", is_integer(0, _LARGEST), "an integer of at least 0 and below 2^31"),
     Rule("rope_parameters", _is_object, "an object"),
 ]
 
@@ -158,12 +84,14 @@ class TransformerConfig:
     num_key_value_heads   None: as many as query heads
     head_dim              None: hidden_size / num_attention_heads
     rms_norm_eps          of every norm, GPT-2's LayerNorm too
-    rope_parameters       {"rope_type": "default" | "linear" | "llama3", "rope_theta": 10000.0,
-                          ...}; empty for GPT-2
+    rope_parameters       {"rope_type": one of ROPE_TYPES, "rope_theta": 10000.0, ...}, the rest as
+                          rotary.ROPE_FIELDS says; empty for GPT-2
     sliding_window        how many of the newest positions attention sees, the current one included;
                           None: all. It applies to the layers from max_window_layers on or, if
                           layer_types is given, to those that it calls "sliding_attention"
-    extra                 fields of a config.json that mean nothing here; they are written back
+    extra                 fields of a config.json that mean nothing here; they are written back.
+                          So are the base's dropouts, which transformers applies in training: here
+                          an adapter's own dropout is the only one
     """
 
     vocab_size: int = 256
@@ -201,12 +129,17 @@ class TransformerConfig:
         self._check("hidden_act", dialect.activations.__contains__, wanted)
         for rule in RULES:
             self._check(*rule)
-        if self.head_dim is None:
-            wanted = f"a multiple of num_attention_heads = {heads}, or head_dim be given"
+        for name in SCALES:
+            fields[name] = float(fields[name])  # transformers takes no integer for a float
+        if self.head_dim is None or self.model_type == "llama":
+            wanted = f"a multiple of num_attention_heads = {heads}"
+            if self.model_type != "llama":  # transformers' Llama refuses it in any case
+                wanted += ", or head_dim be given"
             self._check("hidden_size", lambda C: C % heads == 0, wanted)
+        if self.head_dim is None:
             fields["head_dim"] = self.hidden_size // heads
         if is_rotary:
-            wanted = "even and positive"
+            wanted = "even and positive, and below 2^16"
             self._check("head_dim", lambda D: _is_head_dim(D) and D % 2 == 0, wanted)
         else:
             wanted = "hidden_size / num_attention_heads, and nothing else"
@@ -219,14 +152,15 @@ class TransformerConfig:
             listed = isinstance(types, (list, tuple)) and all(kind in LAYER_TYPES for kind in types)
             wanted = f"{count} of {', '.join(LAYER_TYPES)}, or null"
             self._check("layer_types", lambda _: listed and len(types) == count, wanted)
-            if SLIDING in types:
+            if SLIDING in types or self.model_type == "mistral":  # transformers asks for it
                 self._check("sliding_window", _is_size, f"given for {SLIDING}")
             fields["layer_types"] = tuple(types)
         self._check_absent_fields(dialect)
         if is_rotary:
-            rope = {"rope_type": "default", "rope_theta": 10000.0}
-            fields["rope_parameters"] = {**rope, **self.rope_parameters}
-            rotary_frequencies(self)  # ConfigError if the rotary parameters do not fit
+            context = self.max_position_embeddings
+            rope = complete_rope_parameters(self.rope_parameters, context)
+            fields["rope_parameters"] = rope
+            rotary_frequencies(rope, self.head_dim or 0, context)  # ConfigError if they do not fit
 
     def _check(self, name: str, is_valid: Predicate, wanted: str) -> None:
         """ConfigError if the value is not valid; it names the field as config.json does, too."""
@@ -302,28 +236,70 @@ class TransformerConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> TransformerConfig:
         """The configuration that a config.json describes.
 
-        It is read as transformers writes it today, or did before `rope_parameters` and `dtype`.
+        It is read as transformers 5.23 reads it, or refused. A field that would change the model in
+        a way that is not implemented raises a ConfigError; unknown fields cause one warning.
         """
-        config = dict(config)
-        kind = config.pop("model_type", None)
+        written = dict(config)
+        kind = written.pop("model_type", None)
         check_fields({"model_type": kind}, [MODEL_TYPE_RULE], "config: ")
         dialect = DIALECTS[kind]
-        for name, value in dialect.demands.items():
-            rule = Rule(name, one_of(value), str(value).lower())
-            check_fields({name: value, **config}, [rule], "config: ")
+        extra = _without_aliases(written, dialect)
         given = dict(dialect.absent)
         if "rope_parameters" in dialect.fields:
-            given["rope_parameters"] = _pop_rope_parameters(config)
+            given["rope_parameters"] = pop_rope_parameters(extra)
         for name in dialect.fields:
             key = dialect.names.get(name, name)
-            if key in config:
-                given[name] = config.pop(key)
+            if key in extra:
+                given[name] = extra.pop(key)
         missing = [dialect.names.get(name, name) for name in REQUIRED if name not in given]
         if missing:
             raise ConfigError(f"config: missing {', '.join(sorted(missing))}")
-        if "layer_types" in dialect.fields and not config.get("use_sliding_window"):
+        types = given.get("layer_types")
+        if isinstance(types, list) and all(isinstance(name, str) for name in types):
+            given["layer_types"] = [OLD_LAYER_TYPES.get(name, name) for name in types]
+        if "max_window_layers" in dialect.fields and not extra.get("use_sliding_window"):
             given["sliding_window"] = None
-        return cls(**given, model_type=kind, extra=config)
+        made = cls(**given, model_type=kind, extra=extra)
+        rules = [*dialect.file_rules, *dialect.other_rules, *made._rules_of_this_shape(written)]
+        check_fields(written, [rule for rule in rules if rule.field in written], "config: ")
+        made._warn_of_unknown_fields()
+        return made
+
+    def _rules_of_this_shape(self, written: Mapping[str, Any]) -> list[Rule]:
+        """Rules for the fields of a file whose valid values depend on the model's shape."""
+        rules = []
+        if self.model_type != "gpt2":  # transformers does not train this row, if there is one
+            V = self.vocab_size
+            is_row = optional(is_integer(-V, V - 1))
+            rules.append(Rule("pad_token_id", is_row, f"an id below vocab_size = {V}, or null"))
+        if "sliding_window" not in DIALECTS[self.model_type].fields:
+            # transformers' class ignores both, its cache does not: generated text would differ.
+            T = self.max_position_embeddings
+            count = self.num_hidden_layers
+            wanted = f"null, or at least max_position_embeddings = {T}"
+            rules.append(Rule("sliding_window", optional(is_integer(T)), wanted))
+            wanted = f"null, or {FULL} for each of the {count} layers"
+            rules.append(Rule("layer_types", optional(functools.partial(_is_full, count)), wanted))
+        if self.model_type == "mistral" and "layer_types" in written:
+            # transformers then uses a class that has no defaults for these two.
+            wanted = "a positive integer, because layer_types is given"
+            needed = rules_for(("head_dim", "sliding_window"), _is_size, wanted)
+            check_fields({"head_dim": None, "sliding_window": None, **written}, needed, "config: ")
+        return rules
+
+    def _warn_of_unknown_fields(self) -> None:
+        known = known_fields(self.model_type)
+        unknown = [name for name in self.extra if name not in known]
+        if self.rope_parameters:
+            unknown += unused_rope_fields(self.rope_parameters)
+        if unknown:
+            names = ", ".join(sorted(unknown))
+            warnings.warn(
+                shorten(
+                    f"config: fields without effect in a model of type {self.model_type}: {names}"
+                ),
+                stacklevel=3,
+            )
 
     def to_dict(self, dtype: str = "float32") -> JsonObject:
         """The fields for config.json, in the dialect of the type of model."""
@@ -331,11 +307,11 @@ class TransformerConfig:
         fields = {dialect.names.get(name, name): getattr(self, name) for name in dialect.fields}
         if "rope_parameters" in fields:
             fields["rope_parameters"] = dict(self.rope_parameters)
-        if "layer_types" in fields:
-            types = fields.pop("layer_types")
+        if "max_window_layers" in fields:
             fields["use_sliding_window"] = self.sliding_window is not None
-            if types is not None:
-                fields["layer_types"] = list(types)
+        types = fields.pop("layer_types", None)
+        if types is not None:
+            fields["layer_types"] = list(types)
         if self.model_type == "qwen2" and self._plain_heads:
             del fields["head_dim"]  # as transformers does, which reads it but does not write it
         if fields.get("n_inner") == 4 * self.hidden_size:
@@ -346,60 +322,15 @@ class TransformerConfig:
         return {**written, "model_type": self.model_type, "dtype": dtype}
 
 
-def _pop_rope_parameters(config: JsonObject) -> JsonObject:
-    """Take the rotary parameters out of a config.json, whichever of three spellings it uses."""
-    rope = config.pop("rope_parameters", None) or {}
-    scaling = config.pop("rope_scaling", None) or {}
-    theta = config.pop("rope_theta", None)
-    if not (_is_object(rope) and _is_object(scaling)):
-        raise ConfigError("config: rope_parameters, or rope_scaling, must be an object")
-    parameters = dict(scaling)
-    if "type" in parameters:  # the oldest spelling
-        parameters["rope_type"] = parameters.pop("type")
-    if theta is not None:
-        parameters["rope_theta"] = theta
-    return {**parameters, **rope}
-
-
-def rotary_frequencies(config: TransformerConfig) -> np.ndarray:
-    """theta^(-2i/D) for i < D/2, float64, changed as `rope_type` says.
-
-    Su et al. 2021; Llama 3's rule for "llama3".
-    """
-    D = config.head_dim
-    assert D is not None
-    parameters = config.rope_parameters
-
-    def check(name: str, is_valid: bool, wanted: str) -> None:
-        field = f"rope_parameters.{name}"
-        values = {field: parameters.get(name)}
-        check_fields(values, [Rule(field, lambda _: is_valid, wanted)], "config: ")
-
-    def number(name: str) -> float:
-        value: Any = parameters.get(name)
-        check(name, _is_rotary_number(value), "a positive number")
-        return float(value)
-
-    kind = parameters["rope_type"]
-    check("rope_type", kind in ROPE_TYPES, f"one of {', '.join(ROPE_TYPES)}")
-    if any(isinstance(value, Mapping) for value in parameters.values()):
-        raise ConfigError(
-            "config: rope_parameters must be those of all layers: "
-            "one set for each type of layer is not supported"
-        )
-    factor = parameters.get("partial_rotary_factor")
-    check("partial_rotary_factor", factor in (None, 1), "1: all of a head is rotated")
-
-    frequency = number("rope_theta") ** (-np.arange(0, D, 2, dtype=np.float64) / D)
-    if kind == "linear":
-        return frequency / number("factor")
-    if kind == "llama3":
-        # Long waves are stretched by `factor`, short ones kept, those between interpolated.
-        low = number("low_freq_factor")
-        high = number("high_freq_factor")
-        old_context = number("original_max_position_embeddings")
-        check("high_freq_factor", high > low, f"above low_freq_factor = {low}")
-        turns = old_context * frequency / (2 * math.pi)  # full turns within the old context
-        keep = np.clip((turns - low) / (high - low), 0, 1)
-        return frequency * (keep + (1 - keep) / number("factor"))
-    return frequency
+def _without_aliases(written: Mapping[str, Any], dialect: Dialect) -> JsonObject:
+    """The fields of a file under their first names. ConfigError if two names say two things."""
+    fields = dict(written)
+    for name, alias in dialect.aliases.items():
+        if alias in fields:
+            value = fields.pop(alias)
+            if fields.setdefault(name, value) != value:
+                raise ConfigError(
+                    f"config: {name} is {fields[name]!r:.99}, but {alias}, another name for it, is "
+                    f"{value!r:.99}: keep one of the two"
+                )
+    return fields

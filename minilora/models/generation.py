@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from typing import Any
@@ -12,16 +11,21 @@ import threadpoolctl
 
 from ..autograd import no_grad
 from ..backend import Array
-from ..errors import ConfigError, DataError, NonFiniteError, Rule, check_fields, optional
+from ..errors import ConfigError, DataError, NonFiniteError, Rule, check_fields, is_number, optional
 from ..threads import Workers
 from .cache import KeyValueCache
 from .decoding import Decoding, Weights
 
+
+def _is_probability(value: Any) -> bool:
+    return is_number(above=0)(value) and value <= 1
+
+
 SETTINGS = [
-    Rule("max_new_tokens", lambda count: count >= 0, "at least 0"),
-    Rule("temperature", lambda value: 0 <= value < math.inf, "a number >= 0"),
-    Rule("top_k", optional(lambda k: k >= 1), "at least 1"),
-    Rule("top_p", optional(lambda p: 0 < p <= 1), "in (0, 1]"),
+    Rule("max_new_tokens", is_number(least=0, kinds=Integral), "an integer of at least 0"),
+    Rule("temperature", is_number(least=0), "a finite number of at least 0"),
+    Rule("top_k", optional(is_number(least=1, kinds=Integral)), "an integer of at least 1"),
+    Rule("top_p", optional(_is_probability), "a number in (0, 1]"),
 ]
 
 

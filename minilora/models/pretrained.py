@@ -16,9 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import FormatError
+from ..errors import ConfigError, FormatError
 from ..formats import Checkpoint, array_entry, read_checkpoint, write_checkpoint
-from ..formats.checkpoint import BUFFERS, is_stored_transposed, to_file_layout
+from ..formats.checkpoint import (
+    BUFFERS,
+    CONFIG_FILE,
+    describe_prefix,
+    is_stored_transposed,
+    to_file_layout,
+)
+from ..formats.disk import JsonObject, quoted
 from ..nn import Linear, Parameter, replace_module
 from ..quant.bitsandbytes import (
     QuantizationScheme,
@@ -55,9 +62,7 @@ def load_model(
     """
     fields, checkpoint = read_checkpoint(directory)
     with checkpoint:
-        config = TransformerConfig.from_dict(fields)
-        quantization = fields.get("quantization_config")
-        scheme = None if quantization is None else read_quantization_config(quantization)
+        config, scheme = _read_config(fields, Path(directory, CONFIG_FILE))
         # Seen before memory is allocated. A byte of codes holds two weights.
         count = config.parameter_count()
         available = sum(math.prod(checkpoint.shape(key)) for key in checkpoint.keys())
@@ -97,6 +102,20 @@ def load_model(
             layer.bias = plain.bias
             replace_module(model, path, layer.to(dtype=dtype))
     return model
+
+
+def _read_config(
+    fields: JsonObject, path: Path
+) -> tuple[TransformerConfig, QuantizationScheme | None]:
+    """(configuration, how the weights are stored) of a config.json, which a ConfigError names."""
+    quantization = fields.get("quantization_config")
+    try:
+        config = TransformerConfig.from_dict(fields)
+        scheme = None if quantization is None else read_quantization_config(quantization)
+    except ConfigError as error:
+        reason = str(error).removeprefix("config: ")
+        raise ConfigError(f"{quoted(path)}: {reason}") from None
+    return config, scheme
 
 
 def _model_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
@@ -156,8 +175,11 @@ def _fill(
                 f"{keys[name]} is {checkpoint.shape(keys[name])}, config.json says {shape}"
             )
     if problems:
+        prefix = describe_prefix(checkpoint.keys(), params)
+        problems = [prefix, *problems] if prefix else problems
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise FormatError(f"{where}: {'; '.join(problems[:5])}{more}")
+    checkpoint.require_floats(keys[name] for name in params)
     owners = half_weight_owners(model).values() if stored else ()
     can_be_half = {module.weight for module in owners}
     halves = {}
@@ -171,6 +193,7 @@ def _fill(
             p.data = to_file_layout(kind, name, checkpoint.read(key, dtype=p.dtype))
     store_half_weights(model, halves)
     if head is not None:
+        checkpoint.require_floats([head])
         embedding = model.get_input_embeddings().weight
         array = checkpoint.read(head, dtype=embedding.dtype)
         if not np.array_equal(array, embedding.data, equal_nan=True):

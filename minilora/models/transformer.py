@@ -20,10 +20,11 @@ from ..backend import Array, Backend
 from ..errors import ConfigError, DataError, GraphError
 from ..nn import Embedding, FusedProjection, Linear, Module, RMSNorm, normal, random_linear
 from .cache import KeyValueCache
-from .config import TransformerConfig, rotary_frequencies
+from .config import TransformerConfig
 from .decoder import BaseDecoder, Generator, Positions
 from .gpt2 import GPT2Decoder
 from .pretrained import load_model, save_model
+from .rotary import rotary_frequencies
 
 # ---- the decoder --------------------------------------------------------------------------------
 
@@ -37,7 +38,10 @@ class RotaryTable:
 
     def __init__(self, config: TransformerConfig):
         D: Any = config.head_dim
-        self.frequency = rotary_frequencies(config)
+        context = config.max_position_embeddings
+        rotation = rotary_frequencies(config.rope_parameters, D, context)
+        self.frequency = rotation.frequencies
+        self.growth = rotation.scale  # of every cos and sin: YaRN's
         scale = [D**-0.5] * config.num_attention_heads + [1.0] * config.kv_heads
         self.scale = np.array(scale)[:, None]
         self.tables: dict[tuple[str, Any], tuple[Array, Array]] = {}
@@ -52,8 +56,8 @@ class RotaryTable:
         if table is None or len(table[0]) < stop:
             count = max(64, 1 << (stop - 1).bit_length())  # grows by doubling
             angle = np.arange(count)[:, None] * self.frequency
-            cos = np.cos(angle)
-            sin = np.sin(angle)
+            cos = np.cos(angle) * self.growth
+            sin = np.sin(angle) * self.growth
             table = self._rows(cos, cos, like), self._rows(-sin, sin, like)
             self.tables[key] = table
         return table[0][start:stop], table[1][start:stop]

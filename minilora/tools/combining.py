@@ -90,7 +90,8 @@ def combine(
             tensors[head_A] = np.ascontiguousarray(B.T)
             tensors[head_B] = np.ascontiguousarray(A.T)
         config = _fields(files, layers)
-        config |= {"ensure_weight_tying": tied is not None, **plain(r)}
+        is_tied = tied is not None or any(map(_saves_one_weight, files))
+        config |= {"ensure_weight_tying": is_tied, **plain(r)}
     LoraConfig.from_dict(config, str(out))  # so that what is written can be read
     sources = [fingerprint(folder) for folder in adapters]
     inputs = {"adapters": sources, "weights": weights, "how": how, "r": r}
@@ -156,6 +157,11 @@ def _other_tensors(path: str, changes: list[Change]) -> Tensors:
                     "adapter's: combine adapters of one base"
                 )
     return tensors
+
+
+def _saves_one_weight(file: AdapterFile) -> bool:
+    """Does the adapter save an embedding and the head that is tied to it whole, as one weight?"""
+    return file.config.ensure_weight_tying and f"{HEAD}.weight" in file.replaced
 
 
 def _tied_embedding(layers: Changes) -> str | None:

@@ -27,7 +27,16 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, FormatError, NonFiniteError, Rule, check_fields
+from ..errors import (
+    ConfigError,
+    FormatError,
+    NonFiniteError,
+    Rule,
+    check_fields,
+    integer_rules,
+    is_plain_number,
+    number_rules,
+)
 from ..formats import (
     Entry,
     SafetensorsFile,
@@ -39,9 +48,10 @@ from ..formats import (
 )
 from ..formats.adapter import CONFIG_FILE, WEIGHTS_FILE
 from ..formats.disk import quoted, require_folder
-from ..formats.dtypes import DTYPES, FLOATS
+from ..formats.dtypes import DTYPES
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import LoraConfig
+from ..lora.config import MAX_COUNT
 from ..lora.files import AdapterFile
 from ..lora.names import PREFIX
 from ..lora.plan import HEAD
@@ -61,8 +71,8 @@ OpenOut = Callable[[], AbstractContextManager[Path]]  # makes the new folder
 RULES = (Rule("--to", lambda to: to in (None, "peft", "mlx"), "peft or mlx"), DTYPE_RULE)
 MLX_RULES = (
     Rule("fine_tune_type", lambda kind: kind in ("lora", "dora"), "lora or dora"),
-    Rule("rank", lambda r: type(r) is int and 0 < r < 2**24, "an integer of at least 1"),
-    Rule("scale", lambda s: type(s) in (int, float) and 0 < s < 1e300, "a positive number"),
+    *integer_rules("rank", least=1, limit=MAX_COUNT),
+    *number_rules("scale", is_kind=is_plain_number, above=0, below=1e300),
 )
 
 
@@ -111,15 +121,15 @@ def convert(
 def _round_adapter(folder: Path, code: str, open_out: OpenOut, allow_nonfinite: bool) -> None:
     name = WEIGHTS_FILE if (folder / WEIGHTS_FILE).exists() else MLX_FILE
     fields = read_json(folder / CONFIG_FILE)
-    with SafetensorsFile(folder / name) as file, open_out() as stage:
+    with SafetensorsFile(folder / name) as file:
+        file.require_floats(file)
         entries = []
         for key in file.keys():
-            source = file.dtype(key)
-            target = code if source in FLOATS else source
             read = partial(stored, file, key, code, allow_nonfinite)
-            entries.append(Entry(key, target, file.shape(key), read))
-        write_stream(stage / name, entries)
-        write_json(stage / CONFIG_FILE, fields)
+            entries.append(Entry(key, code, file.shape(key), read))
+        with open_out() as stage:
+            write_stream(stage / name, entries)
+            write_json(stage / CONFIG_FILE, fields)
 
 
 def _round_checkpoint(folder: Path, dtype: str, open_out: OpenOut, allow_nonfinite: bool) -> None:
@@ -157,15 +167,17 @@ def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
     fields = read_json(folder / CONFIG_FILE)
     kind = fields.get("fine_tune_type", "lora")
     given = fields.get("lora_parameters")
+    file_where = quoted(folder / CONFIG_FILE)
     if not isinstance(given, dict):
-        raise ConfigError(f"{where}: lora_parameters must be an object, got {given!r:.100}")
+        raise ConfigError(f"{file_where}: lora_parameters must be an object, got {given!r:.100}")
     parameters = {"rank": None, "scale": None, "dropout": 0.0, **given}
-    check_fields({**parameters, "fine_tune_type": kind}, MLX_RULES, f"{where}: ")
+    check_fields({**parameters, "fine_tune_type": kind}, MLX_RULES, f"{file_where}: ")
     r: Any = parameters["rank"]
     use_dora = kind == "dora"
     tensors: Tensors = {}
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     with SafetensorsFile(folder / MLX_FILE) as file:
+        file.require_floats(file)
         for key in file.keys():
             ending = next((ending for ending in ENDINGS if key.endswith(ending)), None)
             if ending is None:

@@ -22,15 +22,16 @@ from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import AdaLoraConfig, HydraConfig, LoraConfig
 from ..lora.combining import MAX_RANK
 from ..lora.factors import factors_from_svd, product_norm, truncate_rank
-from ..lora.files import AdapterFile
+from ..lora.files import AdapterFile, base_key, stored_key
 from ..lora.names import EMBEDDING, LINEAR, PREFIX
-from ..lora.plan import HEAD, canonical_name
+from ..lora.plan import HEAD, Base, canonical_name, describe_checkpoint
 from ..threads import one_blas_thread
 from .leading import leading_triplets
 from .rewriting import Row, progress
 
 Array = np.ndarray
 Tensors = dict[str, Array]
+HEAD_WEIGHT = f"{HEAD}.weight"
 NOT_TARGETS = ("embed_tokens", "wte", "wpe", HEAD)  # extract saves these whole
 ADALORA_FIELDS = {field.name for field in dataclasses.fields(AdaLoraConfig)}
 ADALORA_FIELDS -= {field.name for field in dataclasses.fields(LoraConfig)}
@@ -78,55 +79,62 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
     """Write the difference of the checkpoints `tuned` and `base` as an adapter of rank r, in PEFT's
     files, to `out`.
 
-    A linear layer of which the weight alone changed gets the nearest factors of the difference;
-    other changed modules (norms, biases, the embedding, the head) are saved whole. Returns one row
-    per layer as `resize` does. Memory holds a few tensors in float64; BLAS runs in one thread, so
-    that equal checkpoints give equal bits everywhere.
+    A linear layer whose weight changed gets the nearest factors of the difference, and its bias if
+    any such bias changed; other changed modules (norms, the embedding, the head) are saved whole.
+    An embedding and a head with one weight are saved once, with `ensure_weight_tying`; if only the
+    tuned model has two weights, each that changed is saved, and merging needs tied="untie". Returns
+    one row per layer as `resize` does. Memory holds a few tensors in float64; BLAS runs in one
+    thread, so that equal checkpoints give equal bits everywhere.
 
-    FormatError if the two have different tensors or shapes, ConfigError if nothing changed or a
-    tied embedding did.
+    FormatError if the two have different tensors or shapes, ConfigError if nothing changed.
     """
     _require_rank(r)
     require_outside(out, base=base, tuned=tuned)
     config, one = read_checkpoint(base)
     with one, read_checkpoint(tuned)[1] as other, one_blas_thread():
-        model_type = str(config.get("model_type"))
-        changed = _changed_modules(one, other, model_type)
+        pair = _Pair(one, other, describe_checkpoint(one, config))
+        changed = pair.changed_modules()
+        tied = pair.is_tied() and pair.described.embedding in changed
+        if tied:
+            changed.pop(HEAD, None)  # the same change of the one weight
         tensors: Tensors = {}
         rows = []
         layers = []
         whole = []
         for path in progress(changed, "extract"):
-            keys = changed[path]
-            name = path.rpartition(".")[2]
-            if name in ("embed_tokens", "wte") and f"{HEAD}.weight" not in one:
-                raise ConfigError(
-                    f"{keys[0]} changed, and the head is tied to it, which an adapter cannot "
-                    "express: untie them in both checkpoints first"
-                )
-            weight = keys[0]
-            is_matrix = weight.endswith(".weight") and len(one.shape(weight)) == 2
-            if is_matrix and len(keys) == 1 and name not in NOT_TARGETS:
-                D = _difference(one, other, weight)
-                D = D.T if is_stored_transposed(model_type, weight) else D
+            names = changed[path]
+            weight = f"{path}.weight"
+            is_matrix = weight in names and len(pair.shape(weight)) == 2
+            if is_matrix and path.rpartition(".")[2] not in NOT_TARGETS:
+                D = pair.difference(weight)
                 A, B, row = factors_from_svd(*leading_triplets(D, r), r)
                 tensors |= _factor_tensors(path, A, B)
                 layers.append(path)
                 rows.append({"layer": path, "r": str(r), **row})
                 continue
             whole.append(path)
-            for key in one.keys():
-                module, _, parameter = canonical_name(model_type, key).rpartition(".")
-                if module == path:
-                    tensors[f"{PREFIX}{path}.{parameter}"] = other.read(key, np.float32)
+            for name in pair.names:
+                if name.rpartition(".")[0] == path:
+                    tensors[PREFIX + name] = pair.read_tuned(name, np.float32)
+        if tied:
+            tensors[PREFIX + HEAD_WEIGHT] = pair.read_tuned(HEAD_WEIGHT, np.float32)
         if not layers:
             raise ConfigError(
-                f"no linear layer of {other.directory!r} differs from the base's by its "
-                "weight alone"
+                f"no weight of a linear layer of {other.directory!r} differs from the base's, and "
+                "an adapter needs one"
             )
+        biases = [f"{path}.bias" for path in layers if f"{path}.bias" in pair.names]
+        biased = any(name in changed[name.removesuffix(".bias")] for name in biases)
+        if biased:
+            for name in biases:
+                path = name.removesuffix(".bias")
+                tensors[f"{PREFIX}{path}.base_layer.bias"] = pair.read_tuned(name, np.float32)
+        model_type = pair.described.model_type
         fields = {
             "target_modules": sorted(layers),
             "modules_to_save": sorted(whole) or None,
+            "bias": "lora_only" if biased else "none",
+            "ensure_weight_tying": tied,
             "task_type": "CAUSAL_LM",
             "fan_in_fan_out": is_stored_transposed(model_type, f"{layers[-1]}.weight"),
             "base_model_name_or_path": str(base),
@@ -135,35 +143,89 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
     return rows
 
 
-def _changed_modules(one: Checkpoint, other: Checkpoint, model_type: str) -> dict[str, list[str]]:
-    """The keys that differ, by the paths of their modules as an adapter names them."""
-    shapes, other_shapes = (
-        {(key, file.shape(key)) for key in file.keys()} for file in (one, other)
-    )
-    if shapes != other_shapes:
-        key = min(shapes ^ other_shapes)[0]
-        raise FormatError(
-            f"{other.directory!r} is not tuned from {one.directory!r}: {key} is in one alone, or "
-            "differs in shape"
-        )
-    changed: dict[str, list[str]] = {}
-    for key in one.keys():
-        if not np.array_equal(one.read(key), other.read(key), equal_nan=True):
-            path = canonical_name(model_type, key).rpartition(".")[0]
-            changed.setdefault(path, []).append(key)
-    if not changed:
-        raise ConfigError(
-            f"{other.directory!r} and {one.directory!r} are equal: there is nothing to extract"
-        )
-    return changed
+class _Pair:
+    """A base and what was tuned from it, by the names that an adapter has for their tensors.
 
+    names   those of both; a head that one of them does not store is its embedding
 
-def _difference(one: Checkpoint, other: Checkpoint, key: str) -> Array:
-    D = other.read(key, np.float64)
-    D -= one.read(key)
-    if not np.isfinite(D).all():
-        raise NonFiniteError(f"the difference of {key} is not finite")
-    return D
+    FormatError if the two have different tensors or shapes.
+    """
+
+    def __init__(self, base: Checkpoint, tuned: Checkpoint, described: Base) -> None:
+        self.base = base
+        self.tuned = tuned
+        self.described = described
+        names = [{self._name(key): None for key in file.keys()} for file in (base, tuned)]
+        self.names = list(names[0])
+        if described.tied and HEAD_WEIGHT in names[1] and HEAD_WEIGHT not in names[0]:
+            self.names.append(HEAD_WEIGHT)
+        for name in dict.fromkeys([*self.names, *names[1]]):
+            shapes = [self._shape(file, name) for file in (base, tuned)]
+            if shapes[0] != shapes[1]:
+                raise FormatError(
+                    f"{tuned.directory!r} is not tuned from {base.directory!r}: {name} is in one "
+                    "alone, or differs in shape"
+                )
+
+    def _name(self, key: str) -> str:
+        return canonical_name(self.described.model_type, key)
+
+    def _key(self, file: Checkpoint, name: str) -> str | None:
+        return stored_key(file, name) if self.described.tied else base_key(file, name)
+
+    def _shape(self, file: Checkpoint, name: str) -> tuple[int, ...] | None:
+        key = self._key(file, name)
+        return None if key is None else file.shape(key)
+
+    def _read(self, file: Checkpoint, name: str, dtype: Any = None) -> Array:
+        key = self._key(file, name)
+        assert key is not None  # __init__ has found it
+        return file.read(key, dtype)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, which is the same in both."""
+        shape = self._shape(self.base, name)
+        assert shape is not None
+        return shape
+
+    def read_tuned(self, name: str, dtype: Any = None) -> Array:
+        """A tensor of the tuned model."""
+        return self._read(self.tuned, name, dtype)
+
+    def is_tied(self) -> bool:
+        """Do embedding and head have one weight, before and after tuning?"""
+        embedding = f"{self.described.embedding}.weight"
+        if not self.described.tied or self._key(self.tuned, embedding) is None:
+            return False
+        if self._key(self.tuned, HEAD_WEIGHT) == self._key(self.tuned, embedding):
+            return True
+        tuned = self.read_tuned(embedding)
+        return np.array_equal(tuned, self.read_tuned(HEAD_WEIGHT), equal_nan=True)
+
+    def changed_modules(self) -> dict[str, list[str]]:
+        """The names of the tensors that differ, by the paths of their modules."""
+        changed: dict[str, list[str]] = {}
+        for name in self.names:
+            if not np.array_equal(
+                self._read(self.base, name), self.read_tuned(name), equal_nan=True
+            ):
+                for file in (self.base, self.tuned):
+                    file.require_floats([key for key in [self._key(file, name)] if key])
+                changed.setdefault(name.rpartition(".")[0], []).append(name)
+        if not changed:
+            raise ConfigError(
+                f"{self.tuned.directory!r} and {self.base.directory!r} are equal: there is "
+                "nothing to extract"
+            )
+        return changed
+
+    def difference(self, name: str) -> Array:
+        """tuned - base of a linear layer's weight, (O, I) in float64. NonFiniteError."""
+        D = self.read_tuned(name, np.float64)
+        D -= self._read(self.base, name)
+        if not np.isfinite(D).all():
+            raise NonFiniteError(f"the difference of {name} is not finite")
+        return D.T if is_stored_transposed(self.described.model_type, name) else D
 
 
 # ---- a plain LoRA adapter ----

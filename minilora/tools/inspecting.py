@@ -82,7 +82,10 @@ def inspect_adapter(folder: Path, base: str | Path | None = None) -> Report:
                 report["mismatches"] = mismatches_with(file, checkpoint, fields)
                 for row, size in zip(rows, norms, strict=True):
                     name = base_key(checkpoint, f"{row['layer']}.weight")
-                    W = 0.0 if name is None else norm(checkpoint.read(name))
+                    W = 0.0
+                    if name is not None:
+                        checkpoint.require_floats([name])
+                        W = norm(checkpoint.read(name))
                     row["|dW| / |W|"] = f"{size / W:.4g}" if W else "-"
     return {**report, "spectra": spectra, "tensors": rows}
 

@@ -23,7 +23,8 @@ import numpy as np
 from ..errors import ConfigError, FormatError, NonFiniteError, Rule, check_fields
 from ..formats import Checkpoint
 from ..formats.checkpoint import is_stored_transposed
-from ..formats.dtypes import DTYPES, FLOATS, round_to, widen
+from ..formats.disk import quoted
+from ..formats.dtypes import DTYPES, FLOATS, round_to, too_large, widen
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import HydraConfig
 from ..lora.combining import check_weights
@@ -146,6 +147,10 @@ def merge(
             if allow_nonfinite or math.isfinite(total):
                 return bits, row
             if set(weights) == {1.0}:
+                target = code or checkpoint.dtype(source)
+                if target != "F64" and _sources_are_finite(checkpoint, source, changes):
+                    where = f"{quoted(checkpoint.directory)} with its adapters"
+                    raise too_large(key, where, target)
                 raise not_finite(checkpoint.directory, key)
             raise NonFiniteError(
                 f"--weights {weights}: {key} with its adapters times these is not finite"
@@ -253,6 +258,16 @@ def alike(embedding: Change, head: Change) -> bool:
 
 
 # ---- one tensor ----
+
+
+def _sources_are_finite(base: Checkpoint, key: str, changes: list[Change]) -> bool:
+    """Are all numbers finite that make a tensor's new numbers?"""
+    arrays = [base.read(key)]
+    for change in changes:
+        file = change.adapter.file
+        keys = [change.key] if change.key else change.adapter.layers[change.path].values()
+        arrays += [file.read(one) for one in keys]
+    return all(bool(np.isfinite(array).all()) for array in arrays)
 
 
 def _change_tensor(

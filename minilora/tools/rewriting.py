@@ -28,8 +28,8 @@ from ..formats import (
     write_stream,
 )
 from ..formats.checkpoint import CONFIG_FILE, INDEX_FILE, MAX_INDEX_BYTES, WEIGHTS_FILE
-from ..formats.disk import PathLike, atomic_file, open_regular
-from ..formats.dtypes import DTYPES, FLOATS, empty_as, round_to, row_blocks, widen
+from ..formats.disk import PathLike, atomic_file, open_regular, quoted
+from ..formats.dtypes import DTYPES, FLOATS, empty_as, round_to, row_blocks, too_large, widen
 
 Array = np.ndarray
 Row = dict[str, Any]
@@ -81,12 +81,13 @@ def stored(
     out = numbers if target == source else empty_as(numbers.shape, target)
     for block in row_blocks(numbers.shape):
         wide = widen(numbers[block])
+        folder = file.directory if isinstance(file, Checkpoint) else file.path
+        if not allow_nonfinite and not np.isfinite(wide).all():
+            raise not_finite(folder, key)
         if target != source:
             out[block] = round_to(wide.astype(np.float64), target)
-            wide = widen(out[block])
-        if not allow_nonfinite and not np.isfinite(wide).all():
-            folder = file.directory if isinstance(file, Checkpoint) else file.path
-            raise not_finite(folder, key)
+            if not allow_nonfinite and not np.isfinite(widen(out[block])).all():
+                raise too_large(key, quoted(folder), target)
     return out.reshape(bits.shape)
 
 

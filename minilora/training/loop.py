@@ -16,10 +16,9 @@ import math
 import signal
 import statistics
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +34,26 @@ from ..errors import (
     Interrupted,
     NonFiniteError,
     check_fields,
+    integer_rules,
     is_flag,
-    is_integer,
     is_plain_number,
-    optional,
+    number_rules,
+    optional_rule,
     rules_for,
 )
 from ..formats import load_file, save_file
 from ..formats.disk import JsonObject
 from ..formats.folders import locked, require_free_space
 from ..lora import AdaLoraConfig, MultiTask, PeftModel, RankAllocator
+from ..lora.model import adapter_folder
 from ..nn import Parameter
 from ..optim import AdamW, clip_by_global_norm, warmup_cosine
 from ..quant.half import iterate_pieces
 from .nonfinite import explain_non_finite
 from .parallel import ShardedStep, shard_size
+from .resuming import require_same_run
 from .runs import Log, find_checkpoint, read_log, remove_stale, save_checkpoint
+from .signals import stop_signals
 
 # Sequences per step. More is a typing mistake, whose array would not fit into memory.
 MAX_SEQUENCES = 2**20
@@ -58,16 +61,15 @@ PACKING = "records do not see each other"  # how packed records are trained on
 PATIENCE = 50  # steps with a high loss after which a run counts as diverged
 
 
-_LARGEST = 2**63 - 1
+_LIMIT = 2**63
 _COUNTS = ("steps", "batch_size", "context", "accumulate")
 _OPTIONAL = ("shard", "threads", "eval_every", "save_every")
-_is_count = is_integer(1, _LARGEST)
 _RULES = [
-    *rules_for(_COUNTS, _is_count, "an integer of at least 1"),
-    *rules_for(_OPTIONAL, optional(_is_count), "an integer of at least 1"),
-    *rules_for(("warmup", "seed"), is_integer(0, _LARGEST), "an integer of at least 0"),
-    *rules_for(("lr", "max_grad_norm"), is_plain_number(above=0), "a number above 0"),
-    *rules_for(("floor", "weight_decay"), is_plain_number(least=0), "a number of at least 0"),
+    *integer_rules(*_COUNTS, least=1, limit=_LIMIT),
+    *map(optional_rule, integer_rules(*_OPTIONAL, least=1, limit=_LIMIT)),
+    *integer_rules("warmup", "seed", least=0, limit=_LIMIT),
+    *number_rules("lr", "max_grad_norm", is_kind=is_plain_number, above=0),
+    *number_rules("floor", "weight_decay", is_kind=is_plain_number, least=0),
     *rules_for(("abort_on_divergence", "gradient_checkpointing"), is_flag, "True or False"),
 ]
 
@@ -139,7 +141,9 @@ Text = Ids | PackedRecords | Mapping[str, Ids | PackedRecords]
 class Run:
     """One run and its progress: a model, its optimiser, its text, and what was measured so far."""
 
-    def __init__(self, model: Any, tokens: Text, settings: Settings, out: Path):
+    def __init__(
+        self, model: Any, tokens: Text, settings: Settings, out: Path, origin: str | None = None
+    ):
         if settings.shard is None:
             shard = shard_size(model, settings.sequences, settings.context)
             settings = dataclasses.replace(settings, shard=shard)
@@ -166,6 +170,7 @@ class Run:
             places = {id(p): i for i, (_, p) in enumerate(trained)}
             self.allocated = [places[id(p)] for p in self.allocator.params]
         self.identity = _identity(model, settings, tokens, trained)
+        self.identity["starting weights"] = origin
         self.done = 0  # steps
         self.losses: list[float] = []
         self.evaluations: list[tuple[int, float]] = []
@@ -285,15 +290,7 @@ class Run:
             raise CheckpointError(
                 f"{str(folder)!r} is damaged: its state cannot be read ({error!r:.99})"
             ) from None
-        differences = []
-        for key, now in self.identity.items():
-            before = identity.get(key)
-            if before != now:
-                differences.append(f"{key} ({before!r:.40} in the checkpoint, {now!r:.40} now)")
-        if differences:
-            raise CheckpointError(
-                f"{str(folder)!r} belongs to another run: {', '.join(differences)}"
-            )
+        require_same_run(str(folder), identity, self.identity, done)
         version = state.get("numpy")
         if version != np.__version__:
             warnings.warn(
@@ -341,6 +338,7 @@ def train(
     resume: str | Path | None = None,
     bytes_per_token: float = 1.0,
     title: str = "train",
+    origin: str | None = None,
 ) -> Result:
     """Train every parameter that requires a gradient on `tokens` (N,); returns what was measured.
 
@@ -354,17 +352,19 @@ def train(
     held_out  ids to evaluate on at step 0, every `eval_every` steps and at the end; by task: the
               mean over the tasks
     resume    "auto" or a checkpoint's folder: continue from that checkpoint
+    origin    a checksum of the weights that the run begins with, if settings and seed do not say
+              it all: a run with another origin is another run
 
     NonFiniteError for a loss or gradient that is not finite, in the step in which it happens and
     before any weight changes: the last good state is saved, and the log's last line is that step's.
     DivergenceError if `abort_on_divergence` is set. CheckpointError if a checkpoint belongs to
-    another run. LockError if another run uses the folder. Interrupted on SIGINT or SIGTERM, after
-    the step (not the evaluation) that was running, and saved.
+    another run. LockError if another run uses the folder. Interrupted on SIGINT, SIGTERM or SIGHUP,
+    after the step (not the evaluation) that was running, and saved.
     """
     begun = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(out))
-        run = Run(model, tokens, settings, out)
+        run = Run(model, tokens, settings, out, origin)
         if resume is not None:
             run.restore(resume)
         require_free_space(out, run.saved_bytes())
@@ -375,9 +375,11 @@ def train(
         log = stack.enter_context(Log(out / "log.jsonl", run.done))
         evaluated = run.evaluations[-1][0] if run.evaluations else -1
         evaluation_log = stack.enter_context(Log(out / "eval.jsonl", evaluated + 1))
-        stopped = stack.enter_context(_stop_signals())
+        stopped = stack.enter_context(stop_signals())
         steps = settings.steps
-        bar = tqdm(total=steps, initial=run.done, desc=title, disable=None, dynamic_ncols=True)
+        # None: only on a terminal. A program without a console has no stderr at all.
+        disable = True if sys.stderr is None else None
+        bar = tqdm(total=steps, initial=run.done, desc=title, disable=disable, dynamic_ncols=True)
         stack.enter_context(bar)
 
         def measure(text: Text) -> None:
@@ -399,10 +401,10 @@ def train(
                 record["tasks"] = losses
             evaluation_log.write(**record)
             if bar.disable:  # without a terminal, one line per evaluation replaces the bar
-                print(
-                    f"{title}: step {run.done} of {steps}, held out {bits:.3f} bits per byte",
-                    flush=True,
-                )
+                line = f"{title}: step {run.done} of {steps}, held out {bits:.3f} bits per byte"
+                # Whoever read it may have gone (`| head -1`), which is no reason to stop.
+                with contextlib.suppress(OSError, ValueError):
+                    print(line, flush=True)
 
         def save() -> Path:
             log.sync()
@@ -629,38 +631,10 @@ def _parameters_by_file(model: Any) -> dict[str, dict[str, Parameter]]:
         return {"model.safetensors": dict(model.named_parameters())}
     files = {}
     for name in model.active_adapters:
-        folder = "" if name == "default" else f"{name}/"
+        folder = "" if name == "default" else f"{adapter_folder('', name)}/"
         files[f"{folder}adapter_model.safetensors"] = model.adapter_parameters(name)
     return files
 
 
 def _saved_parameters(model: Any) -> list[Parameter]:
     return [p for file in _parameters_by_file(model).values() for p in file.values()]
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that receives SIGINT and SIGTERM, so that the running step can end first.
-
-    A second signal stops the run at once.
-    """
-    received: list[int] = []
-
-    def receive(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt(number)
-        received.append(number)
-        name = signal.Signals(number).name
-        # The terminal may be gone, or the signal came while something was being printed.
-        with contextlib.suppress(OSError, RuntimeError):
-            print(f"\n{name}: finishing this step, then saving", file=sys.stderr)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # Python lets only the main thread set handlers
-        return
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)

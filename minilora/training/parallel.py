@@ -28,10 +28,9 @@ from ..errors import (
     ConfigError,
     Rule,
     check_fields,
-    is_integer,
+    integer_rules,
     is_plain_number,
-    optional,
-    rules_for,
+    optional_rule,
 )
 from ..nn import Parameter, dropout_counter
 from ..threads import MAX_THREADS, Workers, available_cores, keep_memory
@@ -75,7 +74,7 @@ def _is_balance(value: Any) -> bool:
 
 
 _RULES = [
-    *rules_for(("threads", "shard"), optional(is_integer(1)), "an integer of at least 1"),
+    *map(optional_rule, integer_rules("threads", "shard", least=1)),
     Rule("balance", _is_balance, "'tasks', 'tokens' or positive numbers by task"),
 ]
 

@@ -6,17 +6,19 @@
 
 A checkpoint is written into a temporary folder; its manifest, with the size and SHA-256 of every
 file, comes last; then one rename makes it real. Whatever happens before that rename leaves the
-previous checkpoint the newest one.
+previous checkpoint the newest one. The manifest is also the mark of this program: a folder without
+it is never removed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +26,15 @@ from typing import Any
 
 from ..errors import CheckpointError, FormatError
 from ..formats import atomic_file, read_json, write_json
-from ..formats.disk import JsonObject, sync_folder
-from ..formats.folders import locked, require_empty, whole_folder
+from ..formats.disk import JsonObject, name_errors, sync_folder
+from ..formats.folders import (
+    begin_stage,
+    is_empty_stage,
+    locked,
+    remove_folder,
+    require_empty,
+    whole_folder,
+)
 
 MANIFEST = "manifest.json"
 KEPT = 2  # checkpoints: the newest, and one to fall back to
@@ -58,17 +67,20 @@ class Log:
     """
 
     def __init__(self, path: Path, step: int = 0):
-        if step and path.is_file():
+        if path.is_file():
             try:
                 earlier = [line for line in _whole_lines(path) if json.loads(line)["step"] < step]
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(
-                    f"{str(path)!r} has a line that is not JSON with a step: {error}"
+                    f"{str(path)!r} has a line that is not JSON with a step ({error}): "
+                    "it is not the log of a run; move it away"
                 ) from None
-            with atomic_file(path) as file:
-                file.writelines(earlier)
+            if step:
+                with atomic_file(path) as file:
+                    file.writelines(earlier)
         # __exit__ closes it.
-        self._file = open(path, "a" if step else "w", encoding="utf-8")  # noqa: SIM115
+        mode = "a" if step else "w"
+        self._file = open(path, mode, encoding="utf-8", opener=_open_at_once)  # noqa: SIM115
 
     def __enter__(self) -> Log:
         return self
@@ -80,17 +92,26 @@ class Log:
         for key, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
                 record[key] = str(value)
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        with name_errors(self._file.name):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Force a regular file onto the disk, before a checkpoint says that its steps are done."""
         try:
-            os.fsync(self._file.fileno())
+            with name_errors(self._file.name):
+                os.fsync(self._file.fileno())
         except OSError as error:
             # A pipe or a device has nothing to force.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A descriptor. OSError for a pipe that nobody reads, which would be waited for otherwise."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def read_log(path: Path) -> list[JsonObject]:
@@ -99,7 +120,8 @@ def read_log(path: Path) -> list[JsonObject]:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    lines = path.read_bytes().splitlines(keepends=True)
+    with name_errors(path):
+        lines = path.read_bytes().splitlines(keepends=True)
     return [line for line in lines if line.endswith(b"\n")]
 
 
@@ -120,23 +142,27 @@ def save_checkpoint(out: Path, step: int, state: JsonObject, write: Callable[[Pa
     replaced = parent / f"step-{step}.old"
 
     def make_way() -> None:
+        for place in (final, replaced):
+            if os.path.lexists(place) and not _is_own(place):
+                _set_aside(place)
         if final.exists():  # a run that went back to an older step: at no moment are both missing
-            shutil.rmtree(replaced, ignore_errors=True)
+            _remove(replaced)
             os.rename(final, replaced)
 
-    with whole_folder(temporary, final, make_way):
-        os.mkdir(temporary)
+    begin_stage(temporary, MANIFEST, {"step": step})  # its stamp, until it has the whole manifest
+    with whole_folder(temporary, final, make_way, MANIFEST):
         write(temporary)
         entries = {}
         for path in sorted(temporary.rglob("*")):
-            if path.is_file():
+            if path.is_file() and path != temporary / MANIFEST:
                 entry = {"size": path.stat().st_size, "sha256": _sha256(path)}
                 entries[path.relative_to(temporary).as_posix()] = entry
         write_json(temporary / MANIFEST, {"step": step, "state": state, "files": entries})
     sync_folder(out)
-    others = [folder for folder in checkpoints_by_step(parent) if folder not in (final, replaced)]
+    own = [folder for folder in checkpoints_by_step(parent) if _is_own(folder)]
+    others = [folder for folder in own if folder not in (final, replaced)]
     for old in [replaced, *others[: 1 - KEPT]]:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     return final
 
 
@@ -156,7 +182,46 @@ def checkpoints_by_step(parent: Path) -> list[Path]:
 def remove_stale(out: Path) -> None:
     """Remove what runs left that were killed while saving. Call it inside `locked(out)`."""
     for stale in (out / "checkpoints").glob("step-*.tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+        step, _, process = stale.name.removeprefix("step-").partition(".tmp-")
+        if step.isdecimal() and process.isdecimal() and _is_own(stale):
+            _remove(stale)
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether this program made the folder, or nothing is in it: only then may it be removed.
+
+    The manifest has the step that the name has. It may be the one with which an unfinished
+    checkpoint begins; a run that is killed while it makes or removes a folder leaves it empty.
+    """
+    if is_empty_stage(folder, MANIFEST):
+        return True
+    if folder.is_symlink() or not (folder / MANIFEST).is_file():
+        return False
+    try:
+        step = read_json(folder / MANIFEST, limit=1 << 30).get("step")
+    except (FormatError, OSError):
+        return False
+    name = folder.name.partition(".")[0]
+    return type(step) is int and name == f"step-{step}"
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of this program, if it exists and the disk lets us."""
+    with contextlib.suppress(OSError):
+        remove_folder(folder, MANIFEST)
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename what is in the place of a checkpoint, with a warning: it is not ours to remove.
+
+    To refuse it would lose the run that has come to this step.
+    """
+    numbers = itertools.count(1)
+    places = (folder.with_name(f"{folder.name}.moved-{number}") for number in numbers)
+    place = next(place for place in places if not os.path.lexists(place))
+    os.rename(folder, place)
+    text = f"{str(folder)!r:.200} is not a sound checkpoint of minilora: moved to {place.name!r}"
+    warnings.warn(text, stacklevel=2)
 
 
 def find_checkpoint(resume: str | Path, out: Path) -> tuple[Path, JsonObject]:
@@ -173,7 +238,10 @@ def find_checkpoint(resume: str | Path, out: Path) -> tuple[Path, JsonObject]:
         except CheckpointError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=2)
     sound = "sound " if folders else ""
-    raise CheckpointError(f"{str(out)!r} has no {sound}checkpoint to resume from")
+    raise CheckpointError(
+        f"{str(out)!r} has no {sound}checkpoint to resume from: "
+        "a run writes one when it is stopped, and with --save-every N"
+    )
 
 
 def _verified_manifest(folder: Path) -> JsonObject:
@@ -198,7 +266,7 @@ def _verified_manifest(folder: Path) -> JsonObject:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with name_errors(path), open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

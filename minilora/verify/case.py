@@ -94,14 +94,17 @@ class Formula(NamedTuple):
 
     def dW(self) -> Array:
         """sum s B A (O, I)"""
-        dW = 0 * self.W
-        for A, B, s in self.factors:
-            dW = dW + s * (B @ A)
-        return dW
+        return self.add_updates(np.zeros_like(self.W))
 
     def merged(self) -> Array:
         """W + sum s B A (O, I)"""
-        return self.W + self.dW()
+        return self.add_updates(self.W)
+
+    def add_updates(self, total: Array) -> Array:
+        """total + sum s B A (O, I)"""
+        for A, B, s in self.factors:
+            total = total + (s * B) @ A
+        return total
 
     def dX(self, G: Array) -> Array:
         """G (W + sum s B A) (N, I)"""

@@ -11,6 +11,7 @@ nothing is left has no direction, and promises nothing (`is_steady`).
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from .. import functional as F
 from ..autograd import Tensor, gradients
 from ..backend import Array
-from ..lora import DoraAdapter, LoraLinear
+from ..lora import DoraAdapter
 from ..lora.dora import LEAST
 from .case import Case, Formula, active_adapters
 from .measuring import (
@@ -69,7 +70,10 @@ class DoraFormula(NamedTuple):
         return abs(self.lora).y() + abs(self.lora.b)
 
 
-def dora_formula(case: Case, layer: LoraLinear) -> DoraFormula:
+@functools.lru_cache(maxsize=1)
+def dora_formula(case: Case) -> DoraFormula:
+    """What the case's layer should compute. Kept for the next property of the same case."""
+    layer = case.layer()
     [adapter] = active_adapters(layer)
     m = adapter.lora_magnitude_vector.data.astype(case.wide)
     lora = case.formula(layer)
@@ -87,7 +91,7 @@ def is_steady(case: Case) -> bool:
     """No row of V nearly cancels: k is known to a few digits at least."""
     if not is_dora(case):
         return False
-    return bool((dora_formula(case, case.layer()).kappa < 0.1).all())
+    return bool((dora_formula(case).kappa < 0.1).all())
 
 
 @holds(
@@ -128,7 +132,7 @@ def measure_forward(case: Case) -> Measured:
     B A x, and one; merging takes W away and adds it again. All of them share what k is off by.
     """
     layer = case.layer()
-    exact = dora_formula(case, layer)
+    exact = dora_formula(case)
     y = exact.y()
     T = exact.T()
     n = case.roundings(layer, 4)
@@ -161,7 +165,7 @@ def measure_gradients(case: Case) -> Measured:
     G = case.wide_rows(dY)
     N, O = G.shape
     I = layer.in_features
-    exact = dora_formula(case, layer)
+    exact = dora_formula(case)
     lora = exact.lora
     absolute = abs(lora)
     kG = exact.k * G
@@ -203,7 +207,7 @@ def measure_rows(case: Case) -> Measured:
     """
     layer = case.layer()
     [adapter] = active_adapters(layer)
-    exact = dora_formula(case, layer)
+    exact = dora_formula(case)
     absolute = abs(exact.lora)
     k = abs(exact.k)
     m = k * exact.norms

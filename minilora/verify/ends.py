@@ -28,8 +28,11 @@ from .measuring import (
     count_differences,
     expect_zero,
     is_lora,
+    leading_terms,
     make_registrar,
+    project,
     set_tensors,
+    spectral_norm,
     svd_error,
     update_error,
     worst,
@@ -142,9 +145,10 @@ def measure_tied_gradients(case: Case) -> Measured:
     of_head = gradients((alone(x) * G2).sum(), [turned.lora_B, turned.lora_A])
 
     s = adapter.scaling
-    G = (abs(G2.data).T @ abs(x.data)).astype(np.longdouble)  # (V, C)
-    S_A = s * (abs(B.data).T @ G.T)
-    S_B = s * (G.T @ abs(A.data).T)
+    G = abs(G2.data).astype(case.wide)  # (N, V)
+    X = abs(x.data).astype(case.wide)  # (N, C)
+    S_A = s * ((abs(B.data).T @ X.T) @ G)  # (r, V)
+    S_B = s * (X.T @ (G @ abs(A.data).T))  # (C, r)
     trained = model.get_nb_trainable_parameters()[0]
     pairs: list[tuple[Any, Any]] = [(trained - adapter.r * (V + C), 0)]
     for d, d1, d2, S in zip(both, of_embedding, of_head, (S_A, S_B), strict=True):
@@ -202,14 +206,13 @@ def measure_half_precision(case: Case) -> Measured:
     total = W + case.original.delta_weight(case.first)
     total = total[abs(total) > 2.0**-100]
     _, top = np.frexp(abs(total).max(initial=1))
-    # (values, stored dtype, its significant digits, the exponent of twice its least normal number)
-    formats: list[tuple[Array, str, int, int]] = [(total, "BF16", 8, -125)]
+    # (values, stored dtype, its significant digits, the exponent of its least normal number)
+    formats: list[tuple[Array, str, int, int]] = [(total, "BF16", 8, -126)]
     for end in (15, -14):
-        formats.append((np.ldexp(total, end - int(top)), "F16", 11, -13))
+        formats.append((total * 2.0 ** (end - int(top)), "F16", 11, -14))
     pairs = []
     for exact, dtype, digits, least in formats:
-        _, exponent = np.frexp(exact)
-        half_ulp = np.ldexp(0.5, np.maximum(exponent, least) - digits)
+        half_ulp = np.maximum(power_of_two(exact), 2.0**least) * 2.0**-digits
         below = np.trunc(exact / (2 * half_ulp)) * 2 * half_ulp
         middle = (below + np.sign(exact) * half_ulp) * (1 + 2.0**-45)
         for values in (exact, middle):
@@ -218,9 +221,15 @@ def measure_half_precision(case: Case) -> Measured:
     return worst(*pairs)
 
 
+def power_of_two(a: Array) -> Array:
+    """The largest power of two that is at most |a|: float64's exponent alone. Of 0 it is 0."""
+    exponents = a.view(np.int64) & 0x7FF0_0000_0000_0000
+    return exponents.view(np.float64)
+
+
 @holds("best of lower rank", "min |dW - P Q|² = Σ σᵢ², i > k", "Eckart & Young 1936; Mirsky 1960")
 def measure_lower_rank(case: Case) -> Measured:
-    """The σᵢ come from the small factors, the least error from the SVD of dW itself, cut off at k.
+    """The σᵢ come from the small factors, the least error from the SVD of dW = Q T, cut off at k.
 
     Both are off by max(V, C) eps σ₁ each, and dW by the norm of its own roundings (see `rank`), √r
     of them. Nothing of rank k is nearer: neither a random P Q, scaled as well as can be, nor the
@@ -240,8 +249,9 @@ def measure_lower_rank(case: Case) -> Measured:
         error = update_error(case, layer) + svd_error(dW.shape, sigma[0], 2)
         bound = np.sqrt(adapter.r) * error
 
-        U, S, Vt = np.linalg.svd(dW, full_matrices=False)
-        nearest = (U[:, :k] * S[:k]) @ Vt[:k]
+        Q, T = project(dW, B)
+        U, S, Vt = np.linalg.svd(T, full_matrices=False)
+        nearest = Q @ (U[:, :k] * S[:k]) @ Vt[:k]
         pairs.append((np.linalg.norm(dW - nearest) - least, bound))
 
         PQ = case.rng.standard_normal((O, k)) @ case.rng.standard_normal((k, I))
@@ -267,20 +277,21 @@ def measure_principal(case: Case) -> Measured:
     adapter = layer.adapters[case.first]
     r = adapter.r
     root = np.sqrt(adapter.scaling)
-    W = layer.base_layer.dense_weight().astype(np.float64)
-    U, sigma, Vt = np.linalg.svd(W, full_matrices=False)
+    W = layer.base_layer.dense_weight()
+    U, sigma, Vt = leading_terms(W, r + 1)
     A, B, _ = factors_from_svd(U, sigma, Vt, r)
+    W = W.astype(np.float64)
     set_tensors(layer, [(A / root, B / root)])
     S = abs(case.formula(layer)).dW()
     W_res = (W - layer.delta_weight(case.first)).astype(case.dtype)
     layer.base_layer.weight.data = W_res
     layer.merge()
     merged = layer.base_layer.dense_weight().astype(np.float64)
+    largest = spectral_norm(W_res)
     W_res = W_res.astype(np.float64)
 
     float64 = case.gamma(r + 4, S + abs(W), np.float64).astype(float)
     bound = case.u * (abs(W_res) + abs(merged)) + 2 * float64
-    largest = np.linalg.svd(W_res, compute_uv=False)[0]
     expected = sigma[r] if r < len(sigma) else 0.0
     moved = case.u * abs(W_res) + case.gamma(2, S).astype(float) + float64
     spectrum_bound = np.linalg.norm(moved) + svd_error(W.shape, sigma[0], 3)

@@ -26,6 +26,7 @@ from .measuring import (
     is_additive,
     is_lora,
     make_registrar,
+    project,
     set_tensors,
     svd_error,
     update_error,
@@ -160,18 +161,19 @@ def measure_count(case: Case) -> Measured:
 
 @holds("rank", "σᵣ₊₁(s B A) = 0", "Hu et al. 2021, section 4.1", is_deficient)
 def measure_rank(case: Case) -> Measured:
-    """Weyl: an error F moves singular values by at most |F|, here `update_error`.
+    """σᵣ₊₁(dW) ≤ |dW - X| for each X of rank r (Eckart & Young 1936); X = Q T is dW on B's columns.
 
-    Their decomposition errs by `svd_error`.
+    If dW = s B A + F, then |dW - Q T| ≤ |F|, here `update_error`. Q and T err by `svd_error`.
     """
     pairs = []
     for name, adapter in case.adapters.items():
         layer = case.layer(name)
         dW = layer.delta_weight(name)
-        sigma = np.linalg.svd(dW, compute_uv=False)
-        if adapter.r < len(sigma):
-            bound = update_error(case, layer) + svd_error(dW.shape, sigma[0])
-            pairs.append((sigma[adapter.r], bound))
+        if adapter.r < min(dW.shape):
+            Q, T = project(dW, adapter.lora_B.data)
+            largest = np.linalg.svd(T, compute_uv=False).max(initial=0)
+            bound = update_error(case, layer) + svd_error(dW.shape, largest)
+            pairs.append((np.linalg.norm(dW - Q @ T), bound))
     return worst(*pairs)
 
 

@@ -21,6 +21,7 @@ from ..formats.dtypes import FLOATS, round_to, widen
 from ..lora import AdaLoraAdapter, PeftModel
 from ..lora.factors import effective_rank, singular_values
 from ..models.transformer import CausalLM
+from ..threads import keep_memory, one_blas_thread
 from .case import ADAPTERS, Case, cases_of, random_case
 from .measuring import Measured, Property
 from .properties import PROPERTIES
@@ -83,6 +84,19 @@ class Report(NamedTuple):
     layers: list[Finding]
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, or another signal, while `done` of `total` cases were measured.
+
+    report    what was measured until then
+    """
+
+    def __init__(self, signal: KeyboardInterrupt, report: Report, done: int, total: int):
+        super().__init__(*signal.args)
+        self.report = report
+        self.done = done
+        self.total = total
+
+
 def verify(
     cases: int = 100, seed: int = 0, properties: Sequence[Property] = PROPERTIES
 ) -> list[Row]:
@@ -101,17 +115,56 @@ def verify(
 
 
 def measure(cases: Sequence[Case], properties: Sequence[Property] = PROPERTIES) -> list[Row]:
-    """Every property's worst case, in the list's order; one that applies to no case has no row."""
+    """Every property's worst case, in the list's order; one that applies to no case has no row.
+
+    `Stopped` at Ctrl-C.
+    """
     measured: dict[str, list[tuple[str, Measured]]] = {p.name: [] for p in properties}
-    for case in tqdm(cases, desc="verify", disable=None, leave=False, dynamic_ncols=True):
-        for p in properties:
-            if p.applies(case):
-                measured[p.name].append((case.name, p.check(case)))
-    rows = []
-    for p in properties:
-        if measured[p.name]:
-            rows.append(worst_row(p.name, p.equation, p.source, measured[p.name]))
-    return rows
+    done = 0
+
+    def rows() -> list[Row]:
+        return [
+            worst_row(p.name, p.equation, p.source, measured[p.name])
+            for p in properties
+            if measured[p.name]
+        ]
+
+    with _fast_arrays(), _progress_bar("verify", len(cases)) as bar:
+        try:
+            for case in cases:
+                for p in properties:
+                    bar.set_postfix_str(f"{case.name}: {p.name}", refresh=False)
+                    bar.update(0)
+                    if p.applies(case):
+                        measured[p.name].append((case.name, p.check(case)))
+                done += 1  # the bar does not count where it is not shown
+                bar.update()
+        except KeyboardInterrupt as signal:
+            raise Stopped(signal, Report(rows(), []), done, len(cases)) from None
+    return rows()
+
+
+def _progress_bar(title: str, total: int) -> Any:
+    """A bar on stderr, if that is a terminal: layers done of all, and what is in work."""
+    return tqdm(
+        desc=title,
+        total=total,
+        unit=" layers",
+        miniters=0,  # a new text is shown soon, although no layer is done meanwhile
+        disable=None,
+        leave=False,
+        dynamic_ncols=True,
+    )
+
+
+def _fast_arrays() -> Any:
+    """A context for many arrays of a layer's size, one after another.
+
+    Freed memory is kept for the next one. BLAS has one thread: that is as fast here, for half the
+    time of two processors, and the bits do not depend on their number.
+    """
+    keep_memory()
+    return one_blas_thread()
 
 
 # ---- given files ---------------------------------------------------------------------------------
@@ -122,7 +175,7 @@ def verify_files(base: str | Path, adapter: str | Path, seed: int = 0) -> Report
 
     The files are only read. Computed in float32, or in float64 where the base is stored so.
     FormatError for files that are damaged or do not fit each other; a number that is not finite
-    loads, and then the rows are not ok.
+    loads, and then the rows are not ok. `Stopped` at Ctrl-C while properties are measured.
     """
     _, checkpoint = read_checkpoint(base)
     with checkpoint:
@@ -130,7 +183,12 @@ def verify_files(base: str | Path, adapter: str | Path, seed: int = 0) -> Report
         dtype = "float64" if double else "float32"
         model = PeftModel.from_pretrained(CausalLM.from_pretrained(base, dtype), adapter)
         cases = list(cases_of(model, seed=seed))
-        layers = [describe_layer(case, checkpoint) for case in cases]
+        layers = []
+        with _fast_arrays(), _progress_bar("describe", len(cases)) as bar:
+            for case in cases:
+                bar.set_postfix_str(case.name, refresh=False)
+                layers.append(describe_layer(case, checkpoint))
+                bar.update()
     infinite = []
     for name, p in model.named_parameters():
         wrong = np.count_nonzero(~np.isfinite(p.numpy()))
@@ -144,7 +202,11 @@ def verify_files(base: str | Path, adapter: str | Path, seed: int = 0) -> Report
         "IEEE 754-2019, section 4.3.1",
         [(layer.layer, Measured(layer.error, 1)) for layer in layers],
     )
-    return Report([finite, merged, *measure(cases)], layers)
+    try:
+        return Report([finite, merged, *measure(cases)], layers)
+    except Stopped as stopped:
+        stopped.report = Report([finite, merged, *stopped.report.rows], layers)
+        raise
 
 
 def describe_layer(case: Case, checkpoint: Checkpoint) -> Finding:

@@ -175,6 +175,74 @@ def test_finetune_trains_on_records_and_measures_them(world, tmp_path):
     assert model.tasks.keys() == {"sums", "book"}
 
 
+def test_commands_read_records_whatever_the_name_of_their_file(world, tmp_path):
+    """A JSON array and JSON Lines of other names give the bits of JSON Lines."""
+    lines = Path("sums.jsonl").read_text().splitlines()
+    (tmp_path / "sums.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    (tmp_path / "sums.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
+    (tmp_path / "wrapped.json").write_text('{"version": 1, "data": [' + ",".join(lines) + "]}")
+    train = f"{FINETUNE} --steps 2 --out '{tmp_path}/{{}}' --data"
+    ok(f"{train.format('lines')} sums.jsonl")
+    evaluate = "evaluate --base base --context 16 --data"
+    measured = ok(f"{evaluate} sums.jsonl")
+    kinds = {
+        "sums.json": "a JSON array of",
+        "sums.txt": "JSON Lines, one",
+        "wrapped.json": "list 'da",
+    }
+    for name, kind in kinds.items():
+        code, _, err = run(f"{train.format(name + '-out')} '{tmp_path}/{name}'")
+        assert code == 0
+        assert err.startswith(f"minilora: warning: '{tmp_path}/{name}' is read as ")
+        assert kind in err
+        assert err.count("\n") == 1
+        assert bits(tmp_path / f"{name}-out") == bits(tmp_path / "lines")
+        assert ok(f"{evaluate} '{tmp_path}/{name}'") == measured
+    ok(f"{train.format('eval')} sums.jsonl --eval-data '{tmp_path}/sums.json'")
+    ok(f"{FINETUNE} --steps 1 --tasks '{tmp_path}/sums.json' book.txt --out '{tmp_path}/tasks'")
+    ok(f"{PRETRAIN} --steps 1 --data '{tmp_path}/sums.json' --out '{tmp_path}/base'")
+
+
+def test_finetune_trains_on_a_text_that_begins_with_a_bracket(world, tmp_path):
+    text = b"[a link](b) and {more}\n" * 30
+    (tmp_path / "links.md").write_bytes(text)
+    (tmp_path / "plain.txt").write_bytes(b"\n" + text[:-1])
+    line = f"{FINETUNE} --steps 1 --data '{tmp_path}/links.md' --out '{tmp_path}/out'"
+    code, out, err = run(line)
+    assert code == 0
+    assert f"{len(text) * 9 // 10} tokens" in out
+    assert err.startswith(f"minilora: warning: '{tmp_path}/links.md' does not begin with a record")
+    _, _, err = run(f"evaluate --base base --data '{tmp_path}/plain.txt'")
+    assert err.startswith("minilora: warning: ")
+    (tmp_path / "plain.txt").write_bytes(b"a" + text)
+    assert run(f"evaluate --base base --data '{tmp_path}/plain.txt'")[2] == ""
+
+
+def test_commands_skip_empty_records_and_refuse_them_when_strict(world, tmp_path):
+    record = '{"prompt": "1 + 1 = ", "completion": "2\\n", "id": 7}\n'
+    empty = '{"prompt": "1 + 1 = ", "completion": ""}\n'
+    (tmp_path / "data.jsonl").write_text(record + empty + record)
+    data = f"--data '{tmp_path}/data.jsonl'"
+    lines = [f"{FINETUNE} --steps 1 --out '{tmp_path}/adapter' {data}"]
+    lines.append(f"{PRETRAIN} --steps 1 --out '{tmp_path}/base' {data}")
+    lines.append(f"evaluate --base base --context 16 {data}")
+    held_out = f"--data sums.jsonl --eval-data '{tmp_path}/data.jsonl'"
+    lines.append(f"{FINETUNE} --steps 1 --out '{tmp_path}/other' {held_out}")
+    for line in lines:
+        code, _, err = run(line)
+        assert code == 0
+        assert "1 of 3 records are skipped, the first at line 2 (nothing to learn: no token" in err
+        assert "columns that are not used (number of records that have them): 'id' (2)" in err
+        assert err.count("\n") == 2
+        code, _, err = run(f"{line} --strict")
+        assert code == 3
+        assert "data.jsonl' line 2: nothing to learn: no token follows the prompt" in err
+    (tmp_path / "data.jsonl").write_text(empty)
+    code, _, err = run(f"evaluate --base base {data}")
+    assert code == 3
+    assert "has no record to train on: all 1 are skipped, the first at line 1" in err
+
+
 def test_finetune_warns_of_records_that_are_cut(world, tmp_path):
     (tmp_path / "long.jsonl").write_text('{"text": "' + "x" * 30 + '"}\n{"text": "short"}\n')
     line = f"{FINETUNE} --data '{tmp_path}/long.jsonl' --steps 1 --out '{tmp_path}/out'"
@@ -637,8 +705,8 @@ def help_of(command: str, capsys: Any) -> list[str]:
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_fits_a_screen_and_shows_an_example(command, capsys):
     lines = help_of(command, capsys)
-    # finetune has 55 options, each with its help.
-    assert len(lines) <= (68 if command == "finetune" else 44)
+    # finetune has 56 options, each with its help.
+    assert len(lines) <= (69 if command == "finetune" else 44)
     assert max(map(len, lines)) <= 110
     if command:
         example = next(line for line in lines if line.startswith("example: "))

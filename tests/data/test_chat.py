@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_templates import MARKED, QWEN3, TEMPLATES, write_tokenizer
+from chat_templates import MARKED, QWEN3, TEMPLATES, TOOLS, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -246,19 +246,34 @@ bad(None, "a list of messages, found NoneType")
 bad("text", "a list of messages, found str")
 bad({"role": "user"}, "a list of messages, found dict")
 bad([USER], "no message is the assistant's")
-KEYS = "message 2: expected 'role' and 'content' and no other key"
+KEYS = "message 2: expected 'role' and 'content'"
 bad([USER, "b"], f"{KEYS}, found str")
 bad([USER, {"role": "assistant"}], f"{KEYS}, found role")
 bad([USER, {}], f"{KEYS}, found nothing")
-bad([USER, {**TURN, "tool_calls": []}], "no other key, found content, role, tool_calls")
-ROLES = "message 2: expected a role of system, user, assistant"
-bad([USER, {**TURN, "role": "tool"}], f"{ROLES}, found 'tool'")
+bad([USER, {"role": "assistant", "tool_calls": []}], f"{KEYS}, found role, tool_calls")
+CALLS = "message 2: expected 'tool_calls' to be a list of objects"
+bad([USER, {**TURN, "tool_calls": "f()"}], f"{CALLS}, found 'f()'")
+bad([USER, {**TURN, "tool_calls": ["f()"]}], CALLS)
+bad([{**USER, "tool_calls": [{}]}, TURN], "only in the assistant's messages, found user")
+ROLES = "message 2: expected a role of system, user, assistant, developer, tool"
+bad([USER, {**TURN, "role": "bot"}], f"{ROLES}, found 'bot'")
 bad([USER, {**TURN, "role": None}], "found 'None'")
 bad([USER, {**TURN, "role": ["user"]}], "expected a role of")
 CONTENTS = "message 1: expected 'content' to be a text"
-PARTS = [{"type": "text", "text": "a"}]
-bad([{**USER, "content": PARTS}, TURN], f"{CONTENTS}, found list")
+bad([{**USER, "content": []}, TURN], f"{CONTENTS}, found an empty list")
+bad([{**USER, "content": 3}, TURN], f"{CONTENTS}, found int")
 bad([{**USER, "content": None}, TURN], f"{CONTENTS}, found NoneType")
+bad([USER, {**TURN, "content": None}], "message 2: expected 'content' to be a text, found NoneTy")
+PART = "message 1: expected part 2 of 'content' to"
+PARTS = [{"type": "text", "text": "a"}]
+IMAGE = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
+NOT_IMAGES = "found 'image_url': only text is learned, not images"
+bad([{**USER, "content": [*PARTS, IMAGE]}, TURN], f"{PART} be of type text, {NOT_IMAGES}")
+bad([{**USER, "content": [*PARTS, "a"]}, TURN], f"{PART} be of type text, found 'str'")
+bad([{**USER, "content": [*PARTS, {"text": "a"}]}, TURN], "found 'None'")
+bad(
+    [{**USER, "content": [*PARTS, {"type": "text"}]}, TURN], f"{PART} have a 'text', found NoneType"
+)
 
 
 @pytest.mark.parametrize(("messages", "named"), BAD)
@@ -267,6 +282,149 @@ def test_conversation_names_what_is_wrong(messages, named):
         conversation(messages)
     assert named in str(caught.value)
     assert conversation([USER, TURN]) == [USER, TURN]
+
+
+def test_conversation_drops_keys_that_say_nothing():
+    """A template that asks `'tool_calls' in message` must not find a null one."""
+    nulls = {"tool_calls": None, "name": None}
+    part = {"type": "text", "text": "a", "image": None}
+    talk = [{**USER, **nulls, "content": [part]}, {**TURN, "tool_calls": [], "weight": 1}]
+    assert conversation(talk) == [{**USER, "content": PARTS}, {**TURN, "weight": 1}]
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    assert conversation([USER, calls]) == [USER, calls]
+    assert talk[1]["tool_calls"] == [], "what is given is only read"
+
+
+# ---- tools, tool calls, rare roles, content in parts ---------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"role": "assistant", "content": None}
+CALL["tool_calls"] = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+RESULT = {"role": "tool", "content": "2", "name": "add"}
+RULES = {"role": "developer", "content": "Add."}
+IN_PARTS = {"role": "user", "content": [{"type": "text", "text": t} for t in ("1 + ", "1?")]}
+WITH_TOOLS = [RULES, IN_PARTS, CALL, RESULT, {"role": "assistant", "content": "2!"}]
+
+
+def test_chat_encode_learns_tool_calls_and_answers(chat_of):
+    chat = chat_of(TOOLS)
+    example = chat.encode(conversation(WITH_TOOLS), [TOOL])
+    text = chat.tokenizer.decode(example.ids)
+    assert text.startswith('<|im_start|>system\nTools: [{"type": "function", ')
+    assert "<|im_start|>developer\nAdd.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n" in text
+    assert "<|im_start|>tool\n2<|im_end|>\n" in text
+    called = '[call]{"name": "add", "arguments": {"a": 1}}<|im_end|>\n'
+    assert chat.tokenizer.decode(example.ids[example.learned]) == f"{called}2!<|im_end|>\n"
+    assert example.skipped == 0
+    last = chat.encode(conversation(WITH_TOOLS), [TOOL], first=3)
+    assert last.ids.tolist() == example.ids.tolist()
+    assert chat.tokenizer.decode(last.ids[last.learned]) == "2!<|im_end|>\n"
+    assert last.skipped == 0
+
+
+@pytest.mark.oracle
+def test_chat_encode_with_tools_agrees_with_transformers(chat_of, tmp_path):
+    import transformers
+
+    chat = chat_of(TOOLS)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for tools in (None, [TOOL]):
+        for messages in (WITH_TOOLS, TALK, [IN_PARTS, TURN]):
+            expected = theirs.apply_chat_template(messages, tools=tools, return_dict=True)
+            ours = chat.encode(conversation(messages), tools)
+            assert ours.ids.tolist() == expected["input_ids"]
+
+
+# Each template leaves one thing out that TOOLS has, or writes it as Python would.
+LEFT_OUT: list[tuple[str, str, object, str]] = []
+
+
+def left_out(old: str, new: str, given: object, message: str) -> None:
+    assert old in TOOLS
+    LEFT_OUT.append((old, new, given, message))
+
+
+left_out("if tools", "if false", ([USER, TURN], [TOOL]), "leaves out 'tools'")
+left_out("message.tool_calls", "message.calls", ([USER, CALL], None), "leaves out 'tool_calls'")
+NULL = "message.content if message.content is string else 'None'"
+left_out(
+    "write(message.content) -}}\n    {%- for call in message.tool_calls",
+    NULL + " -}}\n    {%- for call in message.calls",
+    ([USER, CALL], None),
+    "leaves out 'tool_calls'",
+)
+for rare in (RULES, RESULT):
+    role = rare["role"]
+    left_out(
+        "in messages -",
+        f"in messages if message.role != '{role}' -",
+        ([USER, rare, TURN], None),
+        f"leaves out messages of role {role}",
+    )
+CONTENT_IN_PARTS = "does not take content in parts for role"
+left_out("write(message.content)", "message.content", ([IN_PARTS, TURN], None), CONTENT_IN_PARTS)
+left_out("part.text", "'?'", ([IN_PARTS, TURN], None), f"{CONTENT_IN_PARTS} user: give 'content'")
+AS_PARTS = {"role": "assistant", "content": [{"type": "text", "text": "b"}]}
+left_out("part.text", "'?'", ([USER, AS_PARTS], None), f"{CONTENT_IN_PARTS} assistant")
+
+
+def test_chat_encode_refuses_tool_calls_before_a_null_content_fails(chat_of):
+    with pytest.raises(DataError, match="leaves out 'tool_calls': take them out of the record"):
+        chat_of(TEMPLATES["chatml"]).encode(conversation([USER, CALL]))
+
+
+@pytest.mark.parametrize(("old", "new", "given", "message"), LEFT_OUT)
+def test_chat_encode_refuses_a_template_that_leaves_something_out(
+    chat_of, old, new, given, message
+):
+    chat = chat_of(TOOLS.replace(old, new))
+    messages, tools = given
+    for _ in range(2):
+        with pytest.raises(DataError, match=message):
+            chat.encode(conversation(messages), tools)
+    assert chat.encode(TALK).learned.any(), "what has none of it is still learned"
+
+
+def test_chat_encode_tries_each_rare_thing_once(chat_of, monkeypatch):
+    chat = chat_of(TOOLS)
+    chat.encode(conversation(WITH_TOOLS), [TOOL])
+    rendered = []
+    monkeypatch.setattr(chat, "render", lambda *given, **named: rendered.append(given))
+    chat.encode(conversation(WITH_TOOLS), [TOOL])
+    chat.encode(TALK)
+    assert not rendered
+
+
+def test_chat_encode_with_rare_things_names_the_template_s_own_refusal(chat_of):
+    chat = chat_of("{{ raise_exception('no tools here') }}")
+    with pytest.raises(DataError, match="itself refuses these messages: 'no tools here'"):
+        chat.encode(conversation([USER, CALL]), [TOOL])
+
+
+def test_read_records_gives_the_chat_template_what_each_shape_says(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, TOOLS), 1000)
+    shared = [{"from": "system", "value": "s"}, {"from": "human", "value": "the cat"}]
+    lines = [
+        {"messages": WITH_TOOLS, "tools": [TOOL]},
+        {"messages": WITH_TOOLS, "tools": json.dumps([TOOL])},
+        {"prompt": [*TALK, USER], "completion": [TURN]},
+        {"instruction": "the cat", "input": "on", "output": "the mat"},
+        {"question": "the cat", "answer": "the mat"},
+        {"conversations": [*shared, {"from": "gpt", "value": "the mat"}]},
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(lines))
+    records = read_records(path, tokenizer, 2000)
+    learned = [tokenizer.decode(record.ids[record.learned]) for record in records]
+    assert learned[0] == learned[1]
+    assert learned[0].startswith('[call]{"name": "add"')
+    assert learned[2:] == ["b<|im_end|>\n", *["the mat<|im_end|>\n"] * 3]
+    texts = [tokenizer.decode(record.ids) for record in records]
+    assert texts[0] == texts[1]
+    turn = "<|im_start|>assistant\nthe mat<|im_end|>\n"
+    assert texts[3] == f"<|im_start|>user\nthe cat\n\non<|im_end|>\n{turn}"
+    assert texts[4] == f"<|im_start|>user\nthe cat<|im_end|>\n{turn}"
+    assert texts[5] == f"<|im_start|>system\ns<|im_end|>\n{texts[4]}"
 
 
 def test_encode_with_edges_gives_places_in_the_text(tmp_path):
@@ -337,7 +495,10 @@ def test_chat_render_expectations_are_those_of_transformers(that_day):
 
 # ---- what no template may do ---------------------------------------------------------------------
 
-HANGS = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
+# Few steps of much work each, so that only the limit of time or memory can end it.
+SLOW = "{% for a in range(999) %}{{ ('%099999999d' % a)|length and '' }}{% endfor %}"
+NESTED = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
+TOO_MUCH_MEMORY = "MemoryError"
 TOO_MUCH = "takes too much time or memory: its process ended with SIG"
 HOSTILE: dict[str, str] = {}
 
@@ -346,15 +507,32 @@ def hostile(template: str, message: str) -> None:
     HOSTILE[template] = message
 
 
-hostile("{{ 9 ** (9 ** 9) }}", TOO_MUCH)  # before it runs: Jinja computes constants
-hostile(HANGS, TOO_MUCH)
-hostile("{{ 'a' * 9999999999 }}", "MemoryError")
+hostile("{{ 9 ** (9 ** 9) }}", "line 1: a product of more than 4,096 bits")
+hostile("{{ 2 ** 4000 * 2 ** 4000 }}", "line 1: a product of more than 4,096 bits")
+hostile(SLOW, TOO_MUCH)
+hostile("{{ 'x'|center(999999999)|center(999999999) }}", TOO_MUCH_MEMORY)
+hostile(NESTED, "line 1: it takes more than 100,000 steps")
+hostile(NESTED.replace("99999", "300"), "line 1: it takes more than 100,000 steps")
+hostile(
+    "{% for a in messages[0].content * 999 %}" * 3 + "{% endfor %}" * 3,
+    "line 1: it takes more than 100,000 steps",
+)
+hostile(
+    "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "line 1: it takes more than 100,000 steps",
+)
+hostile(
+    "{% for a in messages recursive %}{{ loop(messages) }}{{ loop(messages) }}{% endfor %}",
+    "maximum recursion depth",
+)
+hostile("{{ 'a' * 9999999999 }}", "line 1: a product of more than 1,048,576 characters or entries")
+hostile("{{ 9999999999 * [1] }}", "line 1: a product of more than 1,048,576 characters or entries")
 hostile(
     "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "MemoryError",
 )
 hostile(
-    "{% for i in range(99999) %}{{ messages[0].content }}{{ 'x' * 999 }}{% endfor %}",
+    "{% for i in range(9999) %}{{ messages[0].content }}{{ 'x' * 999 }}{% endfor %}",
     "it writes more than 1,0",
 )
 hostile("{{ range(10000000000) }}", "Range too big")
@@ -384,7 +562,7 @@ hostile("{{ 1 / 0 }}", "line 1: division by zero")
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
 def test_chat_encode_refuses_a_hostile_template(chat_of, number):
     template, named = list(HOSTILE.items())[number]
-    chat = chat_of(template, seconds=0.8 if named == TOO_MUCH else 5)
+    chat = chat_of(template, seconds=0.8 if named == TOO_MUCH else 2)
     with pytest.raises(DataError) as caught:
         chat.encode(TALK)
     assert type(caught.value) is DataError
@@ -397,8 +575,8 @@ WHILE_IT_RUNS = 0.3  # seconds after which an interruption comes; it hangs far l
 
 
 def test_chat_encode_ends_a_template_that_hangs_without_limits(chat_of):
-    chat = chat_of(HANGS, seconds=100)
-    chat.patience = WHILE_IT_RUNS
+    chat = chat_of(SLOW, seconds=100)
+    chat.sandbox.patience = WHILE_IT_RUNS
     with pytest.raises(DataError, match="too much time or memory"):
         chat.encode(TALK)
     with pytest.raises(DataError, match="too much time or memory"):
@@ -406,11 +584,12 @@ def test_chat_encode_ends_a_template_that_hangs_without_limits(chat_of):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="interrupts itself with a signal")
-def test_chat_leaves_no_process_behind_after_an_interruption(tmp_path):
+def test_chat_leaves_no_process_behind_after_an_interruption(tmp_path, started):
     # A background process ignores SIGINT.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    chat = Chat(load_tokenizer(write_tokenizer(tmp_path, HANGS), 1000), seconds=8)
-    chat.patience = 4  # a signal may come just before the reading that it is to interrupt
+    chat = Chat(load_tokenizer(write_tokenizer(tmp_path, SLOW), 1000), seconds=8)
+    started.clear()  # the tokenizer's
+    chat.sandbox.patience = 4  # a signal may come just before the reading that it is to interrupt
 
     def interrupted():
         with chat:
@@ -422,21 +601,29 @@ def test_chat_leaves_no_process_behind_after_an_interruption(tmp_path):
             interrupted()
     finally:
         signal.signal(signal.SIGINT, before)
-    assert chat.process.returncode == -signal.SIGKILL
+    (process,) = started
+    assert process.returncode == -signal.SIGKILL
     with pytest.raises(ProcessLookupError):  # not even as a zombie
-        os.kill(chat.process.pid, 0)
+        os.kill(process.pid, 0)
 
 
-def test_read_records_has_one_process_per_file_and_ends_it(tmp_path, monkeypatch):
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path, TEMPLATES["llama2"]), 1000)
-    started = []
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that were started, in order."""
+    processes = []
     popen = subprocess.Popen
 
     def watched(*arguments, **options):
-        started.append(popen(*arguments, **options))
-        return started[-1]
+        processes.append(popen(*arguments, **options))
+        return processes[-1]
 
     monkeypatch.setattr(subprocess, "Popen", watched)
+    return processes
+
+
+def test_read_records_has_one_process_per_file_and_ends_it(tmp_path, started):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, TEMPLATES["llama2"]), 1000)
+    started.clear()  # the tokenizer's
     path = tmp_path / "data.jsonl"
     talks = (json.dumps({"messages": TALK}) + "\n") * 20
     path.write_text('{"text": "the cat"}\n' + talks)
@@ -455,13 +642,13 @@ def test_chat_process_has_limits_and_time_in_proportion_to_its_work(chat_of):
     chat = chat_of(TEMPLATES["zephyr"], seconds=3)
 
     def limits():
-        lines = Path(f"/proc/{chat.process.pid}/limits").read_text().splitlines()[1:]
+        lines = Path(f"/proc/{chat.sandbox.process.pid}/limits").read_text().splitlines()[1:]
         return {line[:26].strip(): line[26:].split()[0] for line in lines}
 
     chat.render(TALK)
     values = limits()
     assert values["Max open files"] == values["Max file size"] == values["Max processes"] == "0"
-    assert values["Max address space"] == str(1 << 30)
+    assert 1 << 28 < int(values["Max address space"]) < (1 << 28) + (1 << 18)
     assert values["Max cpu time"] == "4"
     for _ in range(100):
         chat.render(TALK)
@@ -471,8 +658,9 @@ def test_chat_process_has_limits_and_time_in_proportion_to_its_work(chat_of):
 
 
 def test_chat_without_jinja2_says_how_to_install_it(chat_of, monkeypatch):
+    chat = chat_of("")
     place = str(Path(jinja2.__file__).parents[1])
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != place])
     message = r"tokenizer.json' needs the package 'jinja2': pip install -e \.\[hf\]"
     with pytest.raises(DataError, match=message):
-        chat_of("").encode(TALK)
+        chat.encode(TALK)

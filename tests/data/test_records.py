@@ -1,4 +1,4 @@
-"""Records: what a line may be, where learning begins, and that packing keeps every token once."""
+"""Records: what one may be, where learning begins, and that packing keeps every token once."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from small import base, bits
 from minilora import CausalLM, LoraConfig, get_multitask_model, get_peft_model
 from minilora.data import PackedRecords, TaskWindows, Windows, evaluation_windows
 from minilora.data.batches import IGNORE
+from minilora.data.files import MAX_RECORD_BYTES
 from minilora.data.records import (
-    MAX_LINE_BYTES,
     Record,
     bytes_per_token,
     is_records,
@@ -302,29 +302,21 @@ MANY = b'{"a": [' + b'"",' * 70_000 + b'""]}\n'
 not_json(MANY, "more than 65536 lists, objects and texts")
 not_json(b'\xef\xbb\xbf{"text": "abc"}\n', "BOM")
 not_json(b'{"text": "abc"', "not valid JSON")  # the file ends inside it
-bad_line(b'{"text": "' + b"x" * MAX_LINE_BYTES + b'"}\n', "longer than 16,777,216 bytes")
-KEYS = "expected 'text', or 'prompt' and 'completion', or 'messages', and no other key"
-bad_line(b"{}\n", f"{KEYS}, found nothing")
-bad_line({"Text": "abc"}, "no other key, found 'Text'")
-bad_line({"text": "abc", "id": 3}, "found 'text', 'id'")
-THREE = {"text": "abc", "prompt": "a", "completion": "b"}
-bad_line(THREE, "found 'text', 'prompt', 'completion'")
-bad_line({"prompt": "abc"}, "found 'prompt'")
-bad_line({"completion": "abc"}, "found 'completion'")
-bad_line({"\x1b[2J" * 5000: "abc"}, "no other key")
-bad_line({"messages": []}, "messages needs a tokenizer.json and its chat template")
-bad_line({"messages": [], "text": "a"}, "no other key, found 'messages', 'text'")
+bad_line(b'{"text": "' + b"x" * MAX_RECORD_BYTES + b'"}\n', "longer than 16,777,216 bytes")
+KEYS = "expected the fields messages, or conversations, or prompt + completion, or instruction"
+bad_line(b"{}\n", KEYS)
+bad_line(b"{}\n", "or text; found nothing")
+bad_line({"Text": "abc"}, "; found 'Text'")
+bad_line({"prompt": "abc"}, "; found 'prompt'")
+bad_line({"completion": "abc"}, "; found 'completion'")
+bad_line({"\x1b[2J" * 5000: "abc"}, "; found '\\x1b[2J")
+TALK = {"messages": [{"role": "assistant", "content": "a"}]}
+bad_line(TALK, "a list of messages needs a tokenizer.json and its chat template")
 bad_line({"text": 3}, "expected 'text' to be a text, found int")
-bad_line({"text": None}, "found NoneType")
 bad_line({"text": ["a", "b"]}, "found list")
+not_json(b'{"text": "abc"}\0\0\n', "byte 16 is NUL: the file is damaged")
 bad_pair("a", {}, "expected 'completion' to be a text, found dict")
 bad_pair(True, "a", "expected 'prompt' to be a text, found bool")
-bad_line({"text": ""}, "nothing to learn: no token follows its first")
-bad_line({"text": "a"}, "nothing to learn: no token follows its first")
-bad_pair("", "a", "nothing to learn: no token follows its first")
-bad_pair("abc", "", "nothing to learn: no token follows the prompt")
-bad_pair("x" * 9, "y", "its first 9 of 10 tokens are prompt, and a context of 8 ends")
-bad_pair("x" * 90, "y", "its first 90 of 91 tokens are prompt")
 
 
 @pytest.mark.parametrize(("line", "error", "named"), BAD_LINES)
@@ -337,6 +329,82 @@ def test_read_records_names_a_bad_line(tmp_path, line, error, named):
     assert named in str(caught.value)
     assert "data.jsonl' line 3: " in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+EMPTY: list[tuple[object, str]] = []
+
+
+def empty(line: object, message: str) -> None:
+    EMPTY.append((line, message))
+
+
+empty({"text": ""}, "nothing to learn: no token follows its first")
+empty({"text": "a"}, "nothing to learn: no token follows its first")
+empty({"prompt": "", "completion": "a"}, "nothing to learn: no token follows its first")
+empty({"prompt": "abc", "completion": ""}, "nothing to learn: no token follows the prompt")
+IS_PROMPT = "tokens are prompt, and a context of 8 ends before the rest"
+empty({"prompt": "x" * 9, "completion": "y"}, f"its first 9 of 10 {IS_PROMPT}")
+empty({"prompt": "x" * 90, "completion": "y"}, f"its first 90 of 91 {IS_PROMPT}")
+empty({"text": None}, "nothing to learn: 'text' is null")
+empty({"instruction": "a", "output": None}, "nothing to learn: 'output' is null")
+empty({"messages": []}, "expected 'messages' to be a list of messages, found an empty one")
+empty({"conversations": []}, "expected 'conversations' to be a list of messages, found an")
+empty({"messages": [{"role": "user", "content": "a"}]}, "no message is the assistant's")
+
+
+@pytest.mark.parametrize(("line", "reason"), EMPTY)
+def test_read_records_skips_what_has_nothing_to_learn_and_counts_it(tmp_path, line, reason):
+    good = {"text": "good"}
+    path = written(tmp_path, good, b"\n", line, good, {"text": ""})
+    with pytest.warns(UserWarning, match="2 of 4 records are skipped, the first at line 3") as told:
+        records = read_records(path, BYTES, 8)
+    (warning,) = told
+    assert reason in str(warning.message)
+    assert warning.filename == __file__
+    alone = read_records(written(tmp_path, good, good), BYTES, 8)
+    assert [r.ids.tolist() for r in records] == [r.ids.tolist() for r in alone]
+    with pytest.raises(DataError, match=r"data.jsonl' line 3: ") as caught:
+        read_records(written(tmp_path, good, b"\n", line), BYTES, 8, strict=True)
+    assert reason in str(caught.value)
+    with pytest.raises(DataError, match="no record to train on: all 2 are skipped, the first at"):
+        read_records(written(tmp_path, line, {"text": ""}), BYTES, 8)
+
+
+def test_read_records_that_is_strict_refuses_to_cut(tmp_path):
+    path = written(tmp_path, {"text": "x" * 9}, {"text": "x" * 10})
+    message = "line 2: 10 tokens, at most 9 fit into a context of 8: shorten it or give a larger"
+    with pytest.raises(DataError, match=message):
+        read_records(path, BYTES, 8, strict=True)
+    assert len(read_records(path, BYTES, 9, strict=True)) == 2
+
+
+def test_read_records_tells_unused_columns_once(tmp_path):
+    lines = [{"text": "abc", "id": 1, "n": None}, {"text": "abc", "id": 2, "x\x1b": []}]
+    with pytest.warns(UserWarning, match="columns that are not used") as told:
+        records = read_records(written(tmp_path, *lines), BYTES, 8)
+    (warning,) = told
+    assert str(warning.message).endswith(r"have them): 'id' (2), 'x\x1b' (1)")
+    assert [BYTES.decode(record.ids) for record in records] == ["abc", "abc"]
+    many = [{"text": "abc", f"column {i}": i} for i in range(300)]
+    with pytest.warns(UserWarning, match=r"'column 0' \(1\), .*'column 4' \(1\), \.\.\.$"):
+        read_records(written(tmp_path, *many), BYTES, 8)
+
+
+def test_read_records_of_an_instruction_is_alpaca_without_a_chat_template(tmp_path):
+    fields = {"instruction": "Add.", "input": "1, 2", "output": "3"}
+    path = written(tmp_path, fields, {"question": "2 + 2?", "answer": "4"})
+    with_input, without = read_records(path, BYTES, 1000)
+    assert BYTES.decode(with_input.ids) == (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n3"
+    )
+    assert BYTES.decode(with_input.ids[with_input.learned]) == "3"
+    assert BYTES.decode(without.ids) == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\n2 + 2?\n\n### Response:\n4"
+    )
+    assert BYTES.decode(without.ids[without.learned]) == "4"
 
 
 GOOD = b'{"text": "good \\u00e9"}\n{"prompt": "a", "completion": "b"}\r\n\n{"text": "more"}'
@@ -403,11 +471,13 @@ def test_split_records_holds_out_the_last_tenth():
         split_records(records, 1.0)
 
 
-def test_is_records_looks_at_the_name():
-    for name in ("a.jsonl", "A.JSONL", Path("b.jsonl")):
-        assert is_records(name)
-    for name in ("a.json", "jsonl", "a.jsonl.txt"):
-        assert not is_records(name)
+def test_is_records_looks_at_the_content(tmp_path):
+    for name in ("a.jsonl", "b.json", "c.txt"):
+        assert is_records(written(tmp_path / name, LINE))
+    (tmp_path / "d.txt").write_text("[a](b)\n")
+    assert not is_records(tmp_path / "d.txt")
+    with pytest.raises(FormatError, match="line 1: not valid JSON"):
+        is_records(written(tmp_path / "a.jsonl", b"text\n"))
 
 
 # ---- a tokenizer with special tokens -------------------------------------------------------------
@@ -591,7 +661,7 @@ def test_read_records_cuts_a_long_conversation(tmp_path, chat):
         assert record.ids.tolist() == whole.ids[:size].tolist()
         assert record.learned.tolist() == whole.learned[:size].tolist()
         assert 0 < record.size <= whole.size
-    message = f"line 1: .* its first {first} of {count} tokens are prompt, and"
+    message = f"skipped, the first at line 1 .* its first {first} of {count} tokens are prompt, and"
     with pytest.raises(DataError, match=message):
         read_records(path, tokenizer, first - 1)
 
@@ -614,12 +684,10 @@ def bad_talk(template: str, messages: object, message: str, **more: object) -> N
     BAD_TALKS.append((template, {"messages": messages, **more}, message))
 
 
-bad_talk("zephyr", [], "expected 'messages' to be a list of messages, found an empty one")
+bad_talk("zephyr", 3, "expected 'messages' to be a list of messages, found int")
 BOT = {"role": "bot", "content": "sat on"}
 bad_talk("zephyr", [BOT], "message 1: expected a role of system, user, assistant")
-bad_talk("zephyr", [USER], "no message is the assistant's, so nothing can be learned")
-bad_talk("zephyr", [USER, TURN], "and no other key, found 'messages', 'text'", text="a")
-bad_talk("zephyr", [USER, TURN], "and no other key, found 'messages', 'tools'", tools=[])
+bad_talk("zephyr", [USER, TURN], "to be a list of objects, or its JSON, found '3'", tools=3)
 bad_talk("none", [USER, TURN], "needs a tokenizer.json and its chat template")
 REFUSED = r"line \d+: the template itself refuses these messages: 'user and"
 bad_talk("llama2", [USER, USER, TURN], REFUSED)
@@ -728,7 +796,7 @@ def test_train_refuses_to_resume_records_that_were_packed_in_another_form(tmp_pa
     with monkeypatch.context() as earlier:
         earlier.setattr(loop, "PACKING", "records see each other")
         train(adapted(), packed, SETTINGS, tmp_path / "out")
-    message = r"packing \('records see each other' in the checkpoint, 'records do not see"
+    message = r"packing \(was 'records see each other', now 'records do not see"
     with pytest.raises(CheckpointError, match=message):
         train(adapted(), packed, SETTINGS, tmp_path / "out", resume="auto")
 

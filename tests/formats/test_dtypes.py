@@ -130,3 +130,13 @@ def test_round_to_rounds_once_to_every_dtype(values):
         again = widen(round_to(wide, dtype)).astype(np.float64)
         assert np.array_equal(again, wide)
         assert np.array_equal(np.signbit(wide), np.signbit(values))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_round_to_float16_has_the_bits_of_a_single_rounding_where_it_is_subnormal(kind):
+    """Each float16 below 2^-14, the midpoints between them, and the numbers beside both."""
+    steps = np.arange(0, 2**11 + 3, dtype=kind) * kind(2.0**-25)
+    beside = [steps, np.nextafter(steps, kind(1)), np.nextafter(steps, kind(-1))]
+    exact = np.concatenate([sign * x for sign in (1, -1) for x in beside])
+    expected = exact.astype(np.float16)
+    assert round_to(exact, "F16").tobytes() == expected.tobytes()

@@ -16,7 +16,7 @@ from minilora.errors import ConfigError, FormatError
 from minilora.formats import Entry, bf16_from, load_file, save_file, write_stream
 from minilora.formats.checkpoint import FAN_IN_FAN_OUT, is_stored_transposed, to_file_layout
 from minilora.lora.config import DEFAULT_TARGETS
-from minilora.models.config import MODEL_TYPES
+from minilora.models.dialects import MODEL_TYPES
 
 IDS = np.array([[1, 2, 3, 4], [5, 6, 7, 0]])
 

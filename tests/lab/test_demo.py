@@ -20,7 +20,7 @@ from minilora.data.texts import prose, python_sources, split, split_text
 from minilora.data.tokenizer import ByteTokenizer, load_tokenizer
 from minilora.errors import DataError
 from minilora.formats import load_file
-from minilora.lab.demo import PROMPT, Plan, _linear_weights, _spectra
+from minilora.lab.demo import PROMPT, Plan, _linear_weights, _spectra, demo
 from minilora.training.loop import Settings, bits_per_byte, evaluate
 from minilora.training.methods import METHODS, method_of
 
@@ -219,6 +219,15 @@ def test_demo_runs_other_methods_and_bases(method, kind, tiny, capsys):
     assert code_bits(model) == summary["bits_per_byte"][method]["code"]
 
 
+def test_demo_refuses_records(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text('[{"text": "abc"}]')
+    texts = ({"pretrain_data": str(path)}, {"adapt_data": str(path)})
+    for text in texts:
+        with pytest.raises(DataError, match=r"data\.json' has records, expected a plain text"):
+            demo(tmp_path, Plan(), **text)
+
+
 def test_demo_with_adalora_takes_r_as_the_final_rank(tiny, capsys):
     assert main([*OWN, "--method", "adalora", "--r", "2"]) == 0
     config = read_json("out/adapter/adapter_config.json")
@@ -268,7 +277,7 @@ def test_demo_depends_on_the_seed_and_not_on_the_number_of_threads(tiny, capsys)
 def test_demo_without_matplotlib_draws_no_pictures(tiny, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(OWN) == 0
-    assert "no pictures: pip install -e .[plot]" in capsys.readouterr().out
+    assert "(no pictures: matplotlib is missing: pip install -e .[plot])" in capsys.readouterr().out
     assert read_json("out/summary.json")["pictures"] == []
     assert not list(Path("out").glob("*.png"))
 

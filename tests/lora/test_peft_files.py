@@ -18,7 +18,7 @@ from small import bits, logits
 
 from minilora.errors import ConfigError, FormatError
 from minilora.formats import PEFT_CONFIG_DEFAULTS, load_file, save_file
-from minilora.lora import LoraConfig, PeftModel, get_peft_model
+from minilora.lora import AdaLoraConfig, HydraConfig, LoraConfig, PeftModel, get_peft_model
 from minilora.models.transformer import CausalLM
 
 CONFIG_FILE = "adapter_config.json"
@@ -261,3 +261,54 @@ def test_from_pretrained_refuses_an_adapter_of_another_base(tmp_path: Path) -> N
     refuses(tmp_path, r"\(2, 12\)", hidden_size=12, head_dim=4)
     change_json(tmp_path, target_modules=["c_attn"])
     refuses(tmp_path, "'c_attn'")
+
+
+# ---- keys that hold the adapter's name ----
+
+NAMED_KINDS: dict[str, LoraConfig] = {
+    "lora": lora(modules_to_save=["lm_head"]),
+    "dora": lora(target_modules=["q_proj", "embed_tokens"], use_dora=True),
+    "adalora": AdaLoraConfig(init_r=2, target_r=1, total_step=9),
+    "hydra": HydraConfig(r=2),
+}
+
+
+def names_in_keys(model: PeftModel, name: str) -> dict[str, np.ndarray]:
+    """The adapter's tensors by PEFT's names in models, as a training loop may have saved them."""
+    parameters = [p for p in model.named_parameters() if p[1].requires_grad]
+    tensors = {key: p.numpy() for key, p in parameters}
+    assert all(name in key.split(".") for key in tensors)
+    return tensors
+
+
+@pytest.mark.parametrize("name", ["default", "lora_A", "modules_to_save", "q_proj", "ä b"])
+@pytest.mark.parametrize("kind", NAMED_KINDS)
+def test_load_adapter_reads_keys_that_hold_the_adapter_s_name(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    model = get_peft_model(base(), NAMED_KINDS[kind], name)
+    move(model, name)
+    model.save_pretrained(tmp_path)
+    folder = tmp_path if name == "default" else tmp_path / name
+    save_file(folder / WEIGHTS, names_in_keys(model, name))
+    again = PeftModel.from_pretrained(base(), folder)
+    assert array_bytes(again.state_dict()) == array_bytes(model.state_dict(name))
+
+
+@pytest.mark.parametrize("change", ["two names", "both", "no path", "a short one"])
+def test_load_adapter_refuses_names_in_keys_that_are_not_one(change: str, tmp_path: Path) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    tensors = names_in_keys(model, "default")
+    first, *_ = tensors
+    if change == "two names":
+        tensors[first.replace(".default.", ".other.")] = tensors.pop(first)
+    elif change == "both":
+        tensors[first.replace(".default.", ".")] = tensors[first]
+    elif change == "no path":
+        tensors["lora_A.default.weight"] = tensors.pop(first)
+    else:
+        tensors["x"] = tensors.pop(first)
+    save_file(tmp_path / WEIGHTS, tensors)
+    with pytest.raises(FormatError, match="does not fit this base"):
+        PeftModel.from_pretrained(base(), tmp_path)

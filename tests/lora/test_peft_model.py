@@ -147,13 +147,8 @@ def test_get_peft_model_refuses_what_is_not_a_model() -> None:
         get_peft_model("base", lora())
 
 
-NOT_NAMES = ["", "a.b", "a/b", "a\\b", "/x", "..", "\0", "lora", "lora_", "ora", "_"]
-
-
-@pytest.mark.parametrize("name", NOT_NAMES)
-def test_get_peft_model_refuses_a_name_that_could_leave_its_folder_or_break_its_keys(
-    name: str,
-) -> None:
+@pytest.mark.parametrize("name", ["", ".", "..", "a.b", "a.", 3, None])
+def test_get_peft_model_refuses_a_name_with_a_dot_or_without_a_character(name: Any) -> None:
     with pytest.raises(ConfigError, match=re.escape(repr(name))):
         get_peft_model(base(), lora(), name)
 
@@ -567,6 +562,7 @@ def test_get_peft_model_refuses_a_model_with_adapters() -> None:
 def test_merge_adapter_keeps_merged_adapters_from_being_deleted_or_switched() -> None:
     model = with_biases_and_head()
     model.add_adapter("c", lora(modules_to_save=["lm_head"]))
+    model.set_adapter("c")
     model.merge_adapter(["c"])
     with pytest.raises(ConfigError, match="merged"):
         model.delete_adapter("c")
@@ -623,17 +619,15 @@ class Adapters(RuleBasedStateMachine):
         if not set(names) <= set(self.adapters):
             self.refuses("no adapter", self.model.set_adapter, names)
             return
-        for layer in layers(self.model).values():
-            if layer.merged and set(layer.merged) != set(names) & set(layer.adapters):
-                self.refuses("merged", self.model.set_adapter, names)
-                return
+        if not set(self.merged) <= set(names):
+            self.refuses("merged", self.model.set_adapter, names)
+            return
         self.model.set_adapter(names)
         self.active = names
 
     @rule(name=st.sampled_from(POOL))
     def delete(self, name: str) -> None:
-        merged = any(layer.merged for layer in layers(self.model).values())
-        if name not in self.adapters or merged or len(self.adapters) == 1:
+        if name not in self.adapters or name in self.merged or len(self.adapters) == 1:
             self.refuses("adapter", self.model.delete_adapter, name)
             return
         self.model.delete_adapter(name)
@@ -655,7 +649,9 @@ class Adapters(RuleBasedStateMachine):
     @rule(names=st.lists(st.sampled_from(POOL), min_size=1))
     def merge(self, names: list[str]) -> None:
         known = [name for name in names if name in self.adapters]
-        if known:
+        if not set(known) <= set(self.active):
+            self.refuses("not active", self.model.merge_adapter, known)
+        elif known:
             self.model.merge_adapter(known)
             self.note_merged(known)
 
@@ -686,8 +682,7 @@ class Adapters(RuleBasedStateMachine):
         weights = dict(plain.named_parameters())
         for path, layer in layers(self.model).items():
             weight = weights[f"{path}.weight"]
-            merged = [name for name in self.merged if name in layer.adapters]
-            for name in merged or self.active:
+            for name in self.active:  # the merged ones are among them
                 if name in layer.adapters:
                     adapter = layer.adapters[name]
                     dW = adapter.scaling * adapter.lora_B.data @ adapter.lora_A.data

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small
 
-from minilora import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from minilora import AdaLoraConfig, LoraConfig, PeftModel, TransformerConfig, get_peft_model
 from minilora.errors import ConfigError, FormatError
 from minilora.formats import read_adapter, read_checkpoint, write_adapter
 from minilora.lora.files import AdapterFile
@@ -32,6 +32,18 @@ def test_describe_checkpoint_gives_the_plan_of_the_model(tmp_path):
         assert not [path for path in plans[1].targets if "norm" in path]
     with pytest.raises(ConfigError, match="not a linear layer but of kind"):
         plan_adapter(header, LoraConfig(r=2, target_modules=["norm"]))
+
+
+@pytest.mark.parametrize("value", [None, 0, "true"])
+def test_describe_checkpoint_reads_tie_word_embeddings_as_the_model_does(value, tmp_path):
+    small.base().save_pretrained(tmp_path)
+    config, checkpoint = read_checkpoint(tmp_path)
+    config["tie_word_embeddings"] = value
+    message = "config: tie_word_embeddings must be true or false, got"
+    with checkpoint, pytest.raises(ConfigError, match=message):
+        describe_checkpoint(checkpoint, config)
+    with pytest.raises(ConfigError, match=message):
+        TransformerConfig.from_dict(config)
 
 
 def test_plan_adapter_leaves_out_targets_only_for_a_file_of_tokens():

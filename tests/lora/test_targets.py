@@ -10,6 +10,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from minilora.errors import ConfigError
+from minilora.lora import LoraConfig
 from minilora.lora.patterns import MAX_LENGTH, MAX_STATES, Pattern
 from minilora.lora.targets import in_layers, layer_index, matches, pattern_value
 
@@ -36,7 +37,7 @@ MEMBERS = words(r"a b 0 _ . a-b 0-9 _-b \d \w \S \. \] \- ( * $")
 FIRST = st.sampled_from(["", "^", "]", "^]"])
 LAST = st.sampled_from(["", "-"])
 SETS = st.builds("[{}{}{}]".format, FIRST, joined(MEMBERS), LAST)
-COUNTS = words("* + ? {0} {1} {2} {0,2} {1,3} {2,} {0,}")
+COUNTS = words("* + ? {0} {1} {2} {0,2} {1,3} {2,} {0,} *? +? ?? {2}? {0,2}?")
 
 
 def larger(inner):
@@ -69,6 +70,8 @@ def same_as_re(pattern, name):
 @example("a+", "")
 @example("a{2,}", "a")
 @example("a{1,3}", "aaaa")
+@example("a*?b+?c??", "aab")
+@example("(?:.*?(?:layers|model).*?(?:attn|mlp).*?(?:q|v)_proj)", "model.layers.1.attn.q_proj")
 @example(".*layers\\.1\\..*(k|down)_proj", "model.layers.1.self_attn.k_proj")
 def test_pattern_fullmatch_answers_as_re_does(pattern, name):
     assume(len(pattern) <= MAX_LENGTH)
@@ -134,9 +137,8 @@ def unsupported(problem, *patterns):
 
 unsupported("201 characters", "a" * 201)
 unsupported("41 groups", "(" * 41 + ")" * 41)
-unsupported("lazy", "a*?")
-unsupported("possessive", "a*+")
-unsupported("doubled", "a**", "a+{2}")
+unsupported("possessive", "a*+", "a*?+")
+unsupported("doubled", "a**", "a+{2}", "a+??")
 unsupported("of nothing", "^*", "${2}")
 unsupported("nothing to repeat", "*", "a|+")
 unsupported("another kind", "(?=a)", "(?!a)", "(?<=a)b", "(?P<n>a)", "(?i)a")
@@ -279,6 +281,13 @@ def test_in_layers_counts_layer_zero_and_never_a_name_without_a_number():
     assert not in_layers("model.layers.1.q", 0)
     assert not in_layers("layers.0.q", 0)  # PEFT's trap
     assert in_layers("layers.0.q", 0, "layers")
+
+
+def test_layer_index_refuses_a_lazy_pattern_which_could_prefer_another_number():
+    with pytest.raises(ConfigError, match=r"layers_pattern 'a\.\*\?' has a lazy repetition"):
+        layer_index("a.0.a.1.x", ["h", "a.*?"])
+    with pytest.raises(ConfigError, match="lazy"):
+        LoraConfig(target_modules=["q"], layers_to_transform=1, layers_pattern="a.*?")
 
 
 # ---- PEFT itself ----

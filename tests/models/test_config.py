@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shapes import configs, shape
+from variations import VARIATIONS, Variation
 
 from minilora.errors import ConfigError
-from minilora.models.config import DIALECTS, GPT2_ACTIVATIONS, MODEL_TYPES, TransformerConfig
+from minilora.models.config import TransformerConfig
+from minilora.models.dialects import DIALECTS, GPT2_ACTIVATIONS, MODEL_TYPES
 from minilora.models.gpt2 import ACTIVATIONS
 
 NOT_A_SIZE = [0, -1, True, 1.0, 2**31, math.nan, "4", [4]]
@@ -32,7 +35,7 @@ def bad(kinds: tuple[str, ...], field: str, message: str, values: list[Any]) -> 
 
 
 FULL = "full_attention"
-size = "must be a positive integer"
+size = "must be a positive integer below 2^31"
 bad(WINDOWED, "sliding_window", f"sliding_window {size}, or null", NOT_A_SIZE)
 count = "max_window_layers must be an integer of at least 0"
 bad(QWEN, "max_window_layers", count, [-1, True, False, 1.0, 0.0, None, "0", 2**31])
@@ -55,8 +58,8 @@ bad(ROTARY, "head_dim", "head_dim must be even and positive", [3, 0, -2, 2.0, Tr
 ROPE = "rope_parameters"
 partial = f"{ROPE}.partial_rotary_factor must be 1"
 bad(ROTARY, ROPE, partial, [{"partial_rotary_factor": 0.5}, {"partial_rotary_factor": "1"}])
-rope_type = f"{ROPE}.rope_type must be one of default, linear, llama3"
-bad(ROTARY, ROPE, rope_type, [{"rope_type": kind} for kind in ("yarn", "dynamic", "longrope")])
+rope_type = f"{ROPE}.rope_type must be one of default, linear, llama3, yarn, proportional"
+bad(ROTARY, ROPE, rope_type, [{"rope_type": kind} for kind in ("su", "dynamic", "longrope")])
 by_type = {FULL: {"rope_theta": 1e6}, "sliding_attention": {}}
 bad(ROTARY, ROPE, "rope_parameters must be those of all layers", [by_type])
 listed = "model_type must be one of llama, mistral, qwen2, qwen3, gpt2, got"
@@ -102,17 +105,71 @@ def test_transformer_config_refuses_a_field_that_the_type_does_not_have(
         dataclasses.replace(shape(kind), **{name: value})
 
 
+@pytest.mark.parametrize("variation", [row for row in VARIATIONS if row.refused], ids=str)
+def test_from_dict_refuses_what_would_change_the_model(variation: Variation) -> None:
+    """tests/parity/test_parity_config.py holds those that are read against transformers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        TransformerConfig.from_dict(Variation(variation.kind, {}).config)
+        with pytest.raises(ConfigError, match=rf"\b{variation.refused}\b") as error:
+            TransformerConfig.from_dict(variation.config)
+    assert str(error.value).startswith("config: ")
+    assert len(str(error.value)) <= 500
+
+
 @pytest.mark.parametrize(
-    ("kind", "name", "value"), [("mistral", "attention_bias", True), ("llama", "sliding_window", 2)]
+    ("kind", "name", "value"),
+    [("mistral", "attention_bias", True), ("gpt2", "rope_theta", 1.0), ("llama", "foo", [{}])],
 )
-def test_from_dict_keeps_fields_of_another_type_which_mean_nothing(
-    kind: str, name: str, value: Any
-) -> None:
+def test_from_dict_warns_of_an_unknown_field_and_keeps_it(kind: str, name: str, value: Any) -> None:
     """As in transformers, whose classes ignore them."""
     written = shape(kind).to_dict() | {name: value}
-    config = TransformerConfig.from_dict(written)
-    assert getattr(config, name) == getattr(shape(kind), name)
+    message = f"config: fields without effect in a model of type {kind}: {name}$"
+    with pytest.warns(UserWarning, match=message) as caught:
+        config = TransformerConfig.from_dict(written)
+    assert len(caught) == 1
+    assert getattr(config, name, None) == getattr(shape(kind), name, None)
     assert config.to_dict() == written
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_from_dict_keeps_known_fields_without_effect_in_silence(kind: str) -> None:
+    extra = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None, "use_cache": False}
+    extra |= {"architectures": ["FooForBar"], "max_length": 20, "_name_or_path": "a"}
+    written = shape(kind).to_dict() | extra
+    assert TransformerConfig.from_dict(written).to_dict() == written
+
+
+def test_from_dict_of_gpt2_reads_the_general_names() -> None:
+    config = shape("gpt2", intermediate_size=12)
+    written = config.to_dict()
+    for name, alias in DIALECTS["gpt2"].aliases.items():
+        written[alias] = written.pop(name)
+    again = TransformerConfig.from_dict(written)
+    assert dataclasses.replace(again, extra={}) == config
+    written["n_embd"] = 4
+    message = "n_embd is 4, but hidden_size, another name for it, is 8: keep one of the two"
+    with pytest.raises(ConfigError, match=message):
+        TransformerConfig.from_dict(written)
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_to_dict_writes_a_point_into_every_real_number(kind: str) -> None:
+    """transformers refuses an integer for a float."""
+    written = shape(kind, rms_norm_eps=1, initializer_range=1).to_dict()
+    assert TransformerConfig.from_dict(json.loads(json.dumps(written))).to_dict() == written
+
+
+def test_from_dict_does_not_build_what_an_absurd_size_asks_for() -> None:
+    written = shape("llama").to_dict() | {"num_hidden_layers": 2**31 - 1, "layer_types": ["a"]}
+    with pytest.raises(ConfigError, match="layer_types must be null, or full_attention for each"):
+        TransformerConfig.from_dict(written)
+
+
+def test_window_of_mistral_depends_on_layer_types() -> None:
+    config = shape("mistral", layer_types=["full_attention", "sliding_attention"])
+    again = TransformerConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert [again.window(layer) for layer in range(2)] == [None, 3]
 
 
 def test_to_dict_of_gpt2_uses_its_names() -> None:
@@ -178,10 +235,10 @@ def test_to_dict_has_the_fields_of_the_type_and_no_others(
     written = set(config.to_dict(dtype))
     expected = {dialect.names.get(name, name) for name in dialect.fields}
     expected |= {"architectures", "model_type", "dtype"}
-    if "layer_types" in dialect.fields:
+    if "max_window_layers" in dialect.fields:
         expected.add("use_sliding_window")
-        if config.layer_types is None:
-            expected.remove("layer_types")
+    if config.layer_types is None:
+        expected.discard("layer_types")
     plain_heads = config.head_dim * config.num_attention_heads == config.hidden_size
     if config.model_type == "qwen2" and plain_heads:
         expected.remove("head_dim")

@@ -13,7 +13,7 @@ from shapes import configs, randomised, shape
 from minilora.autograd import gradients, no_grad
 from minilora.errors import DataError
 from minilora.functional import IGNORE
-from minilora.models.config import MODEL_TYPES
+from minilora.models.dialects import MODEL_TYPES
 from minilora.models.transformer import CausalLM, KeyValueCache
 
 SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=4)  # fits 16 positions

@@ -17,7 +17,7 @@ from minilora import functional as F
 from minilora.autograd import Tensor
 from minilora.data import Batch
 from minilora.errors import DataError
-from minilora.models.config import GPT2_ACTIVATIONS
+from minilora.models.dialects import GPT2_ACTIVATIONS
 from minilora.models.gpt2 import ACTIVATIONS
 from minilora.training.parallel import ShardedStep
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 from peers import NAMES, load_model, randomise, torch, transformers
 
-from minilora.models.config import MODEL_TYPES
+from minilora.models.dialects import MODEL_TYPES
 
 V = 13
 Options = dict[str, Any]

@@ -41,7 +41,7 @@ from minilora.formats import load_file
 from minilora.lab.demo import Plan, demo
 from minilora.lora import LoraLinear, RankAllocator
 from minilora.lora.config import DEFAULT_TARGETS
-from minilora.models.config import DIALECTS, MODEL_TYPES
+from minilora.models.dialects import DIALECTS, MODEL_TYPES
 from minilora.optim import AdamW
 from minilora.tools.merging import merge
 from minilora.training.parallel import ShardedStep
@@ -147,7 +147,7 @@ def test_transformer_config_has_the_defaults_of_transformers(kind: str) -> None:
         assert ours.rope_parameters["rope_theta"] == 10000.0
         assert ours.rope_parameters["rope_type"] == "default"
         assert config.rope_parameters == ours.rope_parameters
-    if "layer_types" in dialect.fields:
+    if "max_window_layers" in dialect.fields:
         windows = {"full_attention": None, "sliding_attention": config.sliding_window}
         assert [ours.window(0)] == [windows[kind] for kind in config.layer_types]
 

@@ -9,7 +9,16 @@ import mlx_golden
 import numpy as np
 import pytest
 from mlx_golden import GOLDEN
-from peers import close, load_model, load_theirs, logits, make_theirs, randomise, trainable
+from peers import (
+    close,
+    load_model,
+    load_theirs,
+    logits,
+    make_theirs,
+    randomise,
+    torch,
+    trainable,
+)
 
 from minilora.formats import load_file
 from minilora.tools.converting import convert
@@ -123,6 +132,18 @@ def test_extract_writes_an_adapter_that_peft_loads(name: str, tmp_path: Path) ->
     merge(base, [GOLDEN / name], tmp_path / "tuned")
     extract(base, tmp_path / "tuned", 4, tmp_path / "out")
     assert close(file_logits(base, tmp_path / "out"), file_logits(tmp_path / "tuned"), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama_tied_llama3rope", "gpt2"])
+def test_extract_of_a_tied_model_tuned_in_full_writes_an_adapter_that_peft_loads(
+    name: str, tmp_path: Path
+) -> None:
+    tuned = load_model(GOLDEN / name, "float32")
+    for p in tuned.parameters():
+        p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) / 8
+    tuned.save_pretrained(tmp_path / "tuned")
+    extract(GOLDEN / name, tmp_path / "tuned", 16, tmp_path / "out")
+    assert close(file_logits(GOLDEN / name, tmp_path / "out"), file_logits(tmp_path / "tuned"))
 
 
 @pytest.mark.parametrize("name", CONVERTED)

@@ -674,6 +674,7 @@ def test_merge_adapter_that_fails_half_way_leaves_every_layer_as_it_was() -> Non
     bad = LoraConfig(r=1, target_modules=["down_proj"], init_lora_weights=False)
     model.add_adapter("bad", bad)
     model.merge_adapter(requantize=True)
+    model.set_adapter(["default", "bad"])
     layers = list(layers_of(model, LoraLinear).values())
     codes = [layer.base_layer.dense_weight().tobytes() for layer in layers]
     layers[-1].adapters["bad"].lora_B.data[...] = np.inf

@@ -2,6 +2,7 @@
 
 TEMPLATES    {name: template}; each writes an assistant's turn where its generation prompt ends
 MARKED       the same, with {% generation %} around what the assistant says
+TOOLS        a template that also takes tools, tool calls, every role, and content in parts
 """
 
 from __future__ import annotations
@@ -156,6 +157,26 @@ QWEN3 = """\
 """
 TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "mistral": MISTRAL}
 TEMPLATES |= {"zephyr": ZEPHYR, "gemma": GEMMA, "phi": PHI, "qwen3": QWEN3}
+TOOLS = """\
+{%- macro write(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- elif content -%}
+        {%- for part in content -%}{{- part.text -}}{%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- if tools -%}
+    {{- '<|im_start|>system\\nTools: ' ~ tools|tojson ~ '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {{- '<|im_start|>' ~ message.role ~ '\\n' ~ write(message.content) -}}
+    {%- for call in message.tool_calls or [] -%}
+        {{- '[call]' ~ call.function|tojson -}}
+    {%- endfor -%}
+    {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
 MARKED = {
     "chatml": """\
 {%- for message in messages -%}

@@ -77,7 +77,7 @@ tensors out of alignment
 weights that are not finite
 a file that changes while it is read
 a path that is not a regular file
-pickles
+pickles and files of other formats
 an index that leads out of the folder
 an adapter for another base
 ranks

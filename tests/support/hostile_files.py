@@ -44,8 +44,8 @@ from hostile import (
 from minilora import CausalLM, PeftModel
 from minilora.data.special import default_tokens, named_tokens, read_special_tokens
 from minilora.data.texts import read_text
-from minilora.data.tokenizer import MAX_TOKENIZER_BYTES, load_tokenizer
-from minilora.errors import ConfigError, DataError, FormatError
+from minilora.data.tokenizer import MAX_TOKENIZER_BYTES, HubTokenizer, load_tokenizer
+from minilora.errors import ConfigError, DataError, FormatError, NonFiniteError
 from minilora.formats import (
     SafetensorsFile,
     load_file,
@@ -386,6 +386,36 @@ def add_folder_rows() -> None:
     bad_adapter(26, "cut weights", cut(ADAPTER_WEIGHTS, 800), "model.safetensors", "the file holds")
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
+PAGE = b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
+ZIP = b"PK\x03\x04" + b"\0" * 60
+CONTENTS = {
+    "a git-lfs pointer": (POINTER, "git lfs pull"),
+    "an HTML page": (PAGE, "download the file itself"),
+    "a server's message": (b"Entry not found", "check the address"),
+    "a zip archive": (ZIP, "torch.save", "save the tensors with safetensors"),
+    "a pickle": (b"\x80\x02}q\0." * 20, "torch.save"),
+    "a GGUF file": (b"GGUF\x03\0\0\0" + b"\1" * 60, "llama.cpp"),
+    "a compressed file": (b"\x1f\x8b\x08" + b"\0" * 60, "unpack it"),
+    "empty": (b"", "download it again"),
+    "zeros": (b"\0" * 99, "download it again"),
+}
+
+
+def add_content_rows() -> None:
+    """A file that is another one is named as what it is, with what to do."""
+    for kind, (content, *says) in CONTENTS.items():
+        for path in (BASE_WEIGHTS, BASE_CONFIG, "base/tokenizer.json"):
+            build = written(path, content)
+            command(41, EVALUATE, 3, path, f"it is {kind}", *says, build=build)
+        for path in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            build = written(path, content)
+            read = lambda world: read_adapter("adapter")  # noqa: E731
+            add(41, f"{path}: {kind}", build, read, FormatError, path, f"it is {kind}", *says)
+    other = both(removed(BASE_CONFIG), renamed(BASE_WEIGHTS, BASE_CONFIG))
+    bad_base(41, "weights for config.json", other, "base/config.json", "it is a safetensors file")
+
+
 def bad_index(
     kind: int,
     name: str,
@@ -489,6 +519,71 @@ def bad_adapter_config(kind: int, *says: str, worst: bool = False, **fields: obj
     )
 
 
+PREFIX = "base_model.model."
+
+
+def renaming(old: str, new: str) -> Callable[[Tensors], object]:
+    """A change of the beginnings of all names."""
+
+    def rename(tensors: Tensors) -> None:
+        for name in list(tensors):
+            if name.startswith(old):
+                tensors[new + name.removeprefix(old)] = tensors.pop(name)
+
+    return rename
+
+
+def quoted_prefix(prefix: str) -> str:
+    return f"its keys begin with {prefix!r}" if prefix else "its keys have no prefix"
+
+
+INTEGERS = (np.int32, np.int64, np.int8, np.uint8, np.uint16, np.bool_)
+
+
+def add_integer_rows() -> None:
+    """Weights that are stored as integers are refused, wherever they would be used as numbers."""
+    name = ADAPTER_KEY.format("q", "A")
+    floats = "expected F64, F32, F16, BF16"
+    for kind in INTEGERS:
+        code = {"bool": "BOOL"}.get(np.dtype(kind).name, np.dtype(kind).str[1:].upper())
+        code = {"I4": "I32", "I8": "I64", "I1": "I8", "U1": "U8", "U2": "U16"}.get(code, code)
+        build = with_tensor(ADAPTER_WEIGHTS, name, np.ones((2, 16), kind))
+        says = (ADAPTER_WEIGHTS, name, code, floats, "save it again")
+        for load in (load_beside, load_fresh):
+            add(33, f"{code} in an adapter, {load.__name__}", build, load, FormatError, *says)
+        build = with_tensor(BASE_WEIGHTS, "lm_head.weight", np.ones((256, 16), kind))
+        says = (BASE_WEIGHTS, "lm_head.weight", code, floats)
+        add(33, f"{code} in a base", build, load_base, FormatError, *says)
+    lines = (MERGE, "inspect adapter", "resize --adapter adapter --r 1 --out new")
+    lines += ("convert adapter --dtype float16 --out new", "convert adapter --to mlx --out new")
+    lines += ("combine --adapter adapter --out new", f"{EVALUATE} --adapter adapter")
+    build = with_tensor(ADAPTER_WEIGHTS, name, np.full((2, 16), 10**9, np.int32))
+    for line in lines:
+        command(33, line, 3, name, "I32", floats, build=build)
+    q_proj = "model.layers.0.self_attn.q_proj.weight"
+    build = with_tensor(BASE_WEIGHTS, q_proj, np.ones((16, 16), np.int32))
+    command(33, MERGE, 3, "base", q_proj, "I32", build=build)
+
+
+def add_overflow_rows() -> None:
+    """A number that the wanted dtype cannot hold is not a broken weight."""
+    q_proj = "model.layers.0.self_attn.q_proj.weight"
+    build = broken(BASE_WEIGHTS, "q_proj", 1e6)
+    says = ("base", q_proj, "65504, the largest of float16", "choose float32 or bfloat16")
+    command(38, "convert base --dtype float16 --out new", 5, *says, build=build)
+    command(38, f"{MERGE} --dtype float16", 5, *says, build=build)
+    build = broken(ADAPTER_WEIGHTS, "q_proj.lora_B", 1e6)
+    says = ("adapter", "q_proj.lora_B", "65504, the largest of float16")
+    command(38, "convert adapter --dtype float16 --out new", 5, *says, build=build)
+    wide = with_tensor(BASE_WEIGHTS, "lm_head.weight", np.full((256, 16), 1e300))
+    says = (BASE_WEIGHTS, "lm_head.weight", "3.40282e+38, the largest of float32")
+    add(38, "1e300 for float32", wide, load_base, NonFiniteError, *says)
+    name = ADAPTER_KEY.format("q", "A")
+    wide = with_tensor(ADAPTER_WEIGHTS, name, np.full((2, 16), 1e300))
+    says = (ADAPTER_WEIGHTS, name, "the largest of float32")
+    add(38, "1e300 in an adapter", wide, load_beside, NonFiniteError, *says)
+
+
 def add_adapter_rows() -> None:
     key = ADAPTER_KEY.format
     without = lambda name: changed_tensors(ADAPTER_WEIGHTS, lambda t: t.pop(name))  # noqa: E731
@@ -501,6 +596,19 @@ def add_adapter_rows() -> None:
     wide = having(key("v", "B"), np.zeros((5, 2)))
     misfit("a wrong shape", wide, key("v", "B"), "(5, 2)", "(16, 2)")
     misfit("another rank", set_to(ADAPTER_CONFIG, r=3), "(2, 16)", "(3, 16)")
+    prefixes = ("", "module.", "base_model.model.module.", "base_model.model._orig_mod.")
+    for prefix in (*prefixes, "base_model.model.transformer."):
+        for load in (load_beside, load_fresh):
+            build = changed_tensors(ADAPTER_WEIGHTS, renaming("base_model.model.", prefix))
+            says = [quoted_prefix(prefix), "'base_model.model.' is expected: rename them"]
+            name = f"keys that begin with {prefix!r}, {load.__name__}"
+            add(43, name, build, load, FormatError, "adapter", "fit", *says)
+    build = changed_tensors(ADAPTER_WEIGHTS, renaming("base_model.model.model.", PREFIX))
+    says = ["begin with 'base_model.' where 'base_model.model.' is expected"]
+    add(43, "keys without 'model.'", build, load_fresh, FormatError, "adapter", *says)
+    for prefix in ("", "module."):
+        build = changed_tensors(ADAPTER_WEIGHTS, renaming(PREFIX, prefix))
+        command(43, MERGE, 3, "does not begin with 'base_model.model.'", "rename", build=build)
     names = {f"k{i:04}": np.zeros(1) for i in range(1000)}
     thousand = changed_tensors(ADAPTER_WEIGHTS, lambda t: t.update(names))
     misfit("a thousand keys too many", thousand, "unknown k0000", "997 more")
@@ -587,7 +695,9 @@ def load_base(world: World) -> None:
 def bad_config(kind: int, *says: str, **fields: object) -> None:
     """A config.json that describes no model."""
     name = f"config.json: {fields!r:.60}"
-    add(kind, name, set_to(BASE_CONFIG, **fields), load_base, ConfigError, "config", *says)
+    add(
+        kind, name, set_to(BASE_CONFIG, **fields), load_base, ConfigError, "base/config.json", *says
+    )
 
 
 def bad_weights(name: str, build: Build, *says: str) -> None:
@@ -596,11 +706,17 @@ def bad_weights(name: str, build: Build, *says: str) -> None:
 
 
 def add_config_rows() -> None:
-    code = {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}, "trust_remote_code": True}
-    internal = {"_attn_implementation_internal": "evil/kernel", "architectures": ["../evil"]}
-    build = set_to(BASE_CONFIG, **code, **internal, torch_dtype="os.system")
-    add(49, "code to load is not loaded", build, load_base, None)
+    code = {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}, "architectures": ["../evil"]}
+    add(49, "code to load is not loaded", set_to(BASE_CONFIG, **code), load_base, None)
+    unknown = {"trust_remote_code": True, "_attn_implementation_internal": "evil/kernel"}
+    build = set_to(BASE_CONFIG, **code, **unknown)  # of which a warning tells
     add(49, "nor by a command", build, f"{EVALUATE} --limit 1", None)
+    bad_config(49, "torch_dtype must be", torch_dtype="os.system")
+    bad_config(49, "configuration_files must be", configuration_files=["../evil.json"])
+    bad_config(49, "transformers_weights must be", transformers_weights="../evil.bin")
+    bad_config(49, "attribute_map must be", attribute_map={"hidden_size": "__class__"})
+    bad_config(49, "_heterogeneity_spec must be", _heterogeneity_spec={})
+    bad_config(49, "per_layer_config must be", per_layer_config={"0": {"skip": ["mlp"]}})
     bad_config(49, "model_type", model_type="evil")
     bad_config(49, r"\x1b[2J", model_type="\x1b[2J" * 10_000)
 
@@ -630,8 +746,9 @@ def add_config_rows() -> None:
     bad_config(50, "must be", **qwen2, max_window_layers=-1)
     bad_config(50, "must be", **qwen2, use_sliding_window=True, max_window_layers="0")
     gpt2 = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16}
-    bad_config(50, "must be", **{**gpt2, "n_embd": 15})
-    bad_config(50, "must be", **{**gpt2, "n_layer": 2**31})
+    bad_config(50, "must be", **{**gpt2, "n_embd": 15, "hidden_size": 15})
+    bad_config(50, "must be", **{**gpt2, "n_layer": 2**31, "num_hidden_layers": 2**31})
+    bad_config(50, "n_embd is 15", "keep one of the two", **{**gpt2, "n_embd": 15})
     bad_config(50, "must be", **gpt2, add_cross_attention=True)
     bad_config(50, "must be", **gpt2, activation_function="tanh")
     bad_config(50, "hidden_size", "must be", hidden_size=15, head_dim=None)
@@ -648,6 +765,9 @@ def add_config_rows() -> None:
     rope({"rope_theta": 1e38})
     rope({"rope_type": "linear"})
     rope({"rope_type": "linear", "factor": 0})
+    rope({"rope_type": "yarn", "factor": 1e38})
+    rope({"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 1e38})
+    rope({"type": "dynamic", "factor": 2.0})
     rope({"rope_type": "llama3", "factor": 8})
     factors = {"low_freq_factor": 4.0, "high_freq_factor": 4.0}
     length = {"original_max_position_embeddings": 64}
@@ -669,7 +789,13 @@ def add_weight_rows() -> None:
     vocabulary = set_to(BASE_CONFIG, vocab_size=255)
     says = ("embed_tokens.weight", "(256, 16)", "(255, 16)")
     bad_weights("another vocabulary", vocabulary, *says)
-    qwen2 = set_to(BASE_CONFIG, model_type="qwen2")  # whose q, k and v have biases
+
+    def become_qwen2(config: dict[str, Any]) -> None:
+        """Its q, k and v have biases in any case."""
+        config["model_type"] = "qwen2"
+        del config["attention_bias"], config["mlp_bias"]
+
+    qwen2 = edited(BASE_CONFIG, become_qwen2)
     bias = "missing model.layers.0.self_attn.q_proj.bias"
     bad_weights("another type of model", qwen2, bias)
     tied = set_to(BASE_CONFIG, tie_word_embeddings=True)
@@ -681,10 +807,20 @@ def add_weight_rows() -> None:
     bad_weights("a name that steers the terminal", escape, r"unknown \x1b[2J\n")
     scalar = with_tensor(BASE_WEIGHTS, "model.norm.weight", np.float32(1))
     bad_weights("a scalar for a vector", scalar, "model.norm.weight", "()", "(16,)")
-    heads = set_to(BASE_CONFIG, num_attention_heads=3, num_key_value_heads=3, head_dim=8)
-    command(51, EVALUATE, 3, "q_proj.weight", "(16, 16)", "(24, 16)", build=heads)
+    heads = set_to(BASE_CONFIG, num_attention_heads=4, num_key_value_heads=4, head_dim=8)
+    command(51, EVALUATE, 3, "q_proj.weight", "(16, 16)", "(32, 16)", build=heads)
     layers = set_to(BASE_CONFIG, num_hidden_layers=2)
     command(51, EVALUATE, 3, "model.layers.1", build=layers)
+
+
+def add_base_prefix_rows() -> None:
+    for prefix in ("module.", "_orig_mod.", "base_model.model."):
+        build = changed_tensors(BASE_WEIGHTS, renaming("", prefix))
+        says = (f"begin with {prefix!r} where none is expected", "rename them")
+        bad_weights(f"keys that begin with {prefix!r}", build, *says)
+    build = changed_tensors(BASE_WEIGHTS, renaming("model.", "transformer."))
+    says = ("begin with 'transformer.' where 'model.' is expected",)
+    bad_weights("keys that begin with 'transformer.'", build, *says)
 
 
 def add_nonfinite_rows() -> None:
@@ -729,6 +865,83 @@ def vocabulary(**more: object) -> Change:
 
 def merges(*pairs: list[str]) -> Change:
     return lambda value: value["model"]["merges"].extend(pairs)
+
+
+TOO_MUCH = "takes too much time or memory"
+
+
+def greedy_tokenizer(
+    name: str, change: Change, use: Callable[[HubTokenizer], object], *says: str
+) -> None:
+    """A small tokenizer.json that takes much time or memory for a small text."""
+
+    def read(world: World) -> None:
+        tokenizer = load_tokenizer("base", 1000)
+        assert isinstance(tokenizer, HubTokenizer)
+        use(tokenizer)
+
+    build = edited("base/tokenizer.json", change)
+    add(52, name, build, read, DataError, "tokenizer.json", *(says or (TOO_MUCH,)))
+
+
+def replacing(times: int, content: str) -> list[dict[str, Any]]:
+    """Rules that replace each `a`, one after another."""
+    return [{"type": "Replace", "pattern": {"String": "a"}, "content": content}] * times
+
+
+def in_sequence(normalizers: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "Sequence", "normalizers": normalizers}
+
+
+def add_greedy_tokenizer_rows() -> None:
+    def encode(tokenizer: HubTokenizer) -> None:
+        tokenizer.encode("a b")
+
+    def decode(tokenizer: HubTokenizer) -> None:
+        tokenizer.decode([97, 256, 256, *[256] * 5000])
+
+    def long_word(tokenizer: HubTokenizer) -> None:
+        tokenizer.encode("a" * 100_000)
+
+    def with_special_tokens(tokenizer: HubTokenizer) -> None:
+        tokenizer.encode("a", add_special_tokens=True)
+
+    doubling = in_sequence(replacing(600, "aa"))
+    greedy_tokenizer("600 rules that double", lambda t: t.update(normalizer=doubling), encode)
+    growing = in_sequence(replacing(60, "a" * 1000))
+    greedy_tokenizer("60 rules of 1000 letters", lambda t: t.update(normalizer=growing), encode)
+    megabyte = replacing(1, "b" * 10**6)[0]
+    greedy_tokenizer("1 MB for a letter", lambda t: t.update(normalizer=megabyte), long_word)
+
+    growth = {"type": "Sequence", "decoders": replacing(60, "a" * 1000)}
+    other = {"normalizer": {"type": "NFC"}, "decoder": growth}
+    greedy_tokenizer("a decoder that grows", lambda t: t.update(other), decode)
+
+    def long_token(fields: dict[str, Any]) -> None:
+        fields["model"]["vocab"]["y" * 20_000] = 256
+        fields["decoder"] = None
+
+    greedy_tokenizer("a token of 20 kB", long_token, decode, "more than", "characters of 5,003")
+    special = {"id": "S", "ids": [1] * 1000, "tokens": ["S"] * 1000}
+    single = [{"SpecialToken": {"id": "S", "type_id": 0}}] * 1100
+    around = {"type": "TemplateProcessing", "single": single, "pair": []}
+    around["special_tokens"] = {"S": special}
+    says = ("its post_processor puts more than 1024 tokens around a text",)
+    change = lambda t: t.update(post_processor=around)  # noqa: E731
+    greedy_tokenizer("a million special tokens", change, with_special_tokens, *says)
+    pieces = {"type": "WordPiece", "vocab": {"a": 0, "##a": 1, "U": 2}, "unk_token": "U"}
+    pieces |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 10**9}
+    change = lambda t: t.update(model=pieces, pre_tokenizer=None)  # noqa: E731
+    greedy_tokenizer("quadratic pieces of a word", change, long_word)
+    hangs = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    hangs["invert"] = False
+    change = lambda t: t.update(pre_tokenizer=hangs)  # noqa: E731
+    backtrack = lambda tokenizer: tokenizer.encode("a" * 40 + "!")  # noqa: E731
+    greedy_tokenizer("a pattern that hangs", change, backtrack, "retry-limit")
+    padding = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
+    build = edited("base/tokenizer.json", lambda t: t.update(normalizer=None, padding=padding))
+    add(52, "a billion tokens to pad with are not added", build, load_and_encode, None)
 
 
 def add_tokenizer_rows() -> None:
@@ -838,9 +1051,14 @@ add_path_rows()
 add_json_rows()
 add_folder_rows()
 add_index_rows()
+add_content_rows()
 add_adapter_rows()
+add_integer_rows()
+add_overflow_rows()
+add_base_prefix_rows()
 add_config_rows()
 add_weight_rows()
 add_nonfinite_rows()
 add_tokenizer_rows()
 add_special_token_rows()
+add_greedy_tokenizer_rows()

@@ -45,7 +45,7 @@ from hostile_commands import TASKS, refused, wide
 
 from minilora import CausalLM, LoraConfig, get_multitask_model
 from minilora.cli import main
-from minilora.data.records import MAX_LINE_BYTES
+from minilora.data.files import MAX_RECORD_BYTES
 from minilora.errors import FormatError
 from minilora.formats import load_file, save_file, write_json
 from minilora.lora import MultiTask
@@ -86,18 +86,22 @@ def add_record_rows() -> None:
     record(b'{"text": ' + b"9" * 5000 + b"}", line2, "integer")
     record(b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", line2, "deeper")
     record(b'{"text": ["a"]}', line2, "'text'", "list")
-    record(b'{"text": "a b", "id": 3}', line2, "'text', 'id'")
+    record(b'{"id": 3}', line2, "expected the fields", "found 'id'")
     record(b'{"prompt": "a b"}', line2, "'prompt'")
     record(b'{"text": "abc", "text": "abc"}', line2, "'text'", "twice")
     record(b'{"\\u001b[2J": "abc"}', line2, r"\x1b[2J")
     record(b'{"messages": 5}', line2, "messages")
+    record(b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', line2, "images")
     object_content = b'{"role": "user", "content": {"a": "{{ 7 * 7 }}"}}'
-    record(b'{"messages": [' + object_content + b"]}", line2, "messages")
-    chat = b'{"messages": [{"role": "user", "content": "hi"}]}'
+    record(b'{"messages": [' + object_content + b"]}", line2, "message 1", "'content'", "dict")
+    chat = b'{"messages": [{"role": "assistant", "content": "hi"}]}'
     record(chat, line2, "messages", "tokenizer.json", "chat template")
     long = b'{"prompt": "' + b"x" * 200 + b'", "completion": "y"}'
-    record(long, line2, "nothing to learn")
-    huge = lambda: GOOD + b'{"text": "' + b"x" * MAX_LINE_BYTES + b'"}\n'  # noqa: E731
+    strict = f"{TRAIN} --strict"
+    short = b'{"text": "fox"}\n'
+    records(strict, 3, short + long + b"\n" + short, "data.jsonl", line2, "nothing to learn")
+    records(TRAIN, 3, long, "no record to train on", "all 1 are skipped")
+    huge = lambda: GOOD + b'{"text": "' + b"x" * MAX_RECORD_BYTES + b'"}\n'  # noqa: E731
     records(TRAIN, 3, huge, "'data.jsonl' line 2: ", "longer than")
     records(TRAIN, 3, b"\n\r\n", "data.jsonl", "no record")
     records(TRAIN, 3, GOOD, "--data data.jsonl", "2 records")
@@ -112,6 +116,42 @@ def add_record_rows() -> None:
     records(f"{EVALUATE} --data data.jsonl", 3, damaged, *says)
     records(f"{FINETUNE} --eval-data data.jsonl", 3, damaged, *says)
     records(f"{PRETRAIN} --eval-data data.jsonl", 3, damaged, *says)
+    add_file_rows()
+
+
+def add_file_rows() -> None:
+    """Files that are not the records or the text that they are given for."""
+    line = TRAIN.replace("data.jsonl", "data.json")
+
+    def file(content: bytes, *says: str, worst: bool = False) -> None:
+        name = f"finetune of a .json file {content[:30]!r}"
+        add(61, name, written("data.json", content), line, 3, "data.json", *says, worst=worst)
+
+    good = GOOD.strip()
+    file(b"[" + good + b", " + good + b",]", "line 1: expected ] and the end", "',]'")
+    file(b"[" + good + b",\n" + good[:9], "line 2: what begins here does not end")
+    file(b"[" + good + b",\n\n" + b'{"text": NaN}]', "record 2 (line 3)", "not valid JSON")
+    file(b"[" + good + b"," + b'{"text": "caf\xe9"}]', "record 2 (line 1)", "0xe9")
+    file(b'[{"text": ' + b"[" * 10**6 + b"]" * 10**6 + b"}]", "deeper", worst=True)
+    file(b"[" * 10**6, "does not end", worst=True)
+    file(b'{"a": ' * 10**6, "does not end", worst=True)
+    file(b'[{"text": "' + b'\\"' * 10**6, "does not end", worst=True)
+    file(b'{"train": [' + good + b'], "test": [' + good + b"]}", "'train', 'test'", "its own")
+    file(b'{"text": "a", "a": [' + b"0," * 10**5 + b'0], "text": "b"}', "'text'", "twice")
+    file(b"[1, 2]", "expected a list of objects", "rename it to .txt")
+    file(b"a text", "line 1: not valid JSON", "rename it to .txt")
+    for content, says in (
+        (b"\x1f\x8b\x08\0", "compressed with gzip"),
+        (b"PAR1\x15\x04", "a Parquet file"),
+        (b"\xff\xfe{\0", "in UTF-16"),
+        (b"ARROW1\0\0", "an Arrow file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
+    ):
+        file(content, says)
+        records(f"{PRETRAIN} --data data.jsonl", 3, content, "data.jsonl", says)
+    demo = "demo --quick --out new --pretrain-data data.jsonl"
+    records(demo, 3, GOOD * 9, "'data.jsonl' has records, expected a plain text")
+    command(61, f"{FINETUNE} --data base", 3, "'base' is not a regular file but a folder")
 
 
 # ---- adapters of mlx-lm --------------------------------------------------------------------------
@@ -144,7 +184,7 @@ def mlx(code: int, *says: str, then: Build = nothing, **fields: Any) -> None:
 
 def add_mlx_rows() -> None:
     for scale in (0, -1, None, True, "20", [20.0], 1e300):
-        mlx(2, "scale", "positive", scale=scale)
+        mlx(2, "adapter_config.json", "scale", "above 0 and below 1e+300", scale=scale)
     for rank in (0, -2, 2.0, True, "2", 2**31):
         mlx(2, "rank", "at least 1", rank=rank)
     for dropout in (1.0, -0.5, "a", None):

@@ -29,14 +29,14 @@ from minilora.effective import EffectiveWeight, Pull, effective_linear
 NOT_OPERATIONS = {
     "count_operations": "counts operations",
     "record": "makes the output of every operation; no operation itself",
-    "grad_enabled": "returns a flag",
-    "no_grad": "a context manager",
-    "gradients": "the backward pass",
     "operands": "turns arguments into Tensors",
     "namespace": "returns an array module",
     "unbroadcast": "works on arrays, inside vjps",
     "rows": "works on arrays, inside operations",
+    "as_floats": "works on arrays, inside operations",
+    "axis_of": "returns an axis",
     "check_ids": "checks ids on the host",
+    "check_probability": "checks an option",
     "prepare_targets": "prepares targets",
     "row_dot": "works on arrays, inside operations",
     "apply_rotary": "works on arrays, inside attention",
@@ -100,7 +100,7 @@ def public_operations() -> dict[str, Callable[..., Any]]:
 
 # ---- elementary: arithmetic and functions --------------------------------------------------------
 
-NUMPY_NAMES = {"sub": "subtract", "mul": "multiply", "div": "divide"}
+NUMPY_NAMES = {"sub": "subtract", "mul": "multiply", "div": "divide", "neg": "negative"}
 
 
 def elementary(
@@ -139,6 +139,7 @@ def binary(variant: str, *shapes: Shape) -> None:
 
 def unary(variant: str, shape: Shape) -> None:
     """Add an entry for every function of one tensor."""
+    elementary("neg", variant, normal(shape))
     elementary("exp", variant, normal(shape))
     elementary("log", variant, positive(shape), (0,))
     elementary("tanh", variant, normal(shape))
@@ -179,11 +180,11 @@ for axis in (None, 0, -1, (0, 2), (-1, 1), ()):
         elementary("sum", variant, summed, **options)
         elementary("mean", variant, averaged, **options)
         elementary("max", variant, largest, (0,), **options)
-        elementary("min", variant, smallest, **options)
+        elementary("min", variant, smallest, (0,), **options)
 elementary("sum", "0-d", normal(()))
 elementary("mean", "0-d", normal(()))
 elementary("max", "0-d", normal(()), (0,))
-elementary("min", "0-d", normal(()))
+elementary("min", "0-d", normal(()), (0,))
 
 
 def shaping(name: str, variant: str, shape: Shape, reference: Any, function: Any) -> None:
@@ -701,7 +702,7 @@ for name in ("add", "sub", "mul", "div", "power", "maximum", "minimum"):
     empty(f"{name}-same", (2, 0), (2, 1))
     empty(f"{name}-same", (0,), (4, 1))
     empty(f"{name}-same", (1, 3), (0, 1))
-for name in ("exp", "log", "tanh", "sqrt", "abs", "clip", "silu"):
+for name in ("neg", "exp", "log", "tanh", "sqrt", "abs", "clip", "silu"):
     empty(f"{name}-2-d", (0,))
     empty(f"{name}-2-d", (2, 0, 3))
 for name in ("sum", "mean", "max", "min"):

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from minilora import CausalLM, TransformerConfig
-from minilora.models.config import DIALECTS, GPT2_ACTIVATIONS, MODEL_TYPES
+from minilora.models.dialects import DIALECTS, GPT2_ACTIVATIONS, MODEL_TYPES
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -22,7 +22,10 @@ ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_theta": 500.0},
     "linear": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.5},
     "llama3": LLAMA3,
+    "yarn": {**LLAMA3, "rope_type": "yarn", "original_max_position_embeddings": 8},
 }
+for unused in ("low_freq_factor", "high_freq_factor"):
+    del ROPES["yarn"][unused]
 WINDOWS = {"qwen2", "qwen3", "mistral"}  # the types that may have one
 
 
@@ -66,6 +69,7 @@ def configs(draw: st.DrawFn, kinds: tuple[str, ...] = MODEL_TYPES) -> Transforme
         options["sliding_window"] = draw(st.sampled_from([None, 1, 2, 3, 5, 16]))
     if kind in ("qwen2", "qwen3"):
         options["max_window_layers"] = draw(st.integers(0, 3))
+    if kind in ("qwen2", "qwen3") or options.get("sliding_window") is not None:
         types = ["full_attention"]
         if options["sliding_window"] is not None:
             types.append("sliding_attention")
@@ -73,6 +77,8 @@ def configs(draw: st.DrawFn, kinds: tuple[str, ...] = MODEL_TYPES) -> Transforme
         options["layer_types"] = draw(st.none() | mixed)
     options["vocab_size"] = draw(st.integers(2, 20))
     options["hidden_size"] = draw(st.integers(1, 9)) if explicit else heads * head_dim
+    if explicit and kind == "llama":  # whose width is a multiple of the heads in any case
+        options["hidden_size"] = heads * draw(st.integers(1, 3))
     options["intermediate_size"] = draw(st.integers(1, 9))
     options["rms_norm_eps"] = draw(st.sampled_from([1e-6, 1e-5, 1]))
     options["tie_word_embeddings"] = draw(st.booleans())

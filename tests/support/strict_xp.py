@@ -350,11 +350,26 @@ class DevArray:
         return _result(self._host.copy())
 
 
+UFUNCS = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "truediv": np.true_divide}
+UFUNCS |= {"pow": np.power, "matmul": np.matmul, "floordiv": np.floor_divide}
+UFUNCS |= {"mod": np.remainder, "divmod": np.divmod, "eq": np.equal, "ne": np.not_equal}
+UFUNCS |= {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+
+
 def _operator(name: str) -> Callable[..., Any]:
-    """The operator `name` of NumPy's arrays, for arrays of the device."""
+    """The operator `name` of NumPy's arrays, for arrays of the device.
+
+    As in CuPy, an operand that has __array_ufunc__ gets the call by that, whatever its priority; an
+    assignment such as += refuses it.
+    """
+    ufunc = UFUNCS.get(name.strip("_"))
 
     def apply(self: DevArray, *others: Any) -> Any:
         for other in others:
+            if not isinstance(other, (DevArray, np.ndarray, np.generic)):
+                override = getattr(other, "__array_ufunc__", None)
+                if override is not None:
+                    return override(ufunc, "__call__", self, other) if ufunc else _operand(other)
             priority = getattr(other, "__array_priority__", 0)
             if not isinstance(other, DevArray) and priority > self.__array_priority__:
                 return NotImplemented  # as CuPy does: a Tensor has its own operators

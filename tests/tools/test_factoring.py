@@ -89,7 +89,7 @@ def test_extract_gives_the_adapter_that_was_merged(name, tmp_path):
         assert row["error"] == pytest.approx(values_beyond(expected[row["layer"]], 1), rel=1e-5)
 
 
-def test_extract_refuses_equal_checkpoints_tied_embeddings_and_other_tensors(tmp_path):
+def test_extract_refuses_equal_checkpoints_and_other_tensors(tmp_path):
     base, _ = write_small(tmp_path, tied=True)
     tuned = tmp_path / "tuned"
     out = tmp_path / "out"
@@ -97,9 +97,6 @@ def test_extract_refuses_equal_checkpoints_tied_embeddings_and_other_tensors(tmp
         extract(base, base, 1, out)
     shutil.copytree(base, tuned)
     weights = read_weights(base)
-    save_file(tuned / WEIGHTS, {key: array + 1 for key, array in weights.items()})
-    with pytest.raises(ConfigError, match=r"embed_tokens\.weight changed, and the head is tied"):
-        extract(base, tuned, 1, out)
     save_file(tuned / WEIGHTS, {**weights, "more": np.ones(1, np.float32)})
     with pytest.raises(FormatError, match="more is in one alone"):
         extract(base, tuned, 1, out)

@@ -59,7 +59,7 @@ def test_merge_that_was_killed_is_continued_if_nothing_changed(same, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(rewriting, "write_stream", FailingWriter(3, KeyboardInterrupt()))
         # A killed process removes nothing.
-        patch.setattr(folders.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(folders, "remove_folder", lambda *_: None)
         with pytest.raises(KeyboardInterrupt):
             merge(base, [adapter], tmp_path / "out", [0.5])
     assert unfinished.exists()

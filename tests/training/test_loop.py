@@ -30,7 +30,14 @@ from faults import Disk, no_disk, no_room, stay_full
 
 import minilora.training.loop
 import minilora.training.runs
-from minilora import CausalLM, LoraConfig, TransformerConfig, get_multitask_model, get_peft_model
+from minilora import (
+    AdaLoraConfig,
+    CausalLM,
+    LoraConfig,
+    TransformerConfig,
+    get_multitask_model,
+    get_peft_model,
+)
 from minilora.autograd import observer
 from minilora.errors import (
     CheckpointError,
@@ -394,7 +401,7 @@ def stopped(tmp_path_factory):
     return out
 
 
-OTHER = {"steps": 7, "batch_size": 5, "context": 7, "lr": 2e-2, "warmup": 3, "floor": 0.2}
+OTHER = {"batch_size": 5, "context": 7, "lr": 2e-2, "warmup": 3, "floor": 0.2}
 OTHER |= {"weight_decay": 0.2, "max_grad_norm": 2.0, "accumulate": 2, "seed": 1, "shard": 1}
 
 
@@ -421,7 +428,7 @@ def refused(stopped, tmp_path, model, tokens, settings, *names):
 
 
 def test_settings_are_all_either_free_or_part_of_the_run():
-    assert set(OTHER) | set(Settings.FREE) == {f.name for f in dataclasses.fields(Settings)}
+    assert {"steps", *OTHER} | set(Settings.FREE) == {f.name for f in dataclasses.fields(Settings)}
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -434,6 +441,74 @@ def test_resume_error_names_a_changed_setting(name, stopped, tmp_path):
 
 def test_resume_error_names_every_changed_setting(stopped, tmp_path):
     refused(stopped, tmp_path, lora(), TEXT, short(lr=2e-2, seed=5), "lr (", "seed (")
+
+
+@pytest.mark.parametrize(
+    ("changes", "done"), [({"floor": 1.0}, 6), ({"warmup": 4}, 5), ({"warmup": 9}, 6)]
+)
+@pytest.mark.parametrize("steps", [5, 6, 12])
+def test_resume_takes_another_number_of_steps_that_changes_nothing_done(
+    changes, done, steps, tmp_path
+):
+    """A constant learning rate, or a warm-up that still goes on: the bits of a straight run."""
+    before = short(**changes, save_every=1)
+    if steps < done:
+        steps = done
+    train(lora(), TEXT, before, tmp_path / "out", held_out=HELD_OUT)
+    for later in range(done + 1, before.steps + 1):
+        shutil.rmtree(tmp_path / "out" / "checkpoints" / f"step-{later}")
+    now = dataclasses.replace(before, steps=steps)
+    straight, resumed = lora(), lora(seed=5)
+    expected = train(straight, TEXT, now, tmp_path / "straight", held_out=HELD_OUT)
+    result = train(resumed, TEXT, now, tmp_path / "out", held_out=HELD_OUT, resume="auto")
+    assert result.losses == expected.losses
+    assert bits(weights(resumed)) == bits(weights(straight))
+    assert log_without_time(tmp_path / "out") == log_without_time(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("steps", [5, 7, 60])
+def test_resume_refuses_another_number_of_steps_that_changes_the_steps_done(steps, tmp_path):
+    train(lora(), TEXT, short(save_every=1), tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-6")
+    message = refused(tmp_path / "stopped", tmp_path, lora(), TEXT, short(steps=steps), "steps (")
+    assert f"steps (was 6, now {steps}); resume with the values that it had" in message
+    assert "the learning rates of the 5 steps done depend on steps" in message
+    assert "with floor = 1 at any time" in message
+
+
+def test_resume_refuses_fewer_steps_than_are_done(stopped, tmp_path):
+    wanted = "step-3' has done 3 steps, more than steps = 2: give at least 3, or begin a new run"
+    with pytest.raises(CheckpointError, match=wanted):
+        train(
+            lora(),
+            TEXT,
+            short(steps=2, floor=1.0),
+            tmp_path,
+            resume=stopped / "checkpoints" / "step-3",
+        )
+
+
+def test_resume_refuses_another_number_of_steps_for_adalora(tmp_path):
+    """Its budget depends on the number of steps, whatever the learning rate is."""
+
+    def adalora(steps):
+        config = AdaLoraConfig(target_r=2, init_r=3, total_step=steps, target_modules="all-linear")
+        return get_peft_model(full(), config, seed=1)
+
+    settings = short(floor=1.0, save_every=3)
+    train(adalora(6), TEXT, settings, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-6")
+    more = dataclasses.replace(settings, steps=8)
+    with pytest.raises(CheckpointError, match=r"another run: total_step \(was 6, now 8\); resume"):
+        train(adalora(8), TEXT, more, tmp_path, resume="auto")
+
+
+@pytest.mark.parametrize(("before", "now"), [("a" * 64, None), (None, "a" * 64), ("a" * 64, "b")])
+def test_resume_refuses_a_run_of_another_origin(before, now, tmp_path):
+    train(lora(), TEXT, short(save_every=3), tmp_path, origin=before)
+    with pytest.raises(CheckpointError, match=r"belongs to another run: starting weights \(was "):
+        train(lora(), TEXT, SHORT, tmp_path, resume="auto", origin=now)
+    train(lora(), TEXT, SHORT, tmp_path, resume="auto", origin=before)
 
 
 ONE_TOKEN_CHANGED = np.where(np.arange(400) == 399, TEXT ^ 1, TEXT)

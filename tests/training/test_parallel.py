@@ -22,7 +22,7 @@ from minilora.data import Batch, evaluation_windows
 from minilora.data.batches import IGNORE
 from minilora.data.records import Record, pack
 from minilora.errors import ConfigError, GraphError
-from minilora.models.config import MODEL_TYPES
+from minilora.models.dialects import MODEL_TYPES
 from minilora.nn import Dropout, FusedProjection, checkpoint, dropout_counter
 from minilora.threads import MAX_THREADS, available_cores
 from minilora.training.parallel import (

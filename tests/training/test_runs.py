@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import stat
 import sys
 import time
 import warnings
@@ -153,6 +154,14 @@ def test_log_of_a_new_run_starts_empty(tmp_path):
     assert (tmp_path / "log.jsonl").read_bytes() == b""
 
 
+def test_log_of_a_new_run_refuses_a_file_that_is_not_a_log(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"text": "training data"}\n')
+    with pytest.raises(CheckpointError, match=r"log\.jsonl.*is not the log of a run; move it away"):
+        Log(path)
+    assert path.read_bytes() == b'{"text": "training data"}\n'
+
+
 @pytest.mark.parametrize(
     "line", [b"hello", b"\xff\xfe", b"[]", b"{}", b'{"step": "x"}', b"3", b"", b'{"step": null}']
 )
@@ -276,19 +285,60 @@ def test_save_checkpoint_writes_the_manifest_last_and_renames_the_folder_after_t
 
     monkeypatch.setattr(minilora.training.runs, "write_json", watched)
     save(tmp_path, 7)
-    assert order == [["inner", "model.bin"]]
+    assert order == [["inner", MANIFEST, "model.bin"]]
+    sizes = find_checkpoint("auto", tmp_path)[1]["files"]
+    assert sorted(sizes) == ["inner/more.bin", "model.bin"]
 
 
 def test_save_checkpoint_removes_what_a_killed_run_left(tmp_path):
     stale = tmp_path / "checkpoints" / "step-9.tmp-123"
     stale.mkdir(parents=True)
     (stale / "model.bin").write_text("half")
+    (stale / MANIFEST).write_text('{"step": 9}')
     same_process = tmp_path / "checkpoints" / f"step-4.tmp-{os.getpid()}"
     same_process.mkdir()
     with pytest.raises(CheckpointError, match=r"(no|not a) checkpoint"):
         find_checkpoint("auto", tmp_path)
     save(tmp_path, 4)
     assert names(tmp_path) == ["step-4"]
+
+
+def foreign(path: Path, name: str = "notes.txt") -> Path:
+    """A folder of somebody else, with a file in it."""
+    path.mkdir(parents=True)
+    (path / name).write_text("mine")
+    return path
+
+
+def test_save_checkpoint_never_removes_what_it_did_not_make(tmp_path):
+    """Folders under the names of stale, replaced and rotated checkpoints, without our manifest."""
+    names = ["step-1", "step-2.tmp-99999", "step-2.tmp-old", "step-3.old", "checkpoint-10"]
+    places = [foreign(tmp_path / "checkpoints" / name) for name in names]
+    # A manifest of something else, and one of another step.
+    places.append(foreign(tmp_path / "checkpoints" / "step-4", MANIFEST))
+    other_step = foreign(tmp_path / "checkpoints" / "step-5")
+    (other_step / MANIFEST).write_text('{"step": 6}')
+    (tmp_path / "checkpoints" / "step-0").symlink_to(tmp_path / "elsewhere")
+    foreign(tmp_path / "elsewhere")
+    before = files(tmp_path)
+    for step in (20, 21, 22, 23):
+        save(tmp_path, step)
+    kept = {path: file for path, file in files(tmp_path).items() if path in before}
+    assert kept == before
+    assert (tmp_path / "checkpoints" / "step-0").is_symlink()
+    own = ["step-20", "step-21", "step-22", "step-23"]
+    assert [name for name in own if (tmp_path / "checkpoints" / name).exists()] == own[2:]
+
+
+def test_save_checkpoint_moves_away_what_is_in_its_place(tmp_path):
+    foreign(tmp_path / "checkpoints" / "step-3")
+    foreign(tmp_path / "checkpoints" / "step-3.moved-1")
+    foreign(tmp_path / "checkpoints" / "step-3.old")
+    with pytest.warns(UserWarning, match="is not a sound checkpoint of minilora: moved to"):
+        save(tmp_path, 3)
+    assert find_checkpoint("auto", tmp_path)[1]["step"] == 3
+    for name in ("step-3.moved-1", "step-3.moved-2", "step-3.old.moved-1"):
+        assert (tmp_path / "checkpoints" / name / "notes.txt").read_text() == "mine"
 
 
 def edit(change):
@@ -622,7 +672,7 @@ def test_locked_again_in_the_same_context_leaves_nothing(tmp_path):
     out = tmp_path / "new" / "run"
     with locked(out) as folder:
         assert folder == out
-        assert (out / LOCK).read_text() == f"{os.getpid()}\n"
+        assert (out / LOCK).read_text() == f"minilora {os.getpid()}\n"
         with locked(str(out)), locked(out / ".." / "run"):
             assert open_folder(out) == out
         assert (out / LOCK).exists()
@@ -665,9 +715,9 @@ def test_locked_takes_the_lock_of_a_process_that_ended(tmp_path):
     assert in_child(killed) == 9
     assert (tmp_path / LOCK).exists()
     assert open_folder(tmp_path) == tmp_path  # the lock is not what makes a folder full
-    (tmp_path / LOCK).write_text("1\n")  # process 1 exists, but has no lock
+    (tmp_path / LOCK).write_text("minilora 1\n")  # process 1 exists, but has no lock
     with locked(tmp_path):
-        assert (tmp_path / LOCK).read_text() == f"{os.getpid()}\n"
+        assert (tmp_path / LOCK).read_text() == f"minilora {os.getpid()}\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -771,21 +821,30 @@ def test_locked_raises_other_errors_of_flock(tmp_path, monkeypatch):
     assert open_descriptors() == open_descriptors()
 
 
-def test_locked_leaves_a_file_that_is_not_a_lock(tmp_path):
-    (tmp_path / LOCK).write_text("my notes")
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / LOCK).mkdir()
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / LOCK).symlink_to(tmp_path / LOCK)
+FOREIGN_LOCKS = {}
+FOREIGN_LOCKS["notes"] = lambda path: path.write_text("my notes")
+FOREIGN_LOCKS["the number of a process"] = lambda path: path.write_text(f"{os.getpid()}\n")
+FOREIGN_LOCKS["our mark and more"] = lambda path: path.write_text("minilora notes\n")
+FOREIGN_LOCKS["a folder"] = lambda path: path.mkdir()
+FOREIGN_LOCKS["a pipe"] = lambda path: os.mkfifo(path)
+FOREIGN_LOCKS["a socket"] = lambda path: os.mknod(path, 0o600 | stat.S_IFSOCK)
+FOREIGN_LOCKS["a link to a file"] = lambda path: path.symlink_to(path.parent / "other")
+FOREIGN_LOCKS["a link to nothing"] = lambda path: path.symlink_to("nowhere")
+FOREIGN_LOCKS["a link to a device"] = lambda path: path.symlink_to("/dev/null")
+
+
+@pytest.mark.parametrize("make", FOREIGN_LOCKS.values(), ids=FOREIGN_LOCKS)
+def test_locked_refuses_a_lock_that_is_not_its_own_and_leaves_it(make, tmp_path):
+    (tmp_path / "other").write_text("")
+    make(tmp_path / LOCK)
     before, count = files(tmp_path), open_descriptors()
-    for out, kind in (
-        (tmp_path, ConfigError),
-        (tmp_path / "a", OSError),
-        (tmp_path / "b", OSError),
-    ):
-        with pytest.raises(kind, match=r"\.lock"), locked(out):
-            pass
+    kind = os.lstat(tmp_path / LOCK).st_mode
+    match = r"\.lock' is not the lock of a run: choose another folder, or move it away"
+    with pytest.raises(ConfigError, match=match), locked(tmp_path):
+        pass
     assert (files(tmp_path), open_descriptors()) == (before, count)
+    assert os.lstat(tmp_path / LOCK).st_mode == kind
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_locked_ends_well_if_the_folder_was_removed(tmp_path):
@@ -867,6 +926,19 @@ def test_log_writes_nan_and_infinity_as_strict_json(value, tmp_path):
     line = parse_json((tmp_path / "log.jsonl").read_bytes(), "the line")
     assert str(float(line["loss"])) == str(value)
     assert (line["step"], line["lr"]) == (0, 0.5)
+
+
+def test_log_that_is_a_pipe_is_written_if_somebody_reads(tmp_path):
+    path = tmp_path / "log.jsonl"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="No such device"):  # and does not wait for a reader
+        Log(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with Log(path) as log:
+        log.write(step=0)
+        log.sync()
+        assert os.read(reader, 100) == b'{"step": 0}\n'
+    os.close(reader)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

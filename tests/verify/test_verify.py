@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minilora.errors import NonFiniteError
 from minilora.nn import Linear, LinearBase, Parameter
 from minilora.quant import BLOCK_SIZES, KINDS
 from minilora.verify import (
@@ -31,7 +32,7 @@ from minilora.verify import (
     verify,
 )
 from minilora.verify.case import ADAPTERS
-from minilora.verify.measuring import worst
+from minilora.verify.measuring import leading_terms, project, spectral_norm, worst
 
 BY_NAME = {p.name: p for p in PROPERTIES}
 LORAS = {p.name for module in (lora, layers, tasks, sums, ends) for p in module.PROPERTIES}
@@ -249,6 +250,36 @@ def test_worst_never_passes_a_nan_and_shows_the_worst_entry(
 
 def test_worst_is_the_worse_of_two() -> None:
     assert worst((1, 2), (3, 4)) == Measured(3, 4)
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9), (7, 7), (1, 4), (4, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rank", [0, 1, 9])
+def test_leading_terms_and_spectral_norm_are_lapacks(
+    shape: tuple[int, int], dtype: str, rank: int
+) -> None:
+    O, I = shape
+    rng = np.random.default_rng(0)
+    W = (rng.standard_normal((O, rank)) @ rng.standard_normal((rank, I))).astype(dtype)
+    exact = np.linalg.svd(W.astype(np.float64), compute_uv=False)
+    k = min(3, *shape)
+    U, sigma, Vt = leading_terms(W, 3)
+    assert (U.shape, sigma.shape, Vt.shape) == ((O, k), (k,), (k, I))
+    np.testing.assert_allclose(sigma, exact[:k], atol=1e-13)
+    np.testing.assert_allclose(U.T @ U, np.eye(k), atol=1e-9)
+    np.testing.assert_allclose(Vt @ Vt.T, np.eye(k), atol=1e-9)
+    rest = np.linalg.svd(W - (U * sigma) @ Vt, compute_uv=False)[0]
+    np.testing.assert_allclose(rest, np.append(exact, 0)[k], atol=1e-13)
+    np.testing.assert_allclose(spectral_norm(W), exact[0], rtol=1e-13)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_leading_terms_spectral_norm_and_project_refuse_what_is_not_finite(value: float) -> None:
+    M = np.ones((3, 2), np.float32)
+    M[1, 1] = value
+    for decompose in (lambda: leading_terms(M, 1), lambda: spectral_norm(M), lambda: project(M, M)):
+        with pytest.raises(NonFiniteError):
+            decompose()
 
 
 def test_measure_fails_what_cannot_be_computed() -> None:

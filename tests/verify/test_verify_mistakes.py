@@ -424,7 +424,7 @@ def a_merged_layer_forgets_its_update(dW, self, name):
 
 
 @breaks("files")
-@after(minilora.lora.model, "file_key")
+@after(minilora.lora.names, "file_key")
 def a_key_is_renamed(key, *rest):
     return key.replace("lora_A", "lora_a")
 

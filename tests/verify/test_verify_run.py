@@ -23,7 +23,7 @@ from minilora.errors import FormatError
 from minilora.formats import Entry, bf16_from, load_file, save_file, write_stream
 from minilora.lora import LoraConfig, PeftModel, get_peft_model
 from minilora.models.transformer import CausalLM, TransformerConfig
-from minilora.verify import verify_files
+from minilora.verify import Case, Measured, Property, verify_files
 from minilora.verify.run import round_with_half_ulp
 
 Array = np.ndarray
@@ -345,6 +345,46 @@ def test_verify_command_shows_and_names_a_failing_property(monkeypatch: pytest.M
     )
     [failing] = [line for line in out.splitlines() if " False " in line]
     assert failing.startswith("unmerge ")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_verify_command_shows_layers_and_properties_on_a_terminal_alone(files: Path) -> None:
+    out = io.StringIO()
+    terminal = Terminal()
+    argv = ["verify", "--base", str(files / "base"), "--adapter", str(files / "adapter"), "--json"]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(terminal):
+        assert main(argv) == 0
+    assert json.loads(out.getvalue())["ok"] is True
+    shown = terminal.getvalue()
+    assert "/4 [" in shown
+    assert re.search(r"model\.layers\.\d\.\w+\.\w+: \w+", shown)
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_verify_command_ends_with_130_at_ctrl_c_and_shows_what_was_measured(
+    options: tuple[str, ...], files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Property.check
+
+    def interrupt(p: Property, case: Case) -> Measured:
+        if case.name == PATHS[2] and p.name == "gauge":
+            raise KeyboardInterrupt
+        return real(p, case)
+
+    monkeypatch.setattr(Property, "check", interrupt)
+    given_files = ("--base", files / "base", "--adapter", files / "adapter")
+    code, out, err = run_command(*given_files, *options)
+    assert code == 130
+    assert err.strip() == "minilora: interrupted"
+    if options:
+        assert out == ""
+    else:
+        assert out.splitlines()[-1] == "interrupted: 2 of 4 layers were measured whole"
+        assert re.search(r"^unmerge .* True ", out, re.MULTILINE)
 
 
 def test_verify_help_fits_a_screen_and_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:

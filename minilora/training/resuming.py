@@ -1,0 +1,54 @@
+"""Whether a checkpoint and a run are the same run: field by field, with what differs named."""
+
+from __future__ import annotations
+
+from ..errors import CheckpointError
+from ..formats.disk import JsonObject
+from ..optim import warmup_cosine
+
+CHECKSUM = 64  # characters of a SHA-256
+
+
+def require_same_run(folder: str, before: JsonObject, now: JsonObject, done: int) -> None:
+    """CheckpointError unless a checkpoint after `done` steps belongs to this run.
+
+    before, now   what makes the two runs what they are (`Run.identity`)
+
+    Another number of steps is the same run if the steps that are done had the learning rates that
+    this run gives them: it then ends with the bits of a run that began with that number.
+    """
+    if now["steps"] < done:
+        raise CheckpointError(
+            f"{folder!r} has done {done} steps, more than steps = {now['steps']}: "
+            f"give at least {done}, or begin a new run in another folder"
+        )
+    advice = "resume with the values that it had, or begin a new run in another folder"
+    differences = []
+    for field, value in now.items():
+        was = before.get(field)
+        if was == value:
+            continue
+        if field == "steps" and type(was) is int:
+            if _learning_rates(now, was, done) == _learning_rates(now, value, done):
+                continue
+            advice += (
+                f"; the learning rates of the {done} steps done depend on steps, "
+                "which may change during the warm-up, and with floor = 1 at any time"
+            )
+        differences.append(f"{field} (was {_shown(was)}, now {_shown(value)})")
+    if differences:
+        raise CheckpointError(
+            f"{folder!r} belongs to another run: {', '.join(differences)}; {advice}"
+        )
+
+
+def _learning_rates(now: JsonObject, steps: int, done: int) -> list[float]:
+    """The factors of the learning rate in the first `done` steps of a run of `steps`."""
+    return [warmup_cosine(step, steps, now["warmup"], now["floor"]) for step in range(done)]
+
+
+def _shown(value: object) -> str:
+    """A value in a message; the beginning is enough of a checksum."""
+    text = repr(value)
+    is_checksum = isinstance(value, str) and len(value) == CHECKSUM
+    return f"{text[:9]}...'" if is_checksum else f"{text:.40}"

@@ -1,0 +1,46 @@
+"""Signals that stop a run after the running step, so that it can be saved."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that receives SIGINT, SIGTERM and SIGHUP, so that the running step can end first.
+
+    A second signal stops the run at once, but for SIGHUP: the system and the shell may both send
+    one when a terminal is closed. SIGHUP stays ignored if it is: `nohup` asks for that.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: Any) -> None:
+        if received:
+            if number == HANGUP:
+                return
+            raise KeyboardInterrupt(number)
+        received.append(number)
+        name = signal.Signals(number).name
+        # The terminal may be gone, or the signal came while something was being printed.
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            print(f"\n{name}: finishing this step, then saving", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python lets only the main thread set handlers
+        return
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:
+        numbers.append(HANGUP)
+    before = {number: signal.signal(number, receive) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,46 @@
+"""`import minilora`: public names that are imported when they are used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minilora
+
+ROOT = Path(minilora.__file__).parents[1]
+
+
+def test_minilora_gives_every_public_name_and_module():
+    for name in minilora.__all__:
+        assert getattr(minilora, name).__name__ == name
+    assert minilora.functional.__name__ == "minilora.functional"
+    assert {*minilora.__all__, "__version__"} <= set(dir(minilora))
+    for name in ("nothing", "_private", "__wrapped__"):
+        with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
+            getattr(minilora, name)
+
+
+def test_import_minilora_imports_nothing_until_a_name_is_used():
+    program = """
+import sys, minilora
+assert not {"numpy", "typing", "argparse"} & set(sys.modules)
+from minilora import Tensor
+from minilora import *
+assert "numpy" in sys.modules
+assert generate.__module__ == "minilora.models.generation"
+"""
+    subprocess.run([sys.executable, "-S", "-c", SETUP + program], check=True)
+
+
+@pytest.mark.parametrize(
+    "module", ["models.transformer", "models.gpt2", "lora", "training.loop", "functional", "verify"]
+)
+def test_minilora_has_modules_that_can_be_imported_first(module):
+    program = f"import minilora.{module}; from minilora import Tensor, generate, CausalLM"
+    subprocess.run([sys.executable, "-c", SETUP + program], check=True)
+
+
+SETUP = f"import sys; sys.path[:0] = {[str(ROOT), *sys.path]!r}\n"
