@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,11 +39,33 @@ def mix_key(*numbers: int) -> int:
     return z
 
 
+class BlockSizes(NamedTuple):
+    """How much of an operation is computed at once. The defaults are a CPU's.
+
+    On a CPU a block should stay in the cache. A GPU pays for each call, and computes everything at
+    once while that fits into its memory.
+
+    queries       of attention: shorter blocks skip more hidden scores, but cost more calls
+    kept_scores   of attention; beyond this number backward computes exp(scores) again, so that
+                  memory grows with T and not with T^2
+    loss_rows     rows (positions) of `linear_cross_entropy`
+    loss_logits   logits of these rows: 4 MiB of them stay in the cache
+    row_norms     numbers of DoRA's V, from the product to the norms of its rows
+    """
+
+    queries: int = 64
+    kept_scores: int = 1 << 20
+    loss_rows: int = 1024
+    loss_logits: int = 1 << 20
+    row_norms: int = 1 << 16
+
+
 class Backend:
     """One device: its array module `xp`, its `name` ("cpu", "cuda:0"), and what modules lack."""
 
     name: str
     xp: Any
+    sizes = BlockSizes()
 
     def __deepcopy__(self, memo: Any) -> Backend:
         return self  # a copy of a tensor stays on its device
@@ -65,6 +87,13 @@ class Backend:
         index (N,), rows (N, C) -> (count, C)
         """
         raise NotImplementedError
+
+    def sum_keys(self, P: Array) -> Array:
+        """The sum over axis 1.    (B, s, n) -> (B, 1, n)
+
+        On a CPU a product is faster than a reduction over rows.
+        """
+        return self.xp.ones((1, P.shape[1]), P.dtype) @ P
 
     def random_words(self, key: int, first: int, rows: int, count: int) -> Array:
         """(rows, count) random uint64.
@@ -140,6 +169,14 @@ class NumpyBackend(Backend):
 class CupyBackend(Backend):
     """One GPU. Where CuPy has NumPy's names, operations run as they are."""
 
+    sizes = BlockSizes(
+        queries=2048,
+        kept_scores=1 << 30,
+        loss_rows=1 << 15,
+        loss_logits=1 << 28,
+        row_norms=1 << 30,
+    )
+
     def __init__(self, device: int):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # CuPy warns about libraries that nothing here needs
@@ -154,6 +191,9 @@ class CupyBackend(Backend):
 
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.asarray(self.xp.asnumpy(array))
+
+    def sum_keys(self, P: Array) -> Array:
+        return P.sum(axis=1, keepdims=True)  # a broadcast operand of a product takes six launches
 
     def add_rows(self, index: Array, rows: Array, count: int) -> Array:
         xp = self.xp
