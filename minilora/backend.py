@@ -11,7 +11,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +66,7 @@ class Backend:
     name: str
     xp: Any
     sizes = BlockSizes()
+    joins = False  # are clipping and the optimiser one vector of all numbers, not one per tensor?
 
     def __deepcopy__(self, memo: Any) -> Backend:
         return self  # a copy of a tensor stays on its device
@@ -87,6 +88,10 @@ class Backend:
         index (N,), rows (N, C) -> (count, C)
         """
         raise NotImplementedError
+
+    def join(self, arrays: Sequence[Array]) -> Array:
+        """Arrays of one dtype end to end, as a vector."""
+        return self.xp.concatenate([array.reshape(-1) for array in arrays])
 
     def sum_keys(self, P: Array) -> Array:
         """The sum over axis 1.    (B, s, n) -> (B, 1, n)
@@ -176,6 +181,7 @@ class CupyBackend(Backend):
         loss_logits=1 << 28,
         row_norms=1 << 30,
     )
+    joins = True
 
     def __init__(self, device: int):
         with warnings.catch_warnings():
@@ -192,6 +198,20 @@ class CupyBackend(Backend):
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.asarray(self.xp.asnumpy(array))
 
+    def join(self, arrays: Sequence[Array]) -> Array:
+        size = sum(array.size for array in arrays)
+        whole = arrays[0].base
+        if whole is not None and whole.shape == (size,) and _follow_each_other(arrays):
+            return whole  # which was cut into these
+        # Not by concatenate, which uploads a table of pointers.
+        whole = self.xp.empty(size, arrays[0].dtype)
+        start = 0
+        for array in arrays:
+            end = start + array.size
+            whole[start:end] = array.reshape(-1)
+            start = end
+        return whole
+
     def sum_keys(self, P: Array) -> Array:
         return P.sum(axis=1, keepdims=True)  # a broadcast operand of a product takes six launches
 
@@ -207,6 +227,16 @@ class CupyBackend(Backend):
         if blocks:
             kernel((blocks,), (256,), (*arrays, np.int64(count), np.int64(width)))
         return out
+
+
+def _follow_each_other(arrays: Sequence[Array]) -> bool:
+    """Whether CuPy's arrays are contiguous, and each begins in memory where the one before ends."""
+    end = arrays[0].data.ptr
+    for array in arrays:
+        if array.data.ptr != end or not array.flags.c_contiguous:
+            return False
+        end += array.nbytes
+    return True
 
 
 @functools.cache
