@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,11 +39,34 @@ def mix_key(*numbers: int) -> int:
     return z
 
 
+class BlockSizes(NamedTuple):
+    """How much of an operation is computed at once. The defaults are a CPU's.
+
+    On a CPU a block should stay in the cache. A GPU pays for each call, and computes everything at
+    once while that fits into its memory.
+
+    queries       of attention: shorter blocks skip more hidden scores, but cost more calls
+    kept_scores   of attention; beyond this number backward computes exp(scores) again, so that
+                  memory grows with T and not with T^2
+    loss_rows     rows (positions) of `linear_cross_entropy`
+    loss_logits   logits of these rows: 4 MiB of them stay in the cache
+    row_norms     numbers of DoRA's V, from the product to the norms of its rows
+    """
+
+    queries: int = 64
+    kept_scores: int = 1 << 20
+    loss_rows: int = 1024
+    loss_logits: int = 1 << 20
+    row_norms: int = 1 << 16
+
+
 class Backend:
     """One device: its array module `xp`, its `name` ("cpu", "cuda:0"), and what modules lack."""
 
     name: str
     xp: Any
+    sizes = BlockSizes()
+    joins = False  # are clipping and the optimiser one vector of all numbers, not one per tensor?
 
     def __deepcopy__(self, memo: Any) -> Backend:
         return self  # a copy of a tensor stays on its device
@@ -77,6 +100,17 @@ class Backend:
         xp = self.xp
         inverse = xp.where(sizes == 0, 0, 1 / xp.maximum(sizes, _SMALLEST))
         return rows * inverse[:, None]
+
+    def join(self, arrays: Sequence[Array]) -> Array:
+        """Arrays of one dtype end to end, as a vector."""
+        return self.xp.concatenate([array.reshape(-1) for array in arrays])
+
+    def sum_keys(self, P: Array) -> Array:
+        """The sum over axis 1.    (B, s, n) -> (B, 1, n)
+
+        On a CPU a product is faster than a reduction over rows.
+        """
+        return self.xp.ones((1, P.shape[1]), P.dtype) @ P
 
     def random_words(self, key: int, first: int, rows: int, count: int) -> Array:
         """(rows, count) random uint64.
@@ -156,6 +190,15 @@ class CupyBackend(Backend):
     GPUs can be used in one process, and from any thread, asking for `xp` selects this one.
     """
 
+    sizes = BlockSizes(
+        queries=2048,
+        kept_scores=1 << 30,
+        loss_rows=1 << 15,
+        loss_logits=1 << 28,
+        row_norms=1 << 30,
+    )
+    joins = True
+
     def __init__(self, device: int):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # CuPy warns about libraries that nothing here needs
@@ -184,6 +227,23 @@ class CupyBackend(Backend):
 
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.asarray(self.xp.asnumpy(array))
+
+    def join(self, arrays: Sequence[Array]) -> Array:
+        size = sum(array.size for array in arrays)
+        whole = arrays[0].base
+        if whole is not None and whole.shape == (size,) and _follow_each_other(arrays):
+            return whole  # which was cut into these
+        # Not by concatenate, which uploads a table of pointers.
+        whole = self.xp.empty(size, arrays[0].dtype)
+        start = 0
+        for array in arrays:
+            end = start + array.size
+            whole[start:end] = array.reshape(-1)
+            start = end
+        return whole
+
+    def sum_keys(self, P: Array) -> Array:
+        return P.sum(axis=1, keepdims=True)  # a broadcast operand of a product takes six launches
 
     def add_rows(self, index: Array, rows: Array, count: int) -> Array:
         xp = self.xp
@@ -223,6 +283,16 @@ class CupyBackend(Backend):
         z *= (inverse * (2.0**64 / c)).astype(np.float32)[:, None]
         smallest = xp.where(xp.abs(z) > 2.0 ** (64 - 150), xp.copysign(_SMALLEST, z), 0)
         return xp.where(xp.abs(z) < _SMALLEST * 2.0**64, smallest, z * 2.0**-64)
+
+
+def _follow_each_other(arrays: Sequence[Array]) -> bool:
+    """Whether CuPy's arrays are contiguous, and each begins in memory where the one before ends."""
+    end = arrays[0].data.ptr
+    for array in arrays:
+        if array.data.ptr != end or not array.flags.c_contiguous:
+            return False
+        end += array.nbytes
+    return True
 
 
 @functools.cache

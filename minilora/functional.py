@@ -405,11 +405,6 @@ def cross_entropy(
     return record((nll * weight).sum(), (logits,), vjp)
 
 
-# The most rows and logits at once in linear_cross_entropy: 4 MiB of logits stay in the cache.
-ROWS = 1024
-LOGITS = 1 << 20
-
-
 def linear_cross_entropy(
     x: Tensor, head: Tensor, targets: Array, ignore_index: int = IGNORE, reduction: str = "mean"
 ) -> Tensor:
@@ -436,13 +431,14 @@ def linear_cross_entropy(
         xp.copyto(Z, 0, where=ignored[at])  # unlike Z[:, mask] = 0 it does not wait for a GPU
         return Z
 
-    for at in blocks(len(X), ROWS):
+    sizes = x.backend.sizes
+    for at in blocks(len(X), sizes.loss_rows):
         tn = t[at]  # (n,)
         w = weight[at]  # (n,)
         top = xp.full(w.shape, -np.inf, X.dtype)
         total = xp.zeros(w.shape, X.dtype)
         hit = xp.zeros(w.shape, X.dtype)  # the logit of the target
-        words = blocks(V, LOGITS // len(w))
+        words = blocks(V, sizes.loss_logits // len(w))
         for v in words:
             W = head.take(v)
             E = logits(W, at)
@@ -483,10 +479,6 @@ def linear_cross_entropy(
 
 
 # ---- attention -----------------------------------------------------------------------------------
-
-QUERY_BLOCK = 64  # queries per block: shorter blocks skip more hidden scores but cost more calls
-# Above this many scores backward computes exp(scores) again: memory then grows with T, not T^2.
-KEPT_SCORES = 1 << 20
 
 
 def apply_rotary(
@@ -553,7 +545,7 @@ def attention(
         q *= D**-0.5
     if extend:
         k, v = extend(k, v)
-    O, back = _attend(xp, q, k, v, window, first_key)
+    O, back = _attend(qkv.backend, q, k, v, window, first_key)
 
     def vjp(dy: Array) -> Grads:
         dZ = xp.empty((B, T, count, D), dy.dtype)
@@ -569,7 +561,12 @@ def attention(
 
 
 def _attend(
-    xp: Any, q: Array, k: Array, v: Array, window: int | None, first_key: Array | None
+    backend: Backend,
+    q: Array,
+    k: Array,
+    v: Array,
+    window: int | None,
+    first_key: Array | None,
 ) -> tuple[Array, Callable[[Array, Array, Array, Array], None]]:
     """softmax(q k^T) v, causal, on arrays.    q (B, T, H, D), k and v (B, S, K, D) -> O and `back`
 
@@ -577,10 +574,12 @@ def _attend(
     processed in blocks of t, each with the s keys that any of them may see. Scores are transposed,
     (s, H t): softmax then reduces over rows, which NumPy does with whole vectors.
     """
+    xp = backend.xp
+    sizes = backend.sizes
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
     G = H // K
-    order = xp.arange(min(QUERY_BLOCK, T))
+    order = xp.arange(min(sizes.queries, T))
     future = xp.where(order[:, None] > order, -np.inf, 0).astype(q.dtype)  # (key, query)
     # Keys that no query of a block sees are left out, but not on a GPU: to look at `first_key`
     # there would wait for the device.
@@ -629,14 +628,13 @@ def _attend(
     kh = by_head(k)
     vh = by_head(v)
     Oh = by_head(O)
-    keep_scores = B * H * T * S <= KEPT_SCORES
-    for at in blocks(T, QUERY_BLOCK):
+    keep_scores = sizes.kept_scores >= B * H * T * S
+    for at in blocks(T, sizes.queries):
         keys, P, view = masked_scores(at)
         top = P.max(axis=1, keepdims=True)  # (B, 1, H t)
         P -= top
         xp.exp(P, out=P)
-        # (B, 1, H t): a product sums faster than a reduction
-        total = xp.ones((1, P.shape[1]), P.dtype) @ P
+        total = backend.sum_keys(P)  # (B, 1, H t)
         inv[:, at, :, 0] = 1.0 / total.reshape(B, H, at.stop - at.start).swapaxes(1, 2)
         xp.matmul(view.swapaxes(-1, -2), vh[..., keys, :], out=Oh[..., at, :])  # (t, s) @ (s, D)
         saved_blocks.append((at, keys, top, (P, view) if keep_scores else None))

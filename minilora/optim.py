@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .autograd import Tensor
-from .backend import Array, backend_of
+from .backend import Array, Backend, Shape, backend_of
 from .errors import CheckpointError, ConfigError, Rule, check_fields, is_number
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Optimizer:
             if not member.moments:
                 member.moments = {slot: p.backend.xp.zeros_like(p.data) for slot in self.slots}
             kind: Any = id(member)
-            if p.size <= SMALL:
+            if p.size <= SMALL or p.backend.joins:
                 kind = id(member.group), member.steps, p.dtype, id(p.backend)
             batches.setdefault(kind, []).append((member, g.astype(p.dtype, copy=False)))
         for batch in batches.values():
@@ -178,15 +178,16 @@ class Optimizer:
         """Update parameters of one group, step count, dtype and device."""
         members = [member for member, _ in batch]
         first = members[0]
-        xp = first.parameter.backend.xp
-        p = _joined(xp, [member.parameter.data for member in members])
-        g = _joined(xp, [g for _, g in batch])
+        backend = first.parameter.backend
+        p = _joined(backend, [member.parameter.data for member in members])
+        g = _joined(backend, [g for _, g in batch])
         lr = float(first.group["lr"] * scale)
-        new = self.update(p, g, self._moments(xp, members), first.group, first.steps, lr)
-        for member, part in zip(members, _parts(new, members), strict=True):
+        new = self.update(p, g, self._moments(backend, members), first.group, first.steps, lr)
+        shapes = [member.parameter.shape for member in members]
+        for member, part in zip(members, _parts(new, shapes), strict=True):
             member.parameter.data = part
 
-    def _moments(self, xp: Any, members: list[Member]) -> Moments:
+    def _moments(self, backend: Backend, members: list[Member]) -> Moments:
         """The moments of several parameters end to end; each one's moments become views of that."""
         moments = {}
         for slot in self.slots:
@@ -197,8 +198,9 @@ class Optimizer:
                 size = sum(part.size for part in parts)
                 shared = whole is not None and all(part.base is whole for part in parts)
                 if not shared or whole.size != size:
-                    whole = _joined(xp, parts)
-                    for member, part in zip(members, _parts(whole, members), strict=True):
+                    whole = _joined(backend, parts)
+                    shapes = [part.shape for part in parts]
+                    for member, part in zip(members, _parts(whole, shapes), strict=True):
                         member.moments[slot] = part
             moments[slot] = whole
         return moments
@@ -259,18 +261,20 @@ class Optimizer:
                 member.moments[slot] = member.parameter.backend.from_numpy(array)
 
 
-def _joined(xp: Any, arrays: Sequence[Array]) -> Array:
+def _joined(backend: Backend, arrays: Sequence[Array]) -> Array:
     """Several arrays end to end; a single one as it is."""
-    return arrays[0] if len(arrays) == 1 else xp.concatenate([a.reshape(-1) for a in arrays])
+    return arrays[0] if len(arrays) == 1 else backend.join(arrays)
 
 
-def _parts(whole: Array, members: Sequence[Member]) -> Iterator[Array]:
-    """Views of what `_joined` returned, in the shapes of the members' parameters."""
-    flat = whole.reshape(-1)
+def _parts(whole: Array, shapes: Sequence[Shape]) -> Iterator[Array]:
+    """Views of what `_joined` returned, in the shapes of what it joined; one array is as it is."""
+    if len(shapes) == 1:
+        yield whole
+        return
     start = 0
-    for member in members:
-        end = start + member.parameter.size
-        yield flat[start:end].reshape(member.parameter.shape)
+    for shape in shapes:
+        end = start + math.prod(shape)
+        yield whole[start:end].reshape(shape)
         start = end
 
 
@@ -370,14 +374,25 @@ def clip_by_global_norm(
     reads it.
     """
     max_norm = _checked("max_norm", max_norm)
-    present = [g for g in grads if g is not None]
-    xp = backend_of(present[0] if present else np.zeros(0)).xp
+    present = {i: g for i, g in enumerate(grads) if g is not None}
+    clipped = list(grads)
+    backend = backend_of(next(iter(present.values()), np.zeros(0)))
+    xp = backend.xp
+    together: dict[Any, list[int]] = {}
+    for i, g in present.items():
+        together.setdefault(g.dtype if backend.joins else i, []).append(i)
+    vectors = [_joined(backend, [present[i] for i in places]) for places in together.values()]
     # Beyond 1e154 the norm is inf, which says enough.
     with np.errstate(over="ignore", invalid="ignore"):
-        squares = ((g.astype(np.float64) ** 2).sum() for g in present)
+        squares = ((g.astype(np.float64) ** 2).sum() for g in vectors)
         norm = xp.sqrt(sum(squares, xp.zeros(())))
         factor = xp.where(xp.isfinite(norm), xp.minimum(1.0, max_norm / (norm + 1e-6)), 1.0)
-    return [None if g is None else g * factor.astype(g.dtype) for g in grads], norm
+    for vector, places in zip(vectors, together.values(), strict=True):
+        scaled = vector * factor.astype(vector.dtype)
+        parts = _parts(scaled, [present[i].shape for i in places])
+        for i, part in zip(places, parts, strict=True):
+            clipped[i] = part
+    return clipped, norm
 
 
 FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")

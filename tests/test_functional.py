@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from operations import NEURAL, angles, rotary_tables, setting
+from operations import NEURAL, angles, block_sizes, rotary_tables
 
 from minilora import functional as F
 from minilora.autograd import Tensor, gradients, no_grad
@@ -448,7 +448,7 @@ def test_attention_keeps_scores_for_backward_only_up_to_kept_scores():
     tables = rotary_tables(np.zeros((3, 2)), 4, 2, 0.5)
     count = 2 * 4 * 3 * 3
     for most in (count, count - 1):
-        with setting(KEPT_SCORES=most):
+        with block_sizes(qkv.backend, kept_scores=most):
             y = F.attention(qkv, 4, 2, *tables)
         back = inspect.getclosurevars(y.node.vjp).nonlocals["back"]
         blocks = inspect.getclosurevars(back).nonlocals["saved_blocks"]

@@ -36,8 +36,6 @@ from .config import LoraConfig
 from .factors import Part, float64
 from .lora import LoraAdapter
 
-BLOCK = 1 << 16  # numbers of V at a time: they stay in the cache from the product to the norm
-
 # Replaces k = 0 in a weight whose output is read again: far below rounding, and V x is not lost.
 LEAST = 2.0**-80
 
@@ -79,7 +77,8 @@ class DoraAdapter(LoraAdapter):
         a = self.lora_A.data
         b = self.lora_B.data * self.scaling
         norms = xp.empty(len(W), W.dtype)
-        for rows in blocks(len(W), BLOCK // W.shape[1]):
+        size = self.lora_A.backend.sizes.row_norms // W.shape[1]
+        for rows in blocks(len(W), size):
             V = b[rows] @ a  # (n, r) @ (r, I) -> (n, I)
             V += W[rows]
             norms[rows] = xp.sqrt(F.row_dot(xp, V, V)[:, 0])

@@ -23,7 +23,7 @@ from minilora import autograd as ag
 from minilora import effective
 from minilora import functional as F
 from minilora.autograd import Tensor
-from minilora.backend import NUMPY, mix_key
+from minilora.backend import NUMPY, Backend, mix_key
 from minilora.effective import EffectiveWeight, Pull, effective_linear
 
 NOT_OPERATIONS = {
@@ -461,17 +461,15 @@ for axis in (-1, 0, 1):
 
 
 @contextmanager
-def setting(**constants: Any) -> Iterator[None]:
-    """Inside, these constants of functional.py have these values; None leaves one as it is."""
-    before = {name: getattr(F, name) for name in constants}
+def block_sizes(backend: Backend, **sizes: int | None) -> Iterator[None]:
+    """Inside, the backend has these `BlockSizes`; None leaves one as it is."""
+    before = backend.sizes
+    given = {name: size for name, size in sizes.items() if size is not None}
     try:
-        for name, value in constants.items():
-            if value is not None:
-                setattr(F, name, value)
+        backend.sizes = before._replace(**given)
         yield
     finally:
-        for name, value in before.items():
-            setattr(F, name, value)
+        backend.sizes = before
 
 
 def _cross_entropy(
@@ -489,7 +487,7 @@ def _call_linear_cross_entropy(
 ) -> Tensor:
     """In blocks of at most cut[0] rows and cut[1] logits."""
     rows, logits = cut or (None, None)
-    with setting(ROWS=rows, LOGITS=logits):
+    with block_sizes(x.backend, loss_rows=rows, loss_logits=logits):
         return F.linear_cross_entropy(x, head, **options)
 
 
@@ -582,7 +580,7 @@ def _call_attention(
         for name, table in zip(("cos", "sin"), tables, strict=True):
             table = table.reshape(*a.shape[:-1], -1).astype(qkv.dtype)
             options[name] = backend.from_numpy(table)
-    with setting(QUERY_BLOCK=block, KEPT_SCORES=kept):
+    with block_sizes(backend, queries=block, kept_scores=kept):
         return F.attention(qkv, heads, kv_heads, **options)
 
 
