@@ -199,7 +199,10 @@ class HubTokenizer:
         self._sandbox.program["special"] = texts  # for a process that starts again
         added = self._ask("add_special", sum(map(len, texts)), texts=texts)
         self.added: list[int] = added["added"]
-        around = surrounding_ids(summary["processor"])
+        try:
+            around = surrounding_ids(summary["processor"])
+        except DataError as error:
+            raise DataError(f"{quoted(self._path)}: {error}") from None
         return read_special_tokens(directory, named, added["ids"].get, around, vocab_size)
 
     def _ask(self, method: str, size: int, **fields: Any) -> Any:
