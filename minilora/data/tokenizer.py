@@ -269,7 +269,8 @@ class HubTokenizer:
             data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(
-                f"the text is not UTF-8 at byte {error.start}; this model's tokenizer needs that"
+                f"the text is not UTF-8 at byte {error.start}; this model's tokenizer needs that: "
+                "convert it to UTF-8"
             ) from None
         ids = self._ask("encode", len(data), text=data, special=add_special_tokens)
         return _unpacked(ids)

@@ -252,6 +252,12 @@ bad([USER, {"role": "assistant"}], f"{KEYS}, found role")
 bad([USER, {}], f"{KEYS}, found nothing")
 bad([USER, {"role": "assistant", "tool_calls": []}], f"{KEYS}, found role, tool_calls")
 CALLS = "message 2: expected 'tool_calls' to be a list of objects"
+OLDER = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+bad([USER, OLDER], "message 2: expected 'tool_calls', found 'function_call', its older form")
+for weight in (0.5, -1, "0", [0]):
+    found = f"message 2: expected a weight of 0 or 1, found '{weight}'"
+    bad([USER, {**TURN, "weight": weight}], found)
+bad([USER, {**TURN, "weight": 0}], "each of the assistant's messages has weight 0")
 bad([USER, {**TURN, "tool_calls": "f()"}], f"{CALLS}, found 'f()'")
 bad([USER, {**TURN, "tool_calls": ["f()"]}], CALLS)
 bad([{**USER, "tool_calls": [{}]}, TURN], "only in the assistant's messages, found user")
@@ -320,6 +326,45 @@ def test_chat_encode_learns_tool_calls_and_answers(chat_of):
     assert last.ids.tolist() == example.ids.tolist()
     assert chat.tokenizer.decode(last.ids[last.learned]) == "2!<|im_end|>\n"
     assert last.skipped == 0
+
+
+def test_chat_encode_does_not_learn_turns_of_weight_0(chat_of):
+    """As in OpenAI's format: the text is the same, and no turn counts as missing."""
+    bad_turn = {"role": "assistant", "content": "the rat"}
+    talk = [USER, bad_turn, USER, TURN]
+    chat = chat_of(TOOLS)
+    whole = chat.encode(conversation(talk))
+    for zero, one in ((0, 1), (0.0, 1.0), (0, None)):
+        weighted = [USER, {**bad_turn, "weight": zero}, USER, {**TURN, "weight": one}]
+        example = chat.encode(conversation(weighted))
+        assert example.ids.tolist() == whole.ids.tolist()
+        assert chat.tokenizer.decode(example.ids[example.learned]) == "b<|im_end|>\n"
+        assert (example.skipped, example.notes) == (0, ())
+    assert chat.tokenizer.decode(whole.ids[whole.learned]) == "the rat<|im_end|>\nb<|im_end|>\n"
+
+
+def test_chat_encode_notes_once_what_the_template_does_not_write(chat_of):
+    thought = {**TURN, "reasoning_content": "hm"}
+    chat = chat_of(TOOLS)
+    assert chat.encode(TALK).notes == ()
+    (note,) = chat.encode([USER, thought]).notes
+    assert note == "the chat template does not write 'reasoning_content' of messages"
+    assert chat.encode([USER, thought]).notes == ()
+    writes = chat_of(TOOLS.replace("write(message.content)", "message.reasoning_content"))
+    assert writes.encode([USER, thought]).notes == ()
+
+
+def test_chat_encode_notes_arguments_that_the_template_quotes_again(chat_of):
+    """In OpenAI's format they are a text, and most templates write any value as JSON."""
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    talk = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    chat = chat_of(TOOLS)
+    (note,) = chat.encode(talk).notes
+    assert "the arguments of tool calls with escaped quotes" in note
+    assert chat.encode(talk).notes == ()
+    as_they_are = chat_of(TOOLS.replace("call.function|tojson", "call.function.arguments"))
+    assert as_they_are.encode(talk).notes == ()
+    assert chat_of(TOOLS).encode([USER, CALL]).notes == ()
 
 
 @pytest.mark.oracle

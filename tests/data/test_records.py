@@ -338,7 +338,9 @@ def empty(line: object, message: str) -> None:
     EMPTY.append((line, message))
 
 
-empty({"text": ""}, "nothing to learn: no token follows its first")
+empty({"text": ""}, "nothing to learn: it is empty")
+empty({"prompt": "", "completion": ""}, "nothing to learn: it is empty")
+empty({"messages": [{"role": "assistant", "content": None}]}, "'content' to be a text, found None")
 empty({"text": "a"}, "nothing to learn: no token follows its first")
 empty({"prompt": "", "completion": "a"}, "nothing to learn: no token follows its first")
 empty({"prompt": "abc", "completion": ""}, "nothing to learn: no token follows the prompt")
@@ -522,7 +524,6 @@ encoded("<s> $A </s>", {"prompt": "cc", "completion": "ab"}, [0, 4, 4, 5, 1], 3,
 encoded("<s> $A", {"prompt": "ca", "completion": "bc"}, [0, 4, 5, 4, 1], 2, 2)
 # To say nothing is something, too.
 encoded("<s> $A", {"prompt": "c", "completion": ""}, [0, 4, 1], 2, 0)
-encoded("<s> $A", {"text": ""}, [0, 1], 1, 0)
 
 
 @pytest.mark.parametrize(("template", "line", "ids", "first", "size"), ENCODED)
@@ -594,6 +595,13 @@ def test_read_records_ends_each_with_the_token_of_tokenizer_config(tmp_path, con
     else:
         (record,) = read_records(path, tokenizer, 9)
     assert record.ids.tolist() == [0, 5, 4] + [1] * (eos is not None)
+
+
+def test_read_records_skips_an_empty_text_though_a_bos_and_an_end_surround_it(tmp_path):
+    path = written(tmp_path, {"text": ""}, {"text": "abc"}, {"prompt": "", "completion": ""})
+    with pytest.warns(UserWarning, match="2 of 3 records are skipped, the first at line 1"):
+        (record,) = read_records(path, hub(tmp_path, "<s> $A"), 9)
+    assert record.ids.tolist() == [0, 5, 4, 1]
 
 
 def test_read_records_ends_each_with_the_first_of_several(tmp_path):
