@@ -37,6 +37,7 @@ Given = tuple[Messages, Tools]
 
 ROLES = ("system", "user", "assistant", "developer", "tool")
 RARE_ROLES = ROLES[3:]  # some templates leave these out
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing, the first counts
 # Keys of messages that are written, or whose absence from the text surprises nobody.
 KNOWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "weight"}
 
@@ -207,7 +208,8 @@ class Chat:
 
         A part is (number of messages, whether the generation prompt follows).
         """
-        question = {"messages": messages, "parts": parts, "tools": tools}
+        given = [_as_given(message) for message in messages]
+        question = {"messages": given, "parts": parts, "tools": tools}
         size = len(json.dumps(question))
         seconds = SECONDS_PER_PART * len(parts) + SECONDS_PER_BYTE * size
         text, lengths = self.sandbox.ask(question, seconds, MEMORY_PER_BYTE * size)
@@ -244,7 +246,10 @@ class Chat:
         keys = {key for message in messages for key in message}
         for key in sorted(keys - KNOWN_KEYS - self._tried):
             self._tried.add(key)
-            without = [{k: message[k] for k in message if k != key} for message in messages]
+            dropped = REASONING if key in REASONING else (key,)
+            without = []
+            for message in messages:
+                without.append({k: message[k] for k in message if k not in dropped})
             if self._writes_same((messages, tools), (without, tools)):
                 yield f"the chat template does not write {quoted(key, 40)} of messages"
         if "arguments" not in self._tried and any(
@@ -269,8 +274,9 @@ class Chat:
     ) -> tuple[str, list[tuple[int, int]]]:
         """(text, [(start, end)] of the turns to learn, in characters of the text).
 
-        Messages before number `first` are not learned. DataError if no turn can be told from the
-        rest of what the template writes, or it does not take what the messages have.
+        Messages before number `first` are not learned. DataError if the template does not take what
+        the messages have; NothingToLearnError if no turn can be told from the rest of what it
+        writes: another conversation may have one that can.
         """
         parts = [(len(messages), False)]
         for place, message in enumerate(messages):
@@ -283,7 +289,7 @@ class Chat:
             if start is not None and end is not None and start < end:
                 spans.append((start, end))
         if not spans:
-            raise DataError(
+            raise NothingToLearnError(
                 f"{self.where}: no turn can be told apart from the rest: what it writes up to an "
                 "assistant's turn, with its generation prompt, is not a beginning of the whole"
             )
@@ -310,6 +316,18 @@ class Chat:
         return Example(
             ids, learned, learned & ~marks, max(0, size), turns - len(spans), notes=notes
         )
+
+
+def _as_given(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as transformers gives it to a template.
+
+    It has no nulls, which some templates would write, and its reasoning has each name in use.
+    """
+    given = {key: value for key, value in message.items() if value is not None}
+    for name in REASONING:
+        if name in given:
+            return {"thinking": given[name], **given, "reasoning_content": given[name]}
+    return given
 
 
 def _arguments(messages: Messages) -> Iterator[Any]:

@@ -354,6 +354,29 @@ def test_chat_encode_notes_once_what_the_template_does_not_write(chat_of):
     assert writes.encode([USER, thought]).notes == ()
 
 
+def test_chat_render_gives_reasoning_under_each_name_and_no_nulls(chat_of):
+    """As transformers does: gpt-oss's template reads `thinking`, others `reasoning_content`."""
+    both = "{% for m in messages %}{{ m.reasoning_content }}+{{ m.thinking }};{% endfor %}"
+    chat = chat_of(both)
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        assert chat.render([{**TURN, name: "hm"}]) == "hm+hm;"
+    assert chat.render([{**TURN, "thinking": "a", "reasoning_content": "b"}]) == "b+a;"
+    null = chat_of("{% for m in messages %}{{ m.content }}{{ 'content' in m }}{% endfor %}")
+    assert null.render(conversation([USER, CALL])) == "aTrueFalse"
+
+
+@pytest.mark.oracle
+def test_chat_render_of_reasoning_and_nulls_agrees_with_transformers(chat_of, tmp_path):
+    import transformers
+
+    writes_all = "{% for m in messages %}{{ m|tojson(sort_keys=true) }}{% endfor %}"
+    chat = chat_of(writes_all)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for more in ({"thinking": "a"}, {"reasoning": "a"}, {"reasoning": "a", "thinking": "b"}):
+        for talk in ([USER, {**TURN, **more}], [USER, {**CALL, **more}]):
+            assert chat.render(talk) == theirs.apply_chat_template(talk, tokenize=False)
+
+
 def test_chat_encode_notes_arguments_that_the_template_quotes_again(chat_of):
     """In OpenAI's format they are a text, and most templates write any value as JSON."""
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}

@@ -685,6 +685,16 @@ def test_read_records_counts_turns_that_are_not_learned(tmp_path, chat):
     assert warning.filename == __file__
 
 
+def test_read_records_skips_a_conversation_that_the_template_does_not_separate(tmp_path, chat):
+    """Qwen3's template writes no thoughts in the only turn, because a question follows it."""
+    talk = [USER, TURN]
+    path = written(tmp_path, {"messages": [*talk, USER]}, {"messages": talk})
+    with pytest.warns(UserWarning, match="1 of 2 records are skipped, .*no turn can be told apart"):
+        assert len(read_records(path, chat("qwen3"), 200)) == 1
+    with pytest.raises(DataError, match=r"line 1: .*no turn can be told apart"):
+        read_records(path, chat("qwen3"), 200, strict=True)
+
+
 BAD_TALKS: list[tuple[str, object, str]] = []
 
 
