@@ -95,26 +95,59 @@ def named_tokens(
     settings   tokenizer_config.json
     default    the texts by name, for names that no file has
     """
-    files = {SETTINGS_FILE: settings}
-    if "added_tokens_decoder" not in settings:
-        files[MAP_FILE] = read_fields(directory, MAP_FILE) or {}
     texts: dict[str, tuple[str | None, str]] = {}
     for name, value in default.items():
         texts[name] = value, ""
-    for file, fields in files.items():
-        for name, value in fields.items():
+    for file, fields in _files_of_tokens(directory, settings).items():
+        extra = fields.get("extra_special_tokens")
+        extra = extra if isinstance(extra, dict) else {}
+        for name, value in {**fields, **extra}.items():
             # A model's own tokens, such as image_token, are for its chat template. Other fields
             # have such names too: add_bos_token is true or false.
-            text = value.get("content") if isinstance(value, dict) else value
+            text = _content(value)
             is_own = name.endswith("_token") and isinstance(text, str)
             if name in NAMES or is_own:
                 texts[name] = _token_text(name, value, Path(directory, file)), file
     return {name: NamedToken(text, file) for name, (text, file) in texts.items() if text}
 
 
+def listed_texts(directory: PathLike, settings: JsonObject) -> set[str]:
+    """The texts of tokens that files list beside the named ones: a text is cut at these, too."""
+    name, older_name = "extra_special_tokens", "additional_special_tokens"
+    extra: list[Any] = []
+    has_list = False  # in an earlier file: then the list under the older name does not count
+    for fields in _files_of_tokens(directory, settings).values():
+        extra += _values(fields.get(name))
+        if not extra and not has_list:
+            extra += _values(fields.get(older_name))
+        has_list = has_list or name in fields or older_name in fields
+    values = [*extra, *_values(settings.get("added_tokens_decoder"))]
+    return {text for text in map(_content, values) if isinstance(text, str) and text}
+
+
+def _files_of_tokens(directory: PathLike, settings: JsonObject) -> dict[str, JsonObject]:
+    """The files that name tokens, by their names; a later one counts."""
+    files = {SETTINGS_FILE: settings}
+    if "added_tokens_decoder" not in settings:
+        files[MAP_FILE] = read_fields(directory, MAP_FILE) or {}
+    return files
+
+
+def _values(value: Any) -> list[Any]:
+    """Those of a list or an object; none of anything else."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def _content(value: Any) -> Any:
+    """The content of an AddedToken; anything else as it is."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
 def _token_text(name: str, value: Any, path: Path) -> str | None:
     """The text of a token: itself, or the content of an AddedToken."""
-    text = value.get("content") if isinstance(value, dict) else value
+    text: str | None = _content(value)
     if value is not None and not isinstance(text, str):
         raise FormatError(
             f"{quoted(path)}: {name} must be a text, an object with a text as its content, or "

@@ -36,6 +36,7 @@ from .special import (
     SETTINGS_FILE,
     SpecialTokens,
     default_tokens,
+    listed_texts,
     named_tokens,
     read_special_tokens,
     surrounding_ids,
@@ -195,7 +196,8 @@ class HubTokenizer:
             default = {"pad_token": summary["pad_token"], **default}
         named = named_tokens(directory, self._settings, default)
         # transformers cuts a text at each of them, even if tokenizer.json does not list it.
-        texts = sorted({token.text for token in named.values()})
+        listed = listed_texts(directory, self._settings)
+        texts = sorted(listed | {token.text for token in named.values()})
         self._sandbox.program["special"] = texts  # for a process that starts again
         added = self._ask("add_special", sum(map(len, texts)), texts=texts)
         self.added: list[int] = added["added"]
