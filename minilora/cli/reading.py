@@ -117,7 +117,10 @@ def read_tokens(
         with _naming(quoted(path)):
             return pack(records, context), bytes_per_token(records)
     with _naming(quoted(path)):
-        return _encode(file.text(), tokenizer)
+        ids, ratio = _encode(file.text(), tokenizer)
+        if len(ids) < 2:
+            raise DataError(f"needs at least 2 tokens to evaluate on, has {len(ids)}: add to it")
+        return ids, ratio
 
 
 def read_training_text(

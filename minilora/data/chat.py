@@ -274,25 +274,38 @@ class Chat:
     ) -> tuple[str, list[tuple[int, int]]]:
         """(text, [(start, end)] of the turns to learn, in characters of the text).
 
-        Messages before number `first` are not learned. DataError if the template does not take what
-        the messages have; NothingToLearnError if no turn can be told from the rest of what it
-        writes: another conversation may have one that can.
+        Messages before number `first` are not learned. If no turn can be told from the rest of what
+        the template writes, the messages after the last turn are left out: some templates write all
+        turns differently once a question follows.
+
+        DataError if the template does not take what the messages have; NothingToLearnError if no
+        turn can be told apart even so: another conversation may have one that can.
         """
-        parts = [(len(messages), False)]
-        for place, message in enumerate(messages):
-            if place >= first and is_learned(message):
-                parts += [(place, True), (place + 1, False)]
         self._require_support(messages, tools)
-        text, (_, *edges) = self._rendered(messages, parts, tools)
-        spans = []
-        for start, end in zip(edges[::2], edges[1::2], strict=True):
-            if start is not None and end is not None and start < end:
-                spans.append((start, end))
+        places = [i for i, m in enumerate(messages) if i >= first and is_learned(m)]
+        end = places[-1] + 1 if places else 0
+        text, spans = self._spans(messages, places, tools)
+        if not spans and end < len(messages):
+            text, spans = self._spans(messages[:end], places, tools)
         if not spans:
             raise NothingToLearnError(
                 f"{self.where}: no turn can be told apart from the rest: what it writes up to an "
                 "assistant's turn, with its generation prompt, is not a beginning of the whole"
             )
+        return text, spans
+
+    def _spans(
+        self, messages: Messages, places: list[int], tools: Tools
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """(text, [(start, end)] of those turns at `places` that can be told apart)"""
+        parts = [(len(messages), False)]
+        for place in places:
+            parts += [(place, True), (place + 1, False)]
+        text, (_, *edges) = self._rendered(messages, parts, tools)
+        spans = []
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            if start is not None and end is not None and start < end:
+                spans.append((start, end))
         return text, spans
 
     def encode(self, messages: Messages, tools: Tools = None, first: int = 0) -> Example:

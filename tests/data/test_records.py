@@ -685,14 +685,27 @@ def test_read_records_counts_turns_that_are_not_learned(tmp_path, chat):
     assert warning.filename == __file__
 
 
-def test_read_records_skips_a_conversation_that_the_template_does_not_separate(tmp_path, chat):
-    """Qwen3's template writes no thoughts in the only turn, because a question follows it."""
-    talk = [USER, TURN]
-    path = written(tmp_path, {"messages": [*talk, USER]}, {"messages": talk})
+def test_read_records_learns_a_turn_that_a_question_follows(tmp_path, chat):
+    """Qwen3's template writes no thoughts in it, unless it ends the conversation."""
+    tokenizer = chat("qwen3")
+    path = written(tmp_path, {"messages": [USER, TURN, USER]}, {"messages": [USER, TURN]})
+    records = read_records(path, tokenizer, 200)
+    assert records[0].ids.tolist() == records[1].ids.tolist()
+    assert tokenizer.decode(records[0].ids[records[0].learned]).startswith("<think>")
+
+
+def test_read_records_skips_a_conversation_that_the_template_does_not_separate(tmp_path):
+    """The generation prompt begins with a thought, as DeepSeek's, and the first turn has none."""
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, template), 1000)
+    thought = {"role": "assistant", "content": "<think>b</think>c"}
+    path = written(tmp_path, {"messages": [USER, TURN]}, {"messages": [USER, thought]})
     with pytest.warns(UserWarning, match="1 of 2 records are skipped, .*no turn can be told apart"):
-        assert len(read_records(path, chat("qwen3"), 200)) == 1
+        (record,) = read_records(path, tokenizer, 200)
+    assert tokenizer.decode(record.ids[record.learned]) == "b</think>c"
     with pytest.raises(DataError, match=r"line 1: .*no turn can be told apart"):
-        read_records(path, chat("qwen3"), 200, strict=True)
+        read_records(path, tokenizer, 200, strict=True)
 
 
 BAD_TALKS: list[tuple[str, object, str]] = []
