@@ -176,12 +176,14 @@ def _check_part(expected: str, part: Any) -> dict[str, Any]:
 class Chat:
     """A tokenizer and the process that runs its chat template: `with Chat(tokenizer) as chat`.
 
+    for_tools   whether to run the template that the tokenizer may have for conversations with tools
+
     The process ends with the block. DataError for a tokenizer without a template, and from the
     methods, for a template that cannot be parsed or run, does what it may not, or takes more than
     `seconds` or other limits allow.
     """
 
-    def __init__(self, tokenizer: Tokenizer, seconds: float = SECONDS):
+    def __init__(self, tokenizer: Tokenizer, seconds: float = SECONDS, for_tools: bool = False):
         if isinstance(tokenizer, ByteTokenizer) or tokenizer.chat_template is None:
             raise DataError(
                 "a list of messages needs a tokenizer.json and its chat template "
@@ -190,6 +192,8 @@ class Chat:
             )
         self.tokenizer = tokenizer
         template, self.where = tokenizer.chat_template
+        if for_tools and tokenizer.tool_template:
+            template, self.where = tokenizer.tool_template
         given = {"tools": None, "documents": None, **tokenizer.special.texts}
         self.sandbox = Sandbox(self.where, {"template": template, "given": given}, seconds, MEMORY)
         self._supported: set[str] = set()  # what the template was seen not to leave out

@@ -188,13 +188,13 @@ def read_records(
 def _encoder(tokenizer: Tokenizer) -> Iterator[Callable[[Content], Example]]:
     """A function that gives the tokens of a record's content.
 
-    The process of the chat template starts with the first conversation, and ends with the block.
+    The process of a chat template starts with the first conversation, and ends with the block. A
+    template for conversations with tools has a process of its own.
     """
     with contextlib.ExitStack() as stack:
-        chat: Chat | None = None
+        chats: dict[bool, Chat] = {}
 
         def encode(content: Content) -> Example:
-            nonlocal chat
             if isinstance(content, Instruction):
                 has_template = _has_template(tokenizer)
                 content = content.as_conversation() if has_template else content.as_completion()
@@ -202,14 +202,20 @@ def _encoder(tokenizer: Tokenizer) -> Iterator[Callable[[Content], Example]]:
                 if not content.prompt and not content.text:
                     raise NothingToLearnError("nothing to learn: it is empty")
                 return _encode(tokenizer, content.prompt, content.text)
-            chat = chat or stack.enter_context(Chat(tokenizer))
-            return chat.encode(*content)
+            has_tools = bool(content.tools) and _has_tool_template(tokenizer)
+            if has_tools not in chats:
+                chats[has_tools] = stack.enter_context(Chat(tokenizer, for_tools=has_tools))
+            return chats[has_tools].encode(*content)
 
         yield encode
 
 
 def _has_template(tokenizer: Tokenizer) -> bool:
     return not isinstance(tokenizer, ByteTokenizer) and tokenizer.chat_template is not None
+
+
+def _has_tool_template(tokenizer: Tokenizer) -> bool:
+    return not isinstance(tokenizer, ByteTokenizer) and tokenizer.tool_template is not None
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, text: str) -> Example:

@@ -241,11 +241,21 @@ class HubTokenizer:
             name = f"the chat_template in {SETTINGS_FILE}"
             template = self._settings.get("chat_template")
         if isinstance(template, list):
-            named = template
-            template = None
-            for entry in named:
-                if isinstance(entry, dict) and entry.get("name") == "default":
-                    template = entry.get("template")
+            template = _template_of_name(template, "default")
+        return self._as_template(template, name)
+
+    @property
+    def tool_template(self) -> tuple[str, str] | None:
+        """The template for conversations with tools, if tokenizer_config.json has several templates
+        and names one "tool_use"; else None. Otherwise as `chat_template`."""
+        templates = self._settings.get("chat_template")
+        if TEMPLATE_FILE in self._files or not isinstance(templates, list):
+            return None
+        name = f"the chat_template 'tool_use' in {SETTINGS_FILE}"
+        return self._as_template(_template_of_name(templates, "tool_use"), name)
+
+    def _as_template(self, template: Any, name: str) -> tuple[str, str] | None:
+        """(template, where it is from), or None for None. DataError for what is not a text."""
         if template is None:
             return None
         where = f"{name} beside {quoted(self._path)}"
@@ -320,6 +330,14 @@ def _read_bytes(path: Path) -> bytes:
         if file.size() > MAX_TOKENIZER_BYTES:
             raise DataError(f"{quoted(path)}: expected at most {MAX_TOKENIZER_BYTES} bytes")
         return file.read()
+
+
+def _template_of_name(templates: list[Any], name: str) -> Any:
+    """The template of that name in a list of {"name": ..., "template": ...}; None without one."""
+    for entry in templates:
+        if isinstance(entry, dict) and entry.get("name") == name:
+            return entry.get("template")
+    return None
 
 
 def _unpacked(packed: str) -> NDArray[np.int32]:

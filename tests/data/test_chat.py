@@ -390,6 +390,36 @@ def test_chat_encode_notes_arguments_that_the_template_quotes_again(chat_of):
     assert chat_of(TOOLS).encode([USER, CALL]).notes == ()
 
 
+def test_read_records_uses_the_template_for_tools_where_a_conversation_has_them(tmp_path):
+    """A folder may have several templates; transformers takes the one of name tool_use, too."""
+    named = [{"name": "default", "template": TEMPLATES["chatml"]}]
+    named.append({"name": "tool_use", "template": TOOLS})
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, named), 1000)
+    lines = [{"messages": WITH_TOOLS, "tools": [TOOL]}, {"messages": [USER, TURN]}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts = [tokenizer.decode(record.ids) for record in read_records(path, tokenizer, 2000)]
+    assert texts[0].startswith("<|im_start|>system\nTools: [")
+    assert texts[1].startswith("<|im_start|>system\nBe brief.")
+    path.write_text(json.dumps({"messages": WITH_TOOLS}))
+    with pytest.raises(DataError, match="does not take content in parts for role user"):
+        read_records(path, tokenizer, 2000)
+
+
+@pytest.mark.oracle
+def test_chat_render_for_tools_takes_the_template_that_transformers_takes(tmp_path):
+    import transformers
+
+    named = [{"name": "default", "template": TEMPLATES["chatml"]}]
+    for templates in (named, [*named, {"name": "tool_use", "template": TOOLS}]):
+        write_tokenizer(tmp_path, templates)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for tools in (None, [TOOL]):
+            expected = theirs.apply_chat_template([USER, TURN], tools=tools, tokenize=False)
+            with Chat(load_tokenizer(tmp_path, 1000), for_tools=bool(tools)) as chat:
+                assert chat.render([USER, TURN], tools=tools) == expected
+
+
 @pytest.mark.oracle
 def test_chat_encode_with_tools_agrees_with_transformers(chat_of, tmp_path):
     import transformers
