@@ -59,10 +59,9 @@ CLASS_TOKENS: dict[str, dict[str, str | None]] = {
 MODEL_CLASSES = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 
 
-def default_tokens(
-    directory: PathLike, settings: JsonObject, is_byte_level: bool
-) -> dict[str, str | None]:
-    """The tokens of the class that transformers' AutoTokenizer uses for a folder's tokenizer.json.
+def tokenizer_class(directory: PathLike, settings: JsonObject, is_byte_level: bool) -> str:
+    """The class that transformers' AutoTokenizer uses for a folder's tokenizer.json; "" if it is of
+    no importance which.
 
     settings        tokenizer_config.json
     is_byte_level   whether tokenizer.json has a part of type ByteLevel
@@ -77,7 +76,14 @@ def default_tokens(
         name = declared.removesuffix("Fast")
         if name == "LlamaTokenizer" and is_byte_level:
             name = ""
-    return CLASS_TOKENS.get(name, {})
+    return name
+
+
+def default_tokens(
+    directory: PathLike, settings: JsonObject, is_byte_level: bool
+) -> dict[str, str | None]:
+    """The tokens of a folder's `tokenizer_class` where the folder names none."""
+    return CLASS_TOKENS.get(tokenizer_class(directory, settings, is_byte_level), {})
 
 
 class NamedToken(NamedTuple):

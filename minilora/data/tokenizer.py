@@ -40,6 +40,7 @@ from .special import (
     named_tokens,
     read_special_tokens,
     surrounding_ids,
+    tokenizer_class,
 )
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -55,6 +56,9 @@ LOADING_MEMORY_PER_BYTE = 64
 CALL_SECONDS = 0.001
 SECONDS_PER_BYTE = 1e-5
 MEMORY_PER_BYTE = 512
+
+# Classes of transformers that put spaces otherwise than tokenizer.json says.
+LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")
 
 # Fields of tokenizer.json that change no id. (transformers drops or rewrites them.)
 HARMLESS = {"version", "decoder", "truncation", "padding"}
@@ -171,6 +175,11 @@ class HubTokenizer:
         seconds = LOADING_SECONDS + LOADING_SECONDS_PER_BYTE * len(content)
         memory = LOADING_MEMORY + LOADING_MEMORY_PER_BYTE * len(content)
         self._sandbox = Sandbox(where, {"tokenizer": content}, seconds, memory)
+        is_byte_level = b'"ByteLevel"' in content
+        default = default_tokens(directory, self._settings, is_byte_level)
+        self._class = tokenizer_class(directory, self._settings, is_byte_level)
+        if self._class in LLAMA_CLASSES:
+            self._sandbox.program["prepend_scheme"] = self._prepend_scheme()
         summary = self._ask("summary", 0)
         if summary["ids"] < max(1, summary["tokens"]):
             raise DataError(
@@ -178,7 +187,7 @@ class HubTokenizer:
                 f"{summary['tokens']}"
             )
         self.vocab_size = summary["largest"] + 1
-        self.special = self._read_special_tokens(directory, vocab_size, summary)
+        self.special = self._read_special_tokens(directory, vocab_size, summary, default)
         self.missing_end = ""
         if not self.special.eos:
             self.missing_end = (
@@ -187,11 +196,13 @@ class HubTokenizer:
             )
 
     def _read_special_tokens(
-        self, directory: PathLike, vocab_size: int, summary: JsonObject
+        self,
+        directory: PathLike,
+        vocab_size: int,
+        summary: JsonObject,
+        default: dict[str, str | None],
     ) -> SpecialTokens:
         """The model's special tokens, which the tokenizer then finds in texts, too."""
-        is_byte_level = b'"ByteLevel"' in self._files[TOKENIZER_FILE]
-        default = default_tokens(directory, self._settings, is_byte_level)
         if summary["pad_token"] is not None:
             default = {"pad_token": summary["pad_token"], **default}
         named = named_tokens(directory, self._settings, default)
@@ -206,6 +217,14 @@ class HubTokenizer:
         except DataError as error:
             raise DataError(f"{quoted(self._path)}: {error}") from None
         return read_special_tokens(directory, named, added["ids"].get, around, vocab_size)
+
+    def _prepend_scheme(self) -> str:
+        """Where transformers' classes for Llama 2 put a space: before each piece of text between
+        special tokens, only before the first, or nowhere."""
+        if self._settings.get("add_prefix_space") is False:
+            return "never"
+        is_legacy = self._class == "LlamaTokenizer" and self._settings.get("legacy")
+        return "always" if is_legacy else "first"
 
     def _ask(self, method: str, size: int, **fields: Any) -> Any:
         """What a method of sandboxed.py's Tokenizer returns for a text or ids of so many bytes."""

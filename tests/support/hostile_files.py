@@ -926,7 +926,7 @@ def add_greedy_tokenizer_rows() -> None:
     single = [{"SpecialToken": {"id": "S", "type_id": 0}}] * 1100
     around = {"type": "TemplateProcessing", "single": single, "pair": []}
     around["special_tokens"] = {"S": special}
-    says = ("more than", "tokens of 1 characters")
+    says = ("the post_processor puts more than 1024 tokens around a text",)
     change = lambda t: t.update(post_processor=around)  # noqa: E731
     greedy_tokenizer("a million special tokens", change, with_special_tokens, *says)
     pieces = {"type": "WordPiece", "vocab": {"a": 0, "##a": 1, "U": 2}, "unk_token": "U"}
