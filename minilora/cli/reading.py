@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from ..data.records import bytes_per_token, pack, read_records, split_records
 from ..data.texts import split_text
 from ..data.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
 from ..errors import ConfigError, DataError, NonFiniteError
+from ..formats.disk import quoted
 from ..lora import MultiTask, PeftModel
 from ..lora.multitask import BASE
 from ..lora.multitask import FILE as MULTITASK
@@ -112,8 +114,10 @@ def read_tokens(
     file = open_text(path)
     if file.is_records:
         records = read_records(file, tokenizer, context, strict)
-        return pack(records, context), bytes_per_token(records)
-    return _encode(file.text(), tokenizer)
+        with _naming(quoted(path)):
+            return pack(records, context), bytes_per_token(records)
+    with _naming(quoted(path)):
+        return _encode(file.text(), tokenizer)
 
 
 def read_training_text(
@@ -131,11 +135,10 @@ def read_training_text(
     if file.is_records:
         records = read_records(file, tokenizer, context, strict)
         if eval_path is None:
-            try:
+            with _naming(what):
                 records, others = split_records(records)
-            except DataError as error:
-                raise DataError(f"{what}: {error}") from None
-            return Text(pack(records, context), pack(others, context), bytes_per_token(others))
+                ratio = bytes_per_token(others)
+            return Text(pack(records, context), pack(others, context), ratio)
         tokens = pack(records, context)
     else:
         text = file.text()
@@ -143,7 +146,8 @@ def read_training_text(
         require_bytes(text, 2 if eval_path else 10, what)
         if eval_path is None:
             text, rest = split_text(text)
-        tokens, _ = _encode(text, tokenizer)
+        with _naming(quoted(path)):
+            tokens, _ = _encode(text, tokenizer)
         if len(tokens) <= context:
             needed = f"a context of {context} needs at least {context + 1} tokens"
             remaining = "" if eval_path else " once its last tenth is held out"
@@ -156,6 +160,16 @@ def read_training_text(
     if len(held_out) < 2:
         raise DataError(f"{what}: needs at least 2 tokens to evaluate on, has {len(held_out)}")
     return Text(tokens, held_out, ratio)
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Errors of what is read here begin with the file or the option that they are about."""
+    try:
+        yield
+    except DataError as error:
+        message = str(error)
+        raise DataError(message if what in message else f"{what}: {message}") from None
 
 
 def _encode(text: bytes, tokenizer: Tokenizer) -> tuple[Ids, float]:

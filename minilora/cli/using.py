@@ -109,6 +109,10 @@ def evaluate(args: Args) -> None:
     context = args.context or min(256, limit)
     require_context(context, limit)
     tokens, ratio = read_tokens(args.data, tokenizer, context, args.strict)
+    if len(tokens) < 2:
+        raise DataError(
+            f"--data {args.data}: needs at least 2 tokens, has {len(tokens)}: add to it"
+        )
     loss = measure(model, tokens, context, limit=args.limit, threads=args.threads)
     bits = bits_per_byte(loss, ratio)
     perplexity = math.exp(min(loss, 700))

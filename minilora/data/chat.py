@@ -3,9 +3,11 @@
     messages   [{"role": "system" | "user" | "assistant", "content": "..."}, ...]
 
 A message may have what the template takes besides: a role of developer or tool, tool calls, content
-in parts of text, and other keys. A template that leaves one of the first four out is refused.
+in parts of text, and other keys. A template that leaves one of the first four out is refused; a key
+that it does not write is noted once.
 
-Only the assistant's turns are learned. A turn is what the template adds to the text of the messages
+Only the assistant's turns are learned, except those of "weight": 0, as OpenAI's fine-tuning format
+and ShareGPT's have it. A turn is what the template adds to the text of the messages
 before it, from the end of their generation prompt to the end of the turn, with the mark that ends
 it. Two texts must therefore be beginnings of the whole text: that of the messages before the turn
 with the generation prompt, and that of the messages up to the turn. Some templates write a turn
@@ -35,6 +37,9 @@ Given = tuple[Messages, Tools]
 
 ROLES = ("system", "user", "assistant", "developer", "tool")
 RARE_ROLES = ROLES[3:]  # some templates leave these out
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing, the first counts
+# Keys of messages that are written, or whose absence from the text surprises nobody.
+KNOWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "weight"}
 
 # Processor time for a template, and for each part and byte that it renders: some twenty times what
 # Qwen3's template takes. Memory likewise.
@@ -53,8 +58,9 @@ class Example(NamedTuple):
     spoken     (n,) bool, the learned ones that are text; the others are marks: an end of text or of
                turn
     size       the bytes of text that the spoken tokens stand for
-    skipped    the number of the assistant's turns that are not learned
+    skipped    the number of the assistant's turns that should be learned and are not
     is_open    whether no token ends it
+    notes      what the user should know of how the chat template writes it
     """
 
     ids: NDArray[np.int32]
@@ -63,6 +69,7 @@ class Example(NamedTuple):
     size: int
     skipped: int = 0
     is_open: bool = False
+    notes: tuple[str, ...] = ()
 
 
 # ---- checking messages ---------------------------------------------------------------------------
@@ -71,12 +78,21 @@ class Example(NamedTuple):
 def conversation(value: Any, name: str = "messages") -> Messages:
     """The field `name` of a record, checked to be a conversation with something to learn.
 
-    DataError as from `check_messages`; NothingToLearnError where no message is the assistant's.
+    DataError as from `check_messages`; NothingToLearnError where no message is the assistant's, or
+    all that are have the weight 0.
     """
     messages = check_messages(value, name)
-    if all(message["role"] != "assistant" for message in messages):
+    turns = [message for message in messages if message["role"] == "assistant"]
+    if not turns:
         raise NothingToLearnError("no message is the assistant's, so nothing can be learned")
+    if not any(map(is_learned, turns)):
+        raise NothingToLearnError("nothing to learn: each of the assistant's messages has weight 0")
     return messages
+
+
+def is_learned(message: dict[str, Any]) -> bool:
+    """Whether a checked message is a turn to learn."""
+    return bool(message["role"] == "assistant" and message.get("weight", 1) != 0)
 
 
 def check_messages(value: Any, name: str = "messages") -> Messages:
@@ -84,7 +100,8 @@ def check_messages(value: Any, name: str = "messages") -> Messages:
 
     Data sets with a column per key write such values where a message has no such key, but a
     template that asks whether the key exists takes them for one. A null content beside tool calls
-    stays. DataError names the message that is wrong; NothingToLearnError for an empty list.
+    stays. DataError names the message that is wrong; NothingToLearnError for an empty list, and
+    where a content is null.
     """
     if type(value) is not list:
         kind = type(value).__name__
@@ -108,6 +125,10 @@ def _check_message(expected: str, message: Any) -> dict[str, Any]:
         is_empty = value is None or (key == "tool_calls" and value == [])
         if key == "content" or not is_empty:
             checked[key] = value
+    if "function_call" in checked:
+        raise DataError(f"{expected} 'tool_calls', found 'function_call', its older form")
+    if role == "assistant" and checked.get("weight", 1) not in (0, 1):
+        raise DataError(f"{expected} a weight of 0 or 1, found {quoted(checked['weight'], 40)}")
     if "tool_calls" in checked:
         _check_tool_calls(expected, role, checked["tool_calls"])
         if checked.get("content") is None:
@@ -119,6 +140,8 @@ def _check_message(expected: str, message: Any) -> dict[str, Any]:
     if type(content) is list and content:
         parts = enumerate(content, 1)
         checked["content"] = [_check_part(f"{expected} part {i}", part) for i, part in parts]
+    elif content is None:
+        raise NothingToLearnError(f"{expected} 'content' to be a text, found NoneType")
     elif type(content) is not str:
         kind = "an empty list" if content == [] else type(content).__name__
         raise DataError(f"{expected} 'content' to be a text, found {kind}")
@@ -153,12 +176,14 @@ def _check_part(expected: str, part: Any) -> dict[str, Any]:
 class Chat:
     """A tokenizer and the process that runs its chat template: `with Chat(tokenizer) as chat`.
 
+    for_tools   whether to run the template that the tokenizer may have for conversations with tools
+
     The process ends with the block. DataError for a tokenizer without a template, and from the
     methods, for a template that cannot be parsed or run, does what it may not, or takes more than
     `seconds` or other limits allow.
     """
 
-    def __init__(self, tokenizer: Tokenizer, seconds: float = SECONDS):
+    def __init__(self, tokenizer: Tokenizer, seconds: float = SECONDS, for_tools: bool = False):
         if isinstance(tokenizer, ByteTokenizer) or tokenizer.chat_template is None:
             raise DataError(
                 "a list of messages needs a tokenizer.json and its chat template "
@@ -167,9 +192,12 @@ class Chat:
             )
         self.tokenizer = tokenizer
         template, self.where = tokenizer.chat_template
+        if for_tools and tokenizer.tool_template:
+            template, self.where = tokenizer.tool_template
         given = {"tools": None, "documents": None, **tokenizer.special.texts}
         self.sandbox = Sandbox(self.where, {"template": template, "given": given}, seconds, MEMORY)
         self._supported: set[str] = set()  # what the template was seen not to leave out
+        self._tried: set[str] = set()  # keys of messages that the template was tried without
 
     def __enter__(self) -> Chat:
         return self
@@ -184,7 +212,8 @@ class Chat:
 
         A part is (number of messages, whether the generation prompt follows).
         """
-        question = {"messages": messages, "parts": parts, "tools": tools}
+        given = [_as_given(message) for message in messages]
+        question = {"messages": given, "parts": parts, "tools": tools}
         size = len(json.dumps(question))
         seconds = SECONDS_PER_PART * len(parts) + SECONDS_PER_BYTE * size
         text, lengths = self.sandbox.ask(question, seconds, MEMORY_PER_BYTE * size)
@@ -212,6 +241,31 @@ class Chat:
                 raise DataError(f"{self.where} does not take {kind}: give 'content' as one text")
             self._supported.add(kind)
 
+    def _notes(self, messages: Messages, tools: Tools, text: str) -> Iterator[str]:
+        """What a template does with the messages that their author may not expect, each once.
+
+        It does not write a key; or it writes the arguments of a tool call, given as a text as in
+        OpenAI's format, as a text in quotes and not as an object.
+        """
+        keys = {key for message in messages for key in message}
+        for key in sorted(keys - KNOWN_KEYS - self._tried):
+            self._tried.add(key)
+            dropped = REASONING if key in REASONING else (key,)
+            without = []
+            for message in messages:
+                without.append({k: message[k] for k in message if k not in dropped})
+            if self._writes_same((messages, tools), (without, tools)):
+                yield f"the chat template does not write {quoted(key, 40)} of messages"
+        if "arguments" not in self._tried and any(
+            isinstance(arguments, str) and '"' in arguments and json.dumps(arguments)[1:-1] in text
+            for arguments in _arguments(messages)
+        ):
+            self._tried.add("arguments")
+            yield (
+                "the chat template writes the arguments of tool calls with escaped quotes, because "
+                "they are a text: give an object if the model should write one"
+            )
+
     def _writes_same(self, one: Given, other: Given) -> bool:
         """Whether the template writes one text for both, and refuses neither."""
         try:
@@ -224,24 +278,38 @@ class Chat:
     ) -> tuple[str, list[tuple[int, int]]]:
         """(text, [(start, end)] of the turns to learn, in characters of the text).
 
-        Messages before number `first` are not learned. DataError if no turn can be told from the
-        rest of what the template writes, or it does not take what the messages have.
+        Messages before number `first` are not learned. If no turn can be told from the rest of what
+        the template writes, the messages after the last turn are left out: some templates write all
+        turns differently once a question follows.
+
+        DataError if the template does not take what the messages have; NothingToLearnError if no
+        turn can be told apart even so: another conversation may have one that can.
         """
-        parts = [(len(messages), False)]
-        for place, message in enumerate(messages):
-            if message["role"] == "assistant" and place >= first:
-                parts += [(place, True), (place + 1, False)]
         self._require_support(messages, tools)
+        places = [i for i, m in enumerate(messages) if i >= first and is_learned(m)]
+        end = places[-1] + 1 if places else 0
+        text, spans = self._spans(messages, places, tools)
+        if not spans and end < len(messages):
+            text, spans = self._spans(messages[:end], places, tools)
+        if not spans:
+            raise NothingToLearnError(
+                f"{self.where}: no turn can be told apart from the rest: what it writes up to an "
+                "assistant's turn, with its generation prompt, is not a beginning of the whole"
+            )
+        return text, spans
+
+    def _spans(
+        self, messages: Messages, places: list[int], tools: Tools
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """(text, [(start, end)] of those turns at `places` that can be told apart)"""
+        parts = [(len(messages), False)]
+        for place in places:
+            parts += [(place, True), (place + 1, False)]
         text, (_, *edges) = self._rendered(messages, parts, tools)
         spans = []
         for start, end in zip(edges[::2], edges[1::2], strict=True):
             if start is not None and end is not None and start < end:
                 spans.append((start, end))
-        if not spans:
-            raise DataError(
-                f"{self.where}: no turn can be told apart from the rest: what it writes up to an "
-                "assistant's turn, with its generation prompt, is not a beginning of the whole"
-            )
         return text, spans
 
     def encode(self, messages: Messages, tools: Tools = None, first: int = 0) -> Example:
@@ -260,8 +328,32 @@ class Chat:
         marks = learned & np.isin(ids, self.tokenizer.added)
         for start, end in zip(starts[marks].tolist(), ends[marks].tolist(), strict=True):
             size -= len(text[start:end].encode())
-        turns = sum(message["role"] == "assistant" for message in messages[first:])
-        return Example(ids, learned, learned & ~marks, max(0, size), turns - len(spans))
+        turns = sum(map(is_learned, messages[first:]))
+        notes = tuple(self._notes(messages, tools, text))
+        return Example(
+            ids, learned, learned & ~marks, max(0, size), turns - len(spans), notes=notes
+        )
+
+
+def _as_given(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as transformers gives it to a template.
+
+    It has no nulls, which some templates would write, and its reasoning has each name in use.
+    """
+    given = {key: value for key, value in message.items() if value is not None}
+    for name in REASONING:
+        if name in given:
+            return {"thinking": given[name], **given, "reasoning_content": given[name]}
+    return given
+
+
+def _arguments(messages: Messages) -> Iterator[Any]:
+    """The arguments of each tool call."""
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            function = call.get("function", call)
+            if isinstance(function, dict):
+                yield function.get("arguments")
 
 
 def _left_out(messages: Messages, tools: Tools) -> Iterator[tuple[str, Given, Given]]:

@@ -34,6 +34,7 @@ BLOCK = 1 << 17  # bytes of a JSON file that are searched for brackets at a time
 
 LINE_NAMES = (".jsonl", ".ndjson")
 JSON_NAMES = (".json", *LINE_NAMES)
+TABLE_NAMES = (".csv", ".tsv")
 BOM = b"\xef\xbb\xbf"
 BLANKS = b" \t\r\n"
 
@@ -151,7 +152,9 @@ def open_data(path: PathLike, must_be_records: bool = False) -> DataFile:
             raise
         reason = str(error).removeprefix(quoted(path)).lstrip(": ")
     note = ""
-    if line.lstrip(BLANKS)[:1] in (b"[", b"{"):
+    if name.endswith(TABLE_NAMES):
+        note = f"{quoted(path)} is read as plain text, lines and commas too: {EXPORT} for records"
+    elif line.lstrip(BLANKS)[:1] in (b"[", b"{"):
         note = f"{quoted(path)} does not begin with a record and is read as plain text ({reason})"
     return DataFile(path, "text", note)
 
@@ -190,7 +193,14 @@ def _open_records(path: PathLike, number: int, line: bytes) -> DataFile:
         return _open_array(path)
     if start == b"{" and not is_named and _begins_longer_object(path, line):
         return _open_object(path)
-    _require_record(line, where)
+    try:
+        _require_record(line, where)
+    except FormatError as error:
+        if is_named:
+            raise FormatError(
+                f"{error}; write one record per line, or one array of records"
+            ) from None
+        raise
     note = "" if is_named else f"{quoted(path)} is read as JSON Lines, one record per line"
     return DataFile(path, "lines", note)
 

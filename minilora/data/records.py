@@ -67,6 +67,7 @@ class _Tally:
     open       records that no token ends
     skipped    records without a token to learn; `first` says where the first is, and why
     columns    {name of a column that is not used: the records that have it}
+    notes      those of the examples
     """
 
     kept: int = 0
@@ -78,6 +79,7 @@ class _Tally:
     skipped: int = 0
     first: str = ""
     columns: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
 
     def count(self, example: Example, record: Record) -> None:
         lost = len(example.ids) - len(record.ids)
@@ -87,6 +89,7 @@ class _Tally:
         self.total += len(example.ids)
         self.turns += example.skipped
         self.open += example.is_open
+        self.notes.extend(example.notes)
 
     def skip(self, place: str, reason: str) -> None:
         self.skipped += 1
@@ -115,6 +118,8 @@ class _Tally:
                 f"{quoted(path)}: {self.skipped:,} of {self.kept + self.skipped:,} records are "
                 f"skipped, the first at {self.first}"
             )
+        for note in self.notes:
+            yield f"{quoted(path)}: {note}"
         if self.columns:
             counts = [f"{quoted(k, 40)} ({n:,})" for k, n in self.columns.most_common(5)]
             more = ["..."] if len(self.columns) > 5 else []
@@ -183,26 +188,34 @@ def read_records(
 def _encoder(tokenizer: Tokenizer) -> Iterator[Callable[[Content], Example]]:
     """A function that gives the tokens of a record's content.
 
-    The process of the chat template starts with the first conversation, and ends with the block.
+    The process of a chat template starts with the first conversation, and ends with the block. A
+    template for conversations with tools has a process of its own.
     """
     with contextlib.ExitStack() as stack:
-        chat: Chat | None = None
+        chats: dict[bool, Chat] = {}
 
         def encode(content: Content) -> Example:
-            nonlocal chat
             if isinstance(content, Instruction):
                 has_template = _has_template(tokenizer)
                 content = content.as_conversation() if has_template else content.as_completion()
             if isinstance(content, Completion):
+                if not content.prompt and not content.text:
+                    raise NothingToLearnError("nothing to learn: it is empty")
                 return _encode(tokenizer, content.prompt, content.text)
-            chat = chat or stack.enter_context(Chat(tokenizer))
-            return chat.encode(*content)
+            has_tools = bool(content.tools) and _has_tool_template(tokenizer)
+            if has_tools not in chats:
+                chats[has_tools] = stack.enter_context(Chat(tokenizer, for_tools=has_tools))
+            return chats[has_tools].encode(*content)
 
         yield encode
 
 
 def _has_template(tokenizer: Tokenizer) -> bool:
     return not isinstance(tokenizer, ByteTokenizer) and tokenizer.chat_template is not None
+
+
+def _has_tool_template(tokenizer: Tokenizer) -> bool:
+    return not isinstance(tokenizer, ByteTokenizer) and tokenizer.tool_template is not None
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, text: str) -> Example:
@@ -260,7 +273,8 @@ def split_records(
     cut = len(records) - math.ceil(held_out_size(len(records), fraction))
     if cut < 1:
         raise DataError(
-            f"expected 2 records or more, one to train on and one to hold out, got {len(records)}"
+            f"expected 2 records or more, one to train on and one to hold out, got {len(records)}: "
+            "add records, or give others to evaluate on"
         )
     return records[:cut], records[cut:]
 
@@ -297,5 +311,8 @@ def bytes_per_token(records: Sequence[Record]) -> float:
     """
     size = math.fsum(record.size for record in records)
     if not size:
-        raise DataError(f"{len(records)} records have nothing to learn but where they end")
+        raise DataError(
+            f"{len(records)} records have nothing to learn but where they end: give some with "
+            "a text to learn"
+        )
     return size / sum(int(np.count_nonzero(record.learned)) for record in records)

@@ -8,7 +8,8 @@ bytes follow it in this order.
 The first line is {"path": sys.path, "seconds": processor time, "memory": bytes}, and one of
 
     "template": its text, "given": variables of the template by name
-    "tokenizer": the bytes of the file, "special": texts of tokens to cut a text at
+    "tokenizer": the bytes of the file, "special": texts of tokens to cut a text at,
+                 "prepend_scheme": that of a Metaspace, for a LlamaTokenizer
 
 Each other line is a question. It has "seconds" and "memory", which it may take besides, and what
 `Template.answer` or `Tokenizer.answer` reads. After a failure the answer is {"error": reason}.
@@ -115,6 +116,7 @@ class Tokenizer:
         self.package = tokenizers
         self.content = order["tokenizer"]
         self.special = order.get("special", [])
+        self.prepend_scheme = order.get("prepend_scheme")
         self.whole: Any = None
         self.bare: Any = None
 
@@ -132,8 +134,24 @@ class Tokenizer:
         # A file may ask for both, but a corpus is one long text.
         whole.no_truncation()
         whole.no_padding()
+        if self.prepend_scheme and isinstance(whole.model, self.package.models.BPE):
+            self._make_llama(whole)
         self.whole = whole
         self.add_special(self.special)
+
+    def _make_llama(self, whole: Any) -> None:
+        """Cut texts as transformers 5's LlamaTokenizer does.
+
+        It takes the vocabulary and the merges of the file, but not the rules by which the file puts
+        spaces: those of Llama 2 put one behind each special token.
+        """
+        package = self.package
+        whole.normalizer = None
+        whole.pre_tokenizer = package.pre_tokenizers.Metaspace(
+            prepend_scheme=self.prepend_scheme, split=False
+        )
+        whole.model.fuse_unk = True
+        whole.model.byte_fallback = True
 
     def summary(self) -> dict[str, Any]:
         """The number of tokens, of different ids, the largest id; padding and post-processor."""

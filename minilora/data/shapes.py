@@ -118,7 +118,10 @@ def _as_message(number: int, turn: Any) -> Any:
     if role is None:
         known = ", ".join(ROLE_OF)
         raise DataError(f"message {number}: 'from' is {quoted(speaker, 40)}, expected {known}")
-    return {"role": role, "content": turn["value"]}
+    message = {"role": role, "content": turn["value"]}
+    if role == "assistant" and "weight" in turn:
+        message["weight"] = turn["weight"]
+    return message
 
 
 def _read_pair(record: JsonObject, shape: Shape) -> Content:
@@ -204,7 +207,7 @@ def read_shape(record: JsonObject) -> tuple[Content, list[str]]:
     """(what a record says, the columns that it does not use)
 
     DataError for a record of no shape, or with a value of another type. NothingToLearnError where
-    a field is null, or no message is the assistant's.
+    a field or a content is null, or no message of the assistant's is to be learned.
     """
     shape = require_shape(record)
     for field in shape.fields:

@@ -59,10 +59,9 @@ CLASS_TOKENS: dict[str, dict[str, str | None]] = {
 MODEL_CLASSES = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 
 
-def default_tokens(
-    directory: PathLike, settings: JsonObject, is_byte_level: bool
-) -> dict[str, str | None]:
-    """The tokens of the class that transformers' AutoTokenizer uses for a folder's tokenizer.json.
+def tokenizer_class(directory: PathLike, settings: JsonObject, is_byte_level: bool) -> str:
+    """The class that transformers' AutoTokenizer uses for a folder's tokenizer.json; "" if it is of
+    no importance which.
 
     settings        tokenizer_config.json
     is_byte_level   whether tokenizer.json has a part of type ByteLevel
@@ -77,7 +76,14 @@ def default_tokens(
         name = declared.removesuffix("Fast")
         if name == "LlamaTokenizer" and is_byte_level:
             name = ""
-    return CLASS_TOKENS.get(name, {})
+    return name
+
+
+def default_tokens(
+    directory: PathLike, settings: JsonObject, is_byte_level: bool
+) -> dict[str, str | None]:
+    """The tokens of a folder's `tokenizer_class` where the folder names none."""
+    return CLASS_TOKENS.get(tokenizer_class(directory, settings, is_byte_level), {})
 
 
 class NamedToken(NamedTuple):
@@ -95,26 +101,59 @@ def named_tokens(
     settings   tokenizer_config.json
     default    the texts by name, for names that no file has
     """
-    files = {SETTINGS_FILE: settings}
-    if "added_tokens_decoder" not in settings:
-        files[MAP_FILE] = read_fields(directory, MAP_FILE) or {}
     texts: dict[str, tuple[str | None, str]] = {}
     for name, value in default.items():
         texts[name] = value, ""
-    for file, fields in files.items():
-        for name, value in fields.items():
+    for file, fields in _files_of_tokens(directory, settings).items():
+        extra = fields.get("extra_special_tokens")
+        extra = extra if isinstance(extra, dict) else {}
+        for name, value in {**fields, **extra}.items():
             # A model's own tokens, such as image_token, are for its chat template. Other fields
             # have such names too: add_bos_token is true or false.
-            text = value.get("content") if isinstance(value, dict) else value
+            text = _content(value)
             is_own = name.endswith("_token") and isinstance(text, str)
             if name in NAMES or is_own:
                 texts[name] = _token_text(name, value, Path(directory, file)), file
     return {name: NamedToken(text, file) for name, (text, file) in texts.items() if text}
 
 
+def listed_texts(directory: PathLike, settings: JsonObject) -> set[str]:
+    """The texts of tokens that files list beside the named ones: a text is cut at these, too."""
+    name, older_name = "extra_special_tokens", "additional_special_tokens"
+    extra: list[Any] = []
+    has_list = False  # in an earlier file: then the list under the older name does not count
+    for fields in _files_of_tokens(directory, settings).values():
+        extra += _values(fields.get(name))
+        if not extra and not has_list:
+            extra += _values(fields.get(older_name))
+        has_list = has_list or name in fields or older_name in fields
+    values = [*extra, *_values(settings.get("added_tokens_decoder"))]
+    return {text for text in map(_content, values) if isinstance(text, str) and text}
+
+
+def _files_of_tokens(directory: PathLike, settings: JsonObject) -> dict[str, JsonObject]:
+    """The files that name tokens, by their names; a later one counts."""
+    files = {SETTINGS_FILE: settings}
+    if "added_tokens_decoder" not in settings:
+        files[MAP_FILE] = read_fields(directory, MAP_FILE) or {}
+    return files
+
+
+def _values(value: Any) -> list[Any]:
+    """Those of a list or an object; none of anything else."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def _content(value: Any) -> Any:
+    """The content of an AddedToken; anything else as it is."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
 def _token_text(name: str, value: Any, path: Path) -> str | None:
     """The text of a token: itself, or the content of an AddedToken."""
-    text = value.get("content") if isinstance(value, dict) else value
+    text: str | None = _content(value)
     if value is not None and not isinstance(text, str):
         raise FormatError(
             f"{quoted(path)}: {name} must be a text, an object with a text as its content, or "

@@ -36,9 +36,11 @@ from .special import (
     SETTINGS_FILE,
     SpecialTokens,
     default_tokens,
+    listed_texts,
     named_tokens,
     read_special_tokens,
     surrounding_ids,
+    tokenizer_class,
 )
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -54,6 +56,9 @@ LOADING_MEMORY_PER_BYTE = 64
 CALL_SECONDS = 0.001
 SECONDS_PER_BYTE = 1e-5
 MEMORY_PER_BYTE = 512
+
+# Classes of transformers that put spaces otherwise than tokenizer.json says.
+LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")
 
 # Fields of tokenizer.json that change no id. (transformers drops or rewrites them.)
 HARMLESS = {"version", "decoder", "truncation", "padding"}
@@ -170,6 +175,11 @@ class HubTokenizer:
         seconds = LOADING_SECONDS + LOADING_SECONDS_PER_BYTE * len(content)
         memory = LOADING_MEMORY + LOADING_MEMORY_PER_BYTE * len(content)
         self._sandbox = Sandbox(where, {"tokenizer": content}, seconds, memory)
+        is_byte_level = b'"ByteLevel"' in content
+        default = default_tokens(directory, self._settings, is_byte_level)
+        self._class = tokenizer_class(directory, self._settings, is_byte_level)
+        if self._class in LLAMA_CLASSES:
+            self._sandbox.program["prepend_scheme"] = self._prepend_scheme()
         summary = self._ask("summary", 0)
         if summary["ids"] < max(1, summary["tokens"]):
             raise DataError(
@@ -177,7 +187,7 @@ class HubTokenizer:
                 f"{summary['tokens']}"
             )
         self.vocab_size = summary["largest"] + 1
-        self.special = self._read_special_tokens(directory, vocab_size, summary)
+        self.special = self._read_special_tokens(directory, vocab_size, summary, default)
         self.missing_end = ""
         if not self.special.eos:
             self.missing_end = (
@@ -186,21 +196,32 @@ class HubTokenizer:
             )
 
     def _read_special_tokens(
-        self, directory: PathLike, vocab_size: int, summary: JsonObject
+        self,
+        directory: PathLike,
+        vocab_size: int,
+        summary: JsonObject,
+        default: dict[str, str | None],
     ) -> SpecialTokens:
         """The model's special tokens, which the tokenizer then finds in texts, too."""
-        is_byte_level = b'"ByteLevel"' in self._files[TOKENIZER_FILE]
-        default = default_tokens(directory, self._settings, is_byte_level)
         if summary["pad_token"] is not None:
             default = {"pad_token": summary["pad_token"], **default}
         named = named_tokens(directory, self._settings, default)
         # transformers cuts a text at each of them, even if tokenizer.json does not list it.
-        texts = sorted({token.text for token in named.values()})
+        listed = listed_texts(directory, self._settings)
+        texts = sorted(listed | {token.text for token in named.values()})
         self._sandbox.program["special"] = texts  # for a process that starts again
         added = self._ask("add_special", sum(map(len, texts)), texts=texts)
         self.added: list[int] = added["added"]
         around = surrounding_ids(summary["processor"], quoted(self._path))
         return read_special_tokens(directory, named, added["ids"].get, around, vocab_size)
+
+    def _prepend_scheme(self) -> str:
+        """Where transformers' classes for Llama 2 put a space: before each piece of text between
+        special tokens, only before the first, or nowhere."""
+        if self._settings.get("add_prefix_space") is False:
+            return "never"
+        is_legacy = self._class == "LlamaTokenizer" and self._settings.get("legacy")
+        return "always" if is_legacy else "first"
 
     def _ask(self, method: str, size: int, **fields: Any) -> Any:
         """What a method of sandboxed.py's Tokenizer returns for a text or ids of so many bytes."""
@@ -236,11 +257,21 @@ class HubTokenizer:
             name = f"the chat_template in {SETTINGS_FILE}"
             template = self._settings.get("chat_template")
         if isinstance(template, list):
-            named = template
-            template = None
-            for entry in named:
-                if isinstance(entry, dict) and entry.get("name") == "default":
-                    template = entry.get("template")
+            template = _template_of_name(template, "default")
+        return self._as_template(template, name)
+
+    @property
+    def tool_template(self) -> tuple[str, str] | None:
+        """The template for conversations with tools, if tokenizer_config.json has several templates
+        and names one "tool_use"; else None. Otherwise as `chat_template`."""
+        templates = self._settings.get("chat_template")
+        if TEMPLATE_FILE in self._files or not isinstance(templates, list):
+            return None
+        name = f"the chat_template 'tool_use' in {SETTINGS_FILE}"
+        return self._as_template(_template_of_name(templates, "tool_use"), name)
+
+    def _as_template(self, template: Any, name: str) -> tuple[str, str] | None:
+        """(template, where it is from), or None for None. DataError for what is not a text."""
         if template is None:
             return None
         where = f"{name} beside {quoted(self._path)}"
@@ -266,7 +297,8 @@ class HubTokenizer:
             data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(
-                f"the text is not UTF-8 at byte {error.start}; this model's tokenizer needs that"
+                f"the text is not UTF-8 at byte {error.start}; this model's tokenizer needs that: "
+                "convert it to UTF-8"
             ) from None
         ids = self._ask("encode", len(data), text=data, special=add_special_tokens)
         return _unpacked(ids)
@@ -314,6 +346,14 @@ def _read_bytes(path: Path) -> bytes:
         if file.size() > MAX_TOKENIZER_BYTES:
             raise DataError(f"{quoted(path)}: expected at most {MAX_TOKENIZER_BYTES} bytes")
         return file.read()
+
+
+def _template_of_name(templates: list[Any], name: str) -> Any:
+    """The template of that name in a list of {"name": ..., "template": ...}; None without one."""
+    for entry in templates:
+        if isinstance(entry, dict) and entry.get("name") == name:
+            return entry.get("template")
+    return None
 
 
 def _unpacked(packed: str) -> NDArray[np.int32]:

@@ -240,9 +240,13 @@ def parse_json(
     """
     _check_bounds(data, where, depth, values)
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)
-        # Only what can be written again was JSON: this refuses NaN, Infinity, 1e400 and half of a
-        # surrogate pair.
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_int=_integer,
+            parse_constant=_refuse,
+        )
+        # Only what can be written again was JSON: this refuses 1e400 and half of a surrogate pair.
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
     except ValueError as error:  # UnicodeError and JSONDecodeError are ValueErrors
         raise FormatError(f"{where}: not valid JSON: {error}") from None
@@ -265,6 +269,10 @@ def _check_bounds(data: bytes, where: str, depth: int, values: int) -> None:
         raise FormatError(f"{where}: JSON nested deeper than {depth}")
     if texts + len(brackets) // 2 > values:
         raise FormatError(f"{where}: JSON of more than {values} lists, objects and texts")
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON: write null where no number is known")
 
 
 def _integer(digits: str) -> int:

@@ -206,3 +206,27 @@ def test_generate_from_bytes_is_as_it_was(world):
     assert "no tokenizer.json" in err
     Path("base/config.json").write_text(json.dumps({**fields, "eos_token_id": list(range(BYTES))}))
     assert ok(GENERATE) == (whole, err)
+
+
+def test_commands_name_the_file_of_a_text_that_the_tokenizer_cannot_read(world):
+    write_base(settings={"eos_token": "</s>"})
+    Path("latin.txt").write_bytes(b"caf\xe9 au lait " * 20)
+    Path("one.txt").write_text("a")
+    Path("good.txt").write_text("the cat sat on the mat. " * 20)
+    Path("empty.jsonl").write_text('{"prompt": "a", "completion": ""}\n' * 4)
+    tuning = "finetune --base base --out out --steps 1 --batch-size 2 --context 16"
+    utf8 = (
+        "'latin.txt': the text is not UTF-8 at byte 3; this model's tokenizer needs that: convert"
+    )
+    bare = "records have nothing to learn but where they end"
+    for line, message in (
+        (f"{tuning} --data latin.txt", utf8),
+        (f"{tuning} --data good.txt --eval-data latin.txt", utf8),
+        ("evaluate --base base --context 16 --data latin.txt", utf8),
+        (f"{tuning} --data empty.jsonl", f"--data empty.jsonl: 1 {bare}"),
+        ("evaluate --base base --context 16 --data one.txt", "--data one.txt: needs at least 2"),
+        ("evaluate --base base --context 16 --data empty.jsonl", f"'empty.jsonl': 4 {bare}"),
+    ):
+        code, _, err = run(line)
+        assert code == 3
+        assert message in err

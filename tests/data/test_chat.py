@@ -252,6 +252,12 @@ bad([USER, {"role": "assistant"}], f"{KEYS}, found role")
 bad([USER, {}], f"{KEYS}, found nothing")
 bad([USER, {"role": "assistant", "tool_calls": []}], f"{KEYS}, found role, tool_calls")
 CALLS = "message 2: expected 'tool_calls' to be a list of objects"
+OLDER = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+bad([USER, OLDER], "message 2: expected 'tool_calls', found 'function_call', its older form")
+for weight in (0.5, -1, "0", [0]):
+    found = f"message 2: expected a weight of 0 or 1, found '{weight}'"
+    bad([USER, {**TURN, "weight": weight}], found)
+bad([USER, {**TURN, "weight": 0}], "each of the assistant's messages has weight 0")
 bad([USER, {**TURN, "tool_calls": "f()"}], f"{CALLS}, found 'f()'")
 bad([USER, {**TURN, "tool_calls": ["f()"]}], CALLS)
 bad([{**USER, "tool_calls": [{}]}, TURN], "only in the assistant's messages, found user")
@@ -320,6 +326,98 @@ def test_chat_encode_learns_tool_calls_and_answers(chat_of):
     assert last.ids.tolist() == example.ids.tolist()
     assert chat.tokenizer.decode(last.ids[last.learned]) == "2!<|im_end|>\n"
     assert last.skipped == 0
+
+
+def test_chat_encode_does_not_learn_turns_of_weight_0(chat_of):
+    """As in OpenAI's format: the text is the same, and no turn counts as missing."""
+    bad_turn = {"role": "assistant", "content": "the rat"}
+    talk = [USER, bad_turn, USER, TURN]
+    chat = chat_of(TOOLS)
+    whole = chat.encode(conversation(talk))
+    for zero, one in ((0, 1), (0.0, 1.0), (0, None)):
+        weighted = [USER, {**bad_turn, "weight": zero}, USER, {**TURN, "weight": one}]
+        example = chat.encode(conversation(weighted))
+        assert example.ids.tolist() == whole.ids.tolist()
+        assert chat.tokenizer.decode(example.ids[example.learned]) == "b<|im_end|>\n"
+        assert (example.skipped, example.notes) == (0, ())
+    assert chat.tokenizer.decode(whole.ids[whole.learned]) == "the rat<|im_end|>\nb<|im_end|>\n"
+
+
+def test_chat_encode_notes_once_what_the_template_does_not_write(chat_of):
+    thought = {**TURN, "reasoning_content": "hm"}
+    chat = chat_of(TOOLS)
+    assert chat.encode(TALK).notes == ()
+    (note,) = chat.encode([USER, thought]).notes
+    assert note == "the chat template does not write 'reasoning_content' of messages"
+    assert chat.encode([USER, thought]).notes == ()
+    writes = chat_of(TOOLS.replace("write(message.content)", "message.reasoning_content"))
+    assert writes.encode([USER, thought]).notes == ()
+
+
+def test_chat_render_gives_reasoning_under_each_name_and_no_nulls(chat_of):
+    """As transformers does: gpt-oss's template reads `thinking`, others `reasoning_content`."""
+    both = "{% for m in messages %}{{ m.reasoning_content }}+{{ m.thinking }};{% endfor %}"
+    chat = chat_of(both)
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        assert chat.render([{**TURN, name: "hm"}]) == "hm+hm;"
+    assert chat.render([{**TURN, "thinking": "a", "reasoning_content": "b"}]) == "b+a;"
+    null = chat_of("{% for m in messages %}{{ m.content }}{{ 'content' in m }}{% endfor %}")
+    assert null.render(conversation([USER, CALL])) == "aTrueFalse"
+
+
+@pytest.mark.oracle
+def test_chat_render_of_reasoning_and_nulls_agrees_with_transformers(chat_of, tmp_path):
+    import transformers
+
+    writes_all = "{% for m in messages %}{{ m|tojson(sort_keys=true) }}{% endfor %}"
+    chat = chat_of(writes_all)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for more in ({"thinking": "a"}, {"reasoning": "a"}, {"reasoning": "a", "thinking": "b"}):
+        for talk in ([USER, {**TURN, **more}], [USER, {**CALL, **more}]):
+            assert chat.render(talk) == theirs.apply_chat_template(talk, tokenize=False)
+
+
+def test_chat_encode_notes_arguments_that_the_template_quotes_again(chat_of):
+    """In OpenAI's format they are a text, and most templates write any value as JSON."""
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    talk = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    chat = chat_of(TOOLS)
+    (note,) = chat.encode(talk).notes
+    assert "the arguments of tool calls with escaped quotes" in note
+    assert chat.encode(talk).notes == ()
+    as_they_are = chat_of(TOOLS.replace("call.function|tojson", "call.function.arguments"))
+    assert as_they_are.encode(talk).notes == ()
+    assert chat_of(TOOLS).encode([USER, CALL]).notes == ()
+
+
+def test_read_records_uses_the_template_for_tools_where_a_conversation_has_them(tmp_path):
+    """A folder may have several templates; transformers takes the one of name tool_use, too."""
+    named = [{"name": "default", "template": TEMPLATES["chatml"]}]
+    named.append({"name": "tool_use", "template": TOOLS})
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, named), 1000)
+    lines = [{"messages": WITH_TOOLS, "tools": [TOOL]}, {"messages": [USER, TURN]}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts = [tokenizer.decode(record.ids) for record in read_records(path, tokenizer, 2000)]
+    assert texts[0].startswith("<|im_start|>system\nTools: [")
+    assert texts[1].startswith("<|im_start|>system\nBe brief.")
+    path.write_text(json.dumps({"messages": WITH_TOOLS}))
+    with pytest.raises(DataError, match="does not take content in parts for role user"):
+        read_records(path, tokenizer, 2000)
+
+
+@pytest.mark.oracle
+def test_chat_render_for_tools_takes_the_template_that_transformers_takes(tmp_path):
+    import transformers
+
+    named = [{"name": "default", "template": TEMPLATES["chatml"]}]
+    for templates in (named, [*named, {"name": "tool_use", "template": TOOLS}]):
+        write_tokenizer(tmp_path, templates)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for tools in (None, [TOOL]):
+            expected = theirs.apply_chat_template([USER, TURN], tools=tools, tokenize=False)
+            with Chat(load_tokenizer(tmp_path, 1000), for_tools=bool(tools)) as chat:
+                assert chat.render([USER, TURN], tools=tools) == expected
 
 
 @pytest.mark.oracle

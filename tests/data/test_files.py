@@ -76,6 +76,10 @@ kind("a.txt", b'[{"a": 1}]', "text", note=IS_TEXT)
 kind("a.txt", b'{"a": 1}', "text", note=IS_TEXT)
 kind("a.txt", b'{"a": [1, 2]}', "text", note=IS_TEXT)
 kind("a.txt", b'{"text": "caf\xe9"}\n', "text", note=IS_TEXT)
+# A table, which some would take for records.
+IS_TABLE = "is read as plain text, lines and commas too: export it as JSON Lines for records"
+kind("a.csv", b"instruction,output\n1 + 1,2\n", "text", note=IS_TABLE)
+kind("A.TSV", b"[a]\tb\n", "text", note=IS_TABLE)
 # What does not.
 kind("a.txt", b"a text\n" + R, "text")
 kind("a.txt", b'"text"', "text")
@@ -148,6 +152,10 @@ NOT_JSON = "not valid JSON"
 # Named as JSON, but it is not.
 bad("a.jsonl", b"a text", FormatError, f"line 1: {NOT_JSON}")
 bad("a.json", b"a text", FormatError, f"line 1: {NOT_JSON}")
+PER_LINE = "; write one record per line, or one array of records"
+bad("a.jsonl", json.dumps({"text": "abc"}, indent=1).encode(), FormatError, PER_LINE)
+bad("a.jsonl", R + b",\n" + R, FormatError, PER_LINE)
+bad("a.jsonl", b'{"text": "a", "n": NaN}', FormatError, "NaN is not JSON: write null where no")
 bad("a.json", b"a text", FormatError, RENAME)
 bad("a.json", b'"text"', FormatError, "line 1: expected a JSON object, found str" + RENAME)
 bad("a.json", b"[1, 2]", FormatError, "line 1: expected a list of objects, found '1, 2]'" + RENAME)

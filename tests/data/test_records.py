@@ -338,7 +338,9 @@ def empty(line: object, message: str) -> None:
     EMPTY.append((line, message))
 
 
-empty({"text": ""}, "nothing to learn: no token follows its first")
+empty({"text": ""}, "nothing to learn: it is empty")
+empty({"prompt": "", "completion": ""}, "nothing to learn: it is empty")
+empty({"messages": [{"role": "assistant", "content": None}]}, "'content' to be a text, found None")
 empty({"text": "a"}, "nothing to learn: no token follows its first")
 empty({"prompt": "", "completion": "a"}, "nothing to learn: no token follows its first")
 empty({"prompt": "abc", "completion": ""}, "nothing to learn: no token follows the prompt")
@@ -522,7 +524,6 @@ encoded("<s> $A </s>", {"prompt": "cc", "completion": "ab"}, [0, 4, 4, 5, 1], 3,
 encoded("<s> $A", {"prompt": "ca", "completion": "bc"}, [0, 4, 5, 4, 1], 2, 2)
 # To say nothing is something, too.
 encoded("<s> $A", {"prompt": "c", "completion": ""}, [0, 4, 1], 2, 0)
-encoded("<s> $A", {"text": ""}, [0, 1], 1, 0)
 
 
 @pytest.mark.parametrize(("template", "line", "ids", "first", "size"), ENCODED)
@@ -594,6 +595,13 @@ def test_read_records_ends_each_with_the_token_of_tokenizer_config(tmp_path, con
     else:
         (record,) = read_records(path, tokenizer, 9)
     assert record.ids.tolist() == [0, 5, 4] + [1] * (eos is not None)
+
+
+def test_read_records_skips_an_empty_text_though_a_bos_and_an_end_surround_it(tmp_path):
+    path = written(tmp_path, {"text": ""}, {"text": "abc"}, {"prompt": "", "completion": ""})
+    with pytest.warns(UserWarning, match="2 of 3 records are skipped, the first at line 1"):
+        (record,) = read_records(path, hub(tmp_path, "<s> $A"), 9)
+    assert record.ids.tolist() == [0, 5, 4, 1]
 
 
 def test_read_records_ends_each_with_the_first_of_several(tmp_path):
@@ -675,6 +683,29 @@ def test_read_records_counts_turns_that_are_not_learned(tmp_path, chat):
         read_records(path, chat("qwen3"), 200)
     (warning,) = caught
     assert warning.filename == __file__
+
+
+def test_read_records_learns_a_turn_that_a_question_follows(tmp_path, chat):
+    """Qwen3's template writes no thoughts in it, unless it ends the conversation."""
+    tokenizer = chat("qwen3")
+    path = written(tmp_path, {"messages": [USER, TURN, USER]}, {"messages": [USER, TURN]})
+    records = read_records(path, tokenizer, 200)
+    assert records[0].ids.tolist() == records[1].ids.tolist()
+    assert tokenizer.decode(records[0].ids[records[0].learned]).startswith("<think>")
+
+
+def test_read_records_skips_a_conversation_that_the_template_does_not_separate(tmp_path):
+    """The generation prompt begins with a thought, as DeepSeek's, and the first turn has none."""
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, template), 1000)
+    thought = {"role": "assistant", "content": "<think>b</think>c"}
+    path = written(tmp_path, {"messages": [USER, TURN]}, {"messages": [USER, thought]})
+    with pytest.warns(UserWarning, match="1 of 2 records are skipped, .*no turn can be told apart"):
+        (record,) = read_records(path, tokenizer, 200)
+    assert tokenizer.decode(record.ids[record.learned]) == "b</think>c"
+    with pytest.raises(DataError, match=r"line 1: .*no turn can be told apart"):
+        read_records(path, tokenizer, 200, strict=True)
 
 
 BAD_TALKS: list[tuple[str, object, str]] = []

@@ -65,6 +65,9 @@ read({"conversations": [{**turn("user", "q"), "weight": 1}, TURN]}, Conversation
 read({"conversations": TALK, "tools": [TOOL]}, Conversation(TALK, [TOOL]))
 HAS_TOOL = [turn("human", "q"), turn("tool", "t"), turn("gpt", "a")]
 read({"conversations": HAS_TOOL}, Conversation([USER, {"role": "tool", "content": "t"}, TURN]))
+WEIGHTED = [turn("human", "q"), {**turn("gpt", "a"), "weight": 0.0}, USER, {**TURN, "weight": 1}]
+NOT_LEARNED = {**TURN, "weight": 0.0}
+read({"conversations": WEIGHTED}, Conversation([USER, NOT_LEARNED, USER, {**TURN, "weight": 1}]))
 # Several shapes: the first of the list; what is left is unused, unless it is null.
 read({"text": "t", "messages": TALK}, Conversation(TALK), "text")
 read({"text": "t", "messages": None}, Completion("", "t"))
@@ -156,6 +159,8 @@ def test_read_shape_of_a_record_that_is_empty():
         {"instruction": None, "output": "o"},
         {"conversations": []},
         {"conversations": user},
+        {"conversations": [*user, turn("gpt", None)]},
+        {"conversations": [*user, {**turn("gpt", "a"), "weight": 0}]},
         {"prompt": [USER], "completion": [USER]},
         {"prompt": [USER], "completion": []},
     ):

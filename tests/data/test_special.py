@@ -159,6 +159,34 @@ def test_special_tokens_cut_a_text_though_tokenizer_json_does_not_list_them(tmp_
     assert tokenizer.added == [EOS]
 
 
+FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+LISTS: dict[str, dict[str, Any]] = {
+    "additional_special_tokens": {"settings": {"additional_special_tokens": ["<x>", "<nowhere>"]}},
+    "extra_special_tokens": {"settings": {"extra_special_tokens": ["<x>"]}},
+    "extra_special_tokens by name": {"settings": {"extra_special_tokens": {"image_token": "<x>"}}},
+    "added_tokens_decoder": {
+        "settings": {"added_tokens_decoder": {OWN: {"content": "<x>", "special": False, **FLAGS}}}
+    },
+    "special_tokens_map": {"tokens_map": {"additional_special_tokens": [{"content": "<x>"}]}},
+    "values that are no tokens": {
+        "settings": {
+            "additional_special_tokens": [3, None, {}, "", "<x>"],
+            "added_tokens_decoder": 4,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_listed_texts_cut_a_text_though_tokenizer_json_does_not_list_them(
+    tmp_path: Path, name: str
+) -> None:
+    tokenizer = read(write_folder(tmp_path, added=[], **LISTS[name]))
+    assert tokenizer.encode("a<x>b").tolist()[1:-1] == [OWN]
+    assert tokenizer.added == [OWN]
+    assert tokenizer.special.eos == ()
+
+
 AROUND = {
     "none": ((), ()),
     "ByteLevel": ((), ()),

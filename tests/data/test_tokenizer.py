@@ -229,3 +229,82 @@ def test_load_tokenizer_refuses_a_damaged_file(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 1, "a": 2}}}')
     with pytest.raises(FormatError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path, 256)
+
+
+# ---- Llama 2's class -----------------------------------------------------------------------------
+
+TEXTS = ["ab ab", "  ab", "<s>ab</s> ab", "ab</s>\nab", "", "é ab 日", "</s>"]
+
+
+def write_llama_2(folder: Path, **settings: object) -> Path:
+    """A small tokenizer.json as Llama 2's, whose normalizer puts a space behind special tokens."""
+    special = ["<unk>", "<s>", "</s>"]
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁ab", "ab", "▁ab"]
+    before = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    decoders = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
+    decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    normalizers = [{"type": "Prepend", "prepend": "▁"}]
+    normalizers += [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    fields = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": token, "special": True, **flags} for i, token in enumerate(special)
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [before, text],
+            "pair": [before, text, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE",
+            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "merges": ["a b", "▁ ab"],
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "byte_fallback": True,
+        },
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(fields), "utf-8")
+    (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 300}')
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "ids"),
+    [
+        ({}, [263, 2, 263]),  # as the file says
+        ({"tokenizer_class": "LlamaTokenizer"}, [263, 2, 262]),
+        ({"tokenizer_class": "LlamaTokenizerFast", "legacy": True}, [263, 2, 263]),
+        ({"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}, [262, 2, 262]),
+    ],
+)
+def test_encode_of_llama_2_puts_spaces_as_its_class_does(tmp_path, settings, ids):
+    pytest.importorskip("tokenizers")
+    tokenizer = load_tokenizer(write_llama_2(tmp_path, **settings), 300)
+    assert tokenizer.encode("ab</s>ab").tolist() == ids
+    if ids[0] == 263:
+        assert tokenizer.decode(tokenizer.encode("ab ab")) == "ab ab"
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer"])
+@pytest.mark.parametrize("legacy", [True, False, None])
+@pytest.mark.parametrize("add_prefix_space", [True, False, None])
+def test_encode_of_llama_2_is_that_of_transformers(tmp_path, name, legacy, add_prefix_space):
+    import transformers
+
+    settings = {"legacy": legacy, "add_prefix_space": add_prefix_space, "tokenizer_class": name}
+    folder = write_llama_2(tmp_path, **settings)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, 300)
+    for text in TEXTS:
+        ids = theirs(text)["input_ids"]
+        assert tokenizer.encode(text, add_special_tokens=True).tolist() == ids
+        assert tokenizer.decode(ids) == theirs.decode(ids)

@@ -147,6 +147,12 @@ def random_files(seed: int) -> dict[str, Any]:
         if isinstance(value, dict):
             del value["__type"]
         tokens_map[name] = value
+    if weighted() < 0.3:
+        settings[pick(["additional_special_tokens", "extra_special_tokens"])] = pick(
+            [["<x>", "<pad>"], []]
+        )
+    if weighted() < 0.2:
+        tokens_map["additional_special_tokens"] = ["<|im_end|>"]
     return {
         "processor": pick(list(PROCESSORS)),
         "added": added,
