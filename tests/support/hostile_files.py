@@ -767,7 +767,7 @@ def add_config_rows() -> None:
     rope({"rope_type": "linear", "factor": 0})
     rope({"rope_type": "yarn", "factor": 1e38})
     rope({"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 1e38})
-    rope({"type": "dynamic", "factor": 2.0})
+    rope({"type": "longrope", "factor": 2.0})
     rope({"rope_type": "llama3", "factor": 8})
     factors = {"low_freq_factor": 4.0, "high_freq_factor": 4.0}
     length = {"original_max_position_embeddings": 64}
