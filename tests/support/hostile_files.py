@@ -612,8 +612,11 @@ def add_adapter_rows() -> None:
     names = {f"k{i:04}": np.zeros(1) for i in range(1000)}
     thousand = changed_tensors(ADAPTER_WEIGHTS, lambda t: t.update(names))
     misfit("a thousand keys too many", thousand, "unknown k0000", "997 more")
+    other = set_to(ADAPTER_CONFIG, target_modules=["c_attn"])
+    misfit("another architecture", other, "'c_attn'", "match nothing", "q_proj")
+    # A file may name layers of other models, but its tensors must be those of the layers here.
     many = set_to(ADAPTER_CONFIG, target_modules=["q_proj", "c_attn"])
-    misfit("another architecture", many, "'c_attn'", "match nothing", "q_proj")
+    misfit("tensors of unnamed layers", many, "unknown", "v_proj.lora_A.weight")
 
     for value in (0, -1, 2**31, 1.5, True, "8", None, [8]):
         bad_adapter_config(44, "r must be", r=value)
