@@ -19,6 +19,7 @@ from ..formats.disk import quoted
 from ..lora import MultiTask, PeftModel
 from ..lora.multitask import BASE
 from ..lora.multitask import FILE as MULTITASK
+from ..models.config import TransformerConfig
 from ..models.transformer import CausalLM
 from ..quant.half import iterate_pieces
 from ..quant.linear import quantize
@@ -184,8 +185,7 @@ def require_bytes(text: bytes, least: int, what: str) -> None:
         raise DataError(f"{what}: needs at least {least} bytes, has {len(text)}")
 
 
-def require_context(context: int, limit: int) -> None:
-    if context > limit:
-        raise ConfigError(
-            f"--context {context} must be at most max_position_embeddings = {limit} of the model"
-        )
+def require_context(context: int, config: TransformerConfig) -> None:
+    if context > config.context:
+        limit = config.describe_context()
+        raise ConfigError(f"--context {context} must be at most the model's {limit}")

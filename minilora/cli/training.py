@@ -156,9 +156,9 @@ def pretrain(args: Args) -> None:
     settings = Settings(**select_fields(args, Settings))
     tokenizer = ByteTokenizer()
     shape = select_fields(args, TransformerConfig)
-    limit = shape.setdefault("max_position_embeddings", max(settings.context, 256))
-    require_context(settings.context, limit)
+    shape.setdefault("max_position_embeddings", max(settings.context, 256))
     config = TransformerConfig(**shape, tie_word_embeddings=not args.untied)
+    require_context(settings.context, config)
     count = config.parameter_count()
     if count > MAX_PARAMETERS:
         raise ConfigError(f"the model has {count:,} parameters, at most {MAX_PARAMETERS:,} train")
@@ -253,7 +253,7 @@ def finetune(args: Args) -> None:
         config = read_continued_config(args, fields, settings.steps)
     tasks = _name_tasks(args, config)
     model, tokenizer = load_model(args)
-    require_context(settings.context, model.config.max_position_embeddings)
+    require_context(settings.context, model.config)
     read = functools.partial(
         read_training_text, tokenizer=tokenizer, context=settings.context, strict=args.strict
     )

@@ -105,9 +105,8 @@ def evaluate(args: Args) -> None:
     from ..training.loop import evaluate as measure
 
     model, tokenizer = load_model(args, args.adapter, args.task)
-    limit = model.config.max_position_embeddings
-    context = args.context or min(256, limit)
-    require_context(context, limit)
+    context = args.context or min(256, model.config.context)
+    require_context(context, model.config)
     tokens, ratio = read_tokens(args.data, tokenizer, context, args.strict)
     if len(tokens) < 2:
         raise DataError(

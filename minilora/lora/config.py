@@ -249,7 +249,7 @@ class LoraConfig:
             if name == "peft_type":
                 continue
             extra[name] = value
-            if name not in PEFT_CONFIG_DEFAULTS:
+            if name not in PEFT_CONFIG_DEFAULTS and value:
                 warnings.warn(
                     f"{where}: {name!r:.100} is not a known field; it is kept", stacklevel=2
                 )

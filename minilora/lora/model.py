@@ -31,7 +31,9 @@ from .layer import LoraLinear, SavedModule, Wrapper, use_adapters
 from .names import PREFIX, EntryParameter, adapter_class, entry_parameters
 from .plan import Plan, check_wrapped, describe_model, modules_inside, plan_adapter, wrappers
 from .tokens import TokenRows, TrainableTokens
-from .tying import embedding_and_head, prepare_tie, unwrap
+from .tying import copy_to_share, embedding_and_head, prepare_tie, unwrap
+
+MAX_FOLDER_NAME = 255  # in bytes: the limit of most file systems
 
 
 def get_peft_model(
@@ -348,13 +350,18 @@ class PeftModel(Module):
         """Merge, take the adapters out, and return the plain model.
 
         The adapters are the named ones, active or not, and those that are merged already. A
-        quantised layer becomes dense, unless `requantize`. See `merge_adapter`. (`progressbar` is
-        PEFT's; merging is quick and shows none.)
+        quantised layer becomes dense, unless `requantize`. See `merge_adapter`. An embedding or a
+        head that was trained as a copy (`modules_to_save`) has its own weight afterwards, or with
+        tied="share" both have it. (`progressbar` is PEFT's; merging is quick and shows none.)
         """
         names = [*self.merged_adapters, *self._known_or_active(adapter_names)]
         for layer in self._wrappers().values():
             layer.result(names)  # raises if two of them cannot be active at once
+        shared = copy_to_share(self.model, names) if tied == "share" else None
         self._merge(names, requantize, tied)
+        if shared is not None:
+            module, copied = shared
+            module.weight = copied.weight
         return self._unwrap(names)
 
     def unload(self) -> Any:
@@ -491,10 +498,13 @@ def adapter_folder(directory: str | Path, name: str) -> Path:
     ConfigError for a name that no folder inside `directory` can have.
     """
     has_unpaired = name.encode(errors="ignore").decode() != name
-    if has_unpaired or name in ("", ".", "..") or any(char in name for char in "/\\\0"):
+    is_long = len(name.encode(errors="ignore")) > MAX_FOLDER_NAME
+    is_path = name in ("", ".", "..") or any(char in name for char in "/\\\0")
+    if has_unpaired or is_path or is_long:
         raise ConfigError(
             f"adapter {name!r:.99} cannot be saved: a folder gets its name, which must be without "
-            "slashes, backslashes, zero bytes and unpaired surrogates; choose another name"
+            "slashes, backslashes, zero bytes and unpaired surrogates, and of at most "
+            f"{MAX_FOLDER_NAME} bytes; choose another name"
         )
     return Path(directory) if name == "default" else Path(directory) / name
 

@@ -18,13 +18,13 @@ Test = Callable[[str], bool]  # whether one character fits
 # the first of them.
 Fragment = Callable[[int], int]
 
-MAX_LENGTH = 200
+MAX_LENGTH = 500
 MAX_GROUPS = 40
 MAX_REPEAT = 100
 MAX_STATES = 1000
 SUPPORTED = (
-    r"supported are literals, ., [a-z_0-9], [^.], \d \w \s \D \W \S, \. and the like, ( ), (?: ), "
-    r"|, *, +, ?, {m}, {m,n} and these with ?, ^, $, "
+    r"supported are literals, ., [a-z_0-9], [^.], \d \w \s \D \W \S \b, \. and the like, ( ), "
+    r"(?: ), |, *, +, ?, {m}, {m,n} and these with ?, ^, $, "
     f"up to {MAX_LENGTH} characters, {MAX_GROUPS} groups and {MAX_REPEAT} repetitions"
 )
 CLASSES: dict[str, Test] = {
@@ -32,10 +32,12 @@ CLASSES: dict[str, Test] = {
     "w": lambda char: char.isalnum() or char == "_",
     "s": str.isspace,
 }
-# States that consume no character: they pass always, only at the start, only at the end.
+# States that consume no character: they pass always, only at the start, only at the end, only
+# between a character of a word and one of none.
 FREE = ""
 START = "^"
 END = "$"
+EDGE = r"\b"
 ACCEPT = 0
 
 
@@ -67,7 +69,7 @@ class Pattern:
                 arrived.add(self._first)
             if not arrived:
                 continue
-            live = self._reachable(arrived, at == 0, at == len(name))
+            live = self._reachable(arrived, _passes(name, at))
             if ACCEPT in live:
                 ends.add(at)
             arrived = set()
@@ -77,16 +79,34 @@ class Pattern:
                     arrived.update(following)
         return ends
 
-    def _reachable(self, arrived: set[int], at_start: bool, at_end: bool) -> set[int]:
-        """The states `arrived` and all that follow them without a character."""
+    def _reachable(self, arrived: set[int], passes: Container[Test | str]) -> set[int]:
+        """The states `arrived` and all that follow them without a character.
+
+        passes   the kinds of states that pass here
+        """
         live = set(arrived)
         pending = list(arrived)
         while pending:
             what, following = self._states[pending.pop()]
-            if what == FREE or (what == START and at_start) or (what == END and at_end):
+            if what in passes:
                 pending += [state for state in following if state not in live]
                 live.update(following)
         return live
+
+
+def _passes(name: str, at: int) -> set[Test | str]:
+    """The kinds of states without a character that pass at this position of `name`."""
+    is_word = CLASSES["w"]
+    before = at > 0 and is_word(name[at - 1])
+    after = at < len(name) and is_word(name[at])
+    passes: set[Test | str] = {FREE}
+    if at == 0:
+        passes.add(START)
+    if at == len(name):
+        passes.add(END)
+    if before != after:
+        passes.add(EDGE)
+    return passes
 
 
 compile_pattern = lru_cache(maxsize=4096)(Pattern)  # more than one configuration may hold
@@ -154,7 +174,7 @@ class _Parser:
         return link
 
     def _repeated(self) -> Fragment:
-        repeatable = self._peek() not in (START, END)
+        repeatable = self._peek() not in (START, END) and not self.text.startswith(EDGE, self.at)
         piece = self._atom()
         low, high = self._counts()
         if low == high == 1:
@@ -214,7 +234,7 @@ class _Parser:
         elif char == "[":
             what = self._set()
         elif char == "\\":
-            what = self._escape()
+            what = EDGE if self._take("b") else self._escape()
         else:
             what = char.__eq__
         return lambda after: self._add(what, after)

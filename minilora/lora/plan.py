@@ -32,6 +32,7 @@ HEAD = "lm_head"
 FIRST_EMBEDDINGS = ("model.embed_tokens", "transformer.wte")  # paths of the embedding of tokens
 EMBEDDINGS = ("embed_tokens", "wte", "wpe")  # last parts of the paths of a checkpoint's embeddings
 TIED = Rule("tie_word_embeddings", is_flag, "true or false")
+SHORTENED = 20  # PEFT replaces so many names by endings, which layers_to_transform applies to
 Shape = tuple[int, ...]
 
 
@@ -358,14 +359,22 @@ def _find_targets(
         # PEFT's files of "all-linear" also name what is inside a saved module, which is right.
         paths = [path for path in base.layers if path] if chosen else []
         unused = [name for name, meant_by in wanted.group(paths).items() if not meant_by]
-        if unused:
+        # A file may have names for several kinds of model; its tensors say what it adapts.
+        if unused and not (keys and chosen):
             raise ConfigError(
                 f"target_modules: {_quote(unused)} match nothing; {_candidates(linear)}"
             )
     # Full names stay in any layer, as in PEFT.
     whole = set(targets) if isinstance(targets, list) else set()
     layers = Layers(config.layers_to_transform, config.layers_pattern)
-    chosen = {p: layer for p, layer in chosen.items() if p in whole or layers.contain(p)}
+    outside = {path for path in chosen if not layers.contain(path)}
+    if len(whole) >= SHORTENED and outside & whole:
+        raise ConfigError(
+            f"layers_to_transform {config.layers_to_transform!r:.120} leaves out "
+            f"{min(outside & whole)}, which target_modules names in full: with {SHORTENED} names "
+            "or more PEFT might keep it or not, so leave one of the two out"
+        )
+    chosen = {p: layer for p, layer in chosen.items() if p in whole or p not in outside}
     if config.exclude_modules:
         excluded = Targets(config.exclude_modules)
         remaining = {p: layer for p, layer in chosen.items() if not excluded.mean(p)}

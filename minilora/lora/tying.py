@@ -21,7 +21,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from .factors import Part
-from .layer import Wrapper
+from .layer import SavedModule, Wrapper
 from .merging import Merging
 
 CHOICES = ("untie", "share")
@@ -113,6 +113,29 @@ def prepare_tie(model: Any, names: Sequence[str], choice: str | None) -> None:
     for place, _ in changed:
         other = head if place is embedding else embedding
         _set_follower(place, unwrap(other) if how == "share" else None)
+
+
+def copy_to_share(model: Any, names: Sequence[str]) -> tuple[Any, Any] | None:
+    """(the module that keeps the base's weight, the trained copy whose weight it is to share).
+
+    None if the weight is not tied, or the adapters `names` copy neither place, or both as one.
+    ConfigError if they change the two places, each in its own way.
+    """
+    if not is_tied(model):
+        return None
+    places = embedding_and_head(model)
+    modules = [place.result(names) if isinstance(place, Wrapper) else place for place in places]
+    copied = []
+    changed = []
+    for place, module in zip(places, modules, strict=True):
+        copied.append(isinstance(place, SavedModule) and module is not place.inner)
+        changed.append(copied[-1] or bool(_adapters_in(place, names)))
+    if not any(copied):
+        return None
+    same = all(copied) and modules[0].weight is modules[1].weight
+    choose("share", f"adapter {', '.join(names)}", changed[0], changed[1], same)
+    embedding, head = modules
+    return None if same else (head, embedding) if copied[0] else (embedding, head)
 
 
 def _adapters_in(place: Any, names: Sequence[str]) -> list[str]:

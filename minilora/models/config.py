@@ -38,6 +38,7 @@ from .dialects import (
 )
 from .rotary import (
     complete_rope_parameters,
+    longest_context,
     pop_rope_parameters,
     rotary_frequencies,
     unused_rope_fields,
@@ -209,6 +210,21 @@ class TransformerConfig:
             slides = self.layer_types[layer] == SLIDING
         return self.sliding_window if slides else None
 
+    @property
+    def context(self) -> int:
+        """How many positions a sequence may have; above max_position_embeddings if a rope_type
+        stretches them."""
+        context = self.max_position_embeddings
+        rope = self.rope_parameters
+        return longest_context(rope, context) if rope else context
+
+    def describe_context(self) -> str:
+        """`context` in the words of config.json, for messages."""
+        words = f"max_position_embeddings = {self.max_position_embeddings}"
+        if self.context == self.max_position_embeddings:
+            return words
+        return f"{words}, stretched to {self.context} by rope_parameters"
+
     def parameter_count(self) -> int:
         """How many weights the model has; a tied head counts once."""
         C = self.hidden_size
@@ -237,7 +253,8 @@ class TransformerConfig:
         """The configuration that a config.json describes.
 
         It is read as transformers 5.23 reads it, or refused. A field that would change the model in
-        a way that is not implemented raises a ConfigError; unknown fields cause one warning.
+        a way that is not implemented raises a ConfigError. Unknown fields cause one warning, unless
+        they are null, false or empty: then they say that something is not used.
         """
         written = dict(config)
         kind = written.pop("model_type", None)
@@ -274,22 +291,22 @@ class TransformerConfig:
             rules.append(Rule("pad_token_id", is_row, f"an id below vocab_size = {V}, or null"))
         if "sliding_window" not in DIALECTS[self.model_type].fields:
             # transformers' class ignores both, its cache does not: generated text would differ.
-            T = self.max_position_embeddings
             count = self.num_hidden_layers
-            wanted = f"null, or at least max_position_embeddings = {T}"
-            rules.append(Rule("sliding_window", optional(is_integer(T)), wanted))
+            wanted = f"null, or at least {self.describe_context()}"
+            rules.append(Rule("sliding_window", optional(is_integer(self.context)), wanted))
             wanted = f"null, or {FULL} for each of the {count} layers"
             rules.append(Rule("layer_types", optional(functools.partial(_is_full, count)), wanted))
         if self.model_type == "mistral" and "layer_types" in written:
-            # transformers then uses a class that has no defaults for these two.
+            # transformers then uses a class that takes null for neither, and needs head_dim.
             wanted = "a positive integer, because layer_types is given"
             needed = rules_for(("head_dim", "sliding_window"), _is_size, wanted)
-            check_fields({"head_dim": None, "sliding_window": None, **written}, needed, "config: ")
+            assumed = {"head_dim": None, "sliding_window": self.sliding_window}
+            check_fields({**assumed, **written}, needed, "config: ")
         return rules
 
     def _warn_of_unknown_fields(self) -> None:
         known = known_fields(self.model_type)
-        unknown = [name for name in self.extra if name not in known]
+        unknown = [name for name, value in self.extra.items() if name not in known and value]
         if self.rope_parameters:
             unknown += unused_rope_fields(self.rope_parameters)
         if unknown:

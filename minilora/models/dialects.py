@@ -3,7 +3,8 @@
 Every field that transformers 5.23 knows is in one of three places: `Dialect.fields` (this package
 implements it), a rule (it is valid only with values that have no effect), or IGNORED (no value has
 an effect). Other fields are unknown: they have no effect in transformers either, and cause a
-warning. tests/parity/test_parity_config.py holds this against transformers' classes.
+warning unless they are null, false or empty. tests/parity/test_parity_config.py holds this against
+transformers' classes.
 """
 
 from __future__ import annotations
@@ -62,12 +63,16 @@ NOTES = """
     name_or_path output_attentions output_hidden_states quantization_config tie_last_hidden_states
     transformers_version
 """
+# notes of other programs, which are common in files,
+FOREIGN_NOTES = """
+    is_llama_config max_sequence_length transformers.js_config unsloth_fixed unsloth_version
+"""
 # of other heads than the language model's, and those that only older versions read,
 OLD = """
     _attn_implementation_autoset _num_labels cross_attention_hidden_size decoder_start_token_id
     finetuning_task is_decoder label2id n_ctx n_special original_max_position_embeddings output_past
-    predict_special_tokens prefix problem_type pruned_heads sep_token_id task_specific_params
-    tf_legacy_loss tie_encoder_decoder tokenizer_class torchscript use_bfloat16
+    predict_special_tokens prefix pretraining_tp problem_type pruned_heads sep_token_id
+    task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torchscript use_bfloat16
 """
 # and of `generate`: transformers reads them from generation_config.json alone.
 GENERATION = """
@@ -79,7 +84,7 @@ GENERATION = """
     num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty
     return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p typical_p
 """
-IGNORED = frozenset((NOTES + OLD + GENERATION).split())
+IGNORED = frozenset((NOTES + FOREIGN_NOTES + OLD + GENERATION).split())
 DTYPES = (
     *("float32", "float", "float64", "double", "float16", "half", "bfloat16"),
     *("float8_e4m3fn", "float8_e5m2"),

@@ -80,7 +80,7 @@ def stream(
     """Yield the next token (B,) of each prompt, up to `max_new_tokens` times.
 
     model         a CausalLM, or a PeftModel around one
-    ids           (B, T) integers, T >= 1; only the last max_position_embeddings of them are seen
+    ids           (B, T) integers, T >= 1; only the last config.context of them are seen
     temperature   divides the logits; 0 takes the likeliest token
     top_k         keep the k likeliest tokens; None: all
     top_p         keep the likeliest tokens up to probability p (Holtzman et al. 2020); None: all
@@ -93,7 +93,7 @@ def stream(
     weights are those of the first call. ConfigError for a setting out of range.
     """
     config = model.config
-    limit = config.max_position_embeddings
+    limit = config.context
     V = config.vocab_size
     ids = np.asarray(ids)
     if ids.ndim != 2 or ids.shape[1] == 0:

@@ -57,7 +57,10 @@ ROPE_FIELDS: dict[str, dict[str, Field]] = {
     "llama3": LLAMA3,
     "yarn": YARN,
     "proportional": {"factor": (*POSITIVE, 1.0), PARTIAL: (*FRACTION, 1.0)},
+    "dynamic": {"factor": POSITIVE, PARTIAL: (*WHOLE, 1)},
 }
+NOTES = ("rope_type", "rope_theta", "finetuned")  # of every type; YaRN's own files have the last
+LARGEST = 2**31 - 1
 ROPE_TYPES = tuple(ROPE_FIELDS)
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -109,8 +112,21 @@ def _fields(kind: Any) -> dict[str, Field]:
 
 def unused_rope_fields(parameters: Mapping[str, Any]) -> list[str]:
     """The names of the parameters that mean nothing to their rope_type."""
-    used = {"rope_type", "rope_theta", *_fields(parameters["rope_type"])}
+    used = {*NOTES, *_fields(parameters["rope_type"])}
     return [f"rope_parameters.{name}" for name in parameters if name not in used]
+
+
+def longest_context(parameters: Mapping[str, Any], context: int) -> int:
+    """How many positions complete parameters are for: linear and yarn stretch the old context.
+
+    Many files keep the old context in max_position_embeddings, which is `context` here.
+    """
+    stretched: float = context
+    if parameters["rope_type"] == "linear":
+        stretched = context * parameters["factor"]
+    if parameters["rope_type"] == "yarn" and parameters["factor"] is not None:
+        stretched = parameters[OLD_CONTEXT] * parameters["factor"]
+    return max(context, int(min(stretched, LARGEST)))
 
 
 # ---- frequencies --------------------------------------------------------------------------------
@@ -144,7 +160,9 @@ def rotary_frequencies(parameters: Mapping[str, Any], D: int, context: int) -> R
     if kind == "proportional":  # the first planes turn; the others have frequency 0
         turning = int(values[PARTIAL] * D // 2)
         return Rotation(np.where(np.arange(D // 2) < turning, plain, 0) / values["factor"], 1.0)
-    return Rotation(plain, 1.0)
+    if kind == "dynamic" and D == 2:
+        raise ConfigError("config: rope_type dynamic needs a head_dim above 2, got 2")
+    return Rotation(plain, 1.0)  # also dynamic's, which changes only beyond `context`
 
 
 def _checked(parameters: Mapping[str, Any]) -> JsonObject:

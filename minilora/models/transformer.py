@@ -215,9 +215,9 @@ class CausalLM(Module):
         """
         ids = self._check_ids(ids)
         end = ids.shape[1] + (cache.length if cache else 0)
-        limit = self.config.max_position_embeddings
+        limit = self.config.context
         if end > limit:
-            raise DataError(f"{end} positions, but the model has max_position_embeddings = {limit}")
+            raise DataError(f"{end} positions, but the model has {self.config.describe_context()}")
         if first_key is not None:
             first_key = self._check_first_key(first_key, ids.shape, end)
         hidden = self.decoder(ids, cache, first_key)

@@ -19,7 +19,7 @@ from ..lora import LoraConfig
 from ..lora.combining import check_weights, choose_rank, combine_layer
 from ..lora.files import AdapterFile
 from ..lora.plan import FIRST_EMBEDDINGS, HEAD
-from .factoring import ADALORA_FIELDS, Tensors, factor_keys, plain
+from .factoring import ADALORA_FIELDS, Tensors, factor_keys, head_factors, plain
 from .merging import Change, Changes, alike, changes_of, require_addable
 from .rewriting import Row, progress
 
@@ -84,11 +84,7 @@ def combine(
             rows.append(row)
         tied = _tied_embedding(layers)
         if tied is not None:
-            # The head has the embedding's factors, transposed, to the bit.
-            A, B = (tensors[key] for key in _keys(tied, layers[tied]))
-            head_A, head_B = _keys(HEAD, layers[HEAD])
-            tensors[head_A] = np.ascontiguousarray(B.T)
-            tensors[head_B] = np.ascontiguousarray(A.T)
+            tensors |= head_factors(tensors, tied)
         config = _fields(files, layers)
         is_tied = tied is not None or any(map(_saves_one_weight, files))
         config |= {"ensure_weight_tying": is_tied, **plain(r)}

@@ -24,7 +24,8 @@ from ..lora.combining import MAX_RANK
 from ..lora.factors import factors_from_svd, product_norm, truncate_rank
 from ..lora.files import AdapterFile, base_key, stored_key
 from ..lora.names import EMBEDDING, LINEAR, PREFIX
-from ..lora.plan import HEAD, Base, canonical_name, describe_checkpoint
+from ..lora.plan import FIRST_EMBEDDINGS, HEAD, Base, canonical_name, describe_checkpoint
+from ..lora.tying import are_transposed
 from ..threads import one_blas_thread
 from .leading import leading_triplets
 from .rewriting import Row, progress
@@ -70,6 +71,9 @@ def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
             A, B, row = truncate_rank(before.A, before.B, before.c, r)
             tensors |= _factor_tensors(path, A, B, file.embeds(path))
             rows.append({"layer": path, "r": f"{len(before.A)} -> {r}", **row})
+        tied = _tied_embedding(file)
+        if tied is not None:
+            tensors |= head_factors(tensors, tied)
         fields = {name: value for name, value in file.raw.items() if name not in ADALORA_FIELDS}
         _write(out, adapter, {**fields, **plain(r)}, tensors)
     return rows
@@ -238,6 +242,22 @@ def factor_keys(path: str, embeds: bool = False) -> tuple[str, str]:
     else:
         names = LINEAR
     return f"{PREFIX}{path}.{names['A']}", f"{PREFIX}{path}.{names['B']}"
+
+
+def head_factors(tensors: Tensors, embedding: str) -> Tensors:
+    """The factors of a head that is tied to the layer `embedding`: its factors transposed, to the
+    bit, by their keys."""
+    A, B = (tensors[key] for key in factor_keys(embedding, embeds=True))
+    head_A, head_B = factor_keys(HEAD)
+    return {head_A: np.ascontiguousarray(B.T), head_B: np.ascontiguousarray(A.T)}
+
+
+def _tied_embedding(file: AdapterFile) -> str | None:
+    """The embedding whose factors the head has, too, transposed; None if it has its own."""
+    path = next((name for name in FIRST_EMBEDDINGS if name in file.layers), None)
+    if path is None or HEAD not in file.layers or not file.config.ensure_weight_tying:
+        return None
+    return path if are_transposed(file.part(path), file.part(HEAD)) else None
 
 
 def _factor_tensors(path: str, A: Array, B: Array, embeds: bool = False) -> Tensors:

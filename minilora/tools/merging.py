@@ -199,8 +199,10 @@ def _settle_tie(embedding: str, changes: Changes, tied: str | None) -> bool:
     now?"""
     of_head = changes.get(HEAD_WEIGHT, [])
     before = changes.get(embedding, [])
-    of_embedding = [change for change in before if not change.rows]
-    of_rows = [change for change in before if change.rows]  # both places get these
+    # Both places get an adapter's rows, unless it has other ones for the head.
+    apart = [change.adapter for change in of_head if change.rows]
+    of_rows = [change for change in before if change.rows and change.adapter not in apart]
+    of_embedding = [change for change in before if change not in of_rows]
     same = len(of_head) == len(of_embedding) and all(map(alike, of_embedding, of_head))
     names = dict.fromkeys(change.adapter.where for change in (*of_embedding, *of_head))
     how = choose(tied, ", ".join(names), bool(of_embedding), bool(of_head), same)
@@ -251,6 +253,8 @@ def alike(embedding: Change, head: Change) -> bool:
     """Do the two change the tied weight (V, C) in the same way?"""
     adapter = embedding.adapter
     if head.adapter is not adapter or bool(embedding.key) != bool(head.key):
+        return False
+    if embedding.rows != head.rows:
         return False
     if head.key:
         return np.array_equal(adapter.file.read(embedding.key), adapter.file.read(head.key))

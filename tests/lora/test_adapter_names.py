@@ -41,7 +41,7 @@ OTHERS = [
 ]
 OTHERS += ["{}", "*", "(", "C:", "~", "CON"]
 # What no folder inside another can be named.
-UNSAFE = ["a/b", "/", "/etc", "\\", "a\\b", "\0", "a\0b", "\ud800"]
+UNSAFE = ["a/b", "/", "/etc", "\\", "a\\b", "\0", "a\0b", "\ud800", "n" * 256, "ä" * 128]
 
 KINDS: dict[str, dict[str, Any]] = {
     "whole": {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["lm_head", "mlp"]},

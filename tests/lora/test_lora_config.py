@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -131,3 +132,14 @@ def test_lora_config_covers_every_option_of_peft() -> None:
     assert fields | set(UNSUPPORTED) | harmless == set(PEFT_CONFIG_DEFAULTS)
     for name in harmless:
         assert LoraConfig.from_dict({name: "anything"}).to_dict()[name] == "anything"
+
+
+def test_from_dict_keeps_old_fields_that_are_off_in_silence() -> None:
+    """PEFT's first versions wrote two fields that it has no more."""
+    old = {"enable_lora": None, "merge_weights": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = LoraConfig.from_dict({"r": 4, "target_modules": ["q_proj"], **old})
+    assert {name: config.to_dict()[name] for name in old} == old
+    with pytest.warns(UserWarning, match="'merge_weights' is not a known field; it is kept"):
+        LoraConfig.from_dict({"merge_weights": True})

@@ -81,3 +81,47 @@ def test_merge_refuses_threads_below_one(threads, tmp_path):
     small.base().save_pretrained(tmp_path / "base")
     with pytest.raises(ConfigError, match="threads"):
         merge(tmp_path / "base", [tmp_path / "adapter"], Path(tmp_path / "out"), threads=threads)
+
+
+FOREIGN = ["q_proj", "v_proj", "query_key_value", "w1", "c_attn"]
+
+
+def test_load_adapter_reads_target_modules_that_name_layers_of_other_models_too(tmp_path):
+    """As PEFT does: programs write one list for many kinds of model. The tensors are checked."""
+    small.base().save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        small.base(), LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    fields, tensors = read_adapter(tmp_path / "adapter")
+    write_adapter(tmp_path / "adapter", {**fields, "target_modules": FOREIGN}, tensors)
+    again = PeftModel.from_pretrained(small.base(), tmp_path / "adapter")
+    assert np.array_equal(small.logits(again), small.logits(model))
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    again.save_pretrained(tmp_path / "again")
+    assert read_adapter(tmp_path / "again")[0]["target_modules"] == FOREIGN
+    # A user's own list is a mistake, and so is a file whose tensors the names do not mean.
+    with pytest.raises(ConfigError, match="'query_key_value', 'w1', 'c_attn' match nothing"):
+        get_peft_model(small.base(), LoraConfig(target_modules=FOREIGN))
+    for names in (["v_proj", "w1"], ["w1"]):
+        write_adapter(tmp_path / "adapter", {**fields, "target_modules": names}, tensors)
+        with pytest.raises(FormatError, match=r"does not fit this base: .*(unknown|match nothing)"):
+            PeftModel.from_pretrained(small.base(), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("count", [19, 20])
+def test_plan_adapter_refuses_many_full_names_that_layers_to_transform_leaves_out(count):
+    """PEFT replaces 20 names or more by endings, and then leaves out those of other layers."""
+    base = describe_model(small.base(num_hidden_layers=4))
+    linear = [path for path, layer in base.layers.items() if layer.kind == "linear"]
+    names = [path for path in linear if ".layers." in path][:count]
+    config = LoraConfig(target_modules=names, layers_to_transform=[0])
+    if count < 20:
+        assert set(plan_adapter(base, config).targets) == set(names)
+    else:
+        with pytest.raises(
+            ConfigError, match=r"layers_to_transform \[0\] leaves out model.layers.1"
+        ):
+            plan_adapter(base, config)
+    every = LoraConfig(target_modules=names, layers_to_transform=[0, 1, 2, 3])
+    assert set(plan_adapter(base, every).targets) == set(names)

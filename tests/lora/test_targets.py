@@ -47,7 +47,7 @@ def larger(inner):
     return joined(inner, most=4) | joined(inner, 2, 3, "|") | repeated | groups
 
 
-PATTERNS = st.recursive(CHARACTERS | SETS | words("^ $"), larger, max_leaves=12)
+PATTERNS = st.recursive(CHARACTERS | SETS | words(r"^ $ \b"), larger, max_leaves=12)
 UNANCHORED = st.recursive(CHARACTERS | SETS, larger, max_leaves=12)
 SHORT = PATTERNS.filter(lambda pattern: len(pattern) <= 30)
 
@@ -101,6 +101,25 @@ def test_pattern_accepts_nothing_that_re_refuses_or_reads_differently(pattern, n
     assert same_as_re(pattern, name)
 
 
+# As a widely used program writes target_modules: two ways to name a layer, with a word's edge.
+PROJECTIONS = "k_proj|v_proj|q_proj|o_proj|gate_proj|up_proj|down_proj"
+BLOCKS = "self_attn|attention|attn|mlp|feed_forward|ffn|dense"
+TWO_WAYS = (
+    rf"(?:.*?(?:language|text).*?(?:{BLOCKS}).*?(?:{PROJECTIONS}).*?)|"
+    rf"(?:\bmodel\.layers\.[\d]{{1,}}\.(?:{BLOCKS})\.(?:(?:{PROJECTIONS})))"
+)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "norm"])
+@pytest.mark.parametrize("block", ["self_attn", "mlp", "self_attn.x", "x"])
+@pytest.mark.parametrize("start", ["", "x.", "language_", "my_"])
+def test_targets_of_two_long_ways_mean_what_re_finds(start, block, name):
+    path = f"{start}model.layers.11.{block}.{name}"
+    assert len(TWO_WAYS) > 250
+    assert matches(path, TWO_WAYS) == (re.fullmatch(TWO_WAYS, path) is not None)
+    LoraConfig(target_modules=TWO_WAYS)
+
+
 class Counted(list):
     """A list that counts how often an element is read."""
 
@@ -135,15 +154,15 @@ def unsupported(problem, *patterns):
     UNSUPPORTED.extend((pattern, problem) for pattern in patterns)
 
 
-unsupported("201 characters", "a" * 201)
+unsupported("501 characters", "a" * 501)
 unsupported("41 groups", "(" * 41 + ")" * 41)
 unsupported("possessive", "a*+", "a*?+")
 unsupported("doubled", "a**", "a+{2}", "a+??")
-unsupported("of nothing", "^*", "${2}")
+unsupported("of nothing", "^*", "${2}", r"a\b+")
 unsupported("nothing to repeat", "*", "a|+")
 unsupported("another kind", "(?=a)", "(?!a)", "(?<=a)b", "(?P<n>a)", "(?i)a")
 unsupported(r"escape \\1", r"(a)\1")
-unsupported("escape", r"\b", r"\Z", "a\\")
+unsupported("escape", r"\B", r"[\b]", r"\Z", "a\\")
 unsupported(r"without its \)", "(a")
 unsupported(r"without its \(", "a)")
 unsupported("without its ]", "[a", "[]", "[^]")

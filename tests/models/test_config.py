@@ -59,7 +59,7 @@ ROPE = "rope_parameters"
 partial = f"{ROPE}.partial_rotary_factor must be 1"
 bad(ROTARY, ROPE, partial, [{"partial_rotary_factor": 0.5}, {"partial_rotary_factor": "1"}])
 rope_type = f"{ROPE}.rope_type must be one of default, linear, llama3, yarn, proportional"
-bad(ROTARY, ROPE, rope_type, [{"rope_type": kind} for kind in ("su", "dynamic", "longrope")])
+bad(ROTARY, ROPE, rope_type, [{"rope_type": kind} for kind in ("su", "ntk", "longrope")])
 by_type = {FULL: {"rope_theta": 1e6}, "sliding_attention": {}}
 bad(ROTARY, ROPE, "rope_parameters must be those of all layers", [by_type])
 listed = "model_type must be one of llama, mistral, qwen2, qwen3, gpt2, got"
@@ -138,6 +138,95 @@ def test_from_dict_keeps_known_fields_without_effect_in_silence(kind: str) -> No
     extra |= {"architectures": ["FooForBar"], "max_length": 20, "_name_or_path": "a"}
     written = shape(kind).to_dict() | extra
     assert TransformerConfig.from_dict(written).to_dict() == written
+
+
+OFF = {"use_mrope": False, "rope_interleaved": False, "foo": None, "bars": [], "bar": {}, "baz": 0}
+OTHER_PROGRAMS = {
+    "max_sequence_length": 16384,
+    "pretraining_tp": 1,
+    "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}},
+    "unsloth_fixed": True,
+    "unsloth_version": "2024.9",
+}
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_from_dict_keeps_fields_that_are_off_and_notes_of_other_programs_in_silence(
+    kind: str,
+) -> None:
+    written = shape(kind).to_dict() | OFF | OTHER_PROGRAMS
+    assert TransformerConfig.from_dict(written).to_dict() == written
+
+
+# ---- files of the hub, with the numbers of their models -----------------------------------------
+
+LLAMA_NUMBERS: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pad_token_id": 0,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+QWEN2_NUMBERS = LLAMA_NUMBERS | {
+    "model_type": "qwen2",
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "num_key_value_heads": 4,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "use_mrope": False,
+    "use_sliding_window": False,
+}
+YARN4 = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
+LONG_YARN = {"factor": 16.0, "original_max_position_embeddings": 4096, "type": "yarn"}
+LLAMA31 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA31 |= {"original_max_position_embeddings": 8192, "rope_type": "llama3"}
+
+# What a file says, and for how many positions its model is.
+STRETCHED: list[tuple[dict[str, Any], int]] = [
+    (LLAMA_NUMBERS, 4096),
+    (LLAMA_NUMBERS | {"rope_scaling": None, "rope_theta": 10000}, 4096),
+    (LLAMA_NUMBERS | {"rope_scaling": {"factor": 4.0, "type": "linear"}}, 16384),
+    (LLAMA_NUMBERS | {"rope_scaling": {"factor": 2, "type": "dynamic"}}, 4096),
+    (
+        LLAMA_NUMBERS
+        | {"max_position_embeddings": 65536, "rope_scaling": LONG_YARN | {"finetuned": True}},
+        65536,
+    ),
+    (LLAMA_NUMBERS | {"max_position_embeddings": 131072, "rope_scaling": LLAMA31}, 131072),
+    (QWEN2_NUMBERS, 32768),
+    (QWEN2_NUMBERS | {"rope_scaling": YARN4}, 131072),
+    (QWEN2_NUMBERS | {"rope_scaling": YARN4 | {"factor": 1e9}}, 2**31 - 1),
+    (QWEN2_NUMBERS | {"rope_scaling": YARN4 | {"factor": 0.5}}, 32768),
+    (QWEN2_NUMBERS | {"rope_scaling": YARN4 | {"factor": None}}, 32768),
+]
+
+
+@pytest.mark.parametrize(("written", "positions"), STRETCHED)
+def test_context_is_what_linear_and_yarn_stretch_the_old_context_to(
+    written: dict[str, Any], positions: int
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = TransformerConfig.from_dict(written)
+    assert config.context == positions
+    assert TransformerConfig.from_dict(config.to_dict()).context == positions
+    words = f"max_position_embeddings = {config.max_position_embeddings}"
+    if positions != config.max_position_embeddings:
+        words += f", stretched to {positions} by rope_parameters"
+    assert config.describe_context() == words
 
 
 def test_from_dict_of_gpt2_reads_the_general_names() -> None:

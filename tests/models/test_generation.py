@@ -163,6 +163,21 @@ def test_stream_refuses_a_pad_that_is_no_id(pad: Any) -> None:
         next(stream(model(), [[1]], 3, eos=2, pad=pad))
 
 
+@pytest.mark.parametrize("rope", ["linear", "yarn"])
+def test_generate_goes_on_to_the_stretched_context(rope: str) -> None:
+    """max_position_embeddings is 24 here, but the positions reach to 48."""
+    m = model(rope_parameters={"rope_type": rope, "factor": 2.0})
+    ids = np.arange(30)[None] % 13
+    expected = ids
+    for _ in range(18):
+        token = m(expected).data[:, -1].argmax(axis=-1)
+        expected = np.concatenate([expected, token[:, None]], axis=1)
+    assert np.array_equal(greedy(m, ids, 18), expected)
+    message = "49 positions, but the model has max_position_embeddings = 24, stretched to 48"
+    with pytest.raises(DataError, match=message):
+        m(np.zeros((1, 49), int))
+
+
 @pytest.mark.parametrize("limit", [1, 2, 5])
 @pytest.mark.parametrize("length", [1, 4, 9])
 def test_generate_in_a_full_context_continues_from_its_newer_half(limit: int, length: int) -> None:

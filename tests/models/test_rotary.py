@@ -145,7 +145,7 @@ bad("partial_rotary_factor", PROPORTIONAL, [*NOT_A_NUMBER, 0, None, 1.5])
 for rope in (YARN, LLAMA3, ROPES["linear"]):
     bad("partial_rotary_factor", rope, [0.5, "1", True, None])
 bad("partial_rotary_factor", ROPES["default"], [0.5, "1", True])
-for kind in ("dynamic", "longrope", "axial", "mrope", "su", "", None, 1, ["yarn"], {}):
+for kind in ("ntk", "longrope", "axial", "mrope", "su", "", None, 1, ["yarn"], {}):
     BAD.append(({"rope_type": kind, "factor": 2.0}, "rope_"))
     BAD.append(({"type": kind, "factor": 2.0}, "rope_"))
 for field in ("factor", "low_freq_factor", "high_freq_factor"):
@@ -163,9 +163,9 @@ def test_transformer_config_refuses_rotary_parameters_by_name(
 
 
 def test_transformer_config_names_the_rope_types() -> None:
-    wanted = f"rope_type must be one of {', '.join(ROPE_FIELDS)}, got 'dynamic'"
+    wanted = f"rope_type must be one of {', '.join(ROPE_FIELDS)}, got 'longrope'"
     with pytest.raises(ConfigError, match=wanted):
-        shape("llama", rope_parameters={"type": "dynamic", "factor": 2.0})
+        shape("llama", rope_parameters={"type": "longrope", "factor": 2.0})
 
 
 def read(**fields: Any) -> dict[str, Any]:
@@ -221,6 +221,17 @@ def test_from_dict_gives_rotary_parameters_the_precedence_of_transformers() -> N
 def test_from_dict_refuses_rotary_fields_by_name(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field):
         read(**{field: value})
+
+
+def test_rotary_frequencies_of_dynamic_are_the_plain_ones_within_the_context() -> None:
+    """It has others only for longer sequences, which CausalLM refuses."""
+    dynamic = {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 4.0}
+    plain = rotary_frequencies({"rope_type": "default", "rope_theta": 50.0}, 8, 96)
+    found = rotary_frequencies(dynamic, 8, 96)
+    assert np.array_equal(found.frequencies, plain.frequencies)
+    assert found.scale == plain.scale
+    with pytest.raises(ConfigError, match="rope_type dynamic needs a head_dim above 2"):
+        rotary_frequencies(dynamic, 2, 96)
 
 
 def test_from_dict_warns_of_rotary_parameters_without_effect() -> None:

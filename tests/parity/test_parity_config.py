@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from peers import close, logits, randomise, torch, transformers
-from variations import BASES, SETTINGS, VARIATIONS, Variation, word
+from variations import BASES, CONTEXT, SETTINGS, VARIATIONS, Variation, word
 
 from minilora import CausalLM, TransformerConfig
 from minilora.errors import ConfigError
@@ -103,6 +103,31 @@ def test_variations_are_many_and_differ(weights: Weights, tmp_path: Path) -> Non
         found = their_logits(write(tmp_path / str(number), row.config), weights)
         distinct.add(found.tobytes())
     assert len(distinct) >= 15  # the others say in other words what one of these says
+
+
+# ---- more positions than max_position_embeddings -------------------------------------------------
+
+LONG_IDS = np.arange(300).reshape(1, -1) * 7 % 64
+BEYOND = [setting for setting in SETTINGS if setting["rope_type"] in ("linear", "yarn")]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("setting", BEYOND, ids=str)
+def test_causal_lm_reads_the_stretched_context_as_transformers_does(
+    setting: dict[str, Any], kind: str, weights: Weights, tmp_path: Path
+) -> None:
+    """max_position_embeddings is 128."""
+    variation = Variation(kind, {"rope_scaling": setting, "rope_theta": 500.0})
+    folder = write(tmp_path / "theirs", variation.config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("test_parity_config.IDS", LONG_IDS)
+        expected = their_logits(folder, weights)
+        ours = CausalLM.from_pretrained(folder, dtype="float64")
+    count = min(ours.config.context, LONG_IDS.shape[1])
+    factor = setting["factor"] or 1
+    if setting["rope_type"] == "linear":
+        assert ours.config.context == max(CONTEXT, int(CONTEXT * factor))
+    assert close(ours(LONG_IDS[:, :count]).data, expected[:, :count])
 
 
 # ---- the fields of transformers' classes --------------------------------------------------------

@@ -612,8 +612,11 @@ def add_adapter_rows() -> None:
     names = {f"k{i:04}": np.zeros(1) for i in range(1000)}
     thousand = changed_tensors(ADAPTER_WEIGHTS, lambda t: t.update(names))
     misfit("a thousand keys too many", thousand, "unknown k0000", "997 more")
+    other = set_to(ADAPTER_CONFIG, target_modules=["c_attn"])
+    misfit("another architecture", other, "'c_attn'", "match nothing", "q_proj")
+    # A file may name layers of other models, but its tensors must be those of the layers here.
     many = set_to(ADAPTER_CONFIG, target_modules=["q_proj", "c_attn"])
-    misfit("another architecture", many, "'c_attn'", "match nothing", "q_proj")
+    misfit("tensors of unnamed layers", many, "unknown", "v_proj.lora_A.weight")
 
     for value in (0, -1, 2**31, 1.5, True, "8", None, [8]):
         bad_adapter_config(44, "r must be", r=value)
@@ -767,7 +770,7 @@ def add_config_rows() -> None:
     rope({"rope_type": "linear", "factor": 0})
     rope({"rope_type": "yarn", "factor": 1e38})
     rope({"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 1e38})
-    rope({"type": "dynamic", "factor": 2.0})
+    rope({"type": "longrope", "factor": 2.0})
     rope({"rope_type": "llama3", "factor": 8})
     factors = {"low_freq_factor": 4.0, "high_freq_factor": 4.0}
     length = {"original_max_position_embeddings": 64}

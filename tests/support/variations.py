@@ -84,6 +84,7 @@ SETTINGS: list[Fields] = [
     {**YARN, OLD: 100000},  # and here every plane turns often
     {"rope_type": "proportional"},
     {"rope_type": "proportional", "factor": 2.0, "partial_rotary_factor": 0.6},
+    {"rope_type": "dynamic", "factor": 2.0},  # which changes nothing within the context
 ]
 WORDINGS = 8
 
@@ -127,7 +128,7 @@ for kind in ROTARY:
     refuse(kind, "rope_theta", rope_theta=None)
     refuse(kind, "rope_parameters", rope_parameters={FULL: YARN, SLIDING: YARN})
     refuse(kind, "rope_parameters", rope_parameters={FULL: {"rope_theta": 1e4}})
-    for name in ("dynamic", "longrope", "axial", None):
+    for name in ("ntk", "longrope", "axial", None):
         refuse(kind, "rope_type", rope_parameters={"rope_type": name, "factor": 2.0})
 for name in ("factor", "low_freq_factor", "high_freq_factor"):
     less = {key: value for key, value in LLAMA3.items() if key != name}
@@ -165,6 +166,7 @@ for window in (1, 8, 500, None):
 read("mistral", "sliding_window")
 for types in LISTS[:-2]:  # transformers then uses another class, which needs both other fields
     read("mistral", layer_types=types, sliding_window=8, head_dim=16)
+    read("mistral", "sliding_window", layer_types=types, head_dim=16)
 refuse("mistral", "head_dim", layer_types=[FULL, FULL], sliding_window=8)
 refuse("mistral", "sliding_window", layer_types=[FULL, FULL], sliding_window=None, head_dim=16)
 refuse("mistral", "sliding_window", layer_types=[FULL, SLIDING], sliding_window=None, head_dim=16)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from methods import move
-from small import IDS, base
+from small import IDS, base, bits
 from tool_files import GOLDEN, WEIGHTS, logits, read_weights
 
 from minilora.errors import ConfigError
@@ -44,8 +44,14 @@ KINDS: dict[str, tuple[dict[str, Any], set[str | None]]] = {
         {None, "share", "untie"},
     ),
     "tokens": ({**Q, "trainable_token_indices": [1, 3]}, {None, "share", "untie"}),
+    "tokens of the head": ({**Q, "trainable_token_indices": {"lm_head": [2]}}, {"untie"}),
+    "other tokens in each": (
+        {**Q, "trainable_token_indices": {"embed_tokens": [1, 3], "lm_head": [2]}},
+        {"untie"},
+    ),
 }
-BOTH_APART = {"both", "saved both"}
+BOTH_APART = {"both", "saved both", "other tokens in each"}
+SAVED = {"saved head", "saved embedding", "saved both"}
 CHOICES: tuple[str | None, ...] = (None, "share", "untie")
 
 
@@ -127,6 +133,47 @@ def test_combine_and_resize_keep_what_a_tied_model_computes(
     assert is_near(
         output(folder / "base", tmp_path / "resized"), output(folder / "base", folder / kind)
     )
+
+
+@pytest.mark.parametrize("r", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_resize_keeps_one_weight_for_embedding_and_head(seed: int, r: int, tmp_path: Path) -> None:
+    """The factors of the two are each other's transposes, whatever the rank; the file fits."""
+    plain = base(tie_word_embeddings=True, vocab_size=23)
+    plain.save_pretrained(tmp_path / "base")
+    options = KINDS["one for both"][0]
+    model = get_peft_model(plain, LoraConfig(r=3, init_lora_weights=False, **options), seed=seed)
+    move(model, "default", seed)
+    model.save_pretrained(tmp_path / "adapter")
+    resize(tmp_path / "adapter", r, tmp_path / "resized")
+    assert inspect_adapter(tmp_path / "resized", tmp_path / "base")["mismatches"] == []
+    merge(tmp_path / "base", [tmp_path / "resized"], tmp_path / "merged")
+    expected = output(tmp_path / "base", tmp_path / "resized")
+    assert is_near(output(tmp_path / "merged"), expected)
+    if r >= 3:
+        assert is_near(expected, output(tmp_path / "base", tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_and_unload_shares_or_unties_as_merge_does(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, or both refuse. A model needs no choice for a copy, which has its own weight."""
+    for tied in CHOICES:
+        model = PeftModel.from_pretrained(CausalLM.from_pretrained(folder / "base"), folder / kind)
+        if tied is None and kind in SAVED:
+            merge(folder / "base", [folder / kind], tmp_path / "None", tied="untie")
+        else:
+            try:
+                merge(folder / "base", [folder / kind], tmp_path / f"{tied}", tied=tied)
+            except ConfigError:
+                with pytest.raises(ConfigError, match="choose tied='untie'"):
+                    model.merge_and_unload(tied=tied)
+                continue
+        plain = model.merge_and_unload(tied=tied)
+        expected = CausalLM.from_pretrained(tmp_path / f"{tied}")
+        assert plain.config.tie_word_embeddings == expected.config.tie_word_embeddings
+        assert bits(plain) == bits(expected)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
