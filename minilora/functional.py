@@ -231,7 +231,8 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         phi = 0.5 * (1.0 + x.backend.erf(X * math.sqrt(0.5)))  # the normal distribution function
 
         def vjp(dy: Array) -> Grads:
-            density = xp.exp(-0.5 * X * X) * (1 / math.sqrt(2 * math.pi))
+            with np.errstate(over="ignore"):  # exp(-inf) is 0, which is right
+                density = xp.exp(-0.5 * X * X) * (1 / math.sqrt(2 * math.pi))
             return (dy * (phi + X * density),)
 
         return record(X * phi, (x,), vjp)
@@ -239,10 +240,14 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
     # (1 + tanh(z)) / 2 = sigmoid(2z), and exp is twice as fast as tanh. 2z = c (x + 0.044715 x^3)
     c = 2 * math.sqrt(2 / math.pi)
-    s = _sigmoid(xp, X * (c + 0.044715 * c * (X * X)))
+    with np.errstate(over="ignore"):  # as in `_sigmoid`
+        s = _sigmoid(xp, X * (c + 0.044715 * c * (X * X)))
 
     def vjp_tanh(dy: Array) -> Grads:
-        slope = c + 3 * 0.044715 * c * (X * X)  # of 2z
+        with np.errstate(over="ignore"):
+            # Beyond 100, s (1 - s) is 0: an infinite slope would make that NaN.
+            square = xp.minimum(X * X, 1e4)
+        slope = c + 3 * 0.044715 * c * square  # of 2z
         return (dy * (s + X * s * (1 - s) * slope),)
 
     return record(X * s, (x,), vjp_tanh)
@@ -463,7 +468,8 @@ def linear_cross_entropy(
         loss = loss + (xp.where(ignored[at], 0, nll) * w).sum()
         share = (w / total)[:, None]  # (n, 1)
         if dX is not None:
-            dx = dX[at] * share - head.take(tn) * w[:, None]
+            with np.errstate(invalid="ignore"):
+                dx = dX[at] * share - head.take(tn) * w[:, None]
             dX[at] = xp.where(ignored[at, None], 0, dx)
         if dW is not None:
             for v in words:
@@ -532,17 +538,24 @@ def attention(
               own key, or its output is NaN. None: all earlier keys
     """
     xp = namespace(qkv)
+    if qkv.ndim != 3:
+        raise ValueError(f"attention: qkv must have shape (B, T, channels), got {qkv.shape}")
     B, T, width = qkv.shape
     rotated = heads + kv_heads
-    if heads % kv_heads:
-        raise ValueError(f"attention: heads ({heads}) must be a multiple of kv_heads ({kv_heads})")
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"attention: heads ({heads}) must be a multiple of kv_heads ({kv_heads}), "
+            "both 1 or more"
+        )
     count = rotated + kv_heads
-    if width % count:
+    if width % count or not width:
         raise ValueError(
             f"attention: the channels ({width}) must be a multiple of heads + 2 kv_heads ({count})"
         )
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window must be None or 1 or more, got {window}")
     D = width // count
-    Z = qkv.data.reshape(B, T, count, D)
+    Z = as_floats(qkv.data).reshape(B, T, count, D)
     QK = Z[:, :, :rotated].copy() if cos is None else apply_rotary(xp, Z[:, :, :rotated], cos, sin)
     q = QK[:, :, :heads]
     k = QK[:, :, heads:]
@@ -582,7 +595,7 @@ def _attend(
     future = xp.where(order[:, None] > order, -np.inf, 0).astype(q.dtype)  # (key, query)
     # Keys that no query of a block sees are left out, but not on a GPU: to look at `first_key`
     # there would wait for the device.
-    on_host = first_key if isinstance(first_key, np.ndarray) else None
+    on_host = first_key if isinstance(first_key, np.ndarray) and B else None
 
     def by_head(z: Array) -> Array:
         # (B, T, H, D) -> (B, K, G, T, D) without a copy: products with k broadcast over G
@@ -602,7 +615,7 @@ def _attend(
         last = S - T + at.stop
         first = max(0, last - t + 1 - window) if window else 0
         if on_host is not None:
-            first = max(first, int(on_host[:, at].min(initial=last)))
+            first = max(first, min(int(on_host[:, at].min()), last - t))
         keys = slice(first, last)
         P, view = products(kh[..., keys, :], qh[..., at, :])
         # Only the newest t keys can be later than a query.
@@ -614,7 +627,7 @@ def _attend(
             P[:, :old].reshape(B, old, H, t)[...] += past.astype(q.dtype)[:old, None, :t]
         if first_key is not None:
             # Only keys before the largest first_key can be hidden from a query.
-            end = last if on_host is None else int(on_host[:, at].max(initial=first))
+            end = last if on_host is None else int(np.clip(on_host[:, at].max(), first, last))
             is_hidden = xp.arange(first, end)[:, None] < first_key[:, None, at]  # (B, key, query)
             earlier = P[:, : end - first].reshape(B, end - first, H, t)
             xp.copyto(earlier, -np.inf, where=is_hidden[:, :, None])

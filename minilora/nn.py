@@ -40,7 +40,7 @@ class Parameter(Tensor):
 
     def move(self, backend: Backend, dtype: Any) -> None:
         """Give the parameter new storage, on another device or in another dtype."""
-        self._data = backend.from_numpy(self.numpy().astype(dtype, copy=False))
+        self._array = backend.from_numpy(self.numpy().astype(dtype, copy=False))
         self.backend = backend
         self.grad = None
         assert self.version is not None

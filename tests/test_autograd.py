@@ -205,8 +205,8 @@ def test_operation_at_its_edges_has_the_stated_value_and_gradients(edge: Edge) -
 
 
 @AT_EDGES
-def test_operation_without_values_makes_no_warning(edge: Edge) -> None:
-    if all(a.size for a in edge.inputs):
+def test_operation_whose_results_are_sound_makes_no_warning(edge: Edge) -> None:
+    if not edge.quiet:
         return
     leaves = edge.leaves()
     gradients(edge.function(*leaves), leaves, edge.dy)  # a warning would be an error

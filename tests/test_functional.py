@@ -228,6 +228,17 @@ def test_cross_entropy_of_nothing_is_zero_with_zero_gradient(reduction, dtype, s
 
 
 @DTYPES
+def test_linear_cross_entropy_of_an_infinite_row_is_nan_without_a_warning(dtype):
+    x = leaf(np.array([[np.inf, 1], [1, 2]], dtype))
+    head = leaf(np.array([[1, 2], [2, 1], [3, 1]], dtype))
+    loss = F.linear_cross_entropy(x, head, np.array([0, 2]))
+    loss.backward()
+    assert np.isnan(loss.item())
+    assert np.isnan(x.grad[0]).any()
+    assert np.isfinite(x.grad[1]).all()
+
+
+@DTYPES
 def test_cross_entropy_of_huge_logits_is_right(dtype):
     logits = [[1e4, -1e4, 0], [1e4, -1e4, 0], [-1e4, -1e4, -1e4]]
     x = leaf(np.array(logits, dtype))
@@ -426,6 +437,51 @@ def test_attention_with_huge_scores_does_not_overflow():
     q, k, v = draw_qkv(1, 4, 2, 2)
     with np.errstate(over="raise", invalid="raise"):
         assert np.isfinite(attend(q * 1e8, k * 1e8, v)).all()
+
+
+@pytest.mark.parametrize("first_key", [None, np.zeros((0, 3), int)])
+def test_attention_of_no_sequences_has_the_shapes_of_none(first_key):
+    qkv = Tensor(np.zeros((0, 3, 16)), True)
+    y = F.attention(qkv, 4, 2, window=2, first_key=first_key)
+    assert y.shape == (0, 3, 8)
+    assert gradients(y, [qkv], np.zeros((0, 3, 8)))[0].shape == (0, 3, 16)
+
+
+def test_attention_of_a_query_that_sees_no_key_is_nan():
+    qkv = np.random.default_rng(0).standard_normal((1, 70, 6))
+    first_key = np.zeros((1, 70), int)
+    expected = F.attention(Tensor(qkv), 1, 1, first_key=first_key).data
+    first_key[0, [3, 69]] = [9, 100]
+    with np.errstate(invalid="ignore"):
+        y = F.attention(Tensor(qkv), 1, 1, first_key=first_key).data
+        later = F.attention(Tensor(qkv), 1, 1, first_key=first_key + 100).data
+    assert np.isnan(y[0, [3, 69]]).all()
+    assert np.isnan(later).all()
+    seen = np.delete(np.arange(70), [3, 69])
+    equal(y[0, seen], expected[0, seen])
+
+
+def test_attention_takes_integers_as_floats():
+    values = np.arange(24).reshape(1, 4, 6)
+    y = F.attention(Tensor(values), 1, 1).data
+    equal(y, F.attention(Tensor(values.astype(float)), 1, 1).data)
+
+
+ATTENTION = {
+    r"shape \(B, T, channels\), got \(2, 6\)": ((2, 6), {}),
+    r"kv_heads \(0\), both 1 or more": ((1, 2, 6), {"kv_heads": 0}),
+    r"heads \(0\) must .*, both 1 or more": ((1, 2, 6), {"heads": 0}),
+    r"channels \(0\)": ((1, 2, 0), {}),
+    r"window must be None or 1 or more, got -1": ((1, 2, 6), {"window": -1}),
+    r"window must be None or 1 or more, got 0": ((1, 2, 6), {"window": 0}),
+}
+
+
+@pytest.mark.parametrize("expected", ATTENTION)
+def test_attention_says_what_is_wrong(expected):
+    shape, options = ATTENTION[expected]
+    with pytest.raises(ValueError, match=expected):
+        F.attention(Tensor(np.ones(shape)), **{"heads": 1, "kv_heads": 1, **options})
 
 
 @pytest.mark.parametrize(("H", "K", "width"), [(3, 2, 28), (2, 4, 40)])

@@ -525,6 +525,7 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
     number("maximum", torch.maximum)
     number("minimum", torch.minimum)
     number("where", torch.where)
+    result["neg"] = torch.neg
     result["exp"] = torch.exp
     result["log"] = torch.log
     result["tanh"] = torch.tanh
@@ -598,26 +599,34 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
     def linear_cross_entropy(x: Any, head: Any, cut: Any, **options: Any) -> Any:
         return cross_entropy(x @ head.T, **options)
 
-    def rope(x: Any) -> Any:
+    def rope(x: Any, first_key: np.ndarray) -> Any:
         """As transformers writes it: x cos + rotate_half(x) sin."""
-        a = np.tile(angles(x.shape[1], x.shape[3]), 2)
-        cos = torch.tensor(np.cos(a))[:, None]
-        sin = torch.tensor(np.sin(a))[:, None]
+        a = np.tile(angles(x.shape[1], x.shape[3]), 2)[np.arange(x.shape[1]) - first_key]
+        cos = torch.tensor(np.cos(a))[:, :, None]  # (B or 1, T, 1, D)
+        sin = torch.tensor(np.sin(a))[:, :, None]
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat([-second, first], -1) * sin
 
     @by_name
     def attention(
-        qkv: Any, heads: int, kv_heads: int, rotate: bool = True, window: Any = None, **_: Any
+        qkv: Any,
+        heads: int,
+        kv_heads: int,
+        rotate: bool = True,
+        window: Any = None,
+        first_key: Any = None,
+        **_: Any,
     ) -> Any:
+        first = np.zeros((1, qkv.shape[1]), int) if first_key is None else np.array(first_key)
         z = qkv.reshape(*qkv.shape[:2], -1, 4)
         q, k, v = z.split((heads, kv_heads, kv_heads), dim=2)
         if rotate:
-            q = rope(q)
-            k = rope(k)
+            q = rope(q, first)
+            k = rope(k, first)
         order = torch.arange(qkv.shape[1])
         age = order[:, None] - order
         seen = (age >= 0) & (age < (window or len(order)))
+        seen = seen & (order >= torch.tensor(first)[:, None, :, None])  # (B or 1, 1, T, T)
         by_head = [z.transpose(1, 2) for z in (q, k, v)]
         y = tf.scaled_dot_product_attention(*by_head, seen, enable_gqa=True)
         return y.transpose(1, 2).flatten(2)

@@ -683,7 +683,9 @@ exempt("nan_where_dependent", "attention", "a hidden key has weight 0, and 0 x N
 exempt("nan_where_dependent", "dropout", "dropping multiplies by 0, and 0 x NaN is NaN")
 exempt("nan_where_dependent", "max", "no entry equals a NaN: nothing shares its gradient")
 exempt("nan_where_dependent", "min", "as max, which it calls")
-exempt("nan_where_dependent", "maximum", "a NaN is neither larger nor equal: the other wins")
+exempt(
+    "nan_where_dependent", "maximum", "a NaN is neither larger nor smaller: each gets half of dy"
+)
 exempt("nan_where_dependent", "minimum", "as maximum, which it calls")
 exempt("nan_where_dependent", "clip", "a NaN is not within the bounds: its gradient is 0")
 
