@@ -344,12 +344,20 @@ def _bound(value: Any) -> Any:
             f"clip: low and high must be numbers or None, got shape {np.shape(value)}: "
             "maximum() and minimum() take arrays"
         )
+    return python_number(value, "clip: low and high", "maximum() and minimum()")
+
+
+def python_number(value: Any, name: str, cure: str) -> Any:
+    """The only value of an option as Python's number.
+
+    GraphError for a tensor that requires a gradient, which an option has not; `cure` has one.
+    """
     if not isinstance(value, Tensor):
-        return np.asarray(value).item()
+        return value if type(value) in (int, float) else np.asarray(value).item()
     if value.is_tracked:
         raise GraphError(
-            "clip: low and high have no gradient, but got a tensor that requires one: "
-            "maximum() and minimum() have it, and float(tensor) is its value"
+            f"{name} must be a number, which has no gradient, got a tensor that requires one: "
+            f"use {cure}, or float(tensor) for its value"
         )
     return value.item()
 
@@ -541,15 +549,16 @@ def matmul(a: Any, b: Any) -> Tensor:
 def _in_place(operation: Callable[[Any, Any], Tensor], symbol: str) -> Any:
     """The operator `symbol`: it assigns to a leaf that requires a gradient, under `no_grad` only.
 
-    For any other tensor it makes a new one, to which Python gives the name on the left.
+    It assigns to a frozen parameter too, which its module would lose otherwise. For any other
+    tensor it makes a new one, to which Python gives the name on the left.
     """
 
     def method(self: Tensor, other: Any) -> Tensor:
-        if self.node is not None or not self.requires_grad:
+        if self.node is not None or not (self.requires_grad or self.is_parameter):
             return operation(self, other)
-        if grad_enabled():
+        if self.is_tracked or (isinstance(other, Tensor) and other.is_tracked):
             raise GraphError(
-                f"p {symbol} ... would change a leaf that requires a gradient in place: "
+                f"p {symbol} ... would change a leaf in place, and lose a gradient: "
                 f"do it inside no_grad(), or write p = p {symbol[:-1]} ... for a new tensor"
             )
         result: Any = operation(self, other)
@@ -572,6 +581,7 @@ class Tensor(TensorBase):
 
     __slots__ = ("__weakref__", "_array", "backend", "grad", "node", "requires_grad", "version")
     operations = numpy_operations(globals())
+    is_parameter = False  # whether a module knows it by its name
     backend: Backend
     grad: Array | None
     node: Node | None

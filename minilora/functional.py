@@ -12,7 +12,7 @@ Contents, by rising complexity:
     softmax        softmax, log_softmax
     losses         cross_entropy, linear_cross_entropy (without all logits at once)
     attention      apply_rotary, attention
-and helpers on arrays: rows, row_dot, as_floats, check_ids, prepare_targets.
+and helpers on arrays: rows, row_dot, as_floats, as_ids, check_ids, prepare_targets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,16 @@ from typing import Any
 import numpy as np
 
 from .autograd import Grads as Grads  # other modules write F.Grads
-from .autograd import Tensor, axis_of, grad_enabled, namespace, operands, record, where
+from .autograd import (
+    Tensor,
+    axis_of,
+    grad_enabled,
+    namespace,
+    operands,
+    python_number,
+    record,
+    where,
+)
 from .backend import Array, Backend, Shape
 from .errors import ConfigError, DataError, is_number
 from .threads import blocks
@@ -48,6 +57,23 @@ def as_floats(x: Array) -> Array:
     return x.astype(np.float64) if x.dtype.kind in "iub" else x
 
 
+def as_ids(ids: Any, what: str) -> Array:
+    """ids as an array of integers. DataError for anything else."""
+    if isinstance(ids, Tensor):
+        ids = ids.data
+    elif isinstance(ids, (int, list, tuple, np.integer)):
+        ids = np.asarray(ids, None if np.size(ids) else np.int64)  # [] would be floats
+    if getattr(ids, "dtype", np.dtype("O")).kind not in "iu":
+        raise DataError(f"{what} must be integers, got {getattr(ids, 'dtype', type(ids).__name__)}")
+    return ids
+
+
+def _check_vector(name: str, vector: Array, size: int) -> None:
+    """ValueError unless `vector` is (size,): the gradient would have another shape than it."""
+    if vector.shape != (size,):
+        raise ValueError(f"{name} must have shape {(size,)}, got {vector.shape}")
+
+
 # ---- linear maps ---------------------------------------------------------------------------------
 
 
@@ -59,7 +85,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     W = weight.data
     y = X @ W.T  # (N, I) @ (I, O) -> (N, O)
     if bias is not None:
-        y += bias.data
+        _check_vector("linear: bias", inputs[2].data, len(W))
+        y += inputs[2].data
     shape = x.shape
     W_kept = W if x.requires_grad else None
     X_kept = X if weight.requires_grad else None  # a frozen W needs no X: only dW reads it
@@ -87,7 +114,11 @@ def lora_linear(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float) -> T
     a = A.data
     b = B.data
     shape = x.shape
-    scaling = float(scaling)
+    scaling = python_number(scaling, "lora_linear: scaling", "y + (x @ A.T @ B.T) * scaling")
+    if y.shape != (*shape[:-1], len(b)):
+        raise ValueError(
+            f"lora_linear: y must have the shape of x B A, {(*shape[:-1], len(b))}, got {y.shape}"
+        )
     U = X @ a.T  # (N, I) @ (I, r) -> (N, r)
     out = (U @ b.T).reshape(y.shape)  # (N, r) @ (r, O) -> (N, O)
     out *= scaling
@@ -132,6 +163,7 @@ def embedding(ids: Array, weight: Tensor) -> Tensor:
     """
     count = len(weight)
     backend = weight.backend
+    ids = as_ids(ids, "ids")
     if isinstance(ids, np.ndarray):
         check_ids(ids, count, "id")
         ids = backend.from_numpy(ids)
@@ -263,7 +295,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     X = rows(x.data)
     w = weight.data
     shape = x.shape
-    rstd = 1.0 / xp.sqrt(row_dot(xp, X, X) / X.shape[1] + float(eps))  # (N, 1)
+    _check_vector("rms_norm: weight", w, X.shape[1])
+    eps = python_number(eps, "rms_norm: eps", "elementary operations")
+    rstd = 1.0 / xp.sqrt(row_dot(xp, X, X) / X.shape[1] + eps)  # (N, 1)
     y = X * rstd
     y *= w
     need_dx = x.requires_grad
@@ -290,10 +324,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     xp = namespace(x)
     X = x.data
     w = weight.data
+    _check_vector("layer_norm: weight", w, X.shape[-1])
+    _check_vector("layer_norm: bias", bias.data, X.shape[-1])
+    eps = python_number(eps, "layer_norm: eps", "elementary operations")
     mean = X.mean(axis=-1, keepdims=True)
     centred = X - mean
     variance = (centred * centred).mean(axis=-1, keepdims=True)
-    rstd = 1.0 / xp.sqrt(variance + float(eps))  # (..., 1)
+    rstd = 1.0 / xp.sqrt(variance + eps)  # (..., 1)
     need_dx = x.requires_grad
     need_dw = weight.requires_grad
     need_db = bias.requires_grad
@@ -355,6 +392,7 @@ def prepare_targets(
 
     The weights are float64. DataError unless targets have `shape` and are in [0, V) or ignored.
     """
+    targets = as_ids(targets, "targets")
     if targets.shape != shape:
         logits = (*shape, V)
         raise DataError(f"targets of shape {targets.shape} do not fit logits of shape {logits}")
@@ -423,6 +461,7 @@ def linear_cross_entropy(
     the forward computes the gradients too, up to the factor dy: with E = exp(logits - max) and
     p = E / sum E they are (p - onehot) head and (p - onehot)^T x.
     """
+    x, head = operands(x, head)
     xp = namespace(x, head)
     V = len(head)
     shape = x.shape

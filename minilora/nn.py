@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from . import functional as F
-from .autograd import Tensor, concat, grad_enabled, gradients, no_grad, record, stack
+from .autograd import Tensor, concat, grad_enabled, no_grad, record, stack
 from .backend import Array, Backend, Shape, get_backend, mix_key
 from .effective import EffectiveWeight, Parts, Pull, effective_linear
+from .errors import GraphError
+from .graph import leaf_gradients
 
 _thread = threading.local()
 _recomputed = itertools.count(1)
@@ -34,6 +36,7 @@ class Parameter(Tensor):
 
     __slots__ = ()
     fixed = False
+    is_parameter = True
 
     def __init__(self, data: Array, requires_grad: bool = True):
         super().__init__(data, requires_grad=requires_grad)
@@ -381,7 +384,8 @@ class Dropout(Module):
 def checkpoint(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence[Tensor]) -> Tensor:
     """function(x), of which only x is kept: backward runs it again (Chen et al. 2016). Same bits.
 
-    params   the leaves that the function reads and that require a gradient
+    params   the leaves that the function reads and that require a gradient. In backward,
+             GraphError for one that is missing
     """
     if not grad_enabled() or not (x.requires_grad or params):
         return function(x)
@@ -402,7 +406,14 @@ def checkpoint(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence
         assert len(values) == len(params)
         if not again.requires_grad:
             return (None,) * (1 + len(params))
-        return tuple(gradients(again, [leaf, *params], dy))
+        found = {id(p): g for p, g in leaf_gradients(again, dy, retain_graph=False)}
+        grads = tuple(found.pop(id(p), None) for p in (leaf, *params))
+        if found:
+            raise GraphError(
+                f"the function of checkpoint reads {len(found)} leaves that require a gradient and "
+                "are not among params: their gradients would be lost"
+            )
+        return grads
 
     return record(y, (x, *params), vjp)
 

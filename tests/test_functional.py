@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ from minilora import functional as F
 from minilora.autograd import Tensor, gradients, no_grad
 from minilora.backend import NUMPY, mix_key
 from minilora.effective import count_operations
-from minilora.errors import ConfigError, DataError
+from minilora.errors import ConfigError, DataError, GraphError
 from minilora.nn import Dropout
 
 U32 = 2.0**-24  # half the distance from 1 to the next float32
@@ -437,6 +439,79 @@ def test_attention_with_huge_scores_does_not_overflow():
     q, k, v = draw_qkv(1, 4, 2, 2)
     with np.errstate(over="raise", invalid="raise"):
         assert np.isfinite(attend(q * 1e8, k * 1e8, v)).all()
+
+
+ONE = Tensor(np.array(0.5), True)
+OPTIONS = {
+    "lora_linear: scaling": lambda x, o: F.lora_linear(
+        x, leaf(np.ones((2, 3))), leaf(np.ones((2, 4))), leaf(np.ones((3, 2))), o
+    ),
+    "rms_norm: eps": lambda x, o: F.rms_norm(x, leaf(np.ones(4)), o),
+    "layer_norm: eps": lambda x, o: F.layer_norm(x, leaf(np.ones(4)), leaf(np.ones(4)), o),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option_that_requires_a_gradient_is_refused(name):
+    x = Tensor(np.arange(8.0).reshape(2, 4), True)
+    call = functools.partial(OPTIONS[name], x)
+    with pytest.raises(GraphError, match=f"^{name} must be a number.*float"):
+        call(ONE)
+    expected = call(0.5).data
+    for value in (ONE.detach(), np.float32(0.5), np.array(0.5)):
+        equal(call(value).data, expected)
+
+
+VECTORS = {
+    "linear: bias": lambda x, w: F.linear(x, leaf(np.ones((4, 4))), w),
+    "rms_norm: weight": lambda x, w: F.rms_norm(x, w),
+    "layer_norm: weight": lambda x, w: F.layer_norm(x, w, leaf(np.ones(4))),
+    "layer_norm: bias": lambda x, w: F.layer_norm(x, leaf(np.ones(4)), w),
+}
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 4), (3,)])
+@pytest.mark.parametrize("name", VECTORS)
+def test_vector_of_another_shape_is_refused(name, shape):
+    # It was broadcast, and got a gradient of shape (4,).
+    expected = rf"{name} must have shape \(4,\), got {re.escape(str(shape))}"
+    with pytest.raises(ValueError, match=expected):
+        VECTORS[name](Tensor(np.ones((2, 4))), leaf(np.ones(shape)))
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (2, 1), (6,), (3, 2)])
+def test_lora_linear_refuses_y_of_another_shape(shape):
+    x, A, B = (leaf(np.ones(s)) for s in [(2, 4), (2, 4), (3, 2)])
+    with pytest.raises(ValueError, match=r"y must have the shape of x B A, \(2, 3\), got"):
+        F.lora_linear(x, leaf(np.ones(shape)), A, B, 1.0)
+
+
+IDS = {
+    "embedding": lambda ids: F.embedding(ids, leaf(np.arange(20.0).reshape(5, 4))),
+    "cross_entropy": lambda ids: F.cross_entropy(leaf(np.ones((2, 4))), ids),
+    "linear_cross_entropy": lambda ids: F.linear_cross_entropy(
+        leaf(np.ones((2, 4))), leaf(np.ones((5, 4))), ids
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_ids_and_targets_are_integers_in_any_container(name):
+    expected = IDS[name](np.array([1, 3])).data
+    for ids in ([1, 3], (1, 3), Tensor(np.array([1, 3])), np.array([1, 3], np.uint8)):
+        equal(IDS[name](ids).data, expected)
+    for wrong in ([1.0, 3.0], np.array([True, False]), leaf([1.0, 3.0]), None, "13"):
+        with pytest.raises(DataError, match=r"^(ids|targets) must be integers, got"):
+            IDS[name](wrong)
+
+
+def test_linear_cross_entropy_takes_integers_as_floats_of_the_head():
+    x = np.arange(8).reshape(2, 4)
+    head = leaf(np.arange(20.0).reshape(5, 4) / 10)
+    targets = np.array([0, 3])
+    loss = F.linear_cross_entropy(Tensor(x), head, targets)
+    expected = F.cross_entropy(F.linear(Tensor(x), head), targets)
+    np.testing.assert_allclose(loss.data, expected.data, rtol=1e-14)
 
 
 @pytest.mark.parametrize("first_key", [None, np.zeros((0, 3), int)])

@@ -35,6 +35,8 @@ NOT_OPERATIONS = {
     "rows": "works on arrays, inside operations",
     "as_floats": "works on arrays, inside operations",
     "axis_of": "returns an axis",
+    "as_ids": "turns ids into arrays",
+    "python_number": "reads an option",
     "check_ids": "checks ids on the host",
     "check_probability": "checks an option",
     "prepare_targets": "prepares targets",
