@@ -147,6 +147,12 @@ class PackedRecords:
     starts: Integers
 
     def __post_init__(self) -> None:
+        for name in ("edges", "starts"):
+            positions = getattr(self, name)
+            if positions.dtype.kind not in "iu":
+                raise DataError(f"{name} must be integers, got {positions.dtype}")
+            # Differences of unsigned integers are never negative.
+            object.__setattr__(self, name, positions.astype(np.int64, copy=False))
         edges = self.edges
         is_marked = self.counts.dtype == bool and self.counts.shape == self.ids.shape
         if not is_marked or edges.ndim != 1 or len(edges) < 2:
