@@ -110,7 +110,7 @@ def lora_linear(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float) -> T
     dA = s B^T G^T X and dB = s G^T X A^T, the projections of the full gradient.
     """
     x, y, A, B = operands(x, y, A, B)
-    X = rows(x.data)
+    X = rows(as_floats(x.data))
     a = A.data
     b = B.data
     shape = x.shape
@@ -292,7 +292,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * w    x (..., C), w (C,)    Zhang & Sennrich 2019, eq. (4)"""
     x, weight = operands(x, weight)
     xp = namespace(x)
-    X = rows(x.data)
+    X = rows(as_floats(x.data))
     w = weight.data
     shape = x.shape
     _check_vector("rms_norm: weight", w, X.shape[1])

@@ -79,6 +79,10 @@ def _check_leaf(name: Any, p: Any) -> None:
             f"expected parameters or (name, parameter) pairs, got {got} as {name!r:.100}: "
             "give leaves, such as model.parameters() or model.named_parameters()"
         )
+    if p.dtype.kind != "f":
+        raise ConfigError(
+            f"parameters must be floats to be trained, got {p.dtype} as {name!r:.100}"
+        )
 
 
 def _checked(name: str, value: Any) -> Any:

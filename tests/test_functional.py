@@ -536,6 +536,24 @@ def test_attention_of_a_query_that_sees_no_key_is_nan():
     equal(y[0, seen], expected[0, seen])
 
 
+def test_rms_norm_and_lora_linear_take_integers_as_floats():
+    x = np.full((1, 3), 100, np.int8)  # its square is no int8
+    ones = Tensor(np.ones(3, np.int8))
+    close(F.rms_norm(Tensor(x), ones).data, np.ones((1, 3)), rtol=1e-9)
+    A = Tensor(np.ones((1, 3), np.int8))
+    y = F.lora_linear(Tensor(x), Tensor(x), A, Tensor(np.ones((3, 1), np.int8)), 0.5)
+    equal(y.data, np.full((1, 3), 250.0))
+
+
+def test_dropout_takes_numpy_s_integers_as_keys():
+    x = Tensor(np.ones((2, 8)))
+    for key in (3, -3):
+        expected = F.dropout(x, 0.5, key).data
+        equal(F.dropout(x, 0.5, np.int64(key)).data, expected)
+    for integer in (np.int64(-1), np.uint64(7), np.int8(5)):
+        assert mix_key(integer, integer) == mix_key(int(integer), int(integer))
+
+
 def test_attention_takes_integers_as_floats():
     values = np.arange(24).reshape(1, 4, 6)
     y = F.attention(Tensor(values), 1, 1).data

@@ -749,6 +749,11 @@ def test_step_and_clip_by_global_norm_take_a_list_of_arrays(grads, got):
     np.testing.assert_array_equal(p.data, np.ones(3))
 
 
+def test_optimizer_refuses_integers():
+    with pytest.raises(ConfigError, match="must be floats to be trained, got int64 as '0'"):
+        optim.AdamW([Tensor(np.arange(3))])
+
+
 def test_step_takes_gradients_from_an_iterator():
     p = Parameter(np.ones(3))
     optim.SGD([p], lr=0.5).step(iter([np.ones(3)]))
