@@ -352,14 +352,14 @@ def python_number(value: Any, name: str, cure: str) -> Any:
 
     GraphError for a tensor that requires a gradient, which an option has not; `cure` has one.
     """
-    if not isinstance(value, Tensor):
-        return value if type(value) in (int, float) else np.asarray(value).item()
-    if value.is_tracked:
+    if isinstance(value, Tensor) and value.is_tracked:
         raise GraphError(
             f"{name} must be a number, which has no gradient, got a tensor that requires one: "
             f"use {cure}, or float(tensor) for its value"
         )
-    return value.item()
+    if hasattr(value, "item"):  # NumPy's scalars, arrays of any device, tensors
+        return value.item()
+    return value if isinstance(value, (int, float)) else float(value)
 
 
 # ---- reductions ----------------------------------------------------------------------------------
@@ -643,8 +643,11 @@ class Tensor(TensorBase):
         self._array[...] = value
         self.version[0] += 1
 
-    def take(self, at: Any) -> Array:
-        """The rows `at` (a slice or integers); a parameter stored as codes decodes only these."""
+    def read_rows(self, at: Any) -> Array:
+        """The rows `at` (a slice or integers) as an array: values, of which no graph knows.
+
+        A parameter stored as codes decodes only these.
+        """
         if isinstance(at, slice):
             return self._array[at]
         return self.backend.xp.take(self._array, at, axis=0)

@@ -168,7 +168,7 @@ def embedding(ids: Array, weight: Tensor) -> Tensor:
         check_ids(ids, count, "id")
         ids = backend.from_numpy(ids)
     flat = ids.reshape(-1)
-    y = weight.take(flat).reshape(*ids.shape, weight.shape[1])
+    y = weight.read_rows(flat).reshape(*ids.shape, weight.shape[1])
     return record(y, (weight,), lambda dy: (backend.add_rows(flat, rows(dy), count),))
 
 
@@ -486,7 +486,7 @@ def linear_cross_entropy(
         hit = xp.zeros(w.shape, X.dtype)  # the logit of the target
         words = blocks(V, LOGITS // len(w))
         for v in words:
-            W = head.take(v)
+            W = head.read_rows(v)
             E = logits(W, at)
             nearest = xp.clip(tn - v.start, 0, v.stop - v.start - 1)
             logit = xp.take_along_axis(E, nearest[None], axis=0)[0]
@@ -508,12 +508,12 @@ def linear_cross_entropy(
         share = (w / total)[:, None]  # (n, 1)
         if dX is not None:
             with np.errstate(invalid="ignore"):
-                dx = dX[at] * share - head.take(tn) * w[:, None]
+                dx = dX[at] * share - head.read_rows(tn) * w[:, None]
             dX[at] = xp.where(ignored[at, None], 0, dx)
         if dW is not None:
             for v in words:
                 if len(words) > 1:
-                    E = xp.exp(logits(head.take(v), at) - top)
+                    E = xp.exp(logits(head.read_rows(v), at) - top)
                 dW[v] += E @ (X[at] * share)  # (v, n) @ (n, C)
     if dW is not None:
         dW -= x.backend.add_rows(t, X * weight[:, None], V)

@@ -276,6 +276,21 @@ def test_tensor_of_a_result_would_lose_its_graph():
     assert Tensor(x).data is x.data
 
 
+READING = {"data", "dtype", "item", "ndim", "shape", "size"}
+
+
+def test_tensor_has_no_method_of_an_array_that_returns_an_array():
+    # `take` was one: its name did not say that the graph ends there.
+    x = leaf(MATRIX)
+    for name in set(dir(np.ndarray)) & set(dir(Tensor)) - READING:
+        if name.startswith("_"):
+            continue
+        member = getattr(x, name)
+        arguments = [(3, 2)] if name == "reshape" else []
+        result = member(*arguments) if callable(member) else member
+        assert isinstance(result, Tensor), name
+
+
 def test_tensor_values_are_read_by_those_who_say_so():
     x = leaf([2.25])
     for y in (x, x * 1.0):
