@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import REAL, check_kinds, clip_bound
 from .backend import Array, Backend, Shape, backend_of, get_backend
 from .errors import DeviceError, GraphError
 from .graph import Grads as Grads  # other modules import the graph's names from here
@@ -72,7 +73,6 @@ def record(data: Array, inputs: tuple[Tensor, ...], vjp: Vjp) -> Tensor:
 
 # ---- operands ------------------------------------------------------------------------------------
 
-_REAL = "biuf"  # the kinds of dtype that can be beside a gradient: booleans, integers, floats
 _BASIC = (int, slice, np.integer, type(None), type(...))  # NumPy's basic indexing: a view
 
 
@@ -94,7 +94,7 @@ def _convert_operands(values: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """`operands` of different kinds, dtypes or devices."""
     items = [v if isinstance(v, Tensor) or _is_number(v) else Tensor(v) for v in values]
     tensors = [t for t in items if isinstance(t, Tensor)] or [Tensor(0.0)]
-    _check_kinds(tensors)
+    check_kinds(tensors)
     dtypes = {t.dtype for t in tensors if t.dtype.kind in "fc"}
     dtype = np.result_type(*dtypes) if len(dtypes) > 1 else next(iter(dtypes), None)
     for i, item in enumerate(items):
@@ -106,25 +106,11 @@ def _convert_operands(values: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return tuple(items)
 
 
-def _check_kinds(tensors: list[Tensor]) -> None:
-    """TypeError for operands that are not numbers, or complex beside a real one with a gradient.
-
-    The imaginary part of its gradient would be lost.
-    """
-    allowed = _REAL if any(t.requires_grad for t in tensors) else f"{_REAL}c"
-    for t in tensors:
-        if t.dtype.kind not in allowed:
-            raise TypeError(
-                "operations take booleans, integers and floats, and complex numbers where nothing "
-                f"requires a gradient, got {t.dtype}: convert it first, or compute with .numpy()"
-            )
-
-
 def _is_number(value: Any) -> bool:
     if isinstance(value, (int, float)):
         return True
     is_scalar = isinstance(value, np.generic) or (type(value) is np.ndarray and value.ndim == 0)
-    return is_scalar and value.dtype.kind in _REAL
+    return is_scalar and value.dtype.kind in REAL
 
 
 def namespace(*tensors: Tensor) -> Any:
@@ -323,8 +309,8 @@ def clip(x: Tensor, low: float | None = None, high: float | None = None) -> Tens
     xp = namespace(x)
     X = x.data
     # Python's numbers, because NumPy's would widen float32.
-    low = _bound(low)
-    high = _bound(high)
+    low = clip_bound(low)
+    high = clip_bound(high)
     if low is None and high is None:
         raise ValueError("clip got no bounds: give low, high or both")
     inside = xp.ones(X.shape, bool)
@@ -333,33 +319,6 @@ def clip(x: Tensor, low: float | None = None, high: float | None = None) -> Tens
     if high is not None:
         inside &= high >= X
     return record(xp.clip(X, low, high), (x,), lambda dy: (xp.where(inside, dy, 0),))
-
-
-def _bound(value: Any) -> Any:
-    """A bound of clip as Python's number, because NumPy's would widen float32; or None."""
-    if value is None:
-        return None
-    if np.ndim(value):
-        raise ValueError(
-            f"clip: low and high must be numbers or None, got shape {np.shape(value)}: "
-            "maximum() and minimum() take arrays"
-        )
-    return python_number(value, "clip: low and high", "maximum() and minimum()")
-
-
-def python_number(value: Any, name: str, cure: str) -> Any:
-    """The only value of an option as Python's number.
-
-    GraphError for a tensor that requires a gradient, which an option has not; `cure` has one.
-    """
-    if isinstance(value, Tensor) and value.is_tracked:
-        raise GraphError(
-            f"{name} must be a number, which has no gradient, got a tensor that requires one: "
-            f"use {cure}, or float(tensor) for its value"
-        )
-    if hasattr(value, "item"):  # NumPy's scalars, arrays of any device, tensors
-        return value.item()
-    return value if isinstance(value, (int, float)) else float(value)
 
 
 # ---- reductions ----------------------------------------------------------------------------------

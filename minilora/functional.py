@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import as_ids, check_ids, check_probability, check_vector, python_number
 from .autograd import Grads as Grads  # other modules write F.Grads
 from .autograd import (
     Tensor,
@@ -30,12 +31,11 @@ from .autograd import (
     grad_enabled,
     namespace,
     operands,
-    python_number,
     record,
     where,
 )
 from .backend import Array, Backend, Shape
-from .errors import ConfigError, DataError, is_number
+from .errors import DataError
 from .threads import blocks
 
 IGNORE = -100  # a target that is not counted: PyTorch's ignore_index
@@ -57,23 +57,6 @@ def as_floats(x: Array) -> Array:
     return x.astype(np.float64) if x.dtype.kind in "iub" else x
 
 
-def as_ids(ids: Any, what: str) -> Array:
-    """ids as an array of integers. DataError for anything else."""
-    if isinstance(ids, Tensor):
-        ids = ids.data
-    elif isinstance(ids, (int, list, tuple, np.integer)):
-        ids = np.asarray(ids, None if np.size(ids) else np.int64)  # [] would be floats
-    if getattr(ids, "dtype", np.dtype("O")).kind not in "iu":
-        raise DataError(f"{what} must be integers, got {getattr(ids, 'dtype', type(ids).__name__)}")
-    return ids
-
-
-def _check_vector(name: str, vector: Array, size: int) -> None:
-    """ValueError unless `vector` is (size,): the gradient would have another shape than it."""
-    if vector.shape != (size,):
-        raise ValueError(f"{name} must have shape {(size,)}, got {vector.shape}")
-
-
 # ---- linear maps ---------------------------------------------------------------------------------
 
 
@@ -85,7 +68,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     W = weight.data
     y = X @ W.T  # (N, I) @ (I, O) -> (N, O)
     if bias is not None:
-        _check_vector("linear: bias", inputs[2].data, len(W))
+        check_vector("linear: bias", inputs[2].data, len(W))
         y += inputs[2].data
     shape = x.shape
     W_kept = W if x.requires_grad else None
@@ -143,19 +126,6 @@ def lora_linear(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float) -> T
     return record(out, (x, y, A, B), vjp)
 
 
-def check_ids(ids: np.ndarray, count: int, what: str) -> None:
-    """DataError, naming one, unless all ids are in [0, count).
-
-    Only ids on the host are checked: a GPU silently takes a wrong row.
-    """
-    if not ids.size:
-        return
-    low = ids.min()
-    high = ids.max()
-    if not (low >= 0 and high < count):
-        raise DataError(f"{what} {low if low < 0 else high} is outside [0, {count})")
-
-
 def embedding(ids: Array, weight: Tensor) -> Tensor:
     """weight[ids]    ids (...) integers in [0, V), weight (V, C) -> (..., C)
 
@@ -173,12 +143,6 @@ def embedding(ids: Array, weight: Tensor) -> Tensor:
 
 
 # ---- dropout -------------------------------------------------------------------------------------
-
-
-def check_probability(p: Any) -> None:
-    """ConfigError unless p is a probability of dropout."""
-    if not (is_number(least=0)(p) and p <= 1):
-        raise ConfigError(f"dropout: p must be a number in [0, 1], got {p!r:.100}")
 
 
 def dropout(x: Tensor, p: float, key: int, first: int = 0) -> Tensor:
@@ -295,7 +259,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     X = rows(as_floats(x.data))
     w = weight.data
     shape = x.shape
-    _check_vector("rms_norm: weight", w, X.shape[1])
+    check_vector("rms_norm: weight", w, X.shape[1])
     eps = python_number(eps, "rms_norm: eps", "elementary operations")
     rstd = 1.0 / xp.sqrt(row_dot(xp, X, X) / X.shape[1] + eps)  # (N, 1)
     y = X * rstd
@@ -324,8 +288,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     xp = namespace(x)
     X = x.data
     w = weight.data
-    _check_vector("layer_norm: weight", w, X.shape[-1])
-    _check_vector("layer_norm: bias", bias.data, X.shape[-1])
+    check_vector("layer_norm: weight", w, X.shape[-1])
+    check_vector("layer_norm: bias", bias.data, X.shape[-1])
     eps = python_number(eps, "layer_norm: eps", "elementary operations")
     mean = X.mean(axis=-1, keepdims=True)
     centred = X - mean

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import functional as F
+from .arguments import check_probability
 from .autograd import Tensor, concat, grad_enabled, no_grad, record, stack
 from .backend import Array, Backend, Shape, get_backend, mix_key
 from .effective import EffectiveWeight, Parts, Pull, effective_linear
@@ -360,7 +361,7 @@ class Dropout(Module):
     """
 
     def __init__(self, p: float, stream: int = 0):
-        F.check_probability(p)
+        check_probability(p)
         self.p = p
         self.stream = stream
         self.calls = 0

@@ -17,6 +17,7 @@ from hypothesis.extra import numpy as hnp
 from operations import NEURAL, angles, rotary_tables, setting
 
 from minilora import functional as F
+from minilora.arguments import check_ids
 from minilora.autograd import Tensor, gradients, no_grad
 from minilora.backend import NUMPY, mix_key
 from minilora.effective import count_operations
@@ -207,7 +208,7 @@ def test_embedding_and_cross_entropy_name_an_id_outside_the_vocabulary(bad):
 )
 def test_check_ids_names_an_id_that_is_outside(ids, named):
     with pytest.raises(DataError, match=rf"id {named} is outside \[0, 5\)"):
-        F.check_ids(np.array(ids), 5, "id")
+        check_ids(np.array(ids), 5, "id")
 
 
 @pytest.mark.parametrize("shape", [(1,), (6,), (3, 2)])

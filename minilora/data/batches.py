@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arguments import check_ids
 from ..backend import Backend
 from ..errors import ConfigError, DataError
-from ..functional import IGNORE, check_ids
+from ..functional import IGNORE
 from ..threads import blocks
 
 Ids = NDArray[np.integer[Any]]
