@@ -140,7 +140,7 @@ def leaf_gradients(
                 "only for a scalar it is 1 by default"
             )
         dy = loss.backend.xp.ones_like(loss.data)
-    array_type = type(loss.data)
+    array_type = loss.backend.xp.ndarray
     if isinstance(dy, np.generic):
         dy = loss.backend.xp.asarray(dy)
     # Its type must be that of the arrays that the graph keeps, which the guards look for.
