@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import REAL, check_kinds, clip_bound
 from .backend import Array, Backend, Shape, backend_of, get_backend
 from .errors import DeviceError, GraphError
 from .graph import Grads as Grads  # other modules import the graph's names from here
@@ -47,7 +48,7 @@ def record(data: Array, inputs: tuple[Tensor, ...], vjp: Vjp) -> Tensor:
         data = backend.xp.asarray(data)  # reductions give scalars
     y = Tensor.__new__(Tensor)
     y.backend = backend
-    y._data = data
+    y._array = data
     y.grad = y.node = y.version = None
     y.requires_grad = False
     parents: list[Node | Tensor | None] = []
@@ -57,7 +58,7 @@ def record(data: Array, inputs: tuple[Tensor, ...], vjp: Vjp) -> Tensor:
         parents.append((t.node or t) if t.requires_grad else None)
         y.requires_grad |= t.requires_grad
         if t.version is not None:
-            owner = t._data if t._data.base is None else owner_of(t._data)
+            owner = t._array if t._array.base is None else owner_of(t._array)
             guards.append((t.version, t.version[0], id(owner)))
             if is_view and owner_of(data) is owner:
                 y.version = t.version  # a view of a leaf changes when the leaf does
@@ -72,7 +73,6 @@ def record(data: Array, inputs: tuple[Tensor, ...], vjp: Vjp) -> Tensor:
 
 # ---- operands ------------------------------------------------------------------------------------
 
-_NUMBERS = (int, float, np.generic)
 _BASIC = (int, slice, np.integer, type(None), type(...))  # NumPy's basic indexing: a view
 
 
@@ -95,6 +95,7 @@ def _convert_operands(values: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """`operands` of different kinds, dtypes or devices."""
     items = [v if isinstance(v, Tensor) or _is_number(v) else Tensor(v) for v in values]
     tensors = [t for t in items if isinstance(t, Tensor)] or [Tensor(0.0)]
+    check_kinds(tensors)
     dtypes = {t.dtype for t in tensors if t.dtype.kind in "fc"}
     dtype = np.result_type(*dtypes) if len(dtypes) > 1 else next(iter(dtypes), None)
     for i, item in enumerate(items):
@@ -107,7 +108,10 @@ def _convert_operands(values: tuple[Any, ...]) -> tuple[Tensor, ...]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, _NUMBERS) or (isinstance(value, np.ndarray) and value.ndim == 0)
+    if isinstance(value, (int, float)):
+        return True
+    is_scalar = isinstance(value, np.generic) or (type(value) is np.ndarray and value.ndim == 0)
+    return is_scalar and value.dtype.kind in REAL
 
 
 def namespace(*tensors: Tensor) -> Any:
@@ -201,8 +205,9 @@ def power(a: Any, b: Any) -> Tensor:
     def vjp(dy: Array) -> Grads:
         da = db = None
         if B is not None:
-            # b a^(b-1) is 0 for b = 0, also at a = 0 or infinity: a^0 is 1 everywhere.
-            da = unbroadcast(dy * B * A ** xp.where(B == 0, 0, B - 1), sa)
+            # b a^(b-1) is 0 for b = 0, also at a = 0 or infinity: a^0 is 1 everywhere. It comes
+            # before dy, because dy b may underflow where a^(b-1) is infinite.
+            da = unbroadcast(dy * (B * A ** xp.where(B == 0, 0, B - 1)), sa)
         if Y is not None:
             db = unbroadcast(dy * Y * xp.log(xp.where(vanishes, 1, A)), sb)
         return da, db
@@ -210,12 +215,15 @@ def power(a: Any, b: Any) -> Tensor:
     return record(y, (a, b), vjp)
 
 
-def _split(xp: Any, dy: Array, wins: Array, ties: Array, sa: Shape, sb: Shape) -> Grads:
-    """The gradients of two: dy for the first where it `wins`, half for each where it `ties`."""
+def _split(xp: Any, dy: Array, wins: Array, loses: Array, sa: Shape, sb: Shape) -> Grads:
+    """The gradients of two: dy for the first where it `wins`, for the second where that `loses`.
+
+    Half for each where they are equal, or where one is NaN.
+    """
     half = dy / 2
     # Not dy times a share: 0 times infinity would be NaN.
-    da = xp.where(wins, dy, xp.where(ties, half, 0))
-    db = xp.where(wins, 0, xp.where(ties, half, dy))
+    da = xp.where(wins, dy, xp.where(loses, 0, half))
+    db = xp.where(loses, dy, xp.where(wins, 0, half))
     return unbroadcast(da, sa), unbroadcast(db, sb)
 
 
@@ -226,9 +234,9 @@ def maximum(a: Any, b: Any) -> Tensor:
     sa = a.shape
     sb = b.shape
     wins = a.data > b.data
-    ties = a.data == b.data
+    loses = a.data < b.data
     y = xp.maximum(a.data, b.data)
-    return record(y, (a, b), lambda dy: _split(xp, dy, wins, ties, sa, sb))
+    return record(y, (a, b), lambda dy: _split(xp, dy, wins, loses, sa, sb))
 
 
 def minimum(a: Any, b: Any) -> Tensor:
@@ -238,13 +246,21 @@ def minimum(a: Any, b: Any) -> Tensor:
     sa = a.shape
     sb = b.shape
     wins = a.data < b.data
-    ties = a.data == b.data
+    loses = a.data > b.data
     y = xp.minimum(a.data, b.data)
-    return record(y, (a, b), lambda dy: _split(xp, dy, wins, ties, sa, sb))
+    return record(y, (a, b), lambda dy: _split(xp, dy, wins, loses, sa, sb))
 
 
 def where(condition: Any, a: Any, b: Any) -> Tensor:
-    """a where the condition, an array or Tensor of booleans, is true; b elsewhere."""
+    """a where the condition, an array or Tensor of booleans, is true; b elsewhere.
+
+    GraphError for a condition that requires a gradient, because it would get none.
+    """
+    if isinstance(condition, Tensor) and condition.is_tracked:
+        raise GraphError(
+            "where: the condition requires a gradient, which would be lost: "
+            "give booleans, such as x > 0, or condition.detach()"
+        )
     a, b = operands(a, b)
     xp = namespace(a, b)
     sa, sb = a.shape, b.shape
@@ -290,11 +306,12 @@ def abs(x: Tensor) -> Tensor:
 
 def clip(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
     """x limited to [low, high], two numbers or None; gradients pass where low <= x <= high."""
+    (x,) = operands(x)  # np.clip may have a Tensor among its bounds alone
     xp = namespace(x)
     X = x.data
     # Python's numbers, because NumPy's would widen float32.
-    low = _bound(low)
-    high = _bound(high)
+    low = clip_bound(low)
+    high = clip_bound(high)
     if low is None and high is None:
         raise ValueError("clip got no bounds: give low, high or both")
     inside = xp.ones(X.shape, bool)
@@ -303,18 +320,6 @@ def clip(x: Tensor, low: float | None = None, high: float | None = None) -> Tens
     if high is not None:
         inside &= high >= X
     return record(xp.clip(X, low, high), (x,), lambda dy: (xp.where(inside, dy, 0),))
-
-
-def _bound(value: Any) -> Any:
-    """A bound of clip as Python's number, because NumPy's would widen float32; or None."""
-    if value is None:
-        return None
-    if np.ndim(value):
-        raise ValueError(
-            f"clip: low and high must be numbers or None, got shape {np.shape(value)}: "
-            "maximum() and minimum() take arrays"
-        )
-    return np.asarray(value).item()
 
 
 # ---- reductions ----------------------------------------------------------------------------------
@@ -378,7 +383,8 @@ def _share(xp: Any, dy: Array, X: Array, y: Array, axis: Axis, keepdims: bool) -
     equal = _unreduce(y, X.shape, axis, keepdims) == X
     count = equal.sum(axis=axis, keepdims=True).astype(dy.dtype)
     # 0 / count is NaN where y is: no entry equals it.
-    return xp.where(equal, _unreduce(dy, X.shape, axis, keepdims) / count, 0 / count)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return xp.where(equal, _unreduce(dy, X.shape, axis, keepdims) / count, 0 / count)
 
 
 # ---- shapes --------------------------------------------------------------------------------------
@@ -503,15 +509,16 @@ def matmul(a: Any, b: Any) -> Tensor:
 def _in_place(operation: Callable[[Any, Any], Tensor], symbol: str) -> Any:
     """The operator `symbol`: it assigns to a leaf that requires a gradient, under `no_grad` only.
 
-    For any other tensor it makes a new one, to which Python gives the name on the left.
+    It assigns to a frozen parameter too, which its module would lose otherwise. For any other
+    tensor it makes a new one, to which Python gives the name on the left.
     """
 
     def method(self: Tensor, other: Any) -> Tensor:
-        if self.node is not None or not self.requires_grad:
+        if self.node is not None or not (self.requires_grad or self.is_parameter):
             return operation(self, other)
-        if grad_enabled():
+        if self.is_tracked or (isinstance(other, Tensor) and other.is_tracked):
             raise GraphError(
-                f"p {symbol} ... would change a leaf that requires a gradient in place: "
+                f"p {symbol} ... would change a leaf in place, and lose a gradient: "
                 f"do it inside no_grad(), or write p = p {symbol[:-1]} ... for a new tensor"
             )
         result: Any = operation(self, other)
@@ -532,8 +539,9 @@ class Tensor(TensorBase):
     A Tensor made of a leaf shares its storage. GraphError for an operation's result.
     """
 
-    __slots__ = ("__weakref__", "_data", "backend", "grad", "node", "requires_grad", "version")
+    __slots__ = ("__weakref__", "_array", "backend", "grad", "node", "requires_grad", "version")
     operations = numpy_operations(globals())
+    is_parameter = False  # whether a module knows it by its name
     backend: Backend
     grad: Array | None
     node: Node | None
@@ -563,33 +571,46 @@ class Tensor(TensorBase):
         if device is not None and get_backend(device) is not self.backend:
             data = get_backend(device).from_numpy(self.backend.to_numpy(data))
             self.backend = get_backend(device)
-        self._data = data if dtype is None else data.astype(dtype, copy=False)
-        if requires_grad and self._data.dtype.kind != "f":
-            raise TypeError(f"only floating tensors can require a gradient, not {self._data.dtype}")
+        self._array = data if dtype is None else data.astype(dtype, copy=False)
+        if requires_grad and self._array.dtype.kind != "f":
+            raise TypeError(
+                f"only floating tensors can require a gradient, not {self._array.dtype}"
+            )
         self.requires_grad = requires_grad
         self.grad = self.node = None
 
     @property
     def data(self) -> Array:
-        return self._data
+        return self._array
 
     @data.setter
     def data(self, value: Array) -> None:
         """Copy into this leaf's storage, so views of it stay valid. Same shape and dtype only."""
         if self.version is None or self.node is not None:
-            raise GraphError("only a leaf's data can be assigned, not an operation's result")
-        if value.shape != self._data.shape or value.dtype != self._data.dtype:
+            cure = "result.detach() is a leaf with the same array"
+            if value is self._array:  # NumPy's operator has done its work by now
+                cure = (
+                    "`result.data += ...` has changed its array already, and with it what backward "
+                    "may read: compute the result again, or write result = result + ..."
+                )
+            raise GraphError(
+                f"only a leaf's data can be assigned, not an operation's result; {cure}"
+            )
+        if value.shape != self._array.shape or value.dtype != self._array.dtype:
             raise ValueError(
                 f"cannot assign {value.shape} {value.dtype} to data of {self.shape} {self.dtype}"
             )
-        self._data[...] = value
+        self._array[...] = value
         self.version[0] += 1
 
-    def take(self, at: Any) -> Array:
-        """The rows `at` (a slice or integers); a parameter stored as codes decodes only these."""
+    def read_rows(self, at: Any) -> Array:
+        """The rows `at` (a slice or integers) as an array: values, of which no graph knows.
+
+        A parameter stored as codes decodes only these.
+        """
         if isinstance(at, slice):
-            return self._data[at]
-        return self.backend.xp.take(self._data, at, axis=0)
+            return self._array[at]
+        return self.backend.xp.take(self._array, at, axis=0)
 
     def __repr__(self) -> str:
         values = np.array2string(self.numpy(), separator=", ", prefix="Tensor(")
@@ -599,7 +620,7 @@ class Tensor(TensorBase):
 
     def numpy(self) -> np.ndarray:
         """The values on the host: the array itself on a CPU, a copy from a GPU."""
-        return self.backend.to_numpy(self._data)
+        return self.backend.to_numpy(self._array)
 
     def item(self) -> float:
         """The only value, as a Python number."""
@@ -617,7 +638,7 @@ class Tensor(TensorBase):
             return self
         if self.node is not None:
             raise GraphError("gradients cannot cross devices: move the leaves, or .detach() first")
-        return Tensor(self._data, self.requires_grad, device=device)
+        return Tensor(self._array, self.requires_grad, device=device)
 
     def backward(self, dy: Array | None = None, *, retain_graph: bool = False) -> None:
         """Add d self / d leaf to the `.grad` of every leaf. See `gradients`."""
@@ -666,11 +687,11 @@ class Tensor(TensorBase):
     @property
     def T(self) -> Tensor: return transpose(self)
     @property
-    def shape(self) -> Shape: return tuple(self._data.shape)
+    def shape(self) -> Shape: return tuple(self._array.shape)
     @property
-    def dtype(self) -> Any: return self._data.dtype
+    def dtype(self) -> Any: return self._array.dtype
     @property
-    def ndim(self) -> int: return int(self._data.ndim)
+    def ndim(self) -> int: return int(self._array.ndim)
     @property
-    def size(self) -> int: return int(self._data.size)
+    def size(self) -> int: return int(self._array.size)
     # fmt: on

@@ -32,7 +32,7 @@ def mix_key(*numbers: int) -> int:
     """
     z = 0
     for n in numbers:
-        z = (z ^ (n & _MASK)) + _GOLDEN & _MASK
+        z = (z ^ (int(n) & _MASK)) + _GOLDEN & _MASK  # NumPy's integers would overflow
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
         z ^= z >> 31
@@ -129,7 +129,7 @@ class Backend:
         golden = np.uint64(_GOLDEN)
         position = self.xp.arange(first, first + rows, dtype=np.uint64)
         # The last round of mix_key, for every row at once.
-        keys = mix((position ^ np.uint64(key & _MASK)) + golden)
+        keys = mix((position ^ np.uint64(int(key) & _MASK)) + golden)
         return mix(keys[:, None] + self.xp.arange(1, count + 1, dtype=np.uint64) * golden)
 
     @functools.cached_property

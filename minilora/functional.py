@@ -12,7 +12,7 @@ Contents, by rising complexity:
     softmax        softmax, log_softmax
     losses         cross_entropy, linear_cross_entropy (without all logits at once)
     attention      apply_rotary, attention
-and helpers on arrays: rows, row_dot, as_floats, check_ids, prepare_targets.
+and helpers on arrays: rows, row_dot, as_floats, as_ids, check_ids, prepare_targets.
 """
 
 from __future__ import annotations
@@ -23,10 +23,19 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import as_ids, check_ids, check_probability, check_vector, python_number
 from .autograd import Grads as Grads  # other modules write F.Grads
-from .autograd import Tensor, axis_of, grad_enabled, namespace, operands, record, where
+from .autograd import (
+    Tensor,
+    axis_of,
+    grad_enabled,
+    namespace,
+    operands,
+    record,
+    where,
+)
 from .backend import Array, Backend, Shape
-from .errors import ConfigError, DataError, is_number
+from .errors import DataError
 from .threads import blocks
 
 IGNORE = -100  # a target that is not counted: PyTorch's ignore_index
@@ -59,7 +68,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     W = weight.data
     y = X @ W.T  # (N, I) @ (I, O) -> (N, O)
     if bias is not None:
-        y += bias.data
+        check_vector("linear: bias", inputs[2].data, len(W))
+        y += inputs[2].data
     shape = x.shape
     W_kept = W if x.requires_grad else None
     X_kept = X if weight.requires_grad else None  # a frozen W needs no X: only dW reads it
@@ -83,11 +93,15 @@ def lora_linear(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float) -> T
     dA = s B^T G^T X and dB = s G^T X A^T, the projections of the full gradient.
     """
     x, y, A, B = operands(x, y, A, B)
-    X = rows(x.data)
+    X = rows(as_floats(x.data))
     a = A.data
     b = B.data
     shape = x.shape
-    scaling = float(scaling)
+    scaling = python_number(scaling, "lora_linear: scaling", "y + (x @ A.T @ B.T) * scaling")
+    if y.shape != (*shape[:-1], len(b)):
+        raise ValueError(
+            f"lora_linear: y must have the shape of x B A, {(*shape[:-1], len(b))}, got {y.shape}"
+        )
     U = X @ a.T  # (N, I) @ (I, r) -> (N, r)
     out = (U @ b.T).reshape(y.shape)  # (N, r) @ (r, O) -> (N, O)
     out *= scaling
@@ -112,19 +126,6 @@ def lora_linear(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float) -> T
     return record(out, (x, y, A, B), vjp)
 
 
-def check_ids(ids: np.ndarray, count: int, what: str) -> None:
-    """DataError, naming one, unless all ids are in [0, count).
-
-    Only ids on the host are checked: a GPU silently takes a wrong row.
-    """
-    if not ids.size:
-        return
-    low = ids.min()
-    high = ids.max()
-    if not (low >= 0 and high < count):
-        raise DataError(f"{what} {low if low < 0 else high} is outside [0, {count})")
-
-
 def embedding(ids: Array, weight: Tensor) -> Tensor:
     """weight[ids]    ids (...) integers in [0, V), weight (V, C) -> (..., C)
 
@@ -132,21 +133,16 @@ def embedding(ids: Array, weight: Tensor) -> Tensor:
     """
     count = len(weight)
     backend = weight.backend
+    ids = as_ids(ids, "ids")
     if isinstance(ids, np.ndarray):
         check_ids(ids, count, "id")
         ids = backend.from_numpy(ids)
     flat = ids.reshape(-1)
-    y = weight.take(flat).reshape(*ids.shape, weight.shape[1])
+    y = weight.read_rows(flat).reshape(*ids.shape, weight.shape[1])
     return record(y, (weight,), lambda dy: (backend.add_rows(flat, rows(dy), count),))
 
 
 # ---- dropout -------------------------------------------------------------------------------------
-
-
-def check_probability(p: Any) -> None:
-    """ConfigError unless p is a probability of dropout."""
-    if not (is_number(least=0)(p) and p <= 1):
-        raise ConfigError(f"dropout: p must be a number in [0, 1], got {p!r:.100}")
 
 
 def dropout(x: Tensor, p: float, key: int, first: int = 0) -> Tensor:
@@ -231,7 +227,8 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         phi = 0.5 * (1.0 + x.backend.erf(X * math.sqrt(0.5)))  # the normal distribution function
 
         def vjp(dy: Array) -> Grads:
-            density = xp.exp(-0.5 * X * X) * (1 / math.sqrt(2 * math.pi))
+            with np.errstate(over="ignore"):  # exp(-inf) is 0, which is right
+                density = xp.exp(-0.5 * X * X) * (1 / math.sqrt(2 * math.pi))
             return (dy * (phi + X * density),)
 
         return record(X * phi, (x,), vjp)
@@ -239,10 +236,14 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
     # (1 + tanh(z)) / 2 = sigmoid(2z), and exp is twice as fast as tanh. 2z = c (x + 0.044715 x^3)
     c = 2 * math.sqrt(2 / math.pi)
-    s = _sigmoid(xp, X * (c + 0.044715 * c * (X * X)))
+    with np.errstate(over="ignore"):  # as in `_sigmoid`
+        s = _sigmoid(xp, X * (c + 0.044715 * c * (X * X)))
 
     def vjp_tanh(dy: Array) -> Grads:
-        slope = c + 3 * 0.044715 * c * (X * X)  # of 2z
+        with np.errstate(over="ignore"):
+            # Beyond 100, s (1 - s) is 0: an infinite slope would make that NaN.
+            square = xp.minimum(X * X, 1e4)
+        slope = c + 3 * 0.044715 * c * square  # of 2z
         return (dy * (s + X * s * (1 - s) * slope),)
 
     return record(X * s, (x,), vjp_tanh)
@@ -255,10 +256,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * w    x (..., C), w (C,)    Zhang & Sennrich 2019, eq. (4)"""
     x, weight = operands(x, weight)
     xp = namespace(x)
-    X = rows(x.data)
+    X = rows(as_floats(x.data))
     w = weight.data
     shape = x.shape
-    rstd = 1.0 / xp.sqrt(row_dot(xp, X, X) / X.shape[1] + float(eps))  # (N, 1)
+    check_vector("rms_norm: weight", w, X.shape[1])
+    eps = python_number(eps, "rms_norm: eps", "elementary operations")
+    rstd = 1.0 / xp.sqrt(row_dot(xp, X, X) / X.shape[1] + eps)  # (N, 1)
     y = X * rstd
     y *= w
     need_dx = x.requires_grad
@@ -285,10 +288,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     xp = namespace(x)
     X = x.data
     w = weight.data
+    check_vector("layer_norm: weight", w, X.shape[-1])
+    check_vector("layer_norm: bias", bias.data, X.shape[-1])
+    eps = python_number(eps, "layer_norm: eps", "elementary operations")
     mean = X.mean(axis=-1, keepdims=True)
     centred = X - mean
     variance = (centred * centred).mean(axis=-1, keepdims=True)
-    rstd = 1.0 / xp.sqrt(variance + float(eps))  # (..., 1)
+    rstd = 1.0 / xp.sqrt(variance + eps)  # (..., 1)
     need_dx = x.requires_grad
     need_dw = weight.requires_grad
     need_db = bias.requires_grad
@@ -350,6 +356,7 @@ def prepare_targets(
 
     The weights are float64. DataError unless targets have `shape` and are in [0, V) or ignored.
     """
+    targets = as_ids(targets, "targets")
     if targets.shape != shape:
         logits = (*shape, V)
         raise DataError(f"targets of shape {targets.shape} do not fit logits of shape {logits}")
@@ -415,6 +422,7 @@ def linear_cross_entropy(
     the forward computes the gradients too, up to the factor dy: with E = exp(logits - max) and
     p = E / sum E they are (p - onehot) head and (p - onehot)^T x.
     """
+    x, head = operands(x, head)
     xp = namespace(x, head)
     V = len(head)
     shape = x.shape
@@ -440,7 +448,7 @@ def linear_cross_entropy(
         hit = xp.zeros(w.shape, X.dtype)  # the logit of the target
         words = blocks(V, sizes.loss_logits // len(w))
         for v in words:
-            W = head.take(v)
+            W = head.read_rows(v)
             E = logits(W, at)
             nearest = xp.clip(tn - v.start, 0, v.stop - v.start - 1)
             logit = xp.take_along_axis(E, nearest[None], axis=0)[0]
@@ -461,12 +469,13 @@ def linear_cross_entropy(
         loss = loss + (xp.where(ignored[at], 0, nll) * w).sum()
         share = (w / total)[:, None]  # (n, 1)
         if dX is not None:
-            dx = dX[at] * share - head.take(tn) * w[:, None]
+            with np.errstate(invalid="ignore"):
+                dx = dX[at] * share - head.read_rows(tn) * w[:, None]
             dX[at] = xp.where(ignored[at, None], 0, dx)
         if dW is not None:
             for v in words:
                 if len(words) > 1:
-                    E = xp.exp(logits(head.take(v), at) - top)
+                    E = xp.exp(logits(head.read_rows(v), at) - top)
                 dW[v] += E @ (X[at] * share)  # (v, n) @ (n, C)
     if dW is not None:
         dW -= x.backend.add_rows(t, X * weight[:, None], V)
@@ -526,17 +535,24 @@ def attention(
               own key, or its output is NaN. None: all earlier keys
     """
     xp = namespace(qkv)
+    if qkv.ndim != 3:
+        raise ValueError(f"attention: qkv must have shape (B, T, channels), got {qkv.shape}")
     B, T, width = qkv.shape
     rotated = heads + kv_heads
-    if heads % kv_heads:
-        raise ValueError(f"attention: heads ({heads}) must be a multiple of kv_heads ({kv_heads})")
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"attention: heads ({heads}) must be a multiple of kv_heads ({kv_heads}), "
+            "both 1 or more"
+        )
     count = rotated + kv_heads
-    if width % count:
+    if width % count or not width:
         raise ValueError(
             f"attention: the channels ({width}) must be a multiple of heads + 2 kv_heads ({count})"
         )
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window must be None or 1 or more, got {window}")
     D = width // count
-    Z = qkv.data.reshape(B, T, count, D)
+    Z = as_floats(qkv.data).reshape(B, T, count, D)
     QK = Z[:, :, :rotated].copy() if cos is None else apply_rotary(xp, Z[:, :, :rotated], cos, sin)
     q = QK[:, :, :heads]
     k = QK[:, :, heads:]
@@ -583,7 +599,7 @@ def _attend(
     future = xp.where(order[:, None] > order, -np.inf, 0).astype(q.dtype)  # (key, query)
     # Keys that no query of a block sees are left out, but not on a GPU: to look at `first_key`
     # there would wait for the device.
-    on_host = first_key if isinstance(first_key, np.ndarray) else None
+    on_host = first_key if isinstance(first_key, np.ndarray) and B else None
 
     def by_head(z: Array) -> Array:
         # (B, T, H, D) -> (B, K, G, T, D) without a copy: products with k broadcast over G
@@ -603,7 +619,7 @@ def _attend(
         last = S - T + at.stop
         first = max(0, last - t + 1 - window) if window else 0
         if on_host is not None:
-            first = max(first, int(np.min(on_host[:, at], initial=last)))
+            first = max(first, min(int(on_host[:, at].min()), last - t))
         keys = slice(first, last)
         P, view = products(kh[..., keys, :], qh[..., at, :])
         # Only the newest t keys can be later than a query.
@@ -615,7 +631,7 @@ def _attend(
             P[:, :old].reshape(B, old, H, t)[...] += past.astype(q.dtype)[:old, None, :t]
         if first_key is not None:
             # Only keys before the largest first_key can be hidden from a query.
-            end = last if on_host is None else int(np.max(on_host[:, at], initial=first))
+            end = last if on_host is None else int(np.clip(on_host[:, at].max(), first, last))
             is_hidden = xp.arange(first, end)[:, None] < first_key[:, None, at]  # (B, key, query)
             earlier = P[:, : end - first].reshape(B, end - first, H, t)
             xp.copyto(earlier, -np.inf, where=is_hidden[:, :, None])

@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from .backend import Array
 from .errors import GraphError
 from .protocols import TensorBase
@@ -139,8 +141,12 @@ def leaf_gradients(
                 "only for a scalar it is 1 by default"
             )
         dy = loss.backend.xp.ones_like(loss.data)
-    elif isinstance(dy, TensorBase) or getattr(dy, "shape", None) != loss.shape:
-        got = f"{type(dy).__name__} {getattr(dy, 'shape', '')}"
+    array_type = loss.backend.xp.ndarray
+    if isinstance(dy, np.generic):
+        dy = loss.backend.xp.asarray(dy)
+    # Its type must be that of the arrays that the graph keeps, which the guards look for.
+    if type(dy) is not array_type or dy.shape != loss.shape or dy.dtype.kind not in "biuf":
+        got = f"{type(dy).__name__} {getattr(dy, 'shape', '')} {getattr(dy, 'dtype', '')}".strip()
         raise GraphError(f"dy must be an array of shape {loss.shape}, got {got}")
     # By id: the gradients of leaves, and of nodes not visited yet, which `heap` keeps alive.
     sums: dict[int, Array] = {}
@@ -163,7 +169,7 @@ def leaf_gradients(
     while heap:
         node = heapq.heappop(heap)
         for version, before, owner in node.guards:
-            if version[0] != before and _reads(node.vjp, owner, type(dy)):
+            if version[0] != before and _reads(node.vjp, owner, array_type):
                 name = node.vjp.__qualname__.split(".")[0]
                 raise GraphError(
                     f"a tensor that the backward of '{name}' needs was changed after the forward "

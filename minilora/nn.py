@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 
 from . import functional as F
-from .autograd import Tensor, concat, grad_enabled, gradients, no_grad, record, stack
+from .arguments import check_probability
+from .autograd import Tensor, concat, grad_enabled, no_grad, record, stack
 from .backend import Array, Backend, Shape, get_backend, mix_key
 from .effective import EffectiveWeight, Parts, Pull, effective_linear
+from .errors import GraphError
+from .graph import leaf_gradients
 
 _thread = threading.local()
 _recomputed = itertools.count(1)
@@ -34,13 +37,14 @@ class Parameter(Tensor):
 
     __slots__ = ()
     fixed = False
+    is_parameter = True
 
     def __init__(self, data: Array, requires_grad: bool = True):
         super().__init__(data, requires_grad=requires_grad)
 
     def move(self, backend: Backend, dtype: Any) -> None:
         """Give the parameter new storage, on another device or in another dtype."""
-        self._data = backend.from_numpy(self.numpy().astype(dtype, copy=False))
+        self._array = backend.from_numpy(self.numpy().astype(dtype, copy=False))
         self.backend = backend
         self.grad = None
         assert self.version is not None
@@ -357,7 +361,7 @@ class Dropout(Module):
     """
 
     def __init__(self, p: float, stream: int = 0):
-        F.check_probability(p)
+        check_probability(p)
         self.p = p
         self.stream = stream
         self.calls = 0
@@ -381,7 +385,8 @@ class Dropout(Module):
 def checkpoint(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence[Tensor]) -> Tensor:
     """function(x), of which only x is kept: backward runs it again (Chen et al. 2016). Same bits.
 
-    params   the leaves that the function reads and that require a gradient
+    params   the leaves that the function reads and that require a gradient. In backward,
+             GraphError for one that is missing
     """
     if not grad_enabled() or not (x.requires_grad or params):
         return function(x)
@@ -402,7 +407,14 @@ def checkpoint(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence
         assert len(values) == len(params)
         if not again.requires_grad:
             return (None,) * (1 + len(params))
-        return tuple(gradients(again, [leaf, *params], dy))
+        found = {id(p): g for p, g in leaf_gradients(again, dy, retain_graph=False)}
+        grads = tuple(found.pop(id(p), None) for p in (leaf, *params))
+        if found:
+            raise GraphError(
+                f"the function of checkpoint reads {len(found)} leaves that require a gradient and "
+                "are not among params: their gradients would be lost"
+            )
+        return grads
 
     return record(y, (x, *params), vjp)
 

@@ -45,6 +45,21 @@ RULES = (
 )
 
 
+def _listed_gradients(grads: Any) -> list[Any]:
+    """The gradients as a list of arrays or None. ConfigError for one alone, or for Tensors."""
+    if hasattr(grads, "dtype") or not isinstance(grads, Iterable):
+        raise ConfigError(f"gradients must be a list of arrays, got one {type(grads).__name__}")
+    listed = list(grads)
+    for i, g in enumerate(listed):
+        if g is None:
+            continue
+        dtype = getattr(g, "dtype", None)
+        if isinstance(g, Tensor) or dtype is None or dtype.kind not in "iuf":
+            got = f"{type(g).__name__} {dtype or ''}".strip()
+            raise ConfigError(f"gradients must be arrays of real numbers or None, got {got} at {i}")
+    return listed
+
+
 def _listed(params: Any) -> list[Any]:
     """The parameters as a list. ConfigError for one alone: its rows are no parameters."""
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
@@ -63,6 +78,10 @@ def _check_leaf(name: Any, p: Any) -> None:
         raise ConfigError(
             f"expected parameters or (name, parameter) pairs, got {got} as {name!r:.100}: "
             "give leaves, such as model.parameters() or model.named_parameters()"
+        )
+    if p.dtype.kind != "f":
+        raise ConfigError(
+            f"parameters must be floats to be trained, got {p.dtype} as {name!r:.100}"
         )
 
 
@@ -149,8 +168,7 @@ class Optimizer:
 
         `scale` multiplies the learning rate of every group: the schedule's factor.
         """
-        if grads is None:
-            grads = [p.grad for p in self.params]
+        grads = _listed_gradients([p.grad for p in self.params] if grads is None else grads)
         pairs = list(zip(self.members, grads, strict=False))
         wrong = [m.name for m, g in pairs if g is not None and g.shape != m.parameter.shape]
         if wrong or len(grads) != len(self.members):
@@ -374,6 +392,7 @@ def clip_by_global_norm(
     reads it.
     """
     max_norm = _checked("max_norm", max_norm)
+    grads = _listed_gradients(grads)
     present = {i: g for i, g in enumerate(grads) if g is not None}
     clipped = list(grads)
     backend = backend_of(next(iter(present.values()), np.zeros(0)))

@@ -61,6 +61,10 @@ WITHOUT_GRADIENT |= {"flatnonzero", "nonzero", "searchsorted"}
 WITHOUT_GRADIENT |= {"empty_like", "ones_like", "zeros_like", "ndim", "shape", "size"}
 WITHOUT_GRADIENT |= {"min_scalar_type", "result_type"}
 WITHOUT_GRADIENT |= {"array2string", "array_repr", "array_str"}
+# Values of options that ask for nothing else than a call without them.
+DEFAULTS: dict[str, tuple[Any, ...]] = {}
+DEFAULTS |= {"where": (True,), "subok": (True,), "keepdims": (False,)}
+DEFAULTS |= {"casting": ("same_kind",), "order": ("C", "K")}
 WRITING = {"copyto", "fill_diagonal", "place", "put", "put_along_axis", "putmask"}  # into the first
 
 
@@ -92,7 +96,19 @@ def _full_name(function: Any) -> str:
 
 @functools.cache
 def _returns_booleans(ufunc: np.ufunc) -> bool:
-    return all(types.endswith("?") for types in ufunc.types if "O" not in types)
+    results = [types[-1] for types in ufunc.types if "O" not in types]
+    return set(results) == {"?"}  # np.frompyfunc's has objects alone, which may be anything
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """Whether an option of a call asks for what NumPy does without it."""
+    if isinstance(value, (bool, np.bool_, str)):
+        return value in DEFAULTS.get(name, ())
+    return (value is None and name != "axis") or value is np._NoValue
+
+
+def _without_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if not _is_default(name, value)}
 
 
 @functools.cache
@@ -102,12 +118,11 @@ def _signature(name: str) -> inspect.Signature:
 
 def _arguments(name: str, args: Any, options: Any) -> tuple[Any, ...] | None:
     """The operation's arguments in a call of NumPy's function; None if it lacks a parameter."""
-    given = {key: value for key, value in options.items() if value is not None or key == "axis"}
     try:
-        _signature(name).bind(*args, **given)
+        _signature(name).bind(*args, **options)
     except TypeError:
         return None
-    return SIGNATURES[name](*args, **given)
+    return SIGNATURES[name](*args, **options)
 
 
 # ---- tensors among arguments ---------------------------------------------------------------------
@@ -200,11 +215,12 @@ class TensorBase:
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         called = method == "__call__"
-        if called and not options:
+        asked = _without_defaults(options)
+        if called and not asked:
             operation = self.operations.get(_numpy_name(ufunc))
             if operation is not None:
                 return operation(*inputs)
-        name = _full_name(ufunc) + ("" if called else f".{method}") + _with(options)
+        name = _full_name(ufunc) + ("" if called else f".{method}") + _with(asked)
         _refuse_writing(name, inputs[0] if method == "at" else options.get("out"))
         if not _returns_booleans(ufunc):
             _refuse_lost_graph(name, (inputs, options))
@@ -214,11 +230,12 @@ class TensorBase:
     def __array_function__(self, function: Any, types: Any, args: Any, options: Any) -> Any:
         known = _numpy_name(function)
         known = ALIASES.get(known, known)
+        asked = _without_defaults(options)
         if known in SIGNATURES:
-            arguments = _arguments(known, args, options)
+            arguments = _arguments(known, args, asked)
             if arguments is not None:
                 return self.operations[known](*arguments)
-        name = _full_name(function) + _with(options)
+        name = _full_name(function) + _with(asked)
         _refuse_writing(name, args[0] if known in WRITING else options.get("out"))
         if known not in WITHOUT_GRADIENT:
             _refuse_lost_graph(name, (args, options))
@@ -266,6 +283,23 @@ class TensorBase:
 
     def __int__(self) -> int:
         return int(self.item())
+
+    def __index__(self) -> int:
+        if self.dtype.kind not in "iu" or self.ndim:
+            raise TypeError(
+                f"only a 0-d tensor of integers is an index, got {self.dtype} of shape {self.shape}"
+            )
+        return int(self.item())
+
+    def __format__(self, specification: str) -> str:
+        if not specification:
+            return str(self)
+        if self.size != 1:
+            raise TypeError(
+                f"{specification!r} formats one value, got a tensor of shape {self.shape}: "
+                "format its values one by one"
+            )
+        return format(self.item(), specification)
 
     def __len__(self) -> int:
         if not self.ndim:

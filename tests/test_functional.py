@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +17,11 @@ from hypothesis.extra import numpy as hnp
 from operations import NEURAL, angles, block_sizes, rotary_tables
 
 from minilora import functional as F
+from minilora.arguments import check_ids
 from minilora.autograd import Tensor, gradients, no_grad
 from minilora.backend import NUMPY, mix_key
 from minilora.effective import count_operations
-from minilora.errors import ConfigError, DataError
+from minilora.errors import ConfigError, DataError, GraphError
 from minilora.nn import Dropout
 
 U32 = 2.0**-24  # half the distance from 1 to the next float32
@@ -205,7 +208,7 @@ def test_embedding_and_cross_entropy_name_an_id_outside_the_vocabulary(bad):
 )
 def test_check_ids_names_an_id_that_is_outside(ids, named):
     with pytest.raises(DataError, match=rf"id {named} is outside \[0, 5\)"):
-        F.check_ids(np.array(ids), 5, "id")
+        check_ids(np.array(ids), 5, "id")
 
 
 @pytest.mark.parametrize("shape", [(1,), (6,), (3, 2)])
@@ -225,6 +228,17 @@ def test_cross_entropy_of_nothing_is_zero_with_zero_gradient(reduction, dtype, s
     assert loss.item() == 0
     loss.backward()
     equal(x.grad, np.zeros_like(x.data))
+
+
+@DTYPES
+def test_linear_cross_entropy_of_an_infinite_row_is_nan_without_a_warning(dtype):
+    x = leaf(np.array([[np.inf, 1], [1, 2]], dtype))
+    head = leaf(np.array([[1, 2], [2, 1], [3, 1]], dtype))
+    loss = F.linear_cross_entropy(x, head, np.array([0, 2]))
+    loss.backward()
+    assert np.isnan(loss.item())
+    assert np.isnan(x.grad[0]).any()
+    assert np.isfinite(x.grad[1]).all()
 
 
 @DTYPES
@@ -426,6 +440,142 @@ def test_attention_with_huge_scores_does_not_overflow():
     q, k, v = draw_qkv(1, 4, 2, 2)
     with np.errstate(over="raise", invalid="raise"):
         assert np.isfinite(attend(q * 1e8, k * 1e8, v)).all()
+
+
+ONE = Tensor(np.array(0.5), True)
+OPTIONS = {
+    "lora_linear: scaling": lambda x, o: F.lora_linear(
+        x, leaf(np.ones((2, 3))), leaf(np.ones((2, 4))), leaf(np.ones((3, 2))), o
+    ),
+    "rms_norm: eps": lambda x, o: F.rms_norm(x, leaf(np.ones(4)), o),
+    "layer_norm: eps": lambda x, o: F.layer_norm(x, leaf(np.ones(4)), leaf(np.ones(4)), o),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option_that_requires_a_gradient_is_refused(name):
+    x = Tensor(np.arange(8.0).reshape(2, 4), True)
+    call = functools.partial(OPTIONS[name], x)
+    with pytest.raises(GraphError, match=f"^{name} must be a number.*float"):
+        call(ONE)
+    expected = call(0.5).data
+    for value in (ONE.detach(), np.float32(0.5), np.array(0.5)):
+        equal(call(value).data, expected)
+
+
+VECTORS = {
+    "linear: bias": lambda x, w: F.linear(x, leaf(np.ones((4, 4))), w),
+    "rms_norm: weight": lambda x, w: F.rms_norm(x, w),
+    "layer_norm: weight": lambda x, w: F.layer_norm(x, w, leaf(np.ones(4))),
+    "layer_norm: bias": lambda x, w: F.layer_norm(x, leaf(np.ones(4)), w),
+}
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 4), (3,)])
+@pytest.mark.parametrize("name", VECTORS)
+def test_vector_of_another_shape_is_refused(name, shape):
+    # It was broadcast, and got a gradient of shape (4,).
+    expected = rf"{name} must have shape \(4,\), got {re.escape(str(shape))}"
+    with pytest.raises(ValueError, match=expected):
+        VECTORS[name](Tensor(np.ones((2, 4))), leaf(np.ones(shape)))
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (2, 1), (6,), (3, 2)])
+def test_lora_linear_refuses_y_of_another_shape(shape):
+    x, A, B = (leaf(np.ones(s)) for s in [(2, 4), (2, 4), (3, 2)])
+    with pytest.raises(ValueError, match=r"y must have the shape of x B A, \(2, 3\), got"):
+        F.lora_linear(x, leaf(np.ones(shape)), A, B, 1.0)
+
+
+IDS = {
+    "embedding": lambda ids: F.embedding(ids, leaf(np.arange(20.0).reshape(5, 4))),
+    "cross_entropy": lambda ids: F.cross_entropy(leaf(np.ones((2, 4))), ids),
+    "linear_cross_entropy": lambda ids: F.linear_cross_entropy(
+        leaf(np.ones((2, 4))), leaf(np.ones((5, 4))), ids
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_ids_and_targets_are_integers_in_any_container(name):
+    expected = IDS[name](np.array([1, 3])).data
+    for ids in ([1, 3], (1, 3), Tensor(np.array([1, 3])), np.array([1, 3], np.uint8)):
+        equal(IDS[name](ids).data, expected)
+    for wrong in ([1.0, 3.0], np.array([True, False]), leaf([1.0, 3.0]), None, "13"):
+        with pytest.raises(DataError, match=r"^(ids|targets) must be integers, got"):
+            IDS[name](wrong)
+
+
+def test_linear_cross_entropy_takes_integers_as_floats_of_the_head():
+    x = np.arange(8).reshape(2, 4)
+    head = leaf(np.arange(20.0).reshape(5, 4) / 10)
+    targets = np.array([0, 3])
+    loss = F.linear_cross_entropy(Tensor(x), head, targets)
+    expected = F.cross_entropy(F.linear(Tensor(x), head), targets)
+    np.testing.assert_allclose(loss.data, expected.data, rtol=1e-14)
+
+
+@pytest.mark.parametrize("first_key", [None, np.zeros((0, 3), int)])
+def test_attention_of_no_sequences_has_the_shapes_of_none(first_key):
+    qkv = Tensor(np.zeros((0, 3, 16)), True)
+    y = F.attention(qkv, 4, 2, window=2, first_key=first_key)
+    assert y.shape == (0, 3, 8)
+    assert gradients(y, [qkv], np.zeros((0, 3, 8)))[0].shape == (0, 3, 16)
+
+
+def test_attention_of_a_query_that_sees_no_key_is_nan():
+    qkv = np.random.default_rng(0).standard_normal((1, 70, 6))
+    first_key = np.zeros((1, 70), int)
+    expected = F.attention(Tensor(qkv), 1, 1, first_key=first_key).data
+    first_key[0, [3, 69]] = [9, 100]
+    with np.errstate(invalid="ignore"):
+        y = F.attention(Tensor(qkv), 1, 1, first_key=first_key).data
+        later = F.attention(Tensor(qkv), 1, 1, first_key=first_key + 100).data
+    assert np.isnan(y[0, [3, 69]]).all()
+    assert np.isnan(later).all()
+    seen = np.delete(np.arange(70), [3, 69])
+    equal(y[0, seen], expected[0, seen])
+
+
+def test_rms_norm_and_lora_linear_take_integers_as_floats():
+    x = np.full((1, 3), 100, np.int8)  # its square is no int8
+    ones = Tensor(np.ones(3, np.int8))
+    close(F.rms_norm(Tensor(x), ones).data, np.ones((1, 3)), rtol=1e-9)
+    A = Tensor(np.ones((1, 3), np.int8))
+    y = F.lora_linear(Tensor(x), Tensor(x), A, Tensor(np.ones((3, 1), np.int8)), 0.5)
+    equal(y.data, np.full((1, 3), 250.0))
+
+
+def test_dropout_takes_numpy_s_integers_as_keys():
+    x = Tensor(np.ones((2, 8)))
+    for key in (3, -3):
+        expected = F.dropout(x, 0.5, key).data
+        equal(F.dropout(x, 0.5, np.int64(key)).data, expected)
+    for integer in (np.int64(-1), np.uint64(7), np.int8(5)):
+        assert mix_key(integer, integer) == mix_key(int(integer), int(integer))
+
+
+def test_attention_takes_integers_as_floats():
+    values = np.arange(24).reshape(1, 4, 6)
+    y = F.attention(Tensor(values), 1, 1).data
+    equal(y, F.attention(Tensor(values.astype(float)), 1, 1).data)
+
+
+ATTENTION = {
+    r"shape \(B, T, channels\), got \(2, 6\)": ((2, 6), {}),
+    r"kv_heads \(0\), both 1 or more": ((1, 2, 6), {"kv_heads": 0}),
+    r"heads \(0\) must .*, both 1 or more": ((1, 2, 6), {"heads": 0}),
+    r"channels \(0\)": ((1, 2, 0), {}),
+    r"window must be None or 1 or more, got -1": ((1, 2, 6), {"window": -1}),
+    r"window must be None or 1 or more, got 0": ((1, 2, 6), {"window": 0}),
+}
+
+
+@pytest.mark.parametrize("expected", ATTENTION)
+def test_attention_says_what_is_wrong(expected):
+    shape, options = ATTENTION[expected]
+    with pytest.raises(ValueError, match=expected):
+        F.attention(Tensor(np.ones(shape)), **{"heads": 1, "kv_heads": 1, **options})
 
 
 @pytest.mark.parametrize(("H", "K", "width"), [(3, 2, 28), (2, 4, 40)])

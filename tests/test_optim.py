@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minilora import optim
+from minilora.autograd import Tensor
 from minilora.errors import CheckpointError, ConfigError
 from minilora.nn import Linear, Parameter
 
@@ -726,3 +727,34 @@ def test_step_separates_moments_that_other_parameters_share(kind):
             optimizer.step([g, g, g])
         results.append(values(named))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("grads", "got"),
+    [
+        (np.ones((1, 3)), "one ndarray"),
+        (Tensor(np.ones((1, 3))), "one Tensor"),
+        (1.0, "one float"),
+        ([Tensor(np.ones(3))], "Tensor float64 at 0"),
+        ([np.ones(3) * 1j], "ndarray complex128 at 0"),
+        ([[1.0, 1.0, 1.0]], "list at 0"),
+    ],
+)
+def test_step_and_clip_by_global_norm_take_a_list_of_arrays(grads, got):
+    # The rows of one array were taken for gradients, and the imaginary part of one was dropped.
+    p = Parameter(np.ones(3))
+    for call in (optim.SGD([p], lr=0.1).step, lambda grads: optim.clip_by_global_norm(grads, 1.0)):
+        with pytest.raises(ConfigError, match=f"^gradients must be .* got {got}$"):
+            call(grads)
+    np.testing.assert_array_equal(p.data, np.ones(3))
+
+
+def test_optimizer_refuses_integers():
+    with pytest.raises(ConfigError, match="must be floats to be trained, got int64 as '0'"):
+        optim.AdamW([Tensor(np.arange(3))])
+
+
+def test_step_takes_gradients_from_an_iterator():
+    p = Parameter(np.ones(3))
+    optim.SGD([p], lr=0.5).step(iter([np.ones(3)]))
+    np.testing.assert_array_equal(p.data, np.full(3, 0.5))

@@ -19,7 +19,8 @@ from operations import public_operations
 from minilora import Parameter, no_grad
 from minilora import autograd as ag
 from minilora.autograd import Tensor, gradients
-from minilora.errors import GraphError
+from minilora.errors import DeviceError, GraphError
+from minilora.nn import Linear
 from minilora.protocols import NUMPY_NAMES, SIGNATURES
 
 equal = np.testing.assert_array_equal
@@ -72,7 +73,16 @@ KNOWN["reshape -1"] = lambda x: np.reshape(x, -1)
 KNOWN["transpose"] = np.transpose
 KNOWN["transpose axes"] = lambda x: np.transpose(x, (1, 0))
 KNOWN["transpose axes="] = lambda x: np.transpose(x, axes=[-1, 0])
+KNOWN["reshape order=C"] = lambda x: np.reshape(x, (3, 2), order="C")
+KNOWN["clip of an array"] = lambda x: np.clip(x, np.float64(2.5), np.array(4.5))
 KNOWN["broadcast_to"] = lambda x: np.broadcast_to(x, (4, 2, 3))
+# Options that ask for what NumPy does without them
+KNOWN["add where=True"] = lambda x: np.add(x, 1, where=True)
+KNOWN["add casting="] = lambda x: np.add(x, 1, casting="same_kind", order="K", subok=True)
+KNOWN["exp out=None"] = lambda x: np.exp(x, out=None, where=True, dtype=None)
+KNOWN["sum where=True"] = lambda x: np.sum(x, where=True, dtype=None, initial=np._NoValue)
+KNOWN["max keepdims="] = lambda x: np.max(x, axis=1, keepdims=np._NoValue)
+KNOWN["concatenate casting="] = lambda x: np.concatenate([x, x], dtype=None, casting="same_kind")
 # Operators with an array or a NumPy scalar on the left
 KNOWN["array +"] = lambda x: ROW + x
 KNOWN["array -"] = lambda x: ROW - x
@@ -150,6 +160,7 @@ UNKNOWN["np.add.reduce"] = np.add.reduce
 UNKNOWN["np.add.accumulate"] = np.add.accumulate
 UNKNOWN["np.add.outer"] = lambda x: np.add.outer(x, ROW)
 UNKNOWN["np.add.reduceat"] = lambda x: np.add.reduceat(x, [0, 1])
+UNKNOWN["np.sin with order="] = lambda x: np.sin(x, order="F", where=True)
 UNKNOWN["np.exp with where="] = lambda x: np.exp(x, where=MATRIX > 0, out=np.zeros((2, 3)))
 UNKNOWN["np.exp with dtype="] = lambda x: np.exp(x, dtype=np.float64)
 UNKNOWN["np.exp with out="] = lambda x: np.exp(x, out=np.zeros((2, 3)))
@@ -188,6 +199,10 @@ CONVERSIONS["float64"] = np.float64
 CONVERSIONS["assignment"] = lambda x: np.zeros((2, 3)).__setitem__(slice(None), x)
 CONVERSIONS["method of an array"] = lambda x: MATRIX.T.dot(x)
 CONVERSIONS["full"] = lambda x: np.full((2, 3), x)
+CONVERSIONS["masked array +"] = lambda x: np.ma.array(MATRIX, mask=MATRIX > 2) + x
+CONVERSIONS["masked"] = lambda x: np.ma.masked * x
+CONVERSIONS["np.ma.exp"] = np.ma.exp
+CONVERSIONS["np.ma.add"] = lambda x: np.ma.add(x, 1)
 CONVERSIONS["choice"] = lambda x: np.random.default_rng(0).choice(x)
 
 
@@ -202,12 +217,78 @@ def test_tensor_does_not_become_an_array_by_itself(call: Any) -> None:
         call(x)
 
 
+def test_ufuncs_made_of_python_functions_have_no_gradient():
+    # All their types are objects, which says nothing about booleans.
+    double = np.frompyfunc(lambda value: value * 2, 1, 1)
+    with pytest.raises(GraphError, match="has no gradient here"):
+        double(leaf())
+    equal(double(Tensor(ROW)), 2 * ROW)
+
+
+NOT_REAL: dict[str, Callable[[Any], Any]] = {}
+NOT_REAL["complex number"] = lambda x: np.complex128(1j) * x
+NOT_REAL["complex array"] = lambda x: (ROW * 1j) * x
+NOT_REAL["complex list"] = lambda x: x * [1j, 2, 3]
+NOT_REAL["array of objects"] = lambda x: x * ROW.astype(object)
+NOT_REAL["array of text"] = lambda x: np.array(["a", "b", "c"]) + x
+NOT_REAL["date"] = lambda x: x + np.datetime64(1, "s")
+NOT_REAL["time"] = lambda x: np.timedelta64(2, "s") * x
+
+
+@named(NOT_REAL)
+def test_operations_take_real_numbers_only_beside_a_gradient(call: Any) -> None:
+    # 1j * x gave the array of zeros that is the real part of 1j, times x.
+    with pytest.raises(TypeError, match="operations take booleans, integers and floats"):
+        call(leaf())
+
+
+def test_operations_without_a_gradient_take_complex_numbers():
+    for y in (np.complex128(2j) * Tensor(ROW), Tensor(ROW * 2j) / 1.0):
+        equal(y.data, ROW * 2j)
+
+
+def test_masked_constant_is_not_a_number():
+    with pytest.raises(DeviceError, match="MaskedConstant"):
+        leaf() * np.ma.masked
+
+
+def test_clip_takes_no_tensor_with_a_gradient_as_a_bound():
+    for array in (leaf(), ROW):
+        with pytest.raises(GraphError, match=r"clip: low and high must be a number.*maximum\(\)"):
+            np.clip(array, 0.0, leaf(2.0))
+        equal(np.clip(array, 0.0, Tensor(np.array(2.0))).data, np.clip(ROW, 0, 2))
+    with pytest.raises(ValueError, match="must be numbers or None"):
+        np.clip(ROW, leaf(), None)
+
+
+def test_where_takes_no_condition_with_a_gradient():
+    x = leaf()
+    with pytest.raises(GraphError, match=r"the condition requires a gradient.*x > 0"):
+        np.where(x, 1.0, 2.0)
+    equal(ag.where(x.detach(), 1.0, 2.0).data, [1, 1, 1])
+
+
 def test_tensor_of_a_result_would_lose_its_graph():
     x = leaf()
     with pytest.raises(GraphError, match=r"would lose the graph.*\.detach\(\)"):
         Tensor(x * 2.0)
     assert Tensor((x * 2.0).detach()).node is None
     assert Tensor(x).data is x.data
+
+
+READING = {"data", "dtype", "item", "ndim", "shape", "size"}
+
+
+def test_tensor_has_no_method_of_an_array_that_returns_an_array():
+    # `take` was one: its name did not say that the graph ends there.
+    x = leaf(MATRIX)
+    for name in set(dir(np.ndarray)) & set(dir(Tensor)) - READING:
+        if name.startswith("_"):
+            continue
+        member = getattr(x, name)
+        arguments = [(3, 2)] if name == "reshape" else []
+        result = member(*arguments) if callable(member) else member
+        assert isinstance(result, Tensor), name
 
 
 def test_tensor_values_are_read_by_those_who_say_so():
@@ -218,6 +299,25 @@ def test_tensor_values_are_read_by_those_who_say_so():
         assert math.sqrt(y) == 1.5
         equal(y.detach(), [2.25])
         assert bool(y)
+
+
+def test_format_of_a_tensor_is_that_of_its_only_value():
+    for x in (leaf(2.25), leaf([2.25]) * 1.0):
+        assert f"{x:.1f}|{x:>6}" == "2.2|  2.25"
+        assert f"{x}" == str(x) == repr(x)
+    with pytest.raises(TypeError, match=r"formats one value, got a tensor of shape \(3,\)"):
+        format(leaf(), ".1f")
+
+
+def test_index_of_a_tensor_is_that_of_its_only_integer():
+    one = Tensor(np.array(1))
+    assert list(range(3))[one] == 1
+    equal(ROW[:one], ROW[:1])
+    x = leaf()
+    equal(gradients(x[one:], [x], np.ones(2))[0], [0, 1, 1])
+    for wrong in (leaf(1.0), Tensor(np.array([1])), Tensor(np.array(True))):
+        with pytest.raises(TypeError, match="only a 0-d tensor of integers is an index"):
+            operator.index(wrong)
 
 
 # Booleans, indices and shapes have no gradient to lose.
@@ -330,11 +430,35 @@ def test_parameter_is_assigned_in_place_inside_no_grad_only(symbol: str) -> None
         kept.backward()
 
 
+def test_data_of_a_result_says_that_an_operator_has_changed_its_array():
+    y = leaf() * 2.0
+    with pytest.raises(GraphError, match=r"not an operation's result; result\.detach\(\)"):
+        y.data = ROW
+    equal(y.data, 2 * ROW)
+    with pytest.raises(GraphError, match=r"has changed its array already.*compute the result"):
+        y.data -= 1.0
+
+
 def test_parameter_keeps_its_shape_in_place():
     p = Parameter(ROW.copy())
     with no_grad(), pytest.raises(ValueError, match="cannot assign"):
         p -= MATRIX
     equal(p.data, ROW)
+
+
+def test_parameter_that_is_frozen_stays_its_module_s_in_place():
+    layer = Linear(MATRIX.copy())
+    layer.weight.requires_grad = False
+    x = leaf()
+    kept = (x * layer.weight).sum()
+    layer.weight *= 0.5
+    assert [type(p) for p in layer.parameters()] == [Parameter]
+    equal(layer.weight.data, MATRIX / 2)
+    with pytest.raises(GraphError, match="'mul' needs was changed"):
+        kept.backward()
+    with pytest.raises(GraphError, match="lose a gradient"):
+        layer.weight += x
+    equal(layer.weight.data, MATRIX / 2)
 
 
 def test_tensor_that_is_no_trainable_leaf_is_replaced_by_a_new_one():

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arguments import check_ids
 from ..backend import Backend
 from ..errors import ConfigError, DataError
-from ..functional import IGNORE, check_ids
+from ..functional import IGNORE
 from ..threads import blocks
 
 Ids = NDArray[np.integer[Any]]
@@ -67,14 +68,22 @@ class Batch:
     def to(self, backend: Backend, vocab_size: int) -> Batch:
         """The same batch on a model's device; its arrays move as one.
 
-        DataError for an id outside [0, vocab_size), or a target that is neither inside nor IGNORE.
+        DataError for an id outside [0, vocab_size), a target that is neither inside nor IGNORE, or
+        arrays that are not integers of one shape.
         """
+        arrays = {"ids": self.ids, "targets": self.targets}
+        if self.first_key is not None:
+            arrays["first_key"] = self.first_key
+        for name, array in arrays.items():
+            if array.shape != self.ids.shape or array.dtype.kind not in "iu":
+                raise DataError(
+                    f"a batch's {name} must be integers of the ids' shape {self.ids.shape}, "
+                    f"got {array.dtype} {array.shape}"
+                )
         check_ids(self.ids, vocab_size, "id")
         check_ids(self.targets[self.targets != IGNORE], vocab_size, "target")
-        arrays = [self.ids, self.targets]
-        if self.first_key is not None:
-            arrays.append(self.first_key)
-        ids, targets, *first_key = backend.from_numpy(np.stack(arrays))
+        moved = np.stack(list(arrays.values()), dtype=np.int64, casting="same_kind")
+        ids, targets, *first_key = backend.from_numpy(moved)
         return Batch(ids, targets, self.first, self.tasks, *first_key)
 
     def shard(self, start: int, stop: int) -> Batch:
@@ -139,6 +148,12 @@ class PackedRecords:
     starts: Integers
 
     def __post_init__(self) -> None:
+        for name in ("edges", "starts"):
+            positions = getattr(self, name)
+            if positions.dtype.kind not in "iu":
+                raise DataError(f"{name} must be integers, got {positions.dtype}")
+            # Differences of unsigned integers are never negative.
+            object.__setattr__(self, name, positions.astype(np.int64, copy=False))
         edges = self.edges
         is_marked = self.counts.dtype == bool and self.counts.shape == self.ids.shape
         if not is_marked or edges.ndim != 1 or len(edges) < 2:

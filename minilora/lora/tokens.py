@@ -54,7 +54,7 @@ class TokenRows(Module):
     def __init__(self, weight: Parameter, indices: Sequence[int]):
         self.indices = np.array(indices, np.int64)
         at = weight.backend.from_numpy(self.indices)
-        self.trainable_tokens_delta = Parameter(weight.take(at))
+        self.trainable_tokens_delta = Parameter(weight.read_rows(at))
 
     def merge_into(self, W: Array, dtype: str) -> Merged:
         """W (V, C), stored as `dtype`, with these rows rounded once."""

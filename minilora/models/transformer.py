@@ -270,7 +270,7 @@ class CausalLM(Module):
                 "first_key must be at least 0 and at most each position's own key, "
                 f"got {first_key.min()} to {first_key.max()} for keys {own[0]} to {own[-1]}"
             )
-        return backend.from_numpy(first_key)
+        return backend.from_numpy(first_key.astype(np.int64, copy=False))
 
     @property
     def decoder(self) -> Any:

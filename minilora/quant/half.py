@@ -103,7 +103,7 @@ class HalfWeight(QuantizedWeight):
         self.lost: float | None = None
         self.version = None  # no graph need ask whether it changed, which would widen all of it
 
-    def take(self, at: Any) -> Array:
+    def read_rows(self, at: Any) -> Array:
         return self.quantized.decode(self.dtype, at)
 
     def merged(self, total: Array) -> HalfWeight:
@@ -146,7 +146,7 @@ class HalfLinear(Linear):
 
 def iterate_pieces(p: Parameter) -> Iterator[Array]:
     """The rows of a parameter in pieces, so that one in half precision is never widened whole."""
-    return map(p.take, blocks(len(p), PIECE * len(p) // max(1, p.size)))
+    return map(p.read_rows, blocks(len(p), PIECE * len(p) // max(1, p.size)))
 
 
 # ---- a model ------------------------------------------------------------------------------------

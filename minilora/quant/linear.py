@@ -43,12 +43,12 @@ class QuantizedWeight(Parameter):
         return type(self)(self.quantized, self.dtype)  # what never changes can be shared
 
     @property
-    def _data(self) -> Array:
+    def _array(self) -> Array:
         return self.quantized.decode(self.dtype)
 
     @property
     def data(self) -> Array:
-        return self._data
+        return self._array
 
     @data.setter
     def data(self, value: Array) -> None:

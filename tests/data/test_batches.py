@@ -126,6 +126,35 @@ def test_batch_shards_together_are_the_batch(cut, cuts):
         assert np.shares_memory(inner.ids, batch.ids)
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint64])
+def test_batch_to_keeps_integers_integers(dtype):
+    # uint64 beside int64 would be float64.
+    ids = np.array([[1, 2, 0]])
+    targets = np.array([[2, IGNORE, IGNORE]])
+    batch = data.Batch(ids.astype(dtype), targets, first_key=ids.astype(dtype)).to(NUMPY, 3)
+    for array, expected in ((batch.ids, ids), (batch.targets, targets), (batch.first_key, ids)):
+        assert array.dtype == np.int64
+        np.testing.assert_array_equal(array, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "got"),
+    [
+        ("targets", np.zeros((1, 3), int), r"int64 \(1, 3\)"),
+        ("first_key", np.zeros((2, 2), int), r"int64 \(2, 2\)"),
+        ("first_key", np.zeros((2, 3)), r"float64 \(2, 3\)"),
+        ("targets", np.zeros((2, 3), bool), r"bool \(2, 3\)"),
+        ("ids", np.zeros((2, 3)), r"float64 \(2, 3\)"),
+    ],
+)
+def test_batch_to_names_the_array_that_is_wrong(name, array, got):
+    ids = np.zeros((2, 3), int)
+    batch = data.Batch(**{"ids": ids, "targets": ids, "first_key": ids, name: array})
+    expected = rf"batch's {name} must be integers of the ids' shape \(2, 3\), got {got}"
+    with pytest.raises(DataError, match=expected):
+        batch.to(NUMPY, 3)
+
+
 def test_batch_tokens_does_not_count_ignored_targets():
     targets = np.array([[1, IGNORE, 0], [IGNORE] * 3])
     batch = data.Batch(np.zeros((2, 3), np.int64), targets)

@@ -223,6 +223,23 @@ def test_packed_records_refuses_starts_that_are_not_those_of_records(starts):
         PackedRecords(np.arange(4), np.ones(4, bool), np.array([0, 2, 4]), np.array(starts, int))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint64])
+def test_packed_records_takes_every_dtype_of_integers(dtype):
+    counts = np.ones(6, bool)
+    edges, starts = np.array([0, 3, 6], dtype), np.array([0, 1, 3], dtype)
+    packed = PackedRecords(np.arange(6), counts, edges, starts)
+    [batch] = evaluation_windows(packed, 3, 2)
+    np.testing.assert_array_equal(batch.first_key, [[0, 1, 1], [0, 0, 0]])
+    # In unsigned integers every difference is positive.
+    with pytest.raises(DataError, match="rise from 0 to 6"):
+        PackedRecords(np.arange(6), counts, np.array([0, 4, 3, 6], dtype), starts)
+    with pytest.raises(DataError, match="must rise, begin each window"):
+        PackedRecords(np.arange(6), counts, edges, starts[[0, 2, 1]])
+    for name, wrong in (("edges", (edges * 1.0, starts)), ("starts", (edges, starts > 0))):
+        with pytest.raises(DataError, match=f"^{name} must be integers, got"):
+            PackedRecords(np.arange(6), counts, *wrong)
+
+
 # ---- reading -------------------------------------------------------------------------------------
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

@@ -107,6 +107,16 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint32, np.uint64])
+def test_first_key_may_have_any_dtype_of_integers(kind, dtype):
+    model = CausalLM(shape(kind), seed=1)
+    ids = np.ones((2, 3), int)
+    expected = model(ids, first_key=OWN).data
+    got = model(ids.astype(dtype), first_key=np.array(OWN, dtype)).data
+    assert got.tobytes() == expected.tobytes()
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_first_key_is_checked(name):
     first_key, message = REFUSED[name]

@@ -30,6 +30,7 @@ class Edge:
 
     peer   the same in PyTorch, called with the module and one of its tensors per input; None where
            PyTorch has no such function or, for a stated reason, another value
+    quiet  whether NumPy must not warn: nothing infinite reaches the output or the gradients
     """
 
     name: str
@@ -40,6 +41,7 @@ class Edge:
     gradients: tuple[np.ndarray, ...]
     dy: np.ndarray
     peer: Callable[..., Any] | None
+    quiet: bool
 
     @property
     def id(self) -> str:
@@ -62,6 +64,7 @@ def edge(
     function: Any = None,
     peer: Any = None,
     dy: Any = 1.0,
+    quiet: bool = False,
     **options: Any,
 ) -> None:
     """Add a case. Options go to the operation; dy is broadcast to the output's shape."""
@@ -71,7 +74,8 @@ def edge(
     arrays = tuple(np.asarray(a, np.float64) for a in inputs)
     grads = tuple(np.asarray(g, np.float64) for g in gradients)
     dy = np.array(np.broadcast_to(np.asarray(dy, np.float64), value.shape))
-    EDGES.append(Edge(name, case, function, arrays, value, grads, dy, peer))
+    quiet |= not all(a.size for a in arrays)
+    EDGES.append(Edge(name, case, function, arrays, value, grads, dy, peer, quiet))
 
 
 # ---- a 0-d array counts as one value along axis 0 and -1 -----------------------------------------
@@ -150,6 +154,11 @@ edge(
     "min", "ties at zero", [[0, -0.0, 1]], 0.0, [[0.5, 0.5, 0]], peer=lambda torch, x: torch.amin(x)
 )
 # An infinite gradient does not reach what was not taken: 0 times infinity would be NaN.
+# A NaN is larger and smaller than nothing: both inputs get a part of the gradient.
+for name in ("maximum", "minimum"):
+    edge(name, "NaN", [[NAN, 1.0], [1.0, NAN]], [NAN, NAN], [[0.5, 0.5], [0.5, 0.5]])
+for name in ("max", "min"):
+    edge(name, "NaN", [[NAN, 1.0]], NAN, [[NAN, NAN]], quiet=True)
 steep = [[-1.0, 0.0, 4.0]]
 root = [0, 0, 2]
 edge(
@@ -259,12 +268,34 @@ edge(
     [[0, INF], [INF, INF]],
     peer=lambda torch, a, b: a**b,
 )
+tiny = 5e-324
+edge(
+    "power",
+    "dy b underflows",
+    [[0.0, 0.0], [tiny, -tiny]],
+    [0, INF],
+    [[INF, -INF], [0, -INF]],
+    peer=lambda torch, a, b: a**b,
+    dy=[0.25, 0.25],
+)
 edge("sqrt", "0 and infinity", [[0.0, INF]], [0, INF], [[INF, 0]], peer=lambda torch, x: x.sqrt())
 edge("log", "0 and infinity", [[0.0, INF]], [-INF, INF], [[INF, 0]], peer=lambda torch, x: x.log())
 edge("exp", "infinities", [[-INF, INF]], [0, INF], [[0, INF]], peer=lambda torch, x: x.exp())
 edge("tanh", "infinities", [[-INF, INF]], [-1, 1], [[0, 0]], peer=lambda torch, x: x.tanh())
 edge("abs", "0", [[0.0, -0.0, -INF]], [0, 0, INF], [[0, 0, -1]], peer=lambda torch, x: x.abs())
 edge("silu", "far below 0", [[-1000.0, -750.0]], [0, 0], [[0, 0]])
+# x^2 is infinite, but not what follows from it.
+for approximate in ("none", "tanh"):
+    edge(
+        "gelu",
+        f"far from 0,{approximate}",
+        [[1e200, -1e200, 1e4, -1e4]],
+        [1e200, 0, 1e4, 0],
+        [[1, 0, 1, 0]],
+        quiet=True,
+        approximate=approximate,
+    )
+edge("silu", "far from 0", [[1e300, -1e300]], [1e300, 0], [[1, 0]], quiet=True)
 edge(
     "softmax",
     "one hidden",

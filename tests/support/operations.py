@@ -35,8 +35,6 @@ NOT_OPERATIONS = {
     "rows": "works on arrays, inside operations",
     "as_floats": "works on arrays, inside operations",
     "axis_of": "returns an axis",
-    "check_ids": "checks ids on the host",
-    "check_probability": "checks an option",
     "prepare_targets": "prepares targets",
     "row_dot": "works on arrays, inside operations",
     "apply_rotary": "works on arrays, inside attention",
@@ -681,7 +679,9 @@ exempt("nan_where_dependent", "attention", "a hidden key has weight 0, and 0 x N
 exempt("nan_where_dependent", "dropout", "dropping multiplies by 0, and 0 x NaN is NaN")
 exempt("nan_where_dependent", "max", "no entry equals a NaN: nothing shares its gradient")
 exempt("nan_where_dependent", "min", "as max, which it calls")
-exempt("nan_where_dependent", "maximum", "a NaN is neither larger nor equal: the other wins")
+exempt(
+    "nan_where_dependent", "maximum", "a NaN is neither larger nor smaller: each gets half of dy"
+)
 exempt("nan_where_dependent", "minimum", "as maximum, which it calls")
 exempt("nan_where_dependent", "clip", "a NaN is not within the bounds: its gradient is 0")
 

@@ -516,6 +516,23 @@ def test_checkpoint_repeats_dropout_without_a_counter():
     assert not checkpoint(layer, x.detach(), []).requires_grad
 
 
+def test_checkpoint_loses_no_gradient_of_a_leaf_that_params_lacks():
+    x, A, B = (Tensor(np.arange(1.0, 5).reshape(2, 2), True) for _ in range(3))
+    for params in ([A], [], A):
+        y = checkpoint(lambda z: z @ A @ B, x, params)
+        with pytest.raises(GraphError, match="not among params: their gradients would be lost"):
+            y.backward(np.ones((2, 2)))
+
+
+def test_checkpoint_counts_a_leaf_once_that_params_has_twice():
+    x, A = (Tensor(np.arange(1.0, 5).reshape(2, 2), True) for _ in range(2))
+    dy = np.ones((2, 2))
+    expected = gradients(x @ A, [x, A], dy)
+    got = gradients(checkpoint(lambda z: z @ A, x, [A, A]), [x, A], dy)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_checkpoint_notices_a_parameter_that_changes_before_the_second_forward():
     x, w = Tensor(np.ones(3), True), Tensor(np.ones(3), True)
     y = checkpoint(lambda z: z * w, x, [w])

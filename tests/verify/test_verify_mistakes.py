@@ -211,7 +211,7 @@ def in_thresholds(kind: str) -> Callable[[Change], Patch]:
 
 
 def shift(y: Any) -> Any:
-    y._data = y.data + y.dtype.type(1e-3)
+    y._array = y.data + y.dtype.type(1e-3)
     return y
 
 
@@ -253,7 +253,7 @@ def the_second_adapter_is_a_few_ulps_off(out, self, x, y, base):
         return out
     alone = base(x)
     if y.data.shape == alone.shape and not np.array_equal(y.data, alone.data):
-        out._data = out.data * (1 + 4 * np.finfo(out.dtype).eps)
+        out._array = out.data * (1 + 4 * np.finfo(out.dtype).eps)
     return out
 
 
@@ -342,7 +342,7 @@ def the_forward_saturates_in_A(mp):
         cut = np.clip(A.data, -limit, limit) - A.data
         if cut.any():
             change = s * (F.rows(x.data) @ cut.T @ B.data.T)
-            y._data = y.data + change.reshape(y.shape).astype(y.dtype)
+            y._array = y.data + change.reshape(y.shape).astype(y.dtype)
         return y
 
     saturate(mp)
@@ -524,14 +524,14 @@ def a_singular_value_too_many(_, self, *rest):
 @after(adalora, "orthogonality")
 def one_entry_is_punished_apart(R, factors):
     A = factors[0][0].data
-    R._data = R.data + R.dtype.type(1e-3) * abs(A[0, -1])
+    R._array = R.data + R.dtype.type(1e-3) * abs(A[0, -1])
     return R
 
 
 @breaks("AdaLoRA's penalty at rest")
 @after(adalora, "orthogonality")
 def orthonormal_factors_cost_something(R, factors):
-    R._data = R.data + R.dtype.type(1e-9)
+    R._array = R.data + R.dtype.type(1e-9)
     return R
 
 
