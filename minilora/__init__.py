@@ -26,7 +26,7 @@ def __getattr__(name: str) -> object:
     try:
         # Before the public names: `from .. import functional` inside the package asks here, too,
         # and may be a part of the import of these very names.
-        if not is_special:
+        if name.isidentifier() and not is_special:
             __import__(module)
             return sys.modules[module]
     except ModuleNotFoundError as error:

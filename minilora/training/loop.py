@@ -281,7 +281,7 @@ class Run:
         done = manifest["step"]
         state = manifest["state"]
         try:
-            identity = dict(state["run"])
+            require_same_run(str(folder), dict(state["run"]), self.identity, done)
             numbers = dict(state["optimizer"])
             allocator_numbers = dict(state["allocator"]) if self.allocator else {}
             losses = [float(loss) for loss in state["losses"]]
@@ -290,7 +290,6 @@ class Run:
             raise CheckpointError(
                 f"{str(folder)!r} is damaged: its state cannot be read ({error!r:.99})"
             ) from None
-        require_same_run(str(folder), identity, self.identity, done)
         version = state.get("numpy")
         if version != np.__version__:
             warnings.warn(

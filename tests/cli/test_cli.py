@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -55,6 +56,7 @@ TINY = "--batch-size 2 --context 16 --threads 2"
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
 PRETRAIN = f"pretrain {TINY} {SHAPE}"
 FINETUNE = f"finetune --base base {TINY}"
+TRAIN = f"{FINETUNE} --data book.txt --steps 2"
 TEXT = b"the quick brown fox jumps over the lazy dog, again and again. " * 10
 
 
@@ -688,6 +690,56 @@ def test_finetune_adalora_logs_and_draws_ranks_of_a_run_that_continued(world, tm
     pattern = json.loads((straight / "adapter_config.json").read_text())["rank_pattern"]
     ranks = {name.removesuffix(".lora_E"): sum(kept) for name, kept in pattern.items()}
     assert ranks == history[-1][1]
+
+
+def test_main_names_the_help_that_has_the_options_of_a_command():
+    assert run("devices --bse x")[2] == (
+        "minilora: error: unrecognized arguments: --bse x (see minilora devices --help)\n"
+    )
+    assert "(see minilora --help)" in run("--bse")[2]
+
+
+def test_finetune_refused_before_it_writes_leaves_no_folder(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "book.txt"):
+        (tmp_path / name).symlink_to(world / name)
+    ok(f"{TRAIN} --save-every 1 --out run")
+    checkpoint = next(Path("run/checkpoints").iterdir())
+    (tmp_path / "mine").mkdir()
+    for out in ("", "--out new", "--out mine"):
+        code, _, err = run(f"{TRAIN} --seed 5 --resume {checkpoint} {out}")
+        assert (code, "seed (was 0, now 5)" in err) == (3, True)
+    assert not os.listdir("runs")
+    assert not Path("new").exists()
+    assert not os.listdir("mine")  # which was there before, and stays
+
+
+def test_finetune_resume_names_what_differs_before_it_looks_for_more(world, tmp_path):
+    ok(f"{TRAIN} --save-every 1 --out {tmp_path}/run")
+    code, _, err = run(f"{TRAIN} --method adalora --resume --out {tmp_path}/run")
+    assert code == 3
+    assert "belongs to another run: target_r (was None" in err
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_training_interrupted_when_it_has_ended_is_saved(command, world, tmp_path, monkeypatch):
+    """Between the last step and the end of saving: nothing else has the trained weights."""
+    kind = CausalLM if command == "pretrain" else PeftModel
+    plain = kind.save_pretrained
+
+    def save_pretrained(self, out):
+        os.kill(os.getpid(), signal.SIGINT)
+        plain(self, out)
+
+    monkeypatch.setattr(kind, "save_pretrained", save_pretrained)
+    line = f"{PRETRAIN} --data book.txt --steps 2" if command == "pretrain" else TRAIN
+    code, _, err = run(f"{line} --out {tmp_path}/run")
+    assert code == 130
+    assert f"minilora: interrupted: SIGINT: all steps are done, saved in '{tmp_path}/run'" in err
+    monkeypatch.undo()
+    expected = "adapter_model.safetensors" if command == "finetune" else "tokenizer.json"
+    assert (tmp_path / "run" / expected).is_file()
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 # ---- help ----------------------------------------------------------------------------------------
