@@ -29,11 +29,11 @@ except KeyboardInterrupt:  # even this import takes some milliseconds
 
 
 def _refuse(error: BaseException) -> int:
-    """Say why a package cannot be imported: NumPy's own message has forty lines."""
+    """Say why the program cannot be imported: NumPy's own message has forty lines."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__ or error
-    reason = ascii(" ".join(str(error).split()) or "out of memory")
-    advice = "install what pyproject.toml lists, and look at the memory that is free"
+    reason = ascii(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    advice = "look at the installed packages and the environment; --debug shows a traceback"
     import contextlib
 
     with contextlib.suppress(OSError):  # it may be closed: then the exit code says it
@@ -49,7 +49,7 @@ def main() -> int:
         signal.signal(signal.SIGINT, _exit)
     try:
         from .cli import main as run
-    except (ImportError, OSError, MemoryError) as error:
+    except Exception as error:  # whatever is missing or broken on this machine
         if "--debug" in sys.argv:
             raise
         return _refuse(error)

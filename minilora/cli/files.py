@@ -18,6 +18,7 @@ from .options import (
     DTYPES,
     Args,
     Command,
+    Once,
     Parser,
     add_allow_nonfinite,
     add_base,
@@ -167,7 +168,7 @@ def extract(args: Args) -> None:
 
 
 def add_resize_options(parser: Parser) -> None:
-    option(parser, "--adapter DIR", "adapter in PEFT's format", required=True)
+    option(parser, "--adapter DIR", "adapter in PEFT's format", required=True, action=Once)
     _add_rank(parser)
 
 

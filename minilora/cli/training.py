@@ -36,6 +36,7 @@ from .options import (
     DATA,
     Args,
     Command,
+    Once,
     Parser,
     add_allow_nonfinite,
     add_base,
@@ -191,7 +192,7 @@ def add_finetune_options(parser: Parser) -> None:
     text = "rank of one more adapter that all tasks share, at least 1 (default: none)"
     option(parser, "--shared-r R", text)
     text = "adapter to go on from, configured as it is (default: a new one)"
-    option(parser, "--adapter DIR", text)
+    option(parser, "--adapter DIR", text, action=Once)
     add_training_options(parser, lr=2e-3)
     group = parser.add_argument_group("method and adapter (fields of PEFT's configuration)")
     add_method(group)

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -699,6 +700,16 @@ def test_main_names_the_help_that_has_the_options_of_a_command():
     assert "(see minilora --help)" in run("--bse")[2]
 
 
+@pytest.mark.parametrize(
+    "line", ["generate --prompt x", "evaluate --data book.txt", "verify", TRAIN, "resize --r 2"]
+)
+def test_commands_of_one_adapter_refuse_a_second_one(line, world):
+    base = "" if "resize" in line or "--base" in line else "--base base"
+    code, _, err = run(f"{line} {base} --adapter adapter --adapter other --out nowhere")
+    assert code == 2
+    assert "--adapter must be given once, got 'adapter' and 'other': combine makes one" in err
+
+
 def test_finetune_refused_before_it_writes_leaves_no_folder(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("base", "book.txt"):
@@ -719,6 +730,34 @@ def test_finetune_resume_names_what_differs_before_it_looks_for_more(world, tmp_
     code, _, err = run(f"{TRAIN} --method adalora --resume --out {tmp_path}/run")
     assert code == 3
     assert "belongs to another run: target_r (was None" in err
+
+
+DAMAGED = {
+    "losses": (["nan"], "its state cannot be read (ValueError(\"a loss of 'nan'\")"),
+    "evaluations": ([[0, math.inf]], "cannot be read"),
+    "optimizer": ({"optimizer": "AdamW", "steps": {}}, "the optimiser's state differs in"),
+}
+
+
+@pytest.mark.parametrize("field", DAMAGED)
+def test_finetune_resume_names_the_checkpoint_whose_state_is_damaged(field, world, tmp_path):
+    ok(f"{TRAIN} --save-every 1 --out {tmp_path}/run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-2")
+    folder = tmp_path / "run/checkpoints/step-1"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    value, says = DAMAGED[field]
+    manifest["state"][field] = value
+    (folder / "manifest.json").write_text(json.dumps(manifest).replace("Infinity", "1e400"))
+    code, _, err = run(f"{TRAIN} --resume {folder} --out {tmp_path}/run")
+    assert code == 3
+    assert err.startswith(f"minilora: error: '{folder}' is damaged: ")
+    assert says in err
+
+
+def test_finetune_resume_of_a_run_s_folder_says_what_to_give(world, tmp_path):
+    code, _, err = run(f"{TRAIN} --resume {tmp_path} --out {tmp_path}/run")
+    assert code == 3
+    assert "manifest.json is missing; give --resume a folder step-N that a run has in" in err
 
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
