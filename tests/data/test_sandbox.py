@@ -137,3 +137,11 @@ def test_ask_names_the_program_that_cannot_be_started(monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="Too many open files") as caught:
         Sandbox("FILE", {"tokenizer": b"{}"}, 1.0, 1 << 29).ask({"do": "summary"}, 0)
     assert caught.value.filename.endswith("sandboxed.py")
+
+
+@pytest.mark.parametrize("template", ["{{ 'a<b>c</b>'|striptags }}", "{{ lipsum(1)|length > 9 }}"])
+def test_template_may_use_what_jinja_imports_late(template: str) -> None:
+    sandbox = Sandbox("FILE", {"template": template, "given": {}}, 1.0, 1 << 29)
+    question = {"messages": [], "parts": [[0, False]], "tools": None}
+    assert sandbox.ask(question, 1.0)[0] in ("ac", "True")
+    sandbox.close()
