@@ -208,7 +208,7 @@ def open_regular(path: PathLike) -> RegularFile:
         with name_errors(path):
             is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
         if not is_regular:
-            raise FormatError(f"{quoted(path)} is not a regular file: put a file in its place")
+            raise FormatError(f"{quoted(path)} is not a regular file")
     except BaseException:
         os.close(descriptor)
         raise
