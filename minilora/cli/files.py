@@ -18,7 +18,6 @@ from .options import (
     DTYPES,
     Args,
     Command,
-    Once,
     Parser,
     add_allow_nonfinite,
     add_base,
@@ -168,7 +167,7 @@ def extract(args: Args) -> None:
 
 
 def add_resize_options(parser: Parser) -> None:
-    option(parser, "--adapter DIR", "adapter in PEFT's format", required=True, action=Once)
+    option(parser, "--adapter DIR", "adapter in PEFT's format", required=True)
     _add_rank(parser)
 
 

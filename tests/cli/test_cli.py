@@ -701,10 +701,10 @@ def test_main_names_the_help_that_has_the_options_of_a_command():
 
 
 @pytest.mark.parametrize(
-    "line", ["generate --prompt x", "evaluate --data book.txt", "verify", TRAIN, "resize --r 2"]
+    "line", ["generate --prompt x", "evaluate --data book.txt", "verify", TRAIN]
 )
 def test_commands_of_one_adapter_refuse_a_second_one(line, world):
-    base = "" if "resize" in line or "--base" in line else "--base base"
+    base = "" if "--base" in line else "--base base"
     code, _, err = run(f"{line} {base} --adapter adapter --adapter other --out nowhere")
     assert code == 2
     assert "--adapter must be given once, got 'adapter' and 'other': combine makes one" in err
