@@ -11,6 +11,7 @@ import os
 import sys
 
 INTERRUPTED = 130  # 128 + SIGINT
+FAILED = 1
 
 
 def _exit(*_: object) -> None:
@@ -27,14 +28,31 @@ except KeyboardInterrupt:  # even this import takes some milliseconds
     _exit()
 
 
+def _refuse(error: BaseException) -> int:
+    """Say why the program cannot be imported: NumPy's own message has forty lines."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    reason = ascii(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    advice = "look at the installed packages and the environment; --debug shows a traceback"
+    import contextlib
+
+    with contextlib.suppress(OSError):  # it may be closed: then the exit code says it
+        os.write(2, f"minilora: error: cannot start: {reason:.300}: {advice}\n".encode())
+    return FAILED
+
+
 def main() -> int:
     """Run the command line; returns the exit code."""
     # SIGINT is ignored in the background of a script: that stays.
     is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_ours:
         signal.signal(signal.SIGINT, _exit)
-    from .cli import main as run
-
+    try:
+        from .cli import main as run
+    except Exception as error:  # whatever is missing or broken on this machine
+        if "--debug" in sys.argv:
+            raise
+        return _refuse(error)
     try:
         if is_ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -241,3 +241,6 @@ class Interrupted(MiniloraError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a process pool pickles errors
+        return type(self), (str(self), self.exit_code - 128)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -236,6 +237,14 @@ def test_interrupted_exits_with_128_and_the_signal() -> None:
     error = errors.Interrupted("stopped\n", 15)
     assert error.exit_code == 143
     assert str(error) == r"stopped\n"
+
+
+def test_errors_of_every_kind_survive_a_process_pool() -> None:
+    for name, kind in kinds_of_error().items():
+        error = kind("what", 15) if name == "Interrupted" else kind("what")
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again)) == (kind, "what")
+        assert again.exit_code == error.exit_code
 
 
 def test_non_finite_error_carries_what_the_step_measured() -> None:

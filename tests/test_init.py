@@ -18,7 +18,7 @@ def test_minilora_gives_every_public_name_and_module():
         assert getattr(minilora, name).__name__ == name
     assert minilora.functional.__name__ == "minilora.functional"
     assert {*minilora.__all__, "__version__"} <= set(dir(minilora))
-    for name in ("nothing", "_private", "__wrapped__"):
+    for name in ("nothing", "_private", "__wrapped__", "nothing.at_all", "cli.streams", ""):
         with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
             getattr(minilora, name)
 
@@ -44,3 +44,17 @@ def test_minilora_has_modules_that_can_be_imported_first(module):
 
 
 SETUP = f"import sys; sys.path[:0] = {[str(ROOT), *sys.path]!r}\n"
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_main_says_in_one_line_why_a_package_cannot_be_imported(closed):
+    program = "import os; sys.modules['numpy'] = None; sys.argv = ['minilora', '--version']\n"
+    program += f"if {closed}: os.close(2)\n"
+    program += "from minilora.__main__ import main; sys.exit(main())"
+    command = [sys.executable, "-c", SETUP + program]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert (done.stderr == "") == closed
+    if not closed:
+        assert done.stderr.startswith("minilora: error: cannot start: 'ModuleNotFoundError: ")
+        assert done.stderr.count("\n") == 1

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A terminal without Unicode shows an escape instead of ending in a traceback.
         sys.stdout.reconfigure(errors="backslashreplace")
     stdout = Stream(sys.stdout, needed=True)  # for --help, too
-    stderr = Stream(sys.stderr, needed=False)
+    stderr = Stream(sys.stderr, needed=False, label="standard error")
     with (
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
@@ -75,7 +75,7 @@ def build_parser() -> Parser:
         )
         command.add_options(its)
         option(its, "--debug", "show a traceback when something fails")
-        its.set_defaults(run=command.run, prints=command.prints)
+        its.set_defaults(parser=its, run=command.run, prints=command.prints)
     return parser
 
 
@@ -128,10 +128,14 @@ def _run(argv: Sequence[str], stdout: Stream) -> int:
 
 def _parse(parser: Parser, argv: Sequence[str], stdout: Stream) -> argparse.Namespace:
     try:
-        return parser.parse_args(hyphenate(argv))
+        args, unknown = parser.parse_known_args(hyphenate(argv))
     except SystemExit:  # after --help or --version, whose text argparse has printed
         stdout.flush()
         raise
+    if unknown:  # said by the command's own parser, whose help has the options
+        named = args.parser if args.command else parser
+        named.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 def _report(error: BaseException) -> int:

@@ -42,6 +42,17 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
+class Once(argparse.Action):
+    """Stores a value, and refuses a second one, which other commands would add to the first."""
+
+    def __call__(self, parser: Any, namespace: Args, value: Any, name: str | None = None) -> None:
+        if getattr(namespace, self.dest) not in (None, value):
+            given = f"got {getattr(namespace, self.dest)!r:.60} and {value!r:.60}"
+            message = f"must be given once, {given}: combine makes one adapter of several"
+            raise argparse.ArgumentError(self, message)
+        setattr(namespace, self.dest, value)
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Writes an option and its help on one line of at most 110 characters."""
 
@@ -231,7 +242,8 @@ def add_base(parser: Parser) -> None:
 
 
 def add_adapter(parser: Parser) -> None:
-    option(parser, "--adapter DIR", "adapter in PEFT's format (default: the base alone)")
+    text = "adapter in PEFT's format (default: the base alone)"
+    option(parser, "--adapter DIR", text, action=Once)
     add_task(parser)
 
 

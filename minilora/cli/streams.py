@@ -21,12 +21,14 @@ class Stream:
     """A text stream of this process; after a failure, what is written to it goes nowhere.
 
     stream   sys.stdout or sys.stderr, None if it was closed when Python started
+    label    for messages: "standard output" or "standard error"
     needed   whether a failure is raised, or ignored
     error    the failure, if there was one
     """
 
-    def __init__(self, stream: Any, needed: bool):
+    def __init__(self, stream: Any, needed: bool, label: str = "standard output"):
         self.stream = stream
+        self.label = label
         self.needed = needed
         self.error: OSError | None = None
         if stream is None or stream.closed:
@@ -56,6 +58,8 @@ class Stream:
                 getattr(self.stream, method)(*arguments)
             except OSError as error:
                 self.error = error
+                if error.filename is None:
+                    error.filename = self.label
                 _discard(self.stream)
                 if not self.needed and not isinstance(error, BrokenPipeError):
                     text = f"{error.strerror}: the rest of the output is lost, the command goes on"

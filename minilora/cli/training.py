@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import signal
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..backend import get_backend
 from ..data.texts import prose
 from ..data.tokenizer import ByteTokenizer
 from ..display import printable
-from ..errors import ConfigError
+from ..errors import ConfigError, Interrupted
 from ..formats.folders import locked, numbered_folder
 from ..lora import AdaLoraConfig, LoraConfig, get_multitask_model, get_peft_model
 from ..models.config import TransformerConfig
@@ -29,11 +30,13 @@ from ..training.methods import (
     measure_weight_memory,
 )
 from ..training.runs import find_checkpoint, open_folder
+from ..training.signals import stop_signals
 from .continuing import continue_adapter, read_continued_config
 from .options import (
     DATA,
     Args,
     Command,
+    Once,
     Parser,
     add_allow_nonfinite,
     add_base,
@@ -170,9 +173,10 @@ def pretrain(args: Args) -> None:
         size = sum(p.size for p in model.parameters())
         print(f"{size:,} parameters, {len(text.tokens):,} tokens -> {printable(str(out))}")
         options = {"held_out": text.held_out, "resume": args.resume, "title": "pretrain"}
-        result = train(model, text.tokens, settings, out, **options)
-        model.save_pretrained(out)
-        tokenizer.save(out)
+        with _saving(out):
+            result = train(model, text.tokens, settings, out, **options)
+            model.save_pretrained(out)
+            tokenizer.save(out)
     _print_result(result, text.bytes_per_token)
 
 
@@ -188,7 +192,7 @@ def add_finetune_options(parser: Parser) -> None:
     text = "rank of one more adapter that all tasks share, at least 1 (default: none)"
     option(parser, "--shared-r R", text)
     text = "adapter to go on from, configured as it is (default: a new one)"
-    option(parser, "--adapter DIR", text)
+    option(parser, "--adapter DIR", text, action=Once)
     add_training_options(parser, lr=2e-3)
     group = parser.add_argument_group("method and adapter (fields of PEFT's configuration)")
     add_method(group)
@@ -288,10 +292,11 @@ def finetune(args: Args) -> None:
             print(printable(f"goes on from {args.adapter}"))
         print(printable(f"{sizes} tokens -> {out}"))
         options = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
-        result = train(model, tokens, settings, out, **options, origin=origin, title="finetune")
-        model.save_pretrained(out)
-        if config is None:
-            copy_companions(args.base, out)
+        with _saving(out):
+            result = train(model, tokens, settings, out, **options, origin=origin, title="finetune")
+            model.save_pretrained(out)
+            if config is None:
+                copy_companions(args.base, out)
         if isinstance(config, AdaLoraConfig):
             _draw_ranks(out)
     _print_result(result, ratio)
@@ -362,8 +367,29 @@ def _run_folder(args: Args, stem: str) -> Iterator[Path]:
             checkpoint, _ = find_checkpoint(args.resume, Path(args.out or "runs"))
             parents = checkpoint.resolve().parents
             is_resumed = args.out is not None and Path(args.out).resolve() in parents
-        out = stack.enter_context(locked(args.out or numbered_folder("runs", stem)))
-        yield open_folder(out, is_resumed)
+        out = Path(args.out or numbered_folder("runs", stem))
+        if args.out is None or not out.exists():
+            stack.callback(_remove_if_empty, out)  # after it is unlocked
+        yield open_folder(stack.enter_context(locked(out)), is_resumed)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove the folder of a run that was refused before it wrote anything."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def _saving(out: Path) -> Iterator[None]:
+    """Let the block train, and save what it has trained: a signal in between waits for that.
+
+    Interrupted after the block, if one has come.
+    """
+    with stop_signals() as stopped:
+        yield
+    if stopped:
+        name = signal.Signals(stopped[0]).name
+        raise Interrupted(f"{name}: all steps are done, saved in {str(out)!r:.300}", stopped[0])
 
 
 def _print_result(result: Any, bytes_per_token: float) -> None:

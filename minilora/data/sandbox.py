@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..formats.disk import name_errors
 
 PROGRAM = Path(__file__).with_name("sandboxed.py")
 WAITS = 6  # an answer may take this many times its processor time by the clock
@@ -85,13 +86,14 @@ class Sandbox:
 
     def _start(self) -> None:
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            [sys.executable, "-IS", str(PROGRAM)],
-            stdin=pipe,
-            stdout=pipe,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, **ENVIRONMENT},
-        )
+        with name_errors(PROGRAM):  # too many open files, or processes
+            self.process = subprocess.Popen(
+                [sys.executable, "-IS", str(PROGRAM)],
+                stdin=pipe,
+                stdout=pipe,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, **ENVIRONMENT},
+            )
         self._end = weakref.finalize(self, _end_process, self.process)
         self._write({"path": sys.path, **self.limits, **self.program})
 

@@ -148,14 +148,27 @@ class Checkpoint(Tensors):
 
 
 def describe_prefix(keys: Iterable[str], expected: Collection[str]) -> str:
-    """How the unknown ones of `keys` differ from the expected ones, if only their beginnings do.
+    """How the unknown ones of `keys` differ from the expected ones, if only their beginnings do."""
+    prefixes = differing_prefixes(keys, expected)
+    return describe_prefixes("its", *prefixes) if prefixes else ""
 
-    "" if nothing is unknown, or if one new beginning does not make all of them expected.
+
+def describe_prefixes(whose: str, given: str, wanted: str) -> str:
+    """In words: `whose` keys begin with `given` in place of `wanted`."""
+    found = f"begin with {quoted(given)}" if given else "have no prefix"
+    valid = f"{quoted(wanted)} is expected" if wanted else "none is expected"
+    return f"{whose} keys {found} where {valid}: rename them"
+
+
+def differing_prefixes(keys: Iterable[str], expected: Collection[str]) -> tuple[str, str] | None:
+    """(the beginning of the unknown ones of `keys`, the expected one), if nothing else differs.
+
+    None if nothing is unknown, or if one new beginning does not make all of them expected.
     """
     names = set(expected)
     unknown = [key for key in keys if key not in names and not key.endswith(BUFFERS)]
     if not unknown or not names:
-        return ""
+        return None
     parts = unknown[0].split(".")
     nearest = max(names, key=lambda name: (_common_end(parts, name.split(".")), -len(name), name))
     common = _common_end(parts, nearest.split("."))
@@ -166,10 +179,8 @@ def describe_prefix(keys: Iterable[str], expected: Collection[str]) -> str:
     known = [key.startswith(old) and new + key[len(old) :] in names for key in unknown]
     of_another_layer = any(part.isdecimal() for part in (old + new).split("."))
     if common < 2 or of_another_layer or not all(known):
-        return ""
-    given = f"begin with {quoted(old)}" if old else "have no prefix"
-    wanted = f"{quoted(new)} is expected" if new else "none is expected"
-    return f"its keys {given} where {wanted}: rename them"
+        return None
+    return old, new
 
 
 def _common_end(one: list[str], other: list[str]) -> int:

@@ -56,8 +56,9 @@ def locked(out: str | Path) -> Iterator[Path]:
     anything is computed, for a folder that cannot be written.
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {str(out)!r} is a file, not a folder")
+    if os.path.lexists(out) and not out.is_dir():
+        what = "a file" if out.exists() else "a symbolic link that leads nowhere"
+        raise ConfigError(f"--out {str(out)!r} is {what}, not a folder: choose another")
     out.mkdir(parents=True, exist_ok=True)
     before = _locked.get()
     key = os.path.realpath(out)

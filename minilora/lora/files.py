@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import ConfigError, FormatError
 from ..formats import Checkpoint, SafetensorsFile
 from ..formats.adapter import open_adapter
-from ..formats.checkpoint import describe_prefix
+from ..formats.checkpoint import describe_prefix, describe_prefixes, differing_prefixes
 from ..formats.disk import quoted
 from ..formats.dtypes import FLOATS, round_to, widen
 from .adalora import AdaLoraConfig
@@ -28,6 +28,8 @@ from .hydra import HydraConfig
 from .names import ENDINGS, ENDS, PREFIX, TOKENS, TRANSPOSED, keys_without_name, read_config
 from .plan import FIRST_EMBEDDINGS, HEAD, Base, Plan, describe_checkpoint, plan_adapter
 from .targets import matches
+
+DECODERS = ("model.", "transformer.")  # how names begin in models that nothing was put around
 
 Array = np.ndarray
 Read = Callable[[str], Array]  # gives a tensor of the base by its name, such as "lm_head.weight"
@@ -193,7 +195,7 @@ def fit(adapter: AdapterFile, base: Base, read: Read, warn: bool = True) -> Plan
     try:
         plan = plan_adapter(base, adapter.config, adapter.file.keys(), warn)
         wrong = mismatches(adapter, plan, read)
-        prefix = describe_prefix(adapter.file.keys(), plan.shapes()) if wrong else ""
+        prefix = _differing_prefix(adapter, plan) if wrong else ""
         if prefix:
             wrong = [prefix, *wrong]
         cause = None
@@ -206,6 +208,22 @@ def fit(adapter: AdapterFile, base: Base, read: Read, warn: bool = True) -> Plan
             f"{adapter.where}: the adapter does not fit this base: {'; '.join(wrong[:3])}{more}"
         ) from cause
     return plan
+
+
+def _differing_prefix(adapter: AdapterFile, plan: Plan) -> str:
+    """How the adapter's keys differ from the planned ones if only their beginnings do, or "".
+
+    The base is at fault if its own names have a beginning that no model has: `torch.compile`,
+    DataParallel and PEFT put one before every name of a model that was not unwrapped.
+    """
+    keys = adapter.file.keys()
+    if all(key.startswith(PREFIX) for key in keys):
+        names = [key.removeprefix(PREFIX) for key in keys]
+        prefixes = differing_prefixes(names, [key.removeprefix(PREFIX) for key in plan.shapes()])
+        if prefixes and prefixes[1] not in ("", *DECODERS):
+            wanted, given = prefixes
+            return describe_prefixes("the base's", given, wanted)
+    return describe_prefix(keys, plan.shapes())
 
 
 def mismatches_with(

@@ -281,16 +281,15 @@ class Run:
         done = manifest["step"]
         state = manifest["state"]
         try:
-            identity = dict(state["run"])
+            require_same_run(str(folder), dict(state["run"]), self.identity, done)
             numbers = dict(state["optimizer"])
             allocator_numbers = dict(state["allocator"]) if self.allocator else {}
-            losses = [float(loss) for loss in state["losses"]]
-            evaluations = [(int(step), float(loss)) for step, loss in state["evaluations"]]
+            losses = [_finite(loss) for loss in state["losses"]]
+            evaluations = [(int(step), _finite(loss)) for step, loss in state["evaluations"]]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{str(folder)!r} is damaged: its state cannot be read ({error!r:.99})"
             ) from None
-        require_same_run(str(folder), identity, self.identity, done)
         version = state.get("numpy")
         if version != np.__version__:
             warnings.warn(
@@ -309,9 +308,13 @@ class Run:
                 raise CheckpointError(f"{str(folder)!r} has other parameters than the model")
             stored.append((arrays, parameters))
         ranks = load_file(folder / "allocator.safetensors") if self.allocator else {}
-        self.optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"), numbers)
-        if self.allocator:
-            self.allocator.load_state_dict(ranks, allocator_numbers)
+        moments = load_file(folder / "optimizer.safetensors")
+        try:
+            self.optimizer.load_state_dict(moments, numbers)
+            if self.allocator:
+                self.allocator.load_state_dict(ranks, allocator_numbers)
+        except CheckpointError as error:
+            raise CheckpointError(f"{str(folder)!r:.200} is damaged: {error}") from None
         for arrays, parameters in stored:
             for key, parameter in parameters.items():
                 parameter.data = parameter.backend.from_numpy(arrays[key])
@@ -319,6 +322,13 @@ class Run:
         self.losses = losses
         self.evaluations = evaluations
         self.checkpoint = done, folder
+
+
+def _finite(loss: Any) -> float:
+    """A loss of a checkpoint: a run with another one could not be saved again. Or ValueError."""
+    if type(loss) not in (int, float) or not math.isfinite(loss):
+        raise ValueError(f"a loss of {loss!r:.40}")
+    return float(loss)
 
 
 def _add(grad: Array | None, other: Array | None) -> Array | None:

@@ -246,7 +246,10 @@ def find_checkpoint(resume: str | Path, out: Path) -> tuple[Path, JsonObject]:
 
 def _verified_manifest(folder: Path) -> JsonObject:
     if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{str(folder)!r} is not a checkpoint: {MANIFEST} is missing")
+        raise CheckpointError(
+            f"{str(folder)!r} is not a checkpoint: {MANIFEST} is missing; give --resume a folder "
+            "step-N that a run has in --out/checkpoints, or auto"
+        )
     damaged = f"{str(folder)!r} is damaged"
     try:
         manifest = read_json(folder / MANIFEST, limit=1 << 30)  # it has the loss of every step

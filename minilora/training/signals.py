@@ -7,9 +7,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
+
+# The list of the block that this context is in.
+_receiving: ContextVar[list[int] | None] = ContextVar("signals received", default=None)
 
 
 @contextlib.contextmanager
@@ -18,7 +22,14 @@ def stop_signals() -> Iterator[list[int]]:
 
     A second signal stops the run at once, but for SIGHUP: the system and the shell may both send
     one when a terminal is closed. SIGHUP stays ignored if it is: `nohup` asks for that.
+
+    A block inside another gets the same list: a command that trains and then saves receives the
+    signals of both, and those in between.
     """
+    outer = _receiving.get()
+    if outer is not None:
+        yield outer
+        return
     received: list[int] = []
 
     def receive(number: int, frame: Any) -> None:
@@ -39,8 +50,10 @@ def stop_signals() -> Iterator[list[int]]:
     if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:
         numbers.append(HANGUP)
     before = {number: signal.signal(number, receive) for number in numbers}
+    _receiving.set(received)
     try:
         yield received
     finally:
+        _receiving.set(None)
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -10,10 +10,12 @@ import dataclasses
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -55,6 +57,7 @@ TINY = "--batch-size 2 --context 16 --threads 2"
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
 PRETRAIN = f"pretrain {TINY} {SHAPE}"
 FINETUNE = f"finetune --base base {TINY}"
+TRAIN = f"{FINETUNE} --data book.txt --steps 2"
 TEXT = b"the quick brown fox jumps over the lazy dog, again and again. " * 10
 
 
@@ -688,6 +691,94 @@ def test_finetune_adalora_logs_and_draws_ranks_of_a_run_that_continued(world, tm
     pattern = json.loads((straight / "adapter_config.json").read_text())["rank_pattern"]
     ranks = {name.removesuffix(".lora_E"): sum(kept) for name, kept in pattern.items()}
     assert ranks == history[-1][1]
+
+
+def test_main_names_the_help_that_has_the_options_of_a_command():
+    assert run("devices --bse x")[2] == (
+        "minilora: error: unrecognized arguments: --bse x (see minilora devices --help)\n"
+    )
+    assert "(see minilora --help)" in run("--bse")[2]
+
+
+@pytest.mark.parametrize(
+    "line", ["generate --prompt x", "evaluate --data book.txt", "verify", TRAIN]
+)
+def test_commands_of_one_adapter_refuse_a_second_one(line, world):
+    base = "" if "--base" in line else "--base base"
+    code, _, err = run(f"{line} {base} --adapter adapter --adapter other --out nowhere")
+    assert code == 2
+    assert "--adapter must be given once, got 'adapter' and 'other': combine makes one" in err
+
+
+def test_finetune_refused_before_it_writes_leaves_no_folder(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "book.txt"):
+        (tmp_path / name).symlink_to(world / name)
+    ok(f"{TRAIN} --save-every 1 --out run")
+    checkpoint = next(Path("run/checkpoints").iterdir())
+    (tmp_path / "mine").mkdir()
+    for out in ("", "--out new", "--out mine"):
+        code, _, err = run(f"{TRAIN} --seed 5 --resume {checkpoint} {out}")
+        assert (code, "seed (was 0, now 5)" in err) == (3, True)
+    assert not os.listdir("runs")
+    assert not Path("new").exists()
+    assert not os.listdir("mine")  # which was there before, and stays
+
+
+def test_finetune_resume_names_what_differs_before_it_looks_for_more(world, tmp_path):
+    ok(f"{TRAIN} --save-every 1 --out {tmp_path}/run")
+    code, _, err = run(f"{TRAIN} --method adalora --resume --out {tmp_path}/run")
+    assert code == 3
+    assert "belongs to another run: target_r (was None" in err
+
+
+DAMAGED = {
+    "losses": (["nan"], "its state cannot be read (ValueError(\"a loss of 'nan'\")"),
+    "evaluations": ([[0, math.inf]], "cannot be read"),
+    "optimizer": ({"optimizer": "AdamW", "steps": {}}, "the optimiser's state differs in"),
+}
+
+
+@pytest.mark.parametrize("field", DAMAGED)
+def test_finetune_resume_names_the_checkpoint_whose_state_is_damaged(field, world, tmp_path):
+    ok(f"{TRAIN} --save-every 1 --out {tmp_path}/run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-2")
+    folder = tmp_path / "run/checkpoints/step-1"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    value, says = DAMAGED[field]
+    manifest["state"][field] = value
+    (folder / "manifest.json").write_text(json.dumps(manifest).replace("Infinity", "1e400"))
+    code, _, err = run(f"{TRAIN} --resume {folder} --out {tmp_path}/run")
+    assert code == 3
+    assert err.startswith(f"minilora: error: '{folder}' is damaged: ")
+    assert says in err
+
+
+def test_finetune_resume_of_a_run_s_folder_says_what_to_give(world, tmp_path):
+    code, _, err = run(f"{TRAIN} --resume {tmp_path} --out {tmp_path}/run")
+    assert code == 3
+    assert "manifest.json is missing; give --resume a folder step-N that a run has in" in err
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_training_interrupted_when_it_has_ended_is_saved(command, world, tmp_path, monkeypatch):
+    """Between the last step and the end of saving: nothing else has the trained weights."""
+    kind = CausalLM if command == "pretrain" else PeftModel
+    plain = kind.save_pretrained
+
+    def save_pretrained(self, out):
+        os.kill(os.getpid(), signal.SIGINT)
+        plain(self, out)
+
+    monkeypatch.setattr(kind, "save_pretrained", save_pretrained)
+    line = f"{PRETRAIN} --data book.txt --steps 2" if command == "pretrain" else TRAIN
+    code, _, err = run(f"{line} --out {tmp_path}/run")
+    assert code == 130
+    assert f"minilora: interrupted: SIGINT: all steps are done, saved in '{tmp_path}/run'" in err
+    monkeypatch.undo()
+    expected = "adapter_model.safetensors" if command == "finetune" else "tokenizer.json"
+    assert (tmp_path / "run" / expected).is_file()
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 # ---- help ----------------------------------------------------------------------------------------

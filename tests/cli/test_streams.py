@@ -38,6 +38,7 @@ GENERATE = "generate --base base --prompt x --max-new-tokens 3"
 GONE = "| :"
 NO_SPACE = "No space left on device"
 GOES_ON = f"minilora: warning: {NO_SPACE}: the rest of the output is lost, the command goes on\n"
+IS_FULL = f"minilora: error: {NO_SPACE}: 'standard output'\n"
 IS_CLOSED = "minilora: error: standard output is closed: give the command a file, a pipe or a"
 
 # condition -> how a shell redirects, or that the output is a pipe whose reader has ended
@@ -60,11 +61,11 @@ ROWS = [
     (INSPECT, "reader gone", 0, ""),
     (INSPECT, "closed", 4, IS_CLOSED),
     (INSPECT, "all closed", 4, ""),
-    (INSPECT, "full", 4, f"minilora: error: {NO_SPACE}\n"),
+    (INSPECT, "full", 4, IS_FULL),
     (GENERATE, "reader gone", 0, ""),
-    (GENERATE, "full", 4, f"minilora: error: {NO_SPACE}\n"),
+    (GENERATE, "full", 4, IS_FULL),
     ("--help", "reader gone", 0, ""),
-    ("finetune --help", "full", 4, f"minilora: error: {NO_SPACE}\n"),
+    ("finetune --help", "full", 4, IS_FULL),
     ("inspect nowhere", "errors full", 4, ""),
 ]
 

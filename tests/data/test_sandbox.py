@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from hostile_files import replacing
 
+from minilora.data import sandbox as sandbox_module
 from minilora.data.sandbox import Sandbox
 from minilora.data.tokenizer import ByteTokenizer, load_tokenizer
 from minilora.errors import DataError
@@ -125,3 +127,21 @@ def test_sandbox_without_the_package_says_how_to_install_it(monkeypatch):
         with pytest.raises(DataError, match=f"FILE needs the package '{package}': pip install"):
             sandbox.ask({"do": "summary"}, 0.0)
         sandbox.close()
+
+
+def test_ask_names_the_program_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def popen(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(sandbox_module.subprocess, "Popen", popen)
+    with pytest.raises(OSError, match="Too many open files") as caught:
+        Sandbox("FILE", {"tokenizer": b"{}"}, 1.0, 1 << 29).ask({"do": "summary"}, 0)
+    assert caught.value.filename.endswith("sandboxed.py")
+
+
+@pytest.mark.parametrize("template", ["{{ 'a<b>c</b>'|striptags }}", "{{ lipsum(1)|length > 9 }}"])
+def test_template_may_use_what_jinja_imports_late(template: str) -> None:
+    sandbox = Sandbox("FILE", {"template": template, "given": {}}, 1.0, 1 << 29)
+    question = {"messages": [], "parts": [[0, False]], "tools": None}
+    assert sandbox.ask(question, 1.0)[0] in ("ac", "True")
+    sandbox.close()

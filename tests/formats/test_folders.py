@@ -15,6 +15,7 @@ from minilora.formats.folders import (
     LOCK,
     STAMP,
     fingerprint,
+    locked,
     new_folder,
     remove_folder,
     require_empty,
@@ -239,6 +240,16 @@ def test_require_empty_ignores_the_lock_and_ends_with_the_advice(tmp_path):
         require_empty(tmp_path)
     with pytest.raises(ConfigError, match=r"or remove it, or wait$"):
         require_empty(tmp_path, ", or wait")
+
+
+@pytest.mark.parametrize("target", ["missing", "link"])
+def test_locked_refuses_a_link_that_leads_nowhere(target, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    with pytest.raises(ConfigError, match="link' is a symbolic link that leads nowhere"):  # noqa: SIM117
+        with locked(tmp_path / "link"):
+            pass
+    assert (tmp_path / "link").is_symlink()
+    assert not (tmp_path / "missing").exists()
 
 
 def test_require_outside_names_the_option_whose_folder_it_is_in(tmp_path):

@@ -821,6 +821,7 @@ def add_base_prefix_rows() -> None:
         build = changed_tensors(BASE_WEIGHTS, renaming("", prefix))
         says = (f"begin with {prefix!r} where none is expected", "rename them")
         bad_weights(f"keys that begin with {prefix!r}", build, *says)
+        command(51, MERGE, 3, f"the base's keys {says[0]}", "rename them", build=build)
     build = changed_tensors(BASE_WEIGHTS, renaming("model.", "transformer."))
     says = ("begin with 'transformer.' where 'model.' is expected",)
     bad_weights("keys that begin with 'transformer.'", build, *says)

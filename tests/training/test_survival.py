@@ -269,7 +269,10 @@ def test_commands_whose_output_cannot_be_written_exit_with_4():
     for argv in (["inspect", "base"], ["generate", "--base=base", "--prompt=x"]):
         with open("/dev/full", "wb") as full:
             done = subprocess.run([*command, *argv], stdout=full, stderr=subprocess.PIPE, text=True)
-        assert (done.returncode, done.stderr) == (4, "minilora: error: No space left on device\n")
+        assert (done.returncode, done.stderr) == (
+            4,
+            "minilora: error: No space left on device: 'standard output'\n",
+        )
     with open("/dev/full", "wb") as full:
         assert subprocess.run([*command, "inspect", "missing"], stderr=full).returncode == 4
 
