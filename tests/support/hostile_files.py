@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -877,7 +878,13 @@ TOO_MUCH = "takes too much time or memory"
 def greedy_tokenizer(
     name: str, change: Change, use: Callable[[HubTokenizer], object], *says: str
 ) -> None:
-    """A small tokenizer.json that takes much time or memory for a small text."""
+    """A small tokenizer.json that takes much time or memory for a small text.
+
+    Without the package `tokenizers` it is refused before that.
+    """
+    expected = says or (TOO_MUCH,)
+    if importlib.util.find_spec("tokenizers") is None:
+        expected = ("needs the package 'tokenizers'",)
 
     def read(world: World) -> None:
         tokenizer = load_tokenizer("base", 1000)
@@ -885,7 +892,7 @@ def greedy_tokenizer(
         use(tokenizer)
 
     build = edited("base/tokenizer.json", change)
-    add(52, name, build, read, DataError, "tokenizer.json", *(says or (TOO_MUCH,)))
+    add(52, name, build, read, DataError, "tokenizer.json", *expected)
 
 
 def replacing(times: int, content: str) -> list[dict[str, Any]]:
