@@ -168,14 +168,15 @@ def _token_text(name: str, value: Any, path: Path) -> str | None:
 def surrounding_ids(processor: JsonObject | None, where: str = "tokenizer.json") -> tuple[Ids, Ids]:
     """(before, after): the ids that a post-processor of tokenizer.json puts around one text.
 
-    DataError, which begins with `where`, for more than MAX_SURROUNDING of them.
+    DataError, which begins with `where`, for more than MAX_SURROUNDING of them, or for a token
+    without ids.
     """
     before: list[int] = []
     after: list[int] = []
     for part in _parts(processor):
         is_before = True
         start: list[int] = []
-        for piece in _pieces(part):
+        for piece in _pieces(part, where):
             if piece is None:
                 is_before = False
             elif is_before:
@@ -202,15 +203,24 @@ def _parts(processor: JsonObject | None) -> Iterator[JsonObject]:
         yield from _parts(part)
 
 
-def _pieces(processor: JsonObject) -> Iterator[list[int] | None]:
-    """The ids of each special token that a post-processor adds, and None in place of the text."""
+def _pieces(processor: JsonObject, where: str) -> Iterator[list[int] | None]:
+    """The ids of each special token that a post-processor adds, and None in place of the text.
+
+    DataError for a token that its special_tokens lack, which the package `tokenizers` takes.
+    """
     kind = processor["type"]
     if kind == "TemplateProcessing":
         for piece in processor["single"]:
             if "Sequence" in piece:
                 yield None
             else:
-                yield processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+                token = piece["SpecialToken"]["id"]
+                if token not in processor["special_tokens"]:
+                    raise DataError(
+                        f"{where}: its post_processor puts the special token {quoted(token, 40)} "
+                        "around a text, but its special_tokens lack it: add it there"
+                    )
+                yield processor["special_tokens"][token]["ids"]
     elif kind in ("BertProcessing", "RobertaProcessing"):
         yield [processor["cls"][1]]
         yield None

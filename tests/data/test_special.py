@@ -228,6 +228,15 @@ def test_load_tokenizer_refuses_a_template_of_very_many_tokens(tmp_path: Path) -
         load_tokenizer(folder, VOCAB_SIZE)
 
 
+def test_load_tokenizer_refuses_a_template_with_a_token_that_it_lacks(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, processor="bos")
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    fields["post_processor"]["single"][0]["SpecialToken"]["id"] = "taken"
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(DataError, match=r"tokenizer\.json.* 'taken' .* special_tokens lack it"):
+        load_tokenizer(folder, VOCAB_SIZE)
+
+
 def test_encode_prompt_adds_no_second_bos(tmp_path: Path) -> None:
     tokenizer = read(write_folder(tmp_path, processor="bos"))
     assert tokenizer.encode_prompt("<s>ab").tolist() == tokenizer.encode_prompt("ab").tolist()
