@@ -379,7 +379,8 @@ def test_causal_lm_logits_and_every_gradient_agree(dtype: str, backend: Backend)
     assert_all_agree(results, backend)
 
 
-# In float32 NumPy's own gradients of these models are up to 1.3e-5 off those in float64.
+# In float32 NumPy's own gradients of these models are up to 1.3e-5 off those in float64, and so are
+# those of any other order of sums.
 GRADIENT_ROUNDING = 4e-5
 
 
@@ -398,7 +399,8 @@ def test_every_type_of_model_agrees(model_type: str, dtype: str, backend: Backen
             loss, grads = step.gradients(batch, params)
         text = generate(model.eval(), ids[:, :3], 12, temperature=0)
         loss = loss.astype(dtype)  # a float64 sum of losses of that dtype
-        results.append([model(ids), loss, *grads, text])
+        # As one vector: a small gradient has the rounding of the larger ones that it is made from.
+        results.append([model(ids), loss, np.concatenate([host(g).ravel() for g in grads]), text])
     assert_all_agree(results, backend, GRADIENT_ROUNDING)
 
 
