@@ -91,6 +91,10 @@ class PeftModel(Module):
         for path, parameter in self.model.named_parameters():
             yield names.get(id(parameter), PREFIX + path), parameter
 
+    def parameters(self) -> Iterator[Parameter]:
+        """Every parameter, as `named_parameters` has them, without the time that names take."""
+        return self.model.parameters()  # type: ignore[no-any-return]
+
     def to(self, device: str | Backend | None = None, dtype: Any = None) -> Any:
         """As `Module.to`; what is merged is merged again, into the base as it is then."""
         with self._unmerged():
