@@ -61,10 +61,11 @@ def _require_same(field: str, value: Any, config: LoraConfig, given: str) -> Non
     name = "target_r" if field == "r" and isinstance(config, AdaLoraConfig) else field
     if not hasattr(config, name):
         raise ConfigError(f"{option} is for AdaLoRA, and {given} is not AdaLoRA's: leave it out")
-    own = getattr(config, name)
-    if _normal(value) != _normal(own):
+    configured = getattr(config, name)
+    if _normal(value) != _normal(configured):
         raise ConfigError(
-            f"{option} {value!r:.60}, but {given} has {name} = {own!r:.60}: leave it out, "
+            f"{option} {value!r:.60}, but {given} has {name} = {configured!r:.60}: "
+            "leave it out, "
             "or begin a new adapter without --adapter"
         )
 

@@ -152,21 +152,21 @@ def _check_tool_calls(expected: str, role: str, calls: Any) -> None:
     if role != "assistant":
         raise DataError(f"{expected} 'tool_calls' only in the assistant's messages, found {role}")
     if type(calls) is not list or any(type(call) is not dict for call in calls):
-        found = quoted(calls, 60)
-        raise DataError(f"{expected} 'tool_calls' to be a list of objects, found {found}")
+        shown = quoted(calls, 60)
+        raise DataError(f"{expected} 'tool_calls' to be a list of objects, found {shown}")
 
 
 def _check_part(expected: str, part: Any) -> dict[str, Any]:
     kind = part.get("type") if type(part) is dict else type(part).__name__
     if kind != "text":
-        found = quoted(kind, 40)
+        shown = quoted(kind, 40)
         raise DataError(
-            f"{expected} of 'content' to be of type text, found {found}: only text is learned, "
+            f"{expected} of 'content' to be of type text, found {shown}: only text is learned, "
             "not images, sound or video"
         )
     if type(part.get("text")) is not str:
-        found = type(part.get("text")).__name__
-        raise DataError(f"{expected} of 'content' to have a 'text', found {found}")
+        text_type = type(part.get("text")).__name__
+        raise DataError(f"{expected} of 'content' to have a 'text', found {text_type}")
     return {key: value for key, value in part.items() if value is not None}
 
 

@@ -292,8 +292,8 @@ def _array(data: bytes, begin: int, end: int, where: str) -> Iterator[tuple[str,
         place = f"{where} record {number} (line {line})"
         between = data[edge:start].strip(BLANKS)
         if between != (b"," if number > 1 else b""):
-            found = _quoted_bytes(between)
-            raise FormatError(f"{place}: expected objects with commas between, found {found}")
+            shown = _quoted_bytes(between)
+            raise FormatError(f"{place}: expected objects with commas between, found {shown}")
         yield place, data[start:stop]
         line += data.count(b"\n", start, stop)
         edge = stop
@@ -332,7 +332,7 @@ def _children(
         stop = at + BLOCK
         while data[stop - 1 : stop] == b"\\":  # a block ends with a whole escape
             stop += 1
-        # Of the same length, and with no quotes but those around texts.
+        # Escapes become spaces: places stay, and the quotes that are left are around texts.
         plain = data[at:stop].replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
         codes = np.frombuffer(plain, np.uint8)
         places = np.flatnonzero(IS_MARK[codes])

@@ -155,9 +155,9 @@ def describe_prefix(keys: Iterable[str], expected: Collection[str]) -> str:
 
 def describe_prefixes(whose: str, given: str, wanted: str) -> str:
     """In words: `whose` keys begin with `given` in place of `wanted`."""
-    found = f"begin with {quoted(given)}" if given else "have no prefix"
+    beginning = f"begin with {quoted(given)}" if given else "have no prefix"
     valid = f"{quoted(wanted)} is expected" if wanted else "none is expected"
-    return f"{whose} keys {found} where {valid}: rename them"
+    return f"{whose} keys {beginning} where {valid}: rename them"
 
 
 def differing_prefixes(keys: Iterable[str], expected: Collection[str]) -> tuple[str, str] | None:
