@@ -11,7 +11,6 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,6 +83,24 @@ class Backend:
     def to_numpy(self, array: Array) -> np.ndarray:
         """The device's array on the host."""
         raise NotImplementedError
+
+    def run(self, body: Callable[..., Any], *inputs: Any) -> Any:
+        """body(self, *inputs), or what a kernel of this device computes in its place.
+
+        A body works on arrays, and is what its kernel must equal to rounding.
+        """
+        return body(self, *inputs)
+
+    def matmul(self, a: Array, b: Array, out: Array | None = None, scale: float = 1.0) -> Array:
+        """(a @ b) * scale    a (..., M, K), b (..., K, N) -> (..., M, N), in `out` if given"""
+        product = self.xp.matmul(a, b) if out is None else self.xp.matmul(a, b, out=out)
+        if scale != 1:
+            product *= scale
+        return product
+
+    def add_matmul(self, out: Array, a: Array, b: Array, scale: float = 1.0) -> None:
+        """out += (a @ b) * scale    a (..., M, K), b (..., K, N), out (..., M, N)"""
+        out += self.matmul(a, b, scale=scale)
 
     def add_rows(self, index: Array, rows: Array, count: int) -> Array:
         """out[i] = sum of rows[n] over index[n] == i, added in a fixed order.
@@ -242,20 +259,29 @@ class CupyBackend(Backend):
             start = end
         return whole
 
+    def run(self, body: Callable[..., Any], *inputs: Any) -> Any:
+        from .cuda.operations import OPERATIONS
+
+        kernel = OPERATIONS.get(body.__name__)
+        result = None if kernel is None else kernel(self, *inputs)
+        return body(self, *inputs) if result is None else result
+
     def sum_keys(self, P: Array) -> Array:
         return P.sum(axis=1, keepdims=True)  # a broadcast operand of a product takes six launches
 
     def add_rows(self, index: Array, rows: Array, count: int) -> Array:
+        from .cuda.launching import kernels_for
+
         xp = self.xp
         width = rows.shape[1]
         order = xp.argsort(index, kind="stable")
         start = xp.searchsorted(index[order], xp.arange(count + 1))
         out = xp.empty((count, width), rows.dtype)
-        kernel = _add_rows_kernel({"float32": "float", "float64": "double"}[str(rows.dtype)])
-        blocks = (out.size + 255) // 256
         arrays = xp.ascontiguousarray(rows), order.astype(np.int64), start.astype(np.int64), out
-        if blocks:
-            kernel((blocks,), (256,), (*arrays, np.int64(count), np.int64(width)))
+        kernels = kernels_for(self.device, rows.dtype)
+        if kernels is None:  # slower: it waits for the device
+            return self.from_numpy(NUMPY.add_rows(self.to_numpy(index), self.to_numpy(rows), count))
+        kernels.for_each("add_rows", out.size, *arrays, count, width)
         return out
 
     def divide_rows(self, rows: Array, sizes: Array) -> Array:
@@ -293,15 +319,6 @@ def _follow_each_other(arrays: Sequence[Array]) -> bool:
             return False
         end += array.nbytes
     return True
-
-
-@functools.cache
-def _add_rows_kernel(real: str) -> Any:
-    """The kernel in add_rows.cu for numbers of C's type `real`, compiled at the first call."""
-    import cupy
-
-    source = Path(__file__).with_name("add_rows.cu").read_text(encoding="utf-8")
-    return cupy.RawKernel(source, "add_rows", options=(f"-DREAL={real}",))
 
 
 # ---- which backend -------------------------------------------------------------------------------

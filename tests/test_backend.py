@@ -1,26 +1,20 @@
-"""Devices and the words that refuse them; random words; adding rows, in CUDA C too; imports."""
+"""Devices and the words that refuse them; random words; adding rows; imports."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import shutil
 import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cupy_on_cpu import EmulationError, packages
-from cupy_on_cpu.compilers import compile_with_nvcc, compile_with_nvrtc
-from cupy_on_cpu.packages import find_nvcc
 from hypothesis import given
 from hypothesis import strategies as st
-from strict_xp import METER, STRICT, counted, no_sync
+from strict_xp import STRICT
 
 from minilora import backend
 from minilora.backend import NUMPY, Backend, CupyBackend, backend_of, get_backend, gpus, mix_key
@@ -282,115 +276,6 @@ def test_add_rows_adds_in_a_fixed_order() -> None:
         assert (np.abs(got[i] - terms.sum(axis=0)) <= bound).all()
 
 
-# ---- the CUDA kernel, without a GPU --------------------------------------------------------------
-
-KERNEL = Path(backend.__file__).with_name("add_rows.cu")
-EMULATED = """
-#define __global__
-static struct { long long x; } blockIdx, threadIdx, blockDim;
-#include KERNEL
-extern "C" void launch(long long blocks, long long threads, const REAL* rows,
-                       const long long* order, const long long* start, REAL* out, long long count,
-                       long long width) {
-    blockDim.x = threads;  // no thread depends on another: here they run last to first
-    for (blockIdx.x = blocks - 1; blockIdx.x >= 0; blockIdx.x--)
-        for (threadIdx.x = threads - 1; threadIdx.x >= 0; threadIdx.x--)
-            add_rows(rows, order, start, out, count, width);
-}
-"""
-REALS = {"float": np.float32, "double": np.float64}
-
-
-class Kernel:
-    """add_rows.cu compiled for the CPU, for numbers of C's type `real`; called as CuPy calls it."""
-
-    def __init__(self, compiler: str, folder: Path, real: str):
-        self.dtype = REALS[real]
-        library = folder / f"{real}.so"
-        command = [compiler, f"-DREAL={real}", f'-DKERNEL="{KERNEL}"', "-O1", "-Wall", "-Wextra"]
-        command += ["-Werror", "-shared", "-fPIC", "-o", str(library), "launch.cpp"]
-        subprocess.run(command, check=True, cwd=folder)
-        self.launch = ctypes.CDLL(str(library)).launch
-
-    def __call__(self, grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
-        rows, order, start, out, count, width = args
-        assert grid[0] > 0  # CUDA refuses an empty grid
-        # A C long long; a Python int would be one too, but only by luck.
-        assert type(count) is np.int64
-        assert type(width) is np.int64
-        assert rows.dtype == out.dtype == self.dtype
-        assert order.dtype == start.dtype == np.int64
-        for array in (rows, order, start, out):
-            assert array._host.flags.c_contiguous  # a kernel sees memory, not strides
-        # A write past the end of `out` changes one of the 512 numbers after it.
-        padded = np.full(out.size + 512, 1e30, out.dtype)
-        pointers = [a.ctypes.data for a in (rows._host, order._host, start._host, padded)]
-        arguments = map(ctypes.c_void_p, pointers)
-        first, second, *sizes = map(ctypes.c_longlong, (grid[0], block[0], int(count), int(width)))
-        self.launch(first, second, *arguments, *sizes)
-        assert (padded[out.size :] == padded.dtype.type(1e30)).all()
-        out._host[...] = padded[: out.size].reshape(out.shape)
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kernel]:
-    """The kernel's own file, compiled for the CPU, by its type of numbers."""
-    compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("kernel")
-    (folder / "launch.cpp").write_text(EMULATED)
-    return {real: Kernel(compiler, folder, real) for real in REALS}
-
-
-@pytest.fixture
-def strict_cupy(kernels: dict[str, Kernel], monkeypatch: pytest.MonkeyPatch) -> CupyBackend:
-    """CupyBackend's own code, over the strict array module and the kernel compiled for the CPU."""
-
-    def empty(shape: Any, dtype: Any) -> Any:
-        return STRICT.xp.full(shape, np.nan, dtype)
-
-    monkeypatch.setattr(backend, "_add_rows_kernel", kernels.__getitem__)
-    monkeypatch.setattr(STRICT.xp, "empty", empty, raising=False)
-    made = object.__new__(CupyBackend)
-    made.cupy = STRICT.xp
-    made._is_one_of_several = False
-    return made
-
-
-KERNEL_SHAPES = [(0, 3), (3, 0), (1, 1), (7, 1), (40, 5), (300, 3), (1000, 130)]
-
-
-@pytest.mark.parametrize("dtype", REALS.values())
-@pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
-@pytest.mark.parametrize("count", [1, 4, 300])
-def test_add_rows_in_cuda_is_numpy_s(
-    shape: tuple[int, int], count: int, dtype: type, strict_cupy: CupyBackend
-) -> None:
-    rng = np.random.default_rng(0)
-    index = rng.integers(0, count, shape[0])
-    rows = rng.standard_normal(shape).astype(dtype)
-    integers = rng.integers(-100, 100, shape).astype(dtype)  # they add exactly, in any order
-    there = STRICT.from_numpy(index)
-    straight = STRICT.from_numpy(rows)
-    strided = STRICT.from_numpy(rows[:, ::-1].T).T[:, ::-1]
-    whole = STRICT.from_numpy(integers)
-    with counted(), no_sync():
-        sums = strict_cupy.add_rows(there, straight, count)
-        of_strided = strict_cupy.add_rows(there, strided, count)
-        exact = strict_cupy.add_rows(there, whole, count)
-        assert METER.uploads == []
-    got = STRICT.to_numpy(sums)
-    assert got.shape == (count, shape[1])
-    assert got.dtype == dtype
-    np.testing.assert_array_equal(STRICT.to_numpy(exact), NUMPY.add_rows(index, integers, count))
-    np.testing.assert_array_equal(STRICT.to_numpy(of_strided), got)
-    expected = NUMPY.add_rows(index, rows.astype(np.float64), count)
-    size = NUMPY.add_rows(index, np.abs(rows.astype(np.float64)), count)
-    additions = 2 * np.bincount(index, minlength=count)[:, None]  # on either side
-    assert (np.abs(got - expected) <= additions * np.finfo(dtype).eps / 2 * size).all()
-
-
 # Numbers and sizes at the ends of float32's range, where 1 / size or a product is subnormal.
 POWERS = st.integers(-149, 127)
 NUMBERS = st.builds(lambda m, e: m * 2.0 ** (e - 23), st.integers(2**23, 2**24 - 1), POWERS)
@@ -430,66 +315,6 @@ def test_divide_rows_on_a_gpu_has_numpy_s_results(
     size: np.float32, parts: list[np.float32], other: np.float32
 ) -> None:
     assert_divide_rows_is_numpy_s(get_backend("cuda"), size, parts, other)
-
-
-def test_find_nvcc_finds_that_of_the_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(packages, "toolkit", lambda: tmp_path)
-    assert find_nvcc() is None
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvcc").touch()
-    assert find_nvcc() == str(tmp_path / "bin" / "nvcc")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("real", REALS)
-def test_add_rows_kernel_compiles_with_nvrtc(real: str) -> None:
-    assert b"add_rows" in compile_with_nvrtc(KERNEL, [f"REAL={real}"])
-
-
-@pytest.mark.skipif(find_nvcc() is None, reason="not installed: nvcc")
-@pytest.mark.parametrize("real", REALS)
-def test_add_rows_kernel_compiles_for_a_gpu_and_spills_nothing(real: str) -> None:
-    usages = compile_with_nvcc(KERNEL, [f"REAL={real}"])
-    assert list(usages) == ["add_rows"]
-    usage = usages["add_rows"]
-    assert usage.registers > 0
-    assert (usage.stack_bytes, usage.spilled_bytes) == (0, 0)
-
-
-@pytest.mark.skipif(find_nvcc() is None, reason="not installed: nvcc")
-def test_compile_with_nvcc_reports_spills_and_what_is_wrong(tmp_path: Path) -> None:
-    path = tmp_path / "kernel.cu"
-    path.write_text(
-        'extern "C" __global__ void __launch_bounds__(1024) crowded(float* x, int n) {'
-        "  float y[200];"
-        "  for (int i = 0; i < 200; i++) y[i] = x[i * n];"
-        "  for (int i = 0; i < 200; i++) x[i] = y[(i * n) % 200];"
-        "}"
-    )
-    assert compile_with_nvcc(path)["crowded"].stack_bytes >= 800
-    path.write_text("wrong")
-    with pytest.raises(EmulationError, match="nvcc failed"):
-        compile_with_nvcc(path)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", REALS.values())
-def test_add_rows_on_a_gpu_is_the_same_every_time(dtype: type) -> None:
-    gpu = get_backend("cuda")
-    rng = np.random.default_rng(0)
-    index = rng.integers(0, 7, 5000)
-    rows = rng.standard_normal((5000, 33)).astype(dtype)
-    runs = []
-    for _ in range(3):
-        sums = gpu.add_rows(gpu.from_numpy(index), gpu.from_numpy(rows), 7)
-        runs.append(gpu.to_numpy(sums))
-    assert runs[0].tobytes() == runs[1].tobytes() == runs[2].tobytes()
-    expected = NUMPY.add_rows(index, rows.astype(np.float64), 7)
-    size = NUMPY.add_rows(index, np.abs(rows).astype(np.float64), 7)
-    assert (np.abs(runs[0] - expected) <= 5000 * np.finfo(dtype).eps * size).all()
-    empty = gpu.add_rows(gpu.from_numpy(index[:0]), gpu.from_numpy(rows[:0]), 7)
-    assert not gpu.to_numpy(empty).any()
 
 
 IMPORTS = """

@@ -18,6 +18,7 @@ from operations import NEURAL, angles, block_sizes, rotary_tables
 
 from minilora import functional as F
 from minilora.arguments import check_ids
+from minilora.attention import apply_rotary
 from minilora.autograd import Tensor, gradients, no_grad
 from minilora.backend import NUMPY, mix_key
 from minilora.effective import count_operations
@@ -611,7 +612,7 @@ def test_attention_keeps_scores_for_backward_only_up_to_kept_scores():
 def rotate(x: np.ndarray, start: int) -> np.ndarray:
     """apply_rotary of x (B, T, h, D) at the positions from `start` on."""
     a = angles(start + x.shape[1], x.shape[3])[start:]
-    return F.apply_rotary(np, x, *rotary_tables(a, x.shape[2], 0, 1.0))
+    return apply_rotary(np, x, *rotary_tables(a, x.shape[2], 0, 1.0))
 
 
 @given(st.integers(0, 50), st.integers(1, 6), st.sampled_from([2, 4, 8]))

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from .. import functional as F
+from ..arrays import row_dot
 from ..autograd import Tensor, namespace, record
 from ..backend import Array, Shape
 from ..effective import Formed, Pull
@@ -81,7 +82,7 @@ class DoraAdapter(LoraAdapter):
         for rows in blocks(len(W), size):
             V = b[rows] @ a  # (n, r) @ (r, I) -> (n, I)
             V += W[rows]
-            norms[rows] = xp.sqrt(F.row_dot(xp, V, V)[:, 0])
+            norms[rows] = xp.sqrt(row_dot(xp, V, V)[:, 0])
             if scaled:
                 m = self.lora_magnitude_vector.data[rows]
                 k = _nonzero_scales(xp, m, norms[rows])
@@ -106,7 +107,7 @@ class DoraAdapter(LoraAdapter):
         """dW' = k V - W (O, I), k included, for the base's weight W (O, I) and in its dtype."""
         xp = self.lora_A.backend.xp
         V = W + super().delta_weight(W)
-        norms = xp.sqrt(F.row_dot(xp, V, V)[:, 0])
+        norms = xp.sqrt(row_dot(xp, V, V)[:, 0])
         m = self.lora_magnitude_vector.data.astype(W.dtype)
         return _scales(xp, m, norms)[:, None] * V - W
 

@@ -20,6 +20,7 @@ COMPLEX = "#include <cupy/complex.cuh>\n"
 PARTS = ("language.h", "threads.h", "launch.h")
 COMMON = ("carray.cuh", "atomics.cuh", "math_constants.h")  # CuPy's headers in nearly all kernels
 LATE = ("complex", "float16")  # they need other headers before these
+GRID_LOOPS = ("CUPY_FOR", "FOR_EACH(")  # CuPy's, and that of minilora/cuda/kernels.cu
 BARRIERS = ("__syncthreads", "__syncwarp", "__shfl")
 
 
@@ -93,15 +94,40 @@ def _prelude(source: str) -> Path:
 def as_cpp(source: str) -> str:
     """The C++ file for a CUDA source: what CUDA has and C++ lacks, the source, its launches."""
     own = _own(source)
-    # CUPY_FOR is a loop with a stride of the whole grid, so one thread can do all of it; but
-    # `return` would then end the loop and not one thread's part.
-    has_return = re.search(r"return\s*;", own)
-    one_thread = "CUPY_FOR" in own and not _has_barriers(source) and not has_return
+    stopping = _functions_with_barriers(own)
     lines = ['#include "prelude.h"']
     lines.append(source if "complex" in own else source.replace(COMPLEX, ""))  # slow to compile
-    for name in dict.fromkeys(KERNEL.findall(source)):
-        lines.append(f"EMU_KERNEL({name}, {int(one_thread)})")
+    for name, body in _bodies(own).items():
+        lines.append(f"EMU_KERNEL({name}, {int(_is_one_loop(body, stopping))})")
     return "\n".join(lines) + "\n"
+
+
+def _bodies(source: str) -> dict[str, str]:
+    """The text of each kernel, by its name: up to the next one."""
+    found = list(KERNEL.finditer(source))
+    ends = [match.start() for match in found[1:]] + [len(source)]
+    return {match[1]: source[match.start() : end] for match, end in zip(found, ends, strict=True)}
+
+
+def _functions_with_barriers(source: str) -> set[str]:
+    """The words after which the threads of a block wait for each other."""
+    words = set(BARRIERS)
+    for function in re.split(r"(?=__device__|extern)", source):
+        match = re.match(r"__device__[^;{]*?(\w+)\(", function)
+        if match and any(word in function for word in words):
+            words.add(match[1])
+    return words
+
+
+def _is_one_loop(body: str, stopping: set[str]) -> bool:
+    """Whether one thread can do all of a kernel's work, which is much faster here.
+
+    It can if the kernel is a loop with a stride of the whole grid. `return` would then end the loop
+    and not one thread's part.
+    """
+    is_loop = any(loop in body for loop in GRID_LOOPS)
+    waits = any(re.search(rf"\b{word}", body) for word in stopping)
+    return is_loop and not waits and not re.search(r"return\s*;", body)
 
 
 class Sorts:

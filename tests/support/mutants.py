@@ -398,7 +398,7 @@ mutant(
 )
 mutant(
     AXIS,
-    "functional",
+    "attention",
     "total[..., keys, :] +=",
     "total[..., -a.shape[3] :, :] +=",
     gradient("attention"),
@@ -458,14 +458,14 @@ mutant(
 )
 mutant(
     MASK,
-    "functional",
+    "attention",
     "order[:, None] > order,",
     "order[:, None] > order + 1,",
     definition("attention"),
 )
 mutant(
     MASK,
-    "functional",
+    "attention",
     "last = S - T + at.stop",
     "last = S - T + at.stop - 1",
     definition("attention"),
