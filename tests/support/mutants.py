@@ -472,7 +472,7 @@ mutant(
 )
 mutant(
     "another order of the pairs",
-    "functional",
+    "attention",
     "z.reshape(B, T, *pairs)[..., ::-1, :]",
     "z.reshape(B, T, h, D // 2, 2).swapaxes(-1, -2)[..., ::-1, :]",
     definition("attention"),
