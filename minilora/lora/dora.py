@@ -28,7 +28,7 @@ import numpy as np
 from .. import functional as F
 from ..arrays import row_dot
 from ..autograd import Tensor, namespace, record
-from ..backend import Array, Shape
+from ..backend import Array, Backend, Shape
 from ..effective import Formed, Pull
 from ..errors import ConfigError
 from ..nn import LinearBase, Parameter
@@ -66,28 +66,34 @@ class DoraAdapter(LoraAdapter):
         """The shapes of the trainable tensors over `base`: r (in + out) + out numbers."""
         return {**LoraAdapter.shapes(base, r), "lora_magnitude_vector": (base.out_features,)}
 
-    def norms(self, W: Array, scaled: bool = False) -> Array:
+    def norms(self, W: Array) -> Array:
         """|V| for the rows of V = W + s B A.    W (O, I) -> (O,)
 
-        With `scaled` W becomes k V in place. V is formed, a few rows at a time. |W|^2 +
-        2 s <W A^T, B> + s^2 <B A A^T, B>, row by row, is the same number for the same 2 r I O
-        operations, but wrong by u |W|^2 where dW cancels most of a row. All callers use this one
-        function, so m / |V| is exactly 1 at the start.
+        V is formed, a few rows at a time. |W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>, row by row, is
+        the same number for the same 2 r I O operations, but wrong by u |W|^2 where dW cancels most
+        of a row. All norms are computed in one way, so m / |V| is exactly 1 at the start.
         """
-        xp = self.lora_A.backend.xp
+        return self._form_rows(W, None)[0]
+
+    def _form_rows(self, W: Array, m: Array | None) -> tuple[Array, Array | None]:
+        """The norms of V's rows; with m (O,) also their scales k, and W becomes k V in place."""
+        backend = self.lora_A.backend
+        xp = backend.xp
         a = self.lora_A.data
         b = self.lora_B.data * self.scaling
-        norms = xp.empty(len(W), W.dtype)
-        size = self.lora_A.backend.sizes.row_norms // W.shape[1]
+        found = []
+        size = backend.sizes.row_norms // W.shape[1]
         for rows in blocks(len(W), size):
             V = b[rows] @ a  # (n, r) @ (r, I) -> (n, I)
             V += W[rows]
-            norms[rows] = xp.sqrt(row_dot(xp, V, V)[:, 0])
-            if scaled:
-                m = self.lora_magnitude_vector.data[rows]
-                k = _nonzero_scales(xp, m, norms[rows])
-                xp.multiply(V, k[:, None], out=W[rows])
-        return norms
+            if m is None:
+                found.append((backend.run(_row_norms, V), None))
+            else:
+                found.append(backend.run(_scale_rows, V, m[rows], W[rows], LEAST))
+        if len(found) == 1:
+            return found[0]
+        norms, ks = zip(*found, strict=True)
+        return xp.concatenate(norms), None if m is None else xp.concatenate(ks)
 
     def __call__(self, x: Tensor, y: Tensor, base: LinearBase) -> Tensor:
         """k V x + b, where y is W x + b.    x (..., I), y (..., O) -> (..., O)
@@ -120,19 +126,17 @@ class DoraAdapter(LoraAdapter):
 
         V x is the output without its bias, divided by k, so dm needs no second product.
         """
-        xp = self.lora_A.backend.xp
-        norms = self.norms(W, scaled=True)
-        k = _nonzero_scales(xp, self.lora_magnitude_vector.data, norms)
+        backend = self.lora_A.backend
+        norms, k = self._form_rows(W, self.lora_magnitude_vector.data)
+        assert k is not None
         ks = (k * self.scaling)[:, None]
         b_ks = self.lora_B.data * ks  # (O, r)
-        a_t = xp.ascontiguousarray(self.lora_A.data.T)  # (I, r)
-        # Where a norm is 0, Y is 0, and so is dm.
-        per_m = 1 / (k * xp.where(norms == 0, 1, norms))
+        a_t = backend.xp.ascontiguousarray(self.lora_A.data.T)  # (I, r)
 
         def pull(X: Array, dY: Array, Y: Array) -> F.Grads:
             dA = (dY @ b_ks).T @ X  # (r, N) @ (N, I) -> (r, I)
             dB = (dY.T @ (X @ a_t)) * ks  # (O, N) @ (N, r) -> (O, r)
-            return dA, dB, xp.einsum("no,no->o", dY, Y) * per_m
+            return dA, dB, backend.run(_magnitude_gradient, dY, Y, k, norms)
 
         return (self.lora_A, self.lora_B, self.lora_magnitude_vector), Pull(pull, needs_output=True)
 
@@ -153,10 +157,36 @@ def _scales(xp: Any, m: Array, norms: Array) -> Array:
     return xp.where(xp.isfinite(norms), k, np.nan)
 
 
-def _nonzero_scales(xp: Any, m: Array, norms: Array) -> Array:
-    """`_scales` with LEAST in place of 0."""
+# ---- on arrays -----------------------------------------------------------------------------------
+
+
+def _row_norms(backend: Backend, V: Array) -> Array:
+    """|V| for each row.    V (n, I) -> (n,)"""
+    xp = backend.xp
+    return xp.sqrt(row_dot(xp, V, V)[:, 0])
+
+
+def _scale_rows(
+    backend: Backend, V: Array, m: Array, out: Array, least: float
+) -> tuple[Array, Array]:
+    """(the norms of V's rows, their scales k), both (n,); writes k V into `out`.
+
+    V and out (n, I), m (n,). `least` replaces k = 0.
+    """
+    xp = backend.xp
+    norms = _row_norms(backend, V)
     k = _scales(xp, m, norms)
-    return xp.where(k == 0, LEAST, k)
+    k = xp.where(k == 0, least, k)
+    xp.multiply(V, k[:, None], out=out)
+    return norms, k
+
+
+def _magnitude_gradient(backend: Backend, dY: Array, Y: Array, k: Array, norms: Array) -> Array:
+    """dm from the scaled output.    dY and Y = X W'^T (N, O), k and norms (O,) -> (O,)"""
+    xp = backend.xp
+    # Where a norm is 0, Y is 0, and so is dm.
+    per_m = 1 / (k * xp.where(norms == 0, 1, norms))
+    return xp.einsum("no,no->o", dY, Y) * per_m
 
 
 def require_compatible(adapters: Mapping[str, LoraAdapter], names: Sequence[str]) -> None:
