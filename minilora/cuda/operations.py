@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from . import optimizer
 from .launching import Array, kernels_for
 
-OPERATIONS: dict[str, Callable[..., Any]] = {}
+OPERATIONS: dict[str, Callable[..., Any]] = {"_clip": optimizer.clip, "_adamw": optimizer.adamw}
 
 
 def replaces(body: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
