@@ -118,6 +118,10 @@ class Backend:
         inverse = xp.where(sizes == 0, 0, 1 / xp.maximum(sizes, _SMALLEST))
         return rows * inverse[:, None]
 
+    def recorder(self) -> Any:
+        """What captures work on this device as graphs (`cuda.graphs.Recorder`), or None."""
+        return None
+
     def join(self, arrays: Sequence[Array]) -> Array:
         """Arrays of one dtype end to end, as a vector."""
         return self.xp.concatenate([array.reshape(-1) for array in arrays])
@@ -244,6 +248,11 @@ class CupyBackend(Backend):
 
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.asarray(self.xp.asnumpy(array))
+
+    def recorder(self) -> Any:
+        from .cuda.graphs import Recorder
+
+        return Recorder(self)
 
     def join(self, arrays: Sequence[Array]) -> Array:
         # Not by concatenate, which uploads a table of pointers.

@@ -199,35 +199,39 @@ class Optimizer:
         """The numbers of an update that differ from step to step; `steps` counts from 1."""
         raise NotImplementedError
 
-    def step(
-        self,
-        grads: Sequence[Array | None] | None = None,
-        scale: float = 1.0,
-        prepared: Prepared | None = None,
-    ) -> None:
+    def step(self, grads: Sequence[Array | None] | None = None, scale: float = 1.0) -> None:
         """Update every parameter that has a gradient: `grads`, aligned with `params`, or p.grad.
 
-        `scale` multiplies the learning rate of every group: the schedule's factor. With `prepared`
-        the numbers come from the device instead, and no step is counted: see `Prepared`.
+        `scale` multiplies the learning rate of every group: the schedule's factor.
         """
         updates = self.updates([p.grad for p in self.params] if grads is None else grads)
+        numbers = self._numbers(updates, scale)
+        for update in updates:
+            for member in update.members:
+                member.steps += 1
+        for update, row in zip(updates, numbers, strict=True):
+            self._change(update, Rates(update.members[0].group, row))
+
+    def apply(self, updates: Sequence[Update], prepared: Prepared) -> None:
+        """`step` apart from `count`, with numbers that are read when it runs on the device."""
         for i, update in enumerate(updates):
-            group = update.members[0].group
-            if prepared is None:
-                for member in update.members:
-                    member.steps += 1
-                numbers = self.rates(group, update.members[0].steps, float(group["lr"] * scale))
-                self._apply(update, Rates(group, numbers))
-            else:
-                self._apply(update, Rates(group, prepared.numbers[i], prepared.check))
+            rates = Rates(update.members[0].group, prepared.numbers[i], prepared.check)
+            self._change(update, rates)
+
+    def count(self, updates: Sequence[Update]) -> None:
+        """Take a step of these updates as done: their parameters have changed."""
+        for update in updates:
+            for member in update.members:
+                member.steps += 1
+                member.parameter.data = member.parameter.data
 
     def prepare(self, updates: Sequence[Update], scale: float) -> np.ndarray:
         """The numbers of the next step of these updates, (updates, numbers) in float64."""
-        rows = []
-        for update in updates:
-            first = update.members[0]
-            rows.append(self.rates(first.group, first.steps + 1, float(first.group["lr"] * scale)))
-        return np.array(rows)
+        return np.array(self._numbers(updates, scale))
+
+    def _numbers(self, updates: Sequence[Update], scale: float) -> list[tuple[float, ...]]:
+        firsts = [update.members[0] for update in updates]
+        return [self.rates(m.group, m.steps + 1, float(m.group["lr"] * scale)) for m in firsts]
 
     def updates(self, grads: Sequence[Array | None]) -> list[Update]:
         """The parameters that have a gradient, in parts that are updated together.
@@ -258,7 +262,7 @@ class Optimizer:
             update.grads.append(g.astype(p.dtype, copy=False))
         return list(updates.values())
 
-    def _apply(self, update: Update, rates: Rates) -> None:
+    def _change(self, update: Update, rates: Rates) -> None:
         params = [member.parameter for member in update.members]
         moments = self._moments(params[0].backend, update.members)
         new = self.update([p.data for p in params], update.grads, moments, rates)

@@ -108,7 +108,7 @@ def test_adamw_on_a_gpu_changes_nothing_unless_the_check_is_finite(value: float)
     before = p.numpy(), *(moment.get() for moment in adamw.members[0].moments.values())
     numbers = backend.from_numpy(adamw.prepare(adamw.updates([p.data]), 1.0))
     bad = Prepared(numbers, backend.xp.full((), value))
-    adamw.step([p.data * np.nan], prepared=bad)
+    adamw.apply(adamw.updates([p.data * np.nan]), bad)
     after = p.numpy(), *(moment.get() for moment in adamw.members[0].moments.values())
     assert adamw.members[0].steps == 1
     assert [a.tobytes() for a in after] == [b.tobytes() for b in before]
