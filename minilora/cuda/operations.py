@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from . import optimizer
 from .launching import Array, Kernels, kernels_for
 
-OPERATIONS: dict[str, Callable[..., Any]] = {}
+OPERATIONS: dict[str, Callable[..., Any]] = {"_clip": optimizer.clip, "_adamw": optimizer.adamw}
 
 Pull = Callable[[Array], Array]  # from the gradient of an output to that of an input
 

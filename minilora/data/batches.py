@@ -68,9 +68,20 @@ class Batch:
     def to(self, backend: Backend, vocab_size: int) -> Batch:
         """The same batch on a model's device; its arrays move as one.
 
+        A batch of arrays of a device is taken as it is.
+
         DataError for an id outside [0, vocab_size), a target that is neither inside nor IGNORE, or
         arrays that are not integers of one shape.
         """
+        if not isinstance(self.ids, np.ndarray):
+            return self  # it has moved: to look at its values would wait for the device
+        arrays = self.checked(vocab_size)
+        moved = np.stack(arrays, dtype=np.int64, casting="same_kind")
+        ids, targets, *first_key = backend.from_numpy(moved)
+        return Batch(ids, targets, self.first, self.tasks, *first_key)
+
+    def checked(self, vocab_size: int) -> list[Integers]:
+        """The ids, the targets and first_key, if there is one. DataError as for `to`."""
         arrays = {"ids": self.ids, "targets": self.targets}
         if self.first_key is not None:
             arrays["first_key"] = self.first_key
@@ -82,9 +93,7 @@ class Batch:
                 )
         check_ids(self.ids, vocab_size, "id")
         check_ids(self.targets[self.targets != IGNORE], vocab_size, "target")
-        moved = np.stack(list(arrays.values()), dtype=np.int64, casting="same_kind")
-        ids, targets, *first_key = backend.from_numpy(moved)
-        return Batch(ids, targets, self.first, self.tasks, *first_key)
+        return list(arrays.values())
 
     def shard(self, start: int, stop: int) -> Batch:
         """Sequences start to stop, 0 <= start; views, not copies."""
@@ -105,7 +114,7 @@ class Batch:
         first_key = None if self.first_key is None else self.first_key[:, :T]
         return Batch(self.ids[:, :T], self.targets[:, :T], self.first, self.tasks, first_key)
 
-    def by_task(self) -> list[tuple[str | None, Batch]]:
+    def by_task(self) -> list[TaskBatch]:
         """[(task, its sequences)], or [(None, the batch)] without tasks.
 
         This is the batch sorted by task, stably, and cut between tasks: `first` counts in the
@@ -113,12 +122,15 @@ class Batch:
         """
         if self.tasks is None:
             return [(None, self)]
-        parts: list[tuple[str | None, Batch]] = []
+        parts: list[TaskBatch] = []
         first = self.first
         for task, rows in rows_by_task(self.tasks).items():
             parts.append((task, self._take(rows, first, (task,) * len(rows))))
             first += len(rows)
         return parts
+
+
+TaskBatch = tuple[str | None, Batch]  # a task, or None in a batch without tasks; its sequences
 
 
 def rows_by_task(tasks: Sequence[str]) -> dict[str, NDArray[np.intp]]:

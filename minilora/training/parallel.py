@@ -23,22 +23,24 @@ import threadpoolctl
 
 from ..autograd import Tensor, gradients, no_grad
 from ..backend import Array, Backend
-from ..data.batches import Batch
+from ..data.batches import Batch, TaskBatch
 from ..errors import (
     ConfigError,
     Rule,
     check_fields,
     integer_rules,
+    is_flag,
     is_plain_number,
     optional_rule,
 )
 from ..nn import Parameter, dropout_counter
 from ..threads import MAX_THREADS, Workers, available_cores, keep_memory
+from .graphed import Divisor, GraphedLosses
 
-TaskBatch = tuple[str | None, Batch]  # a task, or None in a batch without tasks; and its sequences
 TOKENS_PER_SHARD = 512  # measured: with fewer, Python's share of a small model's step grows
 # 2 MiB of the widest activation: with more, those of a wide model no longer fit into the cache.
 FLOATS_PER_SHARD = 1 << 19
+READ_TOGETHER = 64  # losses of an evaluation on a GPU
 
 
 def language_modelling_loss(model: Any, batch: Batch) -> Tensor:
@@ -53,6 +55,13 @@ def language_modelling_loss(model: Any, batch: Batch) -> Tensor:
 
 def _backend(model: Any) -> Backend:
     return next(iter(model.parameters())).backend  # type: ignore[no-any-return]
+
+
+def _read(backend: Backend, losses: Sequence[tuple[Array, int]]) -> Iterator[tuple[float, int]]:
+    """(loss, counted targets) with losses of the device as numbers: one transfer for all."""
+    if losses:
+        values = backend.to_numpy(backend.join([loss for loss, _ in losses])).tolist()
+        yield from zip(values, (count for _, count in losses), strict=True)
 
 
 def shard_size(model: Any, sequences: int, context: int) -> int:
@@ -76,6 +85,7 @@ def _is_balance(value: Any) -> bool:
 _RULES = [
     *map(optional_rule, integer_rules("threads", "shard", least=1)),
     Rule("balance", _is_balance, "'tasks', 'tokens' or positive numbers by task"),
+    Rule("graph", is_flag, "True or False"),
 ]
 
 
@@ -91,6 +101,7 @@ class ShardedStep:
               means, so that the size of a task does not set its weight; numbers by task weight
               these means, 1 for a task without a number; "tokens": the loss is the mean over all
               counted targets alike
+    graph     on a GPU, evaluate batches of one shape by one launch each: see graphed.py
     """
 
     def __init__(
@@ -101,6 +112,7 @@ class ShardedStep:
         loss: Callable[[Any, Batch], Tensor] = language_modelling_loss,
         keep_memory: bool = True,
         balance: str | Mapping[str, float] = "tasks",
+        graph: bool = True,
     ):
         check_fields(locals(), _RULES)
         self.model = model
@@ -108,6 +120,7 @@ class ShardedStep:
         self.shard = shard
         self.keep_memory = keep_memory
         self.balance = balance
+        self.graph = graph
         self.threads = 1  # one thread keeps a GPU busy
         self._on_cpu = _backend(model).name == "cpu"
         if self._on_cpu:
@@ -141,10 +154,24 @@ class ShardedStep:
         several tasks the mean follows `balance`, and parameters of tasks that are not in the batch
         take no part.
         """
-        params = list(params)
         task_batches = batch.by_task()
-        # Known before the cut: each shard's sum is divided by the count of its whole task.
-        divisors = self._divisors(task_batches)
+        return self.gradients_by_task(
+            task_batches, self.divisors(task_batches), list(params), seed, step
+        )
+
+    def gradients_by_task(
+        self,
+        task_batches: Sequence[TaskBatch],
+        divisors: Mapping[str | None, Any],
+        params: Sequence[Parameter],
+        seed: int,
+        step: Any,
+    ) -> tuple[Array, list[Array | None]]:
+        """`gradients` of a batch by task, from what is known before a step.
+
+        In a captured step arrays of the device stand for the numbers that change: two of each task
+        for its divisor, 1 / divisor and the divisor, and one for the step.
+        """
 
         def work(task_shard: TaskBatch) -> tuple[str | None, Array, list[Array | None] | None]:
             task, shard = task_shard
@@ -153,19 +180,22 @@ class ShardedStep:
             value = loss.data.astype(np.float64)
             if not loss.requires_grad:  # as for sequences that only the base runs
                 return task, value, None
-            upstream = loss.backend.xp.full(loss.shape, 1 / divisors[task], loss.dtype)
+            share = divisors[task].share
+            if isinstance(share, float):
+                upstream = loss.backend.xp.full(loss.shape, share, loss.dtype)
+            else:
+                upstream = share.astype(loss.dtype)
             return task, value, gradients(loss, params, upstream)
 
-        losses: dict[str | None, Array] = dict.fromkeys(divisors, 0.0)
-        total = [None] * len(params)
+        losses: dict[str | None, Any] = {}
+        total: list[Any] = [None] * len(params)
         trained = False
         try:
             for task, task_batch in task_batches:
                 with self._running(task):
                     self._prepare(task_batch.ids.size)
-            shards = self._cut(batch.ids.shape, task_batches)
-            for task, loss, grads in self._workers.map(work, shards):
-                losses[task] = losses[task] + loss
+            for task, loss, grads in self._workers.map(work, self._cut(task_batches)):
+                losses[task] = losses.get(task, 0.0) + loss
                 if grads is None:
                     continue
                 trained = True
@@ -178,19 +208,19 @@ class ShardedStep:
             self.model.end_step()
         if not trained and task_batches:
             raise ConfigError("no parameter of the model requires a gradient: nothing to train")
-        return sum(loss / divisors[task] for task, loss in losses.items()), total
+        return sum(loss / divisors[task].size for task, loss in losses.items()), total
 
-    def _divisors(self, task_batches: list[TaskBatch]) -> dict[str | None, float]:
+    def divisors(self, task_batches: Sequence[TaskBatch]) -> dict[str | None, Divisor]:
         """What divides each task's sum of losses, so that the results add up to the mean loss."""
         counts = {task: task_batch.tokens for task, task_batch in task_batches}
         if self.balance == "tokens":
-            return dict.fromkeys(counts, max(sum(counts.values()), 1))
+            return dict.fromkeys(counts, Divisor.of(max(sum(counts.values()), 1)))
         given = self.balance if isinstance(self.balance, Mapping) else {}
         weights = {task: given.get(task or "", 1.0) for task, count in counts.items() if count}
         total = sum(weights.values())
-        divisors: dict[str | None, float] = dict.fromkeys(counts, 1)
+        divisors = dict.fromkeys(counts, Divisor.of(1))
         for task, weight in weights.items():
-            divisors[task] = counts[task] * (total / weight)
+            divisors[task] = Divisor.of(counts[task] * (total / weight))
         return divisors
 
     def _running(self, task: str | None) -> contextlib.AbstractContextManager[None]:
@@ -206,10 +236,18 @@ class ShardedStep:
     def losses(self, batches: Iterable[Batch]) -> Iterator[tuple[float, int]]:
         """Yield (summed loss, counted targets) of each shard of the batches, without gradients."""
 
-        def work(task_shard: TaskBatch) -> tuple[float, int]:
+        def loss_of(task_shard: TaskBatch) -> Array:
             task, shard = task_shard
             with no_grad(), self._running(task):
-                return self.loss(self.model, shard).item(), shard.tokens
+                return self.loss(self.model, shard).data
+
+        backend = _backend(self.model)
+        on_device: Callable[[TaskBatch], Array] = loss_of
+        if self.graph and not self._on_cpu and self.loss is language_modelling_loss:
+            on_device = GraphedLosses(loss_of, backend, self.model.config.vocab_size)
+
+        def work(task_shard: TaskBatch) -> tuple[Array, int]:
+            return on_device(task_shard), task_shard[1].tokens
 
         def shards() -> Iterator[TaskBatch]:
             prepared = set()
@@ -220,10 +258,16 @@ class ShardedStep:
                         prepared.add(task)
                         with self._running(task):
                             self._prepare(None)
-                yield from self._cut(batch.ids.shape, task_batches)
+                yield from self._cut(task_batches)
 
         try:
-            yield from self._workers.map(work, shards())
+            waiting = []  # losses that are still on the device
+            for loss in self._workers.map(work, shards()):
+                waiting.append(loss)
+                if self._on_cpu or len(waiting) == READ_TOGETHER:
+                    yield from _read(backend, waiting)
+                    waiting = []
+            yield from _read(backend, waiting)
         finally:
             self.model.end_step()
 
@@ -238,10 +282,11 @@ class ShardedStep:
         for _ in self._workers.map(work, range(self.threads)):
             pass
 
-    def _cut(self, shape: tuple[int, ...], task_batches: list[TaskBatch]) -> Iterator[TaskBatch]:
-        """Yield (task, shard) in order; `shape` is that of the whole batch."""
-        size = self.shard or shard_size(self.model, *shape)
+    def _cut(self, task_batches: Sequence[TaskBatch]) -> Iterator[TaskBatch]:
+        """Yield (task, shard) in order. The size of a shard depends on the whole batch's."""
+        sequences = sum(len(task_batch) for _, task_batch in task_batches)
         for task, task_batch in task_batches:
+            size = self.shard or shard_size(self.model, sequences, task_batch.ids.shape[1])
             for start in range(0, len(task_batch), size):
                 shard = task_batch.shard(start, start + size)
                 # Windows of records have ends of many lengths. A GPU runs fixed shapes faster.
