@@ -31,9 +31,14 @@ def replaces(body: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def kernels_of(backend: Any, *arrays: Array) -> Kernels | None:
-    """The kernels for the dtype that all the arrays have, or None."""
+    """The kernels for the dtype that all the arrays have, or None if they have several."""
     dtypes = {array.dtype for array in arrays}
-    return kernels_for(backend.device, *dtypes) if len(dtypes) == 1 else None
+    return kernels_for_dtype(backend, *dtypes) if len(dtypes) == 1 else None
+
+
+def kernels_for_dtype(backend: Any, dtype: Any) -> Kernels | None:
+    backend.select()  # a kernel is loaded on the current device
+    return kernels_for(backend.device, dtype)
 
 
 # ---- norms ---------------------------------------------------------------------------------------
@@ -300,9 +305,10 @@ def magnitude_gradient(backend: Any, dY: Array, Y: Array, k: Array, norms: Array
     xp = backend.xp
     N, O = Y.shape
     dY, Y = (_with_whole_rows(xp, array) for array in (dY, Y))
-    strides = [array.strides[0] // array.itemsize for array in (dY, Y)]
+    k, norms = (xp.ascontiguousarray(array) for array in (k, norms))
+    dY_stride, Y_stride = (array.strides[0] // array.itemsize for array in (dY, Y))
     dm = xp.empty(O, Y.dtype)
-    kernels.for_columns("magnitudes_back", O, dY, strides[0], Y, strides[1], k, norms, dm, N, O)
+    kernels.for_columns("magnitudes_back", O, dY, dY_stride, Y, Y_stride, k, norms, dm, N, O)
     return dm
 
 
@@ -316,7 +322,7 @@ def _with_whole_rows(xp: Any, array: Array) -> Array:
 
 @replaces("_decode")
 def decode(backend: Any, quantized: Any, dtype: Any) -> Array | None:
-    kernels = kernels_for(backend.device, dtype)
+    kernels = kernels_for_dtype(backend, dtype)
     sizes = [quantized.block_size]
     absmax = quantized.absmax
     codes_of_absmax: tuple[Array | None, Array | None] = None, None
@@ -338,7 +344,7 @@ def decode(backend: Any, quantized: Any, dtype: Any) -> Array | None:
 
 @replaces("_widen_bfloat16")
 def widen_bfloat16(backend: Any, bits: Array, dtype: Any) -> Array | None:
-    kernels = kernels_for(backend.device, dtype)
+    kernels = kernels_for_dtype(backend, dtype)
     if kernels is None:
         return None
     xp = backend.xp
