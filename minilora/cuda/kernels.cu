@@ -288,9 +288,23 @@ extern "C" __global__ void cross_entropy(const REAL* z, const Int* targets, Int 
 
 // ---- DoRA ---------------------------------------------------------------------------------------
 
-// norms[o] = |V[o]|, k = m / norms, out = k V    V, out (O, I), m, norms, k (O,); a block per row
-// out may be V; without m, out and k only norms is written. k is 1 where the norm is 0, NaN where
-// the norm is beyond the dtype, and `least` in place of 0.
+// k = m / norm: 1 where the norm is 0, NaN where it is beyond the dtype
+__device__ REAL row_scale(REAL m, REAL norm) {
+    if (!isfinite(norm)) return NOT_A_NUMBER;
+    return norm == 0 ? REAL(1) : m / norm;
+}
+
+// The same of each row, and dm for norms that are constants    m, norms, k, dk, dm (n,)
+extern "C" __global__ void row_scales(const REAL* m, const REAL* norms, REAL* k, Int n) {
+    FOR_EACH(i, n) k[i] = row_scale(m[i], norms[i]);
+}
+
+extern "C" __global__ void row_scales_back(const REAL* norms, const REAL* dk, REAL* dm, Int n) {
+    FOR_EACH(i, n) dm[i] = norms[i] == 0 ? REAL(0) : dk[i] / norms[i];
+}
+
+// norms[o] = |V[o]|, k = row_scale(m, norms), `least` in place of 0, out = k V
+// V, out (O, I), m, norms, k (O,); a block per row. out may be V. Without m only norms is written.
 extern "C" __global__ void scale_rows(const REAL* V, const REAL* m, REAL least, REAL* norms, REAL* k, REAL* out,
                                       Int I) {
     Int at = blockIdx.x * I;
@@ -299,8 +313,7 @@ extern "C" __global__ void scale_rows(const REAL* V, const REAL* m, REAL least, 
     REAL norm = sqrt(block_sum(sum));
     if (threadIdx.x == 0) norms[blockIdx.x] = norm;
     if (!m) return;
-    REAL scale = norm == 0 ? REAL(1) : m[blockIdx.x] / norm;
-    if (!isfinite(norm)) scale = NOT_A_NUMBER;
+    REAL scale = row_scale(m[blockIdx.x], norm);
     if (scale == 0) scale = least;
     if (threadIdx.x == 0) k[blockIdx.x] = scale;
     FOR_ROW(i, I) out[at + i] = V[at + i] * scale;

@@ -272,6 +272,26 @@ def linear_cross_entropy(
 # ---- DoRA ----------------------------------------------------------------------------------------
 
 
+@replaces("_row_scales")
+def row_scales(backend: Any, m: Array, norms: Array) -> tuple[Array, Pull] | None:
+    kernels = kernels_of(backend, m, norms)
+    if kernels is None:
+        return None
+    xp = backend.xp
+    m = xp.ascontiguousarray(m)
+    norms = xp.ascontiguousarray(norms)
+    k = xp.empty_like(m)
+    kernels.for_each("row_scales", m.size, m, norms, k, m.size)
+
+    def back(dk: Array) -> Array:
+        dm = xp.empty_like(norms)
+        dk = xp.ascontiguousarray(dk, norms.dtype)
+        kernels.for_each("row_scales_back", dm.size, norms, dk, dm, dm.size)
+        return dm
+
+    return k, back
+
+
 @replaces("_row_norms")
 def row_norms(backend: Any, V: Array) -> Array | None:
     found = scale_rows(backend, V, None, None, 0.0)

@@ -20,14 +20,14 @@ there.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .. import functional as F
 from ..arrays import row_dot
-from ..autograd import Tensor, namespace, record
+from ..autograd import Tensor, record
 from ..backend import Array, Backend, Shape
 from ..effective import Formed, Pull
 from ..errors import ConfigError
@@ -143,12 +143,8 @@ class DoraAdapter(LoraAdapter):
 
 def row_scales(m: Tensor, norms: Array) -> Tensor:
     """k = m / norms, 1 where a norm is 0; its gradient takes the norms for constants. All (O,)."""
-    xp = namespace(m)
-
-    def vjp(dk: Array) -> F.Grads:
-        return (xp.where(norms == 0, 0, dk / xp.where(norms == 0, 1, norms)),)
-
-    return record(_scales(xp, m.data, norms), (m,), vjp)
+    k, back = m.backend.run(_row_scales, m.data, norms)
+    return record(k, (m,), lambda dk: (back(dk),))
 
 
 def _scales(xp: Any, m: Array, norms: Array) -> Array:
@@ -164,6 +160,17 @@ def _row_norms(backend: Backend, V: Array) -> Array:
     """|V| for each row.    V (n, I) -> (n,)"""
     xp = backend.xp
     return xp.sqrt(row_dot(xp, V, V)[:, 0])
+
+
+def _row_scales(backend: Backend, m: Array, norms: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """(k, the function from dk to dm)    m and norms (O,)"""
+    xp = backend.xp
+
+    def back(dk: Array) -> Array:
+        dm: Array = xp.where(norms == 0, 0, dk / xp.where(norms == 0, 1, norms))
+        return dm
+
+    return _scales(xp, m, norms), back
 
 
 def _scale_rows(

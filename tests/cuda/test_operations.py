@@ -152,12 +152,19 @@ def scaled_rows(rng: np.random.Generator, N: int, C: int) -> list[Any]:
     return [V, m, np.zeros((N, C)), 2.0**-80]
 
 
+def magnitudes(rng: np.random.Generator, N: int, C: int) -> list[Any]:
+    m, norms = rng.standard_normal(C), 0.1 + rng.random(C)
+    norms[1:2] = 0  # its scale is 1
+    return [m, norms]
+
+
 def outputs(rng: np.random.Generator, N: int, C: int) -> list[Any]:
     dY, Y, k, norms = (rng.standard_normal(shape) for shape in ((N, C), (N, C), C, C))
     norms[1:2] = 0
     return [dY, Y, np.sign(k) + k, np.abs(norms) + (norms != 0)]
 
 
+row(dora._row_scales, "any", magnitudes, ("row_scales",), ("row_scales_back",))
 row(dora._row_norms, "any", matrix, ("scale_rows",))
 row(dora._scale_rows, "any", scaled_rows, ("scale_rows",))
 row(dora._magnitude_gradient, "any", outputs, ("magnitudes_back",))
@@ -293,7 +300,8 @@ def test_operations_of_a_gpu_launch_what_the_table_says(
 ) -> None:
     gpu = get_backend("cuda")
     arguments = [placed(a, gpu, dtype) for a in row.inputs(np.random.default_rng(0), 6, 70)]
-    dy = gpu.xp.ones(() if "cross_entropy" in row.id else (6, 70), dtype)
+    shapes = {"_cross_entropy": (), "_row_scales": (70,)}
+    dy = gpu.xp.ones(shapes.get(row.body.__name__, (6, 70)), dtype)
     codes._tables("dynamic", gpu)  # made when a layer moves to the device
     counting = cupy_on_cpu.is_installed()
     before = cupy_on_cpu.counting.now() if counting else None

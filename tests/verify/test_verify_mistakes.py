@@ -481,7 +481,7 @@ def dm_is_a_thousandth_too_large(k, *rest):
 
 
 @breaks("DoRA's scale")
-@after(F, "row_dot")
+@after(minilora.lora.dora, "row_dot")
 def a_norm_has_an_epsilon(square, *rest):
     return square + 32 * np.finfo(square.dtype).eps
 
