@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import functional, losses
-from minilora.autograd import Tensor
+from minilora.autograd import Tensor, gradients
 from minilora.backend import NUMPY, Backend, get_backend, gpus, mix_key
 from minilora.cuda import launching
 from minilora.cuda.launching import Kernels
@@ -315,6 +315,23 @@ def test_operations_of_a_gpu_launch_what_the_table_says(
         assert after.operations - before.operations == len(launched) + row.others
 
 
+def test_magnitude_gradient_of_a_gpu_reads_slices_of_columns_without_a_copy() -> None:
+    """As layers that share an input have their outputs side by side."""
+    gpu = get_backend("cuda")
+    dY, Y, k, norms = (placed(a, gpu, "float64") for a in outputs(np.random.default_rng(0), 9, 40))
+    contiguous = gpu.run(dora._magnitude_gradient, dY, Y, k, norms)
+    wide = gpu.xp.full((9, 100), np.nan)
+    wide[:, 7:47] = dY
+    taller = gpu.xp.full((9, 60), np.nan)
+    taller[:, 20:60] = Y
+    counting = cupy_on_cpu.is_installed()
+    before = cupy_on_cpu.counting.now() if counting else None
+    sliced = gpu.run(dora._magnitude_gradient, wide[:, 7:47], taller[:, 20:60], k, norms)
+    if counting:
+        assert cupy_on_cpu.counting.now().operations - before.operations == 1
+    assert gpu.to_numpy(sliced).tobytes() == gpu.to_numpy(contiguous).tobytes()
+
+
 def test_table_has_every_operation_and_every_kernel() -> None:
     named = {row.body.__name__ for row in TABLE}
     assert named | ELSEWHERE == set(OPERATIONS)
@@ -384,6 +401,15 @@ def test_rows_of_a_gpu_that_are_not_finite_leave_the_others_alone(
 
 
 @DTYPES
+def test_row_scales_of_a_gpu_are_nan_for_a_norm_that_is_not_finite(dtype: str) -> None:
+    gpu = get_backend("cuda")
+    m = placed(np.array([1.0, 2.0, 3.0, 4.0]), gpu, dtype)
+    norms = placed(np.array([np.inf, np.nan, 0.0, 2.0]), gpu, dtype)
+    k, _ = gpu.run(dora._row_scales, m, norms)
+    assert gpu.to_numpy(k).tolist() == pytest.approx([np.nan, np.nan, 1.0, 2.0], nan_ok=True)
+
+
+@DTYPES
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("bad", [[np.nan], [np.inf], [-np.inf], [-np.inf] * 600, [np.inf, np.inf]])
 @pytest.mark.parametrize("target", [0, 3, -100])
@@ -436,6 +462,21 @@ def test_cross_entropy_of_a_gpu_is_nan_for_a_target_outside(target: int) -> None
     logits = Tensor(gpu.xp.zeros((2, 7)), True)
     loss = functional.cross_entropy(logits, gpu.from_numpy(np.array([3, target])))
     assert np.isnan(loss.item())
+    (gradient,) = gradients(loss, [logits])
+    assert np.isnan(gpu.to_numpy(gradient)).all(axis=1).tolist() == [False, True]
+
+
+@DTYPES
+@pytest.mark.parametrize("shift", [3e4, -3e4, -1e30])
+def test_cross_entropy_of_a_gpu_is_right_for_logits_of_any_size(shift: float, dtype: str) -> None:
+    arguments = [shift + np.arange(12.0).reshape(3, 4), np.array([0, 3, 2]), -100, "mean", True]
+    first = next(row for row in TABLE if row.body is losses._cross_entropy)
+    rounded = [placed(a, NUMPY, dtype) for a in arguments]
+    expected = results(first, NUMPY, rounded, "float64")
+    for mine, reference in zip(
+        results(first, get_backend("cuda"), arguments, dtype), expected, strict=True
+    ):
+        np.testing.assert_allclose(mine, reference, rtol=BOUNDS[dtype], atol=BOUNDS[dtype])
 
 
 def test_linear_cross_entropy_of_a_gpu_in_blocks_is_that_at_once() -> None:
