@@ -23,7 +23,7 @@ from minilora.autograd import Tensor, gradients
 from minilora.backend import NUMPY, Backend, get_backend, gpus, mix_key
 from minilora.cuda import launching
 from minilora.cuda.launching import Kernels
-from minilora.cuda.operations import OPERATIONS
+from minilora.cuda.operations import OPERATIONS, kernels_of
 from minilora.lora import dora
 from minilora.quant import codes, half
 
@@ -383,6 +383,10 @@ def test_operations_of_a_gpu_run_on_the_gpu_of_their_arrays() -> None:
         found = []
         for gpu, other in ((first, second), (second, first)):
             there = [placed(a, gpu, "float32") for a in arguments]
+            array = gpu.xp.zeros(1)
+            other.select()
+            assert kernels_of(gpu, array) is not None
+            assert gpu.cupy.cuda.Device().id == gpu.device  # type: ignore[attr-defined]
             other.select()
             found.append([a.tobytes() for a in results(row, gpu, there, "float32")])
         assert found[0] == found[1]
