@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from operations import block_sizes
 
 from minilora import functional, losses
 from minilora.autograd import Tensor, gradients
@@ -510,19 +511,19 @@ def test_cross_entropy_of_a_gpu_is_right_for_logits_of_any_size(shift: float, dt
         np.testing.assert_allclose(mine, reference, rtol=BOUNDS[dtype], atol=BOUNDS[dtype])
 
 
-def test_linear_cross_entropy_of_a_gpu_in_blocks_is_that_at_once() -> None:
+def test_linear_cross_entropy_of_a_gpu_in_blocks_is_that_at_once(launched: list[str]) -> None:
     gpu = get_backend("cuda")
     rng = np.random.default_rng(0)
     x, head = (Tensor(gpu.from_numpy(rng.standard_normal(s)), True) for s in ((11, 4), (6, 4)))
     t = gpu.from_numpy(targets(rng, 11, 6))
     whole = functional.linear_cross_entropy(x, head, t)
-    before = gpu.sizes
-    try:
-        gpu.sizes = before._replace(loss_logits=18)  # three rows at a time
+    assert launched.count("cross_entropy") == 1
+    with block_sizes(gpu, loss_logits=18):  # three rows at a time
         blocks = functional.linear_cross_entropy(x, head, t)
-    finally:
-        gpu.sizes = before
+    assert launched.count("cross_entropy") == 1 + 4
     assert blocks.item() == pytest.approx(whole.item(), rel=1e-14)
+    for one, other in zip(*(gradients(y, [x, head]) for y in (whole, blocks)), strict=True):
+        np.testing.assert_allclose(gpu.to_numpy(one), gpu.to_numpy(other), rtol=0, atol=1e-14)
 
 
 # ---- stored weights ------------------------------------------------------------------------------
