@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from typing import Any, NamedTuple
 
-from ..backend import Array
+from ..backend import Array, Backend
 from ..nn import RMSNorm
 from ..threads import Workers
 from .cache import KeyValueCache
@@ -27,11 +27,12 @@ LARGEST = 1 << 31  # bytes of weights that are copied; a larger model computes e
 class Product(NamedTuple):
     """y = x W + b    x (B, I), weight (I, O), bias (O,) or None -> (B, O)"""
 
+    backend: Backend
     weight: Array
     bias: Array | None
 
     def __call__(self, x: Array) -> Array:
-        y = x @ self.weight
+        y = self.backend.matmul(x, self.weight)
         if self.bias is not None:
             y += self.bias
         return y
@@ -95,7 +96,8 @@ class Weights:
         self.eps = c.rms_norm_eps
         self.embedding = model.get_input_embeddings().weight
         self.rotary = model.decoder.rotary
-        self.xp = self.embedding.backend.xp
+        self.backend = self.embedding.backend
+        self.xp = self.backend.xp
         self.dtype = self.embedding.dtype
         self.mean = self.xp.full((c.hidden_size, 1), 1 / c.hidden_size, self.dtype)
         # Each channel i of a head, followed by its partner i + D/2.
@@ -162,7 +164,8 @@ def _build_product(source: Source, memory: Array) -> Product | None:
     None if a layer must run on its own.
     """
     layers, norm, order, sign = source
-    xp = layers[0].backend.xp
+    backend = layers[0].backend
+    xp = backend.xp
     inputs = layers[0].in_features
     W = xp.empty((len(memory) // inputs, inputs), memory.dtype)
     end = 0
@@ -175,13 +178,13 @@ def _build_product(source: Source, memory: Array) -> Product | None:
     weight = memory.reshape(inputs, -1)
     xp.multiply(W.T, sign if norm is None else sign * norm.weight.data[:, None], out=weight)
     if all(layer.bias is None for layer in layers):
-        return Product(weight, None)
+        return Product(backend, weight, None)
     biases = []
     for layer in layers:
         zeros = xp.zeros(layer.out_features, memory.dtype)
         biases.append(zeros if layer.bias is None else layer.bias.data)
     bias = sign * xp.concatenate(biases)
-    return Product(weight, bias if order is None else bias[order])
+    return Product(backend, weight, bias if order is None else bias[order])
 
 
 # ---- one token after another --------------------------------------------------------------------
@@ -235,10 +238,10 @@ class Decoding:
             first = max(0, S - layer.window) if layer.window else 0
             keys, values = key_values[:, :, :, first:S]
             q = qkv[:, : H * D].reshape(B, K, H // K, D)
-            p = q @ keys.swapaxes(-1, -2)  # (B, K, G, S)
+            p = w.backend.matmul(q, keys.swapaxes(-1, -2))  # (B, K, G, S)
             p -= p.max(axis=-1, keepdims=True)
             xp.exp(p, out=p)
-            y = p @ values  # (B, K, G, D)
+            y = w.backend.matmul(p, values)  # (B, K, G, D)
             y /= p.sum(axis=-1, keepdims=True)
             x += layer.o(y.reshape(B, H * D))
             # silu(g) u = (-g) (-u) / (1 + exp(-g)), and the weights give -g and -u.
@@ -253,6 +256,7 @@ class Decoding:
 
     def _normed(self, x: Array) -> Array:
         """x / sqrt(mean(x^2) + eps); the norm's weight is in the product that follows."""
-        scale = (x * x) @ self.weights.mean
-        scale += self.weights.eps
-        return x / self.weights.xp.sqrt(scale, out=scale)
+        w = self.weights
+        scale = w.backend.matmul(x * x, w.mean)
+        scale += w.eps
+        return x / w.xp.sqrt(scale, out=scale)
