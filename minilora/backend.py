@@ -116,10 +116,6 @@ class Backend:
         """
         return self.xp.matmul(a[:, None, :], b[:, :, None])[:, 0]
 
-    def column_dot(self, a: Array, b: Array) -> Array:
-        """sum_n a[n, c] b[n, c]    both (N, C) -> (C,)"""
-        return self.xp.einsum("nc,nc->c", a, b)
-
     def add_rows(self, index: Array, rows: Array, count: int) -> Array:
         """out[i] = sum of rows[n] over index[n] == i, added in a fixed order.
 
@@ -151,13 +147,18 @@ class Backend:
         """
         return self.xp.ones((1, P.shape[1]), P.dtype) @ P
 
-    def random_words(self, key: int, first: int, rows: int, count: int) -> Array:
+    def random_words(
+        self, key: int, first: int, rows: int, count: int, step: Array | None = None
+    ) -> Array:
         """(rows, count) random uint64.
 
-        With key = mix_key(...), row i depends on mix_key(..., first + i) alone. SplitMix64 (Steele,
-        Lea & Flood 2014, fig. 13): word j is a mix of its row's key + (j + 1) * golden. Any word
-        can be computed without those before it, and a GPU receives nothing but two numbers: a
-        dropout mask depends neither on the device, nor on threads, nor on where a batch is cut.
+        step   one uint64 (1,) on the device, or None
+
+        With key = mix_key(...), row i depends on mix_key(..., first + i) alone, or with a step on
+        mix_key(..., step, first + i). SplitMix64 (Steele, Lea & Flood 2014, fig. 13): word j is a
+        mix of its row's key + (j + 1) * golden. Any word can be computed without those before it,
+        and a GPU receives nothing but two numbers: a dropout mask depends neither on the device,
+        nor on threads, nor on where a batch is cut.
         """
 
         def mix(z: Array) -> Array:
@@ -166,9 +167,12 @@ class Backend:
             return z ^ (z >> np.uint64(31))
 
         golden = np.uint64(_GOLDEN)
+        key_of_step: Array = np.uint64(int(key) & _MASK)
+        if step is not None:
+            key_of_step = mix((step ^ key_of_step) + golden)  # a round of mix_key, on the device
         position = self.xp.arange(first, first + rows, dtype=np.uint64)
         # The last round of mix_key, for every row at once.
-        keys = mix((position ^ np.uint64(int(key) & _MASK)) + golden)
+        keys = mix((position ^ key_of_step) + golden)
         return mix(keys[:, None] + self.xp.arange(1, count + 1, dtype=np.uint64) * golden)
 
     @functools.cached_property
@@ -338,9 +342,6 @@ class CupyBackend(Backend):
         operands = xp.ascontiguousarray(a), xp.ascontiguousarray(b)
         kernels.for_rows("row_dot", rows, columns, *operands, out, columns)
         return out
-
-    def column_dot(self, a: Array, b: Array) -> Array:
-        return (a * b).sum(axis=0)
 
     def sum_keys(self, P: Array) -> Array:
         return P.sum(axis=1, keepdims=True)  # a broadcast operand of a product takes six launches
