@@ -63,3 +63,253 @@ extern "C" __global__ void rms_norm_back(const REAL* x, const REAL* w, const REA
     REAL mean = block_sum(sum) / C;
     FOR_ROW(c, C) dx[at + c] = (dy[at + c] * w[c] - x[at + c] * r * mean) * r;
 }
+
+// ---- attention ----------------------------------------------------------------------------------
+//
+// B sequences of T queries and S keys (the queries are the last T of S), H heads, K heads of keys
+// and values, D <= 256 channels per head. Query t sees the keys from first_seen(t) to S - T + t.
+// Scores are never in memory: a block keeps a few queries in registers, reads keys and values tile by
+// tile, and shrinks its sums when a larger score turns up (Milakov & Gimelshein 2018; Dao et al.
+// 2022). Backward computes the scores again: in `attention_dq` a block owns queries and reads keys, in
+// `attention_dkv` it owns keys and reads queries. So each sum has one thread, and a fixed order.
+//
+// A row (a query or a key) belongs to `parts` neighbouring threads, a power of two, with OWNED
+// channels each. So a block has 128 / parts rows, and a tile in shared memory as many. The channels
+// of a thread are 4 parts i + 4 part + j, i and j from 0 to 3: the threads of a row together read
+// whole lines of a tile. Channels from D on are 0.
+
+const int ATTENTION_BLOCK = 128, OWNED = 16, MOST_PARTS = 16, TILE = ATTENTION_BLOCK * OWNED;
+const REAL LOWEST = sizeof(REAL) == 4 ? -3.4028234663852886e38 : -1.7976931348623157e308;
+
+#define UNROLLED _Pragma("unroll")
+#define FOR_OWNED(I) UNROLLED for (int I = 0; I < OWNED; I++)
+
+// Which row the thread works on.
+struct Place {
+    int parts, part;  // threads per row, and this thread's number among them
+    int rows, first;  // of the block: how many rows, and the first
+    int row;          // of the thread; it may be past the last
+    Int b, head;
+
+    // The blocks of a head follow each other, those with the most work first.
+    __device__ Place(Int parts, Int count, Int heads, bool is_first_longest) : parts(parts) {
+        rows = ATTENTION_BLOCK / this->parts;
+        part = threadIdx.x % this->parts;
+        int blocks = (count + rows - 1) / rows;
+        int block = blockIdx.x % blocks;
+        first = (is_first_longest ? block : blocks - 1 - block) * rows;
+        row = first + threadIdx.x / this->parts;
+        head = blockIdx.x / blocks % heads;
+        b = blockIdx.x / blocks / heads;
+    }
+
+    // The channel in memory, and its place in row n of a tile, of the thread's number i.
+    __device__ int channel(int i) const { return i / 4 * 4 * parts + 4 * part + i % 4; }
+    __device__ int in_tile(int n, int i) const { return i / 4 * (TILE / 4) + n * 4 * parts + 4 * part + i % 4; }
+
+    // own = the thread's channels of a row, times scale; 0 if there is no such row
+    __device__ void read(const REAL* data, bool exists, int D, REAL scale, REAL* own) const {
+        FOR_OWNED(i) own[i] = exists && channel(i) < D ? data[channel(i)] * scale : 0;
+    }
+
+    __device__ void write(const REAL* own, REAL scale, bool exists, int D, REAL* data) const {
+        FOR_OWNED(i) if (exists && channel(i) < D) data[channel(i)] = own[i] * scale;
+    }
+
+    // The block copies its rows from `from` on into a tile, those from `end` on as 0. A tile is
+    // (4, rows, 4 parts): four quarters of the channels.
+    __device__ void read_tile(const REAL* data, Int stride, int from, int end, int D, REAL* tile) const {
+        int width = 4 * parts, column = threadIdx.x % width;
+        UNROLLED for (int j = 0; j < 4; j++) {
+            int n = threadIdx.x / width + j * (rows / 4);
+            const REAL* row = data + (from + n) * stride;
+            UNROLLED for (int i = 0; i < 4; i++) {
+                int c = i * width + column;
+                tile[i * (TILE / 4) + n * width + column] = from + n < end && c < D ? row[c] : 0;
+            }
+        }
+    }
+
+    // The sum over the threads of a row, the same in each of them.
+    __device__ REAL sum_parts(REAL x) const {
+        UNROLLED for (int k = 1; k < MOST_PARTS; k *= 2) {
+            if (k < parts) x += __shfl_xor_sync(~0u, x, k);
+        }
+        return x;
+    }
+
+    // The product of the thread's row with row n of a tile.
+    __device__ REAL dot_tile(const REAL* own, const REAL* tile, int n) const {
+        REAL x = 0;
+        FOR_OWNED(i) x += own[i] * tile[in_tile(n, i)];
+        return sum_parts(x);
+    }
+
+    // sums += x * row n of a tile
+    __device__ void add(REAL* sums, REAL x, const REAL* tile, int n) const {
+        FOR_OWNED(i) sums[i] += x * tile[in_tile(n, i)];
+    }
+};
+
+// The first key that a query sees whose own is `own`.    first_key (B, T) or null, n = b T + t
+__device__ int first_seen(const Int* first_key, Int n, Int own, Int window) {
+    Int first = window && own >= window ? own - window + 1 : 0;
+    return first_key && first_key[n] > first ? first_key[n] : first;
+}
+
+// The smallest x of a block, the same in every thread.
+__device__ int block_min(int x) {
+    __shared__ int parts[ATTENTION_BLOCK / 32];
+    for (int k = 16; k; k /= 2) x = min(x, __shfl_xor_sync(~0u, x, k));
+    __syncthreads();  // whoever read `parts`, or a tile, before has done so
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    for (int w = 0; w < ATTENTION_BLOCK / 32; w++) x = min(x, parts[w]);
+    return x;
+}
+
+// Rotate q and k: y = z cos + sign swapped(z) sin, see apply_rotary; v is copied.    a block per row
+// z and y (N, heads, D), which may be one array; cos, sin (table_rows, rotated D), table_rows divides N
+extern "C" __global__ void rotate(const REAL* z, REAL* y, const REAL* cos, const REAL* sin, Int table_rows, Int heads,
+                                  Int rotated, Int D, REAL sign) {
+    int half = D / 2;
+    Int at = blockIdx.x * heads * D, table = blockIdx.x % table_rows * rotated * D;
+    FOR_ROW(i, heads * half) {
+        int head = (int)i / half;
+        Int a = head * D + (int)i % half, b = a + half;  // the two channels of a pair
+        REAL x = z[at + a], w = z[at + b];
+        bool turns = head < rotated;
+        y[at + a] = turns ? x * cos[table + a] + sign * (w * sin[table + a]) : x;
+        y[at + b] = turns ? w * cos[table + b] + sign * (x * sin[table + b]) : w;
+    }
+}
+
+// o = softmax(scale q k^T) v    a block per head and queries
+// q (B, T, H, D), k and v (B, S, K, D) by the strides of B and of T or S -> o (B, T, H, D), and
+// softmax (B, H, T, 2), the largest score and 1 / the sum of exp(score - largest)
+extern "C" __global__ void __launch_bounds__(ATTENTION_BLOCK)
+    attention(const REAL* q, const REAL* k, const REAL* v, const Int* first_key, REAL* o, REAL* softmax, Int T, Int S, Int H,
+              Int K, Int D, Int parts, Int window, Int q_batch, Int q_row, Int k_batch, Int k_row, REAL scale) {
+    __align__(16) __shared__ REAL keys[TILE], values[TILE];
+    Place at(parts, T, H, false);
+    bool exists = at.row < T;
+    int last = S - T + at.row;
+    int first = exists ? first_seen(first_key, at.b * T + at.row, last, window) : S;
+    Int head = at.b * k_batch + at.head / (H / K) * D;
+    REAL own[OWNED], sums[OWNED] = {}, top = LOWEST, total = 0;
+    at.read(q + at.b * q_batch + at.row * q_row + at.head * D, exists, D, scale, own);
+    int end = min(S, S - T + at.first + at.rows);
+    for (int from = block_min(first); from < end; from += at.rows) {
+        __syncthreads();  // whoever read the tiles before has done so
+        at.read_tile(k + head, k_row, from, end, D, keys);
+        at.read_tile(v + head, k_row, from, end, D, values);
+        __syncthreads();
+        for (int n = 0; n < at.rows; n += 4) {
+            REAL score[4], higher = top;
+            bool seen[4];
+            UNROLLED for (int j = 0; j < 4; j++) {
+                score[j] = at.dot_tile(own, keys, n + j);
+                seen[j] = first <= from + n + j && from + n + j <= last;
+                if (seen[j]) higher = fmax(higher, score[j]);
+            }
+            REAL shrink = exp(top - higher);
+            top = higher;
+            total *= shrink;
+            FOR_OWNED(i) sums[i] *= shrink;
+            UNROLLED for (int j = 0; j < 4; j++) {
+                REAL p = seen[j] ? exp(score[j] - top) : 0;
+                total += p;
+                at.add(sums, p, values, n + j);
+            }
+        }
+    }
+    at.write(sums, 1 / total, exists, D, o + ((at.b * T + at.row) * H + at.head) * D);
+    if (exists && at.part == 0) {
+        REAL* kept = softmax + 2 * ((at.b * H + at.head) * T + at.row);
+        kept[0] = top;
+        kept[1] = 1 / total;
+    }
+}
+
+// dq = scale sum_s ds k, ds = p (dp - along), dp = do v, along = do o; and along (B, H, T) for dk
+// Strides as above, dq's are d_batch and d_row.
+extern "C" __global__ void __launch_bounds__(ATTENTION_BLOCK)
+    attention_dq(const REAL* q, const REAL* k, const REAL* v, const Int* first_key, const REAL* o, const REAL* softmax,
+                 const REAL* d_o, REAL* dq, REAL* along, Int T, Int S, Int H, Int K, Int D, Int parts, Int window,
+                 Int q_batch, Int q_row, Int k_batch, Int k_row, Int d_batch, Int d_row, REAL scale) {
+    __align__(16) __shared__ REAL keys[TILE], values[TILE];
+    Place at(parts, T, H, false);
+    bool exists = at.row < T;
+    int last = S - T + at.row;
+    int first = exists ? first_seen(first_key, at.b * T + at.row, last, window) : S;
+    Int head = at.b * k_batch + at.head / (H / K) * D;
+    Int out = ((at.b * T + at.row) * H + at.head) * D, n = (at.b * H + at.head) * T + at.row;
+    REAL own[OWNED], d_own[OWNED], sums[OWNED];
+    at.read(o + out, exists, D, 1, own);
+    at.read(d_o + out, exists, D, 1, d_own);
+    REAL mean = 0, top = exists ? softmax[2 * n] : 0, share = exists ? softmax[2 * n + 1] : 0;
+    FOR_OWNED(i) mean += own[i] * d_own[i], sums[i] = 0;
+    mean = at.sum_parts(mean);
+    if (exists && at.part == 0) along[n] = mean;
+    at.read(q + at.b * q_batch + at.row * q_row + at.head * D, exists, D, scale, own);
+    int end = min(S, S - T + at.first + at.rows);
+    for (int from = block_min(first); from < end; from += at.rows) {
+        __syncthreads();  // whoever read the tiles before has done so
+        at.read_tile(k + head, k_row, from, end, D, keys);
+        at.read_tile(v + head, k_row, from, end, D, values);
+        __syncthreads();
+        _Pragma("unroll 2") for (int n = 0; n < at.rows; n++) {
+            REAL score = at.dot_tile(own, keys, n), dp = at.dot_tile(d_own, values, n);
+            bool seen = first <= from + n && from + n <= last;
+            at.add(sums, seen ? exp(score - top) * share * (dp - mean) : 0, keys, n);
+        }
+    }
+    at.write(sums, scale, exists, D, dq + at.b * d_batch + at.row * d_row + at.head * D);
+}
+
+// dk = scale sum_t ds q, dv = sum_t p do, over the queries t of the H / K heads, in order.
+extern "C" __global__ void __launch_bounds__(ATTENTION_BLOCK)
+    attention_dkv(const REAL* q, const REAL* k, const REAL* v, const Int* first_key, const REAL* softmax, const REAL* along,
+                  const REAL* d_o, REAL* dk, REAL* dv, Int T, Int S, Int H, Int K, Int D, Int parts, Int window,
+                  Int q_batch, Int q_row, Int k_batch, Int k_row, Int d_batch, Int d_row, REAL scale) {
+    __align__(16) __shared__ REAL queries[TILE], d_outs[TILE];
+    __shared__ REAL tops[ATTENTION_BLOCK], shares[ATTENTION_BLOCK], means[ATTENTION_BLOCK];
+    __shared__ int firsts[ATTENTION_BLOCK];
+    Place at(parts, S, K, true);
+    bool exists = at.row < S;
+    Int head = at.b * k_batch + at.row * k_row + at.head * D;
+    REAL key[OWNED], value[OWNED], d_key[OWNED] = {}, d_value[OWNED] = {};
+    at.read(k + head, exists, D, scale, key);
+    at.read(v + head, exists, D, 1, value);
+    int earlier = S - T;  // keys before the first query's own
+    int begin = max(0, at.first - earlier), end = T;
+    if (window) end = min(T, at.first + at.rows - 1 + window - earlier);
+    for (Int h = at.head * (H / K); h < (at.head + 1) * (H / K); h++) {
+        for (int from = begin; from < end; from += at.rows) {
+            int t = from + threadIdx.x;  // the query that this thread looks up
+            bool looks = threadIdx.x < at.rows && t < end;
+            int first = looks ? first_seen(first_key, at.b * T + t, earlier + t, window) : S;
+            if (block_min(first) >= at.first + at.rows) continue;  // no query sees a key of the block
+            at.read_tile(q + at.b * q_batch + h * D, q_row, from, end, D, queries);
+            at.read_tile(d_o + (at.b * T * H + h) * D, H * D, from, end, D, d_outs);
+            firsts[threadIdx.x] = first;
+            if (looks) {
+                Int i = (at.b * H + h) * T + t;
+                tops[threadIdx.x] = softmax[2 * i];
+                shares[threadIdx.x] = softmax[2 * i + 1];
+                means[threadIdx.x] = along[i];
+            }
+            __syncthreads();
+            _Pragma("unroll 2") for (int n = 0; n < at.rows; n++) {
+                REAL score = at.dot_tile(key, queries, n), dp = at.dot_tile(value, d_outs, n);
+                bool seen = firsts[n] <= at.row && at.row <= earlier + from + n;
+                REAL p = seen ? exp(score - tops[n]) * shares[n] : 0;
+                at.add(d_value, p, d_outs, n);
+                at.add(d_key, seen ? p * (dp - means[n]) : 0, queries, n);
+            }
+        }
+    }
+    Int out = at.b * d_batch + at.row * d_row + at.head * D;
+    at.write(d_key, scale, exists, D, dk + out);
+    at.write(d_value, 1, exists, D, dv + out);
+}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .attention import rotate_and_attend
 from .launching import Array, kernels_for
 
 OPERATIONS: dict[str, Callable[..., Any]] = {}
@@ -51,3 +52,8 @@ def rms_norm(
         return dx, dw
 
     return y, back
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+replaces("_rotate_and_attend")(rotate_and_attend)
