@@ -32,8 +32,8 @@ import minilora.formats.safetensors
 import minilora.training.loop
 from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
 from minilora.errors import CheckpointError
+from minilora.training.checkpoints import MANIFEST, find_checkpoint, save_checkpoint
 from minilora.training.loop import Settings, train
-from minilora.training.runs import MANIFEST, find_checkpoint, save_checkpoint
 
 RESULT = Path(__file__).parent / "results" / "faults.json"
 STEPS = 5

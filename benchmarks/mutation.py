@@ -86,7 +86,7 @@ TESTS = {
     "minilora/tools/merging.py": TOOLS,
     "minilora/tools/rewriting.py": "tools/test_rewriting tools/test_converting tools/test_merging",
     "minilora/training/parallel.py": "training/test_parallel",
-    "minilora/training/runs.py": "training/test_runs",
+    "minilora/training/checkpoints.py": "training/test_runs",
 }
 MECHANISMS = {
     "autograd and the neural operations": ["autograd", "functional", "effective"],
@@ -109,7 +109,7 @@ MECHANISMS = {
     "a folder exists whole or not at all": [
         "formats/folders",
         "tools/rewriting",
-        "training/runs",
+        "training/checkpoints",
     ],
     "threads in a fixed order": ["threads", "training/parallel"],
     "checks of fields": ["errors", "lora/config"],

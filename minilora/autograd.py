@@ -600,7 +600,8 @@ class Tensor(TensorBase):
             raise ValueError(
                 f"cannot assign {value.shape} {value.dtype} to data of {self.shape} {self.dtype}"
             )
-        self._array[...] = value
+        if value is not self._array:
+            self._array[...] = value
         self.version[0] += 1
 
     def read_rows(self, at: Any) -> Array:

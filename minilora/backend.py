@@ -65,7 +65,7 @@ class Backend:
     name: str
     xp: Any
     sizes = BlockSizes()
-    joins = False  # are clipping and the optimiser one vector of all numbers, not one per tensor?
+    joins = False  # does an optimiser update parameters of any size together?
 
     def __deepcopy__(self, memo: Any) -> Backend:
         return self  # a copy of a tensor stays on its device
@@ -117,6 +117,10 @@ class Backend:
         xp = self.xp
         inverse = xp.where(sizes == 0, 0, 1 / xp.maximum(sizes, _SMALLEST))
         return rows * inverse[:, None]
+
+    def recorder(self) -> Any:
+        """What captures work on this device as graphs (`cuda.graphs.Recorder`), or None."""
+        return None
 
     def join(self, arrays: Sequence[Array]) -> Array:
         """Arrays of one dtype end to end, as a vector."""
@@ -245,13 +249,14 @@ class CupyBackend(Backend):
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.asarray(self.xp.asnumpy(array))
 
+    def recorder(self) -> Any:
+        from .cuda.graphs import Recorder
+
+        return Recorder(self)
+
     def join(self, arrays: Sequence[Array]) -> Array:
-        size = sum(array.size for array in arrays)
-        whole = arrays[0].base
-        if whole is not None and whole.shape == (size,) and _follow_each_other(arrays):
-            return whole  # which was cut into these
         # Not by concatenate, which uploads a table of pointers.
-        whole = self.xp.empty(size, arrays[0].dtype)
+        whole = self.xp.empty(sum(array.size for array in arrays), arrays[0].dtype)
         start = 0
         for array in arrays:
             end = start + array.size
@@ -309,16 +314,6 @@ class CupyBackend(Backend):
         z *= (inverse * (2.0**64 / c)).astype(np.float32)[:, None]
         smallest = xp.where(xp.abs(z) > 2.0 ** (64 - 150), xp.copysign(_SMALLEST, z), 0)
         return xp.where(xp.abs(z) < _SMALLEST * 2.0**64, smallest, z * 2.0**-64)
-
-
-def _follow_each_other(arrays: Sequence[Array]) -> bool:
-    """Whether CuPy's arrays are contiguous, and each begins in memory where the one before ends."""
-    end = arrays[0].data.ptr
-    for array in arrays:
-        if array.data.ptr != end or not array.flags.c_contiguous:
-            return False
-        end += array.nbytes
-    return True
 
 
 # ---- which backend -------------------------------------------------------------------------------

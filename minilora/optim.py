@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -105,6 +105,38 @@ class Member:
     moments: Moments = field(default_factory=dict)
 
 
+class Update(NamedTuple):
+    """Parameters of one group, step count, dtype and device, with their gradients."""
+
+    members: list[Member]
+    grads: list[Array]
+
+
+class Rates(NamedTuple):
+    """What an update is computed with besides the gradients.
+
+    group     the group's hyper-parameters
+    numbers   what `Optimizer.rates` gives: Python's floats, or an array on the device, whose values
+              are read when the update runs
+    check     a float64 scalar on the device: unless it is finite, nothing changes
+    """
+
+    group: Group
+    numbers: Any
+    check: Array | None = None
+
+
+class Prepared(NamedTuple):
+    """What a captured step reads from the device: a CUDA graph keeps the host's numbers for ever.
+
+    numbers   (updates, numbers) float64, written before each launch: see `Optimizer.prepare`
+    check     a float64 scalar; unless it is finite, parameters and moments stay as they are
+    """
+
+    numbers: Array
+    check: Array
+
+
 class Optimizer:
     """Parameters in groups of equal hyper-parameters.
 
@@ -155,12 +187,16 @@ class Optimizer:
         return [member.parameter for member in self.members]
 
     def update(
-        self, p: Array, g: Array, moments: Moments, group: Group, steps: int, lr: float
-    ) -> Array:
-        """The new values of p at its step number `steps` (from 1), element by element.
+        self, params: Sequence[Array], grads: Sequence[Array], moments: Moments, rates: Rates
+    ) -> Sequence[Array]:
+        """The new values of parameters that are updated together, element by element.
 
-        Changes the moments in place.
+        moments   one vector each for all the parameters, end to end; they change in place
         """
+        raise NotImplementedError
+
+    def rates(self, group: Group, steps: int, lr: float) -> tuple[float, ...]:
+        """The numbers of an update that differ from step to step; `steps` counts from 1."""
         raise NotImplementedError
 
     def step(self, grads: Sequence[Array | None] | None = None, scale: float = 1.0) -> None:
@@ -168,7 +204,42 @@ class Optimizer:
 
         `scale` multiplies the learning rate of every group: the schedule's factor.
         """
-        grads = _listed_gradients([p.grad for p in self.params] if grads is None else grads)
+        updates = self.updates([p.grad for p in self.params] if grads is None else grads)
+        numbers = self._numbers(updates, scale)
+        for update in updates:
+            for member in update.members:
+                member.steps += 1
+        for update, row in zip(updates, numbers, strict=True):
+            self._change(update, Rates(update.members[0].group, row))
+
+    def apply(self, updates: Sequence[Update], prepared: Prepared) -> None:
+        """`step` apart from `count`, with numbers that are read when it runs on the device."""
+        for i, update in enumerate(updates):
+            rates = Rates(update.members[0].group, prepared.numbers[i], prepared.check)
+            self._change(update, rates)
+
+    def count(self, updates: Sequence[Update]) -> None:
+        """Take a step of these updates as done: their parameters have changed."""
+        for update in updates:
+            for member in update.members:
+                member.steps += 1
+                member.parameter.data = member.parameter.data
+
+    def prepare(self, updates: Sequence[Update], scale: float) -> np.ndarray:
+        """The numbers of the next step of these updates, (updates, numbers) in float64."""
+        return np.array(self._numbers(updates, scale))
+
+    def _numbers(self, updates: Sequence[Update], scale: float) -> list[tuple[float, ...]]:
+        firsts = [update.members[0] for update in updates]
+        return [self.rates(m.group, m.steps + 1, float(m.group["lr"] * scale)) for m in firsts]
+
+    def updates(self, grads: Sequence[Array | None]) -> list[Update]:
+        """The parameters that have a gradient, in parts that are updated together.
+
+        For small parameters a call costs the most: those of one group, step count, dtype and device
+        are one part. ConfigError for gradients that do not fit the parameters.
+        """
+        grads = _listed_gradients(grads)
         pairs = list(zip(self.members, grads, strict=False))
         wrong = [m.name for m, g in pairs if g is not None and g.shape != m.parameter.shape]
         if wrong or len(grads) != len(self.members):
@@ -176,34 +247,27 @@ class Optimizer:
                 f"{len(grads)} gradients for {len(self.members)} parameters, "
                 f"with wrong shapes: {wrong!r:.300}"
             )
-        # For small parameters a call costs the most: those of one kind are updated together.
-        batches: dict[Any, list[tuple[Member, Array]]] = {}
+        updates: dict[Any, Update] = {}
         for member, g in pairs:
             if g is None:
                 continue
             p = member.parameter
-            member.steps += 1
             if not member.moments:
                 member.moments = {slot: p.backend.xp.zeros_like(p.data) for slot in self.slots}
             kind: Any = id(member)
             if p.size <= SMALL or p.backend.joins:
                 kind = id(member.group), member.steps, p.dtype, id(p.backend)
-            batches.setdefault(kind, []).append((member, g.astype(p.dtype, copy=False)))
-        for batch in batches.values():
-            self._update_together(batch, scale)
+            update = updates.setdefault(kind, Update([], []))
+            update.members.append(member)
+            update.grads.append(g.astype(p.dtype, copy=False))
+        return list(updates.values())
 
-    def _update_together(self, batch: list[tuple[Member, Array]], scale: float) -> None:
-        """Update parameters of one group, step count, dtype and device."""
-        members = [member for member, _ in batch]
-        first = members[0]
-        backend = first.parameter.backend
-        p = _joined(backend, [member.parameter.data for member in members])
-        g = _joined(backend, [g for _, g in batch])
-        lr = float(first.group["lr"] * scale)
-        new = self.update(p, g, self._moments(backend, members), first.group, first.steps, lr)
-        shapes = [member.parameter.shape for member in members]
-        for member, part in zip(members, _parts(new, shapes), strict=True):
-            member.parameter.data = part
+    def _change(self, update: Update, rates: Rates) -> None:
+        params = [member.parameter for member in update.members]
+        moments = self._moments(params[0].backend, update.members)
+        new = self.update([p.data for p in params], update.grads, moments, rates)
+        for p, values in zip(params, new, strict=True):
+            p.data = values
 
     def _moments(self, backend: Backend, members: list[Member]) -> Moments:
         """The moments of several parameters end to end; each one's moments become views of that."""
@@ -308,15 +372,21 @@ class SGD(Optimizer):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.slots = ("u",) if any(group["momentum"] for group in self.groups) else ()
 
+    def rates(self, group: Group, steps: int, lr: float) -> tuple[float, ...]:
+        return (lr,)
+
     def update(
-        self, p: Array, g: Array, moments: Moments, group: Group, steps: int, lr: float
-    ) -> Array:
-        u = g + group["weight_decay"] * p
+        self, params: Sequence[Array], grads: Sequence[Array], moments: Moments, rates: Rates
+    ) -> Sequence[Array]:
+        backend = backend_of(params[0])
+        p = _joined(backend, params)
+        u = _joined(backend, grads) + rates.group["weight_decay"] * p
         if self.slots:
-            moments["u"] *= group["momentum"]
+            moments["u"] *= rates.group["momentum"]
             moments["u"] += u
             u = moments["u"]
-        return p - lr * u
+        (lr,) = rates.numbers
+        return list(_parts(p - lr * u, [array.shape for array in params]))
 
 
 class AdamW(Optimizer):
@@ -342,26 +412,49 @@ class AdamW(Optimizer):
     ):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    def update(
-        self, p: Array, g: Array, moments: Moments, group: Group, steps: int, lr: float
-    ) -> Array:
-        xp = backend_of(p).xp
+    def rates(self, group: Group, steps: int, lr: float) -> tuple[float, ...]:
+        """-lr / (1 - b1^t), sqrt(1 - b2^t) and 1 - lr wd"""
         b1, b2 = group["betas"]
-        first = moments["m"]
-        second = moments["v"]
-        # For every intermediate: fresh memory would cost more than the arithmetic.
-        work = xp.empty_like(first)
-        first *= b1
-        first += xp.multiply(g, 1 - b1, out=work)
-        second *= b2
-        xp.multiply(g, g, out=work)
-        second += xp.multiply(work, 1 - b2, out=work)
-        xp.sqrt(second, out=work)
-        work /= math.sqrt(1 - b2**steps)
-        work += group["eps"]
-        xp.divide(first, work, out=work)
-        work *= -lr / (1 - b1**steps)
-        return xp.add(work, (1 - lr * group["weight_decay"]) * p, out=work)
+        keep = 1 - lr * group["weight_decay"]
+        return -lr / (1 - b1**steps), math.sqrt(1 - b2**steps), keep
+
+    def update(
+        self, params: Sequence[Array], grads: Sequence[Array], moments: Moments, rates: Rates
+    ) -> Sequence[Array]:
+        backend = backend_of(params[0])
+        return backend.run(  # type: ignore[no-any-return]
+            _adamw, params, grads, moments["m"], moments["v"], rates
+        )
+
+
+def _adamw(
+    backend: Backend,
+    params: Sequence[Array],
+    grads: Sequence[Array],
+    first: Array,
+    second: Array,
+    rates: Rates,
+) -> Sequence[Array]:
+    """The new parameters of `AdamW`. The moments, one vector each for all, change in place."""
+    xp = backend.xp
+    b1, b2 = rates.group["betas"]
+    step, root, keep = rates.numbers
+    p = _joined(backend, params)
+    g = _joined(backend, grads)
+    # For every intermediate: fresh memory would cost more than the arithmetic.
+    work = xp.empty_like(first)
+    first *= b1
+    first += xp.multiply(g, 1 - b1, out=work)
+    second *= b2
+    xp.multiply(g, g, out=work)
+    second += xp.multiply(work, 1 - b2, out=work)
+    xp.sqrt(second, out=work)
+    work /= root
+    work += rates.group["eps"]
+    xp.divide(first, work, out=work)
+    work *= step
+    new = xp.add(work, keep * p, out=work)
+    return list(_parts(new, [array.shape for array in params]))
 
 
 def constant(step: int, warmup: int = 0) -> float:
@@ -393,25 +486,27 @@ def clip_by_global_norm(
     """
     max_norm = _checked("max_norm", max_norm)
     grads = _listed_gradients(grads)
-    present = {i: g for i, g in enumerate(grads) if g is not None}
-    clipped = list(grads)
-    backend = backend_of(next(iter(present.values()), np.zeros(0)))
+    places = [i for i, g in enumerate(grads) if g is not None]
+    present = [grads[i] for i in places]
+    backend = backend_of(present[0] if present else np.zeros(0))
+    scaled, norm = backend.run(_clip, present, max_norm)
+    clipped: list[Array | None] = list(grads)
+    for i, g in zip(places, scaled, strict=True):
+        clipped[i] = g
+    return clipped, norm
+
+
+def _clip(
+    backend: Backend, grads: Sequence[Array], max_norm: float
+) -> tuple[Sequence[Array], Array]:
+    """(gradients scaled to the norm, if theirs is larger; their norm)"""
     xp = backend.xp
-    together: dict[Any, list[int]] = {}
-    for i, g in present.items():
-        together.setdefault(g.dtype if backend.joins else i, []).append(i)
-    vectors = [_joined(backend, [present[i] for i in places]) for places in together.values()]
     # Beyond 1e154 the norm is inf, which says enough.
     with np.errstate(over="ignore", invalid="ignore"):
-        squares = ((g.astype(np.float64) ** 2).sum() for g in vectors)
+        squares = ((g.astype(np.float64) ** 2).sum() for g in grads)
         norm = xp.sqrt(sum(squares, xp.zeros(())))
         factor = xp.where(xp.isfinite(norm), xp.minimum(1.0, max_norm / (norm + 1e-6)), 1.0)
-    for vector, places in zip(vectors, together.values(), strict=True):
-        scaled = vector * factor.astype(vector.dtype)
-        parts = _parts(scaled, [present[i].shape for i in places])
-        for i, part in zip(places, parts, strict=True):
-            clipped[i] = part
-    return clipped, norm
+    return [g * factor.astype(g.dtype) for g in grads], norm
 
 
 FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")

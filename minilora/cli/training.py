@@ -22,6 +22,7 @@ from ..formats.folders import locked, numbered_folder
 from ..lora import AdaLoraConfig, LoraConfig, get_multitask_model, get_peft_model
 from ..models.config import TransformerConfig
 from ..models.transformer import CausalLM
+from ..training.checkpoints import find_checkpoint, open_folder
 from ..training.methods import (
     CODES,
     METHODS,
@@ -29,7 +30,6 @@ from ..training.methods import (
     format_weight_memory,
     measure_weight_memory,
 )
-from ..training.runs import find_checkpoint, open_folder
 from ..training.signals import stop_signals
 from .continuing import continue_adapter, read_continued_config
 from .options import (

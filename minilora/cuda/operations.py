@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .attention import rotate_and_attend
+from . import attention, optimizer
 from .launching import Array, kernels_for
 
-OPERATIONS: dict[str, Callable[..., Any]] = {}
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "_rotate_and_attend": attention.rotate_and_attend,
+    "_clip": optimizer.clip,
+    "_adamw": optimizer.adamw,
+}
 
 
 def replaces(body: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -52,8 +56,3 @@ def rms_norm(
         return dx, dw
 
     return y, back
-
-
-# ---- attention -----------------------------------------------------------------------------------
-
-replaces("_rotate_and_attend")(rotate_and_attend)

@@ -68,9 +68,20 @@ class Batch:
     def to(self, backend: Backend, vocab_size: int) -> Batch:
         """The same batch on a model's device; its arrays move as one.
 
+        A batch of arrays of a device is taken as it is.
+
         DataError for an id outside [0, vocab_size), a target that is neither inside nor IGNORE, or
         arrays that are not integers of one shape.
         """
+        if not isinstance(self.ids, np.ndarray):
+            return self  # it has moved: to look at its values would wait for the device
+        arrays = self.checked(vocab_size)
+        moved = np.stack(arrays, dtype=np.int64, casting="same_kind")
+        ids, targets, *first_key = backend.from_numpy(moved)
+        return Batch(ids, targets, self.first, self.tasks, *first_key)
+
+    def checked(self, vocab_size: int) -> list[Integers]:
+        """The ids, the targets and first_key, if there is one. DataError as for `to`."""
         arrays = {"ids": self.ids, "targets": self.targets}
         if self.first_key is not None:
             arrays["first_key"] = self.first_key
@@ -82,9 +93,7 @@ class Batch:
                 )
         check_ids(self.ids, vocab_size, "id")
         check_ids(self.targets[self.targets != IGNORE], vocab_size, "target")
-        moved = np.stack(list(arrays.values()), dtype=np.int64, casting="same_kind")
-        ids, targets, *first_key = backend.from_numpy(moved)
-        return Batch(ids, targets, self.first, self.tasks, *first_key)
+        return list(arrays.values())
 
     def shard(self, start: int, stop: int) -> Batch:
         """Sequences start to stop, 0 <= start; views, not copies."""

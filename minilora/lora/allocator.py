@@ -66,6 +66,8 @@ class RankAllocator:
     its budget.
     """
 
+    _mask: Array | None = None  # `kept` on the device
+
     def __init__(self, adapters: Mapping[str, AdaLoraAdapter], config: AdaLoraConfig):
         if not adapters:
             raise ConfigError("no AdaLoRA layer was given: a RankAllocator needs at least one")
@@ -101,7 +103,7 @@ class RankAllocator:
         self.sensitivity = xp.zeros(size, dtype)
         self.uncertainty = xp.zeros(size, dtype)
         self._choose(np.ones(sum(adapter.r for adapter in self.adapters.values()), bool))
-        self._settle(known=False)
+        self.settle(known=False)
 
     @property
     def params(self) -> list[Parameter]:
@@ -153,6 +155,46 @@ class RankAllocator:
 
         ConfigError if the shapes are not those of `params`; nothing changes then.
         """
+        slopes = self._slopes(grads)
+        xp = self._backend.xp
+        t = self.steps + 1
+        if t < self.final_step:
+            self._observe(slopes)
+        if self.allocates_next:
+            cut = self.initial - self.budget(t)
+            mask = xp.ones(self.initial, bool)
+            # Among equals, the first is cut first.
+            mask[xp.argsort(self.importance(), kind="stable")[:cut]] = False
+            self._choose(self._backend.to_numpy(mask))
+        if self.allocates_next or t > self.final_step:
+            self._cut()
+        self.count_step()
+
+    @property
+    def allocates_next(self) -> bool:
+        """Does the next step choose which triplets are kept?"""
+        t = self.steps + 1
+        end = self.final_step
+        return t == end or (self.config.tinit < t < end and t % self.config.deltaT == 0)
+
+    def step_on_device(self, grads: Sequence[Array | None], check: Array) -> None:
+        """`step`, apart from `count_step`, where nothing is allocated: for a captured step.
+
+        check   a scalar on the device: unless it is finite, nothing changes
+        """
+        slopes = self._slopes(grads)
+        if self.steps + 1 < self.final_step:
+            self._observe(slopes, check)
+        else:
+            self._cut()
+
+    def count_step(self) -> None:
+        """Take the step as done, and the weights as allocated."""
+        self.steps += 1
+        self.settle()
+
+    def _slopes(self, grads: Sequence[Array | None]) -> list[Array]:
+        """The gradients along `params`, zeros for None. ConfigError for shapes that do not fit."""
         params = self.params
         xp = self._backend.xp
         pairs = zip(params, grads, strict=False)
@@ -162,35 +204,31 @@ class RankAllocator:
                 f"{len(grads)} gradients do not fit the {len(params)} parameters in number or in "
                 "shape: give one per tensor of RankAllocator.params"
             )
-        self.steps += 1
-        t = self.steps
-        end = self.final_step
-        if t < end:
-            self._observe(slopes)
-        due = t == end or (self.config.tinit < t < end and t % self.config.deltaT == 0)
-        if due:
-            cut = self.initial - self.budget(t)
-            mask = xp.ones(self.initial, bool)
-            # Among equals, the first is cut first.
-            mask[xp.argsort(self.importance(), kind="stable")[:cut]] = False
-            self._choose(self._backend.to_numpy(mask))
-        if due or t > end:
-            for layer, mask in self._by_layer(self._mask).items():
-                E = self.adapters[layer].lora_E
-                E.data = xp.where(mask.reshape(-1, 1), E.data, 0)
-        self._settle()
+        return slopes
 
-    def _observe(self, grads: Sequence[Array]) -> None:
+    def _cut(self) -> None:
+        """Set E to zero for the triplets that are not kept."""
+        xp = self._backend.xp
+        for layer, mask in self._by_layer(self._mask).items():
+            E = self.adapters[layer].lora_E
+            E.data = xp.where(mask.reshape(-1, 1), E.data, 0)
+
+    def _observe(self, grads: Sequence[Array], check: Array | None = None) -> None:
         """Average the sensitivity of every number, and its distance from the average."""
         xp = self._backend.xp
         beta1 = self.config.beta1
         beta2 = self.config.beta2
-        w = xp.concatenate([p.data.reshape(-1) for p in self.params])
-        g = xp.concatenate([grad.reshape(-1) for grad in grads])
-        now = xp.abs(w * g.astype(w.dtype))
-        self.sensitivity = beta1 * self.sensitivity + (1 - beta1) * now
-        distance = xp.abs(now - self.sensitivity)
-        self.uncertainty = beta2 * self.uncertainty + (1 - beta2) * distance
+        w = self._backend.join([p.data for p in self.params])
+        g = self._backend.join([grad.astype(w.dtype, copy=False) for grad in grads])
+        now = xp.abs(w * g)
+        sensitivity = beta1 * self.sensitivity + (1 - beta1) * now
+        distance = xp.abs(now - sensitivity)
+        uncertainty = beta2 * self.uncertainty + (1 - beta2) * distance
+        if check is not None:
+            sensitivity = xp.where(xp.isfinite(check), sensitivity, self.sensitivity)
+            uncertainty = xp.where(xp.isfinite(check), uncertainty, self.uncertainty)
+        self.sensitivity[...] = sensitivity
+        self.uncertainty[...] = uncertainty
 
     def prune(self) -> None:
         """Remove for good what the final choice set to zero, and write it to config.rank_pattern.
@@ -236,15 +274,20 @@ class RankAllocator:
         for name in AVERAGES:
             setattr(self, name, self._backend.from_numpy(arrays[name].copy()))
         self._choose(arrays["kept"].copy())
-        self._settle(known=False)
+        self.settle(known=False)
 
-    def _settle(self, known: bool = True) -> None:
+    def settle(self, known: bool = True) -> None:
+        """See `AdaLoraAdapter.settle`."""
         for adapter in self.adapters.values():
             adapter.settle(known)
 
     def _choose(self, mask: np.ndarray) -> None:
         self.kept = mask  # (sum r,) on the host
-        self._mask = self._backend.from_numpy(mask)  # the same on the device
+        on_device = self._backend.from_numpy(mask)
+        if self._mask is None or self._mask.shape != mask.shape:
+            self._mask = on_device.copy()
+        else:
+            self._mask[...] = on_device  # in place: a captured step reads this memory
 
     def _by_layer(self, values: Array) -> dict[str, Array]:
         """The part of each layer, by name, of an array with one entry per triplet."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import threadpoolctl
@@ -39,6 +39,20 @@ TaskBatch = tuple[str | None, Batch]  # a task, or None in a batch without tasks
 TOKENS_PER_SHARD = 512  # measured: with fewer, Python's share of a small model's step grows
 # 2 MiB of the widest activation: with more, those of a wide model no longer fit into the cache.
 FLOATS_PER_SHARD = 1 << 19
+
+
+class Divisor(NamedTuple):
+    """What a task's sum of losses is divided by: float64, or scalars on the device.
+
+    share   1 / size, the gradient of the mean loss with respect to one target's
+    """
+
+    size: Any
+    share: Any
+
+    @classmethod
+    def of(cls, size: float) -> Divisor:
+        return cls(size, 1 / size)
 
 
 def language_modelling_loss(model: Any, batch: Batch) -> Tensor:
@@ -141,10 +155,24 @@ class ShardedStep:
         several tasks the mean follows `balance`, and parameters of tasks that are not in the batch
         take no part.
         """
-        params = list(params)
         task_batches = batch.by_task()
-        # Known before the cut: each shard's sum is divided by the count of its whole task.
-        divisors = self._divisors(task_batches)
+        return self.gradients_by_task(
+            task_batches, self.divisors(task_batches), list(params), seed, step
+        )
+
+    def gradients_by_task(
+        self,
+        task_batches: Sequence[TaskBatch],
+        divisors: Mapping[str | None, Any],
+        params: Sequence[Parameter],
+        seed: int,
+        step: Any,
+    ) -> tuple[Array, list[Array | None]]:
+        """`gradients` of a batch by task, from what is known before a step.
+
+        In a captured step arrays of the device stand for the numbers that change: two of each task
+        for its divisor, 1 / divisor and the divisor, and one for the step.
+        """
 
         def work(task_shard: TaskBatch) -> tuple[str | None, Array, list[Array | None] | None]:
             task, shard = task_shard
@@ -153,19 +181,22 @@ class ShardedStep:
             value = loss.data.astype(np.float64)
             if not loss.requires_grad:  # as for sequences that only the base runs
                 return task, value, None
-            upstream = loss.backend.xp.full(loss.shape, 1 / divisors[task], loss.dtype)
+            share = divisors[task].share
+            if isinstance(share, float):
+                upstream = loss.backend.xp.full(loss.shape, share, loss.dtype)
+            else:
+                upstream = share.astype(loss.dtype)
             return task, value, gradients(loss, params, upstream)
 
-        losses: dict[str | None, Array] = dict.fromkeys(divisors, 0.0)
-        total = [None] * len(params)
+        losses: dict[str | None, Any] = {}
+        total: list[Any] = [None] * len(params)
         trained = False
         try:
             for task, task_batch in task_batches:
                 with self._running(task):
                     self._prepare(task_batch.ids.size)
-            shards = self._cut(batch.ids.shape, task_batches)
-            for task, loss, grads in self._workers.map(work, shards):
-                losses[task] = losses[task] + loss
+            for task, loss, grads in self._workers.map(work, self._cut(task_batches)):
+                losses[task] = losses.get(task, 0.0) + loss
                 if grads is None:
                     continue
                 trained = True
@@ -178,19 +209,19 @@ class ShardedStep:
             self.model.end_step()
         if not trained and task_batches:
             raise ConfigError("no parameter of the model requires a gradient: nothing to train")
-        return sum(loss / divisors[task] for task, loss in losses.items()), total
+        return sum(loss / divisors[task].size for task, loss in losses.items()), total
 
-    def _divisors(self, task_batches: list[TaskBatch]) -> dict[str | None, float]:
+    def divisors(self, task_batches: Sequence[TaskBatch]) -> dict[str | None, Divisor]:
         """What divides each task's sum of losses, so that the results add up to the mean loss."""
         counts = {task: task_batch.tokens for task, task_batch in task_batches}
         if self.balance == "tokens":
-            return dict.fromkeys(counts, max(sum(counts.values()), 1))
+            return dict.fromkeys(counts, Divisor.of(max(sum(counts.values()), 1)))
         given = self.balance if isinstance(self.balance, Mapping) else {}
         weights = {task: given.get(task or "", 1.0) for task, count in counts.items() if count}
         total = sum(weights.values())
-        divisors: dict[str | None, float] = dict.fromkeys(counts, 1)
+        divisors = dict.fromkeys(counts, Divisor.of(1))
         for task, weight in weights.items():
-            divisors[task] = counts[task] * (total / weight)
+            divisors[task] = Divisor.of(counts[task] * (total / weight))
         return divisors
 
     def _running(self, task: str | None) -> contextlib.AbstractContextManager[None]:
@@ -220,7 +251,7 @@ class ShardedStep:
                         prepared.add(task)
                         with self._running(task):
                             self._prepare(None)
-                yield from self._cut(batch.ids.shape, task_batches)
+                yield from self._cut(task_batches)
 
         try:
             yield from self._workers.map(work, shards())
@@ -238,10 +269,11 @@ class ShardedStep:
         for _ in self._workers.map(work, range(self.threads)):
             pass
 
-    def _cut(self, shape: tuple[int, ...], task_batches: list[TaskBatch]) -> Iterator[TaskBatch]:
-        """Yield (task, shard) in order; `shape` is that of the whole batch."""
-        size = self.shard or shard_size(self.model, *shape)
+    def _cut(self, task_batches: Sequence[TaskBatch]) -> Iterator[TaskBatch]:
+        """Yield (task, shard) in order. The size of a shard depends on the whole batch's."""
+        sequences = sum(len(task_batch) for _, task_batch in task_batches)
         for task, task_batch in task_batches:
+            size = self.shard or shard_size(self.model, sequences, task_batch.ids.shape[1])
             for start in range(0, len(task_batch), size):
                 shard = task_batch.shard(start, start + size)
                 # Windows of records have ends of many lengths. A GPU runs fixed shapes faster.

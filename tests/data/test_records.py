@@ -33,7 +33,7 @@ from minilora.data.records import (
 from minilora.data.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
 from minilora.errors import CheckpointError, ConfigError, DataError, FormatError
 from minilora.threads import blocks
-from minilora.training import loop
+from minilora.training import run
 from minilora.training.loop import Settings, evaluate, train
 
 BYTES = ByteTokenizer()
@@ -842,7 +842,7 @@ def test_train_refuses_to_resume_with_other_targets(tmp_path, change):
 def test_train_refuses_to_resume_records_that_were_packed_in_another_form(tmp_path, monkeypatch):
     packed = pack(sums(), 15)
     with monkeypatch.context() as earlier:
-        earlier.setattr(loop, "PACKING", "records see each other")
+        earlier.setattr(run, "PACKING", "records see each other")
         train(adapted(), packed, SETTINGS, tmp_path / "out")
     message = r"packing \(was 'records see each other', now 'records do not see"
     with pytest.raises(CheckpointError, match=message):

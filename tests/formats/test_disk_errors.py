@@ -18,7 +18,7 @@ from minilora.data.tokenizer import ByteTokenizer
 from minilora.formats import read_json, write_checkpoint, write_json
 from minilora.formats.disk import open_regular
 from minilora.formats.folders import locked, new_folder
-from minilora.training.runs import Log, save_checkpoint
+from minilora.training.checkpoints import Log, save_checkpoint
 
 CODES = ("ENOSPC", "EIO", "EROFS", "EDQUOT", "ESTALE", "EACCES")
 

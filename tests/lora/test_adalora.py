@@ -42,9 +42,9 @@ from minilora.lora import (
 from minilora.nn import Linear
 from minilora.optim import SGD, clip_by_global_norm
 from minilora.tools.inspecting import inspect_adapter
+from minilora.training.checkpoints import MANIFEST
 from minilora.training.loop import Run, Settings, train
 from minilora.training.parallel import ShardedStep
-from minilora.training.runs import MANIFEST
 from minilora.verify import PROPERTIES, make_case, measure, verify_files
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -32,9 +32,9 @@ from minilora.formats import disk
 from minilora.gradcheck import check_gradient
 from minilora.nn import Parameter
 from minilora.optim import SGD, AdamW
+from minilora.training.checkpoints import MANIFEST, save_checkpoint
 from minilora.training.loop import Settings, train
 from minilora.training.parallel import ShardedStep, language_modelling_loss
-from minilora.training.runs import MANIFEST, save_checkpoint
 
 Check = Callable[[], None]
 
@@ -501,7 +501,7 @@ mutant(
 )
 mutant(
     "a resumed run takes a batch again",
-    "training.loop",
+    "training.run",
     "self.done = done\n",
     "self.done = done - 1\n",
     a_resumed_run_is_the_whole_run,
@@ -515,7 +515,7 @@ mutant(
 )
 mutant(
     "the manifest comes first",
-    "training.runs",
+    "training.checkpoints",
     "        write(temporary)\n",
     '        write_json(temporary / MANIFEST, {"files": {}})\n        write(temporary)\n',
     the_manifest_comes_last,

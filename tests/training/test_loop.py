@@ -28,8 +28,8 @@ import pytest
 import tqdm
 from faults import Disk, no_disk, no_room, stay_full
 
+import minilora.training.checkpoints
 import minilora.training.loop
-import minilora.training.runs
 from minilora import (
     AdaLoraConfig,
     CausalLM,
@@ -52,9 +52,9 @@ from minilora.formats import load_file
 from minilora.formats.disk import parse_json
 from minilora.formats.folders import LOCK, locked
 from minilora.optim import warmup_cosine
+from minilora.training.checkpoints import Log, find_checkpoint
 from minilora.training.loop import Run, Settings, bits_per_byte, divergence, evaluate, train
 from minilora.training.parallel import ShardedStep
-from minilora.training.runs import Log, find_checkpoint
 
 CONFIG = TransformerConfig(
     vocab_size=16,
@@ -139,7 +139,7 @@ for field in ("lr", "max_grad_norm"):
     BAD[field] = [*NO_NUMBERS, 0, 0.0]
 for field in ("floor", "weight_decay"):
     BAD[field] = NO_NUMBERS
-for field in ("abort_on_divergence", "gradient_checkpointing"):
+for field in ("abort_on_divergence", "gradient_checkpointing", "graph"):
     BAD[field] = [*NO_BOOLS, 0, 1]
 BAD_VALUES = [(name, value) for name, values in BAD.items() for value in values]
 
@@ -357,7 +357,7 @@ def test_train_resumed_from_every_checkpoint_gives_the_same_bits(name, tmp_path,
     expected = train(model, text, settings, straight, held_out=held_out)
     assert not (straight / "checkpoints").exists()
 
-    monkeypatch.setattr(minilora.training.runs, "KEPT", 100)
+    monkeypatch.setattr(minilora.training.checkpoints, "KEPT", 100)
     settings = dataclasses.replace(settings, save_every=1)
     saving = tmp_path / "saving"
     train(make(), text, settings, saving, held_out=held_out)
@@ -583,25 +583,25 @@ def before_each_step(monkeypatch):
     """(weights before the gradients of each step, changes of what a step returns, by step)"""
     seen: list[dict] = []
     troubles: dict[int, object] = {}
-    plain = ShardedStep.gradients
+    plain = ShardedStep.gradients_by_task
 
-    def watched(self, batch, params, seed=0, step=0):
+    def watched(self, batches, divisors, params, seed, step):
         if observer.get():  # the step is being explained, not taken
-            return plain(self, batch, params, seed, step)
+            return plain(self, batches, divisors, params, seed, step)
         seen.append(weights(self.model))
-        result = plain(self, batch, params, seed, step)
+        result = plain(self, batches, divisors, params, seed, step)
         return troubles[step](*result) if step in troubles else result
 
-    monkeypatch.setattr(ShardedStep, "gradients", watched)
+    monkeypatch.setattr(ShardedStep, "gradients_by_task", watched)
     return seen, troubles
 
 
 def nan_loss(loss, grads):
-    return math.nan, grads
+    return loss * math.nan, grads
 
 
 def infinite_loss(loss, grads):
-    return math.inf, grads
+    return loss * math.inf, grads
 
 
 def infinite_gradient(loss, grads):
@@ -637,13 +637,13 @@ def test_train_stops_in_the_step_whose_loss_or_gradient_is_not_finite(
     troubles[4] = trouble
     model = full()
     saves = []
-    plain = minilora.training.loop.save_checkpoint
+    plain = minilora.training.run.save_checkpoint
 
     def save(out, step, *rest):
         saves.append(step)
         return plain(out, step, *rest)
 
-    monkeypatch.setattr(minilora.training.loop, "save_checkpoint", save)
+    monkeypatch.setattr(minilora.training.run, "save_checkpoint", save)
     settings = short(save_every=save_every, seed=7)
     why = r"step 4.*batch 4 with seed 7.*taken again, the step is finite"
     with pytest.raises(NonFiniteError, match=why) as caught:
@@ -743,7 +743,7 @@ def diverging_from_step_3(before_each_step):
     """From step 3 on the loss is 100."""
     _, troubles = before_each_step
     for step in range(3, 1000):
-        troubles[step] = lambda loss, grads: (100.0, grads)
+        troubles[step] = lambda loss, grads: (0 * loss + 100, grads)
 
 
 def test_train_warns_once_of_a_divergence(diverging_from_step_3, tmp_path):
@@ -784,7 +784,7 @@ def test_train_that_learns_does_not_diverge(tmp_path):
 @pytest.fixture
 def signal_at(monkeypatch):
     """signal_at({step: [signals]}): signals that arrive while the batch of a step is prepared."""
-    plain = minilora.training.loop.Windows.batch
+    plain = minilora.training.run.Windows.batch
 
     def arrange(plan):
         def batch(self, step):
@@ -792,7 +792,7 @@ def signal_at(monkeypatch):
                 signal.raise_signal(number)
             return plain(self, step)
 
-        monkeypatch.setattr(minilora.training.loop.Windows, "batch", batch)
+        monkeypatch.setattr(minilora.training.run.Windows, "batch", batch)
 
     return arrange
 
@@ -895,13 +895,13 @@ def test_train_that_is_resumed_and_stopped_at_once_saves_nothing(tmp_path, signa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_train_on_a_signal_while_saving_finishes_the_checkpoint(number, tmp_path, monkeypatch):
-    plain = minilora.training.loop.save_checkpoint
+    plain = minilora.training.run.save_checkpoint
 
     def save(*arguments):
         signal.raise_signal(number)
         return plain(*arguments)
 
-    monkeypatch.setattr(minilora.training.loop, "save_checkpoint", save)
+    monkeypatch.setattr(minilora.training.run, "save_checkpoint", save)
     with pytest.raises(Interrupted, match=r"stopped after 2 steps, saved in '.*step-2'") as caught:
         train(lora(), TEXT, short(save_every=2), tmp_path)
     assert caught.value.exit_code == 128 + number
@@ -915,7 +915,7 @@ def test_train_on_a_second_signal_while_saving_leaves_a_sound_checkpoint(
     settings = short(save_every=2)
     train(lora(), TEXT, settings, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "step-6")
-    plain = getattr(minilora.training.runs, where)
+    plain = getattr(minilora.training.checkpoints, where)
 
     def hasty(*arguments):
         if "tmp-" in str(arguments[0]) or where == "sync_folder":
@@ -923,7 +923,7 @@ def test_train_on_a_second_signal_while_saving_leaves_a_sound_checkpoint(
             signal.raise_signal(signal.SIGTERM)
         return plain(*arguments)
 
-    monkeypatch.setattr(minilora.training.runs, where, hasty)
+    monkeypatch.setattr(minilora.training.checkpoints, where, hasty)
     with pytest.raises(KeyboardInterrupt) as caught:
         train(lora(), TEXT, settings, tmp_path, resume="auto")
     assert caught.value.args == (signal.SIGTERM,)
@@ -1128,7 +1128,7 @@ def full_run(model, out, save_at=None, fault=None):
 
 def test_train_syncs_the_logs_before_each_checkpoint(tmp_path, monkeypatch):
     order = []
-    plain_save = minilora.training.loop.save_checkpoint
+    plain_save = minilora.training.run.save_checkpoint
     plain_sync = Log.sync
 
     def save(*args):
@@ -1139,7 +1139,7 @@ def test_train_syncs_the_logs_before_each_checkpoint(tmp_path, monkeypatch):
         order.append("sync")
         plain_sync(log)
 
-    monkeypatch.setattr(minilora.training.loop, "save_checkpoint", save)
+    monkeypatch.setattr(minilora.training.run, "save_checkpoint", save)
     monkeypatch.setattr(Log, "sync", sync)
     train(full(), TEXT, short(save_every=3), tmp_path)
     assert order == ["sync", "sync", "save"] * 2

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from faults import read_tree
 
-import minilora.training.loop
+import minilora.training.run
 from minilora import CausalLM, PeftModel
 from minilora.cli import main
 from minilora.formats import load_file
 from minilora.formats.folders import LOCK, locked
 from minilora.tools import merging
-from minilora.training.runs import find_checkpoint
+from minilora.training.checkpoints import find_checkpoint
 
 pytest.importorskip("fcntl", reason="needs processes and signals as POSIX has them")
 
@@ -205,7 +205,7 @@ import json, os, subprocess, sys
 subprocess.run(["mount", "-t", "tmpfs", "-o", sys.argv[1], "tmpfs", "disk"], check=True)
 from pathlib import Path
 from minilora.cli import main
-from minilora.training.runs import find_checkpoint
+from minilora.training.checkpoints import find_checkpoint
 code = main(sys.argv[2:])
 step = 0
 if any(Path("disk/run").glob("checkpoints/step-*")):
@@ -278,14 +278,14 @@ def test_commands_whose_output_cannot_be_written_exit_with_4():
 
 
 def test_pretrain_in_a_folder_that_vanishes_leaves_no_fragments(monkeypatch):
-    plain = minilora.training.loop.Windows.batch
+    plain = minilora.training.run.Windows.batch
 
     def batch(self, step):
         if step == 3:
             shutil.rmtree("run")
         return plain(self, step)
 
-    monkeypatch.setattr(minilora.training.loop.Windows, "batch", batch)
+    monkeypatch.setattr(minilora.training.run.Windows, "batch", batch)
     for options in ([], ["--save-every=2"]):
         code, _, _ = run([*PRETRAIN, "--steps=6", "--out=run", *options])
         assert code in (0, 4)

@@ -36,12 +36,12 @@ from faults import (
 )
 from harness import open_descriptors
 
-import minilora.training.runs
+import minilora.training.checkpoints
 from minilora.errors import CheckpointError, ConfigError, LockError, MiniloraError
 from minilora.formats import load_file, save_file, write_json
 from minilora.formats.disk import parse_json
 from minilora.formats.folders import LOCK, locked, numbered_folder, require_free_space
-from minilora.training.runs import (
+from minilora.training.checkpoints import (
     MANIFEST,
     Log,
     find_checkpoint,
@@ -213,7 +213,7 @@ def test_find_checkpoint_returns_what_was_saved(tmp_path):
 
 
 def test_find_checkpoint_takes_the_newest_by_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(minilora.training.runs, "KEPT", 9)
+    monkeypatch.setattr(minilora.training.checkpoints, "KEPT", 9)
     for step in (10, 9, 100):
         save(tmp_path, step)
     os.utime(tmp_path / "checkpoints" / "step-9")
@@ -260,7 +260,7 @@ def test_save_checkpoint_that_fails_leaves_the_previous_one_newest(
     elif where == "rename":
         monkeypatch.setattr(os, "rename", fail)
     else:
-        monkeypatch.setattr(minilora.training.runs, where, fail)
+        monkeypatch.setattr(minilora.training.checkpoints, where, fail)
     with pytest.raises(type(error)) as caught:
         save(tmp_path, 4)
     assert caught.value is error
@@ -276,14 +276,14 @@ def test_save_checkpoint_writes_the_manifest_last_and_renames_the_folder_after_t
     tmp_path, monkeypatch
 ):
     order = []
-    plain = minilora.training.runs.write_json
+    plain = minilora.training.checkpoints.write_json
 
     def watched(path, value):
         order.append(sorted(p.name for p in path.parent.iterdir()))
         assert path.parent.name.startswith("step-7.tmp-")
         plain(path, value)
 
-    monkeypatch.setattr(minilora.training.runs, "write_json", watched)
+    monkeypatch.setattr(minilora.training.checkpoints, "write_json", watched)
     save(tmp_path, 7)
     assert order == [["inner", MANIFEST, "model.bin"]]
     sizes = find_checkpoint("auto", tmp_path)[1]["files"]
@@ -448,7 +448,7 @@ def test_find_checkpoint_refuses_a_name_that_leads_out_of_the_folder(tmp_path):
 
 def test_find_checkpoint_reads_the_manifest_of_a_very_long_run(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        minilora.training.runs.read_json, "__defaults__", (1000,)
+        minilora.training.checkpoints.read_json, "__defaults__", (1000,)
     )  # the limit for other files
     save(tmp_path, 4, losses=[0.123456789] * 1000)
     assert len(find_checkpoint("auto", tmp_path)[1]["state"]["losses"]) == 1000

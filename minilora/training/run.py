@@ -1,0 +1,381 @@
+"""One run and its progress: what it trains, its next step, its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backend import Array
+from ..data.batches import Batch, Ids, PackedRecords, TaskWindows, Windows
+from ..errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteError,
+)
+from ..formats import load_file, save_file
+from ..formats.disk import JsonObject
+from ..lora import AdaLoraConfig, MultiTask, PeftModel, RankAllocator
+from ..lora.model import adapter_folder
+from ..nn import Parameter
+from ..optim import AdamW, clip_by_global_norm, warmup_cosine
+from ..quant.half import iterate_pieces
+from .checkpoints import find_checkpoint, save_checkpoint
+from .graphed import Divisors, GraphedStep, Step
+from .nonfinite import explain_non_finite
+from .parallel import ShardedStep, TaskBatch, shard_size
+from .resuming import require_same_run
+from .settings import Settings
+
+PACKING = "records do not see each other"  # how packed records are trained on
+
+NamedParameters = list[tuple[str, Parameter]]
+
+# The ids (N,) of a text, or packed records; or one of them per task, by the task's name.
+Text = Ids | PackedRecords | Mapping[str, Ids | PackedRecords]
+
+
+def by_task(text: Text) -> Mapping[str, Ids | PackedRecords]:
+    """The texts by task; one without tasks under the empty name."""
+    return text if isinstance(text, Mapping) else {"": text}
+
+
+class Run:
+    """One run and its progress: a model, its optimiser, its text, and what was measured so far."""
+
+    def __init__(
+        self, model: Any, tokens: Text, settings: Settings, out: Path, origin: str | None = None
+    ):
+        if settings.shard is None:
+            shard = shard_size(model, settings.sequences, settings.context)
+            settings = dataclasses.replace(settings, shard=shard)
+        self.model = model
+        self.settings = settings
+        self.out = out
+        sizes = settings.context, settings.sequences, settings.seed
+        self.windows: Windows | TaskWindows
+        if isinstance(tokens, Mapping):
+            self.windows = TaskWindows(tokens, *sizes)
+        else:
+            self.windows = Windows(tokens, *sizes)
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.optimizer = AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+        saved = {id(p) for p in _saved_parameters(model)}
+        for name, p in trained:
+            if id(p) not in saved:
+                raise ConfigError(
+                    f"{name} would train, but belongs to no active adapter: nothing would save it"
+                )
+        self.allocator = _allocator(model, settings, trained)
+        self.allocated: list[int] = []  # the allocator's parameters, by their place in `trained`
+        if self.allocator is not None:
+            places = {id(p): i for i, (_, p) in enumerate(trained)}
+            self.allocated = [places[id(p)] for p in self.allocator.params]
+        self.identity = _identity(model, settings, tokens, trained)
+        self.identity["starting weights"] = origin
+        self.done = 0  # steps
+        self.losses: list[float] = []
+        self.evaluations: list[tuple[int, float]] = []
+        self.checkpoint: tuple[int, Path] | None = None  # the latest, by its step
+        self.graphs: GraphedStep | None = None
+
+    def batch(self, number: int) -> Batch:
+        """The batch of step `number`. A model without tasks reads several texts as one."""
+        batch = self.windows.batch(number)
+        if isinstance(self.model, MultiTask):
+            return batch
+        return dataclasses.replace(batch, tasks=None)
+
+    def step(self, sharded: ShardedStep) -> JsonObject:
+        """Take the next step and return its line of the log.
+
+        NonFiniteError leaves everything as it was before the step.
+        """
+        settings = self.settings
+        number = self.done
+        batch = self.batch(number)
+        begun = time.perf_counter()
+        scale = warmup_cosine(number, settings.steps, settings.warmup, settings.floor)
+        measured, complete = self._take(sharded, batch, scale)
+        loss, norm, *rest = measured
+        line: JsonObject = {
+            "step": number,
+            "loss": loss,
+            "lr": settings.lr * scale,
+            "grad_norm": norm,
+            "tokens": batch.tokens,
+        }
+        if rest:
+            line["penalty"] = rest[0]
+        if not math.isfinite(loss + norm):
+            raise NonFiniteError(
+                f"step {number}: loss {loss}, gradient norm {norm}; the weights are unchanged; "
+                f"batch {number} with seed {settings.seed} (text order and dropout) reproduces it",
+                line,
+            )
+        before = self.allocator.ranks if self.allocator and number else None
+        complete()
+        if self.allocator is not None and self.allocator.ranks != before:
+            line["ranks"] = self.allocator.ranks
+        line["seconds"] = round(time.perf_counter() - begun, 6)
+        self.losses.append(loss)
+        self.done += 1
+        return line
+
+    def _take(
+        self, sharded: ShardedStep, batch: Batch, scale: float
+    ) -> tuple[list[float], Callable[[], None]]:
+        """(what the next step measures, the function that completes it if that is finite)
+
+        A step waits for a GPU only here: all numbers come in one transfer.
+        """
+        task_batches = batch.by_task()
+        divisors = sharded.divisors(task_batches)
+        graphs = self._graphs(sharded)
+        if graphs is not None:
+            measured = graphs.take(task_batches, divisors, self.done, scale)
+            if measured is not None:
+                return measured, graphs.count
+        on_device, grads = self._compute(sharded, task_batches, divisors, self.done)
+
+        def complete() -> None:
+            self.optimizer.step(grads, scale)
+            if self.allocator is not None:
+                self.allocator.step([grads[i] for i in self.allocated])
+
+        backend = self.optimizer.params[0].backend
+        return backend.to_numpy(on_device).tolist(), complete
+
+    def _compute(
+        self, sharded: ShardedStep, task_batches: Sequence[TaskBatch], divisors: Divisors, step: Any
+    ) -> tuple[Array, list[Array | None]]:
+        """(loss, norm and any penalty as a vector on the device; the clipped gradients)"""
+        params = self.optimizer.params
+        seed = self.settings.seed
+        mean, grads = sharded.gradients_by_task(task_batches, divisors, params, seed, step)
+        penalties = []
+        if self.allocator is not None:
+            # The penalty depends on the weights alone: it is added once, whatever the shards are.
+            penalty, penalty_grads = self.allocator.penalty()
+            penalties.append(penalty)
+            for i, grad in zip(self.allocated, penalty_grads, strict=True):
+                grads[i] = _add(grads[i], grad)
+        grads, length = clip_by_global_norm(grads, self.settings.max_grad_norm)
+        return params[0].backend.join([mean, length, *penalties]), grads
+
+    def _graphs(self, sharded: ShardedStep) -> GraphedStep | None:
+        """What takes steps as graphs: on a GPU only, and if the settings allow it."""
+        backend = self.optimizer.params[0].backend
+        if self.graphs is None and self.settings.graph and backend.name != "cpu":
+            compute = functools.partial(self._compute, sharded)
+            step = Step(compute, self.optimizer, self.allocator, self.allocated)
+            self.graphs = GraphedStep(step, backend, self.model.config.vocab_size)
+        return self.graphs
+
+    def explain(self) -> str:
+        """Why the next step is not finite, in one sentence: the step runs again in anomaly mode."""
+        settings = self.settings
+        batch = self.batch(self.done)
+        return explain_non_finite(self.model, batch, settings.seed, self.done, shard=settings.shard)
+
+    def saved_bytes(self) -> int:
+        """The bytes that saving needs: the weights, and with checkpoints their two moments."""
+        size = sum(p.size * p.dtype.itemsize for p in _saved_parameters(self.model))
+        if not self.settings.save_every:
+            return int(size)
+        ranks = 2 * self.allocator.sensitivity.nbytes if self.allocator else 0
+        return int(size) * 3 + int(ranks)
+
+    def save(self) -> Path:
+        """Write a checkpoint, once per step, and return its folder.
+
+        It has the model's files in the ecosystem's formats, and the optimiser's state beside them.
+        """
+        if self.checkpoint and self.checkpoint[0] == self.done:
+            return self.checkpoint[1]
+        arrays, numbers = self.optimizer.state_dict()
+        files = {"optimizer.safetensors": arrays}
+        state = {"run": self.identity, "losses": self.losses, "evaluations": self.evaluations}
+        state["optimizer"] = numbers
+        if self.allocator is not None:
+            arrays, state["allocator"] = self.allocator.state_dict()
+            files["allocator.safetensors"] = arrays
+        state["numpy"] = np.__version__
+
+        def write(folder: Path) -> None:
+            self.model.save_pretrained(folder)
+            for name, arrays in files.items():
+                save_file(folder / name, arrays)
+
+        folder = save_checkpoint(self.out, self.done, state, write)
+        self.checkpoint = self.done, folder
+        return folder
+
+    def restore(self, resume: str | Path) -> None:
+        """Continue from a checkpoint, "auto" for the newest one.
+
+        CheckpointError, with nothing changed, for a checkpoint that does not fit.
+        """
+        folder, manifest = find_checkpoint(resume, self.out)
+        done = manifest["step"]
+        state = manifest["state"]
+        try:
+            require_same_run(str(folder), dict(state["run"]), self.identity, done)
+            numbers = dict(state["optimizer"])
+            allocator_numbers = dict(state["allocator"]) if self.allocator else {}
+            losses = [_finite(loss) for loss in state["losses"]]
+            evaluations = [(int(step), _finite(loss)) for step, loss in state["evaluations"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{str(folder)!r} is damaged: its state cannot be read ({error!r:.99})"
+            ) from None
+        version = state.get("numpy")
+        if version != np.__version__:
+            warnings.warn(
+                f"{str(folder)!r} was written with NumPy {version!r:.40}, this is "
+                f"{np.__version__}: the last bits may differ from an uninterrupted run's",
+                stacklevel=3,
+            )
+        if len(losses) != done:
+            raise CheckpointError(
+                f"{str(folder)!r} is damaged: it has {len(losses)} losses after {done} steps"
+            )
+        stored = []
+        for name, parameters in _parameters_by_file(self.model).items():
+            arrays = load_file(folder / name)
+            if arrays.keys() != parameters.keys():
+                raise CheckpointError(f"{str(folder)!r} has other parameters than the model")
+            stored.append((arrays, parameters))
+        ranks = load_file(folder / "allocator.safetensors") if self.allocator else {}
+        moments = load_file(folder / "optimizer.safetensors")
+        try:
+            self.optimizer.load_state_dict(moments, numbers)
+            if self.allocator:
+                self.allocator.load_state_dict(ranks, allocator_numbers)
+        except CheckpointError as error:
+            raise CheckpointError(f"{str(folder)!r:.200} is damaged: {error}") from None
+        for arrays, parameters in stored:
+            for key, parameter in parameters.items():
+                parameter.data = parameter.backend.from_numpy(arrays[key])
+        self.done = done
+        self.losses = losses
+        self.evaluations = evaluations
+        self.checkpoint = done, folder
+
+
+def _finite(loss: Any) -> float:
+    """A loss of a checkpoint: a run with another one could not be saved again. Or ValueError."""
+    if type(loss) not in (int, float) or not math.isfinite(loss):
+        raise ValueError(f"a loss of {loss!r:.40}")
+    return float(loss)
+
+
+def _add(grad: Array | None, other: Array | None) -> Array | None:
+    """The sum of two gradients; None stands for a parameter that takes no part."""
+    if grad is None:
+        return other
+    return grad if other is None else grad + other
+
+
+# ---- what makes two runs the same, and what a checkpoint has ------------------------------------
+
+
+def _identity(model: Any, settings: Settings, tokens: Text, trained: NamedParameters) -> JsonObject:
+    """What makes two runs the same: settings, text, trained parameters and all they depend on."""
+    identity = dataclasses.asdict(model.config)
+    if isinstance(model, PeftModel):
+        # lora_alpha or the dropout change a run, and no shape shows them.
+        for name in model.active_adapters:
+            prefix = "" if name == "default" else f"{name}."
+            for key, value in dataclasses.asdict(model.peft_config[name]).items():
+                identity[prefix + key] = value
+    if isinstance(model, MultiTask):
+        identity["tasks"] = {task: list(names) for task, names in model.tasks.items()}
+    for key in list(identity):
+        if key.endswith(("extra", "base_model_name_or_path")):
+            del identity[key]
+    for key, value in dataclasses.asdict(settings).items():
+        if key not in Settings.FREE:
+            identity[key] = value
+    checksums = {task: _checksum(text) for task, text in by_task(tokens).items()}
+    identity["text"] = list(checksums.items()) if isinstance(tokens, Mapping) else checksums[""]
+    if any(isinstance(text, PackedRecords) for text in by_task(tokens).values()):
+        identity["packing"] = PACKING
+    parameters = [(name, p.shape, str(p.dtype)) for name, p in trained]
+    identity["parameters"] = hashlib.sha256(repr(parameters).encode()).hexdigest()
+    frozen = hashlib.sha256()
+    for _, p in model.named_parameters():
+        if not p.requires_grad:
+            for piece in iterate_pieces(p):
+                frozen.update(np.ascontiguousarray(p.backend.to_numpy(piece)).data.cast("B"))
+    identity["frozen weights"] = frozen.hexdigest()
+    # A checkpoint gives it back from JSON, where a tuple is a list.
+    return dict(json.loads(json.dumps(identity)))
+
+
+def _checksum(text: Ids | PackedRecords) -> str:
+    """SHA-256 of the ids; for packed records, of what counts, the windows and the records too."""
+    digest = hashlib.sha256()
+    arrays: list[np.ndarray]
+    if isinstance(text, PackedRecords):
+        arrays = [text.ids, text.counts, text.edges, text.starts]
+    else:
+        arrays = [text]
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _allocator(model: Any, settings: Settings, trained: NamedParameters) -> RankAllocator | None:
+    """What cuts the ranks of the adapter that trains; None unless that adapter is AdaLoRA's.
+
+    ConfigError for two such adapters, or for a schedule of another length.
+    """
+    if not isinstance(model, PeftModel):
+        return None
+    trained_ids = {id(p) for _, p in trained}
+    allocators = {}
+    for name in model.active_adapters:
+        if isinstance(model.peft_config[name], AdaLoraConfig):
+            allocator = RankAllocator.of(model, name)
+            if any(id(p) in trained_ids for p in allocator.params):
+                allocators[name] = allocator
+    if not allocators:
+        return None
+    if len(allocators) > 1:
+        raise ConfigError(
+            f"adapters {', '.join(allocators)} cannot share a rank budget: "
+            "train one AdaLoRA adapter at a time"
+        )
+    [(name, allocator)] = allocators.items()
+    total = allocator.config.total_step
+    if total != settings.steps:
+        raise ConfigError(
+            f"adapter {name!r} plans its ranks for total_step = {total}, "
+            f"but the run has steps = {settings.steps}: set both to the same number"
+        )
+    return allocator
+
+
+def _parameters_by_file(model: Any) -> dict[str, dict[str, Parameter]]:
+    """The trainable parameters that a checkpoint has, by file and by key."""
+    if not isinstance(model, PeftModel):
+        return {"model.safetensors": dict(model.named_parameters())}
+    files = {}
+    for name in model.active_adapters:
+        folder = "" if name == "default" else f"{adapter_folder('', name)}/"
+        files[f"{folder}adapter_model.safetensors"] = model.adapter_parameters(name)
+    return files
+
+
+def _saved_parameters(model: Any) -> list[Parameter]:
+    return [p for file in _parameters_by_file(model).values() for p in file.values()]
