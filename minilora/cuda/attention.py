@@ -14,6 +14,7 @@ from .launching import Array, Kernels, kernels_for
 
 MOST_CHANNELS = 256  # of a head, for the kernels
 THREADS = 128  # of a block: ATTENTION_BLOCK in kernels.cu
+NEWEST_THREADS = 256  # NEWEST_BLOCK in kernels.cu
 CHANNELS = 16  # of a thread: OWNED in kernels.cu
 
 
@@ -92,9 +93,7 @@ def attend(
         k_strides = S * K * D, K * D
     if first_key is not None:
         first_key = xp.ascontiguousarray(first_key, np.int64)
-    parts = 1  # threads per query
-    while CHANNELS * parts < D:
-        parts *= 2
+    parts = _threads_per_row(D)
     rows = THREADS // parts  # queries or keys per block
     query_blocks = B * H * -(-T // rows)
     key_blocks = B * K * -(-S // rows)
@@ -115,6 +114,37 @@ def attend(
         kernels.launch("attention_dkv", key_blocks, THREADS, *arrays, *more)
 
     return O, back
+
+
+def attend_newest(
+    backend: Any,
+    qkv: Array,
+    cache: Array,
+    rotations: Array,
+    head_norms: Array | None,
+    length: Array,
+    heads: int,
+    window: int | None,
+    eps: float,
+) -> Array | None:
+    """`_attend_newest` in one launch; None if D > MOST_CHANNELS."""
+    kernels = kernels_for(backend.device, qkv.dtype)
+    _, B, K, limit, D = cache.shape
+    if kernels is None or D > MOST_CHANNELS:
+        return None
+    y = backend.xp.empty((B, heads * D), qkv.dtype)
+    arrays = qkv, cache, rotations, head_norms, length, y
+    sizes = B, heads, K, limit, D, _threads_per_row(D), window or 0
+    kernels.launch("attend_newest", B * heads, NEWEST_THREADS, *arrays, *sizes, eps)
+    return y
+
+
+def _threads_per_row(D: int) -> int:
+    """The least power of two that gives each thread at most CHANNELS channels."""
+    parts = 1
+    while CHANNELS * parts < D:
+        parts *= 2
+    return parts
 
 
 def _is_rotation(cos: Array | None, sin: Array | None, Z: Array, rotated: int) -> bool:

@@ -85,28 +85,14 @@ const REAL LOWEST = sizeof(REAL) == 4 ? -3.4028234663852886e38 : -1.797693134862
 #define UNROLLED _Pragma("unroll")
 #define FOR_OWNED(I) UNROLLED for (int I = 0; I < OWNED; I++)
 
-// Which row the thread works on.
-struct Place {
+// Which channels of a row the thread has.
+struct Share {
     int parts, part;  // threads per row, and this thread's number among them
-    int rows, first;  // of the block: how many rows, and the first
-    int row;          // of the thread; it may be past the last
-    Int b, head;
 
-    // The blocks of a head follow each other, those with the most work first.
-    __device__ Place(Int parts, Int count, Int heads, bool is_first_longest) : parts(parts) {
-        rows = ATTENTION_BLOCK / this->parts;
-        part = threadIdx.x % this->parts;
-        int blocks = (count + rows - 1) / rows;
-        int block = blockIdx.x % blocks;
-        first = (is_first_longest ? block : blocks - 1 - block) * rows;
-        row = first + threadIdx.x / this->parts;
-        head = blockIdx.x / blocks % heads;
-        b = blockIdx.x / blocks / heads;
-    }
+    __device__ Share(int parts) : parts(parts), part(threadIdx.x % parts) {}
 
-    // The channel in memory, and its place in row n of a tile, of the thread's number i.
+    // The channel of the thread's number i.
     __device__ int channel(int i) const { return i / 4 * 4 * parts + 4 * part + i % 4; }
-    __device__ int in_tile(int n, int i) const { return i / 4 * (TILE / 4) + n * 4 * parts + 4 * part + i % 4; }
 
     // own = the thread's channels of a row, times scale; 0 if there is no such row
     __device__ void read(const REAL* data, bool exists, int D, REAL scale, REAL* own) const {
@@ -116,6 +102,35 @@ struct Place {
     __device__ void write(const REAL* own, REAL scale, bool exists, int D, REAL* data) const {
         FOR_OWNED(i) if (exists && channel(i) < D) data[channel(i)] = own[i] * scale;
     }
+
+    // The sum over the threads of a row, the same in each of them.
+    __device__ REAL sum_parts(REAL x) const {
+        UNROLLED for (int k = 1; k < MOST_PARTS; k *= 2) {
+            if (k < parts) x += __shfl_xor_sync(~0u, x, k);
+        }
+        return x;
+    }
+};
+
+// Which row of which head the thread works on, and its tiles.
+struct Place : Share {
+    int rows, first;  // of the block: how many rows, and the first
+    int row;          // of the thread; it may be past the last
+    Int b, head;
+
+    // The blocks of a head follow each other, those with the most work first.
+    __device__ Place(int parts, Int count, Int heads, bool is_first_longest) : Share(parts) {
+        rows = ATTENTION_BLOCK / parts;
+        int blocks = (count + rows - 1) / rows;
+        int block = blockIdx.x % blocks;
+        first = (is_first_longest ? block : blocks - 1 - block) * rows;
+        row = first + threadIdx.x / parts;
+        head = blockIdx.x / blocks % heads;
+        b = blockIdx.x / blocks / heads;
+    }
+
+    // Where channel(i) of row n of a tile is.
+    __device__ int in_tile(int n, int i) const { return i / 4 * (TILE / 4) + n * 4 * parts + 4 * part + i % 4; }
 
     // The block copies its rows from `from` on into a tile, those from `end` on as 0. A tile is
     // (4, rows, 4 parts): four quarters of the channels.
@@ -129,14 +144,6 @@ struct Place {
                 tile[i * (TILE / 4) + n * width + column] = from + n < end && c < D ? row[c] : 0;
             }
         }
-    }
-
-    // The sum over the threads of a row, the same in each of them.
-    __device__ REAL sum_parts(REAL x) const {
-        UNROLLED for (int k = 1; k < MOST_PARTS; k *= 2) {
-            if (k < parts) x += __shfl_xor_sync(~0u, x, k);
-        }
-        return x;
     }
 
     // The product of the thread's row with row n of a tile.
@@ -313,6 +320,107 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_BLOCK)
     Int out = at.b * d_batch + at.row * d_row + at.head * D;
     at.write(d_key, scale, exists, D, dk + out);
     at.write(d_value, 1, exists, D, dv + out);
+}
+
+// ---- one more token per sequence ----------------------------------------------------------------
+
+const int NEWEST_BLOCK = 256;
+
+// out = one head z (D,), normed if there are weights w, rotated: the pair of 2 i is 2 i + 1. factors
+// (D,) are cos and sin of each pair. The whole block must call it.
+__device__ void norm_and_rotate(const REAL* z, const REAL* w, const REAL* factors, Int D, REAL eps, REAL* out) {
+    REAL sum = 0, r = 1;
+    FOR_ROW(d, D) sum += z[d] * z[d];
+    if (w) r = 1 / sqrt(block_sum(sum) / D + eps);
+    FOR_ROW(i, D / 2) {
+        REAL a = z[2 * i] * r, b = z[2 * i + 1] * r, c = factors[2 * i], s = factors[2 * i + 1];
+        if (w) a *= w[2 * i], b *= w[2 * i + 1];
+        out[2 * i] = a * c - b * s;
+        out[2 * i + 1] = a * s + b * c;
+    }
+}
+
+// y = softmax(q k^T) v of the token at position `*length`, whose k and v are written into the cache
+// a block per sequence and head    qkv (B, (H + 2 K) D), cache (2, B, K, limit, D): keys and values,
+// factors (limit, (H + K) D) and weights (H + K, D) or null as above, y (B, H D)
+//
+// Each group of `parts` threads has every 256 / parts-th key, and sums as in `attention`; then the
+// groups' sums are added up. The blocks of the H / K heads with the same keys all compute the newest
+// key, and read older ones only; so the first of them can write it.
+extern "C" __global__ void __launch_bounds__(NEWEST_BLOCK)
+    attend_newest(const REAL* qkv, REAL* cache, const REAL* factors, const REAL* weights, const Int* length, REAL* y,
+                  Int B, Int H, Int K, Int limit, Int D, Int parts, Int window, REAL eps) {
+    __shared__ REAL query[MOST_PARTS * OWNED], key[MOST_PARTS * OWNED], value[MOST_PARTS * OWNED];
+    __shared__ REAL tops[NEWEST_BLOCK], totals[NEWEST_BLOCK], all[NEWEST_BLOCK * OWNED];
+    Int b = blockIdx.x / H, h = blockIdx.x % H, j = h / (H / K), at = *length;
+    const REAL* z = qkv + b * (H + 2 * K) * D;
+    const REAL *w = weights ? weights + h * D : weights, *u = weights ? weights + (H + j) * D : weights;
+    norm_and_rotate(z + h * D, w, factors + (at * (H + K) + h) * D, D, eps, query);
+    norm_and_rotate(z + (H + j) * D, u, factors + (at * (H + K) + H + j) * D, D, eps, key);
+    FOR_ROW(d, D) value[d] = z[(H + K + j) * D + d];
+    __syncthreads();
+    REAL *keys = cache + (b * K + j) * limit * D, *values = keys + B * K * limit * D;
+    if (h % (H / K) == 0) {
+        FOR_ROW(d, D) keys[at * D + d] = key[d], values[at * D + d] = value[d];
+    }
+    Share mine(parts);
+    int groups = NEWEST_BLOCK / mine.parts, group = threadIdx.x / mine.parts;
+    REAL own[OWNED], row[OWNED], sums[OWNED] = {}, top = LOWEST, total = 0;
+    mine.read(query, true, D, 1, own);
+    for (Int from = window && at >= window ? at - window + 1 : 0; from <= at; from += groups) {
+        Int s = from + group;
+        bool seen = s <= at;
+        mine.read(s < at ? keys + s * D : key, true, D, 1, row);
+        REAL score = 0;
+        FOR_OWNED(i) score += own[i] * row[i];
+        score = mine.sum_parts(score);
+        REAL higher = seen ? fmax(top, score) : top, shrink = exp(top - higher), p = seen ? exp(score - higher) : 0;
+        top = higher;
+        total = total * shrink + p;
+        mine.read(s < at ? values + s * D : value, true, D, 1, row);
+        FOR_OWNED(i) sums[i] = sums[i] * shrink + p * row[i];
+    }
+    tops[threadIdx.x] = top;
+    __syncthreads();
+    REAL highest = LOWEST;
+    for (int g = 0; g < groups; g++) highest = fmax(highest, tops[g * mine.parts]);
+    REAL shrink = exp(top - highest);
+    totals[threadIdx.x] = total * shrink;
+    int width = OWNED * mine.parts;
+    FOR_OWNED(i) all[group * width + mine.channel(i)] = sums[i] * shrink;
+    __syncthreads();
+    FOR_ROW(d, D) {
+        REAL sum = 0, share = 0;
+        for (int g = 0; g < groups; g++) sum += all[g * width + d], share += totals[g * mine.parts];
+        y[blockIdx.x * D + d] = sum / share;
+    }
+}
+
+// ids[n] = the first of the largest numbers of row n of z (N, V); -1 if it is not finite, or any is
+// NaN    a block per row
+extern "C" __global__ void pick_largest(const REAL* z, Int* ids, Int V) {
+    __shared__ REAL tops[32];
+    __shared__ Int places[32];
+    z += blockIdx.x * V;
+    REAL top = LOWEST, broken = 0;
+    Int place = V;
+    FOR_ROW(v, V) {
+        if (z[v] != z[v] || z[v] > -LOWEST) broken = 1;
+        if (z[v] > top || (z[v] == top && place == V)) top = z[v], place = v;
+    }
+    broken = block_sum(broken);
+    for (int k = 16; k; k /= 2) {
+        REAL other = __shfl_xor_sync(~0u, top, k);
+        Int there = __shfl_xor_sync(~0u, place, k);
+        if (other > top || (other == top && there < place)) top = other, place = there;
+    }
+    if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top, places[threadIdx.x / 32] = place;
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int w = 1; w < blockDim.x / 32; w++) {
+        if (tops[w] > top || (tops[w] == top && places[w] < place)) top = tops[w], place = places[w];
+    }
+    ids[blockIdx.x] = broken > 0 || place == V ? -1 : place;
 }
 
 // ---- the optimiser: many arrays in one launch ---------------------------------------------------

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from . import attention, optimizer
 from .launching import Array, kernels_for
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "_rotate_and_attend": attention.rotate_and_attend,
+    "_attend_newest": attention.attend_newest,
     "_clip": optimizer.clip,
     "_adamw": optimizer.adamw,
 }
@@ -56,3 +59,17 @@ def rms_norm(
         return dx, dw
 
     return y, back
+
+
+# ---- generation ----------------------------------------------------------------------------------
+
+
+@replaces("_pick_largest")
+def pick_largest(backend: Any, Z: Array) -> Array | None:
+    kernels = kernels_for(backend.device, Z.dtype)
+    if kernels is None:
+        return None
+    N, V = Z.shape
+    ids = backend.xp.empty(N, np.int64)
+    kernels.for_rows("pick_largest", N, V, backend.xp.ascontiguousarray(Z), ids, V)
+    return ids

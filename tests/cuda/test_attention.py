@@ -155,6 +155,22 @@ def test_attend_with_more_keys_than_queries_equals_the_reference_body(
     assert_near(join(*gradients), join(*exactly), dtype)
 
 
+def test_attend_takes_arrays_of_any_layout() -> None:
+    """A kernel knows the strides of sequences and rows, and k and v have the same ones."""
+    gpu = get_backend("cuda")
+    kernels = kernels_for(0, np.dtype(float))
+    assert kernels is not None
+    q, k, v = (move(gpu, z) for z in np.random.default_rng(0).standard_normal((3, 2, 7, 2, 6)))
+    expected, _ = attend(kernels, gpu.xp, q, k, v, 1.0, None, None)
+    padded = gpu.xp.zeros((2, 9, 2, 6))
+    padded[:, :7] = v
+    by_head = gpu.xp.ascontiguousarray(k.swapaxes(1, 2)).swapaxes(1, 2)
+    by_channel = gpu.xp.asfortranarray(q)
+    for inputs in ((q, k, padded[:, :7]), (q, by_head, v), (by_channel, k, v)):
+        O, _ = attend(kernels, gpu.xp, *inputs, 1.0, None, None)
+        np.testing.assert_array_equal(gpu.to_numpy(O), gpu.to_numpy(expected))
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_attention_kernels_take_scores_of_any_size(dtype: str, sign: int) -> None:
