@@ -114,7 +114,7 @@ class Batch:
         first_key = None if self.first_key is None else self.first_key[:, :T]
         return Batch(self.ids[:, :T], self.targets[:, :T], self.first, self.tasks, first_key)
 
-    def by_task(self) -> list[tuple[str | None, Batch]]:
+    def by_task(self) -> list[TaskBatch]:
         """[(task, its sequences)], or [(None, the batch)] without tasks.
 
         This is the batch sorted by task, stably, and cut between tasks: `first` counts in the
@@ -122,12 +122,15 @@ class Batch:
         """
         if self.tasks is None:
             return [(None, self)]
-        parts: list[tuple[str | None, Batch]] = []
+        parts: list[TaskBatch] = []
         first = self.first
         for task, rows in rows_by_task(self.tasks).items():
             parts.append((task, self._take(rows, first, (task,) * len(rows))))
             first += len(rows)
         return parts
+
+
+TaskBatch = tuple[str | None, Batch]  # a task, or None in a batch without tasks; its sequences
 
 
 def rows_by_task(tasks: Sequence[str]) -> dict[str, NDArray[np.intp]]:

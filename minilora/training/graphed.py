@@ -19,13 +19,27 @@ import numpy as np
 
 from ..backend import Array
 from ..cuda.graphs import Mailbox
-from ..data.batches import Batch
+from ..data.batches import Batch, TaskBatch
 from ..optim import AdamW, Prepared, Update
-from .parallel import Divisor, TaskBatch
 
 WARM_UP = 2  # steps of a shape in the ordinary way: they compile kernels and fill tables
 MOST_GRAPHS = 8  # captures in a run
 RATES = 3  # numbers of an update: see `AdamW.rates`
+
+
+class Divisor(NamedTuple):
+    """What a task's sum of losses is divided by: float64, or scalars on the device.
+
+    share   1 / size, the gradient of the mean loss with respect to one target's
+    """
+
+    size: Any
+    share: Any
+
+    @classmethod
+    def of(cls, size: float) -> Divisor:
+        return cls(size, 1 / size)
+
 
 Divisors = dict[str | None, Divisor]
 
@@ -177,6 +191,45 @@ class Captured:
     def _arrays(self, task_batches: Sequence[TaskBatch]) -> list[Array]:
         """The arrays of all batches, in the order in which they move. DataError for a bad id."""
         return [array for _, batch in task_batches for array in batch.checked(self.vocab_size)]
+
+
+class GraphedLosses:
+    """Losses without gradients on a GPU, while the weights stay as they are.
+
+    loss   the loss of a batch, an array on the device
+
+    The third batch of a shape and those after it run as one launch each.
+    """
+
+    def __init__(self, loss: Callable[[TaskBatch], Array], backend: Any, vocab_size: int):
+        self.loss = loss
+        self.backend = backend
+        self.vocab_size = vocab_size
+        self.recorder = backend.recorder()
+        self._seen: dict[Any, int] = {}
+        self._graphs: dict[Any, tuple[Array, Any]] = {}
+
+    def __call__(self, task_batch: TaskBatch) -> Array:
+        """The loss of a batch, in an array of its own."""
+        task, batch = task_batch
+        key = task, batch.ids.shape, batch.first_key is None
+        seen = self._seen[key] = self._seen.get(key, 0) + 1
+        if self.recorder is None or seen <= WARM_UP:
+            return self.loss(task_batch)
+        ids = np.stack(batch.checked(self.vocab_size), dtype=np.int64, casting="same_kind")
+        if key not in self._graphs:
+            memory = self.backend.xp.empty(ids.size, np.int64)
+            [on_device] = _cut(memory, [task_batch])
+            try:
+                graph = self.recorder.capture(lambda: self.loss(on_device))
+            except Exception:  # as for a step; there the reason is said
+                self.recorder = None
+                return self.loss(task_batch)
+            self._graphs[key] = memory, graph
+        memory, graph = self._graphs[key]
+        memory[...] = self.backend.from_numpy(ids.reshape(-1))
+        graph.replay()
+        return graph.result.copy()
 
 
 def _cut(ids: Array, task_batches: Sequence[TaskBatch]) -> list[TaskBatch]:

@@ -93,7 +93,9 @@ def train(
         remove_stale(out)
         base = model.train().get_base_model()
         base.gradient_checkpointing_enable(settings.gradient_checkpointing)
-        sharded = stack.enter_context(ShardedStep(model, settings.threads, run.settings.shard))
+        sharded = stack.enter_context(
+            ShardedStep(model, settings.threads, run.settings.shard, graph=settings.graph)
+        )
         log = stack.enter_context(Log(out / "log.jsonl", run.done))
         evaluated = run.evaluations[-1][0] if run.evaluations else -1
         evaluation_log = stack.enter_context(Log(out / "eval.jsonl", evaluated + 1))

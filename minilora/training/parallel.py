@@ -16,43 +16,31 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import threadpoolctl
 
 from ..autograd import Tensor, gradients, no_grad
 from ..backend import Array, Backend
-from ..data.batches import Batch
+from ..data.batches import Batch, TaskBatch
 from ..errors import (
     ConfigError,
     Rule,
     check_fields,
     integer_rules,
+    is_flag,
     is_plain_number,
     optional_rule,
 )
 from ..nn import Parameter, dropout_counter
 from ..threads import MAX_THREADS, Workers, available_cores, keep_memory
+from .graphed import Divisor, GraphedLosses
 
-TaskBatch = tuple[str | None, Batch]  # a task, or None in a batch without tasks; and its sequences
 TOKENS_PER_SHARD = 512  # measured: with fewer, Python's share of a small model's step grows
 # 2 MiB of the widest activation: with more, those of a wide model no longer fit into the cache.
 FLOATS_PER_SHARD = 1 << 19
-
-
-class Divisor(NamedTuple):
-    """What a task's sum of losses is divided by: float64, or scalars on the device.
-
-    share   1 / size, the gradient of the mean loss with respect to one target's
-    """
-
-    size: Any
-    share: Any
-
-    @classmethod
-    def of(cls, size: float) -> Divisor:
-        return cls(size, 1 / size)
+READ_TOGETHER = 64  # losses of an evaluation on a GPU
 
 
 def language_modelling_loss(model: Any, batch: Batch) -> Tensor:
@@ -67,6 +55,13 @@ def language_modelling_loss(model: Any, batch: Batch) -> Tensor:
 
 def _backend(model: Any) -> Backend:
     return next(iter(model.parameters())).backend  # type: ignore[no-any-return]
+
+
+def _read(backend: Backend, losses: Sequence[tuple[Array, int]]) -> Iterator[tuple[float, int]]:
+    """(loss, counted targets) with losses of the device as numbers: one transfer for all."""
+    if losses:
+        values = backend.to_numpy(backend.join([loss for loss, _ in losses])).tolist()
+        yield from zip(values, (count for _, count in losses), strict=True)
 
 
 def shard_size(model: Any, sequences: int, context: int) -> int:
@@ -90,6 +85,7 @@ def _is_balance(value: Any) -> bool:
 _RULES = [
     *map(optional_rule, integer_rules("threads", "shard", least=1)),
     Rule("balance", _is_balance, "'tasks', 'tokens' or positive numbers by task"),
+    Rule("graph", is_flag, "True or False"),
 ]
 
 
@@ -105,6 +101,7 @@ class ShardedStep:
               means, so that the size of a task does not set its weight; numbers by task weight
               these means, 1 for a task without a number; "tokens": the loss is the mean over all
               counted targets alike
+    graph     on a GPU, evaluate batches of one shape by one launch each: see graphed.py
     """
 
     def __init__(
@@ -115,6 +112,7 @@ class ShardedStep:
         loss: Callable[[Any, Batch], Tensor] = language_modelling_loss,
         keep_memory: bool = True,
         balance: str | Mapping[str, float] = "tasks",
+        graph: bool = True,
     ):
         check_fields(locals(), _RULES)
         self.model = model
@@ -122,6 +120,7 @@ class ShardedStep:
         self.shard = shard
         self.keep_memory = keep_memory
         self.balance = balance
+        self.graph = graph
         self.threads = 1  # one thread keeps a GPU busy
         self._on_cpu = _backend(model).name == "cpu"
         if self._on_cpu:
@@ -237,10 +236,18 @@ class ShardedStep:
     def losses(self, batches: Iterable[Batch]) -> Iterator[tuple[float, int]]:
         """Yield (summed loss, counted targets) of each shard of the batches, without gradients."""
 
-        def work(task_shard: TaskBatch) -> tuple[float, int]:
+        def loss_of(task_shard: TaskBatch) -> Array:
             task, shard = task_shard
             with no_grad(), self._running(task):
-                return self.loss(self.model, shard).item(), shard.tokens
+                return self.loss(self.model, shard).data
+
+        backend = _backend(self.model)
+        on_device: Callable[[TaskBatch], Array] = loss_of
+        if self.graph and not self._on_cpu and self.loss is language_modelling_loss:
+            on_device = GraphedLosses(loss_of, backend, self.model.config.vocab_size)
+
+        def work(task_shard: TaskBatch) -> tuple[Array, int]:
+            return on_device(task_shard), task_shard[1].tokens
 
         def shards() -> Iterator[TaskBatch]:
             prepared = set()
@@ -254,7 +261,13 @@ class ShardedStep:
                 yield from self._cut(task_batches)
 
         try:
-            yield from self._workers.map(work, shards())
+            waiting = []  # losses that are still on the device
+            for loss in self._workers.map(work, shards()):
+                waiting.append(loss)
+                if self._on_cpu or len(waiting) == READ_TOGETHER:
+                    yield from _read(backend, waiting)
+                    waiting = []
+            yield from _read(backend, waiting)
         finally:
             self.model.end_step()
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array
-from ..data.batches import Batch, Ids, PackedRecords, TaskWindows, Windows
+from ..data.batches import Batch, Ids, PackedRecords, TaskBatch, TaskWindows, Windows
 from ..errors import (
     CheckpointError,
     ConfigError,
@@ -32,7 +32,7 @@ from ..quant.half import iterate_pieces
 from .checkpoints import find_checkpoint, save_checkpoint
 from .graphed import Divisors, GraphedStep, Step
 from .nonfinite import explain_non_finite
-from .parallel import ShardedStep, TaskBatch, shard_size
+from .parallel import ShardedStep, shard_size
 from .resuming import require_same_run
 from .settings import Settings
 
