@@ -43,6 +43,15 @@ extern "C" __global__ void add_rows(const REAL* rows, const Int* order, const In
     }
 }
 
+// out[n] = sum_c a[n, c] b[n, c]    a, b (N, C), out (N,); a block per row
+extern "C" __global__ void row_dot(const REAL* a, const REAL* b, REAL* out, Int C) {
+    Int at = blockIdx.x * C;
+    REAL sum = 0;
+    FOR_ROW(c, C) sum += a[at + c] * b[at + c];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) out[blockIdx.x] = sum;
+}
+
 // ---- norms: a block per row ---------------------------------------------------------------------
 
 // y = x rstd w, rstd = 1 / sqrt(mean(x^2) + eps)    x, y (N, C), w (C,), rstd (N,)

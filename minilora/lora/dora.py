@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from .. import functional as F
-from ..arrays import row_dot
 from ..autograd import Tensor, namespace, record
 from ..backend import Array, Shape
 from ..effective import Formed, Pull
@@ -74,15 +73,16 @@ class DoraAdapter(LoraAdapter):
         operations, but wrong by u |W|^2 where dW cancels most of a row. All callers use this one
         function, so m / |V| is exactly 1 at the start.
         """
-        xp = self.lora_A.backend.xp
+        backend = self.lora_A.backend
+        xp = backend.xp
         a = self.lora_A.data
         b = self.lora_B.data * self.scaling
         norms = xp.empty(len(W), W.dtype)
-        size = self.lora_A.backend.sizes.row_norms // W.shape[1]
+        size = backend.sizes.row_norms // W.shape[1]
         for rows in blocks(len(W), size):
-            V = b[rows] @ a  # (n, r) @ (r, I) -> (n, I)
+            V = backend.matmul(b[rows], a)  # (n, r) @ (r, I) -> (n, I)
             V += W[rows]
-            norms[rows] = xp.sqrt(row_dot(xp, V, V)[:, 0])
+            norms[rows] = xp.sqrt(backend.row_dot(V, V)[:, 0])
             if scaled:
                 m = self.lora_magnitude_vector.data[rows]
                 k = _nonzero_scales(xp, m, norms[rows])
@@ -105,9 +105,10 @@ class DoraAdapter(LoraAdapter):
 
     def delta_weight(self, W: Array) -> Array:
         """dW' = k V - W (O, I), k included, for the base's weight W (O, I) and in its dtype."""
-        xp = self.lora_A.backend.xp
+        backend = self.lora_A.backend
+        xp = backend.xp
         V = W + super().delta_weight(W)
-        norms = xp.sqrt(row_dot(xp, V, V)[:, 0])
+        norms = xp.sqrt(backend.row_dot(V, V)[:, 0])
         m = self.lora_magnitude_vector.data.astype(W.dtype)
         return _scales(xp, m, norms)[:, None] * V - W
 
@@ -120,19 +121,22 @@ class DoraAdapter(LoraAdapter):
 
         V x is the output without its bias, divided by k, so dm needs no second product.
         """
-        xp = self.lora_A.backend.xp
+        backend = self.lora_A.backend
+        xp = backend.xp
         norms = self.norms(W, scaled=True)
         k = _nonzero_scales(xp, self.lora_magnitude_vector.data, norms)
         ks = (k * self.scaling)[:, None]
         b_ks = self.lora_B.data * ks  # (O, r)
-        a_t = xp.ascontiguousarray(self.lora_A.data.T)  # (I, r)
+        a_t = backend.transpose_for_products(self.lora_A.data)  # (I, r)
         # Where a norm is 0, Y is 0, and so is dm.
         per_m = 1 / (k * xp.where(norms == 0, 1, norms))
 
         def pull(X: Array, dY: Array, Y: Array) -> F.Grads:
-            dA = (dY @ b_ks).T @ X  # (r, N) @ (N, I) -> (r, I)
-            dB = (dY.T @ (X @ a_t)) * ks  # (O, N) @ (N, r) -> (O, r)
-            return dA, dB, xp.einsum("no,no->o", dY, Y) * per_m
+            dU = backend.matmul(dY, b_ks)  # (N, O) @ (O, r) -> (N, r)
+            dA = backend.matmul(dU.T, X)  # (r, N) @ (N, I) -> (r, I)
+            U = backend.matmul(X, a_t)  # (N, I) @ (I, r) -> (N, r)
+            dB = backend.matmul(dY.T, U) * ks  # (O, N) @ (N, r) -> (O, r)
+            return dA, dB, backend.column_dot(dY, Y) * per_m
 
         return (self.lora_A, self.lora_B, self.lora_magnitude_vector), Pull(pull, needs_output=True)
 

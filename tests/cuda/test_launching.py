@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import cupy_on_cpu
 import numpy as np
 import pytest
 from cupy_on_cpu import EmulationError, packages
@@ -115,3 +116,32 @@ def test_kernels_for_says_once_why_kernels_do_not_compile(monkeypatch: pytest.Mo
 def test_kernels_for_has_none_for_other_dtypes() -> None:
     assert kernels_for(0, np.dtype(np.float16)) is None
     assert kernels_for(0, np.dtype(np.int64)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", REALS.values())
+@pytest.mark.parametrize("shape", [(70_000, 3), (5, 1000), (1, 1), (0, 4), (3, 0)], ids=str)
+def test_row_dot_and_column_dot_are_numpy_s(shape: tuple[int, int], dtype: Any) -> None:
+    gpu = get_backend("cuda")
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
+    wide = a.astype(np.float64) * b
+    unit = np.finfo(dtype).eps / 2
+    for name, axis in (("row_dot", 1), ("column_dot", 0)):
+        got = gpu.to_numpy(getattr(gpu, name)(gpu.xp.asarray(a), gpu.xp.asarray(b)))
+        expected = wide.sum(axis=axis, keepdims=axis == 1)
+        assert got.shape == expected.shape
+        assert got.dtype == dtype
+        bound = 2 * shape[axis] * unit * abs(wide).sum(axis=axis, keepdims=axis == 1)
+        assert (abs(got - expected) <= bound).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("emulated")
+def test_row_dot_is_one_launch() -> None:
+    gpu = get_backend("cuda")
+    a = gpu.xp.ones((70_000, 3), np.float32)
+    gpu.row_dot(a, a)
+    with cupy_on_cpu.counted() as device:
+        gpu.row_dot(a, a)
+    assert (device.launches, device.operations) == (1, 1)
