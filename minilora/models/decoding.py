@@ -13,6 +13,8 @@ from __future__ import annotations
 import itertools
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..backend import Array, Backend
 from ..nn import RMSNorm
 from ..threads import Workers
@@ -36,6 +38,12 @@ class Product(NamedTuple):
         if self.bias is not None:
             y += self.bias
         return y
+
+    def add_to(self, out: Array, x: Array) -> None:
+        """out += x W + b"""
+        self.backend.add_matmul(out, x, self.weight)
+        if self.bias is not None:
+            out += self.bias
 
 
 class Layer(NamedTuple):
@@ -98,10 +106,36 @@ class Weights:
         self.rotary = model.decoder.rotary
         self.backend = self.embedding.backend
         self.xp = self.backend.xp
+        self.recorder = self.backend.recorder()  # of graphs; None on a CPU
         self.dtype = self.embedding.dtype
         self.mean = self.xp.full((c.hidden_size, 1), 1 / c.hidden_size, self.dtype)
         # Each channel i of a head, followed by its partner i + D/2.
         self.pairs = self.xp.arange(c.head_dim).reshape(2, -1).T.reshape(-1)
+
+    @property
+    def gate_up_sign(self) -> int:
+        """-1 where `Decoding.__call__` computes silu, 1 for a GPU's kernel."""
+        return -1 if self.recorder is None else 1
+
+    def rotations(self, limit: int) -> Array:
+        """exp(i angle) of each pair in q and k, with 1/sqrt(D) in q's part.
+
+        (limit, (H + K) D/2) complex numbers
+        """
+        cos, sin = (
+            table.reshape(limit, -1, 2, self.head_dim // 2)[:, :, 1]
+            for table in self.rotary(0, limit, self.embedding)
+        )
+        return (cos + 1j * sin).reshape(limit, -1)
+
+    def copy_cache(self, cache: KeyValueCache, out: Array) -> None:
+        """Write what a cache has seen into `out`, (layers, 2, B, K, limit, D): k's channels in
+        pairs.
+        """
+        seen = cache.length
+        known = cache.data[:, :, :, :seen].transpose(0, 1, 2, 4, 3, 5)  # (layers, 2, B, K, seen, D)
+        out[:, 0, ..., :seen, :] = known[:, 0][..., self.pairs]
+        out[:, 1, ..., :seen, :] = known[:, 1]
 
     def _lay_out(self, model: CausalLM, workers: Workers) -> bool:
         """Build all products; False if a layer must run on its own."""
@@ -144,7 +178,7 @@ class Weights:
             gate_up = [block.mlp.gate_proj, block.mlp.up_proj]
             sources.append(Source(qkv, block.input_layernorm, order))
             sources.append(Source([attention.o_proj]))
-            sources.append(Source(gate_up, block.post_attention_layernorm, sign=-1))
+            sources.append(Source(gate_up, block.post_attention_layernorm, sign=self.gate_up_sign))
             sources.append(Source([block.mlp.down_proj]))
         sources.append(Source([model.lm_head], model.decoder.norm))
         return sources
@@ -199,21 +233,12 @@ class Decoding:
     def __init__(self, weights: Weights, cache: KeyValueCache):
         self.weights = weights
         self.length = cache.length
-        seen = cache.length
-        limit = cache.limit
-        D = weights.head_dim
-        known = cache.data[:, :, :, :seen].transpose(0, 1, 2, 4, 3, 5)  # (layers, 2, B, K, seen, D)
-        self.data = weights.xp.empty((*known.shape[:4], limit, D), weights.dtype)
-        self.data[:, 0, ..., :seen, :] = known[:, 0][..., weights.pairs]
-        self.data[:, 1, ..., :seen, :] = known[:, 1]
-        cos, sin = (
-            table.reshape(limit, -1, 2, D // 2)[:, :, 1]
-            for table in weights.rotary(0, limit, weights.embedding)
-        )
-        # exp(i angle) of each pair in q and k, with 1/sqrt(D) in q's part.
-        self.rotations = (cos + 1j * sin).reshape(limit, -1)
+        layers, _, B, limit, K, D = cache.data.shape
+        self.data = weights.xp.empty((layers, 2, B, K, limit, D), weights.dtype)
+        weights.copy_cache(cache, self.data)
+        self.rotations = weights.rotations(limit)
 
-    def __call__(self, ids: Array) -> Array:
+    def __call__(self, ids: np.ndarray) -> Array:
         """ids (B,), the newest token of each sequence -> logits (B, V)"""
         w = self.weights
         xp = w.xp
@@ -224,7 +249,7 @@ class Decoding:
         at = self.length
         S = at + 1
         rotation = self.rotations[at]
-        x = w.embedding.data[ids]  # (B, C)
+        x = w.embedding.data[w.backend.from_numpy(ids)]  # (B, C)
         for layer, key_values in zip(w.layers, self.data, strict=True):
             qkv = layer.qkv(self._normed(x))
             if layer.head_norms is not None:
