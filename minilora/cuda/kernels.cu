@@ -364,6 +364,7 @@ extern "C" __global__ void decode(const unsigned char* codes, const float* value
 // out = a bfloat16 (its upper 16 bits) as a float32    codes, out (size,)
 extern "C" __global__ void widen_bfloat16(const unsigned short* codes, REAL* out, Int size) {
     FOR_EACH(i, size) out[i] = __uint_as_float((unsigned)codes[i] << 16);
+}
 
 // ---- attention ----------------------------------------------------------------------------------
 //
