@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import as_floats, row_dot, rows
-from .autograd import Grads, Tensor, namespace, record
+from .arrays import as_floats, rows
+from .autograd import Grads, Tensor, record
 from .backend import Array, Backend
 from .threads import blocks
 
@@ -60,7 +60,6 @@ def attention(
     first_key (B, T) integers: a query sees no key before this one of the S. Not above the query's
               own key, or its output is NaN. None: all earlier keys
     """
-    xp = namespace(qkv)
     if qkv.ndim != 3:
         raise ValueError(f"attention: qkv must have shape (B, T, channels), got {qkv.shape}")
     B, T, width = qkv.shape
@@ -79,27 +78,53 @@ def attention(
         raise ValueError(f"attention: window must be None or 1 or more, got {window}")
     D = width // count
     Z = as_floats(qkv.data).reshape(B, T, count, D)
+    options = extend, window, first_key
+    O, back = qkv.backend.run(_rotate_and_attend, Z, heads, kv_heads, cos, sin, *options)
+
+    def vjp(dy: Array) -> Grads:
+        dZ = back(dy.reshape(B, T, heads, D))
+        return (dZ.reshape(B, T, width),)
+
+    return record(O.reshape(B, T, heads * D), (qkv,), vjp)
+
+
+def _rotate_and_attend(
+    backend: Backend,
+    Z: Array,
+    heads: int,
+    kv_heads: int,
+    cos: Array | None,
+    sin: Array | None,
+    extend: Callable[[Array, Array], tuple[Array, Array]] | None,
+    window: int | None,
+    first_key: Array | None,
+) -> tuple[Array, Callable[[Array], Array]]:
+    """(O, the function from dO to dZ) of arrays.    Z (B, T, H + 2 K, D) -> O (B, T, H, D)"""
+    xp = backend.xp
+    D = Z.shape[3]
+    rotated = heads + kv_heads
     QK = Z[:, :, :rotated].copy() if cos is None else apply_rotary(xp, Z[:, :, :rotated], cos, sin)
     q = QK[:, :, :heads]
     k = QK[:, :, heads:]
-    v = Z[:, :, rotated:].copy()  # qkv itself is not kept
+    v = Z[:, :, rotated:].copy()  # Z itself is not kept
     if cos is None:
         q *= D**-0.5
     if extend:
         k, v = extend(k, v)
-    O, back = _attend(qkv.backend, q, k, v, window, first_key)
+    O, attend_back = _attend(backend, q, k, v, window, first_key)
+    shape = Z.shape
 
-    def vjp(dy: Array) -> Grads:
-        dZ = xp.empty((B, T, count, D), dy.dtype)
+    def back(dO: Array) -> Array:
+        dZ = xp.empty(shape, dO.dtype)
         dQK = dZ[:, :, :rotated] if cos is None else xp.empty_like(QK)
-        back(dy.reshape(B, T, heads, D), dQK[:, :, :heads], dQK[:, :, heads:], dZ[:, :, rotated:])
+        attend_back(dO, dQK[:, :, :heads], dQK[:, :, heads:], dZ[:, :, rotated:])
         if cos is None or sin is None:
             dQK[:, :, :heads] *= D**-0.5
         else:
             apply_rotary(xp, dQK, cos, sin, dZ[:, :, :rotated], back=True)
-        return (dZ.reshape(B, T, width),)
+        return dZ
 
-    return record(O.reshape(B, T, heads * D), (qkv,), vjp)
+    return O, back
 
 
 def _attend(
@@ -137,7 +162,7 @@ def _attend(
         t = queries.shape[3]
         P = xp.empty((B, s, H * t), q.dtype)
         view = P.reshape(B, s, K, G, t).transpose(0, 2, 3, 1, 4)
-        xp.matmul(keys, queries.swapaxes(-1, -2), out=view)
+        backend.matmul(keys, queries.swapaxes(-1, -2), out=view)
         return P, view
 
     def masked_scores(at: slice) -> tuple[slice, Array, Array]:
@@ -178,7 +203,8 @@ def _attend(
         xp.exp(P, out=P)
         total = backend.sum_keys(P)  # (B, 1, H t)
         inv[:, at, :, 0] = 1.0 / total.reshape(B, H, at.stop - at.start).swapaxes(1, 2)
-        xp.matmul(view.swapaxes(-1, -2), vh[..., keys, :], out=Oh[..., at, :])  # (t, s) @ (s, D)
+        # (t, s) @ (s, D)
+        backend.matmul(view.swapaxes(-1, -2), vh[..., keys, :], out=Oh[..., at, :])
         saved_blocks.append((at, keys, top, (P, view) if keep_scores else None))
     O *= inv  # T x D numbers: dividing the scores would be T x S
 
@@ -190,16 +216,17 @@ def _attend(
         dvh = by_head(dv)
         # softmax's gradient is p (dp - sum p dp); the sum is rowsum(dO * O), T numbers
         # (Dao et al. 2022, app. B).
-        along = row_dot(xp, rows(d), rows(O)).reshape(B, T, H).swapaxes(1, 2)
+        along = backend.row_dot(rows(d), rows(O)).reshape(B, T, H).swapaxes(1, 2)
 
         def add(total: Array, a: Array, b: Array) -> None:
             # Add a @ b, summed over G, to the rows `keys`. The block that sees every key writes.
             if a.shape[3] < S:
-                total[..., keys, :] += a @ b if G == 1 else (a @ b).sum(axis=2, keepdims=True)
+                product = backend.matmul(a, b)
+                total[..., keys, :] += product if G == 1 else product.sum(axis=2, keepdims=True)
             elif G == 1:
-                xp.matmul(a, b, out=total)
+                backend.matmul(a, b, out=total)
             else:
-                total[...] = (a @ b).sum(axis=2, keepdims=True)
+                total[...] = backend.matmul(a, b).sum(axis=2, keepdims=True)
 
         # If the last block, which comes first, sees every key, it overwrites dk and dv.
         if saved_blocks[-1][1].start > 0:
@@ -215,9 +242,8 @@ def _attend(
             dS, dview = products(vh[..., keys, :], dh[..., at, :])
             dS -= along[..., at].reshape(top.shape)
             dS *= P
-            xp.matmul(
-                dview.swapaxes(-1, -2), kh[..., keys, :], out=dqh[..., at, :]
-            )  # (t, s) @ (s, D)
+            # (t, s) @ (s, D)
+            backend.matmul(dview.swapaxes(-1, -2), kh[..., keys, :], out=dqh[..., at, :])
             add(dkh, dview, qh[..., at, :])  # (s, t) @ (t, D)
 
     return O, back

@@ -485,7 +485,8 @@ def matmul(a: Any, b: Any) -> Tensor:
     B = b.data[:, None] if b.ndim == 1 else b.data  # (..., K, N)
     shape_A = A.shape
     shape_B = B.shape
-    y = a.data @ b.data
+    backend = a.backend
+    y = backend.matmul(a.data, b.data)
     leading = y.shape[: y.ndim - (len(sa) > 1) - (len(sb) > 1)]
     full = (*leading, shape_A[-2], shape_B[-1])
     A_kept = A if b.requires_grad else None
@@ -495,9 +496,11 @@ def matmul(a: Any, b: Any) -> Tensor:
         dY = dy.reshape(full)
         da = db = None
         if B_kept is not None:
-            da = unbroadcast(dY @ B_kept.swapaxes(-1, -2), shape_A).reshape(sa)
+            da = backend.matmul(dY, B_kept.swapaxes(-1, -2))
+            da = unbroadcast(da, shape_A).reshape(sa)
         if A_kept is not None:
-            db = unbroadcast(A_kept.swapaxes(-1, -2) @ dY, shape_B).reshape(sb)
+            db = backend.matmul(A_kept.swapaxes(-1, -2), dY)
+            db = unbroadcast(db, shape_B).reshape(sb)
         return da, db
 
     return record(y, (a, b), vjp)

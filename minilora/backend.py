@@ -102,6 +102,20 @@ class Backend:
         """out += (a @ b) * scale    a (..., M, K), b (..., K, N), out (..., M, N)"""
         out += self.matmul(a, b, scale=scale)
 
+    def transpose_for_products(self, a: Array) -> Array:
+        """a^T for several products.    (M, K) -> (K, M)
+
+        BLAS on a CPU reads a contiguous a^T twice as fast where M is small.
+        """
+        return self.xp.ascontiguousarray(a.T)
+
+    def row_dot(self, a: Array, b: Array) -> Array:
+        """sum_c a[n, c] b[n, c]    both (N, C) -> (N, 1)
+
+        On a CPU N products of a row and a column are fastest.
+        """
+        return self.xp.matmul(a[:, None, :], b[:, :, None])[:, 0]
+
     def add_rows(self, index: Array, rows: Array, count: int) -> Array:
         """out[i] = sum of rows[n] over index[n] == i, added in a fixed order.
 
@@ -278,6 +292,56 @@ class CupyBackend(Backend):
         kernel = OPERATIONS.get(body.__name__)
         result = None if kernel is None else kernel(self, *inputs)
         return body(self, *inputs) if result is None else result
+
+    @functools.cached_property
+    def blas(self) -> Any:
+        """cuBLAS (`cuda.blas.Blas`); None if it cannot be loaded."""
+        from .cuda.blas import load_blas
+
+        return load_blas(self.cupy, self.device)
+
+    def matmul(self, a: Array, b: Array, out: Array | None = None, scale: float = 1.0) -> Array:
+        if not self._can_multiply(a, b, out):
+            return super().matmul(a, b, out, scale)
+        self.select()
+        return self.blas.product(a, b, out, scale)
+
+    def add_matmul(self, out: Array, a: Array, b: Array, scale: float = 1.0) -> None:
+        if self._can_multiply(a, b, out):
+            self.select()
+            self.blas.product(a, b, out, scale, beta=1.0)
+        else:
+            super().add_matmul(out, a, b, scale)
+
+    def _can_multiply(self, a: Array, b: Array, out: Array | None) -> bool:
+        """Whether cuBLAS multiplies these: matrices of one dtype, float32 or float64."""
+        ndarray = self.cupy.ndarray
+        return (
+            isinstance(a, ndarray)
+            and isinstance(b, ndarray)
+            and a.ndim > 1
+            and b.ndim > 1
+            and a.dtype == b.dtype
+            and a.dtype.char in "fd"
+            and (out is None or out.dtype == a.dtype)
+            and self.blas is not None
+        )
+
+    def transpose_for_products(self, a: Array) -> Array:
+        return a.T  # which cuBLAS reads as it is
+
+    def row_dot(self, a: Array, b: Array) -> Array:
+        from .cuda.launching import kernels_for
+
+        kernels = kernels_for(self.device, a.dtype) if a.dtype == b.dtype else None
+        if kernels is None:
+            return (a * b).sum(axis=1, keepdims=True)
+        xp = self.xp
+        rows, columns = a.shape
+        out = xp.empty((rows, 1), a.dtype)
+        operands = xp.ascontiguousarray(a), xp.ascontiguousarray(b)
+        kernels.for_rows("row_dot", rows, columns, *operands, out, columns)
+        return out
 
     def sum_keys(self, P: Array) -> Array:
         return P.sum(axis=1, keepdims=True)  # a broadcast operand of a product takes six launches

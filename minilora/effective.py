@@ -71,14 +71,15 @@ def effective_linear(x: Tensor, effective: EffectiveWeight) -> Tensor:
     with one product in each direction instead of three; the pulls compute the gradients of A and B
     through (N, r) and never form dL/dW'.
     """
-    xp = namespace(x, *effective.inputs)
+    namespace(x, *effective.inputs)
+    backend = x.backend
     W = effective.weight
     pulls = effective.pulls
     stacked = effective.stacked
     slices = effective.rows
     X = rows(x.data)
     shape = x.shape
-    y = xp.matmul(X, W.swapaxes(-1, -2))  # (N, I) @ (I, O) -> (N, O)
+    y = backend.matmul(X, W.swapaxes(-1, -2))  # (N, I) @ (I, O) -> (N, O)
 
     def layer(z: Array, i: int) -> Array:
         return z[i] if stacked else z[:, slices[i]]  # a view (N, O_i)
@@ -97,12 +98,12 @@ def effective_linear(x: Tensor, effective: EffectiveWeight) -> Tensor:
         dY = dy.reshape(flat)
         grads: list[Any] = [None]
         if need_dx and stacked:
-            dX = dY[0] @ W[0]
+            dX = backend.matmul(dY[0], W[0])
             for i in range(1, len(W)):
-                dX += dY[i] @ W[i]
+                backend.add_matmul(dX, dY[i], W[i])
             grads = [dX.reshape(shape)]
         elif need_dx:
-            grads = [(dY @ W).reshape(shape)]  # (N, O) @ (O, I) -> (N, I)
+            grads = [backend.matmul(dY, W).reshape(shape)]  # (N, O) @ (O, I) -> (N, I)
         for bias_of in need_db:
             grads.append(None if bias_of is None else layer(dY, bias_of).sum(axis=0))
         for i, pull in pulls:

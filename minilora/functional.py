@@ -28,7 +28,7 @@ import numpy as np
 
 from .arguments import as_ids as as_ids
 from .arguments import check_ids, check_probability, check_vector, python_number
-from .arrays import as_floats, row_dot
+from .arrays import as_floats
 from .arrays import rows as rows
 from .attention import attention as attention
 from .autograd import Grads as Grads  # other modules write F.Grads
@@ -52,9 +52,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + b    x (..., I), W (O, I), b (O,) -> (..., O)"""
     inputs = operands(x, weight) if bias is None else operands(x, weight, bias)
     x, weight = inputs[:2]
+    backend = x.backend
     X = rows(x.data)
     W = weight.data
-    y = X @ W.T  # (N, I) @ (I, O) -> (N, O)
+    y = backend.matmul(X, W.T)  # (N, I) @ (I, O) -> (N, O)
     if bias is not None:
         check_vector("linear: bias", inputs[2].data, len(W))
         y += inputs[2].data
@@ -66,8 +67,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     def vjp(dy: Array) -> Grads:
         dY = rows(dy)  # (N, O)
-        dx = None if W_kept is None else (dY @ W_kept).reshape(shape)  # (N, O) @ (O, I) -> (N, I)
-        dW = None if X_kept is None else dY.T @ X_kept  # (O, N) @ (N, I) -> (O, I)
+        dx = dW = None
+        if W_kept is not None:
+            dx = backend.matmul(dY, W_kept).reshape(shape)  # (N, O) @ (O, I) -> (N, I)
+        if X_kept is not None:
+            dW = backend.matmul(dY.T, X_kept)  # (O, N) @ (N, I) -> (O, I)
         db = dY.sum(axis=0) if need_db else None
         return (dx, dW, db)[:count]
 
@@ -81,6 +85,7 @@ def lora_linear(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float) -> T
     dA = s B^T G^T X and dB = s G^T X A^T, the projections of the full gradient.
     """
     x, y, A, B = operands(x, y, A, B)
+    backend = x.backend
     X = rows(as_floats(x.data))
     a = A.data
     b = B.data
@@ -90,9 +95,8 @@ def lora_linear(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float) -> T
         raise ValueError(
             f"lora_linear: y must have the shape of x B A, {(*shape[:-1], len(b))}, got {y.shape}"
         )
-    U = X @ a.T  # (N, I) @ (I, r) -> (N, r)
-    out = (U @ b.T).reshape(y.shape)  # (N, r) @ (r, O) -> (N, O)
-    out *= scaling
+    U = backend.matmul(X, a.T)  # (N, I) @ (I, r) -> (N, r)
+    out = backend.matmul(U, b.T, scale=scaling).reshape(y.shape)  # (N, r) @ (r, O) -> (N, O)
     out += y.data
     need_dx = x.requires_grad
     X_kept = X if A.requires_grad else None
@@ -102,13 +106,13 @@ def lora_linear(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float) -> T
         dx = dA = dB = None
         dY = rows(dy)  # (N, O)
         if need_dx or X_kept is not None:
-            dU = dY @ b * scaling  # (N, O) @ (O, r) -> (N, r)
+            dU = backend.matmul(dY, b, scale=scaling)  # (N, O) @ (O, r) -> (N, r)
             if need_dx:
-                dx = (dU @ a).reshape(shape)  # (N, r) @ (r, I) -> (N, I)
+                dx = backend.matmul(dU, a).reshape(shape)  # (N, r) @ (r, I) -> (N, I)
             if X_kept is not None:
-                dA = dU.T @ X_kept  # (r, N) @ (N, I) -> (r, I)
+                dA = backend.matmul(dU.T, X_kept)  # (r, N) @ (N, I) -> (r, I)
         if U_kept is not None:
-            dB = dY.T @ U_kept * scaling  # (O, N) @ (N, r) -> (O, r)
+            dB = backend.matmul(dY.T, U_kept, scale=scaling)  # (O, N) @ (N, r) -> (O, r)
         return dx, dy, dA, dB
 
     return record(out, (x, y, A, B), vjp)
@@ -292,7 +296,7 @@ def _rms_norm(
 ) -> tuple[Array, Callable[[Array], Grads]]:
     """(y, the function from dY to (dx, dw)) of rows.    X (N, C), w (C,) -> y (N, C)"""
     xp = backend.xp
-    rstd = 1.0 / xp.sqrt(row_dot(xp, X, X) / X.shape[1] + eps)  # (N, 1)
+    rstd = 1.0 / xp.sqrt(backend.row_dot(X, X) / X.shape[1] + eps)  # (N, 1)
     y = X * rstd
     y *= w
 
@@ -302,7 +306,7 @@ def _rms_norm(
         if not need_dx:
             return None, dw
         dx = dY * w  # d xhat, which the next lines turn into dx
-        xhat *= row_dot(xp, dx, xhat) / X.shape[1]
+        xhat *= backend.row_dot(dx, xhat) / X.shape[1]
         dx -= xhat
         dx *= rstd
         return dx, dw

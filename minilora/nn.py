@@ -212,7 +212,8 @@ class Linear(LinearBase):
 
     def write_effective_weight(self, out: Array, tokens: int | None) -> Parts | None:
         out[...] = self.weight.data
-        return [((self.weight,), Pull(lambda X, dY: (dY.T @ X,)))] if self.trainable else []
+        matmul = self.backend.matmul
+        return [((self.weight,), Pull(lambda X, dY: (matmul(dY.T, X),)))] if self.trainable else []
 
     def rebuilt(self, weight: Array) -> Linear:
         return frozen_linear(weight, self)

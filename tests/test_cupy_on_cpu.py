@@ -131,28 +131,98 @@ def test_a_captured_graph_replays_with_what_its_memory_holds_then(xp: Any) -> No
         np.testing.assert_allclose(y.get(), np.exp(sorted(values, reverse=True)), rtol=1e-6)
 
 
-def test_a_captured_product_of_cublas_replays(xp: Any) -> None:
-    """With a handle of one's own: CuPy itself refuses cuBLAS in a capture."""
-    cublas = ctypes.CDLL("libcublas.so.13")
-    handle = ctypes.c_void_p()
-    cublas.cublasCreate_v2(ctypes.byref(handle))
+WORKSPACE = 1024
+
+
+@pytest.fixture
+def handle() -> ctypes.c_void_p:
+    """A handle of one's own: CuPy itself refuses cuBLAS in a capture."""
+    made = ctypes.c_void_p()
+    assert cublas().cublasCreate_v2(ctypes.byref(made)) == 0
+    return made
+
+
+def cublas() -> ctypes.CDLL:
+    return ctypes.CDLL("libcublas.so.13")
+
+
+def set_stream(handle: ctypes.c_void_p, stream: Any, workspace: Any) -> None:
+    """Let a handle use a stream, and this memory as its workspace."""
+    library = cublas()
+    assert library.cublasSetStream_v2(handle, ctypes.c_void_p(stream.ptr)) == 0
+    address = ctypes.c_void_p(workspace.ptr)
+    assert library.cublasSetWorkspace_v2(handle, address, ctypes.c_size_t(WORKSPACE)) == 0
+
+
+def test_a_captured_product_of_cublas_replays(xp: Any, handle: ctypes.c_void_p) -> None:
     a, b = floats(xp, 3, 3), floats(xp, 3, 3) + 1
     c = xp.zeros((3, 3), np.float32)
     two, one = ctypes.c_float(2), ctypes.c_float(1)
+    workspace = xp.cuda.alloc(WORKSPACE)
     stream = xp.cuda.Stream(non_blocking=True)
     pointers = [ctypes.c_void_p(array.data.ptr) for array in (a, b, c)]
     first, second, result = ((pointer, 0, 3) for pointer in pointers)  # float32, stride 3
     with capturing(stream) as graphs:
-        cublas.cublasSetStream_v2(handle, ctypes.c_void_p(stream.ptr))
+        set_stream(handle, stream, workspace)
         # By columns: (c.T) = 2 (b.T) (a.T) + c.T
         scalars = ctypes.byref(two), ctypes.byref(one)
         operands = (*second, *first, scalars[1], *result)
-        assert cublas.cublasGemmEx(handle, 0, 0, 3, 3, 3, scalars[0], *operands, 68, -1) == 0
+        assert cublas().cublasGemmEx(handle, 0, 0, 3, 3, 3, scalars[0], *operands, 68, -1) == 0
     with counted() as device:
         graphs[0].launch(stream)
         graphs[0].launch(stream)
     assert (device.products, device.replays) == (0, 2)
     assert c.tolist() == (4 * (a @ b)).tolist()
+
+
+def test_a_capture_refuses_a_product_without_a_workspace(
+    xp: Any, handle: ctypes.c_void_p, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A real cuBLAS would put an allocation into the graph."""
+    one = ctypes.byref(ctypes.c_float(1))
+    x = xp.ones(1, np.float32)
+    matrix = (ctypes.c_void_p(x.data.ptr), 0, 1)
+    call = (handle, 0, 0, 1, 1, 1, one, *matrix, *matrix, one, *matrix, 68, -1)
+    workspace = xp.cuda.alloc(WORKSPACE)
+    stream = xp.cuda.Stream(non_blocking=True)
+    set_stream(handle, stream, workspace)
+    with capturing(stream):
+        assert cublas().cublasGemmEx(*call) == 0
+        cublas().cublasSetStream_v2(handle, ctypes.c_void_p(stream.ptr))  # resets the workspace
+        assert cublas().cublasGemmEx(*call) == 15
+        assert cublas().cublasCreate_v2(ctypes.byref(ctypes.c_void_p())) == 15
+    assert cublas().cublasGemmEx(*call) == 0
+    errors = capfd.readouterr().err
+    assert "without a workspace" in errors
+    assert "a handle is made while a stream captures" in errors
+
+
+def test_cublas_refuses_memory_that_cannot_be_a_workspace(xp: Any, handle: ctypes.c_void_p) -> None:
+    memory = xp.cuda.alloc(1024)
+    with xp.cuda.Device(1):
+        elsewhere = xp.cuda.alloc(1024)
+    for address in (memory.ptr + 8, elsewhere.ptr, 256):
+        set_workspace = cublas().cublasSetWorkspace_v2
+        assert set_workspace(handle, ctypes.c_void_p(address), ctypes.c_size_t(512)) == 7
+
+
+TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
+DOCUMENTED = {(0, 0, c) for c in (68, 69, 75, 77)} | {(1, 1, 70), (1, 1, 71)}
+DOCUMENTED |= {(x, y, c) for x in (2, 14) for y in (x, 0) for c in (68, 69)}
+
+
+def test_cublas_multiplies_the_types_that_it_documents(xp: Any, handle: ctypes.c_void_p) -> None:
+    x = ctypes.c_void_p(xp.zeros(8).data.ptr)
+    one = ctypes.byref(ctypes.c_double(1))
+    done = set()
+    for operand in TYPES.values():
+        for result in TYPES.values():
+            for compute in (64, 68, 69, 70, 71, 74, 75, 77):
+                matrix = (x, operand, 1)
+                head = (handle, 0, 0, 1, 1, 1, one, *matrix, *matrix, one, x, result, 1)
+                if cublas().cublasGemmEx(*head, compute, -1) == 0:
+                    done.add((operand, result, compute))
+    assert done == DOCUMENTED
 
 
 REFUSED = ["a.get()", "float(a[0])", "a[mask]", "a.__setitem__(mask, 0)", "stream.synchronize()"]

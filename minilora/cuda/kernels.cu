@@ -75,6 +75,15 @@ extern "C" __global__ void add_rows(const REAL* rows, const Int* order, const In
     }
 }
 
+// out[n] = sum_c a[n, c] b[n, c]    a, b (N, C), out (N,); a block per row
+extern "C" __global__ void row_dot(const REAL* a, const REAL* b, REAL* out, Int C) {
+    Int at = blockIdx.x * C;
+    REAL sum = 0;
+    FOR_ROW(c, C) sum += a[at + c] * b[at + c];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) out[blockIdx.x] = sum;
+}
+
 // ---- norms: a block per row ---------------------------------------------------------------------
 
 // y = x rstd w, rstd = 1 / sqrt(mean(x^2) + eps)    x, y (N, C), w (C,), rstd (N,)
@@ -358,6 +367,363 @@ extern "C" __global__ void widen_bfloat16(const unsigned short* codes, REAL* out
     FOR_EACH(i, size) out[i] = __uint_as_float((unsigned)codes[i] << 16);
 }
 
+// ---- attention ----------------------------------------------------------------------------------
+//
+// B sequences of T queries and S keys (the queries are the last T of S), H heads, K heads of keys
+// and values, D <= 256 channels per head. Query t sees the keys from first_seen(t) to S - T + t.
+// Scores are never in memory: a block keeps a few queries in registers, reads keys and values tile by
+// tile, and shrinks its sums when a larger score turns up (Milakov & Gimelshein 2018; Dao et al.
+// 2022). Backward computes the scores again: in `attention_dq` a block owns queries and reads keys, in
+// `attention_dkv` it owns keys and reads queries. So each sum has one thread, and a fixed order.
+//
+// A row (a query or a key) belongs to `parts` neighbouring threads, a power of two, with OWNED
+// channels each. So a block has 128 / parts rows, and a tile in shared memory as many. The channels
+// of a thread are 4 parts i + 4 part + j, i and j from 0 to 3: the threads of a row together read
+// whole lines of a tile. Channels from D on are 0.
+
+const int ATTENTION_BLOCK = 128, OWNED = 16, MOST_PARTS = 16, TILE = ATTENTION_BLOCK * OWNED;
+
+#define UNROLLED _Pragma("unroll")
+#define FOR_OWNED(I) UNROLLED for (int I = 0; I < OWNED; I++)
+
+// Which channels of a row the thread has.
+struct Share {
+    int parts, part;  // threads per row, and this thread's number among them
+
+    __device__ Share(int parts) : parts(parts), part(threadIdx.x % parts) {}
+
+    // The channel of the thread's number i.
+    __device__ int channel(int i) const { return i / 4 * 4 * parts + 4 * part + i % 4; }
+
+    // own = the thread's channels of a row, times scale; 0 if there is no such row
+    __device__ void read(const REAL* data, bool exists, int D, REAL scale, REAL* own) const {
+        FOR_OWNED(i) own[i] = exists && channel(i) < D ? data[channel(i)] * scale : 0;
+    }
+
+    __device__ void write(const REAL* own, REAL scale, bool exists, int D, REAL* data) const {
+        FOR_OWNED(i) if (exists && channel(i) < D) data[channel(i)] = own[i] * scale;
+    }
+
+    // The sum over the threads of a row, the same in each of them.
+    __device__ REAL sum_parts(REAL x) const {
+        UNROLLED for (int k = 1; k < MOST_PARTS; k *= 2) {
+            if (k < parts) x += __shfl_xor_sync(~0u, x, k);
+        }
+        return x;
+    }
+};
+
+// Which row of which head the thread works on, and its tiles.
+struct Place : Share {
+    int rows, first;  // of the block: how many rows, and the first
+    int row;          // of the thread; it may be past the last
+    Int b, head;
+
+    // The blocks of a head follow each other, those with the most work first.
+    __device__ Place(int parts, Int count, Int heads, bool is_first_longest) : Share(parts) {
+        rows = ATTENTION_BLOCK / parts;
+        int blocks = (count + rows - 1) / rows;
+        int block = blockIdx.x % blocks;
+        first = (is_first_longest ? block : blocks - 1 - block) * rows;
+        row = first + threadIdx.x / parts;
+        head = blockIdx.x / blocks % heads;
+        b = blockIdx.x / blocks / heads;
+    }
+
+    // Where channel(i) of row n of a tile is.
+    __device__ int in_tile(int n, int i) const { return i / 4 * (TILE / 4) + n * 4 * parts + 4 * part + i % 4; }
+
+    // The block copies its rows from `from` on into a tile, those from `end` on as 0. A tile is
+    // (4, rows, 4 parts): four quarters of the channels.
+    __device__ void read_tile(const REAL* data, Int stride, int from, int end, int D, REAL* tile) const {
+        int width = 4 * parts, column = threadIdx.x % width;
+        UNROLLED for (int j = 0; j < 4; j++) {
+            int n = threadIdx.x / width + j * (rows / 4);
+            const REAL* row = data + (from + n) * stride;
+            UNROLLED for (int i = 0; i < 4; i++) {
+                int c = i * width + column;
+                tile[i * (TILE / 4) + n * width + column] = from + n < end && c < D ? row[c] : 0;
+            }
+        }
+    }
+
+    // The product of the thread's row with row n of a tile.
+    __device__ REAL dot_tile(const REAL* own, const REAL* tile, int n) const {
+        REAL x = 0;
+        FOR_OWNED(i) x += own[i] * tile[in_tile(n, i)];
+        return sum_parts(x);
+    }
+
+    // sums += x * row n of a tile
+    __device__ void add(REAL* sums, REAL x, const REAL* tile, int n) const {
+        FOR_OWNED(i) sums[i] += x * tile[in_tile(n, i)];
+    }
+};
+
+// The first key that a query sees whose own is `own`.    first_key (B, T) or null, n = b T + t
+__device__ int first_seen(const Int* first_key, Int n, Int own, Int window) {
+    Int first = window && own >= window ? own - window + 1 : 0;
+    return first_key && first_key[n] > first ? first_key[n] : first;
+}
+
+// The smallest x of a block, the same in every thread.
+__device__ int block_min(int x) {
+    __shared__ int parts[ATTENTION_BLOCK / 32];
+    for (int k = 16; k; k /= 2) x = min(x, __shfl_xor_sync(~0u, x, k));
+    __syncthreads();  // whoever read `parts`, or a tile, before has done so
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    for (int w = 0; w < ATTENTION_BLOCK / 32; w++) x = min(x, parts[w]);
+    return x;
+}
+
+// Rotate q and k: y = z cos + sign swapped(z) sin, see apply_rotary; v is copied.    a block per row
+// z and y (N, heads, D), which may be one array; cos, sin (table_rows, rotated D), table_rows divides N
+extern "C" __global__ void rotate(const REAL* z, REAL* y, const REAL* cos, const REAL* sin, Int table_rows, Int heads,
+                                  Int rotated, Int D, REAL sign) {
+    int half = D / 2;
+    Int at = blockIdx.x * heads * D, table = blockIdx.x % table_rows * rotated * D;
+    FOR_ROW(i, heads * half) {
+        int head = (int)i / half;
+        Int a = head * D + (int)i % half, b = a + half;  // the two channels of a pair
+        REAL x = z[at + a], w = z[at + b];
+        bool turns = head < rotated;
+        y[at + a] = turns ? x * cos[table + a] + sign * (w * sin[table + a]) : x;
+        y[at + b] = turns ? w * cos[table + b] + sign * (x * sin[table + b]) : w;
+    }
+}
+
+// o = softmax(scale q k^T) v    a block per head and queries
+// q (B, T, H, D), k and v (B, S, K, D) by the strides of B and of T or S -> o (B, T, H, D), and
+// softmax (B, H, T, 2), the largest score and 1 / the sum of exp(score - largest)
+extern "C" __global__ void __launch_bounds__(ATTENTION_BLOCK)
+    attention(const REAL* q, const REAL* k, const REAL* v, const Int* first_key, REAL* o, REAL* softmax, Int T, Int S, Int H,
+              Int K, Int D, Int parts, Int window, Int q_batch, Int q_row, Int k_batch, Int k_row, REAL scale) {
+    __align__(16) __shared__ REAL keys[TILE], values[TILE];
+    Place at(parts, T, H, false);
+    bool exists = at.row < T;
+    int last = S - T + at.row;
+    int first = exists ? first_seen(first_key, at.b * T + at.row, last, window) : S;
+    Int head = at.b * k_batch + at.head / (H / K) * D;
+    REAL own[OWNED], sums[OWNED] = {}, top = LOWEST, total = 0;
+    at.read(q + at.b * q_batch + at.row * q_row + at.head * D, exists, D, scale, own);
+    int end = min(S, S - T + at.first + at.rows);
+    for (int from = block_min(first); from < end; from += at.rows) {
+        __syncthreads();  // whoever read the tiles before has done so
+        at.read_tile(k + head, k_row, from, end, D, keys);
+        at.read_tile(v + head, k_row, from, end, D, values);
+        __syncthreads();
+        for (int n = 0; n < at.rows; n += 4) {
+            REAL score[4], higher = top;
+            bool seen[4];
+            UNROLLED for (int j = 0; j < 4; j++) {
+                score[j] = at.dot_tile(own, keys, n + j);
+                seen[j] = first <= from + n + j && from + n + j <= last;
+                if (seen[j]) higher = fmax(higher, score[j]);
+            }
+            REAL shrink = exp(top - higher);
+            top = higher;
+            total *= shrink;
+            FOR_OWNED(i) sums[i] *= shrink;
+            UNROLLED for (int j = 0; j < 4; j++) {
+                REAL p = seen[j] ? exp(score[j] - top) : 0;
+                total += p;
+                at.add(sums, p, values, n + j);
+            }
+        }
+    }
+    at.write(sums, 1 / total, exists, D, o + ((at.b * T + at.row) * H + at.head) * D);
+    if (exists && at.part == 0) {
+        REAL* kept = softmax + 2 * ((at.b * H + at.head) * T + at.row);
+        kept[0] = top;
+        kept[1] = 1 / total;
+    }
+}
+
+// dq = scale sum_s ds k, ds = p (dp - along), dp = do v, along = do o; and along (B, H, T) for dk
+// Strides as above, dq's are d_batch and d_row.
+extern "C" __global__ void __launch_bounds__(ATTENTION_BLOCK)
+    attention_dq(const REAL* q, const REAL* k, const REAL* v, const Int* first_key, const REAL* o, const REAL* softmax,
+                 const REAL* d_o, REAL* dq, REAL* along, Int T, Int S, Int H, Int K, Int D, Int parts, Int window,
+                 Int q_batch, Int q_row, Int k_batch, Int k_row, Int d_batch, Int d_row, REAL scale) {
+    __align__(16) __shared__ REAL keys[TILE], values[TILE];
+    Place at(parts, T, H, false);
+    bool exists = at.row < T;
+    int last = S - T + at.row;
+    int first = exists ? first_seen(first_key, at.b * T + at.row, last, window) : S;
+    Int head = at.b * k_batch + at.head / (H / K) * D;
+    Int out = ((at.b * T + at.row) * H + at.head) * D, n = (at.b * H + at.head) * T + at.row;
+    REAL own[OWNED], d_own[OWNED], sums[OWNED];
+    at.read(o + out, exists, D, 1, own);
+    at.read(d_o + out, exists, D, 1, d_own);
+    REAL mean = 0, top = exists ? softmax[2 * n] : 0, share = exists ? softmax[2 * n + 1] : 0;
+    FOR_OWNED(i) mean += own[i] * d_own[i], sums[i] = 0;
+    mean = at.sum_parts(mean);
+    if (exists && at.part == 0) along[n] = mean;
+    at.read(q + at.b * q_batch + at.row * q_row + at.head * D, exists, D, scale, own);
+    int end = min(S, S - T + at.first + at.rows);
+    for (int from = block_min(first); from < end; from += at.rows) {
+        __syncthreads();  // whoever read the tiles before has done so
+        at.read_tile(k + head, k_row, from, end, D, keys);
+        at.read_tile(v + head, k_row, from, end, D, values);
+        __syncthreads();
+        _Pragma("unroll 2") for (int n = 0; n < at.rows; n++) {
+            REAL score = at.dot_tile(own, keys, n), dp = at.dot_tile(d_own, values, n);
+            bool seen = first <= from + n && from + n <= last;
+            at.add(sums, seen ? exp(score - top) * share * (dp - mean) : 0, keys, n);
+        }
+    }
+    at.write(sums, scale, exists, D, dq + at.b * d_batch + at.row * d_row + at.head * D);
+}
+
+// dk = scale sum_t ds q, dv = sum_t p do, over the queries t of the H / K heads, in order.
+extern "C" __global__ void __launch_bounds__(ATTENTION_BLOCK)
+    attention_dkv(const REAL* q, const REAL* k, const REAL* v, const Int* first_key, const REAL* softmax, const REAL* along,
+                  const REAL* d_o, REAL* dk, REAL* dv, Int T, Int S, Int H, Int K, Int D, Int parts, Int window,
+                  Int q_batch, Int q_row, Int k_batch, Int k_row, Int d_batch, Int d_row, REAL scale) {
+    __align__(16) __shared__ REAL queries[TILE], d_outs[TILE];
+    __shared__ REAL tops[ATTENTION_BLOCK], shares[ATTENTION_BLOCK], means[ATTENTION_BLOCK];
+    __shared__ int firsts[ATTENTION_BLOCK];
+    Place at(parts, S, K, true);
+    bool exists = at.row < S;
+    Int head = at.b * k_batch + at.row * k_row + at.head * D;
+    REAL key[OWNED], value[OWNED], d_key[OWNED] = {}, d_value[OWNED] = {};
+    at.read(k + head, exists, D, scale, key);
+    at.read(v + head, exists, D, 1, value);
+    int earlier = S - T;  // keys before the first query's own
+    int begin = max(0, at.first - earlier), end = T;
+    if (window) end = min(T, at.first + at.rows - 1 + window - earlier);
+    for (Int h = at.head * (H / K); h < (at.head + 1) * (H / K); h++) {
+        for (int from = begin; from < end; from += at.rows) {
+            int t = from + threadIdx.x;  // the query that this thread looks up
+            bool looks = threadIdx.x < at.rows && t < end;
+            int first = looks ? first_seen(first_key, at.b * T + t, earlier + t, window) : S;
+            if (block_min(first) >= at.first + at.rows) continue;  // no query sees a key of the block
+            at.read_tile(q + at.b * q_batch + h * D, q_row, from, end, D, queries);
+            at.read_tile(d_o + (at.b * T * H + h) * D, H * D, from, end, D, d_outs);
+            firsts[threadIdx.x] = first;
+            if (looks) {
+                Int i = (at.b * H + h) * T + t;
+                tops[threadIdx.x] = softmax[2 * i];
+                shares[threadIdx.x] = softmax[2 * i + 1];
+                means[threadIdx.x] = along[i];
+            }
+            __syncthreads();
+            _Pragma("unroll 2") for (int n = 0; n < at.rows; n++) {
+                REAL score = at.dot_tile(key, queries, n), dp = at.dot_tile(value, d_outs, n);
+                bool seen = firsts[n] <= at.row && at.row <= earlier + from + n;
+                REAL p = seen ? exp(score - tops[n]) * shares[n] : 0;
+                at.add(d_value, p, d_outs, n);
+                at.add(d_key, seen ? p * (dp - means[n]) : 0, queries, n);
+            }
+        }
+    }
+    Int out = at.b * d_batch + at.row * d_row + at.head * D;
+    at.write(d_key, scale, exists, D, dk + out);
+    at.write(d_value, 1, exists, D, dv + out);
+}
+
+// ---- one more token per sequence ----------------------------------------------------------------
+
+const int NEWEST_BLOCK = 256;
+
+// out = one head z (D,), normed if there are weights w, rotated: the pair of 2 i is 2 i + 1. factors
+// (D,) are cos and sin of each pair. The whole block must call it.
+__device__ void norm_and_rotate(const REAL* z, const REAL* w, const REAL* factors, Int D, REAL eps, REAL* out) {
+    REAL sum = 0, r = 1;
+    FOR_ROW(d, D) sum += z[d] * z[d];
+    if (w) r = 1 / sqrt(block_sum(sum) / D + eps);
+    FOR_ROW(i, D / 2) {
+        REAL a = z[2 * i] * r, b = z[2 * i + 1] * r, c = factors[2 * i], s = factors[2 * i + 1];
+        if (w) a *= w[2 * i], b *= w[2 * i + 1];
+        out[2 * i] = a * c - b * s;
+        out[2 * i + 1] = a * s + b * c;
+    }
+}
+
+// y = softmax(q k^T) v of the token at position `*length`, whose k and v are written into the cache
+// a block per sequence and head    qkv (B, (H + 2 K) D), cache (2, B, K, limit, D): keys and values,
+// factors (limit, (H + K) D) and weights (H + K, D) or null as above, y (B, H D)
+//
+// Each group of `parts` threads has every 256 / parts-th key, and sums as in `attention`; then the
+// groups' sums are added up. The blocks of the H / K heads with the same keys all compute the newest
+// key, and read older ones only; so the first of them can write it.
+extern "C" __global__ void __launch_bounds__(NEWEST_BLOCK)
+    attend_newest(const REAL* qkv, REAL* cache, const REAL* factors, const REAL* weights, const Int* length, REAL* y,
+                  Int B, Int H, Int K, Int limit, Int D, Int parts, Int window, REAL eps) {
+    __shared__ REAL query[MOST_PARTS * OWNED], key[MOST_PARTS * OWNED], value[MOST_PARTS * OWNED];
+    __shared__ REAL tops[NEWEST_BLOCK], totals[NEWEST_BLOCK], all[NEWEST_BLOCK * OWNED];
+    Int b = blockIdx.x / H, h = blockIdx.x % H, j = h / (H / K), at = *length;
+    const REAL* z = qkv + b * (H + 2 * K) * D;
+    const REAL *w = weights ? weights + h * D : weights, *u = weights ? weights + (H + j) * D : weights;
+    norm_and_rotate(z + h * D, w, factors + (at * (H + K) + h) * D, D, eps, query);
+    norm_and_rotate(z + (H + j) * D, u, factors + (at * (H + K) + H + j) * D, D, eps, key);
+    FOR_ROW(d, D) value[d] = z[(H + K + j) * D + d];
+    __syncthreads();
+    REAL *keys = cache + (b * K + j) * limit * D, *values = keys + B * K * limit * D;
+    if (h % (H / K) == 0) {
+        FOR_ROW(d, D) keys[at * D + d] = key[d], values[at * D + d] = value[d];
+    }
+    Share mine(parts);
+    int groups = NEWEST_BLOCK / mine.parts, group = threadIdx.x / mine.parts;
+    REAL own[OWNED], row[OWNED], sums[OWNED] = {}, top = LOWEST, total = 0;
+    mine.read(query, true, D, 1, own);
+    for (Int from = window && at >= window ? at - window + 1 : 0; from <= at; from += groups) {
+        Int s = from + group;
+        bool seen = s <= at;
+        mine.read(s < at ? keys + s * D : key, true, D, 1, row);
+        REAL score = 0;
+        FOR_OWNED(i) score += own[i] * row[i];
+        score = mine.sum_parts(score);
+        REAL higher = seen ? fmax(top, score) : top, shrink = exp(top - higher), p = seen ? exp(score - higher) : 0;
+        top = higher;
+        total = total * shrink + p;
+        mine.read(s < at ? values + s * D : value, true, D, 1, row);
+        FOR_OWNED(i) sums[i] = sums[i] * shrink + p * row[i];
+    }
+    tops[threadIdx.x] = top;
+    __syncthreads();
+    REAL highest = LOWEST;
+    for (int g = 0; g < groups; g++) highest = fmax(highest, tops[g * mine.parts]);
+    REAL shrink = exp(top - highest);
+    totals[threadIdx.x] = total * shrink;
+    int width = OWNED * mine.parts;
+    FOR_OWNED(i) all[group * width + mine.channel(i)] = sums[i] * shrink;
+    __syncthreads();
+    FOR_ROW(d, D) {
+        REAL sum = 0, share = 0;
+        for (int g = 0; g < groups; g++) sum += all[g * width + d], share += totals[g * mine.parts];
+        y[blockIdx.x * D + d] = sum / share;
+    }
+}
+
+// ids[n] = the first of the largest numbers of row n of z (N, V); -1 if it is not finite, or any is
+// NaN    a block per row
+extern "C" __global__ void pick_largest(const REAL* z, Int* ids, Int V) {
+    __shared__ REAL tops[32];
+    __shared__ Int places[32];
+    z += blockIdx.x * V;
+    REAL top = LOWEST, broken = 0;
+    Int place = V;
+    FOR_ROW(v, V) {
+        if (z[v] != z[v] || z[v] > -LOWEST) broken = 1;
+        if (z[v] > top || (z[v] == top && place == V)) top = z[v], place = v;
+    }
+    broken = block_sum(broken);
+    for (int k = 16; k; k /= 2) {
+        REAL other = __shfl_xor_sync(~0u, top, k);
+        Int there = __shfl_xor_sync(~0u, place, k);
+        if (other > top || (other == top && there < place)) top = other, place = there;
+    }
+    if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top, places[threadIdx.x / 32] = place;
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int w = 1; w < blockDim.x / 32; w++) {
+        if (tops[w] > top || (tops[w] == top && places[w] < place)) top = tops[w], place = places[w];
+    }
+    ids[blockIdx.x] = broken > 0 || place == V ? -1 : place;
+}
+
 // ---- the optimiser: many arrays in one launch ---------------------------------------------------
 
 // Up to MOST arrays of each of three kinds, passed by value: so no table is uploaded. The blocks
@@ -441,5 +807,3 @@ extern "C" __global__ void adamw(const Arrays arrays, REAL* moments_m, REAL* mom
         p[i] = p[i] * keep + step * (m[i] / (sqrt(v[i]) / root + (REAL)eps));
     }
 }
-
-// ---- attention

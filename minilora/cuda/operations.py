@@ -12,10 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from . import optimizer
+from . import attention, optimizer
 from .launching import Array, Kernels, kernels_for
 
-OPERATIONS: dict[str, Callable[..., Any]] = {"_clip": optimizer.clip, "_adamw": optimizer.adamw}
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "_rotate_and_attend": attention.rotate_and_attend,
+    "_attend_newest": attention.attend_newest,
+    "_clip": optimizer.clip,
+    "_adamw": optimizer.adamw,
+}
 
 Pull = Callable[[Array], Array]  # from the gradient of an output to that of an input
 
@@ -373,4 +378,15 @@ def widen_bfloat16(backend: Any, bits: Array, dtype: Any) -> Array | None:
     return out
 
 
-# ---- attention -----------------------------------------------------------------------------------
+# ---- generation ----------------------------------------------------------------------------------
+
+
+@replaces("_pick_largest")
+def pick_largest(backend: Any, Z: Array) -> Array | None:
+    kernels = kernels_for(backend.device, Z.dtype)
+    if kernels is None:
+        return None
+    N, V = Z.shape
+    ids = backend.xp.empty(N, np.int64)
+    kernels.for_rows("pick_largest", N, V, backend.xp.ascontiguousarray(Z), ids, V)
+    return ids

@@ -25,13 +25,14 @@ def orthogonality(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """
     inputs = tuple(factor for pair in factors for factor in pair)
     xp = namespace(*inputs)
+    backend = inputs[0].backend
     matrices = []  # A and B^T of each pair, all (r, n)
     for A, B in factors:
         matrices += [A.data, B.data.T]
     gaps = []
     norms = []
     for M in matrices:
-        gap = M @ M.T - xp.eye(len(M), dtype=M.dtype)  # (r, r)
+        gap = backend.matmul(M, M.T) - xp.eye(len(M), dtype=M.dtype)  # (r, r)
         gaps.append(gap)
         norms.append(xp.sqrt((gap * gap).sum()))
     count = len(matrices)
@@ -41,7 +42,7 @@ def orthogonality(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         for M, gap, norm in zip(matrices, gaps, norms, strict=True):
             least = float(np.finfo(M.dtype).tiny)
             scale = dy * (2 / count) / xp.maximum(norm, least)
-            slopes.append((gap @ M) * scale)
+            slopes.append(backend.matmul(gap, M) * scale)
         slopes[1::2] = [slope.T for slope in slopes[1::2]]  # of B, not of B^T
         return tuple(slopes)
 

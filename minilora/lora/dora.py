@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from .. import functional as F
-from ..arrays import row_dot
 from ..autograd import Tensor, record
 from ..backend import Array, Backend, Shape
 from ..effective import Formed, Pull
@@ -84,7 +83,7 @@ class DoraAdapter(LoraAdapter):
         found = []
         size = backend.sizes.row_norms // W.shape[1]
         for rows in blocks(len(W), size):
-            V = b[rows] @ a  # (n, r) @ (r, I) -> (n, I)
+            V = backend.matmul(b[rows], a)  # (n, r) @ (r, I) -> (n, I)
             V += W[rows]
             if m is None:
                 found.append((backend.run(_row_norms, V), None))
@@ -111,9 +110,10 @@ class DoraAdapter(LoraAdapter):
 
     def delta_weight(self, W: Array) -> Array:
         """dW' = k V - W (O, I), k included, for the base's weight W (O, I) and in its dtype."""
-        xp = self.lora_A.backend.xp
+        backend = self.lora_A.backend
+        xp = backend.xp
         V = W + super().delta_weight(W)
-        norms = xp.sqrt(row_dot(xp, V, V)[:, 0])
+        norms = backend.run(_row_norms, V)
         m = self.lora_magnitude_vector.data.astype(W.dtype)
         return _scales(xp, m, norms)[:, None] * V - W
 
@@ -131,11 +131,13 @@ class DoraAdapter(LoraAdapter):
         assert k is not None
         ks = (k * self.scaling)[:, None]
         b_ks = self.lora_B.data * ks  # (O, r)
-        a_t = backend.xp.ascontiguousarray(self.lora_A.data.T)  # (I, r)
+        a_t = backend.transpose_for_products(self.lora_A.data)  # (I, r)
 
         def pull(X: Array, dY: Array, Y: Array) -> F.Grads:
-            dA = (dY @ b_ks).T @ X  # (r, N) @ (N, I) -> (r, I)
-            dB = (dY.T @ (X @ a_t)) * ks  # (O, N) @ (N, r) -> (O, r)
+            dU = backend.matmul(dY, b_ks)  # (N, O) @ (O, r) -> (N, r)
+            dA = backend.matmul(dU.T, X)  # (r, N) @ (N, I) -> (r, I)
+            U = backend.matmul(X, a_t)  # (N, I) @ (I, r) -> (N, r)
+            dB = backend.matmul(dY.T, U) * ks  # (O, N) @ (N, r) -> (O, r)
             return dA, dB, backend.run(_magnitude_gradient, dY, Y, k, norms)
 
         return (self.lora_A, self.lora_B, self.lora_magnitude_vector), Pull(pull, needs_output=True)
@@ -159,7 +161,7 @@ def _scales(xp: Any, m: Array, norms: Array) -> Array:
 def _row_norms(backend: Backend, V: Array) -> Array:
     """|V| for each row.    V (n, I) -> (n,)"""
     xp = backend.xp
-    return xp.sqrt(row_dot(xp, V, V)[:, 0])
+    return xp.sqrt(backend.row_dot(V, V)[:, 0])
 
 
 def _row_scales(backend: Backend, m: Array, norms: Array) -> tuple[Array, Callable[[Array], Array]]:

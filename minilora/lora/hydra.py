@@ -127,6 +127,7 @@ def mixture(x: Tensor, y: Tensor, w: Tensor, A: Tensor, B: Tensor, scaling: floa
     w_i dz_i and dw_i = dz_i . u; the other gradients are LoRA's.
     """
     namespace(x, y, w, A, B)
+    backend = x.backend
     X = F.rows(x.data)  # (N, I)
     V = F.rows(w.data)  # (N, k)
     a = A.data
@@ -135,14 +136,13 @@ def mixture(x: Tensor, y: Tensor, w: Tensor, A: Tensor, B: Tensor, scaling: floa
     N = len(X)
     r = len(a)
     k = V.shape[1]
-    U = X @ a.T  # (N, I) @ (I, r) -> (N, r)
+    U = backend.matmul(X, a.T)  # (N, I) @ (I, r) -> (N, r)
 
     def spread() -> Array:
         """z (N, k r), k times as large as u, and so computed again for the backward pass."""
         return (V[:, :, None] * U[:, None, :]).reshape(N, k * r)
 
-    out = (spread() @ b.T).reshape(y.shape)  # (N, k r) @ (k r, O) -> (N, O)
-    out *= s
+    out = backend.matmul(spread(), b.T, scale=s).reshape(y.shape)  # (N, k r) @ (k r, O) -> (N, O)
     out += y.data
     # What the gradients need, so that the graph keeps nothing else.
     x_shape = x.shape
@@ -153,12 +153,16 @@ def mixture(x: Tensor, y: Tensor, w: Tensor, A: Tensor, B: Tensor, scaling: floa
 
     def vjp(dy: Array) -> F.Grads:
         dY = F.rows(dy)  # (N, O)
-        dZ = ((dY @ b) * s).reshape(N, k, r)  # (N, O) @ (O, k r)
+        dZ = backend.matmul(dY, b, scale=s).reshape(N, k, r)  # (N, O) @ (O, k r)
         dU = (V[:, :, None] * dZ).sum(axis=1)  # (N, r)
         dw = (dZ * U[:, None, :]).sum(axis=2).reshape(w_shape)
-        dx = (dU @ a).reshape(x_shape) if need_dx else None  # (N, r) @ (r, I) -> (N, I)
-        dA = None if X_of_dA is None else dU.T @ X_of_dA  # (r, N) @ (N, I) -> (r, I)
-        dB = (dY.T @ spread()) * s if need_dB else None  # (O, N) @ (N, k r) -> (O, k r)
+        dx = dA = dB = None
+        if need_dx:
+            dx = backend.matmul(dU, a).reshape(x_shape)  # (N, r) @ (r, I) -> (N, I)
+        if X_of_dA is not None:
+            dA = backend.matmul(dU.T, X_of_dA)  # (r, N) @ (N, I) -> (r, I)
+        if need_dB:
+            dB = backend.matmul(dY.T, spread(), scale=s)  # (O, N) @ (N, k r) -> (O, k r)
         return dx, dy, dw, dA, dB
 
     return record(out, (x, y, w, A, B), vjp)

@@ -86,7 +86,7 @@ class LoraAdapter(Module):
     def delta_weight(self, W: Array) -> Array:
         """dW = s B A (O, I) for the base's weight W (O, I), in the dtype of W."""
         A, B = self.factors(W.dtype)
-        return (B @ A) * self.scaling
+        return self.lora_A.backend.matmul(B, A, scale=self.scaling)
 
     def part(self) -> Part:
         """dW as float64 factors on the host, for merging and adding up."""
@@ -104,16 +104,16 @@ class LoraAdapter(Module):
         a is the first factor (r, I). With G = dL/dW' = dY^T X the gradients are da = s B^T G and dB
         = s G a^T. They are computed through (N, r); G is never formed.
         """
+        backend = self.lora_A.backend
         b = self.lora_B.data
         s = self.scaling
-        delta = b @ a
-        delta *= s
-        W += delta
-        # BLAS reads a contiguous a^T twice as fast where r is small.
-        a_t = self.lora_A.backend.xp.ascontiguousarray(a.T)
+        backend.add_matmul(W, b, a, scale=s)
+        a_t = backend.transpose_for_products(a)
 
         def pull(X: Array, dY: Array) -> tuple[Array, Array]:
-            dU = (dY @ b) * s  # (N, O) @ (O, r) -> (N, r)
-            return dU.T @ X, dY.T @ ((X @ a_t) * s)  # da (r, I), dB (O, r)
+            dU = backend.matmul(dY, b, scale=s)  # (N, O) @ (O, r) -> (N, r)
+            da = backend.matmul(dU.T, X)  # (r, N) @ (N, I) -> (r, I)
+            U = backend.matmul(X, a_t, scale=s)  # (N, I) @ (I, r) -> (N, r)
+            return da, backend.matmul(dY.T, U)  # dB (O, r)
 
         return pull

@@ -13,7 +13,9 @@ from __future__ import annotations
 import itertools
 from typing import Any, NamedTuple
 
-from ..backend import Array
+import numpy as np
+
+from ..backend import Array, Backend
 from ..nn import RMSNorm
 from ..threads import Workers
 from .cache import KeyValueCache
@@ -27,14 +29,21 @@ LARGEST = 1 << 31  # bytes of weights that are copied; a larger model computes e
 class Product(NamedTuple):
     """y = x W + b    x (B, I), weight (I, O), bias (O,) or None -> (B, O)"""
 
+    backend: Backend
     weight: Array
     bias: Array | None
 
     def __call__(self, x: Array) -> Array:
-        y = x @ self.weight
+        y = self.backend.matmul(x, self.weight)
         if self.bias is not None:
             y += self.bias
         return y
+
+    def add_to(self, out: Array, x: Array) -> None:
+        """out += x W + b"""
+        self.backend.add_matmul(out, x, self.weight)
+        if self.bias is not None:
+            out += self.bias
 
 
 class Layer(NamedTuple):
@@ -95,11 +104,38 @@ class Weights:
         self.eps = c.rms_norm_eps
         self.embedding = model.get_input_embeddings().weight
         self.rotary = model.decoder.rotary
-        self.xp = self.embedding.backend.xp
+        self.backend = self.embedding.backend
+        self.xp = self.backend.xp
+        self.recorder = self.backend.recorder()  # of graphs; None on a CPU
         self.dtype = self.embedding.dtype
         self.mean = self.xp.full((c.hidden_size, 1), 1 / c.hidden_size, self.dtype)
         # Each channel i of a head, followed by its partner i + D/2.
         self.pairs = self.xp.arange(c.head_dim).reshape(2, -1).T.reshape(-1)
+
+    @property
+    def gate_up_sign(self) -> int:
+        """-1 where `Decoding.__call__` computes silu, 1 for a GPU's kernel."""
+        return -1 if self.recorder is None else 1
+
+    def rotations(self, limit: int) -> Array:
+        """exp(i angle) of each pair in q and k, with 1/sqrt(D) in q's part.
+
+        (limit, (H + K) D/2) complex numbers
+        """
+        cos, sin = (
+            table.reshape(limit, -1, 2, self.head_dim // 2)[:, :, 1]
+            for table in self.rotary(0, limit, self.embedding)
+        )
+        return (cos + 1j * sin).reshape(limit, -1)
+
+    def copy_cache(self, cache: KeyValueCache, out: Array) -> None:
+        """Write what a cache has seen into `out`, (layers, 2, B, K, limit, D): k's channels in
+        pairs.
+        """
+        seen = cache.length
+        known = cache.data[:, :, :, :seen].transpose(0, 1, 2, 4, 3, 5)  # (layers, 2, B, K, seen, D)
+        out[:, 0, ..., :seen, :] = known[:, 0][..., self.pairs]
+        out[:, 1, ..., :seen, :] = known[:, 1]
 
     def _lay_out(self, model: CausalLM, workers: Workers) -> bool:
         """Build all products; False if a layer must run on its own."""
@@ -142,7 +178,7 @@ class Weights:
             gate_up = [block.mlp.gate_proj, block.mlp.up_proj]
             sources.append(Source(qkv, block.input_layernorm, order))
             sources.append(Source([attention.o_proj]))
-            sources.append(Source(gate_up, block.post_attention_layernorm, sign=-1))
+            sources.append(Source(gate_up, block.post_attention_layernorm, sign=self.gate_up_sign))
             sources.append(Source([block.mlp.down_proj]))
         sources.append(Source([model.lm_head], model.decoder.norm))
         return sources
@@ -162,7 +198,8 @@ def _build_product(source: Source, memory: Array) -> Product | None:
     None if a layer must run on its own.
     """
     layers, norm, order, sign = source
-    xp = layers[0].backend.xp
+    backend = layers[0].backend
+    xp = backend.xp
     inputs = layers[0].in_features
     W = xp.empty((len(memory) // inputs, inputs), memory.dtype)
     end = 0
@@ -175,13 +212,13 @@ def _build_product(source: Source, memory: Array) -> Product | None:
     weight = memory.reshape(inputs, -1)
     xp.multiply(W.T, sign if norm is None else sign * norm.weight.data[:, None], out=weight)
     if all(layer.bias is None for layer in layers):
-        return Product(weight, None)
+        return Product(backend, weight, None)
     biases = []
     for layer in layers:
         zeros = xp.zeros(layer.out_features, memory.dtype)
         biases.append(zeros if layer.bias is None else layer.bias.data)
     bias = sign * xp.concatenate(biases)
-    return Product(weight, bias if order is None else bias[order])
+    return Product(backend, weight, bias if order is None else bias[order])
 
 
 # ---- one token after another --------------------------------------------------------------------
@@ -196,21 +233,12 @@ class Decoding:
     def __init__(self, weights: Weights, cache: KeyValueCache):
         self.weights = weights
         self.length = cache.length
-        seen = cache.length
-        limit = cache.limit
-        D = weights.head_dim
-        known = cache.data[:, :, :, :seen].transpose(0, 1, 2, 4, 3, 5)  # (layers, 2, B, K, seen, D)
-        self.data = weights.xp.empty((*known.shape[:4], limit, D), weights.dtype)
-        self.data[:, 0, ..., :seen, :] = known[:, 0][..., weights.pairs]
-        self.data[:, 1, ..., :seen, :] = known[:, 1]
-        cos, sin = (
-            table.reshape(limit, -1, 2, D // 2)[:, :, 1]
-            for table in weights.rotary(0, limit, weights.embedding)
-        )
-        # exp(i angle) of each pair in q and k, with 1/sqrt(D) in q's part.
-        self.rotations = (cos + 1j * sin).reshape(limit, -1)
+        layers, _, B, limit, K, D = cache.data.shape
+        self.data = weights.xp.empty((layers, 2, B, K, limit, D), weights.dtype)
+        weights.copy_cache(cache, self.data)
+        self.rotations = weights.rotations(limit)
 
-    def __call__(self, ids: Array) -> Array:
+    def __call__(self, ids: np.ndarray) -> Array:
         """ids (B,), the newest token of each sequence -> logits (B, V)"""
         w = self.weights
         xp = w.xp
@@ -221,7 +249,7 @@ class Decoding:
         at = self.length
         S = at + 1
         rotation = self.rotations[at]
-        x = w.embedding.data[ids]  # (B, C)
+        x = w.embedding.data[w.backend.from_numpy(ids)]  # (B, C)
         for layer, key_values in zip(w.layers, self.data, strict=True):
             qkv = layer.qkv(self._normed(x))
             if layer.head_norms is not None:
@@ -235,10 +263,10 @@ class Decoding:
             first = max(0, S - layer.window) if layer.window else 0
             keys, values = key_values[:, :, :, first:S]
             q = qkv[:, : H * D].reshape(B, K, H // K, D)
-            p = q @ keys.swapaxes(-1, -2)  # (B, K, G, S)
+            p = w.backend.matmul(q, keys.swapaxes(-1, -2))  # (B, K, G, S)
             p -= p.max(axis=-1, keepdims=True)
             xp.exp(p, out=p)
-            y = p @ values  # (B, K, G, D)
+            y = w.backend.matmul(p, values)  # (B, K, G, D)
             y /= p.sum(axis=-1, keepdims=True)
             x += layer.o(y.reshape(B, H * D))
             # silu(g) u = (-g) (-u) / (1 + exp(-g)), and the weights give -g and -u.
@@ -253,6 +281,7 @@ class Decoding:
 
     def _normed(self, x: Array) -> Array:
         """x / sqrt(mean(x^2) + eps); the norm's weight is in the product that follows."""
-        scale = (x * x) @ self.weights.mean
-        scale += self.weights.eps
-        return x / self.weights.xp.sqrt(scale, out=scale)
+        w = self.weights
+        scale = w.backend.matmul(x * x, w.mean)
+        scale += w.eps
+        return x / w.xp.sqrt(scale, out=scale)

@@ -10,11 +10,12 @@ import numpy as np
 import threadpoolctl
 
 from ..autograd import no_grad
-from ..backend import Array
+from ..backend import Array, Backend, backend_of
 from ..errors import ConfigError, DataError, NonFiniteError, Rule, check_fields, is_number, optional
 from ..threads import Workers
 from .cache import KeyValueCache
-from .decoding import Decoding, Weights
+from .captured import start_decoding
+from .decoding import Weights
 
 
 def _is_probability(value: Any) -> bool:
@@ -113,31 +114,33 @@ def stream(
     parts = np.array_split(np.arange(len(ids)), 2 if both else 1)
     length = min(limit, ids.shape[1] + max_new_tokens)
     caches = [KeyValueCache(model, len(part), length) for part in parts]
-    decodings: list[Decoding | None] = [None] * len(parts)
+    decodings: list[Any] = [None] * len(parts)
+    is_decoding = False  # or is the next forward that of a prompt?
 
     def forward(i: int) -> Array:
         """The logits (B, V) after `pending` for one part of the prompts."""
-        if decoding := decodings[i]:
-            return decoding(backend.from_numpy(pending[parts[i], 0]))
+        if is_decoding:
+            return decodings[i](pending[parts[i], 0])
         with no_grad():
             logits = model(pending[parts[i]], caches[i]).data[:, -1]
         if weights:
-            decodings[i] = Decoding(weights, caches[i])
+            decodings[i] = start_decoding(weights, caches[i], decodings[i])
         return logits
 
     # BLAS's own threads gain nothing with so few rows, and lose much where other work needs cores.
     with threadpoolctl.threadpool_limits(1, "blas"), Workers(threads) as workers:
         weights = Weights.of(base, workers)
         for _ in range(max_new_tokens):
-            if (decodings[0] or caches[0]).length + pending.shape[1] > limit:
+            seen = (decodings[0] if is_decoding else caches[0]).length
+            if seen + pending.shape[1] > limit:
                 window = pending = window[:, -max(1, limit // 2) :]
-                decodings = [None] * len(parts)
+                is_decoding = False
                 for cache in caches:
                     cache.length = 0
-            logits = backend.xp.concatenate(workers.together(forward, range(len(parts))))
-            token = sample(
-                backend.to_numpy(logits), rng, temperature, min(top_k or V, V), top_p or 1.0
-            )
+            by_part = workers.together(forward, range(len(parts)))
+            is_decoding = weights is not None
+            logits = by_part[0] if len(parts) == 1 else backend.xp.concatenate(by_part)
+            token = _choose(logits, rng, temperature, min(top_k or V, V), top_p or 1.0)
             token = np.where(ended, pad, token)
             ended |= np.isin(token, stops)
             pending = token[:, None]
@@ -167,22 +170,48 @@ def _stop_ids(eos: int | Iterable[int], pad: int | None, vocab_size: int) -> tup
     return stops, pad
 
 
+def _choose(
+    logits: Array, rng: np.random.Generator, temperature: float, top_k: int, top_p: float
+) -> np.ndarray:
+    """`sample` of logits on any device: all of them move to the host unless temperature is 0."""
+    backend = backend_of(logits)
+    if temperature > 0:
+        return sample(backend.to_numpy(logits), rng, temperature, top_k, top_p)
+    ids = backend.to_numpy(backend.run(_pick_largest, logits))
+    if (ids < 0).any():
+        raise _not_finite()
+    return ids
+
+
+def _pick_largest(backend: Backend, Z: Array) -> Array:
+    """The first of each row's largest numbers; -1 if that is not finite.    (N, V) -> (N,)
+
+    A row with NaN has no largest number.
+    """
+    xp = backend.xp
+    is_finite = xp.isfinite(Z.max(axis=-1))  # NaN if any number is
+    return xp.where(is_finite, Z.argmax(axis=-1), -1)
+
+
+def _not_finite() -> NonFiniteError:
+    return NonFiniteError(
+        "the model gives no finite logit for the next token: its weights are broken"
+    )
+
+
 def sample(
     logits: np.ndarray, rng: np.random.Generator, temperature: float, top_k: int, top_p: float
 ) -> np.ndarray:
     """One token per row.    logits (B, V) -> (B,)"""
+    if temperature == 0:
+        return _choose(logits, rng, 0, top_k, top_p)
     z = logits.astype(np.float64)
     largest = z.max(axis=-1, keepdims=True)  # NaN if any logit is
     if not np.isfinite(largest).all():
-        raise NonFiniteError(
-            "the model gives no finite logit for the next token: its weights are broken"
-        )
-    if temperature == 0:
-        return np.asarray(z.argmax(axis=-1))
+        raise _not_finite()
     z = (z - largest) / temperature
-    order = np.argsort(-z, axis=-1, kind="stable")  # likeliest first
+    order = _order_likeliest(z, top_k)
     p = np.exp(np.take_along_axis(z, order, axis=-1))
-    p[:, top_k:] = 0
     p /= p.sum(axis=-1, keepdims=True)
     # A token stays if those before it do not yet reach top_p, so that one always stays.
     before = p.cumsum(axis=-1) - p
@@ -190,3 +219,21 @@ def sample(
     drawn = rng.random((len(p), 1)) * p.sum(axis=-1, keepdims=True)
     rank = (p.cumsum(axis=-1) > drawn).argmax(axis=-1)
     return np.asarray(np.take_along_axis(order, rank[:, None], axis=-1)[:, 0])
+
+
+def _order_likeliest(z: np.ndarray, k: int) -> np.ndarray:
+    """The ids of each row's k largest logits, the largest first; of equal ones the smaller id.
+
+    z (B, V) -> (B, k)    Only these k are sorted.
+    """
+    V = z.shape[1]
+    if k >= V:
+        return np.argsort(-z, axis=-1, kind="stable")
+    least = np.partition(z, V - k, axis=-1)[:, V - k, None]  # of the k
+    is_larger = z > least
+    is_equal = z == least
+    wanted = k - is_larger.sum(axis=-1, keepdims=True)  # of the equal ones
+    kept = is_larger | (is_equal & (is_equal.cumsum(axis=-1) <= wanted))
+    ids = np.nonzero(kept)[1].reshape(-1, k)
+    order = np.argsort(-np.take_along_axis(z, ids, axis=-1), axis=-1, kind="stable")
+    return np.take_along_axis(ids, order, axis=-1)

@@ -100,11 +100,12 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     """
     inputs = (x,) if bias is None else (x, bias)
     namespace(*inputs, weight)
+    backend = x.backend
     X = rows(x.data)
     shape = x.shape
     codes = weight.quantized
     dtype = weight.dtype
-    y = X @ codes.decode(dtype).T  # (N, I) @ (I, O) -> (N, O)
+    y = backend.matmul(X, codes.decode(dtype).T)  # (N, I) @ (I, O) -> (N, O)
     if bias is not None:
         y += bias.data
     need_dx = x.requires_grad
@@ -115,7 +116,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
         dY = rows(dy)  # (N, O)
         dx = None
         if need_dx:
-            dx = (dY @ codes.decode(dtype)).reshape(shape)  # (N, O) @ (O, I) -> (N, I)
+            dx = backend.matmul(dY, codes.decode(dtype)).reshape(shape)  # (N, O) @ (O, I) -> (N, I)
         db = dY.sum(axis=0) if need_db else None
         return (dx, db)[:count]
 

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import cupy_on_cpu
 import numpy as np
 import pytest
 from cupy_on_cpu import EmulationError, packages
@@ -115,3 +116,29 @@ def test_kernels_for_says_once_why_kernels_do_not_compile(monkeypatch: pytest.Mo
 def test_kernels_for_has_none_for_other_dtypes() -> None:
     assert kernels_for(0, np.dtype(np.float16)) is None
     assert kernels_for(0, np.dtype(np.int64)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", REALS.values())
+@pytest.mark.parametrize("shape", [(70_000, 3), (5, 1000), (1, 1), (0, 4), (3, 0)], ids=str)
+def test_row_dot_on_a_gpu_is_numpy_s(shape: tuple[int, int], dtype: Any) -> None:
+    gpu = get_backend("cuda")
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
+    wide = a.astype(np.float64) * b
+    got = gpu.to_numpy(gpu.row_dot(gpu.xp.asarray(a), gpu.xp.asarray(b)))
+    assert got.shape == (len(a), 1)
+    assert got.dtype == dtype
+    bound = shape[1] * np.finfo(dtype).eps * abs(wide).sum(axis=1, keepdims=True)
+    assert (abs(got - wide.sum(axis=1, keepdims=True)) <= bound).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("emulated")
+def test_row_dot_is_one_launch() -> None:
+    gpu = get_backend("cuda")
+    a = gpu.xp.ones((70_000, 3), np.float32)
+    gpu.row_dot(a, a)
+    with cupy_on_cpu.counted() as device:
+        gpu.row_dot(a, a)
+    assert (device.launches, device.operations) == (1, 1)

@@ -13,9 +13,10 @@ CuPy's wheel needs a GPU for three things. Each is replaced:
 So the tests marked `gpu` run where CuPy, the headers of CUDA and g++ are installed. It shows which
 call fails, what CuPy launches, copies and waits for, whether work can be captured as a graph, and
 whether a kernel computes what it should. New memory is filled with NaN, the threads of a block
-run in either order, and there are two devices, whose arrays do not mix.
+run in either order, and there are two devices, whose arrays do not mix. TF32 and bfloat16 products
+round their operands, and a captured product needs a workspace of its own.
 
-It does not show times, races, a real cuBLAS's last bits, TF32, or what several streams do. Missing
+It does not show times, races, a real cuBLAS's last bits, or what several streams do. Missing
 are FFT, cuSOLVER, cuRAND, cuSPARSE, NCCL, dynamic shared memory, cooperative groups and tensor
 cores. CUPY_ON_CPU_CACHE names the folder for compiled files; with CUPY_ON_CPU_FLUSH=1 kernels take
 subnormal numbers as 0, as CuPy has them compiled for a GPU.

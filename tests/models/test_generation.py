@@ -270,6 +270,39 @@ def test_sample_draws_no_token_outside_the_support(
     assert (before < top_p + 1e-12).all()
 
 
+def sample_by_sorting_all(
+    logits: np.ndarray, rng: np.random.Generator, temperature: float, top_k: int, top_p: float
+) -> np.ndarray:
+    """`sample` as it is defined: by a stable sort of the whole vocabulary."""
+    z = logits / temperature
+    order = np.argsort(-z, axis=-1, kind="stable")
+    p = np.exp(np.take_along_axis(z, order, axis=-1) - z.max(axis=-1, keepdims=True))
+    p[:, top_k:] = 0
+    p /= p.sum(axis=-1, keepdims=True)
+    p[p.cumsum(axis=-1) - p >= top_p] = 0
+    drawn = rng.random((len(p), 1)) * p.sum(axis=-1, keepdims=True)
+    rank = (p.cumsum(axis=-1) > drawn).argmax(axis=-1)
+    return np.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
+
+
+@given(st.integers(0, 2**32), st.integers(1, 300), st.integers(1, 300), st.booleans())
+def test_sample_with_top_k_draws_what_a_whole_sort_draws(
+    seed: int, V: int, top_k: int, has_ties: bool
+) -> None:
+    """Of equal logits the smaller id comes first, also where only some of them are kept."""
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal((20, V)) * 3
+    if has_ties:
+        logits = np.rint(logits)
+        logits[rng.random(logits.shape) < 0.2] = -np.inf
+        logits[:, rng.integers(V)] = 1
+    draws = [
+        draw(logits, np.random.default_rng(seed), 0.8, min(top_k, V), 0.95)
+        for draw in (sample, sample_by_sorting_all)
+    ]
+    np.testing.assert_array_equal(*draws)
+
+
 def test_sample_treats_each_row_by_itself() -> None:
     logits = np.full((3, 4), -np.inf)
     logits[[0, 1, 2], [2, 0, 3]] = 0.0

@@ -312,8 +312,8 @@ mutant(
 mutant(
     CONSTANT,
     "functional",
-    "dU = dY @ b * scaling",
-    "dU = dY @ b * (scaling * 0.9999)",
+    "dU = backend.matmul(dY, b, scale=scaling)",
+    "dU = backend.matmul(dY, b, scale=scaling * 0.9999)",
     gradient("lora_linear"),
 )
 mutant(
@@ -385,8 +385,8 @@ mutant(
 mutant(
     AXIS,
     "functional",
-    "dW = None if X_kept is None else dY.T @ X_kept",
-    "dW = None if X_kept is None else (X_kept.T @ dY).reshape(dY.shape[1], X_kept.shape[1])",
+    "dW = backend.matmul(dY.T, X_kept)",
+    "dW = backend.matmul(X_kept.T, dY).reshape(dY.shape[1], X_kept.shape[1])",
     gradient("linear"),
 )
 mutant(

@@ -37,7 +37,6 @@ NOT_OPERATIONS = {
     "as_floats": "works on arrays, inside operations",
     "axis_of": "returns an axis",
     "prepare_targets": "prepares targets",
-    "row_dot": "works on arrays, inside operations",
     "apply_rotary": "works on arrays, inside attention",
 }
 

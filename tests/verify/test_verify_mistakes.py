@@ -33,6 +33,7 @@ import minilora.lora.multitask
 import minilora.nn
 from minilora import quant
 from minilora.autograd import Tensor, record
+from minilora.backend import Backend
 from minilora.errors import NonFiniteError
 from minilora.lora import (
     AdaLoraAdapter,
@@ -481,7 +482,7 @@ def dm_is_a_thousandth_too_large(k, *rest):
 
 
 @breaks("DoRA's scale")
-@after(minilora.lora.dora, "row_dot")
+@after(Backend, "row_dot")
 def a_norm_has_an_epsilon(square, *rest):
     return square + 32 * np.finfo(square.dtype).eps
 

@@ -1,0 +1,161 @@
+"""Decoding on a GPU, where one token's work is captured as a graph and repeated by one launch.
+
+One operation costs the host more time than most of them take on the device, and a token takes
+hundreds. Here they are always the same: the newest ids and the number of positions seen are read
+from memory, into which the host copies them before each launch. The products are those of
+`Weights`, and shapes are as in decoding.py.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from .. import functional as F
+from ..autograd import Tensor, no_grad
+from ..backend import Array, Backend
+from ..cuda.graphs import Graph, Mailbox
+from .cache import KeyValueCache
+from .decoding import Decoding, Product, Weights
+
+WARM_UP = 2  # tokens before the capture, in which kernels are compiled
+
+
+def start_decoding(weights: Weights, cache: KeyValueCache, earlier: Any) -> Any:
+    """What continues after the positions that a cache has seen, as fast as the device can.
+
+    earlier   what this returned before for the same weights and batch, or None: its memory and its
+              graph are used again
+    """
+    if weights.recorder is None:
+        return Decoding(weights, cache)
+    decoding = earlier or CapturedDecoding(weights, cache)
+    decoding.start(cache)
+    return decoding
+
+
+class CapturedDecoding:
+    """Sequences that have seen a prompt and can continue, as `Decoding`. Call `start` first.
+
+    The logits that it returns are overwritten by its next call.
+    """
+
+    def __init__(self, weights: Weights, cache: KeyValueCache):
+        self.weights = weights
+        self.length = 0
+        xp = weights.xp
+        layers, _, B, limit, K, D = cache.data.shape
+        self.data = xp.zeros((layers, 2, B, K, limit, D), weights.dtype)
+        rotations = weights.rotations(limit)
+        self.rotations = rotations.view(weights.dtype)  # (limit, (H + K) D): real, imaginary parts
+        self.ones = Tensor(xp.ones(weights.embedding.shape[1], weights.dtype))
+        self.mailbox = Mailbox(weights.backend, B + 1)
+        self.ids = self.mailbox.device[:B]
+        self.seen = self.mailbox.device[B:]  # (1,), the length on the device
+        self.calls = 0
+        self.graph: Graph[Array] | None = None
+
+    def start(self, cache: KeyValueCache) -> None:
+        """Continue from what `cache` has seen, which is copied."""
+        self.weights.copy_cache(cache, self.data)
+        self.length = cache.length
+
+    def __call__(self, ids: np.ndarray) -> Array:
+        """ids (B,), the newest token of each sequence -> logits (B, V)"""
+        self.weights.backend.select()
+        self.mailbox.host[:-1] = ids
+        self.mailbox.host[-1] = self.length
+        self.mailbox.send()
+        self.length += 1
+        self.calls += 1
+        if self.calls == WARM_UP + 1:
+            self._capture()
+        if self.graph is None:
+            return self.step()
+        self.graph.replay()
+        return self.graph.result
+
+    def _capture(self) -> None:
+        try:
+            self.graph = self.weights.recorder.capture(self.step)
+        except Exception as error:  # of CuPy, the driver or cuBLAS
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warnings.warn(
+                f"{self.weights.backend.name}: a token's work cannot be captured as a graph "
+                f"({reason:.200}); it runs one operation at a time",
+                stacklevel=4,
+            )
+
+    def step(self) -> Array:
+        """The logits (B, V) after `ids`, each time by the same work on the same memory."""
+        w = self.weights
+        backend = w.backend
+        x = w.xp.take(w.embedding.data, self.ids, axis=0)  # (B, C)
+        for layer, cache in zip(w.layers, self.data, strict=True):
+            qkv = layer.qkv(self._normed(x))
+            options = layer.head_norms, self.seen, w.heads, layer.window, w.eps
+            y = backend.run(_attend_newest, qkv, cache, self.rotations, *options)
+            layer.o.add_to(x, y)
+            layer.down.add_to(x, self._swiglu(layer.gate_up, self._normed(x)))
+        return w.head(self._normed(x))
+
+    def _normed(self, x: Array) -> Array:
+        """x / sqrt(mean(x^2) + eps); the norm's weight is in the product that follows."""
+        with no_grad():
+            return F.rms_norm(Tensor(x), self.ones, self.weights.eps).data
+
+    def _swiglu(self, product: Product, x: Array) -> Array:
+        """silu(gate) up, whose gate and up, (2, B, M), are two products in one call."""
+        C = x.shape[1]
+        weight = product.weight.reshape(C, 2, -1).swapaxes(0, 1)  # (2, C, M), a view
+        gate_up = product.backend.matmul(x, weight)
+        if product.bias is not None:
+            gate_up += product.bias.reshape(2, 1, -1)
+        with no_grad():
+            return F.swiglu(Tensor(gate_up)).data
+
+
+def _attend_newest(
+    backend: Backend,
+    qkv: Array,
+    cache: Array,
+    rotations: Array,
+    head_norms: Array | None,
+    length: Array,
+    heads: int,
+    window: int | None,
+    eps: float,
+) -> Array:
+    """Attention of one token per sequence, at position `length` (1,); its k and v are cached.
+
+    qkv (B, (H + 2 K) D), q and k not rotated yet, their channels in pairs
+    cache (2, B, K, limit, D), keys and values; beyond `length` any finite numbers
+    rotations (limit, (H + K) D), cos and sin of each pair, with 1/sqrt(D) in q's part
+    head_norms (H + K, D) or None -> (B, H D)
+    """
+    xp = backend.xp
+    _, B, K, limit, D = cache.shape
+    rotated = heads + K
+    channels = qkv.reshape(B, rotated + K, D)
+    z = channels[:, :rotated]
+    if head_norms is not None:
+        z = z / xp.sqrt((z * z).mean(axis=-1, keepdims=True) + eps) * head_norms
+    a, b = (z[..., i::2] for i in (0, 1))  # (B, H + K, D / 2)
+    factors = xp.take(rotations, length, axis=0).reshape(rotated, D)
+    cos, sin = (factors[:, i::2] for i in (0, 1))
+    z = xp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(B, rotated, D)
+    places = xp.arange(limit)
+    is_newest = (places == length)[:, None]  # (limit, 1)
+    for old, new in zip(cache, (z[:, heads:], channels[:, rotated:]), strict=True):
+        xp.copyto(old, new[:, :, None], where=is_newest)
+    q = z[:, :heads].reshape(B, K, heads // K, D)
+    is_seen = places <= length
+    if window:
+        is_seen &= places > length - window
+    scores = backend.matmul(q, cache[0].swapaxes(-1, -2))  # (B, K, G, limit)
+    scores = xp.where(is_seen, scores, -np.inf)
+    p = xp.exp(scores - scores.max(axis=-1, keepdims=True))
+    y = backend.matmul(p, cache[1]) / p.sum(axis=-1, keepdims=True)
+    return y.reshape(B, heads * D)
