@@ -33,11 +33,8 @@ NOT_OPERATIONS = {
     "operands": "turns arguments into Tensors",
     "namespace": "returns an array module",
     "unbroadcast": "works on arrays, inside vjps",
-    "rows": "works on arrays, inside operations",
-    "as_floats": "works on arrays, inside operations",
     "axis_of": "returns an axis",
     "prepare_targets": "prepares targets",
-    "apply_rotary": "works on arrays, inside attention",
 }
 
 Shape = tuple[int, ...]
