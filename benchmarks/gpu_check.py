@@ -43,6 +43,7 @@ from pathlib import Path
 from gpu import conducting, part, plan
 from gpu.conducting import Facts
 
+BEGUN = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # A process that has been started on an emulated device passes the emulation on to this one.
@@ -108,7 +109,6 @@ def part_command(folder: Path, options: list[str]) -> conducting.Command:
 def check(arguments: argparse.Namespace) -> int:
     """Run the parts; 0 if all are well."""
     parts, total = choose_parts(arguments)
-    begun = time.monotonic()
     with conducting.guarded() as (scratch, mark):
         out = arguments.out or (scratch / "out" if arguments.rehearse else RESULTS)
         try:
@@ -127,11 +127,11 @@ def check(arguments: argparse.Namespace) -> int:
         report = conducting.Report(out, facts)
         command = part_command(scratch, ["--rehearse"] * arguments.rehearse)
         try:
-            conducting.run(parts, command, report, scratch, mark, total)
+            conducting.run(parts, command, report, scratch, mark, BEGUN + total)
         except KeyboardInterrupt:
             return 130  # all that ended is written
         well = report.finish(
-            seconds=round(time.monotonic() - begun, 1),
+            seconds=round(time.monotonic() - BEGUN, 1),
             losses_differ_from_ours_by=compare_with_pytorch(report.parts),
         )
     return 0 if well else 1

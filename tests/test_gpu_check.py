@@ -26,6 +26,8 @@ import gpu_check  # noqa: E402
 from gpu import checks, conducting, counting, guard, part, plan  # noqa: E402
 from gpu.bench import Bench  # noqa: E402
 
+from minilora.backend import get_backend  # noqa: E402
+
 Facts = dict[str, Any]
 
 
@@ -253,7 +255,7 @@ def test_run_goes_on_after_a_failure_and_keeps_each_part_s_time(
     parts = {"crashes": 2, "hangs": 1, "works": 30}
     monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent))
     monkeypatch.setattr(conducting, "LEAST", 0)
-    conducting.run(parts, command, report, tmp_path, "GPU_CHECK_TEST", 33)
+    conducting.run(parts, command, report, tmp_path, "GPU_CHECK_TEST", time.monotonic() + 33)
     assert [line["part"] for line in lines] == list(parts)
     assert [line["ok"] for line in lines] == [False, False, True]
     assert 0.9 < given["hangs"] < 3  # what `crashes` left over, but nothing of `works`
@@ -264,7 +266,9 @@ def test_run_reports_the_parts_for_which_no_time_was_left(
     tmp_path: Path, lines: list[Facts]
 ) -> None:
     report = conducting.Report(tmp_path, {})
-    conducting.run({"a": 5, "b": 5}, fake("pass"), report, tmp_path, "GPU_CHECK_TEST", 4)
+    conducting.run(
+        {"a": 5, "b": 5}, fake("pass"), report, tmp_path, "GPU_CHECK_TEST", time.monotonic() + 4
+    )
     errors = {line["part"]: line.get("error") for line in lines}
     assert errors["a"] == "not run: no time was left"
 
@@ -308,7 +312,8 @@ time.sleep(0.1)
 with conducting.guarded() as (folder, mark):
     report = conducting.Report(Path(sys.argv[1]), {"scratch": str(folder)})
     command = lambda name, notes, seconds: [sys.executable, "-c", code, str(notes)]
-    conducting.run({f"p{i}": 5 for i in range(200)}, command, report, folder, mark, 1000)
+    parts = {f"p{i}": 5 for i in range(200)}
+    conducting.run(parts, command, report, folder, mark, time.monotonic() + 1000)
 """
 
 
@@ -693,8 +698,6 @@ def test_gpu_check_rehearsal_of_the_rest_runs_every_part() -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("emulated")
 def test_gpu_check_count_ends_with_the_counts_by_size() -> None:
-    from minilora.backend import get_backend
-
     done = run_script("--count")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -718,7 +721,7 @@ def test_gpu_check_count_ends_with_the_counts_by_size() -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("emulated")
 def test_count_step_tells_waits_for_a_value_that_is_read_from_others() -> None:
-    backend = get_backend_for_test()
+    backend = get_backend("cuda")
     a = backend.xp.arange(5)
     bench = Bench(part.Notes(Path(os.devnull)), Path(), 0, True, True)
 
@@ -730,10 +733,14 @@ def test_count_step_tells_waits_for_a_value_that_is_read_from_others() -> None:
     assert (found["waits"], found["waits_unread"]) == (2, 1)
 
 
-def get_backend_for_test() -> Any:
-    from minilora.backend import get_backend
-
-    return get_backend("cuda")
+@pytest.mark.gpu
+@pytest.mark.usefixtures("emulated")
+def test_without_results_reads_numbers_that_are_finite() -> None:
+    backend = get_backend("cuda")
+    memory = backend.xp.full(3, np.nan)
+    with counting.without_results():
+        assert backend.to_numpy(memory).tolist() == [1, 1, 1]
+    assert np.isnan(backend.to_numpy(memory)).all()
 
 
 @pytest.mark.gpu

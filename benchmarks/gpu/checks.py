@@ -74,7 +74,7 @@ def run_pytest(files: list[str], outcomes: Path, seconds: float) -> int | None:
     if importlib.util.find_spec("pytest_timeout"):
         options += ["--timeout", "60"]
     # What was on the search path stays there.
-    search_path = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    search_path = [str(ROOT), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent)]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, search_path)),

@@ -161,12 +161,11 @@ def new_mark() -> str:
     return f"GPU_CHECK_{uuid.uuid4().hex}"
 
 
-def run(plan: Plan, command: Command, report: Report, folder: Path, mark: str, total: int) -> None:
-    """Run the parts of the plan in turn, within `total` seconds.
+def run(plan: Plan, command: Command, report: Report, folder: Path, mark: str, end: float) -> None:
+    """Run the parts of the plan in turn, until time.monotonic() is `end`.
 
     A part has its own limit, and what the parts before it have left over.
     """
-    end = time.monotonic() + total
     later = sum(plan.values())
     for number, (name, limit) in enumerate(plan.items()):
         later -= limit
@@ -217,10 +216,10 @@ def run_part(
     noted = read_json(notes)
     if error is None and not noted:
         error = "it ended without a result"
-    outcome = {"ok": error is None, **noted}
+    well = noted.pop("ok", True) and error is None
+    outcome = {"ok": well, **noted}
     if error is not None:
         lines = last_lines(log, start)
-        outcome["ok"] = False
         # A part that catches an exception notes it; otherwise its output says most.
         outcome["error"] = noted.get("error") or ": ".join([error, *lines[-1:]])
         outcome["output"] = lines

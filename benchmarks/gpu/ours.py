@@ -48,6 +48,7 @@ def method(bench: Bench, name: str) -> None:
     step = bench.step("small", method=name)
     bench.notes.add(size="small", **bench.time_steps(step))
     bench.notes.add(**memory(bench))
+    bench.notes.measure("device_busy_milliseconds", partial(queued_milliseconds, bench, step))
     bench.notes.measure("counts", partial(count_step, bench, step))
 
 

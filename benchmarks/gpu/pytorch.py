@@ -15,6 +15,7 @@ from minilora.data.batches import Windows
 
 from .bench import LORA, Bench
 from .conducting import Facts
+from .counting import count_step
 
 PACKAGES = ("torch", "transformers", "peft")
 
@@ -55,6 +56,7 @@ def compare(bench: Bench, size: str, compiled: bool, mode: str | None = None) ->
         reserved = round(torch.cuda.max_memory_reserved() / 1e6, 1)
         used = round(torch.cuda.max_memory_allocated() / 1e6, 1)
         bench.notes.add(reserved_megabytes=reserved, used_megabytes=used)
+        bench.notes.measure("counts", partial(count_step, bench, step))
     if not compiled:  # compiling a second time would take too long
         _use_tf32(torch, True)
         bench.notes.measure("with_tf32", partial(bench.time_steps, step, step.wait))
