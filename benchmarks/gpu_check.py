@@ -17,8 +17,9 @@
 Each part is a process of its own with a time limit: if it fails, crashes or hangs, that is recorded
 and the others run. As soon as a part has ended, DIR/gpu-check.json is written anew (a temporary
 file, then a rename) and a line of JSON is printed; what the parts print is in DIR/parts.log. So
-nothing is lost when the time is over or this process is killed, and no process is left. Both calls
-may use the same DIR. Without --out, DIR is benchmarks/results; a rehearsal then only prints.
+nothing is lost when the time is over or this process is killed (what the part that ran then had
+found is in DIR/running-part.json), and no process is left. Both calls may use the same DIR. Without
+--out, DIR is benchmarks/results; a rehearsal then only prints.
 
 Exit code 0 if all is well, and without a GPU, when the reason is printed; 1 if a part failed;
 2 for wrong usage; 4 if DIR cannot be written. To start it, Python and the packages numpy and cupy
@@ -127,7 +128,7 @@ def check(arguments: argparse.Namespace) -> int:
         report = conducting.Report(out, facts)
         command = part_command(scratch, ["--rehearse"] * arguments.rehearse)
         try:
-            conducting.run(parts, command, report, scratch, mark, BEGUN + total)
+            conducting.run(parts, command, report, mark, BEGUN + total)
         except KeyboardInterrupt:
             return 130  # all that ended is written
         well = report.finish(

@@ -255,20 +255,38 @@ def test_run_goes_on_after_a_failure_and_keeps_each_part_s_time(
     parts = {"crashes": 2, "hangs": 1, "works": 30}
     monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent))
     monkeypatch.setattr(conducting, "LEAST", 0)
-    conducting.run(parts, command, report, tmp_path, "GPU_CHECK_TEST", time.monotonic() + 33)
+    conducting.run(parts, command, report, "GPU_CHECK_TEST", time.monotonic() + 33)
     assert [line["part"] for line in lines] == list(parts)
     assert [line["ok"] for line in lines] == [False, False, True]
     assert 0.9 < given["hangs"] < 3  # what `crashes` left over, but nothing of `works`
     assert given["works"] > 29
 
 
+def test_run_keeps_what_a_part_has_noted_beside_the_results_until_it_has_ended(
+    tmp_path: Path, lines: list[Facts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent))
+    monkeypatch.chdir(tmp_path)
+    # The first part copies its notes; the second one finds no notes of the first.
+    codes = {"a": "Path('copy').write_bytes(notes.path.read_bytes())", "b": "os.remove(notes.path)"}
+    report = conducting.Report(tmp_path, {})
+
+    def command(name: str, notes: Path, seconds: float) -> list[str]:
+        assert not notes.exists()
+        return fake(codes[name])(name, notes, seconds)
+
+    conducting.run({"a": 30, "b": 30}, command, report, "GPU_CHECK_TEST", time.monotonic() + 60)
+    assert json.loads((tmp_path / "copy").read_text()) == {"value": 7}
+    assert [line["ok"] for line in lines] == [True, False]
+    assert lines[1]["error"].startswith("it ended without a result: ")
+    assert not (tmp_path / conducting.RUNNING).exists()
+
+
 def test_run_reports_the_parts_for_which_no_time_was_left(
     tmp_path: Path, lines: list[Facts]
 ) -> None:
     report = conducting.Report(tmp_path, {})
-    conducting.run(
-        {"a": 5, "b": 5}, fake("pass"), report, tmp_path, "GPU_CHECK_TEST", time.monotonic() + 4
-    )
+    conducting.run({"a": 5, "b": 5}, fake("pass"), report, "GPU_CHECK_TEST", time.monotonic() + 4)
     errors = {line["part"]: line.get("error") for line in lines}
     assert errors["a"] == "not run: no time was left"
 
@@ -307,13 +325,13 @@ from pathlib import Path
 from gpu.part import Notes
 subprocess.Popen(['sleep', '62'], start_new_session=True)
 Notes(Path(sys.argv[1])).add(value=7)
-time.sleep(0.1)
+time.sleep(0.2)
 '''
 with conducting.guarded() as (folder, mark):
     report = conducting.Report(Path(sys.argv[1]), {"scratch": str(folder)})
     command = lambda name, notes, seconds: [sys.executable, "-c", code, str(notes)]
     parts = {f"p{i}": 5 for i in range(200)}
-    conducting.run(parts, command, report, folder, mark, time.monotonic() + 1000)
+    conducting.run(parts, command, report, mark, time.monotonic() + 1000)
 """
 
 
@@ -355,6 +373,7 @@ def test_gpu_check_killed_at_a_random_moment_loses_nothing_and_leaves_no_process
         assert line["value"] == 7
         assert facts["parts"][name] == line
     assert facts["running"] in (None, f"p{len(facts['parts'])}")
+    assert conducting.read_json(tmp_path / conducting.RUNNING).get("value", 7) == 7
     assert not Path(facts["scratch"]).exists()
 
 

@@ -15,6 +15,7 @@ from .bench import Bench, Step, can_capture
 from .conducting import Facts, relative_difference
 from .counting import NO_GRAPH, count_step
 from .part import ROOT
+from .plan import REHEARSAL_IS_SLOWER
 
 # The reasons for which a test of a GPU may be skipped: it needs two GPUs, or exact counts.
 MAY_SKIP = ("there is one GPU only", "this is a real GPU")
@@ -48,7 +49,8 @@ def tests(bench: Bench) -> None:
     outcomes = bench.folder / "outcomes.jsonl"
     outcomes.unlink(missing_ok=True)
     seconds = max(5.0, bench.end - time.monotonic() - 6)
-    ended = run_pytest(files, outcomes, seconds)
+    limit = 60 * (REHEARSAL_IS_SLOWER if bench.rehearse else 1)
+    ended = run_pytest(files, outcomes, seconds, limit)
     found = read_outcomes(outcomes)
     bench.notes.add(**found, command="python -m pytest -m gpu")
     for name, failure in found["failed"].items():
@@ -65,14 +67,18 @@ def tests(bench: Bench) -> None:
         bench.notes.fail(f"pytest ended with {ended}: see the log")
 
 
-def run_pytest(files: list[str], outcomes: Path, seconds: float) -> int | None:
-    """Pytest's exit code, None if it took too long. Its output is this process's."""
+def run_pytest(files: list[str], outcomes: Path, seconds: float, limit: int) -> int | None:
+    """Pytest's exit code, None if it took too long. Its output is this process's.
+
+    seconds   for all tests
+    limit     seconds for each test
+    """
     options = ["-c", str(ROOT / "setup.cfg"), "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rfE"]
     # A warning of another library, at an import or later, says nothing about this GPU.
     options += ["-W", "default", "--continue-on-collection-errors", "--durations", "10"]
     options += ["-p", "recorder"]
     if importlib.util.find_spec("pytest_timeout"):
-        options += ["--timeout", "60"]
+        options += ["--timeout", str(limit)]
     # What was on the search path stays there.
     search_path = [str(ROOT), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent)]
     environment = {

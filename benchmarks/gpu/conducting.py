@@ -2,7 +2,8 @@
 
 Before a part's line is printed, the file of results is written whole under another name and
 renamed. A part notes what it has found in a file of its own as it goes: if it crashes, hangs or
-exceeds its limit, that much is kept, with the reason beside it, and the next part runs.
+exceeds its limit, that much is kept, with the reason beside it, and the next part runs. The file
+is beside the results while the part runs, where it stays if the run is killed.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from .plan import Plan
 Facts = dict[str, Any]
 Command = Callable[[str, Path, float], list[str]]  # of a part, its file of notes, its seconds
 RESULT = "gpu-check.json"
+RUNNING = "running-part.json"
 LOG = "parts.log"
 LINES = 20  # of a failed part's output that its error shows
+PATIENCE = 5  # seconds for a killed process to end: one in a driver's call may never
 LEAST = 3  # seconds; with less left a part is not started
 
 
@@ -154,31 +157,34 @@ def guarded() -> Iterator[tuple[Path, str]]:
     finally:
         assert process.stdin is not None
         process.stdin.close()
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=PATIENCE)
 
 
 def new_mark() -> str:
     return f"GPU_CHECK_{uuid.uuid4().hex}"
 
 
-def run(plan: Plan, command: Command, report: Report, folder: Path, mark: str, end: float) -> None:
+def run(plan: Plan, command: Command, report: Report, mark: str, end: float) -> None:
     """Run the parts of the plan in turn, until time.monotonic() is `end`.
 
     A part has its own limit, and what the parts before it have left over.
     """
     later = sum(plan.values())
-    for number, (name, limit) in enumerate(plan.items()):
+    log = report.path.with_name(LOG)
+    notes = report.path.with_name(RUNNING)
+    for name, limit in plan.items():
         later -= limit
         seconds = end - time.monotonic() - later
         if seconds < LEAST:
             report.add(name, {"ok": False, "error": "not run: no time was left", "seconds": 0})
             continue
         report.begin(name)
-        notes = folder / f"part-{number}.json"
-        log = report.path.with_name(LOG)
+        remove(notes)
         environment = {**os.environ, mark: "1", "PYTHONUNBUFFERED": "1"}
         outcome = run_part(command(name, notes, seconds), notes, seconds, log, environment)
         report.add(name, outcome | {"when": time.strftime("%Y-%m-%dT%H:%M:%S")})
+        remove(notes)
 
 
 def run_part(
@@ -210,9 +216,10 @@ def run_part(
         except subprocess.TimeoutExpired:
             error = f"more than {seconds:.0f} seconds"
         finally:
-            guard.end_processes(mark)
+            guard.end_processes(mark, PATIENCE)
             process.kill()  # where /proc does not say what a process's environment is
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=PATIENCE)
     noted = read_json(notes)
     if error is None and not noted:
         error = "it ended without a result"
@@ -224,6 +231,11 @@ def run_part(
         outcome["error"] = noted.get("error") or ": ".join([error, *lines[-1:]])
         outcome["output"] = lines
     return {**outcome, "seconds": round(time.monotonic() - begun, 1)}
+
+
+def remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def open_log(path: Path, heading: str) -> BinaryIO:
