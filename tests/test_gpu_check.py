@@ -569,6 +569,7 @@ def test_summarize_counts_what_a_profiler_saw() -> None:
 
 
 @pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")  # of other packages
 def test_pytorch_takes_our_steps(tmp_path: Path) -> None:
     from gpu.pytorch import TorchStep
 
