@@ -519,7 +519,7 @@ def test_gpu_check_tests_that_take_too_long_keep_those_that_ended(run_tests: Run
 def test_gpu_check_finds_the_files_with_tests_of_a_gpu() -> None:
     names = [Path(path).name for path in checks.files_of_gpu_tests()]
     assert {"test_backend.py", "test_devices.py", "test_quant.py"} <= set(names)
-    assert not {"test_cupy_on_cpu.py", "test_gpu_check.py", "test_nn.py"} & set(names)
+    assert not {"test_cupy_on_cpu.py", "test_gpu_check.py", "test_layout.py"} & set(names)
 
 
 def test_read_outcomes_of_a_killed_pytest_has_all_whole_lines(tmp_path: Path) -> None:
