@@ -15,6 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .cuda.blas import load_blas
+from .cuda.graphs import Recorder
+from .cuda.launching import kernels_for
+from .cuda.operations import OPERATIONS
 from .errors import DeviceError
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -272,8 +276,6 @@ class CupyBackend(Backend):
         return np.asarray(self.xp.asnumpy(array))
 
     def recorder(self) -> Any:
-        from .cuda.graphs import Recorder
-
         return Recorder(self)
 
     def join(self, arrays: Sequence[Array]) -> Array:
@@ -287,8 +289,6 @@ class CupyBackend(Backend):
         return whole
 
     def run(self, body: Callable[..., Any], *inputs: Any) -> Any:
-        from .cuda.operations import OPERATIONS
-
         kernel = OPERATIONS.get(body.__name__)
         result = None if kernel is None else kernel(self, *inputs)
         return body(self, *inputs) if result is None else result
@@ -296,8 +296,6 @@ class CupyBackend(Backend):
     @functools.cached_property
     def blas(self) -> Any:
         """cuBLAS (`cuda.blas.Blas`); None if it cannot be loaded."""
-        from .cuda.blas import load_blas
-
         return load_blas(self.cupy, self.device)
 
     def matmul(self, a: Array, b: Array, out: Array | None = None, scale: float = 1.0) -> Array:
@@ -331,8 +329,6 @@ class CupyBackend(Backend):
         return a.T  # which cuBLAS reads as it is
 
     def row_dot(self, a: Array, b: Array) -> Array:
-        from .cuda.launching import kernels_for
-
         kernels = kernels_for(self.device, a.dtype) if a.dtype == b.dtype else None
         if kernels is None:
             return (a * b).sum(axis=1, keepdims=True)
@@ -347,8 +343,6 @@ class CupyBackend(Backend):
         return P.sum(axis=1, keepdims=True)  # a broadcast operand of a product takes six launches
 
     def add_rows(self, index: Array, rows: Array, count: int) -> Array:
-        from .cuda.launching import kernels_for
-
         xp = self.xp
         width = rows.shape[1]
         order = xp.argsort(index, kind="stable")
