@@ -284,6 +284,7 @@ class Blas:
         is copied only if neither its rows nor its columns are contiguous, or if `out` may overlap
         it.
         """
+        is_new = out is None
         if out is None:
             shape = product_shape(a.shape, b.shape)
             out = self._cupy.ndarray(shape, RESULTS.get(a.dtype.char, a.dtype))
@@ -296,12 +297,13 @@ class Blas:
             if out.size:
                 self._product_of_nothing(out, beta)
             return out
-        place = out.data.ptr
-        if _overlaps(place, plan.spans[2], a.data.ptr, plan.spans[0]):
-            return self.product(a.copy(), b, out, scale, beta, compute)
-        if _overlaps(place, plan.spans[2], b.data.ptr, plan.spans[1]):
-            return self.product(a, b.copy(), out, scale, beta, compute)
-        self._call(plan, arithmetic, a.data.ptr, b.data.ptr, place, scale, beta)
+        places = (a.data.ptr, b.data.ptr, out.data.ptr)
+        if not is_new:
+            if _overlaps(places, plan.spans, 0):
+                return self.product(a.copy(), b, out, scale, beta, compute)
+            if _overlaps(places, plan.spans, 1):
+                return self.product(a, b.copy(), out, scale, beta, compute)
+        self._call(plan, arithmetic, places, scale, beta)
         return out
 
     def _product_of_nothing(self, out: Array, beta: float) -> None:
@@ -331,13 +333,11 @@ class Blas:
         self,
         plan: Plan,
         arithmetic: Arithmetic,
-        a: int,
-        b: int,
-        out: int,
+        places: Ints,
         scale: float,
         beta: float,
     ) -> None:
-        """Ask for a planned product of arrays at three addresses.
+        """Ask for a planned product of arrays at three places, which are addresses.
 
         Arguments have no declared types, because converting them would take longer than the call:
         Python's integers become C's int, and all others are values of ctypes.
@@ -349,6 +349,7 @@ class Blas:
         alpha = ctypes.byref(factor(scale))
         kept = ctypes.byref(factor(beta))
         address = ctypes.c_void_p
+        a, b, out = places
         first, second = (a, b) if by_columns else (b, a)
         library = self._library
         with self._lock:
@@ -402,9 +403,9 @@ def _plan(a: Array, b: Array, out: Array) -> Plan | None:
     return plan_product(_view(a), _view(b), _view(out))
 
 
-def _overlaps(first: int, first_size: int, second: int, second_size: int) -> bool:
-    """Whether two ranges of memory have bytes in common."""
-    return first < second + second_size and second < first + first_size
+def _overlaps(places: Ints, spans: Ints, i: int) -> bool:
+    """Whether the memory of operand i, and that between its numbers, overlaps the result's."""
+    return places[i] < places[2] + spans[2] and places[2] < places[i] + spans[i]
 
 
 _loading = threading.Lock()

@@ -439,6 +439,13 @@ def test_plan_product_refuses_sizes_beyond_cublas_integers() -> None:
     assert plan.together == n
 
 
+def test_plan_product_has_none_for_reverse_orders_which_cublas_does_not_document() -> None:
+    shape, strides, itemsize = view(5, 3, 2)
+    for axis in range(3):
+        reverse = tuple(-s if i == axis else s for i, s in enumerate(strides))
+        assert plan_product((shape, reverse, itemsize), view(2, 6), view(5, 3, 6)) is None
+
+
 def test_plan_product_needs_one_call_for_axes_that_continue_each_other() -> None:
     plan = plan_product(view(5, 4, 3, 2), view(5, 4, 2, 6), view(5, 4, 3, 6))
     assert plan is not None
