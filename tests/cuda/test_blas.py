@@ -63,8 +63,10 @@ def layouts(draw: st.DrawFn, ndim: int, may_repeat: bool = True) -> Layout:
     steps = st.just(1) if plain else st.sampled_from([1, 1, 1, 2, -1])
     repeated = st.sampled_from([False, False, True]) if may_repeat else st.just(False)
     times = {"min_size": ndim, "max_size": ndim}
+    in_order = [*range(ndim)]
+    orders = [in_order, [*in_order[:-2], ndim - 1, ndim - 2]]
     return Layout(
-        tuple(draw(st.permutations(range(ndim)))),
+        tuple(draw(st.one_of(st.sampled_from(orders), st.permutations(in_order)))),
         tuple(draw(st.lists(pads, **times))),
         tuple(draw(st.lists(steps, **times))),
         tuple(draw(st.lists(repeated, **times))),
@@ -82,9 +84,10 @@ class Case(NamedTuple):
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    sizes = st.integers(0, 7)
-    M, K, N = draw(sizes), draw(sizes), draw(sizes)
-    full = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
+    sizes = st.integers(1, 6)
+    M, K, N, *full = draw(st.lists(sizes, min_size=3, max_size=6))
+    empty = draw(st.integers(0, 29))
+    M, K, N = (0 if i == empty else n for i, n in enumerate((M, K, N)))
     shapes = []
     for last in ((M, K), (K, N)):
         batch = [draw(st.sampled_from([n, n, 1])) for n in full]
@@ -258,7 +261,8 @@ def test_product_loops_over_axes_and_copies_only_what_it_must(
 def test_product_into_an_operand_s_memory_is_that_of_copies(xp: Any) -> None:
     gpu = get_backend("cuda")
     M = xp.asarray(np.random.default_rng(0).standard_normal((7, 7)))
-    for a, b, out in ((M, M + 1, M), (M + 1, M, M), (M, M, M[::-1]), (M[1:], M.T, M[:-1])):
+    cases = [(M, M + 1, M), (M + 1, M, M), (M, M, M[::-1]), (M[1:], M.T, M[:-1])]
+    for a, b, out in [*cases, (M[:-1], M + 1, M[1:])]:
         expected = a.get() @ b.get()
         np.testing.assert_allclose(gpu.matmul(a, b, out=out).get(), expected, atol=1e-11)
 
@@ -444,6 +448,11 @@ def test_plan_product_has_none_for_reverse_orders_which_cublas_does_not_document
     for axis in range(3):
         reverse = tuple(-s if i == axis else s for i, s in enumerate(strides))
         assert plan_product((shape, reverse, itemsize), view(2, 6), view(5, 3, 6)) is None
+
+
+def test_plan_product_has_none_for_strides_between_numbers() -> None:
+    assert plan_product(((3, 2), (9, 4), 4), view(2, 6), view(3, 6)) is None
+    assert plan_product(((5, 3, 2), (25, 8, 4), 4), view(2, 6), view(5, 3, 6)) is None
 
 
 def test_plan_product_needs_one_call_for_axes_that_continue_each_other() -> None:
