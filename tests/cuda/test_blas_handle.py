@@ -188,7 +188,7 @@ def broken(xp: Any) -> Callable[[str, int], Any]:
         (
             "cublasGemmEx",
             15,
-            "CUBLAS_STATUS_NOT_SUPPORTED to a product of sizes (4, 2, 3), 1 at a time",
+            "CUBLAS_STATUS_NOT_SUPPORTED to a product of (2, 3) and (3, 4), float64",
         ),
         ("cublasGemmEx", 15, "use compute='float32'"),
         ("cublasGemmEx", 7, "CUBLAS_STATUS_INVALID_VALUE"),
