@@ -276,6 +276,7 @@ def test_product_with_an_empty_result_asks_for_nothing(shapes: Any, xp: Any) -> 
     a, b = (xp.zeros(shape) for shape in shapes)
     with counted() as device:
         y = get_backend("cuda").matmul(a, b)
+        get_backend("cuda").blas.product(a, b, y, beta=0.5)
     assert y.shape == product_shape(*shapes)
     assert device.operations == 0
 
@@ -343,15 +344,19 @@ MANTISSAS = {None: 23, "float32": 23, "tf32": 10, "bfloat16": 7}
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compute", MANTISSAS)
-def test_product_rounds_as_its_arithmetic_says(compute: str | None, xp: Any) -> None:
+@pytest.mark.parametrize("is_new", [True, False])
+def test_product_rounds_as_its_arithmetic_says(is_new: bool, compute: str | None, xp: Any) -> None:
     bits = MANTISSAS[compute]
     rng = np.random.default_rng(0)
     hosts = [rng.standard_normal(shape).astype(np.float32) for shape in ((64, 64), (64, 64))]
-    y = get_backend("cuda").blas.product(*map(xp.asarray, hosts), compute=compute).get()
+    out = None if is_new else xp.empty((64, 64), np.float32)
+    y = get_backend("cuda").blas.product(*map(xp.asarray, hosts), out, compute=compute).get()
     a, b = (x.astype(np.float64) for x in hosts)
     size = abs(a) @ abs(b)
     error = abs(y - a @ b)
-    assert (error <= (129 * 2.0**-24 + 2.01 * 2.0 ** -(bits + 1) * (bits < 23)) * size).all()
+    # Both operands lose at most 2^-bits, if the rest is cut off.
+    rounding = 2.01 * 2.0**-bits if bits < 23 else 0
+    assert (error <= (129 * 2.0**-24 + rounding) * size).all()
     if cupy_on_cpu.is_installed() and bits < 23:  # a real cuBLAS may compute better than it must
         assert error.max() > 2.0 ** -(bits + 5) * size.min()
 
