@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from typing import Any
 
@@ -200,6 +201,17 @@ def test_stream_on_a_gpu_captures_once_however_often_its_context_is_full(
     text = generate(model, prompt, 60, temperature=0)
     assert len(captures) == 1
     np.testing.assert_array_equal(text, generate(model.to("cpu"), prompt, 60, temperature=0))
+
+
+def test_generate_on_a_gpu_leaves_no_memory_behind() -> None:
+    gpu = get_backend("cuda")
+    model = CausalLM(shape("llama"), seed=2, device="cuda").eval()
+    used = []
+    for _ in range(3):
+        generate(model, np.ones((2, 3), int), 10, temperature=0)
+        gc.collect()
+        used.append(gpu.xp.get_default_memory_pool().used_bytes())
+    assert used[1] == used[2]
 
 
 def test_captured_decoding_without_a_graph_says_so_once_and_goes_on(
