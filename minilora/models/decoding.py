@@ -41,8 +41,8 @@ class Product(NamedTuple):
     weight: Array
     bias: Array | None
 
-    def __call__(self, x: Array) -> Array:
-        y = self.backend.matmul(x, self.weight)
+    def __call__(self, x: Array, out: Array | None = None) -> Array:
+        y = self.backend.matmul(x, self.weight, out)
         if self.bias is not None:
             y += self.bias
         return y
