@@ -23,10 +23,8 @@ from .errors import GraphError, NonFiniteError
 from .nn import Module
 
 # A line in one of these modules is never the user's.
-ENGINE = {
-    f"minilora.{module}"
-    for module in ("anomaly", "autograd", "functional", "effective", "nn", "training.nonfinite")
-} | {"minilora.graph", "minilora.protocols"}
+_MODULES = ("anomaly", "attention", "autograd", "effective", "functional", "graph", "losses", "nn")
+ENGINE = {f"minilora.{module}" for module in (*_MODULES, "protocols", "training.nonfinite")}
 
 
 @contextlib.contextmanager

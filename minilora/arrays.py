@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
-from .backend import Array, backend_of
+from .backend import Array
 
 
 def rows(x: Array) -> Array:
     """(..., C) -> (N, C): one large product is faster than a loop of small ones."""
     # N is computed, because -1 has no meaning beside a 0.
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def row_dot(xp: Any, a: Array, b: Array) -> Array:
-    """sum_c a[n, c] b[n, c]    both (N, C) -> (N, 1)"""
-    return backend_of(a).row_dot(a, b)
 
 
 def as_floats(x: Array) -> Array:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import as_floats, row_dot, rows
+from .arrays import as_floats, rows
 from .autograd import Grads, Tensor, record
 from .backend import Array, Backend
 from .threads import blocks
@@ -216,7 +216,7 @@ def _attend(
         dvh = by_head(dv)
         # softmax's gradient is p (dp - sum p dp); the sum is rowsum(dO * O), T numbers
         # (Dao et al. 2022, app. B).
-        along = row_dot(xp, rows(d), rows(O)).reshape(B, T, H).swapaxes(1, 2)
+        along = backend.row_dot(rows(d), rows(O)).reshape(B, T, H).swapaxes(1, 2)
 
         def add(total: Array, a: Array, b: Array) -> None:
             # Add a @ b, summed over G, to the rows `keys`. The block that sees every key writes.

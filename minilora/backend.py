@@ -15,6 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .cuda.blas import load_blas
+from .cuda.graphs import Recorder
+from .cuda.launching import kernels_for
+from .cuda.operations import OPERATIONS
 from .errors import DeviceError
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -116,10 +120,6 @@ class Backend:
         """
         return self.xp.matmul(a[:, None, :], b[:, :, None])[:, 0]
 
-    def column_dot(self, a: Array, b: Array) -> Array:
-        """sum_n a[n, c] b[n, c]    both (N, C) -> (C,)"""
-        return self.xp.einsum("nc,nc->c", a, b)
-
     def add_rows(self, index: Array, rows: Array, count: int) -> Array:
         """out[i] = sum of rows[n] over index[n] == i, added in a fixed order.
 
@@ -151,13 +151,18 @@ class Backend:
         """
         return self.xp.ones((1, P.shape[1]), P.dtype) @ P
 
-    def random_words(self, key: int, first: int, rows: int, count: int) -> Array:
+    def random_words(
+        self, key: int, first: int, rows: int, count: int, step: Array | None = None
+    ) -> Array:
         """(rows, count) random uint64.
 
-        With key = mix_key(...), row i depends on mix_key(..., first + i) alone. SplitMix64 (Steele,
-        Lea & Flood 2014, fig. 13): word j is a mix of its row's key + (j + 1) * golden. Any word
-        can be computed without those before it, and a GPU receives nothing but two numbers: a
-        dropout mask depends neither on the device, nor on threads, nor on where a batch is cut.
+        step   one uint64 (1,) on the device, or None
+
+        With key = mix_key(...), row i depends on mix_key(..., first + i) alone, or with a step on
+        mix_key(..., step, first + i). SplitMix64 (Steele, Lea & Flood 2014, fig. 13): word j is a
+        mix of its row's key + (j + 1) * golden. Any word can be computed without those before it,
+        and a GPU receives nothing but two numbers: a dropout mask depends neither on the device,
+        nor on threads, nor on where a batch is cut.
         """
 
         def mix(z: Array) -> Array:
@@ -166,9 +171,12 @@ class Backend:
             return z ^ (z >> np.uint64(31))
 
         golden = np.uint64(_GOLDEN)
+        key_of_step: Array = np.uint64(int(key) & _MASK)
+        if step is not None:
+            key_of_step = mix((step ^ key_of_step) + golden)  # a round of mix_key, on the device
         position = self.xp.arange(first, first + rows, dtype=np.uint64)
         # The last round of mix_key, for every row at once.
-        keys = mix((position ^ np.uint64(int(key) & _MASK)) + golden)
+        keys = mix((position ^ key_of_step) + golden)
         return mix(keys[:, None] + self.xp.arange(1, count + 1, dtype=np.uint64) * golden)
 
     @functools.cached_property
@@ -268,8 +276,6 @@ class CupyBackend(Backend):
         return np.asarray(self.xp.asnumpy(array))
 
     def recorder(self) -> Any:
-        from .cuda.graphs import Recorder
-
         return Recorder(self)
 
     def join(self, arrays: Sequence[Array]) -> Array:
@@ -283,8 +289,6 @@ class CupyBackend(Backend):
         return whole
 
     def run(self, body: Callable[..., Any], *inputs: Any) -> Any:
-        from .cuda.operations import OPERATIONS
-
         kernel = OPERATIONS.get(body.__name__)
         result = None if kernel is None else kernel(self, *inputs)
         return body(self, *inputs) if result is None else result
@@ -292,8 +296,6 @@ class CupyBackend(Backend):
     @functools.cached_property
     def blas(self) -> Any:
         """cuBLAS (`cuda.blas.Blas`); None if it cannot be loaded."""
-        from .cuda.blas import load_blas
-
         return load_blas(self.cupy, self.device)
 
     def matmul(self, a: Array, b: Array, out: Array | None = None, scale: float = 1.0) -> Array:
@@ -327,8 +329,6 @@ class CupyBackend(Backend):
         return a.T  # which cuBLAS reads as it is
 
     def row_dot(self, a: Array, b: Array) -> Array:
-        from .cuda.launching import kernels_for
-
         kernels = kernels_for(self.device, a.dtype) if a.dtype == b.dtype else None
         if kernels is None:
             return (a * b).sum(axis=1, keepdims=True)
@@ -339,15 +339,10 @@ class CupyBackend(Backend):
         kernels.for_rows("row_dot", rows, columns, *operands, out, columns)
         return out
 
-    def column_dot(self, a: Array, b: Array) -> Array:
-        return (a * b).sum(axis=0)
-
     def sum_keys(self, P: Array) -> Array:
         return P.sum(axis=1, keepdims=True)  # a broadcast operand of a product takes six launches
 
     def add_rows(self, index: Array, rows: Array, count: int) -> Array:
-        from .cuda.launching import kernels_for
-
         xp = self.xp
         width = rows.shape[1]
         order = xp.argsort(index, kind="stable")

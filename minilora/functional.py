@@ -10,9 +10,12 @@ Contents, by rising complexity:
     activations    silu, swiglu, gelu
     norms          rms_norm, layer_norm
     softmax        softmax, log_softmax
-    losses         cross_entropy, linear_cross_entropy (without all logits at once)
+    losses         cross_entropy, linear_cross_entropy (from losses.py)
     attention      attention (from attention.py)
-and helpers on arrays: rows (from arrays.py), prepare_targets.
+and a helper on arrays: rows (from arrays.py).
+
+An operation with a kernel of its own on a GPU leaves the arithmetic to a body on arrays, which
+`Backend.run` calls or replaces.
 """
 
 from __future__ import annotations
@@ -25,25 +28,22 @@ import numpy as np
 
 from .arguments import as_ids as as_ids
 from .arguments import check_ids, check_probability, check_vector, python_number
-from .arrays import as_floats, row_dot
+from .arrays import as_floats
 from .arrays import rows as rows
 from .attention import attention as attention
 from .autograd import Grads as Grads  # other modules write F.Grads
 from .autograd import (
     Tensor,
     axis_of,
-    grad_enabled,
     namespace,
     operands,
     record,
     where,
 )
 from .backend import Array, Backend, Shape
-from .errors import DataError
-from .threads import blocks
-
-IGNORE = -100  # a target that is not counted: PyTorch's ignore_index
-
+from .losses import IGNORE as IGNORE
+from .losses import cross_entropy as cross_entropy
+from .losses import linear_cross_entropy as linear_cross_entropy
 
 # ---- linear maps ---------------------------------------------------------------------------------
 
@@ -137,32 +137,39 @@ def embedding(ids: Array, weight: Tensor) -> Tensor:
 # ---- dropout -------------------------------------------------------------------------------------
 
 
-def dropout(x: Tensor, p: float, key: int, first: int = 0) -> Tensor:
+def dropout(x: Tensor, p: float, key: int, first: int = 0, step: Array | None = None) -> Tensor:
     """Zero each element with probability p, scale the others by 1 / (1 - p).    x (B, ...)
 
-    The mask of sequence b is a function of (key, first + b): see `Backend.random_words`. So it does
-    not depend on how a batch was cut, and backward makes it again instead of keeping it.
-    ConfigError unless 0 <= p <= 1.
+    The mask of sequence b is a function of (key, step, first + b): see `Backend.random_words`. So
+    it does not depend on how a batch was cut, and backward makes it again instead of keeping it;
+    until then `step` must not change. ConfigError unless 0 <= p <= 1.
     """
     check_probability(p)
     if p == 0:
         return x
     if p == 1:
         return where(False, x, 0)  # nothing is left to scale
-    backend = x.backend
-    shape = x.shape
-    dtype = x.dtype
-    scale = 1 / (1 - float(p))
+    y, back = x.backend.run(_dropout, x.data, float(p), key, first, step)
+    return record(y, (x,), lambda dy: (back(dy),))
+
+
+def _dropout(
+    backend: Backend, X: Array, p: float, key: int, first: int, step: Array | None
+) -> tuple[Array, Callable[[Array], Array]]:
+    """(y, the function from dy to dx)    X (B, ...)"""
+    shape = X.shape
+    dtype = X.dtype
+    scale = 1 / (1 - p)
     count = shape[0] if shape else 1
     size = math.prod(shape[1:])
     threshold = np.uint32(min(round(p * 2**32), 2**32 - 1))
 
     def mask() -> Array:
-        words = backend.random_words(key, first, count, (size + 1) // 2)
+        words = backend.random_words(key, first, count, (size + 1) // 2, step)
         bits = words.view(np.uint32)[:, :size]  # 32 random bits per element
         return (bits >= threshold).reshape(shape).astype(dtype) * scale
 
-    return record(x.data * mask(), (x,), lambda dy: (dy * mask(),))
+    return X * mask(), lambda dy: dy * mask()
 
 
 # ---- activations ---------------------------------------------------------------------------------
@@ -179,23 +186,34 @@ def _sigmoid(xp: Any, x: Array) -> Array:
 
 def silu(x: Tensor) -> Tensor:
     """x sigmoid(x)    any shape"""
-    X = as_floats(x.data)
-    s = _sigmoid(namespace(x), X)
-    return record(X * s, (x,), lambda dy: (dy * (s * (1 + X * (1 - s))),))
+    y, back = x.backend.run(_silu, as_floats(x.data))
+    return record(y, (x,), lambda dy: (back(dy),))
+
+
+def _silu(backend: Backend, X: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """(y, the function from dy to dx)"""
+    s = _sigmoid(backend.xp, X)
+    return X * s, lambda dy: dy * (s * (1 + X * (1 - s)))
 
 
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up    x = [gate, up] (2, ..., C) -> (..., C)    Shazeer 2020"""
-    xp = namespace(x)
     X = as_floats(x.data)
     if X.shape[:1] != (2,):
         raise ValueError(f"swiglu: x is [gate, up], so its first axis must be 2, got {x.shape}")
+    y, back = x.backend.run(_swiglu, X)
+    return record(y, (x,), lambda dy: (back(dy),))
+
+
+def _swiglu(backend: Backend, X: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """(y (..., C), the function from dy to dx)    X (2, ..., C)"""
+    xp = backend.xp
     g, u = X
     s = _sigmoid(xp, g)
     y = g * s
     y *= u
 
-    def vjp(dy: Array) -> Grads:
+    def back(dy: Array) -> Array:
         dX = xp.empty_like(X)
         dgate = dX[0, ...]  # a view even for x (2,), where dX[0] is a number
         dup = dX[1, ...]
@@ -206,39 +224,51 @@ def swiglu(x: Tensor) -> Tensor:
         dgate *= u
         dgate *= dy
         dup *= dy
-        return (dX,)
+        return dX
 
-    return record(y, (x,), vjp)
+    return y, back
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """x Phi(x), or for approximate="tanh" its tanh form    any shape    Hendrycks & Gimpel 2016"""
-    X = as_floats(x.data)
-    xp = namespace(x)
-    if approximate == "none":
-        phi = 0.5 * (1.0 + x.backend.erf(X * math.sqrt(0.5)))  # the normal distribution function
-
-        def vjp(dy: Array) -> Grads:
-            with np.errstate(over="ignore"):  # exp(-inf) is 0, which is right
-                density = xp.exp(-0.5 * X * X) * (1 / math.sqrt(2 * math.pi))
-            return (dy * (phi + X * density),)
-
-        return record(X * phi, (x,), vjp)
-    if approximate != "tanh":
+    if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
-    # (1 + tanh(z)) / 2 = sigmoid(2z), and exp is twice as fast as tanh. 2z = c (x + 0.044715 x^3)
+    body = _gelu if approximate == "none" else _gelu_tanh
+    y, back = x.backend.run(body, as_floats(x.data))
+    return record(y, (x,), lambda dy: (back(dy),))
+
+
+def _gelu(backend: Backend, X: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """(y, the function from dy to dx)"""
+    xp = backend.xp
+    phi = 0.5 * (1.0 + backend.erf(X * math.sqrt(0.5)))  # the normal distribution function
+
+    def back(dy: Array) -> Array:
+        with np.errstate(over="ignore"):  # exp(-inf) is 0, which is right
+            density = xp.exp(-0.5 * X * X) * (1 / math.sqrt(2 * math.pi))
+        return dy * (phi + X * density)
+
+    return X * phi, back
+
+
+def _gelu_tanh(backend: Backend, X: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """(y, the function from dy to dx)
+
+    (1 + tanh(z)) / 2 = sigmoid(2z), and exp is twice as fast as tanh. 2z = c (x + 0.044715 x^3)
+    """
+    xp = backend.xp
     c = 2 * math.sqrt(2 / math.pi)
     with np.errstate(over="ignore"):  # as in `_sigmoid`
         s = _sigmoid(xp, X * (c + 0.044715 * c * (X * X)))
 
-    def vjp_tanh(dy: Array) -> Grads:
+    def back(dy: Array) -> Array:
         with np.errstate(over="ignore"):
             # Beyond 100, s (1 - s) is 0: an infinite slope would make that NaN.
             square = xp.minimum(X * X, 1e4)
         slope = c + 3 * 0.044715 * c * square  # of 2z
-        return (dy * (s + X * s * (1 - s) * slope),)
+        return dy * (s + X * s * (1 - s) * slope)
 
-    return record(X * s, (x,), vjp_tanh)
+    return X * s, back
 
 
 # ---- norms: rstd (..., 1) is kept, the normalised x is computed again ----------------------------
@@ -266,7 +296,7 @@ def _rms_norm(
 ) -> tuple[Array, Callable[[Array], Grads]]:
     """(y, the function from dY to (dx, dw)) of rows.    X (N, C), w (C,) -> y (N, C)"""
     xp = backend.xp
-    rstd = 1.0 / xp.sqrt(row_dot(xp, X, X) / X.shape[1] + eps)  # (N, 1)
+    rstd = 1.0 / xp.sqrt(backend.row_dot(X, X) / X.shape[1] + eps)  # (N, 1)
     y = X * rstd
     y *= w
 
@@ -276,7 +306,7 @@ def _rms_norm(
         if not need_dx:
             return None, dw
         dx = dY * w  # d xhat, which the next lines turn into dx
-        xhat *= row_dot(xp, dx, xhat) / X.shape[1]
+        xhat *= backend.row_dot(dx, xhat) / X.shape[1]
         dx -= xhat
         dx *= rstd
         return dx, dw
@@ -287,21 +317,37 @@ def _rms_norm(
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(var + eps) * w + b    x (..., C), w, b (C,)    Ba et al. 2016, eq. (4)"""
     x, weight, bias = operands(x, weight, bias)
-    xp = namespace(x)
     X = x.data
     w = weight.data
     check_vector("layer_norm: weight", w, X.shape[-1])
     check_vector("layer_norm: bias", bias.data, X.shape[-1])
     eps = python_number(eps, "layer_norm: eps", "elementary operations")
+    needed = x.requires_grad, weight.requires_grad, bias.requires_grad
+    y, back = x.backend.run(_layer_norm, X, w, bias.data, eps, *needed)
+
+    def vjp(dy: Array) -> Grads:
+        return back(dy)  # type: ignore[no-any-return]
+
+    return record(y, (x, weight, bias), vjp)
+
+
+def _layer_norm(
+    backend: Backend,
+    X: Array,
+    w: Array,
+    b: Array,
+    eps: float,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Array, Callable[[Array], Grads]]:
+    """(y, the function from dy to (dx, dw, db))    X (..., C), w and b (C,)"""
     mean = X.mean(axis=-1, keepdims=True)
     centred = X - mean
     variance = (centred * centred).mean(axis=-1, keepdims=True)
-    rstd = 1.0 / xp.sqrt(variance + eps)  # (..., 1)
-    need_dx = x.requires_grad
-    need_dw = weight.requires_grad
-    need_db = bias.requires_grad
+    rstd = 1.0 / backend.xp.sqrt(variance + eps)  # (..., 1)
 
-    def vjp(dy: Array) -> Grads:
+    def back(dy: Array) -> Grads:
         xhat = (X - mean) * rstd
         dw = rows(dy * xhat).sum(axis=0) if need_dw else None
         db = rows(dy).sum(axis=0) if need_db else None
@@ -312,7 +358,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         along = dxhat.mean(axis=-1, keepdims=True) + along
         return rstd * (dxhat - along), dw, db
 
-    return record(centred * rstd * w + bias.data, (x, weight, bias), vjp)
+    return centred * rstd * w + b, back
 
 
 # ---- softmax -------------------------------------------------------------------------------------
@@ -341,149 +387,3 @@ def log_softmax(x: Tensor, axis: int = -1) -> Tensor:
     if y.size:
         y -= xp.log(xp.exp(y).sum(axis=along, keepdims=True))
     return record(y, (x,), lambda dy: (dy - xp.exp(y) * dy.sum(axis=along, keepdims=True),))
-
-
-# ---- losses --------------------------------------------------------------------------------------
-
-
-def prepare_targets(
-    backend: Backend,
-    shape: Shape,
-    V: int,
-    targets: Array,
-    ignore_index: int,
-    reduction: str,
-) -> tuple[Array, Array, Array]:
-    """(targets, 0 for ignored ones; which are ignored; the weight of each loss), all (N,)
-
-    The weights are float64. DataError unless targets have `shape` and are in [0, V) or ignored.
-    """
-    targets = as_ids(targets, "targets")
-    if targets.shape != shape:
-        logits = (*shape, V)
-        raise DataError(f"targets of shape {targets.shape} do not fit logits of shape {logits}")
-    if isinstance(targets, np.ndarray):
-        check_ids(targets[targets != ignore_index], V, "target")
-        targets = backend.from_numpy(targets)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}")
-    xp = backend.xp
-    t = targets.reshape(-1)
-    ignored = t == ignore_index
-    weight = (~ignored).astype(np.float64)
-    if reduction == "mean":
-        weight = weight / xp.maximum(weight.sum(), 1)
-    return xp.where(ignored, 0, t), ignored, weight
-
-
-def cross_entropy(
-    logits: Tensor, targets: Array, ignore_index: int = IGNORE, reduction: str = "mean"
-) -> Tensor:
-    """-log softmax(logits)[target]    logits (..., V), targets (...) integers -> scalar
-
-    `reduction` is "mean" over the counted targets (0 if none is counted) or "sum". DataError for a
-    target outside [0, V).
-    """
-    xp = namespace(logits)
-    shape = logits.shape
-    t, ignored, weight = prepare_targets(
-        logits.backend, shape[:-1], shape[-1], targets, ignore_index, reduction
-    )
-    Z = rows(as_floats(logits.data))  # (N, V)
-    weight = weight.astype(Z.dtype)  # (N,)
-    top = Z.max(axis=-1, keepdims=True)
-    each = xp.arange(len(t))
-    with np.errstate(invalid="ignore"):  # an infinite logit makes its row NaN
-        E = xp.exp(Z - top)  # (N, V)
-        down = Z[each, t] - top[:, 0]  # (N,)
-    # An ignored row is not read any further, whatever it contains. (An assignment through a mask
-    # would wait for a GPU, which counts the mask.)
-    xp.copyto(E, 1, where=ignored[:, None])
-    total = E.sum(axis=-1, keepdims=True)  # (N, 1)
-    # Not log + top - Z, which would round away a loss near 0.
-    nll = xp.where(ignored, 0, xp.log(total)[:, 0] - down)
-    E_kept = E if logits.requires_grad else None
-
-    def vjp(dy: Array) -> Grads:
-        # d nll / d logits = softmax - onehot(target), each row times its weight
-        scale = (weight * dy)[:, None]  # (N, 1)
-        dZ = E_kept * (scale / total)
-        dZ[each, t] -= scale[:, 0]
-        return (dZ.reshape(shape),)
-
-    return record((nll * weight).sum(), (logits,), vjp)
-
-
-def linear_cross_entropy(
-    x: Tensor, head: Tensor, targets: Array, ignore_index: int = IGNORE, reduction: str = "mean"
-) -> Tensor:
-    """cross_entropy(x head^T, targets)    x (..., C), head (V, C), targets (...) integers -> scalar
-
-    The logits of a block of words exist at a time, never all of them; their maximum and their sum
-    of exponentials are corrected from block to block (Milakov & Gimelshein 2018, algorithm 3). So
-    the forward computes the gradients too, up to the factor dy: with E = exp(logits - max) and
-    p = E / sum E they are (p - onehot) head and (p - onehot)^T x.
-    """
-    x, head = operands(x, head)
-    xp = namespace(x, head)
-    V = len(head)
-    shape = x.shape
-    t, ignored, weight = prepare_targets(x.backend, shape[:-1], V, targets, ignore_index, reduction)
-    weight = weight.astype(x.dtype)
-    # An ignored row is not read any further, whatever it contains.
-    X = xp.where(ignored[:, None], 0, rows(x.data))
-    dX = xp.empty_like(X) if grad_enabled() and x.requires_grad else None
-    dW = xp.zeros(head.shape, head.dtype) if grad_enabled() and head.requires_grad else None
-    loss = xp.zeros((), X.dtype)
-
-    def logits(W: Array, at: slice) -> Array:
-        Z = W @ X[at].T  # (v, C) @ (C, n) -> (v, n): NumPy reduces over rows with whole vectors
-        xp.copyto(Z, 0, where=ignored[at])  # unlike Z[:, mask] = 0 it does not wait for a GPU
-        return Z
-
-    sizes = x.backend.sizes
-    for at in blocks(len(X), sizes.loss_rows):
-        tn = t[at]  # (n,)
-        w = weight[at]  # (n,)
-        top = xp.full(w.shape, -np.inf, X.dtype)
-        total = xp.zeros(w.shape, X.dtype)
-        hit = xp.zeros(w.shape, X.dtype)  # the logit of the target
-        words = blocks(V, sizes.loss_logits // len(w))
-        for v in words:
-            W = head.read_rows(v)
-            E = logits(W, at)
-            nearest = xp.clip(tn - v.start, 0, v.stop - v.start - 1)
-            logit = xp.take_along_axis(E, nearest[None], axis=0)[0]
-            hit = xp.where((tn >= v.start) & (tn < v.stop), logit, hit)
-            before = top
-            top = xp.maximum(top, E.max(axis=0))
-            with np.errstate(invalid="ignore"):  # an infinite logit makes its row NaN
-                E -= top
-                xp.exp(E, out=E)
-                shrink = xp.exp(before - top)
-            total = total * shrink + E.sum(axis=0)
-            if dX is not None:
-                part = E.T @ W  # (n, v) @ (v, C)
-                dX[at] = part if v.start == 0 else dX[at] * shrink[:, None] + part
-        with np.errstate(invalid="ignore"):
-            # Not log + top - hit, which would round away a loss near 0.
-            nll = xp.log(total) - (hit - top)
-        loss = loss + (xp.where(ignored[at], 0, nll) * w).sum()
-        share = (w / total)[:, None]  # (n, 1)
-        if dX is not None:
-            with np.errstate(invalid="ignore"):
-                dx = dX[at] * share - head.read_rows(tn) * w[:, None]
-            dX[at] = xp.where(ignored[at, None], 0, dx)
-        if dW is not None:
-            for v in words:
-                if len(words) > 1:
-                    E = xp.exp(logits(head.read_rows(v), at) - top)
-                dW[v] += E @ (X[at] * share)  # (v, n) @ (n, C)
-    if dW is not None:
-        dW -= x.backend.add_rows(t, X * weight[:, None], V)
-
-    def vjp(dy: Array) -> Grads:
-        dx = None if dX is None else (dX * dy).reshape(shape)
-        return dx, None if dW is None else dW * dy
-
-    return record(loss, (x, head), vjp)

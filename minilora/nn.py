@@ -340,11 +340,15 @@ class LayerNorm(Module):
 
 
 @contextlib.contextmanager
-def dropout_counter(seed: int, step: int, first: int = 0) -> Iterator[None]:
+def dropout_counter(seed: int, step: int | Array, first: int = 0) -> Iterator[None]:
     """Inside, this thread's dropout masks are those of training step `step`.
 
     They are for sequences `first`, `first` + 1, ... A mask is then a function of (seed, step,
     layer, sequence), whichever thread runs whichever part of a batch.
+
+    step   a number, or an array (1,) of uint64 on the model's device, which is read when a mask is
+           made, forward and backward. A step that was captured as a CUDA graph can be replayed with
+           another number in it, with the masks of that number
     """
     before = getattr(_thread, "counter", None)
     _thread.counter = (seed, step, first)
@@ -380,6 +384,8 @@ class Dropout(Module):
             counter = (0, self.calls, 0)
             self.calls += 1
         seed, step, first = counter
+        if isinstance(step, x.backend.xp.ndarray):
+            return F.dropout(x, self.p, mix_key(seed, self.stream), first, step)
         return F.dropout(x, self.p, mix_key(seed, self.stream, step), first)
 
 

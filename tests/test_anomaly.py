@@ -18,7 +18,8 @@ import pytest
 from operations import TABLE, Operation
 from test_autograd import captured, graph, run, some_dy
 
-from minilora import CausalLM, LoraConfig, TransformerConfig, effective, get_peft_model
+from minilora import CausalLM, LoraConfig, TransformerConfig, effective, get_peft_model, losses
+from minilora import attention as attention_operations
 from minilora import autograd as ag
 from minilora import functional as F
 from minilora.anomaly import detect_anomaly
@@ -35,7 +36,7 @@ EVERY = pytest.mark.parametrize("op", RECORDING, ids=lambda op: op.id)
 # Operations made of others: the name of the last of them.
 LAST = {"mean": "mul"}
 HERE = Path(__file__).name
-ENGINE_FILES = ("autograd.py", "functional.py", "effective.py", HERE)
+ENGINE_FILES = ("autograd.py", "attention.py", "losses.py", "functional.py", "effective.py", HERE)
 
 
 def last_name(op: Operation) -> str:
@@ -109,7 +110,7 @@ def sabotage(
     # Its frame must look like one of the engine, not of this test.
     names = {**globals(), "__name__": "minilora.autograd"}
     of_engine = types.FunctionType(record.__code__, names, closure=record.__closure__)
-    for module in (ag, F, effective):
+    for module in (ag, attention_operations, losses, F, effective):
         monkeypatch.setattr(module, "record", of_engine)
 
 

@@ -219,6 +219,16 @@ def test_random_words_are_splitmix64_of_each_row_s_key(
         assert row == splitmix64(mix_key(*before, first + i), count)
 
 
+@given(WORD, WORD, st.integers(0, 2**40))
+def test_random_words_mix_a_step_into_the_key_as_mix_key_does(
+    key: int, step: int, first: int
+) -> None:
+    number = np.array([step], np.uint64)
+    words = NUMPY.random_words(mix_key(key), first, 3, 4, number)
+    np.testing.assert_array_equal(words, NUMPY.random_words(mix_key(key, step), first, 3, 4))
+    assert number.tolist() == [step]
+
+
 @given(st.integers(-(2**63), 2**64 - 1))
 def test_random_words_take_keys_modulo_2_to_the_64(key: int) -> None:
     words = NUMPY.random_words(key, 0, 1, 2)

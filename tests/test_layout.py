@@ -19,8 +19,8 @@ PAGES = [PACKAGE.parent / "CONTRIBUTING.md", PACKAGE.parent / "README.md"]
 # level with `|` between knows nothing of its neighbours. README and CONTRIBUTING quote this line.
 ORDER = (
     "errors, threads, display < formats, cuda, backend < protocols, arguments, arrays, graph, "
-    "autograd < attention, functional < data, effective, gradcheck < nn < optim, anomaly, quant "
-    "< models | lora < training < tools | verify < lab < cli"
+    "autograd < attention, losses, functional < data, effective, gradcheck < nn < optim, anomaly, "
+    "quant < models | lora < training < tools | verify < lab < cli"
 )
 EXCEPTIONS = {("verify", "tools")}  # the one import between neighbours
 EXEMPT = {

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strict_xp import STRICT
 
 from minilora import functional as F
 from minilora.autograd import Tensor, gradients
+from minilora.backend import get_backend
 from minilora.errors import GraphError
 from minilora.nn import (
     Dropout,
@@ -23,6 +25,7 @@ from minilora.nn import (
     Module,
     Parameter,
     RMSNorm,
+    checkpoint,
     dropout_counter,
     normal,
     replace_module,
@@ -289,6 +292,56 @@ def test_dropout_counter_belongs_to_its_thread_and_ends_with_its_block() -> None
     (other,) = others
     assert not np.array_equal(other, mask)
     assert not np.array_equal(layer(x).data, layer(x).data)
+
+
+DEVICES = ["cpu", "strict", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("step", [0, 7, 2**40, 2**64 - 1])
+def test_dropout_counter_takes_its_step_from_an_array(step: int, device: str) -> None:
+    """The same mask as for the number, forward and backward, also where backward runs it again."""
+    backend = STRICT if device == "strict" else get_backend(device)
+    number = backend.from_numpy(np.array([step], np.uint64))
+    layer = Dropout(0.5, stream=3)
+    values = array(3, 7, 5)
+
+    def run(step: Any, again: bool) -> list[bytes]:
+        x = Tensor(backend.from_numpy(values), True)
+        with dropout_counter(11, step, first=2):
+            y = checkpoint(layer, x, []) if again else layer(x)
+        (dx,) = gradients(y, [x], backend.from_numpy(values))
+        return [backend.to_numpy(a).tobytes() for a in (y.data, dx)]
+
+    expected = run(step, False)
+    assert len(set(expected)) == 1
+    assert run(number, False) == run(number, True) == expected
+    with dropout_counter(11, step, first=2):
+        assert layer(Tensor(values)).data.tobytes() == expected[0]  # as on the CPU
+    number += np.uint64(1)
+    assert run(number, False) != expected
+
+
+@pytest.mark.gpu
+def test_dropout_counter_may_change_between_replays_of_a_graph() -> None:
+    gpu = get_backend("cuda")
+    number = gpu.from_numpy(np.zeros(1, np.uint64))
+    layer = Dropout(0.3, stream=4)
+    x = Tensor(gpu.from_numpy(array(4, 9)), True)
+    dy = gpu.xp.ones((4, 9))
+
+    def work(step: Any) -> tuple[Any, Any]:
+        with dropout_counter(5, step):
+            y = layer(x)
+        return y.data, gradients(y, [x], dy)[0]
+
+    work(number)  # compiles
+    graph = gpu.recorder().capture(lambda: work(number))
+    for step in (0, 3, 2**50):
+        number[...] = step
+        graph.replay()
+        for replayed, eager in zip(graph.result, work(step), strict=True):
+            assert gpu.to_numpy(replayed).tobytes() == gpu.to_numpy(eager).tobytes()
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

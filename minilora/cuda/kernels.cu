@@ -4,7 +4,8 @@
 // or gives a row to each block. Sums go in a fixed order and nothing is atomic, so that two runs
 // have the same bits. NVRTC compiles this file without the host's headers: no INFINITY, no <cmath>.
 //
-// N rows, C numbers per row, V vocabulary.
+// N rows, C numbers per row, V vocabulary, O outputs and I inputs of a layer. REAL(0.5) and not 0.5,
+// which would make a computation one in double.
 
 using Int = long long;
 
@@ -14,16 +15,46 @@ using Int = long long;
 // The threads of a block share the numbers 0 <= I < N of its row.
 #define FOR_ROW(I, N) for (Int I = threadIdx.x; I < (N); I += blockDim.x)
 
-// The sum of x over a block of any multiple of 32 threads, at most 1024; the same in every thread.
+#define LOWEST (sizeof(REAL) == 4 ? REAL(-3.4028234663852886e38) : REAL(-1.7976931348623157e308))
+#define NOT_A_NUMBER REAL(__int_as_float(0x7fffffff))
+
+// Each of these three is for a block of any multiple of 32 threads, at most 1024, and gives every
+// thread the same number. The first barrier waits until whoever read `parts` before has done so.
+
+// The sum of x over a block.
 template <class T>
 __device__ T block_sum(T x) {
     __shared__ T parts[32];
     for (int k = 16; k; k /= 2) x += __shfl_xor_sync(~0u, x, k);
-    __syncthreads();  // whoever read `parts` before has done so
+    __syncthreads();
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
     __syncthreads();
     T sum = 0;
     for (int w = 0; w < (int)blockDim.x / 32; w++) sum += parts[w];
+    return sum;
+}
+
+// The largest x of a block, NaNs left out.
+__device__ REAL block_max(REAL x) {
+    __shared__ REAL parts[32];
+    for (int k = 16; k; k /= 2) x = fmax(x, __shfl_xor_sync(~0u, x, k));
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    REAL top = parts[0];
+    for (int w = 1; w < (int)blockDim.x / 32; w++) top = fmax(top, parts[w]);
+    return top;
+}
+
+// The sum of x over the threads of a block with the same threadIdx.x % 32: one column of 32.
+__device__ REAL column_sum(REAL x) {
+    __shared__ REAL parts[32][32];
+    int lane = threadIdx.x % 32;
+    __syncthreads();
+    parts[threadIdx.x / 32][lane] = x;
+    __syncthreads();
+    REAL sum = 0;
+    for (int w = 0; w < (int)blockDim.x / 32; w++) sum += parts[w][lane];
     return sum;
 }
 
@@ -74,6 +105,267 @@ extern "C" __global__ void rms_norm_back(const REAL* x, const REAL* w, const REA
     FOR_ROW(c, C) dx[at + c] = (dy[at + c] * w[c] - x[at + c] * r * mean) * r;
 }
 
+// y = (x - mean) rstd w + b, rstd = 1 / sqrt(mean((x - mean)^2) + eps)    x, y (N, C), w, b (C,)
+extern "C" __global__ void layer_norm(const REAL* x, const REAL* w, const REAL* b, REAL* y, REAL* mean, REAL* rstd,
+                                      Int C, REAL eps) {
+    Int at = blockIdx.x * C;
+    REAL sum = 0, squares = 0;
+    FOR_ROW(c, C) sum += x[at + c];
+    REAL m = block_sum(sum) / C;
+    FOR_ROW(c, C) squares += (x[at + c] - m) * (x[at + c] - m);
+    REAL r = 1 / sqrt(block_sum(squares) / C + eps);
+    if (threadIdx.x == 0) mean[blockIdx.x] = m, rstd[blockIdx.x] = r;
+    FOR_ROW(c, C) y[at + c] = (x[at + c] - m) * r * w[c] + b[c];
+}
+
+// dx = rstd (d - mean(d) - xhat mean(d xhat)), d = dy w, xhat = (x - mean) rstd
+extern "C" __global__ void layer_norm_back(const REAL* x, const REAL* w, const REAL* mean, const REAL* rstd,
+                                           const REAL* dy, REAL* dx, Int C) {
+    Int at = blockIdx.x * C;
+    REAL m = mean[blockIdx.x], r = rstd[blockIdx.x], sum = 0, along = 0;
+    FOR_ROW(c, C) {
+        REAL d = dy[at + c] * w[c];
+        sum += d;
+        along += d * ((x[at + c] - m) * r);
+    }
+    sum = block_sum(sum) / C;
+    along = block_sum(along) / C;
+    FOR_ROW(c, C) dx[at + c] = r * (dy[at + c] * w[c] - (sum + (x[at + c] - m) * r * along));
+}
+
+// dw = sum over rows of dy (x - mean) rstd, db = sum over rows of dy    x, dy (N, C), dw, db (C,)
+// mean is null for RMSNorm, dw or db where it is not wanted. A block per 32 columns: a row's 32 are
+// read at once, and each warp adds every so many rows.
+extern "C" __global__ void norm_weights_back(const REAL* x, const REAL* mean, const REAL* rstd, const REAL* dy,
+                                             REAL* dw, REAL* db, Int N, Int C) {
+    Int c = blockIdx.x * (Int)32 + threadIdx.x % 32;
+    REAL w = 0, b = 0;
+    if (c < C)
+        for (Int n = threadIdx.x / 32; n < N; n += blockDim.x / 32) {
+            REAL d = dy[n * C + c], m = mean ? mean[n] : REAL(0);
+            w += d * ((x[n * C + c] - m) * rstd[n]);
+            b += d;
+        }
+    w = column_sum(w);
+    b = column_sum(b);
+    if (threadIdx.x >= 32 || c >= C) return;
+    if (dw) dw[c] = w;
+    if (db) db[c] = b;
+}
+
+// ---- activations: n numbers, one by one ---------------------------------------------------------
+
+// exp(-x) may be infinite: then this is 0, as it should be.
+__device__ REAL sigmoid(REAL x) {
+    REAL e = exp(-x);
+    return 1 / (1 + e);
+}
+
+// d silu(x) / dx = s + x s (1 - s)
+__device__ REAL silu_slope(REAL x, REAL s) { return s * (1 + x * (1 - s)); }
+
+// y = x sigmoid(x)
+extern "C" __global__ void silu(const REAL* x, REAL* y, Int n) { FOR_EACH(i, n) y[i] = x[i] * sigmoid(x[i]); }
+
+extern "C" __global__ void silu_back(const REAL* x, const REAL* dy, REAL* dx, Int n) {
+    FOR_EACH(i, n) dx[i] = dy[i] * silu_slope(x[i], sigmoid(x[i]));
+}
+
+// y = silu(gate) up    x = [gate, up] (2, n), y (n,)
+extern "C" __global__ void swiglu(const REAL* x, REAL* y, Int n) {
+    FOR_EACH(i, n) y[i] = x[i] * sigmoid(x[i]) * x[n + i];
+}
+
+extern "C" __global__ void swiglu_back(const REAL* x, const REAL* dy, REAL* dx, Int n) {
+    FOR_EACH(i, n) {
+        REAL gate = x[i], up = x[n + i], s = sigmoid(gate);
+        dx[i] = silu_slope(gate, s) * up * dy[i];
+        dx[n + i] = gate * s * dy[i];
+    }
+}
+
+// The normal distribution function Phi(x).
+__device__ REAL normal_cdf(REAL x) {
+    REAL e = erf(x * REAL(0.70710678118654752));  // 1 / sqrt(2)
+    return REAL(0.5) * (1 + e);
+}
+
+// y = x Phi(x)
+extern "C" __global__ void gelu(const REAL* x, REAL* y, Int n) { FOR_EACH(i, n) y[i] = x[i] * normal_cdf(x[i]); }
+
+extern "C" __global__ void gelu_back(const REAL* x, const REAL* dy, REAL* dx, Int n) {
+    FOR_EACH(i, n) {
+        REAL e = exp(REAL(-0.5) * x[i] * x[i]);
+        REAL density = e * REAL(0.39894228040143268);  // 1 / sqrt(2 pi)
+        dx[i] = dy[i] * (normal_cdf(x[i]) + x[i] * density);
+    }
+}
+
+// GELU's tanh form is x sigmoid(c (x + 0.044715 x^3)) with c = 2 sqrt(2 / pi).
+#define C_OF_GELU REAL(1.5957691216057308)
+#define CUBIC REAL(0.044715)
+__device__ REAL gelu_sigmoid(REAL x) { return sigmoid(x * (C_OF_GELU + CUBIC * C_OF_GELU * (x * x))); }
+
+extern "C" __global__ void gelu_tanh(const REAL* x, REAL* y, Int n) {
+    FOR_EACH(i, n) y[i] = x[i] * gelu_sigmoid(x[i]);
+}
+
+extern "C" __global__ void gelu_tanh_back(const REAL* x, const REAL* dy, REAL* dx, Int n) {
+    FOR_EACH(i, n) {
+        REAL s = gelu_sigmoid(x[i]);
+        REAL square = fmin(x[i] * x[i], REAL(1e4));  // beyond, s (1 - s) is 0 and the slope may be infinite
+        REAL slope = C_OF_GELU + 3 * CUBIC * C_OF_GELU * square;
+        dx[i] = dy[i] * (s + x[i] * s * (1 - s) * slope);
+    }
+}
+
+// ---- dropout: the mask of Backend.random_words, which is never stored ---------------------------
+
+using Word = unsigned long long;
+#define GOLDEN 0x9E3779B97F4A7C15ull
+
+__device__ Word mix(Word z) {
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+}
+
+// A round of mix_key.
+__device__ Word mixed_key(Word key, Word number) { return mix((key ^ number) + GOLDEN); }
+
+// y = x scale where 32 random bits are at least `threshold`, x 0 elsewhere    x, y (rows, C)
+// A word has the bits of two numbers. `step`, one number or null, is mixed into the key here.
+extern "C" __global__ void dropout(const REAL* x, REAL* y, Word key, const Word* step, Word first, Int rows, Int C,
+                                   unsigned threshold, REAL scale) {
+    Int words = (C + 1) / 2;
+    if (step) key = mixed_key(key, *step);
+    FOR_EACH(i, rows * words) {
+        Int row = i / words, word = i % words, at = row * C + 2 * word;
+        Word bits = mix(mixed_key(key, first + row) + (word + 1) * GOLDEN);
+        y[at] = x[at] * ((unsigned)bits >= threshold ? scale : REAL(0));
+        if (2 * word + 1 < C) y[at + 1] = x[at + 1] * ((unsigned)(bits >> 32) >= threshold ? scale : REAL(0));
+    }
+}
+
+// ---- losses -------------------------------------------------------------------------------------
+
+// weight = 1 / the number of targets that are not ignored, or 1 if all are    targets (N,); one block
+extern "C" __global__ void mean_weight(const Int* targets, Int ignored, REAL* weight, Int N) {
+    double count = 0;
+    FOR_ROW(n, N) count += targets[n] != ignored;
+    count = block_sum(count);
+    if (threadIdx.x == 0) *weight = count ? 1 / count : 1;
+}
+
+// sum = the sum of x (N,); one block
+extern "C" __global__ void add_up(const REAL* x, REAL* sum, Int N) {
+    double s = 0;
+    FOR_ROW(n, N) s += x[n];
+    s = block_sum(s);
+    if (threadIdx.x == 0) *sum = s;
+}
+
+// loss[n] = w (log sum_v exp(z[n, v]) - z[n, target]), dz = w (softmax(z[n]) - onehot(target))
+// z, dz (N, V), targets, loss (N,), w one number, or null for 1. dz may be z, or null. A block per
+// row. The maximum and the sum of exponentials take one pass over z (Milakov & Gimelshein 2018). Of
+// an ignored row z is not read, and loss and dz are 0. A target outside [0, V) makes them NaN.
+extern "C" __global__ void cross_entropy(const REAL* z, const Int* targets, Int ignored, const REAL* weight,
+                                         REAL* loss, REAL* dz, Int V) {
+    Int at = blockIdx.x * V, target = targets[blockIdx.x];
+    if (target == ignored) {
+        if (threadIdx.x == 0) loss[blockIdx.x] = 0;
+        if (dz) FOR_ROW(v, V) dz[at + v] = 0;
+        return;  // all threads of the block do
+    }
+    REAL mine = LOWEST, total = 0;
+    FOR_ROW(v, V) {
+        REAL before = mine;
+        mine = fmax(mine, z[at + v]);
+        REAL shrink = exp(before - mine), e = exp(z[at + v] - mine);
+        total = total * shrink + e;
+    }
+    REAL top = block_max(mine), shrink = exp(mine - top), w = weight ? *weight : REAL(1);
+    REAL hit = 0 <= target && target < V ? z[at + target] : NOT_A_NUMBER;
+    total = block_sum(total * shrink);  // its barrier: z has been read, and may be overwritten
+    if (threadIdx.x == 0) loss[blockIdx.x] = w * (log(total) - (hit - top));  // not log + top - hit: rounding
+    REAL scale = hit == hit ? w / total : NOT_A_NUMBER;
+    if (dz) FOR_ROW(v, V) {
+        REAL e = exp(z[at + v] - top);
+        dz[at + v] = e * scale - (v == target ? w : REAL(0));
+    }
+}
+
+// ---- DoRA ---------------------------------------------------------------------------------------
+
+// k = m / norm: 1 where the norm is 0, NaN where it is beyond the dtype
+__device__ REAL row_scale(REAL m, REAL norm) {
+    if (!isfinite(norm)) return NOT_A_NUMBER;
+    return norm == 0 ? REAL(1) : m / norm;
+}
+
+// The same of each row, and dm for norms that are constants    m, norms, k, dk, dm (n,)
+extern "C" __global__ void row_scales(const REAL* m, const REAL* norms, REAL* k, Int n) {
+    FOR_EACH(i, n) k[i] = row_scale(m[i], norms[i]);
+}
+
+extern "C" __global__ void row_scales_back(const REAL* norms, const REAL* dk, REAL* dm, Int n) {
+    FOR_EACH(i, n) dm[i] = norms[i] == 0 ? REAL(0) : dk[i] / norms[i];
+}
+
+// norms[o] = |V[o]|, k = row_scale(m, norms), `least` in place of 0, out = k V
+// V, out (O, I), m, norms, k (O,); a block per row. out may be V. Without m only norms is written.
+extern "C" __global__ void scale_rows(const REAL* V, const REAL* m, REAL least, REAL* norms, REAL* k, REAL* out,
+                                      Int I) {
+    Int at = blockIdx.x * I;
+    REAL sum = 0;
+    FOR_ROW(i, I) sum += V[at + i] * V[at + i];
+    REAL norm = sqrt(block_sum(sum));
+    if (threadIdx.x == 0) norms[blockIdx.x] = norm;
+    if (!m) return;
+    REAL scale = row_scale(m[blockIdx.x], norm);
+    if (scale == 0) scale = least;
+    if (threadIdx.x == 0) k[blockIdx.x] = scale;
+    FOR_ROW(i, I) out[at + i] = V[at + i] * scale;
+}
+
+// dm[o] = sum over rows of dY Y, / (k norms), with 1 for a norm of 0    a block per 32 columns
+// dY, Y (N, O), whose rows are dY_stride and Y_stride numbers apart; k, norms, dm (O,)
+extern "C" __global__ void magnitudes_back(const REAL* dY, Int dY_stride, const REAL* Y, Int Y_stride, const REAL* k,
+                                           const REAL* norms, REAL* dm, Int N, Int O) {
+    Int o = blockIdx.x * (Int)32 + threadIdx.x % 32;
+    REAL sum = 0;
+    if (o < O)
+        for (Int n = threadIdx.x / 32; n < N; n += blockDim.x / 32) sum += dY[n * dY_stride + o] * Y[n * Y_stride + o];
+    sum = column_sum(sum);
+    if (threadIdx.x < 32 && o < O) dm[o] = sum * (1 / (k[o] * (norms[o] == 0 ? REAL(1) : norms[o])));
+}
+
+// ---- weights in fewer bits ----------------------------------------------------------------------
+
+// The product rounded to float32 once. In double it is exact, so no fused multiply-add can skip that.
+__device__ float rounded_product(float a, float b) { return (float)((double)a * b); }
+
+// out[i] = the value of code i, times the absmax of its block, in float32    out (size,)
+// codes (bytes,): a byte decodes to values[byte] (256, per_byte). absmax has one number per 2^shift
+// of out; or, with absmax_codes (not null, double quantisation), one per 2^absmax_shift of these:
+// then a block's absmax is absmax_values[its code] times that, plus offset.
+extern "C" __global__ void decode(const unsigned char* codes, const float* values, Int per_byte, Int shift,
+                                  const float* absmax, const unsigned char* absmax_codes, const float* absmax_values,
+                                  Int absmax_shift, float offset, REAL* out, Int size) {
+    FOR_EACH(byte, (size + per_byte - 1) / per_byte)
+        for (Int i = byte * per_byte; i < (byte + 1) * per_byte && i < size; i++) {
+            Int b = i >> shift;
+            float scale = absmax[b >> absmax_shift];
+            if (absmax_codes) scale = rounded_product(absmax_values[absmax_codes[b]], scale) + offset;
+            out[i] = rounded_product(values[codes[byte] * per_byte + i % per_byte], scale);
+        }
+}
+
+// out = a bfloat16 (its upper 16 bits) as a float32    codes, out (size,)
+extern "C" __global__ void widen_bfloat16(const unsigned short* codes, REAL* out, Int size) {
+    FOR_EACH(i, size) out[i] = __uint_as_float((unsigned)codes[i] << 16);
+}
+
 // ---- attention ----------------------------------------------------------------------------------
 //
 // B sequences of T queries and S keys (the queries are the last T of S), H heads, K heads of keys
@@ -89,7 +381,6 @@ extern "C" __global__ void rms_norm_back(const REAL* x, const REAL* w, const REA
 // whole lines of a tile. Channels from D on are 0.
 
 const int ATTENTION_BLOCK = 128, OWNED = 16, MOST_PARTS = 16, TILE = ATTENTION_BLOCK * OWNED;
-const REAL LOWEST = sizeof(REAL) == 4 ? -3.4028234663852886e38 : -1.7976931348623157e308;
 
 #define UNROLLED _Pragma("unroll")
 #define FOR_OWNED(I) UNROLLED for (int I = 0; I < OWNED; I++)

@@ -55,6 +55,14 @@ class Kernels:
         """Launch a kernel that gives each of `rows` rows to a block."""
         self.launch(name, rows, max(32, min(512, 32 * -(-columns // 128))), *arguments)
 
+    def for_columns(self, name: str, columns: int, *arguments: Any) -> None:
+        """Launch a kernel that gives each 32 of `columns` columns to a block of 32 warps."""
+        self.launch(name, -(-columns // 32), 1024, *arguments)
+
+    def for_all(self, name: str, *arguments: Any) -> None:
+        """Launch a kernel that is one block."""
+        self.launch(name, 1, 1024, *arguments)
+
     def _argument(self, value: Any) -> Any:
         if type(value) is int:
             return np.int64(value)

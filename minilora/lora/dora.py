@@ -20,14 +20,14 @@ there.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .. import functional as F
-from ..autograd import Tensor, namespace, record
-from ..backend import Array, Shape
+from ..autograd import Tensor, record
+from ..backend import Array, Backend, Shape
 from ..effective import Formed, Pull
 from ..errors import ConfigError
 from ..nn import LinearBase, Parameter
@@ -65,29 +65,34 @@ class DoraAdapter(LoraAdapter):
         """The shapes of the trainable tensors over `base`: r (in + out) + out numbers."""
         return {**LoraAdapter.shapes(base, r), "lora_magnitude_vector": (base.out_features,)}
 
-    def norms(self, W: Array, scaled: bool = False) -> Array:
+    def norms(self, W: Array) -> Array:
         """|V| for the rows of V = W + s B A.    W (O, I) -> (O,)
 
-        With `scaled` W becomes k V in place. V is formed, a few rows at a time. |W|^2 +
-        2 s <W A^T, B> + s^2 <B A A^T, B>, row by row, is the same number for the same 2 r I O
-        operations, but wrong by u |W|^2 where dW cancels most of a row. All callers use this one
-        function, so m / |V| is exactly 1 at the start.
+        V is formed, a few rows at a time. |W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>, row by row, is
+        the same number for the same 2 r I O operations, but wrong by u |W|^2 where dW cancels most
+        of a row. All norms are computed in one way, so m / |V| is exactly 1 at the start.
         """
+        return self._form_rows(W, None)[0]
+
+    def _form_rows(self, W: Array, m: Array | None) -> tuple[Array, Array | None]:
+        """The norms of V's rows; with m (O,) also their scales k, and W becomes k V in place."""
         backend = self.lora_A.backend
         xp = backend.xp
         a = self.lora_A.data
         b = self.lora_B.data * self.scaling
-        norms = xp.empty(len(W), W.dtype)
+        found = []
         size = backend.sizes.row_norms // W.shape[1]
         for rows in blocks(len(W), size):
             V = backend.matmul(b[rows], a)  # (n, r) @ (r, I) -> (n, I)
             V += W[rows]
-            norms[rows] = xp.sqrt(backend.row_dot(V, V)[:, 0])
-            if scaled:
-                m = self.lora_magnitude_vector.data[rows]
-                k = _nonzero_scales(xp, m, norms[rows])
-                xp.multiply(V, k[:, None], out=W[rows])
-        return norms
+            if m is None:
+                found.append((backend.run(_row_norms, V), None))
+            else:
+                found.append(backend.run(_scale_rows, V, m[rows], W[rows], LEAST))
+        if len(found) == 1:
+            return found[0]
+        norms, ks = zip(*found, strict=True)
+        return xp.concatenate(norms), None if m is None else xp.concatenate(ks)
 
     def __call__(self, x: Tensor, y: Tensor, base: LinearBase) -> Tensor:
         """k V x + b, where y is W x + b.    x (..., I), y (..., O) -> (..., O)
@@ -108,7 +113,7 @@ class DoraAdapter(LoraAdapter):
         backend = self.lora_A.backend
         xp = backend.xp
         V = W + super().delta_weight(W)
-        norms = xp.sqrt(backend.row_dot(V, V)[:, 0])
+        norms = backend.run(_row_norms, V)
         m = self.lora_magnitude_vector.data.astype(W.dtype)
         return _scales(xp, m, norms)[:, None] * V - W
 
@@ -122,33 +127,26 @@ class DoraAdapter(LoraAdapter):
         V x is the output without its bias, divided by k, so dm needs no second product.
         """
         backend = self.lora_A.backend
-        xp = backend.xp
-        norms = self.norms(W, scaled=True)
-        k = _nonzero_scales(xp, self.lora_magnitude_vector.data, norms)
+        norms, k = self._form_rows(W, self.lora_magnitude_vector.data)
+        assert k is not None
         ks = (k * self.scaling)[:, None]
         b_ks = self.lora_B.data * ks  # (O, r)
         a_t = backend.transpose_for_products(self.lora_A.data)  # (I, r)
-        # Where a norm is 0, Y is 0, and so is dm.
-        per_m = 1 / (k * xp.where(norms == 0, 1, norms))
 
         def pull(X: Array, dY: Array, Y: Array) -> F.Grads:
             dU = backend.matmul(dY, b_ks)  # (N, O) @ (O, r) -> (N, r)
             dA = backend.matmul(dU.T, X)  # (r, N) @ (N, I) -> (r, I)
             U = backend.matmul(X, a_t)  # (N, I) @ (I, r) -> (N, r)
             dB = backend.matmul(dY.T, U) * ks  # (O, N) @ (N, r) -> (O, r)
-            return dA, dB, backend.column_dot(dY, Y) * per_m
+            return dA, dB, backend.run(_magnitude_gradient, dY, Y, k, norms)
 
         return (self.lora_A, self.lora_B, self.lora_magnitude_vector), Pull(pull, needs_output=True)
 
 
 def row_scales(m: Tensor, norms: Array) -> Tensor:
     """k = m / norms, 1 where a norm is 0; its gradient takes the norms for constants. All (O,)."""
-    xp = namespace(m)
-
-    def vjp(dk: Array) -> F.Grads:
-        return (xp.where(norms == 0, 0, dk / xp.where(norms == 0, 1, norms)),)
-
-    return record(_scales(xp, m.data, norms), (m,), vjp)
+    k, back = m.backend.run(_row_scales, m.data, norms)
+    return record(k, (m,), lambda dk: (back(dk),))
 
 
 def _scales(xp: Any, m: Array, norms: Array) -> Array:
@@ -157,10 +155,47 @@ def _scales(xp: Any, m: Array, norms: Array) -> Array:
     return xp.where(xp.isfinite(norms), k, np.nan)
 
 
-def _nonzero_scales(xp: Any, m: Array, norms: Array) -> Array:
-    """`_scales` with LEAST in place of 0."""
+# ---- on arrays -----------------------------------------------------------------------------------
+
+
+def _row_norms(backend: Backend, V: Array) -> Array:
+    """|V| for each row.    V (n, I) -> (n,)"""
+    xp = backend.xp
+    return xp.sqrt(backend.row_dot(V, V)[:, 0])
+
+
+def _row_scales(backend: Backend, m: Array, norms: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """(k, the function from dk to dm)    m and norms (O,)"""
+    xp = backend.xp
+
+    def back(dk: Array) -> Array:
+        dm: Array = xp.where(norms == 0, 0, dk / xp.where(norms == 0, 1, norms))
+        return dm
+
+    return _scales(xp, m, norms), back
+
+
+def _scale_rows(
+    backend: Backend, V: Array, m: Array, out: Array, least: float
+) -> tuple[Array, Array]:
+    """(the norms of V's rows, their scales k), both (n,); writes k V into `out`.
+
+    V and out (n, I), m (n,). `least` replaces k = 0.
+    """
+    xp = backend.xp
+    norms = _row_norms(backend, V)
     k = _scales(xp, m, norms)
-    return xp.where(k == 0, LEAST, k)
+    k = xp.where(k == 0, least, k)
+    xp.multiply(V, k[:, None], out=out)
+    return norms, k
+
+
+def _magnitude_gradient(backend: Backend, dY: Array, Y: Array, k: Array, norms: Array) -> Array:
+    """dm from the scaled output.    dY and Y = X W'^T (N, O), k and norms (O,) -> (O,)"""
+    xp = backend.xp
+    # Where a norm is 0, Y is 0, and so is dm.
+    per_m = 1 / (k * xp.where(norms == 0, 1, norms))
+    return xp.einsum("no,no->o", dY, Y) * per_m
 
 
 def require_compatible(adapters: Mapping[str, LoraAdapter], names: Sequence[str]) -> None:

@@ -15,21 +15,20 @@ import numpy as np
 
 from .. import functional as F
 from ..autograd import Tensor, namespace, record
-from ..backend import Array
+from ..backend import Array, Backend
 from ..nn import Embedding, Module, Parameter
 from .factors import Part, float64
 from .layer import Wrapper, find_owner
 from .merging import Merged, Merging, merge_rows
 
 
-def replace_rows(W: Tensor, indices: np.ndarray, rows: Tensor) -> Tensor:
-    """W with `rows` in place of its rows `indices`.
+def replace_rows(W: Tensor, at: Array, rows: Tensor) -> Tensor:
+    """W with `rows` in place of its rows `at`.
 
-    W (V, C), indices (n,) in [0, V) and distinct, rows (n, C) -> (V, C)
-    dW is dy with zeros in these rows, drows is dy[indices].
+    W (V, C), at (n,) integers in [0, V), distinct, on W's device, rows (n, C) -> (V, C)
+    dW is dy with zeros in these rows, drows is dy[at].
     """
     namespace(W, rows)
-    at = W.backend.from_numpy(indices)
     out = W.data.copy()
     out[at] = rows.data
     need_dW = W.requires_grad
@@ -53,8 +52,15 @@ class TokenRows(Module):
 
     def __init__(self, weight: Parameter, indices: Sequence[int]):
         self.indices = np.array(indices, np.int64)
-        at = weight.backend.from_numpy(self.indices)
+        self._moved: dict[Backend, Array] = {}  # the indices on a device, once they were used there
+        at = self.indices_on(weight.backend)
         self.trainable_tokens_delta = Parameter(weight.read_rows(at))
+
+    def indices_on(self, backend: Backend) -> Array:
+        """The indices as an array of a device: a step must not send them again."""
+        if backend not in self._moved:
+            self._moved[backend] = backend.from_numpy(self.indices)
+        return self._moved[backend]
 
     def merge_into(self, W: Array, dtype: str) -> Merged:
         """W (V, C), stored as `dtype`, with these rows rounded once."""
@@ -82,7 +88,7 @@ class TrainableTokens(Merging, Wrapper):
             return self.refuse_gradients(base(x))
         W: Tensor = base.weight
         for adapter in running:
-            W = replace_rows(W, adapter.indices, adapter.trainable_tokens_delta)
+            W = replace_rows(W, adapter.indices_on(W.backend), adapter.trainable_tokens_delta)
         return F.embedding(x, W) if isinstance(base, Embedding) else F.linear(x, W, base.bias)
 
     def write_effective_weight(self, out: Array, tokens: int | None) -> None:

@@ -122,6 +122,12 @@ class Quantized:
         return isinstance(self.absmax, Quantized)
 
     @property
+    def values(self) -> Array:
+        """What each byte decodes to before its absmax applies: (256, codes per byte) float32."""
+        values: Array = _tables(self.kind, backend_of(self.codes)).values
+        return values
+
+    @property
     def nbytes(self) -> int:
         """The bytes of codes and absmax, and four of the offset if there is double quantisation."""
         return int(self.codes.nbytes) + int(self.absmax.nbytes) + 4 * self.double_quant
@@ -140,17 +146,23 @@ class Quantized:
 
     def decode(self, dtype: Any = np.float32) -> Array:
         """level x absmax, in float32 and then rounded to `dtype`: a new array of `shape`."""
-        backend = backend_of(self.codes)
-        levels = _tables(self.kind, backend).values
-        values = backend.xp.take(levels, self.codes, axis=0).reshape(-1)[: self.size]
-        absmax = self.decode_absmax()
-        count = self.size // self.block_size
-        end = count * self.block_size
-        blocks = values[:end].reshape(count, self.block_size)  # a view
-        blocks *= absmax[:count, None]
-        short_block = values[end:]  # a view
-        short_block *= absmax[count:]
-        return values.reshape(self.shape).astype(dtype, copy=False)
+        values = backend_of(self.codes).run(_decode, self, np.dtype(dtype))
+        return values.reshape(self.shape)
+
+
+def _decode(backend: Backend, quantized: Quantized, dtype: Any) -> Array:
+    """`Quantized.decode` as a vector."""
+    size = quantized.size
+    block_size = quantized.block_size
+    decoded = backend.xp.take(quantized.values, quantized.codes, axis=0).reshape(-1)[:size]
+    absmax = quantized.decode_absmax()
+    count = size // block_size
+    end = count * block_size
+    blocks = decoded[:end].reshape(count, block_size)  # a view
+    blocks *= absmax[:count, None]
+    short_block = decoded[end:]  # a view
+    short_block *= absmax[count:]
+    return decoded.astype(dtype, copy=False)
 
 
 # ---- encoding -----------------------------------------------------------------------------------

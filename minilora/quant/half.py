@@ -69,10 +69,14 @@ class Half:
         with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
             if self.kind == "float16":
                 return bits.astype(dtype)
-            # On the array's device, which formats.dtypes, for files, does not know.
-            wide = bits.astype(np.uint32)
-            wide <<= np.uint32(16)
-            return wide.view(np.float32).astype(dtype, copy=False)
+            return backend_of(bits).run(_widen_bfloat16, bits, np.dtype(dtype))
+
+
+def _widen_bfloat16(backend: Backend, bits: Array, dtype: Any) -> Array:
+    """bfloat16's bits as floats, on any device; formats.dtypes does it for files."""
+    wide = bits.astype(np.uint32)
+    wide <<= np.uint32(16)
+    return wide.view(np.float32).astype(dtype, copy=False)
 
 
 def encode_half(values: Array, kind: str) -> Half:

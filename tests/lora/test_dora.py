@@ -281,7 +281,7 @@ def test_norms_are_equal_for_any_size_of_block(size: int, monkeypatch: pytest.Mo
     whole = adapter.norms(W)
     monkeypatch.setattr(NUMPY, "sizes", NUMPY.sizes._replace(row_norms=size))
     assert adapter.norms(W) == pytest.approx(whole, rel=1e-15)
-    adapter.norms(W, scaled=True)
+    adapter.write_effective_weight(W)
     k = pieces(made)[2] / whole
     assert pytest.approx(k[:, None] * direction(made), rel=1e-13) == W
 

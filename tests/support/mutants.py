@@ -328,7 +328,7 @@ mutant(
     EPS,
     "functional",
     "xhat = (X - mean) * rstd",
-    "xhat = (X - mean) / xp.sqrt(((X - mean) ** 2).mean(axis=-1, keepdims=True))",
+    "xhat = (X - mean) / backend.xp.sqrt(((X - mean) ** 2).mean(axis=-1, keepdims=True))",
     gradient("layer_norm"),
 )
 mutant(
@@ -420,16 +420,16 @@ mutant(
 )
 mutant(
     COUNT,
-    "functional",
+    "losses",
     "weight / xp.maximum(weight.sum(), 1)",
     "weight / max(len(weight), 1)",
     definition("cross_entropy"),
 )
 mutant(
     COUNT,
-    "functional",
+    "losses",
     "weight = (~ignored).astype(np.float64)",
-    "weight = xp.ones(len(t))",
+    "weight = xp.ones(len(targets))",
     definition("cross_entropy"),
 )
 mutant(
@@ -477,7 +477,13 @@ mutant(
     "z.reshape(B, T, h, D // 2, 2).swapaxes(-1, -2)[..., ::-1, :]",
     definition("attention"),
 )
-mutant("survivors are not scaled", "functional", "1 / (1 - float(p))", "1.0", definition("dropout"))
+mutant(
+    "survivors are not scaled",
+    "functional",
+    "scale = 1 / (1 - p)",
+    "scale = 1.0",
+    definition("dropout"),
+)
 mutant(
     "a detached branch passes a gradient",
     "autograd",

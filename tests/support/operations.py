@@ -22,6 +22,7 @@ import numpy as np
 from minilora import autograd as ag
 from minilora import effective
 from minilora import functional as F
+from minilora import losses as loss_operations
 from minilora.autograd import Tensor
 from minilora.backend import NUMPY, Backend, mix_key
 from minilora.effective import EffectiveWeight, Pull, effective_linear
@@ -36,7 +37,6 @@ NOT_OPERATIONS = {
     "as_floats": "works on arrays, inside operations",
     "axis_of": "returns an axis",
     "prepare_targets": "prepares targets",
-    "row_dot": "works on arrays, inside operations",
     "apply_rotary": "works on arrays, inside attention",
 }
 
@@ -85,9 +85,9 @@ def apart(*shapes: Shape) -> Arrays:
 
 
 def public_operations() -> dict[str, Callable[..., Any]]:
-    """Every public function that autograd.py, functional.py and effective.py define."""
+    """Every public function that autograd.py, functional.py, losses.py and effective.py define."""
     result = {}
-    for module in (ag, F, effective):
+    for module in (ag, F, loss_operations, effective):
         for name, function in vars(module).items():
             if not inspect.isfunction(function) or name.startswith("_"):
                 continue
