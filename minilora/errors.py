@@ -238,7 +238,7 @@ class SweepError(MiniloraError):
     `exit_code` is that of the first point that failed.
     """
 
-    def __init__(self, message: str, exit_code: int):
+    def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
 

@@ -26,7 +26,6 @@ from ..display import print_table, printable
 from ..errors import (
     CheckpointError,
     ConfigError,
-    DivergenceError,
     Interrupted,
     LockError,
     MiniloraError,
@@ -67,6 +66,7 @@ OUTPUT = "output.txt"  # in a point's folder: what finetune would have printed
 MOST_POINTS = 256
 TRIES = 50  # to lock a point's folder, ten per second
 DISK, OTHER = 4, 1  # exit codes of errors that have none of their own
+LASTING = NonFiniteError.exit_code  # of a failure that would come again
 OWN = ("grid", "out", "jobs", "pool", "max_points", "debug")  # options of sweep, not of its points
 PATHS = ("DIR", "FILE", "auto|DIR")
 FROM_MAIN = ("command", "parser", "run", "prints")
@@ -173,6 +173,9 @@ def _check_points(works: Sequence[Work]) -> None:
     options = argparse.Namespace(**works[0].options)
     config, base = _read_base(options.base)
     tokenizer = load_tokenizer(options.base, config.vocab_size)
+    for note in (tokenizer.note, *tokenizer.special.notes):
+        if note:
+            print(note, file=sys.stderr)
     contexts = set()
     plans = []
     for work in works:
@@ -278,7 +281,7 @@ def _train_point(folder: Path, options: Mapping[str, Any]) -> JsonObject:
         if not isinstance(error, Interrupted):
             traceback.print_exc()
         failure = describe_failure(error)
-        if isinstance(error, NonFiniteError | DivergenceError):
+        if failure["exit_code"] == LASTING:
             write_result(folder, failure)
         return failure
     loss = trained.evaluations[-1][1]
@@ -316,7 +319,7 @@ def describe_failure(error: BaseException) -> JsonObject:
     """The result of a point that failed: its reason in short, and the exit code for it."""
     code = OTHER
     reason = str(error) or type(error).__name__
-    if isinstance(error, NonFiniteError | DivergenceError):
+    if isinstance(error, MiniloraError) and error.exit_code == LASTING:
         # What follows names files and batches, and may depend on where the run was stopped.
         reason = reason.partition("; ")[0]
     if isinstance(error, MiniloraError):
@@ -328,7 +331,9 @@ def describe_failure(error: BaseException) -> JsonObject:
         reason = "out of memory"
     elif isinstance(error, BrokenExecutor):
         reason = "its process ended abruptly: it was killed, perhaps because memory ran out"
-    elif isinstance(error, Exception):
+    elif isinstance(error, KeyboardInterrupt):  # a second signal
+        reason = "it was stopped by a signal"
+    else:
         reason = f"{type(error).__name__}: {reason}"
     return {"state": FAILED, "reason": shorten(printable(reason)), "exit_code": code}
 
@@ -374,8 +379,8 @@ def _run_points(plan: Plan, pool: Pool, stopped: Sequence[int]) -> dict[str, Jso
         for work, future in completed(pool, run_point, left, stopped):
             error = future.exception()
             result = future.result() if error is None else describe_failure(error)
-            if stopped and result["state"] == FAILED and result["exit_code"] > 128:
-                continue
+            if stopped and result["state"] == FAILED and result["exit_code"] != LASTING:
+                continue  # the signal may be the reason
             results[work.point.name] = result
             bar.update()
             if bar.disable:

@@ -31,6 +31,8 @@ SWEEP = "sweep.json"
 RESULT = "result.json"
 FINISHED, FAILED = "finished", "failed"
 MEASURED = ("loss", "bits_per_byte", "trainable_parameters")
+# What a result has, by its state: texts, and numbers.
+NEEDED = {FINISHED: ((), (*MEASURED, "seconds")), FAILED: (("reason",), ("exit_code",))}
 WEIGHTS = (".safetensors", ".json", ".jinja")  # the files that give a model's folder its meaning
 SEED = "seed"  # the axis over which means are taken
 LONGEST_NAME = 80
@@ -184,7 +186,9 @@ def read_result(folder: Path) -> JsonObject | None:
     """What came of the point in this folder, or None if it has still to be done."""
     with suppress(OSError, FormatError):
         result = read_json(folder / RESULT)
-        if result.get("state") == FAILED or all(name in result for name in MEASURED):
+        texts, numbers = NEEDED.get(result.get("state", ""), ((), ("state",)))
+        are_texts = all(type(result.get(name)) is str for name in texts)
+        if are_texts and all(type(result.get(name)) in (int, float) for name in numbers):
             return result
     return None
 
@@ -246,7 +250,7 @@ def write_results(out: Path, rows: Sequence[JsonObject], means: Sequence[JsonObj
         file.write(table.getvalue().encode("utf-8", "replace"))
     content: JsonObject = {"points": list(rows)}
     if means:
-        content["over seeds"] = list(means)
+        content["over_seeds"] = list(means)
     write_json(out / "results.json", content)
 
 

