@@ -23,16 +23,18 @@ import faults
 import numpy as np
 import pytest
 from harness import snapshot
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import minilora.cli.sweep
-from minilora.cli import main
+from minilora.cli import build_parser, main
 from minilora.cli.grid import SHORT, possible_axes
 from minilora.cli.options import Parser
+from minilora.cli.sweep import plan_sweep, run_point
 from minilora.cli.training import add_finetune_options
 from minilora.errors import MiniloraError
 from minilora.formats.folders import locked
+from minilora.threads import available_cores
 from minilora.training.loop import Run, Settings
 from minilora.training.pool import Here
 from minilora.training.runs import find_checkpoint
@@ -45,6 +47,7 @@ TEXT = b"the quick brown fox jumps over the lazy dog, again and again. " * 10
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
 TINY = "--batch-size 2 --context 16 --threads 1"
 SWEEP = f"sweep --base base --data book.txt {TINY}"
+DONE = "--steps 4 --grid r=2,4 seed=0,1"
 POSIX = pytest.mark.skipif(not hasattr(os, "setsid"), reason="needs signals as POSIX has them")
 
 
@@ -199,8 +202,10 @@ def test_sweep_of_a_finished_folder_trains_nothing(world, tmp_path, monkeypatch)
         raise AssertionError("it trains again")
 
     monkeypatch.setattr(minilora.cli.sweep, "run_finetune", refuse)
-    out = ok(f"{SWEEP} --steps 4 --grid r=2,4 seed=0,1 --out '{tmp_path}/S'")
-    assert " of 4: " not in out
+    line = f"{SWEEP} {DONE} --out '{tmp_path}/S'"
+    assert " of 4: " not in ok(line)
+    plan = plan_sweep(build_parser().parse_args(shlex.split(line)))
+    assert all(run_point(work)["state"] == "finished" for work in plan.works)
     after = snapshot(tmp_path / "S")
     assert {path: after[path][0] for path in before if path.suffix != ".png"} == {
         path: content[0] for path, content in before.items() if path.suffix != ".png"
@@ -215,6 +220,17 @@ def test_sweep_in_processes_and_with_other_threads_has_the_same_bytes(world, tmp
     ok(line.replace("--threads 1", ""))
     assert table(tmp_path / "S") == table("done")
     assert adapters(tmp_path / "S") == adapters("done")
+
+
+@pytest.mark.parametrize(("words", "jobs"), [("", 1), ("--jobs 2", 2), ("--jobs 3", 3)])
+def test_sweep_shares_the_cores_among_its_processes(words, jobs, world):
+    line = f"sweep --base base --data book.txt --context 16 --grid r=2,4,8 --out S {words}"
+    plan = plan_sweep(build_parser().parse_args(shlex.split(line)))
+    threads = {work.options["threads"] for work in plan.works}
+    assert threads == {max(1, available_cores() // jobs)}
+    many = plan_sweep(build_parser().parse_args(shlex.split(f"{line} --jobs 1000 --threads 5")))
+    assert many.jobs == 3  # no more than there are points
+    assert {work.options["threads"] for work in many.works} == {5}
 
 
 def test_sweep_takes_tasks_records_methods_and_adapters(world, tmp_path):
@@ -335,8 +351,7 @@ def test_sweep_killed_three_times_at_random_moments_does_each_point_once(
 )
 def test_sweep_stopped_by_a_signal_saves_each_running_point(number, jobs, to_all, world, tmp_path):
     """Ctrl-C reaches all processes of the terminal, `kill` reaches one."""
-    steps = 60
-    line = f"{SWEEP} --steps {steps} --grid r=2,4 seed=0,1 --out '{tmp_path}/S' --jobs {jobs}"
+    line = f"{SWEEP} --steps 5000 --grid r=2,4 seed=0,1 --out '{tmp_path}/S' --jobs {jobs}"
     process = start(line, tmp_path)
     while len(list((tmp_path / "S").glob("*/log.jsonl"))) < jobs:
         time.sleep(0.001)
@@ -344,28 +359,21 @@ def test_sweep_stopped_by_a_signal_saves_each_running_point(number, jobs, to_all
     assert faults.wait(process) == 128 + number
     out, err = ((tmp_path / name).read_text() for name in ("stdout", "stderr"))
     name = signal.Signals(number).name
-    done = len(list((tmp_path / "S").glob("*/result.json")))
     first, *others, last = err.strip().splitlines()
     assert first == f"{name}: finishing this step, then saving"
     assert not others
-    ending = f"{name}: stopped with {done} of 4 points done; the same command goes on"
+    ending = f"{name}: stopped with 0 of 4 points done; the same command goes on"
     assert last == f"minilora: interrupted: {ending}"
     assert "Traceback" not in out
-    stopped = 0
-    for point in (tmp_path / "S").iterdir():
-        if point.is_dir() and not (point / "result.json").exists():
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                _, manifest = find_checkpoint("auto", point)
-            assert steps_in_logs(tmp_path / "S")[point.name] == list(range(manifest["step"]))
-            stopped += 1
-    assert 1 <= stopped + done <= jobs + done
+    logs = steps_in_logs(tmp_path / "S")
+    assert len(logs) == jobs
+    for point, steps in logs.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _, manifest = find_checkpoint("auto", tmp_path / "S" / point)
+        assert steps == list(range(manifest["step"]))
     assert not list((tmp_path / "S").rglob(".lock"))
     assert not (tmp_path / "S" / "results.csv").exists()
-    ok(line)
-    logs = steps_in_logs(tmp_path / "S")
-    assert sorted(logs) == ["r=2,seed=0", "r=2,seed=1", "r=4,seed=0", "r=4,seed=1"]
-    assert all(log == list(range(steps)) for log in logs.values())
 
 
 def test_sweep_takes_no_step_twice_after_a_signal(world, tmp_path, monkeypatch):
@@ -561,6 +569,17 @@ def test_sweep_records_a_point_whose_folder_is_in_use(world, tmp_path, monkeypat
     assert table(tmp_path / "S") == table("done")
 
 
+def test_sweep_waits_for_the_processes_of_a_killed_one_to_end(world, tmp_path):
+    line = f"{SWEEP} {DONE} --out '{tmp_path}/S'"
+    with ThreadPoolExecutor(1) as other:
+        with locked(tmp_path / "S" / "r=2,seed=0"):
+            (tmp_path / "S" / "sweep.json").write_bytes(Path("done/sweep.json").read_bytes())
+            sweeping = other.submit(run, line)
+            time.sleep(0.3)
+        assert sweeping.result()[0] == 0
+    assert table(tmp_path / "S") == table("done")
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -641,7 +660,6 @@ def test_sweep_refuses_before_anything_is_written(words, world, tmp_path):
     assert snapshot(world) == before
 
 
-DONE = "--steps 4 --grid r=2,4 seed=0,1"
 DIFFERENT = {
     "--steps 4 --grid r=2,8 seed=0,1": (2, "holds another sweep: r was '2,4', now '2,8'"),
     "--steps 4 --grid r=2,4,8 seed=0,1": (2, "r was '2,4', now '2,4,8'"),
@@ -713,6 +731,7 @@ grids = st.dictionaries(
 
 
 @given(grids)
+@example({"target": ["q", "Q"], "r": ["2"]})
 def test_list_points_have_distinct_plain_names_in_the_order_of_the_grid(grid):
     points = list_points(grid)
     assert len(points) == np.prod([len(values) for values in grid.values()])

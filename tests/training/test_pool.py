@@ -41,6 +41,10 @@ def process_of(number: int) -> int:
     return os.getpid()
 
 
+def session_of(number: int) -> int:
+    return os.getsid(0)
+
+
 def count_blas_threads(_: object) -> list[int]:
     import numpy as np
 
@@ -115,6 +119,8 @@ def test_open_pool_is_an_executor(kind):
         assert [type(error) for error in errors] == [type(None), ConfigError] * 2
         assert str(errors[1]) == "number must be even, got 1"
         assert pool.submit(count_blas_threads, 0).result() == [1]
+        if kind == "processes" and hasattr(os, "getsid"):  # Ctrl-C reaches the master alone
+            assert pool.submit(session_of, 0).result() != os.getsid(0)
         found = {pool.submit(process_of, number).result() for number in range(4)}
         assert (found == {os.getpid()}) == (kind == "here")
         results = {item: f.result() for item, f in completed(pool, square, [3, 1])}
