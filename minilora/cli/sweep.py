@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from ..backend import get_backend
 from ..data.tokenizer import load_tokenizer
 from ..display import print_table, printable
 from ..errors import (
@@ -169,8 +170,9 @@ def _point_options(
 
 
 def _check_points(works: Sequence[Work]) -> None:
-    """Errors for options, targets, contexts and texts that finetune would refuse."""
+    """Errors for a device, options, targets and texts that finetune would refuse."""
     options = argparse.Namespace(**works[0].options)
+    get_backend(options.device)
     config, base = _read_base(options.base)
     tokenizer = load_tokenizer(options.base, config.vocab_size)
     for note in (tokenizer.note, *tokenizer.special.notes):
@@ -278,9 +280,8 @@ def _train_point(folder: Path, options: Mapping[str, Any]) -> JsonObject:
             args, contextlib.nullcontext(folder), lambda _: contextlib.nullcontext()
         )
     except Exception as error:
-        if not isinstance(error, Interrupted):
-            traceback.print_exc()
         failure = describe_failure(error)
+        _print_error(error)
         if failure["exit_code"] == LASTING:
             write_result(folder, failure)
         return failure
@@ -294,6 +295,15 @@ def _train_point(folder: Path, options: Mapping[str, Any]) -> JsonObject:
     }
     write_result(folder, result)
     return result
+
+
+def _print_error(error: Exception) -> None:
+    """Print the whole message to the point's output, and where a mistake of ours came from."""
+    if isinstance(error, MiniloraError | OSError | MemoryError):
+        kind = "interrupted" if isinstance(error, Interrupted) else "error"
+        print(f"minilora: {kind}: {printable(str(error) or 'out of memory')}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
 
 
 def _count_seconds(folder: Path) -> float:
