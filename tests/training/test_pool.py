@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -247,11 +248,15 @@ def test_processes_end_with_a_master_that_was_killed(tmp_path, monkeypatch):
     assert is_running(worker)
     master.kill()
     master.wait()
-    for _ in range(6000):
-        if not is_running(worker):
-            break
-        time.sleep(0.01)
-    assert not is_running(worker)
+    try:
+        for _ in range(6000):
+            if not is_running(worker):
+                break
+            time.sleep(0.01)
+        assert not is_running(worker)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
 
 
 # ---- ranks ----
