@@ -232,6 +232,17 @@ class LockError(MiniloraError):
     exit_code = 6
 
 
+class SweepError(MiniloraError):
+    """Points of a sweep failed, and the others are finished.
+
+    `exit_code` is that of the first point that failed.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class Interrupted(MiniloraError):
     """A signal asked the run to stop; the current step was finished and saved.
 

@@ -52,6 +52,7 @@ def one_blas_thread() -> Any:
 @functools.cache
 def _blas() -> Any:
     """threadpoolctl's controller, made once: finding the BLAS libraries takes milliseconds."""
+    import numpy  # noqa: F401  (its BLAS must be loaded to be found)
     import threadpoolctl
 
     return threadpoolctl.ThreadpoolController()

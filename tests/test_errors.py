@@ -207,7 +207,7 @@ def test_predicates_refuse_invalid_values(predicate: Any, values: list[Any]) -> 
 
 EXIT_CODES = {"MiniloraError": 1, "GraphError": 1, "ConfigError": 2, "DeviceError": 2}
 EXIT_CODES |= {"FormatError": 3, "DataError": 3, "NothingToLearnError": 3, "CheckpointError": 3}
-EXIT_CODES |= {"NonFiniteError": 5, "DivergenceError": 5, "LockError": 6}
+EXIT_CODES |= {"NonFiniteError": 5, "DivergenceError": 5, "LockError": 6, "SweepError": 1}
 
 
 def kinds_of_error() -> dict[str, type[MiniloraError]]:
@@ -237,6 +237,11 @@ def test_interrupted_exits_with_128_and_the_signal() -> None:
     error = errors.Interrupted("stopped\n", 15)
     assert error.exit_code == 143
     assert str(error) == r"stopped\n"
+
+
+def test_sweep_error_exits_with_the_code_of_a_point() -> None:
+    error = errors.SweepError("2 of 3 points failed", 5)
+    assert error.exit_code == pickle.loads(pickle.dumps(error)).exit_code == 5
 
 
 def test_errors_of_every_kind_survive_a_process_pool() -> None:

@@ -35,7 +35,8 @@ IMPORTERS = {  # the only files that may import an optional package
     "jinja2": ("data/sandboxed.py", "lab/report.py"),
     "tokenizers": ("data/sandboxed.py",),
     "plotly": ("lab/report.py",),
-    "mpi4py": ("training/ranks.py",),
+    # Of ranks that take a step together, and of ranks that take calls one by one.
+    "mpi4py": ("training/ranks.py", "training/pool.py"),
     "huggingface_hub": ("models/pretrained.py",),
 }
 NEVER = {"torch", "transformers", "peft", "safetensors", "scipy", "pickle", "importlib", "re"}

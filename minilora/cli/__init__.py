@@ -1,6 +1,8 @@
 """The command line: one file per group of commands, each command's options beside its function.
 
 training   demo, pretrain, finetune
+sweep      sweep: finetune at each point of a grid of options
+grid       the axes of that grid
 using      generate, evaluate
 files      merge, combine, inspect, diff, extract, resize, convert: files in, files out
 checking   verify, devices
@@ -30,11 +32,17 @@ from .. import __version__
 from ..display import printable
 from ..errors import Interrupted, MiniloraError
 from ..training.signals import HANGUP
-from . import checking, files, training, using
+from . import checking, files, sweep, training, using
 from .options import HelpFormatter, Parser, hyphenate, option
 from .streams import Stream, open_descriptors
 
-COMMANDS = (*training.COMMANDS, *using.COMMANDS, *files.COMMANDS, *checking.COMMANDS)
+COMMANDS = (
+    *training.COMMANDS,
+    *sweep.COMMANDS,
+    *using.COMMANDS,
+    *files.COMMANDS,
+    *checking.COMMANDS,
+)
 SUCCESS, FAILED, IO = 0, 1, 4  # besides the exit codes in errors.py
 
 

@@ -46,8 +46,9 @@ class Once(argparse.Action):
     """Stores a value, and refuses a second one, which other commands would add to the first."""
 
     def __call__(self, parser: Any, namespace: Args, value: Any, name: str | None = None) -> None:
-        if getattr(namespace, self.dest) not in (None, value):
-            given = f"got {getattr(namespace, self.dest)!r:.60} and {value!r:.60}"
+        before = getattr(namespace, self.dest, None)
+        if before not in (None, value):
+            given = f"got {before!r:.60} and {value!r:.60}"
             message = f"must be given once, {given}: combine makes one adapter of several"
             raise argparse.ArgumentError(self, message)
         setattr(namespace, self.dest, value)

@@ -9,7 +9,7 @@ import functools
 import os
 import signal
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,16 @@ def demo(args: Args) -> None:
 # ---- pretrain ------------------------------------------------------------------------------------
 
 
+def add_folder_options(parser: Parser) -> None:
+    option(parser, "--out DIR", "a new or empty folder (default: runs/COMMAND-NNN)")
+    text = "continue from this checkpoint, or from the newest in --out (auto)"
+    option(parser, "--resume auto|DIR", text, nargs="?", const="auto", type=path)
+
+
 def add_training_options(parser: Parser, lr: float) -> None:
     text = "text to evaluate on (default: the last tenth of the text, not trained on)"
     option(parser, "--eval-data FILE", text)
     add_strict(parser)
-    option(parser, "--out DIR", "a new or empty folder (default: runs/COMMAND-NNN)")
-    text = "continue from this checkpoint, or from the newest in --out (auto)"
-    option(parser, "--resume auto|DIR", text, nargs="?", const="auto", type=path)
     option(parser, "--abort-on-divergence", "stop when the loss has diverged but is still finite")
     option(parser, "--gradient-checkpointing", "use less memory, and a third more time")
     text = "on a GPU, run each operation of a step by itself instead of all by one launch"
@@ -142,6 +145,7 @@ def add_training_options(parser: Parser, lr: float) -> None:
 
 def add_pretrain_options(parser: Parser) -> None:
     option(parser, "--data FILE", DATA, required=True)
+    add_folder_options(parser)
     add_training_options(parser, lr=3e-3)
     shape = parser.add_argument_group("model")
     size = functools.partial(option, shape, type=positive_integer, default=argparse.SUPPRESS)
@@ -186,6 +190,13 @@ def pretrain(args: Args) -> None:
 
 
 def add_finetune_options(parser: Parser) -> None:
+    add_folder_options(parser)
+    add_tuning_options(parser)
+    parser.set_defaults(method=None)  # to tell "lora" from an option that was not given
+
+
+def add_tuning_options(parser: Parser) -> None:
+    """All options of finetune but those of its folder: sweep has them for each of its runs."""
     add_base(parser)
     add_allow_nonfinite(parser)
     option(parser, "--data FILE", DATA)
@@ -198,7 +209,6 @@ def add_finetune_options(parser: Parser) -> None:
     add_training_options(parser, lr=2e-3)
     group = parser.add_argument_group("method and adapter (fields of PEFT's configuration)")
     add_method(group)
-    parser.set_defaults(method=None)  # to tell "lora" from an option that was not given
     add_quantize(group)
     field = functools.partial(option, group, default=argparse.SUPPRESS)
     default = LoraConfig
@@ -246,8 +256,16 @@ def _add_adalora_fields(parser: Parser) -> None:
 
 
 def finetune(args: Args) -> None:
-    from ..tools.rewriting import copy_companions
-    from ..training.loop import Settings, train
+    result, ratio, _ = run_finetune(args, _run_folder(args, "finetune"), _saving)
+    _print_result(result, ratio)
+
+
+def read_finetune_options(args: Args) -> tuple[Any, LoraConfig | None, dict[str, str]]:
+    """(settings, configuration of the adapter, files by task) that the options mean.
+
+    ConfigError for options that are out of range or do not fit together. No weight is read.
+    """
+    from ..training.loop import Settings
 
     settings = Settings(**select_fields(args, Settings))
     fields = select_fields(args, AdaLoraConfig)
@@ -257,7 +275,23 @@ def finetune(args: Args) -> None:
         config = adapter_config(args.method, args.quantize, fields, settings.steps)
     else:
         config = read_continued_config(args, fields, settings.steps)
-    tasks = _name_tasks(args, config)
+    return settings, config, _name_tasks(args, config)
+
+
+def run_finetune(
+    args: Args,
+    folder: contextlib.AbstractContextManager[Path],
+    saving: Callable[[Path], contextlib.AbstractContextManager[None]],
+) -> tuple[Any, float, int]:
+    """Train and save; returns (the `Result`, bytes per token, number of trainable parameters).
+
+    folder   gives the folder of the run, once all that can be refused has been
+    saving   of that folder, is entered while the run trains and is saved
+    """
+    from ..tools.rewriting import copy_companions
+    from ..training.loop import train
+
+    settings, config, tasks = read_finetune_options(args)
     model, tokenizer = load_model(args)
     require_context(settings.context, model.config)
     read = functools.partial(
@@ -283,7 +317,8 @@ def finetune(args: Args) -> None:
     elif memory["layers"]:
         given = f"--method full cannot train --base {args.base!r}"
         raise ConfigError(f"{given}, which is held as {memory['kind']}: train an adapter")
-    with _run_folder(args, "finetune") as out:
+    trainable = sum(p.size for p in model.parameters() if p.requires_grad)
+    with folder as out:
         if memory["layers"]:
             print(format_weight_memory(memory))
         if config is None:
@@ -294,14 +329,14 @@ def finetune(args: Args) -> None:
             print(printable(f"goes on from {args.adapter}"))
         print(printable(f"{sizes} tokens -> {out}"))
         options = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
-        with _saving(out):
+        with saving(out):
             result = train(model, tokens, settings, out, **options, origin=origin, title="finetune")
             model.save_pretrained(out)
             if config is None:
                 copy_companions(args.base, out)
         if isinstance(config, AdaLoraConfig):
             _draw_ranks(out)
-    _print_result(result, ratio)
+    return result, ratio, trainable
 
 
 def _name_tasks(args: Args, config: LoraConfig | None) -> dict[str, str]:

@@ -176,6 +176,36 @@ def delta_spectrum(
     _save(plt, figure, path)
 
 
+def losses_by_setting(path: Path, losses: Mapping[str, Sequence[float]]) -> None:
+    """Draw one row per setting: a dot for each seed's loss, their mean, and how far they spread.
+
+    losses   setting -> held-out losses, one per seed; none if the setting failed
+    """
+    plt = _pyplot()
+    labels = list(losses)
+    height = min(0.26 * len(labels) + 1.1, 60)  # matplotlib refuses pictures that are too large
+    figure, axis = plt.subplots(figsize=(7, height), layout="constrained")
+    best = min((float(np.mean(values)) for values in losses.values() if values), default=0.0)
+    for row, values in enumerate(losses.values()):
+        axis.plot(values, [row] * len(values), "o", color=QUIET, markersize=4)
+        if not values:
+            continue
+        mean = float(np.mean(values))
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        color = WARM if mean == best else COOL
+        axis.errorbar(mean, row, xerr=spread, fmt="|", color=color, markersize=9, capsize=3)
+    axis.set_yticks(range(len(labels)), [label.replace("$", r"\$") for label in labels], fontsize=7)
+    axis.set_ylim(len(labels) - 0.5, -0.5)  # the first setting above
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", color="#eeeeee")
+    axis.set_axisbelow(True)
+    axis.set_xlabel("held-out loss")
+    axis.set_title(
+        "Loss by setting: runs, mean and standard deviation; red: the lowest mean", loc="left"
+    )
+    _save(plt, figure, path)
+
+
 def heat_table(
     path: Path,
     values: np.ndarray,

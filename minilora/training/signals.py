@@ -10,15 +10,19 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
+# Windows has neither of the two.
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed
+TO_RANKS = getattr(signal, "SIGUSR1", None)  # what mpiexec passes on to every rank
 
 # The list of the block that this context is in.
 _receiving: ContextVar[list[int] | None] = ContextVar("signals received", default=None)
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that receives SIGINT, SIGTERM and SIGHUP, so that the running step can end first.
+def stop_signals(report: bool = True) -> Iterator[list[int]]:
+    """A list that receives SIGINT, SIGTERM, SIGHUP and SIGUSR1, so that the running step can end.
+
+    report   print a line to stderr at the first signal
 
     A second signal stops the run at once, but for SIGHUP: the system and the shell may both send
     one when a terminal is closed. SIGHUP stays ignored if it is: `nohup` asks for that.
@@ -31,6 +35,7 @@ def stop_signals() -> Iterator[list[int]]:
         yield outer
         return
     received: list[int] = []
+    stderr = sys.stderr  # not a file to which the block may direct its own output
 
     def receive(number: int, frame: Any) -> None:
         if received:
@@ -38,10 +43,12 @@ def stop_signals() -> Iterator[list[int]]:
                 return
             raise KeyboardInterrupt(number)
         received.append(number)
+        if not report:
+            return
         name = signal.Signals(number).name
         # The terminal may be gone, or the signal came while something was being printed.
         with contextlib.suppress(OSError, RuntimeError, ValueError):
-            print(f"\n{name}: finishing this step, then saving", file=sys.stderr)
+            print(f"\n{name}: finishing this step, then saving", file=stderr)
 
     if threading.current_thread() is not threading.main_thread():
         yield received  # Python lets only the main thread set handlers
@@ -49,6 +56,8 @@ def stop_signals() -> Iterator[list[int]]:
     numbers = [signal.SIGINT, signal.SIGTERM]
     if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:
         numbers.append(HANGUP)
+    if TO_RANKS is not None:
+        numbers.append(TO_RANKS)
     before = {number: signal.signal(number, receive) for number in numbers}
     _receiving.set(received)
     try:

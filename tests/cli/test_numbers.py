@@ -33,14 +33,18 @@ LINES = {
     "extract": "extract --base base --tuned base --out new",
     "resize": "resize --adapter adapter --out new",
     "verify": "verify",
+    "sweep": "sweep --base base --data book.txt --grid quantize=none,nf4 --out new",
 }
 
 
 def options():
     """(command, option, what its help calls the value) of every number."""
     (commands,) = [a for a in build_parser()._actions if isinstance(a.choices, dict)]
+    finetune = [action.dest for action in commands.choices["finetune"]._actions]
     for command, parser in commands.choices.items():
         for action in parser._actions:
+            if command == "sweep" and action.dest in finetune:
+                continue  # finetune itself reads and checks them
             if action.metavar in (*INTEGERS, *NUMBERS, *LISTS):
                 yield command, action.option_strings[0], action.metavar
 

@@ -133,6 +133,40 @@ def test_delta_spectrum_depends_on_its_numbers_alone(tmp_path):
     assert draw("one of two changed") != first
 
 
+# ---- losses_by_setting ----
+
+LOSSES = {
+    "seeds": {"r 4, lr 1e-3": [2.0, 2.1, 1.9], "r 8, lr 1e-3": [1.5, 1.6, 1.7]},
+    "one run each": {"r 4": [2.0], "r 8": [1.5], "r 16": [1.7]},
+    "one setting": {"r 4": [2.0]},
+    "some failed": {"r 4": [2.0, 2.1], "r 8": []},
+    "all failed": {"r 4": [], "r 8": []},
+    "equal losses": {"r 4": [2.0, 2.0], "r 8": [2.0, 2.0]},
+    "odd labels": {r"target $x_^ \frac": [1.0], "target " + "q" * 80: [2.0]},
+    "many": {f"r {number}": [1.0 / number] for number in range(1, 400)},
+}
+
+
+@pytest.mark.parametrize("losses", LOSSES.values(), ids=LOSSES)
+def test_losses_by_setting(losses, tmp_path):
+    path = tmp_path / "results.png"
+    plots.losses_by_setting(path, losses)
+    width, height = size_of(path)
+    assert width > 700
+    assert height > 100
+
+
+def test_losses_by_setting_mark_the_lowest_mean(tmp_path, open_figures):
+    plots.losses_by_setting(tmp_path / "results.png", LOSSES["seeds"])
+    axis = plt.gcf().axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(LOSSES["seeds"])
+    colors = [container.lines[0].get_color() for container in axis.containers]
+    assert colors == [plots.COOL, plots.WARM]
+    (bar,) = axis.containers[1].lines[2]
+    (left, _), (right, _) = bar.get_segments()[0]
+    assert (left, right) == pytest.approx((1.5, 1.7))
+
+
 # ---- heat_table ----
 
 
