@@ -39,8 +39,8 @@ from ..formats.disk import JsonObject
 from ..formats.folders import locked
 from ..lora.plan import Base, describe_checkpoint, plan_adapter
 from ..models.config import TransformerConfig
+from ..training.checkpoints import find_checkpoint, read_log
 from ..training.pool import POOLS, Pool, completed, open_pool, threads_per_call
-from ..training.runs import find_checkpoint, read_log
 from ..training.signals import stop_signals
 from ..training.sweep import (
     FAILED,

@@ -25,7 +25,6 @@ import pytest
 from harness import snapshot
 from hypothesis import example, given
 from hypothesis import strategies as st
-from minilora.training.runs import find_checkpoint
 
 import minilora.cli.sweep
 from minilora.cli import build_parser, main
@@ -36,6 +35,7 @@ from minilora.cli.training import add_finetune_options
 from minilora.errors import MiniloraError
 from minilora.formats.folders import locked
 from minilora.threads import available_cores
+from minilora.training.checkpoints import find_checkpoint
 from minilora.training.loop import Run, Settings
 from minilora.training.pool import Here
 from minilora.training.sweep import LONGEST_NAME, list_points, seed_rows
