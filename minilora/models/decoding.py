@@ -234,6 +234,7 @@ class Decoding:
     """
 
     def __init__(self, weights: Weights, cache: KeyValueCache):
+        assert weights.recorder is None, "the weights of gate and up are not negated for a GPU"
         self.weights = weights
         self.length = cache.length
         layers, _, B, limit, K, D = cache.data.shape
