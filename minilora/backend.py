@@ -97,7 +97,7 @@ class Backend:
 
     def matmul(self, a: Array, b: Array, out: Array | None = None, scale: float = 1.0) -> Array:
         """(a @ b) * scale    a (..., M, K), b (..., K, N) -> (..., M, N), in `out` if given"""
-        product = self.xp.matmul(a, b) if out is None else self.xp.matmul(a, b, out=out)
+        product = a @ b if out is None else self.xp.matmul(a, b, out=out)
         if scale != 1:
             product *= scale
         return product

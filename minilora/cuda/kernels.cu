@@ -1,7 +1,7 @@
 // The kernels of minilora, for numbers of C's type REAL: float or double, by -DREAL=...
 //
 // Arrays are contiguous, sizes are 64-bit integers. A kernel loops over all its numbers (FOR_EACH),
-// or gives a row to each block. Sums go in a fixed order and nothing is atomic, so that two runs
+// or gives a row, or 32 columns, to each block. Sums go in a fixed order and nothing is atomic, so that two runs
 // have the same bits. NVRTC compiles this file without the host's headers: no INFINITY, no <cmath>.
 //
 // N rows, C numbers per row, V vocabulary, O outputs and I inputs of a layer. REAL(0.5) and not 0.5,
@@ -15,6 +15,7 @@ using Int = long long;
 // The threads of a block share the numbers 0 <= I < N of its row.
 #define FOR_ROW(I, N) for (Int I = threadIdx.x; I < (N); I += blockDim.x)
 
+// The lowest finite number, and NaN.
 #define LOWEST (sizeof(REAL) == 4 ? REAL(-3.4028234663852886e38) : REAL(-1.7976931348623157e308))
 #define NOT_A_NUMBER REAL(__int_as_float(0x7fffffff))
 
