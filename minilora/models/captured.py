@@ -98,23 +98,37 @@ class CapturedDecoding:
         backend = w.backend
         x = w.xp.take(self.embeddings, self.ids, axis=0)  # (B, C)
         for layer, cache in zip(w.layers, self.data, strict=True):
-            qkv = layer.qkv(self._normed(x))
+            qkv = self._multiply(self._normed(x), layer.qkv)
             options = layer.head_norms, self.seen, w.heads, layer.window, w.eps
             y = backend.run(_attend_newest, qkv, cache, self.rotations, *options)
-            layer.o.add_to(x, y)
-            layer.down.add_to(x, self._swiglu(layer.gate_up, self._normed(x)))
-        w.head(self._normed(x), out=self.logits)
+            self._add_product(x, y, layer.o)
+            y = self._swiglu(self._normed(x), layer.gate_up)
+            self._add_product(x, y, layer.down)
+        self._multiply(self._normed(x), w.head, out=self.logits)
+
+    def _multiply(self, x: Array, product: Product, out: Array | None = None) -> Array:
+        """x W + b"""
+        y = self.weights.backend.matmul(x, product.weight, out)
+        if product.bias is not None:
+            y += product.bias
+        return y
+
+    def _add_product(self, x: Array, y: Array, product: Product) -> None:
+        """x += y W + b"""
+        self.weights.backend.add_matmul(x, y, product.weight)
+        if product.bias is not None:
+            x += product.bias
 
     def _normed(self, x: Array) -> Array:
         """x / sqrt(mean(x^2) + eps); the norm's weight is in the product that follows."""
         with no_grad():
             return F.rms_norm(Tensor(x), self.ones, self.weights.eps).data
 
-    def _swiglu(self, product: Product, x: Array) -> Array:
+    def _swiglu(self, x: Array, product: Product) -> Array:
         """silu(gate) up, whose gate and up, (2, B, M), are two products in one call."""
         C = x.shape[1]
         weight = product.weight.reshape(C, 2, -1).swapaxes(0, 1)  # (2, C, M), a view
-        gate_up = product.backend.matmul(x, weight)
+        gate_up = self.weights.backend.matmul(x, weight)
         if product.bias is not None:
             gate_up += product.bias.reshape(2, 1, -1)
         with no_grad():

@@ -37,21 +37,14 @@ def _recorder_of(backend: Backend) -> Any:
 class Product(NamedTuple):
     """y = x W + b    x (B, I), weight (I, O), bias (O,) or None -> (B, O)"""
 
-    backend: Backend
     weight: Array
     bias: Array | None
 
-    def __call__(self, x: Array, out: Array | None = None) -> Array:
-        y = self.backend.matmul(x, self.weight, out)
+    def __call__(self, x: Array) -> Array:
+        y = x @ self.weight
         if self.bias is not None:
             y += self.bias
         return y
-
-    def add_to(self, out: Array, x: Array) -> None:
-        """out += x W + b"""
-        self.backend.add_matmul(out, x, self.weight)
-        if self.bias is not None:
-            out += self.bias
 
 
 class Layer(NamedTuple):
@@ -137,8 +130,9 @@ class Weights:
         return (cos + 1j * sin).reshape(limit, -1)
 
     def copy_cache(self, cache: KeyValueCache, out: Array) -> None:
-        """Write what a cache has seen into `out`, (layers, 2, B, K, limit, D): k's channels in
-        pairs.
+        """Copy what a cache has seen into `out`, with the channels of k in pairs.
+
+        out (layers, 2, B, K, limit, D)
         """
         seen = cache.length
         known = cache.data[:, :, :, :seen].transpose(0, 1, 2, 4, 3, 5)  # (layers, 2, B, K, seen, D)
@@ -206,8 +200,7 @@ def _build_product(source: Source, memory: Array) -> Product | None:
     None if a layer must run on its own.
     """
     layers, norm, order, sign = source
-    backend = layers[0].backend
-    xp = backend.xp
+    xp = layers[0].backend.xp
     inputs = layers[0].in_features
     W = xp.empty((len(memory) // inputs, inputs), memory.dtype)
     end = 0
@@ -220,13 +213,13 @@ def _build_product(source: Source, memory: Array) -> Product | None:
     weight = memory.reshape(inputs, -1)
     xp.multiply(W.T, sign if norm is None else sign * norm.weight.data[:, None], out=weight)
     if all(layer.bias is None for layer in layers):
-        return Product(backend, weight, None)
+        return Product(weight, None)
     biases = []
     for layer in layers:
         zeros = xp.zeros(layer.out_features, memory.dtype)
         biases.append(zeros if layer.bias is None else layer.bias.data)
     bias = sign * xp.concatenate(biases)
-    return Product(backend, weight, bias if order is None else bias[order])
+    return Product(weight, bias if order is None else bias[order])
 
 
 # ---- one token after another --------------------------------------------------------------------
@@ -235,10 +228,13 @@ def _build_product(source: Source, memory: Array) -> Product | None:
 class Decoding:
     """Sequences that have seen a prompt and can continue: their keys and values, a model's weights.
 
+    For a CPU; a GPU's is in captured.py.
+
     cache   the model's keys and values of the prompts, which are copied
     """
 
     def __init__(self, weights: Weights, cache: KeyValueCache):
+        assert weights.recorder is None, "the weights of gate and up are not negated for a GPU"
         self.weights = weights
         self.length = cache.length
         layers, _, B, limit, K, D = cache.data.shape
@@ -271,10 +267,10 @@ class Decoding:
             first = max(0, S - layer.window) if layer.window else 0
             keys, values = key_values[:, :, :, first:S]
             q = qkv[:, : H * D].reshape(B, K, H // K, D)
-            p = w.backend.matmul(q, keys.swapaxes(-1, -2))  # (B, K, G, S)
+            p = q @ keys.swapaxes(-1, -2)  # (B, K, G, S)
             p -= p.max(axis=-1, keepdims=True)
             xp.exp(p, out=p)
-            y = w.backend.matmul(p, values)  # (B, K, G, D)
+            y = p @ values  # (B, K, G, D)
             y /= p.sum(axis=-1, keepdims=True)
             x += layer.o(y.reshape(B, H * D))
             # silu(g) u = (-g) (-u) / (1 + exp(-g)), and the weights give -g and -u.
@@ -289,7 +285,6 @@ class Decoding:
 
     def _normed(self, x: Array) -> Array:
         """x / sqrt(mean(x^2) + eps); the norm's weight is in the product that follows."""
-        w = self.weights
-        scale = w.backend.matmul(x * x, w.mean)
-        scale += w.eps
-        return x / w.xp.sqrt(scale, out=scale)
+        scale = (x * x) @ self.weights.mean
+        scale += self.weights.eps
+        return x / self.weights.xp.sqrt(scale, out=scale)

@@ -17,6 +17,8 @@ from .cache import KeyValueCache
 from .captured import start_decoding
 from .decoding import Weights
 
+FEW = 2000  # so many logits are sorted faster than the largest of them are found
+
 
 def _is_probability(value: Any) -> bool:
     return is_number(above=0)(value) and value <= 1
@@ -227,8 +229,8 @@ def _order_likeliest(z: np.ndarray, k: int) -> np.ndarray:
     z (B, V) -> (B, k)    Only these k are sorted.
     """
     V = z.shape[1]
-    if k >= V:
-        return np.argsort(-z, axis=-1, kind="stable")
+    if k >= V or V <= FEW:
+        return np.argsort(-z, axis=-1, kind="stable")[:, :k]
     least = np.partition(z, V - k, axis=-1)[:, V - k, None]  # of the k
     is_larger = z > least
     is_equal = z == least

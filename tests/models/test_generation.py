@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from minilora.errors import ConfigError, DataError, NonFiniteError
 from minilora.lora import LoraConfig, PeftModel, get_peft_model
+from minilora.models import generation
 from minilora.models.config import TransformerConfig
 from minilora.models.generation import generate, sample, stream
 from minilora.models.transformer import CausalLM
@@ -296,11 +297,13 @@ def test_sample_with_top_k_draws_what_a_whole_sort_draws(
         logits = np.rint(logits)
         logits[rng.random(logits.shape) < 0.2] = -np.inf
         logits[:, rng.integers(V)] = 1
-    draws = [
-        draw(logits, np.random.default_rng(seed), 0.8, min(top_k, V), 0.95)
-        for draw in (sample, sample_by_sorting_all)
-    ]
-    np.testing.assert_array_equal(*draws)
+    inputs = 0.8, min(top_k, V), 0.95
+    expected = sample_by_sorting_all(logits, np.random.default_rng(seed), *inputs)
+    for few in (generation.FEW, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(generation, "FEW", few)
+            tokens = sample(logits, np.random.default_rng(seed), *inputs)
+        np.testing.assert_array_equal(tokens, expected)
 
 
 def test_sample_treats_each_row_by_itself() -> None:
