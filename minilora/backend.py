@@ -69,6 +69,7 @@ class Backend:
     name: str
     xp: Any
     sizes = BlockSizes()
+    recorder: Any = None  # what captures work as graphs (`cuda.graphs.Recorder`), if anything does
     joins = False  # does an optimiser update parameters of any size together?
 
     def __deepcopy__(self, memo: Any) -> Backend:
@@ -135,10 +136,6 @@ class Backend:
         xp = self.xp
         inverse = xp.where(sizes == 0, 0, 1 / xp.maximum(sizes, _SMALLEST))
         return rows * inverse[:, None]
-
-    def recorder(self) -> Any:
-        """What captures work on this device as graphs (`cuda.graphs.Recorder`), or None."""
-        return None
 
     def join(self, arrays: Sequence[Array]) -> Array:
         """Arrays of one dtype end to end, as a vector."""
@@ -275,7 +272,8 @@ class CupyBackend(Backend):
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.asarray(self.xp.asnumpy(array))
 
-    def recorder(self) -> Any:
+    @functools.cached_property
+    def recorder(self) -> Recorder:
         return Recorder(self)
 
     def join(self, arrays: Sequence[Array]) -> Array:

@@ -336,7 +336,7 @@ def test_dropout_counter_may_change_between_replays_of_a_graph() -> None:
         return y.data, gradients(y, [x], dy)[0]
 
     work(number)  # compiles
-    graph = gpu.recorder().capture(lambda: work(number))
+    graph = gpu.recorder.capture(lambda: work(number))
     for step in (0, 3, 2**50):
         number[...] = step
         graph.replay()

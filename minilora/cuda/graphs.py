@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -35,16 +37,18 @@ class Graph(Generic[T]):
 
 
 class Recorder:
-    """Captures work on one device. Its graphs share memory: what they compute is read in between.
+    """Captures work on a device, which has one of these: its stream has memory for cuBLAS.
 
-    A graph keeps no array alive, so the memory of all intermediate results belongs to the recorder.
+    A graph keeps no array alive, so the memory of intermediate results belongs to the recorder. All
+    graphs share it, since they run one after another; it is given back when none of them is left.
     """
 
     def __init__(self, backend: Any):
         self.backend = backend
-        xp = backend.xp
-        self._stream = xp.cuda.Stream(non_blocking=True)
-        self._pool = xp.cuda.MemoryPool()
+        self._stream = backend.xp.cuda.Stream(non_blocking=True)
+        self._pool = backend.xp.cuda.MemoryPool()
+        self._graphs: weakref.WeakSet[Graph[Any]] = weakref.WeakSet()
+        self._lock = threading.Lock()
 
     def capture(self, work: Callable[[], T]) -> Graph[T]:
         """The graph of all that work() asks of the device; nothing of it runs yet.
@@ -52,26 +56,34 @@ class Recorder:
         Raises what the work raises, also if it does what a capture does not allow.
         """
         xp = self.backend.xp
-        xp.get_default_memory_pool().free_all_blocks()  # what eager steps held
-        gc.collect()
-        was_enabled = gc.isenabled()
-        gc.disable()  # to free an array of another owner is not a part of this work
-        try:
-            with self._stream:
-                self._stream.begin_capture()
-                try:
-                    with xp.cuda.using_allocator(self._pool.malloc):
-                        result = work()
-                except BaseException:
-                    with contextlib.suppress(Exception):  # the capture is invalid: that is said
-                        self._stream.end_capture()
-                    self._stream = xp.cuda.Stream(non_blocking=True)
-                    raise
-                graph = self._stream.end_capture()
-        finally:
-            if was_enabled:
-                gc.enable()
-        return Graph(graph, result)
+        with self._lock:
+            xp.get_default_memory_pool().free_all_blocks()  # what eager steps held
+            gc.collect()
+            if not self._graphs:
+                self._pool = xp.cuda.MemoryPool()
+            was_enabled = gc.isenabled()
+            gc.disable()  # to free an array of another owner is not a part of this work
+            try:
+                graph = Graph(*self._record(work))
+            finally:
+                if was_enabled:
+                    gc.enable()
+            self._graphs.add(graph)
+            return graph
+
+    def _record(self, work: Callable[[], T]) -> tuple[Any, T]:
+        xp = self.backend.xp
+        with self._stream:
+            self._stream.begin_capture()
+            try:
+                with xp.cuda.using_allocator(self._pool.malloc):
+                    result = work()
+            except BaseException:
+                with contextlib.suppress(Exception):  # the capture is invalid: that is said
+                    self._stream.end_capture()
+                self._stream = xp.cuda.Stream(non_blocking=True)
+                raise
+            return self._stream.end_capture(), result
 
 
 class Mailbox:

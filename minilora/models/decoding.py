@@ -10,25 +10,18 @@ D = head_dim, V vocabulary, I in, O out.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, Backend
+from ..backend import Array
 from ..nn import RMSNorm
 from ..threads import Workers
 from .cache import KeyValueCache
 from .transformer import CausalLM, Decoder
 
 LARGEST = 1 << 31  # bytes of weights that are copied; a larger model computes each token itself
-
-
-@functools.cache
-def _recorder_of(backend: Backend) -> Any:
-    """One for all texts: its stream takes memory of cuBLAS, which the process keeps."""
-    return backend.recorder()
 
 
 # ---- the weights of a model, laid out -----------------------------------------------------------
@@ -107,7 +100,7 @@ class Weights:
         self.rotary = model.decoder.rotary
         self.backend = self.embedding.backend
         self.xp = self.backend.xp
-        self.recorder = _recorder_of(self.backend)  # of graphs; None on a CPU
+        self.recorder = self.backend.recorder  # of graphs; None on a CPU
         self.dtype = self.embedding.dtype
         self.mean = self.xp.full((c.hidden_size, 1), 1 / c.hidden_size, self.dtype)
         # Each channel i of a head, followed by its partner i + D/2.

@@ -70,7 +70,7 @@ class GraphedStep:
         self.step = step
         self.backend = backend
         self.vocab_size = vocab_size
-        self.recorder = backend.recorder()
+        self.recorder = backend.recorder
         self.captures = 0
         self.replays = 0
         self.reason = "" if self.recorder else f"{backend.name} has no graphs"
@@ -205,7 +205,7 @@ class GraphedLosses:
         self.loss = loss
         self.backend = backend
         self.vocab_size = vocab_size
-        self.recorder = backend.recorder()
+        self.recorder = backend.recorder
         self._seen: dict[Any, int] = {}
         self._graphs: dict[Any, tuple[Array, Any]] = {}
 
