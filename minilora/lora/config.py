@@ -23,7 +23,7 @@ from ..errors import (
 from ..formats import PEFT_CONFIG_DEFAULTS
 from ..formats.disk import JsonObject
 from .endings import plain_text
-from .patterns import compile_pattern
+from .patterns import MAX_STATES, MAX_VISITS_PER_LETTER, compile_pattern
 from .targets import Layers, pattern_value
 
 # The targets of target_modules=None, by type of model (PEFT's table).
@@ -33,8 +33,8 @@ HARMLESS = ("peft_version", "revision", "auto_mapping")  # PEFT's fields that ch
 MAX_COUNT = 2**24  # ranks and numbers of steps are below it
 MAX_NAMES = 10_000  # a list of targets longer than any model is a mistake, or an attack
 
-# Limits for the patterns of one file, and for the states of those with a choice, so that reading a
-# file never takes many seconds.
+# Limits for the patterns of one file, for their states, and for the states that those with a choice
+# follow at each letter, so that reading a file never takes many seconds.
 MAX_PATTERNS = 2000
 MAX_BRANCHING = 2000
 
@@ -205,14 +205,15 @@ class LoraConfig:
         layers = self.layers_pattern or []
         patterns += [layers] if isinstance(layers, str) else layers
         Layers(None, layers)  # raises for a pattern that could mean another number than in PEFT
-        branching = 0
+        branching = size = 0
         for text in patterns[: MAX_PATTERNS + 1]:
-            if plain_text(text) is not None:
+            if size > MAX_STATES or plain_text(text) is not None:
                 continue
             pattern = compile_pattern(text)
+            size += pattern.size
             if pattern.width is None:
-                branching += pattern.size
-        if len(patterns) > MAX_PATTERNS or branching > MAX_BRANCHING:
+                branching += min(pattern.size, MAX_VISITS_PER_LETTER)
+        if len(patterns) > MAX_PATTERNS or branching > MAX_BRANCHING or size > MAX_STATES:
             raise ConfigError(
                 f"rank_pattern, alpha_pattern and the other fields hold {len(patterns)} patterns: "
                 f"at most {MAX_PATTERNS} in all, few of them with a choice or a repetition"

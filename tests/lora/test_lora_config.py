@@ -35,7 +35,7 @@ NOT_POSITIVE = [0, -1, True, "8", None, math.nan, math.inf, 10**400, [8]]
 add_bad("r", *NOT_A_COUNT)
 add_bad("lora_alpha", *NOT_POSITIVE)
 add_bad("target_modules", [], "", 5, [""], ["q_proj", 1], [None], True, ["x"] * 10_001)
-add_bad("target_modules", "(", "a{2", "(?=a)")
+add_bad("target_modules", "(", "a{2", "(?<=a)")
 add_bad("exclude_modules", 5, [""], [1], "[a", True)
 add_bad("lora_dropout", -0.1, 1.0, 1, True, None, math.nan, math.inf, "0", 10**400)
 add_bad("bias", "", "some", None, True, [])
