@@ -67,12 +67,16 @@ ANCHORS = {"b": EDGE, "B": NO_EDGE, "A": START, "Z": END}  # by the character af
 ACCEPT = 0
 
 
-class PatternError(ConfigError):
-    """A pattern that cannot be run: it is invalid, not supported, too large or takes too long."""
+class UnsupportedPattern(ConfigError):
+    """A pattern that has a meaning for `re`, but is outside the subset."""
 
 
 class Pattern:
-    """A regular expression of the usual subset. PatternError shows it and what is supported."""
+    """A regular expression of the usual subset.
+
+    ConfigError shows one that is invalid or too large, and what is supported; UnsupportedPattern
+    one that `re` may know.
+    """
 
     def __init__(self, text: str) -> None:
         parser = _Parser(text)
@@ -142,8 +146,8 @@ class Pattern:
         """
         before: dict[int, list[int]] = {}  # the states before each state
         for state in look.states:
-            for following in self._states[state][1]:
-                before.setdefault(following, []).append(state)
+            for after in self._states[state][1]:
+                before.setdefault(after, []).append(state)
         begins = set()
         found: set[int] = set()  # at the position after this one
         for at in range(len(name), -1, -1):
@@ -166,10 +170,10 @@ class Pattern:
         return begins
 
     def _count(self, visits: int) -> None:
-        """PatternError once so many states were entered that the pattern takes too long."""
+        """ConfigError once so many states were entered that the pattern takes too long."""
         self._visits += visits
         if self._visits > MAX_VISITS + MAX_VISITS_PER_LETTER * self._letters:
-            raise PatternError(
+            raise ConfigError(
                 f"pattern {self.text!r:.120} takes too long: it follows more than "
                 f"{MAX_VISITS_PER_LETTER} of its {self.size} states at each letter; write it with "
                 "fewer repetitions or alternatives"
@@ -217,10 +221,8 @@ class _Parser:
             raise self._error("a ) without its (")
         return whole(ACCEPT)
 
-    def _error(self, problem: str) -> PatternError:
-        return PatternError(
-            f"pattern {self.text!r:.120}: {problem}, near character {self.at}; {SUPPORTED}"
-        )
+    def _error(self, problem: str, kind: type[ConfigError] = ConfigError) -> ConfigError:
+        return kind(f"pattern {self.text!r:.120}: {problem}, near character {self.at}; {SUPPORTED}")
 
     def _peek(self, offset: int = 0) -> str:
         at = self.at + offset
@@ -268,8 +270,10 @@ class _Parser:
             return piece
         if self._take("?"):
             self.lazy = True
+        if repeatable and self._peek() == "+":
+            raise self._error("a possessive repetition", UnsupportedPattern)
         if not repeatable or self._peek() in ("*", "+", "?", "{"):
-            raise self._error("a repetition that is possessive, doubled or of nothing")
+            raise self._error("a repetition that is doubled or of nothing")
 
         def link(after: int) -> int:
             rest = after
@@ -299,7 +303,7 @@ class _Parser:
         first, comma, last = inside.partition(",")
         digits = first + last
         if not (closed and first and digits.isascii() and digits.isdecimal()):
-            raise self._error("a { that begins no {m}, {m,} or {m,n}")
+            raise self._error("a { that begins no {m}, {m,} or {m,n}", UnsupportedPattern)
         least = int(first)
         most = int(last or first)
         if not least <= most <= MAX_REPEAT:
@@ -358,7 +362,8 @@ class _Parser:
         """The rest of (?P<name>."""
         name, closed, _ = self.text[self.at :].removeprefix("P<").partition(">")
         if not (self.text.startswith("P<", self.at) and closed and name.isidentifier()):
-            raise self._error("a group of another kind than ( ), (?: ), (?P<name> ), (?= ), (?! )")
+            problem = "a group of another kind than ( ), (?: ), (?P<name> ), (?= ), (?! )"
+            raise self._error(problem, UnsupportedPattern)
         if name in self.names:
             raise self._error(f"a second group of the name {name:.60}")
         self.names.add(name)
@@ -369,8 +374,10 @@ class _Parser:
         if char.lower() in CLASSES:
             test = CLASSES[char.lower()]
             return test if char.islower() else lambda c: not test(c)
-        if not char or char.isalnum():
-            raise self._error(rf"an escape \{char} that is not supported")
+        if not char:
+            raise self._error("a backslash at the end")
+        if char.isalnum():
+            raise self._error(rf"an escape \{char} that is not supported", UnsupportedPattern)
         return char.__eq__
 
     def _set(self) -> Test:
