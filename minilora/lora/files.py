@@ -65,9 +65,10 @@ class AdapterFile:
     """PEFT's folder of one adapter, open: use it in a `with` block.
 
     where      the folder, quoted for messages
-    raw        the fields of adapter_config.json, completed by `read_fields`
+    raw        the fields of adapter_config.json, without patterns that cannot be run
     config     the configuration that they mean; `fit` changes it to what it means for a base
-    whole      modules that are whole in the file, although the file's modules_to_save is without
+    whole      modules that are whole in the file, although modules_to_save does not name them
+    of_base    keys of what the file has of the base, besides the weights of targets
     notes      what was decided for the user, who was warned of each
     file       the open tensors, by PEFT's keys
     layers     path -> {"A": key, "B": key, ...}, the keys in the file
@@ -85,6 +86,7 @@ class AdapterFile:
         self.layers: dict[str, dict[str, str]] = {}
         self.replaced: dict[str, str] = {}
         self.tokens: dict[str, str] = {}
+        self.of_base: list[str] = []
         self.notes: list[str] = []
         self._is_sorted = check
         try:
@@ -114,6 +116,7 @@ class AdapterFile:
         self.layers.clear()
         self.replaced.clear()
         self.tokens.clear()
+        self.of_base.clear()
         copies: dict[str, str] = {}
         for key in file.keys():
             self._sort_key(key, copies)
@@ -145,7 +148,8 @@ class AdapterFile:
             self.tokens[name.removesuffix(f".{TOKENS}")] = key
             return
         if ".token_adapter." in name or ".original_module." in name:
-            return  # of the base
+            self.of_base.append(key)
+            return
         path, copied, inside = name.partition(".modules_to_save.")
         if copied:
             if "." in inside:  # what has parts comes after the adapter's name
@@ -213,10 +217,7 @@ class AdapterFile:
         """Name the layers as a model does that has the decoder as a part: see `decoder_of`."""
         keys = self.file.keys()
         self.file.rename({key: f"{PREFIX}{decoder}.{key.removeprefix(PREFIX)}" for key in keys})
-        whole = {path: f"{decoder}.{path}" for path in self.whole}
-        saved = [whole.get(name, name) for name in self.config.modules_to_save or []]
-        self.whole = tuple(whole.values())
-        self.config = dataclasses.replace(self.config, modules_to_save=saved or None)
+        self.whole = tuple(f"{decoder}.{path}" for path in self.whole)
         ranks = adapted_ranks(self.file)
         if ranks:  # patterns are for the names without the decoder's
             self.config = dataclasses.replace(self.config, **targets_from(ranks))

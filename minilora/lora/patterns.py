@@ -43,7 +43,7 @@ MAX_REPEAT = 100
 MAX_STATES = 30_000
 
 # How many states a pattern may enter in all: these many, and these many for each letter.
-MAX_VISITS = 1_000_000
+MAX_VISITS = 200_000
 MAX_VISITS_PER_LETTER = 500
 
 SUPPORTED = (
@@ -265,8 +265,9 @@ class _Parser:
         is_anchor = self._peek() == "\\" and self._peek(1) in ANCHORS
         repeatable = self._peek() not in (START, END) and not is_anchor
         piece = self._atom()
+        end = self.at
         low, high = self._counts()
-        if low == high == 1:
+        if self.at == end:
             return piece
         if self._take("?"):
             self.lazy = True

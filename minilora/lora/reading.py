@@ -43,17 +43,17 @@ DECODERS = {
     "transformer": ("h", "wte", "wpe", "ln_f"),
 }
 
-# Where the weight of an embedding or a head is in a file, whatever was done to it.
+# Where the weight of an embedding or a head is in a file: the base's, or else a trained one.
 WEIGHTS = (
-    "weight",
     "base_layer.weight",
     "original_module.weight",
     "token_adapter.base_layer.weight",
+    "weight",
 )
 
 
 class Reading(NamedTuple):
-    """The fields of adapter_config.json as the file's keys complete them.
+    """The fields of adapter_config.json, without patterns that cannot be run.
 
     whole   the modules that are whole in the file, although modules_to_save does not name them
     notes   what was decided, for the user
@@ -87,10 +87,7 @@ def read_fields(fields: JsonObject, file: SafetensorsFile, where: str) -> Readin
             f"{where}: alpha_pattern in adapter_config.json: {why}, and no tensor says which "
             "layers it means: name them in full, each with its lora_alpha"
         )
-    whole = _whole_modules(fields, file, ranks)
-    if whole:
-        fields["modules_to_save"] = [*(fields.get("modules_to_save") or []), *whole]
-    return Reading(fields, tuple(whole), tuple(notes))
+    return Reading(fields, tuple(_whole_modules(fields, file, ranks)), tuple(notes))
 
 
 def targets_from(paths: Iterable[str]) -> JsonObject:
@@ -174,14 +171,13 @@ def _whole_modules(
 def settle_saved(
     file: SafetensorsFile, config: LoraConfig, whole: Collection[str], base: Base, read: Read
 ) -> tuple[LoraConfig, list[str]]:
-    """(the configuration whose modules_to_save are those that differ from the base's, notes).
+    """(the configuration that also saves those of `whole` that differ from the base's, notes).
 
-    whole   of `Reading`
+    whole   modules, as of `Reading`
 
     What PEFT calls save_embedding_layers puts an embedding and a head into a file that were not
     trained. If they share one weight, so do they in the adapter.
     """
-    names = [name for name in config.modules_to_save or [] if name not in whole]
     trained = []
     for path in whole:
         keys = [f"{PREFIX}{name}" for name, _ in base.below(path) if f"{PREFIX}{name}" in file]
@@ -200,7 +196,7 @@ def settle_saved(
         head, embedding = (f"{PREFIX}{path}.weight" for path in (base.head, base.embedding))
         if embedding not in file:
             file.rename({head: embedding})
-    saved = [*names, *trained]
+    saved = [*(config.modules_to_save or []), *trained]
     return dataclasses.replace(config, modules_to_save=saved or None), notes
 
 

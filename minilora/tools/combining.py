@@ -73,6 +73,8 @@ def combine(
             for change in changes:
                 if change.key:
                     tensors[change.key] = change.adapter.file.read(change.key)
+        for file in files:  # what is of the base says for which vocabulary the adapter is
+            tensors |= {key: file.file.read(key) for key in file.of_base}
         rows = []
         for path in progress(layers, "combine"):
             changes = layers[path]

@@ -44,7 +44,7 @@ MEMBERS = words(r"a b 0 _ . a-b 0-9 _-b \d \w \S \. \] \- ( * $")
 FIRST = st.sampled_from(["", "^", "]", "^]"])
 LAST = st.sampled_from(["", "-"])
 SETS = st.builds("[{}{}{}]".format, FIRST, joined(MEMBERS), LAST)
-COUNTS = words("* + ? {0} {1} {2} {0,2} {1,3} {2,} {0,} *? +? ?? {2}? {0,2}?")
+COUNTS = words("* + ? {0} {1} {2} {0,2} {1,3} {2,} {0,} *? +? ?? {2}? {0,2}? {1}?")
 
 
 def larger(inner):
@@ -205,7 +205,7 @@ def unsupported(problem, *patterns):
 unsupported("30001 characters", "a" * 30_001)
 unsupported("more than 40 groups", "(" * 41 + ")" * 41, "(?=" * 41 + ")" * 41)
 unsupported("possessive", "a*+", "a++")
-unsupported("doubled", "a**", "a+{2}", "a+??")
+unsupported("doubled", "a**", "a+{2}", "a+??", "a{1}*")
 unsupported("of nothing", "^*", "${2}", r"a\b+", r"\B*", r"\Z?")
 unsupported("nothing to repeat", "*", "a|+")
 unsupported("another kind", "(?<=a)b", "(?<!a)b", "(?P<1>a)", "(?P<n", "(?i)a", "(?>a)", "(?")
