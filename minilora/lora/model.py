@@ -475,6 +475,8 @@ class PeftModel(Module):
         """
         with AdapterFile(directory, check=False) as file:
             self._check_name(adapter_name, file.config)
+            if is_trainable and file.config.extra.get("init_lora_weights") == "mica":
+                file.note(f"{file.where}: peft trains A alone after 'mica'; here B is trained, too")
             file.config = dataclasses.replace(file.config, inference_mode=not is_trainable)
             with self._unmerged():
                 plan = fit(file, describe_model(self.model), self._read_base)
@@ -490,7 +492,7 @@ class PeftModel(Module):
                 arrays = {key: file.file.read(key, dtype) for key in keys}
                 if plan.vocabulary:
                     resize_vocabulary(self.model, plan)
-                    plan = plan._replace(vocabulary={})
+                    plan = plan._replace(vocabulary={}, resized=True)
                 self._inject(adapter_name, plan, seed=0)
         parameters = self.adapter_parameters(adapter_name)
         for key, array in arrays.items():

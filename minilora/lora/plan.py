@@ -190,6 +190,7 @@ class Plan(NamedTuple):
     notes     names in a file's configuration that match nothing here
     vocabulary   weights of the base's embedding and head, by name, with as many rows as in the
               adapter's file; {} if it has as many already
+    resized   was the model's vocabulary changed to that of the adapter?
     """
 
     base: Base
@@ -200,6 +201,7 @@ class Plan(NamedTuple):
     follows: tuple[str, str] | None
     notes: tuple[str, ...] = ()
     vocabulary: Mapping[str, Any] = {}
+    resized: bool = False
 
     def shapes(self) -> dict[str, Shape]:
         """The shapes of the tensors in the adapter's file, by key."""

@@ -39,8 +39,8 @@ def repeated(
     get    gives one of the adapter's tensors by its key, or None
 
     They are the base's embedding and head if they are targets by one of ENDS; a tied head's
-    factors, or its copy; and with bias="all" the biases of a module that is saved whole, before and
-    after training.
+    factors, or its copy; with bias="all" the biases of a module that is saved whole, before and
+    after training; and for another vocabulary than that of the base's files all its rows.
     """
     base = plan.base
     copies: dict[str, Array] = {}
@@ -48,6 +48,10 @@ def repeated(
         for path in plan.targets:
             if path in (base.embedding, base.head):
                 copies[f"{PREFIX}{path}.base_layer.weight"] = read(f"{path}.weight")
+    if plan.resized:
+        for path in filter(None, (base.embedding, base.head)):
+            if path not in plan.saved:
+                copies[_key_of_weight(plan, path)] = read(f"{path}.weight")
     if plan.follows:
         head, embedding = (PREFIX + path for path in plan.follows)
         for of_head, of_embedding in TRANSPOSED.items():
@@ -69,6 +73,16 @@ def repeated(
                         place = inside if inside == "bias" else f"{adapter_name}.{inside}"
                         copies[f"{PREFIX}{path}.modules_to_save.{place}"] = trained
     return copies
+
+
+def _key_of_weight(plan: Plan, path: str) -> str:
+    """The key of the base's weight of an embedding or a head, which PEFT may have wrapped."""
+    inside = ""
+    if path in plan.targets:
+        inside = ".base_layer"
+    elif path in plan.tokens or (plan.follows and path in plan.follows and plan.tokens):
+        inside = ".token_adapter.base_layer"
+    return f"{PREFIX}{path}{inside}.weight"
 
 
 def _targets_name_an_end(plan: Plan) -> bool:

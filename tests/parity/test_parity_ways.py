@@ -113,8 +113,8 @@ def test_from_pretrained_reads_each_way_as_peft_does(row, folders, tmp_path):
     assert not close(model(IDS).numpy()[..., : plain.shape[-1]], plain[..., : row.tokens], 1e-3)
     # What is written again says all of it in peft's own words.
     model.save_pretrained(tmp_path / "again")
-    again = row if row.resized or row.tokens == V else row._replace(resized=True)
-    if again is row and not row.headless:
+    assert close(our_logits(base, row, tmp_path / "again"), expected)
+    if not row.headless:
         assert close(their_logits(row, base, tmp_path / "again"), expected)
     model = model.merge_and_unload(tied="untie")
     assert close(model(ids_of(row)).numpy(), expected)
@@ -126,7 +126,8 @@ def test_from_pretrained_reads_each_way_as_peft_does(row, folders, tmp_path):
 def test_merge_reads_each_way_as_peft_does(row, folders, tmp_path):
     base, adapter = folders(row)
     expected = their_logits(row, base, adapter)
-    merge(base, [adapter], tmp_path / "merged", tied="untie")
+    dtype = "float32" if row.base == "half" else None  # without the one rounding to 16 bits
+    merge(base, [adapter], tmp_path / "merged", dtype=dtype, tied="untie")
     assert close(our_logits(tmp_path / "merged", row), expected)
     assert close(logits(load_model(tmp_path / "merged"), ids_of(row)), expected)
     fields = json.loads((tmp_path / "merged" / "config.json").read_text())
