@@ -254,8 +254,7 @@ def settle_vocabulary(file: SafetensorsFile, base: Base, read: Read) -> dict[str
     vocabulary: dict[str, Array] = {}
     for path, key in found.items():
         W = read(f"{path}.weight")
-        F = file.read(key, np.float64)
-        vocabulary[f"{path}.weight"] = np.concatenate([W[:size], F[V:].astype(W.dtype)])
+        vocabulary[f"{path}.weight"] = np.concatenate([W[:size], file.read(key)[V:]])
     return vocabulary
 
 

@@ -23,9 +23,8 @@ from .targets import matches
 Array = np.ndarray
 Read = Callable[[str], Array]  # gives a tensor of the base by its name, such as "lm_head.weight"
 
-# Half a unit in the last place of 1, by dtype: a rounded number is off by at most this share.
+# By dtype, the narrow ones first: a rounded number is off by at most this share of itself.
 UNITS = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-53}
-HALVES = ("BF16", "F16")
 
 
 # ---- to write them -------------------------------------------------------------------------------
@@ -137,42 +136,41 @@ def is_weight_of_base(
     part    what the adapter adds to W: then it may have been merged into F and taken out again
     table   W is an embedding's table (V, C): the transpose of the matrix that `part` adds to
 
-    With F the file's tensor it is, if
+    With F the file's tensor it is, if each element of F is that of W in the file's dtype, if each
+    of one is that of the other in 16 bits, or if in each place
 
-        F = W rounded to the file's dtype, or F or W is the other rounded to 16 bits, or
-        |F - W| <= u (|W + dW| + |dW| + |F|) in each place, u of the dtype that holds all of F:
-        peft adds dW, unrounded, to W, rounds, takes dW away and rounds again.
+        |F - W| <= u (|W + dW| + |dW| + |F|),    u of the narrowest dtype that holds all of F:
+
+    peft adds dW, unrounded, to W, rounds, takes dW away and rounds again.
     """
     F = file.read_bits(key)
     dtype = file.dtype(key)
     if F.shape != W.shape or dtype not in FLOATS:
         return False
-    if F.ndim == 0:
-        F, W = F[None], W[None]
+    F = np.atleast_1d(F)
+    W = np.atleast_1d(W)
     blocks = row_blocks(F.shape)
 
-    def hold(test: Callable[[Array, Array, slice], Array]) -> bool:
-        for at in blocks:
-            with np.errstate(over="ignore", invalid="ignore"):
-                if not np.all(test(widen(F[at]).astype(np.float64), W[at].astype(np.float64), at)):
-                    return False
-        return True
+    def all_are(test: Callable[[Array, Array, slice], Array]) -> bool:
+        with np.errstate(over="ignore", invalid="ignore"):
+            pairs = ((widen(F[at]).astype(np.float64), W[at].astype(np.float64)) for at in blocks)
+            return all(test(f, w, at).all() for (f, w), at in zip(pairs, blocks, strict=True))
 
-    def rounded(numbers: Array, dtype: str) -> Array:
-        wide: Array = widen(round_to(numbers, dtype)).astype(np.float64)
-        return wide
+    def is_rounded(f: Array, w: Array, at: slice) -> Array:
+        found = _equal(f, _rounded(w, dtype))
+        for half in ("BF16", "F16"):
+            found |= _equal(f, _rounded(w, half)) | _equal(w, _rounded(f, half))
+        return found
 
-    if hold(lambda f, w, _: _equal(f, rounded(w, dtype))):
+    if all_are(is_rounded):
         return True
-    for half in HALVES:
-        if hold(lambda f, w, _, t=half: _equal(f, rounded(w, t))):  # type: ignore[misc]
-            return True
-        if hold(lambda f, w, _, t=half: _equal(w, rounded(f, t))):  # type: ignore[misc]
-            return True
     if part is None or part.m is not None:
         return False
-    held = (t for t in UNITS if hold(lambda f, w, _, t=t: _equal(f, rounded(f, t))))  # type: ignore[misc]
-    unit = UNITS[next(held)]
+    unit = next(
+        unit
+        for narrow, unit in UNITS.items()
+        if all_are(lambda f, w, at, t=narrow: _equal(f, _rounded(f, t)))  # type: ignore[misc]
+    )
     left, right = (part.A.T, part.B.T) if table else (part.B, part.A)
 
     def was_merged(f: Array, w: Array, at: slice) -> Array:
@@ -180,7 +178,12 @@ def is_weight_of_base(
         bound = unit * (np.abs(w + dW) + np.abs(dW) + np.abs(f))
         return np.asarray(np.abs(f - w) <= bound)
 
-    return hold(was_merged)
+    return left.shape[0] == len(F) and right.shape[1:] == F.shape[1:] and all_are(was_merged)
+
+
+def _rounded(numbers: Array, dtype: str) -> Array:
+    """float64 numbers, rounded once to the format's `dtype`."""
+    return widen(round_to(numbers, dtype)).astype(np.float64)
 
 
 def _equal(a: Array, b: Array) -> Array:
