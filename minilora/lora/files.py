@@ -105,11 +105,9 @@ class AdapterFile:
             raise
 
     def note(self, text: str) -> None:
-        """Warn of what was decided about this file, once."""
-        text = shorten(text)
-        if text not in self.notes:
-            self.notes.append(text)
-            warnings.warn(text, stacklevel=4)
+        """Warn of what was decided about this file."""
+        self.notes.append(shorten(text))
+        warnings.warn(self.notes[-1], stacklevel=4)
 
     def _sort_keys(self) -> None:
         file = self.file

@@ -141,7 +141,7 @@ def is_weight_of_base(
 
         |F - W| <= u (|W + dW| + |dW| + |F|),    u of the narrowest dtype that holds all of F:
 
-    peft adds dW, unrounded, to W, rounds, takes dW away and rounds again.
+    peft adds dW, unrounded, to W, rounds, takes the rounded dW away and rounds again.
     """
     F = file.read_bits(key)
     dtype = file.dtype(key)

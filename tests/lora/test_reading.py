@@ -80,11 +80,11 @@ def removed(*keys: str) -> Edit:
 
 
 def rounded(dtype: str) -> Edit:
-    """The copies of the base's weights in the file, rounded."""
+    """The tensors of the base in the file, rounded."""
 
     def change(tensors: dict[str, np.ndarray]) -> None:
         for key, array in tensors.items():
-            if "base_layer" in key:
+            if "lora_" not in key:
                 tensors[key] = widen(round_to(array.astype(np.float64), dtype))
 
     return tensors_changed(change)
@@ -141,6 +141,12 @@ FILES: dict[str, tuple[bool, dict[str, Any], Edit, str]] = {
         False,
         {},
         with_base(f"{EMBEDDING}.weight", "lm_head.weight", "model.norm.weight"),
+        "",
+    ),
+    "copies of the base in bfloat16": (
+        False,
+        {},
+        both(with_base("lm_head.weight", "model.norm.weight"), rounded("BF16")),
         "",
     ),
     "bfloat16 copies": (False, ENDS, rounded("BF16"), ""),
@@ -322,10 +328,12 @@ def test_load_adapter_resizes_no_ends_that_have_adapters(tmp_path: Path) -> None
 
 @pytest.mark.filterwarnings("ignore")
 def test_merge_adds_adapters_of_one_resized_vocabulary(tmp_path: Path) -> None:
-    write_resized(tmp_path, False, {}, V + 3)
+    write_resized(tmp_path, False, ENDS, V + 3)
     base = CausalLM.from_pretrained(tmp_path / "base", dtype="float64")
     model = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    config = LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+    # By its full name, an embedding is adapted without a copy of its weight in the file.
+    targets = ["up_proj", EMBEDDING]
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     model.add_adapter("b", config)
     model.save_pretrained(tmp_path, ["b"])
     expected = model.merge_and_unload(adapter_names=["default", "b"])
@@ -410,14 +418,14 @@ def store(folder: Path, F: np.ndarray) -> Path:
 def test_is_weight_of_base_accepts_a_merge_and_an_unmerge(
     tmp_path_factory: pytest.TempPathFactory, seed: int, dtype: str, size: float, table: bool
 ) -> None:
-    """As peft rounds: dW is added to W, the sum rounded, dW taken away, the difference rounded."""
+    """As peft rounds: dW is added, the sum rounded, a rounded dW taken away, and rounded again."""
     rng = np.random.default_rng(seed)
     part = Part(rng.standard_normal((2, 5)), rng.standard_normal((4, 2)), 10.0**size)
     dW = part.c * part.B @ part.A
     dW = dW.T if table else dW
     W = widen(round_to(rng.standard_normal(dW.shape), dtype)).astype(np.float64)
     merged = widen(round_to(W + dW, dtype)).astype(np.float64)
-    F = widen(round_to(merged - dW, dtype)).astype(np.float32)
+    F = widen(round_to(merged - widen(round_to(dW, dtype)), dtype)).astype(np.float32)
     file = store(tmp_path_factory.mktemp("F"), F)
     with SafetensorsFile(file) as opened:
         assert is_weight_of_base(opened, "F", W, part, table)
