@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import V, save_base
-from peers import close, load_model, logits, peft, torch
+from peers import close, load_model, logits, peft, randomise, torch, trainable, transformers
 from ways import WAYS, Way, base_fields, resize_tokens, write_way
 
 from minilora import CausalLM, PeftModel
@@ -169,6 +169,30 @@ def test_commands_refuse_each_way_for_one_reason(row, folders, tmp_path):
     except MiniloraError as error:
         mismatches = [str(error)]
     assert row.refused in " ".join(mismatches)
+
+
+def test_merge_reads_an_adapter_for_a_classifier(tmp_path):
+    """Its head is trained whole; that of other models, which peft names as well, is not there."""
+    fields = {**base_fields("llama")[1], "num_labels": 3, "pad_token_id": 0}
+    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**fields)).eval()
+    randomise(model.parameters())
+    model.save_pretrained(tmp_path / "base")
+    options = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"])
+    theirs = peft.get_peft_model(model, options).eval()
+    randomise(trainable(theirs).values(), seed=3)
+    theirs.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    merged = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert close(logits(merged.eval()), logits(theirs))
+    report = inspect_adapter(tmp_path / "adapter", tmp_path / "base")
+    assert report["mismatches"] == []
+    assert "'classifier' match nothing" in " ".join(report["notes"])
+    # A language model has no place for that head.
+    save_base(tmp_path / "other", *base_fields("llama"))
+    with pytest.raises(MiniloraError, match="unknown base_model.model.score.weight"):
+        PeftModel.from_pretrained(
+            CausalLM.from_pretrained(tmp_path / "other"), tmp_path / "adapter"
+        )
 
 
 def test_ways_are_many():

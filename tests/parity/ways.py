@@ -37,6 +37,7 @@ class Way(NamedTuple):
     write      options of save_pretrained
     headless   is the adapter made for AutoModel, which has no head?
     mlx        can mlx-lm's files hold it?
+    state      is the file all of `model.state_dict()`, base and names included?
     cycles     how often the adapter is merged and taken out again before it is saved
     unread     does peft not find the tensors after `edit`? It is asked before
     refused    words of the error, if it is refused
@@ -52,6 +53,7 @@ class Way(NamedTuple):
     write: Options | None = None
     headless: bool = False
     mlx: bool = False
+    state: bool = False
     cycles: int = 0
     unread: bool = False
     refused: str = ""
@@ -269,6 +271,9 @@ way(
     edit=tensors_added({"transformer.h.0.mlp.c_fc.weight": (8, 32)}),
     notes=NOTE,
 )
+way("a whole state dict", state=True)
+way("a whole state dict with a saved head", options={"modules_to_save": ["lm_head"]}, state=True)
+way("a whole state dict of DoRA", "gpt2", {**GPT2, "use_dora": True}, state=True)
 way("save_embedding_layers", write={"save_embedding_layers": True})
 way("save_embedding_layers, tied", "tied", write={"save_embedding_layers": True})
 way("save_embedding_layers, gpt2", "gpt2", GPT2, write={"save_embedding_layers": True})
@@ -389,6 +394,14 @@ way(
     headless=True,
     notes=DECODER,
 )
+for label, (kind, options) in {
+    "DoRA": ("llama", {"use_dora": True}),
+    "biases": ("gpt2", {**GPT2, "bias": "all"}),
+    "tokens": ("llama", {"trainable_token_indices": [1, 4]}),
+    "an embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "a saved mlp": ("llama", {"modules_to_save": ["mlp"]}),
+}.items():
+    way(f"AutoModel with {label}", kind, options, headless=True, notes=DECODER)
 way("lora_only", "biased", {"bias": "lora_only"})
 way(
     "lora_only without biases",
@@ -423,12 +436,15 @@ def write_way(row: Way, base: Path, adapter: Path) -> Any:
     config = kind(**{"r": 2, "lora_alpha": 3, "task_type": task, **row.options})
     theirs = peft.get_peft_model(model, config).eval()
     randomise(trainable(theirs).values(), seed=3)
-    if row.unread or row.cycles:
+    if row.unread or row.cycles or row.state:
         theirs.save_pretrained(adapter / "before")
     for _ in range(row.cycles):
         theirs.merge_adapter()
         theirs.unmerge_adapter()
     theirs.save_pretrained(adapter, **(row.write or {}))
+    if row.state:
+        tensors = {key: tensor.numpy() for key, tensor in theirs.state_dict().items()}
+        save_file(adapter / WEIGHTS, tensors)
     if row.edit is not None:
         row.edit(adapter)
     return theirs
