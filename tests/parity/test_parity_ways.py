@@ -189,7 +189,7 @@ def test_merge_reads_an_adapter_for_a_classifier(tmp_path):
     assert "'classifier' match nothing" in " ".join(report["notes"])
     # A language model has no place for that head.
     save_base(tmp_path / "other", *base_fields("llama"))
-    with pytest.raises(MiniloraError, match="unknown base_model.model.score.weight"):
+    with pytest.raises(MiniloraError, match=r"unknown .*\.score\.weight"):
         PeftModel.from_pretrained(
             CausalLM.from_pretrained(tmp_path / "other"), tmp_path / "adapter"
         )
