@@ -176,7 +176,7 @@ def settle_saved(
     whole   modules, as of `Reading`
 
     What PEFT calls save_embedding_layers puts an embedding and a head into a file that were not
-    trained. If they share one weight, so do they in the adapter.
+    trained. If they share one weight in the base, they do so in the adapter.
     """
     trained = []
     for path in whole:
@@ -188,8 +188,10 @@ def settle_saved(
     if trained:
         shown = ", ".join(trained)
         notes.append(f"{shown:.200}: whole in the file, and read as if in modules_to_save")
-    tied = base.tied and {*trained} & {base.embedding, base.head}
-    if tied:
+    ends = {base.embedding, base.head}
+    named = Targets(config.modules_to_save or [], anywhere=True)
+    # A module that modules_to_save names is a copy of its own, though the base's weight is tied.
+    if base.tied and ends & {*trained} and not any(map(named.mean, ends)):
         trained = [path for path in trained if path != base.head]
         trained = list(dict.fromkeys([*trained, base.embedding]))
         config = dataclasses.replace(config, ensure_weight_tying=True)

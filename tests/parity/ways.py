@@ -289,6 +289,20 @@ way(
     edit=tensors_added({"model.embed_tokens.weight": (V, 8)}),
     notes=NOTE,
 )
+way(
+    "a whole embedding beside a saved head, tied",
+    "tied",
+    {"modules_to_save": ["lm_head"]},
+    edit=tensors_added({"model.embed_tokens.weight": (V, 8)}),
+    notes=NOTE,
+)
+way(
+    "a whole head beside a saved embedding, tied",
+    "tied",
+    {"modules_to_save": ["embed_tokens"]},
+    edit=tensors_added(HEAD),
+    notes=NOTE,
+)
 way("whole ends that differ, tied", "tied", edit=tensors_added(ENDS), refused="differs from")
 
 # ---- the base's weight beside an adapted embedding or head ---------------------------------------
@@ -346,6 +360,8 @@ RESIZINGS: dict[str, tuple[str, Options]] = {
     "plain, tied": ("tied", {}),
     "gpt2": ("gpt2", GPT2),
     "saved": ("llama", SAVED),
+    "a saved head, tied": ("tied", {"modules_to_save": ["lm_head"]}),
+    "both saved, tied": ("tied", SAVED),
     "LoRA on both ends": ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
     "LoRA on a tied embedding": ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
     "LoRA on gpt2's embedding": ("gpt2", {"target_modules": ["c_attn", "wte"]}),
