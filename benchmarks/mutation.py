@@ -77,6 +77,9 @@ TESTS = {
         "tools/test_merge_errors lora/test_combining"
     ),
     "minilora/lora/files.py": f"lora/test_plan {PEFT} tools/test_merge_errors lora/test_combining",
+    "minilora/lora/reading.py": "lora/test_reading tools/test_tied",
+    "minilora/lora/repeats.py": f"lora/test_reading {PEFT} lora/test_embedding tools/test_tied",
+    "minilora/lora/vocabulary.py": "lora/test_reading",
     "minilora/lora/merging.py": (
         f"lora/test_merge_weight {PEFT} lora/test_embedding lora/test_tokens tools/test_merging"
     ),
@@ -100,6 +103,9 @@ MECHANISMS = {
     "which layers a configuration selects, and whether an adapter fits": [
         "lora/plan",
         "lora/files",
+        "lora/reading",
+        "lora/repeats",
+        "lora/vocabulary",
     ],
     "names of an adapter's tensors": ["lora/names"],
     "W + dW rounded once": ["lora/merging", "tools/merging"],

@@ -95,4 +95,5 @@ def continue_adapter(args: Args, model: Any, config: LoraConfig) -> tuple[PeftMo
             setattr(now, name, getattr(config, name))
     now.base_model_name_or_path = os.fsencode(args.base).decode("utf-8", "replace")
     now.task_type = "CAUSAL_LM"
+    now.extra.pop("task_type", None)  # of a file for another task
     return adapted, digest.hexdigest()

@@ -32,7 +32,10 @@ Models
 
 Files
     names       PEFT's spellings of methods and tensors
+    reading     what an adapter's file means where its configuration leaves it open
+    repeats     what PEFT's files hold twice, or hold of the base
     files       an adapter's file, and whether it fits a base
+    vocabulary  a model resized to the vocabulary of an adapter
 """
 
 from .adalora import AdaLoraAdapter, AdaLoraConfig

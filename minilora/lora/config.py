@@ -23,18 +23,27 @@ from ..errors import (
 from ..formats import PEFT_CONFIG_DEFAULTS
 from ..formats.disk import JsonObject
 from .endings import plain_text
-from .patterns import compile_pattern
+from .patterns import MAX_STATES, MAX_VISITS_PER_LETTER, compile_pattern
 from .targets import Layers, pattern_value
 
 # The targets of target_modules=None, by type of model (PEFT's table).
 DEFAULT_TARGETS = {name: ["q_proj", "v_proj"] for name in ("llama", "mistral", "qwen2", "qwen3")}
 DEFAULT_TARGETS["gpt2"] = ["c_attn"]
 HARMLESS = ("peft_version", "revision", "auto_mapping")  # PEFT's fields that change no meaning
+
+# What a file may say, and a new adapter not. These starts of PEFT leave the base as it is, so that
+# only training knows them; the task chooses PEFT's class of model.
+STARTS = ("orthogonal", "eva", "mica")
+TASKS = ("FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
+FILE_ONLY: dict[str, tuple[str, ...]] = {"init_lora_weights": STARTS, "task_type": TASKS}
+# These change the base: W - s B0 A0, with the adapter's first values A0 and B0, which the file of a
+# trained adapter has no more.
+CHANGED_BASES = ("pissa", "olora", "loftq", "corda", "lora_ga")
 MAX_COUNT = 2**24  # ranks and numbers of steps are below it
 MAX_NAMES = 10_000  # a list of targets longer than any model is a mistake, or an attack
 
-# Limits for the patterns of one file, and for the states of those with a choice, so that reading a
-# file never takes many seconds.
+# Limits for the patterns of one file, for their states, and for the states that those with a choice
+# follow at each letter, so that reading a file never takes many seconds.
 MAX_PATTERNS = 2000
 MAX_BRANCHING = 2000
 
@@ -51,7 +60,8 @@ def _is_names_or_pattern(value: Any) -> bool:
     return value is None or isinstance(value, str) or _is_names(value)
 
 
-def _is_pattern(value: Any) -> TypeGuard[str]:
+def is_pattern(value: Any) -> TypeGuard[str]:
+    """Is this a pattern for whole names, and neither a list of names nor "all-linear"?"""
     return isinstance(value, str) and value.lower() != "all-linear"
 
 
@@ -144,7 +154,8 @@ class LoraConfig:
     fan_in_fan_out     whether the base's files store W as (in, out); as in PEFT it is detected, and
                        written to the file
     task_type          "CAUSAL_LM" or None
-    extra              other fields of a file, written back unchanged
+    extra              what is written back unchanged: other fields of a file, and values of these
+                       that have a meaning in a file alone, such as init_lora_weights="eva"
 
     ConfigError for a value that has no meaning.
     """
@@ -185,7 +196,7 @@ class LoraConfig:
         check_fields(vars(self), RULES)
         self._check_patterns()
         layered = self.layers_to_transform is not None
-        if layered and _is_pattern(self.target_modules):
+        if layered and is_pattern(self.target_modules):
             raise ConfigError(
                 "layers_to_transform needs target_modules as a list; a pattern for whole names "
                 "chooses the layers itself"
@@ -200,19 +211,20 @@ class LoraConfig:
         """ConfigError for an invalid pattern, or for patterns that would take long to match."""
         patterns = [*self.rank_pattern, *self.alpha_pattern]
         for text in self.target_modules, self.exclude_modules:
-            if _is_pattern(text):
+            if is_pattern(text):
                 patterns.append(text)
         layers = self.layers_pattern or []
         patterns += [layers] if isinstance(layers, str) else layers
         Layers(None, layers)  # raises for a pattern that could mean another number than in PEFT
-        branching = 0
+        branching = size = 0
         for text in patterns[: MAX_PATTERNS + 1]:
-            if plain_text(text) is not None:
+            if size > MAX_STATES or plain_text(text) is not None:
                 continue
             pattern = compile_pattern(text)
+            size += pattern.size
             if pattern.width is None:
-                branching += pattern.size
-        if len(patterns) > MAX_PATTERNS or branching > MAX_BRANCHING:
+                branching += min(pattern.size, MAX_VISITS_PER_LETTER)
+        if len(patterns) > MAX_PATTERNS or branching > MAX_BRANCHING or size > MAX_STATES:
             raise ConfigError(
                 f"rank_pattern, alpha_pattern and the other fields hold {len(patterns)} patterns: "
                 f"at most {MAX_PATTERNS} in all, few of them with a choice or a repetition"
@@ -243,6 +255,11 @@ class LoraConfig:
         given = {}
         extra = {}
         for name, value in config.items():
+            if _is_file_only(name, value):
+                extra[name] = value
+                continue
+            if name == "init_lora_weights":
+                _refuse_changed_base(value, where)
             if name in names:
                 given[name] = value
                 continue
@@ -253,6 +270,8 @@ class LoraConfig:
                 warnings.warn(
                     f"{where}: {name!r:.100} is not a known field; it is kept", stacklevel=2
                 )
+            elif name == "eva_config" and config.get("init_lora_weights") == "eva":
+                continue
             elif value and value != PEFT_CONFIG_DEFAULTS[name] and name not in HARMLESS:
                 raise ConfigError(f"{where}: {name} = {value!r:.100} is not supported")
         try:
@@ -266,8 +285,23 @@ class LoraConfig:
         del values["extra"]
         return {
             **PEFT_CONFIG_DEFAULTS,
-            **self.extra,
             **values,
+            **self.extra,
             "peft_type": self.peft_type,
             "inference_mode": True,
         }
+
+
+def _is_file_only(field: str, value: Any) -> bool:
+    return isinstance(value, str) and value in FILE_ONLY.get(field, ())
+
+
+def _refuse_changed_base(value: Any, where: str) -> None:
+    """ConfigError for a start that changes the base, which a file alone cannot bring back."""
+    if isinstance(value, str) and value.lower().startswith(CHANGED_BASES):
+        raise ConfigError(
+            f"{where}: init_lora_weights = {value!r:.60}: the adapter was trained over a changed "
+            "base, W - s B0 A0, and its file has neither that base nor its first values A0 and B0; "
+            "expected true, false, 'gaussian', 'orthogonal', 'eva' or 'mica'. Have peft write it "
+            "for W: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )

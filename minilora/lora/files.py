@@ -4,35 +4,58 @@ The orientation is the paper's: W (O, I), A (r, I), B (O, r). An embedding is a 
 that reads one-hot rows: A (r, V), B (C, r), and its table is W's transpose, as GPT-2's linear
 layers are in files.
 
-A file repeats some things: the weight of an embedding or a head that is a target, which must be the
-base's, what a tied head has of its embedding, and with bias="all" the biases of saved modules.
+What a configuration leaves open, reading.py decides; what a file repeats, repeats.py recognises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, shorten
 from ..formats import Checkpoint, SafetensorsFile
 from ..formats.adapter import open_adapter
-from ..formats.checkpoint import describe_prefix, describe_prefixes, differing_prefixes
+from ..formats.checkpoint import (
+    describe_prefix,
+    describe_prefixes,
+    differing_prefixes,
+    is_stored_transposed,
+)
 from ..formats.disk import quoted
-from ..formats.dtypes import FLOATS, round_to, widen
+from ..formats.dtypes import round_to, widen
 from .adalora import AdaLoraConfig
+from .config import LoraConfig
 from .factors import Part
 from .hydra import HydraConfig
-from .names import ENDINGS, ENDS, PREFIX, TOKENS, TRANSPOSED, keys_without_name, read_config
+from .names import (
+    EMBEDDING,
+    ENDINGS,
+    LINEAR,
+    PREFIX,
+    TOKENS,
+    keys_without_name,
+    read_config,
+)
 from .plan import FIRST_EMBEDDINGS, HEAD, Base, Plan, describe_checkpoint, plan_adapter
-from .targets import matches
+from .reading import (
+    adapted_ranks,
+    decoder_of,
+    read_fields,
+    settle_saved,
+    settle_vocabulary,
+    targets_from,
+    with_vocabulary,
+)
+from .repeats import Read, is_weight_of_base, keys_of_adapter, names_of_base
 
 DECODERS = ("model.", "transformer.")  # how names begin in models that nothing was put around
 
 Array = np.ndarray
-Read = Callable[[str], Array]  # gives a tensor of the base by its name, such as "lm_head.weight"
 
 
 # ---- an adapter's folder -------------------------------------------------------------------------
@@ -42,8 +65,11 @@ class AdapterFile:
     """PEFT's folder of one adapter, open: use it in a `with` block.
 
     where      the folder, quoted for messages
-    raw        the fields of adapter_config.json
-    config     the configuration that they mean
+    raw        the fields of adapter_config.json, without patterns that cannot be run
+    config     the configuration that they mean; `fit` changes it to what it means for a base
+    whole      modules that are whole in the file, although modules_to_save does not name them
+    of_base    keys of what the file has of the base, besides the weights of targets
+    notes      what was decided for the user, who was warned of each
     file       the open tensors, by PEFT's keys
     layers     path -> {"A": key, "B": key, ...}, the keys in the file
     replaced   name of a base's tensor -> key: modules_to_save and trained biases take its place
@@ -56,25 +82,39 @@ class AdapterFile:
     def __init__(self, folder: str | Path, check: bool = True) -> None:
         """`check` False leaves it to `fit` to find what is unknown, missing or of another shape."""
         self.where = quoted(folder)
-        self.raw, self.file = open_adapter(folder)
+        raw, self.file = open_adapter(folder)
         self.layers: dict[str, dict[str, str]] = {}
         self.replaced: dict[str, str] = {}
         self.tokens: dict[str, str] = {}
-        self.saved_name = "default"  # the adapter's name, where PEFT left it in a key
+        self.of_base: list[str] = []
+        self.notes: list[str] = []
+        self._is_sorted = check
         try:
             self.file.rename(keys_without_name(self.file.keys()))
+            self.raw, self.whole, notes = read_fields(raw, self.file, self.where)
             self.config = read_config(self.raw, f"{folder}/adapter_config.json")
             self.file.require_floats(self.file)
             if check:
                 self._sort_keys()
                 for path in self.layers:
                     self._check_layer(path)
+            for note in notes:
+                self.note(note)
         except BaseException:
             self.file.close()
             raise
 
+    def note(self, text: str) -> None:
+        """Warn of what was decided about this file."""
+        self.notes.append(shorten(text))
+        warnings.warn(self.notes[-1], stacklevel=4)
+
     def _sort_keys(self) -> None:
         file = self.file
+        self.layers.clear()
+        self.replaced.clear()
+        self.tokens.clear()
+        self.of_base.clear()
         copies: dict[str, str] = {}
         for key in file.keys():
             self._sort_key(key, copies)
@@ -84,7 +124,8 @@ class AdapterFile:
                 file.read(trained), file.read(key), equal_nan=True
             ):
                 raise FormatError(
-                    f"{self.where}: {quoted(key)} differs from the bias in modules_to_save"
+                    f"{self.where}: {quoted(key)} differs from what it repeats, "
+                    f"{quoted(trained or PREFIX + name)}"
                 )
 
     def _sort_key(self, key: str, copies: dict[str, str]) -> None:
@@ -104,15 +145,15 @@ class AdapterFile:
         if is_token:
             self.tokens[name.removesuffix(f".{TOKENS}")] = key
             return
-        if name.endswith(".bias"):  # with bias="all" also those of saved modules, twice
-            path, copied, inside = name.partition(".modules_to_save.")
-            if copied:
-                if inside != "bias":  # what has parts comes after the adapter's name
-                    self.saved_name, _, inside = inside.partition(".")
-                copies[f"{path}.{inside}"] = key
-                return
-            if ".original_module." in name:
-                return
+        if ".token_adapter." in name or ".original_module." in name:
+            self.of_base.append(key)
+            return
+        path, copied, inside = name.partition(".modules_to_save.")
+        if copied:
+            if "." in inside:  # what has parts comes after the adapter's name
+                inside = inside.partition(".")[2]
+            copies[f"{path}.{inside}"] = key
+            return
         if ending is None:
             self.replaced[name.replace(".base_layer.bias", ".bias")] = key
             return
@@ -170,6 +211,35 @@ class AdapterFile:
             return next((rows for name, rows in wanted.items() if path.endswith(name)), [])
         return wanted or []
 
+    def put_into(self, decoder: str) -> None:
+        """Name the layers as a model does that has the decoder as a part: see `decoder_of`."""
+        keys = self.file.keys()
+        self.file.rename({key: f"{PREFIX}{decoder}.{key.removeprefix(PREFIX)}" for key in keys})
+        self.whole = tuple(f"{decoder}.{path}" for path in self.whole)
+        ranks = adapted_ranks(self.file)
+        if ranks:  # patterns are for the names without the decoder's
+            self.config = dataclasses.replace(self.config, **targets_from(ranks))
+        self.note(
+            f"{self.where}: the keys are those of a model without a head, such as AutoModel: "
+            f"{decoder!r} is put before their names"
+        )
+        if self._is_sorted:
+            self._sort_keys()
+
+    def keep(self, plan: Plan) -> None:
+        """Forget what only repeats other tensors, once `plan` says so; a tied head has the
+        embedding's.
+        """
+        if not self._is_sorted:
+            return
+        self._sort_keys()
+        expected = plan.shapes()
+        self.replaced = {name: key for name, key in self.replaced.items() if key in expected}
+        self.tokens = {path: key for path, key in self.tokens.items() if key in expected}
+        head, embedding = plan.follows or ("", "")
+        if embedding in plan.saved:
+            self.replaced[f"{head}.weight"] = self.replaced[f"{embedding}.weight"]
+
     def __enter__(self) -> AdapterFile:
         return self
 
@@ -177,37 +247,56 @@ class AdapterFile:
         self.file.close()
 
 
-def equal_as_stored(file: SafetensorsFile, key: str, expected: Array) -> bool:
-    """Is a tensor of a file `expected`, or what rounding once to the file's dtype makes of it?"""
-    stored = file.read_bits(key)
-    if stored.shape != expected.shape or file.dtype(key) not in FLOATS:
-        return False
-    with np.errstate(over="ignore"):
-        rounded = round_to(expected.astype(np.float64), file.dtype(key))
-    return np.array_equal(widen(stored), widen(rounded), equal_nan=True)
-
-
 # ---- does it fit a base? -------------------------------------------------------------------------
 
 
 def fit(adapter: AdapterFile, base: Base, read: Read, warn: bool = True) -> Plan:
-    """The adapter's plan over `base`. One FormatError lists everything that does not fit."""
-    try:
-        plan = plan_adapter(base, adapter.config, adapter.file.keys(), warn)
-        wrong = mismatches(adapter, plan, read)
-        prefix = _differing_prefix(adapter, plan) if wrong else ""
-        if prefix:
-            wrong = [prefix, *wrong]
-        cause = None
-    except ConfigError as error:
-        wrong = [str(error)]
-        cause = error
-    if wrong:
+    """The adapter's plan over `base`, whose vocabulary the adapter may have changed.
+
+    One FormatError lists everything that does not fit.
+    """
+    plan, wrong, cause = match(adapter, base, read, warn)
+    if plan is None or wrong:
+        prefix = _differing_prefix(adapter, plan) if plan else ""
+        wrong = [prefix, *wrong] if prefix else wrong
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise FormatError(
             f"{adapter.where}: the adapter does not fit this base: {'; '.join(wrong[:3])}{more}"
         ) from cause
     return plan
+
+
+def match(
+    adapter: AdapterFile, base: Base, read: Read, warn: bool = False
+) -> tuple[Plan | None, list[str], ConfigError | None]:
+    """(the plan over `base` or None, what does not fit, the error that left no plan or None)."""
+    file = adapter.file
+    try:
+        decoder = decoder_of(file.keys(), base.parameters)
+        if decoder:
+            adapter.put_into(decoder)
+        vocabulary = settle_vocabulary(file, base, read)
+        read = reading_first(vocabulary, read)
+        resized = with_vocabulary(base, vocabulary)
+        adapter.config, notes = settle_saved(file, adapter.config, adapter.whole, resized, read)
+        plan = plan_adapter(resized, adapter.config, file.keys(), warn)
+        plan = plan._replace(vocabulary=vocabulary)
+    except ConfigError as error:
+        return None, [str(error)], error
+    wrong = mismatches(adapter, plan, read)
+    if not wrong:
+        adapter.keep(plan)
+        for name, W in vocabulary.items():
+            before = base.parameters[name][0]
+            notes.append(f"{name}: the base has {before} tokens and the file {len(W)}: resized")
+        for note in (*notes, *plan.notes):
+            adapter.note(f"{adapter.where}: {note}")
+    return plan, wrong, None
+
+
+def reading_first(tensors: Mapping[str, Array], read: Read) -> Read:
+    """A function that gives these tensors by their names, and others as `read` does."""
+    return lambda name: tensors[name] if name in tensors else read(name)
 
 
 def _differing_prefix(adapter: AdapterFile, plan: Plan) -> str:
@@ -231,86 +320,78 @@ def mismatches_with(
 ) -> list[str]:
     """`mismatches` with a checkpoint, or why the configuration does not fit it."""
     base = describe_checkpoint(checkpoint, config)
-    try:
-        plan = plan_adapter(base, adapter.config, adapter.file.keys(), warn=False)
-    except ConfigError as error:
-        return [
-            str(error),
-            *(f"unknown {path}" for path in adapter.layers if path not in base.layers),
-        ]
-    return mismatches(adapter, plan, read_base(checkpoint))
+    plan, wrong, _ = match(adapter, base, read_base(checkpoint))
+    if plan is None:
+        wrong += [f"unknown {path}" for path in adapter.layers if path not in base.layers]
+    return wrong
 
 
 def mismatches(adapter: AdapterFile, plan: Plan, read: Read) -> list[str]:
     """The missing and unknown keys, wrong shapes and wrong values of a file, one line for each."""
     file = adapter.file
     keys = dict.fromkeys(file.keys())
-
-    def get(key: str) -> Array | None:
-        return file.read(key) if key in keys else None
-
     expected = plan.shapes()
-    copies = repeated(plan, adapter.saved_name, get, read)
-    wrong = [f"missing {key}" for key in expected if key not in keys]
-    wrong += [f"unknown {key}" for key in keys if key not in expected and key not in copies]
+    # A module that only its keys declare may be there in part: the rest stays the base's.
+    partial = [path for path in adapter.whole if path in plan.saved]
+    optional = {PREFIX + name for path in partial for name, _ in plan.base.below(path)}
+    missing = [key for key in expected if key not in keys and key not in optional]
+    repeats = {key: _repeats(adapter, key, plan, read) for key in keys if key not in expected}
+    wrong = _describe_missing(missing, plan.config.bias)
+    wrong += [f"unknown {key}" for key, equal in repeats.items() if equal is None]
     for key, shape in expected.items():
         if key in keys and file.shape(key) != shape:
             wrong.append(f"{key} is {file.shape(key)}, the base needs {shape}")
-    for key, array in copies.items():
-        if key in keys and not equal_as_stored(file, key, array):
+    for key, equal in repeats.items():
+        if equal is False:
             wrong.append(f"{key} differs from the base's or from what it repeats")
     return wrong
 
 
-def repeated(
-    plan: Plan, adapter_name: str, get: Callable[[str], Array | None], read: Read
-) -> dict[str, Array]:
-    """The tensors in PEFT's file that follow from the adapter's others and from the base's.
-
-    get    gives one of the adapter's tensors by its key, or None
-
-    They are the base's embedding and head if they are targets by one of ENDS; a tied head's
-    factors, or its copy; and with bias="all" the biases of a module that is saved whole, before and
-    after training.
-    """
-    base = plan.base
-    copies: dict[str, Array] = {}
-    if _targets_name_an_end(plan):
-        for path in plan.targets:
-            if path in (base.embedding, base.head):
-                copies[f"{PREFIX}{path}.base_layer.weight"] = read(f"{path}.weight")
-    if plan.follows:
-        head, embedding = (PREFIX + path for path in plan.follows)
-        for of_head, of_embedding in TRANSPOSED.items():
-            factor = get(f"{embedding}.{of_embedding}")
-            if factor is not None:
-                copies[f"{head}.{of_head}"] = np.ascontiguousarray(factor.T)
-        weight = get(f"{embedding}.weight")
-        if weight is not None:
-            copies[f"{head}.weight"] = weight
-    if plan.config.bias == "all":
-        for path in plan.saved:
-            for name, _ in base.below(path):
-                if name.endswith(".bias"):
-                    inside = name.removeprefix(f"{path}.")
-                    copies[f"{PREFIX}{path}.original_module.{inside}"] = read(name)
-                    trained = get(PREFIX + name)
-                    if trained is not None:
-                        # PEFT takes the adapter's name out of keys only where it is their end.
-                        place = inside if inside == "bias" else f"{adapter_name}.{inside}"
-                        copies[f"{PREFIX}{path}.modules_to_save.{place}"] = trained
-    return copies
+def _describe_missing(missing: list[str], bias: str) -> list[str]:
+    """A line for each missing key; one for all biases if nothing else is missing."""
+    if missing and bias != "none" and all(key.endswith(".bias") for key in missing):
+        return [
+            f"bias = {bias!r}, but {len(missing)} trained biases are missing, such as {missing[0]} "
+            "(peft had versions that did not save them): set bias to 'none' in "
+            "adapter_config.json to have the base's biases, as peft does, or save it again"
+        ]
+    return [f"missing {key}" for key in missing]
 
 
-def _targets_name_an_end(plan: Plan) -> bool:
-    """Does PEFT save the base's weight of an embedding or a head that is a target?"""
-    targets = plan.config.target_modules
-    if plan.config.trainable_token_indices is not None or targets is None:
-        return False
-    if isinstance(targets, str):
-        ends = [path for path in plan.targets if path.rpartition(".")[2] in ENDS]
-        return any(matches(path, targets) for path in ends)
-    return any(name in targets for name in ENDS)
+def _repeats(adapter: AdapterFile, key: str, plan: Plan, read: Read) -> bool | None:
+    """Is a tensor equal to what it repeats, in the file or in the base? None if it repeats none."""
+    file = adapter.file
+    for other, transposed in keys_of_adapter(key, plan.follows):
+        if other in file:
+            array = file.read(other, np.float64)
+            return _equal_as_stored(file, key, array.T if transposed else array)
+    for name in names_of_base(key):
+        if name in plan.base.parameters:
+            path = name.removesuffix(".weight")
+            part = None
+            if path in plan.targets:
+                part = _plain_part(file, path, plan.config)
+            transposed = is_stored_transposed(plan.base.model_type, name)
+            table = transposed or plan.base.layers[path].kind == "embedding" if part else False
+            return is_weight_of_base(file, key, read(name), part, table)
+    return None
+
+
+def _plain_part(file: SafetensorsFile, path: str, config: LoraConfig) -> Part | None:
+    """What plain LoRA adds to the layer `path`; None for every other method."""
+    for names in (LINEAR, EMBEDDING):
+        A, B = (f"{PREFIX}{path}.{names[part]}" for part in "AB")
+        if A in file and B in file and not config.use_dora:
+            s = float(config.scaling(path))
+            return Part(file.read(A, np.float64), file.read(B, np.float64), s)
+    return None
+
+
+def _equal_as_stored(file: SafetensorsFile, key: str, expected: Array) -> bool:
+    """Is a tensor of a file `expected`, or what rounding once to the file's dtype makes of it?"""
+    stored = file.read_bits(key)
+    rounded = round_to(expected, file.dtype(key))
+    return np.array_equal(widen(stored), widen(rounded), equal_nan=True)
 
 
 # ---- reading tensors by name ---------------------------------------------------------------------

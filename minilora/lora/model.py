@@ -26,12 +26,14 @@ from ..nn import Module, Parameter, replace_module
 from .combining import add_weighted_adapter
 from .config import LoraConfig
 from .embedding import HeadAdapter, LoraEmbedding
-from .files import AdapterFile, fit, repeated
+from .files import AdapterFile, fit
 from .layer import LoraLinear, SavedModule, Wrapper, use_adapters
 from .names import PREFIX, EntryParameter, adapter_class, entry_parameters
 from .plan import Plan, check_wrapped, describe_model, modules_inside, plan_adapter, wrappers
+from .repeats import repeated
 from .tokens import TokenRows, TrainableTokens
 from .tying import copy_to_share, embedding_and_head, prepare_tie, unwrap
+from .vocabulary import check_resizable, resize_vocabulary
 
 MAX_FOLDER_NAME = 255  # in bytes: the limit of most file systems
 
@@ -467,21 +469,30 @@ class PeftModel(Module):
     ) -> None:
         """Add the adapter in `directory`, inactive until `set_adapter`; biases change at once.
 
-        An adapter for another base raises one FormatError that lists every mismatch.
+        An adapter for another base raises one FormatError that lists every mismatch. If its file
+        has an embedding and a head for another vocabulary, the base gets the same: their new rows
+        are the file's, and stay when the adapter is unloaded.
         """
         with AdapterFile(directory, check=False) as file:
             self._check_name(adapter_name, file.config)
+            if is_trainable and file.config.extra.get("init_lora_weights") == "mica":
+                file.note(f"{file.where}: peft trains A alone after 'mica'; here B is trained, too")
             file.config = dataclasses.replace(file.config, inference_mode=not is_trainable)
             with self._unmerged():
                 plan = fit(file, describe_model(self.model), self._read_base)
                 try:
                     check_wrapped(self.model, plan)
+                    check_resizable(self.model, plan)
                 except ConfigError as error:
                     raise FormatError(f"{file.where}: {error}") from error
                 # All are read before the model changes: one may be damaged, or too large for the
                 # dtype.
                 dtype = np.result_type(*{p.dtype for p in self.model.parameters()})
-                arrays = {key: file.file.read(key, dtype) for key in plan.shapes()}
+                keys = [key for key in plan.shapes() if key in file.file]
+                arrays = {key: file.file.read(key, dtype) for key in keys}
+                if plan.vocabulary:
+                    resize_vocabulary(self.model, plan)
+                    plan = plan._replace(vocabulary={}, resized=True)
                 self._inject(adapter_name, plan, seed=0)
         parameters = self.adapter_parameters(adapter_name)
         for key, array in arrays.items():

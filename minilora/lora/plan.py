@@ -187,6 +187,10 @@ class Plan(NamedTuple):
     saved     modules that are trained whole, as copies
     tokens    embeddings and heads of which some rows are trained, and which rows
     follows   (head, embedding): the head has what the embedding has, because their weight is one
+    notes     names in a file's configuration that match nothing here
+    vocabulary   weights of the base's embedding and head, by name, with as many rows as in the
+              adapter's file; {} if it has as many already
+    resized   was the model's vocabulary changed to that of the adapter?
     """
 
     base: Base
@@ -195,6 +199,9 @@ class Plan(NamedTuple):
     config: LoraConfig
     tokens: dict[str, list[int]]
     follows: tuple[str, str] | None
+    notes: tuple[str, ...] = ()
+    vocabulary: Mapping[str, Any] = {}
+    resized: bool = False
 
     def shapes(self) -> dict[str, Shape]:
         """The shapes of the tensors in the adapter's file, by key."""
@@ -234,18 +241,20 @@ def plan_adapter(
     """The plan for what `config` means in `base`. ConfigError for what does not fit.
 
     keys   those of the file that the adapter is read from; they too say whether a tied head follows
-           its embedding, and whether an adapter has tokens alone
+           its embedding, and whether an adapter has tokens alone. Names that match nothing are
+           then notes, not errors: its tensors say what it adapts
     warn   about what is allowed but hardly meant
     """
     config = dataclasses.replace(config)
     tie = (base.head, base.embedding) if base.tied else None
     follows = tie if config.ensure_weight_tying and _replace_head(config, tie, keys) else None
-    saved = _find_saved(base.layers, config)
+    notes: list[str] = []
+    saved = _find_saved(base.layers, config, notes if keys else None)
     linear = {}
     for path, layer in base.layers.items():
         if layer.kind == "linear" and not _is_within(path, saved):
             linear[path] = layer
-    targets = _find_targets(base, linear, saved, config, keys)
+    targets = _find_targets(base, linear, saved, config, keys, notes)
     for path, layer in targets.items():
         adaptable = layer.kind == "embedding" and config.peft_type == "LORA"
         if not adaptable and path not in linear:
@@ -269,7 +278,7 @@ def plan_adapter(
     if warn:
         _warn(config, targets, fan_in_fan_out)
     config.fan_in_fan_out = fan_in_fan_out
-    return Plan(base, targets, saved, config, tokens, follows or token_follows)
+    return Plan(base, targets, saved, config, tokens, follows or token_follows, tuple(notes))
 
 
 def _replace_head(config: LoraConfig, tie: tuple[str, str] | None, keys: Container[str]) -> bool:
@@ -313,11 +322,19 @@ def _replace_head(config: LoraConfig, tie: tuple[str, str] | None, keys: Contain
     return done
 
 
-def _find_saved(layers: Mapping[str, Layer], config: LoraConfig) -> dict[str, Layer]:
+def _find_saved(
+    layers: Mapping[str, Layer], config: LoraConfig, notes: list[str] | None
+) -> dict[str, Layer]:
+    """The modules that modules_to_save means.
+
+    `notes` gets the names that mean none; if it is None, they raise.
+    """
     # PEFT's rule for these differs from that for targets: "norm" also ends "input_layernorm".
     names = Targets(config.modules_to_save or [], anywhere=True)
     unused = [name for name, paths in names.group(layers).items() if not paths]
-    if unused:
+    if unused and notes is not None:
+        notes.append(f"modules_to_save: {_quote(unused)} match nothing in this base")
+    elif unused:
         raise ConfigError(f"modules_to_save: {_quote(unused)} match nothing; {_candidates(layers)}")
     return {path: layer for path, layer in layers.items() if names.mean(path)}
 
@@ -328,6 +345,7 @@ def _find_targets(
     saved: Container[str],
     config: LoraConfig,
     keys: Collection[str],
+    notes: list[str],
 ) -> dict[str, Layer]:
     """The layers that target_modules, exclude_modules and layers_to_transform leave.
 
@@ -360,7 +378,9 @@ def _find_targets(
         paths = [path for path in base.layers if path] if chosen else []
         unused = [name for name, meant_by in wanted.group(paths).items() if not meant_by]
         # A file may have names for several kinds of model; its tensors say what it adapts.
-        if unused and not (keys and chosen):
+        if unused and keys and chosen:
+            notes.append(f"target_modules: {_quote(unused)} match nothing in this base")
+        elif unused:
             raise ConfigError(
                 f"target_modules: {_quote(unused)} match nothing; {_candidates(linear)}"
             )

@@ -16,9 +16,8 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
-from ..errors import ConfigError
 from .endings import Endings, plain_text
-from .patterns import Pattern, compile_pattern
+from .patterns import Pattern, UnsupportedPattern, compile_pattern
 
 V = TypeVar("V")
 
@@ -127,7 +126,7 @@ class Layers:
         self._plain, self._others = _sort_patterns(texts)
         for number, pattern in self._others:
             if pattern.lazy:  # `re` would prefer another of several numbers
-                raise ConfigError(
+                raise UnsupportedPattern(
                     f"layers_pattern {texts[number]!r:.120} has a lazy repetition such as *?: "
                     "leave out its ?"
                 )

@@ -9,8 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import ConfigError, FormatError, shorten
 from ..formats import write_adapter
 from ..formats.disk import quoted
@@ -19,6 +17,7 @@ from ..lora import LoraConfig
 from ..lora.combining import check_weights, choose_rank, combine_layer
 from ..lora.files import AdapterFile
 from ..lora.plan import FIRST_EMBEDDINGS, HEAD
+from ..lora.repeats import is_weight_of_base
 from .factoring import ADALORA_FIELDS, Tensors, factor_keys, head_factors, plain
 from .merging import Change, Changes, alike, changes_of, require_addable
 from .rewriting import Row, progress
@@ -73,6 +72,8 @@ def combine(
             for change in changes:
                 if change.key:
                     tensors[change.key] = change.adapter.file.read(change.key)
+        for file in files:  # what is of the base says for which vocabulary the adapter is
+            tensors |= {key: file.file.read(key) for key in file.of_base}
         rows = []
         for path in progress(layers, "combine"):
             changes = layers[path]
@@ -146,8 +147,8 @@ def _other_tensors(path: str, changes: list[Change]) -> Tensors:
         for part, key in change.adapter.layers[path].items():
             if part not in ("m", "base"):
                 continue
-            array = file.read(key)
-            if not np.array_equal(tensors.setdefault(key, array), array, equal_nan=True):
+            first = tensors.setdefault(key, file.read(key))
+            if not is_weight_of_base(file, key, first):
                 raise FormatError(
                     f"{change.adapter.where}: {path}.base_layer.weight differs from another "
                     "adapter's: combine adapters of one base"

@@ -55,6 +55,7 @@ from ..lora.config import MAX_COUNT
 from ..lora.files import AdapterFile
 from ..lora.names import PREFIX
 from ..lora.plan import HEAD
+from ..lora.reading import decoder_of
 from .rewriting import DTYPE_RULE, read_dense, rewrite, stored
 
 MLX_FILE = "adapters.safetensors"
@@ -229,6 +230,9 @@ def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
     for which the file has no tensors gets B = 0, which changes nothing.
     """
     with AdapterFile(folder) as file:
+        decoder = decoder_of(file.file.keys())
+        if decoder:
+            file.put_into(decoder)
         config = file.config
         other = file.replaced or file.tokens or any(map(file.embeds, file.layers))
         if other or config.peft_type != "LORA":

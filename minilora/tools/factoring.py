@@ -276,6 +276,8 @@ def _factor_tensors(path: str, A: Array, B: Array, embeds: bool = False) -> Tens
 def plain(r: int) -> dict[str, Any]:
     """The fields of adapter_config.json that give every layer rank r and s = 1."""
     fields: dict[str, Any] = {"peft_type": "LORA", "r": r, "lora_alpha": r, "use_rslora": False}
+    # PEFT looks at how an adapter began when it loads it, too, and not every start has any rank.
+    fields |= {"init_lora_weights": True, "eva_config": None}
     return {**fields, "rank_pattern": {}, "alpha_pattern": {}}
 
 

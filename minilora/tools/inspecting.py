@@ -87,6 +87,8 @@ def inspect_adapter(folder: Path, base: str | Path | None = None) -> Report:
                         checkpoint.require_floats([name])
                         W = norm(checkpoint.read(name))
                     row["|dW| / |W|"] = f"{size / W:.4g}" if W else "-"
+        if file.notes:
+            report["notes"] = file.notes
     return {**report, "spectra": spectra, "tensors": rows}
 
 

@@ -13,7 +13,7 @@ happens to a weight that embedding and head share, and then writes the base agai
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +24,12 @@ from ..errors import ConfigError, FormatError, NonFiniteError, Rule, check_field
 from ..formats import Checkpoint
 from ..formats.checkpoint import is_stored_transposed
 from ..formats.disk import quoted
-from ..formats.dtypes import DTYPES, FLOATS, round_to, too_large, widen
+from ..formats.dtypes import DTYPES, FLOATS, NUMPY_FLOATS, round_to, too_large, widen
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import HydraConfig
 from ..lora.combining import check_weights
 from ..lora.factors import Part
-from ..lora.files import AdapterFile, base_key, fit, read_base
+from ..lora.files import AdapterFile, base_key, fit, read_base, reading_first
 from ..lora.merging import Map, merge_weight
 from ..lora.plan import HEAD, describe_checkpoint
 from ..lora.tying import are_transposed, choose
@@ -38,6 +38,7 @@ from .rewriting import DTYPE_RULE, Row, not_finite, read_dense, rewrite, stored
 
 Array = np.ndarray
 HEAD_WEIGHT = f"{HEAD}.weight"
+NUMPY_CODES = {np.dtype(kind): code for code, kind in NUMPY_FLOATS.items()}
 RULES = (
     DTYPE_RULE,
     Rule("--threads", lambda count: type(count) is int and count >= 1, "an integer of at least 1"),
@@ -79,11 +80,13 @@ class MergePlan(NamedTuple):
     changes   by the base's key
     twins     new keys, each with the key of the base that it is made from
     untied    are embedding and head two weights afterwards?
+    resized   weights that take the place of the base's, with another number of tokens, by its key
     """
 
     changes: Changes
     twins: dict[str, str]
     untied: bool
+    resized: dict[str, Array]
 
 
 def merge(
@@ -140,9 +143,10 @@ def merge(
             changes = plan.changes.get(key)
             source = plan.twins.get(key, key)
             if not changes:
-                return stored(checkpoint, source, code, allow_nonfinite), None
+                bits = stored(checkpoint, source, code, allow_nonfinite)
+                return _resized(bits, plan.resized.get(source)), None
             bits, row, total = _change_tensor(
-                checkpoint, source, changes, model_type, code, workers.map
+                checkpoint, source, changes, model_type, code, workers.map, plan.resized
             )
             if allow_nonfinite or math.isfinite(total):
                 return bits, row
@@ -158,7 +162,11 @@ def merge(
 
         if plan.untied:
             config = {**config, "tie_word_embeddings": False}
-        return rewrite(checkpoint, config, stage, make, dtype, "merge", plan.twins)
+        shapes = {}
+        for key, W in plan.resized.items():
+            shapes[key] = W.shape
+            config = {**config, "vocab_size": len(W)}
+        return rewrite(checkpoint, config, stage, make, dtype, "merge", plan.twins, shapes)
 
 
 # ---- which tensors change, and how ----
@@ -176,10 +184,17 @@ def plan_merge(
     described = describe_checkpoint(base, config)
     read = read_base(base)
     changes: Changes = {}
+    resized = {}
     for adapter, weight in zip(adapters, weights, strict=True):
-        changes_by_name = changes_of(adapter, weight)
-        fit(adapter, described, read, warn=False)
-        for name, change in changes_by_name.items():
+        changes_of(adapter, weight)  # raises for what cannot be merged over any base
+        plan = fit(adapter, described, read, warn=False)
+        described = plan.base  # the next adapter is for the same vocabulary
+        read = reading_first(plan.vocabulary, read)
+        for name, W in plan.vocabulary.items():
+            key = base_key(base, name)
+            if key is not None:
+                resized[key] = W
+        for name, change in changes_of(adapter, weight).items():
             key = base_key(base, name) or name
             changes.setdefault(key, []).append(change)
     twins = {}
@@ -191,7 +206,7 @@ def plan_merge(
             twins[HEAD_WEIGHT] = embedding
     for key, several in changes.items():
         require_addable(key, several)
-    return MergePlan(changes, twins, untied)
+    return MergePlan(changes, twins, untied, resized)
 
 
 def _settle_tie(embedding: str, changes: Changes, tied: str | None) -> bool:
@@ -281,9 +296,13 @@ def _change_tensor(
     model_type: str,
     code: str | None,
     over: Map,
+    resized: Mapping[str, Array],
 ) -> tuple[Array, Row | None, float]:
     """A tensor's new bits, its row (None if it is replaced), and a sum: NaN or inf if a new number
-    is."""
+    is.
+
+    resized   of `MergePlan`
+    """
     source = base.dtype(key)
     target = code or source
     if source not in FLOATS:
@@ -295,11 +314,11 @@ def _change_tensor(
         bits = round_to(adapter.file.read(new, np.float64), target)
         total = float(np.abs(widen(bits)).sum(dtype=np.float64))
         if rows:
-            table = stored(base, key, code, allow_nonfinite=True)
+            table = _resized(stored(base, key, code, allow_nonfinite=True), resized.get(key))
             table[list(rows)] = bits
             bits = table
         return bits, None, total
-    bits = base.read_bits(key)
+    bits = _resized(base.read_bits(key), resized.get(key))
     parts = [change.part() for change in changes]
     if is_stored_transposed(model_type, f"{path}.weight"):
         # Rows as models have them, so that the bits are theirs.
@@ -316,3 +335,14 @@ def _change_tensor(
     if math.isfinite(lost):
         row |= {"|dW|": size, "lost": lost}
     return bits, row, merged.lost + size
+
+
+def _resized(bits: Array, W: Array | None) -> Array:
+    """A tensor's bits with as many rows as W, of which the new ones are W's; themselves for None.
+
+    Rows that both have keep their bits.
+    """
+    if W is None:
+        return bits
+    dtype = "BF16" if bits.dtype == np.uint16 else NUMPY_CODES[bits.dtype]
+    return np.concatenate([bits[: len(W)], round_to(W[len(bits) :], dtype)])

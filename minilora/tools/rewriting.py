@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -110,12 +111,14 @@ def rewrite(
     dtype: str | None,
     title: str,
     twins: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> list[Row]:
     """Write a checkpoint's shards again into `stage`, each tensor with the bits that `make(key)`
     returns.
 
     dtype   of every float; None: each tensor keeps its dtype
     twins   new keys, each with the key whose shard, shape and dtype it gets
+    shapes  new shapes, by key
 
     Returns make's rows. The files, the index and the other keys stay as they are. config.json comes
     last. A shard that exists already is not made again.
@@ -136,7 +139,7 @@ def rewrite(
             bar.update(bits.size)
             return bits
 
-        return Entry(key, code, checkpoint.shape(source), read)
+        return Entry(key, code, shapes.get(source, checkpoint.shape(source)), read)
 
     shards = {}
     for shard, keys in checkpoint.shards.items():

@@ -35,13 +35,13 @@ NOT_POSITIVE = [0, -1, True, "8", None, math.nan, math.inf, 10**400, [8]]
 add_bad("r", *NOT_A_COUNT)
 add_bad("lora_alpha", *NOT_POSITIVE)
 add_bad("target_modules", [], "", 5, [""], ["q_proj", 1], [None], True, ["x"] * 10_001)
-add_bad("target_modules", "(", "a{2", "(?=a)")
+add_bad("target_modules", "(", "a{2", "(?<=a)")
 add_bad("exclude_modules", 5, [""], [1], "[a", True)
 add_bad("lora_dropout", -0.1, 1.0, 1, True, None, math.nan, math.inf, "0", 10**400)
 add_bad("bias", "", "some", None, True, [])
 add_bad("use_rslora", 1, 0, None, "true")
 add_bad("use_dora", 1, 0, None, "true")
-add_bad("init_lora_weights", "", "pissa", "eva", None, 1, 0, 1.0, [])
+add_bad("init_lora_weights", "", "pissa", None, 1, 0, 1.0, [])
 add_bad_table("rank_pattern", *NOT_A_COUNT)
 add_bad_table("alpha_pattern", *NOT_POSITIVE)
 add_bad("layers_to_transform", True, "0", 1.0, [True], ["0"], [None])
@@ -49,7 +49,7 @@ add_bad("layers_pattern", 5, True, [1])
 add_bad("layers_pattern", "layers")  # without layers_to_transform
 add_bad("modules_to_save", "lm_head", [""], [1], 5, True)
 add_bad("fan_in_fan_out", 1, None, "false")
-add_bad("task_type", "SEQ_CLS", 1, True, [])
+add_bad("task_type", "NONSENSE", 1, True, [])
 add_bad("inference_mode", 1, None, "false")
 
 
@@ -75,6 +75,33 @@ def test_lora_config_refuses_an_unknown_argument() -> None:
 
 
 # ---- PEFT's fields ----
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("init_lora_weights", start) for start in ("orthogonal", "eva", "mica")]
+    + [("task_type", task) for task in ("SEQ_CLS", "FEATURE_EXTRACTION", "QUESTION_ANS")],
+)
+def test_from_dict_keeps_what_only_a_file_may_say(field: str, value: str) -> None:
+    """How training began, and for which task, changes nothing of what a file holds."""
+    fields = {field: value, "eva_config": {"rho": 2.0} if value == "eva" else None}
+    config = LoraConfig.from_dict(fields)
+    assert getattr(config, field) == getattr(LoraConfig(), field)
+    written = dataclasses.replace(config, r=3).to_dict()
+    assert written == {**PEFT_CONFIG_DEFAULTS, **fields, "r": 3}
+    with pytest.raises(ConfigError, match=field):
+        LoraConfig(**{field: value})
+
+
+@pytest.mark.parametrize("start", ["pissa", "PiSSA", "pissa_niter_4", "olora", "loftq", "lora_ga"])
+def test_from_dict_says_why_a_start_that_changes_the_base_is_refused(start: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig.from_dict({"init_lora_weights": start}, "here")
+    assert f"here: init_lora_weights = {start!r}: the adapter was trained over a changed base" in (
+        str(caught.value)
+    )
+    assert "neither that base nor its first values" in str(caught.value)
+    assert "path_initial_model_for_weight_conversion" in str(caught.value)
 
 
 def test_from_dict_reads_the_smallest_file_that_peft_accepts() -> None:

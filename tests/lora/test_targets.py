@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from minilora.errors import ConfigError
 from minilora.lora import LoraConfig
-from minilora.lora.patterns import MAX_LENGTH, MAX_STATES, Pattern
+from minilora.lora.patterns import (
+    MAX_LENGTH,
+    MAX_STATES,
+    MAX_VISITS,
+    MAX_VISITS_PER_LETTER,
+    Pattern,
+    UnsupportedPattern,
+)
 from minilora.lora.targets import in_layers, layer_index, matches, pattern_value
 
 NAME = "model.layers.10.self_attn.q_proj"
@@ -37,7 +44,7 @@ MEMBERS = words(r"a b 0 _ . a-b 0-9 _-b \d \w \S \. \] \- ( * $")
 FIRST = st.sampled_from(["", "^", "]", "^]"])
 LAST = st.sampled_from(["", "-"])
 SETS = st.builds("[{}{}{}]".format, FIRST, joined(MEMBERS), LAST)
-COUNTS = words("* + ? {0} {1} {2} {0,2} {1,3} {2,} {0,} *? +? ?? {2}? {0,2}?")
+COUNTS = words("* + ? {0} {1} {2} {0,2} {1,3} {2,} {0,} *? +? ?? {2}? {0,2}? {1}?")
 
 
 def larger(inner):
@@ -47,7 +54,14 @@ def larger(inner):
     return joined(inner, most=4) | joined(inner, 2, 3, "|") | repeated | groups
 
 
-PATTERNS = st.recursive(CHARACTERS | SETS | words(r"^ $ \b"), larger, max_leaves=12)
+def with_looks(inner):
+    """The same, and look-aheads."""
+    return larger(inner) | st.builds("(?{}{})".format, st.sampled_from("=!"), inner)
+
+
+ANCHORS = words(r"^ $ \b \B \A \Z")
+PATTERNS = st.recursive(CHARACTERS | SETS | ANCHORS, larger, max_leaves=12)
+LOOKING = st.recursive(CHARACTERS | SETS | ANCHORS, with_looks, max_leaves=12)
 UNANCHORED = st.recursive(CHARACTERS | SETS, larger, max_leaves=12)
 SHORT = PATTERNS.filter(lambda pattern: len(pattern) <= 30)
 
@@ -78,6 +92,35 @@ def test_pattern_fullmatch_answers_as_re_does(pattern, name):
     assert same_as_re(pattern, name)
 
 
+@given(LOOKING, NAMES)
+@example("(?!.*b)a.*", "aab")
+@example("(?=a)*a", "a")
+@example("a(?!b)|ab(?=$)", "ab")
+@example("(?=(?!a.*b)a.*c).*", "axc")
+@example("(?!(?=ab)a).*", "ab")
+@example("(?:(?!bb).)*", "abab")
+@example(".*(?=b).", "ab")
+@example("((?=a.)a|b){2}", "ab")
+@example(r"(?P<first>a)\B(?P<second>b)", "ab")
+@example("(?!)", "")
+@example("(?=)a", "a")
+def test_pattern_fullmatch_looks_ahead_as_re_does(pattern, name):
+    assert same_as_re(pattern, name)
+
+
+@given(LOOKING, NAMES, st.integers(0, 8))
+def test_pattern_ends_sees_the_whole_name_ahead(pattern, name, number):
+    """A match may end anywhere, but a look-ahead sees what follows, as in `re`."""
+    start = number % (len(name) + 1)
+    expected = set()
+    for end in range(start, len(name) + 1):
+        rest = re.escape(name[end:])
+        if re.compile(rf"(?:{pattern})(?={rest}\Z)").match(name, start):
+            full = re.compile(rf"(?s:.{{{start}}})(?:{pattern}){rest}").fullmatch(name)
+            expected |= {end} if full else set()
+    assert Pattern(pattern).ends(name, {start}) == expected
+
+
 @given(UNANCHORED, NAMES, st.integers(0, 8))
 def test_pattern_ends_are_all_positions_where_a_match_can_end(pattern, name, number):
     assume(len(pattern) <= MAX_LENGTH)
@@ -91,7 +134,7 @@ def test_pattern_ends_are_all_positions_where_a_match_can_end(pattern, name, num
 
 # `re` warns about [[ and --, which are characters here.
 @pytest.mark.filterwarnings("ignore:Possible:FutureWarning")
-@given(st.text("ab(|)[]^-$*+?{},1\\d.:=!", max_size=12), NAMES)
+@given(st.text("ab(|)[]^-$*+?{},1\\dB.:=!P<>", max_size=12), NAMES)
 def test_pattern_accepts_nothing_that_re_refuses_or_reads_differently(pattern, name):
     """Any text at all: no crash, no other error, and never more than `re` accepts."""
     try:
@@ -130,7 +173,10 @@ class Counted(list):
         return super().__getitem__(index)
 
 
-HANGS = r"(([a-z_0-9]+)*\.?)*! (.*)*x (.|.)*! ((((.*)*)*)*)*! (.*.*.*.*.*.*)*! ((.?){30}){6}!"
+HANGS = (
+    r"(([a-z_0-9]+)*\.?)*! (.*)*x (.|.)*! ((((.*)*)*)*)*! (.*.*.*.*.*.*)*! ((.?){30}){6}! "
+    r"(?!((.*)*)*$).*! (?=(.*)*x).* (?:(?=(.|.)*$).)*! (?!(?!((.?){30})*!).).*x.*!"
+)
 
 
 @pytest.mark.parametrize("pattern", HANGS.split())
@@ -140,7 +186,9 @@ def test_pattern_that_hangs_in_re_takes_bounded_work(pattern, monkeypatch):
     states = Counted(compiled._states)
     monkeypatch.setattr(compiled, "_states", states)
     assert not compiled.fullmatch(NAME * 3)
-    assert 0 < states.reads <= 3 * len(states) * (len(NAME) * 3 + 1)
+    # Each look-ahead reads its own states once more from the end, and so do those around it.
+    passes = 3 + 3 * pattern.count("(?=") + 3 * pattern.count("(?!")
+    assert 0 < states.reads <= passes * len(states) * (len(NAME) * 3 + 1)
     assert len(states) <= MAX_STATES
     assert not matches(NAME, pattern)
     assert not pattern_value(NAME, {pattern: 1}, 0)
@@ -154,15 +202,18 @@ def unsupported(problem, *patterns):
     UNSUPPORTED.extend((pattern, problem) for pattern in patterns)
 
 
-unsupported("501 characters", "a" * 501)
-unsupported("41 groups", "(" * 41 + ")" * 41)
-unsupported("possessive", "a*+", "a*?+")
-unsupported("doubled", "a**", "a+{2}", "a+??")
-unsupported("of nothing", "^*", "${2}", r"a\b+")
+unsupported("30001 characters", "a" * 30_001)
+unsupported("more than 40 groups", "(" * 41 + ")" * 41, "(?=" * 41 + ")" * 41)
+unsupported("possessive", "a*+", "a++")
+unsupported("doubled", "a**", "a+{2}", "a+??", "a{1}*")
+unsupported("of nothing", "^*", "${2}", r"a\b+", r"\B*", r"\Z?")
 unsupported("nothing to repeat", "*", "a|+")
-unsupported("another kind", "(?=a)", "(?!a)", "(?<=a)b", "(?P<n>a)", "(?i)a")
+unsupported("another kind", "(?<=a)b", "(?<!a)b", "(?P<1>a)", "(?P<n", "(?i)a", "(?>a)", "(?")
+unsupported("another kind", "(?P<n>a)(?P=n)")
+unsupported("a second group of the name n", "(?P<n>a)(?P<n>b)")
 unsupported(r"escape \\1", r"(a)\1")
-unsupported("escape", r"\B", r"[\b]", r"\Z", "a\\")
+unsupported("escape", r"[\b]", r"[\B]", r"\z")
+unsupported("a backslash at the end", "a\\")
 unsupported(r"without its \)", "(a")
 unsupported(r"without its \(", "a)")
 unsupported("without its ]", "[a", "[]", "[^]")
@@ -170,19 +221,48 @@ unsupported("range", "[b-a]", r"[\d-z]", r"[a-\d]")
 unsupported("begins no", "a{", "a{x}", "a{,3}", "a{1,2,3}", "a{}", "a{\u0663}")
 unsupported("must rise", "a{3,2}")
 unsupported("within 100", "a{101}", "a{1,101}", "a{" + "9" * 150 + "}")
-unsupported("too many", "(((){99}){99}){99}", "((a{0}){99}){99}", "((a?){99}){99}")
+unsupported("too many", "(((){99}){99}){99}", "(((a{0}){99}){99}){4}", "(((a?){99}){99}){3}")
+unsupported("too many", "((?=a{99}){99}){99}")
 unsupported(r"'\\x1b", "\x1b[31m(")
+
+
+NOT_RUN = ["possessive", "another kind", "escape", r"escape \\1", "begins no"]
 
 
 @pytest.mark.parametrize(("pattern", "problem"), UNSUPPORTED)
 def test_pattern_outside_the_subset_raises_with_the_pattern_and_the_subset(pattern, problem):
     with pytest.raises(ConfigError, match=problem) as caught:
         Pattern(pattern)
+    # What `re` may know is told from what is invalid or too large for anybody.
+    assert isinstance(caught.value, UnsupportedPattern) == (problem in NOT_RUN)
     text = str(caught.value)
     assert len(text) <= 500
     assert text.isprintable()
     assert repr(pattern)[:50] in text
     assert "supported are literals" in text
+
+
+def test_pattern_of_every_layer_by_its_full_name_is_run(monkeypatch):
+    names = []
+    for layer in range(80):
+        names += [f"model.layers.{layer}.self_attn.{name}_proj" for name in "qkvo"]
+    pattern = f"^({'|'.join(names).replace('.', chr(92) + '.')})$"
+    assert len(pattern) > 10_000
+    compiled = Pattern(pattern)
+    assert all(compiled.fullmatch(name) for name in names[::40])
+    assert not compiled.fullmatch("model.layers.80.self_attn.q_proj")
+    LoraConfig(target_modules=pattern)
+
+
+@pytest.mark.parametrize("pattern", [".*" * 3000 + "!", f"(?!{'.*' * 3000}!).*x"])
+def test_pattern_with_too_many_states_at_each_letter_stops(pattern):
+    """The visits are counted, over all names; an ordinary pattern never comes near the limit."""
+    compiled = Pattern(pattern)
+    names = iter(f"{NAME}.{number}" for number in range(1000))
+    with pytest.raises(ConfigError, match="takes too long: it follows more than 500 of its"):
+        list(map(compiled.fullmatch, names))
+    assert next(names, None) is not None
+    assert compiled._visits <= MAX_VISITS + MAX_VISITS_PER_LETTER * compiled._letters + 10_000
 
 
 # ---- names ----

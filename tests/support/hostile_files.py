@@ -605,8 +605,8 @@ def add_adapter_rows() -> None:
             name = f"keys that begin with {prefix!r}, {load.__name__}"
             add(43, name, build, load, FormatError, "adapter", "fit", *says)
     build = changed_tensors(ADAPTER_WEIGHTS, renaming("base_model.model.model.", PREFIX))
-    says = ["begin with 'base_model.' where 'base_model.model.' is expected"]
-    add(43, "keys without 'model.'", build, load_fresh, FormatError, "adapter", *says)
+    line = f"{EVALUATE} --adapter adapter"
+    add(43, "keys of a model without a head", build, line, None, "'model' is put before")
     for prefix in ("", "module."):
         build = changed_tensors(ADAPTER_WEIGHTS, renaming(PREFIX, prefix))
         command(43, MERGE, 3, "does not begin with 'base_model.model.'", "rename", build=build)
@@ -618,6 +618,8 @@ def add_adapter_rows() -> None:
     # A file may name layers of other models, but its tensors must be those of the layers here.
     many = set_to(ADAPTER_CONFIG, target_modules=["q_proj", "c_attn"])
     misfit("tensors of unnamed layers", many, "unknown", "v_proj.lora_A.weight")
+
+    add_base_rows(having)
 
     for value in (0, -1, 2**31, 1.5, True, "8", None, [8]):
         bad_adapter_config(44, "r must be", r=value)
@@ -659,12 +661,60 @@ def add_adapter_rows() -> None:
     bad_adapter_config(48, "alora_invocation_tokens", alora_invocation_tokens=[1])
     bad_adapter_config(48, "trainable_token_indices", trainable_token_indices=[0, 0])
     bad_adapter_config(48, "ensure_weight_tying", ensure_weight_tying="yes")
-    bad_adapter_config(48, "task_type", task_type="SEQ_CLS")
+    bad_adapter_config(48, "task_type", task_type="NONSENSE")
+    bad_adapter_config(48, "changed base", "W - s B0 A0", init_lora_weights="pissa_niter_4")
+    bad_adapter_config(48, "eva_config", eva_config={"rho": 2.0})
+    score = having(f"{PREFIX}score.weight", np.zeros((2, 16)))
+    score = both(set_to(ADAPTER_CONFIG, task_type="SEQ_CLS", modules_to_save=["score"]), score)
+    misfit("a classifier's head", score, "unknown base_model.model.score.weight")
     bad_adapter_config(48, "bias", bias="some")
     mapping = {"base_model_class": "Evil", "parent_library": "os"}
     harmless = {"revision": "../..", "base_model_name_or_path": "/dev/zero"}
     evil = set_to(ADAPTER_CONFIG, auto_mapping=mapping, **harmless)
     add(48, "auto_mapping is kept, not imported", evil, load_fresh, None)
+
+
+def add_base_rows(having: Callable[[str, Any], Build]) -> None:
+    """Tensors of the base in an adapter's file: copies of it, whole modules, other vocabularies."""
+    embedding = f"{PREFIX}model.embed_tokens.weight"
+    head = f"{PREFIX}lm_head.weight"
+    rows = np.ones((260, 16))
+    says = (embedding, "260 tokens, the base has 256", "no rows of lm_head", "resized to 260")
+    misfit("an embedding with more tokens", having(embedding, rows), *says)
+    both_ends = both(having(embedding, rows), having(head, np.ones((270, 16))))
+    misfit("two vocabularies", both_ends, "(260, 16)", "(270, 16)", "(256, 16)")
+    empty = both(having(embedding, np.ones((0, 16))), having(head, np.ones((0, 16))))
+    misfit("no tokens", empty, "(0, 16)", "(256, 16)")
+    wide = both(having(embedding, np.ones((260, 17))), having(head, np.ones((260, 17))))
+    misfit("other channels", wide, "(260, 17)", "(256, 16)")
+    norm = having(f"{PREFIX}model.norm.weight", np.ones(17))
+    misfit("a norm of another shape", norm, "norm.weight is (17,), the base needs (16,)")
+    for name in ("model.layers.0.self_attn.q_proj.base_layer", "model.norm.original_module"):
+        shape = (16,) if "norm" in name else (16, 16)
+        build = having(f"{PREFIX}{name}.weight", np.full(shape, 7.0))
+        misfit(f"another {name}", build, f"{name}.weight differs from the base's")
+    nowhere = having(f"{PREFIX}model.layers.9.self_attn.o_proj.weight", np.ones((16, 16)))
+    misfit("a whole module of no layer", nowhere, "unknown", "layers.9.self_attn.o_proj.weight")
+    path = having(f"{PREFIX}../../secret.weight", np.ones(3))
+    misfit("a whole module that leads out", path, "unknown", "../../secret.weight")
+    saved = set_to(ADAPTER_CONFIG, modules_to_save=["../../secret", "/dev/zero"])
+    add(43, "names that lead out", saved, f"{EVALUATE} --adapter adapter", None, "match nothing")
+    wanted = [ADAPTER_KEY.format(part, "A") for part in "qv"]
+
+    def name_tensors(tensors: Tensors) -> None:
+        for key in wanted:
+            tensors[key.replace(".weight", ".x.weight")] = tensors.pop(key)
+
+    mixed = changed_tensors(ADAPTER_WEIGHTS, name_tensors)
+    mixed = both(mixed, having(wanted[0].replace("_A.", "_A.y."), np.zeros((2, 16))))
+    misfit("two names in keys", mixed, "missing")
+    biased = set_to(BASE_CONFIG, attention_bias=True)
+    bias = {f"model.layers.0.self_attn.{part}_proj.bias": np.zeros(16, "f") for part in "qkvo"}
+    biased = both(biased, changed_tensors(BASE_WEIGHTS, lambda t: t.update(bias)))
+    biased = both(biased, set_to(ADAPTER_CONFIG, bias="lora_only"))
+    says = ("bias = 'lora_only', but 2 trained biases are missing", "set bias to 'none'")
+    add(43, "no biases", biased, load_fresh, FormatError, "adapter", *says)
+    command(43, MERGE, 3, "adapter", *says, build=biased)
 
 
 def add_pattern_rows() -> None:
@@ -677,11 +727,30 @@ def add_pattern_rows() -> None:
         command(46, f"{FINETUNE} --target-modules '{pattern}'", 2, "no target")
         build = set_to(ADAPTER_CONFIG, rank_pattern={pattern: 2}, exclude_modules=pattern)
         add(46, f"rank_pattern {pattern}", build, f"{EVALUATE} --adapter adapter", None)
-    bad_adapter_config(46, "pattern", "300 groups", target_modules="(" * 300)
+    bad_adapter_config(46, "pattern", "40 groups", target_modules="(" * 300)
     bad_adapter_config(46, "pattern", "too many", target_modules="((.{99}){99}){99}")
     bad_adapter_config(46, "pattern", "within 100", target_modules="a{101}")
-    for pattern in ("(", "(?=q)", "a**", "\\1", "[a"):
+    for pattern in ("(", "a**", "[a", "a" * 30_001, "(?=" * 41 + ")" * 41):
         bad_adapter_config(46, "pattern", "supported are", rank_pattern={pattern: 2})
+    # What is outside the subset is never run: the tensors say which layers are meant, and their
+    # ranks; but nothing says their lora_alpha.
+    line = f"{EVALUATE} --adapter adapter"
+    for pattern in ("(a*)*\\1b", "(?<=q)", "(?i)(.*)*Q_PROJ", "(?>(a|a)*)b", ".*+x", "\\x41"):
+        build = set_to(ADAPTER_CONFIG, target_modules=pattern)
+        add(46, f"not run: {pattern}", build, line, None, "layers are those that have tensors")
+        build = set_to(ADAPTER_CONFIG, rank_pattern={pattern: 2})
+        add(46, f"not run for ranks: {pattern}", build, line, None, "ranks are those of the file")
+        build = set_to(ADAPTER_CONFIG, alpha_pattern={pattern: 2})
+        says = ("adapter", "alpha_pattern", "no tensor says", "name them in full")
+        add(46, f"not run for alphas: {pattern}", build, load_beside, FormatError, *says)
+    looks = ("(?!(.*)*x).*!", "(?=((.?){20}){9}!).*", "(?:(?=(.|.)*!).)*", "(?!(?!(.*)*!).)x")
+    for pattern in looks:
+        build = set_to(ADAPTER_CONFIG, target_modules=pattern)
+        says = ("adapter", "fit", "match nothing")
+        add(46, f"looks ahead: {pattern}", build, load_beside, FormatError, *says, worst=True)
+    large = set_to(ADAPTER_CONFIG, target_modules="(?!" + ".*" * 10_000 + "!).*x")
+    says = ("adapter", "takes too long", "500 of its")
+    add(46, "too many states at each letter", large, load_beside, FormatError, *says, worst=True)
     most = "at most 2000"
     bad_adapter_config(46, most, rank_pattern={f"q{i}": 2 for i in range(5000)})
     branching = {f"(.?){{99}}(.?){{99}}{i}": 2 for i in range(100)}

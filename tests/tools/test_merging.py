@@ -423,7 +423,7 @@ def test_merge_and_resize_require_repeated_biases_to_be_equal(saved, tmp_path):
     again = [key for key in tensors if ".original_module." in key or ".modules_to_save." in key]
     assert len(again) == 2 * (1 if saved == "ln_f" else 2 * layers)
     for key in again[0], again[-1]:
-        message = "differs from the bias in modules_to_save"
+        message = "differs from what it repeats"
         if ".original_module." in key:
             message = "differs from the base's"
         changed = {**tensors, key: tensors[key] + np.float32(1)}
