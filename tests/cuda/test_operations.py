@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora import functional, losses
+from minilora import functional, losses, precision
 from minilora.autograd import Tensor
 from minilora.backend import NUMPY, Backend, get_backend, gpus, mix_key
 from minilora.cuda import launching
@@ -188,7 +188,7 @@ def bfloat16(rng: np.random.Generator, N: int, C: int) -> list[Any]:
     return [rng.integers(0, 2**16, (N, C)).astype(np.uint16) & 0x7FFF | 0x80, np.dtype("float64")]
 
 
-row(half._widen_bfloat16, "any", bfloat16, ("widen_bfloat16",), exact=True)
+row(precision.widen_bfloat16, "any", bfloat16, ("widen_bfloat16",), exact=True)
 
 # ---- running a row -------------------------------------------------------------------------------
 
