@@ -28,7 +28,6 @@ from minilora.lora import (
 from minilora.models.transformer import CausalLM
 from minilora.quant import quantize
 from minilora.quant.half import convert_to_half, encode_half, half_weight_owners
-from minilora.training import graphed
 from minilora.training.graphed import MOST_GRAPHS, WARM_UP
 from minilora.training.loop import Settings, evaluate, train
 from minilora.training.parallel import ShardedStep
