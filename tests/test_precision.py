@@ -288,9 +288,9 @@ def test_quantized_linear_of_half_weights_is_linear_of_their_values(
             assert (abs(host(backend, found) - a @ b) <= product_bound(a, b) + slack).all()
 
 
-@pytest.mark.gpu
-def test_quantized_linear_by_bfloat16_decodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = get_backend("cuda")
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched so far."""
     names: list[str] = []
     launch = Kernels.launch
 
@@ -299,10 +299,20 @@ def test_quantized_linear_by_bfloat16_decodes_nothing(monkeypatch: pytest.Monkey
         launch(self, name, *rest)
 
     monkeypatch.setattr(Kernels, "launch", noting)
+    return names
+
+
+@pytest.mark.gpu
+def test_bfloat16_products_decode_no_bfloat16_weight(launched: list[str]) -> None:
+    gpu = get_backend("cuda")
     weight = HalfWeight(encode_half(gpu.from_numpy(randoms(9, 20)), "bfloat16"))
     x = Tensor(gpu.from_numpy(randoms(7, 20)), True)
     gradient(quantized_linear(x, weight, compute="bfloat16").sum(), x)
-    assert names == ["narrow_bfloat16"] * 2
+    assert launched == ["narrow_bfloat16"] * 2
+    launched.clear()
+    gradient(F.linear_cross_entropy(x, weight, np.arange(7), compute="bfloat16"), x)
+    assert launched.count("narrow_bfloat16") == 2
+    assert "widen_bfloat16" not in launched
 
 
 # ---- the loss of a head --------------------------------------------------------------------------
@@ -363,6 +373,21 @@ def test_linear_cross_entropy_rounded_in_blocks_is_that_at_once(
     dZ = gradient(F.cross_entropy(Z, t), Z)
     slack = 2.0 ** -MANTISSA[compute] if backend.name.startswith("cuda") else 0
     np.testing.assert_allclose(found[0][2], dZ.T @ X, atol=64 * U + 8 * slack)
+
+
+@ANY_ARITHMETIC
+def test_linear_cross_entropy_loses_what_only_exact_products_keep(
+    compute: str, backend: Backend
+) -> None:
+    """Both words have probability 1/2, so dx is half of the second row less half of the first."""
+    if backend.name.startswith("cuda") and not cupy_on_cpu.is_installed():
+        pytest.skip("a GPU may compute better than it must")
+    lost = np.float32(2.0 ** -(MANTISSA[compute] + 2))
+    x = Tensor(backend.from_numpy(np.zeros((1, 1), np.float32)), True)
+    head = Tensor(backend.from_numpy(np.array([[1 + lost], [0]], np.float32)))
+    for arithmetic, expected in (("float32", -(1 + lost) / 2), (compute, -0.5)):
+        loss = F.linear_cross_entropy(x, head, np.array([0]), compute=arithmetic)
+        assert host(backend, gradient(loss, x)).item() == expected
 
 
 def test_linear_cross_entropy_rounded_of_no_target_is_0(backend: Backend) -> None:

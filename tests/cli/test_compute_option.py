@@ -12,6 +12,7 @@ import pytest
 
 from minilora.cli import main
 from minilora.formats import load_file
+from minilora.lora import MultiTask
 
 TRAIN = "--data book.txt --steps 4 --batch-size 2 --context 8 --threads 1 --lr 0.05"
 SHAPE = "--hidden-size 8 --intermediate-size 8 --num-hidden-layers 1 --num-attention-heads 2"
@@ -105,6 +106,20 @@ def test_evaluate_and_generate_take_compute(adapter, compute, world):
     assert compute == "tf32" or exact != found
     line = f"generate --base base --adapter {adapter} --prompt the --max-new-tokens 3"
     assert ok(f"{line} --temperature 0 --compute {compute}").startswith("the")
+
+
+def test_compute_runs_a_task_s_adapters_beside_the_base(world, monkeypatch):
+    """W + dW, which merging forms, would be rounded."""
+
+    def refuse(*_, **__):
+        raise AssertionError("merged")
+
+    line = "evaluate --base base --adapter tasks --task other --data book.txt --context 8"
+    exact = ok(line)
+    monkeypatch.setattr(MultiTask, "merge_task", refuse)
+    found = ok(f"{line} --compute tf32")
+    losses = [float(text.split()[1]) for text in (exact, found)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8", "stored"])

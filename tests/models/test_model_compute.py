@@ -109,7 +109,7 @@ def test_from_pretrained_sets_compute(compute: str, tmp_path: Path) -> None:
 
 def test_from_pretrained_refuses_a_wrong_compute_before_it_reads(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
-    with pytest.raises(ConfigError, match="compute must be one of .*, got 'fp16'"):
+    with pytest.raises(ConfigError, match=r"compute must be one of .*, got 'fp16'"):
         CausalLM.from_pretrained(missing, compute="fp16")
     with pytest.raises(ConfigError, match="compute='tf32' with float64"):
         CausalLM.from_pretrained(missing, "float64", compute="tf32")
