@@ -496,11 +496,9 @@ def matmul(a: Any, b: Any) -> Tensor:
         dY = dy.reshape(full)
         da = db = None
         if B_kept is not None:
-            da = backend.matmul(dY, B_kept.swapaxes(-1, -2))
-            da = unbroadcast(da, shape_A).reshape(sa)
+            da = unbroadcast(backend.matmul(dY, B_kept.swapaxes(-1, -2)), shape_A).reshape(sa)
         if A_kept is not None:
-            db = backend.matmul(A_kept.swapaxes(-1, -2), dY)
-            db = unbroadcast(db, shape_B).reshape(sb)
+            db = unbroadcast(backend.matmul(A_kept.swapaxes(-1, -2), dY), shape_B).reshape(sb)
         return da, db
 
     return record(y, (a, b), vjp)

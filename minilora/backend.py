@@ -111,7 +111,7 @@ class Backend:
         """
         if compute != FLOAT32:
             a, b = (round_operand(self, x, compute) for x in (a, b))
-        product = self.xp.matmul(a, b) if out is None else self.xp.matmul(a, b, out=out)
+        product = a @ b if out is None else self.xp.matmul(a, b, out=out)
         if scale != 1:
             product *= scale
         return product

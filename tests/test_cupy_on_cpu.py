@@ -315,6 +315,14 @@ def test_a_kernel_without_one_of_its_barriers_computes_something_else(xp: Any, w
     assert y.tolist() != x.sum(axis=1).tolist()
 
 
+def test_a_kernel_whose_macro_returns_does_all_of_its_numbers(xp: Any) -> None:
+    """CuPy's searchsorted ends a thread's work early."""
+    edges = np.arange(5.0)
+    values = np.array([9.0, 0.5, 3.5, 9.0, -1.0, 2.0])
+    found = xp.searchsorted(xp.asarray(edges), xp.asarray(values))
+    np.testing.assert_array_equal(found.get(), np.searchsorted(edges, values))
+
+
 @pytest.mark.parametrize(("grid", "block"), [((1,), (2048,)), ((1, 70000), (1,))])
 def test_a_launch_that_cuda_refuses_is_refused(xp: Any, grid: Any, block: Any) -> None:
     x = floats(xp, 64)

@@ -105,11 +105,11 @@ def attend(
 
     def back(dO: Array, dq: Array, dk: Array, dv: Array) -> None:
         dO = xp.ascontiguousarray(dO, O.dtype)
-        along = xp.empty((B, H, T), q.dtype)
-        arrays = q, k, v, first_key, O, softmax, dO, dq, along
+        means = xp.empty((B, H, T), q.dtype)
+        arrays = q, k, v, first_key, O, softmax, dO, dq, means
         more = *sizes, *_strides(dq), scale
         kernels.launch("attention_dq", query_blocks, THREADS, *arrays, *more)
-        arrays = q, k, v, first_key, softmax, along, dO, dk, dv
+        arrays = q, k, v, first_key, softmax, means, dO, dk, dv
         more = *sizes, *_strides(dk), scale
         kernels.launch("attention_dkv", key_blocks, THREADS, *arrays, *more)
 

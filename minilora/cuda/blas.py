@@ -41,8 +41,8 @@ class Plan(NamedTuple):
     sizes        (m, n, k): the result is (m, n)
     leading      elements from one column to the next, of first, second and result
     together     how many products each call computes
-    steps        elements from one product to the next, of first, second and result: C's numbers
-    starts       one call for each: where first, second and result begin, in bytes
+    steps        elements from one product to the next, of first, second and result
+    starts       one call for each: where a, b and out begin, in bytes
     spans        bytes from the first number to the last, of a, b and out
     """
 
@@ -51,15 +51,15 @@ class Plan(NamedTuple):
     sizes: Ints
     leading: Ints
     together: int
-    steps: tuple[Any, ...]
+    steps: Ints
     starts: tuple[Ints, ...]
     spans: Ints
 
 
-NOTHING = Plan(False, (), (), (), 0, (0, 0, 0), (), ())  # an array is empty
+ZEROS = (0, 0, 0)
+NOTHING = Plan(False, (0, 0), ZEROS, ZEROS, 1, ZEROS, (), ZEROS)  # an array is empty
 
 
-@functools.lru_cache(maxsize=4096)
 def product_shape(a: Shape, b: Shape) -> Shape:
     """The shape of a @ b, for two axes or more each. ValueError if they do not fit each other."""
     try:
@@ -96,10 +96,10 @@ def plan_product(a: View, b: View, out: View) -> Plan | None:
     leading = tuple(layouts[i].leading for i in order)
     # The longest axis is in each call, and the others, which it does not continue, are a loop.
     axes.sort(key=lambda axis: axis.size)
-    together, distances = axes.pop() if axes else Axis(1, (0, 0, 0))
+    together, distances = axes.pop() if axes else Axis(1, ZEROS)
     itemsizes = (a[2], b[2], out[2])
-    steps = tuple(ctypes.c_longlong(distances[i] // itemsizes[i]) for i in order)
-    starts: list[Ints] = [(0, 0, 0)]
+    steps = tuple(distances[i] // itemsizes[i] for i in order)
+    starts: list[Ints] = [ZEROS]
     for axis in axes:
         starts = [_move(start, axis, i) for start in starts for i in range(axis.size)]
     if max(*sizes, *leading, together) > LARGEST:
@@ -107,9 +107,8 @@ def plan_product(a: View, b: View, out: View) -> Plan | None:
             f"a product of {a[0]} and {b[0]} is too large for cuBLAS, whose sizes are at most "
             f"{LARGEST}: multiply some of the rows at a time"
         )
-    calls = tuple(tuple(start[i] for i in order) for start in starts)
     spans = (_span(a), _span(b), _span(out))
-    return Plan(by_columns, operations, sizes, leading, together, steps, calls, spans)
+    return Plan(by_columns, operations, sizes, leading, together, steps, tuple(starts), spans)
 
 
 class Layout(NamedTuple):
@@ -200,7 +199,6 @@ CHOICES = {
 }
 
 
-@functools.cache
 def _arithmetic(a: Any, b: Any, out: Any, compute: str | None) -> Arithmetic:
     """For dtypes of the three arrays. TypeError for others, ConfigError for a wrong `compute`."""
     choices = CHOICES.get((str(a), str(out))) if a == b else None
@@ -247,6 +245,51 @@ def _check(library: ctypes.CDLL, status: int, device: int, request: str) -> None
     raise DeviceError(f"cuda:{device}: cuBLAS answered {name} to {request}: {cure}")
 
 
+class Call:
+    """A planned product whose arguments are C's values.
+
+    Only addresses and factors are set for each call, because making all values anew takes longer
+    than the call. No types are declared to ctypes for the same reason: Python's integers become
+    C's int.
+    """
+
+    def __init__(self, library: Any, handle: Any, plan: Plan, arithmetic: Arithmetic):
+        kind, result_kind, compute, factor = arithmetic
+        self.plan = plan
+        self.scale = factor()
+        self.beta = factor()
+        self.a, self.b, self.out = (ctypes.c_void_p() for _ in range(3))
+        first, second = (self.a, self.b) if plan.by_columns else (self.b, self.a)
+        leading1, leading2, leading3 = plan.leading
+        matrix1 = (first, kind, leading1)
+        matrix2 = (second, kind, leading2)
+        matrix3 = (self.out, result_kind, leading3)
+        head = (handle, *plan.operations, *plan.sizes, ctypes.byref(self.scale))
+        beta = ctypes.byref(self.beta)
+        end = (compute, DEFAULT_ALGORITHM)
+        if plan.together == 1:
+            self.function = library.cublasGemmEx
+            self.arguments = (*head, *matrix1, *matrix2, beta, *matrix3, *end)
+        else:
+            step1, step2, step3 = map(ctypes.c_longlong, plan.steps)
+            batch1, batch2, batch3 = (*matrix1, step1), (*matrix2, step2), (*matrix3, step3)
+            self.function = library.cublasGemmStridedBatchedEx
+            self.arguments = (*head, *batch1, *batch2, beta, *batch3, plan.together, *end)
+
+    def run(self, a: int, b: int, out: int, scale: float, beta: float) -> int:
+        """cuBLAS' status after the product of arrays at three addresses."""
+        self.scale.value = scale
+        self.beta.value = beta
+        for start_a, start_b, start_out in self.plan.starts:
+            self.a.value = a + start_a
+            self.b.value = b + start_b
+            self.out.value = out + start_out
+            status: int = self.function(*self.arguments)
+            if status:
+                return status
+        return 0
+
+
 class Blas:
     """cuBLAS on one device, which is the current one whenever a method is called.
 
@@ -264,6 +307,8 @@ class Blas:
         self._lock = threading.Lock()
         self._stream: int | None = None
         self._workspaces: dict[int, Any] = {}
+        self._prepare = functools.lru_cache(maxsize=4096)(self._prepare_call)
+        self._prepare_new = functools.lru_cache(maxsize=4096)(self._prepare_result)
         with cupy.cuda.Device(device):
             status = self._library.cublasCreate_v2(ctypes.byref(self._handle))
         _check(self._library, status, device, "a new handle")
@@ -284,28 +329,66 @@ class Blas:
         is copied only if neither its rows nor its columns are contiguous, or if `out` may overlap
         it.
         """
+        operands = (a.shape, a.strides, a.dtype, b.shape, b.strides, b.dtype)
         if out is None:
-            shape = product_shape(a.shape, b.shape)
-            out = self._cupy.ndarray(shape, RESULTS.get(a.dtype.char, a.dtype))
-        arithmetic = _arithmetic(a.dtype, b.dtype, out.dtype, compute)
-        plan = _plan(a, b, out)
-        if plan is None:
+            shape, dtype, call = self._prepare_new(*operands, compute)
+            out = self._cupy.ndarray(shape, dtype)
+        else:
+            call = self._prepare(*operands, out.shape, out.strides, out.dtype, compute)
+            if call is not None and call.plan.starts:
+                places = (a.data.ptr, b.data.ptr, out.data.ptr)
+                if _overlaps(places, call.plan.spans, 0):
+                    return self.product(a.copy(), b, out, scale, beta, compute)
+                if _overlaps(places, call.plan.spans, 1):
+                    return self.product(a, b.copy(), out, scale, beta, compute)
+        if call is None:
             self._product_of_copies(a, b, out, scale, beta, compute)
-            return out
-        if plan is NOTHING:
-            if out.size:
-                self._product_of_nothing(out, beta)
-            return out
-        place = out.data.ptr
-        if _overlaps(place, plan.spans[2], a.data.ptr, plan.spans[0]):
-            return self.product(a.copy(), b, out, scale, beta, compute)
-        if _overlaps(place, plan.spans[2], b.data.ptr, plan.spans[1]):
-            return self.product(a, b.copy(), out, scale, beta, compute)
-        self._call(plan, arithmetic, a.data.ptr, b.data.ptr, place, scale, beta)
+        elif not call.plan.starts:
+            self._product_of_nothing(out, beta)
+        else:
+            with self._lock:
+                self._use_current_stream()
+                status = call.run(a.data.ptr, b.data.ptr, out.data.ptr, scale, beta)
+            if status:
+                request = f"a product of {a.shape} and {b.shape}, {a.dtype}"
+                _check(self._library, status, self._device, request)
         return out
+
+    def _prepare_call(
+        self,
+        a: Shape, a_strides: Ints, a_dtype: Any,
+        b: Shape, b_strides: Ints, b_dtype: Any,
+        out: Shape, out_strides: Ints, out_dtype: Any,
+        compute: str | None,
+    ) -> Call | None:  # fmt: skip
+        """The call for arrays like these; None if one of them must be copied."""
+        arithmetic = _arithmetic(a_dtype, b_dtype, out_dtype, compute)
+        plan = plan_product(
+            (a, a_strides, a_dtype.itemsize),
+            (b, b_strides, b_dtype.itemsize),
+            (out, out_strides, out_dtype.itemsize),
+        )
+        return None if plan is None else Call(self._library, self._handle, plan, arithmetic)
+
+    def _prepare_result(
+        self,
+        a: Shape, a_strides: Ints, a_dtype: Any,
+        b: Shape, b_strides: Ints, b_dtype: Any,
+        compute: str | None,
+    ) -> tuple[Shape, Any, Call | None]:  # fmt: skip
+        """(shape, dtype) of a new result, and the call for it."""
+        shape = product_shape(a, b)
+        dtype = np.dtype(RESULTS.get(a_dtype.char, a_dtype))
+        strides = [dtype.itemsize]
+        for size in reversed(shape[1:]):
+            strides.insert(0, size * strides[0])
+        operands = (a, a_strides, a_dtype, b, b_strides, b_dtype)
+        return shape, dtype, self._prepare(*operands, shape, tuple(strides), dtype, compute)
 
     def _product_of_nothing(self, out: Array, beta: float) -> None:
         """out = beta out, the sum of no products; 0, whatever is in `out`, for beta = 0."""
+        if not out.size:
+            return
         if beta == 0:
             out.fill(0)
         elif beta != 1:
@@ -326,52 +409,6 @@ class Blas:
         )
         self.product(a, b, result, scale, beta, compute)
         out[...] = result
-
-    def _call(
-        self,
-        plan: Plan,
-        arithmetic: Arithmetic,
-        a: int,
-        b: int,
-        out: int,
-        scale: float,
-        beta: float,
-    ) -> None:
-        """Ask for a planned product of arrays at three addresses.
-
-        Arguments have no declared types, because converting them would take longer than the call:
-        Python's integers become C's int, and all others are values of ctypes.
-        """
-        by_columns, operations, sizes, leading, together, steps, starts, _ = plan
-        kind, result_kind, compute, factor = arithmetic
-        leading1, leading2, leading3 = leading
-        step1, step2, step3 = steps
-        alpha = ctypes.byref(factor(scale))
-        kept = ctypes.byref(factor(beta))
-        address = ctypes.c_void_p
-        first, second = (a, b) if by_columns else (b, a)
-        library = self._library
-        with self._lock:
-            self._use_current_stream()
-            for start1, start2, start3 in starts:
-                if together == 1:
-                    status = library.cublasGemmEx(
-                        self._handle, *operations, *sizes, alpha,
-                        address(first + start1), kind, leading1,
-                        address(second + start2), kind, leading2, kept,
-                        address(out + start3), result_kind, leading3, compute, DEFAULT_ALGORITHM,
-                    )  # fmt: skip
-                else:
-                    status = library.cublasGemmStridedBatchedEx(
-                        self._handle, *operations, *sizes, alpha,
-                        address(first + start1), kind, leading1, step1,
-                        address(second + start2), kind, leading2, step2, kept,
-                        address(out + start3), result_kind, leading3, step3,
-                        together, compute, DEFAULT_ALGORITHM,
-                    )  # fmt: skip
-                if status:
-                    request = f"a product of sizes {sizes}, {together} at a time, by {compute}"
-                    _check(library, status, self._device, request)
 
     def _use_current_stream(self) -> None:
         """Let the handle work on CuPy's current stream, with this stream's workspace."""
@@ -402,9 +439,9 @@ def _plan(a: Array, b: Array, out: Array) -> Plan | None:
     return plan_product(_view(a), _view(b), _view(out))
 
 
-def _overlaps(first: int, first_size: int, second: int, second_size: int) -> bool:
-    """Whether two ranges of memory have bytes in common."""
-    return first < second + second_size and second < first + first_size
+def _overlaps(places: Ints, spans: Ints, i: int) -> bool:
+    """Whether the memory of operand i, and that between its numbers, overlaps the result's."""
+    return places[i] < places[2] + spans[2] and places[2] < places[i] + spans[i]
 
 
 _loading = threading.Lock()

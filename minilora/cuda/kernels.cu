@@ -1,7 +1,7 @@
 // The kernels of minilora, for numbers of C's type REAL: float or double, by -DREAL=...
 //
 // Arrays are contiguous, sizes are 64-bit integers. A kernel loops over all its numbers (FOR_EACH),
-// or gives a row to each block. Sums go in a fixed order and nothing is atomic, so that two runs
+// or gives a row, or 32 columns, to each block. Sums go in a fixed order and nothing is atomic, so that two runs
 // have the same bits. NVRTC compiles this file without the host's headers: no INFINITY, no <cmath>.
 //
 // N rows, C numbers per row, V vocabulary, O outputs and I inputs of a layer. REAL(0.5) and not 0.5,
@@ -15,6 +15,7 @@ using Int = long long;
 // The threads of a block share the numbers 0 <= I < N of its row.
 #define FOR_ROW(I, N) for (Int I = threadIdx.x; I < (N); I += blockDim.x)
 
+// The lowest finite number, and NaN.
 #define LOWEST (sizeof(REAL) == 4 ? REAL(-3.4028234663852886e38) : REAL(-1.7976931348623157e308))
 #define NOT_A_NUMBER REAL(__int_as_float(0x7fffffff))
 
@@ -506,8 +507,8 @@ extern "C" __global__ void rotate(const REAL* z, REAL* y, const REAL* cos, const
 // q (B, T, H, D), k and v (B, S, K, D) by the strides of B and of T or S -> o (B, T, H, D), and
 // softmax (B, H, T, 2), the largest score and 1 / the sum of exp(score - largest)
 extern "C" __global__ void __launch_bounds__(ATTENTION_BLOCK)
-    attention(const REAL* q, const REAL* k, const REAL* v, const Int* first_key, REAL* o, REAL* softmax, Int T, Int S, Int H,
-              Int K, Int D, Int parts, Int window, Int q_batch, Int q_row, Int k_batch, Int k_row, REAL scale) {
+    attention(const REAL* q, const REAL* k, const REAL* v, const Int* first_key, REAL* o, REAL* softmax, Int T, Int S,
+              Int H, Int K, Int D, Int parts, Int window, Int q_batch, Int q_row, Int k_batch, Int k_row, REAL scale) {
     __align__(16) __shared__ REAL keys[TILE], values[TILE];
     Place at(parts, T, H, false);
     bool exists = at.row < T;
@@ -549,11 +550,12 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_BLOCK)
     }
 }
 
-// dq = scale sum_s ds k, ds = p (dp - along), dp = do v, along = do o; and along (B, H, T) for dk
-// Strides as above, dq's are d_batch and d_row.
+// dq = scale sum_s ds k, ds = p (dp - mean), dp = do v    a block per head and queries, as above
+// mean = sum_s p dp = do o is written into `means` (B, H, T) for attention_dkv. dq's strides are
+// d_batch and d_row.
 extern "C" __global__ void __launch_bounds__(ATTENTION_BLOCK)
     attention_dq(const REAL* q, const REAL* k, const REAL* v, const Int* first_key, const REAL* o, const REAL* softmax,
-                 const REAL* d_o, REAL* dq, REAL* along, Int T, Int S, Int H, Int K, Int D, Int parts, Int window,
+                 const REAL* d_o, REAL* dq, REAL* means, Int T, Int S, Int H, Int K, Int D, Int parts, Int window,
                  Int q_batch, Int q_row, Int k_batch, Int k_row, Int d_batch, Int d_row, REAL scale) {
     __align__(16) __shared__ REAL keys[TILE], values[TILE];
     Place at(parts, T, H, false);
@@ -568,7 +570,7 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_BLOCK)
     REAL mean = 0, top = exists ? softmax[2 * n] : 0, share = exists ? softmax[2 * n + 1] : 0;
     FOR_OWNED(i) mean += own[i] * d_own[i], sums[i] = 0;
     mean = at.sum_parts(mean);
-    if (exists && at.part == 0) along[n] = mean;
+    if (exists && at.part == 0) means[n] = mean;
     at.read(q + at.b * q_batch + at.row * q_row + at.head * D, exists, D, scale, own);
     int end = min(S, S - T + at.first + at.rows);
     for (int from = block_min(first); from < end; from += at.rows) {
@@ -585,13 +587,14 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_BLOCK)
     at.write(sums, scale, exists, D, dq + at.b * d_batch + at.row * d_row + at.head * D);
 }
 
-// dk = scale sum_t ds q, dv = sum_t p do, over the queries t of the H / K heads, in order.
+// dk = scale sum_t ds q, dv = sum_t p do, over the queries t of the H / K heads, in order
+// a block per head and keys
 extern "C" __global__ void __launch_bounds__(ATTENTION_BLOCK)
-    attention_dkv(const REAL* q, const REAL* k, const REAL* v, const Int* first_key, const REAL* softmax, const REAL* along,
-                  const REAL* d_o, REAL* dk, REAL* dv, Int T, Int S, Int H, Int K, Int D, Int parts, Int window,
-                  Int q_batch, Int q_row, Int k_batch, Int k_row, Int d_batch, Int d_row, REAL scale) {
+    attention_dkv(const REAL* q, const REAL* k, const REAL* v, const Int* first_key, const REAL* softmax,
+                  const REAL* means, const REAL* d_o, REAL* dk, REAL* dv, Int T, Int S, Int H, Int K, Int D, Int parts,
+                  Int window, Int q_batch, Int q_row, Int k_batch, Int k_row, Int d_batch, Int d_row, REAL scale) {
     __align__(16) __shared__ REAL queries[TILE], d_outs[TILE];
-    __shared__ REAL tops[ATTENTION_BLOCK], shares[ATTENTION_BLOCK], means[ATTENTION_BLOCK];
+    __shared__ REAL tops[ATTENTION_BLOCK], shares[ATTENTION_BLOCK], averages[ATTENTION_BLOCK];
     __shared__ int firsts[ATTENTION_BLOCK];
     Place at(parts, S, K, true);
     bool exists = at.row < S;
@@ -615,7 +618,7 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_BLOCK)
                 Int i = (at.b * H + h) * T + t;
                 tops[threadIdx.x] = softmax[2 * i];
                 shares[threadIdx.x] = softmax[2 * i + 1];
-                means[threadIdx.x] = along[i];
+                averages[threadIdx.x] = means[i];
             }
             __syncthreads();
             _Pragma("unroll 2") for (int n = 0; n < at.rows; n++) {
@@ -623,7 +626,7 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_BLOCK)
                 bool seen = firsts[n] <= at.row && at.row <= earlier + from + n;
                 REAL p = seen ? exp(score - tops[n]) * shares[n] : 0;
                 at.add(d_value, p, d_outs, n);
-                at.add(d_key, seen ? p * (dp - means[n]) : 0, queries, n);
+                at.add(d_key, seen ? p * (dp - averages[n]) : 0, queries, n);
             }
         }
     }

@@ -47,15 +47,18 @@ class CapturedDecoding:
         self.length = 0
         xp = weights.xp
         layers, _, B, limit, K, D = cache.data.shape
+        self.embeddings = weights.embedding.data  # kept, as all that the graph reads
         self.data = xp.zeros((layers, 2, B, K, limit, D), weights.dtype)
         rotations = weights.rotations(limit)
         self.rotations = rotations.view(weights.dtype)  # (limit, (H + K) D): real, imaginary parts
-        self.ones = Tensor(xp.ones(weights.embedding.shape[1], weights.dtype))
+        C, V = weights.head.weight.shape
+        self.ones = Tensor(xp.ones(C, weights.dtype))
+        self.logits = xp.empty((B, V), weights.dtype)  # not in the memory that graphs share
         self.mailbox = Mailbox(weights.backend, B + 1)
         self.ids = self.mailbox.device[:B]
         self.seen = self.mailbox.device[B:]  # (1,), the length on the device
         self.calls = 0
-        self.graph: Graph[Array] | None = None
+        self.graph: Graph[None] | None = None
 
     def start(self, cache: KeyValueCache) -> None:
         """Continue from what `cache` has seen, which is copied."""
@@ -73,9 +76,10 @@ class CapturedDecoding:
         if self.calls == WARM_UP + 1:
             self._capture()
         if self.graph is None:
-            return self.step()
-        self.graph.replay()
-        return self.graph.result
+            self.step()
+        else:
+            self.graph.replay()
+        return self.logits
 
     def _capture(self) -> None:
         try:
@@ -88,18 +92,18 @@ class CapturedDecoding:
                 stacklevel=4,
             )
 
-    def step(self) -> Array:
-        """The logits (B, V) after `ids`, each time by the same work on the same memory."""
+    def step(self) -> None:
+        """Compute the logits after `ids`, each time by the same work on the same memory."""
         w = self.weights
         backend = w.backend
-        x = w.xp.take(w.embedding.data, self.ids, axis=0)  # (B, C)
+        x = w.xp.take(self.embeddings, self.ids, axis=0)  # (B, C)
         for layer, cache in zip(w.layers, self.data, strict=True):
             qkv = layer.qkv(self._normed(x))
             options = layer.head_norms, self.seen, w.heads, layer.window, w.eps
             y = backend.run(_attend_newest, qkv, cache, self.rotations, *options)
             layer.o.add_to(x, y)
             layer.down.add_to(x, self._swiglu(layer.gate_up, self._normed(x)))
-        return w.head(self._normed(x))
+        w.head(self._normed(x), out=self.logits)
 
     def _normed(self, x: Array) -> Array:
         """x / sqrt(mean(x^2) + eps); the norm's weight is in the product that follows."""

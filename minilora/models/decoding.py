@@ -10,6 +10,7 @@ D = head_dim, V vocabulary, I in, O out.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -23,6 +24,13 @@ from .transformer import CausalLM, Decoder
 
 LARGEST = 1 << 31  # bytes of weights that are copied; a larger model computes each token itself
 
+
+@functools.cache
+def _recorder_of(backend: Backend) -> Any:
+    """One for all texts: its stream takes memory of cuBLAS, which the process keeps."""
+    return backend.recorder()
+
+
 # ---- the weights of a model, laid out -----------------------------------------------------------
 
 
@@ -33,8 +41,8 @@ class Product(NamedTuple):
     weight: Array
     bias: Array | None
 
-    def __call__(self, x: Array) -> Array:
-        y = self.backend.matmul(x, self.weight)
+    def __call__(self, x: Array, out: Array | None = None) -> Array:
+        y = self.backend.matmul(x, self.weight, out)
         if self.bias is not None:
             y += self.bias
         return y
@@ -77,7 +85,7 @@ class Weights:
         """The weights of `model`; None if it must compute each token in the ordinary way.
 
         That is so for GPT-2, for adapters of an embedding, for a layer that must run on its own
-        (a quantised weight, dropout), and for weights of more than LARGEST bytes.
+        (a quantised weight, dropout, rounded products), and for weights of more than LARGEST bytes.
         """
         if type(model) is not CausalLM or type(model.decoder) is not Decoder:
             return None
@@ -106,7 +114,7 @@ class Weights:
         self.rotary = model.decoder.rotary
         self.backend = self.embedding.backend
         self.xp = self.backend.xp
-        self.recorder = self.backend.recorder()  # of graphs; None on a CPU
+        self.recorder = _recorder_of(self.backend)  # of graphs; None on a CPU
         self.dtype = self.embedding.dtype
         self.mean = self.xp.full((c.hidden_size, 1), 1 / c.hidden_size, self.dtype)
         # Each channel i of a head, followed by its partner i + D/2.

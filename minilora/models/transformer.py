@@ -234,8 +234,9 @@ class CausalLM(Module):
         if targets is None:
             return head(hidden)
         if isinstance(head, Linear) and head.bias is None:
-            compute = head.compute
-            return F.linear_cross_entropy(hidden, head.weight, targets, F.IGNORE, "sum", compute)
+            return F.linear_cross_entropy(
+                hidden, head.weight, targets, reduction="sum", compute=head.compute
+            )
         return F.cross_entropy(head(hidden), targets, reduction="sum")
 
     def _check_ids(self, ids: Any) -> Array:

@@ -6,8 +6,9 @@
 
 Every value of either is a float32, so widening rounds nothing. A layer's weight is widened whole
 for each product, and dropped after it: a product in tiles would save that memory, too, but BLAS may
-add up a tile in another order, and so give other bits. An embedding widens the rows that it reads,
-the loss a few thousand words of the head at a time.
+add up a tile in another order, and so give other bits. (A GPU's product by bfloat16 arithmetic
+reads bfloat16 as it is: see precision.py.) An embedding widens the rows that it reads, the loss a
+few thousand words of the head at a time.
 
 Contents: Half, an array - HalfWeight and HalfLinear, a parameter and a layer; iterate_pieces -
 convert_to_half, half_weight_owners and store_half_weights, for a model

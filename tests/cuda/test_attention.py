@@ -169,6 +169,11 @@ def test_attend_takes_arrays_of_any_layout() -> None:
     for inputs in ((q, k, padded[:, :7]), (q, by_head, v), (by_channel, k, v)):
         O, _ = attend(kernels, gpu.xp, *inputs, 1.0, None, None)
         np.testing.assert_array_equal(gpu.to_numpy(O), gpu.to_numpy(expected))
+    first_key = np.tile(np.array([0, 0, 2, 2, 2, 5, 6], np.int32), (2, 1))
+    expected, _ = attend(kernels, gpu.xp, q, k, v, 1.0, None, move(gpu, first_key.astype(int)))
+    for same in (move(gpu, first_key), move(gpu, first_key.T.copy()).T):
+        O, _ = attend(kernels, gpu.xp, q, k, v, 1.0, None, same)
+        np.testing.assert_array_equal(gpu.to_numpy(O), gpu.to_numpy(expected))
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -63,8 +63,10 @@ def layouts(draw: st.DrawFn, ndim: int, may_repeat: bool = True) -> Layout:
     steps = st.just(1) if plain else st.sampled_from([1, 1, 1, 2, -1])
     repeated = st.sampled_from([False, False, True]) if may_repeat else st.just(False)
     times = {"min_size": ndim, "max_size": ndim}
+    in_order = [*range(ndim)]
+    orders = [in_order, [*in_order[:-2], ndim - 1, ndim - 2]]
     return Layout(
-        tuple(draw(st.permutations(range(ndim)))),
+        tuple(draw(st.one_of(st.sampled_from(orders), st.permutations(in_order)))),
         tuple(draw(st.lists(pads, **times))),
         tuple(draw(st.lists(steps, **times))),
         tuple(draw(st.lists(repeated, **times))),
@@ -82,9 +84,10 @@ class Case(NamedTuple):
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    sizes = st.integers(0, 7)
-    M, K, N = draw(sizes), draw(sizes), draw(sizes)
-    full = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
+    sizes = st.integers(1, 6)
+    M, K, N, *full = draw(st.lists(sizes, min_size=3, max_size=6))
+    empty = draw(st.integers(0, 29))
+    M, K, N = (0 if i == empty else n for i, n in enumerate((M, K, N)))
     shapes = []
     for last in ((M, K), (K, N)):
         batch = [draw(st.sampled_from([n, n, 1])) for n in full]
@@ -258,7 +261,8 @@ def test_product_loops_over_axes_and_copies_only_what_it_must(
 def test_product_into_an_operand_s_memory_is_that_of_copies(xp: Any) -> None:
     gpu = get_backend("cuda")
     M = xp.asarray(np.random.default_rng(0).standard_normal((7, 7)))
-    for a, b, out in ((M, M + 1, M), (M + 1, M, M), (M, M, M[::-1]), (M[1:], M.T, M[:-1])):
+    cases = [(M, M + 1, M), (M + 1, M, M), (M, M, M[::-1]), (M[1:], M.T, M[:-1])]
+    for a, b, out in [*cases, (M[:-1], M + 1, M[1:])]:
         expected = a.get() @ b.get()
         np.testing.assert_allclose(gpu.matmul(a, b, out=out).get(), expected, atol=1e-11)
 
@@ -272,6 +276,7 @@ def test_product_with_an_empty_result_asks_for_nothing(shapes: Any, xp: Any) -> 
     a, b = (xp.zeros(shape) for shape in shapes)
     with counted() as device:
         y = get_backend("cuda").matmul(a, b)
+        get_backend("cuda").blas.product(a, b, y, beta=0.5)
     assert y.shape == product_shape(*shapes)
     assert device.operations == 0
 
@@ -339,15 +344,19 @@ MANTISSAS = {None: 23, "float32": 23, "tf32": 10, "bfloat16": 7}
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compute", MANTISSAS)
-def test_product_rounds_as_its_arithmetic_says(compute: str | None, xp: Any) -> None:
+@pytest.mark.parametrize("is_new", [True, False])
+def test_product_rounds_as_its_arithmetic_says(is_new: bool, compute: str | None, xp: Any) -> None:
     bits = MANTISSAS[compute]
     rng = np.random.default_rng(0)
     hosts = [rng.standard_normal(shape).astype(np.float32) for shape in ((64, 64), (64, 64))]
-    y = get_backend("cuda").blas.product(*map(xp.asarray, hosts), compute=compute).get()
+    out = None if is_new else xp.empty((64, 64), np.float32)
+    y = get_backend("cuda").blas.product(*map(xp.asarray, hosts), out, compute=compute).get()
     a, b = (x.astype(np.float64) for x in hosts)
     size = abs(a) @ abs(b)
     error = abs(y - a @ b)
-    assert (error <= (129 * 2.0**-24 + 2.01 * 2.0 ** -(bits + 1) * (bits < 23)) * size).all()
+    # Both operands lose at most 2^-bits, if the rest is cut off.
+    rounding = 2.01 * 2.0**-bits if bits < 23 else 0
+    assert (error <= (129 * 2.0**-24 + rounding) * size).all()
     if cupy_on_cpu.is_installed() and bits < 23:  # a real cuBLAS may compute better than it must
         assert error.max() > 2.0 ** -(bits + 5) * size.min()
 
@@ -439,18 +448,30 @@ def test_plan_product_refuses_sizes_beyond_cublas_integers() -> None:
     assert plan.together == n
 
 
+def test_plan_product_has_none_for_reverse_orders_which_cublas_does_not_document() -> None:
+    shape, strides, itemsize = view(5, 3, 2)
+    for axis in range(3):
+        reverse = tuple(-s if i == axis else s for i, s in enumerate(strides))
+        assert plan_product((shape, reverse, itemsize), view(2, 6), view(5, 3, 6)) is None
+
+
+def test_plan_product_has_none_for_strides_between_numbers() -> None:
+    assert plan_product(((3, 2), (9, 4), 4), view(2, 6), view(3, 6)) is None
+    assert plan_product(((5, 3, 2), (25, 8, 4), 4), view(2, 6), view(5, 3, 6)) is None
+
+
 def test_plan_product_needs_one_call_for_axes_that_continue_each_other() -> None:
     plan = plan_product(view(5, 4, 3, 2), view(5, 4, 2, 6), view(5, 4, 3, 6))
     assert plan is not None
     assert (plan.together, plan.starts) == (20, ((0, 0, 0),))
-    assert [step.value for step in plan.steps] == [12, 6, 18]
+    assert plan.steps == (12, 6, 18)  # of b, a, out: by rows, b is the first
 
 
 def test_plan_product_loops_over_the_shorter_axis() -> None:
     plan = plan_product(view(5, 1, 3, 2), view(1, 4, 2, 6), view(5, 4, 3, 6))
     assert plan is not None
     assert (plan.together, len(plan.starts)) == (5, 4)
-    assert plan.starts[1] == (2 * 6 * 4, 0, 3 * 6 * 4)  # of b, a, out: by rows, b is the first
+    assert plan.starts[1] == (0, 2 * 6 * 4, 3 * 6 * 4)  # of a, b, out
 
 
 def test_plan_product_of_an_empty_array_is_nothing() -> None:

@@ -99,8 +99,10 @@ def test_product_runs_on_the_arrays_device(xp: Any) -> None:
     here = get_backend("cuda:0")
     N = here.from_numpy(np.arange(6.0).reshape(2, 3))
     assert other.blas is not here.blas
-    assert other.to_numpy(other.matmul(M, M.T)).tolist() == [[5, 14], [14, 50]]
+    y = other.matmul(M, M.T)
     assert here.to_numpy(here.matmul(N, N.T)).tolist() == [[5, 14], [14, 50]]
+    other.add_matmul(y, M, M.T)
+    assert other.to_numpy(y).tolist() == [[10, 28], [28, 100]]
 
 
 @pytest.mark.gpu
@@ -186,7 +188,7 @@ def broken(xp: Any) -> Callable[[str, int], Any]:
         (
             "cublasGemmEx",
             15,
-            "CUBLAS_STATUS_NOT_SUPPORTED to a product of sizes (4, 2, 3), 1 at a time",
+            "CUBLAS_STATUS_NOT_SUPPORTED to a product of (2, 3) and (3, 4), float64",
         ),
         ("cublasGemmEx", 15, "use compute='float32'"),
         ("cublasGemmEx", 7, "CUBLAS_STATUS_INVALID_VALUE"),

@@ -5,6 +5,7 @@ Bounds are relative to the largest number of a result, or to 1, the scale of the
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,23 +17,31 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from operations import block_sizes
 
 from minilora import functional, losses, precision
-from minilora.autograd import Tensor
+from minilora.autograd import Tensor, gradients
 from minilora.backend import NUMPY, Backend, get_backend, gpus, mix_key
 from minilora.cuda import launching
 from minilora.cuda.launching import Kernels
-from minilora.cuda.operations import OPERATIONS
+from minilora.cuda.operations import OPERATIONS, kernels_of
 from minilora.lora import dora
 from minilora.quant import codes, half
 
 pytestmark = pytest.mark.gpu
 BOUNDS = {"float64": 2e-12, "float32": 2e-6}
 SOURCE = Path(launching.__file__).with_name("kernels.cu").read_text(encoding="utf-8")
-KERNELS = set(re.findall(r'extern "C" __global__ void (\w+)\(', SOURCE))
-# Tested in test_optimizer.py and test_launching.py.
-ELSEWHERE = {"_clip", "_adamw"}
-KERNELS_ELSEWHERE = {"sum_squares", "clip_factor", "scale_all", "adamw", "add_rows"}
+KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\w+\)\s*)?(\w+)\(')
+# The operations and kernels that other files test.
+ELSEWHERE = {
+    "cuda/test_launching.py": {"add_rows", "row_dot"},
+    "cuda/test_optimizer.py": {"_clip", "sum_squares", "clip_factor", "scale_all"}
+    | {"_adamw", "adamw"},
+    "cuda/test_attention.py": {"_rotate_and_attend", "rotate", "attention"}
+    | {"attention_dq", "attention_dkv", "_attend_newest", "attend_newest"},
+    "models/test_captured.py": {"_pick_largest", "pick_largest"},
+    "test_precision.py": {"narrow_bfloat16"},
+}
 
 # ---- the table -----------------------------------------------------------------------------------
 
@@ -253,7 +262,7 @@ def assert_row_is_right(row: Row, N: int, C: int, dtype: str, apart: bool = Fals
 
 ROWS = pytest.mark.parametrize("row", TABLE, ids=lambda row: row.id)
 DTYPES = pytest.mark.parametrize("dtype", BOUNDS)
-SHAPES = [(0, 5), (1, 1), (3, 31), (1, 4097), (257, 33), (3, 1000)]
+SHAPES = [(0, 5), (1, 1), (3, 1000), (1, 4097), (257, 33)]
 
 
 @ROWS
@@ -315,11 +324,55 @@ def test_operations_of_a_gpu_launch_what_the_table_says(
         assert after.operations - before.operations == len(launched) + row.others
 
 
+@ROWS
+@DTYPES
+def test_operations_of_a_gpu_write_nothing_beside_their_results(
+    row: Row, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = get_backend("cuda")
+    xp = gpu.xp
+    wholes = []
+
+    def empty(shape: Any, dtype: Any) -> Any:
+        size = math.prod(np.atleast_1d(shape).tolist())
+        whole = xp.full(size + 64, 7, dtype)
+        wholes.append(whole)
+        return whole[32 : 32 + size].reshape(shape)
+
+    monkeypatch.setattr(xp, "empty", empty)
+    monkeypatch.setattr(xp, "empty_like", lambda array: empty(array.shape, array.dtype))
+    results(row, gpu, row.inputs(np.random.default_rng(0), 5, 37), dtype)
+    assert wholes
+    for whole in wholes:
+        assert (gpu.to_numpy(whole)[[*range(32), *range(-32, 0)]] == 7).all()
+
+
+def test_magnitude_gradient_of_a_gpu_reads_slices_of_columns_without_a_copy() -> None:
+    """As layers that share an input have their outputs side by side."""
+    gpu = get_backend("cuda")
+    dY, Y, k, norms = (placed(a, gpu, "float64") for a in outputs(np.random.default_rng(0), 9, 40))
+    contiguous = gpu.run(dora._magnitude_gradient, dY, Y, k, norms)
+    wide = gpu.xp.full((9, 100), np.nan)
+    wide[:, 7:47] = dY
+    taller = gpu.xp.full((9, 60), np.nan)
+    taller[:, 20:60] = Y
+    counting = cupy_on_cpu.is_installed()
+    before = cupy_on_cpu.counting.now() if counting else None
+    sliced = gpu.run(dora._magnitude_gradient, wide[:, 7:47], taller[:, 20:60], k, norms)
+    if counting:
+        assert cupy_on_cpu.counting.now().operations - before.operations == 1
+    assert gpu.to_numpy(sliced).tobytes() == gpu.to_numpy(contiguous).tobytes()
+
+
 def test_table_has_every_operation_and_every_kernel() -> None:
     named = {row.body.__name__ for row in TABLE}
-    assert named | ELSEWHERE == set(OPERATIONS)
-    kernels = {name for row in TABLE for name in row.kernels + row.back}
-    assert kernels | KERNELS_ELSEWHERE == KERNELS
+    named |= {name for row in TABLE for name in row.kernels + row.back}
+    for names in ELSEWHERE.values():
+        assert not named & names
+        named |= names
+    kernels = KERNEL.findall(SOURCE)
+    assert len(kernels) == SOURCE.count('extern "C"')
+    assert named == {*kernels, *OPERATIONS}
 
 
 def test_operations_of_a_gpu_leave_other_dtypes_to_the_body(launched: list[str]) -> None:
@@ -330,7 +383,7 @@ def test_operations_of_a_gpu_leave_other_dtypes_to_the_body(launched: list[str])
     X = gpu.xp.ones((2, 3), "float32")
     w = gpu.xp.ones(3, "float64")
     gpu.run(functional._rms_norm, X, w, 1e-6, True, True)
-    assert launched == []
+    assert not {"silu", "rms_norm"} & set(launched)
 
 
 def test_operations_of_a_gpu_run_on_the_gpu_of_their_arrays() -> None:
@@ -342,6 +395,10 @@ def test_operations_of_a_gpu_run_on_the_gpu_of_their_arrays() -> None:
         found = []
         for gpu, other in ((first, second), (second, first)):
             there = [placed(a, gpu, "float32") for a in arguments]
+            array = gpu.xp.zeros(1)
+            other.select()
+            assert kernels_of(gpu, array) is not None
+            assert gpu.cupy.cuda.Device().id == gpu.device  # type: ignore[attr-defined]
             other.select()
             found.append([a.tobytes() for a in results(row, gpu, there, "float32")])
         assert found[0] == found[1]
@@ -381,6 +438,15 @@ def test_rows_of_a_gpu_that_are_not_finite_leave_the_others_alone(
     got = results(first, get_backend("cuda"), arguments, dtype)
     for mine, reference in zip(got, expected, strict=True):
         np.testing.assert_allclose(mine, reference, rtol=0, atol=1e-4)
+
+
+@DTYPES
+def test_row_scales_of_a_gpu_are_nan_for_a_norm_that_is_not_finite(dtype: str) -> None:
+    gpu = get_backend("cuda")
+    m = placed(np.array([1.0, 2.0, 3.0, 4.0]), gpu, dtype)
+    norms = placed(np.array([np.inf, np.nan, 0.0, 2.0]), gpu, dtype)
+    k, _ = gpu.run(dora._row_scales, m, norms)
+    assert gpu.to_numpy(k).tolist() == pytest.approx([np.nan, np.nan, 1.0, 2.0], nan_ok=True)
 
 
 @DTYPES
@@ -436,21 +502,39 @@ def test_cross_entropy_of_a_gpu_is_nan_for_a_target_outside(target: int) -> None
     logits = Tensor(gpu.xp.zeros((2, 7)), True)
     loss = functional.cross_entropy(logits, gpu.from_numpy(np.array([3, target])))
     assert np.isnan(loss.item())
+    (gradient,) = gradients(loss, [logits])
+    assert np.isnan(gpu.to_numpy(gradient)).all(axis=1).tolist() == [False, True]
 
 
-def test_linear_cross_entropy_of_a_gpu_in_blocks_is_that_at_once() -> None:
+@DTYPES
+@pytest.mark.parametrize("shift", [3e4, -3e4, -1e30])
+def test_cross_entropy_of_a_gpu_is_right_for_logits_of_any_size(shift: float, dtype: str) -> None:
+    """One logit of each row is 1e3 above the others, of which each thread of a block has some."""
+    logits = np.tile(np.arange(600.0) / 600, (20, 1))
+    logits[np.arange(20), 31 * np.arange(20)] += 1e3
+    arguments = [shift + logits, np.full(20, 3), -100, "mean", True]
+    first = next(row for row in TABLE if row.body is losses._cross_entropy)
+    rounded = [placed(a, NUMPY, dtype) for a in arguments]
+    expected = results(first, NUMPY, rounded, "float64")
+    for mine, reference in zip(
+        results(first, get_backend("cuda"), arguments, dtype), expected, strict=True
+    ):
+        np.testing.assert_allclose(mine, reference, rtol=BOUNDS[dtype], atol=BOUNDS[dtype])
+
+
+def test_linear_cross_entropy_of_a_gpu_in_blocks_is_that_at_once(launched: list[str]) -> None:
     gpu = get_backend("cuda")
     rng = np.random.default_rng(0)
     x, head = (Tensor(gpu.from_numpy(rng.standard_normal(s)), True) for s in ((11, 4), (6, 4)))
     t = gpu.from_numpy(targets(rng, 11, 6))
     whole = functional.linear_cross_entropy(x, head, t)
-    before = gpu.sizes
-    try:
-        gpu.sizes = before._replace(loss_logits=18)  # three rows at a time
+    assert launched.count("cross_entropy") == 1
+    with block_sizes(gpu, loss_logits=18):  # three rows at a time
         blocks = functional.linear_cross_entropy(x, head, t)
-    finally:
-        gpu.sizes = before
+    assert launched.count("cross_entropy") == 1 + 4
     assert blocks.item() == pytest.approx(whole.item(), rel=1e-14)
+    for one, other in zip(*(gradients(y, [x, head]) for y in (whole, blocks)), strict=True):
+        np.testing.assert_allclose(gpu.to_numpy(one), gpu.to_numpy(other), rtol=0, atol=1e-14)
 
 
 # ---- stored weights ------------------------------------------------------------------------------

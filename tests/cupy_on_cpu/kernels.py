@@ -21,6 +21,7 @@ PARTS = ("language.h", "threads.h", "launch.h")
 COMMON = ("carray.cuh", "atomics.cuh", "math_constants.h")  # CuPy's headers in nearly all kernels
 LATE = ("complex", "float16")  # they need other headers before these
 GRID_LOOPS = ("CUPY_FOR", "FOR_EACH(")  # CuPy's, and that of minilora/cuda/kernels.cu
+RETURN = re.compile(r"\breturn\s*;")
 BARRIERS = ("__syncthreads", "__syncwarp", "__shfl")
 
 
@@ -94,7 +95,7 @@ def _prelude(source: str) -> Path:
 def as_cpp(source: str) -> str:
     """The C++ file for a CUDA source: what CUDA has and C++ lacks, the source, its launches."""
     own = _own(source)
-    stopping = _functions_with_barriers(own)
+    stopping = _functions_with_barriers(own) | _macros_with_return(own)
     lines = ['#include "prelude.h"']
     lines.append(source if "complex" in own else source.replace(COMPLEX, ""))  # slow to compile
     for name, body in _bodies(own).items():
@@ -119,6 +120,12 @@ def _functions_with_barriers(source: str) -> set[str]:
     return words
 
 
+def _macros_with_return(source: str) -> set[str]:
+    """The macros that may end a thread; CuPy's searchsorted has one."""
+    macros = re.finditer(r"#define (\w+)(?:.*\\\n)*.*", source)
+    return {macro[1] for macro in macros if RETURN.search(macro[0])}
+
+
 def _is_one_loop(body: str, stopping: set[str]) -> bool:
     """Whether one thread can do all of a kernel's work, which is much faster here.
 
@@ -126,8 +133,8 @@ def _is_one_loop(body: str, stopping: set[str]) -> bool:
     and not one thread's part.
     """
     is_loop = any(loop in body for loop in GRID_LOOPS)
-    waits = any(re.search(rf"\b{word}", body) for word in stopping)
-    return is_loop and not waits and not re.search(r"return\s*;", body)
+    stops = any(re.search(rf"\b{word}", body) for word in stopping)
+    return is_loop and not stops and not RETURN.search(body)
 
 
 class Sorts:

@@ -10,6 +10,7 @@ import small
 from hypothesis import given
 from hypothesis import strategies as st
 from small import IDS, bits, logits
+from strict_xp import STRICT, counted, no_sync
 
 from minilora import functional as F
 from minilora.autograd import Tensor, gradients
@@ -68,6 +69,16 @@ def test_replace_rows_and_its_gradients(v: int, c: int, data: st.DataObject) -> 
     assert np.array_equal(dW[others], dy[others])
     assert not dW[at].any()
     assert directional_error(lambda w, z: replace_rows(w, at, z), W, new) < 1e-9
+
+
+def test_trainable_tokens_send_their_indices_to_a_device_once() -> None:
+    made = model().to(STRICT)
+    ids = STRICT.from_numpy(IDS)
+    made(ids)
+    with counted() as meter, no_sync():
+        y = made(ids)
+        gradients(y, list(rows(made).values()), y.data)
+    assert meter.uploads == []
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from typing import Any
 
@@ -200,6 +201,32 @@ def test_stream_on_a_gpu_captures_once_however_often_its_context_is_full(
     text = generate(model, prompt, 60, temperature=0)
     assert len(captures) == 1
     np.testing.assert_array_equal(text, generate(model.to("cpu"), prompt, 60, temperature=0))
+
+
+def test_streams_on_a_gpu_may_take_turns() -> None:
+    """Their graphs share the memory of intermediate results."""
+    models = [
+        CausalLM(shape(kind, max_position_embeddings=64), seed=2, device="cuda").eval()
+        for kind in ("llama", "qwen3", "qwen2")
+    ]
+    prompts = [np.ones((count, 3), int) for count in (1, 3, 2)]
+    pairs = list(zip(models, prompts, strict=True))
+    alone = [list(stream(*pair, 20, temperature=0)) for pair in pairs]
+    by_turns = zip(*(stream(*pair, 20, temperature=0) for pair in pairs), strict=True)
+    for expected, tokens in zip(zip(*alone, strict=True), by_turns, strict=True):
+        for one, other in zip(expected, tokens, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_generate_on_a_gpu_leaves_no_memory_behind() -> None:
+    gpu = get_backend("cuda")
+    model = CausalLM(shape("llama"), seed=2, device="cuda").eval()
+    used = []
+    for _ in range(3):
+        generate(model, np.ones((2, 3), int), 10, temperature=0)
+        gc.collect()
+        used.append(gpu.xp.get_default_memory_pool().used_bytes())
+    assert used[1] == used[2]
 
 
 def test_captured_decoding_without_a_graph_says_so_once_and_goes_on(

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora import attention as attention_operations
 from minilora import autograd as ag
 from minilora import effective
 from minilora import functional as F
@@ -33,8 +34,6 @@ NOT_OPERATIONS = {
     "operands": "turns arguments into Tensors",
     "namespace": "returns an array module",
     "unbroadcast": "works on arrays, inside vjps",
-    "rows": "works on arrays, inside operations",
-    "as_floats": "works on arrays, inside operations",
     "axis_of": "returns an axis",
     "prepare_targets": "prepares targets",
     "apply_rotary": "works on arrays, inside attention",
@@ -85,9 +84,9 @@ def apart(*shapes: Shape) -> Arrays:
 
 
 def public_operations() -> dict[str, Callable[..., Any]]:
-    """Every public function that autograd.py, functional.py, losses.py and effective.py define."""
+    """Every public function of the modules that define operations."""
     result = {}
-    for module in (ag, F, loss_operations, effective):
+    for module in (ag, attention_operations, loss_operations, F, effective):
         for name, function in vars(module).items():
             if not inspect.isfunction(function) or name.startswith("_"):
                 continue
