@@ -128,8 +128,9 @@ class Module:
 
         "float32" rounds nothing; "tf32" and "bfloat16" round x and W in y = x W^T, and dy and W in
         dx = dy W, and add up in float32 (precision.py). It is for weights that are frozen: what
-        belongs to an adapter is computed in float32. ConfigError, before anything changes, for
-        another name, and for one that rounds in a model in float64.
+        belongs to an adapter is computed in float32, so keep adapters unmerged, whose dW rounding
+        W + dW would mostly lose. ConfigError, before anything changes, for another name, and for
+        one that rounds in a model in float64.
         """
         for _, child in self.named_children():
             child.set_compute(compute)

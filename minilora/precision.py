@@ -63,7 +63,8 @@ def round_operand(backend: Any, x: Array, compute: str) -> Array:
     kept = np.uint32((1 << 32) - (1 << dropped))
     rounded = ((bits + (is_odd + below_half)) & kept).view(np.float32)
     xp = backend.xp
-    return xp.where(xp.isnan(x), np.float32(np.nan), rounded)  # whose sum may be another number
+    # The sum may have carried the bits of a NaN into those of a number.
+    return xp.where(xp.isnan(x), np.float32(np.nan), rounded)
 
 
 def narrow_bfloat16(backend: Any, x: Array) -> Array:

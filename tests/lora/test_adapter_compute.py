@@ -80,6 +80,25 @@ def test_get_peft_model_starts_with_the_bits_of_its_base(
 
 
 @ANY_ARITHMETIC
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_of_embedding_and_head_start_with_the_bits_of_their_base(
+    use_dora: bool, tied: bool, compute: str
+) -> None:
+    base = small.base(tie_word_embeddings=tied)
+    base.set_compute(compute)
+    before = small.logits(base)
+    names = ["embed_tokens", "lm_head", "q_proj"]
+    together = tied and not use_dora
+    config = LoraConfig(r=2, target_modules=names, use_dora=use_dora, ensure_weight_tying=together)
+    model = get_peft_model(base, config, seed=2)
+    assert small.logits(model).tobytes() == before.tobytes()
+    params = [p for p in model.parameters() if p.requires_grad]
+    grads = gradients(model(small.IDS, targets=small.IDS), params)
+    assert all(np.isfinite(grad).all() for grad in grads)
+
+
+@ANY_ARITHMETIC
 @ANY_METHOD
 def test_set_compute_after_or_before_the_adapter_is_the_same(method: str, compute: str) -> None:
     base = dense()
