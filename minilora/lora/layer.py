@@ -67,6 +67,7 @@ class Wrapper(Module):
     bias = property(lambda self: self.current.bias)
     backend = property(lambda self: self.current.backend)
     dtype = property(lambda self: self.current.dtype)
+    compute = property(lambda self: self.current.compute)
 
     @property
     def running(self) -> tuple[Any, ...]:
