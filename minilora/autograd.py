@@ -605,14 +605,13 @@ class Tensor(TensorBase):
             self._array[...] = value
         self.version[0] += 1
 
-    def read_rows(self, at: Any) -> Array:
+    def read_rows(self, at: Any, compute: str = "float32") -> Array:
         """The rows `at` (a slice or integers) as an array: values, of which no graph knows.
 
-        A parameter stored as codes decodes only these.
+        Of codes only these are decoded, and none that a product by `compute` takes as they are.
         """
-        if isinstance(at, slice):
-            return self._array[at]
-        return self.backend.xp.take(self._array, at, axis=0)
+        take = self.backend.xp.take
+        return self._array[at] if isinstance(at, slice) else take(self._array, at, axis=0)
 
     def __repr__(self) -> str:
         values = np.array2string(self.numpy(), separator=", ", prefix="Tensor(")

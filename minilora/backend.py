@@ -20,6 +20,7 @@ from .cuda.graphs import Recorder
 from .cuda.launching import kernels_for
 from .cuda.operations import OPERATIONS
 from .errors import DeviceError
+from .precision import BFLOAT16, FLOAT32, check_compute, is_bfloat16, narrow_bfloat16, round_operand
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 Shape = tuple[int, ...]
@@ -96,8 +97,21 @@ class Backend:
         """
         return body(self, *inputs)
 
-    def matmul(self, a: Array, b: Array, out: Array | None = None, scale: float = 1.0) -> Array:
-        """(a @ b) * scale    a (..., M, K), b (..., K, N) -> (..., M, N), in `out` if given"""
+    def matmul(
+        self,
+        a: Array,
+        b: Array,
+        out: Array | None = None,
+        scale: float = 1.0,
+        compute: str = FLOAT32,
+    ) -> Array:
+        """(a @ b) * scale    a (..., M, K), b (..., K, N) -> (..., M, N), in `out` if given
+
+        compute   "tf32" and "bfloat16" round the operands, float32, and add up in float32: see
+                  precision.py. With "bfloat16" an operand may be bfloat16's bits (uint16)
+        """
+        if compute != FLOAT32:
+            a, b = (round_operand(self, x, compute) for x in (a, b))
         product = a @ b if out is None else self.xp.matmul(a, b, out=out)
         if scale != 1:
             product *= scale
@@ -296,11 +310,37 @@ class CupyBackend(Backend):
         """cuBLAS (`cuda.blas.Blas`); None if it cannot be loaded."""
         return load_blas(self.cupy, self.device)
 
-    def matmul(self, a: Array, b: Array, out: Array | None = None, scale: float = 1.0) -> Array:
+    def matmul(
+        self,
+        a: Array,
+        b: Array,
+        out: Array | None = None,
+        scale: float = 1.0,
+        compute: str = FLOAT32,
+    ) -> Array:
+        if compute != FLOAT32:
+            return self._rounded_matmul(a, b, out, scale, compute)
         if not self._can_multiply(a, b, out):
             return super().matmul(a, b, out, scale)
         self.select()
         return self.blas.product(a, b, out, scale)
+
+    def _rounded_matmul(
+        self, a: Array, b: Array, out: Array | None, scale: float, compute: str
+    ) -> Array:
+        """The same where the operands are rounded: cuBLAS rounds float32 itself.
+
+        If one of them is bfloat16's bits already, the other one is rounded to such bits, too.
+        """
+        if self.blas is None:
+            return super().matmul(a, b, out, scale, compute)
+        self.select()
+        if compute == BFLOAT16 and (is_bfloat16(a) or is_bfloat16(b)):
+            a, b = (x if is_bfloat16(x) else self.run(narrow_bfloat16, x) for x in (a, b))
+            return self.blas.product(a, b, out, scale)
+        for x in (a, b):
+            check_compute(compute, x.dtype)
+        return self.blas.product(a, b, out, scale, compute=compute)
 
     def add_matmul(self, out: Array, a: Array, b: Array, scale: float = 1.0) -> None:
         if self._can_multiply(a, b, out):

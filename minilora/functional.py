@@ -44,18 +44,22 @@ from .backend import Array, Backend, Shape
 from .losses import IGNORE as IGNORE
 from .losses import cross_entropy as cross_entropy
 from .losses import linear_cross_entropy as linear_cross_entropy
+from .precision import FLOAT32
 
 # ---- linear maps ---------------------------------------------------------------------------------
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + b    x (..., I), W (O, I), b (O,) -> (..., O)"""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, compute: str = FLOAT32) -> Tensor:
+    """y = x W^T + b    x (..., I), W (O, I), b (O,) -> (..., O)
+
+    compute   the arithmetic of x W^T and of dx = dy W; dW = dy^T x is not rounded. See precision.py
+    """
     inputs = operands(x, weight) if bias is None else operands(x, weight, bias)
     x, weight = inputs[:2]
     backend = x.backend
     X = rows(x.data)
     W = weight.data
-    y = backend.matmul(X, W.T)  # (N, I) @ (I, O) -> (N, O)
+    y = backend.matmul(X, W.T, compute=compute)  # (N, I) @ (I, O) -> (N, O)
     if bias is not None:
         check_vector("linear: bias", inputs[2].data, len(W))
         y += inputs[2].data
@@ -69,7 +73,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         dY = rows(dy)  # (N, O)
         dx = dW = None
         if W_kept is not None:
-            dx = backend.matmul(dY, W_kept).reshape(shape)  # (N, O) @ (O, I) -> (N, I)
+            dX = backend.matmul(dY, W_kept, compute=compute)  # (N, O) @ (O, I) -> (N, I)
+            dx = dX.reshape(shape)
         if X_kept is not None:
             dW = backend.matmul(dY.T, X_kept)  # (O, N) @ (N, I) -> (O, I)
         db = dY.sum(axis=0) if need_db else None

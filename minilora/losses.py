@@ -16,6 +16,7 @@ from .arrays import as_floats, rows
 from .autograd import Grads, Tensor, grad_enabled, operands, record
 from .backend import Array, Backend, Shape
 from .errors import DataError
+from .precision import FLOAT32
 from .threads import blocks
 
 IGNORE = -100  # a target that is not counted: PyTorch's ignore_index
@@ -112,12 +113,17 @@ def _cross_entropy(
 
 
 def linear_cross_entropy(
-    x: Tensor, head: Tensor, targets: Array, ignore_index: int = IGNORE, reduction: str = "mean"
+    x: Tensor,
+    head: Tensor,
+    targets: Array,
+    ignore_index: int = IGNORE,
+    reduction: str = "mean",
+    compute: str = FLOAT32,
 ) -> Tensor:
     """cross_entropy(x head^T, targets)    x (..., C), head (V, C), targets (...) integers -> scalar
 
     The logits of a block exist at a time, never all of them. So the forward computes the gradients
-    too, up to the factor dy.
+    too, up to the factor dy. `compute` is the arithmetic of the logits and of dx, as in `linear`.
     """
     x, head = operands(x, head)
     backend = x.backend
@@ -127,7 +133,7 @@ def linear_cross_entropy(
     need_dw = grad_enabled() and head.requires_grad
     X = rows(x.data)
     loss, dX, dW = backend.run(
-        _linear_cross_entropy, X, head, t, ignore_index, reduction, need_dx, need_dw
+        _linear_cross_entropy, X, head, t, ignore_index, reduction, need_dx, need_dw, compute
     )
 
     def vjp(dy: Array) -> Grads:
@@ -146,6 +152,7 @@ def _linear_cross_entropy(
     reduction: str,
     need_dx: bool,
     need_dw: bool,
+    compute: str = FLOAT32,
 ) -> tuple[Array, Array | None, Array | None]:
     """(the loss (), dX (N, C), dW (V, C)) for dy = 1    X (N, C), head (V, C), t (N,)
 
@@ -155,6 +162,9 @@ def _linear_cross_entropy(
     (p - onehot)^T X. The rows of a head that is stored in other numbers are decoded as they are
     read.
     """
+    if compute != FLOAT32:
+        options = ignore_index, reduction, need_dx, need_dw, compute
+        return _rounded_linear_cross_entropy(backend, X, head, t, *options)
     xp = backend.xp
     V = len(head)
     t, ignored, weight = _weigh_targets(xp, t, ignore_index, reduction, X.dtype)
@@ -209,4 +219,42 @@ def _linear_cross_entropy(
                 dW[v] += E @ (X[at] * share)  # (v, n) @ (n, C)
     if dW is not None:
         dW -= backend.add_rows(t, X * weight[:, None], V)
+    return loss, dX, dW
+
+
+def _rounded_linear_cross_entropy(
+    backend: Backend,
+    X: Array,
+    head: Tensor,
+    t: Array,
+    ignore_index: int,
+    reduction: str,
+    need_dx: bool,
+    need_dw: bool,
+    compute: str,
+) -> tuple[Array, Array | None, Array | None]:
+    """The same by an arithmetic that rounds, which would round exp(logits - max) in its blocks.
+
+    So a block has all words, and the gradient of its logits is rounded where it is multiplied.
+    """
+    xp = backend.xp
+    W = head.read_rows(slice(None), compute)
+    ignored = t == ignore_index
+    X = xp.where(ignored[:, None], 0, X)
+    counted = 1 if reduction == "sum" else xp.maximum((~ignored).sum(), 1)
+    share = xp.asarray(1 / counted, X.dtype)  # of one target in the loss
+    dX = xp.empty_like(X) if need_dx else None
+    dW = xp.zeros(head.shape, head.dtype) if need_dw else None
+    loss = xp.zeros((), X.dtype)
+    for at in blocks(len(X), backend.sizes.loss_logits // len(W)):
+        Z = backend.matmul(X[at], W.T, compute=compute)  # (n, C) @ (C, V)
+        options = ignore_index, "sum", need_dx or need_dw
+        part, back = backend.run(_cross_entropy, Z, t[at], *options)
+        loss = loss + part * share
+        if need_dx or need_dw:
+            dZ = back(share)
+        if dX is not None:
+            dX[at] = backend.matmul(dZ, W, compute=compute)  # (n, V) @ (V, C)
+        if dW is not None:
+            backend.add_matmul(dW, dZ.T, X[at])  # (V, n) @ (n, C)
     return loss, dX, dW

@@ -24,6 +24,7 @@ from .backend import Array, Backend, Shape, get_backend, mix_key
 from .effective import EffectiveWeight, Parts, Pull, effective_linear
 from .errors import GraphError
 from .graph import leaf_gradients
+from .precision import FLOAT32, check_compute
 
 _thread = threading.local()
 _recomputed = itertools.count(1)
@@ -111,12 +112,28 @@ class Module:
 
     def to(self, device: str | Backend | None = None, dtype: Any = None) -> Any:
         """Move every parameter to a device, or to a float dtype, in place; returns the module."""
+        if dtype is not None:
+            for _, module in self.named_modules():
+                if isinstance(module, LinearBase):
+                    check_compute(module.compute, np.dtype(dtype))
         for p in self.parameters():
             backend = p.backend if device is None else get_backend(device)
             new_dtype = np.dtype(dtype or p.dtype)
             if backend is not p.backend or p.dtype != new_dtype:
                 p.move(backend, new_dtype)
         return self
+
+    def set_compute(self, compute: str) -> None:
+        """Set the arithmetic of the products with the weights of all linear layers.
+
+        "float32" rounds nothing; "tf32" and "bfloat16" round x and W in y = x W^T, and dy and W in
+        dx = dy W, and add up in float32 (precision.py). It is for weights that are frozen: what
+        belongs to an adapter is computed in float32, so keep adapters unmerged, whose dW rounding
+        W + dW would mostly lose. ConfigError, before anything changes, for another name, and for
+        one that rounds in a model in float64.
+        """
+        for _, child in self.named_children():
+            child.set_compute(compute)
 
     def preparations(self, tokens: int | None) -> Iterator[Callable[[], None]]:
         """The functions to call once before a step's shards run forward over `tokens` positions.
@@ -158,6 +175,7 @@ class LinearBase(Module):
     dtype, backend               of its computations
     trainable                    whether the weight itself requires a gradient
     running                      the adapters that the next forward applies: none here
+    compute                      the arithmetic of its products: see `Module.set_compute`
     """
 
     in_features: int
@@ -166,6 +184,7 @@ class LinearBase(Module):
     weight: Parameter
     trainable: bool
     running: Sequence[Any] = ()
+    compute = FLOAT32
 
     @property
     def dtype(self) -> Any:
@@ -175,6 +194,10 @@ class LinearBase(Module):
     def backend(self) -> Backend:
         return self.weight.backend
 
+    def set_compute(self, compute: str) -> None:
+        check_compute(compute, self.dtype)
+        self.compute = compute
+
     def dense_weight(self) -> Array:
         """W (O, I) as an array, decoded if it is stored in another way."""
         raise NotImplementedError
@@ -183,7 +206,8 @@ class LinearBase(Module):
         """Write this layer's effective weight W' for a step over `tokens` positions into `out`.
 
         out (O, I). Returns the parameters that W' was formed from, with their pulls; None if the
-        layer has to run by itself.
+        layer has to run by itself, as it does where products are rounded: much of dW is smaller
+        than the last bit of W.
         """
         return None
 
@@ -211,6 +235,8 @@ class Linear(LinearBase):
         return self.weight.data
 
     def write_effective_weight(self, out: Array, tokens: int | None) -> Parts | None:
+        if self.compute != FLOAT32:
+            return None
         out[...] = self.weight.data
         matmul = self.backend.matmul
         return [((self.weight,), Pull(lambda X, dY: (matmul(dY.T, X),)))] if self.trainable else []
@@ -219,7 +245,7 @@ class Linear(LinearBase):
         return frozen_linear(weight, self)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias, self.compute)
 
 
 def frozen_linear(weight: Array, like: LinearBase) -> Linear:
@@ -227,6 +253,7 @@ def frozen_linear(weight: Array, like: LinearBase) -> Linear:
     dense = Linear(weight)
     dense.weight.requires_grad = False
     dense.bias = like.bias
+    dense.compute = like.compute
     dense.training = like.training
     return dense
 

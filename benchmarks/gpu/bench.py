@@ -144,6 +144,7 @@ class Step:
     method   lora, dora, adalora or nf4
     graph    whether to replay a captured graph; None: the default. Without effect where
              `can_capture` is False
+    compute  the arithmetic of products with frozen weights
     """
 
     def __init__(
@@ -154,9 +155,11 @@ class Step:
         graph: bool | None = None,
         device: str = "cuda",
         dropout: float = 0.0,
+        compute: str = "float32",
         **settings: Any,
     ):
         self.model = make_model(bench, size, method, device, dropout)
+        self.model.set_compute(compute)
         if graph is not None and can_capture():
             settings["graph"] = graph
         self.run = Run(self.model, bench.text(size), bench.settings(size, **settings), bench.folder)

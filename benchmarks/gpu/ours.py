@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from minilora import generate
-from minilora.training.loop import Settings, evaluate
+from minilora.training.loop import evaluate
 
 from .bench import Bench, can_capture, make_model
 from .conducting import Facts
@@ -114,11 +114,10 @@ VARIANTS = {
 def variant(bench: Bench, name: str) -> None:
     """Milliseconds of the two larger sizes with something else than the default."""
     os.environ |= VARIANTS[name]
-    fields = Settings.__dataclass_fields__
-    settings = {"compute": "tf32"} if name == "tf32" and "compute" in fields else {}
-    bench.notes.add(environment=VARIANTS[name], settings=settings)
+    compute = "tf32" if name == "tf32" else "float32"
+    bench.notes.add(environment=VARIANTS[name], compute=compute)
     for size in ("small", "gpt2"):
-        step = bench.step(size, **settings)
+        step = bench.step(size, compute=compute)
         bench.notes.measure(size, partial(bench.time_steps, step))
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError, FormatError, describe_integer
 from ..formats.disk import parse_json
+from ..precision import FLOAT32, MANTISSA
 from ..training.methods import METHODS, QUANTIZE
 
 Args = argparse.Namespace
@@ -264,6 +265,11 @@ def add_method(parser: Any) -> None:
 def add_quantize(parser: Any, kinds: Sequence[str] = QUANTIZE) -> None:
     text = f"format of the frozen base: {', '.join(kinds)}"
     option(parser, "--quantize Q", text, choices=kinds, default="none")
+
+
+def add_compute(parser: Any) -> None:
+    text = f"arithmetic of products with frozen weights: {', '.join(MANTISSA)}"
+    option(parser, "--compute C", text, choices=list(MANTISSA), default=FLOAT32)
 
 
 def add_json(parser: Parser) -> None:

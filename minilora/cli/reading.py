@@ -21,6 +21,7 @@ from ..lora.multitask import BASE
 from ..lora.multitask import FILE as MULTITASK
 from ..models.config import TransformerConfig
 from ..models.transformer import CausalLM
+from ..precision import FLOAT32
 from ..quant.half import iterate_pieces
 from ..quant.linear import quantize
 from .options import Args
@@ -39,7 +40,8 @@ def load_model(
     NonFiniteError for a weight that is NaN or infinite, before a command makes anything of it.
     """
     kind = args.quantize
-    model = CausalLM.from_pretrained(args.base, device=args.device, stored=kind == "stored")
+    options = {"device": args.device, "stored": kind == "stored", "compute": args.compute}
+    model = CausalLM.from_pretrained(args.base, **options)
     tokenizer = load_tokenizer(args.base, model.config.vocab_size)
     for note in (tokenizer.note, *tokenizer.special.notes):
         if note:
@@ -47,7 +49,7 @@ def load_model(
     if kind not in ("none", "stored"):
         quantize(model, kind)
     if adapter is not None:
-        model = _load_adapter(model, adapter, task)
+        model = _load_adapter(model, adapter, task, merged=args.compute == FLOAT32)
     elif task is not None:
         raise ConfigError("--task chooses a task of an adapter: give --adapter too")
     if not args.allow_nonfinite:
@@ -55,11 +57,18 @@ def load_model(
     return model, tokenizer
 
 
-def _load_adapter(model: CausalLM, adapter: str, task: str | None) -> Any:
+def _load_adapter(model: CausalLM, adapter: str, task: str | None, merged: bool) -> Any:
+    """The model with an adapter, or with one task of it, which may be `merged` into the weights."""
     if not has_tasks(adapter, task):
         return PeftModel.from_pretrained(model, adapter)
     multitask = MultiTask.from_pretrained(model, adapter)
-    return multitask.merge_task(choose_task(adapter, task, (*multitask.tasks, BASE)))
+    task = choose_task(adapter, task, (*multitask.tasks, BASE))
+    if merged:
+        return multitask.merge_task(task)
+    if task == BASE:
+        return multitask.unload()
+    PeftModel.set_adapter(multitask, multitask.adapters_of(task), inference_mode=True)
+    return multitask.get_base_model()
 
 
 def has_tasks(adapter: str, task: str | None) -> bool:

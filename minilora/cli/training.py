@@ -22,6 +22,7 @@ from ..formats.folders import locked, numbered_folder
 from ..lora import AdaLoraConfig, LoraConfig, get_multitask_model, get_peft_model
 from ..models.config import TransformerConfig
 from ..models.transformer import CausalLM
+from ..precision import FLOAT32
 from ..training.checkpoints import find_checkpoint, open_folder
 from ..training.methods import (
     CODES,
@@ -40,6 +41,7 @@ from .options import (
     Parser,
     add_allow_nonfinite,
     add_base,
+    add_compute,
     add_device_and_threads,
     add_method,
     add_quantize,
@@ -210,6 +212,7 @@ def add_tuning_options(parser: Parser) -> None:
     group = parser.add_argument_group("method and adapter (fields of PEFT's configuration)")
     add_method(group)
     add_quantize(group)
+    add_compute(group)
     field = functools.partial(option, group, default=argparse.SUPPRESS)
     default = LoraConfig
     field("--r R", f"rank, at least 1 (default: {default.r})")
@@ -273,6 +276,9 @@ def read_finetune_options(args: Args) -> tuple[Any, LoraConfig | None, dict[str,
     if args.adapter is None:
         args.method = args.method or METHODS[0]
         config = adapter_config(args.method, args.quantize, fields, settings.steps)
+        if config is None and args.compute != FLOAT32:
+            given = f"--method full trains all weights, and --compute {args.compute}"
+            raise ConfigError(f"{given} is for frozen ones: leave it out, or train an adapter")
     else:
         config = read_continued_config(args, fields, settings.steps)
     return settings, config, _name_tasks(args, config)
@@ -321,6 +327,8 @@ def run_finetune(
     with folder as out:
         if memory["layers"]:
             print(format_weight_memory(memory))
+        if args.compute != FLOAT32:
+            print(f"products with frozen weights: {args.compute}")
         if config is None:
             print(f"all {sum(p.size for p in model.parameters()):,} parameters of the base train")
         else:

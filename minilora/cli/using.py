@@ -18,6 +18,7 @@ from .options import (
     add_adapter,
     add_allow_nonfinite,
     add_base,
+    add_compute,
     add_device_and_threads,
     add_quantize,
     add_seed,
@@ -34,6 +35,7 @@ def _add_model_options(parser: Parser) -> None:
     add_adapter(parser)
     add_allow_nonfinite(parser)
     add_quantize(parser)
+    add_compute(parser)
     add_device_and_threads(parser)
     add_seed(parser)
 

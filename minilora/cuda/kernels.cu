@@ -362,6 +362,16 @@ extern "C" __global__ void decode(const unsigned char* codes, const float* value
         }
 }
 
+// codes = a float32 rounded to a bfloat16: to nearest, ties to even    x, codes (size,)
+extern "C" __global__ void narrow_bfloat16(const REAL* x, unsigned short* codes, Int size) {
+    FOR_EACH(i, size) {
+        unsigned bits = __float_as_uint((float)x[i]);
+        bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+        unsigned rounded = (bits + (bits >> 16 & 1) + 0x7fff) >> 16;
+        codes[i] = is_nan ? 0x7fc0 : rounded;
+    }
+}
+
 // out = a bfloat16 (its upper 16 bits) as a float32    codes, out (size,)
 extern "C" __global__ void widen_bfloat16(const unsigned short* codes, REAL* out, Int size) {
     FOR_EACH(i, size) out[i] = __uint_as_float((unsigned)codes[i] << 16);

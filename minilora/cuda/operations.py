@@ -249,26 +249,27 @@ def linear_cross_entropy(
     reduction: str,
     need_dx: bool,
     need_dw: bool,
+    compute: str = "float32",
 ) -> tuple[Array, Array | None, Array | None] | None:
     """Blocks of rows with all words: the logits of a block become their gradient in place."""
     kernels = kernels_of(backend, X, head)
     if kernels is None or not len(head):
         return None
     xp = backend.xp
-    W = head.read_rows(slice(None))  # (V, C), decoded if the head is stored in other numbers
+    W = head.read_rows(slice(None), compute)  # (V, C), decoded if it is stored as codes
     N = len(X)
     dX = xp.empty(X.shape, X.dtype) if need_dx else None
-    dW = xp.zeros(W.shape, W.dtype) if need_dw else None
+    dW = xp.zeros(head.shape, head.dtype) if need_dw else None
     if need_dw:  # the gradient of an ignored row's logits is 0, and 0 times NaN is not
         X = xp.where((t == ignore_index)[:, None], 0, X)
     loss = _Loss(backend, kernels, t, ignore_index, reduction)
     rows = max(1, min(backend.sizes.loss_rows, backend.sizes.loss_logits // len(W)))
     for start in range(0, N, rows):
         at = slice(start, start + rows)
-        Z = backend.matmul(X[at], W.T)  # (n, C) @ (C, V)
+        Z = backend.matmul(X[at], W.T, compute=compute)  # (n, C) @ (C, V)
         loss.add(at, Z, Z if need_dx or need_dw else None)
         if dX is not None:
-            backend.matmul(Z, W, out=dX[at])  # (n, V) @ (V, C)
+            backend.matmul(Z, W, out=dX[at], compute=compute)  # (n, V) @ (V, C)
         if dW is not None:
             backend.add_matmul(dW, Z.T, X[at])  # (V, n) @ (n, C)
     return loss.sum(), dX, dW
@@ -367,7 +368,18 @@ def decode(backend: Any, quantized: Any, dtype: Any) -> Array | None:
     return out
 
 
-@replaces("_widen_bfloat16")
+@replaces("narrow_bfloat16")
+def narrow_bfloat16(backend: Any, x: Array) -> Array | None:
+    kernels = kernels_of(backend, x)
+    if kernels is None or x.dtype != np.float32:
+        return None
+    xp = backend.xp
+    out = xp.empty(x.shape, np.uint16)
+    kernels.for_each("narrow_bfloat16", x.size, xp.ascontiguousarray(x), out, x.size)
+    return out
+
+
+@replaces("widen_bfloat16")
 def widen_bfloat16(backend: Any, bits: Array, dtype: Any) -> Array | None:
     kernels = kernels_for_dtype(backend, dtype)
     if kernels is None:

@@ -17,6 +17,7 @@ from ..backend import Array
 from ..effective import Parts, Pull, count_operations, effective_linear
 from ..errors import ConfigError
 from ..nn import LinearBase, Module, PreparedModule
+from ..precision import FLOAT32
 from .dora import require_compatible
 from .lora import LoraAdapter
 from .merging import Merging
@@ -66,6 +67,7 @@ class Wrapper(Module):
     bias = property(lambda self: self.current.bias)
     backend = property(lambda self: self.current.backend)
     dtype = property(lambda self: self.current.dtype)
+    compute = property(lambda self: self.current.compute)
 
     @property
     def running(self) -> tuple[Any, ...]:
@@ -134,8 +136,10 @@ class LoraLinear(Merging, PreparedModule, Wrapper):
     def merges(self, tokens: int | None) -> bool:
         """Is it right, and cheaper, to form W + dW once for a step over `tokens` positions?
 
-        It is not right with dropout.
+        It is not right with dropout, nor where products with the base's weight are rounded.
         """
+        if self.base_layer.compute != FLOAT32:
+            return False
         running = self.running
         for adapter in running:
             if adapter.MIXED or adapter.dropout.active:
@@ -186,8 +190,13 @@ class SavedModule(Wrapper):
         self.modules_to_save: dict[str, Module] = {}
 
     def add(self, name: str) -> None:
-        """Add a copy for the adapter `name`."""
-        self.modules_to_save[name] = copy.deepcopy(self.original_module)
+        """Add a copy for the adapter `name`. It is to train, so its products are not rounded."""
+        made = copy.deepcopy(self.original_module)
+        made.set_compute(FLOAT32)
+        self.modules_to_save[name] = made
+
+    def set_compute(self, compute: str) -> None:
+        self.original_module.set_compute(compute)
 
     @property
     def current(self) -> Any:

@@ -201,6 +201,10 @@ class Merging:
         self.requantized = False
         self._share_weight()
 
+    def set_compute(self, compute: str) -> None:
+        for layer in (self.original, self.base_layer):
+            layer.set_compute(compute)
+
     # ---- no training while merged ----
 
     @property

@@ -71,7 +71,7 @@ class Weights:
         """The weights of `model`; None if it must compute each token in the ordinary way.
 
         That is so for GPT-2, for adapters of an embedding, for a layer that must run on its own
-        (a quantised weight, dropout), and for weights of more than LARGEST bytes.
+        (a quantised weight, dropout, rounded products), and for weights of more than LARGEST bytes.
         """
         if type(model) is not CausalLM or type(model.decoder) is not Decoder:
             return None

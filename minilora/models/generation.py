@@ -92,8 +92,9 @@ def stream(
                   all texts have. The others are what they would be without an end
     pad           the id that follows a text that has ended; None: the first of `eos`
 
-    When the context is full, generation continues from its newer half. Adapters run merged, and the
-    weights are those of the first call. ConfigError for a setting out of range.
+    When the context is full, generation continues from its newer half. Adapters run merged, except
+    where products are rounded, and the weights are those of the first call. ConfigError for a
+    setting out of range.
     """
     config = model.config
     limit = config.context

@@ -19,6 +19,7 @@ from ..autograd import Tensor, concat
 from ..backend import Array, Backend
 from ..errors import ConfigError, DataError, GraphError
 from ..nn import Embedding, FusedProjection, Linear, Module, RMSNorm, normal, random_linear
+from ..precision import FLOAT32, check_compute
 from .cache import KeyValueCache
 from .config import TransformerConfig
 from .decoder import BaseDecoder, Generator, Positions
@@ -233,7 +234,9 @@ class CausalLM(Module):
         if targets is None:
             return head(hidden)
         if isinstance(head, Linear) and head.bias is None:
-            return F.linear_cross_entropy(hidden, head.weight, targets, reduction="sum")
+            return F.linear_cross_entropy(
+                hidden, head.weight, targets, reduction="sum", compute=head.compute
+            )
         return F.cross_entropy(head(hidden), targets, reduction="sum")
 
     def _check_ids(self, ids: Any) -> Array:
@@ -301,17 +304,23 @@ class CausalLM(Module):
         dtype: Any = "float32",
         device: str | Backend = "cpu",
         stored: bool = False,
+        compute: str = FLOAT32,
     ) -> CausalLM:
         """The model of a folder, config.json and safetensors, read tensor by tensor; in eval mode.
 
         stored   keep the weights that the files store in 16 bits so, frozen, and compute with them
                  in `dtype` (quant/half.py)
+        compute  the arithmetic of the products with frozen weights: see `set_compute`
 
         FormatError lists every tensor that is missing, unknown, or of another shape than
         config.json says. Layers that are stored as bitsandbytes' codes become QuantizedLinear;
         ConfigError names a quantization that cannot be read.
         """
-        return load_model(cls, directory, dtype, stored).to(device).eval()  # type: ignore[no-any-return]
+        # Before files are read.
+        check_compute(compute, np.float64 if dtype in ("float64", np.float64) else np.float32)
+        model = load_model(cls, directory, dtype, stored).to(device).eval()
+        model.set_compute(compute)
+        return model  # type: ignore[no-any-return]
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a folder that transformers loads: model.safetensors and config.json.

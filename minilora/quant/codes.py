@@ -149,6 +149,10 @@ class Quantized:
         values = backend_of(self.codes).run(_decode, self, np.dtype(dtype))
         return values.reshape(self.shape)
 
+    def operand(self, dtype: Any, compute: str) -> Array:
+        """The array for a product that `Backend.matmul` computes by this arithmetic."""
+        return self.decode(dtype)
+
 
 def _decode(backend: Backend, quantized: Quantized, dtype: Any) -> Array:
     """`Quantized.decode` as a vector."""

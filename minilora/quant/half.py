@@ -6,8 +6,9 @@
 
 Every value of either is a float32, so widening rounds nothing. A layer's weight is widened whole
 for each product, and dropped after it: a product in tiles would save that memory, too, but BLAS may
-add up a tile in another order, and so give other bits. An embedding widens the rows that it reads,
-the loss a few thousand words of the head at a time.
+add up a tile in another order, and so give other bits. (A GPU's product by bfloat16 arithmetic
+reads bfloat16 as it is: see precision.py.) An embedding widens the rows that it reads, the loss a
+few thousand words of the head at a time.
 
 Contents: Half, an array - HalfWeight and HalfLinear, a parameter and a layer; iterate_pieces -
 convert_to_half, half_weight_owners and store_half_weights, for a model
@@ -26,6 +27,7 @@ from ..backend import Array, Backend, Shape, backend_of
 from ..errors import ConfigError, NonFiniteError, Rule, check_fields
 from ..formats.dtypes import round_to
 from ..nn import Embedding, Linear, LinearBase, Module, Parameter, replace_module
+from ..precision import BFLOAT16, FLOAT32, widen_bfloat16
 from ..threads import blocks
 from .linear import QuantizedWeight, quantized_linear
 
@@ -69,14 +71,12 @@ class Half:
         with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
             if self.kind == "float16":
                 return bits.astype(dtype)
-            return backend_of(bits).run(_widen_bfloat16, bits, np.dtype(dtype))
+            return backend_of(bits).run(widen_bfloat16, bits, np.dtype(dtype))
 
-
-def _widen_bfloat16(backend: Backend, bits: Array, dtype: Any) -> Array:
-    """bfloat16's bits as floats, on any device; formats.dtypes does it for files."""
-    wide = bits.astype(np.uint32)
-    wide <<= np.uint32(16)
-    return wide.view(np.float32).astype(dtype, copy=False)
+    def operand(self, dtype: Any, compute: str, rows: Any = slice(None)) -> Array:
+        """The array, or rows of it, for `Backend.matmul`: bfloat16's bits if it takes those."""
+        is_operand = self.kind == compute == BFLOAT16
+        return self.codes[rows] if is_operand else self.decode(dtype, rows)
 
 
 def encode_half(values: Array, kind: str) -> Half:
@@ -107,8 +107,8 @@ class HalfWeight(QuantizedWeight):
         self.lost: float | None = None
         self.version = None  # no graph need ask whether it changed, which would widen all of it
 
-    def read_rows(self, at: Any) -> Array:
-        return self.quantized.decode(self.dtype, at)
+    def read_rows(self, at: Any, compute: str = FLOAT32) -> Array:
+        return self.quantized.operand(self.dtype, compute, at)
 
     def merged(self, total: Array) -> HalfWeight:
         """The weight `total` (float64), rounded once. NonFiniteError beyond the kind's range."""
@@ -134,6 +134,7 @@ class HalfLinear(Linear):
     def __init__(self, weight: HalfWeight, like: LinearBase):
         self.weight: HalfWeight = weight
         self.bias = like.bias
+        self.compute = like.compute
         self.training = like.training
         self.out_features, self.in_features = weight.shape
 
@@ -145,7 +146,7 @@ class HalfLinear(Linear):
         return HalfLinear(self.weight.merged(weight), self)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return quantized_linear(x, self.weight, self.bias)
+        return quantized_linear(x, self.weight, self.bias, self.compute)
 
 
 def iterate_pieces(p: Parameter) -> Iterator[Array]:

@@ -17,6 +17,7 @@ from ..backend import Array, Backend, Shape, backend_of
 from ..errors import ConfigError, NonFiniteError
 from ..functional import Grads, rows
 from ..nn import Linear, LinearBase, Module, Parameter, frozen_linear, replace_module
+from ..precision import FLOAT32
 from .codes import Quantized, encode
 
 # ---- a layer ------------------------------------------------------------------------------------
@@ -92,11 +93,13 @@ class QuantizedWeight(Parameter):
         self.backend = backend
 
 
-def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+def quantized_linear(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, compute: str = FLOAT32
+) -> Tensor:
     """y = x W^T + b    x (..., I), W (O, I) as codes, b (O,) -> (..., O)
 
     QLoRA, eq. (5) without the adapter. The graph keeps the codes: W is decoded for the product and
-    again for dx, and dropped after each.
+    again for dx, and dropped after each. `compute` is the arithmetic of both products.
     """
     inputs = (x,) if bias is None else (x, bias)
     namespace(*inputs, weight)
@@ -105,7 +108,9 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     shape = x.shape
     codes = weight.quantized
     dtype = weight.dtype
-    y = backend.matmul(X, codes.decode(dtype).T)  # (N, I) @ (I, O) -> (N, O)
+    W = codes.operand(dtype, compute)
+    y = backend.matmul(X, W.T, compute=compute)  # (N, I) @ (I, O) -> (N, O)
+    del W
     if bias is not None:
         y += bias.data
     need_dx = x.requires_grad
@@ -116,7 +121,8 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
         dY = rows(dy)  # (N, O)
         dx = None
         if need_dx:
-            dx = backend.matmul(dY, codes.decode(dtype)).reshape(shape)  # (N, O) @ (O, I) -> (N, I)
+            W = codes.operand(dtype, compute)
+            dx = backend.matmul(dY, W, compute=compute).reshape(shape)  # (N, O) @ (O, I) -> (N, I)
         db = dY.sum(axis=0) if need_db else None
         return (dx, db)[:count]
 
@@ -154,6 +160,7 @@ class QuantizedLinear(LinearBase):
         """
         W = layer.weight.data
         made = cls(encode(W, kind, block_size, double_quant), layer.bias, W.dtype)
+        made.compute = layer.compute
         made.training = layer.training
         with np.errstate(over="ignore", invalid="ignore"):
             made.error = _relative_distance(made.dense_weight(), W, W)
@@ -184,7 +191,7 @@ class QuantizedLinear(LinearBase):
         return made
 
     def __call__(self, x: Tensor) -> Tensor:
-        return quantized_linear(x, self.weight, self.bias)
+        return quantized_linear(x, self.weight, self.bias, self.compute)
 
 
 def _relative_distance(a: Array, b: Array, scale: Array) -> float:

@@ -9,7 +9,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from ..formats import load_file, save_file
 from ..formats.disk import JsonObject
 from ..lora import AdaLoraConfig, MultiTask, PeftModel, RankAllocator
 from ..lora.model import adapter_folder
-from ..nn import Parameter
+from ..nn import LinearBase, Parameter
 from ..optim import AdamW, clip_by_global_norm, warmup_cosine
+from ..precision import FLOAT32
 from ..quant.half import iterate_pieces
 from .checkpoints import find_checkpoint, save_checkpoint
 from .graphed import Divisors, GraphedStep, Step
@@ -75,6 +76,7 @@ class Run:
                 raise ConfigError(
                     f"{name} would train, but belongs to no active adapter: nothing would save it"
                 )
+        _require_frozen_where_rounded(model)
         self.allocator = _allocator(model, settings, trained)
         self.allocated: list[int] = []  # the allocator's parameters, by their place in `trained`
         if self.allocator is not None:
@@ -229,7 +231,8 @@ class Run:
         done = manifest["step"]
         state = manifest["state"]
         try:
-            require_same_run(str(folder), dict(state["run"]), self.identity, done)
+            before = {"compute": FLOAT32, **state["run"]}  # older checkpoints do not say
+            require_same_run(str(folder), before, self.identity, done)
             numbers = dict(state["optimizer"])
             allocator_numbers = dict(state["allocator"]) if self.allocator else {}
             losses = [_finite(loss) for loss in state["losses"]]
@@ -272,6 +275,22 @@ class Run:
         self.checkpoint = done, folder
 
 
+def _linear_layers(model: Any) -> Iterator[tuple[str, LinearBase]]:
+    for path, module in model.named_modules():
+        if isinstance(module, LinearBase):
+            yield path, module
+
+
+def _require_frozen_where_rounded(model: Any) -> None:
+    """ConfigError for a weight that would train in a layer whose products are rounded."""
+    for path, layer in _linear_layers(model):
+        if layer.trainable and layer.compute != FLOAT32:
+            raise ConfigError(
+                f"{path}.weight would train, but compute={layer.compute!r} is for frozen weights: "
+                "add an adapter, or train in float32 after model.set_compute('float32')"
+            )
+
+
 def _finite(loss: Any) -> float:
     """A loss of a checkpoint: a run with another one could not be saved again. Or ValueError."""
     if type(loss) not in (int, float) or not math.isfinite(loss):
@@ -310,6 +329,7 @@ def _identity(model: Any, settings: Settings, tokens: Text, trained: NamedParame
     identity["text"] = list(checksums.items()) if isinstance(tokens, Mapping) else checksums[""]
     if any(isinstance(text, PackedRecords) for text in by_task(tokens).values()):
         identity["packing"] = PACKING
+    identity["compute"] = ", ".join(sorted({layer.compute for _, layer in _linear_layers(model)}))
     parameters = [(name, p.shape, str(p.dtype)) for name, p in trained]
     identity["parameters"] = hashlib.sha256(repr(parameters).encode()).hexdigest()
     frozen = hashlib.sha256()

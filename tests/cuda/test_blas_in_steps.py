@@ -48,6 +48,16 @@ def over(store: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda base: lora()(store(base))
 
 
+def rounding(compute: str, adapt: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same over a base whose products are rounded."""
+
+    def build(base: Any) -> Any:
+        base.set_compute(compute)
+        return adapt(base)
+
+    return build
+
+
 def two_tasks(base: Any) -> Any:
     config = LoraConfig(r=2, target_modules="all-linear")
     return get_multitask_model(base, {"a": config, "b": config}, shared=config)
@@ -86,6 +96,8 @@ MODELS: dict[str, Callable[[Any], Any]] = {
     "saved modules": modules("q_proj", gpt2=["c_attn"], modules_to_save=["lm_head"]),
     "nf4": over(quantize),
     "bfloat16": over(lambda base: convert_to_half(rounded(base))),
+    "tf32": rounding("tf32", lora()),
+    "bfloat16 by bfloat16": rounding("bfloat16", over(lambda b: convert_to_half(rounded(b)))),
     "checkpointing": checkpointed,
     "two tasks": two_tasks,
 }
@@ -105,8 +117,8 @@ def without_attention_and_loss(monkeypatch: pytest.MonkeyPatch) -> None:
         head_size = qkv.shape[-1] // (heads + 2 * kv_heads)
         return qkv[..., : heads * head_size]
 
-    def loss(x: Any, head: Any, targets: Any, *rest: Any, **options: Any) -> Any:
-        return F.cross_entropy(F.linear(x, head), targets, *rest, **options)
+    def loss(x: Any, head: Any, targets: Any, compute: str, **options: Any) -> Any:
+        return F.cross_entropy(F.linear(x, head, compute=compute), targets, **options)
 
     monkeypatch.setattr(F, "attention", attention)
     monkeypatch.setattr(F, "linear_cross_entropy", loss)

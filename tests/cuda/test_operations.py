@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from operations import block_sizes
 
-from minilora import functional, losses
+from minilora import functional, losses, precision
 from minilora.autograd import Tensor, gradients
 from minilora.backend import NUMPY, Backend, get_backend, gpus, mix_key
 from minilora.cuda import launching
@@ -40,6 +40,7 @@ ELSEWHERE = {
     "cuda/test_attention.py": {"_rotate_and_attend", "rotate", "attention"}
     | {"attention_dq", "attention_dkv", "_attend_newest", "attend_newest"},
     "models/test_captured.py": {"_pick_largest", "pick_largest"},
+    "test_precision.py": {"narrow_bfloat16"},
 }
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ def bfloat16(rng: np.random.Generator, N: int, C: int) -> list[Any]:
     return [rng.integers(0, 2**16, (N, C)).astype(np.uint16) & 0x7FFF | 0x80, np.dtype("float64")]
 
 
-row(half._widen_bfloat16, "any", bfloat16, ("widen_bfloat16",), exact=True)
+row(precision.widen_bfloat16, "any", bfloat16, ("widen_bfloat16",), exact=True)
 
 # ---- running a row -------------------------------------------------------------------------------
 

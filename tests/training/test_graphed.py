@@ -73,6 +73,17 @@ def on_bfloat16(device: str) -> Any:
     return get_peft_model(model, LoraConfig(**ALL), seed=2)
 
 
+def rounding(compute: str, build: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A model whose products with frozen weights are rounded."""
+
+    def build_rounded(device: str) -> Any:
+        model = build(device)
+        model.set_compute(compute)
+        return model
+
+    return build_rounded
+
+
 def hydra(device: str) -> Any:
     fields = {"r": 3, "experts": 2, "target_modules": "all-linear", "init_lora_weights": False}
     return get_peft_model(base(device), HydraConfig(**fields), seed=2)
@@ -112,6 +123,15 @@ MODELS: dict[str, Callable[[str], Any]] = {
     "trainable tokens": lambda device: lora(
         device, target_modules=["q_proj"], trainable_token_indices=[1, 4]
     ),
+    "tf32": rounding("tf32", lora),
+    "tf32, bfloat16 stored": rounding("tf32", on_bfloat16),
+    "tf32, nf4": rounding("tf32", on_codes("nf4")),
+    "tf32, dora, dropout": rounding(
+        "tf32", lambda device: lora(device, use_dora=True, lora_dropout=0.3)
+    ),
+    "bfloat16 products": rounding("bfloat16", lora),
+    "bfloat16 products, stored": rounding("bfloat16", on_bfloat16),
+    "bfloat16 products, adalora": rounding("bfloat16", adalora),
     "full": full,
     "gpt2": of_type("gpt2", rope_parameters={}, num_key_value_heads=2),
     "mistral": of_type("mistral", sliding_window=3),
