@@ -798,17 +798,17 @@ def signal_at(monkeypatch):
 
 
 @pytest.mark.parametrize("step", [0, 2, 4])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_train_on_a_signal_ends_the_step_and_saves_it(number, step, tmp_path, signal_at):
     out = tmp_path / "out"
     model = lora()
     expected = train(model, TEXT, SHORT, tmp_path / "straight", held_out=HELD_OUT)
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(number)
     signal_at({step: [number]})
     with pytest.raises(Interrupted, match=number.name) as caught:
         train(lora(), TEXT, SHORT, out, held_out=HELD_OUT)
     assert caught.value.exit_code == 128 + number
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(number)) == handlers
     assert checkpoints(out) == [f"step-{step + 1}"]
     signal_at({})
     resumed = lora(seed=5)
