@@ -120,7 +120,7 @@ def _terminable() -> Iterator[None]:
 def _run(argv: Sequence[str], stdout: Stream, stderr: Stream) -> int:
     """Run a command on this rank; returns the exit code.
 
-    stderr   where a rank says why it ends, if the others cannot know
+    stderr   where a rank says why it has failed if the others cannot know
     """
     ranks: Ranks = Alone()
     code = FAILED
@@ -136,7 +136,7 @@ def _run(argv: Sequence[str], stdout: Stream, stderr: Stream) -> int:
         elif "--debug" in argv:
             raise
         else:
-            with contextlib.redirect_stderr(stderr if ranks.reports else sys.stderr):
+            with contextlib.redirect_stderr(stderr if ranks.is_lost else sys.stderr):
                 code = _report(error)
     finally:  # also of --help, and of what was printed before an error
         stdout.needed = False

@@ -75,7 +75,7 @@ class Group:
         self._over: MiniloraError | OSError | MemoryError | None = None  # what all ranks know of
         self._has_ended = False
         self._is_exchanging = False
-        self._is_lost = False  # this rank has failed, and the others cannot know
+        self.is_lost = False  # this rank has failed, and the others cannot know
 
     # ---- what the ranks do together --------------------------------------------------------------
 
@@ -269,23 +269,19 @@ class Group:
         """
         if isinstance(error, SystemExit) and not error.code:  # after --help
             error = None
-        self._is_lost = self._is_exchanging or not (error is None or isinstance(error, Exception))
-        if self._is_lost or self._over is not None:
+        self.is_lost = self._is_exchanging or not (error is None or isinstance(error, Exception))
+        if self.is_lost or self._over is not None:
             return
         try:
             with self._exchange(Kind.END, error=error):
                 pass
         except BaseException as agreed:
-            self._is_lost = self._is_exchanging
+            self.is_lost = self._is_exchanging
             if agreed is not error:
                 raise agreed from None
 
-    @property
-    def reports(self) -> bool:
-        return self.rank == 0 or self._is_lost
-
     def close(self, code: int) -> None:
-        if self._is_lost:
+        if self.is_lost:
             if sys.exc_info()[0] is not None:  # Abort leaves Python no time to show it
                 traceback.print_exc(file=sys.__stderr__)
             self.comm.Abort(code or 1)

@@ -40,21 +40,19 @@ class Ranks(Protocol):
     local_rank   this process's number among those of its machine
     cores        the processor cores that this process may use
     signal       the number of a signal that stops the run, 0 before one has come
-    reports      whether this process says why it ends: rank 0, or one whose end is its own
+    is_lost      whether this process has failed, and the others cannot know why
     """
 
     rank: int
     size: int
     local_rank: int
+    is_lost: bool
 
     @property
     def cores(self) -> int: ...
 
     @property
     def signal(self) -> int: ...
-
-    @property
-    def reports(self) -> bool: ...
 
     def watch(self, received: Sequence[int]) -> None:
         """Let `received` be the list of the signals that this process gets."""
@@ -92,7 +90,7 @@ class Alone:
     """One process: nothing is sent, and mpi4py is not needed."""
 
     rank, size, local_rank = 0, 1, 0
-    reports = True
+    is_lost = False
 
     def __init__(self) -> None:
         self._received: Sequence[int] = ()

@@ -439,7 +439,7 @@ def test_a_rank_that_cannot_say_why_it_ends_aborts_all(lost):
 
     outcomes = run_ranks(3, work)
     assert outcomes[1].error is lost
-    assert outcomes[1].group.reports
+    assert outcomes[1].group.is_lost
     assert all(isinstance(outcomes[rank].error, Aborted) for rank in (0, 2))
 
 
