@@ -138,6 +138,9 @@ def _run(argv: Sequence[str], stdout: Stream, stderr: Stream) -> int:
         else:
             with contextlib.redirect_stderr(stderr if ranks.is_lost else sys.stderr):
                 code = _report(error)
+    except SystemExit as error:  # after --help
+        code = error.code if isinstance(error.code, int) else SUCCESS
+        raise
     finally:  # also of --help, and of what was printed before an error
         stdout.needed = False
         stdout.flush()

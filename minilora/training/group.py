@@ -282,7 +282,7 @@ class Group:
 
     def close(self, code: int) -> None:
         if self.is_lost:
-            if sys.exc_info()[0] is not None:  # Abort leaves Python no time to show it
+            if isinstance(sys.exc_info()[1], Exception):  # Abort leaves Python no time to show it
                 traceback.print_exc(file=sys.__stderr__)
             self.comm.Abort(code or 1)
         elif code:
