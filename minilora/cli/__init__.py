@@ -76,16 +76,13 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for command in COMMANDS:
         name = command.run.__name__
-        epilog = f"example: minilora {name} {command.example}"
-        if command.has_ranks:
-            program = f"mpiexec -n 4 python -m mpi4py -m minilora {name}"
-            epilog += f"\non several processes or machines: {program} [options]"
+        launcher = "[mpiexec -n N python -m mpi4py -m] " if command.has_ranks else ""
         its = commands.add_parser(
             name,
             help=command.text,
             description=command.text,
-            usage=f"minilora {name} [options]",
-            epilog=epilog,
+            usage=f"{launcher}minilora {name} [options]",
+            epilog=f"example: minilora {name} {command.example}",
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
