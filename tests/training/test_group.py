@@ -113,6 +113,19 @@ def test_sum_of_ranks_has_the_bits_of_one_process(case, size, piece):
         assert {task: its_losses[task] for task in losses} == losses
 
 
+@pytest.mark.parametrize("having", [0, 1])
+def test_sum_keeps_the_sign_of_zero_where_another_rank_takes_no_part(having):
+    params = [Parameter(np.zeros(2))]
+
+    def work(ranks):
+        grad = np.array([-0.0, 0.0]) if ranks.rank == having else None
+        partial = Partial({"a": np.float64(0)}, [grad], True)
+        return ranks.sum([Node(ranks.rank, ranks.rank + 1, partial)], 2, ["a"], params)
+
+    for outcome in run_ranks(2, work):
+        assert np.signbit(outcome.result.grads[0]).tolist() == [True, False]
+
+
 def test_sum_of_a_batch_without_sequences_is_empty():
     params = [Parameter(np.zeros(2))]
     for outcome in run_ranks(2, lambda ranks: ranks.sum([], 0, [], params)):
