@@ -73,7 +73,6 @@ class Group:
         self._finalize = finalize
         self._received: Sequence[int] = ()
         self._over: MiniloraError | OSError | MemoryError | None = None  # what all ranks know of
-        self._has_ended = False
         self._is_exchanging = False
         self.is_lost = False  # this rank has failed, and the others cannot know
 
@@ -115,65 +114,59 @@ class Group:
     ) -> Partial:
         """Losses and what there is to add go to everyone at once, gradients in two phases."""
         layout = _Header(len(tasks), len(params))
-        places = [owned_nodes(count, self.size, rank) for rank in range(self.size)]
+        tree = _Tree(count, [owned_nodes(count, self.size, rank) for rank in range(self.size)])
         header = b"".join(layout.pack(node.value, tasks) for node in nodes)
         with self._exchange(Kind.SUM, header) as headers:
-            rows = [
-                layout.unpack(row, len(place)) for row, place in zip(headers, places, strict=True)
-            ]
-            flags = np.concatenate([row_flags for _, row_flags in rows]).max(axis=0, initial=0)
-            losses = np.concatenate([row_losses for row_losses, _ in rows])
-            total = self._add_rows(losses, places, count)
+            losses, flags = layout.unpack(b"".join(headers))
+            has_gradient = flags.max(axis=0, initial=0)
+            members = np.flatnonzero(has_gradient[:-1]).tolist()
             grads: list[Array | None] = [None] * len(params)
-            members = np.flatnonzero(flags[:-1]).tolist()
             for dtype in sorted({params[i].dtype.str for i in members}):
                 alike = [i for i in members if params[i].dtype.str == dtype]
-                self._sum_gradients(nodes, count, places, params, alike, grads)
+                sums = self._sum_gradients(tree, nodes, [params[i] for i in alike], alike)
+                for i, grad in zip(alike, sums, strict=True):
+                    grads[i] = grad
         from_numpy = params[0].backend.from_numpy if params else np.asarray
-        by_task = {task: from_numpy(loss) for task, loss in zip(tasks, total, strict=True)}
-        return Partial(by_task, grads, trained=bool(flags[-1]))
+        sums = [from_numpy(loss) for loss in tree.add_rows(losses)]
+        by_task = dict(zip(tasks, sums, strict=True))
+        return Partial(by_task, grads, trained=bool(has_gradient[-1]))
 
     def _sum_gradients(
         self,
+        tree: _Tree,
         nodes: Sequence[Node[Partial]],
-        count: int,
-        places: Sequence[Sequence[tuple[int, int]]],
         params: Sequence[Parameter],
-        members: Sequence[int],
-        grads: list[Array | None],
-    ) -> None:
-        """Put into `grads` the sums of the gradients of these parameters, which have one dtype.
+        places: Sequence[int],
+    ) -> list[Array]:
+        """The sums of the gradients of these parameters, which have one dtype.
+
+        places   of the parameters in `Partial.grads`
 
         A parameter that takes no part in a node has -0 there: x + -0 is x for every x, zeros too.
         """
-        backend = params[members[0]].backend
-        sizes = [params[i].size for i in members]
-        ends = np.cumsum(sizes).tolist()
-        rows = np.full((len(nodes), ends[-1]), -0.0, params[members[0]].dtype)
+        backend = params[0].backend
+        ends = np.cumsum([p.size for p in params]).tolist()
+        slices = [slice(end - p.size, end) for p, end in zip(params, ends, strict=True)]
+        rows = np.full((len(nodes), ends[-1]), -0.0, params[0].dtype)
         for row, node in zip(rows, nodes, strict=True):
-            own = [node.value.grads[i] for i in members]
+            own = [node.value.grads[i] for i in places]
             present = [grad for grad in own if grad is not None]
             if not present:
                 continue
-            joined = backend.to_numpy(backend.join(present))
+            joined = backend.to_numpy(backend.join(present))  # one transfer from a GPU
             start = 0
-            for grad, size, end in zip(own, sizes, ends, strict=True):
+            for grad, its in zip(own, slices, strict=True):
                 if grad is not None:
-                    row[end - size : end] = joined[start : start + size]
-                    start += size
+                    row[its] = joined[start : start + grad.size]
+                    start += grad.size
         total = np.empty(ends[-1], rows.dtype)
         for piece in blocks(total.size, NUMBERS):
-            total[piece] = self._sum_rows(rows[:, piece], places, count)
+            total[piece] = self._sum_rows(tree, rows[:, piece])
         on_device = backend.from_numpy(total)
-        for i, size, end in zip(members, sizes, ends, strict=True):
-            grads[i] = on_device[end - size : end].reshape(params[i].shape)
+        return [on_device[its].reshape(p.shape) for p, its in zip(params, slices, strict=True)]
 
-    def _sum_rows(
-        self, rows: np.ndarray, places: Sequence[Sequence[tuple[int, int]]], count: int
-    ) -> np.ndarray:
+    def _sum_rows(self, tree: _Tree, rows: np.ndarray) -> np.ndarray:
         """The sum of the nodes of all ranks.    rows (own nodes, C) -> (C,)
-
-        places   the nodes of each rank
 
         First each rank gets its share of the columns of all nodes and adds them up, then everyone
         gets all sums: about 2 C numbers come and go, for any number of ranks.
@@ -183,26 +176,12 @@ class Group:
         share = len(shares[self.rank])
         sent = np.concatenate([rows[:, s.start : s.stop].reshape(-1) for s in shares])
         sent_counts = [len(rows) * len(s) for s in shares]
-        counts = [len(place) * share for place in places]
+        counts = [len(spans) * share for spans in tree.spans]
         received = np.empty(sum(counts), rows.dtype)
         self.comm.Alltoallv([sent, sent_counts], [received, counts])
-        columns = received.reshape(sum(map(len, places)), share)
-        own_sum = self._add_rows(columns, places, count)
+        own_sum = tree.add_rows(received.reshape(sum(map(len, tree.spans)), share))
         total = np.empty(width, rows.dtype)
         self.comm.Allgatherv(own_sum, [total, [len(s) for s in shares]])
-        return total
-
-    @staticmethod
-    def _add_rows(
-        rows: np.ndarray, places: Sequence[Sequence[tuple[int, int]]], count: int
-    ) -> np.ndarray:
-        """The nodes of all ranks, a row each, added up as the tree says.    (nodes, C) -> (C,)"""
-        spans = [span for place in places for span in place]
-        leaves = [Node(*span, row) for span, row in zip(spans, rows, strict=True)]
-        if not leaves:  # a batch without sequences
-            return np.zeros(rows.shape[1], rows.dtype)
-        [root] = add_up(leaves, count, _add_in_place)
-        total: np.ndarray = root.value
         return total
 
     # ---- an exchange -----------------------------------------------------------------------------
@@ -303,11 +282,28 @@ class _Header(NamedTuple):
         flags = [grad is not None for grad in partial.grads]
         return np.array(losses).tobytes() + bytes([*flags, partial.trained])
 
-    def unpack(self, data: bytes, nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    def unpack(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         """(losses (nodes, tasks), flags (nodes, params + 1))"""
-        rows = np.frombuffer(data, np.uint8).reshape(nodes, 8 * self.tasks + self.params + 1)
+        rows = np.frombuffer(data, np.uint8).reshape(-1, 8 * self.tasks + self.params + 1)
         losses = rows[:, : 8 * self.tasks].copy().view(np.float64)
         return losses, rows[:, 8 * self.tasks :]
+
+
+class _Tree(NamedTuple):
+    """The nodes that the ranks have of a sum: (first, stop) of each, by rank."""
+
+    shards: int
+    spans: list[list[tuple[int, int]]]
+
+    def add_rows(self, rows: np.ndarray) -> np.ndarray:
+        """The values of all nodes, a row each, added up in their memory.    (nodes, C) -> (C,)"""
+        spans = [span for spans in self.spans for span in spans]
+        if not spans:  # a batch without sequences
+            return np.zeros(rows.shape[1], rows.dtype)
+        leaves = [Node(*span, row) for span, row in zip(spans, rows, strict=True)]
+        [root] = add_up(leaves, self.shards, _add_in_place)
+        total: np.ndarray = root.value
+        return total
 
 
 def _add_in_place(left: np.ndarray, right: np.ndarray) -> np.ndarray:
