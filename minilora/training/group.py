@@ -9,8 +9,7 @@ whether it has failed, and which signal it has received. So
 - ranks that are at different exchanges (other options, another program) stop with an error.
 
 A rank that cannot even say so (a second Ctrl-C, a failure inside an exchange) aborts all of them.
-Ranks wait for the beginning of an exchange asleep: while rank 0 writes a checkpoint, the others
-leave the cores alone.
+Ranks wait asleep: while rank 0 writes a checkpoint, the others leave the cores alone.
 
 A loss that is not finite needs no message: the sums are the same on all ranks.
 """
@@ -35,9 +34,11 @@ from ..nn import Parameter
 from ..threads import blocks
 from .sums import Node, Partial, add_up, owned, owned_nodes
 
-SHORTEST, LONGEST = 2e-5, 5e-3  # seconds that a waiting rank sleeps
+# Seconds: a rank that waits asks again and again for so long, then sleeps in between.
+AWAKE, SHORTEST, LONGEST = 1e-4, 2e-5, 5e-3
 NUMBERS = 1 << 24  # of gradients in one exchange: MPI counts with 32 bits
-STATUS = 4  # numbers that begin an exchange: its kind, failed, signal, bytes of the payload
+STATUS = 32  # bytes that begin an exchange: its kind, failed, signal, size of the payload (int64)
+ROOM = 480  # bytes of a payload that come with them; a larger one is sent after them
 
 
 class Kind(enum.IntEnum):
@@ -178,10 +179,10 @@ class Group:
         sent_counts = [len(rows) * len(s) for s in shares]
         counts = [len(spans) * share for spans in tree.spans]
         received = np.empty(sum(counts), rows.dtype)
-        self.comm.Alltoallv([sent, sent_counts], [received, counts])
+        _wait(self.comm.Ialltoallv([sent, sent_counts], [received, counts]))
         own_sum = tree.add_rows(received.reshape(sum(map(len, tree.spans)), share))
         total = np.empty(width, rows.dtype)
-        self.comm.Allgatherv(own_sum, [total, [len(s) for s in shares]])
+        _wait(self.comm.Iallgatherv(own_sum, [total, [len(s) for s in shares]]))
         return total
 
     # ---- an exchange -----------------------------------------------------------------------------
@@ -202,22 +203,27 @@ class Group:
         if error is not None:
             payload = json.dumps(_describe(error)).encode()
         signal = self._received[0] if self._received else 0
-        status = np.array([kind, error is not None, signal, len(payload)], np.int64)
-        statuses = np.empty((self.size, STATUS), np.int64)
-        _sleep_until(self.comm.Iallgather(status, statuses).Test)
-        kinds, failed, signals, sizes = statuses.T
-        received = np.empty(sizes.sum(), np.uint8)
-        self.comm.Allgatherv(np.frombuffer(payload, np.uint8), [received, sizes.tolist()])
-        ends = np.cumsum(sizes).tolist()
-        payloads = [
-            received[end - size : end].tobytes()
-            for size, end in zip(sizes.tolist(), ends, strict=True)
-        ]
+        message = np.zeros(STATUS + ROOM, np.uint8)
+        message[:STATUS].view(np.int64)[:] = kind, error is not None, signal, len(payload)
+        sent = np.frombuffer(payload, np.uint8)
+        if sent.size <= ROOM:
+            message[STATUS : STATUS + sent.size] = sent
+        messages = np.empty((self.size, STATUS + ROOM), np.uint8)
+        _wait(self.comm.Iallgather(message, messages))
+        kinds, failed, signals, sizes = messages[:, :STATUS].copy().view(np.int64).T
+        if sizes.max() <= ROOM:
+            payloads = [
+                row[STATUS : STATUS + size] for row, size in zip(messages, sizes, strict=True)
+            ]
+        else:
+            received = np.empty(sizes.sum(), np.uint8)
+            _wait(self.comm.Iallgatherv(sent, [received, sizes.tolist()]))
+            payloads = np.split(received, np.cumsum(sizes)[:-1])
         self.signal = self.signal or int(signals.max())
         if failed.any():
             self._is_exchanging = False
             rank = int(failed.argmax())
-            self._over = _rebuild(json.loads(payloads[rank]), rank)
+            self._over = _rebuild(json.loads(payloads[rank].tobytes()), rank)
             if rank == self.rank and error is not None:
                 raise error
             raise self._over
@@ -229,7 +235,7 @@ class Group:
                 "start all of them with the same command, options and files"
             )
             raise self._over
-        yield payloads
+        yield [part.tobytes() for part in payloads]
         self._is_exchanging = False
 
     def _exchange_json(self, kind: Kind, value: Any) -> list[Any]:
@@ -311,12 +317,16 @@ def _add_in_place(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return left
 
 
-def _sleep_until(is_done: Callable[[], bool]) -> None:
-    """Wait for the other ranks without using a core: a sixteenth of the time waited, at a time."""
+def _wait(request: Any) -> None:
+    """Wait for the other ranks, and leave them the core: MPI's own waiting would use it all.
+
+    A rank sleeps for a sixteenth of the time that it has waited, so that it is late by no more.
+    """
     begun = time.monotonic()
-    while not is_done():
+    while not request.Test():
         waited = time.monotonic() - begun
-        time.sleep(min(max(waited / 16, SHORTEST), LONGEST))
+        if waited > AWAKE:
+            time.sleep(min(max(waited / 16, SHORTEST), LONGEST))
 
 
 # ---- errors that travel --------------------------------------------------------------------------
