@@ -1,8 +1,9 @@
 """The command line with trouble on one rank: `python -m mpi4py mpi_trouble.py KIND RANK ARGUMENTS`.
 
-KIND   kill, raise, error, exit, _exit: at step 3, before its gradients; wait: all ranks write the
-       number of their process into a file at step 3, and every step takes a while; version: another
-       version of minilora; weights: another weight after the first step
+KIND   kill, raise, error, exit, _exit: at step 3, before its gradients; wait: at step 3 all ranks
+       write the numbers of their processes into files, wait for the file `go`, and take a while for
+       each further step; version: another version of minilora; weights: another weight after the
+       first step
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ def main(kind: str, rank: int, argv: list[str]) -> int:
     here, _ = launched()
 
     def step(self, sharded):
-        if kind == "wait":
-            if self.done == AT:
-                Path(f"process-{here}").write_text(str(os.getpid()))
+        if kind == "wait" and self.done == AT:
+            Path(f"process-{here}").write_text(str(os.getpid()))
+            while not Path("go").exists():
+                time.sleep(0.02)
+        elif kind == "wait" and self.done > AT:
             time.sleep(0.05)
         elif here == rank and self.done == AT:
             trouble(kind)
