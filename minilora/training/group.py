@@ -203,22 +203,9 @@ class Group:
         if error is not None:
             payload = json.dumps(_describe(error)).encode()
         signal = self._received[0] if self._received else 0
-        message = np.zeros(STATUS + ROOM, np.uint8)
-        message[:STATUS].view(np.int64)[:] = kind, error is not None, signal, len(payload)
-        sent = np.frombuffer(payload, np.uint8)
-        if sent.size <= ROOM:
-            message[STATUS : STATUS + sent.size] = sent
-        messages = np.empty((self.size, STATUS + ROOM), np.uint8)
-        _wait(self.comm.Iallgather(message, messages))
-        kinds, failed, signals, sizes = messages[:, :STATUS].copy().view(np.int64).T
-        if sizes.max() <= ROOM:
-            payloads = [
-                row[STATUS : STATUS + size] for row, size in zip(messages, sizes, strict=True)
-            ]
-        else:
-            received = np.empty(sizes.sum(), np.uint8)
-            _wait(self.comm.Iallgatherv(sent, [received, sizes.tolist()]))
-            payloads = np.split(received, np.cumsum(sizes)[:-1])
+        head = [kind, error is not None, signal, len(payload)]
+        heads, payloads = self._send(head, np.frombuffer(payload, np.uint8))
+        kinds, failed, signals, _ = heads.T
         self.signal = self.signal or int(signals.max())
         if failed.any():
             self._is_exchanging = False
@@ -237,6 +224,28 @@ class Group:
             raise self._over
         yield [part.tobytes() for part in payloads]
         self._is_exchanging = False
+
+    def _send(
+        self, head: Sequence[int], payload: np.ndarray
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(heads (ranks, 4), payloads by rank) of all ranks. The last number of a head is a size.
+
+        A small payload comes with its head, which saves a second wait.
+        """
+        message = np.zeros(STATUS + ROOM, np.uint8)
+        message[:STATUS].view(np.int64)[:] = head
+        if payload.size <= ROOM:
+            message[STATUS : STATUS + payload.size] = payload
+        messages = np.empty((self.size, STATUS + ROOM), np.uint8)
+        _wait(self.comm.Iallgather(message, messages))
+        heads = messages[:, :STATUS].copy().view(np.int64)
+        sizes = heads[:, -1].tolist()
+        if max(sizes) <= ROOM:
+            rows = zip(messages, sizes, strict=True)
+            return heads, [row[STATUS : STATUS + size] for row, size in rows]
+        received = np.empty(sum(sizes), np.uint8)
+        _wait(self.comm.Iallgatherv(payload, [received, sizes]))
+        return heads, np.split(received, np.cumsum(sizes)[:-1])
 
     def _exchange_json(self, kind: Kind, value: Any) -> list[Any]:
         with self._exchange(kind, json.dumps(value).encode()) as payloads:
