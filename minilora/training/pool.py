@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigError
 from ..threads import available_cores, one_blas_thread
-from .signals import HANGUP, TO_RANKS, stop_signals
+from .signals import HANGUP, USER, stop_signals
 
 POOLS = ("here", "processes", "mpi")
 POLL = 0.1  # seconds after which a waiting master looks whether it is to stop
@@ -169,7 +169,7 @@ def _end_with_master() -> None:
 
 
 def _stopping() -> list[int]:
-    numbers = [signal.SIGINT, signal.SIGTERM, HANGUP, TO_RANKS]
+    numbers = [signal.SIGINT, signal.SIGTERM, HANGUP, USER]
     return [number for number in numbers if number is not None]
 
 
