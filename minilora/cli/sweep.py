@@ -41,6 +41,7 @@ from ..lora.plan import Base, describe_checkpoint, plan_adapter
 from ..models.config import TransformerConfig
 from ..training.checkpoints import find_checkpoint, read_log
 from ..training.pool import POOLS, Pool, completed, open_pool, threads_per_call
+from ..training.ranks import Alone
 from ..training.signals import stop_signals
 from ..training.sweep import (
     FAILED,
@@ -70,7 +71,7 @@ DISK, OTHER = 4, 1  # exit codes of errors that have none of their own
 LASTING = NonFiniteError.exit_code  # of a failure that would come again
 OWN = ("grid", "out", "jobs", "pool", "max_points", "debug")  # options of sweep, not of its points
 PATHS = ("DIR", "FILE", "auto|DIR")
-FROM_MAIN = ("command", "parser", "run", "prints")
+FROM_MAIN = ("command", "parser", "run", "prints", "has_ranks", "ranks")
 
 
 def add_sweep_options(parser: Parser) -> None:
@@ -271,6 +272,7 @@ def _train_point(folder: Path, options: Mapping[str, Any]) -> JsonObject:
 
     args = argparse.Namespace(**options)
     args.out = str(folder)
+    args.ranks = Alone()
     try:
         args.resume = str(find_checkpoint("auto", folder)[0])
     except CheckpointError:
