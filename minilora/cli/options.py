@@ -275,7 +275,7 @@ def add_quantize(parser: Any, kinds: Sequence[str] = QUANTIZE) -> None:
 
 
 def add_compute(parser: Any) -> None:
-    text = f"arithmetic of products with frozen weights: {', '.join(MANTISSA)}"
+    text = f"products with frozen weights: {', '.join(MANTISSA)}"
     option(parser, "--compute C", text, choices=list(MANTISSA), default=FLOAT32)
 
 

@@ -159,4 +159,4 @@ def test_pretrain_has_no_compute(world):
 def test_help_lists_compute(command):
     with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
         main([command, "--help"])
-    assert "arithmetic of products with frozen weights: float32, tf32, bfloat16" in out.getvalue()
+    assert "products with frozen weights: float32, tf32, bfloat16" in out.getvalue()
