@@ -119,8 +119,10 @@ def add_training_options(parser: Parser, lr: float) -> None:
     add_strict(parser)
     option(parser, "--abort-on-divergence", "stop when the loss has diverged but is still finite")
     option(parser, "--gradient-checkpointing", "use less memory, and a third more time")
-    text = "on a GPU, run each operation of a step by itself instead of all by one launch"
-    option(parser, "--no-graph", text, dest="graph", action="store_false")
+    text = "on a GPU, run the operations of a step one by one, not by one launch"
+    option(
+        parser, "--no-graph", text, dest="graph", action="store_false", default=argparse.SUPPRESS
+    )
     add_device_and_threads(parser)
     run = parser.add_argument_group("training")
     option(run, "--steps N", "optimizer steps, at least 1", default=400)
