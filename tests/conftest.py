@@ -1,10 +1,11 @@
-"""What all tests share: the Hypothesis profiles, the two marks that skip, the golden data."""
+"""What all tests share: the Hypothesis profiles, the marks that skip, the golden data."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,13 @@ def _why_no_gpu() -> str | None:
     return None
 
 
+def _why_no_mpi() -> str | None:
+    """What is not installed of MPI, or None."""
+    if importlib.util.find_spec("mpi4py") is None:
+        return "not installed: mpi4py"
+    return None if shutil.which("mpiexec") else "not installed: mpiexec"
+
+
 @pytest.fixture
 def emulated() -> None:
     """Skips a test of what only the emulated device can show, such as exact counts."""
@@ -78,8 +86,9 @@ def emulated() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `oracle` or `gpu` if what they need is missing."""
-    for mark, find_reason in (("oracle", _why_no_oracle), ("gpu", _why_no_gpu)):
+    """Skip the tests marked `oracle`, `gpu` or `mpi` if what they need is missing."""
+    reasons = (("oracle", _why_no_oracle), ("gpu", _why_no_gpu), ("mpi", _why_no_mpi))
+    for mark, find_reason in reasons:
         marked = [item for item in items if item.get_closest_marker(mark)]
         reason = find_reason() if marked else None
         if reason is not None:

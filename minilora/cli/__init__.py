@@ -11,6 +11,7 @@ streams    standard output and standard error that may be closed, full, or gone
 
 `main` is what the commands share: a mistake of the user ends in one line on stderr and an exit code
 (errors.py), `--debug` shows a traceback, and a signal leaves no temporary file and no lock behind.
+Processes that mpiexec has started together end together, and rank 0 alone prints.
 """
 
 from __future__ import annotations
@@ -26,16 +27,21 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from .. import __version__
 from ..display import printable
-from ..errors import Interrupted, MiniloraError
-from ..training.signals import HANGUP
+from ..errors import ConfigError, Interrupted, MiniloraError
+from ..training.ranks import Alone, Ranks, connect, launched
+from ..training.signals import HANGUP, USER
 from . import checking, files, training, using
 from .options import HelpFormatter, Parser, hyphenate, option
 from .streams import Stream, open_descriptors
 
 COMMANDS = (*training.COMMANDS, *using.COMMANDS, *files.COMMANDS, *checking.COMMANDS)
 SUCCESS, FAILED, IO = 0, 1, 4  # besides the exit codes in errors.py
+# What a rank may have of its own; the other arguments are options, alike on all ranks.
+OWN = ("device", "threads", "debug", "parser", "run", "prints", "has_ranks")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,13 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     stdout = Stream(sys.stdout, needed=True)  # for --help, too
     stderr = Stream(sys.stderr, needed=False, label="standard error")
     with (
+        open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
         warnings.catch_warnings(),
         _terminable(),
     ):
         warnings.showwarning = lambda message, *rest: _print_error("warning", str(message))
-        return _run(argv, stdout)
+        rank, _ = launched()
+        if rank == 0:
+            return _run(argv, stdout, stderr)
+        null = Stream(nowhere, needed=True)
+        with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+            return _run(argv, null, stderr)
 
 
 def build_parser() -> Parser:
@@ -75,16 +87,18 @@ def build_parser() -> Parser:
         )
         command.add_options(its)
         option(its, "--debug", "show a traceback when something fails")
-        its.set_defaults(parser=its, run=command.run, prints=command.prints)
+        its.set_defaults(
+            parser=its, run=command.run, prints=command.prints, has_ranks=command.has_ranks
+        )
     return parser
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does: temporary files and locks are removed."""
+    """SIGTERM, SIGHUP and SIGUSR1 end a command as Ctrl-C does, and leave no lock behind."""
 
     def stop(number: int, frame: Any) -> None:
-        if number == HANGUP:  # the shell may send a second one, while temporary files are removed
+        if number in (HANGUP, USER):  # a second one may come while temporary files are removed
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
@@ -92,7 +106,7 @@ def _terminable() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         # A Python program that calls `main` may have its own handler, which stays; and `nohup` has
         # SIGHUP ignored.
-        ending = [signal.SIGTERM, HANGUP] if HANGUP else [signal.SIGTERM]
+        ending = [number for number in (signal.SIGTERM, HANGUP, USER) if number is not None]
         numbers = [number for number in ending if signal.getsignal(number) == signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, stop)
@@ -103,27 +117,64 @@ def _terminable() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _run(argv: Sequence[str], stdout: Stream) -> int:
+def _run(argv: Sequence[str], stdout: Stream, stderr: Stream) -> int:
+    """Run a command on this rank; returns the exit code.
+
+    stderr   where a rank says why it has failed if the others cannot know
+    """
+    ranks: Ranks = Alone()
+    code = FAILED
     try:
-        parser = build_parser()
-        args = _parse(parser, argv, stdout)
-        if args.command is None:
-            parser.print_help()
-            parser.error("no command was given")
-        stdout.needed = args.prints
-        stdout.require()  # before anything is computed
-        args.run(args)
-        stdout.flush()
-        return SUCCESS
+        ranks = connect()
+        with ranks:
+            _run_command(argv, stdout, ranks)
+        code = SUCCESS
     except (MiniloraError, OSError, MemoryError, KeyboardInterrupt) as error:
-        if error is stdout.error and isinstance(error, BrokenPipeError):
-            return SUCCESS  # the reader of the output has all that it wanted
-        if "--debug" in argv:
+        is_ours = error is stdout.error or ranks.rank > 0
+        if is_ours and isinstance(error, BrokenPipeError):
+            code = SUCCESS  # the reader of the output has all that it wanted
+        elif "--debug" in argv:
             raise
-        return _report(error)
+        else:
+            with contextlib.redirect_stderr(stderr if ranks.is_lost else sys.stderr):
+                code = _report(error)
     finally:  # also of --help, and of what was printed before an error
         stdout.needed = False
         stdout.flush()
+        ranks.close(code)
+    return code
+
+
+def _run_command(argv: Sequence[str], stdout: Stream, ranks: Ranks) -> None:
+    parser = build_parser()
+    args = _parse(parser, argv, stdout)
+    if args.command is None:
+        parser.print_help()
+        parser.error("no command was given")
+    if ranks.size > 1:
+        _require_ranks(args, ranks)
+    args.ranks = ranks
+    if getattr(args, "device", None) == "cuda:local":
+        args.device = f"cuda:{ranks.local_rank}"
+    stdout.needed = args.prints
+    stdout.require()  # before anything is computed
+    args.run(args)
+    stdout.flush()
+
+
+def _require_ranks(args: argparse.Namespace, ranks: Ranks) -> None:
+    """ConfigError for a command that one process runs, and for ranks that differ."""
+    if not args.has_ranks:
+        several = ", ".join(command.run.__name__ for command in COMMANDS if command.has_ranks)
+        raise ConfigError(
+            f"mpiexec started {args.command} {ranks.size} times, but one process runs it: "
+            f"start it without mpiexec, which is for {several}"
+        )
+    own = {"minilora": __version__, "numpy": np.__version__, "the command": args.command}
+    for name, value in vars(args).items():
+        if name not in OWN:
+            own[f"--{name.replace('_', '-')}"] = str(value)
+    ranks.require_same(own, "start all ranks with the same command, options and versions")
 
 
 def _parse(parser: Parser, argv: Sequence[str], stdout: Stream) -> argparse.Namespace:

@@ -20,8 +20,9 @@ DATA = "a text, or JSON: text, messages, prompt + completion, Alpaca or ShareGPT
 class Command(NamedTuple):
     """A command: what runs it, what adds its options, and a text and an example for its help.
 
-    prints   whether its output is what it is for, and not a report beside the files that it writes
-             or the exit code
+    prints      whether its output is what it is for, and not a report beside the files that it
+                writes or the exit code
+    has_ranks   whether the processes that mpiexec starts run it together (training/ranks.py)
     """
 
     run: Callable[[Args], None]
@@ -29,6 +30,7 @@ class Command(NamedTuple):
     text: str
     example: str
     prints: bool = False
+    has_ranks: bool = False
 
 
 class Parser(argparse.ArgumentParser):
@@ -222,7 +224,12 @@ def option(parser: Any, words: str, text: str, **reading: Any) -> None:
 
 
 def add_device_and_threads(parser: Parser) -> None:
-    option(parser, "--device DEV", "where to compute: cpu, cuda or cuda:N", default="cpu")
+    option(
+        parser,
+        "--device DEV",
+        "where to compute: cpu, cuda, cuda:N or cuda:local (by rank)",
+        default="cpu",
+    )
     option(parser, "--threads K", "threads, at least 1 (default: one per core)")
 
 

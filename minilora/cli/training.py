@@ -176,9 +176,10 @@ def pretrain(args: Args) -> None:
         print(f"{size:,} parameters, {len(text.tokens):,} tokens -> {printable(str(out))}")
         options = {"held_out": text.held_out, "resume": args.resume, "title": "pretrain"}
         with _saving(out):
-            result = train(model, text.tokens, settings, out, **options)
-            model.save_pretrained(out)
-            tokenizer.save(out)
+            result = train(model, text.tokens, settings, out, **options, ranks=args.ranks)
+            if args.ranks.rank == 0:
+                model.save_pretrained(out)
+                tokenizer.save(out)
     _print_result(result, text.bytes_per_token)
 
 
@@ -294,12 +295,15 @@ def finetune(args: Args) -> None:
             print(printable(f"goes on from {args.adapter}"))
         print(printable(f"{sizes} tokens -> {out}"))
         options = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
+        options |= {"origin": origin, "title": "finetune", "ranks": args.ranks}
+        writes = args.ranks.rank == 0
         with _saving(out):
-            result = train(model, tokens, settings, out, **options, origin=origin, title="finetune")
-            model.save_pretrained(out)
-            if config is None:
+            result = train(model, tokens, settings, out, **options)
+            if writes:
+                model.save_pretrained(out)
+            if writes and config is None:
                 copy_companions(args.base, out)
-        if isinstance(config, AdaLoraConfig):
+        if writes and isinstance(config, AdaLoraConfig):
             _draw_ranks(out)
     _print_result(result, ratio)
 
@@ -356,8 +360,12 @@ def _draw_ranks(out: Path) -> None:
 def _run_folder(args: Args, stem: str) -> Iterator[Path]:
     """--out or a new folder in runs/, locked while the run writes to it.
 
-    The folder may have files in it only if the run continues from one of its checkpoints.
+    The folder may have files in it only if the run continues from one of its checkpoints. Rank 0
+    opens it; the others get its name.
     """
+    if args.ranks.rank:
+        yield Path(args.ranks.share(None))
+        return
     with contextlib.ExitStack() as stack:
         is_resumed = False
         if args.resume is not None:
@@ -372,7 +380,9 @@ def _run_folder(args: Args, stem: str) -> Iterator[Path]:
         out = Path(args.out or numbered_folder("runs", stem))
         if args.out is None or not out.exists():
             stack.callback(_remove_if_empty, out)  # after it is unlocked
-        yield open_folder(stack.enter_context(locked(out)), is_resumed)
+        folder = open_folder(stack.enter_context(locked(out)), is_resumed)
+        args.ranks.share(str(folder))
+        yield folder
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -415,11 +425,13 @@ COMMANDS = (
         add_pretrain_options,
         "Train a small Llama-shaped model on the bytes of a text.",
         "--data book.txt --out base",
+        has_ranks=True,
     ),
     Command(
         finetune,
         add_finetune_options,
         "Train an adapter and leave the base as it is; with --method full, train the base.",
         "--base base --data notes.txt --r 8",
+        has_ranks=True,
     ),
 )

@@ -103,6 +103,7 @@ def add_evaluate_options(parser: Parser) -> None:
 def evaluate(args: Args) -> None:
     from ..training.loop import bits_per_byte
     from ..training.loop import evaluate as measure
+    from ..training.run import text_checksums, weights_checksum
 
     model, tokenizer = load_model(args, args.adapter, args.task)
     context = args.context or min(256, model.config.context)
@@ -112,7 +113,14 @@ def evaluate(args: Args) -> None:
         raise DataError(
             f"--data {args.data}: needs at least 2 tokens, has {len(tokens)}: add to it"
         )
-    loss = measure(model, tokens, context, limit=args.limit, threads=args.threads)
+    if args.ranks.size > 1:
+        checksums = {
+            "the content of --data": text_checksums(tokens)[""],
+            "the content of the model": weights_checksum(model.parameters()),
+        }
+        args.ranks.require_same(checksums, "give all ranks the same files")
+    processors = {"threads": args.threads, "ranks": args.ranks}
+    loss = measure(model, tokens, context, limit=args.limit, **processors)
     bits = bits_per_byte(loss, ratio)
     perplexity = math.exp(min(loss, 700))
     measures = f"loss {loss:.6f} nats per token, {bits:.4f} bits per byte"
@@ -133,5 +141,6 @@ COMMANDS = (
         "Print the loss, bits per byte and perplexity of a text.",
         "--base base --data held-out.txt",
         prints=True,
+        has_ranks=True,
     ),
 )

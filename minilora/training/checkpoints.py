@@ -128,16 +128,21 @@ def _whole_lines(path: Path) -> list[bytes]:
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
+def checkpoint_place(out: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` steps."""
+    return out / "checkpoints" / f"step-{step}"
+
+
 def save_checkpoint(out: Path, step: int, state: JsonObject, write: Callable[[Path], None]) -> Path:
     """Make OUT/checkpoints/step-N real in one rename, and return it.
 
     It has what `write(folder)` writes, and `state` in the manifest. Call this inside `locked(out)`.
     After an error the same call may be made again.
     """
-    parent = out / "checkpoints"
+    final = checkpoint_place(out, step)
+    parent = final.parent
     os.makedirs(parent, exist_ok=True)
     remove_stale(out)
-    final = parent / f"step-{step}"
     temporary = parent / f"step-{step}.tmp-{os.getpid()}"
     replaced = parent / f"step-{step}.old"
 

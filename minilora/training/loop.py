@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import os
 import signal
 import statistics
 import sys
@@ -24,21 +25,25 @@ from tqdm import tqdm
 
 from ..data.batches import Ids, PackedRecords, evaluation_windows
 from ..errors import (
+    ConfigError,
     DivergenceError,
     Interrupted,
     NonFiniteError,
 )
 from ..formats.disk import JsonObject
-from ..formats.folders import locked, require_free_space
+from ..formats.folders import LOCK, locked, require_free_space
 from ..lora import MultiTask
 from .checkpoints import Log, read_log, remove_stale
 from .parallel import ShardedStep
+from .ranks import Alone, Ranks
 from .run import Run as Run
-from .run import Text, by_task
+from .run import Text, by_task, text_checksums
 from .settings import Settings as Settings
 from .signals import stop_signals
 
 PATIENCE = 50  # steps with a high loss after which a run counts as diverged
+ALIKE = "start all ranks with the same command, options, files and versions"
+UNEQUAL = "the ranks round differently; use machines with the same processor, NumPy and BLAS"
 
 
 @dataclasses.dataclass
@@ -61,6 +66,7 @@ def train(
     bytes_per_token: float = 1.0,
     title: str = "train",
     origin: str | None = None,
+    ranks: Ranks | None = None,
 ) -> Result:
     """Train every parameter that requires a gradient on `tokens` (N,); returns what was measured.
 
@@ -76,33 +82,53 @@ def train(
     resume    "auto" or a checkpoint's folder: continue from that checkpoint
     origin    a checksum of the weights that the run begins with, if settings and seed do not say
               it all: a run with another origin is another run
+    ranks     the processes that train together: each calls this with the same arguments, and gets
+              the same result; all must see `out`, and rank 0 alone writes there (see ranks.py)
 
     NonFiniteError for a loss or gradient that is not finite, in the step in which it happens and
     before any weight changes: the last good state is saved, and the log's last line is that step's.
     DivergenceError if `abort_on_divergence` is set. CheckpointError if a checkpoint belongs to
-    another run. LockError if another run uses the folder. Interrupted on SIGINT, SIGTERM or SIGHUP,
-    after the step (not the evaluation) that was running, and saved.
+    another run. LockError if another run uses the folder. Interrupted on SIGINT, SIGTERM, SIGHUP or
+    SIGUSR1, after the step (not the evaluation) that was running, and saved. ConfigError if ranks
+    have different settings, texts or weights to begin with, or come to different weights.
     """
     begun = time.perf_counter()
+    ranks = ranks or Alone()
+    writes = ranks.rank == 0
     with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(out))
-        run = Run(model, tokens, settings, out, origin)
+        if writes:
+            stack.enter_context(locked(out))
+        _require_shared(out, ranks)
+        run = Run(model, tokens, settings, out, origin, ranks)
+        held_out_checksums = None if held_out is None else text_checksums(held_out)
+        ranks.require_same({**run.identity, "held-out text": held_out_checksums}, ALIKE)
         if resume is not None:
             run.restore(resume)
-        require_free_space(out, run.saved_bytes())
-        remove_stale(out)
+        if ranks.size > 1:
+            ranks.require_same({"the steps done": run.done}, ALIKE)
+            _require_same_weights(run, ALIKE)
+        if writes:
+            require_free_space(out, run.saved_bytes())
+            remove_stale(out)
         base = model.train().get_base_model()
         base.gradient_checkpointing_enable(settings.gradient_checkpointing)
         sharded = stack.enter_context(
-            ShardedStep(model, settings.threads, run.settings.shard, graph=settings.graph)
+            ShardedStep(
+                model, settings.threads, run.settings.shard, graph=settings.graph, ranks=ranks
+            )
         )
-        log = stack.enter_context(Log(out / "log.jsonl", run.done))
+        if ranks.size > 1:
+            _warn_idle(ranks, sharded.count_shards(run.batch(run.done)))
+        log = stack.enter_context(Log(_place_of_log(out / "log.jsonl", ranks), run.done))
         evaluated = run.evaluations[-1][0] if run.evaluations else -1
-        evaluation_log = stack.enter_context(Log(out / "eval.jsonl", evaluated + 1))
-        stopped = stack.enter_context(stop_signals())
+        evaluation_log = stack.enter_context(
+            Log(_place_of_log(out / "eval.jsonl", ranks), evaluated + 1)
+        )
+        received = stack.enter_context(stop_signals())
+        ranks.watch(received)
         steps = settings.steps
         # None: only on a terminal. A program without a console has no stderr at all.
-        disable = True if sys.stderr is None else None
+        disable = None if writes and sys.stderr is not None else True
         bar = tqdm(total=steps, initial=run.done, desc=title, disable=disable, dynamic_ncols=True)
         stack.enter_context(bar)
 
@@ -113,9 +139,9 @@ def train(
                     if task and isinstance(model, MultiTask):
                         adapters.enter_context(model.task(task))
                     losses[task] = evaluate(
-                        model, ids, settings.context, sharded=sharded, stopped=stopped
+                        model, ids, settings.context, sharded=sharded, stopped=received
                     )
-            if stopped:
+            if ranks.signal:
                 return  # the losses may cover a part of the text: a resumed run measures again
             loss = math.fsum(losses.values()) / len(losses)
             bits = bits_per_byte(loss, bytes_per_token)
@@ -124,7 +150,7 @@ def train(
             if "" not in losses:
                 record["tasks"] = losses
             evaluation_log.write(**record)
-            if bar.disable:  # without a terminal, one line per evaluation replaces the bar
+            if writes and bar.disable:  # without a terminal: one line per evaluation, and no bar
                 line = f"{title}: step {run.done} of {steps}, held out {bits:.3f} bits per byte"
                 # Whoever read it may have gone (`| head -1`), which is no reason to stop.
                 with contextlib.suppress(OSError, ValueError):
@@ -142,13 +168,17 @@ def train(
             measured = run.evaluations and run.evaluations[-1][0] == run.done
             if held_out is not None and due and not measured:
                 measure(held_out)
-            if (settings.save_every and last) or _is_due(run.done, settings.save_every):
+            is_saved = (settings.save_every and last) or _is_due(run.done, settings.save_every)
+            if ranks.size > 1 and (is_saved or last):
+                _require_same_weights(run)
+            if is_saved:
                 save()
-            if stopped:
+            if ranks.signal:
                 folder = str(save())
-                name = signal.Signals(stopped[0]).name
+                name = signal.Signals(ranks.signal).name
                 raise Interrupted(
-                    f"{name}: stopped after {run.done} steps, saved in {folder!r:.300}", stopped[0]
+                    f"{name}: stopped after {run.done} steps, saved in {folder!r:.300}",
+                    ranks.signal,
                 )
             if last:
                 break
@@ -180,6 +210,42 @@ def train(
         run.allocator.prune()
     model.eval()
     return Result(run.losses, run.evaluations, time.perf_counter() - begun)
+
+
+def _require_shared(out: Path, ranks: Ranks) -> None:
+    """ConfigError if a rank does not see the folder that rank 0 has locked."""
+    if ranks.size == 1:
+        return
+    token = ranks.share((out / LOCK).read_text() if ranks.rank == 0 else None)
+    if ranks.rank:
+        with contextlib.suppress(OSError):
+            # A network file system may show the file before its content.
+            if (out / LOCK).read_text() in ("", token):
+                return
+        raise ConfigError(
+            f"--out {str(out)!r:.200} is not the folder that rank 0 writes to: "
+            "give a folder on a disk that all machines share"
+        )
+
+
+def _require_same_weights(run: Run, advice: str = UNEQUAL) -> None:
+    """ConfigError on all ranks, which `advice` ends, if their weights differ."""
+    what = f"the checksum of the weights after {run.done} steps"
+    run.ranks.require_same({what: run.weights_checksum()}, advice)
+
+
+def _warn_idle(ranks: Ranks, shards: int) -> None:
+    if ranks.size > shards and ranks.rank == 0:
+        warnings.warn(
+            f"{ranks.size - shards} of {ranks.size} ranks have no part in the steps, which have "
+            f"{shards} shards: start fewer, or give a larger --batch-size or a smaller --shard",
+            stacklevel=3,
+        )
+
+
+def _place_of_log(path: Path, ranks: Ranks) -> Path:
+    """Where this rank writes a log: rank 0 to its file, the others nowhere."""
+    return Path(os.devnull) if ranks.rank else path
 
 
 def _is_due(done: int, every: int | None) -> bool:
@@ -218,25 +284,27 @@ def evaluate(
     limit: int | None = None,
     threads: int | None = None,
     sharded: ShardedStep | None = None,
-    stopped: Sequence[object] = (),
+    stopped: Sequence[int] = (),
+    ranks: Ranks | None = None,
 ) -> float:
     """The mean of -log p over every token of a text but the first, in nats.
 
     With a `limit` at most that many windows of the text count. For `PackedRecords` it is the mean
     over the tokens that count. As soon as `stopped` has an item the evaluation ends early and
     returns NaN. Otherwise NonFiniteError if the loss is NaN or infinite: the weights, or what they
-    compute, have a NaN or an infinity.
+    compute, have a NaN or an infinity. `ranks`, where no `sharded` step has them, share the
+    windows: each calls this with the same arguments, and gets the same result.
     """
     training = model.training
     model.eval()
     try:
         with contextlib.ExitStack() as stack:
-            sharded = sharded or stack.enter_context(ShardedStep(model, threads))
+            sharded = sharded or stack.enter_context(ShardedStep(model, threads, ranks=ranks))
             windows = evaluation_windows(tokens, context, 16, limit)
             totals = list(sharded.losses(itertools.takewhile(lambda _: not stopped, windows)))
     finally:
         model.train(training)
-    if stopped:
+    if stopped or sharded.ranks.signal:
         return math.nan
     for loss, _ in totals:
         if not math.isfinite(loss):

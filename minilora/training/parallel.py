@@ -2,8 +2,9 @@
 
 Each shard runs forward and backward separately, one after another or in threads (NumPy releases
 the interpreter's lock inside its loops). A shard's activations stay in the processor's cache, and
-memory falls with the shard. The cut depends on shapes alone and gradients are added in the order of
-the shards, so the result has the same bits for any number of threads.
+memory falls with the shard. The cut depends on shapes alone, and so does the form of the sum
+(sums.py), so the result has the same bits for any number of threads, and of processes (ranks.py)
+that have a part of the shards each.
 
 A batch of several tasks is sorted by task first, and cut within each task: a shard runs the
 adapters of one task. The effective weights, which the shards of a task share, are formed for all
@@ -14,6 +15,7 @@ the adapted weights per task.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,8 +36,10 @@ from ..errors import (
     optional_rule,
 )
 from ..nn import Parameter, dropout_counter
-from ..threads import MAX_THREADS, Workers, available_cores, keep_memory
+from ..threads import MAX_THREADS, Workers, keep_memory
 from .graphed import Divisor, GraphedLosses
+from .ranks import Alone, Ranks
+from .sums import Node, Partial, add_up
 
 TOKENS_PER_SHARD = 512  # measured: with fewer, Python's share of a small model's step grows
 # 2 MiB of the widest activation: with more, those of a wide model no longer fit into the cache.
@@ -92,8 +96,8 @@ _RULES = [
 class ShardedStep:
     """Gradients and losses of batches, shard by shard. Use it in a `with` block: it has threads.
 
-    threads   shards that run at once; None: one per core. BLAS uses one thread inside, also with
-              threads = 1, because threads of its own would change the bits
+    threads   shards that run at once; None: one per core of this rank. BLAS uses one thread
+              inside, also with threads = 1, because threads of its own would change the bits
     shard     sequences per shard; None: `shard_size`
     loss      (model, Batch) -> scalar Tensor: a sum over the batch's counted targets
     keep_memory   see the function of that name: it holds for this process until its end
@@ -102,6 +106,8 @@ class ShardedStep:
               these means, 1 for a task without a number; "tokens": the loss is the mean over all
               counted targets alike
     graph     on a GPU, evaluate batches of one shape by one launch each: see graphed.py
+    ranks     the processes that share the shards; each calls the same methods with the same
+              arguments, and gets the same results
     """
 
     def __init__(
@@ -113,9 +119,11 @@ class ShardedStep:
         keep_memory: bool = True,
         balance: str | Mapping[str, float] = "tasks",
         graph: bool = True,
+        ranks: Ranks | None = None,
     ):
         check_fields(locals(), _RULES)
         self.model = model
+        self.ranks = ranks or Alone()
         self.loss = loss
         self.shard = shard
         self.keep_memory = keep_memory
@@ -124,7 +132,7 @@ class ShardedStep:
         self.threads = 1  # one thread keeps a GPU busy
         self._on_cpu = _backend(model).name == "cpu"
         if self._on_cpu:
-            self.threads = min(threads or available_cores(), MAX_THREADS)
+            self.threads = min(threads or self.ranks.cores, MAX_THREADS)
         self._workers = Workers(self.threads)
         self._stack = contextlib.ExitStack()
 
@@ -173,42 +181,40 @@ class ShardedStep:
         for its divisor, 1 / divisor and the divisor, and one for the step.
         """
 
-        def work(task_shard: TaskBatch) -> tuple[str | None, Array, list[Array | None] | None]:
+        def work(task_shard: TaskBatch) -> Partial:
             task, shard = task_shard
             with self._running(task), dropout_counter(seed, step, shard.first):
                 loss = self.loss(self.model, shard)
-            value = loss.data.astype(np.float64)
+            losses = {task: loss.data.astype(np.float64)}
             if not loss.requires_grad:  # as for sequences that only the base runs
-                return task, value, None
+                return Partial(losses, [None] * len(params), trained=False)
             share = divisors[task].share
             if isinstance(share, float):
                 upstream = loss.backend.xp.full(loss.shape, share, loss.dtype)
             else:
                 upstream = share.astype(loss.dtype)
-            return task, value, gradients(loss, params, upstream)
+            return Partial(losses, gradients(loss, params, upstream), trained=True)
 
-        losses: dict[str | None, Any] = {}
-        total: list[Any] = [None] * len(params)
-        trained = False
+        shards = list(self._cut(task_batches))
+        own = self.ranks.owned(len(shards))
+        own_shards = shards[own.start : own.stop]
+        own_tasks = {task for task, _ in own_shards}
         try:
             for task, task_batch in task_batches:
-                with self._running(task):
-                    self._prepare(task_batch.ids.size)
-            for task, loss, grads in self._workers.map(work, self._cut(task_batches)):
-                losses[task] = losses.get(task, 0.0) + loss
-                if grads is None:
-                    continue
-                trained = True
-                for i, grad in enumerate(grads):
-                    if total[i] is None:
-                        total[i] = grad
-                    elif grad is not None:
-                        total[i] += grad
+                if task in own_tasks:
+                    with self._running(task):
+                        self._prepare(task_batch.ids.size)
+            partials = enumerate(self._workers.map(work, own_shards), own.start)
+            leaves = (Node(i, i + 1, partial) for i, partial in partials)
+            nodes = add_up(leaves, len(shards), Partial.add)
         finally:
             self.model.end_step()
-        if not trained and task_batches:
+        tasks = [task for task, _ in task_batches]
+        total = self.ranks.sum(nodes, len(shards), tasks, params)
+        if not total.trained and task_batches:
             raise ConfigError("no parameter of the model requires a gradient: nothing to train")
-        return sum(loss / divisors[task].size for task, loss in losses.items()), total
+        losses = total.losses.items()
+        return sum(loss / divisors[task].size for task, loss in losses), total.grads
 
     def divisors(self, task_batches: Sequence[TaskBatch]) -> dict[str | None, Divisor]:
         """What divides each task's sum of losses, so that the results add up to the mean loss."""
@@ -234,7 +240,14 @@ class ShardedStep:
         return self.model.task(task)  # type: ignore[no-any-return]
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[tuple[float, int]]:
-        """Yield (summed loss, counted targets) of each shard of the batches, without gradients."""
+        """(summed loss, counted targets) of each shard of the batches in order, without gradients.
+
+        With several ranks each computes every size-th shard, and all get all of them at the end.
+        """
+        return iter(self.ranks.gather(self._own_losses(batches)))
+
+    def _own_losses(self, batches: Iterable[Batch]) -> Iterator[tuple[float, int]]:
+        """Yield what `losses` has of the shards that this rank computes."""
 
         def loss_of(task_shard: TaskBatch) -> Array:
             task, shard = task_shard
@@ -262,7 +275,8 @@ class ShardedStep:
 
         try:
             waiting = []  # losses that are still on the device
-            for loss in self._workers.map(work, shards()):
+            own_shards = itertools.islice(shards(), self.ranks.rank, None, self.ranks.size)
+            for loss in self._workers.map(work, own_shards):
                 waiting.append(loss)
                 if self._on_cpu or len(waiting) == READ_TOGETHER:
                     yield from _read(backend, waiting)
@@ -270,6 +284,10 @@ class ShardedStep:
             yield from _read(backend, waiting)
         finally:
             self.model.end_step()
+
+    def count_shards(self, batch: Batch) -> int:
+        """The number of shards that a batch is cut into."""
+        return sum(1 for _ in self._cut(batch.by_task()))
 
     def _prepare(self, tokens: int | None) -> None:
         """Form what all shards of a batch of `tokens` share, in threads."""

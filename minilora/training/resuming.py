@@ -22,6 +22,12 @@ def require_same_run(folder: str, before: JsonObject, now: JsonObject, done: int
             f"{folder!r} has done {done} steps, more than steps = {now['steps']}: "
             f"give at least {done}, or begin a new run in another folder"
         )
+    if "sum" not in before:
+        raise CheckpointError(
+            f"{folder!r} was written by an older minilora, which added the gradients of a step's "
+            f"shards from left to right; now the sum is a {now['sum']}, whose last bits differ: "
+            "finish the run with the version that began it, or begin a new run in another folder"
+        )
     advice = "resume with the values that it had, or begin a new run in another folder"
     differences = []
     for field, value in now.items():

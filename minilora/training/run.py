@@ -9,7 +9,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ from ..lora.model import adapter_folder
 from ..nn import Parameter
 from ..optim import AdamW, clip_by_global_norm, warmup_cosine
 from ..quant.half import iterate_pieces
-from .checkpoints import find_checkpoint, save_checkpoint
+from .checkpoints import checkpoint_place, find_checkpoint, save_checkpoint
 from .graphed import Divisors, GraphedStep, Step
 from .nonfinite import explain_non_finite
 from .parallel import ShardedStep, shard_size
+from .ranks import Alone, Ranks
 from .resuming import require_same_run
 from .settings import Settings
+from .sums import FORM
 
 PACKING = "records do not see each other"  # how packed records are trained on
 
@@ -50,10 +52,19 @@ def by_task(text: Text) -> Mapping[str, Ids | PackedRecords]:
 
 
 class Run:
-    """One run and its progress: a model, its optimiser, its text, and what was measured so far."""
+    """One run and its progress: a model, its optimiser, its text, and what was measured so far.
+
+    ranks   the processes that take its steps together; rank 0 writes its checkpoints
+    """
 
     def __init__(
-        self, model: Any, tokens: Text, settings: Settings, out: Path, origin: str | None = None
+        self,
+        model: Any,
+        tokens: Text,
+        settings: Settings,
+        out: Path,
+        origin: str | None = None,
+        ranks: Ranks | None = None,
     ):
         if settings.shard is None:
             shard = shard_size(model, settings.sequences, settings.context)
@@ -61,6 +72,7 @@ class Run:
         self.model = model
         self.settings = settings
         self.out = out
+        self.ranks = ranks or Alone()
         sizes = settings.context, settings.sequences, settings.seed
         self.windows: Windows | TaskWindows
         if isinstance(tokens, Mapping):
@@ -173,9 +185,10 @@ class Run:
         return params[0].backend.join([mean, length, *penalties]), grads
 
     def _graphs(self, sharded: ShardedStep) -> GraphedStep | None:
-        """What takes steps as graphs: on a GPU only, and if the settings allow it."""
+        """What takes steps as graphs: on a GPU only, by one rank, if the settings allow it."""
         backend = self.optimizer.params[0].backend
-        if self.graphs is None and self.settings.graph and backend.name != "cpu":
+        is_wanted = self.settings.graph and backend.name != "cpu" and self.ranks.size == 1
+        if self.graphs is None and is_wanted:
             compute = functools.partial(self._compute, sharded)
             step = Step(compute, self.optimizer, self.allocator, self.allocated)
             self.graphs = GraphedStep(step, backend, self.model.config.vocab_size)
@@ -202,6 +215,9 @@ class Run:
         """
         if self.checkpoint and self.checkpoint[0] == self.done:
             return self.checkpoint[1]
+        if self.ranks.rank:
+            self.checkpoint = self.done, checkpoint_place(self.out, self.done)
+            return self.checkpoint[1]
         arrays, numbers = self.optimizer.state_dict()
         files = {"optimizer.safetensors": arrays}
         state = {"run": self.identity, "losses": self.losses, "evaluations": self.evaluations}
@@ -219,6 +235,10 @@ class Run:
         folder = save_checkpoint(self.out, self.done, state, write)
         self.checkpoint = self.done, folder
         return folder
+
+    def weights_checksum(self) -> str:
+        """A checksum of the parameters that train."""
+        return weights_checksum(self.optimizer.params)
 
     def restore(self, resume: str | Path) -> None:
         """Continue from a checkpoint, "auto" for the newest one.
@@ -306,20 +326,31 @@ def _identity(model: Any, settings: Settings, tokens: Text, trained: NamedParame
     for key, value in dataclasses.asdict(settings).items():
         if key not in Settings.FREE:
             identity[key] = value
-    checksums = {task: _checksum(text) for task, text in by_task(tokens).items()}
+    checksums = text_checksums(tokens)
+    identity["sum"] = FORM
     identity["text"] = list(checksums.items()) if isinstance(tokens, Mapping) else checksums[""]
     if any(isinstance(text, PackedRecords) for text in by_task(tokens).values()):
         identity["packing"] = PACKING
     parameters = [(name, p.shape, str(p.dtype)) for name, p in trained]
     identity["parameters"] = hashlib.sha256(repr(parameters).encode()).hexdigest()
-    frozen = hashlib.sha256()
-    for _, p in model.named_parameters():
-        if not p.requires_grad:
-            for piece in iterate_pieces(p):
-                frozen.update(np.ascontiguousarray(p.backend.to_numpy(piece)).data.cast("B"))
-    identity["frozen weights"] = frozen.hexdigest()
+    frozen = [p for _, p in model.named_parameters() if not p.requires_grad]
+    identity["frozen weights"] = weights_checksum(frozen)
     # A checkpoint gives it back from JSON, where a tuple is a list.
     return dict(json.loads(json.dumps(identity)))
+
+
+def text_checksums(text: Text) -> dict[str, str]:
+    """A checksum of each task's text; of one without tasks under the empty name."""
+    return {task: _checksum(ids) for task, ids in by_task(text).items()}
+
+
+def weights_checksum(parameters: Iterable[Parameter]) -> str:
+    """SHA-256 of the values of parameters."""
+    digest = hashlib.sha256()
+    for p in parameters:
+        for piece in iterate_pieces(p):
+            digest.update(np.ascontiguousarray(p.backend.to_numpy(piece)).data.cast("B"))
+    return digest.hexdigest()
 
 
 def _checksum(text: Ids | PackedRecords) -> str:

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+# Batch systems send it some time before they end a job, and mpiexec passes it on to its processes
+# (at SIGTERM it kills them). Windows has no such signal.
+USER = getattr(signal, "SIGUSR1", None)
 HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
 
 # The list of the block that this context is in.
@@ -18,10 +21,11 @@ _receiving: ContextVar[list[int] | None] = ContextVar("signals received", defaul
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that receives SIGINT, SIGTERM and SIGHUP, so that the running step can end first.
+    """A list that receives SIGINT, SIGTERM, SIGHUP and SIGUSR1: the running step can end first.
 
-    A second signal stops the run at once, but for SIGHUP: the system and the shell may both send
-    one when a terminal is closed. SIGHUP stays ignored if it is: `nohup` asks for that.
+    A second signal stops the run at once, but for SIGHUP and SIGUSR1: the system and the shell may
+    both send one when a terminal is closed, and so may mpiexec and a batch system. SIGHUP stays
+    ignored if it is: `nohup` asks for that.
 
     A block inside another gets the same list: a command that trains and then saves receives the
     signals of both, and those in between.
@@ -34,7 +38,7 @@ def stop_signals() -> Iterator[list[int]]:
 
     def receive(number: int, frame: Any) -> None:
         if received:
-            if number == HANGUP:
+            if number in (HANGUP, USER):
                 return
             raise KeyboardInterrupt(number)
         received.append(number)
@@ -47,8 +51,10 @@ def stop_signals() -> Iterator[list[int]]:
         yield received  # Python lets only the main thread set handlers
         return
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:
-        numbers.append(HANGUP)
+    for number in (HANGUP, USER):
+        # None: a handler that is not Python's, such as faulthandler's, which could not be put back.
+        if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+            numbers.append(number)
     before = {number: signal.signal(number, receive) for number in numbers}
     _receiving.set(received)
     try:

@@ -511,6 +511,22 @@ def test_resume_refuses_a_run_of_another_origin(before, now, tmp_path):
     train(lora(), TEXT, SHORT, tmp_path, resume="auto", origin=before)
 
 
+def test_resume_refuses_a_checkpoint_that_added_gradients_in_another_form(stopped, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(stopped, out)
+    path = out / "checkpoints" / "step-3" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["state"]["run"]["sum"]  # as versions before the tree wrote it
+    path.write_text(json.dumps(manifest))
+    wanted = "older minilora, which added .* left to right; .* a binary tree .*: finish the run"
+    with pytest.raises(CheckpointError, match=wanted):
+        train(lora(), TEXT, SHORT, out, resume="auto")
+    manifest["state"]["run"]["sum"] = "something later"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"another run: sum \(was 'something later', now"):
+        train(lora(), TEXT, SHORT, out, resume="auto")
+
+
 ONE_TOKEN_CHANGED = np.where(np.arange(400) == 399, TEXT ^ 1, TEXT)
 ANOTHER = {}
 ANOTHER["shorter text"] = (lora, TEXT[1:], "text")
@@ -798,17 +814,17 @@ def signal_at(monkeypatch):
 
 
 @pytest.mark.parametrize("step", [0, 2, 4])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_train_on_a_signal_ends_the_step_and_saves_it(number, step, tmp_path, signal_at):
     out = tmp_path / "out"
     model = lora()
     expected = train(model, TEXT, SHORT, tmp_path / "straight", held_out=HELD_OUT)
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(number)
     signal_at({step: [number]})
     with pytest.raises(Interrupted, match=number.name) as caught:
         train(lora(), TEXT, SHORT, out, held_out=HELD_OUT)
     assert caught.value.exit_code == 128 + number
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(number)) == handlers
     assert checkpoints(out) == [f"step-{step + 1}"]
     signal_at({})
     resumed = lora(seed=5)

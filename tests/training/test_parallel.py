@@ -215,6 +215,30 @@ def test_gradients_have_the_same_bits_for_any_number_of_threads(dropout):
     assert results[2] == results[0]
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_gradients_are_added_as_a_tree_over_the_shards(threads, monkeypatch):
+    model = lora_model(dtype="float32").train()
+    params, batch = trainable(model), batch_of(5, 6)
+    plain = minilora.training.parallel.gradients
+    shards = {}
+
+    def recorded(loss, params, upstream):
+        grads = plain(loss, params, upstream)
+        shards[loss.item()] = [grad.copy() for grad in grads]
+        return grads
+
+    monkeypatch.setattr(minilora.training.parallel, "gradients", recorded)
+    with ShardedStep(model, threads=threads, shard=1) as sharded:
+        _, grads = sharded.gradients(batch, params)
+        losses = [loss for loss, _ in sharded.losses([batch])]
+    assert len(shards) == 5
+    a, b, c, d, e = (shards[loss] for loss in losses)
+    tree = [((v + w) + (x + y)) + z for v, w, x, y, z in zip(a, b, c, d, e, strict=True)]
+    row = [(((v + w) + x) + y) + z for v, w, x, y, z in zip(a, b, c, d, e, strict=True)]
+    assert [g.tobytes() for g in grads] == [g.tobytes() for g in tree]
+    assert [g.tobytes() for g in grads] != [g.tobytes() for g in row]
+
+
 @pytest.mark.parametrize("order", [(3, 2, 1, 0), (0, 1, 2, 3), (2, 0, 3, 1)])
 def test_gradients_do_not_depend_on_the_order_in_which_shards_finish(order):
     model = lora_model(dtype="float32").train()

@@ -414,20 +414,21 @@ loop.Run.step = step
     assert Path("run", "model.safetensors").exists()
 
 
-def test_pretrain_whose_terminal_is_closed_saves_although_two_signals_come():
-    """The system sends SIGHUP, and the shell sends it again."""
-    twice = """
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_pretrain_saves_although_the_same_signal_comes_twice(number):
+    """The system and the shell send SIGHUP; a batch system and mpiexec may send SIGUSR1."""
+    twice = f"""
 plain = loop.Run.step
 def step(self, sharded):
     if self.done == 1:
-        signal.raise_signal(signal.SIGHUP)
-        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal({int(number)})
+        signal.raise_signal({int(number)})
     return plain(self, sharded)
 loop.Run.step = step
 """
     code, err = end(start([*PRETRAIN, "--steps=6", "--out=run"], twice))
-    assert code == 129
-    assert "SIGHUP: stopped after 2 steps, saved in " in err
+    assert code == 128 + number
+    assert f"{number.name}: stopped after 2 steps, saved in " in err
     assert sound("run") == 2
 
 
@@ -451,7 +452,7 @@ folders.remove_folder = remove_folder
 
 
 def test_commands_leave_the_signal_handlers_of_the_caller():
-    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
     before = [signal.getsignal(number) for number in numbers]
     assert run([*PRETRAIN, "--steps=1", "--out=run"])[0] == 0
     assert [signal.getsignal(number) for number in numbers] == before
