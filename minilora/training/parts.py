@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from threading import Condition
 from typing import Any, NamedTuple, TypeVar
 
 from ..autograd import Tensor
@@ -97,7 +97,7 @@ class Progress:
     """What the parts of some sequences have done, for those that wait for it."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._done: set[Event] = set()
         self._failed: set[int] = set()
 
@@ -113,8 +113,8 @@ class Progress:
             self._changed.notify_all()
 
     def has(self, event: Event) -> bool:
-        with self._changed:
-            return event in self._done
+        """Whether an event has happened, for the part whose own it is: no other announces it."""
+        return event in self._done
 
     def wait_for(self, events: Sequence[Event]) -> None:
         """Return when all of them have happened. PartError if a part fails before."""
