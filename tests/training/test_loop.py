@@ -133,7 +133,7 @@ for field in ("steps", "batch_size", "context", "accumulate"):
     BAD[field] = [*NO_COUNTS, 0]
 for field in ("warmup", "seed"):
     BAD[field] = NO_COUNTS
-for field in ("shard", "threads", "eval_every", "save_every"):
+for field in ("shard", "part", "threads", "eval_every", "save_every"):
     BAD[field] = [*NO_OPTIONAL_COUNTS, 0]
 for field in ("lr", "max_grad_norm"):
     BAD[field] = [*NO_NUMBERS, 0, 0.0]
@@ -402,7 +402,14 @@ def stopped(tmp_path_factory):
 
 
 OTHER = {"batch_size": 5, "context": 7, "lr": 2e-2, "warmup": 3, "floor": 0.2}
-OTHER |= {"weight_decay": 0.2, "max_grad_norm": 2.0, "accumulate": 2, "seed": 1, "shard": 1, "part": 4}
+OTHER |= {
+    "weight_decay": 0.2,
+    "max_grad_norm": 2.0,
+    "accumulate": 2,
+    "seed": 1,
+    "shard": 1,
+    "part": 4,
+}
 
 
 def contents(folder):
