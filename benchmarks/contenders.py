@@ -45,7 +45,7 @@ class Contender:
 class Minilora(Contender):
     adapter = "adapter"  # the folder in `work`
 
-    def __init__(self, work: Path, threads: int):
+    def __init__(self, work: Path, threads: int, ranks: Any = None):
         super().__init__(work)
         from minilora import AdamW, CausalLM, PeftModel
         from minilora.data import Batch
@@ -60,7 +60,7 @@ class Minilora(Contender):
         self.model.get_base_model().gradient_checkpointing_enable(self.method == "recomputed")
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.optimizer = AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
-        self.sharded = ShardedStep(self.model, threads).__enter__()
+        self.sharded = ShardedStep(self.model, threads, ranks=ranks).__enter__()
 
     def step(self, number: int) -> float:
         batch = self.Batch(*self.windows(number))

@@ -76,11 +76,12 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for command in COMMANDS:
         name = command.run.__name__
+        launcher = "[mpiexec -n N python -m mpi4py -m] " if command.has_ranks else ""
         its = commands.add_parser(
             name,
             help=command.text,
             description=command.text,
-            usage=f"minilora {name} [options]",
+            usage=f"{launcher}minilora {name} [options]",
             epilog=f"example: minilora {name} {command.example}",
             formatter_class=HelpFormatter,
             allow_abbrev=False,
@@ -138,6 +139,9 @@ def _run(argv: Sequence[str], stdout: Stream, stderr: Stream) -> int:
         else:
             with contextlib.redirect_stderr(stderr if ranks.is_lost else sys.stderr):
                 code = _report(error)
+    except SystemExit as error:  # after --help
+        code = error.code if isinstance(error.code, int) else SUCCESS
+        raise
     finally:  # also of --help, and of what was printed before an error
         stdout.needed = False
         stdout.flush()

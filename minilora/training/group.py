@@ -9,8 +9,7 @@ whether it has failed, and which signal it has received. So
 - ranks that are at different exchanges (other options, another program) stop with an error.
 
 A rank that cannot even say so (a second Ctrl-C, a failure inside an exchange) aborts all of them.
-Ranks wait for the beginning of an exchange asleep: while rank 0 writes a checkpoint, the others
-leave the cores alone.
+Ranks wait asleep: while rank 0 writes a checkpoint, the others leave the cores alone.
 
 A loss that is not finite needs no message: the sums are the same on all ranks.
 """
@@ -35,9 +34,11 @@ from ..nn import Parameter
 from ..threads import blocks
 from .sums import Node, Partial, add_up, owned, owned_nodes
 
-SHORTEST, LONGEST = 2e-5, 5e-3  # seconds that a waiting rank sleeps
+# Seconds: a rank that waits asks again and again for so long, then sleeps in between.
+AWAKE, SHORTEST, LONGEST = 1e-4, 2e-5, 5e-3
 NUMBERS = 1 << 24  # of gradients in one exchange: MPI counts with 32 bits
-STATUS = 4  # numbers that begin an exchange: its kind, failed, signal, bytes of the payload
+STATUS = 32  # bytes that begin an exchange: its kind, failed, signal, size of the payload (int64)
+ROOM = 480  # bytes of a payload that come with them; a larger one is sent after them
 
 
 class Kind(enum.IntEnum):
@@ -73,7 +74,6 @@ class Group:
         self._finalize = finalize
         self._received: Sequence[int] = ()
         self._over: MiniloraError | OSError | MemoryError | None = None  # what all ranks know of
-        self._has_ended = False
         self._is_exchanging = False
         self.is_lost = False  # this rank has failed, and the others cannot know
 
@@ -115,65 +115,59 @@ class Group:
     ) -> Partial:
         """Losses and what there is to add go to everyone at once, gradients in two phases."""
         layout = _Header(len(tasks), len(params))
-        places = [owned_nodes(count, self.size, rank) for rank in range(self.size)]
+        tree = _Tree(count, [owned_nodes(count, self.size, rank) for rank in range(self.size)])
         header = b"".join(layout.pack(node.value, tasks) for node in nodes)
         with self._exchange(Kind.SUM, header) as headers:
-            rows = [
-                layout.unpack(row, len(place)) for row, place in zip(headers, places, strict=True)
-            ]
-            flags = np.concatenate([row_flags for _, row_flags in rows]).max(axis=0, initial=0)
-            losses = np.concatenate([row_losses for row_losses, _ in rows])
-            total = self._add_rows(losses, places, count)
+            losses, flags = layout.unpack(b"".join(headers))
+            has_gradient = flags.max(axis=0, initial=0)
+            members = np.flatnonzero(has_gradient[:-1]).tolist()
             grads: list[Array | None] = [None] * len(params)
-            members = np.flatnonzero(flags[:-1]).tolist()
             for dtype in sorted({params[i].dtype.str for i in members}):
                 alike = [i for i in members if params[i].dtype.str == dtype]
-                self._sum_gradients(nodes, count, places, params, alike, grads)
+                sums = self._sum_gradients(tree, nodes, [params[i] for i in alike], alike)
+                for i, grad in zip(alike, sums, strict=True):
+                    grads[i] = grad
         from_numpy = params[0].backend.from_numpy if params else np.asarray
-        by_task = {task: from_numpy(loss) for task, loss in zip(tasks, total, strict=True)}
-        return Partial(by_task, grads, trained=bool(flags[-1]))
+        sums = [from_numpy(loss) for loss in tree.add_rows(losses)]
+        by_task = dict(zip(tasks, sums, strict=True))
+        return Partial(by_task, grads, trained=bool(has_gradient[-1]))
 
     def _sum_gradients(
         self,
+        tree: _Tree,
         nodes: Sequence[Node[Partial]],
-        count: int,
-        places: Sequence[Sequence[tuple[int, int]]],
         params: Sequence[Parameter],
-        members: Sequence[int],
-        grads: list[Array | None],
-    ) -> None:
-        """Put into `grads` the sums of the gradients of these parameters, which have one dtype.
+        places: Sequence[int],
+    ) -> list[Array]:
+        """The sums of the gradients of these parameters, which have one dtype.
+
+        places   of the parameters in `Partial.grads`
 
         A parameter that takes no part in a node has -0 there: x + -0 is x for every x, zeros too.
         """
-        backend = params[members[0]].backend
-        sizes = [params[i].size for i in members]
-        ends = np.cumsum(sizes).tolist()
-        rows = np.full((len(nodes), ends[-1]), -0.0, params[members[0]].dtype)
+        backend = params[0].backend
+        ends = np.cumsum([p.size for p in params]).tolist()
+        slices = [slice(end - p.size, end) for p, end in zip(params, ends, strict=True)]
+        rows = np.full((len(nodes), ends[-1]), -0.0, params[0].dtype)
         for row, node in zip(rows, nodes, strict=True):
-            own = [node.value.grads[i] for i in members]
+            own = [node.value.grads[i] for i in places]
             present = [grad for grad in own if grad is not None]
             if not present:
                 continue
-            joined = backend.to_numpy(backend.join(present))
+            joined = backend.to_numpy(backend.join(present))  # one transfer from a GPU
             start = 0
-            for grad, size, end in zip(own, sizes, ends, strict=True):
+            for grad, its in zip(own, slices, strict=True):
                 if grad is not None:
-                    row[end - size : end] = joined[start : start + size]
-                    start += size
+                    row[its] = joined[start : start + grad.size]
+                    start += grad.size
         total = np.empty(ends[-1], rows.dtype)
         for piece in blocks(total.size, NUMBERS):
-            total[piece] = self._sum_rows(rows[:, piece], places, count)
+            total[piece] = self._sum_rows(tree, rows[:, piece])
         on_device = backend.from_numpy(total)
-        for i, size, end in zip(members, sizes, ends, strict=True):
-            grads[i] = on_device[end - size : end].reshape(params[i].shape)
+        return [on_device[its].reshape(p.shape) for p, its in zip(params, slices, strict=True)]
 
-    def _sum_rows(
-        self, rows: np.ndarray, places: Sequence[Sequence[tuple[int, int]]], count: int
-    ) -> np.ndarray:
+    def _sum_rows(self, tree: _Tree, rows: np.ndarray) -> np.ndarray:
         """The sum of the nodes of all ranks.    rows (own nodes, C) -> (C,)
-
-        places   the nodes of each rank
 
         First each rank gets its share of the columns of all nodes and adds them up, then everyone
         gets all sums: about 2 C numbers come and go, for any number of ranks.
@@ -183,26 +177,12 @@ class Group:
         share = len(shares[self.rank])
         sent = np.concatenate([rows[:, s.start : s.stop].reshape(-1) for s in shares])
         sent_counts = [len(rows) * len(s) for s in shares]
-        counts = [len(place) * share for place in places]
+        counts = [len(spans) * share for spans in tree.spans]
         received = np.empty(sum(counts), rows.dtype)
-        self.comm.Alltoallv([sent, sent_counts], [received, counts])
-        columns = received.reshape(sum(map(len, places)), share)
-        own_sum = self._add_rows(columns, places, count)
+        _wait(self.comm.Ialltoallv([sent, sent_counts], [received, counts]))
+        own_sum = tree.add_rows(received.reshape(sum(map(len, tree.spans)), share))
         total = np.empty(width, rows.dtype)
-        self.comm.Allgatherv(own_sum, [total, [len(s) for s in shares]])
-        return total
-
-    @staticmethod
-    def _add_rows(
-        rows: np.ndarray, places: Sequence[Sequence[tuple[int, int]]], count: int
-    ) -> np.ndarray:
-        """The nodes of all ranks, a row each, added up as the tree says.    (nodes, C) -> (C,)"""
-        spans = [span for place in places for span in place]
-        leaves = [Node(*span, row) for span, row in zip(spans, rows, strict=True)]
-        if not leaves:  # a batch without sequences
-            return np.zeros(rows.shape[1], rows.dtype)
-        [root] = add_up(leaves, count, _add_in_place)
-        total: np.ndarray = root.value
+        _wait(self.comm.Iallgatherv(own_sum, [total, [len(s) for s in shares]]))
         return total
 
     # ---- an exchange -----------------------------------------------------------------------------
@@ -223,22 +203,14 @@ class Group:
         if error is not None:
             payload = json.dumps(_describe(error)).encode()
         signal = self._received[0] if self._received else 0
-        status = np.array([kind, error is not None, signal, len(payload)], np.int64)
-        statuses = np.empty((self.size, STATUS), np.int64)
-        _sleep_until(self.comm.Iallgather(status, statuses).Test)
-        kinds, failed, signals, sizes = statuses.T
-        received = np.empty(sizes.sum(), np.uint8)
-        self.comm.Allgatherv(np.frombuffer(payload, np.uint8), [received, sizes.tolist()])
-        ends = np.cumsum(sizes).tolist()
-        payloads = [
-            received[end - size : end].tobytes()
-            for size, end in zip(sizes.tolist(), ends, strict=True)
-        ]
+        head = [kind, error is not None, signal, len(payload)]
+        heads, payloads = self._send(head, np.frombuffer(payload, np.uint8))
+        kinds, failed, signals, _ = heads.T
         self.signal = self.signal or int(signals.max())
         if failed.any():
             self._is_exchanging = False
             rank = int(failed.argmax())
-            self._over = _rebuild(json.loads(payloads[rank]), rank)
+            self._over = _rebuild(json.loads(payloads[rank].tobytes()), rank)
             if rank == self.rank and error is not None:
                 raise error
             raise self._over
@@ -250,8 +222,30 @@ class Group:
                 "start all of them with the same command, options and files"
             )
             raise self._over
-        yield payloads
+        yield [part.tobytes() for part in payloads]
         self._is_exchanging = False
+
+    def _send(
+        self, head: Sequence[int], payload: np.ndarray
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(heads (ranks, 4), payloads by rank) of all ranks. The last number of a head is a size.
+
+        A small payload comes with its head, which saves a second wait.
+        """
+        message = np.zeros(STATUS + ROOM, np.uint8)
+        message[:STATUS].view(np.int64)[:] = head
+        if payload.size <= ROOM:
+            message[STATUS : STATUS + payload.size] = payload
+        messages = np.empty((self.size, STATUS + ROOM), np.uint8)
+        _wait(self.comm.Iallgather(message, messages))
+        heads = messages[:, :STATUS].copy().view(np.int64)
+        sizes = heads[:, -1].tolist()
+        if max(sizes) <= ROOM:
+            rows = zip(messages, sizes, strict=True)
+            return heads, [row[STATUS : STATUS + size] for row, size in rows]
+        received = np.empty(sum(sizes), np.uint8)
+        _wait(self.comm.Iallgatherv(payload, [received, sizes]))
+        return heads, np.split(received, np.cumsum(sizes)[:-1])
 
     def _exchange_json(self, kind: Kind, value: Any) -> list[Any]:
         with self._exchange(kind, json.dumps(value).encode()) as payloads:
@@ -282,7 +276,7 @@ class Group:
 
     def close(self, code: int) -> None:
         if self.is_lost:
-            if sys.exc_info()[0] is not None:  # Abort leaves Python no time to show it
+            if isinstance(sys.exc_info()[1], Exception):  # Abort leaves Python no time to show it
                 traceback.print_exc(file=sys.__stderr__)
             self.comm.Abort(code or 1)
         elif code:
@@ -303,11 +297,28 @@ class _Header(NamedTuple):
         flags = [grad is not None for grad in partial.grads]
         return np.array(losses).tobytes() + bytes([*flags, partial.trained])
 
-    def unpack(self, data: bytes, nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    def unpack(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         """(losses (nodes, tasks), flags (nodes, params + 1))"""
-        rows = np.frombuffer(data, np.uint8).reshape(nodes, 8 * self.tasks + self.params + 1)
+        rows = np.frombuffer(data, np.uint8).reshape(-1, 8 * self.tasks + self.params + 1)
         losses = rows[:, : 8 * self.tasks].copy().view(np.float64)
         return losses, rows[:, 8 * self.tasks :]
+
+
+class _Tree(NamedTuple):
+    """The nodes that the ranks have of a sum: (first, stop) of each, by rank."""
+
+    shards: int
+    spans: list[list[tuple[int, int]]]
+
+    def add_rows(self, rows: np.ndarray) -> np.ndarray:
+        """The values of all nodes, a row each, added up in their memory.    (nodes, C) -> (C,)"""
+        spans = [span for spans in self.spans for span in spans]
+        if not spans:  # a batch without sequences
+            return np.zeros(rows.shape[1], rows.dtype)
+        leaves = [Node(*span, row) for span, row in zip(spans, rows, strict=True)]
+        [root] = add_up(leaves, self.shards, _add_in_place)
+        total: np.ndarray = root.value
+        return total
 
 
 def _add_in_place(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -315,12 +326,16 @@ def _add_in_place(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return left
 
 
-def _sleep_until(is_done: Callable[[], bool]) -> None:
-    """Wait for the other ranks without using a core: a sixteenth of the time waited, at a time."""
+def _wait(request: Any) -> None:
+    """Wait for the other ranks, and leave them the core: MPI's own waiting would use it all.
+
+    A rank sleeps for a sixteenth of the time that it has waited, so that it is late by no more.
+    """
     begun = time.monotonic()
-    while not is_done():
+    while not request.Test():
         waited = time.monotonic() - begun
-        time.sleep(min(max(waited / 16, SHORTEST), LONGEST))
+        if waited > AWAKE:
+            time.sleep(min(max(waited / 16, SHORTEST), LONGEST))
 
 
 # ---- errors that travel --------------------------------------------------------------------------

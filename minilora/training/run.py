@@ -213,15 +213,14 @@ class Run:
         return int(size) * 3 + int(ranks)
 
     def save(self) -> Path:
-        """Write a checkpoint, once per step, and return its folder.
+        """Write a checkpoint, once per step and by rank 0, and return its folder.
 
         It has the model's files in the ecosystem's formats, and the optimiser's state beside them.
         """
         if self.checkpoint and self.checkpoint[0] == self.done:
             return self.checkpoint[1]
         if self.ranks.rank:
-            self.checkpoint = self.done, checkpoint_place(self.out, self.done)
-            return self.checkpoint[1]
+            return checkpoint_place(self.out, self.done)
         arrays, numbers = self.optimizer.state_dict()
         files = {"optimizer.safetensors": arrays}
         state = {"run": self.identity, "losses": self.losses, "evaluations": self.evaluations}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,12 +48,6 @@ class World:
             raise Aborted(self.aborted)
         return len(self.calls[number][1]) == self.size
 
-    def take(self, number: int) -> list[Any]:
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.is_complete(number), PATIENCE), "a deadlock"
-            values = self.calls[number][1]
-            return [values[rank] for rank in range(self.size)]
-
 
 class Comm:
     """One rank's view of the world, with mpi4py's names. `sent` counts the bytes of payloads."""
@@ -81,38 +76,55 @@ class Comm:
         return self.number
 
     def Iallgather(self, sent: np.ndarray, received: np.ndarray) -> Any:
-        return Request(self.world, self._put("Iallgather", sent.copy()), received)
+        number = self._put("Iallgather", sent.copy())
 
-    def Allgatherv(self, sent: np.ndarray, received: list[Any]) -> None:
+        def receive(parts: list[np.ndarray]) -> None:
+            received[:] = parts
+
+        return Request(self.world, number, receive)
+
+    def Iallgatherv(self, sent: np.ndarray, received: list[Any]) -> Any:
         array, counts = received
-        parts = self.world.take(self._put("Allgatherv", sent.copy()))
-        assert [part.size for part in parts] == counts
-        assert all(part.dtype == array.dtype for part in parts)
-        array[:] = np.concatenate(parts)
         self.sent += sent.nbytes
+        number = self._put("Iallgatherv", sent.copy())
 
-    def Alltoallv(self, sent: list[Any], received: list[Any]) -> None:
+        def receive(parts: list[np.ndarray]) -> None:
+            assert [part.size for part in parts] == counts
+            assert all(part.dtype == array.dtype for part in parts)
+            array[:] = np.concatenate(parts)
+
+        return Request(self.world, number, receive)
+
+    def Ialltoallv(self, sent: list[Any], received: list[Any]) -> Any:
         array, counts = sent
-        parts = np.split(array.copy(), np.cumsum(counts)[:-1])
-        assert sum(counts) == array.size
-        rows = self.world.take(self._put("Alltoallv", parts))
         out, out_counts = received
-        mine = [row[self.rank] for row in rows]
-        assert [part.size for part in mine] == out_counts
-        out[:] = np.concatenate(mine)
+        assert sum(counts) == array.size
         self.sent += array.nbytes
+        number = self._put("Ialltoallv", np.split(array.copy(), np.cumsum(counts)[:-1]))
+
+        def receive(rows: list[list[np.ndarray]]) -> None:
+            mine = [row[self.rank] for row in rows]
+            assert [part.size for part in mine] == out_counts
+            out[:] = np.concatenate(mine)
+
+        return Request(self.world, number, receive)
 
 
 class Request:
-    def __init__(self, world: World, number: int, received: np.ndarray):
-        self.world, self.number, self.received = world, number, received
+    """A collective call that has begun: `receive` gets what all ranks have given to it."""
+
+    def __init__(self, world: World, number: int, receive: Callable[[list[Any]], None]):
+        self.world, self.number, self.receive = world, number, receive
+        self.begun = time.monotonic()
 
     def Test(self) -> bool:
         with self.world.changed:
             # Woken by the last rank, so that a test need not wait for a sleep to end.
             if not self.world.changed.wait_for(lambda: self.world.is_complete(self.number), 0.1):
+                assert time.monotonic() - self.begun < PATIENCE, "a deadlock"
                 return False
-        self.received[:] = self.world.take(self.number)
+            values = self.world.calls[self.number][1]
+        self.receive([values[rank] for rank in range(self.world.size)])
         return True
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -111,6 +113,19 @@ def test_sum_of_ranks_has_the_bits_of_one_process(case, size, piece):
         its_losses, its_grads, its_trained = outcome.result
         assert (its_grads, its_trained) == (grads, trained)
         assert {task: its_losses[task] for task in losses} == losses
+
+
+@pytest.mark.parametrize("having", [0, 1])
+def test_sum_keeps_the_sign_of_zero_where_another_rank_takes_no_part(having):
+    params = [Parameter(np.zeros(2))]
+
+    def work(ranks):
+        grad = np.array([-0.0, 0.0]) if ranks.rank == having else None
+        partial = Partial({"a": np.float64(0)}, [grad], True)
+        return ranks.sum([Node(ranks.rank, ranks.rank + 1, partial)], 2, ["a"], params)
+
+    for outcome in run_ranks(2, work):
+        assert np.signbit(outcome.result.grads[0]).tolist() == [True, False]
 
 
 def test_sum_of_a_batch_without_sequences_is_empty():
@@ -446,8 +461,8 @@ def test_a_rank_that_cannot_say_why_it_ends_aborts_all(lost):
 def test_a_failure_inside_an_exchange_aborts_all(monkeypatch):
     def work(ranks):
         if ranks.rank == 1:
-            ranks.comm.Allgatherv = None
-        ranks.share(1)
+            ranks.comm.Iallgatherv = None
+        ranks.share(1000 * "a")
 
     outcomes = run_ranks(2, work)
     assert isinstance(outcomes[1].error, TypeError)
@@ -518,8 +533,6 @@ def test_a_signal_in_an_evaluation_stops_all_ranks_before_it_counts(
             if i == 0 and group.rank == receiver:
                 group._received.append(10)
 
-    import threading
-
     here = threading.local()
     monkeypatch.setattr(minilora.training.loop, "evaluation_windows", windows)
 
@@ -531,3 +544,22 @@ def test_a_signal_in_an_evaluation_stops_all_ranks_before_it_counts(
         with pytest.raises(Interrupted, match=r"^SIGUSR1: stopped after 0 steps"):
             raise outcome.error
     assert (tmp_path / "eval.jsonl").read_text() == ""
+
+
+# ---- waiting ----
+
+
+def test_a_rank_that_waits_sleeps():
+    """MPI's own waiting asks some hundred thousand times a second, and takes a core."""
+
+    class Request:
+        asked = 0
+
+        def Test(self) -> bool:
+            self.asked += 1
+            return time.monotonic() > begun + 0.3
+
+    request = Request()
+    begun = time.monotonic()
+    minilora.training.group._wait(request)
+    assert request.asked < 3000

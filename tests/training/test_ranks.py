@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import minilora.training.ranks
 from minilora.cli import main
 from minilora.errors import ConfigError
 from minilora.threads import available_cores
@@ -100,3 +101,23 @@ def test_main_takes_cuda_local_as_the_first_gpu(tmp_path, capsys):
     code = main([*argv, "--steps=1"])
     assert code == 2
     assert "cuda:0" in capsys.readouterr().err
+
+
+class Machine:
+    """The ranks of one machine, by the cores that each may use."""
+
+    def __init__(self, *usable):
+        self.usable = usable
+
+    def allgather(self, mine):
+        return [mine if cores is None else cores for cores in self.usable]
+
+
+@pytest.mark.parametrize(
+    ("others", "share"), [([], 1), ([[999]], 1), ([None], 2), ([None, [999], None], 3)]
+)
+def test_ranks_share_the_cores_that_they_all_may_use(others, share, monkeypatch):
+    """Bound to cores of its own, a rank has all of them; otherwise as many as there are for it."""
+    monkeypatch.setattr(minilora.training.ranks, "available_cores", lambda: 12)
+    cores = minilora.training.ranks._share_of_cores(Machine(None, *others))
+    assert cores == 12 // share

@@ -97,11 +97,14 @@ def test_add_up_keeps_few_sums_while_shards_come():
 
 
 def test_partial_add_takes_none_as_no_part():
-    one = Partial({"a": np.float64(1)}, [np.ones(2), None, None], trained=False)
-    two = Partial({"a": np.float64(2), "b": np.float64(3)}, [np.ones(2), np.ones(1), None], True)
+    first = [np.ones(2), None, None, np.ones(3)]
+    second = [np.ones(2), np.ones(1), None, None]
+    one = Partial({"a": np.float64(1)}, first, trained=False)
+    two = Partial({"a": np.float64(2), "b": np.float64(3)}, second, trained=True)
     total = one.add(two)
     assert total.losses == {"a": 3, "b": 3}
     assert total.grads[0].tolist() == [2, 2]
     assert total.grads[1].tolist() == [1]
     assert total.grads[2] is None
+    assert total.grads[3].tolist() == [1, 1, 1]
     assert total.trained
