@@ -47,6 +47,7 @@ def attention(
     extend: Callable[[Array, Array], tuple[Array, Array]] | None = None,
     window: int | None = None,
     first_key: Array | None = None,
+    extend_back: Callable[[Array, Array], tuple[Array, Array]] | None = None,
 ) -> Tensor:
     """Causal self-attention, softmax(q k^T) v.    qkv (B, T, (H + 2 K) D) -> (B, T, H D)
 
@@ -55,10 +56,12 @@ def attention(
     cos, sin  (T, (H + K) D) or (B, T, (H + K) D) rotate q and k, see `apply_rotary`; the columns of
               q include the scale 1/sqrt(D) of the scores. Without them nothing is rotated
     extend    extend(k, v), each (B, T, K, D), may return (B, S, K, D) with earlier positions in
-              front: the T queries are the last of S. Use it without gradients only
+              front: the T queries are the last of S. Without `extend_back` no gradient flows
     window    a query sees only the newest `window` keys (Beltagy et al. 2020, section 3.1)
     first_key (B, T) integers: a query sees no key before this one of the S. Not above the query's
               own key, or its output is NaN. None: all earlier keys
+    extend_back   the gradient of `extend`: from dk and dv (B, S, K, D) of what that returned to
+              those of its arguments (B, T, K, D)
     """
     if qkv.ndim != 3:
         raise ValueError(f"attention: qkv must have shape (B, T, channels), got {qkv.shape}")
@@ -78,7 +81,7 @@ def attention(
         raise ValueError(f"attention: window must be None or 1 or more, got {window}")
     D = width // count
     Z = as_floats(qkv.data).reshape(B, T, count, D)
-    options = extend, window, first_key
+    options = extend, window, first_key, extend_back
     O, back = qkv.backend.run(_rotate_and_attend, Z, heads, kv_heads, cos, sin, *options)
 
     def vjp(dy: Array) -> Grads:
@@ -98,6 +101,7 @@ def _rotate_and_attend(
     extend: Callable[[Array, Array], tuple[Array, Array]] | None,
     window: int | None,
     first_key: Array | None,
+    extend_back: Callable[[Array, Array], tuple[Array, Array]] | None,
 ) -> tuple[Array, Callable[[Array], Array]]:
     """(O, the function from dO to dZ) of arrays.    Z (B, T, H + 2 K, D) -> O (B, T, H, D)"""
     xp = backend.xp
@@ -113,11 +117,17 @@ def _rotate_and_attend(
         k, v = extend(k, v)
     O, attend_back = _attend(backend, q, k, v, window, first_key)
     shape = Z.shape
+    extended = k.shape
 
     def back(dO: Array) -> Array:
         dZ = xp.empty(shape, dO.dtype)
         dQK = dZ[:, :, :rotated] if cos is None else xp.empty_like(QK)
-        attend_back(dO, dQK[:, :, :heads], dQK[:, :, heads:], dZ[:, :, rotated:])
+        if extend_back is None:
+            attend_back(dO, dQK[:, :, :heads], dQK[:, :, heads:], dZ[:, :, rotated:])
+        else:
+            dk, dv = xp.empty((2, *extended), dO.dtype)
+            attend_back(dO, dQK[:, :, :heads], dk, dv)
+            dQK[:, :, heads:], dZ[:, :, rotated:] = extend_back(dk, dv)
         if cos is None or sin is None:
             dQK[:, :, :heads] *= D**-0.5
         else:

@@ -163,11 +163,18 @@ class Backend:
         return self.xp.ones((1, P.shape[1]), P.dtype) @ P
 
     def random_words(
-        self, key: int, first: int, rows: int, count: int, step: Array | None = None
+        self,
+        key: int,
+        first: int,
+        rows: int,
+        count: int,
+        step: Array | None = None,
+        start: int = 0,
     ) -> Array:
         """(rows, count) random uint64.
 
-        step   one uint64 (1,) on the device, or None
+        step    one uint64 (1,) on the device, or None
+        start   how many words of each row come before these
 
         With key = mix_key(...), row i depends on mix_key(..., first + i) alone, or with a step on
         mix_key(..., step, first + i). SplitMix64 (Steele, Lea & Flood 2014, fig. 13): word j is a
@@ -188,7 +195,8 @@ class Backend:
         position = self.xp.arange(first, first + rows, dtype=np.uint64)
         # The last round of mix_key, for every row at once.
         keys = mix((position ^ key_of_step) + golden)
-        return mix(keys[:, None] + self.xp.arange(1, count + 1, dtype=np.uint64) * golden)
+        numbers = self.xp.arange(start + 1, start + count + 1, dtype=np.uint64)
+        return mix(keys[:, None] + numbers * golden)
 
     @functools.cached_property
     def _erf_table(self) -> tuple[Array, Array]:

@@ -142,24 +142,28 @@ def embedding(ids: Array, weight: Tensor) -> Tensor:
 # ---- dropout -------------------------------------------------------------------------------------
 
 
-def dropout(x: Tensor, p: float, key: int, first: int = 0, step: Array | None = None) -> Tensor:
+def dropout(
+    x: Tensor, p: float, key: int, first: int = 0, step: Array | None = None, start: int = 0
+) -> Tensor:
     """Zero each element with probability p, scale the others by 1 / (1 - p).    x (B, ...)
 
     The mask of sequence b is a function of (key, step, first + b): see `Backend.random_words`. So
     it does not depend on how a batch was cut, and backward makes it again instead of keeping it;
     until then `step` must not change. ConfigError unless 0 <= p <= 1.
+
+    start   how many elements of each sequence come before those of x, and have the mask before
     """
     check_probability(p)
     if p == 0:
         return x
     if p == 1:
         return where(False, x, 0)  # nothing is left to scale
-    y, back = x.backend.run(_dropout, x.data, float(p), key, first, step)
+    y, back = x.backend.run(_dropout, x.data, float(p), key, first, step, start)
     return record(y, (x,), lambda dy: (back(dy),))
 
 
 def _dropout(
-    backend: Backend, X: Array, p: float, key: int, first: int, step: Array | None
+    backend: Backend, X: Array, p: float, key: int, first: int, step: Array | None, start: int
 ) -> tuple[Array, Callable[[Array], Array]]:
     """(y, the function from dy to dx)    X (B, ...)"""
     shape = X.shape
@@ -170,8 +174,10 @@ def _dropout(
     threshold = np.uint32(min(round(p * 2**32), 2**32 - 1))
 
     def mask() -> Array:
-        words = backend.random_words(key, first, count, (size + 1) // 2, step)
-        bits = words.view(np.uint32)[:, :size]  # 32 random bits per element
+        # 32 random bits per element: two elements share a word.
+        skipped, odd = divmod(start, 2)
+        words = backend.random_words(key, first, count, (odd + size + 1) // 2, step, skipped)
+        bits = words.view(np.uint32)[:, odd : odd + size]
         return (bits >= threshold).reshape(shape).astype(dtype) * scale
 
     return X * mask(), lambda dy: dy * mask()

@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import functools
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -367,18 +368,19 @@ class LayerNorm(Module):
 
 
 @contextlib.contextmanager
-def dropout_counter(seed: int, step: int | Array, first: int = 0) -> Iterator[None]:
+def dropout_counter(seed: int, step: int | Array, first: int = 0, start: int = 0) -> Iterator[None]:
     """Inside, this thread's dropout masks are those of training step `step`.
 
-    They are for sequences `first`, `first` + 1, ... A mask is then a function of (seed, step,
-    layer, sequence), whichever thread runs whichever part of a batch.
+    They are for sequences `first`, `first` + 1, ... and their positions from `start` on. A mask is
+    then a function of (seed, step, layer, sequence, position), whichever thread runs whichever part
+    of a batch.
 
     step   a number, or an array (1,) of uint64 on the model's device, which is read when a mask is
            made, forward and backward. A step that was captured as a CUDA graph can be replayed with
            another number in it, with the masks of that number
     """
     before = getattr(_thread, "counter", None)
-    _thread.counter = (seed, step, first)
+    _thread.counter = (seed, step, first, start)
     try:
         yield
     finally:
@@ -408,12 +410,13 @@ class Dropout(Module):
             return x
         counter = getattr(_thread, "counter", None)
         if counter is None:
-            counter = (0, self.calls, 0)
+            counter = (0, self.calls, 0, 0)
             self.calls += 1
-        seed, step, first = counter
+        seed, step, first, start = counter
+        before = start * math.prod(x.shape[2:])  # elements of a sequence
         if isinstance(step, x.backend.xp.ndarray):
-            return F.dropout(x, self.p, mix_key(seed, self.stream), first, step)
-        return F.dropout(x, self.p, mix_key(seed, self.stream, step), first)
+            return F.dropout(x, self.p, mix_key(seed, self.stream), first, step, before)
+        return F.dropout(x, self.p, mix_key(seed, self.stream, step), first, start=before)
 
 
 def checkpoint(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence[Tensor]) -> Tensor:
@@ -425,7 +428,7 @@ def checkpoint(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence
     if not grad_enabled() or not (x.requires_grad or params):
         return function(x)
     # Both runs must draw the same dropout masks.
-    counter = getattr(_thread, "counter", None) or (0, next(_recomputed), 0)
+    counter = getattr(_thread, "counter", None) or (0, next(_recomputed))
     X = x.data
     need_dx = x.requires_grad
     # The vjp names these arrays, so that a change of them is noticed: see `record`'s guards.

@@ -229,6 +229,15 @@ def test_random_words_mix_a_step_into_the_key_as_mix_key_does(
     assert number.tolist() == [step]
 
 
+@given(WORD, st.integers(0, 2**40), st.integers(0, 5), st.integers(0, 5))
+def test_random_words_begin_at_any_word_of_a_row(
+    key: int, first: int, start: int, count: int
+) -> None:
+    words = NUMPY.random_words(key, first, 3, start + count)
+    rest = NUMPY.random_words(key, first, 3, count, start=start)
+    np.testing.assert_array_equal(rest, words[:, start:])
+
+
 @given(st.integers(-(2**63), 2**64 - 1))
 def test_random_words_take_keys_modulo_2_to_the_64(key: int) -> None:
     words = NUMPY.random_words(key, 0, 1, 2)

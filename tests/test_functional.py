@@ -417,6 +417,45 @@ def test_attention_never_looks_ahead(B, T, heads, data):
     assert (after[:, t] != before[:, t]).any()
 
 
+@given(
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.sampled_from([(2, 2), (4, 2), (4, 1)]),
+    st.none() | st.integers(1, 6),
+)
+def test_attention_passes_gradients_back_through_extend(T, past, heads, window):
+    arrays = draw_qkv(2, T + past, *heads, np.float64)
+    B, S, K, D = arrays[1].shape
+    count = heads[0] + 2 * K
+    angles = RNG.standard_normal((S, D // 2))
+    cos, sin = rotary_tables(angles, *heads, D**-0.5)
+    qkv = leaf(np.concatenate([z.reshape(B, S, -1) for z in arrays], axis=-1))
+    whole = F.attention(qkv, *heads, cos, sin, window=window)
+    dy = RNG.standard_normal((B, T, whole.shape[2]))
+    upstream = np.concatenate([np.zeros((B, past, whole.shape[2])), dy], axis=1)
+    [expected] = gradients(whole, [qkv], upstream)
+    earlier = {}
+
+    def extend(k, v):
+        rotated = apply_rotary(np, arrays[1], *(t[:, heads[0] * D :] for t in (cos, sin)))
+        return (
+            np.concatenate([rotated[:, :past], k], axis=1),
+            np.concatenate([arrays[2][:, :past], v], axis=1),
+        )
+
+    def extend_back(dk, dv):
+        earlier["dv"] = dv[:, :past]
+        return dk[:, past:], dv[:, past:]
+
+    newest = leaf(qkv.data[:, past:].copy())
+    tables = cos[past:], sin[past:]
+    y = F.attention(newest, *heads, *tables, extend, window, extend_back=extend_back)
+    close(y.data, whole.data[:, past:], 1e-13)
+    [grad] = gradients(y, [newest], dy)
+    close(grad, expected[:, past:], 1e-12)
+    close(earlier["dv"], expected.reshape(B, S, count, D)[:, :past, -K:], 1e-12)
+
+
 @given(st.integers(1, 5), st.integers(0, 5), st.sampled_from([(2, 2), (4, 2), (4, 1)]))
 def test_attention_of_fewer_queries_gives_the_last_rows(T, past, heads):
     q, k, v = draw_qkv(2, T + past, *heads, dtype=np.float64)
@@ -545,6 +584,16 @@ def test_rms_norm_and_lora_linear_take_integers_as_floats():
     A = Tensor(np.ones((1, 3), np.int8))
     y = F.lora_linear(Tensor(x), Tensor(x), A, Tensor(np.ones((3, 1), np.int8)), 0.5)
     equal(y.data, np.full((1, 3), 250.0))
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))
+def test_dropout_of_later_positions_has_their_part_of_the_mask(B, before, T, C):
+    ones = np.ones((B, before + T, C))
+    whole = F.dropout(Tensor(ones), 0.5, 3, first=7).data
+    x = leaf(ones[:, before:])
+    y = F.dropout(x, 0.5, 3, first=7, start=before * C)
+    equal(y.data, whole[:, before:])
+    equal(gradients(y, [x], x.data)[0], whole[:, before:])
 
 
 def test_dropout_takes_numpy_s_integers_as_keys():

@@ -28,6 +28,7 @@ def rotate_and_attend(
     extend: Callable[[Array, Array], tuple[Array, Array]] | None,
     window: int | None,
     first_key: Array | None,
+    extend_back: Any = None,
 ) -> tuple[Array, Callable[[Array], Array]] | None:
     """`_rotate_and_attend` in two launches forward and three backward; None if D > MOST_CHANNELS.
 
@@ -39,6 +40,8 @@ def rotate_and_attend(
     if kernels is None or D > MOST_CHANNELS or not _is_rotation(cos, sin, Z, rotated):
         return None
     if first_key is not None and first_key.shape != (B, T):
+        return None
+    if extend_back is not None:  # dk and dv of S keys would need an array of their own
         return None
     xp = backend.xp
     Z = xp.ascontiguousarray(Z)

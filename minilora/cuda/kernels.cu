@@ -235,14 +235,15 @@ __device__ Word mix(Word z) {
 __device__ Word mixed_key(Word key, Word number) { return mix((key ^ number) + GOLDEN); }
 
 // y = x scale where 32 random bits are at least `threshold`, x 0 elsewhere    x, y (rows, C)
-// A word has the bits of two numbers. `step`, one number or null, is mixed into the key here.
+// A word has the bits of two numbers; `start` words of each row come before these. `step`, one number or
+// null, is mixed into the key here.
 extern "C" __global__ void dropout(const REAL* x, REAL* y, Word key, const Word* step, Word first, Int rows, Int C,
-                                   unsigned threshold, REAL scale) {
+                                   Int start, unsigned threshold, REAL scale) {
     Int words = (C + 1) / 2;
     if (step) key = mixed_key(key, *step);
     FOR_EACH(i, rows * words) {
         Int row = i / words, word = i % words, at = row * C + 2 * word;
-        Word bits = mix(mixed_key(key, first + row) + (word + 1) * GOLDEN);
+        Word bits = mix(mixed_key(key, first + row) + (start + word + 1) * GOLDEN);
         y[at] = x[at] * ((unsigned)bits >= threshold ? scale : REAL(0));
         if (2 * word + 1 < C) y[at + 1] = x[at + 1] * ((unsigned)(bits >> 32) >= threshold ? scale : REAL(0));
     }

@@ -167,10 +167,10 @@ def gelu_tanh(backend: Any, X: Array) -> tuple[Array, Pull] | None:
 
 @replaces("_dropout")
 def dropout(
-    backend: Any, X: Array, p: float, key: int, first: int, step: Array | None
+    backend: Any, X: Array, p: float, key: int, first: int, step: Array | None, start: int
 ) -> tuple[Array, Pull] | None:
     kernels = kernels_of(backend, X)
-    if kernels is None:
+    if kernels is None or start % 2:  # a word has the bits of two elements
         return None
     xp = backend.xp
     shape = X.shape
@@ -182,7 +182,7 @@ def dropout(
     def dropped(x: Array) -> Array:
         y = xp.empty(shape, X_dtype)
         x = xp.ascontiguousarray(x, X_dtype)
-        size = rows, C, threshold, 1 / (1 - p)
+        size = rows, C, start // 2, threshold, 1 / (1 - p)
         kernels.for_each("dropout", rows * ((C + 1) // 2), x, y, *words, *size)
         return y
 

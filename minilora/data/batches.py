@@ -110,9 +110,16 @@ class Batch:
         No loss depends on them: attention is causal.
         """
         counted = np.flatnonzero((self.targets != IGNORE).any(axis=0))
-        T = int(counted[-1]) + 1 if len(counted) else 1
-        first_key = None if self.first_key is None else self.first_key[:, :T]
-        return Batch(self.ids[:, :T], self.targets[:, :T], self.first, self.tasks, first_key)
+        return self.positions(0, int(counted[-1]) + 1 if len(counted) else 1)
+
+    def positions(self, start: int, stop: int) -> Batch:
+        """Positions start to stop of all sequences; views. `first_key` still counts from the first.
+
+        For a model that has seen the positions before `start`.
+        """
+        at = np.s_[:, start:stop]
+        first_key = None if self.first_key is None else self.first_key[at]
+        return Batch(self.ids[at], self.targets[at], self.first, self.tasks, first_key)
 
     def by_task(self) -> list[TaskBatch]:
         """[(task, its sequences)], or [(None, the batch)] without tasks.

@@ -1,4 +1,4 @@
-"""What a decoder remembers between the tokens that it writes: the keys and values so far."""
+"""What a model is told of the positions before those that it computes: their keys and values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,29 @@ from typing import Any
 from ..backend import Array
 
 
-class KeyValueCache:
+class Cache:
+    """The positions before those that a model is given.
+
+    length              how many they are
+    passes_gradients    whether `extend_back` can be called
+    """
+
+    length: int = 0
+    passes_gradients = False
+
+    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
+        """Append k and v (B, T, K, D) of one layer; return its k and v (B, S, K, D) so far."""
+        raise NotImplementedError
+
+    def extend_back(self, layer: int, dk: Array, dv: Array) -> tuple[Array, Array]:
+        """The gradient of `extend`: from dk, dv (B, S, K, D) of its results to (B, T, K, D)."""
+        raise NotImplementedError
+
+    def advance(self, count: int) -> None:
+        """Take note that every layer has been extended by `count` positions."""
+
+
+class KeyValueCache(Cache):
     """The keys and values of at most `limit` positions, which make generation incremental.
 
     data     (layers, 2, B, limit, K, D): of each layer its keys, then its values

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from ..autograd import Tensor
 from ..backend import Array
 from ..nn import Embedding, Module, run_blocks
-from .cache import KeyValueCache
+from .cache import Cache
 
 # Of first weights; None leaves them zero. As text, because `np.random` takes time to import.
 Generator: TypeAlias = "np.random.Generator | None"
@@ -23,17 +22,22 @@ class Positions(NamedTuple):
     first_key   (B, T) integers, the first key that each token sees, counted over the cache and the
                 T tokens; None: all earlier ones
     cos, sin    the rotation of q and k, as `functional.attention` reads them; None: no rotation
-    cache       the keys and values of the tokens before these; None: there are none
+    cache       the tokens before these; None: there are none
     """
 
     first_key: Array | None = None
     cos: Array | None = None
     sin: Array | None = None
-    cache: KeyValueCache | None = None
+    cache: Cache | None = None
 
-    def extend(self, layer: int) -> Callable[[Array, Array], tuple[Array, Array]] | None:
-        """`KeyValueCache.extend` of this layer, or None without a cache."""
-        return functools.partial(self.cache.extend, layer) if self.cache else None
+    def earlier(self, layer: int) -> dict[str, Any]:
+        """What `functional.attention` needs of the cache in this layer; nothing without one."""
+        if self.cache is None:
+            return {}
+        options = {"extend": functools.partial(self.cache.extend, layer)}
+        if self.cache.passes_gradients:
+            options["extend_back"] = functools.partial(self.cache.extend_back, layer)
+        return options
 
 
 class BaseDecoder(Module):
@@ -60,7 +64,7 @@ class BaseDecoder(Module):
         return None, None
 
     def __call__(
-        self, ids: Array, cache: KeyValueCache | None = None, first_key: Array | None = None
+        self, ids: Array, cache: Cache | None = None, first_key: Array | None = None
     ) -> Tensor:
         """The last norm's output.
 
@@ -76,5 +80,4 @@ class BaseDecoder(Module):
             places = places - first_key
         x = self.embed(ids, places)
         positions = Positions(first_key, *self.rotation(places, end, x), cache)
-        recompute = self.recompute and cache is None
-        return norm(run_blocks(blocks, x, positions, recompute))  # type: ignore[no-any-return]
+        return norm(run_blocks(blocks, x, positions, self.recompute))  # type: ignore[no-any-return]

@@ -44,9 +44,8 @@ class GPT2Attention(Module):
 
     def __call__(self, x: Tensor, positions: Positions) -> Tensor:
         H = self.heads
-        extend = positions.extend(self.layer)
-        first_key = positions.first_key
-        y = F.attention(self.c_attn(x), H, H, extend=extend, first_key=first_key)
+        earlier = positions.earlier(self.layer)
+        y = F.attention(self.c_attn(x), H, H, first_key=positions.first_key, **earlier)
         return self.c_proj(y)
 
 

@@ -20,7 +20,8 @@ from ..backend import Array, Backend
 from ..errors import ConfigError, DataError, GraphError
 from ..nn import Embedding, FusedProjection, Linear, Module, RMSNorm, normal, random_linear
 from ..precision import FLOAT32, check_compute
-from .cache import KeyValueCache
+from .cache import Cache
+from .cache import KeyValueCache as KeyValueCache
 from .config import TransformerConfig
 from .decoder import BaseDecoder, Generator, Positions
 from .gpt2 import GPT2Decoder
@@ -104,8 +105,9 @@ class Attention(FusedProjection):
             v = heads[:, :, H + K :]
             qkv = concat([q, k, v], axis=2).reshape(*qkv.shape)
         first_key, cos, sin, _ = positions
-        extend = positions.extend(self.layer)
-        return self.o_proj(F.attention(qkv, H, K, cos, sin, extend, self.window, first_key))
+        options = positions.earlier(self.layer)
+        y = F.attention(qkv, H, K, cos, sin, window=self.window, first_key=first_key, **options)
+        return self.o_proj(y)
 
 
 class MLP(FusedProjection):
@@ -200,17 +202,18 @@ class CausalLM(Module):
     def __call__(
         self,
         ids: Any,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
         targets: Array | None = None,
         first_key: Array | None = None,
     ) -> Tensor:
         """ids (B, T) integers -> logits (B, T, V).
 
-        With a cache, the logits (B, 1, V) of the last position alone. With `targets` (B, T), in
-        place of logits the sum of -log p(target) over the targets that are not F.IGNORE, a scalar;
-        a plain head then never holds all logits at once. With `first_key` (B, T) integers, a
-        position sees no key before that one, and is numbered from there: what shares a row, such as
-        packed records, is computed as if each were alone. Keys are counted from the cache's first.
+        With a cache, which holds earlier positions, the logits (B, 1, V) of the last position
+        alone. With `targets` (B, T), in place of logits the sum of -log p(target) over the targets
+        that are not F.IGNORE, a scalar; a plain head then never holds all logits at once. With
+        `first_key` (B, T) integers, a position sees no key before that one, and is numbered from
+        there: what shares a row, such as packed records, is computed as if each were alone. Keys
+        are counted from the cache's first.
         DataError for ids outside the vocabulary, too many positions, or a `first_key` that is
         negative or after its own position.
         """
@@ -223,16 +226,15 @@ class CausalLM(Module):
             first_key = self._check_first_key(first_key, ids.shape, end)
         hidden = self.decoder(ids, cache, first_key)
         if cache:
-            if hidden.requires_grad:
+            if hidden.requires_grad and not cache.passes_gradients:
                 raise GraphError(
                     "a KeyValueCache holds arrays, through which no gradient flows: "
                     "use it under no_grad()"
                 )
             cache.advance(ids.shape[1])
-            hidden = hidden[:, -1:]
         head = self.lm_head
         if targets is None:
-            return head(hidden)
+            return head(hidden[:, -1:] if cache else hidden)
         if isinstance(head, Linear) and head.bias is None:
             return F.linear_cross_entropy(
                 hidden, head.weight, targets, reduction="sum", compute=head.compute

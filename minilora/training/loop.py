@@ -114,7 +114,12 @@ def train(
         base.gradient_checkpointing_enable(settings.gradient_checkpointing)
         sharded = stack.enter_context(
             ShardedStep(
-                model, settings.threads, run.settings.shard, graph=settings.graph, ranks=ranks
+                model,
+                settings.threads,
+                run.settings.shard,
+                graph=settings.graph,
+                ranks=ranks,
+                part=run.settings.part,
             )
         )
         if ranks.size > 1:

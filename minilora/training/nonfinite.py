@@ -22,18 +22,20 @@ def explain_non_finite(
     step: int = 0,
     *,
     shard: int | None = None,
+    part: int | None = None,
     loss: Callable[[Any, Batch], Tensor] = language_modelling_loss,
 ) -> str:
     """The reason why a training step is not finite: one sentence of at most 500 characters.
 
     The forward and backward of `ShardedStep.gradients` run again in anomaly mode, one shard after
-    another, with the same batch, seed and step (so the same dropout masks) and the same `shard` (so
-    the same cut); then the parameters are checked. No weight and no `.grad` changes.
+    another, with the same batch, seed and step (so the same dropout masks) and the same `shard` and
+    `part` (so the same cut); then the parameters are checked. No weight and no `.grad` changes.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     reason = ""
     quiet = np.errstate(all="ignore")
-    with quiet, ShardedStep(model, 1, shard, loss) as sharded, detect_anomaly(True, model):
+    sharded_step = ShardedStep(model, 1, shard, loss, part=part)
+    with quiet, sharded_step as sharded, detect_anomaly(True, model):
         try:
             total, grads = sharded.gradients(batch, params, seed, step)
             finite = math.isfinite(float(total))

@@ -33,7 +33,7 @@ from ..quant.half import iterate_pieces
 from .checkpoints import checkpoint_place, find_checkpoint, save_checkpoint
 from .graphed import Divisors, GraphedStep, Step
 from .nonfinite import explain_non_finite
-from .parallel import ShardedStep, shard_size
+from .parallel import ShardedStep, part_size, shard_size
 from .ranks import Alone, Ranks
 from .resuming import require_same_run
 from .settings import Settings
@@ -67,19 +67,20 @@ class Run:
         origin: str | None = None,
         ranks: Ranks | None = None,
     ):
-        if settings.shard is None:
-            shard = shard_size(model, settings.sequences, settings.context)
-            settings = dataclasses.replace(settings, shard=shard)
+        sizes = settings.sequences, settings.context
+        shard = settings.shard or shard_size(model, *sizes)
+        part = settings.part or part_size(model, *sizes, shard)
+        settings = dataclasses.replace(settings, shard=shard, part=part)
         self.model = model
         self.settings = settings
         self.out = out
         self.ranks = ranks or Alone()
-        sizes = settings.context, settings.sequences, settings.seed
+        drawn = settings.context, settings.sequences, settings.seed
         self.windows: Windows | TaskWindows
         if isinstance(tokens, Mapping):
-            self.windows = TaskWindows(tokens, *sizes)
+            self.windows = TaskWindows(tokens, *drawn)
         else:
-            self.windows = Windows(tokens, *sizes)
+            self.windows = Windows(tokens, *drawn)
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.optimizer = AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
         saved = {id(p) for p in _saved_parameters(model)}
@@ -200,7 +201,10 @@ class Run:
         """Why the next step is not finite, in one sentence: the step runs again in anomaly mode."""
         settings = self.settings
         batch = self.batch(self.done)
-        return explain_non_finite(self.model, batch, settings.seed, self.done, shard=settings.shard)
+        numbers = settings.seed, self.done
+        return explain_non_finite(
+            self.model, batch, *numbers, shard=settings.shard, part=settings.part
+        )
 
     def saved_bytes(self) -> int:
         """The bytes that saving needs: the weights, and with checkpoints their two moments."""

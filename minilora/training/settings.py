@@ -19,7 +19,7 @@ from ..errors import (
 MAX_SEQUENCES = 2**20
 _LIMIT = 2**63
 _COUNTS = ("steps", "batch_size", "context", "accumulate")
-_OPTIONAL = ("shard", "threads", "eval_every", "save_every")
+_OPTIONAL = ("shard", "part", "threads", "eval_every", "save_every")
 _RULES = [
     *integer_rules(*_COUNTS, least=1, limit=_LIMIT),
     *map(optional_rule, integer_rules(*_OPTIONAL, least=1, limit=_LIMIT)),
@@ -41,6 +41,8 @@ class Settings:
     warmup         steps of linear warm-up to `lr`, followed by half a cosine down to `floor` x lr
     max_grad_norm  gradients are scaled down to this norm
     shard          sequences that run forward and backward together; None: chosen from the shape
+    part           positions of a sequence that run forward and backward together, about; None:
+                   chosen from the shape: parts run at the same time, see parts.py
     eval_every     in steps; None: at the start and at the end only
     save_every     in steps, and at the end; None: only when the run is stopped
     gradient_checkpointing  store less for backward and compute it again: see
@@ -59,6 +61,7 @@ class Settings:
     accumulate: int = 1
     seed: int = 0
     shard: int | None = None
+    part: int | None = None
     threads: int | None = None
     eval_every: int | None = None
     save_every: int | None = None
@@ -82,6 +85,12 @@ class Settings:
             raise ConfigError(
                 f"batch_size x accumulate must be at most {MAX_SEQUENCES} sequences, "
                 f"got {self.batch_size} x {self.accumulate}"
+            )
+
+        if self.part is not None and self.part > self.context:
+            raise ConfigError(
+                f"part must be at most context ({self.context}), which leaves sequences whole, "
+                f"got {self.part}"
             )
 
     @property

@@ -91,19 +91,20 @@ row(functional._gelu_tanh, "any", matrix, ("gelu_tanh",), ("gelu_tanh_back",))
 row(functional._swiglu, "any", pair, ("swiglu",), ("swiglu_back",))
 
 
-def dropout(p: float, first: int, step: int | None) -> None:
+def dropout(p: float, first: int, step: int | None, start: int = 0) -> None:
     number = None if step is None else np.array([step], np.uint64)
 
     def inputs(rng: np.random.Generator, N: int, C: int) -> list[Any]:
-        return [rng.standard_normal((N, C)), p, mix_key(5, 2**63), first, number]
+        return [rng.standard_normal((N, C)), p, mix_key(5, 2**63), first, number, start]
 
-    variant = f"{p}, {first}, {step}"
+    variant = f"{p}, {first}, {step}, {start}"
     row(functional._dropout, variant, inputs, ("dropout",), ("dropout",), exact=True)
 
 
 dropout(0.1, 0, None)
 dropout(0.5, 2**40, 2**64 - 1)
 dropout(1 - 2**-40, 3, 7)
+dropout(0.5, 3, 7, 2 * 11)
 
 
 def norm(body: Callable[..., Any], name: str, *needed: bool) -> None:

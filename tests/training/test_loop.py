@@ -133,7 +133,7 @@ for field in ("steps", "batch_size", "context", "accumulate"):
     BAD[field] = [*NO_COUNTS, 0]
 for field in ("warmup", "seed"):
     BAD[field] = NO_COUNTS
-for field in ("shard", "threads", "eval_every", "save_every"):
+for field in ("shard", "part", "threads", "eval_every", "save_every"):
     BAD[field] = [*NO_OPTIONAL_COUNTS, 0]
 for field in ("lr", "max_grad_norm"):
     BAD[field] = [*NO_NUMBERS, 0, 0.0]
@@ -402,7 +402,14 @@ def stopped(tmp_path_factory):
 
 
 OTHER = {"batch_size": 5, "context": 7, "lr": 2e-2, "warmup": 3, "floor": 0.2}
-OTHER |= {"weight_decay": 0.2, "max_grad_norm": 2.0, "accumulate": 2, "seed": 1, "shard": 1}
+OTHER |= {
+    "weight_decay": 0.2,
+    "max_grad_norm": 2.0,
+    "accumulate": 2,
+    "seed": 1,
+    "shard": 1,
+    "part": 4,
+}
 
 
 def contents(folder):
@@ -436,7 +443,8 @@ def test_resume_error_names_a_changed_setting(name, stopped, tmp_path):
     other = OTHER[name]
     message = refused(stopped, tmp_path, lora(), TEXT, short(**{name: other}), name)
     assert repr(other) in message
-    assert repr(getattr(SHORT, name)) in message
+    before = SHORT.context if name == "part" else getattr(SHORT, name)  # whole sequences
+    assert repr(before) in message
 
 
 def test_resume_error_names_every_changed_setting(stopped, tmp_path):
