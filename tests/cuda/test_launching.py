@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,13 @@ REALS = {"float": np.float32, "double": np.float64}
 @pytest.mark.parametrize("real", REALS)
 def test_kernels_compile_with_nvrtc(real: str) -> None:
     assert b"add_rows" in compile_with_nvrtc(SOURCE, [f"REAL={real}"])
+
+
+def test_kernels_have_no_atomic_operation() -> None:
+    """Their order, and so the last bits of a sum, would differ from run to run."""
+    code = re.sub(r"//.*", "", SOURCE.read_text(encoding="utf-8"))
+    assert "atomic" not in code
+    assert "extern" in code
 
 
 @pytest.mark.skipif(find_nvcc() is None, reason="not installed: nvcc")
