@@ -355,9 +355,12 @@ class ShardedStep:
 
         try:
             waiting = []  # losses that are still on the device
-            for loss in _add_parts(self._workers.map(_run, jobs()), _add_loss):
-                waiting.append(loss)
-                if self._on_cpu or len(waiting) == READ_TOGETHER:
+            for loss, count in _add_parts(self._workers.map(_run, jobs()), _add_loss):
+                if self._on_cpu:
+                    yield loss.item(), count
+                    continue
+                waiting.append((loss, count))
+                if len(waiting) == READ_TOGETHER:
                     yield from _read(backend, waiting)
                     waiting = []
             yield from _read(backend, waiting)
