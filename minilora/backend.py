@@ -155,6 +155,10 @@ class Backend:
         """Arrays of one dtype end to end, as a vector."""
         return self.xp.concatenate([array.reshape(-1) for array in arrays])
 
+    def read(self, scalars: Sequence[Array]) -> list[float]:
+        """Scalars of one dtype as numbers: one transfer, and one wait, for all."""
+        return self.to_numpy(self.join(scalars)).tolist()  # type: ignore[no-any-return]
+
     def sum_keys(self, P: Array) -> Array:
         """The sum over axis 1.    (B, s, n) -> (B, 1, n)
 
@@ -237,6 +241,9 @@ class NumpyBackend(Backend):
 
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.asarray(array)
+
+    def read(self, scalars: Sequence[Array]) -> list[float]:
+        return [float(scalar) for scalar in scalars]
 
     def add_rows(self, index: Array, rows: Array, count: int) -> Array:
         out = np.zeros((count, rows.shape[1]), rows.dtype)

@@ -47,14 +47,14 @@ Divisors = dict[str | None, Divisor]
 class Step(NamedTuple):
     """How a run computes a step.
 
-    compute     (batches by task, divisors, number of the step) -> (what is logged, a float64 vector
-                on the device that begins with loss and norm; the clipped gradients)
+    compute     (batches by task, divisors, number of the step) -> (what is logged, float64 scalars
+                on the device, loss and norm first; the clipped gradients)
     optimizer   changes the parameters
     allocator   AdaLoRA's, or None
     allocated   its parameters, by their place among the optimiser's
     """
 
-    compute: Callable[[Sequence[TaskBatch], Divisors, Any], tuple[Array, list[Array | None]]]
+    compute: Callable[[Sequence[TaskBatch], Divisors, Any], tuple[list[Array], list[Array | None]]]
     optimizer: AdamW
     allocator: Any
     allocated: Sequence[int]
@@ -156,14 +156,14 @@ class Captured:
         rows = rates.view(np.float64).reshape(-1, RATES)
 
         def work() -> tuple[Array, list[Update]]:
-            measured, grads = step.compute(on_device, by_task, number.view(np.uint64))
-            check = measured[0] + measured[1]
+            scalars, grads = step.compute(on_device, by_task, number.view(np.uint64))
+            check = scalars[0] + scalars[1]
             updates = step.optimizer.updates(grads)
             step.optimizer.apply(updates, Prepared(rows, check))
             if step.allocator is not None:
                 step.allocator.step_on_device([grads[i] for i in step.allocated], check)
                 step.allocator.settle()
-            return measured, updates
+            return recorder.backend.join(scalars), updates
 
         self.graph = recorder.capture(work)
         self.measured, self.updates = self.graph.result

@@ -71,9 +71,9 @@ def _backend(model: Any) -> Backend:
 
 
 def _read(backend: Backend, losses: Sequence[tuple[Array, int]]) -> Iterator[tuple[float, int]]:
-    """(loss, counted targets) with losses of the device as numbers: one transfer for all."""
+    """(loss, counted targets) with losses of the device as numbers."""
     if losses:
-        values = backend.to_numpy(backend.join([loss for loss, _ in losses])).tolist()
+        values = backend.read([loss for loss, _ in losses])
         yield from zip(values, (count for _, count in losses), strict=True)
 
 

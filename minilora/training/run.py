@@ -160,20 +160,19 @@ class Run:
             measured = graphs.take(task_batches, divisors, self.done, scale)
             if measured is not None:
                 return measured, graphs.count
-        on_device, grads = self._compute(sharded, task_batches, divisors, self.done)
+        scalars, grads = self._compute(sharded, task_batches, divisors, self.done)
 
         def complete() -> None:
             self.optimizer.step(grads, scale)
             if self.allocator is not None:
                 self.allocator.step([grads[i] for i in self.allocated])
 
-        backend = self.optimizer.params[0].backend
-        return backend.to_numpy(on_device).tolist(), complete
+        return self.optimizer.params[0].backend.read(scalars), complete
 
     def _compute(
         self, sharded: ShardedStep, task_batches: Sequence[TaskBatch], divisors: Divisors, step: Any
-    ) -> tuple[Array, list[Array | None]]:
-        """(loss, norm and any penalty as a vector on the device; the clipped gradients)"""
+    ) -> tuple[list[Array], list[Array | None]]:
+        """(loss, norm and any penalty, float64 scalars on the device; the clipped gradients)"""
         params = self.optimizer.params
         seed = self.settings.seed
         mean, grads = sharded.gradients_by_task(task_batches, divisors, params, seed, step)
@@ -185,7 +184,7 @@ class Run:
             for i, grad in zip(self.allocated, penalty_grads, strict=True):
                 grads[i] = _add(grads[i], grad)
         grads, length = clip_by_global_norm(grads, self.settings.max_grad_norm)
-        return params[0].backend.join([mean, length, *penalties]), grads
+        return [mean, length, *penalties], grads
 
     def _graphs(self, sharded: ShardedStep) -> GraphedStep | None:
         """What takes steps as graphs: on a GPU only, by one rank, if the settings allow it."""
