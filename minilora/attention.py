@@ -101,7 +101,7 @@ def _rotate_and_attend(
     extend: Callable[[Array, Array], tuple[Array, Array]] | None,
     window: int | None,
     first_key: Array | None,
-    extend_back: Callable[[Array, Array], tuple[Array, Array]] | None,
+    extend_back: Callable[[Array, Array], tuple[Array, Array]] | None = None,
 ) -> tuple[Array, Callable[[Array], Array]]:
     """(O, the function from dO to dZ) of arrays.    Z (B, T, H + 2 K, D) -> O (B, T, H, D)"""
     xp = backend.xp

@@ -521,9 +521,9 @@ def test_explain_non_finite_uses_the_dropout_masks_of_the_step(
     real = F.dropout
     seen: list[tuple[int, int]] = []
 
-    def dropout(x: Tensor, p: float, key: int, first: int) -> Tensor:
+    def dropout(x: Tensor, p: float, key: int, first: int, start: int) -> Tensor:
         seen.append((key, first))
-        return real(x, p, key, first)
+        return real(x, p, key, first, start=start)
 
     monkeypatch.setattr(F, "dropout", dropout)
     with ShardedStep(model, 1, shard=3) as sharded:

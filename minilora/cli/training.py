@@ -141,7 +141,7 @@ def add_training_options(parser: Parser, lr: float) -> None:
     )
     text = "sequences a thread runs together, at least 1 (default: by the model's size)"
     option(run, "--shard N", text)
-    text = "positions of a sequence a thread runs together, at least 1 (default: by the shapes)"
+    text = "positions of a sequence run together, at least 1 (default: by the shapes)"
     option(run, "--part N", text)
     option(run, "--save-every N", "steps between checkpoints, at least 1 (default: none)")
     text = "steps between evaluations, at least 1 (default: only first and last)"

@@ -68,7 +68,7 @@ def part_edges(config: Any, positions: int, size: int) -> list[int]:
     There are about positions / size parts of equal cost. Position t costs linear + attended t
     multiplications in a layer, the head's share included; those of attention run at half the speed.
     """
-    count = max(1, round(positions / size))
+    count = max(1, round(positions / max(size, 1)))
     C = config.hidden_size
     linear = C * (
         4 * C + 3 * config.intermediate_size + config.vocab_size / config.num_hidden_layers

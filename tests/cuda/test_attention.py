@@ -269,9 +269,10 @@ def test_attention_kernels_leave_other_cases_to_the_reference_body() -> None:
     def runs(D: int = 4, **changed: Any) -> bool:
         Z, _ = (move(gpu, z) for z in qkv(2, 3, 1, 1, D, "float32"))
         tables = [move(gpu, z.astype(np.float32)) for z in draw_tables(3, D, 1, 1, None)]
-        inputs = {"cos": tables[0], "sin": tables[1], "first_key": None} | changed
-        cos, sin, first_key = inputs.values()
-        result = rotate_and_attend(gpu, Z, 1, 1, cos, sin, None, None, first_key)
+        inputs = {"cos": tables[0], "sin": tables[1], "first_key": None, "extend_back": None}
+        inputs |= changed
+        cos, sin, first_key, extend_back = inputs.values()
+        result = rotate_and_attend(gpu, Z, 1, 1, cos, sin, None, None, first_key, extend_back)
         return result is not None
 
     assert runs()
@@ -280,6 +281,7 @@ def test_attention_kernels_leave_other_cases_to_the_reference_body() -> None:
     assert not runs(cos=gpu.xp.ones((3, 8)))  # float64
     assert not runs(sin=gpu.xp.ones((1, 8), np.float32))  # to be broadcast
     assert not runs(first_key=gpu.xp.zeros((1, 3), int))
+    assert not runs(extend_back=lambda dk, dv: (dk, dv))
 
 
 def test_attention_on_a_gpu_has_no_gradient_with_extend() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import interleavings
 import numpy as np
 import pytest
+from fake_ranks import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import shape
@@ -250,6 +251,25 @@ def test_gradients_of_parts_have_the_same_bits_for_any_threads_in_any_order(
         assert bits(step_of(model, batch, threads, 5)) == expected
 
 
+@pytest.mark.parametrize("name", ["lora", "adalora", "tasks", "base and task"])
+def test_gradients_and_losses_of_parts_have_the_same_bits_on_any_ranks(name: str) -> None:
+    tasks_of = {"tasks": ["b", "a", "b"], "base and task": ["__base__", "a", "__base__"]}
+    fields = {"tasks": tasks_of[name]} if name in tasks_of else {}
+    batch = batch_of(3, 24, **fields)
+
+    def measure(ranks: Any, threads: int = 1) -> Any:
+        model = tasks() if fields else MODELS[name]()
+        gradients = bits(step_of(model, batch, threads, 5, ranks=ranks))
+        with ShardedStep(model.eval(), threads, 1, ranks=ranks, part=5) as sharded:
+            return gradients, list(sharded.losses([batch]))
+
+    expected = measure(None)
+    for size, threads in ((1, 2), (2, 1), (3, 2), (4, 2)):
+        for outcome in run_ranks(size, lambda ranks, k=threads: measure(ranks, k)):
+            assert outcome.error is None
+            assert outcome.result == expected
+
+
 def test_losses_of_parts_have_the_same_bits_for_any_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -379,10 +399,10 @@ def test_gradients_of_parts_leave_no_array_behind() -> None:
             monkeypatch.setattr(minilora.training.parallel, "Shared", Seen)
             sharded.gradients(batch, trainable(model))
             list(sharded.losses([batch]))
+        left = [reference() for reference in made]  # without the cycle collector
     finally:
         gc.enable()
-    assert len(made) == 4
-    assert [reference() for reference in made] == [None] * 4  # without the cycle collector
+    assert left == [None] * 4
 
 
 # ---- every order of small cases ----
