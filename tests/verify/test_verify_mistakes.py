@@ -452,7 +452,7 @@ def what_is_left_is_not_scaled(y, x, p, key, first):
 
 @breaks("dropout is unbiased")
 @around(F, "dropout")
-def nothing_is_dropped(real, x, p, key, first):
+def nothing_is_dropped(real, x, p, key, first, start=0):
     return x
 
 
