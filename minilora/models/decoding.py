@@ -223,17 +223,25 @@ class Decoding:
 
     For a CPU; a GPU's is in captured.py.
 
-    cache   the model's keys and values of the prompts, which are copied
+    cache     the model's keys and values of the prompts, which are copied
+    lengths   (B,), how many positions each sequence has seen: also its newest token's position
     """
 
     def __init__(self, weights: Weights, cache: KeyValueCache):
         assert weights.recorder is None, "the weights of gate and up are not negated for a GPU"
         self.weights = weights
-        self.length = cache.length
         layers, _, B, limit, K, D = cache.data.shape
-        self.data = weights.xp.empty((layers, 2, B, K, limit, D), weights.dtype)
-        weights.copy_cache(cache, self.data)
+        self.lengths = np.zeros(B, np.int64)
+        # Zeros, because keys and values that a sequence does not see must be finite.
+        self.data = weights.xp.zeros((layers, 2, B, K, limit, D), weights.dtype)
         self.rotations = weights.rotations(limit)
+        self.windows = {layer.window for layer in weights.layers}
+        self.start(cache)
+
+    def start(self, cache: KeyValueCache, rows: slice = slice(None)) -> None:
+        """Let the sequences `rows` continue from what `cache` has seen, which is copied."""
+        self.weights.copy_cache(cache, self.data[:, :, rows])
+        self.lengths[rows] = cache.length
 
     def __call__(self, ids: np.ndarray) -> Array:
         """ids (B,), the newest token of each sequence -> logits (B, V)"""
@@ -243,9 +251,12 @@ class Decoding:
         H = w.heads
         K = w.kv_heads
         D = w.head_dim
-        at = self.length
-        S = at + 1
-        rotation = self.rotations[at]
+        newest: Any = (slice(None), int(self.lengths[0]))  # (sequences, their positions)
+        if np.ptp(self.lengths):
+            newest = tuple(map(w.backend.from_numpy, (np.arange(B), self.lengths)))
+        rotation = self.rotations[newest[1]]
+        S = int(self.lengths.max()) + 1
+        visible = {window: self._visible_keys(window) for window in self.windows}
         x = w.embedding.data[w.backend.from_numpy(ids)]  # (B, C)
         for layer, key_values in zip(w.layers, self.data, strict=True):
             qkv = layer.qkv(self._normed(x))
@@ -256,11 +267,14 @@ class Decoding:
             # As complex numbers, so that a rotation is one product.
             pairs = qkv[:, : (H + K) * D].view(rotation.dtype)
             pairs *= rotation
-            key_values[:, :, :, at] = qkv[:, H * D :].reshape(B, 2, K, D).swapaxes(0, 1)
-            first = max(0, S - layer.window) if layer.window else 0
+            by_position = key_values.transpose(1, 3, 0, 2, 4)  # (B, limit, 2, K, D)
+            by_position[newest] = qkv[:, H * D :].reshape(B, 2, K, D)
+            first, mask = visible[layer.window]
             keys, values = key_values[:, :, :, first:S]
             q = qkv[:, : H * D].reshape(B, K, H // K, D)
-            p = q @ keys.swapaxes(-1, -2)  # (B, K, G, S)
+            p = q @ keys.swapaxes(-1, -2)  # (B, K, G, S - first)
+            if mask is not None:
+                p += mask
             p -= p.max(axis=-1, keepdims=True)
             xp.exp(p, out=p)
             y = p @ values  # (B, K, G, D)
@@ -273,8 +287,24 @@ class Decoding:
             xp.divide(gate, s, out=s)
             s *= up
             x += layer.down(s)
-        self.length = S
+        self.lengths += 1
         return w.head(self._normed(x))
+
+    def _visible_keys(self, window: int | None) -> tuple[int, Array | None]:
+        """The first key that any newest token sees, and what to add to the scores from there on.
+
+        That is 0 for the keys that a sequence sees and -inf for the others, (B, 1, 1, S - first);
+        None if all sequences have one length.
+        """
+        newest = self.lengths[:, None]
+        oldest = np.maximum(newest + 1 - window, 0) if window else np.zeros_like(newest)
+        first = int(oldest.min())
+        if not np.ptp(newest):
+            return first, None
+        places = np.arange(first, newest.max() + 1)
+        is_seen = (oldest <= places) & (places <= newest)
+        mask = np.where(is_seen, 0, -np.inf).astype(self.weights.dtype)
+        return first, self.weights.backend.from_numpy(mask[:, None, None])
 
     def _normed(self, x: Array) -> Array:
         """x / sqrt(mean(x^2) + eps); the norm's weight is in the product that follows."""
