@@ -22,19 +22,32 @@ from .cache import KeyValueCache
 from .transformer import CausalLM, Decoder
 
 LARGEST = 1 << 31  # bytes of weights that are copied; a larger model computes each token itself
+# A product of a few rows takes up to twice as long if OpenBLAS first copies its weight, which it
+# does beyond this many multiplications. So the columns of the weight are cut into blocks.
+SMALL = 1_000_000
+FEW_ROWS = range(3, 17)
+LEAST_COLUMNS = 32  # of a block: narrower ones gain nothing
 
 
 # ---- the weights of a model, laid out -----------------------------------------------------------
 
 
 class Product(NamedTuple):
-    """y = x W + b    x (B, I), weight (I, O), bias (O,) or None -> (B, O)"""
+    """y = x W + b    x (B, I), weight (I, O), bias (O,) or None -> (B, O)
+
+    On a CPU the weight may be in blocks of n columns, (O / n, I, n).
+    """
 
     weight: Array
     bias: Array | None
 
     def __call__(self, x: Array) -> Array:
-        y = x @ self.weight
+        if self.weight.ndim == 2:
+            y = x @ self.weight
+        else:
+            blocks, _, n = self.weight.shape
+            y = np.empty((len(x), blocks * n), x.dtype)
+            np.matmul(x, self.weight, out=y.reshape(-1, blocks, n).swapaxes(0, 1))
         if self.bias is not None:
             y += self.bias
         return y
@@ -67,8 +80,10 @@ class Weights:
     head: Product
 
     @classmethod
-    def of(cls, model: Any, workers: Workers) -> Weights | None:
+    def of(cls, model: Any, workers: Workers, rows: int = 1) -> Weights | None:
         """The weights of `model`; None if it must compute each token in the ordinary way.
+
+        rows   how many sequences will continue together; any other number is right, but slower
 
         That is so for GPT-2, for adapters of an embedding, for a layer that must run on its own
         (a quantised weight, dropout, rounded products), and for weights of more than LARGEST bytes.
@@ -88,7 +103,7 @@ class Weights:
         if any(type(norm) is not RMSNorm for norm in norms):
             return None
         weights = cls(model)
-        return weights if weights._lay_out(model, workers) else None
+        return weights if weights._lay_out(model, workers, rows) else None
 
     def __init__(self, model: CausalLM):
         c = model.config
@@ -132,7 +147,7 @@ class Weights:
         out[:, 0, ..., :seen, :] = known[:, 0][..., self.pairs]
         out[:, 1, ..., :seen, :] = known[:, 1]
 
-    def _lay_out(self, model: CausalLM, workers: Workers) -> bool:
+    def _lay_out(self, model: CausalLM, workers: Workers, rows: int) -> bool:
         """Build all products; False if a layer must run on its own."""
         sources = self._sources(model)
         sizes = [sum(p.in_features * p.out_features for p in source.layers) for source in sources]
@@ -143,7 +158,7 @@ class Weights:
 
         def build_every_other(first: int) -> list[Product | None]:
             return [
-                _build_product(sources[i], memory[ends[i] : ends[i + 1]])
+                _build_product(sources[i], memory[ends[i] : ends[i + 1]], rows)
                 for i in range(first, len(sources), 2)
             ]
 
@@ -187,8 +202,8 @@ class Weights:
         return self.xp.stack(q + k)[:, self.pairs]
 
 
-def _build_product(source: Source, memory: Array) -> Product | None:
-    """sign W'^T (I, sum of O) in `memory`, with a norm's weight in it.
+def _build_product(source: Source, memory: Array, rows: int) -> Product | None:
+    """sign W'^T (I, sum of O) in `memory`, with a norm's weight in it, for `rows` rows at a time.
 
     None if a layer must run on its own.
     """
@@ -203,8 +218,13 @@ def _build_product(source: Source, memory: Array) -> Product | None:
             return None
     if order is not None:
         W = W[order]
-    weight = memory.reshape(inputs, -1)
-    xp.multiply(W.T, sign if norm is None else sign * norm.weight.data[:, None], out=weight)
+    is_cpu = layers[0].backend.name == "cpu"
+    columns = _columns_per_block(inputs, len(W), rows) if is_cpu else len(W)
+    weight = memory.reshape(-1, inputs, columns)
+    blocks = W.reshape(-1, columns, inputs).swapaxes(1, 2)
+    xp.multiply(blocks, sign if norm is None else sign * norm.weight.data[:, None], out=weight)
+    if len(weight) == 1:
+        weight = weight[0]
     if all(layer.bias is None for layer in layers):
         return Product(weight, None)
     biases = []
@@ -213,6 +233,17 @@ def _build_product(source: Source, memory: Array) -> Product | None:
         biases.append(zeros if layer.bias is None else layer.bias.data)
     bias = sign * xp.concatenate(biases)
     return Product(weight, bias if order is None else bias[order])
+
+
+def _columns_per_block(inputs: int, outputs: int, rows: int) -> int:
+    """How many columns of a weight (inputs, outputs) are one product of `rows` rows."""
+    if rows not in FEW_ROWS:
+        return outputs
+    most = min(outputs, SMALL // (rows * inputs))
+    for columns in range(most - most % 16, LEAST_COLUMNS - 1, -16):
+        if outputs % columns == 0:
+            return columns
+    return outputs
 
 
 # ---- one token after another --------------------------------------------------------------------

@@ -139,7 +139,7 @@ def stream(
 
     # BLAS's own threads gain nothing with so few rows, and lose much where other work needs cores.
     with threadpoolctl.threadpool_limits(1, "blas"), Workers(threads) as workers:
-        weights = Weights.of(base, workers)
+        weights = Weights.of(base, workers, -(-count // 2) if both else count)
         parts = split_texts(model, weights, prompts, max_new_tokens, 2 if both else 1)
         order = np.concatenate([part.rows for part in parts])
         generators = [generators[row] for row in order]
