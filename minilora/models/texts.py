@@ -104,7 +104,7 @@ class Part:
         self.weights = weights
         self.rows = rows
         limit = model.config.context
-        lengths = np.array([len(prompts[row]) for row in rows])
+        lengths = np.array([min(limit, len(prompts[row])) for row in rows])
         cache = KeyValueCache(model, len(rows), min(limit, int(lengths.max()) + max_new_tokens))
         self.decoding: Any = None
         self.cache = cache
