@@ -420,6 +420,22 @@ def test_generate_agrees_past_the_end_of_the_context(
     np.testing.assert_array_equal(mine, reference)
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, SAMPLED])
+def test_generate_agrees_for_prompts_of_several_lengths(
+    sampling: dict[str, Any], model_type: str, backend: Backend
+) -> None:
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, 11, length) for length in (7, 1, 7, 20)]
+    config = shape(model_type, max_position_embeddings=16)
+    results = []
+    for device in (backend, NUMPY):
+        model = CausalLM(config, seed=4, dtype="float64", device=device).eval()
+        results.append(generate(model, prompts, 14, **sampling))
+    for mine, reference in zip(*results, strict=True):
+        np.testing.assert_array_equal(mine, reference)
+
+
 def test_save_pretrained_writes_the_same_files_which_load_on_either_device(
     backend: Backend, tmp_path: Path
 ) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.batches import Ids, PackedRecords
-from ..data.files import DataFile, open_data
+from ..data.files import BOM, LINE_NAMES, DataFile, open_data, parse_record
 from ..data.records import bytes_per_token, pack, read_records, split_records
-from ..data.texts import split_text
+from ..data.texts import read_text, split_text
 from ..data.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
 from ..errors import ConfigError, DataError, NonFiniteError
 from ..formats.disk import quoted
@@ -115,6 +115,55 @@ def open_text(path: str) -> DataFile:
     if file.note:
         warnings.warn(file.note, stacklevel=2)
     return file
+
+
+class Prompt(NamedTuple):
+    """A text to continue.
+
+    where     the option, or the file and the line, that it is from
+    is_json   whether the line is a JSON object
+    """
+
+    text: str
+    where: str
+    is_json: bool = False
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """The prompts of a file, one per line: a text, or, by the file's name, JSON {"prompt": text}.
+
+    DataError for a file that is empty or not UTF-8, FormatError for a line that is not such JSON.
+    Both name the line.
+    """
+    is_json = path.lower().endswith(LINE_NAMES)
+    lines = read_text(path, "continue in each line").removeprefix(BOM).split(b"\n")
+    if not lines[-1]:
+        lines.pop()  # the end of the last line
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        where = f"{quoted(path)} line {number}"
+        line = line.removesuffix(b"\r")
+        if is_json and not line.strip():
+            continue
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            place = f"{where} is not UTF-8 at byte {error.start + 1}"
+            raise DataError(f"{place}: convert the file to UTF-8") from None
+        if is_json:
+            text = _prompt_of(parse_record(line, where), where)
+        prompts.append(Prompt(text, where, is_json))
+    if not prompts:
+        raise DataError(f"{quoted(path)} has no prompt: give at least one line")
+    return prompts
+
+
+def _prompt_of(record: dict[str, Any], where: str) -> str:
+    text = record.get("prompt")
+    if not isinstance(text, str):
+        given = f"{text!r:.60}" if "prompt" in record else "no prompt"
+        raise DataError(f'{where}: expected {{"prompt": a text}}, got {given}')
+    return text
 
 
 def read_tokens(

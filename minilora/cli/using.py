@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from ..data.batches import Ids
 from ..data.chat import Chat
 from ..data.tokenizer import Tokenizer
 from ..display import printable
-from ..errors import DataError
+from ..errors import ConfigError, DataError
+from ..threads import blocks
 from .options import (
     DATA,
     Args,
@@ -27,7 +32,9 @@ from .options import (
     option,
     positive_integer,
 )
-from .reading import load_model, read_tokens, require_context
+from .reading import Prompt, load_model, read_prompts, read_tokens, require_context
+
+BATCH_SIZE = 16  # prompts that generate continues at a time
 
 
 def _add_model_options(parser: Parser) -> None:
@@ -42,7 +49,12 @@ def _add_model_options(parser: Parser) -> None:
 
 def add_generate_options(parser: Parser) -> None:
     _add_model_options(parser)
-    option(parser, "--prompt TEXT", "text to continue, not empty", required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    option(source, "--prompt TEXT", "text to continue, not empty")
+    text = 'a prompt per line in UTF-8, or (.jsonl) {"prompt": ...}; prints a line for each, alike'
+    option(source, "--prompts FILE", text)
+    text = f"--prompts that are continued at a time, at least 1 (default: {BATCH_SIZE})"
+    option(parser, "--batch-size K", text)
     text = "tokens to generate, at least 0"
     option(parser, "--max-new-tokens N", text, type=integer_from(0), default=200)
     text = "randomness, at least 0; 0 takes the likeliest token"
@@ -51,28 +63,47 @@ def add_generate_options(parser: Parser) -> None:
     option(parser, "--top-k K", text)
     text = "choose among the likeliest tokens up to probability P, in (0, 1] (default: all)"
     option(parser, "--top-p P", text)
-    text = "--prompt is a user's message: use the model's chat template, and print the answer only"
+    text = "a prompt is a user's message: use the model's chat template, and print the answer only"
     option(parser, "--chat", text)
     option(parser, "--ignore-eos", "go on where the text ends, up to --max-new-tokens")
 
 
 def generate(args: Args) -> None:
+    if args.prompts is not None:
+        prompts = read_prompts(args.prompts)
+    elif args.batch_size is None:
+        prompts = [Prompt(args.prompt, "--prompt")]
+    else:
+        raise ConfigError("--batch-size is for several prompts: give --prompts, or leave it out")
+    model, tokenizer = load_model(args, args.adapter, args.task)
+    texts = _encode_prompts(prompts, tokenizer, args.chat)
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    sampling["eos"] = () if args.ignore_eos else tokenizer.special.eos
+    if not args.ignore_eos and tokenizer.missing_end:
+        note = f"{tokenizer.missing_end}: only --max-new-tokens ends the text"
+        print(printable(note), file=sys.stderr)
+    if args.prompts is None:
+        _print_while_generating(model, tokenizer, *texts[0], args.max_new_tokens, sampling)
+        return
+    for prompt, (ids, _) in zip(prompts, texts, strict=True):
+        if len(ids) > model.config.context:
+            limit = model.config.describe_context()
+            given = f"{prompt.where} has {len(ids)} tokens, but the model has {limit}"
+            raise DataError(f"{given}: shorten it")
+    new = _continue_all(model, [ids for ids, _ in texts], args, sampling)
+    for prompt, (_, shown), tokens in zip(prompts, texts, new, strict=True):
+        _print_line(prompt, shown, tokens, tokenizer)
+
+
+def _print_while_generating(
+    model: Any, tokenizer: Tokenizer, prompt: Ids, ids: list[int], count: int, sampling: Any
+) -> None:
+    """Print the text of `ids` and what follows the prompt, each character once it is complete."""
     from ..models.generation import stream
 
-    model, tokenizer = load_model(args, args.adapter, args.task)
-    prompt, ids = _encode_prompt(args, tokenizer)
-    if not len(prompt):
-        raise DataError("--prompt is empty: give the model at least one token to continue")
-    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    eos: tuple[int, ...] = ()
-    if not args.ignore_eos:
-        eos = tokenizer.special.eos
-        if tokenizer.missing_end:
-            note = f"{tokenizer.missing_end}: only --max-new-tokens ends the text"
-            print(printable(note), file=sys.stderr)
     shown = ""
-    for token in stream(model, prompt[None], args.max_new_tokens, **sampling, eos=eos):
-        if token[0] in eos:
+    for token in stream(model, prompt[None], count, **sampling):
+        if token[0] in sampling["eos"]:
             break
         ids.append(int(token[0]))
         text = tokenizer.decode(ids)
@@ -82,15 +113,52 @@ def generate(args: Args) -> None:
     print(printable(tokenizer.decode(ids)[len(shown) :], "\n\t"))
 
 
-def _encode_prompt(args: Args, tokenizer: Tokenizer) -> tuple[Ids, list[int]]:
-    """(the ids to continue, those of them to show): as training encodes a record."""
-    if not args.chat:
-        # A BOS is not shown.
-        return tokenizer.encode_prompt(args.prompt), tokenizer.encode(args.prompt).tolist()
-    messages = [{"role": "user", "content": args.prompt}]
-    with Chat(tokenizer) as chat:
-        text = chat.render(messages, add_generation_prompt=True)
-    return tokenizer.encode(text), []
+def _continue_all(
+    model: Any, prompts: list[Ids], args: Args, sampling: dict[str, Any]
+) -> Iterator[list[int]]:
+    """Yield the new tokens of each prompt, up to its end."""
+    from ..models.generation import stream
+
+    for batch in blocks(len(prompts), args.batch_size or BATCH_SIZE):
+        rows = range(batch.start, batch.stop)
+        tokens = stream(model, prompts[batch], args.max_new_tokens, **sampling, rows=rows)
+        steps = [token.tolist() for token in tokens]
+        for i in range(len(rows)):
+            text = [step[i] for step in steps]
+            yield list(itertools.takewhile(lambda token: token not in sampling["eos"], text))
+
+
+def _print_line(prompt: Prompt, shown: list[int], new: list[int], tokenizer: Tokenizer) -> None:
+    """Print a text on one line, or as a JSON object if that is what its prompt was."""
+    text = tokenizer.decode([*shown, *new])
+    if prompt.is_json:
+        before = tokenizer.decode(shown)
+        line = json.dumps({"prompt": prompt.text, "completion": text[len(before) :]})
+    else:
+        line = printable(text, "\t")
+    print(line, flush=True)
+
+
+def _encode_prompts(
+    prompts: list[Prompt], tokenizer: Tokenizer, as_chat: bool
+) -> list[tuple[Ids, list[int]]]:
+    """(the ids to continue, those of them to show) of each, as training encodes a record."""
+    texts: list[tuple[Ids, list[int]]] = []
+    if as_chat:
+        with Chat(tokenizer) as chat:
+            for prompt in prompts:
+                messages = [{"role": "user", "content": prompt.text}]
+                text = chat.render(messages, add_generation_prompt=True)
+                texts.append((tokenizer.encode(text), []))
+    else:
+        for prompt in prompts:
+            shown = tokenizer.encode(prompt.text).tolist()  # without a BOS
+            texts.append((tokenizer.encode_prompt(prompt.text), shown))
+    for prompt, (ids, _) in zip(prompts, texts, strict=True):
+        if not len(ids):
+            what = f"{prompt.where} is empty"
+            raise DataError(f"{what}: give the model at least one token to continue")
+    return texts
 
 
 def add_evaluate_options(parser: Parser) -> None:
@@ -133,7 +201,7 @@ COMMANDS = (
     Command(
         generate,
         add_generate_options,
-        "Continue a prompt.",
+        "Continue a prompt, or those of a file.",
         '--base base --adapter adapter --prompt "def "',
         prints=True,
     ),

@@ -125,7 +125,7 @@ def attend_newest(
     cache: Array,
     rotations: Array,
     head_norms: Array | None,
-    length: Array,
+    lengths: Array,
     heads: int,
     window: int | None,
     eps: float,
@@ -136,7 +136,7 @@ def attend_newest(
     if kernels is None or D > MOST_CHANNELS:
         return None
     y = backend.xp.empty((B, heads * D), qkv.dtype)
-    arrays = qkv, cache, rotations, head_norms, length, y
+    arrays = qkv, cache, rotations, head_norms, lengths, y
     sizes = B, heads, K, limit, D, _threads_per_row(D), window or 0
     kernels.launch("attend_newest", B * heads, NEWEST_THREADS, *arrays, *sizes, eps)
     return y

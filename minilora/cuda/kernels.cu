@@ -654,7 +654,7 @@ __device__ void norm_and_rotate(const REAL* z, const REAL* w, const REAL* factor
     }
 }
 
-// y = softmax(q k^T) v of the token at position `*length`, whose k and v are written into the cache
+// y = softmax(q k^T) v of the token at position lengths[b], whose k and v are written into the cache
 // a block per sequence and head    qkv (B, (H + 2 K) D), cache (2, B, K, limit, D): keys and values,
 // factors (limit, (H + K) D) and weights (H + K, D) or null as above, y (B, H D)
 //
@@ -662,11 +662,11 @@ __device__ void norm_and_rotate(const REAL* z, const REAL* w, const REAL* factor
 // groups' sums are added up. The blocks of the H / K heads with the same keys all compute the newest
 // key, and read older ones only; so the first of them can write it.
 extern "C" __global__ void __launch_bounds__(NEWEST_BLOCK)
-    attend_newest(const REAL* qkv, REAL* cache, const REAL* factors, const REAL* weights, const Int* length, REAL* y,
+    attend_newest(const REAL* qkv, REAL* cache, const REAL* factors, const REAL* weights, const Int* lengths, REAL* y,
                   Int B, Int H, Int K, Int limit, Int D, Int parts, Int window, REAL eps) {
     __shared__ REAL query[MOST_PARTS * OWNED], key[MOST_PARTS * OWNED], value[MOST_PARTS * OWNED];
     __shared__ REAL tops[NEWEST_BLOCK], totals[NEWEST_BLOCK], all[NEWEST_BLOCK * OWNED];
-    Int b = blockIdx.x / H, h = blockIdx.x % H, j = h / (H / K), at = *length;
+    Int b = blockIdx.x / H, h = blockIdx.x % H, j = h / (H / K), at = lengths[b];
     const REAL* z = qkv + b * (H + 2 * K) * D;
     const REAL *w = weights ? weights + h * D : weights, *u = weights ? weights + (H + j) * D : weights;
     norm_and_rotate(z + h * D, w, factors + (at * (H + K) + h) * D, D, eps, query);

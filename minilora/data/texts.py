@@ -26,8 +26,10 @@ SKIPPED |= {"encodings", "pydoc_data"}
 # ---- texts ---------------------------------------------------------------------------------------
 
 
-def read_text(path: PathLike) -> bytes:
+def read_text(path: PathLike, use: str = "train on") -> bytes:
     """The bytes of a text file.
+
+    use   what the text is for, as an error says it
 
     DataError if it is empty, too large or not a regular file, OSError if it cannot be read.
     """
@@ -42,7 +44,7 @@ def read_text(path: PathLike) -> bytes:
             f"{quoted(path)} has {size:,} bytes, more than the memory takes: cut a part out of it"
         ) from None
     if not text:
-        raise DataError(f"{quoted(path)} is empty: give a text to train on")
+        raise DataError(f"{quoted(path)} is empty: give a text to {use}")
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from ..backend import Array
@@ -43,6 +44,12 @@ class KeyValueCache(Cache):
         self.data = parameter.backend.xp.empty(shape, parameter.dtype)
         self.length = 0
         self.limit = limit
+
+    def part(self, rows: slice) -> KeyValueCache:
+        """The cache of some of the sequences: in the same memory, with a length of its own."""
+        part = copy.copy(self)
+        part.data = self.data[:, :, rows]
+        return part
 
     def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Append k and v (B, T, K, D) of one layer; return its k and v (B, S, K, D) so far.

@@ -1,7 +1,7 @@
 """Decoding on a GPU, where one token's work is captured as a graph and repeated by one launch.
 
 One operation costs the host more time than most of them take on the device, and a token takes
-hundreds. Here they are always the same: the newest ids and the number of positions seen are read
+hundreds. Here they are always the same: the newest ids and the numbers of positions seen are read
 from memory, into which the host copies them before each launch. The products are those of
 `Weights`, and shapes are as in decoding.py.
 """
@@ -9,7 +9,6 @@ from memory, into which the host copies them before each launch. The products ar
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import numpy as np
 
@@ -23,30 +22,23 @@ from .decoding import Decoding, Product, Weights
 WARM_UP = 2  # tokens before the capture, in which kernels are compiled
 
 
-def start_decoding(weights: Weights, cache: KeyValueCache, earlier: Any) -> Any:
-    """What continues after the positions that a cache has seen, as fast as the device can.
-
-    earlier   what this returned before for the same weights and batch, or None: its memory and its
-              graph are used again
-    """
-    if weights.recorder is None:
-        return Decoding(weights, cache)
-    decoding = earlier or CapturedDecoding(weights, cache)
-    decoding.start(cache)
-    return decoding
+def start_decoding(weights: Weights, cache: KeyValueCache) -> Decoding | CapturedDecoding:
+    """What continues after the positions that a cache has seen, as fast as the device can."""
+    kind = Decoding if weights.recorder is None else CapturedDecoding
+    return kind(weights, cache)
 
 
 class CapturedDecoding:
-    """Sequences that have seen a prompt and can continue, as `Decoding`. Call `start` first.
+    """Sequences that have seen a prompt and can continue, as `Decoding`.
 
     The logits that it returns are overwritten by its next call.
     """
 
     def __init__(self, weights: Weights, cache: KeyValueCache):
         self.weights = weights
-        self.length = 0
         xp = weights.xp
         layers, _, B, limit, K, D = cache.data.shape
+        self.lengths = np.zeros(B, np.int64)
         self.embeddings = weights.embedding.data  # kept, as all that the graph reads
         self.data = xp.zeros((layers, 2, B, K, limit, D), weights.dtype)
         rotations = weights.rotations(limit)
@@ -54,24 +46,23 @@ class CapturedDecoding:
         C, V = weights.head.weight.shape
         self.ones = Tensor(xp.ones(C, weights.dtype))
         self.logits = xp.empty((B, V), weights.dtype)  # not in the memory that graphs share
-        self.mailbox = Mailbox(weights.backend, B + 1)
-        self.ids = self.mailbox.device[:B]
-        self.seen = self.mailbox.device[B:]  # (1,), the length on the device
+        self.mailbox = Mailbox(weights.backend, 2 * B)
+        self.ids, self.seen = self.mailbox.device.reshape(2, B)  # `seen` are the lengths
         self.calls = 0
         self.graph: Graph[None] | None = None
+        self.start(cache)
 
-    def start(self, cache: KeyValueCache) -> None:
-        """Continue from what `cache` has seen, which is copied."""
-        self.weights.copy_cache(cache, self.data)
-        self.length = cache.length
+    def start(self, cache: KeyValueCache, rows: slice = slice(None)) -> None:
+        """Let the sequences `rows` continue from what `cache` has seen, which is copied."""
+        self.weights.copy_cache(cache, self.data[:, :, rows])
+        self.lengths[rows] = cache.length
 
     def __call__(self, ids: np.ndarray) -> Array:
         """ids (B,), the newest token of each sequence -> logits (B, V)"""
         self.weights.backend.select()
-        self.mailbox.host[:-1] = ids
-        self.mailbox.host[-1] = self.length
+        self.mailbox.host[:] = np.concatenate([ids, self.lengths])
         self.mailbox.send()
-        self.length += 1
+        self.lengths += 1
         self.calls += 1
         if self.calls == WARM_UP + 1:
             self._capture()
@@ -141,15 +132,15 @@ def _attend_newest(
     cache: Array,
     rotations: Array,
     head_norms: Array | None,
-    length: Array,
+    lengths: Array,
     heads: int,
     window: int | None,
     eps: float,
 ) -> Array:
-    """Attention of one token per sequence, at position `length` (1,); its k and v are cached.
+    """Attention of one token per sequence, at position `lengths` (B,); its k and v are cached.
 
     qkv (B, (H + 2 K) D), q and k not rotated yet, their channels in pairs
-    cache (2, B, K, limit, D), keys and values; beyond `length` any finite numbers
+    cache (2, B, K, limit, D), keys and values; beyond `lengths` any finite numbers
     rotations (limit, (H + K) D), cos and sin of each pair, with 1/sqrt(D) in q's part
     head_norms (H + K, D) or None -> (B, H D)
     """
@@ -161,19 +152,20 @@ def _attend_newest(
     if head_norms is not None:
         z = z / xp.sqrt((z * z).mean(axis=-1, keepdims=True) + eps) * head_norms
     a, b = (z[..., i::2] for i in (0, 1))  # (B, H + K, D / 2)
-    factors = xp.take(rotations, length, axis=0).reshape(rotated, D)
-    cos, sin = (factors[:, i::2] for i in (0, 1))
+    factors = xp.take(rotations, lengths, axis=0).reshape(B, rotated, D)
+    cos, sin = (factors[..., i::2] for i in (0, 1))
     z = xp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(B, rotated, D)
     places = xp.arange(limit)
-    is_newest = (places == length)[:, None]  # (limit, 1)
+    newest = lengths[:, None]
+    is_newest = (places == newest)[:, None, :, None]  # (B, 1, limit, 1)
     for old, new in zip(cache, (z[:, heads:], channels[:, rotated:]), strict=True):
         xp.copyto(old, new[:, :, None], where=is_newest)
     q = z[:, :heads].reshape(B, K, heads // K, D)
-    is_seen = places <= length
+    is_seen = places <= newest  # (B, limit)
     if window:
-        is_seen &= places > length - window
+        is_seen &= places > newest - window
     scores = backend.matmul(q, cache[0].swapaxes(-1, -2))  # (B, K, G, limit)
-    scores = xp.where(is_seen, scores, -np.inf)
+    scores = xp.where(is_seen[:, None, None], scores, -np.inf)
     p = xp.exp(scores - scores.max(axis=-1, keepdims=True))
     y = backend.matmul(p, cache[1]) / p.sum(axis=-1, keepdims=True)
     return y.reshape(B, heads * D)

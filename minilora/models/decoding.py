@@ -22,19 +22,32 @@ from .cache import KeyValueCache
 from .transformer import CausalLM, Decoder
 
 LARGEST = 1 << 31  # bytes of weights that are copied; a larger model computes each token itself
+# A product of a few rows takes up to twice as long if OpenBLAS first copies its weight, which it
+# does beyond this many multiplications. So the columns of the weight are cut into blocks.
+SMALL = 1_000_000
+FEW_ROWS = range(3, 17)
+LEAST_COLUMNS = 32  # of a block: narrower ones gain nothing
 
 
 # ---- the weights of a model, laid out -----------------------------------------------------------
 
 
 class Product(NamedTuple):
-    """y = x W + b    x (B, I), weight (I, O), bias (O,) or None -> (B, O)"""
+    """y = x W + b    x (B, I), weight (I, O), bias (O,) or None -> (B, O)
+
+    On a CPU the weight may be in blocks of n columns, (O / n, I, n).
+    """
 
     weight: Array
     bias: Array | None
 
     def __call__(self, x: Array) -> Array:
-        y = x @ self.weight
+        if self.weight.ndim == 2:
+            y = x @ self.weight
+        else:
+            blocks, _, n = self.weight.shape
+            y = np.empty((len(x), blocks * n), x.dtype)
+            np.matmul(x, self.weight, out=y.reshape(-1, blocks, n).swapaxes(0, 1))
         if self.bias is not None:
             y += self.bias
         return y
@@ -67,8 +80,10 @@ class Weights:
     head: Product
 
     @classmethod
-    def of(cls, model: Any, workers: Workers) -> Weights | None:
+    def of(cls, model: Any, workers: Workers, rows: int = 1) -> Weights | None:
         """The weights of `model`; None if it must compute each token in the ordinary way.
+
+        rows   how many sequences will continue together; any other number is right, but slower
 
         That is so for GPT-2, for adapters of an embedding, for a layer that must run on its own
         (a quantised weight, dropout, rounded products), and for weights of more than LARGEST bytes.
@@ -88,7 +103,7 @@ class Weights:
         if any(type(norm) is not RMSNorm for norm in norms):
             return None
         weights = cls(model)
-        return weights if weights._lay_out(model, workers) else None
+        return weights if weights._lay_out(model, workers, rows) else None
 
     def __init__(self, model: CausalLM):
         c = model.config
@@ -132,7 +147,7 @@ class Weights:
         out[:, 0, ..., :seen, :] = known[:, 0][..., self.pairs]
         out[:, 1, ..., :seen, :] = known[:, 1]
 
-    def _lay_out(self, model: CausalLM, workers: Workers) -> bool:
+    def _lay_out(self, model: CausalLM, workers: Workers, rows: int) -> bool:
         """Build all products; False if a layer must run on its own."""
         sources = self._sources(model)
         sizes = [sum(p.in_features * p.out_features for p in source.layers) for source in sources]
@@ -143,7 +158,7 @@ class Weights:
 
         def build_every_other(first: int) -> list[Product | None]:
             return [
-                _build_product(sources[i], memory[ends[i] : ends[i + 1]])
+                _build_product(sources[i], memory[ends[i] : ends[i + 1]], rows)
                 for i in range(first, len(sources), 2)
             ]
 
@@ -187,8 +202,8 @@ class Weights:
         return self.xp.stack(q + k)[:, self.pairs]
 
 
-def _build_product(source: Source, memory: Array) -> Product | None:
-    """sign W'^T (I, sum of O) in `memory`, with a norm's weight in it.
+def _build_product(source: Source, memory: Array, rows: int) -> Product | None:
+    """sign W'^T (I, sum of O) in `memory`, with a norm's weight in it, for `rows` rows at a time.
 
     None if a layer must run on its own.
     """
@@ -203,8 +218,13 @@ def _build_product(source: Source, memory: Array) -> Product | None:
             return None
     if order is not None:
         W = W[order]
-    weight = memory.reshape(inputs, -1)
-    xp.multiply(W.T, sign if norm is None else sign * norm.weight.data[:, None], out=weight)
+    is_cpu = layers[0].backend.name == "cpu"
+    columns = _columns_per_block(inputs, len(W), rows) if is_cpu else len(W)
+    weight = memory.reshape(-1, inputs, columns)
+    blocks = W.reshape(-1, columns, inputs).swapaxes(1, 2)
+    xp.multiply(blocks, sign if norm is None else sign * norm.weight.data[:, None], out=weight)
+    if len(weight) == 1:
+        weight = weight[0]
     if all(layer.bias is None for layer in layers):
         return Product(weight, None)
     biases = []
@@ -215,6 +235,17 @@ def _build_product(source: Source, memory: Array) -> Product | None:
     return Product(weight, bias if order is None else bias[order])
 
 
+def _columns_per_block(inputs: int, outputs: int, rows: int) -> int:
+    """How many columns of a weight (inputs, outputs) are one product of `rows` rows."""
+    if rows not in FEW_ROWS:
+        return outputs
+    most = min(outputs, SMALL // (rows * inputs))
+    for columns in range(most - most % 16, LEAST_COLUMNS - 1, -16):
+        if outputs % columns == 0:
+            return columns
+    return outputs
+
+
 # ---- one token after another --------------------------------------------------------------------
 
 
@@ -223,17 +254,25 @@ class Decoding:
 
     For a CPU; a GPU's is in captured.py.
 
-    cache   the model's keys and values of the prompts, which are copied
+    cache     the model's keys and values of the prompts, which are copied
+    lengths   (B,), how many positions each sequence has seen: also its newest token's position
     """
 
     def __init__(self, weights: Weights, cache: KeyValueCache):
         assert weights.recorder is None, "the weights of gate and up are not negated for a GPU"
         self.weights = weights
-        self.length = cache.length
         layers, _, B, limit, K, D = cache.data.shape
-        self.data = weights.xp.empty((layers, 2, B, K, limit, D), weights.dtype)
-        weights.copy_cache(cache, self.data)
+        self.lengths = np.zeros(B, np.int64)
+        # Zeros, because keys and values that a sequence does not see must be finite.
+        self.data = weights.xp.zeros((layers, 2, B, K, limit, D), weights.dtype)
         self.rotations = weights.rotations(limit)
+        self.windows = {layer.window for layer in weights.layers}
+        self.start(cache)
+
+    def start(self, cache: KeyValueCache, rows: slice = slice(None)) -> None:
+        """Let the sequences `rows` continue from what `cache` has seen, which is copied."""
+        self.weights.copy_cache(cache, self.data[:, :, rows])
+        self.lengths[rows] = cache.length
 
     def __call__(self, ids: np.ndarray) -> Array:
         """ids (B,), the newest token of each sequence -> logits (B, V)"""
@@ -243,9 +282,12 @@ class Decoding:
         H = w.heads
         K = w.kv_heads
         D = w.head_dim
-        at = self.length
-        S = at + 1
-        rotation = self.rotations[at]
+        newest: Any = (slice(None), int(self.lengths[0]))  # (sequences, their positions)
+        if np.ptp(self.lengths):
+            newest = tuple(map(w.backend.from_numpy, (np.arange(B), self.lengths)))
+        rotation = self.rotations[newest[1]]
+        S = int(self.lengths.max()) + 1
+        visible = {window: self._visible_keys(window) for window in self.windows}
         x = w.embedding.data[w.backend.from_numpy(ids)]  # (B, C)
         for layer, key_values in zip(w.layers, self.data, strict=True):
             qkv = layer.qkv(self._normed(x))
@@ -256,11 +298,14 @@ class Decoding:
             # As complex numbers, so that a rotation is one product.
             pairs = qkv[:, : (H + K) * D].view(rotation.dtype)
             pairs *= rotation
-            key_values[:, :, :, at] = qkv[:, H * D :].reshape(B, 2, K, D).swapaxes(0, 1)
-            first = max(0, S - layer.window) if layer.window else 0
+            by_position = key_values.transpose(1, 3, 0, 2, 4)  # (B, limit, 2, K, D)
+            by_position[newest] = qkv[:, H * D :].reshape(B, 2, K, D)
+            first, mask = visible[layer.window]
             keys, values = key_values[:, :, :, first:S]
             q = qkv[:, : H * D].reshape(B, K, H // K, D)
-            p = q @ keys.swapaxes(-1, -2)  # (B, K, G, S)
+            p = q @ keys.swapaxes(-1, -2)  # (B, K, G, S - first)
+            if mask is not None:
+                p += mask
             p -= p.max(axis=-1, keepdims=True)
             xp.exp(p, out=p)
             y = p @ values  # (B, K, G, D)
@@ -273,8 +318,24 @@ class Decoding:
             xp.divide(gate, s, out=s)
             s *= up
             x += layer.down(s)
-        self.length = S
+        self.lengths += 1
         return w.head(self._normed(x))
+
+    def _visible_keys(self, window: int | None) -> tuple[int, Array | None]:
+        """The first key that any newest token sees, and what to add to the scores from there on.
+
+        That is 0 for the keys that a sequence sees and -inf for the others, (B, 1, 1, S - first);
+        None if all sequences have one length.
+        """
+        newest = self.lengths[:, None]
+        oldest = np.maximum(newest + 1 - window, 0) if window else np.zeros_like(newest)
+        first = int(oldest.min())
+        if not np.ptp(newest):
+            return first, None
+        places = np.arange(first, newest.max() + 1)
+        is_seen = (oldest <= places) & (places <= newest)
+        mask = np.where(is_seen, 0, -np.inf).astype(self.weights.dtype)
+        return first, self.weights.backend.from_numpy(mask[:, None, None])
 
     def _normed(self, x: Array) -> Array:
         """x / sqrt(mean(x^2) + eps); the norm's weight is in the product that follows."""

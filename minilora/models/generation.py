@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import threadpoolctl
 
-from ..autograd import no_grad
 from ..backend import Array, Backend, backend_of
-from ..errors import ConfigError, DataError, NonFiniteError, Rule, check_fields, is_number, optional
+from ..errors import ConfigError, NonFiniteError, Rule, check_fields, is_number, optional
 from ..threads import Workers
-from .cache import KeyValueCache
-from .captured import start_decoding
 from .decoding import Weights
+from .texts import Part, Prompts, check_prompts, join_rows, split_texts
 
+Generators: TypeAlias = "np.random.Generator | Sequence[np.random.Generator]"
 FEW = 2000  # so many logits are sorted faster than the largest of them are found
 
 
@@ -38,35 +37,59 @@ def generate(
     max_new_tokens: int,
     tasks: str | Sequence[str] | None = None,
     **sampling: Any,
-) -> np.ndarray:
+) -> Any:
     """The prompts and what `stream` appends to them.    ids (B, T) -> (B, T + N)
 
+    Prompts of several lengths are a list of B arrays (T,), and so are the results (T + N,).
     N is max_new_tokens, or less if each text has ended before that.
 
     tasks   for a model that has several: the task whose adapters continue each prompt, one name per
             prompt or one for all. The prompts of one task run together and apart from those of
-            other tasks, with the same seed
+            other tasks
     """
-    prompt = np.asarray(ids)
+    prompts = check_prompts(ids)
     if tasks is None:
-        new = list(stream(model, prompt, max_new_tokens, **sampling))
-        return np.concatenate([prompt, np.stack(new, axis=1)], axis=1) if new else prompt
+        new = _collect(stream(model, prompts, max_new_tokens, **sampling), len(prompts))
+    else:
+        new = _generate_by_task(model, prompts, max_new_tokens, tasks, sampling)
+    if isinstance(prompts, np.ndarray):
+        return np.concatenate([prompts, new], axis=1)
+    return [np.concatenate(pair) for pair in zip(prompts, new, strict=True)]
+
+
+def _collect(tokens: Iterable[np.ndarray], count: int) -> np.ndarray:
+    """The new tokens (count, N) of `count` prompts."""
+    return np.array(list(tokens), np.int64).reshape(-1, count).T
+
+
+def _generate_by_task(
+    model: Any,
+    prompts: Prompts,
+    max_new_tokens: int,
+    tasks: str | Sequence[str],
+    sampling: dict[str, Any],
+) -> np.ndarray:
+    """The new tokens (B, N) of each prompt, by its own task."""
     if not hasattr(model, "rows_of"):
         raise ConfigError("tasks were given, but the model has none")
-    groups = model.rows_of(tasks, len(prompt))
     stops, pad = _stop_ids(sampling.get("eos", ()), sampling.get("pad"), model.config.vocab_size)
-    sampling |= {"eos": stops, "pad": pad}
+    sampling = sampling | {"eos": stops, "pad": pad}
+    seeded = _check_rows(sampling.pop("rows", None), len(prompts))
+    groups = model.rows_of(tasks, len(prompts))
     texts = []
     for task, rows in groups.items():
+        mine = [prompts[row] for row in rows]
+        options = sampling | {"rows": [seeded[row] for row in rows]}
         with model.task(task):
-            texts.append(generate(model, prompt[rows], max_new_tokens, **sampling))
+            tokens = stream(model, mine, max_new_tokens, **options)
+            texts.append(_collect(tokens, len(mine)))
     # The texts of a task are shorter if they have all ended.
     width = max(text.shape[1] for text in texts)
     for i, text in enumerate(texts):
         missing = width - text.shape[1]
         texts[i] = np.pad(text, ((0, 0), (0, missing)), constant_values=pad)
-    rows = np.concatenate(list(groups.values()))
-    return np.concatenate(texts)[np.argsort(rows)]
+    order = np.concatenate(list(groups.values()))
+    return np.concatenate(texts)[np.argsort(order)]
 
 
 def stream(
@@ -79,78 +102,78 @@ def stream(
     seed: int = 0,
     eos: int | Iterable[int] = (),
     pad: int | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the next token (B,) of each prompt, up to `max_new_tokens` times.
 
     model         a CausalLM, or a PeftModel around one
-    ids           (B, T) integers, T >= 1; only the last config.context of them are seen
+    ids           (B, T) integers, or a list of B arrays (T,) of several lengths, T >= 1; only the
+                  last config.context of them are seen
     temperature   divides the logits; 0 takes the likeliest token
     top_k         keep the k likeliest tokens; None: all
     top_p         keep the likeliest tokens up to probability p (Holtzman et al. 2020); None: all
-    seed          of NumPy's generator: the same seed gives the same text
+    seed          of the random numbers: the same seed gives the same text
     eos           the ids at which a text ends. Such an id is its last one, and the stream ends when
                   all texts have. The others are what they would be without an end
     pad           the id that follows a text that has ended; None: the first of `eos`
+    rows          the number of each prompt, from which its random numbers follow, with the seed;
+                  None: 0, 1, ... Part of a longer list of prompts gives the texts of the whole list
+                  if it has the numbers that the prompts have there
 
-    When the context is full, generation continues from its newer half. Adapters run merged, except
-    where products are rounded, and the weights are those of the first call. ConfigError for a
-    setting out of range.
+    A text is, to the rounding of logits, what its prompt alone would give: nothing is padded, and
+    each text has its own random numbers. When its context is full, it continues from the newer
+    half. Adapters run merged, except where products are rounded, and the weights are those of the
+    first call. ConfigError for a setting out of range.
     """
-    config = model.config
-    limit = config.context
-    V = config.vocab_size
-    ids = np.asarray(ids)
-    if ids.ndim != 2 or ids.shape[1] == 0:
-        raise DataError(
-            f"a prompt needs at least one token: ids of shape (batch, time), got {ids.shape}"
-        )
+    V = model.config.vocab_size
+    prompts = check_prompts(ids)
+    count = len(prompts)
     check_fields(locals(), SETTINGS)
     stops, pad = _stop_ids(eos, pad, V)
-    ended = np.zeros(len(ids), bool)
-    rng = np.random.default_rng(seed)
-    window = ids[:, -limit:]  # what the caches will hold
-    pending = window  # the part of it that the model has not seen yet
+    generators = [_generator_of_row(seed, row) for row in _check_rows(rows, count)]
+    ended = np.zeros(count, bool)
     base = model.get_base_model()
     backend = base.get_input_embeddings().weight.backend
     threads = 1 if backend.name == "cpu" else 0  # besides this one, which alone uses a GPU
-    both = threads > 0 and len(ids) > 1  # one half of the prompts per thread
-    parts = np.array_split(np.arange(len(ids)), 2 if both else 1)
-    length = min(limit, ids.shape[1] + max_new_tokens)
-    caches = [KeyValueCache(model, len(part), length) for part in parts]
-    decodings: list[Any] = [None] * len(parts)
-    is_decoding = False  # or is the next forward that of a prompt?
-
-    def forward(i: int) -> Array:
-        """The logits (B, V) after `pending` for one part of the prompts."""
-        if is_decoding:
-            return decodings[i](pending[parts[i], 0])
-        with no_grad():
-            logits = model(pending[parts[i]], caches[i]).data[:, -1]
-        if weights:
-            decodings[i] = start_decoding(weights, caches[i], decodings[i])
-        return logits
+    both = threads > 0 and count > 1  # one half of the prompts per thread
 
     # BLAS's own threads gain nothing with so few rows, and lose much where other work needs cores.
     with threadpoolctl.threadpool_limits(1, "blas"), Workers(threads) as workers:
-        weights = Weights.of(base, workers)
+        weights = Weights.of(base, workers, -(-count // 2) if both else count)
+        parts = split_texts(model, weights, prompts, max_new_tokens, 2 if both else 1)
+        order = np.concatenate([part.rows for part in parts])
+        generators = [generators[row] for row in order]
         for _ in range(max_new_tokens):
-            seen = (decodings[0] if is_decoding else caches[0]).length
-            if seen + pending.shape[1] > limit:
-                window = pending = window[:, -max(1, limit // 2) :]
-                is_decoding = False
-                for cache in caches:
-                    cache.length = 0
-            by_part = workers.together(forward, range(len(parts)))
-            is_decoding = weights is not None
-            logits = by_part[0] if len(parts) == 1 else backend.xp.concatenate(by_part)
-            token = _choose(logits, rng, temperature, min(top_k or V, V), top_p or 1.0)
+            logits = join_rows(workers.together(Part.next_logits, parts))
+            chosen = _choose(logits, generators, temperature, min(top_k or V, V), top_p or 1.0)
+            token = np.empty(count, np.int64)
+            token[order] = chosen
             token = np.where(ended, pad, token)
             ended |= np.isin(token, stops)
-            pending = token[:, None]
-            window = np.concatenate([window, pending], axis=1)
+            for part in parts:
+                part.append(token[part.rows])
             yield token
             if len(stops) and ended.all():
                 return
+
+
+def _check_rows(rows: Sequence[int] | None, count: int) -> list[int]:
+    """`rows`, which must be `count` integers of at least 0; by default 0, 1, ..."""
+    if rows is None:
+        return list(range(count))
+    given = list(rows)
+    is_row = is_number(least=0, kinds=Integral)
+    if len(given) != count or not all(map(is_row, given)):
+        raise ConfigError(
+            f"rows must be {count} integers of at least 0, one per prompt, got {given!r:.200}"
+        )
+    return given
+
+
+def _generator_of_row(seed: Any, row: int) -> np.random.Generator:
+    """The random numbers of one text: for row 0 those of the seed, else of its child `row`."""
+    key = (int(row),) if row else ()
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 def _stop_ids(eos: int | Iterable[int], pad: int | None, vocab_size: int) -> tuple[list[int], int]:
@@ -174,7 +197,7 @@ def _stop_ids(eos: int | Iterable[int], pad: int | None, vocab_size: int) -> tup
 
 
 def _choose(
-    logits: Array, rng: np.random.Generator, temperature: float, top_k: int, top_p: float
+    logits: Array, rng: Generators, temperature: float, top_k: int, top_p: float
 ) -> np.ndarray:
     """`sample` of logits on any device: all of them move to the host unless temperature is 0."""
     backend = backend_of(logits)
@@ -203,9 +226,12 @@ def _not_finite() -> NonFiniteError:
 
 
 def sample(
-    logits: np.ndarray, rng: np.random.Generator, temperature: float, top_k: int, top_p: float
+    logits: np.ndarray, rng: Generators, temperature: float, top_k: int, top_p: float
 ) -> np.ndarray:
-    """One token per row.    logits (B, V) -> (B,)"""
+    """One token per row.    logits (B, V) -> (B,)
+
+    rng   one generator for all rows, or a sequence of one per row
+    """
     if temperature == 0:
         return _choose(logits, rng, 0, top_k, top_p)
     z = logits.astype(np.float64)
@@ -219,7 +245,11 @@ def sample(
     # A token stays if those before it do not yet reach top_p, so that one always stays.
     before = p.cumsum(axis=-1) - p
     p[before >= top_p] = 0
-    drawn = rng.random((len(p), 1)) * p.sum(axis=-1, keepdims=True)
+    if isinstance(rng, np.random.Generator):
+        uniform = rng.random(len(p))
+    else:
+        uniform = np.array([generator.random() for generator in rng])
+    drawn = uniform[:, None] * p.sum(axis=-1, keepdims=True)
     rank = (p.cumsum(axis=-1) > drawn).argmax(axis=-1)
     return np.asarray(np.take_along_axis(order, rank[:, None], axis=-1)[:, 0])
 

@@ -164,7 +164,7 @@ def test_a_generated_token_has_no_product_of_cupy_s(batch: int, tmp_path: Path) 
     cache = KeyValueCache(model.get_base_model(), batch, 8)
     with no_grad():
         model(ids, cache=cache)
-    decoding = start_decoding(weights, cache, None)
+    decoding = start_decoding(weights, cache)
     products = products_of(lambda: decoding(ids[:, -1]), tmp_path / "journal")
     assert len(products) == 4 * CONFIG.num_hidden_layers + 1  # four per block, and the head's
     assert [line for line in products if not line.endswith(" workspace")] == []

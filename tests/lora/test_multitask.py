@@ -920,6 +920,22 @@ def test_generate_takes_one_task_for_all_prompts() -> None:
     assert len(results) == 3
 
 
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_generate_of_several_tasks_takes_prompts_of_several_lengths(temperature: float) -> None:
+    """A text follows from its prompt, its task, its row and the seed."""
+    model = make_model("heads").eval()
+    prompts = [random_ids(1, length)[0] for length in (3, 1, 5, 3, 3)]
+    tasks = ["prose", BASE, "code", "prose", "code"]
+    options = {"temperature": temperature, "seed": 2}
+    texts = generate(model, prompts, 5, tasks=tasks, **options)
+    for row, (prompt, task) in enumerate(zip(prompts, tasks, strict=True)):
+        with model.task(task):
+            alone = generate(model, prompt[None], 5, **options, rows=[row])
+        assert np.array_equal(texts[row], alone[0])
+    some = generate(model, prompts[2:], 5, tasks=tasks[2:], **options, rows=[2, 3, 4])
+    assert all(map(np.array_equal, some, texts[2:]))
+
+
 # ---- files ----
 
 

@@ -37,7 +37,7 @@ def started(model: Any, prompt: np.ndarray, limit: int) -> Any:
     cache = KeyValueCache(model, len(prompt), limit)
     with no_grad():
         model(prompt, cache)
-    return start_decoding(weights, cache, None)
+    return start_decoding(weights, cache)
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -66,20 +66,21 @@ def test_attend_newest_kernel_equals_the_reference_body(
     """y within the rounding of the largest value; in the cache nothing changes but the newest."""
     H, K = heads
     rng = np.random.default_rng(seed)
-    length = rng.integers(0, limit, 1)
+    lengths = rng.integers(0, limit, B)
     shapes = (B, (H + 2 * K) * D), (2, B, K, limit, D), (limit, (H + K) * D), (H + K, D)
     qkv, cache, rotations, norms = (rng.standard_normal(size).astype(dtype) for size in shapes)
     arrays = [qkv, cache, rotations * score_scale(D, dtype), norms if has_norms else None]
     gpu = get_backend("cuda")
-    there = [None if z is None else gpu.from_numpy(z) for z in (*arrays, length)]
+    there = [None if z is None else gpu.from_numpy(z) for z in (*arrays, lengths)]
     y = OPERATIONS["_attend_newest"](gpu, *there, H, window, 1e-6)
     exactly = [None if z is None else z.astype(float) for z in arrays]
-    exact = _attend_newest(NUMPY, *exactly, length, H, window, 1e-6)
+    exact = _attend_newest(NUMPY, *exactly, lengths, H, window, 1e-6)
     near(gpu.to_numpy(y), exact, dtype)
     changed = gpu.to_numpy(there[1])
     near(changed, exactly[1], dtype)
-    others = np.arange(limit) != length
-    np.testing.assert_array_equal(changed[..., others, :], cache[..., others, :])
+    others = np.arange(limit) != lengths[:, None]  # (B, limit)
+    mine, before = (z.transpose(1, 3, 0, 2, 4)[others] for z in (changed, cache))
+    np.testing.assert_array_equal(mine, before)
     np.testing.assert_array_equal(gpu.to_numpy(there[0]), qkv)
 
 
@@ -101,7 +102,7 @@ def test_attend_newest_reads_nothing_beyond_the_newest_position() -> None:
     cache = np.full((2, 2, 1, 9, 4), np.nan)
     cache[..., :5, :] = 1
     rotations = gpu.from_numpy(np.ones((9, 2 * 4)))
-    inputs = qkv, gpu.from_numpy(cache), rotations, None, gpu.from_numpy(np.array([5]))
+    inputs = qkv, gpu.from_numpy(cache), rotations, None, gpu.from_numpy(np.array([5, 5]))
     y = OPERATIONS["_attend_newest"](gpu, *inputs, 1, None, 1e-6)
     assert np.isfinite(gpu.to_numpy(y)).all()
 
@@ -193,7 +194,7 @@ def test_stream_on_a_gpu_captures_once_however_often_its_context_is_full(
     capture = CapturedDecoding._capture
 
     def counting(self: CapturedDecoding) -> None:
-        captures.append(self.length)
+        captures.append(self.lengths)
         capture(self)
 
     monkeypatch.setattr(CapturedDecoding, "_capture", counting)
@@ -201,6 +202,29 @@ def test_stream_on_a_gpu_captures_once_however_often_its_context_is_full(
     text = generate(model, prompt, 60, temperature=0)
     assert len(captures) == 1
     np.testing.assert_array_equal(text, generate(model.to("cpu"), prompt, 60, temperature=0))
+
+
+@pytest.mark.parametrize("kind", LLAMA_LIKE)
+def test_generate_on_a_gpu_takes_prompts_of_several_lengths(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one graph, in which each sequence has its own length; contexts are full by turns."""
+    model = randomised(shape(kind, max_position_embeddings=12), seed=2).eval()
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, 11, length) for length in (3, 9, 1, 3, 40)]
+    expected = generate(model, prompts, 40, temperature=0)
+    captures = []
+    capture = CapturedDecoding._capture
+
+    def counting(self: CapturedDecoding) -> None:
+        captures.append(self.lengths)
+        capture(self)
+
+    monkeypatch.setattr(CapturedDecoding, "_capture", counting)
+    texts = generate(model.to("cuda"), prompts, 40, temperature=0)
+    assert len(captures) == 1
+    for text, exact in zip(texts, expected, strict=True):
+        np.testing.assert_array_equal(text, exact)
 
 
 def test_streams_on_a_gpu_may_take_turns() -> None:

@@ -85,7 +85,7 @@ def test_decoding_gives_the_logits_of_the_model(
     bound = 1e-12 * np.abs(expected).max()
     for t in range(prompt, count):
         logits = decoding(ids[:, t])
-        assert decoding.length == t + 1
+        assert (decoding.lengths == t + 1).all()
         assert np.abs(logits - expected[:, t]).max() <= bound
 
 
@@ -123,6 +123,40 @@ def test_generate_is_greedy_by_whole_passes_for_every_type(
         token = model(expected).data[:, -1].argmax(axis=-1)
         expected = np.concatenate([expected, token[:, None]], axis=1)
     np.testing.assert_array_equal(generate(model, ids, count, temperature=0), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@given(seed=st.integers(0, 99), rows=st.integers(1, 18), small=st.integers(1, 40))
+def test_decoding_in_blocks_of_columns_gives_the_logits_of_the_model(
+    dtype: str, seed: int, rows: int, small: int
+) -> None:
+    """Each row has `small` columns to multiply with 32 inputs before a product is cut."""
+    config = shape("llama", hidden_size=32, intermediate_size=96, vocab_size=80, head_dim=16)
+    model = randomised(config, dtype, seed).eval()
+    ids = np.random.default_rng(seed).integers(0, 80, (rows, 4))
+    cache = prefilled(model, ids[:, :3], 4)
+    with pytest.MonkeyPatch.context() as patch, Workers(1) as workers:
+        patch.setattr(decoding_module, "SMALL", rows * 32 * small * 8)
+        weights = Weights.of(model, workers, rows)
+    assert weights is not None
+    is_cut = 3 <= rows <= 16 and 4 <= small < 24  # gate and up have 192 columns
+    assert (weights.layers[0].gate_up.weight.ndim == 3) == is_cut
+    with no_grad():
+        expected = model(ids).data[:, -1]
+    bound = 100 * np.finfo(dtype).eps * np.abs(expected).max()
+    assert np.abs(Decoding(weights, cache)(ids[:, 3]) - expected).max() <= bound
+
+
+def test_generate_with_blocks_of_columns_gives_the_same_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = CausalLM(shape("llama", hidden_size=32, head_dim=16), seed=3).eval()
+    ids = np.random.default_rng(3).integers(0, 11, (20, 3))
+    monkeypatch.setattr(decoding_module, "FEW_ROWS", ())
+    text = generate(model, ids, 20, temperature=0)
+    monkeypatch.undo()
+    monkeypatch.setattr(decoding_module, "SMALL", 10 * 32 * 32)
+    np.testing.assert_array_equal(generate(model, ids, 20, temperature=0), text)
 
 
 def small(size: int) -> CausalLM:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shapes import randomised, shape
 
 from minilora.errors import ConfigError, DataError, NonFiniteError
 from minilora.lora import LoraConfig, PeftModel, get_peft_model
-from minilora.models import generation
+from minilora.models import decoding, generation
 from minilora.models.config import TransformerConfig
 from minilora.models.generation import generate, sample, stream
 from minilora.models.transformer import CausalLM
@@ -47,6 +48,7 @@ prompts = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(0, 99)).ma
     lambda drawn: np.random.default_rng(drawn[2]).integers(0, 13, drawn[:2])
 )
 seeds = st.integers(0, 9)
+stop_ids = st.lists(st.integers(0, 12), min_size=1, max_size=4)
 
 
 @pytest.mark.parametrize("make", [model, adapted])
@@ -117,9 +119,121 @@ def test_generate_with_top_k_of_one_is_greedy_and_of_no_tokens_is_the_prompt() -
     assert np.array_equal(generate(model(), ids.tolist(), 0), ids)
 
 
-# ---- the end of a text ---------------------------------------------------------------------------
+# ---- prompts of several lengths ------------------------------------------------------------------
 
-stop_ids = st.lists(st.integers(0, 12), min_size=1, max_size=4)
+lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
+SAMPLED = {"temperature": 1.5, "top_k": 7, "top_p": 0.9}
+
+
+def prompts_of(lengths: list[int], seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 13, length) for length in lengths]
+
+
+def test_generate_returns_a_list_for_prompts_of_several_lengths_only() -> None:
+    texts = generate(model(), [[1, 2, 3], [4]], 5, temperature=0)
+    assert [text.shape for text in texts] == [(8,), (6,)]
+    assert texts[0][:3].tolist() == [1, 2, 3]
+    assert generate(model(), [np.array([1, 2]), (3, 4)], 5).shape == (2, 7)
+    untouched = generate(model(), [[1, 2, 3], [4]], 0)
+    assert [text.tolist() for text in untouched] == [[1, 2, 3], [4]]
+
+
+@pytest.mark.parametrize("way", ["laid out", "ordinary", "gpt2"])
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, SAMPLED])
+@given(lengths, seeds, st.integers(1, 20), st.sampled_from([1, 2, 5, 11, 24]))
+def test_generate_for_prompts_of_several_lengths_is_that_for_each_alone(
+    way: str, sampling: dict[str, Any], lengths: list[int], seed: int, count: int, limit: int
+) -> None:
+    """Also where some contexts are full before others; the tokens are the same ones."""
+    options: dict[str, Any] = {"max_position_embeddings": limit}
+    if way == "gpt2":
+        m = randomised(shape("gpt2", **options), seed=seed)
+    else:
+        m = model(seed, **options)
+    vocab_size = m.config.vocab_size
+    prompts = [prompt % vocab_size for prompt in prompts_of(lengths, seed)]
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "ordinary":
+            patch.setattr(decoding, "LARGEST", 0)
+        texts = generate(m.eval(), prompts, count, seed=seed, **sampling)
+        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            options = sampling | {"seed": seed, "rows": [row]}
+            alone = generate(m, prompt[None], count, **options)
+            assert np.array_equal(text, alone[0])
+
+
+@pytest.mark.parametrize("window", [1, 3])
+@given(lengths, seeds)
+def test_generate_for_prompts_of_several_lengths_sees_each_window(
+    window: int, lengths: list[int], seed: int
+) -> None:
+    m = randomised(shape("mistral", sliding_window=window), seed=seed).eval()
+    prompts = [prompt % m.config.vocab_size for prompt in prompts_of(lengths, seed)]
+    for prompt, text in zip(prompts, greedy(m, prompts, 8), strict=True):
+        likeliest = m(text[None]).data[0, len(prompt) - 1 : -1].argmax(axis=-1)
+        assert np.array_equal(text[len(prompt) :], likeliest)
+
+
+@given(lengths, seeds, stop_ids, st.sampled_from([0.0, 1.5]))
+def test_generate_for_prompts_of_several_lengths_ends_each_text(
+    lengths: list[int], seed: int, stops: list[int], temperature: float
+) -> None:
+    prompts = prompts_of(lengths, seed)
+    m = model(seed)
+    options = {"temperature": temperature, "eos": stops, "pad": 11}
+    texts = generate(m, prompts, 12, **options)
+    news = []
+    for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        alone = generate(m, prompt[None], 12, **options, rows=[row])[0]
+        assert np.array_equal(text[: len(alone)], alone)
+        assert (text[len(alone) :] == 11).all()
+        news.append(len(text) - len(prompt))
+        assert news[-1] >= len(alone) - len(prompt)
+    assert len(set(news)) == 1
+
+
+@given(lengths, seeds, st.integers(0, 4))
+def test_stream_gives_a_text_that_its_neighbours_do_not_change(
+    lengths: list[int], seed: int, chosen: int
+) -> None:
+    prompts = prompts_of(lengths, seed)
+    m = model(seed)
+    texts = generate(m, prompts, 9, seed=seed, temperature=2.0)
+    rows = [row for row in range(len(prompts)) if row != chosen] or [0]
+    some = generate(m, [prompts[row] for row in rows], 9, seed=seed, temperature=2.0, rows=rows)
+    for row, text in zip(rows, some, strict=True):
+        assert np.array_equal(text, texts[row])
+
+
+def test_stream_gives_the_first_row_the_random_numbers_of_the_seed() -> None:
+    m = model()
+    ids = [1, 2, 3]
+    rng = np.random.default_rng(5)
+    for token in stream(m, [ids, [4]], 12, temperature=2.0, seed=5):
+        logits = m(np.array([ids])).data[:, -1]
+        assert token[0] == sample(logits, rng, 2.0, 13, 1.0)[0]
+        ids.append(int(token[0]))
+
+
+def test_generate_in_a_full_context_reads_only_the_texts_that_are_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    m = model(max_position_embeddings=8)
+    read = []
+    call = type(m).__call__
+
+    def counting(self: Any, ids: np.ndarray, *rest: Any, **options: Any) -> Any:
+        read.append(np.shape(ids))
+        return call(self, ids, *rest, **options)
+
+    monkeypatch.setattr(type(m), "__call__", counting)
+    greedy(m, [[1], [2, 3, 4], [5, 6, 7]], 7)
+    # The prompts, by length; then the longer ones, which one thread has each.
+    assert sorted(read) == [(1, 1), (1, 3), (1, 3), (1, 4), (1, 4)]
+
+
+# ---- the end of a text ---------------------------------------------------------------------------
 
 
 @given(prompts, seeds, stop_ids, st.sampled_from([None, 0, 12]), st.sampled_from([0.0, 1.0]))
@@ -349,10 +463,27 @@ def test_generate_refuses_tasks_of_a_model_without_tasks() -> None:
         generate(model(), np.array([[1]]), 3, tasks="a")
 
 
-@pytest.mark.parametrize("shape", [(1, 0), (2,), (1, 1, 1)])
-def test_generate_needs_a_token(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("size", [(1, 0), (2,), (1, 1, 1)])
+def test_generate_needs_a_token(size: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match="at least one token"):
-        generate(model(), np.zeros(shape, int), 3)
+        generate(model(), np.zeros(size, int), 3)
+
+
+@pytest.mark.parametrize("ids", [[], [[]], [1, 2], [[1], []], [[1, 2], 3], [[1], [[2]]]])
+def test_generate_refuses_a_list_with_a_prompt_that_is_none(ids: list[Any]) -> None:
+    with pytest.raises(DataError, match="a prompt needs at least one token"):
+        generate(model(), ids, 3)
+
+
+def test_generate_names_the_prompt_that_has_no_token() -> None:
+    with pytest.raises(DataError, match=r"got \(0,\) for prompt 1"):
+        generate(model(), [[1, 2], [], [3]], 3)
+
+
+@pytest.mark.parametrize("rows", [[], [0], [0, -1], [0, 1.0], [0, True], [0, 1, 2], ["a", 1]])
+def test_stream_refuses_rows_that_are_not_one_number_per_prompt(rows: list[Any]) -> None:
+    with pytest.raises(ConfigError, match="rows must be 2 integers of at least 0"):
+        next(stream(model(), [[1], [2, 3]], 3, rows=rows))
 
 
 def test_generate_refuses_a_prompt_outside_the_vocabulary() -> None:

@@ -61,6 +61,8 @@ def add_usage_rows() -> None:
     refused(66, "--nothing", "--nothing")
     refused(66, "finetune", "required: --base")
     refused(66, "generate --base base", "--prompt")
+    refused(66, f"{GENERATE} --prompts book.txt", "--prompts", "not allowed with", "--prompt")
+    refused(66, f"{GENERATE} --batch-size 2", "--batch-size", "give --prompts")
     refused(66, "inspect", "DIR")
     refused(66, "diff base", "B")
     refused(66, "devices here", "unrecognized arguments: here")
@@ -120,6 +122,12 @@ def add_number_rows() -> None:
     command(56, f"{GENERATE} --top-k 100000", None)
     command(57, f"{GENERATE} --prompt ''", 3, "--prompt is empty")
     command(57, f"{GENERATE} --chat", 3, "chat template")
+    prompts = "generate --base base --max-new-tokens 2 --prompts"
+    refused_values(56, f"{prompts} book.txt", "batch-size", "--batch-size", (0, -1, 1.5))
+    command(57, f"{prompts} book.txt", 3, "'book.txt' line 1", "620 tokens", "= 256", "shorten")
+    command(57, f"{prompts} latin.txt", 3, "'latin.txt' line 1", "not UTF-8 at byte 1")
+    command(57, f"{prompts} base", 3, "not a regular file")
+    command(57, f"{prompts} nowhere.txt", 4, "nowhere.txt")
     command(57, f"{GENERATE} --prompt '{'long ' * 100}'", None)
     command(57, f"{GENERATE} --prompt '\udcff\x1b\U0001f600 é'", None)
 
