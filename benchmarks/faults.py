@@ -29,7 +29,7 @@ import numpy as np
 
 import minilora.formats.disk
 import minilora.formats.safetensors
-import minilora.training.loop
+import minilora.training.run
 from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
 from minilora.errors import CheckpointError
 from minilora.training.checkpoints import MANIFEST, find_checkpoint, save_checkpoint
@@ -110,7 +110,7 @@ def start(out: Path, save, model) -> tuple[int, int]:
 
     code = 1
     try:
-        minilora.training.loop.save_checkpoint = reporting_save
+        minilora.training.run.save_checkpoint = reporting_save
         if save is naive_save:
             for module in (minilora.formats.disk, minilora.formats.safetensors):
                 module.atomic_file = lambda path: open(path, "wb")  # noqa: SIM115
