@@ -282,12 +282,19 @@ class Decoding:
         H = w.heads
         K = w.kv_heads
         D = w.head_dim
-        newest: Any = (slice(None), int(self.lengths[0]))  # (sequences, their positions)
-        if np.ptp(self.lengths):
+        lengths = self.lengths.tolist()
+        S = max(lengths) + 1
+        is_uniform = min(lengths) + 1 == S
+        newest: Any = (slice(None), S - 1)  # (sequences, their positions)
+        if not is_uniform:
             newest = tuple(map(w.backend.from_numpy, (np.arange(B), self.lengths)))
         rotation = self.rotations[newest[1]]
-        S = int(self.lengths.max()) + 1
-        visible = {window: self._visible_keys(window) for window in self.windows}
+        visible = {
+            window: (max(0, S - window) if window else 0, None)
+            if is_uniform
+            else self._visible_keys(window)
+            for window in self.windows
+        }
         x = w.embedding.data[w.backend.from_numpy(ids)]  # (B, C)
         for layer, key_values in zip(w.layers, self.data, strict=True):
             qkv = layer.qkv(self._normed(x))
@@ -321,17 +328,14 @@ class Decoding:
         self.lengths += 1
         return w.head(self._normed(x))
 
-    def _visible_keys(self, window: int | None) -> tuple[int, Array | None]:
+    def _visible_keys(self, window: int | None) -> tuple[int, Array]:
         """The first key that any newest token sees, and what to add to the scores from there on.
 
-        That is 0 for the keys that a sequence sees and -inf for the others, (B, 1, 1, S - first);
-        None if all sequences have one length.
+        That is 0 for the keys that a sequence sees and -inf for the others, (B, 1, 1, S - first).
         """
         newest = self.lengths[:, None]
         oldest = np.maximum(newest + 1 - window, 0) if window else np.zeros_like(newest)
         first = int(oldest.min())
-        if not np.ptp(newest):
-            return first, None
         places = np.arange(first, newest.max() + 1)
         is_seen = (oldest <= places) & (places <= newest)
         mask = np.where(is_seen, 0, -np.inf).astype(self.weights.dtype)
