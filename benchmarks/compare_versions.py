@@ -2,7 +2,7 @@
 
     python benchmarks/compare_versions.py OLD NEW [--sizes tiny,small]
         [--methods lora,dora,adalora,full,generate] [--merge 1b] [--rounds 5] [--steps N]
-        [--threads 2] [--scratch DIR]
+        [--threads 2] [--scratch DIR] [--write]
 
 OLD and NEW are folders with a copy of this repository. In every round each checkout takes one turn
 in a fresh process, which runs the checkout's benchmarks/peers.py over the checkout's package; OLD
@@ -14,17 +14,18 @@ the checkpoint that benchmarks/merge.py makes, and compares the bytes of the mer
 
 The printed columns are the median seconds of OLD and NEW, and the median and the upper quartile of
 the ratios NEW / OLD of each round: below 1, NEW is faster. On a machine that is shared the ratios
-say more than the times.
+say more than the times. `--write` stores them in benchmarks/results/versions.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import filecmp
+import json
 import os
 import shutil
 import statistics
-import sys
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,6 +44,7 @@ METHODS = {
     "full": ("full", "minilora"),
     "generate": ("generate", "minilora"),
 }
+RESULT = Path(__file__).parent / "results" / "versions.json"
 Turn = Callable[[Path], tuple[float, Any]]  # checkout -> seconds, the result to compare
 
 
@@ -58,7 +60,7 @@ def alternate(old: Path, new: Path, rounds: int, turn: Turn) -> tuple[list[list[
     return seconds, all(result == results[0] for result in results)
 
 
-def compare_steps(size: str, method: str, args: argparse.Namespace) -> None:
+def compare_steps(size: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
     prepared, contender = METHODS[method]
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         work = Path(folder)
@@ -71,10 +73,10 @@ def compare_steps(size: str, method: str, args: argparse.Namespace) -> None:
             return statistics.median(process.turns[0]), process.results
 
         seconds, equal = alternate(args.old, args.new, args.rounds, turn)
-    show(f"{size} {method}", seconds, equal)
+    return show(f"{size} {method}", seconds, equal)
 
 
-def compare_merges(size: str, args: argparse.Namespace) -> None:
+def compare_merges(size: str, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         folder = Path(scratch)
         merge.make(folder, size)
@@ -95,17 +97,24 @@ def compare_merges(size: str, args: argparse.Namespace) -> None:
             return seconds, different + missing
 
         seconds, equal = alternate(args.old, args.new, args.rounds, turn)
-    show(f"merge {size}", seconds, equal)
+    return show(f"merge {size}", seconds, equal)
 
 
-def show(name: str, seconds: list[list[float]], equal: bool) -> None:
+def show(name: str, seconds: list[list[float]], equal: bool) -> dict[str, Any]:
+    """Print and return the medians, and the median and upper quartile of the ratios of a round."""
     old, new = seconds
     ratios = [b / a for a, b in zip(old, new, strict=True)]
-    times = f"{statistics.median(old):11.4f}{statistics.median(new):11.4f}"
-    middle = statistics.median(ratios)
-    upper = float(np.quantile(ratios, 0.75))
-    print(f"{name:16}{times}{middle:11.3f}{upper:11.3f}   {'equal' if equal else 'DIFFERENT'}")
-    sys.stdout.flush()
+    row = {
+        "old seconds": round(statistics.median(old), 5),
+        "new seconds": round(statistics.median(new), 5),
+        "median ratio": round(statistics.median(ratios), 3),
+        "upper quartile": round(float(np.quantile(ratios, 0.75)), 3),
+        "results": "equal" if equal else "DIFFERENT",
+    }
+    times = f"{row['old seconds']:11.4f}{row['new seconds']:11.4f}"
+    quantiles = f"{row['median ratio']:11.3f}{row['upper quartile']:11.3f}"
+    print(f"{name:16}{times}{quantiles}   {row['results']}", flush=True)
+    return {"what": name, **row}
 
 
 def main() -> None:
@@ -122,6 +131,7 @@ def main() -> None:
         "--timeout", type=float, default=300, help="seconds that one answer may take"
     )
     parser.add_argument("--scratch", type=Path, help="folder for temporary files")
+    parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     methods = args.methods.split(",") if args.methods else []
     sizes = args.sizes.split(",")
@@ -138,11 +148,20 @@ def main() -> None:
             parser.error(f"{checkout} has no benchmarks/peers.py; give a checkout of minilora")
     titles = "".join(f"{title:>11}" for title in ("old s", "new s", "new / old", "quartile"))
     print(f"{'':16}{titles}   results", flush=True)
-    for size in sizes:
-        for method in methods:
-            compare_steps(size, method, args)
+    rows = [compare_steps(size, method, args) for size in sizes for method in methods]
     if args.merge != "none":
-        compare_merges(args.merge, args)
+        rows.append(compare_merges(args.merge, args))
+    if args.write:
+        commits = {"old": commit(args.old), "new": commit(args.new)}
+        machine = {"cores": os.cpu_count(), "numpy": np.__version__}
+        run = {**commits, **machine, "rounds": args.rounds, "date": time.strftime("%Y-%m-%d")}
+        RESULT.write_text(json.dumps({**run, "rows": rows}, indent=2) + "\n")
+
+
+def commit(checkout: Path) -> str:
+    """The checkout's last commit; "+" after it says that its files have changed since."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
 """Time a training step of minilora, PyTorch + peft and JAX on the same weights and batches.
 
-    python benchmarks/peers.py [--sizes micro,tiny,small,gpt2,long]
+    python benchmarks/peers.py [--sizes micro,tiny,small,gpt2,long,wide]
                                [--methods lora,family,recomputed,full,generate]
                                [--contenders minilora,torch,torch-compile,transformers,jax]
-                               [--rounds 5] [--steps N] [--threads 2] [--write]
+                               [--starts 3] [--rounds 2] [--steps N] [--threads 2] [--write]
 
 Every contender is a separate process that waits between its turns. A turn is one step that does not
 count, because the other contenders have used the caches, and `--steps` steps that count (by default
-about one second). The printed time is the median over all turns. The ratio is the median of the
-ratios of each round, so that a machine whose speed drifts does not decide. The losses of all
-contenders must agree to 1e-4. A contender that is not installed is left out, with a message.
+about one second). After `--rounds` turns of each the processes end, and new ones take their place,
+`--starts` times: now and then a process is slow for as long as it lives. The printed time is the
+median over all turns. The ratio is the median of the ratios of each round, so that a machine whose
+speed drifts does not decide. The losses of all contenders must agree to 1e-4. A contender that is
+not installed is left out, with a message.
 
 `--write` stores the results in benchmarks/results/cpu-peers.json, in place of earlier results for
-the same sizes and methods. Everything takes 25 minutes. This takes two minutes:
---sizes micro,tiny --contenders minilora,torch,transformers --methods lora --rounds 3.
+the same sizes and methods. Everything takes 45 minutes. This takes two minutes:
+--sizes micro,tiny --contenders minilora,torch,transformers --methods lora --starts 1.
 
-Sizes: `long` is one sequence of 1,024 tokens through the size gpt2.
+Sizes: `long` is one sequence of 1,024 tokens through the size gpt2, `wide` one of 2,048 through 4
+layers of width 1,024.
 
 Methods: `lora` trains LoRA on all linear layers. `family` adds DoRA and AdaLoRA (with the penalty
 and an allocation of ranks in every step), and peft's DoRA beside peft's LoRA. `recomputed` is
@@ -49,6 +52,7 @@ SIZES = {  # Llama-shaped: layers, width, MLP width, heads, vocabulary, batch, c
     "small": (6, 384, 1024, 6, 256, 8, 256),
     "gpt2": (12, 768, 2048, 12, 50257, 2, 256),
     "long": (12, 768, 2048, 12, 50257, 1, 1024),
+    "wide": (4, 1024, 2736, 16, 256, 1, 2048),
 }
 METHODS = ["lora", "family", "recomputed", "full", "generate"]
 # Contender -> the contender whose losses it must reproduce.
@@ -273,32 +277,24 @@ def compare(
         shape = (*shape[:5], prompts, shape[6])
     if method != "generate":
         names = [*names, "floor"]
-    running: list[Process] = []
+    measured: dict[str, list[Process]] = {name: [] for name in names}  # a process for each start
     left_out: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         prepare(work, shape, method)
         job = json.loads((work / "job.json").read_text())
-        for name in names:
-            try:
-                running.append(stack.enter_context(Process(name, work, args.threads, args.timeout)))
-            except RuntimeError as error:
-                left_out[name] = str(error)[:300]
-        for _ in range(args.rounds):
-            for process in running:
-                time.sleep(PAUSE)
-                process.turn(args.steps or STEPS.get(size, 1))
-    by_name = {process.name: process for process in running}
-    ours = by_name["minilora"]
+        for _ in range(args.starts):
+            take_turns(measured, left_out, size, work, args)
+    ours = measured["minilora"]
     medians = {}
-    for process in running:
-        medians[process.name] = statistics.median(s for turn in process.turns for s in turn)
+    for name, processes in measured.items():
+        medians[name] = statistics.median(s for turn in turns(processes) for s in turn)
     floor = medians.pop("floor", None)
     rows: dict[str, dict[str, Any]] = {}
     for name, median in medians.items():
-        process = by_name[name]
+        processes = measured[name]
         ratios = []
-        for turn, our_turn in zip(process.turns, ours.turns, strict=True):
+        for turn, our_turn in zip(turns(processes), turns(ours), strict=True):
             ratios.append(statistics.median(turn) / statistics.median(our_turn))
         row: dict[str, Any] = {
             "milliseconds": round(1e3 * median, 3),
@@ -306,17 +302,20 @@ def compare(
         }
         if floor:
             row["over_floor"] = round(median / floor, 3)
+        peak = statistics.median(process.peak for process in processes)
+        faults = statistics.median(count for process in processes for count in process.faults)
+        ready = statistics.median(process.ready for process in processes)
         row |= {
             "tokens_per_second": round(job["tokens"] / median),
-            "peak_megabytes": round(process.peak / 1e6, 1),
-            "over_weights_megabytes": round((process.peak - job["weights"]) / 1e6, 1),
-            "faults_per_step": statistics.median(process.faults),
-            "seconds_to_first_step": round(process.ready, 2),
+            "peak_megabytes": round(peak / 1e6, 1),
+            "over_weights_megabytes": round((peak - job["weights"]) / 1e6, 1),
+            "faults_per_step": faults,
+            "seconds_to_first_step": round(ready, 2),
         }
-        reference = by_name[FAMILY[name] if method == "family" else "minilora"]
+        reference = measured[FAMILY[name] if method == "family" else "minilora"]
         agree = same_tokens if method == "generate" else same_losses
-        rows[name] = row | agree(f"{size} {method} {name}", process, reference)
-    result: dict[str, Any] = {"size": size, "method": method}
+        rows[name] = row | agree(f"{size} {method} {name}", results(processes), results(reference))
+    result: dict[str, Any] = {"size": size, "method": method, "starts": args.starts}
     if prompts:
         result["prompts"] = prompts
     if floor:
@@ -327,9 +326,45 @@ def compare(
     return result
 
 
-def same_losses(what: str, peer: Process, ours: Process) -> dict[str, float]:
+def take_turns(
+    measured: dict[str, list[Process]],
+    left_out: dict[str, str],
+    size: str,
+    work: Path,
+    args: argparse.Namespace,
+) -> None:
+    """Start each contender once, and add its process to `measured` after all its turns.
+
+    One that cannot be started goes from `measured` to `left_out`, with the reason.
+    """
+    with ExitStack() as stack:
+        for name in list(measured):
+            try:
+                process = stack.enter_context(Process(name, work, args.threads, args.timeout))
+            except RuntimeError as error:
+                left_out[name] = str(error)[:300]
+                del measured[name]
+            else:
+                measured[name].append(process)
+        for _ in range(args.rounds):
+            for processes in measured.values():
+                time.sleep(PAUSE)
+                processes[-1].turn(args.steps or STEPS.get(size, 1))
+
+
+def turns(processes: list[Process]) -> list[list[float]]:
+    """The seconds of each step of each turn."""
+    return [turn for process in processes for turn in process.turns]
+
+
+def results(processes: list[Process]) -> list[Any]:
+    """The loss of each step, or the tokens that it generated."""
+    return [result for process in processes for result in process.results]
+
+
+def same_losses(what: str, peer: list[Any], ours: list[Any]) -> dict[str, float]:
     """The largest difference of the losses. SystemExit if it exceeds AGREE."""
-    difference = float(np.max(np.abs(np.subtract(peer.results, ours.results))))
+    difference = float(np.max(np.abs(np.subtract(peer, ours))))
     if not difference <= AGREE:
         raise SystemExit(
             f"{what}: the losses differ by {difference}, at most {AGREE:g} is valid: the "
@@ -338,9 +373,9 @@ def same_losses(what: str, peer: Process, ours: Process) -> dict[str, float]:
     return {"loss_difference": difference}
 
 
-def same_tokens(what: str, peer: Process, ours: Process) -> dict[str, Any]:
+def same_tokens(what: str, peer: list[Any], ours: list[Any]) -> dict[str, Any]:
     """The share of equal tokens, and the first difference as (step, prompt, token), if any."""
-    equal = np.equal(peer.results, ours.results)
+    equal = np.equal(peer, ours)
     share = float(equal.mean())
     if not share > SAME:
         raise SystemExit(
@@ -388,10 +423,11 @@ def _place(result: dict[str, Any]) -> tuple[int, int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="micro,tiny,small,gpt2,long")
+    parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--contenders", default=",".join(("minilora", *PEERS)))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--starts", type=int, default=3, help="processes of each contender")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each process")
     parser.add_argument("--steps", type=int, help="per turn")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -416,7 +452,7 @@ def main() -> None:
         for method in args.methods.split(","):
             if method == "recomputed" and size != "long":
                 continue
-            if size == "long" and method in ("family", "full", "generate"):
+            if size in ("long", "wide") and method in ("family", "full", "generate"):
                 continue
             chosen = [name for name in names if (name, method) not in LEFT_OUT]
             if method == "family":
@@ -435,9 +471,10 @@ def main() -> None:
         command = "python " + " ".join(["benchmarks/peers.py", *sys.argv[1:]])
         for result in results:
             result |= {"command": command, "date": time.strftime("%Y-%m-%d")}
-        stored = json.loads(RESULT.read_text())["results"] if RESULT.exists() else []
+        stored = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+        versions = {**stored.get("versions", {}), **versions}  # of contenders that were not run now
         measured = {_key(result) for result in results}
-        results += [result for result in stored if _key(result) not in measured]
+        results += [row for row in stored.get("results", []) if _key(row) not in measured]
         results.sort(key=_place)
         machine = (
             f"{platform.machine()}, {args.threads} threads, Python {platform.python_version()}"

@@ -1,9 +1,12 @@
 """Measure how a LoRA step's time and memory grow with tokens, context, width, depth, rank, threads.
 
-    python benchmarks/scaling.py [--axes tokens,context,width,depth,rank,threads] [--rounds 3]
+    python benchmarks/scaling.py [--axes tokens,context,width,depth,rank,threads,long] [--rounds 3]
                                  [--steps 2] [--write]
 
-Along each axis one property of the size `tiny` varies. Every point is a separate process, so that
+Along each axis one property of the size `tiny` varies; the axis `long` has one sequence of 1,024
+tokens, cut into parts, and varies the threads. Both axes of threads go up to the cores of the
+machine, by powers of two. Beside `long` stands what parts.py computes for 4, 8 and 16 cores from
+the times of the jobs of one thread. Every point is a separate process, so that
 its peak memory is measured alone, and the points of an axis take turns as in peers.py: one step
 that does not count, then `--steps` that do. Three conditions are checked; exit code 1 if one does
 not hold:
@@ -14,7 +17,7 @@ not hold:
              part of which are the ids of the batch
     faults   after the first turn a step has few page faults, at every point
 
-`--write` stores the result in benchmarks/results/scaling.json. Three minutes on two cores.
+`--write` stores the result in benchmarks/results/scaling.json. Five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -31,7 +34,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import parts
 from peers import SIZES, Process, prepare
+
+from minilora.threads import available_cores
 
 RESULT = Path(__file__).parent / "results" / "scaling.json"
 LINEAR = 0.15  # largest relative difference of the microseconds per token
@@ -58,6 +64,9 @@ class Point(NamedTuple):
 
 
 TINY = Point(*SIZES["tiny"])
+LONG = Point(*parts.SIZES["long"])
+THREADS = [1 << n for n in range(available_cores().bit_length())]
+SIMULATED = [4, 8, 16]  # cores
 AXES: dict[str, dict[int, Point]] = {
     "tokens": {
         n << 10: TINY._replace(batch=(n << 10) // TINY.context) for n in (1, 2, 4, 8, 16, 32, 64)
@@ -68,7 +77,8 @@ AXES: dict[str, dict[int, Point]] = {
     "width": {n: TINY._replace(width=n, mlp=3 * n, heads=n // 32) for n in (64, 128, 256, 512)},
     "depth": {n: TINY._replace(layers=n) for n in (2, 4, 8, 16)},
     "rank": {n: TINY._replace(r=n) for n in (2, 8, 32, 64)},
-    "threads": {n: TINY._replace(threads=n) for n in (1, 2)},
+    "threads": {n: TINY._replace(threads=n) for n in THREADS},
+    "long": {n: LONG._replace(threads=n) for n in THREADS},
 }
 
 
@@ -158,6 +168,14 @@ def main() -> int:
     for axis in names:
         axes[axis] = measure_axis(AXES[axis], args)
         show(axis, axes[axis])
+    simulated = {}
+    if "long" in names:
+        simulated = parts.simulate("long", SIMULATED, args.rounds)
+        for cores, row in simulated["cores"].items():
+            print(
+                f"{cores} cores, computed: {row['faster']:g} times as fast as the whole sequence "
+                f"on one core, with --part {row['part']}"
+            )
     checked = claims(axes)
     result = {
         "command": "python " + " ".join(["benchmarks/scaling.py", *sys.argv[1:]]),
@@ -168,6 +186,7 @@ def main() -> int:
         "size": dict(zip(TINY._fields, TINY, strict=True)),
         "claims": checked,
         "axes": axes,
+        "simulated": simulated,
     }
     if args.write:
         RESULT.parent.mkdir(exist_ok=True)
