@@ -7,9 +7,10 @@ diverged, 6 another run is using the folder.
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -117,6 +118,17 @@ def check_fields(
     for field, is_valid, wanted in rules:
         if not is_valid(values[field]):
             raise error(f"{where}{field} must be {wanted}, got {values[field]!r:.200}")
+
+
+def check_names(where: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """ConfigError for the first name that is not known: it says the nearest one, and all."""
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {nearest[0]}? " if nearest else ""
+            raise ConfigError(
+                f"{where} does not know {name!r:.99}: {hint}It knows {', '.join(known)}"
+            )
 
 
 def is_flag(value: Any) -> bool:

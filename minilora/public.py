@@ -14,6 +14,8 @@ from .lora import (
     LoraLinear,
     MultiTask,
     PeftModel,
+    get_layer_status,
+    get_model_status,
     get_multitask_model,
     get_peft_model,
 )
@@ -50,6 +52,8 @@ __all__ = [
     "dequantize",
     "generate",
     "get_backend",
+    "get_layer_status",
+    "get_model_status",
     "get_multitask_model",
     "get_peft_model",
     "gradients",

@@ -76,7 +76,7 @@ def add_demo_options(parser: Parser) -> None:
     option(parser, "--adapt-data FILE", "text to adapt to (default: Python's standard library)")
     field = functools.partial(option, parser, default=argparse.SUPPRESS)
     field("--r R", "rank of the adapter, at least 1 (default: 4)")
-    field("--lora-alpha X", "scaling is lora_alpha / r; above 0 (default: 16; adalora: 256)")
+    field("--lora-alpha X", "scaling is lora_alpha / r (default: 16; adalora: 256)")
     option(parser, "--out DIR", "a new or empty folder (default: runs/demo-NNN)")
     add_device_and_threads(parser)
     add_seed(parser)
@@ -221,7 +221,7 @@ def add_tuning_options(parser: Parser) -> None:
     field = functools.partial(option, group, default=argparse.SUPPRESS)
     default = LoraConfig
     field("--r R", f"rank, at least 1 (default: {default.r})")
-    field("--lora-alpha X", f"scaling is lora_alpha / r; above 0 (default: {default.lora_alpha})")
+    field("--lora-alpha X", f"scaling is lora_alpha / r (default: {default.lora_alpha})")
     text = "names (q_proj,v_proj), a pattern or all-linear (default: by type of model)"
     field("--target-modules NAMES", text)
     text = "names or a pattern of layers that get no adapter (default: none)"

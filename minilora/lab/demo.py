@@ -276,7 +276,7 @@ def _spectra(
             before = originals[path]
             spectra[path] = _singular_values(before), _singular_values(W - before)
         return spectra
-    adapter = model.active_adapter
+    (adapter,) = model.active_adapters
     config = model.peft_config[adapter]
     for path, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLinear):

@@ -26,7 +26,9 @@ Models
     targets     which module names a configuration means, by PEFT's rules
     patterns    regular expressions whose time is bounded
     plan        the layers that a configuration means in a model or a checkpoint
+    injecting   an adapter put into a model
     model       get_peft_model and PeftModel
+    status      what the layers of such a model are set to
     combining   several adapters added up to one
     multitask   several tasks in one batch, each with its adapters
 
@@ -49,6 +51,7 @@ from .lora import LoraAdapter
 from .model import PeftModel, get_peft_model
 from .multitask import MultiTask, get_multitask_model
 from .names import read_config
+from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from .tokens import TrainableTokens
 
 __all__ = [
@@ -59,15 +62,19 @@ __all__ = [
     "EmbeddingAdapter",
     "HydraAdapter",
     "HydraConfig",
+    "LayerStatus",
     "LoraAdapter",
     "LoraConfig",
     "LoraEmbedding",
     "LoraLinear",
+    "ModelStatus",
     "MultiTask",
     "PeftModel",
     "RankAllocator",
     "SavedModule",
     "TrainableTokens",
+    "get_layer_status",
+    "get_model_status",
     "get_multitask_model",
     "get_peft_model",
     "orthogonality",

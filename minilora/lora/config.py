@@ -99,7 +99,7 @@ def _table_rule(field: str, rule: Rule) -> Rule:
 SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "ensure_weight_tying")
 _is_scalar = functools.partial(is_number, kinds=(int, float))
 (_RANK,) = integer_rules("r", least=1, limit=MAX_COUNT)
-(_ALPHA,) = number_rules("lora_alpha", is_kind=_is_scalar, above=0, below=1e300)
+(_ALPHA,) = number_rules("lora_alpha", is_kind=_is_scalar, least=0, below=1e300)
 RULES = [
     _RANK,
     _ALPHA,

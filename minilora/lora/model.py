@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,21 @@ from typing import Any
 import numpy as np
 
 from ..autograd import Tensor
-from ..backend import Backend, mix_key
+from ..backend import Backend
 from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import write_adapter
 from ..formats.checkpoint import to_file_layout
 from ..nn import Module, Parameter, replace_module
 from .combining import add_weighted_adapter
 from .config import LoraConfig
-from .embedding import HeadAdapter, LoraEmbedding
 from .files import AdapterFile, fit
-from .layer import LoraLinear, SavedModule, Wrapper, use_adapters
-from .names import PREFIX, EntryParameter, adapter_class, entry_parameters
+from .injecting import inject
+from .layer import LoraLinear, Wrapper, use_adapters
+from .names import PREFIX, EntryParameter, entry_parameters
 from .plan import Plan, check_wrapped, describe_model, modules_inside, plan_adapter, wrappers
 from .repeats import repeated
-from .tokens import TokenRows, TrainableTokens
-from .tying import copy_to_share, embedding_and_head, prepare_tie, unwrap
+from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
+from .tying import copy_to_share, embedding_and_head, prepare_tie
 from .vocabulary import check_resizable, resize_vocabulary
 
 MAX_FOLDER_NAME = 255  # in bytes: the limit of most file systems
@@ -62,7 +61,7 @@ class PeftModel(Module):
     ):
         self._wrap_model(model)
         self.add_adapter(adapter_name, config, seed)
-        self.set_adapter(adapter_name)
+        self.set_adapter(adapter_name, config.inference_mode)
 
     def _wrap_model(self, model: Any) -> None:
         if not isinstance(model, Module):
@@ -76,6 +75,7 @@ class PeftModel(Module):
         self.peft_config: dict[str, LoraConfig] = {}
         self._plans: dict[str, Plan] = {}
         self.active_adapters: list[str] = []
+        self._is_enabled = True
 
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:
         return self.model(*inputs, **options)  # type: ignore[no-any-return]
@@ -84,8 +84,26 @@ class PeftModel(Module):
         """The model inside, adapters and all."""
         return self.model
 
+    def generate(self, *inputs: Any, **options: Any) -> Any:
+        """What the model inside generates with the active adapters: see `CausalLM.generate`."""
+        kind = type(self.model)
+        if not hasattr(kind, "generate"):
+            raise ConfigError(f"{kind.__name__} generates no text: it has no method generate()")
+        return kind.generate(self, *inputs, **options)
+
+    @property
+    def base_model(self) -> PeftModel:
+        """This object: PEFT has the same methods on two, `model` and `model.base_model`."""
+        return self
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The first of the active adapters; None if none is active."""
+        return next(iter(self.active_adapters), None)
+
     config = property(lambda self: self.model.config)
-    active_adapter = property(lambda self: self.active_adapters[0])
+    device = property(lambda self: self.model.device)
+    dtype = property(lambda self: self.model.dtype)
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """(name, parameter) under PEFT's names."""
@@ -111,15 +129,18 @@ class PeftModel(Module):
     # ---- adding ----------------------------------------------------------------------------------
 
     def add_adapter(self, adapter_name: str, config: LoraConfig, seed: int = 0) -> None:
-        """Add another adapter; it stays inactive until `set_adapter`."""
+        """Add another adapter; it stays inactive and frozen until `set_adapter`."""
         self._check_name(adapter_name, config)
         with self._unmerged():
             plan = plan_adapter(describe_model(self.model), config)
             check_wrapped(self.model, plan)
             self._inject(adapter_name, plan, seed)
 
-    def _check_name(self, adapter_name: str, config: LoraConfig) -> None:
-        """ConfigError if an adapter of this name and configuration cannot join the others."""
+    def _check_name(self, adapter_name: str, config: LoraConfig, replaces: bool = False) -> None:
+        """ConfigError if an adapter of this name and configuration cannot join the others.
+
+        replaces   may it take the place of one that has its name?
+        """
         if not isinstance(config, LoraConfig):
             raise ConfigError(f"expected a LoraConfig, got {config!r:.99}")
         if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
@@ -127,12 +148,13 @@ class PeftModel(Module):
                 f"{adapter_name!r:.99} cannot name an adapter: choose a text without dots "
                 "that is not empty"
             )
-        if adapter_name in self.peft_config:
+        if adapter_name in self.peft_config and not replaces:
             raise ConfigError(
                 f"an adapter {adapter_name!r} exists already; "
                 f"choose a name other than {', '.join(self.peft_config)}"
             )
-        biased = [name for name, other in self.peft_config.items() if other.bias != "none"]
+        others = {name: c for name, c in self.peft_config.items() if name != adapter_name}
+        biased = [name for name, other in others.items() if other.bias != "none"]
         if biased and config.bias != "none":
             raise ConfigError(
                 f"adapter {biased[0]!r} trains the base's biases already: "
@@ -143,42 +165,44 @@ class PeftModel(Module):
         inject(self.model, adapter_name, plan, seed)
         self.peft_config[adapter_name] = plan.config
         self._plans[adapter_name] = plan
-        for parameter in self.adapter_parameters(adapter_name).values():
-            parameter.requires_grad = False  # until set_adapter makes it the active one
+        self._require_gradients(adapter_name, False)  # until set_adapter makes it the active one
+        for layer in self._wrappers().values():  # some of them may be new
+            layer.active = tuple(self.active_adapters)
+            layer.enabled = self._is_enabled
 
     add_weighted_adapter = add_weighted_adapter
 
     # ---- switching -------------------------------------------------------------------------------
 
-    def set_adapter(
-        self, adapter_name: str | Sequence[str], inference_mode: bool | None = None
-    ) -> None:
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones. Only they require a gradient.
 
-        Merged adapters must be among them. With `inference_mode` they require none either; None
-        means the value in each adapter's configuration, which is True for one that was loaded to
-        be used.
+        With `inference_mode` they require none either. Adapters that are merged, and not among
+        them, are taken out of the base's weights first, with a warning.
         """
         names = list_names(adapter_name)
         self._require_known(names)
         layers = self._wrappers().values()
         for layer in layers:
             layer.result(names)  # raises if two of them cannot be active at once
-        self._require_merged_among(names, "are merged and would stay active")
+        merged = [name for name in self.merged_adapters if name not in names]
+        if merged:
+            warnings.warn(f"unmerged, to be inactive: {', '.join(merged)}", stacklevel=2)
+            self.unmerge_adapter()
         self._train_only(names, inference_mode)
         for layer in layers:
             layer.active = tuple(names)
 
-    def _train_only(self, names: list[str], inference_mode: bool | None) -> None:
+    def _train_only(self, names: list[str], inference_mode: bool) -> None:
         for parameter in self.model.parameters():
             parameter.requires_grad = False
         for name in names:
-            frozen = inference_mode
-            if frozen is None:
-                frozen = self.peft_config[name].inference_mode
-            for parameter in self.adapter_parameters(name).values():
-                parameter.requires_grad = not frozen
+            self._require_gradients(name, not inference_mode)
         self.active_adapters = names
+
+    def _require_gradients(self, adapter_name: str, required: bool) -> None:
+        for parameter in self.adapter_parameters(adapter_name).values():
+            parameter.requires_grad = required
 
     def adapter_parameters(self, adapter_name: str) -> dict[str, Parameter]:
         """The parameters of one adapter by their keys in its file.
@@ -222,34 +246,68 @@ class PeftModel(Module):
         with use_adapters(self._wrappers().values(), None), self._unmerged():
             yield
 
+    def disable_adapter_layers(self) -> None:
+        """Run the base alone, and train nothing, until `enable_adapter_layers`.
+
+        Merged adapters are taken out of the base's weights, and stay beside them afterwards.
+        """
+        self.unmerge_adapter()
+        self._enable(False)
+        for name in self.peft_config:
+            self._require_gradients(name, False)
+
+    def enable_adapter_layers(self) -> None:
+        """Run the active adapters again, and train them."""
+        self._enable(True)
+        if self.active_adapters:
+            self.set_adapter(self.active_adapters)
+
+    def _enable(self, enabled: bool) -> None:
+        self._is_enabled = enabled
+        for layer in self._wrappers().values():
+            layer.enabled = enabled
+
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was active, the first of the others takes its place."""
+        """Remove an adapter. If it was active, the first of the others takes its place.
+
+        Without any adapter the model is its base. It gets a new one by `add_adapter` or
+        `load_adapter`, and `set_adapter`.
+        """
         self._require_known([adapter_name])
+        self._require_unmerged(adapter_name)
+        self._take_out(adapter_name)
+        if adapter_name in self.active_adapters:
+            others = [name for name in self.active_adapters if name != adapter_name]
+            others = others or list(self.peft_config)[:1]
+            if others:
+                self.set_adapter(others)
+            else:
+                self._train_only([], inference_mode=True)
+
+    def _require_unmerged(self, adapter_name: str) -> None:
         if adapter_name in self.merged_adapters:
             raise ConfigError(
-                f"adapter {adapter_name!r} is merged and cannot be deleted: "
-                "call unmerge_adapter() first"
+                f"adapter {adapter_name!r} is merged: call unmerge_adapter() before it is deleted "
+                "or replaced"
             )
-        if len(self.peft_config) == 1:
-            raise ConfigError(
-                f"{adapter_name!r} is the only adapter: call unload() to restore the base"
-            )
+
+    def _take_out(self, adapter_name: str) -> None:
         del self.peft_config[adapter_name]
         del self._plans[adapter_name]
         for path, layer in self._wrappers().items():
             layer.entries.pop(adapter_name, None)
             if not layer.entries:
                 replace_module(self.model, path, layer.inner)
-        if adapter_name in self.active_adapters:
-            others = [name for name in self.active_adapters if name != adapter_name]
-            self.set_adapter(others or next(iter(self.peft_config)))
 
     def _require_known(self, names: Sequence[str]) -> None:
         known = list(self.peft_config)
         unknown = [name for name in names if name not in known]  # also one that cannot be hashed
         if unknown or not names:
             shown = ", ".join(map(repr, unknown)) or "(none named)"
-            raise ConfigError(f"no adapter {shown}; choose from {', '.join(known)}")
+            choice = f"choose from {', '.join(known)}"
+            if not known:
+                choice = "the model has none: add_adapter or load_adapter comes first"
+            raise ConfigError(f"no adapter {shown}; {choice}")
 
     def _known_or_active(self, names: Sequence[str] | None) -> list[str]:
         chosen = list(self.active_adapters if names is None else names)
@@ -284,6 +342,11 @@ class PeftModel(Module):
         """
         names = self._known_or_active(adapter_names)
         self._require_active(names)
+        if not self._is_enabled:
+            raise ConfigError(
+                "the adapters are disabled, and merging would enable them: call "
+                "enable_adapter_layers() first"
+            )
         self._merge([*self.merged_adapters, *names], requantize, tied)
 
     def _require_active(self, names: Sequence[str]) -> None:
@@ -386,6 +449,7 @@ class PeftModel(Module):
         self.peft_config = {}
         self._plans = {}
         self.active_adapters = []
+        self._is_enabled = True
         return self.model
 
     # ---- counting --------------------------------------------------------------------------------
@@ -398,6 +462,14 @@ class PeftModel(Module):
             if parameter.requires_grad:
                 trainable += parameter.size
         return trainable, total
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        """What each layer with adapters has: see `status.get_layer_status`."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> ModelStatus:
+        """The same of the whole model: see `status.get_model_status`."""
+        return get_model_status(self)
 
     def explain(self, tokens: int) -> str:
         """How a step over `tokens` positions computes each layer, one line per layer.
@@ -461,7 +533,7 @@ class PeftModel(Module):
         made = cls.__new__(cls)  # without the fresh adapter that __init__ would put in
         made._wrap_model(model)
         made.load_adapter(directory, adapter_name, is_trainable)
-        made.set_adapter(adapter_name)
+        made.set_adapter(adapter_name, inference_mode=not is_trainable)
         return made.train(is_trainable)  # type: ignore[no-any-return]
 
     def load_adapter(
@@ -469,12 +541,17 @@ class PeftModel(Module):
     ) -> None:
         """Add the adapter in `directory`, inactive until `set_adapter`; biases change at once.
 
+        It requires a gradient from now on if `is_trainable`. An adapter of the same name is
+        replaced, with a warning: the new one is active, and requires a gradient, if that one was.
         An adapter for another base raises one FormatError that lists every mismatch. If its file
         has an embedding and a head for another vocabulary, the base gets the same: their new rows
         are the file's, and stay when the adapter is unloaded.
         """
         with AdapterFile(directory, check=False) as file:
-            self._check_name(adapter_name, file.config)
+            self._check_name(adapter_name, file.config, replaces=True)
+            is_taken = adapter_name in self.peft_config
+            if is_taken:
+                self._require_unmerged(adapter_name)
             if is_trainable and file.config.extra.get("init_lora_weights") == "mica":
                 file.note(f"{file.where}: peft trains A alone after 'mica'; here B is trained, too")
             file.config = dataclasses.replace(file.config, inference_mode=not is_trainable)
@@ -493,12 +570,18 @@ class PeftModel(Module):
                 if plan.vocabulary:
                     resize_vocabulary(self.model, plan)
                     plan = plan._replace(vocabulary={}, resized=True)
+                if is_taken:
+                    warnings.warn(f"adapter {adapter_name!r} is replaced", stacklevel=2)
+                    replaced = self.adapter_parameters(adapter_name).values()
+                    is_trainable |= any(parameter.requires_grad for parameter in replaced)
+                    self._take_out(adapter_name)
                 self._inject(adapter_name, plan, seed=0)
         parameters = self.adapter_parameters(adapter_name)
         for key, array in arrays.items():
             parameter = parameters[key]
             array = to_file_layout(self.config.model_type, key, array)
             parameter.data = parameter.backend.from_numpy(array.astype(parameter.dtype, copy=False))
+        self._require_gradients(adapter_name, is_trainable)
 
     def _read_base(self, name: str) -> np.ndarray:
         """A tensor of the base by its name, as it is in the base's files."""
@@ -527,55 +610,3 @@ def adapter_folder(directory: str | Path, name: str) -> Path:
 def list_names(names: str | Sequence[str]) -> list[str]:
     """One name, or several, each once, as a list."""
     return [names] if isinstance(names, str) else list(dict.fromkeys(names))
-
-
-# ---- from a plan to modules ----------------------------------------------------------------------
-
-
-def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
-    """Put the adapter that `plan` describes into `model`, active nowhere yet.
-
-    First values depend on `seed` and on the layer's name, and on nothing else.
-    """
-    head, embedding = plan.follows or ("", "")
-    for path, described in plan.targets.items():
-        layer = _wrap(model, path, LoraEmbedding if described.kind == "embedding" else LoraLinear)
-        place = zlib.crc32(path.encode())
-        stream = mix_key(place, zlib.crc32(adapter_name.encode(errors="surrogatepass")))
-        base = layer.as_linear(unwrap(layer))
-        if path == head:  # after its embedding: see Plan
-            source = _module_at(model, embedding)
-            of_embedding = source.adapters[adapter_name]
-            adapter: Any = HeadAdapter(of_embedding, plan.config.lora_dropout, stream)
-            layer.follow(source)
-        else:
-            rng = np.random.default_rng([seed, place])
-            kind = adapter_class(plan.config, described.kind)
-            adapter = kind(base, path, plan.config, rng, stream)
-        layer.adapters[adapter_name] = adapter.train(base.training)
-    for path in plan.saved:
-        _wrap(model, path, SavedModule).add(adapter_name)
-    if head in plan.saved:
-        copies = [_module_at(model, path).entries[adapter_name] for path in (head, embedding)]
-        copies[0].weight = copies[1].weight
-    for path, rows in plan.tokens.items():
-        tokens = _wrap(model, path, TrainableTokens)
-        tokens.adapters[adapter_name] = TokenRows(unwrap(tokens).weight, rows)
-        if path == embedding:
-            _wrap(model, head, TrainableTokens, tokens.adapters).follow(tokens)
-
-
-def _module_at(model: Module, path: str) -> Any:
-    found: Any = model
-    for part in path.split("."):
-        found = found[int(part)] if isinstance(found, list) else getattr(found, part)
-    return found
-
-
-def _wrap(model: Module, path: str, kind: Any, *details: Any) -> Any:
-    """The wrapper of this kind at `path`; a new one if it has none yet."""
-    module = _module_at(model, path)
-    if not isinstance(module, kind):
-        module = kind(module, *details)
-        replace_module(model, path, module)
-    return module

@@ -142,9 +142,7 @@ class MultiTask(PeftModel):
             raise ConfigError(f"no task {task!r:.99}; choose from {', '.join([*self.tasks, BASE])}")
         return self.tasks[task]
 
-    def set_adapter(
-        self, adapter_name: str | Sequence[str], inference_mode: bool | None = None
-    ) -> None:
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the ones that train and that a run saves; `task` says which run."""
         names = list_names(adapter_name)
         self._require_known(names)
@@ -159,8 +157,8 @@ class MultiTask(PeftModel):
             )
         super().delete_adapter(adapter_name)
 
-    def _check_name(self, adapter_name: str, config: LoraConfig) -> None:
-        super()._check_name(adapter_name, config)
+    def _check_name(self, adapter_name: str, config: LoraConfig, replaces: bool = False) -> None:
+        super()._check_name(adapter_name, config, replaces)
         if config.bias != "none":
             raise ConfigError(
                 f"adapter {adapter_name!r:.99}: bias must be 'none', because all tasks share the "
@@ -293,7 +291,7 @@ class MultiTask(PeftModel):
             adapters = [adapter for adapter in adapters if adapter.r]  # AdaLoRA may leave rank 0
             if not adapters:
                 continue
-            s = adapters[0].scaling
+            s = adapters[0].scaling or 1.0
             dtype = adapters[0].lora_A.dtype
             parts = [adapter.part() for adapter in adapters]
             A, B = cat([part._replace(c=part.c / s) for part in parts])
@@ -398,7 +396,7 @@ class MultiTask(PeftModel):
                 made._require_tasks()
             except ConfigError as error:
                 raise FormatError(f"{str(file)!r}: {error}") from error
-            made.set_adapter(list(made.peft_config))
+            made.set_adapter(list(made.peft_config), inference_mode=not is_trainable)
         return made.train(is_trainable)  # type: ignore[no-any-return]
 
     def _require_tasks(self) -> None:

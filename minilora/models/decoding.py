@@ -19,7 +19,6 @@ from ..backend import Array
 from ..nn import RMSNorm
 from ..threads import Workers
 from .cache import KeyValueCache
-from .transformer import CausalLM, Decoder
 
 LARGEST = 1 << 31  # bytes of weights that are copied; a larger model computes each token itself
 # A product of a few rows takes up to twice as long if OpenBLAS first copies its weight, which it
@@ -88,7 +87,7 @@ class Weights:
         That is so for GPT-2, for adapters of an embedding, for a layer that must run on its own
         (a quantised weight, dropout, rounded products), and for weights of more than LARGEST bytes.
         """
-        if type(model) is not CausalLM or type(model.decoder) is not Decoder:
+        if not getattr(model, "is_llama_shaped", False):
             return None
         if sum(p.size * p.dtype.itemsize for p in model.parameters()) > LARGEST:
             return None
@@ -105,7 +104,7 @@ class Weights:
         weights = cls(model)
         return weights if weights._lay_out(model, workers, rows) else None
 
-    def __init__(self, model: CausalLM):
+    def __init__(self, model: Any):
         c = model.config
         self.heads = c.num_attention_heads
         self.kv_heads = c.kv_heads
@@ -147,7 +146,7 @@ class Weights:
         out[:, 0, ..., :seen, :] = known[:, 0][..., self.pairs]
         out[:, 1, ..., :seen, :] = known[:, 1]
 
-    def _lay_out(self, model: CausalLM, workers: Workers, rows: int) -> bool:
+    def _lay_out(self, model: Any, workers: Workers, rows: int) -> bool:
         """Build all products; False if a layer must run on its own."""
         sources = self._sources(model)
         sizes = [sum(p.in_features * p.out_features for p in source.layers) for source in sources]
@@ -174,7 +173,7 @@ class Weights:
             self.layers.append(Layer(qkv, o, gate_up, down, norms, block.self_attn.window))
         return True
 
-    def _sources(self, model: CausalLM) -> list[Source]:
+    def _sources(self, model: Any) -> list[Source]:
         """The sources of four products per block, and of the head."""
         rotated = self.heads + self.kv_heads
         channels = self.xp.arange((rotated + self.kv_heads) * self.head_dim)

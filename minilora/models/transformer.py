@@ -9,6 +9,7 @@ Decoder, CausalLM. The configuration is in config.py, GPT-2's decoder in gpt2.py
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,20 @@ import numpy as np
 from .. import functional as F
 from ..autograd import Tensor, concat
 from ..backend import Array, Backend
-from ..errors import ConfigError, DataError, GraphError
+from ..errors import ConfigError, DataError, GraphError, check_names
 from ..nn import Embedding, FusedProjection, Linear, Module, RMSNorm, normal, random_linear
 from ..precision import FLOAT32, check_compute
 from .cache import Cache
 from .cache import KeyValueCache as KeyValueCache
 from .config import TransformerConfig
 from .decoder import BaseDecoder, Generator, Positions
+from .generation import generate
 from .gpt2 import GPT2Decoder
 from .pretrained import load_model, save_model
 from .rotary import rotary_frequencies
+
+# What CausalLM.generate takes besides the arguments that it names.
+GENERATION_OPTIONS = ["temperature", "top_k", "top_p", "seed", "tasks"]
 
 # ---- the decoder --------------------------------------------------------------------------------
 
@@ -281,6 +286,50 @@ class CausalLM(Module):
     def decoder(self) -> Any:
         """The model without its head, whichever name it has in the files."""
         return getattr(self, self.decoder_name)
+
+    @property
+    def is_llama_shaped(self) -> bool:
+        """Is it made of this file's classes alone, which `decoding.Weights` knows?"""
+        return type(self) is CausalLM and type(self.decoder) is Decoder
+
+    @property
+    def device(self) -> str:
+        """The name of the device of the weights: "cpu", "cuda:0"."""
+        return str(self.get_input_embeddings().weight.backend.name)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the embedding's weight."""
+        return self.get_input_embeddings().weight.dtype
+
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        eos_token_id: int | Iterable[int] | None = None,
+        pad_token_id: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """`models.generation.generate` by transformers' names.    (B, T) -> (B, T + N)
+
+        do_sample      False: always the likeliest token. True: drawn, with temperature (1), top_k
+                       (all; transformers: 50), top_p (1) and seed (0)
+        eos_token_id   the ids at which a text ends; None: none does
+
+        ConfigError lists the names for one that is unknown.
+        """
+        check_names("generate()", options, GENERATION_OPTIONS)
+        if not do_sample:
+            ignored = [name for name in ("temperature", "top_k", "top_p") if name in options]
+            if ignored:
+                raise ConfigError(
+                    f"{', '.join(ignored)} has no effect without do_sample=True, which draws "
+                    "tokens: give that, too, or leave it out"
+                )
+            options["temperature"] = 0
+        ends = () if eos_token_id is None else eos_token_id
+        return generate(self, input_ids, max_new_tokens, eos=ends, pad=pad_token_id, **options)
 
     def gradient_checkpointing_enable(self, enable: bool = True) -> None:
         """Train in less memory, with the same bits.

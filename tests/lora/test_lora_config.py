@@ -33,7 +33,7 @@ def add_bad_table(field: str, *values: Any) -> None:
 NOT_A_COUNT = [0, -1, True, 2.0, "8", None, math.nan, 2**24, [8]]
 NOT_POSITIVE = [0, -1, True, "8", None, math.nan, math.inf, 10**400, [8]]
 add_bad("r", *NOT_A_COUNT)
-add_bad("lora_alpha", *NOT_POSITIVE)
+add_bad("lora_alpha", *NOT_POSITIVE[1:])  # 0 switches the adapter off
 add_bad("target_modules", [], "", 5, [""], ["q_proj", 1], [None], True, ["x"] * 10_001)
 add_bad("target_modules", "(", "a{2", "(?<=a)")
 add_bad("exclude_modules", 5, [""], [1], "[a", True)
@@ -43,7 +43,7 @@ add_bad("use_rslora", 1, 0, None, "true")
 add_bad("use_dora", 1, 0, None, "true")
 add_bad("init_lora_weights", "", "pissa", None, 1, 0, 1.0, [])
 add_bad_table("rank_pattern", *NOT_A_COUNT)
-add_bad_table("alpha_pattern", *NOT_POSITIVE)
+add_bad_table("alpha_pattern", *NOT_POSITIVE[1:])
 add_bad("layers_to_transform", True, "0", 1.0, [True], ["0"], [None])
 add_bad("layers_pattern", 5, True, [1])
 add_bad("layers_pattern", "layers")  # without layers_to_transform
