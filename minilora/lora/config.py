@@ -234,9 +234,13 @@ class LoraConfig:
         """r of the layer `name`."""
         return pattern_value(name, self.rank_pattern, self.r)
 
+    def alpha(self, name: str) -> float:
+        """lora_alpha of the layer `name`."""
+        return pattern_value(name, self.alpha_pattern, self.lora_alpha)
+
     def scaling(self, name: str) -> float:
         """s of the layer `name`."""
-        alpha = pattern_value(name, self.alpha_pattern, self.lora_alpha)
+        alpha = self.alpha(name)
         r = self.rank(name)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 

@@ -19,10 +19,10 @@ import numpy as np
 
 from ..autograd import Tensor
 from ..backend import Backend, mix_key
-from ..errors import ConfigError, FormatError, NonFiniteError
+from ..errors import ConfigError, FormatError, NonFiniteError, is_integer
 from ..formats import write_adapter
 from ..formats.checkpoint import to_file_layout
-from ..nn import Module, Parameter, replace_module
+from ..nn import Module, Parameter, get_module, replace_module
 from .combining import add_weighted_adapter
 from .config import LoraConfig
 from .embedding import HeadAdapter, LoraEmbedding
@@ -32,7 +32,7 @@ from .names import PREFIX, EntryParameter, adapter_class, entry_parameters
 from .plan import Plan, check_wrapped, describe_model, modules_inside, plan_adapter, wrappers
 from .repeats import repeated
 from .tokens import TokenRows, TrainableTokens
-from .tying import copy_to_share, embedding_and_head, prepare_tie, unwrap
+from .tying import copy_to_share, embedding_and_head, model_type_of, prepare_tie, unwrap
 from .vocabulary import check_resizable, resize_vocabulary
 
 MAX_FOLDER_NAME = 255  # in bytes: the limit of most file systems
@@ -43,8 +43,9 @@ def get_peft_model(
 ) -> PeftModel:
     """Freeze `model`, put the adapter that `config` describes into it, and return it wrapped.
 
-    model   offers `get_input_embeddings()`, `get_output_embeddings()`, `named_modules()` and
-            `config`, a dataclass with `model_type` and `tie_word_embeddings`
+    model   any Module. A language model also offers `get_input_embeddings()`,
+            `get_output_embeddings()` and `config`, a dataclass with `model_type` and
+            `tie_word_embeddings`; only options about these ends ask for that
     seed    of the adapter's first values; they depend on it and on the layer's name, and on nothing
             else
     """
@@ -66,11 +67,19 @@ class PeftModel(Module):
 
     def _wrap_model(self, model: Any) -> None:
         if not isinstance(model, Module):
-            raise ConfigError(f"expected a model to put an adapter into, got {model!r:.99}")
+            raise ConfigError(
+                f"expected a model to put an adapter into, got {model!r:.99}: "
+                "give a Module, such as CausalLM.from_pretrained(...) or Sequential(...)"
+            )
         if isinstance(model, PeftModel) or any(wrappers(model)):
             raise ConfigError(
                 "the model has adapters already: use add_adapter or load_adapter, "
                 "or unload it first"
+            )
+        if next(model.named_children(), None) is None:
+            raise ConfigError(
+                f"{type(model).__name__} has no modules inside, and adapters go into these by "
+                "name: give Sequential(model), whose first module has the name '0'"
             )
         self.model: Any = model
         self.peft_config: dict[str, LoraConfig] = {}
@@ -379,7 +388,9 @@ class PeftModel(Module):
         for path, layer in self._wrappers().items():
             replace_module(self.model, path, layer.result(names))
         embedding, head = embedding_and_head(self.model)
-        if self.model.config.tie_word_embeddings and head.weight is not embedding.weight:
+        config = getattr(self.model, "config", None)
+        tied = embedding and head and getattr(config, "tie_word_embeddings", False)
+        if tied and head.weight is not embedding.weight:
             self.model.config = dataclasses.replace(self.model.config, tie_word_embeddings=False)
         for parameter in self.model.parameters():
             parameter.requires_grad = not parameter.fixed
@@ -404,6 +415,11 @@ class PeftModel(Module):
 
         A line also says how many operations each of the two ways would add.
         """
+        if not is_integer(least=1)(tokens):
+            got = f"shape {tokens.shape}" if hasattr(tokens, "shape") else f"{tokens!r:.99}"
+            raise ConfigError(
+                f"explain takes the number of positions in a step, got {got}: give ids.size"
+            )
         lines = []
         for path, layer in self._wrappers().items():
             if isinstance(layer, LoraLinear) and layer.running:
@@ -429,7 +445,7 @@ class PeftModel(Module):
         """The tensors in one adapter's file, by key."""
         tensors = {}
         for key, parameter in self.adapter_parameters(adapter_name).items():
-            tensors[key] = to_file_layout(self.config.model_type, key, parameter.numpy())
+            tensors[key] = to_file_layout(model_type_of(self.model), key, parameter.numpy())
         plan = self._plans[adapter_name]
         with self._unmerged():
             copies = repeated(plan, adapter_name, tensors.get, self._read_base)
@@ -497,14 +513,14 @@ class PeftModel(Module):
         parameters = self.adapter_parameters(adapter_name)
         for key, array in arrays.items():
             parameter = parameters[key]
-            array = to_file_layout(self.config.model_type, key, array)
+            array = to_file_layout(model_type_of(self.model), key, array)
             parameter.data = parameter.backend.from_numpy(array.astype(parameter.dtype, copy=False))
 
     def _read_base(self, name: str) -> np.ndarray:
         """A tensor of the base by its name, as it is in the base's files."""
         path, _, attribute = name.rpartition(".")
         parameter = getattr(modules_inside(self.model)[path], attribute)
-        return to_file_layout(self.config.model_type, name, parameter.numpy())
+        return to_file_layout(model_type_of(self.model), name, parameter.numpy())
 
 
 def adapter_folder(directory: str | Path, name: str) -> Path:
@@ -544,7 +560,7 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
         stream = mix_key(place, zlib.crc32(adapter_name.encode(errors="surrogatepass")))
         base = layer.as_linear(unwrap(layer))
         if path == head:  # after its embedding: see Plan
-            source = _module_at(model, embedding)
+            source = get_module(model, embedding)
             of_embedding = source.adapters[adapter_name]
             adapter: Any = HeadAdapter(of_embedding, plan.config.lora_dropout, stream)
             layer.follow(source)
@@ -556,7 +572,7 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
     for path in plan.saved:
         _wrap(model, path, SavedModule).add(adapter_name)
     if head in plan.saved:
-        copies = [_module_at(model, path).entries[adapter_name] for path in (head, embedding)]
+        copies = [get_module(model, path).entries[adapter_name] for path in (head, embedding)]
         copies[0].weight = copies[1].weight
     for path, rows in plan.tokens.items():
         tokens = _wrap(model, path, TrainableTokens)
@@ -565,16 +581,9 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
             _wrap(model, head, TrainableTokens, tokens.adapters).follow(tokens)
 
 
-def _module_at(model: Module, path: str) -> Any:
-    found: Any = model
-    for part in path.split("."):
-        found = found[int(part)] if isinstance(found, list) else getattr(found, part)
-    return found
-
-
 def _wrap(model: Module, path: str, kind: Any, *details: Any) -> Any:
     """The wrapper of this kind at `path`; a new one if it has none yet."""
-    module = _module_at(model, path)
+    module = get_module(model, path)
     if not isinstance(module, kind):
         module = kind(module, *details)
         replace_module(model, path, module)

@@ -14,14 +14,11 @@ import math
 import os
 import signal
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from ..data.batches import Ids, PackedRecords, evaluation_windows
 from ..errors import (
@@ -33,6 +30,7 @@ from ..errors import (
 from ..formats.disk import JsonObject
 from ..formats.folders import LOCK, locked, require_free_space
 from ..lora import MultiTask
+from ..progress import progress_bar
 from .checkpoints import Log, read_log, remove_stale
 from .parallel import ShardedStep
 from .ranks import Alone, Ranks
@@ -132,9 +130,9 @@ def train(
         received = stack.enter_context(stop_signals())
         ranks.watch(received)
         steps = settings.steps
-        # None: only on a terminal. A program without a console has no stderr at all.
-        disable = None if writes and sys.stderr is not None else True
-        bar = tqdm(total=steps, initial=run.done, desc=title, disable=disable, dynamic_ncols=True)
+        bar = progress_bar(
+            total=steps, initial=run.done, desc=title, show=writes, dynamic_ncols=True
+        )
         stack.enter_context(bar)
 
         def measure(text: Text) -> None:

@@ -1198,12 +1198,12 @@ def test_train_does_not_depend_on_the_clock(tmp_path, monkeypatch):
     out = tmp_path / "out"
     ticks = itertools.count(1e9, -3600)
 
-    def bar(**options):
-        return tqdm.tqdm(**{**options, "disable": False, "file": io.StringIO()})
+    def bar(show, **options):
+        return tqdm.tqdm(**options, disable=False, file=io.StringIO())
 
     train(lora(), TEXT, SHORT, tmp_path / "straight")
     monkeypatch.setattr(time, "time", lambda: next(ticks))
-    monkeypatch.setattr(minilora.training.loop, "tqdm", bar)
+    monkeypatch.setattr(minilora.training.loop, "progress_bar", bar)
     train(lora(), TEXT, short(save_every=2), out)
     for p in (out / "checkpoints").rglob("*"):
         os.utime(p, (next(ticks), next(ticks)))
