@@ -281,9 +281,8 @@ def describe_parameters(module: Module, shapes: bool = True) -> str:
     dtypes = dict.fromkeys(str(p.dtype) for p in named.values())
     devices = dict.fromkeys(p.backend.name for p in named.values() if p.backend.name != "cpu")
     trained = dict.fromkeys(str(p.requires_grad) for p in named.values())
-    texts += [" and ".join(dtypes), *devices] if named else []
     if named:
-        texts.append(f"requires_grad={' and '.join(trained)}")
+        texts += [" and ".join(dtypes), *devices, f"requires_grad={' and '.join(trained)}"]
     return ", ".join(texts)
 
 

@@ -715,9 +715,20 @@ TestAdapters = Adapters.TestCase
 # ---- what a model shows ----
 
 
-def test_repr_shows_where_adapters_can_go() -> None:
-    shown = "model.layers.1.self_attn.q_proj: Linear {'weight': [16, 16], 'bias': [16]}"
-    assert shown in repr(base())
+def test_repr_shows_where_adapters_can_go_and_where_they_are() -> None:
+    sizes = "in_features=16, out_features=16, bias=True, float64"
+    model = base()
+    assert f"(q_proj): Linear({sizes}, requires_grad=True)\n" in repr(model)
+    config = LoraConfig(r=2, lora_alpha=6, lora_dropout=0.1, target_modules=["q_proj"])
+    lines = [line.strip() for line in repr(get_peft_model(model, config)).splitlines()]
+    start = lines.index("(q_proj): LoraLinear(")
+    numbers = "r=2, lora_alpha=6, lora_dropout=0.1, lora_A=(2, 16), lora_B=(16, 2)"
+    assert lines[start + 1 : start + 5] == [
+        "active: default",
+        f"(base_layer): Linear({sizes}, requires_grad=False)",
+        f"(adapters.default): LoraAdapter({numbers}, float64, requires_grad=True)",
+        ")",
+    ]
 
 
 FEW = 1
