@@ -134,6 +134,9 @@ RULES = [
 class LoraConfig:
     """Low-rank adaptation, dW = s B A (Hu et al. 2021).
 
+    A is (r, in) and B (out, r), for y = x W^T. Where a lesson has y = x W and dW = A B, its A and B
+    are these two transposed.
+
     r, lora_alpha      rank, and the numerator of the scaling s = lora_alpha / r
     target_modules     names or endings of names; a pattern for whole names; "all-linear": every
                        linear layer but the head; None: PEFT's choice for this type of model
