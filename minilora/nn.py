@@ -24,7 +24,7 @@ from .autograd import Tensor, concat, grad_enabled, no_grad, record, stack
 from .backend import Array, Backend, Shape, mix_key
 from .containers import Sequential as Sequential
 from .effective import EffectiveWeight, Parts, Pull, effective_linear
-from .errors import ConfigError, GraphError
+from .errors import ConfigError, GraphError, check_fields, integer_rules
 from .functional import mse_loss as mse_loss
 from .functional import relu as relu
 from .graph import leaf_gradients
@@ -65,9 +65,7 @@ def _is_size(value: Any) -> bool:
 
 def _check_sizes(**sizes: Any) -> None:
     """ConfigError unless all are integers of at least 1."""
-    for name, size in sizes.items():
-        if not _is_size(size) or size < 1:
-            raise ConfigError(f"{name} must be an integer of at least 1, got {size!r:.100}")
+    check_fields(sizes, integer_rules(*sizes, least=1))
 
 
 def _parameter(name: str, values: Any, shape: str) -> Parameter:
@@ -133,9 +131,6 @@ class LinearBase(Module):
 
     def rebuilt(self, weight: Array) -> LinearBase:
         """A frozen layer of another weight (O, I), stored in the same way; the bias is shared."""
-        raise NotImplementedError
-
-    def __call__(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
 
