@@ -26,6 +26,6 @@ def test_progress_bar_shows_in_a_notebook(show, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)  # not installed
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with progress_bar(total=3, desc="train", show=show) as bar:
+        assert bar.disable is not show
         bar.update()
-    assert bar.disable is not show
     assert ("train" in sys.stderr.getvalue()) is show
