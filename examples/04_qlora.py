@@ -64,9 +64,7 @@ for kind in ("dense", "nf4"):
     print(f"LoRA over the {kind:5} base: {bits:.3f} bits per byte of held-out code")
 
 if plots.available():
-    import matplotlib.pyplot as plt
-
-    Path("runs").mkdir(exist_ok=True)
+    plt = plots.styled_pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     left.hist((blocks / absmax).ravel(), 200, color="#dddddd")
     for i, levels in enumerate([LEVELS["nf4"], LEVELS["fp4"], np.arange(-7, 8) / 7], start=1):
@@ -76,4 +74,5 @@ if plots.available():
     for kind, losses in curves.items():
         right.plot(np.convolve(losses, np.full(10, 0.1), "valid"), label=f"{kind} base")
     right.legend(title="LoRA on code, bits per byte")
+    Path("runs").mkdir(exist_ok=True)
     figure.savefig("runs/qlora.png")

@@ -66,9 +66,7 @@ for method, lr in (("full fine-tuning", 1e-3), ("LoRA", 5e-3), ("DoRA", 5e-3)):
     print(f"{method:16} {bits:.3f} bits per byte   correlation of length and direction {mean:+.2f}")
 
 if plots.available():
-    import matplotlib.pyplot as plt
-
-    Path("runs").mkdir(exist_ok=True)
+    plt = plots.styled_pyplot()
     figure, axes = plt.subplots(1, len(moved), figsize=(9, 3.2), layout="constrained", sharey=True)
     for axis, (method, rows) in zip(axes, moved.items(), strict=True):
         for length, direction in rows:  # divided by their means, so that all layers overlap
@@ -76,4 +74,5 @@ if plots.available():
             axis.plot(x, y, ".", color="#2a6f97", alpha=0.25)
         axis.set(title=method, xlabel="change of direction", xlim=(0, 3), ylim=(0, 5))
     axes[0].set_ylabel("change of length")
+    Path("runs").mkdir(exist_ok=True)
     figure.savefig("runs/dora.png")

@@ -575,7 +575,8 @@ class Tensor(TensorBase):
         self._array = data if dtype is None else data.astype(dtype, copy=False)
         if requires_grad and self._array.dtype.kind != "f":
             raise TypeError(
-                f"only floating tensors can require a gradient, not {self._array.dtype}"
+                f"only floats can require a gradient or be a weight, got {self._array.dtype}: "
+                "give 1.0 in place of 1, or array.astype(np.float32)"
             )
         self.requires_grad = requires_grad
         self.grad = self.node = None

@@ -454,7 +454,9 @@ def backend_of(array: Array) -> Backend:
     owner = _owners.get(type(array))
     if owner is None:
         known = sorted(t.__module__ for t in _owners)
-        raise DeviceError(f"expected an array of {known}, got {type(array).__name__}")
+        raise DeviceError(
+            f"expected an array of {known}, got {type(array).__name__}: np.asarray(...) makes one"
+        )
     return owner(array)
 
 

@@ -7,10 +7,10 @@ of foo. The tests compare every operation with its definition in elementary oper
 Contents, by rising complexity:
     linear maps    linear, lora_linear, embedding
     dropout        dropout
-    activations    silu, swiglu, gelu
+    activations    relu, silu, swiglu, gelu
     norms          rms_norm, layer_norm
     softmax        softmax, log_softmax
-    losses         cross_entropy, linear_cross_entropy (from losses.py)
+    losses         mse_loss, cross_entropy, linear_cross_entropy (from losses.py)
     attention      attention (from attention.py)
 and a helper on arrays: rows (from arrays.py).
 
@@ -44,6 +44,7 @@ from .backend import Array, Backend, Shape
 from .losses import IGNORE as IGNORE
 from .losses import cross_entropy as cross_entropy
 from .losses import linear_cross_entropy as linear_cross_entropy
+from .losses import mse_loss as mse_loss
 from .precision import FLOAT32
 
 # ---- linear maps ---------------------------------------------------------------------------------
@@ -59,6 +60,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, compute: str =
     backend = x.backend
     X = rows(x.data)
     W = weight.data
+    if X.shape[1:] != W.shape[1:]:
+        raise ValueError(
+            f"linear: x must have {W.shape[-1]} numbers in its last axis, as weight has columns, "
+            f"got shape {x.shape}"
+        )
     y = backend.matmul(X, W.T, compute=compute)  # (N, I) @ (I, O) -> (N, O)
     if bias is not None:
         check_vector("linear: bias", inputs[2].data, len(W))
@@ -184,6 +190,15 @@ def _dropout(
 
 
 # ---- activations ---------------------------------------------------------------------------------
+
+
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0), with gradient 0 at 0    any shape    Nair & Hinton 2010"""
+    (x,) = operands(x)
+    xp = namespace(x)
+    y = xp.maximum(x.data, 0)
+    # Where y is not above 0 it is 0, or NaN, and so is the gradient.
+    return record(y, (x,), lambda dy: (xp.where(y > 0, dy, y),))
 
 
 def _sigmoid(xp: Any, x: Array) -> Array:

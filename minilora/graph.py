@@ -49,6 +49,23 @@ class Node:
         self.vjp = vjp
         self.guards = guards
 
+    @property
+    def name(self) -> str:
+        """The name of the operation."""
+        return self.vjp.__qualname__.split(".")[0]
+
+    def __repr__(self) -> str:
+        """The operation and where its inputs come from; "constant" is one without a gradient."""
+        inputs = []
+        for parent in self.parents:
+            if isinstance(parent, Node):
+                inputs.append(parent.name)
+            elif parent is None:
+                inputs.append("constant")
+            else:
+                inputs.append(f"leaf {tuple(parent.shape)} {parent.dtype}")
+        return f"Node({self.name} of {', '.join(inputs)})" if inputs else f"Node({self.name})"
+
     def __lt__(self, other: Node) -> bool:
         return self.order > other.order  # heapq pops the smallest: the youngest node
 
@@ -170,10 +187,9 @@ def leaf_gradients(
         node = heapq.heappop(heap)
         for version, before, owner in node.guards:
             if version[0] != before and _reads(node.vjp, owner, array_type):
-                name = node.vjp.__qualname__.split(".")[0]
                 raise GraphError(
-                    f"a tensor that the backward of '{name}' needs was changed after the forward "
-                    f"(version {before} then, {version[0]} now): "
+                    f"a tensor that the backward of '{node.name}' needs was changed after "
+                    f"the forward (version {before} then, {version[0]} now): "
                     "run backward before the optimiser step, merge or load"
                 )
         parents = node.parents

@@ -1,4 +1,4 @@
-"""Losses of logits against targets, beside their hand-written gradients.
+"""Losses of outputs against targets, beside their hand-written gradients.
 
 Shapes: C channels, V vocabulary, N rows (all leading axes flattened), n rows of a block, v words of
 a block.
@@ -20,6 +20,35 @@ from .precision import FLOAT32
 from .threads import blocks
 
 IGNORE = -100  # a target that is not counted: PyTorch's ignore_index
+
+
+# ---- of numbers ----------------------------------------------------------------------------------
+
+
+def mse_loss(x: Tensor, targets: Array | Tensor, reduction: str = "mean") -> Tensor:
+    """The mean of (x - targets)^2, or the sum    x and targets of one shape -> scalar
+
+    ValueError for shapes that differ: broadcast, (N, 1) and (N,) would give N^2 differences.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"mse_loss: reduction must be 'mean' or 'sum', got {reduction!r}")
+    x, targets = operands(x, targets)
+    if x.shape != targets.shape:
+        raise ValueError(
+            f"mse_loss: x and targets must have the same shape, got {x.shape} and "
+            f"{targets.shape}: reshape one of them"
+        )
+    if not x.size and reduction == "mean":
+        raise ValueError(f"mse_loss: the mean of no values: shape {x.shape}")
+    difference = as_floats(x.data - targets.data)
+    count = x.size if reduction == "mean" else 1
+    need_dx, need_dt = x.requires_grad, targets.requires_grad
+
+    def vjp(dy: Array) -> Grads:
+        dx = difference * (dy * (2 / count))
+        return dx if need_dx else None, -dx if need_dt else None
+
+    return record((difference * difference).sum() / count, (x, targets), vjp)
 
 
 # ---- targets -------------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
-"""Layers: parameters with names, and the few modules that make up a transformer.
+"""Layers: linear maps, what prepares their weights for a step, and the others of a network.
 
-A Module is a plain object. Its parameters, sub-modules, and lists or dictionaries of sub-modules
-are its attributes, in the order of assignment; nothing is registered. Calling a module computes its
-output.
+A layer is made from its arrays, as files have them, or from its sizes, as in torch: Linear(4, 3).
+Then its first values are random: see `manual_seed`. Modules and parameters are in modules.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import functools
 import itertools
 import math
@@ -21,151 +21,59 @@ import numpy as np
 from . import functional as F
 from .arguments import check_probability
 from .autograd import Tensor, concat, grad_enabled, no_grad, record, stack
-from .backend import Array, Backend, Shape, get_backend, mix_key
+from .backend import Array, Backend, Shape, mix_key
+from .containers import Sequential as Sequential
 from .effective import EffectiveWeight, Parts, Pull, effective_linear
-from .errors import GraphError
+from .errors import ConfigError, GraphError, check_fields, integer_rules
+from .functional import mse_loss as mse_loss
+from .functional import relu as relu
 from .graph import leaf_gradients
+from .modules import Module as Module
+from .modules import Parameter as Parameter
+from .modules import describe_parameters as describe_parameters
+from .modules import get_module as get_module
+from .modules import replace_module as replace_module
 from .precision import FLOAT32, check_compute
 
 _thread = threading.local()
 _recomputed = itertools.count(1)
 
 
-class Parameter(Tensor):
-    """A leaf that training may change.
+# ---- first values --------------------------------------------------------------------------------
 
-    It requires a gradient unless it is frozen, and cannot require one if it is `fixed`.
+_first_values = np.random.default_rng(0)
+
+
+def manual_seed(seed: int) -> None:
+    """Let the first values of layers made from sizes begin again, from `seed`.
+
+    They come from one generator of the process, layer after layer; it starts with seed 0. So a
+    program has the same values in each run, and equal layers have different values.
     """
-
-    __slots__ = ()
-    fixed = False
-    is_parameter = True
-
-    def __init__(self, data: Array, requires_grad: bool = True):
-        super().__init__(data, requires_grad=requires_grad)
-
-    def move(self, backend: Backend, dtype: Any) -> None:
-        """Give the parameter new storage, on another device or in another dtype."""
-        self._array = backend.from_numpy(self.numpy().astype(dtype, copy=False))
-        self.backend = backend
-        self.grad = None
-        assert self.version is not None
-        self.version[0] += 1
+    global _first_values
+    _first_values = np.random.default_rng(seed)
 
 
-class Module:
-    """Anything with parameters. `training` switches dropout, and nothing else."""
-
-    training = True
-
-    def named_children(self) -> Iterator[tuple[str, Module]]:
-        """(name, module) of each direct child. Attributes that begin with _ are not children."""
-        for name, value in vars(self).items():
-            if name.startswith("_"):
-                continue
-            if isinstance(value, Module):
-                yield name, value
-            elif isinstance(value, (list, dict)):
-                items = value.items() if isinstance(value, dict) else enumerate(value)
-                for key, item in items:
-                    if isinstance(item, Module):
-                        yield f"{name}.{key}", item
-
-    def __repr__(self) -> str:
-        """One line per module: its path, which adapters can target, and its parameters' shapes."""
-        lines = [type(self).__name__]
-        for path, module in self.named_modules():
-            parameters = vars(module).items()
-            shapes = {name: list(p.shape) for name, p in parameters if isinstance(p, Parameter)}
-            if path:
-                lines.append(f"  {path}: {type(module).__name__} {shapes or ''}".rstrip())
-        return "\n".join(lines)
-
-    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
-        """(path, module) of this module (path "") and all below it, parents first."""
-        yield prefix, self
-        for name, child in self.named_children():
-            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
-
-    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """(path, parameter), each parameter once: a tied one under its first path."""
-        seen = set()
-        for path, module in self.named_modules():
-            for name, value in vars(module).items():
-                if isinstance(value, Parameter) and id(value) not in seen:
-                    seen.add(id(value))
-                    yield f"{path}.{name}" if path else name, value
-
-    def parameters(self) -> Iterator[Parameter]:
-        """The parameters of `named_parameters`."""
-        for _, parameter in self.named_parameters():
-            yield parameter
-
-    def train(self, mode: bool = True) -> Any:
-        """Set `training` of this module and all below it; returns the module."""
-        for _, module in self.named_modules():
-            module.training = mode
-        return self
-
-    def eval(self) -> Any:
-        """`train(False)`."""
-        return self.train(False)
-
-    def to(self, device: str | Backend | None = None, dtype: Any = None) -> Any:
-        """Move every parameter to a device, or to a float dtype, in place; returns the module."""
-        if dtype is not None:
-            for _, module in self.named_modules():
-                if isinstance(module, LinearBase):
-                    check_compute(module.compute, np.dtype(dtype))
-        for p in self.parameters():
-            backend = p.backend if device is None else get_backend(device)
-            new_dtype = np.dtype(dtype or p.dtype)
-            if backend is not p.backend or p.dtype != new_dtype:
-                p.move(backend, new_dtype)
-        return self
-
-    def set_compute(self, compute: str) -> None:
-        """Set the arithmetic of the products with the weights of all linear layers.
-
-        "float32" rounds nothing; "tf32" and "bfloat16" round x and W in y = x W^T, and dy and W in
-        dx = dy W, and add up in float32 (precision.py). It is for weights that are frozen: what
-        belongs to an adapter is computed in float32, so keep adapters unmerged, whose dW rounding
-        W + dW would mostly lose. ConfigError, before anything changes, for another name, and for
-        one that rounds in a model in float64.
-        """
-        for _, child in self.named_children():
-            child.set_compute(compute)
-
-    def preparations(self, tokens: int | None) -> Iterator[Callable[[], None]]:
-        """The functions to call once before a step's shards run forward over `tokens` positions.
-
-        Any thread may call them, in any order. None means many tokens. Weights must not change
-        before `end_step`.
-        """
-        for _, child in self.named_children():
-            yield from child.preparations(tokens)
-
-    def prepare_step(self, tokens: int | None = None) -> None:
-        """Compute what the shards of a step share."""
-        for prepare in self.preparations(tokens):
-            prepare()
-
-    def end_step(self) -> None:
-        """Drop what was prepared: the step is over."""
-        for _, child in self.named_children():
-            child.end_step()
+def _generator(rng: np.random.Generator | int | None) -> np.random.Generator:
+    """The generator that was given, one that begins with a given seed, or that of `manual_seed`."""
+    return _first_values if rng is None else np.random.default_rng(rng)
 
 
-def replace_module(model: Module, path: str, module: Module) -> None:
-    """Put `module` at `path`, which leads through attributes and lists."""
-    parent: Any = model
-    *names, last = path.split(".")
-    for name in names:
-        parent = parent[int(name)] if isinstance(parent, list) else getattr(parent, name)
-    if isinstance(parent, list):
-        parent[int(last)] = module
-    else:
-        setattr(parent, last, module)
+def _is_size(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _check_sizes(**sizes: Any) -> None:
+    """ConfigError unless all are integers of at least 1."""
+    check_fields(sizes, integer_rules(*sizes, least=1))
+
+
+def _parameter(name: str, values: Any, shape: str) -> Parameter:
+    """The parameter with these values. ConfigError unless they have as many axes as `shape`."""
+    parameter = Parameter(values)
+    if parameter.ndim != shape.count(",") + (not shape.endswith(",)")):
+        raise ConfigError(f"{name} must have shape {shape}, got {parameter.shape}")
+    return parameter
 
 
 class LinearBase(Module):
@@ -195,6 +103,15 @@ class LinearBase(Module):
     def backend(self) -> Backend:
         return self.weight.backend
 
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        rounded = "" if self.compute == FLOAT32 else f", compute={self.compute}"
+        details = describe_parameters(self, shapes=False)
+        return f"{sizes}, bias={self.bias is not None}{rounded}, {details}"
+
+    def _check_dtype(self, dtype: Any) -> None:
+        check_compute(self.compute, dtype)
+
     def set_compute(self, compute: str) -> None:
         check_compute(compute, self.dtype)
         self.compute = compute
@@ -216,17 +133,36 @@ class LinearBase(Module):
         """A frozen layer of another weight (O, I), stored in the same way; the bias is shared."""
         raise NotImplementedError
 
-    def __call__(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
 
 class Linear(LinearBase):
-    """y = x W^T + b    weight (O, I), bias (O,) or None"""
+    """y = x W^T + b    weight (O, I), bias (O,) or None
 
-    def __init__(self, weight: Array, bias: Array | None = None):
-        self.weight = Parameter(weight)
-        self.bias = None if bias is None else Parameter(bias)
+    Linear(weight, bias=None)
+    Linear(in_features, out_features, bias=True, rng=None, dtype=np.float32)
+
+    From sizes, weight and bias begin uniform within 1/sqrt(I), as in torch; drawn from `rng`, or
+    from the generator of `manual_seed`.
+    """
+
+    def __init__(self, *values: Any, **options: Any):
+        by_size = "in_features" in options or (values and _is_size(values[0]))
+        make = _random_layer if by_size else _given_layer
+        try:
+            weight, bias = make(*values, **options)
+        except TypeError as error:
+            got = str(error).partition("() ")[2]
+            raise ConfigError(
+                f"Linear: {got}: give its sizes, as in Linear(4, 3, bias=True), or its arrays, "
+                "as in Linear(weight, bias)"
+            ) from None
+        self.weight = _parameter("Linear: weight", weight, "(out_features, in_features)")
         self.out_features, self.in_features = self.weight.shape
+        self.bias = None if bias is None else Parameter(bias)
+        if self.bias is not None and self.bias.shape != (self.out_features,):
+            raise ConfigError(
+                f"Linear: bias must have shape {(self.out_features,)}, as weight has "
+                f"{self.out_features} rows, got {self.bias.shape}"
+            )
 
     @property
     def trainable(self) -> bool:  # type: ignore[override]
@@ -236,7 +172,7 @@ class Linear(LinearBase):
         return self.weight.data
 
     def write_effective_weight(self, out: Array, tokens: int | None) -> Parts | None:
-        if self.compute != FLOAT32:
+        if self.compute != FLOAT32 or not _computes_as(self, Linear):
             return None
         out[...] = self.weight.data
         matmul = self.backend.matmul
@@ -249,9 +185,39 @@ class Linear(LinearBase):
         return F.linear(x, self.weight, self.bias, self.compute)
 
 
+def _given_layer(weight: Any, bias: Any = None) -> tuple[Any, Any]:
+    return weight, bias
+
+
+def _random_layer(
+    in_features: int,
+    out_features: int,
+    bias: bool = True,
+    rng: np.random.Generator | int | None = None,
+    dtype: Any = np.float32,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The first values of a layer of these sizes: weight (O, I) and bias (O,) or None."""
+    _check_sizes(in_features=in_features, out_features=out_features)
+    rng = _generator(rng)
+    bound = 1 / math.sqrt(in_features)
+    weight = uniform(rng, bound, (out_features, in_features), dtype)
+    return weight, uniform(rng, bound, (out_features,), dtype) if bias else None
+
+
+def _computes_as(layer: Module, kind: Any) -> bool:
+    """Does the layer compute what `kind` does, and not what a subclass of it defines?"""
+    return getattr(type(layer), "__call__") is kind.__call__  # noqa: B004, B009
+
+
 def frozen_linear(weight: Array, like: LinearBase) -> Linear:
-    """A dense layer of the frozen `weight` (O, I), with the bias and the mode of `like`."""
+    """A dense layer of the frozen `weight` (O, I), with the bias and the mode of `like`.
+
+    It computes what `like` does, also if that is a subclass of Linear with a forward of its own.
+    """
     dense = Linear(weight)
+    if isinstance(like, Linear):
+        dense, arrays = copy.copy(like), dense
+        dense.weight = arrays.weight
     dense.weight.requires_grad = False
     dense.bias = like.bias
     dense.compute = like.compute
@@ -335,20 +301,39 @@ class FusedProjection(PreparedModule):
 
 
 class Embedding(Module):
-    """One row of weight (V, C) per token."""
+    """One row of weight (V, C) per token.
 
-    def __init__(self, weight: Array):
-        self.weight = Parameter(weight)
+    Embedding(weight), or Embedding(V, C): then from N(0, 1), as in torch; see `manual_seed`.
+    """
+
+    def __init__(
+        self,
+        weight: Array | int,
+        embedding_dim: int | None = None,
+        rng: np.random.Generator | int | None = None,
+    ):
+        if _is_size(weight):
+            _check_sizes(num_embeddings=weight, embedding_dim=embedding_dim)
+            weight = normal(_generator(rng), 1.0, (int(weight), embedding_dim or 0))
+        self.weight = _parameter("Embedding: weight", weight, "(num_embeddings, embedding_dim)")
 
     def __call__(self, ids: Array) -> Tensor:
         return F.embedding(ids, self.weight)
 
 
-class RMSNorm(Module):
-    """x / sqrt(mean(x^2) + eps) * weight    x (..., C), weight (C,)"""
+def _or_ones(weight: Any) -> Any:
+    """The weight itself, or ones if a size is given."""
+    if not _is_size(weight):
+        return weight
+    _check_sizes(size=weight)
+    return np.ones(weight, np.float32)
 
-    def __init__(self, weight: Array, eps: float = 1e-6):
-        self.weight = Parameter(weight)
+
+class RMSNorm(Module):
+    """x / sqrt(mean(x^2) + eps) * weight    x (..., C), weight (C,), or C for a weight of ones"""
+
+    def __init__(self, weight: Array | int, eps: float = 1e-6):
+        self.weight = _parameter("RMSNorm: weight", _or_ones(weight), "(size,)")
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -356,11 +341,15 @@ class RMSNorm(Module):
 
 
 class LayerNorm(Module):
-    """(x - mean) / sqrt(var + eps) * weight + bias    x (..., C), weight and bias (C,)"""
+    """(x - mean) / sqrt(var + eps) * weight + bias    x (..., C), weight and bias (C,)
 
-    def __init__(self, weight: Array, bias: Array, eps: float = 1e-5):
-        self.weight = Parameter(weight)
-        self.bias = Parameter(bias)
+    LayerNorm(C) begins with a weight of ones. Without a bias it begins with zeros.
+    """
+
+    def __init__(self, weight: Array | int, bias: Array | None = None, eps: float = 1e-5):
+        self.weight = _parameter("LayerNorm: weight", _or_ones(weight), "(size,)")
+        bias = self.weight.backend.xp.zeros_like(self.weight.data) if bias is None else bias
+        self.bias = _parameter("LayerNorm: bias", bias, "(size,)")
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -400,6 +389,9 @@ class Dropout(Module):
         self.stream = stream
         self.calls = 0
 
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
     @property
     def active(self) -> bool:
         """Whether a call changes anything."""
@@ -417,6 +409,13 @@ class Dropout(Module):
         if isinstance(step, x.backend.xp.ndarray):
             return F.dropout(x, self.p, mix_key(seed, self.stream), first, step, before)
         return F.dropout(x, self.p, mix_key(seed, self.stream, step), first, start=before)
+
+
+class ReLU(Module):
+    """max(x, 0)"""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.relu(x)
 
 
 def checkpoint(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence[Tensor]) -> Tensor:

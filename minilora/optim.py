@@ -181,6 +181,18 @@ class Optimizer:
             _check_leaf(name, p)
             self.members.append(Member(name, p, group))
 
+    def __repr__(self) -> str:
+        """How many parameters are trained, and each group's numbers."""
+        lines = []
+        for group in self.groups:
+            sizes = [member.parameter.size for member in self.members if member.group is group]
+            numbers = ", ".join(f"{name}={value}" for name, value in group.items())
+            lines.append(f"{len(sizes)} parameters of {sum(sizes):,} numbers, {numbers}")
+        name = type(self).__name__
+        if len(lines) == 1:
+            return f"{name}({lines[0]})"
+        return "\n".join([f"{name}(", *(f"  {i}: {line}" for i, line in enumerate(lines)), ")"])
+
     @property
     def params(self) -> list[Parameter]:
         """Every parameter, in the order that `step(grads)` expects."""

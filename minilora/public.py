@@ -22,7 +22,18 @@ from .lora import (
 from .models.config import TransformerConfig
 from .models.generation import generate
 from .models.transformer import CausalLM
-from .nn import Dropout, Embedding, LayerNorm, Linear, Module, Parameter, RMSNorm
+from .nn import (
+    Dropout,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Module,
+    Parameter,
+    ReLU,
+    RMSNorm,
+    Sequential,
+    manual_seed,
+)
 from .optim import SGD, AdamW
 from .quant.linear import QuantizedLinear, dequantize, quantize
 
@@ -46,6 +57,8 @@ __all__ = [
     "PeftModel",
     "QuantizedLinear",
     "RMSNorm",
+    "ReLU",
+    "Sequential",
     "Tensor",
     "TransformerConfig",
     "check_gradient",
@@ -57,6 +70,7 @@ __all__ = [
     "get_multitask_model",
     "get_peft_model",
     "gradients",
+    "manual_seed",
     "no_grad",
     "quantize",
 ]

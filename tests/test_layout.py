@@ -18,9 +18,10 @@ PAGES = [PACKAGE.parent / "CONTRIBUTING.md", PACKAGE.parent / "README.md"]
 # Twelve levels. A folder or top-level file may import what stands left of it; what stands on one
 # level with `|` between knows nothing of its neighbours. README and CONTRIBUTING quote this line.
 ORDER = (
-    "errors, threads, display < formats, cuda, precision, backend < protocols, arguments, arrays, "
-    "graph, autograd < attention, losses, functional < data, effective, gradcheck < nn < optim, "
-    "anomaly, quant < models | lora < training < tools | verify < lab < cli"
+    "errors, threads, display, progress < formats, cuda, precision, backend < protocols, "
+    "arguments, arrays, graph, autograd < attention, losses, functional < data, effective, "
+    "gradcheck < modules, containers, nn < optim, anomaly, quant < models | lora < training "
+    "< tools | verify < lab < cli"
 )
 EXCEPTIONS = {("verify", "tools")}  # the one import between neighbours
 EXEMPT = {

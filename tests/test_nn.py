@@ -24,7 +24,9 @@ from minilora.nn import (
     Linear,
     Module,
     Parameter,
+    ReLU,
     RMSNorm,
+    Sequential,
     checkpoint,
     dropout_counter,
     normal,
@@ -73,11 +75,33 @@ def test_named_parameters_contain_a_tied_parameter_once() -> None:
     assert dict(named)["first.weight"] is tree.last.weight
 
 
-def test_module_repr_shows_each_path_and_its_shapes() -> None:
-    lines = repr(Tree()).splitlines()
-    assert lines[0] == "Tree"
-    assert lines[1] == "  first: Linear {'weight': [2, 3], 'bias': [2]}"
-    assert len(lines) == len(PATHS)
+def test_module_repr_shows_the_tree_with_shapes_dtypes_and_what_trains() -> None:
+    tree = Tree()
+    tree.last.to(dtype="float32")
+    tree.blocks += [RMSNorm(array(2)), RMSNorm(array(2))]
+    tree.blocks[0].weight.requires_grad = False
+    assert (
+        repr(tree)
+        == """Tree(
+  own=(1,), float64, requires_grad=True
+  (first): Linear(in_features=3, out_features=2, bias=True, float32 and float64, requires_grad=True)
+  (blocks.0): Linear(in_features=2, out_features=2, bias=False, float64, requires_grad=False)
+  (blocks.1 to blocks.3): 3 x RMSNorm(weight=(2,), float64, requires_grad=True)
+  (byname.b): Linear(in_features=2, out_features=1, bias=False, float64, requires_grad=True)
+  (byname.a): Embedding(weight=(4, 2), float64, requires_grad=True)
+  (last): Linear(in_features=3, out_features=2, bias=False, float32, requires_grad=True)
+)"""
+    )
+    assert repr(Sequential()) == "Sequential()"
+    assert (
+        repr(Sequential(ReLU(), Sequential(Dropout(0.5))))
+        == """Sequential(
+  (0): ReLU()
+  (1): Sequential(
+    (0): Dropout(p=0.5)
+  )
+)"""
+    )
 
 
 def test_replace_module_leads_through_attributes_and_lists() -> None:

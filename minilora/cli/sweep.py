@@ -19,8 +19,6 @@ from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from ..backend import get_backend
 from ..data.tokenizer import load_tokenizer
 from ..display import print_table, printable
@@ -39,6 +37,7 @@ from ..formats.disk import JsonObject
 from ..formats.folders import locked
 from ..lora.plan import Base, describe_checkpoint, plan_adapter
 from ..models.config import TransformerConfig
+from ..progress import progress_bar
 from ..training.checkpoints import find_checkpoint, read_log
 from ..training.pool import POOLS, Pool, completed, open_pool, threads_per_call
 from ..training.ranks import Alone
@@ -384,10 +383,13 @@ def _run_points(plan: Plan, pool: Pool, stopped: Sequence[int]) -> dict[str, Jso
             results[work.point.name] = result
     left = [work for work in plan.works if work.point.name not in results]
     total = len(plan.works)
-    # None: only on a terminal. A program without a console has no stderr at all.
-    disable = True if sys.stderr is None else None
-    progress = {"total": total, "initial": len(results), "desc": "sweep", "unit": "point"}
-    with tqdm(**progress, disable=disable, dynamic_ncols=True) as bar:
+    progress: dict[str, Any] = {
+        "total": total,
+        "initial": len(results),
+        "desc": "sweep",
+        "unit": "point",
+    }
+    with progress_bar(**progress, dynamic_ncols=True) as bar:
         for work, future in completed(pool, run_point, left, stopped):
             error = future.exception()
             result = future.result() if error is None else describe_failure(error)

@@ -72,12 +72,33 @@ def _utf8(text: str | bytes) -> bytes:
     """
     if isinstance(text, bytes):
         return text
+    if not isinstance(text, str):
+        raise DataError(
+            f"expected a text, got {type(text).__name__}: encode takes one text at a time"
+        )
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
         raise DataError(
             f"character {error.start} of the text is half of a surrogate pair: it has no bytes"
         ) from None
+
+
+def _id_list(ids: Any) -> list[int]:
+    """The ids of one text as integers. DataError for several texts, and for what is no id."""
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+        raise DataError(f"decode takes a list of ids, got {ids!r:.99}: one id is [id]")
+    numbers = []
+    for i in ids:
+        if getattr(i, "ndim", 0) or isinstance(i, (list, tuple)):
+            got = f"shape {ids.shape}" if hasattr(ids, "shape") else "a list of lists"
+            raise DataError(
+                f"decode takes the ids of one text, got {got}: give ids[0], or one row at a time"
+            )
+        if int(i) != i:
+            raise DataError(f"ids must be integers, got {i!r:.99}")
+        numbers.append(int(i))
+    return numbers
 
 
 def _byte_level() -> JsonObject:
@@ -130,7 +151,7 @@ class ByteTokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes again. Other ids (a model may have a larger vocabulary) give U+FFFD."""
-        return b"".join(bytes([i]) if 0 <= i < 256 else b"\xef\xbf\xbd" for i in ids)
+        return b"".join(bytes([i]) if 0 <= i < 256 else b"\xef\xbf\xbd" for i in _id_list(ids))
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
         """The text, as UTF-8.
@@ -328,7 +349,7 @@ class HubTokenizer:
         return _unpacked(ids), starts, ends
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        numbers = [int(i) for i in ids]
+        numbers = _id_list(ids)
         return base64.b64decode(self._ask("decode", 8 * len(numbers), ids=numbers))
 
     def decode(self, ids: Iterable[int]) -> str:

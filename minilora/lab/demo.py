@@ -109,7 +109,7 @@ class Plan:
 
 
 def demo(
-    out: Path,
+    out: str | Path,
     plan: Plan,
     pretrain_data: str | None = None,
     adapt_data: str | None = None,
@@ -123,6 +123,7 @@ def demo(
 
     The summary is what summary.json has.
     """
+    out = Path(out)
     seconds: dict[str, float] = {}
     tokenizer = ByteTokenizer()
     texts = {

@@ -1,20 +1,26 @@
 """Pictures of a run.
 
-Only this file imports matplotlib, which is optional: `pip install -e .[plot]`.
+Only this file imports matplotlib, which is optional: `pip install -e .[plot]`. It draws without
+pyplot and in a style of its own, so that the backend, the settings and the figures of a notebook
+or a program that uses matplotlib stay as they are.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from ..errors import ConfigError, shorten
 from ..formats import atomic_file
+
+Draw = TypeVar("Draw", bound=Callable[..., None])
 
 INK = "#222222"
 QUIET = "#b0b0b0"
@@ -33,36 +39,73 @@ STYLE = {
 }
 
 
-def _pyplot() -> Any:
+def _matplotlib() -> Any:
+    """matplotlib, whatever backend is chosen. ConfigError if it cannot draw here."""
     try:
-        with _without_backend():
-            import matplotlib
-        matplotlib.use("agg")  # files only: no window, no display
-        import matplotlib.pyplot as plt
+        if "matplotlib" not in sys.modules:
+            _import_with_any_backend()
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure
     except ImportError:
         raise ConfigError("matplotlib is missing: pip install -e .[plot]") from None
     except Exception as error:  # its settings, its fonts or its cache: anything may be wrong there
         text = f"{type(error).__name__}: {error}"
         raise ConfigError(f"matplotlib cannot be used here: {shorten(text)}") from error
+    return matplotlib
+
+
+def _import_with_any_backend() -> None:
+    """Import matplotlib with the backend of MPLBACKEND, or as without it if it names none.
+
+    matplotlib itself could not be imported with a name that it does not know.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+
+
+def styled_pyplot() -> Any:
+    """pyplot in the style of these pictures, for a script that draws its own."""
+    _matplotlib()
+    import matplotlib.pyplot as plt
+
     plt.rcParams.update(STYLE)
     return plt
 
 
-@contextmanager
-def _without_backend() -> Iterator[None]:
-    """Hide MPLBACKEND: matplotlib refuses to be imported with a name that it does not know."""
-    backend = os.environ.pop("MPLBACKEND", None)
-    try:
-        yield
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
+def _styled(draw: Draw) -> Draw:
+    """A function that draws with STYLE; matplotlib's settings are as before when it returns."""
+
+    @functools.wraps(draw)
+    def styled(*arguments: Any, **options: Any) -> None:
+        with _matplotlib().rc_context(STYLE):
+            draw(*arguments, **options)
+
+    return cast(Draw, styled)
+
+
+def _subplots(
+    rows: int = 1, columns: int = 1, *, figsize: Any, layout: str | None = None, **options: Any
+) -> tuple[Any, Any]:
+    """(figure, axes), as from pyplot, which would keep the figure among those of the program."""
+    figure = _matplotlib().figure.Figure(figsize=figsize, layout=layout)
+    heights = options.pop("height_ratios", None)
+    widths = options.pop("width_ratios", None)
+    return figure, figure.subplots(
+        rows, columns, height_ratios=heights, width_ratios=widths, **options
+    )
 
 
 def why_unavailable() -> str:
     """Why no pictures can be drawn here; empty if they can."""
     try:
-        _pyplot()
+        _matplotlib()
     except ConfigError as error:
         return str(error)
     return ""
@@ -73,13 +116,11 @@ def available() -> bool:
     return not why_unavailable()
 
 
-def _save(plt: Any, figure: Any, path: Path) -> None:
-    """Write the whole picture, or leave the file as it was; the figure is closed either way."""
-    try:
-        with atomic_file(path) as file:
-            figure.savefig(file, format=path.suffix[1:])
-    finally:
-        plt.close(figure)
+def _save(figure: Any, path: str | Path) -> None:
+    """Write the whole picture, or leave the file as it was."""
+    path = Path(path)
+    with atomic_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:])
 
 
 def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
@@ -90,16 +131,16 @@ def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
     return np.asarray((total[stop] - total[start]) / (stop - start))
 
 
+@_styled
 def loss_curves(
-    path: Path, stages: Mapping[str, tuple[Sequence[float], Sequence[tuple[int, float]]]]
+    path: str | Path, stages: Mapping[str, tuple[Sequence[float], Sequence[tuple[int, float]]]]
 ) -> None:
     """Draw one panel per stage: bits per byte of each step, their running mean, and held-out text.
 
     stages   title -> (bits per byte of each step, [(step, bits per byte held out), ...])
     """
-    plt = _pyplot()
     widths = [max(len(losses), 1) for losses, _ in stages.values()]
-    figure, axes = plt.subplots(
+    figure, axes = _subplots(
         1, len(stages), figsize=(9, 3.4), sharey=True, squeeze=False, width_ratios=widths
     )
     for axis, (title, (losses, held_out)) in zip(axes[0], stages.items(), strict=True):
@@ -120,11 +161,14 @@ def loss_curves(
     first.set_ylabel("bits per byte")
     first.legend(loc="upper right")
     figure.tight_layout()
-    _save(plt, figure, path)
+    _save(figure, path)
 
 
+@_styled
 def delta_spectrum(
-    path: Path, layers: Mapping[str, tuple[np.ndarray, np.ndarray]], formula: str = "dW = s B A"
+    path: str | Path,
+    layers: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    formula: str = "dW = s B A",
 ) -> None:
     """Draw the singular values of dW in front of those of W: one panel per layer.
 
@@ -133,12 +177,11 @@ def delta_spectrum(
     layers   module path ("model.layers.0.self_attn.q_proj") -> (singular values of W, those of dW),
              each in descending order
     """
-    plt = _pyplot()
     places = {name: _place(name) for name in layers}
     blocks = sorted({block for block, _ in places.values()})
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     size = max(5.2, 1.35 * len(kinds) + 0.8), 1.15 * len(blocks) + 0.9
-    figure, axes = plt.subplots(
+    figure, axes = _subplots(
         len(blocks), len(kinds), figsize=size, sharex=True, sharey=True, squeeze=False
     )
     smallest = []
@@ -173,18 +216,18 @@ def delta_spectrum(
     title = f"Singular values by index: of W (grey) and of {formula} (red)"
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     figure.tight_layout()
-    _save(plt, figure, path)
+    _save(figure, path)
 
 
-def losses_by_setting(path: Path, losses: Mapping[str, Sequence[float]]) -> None:
+@_styled
+def losses_by_setting(path: str | Path, losses: Mapping[str, Sequence[float]]) -> None:
     """Draw one row per setting: a dot for each seed's loss, their mean, and how far they spread.
 
     losses   setting -> held-out losses, one per seed; none if the setting failed
     """
-    plt = _pyplot()
     labels = list(losses)
     height = min(0.26 * len(labels) + 1.1, 60)  # matplotlib refuses pictures that are too large
-    figure, axis = plt.subplots(figsize=(7, height), layout="constrained")
+    figure, axis = _subplots(figsize=(7, height), layout="constrained")
     best = min((float(np.mean(values)) for values in losses.values() if values), default=0.0)
     for row, values in enumerate(losses.values()):
         axis.plot(values, [row] * len(values), "o", color=QUIET, markersize=4)
@@ -203,11 +246,12 @@ def losses_by_setting(path: Path, losses: Mapping[str, Sequence[float]]) -> None
     axis.set_title(
         "Loss by setting: runs, mean and standard deviation; red: the lowest mean", loc="left"
     )
-    _save(plt, figure, path)
+    _save(figure, path)
 
 
+@_styled
 def heat_table(
-    path: Path,
+    path: str | Path,
     values: np.ndarray,
     rows: Sequence[str],
     columns: Sequence[str],
@@ -218,10 +262,10 @@ def heat_table(
 
     values   (rows, columns)
     """
-    plt = _pyplot()
     size = len(columns) + 2.0, 0.42 * len(rows) + 1.1
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure, axis = _subplots(figsize=size, layout="constrained")
     axis.imshow(values, cmap="Blues", aspect="auto")
+    Rectangle = _matplotlib().patches.Rectangle
     middle = (values.max() + values.min()) / 2
     for i, j in np.ndindex(values.shape):
         value = values[i, j]
@@ -229,7 +273,7 @@ def heat_table(
         axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=color)
         if value == values[:, j].min():
             corner = j - 0.48, i - 0.46
-            frame = plt.Rectangle(corner, 0.96, 0.92, fill=False, edgecolor=WARM, linewidth=1.8)
+            frame = Rectangle(corner, 0.96, 0.92, fill=False, edgecolor=WARM, linewidth=1.8)
             axis.add_patch(frame)
     axis.set_xticks(range(len(columns)), columns)
     axis.set_yticks(range(len(rows)), rows)
@@ -237,11 +281,12 @@ def heat_table(
     axis.spines[:].set_visible(False)
     axis.set_title(title, loc="left")
     axis.set_ylabel(ylabel)
-    _save(plt, figure, path)
+    _save(figure, path)
 
 
+@_styled
 def rank_allocation(
-    path: Path, history: Sequence[tuple[int, Mapping[str, int]]], steps: int
+    path: str | Path, history: Sequence[tuple[int, Mapping[str, int]]], steps: int
 ) -> None:
     """Draw which layers keep how many ranks: one row per layer, steps from left to right.
 
@@ -251,7 +296,6 @@ def rank_allocation(
               to the end
     steps     of the run
     """
-    plt = _pyplot()
     places = {name: _place(name) for name in history[0][1]} if history else {}
     # By block; layers of the same block in their given order.
     names = sorted(places, key=lambda name: places[name][0])
@@ -262,7 +306,7 @@ def rank_allocation(
     height = max(0.19 * len(names), 0.6)
     size = 8, height + 1.9
     ratios = 0.9, height
-    figure, (above, below) = plt.subplots(
+    figure, (above, below) = _subplots(
         2, 1, figsize=size, sharex=True, height_ratios=ratios, layout="constrained"
     )
     if names:
@@ -290,7 +334,7 @@ def rank_allocation(
     above.set_ylim(bottom=0)
     above.set_title("Mean rank of a layer", loc="left")
     below.set_title("Ranks by block and layer; at the right how many are left", loc="left")
-    _save(plt, figure, path)
+    _save(figure, path)
 
 
 def _place(name: str) -> tuple[int, str]:
@@ -302,23 +346,23 @@ def _place(name: str) -> tuple[int, str]:
     return -1, parts[-1]
 
 
-def spectra(path: Path, layers: Mapping[str, Sequence[float] | None]) -> None:
+@_styled
+def spectra(path: str | Path, layers: Mapping[str, Sequence[float] | None]) -> None:
     """Draw the singular values of each layer's dW, in descending order, on a logarithmic axis.
 
     Each kind of layer has its colour.
 
     layers   path of a layer -> its values, or None where they are not finite: the layer is left out
     """
-    plt = _pyplot()
     kinds: dict[str, list[list[float]]] = {}
     for name, values in layers.items():
         positive = [value for value in values or () if value > 0]
         if positive:
             kind = name.rpartition(".")[2]
             kinds.setdefault(kind, []).append(positive)
-    figure, axis = plt.subplots(figsize=(6.5, 4))
+    figure, axis = _subplots(figsize=(6.5, 4))
     for i, (kind, lines) in enumerate(sorted(kinds.items())):
-        colour = plt.get_cmap("viridis")(i / len(kinds))
+        colour = _matplotlib().colormaps["viridis"](i / len(kinds))
         label = kind.replace("$", r"\$")
         for line in lines:
             index = range(1, len(line) + 1)
@@ -330,4 +374,4 @@ def spectra(path: Path, layers: Mapping[str, Sequence[float] | None]) -> None:
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if kinds:
         axis.legend()
-    _save(plt, figure, path)
+    _save(figure, path)

@@ -157,6 +157,7 @@ class AdaLoraAdapter(LoraAdapter):
         assert isinstance(config, AdaLoraConfig)
         self.r = config.rank(name)
         self.ranknum = float(config.init_r)
+        self.lora_alpha = config.alpha(name)
         self.scaling = config.scaling(name)
         self.dropout = Dropout(config.lora_dropout, stream)
         std = 0.02 if config.init_lora_weights else 1.0

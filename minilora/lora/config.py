@@ -134,6 +134,9 @@ RULES = [
 class LoraConfig:
     """Low-rank adaptation, dW = s B A (Hu et al. 2021).
 
+    A is (r, in) and B (out, r), for y = x W^T. Where a lesson has y = x W and dW = A B, its A and B
+    are these two transposed.
+
     r, lora_alpha      rank, and the numerator of the scaling s = lora_alpha / r
     target_modules     names or endings of names; a pattern for whole names; "all-linear": every
                        linear layer but the head; None: PEFT's choice for this type of model
@@ -234,9 +237,13 @@ class LoraConfig:
         """r of the layer `name`."""
         return pattern_value(name, self.rank_pattern, self.r)
 
+    def alpha(self, name: str) -> float:
+        """lora_alpha of the layer `name`."""
+        return pattern_value(name, self.alpha_pattern, self.lora_alpha)
+
     def scaling(self, name: str) -> float:
         """s of the layer `name`."""
-        alpha = pattern_value(name, self.alpha_pattern, self.lora_alpha)
+        alpha = self.alpha(name)
         r = self.rank(name)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 

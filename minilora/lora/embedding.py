@@ -71,6 +71,7 @@ class EmbeddingAdapter(LoraAdapter):
         stream: int = 0,
     ):
         self.r = config.rank(name)
+        self.lora_alpha = config.alpha(name)
         self.scaling = config.scaling(name)
         self.dropout = Dropout(0.0)
         for tensor, shape in EmbeddingAdapter.shapes(base, self.r).items():
@@ -145,6 +146,7 @@ class HeadAdapter(LoraAdapter):
     def __init__(self, source: EmbeddingAdapter, dropout: float, stream: int = 0):
         self._source = source
         self.r = source.r
+        self.lora_alpha = source.lora_alpha
         self.scaling = source.scaling
         self.dropout = Dropout(dropout, stream)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import mix_key
-from ..nn import Module, replace_module
+from ..nn import Module, get_module, replace_module
 from .embedding import HeadAdapter, LoraEmbedding
 from .layer import LoraLinear, SavedModule
 from .names import adapter_class
@@ -29,7 +29,7 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
         stream = mix_key(place, zlib.crc32(adapter_name.encode(errors="surrogatepass")))
         base = layer.as_linear(unwrap(layer))
         if path == head:  # after its embedding: see Plan
-            source = _module_at(model, embedding)
+            source = get_module(model, embedding)
             of_embedding = source.adapters[adapter_name]
             adapter: Any = HeadAdapter(of_embedding, plan.config.lora_dropout, stream)
             layer.follow(source)
@@ -41,7 +41,7 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
     for path in plan.saved:
         _wrap(model, path, SavedModule).add(adapter_name)
     if head in plan.saved:
-        copies = [_module_at(model, path).entries[adapter_name] for path in (head, embedding)]
+        copies = [get_module(model, path).entries[adapter_name] for path in (head, embedding)]
         copies[0].weight = copies[1].weight
     for path, rows in plan.tokens.items():
         tokens = _wrap(model, path, TrainableTokens)
@@ -50,16 +50,9 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
             _wrap(model, head, TrainableTokens, tokens.adapters).follow(tokens)
 
 
-def _module_at(model: Module, path: str) -> Any:
-    module: Any = model
-    for part in path.split("."):
-        module = module[int(part)] if isinstance(module, list) else getattr(module, part)
-    return module
-
-
 def _wrap(model: Module, path: str, kind: Any, *details: Any) -> Any:
     """The wrapper of this kind at `path`; a new one if it has none yet."""
-    module = _module_at(model, path)
+    module = get_module(model, path)
     if not isinstance(module, kind):
         module = kind(module, *details)
         replace_module(model, path, module)

@@ -46,6 +46,11 @@ class Wrapper(Module):
         self.merged: tuple[str, ...] = ()
         self.requantized = False
 
+    def extra_repr(self) -> str:
+        active = ", ".join(self.active) if self.enabled else ""
+        merged = f", merged: {', '.join(self.merged)}" if self.merged else ""
+        return f"active: {active or 'none'}{merged}"
+
     @property
     def inner(self) -> Any:
         """The wrapped module."""

@@ -1,5 +1,8 @@
 """LoRA itself: dW = s B A (Hu et al. 2021, section 4.1).
 
+Lessons that write y = x W have dW = A B with A (I, r) and B (r, O), in the order in which x meets
+them. Here y = x W^T, as in the paper, in torch and in files: the same two factors are transposed.
+
                x (I)
              /       \\
       W (O, I)        A (r, I)      only r numbers pass through, so rank(dW) <= r
@@ -20,7 +23,15 @@ from .. import functional as F
 from ..autograd import Tensor
 from ..backend import Array, Shape
 from ..effective import Formed, Pull
-from ..nn import Dropout, LinearBase, Module, Parameter, normal, uniform
+from ..nn import (
+    Dropout,
+    LinearBase,
+    Module,
+    Parameter,
+    describe_parameters,
+    normal,
+    uniform,
+)
 from .config import LoraConfig
 from .factors import Part
 
@@ -48,6 +59,7 @@ class LoraAdapter(Module):
         stream: int = 0,
     ):
         self.r = r = config.rank(name)
+        self.lora_alpha = config.alpha(name)
         self.scaling = config.scaling(name)
         self.dropout = Dropout(config.lora_dropout, stream)
         init = config.init_lora_weights
@@ -64,6 +76,12 @@ class LoraAdapter(Module):
             B = np.zeros((O, r), base.dtype)
         self.lora_A = Parameter(base.backend.from_numpy(A))
         self.lora_B = Parameter(base.backend.from_numpy(B))
+
+    def __repr__(self) -> str:
+        """One line: r, lora_alpha, the shapes, dtype and requires_grad."""
+        dropout = f", lora_dropout={self.dropout.p}" if self.dropout.p else ""
+        numbers = f"r={self.r}, lora_alpha={self.lora_alpha}{dropout}"
+        return f"{type(self).__name__}({numbers}, {describe_parameters(self)})"
 
     @staticmethod
     def shapes(base: Any, r: int) -> dict[str, Shape]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import numpy as np
 
 from ..autograd import Tensor
 from ..backend import Backend
-from ..errors import ConfigError, FormatError, NonFiniteError
+from ..errors import ConfigError, FormatError, NonFiniteError, is_integer
 from ..formats import write_adapter
 from ..formats.checkpoint import to_file_layout
+from ..modules import LoadedState, load_parameters
 from ..nn import Module, Parameter, replace_module
 from .combining import add_weighted_adapter
 from .config import LoraConfig
@@ -31,7 +32,7 @@ from .names import PREFIX, EntryParameter, entry_parameters
 from .plan import Plan, check_wrapped, describe_model, modules_inside, plan_adapter, wrappers
 from .repeats import repeated
 from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
-from .tying import copy_to_share, embedding_and_head, prepare_tie
+from .tying import copy_to_share, embedding_and_head, model_type_of, prepare_tie
 from .vocabulary import check_resizable, resize_vocabulary
 
 MAX_FOLDER_NAME = 255  # in bytes: the limit of most file systems
@@ -42,8 +43,9 @@ def get_peft_model(
 ) -> PeftModel:
     """Freeze `model`, put the adapter that `config` describes into it, and return it wrapped.
 
-    model   offers `get_input_embeddings()`, `get_output_embeddings()`, `named_modules()` and
-            `config`, a dataclass with `model_type` and `tie_word_embeddings`
+    model   any Module. A language model also offers `get_input_embeddings()`,
+            `get_output_embeddings()` and `config`, a dataclass with `model_type` and
+            `tie_word_embeddings`; only options about these ends ask for that
     seed    of the adapter's first values; they depend on it and on the layer's name, and on nothing
             else
     """
@@ -65,11 +67,19 @@ class PeftModel(Module):
 
     def _wrap_model(self, model: Any) -> None:
         if not isinstance(model, Module):
-            raise ConfigError(f"expected a model to put an adapter into, got {model!r:.99}")
+            raise ConfigError(
+                f"expected a model to put an adapter into, got {model!r:.99}: "
+                "give a Module, such as CausalLM.from_pretrained(...) or Sequential(...)"
+            )
         if isinstance(model, PeftModel) or any(wrappers(model)):
             raise ConfigError(
                 "the model has adapters already: use add_adapter or load_adapter, "
                 "or unload it first"
+            )
+        if next(model.named_children(), None) is None:
+            raise ConfigError(
+                f"{type(model).__name__} has no modules inside, and adapters go into these by "
+                "name: give Sequential(model), whose first module has the name '0'"
             )
         self.model: Any = model
         self.peft_config: dict[str, LoraConfig] = {}
@@ -442,7 +452,9 @@ class PeftModel(Module):
         for path, layer in self._wrappers().items():
             replace_module(self.model, path, layer.result(names))
         embedding, head = embedding_and_head(self.model)
-        if self.model.config.tie_word_embeddings and head.weight is not embedding.weight:
+        config = getattr(self.model, "config", None)
+        tied = embedding and head and getattr(config, "tie_word_embeddings", False)
+        if tied and head.weight is not embedding.weight:
             self.model.config = dataclasses.replace(self.model.config, tie_word_embeddings=False)
         for parameter in self.model.parameters():
             parameter.requires_grad = not parameter.fixed
@@ -476,6 +488,11 @@ class PeftModel(Module):
 
         A line also says how many operations each of the two ways would add.
         """
+        if not is_integer(least=1)(tokens):
+            got = f"shape {tokens.shape}" if hasattr(tokens, "shape") else f"{tokens!r:.99}"
+            raise ConfigError(
+                f"explain takes the number of positions in a step, got {got}: give ids.size"
+            )
         lines = []
         for path, layer in self._wrappers().items():
             if isinstance(layer, LoraLinear) and layer.running:
@@ -501,11 +518,29 @@ class PeftModel(Module):
         """The tensors in one adapter's file, by key."""
         tensors = {}
         for key, parameter in self.adapter_parameters(adapter_name).items():
-            tensors[key] = to_file_layout(self.config.model_type, key, parameter.numpy())
+            tensors[key] = to_file_layout(model_type_of(self.model), key, parameter.numpy())
         plan = self._plans[adapter_name]
         with self._unmerged():
             copies = repeated(plan, adapter_name, tensors.get, self._read_base)
         return {**tensors, **copies}
+
+    def load_state_dict(  # type: ignore[override]
+        self, state: Mapping[str, Any], adapter_name: str = "default", strict: bool = True
+    ) -> LoadedState:
+        """Copy what `state_dict` of an equal adapter returned into this one.
+
+        ConfigError, before anything changes, lists what is missing, unexpected or of another shape.
+        """
+        self._require_known([adapter_name])
+        kind = model_type_of(self.model)
+        repeats = self.state_dict(adapter_name).keys() - self.adapter_parameters(adapter_name)
+        values = {
+            key: to_file_layout(kind, key, np.asarray(value))
+            for key, value in state.items()
+            if key not in repeats
+        }
+        parameters = self.adapter_parameters(adapter_name)
+        return load_parameters(parameters, values, strict, f"adapter {adapter_name!r}")
 
     def save_pretrained(
         self, directory: str | Path, selected_adapters: Sequence[str] | None = None
@@ -579,7 +614,7 @@ class PeftModel(Module):
         parameters = self.adapter_parameters(adapter_name)
         for key, array in arrays.items():
             parameter = parameters[key]
-            array = to_file_layout(self.config.model_type, key, array)
+            array = to_file_layout(model_type_of(self.model), key, array)
             parameter.data = parameter.backend.from_numpy(array.astype(parameter.dtype, copy=False))
         self._require_gradients(adapter_name, is_trainable)
 
@@ -587,7 +622,7 @@ class PeftModel(Module):
         """A tensor of the base by its name, as it is in the base's files."""
         path, _, attribute = name.rpartition(".")
         parameter = getattr(modules_inside(self.model)[path], attribute)
-        return to_file_layout(self.config.model_type, name, parameter.numpy())
+        return to_file_layout(model_type_of(self.model), name, parameter.numpy())
 
 
 def adapter_folder(directory: str | Path, name: str) -> Path:

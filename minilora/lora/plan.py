@@ -26,7 +26,7 @@ from .layer import LoraLinear, SavedModule, Wrapper
 from .names import ENDS, PREFIX, TOKENS, adapter_class, file_key
 from .targets import Layers, Patterns, Targets, matches
 from .tokens import TrainableTokens
-from .tying import embedding_and_head, is_tied, unwrap
+from .tying import embedding_and_head, is_tied, model_type_of, unwrap
 
 HEAD = "lm_head"
 FIRST_EMBEDDINGS = ("model.embed_tokens", "transformer.wte")  # paths of the embedding of tokens
@@ -112,9 +112,10 @@ def describe_model(model: Any) -> Base:
             kind = "linear"
         fixed = any(p.fixed for p in module.parameters())
         layers[path] = _describe_layer(kind, path, parameters, fixed)
-    embedding, head = (paths.get(id(unwrap(m)), "") for m in embedding_and_head(model))
+    ends = map(unwrap, embedding_and_head(model))
+    embedding, head = ("" if end is None else paths.get(id(end), "") for end in ends)
     tied = bool(embedding and head) and is_tied(model)
-    return Base(model.config.model_type, layers, parameters, embedding, head, tied)
+    return Base(model_type_of(model), layers, parameters, embedding, head, tied)
 
 
 def modules_inside(model: Module) -> dict[str, Any]:
@@ -247,6 +248,11 @@ def plan_adapter(
     """
     config = dataclasses.replace(config)
     tie = (base.head, base.embedding) if base.tied else None
+    if config.ensure_weight_tying and not base.embedding and not keys:
+        raise ConfigError(
+            "ensure_weight_tying needs a model that says where its embedding and its head are: "
+            "define get_input_embeddings() and get_output_embeddings(), or leave the option out"
+        )
     follows = tie if config.ensure_weight_tying and _replace_head(config, tie, keys) else None
     notes: list[str] = []
     saved = _find_saved(base.layers, config, notes if keys else None)
@@ -368,7 +374,7 @@ def _find_targets(
     chosen = {}
     for path, layer in (linear if all_linear else base.layers).items():
         if all_linear:
-            meant = path != base.head
+            meant = path not in (base.head, "")
         else:
             meant = path != "" and wanted.mean(path) and not _is_within(path, saved)
         if meant:
@@ -456,7 +462,10 @@ def _find_tokens(
     rows_of = []
     if not isinstance(wanted, dict):
         if not base.embedding:
-            raise ConfigError(f"{where}: the base has no embedding; give them by its name")
+            raise ConfigError(
+                f"{where} as a list needs a model that says where its embedding is: define "
+                "get_input_embeddings(), or give a dictionary from a module's name to its rows"
+            )
         rows_of.append((base.embedding, wanted))
     else:
         meant = Targets(wanted, anywhere=True).group(base.layers)

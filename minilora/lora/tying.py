@@ -25,6 +25,7 @@ from .layer import SavedModule, Wrapper
 from .merging import Merging
 
 CHOICES = ("untie", "share")
+CUSTOM = "custom"  # the type of a network that is no language model
 
 
 def choose(
@@ -76,17 +77,26 @@ def unwrap(module: Any) -> Any:
     return module
 
 
+def model_type_of(model: Any) -> str:
+    """The type in the model's configuration; "custom", as PEFT calls it, for any other network."""
+    return str(getattr(getattr(model, "config", None), "model_type", CUSTOM))
+
+
 def embedding_and_head(model: Any) -> tuple[Any, Any]:
-    """The modules in the places of the embedding and of the head; None for a missing head."""
+    """The modules in the places of the embedding and of the head; None for a missing one.
+
+    Only a language model says where they are: any other network has neither.
+    """
+    get_embedding = getattr(model, "get_input_embeddings", lambda: None)
     get_head = getattr(model, "get_output_embeddings", lambda: None)
-    return model.get_input_embeddings(), get_head()
+    return get_embedding(), get_head()
 
 
 def is_tied(model: Any) -> bool:
     """Do embedding and head share one weight, apart from adapters?"""
     places = embedding_and_head(model)
     embedding, head = map(unwrap, places)
-    if head is None:
+    if embedding is None or head is None:
         return False
     followers = [getattr(place, "follower", None) for place in places]
     if followers[0] is head or followers[1] is embedding:

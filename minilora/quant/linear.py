@@ -217,7 +217,7 @@ def quantize(
     kind: str = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
-    skip: str | Iterable[str] = ("lm_head",),
+    skip: str | Iterable[str] | None = None,
 ) -> Any:
     """Store the weights of `model`'s linear layers as codes, in place; returns the model.
 
@@ -230,10 +230,11 @@ def quantize(
     """
     if not isinstance(model, Module):
         raise ConfigError(f"expected a model to quantise, got {model!r:.99}")
-    names = (skip,) if isinstance(skip, str) else tuple(skip)
+    given = ("lm_head",) if skip is None else skip
+    names = (given,) if isinstance(given, str) else tuple(given)
     modules = dict(model.named_modules())
     for name in names:
-        if not any(_is_named(path, name) for path in modules):
+        if skip is not None and not any(_is_named(path, name) for path in modules):
             raise ConfigError(f"skip: {name!r:.99} matches nothing in this model")
     for path, module in modules.items():
         if isinstance(module, QuantizedLinear):

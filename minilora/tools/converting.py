@@ -160,8 +160,9 @@ def _change_format(folder: Path, to: str, open_out: OpenOut, allow_nonfinite: bo
             write_json(stage / CONFIG_FILE, config)
 
 
-def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
+def from_mlx(folder: str | Path) -> tuple[dict[str, Any], Tensors]:
     """mlx-lm's adapter -> PEFT's configuration and tensors, in float32."""
+    folder = Path(folder)
     where = quoted(folder)
     if not (folder / MLX_FILE).exists():
         raise FormatError(f"{where} has no {MLX_FILE}, so it is not an adapter of mlx-lm's")
@@ -223,7 +224,7 @@ def from_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
     return config.to_dict(), tensors
 
 
-def to_mlx(folder: Path) -> tuple[dict[str, Any], Tensors]:
+def to_mlx(folder: str | Path) -> tuple[dict[str, Any], Tensors]:
     """PEFT's adapter -> mlx-lm's configuration and tensors.
 
     mlx-lm has one rank and one scale for all layers. num_layers = -1 adapts every block: a layer

@@ -23,7 +23,7 @@ from ..threads import blocks
 Report = dict[str, Any]
 
 
-def inspect_adapter(folder: Path, base: str | Path | None = None) -> Report:
+def inspect_adapter(folder: str | Path, base: str | Path | None = None) -> Report:
     """A report on an adapter's folder: its configuration in short, and for each layer the size of
     dW and its rank.
 
@@ -99,8 +99,9 @@ def norm(W: np.ndarray) -> float:
     return math.sqrt(np.sum(squares))
 
 
-def inspect_checkpoint(path: Path) -> Report:
+def inspect_checkpoint(path: str | Path) -> Report:
     """A report on a model's folder, or one safetensors file: each tensor's shape and dtype."""
+    path = Path(path)
     config: dict[str, Any] = {}
     file: Checkpoint | SafetensorsFile
     if path.is_file():

@@ -15,7 +15,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ..errors import ConfigError, NonFiniteError, Rule
 from ..formats import (
@@ -31,6 +30,7 @@ from ..formats import (
 from ..formats.checkpoint import CONFIG_FILE, INDEX_FILE, MAX_INDEX_BYTES, WEIGHTS_FILE
 from ..formats.disk import PathLike, atomic_file, open_regular, quoted
 from ..formats.dtypes import DTYPES, FLOATS, empty_as, round_to, row_blocks, too_large, widen
+from ..progress import progress_bar
 
 Array = np.ndarray
 Row = dict[str, Any]
@@ -46,8 +46,8 @@ DTYPE_RULE = Rule("--dtype", lambda dtype: dtype is None or dtype in DTYPES, " o
 
 
 def progress(parts: Iterable[str], title: str, unit: str = "layers") -> Any:
-    """The parts, with a progress bar while they are worked on; on a terminal only."""
-    return tqdm(parts, desc=title, unit=f" {unit}", disable=None, leave=False)
+    """The parts, with a progress bar while they are worked on."""
+    return progress_bar(parts, desc=title, unit=f" {unit}", leave=False)
 
 
 def read_dense(folder: str | Path) -> tuple[dict[str, Any], Checkpoint]:
@@ -124,7 +124,7 @@ def rewrite(
     last. A shard that exists already is not made again.
     """
     rows: list[Row] = []
-    bar = tqdm(desc=title, unit=" weights", unit_scale=True, disable=None, leave=False)
+    bar = progress_bar(desc=title, unit=" weights", unit_scale=True, leave=False)
 
     def entry(key: str) -> Entry:
         source = twins.get(key, key)

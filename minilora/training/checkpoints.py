@@ -66,7 +66,8 @@ class Log:
     float() reads.
     """
 
-    def __init__(self, path: Path, step: int = 0):
+    def __init__(self, path: str | Path, step: int = 0):
+        path = Path(path)
         if path.is_file():
             try:
                 earlier = [line for line in _whole_lines(path) if json.loads(line)["step"] < step]
@@ -114,9 +115,9 @@ def _open_at_once(path: str, flags: int) -> int:
     return descriptor
 
 
-def read_log(path: Path) -> list[JsonObject]:
+def read_log(path: str | Path) -> list[JsonObject]:
     """The lines of a `Log`, oldest first, except one that is being written."""
-    return [json.loads(line) for line in _whole_lines(path)]
+    return [json.loads(line) for line in _whole_lines(Path(path))]
 
 
 def _whole_lines(path: Path) -> list[bytes]:
@@ -171,13 +172,13 @@ def save_checkpoint(out: Path, step: int, state: JsonObject, write: Callable[[Pa
     return final
 
 
-def checkpoints_by_step(parent: Path) -> list[Path]:
+def checkpoints_by_step(parent: str | Path) -> list[Path]:
     """The checkpoints in a folder, oldest first.
 
     step-N.old is a checkpoint whose run was killed when it had almost replaced it.
     """
     steps = {}
-    for folder in parent.glob("step-*"):
+    for folder in Path(parent).glob("step-*"):
         number = folder.name.removeprefix("step-").removesuffix(".old")
         if number.isdecimal() and folder.is_dir():
             steps[folder] = (int(number), not folder.name.endswith(".old"))
@@ -229,14 +230,14 @@ def _set_aside(folder: Path) -> None:
     warnings.warn(text, stacklevel=2)
 
 
-def find_checkpoint(resume: str | Path, out: Path) -> tuple[Path, JsonObject]:
+def find_checkpoint(resume: str | Path, out: str | Path) -> tuple[Path, JsonObject]:
     """(folder, manifest) of the checkpoint `resume`; for "auto", of the newest sound one in `out`.
 
     CheckpointError if it does not exist or is damaged. "auto" skips a damaged one with a warning.
     """
     if resume != "auto":
         return Path(resume), _verified_manifest(Path(resume))
-    folders = checkpoints_by_step(out / "checkpoints")
+    folders = checkpoints_by_step(Path(out, "checkpoints"))
     for folder in reversed(folders):
         try:
             return folder, _verified_manifest(folder)

@@ -14,14 +14,11 @@ import math
 import os
 import signal
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from ..data.batches import Ids, PackedRecords, evaluation_windows
 from ..errors import (
@@ -33,6 +30,7 @@ from ..errors import (
 from ..formats.disk import JsonObject
 from ..formats.folders import LOCK, locked, require_free_space
 from ..lora import MultiTask
+from ..progress import progress_bar
 from .checkpoints import Log, read_log, remove_stale
 from .parallel import ShardedStep
 from .ranks import Alone, Ranks
@@ -59,7 +57,7 @@ def train(
     model: Any,
     tokens: Text,
     settings: Settings,
-    out: Path,
+    out: str | Path,
     *,
     held_out: Text | None = None,
     resume: str | Path | None = None,
@@ -93,6 +91,7 @@ def train(
     have different settings, texts or weights to begin with, or come to different weights.
     """
     begun = time.perf_counter()
+    out = Path(out)
     ranks = ranks or Alone()
     writes = ranks.rank == 0
     with contextlib.ExitStack() as stack:
@@ -110,6 +109,8 @@ def train(
         if writes:
             require_free_space(out, run.saved_bytes())
             remove_stale(out)
+        # However the run ends, the model can be used: a notebook goes on after an interruption.
+        stack.callback(model.eval)
         base = model.train().get_base_model()
         base.gradient_checkpointing_enable(settings.gradient_checkpointing)
         sharded = stack.enter_context(
@@ -132,9 +133,9 @@ def train(
         received = stack.enter_context(stop_signals())
         ranks.watch(received)
         steps = settings.steps
-        # None: only on a terminal. A program without a console has no stderr at all.
-        disable = None if writes and sys.stderr is not None else True
-        bar = tqdm(total=steps, initial=run.done, desc=title, disable=disable, dynamic_ncols=True)
+        bar = progress_bar(
+            total=steps, initial=run.done, desc=title, show=writes, dynamic_ncols=True
+        )
         stack.enter_context(bar)
 
         def measure(text: Text) -> None:
@@ -328,11 +329,11 @@ def bits_per_byte(loss: float, bytes_per_token: float = 1.0) -> float:
     return loss / math.log(2) / bytes_per_token
 
 
-def rank_history(out: Path) -> tuple[list[tuple[int, dict[str, int]]], int]:
+def rank_history(out: str | Path) -> tuple[list[tuple[int, dict[str, int]]], int]:
     """([(step, ranks by layer) of each allocation], the run's steps), from AdaLoRA's log in `out`.
 
     The ranks are those after the step; they stay until the next entry.
     """
-    lines = read_log(out / "log.jsonl")
+    lines = read_log(Path(out, "log.jsonl"))
     history = [(line["step"], line["ranks"]) for line in lines if "ranks" in line]
     return history, lines[-1]["step"] + 1

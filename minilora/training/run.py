@@ -63,7 +63,7 @@ class Run:
         model: Any,
         tokens: Text,
         settings: Settings,
-        out: Path,
+        out: str | Path,
         origin: str | None = None,
         ranks: Ranks | None = None,
     ):
@@ -73,7 +73,7 @@ class Run:
         settings = dataclasses.replace(settings, shard=shard, part=part)
         self.model = model
         self.settings = settings
-        self.out = out
+        self.out = Path(out)
         self.ranks = ranks or Alone()
         drawn = settings.context, settings.sequences, settings.seed
         self.windows: Windows | TaskWindows

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from ..backend import Array
 from ..formats import Checkpoint, read_checkpoint
@@ -21,6 +20,7 @@ from ..formats.dtypes import FLOATS, round_to, widen
 from ..lora import AdaLoraAdapter, PeftModel
 from ..lora.factors import effective_rank, singular_values
 from ..models.transformer import CausalLM
+from ..progress import progress_bar
 from ..threads import keep_memory, one_blas_thread
 from .case import ADAPTERS, Case, cases_of, random_case
 from .measuring import Measured, Property
@@ -145,13 +145,12 @@ def measure(cases: Sequence[Case], properties: Sequence[Property] = PROPERTIES) 
 
 
 def _progress_bar(title: str, total: int) -> Any:
-    """A bar on stderr, if that is a terminal: layers done of all, and what is in work."""
-    return tqdm(
+    """A bar: layers done of all, and what is in work."""
+    return progress_bar(
         desc=title,
         total=total,
         unit=" layers",
         miniters=0,  # a new text is shown soon, although no layer is done meanwhile
-        disable=None,
         leave=False,
         dynamic_ncols=True,
     )

@@ -308,3 +308,23 @@ def test_encode_of_llama_2_is_that_of_transformers(tmp_path, name, legacy, add_p
         ids = theirs(text)["input_ids"]
         assert tokenizer.encode(text, add_special_tokens=True).tolist() == ids
         assert tokenizer.decode(ids) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.zeros((1, 3), int), r"got shape \(1, 3\): give ids\[0\]"),
+        ([[65, 66]], "got a list of lists"),
+        (65, r"got 65: one id is \[id\]"),
+        ("text", "takes a list of ids"),
+        ([65.5], "ids must be integers, got 65.5"),
+    ],
+)
+def test_decode_says_that_it_takes_the_ids_of_one_text(ids, message):
+    with pytest.raises(DataError, match=message):
+        ByteTokenizer().decode(ids)
+
+
+def test_encode_says_that_it_takes_one_text():
+    with pytest.raises(DataError, match="got list: encode takes one text"):
+        ByteTokenizer().encode(["a", "b"])

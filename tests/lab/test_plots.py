@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -23,12 +26,17 @@ def size_of(path):
 
 
 @pytest.fixture
-def open_figures(monkeypatch):
-    """Saved figures stay open until the test ends, so that it can look at them."""
-    close = plt.close
-    monkeypatch.setattr(plt, "close", lambda figure: None)
-    yield
-    close("all")
+def saved_figures(monkeypatch):
+    """The figures that were saved, for a test to look at."""
+    figures = []
+    save = plots._save
+
+    def keep(figure, path):
+        figures.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", keep)
+    return figures
 
 
 # ---- loss_curves ----
@@ -106,9 +114,9 @@ def test_delta_spectrum(layers, tmp_path):
 
 
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
-def test_delta_spectrum_names_every_row_and_column(layers, tmp_path, open_figures):
+def test_delta_spectrum_names_every_row_and_column(layers, tmp_path, saved_figures):
     plots.delta_spectrum(tmp_path / "delta.png", layers)
-    shown = [axis for axis in plt.gcf().axes if axis.get_visible()]
+    shown = [axis for axis in saved_figures[-1].axes if axis.get_visible()]
     assert len(shown) == len(layers)
     titles = [axis.get_title() for axis in shown if axis.get_title()]
     labels = [axis.get_ylabel() for axis in shown if axis.get_ylabel()]
@@ -156,9 +164,9 @@ def test_losses_by_setting(losses, tmp_path):
     assert height > 100
 
 
-def test_losses_by_setting_mark_the_lowest_mean(tmp_path, open_figures):
+def test_losses_by_setting_mark_the_lowest_mean(tmp_path, saved_figures):
     plots.losses_by_setting(tmp_path / "results.png", LOSSES["seeds"])
-    axis = plt.gcf().axes[0]
+    axis = saved_figures[-1].axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == list(LOSSES["seeds"])
     colors = [container.lines[0].get_color() for container in axis.containers]
     assert colors == [plots.COOL, plots.WARM]
@@ -229,11 +237,11 @@ def label_of(name):
 
 
 @pytest.mark.parametrize(("history", "steps"), HISTORIES.values(), ids=HISTORIES)
-def test_rank_allocation(history, steps, tmp_path, open_figures):
+def test_rank_allocation(history, steps, tmp_path, saved_figures):
     path = tmp_path / "ranks.png"
     plots.rank_allocation(path, history, steps)
     assert min(size_of(path)) > 200
-    above, below = plt.gcf().axes[:2]
+    above, below = saved_figures[-1].axes[:2]
     last = history[-1][1] if history else {}
     # From the top: by block, those without a block first, and within a block in the given order.
     names = sorted(last, key=block_of)
@@ -283,10 +291,10 @@ def test_spectra_that_cannot_be_written_leave_the_previous_picture(name, tmp_pat
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 9, 100])
-def test_spectra_count_singular_values_in_whole_numbers(count, tmp_path, open_figures):
+def test_spectra_count_singular_values_in_whole_numbers(count, tmp_path, saved_figures):
     values = [1.0 / (i + 1) for i in range(count)]
     plots.spectra(tmp_path / "a.png", {"q": values})
-    ticks = plt.gcf().axes[0].get_xticks()
+    ticks = saved_figures[-1].axes[0].get_xticks()
     assert len(ticks) > 0
     assert list(ticks) == [round(tick) for tick in ticks]
 
@@ -298,3 +306,37 @@ def test_plots_leave_no_figure_open(tmp_path):
     plots.spectra(path, {"q": [1.0]})
     assert plt.get_fignums() == []
     assert plots.available()
+
+
+def test_plots_leave_the_backend_the_settings_and_the_figures_of_a_program(tmp_path):
+    matplotlib = plt.matplotlib
+    figure = plt.figure()
+    with matplotlib.rc_context({"font.size": 31}):
+        before = dict(matplotlib.rcParams)
+        plots.loss_curves(str(tmp_path / "picture.png"), RUNS["ordinary"])
+        plots.heat_table(tmp_path / "table.png", np.eye(2), "ab", "cd", "a title")
+        assert dict(matplotlib.rcParams) == before
+    assert plt.gcf() is figure
+    plt.close(figure)
+
+
+PROGRAM = """
+import sys
+from minilora.lab import plots
+assert plots.available(), plots.why_unavailable()
+plots.spectra(sys.argv[1], {"q": [1.0]})
+assert "matplotlib.pyplot" not in sys.modules
+import matplotlib
+print(matplotlib.rcParams._get_backend_or_none())
+"""
+
+
+@pytest.mark.parametrize("backend", ["svg", "module://of.a.notebook", "no such backend", None])
+def test_plots_leave_a_backend_that_pyplot_has_not_chosen_yet(backend, tmp_path):
+    variables = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    if backend:
+        variables["MPLBACKEND"] = backend
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "a.png")]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    chosen = None if backend == "no such backend" else backend
+    assert done.stdout.strip() == str(chosen)

@@ -560,6 +560,22 @@ def test_load_adapter_under_a_taken_name_replaces_it_or_changes_nothing(tmp_path
         model.load_adapter(tmp_path / "other", "default")
 
 
+def test_load_state_dict_takes_one_adapter_s_tensors_all_or_none() -> None:
+    model, other = with_two_adapters(), with_two_adapters()
+    move(other, "b", 3)
+    state = other.state_dict("b")
+    before = model.state_dict("b")
+    name = next(iter(state))
+    for wrong in ({**state, "x": state[name]}, {**state, name: state[name][:1]}, {}):
+        with pytest.raises(ConfigError, match="adapter 'b'"):
+            model.load_state_dict(wrong, "b")
+        for key, tensor in model.state_dict("b").items():
+            np.testing.assert_array_equal(tensor, before[key])
+    model.load_state_dict(state, "b")
+    for key, tensor in model.state_dict("b").items():
+        np.testing.assert_array_equal(tensor, state[key])
+
+
 def test_get_model_status_counts_parameters_by_adapter() -> None:
     model = with_two_adapters()
     status = model.get_model_status()
@@ -780,9 +796,20 @@ TestAdapters = Adapters.TestCase
 # ---- what a model shows ----
 
 
-def test_repr_shows_where_adapters_can_go() -> None:
-    shown = "model.layers.1.self_attn.q_proj: Linear {'weight': [16, 16], 'bias': [16]}"
-    assert shown in repr(base())
+def test_repr_shows_where_adapters_can_go_and_where_they_are() -> None:
+    sizes = "in_features=16, out_features=16, bias=True, float64"
+    model = base()
+    assert f"(q_proj): Linear({sizes}, requires_grad=True)\n" in repr(model)
+    config = LoraConfig(r=2, lora_alpha=6, lora_dropout=0.1, target_modules=["q_proj"])
+    lines = [line.strip() for line in repr(get_peft_model(model, config)).splitlines()]
+    start = lines.index("(q_proj): LoraLinear(")
+    numbers = "r=2, lora_alpha=6, lora_dropout=0.1, lora_A=(2, 16), lora_B=(16, 2)"
+    assert lines[start + 1 : start + 5] == [
+        "active: default",
+        f"(base_layer): Linear({sizes}, requires_grad=False)",
+        f"(adapters.default): LoraAdapter({numbers}, float64, requires_grad=True)",
+        ")",
+    ]
 
 
 FEW = 1

@@ -410,6 +410,24 @@ def _sigmoid(x: Tensor) -> Tensor:
     return 1.0 / (1.0 + ag.exp(-x))
 
 
+def _relu(x: Tensor) -> Tensor:
+    return ag.maximum(x, 0.0)
+
+
+def _mse_loss(x: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    squares = (x - targets) ** 2
+    return squares.mean() if reduction == "mean" else squares.sum()
+
+
+for shape in ((3, 4), (5,), (), (0, 4)):
+    neural("relu", f"{shape}", apart(shape), (), F.relu, _relu)
+    if math.prod(shape):
+        neural("mse_loss", f"{shape}", normal(shape, shape), (), F.mse_loss, _mse_loss)
+for shape in ((2, 3, 4), (0, 4)):
+    inputs = normal(shape, shape)
+    neural("mse_loss", f"{shape},sum", inputs, (), F.mse_loss, _mse_loss, reduction="sum")
+
+
 def _silu(x: Tensor) -> Tensor:
     return x * _sigmoid(x)
 
@@ -708,6 +726,8 @@ for name in ("sum", "mean", "max", "min"):
         empty(f"{name}-axis=-1,keepdims={keepdims}", (0, 3))
         empty(f"{name}-axis=(0, 2),keepdims={keepdims}", (2, 0, 3))
         empty(f"{name}-axis=(),keepdims={keepdims}", (0, 2))
+empty("relu-(3, 4)", (0, 3))
+empty("mse_loss-(2, 3, 4),sum", (0, 3), (0, 3))
 empty("sum-axis=None,keepdims=False", (0, 3))
 empty("sum-axis=0,keepdims=False", (0, 3))
 empty("sum-axis=-1,keepdims=False", (2, 0))
@@ -754,4 +774,4 @@ empty("attention-plain", (0, 5, 24))
 LAYOUT_ROUNDS = {"sum", "mean", "matmul", "linear", "lora_linear", "effective_linear"}
 LAYOUT_ROUNDS |= {"exp", "log", "tanh", "power", "silu", "swiglu", "gelu"}
 LAYOUT_ROUNDS |= {"softmax", "log_softmax", "cross_entropy", "linear_cross_entropy"}
-LAYOUT_ROUNDS |= {"rms_norm", "layer_norm", "attention"}
+LAYOUT_ROUNDS |= {"rms_norm", "layer_norm", "attention", "mse_loss"}

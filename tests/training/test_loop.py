@@ -55,6 +55,7 @@ from minilora.optim import warmup_cosine
 from minilora.training.checkpoints import Log, find_checkpoint
 from minilora.training.loop import Run, Settings, bits_per_byte, divergence, evaluate, train
 from minilora.training.parallel import ShardedStep
+from minilora.training.signals import stop_signals
 
 CONFIG = TransformerConfig(
     vocab_size=16,
@@ -1198,12 +1199,12 @@ def test_train_does_not_depend_on_the_clock(tmp_path, monkeypatch):
     out = tmp_path / "out"
     ticks = itertools.count(1e9, -3600)
 
-    def bar(**options):
-        return tqdm.tqdm(**{**options, "disable": False, "file": io.StringIO()})
+    def bar(show, **options):
+        return tqdm.tqdm(**options, disable=False, file=io.StringIO())
 
     train(lora(), TEXT, SHORT, tmp_path / "straight")
     monkeypatch.setattr(time, "time", lambda: next(ticks))
-    monkeypatch.setattr(minilora.training.loop, "tqdm", bar)
+    monkeypatch.setattr(minilora.training.loop, "progress_bar", bar)
     train(lora(), TEXT, short(save_every=2), out)
     for p in (out / "checkpoints").rglob("*"):
         os.utime(p, (next(ticks), next(ticks)))
@@ -1310,3 +1311,21 @@ def test_train_memory_does_not_grow_with_the_steps(tmp_path):
     (size, descriptors), (later_size, later_descriptors) = seen
     assert later_descriptors == descriptors
     assert (later_size - size) / 200 < 100  # bytes per step; a loss in its list takes 32
+
+
+def test_train_takes_a_folder_as_a_string(tmp_path):
+    out = str(tmp_path / "out")
+    train(lora(), TEXT, short(save_every=2), out)
+    folder, manifest = find_checkpoint("auto", out)
+    assert manifest["step"] == 6
+    assert folder.parent.parent == tmp_path / "out"
+
+
+def test_train_that_is_interrupted_leaves_its_model_in_eval_mode(tmp_path):
+    model = lora()
+    with stop_signals(report=False) as received:
+        received.append(signal.SIGINT)
+        with pytest.raises(Interrupted):
+            train(model, TEXT, SHORT, tmp_path / "out")
+    assert not model.training
+    assert (tmp_path / "out" / "checkpoints").is_dir()
