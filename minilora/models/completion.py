@@ -75,9 +75,16 @@ class Completion:
         return text[: len(text) - max(pending, default=0)]
 
     def _end(self, text: str) -> int:
-        """Where the first stop begins in the completion; the length of the text without one."""
-        places = [text.find(stop, self.start) for stop in self.stops]
-        return min((place for place in places if place >= 0), default=len(text))
+        """Where the first stop begins in the completion; the length of the text without one.
+
+        The first is the one that is complete first, however the text is cut into tokens.
+        """
+        places = []
+        for stop in self.stops:
+            start = text.find(stop, self.start)
+            if start >= 0:
+                places.append((start + len(stop), start))
+        return min(places)[1] if places else len(text)
 
 
 def _count_begun(text: str, stop: str) -> int:

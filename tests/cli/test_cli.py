@@ -633,6 +633,8 @@ def test_finetune_method_over_every_base_trains_and_is_used(method, kind, world,
         if method == "adalora" and HAS_MATPLOTLIB:
             expected.add("rank_allocation.png")
         use = f"--base base --adapter '{out}' --quantize {kind}"
+    if HAS_MATPLOTLIB:
+        expected.add("loss.png")
     assert files == expected
     printed = ok(f"evaluate --data book.txt --context 16 {use}")
     ok(f"generate --prompt hi --max-new-tokens 2 {use}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import small
 import pytest
+import small
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,9 +27,12 @@ def grow(text: str, stops: list[str], prompt: str = "") -> tuple[Completion, lis
 
 
 def cut(text: str, stops: list[str]) -> str:
-    """The text before the first stop, by its definition."""
-    ends = [i for i in range(len(text)) if any(text.startswith(stop, i) for stop in stops)]
-    return text[: min(ends, default=len(text))]
+    """The text before the first stop that is complete; of several, the longest."""
+    for end in range(1, len(text) + 1):
+        sizes = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if sizes:
+            return text[: end - max(sizes)]
+    return text
 
 
 @given(TEXTS, STOPS, TEXTS)
@@ -40,7 +43,7 @@ def test_completion_ends_before_the_first_stop_and_ignores_the_prompt(text, stop
     assert completion.text == prompt + expected
     assert completion.has_ended == (expected != text)
     # What is settled only grows, and never has to be taken back.
-    for before, after in zip(settled, [*settled[1:], completion.text], strict=True):
+    for before, after in zip(settled, [*settled, completion.text][1:], strict=True):
         assert after.startswith(before)
 
 

@@ -19,7 +19,7 @@ TEXT = np.random.default_rng(0).integers(0, 16, 400)
 HELD_OUT = np.random.default_rng(1).integers(0, 16, 90)
 STEPS = 12
 SETTINGS = {
-    "steps": STEPS, "batch_size": 2, "context": 8, "lr": 0.05, "warmup": 0, "floor": 1.0,
+    "steps": STEPS, "batch_size": 2, "context": 8, "lr": 0.02, "warmup": 0, "floor": 1.0,
     "threads": 1, "eval_every": 2, "save_every": 3, "keep": "best",
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ def test_train_keep_best_ends_with_the_weights_of_the_lowest_held_out_loss(tmp_p
     model, result = run(tmp_path / "best")
     step, loss = min(result.evaluations, key=lambda pair: pair[1])
     assert result.step == step < STEPS  # these random texts have nothing in common
-    assert result.loss == loss == evaluate(model, HELD_OUT, 8)
+    assert result.loss == loss == pytest.approx(evaluate(model, HELD_OUT, 8), rel=1e-6)
     last, of_last = run(tmp_path / "last", keep="last")
     assert of_last.evaluations == result.evaluations
     assert of_last.step == STEPS
@@ -52,7 +52,7 @@ def test_train_keep_best_ends_with_the_weights_of_the_lowest_held_out_loss(tmp_p
     assert adapter_bits(last) != adapter_bits(model)
 
 
-@pytest.mark.parametrize("rate", [1e-3, 0.05])
+@pytest.mark.parametrize("rate", [1e-3, 0.02])
 def test_train_keep_best_has_the_bits_of_a_run_that_ends_at_that_step(rate, tmp_path):
     # With a constant learning rate a shorter run takes the same steps.
     model, result = run(tmp_path / "best", lr=rate)
@@ -65,7 +65,7 @@ def test_train_keep_best_has_the_bits_of_a_run_that_ends_at_that_step(rate, tmp_
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6, 7, 11])
 def test_train_keep_best_killed_and_resumed_ends_with_the_same_bits(step, tmp_path):
-    model, result = run(tmp_path / "whole", lr=0.004)
+    model, result = run(tmp_path / "whole")
     assert 0 < result.step < STEPS
 
     def die():
@@ -79,12 +79,12 @@ def test_train_keep_best_killed_and_resumed_ends_with_the_same_bits(step, tmp_pa
             return plain(self, sharded)
 
         Run.step = dying
-        run(tmp_path / "killed", lr=0.004)
+        run(tmp_path / "killed")
 
     in_child(die)
     resumable = (tmp_path / "killed" / "checkpoints").exists()
     assert resumable == (step >= 3)
-    resumed, again = run(tmp_path / "killed", lr=0.004, resume="auto" if resumable else None)
+    resumed, again = run(tmp_path / "killed", resume="auto" if resumable else None)
     assert adapter_bits(resumed) == adapter_bits(model)
     assert (again.evaluations, again.step) == (result.evaluations, result.step)
 
@@ -152,5 +152,5 @@ def test_train_keep_best_refuses_a_checkpoint_whose_copy_is_damaged(tmp_path):
     path = tmp_path / "checkpoints/step-12/best.safetensors"
     assert load_file(path)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="is damaged: 'best.safetensors'"):
+    with pytest.raises(CheckpointError, match=r"is damaged: 'best\.safetensors'"):
         run(tmp_path, resume=path.parent)
