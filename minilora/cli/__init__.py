@@ -3,7 +3,9 @@
 training   demo, pretrain, finetune
 sweep      sweep: finetune at each point of a grid of options
 grid       the axes of that grid
+reporting  what pretrain and finetune show at their end
 using      generate, evaluate
+chatting   generate --chat: a conversation on standard input
 files      merge, combine, inspect, diff, extract, resize, convert: files in, files out
 checking   verify, devices
 reading    models and texts, as several commands read them

@@ -101,6 +101,16 @@ def path(text: str) -> str:
     return text
 
 
+def text_value(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
+        text = ""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a text in UTF-8 that is not empty")
+    return text
+
+
 def integer_from(least: int) -> Callable[[str], int]:
     def integer(text: str) -> int:
         value = integer_or_text(text)

@@ -13,7 +13,8 @@ from ..data.batches import Ids, PackedRecords
 from ..data.files import BOM, LINE_NAMES, DataFile, open_data, parse_record
 from ..data.records import bytes_per_token, pack, read_records, split_records
 from ..data.texts import read_text, split_text
-from ..data.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
+from ..data.tokenizer import ByteTokenizer, HubTokenizer, load_adapter_tokenizer, load_tokenizer
+from ..display import printable
 from ..errors import ConfigError, DataError, NonFiniteError
 from ..formats.disk import quoted
 from ..lora import MultiTask, PeftModel
@@ -37,24 +38,45 @@ def load_model(
 ) -> tuple[Any, Tokenizer]:
     """(model, tokenizer) of --base, quantized by --quantize, with an adapter or one task of it.
 
+    The tokenizer is the adapter's, if its folder has one.
+
     NonFiniteError for a weight that is NaN or infinite, before a command makes anything of it.
     """
-    kind = args.quantize
-    options = {"device": args.device, "stored": kind == "stored", "compute": args.compute}
-    model = CausalLM.from_pretrained(args.base, **options)
-    tokenizer = load_tokenizer(args.base, model.config.vocab_size)
-    for note in (tokenizer.note, *tokenizer.special.notes):
-        if note:
-            print(note, file=sys.stderr)
-    if kind not in ("none", "stored"):
-        quantize(model, kind)
+    model: Any = load_base(args)
     if adapter is not None:
         model = _load_adapter(model, adapter, task, merged=args.compute == FLOAT32)
     elif task is not None:
         raise ConfigError("--task chooses a task of an adapter: give --adapter too")
+    tokenizer = read_tokenizer(args.base, model.config.vocab_size, adapter)
     if not args.allow_nonfinite:
         require_finite(model, args.base)
     return model, tokenizer
+
+
+def load_base(args: Args) -> CausalLM:
+    """The model of --base, quantized by --quantize."""
+    kind = args.quantize
+    options = {"device": args.device, "stored": kind == "stored", "compute": args.compute}
+    model = CausalLM.from_pretrained(args.base, **options)
+    if kind not in ("none", "stored"):
+        quantize(model, kind)
+    return model
+
+
+def read_tokenizer(base: str, vocab_size: int, adapter: str | None = None) -> Tokenizer:
+    """The tokenizer of a model, or of its adapter; its notes go to stderr."""
+    tokenizer = None
+    if adapter is not None:
+        tokenizer = load_adapter_tokenizer(adapter, base, vocab_size)
+    if tokenizer is not None:
+        note = f"--adapter {quoted(adapter)} has a tokenizer or a chat template: it is used"
+        print(printable(note), file=sys.stderr)
+    else:
+        tokenizer = load_tokenizer(base, vocab_size)
+    for note in (tokenizer.note, *tokenizer.special.notes):
+        if note:
+            print(note, file=sys.stderr)
+    return tokenizer
 
 
 def _load_adapter(model: CausalLM, adapter: str, task: str | None, merged: bool) -> Any:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..backend import get_backend
-from ..data.tokenizer import load_tokenizer
 from ..display import print_table, printable
 from ..errors import (
     CheckpointError,
@@ -60,7 +59,7 @@ from ..training.sweep import (
 )
 from .grid import Axis, read_grid
 from .options import Args, Command, Parser, option
-from .reading import read_training_text, require_context
+from .reading import read_tokenizer, read_training_text, require_context
 from .training import add_finetune_options, add_tuning_options, read_finetune_options, run_finetune
 
 OUTPUT = "output.txt"  # in a point's folder: what finetune would have printed
@@ -174,10 +173,7 @@ def _check_points(works: Sequence[Work]) -> None:
     options = argparse.Namespace(**works[0].options)
     get_backend(options.device)
     config, base = _read_base(options.base)
-    tokenizer = load_tokenizer(options.base, config.vocab_size)
-    for note in (tokenizer.note, *tokenizer.special.notes):
-        if note:
-            print(note, file=sys.stderr)
+    tokenizer = read_tokenizer(options.base, config.vocab_size, options.adapter)
     contexts = set()
     plans = []
     for work in works:
@@ -228,7 +224,9 @@ def _common_options(
     from ..training.loop import Settings
 
     own = {axis.action.dest for axis in axes}
-    free = {*Settings.FREE} - {"abort_on_divergence"}  # which is what a failed point depends on
+    # Whether a point fails depends on abort_on_divergence, and which step is best on eval_every.
+    counted = {"abort_on_divergence"} | ({"eval_every"} if options["keep"] == "best" else set())
+    free = {*Settings.FREE} - counted
     paths = {action.dest for action in parser._actions if action.metavar in PATHS}
     excluded = own | free | paths
     return {name: options[name] for name in sorted(options) if name not in excluded}
@@ -286,7 +284,7 @@ def _train_point(folder: Path, options: Mapping[str, Any]) -> JsonObject:
         if failure["exit_code"] == LASTING:
             write_result(folder, failure)
         return failure
-    loss = trained.evaluations[-1][1]
+    loss = trained.loss
     result = {
         "state": FINISHED,
         "loss": loss,

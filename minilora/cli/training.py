@@ -15,7 +15,7 @@ from typing import Any
 
 from ..backend import get_backend
 from ..data.texts import prose
-from ..data.tokenizer import ByteTokenizer
+from ..data.tokenizer import ByteTokenizer, has_tokenizer
 from ..display import printable
 from ..errors import ConfigError, Interrupted
 from ..formats.folders import locked, numbered_folder
@@ -31,6 +31,7 @@ from ..training.methods import (
     format_weight_memory,
     measure_weight_memory,
 )
+from ..training.settings import KEEP
 from ..training.signals import stop_signals
 from .continuing import continue_adapter, read_continued_config
 from .options import (
@@ -54,12 +55,15 @@ from .options import (
     true_false_or_name,
 )
 from .reading import (
-    load_model,
+    load_base,
     open_text,
+    read_tokenizer,
     read_training_text,
     require_bytes,
     require_context,
+    require_finite,
 )
+from .reporting import Report, draw_pictures, print_report
 
 MAX_PARAMETERS = 2**32  # 64 GiB to train; a larger shape is a typing error
 
@@ -146,6 +150,8 @@ def add_training_options(parser: Parser, lr: float) -> None:
     option(run, "--save-every N", "steps between checkpoints, at least 1 (default: none)")
     text = "steps between evaluations, at least 1 (default: only first and last)"
     option(run, "--eval-every N", text)
+    text = "weights of the result: last, or best by the held-out loss"
+    option(run, "--keep WHICH", text, choices=KEEP, default=KEEP[0])
     add_seed(run)
 
 
@@ -190,7 +196,10 @@ def pretrain(args: Args) -> None:
             if args.ranks.rank == 0:
                 model.save_pretrained(out)
                 tokenizer.save(out)
-    _print_result(result, text.bytes_per_token)
+        report = Report("pretrain", out, result, text.bytes_per_token, size)
+        if args.ranks.rank == 0:
+            draw_pictures(report)
+        print_report(report)
 
 
 # ---- finetune ------------------------------------------------------------------------------------
@@ -264,8 +273,7 @@ def _add_adalora_fields(parser: Parser) -> None:
 
 
 def finetune(args: Args) -> None:
-    result, ratio, _ = run_finetune(args, _run_folder(args, "finetune"), _saving)
-    _print_result(result, ratio)
+    run_finetune(args, _run_folder(args, "finetune"), _saving, reports=True)
 
 
 def read_finetune_options(args: Args) -> tuple[Any, LoraConfig | None, dict[str, str]]:
@@ -293,17 +301,26 @@ def run_finetune(
     args: Args,
     folder: contextlib.AbstractContextManager[Path],
     saving: Callable[[Path], contextlib.AbstractContextManager[None]],
+    reports: bool = False,
 ) -> tuple[Any, float, int]:
     """Train and save; returns (the `Result`, bytes per token, number of trainable parameters).
 
     folder   gives the folder of the run, once all that can be refused has been
     saving   of that folder, is entered while the run trains and is saved
+    reports  whether to draw the losses, and to print a table in the end
     """
     from ..tools.rewriting import copy_companions
     from ..training.loop import train
 
     settings, config, tasks = read_finetune_options(args)
-    model, tokenizer = load_model(args)
+    model: Any = load_base(args)
+    if not args.allow_nonfinite:
+        require_finite(model, args.base)
+    memory = measure_weight_memory(model)
+    origin = None
+    if config is not None and args.adapter is not None:
+        model, origin = continue_adapter(args, model, config)
+    tokenizer = read_tokenizer(args.base, model.config.vocab_size, args.adapter)
     require_context(settings.context, model.config)
     read = functools.partial(
         read_training_text, tokenizer=tokenizer, context=settings.context, strict=args.strict
@@ -319,13 +336,9 @@ def run_finetune(
     else:
         tokens, held_out, ratio = read(args.data, args.eval_data)
         sizes = f"{len(tokens):,}"
-    memory = measure_weight_memory(model)
-    origin = None
-    if config is not None and args.adapter is not None:
-        model, origin = continue_adapter(args, model, config)
-    elif config is not None:
+    if config is not None and args.adapter is None:
         model = _add_adapters(args, model, config, tasks)
-    elif memory["layers"]:
+    elif config is None and memory["layers"]:
         given = f"--method full cannot train --base {args.base!r}"
         raise ConfigError(f"{given}, which is held as {memory['kind']}: train an adapter")
     trainable = sum(p.size for p in model.parameters() if p.requires_grad)
@@ -350,8 +363,14 @@ def run_finetune(
                 model.save_pretrained(out)
             if writes and config is None:
                 copy_companions(args.base, out)
-        if writes and isinstance(config, AdaLoraConfig):
-            _draw_ranks(out)
+            if writes and args.adapter is not None and has_tokenizer(args.adapter):
+                tokenizer.save(out)
+        report = Report("finetune", out, result, ratio, trainable)
+        has_ranks = isinstance(config, AdaLoraConfig)
+        if writes and (reports or has_ranks):
+            draw_pictures(report, losses=reports, ranks=has_ranks)
+        if reports:
+            print_report(report)
     return result, ratio, trainable
 
 
@@ -387,17 +406,6 @@ def _add_adapters(args: Args, model: Any, config: LoraConfig, tasks: Iterable[st
         return get_peft_model(model, config, seed=args.seed)
     shared = dataclasses.replace(config, r=args.shared_r) if args.shared_r else None
     return get_multitask_model(model, dict.fromkeys(tasks, config), shared, seed=args.seed)
-
-
-def _draw_ranks(out: Path) -> None:
-    from ..lab import plots  # matplotlib is optional, and slow to import
-    from ..training.loop import rank_history
-
-    reason = plots.why_unavailable()
-    if reason:
-        print(printable(f"(no pictures: {reason})"))
-    else:
-        plots.rank_allocation(out / "rank_allocation.png", *rank_history(out))
 
 
 # ---- both ----------------------------------------------------------------------------------------
@@ -449,15 +457,6 @@ def _saving(out: Path) -> Iterator[None]:
     if stopped:
         name = signal.Signals(stopped[0]).name
         raise Interrupted(f"{name}: all steps are done, saved in {str(out)!r:.300}", stopped[0])
-
-
-def _print_result(result: Any, bytes_per_token: float) -> None:
-    from ..training.loop import bits_per_byte
-
-    losses = [loss for _, loss in result.evaluations]
-    before = bits_per_byte(losses[0], bytes_per_token)
-    after = bits_per_byte(losses[-1], bytes_per_token)
-    print(f"held-out bits per byte {before:.3f} -> {after:.3f} in {result.seconds:.0f} s")
 
 
 COMMANDS = (

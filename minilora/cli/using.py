@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 from ..data.batches import Ids
 from ..data.chat import Chat
 from ..data.tokenizer import Tokenizer
 from ..display import printable
 from ..errors import ConfigError, DataError
+from ..models.completion import Completion, complete_all, stream_text
 from ..threads import blocks
+from .chatting import begin_messages, converse
 from .options import (
     DATA,
     Args,
@@ -31,6 +30,7 @@ from .options import (
     integer_from,
     option,
     positive_integer,
+    text_value,
 )
 from .reading import Prompt, load_model, read_prompts, read_tokens, require_context
 
@@ -49,7 +49,7 @@ def _add_model_options(parser: Parser) -> None:
 
 def add_generate_options(parser: Parser) -> None:
     _add_model_options(parser)
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     option(source, "--prompt TEXT", "text to continue, not empty")
     text = 'a prompt per line in UTF-8, or (.jsonl) {"prompt": ...}; prints a line for each, alike'
     option(source, "--prompts FILE", text)
@@ -63,91 +63,84 @@ def add_generate_options(parser: Parser) -> None:
     option(parser, "--top-k K", text)
     text = "choose among the likeliest tokens up to probability P, in (0, 1] (default: all)"
     option(parser, "--top-p P", text)
-    text = "a prompt is a user's message: use the model's chat template, and print the answer only"
+    text = "use the chat template, and print answers only; without a prompt: ask in lines of stdin"
     option(parser, "--chat", text)
+    option(parser, "--system TEXT", "with --chat: what the system says first", type=text_value)
+    text = "end the text before the first TEXT that the model writes (may be repeated)"
+    option(parser, "--stop TEXT", text, action="append", type=text_value)
     option(parser, "--ignore-eos", "go on where the text ends, up to --max-new-tokens")
 
 
 def generate(args: Args) -> None:
-    if args.prompts is not None:
-        prompts = read_prompts(args.prompts)
-    elif args.batch_size is None:
-        prompts = [Prompt(args.prompt, "--prompt")]
-    else:
-        raise ConfigError("--batch-size is for several prompts: give --prompts, or leave it out")
+    prompts = _read_prompts(args)
     model, tokenizer = load_model(args, args.adapter, args.task)
-    texts = _encode_prompts(prompts, tokenizer, args.chat)
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    sampling["eos"] = () if args.ignore_eos else tokenizer.special.eos
+    eos = () if args.ignore_eos else tokenizer.special.eos
     if not args.ignore_eos and tokenizer.missing_end:
-        note = f"{tokenizer.missing_end}: only --max-new-tokens ends the text"
-        print(printable(note), file=sys.stderr)
+        ends = "only --stop and --max-new-tokens end" if args.stop else "only --max-new-tokens ends"
+        print(printable(f"{tokenizer.missing_end}: {ends} the text"), file=sys.stderr)
+    if not prompts:
+        converse(model, tokenizer, args, eos, sampling)
+        return
+    texts = _encode_prompts(prompts, tokenizer, args)
+    completions = [Completion(tokenizer, shown, eos, args.stop or ()) for _, shown in texts]
     if args.prompts is None:
-        _print_while_generating(model, tokenizer, *texts[0], args.max_new_tokens, sampling)
+        [(ids, _)], [completion] = texts, completions
+        for text in stream_text(model, ids, args.max_new_tokens, completion, **sampling):
+            print(printable(text, "\n\t"), end="", flush=True)
+        print()
         return
     for prompt, (ids, _) in zip(prompts, texts, strict=True):
         if len(ids) > model.config.context:
             limit = model.config.describe_context()
             given = f"{prompt.where} has {len(ids)} tokens, but the model has {limit}"
             raise DataError(f"{given}: shorten it")
-    new = _continue_all(model, [ids for ids, _ in texts], args, sampling)
-    for prompt, (_, shown), tokens in zip(prompts, texts, new, strict=True):
-        _print_line(prompt, shown, tokens, tokenizer)
-
-
-def _print_while_generating(
-    model: Any, tokenizer: Tokenizer, prompt: Ids, ids: list[int], count: int, sampling: Any
-) -> None:
-    """Print the text of `ids` and what follows the prompt, each character once it is complete."""
-    from ..models.generation import stream
-
-    shown = ""
-    for token in stream(model, prompt[None], count, **sampling):
-        if token[0] in sampling["eos"]:
-            break
-        ids.append(int(token[0]))
-        text = tokenizer.decode(ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # wait for the rest of a character
-            print(printable(text[len(shown) :], "\n\t"), end="", flush=True)
-            shown = text
-    print(printable(tokenizer.decode(ids)[len(shown) :], "\n\t"))
-
-
-def _continue_all(
-    model: Any, prompts: list[Ids], args: Args, sampling: dict[str, Any]
-) -> Iterator[list[int]]:
-    """Yield the new tokens of each prompt, up to its end."""
-    from ..models.generation import stream
-
     for batch in blocks(len(prompts), args.batch_size or BATCH_SIZE):
+        ids_of_batch = [ids for ids, _ in texts[batch]]
         rows = range(batch.start, batch.stop)
-        tokens = stream(model, prompts[batch], args.max_new_tokens, **sampling, rows=rows)
-        steps = [token.tolist() for token in tokens]
-        for i in range(len(rows)):
-            text = [step[i] for step in steps]
-            yield list(itertools.takewhile(lambda token: token not in sampling["eos"], text))
+        new = completions[batch]
+        complete_all(model, ids_of_batch, args.max_new_tokens, new, **sampling, rows=rows)
+        for prompt, completion in zip(prompts[batch], new, strict=True):
+            _print_line(prompt, completion)
 
 
-def _print_line(prompt: Prompt, shown: list[int], new: list[int], tokenizer: Tokenizer) -> None:
+def _read_prompts(args: Args) -> list[Prompt]:
+    """The prompts that the options give; none for a conversation.
+
+    ConfigError for options that do not fit together.
+    """
+    if args.system is not None and not args.chat:
+        raise ConfigError("--system is for a chat template: give --chat, too")
+    if args.prompts is not None:
+        return read_prompts(args.prompts)
+    if args.batch_size is not None:
+        raise ConfigError("--batch-size is for several prompts: give --prompts, or leave it out")
+    if args.prompt is not None:
+        return [Prompt(args.prompt, "--prompt")]
+    if args.chat:
+        return []
+    raise ConfigError("give --prompt TEXT, --prompts FILE, or --chat for a conversation")
+
+
+def _print_line(prompt: Prompt, completion: Completion) -> None:
     """Print a text on one line, or as a JSON object if that is what its prompt was."""
-    text = tokenizer.decode([*shown, *new])
     if prompt.is_json:
-        before = tokenizer.decode(shown)
-        line = json.dumps({"prompt": prompt.text, "completion": text[len(before) :]})
+        line = json.dumps({"prompt": prompt.text, "completion": completion.completion})
     else:
-        line = printable(text, "\t")
+        line = printable(completion.text, "\t")
     print(line, flush=True)
 
 
 def _encode_prompts(
-    prompts: list[Prompt], tokenizer: Tokenizer, as_chat: bool
+    prompts: list[Prompt], tokenizer: Tokenizer, args: Args
 ) -> list[tuple[Ids, list[int]]]:
     """(the ids to continue, those of them to show) of each, as training encodes a record."""
     texts: list[tuple[Ids, list[int]]] = []
-    if as_chat:
+    if args.chat:
         with Chat(tokenizer) as chat:
+            begun = begin_messages(chat, args.system)
             for prompt in prompts:
-                messages = [{"role": "user", "content": prompt.text}]
+                messages = [*begun, {"role": "user", "content": prompt.text}]
                 text = chat.render(messages, add_generation_prompt=True)
                 texts.append((tokenizer.encode(text), []))
     else:

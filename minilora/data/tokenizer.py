@@ -177,6 +177,10 @@ class HubTokenizer:
     missing_end   a note if no token ends a text, else empty
     added         the ids of the tokens that a text is searched for before it is cut up
 
+    directory         the folder of the tokenizer
+    vocab_size        of the model
+    model_directory   the folder of the model, whose configuration names tokens, too; None: the same
+
     DataError for a file that the package cannot run, that gives two tokens one id, or that takes
     more time or memory than tokenizers in use.
     """
@@ -184,7 +188,10 @@ class HubTokenizer:
     FILES = (TOKENIZER_FILE, SETTINGS_FILE, MAP_FILE, TEMPLATE_FILE)
     note = ""
 
-    def __init__(self, directory: PathLike, vocab_size: int):
+    def __init__(
+        self, directory: PathLike, vocab_size: int, model_directory: PathLike | None = None
+    ):
+        model_directory = directory if model_directory is None else model_directory
         self._path = os.path.join(directory, TOKENIZER_FILE)
         where = quoted(self._path)
         self._files = {}
@@ -192,13 +199,14 @@ class HubTokenizer:
             path = Path(directory, name)
             if os.path.isfile(path):
                 self._files[name] = _read_bytes(path)
+        self._template_path = ""  # of a chat template that is not beside the tokenizer
         content = self._files[TOKENIZER_FILE]
         seconds = LOADING_SECONDS + LOADING_SECONDS_PER_BYTE * len(content)
         memory = LOADING_MEMORY + LOADING_MEMORY_PER_BYTE * len(content)
         self._sandbox = Sandbox(where, {"tokenizer": content}, seconds, memory)
         is_byte_level = b'"ByteLevel"' in content
-        default = default_tokens(directory, self._settings, is_byte_level)
-        self._class = tokenizer_class(directory, self._settings, is_byte_level)
+        default = default_tokens(model_directory, self._settings, is_byte_level)
+        self._class = tokenizer_class(model_directory, self._settings, is_byte_level)
         if self._class in LLAMA_CLASSES:
             self._sandbox.program["prepend_scheme"] = self._prepend_scheme()
         summary = self._ask("summary", 0)
@@ -208,7 +216,9 @@ class HubTokenizer:
                 f"{summary['tokens']}"
             )
         self.vocab_size = summary["largest"] + 1
-        self.special = self._read_special_tokens(directory, vocab_size, summary, default)
+        self.special = self._read_special_tokens(
+            directory, vocab_size, summary, default, model_directory
+        )
         self.missing_end = ""
         if not self.special.eos:
             self.missing_end = (
@@ -222,6 +232,7 @@ class HubTokenizer:
         vocab_size: int,
         summary: JsonObject,
         default: dict[str, str | None],
+        model_directory: PathLike,
     ) -> SpecialTokens:
         """The model's special tokens, which the tokenizer then finds in texts, too."""
         if summary["pad_token"] is not None:
@@ -234,7 +245,8 @@ class HubTokenizer:
         added = self._ask("add_special", sum(map(len, texts)), texts=texts)
         self.added: list[int] = added["added"]
         around = surrounding_ids(summary["processor"], quoted(self._path))
-        return read_special_tokens(directory, named, added["ids"].get, around, vocab_size)
+        id_of = added["ids"].get
+        return read_special_tokens(directory, named, id_of, around, vocab_size, model_directory)
 
     def _prepend_scheme(self) -> str:
         """Where transformers' classes for Llama 2 put a space: before each piece of text between
@@ -281,6 +293,11 @@ class HubTokenizer:
             template = _template_of_name(template, "default")
         return self._as_template(template, name)
 
+    def replace_template(self, path: PathLike) -> None:
+        """Use the chat template of a file, and save it with the tokenizer from now on."""
+        self._files[TEMPLATE_FILE] = _read_bytes(Path(path))
+        self._template_path = quoted(path)
+
     @property
     def tool_template(self) -> tuple[str, str] | None:
         """The template for conversations with tools, if tokenizer_config.json has several templates
@@ -295,7 +312,7 @@ class HubTokenizer:
         """(template, where it is from), or None for None. DataError for what is not a text."""
         if template is None:
             return None
-        where = f"{name} beside {quoted(self._path)}"
+        where = self._template_path or f"{name} beside {quoted(self._path)}"
         if isinstance(template, bytes):
             content = describe_content(template)
             if template and content:
@@ -385,8 +402,12 @@ def _unpacked(packed: str) -> NDArray[np.int32]:
 Tokenizer = ByteTokenizer | HubTokenizer
 
 
-def load_tokenizer(directory: PathLike, vocab_size: int) -> Tokenizer:
+def load_tokenizer(
+    directory: PathLike, vocab_size: int, model_directory: PathLike | None = None
+) -> Tokenizer:
     """The tokenizer in a model's folder: bytes, with a `note` that says so, without tokenizer.json.
+
+    model_directory   the model's folder, if the tokenizer is in another one, as that of an adapter
 
     DataError for a tokenizer that gives ids of `vocab_size` or more.
     """
@@ -401,12 +422,33 @@ def load_tokenizer(directory: PathLike, vocab_size: int) -> Tokenizer:
     elif _is_byte_level(read_json(path, limit=MAX_TOKENIZER_BYTES)):
         tokenizer = ByteTokenizer()
     else:
-        tokenizer = HubTokenizer(directory, vocab_size)
+        tokenizer = HubTokenizer(directory, vocab_size, model_directory)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"{tokenizer.note or quoted(path)}: {tokenizer.vocab_size} ids, more than the model's "
             f"vocab_size of {vocab_size}"
         )
+    return tokenizer
+
+
+def has_tokenizer(adapter: PathLike) -> bool:
+    """Whether an adapter's folder has a tokenizer or a chat template."""
+    return any(os.path.lexists(Path(adapter, name)) for name in (TOKENIZER_FILE, TEMPLATE_FILE))
+
+
+def load_adapter_tokenizer(adapter: PathLike, base: PathLike, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer that an adapter's folder has; None if the base's is to be used as it is.
+
+    A folder with a chat_template.jinja alone means the base's tokenizer with that template.
+    """
+    if os.path.lexists(Path(adapter, TOKENIZER_FILE)):
+        return load_tokenizer(adapter, vocab_size, base)
+    if not has_tokenizer(adapter):
+        return None
+    tokenizer = load_tokenizer(base, vocab_size)
+    if isinstance(tokenizer, ByteTokenizer):
+        return None  # it has no tokens with which a template could mark turns
+    tokenizer.replace_template(Path(adapter, TEMPLATE_FILE))
     return tokenizer
 
 

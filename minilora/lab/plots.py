@@ -144,24 +144,58 @@ def loss_curves(
         1, len(stages), figsize=(9, 3.4), sharey=True, squeeze=False, width_ratios=widths
     )
     for axis, (title, (losses, held_out)) in zip(axes[0], stages.items(), strict=True):
-        axis.plot(losses, color=QUIET, linewidth=0.6)
-        mean = _running_mean(losses, max(1, len(losses) // 40))
-        axis.plot(mean, color=COOL, linewidth=1.6, label="training")
+        _draw_losses(axis, losses, held_out, "held out (its first 20 kB)")
         if held_out:
-            steps, values = zip(*held_out, strict=True)
-            label = "held out (its first 20 kB)"
-            axis.plot(steps, values, "-o", color=WARM, markersize=3.5, linewidth=1.2, label=label)
             end = held_out[-1]
             axis.annotate(f"{end[1]:.2f}", end, (3, 5), textcoords="offset points", color=WARM)
         axis.set_title(title, loc="left")
-        axis.set_xlabel("step")
-        axis.grid(axis="y", color="#eeeeee")
-        axis.set_axisbelow(True)
     first = axes[0][0]
     first.set_ylabel("bits per byte")
     first.legend(loc="upper right")
     figure.tight_layout()
     _save(figure, path)
+
+
+@_styled
+def losses_of_run(
+    path: Path,
+    title: str,
+    losses: Sequence[float],
+    held_out: Sequence[tuple[int, float]],
+    step: int,
+) -> None:
+    """Draw the losses of one run as `loss_curves` does; a ring marks the weights that it has.
+
+    losses, held_out   as a stage of `loss_curves`
+    step               after which the run had those weights
+    """
+    figure, axis = _subplots(figsize=(6, 3.4))
+    _draw_losses(axis, losses, held_out, "held out")
+    values = dict(held_out)
+    if step in values:
+        label = f"saved: step {step}, {values[step]:.2f}"
+        ring = {"markersize": 9, "markerfacecolor": "none", "linewidth": 0}
+        axis.plot(step, values[step], "o", color=WARM, label=label, **ring)
+    axis.set_title(title, loc="left")
+    axis.set_ylabel("bits per byte")
+    axis.legend(loc="upper right")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _draw_losses(
+    axis: Any, losses: Sequence[float], held_out: Sequence[tuple[int, float]], label: str
+) -> None:
+    """Draw the loss of each step, their running mean, and the held-out losses."""
+    axis.plot(losses, color=QUIET, linewidth=0.6)
+    mean = _running_mean(losses, max(1, len(losses) // 40))
+    axis.plot(mean, color=COOL, linewidth=1.6, label="training")
+    if held_out:
+        steps, values = zip(*held_out, strict=True)
+        axis.plot(steps, values, "-o", color=WARM, markersize=3.5, linewidth=1.2, label=label)
+    axis.set_xlabel("step")
+    axis.grid(axis="y", color="#eeeeee")
+    axis.set_axisbelow(True)
 
 
 @_styled

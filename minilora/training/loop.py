@@ -46,11 +46,20 @@ UNEQUAL = "the ranks round differently; use machines with the same processor, Nu
 
 @dataclasses.dataclass
 class Result:
-    """What a run measured: each step's loss, and (step, mean held-out loss) per evaluation."""
+    """What a run measured: each step's loss, and (step, mean held-out loss) per evaluation.
+
+    step   after which the model had its weights: the last one, or with keep = "best" the best one
+    """
 
     losses: list[float]
     evaluations: list[tuple[int, float]]
     seconds: float
+    step: int = 0
+
+    @property
+    def loss(self) -> float:
+        """The held-out loss of the weights that the model has; NaN if nothing was held out."""
+        return dict(self.evaluations).get(self.step, math.nan)
 
 
 def train(
@@ -68,7 +77,8 @@ def train(
 ) -> Result:
     """Train every parameter that requires a gradient on `tokens` (N,); returns what was measured.
 
-    The model comes back in eval mode, with AdaLoRA's ranks cut.
+    The model comes back in eval mode, with AdaLoRA's ranks cut, and with the weights that
+    settings.keep asks for.
 
     tokens    or `PackedRecords`, where the loss leaves out targets that do not count;
               or texts by task: each batch then has sequences of all tasks, which a `MultiTask`
@@ -98,7 +108,13 @@ def train(
         if writes:
             stack.enter_context(locked(out))
         _require_shared(out, ranks)
-        run = Run(model, tokens, settings, out, origin, ranks)
+        run = Run(model, tokens, settings, out, origin, ranks, held_out)
+        if settings.keep == "best" and settings.eval_every is None:
+            warnings.warn(
+                "keep = 'best' without eval_every chooses between the weights before training and "
+                "those of the last step: set eval_every (--eval-every N)",
+                stacklevel=2,
+            )
         held_out_checksums = None if held_out is None else text_checksums(held_out)
         ranks.require_same({**run.identity, "held-out text": held_out_checksums}, ALIKE)
         if resume is not None:
@@ -151,7 +167,7 @@ def train(
                 return  # the losses may cover a part of the text: a resumed run measures again
             loss = math.fsum(losses.values()) / len(losses)
             bits = bits_per_byte(loss, bytes_per_token)
-            run.evaluations.append((run.done, loss))
+            run.add_evaluation(loss)
             record: JsonObject = {"step": run.done, "loss": loss, "bits_per_byte": bits}
             if "" not in losses:
                 record["tasks"] = losses
@@ -212,10 +228,12 @@ def train(
                     f"step {line['step']}: {reason}; --abort-on-divergence would stop here",
                     stacklevel=2,
                 )
+    run.take_best()
     if run.allocator is not None:
         run.allocator.prune()
     model.eval()
-    return Result(run.losses, run.evaluations, time.perf_counter() - begun)
+    step = run.best.step if run.best else run.done
+    return Result(run.losses, run.evaluations, time.perf_counter() - begun, step)
 
 
 def _require_shared(out: Path, ranks: Ranks) -> None:

@@ -30,6 +30,7 @@ from ..nn import LinearBase, Parameter
 from ..optim import AdamW, clip_by_global_norm, warmup_cosine
 from ..precision import FLOAT32
 from ..quant.half import iterate_pieces
+from .best import Best
 from .checkpoints import checkpoint_place, find_checkpoint, save_checkpoint
 from .graphed import Divisors, GraphedStep, Step
 from .nonfinite import explain_non_finite
@@ -55,7 +56,8 @@ def by_task(text: Text) -> Mapping[str, Ids | PackedRecords]:
 class Run:
     """One run and its progress: a model, its optimiser, its text, and what was measured so far.
 
-    ranks   the processes that take its steps together; rank 0 writes its checkpoints
+    ranks     the processes that take its steps together; rank 0 writes its checkpoints
+    held_out  the text to evaluate on, which matters only where settings.keep is "best"
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Run:
         out: str | Path,
         origin: str | None = None,
         ranks: Ranks | None = None,
+        held_out: Text | None = None,
     ):
         sizes = settings.sequences, settings.context
         shard = settings.shard or shard_size(model, *sizes)
@@ -97,9 +100,12 @@ class Run:
             self.allocated = [places[id(p)] for p in self.allocator.params]
         self.identity = _identity(model, settings, tokens, trained)
         self.identity["starting weights"] = origin
+        if settings.keep == "best":
+            self.identity |= _identity_of_best(settings, held_out)
         self.done = 0  # steps
         self.losses: list[float] = []
         self.evaluations: list[tuple[int, float]] = []
+        self.best: Best | None = None  # only if settings.keep is "best"
         self.checkpoint: tuple[int, Path] | None = None  # the latest, by its step
         self.graphs: GraphedStep | None = None
 
@@ -211,7 +217,24 @@ class Run:
         if not self.settings.save_every:
             return int(size)
         ranks = 2 * self.allocator.sensitivity.nbytes if self.allocator else 0
-        return int(size) * 3 + int(ranks)
+        copies = 4 if self.settings.keep == "best" else 3
+        return int(size) * copies + int(ranks)
+
+    def add_evaluation(self, loss: float) -> None:
+        """Note the held-out loss of the weights as they are; copy them if they are the best."""
+        self.evaluations.append((self.done, loss))
+        if self.settings.keep != "best":
+            return
+        if self.allocator is not None and self.allocator.steps < self.allocator.final_step:
+            return  # with more ranks than the result may have
+        if self.best is None or loss < self.best.loss:
+            parameters = _parameters_by_key(self.model)
+            self.best = Best.of(self.done, loss, parameters, self.allocator)
+
+    def take_best(self) -> None:
+        """Give the model the best weights, in place of those of the last step."""
+        if self.best is not None and self.best.step != self.done:
+            self.best.restore(_parameters_by_key(self.model), self.allocator)
 
     def save(self) -> Path:
         """Write a checkpoint, once per step and by rank 0, and return its folder.
@@ -229,6 +252,9 @@ class Run:
         if self.allocator is not None:
             arrays, state["allocator"] = self.allocator.state_dict()
             files["allocator.safetensors"] = arrays
+        if self.best is not None:
+            files |= self.best.files
+            state["best"] = self.best.state
         state["numpy"] = np.__version__
 
         def write(folder: Path) -> None:
@@ -253,12 +279,18 @@ class Run:
         done = manifest["step"]
         state = manifest["state"]
         try:
-            before = {"compute": FLOAT32, **state["run"]}  # older checkpoints do not say
+            # Older checkpoints do not say.
+            before = {"compute": FLOAT32, "keep": "last", **state["run"]}
             require_same_run(str(folder), before, self.identity, done)
             numbers = dict(state["optimizer"])
             allocator_numbers = dict(state["allocator"]) if self.allocator else {}
             losses = [_finite(loss) for loss in state["losses"]]
             evaluations = [(int(step), _finite(loss)) for step, loss in state["evaluations"]]
+            best = None
+            if state.get("best") is not None:
+                parameters = _parameters_by_key(self.model)
+                has_ranks = self.allocator is not None
+                best = Best.read(folder, state["best"], parameters, has_ranks)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{str(folder)!r} is damaged: its state cannot be read ({error!r:.99})"
@@ -294,6 +326,7 @@ class Run:
         self.done = done
         self.losses = losses
         self.evaluations = evaluations
+        self.best = best
         self.checkpoint = done, folder
 
 
@@ -359,6 +392,16 @@ def _identity(model: Any, settings: Settings, tokens: Text, trained: NamedParame
     identity["frozen weights"] = weights_checksum(frozen)
     # A checkpoint gives it back from JSON, where a tuple is a list.
     return dict(json.loads(json.dumps(identity)))
+
+
+def _identity_of_best(settings: Settings, held_out: Text | None) -> JsonObject:
+    """What else the best weights depend on. ConfigError if nothing is held out."""
+    if held_out is None:
+        raise ConfigError(
+            "keep = 'best' chooses the weights by their loss on held-out text, and no text is held "
+            "out: give one (held_out), or keep = 'last'"
+        )
+    return {"eval_every": settings.eval_every, "held-out text": text_checksums(held_out)}
 
 
 def text_checksums(text: Text) -> dict[str, str]:
@@ -428,6 +471,12 @@ def _parameters_by_file(model: Any) -> dict[str, dict[str, Parameter]]:
         folder = "" if name == "default" else f"{adapter_folder('', name)}/"
         files[f"{folder}adapter_model.safetensors"] = model.adapter_parameters(name)
     return files
+
+
+def _parameters_by_key(model: Any) -> dict[str, Parameter]:
+    """The same parameters in one table: `file/key` -> parameter."""
+    files = _parameters_by_file(model)
+    return {f"{name}/{key}": p for name, file in files.items() for key, p in file.items()}
 
 
 def _saved_parameters(model: Any) -> list[Parameter]:

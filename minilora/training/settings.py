@@ -6,6 +6,7 @@ import dataclasses
 
 from ..errors import (
     ConfigError,
+    Rule,
     check_fields,
     integer_rules,
     is_flag,
@@ -19,6 +20,7 @@ from ..errors import (
 MAX_SEQUENCES = 2**20
 _LIMIT = 2**63
 _COUNTS = ("steps", "batch_size", "context", "accumulate")
+KEEP = ("last", "best")
 _OPTIONAL = ("shard", "part", "threads", "eval_every", "save_every")
 _RULES = [
     *integer_rules(*_COUNTS, least=1, limit=_LIMIT),
@@ -29,6 +31,7 @@ _RULES = [
     *rules_for(
         ("abort_on_divergence", "gradient_checkpointing", "graph"), is_flag, "True or False"
     ),
+    Rule("keep", lambda value: value in KEEP, " or ".join(map(repr, KEEP))),
 ]
 
 
@@ -45,6 +48,9 @@ class Settings:
                    chosen from the shape: parts run at the same time, see parts.py
     eval_every     in steps; None: at the start and at the end only
     save_every     in steps, and at the end; None: only when the run is stopped
+    keep           the weights that the run ends with: "last", or "best": those with the lowest
+                   held-out loss, the first of equal ones. A copy is in memory, and in each
+                   checkpoint. AdaLoRA's evaluations count once its ranks are final
     gradient_checkpointing  store less for backward and compute it again: see
                    `CausalLM.gradient_checkpointing_enable`
     graph          on a GPU, take each step by one launch: see graphed.py
@@ -68,6 +74,7 @@ class Settings:
     abort_on_divergence: bool = False
     gradient_checkpointing: bool = False
     graph: bool = True
+    keep: str = "last"
 
     # These may change on resuming: they do not change the result.
     FREE = (

@@ -1,0 +1,104 @@
+"""What pretrain and finetune show at their end: a picture of the losses, and a table."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..display import print_table, printable
+from ..errors import shorten
+from ..formats.folders import LOCK
+from ..training.checkpoints import read_log
+
+WINDOW = 10  # the last steps whose mean is the training loss at the end
+
+
+class Report(NamedTuple):
+    """A run that is done.
+
+    title             the command
+    out               its folder
+    result            of `train`
+    bytes_per_token   of the held-out text
+    trained           the number of parameters that were trained
+    """
+
+    title: str
+    out: Path
+    result: Any
+    bytes_per_token: float
+    trained: int
+
+
+def draw_pictures(report: Report, losses: bool = True, ranks: bool = False) -> None:
+    """Write loss.png, and rank_allocation.png for AdaLoRA's `ranks`, into the run's folder.
+
+    A picture that cannot be drawn is no reason to fail: one line says why.
+    """
+    from ..lab import plots  # matplotlib is optional, and slow to import
+    from ..training.loop import bits_per_byte, rank_history
+
+    reason = plots.why_unavailable()
+    if reason:
+        print(printable(f"(no pictures: {reason})"))
+        return
+    out, result = report.out, report.result
+
+    def bits(loss: float) -> float:
+        return bits_per_byte(loss, report.bytes_per_token)
+
+    try:
+        if losses:
+            training = [bits(loss) for loss in result.losses]
+            held_out = [(step, bits(loss)) for step, loss in result.evaluations]
+            plots.losses_of_run(out / "loss.png", report.title, training, held_out, result.step)
+        if ranks:
+            plots.rank_allocation(out / "rank_allocation.png", *rank_history(out))
+    except Exception as error:  # a full disk, a font: the run is saved, whatever it is
+        text = f"{type(error).__name__}: {error}"
+        print(printable(f"(no picture: {shorten(text)})"))
+
+
+def print_report(report: Report) -> None:
+    """Print what the run measured, in nats per token, and the files that it has written."""
+    from ..training.loop import bits_per_byte
+
+    result = report.result
+    done = len(result.losses)
+    rows = []
+
+    def add(measure: str, value: str, step: int | str = "") -> None:
+        rows.append({"measure": measure, "value": value, "step": step})
+
+    if done:
+        last = result.losses[-WINDOW:]
+        add("training loss, first", f"{result.losses[0]:.4f}", 0)
+        mean = math.fsum(last) / len(last)
+        add(f"training loss, mean of the last {len(last)}", f"{mean:.4f}", done - 1)
+    if result.evaluations:
+        best = min(result.evaluations, key=lambda evaluation: evaluation[1])
+        named = {"first": result.evaluations[0], "best": best, "last": result.evaluations[-1]}
+        for name, (step, loss) in named.items():
+            add(f"held-out loss, {name}", f"{loss:.4f}", step)
+    add("weights saved", "", result.step)
+    speed = _tokens_per_second(report.out / "log.jsonl")
+    if speed is not None:
+        add("tokens per second", f"{speed:,.0f}")
+    add("trained parameters", f"{report.trained:,}")
+    print_table(rows)
+    names = sorted(name for name in os.listdir(report.out) if name != LOCK)
+    print(printable(f"files: {', '.join(names)}"))
+    before = bits_per_byte(result.evaluations[0][1], report.bytes_per_token)
+    after = bits_per_byte(result.loss, report.bytes_per_token)
+    print(f"held-out bits per byte {before:.3f} -> {after:.3f} in {result.seconds:.0f} s")
+
+
+def _tokens_per_second(log: Path) -> float | None:
+    """The tokens of all steps over their seconds, by a run's log; None if that does not say."""
+    if not log.is_file():
+        return None  # a device, perhaps
+    lines = [line for line in read_log(log) if "seconds" in line]
+    seconds = math.fsum(line["seconds"] for line in lines)
+    return sum(line["tokens"] for line in lines) / seconds if seconds > 0 else None
