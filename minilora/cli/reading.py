@@ -24,7 +24,7 @@ from ..models.transformer import CausalLM
 from ..precision import FLOAT32
 from ..quant.half import iterate_pieces
 from ..quant.linear import quantize
-from .options import Args
+from .options import Args, find_models
 
 Tokenizer = ByteTokenizer | HubTokenizer
 Tokens = Ids | PackedRecords
@@ -39,6 +39,7 @@ def load_model(
 
     NonFiniteError for a weight that is NaN or infinite, before a command makes anything of it.
     """
+    find_models(args)
     kind = args.quantize
     options = {"device": args.device, "stored": kind == "stored", "compute": args.compute}
     model = CausalLM.from_pretrained(args.base, **options)

@@ -34,7 +34,7 @@ from ..errors import (
     SweepError,
     shorten,
 )
-from ..formats import read_checkpoint
+from ..formats import find_model, read_checkpoint
 from ..formats.disk import JsonObject
 from ..formats.folders import locked
 from ..lora.plan import Base, describe_checkpoint, plan_adapter
@@ -136,6 +136,7 @@ def plan_sweep(args: Args) -> Plan:
             f"or --max-points {count}"
         )
     jobs = min(jobs, count)
+    given["base"] = find_model(args.base, given.get("download", False))
     given.setdefault("threads", threads_per_call(pool, jobs))
     works = []
     for point in list_points(grid):
@@ -229,7 +230,8 @@ def _common_options(
     from ..training.loop import Settings
 
     own = {axis.action.dest for axis in axes}
-    free = {*Settings.FREE} - {"abort_on_divergence"}  # which is what a failed point depends on
+    free = {*Settings.FREE, "download"}
+    free -= {"abort_on_divergence"}  # which is what a failed point depends on
     paths = {action.dest for action in parser._actions if action.metavar in PATHS}
     excluded = own | free | paths
     return {name: options[name] for name in sorted(options) if name not in excluded}

@@ -157,6 +157,7 @@ def make_all_dense(tensors: dict[str, Any]) -> None:
 
 def tie_a_quantised_head(config: dict[str, Any], tensors: dict[str, Any]) -> None:
     config["tie_word_embeddings"] = True
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     tensors["lm_head.weight.absmax"] = tensors[STATE]
 
 
