@@ -34,6 +34,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_NAME = 255  # characters of a shard's name: what most file systems take
 MAX_INDEX_BYTES = 16 << 20  # the index of a model of 90,000 tensors in 160 shards takes nine
+HEAD = ".lm_head.weight"
 TRIES = 10  # unknown keys of which one must show how the others begin
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -223,8 +224,9 @@ class Alignment(NamedTuple):
 def align_keys(keys: Iterable[str], expected: Collection[str]) -> Alignment:
     """Which of `keys` are expected ones with another beginning: "" for "model.", or "module.".
 
-    More than half of the unknown keys must be. The others, such as a head that one of two tied
-    checkpoints lacks, stay as they are.
+    More than half of the unknown keys must be. The head is never inside the decoder, so it may have
+    another beginning than they. The others, such as a head that only one of two tied checkpoints
+    stores, stay as they are.
     """
     keys = list(keys)
     unknown = _unknown(keys, set(expected))
@@ -233,7 +235,10 @@ def align_keys(keys: Iterable[str], expected: Collection[str]) -> Alignment:
         prefixes = _prefixes_of(key, missing) if missing else None
         names = _renamed(unknown, missing, *prefixes) if prefixes else {}
         if prefixes and 2 * len(names) > len(unknown):
-            return Alignment(names, *prefixes)
+            heads = [
+                [key for key in side if f".{key}".endswith(HEAD)] for side in (unknown, missing)
+            ]
+            return Alignment({**dict(zip(*heads, strict=False)), **names}, *prefixes)
     return Alignment({})
 
 
