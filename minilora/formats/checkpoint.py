@@ -114,14 +114,10 @@ class Checkpoint(Tensors):
         path. What the folder has under this name is its owner's business: the hub's cache has
         symbolic links to files elsewhere.
         """
-        is_short = len(shard) <= MAX_NAME and shard.endswith(".safetensors")
-        # Windows' rules know every separator, and a drive's letter; hidden files are not weights.
-        if (
-            not is_short
-            or PureWindowsPath(shard).name != shard
-            or shard.startswith(".")
-            or "\0" in shard
-        ):
+        is_name = len(shard) <= MAX_NAME and shard.endswith(".safetensors")
+        # Windows' rules know every separator, and a drive's letter.
+        is_plain = is_name and PureWindowsPath(shard).name == shard and "\0" not in shard
+        if not is_plain or shard.startswith("."):  # a hidden file is not a model's
             raise FormatError(
                 f"{where}: {quoted(shard)} is not the name of a safetensors file in the folder: "
                 "only plain names are read, without a path"
@@ -217,8 +213,9 @@ class Alignment(NamedTuple):
 
     def describe(self, whose: str, others: str) -> str:
         """In words: the keys of `whose` begin in another way than those of `others`."""
-        begin, end = (f"begin with {quoted(p)}" if p else "have none" for p in (self.old, self.new))
-        return f"the keys of {whose} {begin}, those of {others} {end}: taken for the same"
+        prefixes = (self.old, self.new)
+        these, those = (f"begin with {quoted(p)}" if p else "have no prefix" for p in prefixes)
+        return f"the keys of {whose} {these}, those of {others} {those}: taken for the same"
 
 
 def align_keys(keys: Iterable[str], expected: Collection[str]) -> Alignment:
@@ -235,11 +232,13 @@ def align_keys(keys: Iterable[str], expected: Collection[str]) -> Alignment:
         prefixes = _prefixes_of(key, missing) if missing else None
         names = _renamed(unknown, missing, *prefixes) if prefixes else {}
         if prefixes and 2 * len(names) > len(unknown):
-            heads = [
-                [key for key in side if f".{key}".endswith(HEAD)] for side in (unknown, missing)
-            ]
-            return Alignment({**dict(zip(*heads, strict=False)), **names}, *prefixes)
+            heads = zip(_heads(unknown), _heads(missing), strict=False)
+            return Alignment({**dict(heads), **names}, *prefixes)
     return Alignment({})
+
+
+def _heads(keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if f".{key}".endswith(HEAD)]
 
 
 def _unknown(keys: Iterable[str], names: Collection[str]) -> list[str]:

@@ -96,8 +96,8 @@ def find_model(model: PathLike, download: bool = False) -> str:
     if wanted is None:
         raise FileNotFoundError(
             errno.ENOENT,
-            "no such model folder, and no name of a model on the hub, org/name (nothing is "
-            "downloaded)",
+            "no such model folder, and not a model's name on the hub (nothing is downloaded): give "
+            "a folder, or org/name",
             text,
         )
     folder = _find_in_cache(wanted)

@@ -50,7 +50,7 @@ class DecodedCheckpoint(Checkpoint):
         """Fill `_coded`: the keys of each coded layer's tensors, by the key of its codes."""
         for key in self.keys():
             path, codes, more = key.partition(f"{CODES}.")
-            if codes and more and path + CODES in self:
+            if codes and more:
                 self._coded.setdefault(path + CODES, [path + CODES]).append(key)
         if not self._coded:
             raise FormatError(

@@ -260,7 +260,7 @@ def test_find_model_never_downloads_a_name_that_the_hub_has_not(downloads):
         "a/b/c",
         "http://x/y",
     ):
-        with pytest.raises(FileNotFoundError, match="no name of a model on the hub"):
+        with pytest.raises(FileNotFoundError, match="not a model's name on the hub"):
             find_model(name, download=True)
     assert not downloads
 

@@ -173,7 +173,7 @@ def add_name_rows() -> None:
         "",
     ]
     for name in names:
-        says = ("no such model folder", "no name of a model on the hub", "nothing is downloaded")
+        says = ("no such model folder", "not a model's name on the hub", "nothing is downloaded")
         build = both(make_cache, nothing)
         add(36, f"model {name!r}", build, loading(name), FileNotFoundError, *says)
     for name in ("org/model@other", "org/model@refs/pr/1", "org/other", f"org/model@{'0' * 40}"):
@@ -236,6 +236,8 @@ def add_code_rows() -> None:
     for name, content in (("no JSON", b"{"), ("a large shape", b'{"shape": [9e99, 1]}')):
         bad = damaged(lambda t, c=content: t.update({state: np.frombuffer(c, np.uint8)}))
         cases[f"a state of {name}"] = bad, ("q_proj", "quant_state")
+    gone = damaged(lambda t: t.pop(Q_PROJ))
+    cases["no codes"] = gone, ("no tensor", Q_PROJ)
     lost = damaged(lambda t: t.pop(state))
     cases["no state"] = lost, ("q_proj", "expected one weight.quant_state")
     for name, (build, says) in cases.items():
