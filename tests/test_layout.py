@@ -38,7 +38,7 @@ IMPORTERS = {  # the only files that may import an optional package
     "plotly": ("lab/report.py",),
     # Of ranks that take a step together, and of ranks that take calls one by one.
     "mpi4py": ("training/ranks.py", "training/pool.py"),
-    "huggingface_hub": ("models/pretrained.py",),
+    "huggingface_hub": ("formats/hub.py",),
 }
 NEVER = {"torch", "transformers", "peft", "safetensors", "scipy", "pickle", "importlib", "re"}
 MOST_LINES = 700

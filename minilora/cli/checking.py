@@ -8,12 +8,24 @@ from ..backend import gpus
 from ..display import print_table, printable
 from ..errors import ConfigError, MiniloraError
 from .files import format_row, print_json
-from .options import Args, Command, Once, Parser, add_json, add_seed, option, positive_integer
+from .options import (
+    Args,
+    Command,
+    Once,
+    Parser,
+    add_download,
+    add_json,
+    add_seed,
+    find_models,
+    option,
+    positive_integer,
+)
 
 
 def add_verify_options(parser: Parser) -> None:
     text = "measure the layers of this base, with --adapter (default: random layers)"
     option(parser, "--base DIR", text)
+    add_download(parser)
     option(parser, "--adapter DIR", "the adapter of --base, in PEFT's format", action=Once)
     text = "random layers to measure, at least 1"
     option(parser, "--cases N", text, type=positive_integer, default=100)
@@ -35,6 +47,7 @@ def verify(args: Args) -> None:
         if args.base is None:
             report = Report(verify_random(args.cases, args.seed), [])
         else:
+            find_models(args)
             report = verify_files(args.base, args.adapter, args.seed)
     except Stopped as stopped:
         if not args.json:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError
+from ..formats.hub import model_name
 from ..lora import AdaLoraConfig, LoraConfig, PeftModel
 from ..lora.files import AdapterFile
 from ..lora.multitask import FILE as MULTITASK
@@ -93,7 +94,7 @@ def continue_adapter(args: Args, model: Any, config: LoraConfig) -> tuple[PeftMo
     if isinstance(config, AdaLoraConfig):
         for name in (*SCHEDULE, "total_step"):
             setattr(now, name, getattr(config, name))
-    now.base_model_name_or_path = os.fsencode(args.base).decode("utf-8", "replace")
+    now.base_model_name_or_path = os.fsencode(model_name(args.base)).decode("utf-8", "replace")
     now.task_type = "CAUSAL_LM"
     now.extra.pop("task_type", None)  # of a file for another task
     return adapted, digest.hexdigest()

@@ -21,8 +21,10 @@ from .options import (
     Parser,
     add_allow_nonfinite,
     add_base,
+    add_download,
     add_json,
     add_task,
+    find_models,
     option,
     path,
 )
@@ -69,6 +71,7 @@ def merge(args: Args) -> None:
     from ..formats.folders import require_outside
     from ..tools.merging import merge as run
 
+    find_models(args)
     require_outside(args.out, base=args.base)
     for folder in args.adapters:
         require_outside(args.out, adapter=folder)
@@ -155,13 +158,16 @@ def _add_rank(parser: Parser) -> None:
 
 def add_extract_options(parser: Parser) -> None:
     add_base(parser)
-    option(parser, "--tuned DIR", "the same model after training", required=True)
+    option(
+        parser, "--tuned DIR", "the same model after training, given as --base is", required=True
+    )
     _add_rank(parser)
 
 
 def extract(args: Args) -> None:
     from ..tools.factoring import extract as run
 
+    find_models(args)
     rows = run(args.base, args.tuned, args.r, args.out)
     _print_errors(args, rows, f"rank {args.r}")
 
@@ -195,6 +201,7 @@ def _print_errors(args: Args, rows: list[JsonObject], how: str) -> None:
 
 def add_inspect_options(parser: Parser) -> None:
     option(parser, "directory DIR", "an adapter or a checkpoint")
+    add_download(parser)
     option(parser, "--base DIR", "base of the adapter: shows |dW| / |W|, and whether the two fit")
     text = f"draw the singular values of each layer's dW; ends in {', '.join(PICTURES)}"
     option(parser, "--plot FILE", text)
@@ -204,6 +211,7 @@ def add_inspect_options(parser: Parser) -> None:
 def inspect(args: Args) -> None:
     from ..tools.inspecting import inspect_adapter, inspect_checkpoint
 
+    find_models(args)
     folder = Path(args.directory)
     if (folder / MULTITASK).exists():
         names = sorted({name for adapters in _read_tasks(folder).values() for name in adapters})
@@ -231,6 +239,7 @@ def inspect(args: Args) -> None:
 
 def add_diff_options(parser: Parser) -> None:
     option(parser, "directory A", "a checkpoint", type=path)
+    add_download(parser)
     option(parser, "other B", "another checkpoint of the same model", type=path)
     text = "show the rank of B - A of each matrix (default: of those with a side up to 2,048)"
     option(parser, "--ranks", text, action=argparse.BooleanOptionalAction)
@@ -240,6 +249,7 @@ def add_diff_options(parser: Parser) -> None:
 def diff(args: Args) -> None:
     from ..tools.comparing import diff as run
 
+    find_models(args)
     report = run(args.directory, args.other, args.ranks)
     if args.json:
         print_json(report)
@@ -253,6 +263,7 @@ def diff(args: Args) -> None:
 
 def add_convert_options(parser: Parser) -> None:
     option(parser, "directory DIR", "a checkpoint or an adapter")
+    add_download(parser)
     _add_dtype(parser, "none; give this or --to")
     text = "whose files the adapter gets: peft or mlx (default: none; give this or --dtype)"
     option(parser, "--to F", text, choices=("peft", "mlx"))
@@ -264,6 +275,7 @@ def add_convert_options(parser: Parser) -> None:
 def convert(args: Args) -> None:
     from ..tools.converting import convert as run
 
+    find_models(args)
     kind = run(args.directory, args.out, args.dtype, args.to, args.allow_nonfinite)
     if args.json:
         print(json.dumps({"out": args.out, "is": kind}))

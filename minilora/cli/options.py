@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError, FormatError, describe_integer
 from ..formats.disk import parse_json
+from ..formats.hub import find_model
 from ..precision import FLOAT32, MANTISSA
 from ..training.methods import METHODS, QUANTIZE
 
@@ -255,9 +256,29 @@ def add_seed(parser: Any) -> None:
     option(parser, "--seed N", text, type=integer_from(0), default=0)
 
 
+MODELS = ("base", "tuned", "directory", "other")  # the options and arguments that name a model
+
+
 def add_base(parser: Parser) -> None:
-    text = "the base model: config.json and model.safetensors, or shards"
+    text = "the base model: its folder, or org/name (or org/name@revision) in the hub's cache"
     option(parser, "--base DIR", text, required=True)
+    add_download(parser)
+
+
+def add_download(parser: Parser) -> None:
+    text = "fetch a model org/name that the Hugging Face hub's cache lacks (default: no network)"
+    option(parser, "--download", text)
+
+
+def find_models(args: Args) -> None:
+    """Put the folder of each model in the place of its name: see formats/hub.py.
+
+    A command calls it once its other options have been checked.
+    """
+    for name in MODELS:
+        model = getattr(args, name, None)
+        if model is not None:
+            setattr(args, name, find_model(model, args.download))
 
 
 def add_adapter(parser: Parser) -> None:

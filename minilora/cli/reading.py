@@ -25,7 +25,7 @@ from ..models.transformer import CausalLM
 from ..precision import FLOAT32
 from ..quant.half import iterate_pieces
 from ..quant.linear import quantize
-from .options import Args
+from .options import Args, find_models
 
 Tokenizer = ByteTokenizer | HubTokenizer
 Tokens = Ids | PackedRecords
@@ -55,6 +55,7 @@ def load_model(
 
 def load_base(args: Args) -> CausalLM:
     """The model of --base, quantized by --quantize."""
+    find_models(args)
     kind = args.quantize
     options = {"device": args.device, "stored": kind == "stored", "compute": args.compute}
     model = CausalLM.from_pretrained(args.base, **options)

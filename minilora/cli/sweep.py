@@ -31,7 +31,7 @@ from ..errors import (
     SweepError,
     shorten,
 )
-from ..formats import read_checkpoint
+from ..formats import find_model, read_checkpoint
 from ..formats.disk import JsonObject
 from ..formats.folders import locked
 from ..lora.plan import Base, describe_checkpoint, plan_adapter
@@ -134,6 +134,7 @@ def plan_sweep(args: Args) -> Plan:
             f"or --max-points {count}"
         )
     jobs = min(jobs, count)
+    given["base"] = find_model(args.base, given.get("download", False))
     given.setdefault("threads", threads_per_call(pool, jobs))
     works = []
     for point in list_points(grid):
@@ -226,7 +227,7 @@ def _common_options(
     own = {axis.action.dest for axis in axes}
     # Whether a point fails depends on abort_on_divergence, and which step is best on eval_every.
     counted = {"abort_on_divergence"} | ({"eval_every"} if options["keep"] == "best" else set())
-    free = {*Settings.FREE} - counted
+    free = {*Settings.FREE, "download"} - counted
     paths = {action.dest for action in parser._actions if action.metavar in PATHS}
     excluded = own | free | paths
     return {name: options[name] for name in sorted(options) if name not in excluded}

@@ -19,6 +19,7 @@ from ..data.tokenizer import ByteTokenizer, has_tokenizer
 from ..display import printable
 from ..errors import ConfigError, Interrupted
 from ..formats.folders import locked, numbered_folder
+from ..formats.hub import model_name
 from ..lora import AdaLoraConfig, LoraConfig, get_multitask_model, get_peft_model
 from ..models.config import TransformerConfig
 from ..models.transformer import CausalLM
@@ -400,7 +401,7 @@ def _name_tasks(args: Args, config: LoraConfig | None) -> dict[str, str]:
 
 def _add_adapters(args: Args, model: Any, config: LoraConfig, tasks: Iterable[str]) -> Any:
     """The model with one adapter, or with one per task."""
-    base = os.fsencode(args.base).decode("utf-8", "replace")
+    base = os.fsencode(model_name(args.base)).decode("utf-8", "replace")
     config = dataclasses.replace(config, task_type="CAUSAL_LM", base_model_name_or_path=base)
     if not tasks:
         return get_peft_model(model, config, seed=args.seed)

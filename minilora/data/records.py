@@ -234,7 +234,7 @@ def _encode(tokenizer: Tokenizer, prompt: str, text: str) -> Example:
         start = int(different[0])
     end = len(ids)
     if closing := tokenizer.special.closing(int(ids[-1]) if end else None):
-        ids = np.append(ids, np.array(closing, np.int32))
+        ids = tokenizer.require_known(np.append(ids, np.array(closing, np.int32)))
     learned, spoken = np.zeros((2, len(ids)), bool)
     learned[start:] = True
     spoken[start:end] = True

@@ -205,6 +205,10 @@ class Tokenizer:
             raise ValueError(f"it makes more than {most:,} characters of {len(ids):,} tokens")
         return to_base64(text.encode("utf-8"))
 
+    def token(self, id: int) -> str | None:
+        """The token of an id, as the vocabulary has it."""
+        return self.whole.id_to_token(id)  # type: ignore[no-any-return]
+
     def _packed(self, values: Iterable[int], characters: int) -> str:
         packed = array.array("i", values)
         most = CHARACTERS + COPIES * characters

@@ -281,7 +281,13 @@ def read_special_tokens(
         own[name] = []
         if token := tokens.get(name):
             id = token_to_id(token.text)
-            if id is not None:
+            if id is not None and id >= vocab_size:
+                notes.append(
+                    f"{quoted(Path(directory, token.file or 'tokenizer.json'))}: {name} "
+                    f"{quoted(token.text, 40)} has id {id}, outside the model's vocab_size of "
+                    f"{vocab_size}, so it is ignored"
+                )
+            elif id is not None:
                 own[name] = [id]
             elif token.file:
                 notes.append(

@@ -2,7 +2,7 @@
 
 A tokenizer.json is of unknown origin: it runs in a process of its own (sandbox.py).
 
-Whether the ids fit a model's vocabulary is checked where the model is known.
+A tokenizer may have more tokens than the model has ids, as long as none of them occurs in a text.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ..formats.disk import (
     read_json,
     write_json,
 )
+from ..formats.hub import find_model
 from .sandbox import Sandbox
 from .special import (
     MAP_FILE,
@@ -137,13 +138,25 @@ class ByteTokenizer:
     """Ids 0 to 255 are the bytes: any text has ids, in any encoding, and no package is needed."""
 
     note: str = ""  # why bytes were chosen, where the model's own files do not say so
+    limit: int = 256  # the model's vocab_size, if it is smaller
     vocab_size: ClassVar[int] = 256
     special: ClassVar[SpecialTokens] = SpecialTokens()  # none: all 256 bytes may occur in a text
     missing_end: ClassVar[str] = ""
 
     def encode(self, text: str | bytes, add_special_tokens: bool = False) -> NDArray[np.int32]:
-        """The bytes of the text, a str as UTF-8. No special tokens exist to be added."""
-        return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+        """The bytes of the text, a str as UTF-8. No special tokens exist to be added.
+
+        DataError for a byte that is no id of the model.
+        """
+        return self.require_known(np.frombuffer(_utf8(text), np.uint8).astype(np.int32))
+
+    def require_known(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The ids. DataError for one that the model's vocabulary lacks."""
+        id = _first_unknown(ids, self.limit)
+        if id is not None:
+            where = f"{self.note}: " if self.note else ""
+            raise _unknown_token(where, f"byte {id:#04x}", id, self.limit)
+        return ids
 
     def encode_prompt(self, text: str | bytes) -> NDArray[np.int32]:
         """The same bytes: see `HubTokenizer.encode_prompt`."""
@@ -193,6 +206,7 @@ class HubTokenizer:
     ):
         model_directory = directory if model_directory is None else model_directory
         self._path = os.path.join(directory, TOKENIZER_FILE)
+        self._limit = vocab_size
         where = quoted(self._path)
         self._files = {}
         for name in self.FILES:
@@ -328,7 +342,8 @@ class HubTokenizer:
     def encode(self, text: str | bytes, add_special_tokens: bool = False) -> NDArray[np.int32]:
         """The ids of a text in UTF-8.
 
-        `add_special_tokens` puts what the file asks for around it (a BOS, say).
+        `add_special_tokens` puts what the file asks for around it (a BOS, say). DataError for a
+        token that the model's vocabulary lacks.
         """
         data = _utf8(text)
         try:
@@ -339,7 +354,18 @@ class HubTokenizer:
                 "convert it to UTF-8"
             ) from None
         ids = self._ask("encode", len(data), text=data, special=add_special_tokens)
-        return _unpacked(ids)
+        return self.require_known(_unpacked(ids))
+
+    def require_known(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The ids. DataError for one that the model's vocabulary lacks.
+
+        A tokenizer may have more tokens than its model, as long as none of them occurs.
+        """
+        id = _first_unknown(ids, self._limit)
+        if id is not None:
+            token = quoted(self._ask("token", 0, id=id), 60)
+            raise _unknown_token(f"{quoted(self._path)}: ", f"token {token}", id, self._limit)
+        return ids
 
     def encode_prompt(self, text: str | bytes) -> NDArray[np.int32]:
         """The ids of a text that is to be continued, in training and in generation.
@@ -351,7 +377,7 @@ class HubTokenizer:
         ids = self.encode(text)
         if np.array_equal(ids[: len(before)], before):
             return ids
-        return np.concatenate([before, ids])
+        return np.concatenate([self.require_known(before), ids])
 
     def encode_with_edges(
         self, text: str
@@ -363,7 +389,7 @@ class HubTokenizer:
         data = _utf8(text)
         ids, starts, ends = self._ask("edges", len(data), text=data)
         starts, ends = (_unpacked(places).astype(np.int64) for places in (starts, ends))
-        return _unpacked(ids), starts, ends
+        return self.require_known(_unpacked(ids)), starts, ends
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         numbers = _id_list(ids)
@@ -394,6 +420,19 @@ def _template_of_name(templates: list[Any], name: str) -> Any:
     return None
 
 
+def _first_unknown(ids: NDArray[np.int32], limit: int) -> int | None:
+    """The first id that is not below `limit`, or None."""
+    unknown = ids[ids >= limit]
+    return int(unknown[0]) if len(unknown) else None
+
+
+def _unknown_token(where: str, token: str, id: int, limit: int) -> DataError:
+    return DataError(
+        f"{where}the text has the {token} with id {id}, and the model has ids 0 to {limit - 1} "
+        "(vocab_size in its config.json): leave it out of the text, or use a model that knows it"
+    )
+
+
 def _unpacked(packed: str) -> NDArray[np.int32]:
     """The array of `sandboxed.py`, in memory of its own."""
     return np.frombuffer(base64.b64decode(packed), np.int32).copy()
@@ -407,28 +446,23 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer in a model's folder: bytes, with a `note` that says so, without tokenizer.json.
 
+    directory         the folder, or the model's name on the hub (formats/hub.py)
+    vocab_size        of the model. A tokenizer may have more tokens: one that occurs in a text is a
+                      DataError then
     model_directory   the model's folder, if the tokenizer is in another one, as that of an adapter
-
-    DataError for a tokenizer that gives ids of `vocab_size` or more.
     """
+    directory = find_model(directory)
     path = Path(directory, TOKENIZER_FILE)
-    tokenizer: Tokenizer
+    limit = min(vocab_size, ByteTokenizer.vocab_size)
     if not os.path.lexists(path):
         note = f"{quoted(directory)} has no {TOKENIZER_FILE}: texts are read as bytes, ids 0 to 255"
         others = [name for name in OTHER_FILES if Path(directory, name).exists()]
         if others:
             note += f" ({', '.join(others)} cannot be used)"
-        tokenizer = ByteTokenizer(note)
-    elif _is_byte_level(read_json(path, limit=MAX_TOKENIZER_BYTES)):
-        tokenizer = ByteTokenizer()
-    else:
-        tokenizer = HubTokenizer(directory, vocab_size, model_directory)
-    if tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"{tokenizer.note or quoted(path)}: {tokenizer.vocab_size} ids, more than the model's "
-            f"vocab_size of {vocab_size}"
-        )
-    return tokenizer
+        return ByteTokenizer(note, limit)
+    if _is_byte_level(read_json(path, limit=MAX_TOKENIZER_BYTES)):
+        return ByteTokenizer(limit=limit)
+    return HubTokenizer(directory, vocab_size, model_directory)
 
 
 def has_tokenizer(adapter: PathLike) -> bool:

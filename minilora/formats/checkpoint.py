@@ -11,20 +11,31 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from itertools import takewhile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from ..errors import FormatError
 from .disk import JsonObject, PathLike, json_after, quoted, read_json, require_folder
-from .safetensors import Array, Entry, SafetensorsFile, Tensors, save_file, write_stream
+from .safetensors import (
+    DTYPES,
+    Array,
+    Entry,
+    SafetensorsFile,
+    Tensors,
+    save_file,
+    write_stream,
+)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_NAME = 255  # characters of a shard's name: what most file systems take
 MAX_INDEX_BYTES = 16 << 20  # the index of a model of 90,000 tensors in 160 shards takes nine
+HEAD = ".lm_head.weight"
+TRIES = 10  # unknown keys of which one must show how the others begin
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 # By type of model: the layers whose files hold W (O, I) as (in, out), by the last part of a path.
@@ -84,7 +95,7 @@ class Checkpoint(Tensors):
 
     def _open_shards(self, index: Path, opened: ExitStack) -> None:
         where = quoted(index)
-        listed = _read_index(index)
+        listed = read_index(index)
         paths = {shard: self._path_of(shard, where) for shard in sorted(listed)}
         for shard, path in paths.items():
             file = opened.enter_context(SafetensorsFile(path))
@@ -99,18 +110,23 @@ class Checkpoint(Tensors):
     def _path_of(self, shard: str, where: str) -> str:
         """The path of a shard that the index names.
 
-        The index may come from anywhere: no name in it may lead out of the folder, not through a
-        link either. A path of many parts takes `realpath` quadratic time, so its length is bounded.
+        The index may come from anywhere, so a name in it is that of a file in the folder, and no
+        path. What the folder has under this name is its owner's business: the hub's cache has
+        symbolic links to files elsewhere.
         """
         is_name = len(shard) <= MAX_NAME and shard.endswith(".safetensors")
-        if not is_name or "\\" in shard or "\0" in shard:
-            raise FormatError(f"{where}: {quoted(shard)} is not the name of a safetensors file")
-        root = os.path.realpath(self.directory)
-        path = os.path.realpath(Path(root, shard))
-        if os.path.isabs(shard) or os.path.commonpath([root, path]) != root:
-            raise FormatError(f"{where}: shard {quoted(shard)} is outside the folder")
+        # Windows' rules know every separator, and a drive's letter.
+        is_plain = is_name and PureWindowsPath(shard).name == shard and "\0" not in shard
+        if not is_plain or shard.startswith("."):  # a hidden file is not a model's
+            raise FormatError(
+                f"{where}: {quoted(shard)} is not the name of a safetensors file in the folder: "
+                "only plain names are read, without a path"
+            )
+        path = os.path.join(self.directory, shard)
         if not os.path.lexists(path):
-            raise FormatError(f"{where}: shard {quoted(shard)} is missing")
+            raise FormatError(
+                f"{where}: shard {quoted(shard)} is missing: download the model again"
+            )
         return path
 
     def _file(self, key: str) -> SafetensorsFile:
@@ -138,6 +154,10 @@ class Checkpoint(Tensors):
         """One tensor as it is stored; BF16 comes as uint16."""
         return self._file(key).read_bits(key)
 
+    def read_bytes(self, key: str) -> Array:
+        """The bytes of one tensor of any dtype: uint8 (bytes,)."""
+        return self._file(key).read_bytes(key)
+
     def require_floats(self, keys: Iterable[str]) -> None:
         """FormatError for the first of these tensors that does not hold floats."""
         for key in keys:
@@ -145,6 +165,17 @@ class Checkpoint(Tensors):
 
     def close(self) -> None:
         self._opened.close()
+
+
+def are_equal(one: Checkpoint, key: str, other: Checkpoint, other_key: str) -> bool:
+    """Whether two tensors have the same numbers, NaN being NaN. Where they are not read: bytes."""
+    if one.shape(key) != other.shape(other_key):
+        return False
+    dtypes = {one.dtype(key), other.dtype(other_key)}
+    if dtypes <= DTYPES.keys():
+        return np.array_equal(one.read(key), other.read(other_key), equal_nan=True)
+    same_dtype = len(dtypes) == 1
+    return same_dtype and np.array_equal(one.read_bytes(key), other.read_bytes(other_key))
 
 
 def describe_prefix(keys: Iterable[str], expected: Collection[str]) -> str:
@@ -166,21 +197,71 @@ def differing_prefixes(keys: Iterable[str], expected: Collection[str]) -> tuple[
     None if nothing is unknown, or if one new beginning does not make all of them expected.
     """
     names = set(expected)
-    unknown = [key for key in keys if key not in names and not key.endswith(BUFFERS)]
-    if not unknown or not names:
+    unknown = _unknown(keys, names)
+    prefixes = _prefixes_of(unknown[0], names) if unknown and names else None
+    if prefixes is None or len(_renamed(unknown, names, *prefixes)) < len(unknown):
         return None
-    parts = unknown[0].split(".")
+    return prefixes
+
+
+class Alignment(NamedTuple):
+    """Keys that differ from expected ones in their beginning alone, which is `old`, not `new`."""
+
+    names: dict[str, str]  # the expected key, by the key
+    old: str = ""
+    new: str = ""
+
+    def describe(self, whose: str, others: str) -> str:
+        """In words: the keys of `whose` begin in another way than those of `others`."""
+        prefixes = (self.old, self.new)
+        these, those = (f"begin with {quoted(p)}" if p else "have no prefix" for p in prefixes)
+        return f"the keys of {whose} {these}, those of {others} {those}: taken for the same"
+
+
+def align_keys(keys: Iterable[str], expected: Collection[str]) -> Alignment:
+    """Which of `keys` are expected ones with another beginning: "" for "model.", or "module.".
+
+    More than half of the unknown keys must be. The head is never inside the decoder, so it may have
+    another beginning than they. The others, such as a head that only one of two tied checkpoints
+    stores, stay as they are.
+    """
+    keys = list(keys)
+    unknown = _unknown(keys, set(expected))
+    missing = set(expected) - set(keys)
+    for key in unknown[:TRIES]:
+        prefixes = _prefixes_of(key, missing) if missing else None
+        names = _renamed(unknown, missing, *prefixes) if prefixes else {}
+        if prefixes and 2 * len(names) > len(unknown):
+            heads = zip(_heads(unknown), _heads(missing), strict=False)
+            return Alignment({**dict(heads), **names}, *prefixes)
+    return Alignment({})
+
+
+def _heads(keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if f".{key}".endswith(HEAD)]
+
+
+def _unknown(keys: Iterable[str], names: Collection[str]) -> list[str]:
+    return [key for key in keys if key not in names and not key.endswith(BUFFERS)]
+
+
+def _prefixes_of(key: str, names: Collection[str]) -> tuple[str, str] | None:
+    """(the beginning of a key, that of the name whose end is most like its end), or None."""
+    parts = key.split(".")
     nearest = max(names, key=lambda name: (_common_end(parts, name.split(".")), -len(name), name))
     common = _common_end(parts, nearest.split("."))
     end = "".join(f".{part}" for part in parts[len(parts) - common :])
-    old = f".{unknown[0]}".removesuffix(end).removeprefix(".")
+    old = f".{key}".removesuffix(end).removeprefix(".")
     new = f".{nearest}".removesuffix(end).removeprefix(".")
     old, new = (f"{prefix}." if prefix else "" for prefix in (old, new))
-    known = [key.startswith(old) and new + key[len(old) :] in names for key in unknown]
     of_another_layer = any(part.isdecimal() for part in (old + new).split("."))
-    if common < 2 or of_another_layer or not all(known):
-        return None
-    return old, new
+    return None if common < 2 or of_another_layer else (old, new)
+
+
+def _renamed(keys: Iterable[str], names: Collection[str], old: str, new: str) -> dict[str, str]:
+    """Those of `keys` that are among `names` with the beginning `new` in the place of `old`."""
+    renamed = {key: new + key[len(old) :] for key in keys if key.startswith(old)}
+    return {key: name for key, name in renamed.items() if name in names}
 
 
 def _common_end(one: list[str], other: list[str]) -> int:
@@ -189,7 +270,7 @@ def _common_end(one: list[str], other: list[str]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _read_index(path: Path) -> dict[str, set[str]]:
+def read_index(path: Path) -> dict[str, set[str]]:
     """{shard: its keys}, as the index lists them."""
     weight_map = read_json(path, limit=MAX_INDEX_BYTES).get("weight_map")
     if type(weight_map) is not dict or any(type(name) is not str for name in weight_map.values()):

@@ -203,7 +203,12 @@ def open_regular(path: PathLike) -> RegularFile:
     """
     # Without O_NONBLOCK, opening a pipe would wait for a writer.
     flags = os.O_RDONLY | BINARY | getattr(os, "O_NONBLOCK", 0)
-    descriptor = os.open(path, flags)
+    try:
+        descriptor = os.open(path, flags)
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            error.strerror = f"a symbolic link to {quoted(os.readlink(path))}, which is missing"
+        raise
     try:
         with name_errors(path):
             is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)

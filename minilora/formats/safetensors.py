@@ -34,8 +34,16 @@ from .dtypes import FLOATS, NUMPY_FLOATS, bf16_to_float32, too_large
 
 Array = NDArray[Any]
 
-# The order is the reference writer's: wide types first, so that arrays are aligned without gaps.
-# NumPy lacks bfloat16; its bits travel as uint16.
+# The bits of a number of each dtype of the format. The order is the reference writer's: wide types
+# first, so that arrays are aligned without gaps.
+BITS = {
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F32": 32, "U32": 32, "I32": 32, "BF16": 16,
+    "F16": 16, "U16": 16, "I16": 16, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "F8_E8M0": 8,
+    "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8, "F6_E3M2": 6, "F6_E2M3": 6, "F4": 4, "BOOL": 8,
+}  # fmt: skip
+
+# Those that are read, with NumPy's code. NumPy lacks bfloat16; its bits travel as uint16. A tensor
+# of another dtype is checked, listed and copied, but not read.
 CODES = {
     "U64": "<u8", "I64": "<i8", "F64": "<f8", "F32": "<f4", "U32": "<u4", "I32": "<i4",
     "BF16": "<u2", "F16": "<f2", "U16": "<u2", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?",
@@ -51,6 +59,15 @@ MAX_METADATA = 10_000  # texts; the metadata that trainers write hold about a hu
 # objects and texts.
 SMALLEST_ENTRY = 49
 ENTRY_VALUES = 8
+
+JSON_SPACE = b" \t\n\r"  # may stand before the header's {, as the reference has it
+
+
+def count_bytes(dtype: str, shape: Iterable[int]) -> int | None:
+    """The bytes of an array in a file; None if its numbers do not fill whole bytes."""
+    bits = BITS[dtype] * math.prod(shape)
+    return None if bits % 8 else bits // 8
+
 
 # ---- reading -------------------------------------------------------------------------------------
 
@@ -124,7 +141,8 @@ class SafetensorsFile(Tensors):
                 "only safetensors are read (no .bin, .pt, .pkl or .npz)"
             )
         text = bytes(self._bytes(8, length, "the header"))
-        if not text.startswith(b"{") or not text.rstrip(b" ").endswith(b"}"):
+        begins = text.lstrip(JSON_SPACE).startswith(b"{")
+        if not begins or not text.rstrip(b" ").endswith(b"}"):
             raise FormatError(
                 f"{self._where}: the header must begin with {{ and end with }} and spaces"
             )
@@ -147,9 +165,9 @@ class SafetensorsFile(Tensors):
         if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise FormatError(f"{where}: expected exactly dtype, shape and data_offsets")
         dtype = entry["dtype"]
-        if type(dtype) is not str or dtype not in DTYPES:
+        if type(dtype) is not str or dtype not in BITS:
             raise FormatError(
-                f"{where}: unsupported dtype {quoted(dtype, 40)}; supported are {', '.join(DTYPES)}"
+                f"{where}: unsupported dtype {quoted(dtype, 40)}; supported are {', '.join(BITS)}"
             )
         for field in ("shape", "data_offsets"):
             value = entry[field]
@@ -167,7 +185,12 @@ class SafetensorsFile(Tensors):
         if 8 * math.prod(side for side in shape if side) >= 2**63:
             raise FormatError(f"{where}: no array can have the shape {quoted(entry['shape'])}")
         begin, end = offsets
-        expected = math.prod(shape) * DTYPES[dtype].itemsize
+        expected = count_bytes(dtype, shape)
+        if expected is None:
+            raise FormatError(
+                f"{where}: {math.prod(shape)} numbers of {dtype}, each of {BITS[dtype]} bits, do "
+                "not fill whole bytes"
+            )
         if end - begin != expected:
             raise FormatError(
                 f"{where}: shape and dtype take {expected} bytes, the offsets {quoted(offsets, 60)}"
@@ -218,14 +241,26 @@ class SafetensorsFile(Tensors):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
+    def read_bytes(self, name: str) -> Array:
+        """The bytes of one tensor of any dtype: uint8 (bytes,)."""
+        entry = self._entry(name)
+        what = f"tensor {quoted(name)}"
+        return self._bytes(self._start + entry.begin, entry.end - entry.begin, what)
+
     def read_bits(self, name: str) -> Array:
         """One tensor as it is stored; BF16 comes as uint16.
 
-        It has memory of its own: aligned, C-contiguous, writable.
+        It has memory of its own: aligned, C-contiguous, writable. FormatError for a dtype that
+        NumPy has no array for (`read_bytes` has its bytes).
         """
         entry = self._entry(name)
         what = f"tensor {quoted(name)}"
-        data = self._bytes(self._start + entry.begin, entry.end - entry.begin, what)
+        if entry.dtype not in DTYPES:
+            raise FormatError(
+                f"{self._where}: {what} of shape {entry.shape} is {entry.dtype}, which is listed "
+                f"but not read; read are {', '.join(DTYPES)}: save it again as one of these"
+            )
+        data = self.read_bytes(name)
         if entry.dtype == "BOOL" and data.size and data.max() > 1:
             raise FormatError(f"{self._where}: {what}: a BOOL byte is neither 0 nor 1")
         stored = data.view(DTYPES[entry.dtype]).reshape(entry.shape)
@@ -275,7 +310,8 @@ def load_file(path: PathLike) -> dict[str, Array]:
 class Entry:
     """A tensor to be written: what its header entry says, and `read`, which makes the array.
 
-    `dtype` is the format's name; a "BF16" entry makes uint16 bits.
+    `dtype` is the format's name; a "BF16" entry makes uint16 bits, and one of a dtype that is not
+    read makes its bytes, uint8 (bytes,).
     """
 
     name: str
@@ -298,11 +334,12 @@ def write_stream(
     for entry in entries:
         if not isinstance(entry.name, str):
             raise FormatError(f"{where}: tensor name {quoted(entry.name)} must be a str")
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in BITS or count_bytes(entry.dtype, entry.shape) is None:
             raise FormatError(
-                f"{where}: tensor {quoted(entry.name)}: unsupported dtype {quoted(entry.dtype)}"
+                f"{where}: tensor {quoted(entry.name)}: unsupported dtype {quoted(entry.dtype)} "
+                f"of shape {entry.shape}"
             )
-    order = list(DTYPES)
+    order = list(BITS)
     entries.sort(key=lambda entry: (order.index(entry.dtype), entry.name))
     header = _header(where, entries, {"format": "pt"} if metadata is None else metadata)
     with Workers(1) as workers, atomic_file(path) as file:
@@ -310,17 +347,30 @@ def write_stream(
         arrays = workers.map(lambda entry: entry.read(), entries, ahead=1)
         with closing(arrays):  # no `read` goes on when this has failed
             for entry, array in zip(entries, arrays, strict=True):
-                expected = DTYPES[entry.dtype]
-                if array.dtype.newbyteorder("<") != expected or array.shape != entry.shape:
+                expected, shape = _array_of(entry)
+                if array.dtype.newbyteorder("<") != expected or array.shape != shape:
                     raise FormatError(
                         f"{where}: tensor {quoted(entry.name)} was announced as {expected} "
-                        f"{entry.shape}, but came as {array.dtype} {array.shape}"
+                        f"{shape}, but came as {array.dtype} {array.shape}"
                     )
                 # In memory a bool may be any byte, in a file it is 0 or 1.
                 if entry.dtype == "BOOL":
                     array = array.view(np.uint8) != 0
                 file.write(np.ascontiguousarray(array, expected).reshape(-1).view(np.uint8).data)
                 start_writeback(file)
+
+
+def _array_of(entry: Entry) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """(dtype, shape) of the array that an entry makes."""
+    if entry.dtype in DTYPES:
+        return DTYPES[entry.dtype], entry.shape
+    return np.dtype(np.uint8), (_count(entry),)
+
+
+def _count(entry: Entry) -> int:
+    size = count_bytes(entry.dtype, entry.shape)
+    assert size is not None  # write_stream has checked
+    return size
 
 
 def _header(where: str, entries: list[Entry], metadata: Mapping[str, str]) -> bytes:
@@ -334,7 +384,7 @@ def _header(where: str, entries: list[Entry], metadata: Mapping[str, str]) -> by
     for entry in entries:
         if entry.name in header or entry.name == "__metadata__":
             raise FormatError(f"{where}: tensor name {quoted(entry.name)} is taken")
-        end = begin + math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
+        end = begin + _count(entry)
         header[entry.name] = {
             "dtype": entry.dtype,
             "shape": list(entry.shape),

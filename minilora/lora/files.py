@@ -400,12 +400,10 @@ def _equal_as_stored(file: SafetensorsFile, key: str, expected: Array) -> bool:
 def base_key(base: Checkpoint, name: str) -> str | None:
     """The key in `base` of the tensor that an adapter calls `name`, or None.
 
-    GPT-2's files come with and without a prefix.
+    Files come with and without the decoder's name.
     """
-    for key in (name, name.removeprefix("transformer."), f"transformer.{name}"):
-        if key in base:
-            return key
-    return None
+    bare = [name.removeprefix(prefix) for prefix in DECODERS]
+    return next((key for key in (name, *bare, f"transformer.{name}") if key in base), None)
 
 
 def read_base(base: Checkpoint) -> Read:

@@ -13,11 +13,12 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Collection, Container, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError, Rule, check_fields, is_flag, shorten
 from ..formats import Checkpoint
-from ..formats.checkpoint import BUFFERS, is_stored_transposed
+from ..formats.checkpoint import BUFFERS, are_equal, is_stored_transposed
 from ..nn import Embedding, LinearBase, Module, Parameter
 from .config import DEFAULT_TARGETS, LoraConfig
 from .embedding import LoraEmbedding
@@ -30,6 +31,11 @@ from .tying import embedding_and_head, is_tied, model_type_of, unwrap
 
 HEAD = "lm_head"
 FIRST_EMBEDDINGS = ("model.embed_tokens", "transformer.wte")  # paths of the embedding of tokens
+# The decoders of models without a head (AutoModel), by the first part of their names there.
+DECODERS = {
+    "model": ("layers", "embed_tokens", "norm"),
+    "transformer": ("h", "wte", "wpe", "ln_f"),
+}
 EMBEDDINGS = ("embed_tokens", "wte", "wpe")  # last parts of the paths of a checkpoint's embeddings
 TIED = Rule("tie_word_embeddings", is_flag, "true or false")
 SHORTENED = 20  # PEFT replaces so many names by endings, which layers_to_transform applies to
@@ -135,21 +141,26 @@ def modules_inside(model: Module) -> dict[str, Any]:
 
 
 def describe_checkpoint(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Base:
-    """The base that a checkpoint's header and config.json describe; no tensor is read."""
+    """The base that a checkpoint's header and config.json describe.
+
+    Tensors are read in one case alone: a head beside the embedding that config.json says it is.
+    """
     model_type = str(config.get("model_type"))
     parameters: dict[str, Shape] = {}
-    for key in checkpoint.keys():
+    keys = canonical_names(checkpoint)
+    for name, key in keys.items():
         if not key.endswith(BUFFERS):
             shape = checkpoint.shape(key)
-            name = canonical_name(model_type, key)
             parameters[name] = shape[::-1] if is_stored_transposed(model_type, key) else shape
     head_weight = f"{HEAD}.weight"
     embedding = next((p for p in FIRST_EMBEDDINGS if f"{p}.weight" in parameters), "")
-    tied = config.get("tie_word_embeddings", model_type == "gpt2")
-    check_fields({TIED.field: tied}, [TIED], "config: ")
+    tied = says_tied(config)
     if head_weight not in parameters and embedding:
         tied = True
         parameters[head_weight] = parameters[f"{embedding}.weight"]
+    elif tied and embedding:
+        key = keys[f"{embedding}.weight"]
+        tied = are_equal(checkpoint, keys[head_weight], checkpoint, key)
     layers: dict[str, Layer] = {}
     for name in parameters:
         path = name.rpartition(".")[0]
@@ -163,11 +174,31 @@ def describe_checkpoint(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Ba
     return Base(model_type, layers, parameters, embedding, head, tied)
 
 
-def canonical_name(model_type: str, key: str) -> str:
-    """A checkpoint's key as models and adapters name it: GPT-2's files may lack the prefix."""
-    if model_type != "gpt2" or key.startswith(HEAD):
-        return key
-    return f"transformer.{key.removeprefix('transformer.')}"
+def says_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that embedding and head are one weight. ConfigError for others."""
+    tied: bool = config.get(TIED.field, config.get("model_type") == "gpt2")
+    check_fields({TIED.field: tied}, [TIED], "config: ")
+    return tied
+
+
+def canonical_names(
+    checkpoint: Checkpoint, aligned: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, str]:
+    """A checkpoint's keys by the names that models and adapters have for them.
+
+    aligned   the keys of another checkpoint by those that differ from them: see `align_keys`
+    """
+    keys = checkpoint.keys()
+    names = {canonical_name(aligned.get(key, key)): key for key in keys}
+    is_clear = len(names) == len(keys)
+    return names if is_clear else {key: key for key in keys}
+
+
+def canonical_name(key: str) -> str:
+    """A key with the decoder's name, which files of a model without a head lack: model.layers.0."""
+    first = key.partition(".")[0]
+    decoders = (f"{decoder}." for decoder, parts in DECODERS.items() if first in parts)
+    return next(decoders, "") + key
 
 
 def _describe_layer(

@@ -28,7 +28,7 @@ from .config import MAX_PATTERNS, LoraConfig, is_pattern
 from .endings import plain_text
 from .names import ENDINGS, PREFIX
 from .patterns import MAX_STATES, UnsupportedPattern, compile_pattern
-from .plan import HEAD, Base
+from .plan import DECODERS, HEAD, Base
 from .repeats import Read, is_weight_of_base
 from .targets import Layers, Targets
 
@@ -36,12 +36,6 @@ Array = np.ndarray
 
 # The parts of a key that say whose tensor it is; a tensor without one is a parameter of the base.
 MARKS = {"base_layer", "original_module", "modules_to_save", "token_adapter"}
-
-# The decoders of models without a head (AutoModel), by the first part of their names there.
-DECODERS = {
-    "model": ("layers", "embed_tokens", "norm"),
-    "transformer": ("h", "wte", "wpe", "ln_f"),
-}
 
 # Where the weight of an embedding or a head is in a file: the base's, or else a trained one.
 WEIGHTS = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..formats import Checkpoint, array_entry, read_checkpoint, write_checkpoint
 from ..formats.checkpoint import (
     BUFFERS,
     CONFIG_FILE,
+    are_equal,
     describe_prefix,
     is_stored_transposed,
     to_file_layout,
@@ -45,6 +47,8 @@ from ..quant.half import (
 )
 from ..quant.linear import quantized_layers
 from .config import TransformerConfig
+
+HEAD = "lm_head.weight"
 
 # ---- loading ------------------------------------------------------------------------------------
 
@@ -73,6 +77,9 @@ def load_model(
             )
         model = make(config, seed=None, dtype=dtype)
         names = _model_names(model, checkpoint)
+        if config.tie_word_embeddings and not _settle_tie(model, names, checkpoint):
+            untied = dataclasses.replace(config, tie_word_embeddings=False)
+            model = make(untied, seed=None, dtype=dtype)
         coded = {} if scheme is None else _coded_layers(model, names)
         if scheme is not None and not coded:
             raise FormatError(
@@ -130,6 +137,30 @@ def _model_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     return {key if key.startswith("lm_head.") else prefix + key: key for key in keys}
 
 
+def _settle_tie(model: Any, names: dict[str, str], checkpoint: Checkpoint) -> bool:
+    """Whether the model's embedding and head are one weight in the files, as config.json says.
+
+    Two weights that differ count, and not config.json; a head alone is the embedding, too. Both as
+    in transformers 5. `names` is that of `_model_names`, and gets the embedding.
+    """
+    weight = model.get_input_embeddings().weight
+    embedding = next(name for name, p in model.named_parameters() if p is weight)
+    if HEAD not in names:
+        return True
+    if embedding not in names:
+        names[embedding] = names.pop(HEAD)
+        return True
+    if are_equal(checkpoint, names[HEAD], checkpoint, names[embedding]):
+        return True
+    warnings.warn(
+        f"{quoted(checkpoint.directory)}: tie_word_embeddings is true in config.json, but "
+        f"{names[HEAD]} differs from {names[embedding]}: both are used, as transformers does; set "
+        "tie_word_embeddings to false to say so",
+        stacklevel=4,
+    )
+    return False
+
+
 def _coded_layers(model: Any, names: Iterable[str]) -> dict[str, list[str]]:
     """The linear layers that are stored as codes: the names of their tensors, by path.
 
@@ -164,7 +195,7 @@ def _fill(
     kind = model.config.model_type
     weights = {f"{path}.weight" for path in coded}
     params = {name: p for name, p in model.named_parameters() if name not in weights}
-    head = keys.get("lm_head.weight") if model.config.tie_word_embeddings else None
+    head = keys.get(HEAD) if model.config.tie_word_embeddings else None  # the embedding again
     problems = [f"missing {name}" for name in params if name not in keys]
     unknown = sorted(key for name, key in keys.items() if name not in params and key != head)
     problems += [f"unknown {key}" for key in unknown if not key.endswith(BUFFERS)]
@@ -179,7 +210,8 @@ def _fill(
         problems = [prefix, *problems] if prefix else problems
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise FormatError(f"{where}: {'; '.join(problems[:5])}{more}")
-    checkpoint.require_floats(keys[name] for name in params)
+    stored_keys = [keys[name] for name in params]
+    checkpoint.require_floats(stored_keys if head is None else [*stored_keys, head])
     owners = half_weight_owners(model).values() if stored else ()
     can_be_half = {module.weight for module in owners}
     halves = {}
@@ -192,14 +224,6 @@ def _fill(
         else:
             p.data = to_file_layout(kind, name, checkpoint.read(key, dtype=p.dtype))
     store_half_weights(model, halves)
-    if head is not None:
-        checkpoint.require_floats([head])
-        embedding = model.get_input_embeddings().weight
-        array = checkpoint.read(head, dtype=embedding.dtype)
-        if not np.array_equal(array, embedding.data, equal_nan=True):
-            raise FormatError(
-                f"{where}: tie_word_embeddings is true, but {head} differs from the embedding"
-            )
 
 
 # ---- saving -------------------------------------------------------------------------------------

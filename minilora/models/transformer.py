@@ -19,6 +19,7 @@ from .. import functional as F
 from ..autograd import Tensor, concat
 from ..backend import Array, Backend
 from ..errors import ConfigError, DataError, GraphError, check_names
+from ..formats.hub import find_model
 from ..nn import Embedding, FusedProjection, Linear, Module, RMSNorm, normal, random_linear
 from ..precision import FLOAT32, check_compute
 from .cache import Cache
@@ -356,12 +357,16 @@ class CausalLM(Module):
         device: str | Backend = "cpu",
         stored: bool = False,
         compute: str = FLOAT32,
+        download: bool = False,
     ) -> CausalLM:
         """The model of a folder, config.json and safetensors, read tensor by tensor; in eval mode.
 
+        directory  the folder, or `org/name` or `org/name@revision` on the Hugging Face hub, whose
+                   cache is read (formats/hub.py)
         stored   keep the weights that the files store in 16 bits so, frozen, and compute with them
                  in `dtype` (quant/half.py)
         compute  the arithmetic of the products with frozen weights: see `set_compute`
+        download fetch what the cache lacks, by the package huggingface_hub
 
         FormatError lists every tensor that is missing, unknown, or of another shape than
         config.json says. Layers that are stored as bitsandbytes' codes become QuantizedLinear;
@@ -369,7 +374,8 @@ class CausalLM(Module):
         """
         # Before files are read.
         check_compute(compute, np.float64 if dtype in ("float64", np.float64) else np.float32)
-        model = load_model(cls, directory, dtype, stored).to(device).eval()
+        folder = find_model(directory, download)
+        model = load_model(cls, folder, dtype, stored).to(device).eval()
         model.set_compute(compute)
         return model  # type: ignore[no-any-return]
 

@@ -14,7 +14,7 @@ A model's config.json: read_quantization_config, quantization_config.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,12 +95,9 @@ def read_bitsandbytes(tensors: Mapping[str, np.ndarray], where: str = "layer") -
         if np.abs(array(key, np.float32, len(levels)) - levels).max() > 2.0**-23:  # one last bit
             raise fail(f"{key} is not the map of {kind}")
 
-    states = [key for key in tensors if key.startswith(_STATE)]
-    kind = states[0].removeprefix(_STATE) if len(states) == 1 else ""
-    if kind not in STORED:
-        raise fail(f"expected one {_STATE}nf4 or fp4, found {', '.join(states) or 'none'}")
+    state_key, kind = find_state(tensors, where)
     nested = "weight.nested_absmax" in tensors
-    expected = {"weight", "weight.absmax", "weight.quant_map", states[0]}
+    expected = {"weight", "weight.absmax", "weight.quant_map", state_key}
     if nested:
         expected |= {"weight.nested_absmax", "weight.nested_quant_map"}
     missing = expected - set(tensors)
@@ -109,9 +106,9 @@ def read_bitsandbytes(tensors: Mapping[str, np.ndarray], where: str = "layer") -
         problem = "missing" if missing else "unknown"
         raise fail(f"{problem} {', '.join(sorted(missing or unknown))}")
 
-    raw = tensors[states[0]]
-    data = array(states[0], np.uint8, raw.size if isinstance(raw, np.ndarray) else 0)
-    state = _read_state(data.tobytes(), kind, nested, where)
+    raw = tensors[state_key]
+    data = array(state_key, np.uint8, raw.size if isinstance(raw, np.ndarray) else 0)
+    state = read_state(data.tobytes(), kind, nested, where)
     outputs, inputs = state["shape"]
     size = outputs * inputs
     block_size = state["blocksize"]
@@ -169,7 +166,18 @@ _NESTED_RULES = [
 ]
 
 
-def _read_state(data: bytes, kind: str, nested: bool, where: str) -> JsonObject:
+def find_state(names: Iterable[str], where: str) -> tuple[str, str]:
+    """(name, kind) of the JSON object among the tensors of a layer, by their names."""
+    states = [name for name in names if name.startswith(_STATE)]
+    kind = states[0].removeprefix(_STATE) if len(states) == 1 else ""
+    if kind not in STORED:
+        raise FormatError(
+            f"{where}: expected one {_STATE}nf4 or fp4, found {', '.join(states) or 'none'}"
+        )
+    return states[0], kind
+
+
+def read_state(data: bytes, kind: str, nested: bool, where: str) -> JsonObject:
     """The JSON object beside the tensors, its fields and their values checked."""
     rules = [_one_of("quant_type", kind), *_STATE_RULES]
     if nested:

@@ -134,7 +134,7 @@ def _round_adapter(folder: Path, code: str, open_out: OpenOut, allow_nonfinite: 
 
 
 def _round_checkpoint(folder: Path, dtype: str, open_out: OpenOut, allow_nonfinite: bool) -> None:
-    config, checkpoint = read_dense(folder)
+    config, checkpoint, _ = read_dense(folder, dtype)
     with checkpoint:
 
         def make(key: str) -> tuple[Array, None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,19 @@ import numpy as np
 
 from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import Checkpoint, read_checkpoint, write_adapter
-from ..formats.checkpoint import is_stored_transposed
+from ..formats.checkpoint import align_keys, are_equal, is_stored_transposed
+from ..formats.disk import quoted
 from ..formats.folders import fingerprint, new_folder, require_outside
+from ..formats.hub import model_name
 from ..lora import AdaLoraConfig, HydraConfig, LoraConfig
 from ..lora.combining import MAX_RANK
 from ..lora.factors import factors_from_svd, product_norm, truncate_rank
-from ..lora.files import AdapterFile, base_key, stored_key
+from ..lora.files import AdapterFile
 from ..lora.names import EMBEDDING, LINEAR, PREFIX
-from ..lora.plan import FIRST_EMBEDDINGS, HEAD, Base, canonical_name, describe_checkpoint
+from ..lora.plan import FIRST_EMBEDDINGS, HEAD, Base, canonical_names, describe_checkpoint
 from ..lora.tying import are_transposed
 from ..threads import one_blas_thread
+from .comparing import has_other_rows
 from .leading import leading_triplets
 from .rewriting import Row, progress
 
@@ -90,7 +94,10 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
     one row per layer as `resize` does. Memory holds a few tensors in float64; BLAS runs in one
     thread, so that equal checkpoints give equal bits everywhere.
 
-    FormatError if the two have different tensors or shapes, ConfigError if nothing changed.
+    Keys may begin in two ways ("model.layers.0" and "layers.0"), and the tuned model may have
+    another vocabulary: then its embedding and head are saved whole. A warning says so.
+
+    FormatError if the two have other tensors or shapes, ConfigError if nothing changed.
     """
     _require_rank(r)
     require_outside(out, base=base, tuned=tuned)
@@ -141,7 +148,7 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
             "ensure_weight_tying": tied,
             "task_type": "CAUSAL_LM",
             "fan_in_fan_out": is_stored_transposed(model_type, f"{layers[-1]}.weight"),
-            "base_model_name_or_path": str(base),
+            "base_model_name_or_path": model_name(base),
         }
         _write(out, base, {**fields, **plain(r)}, tensors)
     return rows
@@ -152,30 +159,66 @@ class _Pair:
 
     names   those of both; a head that one of them does not store is its embedding
 
-    FormatError if the two have different tensors or shapes.
+    FormatError if the two have different tensors or shapes, apart from another vocabulary.
     """
 
     def __init__(self, base: Checkpoint, tuned: Checkpoint, described: Base) -> None:
         self.base = base
         self.tuned = tuned
         self.described = described
-        names = [{self._name(key): None for key in file.keys()} for file in (base, tuned)]
-        self.names = list(names[0])
-        if described.tied and HEAD_WEIGHT in names[1] and HEAD_WEIGHT not in names[0]:
-            self.names.append(HEAD_WEIGHT)
-        for name in dict.fromkeys([*self.names, *names[1]]):
+        alignment = align_keys(tuned.keys(), base.keys())
+        if alignment.names:
+            whose, others = quoted(tuned.directory), quoted(base.directory)
+            warnings.warn(alignment.describe(whose, others), stacklevel=3)
+        self._base_keys = canonical_names(base)
+        self._tuned_keys = canonical_names(tuned, alignment.names)
+        self.names = list(self._base_keys)
+        if described.tied and HEAD_WEIGHT in self._tuned_keys:
+            self.names = list(dict.fromkeys([*self.names, HEAD_WEIGHT]))
+        resized = []
+        for name in dict.fromkeys([*self.names, *self._tuned_keys]):
             shapes = [self._shape(file, name) for file in (base, tuned)]
-            if shapes[0] != shapes[1]:
+            if shapes[0] == shapes[1]:
+                continue
+            if not self._is_vocabulary(name) or not has_other_rows(*shapes):
                 raise FormatError(
                     f"{tuned.directory!r} is not tuned from {base.directory!r}: {name} is in one "
                     "alone, or differs in shape"
                 )
+            resized.append(name)
+        if resized:
+            self._describe_vocabulary(resized)
 
-    def _name(self, key: str) -> str:
-        return canonical_name(self.described.model_type, key)
+    def _is_vocabulary(self, name: str) -> bool:
+        return name in (f"{self.described.embedding}.weight", HEAD_WEIGHT)
+
+    def _describe_vocabulary(self, names: list[str]) -> None:
+        """Warn of an embedding and a head with other rows, and say how many of the first changed.
+
+        FormatError if only one of the two has them.
+        """
+        ends = [name for name in self.names if self._is_vocabulary(name)]
+        if names != ends:
+            raise FormatError(
+                f"{self.tuned.directory!r}: {names[0]} has another number of tokens than in "
+                f"{self.base.directory!r}, but {ends[0] if ends[0] not in names else ends[-1]} has "
+                "the same: give checkpoints whose embedding and head agree"
+            )
+        before, after = self._read(self.base, names[0]), self.read_tuned(names[0])
+        rows = min(len(before), len(after))
+        changed = int((before[:rows] != after[:rows]).any(axis=1).sum())
+        warnings.warn(
+            f"{quoted(self.tuned.directory)} has {len(after)} tokens, the base {len(before)}: "
+            f"{' and '.join(names)} are saved whole ({changed} of the first {rows} rows of "
+            f"{names[0]} changed)",
+            stacklevel=4,
+        )
 
     def _key(self, file: Checkpoint, name: str) -> str | None:
-        return stored_key(file, name) if self.described.tied else base_key(file, name)
+        keys = self._base_keys if file is self.base else self._tuned_keys
+        if name == HEAD_WEIGHT and name not in keys and self.described.tied:
+            name = f"{self.described.embedding}.weight"
+        return keys.get(name)
 
     def _shape(self, file: Checkpoint, name: str) -> tuple[int, ...] | None:
         key = self._key(file, name)
@@ -210,11 +253,12 @@ class _Pair:
         """The names of the tensors that differ, by the paths of their modules."""
         changed: dict[str, list[str]] = {}
         for name in self.names:
-            if not np.array_equal(
-                self._read(self.base, name), self.read_tuned(name), equal_nan=True
-            ):
-                for file in (self.base, self.tuned):
-                    file.require_floats([key for key in [self._key(file, name)] if key])
+            key, tuned_key = self._key(self.base, name), self._key(self.tuned, name)
+            assert key is not None  # __init__ has found both
+            assert tuned_key is not None
+            if not are_equal(self.base, key, self.tuned, tuned_key):
+                self.base.require_floats([key])
+                self.tuned.require_floats([tuned_key])
                 changed.setdefault(name.rpartition(".")[0], []).append(name)
         if not changed:
             raise ConfigError(

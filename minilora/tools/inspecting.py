@@ -19,6 +19,7 @@ from ..lora import AdaLoraConfig, HydraConfig
 from ..lora.factors import effective_rank, singular_values
 from ..lora.files import AdapterFile, base_key, mismatches_with
 from ..threads import blocks
+from .rewriting import read_dense
 
 Report = dict[str, Any]
 
@@ -77,7 +78,7 @@ def inspect_adapter(folder: str | Path, base: str | Path | None = None) -> Repor
         if broken:
             report["not finite"] = broken
         if base is not None:
-            fields, checkpoint = read_checkpoint(base)
+            fields, checkpoint, _ = read_dense(base)
             with checkpoint:
                 report["mismatches"] = mismatches_with(file, checkpoint, fields)
                 for row, size in zip(rows, norms, strict=True):

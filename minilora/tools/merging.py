@@ -31,7 +31,7 @@ from ..lora.combining import check_weights
 from ..lora.factors import Part
 from ..lora.files import AdapterFile, base_key, fit, read_base, reading_first
 from ..lora.merging import Map, merge_weight
-from ..lora.plan import HEAD, describe_checkpoint
+from ..lora.plan import HEAD, describe_checkpoint, says_tied
 from ..lora.tying import are_transposed, choose
 from ..threads import Workers, available_cores, keep_memory, one_blas_thread
 from .rewriting import DTYPE_RULE, Row, not_finite, read_dense, rewrite, stored
@@ -102,7 +102,8 @@ def merge(
     """Merge PEFT adapters, times `weights` (1), into the checkpoint `base`; write the result to the
     folder `out`.
 
-    dtype   "float32", "float16" or "bfloat16" for every float; None: each tensor keeps its dtype
+    dtype   "float32", "float16" or "bfloat16" for every float; None: each tensor keeps its dtype,
+            and a base of bitsandbytes' codes, which are decoded, gets the one in its config.json
     tied    "untie" or "share": see lora/tying.py. It is needed if the adapters change an embedding
             or the head that shares its weight, but not both alike
 
@@ -120,7 +121,7 @@ def merge(
     for folder in adapters:
         require_outside(out, adapter=folder)
     with ExitStack() as opened:
-        config, checkpoint = read_dense(base)
+        config, checkpoint, dtype = read_dense(base, dtype)
         opened.enter_context(checkpoint)
         files = [opened.enter_context(AdapterFile(folder)) for folder in adapters]
         plan = plan_merge(checkpoint, config, files, weights, tied)
@@ -182,6 +183,7 @@ def plan_merge(
     """What merging does to the base. FormatError if an adapter does not fit; ConfigError as for
     `merge`."""
     described = describe_checkpoint(base, config)
+    untied = says_tied(config) and not described.tied  # as the files have it
     read = read_base(base)
     changes: Changes = {}
     resized = {}
@@ -198,7 +200,6 @@ def plan_merge(
             key = base_key(base, name) or name
             changes.setdefault(key, []).append(change)
     twins = {}
-    untied = False
     embedding = base_key(base, f"{described.embedding}.weight")
     if described.tied and embedding:
         untied = _settle_tie(embedding, changes, tied)

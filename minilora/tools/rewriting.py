@@ -31,6 +31,8 @@ from ..formats.checkpoint import CONFIG_FILE, INDEX_FILE, MAX_INDEX_BYTES, WEIGH
 from ..formats.disk import PathLike, atomic_file, open_regular, quoted
 from ..formats.dtypes import DTYPES, FLOATS, empty_as, round_to, row_blocks, too_large, widen
 from ..progress import progress_bar
+from ..quant.bitsandbytes import read_quantization_config
+from ..quant.decoded import DecodedCheckpoint
 
 Array = np.ndarray
 Row = dict[str, Any]
@@ -50,16 +52,32 @@ def progress(parts: Iterable[str], title: str, unit: str = "layers") -> Any:
     return progress_bar(parts, desc=title, unit=f" {unit}", leave=False)
 
 
-def read_dense(folder: str | Path) -> tuple[dict[str, Any], Checkpoint]:
-    """`read_checkpoint` of a folder with config.json. ConfigError if its weights are quantized."""
+def read_dense(
+    folder: str | Path, dtype: str | None = None
+) -> tuple[dict[str, Any], Checkpoint, str | None]:
+    """(config.json, the open tensors, the dtype to write) of a checkpoint without its quantization.
+
+    The layers that bitsandbytes stores as 4-bit codes are decoded: they were in float32, or in the
+    dtype that config.json names, which is then the one to write unless `dtype` is given.
+    ConfigError for any other quantization.
+    """
     config, checkpoint = read_checkpoint(folder)
-    if config.get("quantization_config") is not None:
-        checkpoint.close()
-        raise ConfigError(
-            f"{str(folder)!r} is quantized (quantization_config in its config.json): use the "
-            "checkpoint that it was made from"
-        )
-    return config, checkpoint
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return config, checkpoint, dtype
+    checkpoint.close()
+    try:
+        scheme = read_quantization_config(quantization)
+    except ConfigError as error:
+        where = quoted(Path(folder, CONFIG_FILE))
+        reason = str(error).removeprefix("config: ")
+        advice = "use the checkpoint that it was made from"
+        raise ConfigError(f"{where}: it is quantized: {reason}: {advice}") from None
+    named = config.get("dtype", config.get("torch_dtype"))
+    if dtype is None:
+        dtype = named if named in DTYPES else "float32"
+    dense = {name: value for name, value in config.items() if name != "quantization_config"}
+    return dense, DecodedCheckpoint(folder, str(config.get("model_type")), scheme), dtype
 
 
 # ---- numbers as they are stored ----
@@ -72,9 +90,14 @@ def stored(
     allow_nonfinite: bool = False,
 ) -> Array:
     """A tensor's bits; floats are rounded to `dtype` ("F32", ...) if it is given. NonFiniteError
-    names the tensor."""
-    bits = file.read_bits(key)
+    names the tensor.
+
+    Of a dtype that is not read (F8, F6, F4, ...) its bytes; FormatError if it is to be rounded.
+    """
     source = file.dtype(key)
+    if source not in safetensors.DTYPES and dtype is None:
+        return file.read_bytes(key)
+    bits = file.read_bits(key)
     if source not in FLOATS:
         return bits
     target = dtype or source
@@ -144,7 +167,8 @@ def rewrite(
     shards = {}
     for shard, keys in checkpoint.shards.items():
         new_keys = [twin for twin, key in twins.items() if key in keys]
-        shards[shard] = [entry(key) for key in (*keys, *new_keys)]
+        if keys:  # of a shard may be left nothing, once codes are decoded
+            shards[shard] = [entry(key) for key in (*keys, *new_keys)]
     with bar:
         bar.reset(sum(_count_weights(entries) for entries in shards.values()))
         for number, (shard, entries) in enumerate(shards.items()):
@@ -154,7 +178,6 @@ def rewrite(
                 bar.update(_count_weights(entries))
                 rows += read_json(notes, limit=MAX_INDEX_BYTES)["rows"]
                 continue
-            path.parent.mkdir(parents=True, exist_ok=True)
             first = len(rows)
             write_stream(path, entries)
             write_json(notes, {"rows": rows[first:]})
@@ -185,13 +208,16 @@ def _count_weights(entries: list[Entry]) -> int:
 
 
 def _write_index(folder: Path, stage: Path, shards: dict[str, list[Entry]]) -> None:
-    """The index in `folder` written to `stage`, with the new keys and the new size."""
+    """The index in `folder` written to `stage`, with the keys of now and the new size."""
     index = read_json(folder / INDEX_FILE, limit=MAX_INDEX_BYTES)
     size = 0
+    places = {}
     for shard, entries in shards.items():
         for entry in entries:
-            index["weight_map"][entry.name] = shard
-            size += safetensors.DTYPES[entry.dtype].itemsize * math.prod(entry.shape)
+            places[entry.name] = shard
+            size += safetensors.count_bytes(entry.dtype, entry.shape) or 0
+    before = [key for key in index["weight_map"] if key in places]
+    index["weight_map"] = {key: places[key] for key in (*before, *places)}
     metadata = index.get("metadata")
     if not isinstance(metadata, dict):
         metadata = {}

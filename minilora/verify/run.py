@@ -19,6 +19,7 @@ from ..formats import Checkpoint, read_checkpoint
 from ..formats.dtypes import FLOATS, round_to, widen
 from ..lora import AdaLoraAdapter, PeftModel
 from ..lora.factors import effective_rank, singular_values
+from ..lora.files import base_key
 from ..models.transformer import CausalLM
 from ..progress import progress_bar
 from ..threads import keep_memory, one_blas_thread
@@ -216,8 +217,8 @@ def describe_layer(case: Case, checkpoint: Checkpoint) -> Finding:
     if isinstance(adapter, AdaLoraAdapter):
         A = A * adapter.lora_E.numpy()
     W = case.base.dense_weight().astype(np.float64)
-    key = f"{case.name}.weight"
-    dtype = checkpoint.dtype(key) if key in checkpoint else "F32"
+    key = base_key(checkpoint, f"{case.name}.weight")
+    dtype = "F32" if key is None else checkpoint.dtype(key)
     with np.errstate(all="ignore"):  # a number that is not finite is reported, not warned of
         dW = case.original.delta_weight(case.first)
         merged, half_ulp = round_with_half_ulp(W + dW, dtype)

@@ -29,7 +29,7 @@ import minilora.training.loop
 from minilora.cli import main
 from minilora.formats import load_file
 
-for module in ("hostile_files", "hostile_commands", "hostile_tools"):
+for module in ("hostile_files", "hostile_bases", "hostile_commands", "hostile_tools"):
     importlib.import_module(module)  # fills ROWS
 
 # A row may import nothing, so what a command imports when it runs is imported now.

@@ -23,6 +23,7 @@ from special_folders import (
     write_folder,
 )
 
+from minilora.data.records import read_records
 from minilora.data.special import CLASS_TOKENS, SpecialTokens, surrounding_ids
 from minilora.data.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
 from minilora.errors import DataError, FormatError
@@ -316,3 +317,45 @@ def test_ids_of_the_support_folders_are_what_they_say(tmp_path: Path) -> None:
     tokenizer = read(write_folder(tmp_path))
     assert {text: int(tokenizer.encode(text)[0]) for text in IDS} == IDS
     assert tokenizer.vocab_size == SIZE
+
+
+# ---- a tokenizer with more tokens than the model ----
+
+
+def test_encode_refuses_a_token_that_the_model_lacks_where_it_occurs(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, processor="bos and eos", settings={"eos_token": "<|im_end|>"})
+    tokenizer = load_tokenizer(folder, BOS + 1)
+    assert isinstance(tokenizer, HubTokenizer)
+    assert tokenizer.encode("plain").tolist() == tokenizer.encode(b"plain").tolist()
+    assert tokenizer.encode_prompt("plain")[0] == BOS, "the last id of the model"
+    for use in (tokenizer.encode, tokenizer.encode_prompt, tokenizer.encode_with_edges):
+        with pytest.raises(
+            DataError, match=rf"token '<x>' with id {OWN}, and the model has ids 0 to"
+        ):
+            use("a <x> b")
+    with pytest.raises(DataError, match=rf"token '</s>' with id {EOS}"):
+        tokenizer.encode("a", add_special_tokens=True)
+    with pytest.raises(DataError, match=rf"token '<s>' with id {BOS}"):
+        load_tokenizer(folder, BOS).encode_prompt("a")
+
+
+def test_special_tokens_that_the_model_lacks_are_ignored_with_a_note(tmp_path: Path) -> None:
+    settings = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<pad>"}
+    folder = write_folder(tmp_path, settings=settings, generation={"eos_token_id": [5, TURN]})
+    special = load_tokenizer(folder, TURN).special
+    assert (special.bos, special.eos, special.pad) == (BOS, (5,), None)
+    notes = "; ".join(special.notes)
+    for words in (f"eos_token '<|im_end|>' has id {TURN}", f"pad_token '<pad>' has id {PAD}"):
+        assert f"{words}, outside the model's vocab_size of {TURN}" in notes
+    assert "tokenizer_config.json" in notes
+    whole = load_tokenizer(folder, VOCAB_SIZE).special
+    assert (whole.eos, whole.pad, whole.notes) == ((TURN, 5), PAD, ())
+
+
+def test_read_records_names_an_end_that_the_model_lacks(tmp_path: Path) -> None:
+    """The tokenizer puts it after each record."""
+    folder = write_folder(tmp_path, processor="bos and eos")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(DataError, match=rf"data\.jsonl.* token '</s>' with id {EOS}"):
+        read_records(data, load_tokenizer(folder, EOS), 8)

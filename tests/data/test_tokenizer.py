@@ -108,8 +108,10 @@ def test_load_tokenizer_reads_its_own_file_without_the_package(saved, monkeypatc
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert load_tokenizer(saved, 256) == ByteTokenizer()
     assert load_tokenizer(saved, 300).note == ""
-    with pytest.raises(DataError, match="256 ids, more than the model's vocab_size of 255"):
-        load_tokenizer(saved, 255)
+    few = load_tokenizer(saved, 128)
+    assert few.encode("plain").tolist() == list(b"plain")
+    with pytest.raises(DataError, match=r"byte 0xc3 with id 195, and the model has ids 0 to 127"):
+        few.encode("caf\u00e9")
 
 
 def test_load_tokenizer_without_a_file_gives_bytes_and_a_note(tmp_path):
@@ -117,8 +119,8 @@ def test_load_tokenizer_without_a_file_gives_bytes_and_a_note(tmp_path):
     assert isinstance(tokenizer, ByteTokenizer)
     assert "no tokenizer.json" in tokenizer.note
     assert "cannot be used" not in tokenizer.note
-    with pytest.raises(DataError, match=r"no tokenizer\.json.*vocab_size of 255"):
-        load_tokenizer(tmp_path, 255)
+    with pytest.raises(DataError, match=r"no tokenizer\.json.* byte 0xff with id 255"):
+        load_tokenizer(tmp_path, 255).encode(b"\xfe\xff")
     (tmp_path / "tokenizer.model").touch()
     assert "tokenizer.model cannot be used" in load_tokenizer(tmp_path, 256).note
 
@@ -199,9 +201,12 @@ def test_hub_tokenizer_gives_the_package_s_ids(tmp_path):
     assert ours.decode([0]) == "<s>"
     with pytest.raises(DataError, match="at byte 3;"):
         ours.encode(b"the\xff")
-    message = f"{ours.vocab_size} ids, more than the model's vocab_size of 200"
+    fewer = load_tokenizer(tmp_path, int(ids.max()))
+    message = rf"tokenizer\.json': the text has the token .* with id {ids.max()}, and the model has"
     with pytest.raises(DataError, match=message):
-        load_tokenizer(tmp_path, 200)
+        fewer.encode(text)
+    with pytest.raises(DataError, match=message):
+        fewer.encode_with_edges(text)
     copy = tmp_path / "copy"
     copy.mkdir()
     ours.save(copy)

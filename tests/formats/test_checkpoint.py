@@ -422,11 +422,15 @@ def rename(old: str, new: str) -> Callable[[Path], object]:
     return lambda folder: (folder / old).rename(folder / new)
 
 
-def link_outside(folder: Path, weights: dict[str, str]) -> None:
-    """A shard that is a link to a good file outside the folder."""
-    shard = next(iter(weights.values()))
-    (folder / shard).rename(folder.parent / "secret.safetensors")
-    (folder / shard).symlink_to(folder.parent / "secret.safetensors")
+def link_to(target: str) -> Change:
+    """A shard that is a link."""
+
+    def link(folder: Path, weights: dict[str, str]) -> None:
+        shard = next(iter(weights.values()))
+        (folder / shard).unlink()
+        (folder / shard).symlink_to(target)
+
+    return link
 
 
 def absolute(folder: Path, weights: dict[str, str]) -> None:
@@ -482,21 +486,26 @@ hostile_model(
 hostile_model("config is a pipe", "not a regular file", config_in_a_pipe)
 hostile_index("no weight_map", "weight_map must", lambda m, w: "x")
 hostile_index("weight_map of numbers", "weight_map must", lambda m, w: {"a": 1})
-hostile_shard("parent", "is outside the folder", "../secret.safetensors")
-hostile_shard("absolute", "is outside the folder", "/etc/passwd.safetensors")
-hostile_index("absolute, though inside", "is outside the folder", absolute)
+hostile_shard("parent", "not the name of", "../secret.safetensors")
+hostile_shard("absolute", "not the name of", "/etc/passwd.safetensors")
+hostile_index("absolute, though inside", "not the name of", absolute)
+hostile_shard("a folder below", "not the name of", "sub/model-00001-of-00003.safetensors")
+hostile_shard("the folder itself", "not the name of", "./model-00002-of-00003.safetensors")
+hostile_shard("a drive of Windows", "not the name of", "C:secret.safetensors")
+hostile_shard("a hidden file", "not the name of", ".secret.safetensors")
 hostile_shard("backslash", "not the name of", "..\\secret.safetensors")
 hostile_shard("NUL", "not the name of", "a\0.safetensors")
 hostile_shard("pickled shard", "not the name of", "pytorch_model-00001.bin")
 hostile_shard("empty name", "not the name of", "")
-hostile_index("link to the outside", "is outside the folder", link_outside)
+hostile_index("a link to a folder", "not a regular file", link_to("."))
+hostile_index("a link to a device", "not a regular file", link_to("/dev/zero"))
 hostile_shard("missing shard", "is missing", "model-00009.safetensors")
 hostile_shard("name of 255", "is missing", "x" * 243 + ".safetensors")
 NO_NAME = "is not the name of a safetensors file"
 hostile_shard("name of 256", NO_NAME, "x" * 244 + ".safetensors")
 hostile_shard("10 kB name", NO_NAME, "\x1b" * 10_000 + ".safetensors")
 ABSENT = "listed for it but not in it"
-hostile_shard("same shard by another way", ABSENT, "../model/model-00002-of-00003.safetensors")
+hostile_shard("by another way", "not the name", "../model/model-00002-of-00003.safetensors")
 hostile_index("wrong shard", ABSENT, swap)
 hostile_index("tensor not stored", f"'zzz' is {ABSENT}", list_another)
 hostile_index("tensor not listed", "in it but not listed", leave_out)
@@ -510,6 +519,35 @@ def test_read_checkpoint_refuses_a_hostile_model(tmp_path, model, case):
     prepare(model)
     with refused(FormatError, message, tmp_path, f"model, {case}", "model"):
         read_checkpoint(model)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "model-00001-of-00003.safetensors"])
+def test_read_checkpoint_names_a_link_that_leads_nowhere_or_in_a_circle(model, target):
+    link_to(target)(model, split(model))
+    says = "Too many levels" if "model" in target else "a symbolic link to 'nowhere', which is miss"
+    before = open_descriptors()
+    with pytest.raises(OSError, match=says) as caught:
+        read_checkpoint(model)
+    assert caught.value.filename == str(model / "model-00001-of-00003.safetensors")
+    assert open_descriptors() == before
+
+
+def test_read_checkpoint_follows_the_links_of_the_hub_s_cache(tmp_path, model):
+    """Shards, and config.json, are links to files elsewhere."""
+    with Checkpoint(model) as whole:
+        expected = {key: whole.read(key) for key in whole}
+    split(model)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(model.iterdir())):
+        path.rename(blobs / f"{number}")
+        path.symlink_to(f"../blobs/{number}")
+    config, checkpoint = read_checkpoint(model)
+    with checkpoint:
+        assert config["model_type"] == "llama"
+        assert {key: checkpoint.read(key).tobytes() for key in checkpoint} == {
+            key: array.tobytes() for key, array in expected.items()
+        }
 
 
 @pytest.mark.parametrize("read", [read_checkpoint, read_adapter])

@@ -157,6 +157,7 @@ def make_all_dense(tensors: dict[str, Any]) -> None:
 
 def tie_a_quantised_head(config: dict[str, Any], tensors: dict[str, Any]) -> None:
     config["tie_word_embeddings"] = True
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     tensors["lm_head.weight.absmax"] = tensors[STATE]
 
 
@@ -206,3 +207,22 @@ def test_from_pretrained_refuses_a_folder_that_contradicts_itself(
     with pytest.raises(error, match=message):
         CausalLM.from_pretrained(tmp_path)
     assert snapshot(tmp_path) == before
+
+
+# ---- a tied flag that the weights contradict ----
+
+
+def test_from_pretrained_unties_a_head_that_differs_and_saves_it_so(tmp_path: Path) -> None:
+    base(tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    config_file = tmp_path / "base" / "config.json"
+    fields = json.loads(config_file.read_text())
+    expected = logits(CausalLM.from_pretrained(tmp_path / "base"))
+    config_file.write_text(json.dumps({**fields, "tie_word_embeddings": True}))
+    says = r"tie_word_embeddings is true in config\.json, but lm_head\.weight differs from model"
+    for stored in (False, True):
+        with pytest.warns(UserWarning, match=says):
+            model = CausalLM.from_pretrained(tmp_path / "base", stored=stored)
+        assert logits(model).tobytes() == expected.tobytes()
+        assert model.config.tie_word_embeddings is False
+    model.save_pretrained(tmp_path / "again")
+    assert logits(CausalLM.from_pretrained(tmp_path / "again")).tobytes() == expected.tobytes()

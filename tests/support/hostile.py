@@ -4,6 +4,7 @@ A row says what is built in a folder, how that is opened, and how this must end.
 None must be read or must run. KINDS lists the kinds of rows; each has at least one. The rows:
 
 hostile_files      safetensors, JSON, folders of bases and adapters, tokenizers
+hostile_bases      the hub's cache, names of models, codes, dtypes, tokenizers with more tokens
 hostile_commands   options of the command line, texts, folders
 hostile_tools      records, and the commands that turn files into files
 

@@ -49,7 +49,6 @@ from minilora.data.files import MAX_RECORD_BYTES
 from minilora.errors import FormatError
 from minilora.formats import load_file, save_file, write_json
 from minilora.lora import MultiTask
-from minilora.quant import quantize
 
 COMBINE = "combine --adapter adapter --out new"
 EXTRACT = "extract --base base --tuned tuned --r 1 --out new"
@@ -226,10 +225,6 @@ def second(config: LoraConfig, name: str = "second") -> Build:
     return lambda folder: save_adapter(folder / name, config)
 
 
-def quantized(folder: Path) -> None:
-    quantize(CausalLM(CONFIG, seed=1)).save_pretrained(folder / "base")
-
-
 def tuned(folder: Path) -> None:
     """The base, trained on."""
     shutil.copytree(folder / "base", folder / "tuned", dirs_exist_ok=True)
@@ -268,8 +263,8 @@ def shards(change: Callable[[Path, dict[str, str]], object], *says: str) -> None
 def add_merge_rows() -> None:
     index = "model.safetensors.index.json"
     shard = "model-00002-of-00003.safetensors"
-    shards(leading_outside, index, "outside the folder")
-    shards(first_shard("/etc/passwd.safetensors"), index, "outside the folder")
+    shards(leading_outside, index, "not the name of")
+    shards(first_shard("/etc/passwd.safetensors"), index, "not the name of")
     shards(first_shard("model-00009-of-00003.safetensors"), index, "missing")
     shards(lambda b, w: (b / shard).unlink(), index, shard, "missing")
     shards(lambda b, w: (b / shard).write_bytes(b""), shard, "not a safetensors file")
@@ -312,8 +307,6 @@ def add_merge_rows() -> None:
     refused(63, f"{MERGE} --tied both", "--tied", "'both'", "untie", "share")
     refused(63, f"{MERGE} --adapter ''", "--adapter must not be empty")
     command(63, f"{MERGE} --base missing", 4, "missing")
-    command(63, MERGE, 2, "quantization_config", build=quantized)
-    command(63, HALVE_BASE, 2, "quantization_config", build=quantized)
     beside = f"{MERGE} --adapter second"
     dora = second(LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     command(63, beside, 2, "cannot be added", build=dora)

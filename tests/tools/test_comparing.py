@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tool_files import GOLDEN, base_of, deltas, write_base
+from tool_files import GOLDEN, WEIGHTS, base_of, deltas, write_base
 
+from minilora.formats import Entry, write_stream
 from minilora.tools import comparing
 from minilora.tools.comparing import count_above, diff
 from minilora.tools.merging import merge
@@ -90,3 +91,94 @@ def test_diff_lists_tensors_of_one_alone_and_shapes_that_differ(tmp_path):
     rows = [(row["shape"], row["|b - a|"]) for row in report["tensors"]]
     assert rows == [("2 x 2 and 2 x 3", None), ("2", None)]
     json.dumps(report, allow_nan=False)
+
+
+# ---- other forms of keys, another vocabulary, dtypes that are not read ----
+
+LAYERS = {
+    "embed_tokens.weight": (6, 4),
+    "layers.0.self_attn.q_proj.weight": (4, 4),
+    "layers.1.self_attn.q_proj.weight": (4, 4),
+    "norm.weight": (4,),
+}
+
+
+def write_form(folder, prefix, head, tokens=6, more=()):
+    """A checkpoint whose keys begin with `prefix`, one weight changed in layer 1."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for key, shape in LAYERS.items():
+        tensors[prefix + key] = rng.standard_normal(shape)
+    if head:
+        tensors[head] = rng.standard_normal((6, 4))
+    for key in tensors:
+        if len(tensors[key]) == 6:
+            tensors[key] = np.concatenate([tensors[key], np.ones((9, 4))])[:tokens]
+    tensors |= {key: np.ones(2) for key in more}
+    return write_base(folder, tensors)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (("model.", "lm_head.weight"), ("", "lm_head.weight")),
+        (("", "lm_head.weight"), ("model.", "lm_head.weight")),
+        (("model.", ""), ("", "lm_head.weight")),
+        (("model.", "lm_head.weight"), ("", "")),
+        (("model.", "lm_head.weight"), ("module.model.", "module.lm_head.weight")),
+        (("_orig_mod.model.", "_orig_mod.lm_head.weight"), ("model.", "lm_head.weight")),
+        (("base_model.model.model.", "base_model.model.lm_head.weight"), ("", "lm_head.weight")),
+        (("transformer.", ""), ("model.", "")),
+    ],
+)
+def test_diff_compares_keys_that_differ_in_their_beginning_alone(tmp_path, a, b):
+    one = write_form(tmp_path / "a", *a)
+    other = write_form(tmp_path / "b", *b, more=["vision.tower.bias"])
+    report = diff(one, other)
+    keys = {a[0] + key for key in LAYERS}
+    heads = {a[1]} if a[1] and b[1] else set()
+    assert {row["tensor"] for row in report["tensors"]} == keys | heads
+    assert report["equal"] == len(keys | heads)
+    assert report["only in a"] == ([a[1]] if a[1] and not heads else [])
+    assert report["only in b"] == sorted(
+        ["vision.tower.bias", *([b[1]] if not heads and b[1] else [])]
+    )
+    (note,) = report["notes"]
+    assert note.startswith("the keys of b ")
+    assert note.endswith(": taken for the same")
+
+
+def test_diff_aligns_no_keys_of_other_layers_or_of_few_tensors(tmp_path):
+    one = write_base(tmp_path / "a", {"layers.0.q.weight": np.ones(2), "y.z.bias": np.ones(2)})
+    other = {"layers.1.q.weight": np.ones(2), "x.z.bias": np.ones(2), "u.v": np.ones(2)}
+    report = diff(one, write_base(tmp_path / "b", {**other, "s.t": np.ones(2)}))
+    assert report["tensors"] == []
+    assert "notes" not in report
+
+
+@pytest.mark.parametrize("tokens", [(6, 9), (9, 6)])
+def test_diff_compares_the_rows_that_both_vocabularies_have(tmp_path, tokens):
+    one, other = (
+        write_form(tmp_path / str(count), "model.", "lm_head.weight", count) for count in tokens
+    )
+    report = diff(one, other)
+    rows = {row["tensor"]: row for row in report["tensors"]}
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert rows[key]["|b - a|"] == 0
+        assert rows[key]["shape"] == f"{tokens[0]} x 4 and {tokens[1]} x 4"
+    assert report["equal"] == len(rows) - 2, "two have other rows"
+    assert len(report["notes"]) == 2
+    says = f"has {tokens[0]} rows in a and {tokens[1]} in b: the first 6 are compared"
+    assert all(says in note for note in report["notes"])
+
+
+def test_diff_compares_bytes_of_dtypes_that_are_not_read(tmp_path):
+    folders = []
+    for name, value in (("a", 1), ("b", 1), ("c", 2)):
+        folder = write_base(tmp_path / name, {})
+        byte = np.array([value], np.uint8)
+        write_stream(folder / WEIGHTS, [Entry("x", "F8_E8M0", (1,), lambda byte=byte: byte)])
+        folders.append(folder)
+    for other, expected in zip(folders[1:], (0, None), strict=True):
+        (row,) = diff(folders[0], other)["tensors"]
+        assert (row["|b - a|"], row["rank"]) == (expected, None)

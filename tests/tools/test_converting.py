@@ -10,12 +10,14 @@ from typing import Any
 import mlx_golden
 import numpy as np
 import pytest
+from hostile import split
 from small import SMALLER
 from tool_files import GOLDEN, WEIGHTS, as_bytes, base_of, deltas, logits
 
-from minilora import CausalLM
+from minilora import CausalLM, dequantize, quantize
 from minilora.errors import ConfigError, FormatError
 from minilora.formats import (
+    Checkpoint,
     bf16_from,
     bf16_to_float32,
     dtypes,
@@ -169,3 +171,60 @@ def test_convert_to_another_dtype_rounds_every_number_once(source, dtype, tmp_pa
             expected = array.astype(dtype)
         assert after[key].dtype == expected.dtype
         assert (after[key] == expected).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_convert_decodes_codes_and_rounds_them_once(tmp_path, dtype):
+    codes = tmp_path / "codes"
+    quantize(CausalLM(SMALLER, seed=1), "nf4").save_pretrained(codes)
+    dequantize(CausalLM.from_pretrained(codes)).save_pretrained(tmp_path / "dense")
+    split(codes, 4)
+    for name in ("codes", "dense"):
+        assert (
+            convert(tmp_path / name, tmp_path / f"{name}-out", dtype) == f"a checkpoint in {dtype}"
+        )
+    config = read_json(tmp_path / "codes-out" / "config.json")
+    assert config == read_json(tmp_path / "dense-out" / "config.json")
+    results = []
+    for name in ("codes-out", "dense-out"):
+        with Checkpoint(tmp_path / name) as checkpoint:
+            results.append(
+                {key: checkpoint.read_bytes(key).tobytes() for key in sorted(checkpoint)}
+            )
+    assert results[0] == results[1]
+    index = read_json(tmp_path / "codes-out" / "model.safetensors.index.json")
+    assert set(index["weight_map"]) == set(results[0])
+    assert index["metadata"]["total_size"] == sum(map(len, results[0].values()))
+    CausalLM.from_pretrained(tmp_path / "codes-out")
+
+
+def test_convert_leaves_out_a_shard_of_which_nothing_is_left(tmp_path):
+    """One that has nothing but what stood beside codes."""
+    codes = tmp_path / "codes"
+    quantize(CausalLM(SMALLER, seed=1), "nf4").save_pretrained(codes)
+    tensors = load_file(codes / WEIGHTS)
+    beside = {key: array for key, array in tensors.items() if ".weight." in key}
+    parts = {"a.safetensors": beside}
+    parts["b.safetensors"] = {key: tensors[key] for key in tensors if key not in beside}
+    (codes / WEIGHTS).unlink()
+    weight_map = {}
+    for shard, part in parts.items():
+        save_file(codes / shard, part)
+        weight_map |= dict.fromkeys(part, shard)
+    write_json(codes / "model.safetensors.index.json", {"weight_map": weight_map})
+    convert(codes, tmp_path / "out", "float16")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == [
+        "b.safetensors"
+    ]
+    CausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_convert_leaves_a_damaged_layer_of_codes_unwritten(tmp_path):
+    codes = tmp_path / "codes"
+    quantize(CausalLM(SMALLER, seed=1), "nf4").save_pretrained(codes)
+    tensors = load_file(codes / WEIGHTS)
+    key = next(key for key in tensors if key.endswith("nested_absmax"))
+    save_file(codes / WEIGHTS, {**tensors, key: -tensors[key]})
+    with pytest.raises(FormatError, match="nested_absmax is negative"):
+        convert(codes, tmp_path / "out", "float16")
+    assert not (tmp_path / "out").exists()

@@ -153,13 +153,19 @@ def too_large_weight(case):
     case.options["weights"] = [1e300]
 
 
-@mistake(ConfigError, "quantization_config")
+@mistake(ConfigError, "config.json': it is quantized: .*quant_method must be .*the checkpoint that")
 def quantized_base(case):
+    fields = {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}
+    write_json(case.base / "config.json", fields)
+
+
+@mistake(FormatError, "quantization_config says fp4, but no layer is stored so")
+def quantized_in_config_alone(case):
     fields = {"model_type": "llama", "quantization_config": {"load_in_4bit": True}}
     write_json(case.base / "config.json", fields)
 
 
-@mistake(FormatError, "is outside the folder")
+@mistake(FormatError, "is not the name of a safetensors file")
 def shard_outside_the_folder(case):
     case.replace_weights({"a": "../x.safetensors"})
 

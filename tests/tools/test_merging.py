@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hostile import split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import shape
@@ -30,9 +31,18 @@ from tool_files import (
     write_small,
 )
 
-from minilora import AdaLoraConfig, CausalLM, LoraConfig, PeftModel, get_peft_model
+from minilora import (
+    AdaLoraConfig,
+    CausalLM,
+    LoraConfig,
+    PeftModel,
+    dequantize,
+    get_peft_model,
+    quantize,
+)
 from minilora.errors import ConfigError, FormatError
 from minilora.formats import (
+    Entry,
     bf16_from,
     bf16_to_float32,
     load_file,
@@ -40,6 +50,8 @@ from minilora.formats import (
     read_checkpoint,
     read_json,
     write_adapter,
+    write_checkpoint,
+    write_stream,
 )
 from minilora.formats.checkpoint import is_stored_transposed
 from minilora.formats.dtypes import DTYPES, widen
@@ -438,3 +450,106 @@ def test_merge_takes_weights_of_numpy_types(weights, tmp_path):
     merge(base, [adapter], tmp_path / "out", weights)
     merge(base, [adapter], tmp_path / "same", [float(weights[0])])
     assert tree(tmp_path / "out") == tree(tmp_path / "same")
+
+
+# ---- bases of codes, with rare dtypes, and with a flag that their weights contradict ----
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", None])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_merge_over_codes_has_the_logits_of_the_adapted_model(tmp_path, kind, dtype, shards):
+    base = tmp_path / "codes"
+    model = CausalLM(shape(kind, initializer_range=0.4), seed=1)
+    quantize(model, "nf4").save_pretrained(base)
+    target = "c_attn" if kind == "gpt2" else "q_proj"
+    adapted: Any = get_peft_model(
+        CausalLM.from_pretrained(base), LoraConfig(target_modules=[target])
+    )
+    for p in adapted.adapter_parameters("default").values():
+        p.data = np.random.default_rng(0).normal(size=p.shape).astype(np.float32)
+    adapted.save_pretrained(tmp_path / "adapter")
+    if shards > 1:
+        split(base, shards)
+    merge(base, [tmp_path / "adapter"], tmp_path / "out", dtype=dtype)
+    config = read_json(tmp_path / "out" / "config.json")
+    assert "quantization_config" not in config
+    assert config["dtype"] == (dtype or "float32")  # which the base's config.json names
+    with read_checkpoint(tmp_path / "out")[1] as checkpoint:
+        assert {checkpoint.dtype(key) for key in checkpoint} == {DTYPES[dtype or "float32"]}
+        assert not [key for key in checkpoint if ".weight." in key]
+    ids = np.arange(9)[None]
+    expected = adapted.eval()(ids).numpy()
+    got = CausalLM.from_pretrained(tmp_path / "out")(ids).numpy()
+    tolerance = 0.1 if dtype == "bfloat16" else 1e-5
+    assert np.abs(got - expected).max() < tolerance * np.abs(expected).max()
+
+
+def test_merge_over_codes_rounds_the_sum_once(tmp_path):
+    """W + dW is rounded to bfloat16, not W before it."""
+    base = tmp_path / "codes"
+    quantize(CausalLM(SMALLER, seed=1), "nf4").save_pretrained(base)
+    dense = CausalLM.from_pretrained(base)
+    dequantize(dense).save_pretrained(tmp_path / "dense")
+    adapted: Any = get_peft_model(CausalLM(SMALLER), LoraConfig(target_modules="all-linear"))
+    for p in adapted.adapter_parameters("default").values():
+        p.data = np.random.default_rng(0).normal(size=p.shape).astype(np.float32)
+    adapted.save_pretrained(tmp_path / "adapter")
+    for name in ("codes", "dense"):
+        merge(tmp_path / name, [tmp_path / "adapter"], tmp_path / f"{name}-out", dtype="bfloat16")
+    ours, theirs = (stored_bits(tmp_path / f"{name}-out") for name in ("codes", "dense"))
+    assert {key: array.tobytes() for key, array in ours.items()} == {
+        key: array.tobytes() for key, array in theirs.items()
+    }
+
+
+def test_merge_copies_a_tensor_of_a_dtype_that_is_not_read(tmp_path):
+    base, adapter = write_small(tmp_path)
+    extra = Entry("extra", "F4", (3, 2), lambda: np.array([1, 2, 3], np.uint8))
+    with read_checkpoint(base)[1] as checkpoint:
+        entries = [extra]
+        for key in checkpoint:
+            read = functools.partial(checkpoint.read_bits, key)
+            entries.append(Entry(key, checkpoint.dtype(key), checkpoint.shape(key), read))
+        write_stream(tmp_path / "new", entries)
+    (tmp_path / "new").replace(base / WEIGHTS)
+    merge(base, [adapter], tmp_path / "out")
+    with read_checkpoint(tmp_path / "out")[1] as checkpoint:
+        assert (checkpoint.dtype("extra"), checkpoint.shape("extra")) == ("F4", (3, 2))
+        assert checkpoint.read_bytes("extra").tolist() == [1, 2, 3]
+    with pytest.raises(
+        FormatError, match=r"'extra' of shape \(3, 2\) is F4, which is listed but not"
+    ):
+        merge(base, [adapter], tmp_path / "rounded", dtype="float16")
+    assert not (tmp_path / "rounded").exists()
+
+
+def test_merge_takes_the_weights_for_what_they_are_not_a_tied_flag(tmp_path):
+    """A head that differs from the embedding is no tied one: no choice is needed for it."""
+    base, _ = write_small(tmp_path, tie_word_embeddings=True)
+    rng = np.random.default_rng(0)
+    fields = {"r": 2, "lora_alpha": 2, "target_modules": ["lm_head"]}
+    tensors = lora_tensors("lm_head", rng.normal(size=(2, 4)), rng.normal(size=(7, 2)))
+    write_adapter(tmp_path / "of-head", fields, tensors)
+    merge(base, [tmp_path / "of-head"], tmp_path / "out")
+    before, after = read_weights(base), read_weights(tmp_path / "out")
+    changed = [key for key in before if not np.array_equal(before[key], after[key])]
+    assert changed == ["lm_head.weight"]
+    assert tie_in_config(tmp_path / "out") is False
+
+
+@pytest.mark.parametrize("name", ["llama--lora", "gpt2--lora"])
+def test_merge_takes_a_base_whose_keys_lack_the_decoder_s_name(tmp_path, name):
+    """As a model without a head is saved; the files keep their keys."""
+    base = tmp_path / "base"
+    config, checkpoint = read_checkpoint(base_of(name))
+    with checkpoint:
+        keys = {key: key.removeprefix("model.").removeprefix("transformer.") for key in checkpoint}
+        write_checkpoint(base, config, {bare: checkpoint.read(key) for key, bare in keys.items()})
+    merge(base, [GOLDEN / name], tmp_path / "bare")
+    merge(base_of(name), [GOLDEN / name], tmp_path / "whole")
+    bare, whole = read_weights(tmp_path / "bare"), read_weights(tmp_path / "whole")
+    assert {keys[key]: array.tobytes() for key, array in whole.items()} == {
+        key: array.tobytes() for key, array in bare.items()
+    }
+    CausalLM.from_pretrained(tmp_path / "bare")
