@@ -23,7 +23,7 @@ from minilora import CausalLM
 from minilora.errors import ConfigError, FormatError, MiniloraError, NonFiniteError
 from minilora.formats import read_adapter, write_adapter
 from minilora.lora import AdaLoraConfig, HydraConfig, LoraConfig, PeftModel, get_peft_model
-from minilora.lora.combining import COMBINATION_TYPES, combine_layer
+from minilora.lora.combining import FACTORWISE, combine_layer
 from minilora.lora.factors import Part
 from minilora.lora.files import AdapterFile
 from minilora.tools.combining import combine
@@ -131,7 +131,7 @@ def cross_terms(parts: list[Part]) -> tuple[Any, Any]:
 @st.composite
 def combinations(draw: st.DrawFn) -> tuple[Any, ...]:
     """(how, r, weights, a list of adapters): each a kind, alpha and the (O, r, I) of its layers."""
-    how = draw(st.sampled_from(COMBINATION_TYPES))
+    how = draw(st.sampled_from(FACTORWISE))
     ranks = st.integers(1, 5)
     sizes = st.integers(1, 9)
     shapes = {path: (draw(sizes), draw(sizes)) for path in PATHS}
@@ -229,7 +229,7 @@ def test_combine_by_cat_has_the_logits_of_both_at_once(
     assert largest(first - both) > 1e-3
 
 
-@pytest.mark.parametrize("how", COMBINATION_TYPES)
+@pytest.mark.parametrize("how", FACTORWISE)
 def test_combine_merges_as_the_two_do(how: str, tmp_path: Path) -> None:
     names = [GOLDEN / "llama--lora", GOLDEN / "llama--lora"]
     combine(names, tmp_path / "both", [0.75, -0.25], how)
@@ -499,8 +499,8 @@ refused_options("no numbers", ConfigError, NUMBERS + ".*got 2$", weights=2)
 refused_options("a long number", ConfigError, NUMBERS, weights=[1, 10**400])
 refused_options("no adapters", ConfigError, LISTS + r"\[\]", adapters=[])
 refused_options("no list", ConfigError, LISTS + "'a'", adapters="a")
-TIES = "no combination type 'ties'; choose from cat, svd, linear"
-refused_options("a way", ConfigError, TIES, how="ties")
+UNKNOWN = "no combination type 'mean'; choose from cat, svd, linear, ties, dare_linear"
+refused_options("a way", ConfigError, UNKNOWN, how="mean")
 refused_options("a rank with cat", ConfigError, "a rank is for svd.*cat got 3", r=3)
 refused_options("rank 0", ConfigError, "from 1 to 65536; svd got 0", how="svd", r=0)
 
@@ -534,7 +534,7 @@ def test_combine_warns_of_adapters_that_name_different_bases(tmp_path: Path) -> 
     combine(quiet, tmp_path / "quiet")  # a warning would be an error here
 
 
-@pytest.mark.parametrize("way", COMBINATION_TYPES)
+@pytest.mark.parametrize("way", FACTORWISE)
 def test_combine_refuses_a_sum_too_large_for_its_own_singular_values(
     way: str, tmp_path: Path
 ) -> None:
@@ -547,7 +547,7 @@ def test_combine_refuses_a_sum_too_large_for_its_own_singular_values(
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("way", COMBINATION_TYPES)
+@pytest.mark.parametrize("way", FACTORWISE)
 def test_combine_of_a_sum_that_cancels_has_no_dW(way: str, tmp_path: Path) -> None:
     """Not a dW of 1e-17, most of which the new adapter would then miss."""
     folders = [GOLDEN / "llama--lora"] * 3
@@ -689,7 +689,7 @@ wrong("weights: expected 2 finite numbers", ["one", "two"], [1, "x"], "sum")
 wrong("weights: expected 2 finite numbers", ["one", "two"], [1, math.inf], "sum")
 wrong("an adapter 'two' exists already", ["one", "two"], [1, 1], "two")
 wrong("cannot name an adapter", ["one", "two"], [1, 1], "one.two")
-wrong("no combination type 'ties'", ["one", "two"], [1, 1], "sum", "ties")
+wrong("no combination type 'mean'", ["one", "two"], [1, 1], "sum", "mean")
 wrong("a rank is for svd", ["one", "two"], [1, 1], "sum", "cat", 4)
 wrong("svd got 0", ["one", "two"], [1, 1], "sum", "svd", 0)
 wrong("linear adds factors of one rank", ["one", "two"], [1, 1], "sum", "linear")
@@ -732,7 +732,7 @@ def test_combine_layer_forms_no_matrix_as_large_as_dW(way: str) -> None:
     assert row["relative"] < 1e-6
 
 
-@pytest.mark.parametrize("way", COMBINATION_TYPES)
+@pytest.mark.parametrize("way", FACTORWISE)
 @pytest.mark.parametrize("x", [1e160, 1e200, 1e308])
 def test_combine_layer_refuses_a_sum_beyond_float64_before_it_is_decomposed(
     way: str, x: float
@@ -744,7 +744,7 @@ def test_combine_layer_refuses_a_sum_beyond_float64_before_it_is_decomposed(
         combine_layer("q", [Part(A, B, 1.0), Part(A, -B, 1.0)], way, 4, np.float64)
 
 
-@pytest.mark.parametrize("way", COMBINATION_TYPES)
+@pytest.mark.parametrize("way", FACTORWISE)
 def test_combine_layer_adds_nothing_for_an_empty_rank(way: str) -> None:
     """AdaLoRA may have cut all of a layer's triplets."""
     empty = Part(np.zeros((0, 3)), np.zeros((2, 0)), 1.0)
