@@ -29,7 +29,7 @@ from ..errors import (
     number_rules,
     optional_rule,
 )
-from .factors import Part, singular_values
+from .factors import Part, rounding_error, singular_values
 from .leading import leading_triplets
 
 Array = np.ndarray
@@ -110,7 +110,8 @@ class Spectrum(NamedTuple):
 def factors_spectrum(part: Part, least: int = 0) -> Spectrum:
     """The spectrum of c B A, which is known at once."""
     values = singular_values(part.A, part.B, part.c)
-    return Spectrum((len(part.B), part.A.shape[1]), lambda k: (values, 0.0), least)
+    noise = abs(part.c) * rounding_error(part.A, part.B)
+    return Spectrum((len(part.B), part.A.shape[1]), lambda k: (values, 0.0), least, noise)
 
 
 def matrix_spectrum(

@@ -22,7 +22,7 @@ from ..lora.combining import (
     common_rank,
     sum_layer,
 )
-from ..lora.factors import Part, Term, cat
+from ..lora.factors import Part, Term, cat, rounding_error
 from ..lora.files import AdapterFile
 from ..lora.plan import FIRST_EMBEDDINGS, HEAD
 from ..lora.pruning import Pruning
@@ -216,9 +216,11 @@ def _spectrum(
 ) -> Spectrum:
     """The spectrum of the sum of one layer, which is formed only if it is pruned."""
     terms = _terms(files, changes)
-    if pruning is not None:
-        return matrix_spectrum(shape, lambda: sum_layer(path, terms, pruning)[0], least)
-    return factors_spectrum(Part(*cat([term.weighted() for term in terms]), 1.0), least)
+    total = Part(*cat([term.weighted() for term in terms]), 1.0)
+    if pruning is None:
+        return factors_spectrum(total, least)
+    noise = rounding_error(total.A, total.B)
+    return matrix_spectrum(shape, lambda: sum_layer(path, terms, pruning)[0], least, noise)
 
 
 def _shape(change: Change, part: str) -> tuple[int, ...]:
