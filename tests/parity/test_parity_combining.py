@@ -26,7 +26,7 @@ from test_combining import GOLDEN, PAIRS, of
 from minilora import PeftModel
 from minilora.formats import load_file
 from minilora.lora.factors import Part, Term, clamp_factors
-from minilora.lora.pruning import ELECTING, PRUNED, RANDOM, Pruning, prune_updates, pruned_sum
+from minilora.lora.pruning import ELECTING, PRUNED, Pruning, prune_updates, pruned_sum
 from minilora.tools.combining import combine
 from minilora.tools.factoring import resize
 
@@ -137,15 +137,16 @@ def test_pruned_sum_is_peft_s_of_the_same_dW(
             part = Part(rng.normal(size=(r, I)), rng.normal(size=(O, r)), 0.5 + number)
             terms.append(Term(part, weight, number))
         pruning = Pruning(how, density, majority, seed=3)
-        masks = []
-        for update in prune_updates(terms, pruning, "q") if how in RANDOM else ():
-            assert update.keep is not None
-            masks.append(torch.tensor(update.keep(slice(0, O), np.zeros((O, I)))).double())
+        masks = iter(
+            torch.tensor(update.keep(slice(0, O), np.zeros((O, I)))).double()
+            for update in prune_updates(terms, pruning, "q")
+            if update.keep is not None
+        )
         dense = [torch.tensor(t.part.c * (t.part.B @ t.part.A)) for t in terms]
         method = getattr(peft.utils.merge_utils, how)
         more = {"majority_sign_method": majority} if how in ELECTING else {}
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "bernoulli", lambda p: masks.pop(0))
+            patch.setattr(torch, "bernoulli", lambda p, given=masks: next(given))
             expected = method(dense, torch.tensor(PRUNED_WEIGHTS), density, **more)
         total, _ = pruned_sum(terms, pruning, "q")
         assert expected.dtype == torch.float64
@@ -183,7 +184,7 @@ def test_add_weighted_adapter_differs_from_peft_s_pruned_factors(
             theirs = module.get_delta_weight("sum").detach().numpy()
             mine = ours[name.removeprefix("base_model.model.")].delta_weight("sum")
             distances.append(np.linalg.norm(theirs - mine) / np.linalg.norm(mine))
-    assert min(distances) > 0.3
+    assert min(distances) > 0.1
 
 
 def test_clamp_factors_clips_as_peft() -> None:
@@ -199,7 +200,7 @@ def test_clamp_factors_clips_as_peft() -> None:
         assert np.abs(B - US.clamp(-high, high).numpy()).max() < 1e-12
 
 
-@pytest.mark.parametrize("rule", [{"energy": 0.7}, {"error": 0.3}, {"budget": 120}])
+@pytest.mark.parametrize("rule", [{"energy": 0.7}, {"error": 0.3}, {"budget": 700}])
 @pytest.mark.parametrize("name", ["llama--lora", "llama--rslora_all", "gpt2--lora", "llama--dora"])
 def test_resize_by_a_rule_writes_ranks_that_peft_reads(
     name: str, rule: dict[str, Any], tmp_path: Path
