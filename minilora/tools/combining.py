@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import ConfigError, FormatError, shorten
 from ..formats import write_adapter
 from ..formats.disk import quoted
@@ -220,7 +222,12 @@ def _spectrum(
     if pruning is None:
         return factors_spectrum(total, least)
     noise = rounding_error(total.A, total.B)
-    return matrix_spectrum(shape, lambda: sum_layer(path, terms, pruning)[0], least, noise)
+
+    def form() -> np.ndarray:
+        """The sum, of factors that are read again: those of all layers need not be in memory."""
+        return sum_layer(path, _terms(files, changes), pruning)[0]
+
+    return matrix_spectrum(shape, form, least, noise)
 
 
 def _shape(change: Change, part: str) -> tuple[int, ...]:

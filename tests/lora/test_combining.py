@@ -26,6 +26,7 @@ from minilora.lora import AdaLoraConfig, HydraConfig, LoraConfig, PeftModel, get
 from minilora.lora.combining import FACTORWISE, combine_layer
 from minilora.lora.factors import Part
 from minilora.lora.files import AdapterFile
+from minilora.lora.pruning import PRUNED, RANDOM
 from minilora.tools.combining import combine
 from minilora.tools.merging import merge
 
@@ -627,16 +628,19 @@ def test_add_weighted_adapter_gives_what_all_the_adapters_give(way: str, dtype: 
 
 
 @pytest.mark.parametrize("pair", [PAIRS[0], ("llama--lora", "llama--patterns")], ids="+".join)
-@pytest.mark.parametrize("way", ["cat", "svd"])
+@pytest.mark.parametrize("way", ["cat", "svd", *PRUNED])
 def test_add_weighted_adapter_has_the_bits_of_combine(
     pair: tuple[str, str], way: str, tmp_path: Path
 ) -> None:
     folders = [GOLDEN / name for name in pair]
     weights = [0.3, -2.0]
-    expected = combine(folders, tmp_path / "files", weights, way)
+    options: dict[str, Any] = {"density": 0.5} if way in PRUNED else {}
+    if way in RANDOM:
+        options["seed"] = 7
+    expected = combine(folders, tmp_path / "files", weights, way, **options)
     model = PeftModel.from_pretrained(CausalLM.from_pretrained(of(pair[0])), folders[0], "one")
     model.load_adapter(folders[1], "two")
-    rows = model.add_weighted_adapter(["one", "two"], weights, "sum", way)
+    rows = model.add_weighted_adapter(["one", "two"], weights, "sum", way, **options)
     assert sorted(rows, key=lambda row: row["layer"]) == expected
     model.save_pretrained(tmp_path, ["sum"])
     of_files, theirs = read_adapter(tmp_path / "files")
@@ -691,6 +695,15 @@ wrong("an adapter 'two' exists already", ["one", "two"], [1, 1], "two")
 wrong("cannot name an adapter", ["one", "two"], [1, 1], "one.two")
 wrong("no combination type 'mean'", ["one", "two"], [1, 1], "sum", "mean")
 wrong("a rank is for svd", ["one", "two"], [1, 1], "sum", "cat", 4)
+wrong("ties needs density", ["one", "two"], [1, 1], "sum", "ties")
+OPTIONS = None, None, True, None  # svd_rank and the other arguments before density
+wrong("ties adds up two or more .* got 1", ["one"], [1], "sum", "ties", *OPTIONS, 0.5)
+wrong(r"density must be .* in \(0, 1\]", ["one", "two"], [1, 1], "sum", "ties", *OPTIONS, 0.0)
+wrong("density is for ties", ["one", "two"], [1, 1], "sum", "svd", *OPTIONS, 0.5)
+wrong("'total' or 'frequency'", ["one", "two"], [1, 1], "sum", "ties", *OPTIONS, 0.5, "most")
+wrong(r"svd_clamp must be a number in \(0, 1\]", ["one", "two"], [1, 1], "sum", "svd", 2, 1.5)
+wrong("svd_clamp is for svd, .* not for cat", ["one", "two"], [1, 1], "sum", "cat", None, 0.9)
+wrong("svd_clamp 0.1: this quantile", ["one", "two"], [1, 1], "sum", "svd", 2, 0.1)
 wrong("svd got 0", ["one", "two"], [1, 1], "sum", "svd", 0)
 wrong("linear adds factors of one rank", ["one", "two"], [1, 1], "sum", "linear")
 LARGE = "q_proj: the sum of its adapters is too large"

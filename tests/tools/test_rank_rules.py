@@ -97,8 +97,13 @@ def test_resize_keeps_rank_1_where_more_than_factors_would_be_lost(tmp_path: Pat
         for key, array in before.items():
             if ".lora_A" not in key and ".lora_B" not in key:
                 assert np.array_equal(after[key], array)
+        rows = combine([GOLDEN / name], tmp_path / f"{name}-sum", how="svd", error=0.999)
+        assert set(ranks_of(rows).values()) == {1}
+        assert set(read_adapter(tmp_path / f"{name}-sum")[1]) == set(before)
         with pytest.raises(ConfigError, match=r"--budget 10 is too small: .* cannot have rank 0"):
             resize(GOLDEN / name, None, tmp_path / "none", budget=10)
+        with pytest.raises(ConfigError, match=r"--budget 10 is too small: .* cannot have rank 0"):
+            combine([GOLDEN / name], tmp_path / "none", how="svd", budget=10)
 
 
 @pytest.mark.parametrize("tool", ["resize", "combine"])
