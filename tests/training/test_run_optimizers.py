@@ -93,12 +93,15 @@ def test_train_by_loraplus_allocates_the_ranks_of_adalora(tmp_path: Path) -> Non
 
 
 def test_resume_refuses_another_optimizer_and_other_rates(tmp_path: Path) -> None:
-    train(lora(), TEXT, by("loraplus", save_every=2), tmp_path / "a")
-    checkpoint = tmp_path / "a" / "checkpoints" / "step-4"
-    for settings, what in (
-        (SETTINGS, r"optimizer \(was 'loraplus', now 'adamw'\)"),
-        (by("loraplus", loraplus_lr_ratio=8.0), r"loraplus_lr_ratio \(was None, now 8.0\)"),
+    for name in ("loraplus", "riemannian"):
+        train(lora(), TEXT, by(name, save_every=2), tmp_path / name)
+    for name, settings, what in (
+        ("loraplus", SETTINGS, r"optimizer \(was 'loraplus', now 'adamw'\)"),
+        ("loraplus", by("loraplus", loraplus_lr_ratio=8.0), r"loraplus_lr_ratio \(was None, now 8"),
+        ("loraplus", by("loraplus", loraplus_lr_embedding=0.5), "loraplus_lr_embedding"),
+        ("riemannian", by("riemannian", riemannian_reg=0.5), r"riemannian_reg \(was None, now 0.5"),
     ):
+        checkpoint = tmp_path / name / "checkpoints" / "step-4"
         with pytest.raises(CheckpointError, match=f"belongs to another run: {what}"):
             train(lora(), TEXT, settings, tmp_path / "b", resume=checkpoint)
 
