@@ -1,4 +1,4 @@
-"""From gradients to new weights: SGD and AdamW, learning-rate schedules, clipping, LoRA+ groups.
+"""From gradients to new weights: SGD and AdamW, learning-rate schedules, clipping.
 
 An optimiser keeps its moments and step counts, nothing else. It computes no gradient and does not
 know its step in a run: a schedule is a plain function of the step, whose factor is the argument of
@@ -8,7 +8,7 @@ know its step in a run: a schedule is a plain function of the step, whose factor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,8 +35,6 @@ def _are_betas(value: Any) -> bool:
 
 RULES = (
     Rule("lr", is_positive, "a finite number above 0"),
-    Rule("ratio", is_positive, "a finite number above 0"),
-    Rule("embedding_lr", is_positive, "a finite number above 0"),
     Rule("eps", is_number(0), "a finite number of at least 0"),
     Rule("weight_decay", is_number(0), "a finite number of at least 0"),
     Rule("betas", _are_betas, "two numbers in [0, 1)"),
@@ -149,6 +147,9 @@ class Optimizer:
     """
 
     slots: tuple[str, ...]  # the names of a parameter's moments
+    # What the gradients become before the update, in the order of `params`: see lora/optimizers.py.
+    precondition: Callable[[list[Array | None]], list[Array | None]] | None = None
+    uncaptured = ""  # why a step cannot be captured as a CUDA graph; "" if it can
 
     def __init__(self, params: Iterable[Any], **defaults: Any):
         self.groups: list[Group] = []
@@ -259,6 +260,9 @@ class Optimizer:
                 f"{len(grads)} gradients for {len(self.members)} parameters, "
                 f"with wrong shapes: {wrong!r:.300}"
             )
+        if self.precondition is not None:
+            grads = self.precondition(grads)
+            pairs = list(zip(self.members, grads, strict=True))
         updates: dict[Any, Update] = {}
         for member, g in pairs:
             if g is None:
@@ -519,35 +523,3 @@ def _clip(
         norm = xp.sqrt(sum(squares, xp.zeros(())))
         factor = xp.where(xp.isfinite(norm), xp.minimum(1.0, max_norm / (norm + 1e-6)), 1.0)
     return [g * factor.astype(g.dtype) for g in grads], norm
-
-
-FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-
-
-def loraplus_groups(
-    named: Iterable[tuple[str, Parameter]],
-    lr: float,
-    ratio: float = 16.0,
-    embedding_lr: float = 1e-6,
-) -> list[Group]:
-    """LoRA+ (Hayou et al. 2024): optimiser groups that train B `ratio` times as fast as A.
-
-    The groups are PEFT's: A and what else is a matrix; an embedding's two factors, at a rate of
-    their own; B, with all vectors (biases, DoRA's magnitudes). A parameter is known by its name,
-    "...lora_B.<adapter>[.weight]" or "...lora_embedding_A.<adapter>". Only groups with parameters
-    are returned. Weight decay is the optimiser's, for every group.
-    """
-    slow: Group = {"params": [], "lr": _checked("lr", lr)}
-    embeddings: Group = {"params": [], "lr": _checked("embedding_lr", embedding_lr)}
-    fast: Group = {"params": [], "lr": lr * _checked("ratio", ratio)}
-    for name, p in named:
-        # The first of the two: an adapter may be called "lora_B", too.
-        factor = next((part for part in name.split(".")[-3:-1] if part in FACTORS), "")
-        if "embedding" in factor:
-            group = embeddings
-        elif p.ndim == 1 or factor == "lora_B":
-            group = fast
-        else:
-            group = slow
-        group["params"].append((name, p))
-    return [group for group in (slow, embeddings, fast) if group["params"]]

@@ -13,6 +13,7 @@ from ..errors import ConfigError, FormatError
 from ..formats.disk import JsonObject, read_json
 from ..lora.combining import COMBINATION_TYPES
 from ..lora.multitask import FILE as MULTITASK
+from ..lora.pruning import MAJORITY_SIGNS, PRUNED
 from ..lora.tying import CHOICES
 from .options import (
     DTYPES,
@@ -23,6 +24,7 @@ from .options import (
     add_base,
     add_download,
     add_json,
+    add_seed,
     add_task,
     find_models,
     option,
@@ -135,10 +137,19 @@ def _is_name(value: Any) -> bool:
 
 def add_combine_options(parser: Parser) -> None:
     _add_adapters(parser)
-    text = "cat (exact: ranks add up), svd (nearest of rank r), linear (PEFT's, with cross terms)"
+    text = (
+        "cat (exact: ranks add up), svd (nearest of rank r), linear (PEFT's, with cross terms), or "
+    )
+    text += f"the nearest of rank r to a sum of pruned dW: {', '.join(PRUNED)}"
     option(parser, "--how WAY", text, choices=COMBINATION_TYPES, default="cat")
-    text = "rank of every layer with svd, at least 1 (default: the largest of the adapters)"
-    option(parser, "--r R", text)
+    text = "pruned sums: the share of each dW that stays, in (0, 1]"
+    option(parser, "--density X", text)
+    text = f"ties, dare_ties: whose sign counts: {' or '.join(MAJORITY_SIGNS)}"
+    option(parser, "--majority-sign-method M", text, choices=MAJORITY_SIGNS, default="total")
+    add_seed(parser)
+    text = "rank of every layer, but with cat and linear, at least 1 (default: the largest of the "
+    option(parser, "--r R", text + "adapters)")
+    _add_rank_rules(parser)
     _add_out(parser)
     add_json(parser)
 
@@ -146,14 +157,30 @@ def add_combine_options(parser: Parser) -> None:
 def combine(args: Args) -> None:
     from ..tools.combining import combine as run
 
-    rows = run(args.adapters, args.out, args.weights, args.how, args.r)
+    options = {name: getattr(args, name) for name in ("density", "majority_sign_method", "seed")}
+    rules = _rank_rules(args)
+    rows = run(args.adapters, args.out, args.weights, args.how, args.r, **options, **rules)
     _print_errors(args, rows, args.how)
 
 
 def _add_rank(parser: Parser) -> None:
-    option(parser, "--r R", "rank of every layer, at least 1", required=True)
+    option(parser, "--r R", "rank of every layer, at least 1; or one of the next three")
+    _add_rank_rules(parser)
     _add_out(parser)
     add_json(parser)
+
+
+def _add_rank_rules(parser: Parser) -> None:
+    text = "rank of each layer: the smallest that keeps this share of |dW|^2, in (0, 1]"
+    option(parser, "--energy X", text)
+    text = "rank of each layer: the smallest whose error / |dW| is at most this, at least 0"
+    option(parser, "--error X", text)
+    text = "ranks that keep the most of all dW in this many numbers, at least 1"
+    option(parser, "--budget N", text)
+
+
+def _rank_rules(args: Args) -> JsonObject:
+    return {name: getattr(args, name) for name in ("energy", "error", "budget")}
 
 
 def add_extract_options(parser: Parser) -> None:
@@ -168,8 +195,8 @@ def extract(args: Args) -> None:
     from ..tools.factoring import extract as run
 
     find_models(args)
-    rows = run(args.base, args.tuned, args.r, args.out)
-    _print_errors(args, rows, f"rank {args.r}")
+    rows = run(args.base, args.tuned, args.r, args.out, **_rank_rules(args))
+    _print_errors(args, rows, _rank_text(args))
 
 
 def add_resize_options(parser: Parser) -> None:
@@ -180,8 +207,16 @@ def add_resize_options(parser: Parser) -> None:
 def resize(args: Args) -> None:
     from ..tools.factoring import resize as run
 
-    rows = run(args.adapter, args.r, args.out)
-    _print_errors(args, rows, f"rank {args.r}")
+    rows = run(args.adapter, args.r, args.out, **_rank_rules(args))
+    _print_errors(args, rows, _rank_text(args))
+
+
+def _rank_text(args: Args) -> str:
+    """How the ranks were chosen: "rank 4", or "energy 0.9"."""
+    if args.r is not None:
+        return f"rank {args.r}"
+    [(name, value)] = [pair for pair in _rank_rules(args).items() if pair[1] is not None]
+    return f"{name} {value}"
 
 
 def _print_errors(args: Args, rows: list[JsonObject], how: str) -> None:
@@ -192,7 +227,10 @@ def _print_errors(args: Args, rows: list[JsonObject], how: str) -> None:
     print_table([format_row(row) for row in rows])
     whole = math.sqrt(sum(row["|dW|"] ** 2 for row in rows))
     error = math.sqrt(sum(row["error"] ** 2 for row in rows))
-    share = f"{error / whole:.3%} of dW" if whole else f"{error:.3g} of a dW that is 0"
+    share = f"{error:.3g} of a dW that is 0"
+    if whole:
+        relative = error / whole
+        share = f"{relative:.3%} of dW ({max(0.0, 1 - relative**2):.3%} of its energy stays)"
     print(f"\nerror with {how} over all layers: {share} -> {printable(args.out)}")
 
 
@@ -304,13 +342,15 @@ def _print_report(report: JsonObject) -> None:
 
 
 def format_row(row: JsonObject) -> JsonObject:
-    """A row of a table with four digits of each float, and "-" for None."""
+    """A row of a table with four digits of each float, also in lists, and "-" for None."""
     result = dict(row)
     for key, value in row.items():
         if value is None:
             result[key] = "-"
         elif isinstance(value, float):
             result[key] = f"{value:.4g}"
+        elif isinstance(value, list):
+            result[key] = ", ".join("-" if one is None else f"{one:.4g}" for one in value)
     return result
 
 
@@ -351,7 +391,7 @@ COMMANDS = (
         resize,
         add_resize_options,
         "Make the nearest adapter of another rank.",
-        "--adapter adapter --r 4 --out small",
+        "--adapter adapter --energy 0.9 --out small",
     ),
     Command(
         convert,

@@ -21,6 +21,7 @@ from ..errors import ConfigError, Interrupted
 from ..formats.folders import locked, numbered_folder
 from ..formats.hub import model_name
 from ..lora import AdaLoraConfig, LoraConfig, get_multitask_model, get_peft_model
+from ..lora.optimizers import OPTIMIZERS, freeze_first_factors, require_optimizable
 from ..models.config import TransformerConfig
 from ..models.transformer import CausalLM
 from ..precision import FLOAT32
@@ -224,6 +225,7 @@ def add_tuning_options(parser: Parser) -> None:
     text = "adapter to go on from, configured as it is (default: a new one)"
     option(parser, "--adapter DIR", text, action=Once)
     add_training_options(parser, lr=2e-3)
+    _add_optimizers(parser)
     group = parser.add_argument_group("method and adapter (fields of PEFT's configuration)")
     add_method(group)
     add_quantize(group)
@@ -256,6 +258,18 @@ def add_tuning_options(parser: Parser) -> None:
     field("--ensure-weight-tying", "adapt a tied head together with its embedding")
     field("--fan-in-fan-out", "accepted for PEFT's sake: the layout is read from the model")
     _add_adalora_fields(parser)
+
+
+def _add_optimizers(parser: Parser) -> None:
+    group = parser.add_argument_group("optimizer")
+    text = f"how A and B step: {', '.join(OPTIMIZERS)}"
+    option(group, "--optimizer O", text, choices=OPTIMIZERS, default=OPTIMIZERS[0])
+    text = "loraplus: learning rate of B over that of A, above 0 (default: 16)"
+    option(group, "--loraplus-lr-ratio X", text)
+    text = "loraplus: learning rate of an embedding's factors, above 0 (default: 1e-6)"
+    option(group, "--loraplus-lr-embedding X", text)
+    text = "riemannian: damping of the inverses, at least 0 (default: 0.01)"
+    option(group, "--riemannian-reg X", text)
 
 
 def _add_adalora_fields(parser: Parser) -> None:
@@ -295,6 +309,7 @@ def read_finetune_options(args: Args) -> tuple[Any, LoraConfig | None, dict[str,
             raise ConfigError(f"{given} is for frozen ones: leave it out, or train an adapter")
     else:
         config = read_continued_config(args, fields, settings.steps)
+    require_optimizable(settings.optimizer, config)
     return settings, config, _name_tasks(args, config)
 
 
@@ -342,6 +357,8 @@ def run_finetune(
     elif config is None and memory["layers"]:
         given = f"--method full cannot train --base {args.base!r}"
         raise ConfigError(f"{given}, which is held as {memory['kind']}: train an adapter")
+    if settings.optimizer == "lorafa":
+        freeze_first_factors(model)  # before the parameters that train are counted
     trainable = sum(p.size for p in model.parameters() if p.requires_grad)
     with folder as out:
         if memory["layers"]:

@@ -18,6 +18,7 @@ Adapters
     embedding   the same for an embedding, and for the head that shares its weight
     tokens      some trainable rows of an embedding
     factors     the algebra of (A, B, s) without dW
+    optimizers  LoRA+, LoRA-FA and the Riemannian step
 
 Models
     layer       wrappers: a module of the base with adapters, by name
@@ -30,6 +31,9 @@ Models
     model       get_peft_model and PeftModel
     status      what the layers of such a model are set to
     combining   several adapters added up to one
+    pruning     sums of pruned dW
+    ranks       ranks by energy, error or budget
+    leading     leading singular triplets of a large matrix
     multitask   several tasks in one batch, each with its adapters
 
 Files

@@ -1,14 +1,16 @@
-"""Adapters added up: sum_i c_i B_i A_i, c_i = w_i s_i, as one adapter with s = 1, in three ways.
+"""Adapters added up: sum_i c_i B_i A_i, c_i = w_i s_i, as one adapter with s = 1.
 
           A                            B                          B A, the ways having PEFT's names
 cat       [A_1; A_2; ...]              [c_1 B_1, c_2 B_2, ...]    the sum itself; ranks add up
 svd       sqrt(sigma) V^T, r rows      U sqrt(sigma), r columns   the nearest to it of rank r
 linear    sum sgn(c_i) sqrt|c_i| A_i   sum sqrt|c_i| B_i          the sum, and cross terms
                                                                   sqrt|c_i c_j| B_i A_j
+ties, dare_linear, dare_ties, magnitude_prune                     the nearest of rank r to a sum of
+                                                                  pruned dW: see pruning.py
 
 "Nearest" is by Eckart & Young 1936. Adding up what models were trained to is task arithmetic
-(Ilharco et al. 2023). No array here is as large as dW: norms and distances, too, are computed from
-factors.
+(Ilharco et al. 2023). For the first three no array here is as large as dW: norms and distances,
+too, are computed from factors.
 """
 
 from __future__ import annotations
@@ -21,18 +23,42 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, NonFiniteError, is_integer
+from ..errors import (
+    ConfigError,
+    NonFiniteError,
+    Rule,
+    check_fields,
+    is_integer,
+    is_number,
+    optional,
+)
 from . import factors
 from .config import LoraConfig
-from .factors import Part, cat, error_row, pad_rank, product_norm, rounding_error, svd
+from .factors import (
+    Part,
+    Term,
+    cat,
+    clamp_factors,
+    error_row,
+    factors_from_svd,
+    pad_rank,
+    product_norm,
+    rounding_error,
+    svd,
+)
+from .leading import distance, leading_triplets
 from .names import ENDS
 from .plan import Plan, check_wrapped, describe_model, plan_adapter
+from .pruning import PRUNED, Pruning, check_pruning, pruned_sum
+from .ranks import MAX_RANK
 
 Array = np.ndarray
 Row = dict[str, Any]
-COMBINATION_TYPES = ("cat", "svd", "linear")
-MAX_RANK = 2**16
+FACTORWISE = ("cat", "svd", "linear")  # computed from factors, without dW
+COMBINATION_TYPES = (*FACTORWISE, *PRUNED)
+OF_ANY_RANK = ("svd", *PRUNED)
 _is_rank = is_integer(1, MAX_RANK)
+_CLAMP = Rule("svd_clamp", optional(is_number(above=0, below=1 + 1e-15)), "a number in (0, 1]")
 
 
 # ---- one layer, and the rank of all --------------------------------------------------------------
@@ -60,20 +86,37 @@ def _is_finite(weight: Any) -> bool:
         return False
 
 
-def choose_rank(ranks: Mapping[str, Sequence[int]], way: str, r: int | None = None) -> int:
-    """The rank of every layer of a combined adapter, from the ranks of the parts of each layer.
+def check_way(way: Any, r: int | None, count: int, **options: Any) -> Pruning | None:
+    """The pruning of `count` adapters that `way` means; None if it prunes nothing.
 
-    With svd it is r, or else the largest of them. ConfigError for an unknown way, an invalid rank,
-    and parts that `linear` cannot add.
+    options   of `check_pruning`
+
+    ConfigError for an unknown way, an invalid rank, or a rank or an option that the way has not.
     """
     if way not in COMBINATION_TYPES:
         raise ConfigError(
             f"no combination type {way!r:.60}; choose from {', '.join(COMBINATION_TYPES)}"
         )
-    if r is not None and not (way == "svd" and _is_rank(r)):
+    if r is not None and not (way in OF_ANY_RANK and _is_rank(r)):
         raise ConfigError(
-            f"a rank is for svd, which takes one from 1 to {MAX_RANK}; {way} got {r!r:.60}"
+            f"a rank is for svd and for pruned sums, which take one from 1 to {MAX_RANK}; "
+            f"{way} got {r!r:.60}"
         )
+    pruning = check_pruning(way, **options)
+    if pruning is not None and count < 2:
+        raise ConfigError(
+            f"{way} adds up two or more adapters, got {count}: "
+            f"use {', '.join(FACTORWISE)} for a single one"
+        )
+    return pruning
+
+
+def common_rank(ranks: Mapping[str, Sequence[int]], way: str, r: int | None = None) -> int:
+    """The rank of every layer of a combined adapter, from the ranks of the parts of each layer.
+
+    It is r, or else the largest of them; with cat, the largest sum. ConfigError for parts that
+    `linear` cannot add.
+    """
     largest = 1
     for path, of_parts in ranks.items():
         if way == "linear" and len(set(of_parts)) > 1:
@@ -85,10 +128,54 @@ def choose_rank(ranks: Mapping[str, Sequence[int]], way: str, r: int | None = No
     return r or largest
 
 
+def combine_terms(
+    path: str,
+    terms: Sequence[Term],
+    way: str,
+    r: int,
+    pruning: Pruning | None = None,
+    clamp: float | None = None,
+    dtype: Any = np.float32,
+) -> tuple[Array, Array, Row]:
+    """A (r, I), B (O, r) of the layer `path`, added up in any way: see `combine_layer`.
+
+    pruning   of `check_way`
+    clamp     of `factors.clamp_factors`
+    """
+    if pruning is None:
+        parts = [term.weighted() for term in terms]
+        return combine_layer(path, parts, way, r, dtype, clamp)
+    total, report = sum_layer(path, terms, pruning)
+    A, B, _ = factors_from_svd(*leading_triplets(total, max(1, r)), r)
+    A, B = _finish(path, A, B, clamp, dtype)
+    missed = distance(total, B.astype(np.float64), A.astype(np.float64))
+    row = {**_label(path, [term.part for term in terms], r), **report}
+    return A, B, row | error_row(report["|dW|"], missed)
+
+
+def sum_layer(path: str, terms: Sequence[Term], pruning: Pruning) -> tuple[Array, Row]:
+    """The pruned sum (O, I) of a layer, and its row: see `pruned_sum`. NonFiniteError."""
+    if not all(np.isfinite(M).all() for term in terms for M in term.weighted()[:2]):
+        raise NonFiniteError(f"{path}: the sum of its adapters is not finite")
+    total, report = pruned_sum(terms, pruning, path)
+    if not math.isfinite(report["|dW|"]):
+        raise NonFiniteError(f"{path}: the sum of its adapters is too large for float64")
+    if report["|dW|"] < rounding_error(*cat([term.weighted() for term in terms])):
+        report["|dW|"] = 0.0  # the updates cancel
+    return total, report
+
+
 def combine_layer(
-    path: str, parts: Sequence[Part], way: str, r: int, dtype: Any = np.float32
+    path: str,
+    parts: Sequence[Part],
+    way: str,
+    r: int,
+    dtype: Any = np.float32,
+    clamp: float | None = None,
 ) -> tuple[Array, Array, Row]:
     """A (r, I), B (O, r) of the layer `path`, with s = 1, and how far B A is from the sum.
+
+    way   one of FACTORWISE
 
     A and B are of `dtype`. In the row, |dW| is the sum's norm, and error that of the difference,
     with the rounding to `dtype` in it. NonFiniteError names the layer.
@@ -108,16 +195,27 @@ def combine_layer(
             A, B = pad_rank(*total, r)
         else:
             A, B = pad_rank(*factors.linear(parts), r)
+        A, B = _finish(path, A, B, clamp, dtype)
+    difference = np.concatenate([A, total[0]]), np.concatenate([B, -total[1]], axis=1)
+    row = {**_label(path, parts, r), **error_row(whole, product_norm(*difference))}
+    return A, B, row
+
+
+def _finish(path: str, A: Array, B: Array, clamp: float | None, dtype: Any) -> tuple[Array, Array]:
+    """The factors clamped, if asked for, and rounded. NonFiniteError names the layer."""
+    if clamp is not None:
+        A, B = clamp_factors(A, B, clamp)
+    with np.errstate(over="ignore"):
         A = A.astype(dtype)
         B = B.astype(dtype)
-        if not (np.isfinite(A).all() and np.isfinite(B).all()):
-            raise NonFiniteError(
-                f"{path}: the sum of its adapters is too large for {np.dtype(dtype)}"
-            )
-    difference = np.concatenate([A, total[0]]), np.concatenate([B, -total[1]], axis=1)
+    if not (np.isfinite(A).all() and np.isfinite(B).all()):
+        raise NonFiniteError(f"{path}: the sum of its adapters is too large for {np.dtype(dtype)}")
+    return A, B
+
+
+def _label(path: str, parts: Sequence[Part], r: int) -> Row:
     ranks = " + ".join(str(len(part.A)) for part in parts)
-    row = {"layer": path, "r": f"{ranks} -> {r}", **error_row(whole, product_norm(*difference))}
-    return A, B, row
+    return {"layer": path, "r": f"{ranks} -> {r}"}
 
 
 # ---- in a model ----------------------------------------------------------------------------------
@@ -130,6 +228,12 @@ def add_weighted_adapter(
     adapter_name: str,
     combination_type: str = "svd",
     svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    seed: int = 0,
 ) -> list[Row]:
     """Add the adapter `adapter_name`, the sum of `adapters` times `weights`; inactive at first.
 
@@ -137,24 +241,40 @@ def add_weighted_adapter(
     them. Returns one row per layer: the sum's |dW|, and how far from it the new one is. (peft keeps
     use_rslora, which makes its s sqrt(r).)
 
+    combination_type   one of COMBINATION_TYPES. The pruned ones prune dW, as peft does under their
+                       names with _svd, which are names of the same here
+    svd_clamp          of those that have an svd: see `factors.clamp_factors`
+    density, majority_sign_method   of the pruned ones: see pruning.py
+    seed               of the entries that dare keeps
+    svd_full_matrices, svd_driver   taken for peft's sake: they do not change the result
+
     ConfigError, before anything changes, for adapters that are not plain factors: DoRA, AdaLoRA,
     HydraLoRA, biases, copied modules, tokens, and an embedding that a tied head follows; and for
-    ranks and names as `choose_rank` and `add_adapter`. NonFiniteError.
+    ranks and names as `check_way` and `add_adapter`. NonFiniteError.
     """
+    way = combination_type
+    if way in [f"{pruned}_svd" for pruned in PRUNED]:
+        way = way.removesuffix("_svd")
     weights = check_weights(adapters, weights, "weights")
     names = list(adapters)
+    options = {"density": density, "majority_sign_method": majority_sign_method, "seed": seed}
+    pruning = check_way(way, svd_rank, len(names), **options)
+    check_fields({"svd_clamp": svd_clamp}, [_CLAMP])
+    if svd_clamp is not None and way not in OF_ANY_RANK:
+        raise ConfigError(f"svd_clamp is for {', '.join(OF_ANY_RANK)}, not for {way}: leave it out")
     self._require_known(names)
     for name in names:
         _require_plain(name, self._plans[name])
     sources = {}
     for path, wrapper in self._wrappers().items():
-        pairs = zip(names, weights, strict=True)
-        entries = wrapper.entries
-        of_layer = [(entries[name], weight) for name, weight in pairs if name in entries]
-        if of_layer:
-            sources[path] = of_layer
-    ranks = {path: [adapter.r for adapter, _ in of_layer] for path, of_layer in sources.items()}
-    r = choose_rank(ranks, combination_type, svd_rank)
+        terms = []
+        for number, (name, weight) in enumerate(zip(names, weights, strict=True)):
+            if name in wrapper.entries:
+                terms.append(Term(wrapper.entries[name].part(), weight, number))
+        if terms:
+            sources[path] = terms
+    ranks = {path: [len(term.part.A) for term in terms] for path, terms in sources.items()}
+    r = common_rank(ranks, way, svd_rank)
     config = dataclasses.replace(
         self.peft_config[names[0]],
         r=r,
@@ -172,12 +292,9 @@ def add_weighted_adapter(
     plan = plan_adapter(describe_model(self.model), config)
     check_wrapped(self.model, plan)
     made = {}
-    for path, of_layer in sources.items():
-        parts = [
-            adapter.part()._replace(c=weight * adapter.scaling) for adapter, weight in of_layer
-        ]
-        dtype = of_layer[0][0].lora_A.dtype
-        made[path] = combine_layer(path, parts, combination_type, r, dtype)
+    for path, terms in sources.items():
+        dtype = self._wrappers()[path].entries[names[terms[0].number]].lora_A.dtype
+        made[path] = combine_terms(path, terms, way, r, pruning, svd_clamp, dtype)
     self._inject(adapter_name, plan, seed=0)
     wrappers = self._wrappers()
     for path, (A, B, _) in made.items():

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..errors import ConfigError
+
 Array = np.ndarray
 Row = dict[str, Any]
 
@@ -22,6 +24,18 @@ class Part(NamedTuple):
     B: Array
     c: float
     m: Array | None = None
+
+
+class Term(NamedTuple):
+    """`weight` times what one adapter, the one at place `number`, adds to a layer."""
+
+    part: Part
+    weight: float
+    number: int = 0
+
+    def weighted(self) -> Part:
+        """The part with the weight in its c."""
+        return self.part._replace(c=self.weight * self.part.c)
 
 
 def float64(p: Any) -> Array:
@@ -84,6 +98,24 @@ def truncate_rank(A: Array, B: Array, s: float, r: int) -> tuple[Array, Array, R
     core = s * (R @ S.T)
     U, values, Vt = np.linalg.svd(core, full_matrices=False)
     return factors_from_svd(Q @ U, values, Vt @ P.T, r)
+
+
+def clamp_factors(A: Array, B: Array, quantile: float) -> tuple[Array, Array]:
+    """V^T and U diag(sigma), both clipped to +-q, of the factors that `factors_from_svd` gives.
+
+    q is the quantile of the entries of both, as in PEFT: not of their absolute values. ConfigError
+    if it is not above 0.
+    """
+    root = np.linalg.norm(A, axis=1)  # of each singular value
+    Vt = A / np.where(root, root, 1)[:, None]
+    US = B * root
+    q = float(np.quantile(np.concatenate([US.ravel(), Vt.ravel()]), quantile))
+    if q <= 0:
+        raise ConfigError(
+            f"svd_clamp {quantile:g}: this quantile of the factors is {q:.3g}, and they are "
+            "clipped to +- that: give more than 0.5"
+        )
+    return np.clip(Vt, -q, q), np.clip(US, -q, q)
 
 
 def pad_rank(A: Array, B: Array, r: int) -> tuple[Array, Array]:

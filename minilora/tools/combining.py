@@ -9,16 +9,36 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import ConfigError, FormatError, shorten
 from ..formats import write_adapter
 from ..formats.disk import quoted
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import LoraConfig
-from ..lora.combining import check_weights, choose_rank, combine_layer
+from ..lora.combining import (
+    OF_ANY_RANK,
+    check_way,
+    check_weights,
+    combine_terms,
+    common_rank,
+    sum_layer,
+)
+from ..lora.factors import Part, Term, cat, rounding_error
 from ..lora.files import AdapterFile
 from ..lora.plan import FIRST_EMBEDDINGS, HEAD
+from ..lora.pruning import Pruning
+from ..lora.ranks import (
+    RankRule,
+    Spectrum,
+    check_rank_rule,
+    choose_ranks,
+    factors_spectrum,
+    matrix_spectrum,
+    rule_text,
+)
 from ..lora.repeats import is_weight_of_base
-from .factoring import ADALORA_FIELDS, Tensors, factor_keys, head_factors, plain
+from .factoring import ADALORA_FIELDS, Tensors, factor_keys, head_factors, rank_fields, target_name
 from .merging import Change, Changes, alike, changes_of, require_addable
 from .rewriting import Row, progress
 
@@ -29,12 +49,22 @@ def combine(
     weights: Sequence[float] | None = None,
     how: str = "cat",
     r: int | None = None,
+    *,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    seed: int = 0,
+    energy: float | None = None,
+    error: float | None = None,
+    budget: int | None = None,
 ) -> list[Row]:
     """Write the sum of PEFT `adapters`, times `weights` (1), as one plain LoRA adapter to the
     folder `out`.
 
     how     "cat", the sum itself; "svd", the nearest of rank r (by default the largest of theirs);
-            or "linear", PEFT's sum of factors, which has cross terms: see lora/combining.py
+            "linear", PEFT's sum of factors, which has cross terms; or the nearest to a pruned sum,
+            "ties", "dare_linear", "dare_ties" or "magnitude_prune": see lora/combining.py
+    density, majority_sign_method, seed   of the pruned sums: see lora/pruning.py
+    energy, error, budget   choose a rank for each layer in place of r: see lora/ranks.py
 
     Every layer that one of them has gets one rank, and s = 1; zeros fill up lower ranks. AdaLoRA's
     E goes into the factors. What replaces tensors of the base (copied modules, biases, tokens)
@@ -46,6 +76,14 @@ def combine(
     FormatError for adapters of different bases; NonFiniteError, OSError; `out` is then as it was.
     """
     weights = check_weights(adapters, weights, "--weights")
+    options = {"density": density, "majority_sign_method": majority_sign_method, "seed": seed}
+    pruning = check_way(how, r, len(adapters), **options)
+    rule = check_rank_rule(r, energy, error, budget, required=False)
+    if rule.is_adaptive and how not in OF_ANY_RANK:
+        raise ConfigError(
+            f"{rule_text(rule)} chooses ranks of {', '.join(OF_ANY_RANK)}, not of {how}: "
+            "leave it out, or use svd"
+        )
     for folder in adapters:
         require_outside(out, adapter=folder)
     with ExitStack() as opened:
@@ -66,7 +104,11 @@ def combine(
             text = f"the adapters name different bases, and a sum is for one model: {names}"
             warnings.warn(shorten(text), stacklevel=2)
         ranks = {path: [_shape(c, "A")[0] for c in changes] for path, changes in layers.items()}
-        r = choose_rank(ranks, how, r)
+        r = common_rank(ranks, how, r)
+        tied = _tied_embedding(layers)
+        chosen = dict.fromkeys(layers, r)
+        if rule.is_adaptive:
+            chosen = _choose_ranks(files, layers, pruning, rule, tied)
         tensors: Tensors = {}
         for changes in plan.values():
             for change in changes:
@@ -77,21 +119,23 @@ def combine(
         rows = []
         for path in progress(layers, "combine"):
             changes = layers[path]
-            parts = [change.part()._replace(m=None) for change in changes]
-            A, B, row = combine_layer(path, parts, how, r)
-            key_A, key_B = _keys(path, changes)
-            tensors |= {key_A: A, key_B: B}
-            tensors |= _other_tensors(path, changes)
+            A, B, row = combine_terms(path, _terms(files, changes), how, chosen[path], pruning)
             rows.append(row)
-        tied = _tied_embedding(layers)
-        if tied is not None:
+            if chosen[path]:
+                key_A, key_B = _keys(path, changes)
+                tensors |= {key_A: A, key_B: B}
+                tensors |= _other_tensors(path, changes)
+        layers = {path: changes for path, changes in layers.items() if chosen[path]}
+        if tied in layers:
             tensors |= head_factors(tensors, tied)
         config = _fields(files, layers)
-        is_tied = tied is not None or any(map(_saves_one_weight, files))
-        config |= {"ensure_weight_tying": is_tied, **plain(r)}
+        is_tied = tied in layers or any(map(_saves_one_weight, files))
+        chosen = {path: chosen[path] for path in layers}
+        config |= {"ensure_weight_tying": is_tied, **rank_fields(chosen)}
     LoraConfig.from_dict(config, str(out))  # so that what is written can be read
     sources = [fingerprint(folder) for folder in adapters]
-    inputs = {"adapters": sources, "weights": weights, "how": how, "r": r}
+    inputs: dict[str, Any] = {"adapters": sources, "weights": weights, "how": how, "r": r}
+    inputs |= {**options, "rule": rule._asdict()}
     with new_folder(out, inputs) as stage:
         write_adapter(stage, config, tensors)
     return rows
@@ -127,6 +171,63 @@ def _check_together(files: Sequence[AdapterFile], layers: Changes) -> None:
         raise ConfigError(
             f"{tokens[1]}: only one adapter can have trainable tokens, {tokens[0]} has some"
         )
+
+
+def _terms(files: Sequence[AdapterFile], changes: Sequence[Change]) -> list[Term]:
+    """What each adapter adds to one layer, with its weight."""
+    terms = []
+    for change in changes:
+        part = change.adapter.part(change.path)._replace(m=None)
+        terms.append(Term(part, change.weight, list(files).index(change.adapter)))
+    return terms
+
+
+def _choose_ranks(
+    files: Sequence[AdapterFile],
+    layers: Changes,
+    pruning: Pruning | None,
+    rule: RankRule,
+    tied: str | None,
+) -> dict[str, int]:
+    """The rank of each layer by `rule`; a head that is tied to an embedding has the embedding's.
+
+    A layer with more than factors (DoRA's m, a bias, the weight of a targeted embedding) keeps
+    rank 1, because the rest would be lost with the layer.
+    """
+    spectra = {}
+    for path, changes in layers.items():
+        if tied is not None and path == HEAD:
+            continue
+        more = any(set(change.adapter.layers[path]) - {"A", "B", "E"} for change in changes)
+        biased = any(change.adapter.config.bias != "none" for change in changes)
+        shape = _shape(changes[0], "B")[0], _shape(changes[0], "A")[1]
+        spectra[path] = _spectrum(path, files, changes, pruning, shape, int(more or biased))
+    ranks = choose_ranks(spectra, rule)
+    if tied is not None:
+        ranks[HEAD] = ranks[tied]
+    return ranks
+
+
+def _spectrum(
+    path: str,
+    files: Sequence[AdapterFile],
+    changes: Sequence[Change],
+    pruning: Pruning | None,
+    shape: tuple[int, int],
+    least: int,
+) -> Spectrum:
+    """The spectrum of the sum of one layer, which is formed only if it is pruned."""
+    terms = _terms(files, changes)
+    total = Part(*cat([term.weighted() for term in terms]), 1.0)
+    if pruning is None:
+        return factors_spectrum(total, least)
+    noise = rounding_error(total.A, total.B)
+
+    def form() -> np.ndarray:
+        """The sum, of factors that are read again: those of all layers need not be in memory."""
+        return sum_layer(path, _terms(files, changes), pruning)[0]
+
+    return matrix_spectrum(shape, form, least, noise)
 
 
 def _shape(change: Change, part: str) -> tuple[int, ...]:
@@ -178,9 +279,8 @@ def _fields(files: Sequence[AdapterFile], layers: Changes) -> dict[str, Any]:
     layers."""
     targets = []
     for path, changes in layers.items():
-        # PEFT looks for a base weight in an adapter's file only if the target is the last name.
         has_weight = any("base" in change.adapter.layers[path] for change in changes)
-        targets.append(path.rpartition(".")[2] if has_weight else path)
+        targets.append(target_name(path, has_weight))
     configs = [file.config for file in files]
     saved = {name for config in configs for name in config.modules_to_save or ()}
     tokens = [file.config.trainable_token_indices for file in files if file.tokens] or [None]

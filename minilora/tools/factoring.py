@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,19 @@ from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import Checkpoint, read_checkpoint, write_adapter
 from ..formats.checkpoint import align_keys, are_equal, is_stored_transposed
 from ..formats.disk import quoted
+from ..formats.dtypes import row_blocks, widen
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..formats.hub import model_name
 from ..lora import AdaLoraConfig, HydraConfig, LoraConfig
-from ..lora.combining import MAX_RANK
 from ..lora.factors import factors_from_svd, product_norm, truncate_rank
 from ..lora.files import AdapterFile
+from ..lora.leading import leading_triplets
 from ..lora.names import EMBEDDING, LINEAR, PREFIX
 from ..lora.plan import FIRST_EMBEDDINGS, HEAD, Base, canonical_names, describe_checkpoint
+from ..lora.ranks import Spectrum, check_rank_rule, choose_ranks, factors_spectrum, matrix_spectrum
 from ..lora.tying import are_transposed
 from ..threads import one_blas_thread
 from .comparing import has_other_rows
-from .leading import leading_triplets
 from .rewriting import Row, progress
 
 Array = np.ndarray
@@ -42,16 +44,27 @@ ADALORA_FIELDS = {field.name for field in dataclasses.fields(AdaLoraConfig)}
 ADALORA_FIELDS -= {field.name for field in dataclasses.fields(LoraConfig)}
 
 
-def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
+def resize(
+    adapter: str | Path,
+    r: int | None,
+    out: str | Path,
+    *,
+    energy: float | None = None,
+    error: float | None = None,
+    budget: int | None = None,
+) -> list[Row]:
     """Write the adapter with the nearest dW of rank r in every layer, as plain LoRA (or DoRA), to
     the folder `out`.
+
+    energy, error, budget   choose a rank for each layer in place of r: see lora/ranks.py. A layer
+                            of rank 0 is left out, unless more than its factors would be lost
 
     Returns one row per layer: |dW|, |dW' - dW|, and that over |dW|. AdaLoRA's E goes into the
     factors. The adapter's other tensors stay as they are; DoRA's m, too, so that its row is about s
     B A alone. ConfigError for an invalid rank, or HydraLoRA; FormatError, NonFiniteError, OSError;
     `out` is then as it was.
     """
-    _require_rank(r)
+    rule = check_rank_rule(r, energy, error, budget)
     require_outside(out, adapter=adapter)
     with AdapterFile(adapter) as file:
         if isinstance(file.config, HydraConfig):
@@ -67,28 +80,55 @@ def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
         for key in file.file.keys():
             if key not in replaced:
                 tensors[key] = file.file.read(key)
+        tied = _tied_embedding(file)
+        spectra = {}
+        for path in file.layers:
+            part = file.part(path)
+            if not math.isfinite(part.c * product_norm(part.A, part.B)):
+                raise NonFiniteError(f"{file.where}: {path} is not finite")
+            if tied is None or path != HEAD:
+                more = set(file.layers[path]) - {"A", "B", "E"} or file.config.bias != "none"
+                spectra[path] = factors_spectrum(part, least=int(bool(more)))
+        ranks = choose_ranks(spectra, rule)
+        if tied is not None:
+            ranks[HEAD] = ranks[tied]
         rows = []
+        remaining = {path: rank for path, rank in ranks.items() if rank}
         for path in progress(file.layers, "resize"):
             before = file.part(path)
-            if not math.isfinite(before.c * product_norm(before.A, before.B)):
-                raise NonFiniteError(f"{file.where}: {path} is not finite")
-            A, B, row = truncate_rank(before.A, before.B, before.c, r)
-            tensors |= _factor_tensors(path, A, B, file.embeds(path))
-            rows.append({"layer": path, "r": f"{len(before.A)} -> {r}", **row})
-        tied = _tied_embedding(file)
-        if tied is not None:
+            A, B, row = truncate_rank(before.A, before.B, before.c, ranks[path])
+            if path in remaining:
+                tensors |= _factor_tensors(path, A, B, file.embeds(path))
+            rows.append({"layer": path, "r": f"{len(before.A)} -> {ranks[path]}", **row})
+        if tied in remaining:
             tensors |= head_factors(tensors, tied)
         fields = {name: value for name, value in file.raw.items() if name not in ADALORA_FIELDS}
-        _write(out, adapter, {**fields, **plain(r)}, tensors)
+        if len(remaining) < len(file.layers):
+            targets = [target_name(path, "base" in file.layers[path]) for path in remaining]
+            fields |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+            fields["target_modules"] = sorted(targets)
+        _write(out, adapter, {**fields, **rank_fields(remaining)}, tensors)
     return rows
 
 
-def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> list[Row]:
+def extract(
+    base: str | Path,
+    tuned: str | Path,
+    r: int | None,
+    out: str | Path,
+    *,
+    energy: float | None = None,
+    error: float | None = None,
+    budget: int | None = None,
+) -> list[Row]:
     """Write the difference of the checkpoints `tuned` and `base` as an adapter of rank r, in PEFT's
     files, to `out`.
 
     A linear layer whose weight changed gets the nearest factors of the difference, and its bias if
     any such bias changed; other changed modules (norms, the embedding, the head) are saved whole.
+    energy, error, budget   choose a rank for each layer in place of r: see lora/ranks.py. Singular
+                            values that the rounding of the tuned weights explains do not count
+
     An embedding and a head with one weight are saved once, with `ensure_weight_tying`; if only the
     tuned model has two weights, each that changed is saved, and merging needs tied="untie". Returns
     one row per layer as `resize` does. Memory holds a few tensors in float64; BLAS runs in one
@@ -99,7 +139,7 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
 
     FormatError if the two have other tensors or shapes, ConfigError if nothing changed.
     """
-    _require_rank(r)
+    rule = check_rank_rule(r, energy, error, budget)
     require_outside(out, base=base, tuned=tuned)
     config, one = read_checkpoint(base)
     with one, read_checkpoint(tuned)[1] as other, one_blas_thread():
@@ -108,34 +148,33 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
         tied = pair.is_tied() and pair.described.embedding in changed
         if tied:
             changed.pop(HEAD, None)  # the same change of the one weight
-        tensors: Tensors = {}
-        rows = []
-        layers = []
-        whole = []
-        for path in progress(changed, "extract"):
-            names = changed[path]
-            weight = f"{path}.weight"
-            is_matrix = weight in names and len(pair.shape(weight)) == 2
-            if is_matrix and path.rpartition(".")[2] not in NOT_TARGETS:
-                D = pair.difference(weight)
-                A, B, row = factors_from_svd(*leading_triplets(D, r), r)
-                tensors |= _factor_tensors(path, A, B)
-                layers.append(path)
-                rows.append({"layer": path, "r": str(r), **row})
-                continue
-            whole.append(path)
-            for name in pair.names:
-                if name.rpartition(".")[0] == path:
-                    tensors[PREFIX + name] = pair.read_tuned(name, np.float32)
-        if tied:
-            tensors[PREFIX + HEAD_WEIGHT] = pair.read_tuned(HEAD_WEIGHT, np.float32)
-        if not layers:
+        linear = [path for path in changed if pair.is_linear(path, changed[path])]
+        if not linear:
             raise ConfigError(
                 f"no weight of a linear layer of {other.directory!r} differs from the base's, and "
                 "an adapter needs one"
             )
-        biases = [f"{path}.bias" for path in layers if f"{path}.bias" in pair.names]
+        biases = [f"{path}.bias" for path in linear if f"{path}.bias" in pair.names]
         biased = any(name in changed[name.removesuffix(".bias")] for name in biases)
+        ranks = dict.fromkeys(linear, r or 0)
+        if rule.is_adaptive:
+            ranks = choose_ranks({path: pair.spectrum(path, biased) for path in linear}, rule)
+        layers = [path for path in linear if ranks[path]]
+        whole = [path for path in changed if path not in linear]
+        tensors: Tensors = {}
+        rows = []
+        for path in progress(linear, "extract"):
+            D = pair.difference(f"{path}.weight")
+            triplets = leading_triplets(D, max(1, ranks[path]))
+            A, B, row = factors_from_svd(*triplets, ranks[path])
+            if ranks[path]:
+                tensors |= _factor_tensors(path, A, B)
+            rows.append({"layer": path, "r": str(ranks[path]), **row})
+        for name in pair.names:
+            if name.rpartition(".")[0] in whole:
+                tensors[PREFIX + name] = pair.read_tuned(name, np.float32)
+        if tied:
+            tensors[PREFIX + HEAD_WEIGHT] = pair.read_tuned(HEAD_WEIGHT, np.float32)
         if biased:
             for name in biases:
                 path = name.removesuffix(".bias")
@@ -150,7 +189,8 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
             "fan_in_fan_out": is_stored_transposed(model_type, f"{layers[-1]}.weight"),
             "base_model_name_or_path": model_name(base),
         }
-        _write(out, base, {**fields, **plain(r)}, tensors)
+        ranks = {path: ranks[path] for path in layers}
+        _write(out, base, {**fields, **rank_fields(ranks)}, tensors)
     return rows
 
 
@@ -275,6 +315,49 @@ class _Pair:
             raise NonFiniteError(f"the difference of {name} is not finite")
         return D.T if is_stored_transposed(self.described.model_type, name) else D
 
+    def is_linear(self, path: str, names: Sequence[str]) -> bool:
+        """Is the module a linear layer whose weight is among the changed `names`?"""
+        weight = f"{path}.weight"
+        is_matrix = weight in names and len(self.shape(weight)) == 2
+        return is_matrix and path.rpartition(".")[2] not in NOT_TARGETS
+
+    def spectrum(self, path: str, biased: bool) -> Spectrum:
+        """The spectrum of the difference of a linear layer's weight.
+
+        biased   the layer's bias is saved, and would be lost with rank 0
+        """
+        weight = f"{path}.weight"
+        key = self._key(self.tuned, weight)
+        assert key is not None  # as in _read
+        W = self.tuned.read_bits(key)
+        noise = rounding_noise(W)
+        if is_stored_transposed(self.described.model_type, weight):
+            W = W.T
+        least = int(biased and f"{path}.bias" in self.names)
+        return matrix_spectrum(W.shape, lambda: self.difference(weight), least, noise)
+
+
+def rounding_noise(W: Array) -> float:
+    """About the largest singular value that rounding leaves in a weight W as it is stored.
+
+    W   floats, or uint16 for bfloat16
+
+    Errors that are uniform in half a unit of the last place to each side have the variance ulp^2 /
+    12, and a matrix of independent ones has a largest singular value near the root of its largest
+    row's variance plus that of its largest column's (Latala 2005).
+    """
+    rows = np.zeros(len(W))
+    columns = np.zeros(W.shape[1])
+    for at in row_blocks(W.shape):
+        block = widen(W[at])
+        ulp = np.spacing(np.abs(block)).astype(np.float64)
+        if W.dtype == np.uint16:
+            ulp *= 2.0**16  # bfloat16 is the upper half of a float32
+        variance = ulp * ulp / 12
+        rows[at] = variance.sum(axis=1)
+        columns += variance.sum(axis=0)
+    return float(np.sqrt(rows.max()) + np.sqrt(columns.max()))
+
 
 # ---- a plain LoRA adapter ----
 
@@ -325,9 +408,25 @@ def plain(r: int) -> dict[str, Any]:
     return {**fields, "rank_pattern": {}, "alpha_pattern": {}}
 
 
-def _require_rank(r: int) -> None:
-    if type(r) is not int or not 1 <= r <= MAX_RANK:
-        raise ConfigError(f"--r must be an integer from 1 to {MAX_RANK}, got {r!r:.60}")
+def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of adapter_config.json that give each layer its rank, and s = 1.
+
+    Layers of different ranks are in both patterns by their full names, the longest first: a pattern
+    also means the names that end in it.
+    """
+    fields = plain(max(ranks.values()))
+    if len(set(ranks.values())) > 1:
+        pattern = {path: ranks[path] for path in sorted(ranks, key=lambda path: (-len(path), path))}
+        fields |= {"rank_pattern": pattern, "alpha_pattern": dict(pattern)}
+    return fields
+
+
+def target_name(path: str, has_weight: bool) -> str:
+    """The name of a layer in target_modules: its path, or the end of it.
+
+    PEFT looks for a base weight in an adapter's file only if the target is the last name.
+    """
+    return path.rpartition(".")[2] if has_weight else path
 
 
 def _write(out: str | Path, source: str | Path, config: dict[str, Any], tensors: Tensors) -> None:

@@ -73,7 +73,9 @@ class GraphedStep:
         self.recorder = backend.recorder
         self.captures = 0
         self.replays = 0
-        self.reason = "" if self.recorder else f"{backend.name} has no graphs"
+        self.reason = step.optimizer.uncaptured
+        if not self.recorder:
+            self.reason = f"{backend.name} has no graphs"
         self._seen: dict[Any, int] = {}
         self._graphs: dict[Any, Captured] = {}
         self._latest: Captured | None = None

@@ -26,8 +26,9 @@ from ..formats import load_file, save_file
 from ..formats.disk import JsonObject
 from ..lora import AdaLoraConfig, MultiTask, PeftModel, RankAllocator
 from ..lora.model import adapter_folder
+from ..lora.optimizers import make_optimizer
 from ..nn import LinearBase, Parameter
-from ..optim import AdamW, clip_by_global_norm, warmup_cosine
+from ..optim import clip_by_global_norm, warmup_cosine
 from ..precision import FLOAT32
 from ..quant.half import iterate_pieces
 from .best import Best
@@ -84,8 +85,16 @@ class Run:
             self.windows = TaskWindows(tokens, *drawn)
         else:
             self.windows = Windows(tokens, *drawn)
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.optimizer = AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.optimizer = make_optimizer(
+            model,
+            settings.optimizer,
+            settings.lr,
+            settings.weight_decay,
+            loraplus_lr_ratio=settings.loraplus_lr_ratio,
+            loraplus_lr_embedding=settings.loraplus_lr_embedding,
+            reg=settings.riemannian_reg,
+        )
+        trained = [(member.name, member.parameter) for member in self.optimizer.members]
         saved = {id(p) for p in _saved_parameters(model)}
         for name, p in trained:
             if id(p) not in saved:
@@ -279,8 +288,9 @@ class Run:
         done = manifest["step"]
         state = manifest["state"]
         try:
-            # Older checkpoints do not say.
-            before = {"compute": FLOAT32, "keep": "last", **state["run"]}
+            # Older checkpoints do not say these.
+            missing = {"compute": FLOAT32, "keep": "last", "optimizer": "adamw"}
+            before = {**missing, **state["run"]}
             require_same_run(str(folder), before, self.identity, done)
             numbers = dict(state["optimizer"])
             allocator_numbers = dict(state["allocator"]) if self.allocator else {}

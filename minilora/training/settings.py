@@ -12,9 +12,11 @@ from ..errors import (
     is_flag,
     is_plain_number,
     number_rules,
+    one_of,
     optional_rule,
     rules_for,
 )
+from ..lora.optimizers import OPTIMIZERS
 
 # Sequences per step. More is a typing mistake, whose array would not fit into memory.
 MAX_SEQUENCES = 2**20
@@ -22,12 +24,21 @@ _LIMIT = 2**63
 _COUNTS = ("steps", "batch_size", "context", "accumulate")
 KEEP = ("last", "best")
 _OPTIONAL = ("shard", "part", "threads", "eval_every", "save_every")
+_OF_OPTIMIZERS = {
+    "loraplus_lr_ratio": "loraplus",
+    "loraplus_lr_embedding": "loraplus",
+    "riemannian_reg": "riemannian",
+}
+_RATES = ("loraplus_lr_ratio", "loraplus_lr_embedding")
 _RULES = [
     *integer_rules(*_COUNTS, least=1, limit=_LIMIT),
     *map(optional_rule, integer_rules(*_OPTIONAL, least=1, limit=_LIMIT)),
     *integer_rules("warmup", "seed", least=0, limit=_LIMIT),
     *number_rules("lr", "max_grad_norm", is_kind=is_plain_number, above=0),
     *number_rules("floor", "weight_decay", is_kind=is_plain_number, least=0),
+    Rule("optimizer", one_of(*OPTIMIZERS), f"one of {', '.join(OPTIMIZERS)}"),
+    *map(optional_rule, number_rules(*_RATES, is_kind=is_plain_number, above=0)),
+    *map(optional_rule, number_rules("riemannian_reg", is_kind=is_plain_number, least=0)),
     *rules_for(
         ("abort_on_divergence", "gradient_checkpointing", "graph"), is_flag, "True or False"
     ),
@@ -54,6 +65,10 @@ class Settings:
     gradient_checkpointing  store less for backward and compute it again: see
                    `CausalLM.gradient_checkpointing_enable`
     graph          on a GPU, take each step by one launch: see graphed.py
+    optimizer      adamw, loraplus, lorafa or riemannian: see lora/optimizers.py
+    loraplus_lr_ratio      of loraplus: learning rate of B over that of A; None: 16
+    loraplus_lr_embedding  of loraplus: learning rate of an embedding's factors; None: 1e-6
+    riemannian_reg         of riemannian: damping of the inverses; None: 0.01
     """
 
     steps: int = 400
@@ -75,6 +90,10 @@ class Settings:
     gradient_checkpointing: bool = False
     graph: bool = True
     keep: str = "last"
+    optimizer: str = "adamw"
+    loraplus_lr_ratio: float | None = None
+    loraplus_lr_embedding: float | None = None
+    riemannian_reg: float | None = None
 
     # These may change on resuming: they do not change the result.
     FREE = (
@@ -93,7 +112,12 @@ class Settings:
                 f"batch_size x accumulate must be at most {MAX_SEQUENCES} sequences, "
                 f"got {self.batch_size} x {self.accumulate}"
             )
-
+        for field, optimizer in _OF_OPTIMIZERS.items():
+            if getattr(self, field) is not None and self.optimizer != optimizer:
+                raise ConfigError(
+                    f"{field} is for optimizer {optimizer}, got optimizer {self.optimizer}: "
+                    "leave it out, or choose that optimizer"
+                )
         if self.part is not None and self.part > self.context:
             raise ConfigError(
                 f"part must be at most context ({self.context}), which leaves sequences whole, "

@@ -409,6 +409,15 @@ def test_tools_turn_files_into_files(world, tmp_path):
     assert re.search(r"error with cat over all layers: \d\S* of a dW that is 0 -> ", printed)
     rows = as_json(f"{both} --how svd --r 3 --out {out('near')}")["tensors"]
     assert {row["r"] for row in rows} == {"8 + 8 -> 3"}
+    printed = ok(f"{both} --how ties --density 0.5 --out {out('ties')}")
+    assert re.search(r"layer +r +\|dW\| +kept +conflict +cosine +error +relative", printed)
+    [first, _] = as_json(f"{both} --how dare_linear --density 0.5 --seed 3 --out {out('dare')}")[
+        "tensors"
+    ]
+    assert len(first["kept"]) == 2
+    printed = ok(f"resize --adapter {out('extracted')} --energy 0.5 --out {out('half-energy')}")
+    assert "error with energy 0.5 over all layers: " in printed
+    assert "% of its energy stays)" in printed
     printed = ok(f"resize --adapter {out('extracted')} --r 2 --out {out('small')}")
     assert printed.count("8 -> 2") == 2
     printed = ok(f"convert {out('small')} --to mlx --out {out('mlx')}")
@@ -798,8 +807,8 @@ def help_of(command: str, capsys: Any) -> list[str]:
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_fits_a_screen_and_shows_an_example(command, capsys):
     lines = help_of(command, capsys)
-    # finetune has 60 options, each with its help, and sweep has nearly all of them and its own.
-    assert len(lines) <= {"finetune": 73, "sweep": 79, "pretrain": 45}.get(command, 44)
+    # finetune has 64 options, each with its help, and sweep has nearly all of them and its own.
+    assert len(lines) <= {"finetune": 79, "sweep": 85, "pretrain": 45}.get(command, 44)
     assert max(map(len, lines)) <= 110
     if command:
         example = next(line for line in lines if line.startswith("example: "))

@@ -23,9 +23,10 @@ from minilora import CausalLM
 from minilora.errors import ConfigError, FormatError, MiniloraError, NonFiniteError
 from minilora.formats import read_adapter, write_adapter
 from minilora.lora import AdaLoraConfig, HydraConfig, LoraConfig, PeftModel, get_peft_model
-from minilora.lora.combining import COMBINATION_TYPES, combine_layer
+from minilora.lora.combining import FACTORWISE, combine_layer
 from minilora.lora.factors import Part
 from minilora.lora.files import AdapterFile
+from minilora.lora.pruning import PRUNED, RANDOM
 from minilora.tools.combining import combine
 from minilora.tools.merging import merge
 
@@ -131,7 +132,7 @@ def cross_terms(parts: list[Part]) -> tuple[Any, Any]:
 @st.composite
 def combinations(draw: st.DrawFn) -> tuple[Any, ...]:
     """(how, r, weights, a list of adapters): each a kind, alpha and the (O, r, I) of its layers."""
-    how = draw(st.sampled_from(COMBINATION_TYPES))
+    how = draw(st.sampled_from(FACTORWISE))
     ranks = st.integers(1, 5)
     sizes = st.integers(1, 9)
     shapes = {path: (draw(sizes), draw(sizes)) for path in PATHS}
@@ -229,7 +230,7 @@ def test_combine_by_cat_has_the_logits_of_both_at_once(
     assert largest(first - both) > 1e-3
 
 
-@pytest.mark.parametrize("how", COMBINATION_TYPES)
+@pytest.mark.parametrize("how", FACTORWISE)
 def test_combine_merges_as_the_two_do(how: str, tmp_path: Path) -> None:
     names = [GOLDEN / "llama--lora", GOLDEN / "llama--lora"]
     combine(names, tmp_path / "both", [0.75, -0.25], how)
@@ -499,8 +500,8 @@ refused_options("no numbers", ConfigError, NUMBERS + ".*got 2$", weights=2)
 refused_options("a long number", ConfigError, NUMBERS, weights=[1, 10**400])
 refused_options("no adapters", ConfigError, LISTS + r"\[\]", adapters=[])
 refused_options("no list", ConfigError, LISTS + "'a'", adapters="a")
-TIES = "no combination type 'ties'; choose from cat, svd, linear"
-refused_options("a way", ConfigError, TIES, how="ties")
+UNKNOWN = "no combination type 'mean'; choose from cat, svd, linear, ties, dare_linear"
+refused_options("a way", ConfigError, UNKNOWN, how="mean")
 refused_options("a rank with cat", ConfigError, "a rank is for svd.*cat got 3", r=3)
 refused_options("rank 0", ConfigError, "from 1 to 65536; svd got 0", how="svd", r=0)
 
@@ -534,7 +535,7 @@ def test_combine_warns_of_adapters_that_name_different_bases(tmp_path: Path) -> 
     combine(quiet, tmp_path / "quiet")  # a warning would be an error here
 
 
-@pytest.mark.parametrize("way", COMBINATION_TYPES)
+@pytest.mark.parametrize("way", FACTORWISE)
 def test_combine_refuses_a_sum_too_large_for_its_own_singular_values(
     way: str, tmp_path: Path
 ) -> None:
@@ -547,7 +548,7 @@ def test_combine_refuses_a_sum_too_large_for_its_own_singular_values(
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("way", COMBINATION_TYPES)
+@pytest.mark.parametrize("way", FACTORWISE)
 def test_combine_of_a_sum_that_cancels_has_no_dW(way: str, tmp_path: Path) -> None:
     """Not a dW of 1e-17, most of which the new adapter would then miss."""
     folders = [GOLDEN / "llama--lora"] * 3
@@ -627,16 +628,19 @@ def test_add_weighted_adapter_gives_what_all_the_adapters_give(way: str, dtype: 
 
 
 @pytest.mark.parametrize("pair", [PAIRS[0], ("llama--lora", "llama--patterns")], ids="+".join)
-@pytest.mark.parametrize("way", ["cat", "svd"])
+@pytest.mark.parametrize("way", ["cat", "svd", *PRUNED])
 def test_add_weighted_adapter_has_the_bits_of_combine(
     pair: tuple[str, str], way: str, tmp_path: Path
 ) -> None:
     folders = [GOLDEN / name for name in pair]
     weights = [0.3, -2.0]
-    expected = combine(folders, tmp_path / "files", weights, way)
+    options: dict[str, Any] = {"density": 0.5} if way in PRUNED else {}
+    if way in RANDOM:
+        options["seed"] = 7
+    expected = combine(folders, tmp_path / "files", weights, way, **options)
     model = PeftModel.from_pretrained(CausalLM.from_pretrained(of(pair[0])), folders[0], "one")
     model.load_adapter(folders[1], "two")
-    rows = model.add_weighted_adapter(["one", "two"], weights, "sum", way)
+    rows = model.add_weighted_adapter(["one", "two"], weights, "sum", way, **options)
     assert sorted(rows, key=lambda row: row["layer"]) == expected
     model.save_pretrained(tmp_path, ["sum"])
     of_files, theirs = read_adapter(tmp_path / "files")
@@ -689,8 +693,17 @@ wrong("weights: expected 2 finite numbers", ["one", "two"], [1, "x"], "sum")
 wrong("weights: expected 2 finite numbers", ["one", "two"], [1, math.inf], "sum")
 wrong("an adapter 'two' exists already", ["one", "two"], [1, 1], "two")
 wrong("cannot name an adapter", ["one", "two"], [1, 1], "one.two")
-wrong("no combination type 'ties'", ["one", "two"], [1, 1], "sum", "ties")
+wrong("no combination type 'mean'", ["one", "two"], [1, 1], "sum", "mean")
 wrong("a rank is for svd", ["one", "two"], [1, 1], "sum", "cat", 4)
+wrong("ties needs density", ["one", "two"], [1, 1], "sum", "ties")
+OPTIONS = None, None, True, None  # svd_rank and the other arguments before density
+wrong("ties adds up two or more .* got 1", ["one"], [1], "sum", "ties", *OPTIONS, 0.5)
+wrong(r"density must be .* in \(0, 1\]", ["one", "two"], [1, 1], "sum", "ties", *OPTIONS, 0.0)
+wrong("density is for ties", ["one", "two"], [1, 1], "sum", "svd", *OPTIONS, 0.5)
+wrong("'total' or 'frequency'", ["one", "two"], [1, 1], "sum", "ties", *OPTIONS, 0.5, "most")
+wrong(r"svd_clamp must be a number in \(0, 1\]", ["one", "two"], [1, 1], "sum", "svd", 2, 1.5)
+wrong("svd_clamp is for svd, .* not for cat", ["one", "two"], [1, 1], "sum", "cat", None, 0.9)
+wrong("svd_clamp 0.1: this quantile", ["one", "two"], [1, 1], "sum", "svd", 2, 0.1)
 wrong("svd got 0", ["one", "two"], [1, 1], "sum", "svd", 0)
 wrong("linear adds factors of one rank", ["one", "two"], [1, 1], "sum", "linear")
 LARGE = "q_proj: the sum of its adapters is too large"
@@ -732,7 +745,7 @@ def test_combine_layer_forms_no_matrix_as_large_as_dW(way: str) -> None:
     assert row["relative"] < 1e-6
 
 
-@pytest.mark.parametrize("way", COMBINATION_TYPES)
+@pytest.mark.parametrize("way", FACTORWISE)
 @pytest.mark.parametrize("x", [1e160, 1e200, 1e308])
 def test_combine_layer_refuses_a_sum_beyond_float64_before_it_is_decomposed(
     way: str, x: float
@@ -744,7 +757,7 @@ def test_combine_layer_refuses_a_sum_beyond_float64_before_it_is_decomposed(
         combine_layer("q", [Part(A, B, 1.0), Part(A, -B, 1.0)], way, 4, np.float64)
 
 
-@pytest.mark.parametrize("way", COMBINATION_TYPES)
+@pytest.mark.parametrize("way", FACTORWISE)
 def test_combine_layer_adds_nothing_for_an_empty_rank(way: str) -> None:
     """AdaLoRA may have cut all of a layer's triplets."""
     empty = Part(np.zeros((0, 3)), np.zeros((2, 0)), 1.0)

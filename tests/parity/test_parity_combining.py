@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from peers import (
     IDS,
@@ -18,12 +19,16 @@ from peers import (
     logits,
     peft,
     randomise,
+    torch,
 )
 from test_combining import GOLDEN, PAIRS, of
 
 from minilora import PeftModel
 from minilora.formats import load_file
+from minilora.lora.factors import Part, Term, clamp_factors
+from minilora.lora.pruning import ELECTING, PRUNED, Pruning, prune_updates, pruned_sum
 from minilora.tools.combining import combine
+from minilora.tools.factoring import resize
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 
@@ -110,6 +115,103 @@ def test_add_weighted_adapter_of_rslora_leaves_out_the_root_of_the_rank_in_peft(
     for layer in layers:
         layer.scaling["sum"] = 1.0
     assert close(ours(IDS).numpy(), logits(theirs.double()), 1e-9)
+
+
+# ---- pruned sums ---------------------------------------------------------------------------------
+
+PRUNED_WEIGHTS = [0.75, -1.25, 2.0]  # peft has them in float32
+
+
+@pytest.mark.parametrize("majority", ["total", "frequency"])
+@pytest.mark.parametrize("density", [0.2, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize("how", PRUNED)
+def test_pruned_sum_is_peft_s_of_the_same_dW(
+    how: str, density: float, majority: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dare with our mask handed in; no two entries have one magnitude."""
+    rng = np.random.default_rng(0)
+    for O, I in ((5, 9), (40, 17), (1, 1), (3, 400)):
+        terms = []
+        for number, weight in enumerate(PRUNED_WEIGHTS):
+            r = int(rng.integers(1, 5))
+            part = Part(rng.normal(size=(r, I)), rng.normal(size=(O, r)), 0.5 + number)
+            terms.append(Term(part, weight, number))
+        pruning = Pruning(how, density, majority, seed=3)
+        masks = iter(
+            torch.tensor(update.keep(slice(0, O), np.zeros((O, I)))).double()
+            for update in prune_updates(terms, pruning, "q")
+            if update.keep is not None
+        )
+        dense = [torch.tensor(t.part.c * (t.part.B @ t.part.A)) for t in terms]
+        method = getattr(peft.utils.merge_utils, how)
+        more = {"majority_sign_method": majority} if how in ELECTING else {}
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "bernoulli", lambda p, given=masks: next(given))
+            expected = method(dense, torch.tensor(PRUNED_WEIGHTS), density, **more)
+        total, _ = pruned_sum(terms, pruning, "q")
+        assert expected.dtype == torch.float64
+        scale = max(1e-300, float(expected.abs().max()))
+        assert np.abs(total - expected.numpy()).max() < 1e-12 * scale
+
+
+@pytest.mark.parametrize("how", ["ties", "magnitude_prune"])
+@pytest.mark.parametrize("majority", ["total", "frequency"])
+@pytest.mark.parametrize("rank", [2, 4])
+def test_add_weighted_adapter_prunes_dW_as_peft_s_svd_forms_do(
+    how: str, majority: str, rank: int, both: tuple[Any, PeftModel]
+) -> None:
+    theirs, _ = both
+    options = (
+        {"density": 0.4, "majority_sign_method": majority} if how == "ties" else {"density": 0.4}
+    )
+    names, weights = ["one", "two", "wide"], [0.75, -1.25, 0.5]
+    add(both, names, weights, combination_type=f"{how}_svd", svd_rank=rank, **options)
+    assert close(both[1](IDS).numpy(), logits(theirs.double()), 1e-9)
+
+
+def test_add_weighted_adapter_differs_from_peft_s_pruned_factors(
+    both: tuple[Any, PeftModel],
+) -> None:
+    """peft prunes A and B under the same names without _svd: their product is another matrix."""
+    options = {"combination_type": "ties", "density": 0.5}
+    for model in both:
+        more = {"svd_rank": 4} if model is both[1] else {}
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", **options, **more)
+    ours = both[1]._wrappers()
+    distances = []
+    for name, module in both[0].named_modules():
+        if isinstance(module, peft.tuners.lora.Linear) and "sum" in module.lora_A:
+            theirs = module.get_delta_weight("sum").detach().numpy()
+            mine = ours[name.removeprefix("base_model.model.")].delta_weight("sum")
+            distances.append(np.linalg.norm(theirs - mine) / np.linalg.norm(mine))
+    assert min(distances) > 0.1
+
+
+def test_clamp_factors_clips_as_peft() -> None:
+    rng = np.random.default_rng(0)
+    dW = torch.tensor(rng.normal(size=(7, 5)))
+    U, S, Vh = torch.linalg.svd(dW, full_matrices=False)
+    US = U[:, :3] * S[:3]
+    for clamp in (0.7, 0.95, 1.0):
+        high = torch.quantile(torch.cat([US.flatten(), Vh[:3].flatten()]), clamp)
+        root = np.sqrt(S[:3].numpy())
+        A, B = clamp_factors(root[:, None] * Vh[:3].numpy(), U[:, :3].numpy() * root, clamp)
+        assert np.abs(A - Vh[:3].clamp(-high, high).numpy()).max() < 1e-12
+        assert np.abs(B - US.clamp(-high, high).numpy()).max() < 1e-12
+
+
+@pytest.mark.parametrize("rule", [{"energy": 0.7}, {"error": 0.3}, {"budget": 700}])
+@pytest.mark.parametrize("name", ["llama--lora", "llama--rslora_all", "gpt2--lora", "llama--dora"])
+def test_resize_by_a_rule_writes_ranks_that_peft_reads(
+    name: str, rule: dict[str, Any], tmp_path: Path
+) -> None:
+    resize(GOLDEN / name, None, tmp_path, **rule)
+    base = of(name)
+    theirs = load_theirs(load_model(base), tmp_path)
+    ours = load_ours(base, tmp_path, "float64")
+    layers = [m for m in theirs.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert {layer.scaling["default"] for layer in layers} == {1.0}
+    assert close(ours(IDS).numpy(), logits(in_double(theirs)), 1e-9)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)

@@ -96,6 +96,16 @@ def add_number_rows() -> None:
     refused_values(56, FINETUNE, "weight_decay", "weight_decay", ("nan", -1, "inf"))
     refused_values(56, FINETUNE, "max_grad_norm", "max_grad_norm", ("nan", -1, "inf", 0))
     refused_values(56, FINETUNE, "warmup", "warmup", [-1])
+    line = f"{FINETUNE} --optimizer loraplus"
+    for name in ("loraplus-lr-ratio", "loraplus-lr-embedding"):
+        refused_values(56, line, name, name.replace("-", "_"), ("nan", -1, "inf", 0, "x"))
+    line = f"{FINETUNE} --optimizer riemannian"
+    refused_values(56, line, "riemannian-reg", "riemannian_reg", ("nan", -1, "inf", "x"))
+    refused(56, f"{FINETUNE} --riemannian-reg 1", "is for optimizer riemannian", "leave it out")
+    refused(56, f"{FINETUNE} --optimizer sgd", "--optimizer", "'sgd'", "lorafa")
+    for name in ("lorafa", "riemannian"):
+        refused(56, f"{FINETUNE} --optimizer {name} --method adalora", name, "ADALORA", "loraplus")
+    refused(56, f"{FINETUNE} --optimizer loraplus --method full", "loraplus", "use adamw")
     for name in ("save_every", "eval_every", "shard"):
         refused_values(56, FINETUNE, name, name, [0])
     refused_values(56, EVALUATE, "limit", "limit", [0])

@@ -202,6 +202,24 @@ def test_run_step_by_a_graph_follows_the_settings(name: str) -> None:
     assert_replay_is_eager(MODELS["dropout"], SETTINGS.steps - WARM_UP, **CHANGES[name])
 
 
+@pytest.mark.parametrize("optimizer", ["loraplus", "lorafa"])
+@pytest.mark.parametrize("name", ["dropout", "dora, dropout"])
+def test_run_step_by_a_graph_takes_optimizers_of_pairs(name: str, optimizer: str) -> None:
+    """LoRA-FA's inverses are there before the capture, and stay."""
+    assert_replay_is_eager(MODELS[name], SETTINGS.steps - WARM_UP, optimizer=optimizer)
+
+
+def test_run_step_by_the_riemannian_optimizer_is_not_captured_and_says_why() -> None:
+    run, lines = take_steps(lora, True, optimizer="riemannian")
+    assert run.graphs is not None
+    assert run.graphs.replays == run.graphs.captures == 0
+    reason = "one operation at a time: the Riemannian step decomposes r x r matrices on the host"
+    assert reason in run.graphs.explain()
+    _, on_cpu = take_steps(lora, True, "cpu", optimizer="riemannian")
+    for mine, reference in zip(lines, on_cpu, strict=True):
+        assert mine["loss"] == pytest.approx(reference["loss"], rel=1e-4)
+
+
 def test_run_step_by_a_graph_takes_packed_records() -> None:
     rng = np.random.default_rng(5)
     ids = rng.integers(0, VOCABULARY, 70)

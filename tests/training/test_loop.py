@@ -142,6 +142,11 @@ for field in ("floor", "weight_decay"):
     BAD[field] = NO_NUMBERS
 for field in ("abort_on_divergence", "gradient_checkpointing", "graph"):
     BAD[field] = [*NO_BOOLS, 0, 1]
+BAD["optimizer"] = [*NO_NUMBERS, "sgd", "AdamW"]
+NO_OPTIONAL_NUMBERS = [value for value in NO_NUMBERS if value is not None]
+for field in ("loraplus_lr_ratio", "loraplus_lr_embedding"):
+    BAD[field] = [*NO_OPTIONAL_NUMBERS, 0, 0.0]
+BAD["riemannian_reg"] = NO_OPTIONAL_NUMBERS
 BAD_VALUES = [(name, value) for name, values in BAD.items() for value in values]
 
 
@@ -410,7 +415,10 @@ OTHER |= {
     "seed": 1,
     "shard": 1,
     "part": 4,
+    "optimizer": "riemannian",
 }
+# These need an optimizer, too: test_run_optimizers.py resumes with them.
+OF_OPTIMIZERS = {"loraplus_lr_ratio", "loraplus_lr_embedding", "riemannian_reg"}
 
 
 def contents(folder):
@@ -436,7 +444,8 @@ def refused(stopped, tmp_path, model, tokens, settings, *names):
 
 
 def test_settings_are_all_either_free_or_part_of_the_run():
-    assert {"steps", *OTHER} | set(Settings.FREE) == {f.name for f in dataclasses.fields(Settings)}
+    known = {"steps", *OTHER, *OF_OPTIMIZERS, *Settings.FREE}
+    assert known == {f.name for f in dataclasses.fields(Settings)}
 
 
 @pytest.mark.parametrize("name", OTHER)

@@ -25,7 +25,9 @@ from minilora.verify import (
     lora,
     make_case,
     measure,
+    optimizers,
     over_codes,
+    pruning,
     random_case,
     sums,
     tasks,
@@ -35,7 +37,11 @@ from minilora.verify.case import ADAPTERS
 from minilora.verify.measuring import leading_terms, project, spectral_norm, worst
 
 BY_NAME = {p.name: p for p in PROPERTIES}
-LORAS = {p.name for module in (lora, layers, tasks, sums, ends) for p in module.PROPERTIES}
+LORAS = {
+    p.name
+    for module in (lora, layers, tasks, sums, pruning, optimizers, ends)
+    for p in module.PROPERTIES
+}
 EXACT = {
     "start is the base", "disabled is the base", "count", "gauge by powers of two",
     "start moves B alone", "merge in any portions", "merge refuses", "unmerge", "files",
@@ -43,6 +49,8 @@ EXACT = {
     "DoRA's scale", "DoRA's count", "AdaLoRA starts as the base", "AdaLoRA's count",
     "AdaLoRA's penalty at rest", "AdaLoRA's budget", "absmax stays", "encoding twice",
     "codes ignore scale", "codes ignore neighbours", "codes in bytes", "bits", "absent task",
+    "equal adapters", "the largest stay", "elected sign",
+    "LoRA-FA knows no s", "Riemannian gauge",
 }  # fmt: skip
 
 

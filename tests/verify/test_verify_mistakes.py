@@ -30,7 +30,9 @@ import minilora.lora.layer
 import minilora.lora.merging
 import minilora.lora.model
 import minilora.lora.multitask
+import minilora.lora.pruning
 import minilora.nn
+import minilora.optim
 from minilora import quant
 from minilora.autograd import Tensor, record
 from minilora.backend import Backend
@@ -50,7 +52,18 @@ from minilora.lora.layer import Wrapper
 from minilora.nn import Dropout, Parameter
 from minilora.optim import SGD
 from minilora.quant import KINDS, Quantized
-from minilora.verify import Case, adalora, codes, dora, ends, make_case, measure, over_codes
+from minilora.verify import (
+    Case,
+    adalora,
+    codes,
+    dora,
+    ends,
+    make_case,
+    measure,
+    optimizers,
+    over_codes,
+    pruning,
+)
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 Change = Callable[..., Any]
@@ -361,7 +374,7 @@ def A_moves_at_the_start(slopes, dy, X, A, B, s):
 @breaks("balance")
 @around(SGD, "rates")
 def sgd_steps_too_far(real, self, group, steps, lr):
-    return real(self, group, steps, lr * 1.001)
+    return real(self, group, steps, lr * (1.001 if self.precondition is None else 1))
 
 
 # ---- every layer ---------------------------------------------------------------------------------
@@ -756,6 +769,108 @@ def what_linear_makes_of_several_is_a_millionth_too_large(factors, parts):
     return A, B * (1 + 1e-6 * (len(parts) > 1))
 
 
+# ---- pruned sums and ranks -----------------------------------------------------------------------
+
+
+@breaks("pruned sum at density 1")
+@around(minilora.lora.pruning, "add_pruned")
+def a_weight_is_a_millionth_too_large(real, pruned, weights, rule):
+    return real(pruned, [w if w == 1 else w * (1 + 1e-6) for w in weights], rule)
+
+
+@breaks("equal adapters")
+@around(minilora.lora.pruning, "add_pruned")
+def ties_does_not_divide_by_those_that_agree(real, pruned, weights, rule):
+    total = real(pruned, weights, rule)
+    return total * len(pruned) if rule.elects else total
+
+
+@breaks("the largest stay")
+@around(minilora.lora.pruning, "Largest")
+def a_tenth_too_few_stay(real, update, k):
+    return real(update, int(0.9 * k))
+
+
+def in_dare_of_one(change: Change) -> Patch:
+    """The pruned sum of one adapter by dare is change(D', D)."""
+
+    @around(pruning, "pruned_sum")
+    def patch(real, terms, rule, *path):
+        total, row = real(terms, rule, *path)
+        if len(terms) > 1 or rule.density == 1 or not rule.is_random:
+            return total, row
+        whole, _ = real(terms, rule._replace(density=1.0), *path)
+        return change(total, whole), row
+
+    patch.__name__ = change.__name__
+    return patch
+
+
+@breaks("dare is unbiased")
+@in_dare_of_one
+def what_is_dropped_is_doubled(pruned, whole):
+    return whole + abs(pruned - whole) * np.sign(whole)
+
+
+@breaks("dare's variance")
+@in_dare_of_one
+def half_is_dropped_of_what_is_dropped(pruned, whole):
+    return (pruned + whole) / 2
+
+
+@breaks("elected sign")
+@around(minilora.lora.pruning, "add_pruned")
+def signs_are_elected_by_their_number(real, pruned, weights, rule):
+    return real(pruned, weights, rule._replace(majority_sign_method="frequency"))
+
+
+@breaks("error of a chosen rank")
+@after(pruning, "smallest_rank")
+def a_rank_is_one_too_small(k, *rest):
+    return k - 1
+
+
+@breaks("the smallest rank")
+@after(pruning, "smallest_rank")
+def a_rank_is_one_too_large(k, *rest):
+    return k + 1
+
+
+# ---- optimisers ----------------------------------------------------------------------------------
+
+
+@breaks("LoRA-FA's step")
+@around(optimizers, "LoraFA")
+def lorafa_is_not_damped(real, optimizer, pairs, damping):
+    return real(optimizer, pairs, 0.99 * damping)
+
+
+@breaks("LoRA-FA knows no s")
+@around(minilora.optim.SGD, "update")
+def the_update_saturates(real, self, params, grads, moments, rates):
+    if self.precondition is None or len(params) > 1 or not s_has_shrunk(self):
+        return real(self, params, grads, moments, rates)
+    return [2 * p for p in real(self, params, grads, moments, rates)]
+
+
+def s_has_shrunk(optimizer: SGD) -> bool:
+    known = {a.lora_A.data.tobytes(): a.scaling for a in lora_adapters()}
+    pair = optimizer.precondition.pairs[0]  # type: ignore[union-attr]
+    return pair.s < known.get(pair.A.data.tobytes(), 0.0)
+
+
+@breaks("Riemannian step")
+@around(optimizers, "Riemannian")
+def the_riemannian_step_is_damped_less(real, optimizer, pairs, damping):
+    return real(optimizer, pairs, 0.9 * damping)
+
+
+@breaks("Riemannian gauge")
+@around(optimizers, "Riemannian")
+def the_riemannian_step_is_always_damped(real, optimizer, pairs, damping):
+    return real(optimizer, pairs, max(damping, 1e-3))
+
+
 # ---- mistakes that several properties see --------------------------------------------------------
 
 
@@ -768,13 +883,14 @@ def a_minus_is_lost(real, parts):
 @breaks(
     *("forward", "linear in s", "gradients", "input gradient", "balance", "merged forward"),
     *("dropout spares the base", "dropout is unbiased", "equal experts"),
+    *("LoRA-FA's step", "LoRA-FA knows no s", "Riemannian step"),
 )
 @around(LoraAdapter, "__call__")
 def s_is_squared(real, self, x, y, base):
     return F.lora_linear(self.dropout(x), y, self.lora_A, self.lora_B, self.scaling**2)
 
 
-@breaks("gradients", "derivative", "balance")
+@breaks("gradients", "derivative", "balance", "Riemannian step")
 @in_backward
 def dA_is_a_thousandth_too_large(slopes, *rest):
     dx, through, dA, dB = slopes

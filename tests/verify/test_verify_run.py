@@ -29,7 +29,7 @@ from minilora.verify.run import round_with_half_ulp
 Array = np.ndarray
 Tensors = dict[str, Array]
 # One adapter per layer: sums of several do not apply.
-NAMES = {"finite", "merge as stored", *LORAS} - {"sum", "cross terms"}
+NAMES = {"finite", "merge as stored", *LORAS} - {"sum", "cross terms", "elected sign"}
 PATHS = [
     "model.layers.0.self_attn.q_proj",
     "model.layers.0.mlp.down_proj",

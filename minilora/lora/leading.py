@@ -81,7 +81,7 @@ def _iterate(D: Array, r: int, rounds: int) -> tuple[Array, Array, Array] | None
         if missed <= PRECISION * max(norm**2 - explained, 0) + rounding:
             U = U[:, :r]
             Vt = Vt[:r]
-            rest = _distance(D, U * s[:r], Vt)
+            rest = distance(D, U * s[:r], Vt)
             if missed <= PRECISION * rest**2 + rounding:
                 if abs(rest**2 + explained - norm**2) > rounding / EPS:
                     return None  # U or V is not orthonormal
@@ -105,7 +105,7 @@ def _missed_square(R: Array, s: Array, r: int) -> float:
     return float((residual * (residual / gap)).sum())
 
 
-def _distance(D: Array, B: Array, A: Array) -> float:
+def distance(D: Array, B: Array, A: Array) -> float:
     """|D - B A|, some rows at a time.    D (O, I), B (O, r), A (r, I)"""
     rows = blocks(len(D), (1 << 20) // D.shape[1])
     return math.hypot(*(float(np.linalg.norm(D[at] - B[at] @ A)) for at in rows))

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tool_files import WEIGHTS, lora_tensors, read_weights
 
 from minilora.formats import Entry, bf16_from, write_adapter, write_json, write_stream
+from minilora.lora import leading
 from minilora.lora.files import AdapterFile
-from minilora.tools import leading
+from minilora.lora.leading import SPARE, WORTH, leading_triplets
 from minilora.tools.factoring import extract
-from minilora.tools.leading import SPARE, WORTH, leading_triplets
 from minilora.tools.merging import merge
 
 EPS = np.finfo(np.float64).eps
@@ -130,7 +130,7 @@ def test_leading_triplets_leave_some_matrices_to_lapack(why, monkeypatch):
         monkeypatch.setattr(leading, "PRECISION", -1.0)
     elif why == "not orthonormal":
         wrong = lambda D, B, A: 0.9 * np.linalg.norm(D - B @ A)  # noqa: E731
-        monkeypatch.setattr(leading, "_distance", wrong)
+        monkeypatch.setattr(leading, "distance", wrong)
     _, values, _ = leading_triplets(D, 4)
     assert np.array_equal(values, np.linalg.svd(D)[1])
 
