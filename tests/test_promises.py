@@ -550,6 +550,8 @@ def torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
     result["silu"] = tf.silu
     result["swiglu"] = lambda x: tf.silu(x[0]) * x[1]
     result["gelu"] = tf.gelu
+    result["relu"] = torch.relu
+    result["mse_loss"] = tf.mse_loss
     result["softmax"] = torch.softmax
     result["log_softmax"] = torch.log_softmax
     result["rms_norm"] = lambda x, w, eps=1e-6: tf.rms_norm(x, w.shape, w, eps)

@@ -39,7 +39,7 @@ def converse(
     questions are left out with their answers.
     """
     with Chat(tokenizer) as chat:
-        messages = begin_messages(chat, args.system)
+        messages = begin_messages(chat, args.system_message)
         first = len(messages)
         try:
             for turn, question in enumerate(_read_questions()):

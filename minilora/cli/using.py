@@ -65,7 +65,8 @@ def add_generate_options(parser: Parser) -> None:
     option(parser, "--top-p P", text)
     text = "use the chat template, and print answers only; without a prompt: ask in lines of stdin"
     option(parser, "--chat", text)
-    option(parser, "--system TEXT", "with --chat: what the system says first", type=text_value)
+    text = "with --chat: what the system says first"
+    option(parser, "--system TEXT", text, type=text_value, dest="system_message")
     text = "end the text before the first TEXT that the model writes (may be repeated)"
     option(parser, "--stop TEXT", text, action="append", type=text_value)
     option(parser, "--ignore-eos", "go on where the text ends, up to --max-new-tokens")
@@ -109,7 +110,7 @@ def _read_prompts(args: Args) -> list[Prompt]:
 
     ConfigError for options that do not fit together.
     """
-    if args.system is not None and not args.chat:
+    if args.system_message is not None and not args.chat:
         raise ConfigError("--system is for a chat template: give --chat, too")
     if args.prompts is not None:
         return read_prompts(args.prompts)
@@ -138,7 +139,7 @@ def _encode_prompts(
     texts: list[tuple[Ids, list[int]]] = []
     if args.chat:
         with Chat(tokenizer) as chat:
-            begun = begin_messages(chat, args.system)
+            begun = begin_messages(chat, args.system_message)
             for prompt in prompts:
                 messages = [*begun, {"role": "user", "content": prompt.text}]
                 text = chat.render(messages, add_generation_prompt=True)

@@ -264,7 +264,7 @@ def read_special_tokens(
     token_to_id: TokenToId,
     around: tuple[Ids, Ids],
     vocab_size: int,
-    model_directory: PathLike,
+    model_directory: PathLike | None = None,
 ) -> SpecialTokens:
     """The special tokens of a model: its folder, and that of its tokenizer, may be two.
 
@@ -294,7 +294,7 @@ def read_special_tokens(
                     f"{quoted(Path(directory, token.file))}: {name} {quoted(token.text, 40)} is "
                     "not a token of tokenizer.json, so it is ignored"
                 )
-    where, listed = _listed_ids(model_directory)
+    where, listed = _listed_ids(directory if model_directory is None else model_directory)
     stops = [i for i in listed["eos_token_id"] if 0 <= i < vocab_size]
     if len(stops) < len(listed["eos_token_id"]):
         notes.append(

@@ -175,7 +175,7 @@ class PeftModel(Module):
         inject(self.model, adapter_name, plan, seed)
         self.peft_config[adapter_name] = plan.config
         self._plans[adapter_name] = plan
-        self._require_gradients(adapter_name, False)  # until set_adapter makes it the active one
+        self.set_requires_grad(adapter_name, False)  # until set_adapter makes it the active one
         for layer in self._wrappers().values():  # some of them may be new
             layer.active = tuple(self.active_adapters)
             layer.enabled = self._is_enabled
@@ -207,12 +207,18 @@ class PeftModel(Module):
         for parameter in self.model.parameters():
             parameter.requires_grad = False
         for name in names:
-            self._require_gradients(name, not inference_mode)
+            self.set_requires_grad(name, not inference_mode)
         self.active_adapters = names
 
-    def _require_gradients(self, adapter_name: str, required: bool) -> None:
-        for parameter in self.adapter_parameters(adapter_name).values():
-            parameter.requires_grad = required
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Train these adapters, or freeze them; which ones are active stays as it is."""
+        names = list_names(adapter_names)
+        self._require_known(names)
+        for name in names:
+            for parameter in self.adapter_parameters(name).values():
+                parameter.requires_grad = requires_grad
 
     def adapter_parameters(self, adapter_name: str) -> dict[str, Parameter]:
         """The parameters of one adapter by their keys in its file.
@@ -264,7 +270,7 @@ class PeftModel(Module):
         self.unmerge_adapter()
         self._enable(False)
         for name in self.peft_config:
-            self._require_gradients(name, False)
+            self.set_requires_grad(name, False)
 
     def enable_adapter_layers(self) -> None:
         """Run the active adapters again, and train them."""
@@ -616,7 +622,7 @@ class PeftModel(Module):
             parameter = parameters[key]
             array = to_file_layout(model_type_of(self.model), key, array)
             parameter.data = parameter.backend.from_numpy(array.astype(parameter.dtype, copy=False))
-        self._require_gradients(adapter_name, is_trainable)
+        self.set_requires_grad(adapter_name, is_trainable)
 
     def _read_base(self, name: str) -> np.ndarray:
         """A tensor of the base by its name, as it is in the base's files."""

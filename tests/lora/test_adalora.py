@@ -120,7 +120,7 @@ bad("init_lora_weights", "gaussian", "pissa", None, 1)
 bad("use_rslora", True)
 bad("use_dora", True, None, "yes")
 bad("alpha_pattern", {"q_proj": 3})
-bad("lora_alpha", 0, -1, None)
+bad("lora_alpha", -1, None)
 bad(
     "rank_pattern",
     {"x.lora_E": [True] * 3},
@@ -819,9 +819,10 @@ def test_train_refuses_a_schedule_for_another_run_before_anything_changes(tmp_pa
 
 
 def test_train_beside_a_frozen_adalora_needs_no_allocator(tmp_path: Path) -> None:
-    made = model(init_lora_weights=False, inference_mode=True, target_modules=["q_proj"])
+    made = model(init_lora_weights=False, target_modules=["q_proj"])
     made.add_adapter("plain", LoraConfig(r=2, target_modules=["v_proj"]))
     made.set_adapter(["default", "plain"])
+    made.set_requires_grad("default", False)
 
     def frozen() -> dict[str, bytes]:
         return {name: value for name, value in bits(made).items() if ".default" in name}

@@ -145,9 +145,10 @@ def add_number_rows() -> None:
 def add_adapter_rows() -> None:
     refused_values(44, FINETUNE, "r", "r must be", (0, -1, 2**40), "at least 1")
     refused_values(44, FINETUNE, "r", "--r must be", (1.5, "x", ""), "at least 1")
-    refused_values(45, FINETUNE, "lora-alpha", "lora_alpha", ("nan", "inf", 0, -2))
+    refused_values(45, FINETUNE, "lora-alpha", "lora_alpha", ("nan", "inf", -2))
     refused(45, f"{FINETUNE} --lora-alpha 1e400", "lora_alpha", "inf")
-    refused(45, f"{FINETUNE} --lora-alpha x", "lora_alpha must be a number above 0", "got 'x'")
+    at_least = "lora_alpha must be a number of at least 0"
+    refused(45, f"{FINETUNE} --lora-alpha x", at_least, "got 'x'")
     refused_values(45, FINETUNE, "lora-dropout", "dropout", (-0.1, 1, "nan", "x"))
     target = f"{FINETUNE} --target-modules"
     refused(47, f"{target} nothing", "'nothing'", "match nothing", "q_proj", "down_proj")
