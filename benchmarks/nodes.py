@@ -41,7 +41,7 @@ class Base(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """Of the linear layers."""
+        """The number of weights of the linear layers."""
         return self.layers * (4 * self.width**2 + 3 * self.width * self.mlp)
 
     @property
@@ -50,7 +50,7 @@ class Base(NamedTuple):
         return RANK * self.layers * (4 * 2 * self.width + 3 * (self.width + self.mlp))
 
     def seconds(self, tokens: int, rate: float) -> float:
-        """Of one machine for a step."""
+        """The seconds of a step on one machine of `rate` operations per second."""
         attention = 14 * TOKENS * self.width * self.layers
         per_token = 6 * self.weights + 4 * self.vocabulary * self.width + attention
         return (tokens * per_token + 2 * RANK * self.weights) / rate

@@ -79,7 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(argv, null, stderr)
 
 
-def build_parser() -> Parser:
+def build_parser(argv: Sequence[str] | None = None) -> Parser:
+    """The parser of all commands; with `argv`, only the commands that it names have their options.
+
+    To add the options of all commands takes longer than to read those that were given.
+    """
     text = "LoRA from scratch in NumPy: train, adapt, look inside."
     parser = Parser(prog="minilora", description=text, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
@@ -96,7 +100,8 @@ def build_parser() -> Parser:
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
-        command.add_options(its)
+        if argv is None or name in argv:
+            command.add_options(its)
         option(its, "--debug", "show a traceback when something fails")
         its.set_defaults(
             parser=its, run=command.run, prints=command.prints, has_ranks=command.has_ranks
@@ -160,7 +165,7 @@ def _run(argv: Sequence[str], stdout: Stream, stderr: Stream) -> int:
 
 
 def _run_command(argv: Sequence[str], stdout: Stream, ranks: Ranks) -> None:
-    parser = build_parser()
+    parser = build_parser(argv)
     args = _parse(parser, argv, stdout)
     if args.command is None:
         parser.print_help()

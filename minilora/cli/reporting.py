@@ -12,6 +12,7 @@ from ..errors import shorten
 from ..formats.folders import LOCK
 from ..training.checkpoints import read_log
 
+UNIT = "nats per token"
 WINDOW = 10  # the last steps whose mean is the training loss at the end
 
 
@@ -35,7 +36,7 @@ class Report(NamedTuple):
 def draw_pictures(report: Report, losses: bool = True, ranks: bool = False) -> None:
     """Write loss.png, and rank_allocation.png for AdaLoRA's `ranks`, into the run's folder.
 
-    A picture that cannot be drawn is no reason to fail: one line says why.
+    The command does not fail if a picture cannot be drawn: one line says why.
     """
     from ..lab import plots  # matplotlib is optional, and slow to import
     from ..training.loop import bits_per_byte, rank_history
@@ -62,7 +63,7 @@ def draw_pictures(report: Report, losses: bool = True, ranks: bool = False) -> N
 
 
 def print_report(report: Report) -> None:
-    """Print what the run measured, in nats per token, and the files that it has written."""
+    """Print what the run measured, and the files that it has written."""
     from ..training.loop import bits_per_byte
 
     result = report.result
@@ -74,14 +75,14 @@ def print_report(report: Report) -> None:
 
     if done:
         last = result.losses[-WINDOW:]
-        add("training loss, first", f"{result.losses[0]:.4f}", 0)
+        add("training loss, first", f"{result.losses[0]:.4f} {UNIT}", 0)
         mean = math.fsum(last) / len(last)
-        add(f"training loss, mean of the last {len(last)}", f"{mean:.4f}", done - 1)
+        add(f"training loss, mean of the last {len(last)}", f"{mean:.4f} {UNIT}", done - 1)
     if result.evaluations:
         best = min(result.evaluations, key=lambda evaluation: evaluation[1])
         named = {"first": result.evaluations[0], "best": best, "last": result.evaluations[-1]}
         for name, (step, loss) in named.items():
-            add(f"held-out loss, {name}", f"{loss:.4f}", step)
+            add(f"held-out loss, {name}", f"{loss:.4f} {UNIT}", step)
     add("weights saved", "", result.step)
     speed = _tokens_per_second(report.out / "log.jsonl")
     if speed is not None:

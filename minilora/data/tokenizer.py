@@ -86,7 +86,7 @@ def _utf8(text: str | bytes) -> bytes:
 
 
 def _id_list(ids: Any) -> list[int]:
-    """The ids of one text as integers. DataError for several texts, and for what is no id."""
+    """The ids of one text as integers. DataError for several texts, and for other values."""
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
         raise DataError(f"decode takes a list of ids, got {ids!r:.99}: one id is [id]")
     numbers = []
@@ -146,7 +146,7 @@ class ByteTokenizer:
     def encode(self, text: str | bytes, add_special_tokens: bool = False) -> NDArray[np.int32]:
         """The bytes of the text, a str as UTF-8. No special tokens exist to be added.
 
-        DataError for a byte that is no id of the model.
+        DataError for a byte that is not an id of the model.
         """
         return self.require_known(np.frombuffer(_utf8(text), np.uint8).astype(np.int32))
 

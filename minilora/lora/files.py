@@ -41,7 +41,7 @@ from .names import (
     keys_without_name,
     read_config,
 )
-from .plan import FIRST_EMBEDDINGS, HEAD, Base, Plan, describe_checkpoint, plan_adapter
+from .plan import DECODERS, FIRST_EMBEDDINGS, HEAD, Base, Plan, describe_checkpoint, plan_adapter
 from .reading import (
     adapted_ranks,
     decoder_of,
@@ -53,7 +53,7 @@ from .reading import (
 )
 from .repeats import Read, is_weight_of_base, keys_of_adapter, names_of_base
 
-DECODERS = ("model.", "transformer.")  # how names begin in models that nothing was put around
+DECODER_PREFIXES = tuple(f"{decoder}." for decoder in DECODERS)
 
 Array = np.ndarray
 
@@ -309,7 +309,7 @@ def _differing_prefix(adapter: AdapterFile, plan: Plan) -> str:
     if all(key.startswith(PREFIX) for key in keys):
         names = [key.removeprefix(PREFIX) for key in keys]
         prefixes = differing_prefixes(names, [key.removeprefix(PREFIX) for key in plan.shapes()])
-        if prefixes and prefixes[1] not in ("", *DECODERS):
+        if prefixes and prefixes[1] not in ("", *DECODER_PREFIXES):
             wanted, given = prefixes
             return describe_prefixes("the base's", given, wanted)
     return describe_prefix(keys, plan.shapes())
@@ -402,7 +402,7 @@ def base_key(base: Checkpoint, name: str) -> str | None:
 
     Files come with and without the decoder's name.
     """
-    bare = [name.removeprefix(prefix) for prefix in DECODERS]
+    bare = [name.removeprefix(prefix) for prefix in DECODER_PREFIXES]
     return next((key for key in (name, *bare, f"transformer.{name}") if key in base), None)
 
 

@@ -25,7 +25,7 @@ from .layer import SavedModule, Wrapper
 from .merging import Merging
 
 CHOICES = ("untie", "share")
-CUSTOM = "custom"  # the type of a network that is no language model
+CUSTOM = "custom"  # the type of a network that is not a language model
 
 
 def choose(

@@ -92,7 +92,7 @@ def stored(
     """A tensor's bits; floats are rounded to `dtype` ("F32", ...) if it is given. NonFiniteError
     names the tensor.
 
-    Of a dtype that is not read (F8, F6, F4, ...) its bytes; FormatError if it is to be rounded.
+    The bytes of a tensor whose dtype is not read (F8, F6, F4, ...); FormatError to round one.
     """
     source = file.dtype(key)
     if source not in safetensors.DTYPES and dtype is None:

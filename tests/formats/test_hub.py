@@ -163,8 +163,8 @@ def test_find_model_finds_what_huggingface_hub_finds(cache):
     hub = pytest.importorskip("huggingface_hub")
     folder = snapshot(cache, "org/model")
     refer(cache, "org/model", "main")
-    found = hub.try_to_load_from_cache("org/model", "config.json", cache_dir=cache_folder())
-    assert os.path.dirname(found) == find_model("org/model") == str(folder)
+    cached = hub.try_to_load_from_cache("org/model", "config.json", cache_dir=cache_folder())
+    assert os.path.dirname(cached) == find_model("org/model") == str(folder)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_find_model_never_downloads_a_name_that_the_hub_has_not(downloads):
 
 
 class Unreachable(Exception):
-    """Of a package that is no OSError."""
+    """An error of a package, not an OSError."""
 
 
 @pytest.mark.parametrize("error", [Unreachable("no\nroute"), ValueError("bad"), OSError("gone")])

@@ -1,4 +1,4 @@
-"""Adapters on a network that is no language model: nothing of one is asked for."""
+"""Adapters on a network that is not a language model."""
 
 from __future__ import annotations
 

@@ -525,7 +525,7 @@ def test_merge_copies_a_tensor_of_a_dtype_that_is_not_read(tmp_path):
 
 
 def test_merge_takes_the_weights_for_what_they_are_not_a_tied_flag(tmp_path):
-    """A head that differs from the embedding is no tied one: no choice is needed for it."""
+    """A head that differs from the embedding is not tied to it, so `tied` is not needed."""
     base, _ = write_small(tmp_path, tie_word_embeddings=True)
     rng = np.random.default_rng(0)
     fields = {"r": 2, "lora_alpha": 2, "target_modules": ["lm_head"]}

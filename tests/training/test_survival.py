@@ -42,7 +42,7 @@ from minilora import cli
 from minilora.training import loop
 {before}
 build_parser = cli.build_parser
-cli.build_parser = lambda: print("ready", flush=True) or build_parser()
+cli.build_parser = lambda argv: print("ready", flush=True) or build_parser(argv)
 sys.exit(cli.main(sys.argv[1:]))
 """
 
