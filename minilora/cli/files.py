@@ -22,12 +22,14 @@ from .options import (
     add_allow_nonfinite,
     add_base,
     add_json,
+    add_start,
     add_task,
     option,
     path,
 )
 from .reading import choose_task, has_tasks
 
+PLAIN = "plain"
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -53,6 +55,7 @@ def _add_dtype(parser: Parser, default: str) -> None:
 def add_merge_options(parser: Parser) -> None:
     add_base(parser)
     _add_adapters(parser)
+    add_start(parser)
     add_task(parser)
     _add_dtype(parser, "as stored")
     text = "threads, each for a block of rows, at least 1 (default: one per core)"
@@ -81,6 +84,8 @@ def merge(args: Args) -> None:
         threads=args.threads,
         allow_nonfinite=args.allow_nonfinite,
         tied=args.tied,
+        initial=args.initial,
+        base_is=args.base_is,
     )
     if args.json:
         print_json({"merged": args.out, "tensors": rows})
@@ -132,6 +137,7 @@ def _is_name(value: Any) -> bool:
 
 def add_combine_options(parser: Parser) -> None:
     _add_adapters(parser)
+    add_start(parser)
     text = "cat (exact: ranks add up), svd (nearest of rank r), linear (PEFT's, with cross terms)"
     option(parser, "--how WAY", text, choices=COMBINATION_TYPES, default="cat")
     text = "rank of every layer with svd, at least 1 (default: the largest of the adapters)"
@@ -143,7 +149,8 @@ def add_combine_options(parser: Parser) -> None:
 def combine(args: Args) -> None:
     from ..tools.combining import combine as run
 
-    rows = run(args.adapters, args.out, args.weights, args.how, args.r)
+    start = args.initial, args.base_is
+    rows = run(args.adapters, args.out, args.weights, args.how, args.r, *start)
     _print_errors(args, rows, args.how)
 
 
@@ -168,13 +175,14 @@ def extract(args: Args) -> None:
 
 def add_resize_options(parser: Parser) -> None:
     option(parser, "--adapter DIR", "adapter in PEFT's format", required=True)
+    add_start(parser)
     _add_rank(parser)
 
 
 def resize(args: Args) -> None:
     from ..tools.factoring import resize as run
 
-    rows = run(args.adapter, args.r, args.out)
+    rows = run(args.adapter, args.r, args.out, args.initial, args.base_is)
     _print_errors(args, rows, f"rank {args.r}")
 
 
@@ -196,6 +204,7 @@ def _print_errors(args: Args, rows: list[JsonObject], how: str) -> None:
 def add_inspect_options(parser: Parser) -> None:
     option(parser, "directory DIR", "an adapter or a checkpoint")
     option(parser, "--base DIR", "base of the adapter: shows |dW| / |W|, and whether the two fit")
+    add_start(parser)
     text = f"draw the singular values of each layer's dW; ends in {', '.join(PICTURES)}"
     option(parser, "--plot FILE", text)
     add_json(parser)
@@ -210,12 +219,16 @@ def inspect(args: Args) -> None:
         given = f"{args.directory!r:.100} has the adapters {', '.join(names)}"
         raise ConfigError(f"{given}: inspect one of these folders inside it")
     is_adapter = (folder / "adapter_config.json").exists()
-    if not is_adapter and (args.base or args.plot):
-        message = f"--base and --plot are for an adapter, and {args.directory!r:.100} is none"
+    if not is_adapter and (args.base or args.plot or args.initial or args.base_is):
+        message = "--base, --plot, --initial and --base-is are for an adapter, and "
+        message += f"{args.directory!r:.100} is none"
         raise ConfigError(f"{message}: leave them out, or compare checkpoints with diff")
     if args.plot and Path(args.plot).suffix not in PICTURES:
         raise ConfigError(f"--plot must end in {', '.join(PICTURES)}, got {args.plot!r:.200}")
-    report = inspect_adapter(folder, args.base) if is_adapter else inspect_checkpoint(folder)
+    if is_adapter:
+        report = inspect_adapter(folder, args.base, args.initial, args.base_is)
+    else:
+        report = inspect_checkpoint(folder)
     spectra = report.pop("spectra", {})
     if args.plot:
         from ..lab import plots  # matplotlib is optional, and slow to import
@@ -254,8 +267,14 @@ def diff(args: Args) -> None:
 def add_convert_options(parser: Parser) -> None:
     option(parser, "directory DIR", "a checkpoint or an adapter")
     _add_dtype(parser, "none; give this or --to")
-    text = "whose files the adapter gets: peft or mlx (default: none; give this or --dtype)"
-    option(parser, "--to F", text, choices=("peft", "mlx"))
+    text = "peft or mlx: whose files the adapter gets; plain: LoRA over the base as it was before "
+    text += "the adapter's start changed it (default: none; give this or --dtype)"
+    option(parser, "--to F", text, choices=("peft", "mlx", PLAIN))
+    text = "with --to plain: the base as it was, from which the first values of pissa, olora follow"
+    option(parser, "--base DIR", text)
+    add_start(parser)
+    text = "with --to plain: the nearest adapter of this rank (default: twice the rank, no error)"
+    option(parser, "--r R", text)
     _add_out(parser)
     add_allow_nonfinite(parser)
     add_json(parser)
@@ -264,11 +283,32 @@ def add_convert_options(parser: Parser) -> None:
 def convert(args: Args) -> None:
     from ..tools.converting import convert as run
 
-    kind = run(args.directory, args.out, args.dtype, args.to, args.allow_nonfinite)
+    given = {name: getattr(args, name) for name in ("base", "r") if getattr(args, name)}
+    if args.to == PLAIN:
+        _convert_to_plain(args)
+        return
+    if given:
+        names = ", ".join(f"--{name}" for name in given)
+        raise ConfigError(f"{names}: for --to plain alone: leave it out")
+    start = args.initial, args.base_is
+    kind = run(args.directory, args.out, args.dtype, args.to, args.allow_nonfinite, *start)
     if args.json:
         print(json.dumps({"out": args.out, "is": kind}))
     else:
         print(f"{kind} -> {printable(args.out)}")
+
+
+def _convert_to_plain(args: Args) -> None:
+    from ..tools.plain import make_plain
+
+    for option_name, value in (("--dtype", args.dtype), ("--base-is", args.base_is)):
+        if value is not None:
+            raise ConfigError(
+                f"--to plain writes an adapter for the base as it was: leave out "
+                f"{option_name} {value}"
+            )
+    rows = make_plain(args.directory, args.out, args.base, args.initial, args.r)
+    _print_errors(args, rows, "plain LoRA")
 
 
 # ---- what they print -----------------------------------------------------------------------------

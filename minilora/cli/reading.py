@@ -33,9 +33,11 @@ Tokens = Ids | PackedRecords
 
 
 def load_model(
-    args: Args, adapter: str | None = None, task: str | None = None
+    args: Args, adapter: str | None = None, task: str | None = None, quantized: bool = True
 ) -> tuple[Any, Tokenizer]:
     """(model, tokenizer) of --base, quantized by --quantize, with an adapter or one task of it.
+
+    quantized   False leaves codes to the caller, as for a start that needs the weights
 
     NonFiniteError for a weight that is NaN or infinite, before a command makes anything of it.
     """
@@ -46,10 +48,11 @@ def load_model(
     for note in (tokenizer.note, *tokenizer.special.notes):
         if note:
             print(note, file=sys.stderr)
-    if kind not in ("none", "stored"):
+    if quantized and kind not in ("none", "stored"):
         quantize(model, kind)
     if adapter is not None:
-        model = _load_adapter(model, adapter, task, merged=args.compute == FLOAT32)
+        start = {"initial": args.initial, "base_is": args.base_is}
+        model = _load_adapter(model, adapter, task, args.compute == FLOAT32, start)
     elif task is not None:
         raise ConfigError("--task chooses a task of an adapter: give --adapter too")
     if not args.allow_nonfinite:
@@ -57,10 +60,16 @@ def load_model(
     return model, tokenizer
 
 
-def _load_adapter(model: CausalLM, adapter: str, task: str | None, merged: bool) -> Any:
+def _load_adapter(
+    model: CausalLM, adapter: str, task: str | None, merged: bool, start: dict[str, Any]
+) -> Any:
     """The model with an adapter, or with one task of it, which may be `merged` into the weights."""
     if not has_tasks(adapter, task):
-        return PeftModel.from_pretrained(model, adapter)
+        return PeftModel.from_pretrained(model, adapter, **start)
+    for option, value in start.items():
+        if value is not None:
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name} is for an adapter without tasks: leave it out")
     multitask = MultiTask.from_pretrained(model, adapter)
     task = choose_task(adapter, task, (*multitask.tasks, BASE))
     if merged:

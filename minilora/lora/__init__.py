@@ -18,6 +18,8 @@ Adapters
     embedding   the same for an embedding, and for the head that shares its weight
     tokens      some trainable rows of an embedding
     factors     the algebra of (A, B, s) without dW
+    starts      first values of A and B: pissa, olora, orthogonal, loftq, eva, lora_ga
+    leading     the leading singular triplets of a large matrix
 
 Models
     layer       wrappers: a module of the base with adapters, by name
@@ -26,6 +28,8 @@ Models
     targets     which module names a configuration means, by PEFT's rules
     patterns    regular expressions whose time is bounded
     plan        the layers that a configuration means in a model or a checkpoint
+    injection   a wrapper in the place of each layer of a plan
+    beginning   starts put into a model
     model       get_peft_model and PeftModel
     combining   several adapters added up to one
     multitask   several tasks in one batch, each with its adapters
@@ -33,9 +37,11 @@ Models
 Files
     names       PEFT's spellings of methods and tensors
     reading     what an adapter's file means where its configuration leaves it open
+    initial     an adapter that was trained over a changed base, and the way back
     repeats     what PEFT's files hold twice, or hold of the base
     files       an adapter's file, and whether it fits a base
     vocabulary  a model resized to the vocabulary of an adapter
+    writing     an adapter of a model as PEFT's folder
 """
 
 from .adalora import AdaLoraAdapter, AdaLoraConfig

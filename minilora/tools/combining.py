@@ -15,10 +15,12 @@ from ..formats.disk import quoted
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import LoraConfig
 from ..lora.combining import check_weights, choose_rank, combine_layer
-from ..lora.files import AdapterFile
+from ..lora.config import plain_fields
+from ..lora.files import AdapterFile, for_one
+from ..lora.names import factor_keys
 from ..lora.plan import FIRST_EMBEDDINGS, HEAD
 from ..lora.repeats import is_weight_of_base
-from .factoring import ADALORA_FIELDS, Tensors, factor_keys, head_factors, plain
+from .factoring import ADALORA_FIELDS, Tensors, head_factors
 from .merging import Change, Changes, alike, changes_of, require_addable
 from .rewriting import Row, progress
 
@@ -29,10 +31,13 @@ def combine(
     weights: Sequence[float] | None = None,
     how: str = "cat",
     r: int | None = None,
+    initial: str | Path | None = None,
+    base_is: str | None = None,
 ) -> list[Row]:
     """Write the sum of PEFT `adapters`, times `weights` (1), as one plain LoRA adapter to the
     folder `out`.
 
+    initial, base_is   of a single adapter: see AdapterFile
     how     "cat", the sum itself; "svd", the nearest of rank r (by default the largest of theirs);
             or "linear", PEFT's sum of factors, which has cross terms: see lora/combining.py
 
@@ -49,7 +54,11 @@ def combine(
     for folder in adapters:
         require_outside(out, adapter=folder)
     with ExitStack() as opened:
-        files = [opened.enter_context(AdapterFile(folder)) for folder in adapters]
+        start = {
+            "initial": for_one(adapters, "--initial", initial),
+            "base_is": for_one(adapters, "--base-is", base_is),
+        }
+        files = [opened.enter_context(AdapterFile(folder, **start)) for folder in adapters]
         plan: Changes = {}
         for file, weight in zip(files, weights, strict=True):
             for name, change in changes_of(file, weight).items():
@@ -88,7 +97,7 @@ def combine(
             tensors |= head_factors(tensors, tied)
         config = _fields(files, layers)
         is_tied = tied is not None or any(map(_saves_one_weight, files))
-        config |= {"ensure_weight_tying": is_tied, **plain(r)}
+        config |= {"ensure_weight_tying": is_tied, **plain_fields(r)}
     LoraConfig.from_dict(config, str(out))  # so that what is written can be read
     sources = [fingerprint(folder) for folder in adapters]
     inputs = {"adapters": sources, "weights": weights, "how": how, "r": r}

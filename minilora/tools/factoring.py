@@ -21,13 +21,14 @@ from ..formats.checkpoint import is_stored_transposed
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import AdaLoraConfig, HydraConfig, LoraConfig
 from ..lora.combining import MAX_RANK
+from ..lora.config import plain_fields
 from ..lora.factors import factors_from_svd, product_norm, truncate_rank
 from ..lora.files import AdapterFile, base_key, stored_key
-from ..lora.names import EMBEDDING, LINEAR, PREFIX
+from ..lora.leading import leading_triplets
+from ..lora.names import PREFIX, factor_keys
 from ..lora.plan import FIRST_EMBEDDINGS, HEAD, Base, canonical_name, describe_checkpoint
 from ..lora.tying import are_transposed
 from ..threads import one_blas_thread
-from .leading import leading_triplets
 from .rewriting import Row, progress
 
 Array = np.ndarray
@@ -38,18 +39,24 @@ ADALORA_FIELDS = {field.name for field in dataclasses.fields(AdaLoraConfig)}
 ADALORA_FIELDS -= {field.name for field in dataclasses.fields(LoraConfig)}
 
 
-def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
+def resize(
+    adapter: str | Path,
+    r: int,
+    out: str | Path,
+    initial: str | Path | None = None,
+    base_is: str | None = None,
+) -> list[Row]:
     """Write the adapter with the nearest dW of rank r in every layer, as plain LoRA (or DoRA), to
     the folder `out`.
 
     Returns one row per layer: |dW|, |dW' - dW|, and that over |dW|. AdaLoRA's E goes into the
     factors. The adapter's other tensors stay as they are; DoRA's m, too, so that its row is about s
-    B A alone. ConfigError for an invalid rank, or HydraLoRA; FormatError, NonFiniteError, OSError;
-    `out` is then as it was.
+    B A alone. `initial` and `base_is` are those of AdapterFile. ConfigError for an invalid rank, or
+    HydraLoRA; FormatError, NonFiniteError, OSError; `out` is then as it was.
     """
     _require_rank(r)
     require_outside(out, adapter=adapter)
-    with AdapterFile(adapter) as file:
+    with AdapterFile(adapter, initial=initial, base_is=base_is) as file:
         if isinstance(file.config, HydraConfig):
             raise ConfigError(
                 f"{file.where} is HydraLoRA's: it has several B's, and so "
@@ -69,13 +76,13 @@ def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
             if not math.isfinite(before.c * product_norm(before.A, before.B)):
                 raise NonFiniteError(f"{file.where}: {path} is not finite")
             A, B, row = truncate_rank(before.A, before.B, before.c, r)
-            tensors |= _factor_tensors(path, A, B, file.embeds(path))
+            tensors |= factor_tensors(path, A, B, file.embeds(path))
             rows.append({"layer": path, "r": f"{len(before.A)} -> {r}", **row})
         tied = _tied_embedding(file)
         if tied is not None:
             tensors |= head_factors(tensors, tied)
         fields = {name: value for name, value in file.raw.items() if name not in ADALORA_FIELDS}
-        _write(out, adapter, {**fields, **plain(r)}, tensors)
+        _write(out, adapter, {**fields, **plain_fields(r)}, tensors)
     return rows
 
 
@@ -112,7 +119,7 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
             if is_matrix and path.rpartition(".")[2] not in NOT_TARGETS:
                 D = pair.difference(weight)
                 A, B, row = factors_from_svd(*leading_triplets(D, r), r)
-                tensors |= _factor_tensors(path, A, B)
+                tensors |= factor_tensors(path, A, B)
                 layers.append(path)
                 rows.append({"layer": path, "r": str(r), **row})
                 continue
@@ -143,7 +150,7 @@ def extract(base: str | Path, tuned: str | Path, r: int, out: str | Path) -> lis
             "fan_in_fan_out": is_stored_transposed(model_type, f"{layers[-1]}.weight"),
             "base_model_name_or_path": str(base),
         }
-        _write(out, base, {**fields, **plain(r)}, tensors)
+        _write(out, base, {**fields, **plain_fields(r)}, tensors)
     return rows
 
 
@@ -235,15 +242,6 @@ class _Pair:
 # ---- a plain LoRA adapter ----
 
 
-def factor_keys(path: str, embeds: bool = False) -> tuple[str, str]:
-    """The keys of A and B of a layer in PEFT's file."""
-    if embeds:
-        names = EMBEDDING
-    else:
-        names = LINEAR
-    return f"{PREFIX}{path}.{names['A']}", f"{PREFIX}{path}.{names['B']}"
-
-
 def head_factors(tensors: Tensors, embedding: str) -> Tensors:
     """The factors of a head that is tied to the layer `embedding`: its factors transposed, to the
     bit, by their keys."""
@@ -260,7 +258,7 @@ def _tied_embedding(file: AdapterFile) -> str | None:
     return path if are_transposed(file.part(path), file.part(HEAD)) else None
 
 
-def _factor_tensors(path: str, A: Array, B: Array, embeds: bool = False) -> Tensors:
+def factor_tensors(path: str, A: Array, B: Array, embeds: bool = False) -> Tensors:
     """A and B in float32, by their keys."""
     tensors: Tensors = {}
     for key, factor in zip(factor_keys(path, embeds), (A, B), strict=True):
@@ -271,14 +269,6 @@ def _factor_tensors(path: str, A: Array, B: Array, embeds: bool = False) -> Tens
                 f"{path} is too large for float32, in which its factors are written"
             )
     return tensors
-
-
-def plain(r: int) -> dict[str, Any]:
-    """The fields of adapter_config.json that give every layer rank r and s = 1."""
-    fields: dict[str, Any] = {"peft_type": "LORA", "r": r, "lora_alpha": r, "use_rslora": False}
-    # PEFT looks at how an adapter began when it loads it, too, and not every start has any rank.
-    fields |= {"init_lora_weights": True, "eva_config": None}
-    return {**fields, "rank_pattern": {}, "alpha_pattern": {}}
 
 
 def _require_rank(r: int) -> None:

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tool_files import WEIGHTS, lora_tensors, read_weights
 
 from minilora.formats import Entry, bf16_from, write_adapter, write_json, write_stream
+from minilora.lora import leading
 from minilora.lora.files import AdapterFile
-from minilora.tools import leading
+from minilora.lora.leading import SPARE, WORTH, leading_triplets
 from minilora.tools.factoring import extract
-from minilora.tools.leading import SPARE, WORTH, leading_triplets
 from minilora.tools.merging import merge
 
 EPS = np.finfo(np.float64).eps
