@@ -2,7 +2,7 @@
 
 case         what a property is measured on, and the formula that it is measured against
 measuring    a measurement beside its bound
-lora, layers, dora, adalora, codes, tasks, sums, ends    the properties, by what promises them
+lora, layers, dora, adalora, codes, tasks, sums, ends, starts    the properties, by subject
 properties   the list, and where bounds come from
 run          all of it over random layers, or over given files
 """

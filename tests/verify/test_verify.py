@@ -27,6 +27,7 @@ from minilora.verify import (
     measure,
     over_codes,
     random_case,
+    starts,
     sums,
     tasks,
     verify,
@@ -35,7 +36,7 @@ from minilora.verify.case import ADAPTERS
 from minilora.verify.measuring import leading_terms, project, spectral_norm, worst
 
 BY_NAME = {p.name: p for p in PROPERTIES}
-LORAS = {p.name for module in (lora, layers, tasks, sums, ends) for p in module.PROPERTIES}
+LORAS = {p.name for module in (lora, layers, tasks, sums, ends, starts) for p in module.PROPERTIES}
 EXACT = {
     "start is the base", "disabled is the base", "count", "gauge by powers of two",
     "start moves B alone", "merge in any portions", "merge refuses", "unmerge", "files",
