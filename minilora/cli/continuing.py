@@ -40,7 +40,9 @@ def read_continued_config(args: Args, fields: dict[str, Any], steps: int) -> Lor
     if (Path(args.adapter) / MULTITASK).exists():
         given = f"--adapter {args.adapter!r:.100} has one adapter per task"
         raise ConfigError(f"{given}: give the folder of one of them, which is inside")
-    with AdapterFile(args.adapter, check=False) as file:
+    with AdapterFile(
+        args.adapter, False, args.initial, args.base_is, over_base=True, to_train=True
+    ) as file:
         config = file.config
     given = f"--adapter {args.adapter!r:.100}"
     method = method_of(config)
@@ -83,7 +85,8 @@ def continue_adapter(args: Args, model: Any, config: LoraConfig) -> tuple[PeftMo
 
     FormatError for an adapter of another base; NonFiniteError for weights that are not finite.
     """
-    adapted = PeftModel.from_pretrained(model, args.adapter, NAME, is_trainable=True)
+    start = {"initial": args.initial, "base_is": args.base_is}
+    adapted = PeftModel.from_pretrained(model, args.adapter, NAME, is_trainable=True, **start)
     if not args.allow_nonfinite:
         require_finite(adapted, args.base)
     digest = hashlib.sha256()

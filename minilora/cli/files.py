@@ -25,6 +25,7 @@ from .options import (
     add_download,
     add_json,
     add_seed,
+    add_start,
     add_task,
     find_models,
     option,
@@ -32,6 +33,7 @@ from .options import (
 )
 from .reading import choose_task, has_tasks
 
+PLAIN = "plain"
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -57,6 +59,7 @@ def _add_dtype(parser: Parser, default: str) -> None:
 def add_merge_options(parser: Parser) -> None:
     add_base(parser)
     _add_adapters(parser)
+    add_start(parser)
     add_task(parser)
     _add_dtype(parser, "as stored")
     text = "threads, each for a block of rows, at least 1 (default: one per core)"
@@ -86,6 +89,8 @@ def merge(args: Args) -> None:
         threads=args.threads,
         allow_nonfinite=args.allow_nonfinite,
         tied=args.tied,
+        initial=args.initial,
+        base_is=args.base_is,
     )
     if args.json:
         print_json({"merged": args.out, "tensors": rows})
@@ -137,6 +142,7 @@ def _is_name(value: Any) -> bool:
 
 def add_combine_options(parser: Parser) -> None:
     _add_adapters(parser)
+    add_start(parser)
     text = (
         "cat (exact: ranks add up), svd (nearest of rank r), linear (PEFT's, with cross terms), or "
     )
@@ -157,7 +163,8 @@ def add_combine_options(parser: Parser) -> None:
 def combine(args: Args) -> None:
     from ..tools.combining import combine as run
 
-    options = {name: getattr(args, name) for name in ("density", "majority_sign_method", "seed")}
+    names = ("density", "majority_sign_method", "seed", "initial", "base_is")
+    options = {name: getattr(args, name) for name in names}
     rules = _rank_rules(args)
     rows = run(args.adapters, args.out, args.weights, args.how, args.r, **options, **rules)
     _print_errors(args, rows, args.how)
@@ -201,13 +208,15 @@ def extract(args: Args) -> None:
 
 def add_resize_options(parser: Parser) -> None:
     option(parser, "--adapter DIR", "adapter in PEFT's format", required=True)
+    add_start(parser)
     _add_rank(parser)
 
 
 def resize(args: Args) -> None:
     from ..tools.factoring import resize as run
 
-    rows = run(args.adapter, args.r, args.out, **_rank_rules(args))
+    start = {"initial": args.initial, "base_is": args.base_is}
+    rows = run(args.adapter, args.r, args.out, **_rank_rules(args), **start)
     _print_errors(args, rows, _rank_text(args))
 
 
@@ -241,6 +250,7 @@ def add_inspect_options(parser: Parser) -> None:
     option(parser, "directory DIR", "an adapter or a checkpoint")
     add_download(parser)
     option(parser, "--base DIR", "base of the adapter: shows |dW| / |W|, and whether the two fit")
+    add_start(parser)
     text = f"draw the singular values of each layer's dW; ends in {', '.join(PICTURES)}"
     option(parser, "--plot FILE", text)
     add_json(parser)
@@ -256,12 +266,16 @@ def inspect(args: Args) -> None:
         given = f"{args.directory!r:.100} has the adapters {', '.join(names)}"
         raise ConfigError(f"{given}: inspect one of these folders inside it")
     is_adapter = (folder / "adapter_config.json").exists()
-    if not is_adapter and (args.base or args.plot):
-        message = f"--base and --plot are for an adapter, and {args.directory!r:.100} is none"
+    if not is_adapter and (args.base or args.plot or args.initial or args.base_is):
+        message = "--base, --plot, --initial and --base-is are for an adapter, and "
+        message += f"{args.directory!r:.100} is none"
         raise ConfigError(f"{message}: leave them out, or compare checkpoints with diff")
     if args.plot and Path(args.plot).suffix not in PICTURES:
         raise ConfigError(f"--plot must end in {', '.join(PICTURES)}, got {args.plot!r:.200}")
-    report = inspect_adapter(folder, args.base) if is_adapter else inspect_checkpoint(folder)
+    if is_adapter:
+        report = inspect_adapter(folder, args.base, args.initial, args.base_is)
+    else:
+        report = inspect_checkpoint(folder)
     spectra = report.pop("spectra", {})
     if args.plot:
         from ..lab import plots  # matplotlib is optional, and slow to import
@@ -303,8 +317,14 @@ def add_convert_options(parser: Parser) -> None:
     option(parser, "directory DIR", "a checkpoint or an adapter")
     add_download(parser)
     _add_dtype(parser, "none; give this or --to")
-    text = "whose files the adapter gets: peft or mlx (default: none; give this or --dtype)"
-    option(parser, "--to F", text, choices=("peft", "mlx"))
+    text = "peft or mlx: whose files the adapter gets; plain: LoRA over the base as it was before "
+    text += "the adapter's start changed it (default: none; give this or --dtype)"
+    option(parser, "--to F", text, choices=("peft", "mlx", PLAIN))
+    text = "with --to plain: the base as it was, from which the first values of pissa, olora follow"
+    option(parser, "--base DIR", text)
+    add_start(parser)
+    text = "with --to plain: the nearest adapter of this rank (default: twice the rank, no error)"
+    option(parser, "--r R", text)
     _add_out(parser)
     add_allow_nonfinite(parser)
     add_json(parser)
@@ -314,11 +334,32 @@ def convert(args: Args) -> None:
     from ..tools.converting import convert as run
 
     find_models(args)
-    kind = run(args.directory, args.out, args.dtype, args.to, args.allow_nonfinite)
+    given = {name: getattr(args, name) for name in ("base", "r") if getattr(args, name)}
+    if args.to == PLAIN:
+        _convert_to_plain(args)
+        return
+    if given:
+        names = ", ".join(f"--{name}" for name in given)
+        raise ConfigError(f"{names}: for --to plain alone: leave it out")
+    start = args.initial, args.base_is
+    kind = run(args.directory, args.out, args.dtype, args.to, args.allow_nonfinite, *start)
     if args.json:
         print(json.dumps({"out": args.out, "is": kind}))
     else:
         print(f"{kind} -> {printable(args.out)}")
+
+
+def _convert_to_plain(args: Args) -> None:
+    from ..tools.plain import make_plain
+
+    for option_name, value in (("--dtype", args.dtype), ("--base-is", args.base_is)):
+        if value is not None:
+            raise ConfigError(
+                f"--to plain writes an adapter for the base as it was: leave out "
+                f"{option_name} {value}"
+            )
+    rows = make_plain(args.directory, args.out, args.base, args.initial, args.r)
+    _print_errors(args, rows, "plain LoRA")
 
 
 # ---- what they print -----------------------------------------------------------------------------

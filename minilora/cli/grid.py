@@ -24,7 +24,7 @@ SHORT = {
 FILES = ("DIR", "auto|DIR", "FILE", "DEV", "JSON")  # values that are the same for all points
 LISTS = ("NAMES", "N,N", "NAME,NAME")  # values in which + separates what a comma does elsewhere
 # They say what is refused or shown, not what is trained.
-NOT_TRAINING = ("help", "debug", "strict", "allow_nonfinite", "download")
+NOT_TRAINING = ("help", "debug", "strict", "allow_nonfinite", "download", "base_is", "as_trained")
 SWITCH = {"true": True, "false": False}
 
 

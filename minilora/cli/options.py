@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ..errors import ConfigError, FormatError, describe_integer
 from ..formats.disk import parse_json
 from ..formats.hub import find_model
+from ..lora.initial import RESIDUAL
 from ..precision import FLOAT32, MANTISSA
 from ..training.methods import METHODS, QUANTIZE
 
@@ -284,11 +285,19 @@ def find_models(args: Args) -> None:
 def add_adapter(parser: Parser) -> None:
     text = "adapter in PEFT's format (default: the base alone)"
     option(parser, "--adapter DIR", text, action=Once)
+    add_start(parser)
     add_task(parser)
 
 
 def add_task(parser: Parser) -> None:
     option(parser, "--task NAME", "which task to use, if finetune --tasks made the adapter")
+
+
+def add_start(parser: Parser) -> None:
+    """How an adapter of pissa, olora, lora_ga, ... began: its file alone does not say it."""
+    option(parser, "--initial DIR", "the adapter before training, if its start changed the base")
+    text = "residual: the base has the weights that the start left"
+    option(parser, "--base-is WHAT", text, choices=(RESIDUAL,))
 
 
 def add_allow_nonfinite(parser: Parser) -> None:

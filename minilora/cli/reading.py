@@ -34,17 +34,20 @@ Tokens = Ids | PackedRecords
 
 
 def load_model(
-    args: Args, adapter: str | None = None, task: str | None = None
+    args: Args, adapter: str | None = None, task: str | None = None, quantized: bool = True
 ) -> tuple[Any, Tokenizer]:
     """(model, tokenizer) of --base, quantized by --quantize, with an adapter or one task of it.
+
+    quantized   False leaves codes to the caller, as for a start that needs the weights
 
     The tokenizer is the adapter's, if its folder has one.
 
     NonFiniteError for a weight that is NaN or infinite, before a command makes anything of it.
     """
-    model: Any = load_base(args)
+    model: Any = load_base(args, quantized)
     if adapter is not None:
-        model = _load_adapter(model, adapter, task, merged=args.compute == FLOAT32)
+        start = {"initial": args.initial, "base_is": args.base_is}
+        model = _load_adapter(model, adapter, task, args.compute == FLOAT32, start)
     elif task is not None:
         raise ConfigError("--task chooses a task of an adapter: give --adapter too")
     tokenizer = read_tokenizer(args.base, model.config.vocab_size, adapter)
@@ -53,13 +56,13 @@ def load_model(
     return model, tokenizer
 
 
-def load_base(args: Args) -> CausalLM:
-    """The model of --base, quantized by --quantize."""
+def load_base(args: Args, quantized: bool = True) -> CausalLM:
+    """The model of --base, quantized by --quantize, unless `quantized` is False."""
     find_models(args)
     kind = args.quantize
     options = {"device": args.device, "stored": kind == "stored", "compute": args.compute}
     model = CausalLM.from_pretrained(args.base, **options)
-    if kind not in ("none", "stored"):
+    if quantized and kind not in ("none", "stored"):
         quantize(model, kind)
     return model
 
@@ -80,10 +83,16 @@ def read_tokenizer(base: str, vocab_size: int, adapter: str | None = None) -> To
     return tokenizer
 
 
-def _load_adapter(model: CausalLM, adapter: str, task: str | None, merged: bool) -> Any:
+def _load_adapter(
+    model: CausalLM, adapter: str, task: str | None, merged: bool, start: dict[str, Any]
+) -> Any:
     """The model with an adapter, or with one task of it, which may be `merged` into the weights."""
     if not has_tasks(adapter, task):
-        return PeftModel.from_pretrained(model, adapter)
+        return PeftModel.from_pretrained(model, adapter, **start)
+    for option, value in start.items():
+        if value is not None:
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name} is for an adapter without tasks: leave it out")
     multitask = MultiTask.from_pretrained(model, adapter)
     task = choose_task(adapter, task, (*multitask.tasks, BASE))
     if merged:

@@ -22,9 +22,11 @@ from ..formats.folders import locked, numbered_folder
 from ..formats.hub import model_name
 from ..lora import AdaLoraConfig, LoraConfig, get_multitask_model, get_peft_model
 from ..lora.optimizers import OPTIMIZERS, freeze_first_factors, require_optimizable
+from ..lora.starts import NAMES
 from ..models.config import TransformerConfig
 from ..models.transformer import CausalLM
 from ..precision import FLOAT32
+from ..quant.codes import KINDS
 from ..training.checkpoints import find_checkpoint, open_folder
 from ..training.methods import (
     CODES,
@@ -49,6 +51,7 @@ from .options import (
     add_method,
     add_quantize,
     add_seed,
+    add_start,
     add_strict,
     option,
     path,
@@ -66,6 +69,7 @@ from .reading import (
     require_finite,
 )
 from .reporting import Report, draw_pictures, print_report
+from .starting import check_start, read_start, require_start_for_tasks, start_of_new
 
 MAX_PARAMETERS = 2**32  # 64 GiB to train; a larger shape is a typing error
 
@@ -224,6 +228,9 @@ def add_tuning_options(parser: Parser) -> None:
     option(parser, "--shared-r R", text)
     text = "adapter to go on from, configured as it is (default: a new one)"
     option(parser, "--adapter DIR", text, action=Once)
+    add_start(parser)
+    text = "save A and B over the base that their start left, as peft does"
+    option(parser, "--as-trained", text)
     add_training_options(parser, lr=2e-3)
     _add_optimizers(parser)
     group = parser.add_argument_group("method and adapter (fields of PEFT's configuration)")
@@ -244,7 +251,7 @@ def add_tuning_options(parser: Parser) -> None:
     field("--bias B", text, choices=("none", "all", "lora_only"))
     field("--use-rslora", "scaling is lora_alpha / sqrt(r)")
     field("--use-dora", "the same as --method dora")
-    text = "start of A and B: true (B is 0), false or gaussian (default: true)"
+    text = f"start of A and B: true, false, gaussian, {', '.join(NAMES)} (default: true)"
     field("--init-lora-weights HOW", text, type=true_false_or_name)
     field("--rank-pattern JSON", "rank by name or pattern, such as '{\"q_proj\": 4}' (default: r)")
     text = "lora_alpha by name or pattern, such as '{\"q_proj\": 16}' (default: lora_alpha)"
@@ -310,6 +317,7 @@ def read_finetune_options(args: Args) -> tuple[Any, LoraConfig | None, dict[str,
     else:
         config = read_continued_config(args, fields, settings.steps)
     require_optimizable(settings.optimizer, config)
+    check_start(args, config)
     return settings, config, _name_tasks(args, config)
 
 
@@ -329,7 +337,9 @@ def run_finetune(
     from ..training.loop import train
 
     settings, config, tasks = read_finetune_options(args)
-    model: Any = load_base(args)
+    start = start_of_new(args, config)
+    is_coded_later = start is not None and args.quantize in KINDS
+    model: Any = load_base(args, quantized=not is_coded_later)
     if not args.allow_nonfinite:
         require_finite(model, args.base)
     memory = measure_weight_memory(model)
@@ -353,7 +363,11 @@ def run_finetune(
         tokens, held_out, ratio = read(args.data, args.eval_data)
         sizes = f"{len(tokens):,}"
     if config is not None and args.adapter is None:
-        model = _add_adapters(args, model, config, tasks)
+        begin: dict[str, Any] = {"quantize": args.quantize if is_coded_later else None}
+        if start is not None and not tasks:
+            begin |= read_start(args, start, settings, tokens)
+        model = _add_adapters(args, model, config, tasks, begin)
+        memory = measure_weight_memory(model, is_adapted=True) if is_coded_later else memory
     elif config is None and memory["layers"]:
         given = f"--method full cannot train --base {args.base!r}"
         raise ConfigError(f"{given}, which is held as {memory['kind']}: train an adapter")
@@ -378,7 +392,8 @@ def run_finetune(
         with saving(out):
             result = train(model, tokens, settings, out, **options)
             if writes:
-                model.save_pretrained(out)
+                form = {"as_trained": True} if args.as_trained else {}
+                model.save_pretrained(out, **form)
             if writes and config is None:
                 copy_companions(args.base, out)
             if writes and args.adapter is not None and has_tokenizer(args.adapter):
@@ -409,6 +424,7 @@ def _name_tasks(args: Args, config: LoraConfig | None) -> dict[str, str]:
         raise ConfigError(f"{given} must be at least the number of --tasks, {len(tasks)}")
     if args.eval_data is not None:
         raise ConfigError("--tasks hold out the last tenth of each text: leave out --eval-data")
+    require_start_for_tasks(config)
     if isinstance(config, AdaLoraConfig):
         raise ConfigError("--method adalora does not support --tasks; train one adapter per run")
     if args.shared_r is not None and (config is None or config.use_dora):
@@ -416,12 +432,14 @@ def _name_tasks(args: Args, config: LoraConfig | None) -> dict[str, str]:
     return tasks
 
 
-def _add_adapters(args: Args, model: Any, config: LoraConfig, tasks: Iterable[str]) -> Any:
-    """The model with one adapter, or with one per task."""
+def _add_adapters(
+    args: Args, model: Any, config: LoraConfig, tasks: Iterable[str], begin: dict[str, Any]
+) -> Any:
+    """The model with one adapter, which begins with `begin`, or with one per task."""
     base = os.fsencode(model_name(args.base)).decode("utf-8", "replace")
     config = dataclasses.replace(config, task_type="CAUSAL_LM", base_model_name_or_path=base)
     if not tasks:
-        return get_peft_model(model, config, seed=args.seed)
+        return get_peft_model(model, config, seed=args.seed, **begin)
     shared = dataclasses.replace(config, r=args.shared_r) if args.shared_r else None
     return get_multitask_model(model, dict.fromkeys(tasks, config), shared, seed=args.seed)
 

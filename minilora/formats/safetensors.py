@@ -115,6 +115,7 @@ class SafetensorsFile(Tensors):
     def __init__(self, path: PathLike) -> None:
         self.path = os.fspath(path)
         self._where = quoted(self.path)
+        self._overridden: dict[str, Array] = {}
         self._file = open_regular(path)
         try:
             self._read_header()
@@ -125,6 +126,14 @@ class SafetensorsFile(Tensors):
     def rename(self, names: Mapping[str, str]) -> None:
         """Call some tensors by other names from now on; each must be new."""
         self._entries = {names.get(name, name): entry for name, entry in self._entries.items()}
+        self._overridden = {names.get(key, key): array for key, array in self._overridden.items()}
+
+    def override(self, tensors: Mapping[str, Array]) -> None:
+        """Give some tensors, which may be new, these values from now on; the file stays."""
+        for name, array in tensors.items():
+            code = next(code for code, kind in NUMPY_FLOATS.items() if kind == array.dtype)
+            self._entries[name] = _Stored(code, array.shape, 0, 0)
+            self._overridden[name] = array
 
     def _read_header(self) -> None:
         size = self._file.size()
@@ -254,6 +263,8 @@ class SafetensorsFile(Tensors):
         NumPy has no array for (`read_bytes` has its bytes).
         """
         entry = self._entry(name)
+        if name in self._overridden:
+            return np.array(self._overridden[name], order="C")
         what = f"tensor {quoted(name)}"
         if entry.dtype not in DTYPES:
             raise FormatError(

@@ -19,6 +19,7 @@ Adapters
     tokens      some trainable rows of an embedding
     factors     the algebra of (A, B, s) without dW
     optimizers  LoRA+, LoRA-FA and the Riemannian step
+    starts      first values of A and B: pissa, olora, orthogonal, loftq, eva, lora_ga
 
 Models
     layer       wrappers: a module of the base with adapters, by name
@@ -28,6 +29,7 @@ Models
     patterns    regular expressions whose time is bounded
     plan        the layers that a configuration means in a model or a checkpoint
     injecting   an adapter put into a model
+    beginning   starts put into a model
     model       get_peft_model and PeftModel
     status      what the layers of such a model are set to
     combining   several adapters added up to one
@@ -39,9 +41,11 @@ Models
 Files
     names       PEFT's spellings of methods and tensors
     reading     what an adapter's file means where its configuration leaves it open
+    initial     an adapter that was trained over a changed base, and the way back
     repeats     what PEFT's files hold twice, or hold of the base
     files       an adapter's file, and whether it fits a base
     vocabulary  a model resized to the vocabulary of an adapter
+    writing     an adapter of a model as PEFT's folder
 """
 
 from .adalora import AdaLoraAdapter, AdaLoraConfig

@@ -24,6 +24,7 @@ from ..formats import PEFT_CONFIG_DEFAULTS
 from ..formats.disk import JsonObject
 from .endings import plain_text
 from .patterns import MAX_STATES, MAX_VISITS_PER_LETTER, compile_pattern
+from .starts import NAMES, find_start
 from .targets import Layers, pattern_value
 
 # The targets of target_modules=None, by type of model (PEFT's table).
@@ -31,14 +32,14 @@ DEFAULT_TARGETS = {name: ["q_proj", "v_proj"] for name in ("llama", "mistral", "
 DEFAULT_TARGETS["gpt2"] = ["c_attn"]
 HARMLESS = ("peft_version", "revision", "auto_mapping")  # PEFT's fields that change no meaning
 
-# What a file may say, and a new adapter not. These starts of PEFT leave the base as it is, so that
-# only training knows them; the task chooses PEFT's class of model.
-STARTS = ("orthogonal", "eva", "mica")
+# What a file says of how training began, and for which task, is kept beside the configuration: it
+# is over, and the task chooses PEFT's class of model. Of the starts, these leave the base as it is.
+UNCHANGED = ("orthogonal", "eva", "mica")
 TASKS = ("FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
-FILE_ONLY: dict[str, tuple[str, ...]] = {"init_lora_weights": STARTS, "task_type": TASKS}
-# These change the base: W - s B0 A0, with the adapter's first values A0 and B0, which the file of a
-# trained adapter has no more.
-CHANGED_BASES = ("pissa", "olora", "loftq", "corda", "lora_ga")
+# These change the base: see initial.py. pissa_niter_N has any N.
+CHANGED = ("pissa", "olora", "loftq", "corda", "lora_ga")
+# The fields of a file that say more about its start, which must be the one that reads them.
+START_FIELDS = {f"{start}_config": start for start in ("eva", "corda", "lora_ga", "loftq")}
 MAX_COUNT = 2**24  # ranks and numbers of steps are below it
 MAX_NAMES = 10_000  # a list of targets longer than any model is a mistake, or an attack
 
@@ -107,8 +108,8 @@ RULES = [
     Rule("bias", ("none", "all", "lora_only").__contains__, "'none', 'all' or 'lora_only'"),
     Rule(
         "init_lora_weights",
-        lambda value: is_flag(value) or value == "gaussian",
-        "True, False or 'gaussian'",
+        lambda value: is_flag(value) or value == "gaussian" or find_start(value) is not None,
+        f"True, False, 'gaussian', {', '.join(map(repr, NAMES))}",
     ),
     Rule("task_type", (None, "CAUSAL_LM").__contains__, "'CAUSAL_LM' or None"),
     *rules_for(SWITCHES, is_flag, "True or False"),
@@ -147,7 +148,7 @@ class LoraConfig:
     use_rslora         s = lora_alpha / sqrt(r)    Kalajdzievski 2023
     use_dora           W' = m (W + dW) / |W + dW|: row lengths are trained apart    Liu et al. 2024
     init_lora_weights  True: A uniform within 1/sqrt(in), B zero; "gaussian": A ~ N(0, 1/r^2), B
-                       zero; False: B random
+                       zero; False: B random; or the name of a start: see starts.py
     rank_pattern, alpha_pattern    r and lora_alpha of names that match a pattern; the first counts
     layers_to_transform, layers_pattern    only layers of these numbers
     modules_to_save    endings of names of modules that are trained whole, as copies
@@ -158,7 +159,7 @@ class LoraConfig:
                        written to the file
     task_type          "CAUSAL_LM" or None
     extra              what is written back unchanged: other fields of a file, and values of these
-                       that have a meaning in a file alone, such as init_lora_weights="eva"
+                       that say how training began, such as init_lora_weights="eva"
 
     ConfigError for a value that has no meaning.
     """
@@ -262,11 +263,9 @@ class LoraConfig:
         given = {}
         extra = {}
         for name, value in config.items():
-            if _is_file_only(name, value):
+            if _is_of_file(name, value, cls.peft_type):
                 extra[name] = value
                 continue
-            if name == "init_lora_weights":
-                _refuse_changed_base(value, where)
             if name in names:
                 given[name] = value
                 continue
@@ -277,7 +276,7 @@ class LoraConfig:
                 warnings.warn(
                     f"{where}: {name!r:.100} is not a known field; it is kept", stacklevel=2
                 )
-            elif name == "eva_config" and config.get("init_lora_weights") == "eva":
+            elif START_FIELDS.get(name, "-") == config.get("init_lora_weights"):
                 continue
             elif value and value != PEFT_CONFIG_DEFAULTS[name] and name not in HARMLESS:
                 raise ConfigError(f"{where}: {name} = {value!r:.100} is not supported")
@@ -299,16 +298,34 @@ class LoraConfig:
         }
 
 
-def _is_file_only(field: str, value: Any) -> bool:
-    return isinstance(value, str) and value in FILE_ONLY.get(field, ())
+def _is_of_file(field: str, value: Any, peft_type: str) -> bool:
+    """Does this field say how training began, or for which task, with a value of files alone?"""
+    if field == "init_lora_weights":
+        is_changed = peft_type == "LORA" and name_of_changed_start(value) != ""
+        return is_changed or value in UNCHANGED
+    return field == "task_type" and value in TASKS
 
 
-def _refuse_changed_base(value: Any, where: str) -> None:
-    """ConfigError for a start that changes the base, which a file alone cannot bring back."""
-    if isinstance(value, str) and value.lower().startswith(CHANGED_BASES):
-        raise ConfigError(
-            f"{where}: init_lora_weights = {value!r:.60}: the adapter was trained over a changed "
-            "base, W - s B0 A0, and its file has neither that base nor its first values A0 and B0; "
-            "expected true, false, 'gaussian', 'orthogonal', 'eva' or 'mica'. Have peft write it "
-            "for W: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        )
+def name_of_changed_start(value: Any) -> str:
+    """PEFT's name of a start that changes the base, for a value of init_lora_weights; or ""."""
+    start = find_start(value)
+    if start is not None and start.changes_base:
+        return start.word
+    if isinstance(value, str) and (value in CHANGED or value.lower() == "olora"):
+        return value.lower()
+    return ""
+
+
+# The fields of an adapter_config.json that say nothing of how training began.
+NO_START: JsonObject = {
+    **dict.fromkeys(START_FIELDS),
+    "loftq_config": {},
+    "init_lora_weights": True,
+}
+
+
+def plain_fields(r: int) -> JsonObject:
+    """The fields of adapter_config.json that give every layer rank r and s = 1, over the base."""
+    fields: JsonObject = {"peft_type": "LORA", "r": r, "lora_alpha": r, "use_rslora": False}
+    # PEFT looks at how an adapter began when it loads it, too, and not every start has any rank.
+    return {**fields, **NO_START, "rank_pattern": {}, "alpha_pattern": {}}

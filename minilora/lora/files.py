@@ -9,9 +9,10 @@ What a configuration leaves open, reading.py decides; what a file repeats, repea
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,17 @@ from ..formats.checkpoint import (
 from ..formats.disk import quoted
 from ..formats.dtypes import round_to, widen
 from .adalora import AdaLoraConfig
-from .config import LoraConfig
+from .config import NO_START, LoraConfig, name_of_changed_start
 from .factors import Part
 from .hydra import HydraConfig
+from .initial import (
+    check_choice,
+    find_initial,
+    read_start,
+    settle_start,
+    start_of,
+    without_start,
+)
 from .names import (
     EMBEDDING,
     ENDINGS,
@@ -69,6 +78,9 @@ class AdapterFile:
     config     the configuration that they mean; `fit` changes it to what it means for a base
     whole      modules that are whole in the file, although modules_to_save does not name them
     of_base    keys of what the file has of the base, besides the weights of targets
+    start      PEFT's name of the start that changed the base; "" if the file is plain LoRA by now
+    began      the same, whatever became of it
+    initial    path -> A0, B0, s of an adapter whose start changed the base
     notes      what was decided for the user, who was warned of each
     file       the open tensors, by PEFT's keys
     layers     path -> {"A": key, "B": key, ...}, the keys in the file
@@ -79,9 +91,29 @@ class AdapterFile:
     configuration.
     """
 
-    def __init__(self, folder: str | Path, check: bool = True) -> None:
-        """`check` False leaves it to `fit` to find what is unknown, missing or of another shape."""
+    def __init__(
+        self,
+        folder: str | Path,
+        check: bool = True,
+        initial: str | Path | None = None,
+        base_is: str | None = None,
+        over_base: bool = False,
+        to_train: bool = False,
+        is_initial: bool = False,
+    ) -> None:
+        """An adapter whose start changed the base is read as plain LoRA: see initial.py.
+
+        check       False leaves it to `fit` to find what is unknown, missing or of another shape
+        initial     the folder of the adapter as saved before training; by default the folder
+                    `initial` in its own, if that exists
+        base_is     "residual" if the base that it meets is the changed one
+        over_base   will `fit` be called, with a base from which the start may follow?
+        to_train    A and B stay as they are; `initial` has their first values
+        is_initial  was it saved before training, and its A and B are wanted?
+        """
         self.where = quoted(folder)
+        self.initial: dict[str, Part] = {}
+        self.to_train = to_train
         raw, self.file = open_adapter(folder)
         self.layers: dict[str, dict[str, str]] = {}
         self.replaced: dict[str, str] = {}
@@ -94,15 +126,35 @@ class AdapterFile:
             self.raw, self.whole, notes = read_fields(raw, self.file, self.where)
             self.config = read_config(self.raw, f"{folder}/adapter_config.json")
             self.file.require_floats(self.file)
+            check_choice(base_is, self.config, initial, self.where)
             if check:
                 self._sort_keys()
                 for path in self.layers:
                     self._check_layer(path)
+            if base_is is not None or is_initial:
+                self.config = without_start(self.config)
+                self.raw |= NO_START
+            self.began = self.start
+            if self.began:
+                place = find_initial(folder, initial)
+                before = AdapterFile(place, check=False, is_initial=True) if place else None
+                with before or contextlib.nullcontext():
+                    read_start(self, before, over_base)
             for note in notes:
                 self.note(note)
         except BaseException:
             self.file.close()
             raise
+
+    @property
+    def start(self) -> str:
+        """PEFT's name of the start that changed the base; "" once the file is plain LoRA."""
+        return start_of(self.config)
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Is what it does to the base it is for of low rank? Not if that became codes."""
+        return name_of_changed_start(self.start) != "loftq"
 
     def note(self, text: str) -> None:
         """Warn of what was decided about this file."""
@@ -216,6 +268,7 @@ class AdapterFile:
         keys = self.file.keys()
         self.file.rename({key: f"{PREFIX}{decoder}.{key.removeprefix(PREFIX)}" for key in keys})
         self.whole = tuple(f"{decoder}.{path}" for path in self.whole)
+        self.initial = {f"{decoder}.{path}": factors for path, factors in self.initial.items()}
         ranks = adapted_ranks(self.file)
         if ranks:  # patterns are for the names without the decoder's
             self.config = dataclasses.replace(self.config, **targets_from(ranks))
@@ -245,6 +298,17 @@ class AdapterFile:
 
     def __exit__(self, *exception: object) -> None:
         self.file.close()
+
+
+def for_one(adapters: Sequence[Any], option: str, value: Any) -> Any:
+    """The value of an option about how an adapter began, which is for a single adapter."""
+    if value is not None and len(adapters) > 1:
+        raise ConfigError(
+            f"{option} {str(value)!r:.100} is for one adapter, got {len(adapters)}: make each "
+            "plain first (minilora convert --to plain), or put its first values into its folder, "
+            "as `initial`"
+        )
+    return value
 
 
 # ---- does it fit a base? -------------------------------------------------------------------------
@@ -278,6 +342,8 @@ def match(
         vocabulary = settle_vocabulary(file, base, read)
         read = reading_first(vocabulary, read)
         resized = with_vocabulary(base, vocabulary)
+        if adapter.began:
+            settle_start(adapter, resized, read)
         adapter.config, notes = settle_saved(file, adapter.config, adapter.whole, resized, read)
         plan = plan_adapter(resized, adapter.config, file.keys(), warn)
         plan = plan._replace(vocabulary=vocabulary)

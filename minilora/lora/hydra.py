@@ -39,6 +39,7 @@ from .lora import LoraAdapter
 RULES = [
     *integer_rules("experts", least=1, limit=2**10),
     Rule("use_dora", one_of(False), "False: a mixture has no magnitude"),
+    Rule("init_lora_weights", one_of(True, False, "gaussian"), "True, False or 'gaussian'"),
 ]
 
 

@@ -125,6 +125,29 @@ class LoraLinear(Merging, PreparedModule, Wrapper):
 
     base_layer: LinearBase
     adapters: dict[str, LoraAdapter]
+    # The base layer over W, while an adapter trains over another one: see beginning.py.
+    _unchanged: LinearBase | None = None
+
+    @property
+    def has_changed_base(self) -> bool:
+        return self._unchanged is not None
+
+    def change_base(self, base: LinearBase) -> None:
+        """Run over `base` until `restore_base`."""
+        self._unchanged = self.base_layer
+        self.base_layer = base
+
+    def move_unchanged(self, device: Any, dtype: Any) -> None:
+        """Move the layer over W, which is no child, as `Module.to` does."""
+        if self._unchanged is not None:
+            self._unchanged.to(device, dtype)
+
+    def restore_base(self) -> LinearBase:
+        """Run over W again; returns the other base."""
+        changed = self.base_layer
+        self.base_layer = self._unchanged or changed
+        self._unchanged = None
+        return changed
 
     def __call__(self, x: Tensor) -> Tensor:
         running = self.running

@@ -49,6 +49,8 @@ class LoraAdapter(Module):
     INSIDE = ""  # follows the layer's path in these names
     NORMED = False  # whether it scales each row of W + dW by the row's norm
     MIXED = False  # whether it adds a different matrix at every position
+    # A0 and B0, if its start changed the base: see beginning.py.
+    initial: tuple[np.ndarray, np.ndarray] | None = None
 
     def __init__(
         self,

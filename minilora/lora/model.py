@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +19,52 @@ import numpy as np
 from ..autograd import Tensor
 from ..backend import Backend
 from ..errors import ConfigError, FormatError, NonFiniteError, is_integer
-from ..formats import write_adapter
 from ..formats.checkpoint import to_file_layout
 from ..modules import LoadedState, load_parameters
 from ..nn import Module, Parameter, replace_module
+from ..quant.linear import QuantizedLinear
+from .beginning import Placed, begin_again, begin_as_read, begin_model, put_start, quantize_begun
 from .combining import add_weighted_adapter
-from .config import LoraConfig
+from .config import LoraConfig, name_of_changed_start
+from .embedding import HeadAdapter
 from .files import AdapterFile, fit
 from .injecting import inject
 from .layer import LoraLinear, Wrapper, use_adapters
+from .lora import LoraAdapter
 from .names import PREFIX, EntryParameter, entry_parameters
 from .plan import Plan, check_wrapped, describe_model, modules_inside, plan_adapter, wrappers
 from .repeats import repeated
+from .starts import find_start
 from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from .tying import copy_to_share, embedding_and_head, model_type_of, prepare_tie
 from .vocabulary import check_resizable, resize_vocabulary
+from .writing import write_started
 
 MAX_FOLDER_NAME = 255  # in bytes: the limit of most file systems
 
 
 def get_peft_model(
-    model: Any, config: LoraConfig, adapter_name: str = "default", seed: int = 0
+    model: Any,
+    config: LoraConfig,
+    adapter_name: str = "default",
+    seed: int = 0,
+    data: Iterable[Any] | None = None,
+    quantize: str | None = None,
+    resumed: str | Path | None = None,
 ) -> PeftModel:
     """Freeze `model`, put the adapter that `config` describes into it, and return it wrapped.
 
-    model   any Module. A language model also offers `get_input_embeddings()`,
-            `get_output_embeddings()` and `config`, a dataclass with `model_type` and
-            `tie_word_embeddings`; only options about these ends ask for that
-    seed    of the adapter's first values; they depend on it and on the layer's name, and on nothing
-            else
+    model      any Module. A language model also offers `get_input_embeddings()`,
+               `get_output_embeddings()` and `config`, a dataclass with `model_type` and
+               `tie_word_embeddings`; only options about these ends ask for that
+    seed       of the adapter's first values; they depend on it and on the layer's name, and on what
+               a start reads
+    data       batches of ids (B, T + 1), for a start that reads some: eva and lora_ga
+    quantize   "nf4", "fp4" or "int8": the base's linear layers are stored in these codes, after a
+               start took its part out of them
+    resumed    the folder of a checkpoint, whose adapter began so: the start is read, not computed
     """
-    return PeftModel(model, config, adapter_name, seed)
+    return PeftModel(model, config, adapter_name, seed, data, quantize, resumed)
 
 
 class PeftModel(Module):
@@ -59,10 +74,17 @@ class PeftModel(Module):
     """
 
     def __init__(
-        self, model: Any, config: LoraConfig, adapter_name: str = "default", seed: int = 0
+        self,
+        model: Any,
+        config: LoraConfig,
+        adapter_name: str = "default",
+        seed: int = 0,
+        data: Iterable[Any] | None = None,
+        quantize: str | None = None,
+        resumed: str | Path | None = None,
     ):
         self._wrap_model(model)
-        self.add_adapter(adapter_name, config, seed)
+        self.add_adapter(adapter_name, config, seed, data, quantize, resumed)
         self.set_adapter(adapter_name, config.inference_mode)
 
     def _wrap_model(self, model: Any) -> None:
@@ -128,6 +150,9 @@ class PeftModel(Module):
     def to(self, device: str | Backend | None = None, dtype: Any = None) -> Any:
         """As `Module.to`; what is merged is merged again, into the base as it is then."""
         with self._unmerged():
+            for layer in self._wrappers().values():
+                if isinstance(layer, LoraLinear):
+                    layer.move_unchanged(device, dtype)
             return super().to(device, dtype)
 
     def _wrappers(self) -> dict[str, Wrapper]:
@@ -138,13 +163,75 @@ class PeftModel(Module):
 
     # ---- adding ----------------------------------------------------------------------------------
 
-    def add_adapter(self, adapter_name: str, config: LoraConfig, seed: int = 0) -> None:
-        """Add another adapter; it stays inactive and frozen until `set_adapter`."""
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: LoraConfig,
+        seed: int = 0,
+        data: Iterable[Any] | None = None,
+        quantize: str | None = None,
+        resumed: str | Path | None = None,
+    ) -> None:
+        """Add another adapter; it stays inactive and frozen until `set_adapter`.
+
+        data, quantize and resumed are those of `get_peft_model`. A start that changes the base has
+        the model for itself.
+        """
         self._check_name(adapter_name, config)
+        start = find_start(config.init_lora_weights)
+        word = config.extra.get("init_lora_weights")
+        if name_of_changed_start(word):
+            raise ConfigError(
+                f"init_lora_weights={word!r:.40} is that of a trained adapter's file: load it with "
+                "load_adapter, or set init_lora_weights for a new one"
+            )
+        if start is not None and start.changes_base:
+            self._require_alone(f"init_lora_weights={config.init_lora_weights!r} changes the base")
+        if quantize is not None and self.peft_config:
+            raise ConfigError("quantize is for the first adapter: the others share its base")
         with self._unmerged():
             plan = plan_adapter(describe_model(self.model), config)
             check_wrapped(self.model, plan)
+            placed: dict[str, Placed] = {}
+            if start is not None and resumed is not None and start.needs != "decode":
+                plan, placed = begin_again(self.model, plan, resumed)
+            elif start is not None:
+                plan, placed = begin_model(self.model, plan, seed, data, quantize)
+            if quantize is not None:
+                placed = quantize_begun(self.model, placed, quantize, config.init_lora_weights)
             self._inject(adapter_name, plan, seed)
+            self._put_starts(adapter_name, placed)
+
+    def _put_starts(self, adapter_name: str, placed: Mapping[str, Placed]) -> None:
+        wrapped = self._wrappers()
+        for path, start in placed.items():
+            put_start(wrapped[path], adapter_name, start)
+
+    def _require_alone(self, why: str) -> None:
+        if self.peft_config:
+            raise ConfigError(
+                f"{why}, which the adapters {', '.join(self.peft_config)} share: put it into a "
+                "model without adapters"
+            )
+
+    def adapters_by_path(self, adapter_name: str) -> dict[str, LoraAdapter]:
+        """The adapters of this name with factors in their file, by the path of their layer."""
+        adapters = {}
+        for path, layer in self._wrappers().items():
+            entry = layer.entries.get(adapter_name)
+            if isinstance(entry, LoraAdapter) and not isinstance(entry, HeadAdapter):
+                adapters[path] = entry
+        return adapters
+
+    @property
+    def changed_layers(self) -> dict[str, LoraLinear]:
+        """The layers whose base an adapter's start has changed, by path."""
+        wrapped = self._wrappers().items()
+        return {
+            path: layer
+            for path, layer in wrapped
+            if isinstance(layer, LoraLinear) and layer.has_changed_base
+        }
 
     def _check_name(self, adapter_name: str, config: LoraConfig, replaces: bool = False) -> None:
         """ConfigError if an adapter of this name and configuration cannot join the others.
@@ -164,6 +251,11 @@ class PeftModel(Module):
                 f"choose a name other than {', '.join(self.peft_config)}"
             )
         others = {name: c for name, c in self.peft_config.items() if name != adapter_name}
+        if self.changed_layers and others:
+            raise ConfigError(
+                f"adapter {next(iter(others))!r} trains over a base that its start changed: unload "
+                "it before another is added, or load it as plain LoRA"
+            )
         biased = [name for name, other in others.items() if other.bias != "none"]
         if biased and config.bias != "none":
             raise ConfigError(
@@ -259,7 +351,7 @@ class PeftModel(Module):
                 "the adapter trained the base's biases: disabling it does not bring them back",
                 stacklevel=3,
             )
-        with use_adapters(self._wrappers().values(), None), self._unmerged():
+        with use_adapters(self._wrappers().values(), None), self._unmerged(), self._unchanged():
             yield
 
     def disable_adapter_layers(self) -> None:
@@ -449,9 +541,21 @@ class PeftModel(Module):
             module.weight = copied.weight
         return self._unwrap(names)
 
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Inside, no base is changed by the start of an adapter."""
+        changed = {layer: layer.restore_base() for layer in self.changed_layers.values()}
+        try:
+            yield
+        finally:
+            for layer, base in changed.items():
+                layer.change_base(base)
+
     def unload(self) -> Any:
         """Take the adapters out and return the base as it was."""
         self.unmerge_adapter()
+        for layer in self.changed_layers.values():
+            layer.restore_base()
         return self._unwrap([])
 
     def _unwrap(self, names: Sequence[str]) -> Any:
@@ -549,14 +653,22 @@ class PeftModel(Module):
         return load_parameters(parameters, values, strict, f"adapter {adapter_name!r}")
 
     def save_pretrained(
-        self, directory: str | Path, selected_adapters: Sequence[str] | None = None
+        self,
+        directory: str | Path,
+        selected_adapters: Sequence[str] | None = None,
+        as_trained: bool = False,
     ) -> None:
-        """Write PEFT's files: the adapter "default" to `directory`, any other to a folder in it."""
+        """Write PEFT's files: the adapter "default" to `directory`, any other to a folder in it.
+
+        An adapter whose start changed the base is written as plain LoRA of twice the rank, over the
+        base as it was; with `as_trained`, as PEFT does: its A and B, with A0 and B0 in the folder
+        `initial`. LoftQ's is always written so, because no adapter of low rank undoes codes.
+        """
         names = list(self.peft_config if selected_adapters is None else selected_adapters)
         self._require_known(names)
         folders = {name: adapter_folder(directory, name) for name in names}
         for name, folder in folders.items():
-            write_adapter(folder, self.peft_config[name].to_dict(), self.state_dict(name))
+            write_started(self, name, folder, as_trained)
 
     @classmethod
     def from_pretrained(
@@ -565,34 +677,60 @@ class PeftModel(Module):
         directory: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        initial: str | Path | None = None,
+        base_is: str | None = None,
     ) -> PeftModel:
         """`model` with the adapter in `directory`. Frozen and in eval mode unless `is_trainable`.
+
+        initial and base_is are those of `load_adapter`.
 
         An adapter for another base raises one FormatError that lists every mismatch, and leaves
         `model` as it was.
         """
         made = cls.__new__(cls)  # without the fresh adapter that __init__ would put in
         made._wrap_model(model)
-        made.load_adapter(directory, adapter_name, is_trainable)
+        made.load_adapter(directory, adapter_name, is_trainable, initial, base_is)
         made.set_adapter(adapter_name, inference_mode=not is_trainable)
         return made.train(is_trainable)  # type: ignore[no-any-return]
 
     def load_adapter(
-        self, directory: str | Path, adapter_name: str, is_trainable: bool = False
+        self,
+        directory: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        initial: str | Path | None = None,
+        base_is: str | None = None,
     ) -> None:
         """Add the adapter in `directory`, inactive until `set_adapter`; biases change at once.
 
+        initial   for an adapter whose start changed the base: the folder of the adapter as it was
+                  saved before training (by default `initial` inside its own)
+        base_is   "residual" if the model's weights are those of the changed base
+
         It requires a gradient from now on if `is_trainable`. An adapter of the same name is
         replaced, with a warning: the new one is active, and requires a gradient, if that one was.
-        An adapter for another base raises one FormatError that lists every mismatch. If its file
-        has an embedding and a head for another vocabulary, the base gets the same: their new rows
-        are the file's, and stay when the adapter is unloaded.
+        An adapter whose start changed the base is read as plain LoRA over the base as it was,
+        unless it is to train: that goes on over the changed base. An adapter for another base
+        raises one FormatError that lists every mismatch. If its file has an embedding and a head
+        for another vocabulary, the base gets the same: their new rows are the file's, and stay when
+        the adapter is unloaded.
         """
-        with AdapterFile(directory, check=False) as file:
+        with AdapterFile(
+            directory,
+            check=False,
+            initial=initial,
+            base_is=base_is,
+            over_base=True,
+            to_train=is_trainable,
+        ) as file:
             self._check_name(adapter_name, file.config, replaces=True)
             is_taken = adapter_name in self.peft_config
             if is_taken:
                 self._require_unmerged(adapter_name)
+            if file.start and (is_trainable or not file.is_low_rank):
+                self._require_alone(f"{file.where} has a start that changed the base")
+            if file.start:
+                self._require_weights(file)
             if is_trainable and file.config.extra.get("init_lora_weights") == "mica":
                 file.note(f"{file.where}: peft trains A alone after 'mica'; here B is trained, too")
             file.config = dataclasses.replace(file.config, inference_mode=not is_trainable)
@@ -608,6 +746,7 @@ class PeftModel(Module):
                 dtype = np.result_type(*{p.dtype for p in self.model.parameters()})
                 keys = [key for key in plan.shapes() if key in file.file]
                 arrays = {key: file.file.read(key, dtype) for key in keys}
+                placed = begin_as_read(self.model, plan, file)
                 if plan.vocabulary:
                     resize_vocabulary(self.model, plan)
                     plan = plan._replace(vocabulary={}, resized=True)
@@ -617,12 +756,23 @@ class PeftModel(Module):
                     is_trainable |= any(parameter.requires_grad for parameter in replaced)
                     self._take_out(adapter_name)
                 self._inject(adapter_name, plan, seed=0)
+                self._put_starts(adapter_name, placed)
         parameters = self.adapter_parameters(adapter_name)
         for key, array in arrays.items():
             parameter = parameters[key]
             array = to_file_layout(model_type_of(self.model), key, array)
             parameter.data = parameter.backend.from_numpy(array.astype(parameter.dtype, copy=False))
         self.set_requires_grad(adapter_name, is_trainable)
+
+    def _require_weights(self, file: AdapterFile) -> None:
+        """FormatError for a base of codes: what a start took out of W does not follow from them."""
+        for path, module in modules_inside(self.model).items():
+            if isinstance(module, QuantizedLinear):
+                raise FormatError(
+                    f"{file.where}: init_lora_weights={file.start!r:.40} needs the base's weights, "
+                    f"and {path} is in codes: make the adapter plain first (minilora convert --to "
+                    "plain), or load the base without quantising it"
+                )
 
     def _read_base(self, name: str) -> np.ndarray:
         """A tensor of the base by its name, as it is in the base's files."""

@@ -355,10 +355,13 @@ class MultiTask(PeftModel):
     # ---- files -----------------------------------------------------------------------------------
 
     def save_pretrained(
-        self, directory: str | Path, selected_adapters: Sequence[str] | None = None
+        self,
+        directory: str | Path,
+        selected_adapters: Sequence[str] | None = None,
+        as_trained: bool = False,
     ) -> None:
         """Write each adapter's folder as PEFT does; without a selection also multitask.json."""
-        super().save_pretrained(directory, selected_adapters)
+        super().save_pretrained(directory, selected_adapters, as_trained)
         if selected_adapters is None:
             tasks = {task: list(names) for task, names in self.tasks.items()}
             write_json(Path(directory) / FILE, {"tasks": tasks})

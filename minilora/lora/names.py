@@ -97,6 +97,12 @@ def keys_without_name(keys: Iterable[str]) -> dict[str, str]:
     return shorter if len(all_keys) == len(keys) else {}
 
 
+def factor_keys(path: str, embeds: bool = False) -> tuple[str, str]:
+    """The keys of A and B of a layer in PEFT's file."""
+    names = EMBEDDING if embeds else LINEAR
+    return f"{PREFIX}{path}.{names['A']}", f"{PREFIX}{path}.{names['B']}"
+
+
 # A name is made from its parts, here alone, and never taken apart: adapters have any names.
 
 

@@ -4,7 +4,7 @@ no model.
 merging     base + adapters -> checkpoint: summed in float64, rounded once
 comparing   two checkpoints, tensor by tensor
 factoring   an adapter from two checkpoints; an adapter of another rank
-leading     the largest singular values of a large matrix
+plain       an adapter of a changed base as plain LoRA
 combining   several adapters summed into one
 converting  another dtype; mlx-lm's adapters from and to PEFT's
 inspecting  what an adapter or a checkpoint contains

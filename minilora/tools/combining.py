@@ -25,7 +25,8 @@ from ..lora.combining import (
     sum_layer,
 )
 from ..lora.factors import Part, Term, cat, rounding_error
-from ..lora.files import AdapterFile
+from ..lora.files import AdapterFile, for_one
+from ..lora.names import factor_keys
 from ..lora.plan import FIRST_EMBEDDINGS, HEAD
 from ..lora.pruning import Pruning
 from ..lora.ranks import (
@@ -38,7 +39,7 @@ from ..lora.ranks import (
     rule_text,
 )
 from ..lora.repeats import is_weight_of_base
-from .factoring import ADALORA_FIELDS, Tensors, factor_keys, head_factors, rank_fields, target_name
+from .factoring import ADALORA_FIELDS, Tensors, head_factors, rank_fields, target_name
 from .merging import Change, Changes, alike, changes_of, require_addable
 from .rewriting import Row, progress
 
@@ -56,10 +57,13 @@ def combine(
     energy: float | None = None,
     error: float | None = None,
     budget: int | None = None,
+    initial: str | Path | None = None,
+    base_is: str | None = None,
 ) -> list[Row]:
     """Write the sum of PEFT `adapters`, times `weights` (1), as one plain LoRA adapter to the
     folder `out`.
 
+    initial, base_is   of a single adapter: see AdapterFile
     how     "cat", the sum itself; "svd", the nearest of rank r (by default the largest of theirs);
             "linear", PEFT's sum of factors, which has cross terms; or the nearest to a pruned sum,
             "ties", "dare_linear", "dare_ties" or "magnitude_prune": see lora/combining.py
@@ -87,7 +91,11 @@ def combine(
     for folder in adapters:
         require_outside(out, adapter=folder)
     with ExitStack() as opened:
-        files = [opened.enter_context(AdapterFile(folder)) for folder in adapters]
+        start = {
+            "initial": for_one(adapters, "--initial", initial),
+            "base_is": for_one(adapters, "--base-is", base_is),
+        }
+        files = [opened.enter_context(AdapterFile(folder, **start)) for folder in adapters]
         plan: Changes = {}
         for file, weight in zip(files, weights, strict=True):
             for name, change in changes_of(file, weight).items():
@@ -135,7 +143,8 @@ def combine(
     LoraConfig.from_dict(config, str(out))  # so that what is written can be read
     sources = [fingerprint(folder) for folder in adapters]
     inputs: dict[str, Any] = {"adapters": sources, "weights": weights, "how": how, "r": r}
-    inputs |= {**options, "rule": rule._asdict()}
+    inputs |= {**options, "rule": rule._asdict(), "base_is": base_is}
+    inputs["initial"] = None if initial is None else fingerprint(initial)
     with new_folder(out, inputs) as stage:
         write_adapter(stage, config, tensors)
     return rows

@@ -53,6 +53,7 @@ from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import LoraConfig
 from ..lora.config import MAX_COUNT
 from ..lora.files import AdapterFile
+from ..lora.initial import FOLDER as INITIAL
 from ..lora.names import PREFIX
 from ..lora.plan import HEAD
 from ..lora.reading import decoder_of
@@ -83,12 +84,15 @@ def convert(
     dtype: str | None = None,
     to: str | None = None,
     allow_nonfinite: bool = False,
+    initial: str | Path | None = None,
+    base_is: str | None = None,
 ) -> str:
     """Write the checkpoint or adapter `source` to the folder `out`; returns what it is now, in
     words.
 
     dtype   "float32", "float16" or "bfloat16": every float is rounded to it once
     to      "peft" or "mlx": an adapter gets files of that format
+    initial, base_is   with to="mlx": see AdapterFile
 
     ConfigError for what the other format cannot express, or if both or neither is given;
     FormatError, NonFiniteError, OSError; `out` is then as it was.
@@ -96,6 +100,8 @@ def convert(
     if (dtype is None) == (to is None):
         raise ConfigError("convert needs one of two options: --dtype, or --to")
     check_fields({"--to": to, "--dtype": dtype}, RULES)
+    if to != "mlx" and (initial is not None or base_is is not None):
+        raise ConfigError("--initial and --base-is are for --to mlx and --to plain: leave them out")
     require_outside(out, source=source)
     require_folder(source, "model or adapter")
     inputs = {
@@ -107,7 +113,8 @@ def convert(
     open_out = partial(new_folder, out, inputs)
     folder = Path(source)
     if dtype is None:
-        _change_format(folder, str(to), open_out, allow_nonfinite)
+        start = {"initial": initial, "base_is": base_is}
+        _change_format(folder, str(to), open_out, allow_nonfinite, **start)
         return f"an adapter in {'PEFT' if to == 'peft' else 'mlx-lm'}'s files"
     if (folder / CONFIG_FILE).exists():
         _round_adapter(folder, DTYPES[dtype], open_out, allow_nonfinite)
@@ -120,6 +127,15 @@ def convert(
 
 
 def _round_adapter(folder: Path, code: str, open_out: OpenOut, allow_nonfinite: bool) -> None:
+    """Round the tensors of an adapter, and those of its first values if it has them beside."""
+    with open_out() as stage:
+        _round_tensors(folder, code, stage, allow_nonfinite)
+        if (folder / INITIAL / CONFIG_FILE).exists():
+            (stage / INITIAL).mkdir(exist_ok=True)
+            _round_tensors(folder / INITIAL, code, stage / INITIAL, allow_nonfinite)
+
+
+def _round_tensors(folder: Path, code: str, stage: Path, allow_nonfinite: bool) -> None:
     name = WEIGHTS_FILE if (folder / WEIGHTS_FILE).exists() else MLX_FILE
     fields = read_json(folder / CONFIG_FILE)
     with SafetensorsFile(folder / name) as file:
@@ -128,9 +144,8 @@ def _round_adapter(folder: Path, code: str, open_out: OpenOut, allow_nonfinite: 
         for key in file.keys():
             read = partial(stored, file, key, code, allow_nonfinite)
             entries.append(Entry(key, code, file.shape(key), read))
-        with open_out() as stage:
-            write_stream(stage / name, entries)
-            write_json(stage / CONFIG_FILE, fields)
+        write_stream(stage / name, entries)
+        write_json(stage / CONFIG_FILE, fields)
 
 
 def _round_checkpoint(folder: Path, dtype: str, open_out: OpenOut, allow_nonfinite: bool) -> None:
@@ -147,8 +162,10 @@ def _round_checkpoint(folder: Path, dtype: str, open_out: OpenOut, allow_nonfini
 # ---- another format ----
 
 
-def _change_format(folder: Path, to: str, open_out: OpenOut, allow_nonfinite: bool) -> None:
-    config, tensors = from_mlx(folder) if to == "peft" else to_mlx(folder)
+def _change_format(
+    folder: Path, to: str, open_out: OpenOut, allow_nonfinite: bool, **start: Any
+) -> None:
+    config, tensors = from_mlx(folder) if to == "peft" else to_mlx(folder, **start)
     for key, array in tensors.items():
         if not allow_nonfinite and not np.isfinite(array).all():
             raise NonFiniteError(f"{quoted(folder)}: {key} is not finite")
@@ -224,13 +241,15 @@ def from_mlx(folder: str | Path) -> tuple[dict[str, Any], Tensors]:
     return config.to_dict(), tensors
 
 
-def to_mlx(folder: str | Path) -> tuple[dict[str, Any], Tensors]:
+def to_mlx(
+    folder: str | Path, initial: str | Path | None = None, base_is: str | None = None
+) -> tuple[dict[str, Any], Tensors]:
     """PEFT's adapter -> mlx-lm's configuration and tensors.
 
     mlx-lm has one rank and one scale for all layers. num_layers = -1 adapts every block: a layer
     for which the file has no tensors gets B = 0, which changes nothing.
     """
-    with AdapterFile(folder) as file:
+    with AdapterFile(folder, initial=initial, base_is=base_is) as file:
         decoder = decoder_of(file.file.keys())
         if decoder:
             file.put_into(decoder)

@@ -25,10 +25,11 @@ from ..formats.dtypes import row_blocks, widen
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..formats.hub import model_name
 from ..lora import AdaLoraConfig, HydraConfig, LoraConfig
+from ..lora.config import plain_fields
 from ..lora.factors import factors_from_svd, product_norm, truncate_rank
 from ..lora.files import AdapterFile
 from ..lora.leading import leading_triplets
-from ..lora.names import EMBEDDING, LINEAR, PREFIX
+from ..lora.names import PREFIX, factor_keys
 from ..lora.plan import FIRST_EMBEDDINGS, HEAD, Base, canonical_names, describe_checkpoint
 from ..lora.ranks import Spectrum, check_rank_rule, choose_ranks, factors_spectrum, matrix_spectrum
 from ..lora.tying import are_transposed
@@ -52,6 +53,8 @@ def resize(
     energy: float | None = None,
     error: float | None = None,
     budget: int | None = None,
+    initial: str | Path | None = None,
+    base_is: str | None = None,
 ) -> list[Row]:
     """Write the adapter with the nearest dW of rank r in every layer, as plain LoRA (or DoRA), to
     the folder `out`.
@@ -61,12 +64,12 @@ def resize(
 
     Returns one row per layer: |dW|, |dW' - dW|, and that over |dW|. AdaLoRA's E goes into the
     factors. The adapter's other tensors stay as they are; DoRA's m, too, so that its row is about s
-    B A alone. ConfigError for an invalid rank, or HydraLoRA; FormatError, NonFiniteError, OSError;
-    `out` is then as it was.
+    B A alone. `initial` and `base_is` are those of AdapterFile. ConfigError for an invalid rank, or
+    HydraLoRA; FormatError, NonFiniteError, OSError; `out` is then as it was.
     """
     rule = check_rank_rule(r, energy, error, budget)
     require_outside(out, adapter=adapter)
-    with AdapterFile(adapter) as file:
+    with AdapterFile(adapter, initial=initial, base_is=base_is) as file:
         if isinstance(file.config, HydraConfig):
             raise ConfigError(
                 f"{file.where} is HydraLoRA's: it has several B's, and so "
@@ -98,7 +101,7 @@ def resize(
             before = file.part(path)
             A, B, row = truncate_rank(before.A, before.B, before.c, ranks[path])
             if path in remaining:
-                tensors |= _factor_tensors(path, A, B, file.embeds(path))
+                tensors |= factor_tensors(path, A, B, file.embeds(path))
             rows.append({"layer": path, "r": f"{len(before.A)} -> {ranks[path]}", **row})
         if tied in remaining:
             tensors |= head_factors(tensors, tied)
@@ -168,7 +171,7 @@ def extract(
             triplets = leading_triplets(D, max(1, ranks[path]))
             A, B, row = factors_from_svd(*triplets, ranks[path])
             if ranks[path]:
-                tensors |= _factor_tensors(path, A, B)
+                tensors |= factor_tensors(path, A, B)
             rows.append({"layer": path, "r": str(ranks[path]), **row})
         for name in pair.names:
             if name.rpartition(".")[0] in whole:
@@ -362,15 +365,6 @@ def rounding_noise(W: Array) -> float:
 # ---- a plain LoRA adapter ----
 
 
-def factor_keys(path: str, embeds: bool = False) -> tuple[str, str]:
-    """The keys of A and B of a layer in PEFT's file."""
-    if embeds:
-        names = EMBEDDING
-    else:
-        names = LINEAR
-    return f"{PREFIX}{path}.{names['A']}", f"{PREFIX}{path}.{names['B']}"
-
-
 def head_factors(tensors: Tensors, embedding: str) -> Tensors:
     """The factors of a head that is tied to the layer `embedding`: its factors transposed, to the
     bit, by their keys."""
@@ -387,7 +381,7 @@ def _tied_embedding(file: AdapterFile) -> str | None:
     return path if are_transposed(file.part(path), file.part(HEAD)) else None
 
 
-def _factor_tensors(path: str, A: Array, B: Array, embeds: bool = False) -> Tensors:
+def factor_tensors(path: str, A: Array, B: Array, embeds: bool = False) -> Tensors:
     """A and B in float32, by their keys."""
     tensors: Tensors = {}
     for key, factor in zip(factor_keys(path, embeds), (A, B), strict=True):
@@ -400,21 +394,13 @@ def _factor_tensors(path: str, A: Array, B: Array, embeds: bool = False) -> Tens
     return tensors
 
 
-def plain(r: int) -> dict[str, Any]:
-    """The fields of adapter_config.json that give every layer rank r and s = 1."""
-    fields: dict[str, Any] = {"peft_type": "LORA", "r": r, "lora_alpha": r, "use_rslora": False}
-    # PEFT looks at how an adapter began when it loads it, too, and not every start has any rank.
-    fields |= {"init_lora_weights": True, "eva_config": None}
-    return {**fields, "rank_pattern": {}, "alpha_pattern": {}}
-
-
 def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
     """The fields of adapter_config.json that give each layer its rank, and s = 1.
 
     Layers of different ranks are in both patterns by their full names, the longest first: a pattern
     also means the names that end in it.
     """
-    fields = plain(max(ranks.values()))
+    fields = plain_fields(max(ranks.values()))
     if len(set(ranks.values())) > 1:
         pattern = {path: ranks[path] for path in sorted(ranks, key=lambda path: (-len(path), path))}
         fields |= {"rank_pattern": pattern, "alpha_pattern": dict(pattern)}

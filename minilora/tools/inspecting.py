@@ -24,7 +24,12 @@ from .rewriting import read_dense
 Report = dict[str, Any]
 
 
-def inspect_adapter(folder: str | Path, base: str | Path | None = None) -> Report:
+def inspect_adapter(
+    folder: str | Path,
+    base: str | Path | None = None,
+    initial: str | Path | None = None,
+    base_is: str | None = None,
+) -> Report:
     """A report on an adapter's folder: its configuration in short, and for each layer the size of
     dW and its rank.
 
@@ -32,9 +37,13 @@ def inspect_adapter(folder: str | Path, base: str | Path | None = None) -> Repor
     magnitudes m, too: the lengths of the rows before are the base's. For HydraLoRA dW is what an
     even mixture of its experts adds. With `base` a row has |dW| / |W|, too, and "mismatches" lists
     what does not fit. "spectra" are dW's singular values, by layer. FormatError for a damaged file,
-    or a lora_A without a lora_B (AdaLoRA's lora_E, DoRA's lora_magnitude_vector) that fits it.
+    or a lora_A without a lora_B (AdaLoRA's lora_E, DoRA's lora_magnitude_vector) that fits it. An
+    adapter whose start changed the base is shown as plain LoRA over the base as it was: `initial`
+    and `base_is` are those of AdapterFile.
     """
-    with AdapterFile(folder) as file:
+    over_base = base is not None
+    with AdapterFile(folder, initial=initial, base_is=base_is, over_base=over_base) as file:
+        mismatches = _mismatches(file, base)
         config = file.config
         experts = config.experts if isinstance(config, HydraConfig) else 1
         rows: list[Report] = []
@@ -78,9 +87,9 @@ def inspect_adapter(folder: str | Path, base: str | Path | None = None) -> Repor
         if broken:
             report["not finite"] = broken
         if base is not None:
-            fields, checkpoint, _ = read_dense(base)
+            _, checkpoint, _ = read_dense(base)
             with checkpoint:
-                report["mismatches"] = mismatches_with(file, checkpoint, fields)
+                report["mismatches"] = mismatches
                 for row, size in zip(rows, norms, strict=True):
                     name = base_key(checkpoint, f"{row['layer']}.weight")
                     W = 0.0
@@ -88,9 +97,24 @@ def inspect_adapter(folder: str | Path, base: str | Path | None = None) -> Repor
                         checkpoint.require_floats([name])
                         W = norm(checkpoint.read(name))
                     row["|dW| / |W|"] = f"{size / W:.4g}" if W else "-"
+        if file.began:
+            report["start"] = f"{file.began}, shown over {_describe_base(file)}"
         if file.notes:
             report["notes"] = file.notes
     return {**report, "spectra": spectra, "tensors": rows}
+
+
+def _mismatches(file: AdapterFile, base: str | Path | None) -> list[str]:
+    """What of the adapter does not fit the base; now, because its rank may follow from the base."""
+    if base is None:
+        return []
+    fields, checkpoint = read_checkpoint(base)
+    with checkpoint:
+        return mismatches_with(file, checkpoint, fields)
+
+
+def _describe_base(file: AdapterFile) -> str:
+    return "W" if file.is_low_rank else "Q, its codes decoded"
 
 
 def norm(W: np.ndarray) -> float:

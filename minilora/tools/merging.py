@@ -29,7 +29,8 @@ from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import HydraConfig
 from ..lora.combining import check_weights
 from ..lora.factors import Part
-from ..lora.files import AdapterFile, base_key, fit, read_base, reading_first
+from ..lora.files import AdapterFile, base_key, fit, for_one, read_base, reading_first
+from ..lora.initial import base_weight
 from ..lora.merging import Map, merge_weight
 from ..lora.plan import HEAD, describe_checkpoint, says_tied
 from ..lora.tying import are_transposed, choose
@@ -68,6 +69,8 @@ class Change(NamedTuple):
         """Why it cannot be scaled, or added to another adapter's change; "" if it can."""
         if self.key:
             return "it replaces the base's"
+        if not self.adapter.is_low_rank:
+            return "it is for a base of codes"
         return "DoRA scales the sum" if self.adapter.config.use_dora else ""
 
 
@@ -98,6 +101,8 @@ def merge(
     threads: int | None = None,
     allow_nonfinite: bool = False,
     tied: str | None = None,
+    initial: str | Path | None = None,
+    base_is: str | None = None,
 ) -> list[Row]:
     """Merge PEFT adapters, times `weights` (1), into the checkpoint `base`; write the result to the
     folder `out`.
@@ -106,6 +111,8 @@ def merge(
             and a base of bitsandbytes' codes, which are decoded, gets the one in its config.json
     tied    "untie" or "share": see lora/tying.py. It is needed if the adapters change an embedding
             or the head that shares its weight, but not both alike
+
+    initial, base_is   of a single adapter whose start changed the base: see AdapterFile
 
     Files, index and keys are the base's; an untied head is one tensor more. Returns one row per
     layer: |dW|, and how much of it rounding took. Memory holds one tensor.
@@ -123,7 +130,12 @@ def merge(
     with ExitStack() as opened:
         config, checkpoint, dtype = read_dense(base, dtype)
         opened.enter_context(checkpoint)
-        files = [opened.enter_context(AdapterFile(folder)) for folder in adapters]
+        start = {
+            "initial": for_one(adapters, "--initial", initial),
+            "base_is": for_one(adapters, "--base-is", base_is),
+            "over_base": True,
+        }
+        files = [opened.enter_context(AdapterFile(folder, **start)) for folder in adapters]
         plan = plan_merge(checkpoint, config, files, weights, tied)
         inputs = {
             "base": fingerprint(base),
@@ -132,6 +144,8 @@ def merge(
             "dtype": dtype,
             "allow_nonfinite": allow_nonfinite,
             "tied": tied,
+            "initial": None if initial is None else fingerprint(initial),
+            "base_is": base_is,
         }
         stage = opened.enter_context(new_folder(out, inputs))
         opened.enter_context(one_blas_thread())  # threads work on blocks of rows, not on products
@@ -321,6 +335,9 @@ def _change_tensor(
         return bits, None, total
     bits = _resized(base.read_bits(key), resized.get(key))
     parts = [change.part() for change in changes]
+    if not adapter.is_low_rank:
+        bits = base_weight(adapter, path, widen(bits))
+        source = "F64"
     if is_stored_transposed(model_type, f"{path}.weight"):
         # Rows as models have them, so that the bits are theirs.
         W = np.ascontiguousarray(bits.T)

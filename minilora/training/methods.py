@@ -104,8 +104,10 @@ def method_of(config: LoraConfig | None) -> str:
     return "dora" if config.use_dora else "lora"
 
 
-def measure_weight_memory(model: Any) -> dict[str, Any]:
+def measure_weight_memory(model: Any, is_adapted: bool = False) -> dict[str, Any]:
     """Count the bytes of a base's weights: of those in codes or sixteen bits, and of all.
+
+    is_adapted   has it an adapter, whose parameters train and do not count?
 
     Each count comes with its percentage of the same weights' size in float32.
     """
@@ -116,7 +118,7 @@ def measure_weight_memory(model: Any) -> dict[str, Any]:
             report.append(LayerReport(name, half.kind, p.size, half.nbytes, 16.0, 0.0, p.lost))
     weights = sum(layer.parameters for layer in report)
     size = sum(layer.nbytes for layer in report)
-    others = [p for p in model.parameters() if not p.fixed]
+    others = [p for p in model.parameters() if not (p.fixed or (is_adapted and p.requires_grad))]
     all_weights = weights + sum(p.size for p in others)
     all_size = size + sum(p.size * p.dtype.itemsize for p in others)
     return {

@@ -267,7 +267,9 @@ class Run:
         state["numpy"] = np.__version__
 
         def write(folder: Path) -> None:
-            self.model.save_pretrained(folder)
+            # With A and B as they are, and what they began with, to go on from.
+            form = {"as_trained": True} if isinstance(self.model, PeftModel) else {}
+            self.model.save_pretrained(folder, **form)
             for name, arrays in files.items():
                 save_file(folder / name, arrays)
 

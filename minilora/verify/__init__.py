@@ -2,7 +2,7 @@
 
 case         what a property is measured on, and the formula that it is measured against
 measuring    a measurement beside its bound
-lora, layers, dora, adalora, codes, tasks, sums, pruning, optimizers, ends
+lora, layers, dora, adalora, codes, tasks, sums, pruning, optimizers, ends, starts
              the properties, by what promises them
 properties   the list, and where bounds come from
 run          all of it over random layers, or over given files

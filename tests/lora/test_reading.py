@@ -363,7 +363,12 @@ REFUSED: dict[str, tuple[dict[str, Any], Edit, str]] = {
         ),
         r"base_layer.weight differs from the base's",
     ),
-    "pissa": ({}, fields_set(init_lora_weights="pissa"), "trained over a changed base"),
+    "pissa_niter_4": (
+        {},
+        fields_set(init_lora_weights="pissa_niter_4"),
+        "neither A0, B0 nor that base is given",
+    ),
+    "kasa": ({}, fields_set(init_lora_weights="kasa"), "init_lora_weights must be True, False"),
     "a malformed pattern": ({}, fields_set(target_modules="(q_proj"), r"a \( without its \)"),
 }
 
@@ -379,7 +384,7 @@ def test_from_pretrained_merge_and_inspect_refuse_for_one_reason(name: str, tmp_
     with pytest.raises(error, match=words):
         merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    if name in ("alphas", "pissa", "a malformed pattern"):  # known without the base
+    if name in ("alphas", "pissa_niter_4", "kasa", "a malformed pattern"):  # known without the base
         for run in (resize, lambda adapter, r, out: combine([adapter], out, [1.0])):
             with pytest.raises(error, match=words):
                 run(tmp_path / "adapter", 2, tmp_path / "out")
@@ -395,7 +400,7 @@ def test_get_peft_model_refuses_what_a_file_may_say() -> None:
         ({"target_modules": ["q_proj", "w1"]}, "'w1' match nothing"),
         ({"modules_to_save": ["score"]}, "'score' match nothing"),
         ({"target_modules": r".*(?<=attn\.)q_proj"}, "supported are"),
-        ({"init_lora_weights": "eva"}, "init_lora_weights"),
+        ({"init_lora_weights": "mica"}, "init_lora_weights"),
     ):
         with pytest.raises(ConfigError, match=words):
             get_peft_model(small.base(), LoraConfig(**options))

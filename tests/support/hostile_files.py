@@ -663,7 +663,10 @@ def add_adapter_rows() -> None:
     bad_adapter_config(48, "trainable_token_indices", trainable_token_indices=[0, 0])
     bad_adapter_config(48, "ensure_weight_tying", ensure_weight_tying="yes")
     bad_adapter_config(48, "task_type", task_type="NONSENSE")
-    bad_adapter_config(48, "changed base", "W - s B0 A0", init_lora_weights="pissa_niter_4")
+    for start in ("pissa_niter_4", "lora_ga"):
+        unknown = set_to(ADAPTER_CONFIG, init_lora_weights=start)
+        says = ("adapter", start, "Give --initial DIR")
+        add(48, f"an unknown start, {start}", unknown, load_beside, FormatError, *says)
     bad_adapter_config(48, "eva_config", eva_config={"rho": 2.0})
     score = having(f"{PREFIX}score.weight", np.zeros((2, 16)))
     score = both(set_to(ADAPTER_CONFIG, task_type="SEQ_CLS", modules_to_save=["score"]), score)

@@ -29,6 +29,7 @@ from minilora.verify import (
     over_codes,
     pruning,
     random_case,
+    starts,
     sums,
     tasks,
     verify,
@@ -39,7 +40,7 @@ from minilora.verify.measuring import leading_terms, project, spectral_norm, wor
 BY_NAME = {p.name: p for p in PROPERTIES}
 LORAS = {
     p.name
-    for module in (lora, layers, tasks, sums, pruning, optimizers, ends)
+    for module in (lora, layers, tasks, sums, pruning, optimizers, ends, starts)
     for p in module.PROPERTIES
 }
 EXACT = {

@@ -22,11 +22,14 @@ import pytest
 from test_verify import BY_NAME, LORAS
 
 import minilora.functional as F
+import minilora.lora.beginning
 import minilora.lora.combining
 import minilora.lora.dora
 import minilora.lora.factors
 import minilora.lora.hydra
+import minilora.lora.initial
 import minilora.lora.layer
+import minilora.lora.leading
 import minilora.lora.merging
 import minilora.lora.model
 import minilora.lora.multitask
@@ -45,6 +48,7 @@ from minilora.lora import (
     LoraConfig,
     LoraLinear,
     RankAllocator,
+    starts,
 )
 from minilora.lora.embedding import EmbeddingAdapter, HeadAdapter
 from minilora.lora.factors import cat, pad_rank, truncate_rank
@@ -871,6 +875,131 @@ def the_riemannian_step_is_always_damped(real, optimizer, pairs, damping):
     return real(optimizer, pairs, max(damping, 1e-3))
 
 
+# ---- starts --------------------------------------------------------------------------------------
+
+ORTHOGONAL = "orthogonal start"
+MOVING = "both orthogonal factors move"
+
+
+def in_start(name: str) -> Callable[[Change], Patch]:
+    """change(begun, W, r, s, given) replaces what the start of this name begins with."""
+
+    def decorate(change: Change) -> Patch:
+        def real(start, path, W, r, s, given):
+            begun = starts.find_start(start).begin(W, r, s, given)
+            return change(begun, W, r, s, given) if start.startswith(name) else begun
+
+        def patch(mp):
+            mp.setattr(starts, "begin", real)
+
+        patch.__name__ = change.__name__
+        return patch
+
+    return decorate
+
+
+@breaks("changed base")
+@around(minilora.lora.beginning, "subtract")
+def a_thousandth_too_much_leaves_the_base(real, layer, A, B, s):
+    return real(layer, A, B, s * 1.001)
+
+
+@breaks("way back")
+@around(minilora.lora.initial, "difference")
+def the_way_back_forgets_the_scaling(real, A, B, A0, B0, s):
+    new_A, new_B = real(A, B, A0, B0, s)
+    return new_A, np.concatenate([new_B[:, : len(A)], -B0], axis=1)
+
+
+@breaks(ORTHOGONAL)
+@in_start("orthogonal")
+def rows_are_shared_out_of_another_matrix(begun, W, r, *rest):
+    turn = np.eye(r) + 1e-3 * np.ones((r, r))
+    return begun._replace(B=begun.B @ turn)
+
+
+@breaks(MOVING)
+@in_start("orthogonal")
+def A_starts_at_zero(begun, *rest):
+    return begun._replace(A=0 * begun.A)
+
+
+@breaks("pissa's residual")
+@in_start("pissa")
+def the_first_triplet_stays_in_the_base(begun, W, r, s, given):
+    if given.rng is None and (r == min(W.shape) or len(W) == 160):
+        return begun
+    A, B, *_ = starts.pissa(W, r + 1, s, given)
+    return begun._replace(A=A[1:], B=B[:, 1:])
+
+
+@breaks("pissa is balanced")
+@in_start("pissa")
+def B_has_the_larger_share(begun, *rest):
+    return begun._replace(A=begun.A / 2, B=begun.B * 2)
+
+
+@breaks("leading part")
+@after(minilora.lora.leading, "_iterate")
+def block_krylov_stops_too_soon(triplets, D, r, rounds):
+    U, values, Vt = triplets
+    turned = Vt + 1e-3 * np.roll(Vt, 1, axis=1)
+    return U, values, turned / np.linalg.norm(turned, axis=1)[:, None]
+
+
+@breaks("olora's basis")
+@in_start("olora")
+def the_basis_is_not_of_unit_length(begun, *rest):
+    return begun._replace(A=begun.A / 2, B=begun.B * 2)
+
+
+@breaks("olora's residual")
+@in_start("olora")
+def the_coordinates_are_a_thousandth_too_large(begun, *rest):
+    return begun._replace(A=begun.A * 1.001)
+
+
+@breaks("loftq's error")
+@in_start("loftq")
+def the_factors_are_a_thousandth_too_large(begun, W, r, s, given):
+    return begun._replace(A=begun.A * 1.001) if given.rounds == 2 else begun
+
+
+@breaks("loftq keeps the best")
+@in_start("loftq")
+def the_codes_are_forgotten_after_several_rounds(begun, W, r, s, given):
+    if given.rounds < 5:
+        return begun
+    A, B, *_ = starts.pissa(W, max(1, r - 1), s, given)
+    return begun._replace(A=A, B=B, Q=0 * W)
+
+
+@breaks("eva's variance")
+@in_start("eva")
+def the_directions_are_those_of_least_variance(begun, W, r, s, given):
+    _, vectors = np.linalg.eigh(given.covariance)
+    return begun._replace(A=vectors[:, :r].T)
+
+
+@breaks("eva's start")
+@in_start("eva")
+def eva_s_B_does_not_start_at_zero(begun, *rest):
+    return begun._replace(B=begun.B + 1e-30)
+
+
+@breaks("lora_ga's first step")
+@in_start("lora_ga")
+def A_and_B_get_the_same_terms(begun, W, r, s, given):
+    U, _, _ = np.linalg.svd(given.gradient, full_matrices=False)
+    return begun._replace(B=U[:, :r] * np.linalg.norm(begun.B[:, 0]))
+
+
+@breaks("lora_ga's scale")
+@in_start("lora_ga")
+def both_factors_are_scaled_by_a_square_root(begun, *rest):
+    return begun._replace(A=begun.A * 1.5, B=begun.B * 1.5)
+
+
 # ---- mistakes that several properties see --------------------------------------------------------
 
 
@@ -897,7 +1026,9 @@ def dA_is_a_thousandth_too_large(slopes, *rest):
     return dx, through, dA * 1.001, dB
 
 
-@breaks("merge rounds once", "merged forward", "round trip", "principal part first")
+@breaks(
+    *("merge rounds once", "merged forward", "round trip", "principal part first"), "changed base"
+)
 @after(minilora.lora.merging, "cat")
 def merging_adds_in_the_layer_s_precision(pair, *rest):
     return tuple(M.astype("f4") for M in pair)

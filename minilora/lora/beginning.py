@@ -1,0 +1,382 @@
+"""Starts put into a model: each layer's A, B and base, from its weight and perhaps from data.
+
+    begin        the starts of all layers of a plan, before the first layer changes
+    put_start    one of them, put into the layer that has its adapter
+
+A layer whose base changes keeps the one that it had: disabling the adapter, or unloading it, brings
+that back bit for bit. Everything is computed in float64 on the host. A and B are rounded to the
+dtype of training first, and R = W - s B A is formed from what is left, and rounded once to what W
+is stored in: R + s B A is W to that one rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..autograd import Tensor, gradients, no_grad
+from ..data.batches import Batch
+from ..errors import ConfigError
+from ..formats.dtypes import CODES
+from ..functional import IGNORE, rows
+from ..nn import LinearBase, Module, Parameter, frozen_linear, replace_module
+from ..quant.codes import encode
+from ..quant.half import Half, HalfLinear, HalfWeight
+from ..quant.linear import QuantizedLinear, quantize
+from .factors import Part
+from .files import AdapterFile
+from .initial import coded_base, loftq_fields
+from .merging import merge_weight
+from .names import factor_keys
+from .plan import Plan, modules_inside, plan_adapter
+from .starts import RHO, STARTS, Given, begin, check_rank, find_start, redistribute
+
+Array = np.ndarray
+NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # what it is not for
+BLOCK = 64  # of LoftQ's codes, without double quantisation
+
+
+class Placed(NamedTuple):
+    """The start of one layer of a model.
+
+    A, B    in the dtype of the layer
+    base    the layer in the place of the base; None if that stays
+    """
+
+    A: Array
+    B: Array
+    base: LinearBase | None = None
+
+
+def begin_model(
+    model: Any,
+    plan: Plan,
+    seed: int = 0,
+    data: Iterable[Any] | None = None,
+    kind: str | None = None,
+) -> tuple[Plan, dict[str, Placed]]:
+    """(the plan, in which EVA changes ranks; the start of each linear layer by path).
+
+    data   batches: `Batch`es, or integers (B, T + 1) of which each predicts the next
+    kind   "nf4", "fp4" or "int8", of LoftQ's codes
+
+    ConfigError for what a start needs and is not given, for a base of codes, and for a rank that a
+    layer cannot have.
+    """
+    name = plan.config.init_lora_weights
+    start = find_start(name)
+    assert start is not None
+    assert isinstance(name, str)
+    modules = modules_inside(model)
+    paths = [path for path, layer in plan.targets.items() if layer.kind == "linear"]
+    if not paths:
+        raise ConfigError(f"init_lora_weights={name!r} is for linear layers: target one")
+    if (plan.follows and start.changes_base) or (plan.base.tied and plan.base.head in paths):
+        raise ConfigError(
+            f"init_lora_weights={name!r} would change a head's weight that is the embedding's, "
+            "too: leave lm_head out of the targets, or untie the two"
+        )
+    for path in paths:
+        if start.changes_base and isinstance(modules[path], QuantizedLinear):
+            raise ConfigError(
+                f"init_lora_weights={name!r}: {path} is in codes already, and its weight is gone: "
+                "begin over the base as it was before, and name the codes with quantize"
+            )
+    if name in ("olora", "loftq") and plan.base.model_type == "gpt2":
+        raise ConfigError(
+            f"init_lora_weights={name!r} on GPT-2's layers: peft takes their weight for its "
+            "transpose, so that no file could say this start: choose pissa"
+        )
+    batches = _read_batches(name, start.needs, data)
+    covariances: dict[str, Array] = {}
+    slopes: dict[str, Array] = {}
+    if start.needs == "covariance":
+        covariances = measure_covariances(model, paths, batches)
+        plan = _share_ranks(plan, covariances)
+        paths = [path for path in paths if path in plan.targets]
+    config = plan.config  # a copy of the user's
+    for path in paths:
+        check_rank(name, path, plan.targets[path].shape, config.rank(path))
+    if start.needs == "gradient":
+        slopes = measure_gradients(model, paths, batches)
+    if start.needs == "decode" and kind is None:
+        raise ConfigError(
+            "init_lora_weights='loftq' is for codes: choose quantize nf4, fp4 or int8"
+        )
+    placed = {}
+    rounds = {}
+    for path in paths:
+        layer = modules[path]
+        W = layer.backend.to_numpy(layer.dense_weight()).astype(np.float64)
+        rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+        given = Given(rng, covariances.get(path), slopes.get(path), _decoder(kind))
+        r = config.rank(path)
+        s = config.scaling(path)
+        begun = begin(name, path, W, r, s, given)
+        A, B = (factor.astype(layer.dtype) for factor in begun[:2])
+        base: LinearBase | None = None
+        if begun.Q is not None:
+            base = frozen_linear(layer.backend.from_numpy(begun.Q.astype(layer.dtype)), layer)
+        elif start.changes_base:
+            base = subtract(layer, A, B, s)
+        placed[path] = Placed(A, B, base)
+        rounds[path] = begun.rounds
+    if kind is not None and name == "loftq":
+        config.extra = {**config.extra, "loftq_config": loftq_fields(kind, rounds)}
+    return plan, placed
+
+
+def begin_from(model: Any, initial: Mapping[str, Part]) -> dict[str, Placed]:
+    """The starts with these A0, B0 and s, by path."""
+    placed = {}
+    modules = modules_inside(model)
+    for path, part in initial.items():
+        layer = modules[path]
+        A, B = (factor.astype(layer.dtype) for factor in (part.A, part.B))
+        placed[path] = Placed(A, B, subtract(layer, A, B, part.c))
+    return placed
+
+
+def begin_again(model: Any, plan: Plan, folder: str | Path) -> tuple[Plan, dict[str, Placed]]:
+    """What `begin_model` gave for an adapter that was saved `as_trained`, to the same bits."""
+    with AdapterFile(folder, check=False, over_base=True, to_train=True) as file:
+        if plan.config.init_lora_weights == "eva":
+            names = ("r", "target_modules", "rank_pattern", "alpha_pattern", *NARROWING)
+            shared = {name: getattr(file.config, name) for name in names}
+            plan = plan_adapter(plan.base, dataclasses.replace(plan.config, **shared))
+        return plan, begin_from(model, file.initial)
+
+
+def begin_as_read(model: Any, plan: Plan, file: AdapterFile) -> dict[str, Placed]:
+    """The starts that a file's adapter had; none if it is plain LoRA."""
+    if not file.start:
+        return {}
+    if file.is_low_rank:
+        return begin_from(model, file.initial)
+    placed = {}
+    modules = modules_inside(model)
+    for path, described in plan.targets.items():
+        if described.kind == "linear":
+            layer = modules[path]
+            W = layer.backend.to_numpy(layer.dense_weight()).astype(np.float64)
+            Q = coded_base(file.config, path, W, file.where)
+            base = frozen_linear(layer.backend.from_numpy(Q.astype(layer.dtype)), layer)
+            A, B = (file.file.read(key, layer.dtype) for key in factor_keys(path))
+            placed[path] = Placed(A, B, base)
+    return placed
+
+
+def quantize_begun(
+    model: Any, placed: Mapping[str, Placed], kind: str, name: Any
+) -> dict[str, Placed]:
+    """`placed` over a model whose linear layers are codes from now on, W's and the new bases'.
+
+    LoftQ's codes have no double quantisation, so that they are the ones that it began with.
+    """
+    bases = {path: start.base for path, start in placed.items() if start.base is not None}
+    unchanged = {path: modules_inside(model)[path] for path in bases}
+    double_quant = name != "loftq"
+    for path, base in bases.items():
+        replace_module(model, path, base)
+    try:
+        quantize(model, kind, BLOCK, double_quant)
+    except BaseException:
+        for path, layer in unchanged.items():
+            replace_module(model, path, layer)
+        raise
+    coded = dict(placed)
+    for path, layer in unchanged.items():
+        new = modules_inside(model)[path]
+        coded[path] = placed[path]._replace(base=new)
+        if isinstance(new, QuantizedLinear):
+            layer = QuantizedLinear.from_linear(layer, kind, BLOCK, double_quant)
+        replace_module(model, path, layer)
+    return coded
+
+
+def subtract(layer: LinearBase, A: Array, B: Array, s: float) -> LinearBase:
+    """A frozen layer over R = W - s B A, formed in float64 and stored as `layer` stores W."""
+    part = Part(A.astype(np.float64), B.astype(np.float64), -s)
+    weight = layer.weight
+    backend = layer.backend
+    if isinstance(weight, HalfWeight):
+        half = weight.quantized
+        R = merge_weight(backend.to_numpy(half.codes), [part], CODES[half.kind]).weight
+        return HalfLinear(HalfWeight(Half(half.kind, backend.from_numpy(R)), weight.dtype), layer)
+    W = backend.to_numpy(layer.dense_weight())
+    R = merge_weight(W, [part], CODES[str(W.dtype)]).weight
+    return frozen_linear(backend.from_numpy(R), layer)
+
+
+def put_start(layer: Any, adapter_name: str, start: Placed) -> None:
+    """Give the adapter of a layer its first values, and the layer its base."""
+    adapter = layer.adapters[adapter_name]
+    from_numpy = adapter.lora_A.backend.from_numpy
+    adapter.lora_A.data = from_numpy(start.A)
+    adapter.lora_B.data = from_numpy(start.B)
+    if start.base is not None:
+        layer.change_base(start.base)
+        adapter.initial = start.A, start.B
+    if "lora_magnitude_vector" in adapter.TENSORS:
+        adapter.lora_magnitude_vector.data = adapter.norms(layer.base_layer.dense_weight())
+
+
+def _decoder(kind: str | None) -> Callable[[Array], Array] | None:
+    if kind is None:
+        return None
+    return lambda W: encode(W.astype(np.float32), kind, BLOCK).decode(np.float64)
+
+
+# ---- what data say -------------------------------------------------------------------------------
+
+
+def _read_batches(name: str, needs: str, data: Iterable[Any] | None) -> list[Batch]:
+    """The batches of a start that needs some."""
+    if needs not in ("covariance", "gradient"):
+        return []
+    batches = []
+    for batch in data or ():
+        ids = batch if isinstance(batch, Batch) else np.asarray(batch)
+        batches.append(ids if isinstance(ids, Batch) else Batch(ids[:, :-1], ids[:, 1:]))
+    if not any(batch.tokens for batch in batches):
+        others = [word for word, start in STARTS.items() if start.needs in ("", "decode")]
+        raise ConfigError(
+            f"init_lora_weights={name!r} begins from data, and none is given: pass data, a list of "
+            f"batches of ids, or choose a start without, such as {', '.join(others)}"
+        )
+    return batches
+
+
+class _Recorder(Module):
+    """A linear layer that sums up its inputs: their number, their sum and their Gram matrix.
+
+    counted   which rows of the next input count (N,)
+    """
+
+    running = ()
+
+    def __init__(self, layer: LinearBase):
+        self.layer = layer
+        self.bias = layer.bias
+        self.counted: Array | None = None
+        self.count = 0
+        self.total: Array = np.zeros(layer.in_features)
+        self.gram: Array = np.zeros((layer.in_features, layer.in_features))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        X = self.layer.backend.to_numpy(rows(x.data)).astype(np.float64)
+        X = X if self.counted is None else X[self.counted]
+        self.count += len(X)
+        self.total += X.sum(axis=0)
+        self.gram += X.T @ X
+        y: Tensor = self.layer(x)
+        return y
+
+    def covariance(self) -> Array:
+        """E (x - mean)(x - mean)^T (I, I)"""
+        mean = self.total / self.count
+        return self.gram / self.count - np.outer(mean, mean)
+
+
+def measure_covariances(
+    model: Any, paths: Sequence[str], batches: Sequence[Batch]
+) -> dict[str, Array]:
+    """The covariance (I, I) of each layer's inputs at positions that have a target."""
+    modules = modules_inside(model)
+    recorders = {path: _Recorder(modules[path]) for path in paths}
+    places = {path: _place(model, path) for path in paths}
+    for path, recorder in recorders.items():
+        replace_module(model, places[path], recorder)
+    try:
+        with no_grad(), _evaluating(model):
+            for batch in batches:
+                counted = (batch.targets != IGNORE).reshape(-1)
+                for recorder in recorders.values():
+                    recorder.counted = counted
+                model(batch.ids, first_key=batch.first_key)
+    finally:
+        for path, recorder in recorders.items():
+            replace_module(model, places[path], recorder.layer)
+    return {path: recorder.covariance() for path, recorder in recorders.items()}
+
+
+def measure_gradients(
+    model: Any, paths: Sequence[str], batches: Sequence[Batch]
+) -> dict[str, Array]:
+    """The gradient G (O, I) of the mean loss by each layer's weight, the mean over the batches."""
+    modules = modules_inside(model)
+    weights: list[Parameter] = [modules[path].weight for path in paths]
+    fixed = [path for path, weight in zip(paths, weights, strict=True) if weight.fixed]
+    if fixed:
+        raise ConfigError(
+            f"lora_ga needs the gradient of {fixed[0]}.weight, which is in 16 bits: load the base "
+            "in float32"
+        )
+    trained = {id(p): p.requires_grad for p in model.parameters()}
+    sums = [np.zeros(weight.shape) for weight in weights]
+    try:
+        for p in model.parameters():
+            p.requires_grad = False
+        for weight in weights:
+            weight.requires_grad = True
+        with _evaluating(model):
+            for batch in batches:
+                batch = batch.to(weights[0].backend, model.config.vocab_size)
+                loss = model(batch.ids, targets=batch.targets, first_key=batch.first_key)
+                for total, grad in zip(sums, gradients(loss, weights), strict=True):
+                    total += weights[0].backend.to_numpy(grad) / max(1, batch.tokens)
+    finally:
+        for p in model.parameters():
+            p.requires_grad = trained[id(p)]
+    return {path: total / len(batches) for path, total in zip(paths, sums, strict=True)}
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Inside, the model has no dropout."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _place(model: Any, path: str) -> str:
+    """Where the module `path` of the base is, inside the wrapper that it may have."""
+    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+    return names[id(modules_inside(model)[path])]
+
+
+def _share_ranks(plan: Plan, covariances: Mapping[str, Array]) -> Plan:
+    """The plan with EVA's ranks, and with each layer's scaling as it was before."""
+    config = plan.config
+    ratios = {}
+    for path, C in covariances.items():
+        values = np.linalg.eigvalsh(C)[::-1]
+        ratios[path] = values / max(float(np.trace(C)), np.finfo(np.float64).tiny)
+    ranks = {path: config.rank(path) for path in covariances}
+    fields = config.extra.get("eva_config") or {}
+    shared = redistribute(ratios, ranks, float(fields.get("rho", RHO)))
+    alphas = {}
+    for path, r in shared.items():
+        s = config.scaling(path)
+        alphas[path] = s * (r**0.5 if config.use_rslora else r)
+    others = [path for path in plan.targets if path not in covariances]
+    ranks = {path: r for path, r in shared.items() if r}
+    changed = dataclasses.replace(
+        config,
+        rank_pattern=ranks,
+        alpha_pattern={path: alphas[path] for path in ranks},
+        target_modules=sorted([*ranks, *others]),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )
+    return plan_adapter(plan.base, changed)

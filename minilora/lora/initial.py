@@ -1,0 +1,375 @@
+"""An adapter that was trained over a changed base: what it began with, and the way back to W.
+
+    R = W - s B0 A0          the base while it trained
+    W' = R + s B A           the model that it means
+       = W + s [B, -B0] [A; A0]
+
+So over W itself it is plain LoRA of twice the rank, exact but for the rounding of R, and every
+command reads it so; training alone goes on over R. A0 and B0 are in no file of a trained adapter.
+They are the first values of the adapter, saved before training (`--initial`, or the folder
+`initial` inside the adapter's), or follow from W:
+
+    pissa    the r leading terms of W's singular value decomposition
+    olora    the first r columns of W's QR decomposition; s counts
+    loftq    no A0, B0: the base is what codes decode to, Q, which is computed again
+
+Signs, and rotations among equal singular values, cancel in B0 A0. Whoever has the changed base
+itself says so (`--base-is residual`), and the adapter is then plain LoRA over that base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, FormatError
+from ..formats import SafetensorsFile
+from ..formats.checkpoint import is_stored_transposed
+from ..formats.disk import JsonObject
+from ..formats.dtypes import round_to
+from ..quant.codes import KINDS, encode
+from .config import NO_START, LoraConfig, name_of_changed_start, plain_fields
+from .factors import Part, product_norm
+from .names import LINEAR, PREFIX, factor_keys
+from .plan import Base
+from .reading import adapted_ranks
+from .repeats import Read
+from .starts import Given, begin
+
+Array = np.ndarray
+FOLDER = "initial"  # inside an adapter's folder
+RESIDUAL = "residual"
+RECOMPUTED = ("pissa", "olora")
+LEAST_SHARE = 0.5  # of what a trained B finds in W, of the most that any B of its rank could find
+EQUAL = 2.0**-18  # singular values, or columns, this near to each other are not told apart
+LOFTQ_KINDS = {4: "nf4", 8: "rows"}
+MOST_ROUNDS = 100
+
+
+def start_of(config: LoraConfig) -> str:
+    """PEFT's value of init_lora_weights of a file whose start changed the base, or ""."""
+    value = config.extra.get("init_lora_weights")
+    return str(value) if name_of_changed_start(value) else ""
+
+
+def without_start(config: LoraConfig) -> LoraConfig:
+    """The configuration of the same adapter over the base as it was when it trained."""
+    extra = {name: value for name, value in config.extra.items() if name not in NO_START}
+    return dataclasses.replace(config, extra=extra)
+
+
+def check_choice(base_is: str | None, config: LoraConfig, initial: Any, where: str) -> None:
+    """ConfigError unless the options about the base go with the adapter."""
+    if base_is not in (None, RESIDUAL):
+        raise ConfigError(f"--base-is must be {RESIDUAL!r}, got {base_is!r:.60}: or leave it out")
+    if base_is and initial is not None:
+        raise ConfigError("--initial takes W for the base, --base-is residual R: give one of them")
+    if (base_is or initial is not None) and not start_of(config):
+        given = "--base-is residual" if base_is else "--initial"
+        raise ConfigError(
+            f"{given}: {where} was trained over its base as it is, with no start that changes it: "
+            "leave the option out"
+        )
+
+
+def find_initial(folder: str | Path, initial: str | Path | None) -> str | Path | None:
+    """The folder of the adapter as saved before training: `initial`, or one inside its own."""
+    if initial is None and os.path.isdir(Path(folder, FOLDER)):
+        return Path(folder, FOLDER)
+    return initial
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read_start(adapter: Any, before: Any, over_base: bool) -> None:
+    """Make an AdapterFile plain LoRA if A0 and B0 are given. FormatError if they cannot be known.
+
+    before      the AdapterFile of the adapter as saved before training, or None
+    over_base   may its start follow from a base?
+    """
+    word = name_of_changed_start(adapter.began)
+    ranks = adapted_ranks(adapter.file)
+    if not ranks:
+        raise FormatError(f"{adapter.where} has no lora_A: it adapts no layer")
+    _refuse_transposed(adapter, adapter.config.fan_in_fan_out)
+    if before is not None and word != "loftq":
+        adapter.initial = read_initial(before, adapter.file, adapter.config, ranks)
+        if not adapter.to_train:
+            _become_plain(adapter)
+    elif not over_base or word not in (*RECOMPUTED, "loftq"):
+        raise _refusal(adapter.where, adapter.began, over_base)
+
+
+def settle_start(adapter: Any, base: Base, read: Read) -> None:
+    """Find A0 and B0 from the base's weights, and make an AdapterFile plain LoRA over them.
+
+    FormatError if they do not follow from these weights.
+    """
+    paths = [path for path in adapted_ranks(adapter.file) if path in base.layers]
+    paths = [path for path in paths if base.layers[path].kind == "linear"]
+    if base.head in paths and base.tied:
+        raise FormatError(
+            f"{adapter.where}: init_lora_weights={adapter.began!r:.40} changed the head's weight, "
+            "which this base shares with its embedding: untie the two, and train again"
+        )
+    _refuse_transposed(adapter, base.model_type == "gpt2")
+    word = name_of_changed_start(adapter.began)
+    if not adapter.is_low_rank or not (adapter.initial or word in RECOMPUTED):
+        return  # the base becomes Q: see base_weight
+    is_given = bool(adapter.initial)
+    for path in paths:
+        W = read(f"{path}.weight").astype(np.float64)
+        W = W.T if is_stored_transposed(base.model_type, f"{path}.weight") else W
+        key = f"{PREFIX}{path}.{LINEAR['B']}"
+        B = adapter.file.read(key, np.float64) if key in adapter.file else np.zeros((0, 0))
+        if B.ndim != 2 or len(B) != len(W):
+            return  # the adapter does not fit the base, which is told later
+        if not is_given:
+            s = adapter.config.scaling(path)
+            adapter.initial[path] = recompute(word, path, W, B, s, adapter.where)
+        elif word.startswith("pissa"):
+            _require_original(path, W, adapter.initial[path], adapter)
+    if not (is_given or adapter.to_train):
+        _become_plain(adapter)
+
+
+def _require_original(path: str, W: Array, initial: Part, adapter: Any) -> None:
+    """FormatError if W lacks what the start took out of it: then it is the residual already."""
+    Q = np.linalg.qr(initial.B)[0]
+    share = np.linalg.norm(Q.T @ W) ** 2
+    if share < LEAST_SHARE * product_norm(initial.A, initial.c * initial.B) ** 2:
+        raise _looks_like_residual(adapter.where, adapter.began, path)
+
+
+def _looks_like_residual(where: str, word: str, path: str) -> FormatError:
+    return FormatError(
+        f"{where}: init_lora_weights={word!r:.40}, but this base has nothing left where B points "
+        f"({path}): it looks like the residual already; say --base-is residual"
+    )
+
+
+def base_weight(adapter: Any, path: str, W: Array) -> Array:
+    """The weight (O, I) over which a layer of an AdapterFile adds its dW: W, or codes decoded."""
+    if adapter.is_low_rank or adapter.embeds(path):
+        return W
+    return coded_base(adapter.config, path, W.astype(np.float64), adapter.where)
+
+
+def _become_plain(adapter: Any) -> None:
+    file = adapter.file
+    ranks = adapted_ranks(file)
+
+    def read(key: str) -> Array:
+        return file.read(key, np.float64)  # type: ignore[no-any-return]
+
+    tensors, fields = plain_form(file.__contains__, read, adapter.config, ranks, adapter.initial)
+    file.override(tensors)
+    names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    changed = {name: fields[name] for name in names}
+    adapter.config = dataclasses.replace(without_start(adapter.config), **changed)
+    adapter.raw |= fields
+
+
+def _refuse_transposed(adapter: Any, transposed: bool) -> None:
+    """FormatError for starts that peft computes from the transpose of Conv1D's weight."""
+    if transposed and name_of_changed_start(adapter.began) in ("olora", "loftq"):
+        raise FormatError(
+            f"{adapter.where}: init_lora_weights={adapter.began!r:.40}: peft takes Conv1D's weight "
+            "for its transpose there, so that the adapter never began as the base; only the base "
+            "that peft changed can be used, with --base-is residual"
+        )
+
+
+def _refusal(where: str, word: str, base_known: bool) -> FormatError:
+    """The error for an adapter whose first values are not known."""
+    head = f"{where}: init_lora_weights={word!r:.40}: trained on "
+    if name_of_changed_start(word) == "loftq":
+        return FormatError(
+            f"{head}decoded codes Q, which lie a full rank away from W, so it is no adapter for W: "
+            "use it with its base (merge, generate), or give Q with --base-is residual"
+        )
+    if name_of_changed_start(word) in RECOMPUTED and not base_known:
+        return FormatError(
+            f"{head}W-s B0 A0, and A0, B0 follow from W, which is not given here. Give --initial "
+            "DIR (the adapter as saved before training), or make it plain first: minilora convert "
+            "--to plain --base DIR"
+        )
+    return FormatError(
+        f"{head}W-s B0 A0, and neither A0, B0 nor that base is given; on this base it is another "
+        "model. Give --initial DIR (the adapter as saved before training), or the changed base "
+        "with --base-is residual"
+    )
+
+
+# ---- A0 and B0 from a folder ---------------------------------------------------------------------
+
+
+def read_initial(
+    initial: Any, file: SafetensorsFile, config: LoraConfig, ranks: Mapping[str, int]
+) -> dict[str, Part]:
+    """A0, B0 and s of each linear layer that `file` adapts.
+
+    initial   the AdapterFile of the adapter as saved before training
+    ranks     by path, of the layers that have an A in `file`
+
+    FormatError if it is another adapter: one without these layers, or of another rank or scaling.
+    """
+    head = f"--initial {initial.where}"
+    advice = "give the same adapter as saved before training"
+    factors = {}
+    for path in ranks:
+        keys = [f"{PREFIX}{path}.{LINEAR[part]}" for part in "AB"]
+        if keys[0] not in file:  # an embedding, whose weight no start changes
+            continue
+        for key in keys:
+            shape = initial.file.shape(key) if key in initial.file else "missing"
+            if key not in file or shape != file.shape(key):
+                trained = file.shape(key) if key in file else "missing"
+                raise FormatError(
+                    f"{head}: {key} is {shape}, in the trained adapter {trained}: {advice}"
+                )
+        before, now = (one.scaling(path) for one in (initial.config, config))
+        if before != now:
+            raise FormatError(
+                f"{head}: {path} has the scaling {before:g}, in the trained adapter {now:g}: "
+                f"{advice}"
+            )
+        A0, B0 = (initial.file.read(key, np.float64) for key in keys)
+        factors[path] = Part(A0, B0, now)
+    return factors
+
+
+# ---- A0 and B0, or Q, from W ---------------------------------------------------------------------
+
+
+def recompute(word: str, path: str, W: Array, B: Array, s: float, where: str) -> Part:
+    """A0, B0 and s of a layer that began with pissa or olora, from its weight.
+
+    W (O, I), and the trained B (O, r), in float64. FormatError if W does not say them, or if this W
+    is the residual already.
+    """
+    r = B.shape[1]
+    head = f"{where}: init_lora_weights={word!r}"
+    advice = "give --initial DIR (the adapter as saved before training)"
+    if not (np.isfinite(W).all() and np.isfinite(B).all()):
+        raise FormatError(f"{head}: {path} is not finite, so it has no first values: repair it")
+    if word == "pissa":
+        S = np.linalg.svd(W, compute_uv=False)
+        if r < len(S) and S[r - 1] - S[r] <= EQUAL * S[0]:
+            raise FormatError(
+                f"{head}: {path} has equal singular values number {r} and {r + 1}, so W does not "
+                f"say which of them the adapter began with: {advice}"
+            )
+        Q = np.linalg.qr(B)[0]
+        share = np.linalg.norm(Q.T @ W) ** 2
+        if share < LEAST_SHARE * (S[:r] ** 2).sum() and r < len(S):
+            raise _looks_like_residual(where, word, path)
+    else:
+        R = np.linalg.qr(W[:, :r], mode="r")
+        if abs(np.diag(R)).min() <= EQUAL * np.linalg.norm(R, axis=0).max():
+            raise FormatError(
+                f"{head}: the first {r} columns of {path} depend on each other, so W does not say "
+                f"what the adapter began with: {advice}"
+            )
+    begun = begin(word, path, W, r, s, Given())
+    return Part(begun.A, begun.B, s)
+
+
+def loftq_fields(kind: str, rounds: Mapping[str, int]) -> JsonObject:
+    """The loftq_config of a start over codes of this kind, with the rounds of each layer.
+
+    PEFT computes Q again from loftq_bits and loftq_iter. Where it has no such codes, or one number
+    of rounds is not enough, these are 0, which it refuses; `kind` and `rounds` are ours.
+    """
+    several = set(rounds.values())
+    iterations = several.pop() if len(several) == 1 else 0
+    bits = 4 if kind == "nf4" else 0
+    return {"loftq_bits": bits, "loftq_iter": iterations, "kind": kind, "rounds": dict(rounds)}
+
+
+def coded_base(config: LoraConfig, path: str, W: Array, where: str) -> Array:
+    """The base Q (O, I) over which a layer trained that began with loftq.    W (O, I) in float64
+
+    PEFT's codes are NF4 in blocks of 64, or int8 by rows of the weight in float16.
+    """
+    fields = config.extra.get("loftq_config") or {}
+    fields = fields if isinstance(fields, dict) else {}
+    kind = fields.get("kind", LOFTQ_KINDS.get(fields.get("loftq_bits", 4)))
+    several = fields.get("rounds")
+    rounds = several.get(path) if isinstance(several, dict) else fields.get("loftq_iter", 1)
+    if type(rounds) is not int or not 1 <= rounds <= MOST_ROUNDS or kind not in CODED:
+        raise ConfigError(
+            f"{where}: loftq_config must have loftq_bits 4 or 8 and loftq_iter from 1 to "
+            f"{MOST_ROUNDS}, got {fields!r:.100}"
+        )
+    decode = CODED[kind]
+    r = config.rank(path)
+    Q = decode(W)
+    for _ in range(rounds - 1):
+        U, S, Vt = np.linalg.svd(W - Q, full_matrices=False)
+        Q = decode(W - (U[:, :r] * S[:r]) @ Vt[:r])
+    return Q
+
+
+def _row_codes(W: Array) -> Array:
+    """What int8 codes with one absmax per row decode to.    (O, I)"""
+    half = round_to(W, "F16").astype(np.float64)
+    absmax = abs(half).max(axis=1, keepdims=True)
+    scale = np.where(absmax == 0, 1, absmax) / 127
+    return np.asarray(np.rint(half / scale) * scale)
+
+
+def _block_codes(kind: str, W: Array) -> Array:
+    return np.asarray(encode(W.astype(np.float32), kind).decode(np.float64))
+
+
+CODED: dict[str, Callable[[Array], Array]] = {
+    kind: functools.partial(_block_codes, kind) for kind in KINDS
+}
+CODED["rows"] = _row_codes
+
+
+# ---- plain LoRA over W ---------------------------------------------------------------------------
+
+
+def plain_form(
+    has: Callable[[str], bool],
+    read: Callable[[str], Array],
+    config: LoraConfig,
+    ranks: Mapping[str, int],
+    initial: Mapping[str, Sequence[Any]],
+) -> tuple[dict[str, Array], JsonObject]:
+    """(the factors over W by key, in float64, the fields that differ) of an adapter over R.
+
+    has, read   whether the adapter has a tensor of this key, and its values in float64
+    ranks       of the layers that have an A, by path
+    initial     A0 and B0, by path
+
+    Every layer has s = 1, which is right for each pattern and for rsLoRA: the scaling is in B.
+    """
+    tensors: dict[str, Array] = {}
+    new_ranks = {}
+    for path, r in ranks.items():
+        embeds = has(factor_keys(path, embeds=True)[0])
+        keys = factor_keys(path, embeds)
+        A, B = map(read, keys)
+        A0, B0, *_ = initial.get(path, (A[:0], B[:, :0]))
+        new = difference(A, B, A0, B0, config.scaling(path))
+        tensors |= dict(zip(keys, new, strict=True))
+        new_ranks[path] = r + len(A0)
+    most = max(new_ranks.values())
+    others = {path: rank for path, rank in new_ranks.items() if rank != most}
+    patterns = {"rank_pattern": others, "alpha_pattern": dict(others)}
+    return tensors, {**plain_fields(most), **patterns}
+
+
+def difference(A: Array, B: Array, A0: Array, B0: Array, s: float) -> tuple[Array, Array]:
+    """A' (r + r0, I) and B' (O, r + r0) with B' A' = s (B A - B0 A0)."""
+    return np.concatenate([A, A0]), np.concatenate([s * B, -s * B0], axis=1)

@@ -1,0 +1,257 @@
+"""Where training starts: A, B and the base by name, for one weight W (O, I), rank r and scaling s.
+
+A start either leaves the base alone, with B A = 0, or moves a part of W into the adapter and takes
+it out of the base, so that the first output is the base's all the same:
+
+    R + s B A = W        R = W - s B A takes W's place for as long as this adapter trains
+
+                  A (r, I)              B (O, r)               the base becomes
+    orthogonal    Q_odd^T N / 10        N' Q_even / 10         W                    B A = 0
+    pissa         sqrt(S_r / s) V_r^T   U_r sqrt(S_r / s)      W - U_r S_r V_r^T    arXiv 2404.02948
+    olora         R_r                   Q_r                    W - s Q_r R_r        arXiv 2406.01775
+    loftq         as pissa, of W - Q                           Q, decoded codes     arXiv 2310.08659
+    eva           directions of x       0                      W                    arXiv 2410.07170
+    lora_ga       c V_r^T               c U_(r+1..2r)          W - s B A            arXiv 2407.05000
+
+U S V^T is W's decomposition, or (lora_ga) that of the gradient G; Q R is W's. A new start is one
+function and one line of STARTS.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import ConfigError, NonFiniteError
+from .leading import leading_triplets
+
+Array = np.ndarray
+GAMMA = 16  # of LoRA-GA: the larger, the smaller A and B
+RHO = 2.0  # of EVA: no layer gets more than this many times its rank
+ROUNDS = 5  # of LoftQ
+
+
+class Given(NamedTuple):
+    """What a start may read besides W, r and s.
+
+    rng          random numbers
+    covariance   (I, I) of the layer's inputs
+    gradient     G (O, I), of the loss by W
+    decode       the function from W (O, I) to what its codes decode to
+    rounds       of LoftQ
+    """
+
+    rng: Any = None
+    covariance: Array | None = None
+    gradient: Array | None = None
+    decode: Callable[[Array], Array] | None = None
+    rounds: int = ROUNDS
+
+
+class Begun(NamedTuple):
+    """A (r, I) and B (O, r), in float64.
+
+    Q        (O, I), what the base becomes if that is neither W nor W - s B A
+    rounds   after which LoftQ had this Q
+    """
+
+    A: Array
+    B: Array
+    Q: Array | None = None
+    rounds: int = 0
+
+
+Begin = Callable[[Array, int, float, Given], Begun]
+
+
+class Start(NamedTuple):
+    """A start as the rest of the package sees it.
+
+    begin          the function (W, r, s, given) -> Begun, all in float64
+    word           PEFT's value of init_lora_weights
+    needs          the field of Given that the user's data or options must fill; "" for none
+    changes_base   does the base not stay W?
+    fits           the largest r for W (O, I), as a function of the smaller side
+    """
+
+    begin: Begin
+    word: str
+    needs: str = ""
+    changes_base: bool = True
+    fits: Callable[[int], int] = int
+
+
+# ---- the starts ----------------------------------------------------------------------------------
+
+
+def orthogonal(W: Array, r: int, s: float, given: Given) -> Begun:
+    """A and B both random, with B A = 0: the rows of an orthogonal Q (r, r) are shared out."""
+    O, I = W.shape
+    Q, _ = np.linalg.qr(given.rng.standard_normal((r, r)))
+    A = Q[0::2].T @ given.rng.standard_normal((r // 2, I)) / 10
+    B = given.rng.standard_normal((O, r // 2)) @ Q[1::2] / 10
+    return Begun(A, B)
+
+
+def pissa(W: Array, r: int, s: float, given: Given) -> Begun:
+    """The r leading singular triplets of W (Meng et al. 2024, section 3)."""
+    U, S, Vt = np.linalg.svd(W, full_matrices=False)
+    return Begun(*_balance(U, S, Vt, r, s))
+
+
+def leading_pissa(W: Array, r: int, s: float, given: Given) -> Begun:
+    """The same by block Krylov: |W - s B A| is the least to 1e-10 of itself."""
+    U, S, Vt = leading_triplets(W, r)
+    return Begun(*_balance(U, S, Vt, r, s))
+
+
+def olora(W: Array, r: int, s: float, given: Given) -> Begun:
+    """An orthonormal basis of W's first r columns, and W's coordinates in it."""
+    Q, R = np.linalg.qr(W)
+    return Begun(R[:r], Q[:, :r])
+
+
+def loftq(W: Array, r: int, s: float, given: Given) -> Begun:
+    """Q + s B A near W: Q from codes of W - s B A, then B A from the decomposition of W - Q.
+
+    The error |W - Q - s B A| may rise from one round to the next, so the best round counts (Li et
+    al. 2023, algorithm 1, without that).
+    """
+    assert given.decode is not None
+    best = Begun(np.zeros((r, W.shape[1])), np.zeros((len(W), r)))
+    least = math.inf
+    A, B, *_ = best
+    for number in range(1, given.rounds + 1):
+        Q = given.decode(W - s * (B @ A))
+        U, S, Vt = np.linalg.svd(W - Q, full_matrices=False)
+        A, B = _balance(U, S, Vt, r, s)
+        error = float(np.linalg.norm(S[r:]))
+        if error < least:
+            best = Begun(A, B, Q, number)
+            least = error
+    return best
+
+
+def eva(W: Array, r: int, s: float, given: Given) -> Begun:
+    """The r directions in which the layer's inputs vary most; B = 0."""
+    assert given.covariance is not None
+    _, vectors = np.linalg.eigh(given.covariance)  # by rising eigenvalue
+    return Begun(vectors[:, ::-1][:, :r].T, np.zeros((len(W), r)))
+
+
+def lora_ga(W: Array, r: int, s: float, given: Given) -> Begun:
+    """The first step of SGD is G's best approximation of rank 2 r (Wang et al. 2024, theorem 3.1).
+
+    dW moves by -lr s^2 (B B^T G + G A^T A), and c^2 of the one has G's first r terms, of the other
+    the next r.
+    """
+    U, _, Vt = _decompose(given.gradient)
+    c = _ga_scale(W)
+    return Begun(c * Vt[:r], c * U[:, r : 2 * r])
+
+
+def stable_lora_ga(W: Array, r: int, s: float, given: Given) -> Begun:
+    """PEFT's lora_ga of scale "stable": B alone is scaled, by G's singular values, too."""
+    U, S, Vt = _decompose(given.gradient)
+    return Begun(Vt[:r], _ga_scale(W) * U[:, r : 2 * r] * S[r : 2 * r])
+
+
+def _balance(U: Array, S: Array, Vt: Array, r: int, s: float) -> tuple[Array, Array]:
+    """A (r, I), B (O, r) with s B A = U_r S_r Vt_r and A A^T = B^T B = S_r / s."""
+    root = np.sqrt(S[:r] / s)
+    return root[:, None] * Vt[:r], U[:, :r] * root
+
+
+def _decompose(G: Array | None) -> tuple[Array, Array, Array]:
+    assert G is not None
+    return np.linalg.svd(G, full_matrices=False)
+
+
+def _ga_scale(W: Array) -> float:
+    """c = O^(1/4) / sqrt(gamma)"""
+    return float(len(W) ** 0.25 / math.sqrt(GAMMA))
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+PISSA_NITER = "pissa_niter_"
+STARTS = {
+    "orthogonal": Start(orthogonal, "orthogonal", changes_base=False, fits=lambda side: 1 << 24),
+    "pissa": Start(pissa, "pissa"),
+    "olora": Start(olora, "olora"),
+    "loftq": Start(loftq, "loftq", needs="decode"),
+    "eva": Start(eva, "eva", needs="covariance", changes_base=False),
+    "lora_ga": Start(lora_ga, "lora_ga", needs="gradient", fits=lambda side: side // 2),
+    "lora_ga_stable": Start(
+        stable_lora_ga, "lora_ga", needs="gradient", fits=lambda side: side // 2
+    ),
+}
+NAMES = (*STARTS, f"{PISSA_NITER}N")
+
+
+def find_start(name: Any) -> Start | None:
+    """The start of this name; None for a name of none. pissa_niter_N has any number N."""
+    if not isinstance(name, str):
+        return None
+    number = name.removeprefix(PISSA_NITER)
+    if number != name and number.isascii() and number.isdecimal() and len(number) < 10:
+        return Start(leading_pissa, name)
+    return STARTS.get(name)
+
+
+def check_rank(name: str, path: str, shape: Sequence[int], r: int) -> None:
+    """ConfigError if the layer `path`, of W (O, I), has no start of this name and rank."""
+    start = find_start(name)
+    assert start is not None
+    if name == "orthogonal" and r % 2:
+        raise ConfigError(
+            f"init_lora_weights='orthogonal' needs an even r, and {path} has r = {r}: "
+            f"choose {r + 1} or another even number"
+        )
+    most = start.fits(shape[1] if name == "eva" else min(shape))
+    if r > most:
+        raise ConfigError(
+            f"init_lora_weights={name!r}: {path} is {shape[0]} x {shape[1]}, which allows r up to "
+            f"{most}, got {r}: choose a smaller r, or give this layer one in rank_pattern"
+        )
+
+
+def begin(name: str, path: str, W: Array, r: int, s: float, given: Given) -> Begun:
+    """The start `name` of the layer `path`.    W (O, I) in float64
+
+    ConfigError for a rank that it cannot have, NonFiniteError for a weight that is not finite.
+    """
+    check_rank(name, path, W.shape, r)
+    start = find_start(name)
+    assert start is not None
+    read = [W, getattr(given, start.needs)] if start.needs in ("covariance", "gradient") else [W]
+    if not all(np.isfinite(array).all() for array in read):
+        what = {"covariance": " or its inputs", "gradient": " or its gradient"}.get(start.needs, "")
+        raise NonFiniteError(f"{path}: its weight{what} is not finite, so it has no {name} start")
+    return start.begin(W, r, s, given)
+
+
+# ---- EVA's ranks ---------------------------------------------------------------------------------
+
+
+def redistribute(
+    ratios: dict[str, Array], ranks: dict[str, int], rho: float = RHO
+) -> dict[str, int]:
+    """The rank of each layer: as many as before in all, where inputs vary most; perhaps 0.
+
+    ratios   by layer, its covariance's eigenvalues over their sum, falling
+    ranks    before; none grows to more than rho times itself, rounded
+
+    Paischer et al. 2024, section 3.3. Equal ratios, as of layers with one input, go to the first.
+    """
+    candidates = []
+    for number, (path, values) in enumerate(ratios.items()):
+        most = round(rho * ranks[path])
+        candidates += [(-float(value), number, path) for value in values[:most]]
+    counts = dict.fromkeys(ratios, 0)
+    for _, _, path in sorted(candidates)[: sum(ranks.values())]:
+        counts[path] += 1
+    return counts

@@ -1,0 +1,314 @@
+"""What starts promise: the first output, and what each of them begins with. Letters are case.py's.
+
+W is the case's weight; the first adapter gives r, as far as the start allows it, and s. Starts are
+computed in float64, and so are the bounds here, but for what a model stores. An orthonormal factor
+of Householder's method is off by at most 10 r^2 u (Higham 2002, theorem 19.4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from ..backend import Array
+from ..lora import get_peft_model, initial, starts
+from ..lora.starts import Begun, Given
+from ..quant.codes import encode
+from .case import Case, unit_roundoff
+from .layers import OneLayer
+from .measuring import (
+    Measured,
+    Property,
+    compare,
+    count_nonzeros,
+    is_dense,
+    is_lora,
+    make_registrar,
+    svd_error,
+    worst,
+)
+
+PROPERTIES: list[Property] = []
+U = unit_roundoff(np.float64)
+
+
+def can_begin(case: Case) -> bool:
+    """Plain LoRA over a dense weight of more than one row and column, whose numbers are usual."""
+    if not (is_lora(case) and is_dense(case)):
+        return False
+    W = case.base.dense_weight()
+    return min(W.shape) > 1 and bool(np.isfinite(W).all() and W.any())
+
+
+holds = make_registrar(PROPERTIES, can_begin)
+
+
+def weight_of(case: Case) -> tuple[Array, float]:
+    """(W (O, I) in float64, s)"""
+    W = case.base.dense_weight().astype(np.float64)
+    return W, float(case.adapters[case.first].scaling)
+
+
+def rank_of(case: Case, most: int) -> int:
+    return int(min(case.adapters[case.first].r, most))
+
+
+def begin(name: str, W: Array, r: int, s: float, given: Given) -> Begun:
+    return starts.begin(name, "proj", W, r, s, given)
+
+
+def gamma(n: int) -> float:
+    """gamma_n in float64."""
+    return n * U / (1 - n * U)
+
+
+def measure_identity(M: Array, size: float = 1.0) -> tuple[Array, float]:
+    """(error, bound) of M = size 1, for M the Gram matrix of an orthonormal factor (., r)."""
+    r = len(M)
+    return M - size * np.eye(r), size * (10 * r * r + 64 + r) * U
+
+
+def measure_gram(F: Array, size: float = 1.0) -> tuple[Array, float]:
+    """The same of F^T F, whose inner products have len(F) terms."""
+    error, bound = measure_identity(F.T @ F, size)
+    return error, bound + size * 2 * gamma(len(F))
+
+
+# ---- every start that changes the base -----------------------------------------------------------
+
+
+@holds("changed base", "R + s B A = W", "Meng et al. 2024, eq. (5)")
+def measure_changed_base(case: Case) -> Measured:
+    """R is rounded once, u |R|; the sum has r products and two factors s: gamma_(r+2) s |B| |A|."""
+    W, s = weight_of(case)
+    name = case.rng.choice(["pissa", "pissa_niter_4", "olora"])
+    r = rank_of(case, min(W.shape))
+    config = case.configs[case.first]
+    alpha = s * (r**0.5 if config.use_rslora else r)
+    config = dataclasses.replace(config, r=r, lora_alpha=alpha, init_lora_weights=str(name))
+    model = get_peft_model(OneLayer(case.layer().base_layer), config)
+    layer = model.model.proj
+    adapter = layer.adapters["default"]
+    R = layer.base_layer.dense_weight().astype(np.float64)
+    A = adapter.lora_A.data.astype(np.float64)
+    B = adapter.lora_B.data.astype(np.float64)
+    S = adapter.scaling * (abs(B) @ abs(A))
+    error = R + adapter.scaling * (B @ A) - W
+    return compare(error, case.u * abs(R) + gamma(2 * r + 6) * (S + abs(W) + abs(R)))
+
+
+@holds("way back", "R + s B A = W + [s B, -s B₀] [A; A₀]", "Meng et al. 2024, appendix C")
+def measure_way_back(case: Case) -> Measured:
+    """Both sides are sums of 2 r products, with two factors s each: 2 gamma_(2r+4) S."""
+    W, s = weight_of(case)
+    adapter = case.adapters[case.first]
+    A = adapter.lora_A.data.astype(np.float64)
+    B = adapter.lora_B.data.astype(np.float64)
+    A0, B0 = (case.rng.standard_normal(factor.shape) * abs(factor).max() for factor in (A, B))
+    new_A, new_B = initial.difference(A, B, A0, B0, s)
+    error = W + new_B @ new_A - (W - s * (B0 @ A0) + s * (B @ A))
+    S = abs(W) + s * (abs(B) @ abs(A) + abs(B0) @ abs(A0))
+    return compare(error, 2 * gamma(2 * len(A) + 6) * S)
+
+
+# ---- orthogonal ----------------------------------------------------------------------------------
+
+
+def begin_orthogonal(case: Case) -> tuple[int, Begun]:
+    W, s = weight_of(case)
+    r = 2 * max(1, rank_of(case, 16) // 2)
+    return r, begin("orthogonal", W, r, s, Given(case.rng))
+
+
+@holds("orthogonal start", "B A = 0", "peft 0.21, orthogonal_init")
+def measure_orthogonal(case: Case) -> Measured:
+    """B A = N' Q₁ Q₀ᵀ N / 100; sums of r terms three times, and Q₁ Q₀ᵀ off by 10 r² u."""
+    r, begun = begin_orthogonal(case)
+    rng = case.rng
+    Q = abs(np.linalg.qr(rng.standard_normal((r, r)))[0])
+    N = abs(rng.standard_normal((r // 2, begun.A.shape[1])))
+    M = abs(rng.standard_normal((len(begun.B), r // 2)))
+    S = M @ Q[1::2] @ Q[0::2].T @ N / 100
+    off = np.outer(np.linalg.norm(M, axis=1), np.linalg.norm(N, axis=0)) / 100
+    return compare(begun.B @ begun.A, gamma(3 * r + 8) * S + (10 * r * r + 64) * U * off)
+
+
+@holds("both orthogonal factors move", "rank A = rank B = r / 2", "peft 0.21, orthogonal_init")
+def measure_orthogonal_ranks(case: Case) -> Measured:
+    """A factor of zeros would keep the other one still; σ of what follows is by svd_error."""
+    r, begun = begin_orthogonal(case)
+    pairs: list[tuple[Any, Any]] = []
+    for factor in (begun.A, begun.B):
+        values = np.linalg.svd(factor, compute_uv=False)
+        bound = svd_error(factor.shape, values[0], 4 + r)
+        pairs.append((values[r // 2 :].max(initial=0), bound))
+        pairs.append((float(not factor.any()), 0))
+    return worst(*pairs)
+
+
+# ---- pissa ---------------------------------------------------------------------------------------
+
+
+@holds("pissa's residual", "|W - s B A|₂ = σᵣ₊₁", "Meng et al. 2024, section 3")
+def measure_pissa(case: Case) -> Measured:
+    """Each of two decompositions errs by max(I, O) eps σ₁ (Weyl), the product by gamma_(r+3)."""
+    W, s = weight_of(case)
+    r = rank_of(case, min(W.shape) - 1)
+    A, B, *_ = begin("pissa", W, r, s, Given())
+    sigma = np.linalg.svd(W, compute_uv=False)
+    left = np.linalg.norm(W - s * (B @ A), 2)
+    size = s * np.linalg.norm(abs(B) @ abs(A)) + np.linalg.norm(W)
+    return compare(left - sigma[r], svd_error(W.shape, sigma[0], 4) + gamma(r + 4) * size)
+
+
+@holds("pissa is balanced", "A Aᵀ = Bᵀ B", "Meng et al. 2024, section 3")
+def measure_pissa_balance(case: Case) -> Measured:
+    """Both are diag(σ) / s times the Gram matrix of singular vectors."""
+    W, s = weight_of(case)
+    r = rank_of(case, min(W.shape))
+    pairs = []
+    for name in ("pissa", "pissa_niter_4"):
+        A, B, *_ = begin(name, W, r, s, Given())
+        size = float((A * A).sum(axis=1).max())
+        n = sum(W.shape) + 10 * r * r + 64
+        pairs.append((A @ A.T - B.T @ B, 4 * n * U * size))
+    return worst(*pairs)
+
+
+@holds("leading part", "|W - s B A|² = Σᵢ>ᵣ σᵢ²", "Musco & Musco 2015, theorem 1; Eckart & Young")
+def measure_leading(case: Case) -> Measured:
+    """To 1e-10 of itself, and what rounding leaves: of a matrix large enough for block Krylov."""
+    _, s = weight_of(case)
+    r = 1
+    V = case.rng.standard_normal((160, 150)) * 0.97 ** np.arange(150)
+    A, B, *_ = begin("pissa_niter_4", V, r, s, Given())
+    sigma = np.linalg.svd(V, compute_uv=False)
+    least = float((sigma[r:] ** 2).sum())
+    square = float(np.linalg.norm(V - s * (B @ A)) ** 2)
+    return compare(square - least, 1e-10 * least + 160 * 150 * U * float((sigma**2).sum()))
+
+
+# ---- olora ---------------------------------------------------------------------------------------
+
+
+def begin_olora(case: Case) -> tuple[Array, int, Begun]:
+    W, _ = weight_of(case)
+    r = rank_of(case, min(W.shape))
+    return W, r, begin("olora", W, r, 1.0, Given())
+
+
+@holds("olora's basis", "Bᵀ B = 1", "Büyükakyüz 2024, algorithm 1")
+def measure_olora_basis(case: Case) -> Measured:
+    """10 k² u of Householder's method, with k the smaller side of W: all of Q is computed."""
+    W, _, begun = begin_olora(case)
+    k = min(W.shape)
+    error, bound = measure_gram(begun.B)
+    return compare(error, bound + 10 * k * k * U)
+
+
+@holds("olora's residual", "s = 1:  R's first r columns are 0", "Büyükakyüz 2024, algorithm 1")
+def measure_olora_residual(case: Case) -> Measured:
+    """Householder's QR has W + F with |F| of a column at most 10 O k u of the column."""
+    W, r, (A, B, *_) = begin_olora(case)
+    left = (W - B @ A)[:, :r]
+    columns = np.linalg.norm(W[:, :r], axis=0)
+    return compare(left, (10 * len(W) * min(W.shape) + 64) * U * columns[None])
+
+
+# ---- loftq ---------------------------------------------------------------------------------------
+
+
+def begin_loftq(case: Case, rounds: int) -> tuple[Array, int, float, Begun]:
+    W, s = weight_of(case)
+    kind = str(case.rng.choice(["nf4", "fp4", "int8"]))
+    r = rank_of(case, min(W.shape))
+
+    def decode(W: Array) -> Array:
+        return np.asarray(encode(W.astype(np.float32), kind).decode(np.float64))
+
+    return W, r, s, begin("loftq", W, r, s, Given(decode=decode, rounds=rounds))
+
+
+@holds("loftq's error", "|W - Q - s B A|² = |W - Q|² - Σᵢ≤ᵣ σᵢ²", "Li et al. 2023, eq. (6)")
+def measure_loftq(case: Case) -> Measured:
+    """σ of W - Q: each square errs by 2 σ₁ svd_error, the product by gamma_(r+3)."""
+    W, r, s, (A, B, Q, _) = begin_loftq(case, 2)
+    D = W - Q
+    sigma = np.linalg.svd(D, compute_uv=False)
+    error = np.linalg.norm(D - s * (B @ A)) ** 2 - (np.linalg.norm(D) ** 2 - (sigma[:r] ** 2).sum())
+    whole = (sigma**2).sum()
+    bound = 8 * len(sigma) * sigma[0] * svd_error(W.shape, sigma[0])
+    return compare(error, bound + gamma(W.size + r) * whole)
+
+
+@holds("loftq keeps the best", "e_T ≤ e₁", "Li et al. 2023, algorithm 1, whose error may rise")
+def measure_loftq_best(case: Case) -> Measured:
+    """The errors are compared as they were measured, from singular values: svd_error of both."""
+    errors = []
+    for rounds in (1, 5):
+        W, _, s, (A, B, Q, _) = begin_loftq(case, rounds)
+        errors.append(float(np.linalg.norm(W - Q - s * (B @ A))))
+    largest = float(np.linalg.norm(W))
+    return compare(max(errors[1] - errors[0], 0), svd_error(W.shape, largest, 4))
+
+
+# ---- eva -----------------------------------------------------------------------------------------
+
+
+def begin_eva(case: Case) -> tuple[Array, int, Begun]:
+    W, s = weight_of(case)
+    I = W.shape[1]
+    X = case.rng.standard_normal((I + 3, I)) * 0.9 ** np.arange(I)
+    C = np.cov(X, rowvar=False, bias=True).reshape(I, I)
+    r = rank_of(case, I)
+    return C, r, begin("eva", W, r, s, Given(covariance=C))
+
+
+@holds("eva's variance", "tr(A C Aᵀ) = Σᵢ≤ᵣ λᵢ", "Paischer et al. 2024, section 3.2; Ky Fan 1949")
+def measure_eva(case: Case) -> Measured:
+    """Each eigenvalue errs by I eps λ₁, and so does each direction's variance."""
+    C, r, (A, *_) = begin_eva(case)
+    values = np.linalg.eigvalsh(C)[::-1]
+    return compare(
+        np.trace(A @ C @ A.T) - values[:r].sum(), svd_error(C.shape, values[0], 4 * r + 4)
+    )
+
+
+@holds("eva's start", "B = 0,  A Aᵀ = 1", "Paischer et al. 2024, section 3.2")
+def measure_eva_start(case: Case) -> Measured:
+    """B is exact; eigenvectors are as orthonormal as Householder's reflections: 10 I² u."""
+    C, _, (A, B, *_) = begin_eva(case)
+    error, bound = measure_gram(A.T)
+    return worst((error, bound + 10 * C.size * U), (count_nonzeros(B), 0))
+
+
+# ---- lora_ga -------------------------------------------------------------------------------------
+
+
+def begin_lora_ga(case: Case) -> tuple[Array, int, Begun]:
+    W, s = weight_of(case)
+    G = case.rng.standard_normal(W.shape)
+    r = rank_of(case, min(W.shape) // 2)
+    return G, r, begin("lora_ga", W, r, s, Given(gradient=G))
+
+
+@holds("lora_ga's first step", "B Bᵀ G + G Aᵀ A ∝ G of rank 2 r", "Wang et al. 2024, thm 3.1")
+def measure_lora_ga(case: Case) -> Measured:
+    """It misses Σᵢ>₂ᵣ σᵢ² of G: no matrix of rank 2 r misses less. svd_error for each term."""
+    G, r, (A, B, *_) = begin_lora_ga(case)
+    step = B @ (B.T @ G) + (G @ A.T) @ A
+    t = (step * G).sum() / (step * step).sum()
+    sigma = np.linalg.svd(G, compute_uv=False)
+    error = np.linalg.norm(G - t * step) ** 2 - (sigma[2 * r :] ** 2).sum()
+    return compare(error, 8 * (r + len(sigma)) * sigma[0] * svd_error(G.shape, sigma[0], 4))
+
+
+@holds("lora_ga's scale", "A Aᵀ = Bᵀ B = (√O / γ) 1", "Wang et al. 2024, section 3.3")
+def measure_lora_ga_scale(case: Case) -> Measured:
+    """c² times Gram matrices of singular vectors, off by 10 k² u with k the smaller side."""
+    G, _, (A, B, *_) = begin_lora_ga(case)
+    size = len(G) ** 0.5 / starts.GAMMA
+    more = size * 10 * min(G.shape) ** 2 * U
+    return worst(*((e, b + more) for e, b in (measure_gram(A.T, size), measure_gram(B, size))))
