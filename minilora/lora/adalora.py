@@ -194,7 +194,7 @@ class AdaLoraAdapter(LoraAdapter):
         self._require_allocator()
         return super().__call__(x, y, base)
 
-    def write_effective_weight(self, W: Array) -> Formed:
+    def write_effective_weight(self, W: Array, base: LinearBase | None = None) -> Formed:
         """Add dW to W (O, I) in place; returns A, E, B and the function of their gradients.
 
         With P = s B^T G, LoRA's gradient of the first factor diag(E) A, dA = diag(E) P, and dE is

@@ -255,7 +255,7 @@ class LoraConfig:
         given = {}
         extra = {}
         for name, value in config.items():
-            if _is_file_only(name, value):
+            if is_file_only(name, value):
                 extra[name] = value
                 continue
             if name == "init_lora_weights":
@@ -292,7 +292,8 @@ class LoraConfig:
         }
 
 
-def _is_file_only(field: str, value: Any) -> bool:
+def is_file_only(field: str, value: Any) -> bool:
+    """Has this field a value here that a file may have, and a new adapter not?"""
     return isinstance(value, str) and value in FILE_ONLY.get(field, ())
 
 

@@ -148,7 +148,9 @@ class HeadAdapter(LoraAdapter):
         self.scaling = source.scaling
         self.dropout = Dropout(dropout, stream)
 
-    def write_effective_weight(self, W: Array) -> tuple[tuple[Tensor, ...], Pull]:
+    def write_effective_weight(
+        self, W: Array, base: LinearBase | None = None
+    ) -> tuple[tuple[Tensor, ...], Pull]:
         """As LoRA's, with the embedding's parameters and their gradients: LoRA's, transposed."""
         _, pull = super().write_effective_weight(W)
         params = self._source.lora_embedding_B, self._source.lora_embedding_A

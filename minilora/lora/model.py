@@ -28,6 +28,8 @@ from .config import LoraConfig
 from .embedding import HeadAdapter, LoraEmbedding
 from .files import AdapterFile, fit
 from .layer import LoraLinear, SavedModule, Wrapper, use_adapters
+from .maps import MapConfig
+from .maps.adapter import share
 from .names import PREFIX, EntryParameter, adapter_class, entry_parameters
 from .plan import Plan, check_wrapped, describe_model, modules_inside, plan_adapter, wrappers
 from .repeats import repeated
@@ -177,7 +179,7 @@ class PeftModel(Module):
             if frozen is None:
                 frozen = self.peft_config[name].inference_mode
             for parameter in self.adapter_parameters(name).values():
-                parameter.requires_grad = not frozen
+                parameter.requires_grad = not (frozen or parameter.fixed)
         self.active_adapters = names
 
     def adapter_parameters(self, adapter_name: str) -> dict[str, Parameter]:
@@ -477,6 +479,8 @@ class PeftModel(Module):
             self._check_name(adapter_name, file.config)
             if is_trainable and file.config.extra.get("init_lora_weights") == "mica":
                 file.note(f"{file.where}: peft trains A alone after 'mica'; here B is trained, too")
+            if is_trainable and isinstance(file.config, MapConfig):
+                file.config.require_trainable(file.where)
             file.config = dataclasses.replace(file.config, inference_mode=not is_trainable)
             with self._unmerged():
                 plan = fit(file, describe_model(self.model), self._read_base)
@@ -538,6 +542,7 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
     First values depend on `seed` and on the layer's name, and on nothing else.
     """
     head, embedding = plan.follows or ("", "")
+    of_model = _shared_tensors(model, plan, seed)
     for path, described in plan.targets.items():
         layer = _wrap(model, path, LoraEmbedding if described.kind == "embedding" else LoraLinear)
         place = zlib.crc32(path.encode())
@@ -551,7 +556,7 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
         else:
             rng = np.random.default_rng([seed, place])
             kind = adapter_class(plan.config, described.kind)
-            adapter = kind(base, path, plan.config, rng, stream)
+            adapter = kind(base, path, plan.config, rng, stream, **of_model)
         layer.adapters[adapter_name] = adapter.train(base.training)
     for path in plan.saved:
         _wrap(model, path, SavedModule).add(adapter_name)
@@ -563,6 +568,17 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
         tokens.adapters[adapter_name] = TokenRows(unwrap(tokens).weight, rows)
         if path == embedding:
             _wrap(model, head, TrainableTokens, tokens.adapters).follow(tokens)
+
+
+def _shared_tensors(model: Module, plan: Plan, seed: int) -> dict[str, Any]:
+    """What the adapters of a map need of the whole model; {} for other methods."""
+    maps = plan.maps()
+    if not maps:
+        return {}
+    path, first = next(iter(maps.items()))
+    base = unwrap(_module_at(model, path))
+    shared = share(first, base, np.random.default_rng([seed, len(maps)]))
+    return {"layers": plan.layer_sizes(), "shared": shared}
 
 
 def _module_at(model: Module, path: str) -> Any:

@@ -50,6 +50,8 @@ def combine(
         require_outside(out, adapter=folder)
     with ExitStack() as opened:
         files = [opened.enter_context(AdapterFile(folder)) for folder in adapters]
+        for file in files:
+            file.require_factors("combine")
         plan: Changes = {}
         for file, weight in zip(files, weights, strict=True):
             for name, change in changes_of(file, weight).items():

@@ -50,6 +50,7 @@ def resize(adapter: str | Path, r: int, out: str | Path) -> list[Row]:
     _require_rank(r)
     require_outside(out, adapter=adapter)
     with AdapterFile(adapter) as file:
+        file.require_factors("resize")
         if isinstance(file.config, HydraConfig):
             raise ConfigError(
                 f"{file.where} is HydraLoRA's: it has several B's, and so "
