@@ -2,9 +2,9 @@
 
 Each entry of PROPERTIES is one claim and says to which cases it applies. One module lists the
 claims of each thing that makes promises: LoRA, a layer with adapters of any kind, DoRA, AdaLoRA, a
-base of codes, several tasks, sums of adapters, and the two ends of a model. QLoRA has no list: it
-is any of these over a base of codes, and all of them are measured there too. Letters and shapes are
-case.py's.
+base of codes, several tasks, sums of adapters, the two ends of a model, and maps. QLoRA has no
+list: it is any of these over a base of codes, and all of them are measured there too. Letters and
+shapes are case.py's.
 
 **Where bounds come from.** A property that is exact in floating point has the bound 0, and its
 measurement counts the entries that differ. For the others no tolerance is chosen. If a result is a
@@ -22,9 +22,9 @@ beyond it.
 
 from __future__ import annotations
 
-from . import adalora, codes, dora, ends, layers, lora, sums, tasks
+from . import adalora, codes, dora, ends, layers, lora, maps, sums, tasks
 from .measuring import Property
 
 PROPERTIES: list[Property] = []
-for module in (lora, layers, dora, adalora, codes, tasks, sums, ends):
+for module in (lora, layers, dora, adalora, codes, tasks, sums, ends, maps):
     PROPERTIES += module.PROPERTIES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from minilora.tools.factoring import resize
 from minilora.tools.inspecting import inspect_adapter
 from minilora.tools.merging import merge
 from minilora.training.parallel import ShardedStep
+from minilora.verify import verify_files
 
 METHODS = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -226,9 +228,15 @@ def test_sharded_step_has_the_same_bits_for_any_number_of_threads(row: Row) -> N
     assert len(results) == 1
 
 
-@METHODS
+LIBRARIES = ("oft-exact", "fourierft")  # cuSOLVER's and cuFFT's, which are not emulated
+
+
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("device", ["strict", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_map_computes_on_a_device_what_it_computes_on_the_host(row: Row, device: str) -> None:
+def test_map_computes_on_a_device_what_it_computes_on_the_host(name: str, device: str) -> None:
+    if name in LIBRARIES and (device == "strict" or "cupy_on_cpu" in sys.modules):
+        pytest.skip("needs a library that only a real device has")
+    row = ROWS[name]
     backend = STRICT if device == "strict" else get_backend(device)
     results = []
     for where in ("cpu", backend):
@@ -413,6 +421,20 @@ def test_tools_that_need_factors_refuse_a_map(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=r"LoHa has no factors A and B.*merge the adapter"):
             run()
+
+
+@METHODS
+def test_verify_files_measures_the_properties_of_the_method(row: Row, tmp_path: Path) -> None:
+    model = adapted(row, "float32")
+    base("float32").save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    report = verify_files(tmp_path / "base", tmp_path / "adapter")
+    assert all(result.ok for result in report.rows)
+    names = [r.property for r in report.rows if r.property.startswith(row.config.title)]
+    assert len(names) >= 2
+    for finding in report.layers:
+        norm = np.linalg.norm(layers(model)[finding.layer].delta_weight("default"))
+        assert finding.dW == pytest.approx(norm, rel=1e-6)
 
 
 @METHODS

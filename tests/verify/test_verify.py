@@ -24,6 +24,7 @@ from minilora.verify import (
     layers,
     lora,
     make_case,
+    maps,
     measure,
     over_codes,
     random_case,
@@ -36,6 +37,7 @@ from minilora.verify.measuring import leading_terms, project, spectral_norm, wor
 
 BY_NAME = {p.name: p for p in PROPERTIES}
 LORAS = {p.name for module in (lora, layers, tasks, sums, ends) for p in module.PROPERTIES}
+OF_MAPS = {p.name for p in maps.PROPERTIES}
 EXACT = {
     "start is the base", "disabled is the base", "count", "gauge by powers of two",
     "start moves B alone", "merge in any portions", "merge refuses", "unmerge", "files",
@@ -43,6 +45,7 @@ EXACT = {
     "DoRA's scale", "DoRA's count", "AdaLoRA starts as the base", "AdaLoRA's count",
     "AdaLoRA's penalty at rest", "AdaLoRA's budget", "absmax stays", "encoding twice",
     "codes ignore scale", "codes ignore neighbours", "codes in bytes", "bits", "absent task",
+    "HiRA zeros", "MiSS repetition",
 }  # fmt: skip
 
 
