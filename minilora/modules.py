@@ -20,11 +20,13 @@ from .errors import ConfigError, DeviceError
 class Parameter(Tensor):
     """A leaf that training may change.
 
-    It requires a gradient unless it is frozen, and cannot require one if it is `fixed`.
+    It requires a gradient unless it is frozen, and cannot require one if it is `fixed`. One that is
+    `encoded` is stored in codes or in 16 bits, and cannot be written.
     """
 
     __slots__ = ()
     fixed = False
+    encoded = False
     is_parameter = True
 
     def __init__(self, data: Array, requires_grad: bool = True):
@@ -317,7 +319,7 @@ def load_parameters(
 
 def _why_not(array: np.ndarray, parameter: Parameter) -> str:
     """Why the array cannot be a parameter's value; empty if it can."""
-    if parameter.fixed:
+    if parameter.encoded:
         return "is quantised or in 16 bits, so its values cannot be set: load before quantising"
     if array.dtype.kind not in "iuf":
         return f"expected real numbers, got {array.dtype}"

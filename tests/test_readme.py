@@ -70,13 +70,14 @@ def file_of(module):
 def test_tree_in_contributing_names_every_file_and_no_other():
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     tree = page.split("```\nminilora/")[1].split("\ntests/")[0]
-    named, folder = set(), ""
+    named, folders = set(), []
     for line in tree.splitlines()[1:]:
         depth, name = len(line) - len(line.lstrip()), line.split()[0]
+        folders = folders[: depth // 2 - 1]
         if name.endswith("/"):
-            folder = name
+            folders.append(name)
         else:
-            named.add((folder if depth == 4 else "") + name)
+            named.add("".join(folders) + name)
     files = (
         p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".cu") and not p.name.startswith("__")
     )

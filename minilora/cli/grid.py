@@ -56,7 +56,8 @@ class Axis(NamedTuple):
 def possible_axes(parser: Parser) -> dict[str, argparse.Action]:
     """The options of finetune that can be an axis, by their names without the hyphens.
 
-    Left out are files, and what does not change the result, such as the number of threads.
+    Left out are files, what does not change the result, such as the number of threads, and an
+    option with the name of a short one: `alpha` of a grid is --lora-alpha.
     """
     from ..training.loop import Settings
 
@@ -64,7 +65,7 @@ def possible_axes(parser: Parser) -> dict[str, argparse.Action]:
     return {
         action.option_strings[0].removeprefix("--"): action
         for action in parser._actions
-        if action.dest not in excluded and action.metavar not in FILES
+        if action.dest not in excluded and action.metavar not in FILES and action.dest not in SHORT
     }
 
 

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from ..errors import ConfigError, FormatError, describe_integer
 from ..formats.disk import parse_json
 from ..formats.hub import find_model
+from ..lora import AdaLoraConfig
 from ..lora.initial import RESIDUAL
 from ..precision import FLOAT32, MANTISSA
-from ..training.methods import METHODS, QUANTIZE
+from ..training.methods import MAPS_BY_METHOD, METHODS, QUANTIZE
 
 Args = argparse.Namespace
 DTYPES = ("float32", "float16", "bfloat16")
@@ -85,6 +86,14 @@ def hyphenate(argv: Sequence[str]) -> list[str]:
         else:
             result.append(word)
     return result
+
+
+def select_adapter_fields(args: Args) -> dict[str, Any]:
+    """The given options that have the name of a field of an adapter's configuration."""
+    fields: dict[str, Any] = {}
+    for config in (AdaLoraConfig, *MAPS_BY_METHOD.values()):
+        fields |= select_fields(args, config)
+    return fields
 
 
 def select_fields(args: Args, config: Any) -> dict[str, Any]:
@@ -304,9 +313,32 @@ def add_allow_nonfinite(parser: Parser) -> None:
     option(parser, "--allow-nonfinite", "accept weights that are NaN or infinite")
 
 
-def add_method(parser: Any) -> None:
-    text = f"what to train: {', '.join(METHODS)}"
-    option(parser, "--method M", text, choices=METHODS, default="lora")
+def add_method(parser: Any, methods: Sequence[str] = METHODS) -> None:
+    text = f"what to train: {', '.join(methods)}"
+    option(parser, "--method M", text, choices=methods, default="lora")
+
+
+def add_fields_of_maps(parser: Parser) -> None:
+    """One option for each field that a method of lora/maps has and LoRA has not."""
+    group = parser.add_argument_group("the other methods (a field with the methods that have it)")
+    methods: dict[str, list[str]] = {}
+    metavars = {}
+    for method, config in MAPS_BY_METHOD.items():
+        for field in config.own_fields():
+            methods.setdefault(field.name, []).append(method)
+            metavars[field.name] = _metavar(field)
+    for name, having in methods.items():
+        words = f"--{name.replace('_', '-')} {metavars[name]}"
+        text = f"PEFT's field of {', '.join(having)}"
+        reading = {"type": true_false_or_name} if metavars[name] == "HOW" else {}
+        option(group, words, text, default=argparse.SUPPRESS, **reading)
+
+
+def _metavar(field: dataclasses.Field[Any]) -> str:
+    """How an option shows the value of a field, and so how it is read: see READERS."""
+    kinds = {"int": "N", "float": "X", "dict[str, int]": "JSON"}
+    kinds["list[str] | str | None"] = "NAMES"
+    return kinds.get(str(field.type), "HOW")  # true, false or a word
 
 
 def add_quantize(parser: Any, kinds: Sequence[str] = QUANTIZE) -> None:

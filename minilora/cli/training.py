@@ -30,6 +30,7 @@ from ..quant.codes import KINDS
 from ..training.checkpoints import find_checkpoint, open_folder
 from ..training.methods import (
     CODES,
+    FACTORED,
     METHODS,
     adapter_config,
     format_weight_memory,
@@ -48,6 +49,7 @@ from .options import (
     add_base,
     add_compute,
     add_device_and_threads,
+    add_fields_of_maps,
     add_method,
     add_quantize,
     add_seed,
@@ -56,6 +58,7 @@ from .options import (
     option,
     path,
     positive_integer,
+    select_adapter_fields,
     select_fields,
     true_false_or_name,
 )
@@ -80,7 +83,7 @@ def add_demo_options(parser: Parser) -> None:
     option(
         parser, "--quick", "take 20 seconds: shows that everything runs, not what training can do"
     )
-    add_method(parser)
+    add_method(parser, FACTORED)
     add_quantize(parser, CODES)
     option(parser, "--pretrain-data FILE", "text to pretrain on (default: Python's reference)")
     option(parser, "--adapt-data FILE", "text to adapt to (default: Python's standard library)")
@@ -265,6 +268,7 @@ def add_tuning_options(parser: Parser) -> None:
     field("--ensure-weight-tying", "adapt a tied head together with its embedding")
     field("--fan-in-fan-out", "accepted for PEFT's sake: the layout is read from the model")
     _add_adalora_fields(parser)
+    add_fields_of_maps(parser)
 
 
 def _add_optimizers(parser: Parser) -> None:
@@ -306,7 +310,7 @@ def read_finetune_options(args: Args) -> tuple[Any, LoraConfig | None, dict[str,
     from ..training.loop import Settings
 
     settings = Settings(**select_fields(args, Settings))
-    fields = select_fields(args, AdaLoraConfig)
+    fields = select_adapter_fields(args)
     config: LoraConfig | None
     if args.adapter is None:
         args.method = args.method or METHODS[0]

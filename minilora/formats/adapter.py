@@ -80,6 +80,9 @@ PEFT_CONFIG_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 )
 
 
+LORA_TYPES = ("LORA", "ADALORA", "HYDRALORA")  # the peft_types that have these fields
+
+
 def open_adapter(directory: PathLike) -> tuple[JsonObject, SafetensorsFile]:
     """(config as the file has it, the open tensors) of PEFT's folder: close them, or use `with`.
 
@@ -107,8 +110,11 @@ def write_adapter(
 ) -> None:
     """Write PEFT's folder.
 
-    Keys that `config` lacks get PEFT's defaults; keys that PEFT does not know stay in the file.
+    Keys that the `config` of LoRA lacks get PEFT's defaults; that of another method is written as
+    it is. Keys that PEFT does not know stay in the file.
     """
     os.makedirs(directory, exist_ok=True)
-    with json_after(Path(directory, CONFIG_FILE), {**PEFT_CONFIG_DEFAULTS, **config}):
+    is_of_lora = config.get("peft_type", "LORA") in LORA_TYPES
+    defaults = PEFT_CONFIG_DEFAULTS if is_of_lora else {}
+    with json_after(Path(directory, CONFIG_FILE), {**defaults, **config}):
         save_file(Path(directory, WEIGHTS_FILE), tensors)

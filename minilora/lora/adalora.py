@@ -157,7 +157,7 @@ class AdaLoraAdapter(LoraAdapter):
         assert isinstance(config, AdaLoraConfig)
         self.r = config.rank(name)
         self.ranknum = float(config.init_r)
-        self.lora_alpha = config.alpha(name)
+        self.lora_alpha = config.layer_alpha(name)
         self.scaling = config.scaling(name)
         self.dropout = Dropout(config.lora_dropout, stream)
         std = 0.02 if config.init_lora_weights else 1.0
@@ -195,7 +195,7 @@ class AdaLoraAdapter(LoraAdapter):
         self._require_allocator()
         return super().__call__(x, y, base)
 
-    def write_effective_weight(self, W: Array) -> Formed:
+    def write_effective_weight(self, W: Array, base: LinearBase | None = None) -> Formed:
         """Add dW to W (O, I) in place; returns A, E, B and the function of their gradients.
 
         With P = s B^T G, LoRA's gradient of the first factor diag(E) A, dA = diag(E) P, and dE is

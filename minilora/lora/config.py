@@ -238,13 +238,13 @@ class LoraConfig:
         """r of the layer `name`."""
         return pattern_value(name, self.rank_pattern, self.r)
 
-    def alpha(self, name: str) -> float:
+    def layer_alpha(self, name: str) -> float:
         """lora_alpha of the layer `name`."""
         return pattern_value(name, self.alpha_pattern, self.lora_alpha)
 
     def scaling(self, name: str) -> float:
         """s of the layer `name`."""
-        alpha = self.alpha(name)
+        alpha = self.layer_alpha(name)
         r = self.rank(name)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
@@ -263,7 +263,7 @@ class LoraConfig:
         given = {}
         extra = {}
         for name, value in config.items():
-            if _is_of_file(name, value, cls.peft_type):
+            if is_file_only(name, value, cls.peft_type):
                 extra[name] = value
                 continue
             if name in names:
@@ -298,7 +298,7 @@ class LoraConfig:
         }
 
 
-def _is_of_file(field: str, value: Any, peft_type: str) -> bool:
+def is_file_only(field: str, value: Any, peft_type: str) -> bool:
     """Does this field say how training began, or for which task, with a value of files alone?"""
     if field == "init_lora_weights":
         is_changed = peft_type == "LORA" and name_of_changed_start(value) != ""

@@ -48,6 +48,7 @@ class DoraAdapter(LoraAdapter):
 
     TENSORS = (*LoraAdapter.TENSORS, "lora_magnitude_vector")
     NORMED = True
+    ALONE = "is DoRA's and scales its whole layer"
 
     def __init__(
         self,
@@ -117,11 +118,11 @@ class DoraAdapter(LoraAdapter):
         m = self.lora_magnitude_vector.data.astype(W.dtype)
         return _scales(xp, m, norms)[:, None] * V - W
 
-    def part(self) -> Part:
+    def part(self, W: Array | None = None) -> Part:
         """LoRA's factors with the magnitude, in float64 on the host."""
         return super().part()._replace(m=float64(self.lora_magnitude_vector))
 
-    def write_effective_weight(self, W: Array) -> Formed:
+    def write_effective_weight(self, W: Array, base: LinearBase | None = None) -> Formed:
         """Make W (O, I) k V in place; returns the parameters, and the function of their gradients.
 
         V x is the output without its bias, divided by k, so dm needs no second product.
@@ -199,15 +200,15 @@ def _magnitude_gradient(backend: Backend, dY: Array, Y: Array, k: Array, norms: 
 
 
 def require_compatible(adapters: Mapping[str, LoraAdapter], names: Sequence[str]) -> None:
-    """ConfigError if a DoRA adapter would run, or be merged, beside another one in a layer.
+    """ConfigError if an adapter that must be alone would run, or be merged, beside another one.
 
-    It scales the layer's output, so the result would depend on the order of the two.
+    It multiplies the layer's weight, so the result would depend on the order of the two.
     """
     present = [name for name in dict.fromkeys(names) if name in adapters]
     for name in present:
-        if isinstance(adapters[name], DoraAdapter) and len(present) > 1:
+        if adapters[name].ALONE and len(present) > 1:
             others = ", ".join(other for other in present if other != name)
             raise ConfigError(
-                f"adapter {name!r:.99} is DoRA's and scales its whole layer, so it must run or "
-                f"merge alone: not together with {others}"
+                f"adapter {name!r:.99} {adapters[name].ALONE}, so it must run or merge alone: "
+                f"not together with {others}"
             )

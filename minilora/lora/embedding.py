@@ -71,7 +71,7 @@ class EmbeddingAdapter(LoraAdapter):
         stream: int = 0,
     ):
         self.r = config.rank(name)
-        self.lora_alpha = config.alpha(name)
+        self.lora_alpha = config.layer_alpha(name)
         self.scaling = config.scaling(name)
         self.dropout = Dropout(0.0)
         for tensor, shape in EmbeddingAdapter.shapes(base, self.r).items():
@@ -150,7 +150,9 @@ class HeadAdapter(LoraAdapter):
         self.scaling = source.scaling
         self.dropout = Dropout(dropout, stream)
 
-    def write_effective_weight(self, W: Array) -> tuple[tuple[Tensor, ...], Pull]:
+    def write_effective_weight(
+        self, W: Array, base: LinearBase | None = None
+    ) -> tuple[tuple[Tensor, ...], Pull]:
         """As LoRA's, with the embedding's parameters and their gradients: LoRA's, transposed."""
         _, pull = super().write_effective_weight(W)
         params = self._source.lora_embedding_B, self._source.lora_embedding_A

@@ -38,6 +38,13 @@ class Term(NamedTuple):
         return self.part._replace(c=self.weight * self.part.c)
 
 
+class Dense(NamedTuple):
+    """dW (O, I) in float64: what an adapter without factors adds to a weight, times c."""
+
+    dW: Array
+    c: float = 1.0
+
+
 def float64(p: Any) -> Array:
     """A parameter's values in float64 on the host."""
     return p.numpy().astype(np.float64)  # type: ignore[no-any-return]

@@ -31,7 +31,7 @@ from ..formats.disk import quoted
 from ..formats.dtypes import round_to, widen
 from .adalora import AdaLoraConfig
 from .config import NO_START, LoraConfig, name_of_changed_start
-from .factors import Part
+from .factors import Dense, Part
 from .hydra import HydraConfig
 from .initial import (
     check_choice,
@@ -41,12 +41,15 @@ from .initial import (
     start_of,
     without_start,
 )
+from .maps import Map, MapConfig
+from .maps.adapter import dense_part
 from .names import (
     EMBEDDING,
-    ENDINGS,
     LINEAR,
+    MODEL_PREFIX,
     PREFIX,
     TOKENS,
+    find_ending,
     keys_without_name,
     read_config,
 )
@@ -86,6 +89,8 @@ class AdapterFile:
     layers     path -> {"A": key, "B": key, ...}, the keys in the file
     replaced   name of a base's tensor -> key: modules_to_save and trained biases take its place
     tokens     path of an embedding -> key: trainable_token_indices, which replace some of its rows
+    shared     name -> key: tensors that all layers share
+    maps       path -> the map of the layer, once `fit` knows the base; {} for methods without maps
 
     FormatError for tensors that are not floats, are unknown, or do not fit each other or the
     configuration.
@@ -118,6 +123,9 @@ class AdapterFile:
         self.layers: dict[str, dict[str, str]] = {}
         self.replaced: dict[str, str] = {}
         self.tokens: dict[str, str] = {}
+        self.shared: dict[str, str] = {}
+        self.maps: dict[str, Map] = {}
+        self.model_type = ""
         self.of_base: list[str] = []
         self.notes: list[str] = []
         self._is_sorted = check
@@ -166,6 +174,7 @@ class AdapterFile:
         self.layers.clear()
         self.replaced.clear()
         self.tokens.clear()
+        self.shared.clear()
         self.of_base.clear()
         copies: dict[str, str] = {}
         for key in file.keys():
@@ -182,7 +191,11 @@ class AdapterFile:
 
     def _sort_key(self, key: str, copies: dict[str, str]) -> None:
         name = key.removeprefix(PREFIX)
-        ending = next((e for e in ENDINGS if name.endswith(e)), None)
+        ending, part = find_ending(name) or (None, "")
+        of_model = key.removeprefix(MODEL_PREFIX)
+        if isinstance(self.config, MapConfig) and of_model in self.config.map.SHARED:
+            self.shared[of_model] = key
+            return
         is_token = name.endswith(f".{TOKENS}")
         unknown = ".lora_" in name or (".token_adapter." in name and not is_token)
         if name == key and ending is not None:
@@ -210,7 +223,6 @@ class AdapterFile:
             self.replaced[name.replace(".base_layer.bias", ".bias")] = key
             return
         layer = self.layers.setdefault(name.removesuffix(ending), {})
-        part = ENDINGS[ending]
         if part in layer:
             raise FormatError(f"{self.where}: {quoted(key)} repeats {quoted(layer[part])}")
         layer[part] = key
@@ -219,6 +231,15 @@ class AdapterFile:
         config = self.config
         where = f"{self.where}: {path}"
         layer = {part: self.file.shape(key) for part, key in self.layers[path].items()}
+        if isinstance(config, MapConfig):
+            others = [key for part, key in self.layers[path].items() if not config.has_tensor(part)]
+            if others:
+                valid = ", ".join(config.map.TENSORS) or "none in a layer"
+                raise FormatError(
+                    f"{where}: {quoted(others[0])} is not a tensor of {config.title}, which has "
+                    f"{valid}: peft_type in adapter_config.json must be that of the tensors"
+                )
+            return
         A = layer.get("A", ())
         B = layer.get("B", ())
         experts = config.experts if isinstance(config, HydraConfig) else 1
@@ -240,13 +261,20 @@ class AdapterFile:
 
     def embeds(self, path: str) -> bool:
         """Does the layer `path` adapt an embedding?"""
-        return self.layers[path]["A"].endswith(".lora_embedding_A")
+        return self.layers.get(path, {}).get("A", "").endswith(".lora_embedding_A")
 
-    def part(self, path: str) -> Part:
-        """dW of a layer as float64 factors, AdaLoRA's diag(E) A being the first.
+    def paths(self) -> list[str]:
+        """The adapted layers; for a method without tensors of its own in layers, once they fit."""
+        return list(self.maps or self.layers)
 
-        HydraLoRA's B has the columns of all its experts.
+    def part(self, path: str, W: Array | None = None) -> Any:
+        """dW of a layer as float64 factors (`Part`), AdaLoRA's diag(E) A being the first.
+
+        HydraLoRA's B has the columns of all its experts. For a map it is dW itself (`Dense`), over
+        the base's weight W (O, I) as it is stored, and only once the file fits a base.
         """
+        if isinstance(self.config, MapConfig):
+            return self._dense_part(path, W)
         tensors = {}
         for part, key in self.layers[path].items():
             if part not in ("base", "route"):
@@ -255,6 +283,40 @@ class AdapterFile:
         if "E" in tensors:
             A = A * tensors["E"]
         return Part(A, tensors["B"], float(self.config.scaling(path)), tensors.get("m"))
+
+    def require_factors(self, what: str) -> None:
+        """ConfigError if dW has no factors A and B, which `what` needs."""
+        if isinstance(self.config, MapConfig):
+            raise ConfigError(
+                f"{self.where}: {self.config.title} has no factors A and B, which {what} needs: "
+                "merge the adapter, then extract LoRA's factors from the difference to the base"
+            )
+
+    def tensor_keys(self, path: str) -> list[str]:
+        """The keys of the tensors that dW of a layer is made of."""
+        return [*self.layers.get(path, {}).values(), *self.shared.values()]
+
+    def is_transposed(self, path: str) -> bool:
+        """Does the base that the file fits store the layer's weight as (I, O)?"""
+        return is_stored_transposed(self.model_type, f"{path}.weight")
+
+    def _dense_part(self, path: str, W: Array | None) -> Dense:
+        assert isinstance(self.config, MapConfig)
+        if path not in self.maps:
+            raise ConfigError(
+                f"{self.where}: dW of {self.config.title} depends on the base: give its folder"
+            )
+        return dense_part(self.maps[path], self.theta(path), W)
+
+    def theta(self, path: str) -> list[Array]:
+        """The tensors of a layer that its map reads, in float64."""
+        one = self.maps[path]
+        keys = {**self.layers.get(path, {}), **self.shared}
+        arrays = [self.file.read(keys[name], np.float64) for name in one.shapes()]
+        if one.saves_shared:
+            return arrays + [self.file.read(keys[name], np.float64) for name in one.SHARED]
+        made = one.init_shared(np.random.default_rng(0))  # by their seed, so the rng is not read
+        return arrays + [np.asarray(value, np.float64) for value in made]
 
     def rows(self, path: str) -> list[int]:
         """The tokens whose rows of the embedding `path` the adapter replaces."""
@@ -286,6 +348,8 @@ class AdapterFile:
         if not self._is_sorted:
             return
         self._sort_keys()
+        self.maps = plan.maps()
+        self.model_type = plan.base.model_type
         expected = plan.shapes()
         self.replaced = {name: key for name, key in self.replaced.items() if key in expected}
         self.tokens = {path: key for path, key in self.tokens.items() if key in expected}
@@ -403,6 +467,11 @@ def mismatches(adapter: AdapterFile, plan: Plan, read: Read) -> list[str]:
     missing = [key for key in expected if key not in keys and key not in optional]
     repeats = {key: _repeats(adapter, key, plan, read) for key in keys if key not in expected}
     wrong = _describe_missing(missing, plan.config.bias)
+    if any(key == f"{MODEL_PREFIX}vera_A" for key in missing):
+        wrong = [
+            "base_model.vera_A and base_model.vera_B are missing, but save_projection is true: "
+            "set it to false in adapter_config.json to compute them from projection_prng_key"
+        ]
     wrong += [f"unknown {key}" for key, equal in repeats.items() if equal is None]
     for key, shape in expected.items():
         if key in keys and file.shape(key) != shape:

@@ -111,7 +111,7 @@ class HydraAdapter(LoraAdapter):
         """Always ConfigError: HydraLoRA has no dW."""
         return self.part().A
 
-    def part(self) -> Part:
+    def part(self, W: Array | None = None) -> Part:
         """Always ConfigError: HydraLoRA has no dW, so it cannot be merged."""
         raise ConfigError(
             "HydraLoRA cannot be merged, because it mixes its experts at every position and has no "

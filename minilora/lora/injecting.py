@@ -11,6 +11,7 @@ from ..backend import mix_key
 from ..nn import Module, get_module, replace_module
 from .embedding import HeadAdapter, LoraEmbedding
 from .layer import LoraLinear, SavedModule
+from .maps.adapter import share
 from .names import adapter_class
 from .plan import Plan
 from .tokens import TokenRows, TrainableTokens
@@ -23,6 +24,7 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
     First values depend on `seed` and on the layer's name, and on nothing else.
     """
     head, embedding = plan.follows or ("", "")
+    of_model = _shared_tensors(model, plan, seed)
     for path, described in plan.targets.items():
         layer = _wrap(model, path, LoraEmbedding if described.kind == "embedding" else LoraLinear)
         place = zlib.crc32(path.encode())
@@ -36,7 +38,7 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
         else:
             rng = np.random.default_rng([seed, place])
             kind = adapter_class(plan.config, described.kind)
-            adapter = kind(base, path, plan.config, rng, stream)
+            adapter = kind(base, path, plan.config, rng, stream, **of_model)
         layer.adapters[adapter_name] = adapter.train(base.training)
     for path in plan.saved:
         _wrap(model, path, SavedModule).add(adapter_name)
@@ -48,6 +50,17 @@ def inject(model: Module, adapter_name: str, plan: Plan, seed: int) -> None:
         tokens.adapters[adapter_name] = TokenRows(unwrap(tokens).weight, rows)
         if path == embedding:
             _wrap(model, head, TrainableTokens, tokens.adapters).follow(tokens)
+
+
+def _shared_tensors(model: Module, plan: Plan, seed: int) -> dict[str, Any]:
+    """What the adapters of a map need of the whole model; {} for other methods."""
+    maps = plan.maps()
+    if not maps:
+        return {}
+    path, first = next(iter(maps.items()))
+    base = unwrap(get_module(model, path))
+    shared = share(first, base, np.random.default_rng([seed, len(maps)]))
+    return {"layers": plan.layer_sizes(), "shared": shared}
 
 
 def _wrap(model: Module, path: str, kind: Any, *details: Any) -> Any:

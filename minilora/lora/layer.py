@@ -16,7 +16,7 @@ from ..autograd import Tensor
 from ..backend import Array
 from ..effective import Parts, Pull, count_operations, effective_linear
 from ..errors import ConfigError
-from ..nn import LinearBase, Module, PreparedModule
+from ..nn import LinearBase, Module, Parameter, PreparedModule
 from ..precision import FLOAT32
 from .dora import require_compatible
 from .lora import LoraAdapter
@@ -156,8 +156,24 @@ class LoraLinear(Merging, PreparedModule, Wrapper):
             return effective_linear(x, prepared)
         y = self.refuse_gradients(self.base_layer(x))
         for adapter in running:
-            y = adapter(x, y, self.base_layer)
+            y = adapter(x, y, self.original)
         return y
+
+    @property
+    def bias(self) -> Any:
+        """The base's bias, as the adapters that run move it."""
+        bias = self.current.bias
+        for adapter in self.running:
+            bias = adapter.move_bias(bias)
+        return bias
+
+    def _move_bias(self, made: Any, names: Sequence[str]) -> Any:
+        bias = made.bias
+        for name in names:
+            bias = self.adapters[name].move_bias(bias)
+        if bias is not made.bias:
+            made.bias = Parameter(bias.data, False)
+        return made
 
     # ---- one training step: W + dW formed once ----
 
@@ -172,7 +188,7 @@ class LoraLinear(Merging, PreparedModule, Wrapper):
         for adapter in running:
             if adapter.MIXED or adapter.dropout.active:
                 return False
-            if adapter.NORMED and self.base_layer.trainable:
+            if (adapter.NORMED or adapter.reads_W) and self.base_layer.trainable:
                 return False
         merged, apart = self.count_operations(tokens or 1 << 30)
         return merged < apart or not running
@@ -181,7 +197,7 @@ class LoraLinear(Merging, PreparedModule, Wrapper):
         """See `effective.count_operations`."""
         running = self.running
         r = sum(adapter.r for adapter in running)
-        normed = any(adapter.NORMED for adapter in running)
+        normed = any(adapter.NORMED or adapter.FORMED for adapter in running)
         return count_operations(tokens, self.in_features, self.out_features, r, normed)
 
     def write_effective_weight(self, out: Array, tokens: int | None) -> Parts | None:
@@ -193,7 +209,7 @@ class LoraLinear(Merging, PreparedModule, Wrapper):
         if missed:
             parts.append((missed, Pull(self.raise_merged)))
         for adapter in self.running:
-            params, pull = adapter.write_effective_weight(out)
+            params, pull = adapter.write_effective_weight(out, self.original)
             if any(p.requires_grad for p in params):
                 parts.append((params, pull))
         return parts

@@ -51,6 +51,10 @@ class LoraAdapter(Module):
     MIXED = False  # whether it adds a different matrix at every position
     # A0 and B0, if its start changed the base: see beginning.py.
     initial: tuple[np.ndarray, np.ndarray] | None = None
+    FORMED = False  # whether it computes dW in any case, even where a step does not ask for it
+    SHARED: tuple[str, ...] = ()  # tensors that all layers of a model share
+    ALONE = ""  # why no other adapter can run beside it: completes "adapter 'a' ..."
+    reads_W = False  # whether dW depends on the base's weight
 
     def __init__(
         self,
@@ -61,7 +65,7 @@ class LoraAdapter(Module):
         stream: int = 0,
     ):
         self.r = r = config.rank(name)
-        self.lora_alpha = config.alpha(name)
+        self.lora_alpha = config.layer_alpha(name)
         self.scaling = config.scaling(name)
         self.dropout = Dropout(config.lora_dropout, stream)
         init = config.init_lora_weights
@@ -108,14 +112,24 @@ class LoraAdapter(Module):
         A, B = self.factors(W.dtype)
         return self.lora_A.backend.matmul(B, A, scale=self.scaling)
 
-    def part(self) -> Part:
-        """dW as float64 factors on the host, for merging and adding up."""
+    def part(self, W: Array | None = None) -> Part:
+        """dW as float64 factors on the host, for merging and adding up.
+
+        W (O, I), the base's weight as stored, is for methods whose dW depends on it.
+        """
         A, B = self.factors(np.float64)
         to_numpy = self.lora_A.backend.to_numpy
         return Part(to_numpy(A), to_numpy(B), self.scaling)
 
-    def write_effective_weight(self, W: Array) -> Formed:
-        """Add dW to W (O, I) in place; returns (parameters, function of their gradients)."""
+    def move_bias(self, bias: Any) -> Any:
+        """The bias that the layer has with this adapter: the base's, but for few methods."""
+        return bias
+
+    def write_effective_weight(self, W: Array, base: LinearBase | None = None) -> Formed:
+        """Add dW to W (O, I) in place; returns (parameters, function of their gradients).
+
+        base   the layer's own, for methods whose dW depends on it: W may be a sum already
+        """
         return (self.lora_A, self.lora_B), Pull(self._add_update(W, self.lora_A.data))
 
     def _add_update(self, W: Array, a: Array) -> Callable[[Array, Array], tuple[Array, Array]]:

@@ -1,6 +1,6 @@
 """Merging: adapters summed into a copy of a weight, for models and for checkpoints on disk alike.
 
-    W' = round(W + sum_i c_i B_i A_i)
+    W' = round(W + sum_i c_i B_i A_i + sum_j c_j dW_j)    dW_j of a method without factors
     W' = round(k (W + c B A)),  k = m / |W + c B A| by row        for DoRA
 
 The sum is float64, k included, and is rounded once, to the dtype in which the weight is stored. It
@@ -27,7 +27,7 @@ from ..formats.dtypes import CODES, empty_as, round_to, row_blocks, widen
 from ..nn import Embedding, LinearBase, Parameter, frozen_linear
 from ..quant.half import Half, HalfLinear, HalfWeight
 from ..threads import one_blas_thread
-from .factors import Part, cat, singular_values
+from .factors import Dense, Part, cat, singular_values
 
 Map = Callable[[Callable[[slice], Any], Iterable[slice]], Iterator[Any]]
 
@@ -58,7 +58,7 @@ class Merged(NamedTuple):
 
 def merge_weight(
     W: Array,
-    parts: Sequence[Part],
+    parts: Sequence[Part | Dense],
     dtype: str,
     table: bool = False,
     out: Array | None = None,
@@ -73,11 +73,15 @@ def merge_weight(
     out     where the result is written; it may be W itself. None: a new array
     over    maps a function over blocks of rows, in their order; perhaps in threads
     """
-    m = parts[0].m
-    A, B = cat(parts)
-    left, right = (A.T, B.T) if table else (B, A)
-    left = np.ascontiguousarray(left)
-    right = np.ascontiguousarray(right)
+    m = getattr(parts[0], "m", None)
+    dense = [part for part in parts if isinstance(part, Dense)]
+    factors = [part for part in parts if isinstance(part, Part)]
+    is_measured = m is not None or bool(dense)  # is |V - W| to be added up here?
+    if factors:
+        A, B = cat(factors)
+        left, right = (A.T, B.T) if table else (B, A)
+        left = np.ascontiguousarray(left)
+        right = np.ascontiguousarray(right)
     if out is None:
         out = empty_as(W.shape, dtype)
 
@@ -87,14 +91,22 @@ def merge_weight(
         V += widen(W[at])
         return np.asarray(np.einsum("io,io->o" if table else "oi,oi->o", V, V))
 
+    def change_rows(at: slice) -> Array:
+        """The rows `at` of what the parts add, in float64."""
+        V = left[at] @ right if factors else np.zeros(W[at].shape)
+        for part in dense:
+            V += part.c * part.dW[at]
+        return V
+
     @np.errstate(all="ignore")
     def merge_block(at: slice) -> tuple[float, float]:
-        V = left[at] @ right
+        V = change_rows(at)
         before = widen(W[at])
         V += before
         moved = 0.0
         if m is not None:
             V *= k if table else k[at, None]
+        if is_measured:
             change = V - before
             moved = float(np.vdot(change, change))
         out[at] = round_to(V, dtype)
@@ -109,7 +121,7 @@ def merge_weight(
         sums = list(over(merge_block, blocks))
     lost = math.sqrt(math.fsum(lost for lost, _ in sums))
     moved = math.sqrt(math.fsum(moved for _, moved in sums))
-    return Merged(out, lost, None if m is None else moved)
+    return Merged(out, lost, moved if is_measured else None)
 
 
 @np.errstate(all="ignore")
@@ -255,16 +267,20 @@ class Merging:
         if half is not None:
             made = HalfWeight(Half(kind, weight), base.weight.dtype)
             made.lost = merged.share_lost(parts)
-            return _with_weight(base, made)
+            return self._move_bias(_with_weight(base, made), names)
         if requantize and isinstance(base, LinearBase):
-            return base.rebuilt(weight)
-        return _with_weight(base, Parameter(weight, False))
+            return self._move_bias(base.rebuilt(weight), names)
+        return self._move_bias(_with_weight(base, Parameter(weight, False)), names)
+
+    def _move_bias(self, made: Any, names: Sequence[str]) -> Any:
+        """`made`, a layer like the base, with what the adapters `names` make of the base's bias."""
+        return made
 
     def _merge_into(
         self, W: Array, dtype: str, names: Sequence[str]
     ) -> tuple[Merged, Sequence[Part]]:
         """W, stored as `dtype`, with these adapters in it, and the parts that were summed."""
-        parts = [self.adapters[name].part() for name in names]
+        parts = [self.adapters[name].part(W) for name in names]
         return merge_weight(W, parts, dtype, isinstance(self.original, Embedding)), parts
 
     def delta_weight(self, name: str) -> np.ndarray:

@@ -31,6 +31,7 @@ from .files import AdapterFile, fit
 from .injecting import inject
 from .layer import LoraLinear, Wrapper, use_adapters
 from .lora import LoraAdapter
+from .maps import MapConfig
 from .names import PREFIX, EntryParameter, entry_parameters
 from .plan import Plan, check_wrapped, describe_model, modules_inside, plan_adapter, wrappers
 from .repeats import repeated
@@ -310,7 +311,7 @@ class PeftModel(Module):
         self._require_known(names)
         for name in names:
             for parameter in self.adapter_parameters(name).values():
-                parameter.requires_grad = requires_grad
+                parameter.requires_grad = requires_grad and not parameter.fixed
 
     def adapter_parameters(self, adapter_name: str) -> dict[str, Parameter]:
         """The parameters of one adapter by their keys in its file.
@@ -733,6 +734,8 @@ class PeftModel(Module):
                 self._require_weights(file)
             if is_trainable and file.config.extra.get("init_lora_weights") == "mica":
                 file.note(f"{file.where}: peft trains A alone after 'mica'; here B is trained, too")
+            if is_trainable and isinstance(file.config, MapConfig):
+                file.config.require_trainable(file.where)
             file.config = dataclasses.replace(file.config, inference_mode=not is_trainable)
             with self._unmerged():
                 plan = fit(file, describe_model(self.model), self._read_base)

@@ -7,7 +7,8 @@ in the file         base_model.model.model.layers.0.self_attn.q_proj.lora_A.weig
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
@@ -19,18 +20,23 @@ from .embedding import DoraEmbeddingAdapter, EmbeddingAdapter
 from .hydra import HydraAdapter, HydraConfig
 from .layer import SavedModule, Wrapper
 from .lora import LoraAdapter
+from .maps import MAPS, MapConfig
+from .maps.adapter import MapAdapter
 
-PREFIX = "base_model.model."  # begins every name in PEFT's models and files
+PREFIX = "base_model.model."  # begins the names of layers' tensors in PEFT's models and files
+MODEL_PREFIX = "base_model."  # begins those of tensors that all layers share
 ENDS = ("embed_tokens", "lm_head")  # the last part of the path of an embedding or a head, for PEFT
 TOKENS = "token_adapter.trainable_tokens_delta"
 
 # The configuration and the adapter of a linear layer by peft_type: a new method is one line in
-# each. DoRA has LoRA's peft_type: see adapter_class.
-CONFIGS: dict[str, type[LoraConfig]] = {
+# each, or for a map theta -> dW one line in maps/__init__.py. DoRA has LoRA's peft_type: see
+# adapter_class.
+_FACTORED: dict[str, type[LoraConfig]] = {
     "LORA": LoraConfig,
     "ADALORA": AdaLoraConfig,
     "HYDRALORA": HydraConfig,
 }
+CONFIGS: Mapping[str, type[LoraConfig]] = ChainMap(MAPS, _FACTORED)  # type: ignore[arg-type]
 ADAPTERS: dict[str, type[LoraAdapter]] = {
     "LORA": LoraAdapter,
     "ADALORA": AdaLoraAdapter,
@@ -67,7 +73,27 @@ def adapter_class(config: LoraConfig, kind: str = "linear") -> type[LoraAdapter]
     """The class of adapter that `config` puts on a layer of this kind: "linear" or "embedding"."""
     if kind == "embedding":
         return DoraEmbeddingAdapter if config.use_dora else EmbeddingAdapter
+    if isinstance(config, MapConfig):
+        return MapAdapter
     return DoraAdapter if config.use_dora else ADAPTERS[config.peft_type]
+
+
+def find_ending(name: str) -> tuple[str, str] | None:
+    """(the ending of a key, what it means) if `name` ends as a tensor of a known method does."""
+    for ending, part in ENDINGS.items():
+        if name.endswith(ending):
+            return ending, part
+    for config in MAPS.values():
+        for tensor in config.map.TENSORS:
+            ending = f".{tensor}{config.map.SUFFIX}"
+            if name.endswith(ending):
+                return ending, tensor
+    return None
+
+
+def map_tensors() -> set[str]:
+    """The names of all tensors of maps."""
+    return {name for config in MAPS.values() for name in (*config.map.TENSORS, *config.map.SHARED)}
 
 
 TENSORS = ("lora_A", "lora_B", "lora_E", "lora_route", "lora_embedding_A", "lora_embedding_B")
@@ -82,10 +108,11 @@ def keys_without_name(keys: Iterable[str]) -> dict[str, str]:
     shorter: dict[str, str] = {}
     names = set()
     keys = list(keys)
+    tensors = {*TENSORS, *BARE, *map_tensors()}
     for key in keys:
         path, _, name = key.removesuffix(".weight").rpartition(".")
         tensor = path.rpartition(".")[2]
-        if tensor in (*TENSORS, *BARE):
+        if tensor in tensors:
             end = ".weight" if key.endswith(".weight") and tensor not in BARE else ""
             shorter[key] = path + end
             names.add(name)
@@ -108,12 +135,16 @@ def factor_keys(path: str, embeds: bool = False) -> tuple[str, str]:
 
 def file_key(path: str, adapter: Any, tensor: str) -> str:
     """The key in the file of one tensor of an adapter (the object or its class) of layer `path`."""
+    if tensor in adapter.SHARED:
+        return MODEL_PREFIX + tensor
     suffix = "" if tensor in BARE else adapter.SUFFIX
     return f"{PREFIX}{path}{adapter.INSIDE}.{tensor}{suffix}"
 
 
 def peft_name(path: str, adapter: Any, tensor: str, adapter_name: str) -> str:
     """The name of the same tensor in PEFT's models."""
+    if tensor in adapter.SHARED:
+        return f"{MODEL_PREFIX}{tensor}.{adapter_name}"
     suffix = ".weight" if tensor in BARE else adapter.SUFFIX
     return f"{PREFIX}{path}{adapter.INSIDE}.{tensor}.{adapter_name}{suffix}"
 

@@ -30,6 +30,7 @@ from ..optim import AdamW, Group, Optimizer
 from .config import LoraConfig
 from .dora import DoraAdapter
 from .lora import LoraAdapter
+from .maps import MapConfig
 from .plan import wrappers
 
 OPTIMIZERS = ("adamw", "loraplus", "lorafa", "riemannian")
@@ -56,6 +57,11 @@ def require_optimizable(optimizer: str, config: LoraConfig | None) -> None:
         raise ConfigError(
             f"optimizer {optimizer} is for the factors of an adapter, and all weights train: "
             "use adamw, or train an adapter"
+        )
+    if isinstance(config, MapConfig):
+        raise ConfigError(
+            f"optimizer {optimizer} is for the factors A and B, which {config.title} does not have: "
+            "use adamw"
         )
     if optimizer != "loraplus" and config.peft_type != "LORA":
         raise ConfigError(

@@ -24,6 +24,7 @@ from .config import DEFAULT_TARGETS, LoraConfig
 from .embedding import LoraEmbedding
 from .hydra import HydraConfig
 from .layer import LoraLinear, SavedModule, Wrapper
+from .maps import Map, MapConfig
 from .names import ENDS, PREFIX, TOKENS, adapter_class, file_key
 from .targets import Layers, Patterns, Targets, matches
 from .tokens import TrainableTokens
@@ -240,8 +241,12 @@ class Plan(NamedTuple):
         model_type = self.base.model_type
         follower = self.follows and self.follows[0]
         shapes: dict[str, Shape] = {}
+        maps = self.maps()
         for path, layer in self.targets.items():
-            if path != follower:
+            if path in maps:
+                for name, shape in maps[path].file_shapes().items():
+                    shapes[file_key(path, maps[path], name)] = shape
+            elif path != follower:
                 shapes |= self._layer_shapes(path, layer)
             if self.config.bias != "none" and layer.bias is not None:
                 shapes[f"{PREFIX}{path}.base_layer.bias"] = (layer.bias,)
@@ -257,6 +262,15 @@ class Plan(NamedTuple):
                 if layer.bias is not None and path not in self.targets:
                     shapes[f"{PREFIX}{path}.bias"] = (layer.bias,)
         return shapes
+
+    def layer_sizes(self) -> dict[str, Shape]:
+        """(O, I) of each target."""
+        return {p: (layer.out_features, layer.in_features) for p, layer in self.targets.items()}
+
+    def maps(self) -> dict[str, Map]:
+        """The map of each target; {} for methods that have none."""
+        config = self.config
+        return config.maps(self.layer_sizes()) if isinstance(config, MapConfig) else {}
 
     def _layer_shapes(self, path: str, layer: Layer) -> dict[str, Shape]:
         kind = adapter_class(self.config, layer.kind)
@@ -315,7 +329,13 @@ def plan_adapter(
     if warn:
         _warn(config, targets, fan_in_fan_out)
     config.fan_in_fan_out = fan_in_fan_out
-    return Plan(base, targets, saved, config, tokens, follows or token_follows, tuple(notes))
+    plan = Plan(base, targets, saved, config, tokens, follows or token_follows, tuple(notes))
+    if isinstance(config, MapConfig):
+        config.settle(targets)
+        for one in plan.maps().values():  # raises for a layer that the method cannot adapt
+            if not keys:
+                one.check()
+    return plan
 
 
 def _replace_head(config: LoraConfig, tie: tuple[str, str] | None, keys: Container[str]) -> bool:
@@ -393,12 +413,15 @@ def _find_targets(
         tokens_alone = bool(keys) and not any(".lora_" in key for key in keys)
         if config.trainable_token_indices is not None and tokens_alone:
             return {}
-        if base.model_type not in DEFAULT_TARGETS:
+        choices = DEFAULT_TARGETS
+        if isinstance(config, MapConfig) and config.TARGETS:
+            choices = dict(config.TARGETS)
+        if base.model_type not in choices:
             raise ConfigError(
                 f"target_modules must be given for a model of type {base.model_type!r}; "
                 f"{_candidates(linear)}"
             )
-        targets = list(DEFAULT_TARGETS[base.model_type])
+        targets = list(choices[base.model_type])
         config.target_modules = targets
     all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
     wanted = Targets([] if all_linear else targets)
@@ -546,6 +569,8 @@ def _warn(config: LoraConfig, targets: Mapping[str, Layer], fan_in_fan_out: bool
         for key in Patterns(keys).unused(targets):
             notes.append(f"{field}: {key!r:.200} matches no target")
     for path, layer in targets.items():
+        if isinstance(config, MapConfig):  # r is not the rank of dW
+            break
         r = config.rank(path)
         full = min(layer.shape)
         if r > full:

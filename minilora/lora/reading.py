@@ -26,7 +26,7 @@ from ..formats import SafetensorsFile
 from ..formats.disk import JsonObject
 from .config import MAX_PATTERNS, LoraConfig, is_pattern
 from .endings import plain_text
-from .names import ENDINGS, PREFIX
+from .names import ENDINGS, PREFIX, map_tensors
 from .patterns import MAX_STATES, UnsupportedPattern, compile_pattern
 from .plan import DECODERS, HEAD, Base
 from .repeats import Read, is_weight_of_base
@@ -150,11 +150,13 @@ def _whole_modules(
         named = [*named, HEAD]  # it repeats the embedding
     saved = Targets([name for name in named if name], anywhere=True)
     whole = []
+    of_adapters = map_tensors()
     for key in file.keys():
         path = key.removeprefix(PREFIX).removesuffix(".weight")
         parts = path.split(".")
         is_plain = key == f"{PREFIX}{path}.weight" and not MARKS & {*parts}
-        if not is_plain or path in adapted or any(part.startswith("lora_") for part in parts):
+        is_of_adapter = any(part.startswith("lora_") or part in of_adapters for part in parts)
+        if not is_plain or path in adapted or is_of_adapter:
             continue
         around = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
         if not any(map(saved.mean, around)):

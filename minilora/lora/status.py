@@ -93,7 +93,8 @@ def _layer_status(path: str, layer: Wrapper) -> LayerStatus:
         active_adapters=list(layer.active),
         merged_adapters=list(layer.merged),
         requires_grad={
-            name: _common(p.requires_grad for p in its) for name, its in parameters.items()
+            name: _common(p.requires_grad for p in its if not p.fixed)
+            for name, its in parameters.items()
         },
         available_adapters=sorted(layer.entries),
         devices={

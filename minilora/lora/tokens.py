@@ -49,6 +49,7 @@ class TokenRows(Module):
     TENSORS = ("trainable_tokens_delta",)
     SUFFIX = ""  # as of LoraAdapter
     INSIDE = ".token_adapter"
+    SHARED = ()
 
     def __init__(self, weight: Parameter, indices: Sequence[int]):
         self.indices = np.array(indices, np.int64)

@@ -32,6 +32,7 @@ class QuantizedWeight(Parameter):
 
     __slots__ = ("_dtype", "quantized")
     fixed = True
+    encoded = True
 
     def __init__(self, quantized: Any, dtype: Any = np.float32):
         self.quantized: Quantized = quantized

@@ -96,6 +96,8 @@ def combine(
             "base_is": for_one(adapters, "--base-is", base_is),
         }
         files = [opened.enter_context(AdapterFile(folder, **start)) for folder in adapters]
+        for file in files:
+            file.require_factors("combine")
         plan: Changes = {}
         for file, weight in zip(files, weights, strict=True):
             for name, change in changes_of(file, weight).items():

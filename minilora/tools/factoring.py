@@ -70,6 +70,7 @@ def resize(
     rule = check_rank_rule(r, energy, error, budget)
     require_outside(out, adapter=adapter)
     with AdapterFile(adapter, initial=initial, base_is=base_is) as file:
+        file.require_factors("resize")
         if isinstance(file.config, HydraConfig):
             raise ConfigError(
                 f"{file.where} is HydraLoRA's: it has several B's, and so "

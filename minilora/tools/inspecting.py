@@ -15,9 +15,10 @@ import numpy as np
 
 from ..formats import Checkpoint, SafetensorsFile, read_checkpoint
 from ..formats.adapter import WEIGHTS_FILE
-from ..lora import AdaLoraConfig, HydraConfig
+from ..lora import AdaLoraConfig, HydraConfig, LoraConfig
 from ..lora.factors import effective_rank, singular_values
-from ..lora.files import AdapterFile, base_key, mismatches_with
+from ..lora.files import AdapterFile, base_key, mismatches_with, read_base
+from ..lora.maps import MapConfig
 from ..threads import blocks
 from .rewriting import read_dense
 
@@ -37,35 +38,19 @@ def inspect_adapter(
     magnitudes m, too: the lengths of the rows before are the base's. For HydraLoRA dW is what an
     even mixture of its experts adds. With `base` a row has |dW| / |W|, too, and "mismatches" lists
     what does not fit. "spectra" are dW's singular values, by layer. FormatError for a damaged file,
-    or a lora_A without a lora_B (AdaLoRA's lora_E, DoRA's lora_magnitude_vector) that fits it. An
-    adapter whose start changed the base is shown as plain LoRA over the base as it was: `initial`
-    and `base_is` are those of AdapterFile.
+    or a lora_A without a lora_B (AdaLoRA's lora_E, DoRA's lora_magnitude_vector) that fits it. A
+    method without factors has dW, its rank and spectrum only over a base that it fits. An adapter
+    whose start changed the base is shown as plain LoRA over the base as it was: `initial` and
+    `base_is` are those of AdapterFile.
     """
     over_base = base is not None
     with AdapterFile(folder, initial=initial, base_is=base_is, over_base=over_base) as file:
         mismatches = _mismatches(file, base)
         config = file.config
-        experts = config.experts if isinstance(config, HydraConfig) else 1
-        rows: list[Report] = []
-        spectra = {}
-        norms = []
-        for path in file.layers:
-            A, B, s, m = file.part(path)
-            B = B.reshape(len(B), experts, -1).mean(axis=1)
-            values = singular_values(A, B, s)
-            norms.append(float(np.linalg.norm(values)))
-            spectra[path] = None if np.isnan(values).any() else values.tolist()
-            row = {
-                "layer": path,
-                "shape": f"{len(B)} x {A.shape[1]}",
-                "r": len(A),
-                "scaling": f"{s:g}",
-                "|dW|": f"{norms[-1]:.4g}",
-                "rank": f"{effective_rank(values):.2f}",
-            }
-            if m is not None:
-                row["magnitude"] = f"{m.min():.4g} to {m.max():.4g}"
-            rows.append(row)
+        is_map = isinstance(config, MapConfig)
+        described = [_describe_map(file, path) for path in file.layers] if is_map else []
+        if not is_map:
+            described = [_describe_factors(file, path) for path in file.layers]
         parameters = 0
         broken = []
         for key in file.file.keys():
@@ -78,8 +63,7 @@ def inspect_adapter(
         report: Report = {
             "adapter": str(folder),
             "base": str(config.base_model_name_or_path),
-            "r": config.init_r if isinstance(config, AdaLoraConfig) else config.r,
-            "lora_alpha": config.lora_alpha,
+            **_describe_config(config),
             "parameters": parameters,
             "bytes": (Path(folder) / WEIGHTS_FILE).stat().st_size,
             "finite": not broken,
@@ -90,7 +74,10 @@ def inspect_adapter(
             _, checkpoint, _ = read_dense(base)
             with checkpoint:
                 report["mismatches"] = mismatches
-                for row, size in zip(rows, norms, strict=True):
+                if file.maps:
+                    described = [_describe_map(file, path, checkpoint) for path in file.maps]
+                for row, values in described:
+                    size = float(np.linalg.norm(values))
                     name = base_key(checkpoint, f"{row['layer']}.weight")
                     W = 0.0
                     if name is not None:
@@ -101,7 +88,59 @@ def inspect_adapter(
             report["start"] = f"{file.began}, shown over {_describe_base(file)}"
         if file.notes:
             report["notes"] = file.notes
-    return {**report, "spectra": spectra, "tensors": rows}
+    spectra = {}
+    for row, values in described:
+        if len(values) or not is_map:
+            spectra[row["layer"]] = None if np.isnan(values).any() else values.tolist()
+    return {**report, "spectra": spectra, "tensors": [row for row, _ in described]}
+
+
+def _describe_config(config: LoraConfig) -> Report:
+    """What a configuration says in a few fields."""
+    if isinstance(config, MapConfig):
+        fields = {name: getattr(config, name) for name in ("r",) if name in config.USES}
+        own = {field.name: getattr(config, field.name) for field in config.own_fields()}
+        return {"method": config.title, **fields, **own}
+    r = config.init_r if isinstance(config, AdaLoraConfig) else config.r
+    return {"r": r, "lora_alpha": config.lora_alpha}
+
+
+def _describe_factors(file: AdapterFile, path: str) -> tuple[Report, np.ndarray]:
+    """(the row of a layer, the singular values of its dW)"""
+    experts = file.config.experts if isinstance(file.config, HydraConfig) else 1
+    A, B, s, m = file.part(path)
+    B = B.reshape(len(B), experts, -1).mean(axis=1)
+    values = singular_values(A, B, s)
+    row = {
+        "layer": path,
+        "shape": f"{len(B)} x {A.shape[1]}",
+        "r": len(A),
+        "scaling": f"{s:g}",
+        "|dW|": f"{float(np.linalg.norm(values)):.4g}",
+        "rank": f"{effective_rank(values):.2f}",
+    }
+    if m is not None:
+        row["magnitude"] = f"{m.min():.4g} to {m.max():.4g}"
+    return row, values
+
+
+def _describe_map(
+    file: AdapterFile, path: str, base: Checkpoint | None = None
+) -> tuple[Report, np.ndarray]:
+    """(the row of a layer, the singular values of its dW, or none without a base)"""
+    numbers = [math.prod(file.file.shape(key)) for key in file.layers.get(path, {}).values()]
+    row: Report = {"layer": path, "numbers": sum(numbers)}
+    values = np.zeros(0)
+    if base is not None:
+        one = file.maps[path]
+        W = read_base(base)(f"{path}.weight")
+        W = np.ascontiguousarray(W.T) if file.is_transposed(path) else W
+        dW = file.part(path, W).dW
+        is_finite = bool(np.isfinite(dW).all())
+        values = np.linalg.svd(dW, compute_uv=False) if is_finite else np.array([np.nan])
+        row |= {"shape": f"{one.O} x {one.I}", "|dW|": f"{float(np.linalg.norm(values)):.4g}"}
+        row["rank"] = f"{effective_rank(values):.2f}"
+    return row, values
 
 
 def _mismatches(file: AdapterFile, base: str | Path | None) -> list[str]:

@@ -28,9 +28,9 @@ from ..formats.dtypes import DTYPES, FLOATS, NUMPY_FLOATS, round_to, too_large, 
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import HydraConfig
 from ..lora.combining import check_weights
-from ..lora.factors import Part
 from ..lora.files import AdapterFile, base_key, fit, for_one, read_base, reading_first
 from ..lora.initial import base_weight
+from ..lora.maps import MapConfig
 from ..lora.merging import Map, merge_weight
 from ..lora.plan import HEAD, describe_checkpoint, says_tied
 from ..lora.tying import are_transposed, choose
@@ -52,6 +52,7 @@ class Change(NamedTuple):
     path   the layer whose dW, times `weight`, is added; "" if the tensor is replaced
     key    the adapter's tensor that replaces the base's; "" if dW is added
     rows   the rows that are replaced; () for all
+    bias   is it the layer's bias that changes with the weight?
     """
 
     adapter: AdapterFile
@@ -59,10 +60,11 @@ class Change(NamedTuple):
     path: str = ""
     key: str = ""
     rows: tuple[int, ...] = ()
+    bias: bool = False
 
-    def part(self) -> Part:
-        """`weight` times the factors of the layer `path`."""
-        part = self.adapter.part(self.path)
+    def part(self, W: Array | None = None) -> Any:
+        """`weight` times dW of the layer `path`, over its weight W (O, I) as it is stored."""
+        part = self.adapter.part(self.path, W)
         return part._replace(c=part.c * self.weight)
 
     def why_alone(self) -> str:
@@ -71,7 +73,10 @@ class Change(NamedTuple):
             return "it replaces the base's"
         if not self.adapter.is_low_rank:
             return "it is for a base of codes"
-        return "DoRA scales the sum" if self.adapter.config.use_dora else ""
+        config = self.adapter.config
+        if isinstance(config, MapConfig) and config.map.alone:
+            return f"{config.title} multiplies the weight"
+        return "DoRA scales the sum" if config.use_dora else ""
 
 
 Changes = dict[str, list[Change]]  # by the name of a tensor
@@ -212,6 +217,8 @@ def plan_merge(
                 resized[key] = W
         for name, change in changes_of(adapter, weight).items():
             key = base_key(base, name) or name
+            if change.bias and key not in base:
+                continue
             changes.setdefault(key, []).append(change)
     twins = {}
     embedding = base_key(base, f"{described.embedding}.weight")
@@ -252,7 +259,10 @@ def changes_of(adapter: AdapterFile, weight: float) -> dict[str, Change]:
             f"{adapter.where} is HydraLoRA's: its dW differs from token to token and "
             "cannot be merged"
         )
-    changes = {f"{path}.weight": Change(adapter, weight, path) for path in adapter.layers}
+    changes = {f"{path}.weight": Change(adapter, weight, path) for path in adapter.paths()}
+    for path, one in adapter.maps.items():
+        if one.moves_bias:
+            changes[f"{path}.bias"] = Change(adapter, weight, path, bias=True)
     for name, key in adapter.replaced.items():
         changes[name] = Change(adapter, weight, key=key)
     for path, key in adapter.tokens.items():
@@ -299,7 +309,7 @@ def _sources_are_finite(base: Checkpoint, key: str, changes: list[Change]) -> bo
     arrays = [base.read(key)]
     for change in changes:
         file = change.adapter.file
-        keys = [change.key] if change.key else change.adapter.layers[change.path].values()
+        keys = [change.key] if change.key else change.adapter.tensor_keys(change.path)
         arrays += [file.read(one) for one in keys]
     return all(bool(np.isfinite(array).all()) for array in arrays)
 
@@ -324,7 +334,12 @@ def _change_tensor(
         raise FormatError(
             f"{base.directory!r}: {key} is {source}: only {', '.join(FLOATS)} can be changed"
         )
-    adapter, _, path, new, rows = changes[0]
+    adapter, _, path, new, rows, is_bias = changes[0]
+    if is_bias:
+        theta = adapter.theta(path)
+        b = widen(base.read_bits(key)).astype(np.float64)
+        bits = round_to(adapter.maps[path].moved_bias(theta, b), target)
+        return bits, None, float(np.abs(widen(bits)).sum(dtype=np.float64))
     if new:
         bits = round_to(adapter.file.read(new, np.float64), target)
         total = float(np.abs(widen(bits)).sum(dtype=np.float64))
@@ -334,17 +349,18 @@ def _change_tensor(
             bits = table
         return bits, None, total
     bits = _resized(base.read_bits(key), resized.get(key))
-    parts = [change.part() for change in changes]
     if not adapter.is_low_rank:
         bits = base_weight(adapter, path, widen(bits))
         source = "F64"
     if is_stored_transposed(model_type, f"{path}.weight"):
         # Rows as models have them, so that the bits are theirs.
         W = np.ascontiguousarray(bits.T)
+        parts = [change.part(W) for change in changes]
         merged = merge_weight(W, parts, target, over=over)
         bits = np.ascontiguousarray(merged.weight.T)
     else:
         out = bits if target == source else None
+        parts = [change.part(bits) for change in changes]
         merged = merge_weight(bits, parts, target, adapter.embeds(path), out, over)
         bits = merged.weight
     size = merged.size(parts)

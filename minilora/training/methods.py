@@ -4,25 +4,31 @@ method     lora      dW = s B A
            dora      W' = m (W + dW) / |W + dW|
            adalora   dW = s B diag(E) A, whose ranks are chosen in training
            full      no adapter: all weights of the base train
+           loha, ... the maps theta -> dW of minilora/lora/maps, by their own names
 quantize   none; or what `quantize` makes of the base before the adapter is added: nf4 and LoRA are
            QLoRA; or stored: weights that the base's files have in sixteen bits stay in sixteen bits
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
 from ..lora import AdaLoraConfig, LoraConfig
+from ..lora.maps import MAPS, MapConfig
 from ..quant.codes import KINDS
 from ..quant.half import HalfWeight
 from ..quant.linear import LayerReport, quantization_report
 
-METHODS = ("lora", "dora", "adalora", "full")
+FACTORED = ("lora", "dora", "adalora", "full")  # and without an adapter
+MAPS_BY_METHOD = {config.method: config for config in MAPS.values()}
+METHODS = (*FACTORED, *MAPS_BY_METHOD)
 CODES = ("none", *KINDS)  # for a base that is in memory
 QUANTIZE = (*CODES, "stored")  # for a base that is read from files
 NAMES = {"lora": "LoRA", "dora": "DoRA", "adalora": "AdaLoRA", "full": "all weights"}
+NAMES |= {method: config.title for method, config in MAPS_BY_METHOD.items()}
 ADALORA_FIELDS = (
     "target_r",
     "init_r",
@@ -57,6 +63,11 @@ def adapter_config(
                 f"quantize = {quantize} freezes the weights that method full would train"
             )
         return None
+    if method in MAPS_BY_METHOD:
+        kind = MAPS_BY_METHOD[method]
+        kind.require_known(fields)
+        return kind(**fields)
+    _refuse_fields_of_maps(method, fields)
     if method == "adalora":
         return AdaLoraConfig(**adalora_defaults(fields, steps), total_step=steps)
     names = ", ".join(name for name in ADALORA_FIELDS if name in fields)
@@ -66,6 +77,18 @@ def adapter_config(
     if method == "dora":
         config["use_dora"] = True
     return LoraConfig(**config)
+
+
+def _refuse_fields_of_maps(method: str, fields: Mapping[str, Any]) -> None:
+    """ConfigError for fields that only maps have."""
+    known = {field.name for field in dataclasses.fields(AdaLoraConfig)}
+    for name in fields:
+        if name not in known:
+            others = [m for m, c in MAPS_BY_METHOD.items() if name in c.field_names()]
+            raise ConfigError(
+                f"{name}: method {method} has no such field; methods with it: "
+                f"{', '.join(others) or 'none'}: leave it out"
+            )
 
 
 def adalora_defaults(fields: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -101,6 +124,8 @@ def method_of(config: LoraConfig | None) -> str:
         return "full"
     if isinstance(config, AdaLoraConfig):
         return "adalora"
+    if isinstance(config, MapConfig):
+        return config.method
     return "dora" if config.use_dora else "lora"
 
 

@@ -35,6 +35,7 @@ from ..lora import (
     PeftModel,
 )
 from ..lora.embedding import HeadAdapter
+from ..lora.maps import MapConfig
 from ..lora.plan import wrappers
 from ..lora.targets import pattern_value
 from ..nn import Linear
@@ -139,6 +140,7 @@ class Case:
     configs    the configuration of each adapter, with the r and lora_alpha of this layer
     seed       of all random numbers that a measurement draws
     w          (O, I) the weight that the base's codes were made from; None if unknown, or dense
+    is_random  is it a random layer, and not one of a user's files?
     """
 
     name: str
@@ -147,6 +149,7 @@ class Case:
     configs: dict[str, LoraConfig]
     seed: int = 0
     w: np.ndarray | None = None
+    is_random: bool = False
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -289,7 +292,7 @@ def make_case(
     layer.active = list(layer.adapters)
     x = rng.standard_normal((*rows, inputs)).astype(dtype)
     name = f"{dtype}, {kind}, W {outputs} x {inputs}, r = {', '.join(map(str, ranks))}, seed {seed}"
-    return Case(name, layer.eval(), x, configs, seed)
+    return Case(name, layer.eval(), x, configs, seed, is_random=True)
 
 
 def make_config(kind: str, r: int, alpha: float, use_rslora: bool) -> LoraConfig:
@@ -383,6 +386,8 @@ def cases_of(model: PeftModel, adapter_name: str = "default", seed: int = 0) -> 
 
 def layer_config(config: LoraConfig, path: str) -> LoraConfig:
     """The configuration of one layer of a model, for a model that is this layer, `proj`."""
+    if isinstance(config, MapConfig):
+        return config  # its map is the layer's already
     names = ["use_rslora", "use_dora"]
     alpha = pattern_value(path, config.alpha_pattern, config.lora_alpha)
     fields: dict[str, Any] = {"lora_alpha": alpha, "target_modules": ["proj"]}

@@ -27,6 +27,7 @@ from .measuring import (
     count_differences,
     expect_zero,
     gradient_errors,
+    has_factors,
     has_rank,
     is_additive,
     is_dense,
@@ -37,7 +38,7 @@ from .measuring import (
 )
 
 PROPERTIES: list[Property] = []
-holds = make_registrar(PROPERTIES, always)
+holds = make_registrar(PROPERTIES, has_factors)
 CHANCE = 1e-9  # that a correct layer misses a statistical bound, for each measurement
 # The keys of a layer's tensors in PEFT's files.
 KEYS: dict[type[LoraAdapter], tuple[str, ...]] = {
@@ -49,7 +50,12 @@ KEYS: dict[type[LoraAdapter], tuple[str, ...]] = {
 # ---- the effective weight, and merging -----------------------------------------------------------
 
 
-@holds("disabled is the base", "no adapter enabled  ⇒  y = x Wᵀ + b", "Hu et al. 2021, section 4.1")
+@holds(
+    "disabled is the base",
+    "no adapter enabled  ⇒  y = x Wᵀ + b",
+    "Hu et al. 2021, section 4.1",
+    always,
+)
 def measure_disabled(case: Case) -> Measured:
     """Exact: the base runs alone."""
     layer = case.layer()
@@ -116,7 +122,12 @@ def measure_merge(case: Case) -> Measured:
     return compare(W - exact.merged(), half_ulp + case.gamma(n, S, np.float64))
 
 
-@holds("merge in any portions", "twice, or one by one  ⇒  the same bits", "one sum from the kept W")
+@holds(
+    "merge in any portions",
+    "twice, or one by one  ⇒  the same bits",
+    "one sum from the kept W",
+    always,
+)
 def measure_portions(case: Case) -> Measured:
     """Exact: terms are added in the order of the adapters' names, however merges are cut."""
     names = [str(name) for name in case.rng.permutation(list(case.adapters))]
@@ -248,7 +259,7 @@ def save_twice(model: PeftModel, base: Module) -> tuple[PeftModel, dict[str, Arr
     "files",
     "save, load  ⇒  the same bits under PEFT's keys, whatever the name",
     "peft 0.21, save_pretrained",
-    is_dense,
+    lambda case: has_factors(case) and is_dense(case),
 )
 def measure_files(case: Case) -> Measured:
     """Exact: tensors, outputs, the keys, and the bytes of a file saved under another name."""

@@ -21,6 +21,7 @@ from ..autograd import Tensor, gradients
 from ..backend import Array
 from ..errors import MiniloraError, NonFiniteError
 from ..lora import AdaLoraAdapter, DoraAdapter, LoraAdapter, LoraLinear
+from ..lora.maps.adapter import MapAdapter
 from .case import Case, Formula, active_adapters
 
 # ---- a measurement, and a claim ------------------------------------------------------------------
@@ -131,6 +132,11 @@ def always(case: Case) -> bool:
     return True
 
 
+def has_factors(case: Case) -> bool:
+    """Every adapter has factors A and B: LoRA, DoRA, AdaLoRA."""
+    return not any(isinstance(adapter, MapAdapter) for adapter in case.adapters.values())
+
+
 def is_lora(case: Case) -> bool:
     """All adapters are plain LoRA: dW = s B A, and nothing else."""
     return has_only(case, LoraAdapter)
@@ -150,8 +156,8 @@ def is_additive(case: Case) -> bool:
 
 
 def has_rank(case: Case) -> bool:
-    """Every adapter has r > 0: AdaLoRA takes all triplets from some layers."""
-    return all(adapter.r for adapter in case.adapters.values())
+    """Every adapter has factors, and r > 0: AdaLoRA takes all triplets from some layers."""
+    return has_factors(case) and all(adapter.r for adapter in case.adapters.values())
 
 
 def is_dense(case: Case) -> bool:

@@ -3,8 +3,8 @@
 Each entry of PROPERTIES is one claim and says to which cases it applies. One module lists the
 claims of each thing that makes promises: LoRA, a layer with adapters of any kind, DoRA, AdaLoRA, a
 base of codes, several tasks, sums of adapters and pruned ones, optimisers of pairs, the two ends of
-a model, and starts. QLoRA has no list: it is any of these over a base of codes, and all of them are
-measured there too. Letters and shapes are case.py's.
+a model, starts, and maps. QLoRA has no list: it is any of these over a base of codes, and all of
+them are measured there too. Letters and shapes are case.py's.
 
 **Where bounds come from.** A property that is exact in floating point has the bound 0, and its
 measurement counts the entries that differ. For the others no tolerance is chosen. If a result is a
@@ -22,9 +22,25 @@ beyond it.
 
 from __future__ import annotations
 
-from . import adalora, codes, dora, ends, layers, lora, optimizers, pruning, starts, sums, tasks
+from . import (
+    adalora,
+    codes,
+    dora,
+    ends,
+    layers,
+    lora,
+    maps,
+    optimizers,
+    pruning,
+    starts,
+    sums,
+    tasks,
+)
 from .measuring import Property
 
+SUBJECTS = (
+    lora, layers, dora, adalora, codes, tasks, sums, pruning, optimizers, ends, starts, maps
+)  # fmt: skip
 PROPERTIES: list[Property] = []
-for module in (lora, layers, dora, adalora, codes, tasks, sums, pruning, optimizers, ends, starts):
+for module in SUBJECTS:
     PROPERTIES += module.PROPERTIES

@@ -20,6 +20,7 @@ from ..formats.dtypes import FLOATS, round_to, widen
 from ..lora import AdaLoraAdapter, PeftModel
 from ..lora.factors import effective_rank, singular_values
 from ..lora.files import base_key
+from ..lora.maps.adapter import MapAdapter
 from ..models.transformer import CausalLM
 from ..progress import progress_bar
 from ..threads import keep_memory, one_blas_thread
@@ -211,11 +212,6 @@ def verify_files(base: str | Path, adapter: str | Path, seed: int = 0) -> Report
 
 def describe_layer(case: Case, checkpoint: Checkpoint) -> Finding:
     adapter = case.adapters[case.first]
-    A = adapter.lora_A.numpy()
-    B = adapter.lora_B.numpy()
-    s = adapter.scaling
-    if isinstance(adapter, AdaLoraAdapter):
-        A = A * adapter.lora_E.numpy()
     W = case.base.dense_weight().astype(np.float64)
     key = base_key(checkpoint, f"{case.name}.weight")
     dtype = "F32" if key is None else checkpoint.dtype(key)
@@ -226,10 +222,10 @@ def describe_layer(case: Case, checkpoint: Checkpoint) -> Finding:
         norm = float(np.linalg.norm(dW))
         return Finding(
             layer=case.name,
-            shape=f"{len(B)} x {A.shape[1]}",
-            r=len(A),
-            scaling=s,
-            rank=effective_rank(singular_values(A, B, s)),
+            shape=f"{W.shape[0]} x {W.shape[1]}",
+            r=adapter.r,
+            scaling=adapter.scaling,
+            rank=effective_rank(_spectrum(adapter, dW)),
             dW=norm,
             W=float(np.linalg.norm(W)),
             finite=bool(np.isfinite(merged).all()),
@@ -237,6 +233,17 @@ def describe_layer(case: Case, checkpoint: Checkpoint) -> Finding:
             error=float((off / half_ulp).max()),
             lost=float(np.linalg.norm(off)) / norm if norm else 0.0,
         )
+
+
+def _spectrum(adapter: Any, dW: Array) -> Array:
+    """The singular values of dW, from its factors if it has some (of DoRA: of s B A)."""
+    if isinstance(adapter, MapAdapter):
+        is_finite = bool(np.isfinite(dW).all())
+        return np.linalg.svd(dW, compute_uv=False) if is_finite else np.array([np.nan])
+    A = adapter.lora_A.numpy()
+    if isinstance(adapter, AdaLoraAdapter):
+        A = A * adapter.lora_E.numpy()
+    return singular_values(A, adapter.lora_B.numpy(), adapter.scaling)
 
 
 def round_with_half_ulp(exact: Array, dtype: str) -> tuple[Array, Array]:

@@ -162,9 +162,9 @@ def test_adalora_config_warns_that_r_has_no_effect() -> None:
         assert config(r=5).rank("x") == 4
 
 
-@pytest.mark.parametrize("kind", ["IA3", None, ["LORA"], {}, 3])
+@pytest.mark.parametrize("kind", ["LN_TUNING", None, ["LORA"], {}, 3])
 def test_read_config_refuses_another_kind_of_adapter(kind: Any) -> None:
-    message = "peft_type must be 'LORA' or 'ADALORA' or 'HYDRALORA', got"
+    message = "peft_type must be 'LORA' or 'ADALORA' or 'HYDRALORA' or 'LOHA' or .*, got"
     with pytest.raises(ConfigError, match=message):
         read_config({"peft_type": kind}, "here")
     with pytest.raises(ConfigError, match="use_dora must be False"):

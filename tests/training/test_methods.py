@@ -21,6 +21,7 @@ from minilora.lora import RankAllocator
 from minilora.quant import KINDS
 from minilora.training.methods import (
     ADALORA_FIELDS,
+    MAPS_BY_METHOD,
     METHODS,
     NAMES,
     QUANTIZE,
@@ -46,7 +47,8 @@ def test_adapter_config_and_method_of_agree(method, kind):
     if method == "full":
         assert config is None
         return
-    assert type(config) is (AdaLoraConfig if method == "adalora" else LoraConfig)
+    kinds = {"adalora": AdaLoraConfig, **MAPS_BY_METHOD}
+    assert type(config) is kinds.get(method, LoraConfig)
     assert config.use_dora is (method == "dora")
 
 
@@ -95,7 +97,14 @@ def refuse(named, method, fields, kind="none"):
     REFUSED.append((named, method, fields, kind))
 
 
-refuse("'loha'", "loha", {})
+refuse("'lohi'", "lohi", {})
+refuse("lora_alpha = 8: LoHa has no such field; its fields are alpha, ", "loha", {"lora_alpha": 8})
+refuse(
+    "n_frequency: method lora has no such field; methods with it: fourierft",
+    "lora",
+    {"n_frequency": 8},
+)
+refuse("deltaT = 1: OFT has no such field", "oft", {"deltaT": 1})
 refuse("'nf5'", "lora", {}, "nf5")
 refuse("r, bias", "full", {"r": 4, "bias": "all"})
 refuse("quantize = nf4", "full", {}, "nf4")

@@ -24,6 +24,7 @@ from minilora.verify import (
     layers,
     lora,
     make_case,
+    maps,
     measure,
     optimizers,
     over_codes,
@@ -43,6 +44,7 @@ LORAS = {
     for module in (lora, layers, tasks, sums, pruning, optimizers, ends, starts)
     for p in module.PROPERTIES
 }
+OF_MAPS = {p.name for p in maps.PROPERTIES}
 EXACT = {
     "start is the base", "disabled is the base", "count", "gauge by powers of two",
     "start moves B alone", "merge in any portions", "merge refuses", "unmerge", "files",
@@ -51,7 +53,7 @@ EXACT = {
     "AdaLoRA's penalty at rest", "AdaLoRA's budget", "absmax stays", "encoding twice",
     "codes ignore scale", "codes ignore neighbours", "codes in bytes", "bits", "absent task",
     "equal adapters", "the largest stay", "elected sign",
-    "LoRA-FA knows no s", "Riemannian gauge",
+    "LoRA-FA knows no s", "Riemannian gauge", "HiRA zeros", "MiSS repetition",
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_verify import BY_NAME, LORAS
+from test_verify import BY_NAME, LORAS, OF_MAPS
 
 import minilora.functional as F
 import minilora.lora.beginning
@@ -53,6 +53,9 @@ from minilora.lora import (
 from minilora.lora.embedding import EmbeddingAdapter, HeadAdapter
 from minilora.lora.factors import cat, pad_rank, truncate_rank
 from minilora.lora.layer import Wrapper
+from minilora.lora.maps import MAPS
+from minilora.lora.maps.oft import OFT
+from minilora.lora.maps.scattered import UniLora
 from minilora.nn import Dropout, Parameter
 from minilora.optim import SGD
 from minilora.quant import KINDS, Quantized
@@ -124,6 +127,7 @@ CASES: list[tuple[set[str], Callable[[], list[Case]]]] = [
     ({p.name for p in adalora.PROPERTIES}, adalora_cases),
     ({p.name for p in codes.PROPERTIES}, coded_cases),
     (LORAS, lora_cases),
+    (OF_MAPS, lora_cases),
 ]
 
 
@@ -478,7 +482,7 @@ def nothing_is_dropped(real, x, p, key, first, start=0):
 
 @breaks("DoRA starts as the base")
 @after(DoraAdapter, "write_effective_weight")
-def a_step_s_weight_is_an_ulp_too_small(parts, self, W):
+def a_step_s_weight_is_an_ulp_too_small(parts, self, W, *rest):
     W *= 1 - np.finfo(W.dtype).eps
     return parts
 
@@ -506,7 +510,7 @@ def a_norm_has_an_epsilon(square, *rest):
 
 @breaks("DoRA's rows")
 @after(DoraAdapter, "part")
-def merging_takes_a_magnitude_a_few_ulps_too_large(part, self):
+def merging_takes_a_magnitude_a_few_ulps_too_large(part, self, *rest):
     return part._replace(m=part.m * (1 + 40 * np.finfo(self.lora_A.dtype).eps))
 
 
@@ -1038,6 +1042,64 @@ def merging_adds_in_the_layer_s_precision(pair, *rest):
 def shapes_count_one_rank_too_many(mp):
     real = LoraAdapter.shapes
     mp.setattr(LoraAdapter, "shapes", staticmethod(lambda base, r: real(base, r + 1)))
+
+
+# ---- maps ----------------------------------------------------------------------------------------
+
+
+def scale(pulled, *rest):
+    return [1.001 * grad for grad in pulled]
+
+
+for config in MAPS.values():
+    patch = after(config.map, "pull")(scale)
+    patch.__name__ = f"{config.method}_pull_is_a_thousandth_too_large"
+    breaks(f"{config.title} pull")(patch)
+
+
+def add_a_constant(dW, one, theta, W):
+    """A dense matrix, with the derivative that dW had."""
+    O, I = one.O, one.I
+    return dW + 1e-3 * np.cos(np.arange(O * I) ** 2.0).reshape(O, I)
+
+
+STRUCTURES = {
+    "loha": "LoHa rank",
+    "lokr": "LoKr spectrum",
+    "hira": "HiRA zeros",
+    "vera": "VeRA rank",
+    "ia3": "IA3 scaling",
+    "fourierft": "FourierFT energy",
+    "miss": "MiSS repetition",
+    "unilora": "Uni-LoRA rank",
+    "intrinsic": "intrinsic dimension lengths",
+}
+for config in MAPS.values():
+    if config.method in STRUCTURES:
+        patch = after(config.map, "delta")(add_a_constant)
+        patch.__name__ = f"{config.method}_has_a_constant"
+        breaks(STRUCTURES[config.method])(patch)
+
+
+def oft_constant(is_exact: bool) -> Any:
+    def change(dW: Any, one: Any, theta: Any, W: Any) -> Any:
+        return dW + 0.3 * (W if one.is_exact is is_exact else 0 * W)
+
+    return change
+
+
+for is_exact, name in ((True, "OFT isometry"), (False, "OFT contraction")):
+    patch = after(OFT, "delta")(oft_constant(is_exact))
+    patch.__name__ = f"oft_adds_W_where_exact_is_{is_exact}"
+    breaks(name)(patch)
+
+
+@breaks("Uni-LoRA lengths")
+def theta_is_spread_and_gathered_with_larger_scales(mp):
+    for name in ("spread", "gather"):
+        real = getattr(UniLora, name)
+        larger = lambda self, x, real=real: 1.1 * np.asarray(real(self, x))  # noqa: E731
+        mp.setattr(UniLora, name, larger)
 
 
 # ---- the tests -----------------------------------------------------------------------------------

@@ -1,0 +1,330 @@
+"""What maps theta -> dW promise: their pulls are derivatives, and dW has the method's structure.
+
+Each is measured in float64, as merging computes: over random numbers for the shape of a LoRA case,
+and over the adapter's own numbers where a user's file has that method.
+
+**Pulls.** <G, D delta[d]> = <pull(G), d> for every G and direction d. The left side is the
+derivative by a complex step, Im delta(theta + i h d) / h, which rounds but does not cancel; for
+FourierFT, which takes real parts and is linear, delta(theta + d) - delta(theta). Where delta is a
+sum of products, S is the same sum over absolute values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..backend import Array
+from ..lora.maps import (
+    FourierFTConfig,
+    HiraConfig,
+    IA3Config,
+    IntrinsicConfig,
+    LoHaConfig,
+    LoKrConfig,
+    Map,
+    MapConfig,
+    MissConfig,
+    OFTConfig,
+    UniLoraConfig,
+    VeraConfig,
+)
+from ..lora.maps.adapter import MapAdapter
+from .case import Case, unit_roundoff
+from .measuring import (
+    Applies,
+    Measured,
+    Property,
+    compare,
+    count_differences,
+    count_nonzeros,
+    expect_zero,
+    is_dense,
+    is_lora,
+    svd_error,
+    worst,
+)
+
+PROPERTIES: list[Property] = []
+U = unit_roundoff(np.float64)
+STEP = 2.0**-60  # of the derivative
+Fields = dict[str, Any]
+Numbers = tuple[Map, list[Array], Array]  # a map, its theta, W
+
+
+def gamma(n: int) -> float:
+    """What n roundings of float64 do, and as many of the reference's."""
+    return 2 * n * U / (1 - n * U)
+
+
+def holds_for(kind: type[MapConfig]) -> Applies:
+    """Does a case have this method, or is it a random layer of LoRA, which gives a shape?"""
+
+    def applies(case: Case) -> bool:
+        if has_map(case):
+            return isinstance(_first(case).map.config, kind)
+        return case.is_random and is_lora(case) and is_dense(case)
+
+    return applies
+
+
+def has_map(case: Case) -> bool:
+    return isinstance(_first(case), MapAdapter)
+
+
+def _first(case: Case) -> Any:
+    return case.adapters[case.first]
+
+
+def holds(kind: type[MapConfig], what: str, equation: str, source: str) -> Callable[..., Any]:
+    """A decorator that lists a property of one method."""
+
+    def add(measure: Callable[[Case], Measured]) -> Callable[[Case], Measured]:
+        name = f"{kind.title} {what}"
+        PROPERTIES.append(Property(name, equation, source, measure, holds_for(kind)))
+        return measure
+
+    return add
+
+
+def numbers_of(case: Case, kind: type[MapConfig], **fields: Any) -> Numbers:
+    """The map, theta and W of a case that has this method; otherwise random ones of its shape."""
+    W = case.base.dense_weight().astype(np.float64)
+    if has_map(case) and not fields:
+        return _first(case).map, _first(case).wide_theta(), W
+    rng = case.rng
+    O, I = W.shape
+    config = kind(target_modules=["proj"], **fields_for(kind, O, I, rng) | fields)
+    one = config.map(config, "proj", {"proj": (O, I)})
+    shapes = {**one.shapes(), **one.shared_shapes()}
+    return one, [rng.standard_normal(shape) / 4 for shape in shapes.values()], W
+
+
+def fields_for(kind: type[MapConfig], O: int, I: int, rng: np.random.Generator) -> Fields:
+    """Fields of a method for a layer of any shape."""
+    r = int(rng.integers(1, 4))
+    divisors = [b for b in range(1, min(I, 16) + 1) if I % b == 0]
+    fields: dict[type[MapConfig], Fields] = {
+        LoHaConfig: {"r": r, "alpha": 3.0},
+        LoKrConfig: {"r": r, "alpha": 3.0, "decompose_both": bool(rng.integers(2))},
+        HiraConfig: {"r": r},
+        VeraConfig: {"r": r},
+        OFTConfig: {"oft_block_size": int(rng.choice(divisors))},
+        IA3Config: {"feedforward_modules": ["proj"] if rng.integers(2) else []},
+        FourierFTConfig: {"n_frequency": int(rng.integers(1, min(O * I, 40) + 1))},
+        MissConfig: {"r": max(1, I // 2)},
+        UniLoraConfig: {"r": r, "theta_d_length": min(20, r * (O + I))},
+        IntrinsicConfig: {"theta_d_length": min(20, O * I)},
+    }
+    return fields[kind]
+
+
+# ---- pulls ---------------------------------------------------------------------------------------
+
+
+def adjoint_error(one: Map, theta: Sequence[Array], W: Array, rng: Any) -> tuple[float, float]:
+    """(<G, D delta[d]> - <pull(G), d>, its bound) for a random G and direction d."""
+    G = rng.standard_normal(W.shape)
+    count = len(theta) - len(one.SHARED) * (not one.SHARED_TRAINS)
+    d = [rng.standard_normal(t.shape) for t in theta[:count]]
+    d += [np.zeros(t.shape) for t in theta[count:]]
+    n = W.size + 8 * (sum(W.shape) + sum(t.size for t in theta)) + 32
+    pulled = one.pull(theta, W, G)
+    right = math.fsum(float((p * x).sum()) for p, x in zip(pulled, d, strict=False))
+    if isinstance(one.config, FourierFTConfig):
+        ends = [one.delta([theta[0] + d[0]], W), one.delta(theta, W)]
+        left = float((G * (ends[0] - ends[1])).sum())
+        sizes = np.abs(d[0]).sum() + 2 * np.abs(theta[0]).sum()
+        S = abs(one.alpha) / W.size * np.abs(G).sum() * sizes  # type: ignore[attr-defined]
+        return left - right, gamma(n) * S
+    moved = [t + 1j * STEP * x for t, x in zip(theta, d, strict=True)]
+    left = float((G * (one.delta(moved, W).imag / STEP)).sum())
+    if isinstance(one.config, OFTConfig):
+        q = float(np.linalg.norm(theta[0])) * math.sqrt(2)
+        slope = 2 + 4 * q + 6 * q**2 + 4 * q**3  # of the polynomial; of Cayley's map at most 2
+        S = slope * math.prod(map(np.linalg.norm, (G, W, d[0]))) * math.sqrt(2 * W.shape[1])
+    else:
+        absolute = one.pull([np.abs(t) for t in theta], np.abs(W), np.abs(G))
+        S = math.fsum(
+            float((np.abs(p) * np.abs(x)).sum()) for p, x in zip(absolute, d, strict=False)
+        )
+    return left - right, gamma(n) * float(S) + np.finfo(np.float64).tiny
+
+
+def _measure_pull(kind: type[MapConfig], variants: Sequence[Fields]) -> Any:
+    def measure(case: Case) -> Measured:
+        """Two sums of the same products, each by at most n roundings."""
+        errors = []
+        for fields in variants if not has_map(case) else [{}]:
+            errors.append(adjoint_error(*numbers_of(case, kind, **fields), case.rng))
+        return worst(*errors)
+
+    return measure
+
+
+OFT_FORMS: list[Fields] = [{"use_cayley_neumann": True}, {"use_cayley_neumann": False}]
+PAPERS = {
+    LoHaConfig: "Hyeon-Woo et al. 2022",
+    LoKrConfig: "Yeh et al. 2024",
+    HiraConfig: "Huang et al. 2025",
+    VeraConfig: "Kopiczko et al. 2024",
+    OFTConfig: "Qiu et al. 2023",
+    IA3Config: "Liu et al. 2022",
+    FourierFTConfig: "Gao et al. 2024",
+    MissConfig: "Kang & Yin 2024",
+    UniLoraConfig: "Li et al. 2025",
+    IntrinsicConfig: "Aghajanyan et al. 2021",
+}
+for _kind, _paper in PAPERS.items():
+    holds(_kind, "pull", "⟨G, D δ(θ)[d]⟩ = ⟨pull(G), d⟩", _paper)(
+        _measure_pull(_kind, OFT_FORMS if _kind is OFTConfig else [{}])
+    )
+
+
+# ---- structure -----------------------------------------------------------------------------------
+
+
+def rank_excess(one: Map, theta: Sequence[Array], W: Array, rank: int) -> Measured:
+    """σ of number rank + 1: rounding may leave what forming dW and decomposing it err by."""
+    dW = one.delta(theta, W)
+    sigma = np.linalg.svd(dW, compute_uv=False)
+    if rank >= len(sigma):
+        return expect_zero(0)
+    formed = np.abs(one.delta([np.abs(t) for t in theta], np.abs(W)))
+    bound = svd_error(W.shape, sigma[0]) + gamma(sum(W.shape) + 8) * np.linalg.norm(formed)
+    return compare(sigma[rank], bound)
+
+
+@holds(LoHaConfig, "rank", "rank(dW) ≤ r²", "Hyeon-Woo et al. 2022, proposition 1")
+def measure_loha_rank(case: Case) -> Measured:
+    one, theta, W = numbers_of(case, LoHaConfig)
+    return rank_excess(one, theta, W, one.r**2)
+
+
+@holds(LoKrConfig, "spectrum", "σ(dW) = s σ(C) ⊗ σ(E)", "Horn & Johnson 1991, theorem 4.2.15")
+def measure_lokr_spectrum(case: Case) -> Measured:
+    """Three decompositions, and two roundings of each entry of dW besides its factors' own."""
+    one, theta, W = numbers_of(case, LoKrConfig)
+    C, E, _, _ = one.factors(theta)  # type: ignore[attr-defined]
+    of_C, of_E = (np.linalg.svd(M, compute_uv=False) for M in (C, E))
+    expected = np.sort(one.s * np.outer(of_C, of_E).reshape(-1))[::-1]
+    sigma = np.linalg.svd(one.delta(theta, W), compute_uv=False)
+    expected = np.pad(expected, (0, max(0, len(sigma) - len(expected))))
+    norm = one.s * float(np.linalg.norm(C) * np.linalg.norm(E))
+    bound = svd_error(W.shape, norm, 3) + gamma(4) * norm
+    return compare(sigma - expected[: len(sigma)], bound)
+
+
+@holds(HiraConfig, "zeros", "W[o, i] = 0  ⇒  dW[o, i] = 0", "Huang et al. 2025, equation 4")
+def measure_hira_zeros(case: Case) -> Measured:
+    """Exact."""
+    one, theta, W = numbers_of(case, HiraConfig)
+    W = W.copy()
+    W[case.rng.random(W.shape) < 0.3] = 0
+    W[0, 0] = 0
+    return expect_zero(count_nonzeros(one.delta(theta, W)[W == 0]))
+
+
+@holds(VeraConfig, "rank", "rank(dW) ≤ r", "Kopiczko et al. 2024, section 3.1")
+def measure_vera_rank(case: Case) -> Measured:
+    one, theta, W = numbers_of(case, VeraConfig)
+    return rank_excess(one, theta, W, one.r)
+
+
+@holds(OFTConfig, "isometry", "R exact  ⇒  W' W'ᵀ = W Wᵀ", "Qiu et al. 2023, section 3.2")
+def measure_oft_isometry(case: Case) -> Measured:
+    """Solving for R loses a few b u of its norm, which is that of b unit vectors."""
+    one, theta, W = numbers_of(case, OFTConfig, use_cayley_neumann=False)
+    V = W + one.delta(theta, W)
+    b = one.b  # type: ignore[attr-defined]
+    norms = np.linalg.norm(W, axis=1)
+    bound = gamma(W.shape[1] + 16 * b * b + 8) * np.outer(norms, norms)
+    return compare(V @ V.T - W @ W.T, bound)
+
+
+@holds(
+    OFTConfig,
+    "contraction",
+    "R Neumann  ⇒  1 - θ⁴ ≤ σ(W') / σ(W) ≤ 1,  θ = |Q|₂ < 1",
+    "Ostrowski's theorem (Horn & Johnson 2013, theorem 4.5.9)",
+)
+def measure_oft_contraction(case: Case) -> Measured:
+    one, theta, W = numbers_of(case, OFTConfig, use_cayley_neumann=True)
+    Q = one.skew(theta[0])  # type: ignore[attr-defined]
+    size = max(np.linalg.norm(Q, 2, axis=(1, 2)).max(), 1e-9)
+    shrink = min(1.0, 0.7 / size)
+    largest = float(shrink * size)
+    before = np.linalg.svd(W, compute_uv=False)
+    after = np.linalg.svd(W + one.delta([shrink * theta[0]], W), compute_uv=False)
+    b = one.b  # type: ignore[attr-defined]
+    bound = svd_error(W.shape, before[0], 2) + gamma(16 * b * b + 8) * np.linalg.norm(W)
+    excess = np.maximum(after - before, (1 - largest**4) * before - after)
+    return compare(np.maximum(excess, 0), bound)
+
+
+@holds(IA3Config, "scaling", "W' = diag(l) W, or W diag(l)", "Liu et al. 2022, section 3.3")
+def measure_ia3_scaling(case: Case) -> Measured:
+    """l - 1, its product with W, and the sum with W: three roundings."""
+    one, theta, W = numbers_of(case, IA3Config)
+    (l,) = theta
+    return compare(W + one.delta(theta, W) - l * W, gamma(4) * (np.abs(l) + 2) * np.abs(W))
+
+
+@holds(
+    FourierFTConfig,
+    "energy",
+    "|dW|² = α² / (O I) Σ ((F(k) + F(-k)) / 2)²",
+    "Parseval's theorem",
+)
+def measure_fourierft_energy(case: Case) -> Measured:
+    one, theta, W = numbers_of(case, FourierFTConfig)
+    O, I = W.shape
+    F = np.zeros(O * I)
+    F[one.at] = theta[0]  # type: ignore[attr-defined]
+    F = F.reshape(O, I)
+    opposite = np.roll(F[::-1, ::-1], (1, 1), (0, 1))
+    alpha = abs(one.alpha)  # type: ignore[attr-defined]
+    expected = alpha / math.sqrt(O * I) * np.linalg.norm((F + opposite) / 2)
+    norm = np.linalg.norm(one.delta(theta, W))
+    size = alpha / math.sqrt(O * I) * np.linalg.norm(F)
+    return compare(norm - expected, gamma(16 * (2 + int(math.log2(O * I))) + O * I) * size)
+
+
+@holds(MissConfig, "repetition", "dW[:, i] = dW[:, i + r]", "Kang & Yin 2024, section 3")
+def measure_miss_repetition(case: Case) -> Measured:
+    """Exact: column i is row i mod r of D."""
+    one, theta, W = numbers_of(case, MissConfig)
+    dW = one.delta(theta, W)
+    D = np.tile(theta[0], (1, W.shape[0] // theta[0].shape[1]))
+    wrong = count_differences(dW[:, one.r :], dW[:, : W.shape[1] - one.r])
+    return expect_zero(wrong + count_differences(dW[:, : one.r], D.T))
+
+
+@holds(UniLoraConfig, "rank", "rank(dW) ≤ r", "Li et al. 2025, section 3")
+def measure_unilora_rank(case: Case) -> Measured:
+    one, theta, W = numbers_of(case, UniLoraConfig)
+    return rank_excess(one, theta, W, one.r)
+
+
+def length_error(numbers: Array, z: Array) -> Measured:
+    """|numbers| - |z|, each norm by a sum of as many squares."""
+    norm = float(np.linalg.norm(z))
+    return compare(np.linalg.norm(numbers) - norm, gamma(numbers.size + 8) * norm)
+
+
+@holds(UniLoraConfig, "lengths", "|A|² + |B|² = |θ|²", "Li et al. 2025, section 3: isometry")
+def measure_unilora_lengths(case: Case) -> Measured:
+    """Over a model that is this layer: others have the rest of theta's places."""
+    one, theta, _ = numbers_of(case, UniLoraConfig, proj_seed=case.seed)
+    A, B = one.factors(theta)  # type: ignore[attr-defined]
+    return length_error(np.concatenate([A.reshape(-1), B.reshape(-1)]), theta[0])
+
+
+@holds(IntrinsicConfig, "lengths", "|dW| = |θ|", "Aghajanyan et al. 2021, section 3")
+def measure_intrinsic_lengths(case: Case) -> Measured:
+    """Over a model that is this layer."""
+    one, theta, W = numbers_of(case, IntrinsicConfig, proj_seed=case.seed)
+    return length_error(one.delta(theta, W), theta[0])
