@@ -60,7 +60,7 @@ def require_optimizable(optimizer: str, config: LoraConfig | None) -> None:
         )
     if isinstance(config, MapConfig):
         raise ConfigError(
-            f"optimizer {optimizer} is for the factors A and B, which {config.title} does not have: "
+            f"optimizer {optimizer} is for the factors A and B, and {config.title} has none: "
             "use adamw"
         )
     if optimizer != "loraplus" and config.peft_type != "LORA":
