@@ -10,6 +10,7 @@ files      merge, combine, inspect, diff, extract, resize, convert: files in, fi
 checking   verify, devices
 reading    models and texts, as several commands read them
 continuing finetune --adapter: training goes on from an adapter
+fields     options for fields that only some methods have
 options    the parser, how a value is read, and options that several commands take
 streams    standard output and standard error that may be closed, full, or gone
 
@@ -100,6 +101,7 @@ def build_parser(argv: Sequence[str] | None = None) -> Parser:
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
+        its.words = argv or ()
         if argv is None or name in argv:
             command.add_options(its)
         option(its, "--debug", "show a traceback when something fails")

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 from ..errors import ConfigError, FormatError, describe_integer
 from ..formats.disk import parse_json
 from ..formats.hub import find_model
-from ..lora import AdaLoraConfig
 from ..lora.initial import RESIDUAL
 from ..precision import FLOAT32, MANTISSA
-from ..training.methods import MAPS_BY_METHOD, METHODS, QUANTIZE
+from ..training.methods import METHODS, QUANTIZE
 
 Args = argparse.Namespace
 DTYPES = ("float32", "float16", "bfloat16")
@@ -38,7 +37,12 @@ class Command(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises ConfigError, with the name of the option first."""
+    """A parser that raises ConfigError, with the name of the option first.
+
+    words   of the command line, if the help depends on them: see fields.py
+    """
+
+    words: Sequence[str] = ()
 
     def error(self, message: str) -> Any:
         message = message.removeprefix("argument ").replace(": must", " must", 1)
@@ -86,14 +90,6 @@ def hyphenate(argv: Sequence[str]) -> list[str]:
         else:
             result.append(word)
     return result
-
-
-def select_adapter_fields(args: Args) -> dict[str, Any]:
-    """The given options that have the name of a field of an adapter's configuration."""
-    fields: dict[str, Any] = {}
-    for config in (AdaLoraConfig, *MAPS_BY_METHOD.values()):
-        fields |= select_fields(args, config)
-    return fields
 
 
 def select_fields(args: Args, config: Any) -> dict[str, Any]:
@@ -314,31 +310,8 @@ def add_allow_nonfinite(parser: Parser) -> None:
 
 
 def add_method(parser: Any, methods: Sequence[str] = METHODS) -> None:
-    text = f"what to train: {', '.join(methods)}"
+    text = f"what to train: {', '.join(methods)}; -h after it explains its fields"
     option(parser, "--method M", text, choices=methods, default="lora")
-
-
-def add_fields_of_maps(parser: Parser) -> None:
-    """One option for each field that a method of lora/maps has and LoRA has not."""
-    group = parser.add_argument_group("the other methods (a field with the methods that have it)")
-    methods: dict[str, list[str]] = {}
-    metavars = {}
-    for method, config in MAPS_BY_METHOD.items():
-        for field in config.own_fields():
-            methods.setdefault(field.name, []).append(method)
-            metavars[field.name] = _metavar(field)
-    for name, having in methods.items():
-        words = f"--{name.replace('_', '-')} {metavars[name]}"
-        text = f"PEFT's field of {', '.join(having)}"
-        reading = {"type": true_false_or_name} if metavars[name] == "HOW" else {}
-        option(group, words, text, default=argparse.SUPPRESS, **reading)
-
-
-def _metavar(field: dataclasses.Field[Any]) -> str:
-    """How an option shows the value of a field, and so how it is read: see READERS."""
-    kinds = {"int": "N", "float": "X", "dict[str, int]": "JSON"}
-    kinds["list[str] | str | None"] = "NAMES"
-    return kinds.get(str(field.type), "HOW")  # true, false or a word
 
 
 def add_quantize(parser: Any, kinds: Sequence[str] = QUANTIZE) -> None:

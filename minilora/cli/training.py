@@ -39,6 +39,7 @@ from ..training.methods import (
 from ..training.settings import KEEP
 from ..training.signals import stop_signals
 from .continuing import continue_adapter, read_continued_config
+from .fields import add_fields_of_methods, select_adapter_fields
 from .options import (
     DATA,
     Args,
@@ -49,7 +50,6 @@ from .options import (
     add_base,
     add_compute,
     add_device_and_threads,
-    add_fields_of_maps,
     add_method,
     add_quantize,
     add_seed,
@@ -58,7 +58,6 @@ from .options import (
     option,
     path,
     positive_integer,
-    select_adapter_fields,
     select_fields,
     true_false_or_name,
 )
@@ -267,8 +266,7 @@ def add_tuning_options(parser: Parser) -> None:
     field("--trainable-token-indices N,N", text)
     field("--ensure-weight-tying", "adapt a tied head together with its embedding")
     field("--fan-in-fan-out", "accepted for PEFT's sake: the layout is read from the model")
-    _add_adalora_fields(parser)
-    add_fields_of_maps(parser)
+    add_fields_of_methods(parser)
 
 
 def _add_optimizers(parser: Parser) -> None:
@@ -281,21 +279,6 @@ def _add_optimizers(parser: Parser) -> None:
     option(group, "--loraplus-lr-embedding X", text)
     text = "riemannian: damping of the inverses, at least 0 (default: 0.01)"
     option(group, "--riemannian-reg X", text)
-
-
-def _add_adalora_fields(parser: Parser) -> None:
-    group = parser.add_argument_group("AdaLoRA (--method adalora)")
-    field = functools.partial(option, group, default=argparse.SUPPRESS)
-    field("--target-r R", "rank of the average layer at the end (default: r)")
-    field("--init-r R", "rank at the start, at least target_r (default: 1.5 r)")
-    field("--tinit N", "steps before the first cut, at least 0 (default: steps / 10)")
-    field("--tfinal N", "steps after the last cut, at least 0 (default: steps / 4)")
-    field("--deltaT N", "steps between cuts, at least 1 (default: steps / 100)")
-    beta = AdaLoraConfig.beta1
-    field("--beta1 X", f"smoothing of the importance, in (0, 1) (default: {beta})")
-    beta = AdaLoraConfig.beta2
-    field("--beta2 X", f"smoothing of its uncertainty, in (0, 1) (default: {beta})")
-    field("--orth-reg-weight X", "weight of the orthogonality penalty, at least 0 (default: 0.1)")
 
 
 def finetune(args: Args) -> None:

@@ -30,7 +30,8 @@ Models
     plan        the layers that a configuration means in a model or a checkpoint
     injecting   an adapter put into a model
     beginning   starts put into a model
-    model       get_peft_model and PeftModel
+    adapted     a model with adapters: add, switch, count
+    model       get_peft_model, and PeftModel, which merges, saves and loads them
     status      what the layers of such a model are set to
     combining   several adapters added up to one
     pruning     sums of pruned dW

@@ -43,13 +43,14 @@ from ..errors import ConfigError, FormatError
 from ..formats import write_adapter
 from ..formats.disk import read_json, write_json
 from ..nn import replace_module
+from .adapted import list_names
 from .config import LoraConfig
 from .dora import DoraAdapter
 from .embedding import LoraEmbedding
 from .factors import cat
 from .hydra import HydraAdapter
 from .layer import LoraLinear, use_adapters
-from .model import PeftModel, adapter_folder, list_names
+from .model import PeftModel, adapter_folder
 from .names import LINEAR, PREFIX
 from .plan import wrappers
 from .tokens import TrainableTokens

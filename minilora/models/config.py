@@ -34,7 +34,7 @@ from .dialects import (
     REQUIRED,
     SLIDING,
     Dialect,
-    known_fields,
+    knadded_fields,
 )
 from .rotary import (
     complete_rope_parameters,
@@ -279,7 +279,7 @@ class TransformerConfig:
         made = cls(**given, model_type=kind, extra=extra)
         rules = [*dialect.file_rules, *dialect.other_rules, *made._rules_of_this_shape(written)]
         check_fields(written, [rule for rule in rules if rule.field in written], "config: ")
-        made._warn_of_unknown_fields()
+        made._warn_of_unknadded_fields()
         return made
 
     def _rules_of_this_shape(self, written: Mapping[str, Any]) -> list[Rule]:
@@ -304,8 +304,8 @@ class TransformerConfig:
             check_fields({**assumed, **written}, needed, "config: ")
         return rules
 
-    def _warn_of_unknown_fields(self) -> None:
-        known = known_fields(self.model_type)
+    def _warn_of_unknadded_fields(self) -> None:
+        known = knadded_fields(self.model_type)
         unknown = [name for name, value in self.extra.items() if name not in known and value]
         if self.rope_parameters:
             unknown += unused_rope_fields(self.rope_parameters)

@@ -282,7 +282,7 @@ DIALECTS = {
 MODEL_TYPES = tuple(DIALECTS)
 
 
-def known_fields(model_type: str) -> set[str]:
+def knadded_fields(model_type: str) -> set[str]:
     """Every field of config.json that is read, must not have an effect, or cannot have one."""
     dialect = DIALECTS[model_type]
     known = {"model_type", "pad_token_id", "sliding_window", "layer_types", *IGNORED}

@@ -36,7 +36,7 @@ U = unit_roundoff(np.float64)
 
 def can_begin(case: Case) -> bool:
     """Plain LoRA over a dense weight of more than one row and column, whose numbers are usual."""
-    if not (is_lora(case) and is_dense(case)):
+    if not (is_lora(case) and is_dense(case)) or case.base.weight.fixed:
         return False
     W = case.base.dense_weight()
     return min(W.shape) > 1 and bool(np.isfinite(W).all() and W.any())

@@ -5,6 +5,7 @@ Bad command lines are rows of the table in tests/support/hostile.py.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -42,10 +43,11 @@ from minilora import (
     quantize,
 )
 from minilora.cli import build_parser, main
+from minilora.cli.fields import explain_fields
 from minilora.data.tokenizer import ByteTokenizer
 from minilora.errors import ConfigError
 from minilora.formats import load_file, save_file
-from minilora.training.methods import METHODS, QUANTIZE
+from minilora.training.methods import FACTORED, MAPS_BY_METHOD, METHODS, QUANTIZE
 
 # pytest would turn a warning into an exception; on the command line it is a line on stderr.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -610,6 +612,14 @@ def test_finetune_init_lora_weights_takes_true_false_and_names(word, value):
 # Bytes of 2,176 codes and 34 absmax values, and two floats per layer.
 QUANTIZED_BYTES = {"nf4": "1,178", "fp4": "1,178", "int8": "2,266"}
 PEFT_TYPES = {"lora": ("LORA", False), "dora": ("LORA", True), "adalora": ("ADALORA", False)}
+PEFT_TYPES |= {method: (config.peft_type, False) for method, config in MAPS_BY_METHOD.items()}
+ITS_FIELDS = {  # where the defaults are for larger layers
+    "oft": "--oft-block-size 4",
+    "fourierft": "--n-frequency 20 --init-weights true",
+    "miss": "--r 2",
+    "unilora": "--theta-d-length 50",
+    "intrinsic": "--theta-d-length 50",
+}
 
 
 @pytest.mark.parametrize("kind", QUANTIZE)
@@ -618,7 +628,8 @@ def test_finetune_method_over_every_base_trains_and_is_used(method, kind, world,
     out = tmp_path / "out"
     before = snapshot(Path("base"))
     line = f"{FINETUNE} --data book.txt --steps 12 --warmup 0 --lr 0.1 --out '{out}'"
-    code, printed, err = run(f"{line} --method {method} --quantize {kind}")
+    fields = ITS_FIELDS.get(method, "")
+    code, printed, err = run(f"{line} --method {method} {fields} --quantize {kind}")
     if method == "full" and kind != "none":
         assert code == 2
         assert f"quantize = {kind}" in err
@@ -637,7 +648,7 @@ def test_finetune_method_over_every_base_trains_and_is_used(method, kind, world,
         use = f"--base '{out}'"
     else:
         config = json.loads((out / "adapter_config.json").read_text())
-        assert (config["peft_type"], config["use_dora"]) == PEFT_TYPES[method]
+        assert (config["peft_type"], config.get("use_dora", False)) == PEFT_TYPES[method]
         expected = {"adapter_config.json", "adapter_model.safetensors"}
         if method == "adalora" and HAS_MATPLOTLIB:
             expected.add("rank_allocation.png")
@@ -808,7 +819,7 @@ def help_of(command: str, capsys: Any) -> list[str]:
 def test_help_fits_a_screen_and_shows_an_example(command, capsys):
     lines = help_of(command, capsys)
     # finetune has 66 options, each with its help, and sweep has nearly all of them and its own.
-    assert len(lines) <= {"finetune": 82, "sweep": 87, "pretrain": 45}.get(command, 44)
+    assert len(lines) <= {"finetune": 79, "sweep": 84, "pretrain": 45}.get(command, 44)
     assert max(map(len, lines)) <= 110
     if command:
         example = next(line for line in lines if line.startswith("example: "))
@@ -822,11 +833,32 @@ def test_help_explains_every_option_and_its_default(command, capsys):
     text = " ".join(" ".join(help_of(command, capsys)).split())
     for action in parser_of(command)._actions:
         name = action.option_strings[-1] if action.option_strings else action.metavar
+        if action.help is argparse.SUPPRESS:  # a field of some methods: the test below
+            continue
         assert name in text
         assert action.help
         assert " ".join(action.help.split()) in text
         if action.default not in (None, "==SUPPRESS==", False):
             assert f"(default: {action.default})" in action.help
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in FACTORED])
+def test_help_of_a_method_explains_its_fields(method, capsys):
+    text = " ".join(" ".join(help_of(f"finetune --method {method}", capsys)).split())
+    config = MAPS_BY_METHOD[method]
+    assert f"{config.title} (--method {method})" in text
+    for name, explanation in explain_fields(config).items():
+        assert f"--{name.replace('_', '-')} " in text
+        assert explanation
+        assert explanation in text
+    others = {field for c in MAPS_BY_METHOD.values() for field in explain_fields(c)}
+    for name in others - set(explain_fields(config)) - {"r"}:
+        assert f"--{name.replace('_', '-')} " not in text
+
+
+def test_help_of_adalora_explains_its_fields(capsys):
+    assert "--target-r R" in "\n".join(help_of("finetune --method=adalora", capsys))
+    assert "--target-r R" not in "\n".join(help_of("finetune", capsys))
 
 
 def test_help_shows_the_defaults_of_the_configuration(capsys):

@@ -11,8 +11,11 @@ from hostile import FINETUNE, GENERATE, MERGE, PRETRAIN, make_world
 
 from minilora import AdaLoraConfig, LoraConfig, TransformerConfig
 from minilora.cli import build_parser, main
+from minilora.cli.fields import explain_fields
 from minilora.errors import ConfigError, describe_integer, describe_number
+from minilora.lora.maps import MapConfig
 from minilora.training.loop import Settings
+from minilora.training.methods import MAPS_BY_METHOD
 
 INTEGERS = ("N", "K", "R", "T")
 NUMBERS = ("X", "P")
@@ -21,7 +24,7 @@ LISTS = ("N,N", "X,X")
 ODD = ["１", "1_000", " 1", "1 ", "", "x", "0x10", "nan", "inf", "-inf", "1e400", "--1"]
 NOT_INTEGERS = [*ODD, "1.5", "1e3", "1.0", "-1", "9" * 30, "9" * 5000]
 NOT_NUMBERS = [*ODD, "-1e400", "9" * 400]
-LIMITS = ("at least ", "above ", "in (0, 1]", "a list of numbers such as", "finite numbers")
+LIMITS = ("at least ", "above ", "in (0, 1]", "a list of numbers such as", "finite number")
 LINES = {
     "demo": "demo --out new",
     "pretrain": PRETRAIN,
@@ -29,6 +32,7 @@ LINES = {
     "generate": GENERATE,
     "evaluate": "evaluate --base base --data book.txt",
     "merge": MERGE,
+    "convert": "convert adapter --to plain --base base --out new",
     "combine": "combine --adapter adapter --how svd --out new",
     "extract": "extract --base base --tuned base --out new",
     "resize": "resize --adapter adapter --out new",
@@ -63,10 +67,16 @@ def test_main_states_the_limits_of_a_number(command, option, metavar, world, mon
     line = LINES[command]
     if option[2:] in adalora or option == "--orth-reg-weight":
         line += " --method adalora"
+    for method, config in MAPS_BY_METHOD.items():
+        if option[2:].replace("-", "_") in explain_fields(config):
+            line += f" --method {method}"
+            break
     line = line.replace("--weights 1", "")
     refused = NOT_NUMBERS if metavar in (*NUMBERS, "X,X") else NOT_INTEGERS
     if metavar == "N,N":
         refused = [text for text in refused if text.lstrip("-") not in ("1", "9" * 30)]
+    negative = VALID.get(option[2:].replace("-", "_"))
+    refused = [text for text in refused if text != str(negative)]
     for text in refused:
         code = main([*shlex.split(line), f"{option}={text}"])
         error = capsys.readouterr().err.splitlines()[-1]
@@ -87,26 +97,30 @@ LORA = {"target_modules": ["q_proj"]}
 ADALORA = {**LORA, "total_step": 100, "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1}
 CONFIGS = {Settings: {}, LoraConfig: LORA, AdaLoraConfig: ADALORA}
 CONFIGS[TransformerConfig] = {"model_type": "mistral", "sliding_window": 4}
+CONFIGS |= {config: {} for config in MAPS_BY_METHOD.values()}
 NUMERIC = ("int", "float", "int | None")
 WRONG = [float("nan"), float("inf"), -float("inf"), -1, 10**400, "1", "", True, [1]]
+VALID = {"decompose_factor": -1, "scaling": -1, "d_initial": -1}  # although it is negative
 NO_LIMIT = {"layers_to_transform"}
 
 
 def fields():
     for config in CONFIGS:
+        of_method = config.field_names() if issubclass(config, MapConfig) else None
         for field in dataclasses.fields(config):
-            if field.type in NUMERIC:
+            if field.type in NUMERIC and (of_method is None or field.name in of_method):
                 yield config, field.name, str(field.type)
 
 
 @pytest.mark.parametrize(("config", "field", "kind"), list(fields()))
 def test_config_states_the_limits_of_a_field(config, field, kind):
-    for value in [*WRONG, *([1.5, 1.0] if kind.startswith("int") else [])]:
+    wrong = [value for value in WRONG if value != VALID.get(field)]
+    for value in [*wrong, *([1.5, 1.0] if kind.startswith("int") else [])]:
         with pytest.raises(ConfigError) as caught:
             config(**{**CONFIGS[config], field: value})
         message = str(caught.value)
         assert f"{field} must be " in message
-        limits = ("at least ", "above ", "positive", "default", "even")
+        limits = ("at least ", "above ", "positive", "default", "even", "a finite number")
         assert any(words in message for words in limits), message
         if value == 10**400:
             assert any(words in message for words in ("below ", "finite", "default")), message

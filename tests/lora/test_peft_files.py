@@ -95,7 +95,7 @@ def test_from_pretrained_reads_what_save_pretrained_wrote(
         assert logits(beside).tobytes() == expected
 
 
-def test_save_pretrained_keeps_unknown_fields(tmp_path: Path) -> None:
+def test_save_pretrained_keeps_unknadded_fields(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
     written = change_json(tmp_path, from_the_future=[1, {"a": None}], peft_version="9.9")
     with pytest.warns(UserWarning, match="'from_the_future'"):

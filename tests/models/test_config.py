@@ -133,7 +133,7 @@ def test_from_dict_warns_of_an_unknown_field_and_keeps_it(kind: str, name: str, 
 
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
-def test_from_dict_keeps_known_fields_without_effect_in_silence(kind: str) -> None:
+def test_from_dict_keeps_knadded_fields_without_effect_in_silence(kind: str) -> None:
     extra = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None, "use_cache": False}
     extra |= {"architectures": ["FooForBar"], "max_length": 20, "_name_or_path": "a"}
     written = shape(kind).to_dict() | extra

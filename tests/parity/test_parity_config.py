@@ -18,7 +18,7 @@ from variations import BASES, CONTEXT, SETTINGS, VARIATIONS, Variation, word
 
 from minilora import CausalLM, TransformerConfig
 from minilora.errors import ConfigError
-from minilora.models.dialects import DIALECTS, known_fields
+from minilora.models.dialects import DIALECTS, knadded_fields
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 IDS = np.arange(3, 67).reshape(1, -1) % 64  # more positions than the old context of 32
@@ -86,7 +86,7 @@ def test_from_dict_means_what_transformers_makes_of_a_config(
     again = their_logits(write(tmp_path / "again", written), weights)
     assert np.array_equal(again, expected)
     assert TransformerConfig.from_dict(written).to_dict() == written
-    unread = set(variation.fields) - known_fields(variation.kind)
+    unread = set(variation.fields) - knadded_fields(variation.kind)
     assert {name: written[name] for name in unread} == {
         name: variation.fields[name] for name in unread
     }
@@ -146,8 +146,8 @@ def their_fields(kind: str) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", DIALECTS)
-def test_known_fields_are_all_that_the_class_of_transformers_knows(kind: str) -> None:
-    assert their_fields(kind) - known_fields(kind) == set()
+def test_knadded_fields_are_all_that_the_class_of_transformers_knows(kind: str) -> None:
+    assert their_fields(kind) - knadded_fields(kind) == set()
 
 
 def test_from_dict_refuses_what_the_class_of_transformers_cannot_set() -> None:

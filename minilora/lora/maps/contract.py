@@ -98,7 +98,7 @@ class MapConfig(LoraConfig):
         check_fields(vars(self), self.RULES)
 
     @classmethod
-    def own_fields(cls) -> list[dataclasses.Field[Any]]:
+    def added_fields(cls) -> list[dataclasses.Field[Any]]:
         """The fields of this method that LoRA does not have."""
         of_lora = {field.name for field in dataclasses.fields(LoraConfig)}
         return [field for field in dataclasses.fields(cls) if field.name not in of_lora]
@@ -106,7 +106,7 @@ class MapConfig(LoraConfig):
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         """The names of the fields that this method has."""
-        return (*COMMON, *cls.USES, *(field.name for field in cls.own_fields()))
+        return (*COMMON, *cls.USES, *(field.name for field in cls.added_fields()))
 
     @classmethod
     def require_known(cls, fields: Mapping[str, Any]) -> None:

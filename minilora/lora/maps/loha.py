@@ -47,6 +47,7 @@ class LoHa(Map):
 class LoHaConfig(MapConfig):
     """dW = (alpha / r) (A1 B1) ∘ (A2 B2)    Hyeon-Woo et al. 2022
 
+    alpha          scaling is alpha / r
     init_weights   True: A2 B2 is zero; False: all four factors random
     """
 

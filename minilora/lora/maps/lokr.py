@@ -115,6 +115,7 @@ def _is_factor(value: Any) -> bool:
 class LoKrConfig(MapConfig):
     """dW = (alpha / r) C ⊗ E    Yeh et al. 2024
 
+    alpha              scaling is alpha / r
     decompose_factor   rows and columns of C, if they divide; -1: as near to the root as possible
     decompose_both     C is a product of rank r, too, where that is smaller
     init_weights       True: C is zero; "lycoris": E is zero; False: both random
@@ -139,6 +140,6 @@ class LoKrConfig(MapConfig):
     RULES: ClassVar = [
         *number_rules("alpha", is_kind=is_plain_number, above=0, below=1e300),
         Rule("decompose_both", is_flag, "True or False"),
-        Rule("decompose_factor", _is_factor, "-1 or an integer of at least 1"),
+        Rule("decompose_factor", _is_factor, "-1, or an integer that is at least 1 and below 2^24"),
         Rule("init_weights", one_of(True, False, "lycoris"), "True, False or 'lycoris'"),
     ]

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...backend import Array, Shape, backend_of
-from ...errors import ConfigError, Rule, is_flag
+from ...errors import ConfigError, check_fields, integer_rules, is_flag, rules_for
 from .contract import USUAL, Layers, Map, MapConfig, Theta, refuse_shape
 
 COEFFICIENTS = (1, 2, 2, 2, 1)  # of PEFT's polynomial in Q, since 0.18
@@ -154,20 +154,17 @@ class OFTConfig(MapConfig):
     FIXED: ClassVar = {"bias": "none", "coft": False, "num_cayley_neumann_terms": 5}
     IN_TRAINING: ClassVar = {"module_dropout": 0.0, "eps": 6e-5}  # eps is coft's
     RULES: ClassVar = [
-        *(
-            Rule(name, is_flag, "True or False")
-            for name in ("block_share", "use_cayley_neumann", "init_weights")
-        ),
+        *integer_rules("oft_block_size", least=0, limit=2**24),
+        *rules_for(("block_share", "use_cayley_neumann", "init_weights"), is_flag, "True or False"),
     ]
 
     def __post_init__(self) -> None:
         blocks = self.r
-        self.r = OFTConfig.r or 1  # LoRA's rule for it is another one
+        check_fields({"r": blocks}, integer_rules("r", least=0, limit=2**24))
+        self.r = 1  # LoRA's rule for it is another one
         super().__post_init__()
         self.r = blocks
-        sizes = (self.r, self.oft_block_size)
-        are_counts = all(type(size) is int and 0 <= size < 2**24 for size in sizes)
-        if not are_counts or (self.r == 0) == (self.oft_block_size == 0):
+        if (self.r == 0) == (self.oft_block_size == 0):
             raise ConfigError(
                 f"r = {self.r!r:.60} and oft_block_size = {self.oft_block_size!r:.60}: one of "
                 "the two must be at least 1 and the other 0, because r oft_block_size = I"
