@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import save_base, small_base
-from peers import close, load_model, logits, peft, torch, trainable
+from peers import close, in_double, load_model, logits, peft, torch, trainable
 from peft.tuners.lora import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 
@@ -41,9 +41,23 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_theirs(base: Path, **options: Any) -> Any:
+def make_theirs(base: Path, dtype: str = "float32", **options: Any) -> Any:
     config = peft.LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": NAMES, **options})
-    return peft.get_peft_model(load_model(base, "float32"), config).eval()
+    return peft.get_peft_model(load_model(base, dtype), config).eval()
+
+
+class Torch64:
+    """torch, in which float32 means float64: peft computes its starts in float32 alone."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft.tuners.lora.layer, "torch", Torch64())
 
 
 def layer_of(model: Any, path: str) -> Any:
@@ -55,28 +69,28 @@ def layer_of(model: Any, path: str) -> Any:
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])
 @pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.usefixtures("in_float64")
 def test_begin_is_pefts_pissa_and_olora(bases: Path, name: str, rslora: bool) -> None:
+    """In float64: A and B but for the signs of singular vectors, which cancel in B A."""
     pattern = {"v_proj": 4}
     options = {"use_rslora": rslora, "rank_pattern": pattern, "alpha_pattern": {"down_proj": 7}}
-    theirs = make_theirs(bases / "llama", init_lora_weights=name, **options)
-    before = dict(load_model(bases / "llama", "float32").named_parameters())
-    ours = CausalLM.from_pretrained(bases / "llama")
+    theirs = make_theirs(bases / "llama", "float64", init_lora_weights=name, **options)
+    before = dict(load_model(bases / "llama").named_parameters())
+    ours = CausalLM.from_pretrained(bases / "llama", dtype="float64")
     config = LoraConfig(r=2, lora_alpha=3, target_modules=NAMES, init_lora_weights=name, **options)
     model = get_peft_model(ours, config)
     for path, layer in model.changed_layers.items():
         their_layer = layer_of(theirs, path)
-        A = their_layer.lora_A["default"].weight.detach().numpy().astype(np.float64)
-        B = their_layer.lora_B["default"].weight.detach().numpy().astype(np.float64)
+        A = their_layer.lora_A["default"].weight.detach().numpy()
+        B = their_layer.lora_B["default"].weight.detach().numpy()
         adapter = layer.adapters["default"]
-        assert close(
-            adapter.scaling * adapter.lora_B.numpy() @ adapter.lora_A.numpy(),
-            their_layer.scaling["default"] * B @ A,
-            1e-5,
-        )
-        assert close(abs(adapter.lora_A.numpy()), abs(A), 1e-5)
-        assert close(abs(adapter.lora_B.numpy()), abs(B), 1e-5)
+        assert A.dtype == adapter.lora_A.dtype == np.float64
+        dW = adapter.scaling * adapter.lora_B.numpy() @ adapter.lora_A.numpy()
+        assert close(dW, their_layer.scaling["default"] * B @ A, 1e-9)
+        assert close(abs(adapter.lora_A.numpy()), abs(A), 1e-9)
+        assert close(abs(adapter.lora_B.numpy()), abs(B), 1e-9)
         R = their_layer.base_layer.weight.detach().numpy()
-        assert close(layer.base_layer.weight.numpy(), R, 1e-5)
+        assert close(layer.base_layer.weight.numpy(), R, 1e-9)
         W = before[f"{path}.weight"].detach().numpy()
         assert not close(R, W, 1e-2)
 
@@ -110,11 +124,12 @@ def test_begin_is_pefts_orthogonal_start(monkeypatch: pytest.MonkeyPatch) -> Non
     assert close(B, layer.lora_B["default"].weight, 1e-9)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_begin_is_pefts_stable_lora_ga(bases: Path) -> None:
     """Gradients of the same batch, and of a low-rank decomposition that is whole: 4 r = 8."""
     options = {"target_modules": ["q_proj"], "r": 2, "lora_alpha": 3}
     config = peft.LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), **options)
-    theirs = load_model(bases / "llama", "float32")
+    theirs = in_double(load_model(bases / "llama"))
     ids = torch.tensor(IDS)
 
     def train_step() -> None:
@@ -122,14 +137,14 @@ def test_begin_is_pefts_stable_lora_ga(bases: Path) -> None:
 
     preprocess_loraga(theirs, config, train_step)
     theirs = peft.get_peft_model(theirs, config)
-    ours = CausalLM.from_pretrained(bases / "llama")
+    ours = CausalLM.from_pretrained(bases / "llama", dtype="float64")
     config = LoraConfig(init_lora_weights="lora_ga_stable", **options)
     model = get_peft_model(ours, config, data=[IDS])
     for path, layer in model.changed_layers.items():
         their_layer = layer_of(theirs, path)
         adapter = layer.adapters["default"]
-        assert close(abs(adapter.lora_A.numpy()), abs(their_layer.lora_A["default"].weight), 1e-4)
-        assert close(abs(adapter.lora_B.numpy()), abs(their_layer.lora_B["default"].weight), 1e-4)
+        assert close(abs(adapter.lora_A.numpy()), abs(their_layer.lora_A["default"].weight), 1e-9)
+        assert close(abs(adapter.lora_B.numpy()), abs(their_layer.lora_B["default"].weight), 1e-9)
 
 
 # ---- files ---------------------------------------------------------------------------------------

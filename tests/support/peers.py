@@ -142,7 +142,7 @@ def have_logits_if_stable(model: Any, expected: np.ndarray) -> bool:
 
 
 def in_double(model: Any) -> Any:
-    """A peft model that computes in float64 also where transformers computes in float32."""
+    """A model of transformers or peft that computes in float64, also where they use float32."""
 
     def norm(self: Any) -> Any:
         return lambda x: (
@@ -170,5 +170,5 @@ def in_double(model: Any) -> Any:
         for ending, made in (("RMSNorm", norm), ("RotaryEmbedding", rope)):
             if type(module).__name__.endswith(ending):
                 module.forward = made(module)
-    model.get_base_model().loss_function = loss
+    getattr(model, "get_base_model", lambda: model)().loss_function = loss
     return model
