@@ -99,6 +99,14 @@ class MiniloraAdalora(Minilora):
         return float(loss)
 
 
+class MiniloraMap(Minilora):
+    """A method of lora/maps/, whose adapter is in the folder of its name."""
+
+    def __init__(self, work: Path, threads: int, method: str):
+        self.adapter = method
+        super().__init__(work, threads)
+
+
 class Torch(Contender):
     """PyTorch + peft with the model of `self.base()`; under torch.compile if `compiled`."""
 

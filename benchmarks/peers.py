@@ -1,7 +1,7 @@
 """Time a training step of minilora, PyTorch + peft and JAX on the same weights and batches.
 
     python benchmarks/peers.py [--sizes micro,tiny,small,gpt2,long,wide]
-                               [--methods lora,family,recomputed,full,generate]
+                               [--methods lora,family,maps,recomputed,full,generate]
                                [--contenders minilora,torch,torch-compile,transformers,jax]
                                [--starts 3] [--rounds 2] [--steps N] [--threads 2] [--write]
 
@@ -21,7 +21,8 @@ Sizes: `long` is one sequence of 1,024 tokens through the size gpt2, `wide` one 
 layers of width 1,024.
 
 Methods: `lora` trains LoRA on all linear layers. `family` adds DoRA and AdaLoRA (with the penalty
-and an allocation of ranks in every step), and peft's DoRA beside peft's LoRA. `recomputed` is
+and an allocation of ranks in every step), and peft's DoRA beside peft's LoRA. `maps` has minilora's
+step of each method of lora/maps/ beside its LoRA step, in sizes tiny and small. `recomputed` is
 minilora's LoRA step with gradient checkpointing, to measure its memory. `full` trains all weights.
 `generate` is greedy decoding by the base alone, compared with transformers: a step is one call that
 appends 96 tokens to a prompt of 32, in size small also to 16 prompts; the tokens must be equal.
@@ -54,7 +55,7 @@ SIZES = {  # Llama-shaped: layers, width, MLP width, heads, vocabulary, batch, c
     "long": (12, 768, 2048, 12, 50257, 1, 1024),
     "wide": (4, 1024, 2736, 16, 256, 1, 2048),
 }
-METHODS = ["lora", "family", "recomputed", "full", "generate"]
+METHODS = ["lora", "family", "maps", "recomputed", "full", "generate"]
 # Contender -> the contender whose losses it must reproduce.
 FAMILY = {
     "minilora": "minilora",
@@ -62,6 +63,18 @@ FAMILY = {
     "minilora-dora": "minilora-dora",
     "torch-dora": "minilora-dora",
     "minilora-adalora": "minilora-adalora",
+}
+MAPS = {  # with their fields where the defaults do not fit layers of width 128 and 384
+    "loha": {"r": 4},
+    "lokr": {"r": 64, "decompose_factor": 8},
+    "hira": {"r": 8},
+    "vera": {"r": 256},
+    "oft": {"oft_block_size": 32},
+    "ia3": {"feedforward_modules": ["down_proj"]},
+    "fourierft": {"n_frequency": 1000, "init_weights": True},
+    "miss": {"r": 8},
+    "unilora": {"r": 8, "theta_d_length": 20_000},
+    "intrinsic": {"theta_d_length": 20_000},
 }
 STEPS = {"micro": 30, "tiny": 8, "small": 2}  # per turn; other sizes take one
 PEERS = ("torch", "torch-compile", "transformers", "jax")
@@ -110,6 +123,11 @@ def prepare(work: Path, shape: tuple[int, ...], method: str, r: int = 8, count: 
         schedule = {"tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 1 << 20}
         kinds["dora"] = LoraConfig(r=r, use_dora=True, **options)
         kinds["adalora"] = AdaLoraConfig(init_r=r, target_r=r // 2, **schedule, **options)
+    if method == "maps":
+        from minilora.training.methods import MAPS_BY_METHOD
+
+        for name, fields in MAPS.items():
+            kinds[name] = MAPS_BY_METHOD[name](target_modules="all-linear", **fields)
     for name, kind in kinds.items():
         get_peft_model(model, kind).save_pretrained(work / name)
         model = CausalLM(config, seed=0)
@@ -137,10 +155,13 @@ def serve(name: str, work: Path, threads: int) -> None:
     It has the seconds and page faults of the last n steps, and the results of all.
     """
     begun = time.perf_counter()
-    from contenders import CONTENDERS, GENERATORS
+    from contenders import CONTENDERS, GENERATORS, MiniloraMap
 
     method = json.loads((work / "job.json").read_text())["method"]
-    contender = (GENERATORS if method == "generate" else CONTENDERS)[name](work, threads)
+    if method == "maps" and name not in CONTENDERS:
+        contender = MiniloraMap(work, threads, name.removeprefix("minilora-"))
+    else:
+        contender = (GENERATORS if method == "generate" else CONTENDERS)[name](work, threads)
     results = [contender.step(0)]
     answer: dict[str, Any] = {"ready": time.perf_counter() - begun, "results": results}
     print(json.dumps(answer), flush=True)
@@ -312,7 +333,7 @@ def compare(
             "faults_per_step": faults,
             "seconds_to_first_step": round(ready, 2),
         }
-        reference = measured[FAMILY[name] if method == "family" else "minilora"]
+        reference = measured[reference_of(name, method)]
         agree = same_tokens if method == "generate" else same_losses
         rows[name] = row | agree(f"{size} {method} {name}", results(processes), results(reference))
     result: dict[str, Any] = {"size": size, "method": method, "starts": args.starts}
@@ -324,6 +345,13 @@ def compare(
     if left_out:
         result["left_out"] = left_out
     return result
+
+
+def reference_of(name: str, method: str) -> str:
+    """The contender whose losses another one must reproduce: itself, if no other has its method."""
+    if method == "maps":
+        return name
+    return FAMILY[name] if method == "family" else "minilora"
 
 
 def take_turns(
@@ -454,9 +482,13 @@ def main() -> None:
                 continue
             if size in ("long", "wide") and method in ("family", "full", "generate"):
                 continue
+            if method == "maps" and size not in ("tiny", "small"):
+                continue
             chosen = [name for name in names if (name, method) not in LEFT_OUT]
             if method == "family":
                 chosen = [name for name in FAMILY if name.partition("-")[0] in names]
+            if method == "maps":
+                chosen = ["minilora", *(f"minilora-{name}" for name in MAPS)]
             for prompts in PROMPTS.get(size, ()) if method == "generate" else (0,):
                 result = compare(size, method, chosen, args, prompts)
                 show(result)

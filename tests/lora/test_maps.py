@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import runpy
 import sys
@@ -266,6 +267,18 @@ def test_ia3_moves_the_bias_with_the_weight() -> None:
     assert down.bias is down.base_layer.bias
 
 
+def test_ia3_feedforward_modules_are_among_the_targets_of_its_file(tmp_path: Path) -> None:
+    """peft refuses others, and writes full names for "all-linear"."""
+    config = IA3Config(target_modules="all-linear", feedforward_modules=["down_proj"])
+    model = get_peft_model(base(), config).eval()
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["feedforward_modules"] == ["model.layers.0.mlp.down_proj"]
+    assert set(written["feedforward_modules"]) <= set(written["target_modules"])
+    read = PeftModel.from_pretrained(base(), tmp_path)
+    assert layers(read)["model.layers.0.mlp.down_proj"].adapters["default"].ia3_l.shape == (1, 24)
+
+
 def test_hira_reads_the_base_whatever_else_is_merged_or_added() -> None:
     model = adapted(ROWS["hira"])
     model.add_adapter("l", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
@@ -332,6 +345,7 @@ MISFITS = [
     ("lokr", {"decompose_factor": 1, "r": 5}, None),
     ("miss", {"r": 17}, "r = 17 is above I"),
     ("miss-mini", {"mini_r": 3}, "mini_r = 3 does not divide O"),
+    ("ia3", {"feedforward_modules": ["dwn_proj"]}, "'dwn_proj' matches no target; the targets are"),
     ("fourierft", {"n_frequency": 129}, "fewer weights than n_frequency = 129: .* at most 128"),
 ]
 

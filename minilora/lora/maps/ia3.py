@@ -109,3 +109,20 @@ class IA3Config(MapConfig):
             targets = self.target_modules
             names = targets if isinstance(targets, list) else paths
             self.feedforward_modules = [name for name in names if name.endswith(FEEDFORWARD)]
+            return
+        self._settle_names(list(paths))
+
+    def _settle_names(self, paths: list[str]) -> None:
+        """Full names where those of "all-linear" are full by now: PEFT wants them among these."""
+        names, targets = self.feedforward_modules, self.target_modules
+        if not (isinstance(names, list) and isinstance(targets, list)):
+            return
+        for name in names:
+            if not any(Targets([name], anywhere=True).mean(path) for path in paths):
+                raise ConfigError(
+                    f"feedforward_modules: {name!r:.60} matches no target; the targets are "
+                    f"{', '.join(paths)[:200]}: correct the name, or leave it out"
+                )
+        if not {*names} <= {*targets}:
+            wanted = Targets(names, anywhere=True)
+            self.feedforward_modules = [path for path in paths if wanted.mean(path)]
