@@ -29,6 +29,7 @@ from ..nn import LinearBase, Module, Parameter, frozen_linear, replace_module
 from ..quant.codes import encode
 from ..quant.half import Half, HalfLinear, HalfWeight
 from ..quant.linear import QuantizedLinear, quantize
+from ..threads import one_blas_thread
 from .factors import Part
 from .files import AdapterFile
 from .initial import coded_base, loftq_fields
@@ -294,7 +295,7 @@ def measure_covariances(
     for path, recorder in recorders.items():
         replace_module(model, places[path], recorder)
     try:
-        with no_grad(), _evaluating(model):
+        with no_grad(), _evaluating(model), one_blas_thread():
             for batch in batches:
                 counted = (batch.targets != IGNORE).reshape(-1)
                 for recorder in recorders.values():
@@ -325,7 +326,7 @@ def measure_gradients(
             p.requires_grad = False
         for weight in weights:
             weight.requires_grad = True
-        with _evaluating(model):
+        with _evaluating(model), one_blas_thread():
             for batch in batches:
                 batch = batch.to(weights[0].backend, model.config.vocab_size)
                 loss = model(batch.ids, targets=batch.targets, first_key=batch.first_key)

@@ -34,6 +34,7 @@ from ..formats.checkpoint import is_stored_transposed
 from ..formats.disk import JsonObject
 from ..formats.dtypes import round_to
 from ..quant.codes import KINDS, encode
+from ..threads import one_blas_thread
 from .config import NO_START, LoraConfig, name_of_changed_start, plain_fields
 from .factors import Part, product_norm
 from .names import LINEAR, PREFIX, factor_keys
@@ -123,7 +124,13 @@ def settle_start(adapter: Any, base: Base, read: Read) -> None:
     word = name_of_changed_start(adapter.began)
     if not adapter.is_low_rank or not (adapter.initial or word in RECOMPUTED):
         return  # the base becomes Q: see base_weight
+    with one_blas_thread():
+        _find_initial_values(adapter, paths, base, read)
+
+
+def _find_initial_values(adapter: Any, paths: Sequence[str], base: Base, read: Read) -> None:
     is_given = bool(adapter.initial)
+    word = name_of_changed_start(adapter.began)
     for path in paths:
         W = read(f"{path}.weight").astype(np.float64)
         W = W.T if is_stored_transposed(base.model_type, f"{path}.weight") else W
@@ -312,9 +319,10 @@ def coded_base(config: LoraConfig, path: str, W: Array, where: str) -> Array:
     decode = CODED[kind]
     r = config.rank(path)
     Q = decode(W)
-    for _ in range(rounds - 1):
-        U, S, Vt = np.linalg.svd(W - Q, full_matrices=False)
-        Q = decode(W - (U[:, :r] * S[:r]) @ Vt[:r])
+    with one_blas_thread():
+        for _ in range(rounds - 1):
+            U, S, Vt = np.linalg.svd(W - Q, full_matrices=False)
+            Q = decode(W - (U[:, :r] * S[:r]) @ Vt[:r])
     return Q
 
 

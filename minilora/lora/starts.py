@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import ConfigError, NonFiniteError
+from ..threads import one_blas_thread
 from .leading import leading_triplets
 
 Array = np.ndarray
@@ -231,7 +232,8 @@ def begin(name: str, path: str, W: Array, r: int, s: float, given: Given) -> Beg
     if not all(np.isfinite(array).all() for array in read):
         what = {"covariance": " or its inputs", "gradient": " or its gradient"}.get(start.needs, "")
         raise NonFiniteError(f"{path}: its weight{what} is not finite, so it has no {name} start")
-    return start.begin(W, r, s, given)
+    with one_blas_thread():  # so that the bits of a start do not depend on the cores
+        return start.begin(W, r, s, given)
 
 
 # ---- EVA's ranks ---------------------------------------------------------------------------------

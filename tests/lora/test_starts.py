@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ from hypothesis import given as draws
 from hypothesis import settings
 from hypothesis import strategies as st
 from shapes import shape
+from threadpoolctl import threadpool_limits
 
 from minilora import CausalLM, get_peft_model, quantize
 from minilora.errors import ConfigError, NonFiniteError
-from minilora.lora import LoraConfig
+from minilora.lora import LoraConfig, starts
 from minilora.lora.starts import (
     GAMMA,
     STARTS,
@@ -256,3 +258,18 @@ def test_get_peft_model_refuses_a_start_over_codes_and_on_gpt2s_layers() -> None
                 LoraConfig(r=2, init_lora_weights=name),
                 quantize="nf4",
             )
+
+
+@pytest.mark.parametrize("name", ["pissa", "pissa_niter_4", "olora", "loftq", "eva", "lora_ga"])
+def test_begin_has_the_same_bits_for_any_number_of_blas_threads(name: str) -> None:
+    rng = np.random.default_rng(0)
+    W, G, X = (rng.standard_normal((300, 260)) for _ in range(3))
+    decode = functools.partial(np.round, decimals=1)
+    given = Given(np.random.default_rng(1), np.cov(X, rowvar=False), G, decode)
+    begun = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            given = given._replace(rng=np.random.default_rng(1))
+            begun.append(starts.begin(name, "proj", W, 8, 1.0, given))
+    for one, two in zip(begun[0][:2], begun[1][:2], strict=True):
+        assert one.tobytes() == two.tobytes()
