@@ -22,7 +22,7 @@ from minilora.errors import DataError
 from minilora.formats import load_file
 from minilora.lab.demo import PROMPT, Plan, _linear_weights, _spectra, demo
 from minilora.training.loop import Settings, bits_per_byte, evaluate
-from minilora.training.methods import METHODS, method_of
+from minilora.training.methods import FACTORED, method_of
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
@@ -177,7 +177,7 @@ def code_bits(model):
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4"])
-@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("method", FACTORED[1:])
 def test_demo_runs_other_methods_and_bases(method, kind, tiny, capsys):
     if (method, kind) == ("full", "nf4"):
         assert main([*OWN, "--method", method, "--quantize", kind]) == 2

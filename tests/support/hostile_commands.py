@@ -185,7 +185,7 @@ def add_method_rows() -> None:
     """What a method does not allow is refused before the base is read."""
     line = FINETUNE.replace("--base base", "--base missing")
     for start in (FINETUNE, DEMO):
-        refused(48, f"{start} --method lokr", "--method: invalid choice: 'lokr'", "adalora")
+        refused(48, f"{start} --method boft", "--method: invalid choice: 'boft'", "adalora")
     for start in (FINETUNE, EVALUATE, GENERATE, DEMO):
         refused(48, f"{start} --quantize nf3", "--quantize: invalid choice: 'nf3'", "nf4")
     for start in (line, DEMO):

@@ -500,7 +500,7 @@ mutant(
 )
 mutant(
     "the base is trained",
-    "lora.model",
+    "lora.adapted",
     "            parameter.requires_grad = False\n        for name",
     "            parameter.requires_grad = True\n        for name",
     the_base_stays_as_it_is,
