@@ -18,6 +18,7 @@ import numpy as np
 
 from ..autograd import Tensor
 from ..backend import Backend
+from ..display import render_adapted_model
 from ..errors import ConfigError, FormatError, NonFiniteError, is_integer
 from ..formats import write_adapter
 from ..formats.checkpoint import to_file_layout
@@ -89,6 +90,9 @@ class PeftModel(Module):
 
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:
         return self.model(*inputs, **options)  # type: ignore[no-any-return]
+
+    def _repr_html_(self) -> str:
+        return render_adapted_model(self)
 
     def get_base_model(self) -> Any:
         """The model inside, adapters and all."""
