@@ -182,8 +182,8 @@ def test_repr_html_of_a_peft_model_with_many_hostile_adapters():
     config = LoraConfig(r=1, target_modules=["0"])
     model = get_peft_model(network, config)
     for i in range(60):
-        model.add_adapter(f"<script>{i}&'{'x' * 200}", config)
-    assert "more" in text_of(model)
+        model.add_adapter(f"{i}{'<' * 200}", config)
+    assert cells(model)[-1][0].startswith("... and ")
 
 
 # ---- runs ----------------------------------------------------------------------------------------

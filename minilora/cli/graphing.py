@@ -58,6 +58,7 @@ def graph(args: Args) -> None:
         raise ConfigError(
             f"--adapter {args.adapter!r:.200} has several tasks: give the folder of one adapter"
         )
+    folders = [args.base, *([] if args.adapter is None else [args.adapter])]  # as they were given
     args.device = "cpu"
     args.compute = FLOAT32
     model: Any = load_base(args)
@@ -68,8 +69,7 @@ def graph(args: Args) -> None:
     model.train()
     shape = args.batch_size, args.context
     ids = np.arange(args.batch_size * args.context).reshape(shape) % model.config.vocab_size
-    parts = [args.base, *([] if args.adapter is None else [args.adapter])]
-    drawn = record_graph(model, path, ids, title=f"{path} of {' + '.join(parts)}")
+    drawn = record_graph(model, path, ids, title=f"{path} of {' + '.join(folders)}")
     if args.out is not None:
         text = drawn.to_svg() if Path(args.out).suffix == ".svg" else drawn.to_dot()
         with atomic_file(Path(args.out)) as file:

@@ -21,16 +21,13 @@ from ..display import printable
 from .layered import Layout, lay_out
 from .plots import COOL, INK, PALE, QUIET, WARM
 
-OPERATION, PARAMETER, INPUT, CONSTANT, OUTPUT = (
-    "operation",
-    "parameter",
-    "input",
-    "constant",
-    "output",
-)
+# The kinds of vertices.
+OPERATION, PARAMETER, INPUT = "operation", "parameter", "input"
+CONSTANT, OUTPUT = "constant", "output"
 PALE_WARM = "#f6d9d0"
 PALE_COOL = "#e3eef4"
-LONGEST = 34  # characters of a line in a box
+WITHOUT_GRADIENT = "#888888"
+LONGEST = 48  # characters of a line in a box
 LONGEST_TITLE = 300
 CHARACTER = 6.7  # width of a character of the monospaced font at FONT_SIZE
 FONT_SIZE = 11
@@ -77,13 +74,17 @@ class Edge(NamedTuple):
     gradient: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Graph:
     """What a module computed; a vertex comes after all that it was made from."""
 
     title: str
     vertices: list[Vertex]
     edges: list[Edge]
+
+    def __repr__(self) -> str:
+        count = len(self.find(OPERATION))
+        return f"Graph({self.title!r}, {count} operations, {self.kept:,} bytes kept for backward)"
 
     @property
     def kept(self) -> int:
@@ -160,7 +161,7 @@ class Graph:
             lines.append(f"  n{i} [label={label}, tooltip={tooltip}, {colours}];")
         for source, target, gradient in self.edges:
             style = "solid" if gradient else "dashed"
-            colour = INK if gradient else QUIET
+            colour = INK if gradient else WITHOUT_GRADIENT
             lines.append(f'  n{source} -> n{target} [style={style}, color="{colour}"];')
         return "\n".join([*lines, "}", ""])
 
@@ -183,7 +184,7 @@ class Graph:
     def _with_titles(self, svg: str) -> str:
         """The output of `dot` with a description as the title of each vertex, not its number."""
         for i in range(len(self.vertices)):
-            title = _to_xml(_shorten(self.describe(i), LONGEST_TITLE))
+            title = escape(_shorten(self.describe(i), LONGEST_TITLE))
             svg = svg.replace(f"<title>n{i}</title>", f"<title>{title}</title>", 1)
         return svg
 
@@ -203,9 +204,9 @@ class Graph:
             f'<svg xmlns="http://www.w3.org/2000/svg" role="img" width="{width:.0f}" '
             f'height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" '
             f'font-family="monospace" font-size="{FONT_SIZE}" fill="{INK}">',
-            f"<title>{_to_xml(self._caption())}</title>",
+            f"<title>{escape(self._caption())}</title>",
             f'<rect width="100%" height="100%" fill="white"/>{_marker("arrow", INK)}'
-            f"{_marker('arrow-none', QUIET)}",
+            f"{_marker('arrow-none', WITHOUT_GRADIENT)}",
             _text(width / 2, LINE, self._caption(), "font-weight='bold'"),
             _text(width / 2, height - 0.6 * LINE, LEGEND, "fill='#666666'"),
             f'<g transform="translate({shift:.1f} {1.2 * LINE:.1f})">',
@@ -220,12 +221,12 @@ class Graph:
         names = [self.vertices[i].name for i in edge[:2]]
         gradient = "a gradient flows back" if edge.gradient else "no gradient"
         title = _shorten(f"{names[0]} to {names[1]}: {gradient}", LONGEST_TITLE)
-        colour = INK if edge.gradient else QUIET
+        colour = INK if edge.gradient else WITHOUT_GRADIENT
         dashes = "" if edge.gradient else ' stroke-dasharray="4 3"'
         marker = "arrow" if edge.gradient else "arrow-none"
         style = f'stroke="{colour}"{dashes} marker-end="url(#{marker})"'
         return (
-            f'<path fill="none" d="{_curve(points)}" {style}><title>{_to_xml(title)}</title></path>'
+            f'<path fill="none" d="{_curve(points)}" {style}><title>{escape(title)}</title></path>'
         )
 
     def _draw_vertex(
@@ -236,7 +237,7 @@ class Graph:
         vertex = self.vertices[i]
         fill, border = _colours(vertex)
         radius = 9 if _is_rounded(vertex) else 2
-        title = _to_xml(_shorten(self.describe(i), LONGEST_TITLE))
+        title = escape(_shorten(self.describe(i), LONGEST_TITLE))
         box = (
             f'<rect x="{x - width / 2:.1f}" y="{y - height / 2:.1f}" width="{width:.1f}" '
             f'height="{height:.1f}" rx="{radius}" fill="{fill}" stroke="{border}"/>'
@@ -244,9 +245,8 @@ class Graph:
         top = y - height / 2 + PADDING / 2 + FONT_SIZE
         texts = []
         for number, line in enumerate(lines):
-            style = "font-weight='bold'" if number == 0 else ""
-            if line.startswith("kept"):
-                style = f"fill='{COOL}'"
+            is_kept = vertex.kind == OPERATION and number == len(lines) - 1
+            style = f"fill='{COOL}'" if is_kept else "font-weight='bold'" if number == 0 else ""
             texts.append(_text(x, top + number * LINE, line, style))
         return f"<g><title>{title}</title>{box}{''.join(texts)}</g>"
 
@@ -256,7 +256,9 @@ class Graph:
 
 def _shorten(text: str, longest: int) -> str:
     """`text` on one line, printable, and without its middle if it is long."""
-    text = printable(text[: 4 * longest] + text[4 * longest :][-4 * longest :])
+    if len(text) > 2 * longest:  # before it is searched for what is not printable
+        text = text[:longest] + text[-longest:]
+    text = printable(text)
     half = (longest - 3) // 2
     return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
 
@@ -287,7 +289,7 @@ def _colours(vertex: Vertex) -> tuple[str, str]:
     if vertex.kind == PARAMETER:
         return (PALE_WARM, WARM) if vertex.gradient else (PALE, QUIET)
     if vertex.kind == OPERATION:
-        return "white", INK if vertex.gradient else QUIET
+        return "white", INK if vertex.gradient else WITHOUT_GRADIENT
     return PALE_COOL, COOL
 
 
@@ -299,7 +301,7 @@ def _quote(text: str) -> str:
     """A string of the DOT language, which knows escapes and, in labels, entities."""
     lines = []
     for line in text.split("\n"):
-        line = printable(line).replace("&", "&amp;")
+        line = line.replace("&", "&amp;")
         lines.append(line.replace("\\", "\\\\").replace('"', '\\"'))
     return '"' + "\\n".join(lines) + '"'
 
@@ -325,12 +327,8 @@ def _run_dot(text: str) -> str | None:
 # ---- SVG -----------------------------------------------------------------------------------------
 
 
-def _to_xml(text: str) -> str:
-    return escape(printable(text))
-
-
 def _text(x: float, y: float, text: str, style: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle" {style}>{_to_xml(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle" {style}>{escape(text)}</text>'
 
 
 def _marker(name: str, colour: str) -> str:

@@ -81,19 +81,18 @@ def lay_out(sizes: Sequence[Size], edges: Sequence[tuple[int, int]]) -> Layout:
 
 
 def _assign_layers(count: int, edges: Sequence[tuple[int, int]]) -> list[int]:
-    """The layer of each vertex: below all that it is made from, and as near as it can be to that.
+    """The layer of each vertex: below all that it is made from, and directly above a reader.
 
-    A vertex that is made from nothing, such as a weight, goes directly above what reads it.
+    So a weight is beside what reads it, and not at the top.
     """
     layers = [0] * count
-    has_source = set()
+    readers: Neighbours = [[] for _ in range(count)]
     for source, target in sorted(edges, key=lambda edge: edge[1]):
         layers[target] = max(layers[target], layers[source] + 1)
-        has_source.add(target)
-    for vertex in range(count):
-        readers = [layers[target] for source, target in edges if source == vertex]
-        if readers and vertex not in has_source:
-            layers[vertex] = min(readers) - 1
+        readers[source].append(target)
+    for vertex in reversed(range(count)):
+        if readers[vertex]:
+            layers[vertex] = min(layers[reader] for reader in readers[vertex]) - 1
     return layers
 
 

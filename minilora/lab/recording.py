@@ -46,7 +46,8 @@ def record_graph(model: Any, path: str, *inputs: Any, title: str | None = None) 
 
     The model runs twice. Memory that both runs refer to belongs to the model: weights, and tables
     such as those of rotary positions. What is left was made by the forward, and it is that which
-    is kept for backward. ConfigError for a path without a module, or one that computes nothing.
+    is kept for backward. A training step may form W + dW first (effective.py), which a call of the
+    model does not. ConfigError for a path without a module, or one that computes nothing.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     modules = dict(inner.named_modules())

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import small
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora import Linear, LoraConfig, Module, Tensor, get_peft_model
+from minilora import CausalLM, Linear, LoraConfig, Module, Tensor, TransformerConfig, get_peft_model
 from minilora.lab.graphs import INPUT, OPERATION, OUTPUT, PARAMETER, Edge, Graph, Vertex
 from minilora.lab.recording import record_graph
 
+PICTURE = Path(__file__).parents[2] / "examples" / "pictures" / "03_lora.svg"
 SVG = "{http://www.w3.org/2000/svg}"
 TAGS = {"svg", "title", "rect", "marker", "path", "text", "g"}
 HOSTILE = [
@@ -169,6 +171,16 @@ def test_to_svg_shows_bytes_shapes_and_a_legend(block):
         assert " x ".join(map(str, vertex.shape)) in texts
     assert f"model.layers.1: {block.kept:,} bytes kept for backward" in texts
     assert any("dashed: none" in str(text) for text in texts)
+
+
+def test_to_svg_draws_the_picture_of_the_examples():
+    config = TransformerConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = get_peft_model(CausalLM(config), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    ids = np.frombuffer(b"def adapt(model): return model", np.uint8)[None].astype(int)
+    svg = record_graph(model, "model.layers.1.self_attn.q_proj", ids).to_svg(graphviz=False)
+    assert PICTURE.read_text() == svg, "write this picture again, and look at it"
 
 
 def test_repr_html_is_the_picture(block):
