@@ -37,6 +37,8 @@ DEPTH = 6  # levels of modules
 CHILDREN = 16  # modules inside one, after which the others are counted
 LONGEST = 60  # characters of a name or a value
 POINTS = 240  # of a curve
+WARM = "#c8553d"  # of held-out losses, as in lab/plots.py
+COOL = "#2a6f97"  # of training
 ROWS = 24  # of a table of held-out losses, and dots in a picture of them
 
 
@@ -277,7 +279,7 @@ def render_losses(losses: Sequence[float], evaluations: Sequence[tuple[int, floa
     dots = []
     for point in _thin(held_out, ROWS):
         x, y = place(point)
-        dots.append(f'<circle cx="{x}" cy="{y}" r="3" fill="#c8553d"/>')
+        dots.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{WARM}"/>')
     texts = []
     for value, at in ((high, 14), (low, height - bottom - 6)):
         texts.append(f'<text x="{left - 6}" y="{at}" text-anchor="end">{value:.3g}</text>')
@@ -285,8 +287,8 @@ def render_losses(losses: Sequence[float], evaluations: Sequence[tuple[int, floa
     texts.append(f'<text x="{left}" y="{height - 4}">{labels}</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" width="{width}" height="{height}" '
-        f'font-size="11" font-family="sans-serif"><title>loss: {labels}</title>'
-        f'<polyline points="{line}" fill="none" stroke="#2a6f97"/>{"".join(dots)}{"".join(texts)}'
+        f'font-size="11" font-family="sans-serif" fill="currentColor"><title>loss: {labels}</title>'
+        f'<polyline points="{line}" fill="none" stroke="{COOL}"/>{"".join(dots)}{"".join(texts)}'
         "</svg>"
     )
 

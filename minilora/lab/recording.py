@@ -174,11 +174,11 @@ class _Builder:
             self.edges.append(Edge(source, number, requires_grad and y.requires_grad))
 
     def _weights_as_codes(self, operation: Operation) -> Iterator[Parameter]:
-        """The frozen weights of the operation's module that it reads, but not as Tensors."""
+        """The weights in few bits that the operation's module has: it reads their codes."""
         module = self.modules[operation.module or ""]
         for parameter in vars(module).values():
-            is_frozen = isinstance(parameter, Parameter) and not parameter.requires_grad
-            if is_frozen and id(parameter) not in self.read:
+            is_fixed = isinstance(parameter, Parameter) and parameter.fixed
+            if is_fixed and all(parameter is not tensor for tensor in operation.inputs):
                 yield parameter
 
     def add_outputs(self) -> None:

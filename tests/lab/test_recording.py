@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tracemalloc
 from typing import Any
 
@@ -20,6 +21,7 @@ from minilora import (
     Linear,
     LoraConfig,
     Module,
+    Parameter,
     ReLU,
     RMSNorm,
     Sequential,
@@ -33,6 +35,7 @@ from minilora.errors import ConfigError, MiniloraError
 from minilora.lab.graphs import CONSTANT, INPUT, OPERATION, OUTPUT, PARAMETER, Graph
 from minilora.lab.recording import record_graph
 from minilora.models.config import TransformerConfig
+from minilora.quant.half import convert_to_half
 
 GPT2 = TransformerConfig(
     vocab_size=13,
@@ -44,6 +47,9 @@ GPT2 = TransformerConfig(
     model_type="gpt2",
     hidden_act="gelu_new",
 )
+
+
+TIED = dataclasses.replace(small.SMALLER, tie_word_embeddings=True)
 
 
 def adapted(**fields: Any) -> Any:
@@ -273,6 +279,29 @@ def test_record_graph_shows_codes_as_a_weight_of_every_product():
     targets = [graph.vertices[t].name for s, t, _ in graph.edges if s == weight]
     assert targets == ["quantized_linear"] * 2
     assert graph.vertices[weight].nbytes < 16 * 16 * 2
+
+
+def test_record_graph_shows_a_tied_weight_in_half_precision_at_both_ends():
+    model = CausalLM(TIED)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.astype(np.float16).astype(np.float32)
+    graph = record_graph(convert_to_half(model, "float16"), "", small.IDS % 13)
+    (weight,) = [i for i, v in enumerate(graph.vertices) if v.shape == (13, 8)]
+    targets = [graph.vertices[t].name for s, t, _ in graph.edges if s == weight]
+    assert targets == ["embedding", "quantized_linear"]
+
+
+class Unread(Module):
+    def __init__(self) -> None:
+        self.spare = Parameter(np.ones(3, np.float32), requires_grad=False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * 2.0
+
+
+def test_record_graph_leaves_out_a_weight_that_nothing_reads():
+    graph = record_graph(Unread(), "", Tensor(np.ones(3, np.float32)))
+    assert graph.find(PARAMETER) == []
 
 
 def test_record_graph_in_no_grad_keeps_nothing():
