@@ -29,6 +29,7 @@ from .options import (
 from .reading import has_tasks, load_base, require_context
 
 DRAWINGS = (".svg", ".dot")
+CONTEXT = 16
 
 
 def add_graph_options(parser: Parser) -> None:
@@ -42,8 +43,8 @@ def add_graph_options(parser: Parser) -> None:
     add_quantize(parser)
     text = "sequences in the batch that is computed, at least 1"
     option(parser, "--batch-size N", text, type=positive_integer, default=1)
-    text = "tokens of each, at least 1"
-    option(parser, "--context N", text, type=positive_integer, default=16)
+    text = f"tokens of each, at least 1 (default: {CONTEXT}, or what the model has if that is less)"
+    option(parser, "--context N", text, type=positive_integer)
     text = f"picture to write, which ends in {' or '.join(DRAWINGS)} (default: print DOT text)"
     option(parser, "--out FILE", text)
     add_json(parser)
@@ -62,13 +63,13 @@ def graph(args: Args) -> None:
     args.device = "cpu"
     args.compute = FLOAT32
     model: Any = load_base(args)
-    require_context(args.context, model.config)
+    context = args.context or min(CONTEXT, model.config.context)
+    require_context(context, model.config)
     path = args.layer if args.block is None else _path_of_block(model, args.block)
     if args.adapter is not None:
         model = PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
     model.train()
-    shape = args.batch_size, args.context
-    ids = np.arange(args.batch_size * args.context).reshape(shape) % model.config.vocab_size
+    ids = np.arange(args.batch_size * context).reshape(-1, context) % model.config.vocab_size
     drawn = record_graph(model, path, ids, title=f"{path} of {' + '.join(folders)}")
     if args.out is not None:
         text = drawn.to_svg() if Path(args.out).suffix == ".svg" else drawn.to_dot()
