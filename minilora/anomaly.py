@@ -81,7 +81,7 @@ class _Observer:
         xp = backend.xp
         name = operation_name(vjp)
         output = f"{name} {y.shape}"
-        kept = [(array, _checksum(backend, array)) for array in kept_arrays(vjp, type(y.data))]
+        kept = [(array, _checksum(backend, array)) for array in saved_arrays(vjp, type(y.data))]
 
         @functools.wraps(vjp)
         def checked(dy: Array) -> tuple[Array | None, ...]:
@@ -150,13 +150,13 @@ def operation_name(vjp: Vjp) -> str:
     return vjp.__qualname__.split(".<locals>")[-2:][0].split(".")[-1]
 
 
-def kept_arrays(item: Any, kind: type) -> Iterator[Array]:
+def saved_arrays(item: Any, kind: type) -> Iterator[Array]:
     """Every array that a vjp keeps: in its closure, in tuples and lists in it, in what it calls."""
     if isinstance(item, kind):
         yield item
     inner = item if isinstance(item, (tuple, list)) else getattr(item, "__closure__", None) or ()
     for i in inner:
-        yield from kept_arrays(getattr(i, "cell_contents", i), kind)
+        yield from saved_arrays(getattr(i, "cell_contents", i), kind)
 
 
 def _checksum(backend: Backend, array: Array) -> int:

@@ -45,6 +45,8 @@ def add_graph_options(parser: Parser) -> None:
     option(parser, "--batch-size N", text, type=positive_integer, default=1)
     text = f"tokens of each, at least 1 (default: {CONTEXT}, or what the model has if that is less)"
     option(parser, "--context N", text, type=positive_integer)
+    text = "as a training step computes it: with W + dW, which is formed before and not drawn"
+    option(parser, "--step", text)
     text = f"picture to write, which ends in {' or '.join(DRAWINGS)} (default: print DOT text)"
     option(parser, "--out FILE", text)
     add_json(parser)
@@ -69,6 +71,8 @@ def graph(args: Args) -> None:
     if args.adapter is not None:
         model = PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
     model.train()
+    if args.step:
+        model.prepare_step()
     ids = np.arange(args.batch_size * context).reshape(-1, context) % model.config.vocab_size
     drawn = record_graph(model, path, ids, title=f"{path} of {' + '.join(folders)}")
     if args.out is not None:
@@ -81,7 +85,7 @@ def graph(args: Args) -> None:
         print(drawn.to_dot(), end="")
     else:
         print_table(drawn.rows())
-        print(f"\n{drawn.kept:,} bytes kept for backward -> {printable(args.out)}")
+        print(f"\n{drawn.backward_bytes:,} bytes kept for backward -> {printable(args.out)}")
 
 
 def _path_of_block(model: Any, number: int) -> str:

@@ -50,9 +50,9 @@ class Vertex:
     shape, dtype   of its value
     nbytes     of its value, as it is stored
     gradient   whether it requires a gradient
-    kept       bytes of arrays made by the forward that this operation holds until backward; an
-               array that several hold counts for the first of them
-    shared     bytes of such arrays that count for an earlier operation
+    backward_bytes   of arrays made by the forward that this operation holds until backward; an
+                     array that several hold counts for the first of them
+    shared_bytes     of such arrays that count for an earlier operation
     """
 
     kind: str
@@ -62,8 +62,8 @@ class Vertex:
     dtype: str
     nbytes: int
     gradient: bool
-    kept: int = 0
-    shared: int = 0
+    backward_bytes: int = 0
+    shared_bytes: int = 0
 
 
 class Edge(NamedTuple):
@@ -83,13 +83,16 @@ class Graph:
     edges: list[Edge]
 
     def __repr__(self) -> str:
-        count = len(self.find(OPERATION))
-        return f"Graph({self.title!r}, {count} operations, {self.kept:,} bytes kept for backward)"
+        operations = f"{len(self.find(OPERATION))} operations"
+        return f"Graph({self.title!r}, {operations}, {self._describe_bytes()})"
+
+    def _describe_bytes(self) -> str:
+        return f"{self.backward_bytes:,} bytes kept for backward"
 
     @property
-    def kept(self) -> int:
+    def backward_bytes(self) -> int:
         """Bytes that the forward has made and that are held until backward."""
-        return sum(vertex.kept for vertex in self.vertices)
+        return sum(vertex.backward_bytes for vertex in self.vertices)
 
     def find(self, kind: str) -> list[Vertex]:
         """The vertices of a kind."""
@@ -99,7 +102,12 @@ class Graph:
         """The graph as values that JSON has."""
         vertices = [dataclasses.asdict(vertex) for vertex in self.vertices]
         edges = [edge._asdict() for edge in self.edges]
-        return {"title": self.title, "kept": self.kept, "vertices": vertices, "edges": edges}
+        return {
+            "title": self.title,
+            "backward_bytes": self.backward_bytes,
+            "vertices": vertices,
+            "edges": edges,
+        }
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per operation, for a table: its shape, what it keeps, its inputs' gradients."""
@@ -111,7 +119,7 @@ class Graph:
                         "operation": vertex.name,
                         "in": vertex.module,
                         "shape": _describe_shape(vertex),
-                        "kept": f"{vertex.kept:,}",
+                        "kept": f"{vertex.backward_bytes:,}",
                         "gradients": ", ".join(self._inputs(i, True)) or "-",
                         "none": ", ".join(self._inputs(i, False)) or "-",
                     }
@@ -136,9 +144,10 @@ class Graph:
         if vertex.kind != OPERATION:
             gradient = "" if vertex.gradient else "no "
             return f"{vertex.name}: {value}, {gradient}gradient"
-        shared = f" (and {vertex.shared:,} that another keeps)" if vertex.shared else ""
+        text = f"{vertex.name}{place}: {value}; keeps {vertex.backward_bytes:,} bytes for backward"
+        if vertex.shared_bytes:
+            text += f" (and {vertex.shared_bytes:,} that another keeps)"
         gradients = ", ".join(self._inputs(i, True)) or "nothing"
-        text = f"{vertex.name}{place}: {value}; keeps {vertex.kept:,} bytes for backward{shared}"
         return f"{text}; gradients for {gradients}"
 
     # ---- as text, and as a picture ----
@@ -178,8 +187,7 @@ class Graph:
         return self._draw()
 
     def _caption(self) -> str:
-        kept = f"{self.kept:,} bytes kept for backward"
-        return f"{_shorten(self.title, LONGEST_TITLE)}: {kept}"
+        return f"{_shorten(self.title, LONGEST_TITLE)}: {self._describe_bytes()}"
 
     def _with_titles(self, svg: str) -> str:
         """The output of `dot` with a description as the title of each vertex, not its number."""
@@ -245,8 +253,8 @@ class Graph:
         top = y - height / 2 + PADDING / 2 + FONT_SIZE
         texts = []
         for number, line in enumerate(lines):
-            is_kept = vertex.kind == OPERATION and number == len(lines) - 1
-            style = f"fill='{COOL}'" if is_kept else "font-weight='bold'" if number == 0 else ""
+            is_bytes = vertex.kind == OPERATION and number == len(lines) - 1
+            style = f"fill='{COOL}'" if is_bytes else "font-weight='bold'" if number == 0 else ""
             texts.append(_text(x, top + number * LINE, line, style))
         return f"<g><title>{title}</title>{box}{''.join(texts)}</g>"
 
@@ -280,7 +288,7 @@ def _label(vertex: Vertex) -> list[str]:
     if vertex.kind == PARAMETER:
         lines.append(f"{_describe_training(vertex)}, {vertex.nbytes:,} B")
     if vertex.kind == OPERATION:
-        lines.append(f"kept {vertex.kept:,} B")
+        lines.append(f"kept {vertex.backward_bytes:,} B")
     return [_shorten(line, LONGEST) for line in lines]
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from ..anomaly import kept_arrays, operation_name
+from ..anomaly import operation_name, saved_arrays
 from ..autograd import Tensor, Vjp, observer
 from ..errors import ConfigError
 from ..graph import owner_of
@@ -40,14 +40,14 @@ class Operation(NamedTuple):
 def record_graph(model: Any, path: str, *inputs: Any, title: str | None = None) -> Graph:
     """The graph of what the module at `path` computes in model(*inputs).
 
-    model    any Module, also a PeftModel; it is recorded as it is, in training or evaluation mode
+    model    any Module, also a PeftModel; it is recorded as it is, in training or evaluation mode,
+             and after `prepare_step` as a training step computes it
     path     of the module in the model, or in the model inside a PeftModel; "" is all of it
     inputs   arrays and Tensors, of which the model gets copies
 
     The model runs twice. Memory that both runs refer to belongs to the model: weights, and tables
     such as those of rotary positions. What is left was made by the forward, and it is that which
-    is kept for backward. A training step may form W + dW first (effective.py), which a call of the
-    model does not. ConfigError for a path without a module, or one that computes nothing.
+    is kept for backward. ConfigError for a path without a module, or one that computes nothing.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     modules = dict(inner.named_modules())
@@ -106,7 +106,7 @@ class _Recorder:
     def __call__(self, y: Tensor, inputs: tuple[Tensor, ...], vjp: Vjp) -> None:
         arrays = []
         if y.node is not None:
-            arrays = [owner_of(array) for array in kept_arrays(vjp, type(y.data))]
+            arrays = [owner_of(array) for array in saved_arrays(vjp, type(y.data))]
         buffers = {id(array): int(array.nbytes) for array in arrays}
         operation = operation_name(vjp), self._calling_module(), y, inputs, buffers, arrays
         self.operations.append(Operation(*operation))
@@ -166,9 +166,9 @@ class _Builder:
         sources = [(self._number_of(t), t.requires_grad) for t in operation.inputs]
         sources += [(self._number_of(p), False) for p in self._weights_as_codes(operation)]
         made = {key: n for key, n in operation.buffers.items() if key not in self.persistent}
-        kept = sum(n for key, n in made.items() if key not in self.counted)
+        new = sum(n for key, n in made.items() if key not in self.counted)
         self.counted |= made.keys()
-        memory = kept, sum(made.values()) - kept
+        memory = new, sum(made.values()) - new
         number = self._add(y, OPERATION, operation.name, operation.module or "", *memory)
         for source, requires_grad in dict(sources).items():
             self.edges.append(Edge(source, number, requires_grad and y.requires_grad))

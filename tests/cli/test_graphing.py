@@ -90,8 +90,17 @@ def test_graph_prints_json_in_which_frozen_weights_keep_nothing(world):
     for edge in value["edges"]:
         if edge["source"] in frozen:
             assert not edge["gradient"]
-            assert vertices[edge["target"]]["kept"] == 0
-    assert value["kept"] == sum(v["kept"] for v in vertices) > 0
+            assert vertices[edge["target"]]["backward_bytes"] == 0
+    assert value["backward_bytes"] == sum(v["backward_bytes"] for v in vertices) > 0
+
+
+def test_graph_of_a_step_has_one_product_for_q_k_and_v(world):
+    value = json.loads(ok("graph --base base --adapter adapter --block 0 --step --json"))
+    products = [v["module"] for v in value["vertices"] if v["name"] == "effective_linear"]
+    assert products == ["self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj"]
+    code, _, err = run(f"graph --base base --adapter adapter --layer {Q_PROJ} --step")
+    assert code == 2
+    assert "nothing is computed inside" in err
 
 
 def test_graph_of_a_base_alone_shows_that_all_weights_train(world):
@@ -109,7 +118,7 @@ def test_graph_takes_the_context_of_a_model_that_has_less_than_the_default(world
 def test_graph_counts_bytes_of_the_batch_that_was_asked_for(world):
     line = f"graph --base base --adapter adapter --layer {Q_PROJ} --json"
     small, large = (
-        json.loads(ok(f"{line} --batch-size {b} --context {t}"))["kept"]
+        json.loads(ok(f"{line} --batch-size {b} --context {t}"))["backward_bytes"]
         for b, t in ((1, 4), (2, 8))
     )
     assert large == 4 * small == 4 * 4 * (16 + 2) * 4

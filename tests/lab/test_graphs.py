@@ -167,9 +167,9 @@ def test_to_svg_shows_bytes_shapes_and_a_legend(block):
         t.text for t in ElementTree.fromstring(block.to_svg(graphviz=False)).iter(f"{SVG}text")
     ]
     for vertex in block.find(OPERATION):
-        assert f"kept {vertex.kept:,} B" in texts
+        assert f"kept {vertex.backward_bytes:,} B" in texts
         assert " x ".join(map(str, vertex.shape)) in texts
-    assert f"model.layers.1: {block.kept:,} bytes kept for backward" in texts
+    assert f"model.layers.1: {block.backward_bytes:,} bytes kept for backward" in texts
     assert any("dashed: none" in str(text) for text in texts)
 
 

@@ -107,7 +107,7 @@ NOT_EMPTY = [op for op in OPERATIONS if all(a.size for a in op.inputs)]
 def test_record_graph_counts_what_each_operation_keeps(op):
     leaves = op.leaves()
     model = Apply(op.function)
-    assert record_graph(model, "", *leaves).kept == measured(model, *leaves)
+    assert record_graph(model, "", *leaves).backward_bytes == measured(model, *leaves)
 
 
 ROWS = [row for row in TABLE if row.device == "cpu"]
@@ -117,7 +117,20 @@ ROWS = [row for row in TABLE if row.device == "cpu"]
 def test_record_graph_counts_what_a_model_with_adapters_keeps(row):
     model = row.model(lora_dropout=0.1 if row.name == "dora" else 0.0).train()
     graph = record_graph(model, "", small.IDS)
-    assert graph.kept == measured(model, small.IDS) > 0
+    assert graph.backward_bytes == measured(model, small.IDS) > 0
+
+
+def test_record_graph_counts_what_a_training_step_keeps():
+    model = adapted()
+    model.prepare_step()
+    graph = record_graph(model, "", small.IDS)
+    assert graph.backward_bytes == measured(model, small.IDS) > 0
+    assert [v.module for v in graph.find(OPERATION) if v.name == "effective_linear"][:2] == [
+        "model.layers.0.self_attn",
+        "model.layers.0.self_attn.o_proj",
+    ]
+    model.end_step()
+    assert graph.backward_bytes < record_graph(model, "", small.IDS).backward_bytes
 
 
 BASES = {
@@ -133,7 +146,7 @@ BASES = {
 def test_record_graph_counts_what_a_base_keeps(name):
     model = BASES[name]()
     ids = small.IDS % 13
-    assert record_graph(model, "", ids).kept == measured(model, ids) > 0
+    assert record_graph(model, "", ids).backward_bytes == measured(model, ids) > 0
 
 
 @st.composite
@@ -183,7 +196,7 @@ class FromArray(Module):
 def test_record_graph_counts_what_a_network_keeps(drawn):
     network, x = drawn
     model = FromArray(network)
-    assert record_graph(model, "", x).kept == measured_or_nothing(model, x)
+    assert record_graph(model, "", x).backward_bytes == measured_or_nothing(model, x)
 
 
 def measured_or_nothing(model: Any, x: Any) -> int:
@@ -195,9 +208,9 @@ def test_record_graph_counts_shared_memory_once():
     graph = record_graph(adapted(), "model.layers.1.self_attn", small.IDS)
     keeping = [v for v in graph.find(OPERATION) if v.name == "lora_linear"]
     rank = 2 * 10 * 2 * 4  # B T r float32
-    assert [v.kept - rank for v in keeping[:3]] == [2 * 10 * 16 * 4, 0, 0]
-    assert [v.shared for v in keeping[:3]] == [0, 2 * 10 * 16 * 4, 2 * 10 * 16 * 4]
-    assert graph.kept == sum(v.kept for v in graph.vertices)
+    assert [v.backward_bytes - rank for v in keeping[:3]] == [2 * 10 * 16 * 4, 0, 0]
+    assert [v.shared_bytes for v in keeping[:3]] == [0, 2 * 10 * 16 * 4, 2 * 10 * 16 * 4]
+    assert graph.backward_bytes == sum(v.backward_bytes for v in graph.vertices)
 
 
 # ---- frozen weights, gradients -------------------------------------------------------------------
@@ -220,7 +233,7 @@ def test_record_graph_shows_that_frozen_weights_keep_nothing(kind, layer):
             assert graph.vertices[target].name == (
                 "linear" if kind == "dense" else "quantized_linear"
             )
-            assert graph.vertices[target].kept == graph.vertices[target].shared == 0
+            assert graph.vertices[target].backward_bytes == graph.vertices[target].shared_bytes == 0
     dot = graph.to_dot()
     for i in frozen:
         assert f"n{i} [" in dot
@@ -236,11 +249,11 @@ def test_record_graph_of_full_training_keeps_what_lora_does_not():
     path = "model.layers.0.self_attn.q_proj"
     trained = record_graph(small.base(attention_bias=False), path, small.IDS)
     assert edges_of(trained, "linear", "") == [("input", True), ("weight", True)]
-    assert trained.kept == 2 * 10 * 16 * 4  # x, for the gradient of W
+    assert trained.backward_bytes == 2 * 10 * 16 * 4  # x, for the gradient of W
     model = adapted(target_modules=["o_proj"])
     frozen = record_graph(model, path, small.IDS)
     assert edges_of(frozen, "linear", "") == [("input", False), ("weight", False), ("bias", False)]
-    assert frozen.kept == 0
+    assert frozen.backward_bytes == 0
 
 
 def test_record_graph_names_operations_and_weights_of_a_layer():
@@ -307,7 +320,7 @@ def test_record_graph_leaves_out_a_weight_that_nothing_reads():
 def test_record_graph_in_no_grad_keeps_nothing():
     with no_grad():
         graph = record_graph(small.base(), "model.layers.0", small.IDS)
-    assert graph.kept == 0
+    assert graph.backward_bytes == 0
     assert not any(edge.gradient for edge in graph.edges)
 
 
@@ -379,7 +392,7 @@ def test_record_graph_removes_its_observer_when_the_model_fails():
 def test_record_graph_of_a_block_that_is_computed_again_keeps_its_input_alone():
     model = adapted()
     model.get_base_model().gradient_checkpointing_enable()
-    assert record_graph(model, "model.layers.1", small.IDS).kept == 0
+    assert record_graph(model, "model.layers.1", small.IDS).backward_bytes == 0
     graph = record_graph(model, "model", small.IDS)
-    kept = [v.kept for v in graph.find(OPERATION) if v.name == "checkpoint"]
-    assert kept == [2 * 10 * 16 * 4] * 2
+    inputs = [v.backward_bytes for v in graph.find(OPERATION) if v.name == "checkpoint"]
+    assert inputs == [2 * 10 * 16 * 4] * 2
