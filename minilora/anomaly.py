@@ -65,7 +65,7 @@ class _Observer:
         place = self.place()
         given = any(self.is_bad(xp, t.data) for t in inputs)
         if self.is_bad(xp, y.data) and not given:
-            what = f"the output of {_name(vjp)} {y.shape}"
+            what = f"the output of {operation_name(vjp)} {y.shape}"
             finite = all(all_finite(xp, t.data) for t in inputs)
             raise self.error(xp, y.data, what, f"made {place}", finite)
         self.from_outside |= given
@@ -79,15 +79,16 @@ class _Observer:
         """
         backend = y.backend
         xp = backend.xp
-        output = f"{_name(vjp)} {y.shape}"
-        kept = [(array, _checksum(backend, array)) for array in _arrays(vjp, type(y.data))]
+        name = operation_name(vjp)
+        output = f"{name} {y.shape}"
+        kept = [(array, _checksum(backend, array)) for array in saved_arrays(vjp, type(y.data))]
 
         @functools.wraps(vjp)
         def checked(dy: Array) -> tuple[Array | None, ...]:
             for array, before in kept:
                 if _checksum(backend, array) != before:
                     raise GraphError(
-                        f"an array {array.shape} that the backward of '{_name(vjp)}' needs was "
+                        f"an array {array.shape} that the backward of '{name}' needs was "
                         f"written to after the forward; the operation was called {place}"
                     )
             called = f"which was called {place}"
@@ -100,7 +101,7 @@ class _Observer:
                 return grads
             for i, g in enumerate(grads):
                 if g is not None and wanted[i] and self.is_bad(xp, g):
-                    what = f"the gradient of input {i} of {_name(vjp)} {tuple(g.shape)}"
+                    what = f"the gradient of input {i} of {name} {tuple(g.shape)}"
                     raise self.error(xp, g, what, called, all_finite(xp, dy))
             return grads
 
@@ -144,18 +145,18 @@ def all_finite(xp: Any, array: Array) -> bool:
     return array.dtype.kind != "f" or bool(xp.isfinite(array).all())
 
 
-def _name(vjp: Vjp) -> str:
+def operation_name(vjp: Vjp) -> str:
     """The operation in which a vjp was defined: 'swiglu' for 'swiglu.<locals>.vjp'."""
     return vjp.__qualname__.split(".<locals>")[-2:][0].split(".")[-1]
 
 
-def _arrays(item: Any, kind: type) -> Iterator[Array]:
+def saved_arrays(item: Any, kind: type) -> Iterator[Array]:
     """Every array that a vjp keeps: in its closure, in tuples and lists in it, in what it calls."""
     if isinstance(item, kind):
         yield item
     inner = item if isinstance(item, (tuple, list)) else getattr(item, "__closure__", None) or ()
     for i in inner:
-        yield from _arrays(getattr(i, "cell_contents", i), kind)
+        yield from saved_arrays(getattr(i, "cell_contents", i), kind)
 
 
 def _checksum(backend: Backend, array: Array) -> int:

@@ -7,13 +7,14 @@ output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .autograd import Tensor
 from .backend import Array, Backend, backend_of, get_backend
+from .display import equal_neighbours, render_module
 from .errors import ConfigError, DeviceError
 
 
@@ -83,7 +84,7 @@ class Module:
     def __repr__(self) -> str:
         """The tree of modules with their shapes, as torch prints it; equal neighbours once."""
         lines = []
-        for names, text in _equal_neighbours(self.named_children()):
+        for names, text, _ in equal_neighbours(self.named_children()):
             count = f"{len(names)} x " if len(names) > 1 else ""
             label = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             lines.append(f"({label}): {count}{text}".replace("\n", "\n  "))
@@ -93,6 +94,9 @@ class Module:
             return f"{name}({details})"
         inner = "\n  ".join([details, *lines] if details else lines)
         return f"{name}(\n  {inner}\n)"
+
+    def _repr_html_(self) -> str:
+        return render_module(self)
 
     def extra_repr(self) -> str:
         """What `repr` says of this module itself: by default its parameters."""
@@ -230,19 +234,6 @@ def _modules_in(name: str, value: Any) -> Iterator[tuple[str, Module]]:
     elif isinstance(value, (list, tuple, dict)):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _modules_in(f"{name}.{key}", item)
-
-
-def _equal_neighbours(children: Iterable[tuple[str, Module]]) -> list[tuple[list[str], str]]:
-    """(names, text) of each child, or of several in a row: numbered ones that have one text."""
-    groups: list[tuple[list[str], str]] = []
-    for name, child in children:
-        text = repr(child)
-        numbered = name.rpartition(".")[2].isdecimal()
-        if groups and numbered and groups[-1][1] == text:
-            groups[-1][0].append(name)
-        else:
-            groups.append(([name], text))
-    return groups
 
 
 def describe_parameters(module: Module, shapes: bool = True) -> str:

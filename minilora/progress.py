@@ -27,7 +27,10 @@ def progress_bar(*parts: Any, show: bool = True, **options: Any) -> Any:
     if not in_notebook():
         return tqdm(*parts, **options, disable=None)
     try:
-        import ipywidgets as ipywidgets
+        # All that a widget is made of: tqdm would miss a part of it when the bar is half made.
+        from ipywidgets import HTML as HTML
+        from ipywidgets import FloatProgress as FloatProgress
+        from ipywidgets import HBox as HBox
         from tqdm.notebook import tqdm as widget
     except ImportError:
         return tqdm(*parts, **options, disable=False)

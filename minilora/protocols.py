@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from .backend import Array, Backend
+from .display import render_tensor
 from .errors import GraphError
 
 CURE = "use the engine's operations, or .numpy() to compute with its values alone"
@@ -212,6 +213,10 @@ class TensorBase:
     def is_tracked(self) -> bool:
         """Whether an operation on this tensor would be recorded."""
         raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return render_tensor(self)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         called = method == "__call__"

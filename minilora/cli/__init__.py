@@ -6,6 +6,7 @@ grid       the axes of that grid
 reporting  what pretrain and finetune show at their end
 using      generate, evaluate
 chatting   generate --chat: a conversation on standard input
+graphing   graph: a layer or a block as it was computed
 files      merge, combine, inspect, diff, extract, resize, convert: files in, files out
 checking   verify, devices
 reading    models and texts, as several commands read them
@@ -39,7 +40,7 @@ from ..display import printable
 from ..errors import ConfigError, Interrupted, MiniloraError
 from ..training.ranks import Alone, Ranks, connect, launched
 from ..training.signals import HANGUP, USER
-from . import checking, files, sweep, training, using
+from . import checking, files, graphing, sweep, training, using
 from .options import HelpFormatter, Parser, hyphenate, option
 from .streams import Stream, open_descriptors
 
@@ -48,6 +49,7 @@ COMMANDS = (
     *sweep.COMMANDS,
     *using.COMMANDS,
     *files.COMMANDS,
+    *graphing.COMMANDS,
     *checking.COMMANDS,
 )
 SUCCESS, FAILED, IO = 0, 1, 4  # besides the exit codes in errors.py

@@ -13,14 +13,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 
+from ..display import Picture
 from ..errors import ConfigError, shorten
 from ..formats import atomic_file
 
-Draw = TypeVar("Draw", bound=Callable[..., None])
+Rest = ParamSpec("Rest")
+File = str | Path
 
 INK = "#222222"
 QUIET = "#b0b0b0"
@@ -79,15 +81,21 @@ def styled_pyplot() -> Any:
     return plt
 
 
-def _styled(draw: Draw) -> Draw:
-    """A function that draws with STYLE; matplotlib's settings are as before when it returns."""
+def _styled(
+    draw: Callable[Concatenate[Any, Rest], None],
+) -> Callable[Concatenate[File, Rest], Picture]:
+    """A function that draws into a file with STYLE, and returns the picture, for a notebook.
+
+    matplotlib's settings are as before when it returns.
+    """
 
     @functools.wraps(draw)
-    def styled(*arguments: Any, **options: Any) -> None:
+    def styled(path: File, /, *arguments: Rest.args, **options: Rest.kwargs) -> Picture:
         with _matplotlib().rc_context(STYLE):
-            draw(*arguments, **options)
+            draw(path, *arguments, **options)
+        return Picture(path)
 
-    return cast(Draw, styled)
+    return styled
 
 
 def _subplots(

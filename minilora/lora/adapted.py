@@ -14,6 +14,7 @@ from typing import Any
 
 from ..autograd import Tensor
 from ..backend import Backend
+from ..display import render_adapted_model
 from ..errors import ConfigError, is_integer
 from ..nn import Module, Parameter, replace_module
 from .beginning import Placed, begin_again, begin_model, put_start, quantize_begun
@@ -72,6 +73,9 @@ class AdaptedModel(Module):
 
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:
         return self.model(*inputs, **options)  # type: ignore[no-any-return]
+
+    def _repr_html_(self) -> str:
+        return render_adapted_model(self)
 
     def get_base_model(self) -> Any:
         """The model inside, adapters and all."""

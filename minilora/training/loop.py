@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.batches import Ids, PackedRecords, evaluation_windows
+from ..display import render_result
 from ..errors import (
     ConfigError,
     DivergenceError,
@@ -55,6 +56,9 @@ class Result:
     evaluations: list[tuple[int, float]]
     seconds: float
     step: int = 0
+
+    def _repr_html_(self) -> str:
+        return render_result(self)
 
     @property
     def loss(self) -> float:

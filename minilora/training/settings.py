@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..display import render_settings
 from ..errors import (
     ConfigError,
     Rule,
@@ -123,6 +124,9 @@ class Settings:
                 f"part must be at most context ({self.context}), which leaves sequences whole, "
                 f"got {self.part}"
             )
+
+    def _repr_html_(self) -> str:
+        return render_settings(self)
 
     @property
     def sequences(self) -> int:

@@ -54,7 +54,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 NAMES = "demo pretrain finetune generate evaluate merge inspect verify devices combine diff extract"
-COMMANDS = [*NAMES.split(), "resize", "convert", "sweep"]
+COMMANDS = [*NAMES.split(), "resize", "convert", "sweep", "graph"]
 TINY = "--batch-size 2 --context 16 --threads 2"
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
 PRETRAIN = f"pretrain {TINY} {SHAPE}"
@@ -1003,6 +1003,7 @@ NEEDED = {  # so that some of them get past the parser
     "extract": "--base base --tuned base --r 2 --out extracted",
     "resize": "--adapter adapter --r 2 --out resized",
     "convert": "adapter --out converted",
+    "graph": "--base base --block 0",
 }
 
 

@@ -71,6 +71,7 @@ LINES = {
     "inspect": "inspect org/base",
     "inspect --base": "inspect adapter --base org/base",
     "diff": "diff org/base org/tuned",
+    "graph": "graph --base org/base --block 0",
     "extract": "extract --base org/base --tuned org/tuned --r 2 --out new",
     "convert": "convert org/base --dtype float16 --out new",
     "verify": "verify --base org/base --adapter adapter",

@@ -272,5 +272,5 @@ def test_commands_that_print_their_product_write_no_folder():
         for command in COMMANDS:
             with pytest.raises(SystemExit):
                 main([command.run.__name__, "--help"])
-            assert not (command.prints and "--out" in out.getvalue())
+            assert not (command.prints and "--out DIR" in out.getvalue())
             out.truncate(0)

@@ -62,6 +62,14 @@ def test_loss_curves(stages, tmp_path):
     assert width > 2 * height > 400
 
 
+@pytest.mark.parametrize("name", ["loss.png", "loss.svg"])
+def test_loss_curves_returns_the_picture_for_a_notebook(name, tmp_path):
+    picture = plots.loss_curves(tmp_path / name, RUNS["one stage"])
+    assert picture.path == str(tmp_path / name)
+    shown = picture._repr_png_() or picture._repr_svg_().encode()
+    assert shown == (tmp_path / name).read_bytes()
+
+
 def test_running_mean_looks_back_over_a_window():
     assert plots._running_mean([1.0, 2.0, 6.0, 0.0], 2).tolist() == [1.0, 1.5, 4.0, 3.0]
     assert plots._running_mean([3.0, 1.0], 100).tolist() == [3.0, 2.0]
