@@ -176,7 +176,6 @@ def measure(job: tuple[str, str, float, int]) -> dict[str, Any]:
         begun["data"] = [windows[row] for row in rows]
         model = get_peft_model(model, config, seed=seed, **begun)
     run["trained"] = sum(p.size for p in model.parameters() if p.requires_grad)
-    started = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as folder:
             train(model, to_train, settings, Path(folder), title=f"{name} {lr:.1e} {seed}")
@@ -185,7 +184,6 @@ def measure(job: tuple[str, str, float, int]) -> dict[str, Any]:
         ]
     except MiniloraError:  # DivergenceError or NonFiniteError
         bits = [math.inf, math.inf]
-    run["seconds"] = round(time.perf_counter() - started, 1)
     run["tune"], run["report"] = (round(value, 5) for value in bits)
     return run
 
