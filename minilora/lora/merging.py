@@ -4,8 +4,9 @@
     W' = round(k (W + c B A)),  k = m / |W + c B A| by row        for DoRA
 
 The sum is float64, k included, and is rounded once, to the dtype in which the weight is stored. It
-is formed a few rows at a time; the blocks depend on the shape alone and BLAS has one thread, so a
-model and a tool that merge the same numbers get the same bits.
+is formed a few rows at a time. The blocks depend on the shape alone, the order of the terms on
+their numbers, and BLAS has one thread: a model and a tool that merge the same adapters, in whatever
+order, get the same bits.
 
 merge_weight   the sum, on arrays
 Merging        what a wrapper around a layer can do: merge, and unmerge bit for bit
@@ -74,7 +75,7 @@ def merge_weight(
     over    maps a function over blocks of rows, in their order; perhaps in threads
     """
     m = parts[0].m
-    A, B = cat(parts)
+    A, B = cat(sort_parts(parts))
     left, right = (A.T, B.T) if table else (B, A)
     left = np.ascontiguousarray(left)
     right = np.ascontiguousarray(right)
@@ -110,6 +111,15 @@ def merge_weight(
     lost = math.sqrt(math.fsum(lost for lost, _ in sums))
     moved = math.sqrt(math.fsum(moved for _, moved in sums))
     return Merged(out, lost, None if m is None else moved)
+
+
+def sort_parts(parts: Sequence[Part]) -> Sequence[Part]:
+    """The parts in an order that depends on their numbers alone: so do the bits of their sum."""
+
+    def numbers(part: Part) -> tuple[Any, ...]:
+        return part.A.shape, part.c, part.A.tobytes(), part.B.tobytes()
+
+    return parts if len(parts) == 1 else sorted(parts, key=numbers)
 
 
 @np.errstate(all="ignore")
