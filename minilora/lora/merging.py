@@ -4,8 +4,9 @@
     W' = round(k (W + c B A)),  k = m / |W + c B A| by row        for DoRA
 
 The sum is float64, k included, and is rounded once, to the dtype in which the weight is stored. It
-is formed a few rows at a time; the blocks depend on the shape alone and BLAS has one thread, so a
-model and a tool that merge the same numbers get the same bits.
+is formed a few rows at a time. The blocks depend on the shape alone, the order of the terms on
+their numbers, and BLAS has one thread: a model and a tool that merge the same adapters, in whatever
+order, get the same bits.
 
 merge_weight   the sum, on arrays
 Merging        what a wrapper around a layer can do: merge, and unmerge bit for bit
@@ -16,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from ..quant.half import Half, HalfLinear, HalfWeight
 from ..threads import one_blas_thread
 from .factors import Dense, Part, cat, singular_values
 
+P = TypeVar("P", Part, Dense)
 Map = Callable[[Callable[[slice], Any], Iterable[slice]], Iterator[Any]]
 
 
@@ -74,11 +76,11 @@ def merge_weight(
     over    maps a function over blocks of rows, in their order; perhaps in threads
     """
     m = getattr(parts[0], "m", None)
-    dense = [part for part in parts if isinstance(part, Dense)]
+    dense = sort_parts([part for part in parts if isinstance(part, Dense)])
     factors = [part for part in parts if isinstance(part, Part)]
     is_measured = m is not None or bool(dense)  # is |V - W| to be added up here?
     if factors:
-        A, B = cat(factors)
+        A, B = cat(sort_parts(factors))
         left, right = (A.T, B.T) if table else (B, A)
         left = np.ascontiguousarray(left)
         right = np.ascontiguousarray(right)
@@ -122,6 +124,15 @@ def merge_weight(
     lost = math.sqrt(math.fsum(lost for lost, _ in sums))
     moved = math.sqrt(math.fsum(moved for _, moved in sums))
     return Merged(out, lost, moved if is_measured else None)
+
+
+def sort_parts(parts: Sequence[P]) -> Sequence[P]:
+    """The parts in an order that depends on their numbers alone: so do the bits of their sum."""
+
+    def numbers(part: P) -> list[Any]:
+        return [value.tobytes() if isinstance(value, np.ndarray) else value for value in part]
+
+    return parts if len(parts) == 1 else sorted(parts, key=numbers)
 
 
 @np.errstate(all="ignore")

@@ -129,7 +129,7 @@ def measure_merge(case: Case) -> Measured:
     always,
 )
 def measure_portions(case: Case) -> Measured:
-    """Exact: terms are added in the order of the adapters' names, however merges are cut."""
+    """Exact: the order of the terms depends on their numbers alone, however merges are cut."""
     names = [str(name) for name in case.rng.permutation(list(case.adapters))]
     once = case.layer()
     once.merge(names)

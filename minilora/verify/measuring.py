@@ -52,22 +52,27 @@ class Measured(NamedTuple):
         return not self.ok, self.ratio
 
 
-Measure = Callable[[Case], Measured]
-Applies = Callable[[Case], bool]
+Measure = Callable[[Any], Measured]
+Applies = Callable[[Any], bool]
+Registrar = Callable[..., Callable[[Measure], Measure]]
 
 
 @dataclass(frozen=True)
 class Property:
-    """One claim. Wherever it holds, `measure` gives a measurement that is at most its bound."""
+    """One claim. Wherever it holds, `measure` gives a measurement that is at most its bound.
+
+    is_true   False for a claim that looks like a true one: it has to fail, wherever it applies
+    """
 
     name: str
     equation: str
     source: str
     measure: Measure
     applies: Applies
+    is_true: bool = True
 
-    def check(self, case: Case) -> Measured:
-        """Measure it. What cannot be computed does not hold: the measurement is then a NaN."""
+    def check(self, case: Any) -> Measured:
+        """Measure it on a Case or a Study. What cannot be computed is a NaN, and does not hold."""
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -76,16 +81,14 @@ class Property:
                 return Measured(math.nan, 0.0, str(error))
 
 
-def make_registrar(
-    properties: list[Property], usual: Applies
-) -> Callable[..., Callable[[Measure], Measure]]:
+def make_registrar(properties: list[Property], usual: Applies, is_true: bool = True) -> Registrar:
     """A decorator `holds(name, equation, source, when=usual)`, which appends to `properties`."""
 
     def holds(
         name: str, equation: str, source: str, when: Applies = usual
     ) -> Callable[[Measure], Measure]:
         def add(measure: Measure) -> Measure:
-            properties.append(Property(name, equation, source, measure, when))
+            properties.append(Property(name, equation, source, measure, when, is_true))
             return measure
 
         return add
@@ -128,7 +131,7 @@ def has_only(case: Case, *kinds: type) -> bool:
     return all(type(adapter) in kinds for adapter in case.adapters.values())
 
 
-def always(case: Case) -> bool:
+def always(case: Any) -> bool:
     return True
 
 

@@ -15,7 +15,7 @@ from ..backend import Array
 from ..lora import LoraLinear
 from ..lora.optimizers import LoraFA, Pair, Riemannian
 from ..optim import SGD
-from .case import Case, active_adapters
+from .case import Case, Formula, active_adapters
 from .measuring import (
     Measured,
     Property,
@@ -51,16 +51,16 @@ def inverse_with_error(case: Case, F: Array, damping: float) -> tuple[Array, Arr
     Entry by entry it is rounded once to the layer's dtype. Before that F Fᵀ misses n + 2 roundings
     of |F| |F|ᵀ, whose norm is at most r |F|²; the eigenvalues and vectors are those of a matrix 8 r
     eps |M| away (Golub & Van Loan 2013, section 8.3); and an error E of M moves its inverse by |K|²
-    |E|, where |K| <= 1 / damping.
+    |E|.
     """
     r, n = F.shape
     M = F @ F.T + case.wide.type(damping) * np.eye(r, dtype=case.wide)
     K = np.linalg.inv(M.astype(np.float64)).astype(case.wide)
     for _ in range(3):  # Newton's iteration, which doubles the digits
         K = K @ (2 * np.eye(r, dtype=case.wide) - M @ K)
-    largest = float(np.linalg.norm(M.astype(np.float64), 2))
+    largest, inverse = (float(np.linalg.norm(a.astype(np.float64), 2)) for a in (M, K))
     eps = np.finfo(np.float64).eps
-    moved = eps * r * (n + 10) * largest / damping**2
+    moved = eps * r * (n + 10) * largest * inverse**2
     return K, case.u * abs(K) + moved
 
 
@@ -134,7 +134,7 @@ def measure_lorafa_scale(case: Case) -> Measured:
     "Zhang & Pilanci 2024, section 3, multiplied out; K_A = (A Aᵀ + δ)⁻¹, K_B = (Bᵀ B + δ)⁻¹",
 )
 def measure_riemannian_step(case: Case) -> Measured:
-    """A and B are rounded once more where the steps are taken from them."""
+    """The bound is that of `riemannian_change`."""
     layer = case.layer(case.first)
     [adapter] = active_adapters(layer)
     exact = case.formula(layer)
@@ -145,6 +145,31 @@ def measure_riemannian_step(case: Case) -> Measured:
     _, _, [slopes] = backward(case, layer, dY)
     (_, bound_A), (_, bound_B) = gradient_errors(case, layer, exact, G, [slopes])
     take_riemannian_step(adapter, slopes, damping)
+    change, bound = riemannian_change(case, exact, G, (bound_A, bound_B), adapter, damping)
+
+    K_A, _ = inverse_with_error(case, A, damping)
+    K_B, _ = inverse_with_error(case, B.T, damping)
+    W_grad = layer_gradient(case, layer, dY)  # (O, I)
+    first = B @ K_B @ (B.T @ W_grad) + (W_grad @ A.T) @ K_A @ A
+    second = (W_grad @ A.T) @ K_A @ K_B @ (B.T @ W_grad)
+    return compare(change + LR * s**2 * first - LR**2 * s**3 * second, bound)
+
+
+def riemannian_change(
+    case: Case,
+    exact: Formula,
+    G: Array,
+    gradient_bounds: tuple[Array, Array],
+    adapter: Any,
+    damping: float,
+) -> tuple[Array, Array]:
+    """s (B' A' - B A) of a step with rate LR, and how far it may be from the exact step's.
+
+    exact   of the weights before the step; `adapter` has those after it. A and B are rounded once
+            more where the steps are taken from them.
+    """
+    A, B, s = exact.factors[0]
+    bound_A, bound_B = gradient_bounds
     K_A, bound_K_A = inverse_with_error(case, A, damping)
     K_B, bound_K_B = inverse_with_error(case, B.T, damping)
     step_A, bound_A = factor_step(case, exact.dA(G).T, bound_A.T, K_B, bound_K_B)
@@ -153,16 +178,11 @@ def measure_riemannian_step(case: Case) -> Measured:
     after_B = adapter.lora_B.data.astype(case.wide)
     E_A = case.u * abs(after_A) + LR * (bound_A.T + case.u * abs(step_A.T))
     E_B = case.u * abs(after_B) + LR * (bound_B + case.u * abs(step_B))
-
-    W_grad = layer_gradient(case, layer, dY)  # (O, I)
-    first = B @ K_B @ (B.T @ W_grad) + (W_grad @ A.T) @ K_A @ A
-    second = (W_grad @ A.T) @ K_A @ K_B @ (B.T @ W_grad)
-    change = s * (after_B @ after_A - B @ A)
-    error = change + LR * s**2 * first - LR**2 * s**3 * second
     size = abs(after_B) @ abs(after_A) + abs(B) @ abs(A)
     bound = E_B @ (abs(after_A) + E_A) + abs(after_B) @ E_A
-    bound = bound + case.gamma(len(A) + len(G) + sum(first.shape), size, case.wide)
-    return compare(error, s * bound * (1 + 2.0**-20))
+    n = len(A) + len(G) + len(B) + A.shape[1]
+    bound = bound + case.gamma(n, size, case.wide)
+    return s * (after_B @ after_A - B @ A), s * bound * (1 + 2.0**-20)
 
 
 def take_riemannian_step(adapter: Any, slopes: Any, damping: float) -> None:

@@ -32,9 +32,11 @@ from .properties import PROPERTIES
 class Row(NamedTuple):
     """A property's worst case.
 
-    ratio    measured / bound
-    where    the name of the case
-    cases    how many cases the property applies to
+    ratio     measured / bound
+    ok        is it within its bound, or, if the claim is false, beyond it in every case?
+    where     the name of the case
+    cases     how many cases the property applies to
+    is_true   see `Property`
     """
 
     property: str
@@ -47,15 +49,35 @@ class Row(NamedTuple):
     where: str
     cases: int
     note: str = ""
+    is_true: bool = True
 
 
 def worst_row(
-    name: str, equation: str, source: str, measured: Sequence[tuple[str, Measured]]
+    name: str,
+    equation: str,
+    source: str,
+    measured: Sequence[tuple[str, Measured]],
+    is_true: bool = True,
 ) -> Row:
-    """The row of a property, from its measurements (case's name, measurement)."""
-    where, m = max(measured, key=lambda item: item[1].badness)
+    """The row of a property, from its measurements (case's name, measurement).
+
+    The worst case of a false claim is one that cannot be computed, or comes nearest to its bound.
+    """
+    if is_true:
+        where, m = max(measured, key=lambda item: item[1].badness)
+        ok = m.ok
+    else:
+        where, m = min(measured, key=lambda item: (is_beyond(item[1]), item[1].ratio))
+        ok = is_beyond(m)
     count = len(measured)
-    return Row(name, equation, source, m.measured, m.bound, m.ratio, m.ok, where, count, m.note)
+    return Row(
+        name, equation, source, m.measured, m.bound, m.ratio, ok, where, count, m.note, is_true
+    )
+
+
+def is_beyond(m: Measured) -> bool:
+    """Is this a number, and larger than its bound?"""
+    return m.bound < m.measured < math.inf
 
 
 class Finding(NamedTuple):
@@ -116,8 +138,12 @@ def verify(
     return measure(made, properties)
 
 
-def measure(cases: Sequence[Case], properties: Sequence[Property] = PROPERTIES) -> list[Row]:
+def measure(
+    cases: Sequence[Any], properties: Sequence[Property] = PROPERTIES, unit: str = "layers"
+) -> list[Row]:
     """Every property's worst case, in the list's order; one that applies to no case has no row.
+
+    unit   what the progress bar calls the cases
 
     `Stopped` at Ctrl-C.
     """
@@ -126,12 +152,12 @@ def measure(cases: Sequence[Case], properties: Sequence[Property] = PROPERTIES) 
 
     def rows() -> list[Row]:
         return [
-            worst_row(p.name, p.equation, p.source, measured[p.name])
+            worst_row(p.name, p.equation, p.source, measured[p.name], p.is_true)
             for p in properties
             if measured[p.name]
         ]
 
-    with _fast_arrays(), _progress_bar("verify", len(cases)) as bar:
+    with _fast_arrays(), _progress_bar("verify", len(cases), unit) as bar:
         try:
             for case in cases:
                 for p in properties:
@@ -146,12 +172,12 @@ def measure(cases: Sequence[Case], properties: Sequence[Property] = PROPERTIES) 
     return rows()
 
 
-def _progress_bar(title: str, total: int) -> Any:
-    """A bar: layers done of all, and what is in work."""
+def _progress_bar(title: str, total: int, unit: str = "layers") -> Any:
+    """A bar: layers, or other cases, done of all, and what is in work."""
     return progress_bar(
         desc=title,
         total=total,
-        unit=" layers",
+        unit=f" {unit}",
         miniters=0,  # a new text is shown soon, although no layer is done meanwhile
         leave=False,
         dynamic_ncols=True,
@@ -256,8 +282,8 @@ def round_with_half_ulp(exact: Array, dtype: str) -> tuple[Array, Array]:
 
 
 def worst_ratio(rows: Iterable[Row]) -> float:
-    """The largest measured / bound of all rows."""
-    return max((row.ratio for row in rows), default=math.nan)
+    """The largest measured / bound of all claims that are true."""
+    return max((row.ratio for row in rows if row.is_true), default=math.nan)
 
 
 def as_json(report: Report) -> dict[str, Any]:

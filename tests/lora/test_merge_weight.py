@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import small
@@ -9,7 +11,7 @@ import small
 from minilora import LoraConfig, LoraLinear, QuantizedLinear, get_peft_model, quantize
 from minilora.errors import ConfigError
 from minilora.formats.dtypes import round_to, widen
-from minilora.lora.factors import Part
+from minilora.lora.factors import Dense, Part
 from minilora.lora.merging import merge_rows, merge_weight
 from minilora.lora.tying import are_transposed, choose
 
@@ -39,6 +41,18 @@ def test_merge_weight_rounds_the_sum_once_and_measures_it(dtype, table):
     size = np.linalg.norm(update(PART, OTHER))
     assert merged.size([PART, OTHER]) == pytest.approx(size, rel=1e-12)
     assert merged.share_lost([PART, OTHER]) == pytest.approx(merged.lost / size, rel=1e-12)
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_merge_weight_gives_the_same_bits_for_parts_in_any_order(table):
+    """The float64 sums of these parts differ in their last bits if they are added as they come."""
+    third = PART._replace(A=OTHER.A[:2], c=1 / 3)
+    start = W.T if table else W
+    results = set()
+    dense = [Dense(update(part), 0.7) for part in (OTHER, third)]
+    for parts in itertools.permutations([PART, OTHER, third, *(dense if not table else [])]):
+        results.add(merge_weight(start, parts, "F64", table).weight.tobytes())
+    assert len(results) == 1
 
 
 def test_merge_weight_scales_rows_to_the_magnitude_and_keeps_a_row_of_zeros():
