@@ -33,7 +33,7 @@ from ..errors import (
 )
 from ..formats import find_model, read_checkpoint
 from ..formats.disk import JsonObject
-from ..formats.folders import locked
+from ..formats.folders import LOCK, locked
 from ..lora.plan import Base, describe_checkpoint, plan_adapter
 from ..models.config import TransformerConfig
 from ..progress import progress_bar
@@ -377,8 +377,10 @@ def _run_points(plan: Plan, pool: Pool, stopped: Sequence[int]) -> dict[str, Jso
     """The results by the points' names, in the order of the grid; fewer if a signal came."""
     results: dict[str, JsonObject] = {}
     for work in plan.works:
-        result = read_result(Path(work.folder))
-        if result is not None:
+        folder = Path(work.folder)
+        result = read_result(folder)
+        # A process that was killed after its result left its lock, which run_point takes away.
+        if result is not None and not os.path.lexists(folder / LOCK):
             results[work.point.name] = result
     left = [work for work in plan.works if work.point.name not in results]
     total = len(plan.works)

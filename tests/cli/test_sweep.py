@@ -33,7 +33,7 @@ from minilora.cli.options import Parser
 from minilora.cli.sweep import plan_sweep, run_point
 from minilora.cli.training import add_finetune_options
 from minilora.errors import MiniloraError
-from minilora.formats.folders import locked
+from minilora.formats.folders import LOCK, MARK, locked
 from minilora.threads import available_cores
 from minilora.training.checkpoints import find_checkpoint
 from minilora.training.loop import Run, Settings
@@ -341,6 +341,18 @@ def test_sweep_killed_three_times_at_random_moments_does_each_point_once(
     logs = steps_in_logs(tmp_path / "S")
     assert logs == {name: list(range(STEPS)) for name in sorted(adapters(expected))}
     assert not list((tmp_path / "S").glob("*/.lock"))
+
+
+def test_sweep_takes_away_the_lock_of_a_finished_point(uninterrupted, world, tmp_path):
+    """A process that is killed after it wrote the result leaves its lock."""
+    out = tmp_path / "S"
+    shutil.copytree(uninterrupted, out)
+    point = min(adapters(out))
+    before = snapshot(out / point)
+    (out / point / LOCK).write_bytes(b"%s%d\n" % (MARK, os.getpid()))
+    ok(f"{LONGER} --out '{out}'")
+    assert not list(out.glob("*/.lock"))
+    assert snapshot(out / point) == before
 
 
 @POSIX
