@@ -34,7 +34,7 @@ def test_the_two_commands_are_the_first_install_lines():
     lines = [line for line in README.splitlines() if line.startswith("python -m pip install -e")]
     assert len(lines) == 2
     assert lines[0].endswith("&& python -m minilora demo")
-    assert lines[1].endswith("&& python -m pytest")
+    assert lines[1].endswith("&& python -m pytest -n auto --dist loadfile")
 
 
 def test_reading_path_has_the_promised_minutes_and_counts_every_line():
