@@ -16,7 +16,7 @@ from ..autograd import Tensor
 from ..backend import Backend
 from ..errors import ConfigError, is_integer
 from ..nn import Module, Parameter, replace_module
-from .beginning import Placed, begin_again, begin_model, put_start, quantize_begun
+from .beginning import LayerStart, begin_again, begin_model, put_start, quantize_with_starts
 from .config import LoraConfig, name_of_changed_start
 from .embedding import HeadAdapter
 from .injecting import inject
@@ -153,19 +153,21 @@ class AdaptedModel(Module):
         with self._unmerged():
             plan = plan_adapter(describe_model(self.model), config)
             check_wrapped(self.model, plan)
-            placed: dict[str, Placed] = {}
+            layer_starts: dict[str, LayerStart] = {}
             if start is not None and resumed is not None and start.needs != "decode":
-                plan, placed = begin_again(self.model, plan, resumed)
+                plan, layer_starts = begin_again(self.model, plan, resumed)
             elif start is not None:
-                plan, placed = begin_model(self.model, plan, seed, data, quantize)
+                plan, layer_starts = begin_model(self.model, plan, seed, data, quantize)
             if quantize is not None:
-                placed = quantize_begun(self.model, placed, quantize, config.init_lora_weights)
+                layer_starts = quantize_with_starts(
+                    self.model, layer_starts, quantize, config.init_lora_weights
+                )
             self._inject(adapter_name, plan, seed)
-            self._put_starts(adapter_name, placed)
+            self._put_starts(adapter_name, layer_starts)
 
-    def _put_starts(self, adapter_name: str, placed: Mapping[str, Placed]) -> None:
+    def _put_starts(self, adapter_name: str, layer_starts: Mapping[str, LayerStart]) -> None:
         wrapped = self._wrappers()
-        for path, start in placed.items():
+        for path, start in layer_starts.items():
             put_start(wrapped[path], adapter_name, start)
 
     def _require_alone(self, why: str) -> None:

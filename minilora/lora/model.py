@@ -306,7 +306,7 @@ class PeftModel(AdaptedModel):
                 dtype = np.result_type(*{p.dtype for p in self.model.parameters()})
                 keys = [key for key in plan.shapes() if key in file.file]
                 arrays = {key: file.file.read(key, dtype) for key in keys}
-                placed = begin_as_read(self.model, plan, file)
+                layer_starts = begin_as_read(self.model, plan, file)
                 if plan.vocabulary:
                     resize_vocabulary(self.model, plan)
                     plan = plan._replace(vocabulary={}, resized=True)
@@ -316,7 +316,7 @@ class PeftModel(AdaptedModel):
                     is_trainable |= any(parameter.requires_grad for parameter in replaced)
                     self._take_out(adapter_name)
                 self._inject(adapter_name, plan, seed=0)
-                self._put_starts(adapter_name, placed)
+                self._put_starts(adapter_name, layer_starts)
         parameters = self.adapter_parameters(adapter_name)
         for key, array in arrays.items():
             parameter = parameters[key]
