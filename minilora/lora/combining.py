@@ -271,14 +271,7 @@ def add_weighted_adapter(
     self._require_known(names)
     for name in names:
         _require_plain(name, self._plans[name])
-    sources = {}
-    for path, wrapper in self._wrappers().items():
-        terms = []
-        for number, (name, weight) in enumerate(zip(names, weights, strict=True)):
-            if name in wrapper.entries:
-                terms.append(Term(wrapper.entries[name].part(), weight, number))
-        if terms:
-            sources[path] = terms
+    sources = _collect_terms(self, names, weights)
     ranks = {path: [len(term.part.A) for term in terms] for path, terms in sources.items()}
     r = common_rank(ranks, way, svd_rank)
     config = dataclasses.replace(
@@ -297,20 +290,36 @@ def add_weighted_adapter(
     self._check_name(adapter_name, config)
     plan = plan_adapter(describe_model(self.model), config)
     check_wrapped(self.model, plan)
-    made = {}
+    combined = {}
     for path, terms in sources.items():
         dtype = self._wrappers()[path].entries[names[terms[0].number]].lora_A.dtype
-        made[path] = combine_terms(path, terms, way, r, pruning, svd_clamp, dtype)
+        combined[path] = combine_terms(path, terms, way, r, pruning, svd_clamp, dtype)
     self._inject(adapter_name, plan, seed=0)
     wrappers = self._wrappers()
-    for path, (A, B, _) in made.items():
+    for path, (A, B, _) in combined.items():
         adapter = wrappers[path].entries[adapter_name]
         adapter.lora_A.data = adapter.lora_A.backend.from_numpy(A)
         adapter.lora_B.data = adapter.lora_B.backend.from_numpy(B)
-    return [row for _, _, row in made.values()]
+    return [row for _, _, row in combined.values()]
+
+
+def _collect_terms(
+    model: Any, names: Sequence[str], weights: Sequence[float]
+) -> dict[str, list[Term]]:
+    """The weighted updates of the named adapters, by the path of their layer."""
+    sources = {}
+    for path, wrapper in model._wrappers().items():
+        terms = []
+        for number, (name, weight) in enumerate(zip(names, weights, strict=True)):
+            if name in wrapper.entries:
+                terms.append(Term(wrapper.entries[name].part(), weight, number))
+        if terms:
+            sources[path] = terms
+    return sources
 
 
 def _require_plain(name: str, plan: Plan) -> None:
+    """ConfigError unless the adapter is LoRA's factors alone."""
     config = plan.config
     if config.use_dora:
         why = "is DoRA's"

@@ -29,9 +29,9 @@ PRECISION = 1e-11  # relative, of the squared error
 
 
 def leading_triplets(D: Array, r: int) -> tuple[Array, Array, Array]:
-    """U (O, k), values (k or k + 1,), Vt (k, I): the k >= r leading triplets of a finite D (O, I).
+    """U (O, k), values (k or k + 1,), Vt (k, I): r or more leading triplets of a finite D (O, I).
 
-    A small D has all of its triplets. With k + 1 values, the last one is the measured norm of the
+    A small D is decomposed whole. With k + 1 values, the last one is the measured norm of the
     rest, |D - U diag(values) Vt|. It is the smallest for rank k (Eckart & Young 1936), to 1e-10
     relative or to the rounding errors of |D|.
 
@@ -57,7 +57,7 @@ def leading_triplets(D: Array, r: int) -> tuple[Array, Array, Array]:
 
 
 def _iterate(D: Array, r: int, rounds: int) -> tuple[Array, Array, Array] | None:
-    """The r leading triplets, with the norm of the rest as the last value; None if not converged."""
+    """The r leading triplets, with the norm of the rest as last value; None if not converged."""
     k = r + SPARE
     norm = float(np.linalg.norm(D))
     rounding = max(D.shape) * (EPS * norm) ** 2
