@@ -16,7 +16,7 @@ from ..autograd import Tensor
 from ..backend import Backend
 from ..errors import ConfigError, is_integer
 from ..nn import Module, Parameter, replace_module
-from .beginning import LayerStart, begin_again, begin_model, put_start, quantize_with_starts
+from .beginning import LayerStart, begin_model, put_start, quantize_with_starts, restore_starts
 from .config import LoraConfig, name_of_changed_start
 from .embedding import HeadAdapter
 from .injecting import inject
@@ -155,7 +155,7 @@ class AdaptedModel(Module):
             check_wrapped(self.model, plan)
             layer_starts: dict[str, LayerStart] = {}
             if start is not None and resumed is not None and start.needs != "decode":
-                plan, layer_starts = begin_again(self.model, plan, resumed)
+                plan, layer_starts = restore_starts(self.model, plan, resumed)
             elif start is not None:
                 plan, layer_starts = begin_model(self.model, plan, seed, data, quantize)
             if quantize is not None:

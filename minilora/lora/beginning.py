@@ -1,11 +1,10 @@
 """The starts of a model's layers: A, B and the base of each, from its weight and perhaps from data.
 
-    begin_model            all layers of a plan, computed before the first layer changes
-    begin_from             the same from given A0 and B0
-    begin_again            as for an interrupted run, from its checkpoint
-    begin_as_read          as an adapter's file says
-    quantize_with_starts   the base, and the bases that starts changed, in 4- or 8-bit codes
-    put_start              one layer's start into that layer, which has its adapter by then
+    begin_model            computes the starts of a new adapter, before the first layer changes
+    restore_starts         reads them from a checkpoint, for a run that is continued
+    read_starts            reads or computes them for an adapter's file
+    quantize_with_starts   quantizes the model, and the bases that starts changed
+    put_start              sets the start of one layer, which has its adapter by then
 
 A layer whose base changes also stores the base as it was: disabling the adapter, or unloading it,
 restores that bit for bit. Everything is computed in float64 on the host. A and B are first rounded
@@ -44,11 +43,8 @@ from .plan import Plan, modules_inside, plan_adapter
 from .starts import RHO, STARTS, Given, Start, begin, check_rank, find_start, redistribute
 
 Array = np.ndarray
-NARROWING = (
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-)  # fields that exclude layers
+# Fields that exclude layers.
+NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 BLOCK = 64  # weights per absmax of LoftQ's codes; there is no double quantisation
 
 
@@ -165,7 +161,7 @@ def replace_weight(layer: LinearBase, Q: Array) -> LinearBase:
     return frozen_linear(layer.backend.from_numpy(Q.astype(layer.dtype)), layer)
 
 
-def begin_from(model: Any, initial: Mapping[str, Part]) -> dict[str, LayerStart]:
+def starts_from_factors(model: Any, initial: Mapping[str, Part]) -> dict[str, LayerStart]:
     """The starts with these A0, B0 and s, by path."""
     layer_starts = {}
     modules = modules_inside(model)
@@ -176,22 +172,24 @@ def begin_from(model: Any, initial: Mapping[str, Part]) -> dict[str, LayerStart]
     return layer_starts
 
 
-def begin_again(model: Any, plan: Plan, folder: str | Path) -> tuple[Plan, dict[str, LayerStart]]:
+def restore_starts(
+    model: Any, plan: Plan, folder: str | Path
+) -> tuple[Plan, dict[str, LayerStart]]:
     """The bits that `begin_model` returned for the adapter in `folder`, saved `as_trained`."""
     with AdapterFile(folder, check=False, over_base=True, to_train=True) as file:
         if plan.config.init_lora_weights == "eva":
             names = ("r", "target_modules", "rank_pattern", "alpha_pattern", *NARROWING)
             shared = {name: getattr(file.config, name) for name in names}
             plan = plan_adapter(plan.base, dataclasses.replace(plan.config, **shared))
-        return plan, begin_from(model, file.initial)
+        return plan, starts_from_factors(model, file.initial)
 
 
-def begin_as_read(model: Any, plan: Plan, file: AdapterFile) -> dict[str, LayerStart]:
+def read_starts(model: Any, plan: Plan, file: AdapterFile) -> dict[str, LayerStart]:
     """The starts, by path, over which a file's adapter was trained; none for plain LoRA."""
     if not file.start:
         return {}
     if file.is_low_rank:
-        return begin_from(model, file.initial)
+        return starts_from_factors(model, file.initial)
     layer_starts = {}
     modules = modules_inside(model)
     for path, described in plan.targets.items():

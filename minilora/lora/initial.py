@@ -95,7 +95,7 @@ def read_start(adapter: Any, before: Any, over_base: bool) -> None:
     """Make an AdapterFile plain LoRA if A0 and B0 are given.
 
     before      the AdapterFile of the adapter as saved before training, or None
-    over_base   whether A0 and B0 may be computed from a base later, by `settle_start`
+    over_base   whether A0 and B0 may be computed from a base later, by `resolve_start`
 
     FormatError if A0 and B0 are not given and cannot be computed.
     """
@@ -112,7 +112,7 @@ def read_start(adapter: Any, before: Any, over_base: bool) -> None:
         raise _refusal(adapter.where, adapter.began, over_base)
 
 
-def settle_start(adapter: Any, base: Base, read: Read) -> None:
+def resolve_start(adapter: Any, base: Base, read: Read) -> None:
     """Compute A0 and B0 from the base's weights, and make an AdapterFile plain LoRA over the base.
 
     FormatError if these weights do not determine them.

@@ -20,7 +20,7 @@ from ..modules import LoadedState, load_parameters
 from ..nn import replace_module
 from ..quant.linear import QuantizedLinear
 from .adapted import AdaptedModel
-from .beginning import begin_as_read
+from .beginning import read_starts
 from .combining import add_weighted_adapter
 from .config import LoraConfig
 from .files import AdapterFile, fit
@@ -247,11 +247,11 @@ class PeftModel(AdaptedModel):
         An adapter for another base raises one FormatError that lists every mismatch, and leaves
         `model` as it was.
         """
-        made = cls.__new__(cls)  # without the fresh adapter that __init__ would put in
-        made._wrap_model(model)
-        made.load_adapter(directory, adapter_name, is_trainable, initial, base_is)
-        made.set_adapter(adapter_name, inference_mode=not is_trainable)
-        return made.train(is_trainable)  # type: ignore[no-any-return]
+        adapted = cls.__new__(cls)  # without the new adapter that __init__ would add
+        adapted._wrap_model(model)
+        adapted.load_adapter(directory, adapter_name, is_trainable, initial, base_is)
+        adapted.set_adapter(adapter_name, inference_mode=not is_trainable)
+        return adapted.train(is_trainable)  # type: ignore[no-any-return]
 
     def load_adapter(
         self,
@@ -301,7 +301,7 @@ class PeftModel(AdaptedModel):
                 dtype = np.result_type(*{p.dtype for p in self.model.parameters()})
                 keys = [key for key in plan.shapes() if key in file.file]
                 arrays = {key: file.file.read(key, dtype) for key in keys}
-                layer_starts = begin_as_read(self.model, plan, file)
+                layer_starts = read_starts(self.model, plan, file)
                 if plan.vocabulary:
                     resize_vocabulary(self.model, plan)
                     plan = plan._replace(vocabulary={}, resized=True)

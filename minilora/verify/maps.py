@@ -212,8 +212,8 @@ def measure_lokr_spectrum(case: Case) -> Measured:
     """Three decompositions, and two roundings of each entry of dW, besides those of C and E."""
     map, theta, W = numbers_of(case, LoKrConfig)
     C, E, _, _ = map.factors(theta)  # type: ignore[attr-defined]
-    of_C, of_E = (np.linalg.svd(M, compute_uv=False) for M in (C, E))
-    expected = np.sort(map.s * np.outer(of_C, of_E).reshape(-1))[::-1]
+    sigma_C, sigma_E = (np.linalg.svd(M, compute_uv=False) for M in (C, E))
+    expected = np.sort(map.s * np.outer(sigma_C, sigma_E).reshape(-1))[::-1]
     sigma = np.linalg.svd(map.delta(theta, W), compute_uv=False)
     expected = np.pad(expected, (0, max(0, len(sigma) - len(expected))))
     norm = map.s * float(np.linalg.norm(C) * np.linalg.norm(E))

@@ -1,7 +1,7 @@
 """FourierFT: dW = alpha Re ifft2(F), where n coefficients of F are trained (Gao et al. 2024).
 
-F (O, I) has c_j at n random positions (u_j, v_j) and is zero elsewhere. The map is linear, and
-dc = alpha / (O I) Re fft2(G) at these positions is its transpose.
+F (O, I) has c_j at n random positions (u_j, v_j) and is zero elsewhere. The map is linear, and its
+transpose gives dc = alpha / (O I) Re fft2(G) at these positions.
 
 The real part joins the coefficients of opposite frequencies k and -k, so
 

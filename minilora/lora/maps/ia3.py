@@ -1,7 +1,7 @@
 """IA3: y = l ∘ (W x + b), or W (l ∘ x) for feed-forward layers (Liu et al. 2022).
 
 W' = diag(l) W and b' = l ∘ b with l (O, 1), or W' = W diag(l) with l (1, I): so dW = (l - 1) ∘ W.
-dl sums the rows of G ∘ W, and adds b ∘ db for the bias; or it sums the columns of G ∘ W.
+dl has the row sums of G ∘ W plus b ∘ db for the bias, or the column sums of G ∘ W.
 """
 
 from __future__ import annotations

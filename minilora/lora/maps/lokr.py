@@ -63,10 +63,10 @@ class LoKr(Map):
     def factors(self, theta: Theta) -> tuple[Array, Array, Sequence[Array], Sequence[Array]]:
         """(C (a, c), E (b, d), the tensors of C, the tensors of E): one tensor or two factors."""
         count = 1 + self.C_has_rank
-        of_C, of_E = theta[:count], theta[count:]
-        C = of_C[0] @ of_C[1] if self.C_has_rank else of_C[0]
-        E = of_E[0] @ of_E[1] if self.E_has_rank else of_E[0]
-        return C, E, of_C, of_E
+        C_theta, E_theta = theta[:count], theta[count:]
+        C = C_theta[0] @ C_theta[1] if self.C_has_rank else C_theta[0]
+        E = E_theta[0] @ E_theta[1] if self.E_has_rank else E_theta[0]
+        return C, E, C_theta, E_theta
 
     def delta(self, theta: Theta, W: Array) -> Array:
         C, E, _, _ = self.factors(theta)
@@ -74,17 +74,17 @@ class LoKr(Map):
         return blocks.reshape(self.O, self.I)
 
     def pull(self, theta: Theta, W: Array, G: Array) -> Sequence[Array]:
-        C, E, of_C, of_E = self.factors(theta)
+        C, E, C_theta, E_theta = self.factors(theta)
         blocks = G.reshape(self.a, self.b, self.c, self.d).transpose(0, 2, 1, 3)
         K = blocks.reshape(self.a * self.c, self.b * self.d)
         dC = self.s * (K @ E.reshape(-1)).reshape(C.shape)
         dE = self.s * (C.reshape(-1) @ K).reshape(E.shape)
-        return *chain(dC, of_C), *chain(dE, of_E)
+        return *chain(dC, C_theta), *chain(dE, E_theta)
 
     def rank_bound(self, W: Array) -> int:
-        ranks = (min(self.a, self.c), self.C_has_rank), (min(self.b, self.d), self.E_has_rank)
-        of_C, of_E = (min(full, self.r) if has_rank else full for full, has_rank in ranks)
-        return of_C * of_E
+        C_rank = min(self.a, self.c, self.r if self.C_has_rank else self.a)
+        E_rank = min(self.b, self.d, self.r if self.E_has_rank else self.b)
+        return C_rank * E_rank
 
 
 def chain(d: Array, factors: Sequence[Array]) -> tuple[Array, ...]:

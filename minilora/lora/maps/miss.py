@@ -30,7 +30,7 @@ class MiSS(Map):
         if self.O % self.width:
             valid = f"set mini_r to a divisor of {self.O}"
             raise refuse_shape(self, f"mini_r = {self.width} does not divide O", valid)
-        self.of_input = np.arange(self.I) % self.r
+        self.row_of_input = np.arange(self.I) % self.r
 
     def shapes(self) -> dict[str, Shape]:
         return {"miss_block": (self.r, self.width)}
@@ -42,7 +42,7 @@ class MiSS(Map):
 
     def delta(self, theta: Theta, W: Array) -> Array:
         D = backend_of(theta[0]).xp.tile(theta[0], (1, self.O // self.width))
-        return D[self.on_device(D, "of_input")].T
+        return D[self.on_device(D, "row_of_input")].T
 
     def pull(self, theta: Theta, W: Array, G: Array) -> Sequence[Array]:
         groups = -(-self.I // self.r)

@@ -2,7 +2,7 @@
 
 A layer trains d (r,) and b (O,). It takes the first I columns of one A (r, max I) and the first O
 rows of one B (max O, r), which torch's random numbers by projection_prng_key give. With K = G A^T
-(O, r), dd sums the columns of diag(b) B ∘ K, and db the rows of B diag(d) ∘ K.
+(O, r), dd has the column sums of diag(b) B ∘ K, and db the row sums of B diag(d) ∘ K.
 """
 
 from __future__ import annotations
