@@ -2,23 +2,24 @@
 
     python benchmarks/family.py [--base DIR] [--arms NAME,NAME] [--jobs 2] [--write]
 
-The base is the demo's, pretrained once in two minutes; `--base` names a folder that keeps it for
-the next run. Every arm then trains on the demo's code: 160 steps of 8 windows of 64 bytes, and
-afterwards its bits per byte are measured on held-out code, on one half to choose the learning rate
-and on the other half to report.
+The base is the demo's, which takes two minutes to pretrain; `--base` names a folder that keeps it
+for the next run. Each arm, a method with its fields and optimiser, trains on the demo's code: 160
+steps of 8 windows of 64 bytes. Its bits per byte on held-out code are then measured, on one half to
+choose the learning rate and on the other half to report.
 
-Rates are tuned by factors of 2. On seed 0, from a first guess on, until the best rate has a worse
-one on each side; the best and its two neighbours then run on seeds 1 and 2, and the best mean of
-the three seeds counts. An arm is compared with LoRA of rank 4 in pairs of equal seeds, that is with
-equal batches: mean difference d, and interval d ± 2.48 sd (Student's t, three seeds, 95 %).
+Rates are tuned by factors of 2: on seed 0, from a first guess outwards until the best rate has a
+worse one on each side. The best rate and its two neighbours are then run on seeds 1 and 2, and the
+rate with the best mean of the three seeds is chosen. Every arm is compared with LoRA of rank 4 in
+pairs of equal seeds, which have equal batches: mean difference d, and the interval d ± 2.48 sd
+(Student's t, three seeds, 95 %).
 
-    better, worse    the interval is beyond MARGIN on that side
-    level            the interval is within MARGIN on both sides
-    cannot tell      anything else
+    better, worse    the whole interval is beyond MARGIN on that side
+    level            the whole interval is within MARGIN on both sides
+    cannot tell      all other intervals
 
-`--write` adds each run to benchmarks/results/family.json as soon as it is measured, does not
-measure again what that file has, and draws results/family.png. All of it takes half an hour on two
-cores. Exit code 1 if one of these conditions does not hold:
+`--write` adds each run to benchmarks/results/family.json as soon as it is measured, skips the runs
+that this file has, and draws results/family.png. Everything takes half an hour on two cores. The
+exit code is 1 if one of these conditions does not hold:
 
     nf4       the base in nf4 costs LoRA at most 0.05 bits per byte
     layers    the quantized layers take at most 13.1 % of their bytes in float32
@@ -38,7 +39,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ PICTURE = RESULT.with_suffix(".png")
 SETTINGS = Settings(steps=160, batch_size=8, context=64, threads=1)
 WINDOWS = 160  # of each half of the held-out text
 SEEDS = (0, 1, 2)
-WIDEST = 8  # a rate is at most 2^8 from the first guess
+WIDEST = 8  # rates are within a factor of 2^8 of the first guess
 T_95 = 2.48  # 4.30 / sqrt(3)
 MARGIN = 0.02  # bits per byte
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -70,7 +71,7 @@ FROZEN_PERCENT = 20.0
 
 
 class Arm(NamedTuple):
-    """A method with the fields of its adapter, and the first guess of its learning rate."""
+    """A method with its adapter's fields, and lr, the first guess of the learning rate."""
 
     method: str
     fields: Mapping[str, Any]
@@ -109,9 +110,9 @@ ARMS = {
     "LoRA-FA": Arm("lora", LORA, 8e-3, optimizer="lorafa"),
     "Riemannian": Arm("lora", LORA, 8e-3, optimizer="riemannian"),
 }
-GROUPS = {"relatives": "LoHa", "starts": "orthogonal", "optimisers": "LoRA+"}  # by their first arm
+GROUPS = {"relatives": "LoHa", "starts": "orthogonal", "optimisers": "LoRA+"}  # their first arms
 
-# Where the lines of each method are, here in lora/, there in peft/tuners/.
+# The files of each method: minilora's in minilora/lora/, and PEFT's folders in peft/tuners/.
 LINES = {
     "LoRA r=4": (("lora.py",), ("lora",)),
     "AdaLoRA": (("adalora.py", "allocator.py"), ("adalora",)),
@@ -126,14 +127,14 @@ LINES = {
     "Uni-LoRA": (("maps/scattered.py",), ("unilora",)),
 }
 
-Runs = dict[str, dict[str, dict[str, Any]]]  # arm -> "exponent of 2, seed" -> what was measured
+Runs = dict[str, dict[str, dict[str, Any]]]  # arm -> "exponent of 2,seed" -> the measured run
 
 
 # ---- one run -------------------------------------------------------------------------------------
 
 
 def pretrain(folder: Path, threads: int | None = None) -> None:
-    """Write the demo's base with seed 0 into `folder`, unless the folder has it."""
+    """Write the demo's base, of seed 0, into `folder`, unless it is there already."""
     if (folder / "config.json").exists():
         return
     plan = Plan()
@@ -146,16 +147,16 @@ def pretrain(folder: Path, threads: int | None = None) -> None:
 
 @functools.cache
 def texts() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The ids to train on, to tune on and to report on."""
+    """(the ids for training, for choosing the rate, for reporting)."""
     to_train, held_out = (ByteTokenizer().encode(text) for text in split(python_sources()))
     middle = len(held_out) // 2
     return to_train, held_out[:middle], held_out[middle:]
 
 
 def measure(job: tuple[str, str, float, int]) -> dict[str, Any]:
-    """Train one arm: bits per byte of both halves; inf if the run diverges.
+    """The run of one arm: bits per byte of both halves, inf if it diverges; parameters, seconds.
 
-    job   the folder of the base, the name of the arm, its learning rate and seed
+    job   (the folder of the base, the name of the arm, the learning rate, the seed)
     """
     base, name, lr, seed = job
     arm = ARMS[name]
@@ -164,17 +165,17 @@ def measure(job: tuple[str, str, float, int]) -> dict[str, Any]:
     model: Any = CausalLM.from_pretrained(base)
     run: dict[str, Any] = {"lr": lr}
     config = adapter_config(arm.method, arm.quantize, arm.fields, settings.steps)
-    begun: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if arm.fields.get("init_lora_weights") == "loftq":
-        begun["quantize"] = arm.quantize
+        options["quantize"] = arm.quantize
     elif arm.quantize != "none":
         quantize(model, arm.quantize)
         run["memory"] = measure_weight_memory(model)
     if config is not None:
         windows = np.lib.stride_tricks.sliding_window_view(to_train, settings.context + 1)
         rows = np.random.default_rng(seed).integers(0, len(windows), (8, settings.batch_size))
-        begun["data"] = [windows[row] for row in rows]
-        model = get_peft_model(model, config, seed=seed, **begun)
+        options["data"] = [windows[row] for row in rows]
+        model = get_peft_model(model, config, seed=seed, **options)
     run["trained"] = sum(p.size for p in model.parameters() if p.requires_grad)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -192,7 +193,7 @@ def measure(job: tuple[str, str, float, int]) -> dict[str, Any]:
 
 
 def read_runs(runs: Mapping[str, dict[str, Any]]) -> dict[int, dict[int, dict[str, Any]]]:
-    """exponent -> seed -> run"""
+    """The runs of one arm: exponent -> seed -> run."""
     table: dict[int, dict[int, dict[str, Any]]] = {}
     for key, run in runs.items():
         exponent, seed = map(int, key.split(","))
@@ -201,7 +202,7 @@ def read_runs(runs: Mapping[str, dict[str, Any]]) -> dict[int, dict[int, dict[st
 
 
 def missing_runs(runs: Mapping[str, dict[str, Any]]) -> list[tuple[int, int]]:
-    """The (exponent, seed) to measure next; none if the arm is complete."""
+    """The pairs (exponent, seed) to measure next; [] if the arm is complete."""
     table = read_runs(runs)
     first = {k: row[0]["tune"] for k, row in table.items() if 0 in row}
     wanted = [(k, 0) for k in (-1, 0, 1) if k not in first]
@@ -222,7 +223,7 @@ def missing_runs(runs: Mapping[str, dict[str, Any]]) -> list[tuple[int, int]]:
 
 
 def mean_tuned(table: Mapping[int, Mapping[int, dict[str, Any]]]) -> dict[int, float]:
-    """exponent -> mean of the tuning half, where all seeds have run."""
+    """exponent -> mean bits per byte of the tuning half, for rates with runs of all seeds."""
     return {
         k: statistics.fmean(row[seed]["tune"] for seed in SEEDS)
         for k, row in table.items()
@@ -231,7 +232,7 @@ def mean_tuned(table: Mapping[int, Mapping[int, dict[str, Any]]]) -> dict[int, f
 
 
 def _outward(losses: Mapping[int, float]) -> int | None:
-    """The next exponent beyond the best one, if that is the first or the last."""
+    """The next exponent beyond the best one, if that is at an end; otherwise None."""
     best = min(losses, key=lambda k: (losses[k], k))
     if best == min(losses) and best > -WIDEST:
         return best - 1
@@ -244,7 +245,7 @@ def _outward(losses: Mapping[int, float]) -> int | None:
 
 
 def summarize(runs: Runs) -> dict[str, dict[str, Any]]:
-    """Each complete arm: its best rate, bits per byte, and the comparison with REFERENCE."""
+    """By arm, if complete: its best rate, bits per byte, and the comparison with REFERENCE."""
     chosen = {}
     for name, its_runs in runs.items():
         if name in ARMS and its_runs and not missing_runs(its_runs):
@@ -272,7 +273,7 @@ def summarize(runs: Runs) -> dict[str, dict[str, Any]]:
 
 
 def verdict(low: float, high: float) -> str:
-    """What an interval of differences says, for a margin of MARGIN."""
+    """The verdict on an interval of differences: see the module's docstring."""
     if high < -MARGIN:
         return "better"
     if low > MARGIN:
@@ -281,7 +282,7 @@ def verdict(low: float, high: float) -> str:
 
 
 def conditions(runs: Runs, rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The conditions that the docstring names, each with its measurement."""
+    """The conditions of the module's docstring, each with its measurement."""
     coded = "QLoRA (nf4)"
     if coded not in rows or REFERENCE not in rows:
         return {}
@@ -298,12 +299,12 @@ def conditions(runs: Runs, rows: Mapping[str, dict[str, Any]]) -> dict[str, dict
 
 
 def count_lines() -> dict[str, dict[str, int]]:
-    """Lines of each method's files; peft's only where it is installed."""
-    here = Path(minilora.lora.__file__).parent
+    """The number of lines of each method's files; PEFT's only if it is installed."""
+    folder = Path(minilora.lora.__file__).parent
     spec = importlib.util.find_spec("peft")
     counts = {}
     for name, (files, folders) in LINES.items():
-        counts[name] = {"ours": sum(map(_lines, (here / file for file in files)))}
+        counts[name] = {"ours": sum(map(_lines, (folder / file for file in files)))}
         if spec is not None and spec.origin:
             tuners = Path(spec.origin).parent / "tuners"
             theirs = [path for folder in folders for path in (tuners / folder).glob("*.py")]
@@ -316,7 +317,7 @@ def _lines(path: Path) -> int:
 
 
 def draw(rows: Mapping[str, dict[str, Any]], before: float) -> None:
-    """Bits per byte against trained numbers."""
+    """Write the picture: bits per byte against the number of trained parameters."""
     from minilora.lab.plots import COOL, INK, QUIET, WARM, styled_pyplot
 
     plt = styled_pyplot()
@@ -356,7 +357,7 @@ def draw(rows: Mapping[str, dict[str, Any]], before: float) -> None:
 
 
 def print_table(result: Mapping[str, Any]) -> None:
-    """The rows of the table in README.md."""
+    """Print the rows of the table in benchmarks/README.md."""
     lines = result["lines"]
     for name, row in result["summary"].items():
         compared = ""
@@ -368,6 +369,24 @@ def print_table(result: Mapping[str, Any]) -> None:
             f"| {name} | {row['trained']:,} | {row['lr']:.1e} | {row['bits_per_byte']:.3f} | "
             f"{compared or '|'} | {count.get('ours', '')} | {count.get('peft', '')} |"
         )
+
+
+def measure_missing(
+    base: Path, names: Sequence[str], processes: int, runs: Runs, save: Callable[[], None]
+) -> None:
+    """Add to `runs` what the named arms need, until they are complete; `save` follows each run."""
+    while True:
+        jobs = {}
+        for name in names:
+            for k, seed in missing_runs(runs.setdefault(name, {})):
+                jobs[str(base), name, ARMS[name].lr * 2.0**k, seed] = f"{k},{seed}"
+        if not jobs:
+            return
+        with open_pool("processes", processes) as pool:
+            for job, future in completed(pool, measure, jobs):
+                runs[job[1]][jobs[job]] = future.result()
+                print(job[1], jobs[job], future.result(), flush=True)
+                save()
 
 
 def main() -> int:
@@ -388,7 +407,11 @@ def main() -> int:
         "python": platform.python_version(),
         "numpy": np.__version__,
     }
-    runs: Runs = result["runs"]
+
+    def save() -> None:
+        if args.write:
+            RESULT.write_text(json.dumps(result, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory() as scratch:
         base = args.base or Path(scratch, "base")
         pretrain(base)
@@ -396,30 +419,18 @@ def main() -> int:
             half = texts()[2]
             loss = evaluate(CausalLM.from_pretrained(base), half, 128, limit=WINDOWS)
             result["before"] = round(bits_per_byte(loss), 4)
-        while True:
-            jobs = {}
-            for name in names:
-                for k, seed in missing_runs(runs.setdefault(name, {})):
-                    jobs[str(base), name, ARMS[name].lr * 2.0**k, seed] = f"{k},{seed}"
-            if not jobs:
-                break
-            with open_pool("processes", args.jobs) as pool:
-                for job, future in completed(pool, measure, jobs):
-                    runs[job[1]][jobs[job]] = future.result()
-                    print(job[1], jobs[job], future.result(), flush=True)
-                    if args.write:
-                        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    rows = summarize(runs)
+        measure_missing(base, names, args.jobs, result["runs"], save)
+    rows = summarize(result["runs"])
     result["summary"] = {name: rows[name] for name in ARMS if name in rows}
-    result["conditions"] = conditions(runs, rows)
+    result["conditions"] = conditions(result["runs"], rows)
     lines = count_lines()
     for name, count in result.get("lines", {}).items():
         lines[name] = {**count, **lines[name]}
     result["lines"] = lines
     print_table(result)
     print(json.dumps(result["conditions"], indent=2))
+    save()
     if args.write:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
         draw(result["summary"], result["before"])
     return 0 if all(condition["ok"] for condition in result["conditions"].values()) else 1
 

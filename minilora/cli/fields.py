@@ -1,7 +1,8 @@
-"""The options for fields that only some methods have.
+"""Options for fields that only some methods have.
 
-`minilora finetune --method vera --help` explains those of VeRA; without --method the help has none
-of them. Each option of a map is a field of its configuration, whose docstring explains it.
+`minilora finetune --method vera --help` explains those of VeRA; the help without --method has none
+of them. Each option of a map is a field of its configuration, and the configuration's docstring is
+the help text.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ HOW = "HOW"  # true, false or a word
 
 
 def add_fields_of_methods(parser: Parser) -> None:
-    """The options of AdaLoRA and of the maps; the help has those of the given methods."""
+    """Add the options of AdaLoRA and of all maps; the help shows those of the given --method."""
     given = [word.rpartition("=")[2] for word in parser.words]
     _add_adalora_fields(parser, is_explained=ADALORA in given)
     added: set[str] = set()
@@ -43,7 +44,7 @@ def add_fields_of_methods(parser: Parser) -> None:
 
 
 def explain_fields(config: type[MapConfig]) -> dict[str, str]:
-    """What the docstring of a configuration says of each field that LoRA has not."""
+    """The text of the configuration's docstring for each field that LoraConfig does not have."""
     texts = {field.name: "" for field in config.added_fields()}
     explained = ""
     for line in inspect.cleandoc(config.__doc__ or "").splitlines():
@@ -59,7 +60,7 @@ def explain_fields(config: type[MapConfig]) -> dict[str, str]:
 
 
 def select_adapter_fields(args: Args) -> dict[str, Any]:
-    """The given options that have the name of a field of an adapter's configuration."""
+    """The given options that are fields of a configuration, with their values."""
     fields: dict[str, Any] = {}
     for config in (AdaLoraConfig, *MAPS_BY_METHOD.values()):
         fields |= select_fields(args, config)

@@ -1,4 +1,4 @@
-"""finetune --init-lora-weights: what the options about a start mean, and what a start reads."""
+"""finetune --init-lora-weights: the checks of options about a start, and the data a start reads."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..quant.codes import KINDS
 from ..training.checkpoints import find_checkpoint
 from .options import Args
 
-BATCHES = 8  # of the run, for a start that reads data
+BATCHES = 8  # the run's first batches, for a start that reads data
 
 
 def start_of_new(args: Args, config: LoraConfig | None) -> Start | None:
-    """The start of the run's adapter if that is new and begins with one."""
+    """The start of the run's adapter; None for a base, an adapter to go on from, or no start."""
     is_new = config is not None and args.adapter is None
     return find_start(config.init_lora_weights) if is_new and config else None
 
@@ -49,7 +49,7 @@ def require_start_for_tasks(config: LoraConfig | None) -> None:
 
 
 def read_start(args: Args, start: Start, settings: Any, tokens: Any) -> dict[str, Any]:
-    """What a start reads, as options of `get_peft_model`: batches of this run, or a checkpoint."""
+    """Options of `get_peft_model` for a start: the run's first batches, or its checkpoint."""
     if args.resume is not None:
         folder, _ = find_checkpoint(args.resume, Path(args.out or "runs"))
         return {"resumed": folder}

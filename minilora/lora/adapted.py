@@ -1,6 +1,6 @@
-"""A model with adapters: add them, switch between them, take merged ones out, count.
+"""A model with adapters: add them, switch between them, unmerge them, count parameters.
 
-Every change is planned and checked before the first layer is changed. `PeftModel` of model.py adds
+Every change is planned and checked before the first layer changes. `PeftModel` in model.py adds
 merging and files.
 """
 
@@ -17,7 +17,7 @@ from ..backend import Backend
 from ..display import render_adapted_model
 from ..errors import ConfigError, is_integer
 from ..nn import Module, Parameter, replace_module
-from .beginning import Placed, begin_again, begin_model, put_start, quantize_begun
+from .beginning import LayerStart, begin_model, put_start, quantize_with_starts, restore_starts
 from .config import LoraConfig, name_of_changed_start
 from .embedding import HeadAdapter
 from .injecting import inject
@@ -30,9 +30,9 @@ from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 
 
 class AdaptedModel(Module):
-    """A model with adapters, by name.
+    """A model with named adapters. The updates of the active ones are added to the base.
 
-    The active ones add up; only their parameters require a gradient.
+    Only the parameters of active adapters require a gradient.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class AdaptedModel(Module):
         return render_adapted_model(self)
 
     def get_base_model(self) -> Any:
-        """The model inside, adapters and all."""
+        """The model inside, with its adapters."""
         return self.model
 
     def generate(self, *inputs: Any, **options: Any) -> Any:
-        """What the model inside generates with the active adapters: see `CausalLM.generate`."""
+        """Ids that the model generates with the active adapters: see `CausalLM.generate`."""
         kind = type(self.model)
         if not hasattr(kind, "generate"):
             raise ConfigError(f"{kind.__name__} generates no text: it has no method generate()")
@@ -90,7 +90,7 @@ class AdaptedModel(Module):
 
     @property
     def base_model(self) -> AdaptedModel:
-        """This object: PEFT has the same methods on two, `model` and `model.base_model`."""
+        """This object. (PEFT has two with the same methods, `model` and `model.base_model`.)"""
         return self
 
     @property
@@ -109,11 +109,11 @@ class AdaptedModel(Module):
             yield names.get(id(parameter), PREFIX + path), parameter
 
     def parameters(self) -> Iterator[Parameter]:
-        """Every parameter, as `named_parameters` has them, without the time that names take."""
+        """The parameters of `named_parameters`, faster, because no names are made."""
         return self.model.parameters()  # type: ignore[no-any-return]
 
     def to(self, device: str | Backend | None = None, dtype: Any = None) -> Any:
-        """As `Module.to`; what is merged is merged again, into the base as it is then."""
+        """See `Module.to`. Merged adapters are unmerged before, and merged again after the move."""
         with self._unmerged():
             for layer in self._wrappers().values():
                 if isinstance(layer, LoraLinear):
@@ -139,8 +139,8 @@ class AdaptedModel(Module):
     ) -> None:
         """Add another adapter; it stays inactive and frozen until `set_adapter`.
 
-        data, quantize and resumed are those of `get_peft_model`. A start that changes the base has
-        the model for itself.
+        See `get_peft_model` for data, quantize and resumed. An adapter whose start changes the base
+        must be the only one.
         """
         self._check_name(adapter_name, config)
         start = find_start(config.init_lora_weights)
@@ -157,19 +157,21 @@ class AdaptedModel(Module):
         with self._unmerged():
             plan = plan_adapter(describe_model(self.model), config)
             check_wrapped(self.model, plan)
-            placed: dict[str, Placed] = {}
+            layer_starts: dict[str, LayerStart] = {}
             if start is not None and resumed is not None and start.needs != "decode":
-                plan, placed = begin_again(self.model, plan, resumed)
+                plan, layer_starts = restore_starts(self.model, plan, resumed)
             elif start is not None:
-                plan, placed = begin_model(self.model, plan, seed, data, quantize)
+                plan, layer_starts = begin_model(self.model, plan, seed, data, quantize)
             if quantize is not None:
-                placed = quantize_begun(self.model, placed, quantize, config.init_lora_weights)
+                layer_starts = quantize_with_starts(
+                    self.model, layer_starts, quantize, config.init_lora_weights
+                )
             self._inject(adapter_name, plan, seed)
-            self._put_starts(adapter_name, placed)
+            self._put_starts(adapter_name, layer_starts)
 
-    def _put_starts(self, adapter_name: str, placed: Mapping[str, Placed]) -> None:
+    def _put_starts(self, adapter_name: str, layer_starts: Mapping[str, LayerStart]) -> None:
         wrapped = self._wrappers()
-        for path, start in placed.items():
+        for path, start in layer_starts.items():
             put_start(wrapped[path], adapter_name, start)
 
     def _require_alone(self, why: str) -> None:
@@ -180,7 +182,10 @@ class AdaptedModel(Module):
             )
 
     def adapters_by_path(self, adapter_name: str) -> dict[str, LoraAdapter]:
-        """The adapters of this name with factors in their file, by the path of their layer."""
+        """The adapters of this name by the path of their layer, without those of tied heads.
+
+        A tied head's factors are the embedding's, and not in the file.
+        """
         adapters = {}
         for path, layer in self._wrappers().items():
             entry = layer.entries.get(adapter_name)
@@ -190,7 +195,7 @@ class AdaptedModel(Module):
 
     @property
     def changed_layers(self) -> dict[str, LoraLinear]:
-        """The layers whose base an adapter's start has changed, by path."""
+        """The layers whose base was changed by an adapter's start, by path."""
         wrapped = self._wrappers().items()
         return {
             path: layer
@@ -199,9 +204,9 @@ class AdaptedModel(Module):
         }
 
     def _check_name(self, adapter_name: str, config: LoraConfig, replaces: bool = False) -> None:
-        """ConfigError if an adapter of this name and configuration cannot join the others.
+        """ConfigError if an adapter of this name and configuration cannot be added to the others.
 
-        replaces   may it take the place of one that has its name?
+        replaces   whether it may replace an adapter of the same name
         """
         if not isinstance(config, LoraConfig):
             raise ConfigError(f"expected a LoraConfig, got {config!r:.99}")
@@ -242,8 +247,8 @@ class AdaptedModel(Module):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones. Only they require a gradient.
 
-        With `inference_mode` they require none either. Adapters that are merged, and not among
-        them, are taken out of the base's weights first, with a warning.
+        With `inference_mode` they require none either. Other adapters that are merged are unmerged
+        first, with a warning.
         """
         names = list_names(adapter_name)
         self._require_known(names)
@@ -268,7 +273,7 @@ class AdaptedModel(Module):
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Train these adapters, or freeze them; which ones are active stays as it is."""
+        """Make the parameters of these adapters trainable, or freeze them, active or not."""
         names = list_names(adapter_names)
         self._require_known(names)
         for name in names:
@@ -278,7 +283,7 @@ class AdaptedModel(Module):
     def adapter_parameters(self, adapter_name: str) -> dict[str, Parameter]:
         """The parameters of one adapter by their keys in its file.
 
-        They are its factors, copied modules, and biases if it trains them.
+        These are its factors, copied modules, and the base's biases if it trains them.
         """
         parameters = self._biases(adapter_name)
         for entry in self._entry_parameters():
@@ -305,9 +310,9 @@ class AdaptedModel(Module):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside, the model is its base, bit for bit (but for trained biases).
+        """A context in which the model is its base, bit for bit, apart from trained biases.
 
-        Merged adapters are taken out, and put in again at the end.
+        Merged adapters are unmerged, and merged again at the end.
         """
         if any(self.peft_config[n].bias != "none" for n in self.active_adapters):
             warnings.warn(
@@ -320,7 +325,7 @@ class AdaptedModel(Module):
     def disable_adapter_layers(self) -> None:
         """Run the base alone, and train nothing, until `enable_adapter_layers`.
 
-        Merged adapters are taken out of the base's weights, and stay beside them afterwards.
+        Merged adapters are unmerged, and stay so afterwards.
         """
         self.unmerge_adapter()
         self._enable(False)
@@ -339,10 +344,10 @@ class AdaptedModel(Module):
             layer.enabled = enabled
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was active, the first of the others takes its place.
+        """Remove an adapter. If no active one is left, the first of the others becomes active.
 
-        Without any adapter the model is its base. It gets a new one by `add_adapter` or
-        `load_adapter`, and `set_adapter`.
+        Without any adapter the model is its base. `add_adapter` or `load_adapter`, and
+        `set_adapter`, give it a new one.
         """
         self._require_known([adapter_name])
         self._require_unmerged(adapter_name)
@@ -395,7 +400,7 @@ class AdaptedModel(Module):
 
     @contextlib.contextmanager
     def _unmerged(self) -> Iterator[None]:
-        """Inside, nothing is merged; then the same is merged again, to the same bits."""
+        """A context without merged adapters; at the end they are merged again, to the same bits."""
         layers = self._wrappers().values()
         merged = [(layer, layer.merged, layer.requantized) for layer in layers if layer.merged]
         try:
@@ -406,14 +411,14 @@ class AdaptedModel(Module):
                 layer.merge(names, requantized)
 
     def unmerge_adapter(self) -> None:
-        """Take every merged adapter out again; the base comes back bit for bit."""
+        """Take all merged adapters out of the base's weights, which have their old bits again."""
         for layer in self._wrappers().values():
             if layer.merged:
                 layer.unmerge()
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
-        """Inside, no base is changed by the start of an adapter."""
+        """A context in which each layer has its base as it was before an adapter's start."""
         changed = {layer: layer.restore_base() for layer in self.changed_layers.values()}
         try:
             yield
@@ -424,7 +429,7 @@ class AdaptedModel(Module):
     # ---- counting --------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all), each parameter counted once."""
+        """(the number of trainable parameters, that of all); shared ones are counted once."""
         trainable = total = 0
         for parameter in self.model.parameters():
             total += parameter.size
@@ -433,17 +438,17 @@ class AdaptedModel(Module):
         return trainable, total
 
     def get_layer_status(self) -> list[LayerStatus]:
-        """What each layer with adapters has: see `status.get_layer_status`."""
+        """The status of each layer with adapters: see `status.get_layer_status`."""
         return get_layer_status(self)
 
     def get_model_status(self) -> ModelStatus:
-        """The same of the whole model: see `status.get_model_status`."""
+        """The status of the whole model: see `status.get_model_status`."""
         return get_model_status(self)
 
     def explain(self, tokens: int) -> str:
-        """How a step over `tokens` positions computes each layer, one line per layer.
+        """How a step over `tokens` positions computes each layer, in one line per layer.
 
-        A line also says how many operations each of the two ways would add.
+        A line has the way that is chosen, and the operations that each of the two ways adds.
         """
         if not is_integer(least=1)(tokens):
             got = f"shape {tokens.shape}" if hasattr(tokens, "shape") else f"{tokens!r:.99}"
@@ -462,7 +467,7 @@ class AdaptedModel(Module):
         return "\n".join(lines)
 
     def print_trainable_parameters(self) -> None:
-        """trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364"""
+        """Print "trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364"."""
         trainable, total = self.get_nb_trainable_parameters()
         percent = 100 * trainable / total
         print(
@@ -471,5 +476,5 @@ class AdaptedModel(Module):
 
 
 def list_names(names: str | Sequence[str]) -> list[str]:
-    """One name, or several, each once, as a list."""
+    """A list of the names, each once, from one name or several."""
     return [names] if isinstance(names, str) else list(dict.fromkeys(names))

@@ -1,12 +1,15 @@
-"""Starts put into a model: each layer's A, B and base, from its weight and perhaps from data.
+"""The starts of a model's layers: A, B and the base of each, from its weight and perhaps from data.
 
-    begin        the starts of all layers of a plan, before the first layer changes
-    put_start    one of them, put into the layer that has its adapter
+    begin_model            computes the starts of a new adapter, before the first layer changes
+    restore_starts         reads them from a checkpoint, for a run that is continued
+    read_starts            reads or computes them for an adapter's file
+    quantize_with_starts   quantizes the model, and the bases that starts changed
+    put_start              sets the start of one layer, which has its adapter by then
 
-A layer whose base changes keeps the one that it had: disabling the adapter, or unloading it, brings
-that back bit for bit. Everything is computed in float64 on the host. A and B are rounded to the
-dtype of training first, and R = W - s B A is formed from what is left, and rounded once to what W
-is stored in: R + s B A is W to that one rounding.
+A layer whose base changes also stores the base as it was: disabling the adapter, or unloading it,
+restores that bit for bit. Everything is computed in float64 on the host. A and B are first rounded
+to the dtype of training. R = W - s B A is formed from these rounded factors, and rounded once to
+the dtype in which W is stored, so R + s B A is W to that one rounding.
 """
 
 from __future__ import annotations
@@ -30,24 +33,26 @@ from ..quant.codes import encode
 from ..quant.half import Half, HalfLinear, HalfWeight
 from ..quant.linear import QuantizedLinear, quantize
 from ..threads import one_blas_thread
+from .config import LoraConfig
 from .factors import Part
 from .files import AdapterFile
 from .initial import coded_base, loftq_fields
 from .merging import merge_weight
 from .names import factor_keys
 from .plan import Plan, modules_inside, plan_adapter
-from .starts import RHO, STARTS, Given, begin, check_rank, find_start, redistribute
+from .starts import RHO, STARTS, Given, Start, begin, check_rank, find_start, redistribute
 
 Array = np.ndarray
-NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # what it is not for
-BLOCK = 64  # of LoftQ's codes, without double quantisation
+# Fields that exclude layers.
+NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+BLOCK = 64  # weights per absmax of LoftQ's codes; there is no double quantisation
 
 
-class Placed(NamedTuple):
-    """The start of one layer of a model.
+class LayerStart(NamedTuple):
+    """The start of one layer.
 
-    A, B    in the dtype of the layer
-    base    the layer in the place of the base; None if that stays
+    A, B    (r, I) and (O, r), in the layer's dtype
+    base    the new base layer; None if the base stays
     """
 
     A: Array
@@ -61,13 +66,13 @@ def begin_model(
     seed: int = 0,
     data: Iterable[Any] | None = None,
     kind: str | None = None,
-) -> tuple[Plan, dict[str, Placed]]:
-    """(the plan, in which EVA changes ranks; the start of each linear layer by path).
+) -> tuple[Plan, dict[str, LayerStart]]:
+    """(the plan, with other ranks after EVA; the start of each linear layer by path).
 
-    data   batches: `Batch`es, or integers (B, T + 1) of which each predicts the next
-    kind   "nf4", "fp4" or "int8", of LoftQ's codes
+    data   batches: `Batch`es, or ids (B, T + 1), each of which predicts the next one
+    kind   LoftQ's codes: "nf4", "fp4" or "int8"
 
-    ConfigError for what a start needs and is not given, for a base of codes, and for a rank that a
+    ConfigError if a start's data or codes are missing, for a quantized base, and for a rank that a
     layer cannot have.
     """
     name = plan.config.init_lora_weights
@@ -76,6 +81,38 @@ def begin_model(
     assert isinstance(name, str)
     modules = modules_inside(model)
     paths = [path for path, layer in plan.targets.items() if layer.kind == "linear"]
+    _check_startable(name, start, plan, paths, modules)
+    batches = _read_batches(name, start.needs, data)
+    covariances: dict[str, Array] = {}
+    weight_gradients: dict[str, Array] = {}
+    if start.needs == "covariance":
+        covariances = measure_covariances(model, paths, batches)
+        plan = _share_ranks(plan, covariances)
+        paths = [path for path in paths if path in plan.targets]
+    config = plan.config  # a copy of the user's
+    for path in paths:
+        check_rank(name, path, plan.targets[path].shape, config.rank(path))
+    if start.needs == "gradient":
+        weight_gradients = measure_gradients(model, paths, batches)
+    if start.needs == "decode" and kind is None:
+        raise ConfigError(
+            "init_lora_weights='loftq' is for codes: choose quantize nf4, fp4 or int8"
+        )
+    layer_starts = {}
+    rounds = {}
+    for path in paths:
+        rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+        given = Given(rng, covariances.get(path), weight_gradients.get(path), _decoder(kind))
+        layer_starts[path], rounds[path] = _begin_layer(modules[path], path, config, given)
+    if kind is not None and name == "loftq":
+        config.extra = {**config.extra, "loftq_config": loftq_fields(kind, rounds)}
+    return plan, layer_starts
+
+
+def _check_startable(
+    name: str, start: Start, plan: Plan, paths: Sequence[str], modules: Mapping[str, Any]
+) -> None:
+    """ConfigError if the linear layers `paths` of this plan cannot have the start `name`."""
     if not paths:
         raise ConfigError(f"init_lora_weights={name!r} is for linear layers: target one")
     if (plan.follows and start.changes_base) or (plan.base.tied and plan.base.head in paths):
@@ -94,93 +131,84 @@ def begin_model(
             f"init_lora_weights={name!r} on GPT-2's layers: peft takes their weight for its "
             "transpose, so that no file could say this start: choose pissa"
         )
-    batches = _read_batches(name, start.needs, data)
-    covariances: dict[str, Array] = {}
-    slopes: dict[str, Array] = {}
-    if start.needs == "covariance":
-        covariances = measure_covariances(model, paths, batches)
-        plan = _share_ranks(plan, covariances)
-        paths = [path for path in paths if path in plan.targets]
-    config = plan.config  # a copy of the user's
-    for path in paths:
-        check_rank(name, path, plan.targets[path].shape, config.rank(path))
-    if start.needs == "gradient":
-        slopes = measure_gradients(model, paths, batches)
-    if start.needs == "decode" and kind is None:
-        raise ConfigError(
-            "init_lora_weights='loftq' is for codes: choose quantize nf4, fp4 or int8"
-        )
-    placed = {}
-    rounds = {}
-    for path in paths:
-        layer = modules[path]
-        W = layer.backend.to_numpy(layer.dense_weight()).astype(np.float64)
-        rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
-        given = Given(rng, covariances.get(path), slopes.get(path), _decoder(kind))
-        r = config.rank(path)
-        s = config.scaling(path)
-        begun = begin(name, path, W, r, s, given)
-        A, B = (factor.astype(layer.dtype) for factor in begun[:2])
-        base: LinearBase | None = None
-        if begun.Q is not None:
-            base = frozen_linear(layer.backend.from_numpy(begun.Q.astype(layer.dtype)), layer)
-        elif start.changes_base:
-            base = subtract(layer, A, B, s)
-        placed[path] = Placed(A, B, base)
-        rounds[path] = begun.rounds
-    if kind is not None and name == "loftq":
-        config.extra = {**config.extra, "loftq_config": loftq_fields(kind, rounds)}
-    return plan, placed
 
 
-def begin_from(model: Any, initial: Mapping[str, Part]) -> dict[str, Placed]:
+def _begin_layer(
+    layer: LinearBase, path: str, config: LoraConfig, given: Given
+) -> tuple[LayerStart, int]:
+    """(the start of one layer, the iteration of LoftQ that gave it)."""
+    name: Any = config.init_lora_weights
+    start = find_start(name)
+    assert start is not None
+    s = config.scaling(path)
+    values = begin(name, path, wide_weight(layer), config.rank(path), s, given)
+    A, B = (factor.astype(layer.dtype) for factor in (values.A, values.B))
+    base: LinearBase | None = None
+    if values.Q is not None:
+        base = replace_weight(layer, values.Q)
+    elif start.changes_base:
+        base = subtract(layer, A, B, s)
+    return LayerStart(A, B, base), values.rounds
+
+
+def wide_weight(layer: LinearBase) -> Array:
+    """W (O, I) of a layer, in float64 on the host."""
+    return layer.backend.to_numpy(layer.dense_weight()).astype(np.float64)
+
+
+def replace_weight(layer: LinearBase, Q: Array) -> LinearBase:
+    """A frozen layer like `layer` over Q (O, I), in its dtype and on its device."""
+    return frozen_linear(layer.backend.from_numpy(Q.astype(layer.dtype)), layer)
+
+
+def starts_from_factors(model: Any, initial: Mapping[str, Part]) -> dict[str, LayerStart]:
     """The starts with these A0, B0 and s, by path."""
-    placed = {}
+    layer_starts = {}
     modules = modules_inside(model)
     for path, part in initial.items():
         layer = modules[path]
         A, B = (factor.astype(layer.dtype) for factor in (part.A, part.B))
-        placed[path] = Placed(A, B, subtract(layer, A, B, part.c))
-    return placed
+        layer_starts[path] = LayerStart(A, B, subtract(layer, A, B, part.c))
+    return layer_starts
 
 
-def begin_again(model: Any, plan: Plan, folder: str | Path) -> tuple[Plan, dict[str, Placed]]:
-    """What `begin_model` gave for an adapter that was saved `as_trained`, to the same bits."""
+def restore_starts(
+    model: Any, plan: Plan, folder: str | Path
+) -> tuple[Plan, dict[str, LayerStart]]:
+    """The bits that `begin_model` returned for the adapter in `folder`, saved `as_trained`."""
     with AdapterFile(folder, check=False, over_base=True, to_train=True) as file:
         if plan.config.init_lora_weights == "eva":
             names = ("r", "target_modules", "rank_pattern", "alpha_pattern", *NARROWING)
             shared = {name: getattr(file.config, name) for name in names}
             plan = plan_adapter(plan.base, dataclasses.replace(plan.config, **shared))
-        return plan, begin_from(model, file.initial)
+        return plan, starts_from_factors(model, file.initial)
 
 
-def begin_as_read(model: Any, plan: Plan, file: AdapterFile) -> dict[str, Placed]:
-    """The starts that a file's adapter had; none if it is plain LoRA."""
+def read_starts(model: Any, plan: Plan, file: AdapterFile) -> dict[str, LayerStart]:
+    """The starts, by path, over which a file's adapter was trained; none for plain LoRA."""
     if not file.start:
         return {}
     if file.is_low_rank:
-        return begin_from(model, file.initial)
-    placed = {}
+        return starts_from_factors(model, file.initial)
+    layer_starts = {}
     modules = modules_inside(model)
     for path, described in plan.targets.items():
         if described.kind == "linear":
             layer = modules[path]
-            W = layer.backend.to_numpy(layer.dense_weight()).astype(np.float64)
-            Q = coded_base(file.config, path, W, file.where)
-            base = frozen_linear(layer.backend.from_numpy(Q.astype(layer.dtype)), layer)
+            Q = coded_base(file.config, path, wide_weight(layer), file.where)
             A, B = (file.file.read(key, layer.dtype) for key in factor_keys(path))
-            placed[path] = Placed(A, B, base)
-    return placed
+            layer_starts[path] = LayerStart(A, B, replace_weight(layer, Q))
+    return layer_starts
 
 
-def quantize_begun(
-    model: Any, placed: Mapping[str, Placed], kind: str, name: Any
-) -> dict[str, Placed]:
-    """`placed` over a model whose linear layers are codes from now on, W's and the new bases'.
+def quantize_with_starts(
+    model: Any, layer_starts: Mapping[str, LayerStart], kind: str, name: Any
+) -> dict[str, LayerStart]:
+    """The starts with quantized bases; the model's linear layers are quantized, too.
 
-    LoftQ's codes have no double quantisation, so that they are the ones that it began with.
+    With name = "loftq" there is no double quantisation: Q was computed from codes without.
     """
-    bases = {path: start.base for path, start in placed.items() if start.base is not None}
+    bases = {path: start.base for path, start in layer_starts.items() if start.base is not None}
     unchanged = {path: modules_inside(model)[path] for path in bases}
     double_quant = name != "loftq"
     for path, base in bases.items():
@@ -191,18 +219,18 @@ def quantize_begun(
         for path, layer in unchanged.items():
             replace_module(model, path, layer)
         raise
-    coded = dict(placed)
+    quantized = dict(layer_starts)
     for path, layer in unchanged.items():
         new = modules_inside(model)[path]
-        coded[path] = placed[path]._replace(base=new)
+        quantized[path] = layer_starts[path]._replace(base=new)
         if isinstance(new, QuantizedLinear):
             layer = QuantizedLinear.from_linear(layer, kind, BLOCK, double_quant)
         replace_module(model, path, layer)
-    return coded
+    return quantized
 
 
 def subtract(layer: LinearBase, A: Array, B: Array, s: float) -> LinearBase:
-    """A frozen layer over R = W - s B A, formed in float64 and stored as `layer` stores W."""
+    """A frozen layer over R = W - s B A (O, I), in float64, rounded once to W's stored dtype."""
     part = Part(A.astype(np.float64), B.astype(np.float64), -s)
     weight = layer.weight
     backend = layer.backend
@@ -215,8 +243,8 @@ def subtract(layer: LinearBase, A: Array, B: Array, s: float) -> LinearBase:
     return frozen_linear(backend.from_numpy(R), layer)
 
 
-def put_start(layer: Any, adapter_name: str, start: Placed) -> None:
-    """Give the adapter of a layer its first values, and the layer its base."""
+def put_start(layer: Any, adapter_name: str, start: LayerStart) -> None:
+    """Set A and B of a layer's adapter, the layer's base, and DoRA's m, which follows from both."""
     adapter = layer.adapters[adapter_name]
     from_numpy = adapter.lora_A.backend.from_numpy
     adapter.lora_A.data = from_numpy(start.A)
@@ -229,16 +257,17 @@ def put_start(layer: Any, adapter_name: str, start: Placed) -> None:
 
 
 def _decoder(kind: str | None) -> Callable[[Array], Array] | None:
+    """The function from W (O, I) to what its codes of this kind decode to; None without codes."""
     if kind is None:
         return None
     return lambda W: encode(W.astype(np.float32), kind, BLOCK).decode(np.float64)
 
 
-# ---- what data say -------------------------------------------------------------------------------
+# ---- statistics of the user's data ---------------------------------------------------------------
 
 
 def _read_batches(name: str, needs: str, data: Iterable[Any] | None) -> list[Batch]:
-    """The batches of a start that needs some."""
+    """`data` as batches, for a start that needs some; otherwise none."""
     if needs not in ("covariance", "gradient"):
         return []
     batches = []
@@ -255,9 +284,9 @@ def _read_batches(name: str, needs: str, data: Iterable[Any] | None) -> list[Bat
 
 
 class _Recorder(Module):
-    """A linear layer that sums up its inputs: their number, their sum and their Gram matrix.
+    """A linear layer that sums its inputs: their number, their sum (I,), their Gram matrix (I, I).
 
-    counted   which rows of the next input count (N,)
+    counted   (N,) booleans: the rows of the next input (N, I) that count; None for all
     """
 
     running = ()
@@ -280,7 +309,7 @@ class _Recorder(Module):
         return y
 
     def covariance(self) -> Array:
-        """E (x - mean)(x - mean)^T (I, I)"""
+        """The covariance (I, I) of the inputs: E (x - mean)(x - mean)^T."""
         mean = self.total / self.count
         return self.gram / self.count - np.outer(mean, mean)
 
@@ -310,7 +339,7 @@ def measure_covariances(
 def measure_gradients(
     model: Any, paths: Sequence[str], batches: Sequence[Batch]
 ) -> dict[str, Array]:
-    """The gradient G (O, I) of the mean loss by each layer's weight, the mean over the batches."""
+    """G (O, I) by path: dL/dW of the loss per token, averaged over the batches."""
     modules = modules_inside(model)
     weights: list[Parameter] = [modules[path].weight for path in paths]
     fixed = [path for path, weight in zip(paths, weights, strict=True) if weight.fixed]
@@ -340,7 +369,7 @@ def measure_gradients(
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Inside, the model has no dropout."""
+    """Inside, the model is in eval mode, without dropout."""
     training = model.training
     model.eval()
     try:
@@ -350,13 +379,13 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def _place(model: Any, path: str) -> str:
-    """Where the module `path` of the base is, inside the wrapper that it may have."""
+    """The name in `model` of the base's module `path`, which may be inside a wrapper."""
     names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
     return names[id(modules_inside(model)[path])]
 
 
 def _share_ranks(plan: Plan, covariances: Mapping[str, Array]) -> Plan:
-    """The plan with EVA's ranks, and with each layer's scaling as it was before."""
+    """The plan with EVA's ranks; each layer's scaling stays."""
     config = plan.config
     ratios = {}
     for path, C in covariances.items():

@@ -1,16 +1,16 @@
 """Adapters added up: sum_i c_i B_i A_i, c_i = w_i s_i, as one adapter with s = 1.
 
-          A                            B                          B A, the ways having PEFT's names
-cat       [A_1; A_2; ...]              [c_1 B_1, c_2 B_2, ...]    the sum itself; ranks add up
-svd       sqrt(sigma) V^T, r rows      U sqrt(sigma), r columns   the nearest to it of rank r
-linear    sum sgn(c_i) sqrt|c_i| A_i   sum sqrt|c_i| B_i          the sum, and cross terms
-                                                                  sqrt|c_i c_j| B_i A_j
+          A                            B                          B A
+cat       [A_1; A_2; ...]              [c_1 B_1, c_2 B_2, ...]    the sum; the ranks add up
+svd       sqrt(sigma) V^T, r rows      U sqrt(sigma), r columns   the nearest to the sum of rank r
+linear    sum sgn(c_i) sqrt|c_i| A_i   sum sqrt|c_i| B_i          the sum, and for i != j the terms
+                                                                  sgn(c_j) sqrt|c_i c_j| B_i A_j
 ties, dare_linear, dare_ties, magnitude_prune                     the nearest of rank r to a sum of
                                                                   pruned dW: see pruning.py
 
-"Nearest" is by Eckart & Young 1936. Adding up what models were trained to is task arithmetic
-(Ilharco et al. 2023). For the first three no array here is as large as dW: norms and distances,
-too, are computed from factors.
+The names are PEFT's. "Nearest" is in the Frobenius norm (Eckart & Young 1936). Sums of updates of
+models are task arithmetic (Ilharco et al. 2023). The first three form no array as large as dW:
+norms and distances, too, are computed from factors.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ def _is_finite(weight: Any) -> bool:
 
 
 def check_way(way: Any, r: int | None, count: int, **options: Any) -> Pruning | None:
-    """The pruning of `count` adapters that `way` means; None if it prunes nothing.
+    """The pruning by which `way` adds up `count` adapters; None for a way of FACTORWISE.
 
     options   of `check_pruning`
 
-    ConfigError for an unknown way, an invalid rank, or a rank or an option that the way has not.
+    ConfigError for an unknown way, an invalid rank, or a rank or an option that `way` does not use.
     """
     if way not in COMBINATION_TYPES:
         raise ConfigError(
@@ -112,19 +112,21 @@ def check_way(way: Any, r: int | None, count: int, **options: Any) -> Pruning | 
 
 
 def common_rank(ranks: Mapping[str, Sequence[int]], way: str, r: int | None = None) -> int:
-    """The rank of every layer of a combined adapter, from the ranks of the parts of each layer.
+    """The one rank that all layers of a combined adapter get.
 
-    It is r, or else the largest of them; with cat, the largest sum. ConfigError for parts that
-    `linear` cannot add.
+    ranks   by path, the ranks of the layer's parts
+    r       the result if it is given; otherwise it is the largest rank, or with cat the largest sum
+
+    ConfigError for parts of different ranks, which `linear` cannot add.
     """
     largest = 1
-    for path, of_parts in ranks.items():
-        if way == "linear" and len(set(of_parts)) > 1:
+    for path, part_ranks in ranks.items():
+        if way == "linear" and len(set(part_ranks)) > 1:
             raise ConfigError(
                 f"{path}: linear adds factors of one rank, and these have "
-                f"{', '.join(map(str, of_parts))}: use cat or svd"
+                f"{', '.join(map(str, part_ranks))}: use cat or svd"
             )
-        largest = max(largest, sum(of_parts) if way == "cat" else max(of_parts))
+        largest = max(largest, sum(part_ranks) if way == "cat" else max(part_ranks))
     return r or largest
 
 
@@ -137,10 +139,11 @@ def combine_terms(
     clamp: float | None = None,
     dtype: Any = np.float32,
 ) -> tuple[Array, Array, Row]:
-    """A (r, I), B (O, r) of the layer `path`, added up in any way: see `combine_layer`.
+    """A (r, I), B (O, r) in `dtype` for the sum of one layer's terms, and a row of the report.
 
-    pruning   of `check_way`
-    clamp     of `factors.clamp_factors`
+    way       one of COMBINATION_TYPES: see `combine_layer` for those of FACTORWISE
+    pruning   that of a way of PRUNED, from `check_way`
+    clamp     the quantile of `factors.clamp_factors`; None clips nothing
     """
     if pruning is None:
         parts = [term.weighted() for term in terms]
@@ -154,7 +157,10 @@ def combine_terms(
 
 
 def sum_layer(path: str, terms: Sequence[Term], pruning: Pruning) -> tuple[Array, Row]:
-    """The pruned sum (O, I) of a layer, and its row: see `pruned_sum`. NonFiniteError."""
+    """The pruned sum (O, I) of a layer, and its row: see `pruned_sum`.
+
+    NonFiniteError if a factor, or the sum's norm, is not finite.
+    """
     if not all(np.isfinite(M).all() for term in terms for M in term.weighted()[:2]):
         raise NonFiniteError(f"{path}: the sum of its adapters is not finite")
     total, report = pruned_sum(terms, pruning, path)
@@ -173,12 +179,12 @@ def combine_layer(
     dtype: Any = np.float32,
     clamp: float | None = None,
 ) -> tuple[Array, Array, Row]:
-    """A (r, I), B (O, r) of the layer `path`, with s = 1, and how far B A is from the sum.
+    """A (r, I), B (O, r) in `dtype` with s = 1, and a row with the distance of B A from the sum.
 
     way   one of FACTORWISE
 
-    A and B are of `dtype`. In the row, |dW| is the sum's norm, and error that of the difference,
-    with the rounding to `dtype` in it. NonFiniteError names the layer.
+    In the row, |dW| is the norm of the sum, and error that of B A minus the sum, with the rounding
+    to `dtype`. NonFiniteError names the layer.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         total = cat(parts)
@@ -202,7 +208,7 @@ def combine_layer(
 
 
 def _finish(path: str, A: Array, B: Array, clamp: float | None, dtype: Any) -> tuple[Array, Array]:
-    """The factors clamped, if asked for, and rounded. NonFiniteError names the layer."""
+    """A and B, clipped with `clamp` and rounded to `dtype`. NonFiniteError names the layer."""
     if clamp is not None:
         A, B = clamp_factors(A, B, clamp)
     with np.errstate(over="ignore"):
@@ -237,16 +243,16 @@ def add_weighted_adapter(
 ) -> list[Row]:
     """Add the adapter `adapter_name`, the sum of `adapters` times `weights`; inactive at first.
 
-    Every layer that one of them has gets one rank, and s = 1; svd_rank None is the largest rank of
-    them. Returns one row per layer: the sum's |dW|, and how far from it the new one is. (peft keeps
-    use_rslora, which makes its s sqrt(r).)
+    All layers of the new adapter have one rank, and s = 1; without svd_rank it is the largest rank
+    of `adapters`. Returns one row per layer: |dW| of the sum, and the distance of the new dW from
+    it. (PEFT copies use_rslora, by which its s becomes sqrt(r).)
 
-    combination_type   one of COMBINATION_TYPES. The pruned ones prune dW, as peft does under their
-                       names with _svd, which are names of the same here
-    svd_clamp          of those that have an svd: see `factors.clamp_factors`
-    density, majority_sign_method   of the pruned ones: see pruning.py
-    seed               of the entries that dare keeps
-    svd_full_matrices, svd_driver   taken for peft's sake: they do not change the result
+    combination_type   one of COMBINATION_TYPES. Those of PRUNED prune dW, as PEFT does under the
+                       same names with _svd, which are accepted, too
+    svd_clamp          for svd and PRUNED: see `factors.clamp_factors`
+    density, majority_sign_method   for PRUNED: see pruning.py
+    seed               for dare's random masks
+    svd_full_matrices, svd_driver   PEFT's; they do not change the result
 
     ConfigError, before anything changes, for adapters that are not plain factors: DoRA, AdaLoRA,
     HydraLoRA, biases, copied modules, tokens, and an embedding that a tied head follows; and for
@@ -265,14 +271,7 @@ def add_weighted_adapter(
     self._require_known(names)
     for name in names:
         _require_plain(name, self._plans[name])
-    sources = {}
-    for path, wrapper in self._wrappers().items():
-        terms = []
-        for number, (name, weight) in enumerate(zip(names, weights, strict=True)):
-            if name in wrapper.entries:
-                terms.append(Term(wrapper.entries[name].part(), weight, number))
-        if terms:
-            sources[path] = terms
+    sources = _collect_terms(self, names, weights)
     ranks = {path: [len(term.part.A) for term in terms] for path, terms in sources.items()}
     r = common_rank(ranks, way, svd_rank)
     config = dataclasses.replace(
@@ -291,20 +290,36 @@ def add_weighted_adapter(
     self._check_name(adapter_name, config)
     plan = plan_adapter(describe_model(self.model), config)
     check_wrapped(self.model, plan)
-    made = {}
+    combined = {}
     for path, terms in sources.items():
         dtype = self._wrappers()[path].entries[names[terms[0].number]].lora_A.dtype
-        made[path] = combine_terms(path, terms, way, r, pruning, svd_clamp, dtype)
+        combined[path] = combine_terms(path, terms, way, r, pruning, svd_clamp, dtype)
     self._inject(adapter_name, plan, seed=0)
     wrappers = self._wrappers()
-    for path, (A, B, _) in made.items():
+    for path, (A, B, _) in combined.items():
         adapter = wrappers[path].entries[adapter_name]
         adapter.lora_A.data = adapter.lora_A.backend.from_numpy(A)
         adapter.lora_B.data = adapter.lora_B.backend.from_numpy(B)
-    return [row for _, _, row in made.values()]
+    return [row for _, _, row in combined.values()]
+
+
+def _collect_terms(
+    model: Any, names: Sequence[str], weights: Sequence[float]
+) -> dict[str, list[Term]]:
+    """The weighted updates of the named adapters, by the path of their layer."""
+    sources = {}
+    for path, wrapper in model._wrappers().items():
+        terms = []
+        for number, (name, weight) in enumerate(zip(names, weights, strict=True)):
+            if name in wrapper.entries:
+                terms.append(Term(wrapper.entries[name].part(), weight, number))
+        if terms:
+            sources[path] = terms
+    return sources
 
 
 def _require_plain(name: str, plan: Plan) -> None:
+    """ConfigError unless the adapter is LoRA's factors alone."""
     config = plan.config
     if config.use_dora:
         why = "is DoRA's"
@@ -322,6 +337,9 @@ def _require_plain(name: str, plan: Plan) -> None:
 
 
 def _target_name(path: str) -> str:
-    """The path's name in target_modules: itself, but PEFT knows an embedding or a head by ENDS."""
+    """The name of a layer in target_modules: its path, or its last part for those in ENDS.
+
+    PEFT recognises embeddings and heads by these names.
+    """
     last = path.rpartition(".")[2]
     return last if last in ENDS else path

@@ -37,7 +37,7 @@ from .initial import (
     check_choice,
     find_initial,
     read_start,
-    settle_start,
+    resolve_start,
     start_of,
     without_start,
 )
@@ -407,7 +407,7 @@ def match(
         read = reading_first(vocabulary, read)
         resized = with_vocabulary(base, vocabulary)
         if adapter.began:
-            settle_start(adapter, resized, read)
+            resolve_start(adapter, resized, read)
         adapter.config, notes = settle_saved(file, adapter.config, adapter.whole, resized, read)
         plan = plan_adapter(resized, adapter.config, file.keys(), warn)
         plan = plan._replace(vocabulary=vocabulary)

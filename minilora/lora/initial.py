@@ -1,20 +1,20 @@
-"""An adapter that was trained over a changed base: what it began with, and the way back to W.
+"""Adapters that were trained over a changed base R: their first values, and the way back to W.
 
-    R = W - s B0 A0          the base while it trained
-    W' = R + s B A           the model that it means
+    R = W - s B0 A0          the base during training
+    W' = R + s B A           the trained model
        = W + s [B, -B0] [A; A0]
 
-So over W itself it is plain LoRA of twice the rank, exact but for the rounding of R, and every
-command reads it so; training alone goes on over R. A0 and B0 are in no file of a trained adapter.
-They are the first values of the adapter, saved before training (`--initial`, or the folder
-`initial` inside the adapter's), or follow from W:
+So for W the adapter is plain LoRA of twice the rank, exact but for the rounding of R. Every command
+reads it in this form; only training goes on over R. The file of a trained adapter does not have A0
+and B0. They are read from the adapter as saved before training (`--initial`, or the folder
+`initial` in the adapter's folder), or computed from W:
 
-    pissa    the r leading terms of W's singular value decomposition
-    olora    the first r columns of W's QR decomposition; s counts
-    loftq    no A0, B0: the base is what codes decode to, Q, which is computed again
+    pissa    s B0 A0 = the r leading terms of W's singular value decomposition
+    olora    B0 A0 = Q_r R_r of W's QR decomposition
+    loftq    the base is Q, which codes decode to, and is computed again; there are no A0, B0
 
-Signs, and rotations among equal singular values, cancel in B0 A0. Whoever has the changed base
-itself says so (`--base-is residual`), and the adapter is then plain LoRA over that base.
+Signs, and rotations among equal singular values, cancel in B0 A0. A user who has R itself says so
+(`--base-is residual`); over R the adapter is plain LoRA.
 """
 
 from __future__ import annotations
@@ -47,26 +47,28 @@ Array = np.ndarray
 FOLDER = "initial"  # inside an adapter's folder
 RESIDUAL = "residual"
 RECOMPUTED = ("pissa", "olora")
-LEAST_SHARE = 0.5  # of what a trained B finds in W, of the most that any B of its rank could find
-EQUAL = 2.0**-18  # singular values, or columns, this near to each other are not told apart
+# |Q^T W|^2, Q being an orthonormal basis of B's columns, over its maximum for that rank: less means
+# that W lacks what the start took out of it.
+LEAST_SHARE = 0.5
+EQUAL = 2.0**-18  # relative; nearer singular values or columns cannot be distinguished
 LOFTQ_KINDS = {4: "nf4", 8: "rows"}
 MOST_ROUNDS = 100
 
 
 def start_of(config: LoraConfig) -> str:
-    """PEFT's value of init_lora_weights of a file whose start changed the base, or ""."""
+    """PEFT's init_lora_weights in a file whose start changed the base; "" for other files."""
     value = config.extra.get("init_lora_weights")
     return str(value) if name_of_changed_start(value) else ""
 
 
 def without_start(config: LoraConfig) -> LoraConfig:
-    """The configuration of the same adapter over the base as it was when it trained."""
+    """The configuration of the same adapter for a base that needs no start: R, or W if plain."""
     extra = {name: value for name, value in config.extra.items() if name not in NO_START}
     return dataclasses.replace(config, extra=extra)
 
 
 def check_choice(base_is: str | None, config: LoraConfig, initial: Any, where: str) -> None:
-    """ConfigError unless the options about the base go with the adapter."""
+    """ConfigError if the options --base-is and --initial do not fit each other or the adapter."""
     if base_is not in (None, RESIDUAL):
         raise ConfigError(f"--base-is must be {RESIDUAL!r}, got {base_is!r:.60}: or leave it out")
     if base_is and initial is not None:
@@ -80,7 +82,7 @@ def check_choice(base_is: str | None, config: LoraConfig, initial: Any, where: s
 
 
 def find_initial(folder: str | Path, initial: str | Path | None) -> str | Path | None:
-    """The folder of the adapter as saved before training: `initial`, or one inside its own."""
+    """The folder of the adapter as saved before training: `initial`, or else `folder`/initial."""
     if initial is None and os.path.isdir(Path(folder, FOLDER)):
         return Path(folder, FOLDER)
     return initial
@@ -90,10 +92,12 @@ def find_initial(folder: str | Path, initial: str | Path | None) -> str | Path |
 
 
 def read_start(adapter: Any, before: Any, over_base: bool) -> None:
-    """Make an AdapterFile plain LoRA if A0 and B0 are given. FormatError if they cannot be known.
+    """Make an AdapterFile plain LoRA if A0 and B0 are given.
 
     before      the AdapterFile of the adapter as saved before training, or None
-    over_base   may its start follow from a base?
+    over_base   whether A0 and B0 may be computed from a base later, by `resolve_start`
+
+    FormatError if A0 and B0 are not given and cannot be computed.
     """
     word = name_of_changed_start(adapter.began)
     ranks = adapted_ranks(adapter.file)
@@ -108,10 +112,10 @@ def read_start(adapter: Any, before: Any, over_base: bool) -> None:
         raise _refusal(adapter.where, adapter.began, over_base)
 
 
-def settle_start(adapter: Any, base: Base, read: Read) -> None:
-    """Find A0 and B0 from the base's weights, and make an AdapterFile plain LoRA over them.
+def resolve_start(adapter: Any, base: Base, read: Read) -> None:
+    """Compute A0 and B0 from the base's weights, and make an AdapterFile plain LoRA over the base.
 
-    FormatError if they do not follow from these weights.
+    FormatError if these weights do not determine them.
     """
     paths = [path for path in adapted_ranks(adapter.file) if path in base.layers]
     paths = [path for path in paths if base.layers[path].kind == "linear"]
@@ -123,7 +127,7 @@ def settle_start(adapter: Any, base: Base, read: Read) -> None:
     _refuse_transposed(adapter, base.model_type == "gpt2")
     word = name_of_changed_start(adapter.began)
     if not adapter.is_low_rank or not (adapter.initial or word in RECOMPUTED):
-        return  # the base becomes Q: see base_weight
+        return  # loftq: the base becomes Q, see base_weight
     with one_blas_thread():
         _find_initial_values(adapter, paths, base, read)
 
@@ -137,7 +141,7 @@ def _find_initial_values(adapter: Any, paths: Sequence[str], base: Base, read: R
         key = f"{PREFIX}{path}.{LINEAR['B']}"
         B = adapter.file.read(key, np.float64) if key in adapter.file else np.zeros((0, 0))
         if B.ndim != 2 or len(B) != len(W):
-            return  # the adapter does not fit the base, which is told later
+            return  # the adapter does not fit the base: a later check raises
         if not is_given:
             s = adapter.config.scaling(path)
             adapter.initial[path] = recompute(word, path, W, B, s, adapter.where)
@@ -148,11 +152,16 @@ def _find_initial_values(adapter: Any, paths: Sequence[str], base: Base, read: R
 
 
 def _require_original(path: str, W: Array, initial: Part, adapter: Any) -> None:
-    """FormatError if W lacks what the start took out of it: then it is the residual already."""
-    Q = np.linalg.qr(initial.B)[0]
-    share = np.linalg.norm(Q.T @ W) ** 2
-    if share < LEAST_SHARE * product_norm(initial.A, initial.c * initial.B) ** 2:
+    """FormatError if W (O, I) lacks what the start took out of it: then it is R already."""
+    largest = product_norm(initial.A, initial.c * initial.B) ** 2  # |s B0 A0|^2
+    if _energy_along(initial.B, W) < LEAST_SHARE * largest:
         raise _looks_like_residual(adapter.where, adapter.began, path)
+
+
+def _energy_along(B: Array, W: Array) -> float:
+    """|Q^T W|^2 for W (O, I), Q being an orthonormal basis of the columns of B (O, r)."""
+    Q = np.linalg.qr(B)[0]
+    return float(np.linalg.norm(Q.T @ W) ** 2)
 
 
 def _looks_like_residual(where: str, word: str, path: str) -> FormatError:
@@ -163,13 +172,14 @@ def _looks_like_residual(where: str, word: str, path: str) -> FormatError:
 
 
 def base_weight(adapter: Any, path: str, W: Array) -> Array:
-    """The weight (O, I) over which a layer of an AdapterFile adds its dW: W, or codes decoded."""
+    """The weight (O, I) to which a layer of an AdapterFile adds its dW: W, or loftq's Q."""
     if adapter.is_low_rank or adapter.embeds(path):
         return W
     return coded_base(adapter.config, path, W.astype(np.float64), adapter.where)
 
 
 def _become_plain(adapter: Any) -> None:
+    """Replace an AdapterFile's factors and fields by those of plain LoRA over W."""
     file = adapter.file
     ranks = adapted_ranks(file)
 
@@ -185,7 +195,7 @@ def _become_plain(adapter: Any) -> None:
 
 
 def _refuse_transposed(adapter: Any, transposed: bool) -> None:
-    """FormatError for starts that peft computes from the transpose of Conv1D's weight."""
+    """FormatError for starts that PEFT computes from the transpose of Conv1D's weight."""
     if transposed and name_of_changed_start(adapter.began) in ("olora", "loftq"):
         raise FormatError(
             f"{adapter.where}: init_lora_weights={adapter.began!r:.40}: peft takes Conv1D's weight "
@@ -195,7 +205,7 @@ def _refuse_transposed(adapter: Any, transposed: bool) -> None:
 
 
 def _refusal(where: str, word: str, base_known: bool) -> FormatError:
-    """The error for an adapter whose first values are not known."""
+    """The error for an adapter whose first values are neither given nor computable."""
     head = f"{where}: init_lora_weights={word!r:.40}: trained on "
     if name_of_changed_start(word) == "loftq":
         return FormatError(
@@ -226,7 +236,8 @@ def read_initial(
     initial   the AdapterFile of the adapter as saved before training
     ranks     by path, of the layers that have an A in `file`
 
-    FormatError if it is another adapter: one without these layers, or of another rank or scaling.
+    FormatError if `initial` is not the same adapter: it lacks a layer, or has another rank or
+    scaling.
     """
     head = f"--initial {initial.where}"
     advice = "give the same adapter as saved before training"
@@ -257,10 +268,10 @@ def read_initial(
 
 
 def recompute(word: str, path: str, W: Array, B: Array, s: float, where: str) -> Part:
-    """A0, B0 and s of a layer that began with pissa or olora, from its weight.
+    """A0, B0 and s of a layer whose start was pissa or olora, computed from W.
 
-    W (O, I), and the trained B (O, r), in float64. FormatError if W does not say them, or if this W
-    is the residual already.
+    W (O, I), and the trained B (O, r), in float64. FormatError if W does not determine A0 and B0,
+    or if this W is R already.
     """
     r = B.shape[1]
     head = f"{where}: init_lora_weights={word!r}"
@@ -274,9 +285,7 @@ def recompute(word: str, path: str, W: Array, B: Array, s: float, where: str) ->
                 f"{head}: {path} has equal singular values number {r} and {r + 1}, so W does not "
                 f"say which of them the adapter began with: {advice}"
             )
-        Q = np.linalg.qr(B)[0]
-        share = np.linalg.norm(Q.T @ W) ** 2
-        if share < LEAST_SHARE * (S[:r] ** 2).sum() and r < len(S):
+        if _energy_along(B, W) < LEAST_SHARE * (S[:r] ** 2).sum() and r < len(S):
             raise _looks_like_residual(where, word, path)
     else:
         R = np.linalg.qr(W[:, :r], mode="r")
@@ -285,15 +294,16 @@ def recompute(word: str, path: str, W: Array, B: Array, s: float, where: str) ->
                 f"{head}: the first {r} columns of {path} depend on each other, so W does not say "
                 f"what the adapter began with: {advice}"
             )
-    begun = begin(word, path, W, r, s, Given())
-    return Part(begun.A, begun.B, s)
+    A0, B0, *_ = begin(word, path, W, r, s, Given())
+    return Part(A0, B0, s)
 
 
 def loftq_fields(kind: str, rounds: Mapping[str, int]) -> JsonObject:
-    """The loftq_config of a start over codes of this kind, with the rounds of each layer.
+    """The loftq_config of a start with codes of this kind, and the iterations of each layer.
 
-    PEFT computes Q again from loftq_bits and loftq_iter. Where it has no such codes, or one number
-    of rounds is not enough, these are 0, which it refuses; `kind` and `rounds` are ours.
+    PEFT computes Q again from loftq_bits and loftq_iter. They are 0, which it refuses, if it does
+    not have these codes or the layers differ in their iterations. `kind` and `rounds` are
+    minilora's.
     """
     several = set(rounds.values())
     iterations = several.pop() if len(several) == 1 else 0
@@ -302,7 +312,7 @@ def loftq_fields(kind: str, rounds: Mapping[str, int]) -> JsonObject:
 
 
 def coded_base(config: LoraConfig, path: str, W: Array, where: str) -> Array:
-    """The base Q (O, I) over which a layer trained that began with loftq.    W (O, I) in float64
+    """Q (O, I), the base over which a layer with the start loftq trained.    W (O, I) in float64
 
     PEFT's codes are NF4 in blocks of 64, or int8 by rows of the weight in float16.
     """
@@ -327,7 +337,7 @@ def coded_base(config: LoraConfig, path: str, W: Array, where: str) -> Array:
 
 
 def _row_codes(W: Array) -> Array:
-    """What int8 codes with one absmax per row decode to.    (O, I)"""
+    """Q (O, I) of int8 codes with one absmax per row, for W (O, I)."""
     half = round_to(W, "F16").astype(np.float64)
     absmax = abs(half).max(axis=1, keepdims=True)
     scale = np.where(absmax == 0, 1, absmax) / 127
@@ -335,6 +345,7 @@ def _row_codes(W: Array) -> Array:
 
 
 def _block_codes(kind: str, W: Array) -> Array:
+    """Q (O, I) of blockwise codes of this kind, for W (O, I)."""
     return np.asarray(encode(W.astype(np.float32), kind).decode(np.float64))
 
 
@@ -354,13 +365,13 @@ def plain_form(
     ranks: Mapping[str, int],
     initial: Mapping[str, Sequence[Any]],
 ) -> tuple[dict[str, Array], JsonObject]:
-    """(the factors over W by key, in float64, the fields that differ) of an adapter over R.
+    """(the factors over W by key, in float64; the changed fields) of an adapter over R.
 
-    has, read   whether the adapter has a tensor of this key, and its values in float64
-    ranks       of the layers that have an A, by path
-    initial     A0 and B0, by path
+    has, read   key -> whether the adapter has this tensor; key -> the tensor in float64
+    ranks       by path, of the layers that have an A
+    initial     A0 and B0, by path; a layer without them stays as it is
 
-    Every layer has s = 1, which is right for each pattern and for rsLoRA: the scaling is in B.
+    B' contains the scaling, so that s = 1 in every layer, for all patterns and rsLoRA.
     """
     tensors: dict[str, Array] = {}
     new_ranks = {}

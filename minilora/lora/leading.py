@@ -1,15 +1,14 @@
-"""The leading singular triplets of a large matrix, without its whole decomposition, which takes a
-minute.
+"""The leading singular triplets of a large matrix, without its whole decomposition.
 
-Rayleigh-Ritz on a basis Q that grows: the decomposition of Q^T D gives the best approximations in
-span(Q),
+This is the Rayleigh-Ritz method over a growing orthonormal basis Q. The decomposition of Q^T D
+gives the best approximations of D's triplets in span(Q),
 
-    U = Q U',  s,  V   with   D^T U = V diag(s) exactly   and   R = D V - U diag(s)   still missing,
+    U = Q U', s, V   with   D^T U = V diag(s) exactly   and the residual   R = D V - U diag(s),
 
-and R, orthogonal to Q, is what Q lacks. With a random first block these are the spaces of a block
-Krylov method (Halko, Martinsson & Tropp 2011, section 4.5; Musco & Musco 2015, algorithm 2); a full
-basis begins anew with its best vectors, which loses nothing that matters (Wu & Simon 2000). The
-iteration ends when R shows that more would change nothing.
+and R, which is orthogonal to Q, is added to the basis. From a random first block these are the
+spaces of a block Krylov method (Halko, Martinsson & Tropp 2011, section 4.5; Musco & Musco 2015,
+algorithm 2). A full basis is restarted from its best vectors (thick restart, Wu & Simon 2000). The
+iteration ends when R is so small that another round could not improve the approximation.
 """
 
 from __future__ import annotations
@@ -23,27 +22,27 @@ from ..threads import blocks
 Array = np.ndarray
 EPS = np.finfo(np.float64).eps
 TINY = np.finfo(np.float64).tiny
-# Vectors beyond the r wanted ones: these converge faster the smaller the first left-out value is.
-SPARE = 8
-BLOCKS = 6  # of r + SPARE vectors in a full basis
-WORTH = 16  # rounds: below, they save nothing, and the matrix is decomposed whole
-PRECISION = 1e-11  # of the square of the error
+SPARE = 8  # vectors beyond the r wanted ones, with which these converge faster
+BLOCKS = 6  # blocks of r + SPARE vectors in a full basis
+WORTH = 16  # rounds; a matrix that allows fewer is decomposed whole, which is as fast
+PRECISION = 1e-11  # relative, of the squared error
 
 
 def leading_triplets(D: Array, r: int) -> tuple[Array, Array, Array]:
-    """D (O, I), finite -> U (O, k), values (k or k + 1,), Vt (k, I): the r largest or more; all of
-    a small D.
+    """U (O, k), values (k or k + 1,), Vt (k, I): r or more leading triplets of a finite D (O, I).
 
-    If there is one value more than triplets, it is the norm of all that they leave, |D - U
-    diag(values) Vt|, which is measured. It is the least possible at that rank (Eckart & Young
-    1936), to 1e-10 of itself or to what rounding leaves of |D|: where a triplet is known up to R_i,
-    its value's true square is larger by at most sigma_i |R_i|, and by no more than that number's
-    square over its distance from the first square that is left out (Parlett 1998, sections 11.5 and
-    11.7), for which its own approximation is used.
+    A small D is decomposed whole. With k + 1 values, the last one is the measured norm of the
+    rest, |D - U diag(values) Vt|. It is the smallest for rank k (Eckart & Young 1936), to 1e-10
+    relative or to the rounding errors of |D|.
 
-    No residual shows that a larger triplet was missed altogether; the random block excludes that,
-    but for a negligible chance. Its seed is fixed: equal D have equal results. If the values are so
-    close that rounds run out, D is decomposed whole.
+    Stopping rule: for a triplet with the residual R_i, the true sigma_i^2 is larger than the
+    computed one by at most e = sigma_i |R_i|, and by at most e^2 / gap, where gap is the distance
+    of sigma_i^2 from the first square that is left out (Parlett 1998, sections 11.5 and 11.7); the
+    computed squares are used for the gap.
+
+    Residuals cannot show that a larger triplet is missing; with a random first block that has a
+    negligible probability. Its seed is fixed, so equal D have equal results. If the values are so
+    close that the rounds do not suffice, D is decomposed whole.
     """
     largest = max(float(D.max(initial=0)), -float(D.min(initial=0)))
     exponent = math.frexp(largest)[1]
@@ -58,7 +57,7 @@ def leading_triplets(D: Array, r: int) -> tuple[Array, Array, Array]:
 
 
 def _iterate(D: Array, r: int, rounds: int) -> tuple[Array, Array, Array] | None:
-    """The r triplets and the norm of the rest; None if the rounds do not suffice."""
+    """The r leading triplets, with the norm of the rest as last value; None if not converged."""
     k = r + SPARE
     norm = float(np.linalg.norm(D))
     rounding = max(D.shape) * (EPS * norm) ** 2
@@ -68,7 +67,7 @@ def _iterate(D: Array, r: int, rounds: int) -> tuple[Array, Array, Array] | None
     for _ in range(rounds):
         W, s, Vt = np.linalg.svd(B, full_matrices=False)
         if len(s) > k * (BLOCKS - 1):
-            # The basis is full: half of the Ritz vectors begin anew.
+            # The basis is full: restart with the first half of the Ritz vectors.
             half = len(s) // 2
             Vt = Vt[:half]
             Q = Q @ W[:, :half]
@@ -98,7 +97,7 @@ def _iterate(D: Array, r: int, rounds: int) -> tuple[Array, Array, Array] | None
 
 
 def _missed_square(R: Array, s: Array, r: int) -> float:
-    """A bound of what the first r squares of s (k,) lack, from the residuals R (O, k)."""
+    """A bound of the errors of the first r squares of s (k,), added up, from residuals R (O, k)."""
     residual = s[:r] * np.linalg.norm(R[:, :r], axis=0)
     gap = np.maximum(s[:r] ** 2 - s[r] ** 2, residual)
     gap = np.maximum(gap, TINY)

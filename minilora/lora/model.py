@@ -20,7 +20,7 @@ from ..modules import LoadedState, load_parameters
 from ..nn import replace_module
 from ..quant.linear import QuantizedLinear
 from .adapted import AdaptedModel
-from .beginning import begin_as_read
+from .beginning import read_starts
 from .combining import add_weighted_adapter
 from .config import LoraConfig
 from .files import AdapterFile, fit
@@ -49,18 +49,18 @@ def get_peft_model(
     model      any Module. A language model also offers `get_input_embeddings()`,
                `get_output_embeddings()` and `config`, a dataclass with `model_type` and
                `tie_word_embeddings`; only options about these ends ask for that
-    seed       of the adapter's first values; they depend on it and on the layer's name, and on what
-               a start reads
-    data       batches of ids (B, T + 1), for a start that reads some: eva and lora_ga
-    quantize   "nf4", "fp4" or "int8": the base's linear layers are stored in these codes, after a
-               start took its part out of them
-    resumed    the folder of a checkpoint, whose adapter began so: the start is read, not computed
+    seed       of the adapter's first values, which also depend on the layer's name, and on the
+               weights and data that a start reads
+    data       batches of ids (B, T + 1), for the starts eva and lora_ga
+    quantize   "nf4", "fp4" or "int8": the base's linear layers are stored in these codes, after the
+               start has changed them
+    resumed    the folder of a checkpoint: the adapter's start is read from it, not computed
     """
     return PeftModel(model, config, adapter_name, seed, data, quantize, resumed)
 
 
 class PeftModel(AdaptedModel):
-    """A model with adapters that go into its weights, into files, and out of them."""
+    """A model with named adapters, which can be merged, saved and loaded."""
 
     add_weighted_adapter = add_weighted_adapter
 
@@ -73,22 +73,23 @@ class PeftModel(AdaptedModel):
         requantize: bool = False,
         tied: str | None = None,
     ) -> None:
-        """Put active adapters (all of them) into the base's weights; see `LoraLinear.merge`.
+        """Add the dW of active adapters, by default all, to the base's weights.
 
-        Merging never changes what the model computes, but for rounding: before and after, it is
+        Merging changes what the model computes only by rounding: before and after, its weights are
 
-            base + the sum of dW of the active adapters
+            W + the sum of dW of the active adapters
 
-        with the merged ones in the weights and the others beside them. So an adapter that is not
-        active is refused, because merging it would activate it: ConfigError. (In PEFT an inactive
-        adapter that is merged takes effect, and the active ones that are not merged lose theirs.)
-        Where a sum has no meaning (DoRA beside another adapter of a layer) it was refused already
-        by `set_adapter`. Merged adapters cannot be trained: GraphError in a backward pass.
+        where merged dW are part of the stored W. An adapter that is not active is refused with a
+        ConfigError, because merging would activate it. (In PEFT a merged inactive adapter takes
+        effect, and active ones that are not merged lose theirs.) `set_adapter` has already refused
+        adapters whose dW cannot be added (DoRA and another adapter of one layer). Merged adapters
+        cannot be trained: GraphError in a backward pass. See `LoraLinear.merge`.
 
-        All layers or none: NonFiniteError names the layer. (PEFT checks only if `safe_merge`; here
-        that makes no difference.) If an adapter changes an embedding or a head, but not both, and
-        they share one weight, `tied` must be given: "untie" gives each its own weight, and the
-        output stays; "share" changes both, as PEFT does, and so the output.
+        If a merged weight of any layer is not finite, no layer is merged: NonFiniteError names the
+        layer. (PEFT checks this only with `safe_merge`, which makes no difference here.) If an
+        adapter changes only one of an embedding and a head that share a weight, `tied` is required:
+        "untie" gives each its own weight, and the output stays; "share" changes both, as in PEFT,
+        and so the output.
         """
         names = self._known_or_active(adapter_names)
         self._require_active(names)
@@ -140,12 +141,12 @@ class PeftModel(AdaptedModel):
         requantize: bool = False,
         tied: str | None = None,
     ) -> Any:
-        """Merge, take the adapters out, and return the plain model.
+        """The plain model, with the dW of adapters added to its weights: see `merge_adapter`.
 
-        The adapters are the named ones, active or not, and those that are merged already. A
-        quantised layer becomes dense, unless `requantize`. See `merge_adapter`. An embedding or a
-        head that was trained as a copy (`modules_to_save`) has its own weight afterwards, or with
-        tied="share" both have it. (`progressbar` is PEFT's; merging is quick and shows none.)
+        Merged are the named adapters, active or not, and those that are merged already. A quantised
+        layer becomes dense, unless `requantize`. An embedding or a head that was trained as a copy
+        (`modules_to_save`) has its own weight afterwards; with tied="share" both have the copy's.
+        (`progressbar` is PEFT's and has no effect.)
         """
         names = [*self.merged_adapters, *self._known_or_active(adapter_names)]
         for layer in self._wrappers().values():
@@ -158,7 +159,7 @@ class PeftModel(AdaptedModel):
         return self._unwrap(names)
 
     def unload(self) -> Any:
-        """Take the adapters out and return the base as it was."""
+        """The base as it was, without adapters."""
         self.unmerge_adapter()
         for layer in self.changed_layers.values():
             layer.restore_base()
@@ -183,7 +184,7 @@ class PeftModel(AdaptedModel):
     # ---- files -----------------------------------------------------------------------------------
 
     def state_dict(self, adapter_name: str = "default") -> dict[str, np.ndarray]:
-        """The tensors in one adapter's file, by key."""
+        """The tensors of one adapter's file, by key."""
         tensors = {}
         for key, parameter in self.adapter_parameters(adapter_name).items():
             tensors[key] = to_file_layout(model_type_of(self.model), key, parameter.numpy())
@@ -195,9 +196,9 @@ class PeftModel(AdaptedModel):
     def load_state_dict(  # type: ignore[override]
         self, state: Mapping[str, Any], adapter_name: str = "default", strict: bool = True
     ) -> LoadedState:
-        """Copy what `state_dict` of an equal adapter returned into this one.
+        """Copy tensors, as `state_dict` of an equal adapter returns them, into this adapter.
 
-        ConfigError, before anything changes, lists what is missing, unexpected or of another shape.
+        ConfigError, before anything changes, lists missing and unexpected keys and other shapes.
         """
         self._require_known([adapter_name])
         kind = model_type_of(self.model)
@@ -218,9 +219,10 @@ class PeftModel(AdaptedModel):
     ) -> None:
         """Write PEFT's files: the adapter "default" to `directory`, any other to a folder in it.
 
-        An adapter whose start changed the base is written as plain LoRA of twice the rank, over the
-        base as it was; with `as_trained`, as PEFT does: its A and B, with A0 and B0 in the folder
-        `initial`. LoftQ's is always written so, because no adapter of low rank undoes codes.
+        An adapter whose start changed the base is written as plain LoRA of twice the rank for the
+        base as it was. With `as_trained` it is written as in PEFT: A and B, and in the folder
+        `initial` A0 and B0. With loftq only A and B can be written, because the difference of its
+        base from W is not of low rank.
         """
         names = list(self.peft_config if selected_adapters is None else selected_adapters)
         self._require_known(names)
@@ -240,16 +242,16 @@ class PeftModel(AdaptedModel):
     ) -> PeftModel:
         """`model` with the adapter in `directory`. Frozen and in eval mode unless `is_trainable`.
 
-        initial and base_is are those of `load_adapter`.
+        See `load_adapter` for initial and base_is.
 
         An adapter for another base raises one FormatError that lists every mismatch, and leaves
         `model` as it was.
         """
-        made = cls.__new__(cls)  # without the fresh adapter that __init__ would put in
-        made._wrap_model(model)
-        made.load_adapter(directory, adapter_name, is_trainable, initial, base_is)
-        made.set_adapter(adapter_name, inference_mode=not is_trainable)
-        return made.train(is_trainable)  # type: ignore[no-any-return]
+        adapted = cls.__new__(cls)  # without the new adapter that __init__ would add
+        adapted._wrap_model(model)
+        adapted.load_adapter(directory, adapter_name, is_trainable, initial, base_is)
+        adapted.set_adapter(adapter_name, inference_mode=not is_trainable)
+        return adapted.train(is_trainable)  # type: ignore[no-any-return]
 
     def load_adapter(
         self,
@@ -261,17 +263,17 @@ class PeftModel(AdaptedModel):
     ) -> None:
         """Add the adapter in `directory`, inactive until `set_adapter`; biases change at once.
 
-        initial   for an adapter whose start changed the base: the folder of the adapter as it was
-                  saved before training (by default `initial` inside its own)
-        base_is   "residual" if the model's weights are those of the changed base
+        is_trainable   whether its parameters require a gradient from now on
+        initial        for an adapter whose start changed the base: the folder of the adapter as
+                       saved before training (by default `initial` in its folder)
+        base_is        "residual" if the model's weights are those of the changed base
 
-        It requires a gradient from now on if `is_trainable`. An adapter of the same name is
-        replaced, with a warning: the new one is active, and requires a gradient, if that one was.
-        An adapter whose start changed the base is read as plain LoRA over the base as it was,
-        unless it is to train: that goes on over the changed base. An adapter for another base
-        raises one FormatError that lists every mismatch. If its file has an embedding and a head
-        for another vocabulary, the base gets the same: their new rows are the file's, and stay when
-        the adapter is unloaded.
+        An adapter of the same name is replaced, with a warning; the new one is active and
+        trainable if the old one was. An adapter whose start changed the base is read as plain LoRA
+        for the base as it was; if it is trainable, training goes on over the changed base. An
+        adapter for another base raises one FormatError that lists every mismatch. If its file has
+        an embedding and a head for another vocabulary, the base is resized to it: new rows are the
+        file's, and stay when the adapter is unloaded.
         """
         with AdapterFile(
             directory,
@@ -285,14 +287,7 @@ class PeftModel(AdaptedModel):
             is_taken = adapter_name in self.peft_config
             if is_taken:
                 self._require_unmerged(adapter_name)
-            if file.start and (is_trainable or not file.is_low_rank):
-                self._require_alone(f"{file.where} has a start that changed the base")
-            if file.start:
-                self._require_weights(file)
-            if is_trainable and file.config.extra.get("init_lora_weights") == "mica":
-                file.note(f"{file.where}: peft trains A alone after 'mica'; here B is trained, too")
-            if is_trainable and isinstance(file.config, MapConfig):
-                file.config.require_trainable(file.where)
+            self._check_use(file, is_trainable)
             file.config = dataclasses.replace(file.config, inference_mode=not is_trainable)
             with self._unmerged():
                 plan = fit(file, describe_model(self.model), self._read_base)
@@ -306,7 +301,7 @@ class PeftModel(AdaptedModel):
                 dtype = np.result_type(*{p.dtype for p in self.model.parameters()})
                 keys = [key for key in plan.shapes() if key in file.file]
                 arrays = {key: file.file.read(key, dtype) for key in keys}
-                placed = begin_as_read(self.model, plan, file)
+                layer_starts = read_starts(self.model, plan, file)
                 if plan.vocabulary:
                     resize_vocabulary(self.model, plan)
                     plan = plan._replace(vocabulary={}, resized=True)
@@ -316,7 +311,7 @@ class PeftModel(AdaptedModel):
                     is_trainable |= any(parameter.requires_grad for parameter in replaced)
                     self._take_out(adapter_name)
                 self._inject(adapter_name, plan, seed=0)
-                self._put_starts(adapter_name, placed)
+                self._put_starts(adapter_name, layer_starts)
         parameters = self.adapter_parameters(adapter_name)
         for key, array in arrays.items():
             parameter = parameters[key]
@@ -324,8 +319,19 @@ class PeftModel(AdaptedModel):
             parameter.data = parameter.backend.from_numpy(array.astype(parameter.dtype, copy=False))
         self.set_requires_grad(adapter_name, is_trainable)
 
+    def _check_use(self, file: AdapterFile, is_trainable: bool) -> None:
+        """ConfigError or FormatError if this model cannot use a file's adapter, or train it."""
+        if file.start and (is_trainable or not file.is_low_rank):
+            self._require_alone(f"{file.where} has a start that changed the base")
+        if file.start:
+            self._require_weights(file)
+        if is_trainable and file.config.extra.get("init_lora_weights") == "mica":
+            file.note(f"{file.where}: peft trains A alone after 'mica'; here B is trained, too")
+        if is_trainable and isinstance(file.config, MapConfig):
+            file.config.require_trainable(file.where)
+
     def _require_weights(self, file: AdapterFile) -> None:
-        """FormatError for a base of codes: what a start took out of W does not follow from them."""
+        """FormatError for a quantized base, from which the first values cannot be computed."""
         for path, module in modules_inside(self.model).items():
             if isinstance(module, QuantizedLinear):
                 raise FormatError(

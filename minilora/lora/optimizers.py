@@ -1,19 +1,21 @@
-"""Optimisers for the pairs A, B: LoRA+, LoRA-FA and the Riemannian step.
+"""Optimisers for the factors A, B of adapters: LoRA+, LoRA-FA and the Riemannian step.
 
-Each of them is AdamW or SGD, with other learning rates or over other gradients:
+Each is AdamW or SGD with other learning rates, or over other gradients ("<-" replaces a gradient):
 
 loraplus     lr for A and ratio lr for B                              Hayou et al. 2024
 lorafa       A is frozen;  g_B <- s^-2 g_B (A A^T + 1e-8)^+            Zhang et al. 2023
 riemannian   g_A <- (B^T B + reg)^+ g_A,  g_B <- g_B (A A^T + reg)^+   Zhang & Pilanci 2024
 
-With G = dL/dW (O, I), g_A = s B^T G (r, I) and g_B = s G A^T (O, r). Without damping, and with P_A
-= A^+ A and P_B = B B^+, a step of SGD changes dW = s B A by
+With G = dL/dW (O, I), the gradients are g_A = s B^T G (r, I) and g_B = s G A^T (O, r). Let P_A =
+A^+ A and P_B = B B^+ be the projections onto the rows of A and the columns of B. Without damping,
+a step of SGD changes dW = s B A by
 
-    -lr G P_A                          lorafa: neither s nor the size of A matters
-    -lr s^2 (P_B G + G P_A) + O(lr^2)  riemannian: the same for all factors (P A, B P^-1) of dW
+    -lr G P_A                           lorafa: depends on the row space of A alone, not on s
+    -lr s^2 (P_B G + G P_A) + O(lr^2)   riemannian: the same for all factors (M A, B M^-1) of dW
 
-and plain SGD by -lr s^2 (B B^T G + G A^T A) + O(lr^2). The pairs are those of linear layers with
-LoRA or DoRA; an embedding's factors, DoRA's magnitudes and copied modules train as without.
+and a step of plain SGD by -lr s^2 (B B^T G + G A^T A) + O(lr^2). lorafa and riemannian change the
+steps of A and B in linear layers with LoRA or DoRA. All other parameters (an embedding's factors,
+DoRA's magnitudes, copied modules) train as with AdamW or SGD alone.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ _REG = Rule("reg", is_number(0), "a finite number of at least 0")
 
 
 def require_optimizable(optimizer: str, config: LoraConfig | None) -> None:
-    """ConfigError unless `optimizer` can train an adapter of this configuration; None: a base."""
+    """ConfigError unless `optimizer` can train this adapter, or the whole model (config None)."""
     if optimizer not in OPTIMIZERS:
         names = ", ".join(OPTIMIZERS)
         raise ConfigError(f"optimizer must be one of {names}, got {optimizer!r:.99}")
@@ -73,9 +75,11 @@ def require_optimizable(optimizer: str, config: LoraConfig | None) -> None:
 def make_optimizer(
     model: Any, optimizer: str, lr: float, weight_decay: float = 0.0, **options: float | None
 ) -> Any:
-    """AdamW over all parameters of `model` that require a gradient, as `optimizer` names it.
+    """The optimiser that `optimizer` names, over the parameters of `model` that require a gradient.
 
-    options   of the functions below, by name; None for the default
+    options   arguments of the create_... functions below, by name; None is the default
+
+    ConfigError if it cannot train the active adapters.
     """
     configs = getattr(model, "peft_config", {})
     active = [configs[name] for name in getattr(model, "active_adapters", ())]
@@ -93,6 +97,7 @@ def make_optimizer(
 
 
 def _trained(model: Any) -> list[tuple[str, Parameter]]:
+    """(name, parameter) of all that require a gradient."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
@@ -111,9 +116,9 @@ def create_loraplus_optimizer(
 ) -> Any:
     """An optimiser over the groups of LoRA+, in the order of the model's parameters.
 
-    The order is that of every other optimiser, and so the gradients' norm has the same bits. With a
-    ratio of 1 and the embedding's rate at `lr` a step has the bits of `optimizer_cls` without
-    groups, apart from the decay of biases.
+    That order is the same without groups, so the gradients' norm has the same bits. With
+    loraplus_lr_ratio = 1 and loraplus_lr_embedding = lr, a step has the bits of `optimizer_cls`
+    without groups, apart from the weight decay of biases.
     """
     trained = _trained(model)
     groups = loraplus_groups(trained, lr, loraplus_lr_ratio, loraplus_lr_embedding)
@@ -129,13 +134,16 @@ def loraplus_groups(
     loraplus_lr_ratio: float = 16.0,
     loraplus_lr_embedding: float = 1e-6,
 ) -> list[Group]:
-    """LoRA+ (Hayou et al. 2024): optimiser groups that train B `ratio` times as fast as A.
+    """The groups of LoRA+ (Hayou et al. 2024): B's learning rate is loraplus_lr_ratio times A's.
 
-    The groups are PEFT's: A and what else is a matrix; an embedding's two factors, at a rate of
-    their own; B, with the vectors (DoRA's magnitudes, norms); and the biases, at B's rate and
-    without weight decay. A parameter is known by its name, "...lora_B.<adapter>[.weight]" or
-    "...lora_embedding_A.<adapter>". Only groups with parameters are returned. The weight decay of
-    the others is the optimiser's.
+    The groups are PEFT's, and the name of a parameter decides its group:
+
+    lr                      A, and other matrices
+    loraplus_lr_embedding   both factors of an embedding, "...lora_embedding_A.<adapter>"
+    lr loraplus_lr_ratio    B, "...lora_B.<adapter>[.weight]", and vectors: DoRA's magnitudes, norms
+    lr loraplus_lr_ratio    biases, without weight decay
+
+    Only groups with parameters are returned. The first three have the optimiser's weight decay.
     """
     rates = (lr, loraplus_lr_ratio, loraplus_lr_embedding)
     check_fields(dict(zip([rule.field for rule in _RULES], rates, strict=True)), _RULES)
@@ -170,7 +178,7 @@ class Pair(NamedTuple):
 
 
 def trained_pairs(model: Any) -> list[Pair]:
-    """The pairs of LoRA and DoRA whose B trains."""
+    """The pairs of linear layers with LoRA or DoRA whose B trains. ConfigError without any."""
     pairs = []
     for _, wrapper in wrappers(model.get_base_model()):
         for adapter in wrapper.entries.values():
@@ -185,7 +193,7 @@ def trained_pairs(model: Any) -> list[Pair]:
 
 
 def freeze_first_factors(model: Any) -> None:
-    """Let no A of a linear layer's pair require a gradient."""
+    """Freeze A in each pair of `trained_pairs`."""
     for pair in trained_pairs(model):
         pair.A.requires_grad = False
 
@@ -198,10 +206,11 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     **options: Any,
 ) -> Any:
-    """An optimiser of LoRA-FA, which freezes each A and makes the most of B (Zhang et al. 2023).
+    """An optimiser of LoRA-FA, which freezes each A and preconditions g_B (Zhang et al. 2023).
 
-    Of all changes of B, the one along g_B (A A^T)^-1 brings dW closest to a step along G. (PEFT
-    takes r, alpha and rsLoRA as arguments; here each adapter's own s counts.)
+    A step of SGD along s^-2 g_B (A A^T)^-1 changes dW by -lr G P_A: of all matrices whose rows are
+    combinations of A's, G P_A is the nearest to G. (PEFT takes r, alpha and rsLoRA as arguments;
+    here s is the adapter's.)
     """
     freeze_first_factors(model)
     trained = _trained(model)
@@ -218,10 +227,11 @@ def create_riemannian_optimizer(
     reg: float = 1e-2,
     **options: Any,
 ) -> Any:
-    """An optimiser whose steps do not depend on how dW is divided between A and B.
+    """An optimiser of the Riemannian step, which depends on dW and not on its factors.
 
-    Zhang & Pilanci 2024, section 3. A `reg` above 0 limits this to orthogonal P in (P A, B P^-1),
-    and so does Adam's step, entry by entry, to diagonal signs.
+    Zhang & Pilanci 2024, section 3: by SGD, with reg = 0, the factors (M A, B M^-1) give the same
+    change of dW for every invertible M. With reg > 0 only for orthogonal M, and with AdamW, whose
+    step is entry by entry, only for permutations and signs.
     """
     check_fields({"reg": reg}, [_REG])
     optimizer = optimizer_cls(_trained(model), lr=lr, **options)
@@ -233,8 +243,8 @@ def create_riemannian_optimizer(
 class LoraFA:
     """g_B -> s^-2 g_B (A A^T + damping)^+ for each pair; other gradients stay.
 
-    The inverses are computed again only if an A has changed, and A is frozen: a step is one product
-    for each pair.
+    A is frozen, so the inverses are computed once, and again only after somebody changed an A. A
+    step costs one product for each pair.
     """
 
     def __init__(self, optimizer: Optimizer, pairs: Sequence[Pair], damping: float = DAMPING):
@@ -268,22 +278,22 @@ class Riemannian:
         self.reg = reg
 
     def __call__(self, grads: list[Array | None]) -> list[Array | None]:
-        of_A = invert_grams([pair.A.data for pair in self.pairs], self.reg)
-        of_B = invert_grams([pair.B.data.T for pair in self.pairs], self.reg)
+        inverses_A = invert_grams([pair.A.data for pair in self.pairs], self.reg)
+        inverses_B = invert_grams([pair.B.data.T for pair in self.pairs], self.reg)
         result = list(grads)
         for i, pair in enumerate(self.pairs):
             matmul = pair.B.backend.matmul
             at_A = self.A_places[i]
             at_B = self.B_places[i]
             if at_A is not None and grads[at_A] is not None:
-                result[at_A] = matmul(of_B[i], grads[at_A])  # (r, r) @ (r, I)
+                result[at_A] = matmul(inverses_B[i], grads[at_A])  # (r, r) @ (r, I)
             if at_B is not None and grads[at_B] is not None:
-                result[at_B] = matmul(grads[at_B], of_A[i])  # (O, r) @ (r, r)
+                result[at_B] = matmul(grads[at_B], inverses_A[i])  # (O, r) @ (r, r)
         return result
 
 
 def _places(optimizer: Optimizer, params: Sequence[Parameter]) -> list[int | None]:
-    """Where the gradients of `params` are among the optimiser's; None for one that is not."""
+    """The index of each of `params` among the optimiser's parameters; None if it is not one."""
     places = {id(p): place for place, p in enumerate(optimizer.params)}
     return [places.get(id(p)) for p in params]
 
@@ -291,11 +301,11 @@ def _places(optimizer: Optimizer, params: Sequence[Parameter]) -> list[int | Non
 def invert_grams(
     factors: Sequence[Array], damping: float, weights: Sequence[float] | None = None
 ) -> list[Array]:
-    """weight (F F^T + damping)^+ (r, r), in F's dtype and on its device, for each F (r, n).
+    """weight (F F^T + damping)^+ (r, r) for each F (r, n), in F's dtype and on its device.
 
-    Computed in float64, the inverses on the host. Eigenvalues up to r eps of the largest one count
-    as 0, eps being that of F's dtype: PEFT's limit, below which a gradient has only roundings.
-    NonFiniteError.
+    Computed in float64, the inverses on the host. Eigenvalues of at most r eps times the largest
+    count as 0, with eps of F's dtype, as in PEFT: along them a gradient has only rounding errors.
+    NonFiniteError if a Gram matrix F F^T is not finite.
     """
     backend = backend_of(factors[0])
     wide = [F.astype(np.float64) for F in factors]

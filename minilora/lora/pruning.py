@@ -1,25 +1,25 @@
 """Sums of pruned updates: TIES, DARE and magnitude pruning, on dW itself.
 
-Each D_i = s_i B_i A_i (O, I), in float64, first loses entries:
+First, entries of each update D_i = s_i B_i A_i (O, I), in float64, are set to 0, which gives D'_i:
 
-magnitude_prune, ties     the k = int(density O I) largest |D_i| stay; of equal ones, the first
-dare_linear, dare_ties    each entry stays with probability `density`, divided by it
+magnitude_prune, ties     all but the k = int(density O I) largest |D_i|; of equal ones, the first
+                          stay
+dare_linear, dare_ties    each with probability 1 - density; the others are divided by density
 
-and what stays, D'_i, is added up:
+Then the D'_i are added up with their weights w_i:
 
 magnitude_prune, dare_linear    sum of w_i D'_i                        Yu et al. 2024
 ties, dare_ties                 the sign of each entry is elected;     Yadav et al. 2023
-                                sum of w_i D'_i over the adapters that agree with it, divided by
-                                their number
+                                the mean of w_i D'_i over the adapters whose D'_i has that sign
 
-The sign is that of the sum of D'_i ("total") or of the sum of their signs ("frequency"), without
-the weights, and + where that sum is 0. So [2, -2] gives 2. These are PEFT's rules, which it applies
-to dW under names with _svd, and without that to A and to B, whose product is no pruned sum then.
-(mergekit elects after weighing, and divides by the sum of the weights that agree.)
+The elected sign is that of the sum of D'_i ("total"), or of the sum of their signs ("frequency"),
+both without the weights, and + where the sum is 0: [2, -2] gives 2. These are PEFT's rules for the
+names that end in _svd. Without _svd PEFT prunes A and B, and their product is not a pruned sum.
+(mergekit elects with the weights, and divides by the sum of the weights that agree.)
 
-At most one array as large as dW exists: for each threshold |D_i|, and then the result, which is
-formed a few rows at a time. A D_i is formed by the same blocks both times, so that a threshold
-meets the bits that it was taken from.
+Memory holds at most one array as large as dW: |D_i| while the threshold of D_i is found, then the
+result, which is formed some rows at a time. D_i is formed in the same blocks both times, so that
+the threshold is compared with the bits from which it was taken.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Pruning(NamedTuple):
     """How updates are pruned and added up.
 
     how    one of PRUNED
-    seed   of the entries that dare keeps
+    seed   of dare's random masks
     """
 
     how: str
@@ -83,9 +83,9 @@ class Pruning(NamedTuple):
 def check_pruning(
     how: str, density: Any = None, majority_sign_method: Any = "total", seed: Any = 0
 ) -> Pruning | None:
-    """The pruning that `how` means; None if it prunes nothing.
+    """The pruning that `how` and the options mean; None if `how` is not one of PRUNED.
 
-    ConfigError for a value out of its range, and for one that `how` does not use.
+    ConfigError for a value out of its range, and for an option that `how` does not use.
     """
     rules = [optional_rule(rule) if rule.field == "density" else rule for rule in _RULES]
     check_fields(
@@ -105,13 +105,13 @@ def check_pruning(
     return Pruning(how, float(density), majority_sign_method, seed)
 
 
-# ---- which entries stay --------------------------------------------------------------------------
+# ---- masks ---------------------------------------------------------------------------------------
 
 
 class Update:
-    """D = c B A (O, I), formed some rows at a time, and which of its entries stay.
+    """D = c B A (O, I), formed some rows at a time, and the mask of the entries that stay.
 
-    keep   (rows, D of these rows) -> a mask of the same shape; None: all stay
+    keep   (rows, D of these rows) -> a boolean mask of the same shape; None: all entries stay
     """
 
     def __init__(self, part: Part):
@@ -121,18 +121,19 @@ class Update:
         self.keep: Callable[[slice, Array], Array] | None = None
 
     def rows(self, at: slice) -> Array:
-        """D of these rows: the same bits each time."""
+        """D of these rows; the bits are the same each time."""
         return np.asarray(self.B[at] @ self.A)
 
     def blocks(self) -> Iterator[tuple[slice, Array]]:
+        """(rows, D of these rows), in order."""
         for at in row_blocks(self.shape):
             yield at, self.rows(at)
 
 
 class Largest:
-    """A mask of the k largest |D|; of equal ones those of the lowest index stay.
+    """A mask of the k largest |D|; of equal ones those with the lowest index stay.
 
-    Masks are asked for in the order of the rows.
+    It must be called for all blocks, in the order of the rows.
     """
 
     def __init__(self, update: Update, k: int):
@@ -141,7 +142,7 @@ class Largest:
             np.abs(D, out=absolute[at])
         flat = absolute.reshape(-1)
         self.least = np.inf
-        self.ties = 0  # how many of the entries equal to `least` stay
+        self.ties = 0  # the number of entries equal to `least` that stay
         if k:
             place = flat.size - k
             flat.partition(place)
@@ -158,7 +159,7 @@ class Largest:
 
 
 class Drawn:
-    """A random mask, whose entry depends on the key, its row and its column alone."""
+    """A random mask; each entry depends only on the key, its row and its column."""
 
     def __init__(self, key: int, density: float):
         self.key = key
@@ -170,9 +171,9 @@ class Drawn:
 
 
 def prune_updates(terms: Sequence[Term], pruning: Pruning, path: str) -> list[Update]:
-    """The update of each term, without its weight, with what stays of it.
+    """The update of each term, without the weight, with its mask.
 
-    The random numbers depend on the seed, the adapter's number and the layer's path.
+    dare's random numbers depend on the seed, the adapter's number and the layer's path.
     """
     place = zlib.crc32(path.encode(errors="surrogatepass"))
     updates = []
@@ -191,11 +192,14 @@ def prune_updates(terms: Sequence[Term], pruning: Pruning, path: str) -> list[Up
 
 
 def pruned_sum(terms: Sequence[Term], pruning: Pruning, path: str = "") -> tuple[Array, Row]:
-    """The sum (O, I) of pruned updates in float64, and what became of them.
+    """The sum (O, I) of pruned updates in float64, and a row of its report:
 
-    In the row: |dW| of the sum; for each adapter kept = |D'|^2 / |D|^2, which is about 1 / density
-    for dare; conflict, the share of positions with more than one sign, of those where anything
-    stays; and the cosine of the sum with sum w D. None stands for 0 / 0.
+    |dW|       the norm of the sum
+    kept       |D'|^2 / |D|^2 of each adapter, about 1 / density for dare
+    conflict   positions where D' of two adapters have opposite signs, over those where any is not 0
+    cosine     the cosine of the sum with the plain sum of w D
+
+    None stands for 0 / 0.
     """
     with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
         weights = [term.weight for term in terms]
@@ -206,8 +210,8 @@ def _pruned_sum(
     updates: Sequence[Update], weights: Sequence[float], pruning: Pruning
 ) -> tuple[Array, Row]:
     total = np.empty(updates[0].shape)
-    before = np.zeros(len(updates))  # |D|^2 of each
-    after = np.zeros(len(updates))  # |D'|^2
+    before = np.zeros(len(updates))  # |D|^2 of each update
+    after = np.zeros(len(updates))  # |D'|^2 of each update
     occupied = conflicts = 0
     products = np.zeros(3)  # <sum, sum>, <plain, plain>, <sum, plain>; plain = sum w D
     for at in row_blocks(total.shape):
@@ -241,7 +245,7 @@ def _pruned_sum(
 
 
 def add_pruned(pruned: Sequence[Array], weights: Sequence[float], pruning: Pruning) -> Array:
-    """What pruned updates of one shape add up to, entry by entry."""
+    """The sum of pruned updates of one shape, for a block of rows: see the module's docstring."""
     weighted = [w * D for w, D in zip(weights, pruned, strict=True)]
     if not pruning.elects:
         return np.asarray(sum(weighted))

@@ -1,14 +1,16 @@
-"""Ranks by what they keep of dW: an energy, an error, or a budget of numbers for all layers.
+"""Ranks of layers by the share of dW that they keep, or by a budget of parameters for all layers.
 
-With the singular values sigma_1 >= sigma_2 >= ... of a layer's dW, a rank k keeps the energy
-sum_{i<=k} sigma_i^2 and misses the rest (Eckart & Young 1936).
+Let sigma_1 >= sigma_2 >= ... be the singular values of a layer's dW (O, I), and dW_k the nearest
+matrix of rank k. It keeps the energy sum_{i<=k} sigma_i^2 of |dW|^2 = sum sigma_i^2, and
+|dW - dW_k|^2 is the rest (Eckart & Young 1936).
 
-energy   per layer the smallest k that keeps this share of the energy
-error    per layer the smallest k with |dW - dW_k| <= error |dW|: the energy is 1 - error^2
-budget   k (O + I) numbers in each layer, in all at most `budget`: the triplet with the largest
-         sigma^2 / (O + I) is taken first, the best choice but for what the last triplet leaves over
+energy   each layer has the smallest k that keeps this share of its energy
+error    each layer has the smallest k with |dW - dW_k| <= error |dW|: energy = 1 - error^2
+budget   rank k takes k (O + I) parameters of the layer, all layers together at most `budget`; the
+         singular triplets with the largest sigma^2 / (O + I) come first, which is the best choice
+         but for what is left of the budget at the end
 
-A singular value at the level of rounding says nothing about dW, and no rank counts it.
+Singular values at the level of rounding errors do not count for any rank.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from .leading import leading_triplets
 Array = np.ndarray
 EPS = np.finfo(np.float64).eps
 MAX_RANK = 2**16
-FIRST = 8  # singular values that are asked for at first
+FIRST = 8  # singular values that are computed at first
 _RULES = [
     Rule("--r", is_integer(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}"),
     Rule("--energy", is_number(above=0, below=1 + EPS), "a number in (0, 1]"),
@@ -45,7 +47,7 @@ _RULES = [
 
 
 class RankRule(NamedTuple):
-    """How the ranks of layers are chosen: by one of these, or by none."""
+    """How the ranks of layers are chosen: at most one of these is not None."""
 
     r: int | None = None
     energy: float | None = None
@@ -54,7 +56,7 @@ class RankRule(NamedTuple):
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether a layer's rank depends on its dW."""
+        """Whether the rank of a layer depends on its dW."""
         return self.r is None and self != RankRule()
 
     @property
@@ -69,8 +71,10 @@ class RankRule(NamedTuple):
 def check_rank_rule(
     r: Any = None, energy: Any = None, error: Any = None, budget: Any = None, required: bool = True
 ) -> RankRule:
-    """The rule that the options mean. ConfigError for two of them, for none if one is required, or
-    for a value out of its range."""
+    """The rule that the options mean.
+
+    ConfigError for two of them, for none if one is required, or for a value out of its range.
+    """
     values = {"--r": r, "--energy": energy, "--error": error, "--budget": budget}
     check_fields(values, [optional_rule(rule) for rule in _RULES])
     given = [name for name, value in values.items() if value is not None]
@@ -83,12 +87,12 @@ def check_rank_rule(
 
 
 class Spectrum(NamedTuple):
-    """The singular values of one layer's dW (O, I), as many as are asked for.
+    """The singular values of one layer's dW (O, I).
 
     shape    (O, I)
-    leading  k -> the k largest values or more, falling, and the norm of all others
-    least    the rank that the layer has in any case
-    noise    values up to this one are rounding's
+    leading  k -> (the k largest values or more, falling; the norm of all others)
+    least    the lowest rank that the layer may have
+    noise    values up to this one may be rounding errors
     """
 
     shape: tuple[int, int]
@@ -98,17 +102,17 @@ class Spectrum(NamedTuple):
 
     @property
     def cost(self) -> int:
-        """The numbers that a rank takes."""
+        """O + I, the parameters of rank 1."""
         return sum(self.shape)
 
     def count_significant(self, values: Array) -> int:
-        """How many of the largest values are above rounding."""
+        """The number of these values, the largest first, that are above rounding errors."""
         floor = max(self.noise, max(self.shape) * EPS * float(values.max(initial=0.0)))
         return int(np.count_nonzero(values > floor))
 
 
 def factors_spectrum(part: Part, least: int = 0) -> Spectrum:
-    """The spectrum of c B A, which is known at once."""
+    """The spectrum of c B A, all of it from the factors."""
     values = singular_values(part.A, part.B, part.c)
     noise = abs(part.c) * rounding_error(part.A, part.B)
     return Spectrum((len(part.B), part.A.shape[1]), lambda k: (values, 0.0), least, noise)
@@ -117,7 +121,7 @@ def factors_spectrum(part: Part, least: int = 0) -> Spectrum:
 def matrix_spectrum(
     shape: tuple[int, int], form: Callable[[], Array], least: int = 0, noise: float = 0.0
 ) -> Spectrum:
-    """The spectrum of a large matrix, which `form` makes each time that more of it is asked for."""
+    """The spectrum of a large matrix, which `form` computes anew each time it is needed."""
 
     def leading(k: int) -> tuple[Array, float]:
         U, values, _ = leading_triplets(form(), k)
@@ -150,7 +154,7 @@ def rule_text(rule: RankRule) -> str:
 
 
 def smallest_rank(spectrum: Spectrum, missed: float) -> int:
-    """The smallest k that misses at most this share of the energy, as far as rounding can tell."""
+    """The smallest rank that misses at most this share of the energy, to rounding errors."""
     wanted = FIRST
     while True:
         values, rest = spectrum.leading(wanted)
@@ -158,9 +162,9 @@ def smallest_rank(spectrum: Spectrum, missed: float) -> int:
         largest = max(float(values.max(initial=0.0)), rest) or 1.0
         squares = np.append(values, rest) / largest
         squares *= squares
-        # tails[k] is the energy beyond the first k values, added up from the smallest one.
+        # tails[k] is the energy that rank k misses, added up from the smallest value.
         tails = np.cumsum(squares[::-1])[::-1]
-        # Of ten equal values nine have the energy 0.9, although 1 - 0.9 is not quite 0.1.
+        # Nine of ten equal values keep the energy 0.9, although 1 - 0.9 is not quite 0.1.
         enough = np.flatnonzero(tails <= missed * (1 + 1e-12) * tails[0])
         k = int(enough[0]) if len(enough) else len(values) + (rest > 0)
         if significant < len(values) or k <= len(values):
@@ -169,7 +173,10 @@ def smallest_rank(spectrum: Spectrum, missed: float) -> int:
 
 
 def spend_budget(spectra: Mapping[str, Spectrum], budget: int) -> dict[str, int]:
-    """The ranks that together keep the most energy in k (O + I) numbers per layer, greedily."""
+    """The ranks that a budget of parameters buys, greedily by sigma^2 / (O + I).
+
+    ConfigError if the budget is below what the lowest ranks take.
+    """
     ranks = {path: spectrum.least for path, spectrum in spectra.items()}
     left = budget - sum(ranks[path] * spectrum.cost for path, spectrum in spectra.items())
     if left < 0:
@@ -181,7 +188,7 @@ def spend_budget(spectra: Mapping[str, Spectrum], budget: int) -> dict[str, int]
     heap: list[tuple[float, int, str]] = []
 
     def push(path: str, place: int) -> None:
-        """Offer the layer's next triplet, if it has one that fits."""
+        """Add the layer's next triplet to the heap, if there is one and the budget allows it."""
         spectrum = spectra[path]
         k = ranks[path]
         known = values.get(path, np.zeros(0))

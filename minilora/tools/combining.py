@@ -1,5 +1,4 @@
-"""Several adapters -> one, from files alone: the sum of what they add to a model, as another
-adapter's folder."""
+"""One adapter from several, by files alone: the sum of their updates in another folder."""
 
 from __future__ import annotations
 
@@ -63,21 +62,22 @@ def combine(
     """Write the sum of PEFT `adapters`, times `weights` (1), as one plain LoRA adapter to the
     folder `out`.
 
-    initial, base_is   of a single adapter: see AdapterFile
     how     "cat", the sum itself; "svd", the nearest of rank r (by default the largest of theirs);
             "linear", PEFT's sum of factors, which has cross terms; or the nearest to a pruned sum,
             "ties", "dare_linear", "dare_ties" or "magnitude_prune": see lora/combining.py
-    density, majority_sign_method, seed   of the pruned sums: see lora/pruning.py
+    density, majority_sign_method, seed   options of the pruned sums: see lora/pruning.py
     energy, error, budget   choose a rank for each layer in place of r: see lora/ranks.py
+    initial, base_is   for a single adapter: see AdapterFile
 
-    Every layer that one of them has gets one rank, and s = 1; zeros fill up lower ranks. AdaLoRA's
-    E goes into the factors. What replaces tensors of the base (copied modules, biases, tokens)
-    stays as it is if only one adapter does that, and so does the m of a single DoRA adapter. Other
-    fields are those of the first adapter. Returns one row per layer, sorted by name: |dW| of the
-    sum, how far the new dW is from it, and that distance over |dW|.
+    All adapted layers get one rank (unless ranks are chosen), and s = 1; zeros fill up lower ranks.
+    AdaLoRA's E is multiplied into the factors. Replaced tensors of the base (copied modules,
+    biases, tokens) stay as they are if only one adapter has them, and so does the m of a single
+    DoRA adapter. Other fields are those of the first adapter. Returns one row per layer, sorted by
+    name: |dW| of the sum, the distance of the new dW from it, and that distance over |dW|.
 
     ConfigError for what cannot be added up, as in `merging.merge`, or for an invalid `how` or `r`;
-    FormatError for adapters of different bases; NonFiniteError, OSError; `out` is then as it was.
+    FormatError for adapters of different bases; NonFiniteError, OSError. After an error `out` is as
+    it was.
     """
     weights = check_weights(adapters, weights, "--weights")
     options = {"density": density, "majority_sign_method": majority_sign_method, "seed": seed}
@@ -98,21 +98,9 @@ def combine(
         files = [opened.enter_context(AdapterFile(folder, **start)) for folder in adapters]
         for file in files:
             file.require_factors("combine")
-        plan: Changes = {}
-        for file, weight in zip(files, weights, strict=True):
-            for name, change in changes_of(file, weight).items():
-                plan.setdefault(name, []).append(change)
-        layers: Changes = {}  # by path, where the adapters add to a layer
-        for name, changes in sorted(plan.items()):
-            require_addable(name, changes)
-            if changes[0].path:
-                layers[changes[0].path] = changes
+        plan, layers = _group_changes(files, weights)
         _check_together(files, layers)
-        bases = {str(file.raw.get("base_model_name_or_path") or "") for file in files} - {""}
-        if len(bases) > 1:  # not an error, because one model may have several names
-            names = ", ".join(map(quoted, sorted(bases)))
-            text = f"the adapters name different bases, and a sum is for one model: {names}"
-            warnings.warn(shorten(text), stacklevel=2)
+        _warn_of_several_bases(files)
         ranks = {path: [_shape(c, "A")[0] for c in changes] for path, changes in layers.items()}
         r = common_rank(ranks, how, r)
         tied = _tied_embedding(layers)
@@ -124,7 +112,7 @@ def combine(
             for change in changes:
                 if change.key:
                     tensors[change.key] = change.adapter.file.read(change.key)
-        for file in files:  # what is of the base says for which vocabulary the adapter is
+        for file in files:  # copies of the base's tensors, which also give the vocabulary
             tensors |= {key: file.file.read(key) for key in file.of_base}
         rows = []
         for path in progress(layers, "combine"):
@@ -152,8 +140,33 @@ def combine(
     return rows
 
 
+def _group_changes(
+    files: Sequence[AdapterFile], weights: Sequence[float]
+) -> tuple[Changes, Changes]:
+    """(all changes by the name of the base's tensor, those that add to a layer by its path)."""
+    plan: Changes = {}
+    for file, weight in zip(files, weights, strict=True):
+        for name, change in changes_of(file, weight).items():
+            plan.setdefault(name, []).append(change)
+    layers: Changes = {}
+    for name, changes in sorted(plan.items()):
+        require_addable(name, changes)
+        if changes[0].path:
+            layers[changes[0].path] = changes
+    return plan, layers
+
+
+def _warn_of_several_bases(files: Sequence[AdapterFile]) -> None:
+    """Warn if the adapters name different bases; it is no error, as a model may have two names."""
+    bases = {str(file.raw.get("base_model_name_or_path") or "") for file in files} - {""}
+    if len(bases) > 1:
+        names = ", ".join(map(quoted, sorted(bases)))
+        text = f"the adapters name different bases, and a sum is for one model: {names}"
+        warnings.warn(shorten(text), stacklevel=3)
+
+
 def _check_together(files: Sequence[AdapterFile], layers: Changes) -> None:
-    """Raise for adapters that do not go together, although each tensor's changes can be added."""
+    """ConfigError or FormatError for adapters that cannot be one, although their tensors can."""
     if not layers:
         names = ", ".join(file.where for file in files)
         raise ConfigError(f"{names}: no layer is adapted, so nothing can be added up")
@@ -185,7 +198,7 @@ def _check_together(files: Sequence[AdapterFile], layers: Changes) -> None:
 
 
 def _terms(files: Sequence[AdapterFile], changes: Sequence[Change]) -> list[Term]:
-    """What each adapter adds to one layer, with its weight."""
+    """The update of one layer by each adapter, with the adapter's weight and number."""
     terms = []
     for change in changes:
         part = change.adapter.part(change.path)._replace(m=None)
@@ -202,8 +215,8 @@ def _choose_ranks(
 ) -> dict[str, int]:
     """The rank of each layer by `rule`; a head that is tied to an embedding has the embedding's.
 
-    A layer with more than factors (DoRA's m, a bias, the weight of a targeted embedding) keeps
-    rank 1, because the rest would be lost with the layer.
+    A layer that has more than factors (DoRA's m, a bias, the weight of a targeted embedding) gets
+    at least rank 1, because these would be lost with the layer.
     """
     spectra = {}
     for path, changes in layers.items():
@@ -227,7 +240,7 @@ def _spectrum(
     shape: tuple[int, int],
     least: int,
 ) -> Spectrum:
-    """The spectrum of the sum of one layer, which is formed only if it is pruned."""
+    """The spectrum of one layer's sum; only a pruned sum is formed for it."""
     terms = _terms(files, changes)
     total = Part(*cat([term.weighted() for term in terms]), 1.0)
     if pruning is None:
@@ -235,7 +248,7 @@ def _spectrum(
     noise = rounding_error(total.A, total.B)
 
     def form() -> np.ndarray:
-        """The sum, of factors that are read again: those of all layers need not be in memory."""
+        """The sum (O, I); its factors are read again, so that no layer's stay in memory."""
         return sum_layer(path, _terms(files, changes), pruning)[0]
 
     return matrix_spectrum(shape, form, least, noise)
@@ -247,12 +260,12 @@ def _shape(change: Change, part: str) -> tuple[int, ...]:
 
 
 def _keys(path: str, changes: list[Change]) -> tuple[str, str]:
+    """The keys of a layer's A and B."""
     return factor_keys(path, changes[0].adapter.embeds(path))
 
 
 def _other_tensors(path: str, changes: list[Change]) -> Tensors:
-    """The tensors of a layer besides its factors: DoRA's m, and the weight of a targeted embedding
-    or head."""
+    """DoRA's m, and the weight of a targeted embedding or head, by key, if an adapter has them."""
     tensors: Tensors = {}
     for change in changes:
         file = change.adapter.file
@@ -269,13 +282,12 @@ def _other_tensors(path: str, changes: list[Change]) -> Tensors:
 
 
 def _saves_one_weight(file: AdapterFile) -> bool:
-    """Does the adapter save an embedding and the head that is tied to it whole, as one weight?"""
+    """Whether the adapter saves an embedding and the head tied to it whole, as one weight."""
     return file.config.ensure_weight_tying and f"{HEAD}.weight" in file.replaced
 
 
 def _tied_embedding(layers: Changes) -> str | None:
-    """The embedding whose adapters the head has, too, transposed; None if one adapter differs
-    there."""
+    """The embedding whose updates the head has, too, transposed, in every adapter; or None."""
     path = next((name for name in FIRST_EMBEDDINGS if name in layers), None)
     if path is None or HEAD not in layers or len(layers[path]) != len(layers[HEAD]):
         return None
@@ -286,8 +298,7 @@ def _tied_embedding(layers: Changes) -> str | None:
 
 
 def _fields(files: Sequence[AdapterFile], layers: Changes) -> dict[str, Any]:
-    """adapter_config.json without rank and scaling: the first adapter's, with exactly these
-    layers."""
+    """The fields of adapter_config.json for these layers, without rank and scaling."""
     targets = []
     for path, changes in layers.items():
         has_weight = any("base" in change.adapter.layers[path] for change in changes)

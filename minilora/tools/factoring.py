@@ -1,9 +1,8 @@
-"""The best low-rank factors: an adapter from the difference of two checkpoints, and an adapter of
-another rank.
+"""Nearest low-rank factors: an adapter from the difference of two checkpoints, or of another rank.
 
-Eckart & Young 1936: the first r terms of the singular value decomposition are the nearest matrix of
-rank r in the Frobenius norm, and miss sqrt(sum of the squares of the other singular values). Both
-tools report that.
+The first r terms of the singular value decomposition are the nearest matrix of rank r in the
+Frobenius norm, and their error is sqrt(sum_{i>r} sigma_i^2) (Eckart & Young 1936), which both tools
+report.
 """
 
 from __future__ import annotations
@@ -56,16 +55,18 @@ def resize(
     initial: str | Path | None = None,
     base_is: str | None = None,
 ) -> list[Row]:
-    """Write the adapter with the nearest dW of rank r in every layer, as plain LoRA (or DoRA), to
-    the folder `out`.
+    """Write the adapter with the nearest dW of rank r in every layer to the folder `out`.
 
     energy, error, budget   choose a rank for each layer in place of r: see lora/ranks.py. A layer
                             of rank 0 is left out, unless more than its factors would be lost
+    initial, base_is        see AdapterFile
 
-    Returns one row per layer: |dW|, |dW' - dW|, and that over |dW|. AdaLoRA's E goes into the
-    factors. The adapter's other tensors stay as they are; DoRA's m, too, so that its row is about s
-    B A alone. `initial` and `base_is` are those of AdapterFile. ConfigError for an invalid rank, or
-    HydraLoRA; FormatError, NonFiniteError, OSError; `out` is then as it was.
+    The result is plain LoRA, or DoRA. Returns one row per layer: |dW|, |dW' - dW|, and that over
+    |dW|. AdaLoRA's E is multiplied into the factors. All other tensors stay as they are, also
+    DoRA's m: its rows are about s B A alone.
+
+    ConfigError for an invalid rank, or HydraLoRA; FormatError, NonFiniteError, OSError. After an
+    error `out` is as it was.
     """
     rule = check_rank_rule(r, energy, error, budget)
     require_outside(out, adapter=adapter)
@@ -85,15 +86,7 @@ def resize(
             if key not in replaced:
                 tensors[key] = file.file.read(key)
         tied = _tied_embedding(file)
-        spectra = {}
-        for path in file.layers:
-            part = file.part(path)
-            if not math.isfinite(part.c * product_norm(part.A, part.B)):
-                raise NonFiniteError(f"{file.where}: {path} is not finite")
-            if tied is None or path != HEAD:
-                more = set(file.layers[path]) - {"A", "B", "E"} or file.config.bias != "none"
-                spectra[path] = factors_spectrum(part, least=int(bool(more)))
-        ranks = choose_ranks(spectra, rule)
+        ranks = choose_ranks(_spectra(file, tied), rule)
         if tied is not None:
             ranks[HEAD] = ranks[tied]
         rows = []
@@ -115,6 +108,19 @@ def resize(
     return rows
 
 
+def _spectra(file: AdapterFile, tied: str | None) -> dict[str, Spectrum]:
+    """The spectrum of each layer, without a head that is tied to an embedding. NonFiniteError."""
+    spectra = {}
+    for path in file.layers:
+        part = file.part(path)
+        if not math.isfinite(part.c * product_norm(part.A, part.B)):
+            raise NonFiniteError(f"{file.where}: {path} is not finite")
+        if tied is None or path != HEAD:
+            more = set(file.layers[path]) - {"A", "B", "E"} or file.config.bias != "none"
+            spectra[path] = factors_spectrum(part, least=int(bool(more)))
+    return spectra
+
+
 def extract(
     base: str | Path,
     tuned: str | Path,
@@ -125,23 +131,24 @@ def extract(
     error: float | None = None,
     budget: int | None = None,
 ) -> list[Row]:
-    """Write the difference of the checkpoints `tuned` and `base` as an adapter of rank r, in PEFT's
-    files, to `out`.
+    """Write the difference of the checkpoints `tuned` and `base` as an adapter of rank r to `out`.
 
-    A linear layer whose weight changed gets the nearest factors of the difference, and its bias if
-    any such bias changed; other changed modules (norms, the embedding, the head) are saved whole.
     energy, error, budget   choose a rank for each layer in place of r: see lora/ranks.py. Singular
-                            values that the rounding of the tuned weights explains do not count
+                            values that may be rounding errors of the tuned weights do not count
 
-    An embedding and a head with one weight are saved once, with `ensure_weight_tying`; if only the
-    tuned model has two weights, each that changed is saved, and merging needs tied="untie". Returns
-    one row per layer as `resize` does. Memory holds a few tensors in float64; BLAS runs in one
-    thread, so that equal checkpoints give equal bits everywhere.
+    A linear layer whose weight changed gets the nearest factors of the difference. Its bias is
+    saved if the bias of any such layer changed. Other changed modules (norms, the embedding, the
+    head) are saved whole. An embedding and a head with one weight are saved once, with
+    `ensure_weight_tying`; if only the tuned model has two weights, each that changed is saved, and
+    merging needs tied="untie". Returns one row per layer as `resize` does.
+
+    Memory holds a few tensors in float64. BLAS runs in one thread, so that equal checkpoints give
+    equal bits on any machine.
 
     Keys may begin in two ways ("model.layers.0" and "layers.0"), and the tuned model may have
-    another vocabulary: then its embedding and head are saved whole. A warning says so.
+    another vocabulary: then its embedding and head are saved whole, with a warning.
 
-    FormatError if the two have other tensors or shapes, ConfigError if nothing changed.
+    FormatError if the two have different tensors or shapes, ConfigError if nothing changed.
     """
     rule = check_rank_rule(r, energy, error, budget)
     require_outside(out, base=base, tuned=tuned)
@@ -199,9 +206,9 @@ def extract(
 
 
 class _Pair:
-    """A base and what was tuned from it, by the names that an adapter has for their tensors.
+    """A base and a checkpoint that was tuned from it, by the names of tensors in an adapter.
 
-    names   those of both; a head that one of them does not store is its embedding
+    names   the names in both; a head that one of them does not store is its embedding
 
     FormatError if the two have different tensors or shapes, apart from another vocabulary.
     """
@@ -237,9 +244,9 @@ class _Pair:
         return name in (f"{self.described.embedding}.weight", HEAD_WEIGHT)
 
     def _describe_vocabulary(self, names: list[str]) -> None:
-        """Warn of an embedding and a head with other rows, and say how many of the first changed.
+        """Warn of another vocabulary, with the number of changed rows in the part that both have.
 
-        FormatError if only one of the two has them.
+        FormatError if only one of embedding and head has another number of rows.
         """
         ends = [name for name in self.names if self._is_vocabulary(name)]
         if names != ends:
@@ -274,7 +281,7 @@ class _Pair:
         return file.read(key, dtype)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's shape, which is the same in both."""
+        """The tensor's shape in the base."""
         shape = self._shape(self.base, name)
         assert shape is not None
         return shape
@@ -284,7 +291,7 @@ class _Pair:
         return self._read(self.tuned, name, dtype)
 
     def is_tied(self) -> bool:
-        """Do embedding and head have one weight, before and after tuning?"""
+        """Whether embedding and head have one weight, before and after tuning."""
         embedding = f"{self.described.embedding}.weight"
         if not self.described.tied or self._key(self.tuned, embedding) is None:
             return False
@@ -320,7 +327,7 @@ class _Pair:
         return D.T if is_stored_transposed(self.described.model_type, name) else D
 
     def is_linear(self, path: str, names: Sequence[str]) -> bool:
-        """Is the module a linear layer whose weight is among the changed `names`?"""
+        """Whether the module is a linear layer whose weight is among the changed `names`."""
         weight = f"{path}.weight"
         is_matrix = weight in names and len(self.shape(weight)) == 2
         return is_matrix and path.rpartition(".")[2] not in NOT_TARGETS
@@ -328,7 +335,7 @@ class _Pair:
     def spectrum(self, path: str, biased: bool) -> Spectrum:
         """The spectrum of the difference of a linear layer's weight.
 
-        biased   the layer's bias is saved, and would be lost with rank 0
+        biased   whether biases are saved: a layer of rank 0 would lose its bias
         """
         weight = f"{path}.weight"
         key = self._key(self.tuned, weight)
@@ -342,13 +349,13 @@ class _Pair:
 
 
 def rounding_noise(W: Array) -> float:
-    """About the largest singular value that rounding leaves in a weight W as it is stored.
+    """An estimate of the largest singular value of the rounding errors of a stored weight W (O, I).
 
     W   floats, or uint16 for bfloat16
 
-    Errors that are uniform in half a unit of the last place to each side have the variance ulp^2 /
-    12, and a matrix of independent ones has a largest singular value near the root of its largest
-    row's variance plus that of its largest column's (Latala 2005).
+    A rounding error is uniform in [-ulp / 2, ulp / 2] and has the variance ulp^2 / 12. The largest
+    singular value of a matrix of independent errors is about the root of the largest sum of
+    variances of a row, plus that of a column (Latala 2005).
     """
     rows = np.zeros(len(W))
     columns = np.zeros(W.shape[1])
@@ -367,15 +374,14 @@ def rounding_noise(W: Array) -> float:
 
 
 def head_factors(tensors: Tensors, embedding: str) -> Tensors:
-    """The factors of a head that is tied to the layer `embedding`: its factors transposed, to the
-    bit, by their keys."""
+    """The factors, by key, of a head tied to the layer `embedding`: that layer's, transposed."""
     A, B = (tensors[key] for key in factor_keys(embedding, embeds=True))
     head_A, head_B = factor_keys(HEAD)
     return {head_A: np.ascontiguousarray(B.T), head_B: np.ascontiguousarray(A.T)}
 
 
 def _tied_embedding(file: AdapterFile) -> str | None:
-    """The embedding whose factors the head has, too, transposed; None if it has its own."""
+    """The embedding whose factors the head has, too, transposed; None if they differ."""
     path = next((name for name in FIRST_EMBEDDINGS if name in file.layers), None)
     if path is None or HEAD not in file.layers or not file.config.ensure_weight_tying:
         return None
@@ -398,8 +404,8 @@ def factor_tensors(path: str, A: Array, B: Array, embeds: bool = False) -> Tenso
 def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
     """The fields of adapter_config.json that give each layer its rank, and s = 1.
 
-    Layers of different ranks are in both patterns by their full names, the longest first: a pattern
-    also means the names that end in it.
+    If ranks differ, both patterns have all full names, the longest first, because a pattern also
+    matches the names that end in it.
     """
     fields = plain_fields(max(ranks.values()))
     if len(set(ranks.values())) > 1:
@@ -409,9 +415,9 @@ def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def target_name(path: str, has_weight: bool) -> str:
-    """The name of a layer in target_modules: its path, or the end of it.
+    """The name of a layer in target_modules: its path, or its last part if the file has its weight.
 
-    PEFT looks for a base weight in an adapter's file only if the target is the last name.
+    PEFT looks for the base's weight in an adapter's file only if the target is the last part.
     """
     return path.rpartition(".")[2] if has_weight else path
 

@@ -2,8 +2,8 @@
 
     W' = R + s B A,  R = round(W - s B0 A0)        A' = [A; A0],  B' = [s B, -s B0]
 
-The rank doubles, and W + B' A' is W' but for the rounding of R, which nobody can take back. Or the
-nearest adapter of a given rank takes its place (Eckart & Young 1936), with its error.
+The rank doubles, and W + B' A' is W' but for the rounding of R, which is lost. With a given rank it
+is the nearest adapter of that rank (Eckart & Young 1936), and its error is reported.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ def make_plain(
     initial: str | Path | None = None,
     r: int | None = None,
 ) -> list[Row]:
-    """Write an adapter whose start changed the base as plain LoRA over that base as it was.
+    """Write an adapter whose start changed the base as plain LoRA over the base as it was.
 
-    base      the base as it was: pissa's and olora's first values follow from it
-    initial   the folder of the adapter as saved before training; one of the two is needed, unless
-              there is a folder `initial` inside the adapter's
-    r         the rank of every layer; None: twice the adapter's, without an error
+    base      the base as it was, from which pissa's and olora's first values are computed
+    initial   the folder of the adapter as saved before training, by default `initial` in the
+              adapter's folder; one of `base` and `initial` is needed
+    r         the rank of every layer; None: the adapter's doubled, without an error
 
-    Returns one row per layer: |dW|, the error of the rank, and with `base` how much of |W| the
-    rounding of R was. DoRA's m and all other tensors stay as they are.
+    Returns one row per layer: |dW|, the error of the rank, and with `base` the rounding of R as a
+    share of |W|. DoRA's m and all other tensors stay as they are.
 
-    ConfigError for an adapter that is plain already; FormatError, NonFiniteError, OSError; `out` is
-    then as it was.
+    ConfigError for an adapter that is plain already; FormatError, NonFiniteError, OSError. After an
+    error `out` is as it was.
     """
     require_outside(out, adapter=adapter)
     rounding: dict[str, float] = {}
@@ -89,7 +89,7 @@ def make_plain(
 
 
 def _rounded(file: AdapterFile, key: str) -> Array:
-    """A tensor of the file; in float32, if it was computed here in float64."""
+    """A tensor of the file, factors in float32. NonFiniteError."""
     array = file.file.read(key)
     if not np.isfinite(array).all():
         raise NonFiniteError(f"{file.where}: {key} is not finite")

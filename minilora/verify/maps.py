@@ -1,12 +1,12 @@
-"""What maps theta -> dW promise: their pulls are derivatives, and dW has the method's structure.
+"""Properties of maps theta -> dW: their pulls are derivatives, and dW has the method's structure.
 
-Each is measured in float64, as merging computes: over random numbers for the shape of a LoRA case,
-and over the adapter's own numbers where a user's file has that method.
+All are measured in float64, in which merging computes: on random theta in the shape of a LoRA case,
+or on the theta of the user's adapter if it has that method.
 
-**Pulls.** <G, D delta[d]> = <pull(G), d> for every G and direction d. The left side is the
-derivative by a complex step, Im delta(theta + i h d) / h, which rounds but does not cancel; for
-FourierFT, which takes real parts and is linear, delta(theta + d) - delta(theta). Where delta is a
-sum of products, S is the same sum over absolute values.
+**Pulls.** <G, D delta[d]> = <pull(G), d> for every G (O, I) and direction d. The left side is the
+derivative by a complex step, Im delta(theta + i h d) / h, which rounds without cancellation.
+FourierFT takes real parts and is linear: there it is delta(theta + d) - delta(theta). Where delta
+is a sum of products, the bound has the same sum over absolute values, S.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ from .measuring import (
 
 PROPERTIES: list[Property] = []
 U = unit_roundoff(np.float64)
-STEP = 2.0**-60  # of the derivative
+STEP = 2.0**-60  # h of the complex step
 Fields = dict[str, Any]
 Numbers = tuple[Map, list[Array], Array]  # a map, its theta, W
 
 
 def gamma(n: int) -> float:
-    """What n roundings of float64 do, and as many of the reference's."""
+    """2 gamma_n in float64: n roundings of the method, and n of the reference."""
     return 2 * n * U / (1 - n * U)
 
 
 def holds_for(kind: type[MapConfig]) -> Applies:
-    """Does a case have this method, or is it a random layer of LoRA, which gives a shape?"""
+    """The function case -> whether its adapter has this method, or it is a random LoRA layer."""
 
     def applies(case: Case) -> bool:
         if has_map(case):
@@ -91,20 +91,20 @@ def holds(kind: type[MapConfig], what: str, equation: str, source: str) -> Calla
 
 
 def numbers_of(case: Case, kind: type[MapConfig], **fields: Any) -> Numbers:
-    """The map, theta and W of a case that has this method; otherwise random ones of its shape."""
+    """The map, theta and W (O, I) of a case with this method; otherwise a random theta."""
     W = case.base.dense_weight().astype(np.float64)
     if has_map(case) and not fields:
         return _first(case).map, _first(case).wide_theta(), W
     rng = case.rng
     O, I = W.shape
     config = kind(target_modules=["proj"], **fields_for(kind, O, I, rng) | fields)
-    one = config.map(config, "proj", {"proj": (O, I)})
-    shapes = {**one.shapes(), **one.shared_shapes()}
-    return one, [rng.standard_normal(shape) / 4 for shape in shapes.values()], W
+    map = config.map(config, "proj", {"proj": (O, I)})
+    shapes = {**map.shapes(), **map.shared_shapes()}
+    return map, [rng.standard_normal(shape) / 4 for shape in shapes.values()], W
 
 
 def fields_for(kind: type[MapConfig], O: int, I: int, rng: np.random.Generator) -> Fields:
-    """Fields of a method for a layer of any shape."""
+    """Random fields of a configuration that are valid for a layer (O, I)."""
     r = int(rng.integers(1, 4))
     divisors = [b for b in range(1, min(I, 16) + 1) if I % b == 0]
     fields: dict[type[MapConfig], Fields] = {
@@ -125,38 +125,41 @@ def fields_for(kind: type[MapConfig], O: int, I: int, rng: np.random.Generator) 
 # ---- pulls ---------------------------------------------------------------------------------------
 
 
-def adjoint_error(one: Map, theta: Sequence[Array], W: Array, rng: Any) -> tuple[float, float]:
+def adjoint_error(map: Map, theta: Sequence[Array], W: Array, rng: Any) -> tuple[float, float]:
     """(<G, D delta[d]> - <pull(G), d>, its bound) for a random G and direction d."""
     G = rng.standard_normal(W.shape)
-    count = len(theta) - len(one.SHARED) * (not one.SHARED_TRAINS)
-    d = [rng.standard_normal(t.shape) for t in theta[:count]]
-    d += [np.zeros(t.shape) for t in theta[count:]]
+    trained = len(theta) - len(map.SHARED) * (not map.SHARED_TRAINS)
+    d = [rng.standard_normal(t.shape) for t in theta[:trained]]
+    d += [np.zeros(t.shape) for t in theta[trained:]]
     n = W.size + 8 * (sum(W.shape) + sum(t.size for t in theta)) + 32
-    pulled = one.pull(theta, W, G)
-    right = math.fsum(float((p * x).sum()) for p, x in zip(pulled, d, strict=False))
-    if isinstance(one.config, FourierFTConfig):
-        ends = [one.delta([theta[0] + d[0]], W), one.delta(theta, W)]
-        left = float((G * (ends[0] - ends[1])).sum())
+    right = _inner_product(map.pull(theta, W, G), d)
+    if isinstance(map.config, FourierFTConfig):
+        difference = map.delta([theta[0] + d[0]], W) - map.delta(theta, W)
+        left = float((G * difference).sum())
         sizes = np.abs(d[0]).sum() + 2 * np.abs(theta[0]).sum()
-        S = abs(one.alpha) / W.size * np.abs(G).sum() * sizes  # type: ignore[attr-defined]
+        S = abs(map.alpha) / W.size * np.abs(G).sum() * sizes  # type: ignore[attr-defined]
         return left - right, gamma(n) * S
-    moved = [t + 1j * STEP * x for t, x in zip(theta, d, strict=True)]
-    left = float((G * (one.delta(moved, W).imag / STEP)).sum())
-    if isinstance(one.config, OFTConfig):
+    complex_theta = [t + 1j * STEP * x for t, x in zip(theta, d, strict=True)]
+    left = float((G * (map.delta(complex_theta, W).imag / STEP)).sum())
+    if isinstance(map.config, OFTConfig):
         q = float(np.linalg.norm(theta[0])) * math.sqrt(2)
-        slope = 2 + 4 * q + 6 * q**2 + 4 * q**3  # of the polynomial; of Cayley's map at most 2
-        S = slope * math.prod(map(np.linalg.norm, (G, W, d[0]))) * math.sqrt(2 * W.shape[1])
+        slope = 2 + 4 * q + 6 * q**2 + 4 * q**3  # of the polynomial; Cayley's map has at most 2
+        norms = [float(np.linalg.norm(array)) for array in (G, W, d[0])]
+        S = slope * math.prod(norms) * math.sqrt(2 * W.shape[1])
     else:
-        absolute = one.pull([np.abs(t) for t in theta], np.abs(W), np.abs(G))
-        S = math.fsum(
-            float((np.abs(p) * np.abs(x)).sum()) for p, x in zip(absolute, d, strict=False)
-        )
+        absolute = map.pull([np.abs(t) for t in theta], np.abs(W), np.abs(G))
+        S = _inner_product([np.abs(p) for p in absolute], [np.abs(x) for x in d])
     return left - right, gamma(n) * float(S) + np.finfo(np.float64).tiny
+
+
+def _inner_product(grads: Sequence[Array], d: Sequence[Array]) -> float:
+    """The sum of <g, x> over the trained tensors, which come first in d."""
+    return math.fsum(float((g * x).sum()) for g, x in zip(grads, d, strict=False))
 
 
 def _measure_pull(kind: type[MapConfig], variants: Sequence[Fields]) -> Any:
     def measure(case: Case) -> Measured:
-        """Two sums of the same products, each by at most n roundings."""
+        """Both sides are sums of the same products, each with at most n roundings."""
         errors = []
         for fields in variants if not has_map(case) else [{}]:
             errors.append(adjoint_error(*numbers_of(case, kind, **fields), case.rng))
@@ -187,33 +190,33 @@ for _kind, _paper in PAPERS.items():
 # ---- structure -----------------------------------------------------------------------------------
 
 
-def rank_excess(one: Map, theta: Sequence[Array], W: Array, rank: int) -> Measured:
-    """σ of number rank + 1: rounding may leave what forming dW and decomposing it err by."""
-    dW = one.delta(theta, W)
+def rank_excess(map: Map, theta: Sequence[Array], W: Array, rank: int) -> Measured:
+    """σ_(rank+1) of dW, at most the rounding errors of forming dW and of its decomposition."""
+    dW = map.delta(theta, W)
     sigma = np.linalg.svd(dW, compute_uv=False)
     if rank >= len(sigma):
         return expect_zero(0)
-    formed = np.abs(one.delta([np.abs(t) for t in theta], np.abs(W)))
-    bound = svd_error(W.shape, sigma[0]) + gamma(sum(W.shape) + 8) * np.linalg.norm(formed)
+    absolute = np.abs(map.delta([np.abs(t) for t in theta], np.abs(W)))
+    bound = svd_error(W.shape, sigma[0]) + gamma(sum(W.shape) + 8) * np.linalg.norm(absolute)
     return compare(sigma[rank], bound)
 
 
 @holds(LoHaConfig, "rank", "rank(dW) ≤ r²", "Hyeon-Woo et al. 2022, proposition 1")
 def measure_loha_rank(case: Case) -> Measured:
-    one, theta, W = numbers_of(case, LoHaConfig)
-    return rank_excess(one, theta, W, one.r**2)
+    map, theta, W = numbers_of(case, LoHaConfig)
+    return rank_excess(map, theta, W, map.r**2)
 
 
 @holds(LoKrConfig, "spectrum", "σ(dW) = s σ(C) ⊗ σ(E)", "Horn & Johnson 1991, theorem 4.2.15")
 def measure_lokr_spectrum(case: Case) -> Measured:
-    """Three decompositions, and two roundings of each entry of dW besides its factors' own."""
-    one, theta, W = numbers_of(case, LoKrConfig)
-    C, E, _, _ = one.factors(theta)  # type: ignore[attr-defined]
-    of_C, of_E = (np.linalg.svd(M, compute_uv=False) for M in (C, E))
-    expected = np.sort(one.s * np.outer(of_C, of_E).reshape(-1))[::-1]
-    sigma = np.linalg.svd(one.delta(theta, W), compute_uv=False)
+    """Three decompositions, and two roundings of each entry of dW, besides those of C and E."""
+    map, theta, W = numbers_of(case, LoKrConfig)
+    C, E, _, _ = map.factors(theta)  # type: ignore[attr-defined]
+    sigma_C, sigma_E = (np.linalg.svd(M, compute_uv=False) for M in (C, E))
+    expected = np.sort(map.s * np.outer(sigma_C, sigma_E).reshape(-1))[::-1]
+    sigma = np.linalg.svd(map.delta(theta, W), compute_uv=False)
     expected = np.pad(expected, (0, max(0, len(sigma) - len(expected))))
-    norm = one.s * float(np.linalg.norm(C) * np.linalg.norm(E))
+    norm = map.s * float(np.linalg.norm(C) * np.linalg.norm(E))
     bound = svd_error(W.shape, norm, 3) + gamma(4) * norm
     return compare(sigma - expected[: len(sigma)], bound)
 
@@ -221,25 +224,25 @@ def measure_lokr_spectrum(case: Case) -> Measured:
 @holds(HiraConfig, "zeros", "W[o, i] = 0  ⇒  dW[o, i] = 0", "Huang et al. 2025, equation 4")
 def measure_hira_zeros(case: Case) -> Measured:
     """Exact."""
-    one, theta, W = numbers_of(case, HiraConfig)
+    map, theta, W = numbers_of(case, HiraConfig)
     W = W.copy()
     W[case.rng.random(W.shape) < 0.3] = 0
     W[0, 0] = 0
-    return expect_zero(count_nonzeros(one.delta(theta, W)[W == 0]))
+    return expect_zero(count_nonzeros(map.delta(theta, W)[W == 0]))
 
 
 @holds(VeraConfig, "rank", "rank(dW) ≤ r", "Kopiczko et al. 2024, section 3.1")
 def measure_vera_rank(case: Case) -> Measured:
-    one, theta, W = numbers_of(case, VeraConfig)
-    return rank_excess(one, theta, W, one.r)
+    map, theta, W = numbers_of(case, VeraConfig)
+    return rank_excess(map, theta, W, map.r)
 
 
 @holds(OFTConfig, "isometry", "R exact  ⇒  W' W'ᵀ = W Wᵀ", "Qiu et al. 2023, section 3.2")
 def measure_oft_isometry(case: Case) -> Measured:
-    """Solving for R loses a few b u of its norm, which is that of b unit vectors."""
-    one, theta, W = numbers_of(case, OFTConfig, use_cayley_neumann=False)
-    V = W + one.delta(theta, W)
-    b = one.b  # type: ignore[attr-defined]
+    """Solving for R errs by a few b u times its Frobenius norm, sqrt b."""
+    map, theta, W = numbers_of(case, OFTConfig, use_cayley_neumann=False)
+    V = W + map.delta(theta, W)
+    b = map.b  # type: ignore[attr-defined]
     norms = np.linalg.norm(W, axis=1)
     bound = gamma(W.shape[1] + 16 * b * b + 8) * np.outer(norms, norms)
     return compare(V @ V.T - W @ W.T, bound)
@@ -252,14 +255,14 @@ def measure_oft_isometry(case: Case) -> Measured:
     "Ostrowski's theorem (Horn & Johnson 2013, theorem 4.5.9)",
 )
 def measure_oft_contraction(case: Case) -> Measured:
-    one, theta, W = numbers_of(case, OFTConfig, use_cayley_neumann=True)
-    Q = one.skew(theta[0])  # type: ignore[attr-defined]
+    map, theta, W = numbers_of(case, OFTConfig, use_cayley_neumann=True)
+    Q = map.skew(theta[0])  # type: ignore[attr-defined]
     size = max(np.linalg.norm(Q, 2, axis=(1, 2)).max(), 1e-9)
     shrink = min(1.0, 0.7 / size)
     largest = float(shrink * size)
     before = np.linalg.svd(W, compute_uv=False)
-    after = np.linalg.svd(W + one.delta([shrink * theta[0]], W), compute_uv=False)
-    b = one.b  # type: ignore[attr-defined]
+    after = np.linalg.svd(W + map.delta([shrink * theta[0]], W), compute_uv=False)
+    b = map.b  # type: ignore[attr-defined]
     bound = svd_error(W.shape, before[0], 2) + gamma(16 * b * b + 8) * np.linalg.norm(W)
     excess = np.maximum(after - before, (1 - largest**4) * before - after)
     return compare(np.maximum(excess, 0), bound)
@@ -268,9 +271,9 @@ def measure_oft_contraction(case: Case) -> Measured:
 @holds(IA3Config, "scaling", "W' = diag(l) W, or W diag(l)", "Liu et al. 2022, section 3.3")
 def measure_ia3_scaling(case: Case) -> Measured:
     """l - 1, its product with W, and the sum with W: three roundings."""
-    one, theta, W = numbers_of(case, IA3Config)
+    map, theta, W = numbers_of(case, IA3Config)
     (l,) = theta
-    return compare(W + one.delta(theta, W) - l * W, gamma(4) * (np.abs(l) + 2) * np.abs(W))
+    return compare(W + map.delta(theta, W) - l * W, gamma(4) * (np.abs(l) + 2) * np.abs(W))
 
 
 @holds(
@@ -280,15 +283,15 @@ def measure_ia3_scaling(case: Case) -> Measured:
     "Parseval's theorem",
 )
 def measure_fourierft_energy(case: Case) -> Measured:
-    one, theta, W = numbers_of(case, FourierFTConfig)
+    map, theta, W = numbers_of(case, FourierFTConfig)
     O, I = W.shape
     F = np.zeros(O * I)
-    F[one.at] = theta[0]  # type: ignore[attr-defined]
+    F[map.at] = theta[0]  # type: ignore[attr-defined]
     F = F.reshape(O, I)
     opposite = np.roll(F[::-1, ::-1], (1, 1), (0, 1))
-    alpha = abs(one.alpha)  # type: ignore[attr-defined]
+    alpha = abs(map.alpha)  # type: ignore[attr-defined]
     expected = alpha / math.sqrt(O * I) * np.linalg.norm((F + opposite) / 2)
-    norm = np.linalg.norm(one.delta(theta, W))
+    norm = np.linalg.norm(map.delta(theta, W))
     size = alpha / math.sqrt(O * I) * np.linalg.norm(F)
     return compare(norm - expected, gamma(16 * (2 + int(math.log2(O * I))) + O * I) * size)
 
@@ -296,35 +299,35 @@ def measure_fourierft_energy(case: Case) -> Measured:
 @holds(MissConfig, "repetition", "dW[:, i] = dW[:, i + r]", "Kang & Yin 2024, section 3")
 def measure_miss_repetition(case: Case) -> Measured:
     """Exact: column i is row i mod r of D."""
-    one, theta, W = numbers_of(case, MissConfig)
-    dW = one.delta(theta, W)
+    map, theta, W = numbers_of(case, MissConfig)
+    dW = map.delta(theta, W)
     D = np.tile(theta[0], (1, W.shape[0] // theta[0].shape[1]))
-    wrong = count_differences(dW[:, one.r :], dW[:, : W.shape[1] - one.r])
-    return expect_zero(wrong + count_differences(dW[:, : one.r], D.T))
+    wrong = count_differences(dW[:, map.r :], dW[:, : W.shape[1] - map.r])
+    return expect_zero(wrong + count_differences(dW[:, : map.r], D.T))
 
 
 @holds(UniLoraConfig, "rank", "rank(dW) ≤ r", "Li et al. 2025, section 3")
 def measure_unilora_rank(case: Case) -> Measured:
-    one, theta, W = numbers_of(case, UniLoraConfig)
-    return rank_excess(one, theta, W, one.r)
+    map, theta, W = numbers_of(case, UniLoraConfig)
+    return rank_excess(map, theta, W, map.r)
 
 
 def length_error(numbers: Array, z: Array) -> Measured:
-    """|numbers| - |z|, each norm by a sum of as many squares."""
+    """|numbers| - |z|; each norm is the root of a sum of numbers.size squares at most."""
     norm = float(np.linalg.norm(z))
     return compare(np.linalg.norm(numbers) - norm, gamma(numbers.size + 8) * norm)
 
 
 @holds(UniLoraConfig, "lengths", "|A|² + |B|² = |θ|²", "Li et al. 2025, section 3: isometry")
 def measure_unilora_lengths(case: Case) -> Measured:
-    """Over a model that is this layer: others have the rest of theta's places."""
-    one, theta, _ = numbers_of(case, UniLoraConfig, proj_seed=case.seed)
-    A, B = one.factors(theta)  # type: ignore[attr-defined]
+    """Over a model of this layer alone: in a larger one other layers have the other numbers."""
+    map, theta, _ = numbers_of(case, UniLoraConfig, proj_seed=case.seed)
+    A, B = map.factors(theta)  # type: ignore[attr-defined]
     return length_error(np.concatenate([A.reshape(-1), B.reshape(-1)]), theta[0])
 
 
 @holds(IntrinsicConfig, "lengths", "|dW| = |θ|", "Aghajanyan et al. 2021, section 3")
 def measure_intrinsic_lengths(case: Case) -> Measured:
-    """Over a model that is this layer."""
-    one, theta, W = numbers_of(case, IntrinsicConfig, proj_seed=case.seed)
-    return length_error(one.delta(theta, W), theta[0])
+    """Over a model of this layer alone."""
+    map, theta, W = numbers_of(case, IntrinsicConfig, proj_seed=case.seed)
+    return length_error(map.delta(theta, W), theta[0])

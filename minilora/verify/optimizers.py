@@ -1,8 +1,8 @@
-"""What LoRA-FA and the Riemannian step do to dW. Letters are case.py's.
+"""Properties of LoRA-FA and the Riemannian step: how they change dW. The notation is case.py's.
 
-Both are measured over SGD, whose step is the preconditioned gradient itself. The damping is a
-sixteenth of the largest eigenvalue that it is added to, so that no inverse is larger than sixteen
-times what it would be by the norm of its matrix, and the bounds stay near the roundings.
+Both are measured over SGD, whose step is -η times the preconditioned gradient. The damping δ is a
+sixteenth of the largest eigenvalue to which it is added, so the condition number is at most 17, and
+the bounds stay near the rounding errors.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .sums import is_plain
 
 PROPERTIES: list[Property] = []
 holds = make_registrar(PROPERTIES, is_plain)
-SHARE = 1 / 16  # of the largest eigenvalue: the damping
-LR = 0.5
+SHARE = 1 / 16  # damping over the largest eigenvalue
+LR = 0.5  # η
 
 
 def layer_gradient(case: Case, layer: LoraLinear, dY: Array) -> Array:
@@ -41,17 +41,17 @@ def layer_gradient(case: Case, layer: LoraLinear, dY: Array) -> Array:
 
 
 def damping_of(*factors: Array) -> float:
-    """SHARE of the largest eigenvalue of F Fᵀ among all F (r, n)."""
+    """δ: SHARE times the largest eigenvalue of F Fᵀ among the factors F (r, n)."""
     return SHARE * max(float(np.linalg.norm(F.astype(np.float64), 2)) ** 2 for F in factors)
 
 
 def inverse_with_error(case: Case, F: Array, damping: float) -> tuple[Array, Array]:
-    """K = (F Fᵀ + damping)⁻¹ (r, r) in the reference's dtype, and what its computation may err by.
+    """K = (F Fᵀ + damping)⁻¹ (r, r) in the reference's dtype, and a bound of the optimiser's error.
 
-    Entry by entry it is rounded once to the layer's dtype. Before that F Fᵀ misses n + 2 roundings
-    of |F| |F|ᵀ, whose norm is at most r |F|²; the eigenvalues and vectors are those of a matrix 8 r
-    eps |M| away (Golub & Van Loan 2013, section 8.3); and an error E of M moves its inverse by |K|²
-    |E|.
+    The optimiser rounds each entry once to the layer's dtype: u |K|. Before that, F Fᵀ errs by
+    n + 2 roundings of |F| |F|ᵀ, whose norm is at most r |F|²; the computed eigenvalues and
+    eigenvectors are those of a matrix 8 r eps |M| away from M = F Fᵀ + damping (Golub & Van Loan
+    2013, section 8.3); and an error E of M changes K by |K|² |E|.
     """
     r, n = F.shape
     M = F @ F.T + case.wide.type(damping) * np.eye(r, dtype=case.wide)
@@ -67,9 +67,9 @@ def inverse_with_error(case: Case, F: Array, damping: float) -> tuple[Array, Arr
 def factor_step(
     case: Case, g: Array, bound_g: Array, K: Array, bound_K: Array
 ) -> tuple[Array, Array]:
-    """g K (n, r) and what it may err by: the errors of both, and r + 3 roundings of their product.
+    """g K (n, r), and a bound of its error: those of g and K, and r + 3 roundings of the product.
 
-    Three are those of weights of the inverse.
+    Three of these are those of s⁻², by which the inverse is multiplied.
     """
     size = (abs(g) + bound_g) @ (abs(K) + bound_K)
     bound = bound_g @ (abs(K) + bound_K) + abs(g) @ bound_K
@@ -82,8 +82,8 @@ def factor_step(
     "Zhang et al. 2023 (LoRA-FA), section 3; peft 0.21, optimizers/lorafa",
 )
 def measure_lorafa_step(case: Case) -> Measured:
-    """B is the step itself, because η is a power of two; dW is formed from it in the reference's
-    precision."""
+    """B starts at 0 and η is a power of two, so the new B is the step without another rounding; dW
+    is formed from it in the reference's precision."""
     layer = case.layer(case.first)
     [adapter] = active_adapters(layer)
     set_tensors(layer, [(adapter.lora_A.data, 0 * adapter.lora_B.data)])
@@ -103,6 +103,7 @@ def measure_lorafa_step(case: Case) -> Measured:
 
 
 def take_lorafa_step(adapter: Any, g_B: Array, damping: float) -> None:
+    """Change B by one step of SGD over LoRA-FA's gradient."""
     optimizer = SGD([adapter.lora_B], lr=LR)
     pair = Pair(adapter.lora_A, adapter.lora_B, adapter.scaling)
     optimizer.precondition = LoraFA(optimizer, [pair], damping)
@@ -115,7 +116,7 @@ def take_lorafa_step(adapter: Any, g_B: Array, damping: float) -> None:
     "Zhang et al. 2023 (LoRA-FA), section 3: g_B falls by 4, s⁻² grows by 16",
 )
 def measure_lorafa_scale(case: Case) -> Measured:
-    """Powers of two change no other bits."""
+    """Exact: a product with a power of two is not rounded."""
     steps = []
     for factor in (1, 0.25):
         layer = case.layer(case.first)
@@ -186,6 +187,7 @@ def riemannian_change(
 
 
 def take_riemannian_step(adapter: Any, slopes: Any, damping: float) -> None:
+    """Change A and B by one step of SGD over the Riemannian gradients; slopes are dL/dA, dL/dB."""
     optimizer = SGD([adapter.lora_A, adapter.lora_B], lr=LR)
     pair = Pair(adapter.lora_A, adapter.lora_B, adapter.scaling)
     optimizer.precondition = Riemannian(optimizer, [pair], damping)
@@ -198,7 +200,7 @@ def take_riemannian_step(adapter: Any, slopes: Any, damping: float) -> None:
     "Zhang & Pilanci 2024, section 3: the step depends on dW alone",
 )
 def measure_riemannian_gauge(case: Case) -> Measured:
-    """Powers of two change no other bits."""
+    """Exact: a product with a power of two is not rounded."""
     ends = []
     for c in (1.0, 4.0):
         layer = case.layer(case.first)

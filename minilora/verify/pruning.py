@@ -1,7 +1,6 @@
-"""What sums of pruned updates and ranks chosen by energy promise. Letters are case.py's.
+"""Properties of sums of pruned updates and of ranks chosen by energy. The notation is case.py's.
 
-D = s B A of an adapter, and D' what pruning leaves of it. Where a claim does not name its D, it is
-the first adapter's.
+D = s B A (O, I) is the update of one adapter, by default the first, and D' the pruned D.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from .sums import draw_weights, has_several, is_plain
 PROPERTIES: list[Property] = []
 holds = make_registrar(PROPERTIES, is_plain)
 DENSITY = 0.25
-LEAST_ERROR = 1e-4  # of dW, by which a rank is chosen
-SIGMAS = 6  # chance goes further once in a billion
+LEAST_ERROR = 1e-4  # the smallest relative error for which a rank is chosen
+SIGMAS = 6  # a normal variable is farther from its mean once in half a billion draws
 
 
 def make_terms(case: Case, weights: dict[str, float]) -> list[Term]:
@@ -53,7 +52,7 @@ def first_term(case: Case) -> Term:
 
 
 def prune_first(case: Case, how: str) -> tuple[Array, Array]:
-    """(D, D') of the first adapter."""
+    """(D, D') (O, I) of the first adapter."""
     term = first_term(case)
     whole, _ = pruned_sum([term], Pruning("magnitude_prune", 1.0))
     pruned, _ = pruned_sum([term], Pruning(how, DENSITY, seed=case.seed), case.name)
@@ -66,7 +65,7 @@ def prune_first(case: Case, how: str) -> tuple[Array, Array]:
     "peft 0.21, utils/merge_utils; Yadav et al. 2023; Yu et al. 2024",
 )
 def measure_whole(case: Case) -> Measured:
-    """r products and a weight each, two roundings with s, and the sum over the adapters."""
+    """Roundings of one entry: r products, s and w, and the sum over the adapters."""
     terms = draw_terms(case)
     pairs = []
     for how in PRUNED:
@@ -90,7 +89,7 @@ def measure_whole(case: Case) -> Measured:
     "Yadav et al. 2023, section 3: the mean of those that agree",
 )
 def measure_equal(case: Case) -> Measured:
-    """A sum of two equal numbers and its half are exact."""
+    """Exact: twice a number, and half of that, are not rounded."""
     term = first_term(case)
     _, pruned = prune_first(case, "magnitude_prune")
     wrong = 0
@@ -108,9 +107,9 @@ def measure_equal(case: Case) -> Measured:
 def measure_largest(case: Case) -> Measured:
     whole, pruned = prune_first(case, "magnitude_prune")
     order = np.argsort(-abs(whole).ravel(), kind="stable")
-    kept = order[: int(DENSITY * whole.size)]
+    largest = order[: int(DENSITY * whole.size)]
     expected = np.zeros(whole.size)
-    expected[kept] = whole.ravel()[kept]
+    expected[largest] = whole.ravel()[largest]
     return expect_zero(count_differences(pruned, expected.reshape(whole.shape)))
 
 
@@ -120,7 +119,7 @@ def measure_largest(case: Case) -> Measured:
     "Yu et al. 2024, section 3: D' = D m / density, m Bernoulli",
 )
 def measure_bias(case: Case) -> Measured:
-    """Six standard deviations; dare_linear and dare_ties of one adapter draw the same."""
+    """Six standard deviations; dare_linear and dare_ties draw the same masks for one adapter."""
     odds = 1 / DENSITY - 1
     return _measure_chance(case, lambda D, change: change * D, 0.0, odds)
 
@@ -131,14 +130,14 @@ def measure_bias(case: Case) -> Measured:
     "Yu et al. 2024, section 3: the variance of m / density",
 )
 def measure_variance(case: Case) -> Measured:
-    """Six standard deviations: with odds q = 1 / density - 1 a square is q² or 1 times D², of
-    variance q (q - 1)² D⁴."""
+    """Six standard deviations. With odds q = 1 / density - 1, (D' - D)² is q² D² with probability
+    density, and D² otherwise: its variance is q (q - 1)² D⁴."""
     odds = 1 / DENSITY - 1
     return _measure_chance(case, lambda D, change: change**2, odds, odds * (odds - 1) ** 2)
 
 
 def _measure_chance(case: Case, statistic: Any, mean: float, variance: float) -> Measured:
-    """The sum of a statistic of (D, D' - D) beside `mean` |D|², of variance `variance` Σ D⁴."""
+    """A statistic of (D, D' - D), summed up: its mean is mean |D|², its variance variance Σ D⁴."""
     pairs = []
     for how in RANDOM:
         D, pruned = prune_first(case, how)
@@ -173,12 +172,12 @@ def measure_election(case: Case) -> Measured:
 
 
 class Chosen(NamedTuple):
-    """The rank k that is chosen for an error of ε |D|.
+    """The rank k that is chosen for the error ε |D|.
 
     D          s B A (O, I) of `part`
-    tails      |D - D_k| for k = 0, 1, ...
+    tails      |D - D_j| for j = 0, 1, ..., D_j being the nearest matrix of rank j
     allowed    ε |D|
-    rounding   what any of these may err by
+    rounding   a bound of the rounding error of each of these norms
     """
 
     part: Part
@@ -223,7 +222,7 @@ def measure_error(case: Case) -> Measured:
     "Eckart & Young 1936: no matrix of rank k - 1 is nearer",
 )
 def measure_smallest(case: Case) -> Measured:
-    """A k above the number of singular values counts as one that is too large, too."""
+    """A k above the number of singular values is compared with the last tail, which is 0."""
     _, _, k, tails, allowed, rounding = choose_rank(case)
     before = float(tails[max(0, min(k, len(tails)) - 1)])
     return compare(allowed, before + rounding)

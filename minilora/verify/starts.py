@@ -1,8 +1,8 @@
-"""What starts promise: the first output, and what each of them begins with. Letters are case.py's.
+"""Properties of starts: the first output, and the first values. The notation is case.py's.
 
-W is the case's weight; the first adapter gives r, as far as the start allows it, and s. Starts are
-computed in float64, and so are the bounds here, but for what a model stores. An orthonormal factor
-of Householder's method is off by at most 10 r^2 u (Higham 2002, theorem 19.4).
+W is the case's weight; the first adapter gives s, and r as far as the start allows it. Starts and
+bounds are computed in float64; only a model's stored weights have another u. An orthonormal factor
+by Householder's method has Q^T Q = 1 to at most 10 r^2 u (Higham 2002, theorem 19.4).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from ..backend import Array
 from ..lora import get_peft_model, initial, starts
-from ..lora.starts import Begun, Given
+from ..lora.starts import Given, StartValues
 from ..quant.codes import encode
 from .case import Case, unit_roundoff
 from .layers import OneLayer
@@ -35,7 +35,7 @@ U = unit_roundoff(np.float64)
 
 
 def can_begin(case: Case) -> bool:
-    """Plain LoRA over a dense weight of more than one row and column, whose numbers are usual."""
+    """Is it plain LoRA over a dense weight: finite, not 0, with several rows and columns?"""
     if not (is_lora(case) and is_dense(case)) or case.base.weight.fixed:
         return False
     W = case.base.dense_weight()
@@ -52,10 +52,11 @@ def weight_of(case: Case) -> tuple[Array, float]:
 
 
 def rank_of(case: Case, most: int) -> int:
+    """The first adapter's r, at most `most`."""
     return int(min(case.adapters[case.first].r, most))
 
 
-def begin(name: str, W: Array, r: int, s: float, given: Given) -> Begun:
+def begin(name: str, W: Array, r: int, s: float, given: Given) -> StartValues:
     return starts.begin(name, "proj", W, r, s, given)
 
 
@@ -65,13 +66,13 @@ def gamma(n: int) -> float:
 
 
 def measure_identity(M: Array, size: float = 1.0) -> tuple[Array, float]:
-    """(error, bound) of M = size 1, for M the Gram matrix of an orthonormal factor (., r)."""
+    """(error, bound) of M = size 1, where M (r, r) is the Gram matrix of an orthonormal factor."""
     r = len(M)
     return M - size * np.eye(r), size * (10 * r * r + 64 + r) * U
 
 
 def measure_gram(F: Array, size: float = 1.0) -> tuple[Array, float]:
-    """The same of F^T F, whose inner products have len(F) terms."""
+    """(error, bound) of F^T F = size 1, for F (n, r): inner products of n terms."""
     error, bound = measure_identity(F.T @ F, size)
     return error, bound + size * 2 * gamma(len(F))
 
@@ -81,7 +82,7 @@ def measure_gram(F: Array, size: float = 1.0) -> tuple[Array, float]:
 
 @holds("changed base", "R + s B A = W", "Meng et al. 2024, eq. (5)")
 def measure_changed_base(case: Case) -> Measured:
-    """R is rounded once, u |R|; the sum has r products and two factors s: gamma_(r+2) s |B| |A|."""
+    """R is rounded once: u |R|. Both sums of r products, with s and W: gamma_(2r+6)."""
     W, s = weight_of(case)
     name = case.rng.choice(["pissa", "pissa_niter_4", "olora"])
     r = rank_of(case, min(W.shape))
@@ -101,7 +102,7 @@ def measure_changed_base(case: Case) -> Measured:
 
 @holds("way back", "R + s B A = W + [s B, -s B₀] [A; A₀]", "Meng et al. 2024, appendix C")
 def measure_way_back(case: Case) -> Measured:
-    """Both sides are sums of 2 r products, with two factors s each: 2 gamma_(2r+4) S."""
+    """Each side is a sum of 2 r products, with two factors s, and W: gamma_(2r+6) S."""
     W, s = weight_of(case)
     adapter = case.adapters[case.first]
     A = adapter.lora_A.data.astype(np.float64)
@@ -116,7 +117,7 @@ def measure_way_back(case: Case) -> Measured:
 # ---- orthogonal ----------------------------------------------------------------------------------
 
 
-def begin_orthogonal(case: Case) -> tuple[int, Begun]:
+def begin_orthogonal(case: Case) -> tuple[int, StartValues]:
     W, s = weight_of(case)
     r = 2 * max(1, rank_of(case, 16) // 2)
     return r, begin("orthogonal", W, r, s, Given(case.rng))
@@ -124,23 +125,23 @@ def begin_orthogonal(case: Case) -> tuple[int, Begun]:
 
 @holds("orthogonal start", "B A = 0", "peft 0.21, orthogonal_init")
 def measure_orthogonal(case: Case) -> Measured:
-    """B A = N' Q₁ Q₀ᵀ N / 100; sums of r terms three times, and Q₁ Q₀ᵀ off by 10 r² u."""
-    r, begun = begin_orthogonal(case)
+    """B A = N' Q_even Q_oddᵀ N / 100: sums of at most r terms; Q_even Q_oddᵀ is 0 to 10 r² u."""
+    r, (A, B, *_) = begin_orthogonal(case)
     rng = case.rng
     Q = abs(np.linalg.qr(rng.standard_normal((r, r)))[0])
-    N = abs(rng.standard_normal((r // 2, begun.A.shape[1])))
-    M = abs(rng.standard_normal((len(begun.B), r // 2)))
+    N = abs(rng.standard_normal((r // 2, A.shape[1])))
+    M = abs(rng.standard_normal((len(B), r // 2)))
     S = M @ Q[1::2] @ Q[0::2].T @ N / 100
     off = np.outer(np.linalg.norm(M, axis=1), np.linalg.norm(N, axis=0)) / 100
-    return compare(begun.B @ begun.A, gamma(3 * r + 8) * S + (10 * r * r + 64) * U * off)
+    return compare(B @ A, gamma(3 * r + 8) * S + (10 * r * r + 64) * U * off)
 
 
 @holds("both orthogonal factors move", "rank A = rank B = r / 2", "peft 0.21, orthogonal_init")
 def measure_orthogonal_ranks(case: Case) -> Measured:
-    """A factor of zeros would keep the other one still; σ of what follows is by svd_error."""
-    r, begun = begin_orthogonal(case)
+    """A factor of zeros would freeze the other one; singular values err by svd_error."""
+    r, (A, B, *_) = begin_orthogonal(case)
     pairs: list[tuple[Any, Any]] = []
-    for factor in (begun.A, begun.B):
+    for factor in (A, B):
         values = np.linalg.svd(factor, compute_uv=False)
         bound = svd_error(factor.shape, values[0], 4 + r)
         pairs.append((values[r // 2 :].max(initial=0), bound))
@@ -153,7 +154,7 @@ def measure_orthogonal_ranks(case: Case) -> Measured:
 
 @holds("pissa's residual", "|W - s B A|₂ = σᵣ₊₁", "Meng et al. 2024, section 3")
 def measure_pissa(case: Case) -> Measured:
-    """Each of two decompositions errs by max(I, O) eps σ₁ (Weyl), the product by gamma_(r+3)."""
+    """Singular values err by max(I, O) eps σ₁ each time (Weyl), the product by gamma_(r+4)."""
     W, s = weight_of(case)
     r = rank_of(case, min(W.shape) - 1)
     A, B, *_ = begin("pissa", W, r, s, Given())
@@ -165,7 +166,7 @@ def measure_pissa(case: Case) -> Measured:
 
 @holds("pissa is balanced", "A Aᵀ = Bᵀ B", "Meng et al. 2024, section 3")
 def measure_pissa_balance(case: Case) -> Measured:
-    """Both are diag(σ) / s times the Gram matrix of singular vectors."""
+    """Both are diag(σ) / s, to what the singular vectors' Gram matrices err by."""
     W, s = weight_of(case)
     r = rank_of(case, min(W.shape))
     pairs = []
@@ -179,7 +180,7 @@ def measure_pissa_balance(case: Case) -> Measured:
 
 @holds("leading part", "|W - s B A|² = Σᵢ>ᵣ σᵢ²", "Musco & Musco 2015, theorem 1; Eckart & Young")
 def measure_leading(case: Case) -> Measured:
-    """To 1e-10 of itself, and what rounding leaves: of a matrix large enough for block Krylov."""
+    """To 1e-10 relative, and rounding; for a matrix large enough for the block Krylov method."""
     _, s = weight_of(case)
     r = 1
     V = case.rng.standard_normal((160, 150)) * 0.97 ** np.arange(150)
@@ -193,7 +194,7 @@ def measure_leading(case: Case) -> Measured:
 # ---- olora ---------------------------------------------------------------------------------------
 
 
-def begin_olora(case: Case) -> tuple[Array, int, Begun]:
+def begin_olora(case: Case) -> tuple[Array, int, StartValues]:
     W, _ = weight_of(case)
     r = rank_of(case, min(W.shape))
     return W, r, begin("olora", W, r, 1.0, Given())
@@ -201,16 +202,16 @@ def begin_olora(case: Case) -> tuple[Array, int, Begun]:
 
 @holds("olora's basis", "Bᵀ B = 1", "Büyükakyüz 2024, algorithm 1")
 def measure_olora_basis(case: Case) -> Measured:
-    """10 k² u of Householder's method, with k the smaller side of W: all of Q is computed."""
-    W, _, begun = begin_olora(case)
+    """To 10 k² u, k = min(O, I): all k columns of Q are computed (Householder)."""
+    W, _, (_, B, *_) = begin_olora(case)
     k = min(W.shape)
-    error, bound = measure_gram(begun.B)
+    error, bound = measure_gram(B)
     return compare(error, bound + 10 * k * k * U)
 
 
 @holds("olora's residual", "s = 1:  R's first r columns are 0", "Büyükakyüz 2024, algorithm 1")
 def measure_olora_residual(case: Case) -> Measured:
-    """Householder's QR has W + F with |F| of a column at most 10 O k u of the column."""
+    """Householder's QR is that of W + F, where a column of F is at most 10 O k u of W's."""
     W, r, (A, B, *_) = begin_olora(case)
     left = (W - B @ A)[:, :r]
     columns = np.linalg.norm(W[:, :r], axis=0)
@@ -222,8 +223,8 @@ def measure_olora_residual(case: Case) -> Measured:
 
 def begin_loftq(
     case: Case, rounds: int, codes: list[Array] | None = None
-) -> tuple[Array, int, float, Begun]:
-    """(W, r, s, the start); the decoded codes of each round are added to `codes`."""
+) -> tuple[Array, int, float, StartValues]:
+    """(W, r, s, the first values); Q of each iteration is appended to `codes`."""
     W, s = weight_of(case)
     kind = str(case.rng.choice(["nf4", "fp4", "int8"]))
     r = rank_of(case, min(W.shape))
@@ -239,7 +240,7 @@ def begin_loftq(
 
 @holds("loftq's error", "|W - Q - s B A|² = |W - Q|² - Σᵢ≤ᵣ σᵢ²", "Li et al. 2023, eq. (6)")
 def measure_loftq(case: Case) -> Measured:
-    """σ of W - Q: each square errs by 2 σ₁ svd_error, the product by gamma_(r+3)."""
+    """Each σᵢ² of W - Q errs by 2 σ₁ svd_error, the sums of squares by gamma_(O I + r)."""
     W, r, s, (A, B, Q, _) = begin_loftq(case, 2)
     D = W - Q
     sigma = np.linalg.svd(D, compute_uv=False)
@@ -251,7 +252,7 @@ def measure_loftq(case: Case) -> Measured:
 
 @holds("loftq keeps the best", "|W - Q - s B A| = min over t of e_t", "Li et al. 2023, algorithm 1")
 def measure_loftq_best(case: Case) -> Measured:
-    """e_t, of round t, is what the terms after the first r leave of W - Q_t."""
+    """e_t² of iteration t is the sum of σᵢ² over i > r, for W - Q_t."""
     codes: list[Array] = []
     W, r, s, (A, B, Q, _) = begin_loftq(case, 5, codes)
     errors = [np.linalg.norm(np.linalg.svd(W - Q_t, compute_uv=False)[r:]) for Q_t in codes]
@@ -262,7 +263,7 @@ def measure_loftq_best(case: Case) -> Measured:
 # ---- eva -----------------------------------------------------------------------------------------
 
 
-def begin_eva(case: Case) -> tuple[Array, int, Begun]:
+def begin_eva(case: Case) -> tuple[Array, int, StartValues]:
     W, s = weight_of(case)
     I = W.shape[1]
     X = case.rng.standard_normal((I + 3, I)) * 0.9 ** np.arange(I)
@@ -273,17 +274,16 @@ def begin_eva(case: Case) -> tuple[Array, int, Begun]:
 
 @holds("eva's variance", "tr(A C Aᵀ) = Σᵢ≤ᵣ λᵢ", "Paischer et al. 2024, section 3.2; Ky Fan 1949")
 def measure_eva(case: Case) -> Measured:
-    """Each eigenvalue errs by I eps λ₁, and so does each direction's variance."""
+    """Each eigenvalue errs by I eps λ₁, and so does the variance along each row of A."""
     C, r, (A, *_) = begin_eva(case)
-    values = np.linalg.eigvalsh(C)[::-1]
-    return compare(
-        np.trace(A @ C @ A.T) - values[:r].sum(), svd_error(C.shape, values[0], 4 * r + 4)
-    )
+    eigenvalues = np.linalg.eigvalsh(C)[::-1]
+    error = np.trace(A @ C @ A.T) - eigenvalues[:r].sum()
+    return compare(error, svd_error(C.shape, eigenvalues[0], 4 * r + 4))
 
 
 @holds("eva's start", "B = 0,  A Aᵀ = 1", "Paischer et al. 2024, section 3.2")
 def measure_eva_start(case: Case) -> Measured:
-    """B is exact; eigenvectors are as orthonormal as Householder's reflections: 10 I² u."""
+    """B is exactly 0; eigenvectors are orthonormal to 10 I² u, as by Householder's method."""
     C, _, (A, B, *_) = begin_eva(case)
     error, bound = measure_gram(A.T)
     return worst((error, bound + 10 * C.size * U), (count_nonzeros(B), 0))
@@ -292,7 +292,7 @@ def measure_eva_start(case: Case) -> Measured:
 # ---- lora_ga -------------------------------------------------------------------------------------
 
 
-def begin_lora_ga(case: Case) -> tuple[Array, int, Begun]:
+def begin_lora_ga(case: Case) -> tuple[Array, int, StartValues]:
     W, s = weight_of(case)
     G = case.rng.standard_normal(W.shape)
     r = rank_of(case, min(W.shape) // 2)
@@ -301,8 +301,8 @@ def begin_lora_ga(case: Case) -> tuple[Array, int, Begun]:
 
 @holds("lora_ga's first step", "B Bᵀ G + G Aᵀ A ∝ G of rank 2 r", "Wang et al. 2024, thm 3.1")
 def measure_lora_ga(case: Case) -> Measured:
-    """It misses Σᵢ>₂ᵣ σᵢ² of G: no matrix of rank 2 r misses less. Each σᵢ errs by svd_error, and
-    its square by 2 σᵢ of that."""
+    """|G - t step|² = Σᵢ>₂ᵣ σᵢ² for the best t, the least for rank 2 r (Eckart & Young 1936). Each
+    σᵢ errs by svd_error, and its square by 2 σᵢ of that."""
     G, r, (A, B, *_) = begin_lora_ga(case)
     step = B @ (B.T @ G) + (G @ A.T) @ A
     t = (step * G).sum() / (step * step).sum()
@@ -313,7 +313,7 @@ def measure_lora_ga(case: Case) -> Measured:
 
 @holds("lora_ga's scale", "A Aᵀ = Bᵀ B = (√O / γ) 1", "Wang et al. 2024, section 3.3")
 def measure_lora_ga_scale(case: Case) -> Measured:
-    """c² times Gram matrices of singular vectors, off by 10 k² u with k the smaller side."""
+    """c² times Gram matrices of singular vectors, which are 1 to 10 k² u, k = min(O, I)."""
     G, _, (A, B, *_) = begin_lora_ga(case)
     size = len(G) ** 0.5 / starts.GAMMA
     more = size * 10 * min(G.shape) ** 2 * U

@@ -1,4 +1,4 @@
-"""LoRA's relatives: methods that add dW = map(theta) to a frozen weight, each a few lines.
+"""LoRA's relatives: methods that add dW, a function of the trained theta, to a frozen weight.
 
     loha        dW = s (A1 B1) ∘ (A2 B2)
     lokr        dW = s C ⊗ E
@@ -10,8 +10,8 @@
     miss        dW = D^T E, E frozen
     scattered   one vector for the whole model: intrinsic dimension, Uni-LoRA
 
-contract.py says what a method is, adapter.py does the rest for all of them, and streams.py has
-torch's random numbers. A new method is one file like loha.py, and one line of MAPS.
+contract.py defines what a method is, adapter.py trains, merges and saves all of them, and
+streams.py has torch's random numbers. A new method is one file like loha.py, and one line of MAPS.
 """
 
 from __future__ import annotations

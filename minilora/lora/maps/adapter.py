@@ -1,4 +1,4 @@
-"""A map's tensors on one layer: training, merging and files, the same for every method."""
+"""A map's tensors in one layer: training, merging and files, the same for every method."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ Shared = Mapping[str, Parameter]  # the tensors that the layers of a model share
 
 
 class Constant(Parameter):
-    """A tensor that is in a file, and is never trained."""
+    """A tensor that a file has, and that is never trained."""
 
     __slots__ = ()
     fixed = True
 
 
 def share(map: Map, base: LinearBase, rng: np.random.Generator) -> dict[str, Parameter]:
-    """The tensors that all layers share, made for the device and dtype of `base`."""
+    """New tensors that all layers share, by name, on the device and in the dtype of `base`."""
     kind = Parameter if map.SHARED_TRAINS else functools.partial(Constant, requires_grad=False)
     values = map.init_shared(rng)
-    made = {}
+    tensors = {}
     for name, value in zip(map.SHARED, values, strict=True):
-        made[name] = kind(base.backend.from_numpy(np.asarray(value).astype(base.dtype)))
-    return made
+        tensors[name] = kind(base.backend.from_numpy(np.asarray(value).astype(base.dtype)))
+    return tensors
 
 
 class MapAdapter(LoraAdapter):
-    """The tensors of a layer, and the map that makes dW (O, I) of them."""
+    """The tensors theta of one layer, and its map theta -> dW (O, I)."""
 
     FORMED = True
 
@@ -56,23 +56,25 @@ class MapAdapter(LoraAdapter):
         layers: Layers | None = None,
         shared: Shared | None = None,
     ):
-        """`layers` and `shared`: of the whole model; None for a model that is this layer."""
+        """layers and shared are the whole model's; None for a model of this layer alone."""
         assert isinstance(config, MapConfig)
         layers = layers or {name: (base.out_features, base.in_features)}
-        self.map = made = config.map(config, name, layers)
-        self.r = max(made.r, 1)  # so that a step forms W + dW once
-        self.scaling = made.s
+        self.map = map = config.map(config, name, layers)
+        self.r = max(map.r, 1)  # so that a step forms W + dW once
+        self.scaling = map.s
         self.dropout = Dropout(config.dropout, stream)
-        names = list(made.shapes())
-        for tensor, value in zip(names, made.init(rng), strict=True):
+        names = list(map.shapes())
+        for tensor, value in zip(names, map.init(rng), strict=True):
             setattr(self, tensor, Parameter(base.backend.from_numpy(value.astype(base.dtype))))
-        for tensor, parameter in (share(made, base, rng) if shared is None else shared).items():
+        if shared is None:
+            shared = share(map, base, rng)
+        for tensor, parameter in shared.items():
             setattr(self, tensor, parameter)
-        self.theta_names = (*names, *made.SHARED)
-        self.TENSORS = (*names, *(made.SHARED if made.saves_shared else ()))
-        self.SUFFIX = made.SUFFIX
-        self.SHARED = made.SHARED
-        self.ALONE = made.alone
+        self.theta_names = (*names, *map.SHARED)
+        self.TENSORS = (*names, *(map.SHARED if map.saves_shared else ()))
+        self.SUFFIX = map.SUFFIX
+        self.SHARED = map.SHARED
+        self.ALONE = map.alone
 
     def __repr__(self) -> str:
         """One line: the method and its tensors, with their shapes, dtypes and requires_grad."""
@@ -88,7 +90,7 @@ class MapAdapter(LoraAdapter):
         return self.map.reads_W
 
     def __call__(self, x: Tensor, y: Tensor, base: LinearBase) -> Tensor:
-        """y, the layer's output so far, plus x dW^T and what moves of the bias."""
+        """y + x dW^T, and the change of the bias, where y is the layer's output so far."""
         if self.reads_W and base.trainable:
             raise ConfigError(
                 f"{self.map.config.title} reads the base's weight, which trains here: freeze it"
@@ -116,38 +118,41 @@ class MapAdapter(LoraAdapter):
         return [p for p in self.theta if not p.fixed]
 
     def _form(self, base: LinearBase) -> tuple[Any, Any, list[Array]]:
-        """(the function that forms dW, that from X and dY to the gradients, the arrays of theta)"""
-        made = self.map
+        """(the function that forms dW, the function X, dY -> dL/dtheta, the arrays of theta).
+
+        X (N, I) and dY (N, O) are the layer's inputs and the gradients of its outputs, by rows.
+        """
+        map = self.map
         backend = base.backend
         arrays = [p.data for p in self.theta]
-        W = base.dense_weight() if made.reads_W else None
-        b = base.bias.data if made.moves_bias and base.bias is not None else None
+        W = base.dense_weight() if map.reads_W else None
+        b = base.bias.data if map.moves_bias and base.bias is not None else None
 
         def pull(X: Array, dY: Array) -> F.Grads:
             G = backend.matmul(dY.T, X)  # (O, N) @ (N, I) -> (O, I)
-            grads = tuple(made.pull(arrays, W, G))
+            grads = tuple(map.pull(arrays, W, G))
             if b is not None:
-                of_bias = made.pull_bias(arrays, b, dY.sum(axis=0))
-                grads = tuple(g + more for g, more in zip(grads, of_bias, strict=True))
+                through_bias = map.pull_bias(arrays, b, dY.sum(axis=0))
+                grads = tuple(g + more for g, more in zip(grads, through_bias, strict=True))
             return grads
 
-        return functools.partial(made.delta, arrays, W), pull, arrays
+        return functools.partial(map.delta, arrays, W), pull, arrays
 
     def write_effective_weight(self, W: Array, base: LinearBase | None = None) -> Formed:
-        """Add dW to W (O, I) in place; returns (parameters, function of their gradients)."""
+        """Add dW to W (O, I) in place; returns (trained parameters, X, dY -> their gradients)."""
         assert base is not None
         form, pull, _ = self._form(base)
         W += form()
         return tuple(self._trained()), Pull(pull)
 
     def move_bias(self, bias: Any) -> Any:
-        """The bias that the layer has with this adapter, as a Tensor without a gradient."""
+        """The layer's bias (O,) with this adapter, as a Tensor without a gradient."""
         if bias is None or not self.map.moves_bias:
             return bias
         return Tensor(self.map.moved_bias([p.data for p in self.theta], bias.data))
 
     def wide_theta(self) -> list[Array]:
-        """theta in float64 on the host."""
+        """The arrays of theta in float64 on the host."""
         return [p.numpy().astype(np.float64) for p in self.theta]
 
     def delta_weight(self, W: Array) -> Array:
@@ -160,7 +165,10 @@ class MapAdapter(LoraAdapter):
 
 
 def dense_part(map: Map, theta: list[Array], W: Array | None) -> Dense:
-    """dW of float64's theta over W (O, I) as it is stored; ConfigError if W is needed and None."""
+    """dW (O, I) in float64, for theta in float64 and W (O, I) as stored.
+
+    ConfigError if the map reads W and W is None.
+    """
     wide = None
     if map.reads_W:
         if W is None:

@@ -6,22 +6,22 @@ A step of training forms W' = W + dW once for each layer, and its backward pass 
 
 So a method is a map, its gradient and a few facts. `Map` has them, `MapConfig` its fields:
 
-    shapes         what is trained in a layer of I inputs and O outputs
-    init           its first values
+    shapes         the tensors theta that a layer (O, I) trains
+    init           their first values
     delta          theta, W -> dW (O, I)
     pull           theta, W, G -> dL/dtheta, linear in G
-    rank_bound     the most that rank(dW) can be
-    reads_W        dW depends on W; then W is the base's own, never a sum so far
+    rank_bound     an upper bound of rank(dW)
+    reads_W        dW depends on W, which is then the base's weight without any adapter
     alone          dW multiplies W, so no other adapter of the layer can run or merge beside it
-    moves_bias     it changes the bias, too: `moved_bias`, `pull_bias`
+    moves_bias     the bias changes, too: `moved_bias`, `pull_bias`
     SHARED         tensors that all layers of a model share
 
-Everything else is `MapAdapter`'s, for all of them: training by W + dW, merging, files, counts. A
-pull is linear in G, so it is applied to each shard's G, and the gradients are added up in the order
-of the shards: the bits do not depend on the number of threads.
+`MapAdapter` does the rest for all methods: training by W + dW, merging, files, counts. It applies a
+pull to the G of each shard, and adds the gradients up in the order of the shards: the bits do not
+depend on the number of threads.
 
-theta is a tuple of arrays, the layer's own tensors first and the shared ones after them. The same
-lines compute in float32 for a step, on NumPy or CuPy, and in float64 for merging.
+theta is a sequence of arrays, first the tensors of the layer, then the shared ones. The same lines
+compute in float32 for a step, on NumPy or CuPy, and in float64 for merging.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ SET_BY_PLAN = ("fan_in_fan_out", "extra")
 
 @dataclasses.dataclass
 class MapConfig(LoraConfig):
-    """The configuration of a map: those of LoraConfig's fields that it has, and its own.
+    """The configuration of a method: some fields of LoraConfig, and those that it adds.
 
-    method       its name for --method
+    method       the method's name for --method
     title        its name in messages
-    map          its mathematics
+    map          its `Map`
     USES         the fields of LoraConfig that it has besides COMMON
-    FIXED        PEFT's fields that have one value here
-    IN_TRAINING  PEFT's fields that act in training alone, with the values that do nothing: files
-                 may have other ones, and can then be used, but not trained
-    DROPOUT      the field with the probability of dropout of the map's input, or ""
-    RULES        what its own fields must be
-    TARGETS      PEFT's choice of target_modules by type of model, where it differs from LoRA's
+    FIXED        PEFT's fields for which one value is supported, with that value
+    IN_TRAINING  PEFT's fields that act only in training, each with the value that does nothing; an
+                 adapter with another value can be used, but not trained
+    DROPOUT      the name of the field with the dropout probability of the map's input, or ""
+    RULES        the valid values of the added fields
+    TARGETS      PEFT's target_modules by model_type, where they differ from LoRA's
 
     ConfigError for a field that the method does not have.
     """
@@ -99,9 +99,9 @@ class MapConfig(LoraConfig):
 
     @classmethod
     def added_fields(cls) -> list[dataclasses.Field[Any]]:
-        """The fields of this method that LoRA does not have."""
-        of_lora = {field.name for field in dataclasses.fields(LoraConfig)}
-        return [field for field in dataclasses.fields(cls) if field.name not in of_lora]
+        """The fields of this method that LoraConfig does not have."""
+        inherited = {field.name for field in dataclasses.fields(LoraConfig)}
+        return [field for field in dataclasses.fields(cls) if field.name not in inherited]
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ class MapConfig(LoraConfig):
 
     @classmethod
     def require_known(cls, fields: Mapping[str, Any]) -> None:
-        """ConfigError if one of these fields is not this method's."""
+        """ConfigError if the method does not have one of these fields."""
         for name, value in fields.items():
             if name not in cls.field_names():
                 raise ConfigError(cls._unknown(name, value))
@@ -125,30 +125,33 @@ class MapConfig(LoraConfig):
 
     @classmethod
     def has_tensor(cls, name: str) -> bool:
-        """Can a layer have a tensor of this name, or the base's weight beside it?"""
+        """Whether an adapter's file may have a tensor of this name for a layer.
+
+        "base" is the weight of the base's layer, which a file may repeat.
+        """
         return name in cls.map.TENSORS or name == "base"
 
     @property
     def dropout(self) -> float:
-        """The probability of dropout of the map's input."""
+        """The dropout probability of the map's input."""
         return float(getattr(self, self.DROPOUT)) if self.DROPOUT else 0.0
 
     def factor(self, name: str) -> float:
-        """alpha / r of the layer `name`, for the methods that have them; 1 for the others."""
+        """The scaling of the layer `name`: alpha / r, or 1 for a method without alpha."""
         if "alpha_pattern" not in self.USES:
             return 1.0
         alpha: float = pattern_value(name, self.alpha_pattern, vars(self)["alpha"])
         return alpha / self.rank(name)
 
     def settle(self, paths: Iterable[str]) -> None:
-        """Choose what the configuration leaves open, once the adapted layers are known."""
+        """Set the fields whose defaults depend on the adapted layers `paths`."""
 
     def maps(self, layers: Layers) -> dict[str, Map]:
         """The map of each layer. ConfigError for a layer whose shape the method cannot adapt."""
         return {path: self.map(self, path, layers) for path in layers}
 
     def require_trainable(self, where: str) -> None:
-        """ConfigError if training would need what is not computed here."""
+        """ConfigError if a field asks for something in training that is not supported."""
         for name, idle in self.IN_TRAINING.items():
             value = self.extra.get(name, idle)
             if value != idle:
@@ -192,7 +195,7 @@ class MapConfig(LoraConfig):
 
     @classmethod
     def check_file(cls, config: Mapping[str, Any], where: str) -> None:
-        """ConfigError for a file whose tensors have another meaning than those of PEFT 0.21."""
+        """ConfigError for a file whose tensors mean something else than PEFT 0.21's."""
 
     def to_dict(self) -> JsonObject:
         """Every field that PEFT 0.21 writes for this method."""
@@ -211,22 +214,22 @@ class MapConfig(LoraConfig):
 
 
 class Map:
-    """theta -> dW in one layer: a subclass is a method; see the module's docstring.
+    """The map theta -> dW of one layer; each method is a subclass. See the module's docstring.
 
     O, I     outputs and inputs of the layer
     r, s     its rank and scaling, for the methods that have them
-    layers   (O, I) of all layers that the adapter has
+    layers   (O, I) of every adapted layer, by path
     """
 
     SUFFIX = ""  # ends the names of its tensors in PEFT's files, after their own
     INSIDE = ""  # follows the layer's path in these names
-    TENSORS: tuple[str, ...] = ()  # the names that a layer's own tensors can have
+    TENSORS: tuple[str, ...] = ()  # the names that tensors of a layer can have
     SHARED: tuple[str, ...] = ()
     SHARED_TRAINS = False  # whether the shared tensors are trained
     reads_W = False
-    alone = ""  # why it is alone: completes "adapter 'a' ..."
+    alone = ""  # the reason, which completes "adapter 'a' ..."; "" if other adapters can be added
     moves_bias = False
-    starts_as_base = True  # whether dW is zero at first
+    starts_as_base = True  # whether the first dW is zero
 
     def __init__(self, config: MapConfig, path: str, layers: Layers):
         self.config = config
@@ -240,7 +243,7 @@ class Map:
     # ---- what a method defines ----
 
     def shapes(self) -> dict[str, Shape]:
-        """The shapes of the layer's own tensors, by PEFT's names."""
+        """The shapes of the layer's tensors, without the shared ones, by PEFT's names."""
         raise NotImplementedError
 
     def init(self, rng: np.random.Generator) -> Sequence[Array]:
@@ -248,20 +251,20 @@ class Map:
         raise NotImplementedError
 
     def delta(self, theta: Theta, W: Array) -> Array:
-        """dW (O, I) in the dtype of theta. W (O, I) is None unless `reads_W`."""
+        """dW (O, I) in theta's dtype. W (O, I) is None unless `reads_W`."""
         raise NotImplementedError
 
     def pull(self, theta: Theta, W: Array, G: Array) -> Sequence[Array]:
-        """dL/dtheta for G = dL/dW' (O, I): one array for each tensor that trains."""
+        """dL/dtheta for G = dL/dW' (O, I): one array per trained tensor, in theta's order."""
         raise NotImplementedError
 
     # ---- what it may define ----
 
     def check(self) -> None:
-        """ConfigError for what a file may hold, and a new adapter should not."""
+        """ConfigError for values that a file may have, but a new adapter may not."""
 
     def shared_shapes(self) -> dict[str, Shape]:
-        """The shapes of the tensors SHARED."""
+        """The shapes of the tensors in SHARED, by name."""
         return {}
 
     def init_shared(self, rng: np.random.Generator) -> Sequence[Array]:
@@ -270,29 +273,29 @@ class Map:
 
     @property
     def saves_shared(self) -> bool:
-        """Are the shared tensors in the file?"""
+        """Whether the file has the shared tensors."""
         return True
 
     def moved_bias(self, theta: Theta, b: Array) -> Array:
-        """The bias (O,) that the layer has with the map."""
+        """b' (O,), the bias of the layer with the adapter."""
         return b
 
     def pull_bias(self, theta: Theta, b: Array, db: Array) -> Sequence[Array]:
-        """What dL/dtheta gains by `moved_bias` for db = dL/db' (O,)."""
+        """The part of dL/dtheta that comes through `moved_bias`, for db = dL/db' (O,)."""
         raise NotImplementedError
 
     def rank_bound(self, W: Array) -> int:
-        """The most that rank(dW) can be over W."""
+        """An upper bound of rank(dW) over W (O, I)."""
         return min(self.O, self.I)
 
     # ---- for all methods ----
 
     def file_shapes(self) -> dict[str, Shape]:
-        """The shapes of the tensors in the adapter's file."""
+        """The shapes of the layer's tensors in the adapter's file, with the shared ones."""
         return {**self.shapes(), **(self.shared_shapes() if self.saves_shared else {})}
 
     def on_device(self, like: Array, name: str) -> Array:
-        """The attribute `name`, an array on the host, where `like` is; transferred once."""
+        """The attribute `name`, an array on the host, on the device of `like`; copied once."""
         key = name, backend_of(like)
         if key not in self._places:
             self._places[key] = key[1].from_numpy(getattr(self, name))
@@ -300,7 +303,7 @@ class Map:
 
 
 def uniform_fan_in(rng: np.random.Generator, shape: Shape) -> Array:
-    """U(-1/sqrt(n), 1/sqrt(n)) in the shape (m, n): PEFT's kaiming_uniform(a = sqrt 5)."""
+    """U(-1/sqrt(n), 1/sqrt(n)) in the shape (m, n): torch's kaiming_uniform with a = sqrt 5."""
     bound = 1 / math.sqrt(shape[1])
     return rng.uniform(-bound, bound, shape)
 

@@ -1,13 +1,14 @@
-"""FourierFT: dW = alpha Re ifft2(F), of which n coefficients are trained (Gao et al. 2024).
+"""FourierFT: dW = alpha Re ifft2(F), where n coefficients of F are trained (Gao et al. 2024).
 
-F (O, I) has c_j at n random positions (u_j, v_j) and is zero elsewhere. The map is linear, so
-dc = alpha / (O I) Re fft2(G) at these positions.
+F (O, I) has c_j at n random positions (u_j, v_j) and is zero elsewhere. The map is linear, and its
+transpose gives dc = alpha / (O I) Re fft2(G) at these positions.
 
 The real part joins the coefficients of opposite frequencies k and -k, so
 
     |dW|^2 = alpha^2 / (O I) sum over k of ((F(k) + F(-k)) / 2)^2,    rank(dW) <= 2 n
 
-The positions are torch's: the first n of randperm(O I) by random_loc_seed.
+The positions are the first n of torch.randperm(O I) with the seed random_loc_seed, divided into
+rows and columns of F.
 """
 
 from __future__ import annotations
@@ -71,12 +72,12 @@ def _is_table(value: Any) -> bool:
 class FourierFTConfig(MapConfig):
     """dW = scaling Re ifft2(F) with n_frequency coefficients    Gao et al. 2024
 
-    n_frequency           coefficients of a layer
-    n_frequency_pattern   the same for names that match a pattern; the first counts
+    n_frequency           n, the coefficients of a layer
+    n_frequency_pattern   n for the layers whose names match a pattern; the first match counts
     scaling               alpha
     random_loc_seed       the seed of the positions
-    init_weights          True: coefficients are zero; False, as in PEFT: N(0, 1), so that the model
-                          with the new adapter is not the base
+    init_weights          True: c = 0; False, PEFT's default: c ~ N(0, 1), so that a new adapter
+                          changes the model's output at once
     """
 
     n_frequency: int = 1000

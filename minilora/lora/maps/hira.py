@@ -1,7 +1,7 @@
-"""HiRA: dW = W ∘ (B A), which can have any rank for r (I + O) numbers (Huang et al. 2025).
+"""HiRA: dW = W ∘ (B A), of rank up to r rank(W) for r (I + O) numbers (Huang et al. 2025).
 
-With H = G ∘ W the gradients are LoRA's for H in the place of G: dA = B^T H, dB = H A^T. The rank
-is at most r rank(W), and zeros of W stay zero.
+A (r, I), B (O, r). With H = G ∘ W in the place of G, the gradients are those of LoRA: dA = B^T H,
+dB = H A^T. Where W is 0, so is dW.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """IA3: y = l ∘ (W x + b), or W (l ∘ x) for feed-forward layers (Liu et al. 2022).
 
-W' = diag(l) W and b' = l ∘ b, or W' = W diag(l): so dW = (l - 1) ∘ W. The gradient of l is the sum
-of G ∘ W along the other axis, and for the bias b ∘ db more.
+W' = diag(l) W and b' = l ∘ b with l (O, 1), or W' = W diag(l) with l (1, I): so dW = (l - 1) ∘ W.
+dl has the row sums of G ∘ W plus b ∘ db for the bias, or the column sums of G ∘ W.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def _is_names(value: Any) -> bool:
 class IA3Config(MapConfig):
     """W' = diag(l) W and b' = l ∘ b, or W' = W diag(l)    Liu et al. 2022
 
-    feedforward_modules   endings of names, or a pattern: targets whose inputs are scaled; None:
-                          those that end in FEEDFORWARD, which is PEFT's choice
+    feedforward_modules   targets whose inputs are scaled, as endings of names or a pattern; None:
+                          those that end in FEEDFORWARD, as in PEFT
     init_ia3_weights      True: l is one; False: l ~ N(0, 1)
     """
 
@@ -113,7 +113,10 @@ class IA3Config(MapConfig):
         self._settle_names(list(paths))
 
     def _settle_names(self, paths: list[str]) -> None:
-        """Full names where those of "all-linear" are full by now: PEFT wants them among these."""
+        """Replace endings by full paths where "all-linear" did so in target_modules, as PEFT needs.
+
+        ConfigError for a name that matches none of `paths`.
+        """
         names, targets = self.feedforward_modules, self.target_modules
         if not (isinstance(names, list) and isinstance(targets, list)):
             return

@@ -1,7 +1,8 @@
 """LoHa: dW = s (A1 B1) ∘ (A2 B2), of rank r^2 for 2 r (I + O) numbers (Hyeon-Woo et al. 2022).
 
-The entrywise product of two matrices of rank r has rank r^2 at most, and reaches it. With
-P = A1 B1 and Q = A2 B2, dP = s G ∘ Q and dQ = s G ∘ P.
+A1, A2 (O, r), B1, B2 (r, I). The entrywise product of two matrices of rank r has rank at most r^2,
+and reaches it. With P = A1 B1 and Q = A2 B2, dP = s G ∘ Q and dQ = s G ∘ P. So dA1 = dP B1^T,
+dB1 = A1^T dP, dA2 = dQ B2^T and dB2 = A2^T dQ.
 """
 
 from __future__ import annotations

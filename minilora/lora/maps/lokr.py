@@ -2,8 +2,8 @@
 
 O = a b and I = c d, C (a, c), E (b, d): block (p, q) of dW is s C[p, q] E. C or E may itself be a
 product of rank r. rank(dW) = rank(C) rank(E), |dW| = s |C| |E|, and the singular values of dW are
-the products of theirs. With the blocks of G as the rows of K (a c, b d), dC = s K vec(E) and
-dE = s K^T vec(C).
+s times the products of those of C and E. With the blocks of G as the rows of K (a c, b d),
+vec(dC) = s K vec(E) and vec(dE) = s K^T vec(C), where vec joins the rows.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class LoKr(Map):
         return values
 
     def factors(self, theta: Theta) -> tuple[Array, Array, Sequence[Array], Sequence[Array]]:
-        """(C, E, the tensors of C, the tensors of E)"""
+        """(C (a, c), E (b, d), the tensors of C, the tensors of E): one tensor or two factors."""
         count = 1 + self.C_has_rank
-        of_C, of_E = theta[:count], theta[count:]
-        C = of_C[0] @ of_C[1] if self.C_has_rank else of_C[0]
-        E = of_E[0] @ of_E[1] if self.E_has_rank else of_E[0]
-        return C, E, of_C, of_E
+        C_theta, E_theta = theta[:count], theta[count:]
+        C = C_theta[0] @ C_theta[1] if self.C_has_rank else C_theta[0]
+        E = E_theta[0] @ E_theta[1] if self.E_has_rank else E_theta[0]
+        return C, E, C_theta, E_theta
 
     def delta(self, theta: Theta, W: Array) -> Array:
         C, E, _, _ = self.factors(theta)
@@ -74,21 +74,21 @@ class LoKr(Map):
         return blocks.reshape(self.O, self.I)
 
     def pull(self, theta: Theta, W: Array, G: Array) -> Sequence[Array]:
-        C, E, of_C, of_E = self.factors(theta)
+        C, E, C_theta, E_theta = self.factors(theta)
         blocks = G.reshape(self.a, self.b, self.c, self.d).transpose(0, 2, 1, 3)
         K = blocks.reshape(self.a * self.c, self.b * self.d)
         dC = self.s * (K @ E.reshape(-1)).reshape(C.shape)
         dE = self.s * (C.reshape(-1) @ K).reshape(E.shape)
-        return *chain(dC, of_C), *chain(dE, of_E)
+        return *chain(dC, C_theta), *chain(dE, E_theta)
 
     def rank_bound(self, W: Array) -> int:
-        ranks = (min(self.a, self.c), self.C_has_rank), (min(self.b, self.d), self.E_has_rank)
-        of_C, of_E = (min(full, self.r) if has_rank else full for full, has_rank in ranks)
-        return of_C * of_E
+        C_rank = min(self.a, self.c, self.r if self.C_has_rank else self.a)
+        E_rank = min(self.b, self.d, self.r if self.E_has_rank else self.b)
+        return C_rank * E_rank
 
 
 def chain(d: Array, factors: Sequence[Array]) -> tuple[Array, ...]:
-    """The gradients of the tensors whose product has the gradient d."""
+    """The gradients of one tensor, or of two factors, whose product has the gradient d."""
     if len(factors) == 1:
         return (d,)
     left, right = factors
@@ -96,9 +96,9 @@ def chain(d: Array, factors: Sequence[Array]) -> tuple[Array, ...]:
 
 
 def split(size: int, factor: int) -> tuple[int, int]:
-    """(m, n) with m n = size: m = factor if it divides, else m <= n, nearest, m at most factor.
+    """(m, n) with m n = size: m = factor if that divides size.
 
-    -1 is no limit.
+    Otherwise m is the largest divisor with m <= n and m <= factor; factor = -1 sets no limit.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
@@ -116,8 +116,9 @@ class LoKrConfig(MapConfig):
     """dW = (alpha / r) C ⊗ E    Yeh et al. 2024
 
     alpha              scaling is alpha / r
-    decompose_factor   rows and columns of C, if they divide; -1: as near to the root as possible
-    decompose_both     C is a product of rank r, too, where that is smaller
+    decompose_factor   rows and columns of C, where it divides O and I; -1: the divisor nearest to
+                       the square root
+    decompose_both     C is a product of rank r, too, where r < max(a, c) / 2; otherwise only E
     init_weights       True: C is zero; "lycoris": E is zero; False: both random
     """
 

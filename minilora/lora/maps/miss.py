@@ -1,7 +1,8 @@
 """MiSS: dW = D^T E, where E adds up every r-th input: E[j, i] = 1 if i mod r = j (Kang & Yin 2024).
 
-It is LoRA whose A is E, frozen: column i of dW is row i mod r of D (r, O). dD = E G^T. With
-init_weights = "mini" D repeats a block (r, mini_r) along the outputs.
+It is LoRA with B = D^T and a frozen A = E (r, I): column i of dW is row i mod r of D (r, O).
+dD = E G^T. With init_weights = "mini", D repeats one block (r, mini_r) along the outputs, and the
+block is trained.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class MiSS(Map):
         if self.O % self.width:
             valid = f"set mini_r to a divisor of {self.O}"
             raise refuse_shape(self, f"mini_r = {self.width} does not divide O", valid)
-        self.of_input = np.arange(self.I) % self.r
+        self.row_of_input = np.arange(self.I) % self.r
 
     def shapes(self) -> dict[str, Shape]:
         return {"miss_block": (self.r, self.width)}
@@ -41,7 +42,7 @@ class MiSS(Map):
 
     def delta(self, theta: Theta, W: Array) -> Array:
         D = backend_of(theta[0]).xp.tile(theta[0], (1, self.O // self.width))
-        return D[self.on_device(D, "of_input")].T
+        return D[self.on_device(D, "row_of_input")].T
 
     def pull(self, theta: Theta, W: Array, G: Array) -> Sequence[Array]:
         groups = -(-self.I // self.r)
@@ -61,7 +62,7 @@ class MissConfig(MapConfig):
     r              rows of D
     mini_r         columns of the block that D repeats, for init_weights="mini"
     miss_dropout   probability of dropping an element of the map's input, in training
-    init_weights   True: D is zero; "mini": the same for a D that repeats a block; False: D random
+    init_weights   True: D is zero; "mini": D repeats a block of zeros; False: D is random
     """
 
     r: int = 64

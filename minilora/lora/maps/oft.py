@@ -1,17 +1,17 @@
-"""OFT: W' = W R^T with R orthogonal by blocks, so lengths and angles of W's rows stay (Qiu et al.
-2023).
+"""OFT: W' = W R^T, R with orthogonal blocks: W's rows keep lengths and angles (Qiu et al. 2023).
 
-The k blocks R (b, b) come from skew matrices Q, of which the upper triangles are trained:
+I = k b. The k blocks of R (b, b) follow from skew matrices Q, whose upper triangles are trained:
 
     exact      R = (I - Q) (I + Q)^-1, Cayley's map: orthogonal
     Neumann    R = I + 2Q + 2Q^2 + 2Q^3 + Q^4 = (I + Q^2) (I + Q)^2, near the *inverse* rotation;
-               R^T R = (I - Q^4)^2, so it is orthogonal for small Q alone
+               R^T R = (I - Q^4)^2, so it is nearly orthogonal if Q is small
 
-Q = 0 gives W. With W = [W_1 .. W_k] by columns, dW_j = W_j (R_j - I)^T and dR_j = G_j^T W_j. The
-gradient of Q's upper triangle is N - N^T there, with N = dL/dQ as if Q's entries were free:
+Q = 0 gives W. With W = [W_1 .. W_k] by columns, dW_j = W_j (R_j - I)^T and dL/dR_j = G_j^T W_j,
+which the code calls dR. With N = dL/dQ as if all entries of Q were free, the gradient of Q's upper
+triangle is the upper triangle of N - N^T:
 
     exact      N = -(I + R)^T dR (I + Q)^-T
-    Neumann    N = sum over n of c_n sum over j < n of (Q^j)^T dR (Q^(n-1-j))^T
+    Neumann    N = sum over n of c_n sum over j < n of (Q^j)^T dR (Q^(n-1-j))^T,  R = sum c_n Q^n
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ class OFT(Map):
         return [np.zeros(shape) if is_zero else 0.1 * rng.standard_normal(shape)]
 
     def skew(self, q: Array) -> Array:
-        """Q (blocks, b, b) from its upper triangles q."""
+        """Q (blocks, b, b) from its upper triangles q (blocks, b (b - 1) / 2)."""
         rows, columns = (self.on_device(q, name) for name in ("rows", "columns"))
         Q = backend_of(q).xp.zeros((len(q), self.b, self.b), q.dtype)
         Q[:, rows, columns] = q
         return Q - Q.transpose(0, 2, 1)
 
     def turn(self, Q: Array) -> Array:
-        """R (blocks, b, b)"""
+        """R (blocks, b, b) from Q (blocks, b, b)."""
         xp = backend_of(Q).xp
         one = xp.eye(self.b, dtype=Q.dtype)
         if self.is_exact:  # the two factors commute
@@ -104,7 +104,7 @@ class OFT(Map):
         return [N[:, rows, columns] - N[:, columns, rows]]
 
     def _pull_exact(self, Q: Array, dR: Array) -> Array:
-        """-(I + R)^T dR (I + Q)^-T, where (I + Q)^T = I - Q."""
+        """N (blocks, b, b) = -(I + R)^T dR (I + Q)^-T, where (I + Q)^T = I - Q."""
         xp = backend_of(Q).xp
         one = xp.eye(self.b, dtype=Q.dtype)
         left = -(one + self.turn(Q)).transpose(0, 2, 1) @ dR
@@ -112,19 +112,19 @@ class OFT(Map):
         return xp.linalg.solve(one + Q, left.transpose(0, 2, 1)).transpose(0, 2, 1)
 
     def _pull_neumann(self, Q: Array, dR: Array) -> Array:
-        """sum_n c_n sum_(j < n) (Q^j)^T dR (Q^(n-1-j))^T, where Q^T = -Q."""
+        """N (blocks, b, b) = sum_n c_n sum_(j < n) (Q^j)^T dR (Q^(n-1-j))^T, where Q^T = -Q."""
         N = 0
-        terms = {0: dR}  # by degree n - 1: the sum over j
-        left = dR
-        for n in range(1, len(COEFFICIENTS)):
-            N = N + COEFFICIENTS[n] * terms[n - 1]
-            left = -Q @ left  # (Q^n)^T dR
-            terms[n] = terms[n - 1] @ -Q + left
+        inner = dR  # the sum over j < n, for n = 1
+        left = dR  # (Q^(n-1))^T dR
+        for c in COEFFICIENTS[1:]:
+            N = N + c * inner
+            left = -Q @ left
+            inner = inner @ -Q + left
         return N
 
 
 def nearest_divisor(size: int, wanted: int) -> int:
-    """The divisor of `size` nearest to `wanted`, the smaller of two, as PEFT takes it."""
+    """The divisor of `size` nearest to `wanted`; of two, the smaller one, as in PEFT."""
     divisors = [n for n in range(1, size + 1) if size % n == 0]
     return min(divisors, key=lambda n: (abs(n - wanted), n))
 
@@ -133,10 +133,10 @@ def nearest_divisor(size: int, wanted: int) -> int:
 class OFTConfig(MapConfig):
     """W' = W R^T, R orthogonal by blocks    Qiu et al. 2023, 2025
 
-    oft_block_size       b, which divides I; 0: r says it
-    r                    number of blocks; 0: oft_block_size says it
-    use_cayley_neumann   PEFT's polynomial in place of Cayley's map
-    block_share          one R for all blocks
+    oft_block_size       b, a divisor of I; 0: it follows from r
+    r                    k, the number of blocks; 0: it follows from oft_block_size
+    use_cayley_neumann   True: R by PEFT's polynomial; False: by Cayley's map
+    block_share          all blocks have one R
     init_weights         True: Q is zero; False: Q ~ N(0, 0.01)
     """
 
@@ -161,7 +161,7 @@ class OFTConfig(MapConfig):
     def __post_init__(self) -> None:
         blocks = self.r
         check_fields({"r": blocks}, integer_rules("r", least=0, limit=2**24))
-        self.r = 1  # LoRA's rule for it is another one
+        self.r = 1  # LoRA's rule refuses 0
         super().__post_init__()
         self.r = blocks
         if (self.r == 0) == (self.oft_block_size == 0):
@@ -187,7 +187,7 @@ class OFTConfig(MapConfig):
 
 
 def _parse_version(version: Any) -> tuple[int, ...]:
-    """(0, 18) of "0.18.1.dev0"; (0, 0) without one."""
+    """The first two numbers of a version: (0, 18) for "0.18.1.dev0"; (0, 0) if it has none."""
     parts = version.split(".") if isinstance(version, str) else []
     numbers = [int(part) for part in parts[:2] if part.isascii() and part.isdecimal()]
     return tuple(numbers) if len(numbers) == 2 else (0, 0)

@@ -1,12 +1,12 @@
-"""One vector theta (d) for a whole model, scattered over it: dW = a fixed linear map of theta.
+"""One vector theta (d,) for a whole model, scattered to D numbers of its layers: x = P theta.
 
-Each of D numbers is one entry of theta, divided by the root of how often that entry occurs. So the
-map is linear and keeps lengths: |the D numbers| = |theta|, and its gradient is a sum over the
-places of each entry.
+Each of the D numbers is one entry of theta, divided by the square root of n, the number of places
+that have this entry. So P is linear and keeps lengths, |x| = |theta|, and the gradient of an entry
+is the sum of dL/dx over its places, divided by the same root.
 
-    intrinsic dimension   the D numbers are all weights of dW (Li et al. 2018; Aghajanyan et al.
-                          2021, with another random projection)
-    Uni-LoRA              they are A and B of LoRA, layer after layer (Li et al. 2025): dW = B A
+    intrinsic dimension   x is dW of all layers (Li et al. 2018; Aghajanyan et al. 2021, with
+                          another random projection)
+    Uni-LoRA              x is A and B of all layers, without a scaling: dW = B A (Li et al. 2025)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...backend import Array, Shape, backend_of
 from ...errors import Rule, integer_rules, is_flag, is_plain_number, number_rules
 from .contract import Layers, Map, MapConfig, Theta
 
-# The order of the modules of a block, which decides what of theta a layer has.
+# The order of the modules of a block: it decides which entries of x belong to which layer.
 ORDER = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "attn.c_attn", "attn.c_proj"),
     *("gate_proj", "up_proj", "down_proj", "mlp.c_fc", "mlp.c_proj", "lm_head"),
@@ -31,9 +31,9 @@ ORDER = (
 
 @functools.lru_cache(maxsize=4)
 def scatter(count: int, d: int, seed: int) -> tuple[Array, Array]:
-    """(the entry of theta at each of `count` places, 1 / sqrt(how often it occurs) by entry).
+    """The indices (count,) into theta, and 1 / sqrt(n) (d,) for the n places of each entry.
 
-    Each entry occurs count // d times or once more; the order is NumPy's and PEFT's.
+    n is count // d or one more. NumPy's generator draws the order, as in PEFT.
     """
     rng = np.random.default_rng(seed)
     entries = np.repeat(np.arange(d), count // d)
@@ -46,14 +46,14 @@ def scatter(count: int, d: int, seed: int) -> tuple[Array, Array]:
 
 
 def module_order(path: str) -> tuple[Any, ...]:
-    """A sort key: the order in which a model's modules come, whatever the order of a file."""
+    """A sort key by which paths come in the order of a model's modules, as a file's may not."""
     numbers = [int(part) for part in path.split(".") if part.isdecimal()]
     place = next((i for i, name in enumerate(ORDER) if path.endswith(name)), len(ORDER))
     return (path.endswith("lm_head"), numbers, place, path)
 
 
 class Scattered(Map):
-    """A map whose numbers in this layer, `count(O, I)` of them, are entries of one theta."""
+    """A map with `count(O, I)` of the D numbers in this layer, after those of the layers before."""
 
     SHARED_TRAINS = True
 
@@ -69,7 +69,7 @@ class Scattered(Map):
         self.scales = scales[self.entries]
 
     def count(self, O: int, I: int) -> int:
-        """How many numbers a layer has."""
+        """How many of the D numbers a layer (O, I) has."""
         raise NotImplementedError
 
     def shapes(self) -> dict[str, Shape]:
@@ -82,12 +82,12 @@ class Scattered(Map):
         return dict.fromkeys(self.SHARED, (self.d,))
 
     def spread(self, theta: Theta) -> Array:
-        """The layer's numbers (count,)."""
+        """The layer's numbers (count,) from theta (d,)."""
         (z,) = theta
         return z[self.on_device(z, "entries")] * self.on_device(z, "scales").astype(z.dtype)
 
     def gather(self, d_numbers: Array) -> Sequence[Array]:
-        """dL/dtheta from the gradient of the layer's numbers."""
+        """[dL/dtheta (d,)] from the gradient (count,) of the layer's numbers."""
         xp = backend_of(d_numbers).xp
         parts = d_numbers * self.on_device(d_numbers, "scales").astype(d_numbers.dtype)
         sums = xp.bincount(self.on_device(parts, "entries"), parts, minlength=self.d)
@@ -126,7 +126,7 @@ class UniLora(Scattered):
         return [rng.standard_normal(self.d)]
 
     def factors(self, theta: Theta) -> tuple[Array, Array]:
-        """A (r, I), B (O, r)"""
+        """A (r, I), B (O, r), one after the other in the layer's numbers."""
         numbers = self.spread(theta)
         end = self.r * self.I
         return numbers[:end].reshape(self.r, self.I), numbers[end:].reshape(self.O, self.r)
@@ -146,10 +146,10 @@ class UniLora(Scattered):
 
 @dataclasses.dataclass
 class IntrinsicConfig(MapConfig):
-    """theta (d) scattered over all weights of dW    Aghajanyan et al. 2021; PEFT has no such method
+    """dW of all layers scattered from one theta (d)    Aghajanyan et al. 2021; not in PEFT
 
     theta_d_length   d, the numbers that train in the whole model
-    proj_seed        the seed of the places
+    proj_seed        the seed of the order
     """
 
     theta_d_length: int = 256
@@ -170,9 +170,9 @@ class UniLoraConfig(MapConfig):
     """dW = B A with A and B scattered from one theta (d)    Li et al. 2025
 
     theta_d_length       d, the numbers that train in the whole model
-    proj_seed            the seed of the places
-    init_theta_d_bound   theta starts as U(-bound, bound), so that the model is not the base
-    init_weights         False: N(0, 1) in place of that
+    proj_seed            the seed of the order
+    init_theta_d_bound   theta ~ U(-bound, bound), so that a new adapter changes the model's output
+    init_weights         False: theta ~ N(0, 1)
     unilora_dropout      probability of dropping an element of the map's input, in training
     """
 

@@ -1,7 +1,8 @@
 """VeRA: dW = diag(b) B diag(d) A, with A and B random, frozen and shared (Kopiczko et al. 2024).
 
-All layers have the first columns of one A (r, max I) and the first rows of one B (max O, r); a
-layer trains d (r) and b (O). A and B follow from projection_prng_key by torch's own numbers.
+A layer trains d (r,) and b (O,). It takes the first I columns of one A (r, max I) and the first O
+rows of one B (max O, r), which torch's random numbers by projection_prng_key give. With K = G A^T
+(O, r), dd has the column sums of diag(b) B ∘ K, and db the row sums of B diag(d) ∘ K.
 """
 
 from __future__ import annotations
@@ -40,16 +41,14 @@ class VeRA(Map):
         return rng.standard_normal(self.r), np.ones(self.O)
 
     def init_shared(self, rng: np.random.Generator) -> Sequence[Array]:
-        A, B = self.shared_shapes().values()
-        words = torch_words(
-            self.config.projection_prng_key,  # type: ignore[attr-defined]
-            math.prod(A) + math.prod(B),
-        )
-        of_A, of_B = words[: math.prod(A)], words[math.prod(A) :]
+        seed = self.config.projection_prng_key  # type: ignore[attr-defined]
+        shapes = list(self.shared_shapes().values())
+        sizes = [math.prod(shape) for shape in shapes]
+        words = torch_words(seed, sum(sizes))
         values = []
-        for shape, numbers in ((A, of_A), (B, of_B)):
-            bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
-            values.append(torch_uniform(numbers, bound).reshape(shape))
+        for shape, part in zip(shapes, np.split(words, sizes[:1]), strict=True):
+            bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))  # kaiming_uniform, a = 0
+            values.append(torch_uniform(part, bound).reshape(shape))
         return values
 
     def delta(self, theta: Theta, W: Array) -> Array:
@@ -60,9 +59,9 @@ class VeRA(Map):
         d, b, A, B = theta
         A = A[:, : self.I]
         B = B[: self.O]
-        GA = G @ A.T  # (O, r)
-        dd = (B * b[:, None] * GA).sum(axis=0)
-        db = (GA * (B * d)).sum(axis=1)
+        K = G @ A.T  # (O, r)
+        dd = (B * b[:, None] * K).sum(axis=0)
+        db = (K * (B * d)).sum(axis=1)
         return dd, db
 
     def rank_bound(self, W: Array) -> int:
@@ -77,7 +76,7 @@ class VeraConfig(MapConfig):
     save_projection       are A and B in the file? If not, they follow from the seed
     d_initial             the first value of d
     vera_dropout          probability of dropping an element of the map's input, in training
-    init_weights          True: b is zero; False: b is one and d ~ N(0, 1)
+    init_weights          True: b = 0 and d = d_initial; False: b = 1 and d ~ N(0, 1)
     """
 
     r: int = 256
