@@ -8,6 +8,7 @@ using      generate, evaluate
 chatting   generate --chat: a conversation on standard input
 files      merge, combine, inspect, diff, extract, resize, convert: files in, files out
 checking   verify, devices
+lab        lab: claims about LoRA measured
 reading    models and texts, as several commands read them
 continuing finetune --adapter: training goes on from an adapter
 options    the parser, how a value is read, and options that several commands take
@@ -38,7 +39,7 @@ from ..display import printable
 from ..errors import ConfigError, Interrupted, MiniloraError
 from ..training.ranks import Alone, Ranks, connect, launched
 from ..training.signals import HANGUP, USER
-from . import checking, files, sweep, training, using
+from . import checking, files, lab, sweep, training, using
 from .options import HelpFormatter, Parser, hyphenate, option
 from .streams import Stream, open_descriptors
 
@@ -48,6 +49,7 @@ COMMANDS = (
     *using.COMMANDS,
     *files.COMMANDS,
     *checking.COMMANDS,
+    *lab.COMMANDS,
 )
 SUCCESS, FAILED, IO = 0, 1, 4  # besides the exit codes in errors.py
 # What a rank may have of its own; the other arguments are options, alike on all ranks.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 
 from ..errors import ConfigError, shorten
 from ..formats import atomic_file
+from .panels import Panel, draw
 
 Draw = TypeVar("Draw", bound=Callable[..., None])
 
@@ -116,11 +118,11 @@ def available() -> bool:
     return not why_unavailable()
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def _save(figure: Any, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
     """Write the whole picture, or leave the file as it was."""
     path = Path(path)
     with atomic_file(path) as file:
-        figure.savefig(file, format=path.suffix[1:])
+        figure.savefig(file, format=path.suffix[1:], metadata=metadata)
 
 
 def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
@@ -409,3 +411,20 @@ def spectra(path: str | Path, layers: Mapping[str, Sequence[float] | None]) -> N
     if kinds:
         axis.legend()
     _save(figure, path)
+
+
+@_styled
+def panels(path: str | Path, title: str, content: Sequence[Panel], source: str = "") -> None:
+    """Draw the panels of an experiment side by side, under a title; see panels.py.
+
+    source   what the numbers are: it is written into the file, not into the picture
+    """
+    width = max(6.0, 3.4 * len(content))
+    figure, axes = _subplots(
+        1, len(content), figsize=(width, 3.7), squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes[0], content, strict=True):
+        draw(axis, panel)
+    lines = textwrap.wrap(title, int(15 * width))
+    figure.suptitle("\n".join(lines), fontsize=10, x=0.01, ha="left", fontweight="bold")
+    _save(figure, path, {"Software": None, "Source": source} if source else None)

@@ -1,0 +1,108 @@
+"""How many numbers LoRA trains, what they take in memory and in files, and how tasks switch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ... import nn
+from ...lora import LoraConfig, get_peft_model
+from ..costs import llama_costs
+from ..panels import Panel, bar, bars
+from ..protocol import Bench, Plan
+from ..tuning import Case, Row
+from ..verdicts import Verdict, decide, fact
+
+CLAIM = "LoRA trains 0.1 to 1 % of a model, 8 GB hold one of 7 billion, and tasks switch at once"
+SOURCE = "Hu et al. 2021, section 4.2; the worked example 3 1 6, 4 5 6, 5 9 6, 14 9 18"
+CONTROL = "after a switch to another adapter and back, every logit has the same bits"
+SECONDS = 5
+BASES = ("mid",)
+
+
+def cases(plan: Plan, rows: Sequence[Row]) -> list[Case]:
+    return [{"what": what} for what in ("example", "llama", "files")]
+
+
+def measure(bench: Bench, case: Case) -> Row:
+    if case["what"] == "llama":
+        return llama_costs(bench.base("mid"))
+    return worked_example() if case["what"] == "example" else measure_files(bench)
+
+
+def worked_example() -> Row:
+    """The worked example, by a LoRA layer; it writes y = x W, so that its W is ours transposed."""
+    model = nn.Sequential(nn.Linear(4, 3, bias=False))
+    W = np.arange(1.0, 13.0, dtype=np.float32).reshape(4, 3)
+    model[0].weight.data = W.T.copy()
+    adapted = get_peft_model(model, LoraConfig(r=1, lora_alpha=1, target_modules=["0"]))
+    values = {"lora_A": [[1, 0, -1, 2]], "lora_B": [[2], [-1], [3]]}
+    for name, p in adapted.named_parameters():
+        for key, value in values.items():
+            if key in name:
+                p.data = np.array(value, np.float32)
+    merged = adapted.merge_and_unload()[0].weight.numpy().T
+    return {"merged": merged.tolist(), "trained": 64 * (768 + 1024), "of": 768 * 1024}
+
+
+def measure_files(bench: Bench) -> Row:
+    """The files of a base and of an adapter, and the bits after a switch and back."""
+    base = bench.base("mid")
+    ids = bench.held_out("code")["report"][None, :64]
+    config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(base, config, seed=0)
+    model.add_adapter("other", config, seed=1)
+    before = model(ids).numpy()
+    model.set_adapter("other")
+    between = model(ids).numpy()
+    model.set_adapter("default")
+    after = model(ids).numpy()
+    model.delete_adapter("other")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        adapter = Path(folder, "adapter_model.safetensors").stat().st_size
+    whole = bench.base_folder("mid") / "model.safetensors"
+    same = before.tobytes() == after.tobytes()
+    is_other = bool((between != before).any())
+    return {"adapter": adapter, "base": whole.stat().st_size, "same": same, "is_other": is_other}
+
+
+def verdict(rows: Sequence[Row]) -> Verdict:
+    example, llama, files = rows
+    right = [[3, 1, 6], [4, 5, 6], [5, 9, 6], [14, 9, 18]]
+    percent = llama["percent"]
+    usual = percent["q, v, r=8"]
+    most = percent["all linear, r=64"]
+    memory = llama["weights_gb"] + max(llama["state_gb"].values())
+    share = 100 * files["adapter"] / files["base"]
+    switched = files["same"] and files["is_other"]
+    size = memory, "at most 8"
+    return decide(
+        fact("the worked example's four rows", example["merged"] == right),
+        fact("114,688 of 786,432 numbers", example["trained"] == 114688),
+        fact("percent trained, q and v, r = 8", 0.1 <= usual <= 1, usual, "0.1 to 1"),
+        fact("percent trained, all layers, r = 64", 0.1 <= most <= 1, most, "0.1 to 1"),
+        fact("GB of weights in NF4 and of all training state", memory <= 8, *size),
+        fact("an adapter's file in percent of the base's", share < 10, share, "below 10"),
+        fact("a switch and back gives the same bits", switched),
+        note="Memory is a formula, without activations; small ranks stay below 0.1 %.",
+    )
+
+
+def panels(rows: Sequence[Row]) -> list[Panel]:
+    llama = rows[1]
+    names = list(llama["percent"])
+    weights = [llama["weights_gb"]] * len(names)
+    state = [llama["state_gb"][name] for name in names]
+    labels = [name.replace(", r", "\nr") for name in names]
+    share = bar("", list(llama["percent"].values()))
+    parts = [bar("weights in NF4", weights), bar("adapter, gradient, moments", state)]
+    levels = {"claimed at least": 0.1, "claimed at most": 1.0}
+    title = "Trained numbers of Llama-2-7B"
+    return [
+        bars(title, "percent of all", labels, [share], levels=levels, log="y"),
+        bars("Memory by formula", "GB", labels, parts, levels={"claimed": 8.0}),
+    ]

@@ -1,0 +1,181 @@
+"""Experiments run: cases that are missing go to a pool, rows come to a verdict and a picture."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..display import printable
+from ..errors import MiniloraError
+from ..formats.disk import JsonObject
+from ..progress import progress_bar
+from ..training.pool import Pool, completed
+from ..training.sweep import describe_failure
+from . import plots
+from .experiments import EXPERIMENTS
+from .protocol import Bench, Plan
+from .store import Store, rows_in_order
+from .tuning import Case, Row, best_rate, is_at_edge, rates_of
+from .verdicts import describe_part
+
+
+class Work(NamedTuple):
+    """A case for a worker: everything that it needs, wherever it runs. No case: a base."""
+
+    folder: str
+    plan: Plan
+    name: str
+    case: Case | None
+
+
+class Outcome(NamedTuple):
+    """What an experiment came to; `results` is None unless all of its cases were measured."""
+
+    results: JsonObject | None
+    failures: dict[str, JsonObject]
+    measured: int
+
+
+def measure(work: Work) -> tuple[Row, float]:
+    """(result, seconds) of a case; it depends on the case and the plan alone."""
+    begun = time.perf_counter()
+    bench = _bench(work.folder, work.plan)
+    if work.case is None:
+        bench.make_base(work.name)
+        return {}, time.perf_counter() - begun
+    result = EXPERIMENTS[work.name].measure(bench, work.case)
+    return result, time.perf_counter() - begun
+
+
+@functools.cache
+def _bench(folder: str, plan: Plan) -> Bench:
+    """One bench per process: it keeps the bases in memory."""
+    return Bench(folder, plan)
+
+
+def run_experiment(
+    name: str,
+    store: Store,
+    plan: Plan,
+    pool: Pool,
+    stopped: Sequence[int] = (),
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Measure the cases that the store lacks, and write results and picture once all are there.
+
+    A case that fails is reported, and the others go on: the next run tries it again. As soon as
+    `stopped` has an item the running cases are asked to end.
+    """
+    experiment = EXPERIMENTS[name]
+    failures: dict[str, JsonObject] = {}
+    measured = 0
+    folder = str(store.folder)
+    bench = _bench(folder, plan)
+    bases = [base for base in experiment.BASES if not bench.base_folder(base).exists()]
+    works = [Work(folder, plan, base, None) for base in bases]
+    for work, future in completed(pool, measure, works, stopped):
+        error = future.exception()
+        if error is not None:
+            failures[f"base {work.name}"] = _failure(error)
+    with progress_bar(desc=name, unit="case", dynamic_ncols=True) as bar:
+        while not failures and not stopped:
+            rows, missing = _look(experiment, store, name, plan)
+            bar.total = len(rows) + len(missing)
+            bar.n = len(rows)
+            bar.refresh()
+            if not missing:
+                return Outcome(_finish(experiment, store, name, rows, say), {}, measured)
+            works = [Work(folder, plan, name, case) for case in missing]
+            for work, future in completed(pool, measure, works, stopped):
+                case = work.case or {}
+                try:
+                    result, seconds = future.result()
+                    store.write_case(name, case, result, seconds)
+                except Exception as error:
+                    failures[str(case)] = _failure(error)
+                else:
+                    measured += 1
+                    bar.update()
+    return Outcome(None, failures, measured)
+
+
+def _failure(error: BaseException) -> JsonObject:
+    """The failure in short; an error that nobody foresaw is printed whole, with its place."""
+    if not isinstance(error, MiniloraError | OSError | MemoryError | BrokenExecutor):
+        traceback.print_exception(error)
+    return describe_failure(error)
+
+
+def _look(experiment: Any, store: Store, name: str, plan: Plan) -> tuple[list[Row], list[Case]]:
+    """(rows, cases to measure): which cases are wanted may depend on rows that are there."""
+    rows: list[Row] = []
+    while True:
+        cases = experiment.cases(plan, rows)
+        known, missing = rows_in_order(store, name, cases)
+        if missing or len(known) == len(rows):
+            return known, missing
+        rows = known
+
+
+def _finish(
+    experiment: Any, store: Store, name: str, rows: Sequence[Row], say: Callable[[str], None]
+) -> JsonObject:
+    verdict = experiment.verdict(rows)
+    results: JsonObject = {
+        "experiment": name,
+        "claim": experiment.CLAIM,
+        "source": experiment.SOURCE,
+        "control": experiment.CONTROL,
+        "made_with": store.surroundings(),
+        "rows": list(rows),
+        "rates": summarize_rates(rows),
+        **verdict,
+        "panels": experiment.panels(rows),
+    }
+    draw_results(store.write_results(name, results), results, store.picture_file(name), say)
+    return results
+
+
+def summarize_rates(rows: Sequence[Row]) -> JsonObject:
+    """For each tuned arm its best rate, the rates measured, and whether the best is at an edge."""
+    arms = dict.fromkeys(row["arm"] for row in rows if "lr" in row and "tune" in row)
+    return {
+        arm: {
+            "best": best_rate(rows, arm),
+            "measured": rates_of(rows, arm),
+            "is_at_edge": is_at_edge(rows, arm),
+        }
+        for arm in arms
+    }
+
+
+def draw_results(
+    source: Path, results: JsonObject, picture: Path, say: Callable[[str], None]
+) -> None:
+    """Draw the panels of results into a PNG that names the checksum of its results' file."""
+    reason = plots.why_unavailable()
+    if reason:
+        say(f"(no picture: {reason})")
+        return
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    plots.panels(picture, title_of(results), results["panels"], digest)
+
+
+def title_of(results: JsonObject) -> str:
+    """What a picture says first: the claim, and the verdict on it."""
+    return f"{results['claim']} \N{EM DASH} {results['verdict']}"
+
+
+def describe_results(results: JsonObject) -> list[str]:
+    """The verdict and its parts, a line each."""
+    lines = [f"{results['experiment']}: {results['verdict']}"]
+    lines += [f"  {printable(describe_part(part))}" for part in results["parts"]]
+    if results["note"]:
+        lines.append(f"  {printable(results['note'])}")
+    return lines

@@ -1,0 +1,12 @@
+"""A quick bench that all tests of the laboratory share: its bases and fits are made once."""
+
+from __future__ import annotations
+
+import pytest
+
+from minilora.lab.protocol import Bench, Plan
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory):
+    return Bench(tmp_path_factory.mktemp("lab"), Plan(quick=True))
