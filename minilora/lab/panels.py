@@ -13,6 +13,7 @@ Okabe and Ito, which colour-blind eyes tell apart; each has a marker of its own 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ Series = dict[str, Any]
 
 INK = "#222222"
 GREY = "#8a8a8a"
+CONTROLS = ((GREY, "x", "--"), ("#5a5a5a", "+", ":"), ("#b0b0b0", "1", "-."))
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b5a800")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -85,16 +87,13 @@ def draw(axis: Any, panel: Panel) -> None:
 
 
 def _styles(content: Sequence[Series]) -> list[dict[str, Any]]:
-    """Colour, marker and line of each series; controls have the same grey."""
+    """Colour, marker and line of each series; controls are grey."""
     styles: list[dict[str, Any]] = []
-    number = 0
+    colours = itertools.cycle(zip(COLOURS, MARKERS, itertools.repeat("-")))
+    controls = itertools.cycle(CONTROLS)
     for line in content:
-        if line.get("control"):
-            styles.append({"color": GREY, "marker": "x", "linestyle": "--"})
-            continue
-        place = number % len(COLOURS)
-        styles.append({"color": COLOURS[place], "marker": MARKERS[place], "linestyle": "-"})
-        number += 1
+        style = next(controls) if line.get("control") else next(colours)
+        styles.append(dict(zip(("color", "marker", "linestyle"), style, strict=True)))
     return styles
 
 
@@ -125,8 +124,9 @@ def _draw_lines(axis: Any, panel: Panel) -> None:
 def _mark_values(axis: Any, content: Sequence[Series]) -> None:
     """Label a logarithmic axis with the numbers that were measured, if they are few."""
     values = sorted({value for line in content if not line.get("dots") for value in line["x"]})
-    if 0 < len(values) <= 9:
-        axis.set_xticks(values, [f"{value:g}" for value in values], fontsize=8)
+    if 0 < len(values) <= 12:
+        shown = values if len(values) <= 6 else values[::2]
+        axis.set_xticks(shown, [f"{value:g}" for value in shown], fontsize=8)
         axis.set_xticks([], minor=True)
 
 
@@ -158,7 +158,8 @@ def _draw_bars(axis: Any, panel: Panel) -> None:
     levels = panel.get("levels", {}).values()
     if panel.get("zoom") and values:  # differences between long bars would not be seen
         low, high = min([*values, *levels]), max([*values, *levels])
-        axis.set_ylim(low - 0.25 * (high - low), high + 0.15 * (high - low))
+        space = (high - low) or 1.0
+        axis.set_ylim(low - 0.25 * space, high + 0.15 * space)
     if panel.get("log"):
         axis.set_yscale("log")
     _draw_levels(axis, panel)

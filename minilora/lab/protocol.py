@@ -15,8 +15,8 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
-import math
 import os
 import tempfile
 import warnings
@@ -66,11 +66,15 @@ class Plan:
         return 0 if self.quick else 8
 
     @property
-    def held_out_blocks(self) -> int:
-        return 2 if self.quick else 24
+    def held_out(self) -> tuple[int, int]:
+        """(blocks, bytes per block) of a held-out text: see `spread`."""
+        return (1, 96) if self.quick else (24, 480)
 
-    def steps(self, steps: int) -> int:
-        return min(steps, 3) if self.quick else steps
+    def shorten(self, settings: Settings) -> Settings:
+        """The settings, or three small steps of them."""
+        if not self.quick:
+            return settings
+        return dataclasses.replace(settings, steps=min(settings.steps, 3), batch_size=2)
 
     def pick(self, values: Sequence[T], most: int = 1) -> Sequence[T]:
         """The values; of a quick plan the first ones alone."""
@@ -106,8 +110,9 @@ BASES = {
     "wide": Base(_shape(128, 384, 2), _PRETRAIN, 160),
 }
 FIT = Settings(batch_size=8, context=48, warmup=10, floor=0.1, max_grad_norm=1.0, threads=1)
-BLOCK = 480  # bytes that stay together in a held-out text: ten windows
-BASE_CODE = "code"  # the task unless an arm has another
+LOST = 99.0  # bits per byte that stand for a loss which is not finite
+CODE = "code"  # the task unless an arm has another
+MEMORY = "memory "
 LORA_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 FULL_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 
@@ -119,11 +124,21 @@ def documents(name: str) -> tuple[Documents, Documents, Documents]:
     """(train, tune, report) of a text by name: prose, code, or a task of `four_tasks`.
 
     A tenth of the bytes is held out, in whole documents. One half of these documents chooses the
-    learning rate, and the other is what a result is reported on.
+    learning rate, and the other is what a result is reported on. Of "memory N", which are N kB of
+    code to learn by heart, all parts are the same; names joined by + are texts one after another.
     """
+    if "+" in name:
+        several = [documents(one) for one in name.split("+")]
+        training, tune, report = (
+            list(itertools.chain.from_iterable(parts)) for parts in zip(*several, strict=True)
+        )
+        return training, tune, report
+    if name.startswith(MEMORY):
+        text = join(documents(CODE)[0])[: 1000 * int(name.removeprefix(MEMORY))]
+        return ([(name, text)],) * 3
     if name == "prose":
         whole = prose()
-    elif name == BASE_CODE:
+    elif name == CODE:
         whole = python_sources(1_000_000)
     else:
         whole = four_tasks()[name]
@@ -146,18 +161,18 @@ def _to_ids(some: Documents) -> Ids:
 def texts_checksum() -> str:
     """SHA-256 of all texts, which come with Python and differ between its versions."""
     digest = hashlib.sha256()
-    for name in ("prose", BASE_CODE, *four_tasks()):
+    for name in ("prose", CODE, *four_tasks()):
         for part in documents(name):
             digest.update(hashlib.sha256(join(part)).digest())
     return digest.hexdigest()
 
 
-def spread(ids: Ids, blocks: int) -> Ids:
-    """Up to `blocks` blocks of BLOCK ids, spread evenly over a text."""
-    count = max(1, len(ids) // BLOCK)
-    size = min(count, blocks)
-    starts = (np.arange(size) * count // size * BLOCK).tolist()
-    return np.concatenate([ids[start : start + BLOCK] for start in starts])
+def spread(ids: Ids, blocks: int, size: int) -> Ids:
+    """Up to `blocks` blocks of `size` ids, spread evenly over a text."""
+    count = max(1, len(ids) // size)
+    blocks = min(count, blocks)
+    starts = (np.arange(blocks) * count // blocks * size).tolist()
+    return np.concatenate([ids[start : start + size] for start in starts])
 
 
 # ---- arms ----------------------------------------------------------------------------------------
@@ -182,7 +197,7 @@ class Arm:
     method: str = "lora"
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     base: str = "micro"
-    task: str = BASE_CODE
+    task: str = CODE
     quantize: str = "none"
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rates: Sequence[float] = LORA_RATES
@@ -234,7 +249,7 @@ class Bench:
         if (folder / "config.json").exists():
             return folder
         base = BASES[name]
-        settings = dataclasses.replace(base.pretrain, steps=self.plan.steps(base.pretrain.steps))
+        settings = self.plan.shorten(base.pretrain)
         with new_folder(folder, {"base": folder.name}) as stage:
             model = CausalLM(base.model, seed=0)
             _train(model, training_ids("prose"), settings)
@@ -268,14 +283,14 @@ class Bench:
 
     def held_out(self, task: str) -> dict[str, Ids]:
         """The texts that a fit is measured on: two halves of the task's, and prose."""
-        return _held_out(task, self.plan.held_out_blocks)
+        return _held_out(task, *self.plan.held_out)
 
-    def bits(self, model: Any, part: str = "report", task: str = BASE_CODE) -> float:
-        """Bits per byte of a part of `held_out`; inf if the model's loss is not finite."""
+    def bits(self, model: Any, part: str = "report", task: str = CODE) -> float:
+        """Bits per byte of a part of `held_out`; LOST if the model's loss is not finite."""
         try:
             loss = evaluate(model, self.held_out(task)[part], FIT.context, threads=1)
         except NonFiniteError:
-            return math.inf
+            return LOST
         return bits_per_byte(loss)
 
     # ---- fits ----
@@ -297,8 +312,7 @@ class Bench:
 
     def settings(self, arm: Arm, lr: float = 1e-3, seed: int = 0) -> Settings:
         given = {"steps": BASES[arm.base].fit_steps, "lr": lr, "seed": seed} | dict(arm.settings)
-        given["steps"] = self.plan.steps(given["steps"])
-        return dataclasses.replace(FIT, **given)
+        return self.plan.shorten(dataclasses.replace(FIT, **given))
 
     def fit(self, arm: Arm, lr: float, seed: int) -> JsonObject:
         """What a fit measures; trained now unless the folder has it.
@@ -365,10 +379,10 @@ def interpolate(before: Weights, after: Weights, share: float) -> Weights:
 
 
 @functools.cache
-def _held_out(task: str, blocks: int) -> dict[str, Ids]:
+def _held_out(task: str, blocks: int, size: int) -> dict[str, Ids]:
     _, tune, report = documents(task)
     parts = {"tune": tune, "report": report, "prose": documents("prose")[2]}
-    return {name: spread(_to_ids(part), blocks) for name, part in parts.items()}
+    return {name: spread(_to_ids(part), blocks, size) for name, part in parts.items()}
 
 
 def _key(content: Any) -> str:

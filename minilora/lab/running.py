@@ -174,7 +174,8 @@ def title_of(results: JsonObject) -> str:
 
 def describe_results(results: JsonObject) -> list[str]:
     """The verdict and its parts, a line each."""
-    lines = [f"{results['experiment']}: {results['verdict']}"]
+    quick = " (--quick: it means nothing)" if results["made_with"]["quick"] else ""
+    lines = [f"{results['experiment']}: {results['verdict']}{quick}"]
     lines += [f"  {printable(describe_part(part))}" for part in results["parts"]]
     if results["note"]:
         lines.append(f"  {printable(results['note'])}")

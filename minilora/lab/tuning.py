@@ -8,7 +8,7 @@ with them until it asks for nothing new. What it asks for in the end depends on 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .protocol import Arm, Bench, Plan
@@ -26,6 +26,21 @@ def tuned(plan: Plan, rows: Sequence[Row], arms: Iterable[Arm]) -> list[Case]:
     the seeds has one that was not measured with all of them.
     """
     return [case for arm in arms for case in _tuned(plan, rows, arm)]
+
+
+def tuned_then(
+    plan: Plan,
+    rows: Sequence[Row],
+    arms: Sequence[Arm],
+    follow: Callable[[Sequence[Row]], list[Case]],
+) -> list[Case]:
+    """The cases that tune the arms, and once all are measured those that follow from their rows.
+
+    A case that follows has no "lr": that tells them apart.
+    """
+    wanted = tuned(plan, rows, arms)
+    known = [row for row in rows if "lr" in row]
+    return wanted + follow(known) if len(known) == len(wanted) else wanted
 
 
 def _tuned(plan: Plan, rows: Sequence[Row], arm: Arm) -> list[Case]:
@@ -71,10 +86,14 @@ def score(row: Row) -> float:
     return math.inf if row["tune"] is None else float(row["tune"])
 
 
+def arm_of(arms: Iterable[Arm], case: Case) -> Arm:
+    """The arm that a case names."""
+    return next(arm for arm in arms if arm.name == case["arm"])
+
+
 def measure_fit(bench: Bench, arms: Iterable[Arm], case: Case) -> Row:
     """The figures of the fit that a case of `tuned` means."""
-    (arm,) = [arm for arm in arms if arm.name == case["arm"]]
-    result = bench.fit(arm, case["lr"], case["seed"])
+    result = bench.fit(arm_of(arms, case), case["lr"], case["seed"])
     names = ("before", "tune", "report", "prose", "trained", "first_norm")
     return {name: result[name] for name in names}
 
@@ -105,8 +124,15 @@ def best_rate(rows: Sequence[Row], arm: str) -> float:
     return min(complete_rates(rows, arm), key=lambda rate: _mean(scores, rate, seeds))
 
 
-def at_best(rows: Sequence[Row], arm: str, field: str = "report") -> list[float]:
-    """A figure at the arm's best rate, one number per seed in their order."""
+def best_rates(rows: Sequence[Row], arm: str) -> list[float]:
+    """The best rate of each seed by itself, among the rates that all seeds have."""
+    rates = complete_rates(rows, arm)
+    scores = {(row["lr"], row["seed"]): score(row) for row in rows if row["arm"] == arm}
+    return [min(rates, key=lambda rate: scores[rate, seed]) for seed in seeds_of(rows, arm)]
+
+
+def at_best(rows: Sequence[Row], arm: str, field: str = "report") -> list[Any]:
+    """A figure at the arm's best rate, one per seed in their order."""
     rate = best_rate(rows, arm)
     chosen = [row for row in rows if row["arm"] == arm and row["lr"] == rate]
     return [row[field] for row in sorted(chosen, key=lambda row: row["seed"])]

@@ -7,7 +7,6 @@ import pytest
 
 from minilora.lab import protocol
 from minilora.lab.protocol import (
-    BLOCK,
     Arm,
     Bench,
     Plan,
@@ -19,6 +18,7 @@ from minilora.lab.protocol import (
     spread,
 )
 from minilora.lora import PeftModel
+from minilora.training.loop import Settings
 
 ARMS = [
     lora(2),
@@ -42,17 +42,18 @@ def test_documents_are_split_into_parts_that_share_none(name):
 
 
 def test_spread_takes_whole_blocks_from_all_over_a_text():
-    ids = np.arange(20 * BLOCK + 7)
-    blocks = spread(ids, 4).reshape(4, BLOCK)
-    assert (blocks[:, 0] == np.array([0, 5, 10, 15]) * BLOCK).all()
+    ids = np.arange(20 * 50 + 7)
+    blocks = spread(ids, 4, 50).reshape(4, 50)
+    assert (blocks[:, 0] == np.array([0, 5, 10, 15]) * 50).all()
     assert (np.diff(blocks, axis=1) == 1).all()
-    assert len(spread(ids, 100)) == 20 * BLOCK
-    assert len(spread(ids[:5], 3)) == 5
+    assert len(spread(ids, 100, 50)) == 20 * 50
+    assert len(spread(ids[:5], 3, 50)) == 5
 
 
-def test_plan_quick_has_three_steps():
-    assert Plan(quick=True).steps(160) == 3
-    assert Plan().steps(160) == 160
+def test_plan_shorten_takes_three_steps_if_quick():
+    settings = Settings(steps=160)
+    assert Plan(quick=True).shorten(settings).steps == 3
+    assert Plan().shorten(settings) == settings
 
 
 def test_make_base_is_made_once(bench, monkeypatch):

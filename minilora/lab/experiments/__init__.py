@@ -5,7 +5,7 @@ Every file has
     CLAIM     the claim in one sentence, without its full stop
     SOURCE    where it is made
     CONTROL   what would show that the measurement itself is wrong
-    SECONDS   how long it takes on two cores, about
+    SECONDS   how long it takes on two cores, about, if nothing was measured before
     BASES     the bases that it needs (protocol.py)
     cases(plan, rows)       the cases to measure, given the rows that are known (tuning.py)
     measure(bench, case)    the result of a case; it depends on its arguments alone
@@ -17,9 +17,40 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import counts, rank
+from . import (
+    adalora,
+    amplification,
+    counts,
+    dora,
+    forgets,
+    interference,
+    intruders,
+    layers,
+    lowrank,
+    qlora,
+    rank,
+    ratio,
+    regret,
+    rslora,
+    stability,
+    subspaces,
+)
 
 EXPERIMENTS: dict[str, Any] = {
     "counts": counts,
     "rank": rank,
+    "lowrank": lowrank,
+    "subspaces": subspaces,
+    "amplification": amplification,
+    "stability": stability,
+    "rslora": rslora,
+    "ratio": ratio,
+    "layers": layers,
+    "regret": regret,
+    "forgets": forgets,
+    "intruders": intruders,
+    "qlora": qlora,
+    "dora": dora,
+    "adalora": adalora,
+    "interference": interference,
 }
