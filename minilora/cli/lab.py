@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,19 +81,26 @@ def _run_all(names: Sequence[str], store: Any, plan: Any, pool: Pool, stopped: l
     from ..lab.running import describe_results, run_experiment
 
     failures = {}
-    for number, name in enumerate(names):
-        outcome = run_experiment(name, store, plan, pool, stopped)
+    begun = time.monotonic()
+    expected = 0.0  # seconds of what was measured in this run
+    for number, name in enumerate(names, 1):
+        title = f"{name} ({number} of {len(names)})"
+        outcome = run_experiment(name, store, plan, pool, stopped, title=title)
         if stopped:
             text = f"{signal.Signals(stopped[0]).name}: stopped in experiment {name}"
             raise Interrupted(f"{text}; the same command goes on", stopped[0])
         failures.update(outcome.failures)
+        if outcome.measured:
+            expected += EXPERIMENTS[name].SECONDS
         if outcome.results is None:
             continue
         seconds = sum(store.seconds(name).values())
-        left = sum(EXPERIMENTS[other].SECONDS for other in names[number + 1 :])
         print("\n".join(describe_results(outcome.results)))
-        rest = "" if plan.quick or not left else f"; about {left / 60:.0f} minutes are left"
-        print(printable(f"  {seconds:.0f} s of all cases -> {store.results_file(name)}{rest}"))
+        print(printable(f"  {seconds:.0f} s of all cases -> {store.results_file(name)}"))
+        left = sum(EXPERIMENTS[other].SECONDS for other in names[number:])
+        if left and not plan.quick:
+            speed = (time.monotonic() - begun) / expected if expected else 1.0
+            print(f"  about {max(1, round(left * speed / 60))} minutes are left")
     if failures:
         case, first = next(iter(failures.items()))
         raise SweepError(

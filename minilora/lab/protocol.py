@@ -29,7 +29,7 @@ import numpy as np
 from ..data.batches import Ids
 from ..data.texts import Documents, four_tasks, join, prose, python_sources, split_documents
 from ..data.tokenizer import ByteTokenizer
-from ..errors import LockError, NonFiniteError
+from ..errors import NonFiniteError
 from ..formats import load_file, read_json, save_file, write_json
 from ..formats.disk import JsonObject
 from ..formats.folders import new_folder
@@ -259,9 +259,7 @@ class Bench:
     def base(self, name: str) -> CausalLM:
         """A copy of the base, whose weights nobody else changes."""
         if name not in self._bases:
-            # A test, or another process, may be making it at this moment.
-            with contextlib.suppress(LockError):
-                self.make_base(name)
+            self.make_base(name)
             model = CausalLM.from_pretrained(self.base_folder(name))
             self._bases[name] = {key: p.numpy() for key, p in model.named_parameters()}
         return self.model_with(name, self._bases[name])

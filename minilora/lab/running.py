@@ -66,11 +66,12 @@ def run_experiment(
     pool: Pool,
     stopped: Sequence[int] = (),
     say: Callable[[str], None] = print,
+    title: str = "",
 ) -> Outcome:
     """Measure the cases that the store lacks, and write results and picture once all are there.
 
     A case that fails is reported, and the others go on: the next run tries it again. As soon as
-    `stopped` has an item the running cases are asked to end.
+    `stopped` has an item the running cases are asked to end. `title` is that of the progress bar.
     """
     experiment = EXPERIMENTS[name]
     failures: dict[str, JsonObject] = {}
@@ -83,7 +84,7 @@ def run_experiment(
         error = future.exception()
         if error is not None:
             failures[f"base {work.name}"] = _failure(error)
-    with progress_bar(desc=name, unit="case", dynamic_ncols=True) as bar:
+    with progress_bar(desc=title or name, unit="case", dynamic_ncols=True) as bar:
         while not failures and not stopped:
             rows, missing = _look(experiment, store, name, plan)
             bar.total = len(rows) + len(missing)

@@ -51,10 +51,15 @@ def test_experiment_says_what_it_measures(name):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiment_quick_comes_to_a_verdict(name, bench):
+def test_experiment_quick_comes_to_a_verdict(name, bench, monkeypatch):
     experiment = EXPERIMENTS[name]
+    bases = set()
+    make = bench.make_base
+    monkeypatch.setattr(bench, "make_base", lambda base: bases.add(base) or make(base))
+    monkeypatch.setattr(bench, "_bases", {})
     with one_blas_thread():  # as in a pool
         rows = rows_of(experiment, bench)
+    assert bases <= set(experiment.BASES)  # which the runner makes before the cases
     verdict = experiment.verdict(rows)
     assert verdict["verdict"] in VERDICTS
     assert len(verdict["parts"]) >= 2

@@ -3,7 +3,7 @@
 Every file has
 
     CLAIM     the claim in one sentence, without its full stop
-    SOURCE    where it is made
+    SOURCE    where it is made; "checked": the place was compared with the paper
     CONTROL   what would show that the measurement itself is wrong
     SECONDS   how long it takes on two cores, about, if nothing was measured before
     BASES     the bases that it needs (protocol.py)

@@ -11,7 +11,7 @@ from ..tuning import Case, Row
 from ..verdicts import Verdict, decide, fact
 
 CLAIM = "LoRA trains 0.1 to 1 % of a model, 8 GB hold one of 7 billion, and tasks switch at once"
-SOURCE = "Hu et al. 2021, section 4.2; the worked example 3 1 6, 4 5 6, 5 9 6, 14 9 18"
+SOURCE = "Hu et al. 2021, section 4.2; the worked example is by hand"
 CONTROL = "after a switch to another adapter and back, every logit has the same bits"
 SECONDS = 5
 BASES = ("mid",)

@@ -15,7 +15,7 @@ from ..verdicts import Verdict, decide, judge
 CLAIM = (
     "LoRA moves length and direction together; full training and DoRA move them against each other"
 )
-SOURCE = "Liu et al. 2024, figure 2"
+SOURCE = "Liu et al. 2024, figure 2 (checked)"
 CONTROL = "random dW of LoRA's norm, of rank 8 and of full rank"
 SECONDS = 60
 BASES = ("micro",)

@@ -11,7 +11,7 @@ from ..tuning import Case, Row, arm_of, differences
 from ..verdicts import Verdict, decide, judge
 
 CLAIM = "LoRA learns less and forgets less"
-SOURCE = "Biderman et al. 2024, figures 1 to 3; section 4.3: both lie on one curve"
+SOURCE = "Biderman et al. 2024, figures 1 to 3 (checked); section 4.3: both are on one curve"
 CONTROL = "full training of the adapted layers, scaled back along W + share dW like LoRA"
 SECONDS = 150
 BASES = ("micro",)

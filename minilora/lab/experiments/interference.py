@@ -21,7 +21,7 @@ from ..tuning import (
 from ..verdicts import Verdict, decide, judge
 
 CLAIM = "One adapter serves several tasks as well as one adapter for each task"
-SOURCE = "said of adapters in tutorials; Ilharco et al. 2023 for sums"
+SOURCE = "said in courses on LoRA; Ilharco et al. 2023 for sums (not checked)"
 CONTROL = "the base itself; equal rank beside equal numbers of parameters"
 SECONDS = 300
 BASES = ("micro",)

@@ -11,7 +11,7 @@ from ..tuning import Case, Row, arm_of, at_best, differences, mean, measure_fit,
 from ..verdicts import Verdict, decide, judge
 
 CLAIM = "LoRA makes intruder directions, full training makes none, and they cause the forgetting"
-SOURCE = "Shuttleworth et al. 2024; figure 8 scales them"
+SOURCE = "Shuttleworth et al. 2024 (not checked); figure 8 scales them"
 CONTROL = "as many other directions scaled, and all of dW scaled"
 SECONDS = 250
 BASES = ("mid",)

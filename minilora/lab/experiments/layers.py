@@ -13,7 +13,7 @@ from ..tuning import Case, Row, at_best, differences, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, interval, judge
 
 CLAIM = "Adapters belong into the queries and values of attention"
-SOURCE = "Hu et al. 2021, table 5; against it Schulman 2025: all layers, the MLP's first"
+SOURCE = "Hu et al. 2021, table 5 (checked); against it Schulman 2025: all layers, the MLP first"
 CONTROL = "as many of the block's layers as q and v, drawn at random"
 SECONDS = 120
 BASES = ("micro",)

@@ -13,7 +13,7 @@ from ..tuning import Case, Row, arm_of, at_best, differences, mean, measure_fit,
 from ..verdicts import Verdict, decide, judge
 
 CLAIM = "The change that full training makes has a low rank"
-SOURCE = "Hu et al. 2021, section 1; Biderman et al. 2024, section 4.5 and figure 6, denies it"
+SOURCE = "said in courses; Biderman et al. 2024, section 4.5, figure 6 (checked), denies it"
 CONTROL = "dW in as many directions drawn at random; LoRA trained at the rank that dW is cut to"
 SECONDS = 200
 BASES = ("mid",)

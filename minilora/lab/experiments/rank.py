@@ -10,7 +10,7 @@ from ..tuning import Case, Row, at_best, curve, differences, mean, measure_fit, 
 from ..verdicts import Verdict, decide, interval, judge
 
 CLAIM = "LoRA of rank 1 learns nearly as much as full training"
-SOURCE = "Hu et al. 2021, table 6: flat from r = 1; footnote 6 excepts another language"
+SOURCE = "Hu et al. 2021, table 6 (checked): flat from r = 1; footnote 6 excepts another language"
 CONTROL = "full training of the same layers"
 SECONDS = 90
 BASES = ("micro",)

@@ -14,7 +14,7 @@ from ..tuning import Case, Row, at_best, differences, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, judge
 
 CLAIM = "LoRA+: B should learn faster than A, by a ratio that grows with the width"
-SOURCE = "Hayou et al. 2024"
+SOURCE = "Hayou et al. 2024 (not checked)"
 CONTROL = "equal rates of A and B, which are plain LoRA"
 SECONDS = 420
 BASES = ("narrow", "micro", "wide")

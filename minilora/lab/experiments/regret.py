@@ -21,7 +21,7 @@ from ..tuning import (
 from ..verdicts import Verdict, decide, judge
 
 CLAIM = "LoRA's best rate is ten times that of full training at any rank, and it learns what fits"
-SOURCE = "Schulman 2025, LoRA Without Regret"
+SOURCE = "Schulman 2025, LoRA Without Regret (not checked)"
 CONTROL = "full training of the same layers"
 SECONDS = 400
 BASES = ("micro",)

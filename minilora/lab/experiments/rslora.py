@@ -12,7 +12,7 @@ from ..tuning import Case, Row, mean
 from ..verdicts import Verdict, decide, fact, judge
 
 CLAIM = "Divided by the root of the rank, LoRA's gradient has one size at all ranks"
-SOURCE = "Kalajdzievski 2023, theorem 3.2"
+SOURCE = "Kalajdzievski 2023 (not checked)"
 CONTROL = "rsLoRA with alpha is LoRA with alpha times the root of r, bit for bit"
 SECONDS = 15
 BASES = ("micro",)
