@@ -65,7 +65,10 @@ def heat(
     values: Sequence[Sequence[Any]],
     **others: Any,
 ) -> Panel:
-    """A table with colours. others: x and y, what columns and rows are; digits behind the point."""
+    """A table with colours.
+
+    others   x and y: what columns and rows are; digits behind the point; limits of the colours
+    """
     table = [list(row) for row in values]
     return {
         "kind": "heat",
@@ -154,15 +157,17 @@ def _draw_bars(axis: Any, panel: Panel) -> None:
         )
     axis.set_xticks(range(len(panel["labels"])), panel["labels"], fontsize=8)
     axis.tick_params(axis="x", length=0)
-    values = [value for line in panel["series"] for value in line["y"] if value is not None]
-    levels = panel.get("levels", {}).values()
-    if panel.get("zoom") and values:  # differences between long bars would not be seen
-        low, high = min([*values, *levels]), max([*values, *levels])
-        space = (high - low) or 1.0
-        axis.set_ylim(low - 0.25 * space, high + 0.15 * space)
     if panel.get("log"):
         axis.set_yscale("log")
     _draw_levels(axis, panel)
+    low, high = axis.get_ylim()
+    values = [value for line in panel["series"] for value in line["y"] if value is not None]
+    if panel.get("zoom") and values:  # differences between long bars would not be seen
+        values += panel.get("levels", {}).values()
+        space = (max(values) - min(values)) or 1.0
+        low, high = min(values) - 0.25 * space, max(values) + 0.15 * space
+    room = 0.25 * (high - low) if count > 1 else 0.0  # for the legend
+    axis.set_ylim(low, high + room)
     axis.set_ylabel(panel["y"])
     _add_legend(axis, panel)
 
@@ -171,21 +176,26 @@ def _draw_levels(axis: Any, panel: Panel) -> None:
     for name, y in panel.get("levels", {}).items():
         axis.axhline(y, color=GREY, linestyle="--", linewidth=1.2)
         right = axis.get_yaxis_transform()
-        axis.text(0.995, y, name, transform=right, ha="right", va="bottom", fontsize=8, color=INK)
+        style = {"ha": "right", "va": "bottom", "fontsize": 8, "color": INK}
+        ground = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.6}
+        axis.text(0.995, y, name, transform=right, bbox=ground, **style)
 
 
 def _add_legend(axis: Any, panel: Panel) -> None:
     axis.grid(axis="y", color="#eeeeee")
     axis.set_axisbelow(True)
-    if len(panel["series"]) > 1 or panel["series"][0]["name"]:
-        axis.legend(fontsize=7.5, handlelength=1.8, borderaxespad=0.2)
+    several = len(panel["series"]) > 1
+    if several or panel["series"][0]["name"]:
+        place = {"loc": "upper left", "ncols": 2} if panel["kind"] == "bars" else {}
+        axis.legend(fontsize=7.5, handlelength=1.8, borderaxespad=0.2, **place)
 
 
 def _draw_heat(axis: Any, panel: Panel) -> None:
     table = [[math.nan if v is None else v for v in row] for row in panel["values"]]
     finite = [value for row in table for value in row if math.isfinite(value)]
-    axis.imshow(table, cmap="cividis", aspect="auto")
-    middle = (max(finite) + min(finite)) / 2 if finite else 0
+    low, high = panel.get("limits", (min(finite, default=0), max(finite, default=1)))
+    axis.imshow(table, cmap="cividis", aspect="auto", vmin=low, vmax=high)
+    middle = (low + high) / 2
     for i, row in enumerate(table):
         for j, value in enumerate(row):
             if math.isfinite(value):

@@ -429,16 +429,18 @@ def spectra(path: str | Path, layers: Mapping[str, Sequence[float] | None]) -> N
 
 @_styled
 def panels(path: str | Path, title: str, content: Sequence[Panel], source: str = "") -> None:
-    """Draw the panels of an experiment side by side, under a title; see panels.py.
+    """Draw the panels of an experiment, two in a row, under a title; see panels.py.
 
     source   what the numbers are: it is written into the file, not into the picture
     """
-    width = max(6.0, 3.4 * len(content))
-    figure, axes = _subplots(
-        1, len(content), figsize=(width, 3.7), squeeze=False, layout="constrained"
-    )
-    for axis, panel in zip(axes[0], content, strict=True):
+    columns = min(2, len(content))
+    rows = -(-len(content) // columns)
+    size = 6.8, 2.9 * rows + 0.8
+    figure, axes = _subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(content) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes.flat, content, strict=False):
         draw(axis, panel)
-    lines = textwrap.wrap(title, int(12.5 * width))
+    lines = textwrap.wrap(title, 76)
     figure.suptitle("\n".join(lines), fontsize=10, x=0.01, ha="left", fontweight="bold")
     _save_small(figure, path, source)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..geometry import movement, movement_correlation, random_change
-from ..panels import Panel, lines, series
+from ..panels import Panel, bar, bars, lines, series
 from ..protocol import Arm, Bench, Plan, full, lora
 from ..tuning import Case, Row, arm_of, at_best, best_rate, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, judge
@@ -60,15 +60,21 @@ def verdict(rows: Sequence[Row]) -> Verdict:
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
-    result = []
+    dots, labels, measured, random = [], [], [], []
     for arm in ARMS:
         rate = best_rate(rows, arm.name)
         row = next(row for row in rows if row["arm"] == arm.name and row["lr"] == rate)
-        dots = series("", row["direction"], row["length"], dots=True)
-        together, random = (
-            mean(at_best(rows, arm.name, field))
-            for field in ("correlation", "random_low" if arm.method == "lora" else "random_full")
+        is_control = arm.method == "linear"
+        dots.append(
+            series(arm.name, row["direction"], row["length"], dots=True, control=is_control)
         )
-        title = f"{arm.name}: {together:+.2f} (random {random:+.2f})"
-        result.append(lines(title, "change of direction", "change of length", [dots]))
-    return result
+        labels.append(arm.name)
+        measured.append(mean(at_best(rows, arm.name, "correlation")))
+        field = "random_low" if arm.method == "lora" else "random_full"
+        random.append(mean(at_best(rows, arm.name, field)))
+    x, y = "change of direction", "change of length"
+    content = [bar("trained", measured), bar("random dW", random, control=True)]
+    return [
+        lines("Rows of a layer, each over their mean", x, y, dots),
+        bars("Correlation over the rows, mean of layers", "correlation", labels, content),
+    ]

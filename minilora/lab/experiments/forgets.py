@@ -82,5 +82,5 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
     x, y = "bits per byte of code", "bits per byte of prose"
     return [
         lines("Ends of training, a point per rate", x, y, ends),
-        lines("Each arm's best end, scaled back to the base", x, y, paths),
+        lines("Best ends, scaled back to the base", x, y, paths),
     ]

@@ -101,4 +101,5 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
         content.append(bar(way, [mean(means(rows, way, r)) if r in known else None for r in ranks]))
     base = mean([mean(at_best(rows, f"{task} r=1", "before")) for task in TASKS])
     labels = [f"r = {r}" for r in ranks]
-    return [bars("Mean of four tasks", "bits per byte", labels, content, levels={"base": base})]
+    others = {"levels": {"base": base}, "zoom": True}
+    return [bars("Mean of four tasks", "bits per byte", labels, content, **others)]

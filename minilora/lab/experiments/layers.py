@@ -83,5 +83,5 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
     random = mean([mean(at_best(rows, arm.name)) for arm in CONTROLS])
     levels = {"layers at random": random, "full training": mean(at_best(rows, "full"))}
     title = f"Choices of about {BUDGET:,} trained numbers"
-    labels = [name.replace(", ", ",\n", 1) for name in names]
+    labels = [name.replace("k, ", "k,\n") for name in names]
     return [bars(title, "bits per byte", labels, [content], levels=levels, zoom=True)]

@@ -97,6 +97,6 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
     for title, field in names.items():
         tables = [row[field] for row in rows if row["arm"] == "pair"]
         table = np.mean(tables, axis=0).tolist()
-        others = {"x": "of r = 64", "y": "of r = 8"}
+        others = {"x": "of r = 64", "y": "of r = 8", "limits": [0, 1]}
         result.append(heat(f"phi: {title}", labels, labels, table, **others))
     return result
