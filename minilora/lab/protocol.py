@@ -273,7 +273,7 @@ class Bench:
         """A model of the base's shape with these weights."""
         model = CausalLM(BASES[name].model, seed=None)
         for key, p in model.named_parameters():
-            p.data = weights[key].copy()
+            p.data = weights[key]
         model.eval()
         return model
 
@@ -336,7 +336,7 @@ class Bench:
         return result
 
     def trained(self, arm: Arm, lr: float, seed: int) -> Any:
-        """The model after a fit."""
+        """The model after a fit. Not of AdaLoRA, whose factors change their shapes."""
         self.fit(arm, lr, seed)
         arrays = load_file(self._place(arm, lr, seed).with_suffix(".safetensors"))
         model = self.prepare(arm, seed)

@@ -79,7 +79,7 @@ def cannot_tell(seeds: int) -> str:
 def decide(*parts: Part, note: str = "") -> Verdict:
     """The verdict on a claim: that of its parts where they agree, and otherwise `in part`.
 
-    If no part holds, and not all of them fail, the seeds cannot tell.
+    If no part holds and one fails, the claim does not hold, whatever the others would tell.
 
     note   what the numbers mean, in a sentence
     """
@@ -88,7 +88,7 @@ def decide(*parts: Part, note: str = "") -> Verdict:
     if len(states) == 1:
         (state,) = states
     elif HOLDS not in states:
-        (state,) = states - {FAILS}
+        state = FAILS
     return {"verdict": state, "parts": list(parts), "note": note}
 
 

@@ -80,7 +80,10 @@ def test_read_case_measures_again_what_is_not_whole(tmp_path, content):
 
 def test_write_case_names_different_cases_differently(tmp_path):
     store = Store(tmp_path)
-    cases = [{"arm": arm, "lr": 0.1} for arm in ("a b", "a-b", "A-B", "a/b", "../a", "a" * 300)]
+    cases = [
+        {"arm": arm, "lr": 0.1}
+        for arm in ("a b", "a-b", "A-B", "a/b", "../a", "a" * 300, "a" * 300 + "b")
+    ]
     for number, case in enumerate(cases):
         store.write_case("rank", case, {"number": number}, 0.0)
     rows, missing = rows_in_order(store, "rank", cases)
