@@ -12,7 +12,7 @@ from .. import nn
 from ..lora import LoraConfig, get_peft_model
 from ..quant.linear import quantize
 from ..training.methods import measure_weight_memory
-from .protocol import Bench
+from .bench import Bench
 
 # Llama-2-7B: 32 blocks of these (outputs, inputs), an embedding, a head and 65 norms.
 BLOCKS = 32

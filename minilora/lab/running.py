@@ -18,8 +18,9 @@ from ..progress import progress_bar
 from ..training.pool import Pool, completed
 from ..training.sweep import describe_failure
 from . import plots
+from .bench import Bench
 from .experiments import EXPERIMENTS
-from .protocol import Bench, Plan
+from .protocol import Plan
 from .store import Store, rows_in_order
 from .tuning import Case, Row, best_rate, is_at_edge, rates_of
 from .verdicts import describe_part

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from .protocol import Arm, Bench, Plan
+from .bench import Bench
+from .protocol import Arm, Plan
 
 Case = dict[str, Any]
 Row = dict[str, Any]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from minilora.lab.protocol import Bench, Plan
+from minilora.lab.bench import Bench
+from minilora.lab.protocol import Plan
 
 
 @pytest.fixture(scope="session")

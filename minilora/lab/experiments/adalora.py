@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ..bench import Bench
 from ..panels import Panel, heat, lines, series
-from ..protocol import Arm, Bench, Plan, lora
+from ..protocol import Arm, Plan, lora
 from ..tuning import Case, Row, at_best, best_rate, curve, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, judge
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..bench import Bench
 from ..costs import llama_costs, measure_files, worked_example
 from ..panels import Panel, bar, bars
-from ..protocol import Bench, Plan
+from ..protocol import Plan
 from ..tuning import Case, Row
 from ..verdicts import Verdict, decide, fact
 

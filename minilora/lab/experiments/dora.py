@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..bench import Bench
 from ..geometry import movement, movement_correlation, random_change
 from ..panels import Panel, bar, bars, lines, series
-from ..protocol import Arm, Bench, Plan, full, lora
+from ..protocol import Arm, Plan, full, lora
 from ..tuning import Case, Row, arm_of, at_best, best_rate, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, judge
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..bench import Bench, interpolate
 from ..geometry import lowest_crossing
 from ..panels import Panel, lines, series
-from ..protocol import Bench, Plan, full, interpolate, lora
+from ..protocol import Plan, full, lora
 from ..tuning import Case, Row, arm_of, differences, mean, score
 from ..verdicts import Verdict, decide, judge
 

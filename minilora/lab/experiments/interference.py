@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...models.transformer import CausalLM
+from ..bench import Bench, interpolate
 from ..panels import Panel, bar, bars
-from ..protocol import Bench, Plan, interpolate, lora
+from ..protocol import Plan, lora
 from ..tuning import (
     Case,
     Row,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..bench import Bench, interpolate
 from ..geometry import Decomposition, decompose, find_intruders, rescale
 from ..panels import Panel, lines, series
-from ..protocol import Bench, Plan, full, interpolate, lora
+from ..protocol import Plan, full, lora
 from ..tuning import Case, Row, arm_of, at_best, differences, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, judge
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..bench import Bench
 from ..panels import Panel, bar, bars
 from ..protocol import BASES as MODELS
-from ..protocol import Arm, Bench, Plan, full
+from ..protocol import Arm, Plan, full
 from ..tuning import Case, Row, at_best, differences, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, interval, judge
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ..bench import Bench
 from ..geometry import decompose, energy, project, random_directions
 from ..panels import Panel, Series, lines, series
-from ..protocol import Bench, Plan, full, lora
+from ..protocol import Plan, full, lora
 from ..tuning import Case, Row, arm_of, at_best, differences, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, judge
 

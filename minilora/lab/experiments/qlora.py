@@ -8,8 +8,9 @@ import numpy as np
 
 from ...quant.codes import KINDS
 from ...quant.linear import dequantize, quantize
+from ..bench import Bench, Weights, linear_names
 from ..panels import Panel, bar, bars
-from ..protocol import Bench, Plan, Weights, linear_names, lora
+from ..protocol import Plan, lora
 from ..tuning import Case, Row, arm_of, at_best, differences, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, interval, judge
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..bench import Bench
 from ..panels import Panel, lines, series
-from ..protocol import Bench, Plan, full, lora
+from ..protocol import Plan, full, lora
 from ..tuning import Case, Row, at_best, curve, differences, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, interval, judge
 

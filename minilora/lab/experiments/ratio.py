@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..bench import Bench
 from ..panels import Panel, lines, series
 from ..protocol import BASES as MODELS
-from ..protocol import Arm, Bench, Plan, lora
+from ..protocol import Arm, Plan, lora
 from ..tuning import Case, Row, at_best, differences, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, judge
 

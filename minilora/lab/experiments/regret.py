@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..bench import Bench
 from ..panels import Panel, bar, bars, lines, series
-from ..protocol import MEMORY, Arm, Bench, Plan, full, lora
+from ..protocol import MEMORY, Arm, Plan, full, lora
 from ..tuning import (
     Case,
     Row,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..bench import Bench
 from ..panels import Panel, Series, lines, series
-from ..protocol import Arm, Bench, Plan
+from ..protocol import Arm, Plan
 from ..tuning import Case, Row, mean
 from ..verdicts import Verdict, decide, fact, judge
 

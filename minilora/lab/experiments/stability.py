@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..bench import Bench
 from ..panels import Panel, lines, series
-from ..protocol import Bench, Plan, full, lora
+from ..protocol import Plan, full, lora
 from ..tuning import Case, Row, curve, differences, measure_fit, seeds_of
 from ..verdicts import Verdict, decide, judge
 

@@ -8,9 +8,10 @@ import numpy as np
 
 from ...lora import LoraLinear, PeftModel
 from ...lora.factors import Part
+from ..bench import Bench
 from ..geometry import decompose, mean_overlaps, random_directions
 from ..panels import Panel, heat
-from ..protocol import Bench, Plan, lora
+from ..protocol import Plan, lora
 from ..tuning import Case, Row, best_rate, mean, measure_fit, tuned_then
 from ..verdicts import Verdict, decide, judge
 
