@@ -71,10 +71,13 @@ class Bench:
         content = {"model": base.model.to_dict(), "pretrain": dataclasses.asdict(base.pretrain)}
         return self.folder / "bases" / f"{name}-{_key(content | {'texts': texts_checksum()})[:12]}"
 
+    def has_base(self, name: str) -> bool:
+        return (self.base_folder(name) / "config.json").exists()
+
     def make_base(self, name: str) -> Path:
         """Train the base on prose with seed 0, unless its folder has it; returns the folder."""
         folder = self.base_folder(name)
-        if (folder / "config.json").exists():
+        if self.has_base(name):
             return folder
         base = BASES[name]
         settings = self.plan.shorten(base.pretrain)

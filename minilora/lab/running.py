@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..display import printable
-from ..errors import MiniloraError
+from ..errors import ConfigError, MiniloraError
 from ..formats.disk import JsonObject
 from ..progress import progress_bar
 from ..training.pool import Pool, completed
@@ -21,16 +21,20 @@ from . import plots
 from .bench import Bench
 from .experiments import EXPERIMENTS
 from .protocol import Plan
-from .store import Store, rows_in_order
+from .store import Store, describe_machine, rows_in_order
 from .tuning import Case, Row, best_rate, is_at_edge, rates_of
 from .verdicts import describe_part
 
 
 class Work(NamedTuple):
-    """A case for a worker: everything that it needs, wherever it runs. No case: a base."""
+    """A case for a worker: everything that it needs, wherever it runs. No case: a base.
+
+    machine   what `describe_machine` must say there, if the store's numbers are of one machine
+    """
 
     folder: str
     plan: Plan
+    machine: JsonObject | None
     name: str
     case: Case | None
 
@@ -44,7 +48,16 @@ class Outcome(NamedTuple):
 
 
 def measure(work: Work) -> tuple[Row, float]:
-    """(result, seconds) of a case; it depends on the case and the plan alone."""
+    """(result, seconds) of a case; it depends on the case and the plan alone.
+
+    ConfigError on another machine than the one whose numbers the store has.
+    """
+    if work.machine not in (None, describe_machine()):
+        this, first = (", ".join(m.values()) for m in (describe_machine(), work.machine or {}))
+        raise ConfigError(
+            f"a worker computes on {this}, but the results are of {first}: "
+            "start workers on equal machines"
+        )
     begun = time.perf_counter()
     bench = _bench(work.folder, work.plan)
     if work.case is None:
@@ -75,36 +88,53 @@ def run_experiment(
     `stopped` has an item the running cases are asked to end. `title` is that of the progress bar.
     """
     experiment = EXPERIMENTS[name]
-    failures: dict[str, JsonObject] = {}
+    title = title or name
+    failures = _make_bases(experiment.BASES, store, plan, pool, stopped, title)
     measured = 0
-    folder = str(store.folder)
-    bench = _bench(folder, plan)
-    bases = [base for base in experiment.BASES if not bench.base_folder(base).exists()]
-    works = [Work(folder, plan, base, None) for base in bases]
-    for work, future in completed(pool, measure, works, stopped):
-        error = future.exception()
-        if error is not None:
-            failures[f"base {work.name}"] = _failure(error)
-    with progress_bar(desc=title or name, unit="case", dynamic_ncols=True) as bar:
+    machine = store.surroundings().get("machine")
+    with progress_bar(desc=title, unit="case", dynamic_ncols=True) as bar:
         while not failures and not stopped:
             rows, missing = _look(experiment, store, name, plan)
+            if not missing:
+                return Outcome(_finish(experiment, store, name, rows, say), {}, measured)
             bar.total = len(rows) + len(missing)
             bar.n = len(rows)
             bar.refresh()
-            if not missing:
-                return Outcome(_finish(experiment, store, name, rows, say), {}, measured)
-            works = [Work(folder, plan, name, case) for case in missing]
+            works = [Work(str(store.folder), plan, machine, name, case) for case in missing]
             for work, future in completed(pool, measure, works, stopped):
                 case = work.case or {}
                 try:
-                    result, seconds = future.result()
-                    store.write_case(name, case, result, seconds)
+                    store.write_case(name, case, *future.result())
                 except Exception as error:
                     failures[str(case)] = _failure(error)
                 else:
                     measured += 1
                     bar.update()
     return Outcome(None, failures, measured)
+
+
+def _make_bases(
+    names: Sequence[str],
+    store: Store,
+    plan: Plan,
+    pool: Pool,
+    stopped: Sequence[int],
+    title: str,
+) -> dict[str, JsonObject]:
+    """Make the bases that the store lacks; returns the failures."""
+    folder = str(store.folder)
+    bench = _bench(folder, plan)
+    missing = [name for name in names if not bench.has_base(name)]
+    machine = store.surroundings().get("machine")
+    works = [Work(folder, plan, machine, name, None) for name in missing]
+    failures = {}
+    with progress_bar(total=len(works), desc=f"{title}, bases", unit="base") as bar:
+        for work, future in completed(pool, measure, works, stopped):
+            error = future.exception()
+            if error is not None:
+                failures[f"base {work.name}"] = _failure(error)
+            bar.update()
+    return failures
 
 
 def _failure(error: BaseException) -> JsonObject:

@@ -15,6 +15,7 @@ Python's texts or of another machine are refused, not mixed.
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
@@ -57,6 +58,7 @@ def describe_surroundings(plan: Plan) -> JsonObject:
     }
 
 
+@functools.cache
 def describe_machine() -> JsonObject:
     """The processor, BLAS and NumPy, which decide about the last bits of a sum."""
     libraries = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]

@@ -26,6 +26,14 @@ def test_make_base_is_made_once(bench, monkeypatch):
     assert bench.make_base("micro") == folder
 
 
+def test_make_base_goes_on_after_a_kill(tmp_path):
+    bench = Bench(tmp_path, Plan(quick=True))
+    bench.base_folder("micro").mkdir(parents=True)  # a killed run leaves it empty
+    assert not bench.has_base("micro")
+    bench.make_base("micro")
+    assert bench.has_base("micro")
+
+
 def test_base_folder_depends_on_configuration_and_text(bench, monkeypatch):
     names = {bench.base_folder(name) for name in protocol.BASES}
     assert len(names) == len(protocol.BASES)

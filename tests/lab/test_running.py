@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from minilora.formats import write_json
 from minilora.lab import running
 from minilora.lab.panels import lines, series
 from minilora.lab.protocol import Plan
@@ -181,6 +182,18 @@ def test_run_experiment_prints_where_an_unforeseen_error_came_from(tmp_path, cla
     outcome = run_experiment("toy", claimed(tmp_path, wrong), PLAN, Here())
     assert list(outcome.failures) == ["{'n': 4}"]
     assert "in wrong" in capsys.readouterr().err
+
+
+def test_run_experiment_refuses_a_worker_on_another_machine(tmp_path, claimed, monkeypatch):
+    store = claimed(tmp_path)
+    write_json(tmp_path / "lab.json", {"machine": running.describe_machine()})
+    other = running.describe_machine() | {"processor": "another"}
+    monkeypatch.setattr(running, "describe_machine", lambda: other)
+    outcome = run_experiment("toy", store, PLAN, Here())
+    assert outcome.measured == 0
+    reason = outcome.failures["{'n': 0}"]["reason"]
+    assert "another" in reason
+    assert "start workers on equal machines" in reason
 
 
 def test_run_experiment_stops_when_a_signal_came(tmp_path, claimed):
