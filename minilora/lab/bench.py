@@ -25,7 +25,8 @@ from ..errors import NonFiniteError
 from ..formats import load_file, read_json, save_file, write_json
 from ..formats.disk import JsonObject
 from ..formats.folders import new_folder
-from ..lora import PeftModel, get_peft_model
+from ..lora import LoraLinear, PeftModel, get_peft_model
+from ..lora.factors import Part
 from ..models.transformer import CausalLM
 from ..nn import Linear
 from ..quant.linear import quantize
@@ -205,6 +206,12 @@ class Bench:
 def linear_names(weights: Mapping[str, np.ndarray]) -> list[str]:
     """The names of the weights of linear layers in the blocks."""
     return [name for name in weights if name.endswith("_proj.weight")]
+
+
+def adapter_parts(model: PeftModel) -> list[Part]:
+    """The factors of every layer's adapter."""
+    layers = [m for _, m in model.get_base_model().named_modules() if isinstance(m, LoraLinear)]
+    return [layer.adapters["default"].part() for layer in layers]
 
 
 def interpolate(before: Weights, after: Weights, share: float) -> Weights:

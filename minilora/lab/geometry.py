@@ -119,12 +119,14 @@ def rescale(parts: Decomposition, places: Sequence[int], share: float) -> Array:
 
 
 def lowest_crossing(curves: Iterable[Sequence[tuple[float, float]]], level: float) -> float:
-    """The lowest y at which one of the curves comes down to x = level; inf if none does.
+    """The lowest y at which one of the curves is at, or comes down to, x = level; inf if none does.
 
     curves   points (x, y); between two neighbours both numbers are interpolated
     """
     lowest = math.inf
     for points in curves:
+        if points[0][0] <= level:
+            lowest = min(lowest, points[0][1])
         for (x, y), (next_x, next_y) in pairwise(points):
             if next_x <= level < x:
                 share = (x - level) / (x - next_x)

@@ -25,6 +25,8 @@ from ..models.config import TransformerConfig
 from ..training.loop import Settings
 
 VERSION = 1  # of the protocol: raise it when a change here changes numbers
+Case = dict[str, Any]  # what is measured: numbers and texts
+Row = dict[str, Any]  # a case with its results
 T = TypeVar("T")
 
 # ---- sizes ---------------------------------------------------------------------------------------
@@ -120,10 +122,15 @@ def documents(name: str) -> tuple[Documents, Documents, Documents]:
     elif name == CODE:
         whole = python_sources(1_000_000)
     else:
-        whole = four_tasks()[name]
+        whole = _tasks()[name]
     training, held_out = split_documents(whole)
     tune, report = split_documents(held_out, 0.5, seed=1)
     return training, tune, report
+
+
+@functools.cache
+def _tasks() -> dict[str, Documents]:
+    return four_tasks()
 
 
 @functools.cache
@@ -140,7 +147,7 @@ def to_ids(some: Documents) -> Ids:
 def texts_checksum() -> str:
     """SHA-256 of all texts, which come with Python and differ between its versions."""
     digest = hashlib.sha256()
-    for name in ("prose", CODE, *four_tasks()):
+    for name in ("prose", CODE, *_tasks()):
         for part in documents(name):
             digest.update(hashlib.sha256(join(part)).digest())
     return digest.hexdigest()

@@ -20,9 +20,9 @@ from ..training.sweep import describe_failure
 from . import plots
 from .bench import Bench
 from .experiments import EXPERIMENTS
-from .protocol import Plan
+from .protocol import Case, Plan, Row
 from .store import Store, describe_machine, rows_in_order
-from .tuning import Case, Row, best_rate, is_at_edge, rates_of
+from .tuning import best_rate, is_at_edge, rates_of
 from .verdicts import describe_part
 
 

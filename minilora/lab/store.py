@@ -31,8 +31,7 @@ from ..formats import read_json, write_json
 from ..formats.disk import JsonObject, quoted
 from ..formats.folders import LOCK, require_empty
 from ..training.sweep import plain_name
-from .protocol import VERSION, Plan, texts_checksum
-from .tuning import Case, Row
+from .protocol import VERSION, Case, Plan, Row, texts_checksum
 
 LAB = "lab.json"
 # What lab.json says, and the words for it in an error.

@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .bench import Bench
-from .protocol import Arm, Plan
+from .protocol import Arm, Case, Plan, Row
 
-Case = dict[str, Any]
-Row = dict[str, Any]
 FACTOR = 2.0  # between neighbouring learning rates
 
 
@@ -27,6 +25,16 @@ def tuned(plan: Plan, rows: Sequence[Row], arms: Iterable[Arm]) -> list[Case]:
     the seeds has one that was not measured with all of them.
     """
     return [case for arm in arms for case in _tuned(plan, rows, arm)]
+
+
+def whole_grid(plan: Plan, arms: Iterable[Arm]) -> list[Case]:
+    """Every rate of each arm's grid with every seed."""
+    return [
+        {"arm": arm.name, "lr": rate, "seed": seed}
+        for arm in arms
+        for rate in plan.pick(arm.rates, 2)
+        for seed in plan.seeds
+    ]
 
 
 def tuned_then(

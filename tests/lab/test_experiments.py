@@ -15,7 +15,7 @@ from minilora.lab.verdicts import FAILS, HOLDS, PARTLY, cannot_tell
 from minilora.threads import one_blas_thread
 
 VERDICTS = {HOLDS, FAILS, PARTLY, cannot_tell(2), cannot_tell(1)}
-MOST_LINES = 105
+MOST_LINES = 92
 
 
 def rows_of(experiment, bench):

@@ -132,3 +132,4 @@ def test_lowest_crossing_interpolates_and_takes_the_lowest():
     assert lowest_crossing([falling, [(3.0, 0.0), (2.0, 1.0)]], 2.5) == 0.5
     assert lowest_crossing([falling], 1.0) == 5.0
     assert lowest_crossing([falling], 0.5) == math.inf
+    assert lowest_crossing([falling], 3.5) == 1.0  # it begins below the level

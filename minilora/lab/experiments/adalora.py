@@ -8,8 +8,8 @@ import numpy as np
 
 from ..bench import Bench
 from ..panels import Panel, heat, lines, series
-from ..protocol import Arm, Plan, lora
-from ..tuning import Case, Row, at_best, best_rate, curve, mean, measure_fit, tuned
+from ..protocol import Arm, Case, Plan, Row, lora
+from ..tuning import at_best, best_rate, curve, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, judge
 
 CLAIM = "AdaLoRA gives its rank to the MLP and to the upper layers"

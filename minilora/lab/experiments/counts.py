@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from ..bench import Bench
 from ..costs import llama_costs, measure_files, worked_example
 from ..panels import Panel, bar, bars
-from ..protocol import Plan
-from ..tuning import Case, Row
+from ..protocol import Case, Plan, Row
 from ..verdicts import Verdict, decide, fact
 
 CLAIM = "LoRA trains 0.1 to 1 % of a model, 8 GB hold one of 7 billion, and tasks switch at once"

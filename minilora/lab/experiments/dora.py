@@ -9,8 +9,8 @@ import numpy as np
 from ..bench import Bench
 from ..geometry import movement, movement_correlation, random_change
 from ..panels import Panel, bar, bars, lines, series
-from ..protocol import Arm, Plan, full, lora
-from ..tuning import Case, Row, arm_of, at_best, best_rate, mean, measure_fit, tuned
+from ..protocol import Arm, Case, Plan, Row, full, lora
+from ..tuning import arm_of, at_best, best_rate, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, judge
 
 CLAIM = (

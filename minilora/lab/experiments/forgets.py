@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ..bench import Bench, interpolate
 from ..geometry import lowest_crossing
 from ..panels import Panel, lines, series
-from ..protocol import Plan, full, lora
-from ..tuning import Case, Row, arm_of, differences, mean, score
+from ..protocol import Case, Plan, Row, full, lora
+from ..tuning import arm_of, differences, mean, score, whole_grid
 from ..verdicts import Verdict, decide, judge
 
 CLAIM = "LoRA learns less and forgets less"
@@ -26,12 +26,7 @@ MARGIN = 0.02  # bits per byte of prose that count as forgetting less
 
 
 def cases(plan: Plan, rows: Sequence[Row]) -> list[Case]:
-    return [
-        {"arm": arm.name, "lr": rate, "seed": seed}
-        for arm in ARMS
-        for rate in plan.pick(arm.rates)
-        for seed in plan.seeds
-    ]
+    return whole_grid(plan, ARMS)
 
 
 def measure(bench: Bench, case: Case) -> Row:
@@ -39,10 +34,8 @@ def measure(bench: Bench, case: Case) -> Row:
     before = bench.base_weights(arm.base)
     after = bench.trained_weights(arm, case["lr"], case["seed"])
     models = [bench.model_with(arm.base, interpolate(before, after, share)) for share in SHARES]
-    row: Row = {"tune": bench.fit(arm, case["lr"], case["seed"])["tune"]}
-    for part in ("report", "prose"):
-        row[part] = [bench.bits(model, part) for model in models]
-    return row
+    row = {part: [bench.bits(model, part) for model in models] for part in ("report", "prose")}
+    return row | {"tune": bench.fit(arm, case["lr"], case["seed"])["tune"]}
 
 
 def front(rows: Sequence[Row], arm: str, seed: int, level: float) -> float:

@@ -7,18 +7,8 @@ from collections.abc import Sequence
 from ...models.transformer import CausalLM
 from ..bench import Bench, interpolate
 from ..panels import Panel, bar, bars
-from ..protocol import Plan, lora
-from ..tuning import (
-    Case,
-    Row,
-    arm_of,
-    at_best,
-    best_rate,
-    differences,
-    mean,
-    measure_fit,
-    tuned_then,
-)
+from ..protocol import Case, Plan, Row, lora
+from ..tuning import arm_of, at_best, best_rate, differences, mean, measure_fit, tuned_then
 from ..verdicts import Verdict, decide, judge
 
 CLAIM = "One adapter serves several tasks as well as one adapter for each task"
@@ -32,8 +22,8 @@ RANKS = (1, 4)
 SHARES = (0.25, 0.5, 1.0)  # of each task's dW in the sum
 EQUAL = 0.05  # bits per byte, the mean over the tasks, that count as equal
 MIXED = {"task": "+".join(TASKS), "settings": {"batch_size": 32}}  # as many of each task as alone
-SHARED = [lora(r, f"shared r={r}", **MIXED) for r in (1, 4, 16)]
-ARMS = [*(lora(r, f"{task} r={r}", task=task) for r in RANKS for task in TASKS), *SHARED]
+ARMS = [lora(r, f"{task} r={r}", task=task) for r in RANKS for task in TASKS]
+ARMS += [lora(r, f"shared r={r}", **MIXED) for r in (1, 4, 16)]
 
 
 def cases(plan: Plan, rows: Sequence[Row]) -> list[Case]:
@@ -59,8 +49,7 @@ def measure(bench: Bench, case: Case) -> Row:
             model = bench.trained(arm_of(ARMS, case), case["lr"], case["seed"])
             row["tasks"] = by_task(model)
         return row
-    before = bench.base_weights("micro")
-    total = before
+    before = total = bench.base_weights("micro")
     for task, rate in zip(TASKS, case["rates"], strict=True):
         arm = lora(int(case["arm"].rpartition("=")[2]), task=task)
         after = bench.trained_weights(arm, rate, case["seed"])
@@ -76,31 +65,26 @@ def means(rows: Sequence[Row], way: str, r: int) -> list[float]:
         every = [at_best(rows, f"{task} r={r}") for task in TASKS]
         return [mean(bits) for bits in zip(*every, strict=True)]
     if way == "sum":
-        chosen = [row for row in rows if row["arm"] == f"sum r={r}"]
-        return [mean(row["tasks"]) for row in sorted(chosen, key=lambda row: row["seed"])]
+        return [mean(row["tasks"]) for row in rows if row["arm"] == f"sum r={r}"]
     return [mean(bits) for bits in at_best(rows, f"{way} r={r}", "tasks")]
 
 
 def verdict(rows: Sequence[Row]) -> Verdict:
-    def gap(r: int, other: int) -> list[float]:
-        return differences(means(rows, "shared", other), means(rows, "own", r))
-
-    sums = differences(means(rows, "sum", 4), means(rows, "own", 4))
-    return decide(
-        judge("bits that sharing loses at equal rank 4", gap(4, 4), at_most=EQUAL),
-        judge("at equal parameters, own r = 4, shared r = 16", gap(4, 16), at_most=EQUAL),
-        judge("at equal parameters, own r = 1, shared r = 4", gap(1, 4), at_most=EQUAL),
-        judge("bits that the best sum loses at rank 4", sums, at_most=EQUAL),
-    )
+    parts = []
+    for r, shared in ((4, 4), (4, 16), (1, 4)):  # equal rank, and twice equal parameters
+        lost = differences(means(rows, "shared", shared), means(rows, "own", r))
+        what = f"bits that one of r = {shared} loses to four of r = {r}"
+        parts.append(judge(what, lost, at_most=EQUAL))
+    lost = differences(means(rows, "sum", 4), means(rows, "own", 4))
+    return decide(*parts, judge("bits that the best sum of r = 4 loses", lost, at_most=EQUAL))
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
-    content = []
-    ranks = (1, 4, 16)
+    content, ranks = [], (1, 4, 16)
     for way in ("own", "shared", "sum"):
         known = ranks if way == "shared" else RANKS
         content.append(bar(way, [mean(means(rows, way, r)) if r in known else None for r in ranks]))
     base = mean([mean(at_best(rows, f"{task} r=1", "before")) for task in TASKS])
-    labels = [f"r = {r}" for r in ranks]
     others = {"levels": {"base": base}, "zoom": True}
+    labels = [f"r = {r}" for r in ranks]
     return [bars("Mean of four tasks", "bits per byte", labels, content, **others)]

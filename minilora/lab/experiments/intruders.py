@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ..bench import Bench, interpolate
 from ..geometry import Decomposition, decompose, find_intruders, rescale
 from ..panels import Panel, lines, series
-from ..protocol import Plan, full, lora
-from ..tuning import Case, Row, arm_of, at_best, differences, mean, measure_fit, tuned
+from ..protocol import Case, Plan, Row, full, lora
+from ..tuning import arm_of, at_best, differences, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, judge
 
 CLAIM = "LoRA makes intruder directions, full training makes none, and they cause the forgetting"
@@ -36,24 +36,22 @@ def measure(bench: Bench, case: Case) -> Row:
     row = measure_fit(bench, ARMS, case)
     if row["report"] is None:
         return row
-    arm = arm_of(ARMS, case)
+    fit = arm_of(ARMS, case), case["lr"], case["seed"]
     layers: dict[str, tuple[Decomposition, list[int]]] = {}
-    for name, (W, dW) in bench.changes(arm, case["lr"], case["seed"]).items():
+    for name, (W, dW) in bench.changes(*fit).items():
         parts = decompose(W + dW)
         layers[name] = parts, find_intruders(W, parts, TOP, NEW)
     row["count"] = sum(len(places) for _, places in layers.values())
     if case["arm"] != SCALED:
         return row
-    before = bench.base_weights("mid")
-    after = bench.trained_weights(arm, case["lr"], case["seed"])
+    before, after = bench.base_weights("mid"), bench.trained_weights(*fit)
     for way in WAYS.values():
         row[way] = []
         for share in SHARES:
             weights = interpolate(before, after, share) if way == "whole" else dict(after)
-            for name, (parts, places) in layers.items():
+            for name, (parts, places) in layers.items() if way != "whole" else ():
                 others = [place for place in range(TOP) if place not in places][: len(places)]
-                if way != "whole":
-                    weights[name] = rescale(parts, places if way == "intruders" else others, share)
+                weights[name] = rescale(parts, places if way == "intruders" else others, share)
             model = bench.model_with("mid", weights)
             row[way].append([bench.bits(model), bench.bits(model, "prose")])
     return row
@@ -61,18 +59,17 @@ def measure(bench: Bench, case: Case) -> Row:
 
 def least_prose(rows: Sequence[Row], way: str) -> list[float]:
     """By seed: the least loss on prose among the shares that cost at most 0.01 bits of code."""
-    result = []
-    for points in at_best(rows, SCALED, way):
-        limit = points[0][0] + 0.01
-        result.append(min(prose for code, prose in points if code <= limit))
-    return result
+    return [
+        min(prose for code, prose in points if code <= points[0][0] + 0.01)
+        for points in at_best(rows, SCALED, way)
+    ]
 
 
 def verdict(rows: Sequence[Row]) -> Verdict:
     counts = {arm.name: at_best(rows, arm.name, "count") for arm in ARMS}
-    prose = {way: least_prose(rows, way) for way in WAYS.values()}
-    others = differences(prose["others"], prose["intruders"])
-    whole = differences(prose["whole"], prose["intruders"])
+    intruders = least_prose(rows, "intruders")
+    others = differences(least_prose(rows, "others"), intruders)
+    whole = differences(least_prose(rows, "whole"), intruders)
     return decide(
         judge("intruders at r = 4", counts[SCALED], at_least=5),
         judge("intruders of full training", counts["full"], at_most=1),
@@ -82,15 +79,14 @@ def verdict(rows: Sequence[Row]) -> Verdict:
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
-    means = [mean(at_best(rows, f"LoRA r={r}", "count")) for r in RANKS]
-    counted = [series("LoRA", RANKS, means)]
+    counts = [mean(at_best(rows, f"LoRA r={r}", "count")) for r in RANKS]
     levels = {"full training": mean(at_best(rows, "full", "count"))}
     paths = []
     for name, way in WAYS.items():
         code, prose = zip(*at_best(rows, SCALED, way)[0], strict=True)
         paths.append(series(name, code, prose, control=way != "intruders"))
-    x, y = "bits per byte of code", "bits per byte of prose"
+    line = series("LoRA", RANKS, counts)
     return [
-        lines("Intruders", "rank r", "number", counted, log="x", levels=levels),
-        lines(f"Scaled by {SHARES[0]:g} to {SHARES[-1]:g} at r = 4", x, y, paths),
+        lines("Intruders", "rank r", "number", [line], log="x", levels=levels),
+        lines("Scaled by 1 to 0.6 at r = 4", "bits per byte of code", "of prose", paths),
     ]

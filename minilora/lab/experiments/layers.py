@@ -9,8 +9,8 @@ import numpy as np
 from ..bench import Bench
 from ..panels import Panel, bar, bars
 from ..protocol import BASES as MODELS
-from ..protocol import Arm, Plan, full
-from ..tuning import Case, Row, at_best, differences, mean, measure_fit, tuned
+from ..protocol import Arm, Case, Plan, Row, full
+from ..tuning import at_best, differences, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, interval, judge
 
 CLAIM = "Adapters belong into the queries and values of attention"

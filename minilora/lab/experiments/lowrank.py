@@ -9,8 +9,8 @@ import numpy as np
 from ..bench import Bench
 from ..geometry import decompose, energy, project, random_directions
 from ..panels import Panel, Series, lines, series
-from ..protocol import Plan, full, lora
-from ..tuning import Case, Row, arm_of, at_best, differences, mean, measure_fit, tuned
+from ..protocol import Case, Plan, Row, full, lora
+from ..tuning import arm_of, at_best, differences, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, judge
 
 CLAIM = "The change that full training makes has a low rank"

@@ -10,8 +10,8 @@ from ...quant.codes import KINDS
 from ...quant.linear import dequantize, quantize
 from ..bench import Bench, Weights, linear_names
 from ..panels import Panel, bar, bars
-from ..protocol import Plan, lora
-from ..tuning import Case, Row, arm_of, at_best, differences, mean, measure_fit, tuned
+from ..protocol import Case, Plan, Row, lora
+from ..tuning import arm_of, at_best, differences, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, interval, judge
 
 CLAIM = "NF4 loses least of the four-bit types, LoRA makes up for it, and the merge costs nothing"
@@ -41,21 +41,20 @@ def measure(bench: Bench, case: Case) -> Row:
     row = measure_fit(bench, ARMS, case)
     if case["arm"] == DENSE or row["report"] is None:
         return row
-    kind, arm = case["arm"], arm_of(ARMS, case)
+    kind = case["arm"]
     first = bench.base_weights("micro")
     model = dequantize(quantize(bench.base("micro"), kind))
     decoded = {name: p.numpy() for name, p in model.named_parameters()}
     names = linear_names(first)
     errors = [np.linalg.norm(decoded[n] - first[n]) / np.linalg.norm(first[n]) for n in names]
-    merged = bench.trained_weights(arm, case["lr"], case["seed"])  # onto the decoded weights
+    merged = bench.trained_weights(
+        arm_of(ARMS, case), case["lr"], case["seed"]
+    )  # onto the decoded weights
     moved: Weights = {name: first[name] + (merged[name] - decoded[name]) for name in first}
-    bits = {
-        "onto_decoded": bench.bits(bench.model_with("micro", merged)),
-        "onto_first": bench.bits(bench.model_with("micro", moved)),
-        "decoded_again": bench.bits(quantize(bench.model_with("micro", merged), kind)),
-        "first_again": bench.bits(quantize(bench.model_with("micro", moved), kind)),
-    }
-    return row | {"error": mean([float(error) for error in errors]), **bits}
+    for name, weights in (("decoded", merged), ("first", moved)):
+        row[f"onto_{name}"] = bench.bits(bench.model_with("micro", weights))
+        row[f"{name}_again"] = bench.bits(quantize(bench.model_with("micro", weights), kind))
+    return row | {"error": mean([float(error) for error in errors])}
 
 
 def added(rows: Sequence[Row], kind: str, merge: str) -> list[float]:
@@ -64,11 +63,11 @@ def added(rows: Sequence[Row], kind: str, merge: str) -> list[float]:
 
 
 def verdict(rows: Sequence[Row]) -> Verdict:
-    nf4, fp4 = at_best(rows, "nf4", "error"), at_best(rows, "fp4", "error")
+    error = differences(at_best(rows, "nf4", "error"), at_best(rows, "fp4", "error"))
     gap = differences(at_best(rows, "nf4"), at_best(rows, DENSE))
     control = [max(map(abs, added(rows, "int8", m))) for m in MERGES.values()]
     return decide(
-        judge("error of NF4 less that of FP4", differences(nf4, fp4), at_most=0),
+        judge("error of NF4 less that of FP4", error, at_most=0),
         judge("bits that LoRA over NF4 loses", gap, at_most=MADE_UP),
         judge("merged onto the decoded codes", added(rows, "nf4", "onto_decoded"), at_most=LEVEL),
         judge("merged onto the first weights", added(rows, "nf4", "onto_first"), at_most=LEVEL),

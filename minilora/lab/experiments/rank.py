@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from ..bench import Bench
 from ..panels import Panel, lines, series
-from ..protocol import Plan, full, lora
-from ..tuning import Case, Row, at_best, curve, differences, mean, measure_fit, tuned
+from ..protocol import Case, Plan, Row, full, lora
+from ..tuning import at_best, curve, differences, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, interval, judge
 
 CLAIM = "LoRA of rank 1 learns nearly as much as full training"

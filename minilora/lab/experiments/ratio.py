@@ -10,8 +10,8 @@ import numpy as np
 from ..bench import Bench
 from ..panels import Panel, lines, series
 from ..protocol import BASES as MODELS
-from ..protocol import Arm, Plan, lora
-from ..tuning import Case, Row, at_best, differences, mean, measure_fit, tuned
+from ..protocol import Arm, Case, Plan, Row, lora
+from ..tuning import at_best, differences, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, judge
 
 CLAIM = "LoRA+: B should learn faster than A, by a ratio that grows with the width"

@@ -7,18 +7,8 @@ from collections.abc import Sequence
 
 from ..bench import Bench
 from ..panels import Panel, bar, bars, lines, series
-from ..protocol import MEMORY, Arm, Plan, full, lora
-from ..tuning import (
-    Case,
-    Row,
-    at_best,
-    best_rates,
-    curve,
-    differences,
-    mean,
-    measure_fit,
-    tuned,
-)
+from ..protocol import MEMORY, Arm, Case, Plan, Row, full, lora
+from ..tuning import at_best, best_rates, curve, differences, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, judge
 
 CLAIM = "LoRA's best rate is ten times that of full training at any rank, and it learns what fits"

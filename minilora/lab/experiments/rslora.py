@@ -8,8 +8,8 @@ import numpy as np
 
 from ..bench import Bench
 from ..panels import Panel, Series, lines, series
-from ..protocol import Arm, Plan
-from ..tuning import Case, Row, mean
+from ..protocol import Arm, Case, Plan, Row
+from ..tuning import mean
 from ..verdicts import Verdict, decide, fact, judge
 
 CLAIM = "Divided by the root of the rank, LoRA's gradient has one size at all ranks"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..bench import Bench
 from ..panels import Panel, lines, series
-from ..protocol import Plan, full, lora
-from ..tuning import Case, Row, curve, differences, measure_fit, seeds_of
+from ..protocol import Case, Plan, Row, full, lora
+from ..tuning import curve, differences, measure_fit, seeds_of, whole_grid
 from ..verdicts import Verdict, decide, judge
 
 CLAIM = "LoRA is stabler to train than the whole model"
@@ -18,24 +19,18 @@ SECONDS = 240
 BASES = ("micro",)
 
 BARE = {"warmup": 0, "max_grad_norm": 1e9}
+RUNGS = [2.0**k for k in range(10)]
+GRIDS = {"LoRA": [5e-4 * rung for rung in RUNGS], "full": [1.25e-4 * rung for rung in RUNGS]}
 ARMS = [
-    lora(8, "LoRA"),
-    full(),
-    lora(8, "LoRA, bare", settings=BARE),
-    full("full, bare", settings=BARE),
+    replace(arm, name=name, settings=settings, rates=GRIDS[arm.name])
+    for arm in (lora(8, "LoRA"), full())
+    for name, settings in ((arm.name, {}), (f"{arm.name}, bare", BARE))
 ]
-LOWEST = {"lora": 5e-4, "linear": 1.25e-4}
-RUNGS = 10  # factors of two
 NEAR = 1.02  # the loss, over the best one, of a rate that will do
 
 
 def cases(plan: Plan, rows: Sequence[Row]) -> list[Case]:
-    return [
-        {"arm": arm.name, "lr": LOWEST[arm.method] * 2.0**rung, "seed": seed}
-        for arm in ARMS
-        for rung in plan.pick(range(RUNGS), 2)
-        for seed in plan.seeds
-    ]
+    return whole_grid(plan, ARMS)
 
 
 def measure(bench: Bench, case: Case) -> Row:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...lora import LoraLinear, PeftModel
-from ...lora.factors import Part
-from ..bench import Bench
+from ...lora import PeftModel
+from ..bench import Bench, adapter_parts
 from ..geometry import decompose, mean_overlaps, random_directions
 from ..panels import Panel, heat
-from ..protocol import Plan, lora
-from ..tuning import Case, Row, best_rate, mean, measure_fit, tuned_then
+from ..protocol import Case, Plan, Row, lora
+from ..tuning import best_rate, mean, measure_fit, tuned_then
 from ..verdicts import Verdict, decide, judge
 
 CLAIM = "The top directions of a small rank are contained in those of a large one"
@@ -21,8 +20,7 @@ CONTROL = "the untrained A of one seed, whose first rows both ranks share; rando
 SECONDS = 130
 BASES = ("mid",)
 
-SMALL, LARGE = lora(8, base="mid"), lora(64, base="mid")
-ARMS = [SMALL, LARGE]
+ARMS = SMALL, LARGE = lora(8, base="mid"), lora(64, base="mid")
 SHOWN = (1, 2, 4, 8)  # directions of the small rank, and of the large one
 HALF = 0.5
 
@@ -43,13 +41,11 @@ def measure(bench: Bench, case: Case) -> Row:
     if "lr" in case:
         return measure_fit(bench, ARMS, case)
     small = bench.trained(SMALL, case["rates"][0], case["seed"])
-    large = bench.trained(LARGE, case["rates"][1], case["seed"])
     other = bench.trained(LARGE, case["rates"][1], case["other"])
     fresh = [inputs(bench.prepare(arm, case["seed"])) for arm in ARMS]
     rng = np.random.default_rng(case["seed"])
     drawn = [[random_directions(len(V), V.shape[1], rng) for V in side] for side in fresh]
     pairs = {
-        "same_seed": (inputs(small), inputs(large)),
         "other_seed": (inputs(small), inputs(other)),
         "outputs": (outputs(small), outputs(other)),
         "untrained": (fresh[0], fresh[1]),
@@ -58,20 +54,14 @@ def measure(bench: Bench, case: Case) -> Row:
     return {name: mean_overlaps(one, two, SHOWN) for name, (one, two) in pairs.items()}
 
 
-def _parts(model: PeftModel) -> list[Part]:
-    """The factors of every layer's adapter."""
-    layers = [m for _, m in model.get_base_model().named_modules() if isinstance(m, LoraLinear)]
-    return [layer.adapters["default"].part() for layer in layers]
-
-
 def inputs(model: PeftModel) -> list[np.ndarray]:
     """The right directions (I, r) of A, the largest first, by layer."""
-    return [decompose(part.A).Vt.T for part in _parts(model)]
+    return [decompose(part.A).Vt.T for part in adapter_parts(model)]
 
 
 def outputs(model: PeftModel) -> list[np.ndarray]:
     """The left directions (O, r) of dW, the largest first, by layer."""
-    return [decompose(part.B @ part.A).U[:, : len(part.A)] for part in _parts(model)]
+    return [decompose(part.B @ part.A).U[:, : len(part.A)] for part in adapter_parts(model)]
 
 
 def first(rows: Sequence[Row], field: str) -> list[float]:
@@ -92,12 +82,11 @@ def verdict(rows: Sequence[Row]) -> Verdict:
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
     names = {"A, other seed": "other_seed", "dW's outputs": "outputs"}
-    names |= {"untrained, one seed": "untrained", "random": "random"}
+    names |= {"untrained A, one seed": "untrained", "random": "random"}
     labels = [str(i) for i in SHOWN]
-    result = []
-    for title, field in names.items():
-        tables = [row[field] for row in rows if row["arm"] == "pair"]
-        table = np.mean(tables, axis=0).tolist()
-        others = {"x": "of r = 64", "y": "of r = 8", "limits": [0, 1]}
-        result.append(heat(f"phi: {title}", labels, labels, table, **others))
-    return result
+    others = {"x": "of r = 64", "y": "of r = 8", "limits": [0, 1]}
+    pairs = [row for row in rows if row["arm"] == "pair"]
+    tables = {name: np.mean([row[f] for row in pairs], axis=0) for name, f in names.items()}
+    return [
+        heat(f"phi: {name}", labels, labels, t.tolist(), **others) for name, t in tables.items()
+    ]
