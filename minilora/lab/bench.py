@@ -1,7 +1,7 @@
 """The bench: bases and fits, made once and stored, and what is measured on them.
 
 What is computed depends on the arm, the rate, the seed and the plan alone: never on the folder, on
-the number of workers, or on what was there before.
+the number of workers, or on what was measured before.
 """
 
 from __future__ import annotations

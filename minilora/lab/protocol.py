@@ -105,8 +105,8 @@ def documents(name: str) -> tuple[Documents, Documents, Documents]:
     """(train, tune, report) of a text by name: prose, code, or a task of `four_tasks`.
 
     A tenth of the bytes is held out, in whole documents. One half of these documents chooses the
-    learning rate, and the other is what a result is reported on. Of "memory N", which are N kB of
-    code to learn by heart, all parts are the same; names joined by + are texts one after another.
+    learning rate, and the other is what a result is reported on. "memory N" is N kB of code to
+    learn by heart, the same in all parts; names joined by + are texts one after another.
     """
     if "+" in name:
         several = [documents(one) for one in name.split("+")]

@@ -82,7 +82,7 @@ def run_experiment(
     say: Callable[[str], None] = print,
     title: str = "",
 ) -> Outcome:
-    """Measure the cases that the store lacks, and write results and picture once all are there.
+    """Measure the cases that the store lacks, and write results and picture once it has all.
 
     A case that fails is reported, and the others go on: the next run tries it again. As soon as
     `stopped` has an item the running cases are asked to end. `title` is that of the progress bar.
@@ -145,7 +145,7 @@ def _failure(error: BaseException) -> JsonObject:
 
 
 def _look(experiment: Any, store: Store, name: str, plan: Plan) -> tuple[list[Row], list[Case]]:
-    """(rows, cases to measure): which cases are wanted may depend on rows that are there."""
+    """(rows, cases to measure): which cases are wanted may depend on known rows."""
     rows: list[Row] = []
     while True:
         cases = experiment.cases(plan, rows)

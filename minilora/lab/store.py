@@ -131,7 +131,7 @@ class Store:
         return None
 
     def write_case(self, experiment: str, case: Case, result: Row, seconds: float) -> None:
-        """Write the seconds first: a case that is there counts as measured."""
+        """Write the seconds first: a case that has its file counts as measured."""
         place = self._place(experiment, case)
         place.parent.mkdir(parents=True, exist_ok=True)
         times = self.seconds(experiment) | {place.stem: round(seconds, 3)}

@@ -60,8 +60,8 @@ def measure(bench: Bench, case: Case) -> Row:
 
 
 def means(rows: Sequence[Row], way: str, r: int) -> list[float]:
-    """By seed, the mean bits per byte over the tasks: each task its own, shared, or a sum."""
-    if way == "own":
+    """By seed, the mean bits per byte over the tasks: one adapter each, a shared one, or a sum."""
+    if way == "one each":
         every = [at_best(rows, f"{task} r={r}") for task in TASKS]
         return [mean(bits) for bits in zip(*every, strict=True)]
     if way == "sum":
@@ -72,16 +72,16 @@ def means(rows: Sequence[Row], way: str, r: int) -> list[float]:
 def verdict(rows: Sequence[Row]) -> Verdict:
     parts = []
     for r, shared in ((4, 4), (4, 16), (1, 4)):  # equal rank, and twice equal parameters
-        lost = differences(means(rows, "shared", shared), means(rows, "own", r))
+        lost = differences(means(rows, "shared", shared), means(rows, "one each", r))
         what = f"bits that one of r = {shared} loses to four of r = {r}"
         parts.append(judge(what, lost, at_most=EQUAL))
-    lost = differences(means(rows, "sum", 4), means(rows, "own", 4))
+    lost = differences(means(rows, "sum", 4), means(rows, "one each", 4))
     return decide(*parts, judge("bits that the best sum of r = 4 loses", lost, at_most=EQUAL))
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
     content, ranks = [], (1, 4, 16)
-    for way in ("own", "shared", "sum"):
+    for way in ("one each", "shared", "sum"):
         known = ranks if way == "shared" else RANKS
         content.append(bar(way, [mean(means(rows, way, r)) if r in known else None for r in ranks]))
     base = mean([mean(at_best(rows, f"{task} r=1", "before")) for task in TASKS])

@@ -72,7 +72,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         judge("merged onto the decoded codes", added(rows, "nf4", "onto_decoded"), at_most=LEVEL),
         judge("merged onto the first weights", added(rows, "nf4", "onto_first"), at_most=LEVEL),
         judge("in codes again", added(rows, "nf4", "decoded_again"), at_most=LEVEL),
-        note=f"Of int8 no merge adds more than {max(control):.4f} bits per byte.",
+        note=f"No merge over int8 adds more than {max(control):.4f} bits per byte.",
     )
 
 
