@@ -9,6 +9,7 @@ chatting   generate --chat: a conversation on standard input
 graphing   graph: a layer or a block as it was computed
 files      merge, combine, inspect, diff, extract, resize, convert: files in, files out
 checking   verify, devices
+lab        lab: claims about LoRA measured
 reading    models and texts, as several commands read them
 continuing finetune --adapter: training goes on from an adapter
 fields     options for fields that only some methods have
@@ -40,7 +41,7 @@ from ..display import printable
 from ..errors import ConfigError, Interrupted, MiniloraError
 from ..training.ranks import Alone, Ranks, connect, launched
 from ..training.signals import HANGUP, USER
-from . import checking, files, graphing, sweep, training, using
+from . import checking, files, graphing, lab, sweep, training, using
 from .options import HelpFormatter, Parser, hyphenate, option
 from .streams import Stream, open_descriptors
 
@@ -51,6 +52,7 @@ COMMANDS = (
     *files.COMMANDS,
     *graphing.COMMANDS,
     *checking.COMMANDS,
+    *lab.COMMANDS,
 )
 SUCCESS, FAILED, IO = 0, 1, 4  # besides the exit codes in errors.py
 # What a rank may have of its own; the other arguments are options, alike on all ranks.

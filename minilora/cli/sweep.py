@@ -15,7 +15,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +26,7 @@ from ..errors import (
     Interrupted,
     LockError,
     MiniloraError,
-    NonFiniteError,
     SweepError,
-    shorten,
 )
 from ..formats import find_model, read_checkpoint
 from ..formats.disk import JsonObject
@@ -44,11 +41,13 @@ from ..training.signals import stop_signals
 from ..training.sweep import (
     FAILED,
     FINISHED,
+    LASTING,
     Identity,
     Point,
     checksum,
     claim_folder,
     count_points,
+    describe_failure,
     describe_settings,
     list_points,
     read_result,
@@ -65,8 +64,6 @@ from .training import add_finetune_options, add_tuning_options, read_finetune_op
 OUTPUT = "output.txt"  # in a point's folder: what finetune would have printed
 MOST_POINTS = 256
 TRIES = 50  # to lock a point's folder, ten per second
-DISK, OTHER = 4, 1  # exit codes of errors that have none of their own
-LASTING = NonFiniteError.exit_code  # of a failure that would come again
 OWN = ("grid", "out", "jobs", "pool", "max_points", "debug")  # options of sweep, not of its points
 PATHS = ("DIR", "FILE", "auto|DIR")
 FROM_MAIN = ("command", "parser", "run", "prints", "has_ranks", "ranks")
@@ -121,7 +118,7 @@ class Plan(NamedTuple):
 
 def plan_sweep(args: Args) -> Plan:
     """What the options mean. Errors for all that can be refused before a point is trained."""
-    pool, jobs = _choose_pool(args)
+    pool, jobs = choose_pool(args)
     given = {key: value for key, value in vars(args).items() if key not in (*OWN, *FROM_MAIN)}
     parser = Parser(prog="minilora sweep", allow_abbrev=False)
     add_finetune_options(parser)
@@ -148,9 +145,9 @@ def plan_sweep(args: Args) -> Plan:
     return Plan(grid, works, identity, places, pool, jobs)
 
 
-def _choose_pool(args: Args) -> tuple[str, int]:
-    """(kind of pool, points at a time)"""
-    jobs = args.jobs or 1
+def choose_pool(args: Args, default: int = 1) -> tuple[str, int]:
+    """(kind of pool, calls at a time); `default` is how many without --jobs."""
+    jobs = args.jobs or default
     pool = args.pool or ("processes" if jobs > 1 else "here")
     if pool == "here" and jobs > 1:
         raise ConfigError(f"--pool here has one point at a time, not --jobs {jobs}: drop either")
@@ -323,29 +320,6 @@ def _output_to(path: Path) -> Iterator[None]:
         contextlib.redirect_stderr(file),
     ):
         yield
-
-
-def describe_failure(error: BaseException) -> JsonObject:
-    """The result of a point that failed: its reason in short, and the exit code for it."""
-    code = OTHER
-    reason = str(error) or type(error).__name__
-    if isinstance(error, MiniloraError) and error.exit_code == LASTING:
-        # What follows names files and batches, and may depend on where the run was stopped.
-        reason = reason.partition("; ")[0]
-    if isinstance(error, MiniloraError):
-        code = error.exit_code
-    elif isinstance(error, OSError):
-        code = DISK
-        reason = f"{error.strerror or error}: {error.filename!r}" if error.filename else reason
-    elif isinstance(error, MemoryError):
-        reason = "out of memory"
-    elif isinstance(error, BrokenExecutor):
-        reason = "its process ended abruptly: it was killed, perhaps because memory ran out"
-    elif isinstance(error, KeyboardInterrupt):  # a second signal
-        reason = "it was stopped by a signal"
-    else:
-        reason = f"{type(error).__name__}: {reason}"
-    return {"state": FAILED, "reason": shorten(printable(reason)), "exit_code": code}
 
 
 # ---- all points ----------------------------------------------------------------------------------

@@ -153,12 +153,26 @@ def held_out_size(size: int, fraction: float) -> float:
 
 
 def split(documents: Documents, fraction: float = 0.1, seed: int = 0) -> tuple[bytes, bytes]:
+    """(train, held_out): the texts of `split_documents`, with a newline between documents."""
+    train, held_out = split_documents(documents, fraction, seed)
+    return join(train), join(held_out)
+
+
+def join(documents: Documents) -> bytes:
+    """The texts of the documents with a newline between them."""
+    return b"\n".join(text for _, text in documents)
+
+
+def split_documents(
+    documents: Documents, fraction: float = 0.1, seed: int = 0
+) -> tuple[Documents, Documents]:
     """(train, held_out): `fraction` of the bytes in whole documents drawn by `seed`, at least one.
 
     Never a part of one: who has seen half a file guesses the other half too well. Documents keep
-    their order, with a newline between them. DataError for fewer than two that are not empty.
+    their order; empty ones are left out. DataError for fewer than two that are not empty.
     """
-    texts = [text for _, text in documents if text]
+    documents = [(name, text) for name, text in documents if text]
+    texts = [text for _, text in documents]
     if len(texts) < 2:
         raise DataError(
             f"expected 2 documents or more, one to train on and one to hold out, got {len(texts)}"
@@ -171,9 +185,9 @@ def split(documents: Documents, fraction: float = 0.1, seed: int = 0) -> tuple[b
             space -= len(texts[i])
     if not chosen:
         chosen.add(min(range(len(texts)), key=lambda i: len(texts[i])))
-    train = [text for i, text in enumerate(texts) if i not in chosen]
-    held_out = [text for i, text in enumerate(texts) if i in chosen]
-    return b"\n".join(train), b"\n".join(held_out)
+    train = [document for i, document in enumerate(documents) if i not in chosen]
+    held_out = [document for i, document in enumerate(documents) if i in chosen]
+    return train, held_out
 
 
 def split_text(text: bytes, fraction: float = 0.1) -> tuple[bytes, bytes]:

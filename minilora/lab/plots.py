@@ -8,8 +8,10 @@ or a program that uses matplotlib stay as they are.
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 from ..display import Picture
 from ..errors import ConfigError, shorten
 from ..formats import atomic_file
+from .panels import Panel, draw
 
 Rest = ParamSpec("Rest")
 File = str | Path
@@ -129,6 +132,19 @@ def _save(figure: Any, path: str | Path) -> None:
     path = Path(path)
     with atomic_file(path) as file:
         figure.savefig(file, format=path.suffix[1:])
+
+
+def _save_small(figure: Any, path: str | Path, source: str) -> None:
+    """Write the picture as a PNG of 64 colours, a third of the size, with a text in it."""
+    from PIL import Image, PngImagePlugin  # which matplotlib needs anyway
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=100)
+    image = Image.open(drawn).convert("RGB").quantize(64)
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("Source", source)
+    with atomic_file(path) as file:
+        image.save(file, "png", optimize=True, pnginfo=texts)
 
 
 def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
@@ -417,3 +433,22 @@ def spectra(path: str | Path, layers: Mapping[str, Sequence[float] | None]) -> N
     if kinds:
         axis.legend()
     _save(figure, path)
+
+
+@_styled
+def panels(path: str | Path, title: str, content: Sequence[Panel], source: str = "") -> None:
+    """Draw the panels of an experiment, two in a row, under a title; see panels.py.
+
+    source   what the numbers are: it is written into the file, not into the picture
+    """
+    columns = min(2, len(content))
+    rows = -(-len(content) // columns)
+    size = 6.8, 2.9 * rows + 0.8
+    figure, axes = _subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(content) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes.flat, content, strict=False):
+        draw(axis, panel)
+    lines = textwrap.wrap(title, 76)
+    figure.suptitle("\n".join(lines), fontsize=10, x=0.01, ha="left", fontweight="bold")
+    _save_small(figure, path, source)

@@ -18,11 +18,20 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import ConfigError, DataError, FormatError
+from ..errors import (
+    ConfigError,
+    DataError,
+    FormatError,
+    MiniloraError,
+    NonFiniteError,
+    printable,
+    shorten,
+)
 from ..formats import atomic_file, read_json, write_json
 from ..formats.disk import JsonObject, PathLike, open_regular, quoted
 from ..formats.folders import LOCK, require_empty
@@ -30,6 +39,8 @@ from ..formats.folders import LOCK, require_empty
 SWEEP = "sweep.json"
 RESULT = "result.json"
 FINISHED, FAILED = "finished", "failed"
+DISK, OTHER = 4, 1  # exit codes of errors that have none of their own
+LASTING = NonFiniteError.exit_code  # of a failure that would come again
 MEASURED = ("loss", "bits_per_byte", "trainable_parameters")
 # What a result has, by its state: texts, and numbers.
 NEEDED = {FINISHED: ((), (*MEASURED, "seconds")), FAILED: (("reason",), ("exit_code",))}
@@ -66,7 +77,7 @@ def list_points(grid: Mapping[str, Sequence[str]]) -> list[Point]:
     folded = [name.casefold() for name in names]
     are_distinct = len(set(folded)) == len(folded)
     return [
-        Point(name if are_distinct and _is_plain(name) else _shorten(name), values)
+        Point(name if are_distinct and _is_plain(name) else plain_name(name), values)
         for name, values in zip(names, settings, strict=True)
     ]
 
@@ -75,8 +86,8 @@ def _is_plain(name: str) -> bool:
     return len(name) <= LONGEST_NAME and IN_NAMES.issuperset(name)
 
 
-def _shorten(name: str) -> str:
-    """A name of plain characters that differs from those of other points."""
+def plain_name(name: str) -> str:
+    """A name for a file in plain characters; two different names stay different."""
     plain = "".join(c if c in IN_NAMES else "-" for c in name[: LONGEST_NAME - 9])
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{plain}-{digest[:8]}"
@@ -195,6 +206,29 @@ def read_result(folder: Path) -> JsonObject | None:
 
 def write_result(folder: Path, result: JsonObject) -> None:
     write_json(folder / RESULT, result)
+
+
+def describe_failure(error: BaseException) -> JsonObject:
+    """The result of a point that failed: its reason in short, and the exit code for it."""
+    code = OTHER
+    reason = str(error) or type(error).__name__
+    if isinstance(error, MiniloraError) and error.exit_code == LASTING:
+        # What follows names files and batches, and may depend on where the run was stopped.
+        reason = reason.partition("; ")[0]
+    if isinstance(error, MiniloraError):
+        code = error.exit_code
+    elif isinstance(error, OSError):
+        code = DISK
+        reason = f"{error.strerror or error}: {error.filename!r}" if error.filename else reason
+    elif isinstance(error, MemoryError):
+        reason = "out of memory"
+    elif isinstance(error, BrokenExecutor):
+        reason = "its process ended abruptly: it was killed, perhaps because memory ran out"
+    elif isinstance(error, KeyboardInterrupt):  # a second signal
+        reason = "it was stopped by a signal"
+    else:
+        reason = f"{type(error).__name__}: {reason}"
+    return {"state": FAILED, "reason": shorten(printable(reason)), "exit_code": code}
 
 
 def result_rows(points: Sequence[Point], results: Mapping[str, JsonObject]) -> list[JsonObject]:

@@ -1,0 +1,120 @@
+"""lab: claims about LoRA measured, with verdicts and pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ..display import print_table, printable
+from ..errors import Interrupted, SweepError, check_names
+from ..formats.folders import locked
+from ..threads import available_cores
+from ..training.pool import POOLS, Pool, open_pool
+from ..training.signals import stop_signals
+from .options import Args, Command, Parser, option
+from .sweep import choose_pool
+
+OTHERS = ("all", "list", "gallery")
+OUT = "runs/lab"
+
+
+def add_lab_options(parser: Parser) -> None:
+    text = "experiments by name, or all; list: what they are; gallery: a page of their results"
+    parser.add_argument("names", nargs="+", metavar="NAME", help=text)
+    option(
+        parser, "--out DIR", "results: new, or of the same laboratory, which goes on", default=OUT
+    )
+    option(parser, "--jobs K", "cases at a time (default: one per core)")
+    text = f"where cases are measured: {', '.join(POOLS)} (default: by --jobs)"
+    option(parser, "--pool HOW", text, choices=POOLS)
+    option(parser, "--quick", "runs of three steps, which show only that everything works")
+
+
+def lab(args: Args) -> None:
+    from ..lab.experiments import EXPERIMENTS
+
+    check_names("lab", args.names, [*EXPERIMENTS, *OTHERS])
+    if "list" in args.names:
+        _print_list(EXPERIMENTS)
+    elif "gallery" in args.names:
+        _write_gallery(args)
+    else:
+        chosen = EXPERIMENTS if "all" in args.names else dict.fromkeys(args.names)
+        _run(args, list(chosen))
+
+
+def _print_list(experiments: dict[str, Any]) -> None:
+    rows = []
+    for name, experiment in experiments.items():
+        rows.append({"name": name, "seconds": experiment.SECONDS, "claim": experiment.CLAIM})
+    print_table(rows)
+
+
+def _write_gallery(args: Args) -> None:
+    from ..lab.gallery import write_gallery
+    from ..lab.store import Store
+
+    print(printable(f"-> {write_gallery(Store(args.out))}"))
+
+
+def _run(args: Args, names: Sequence[str]) -> None:
+    from ..lab.protocol import Plan
+    from ..lab.store import Store, describe_surroundings
+
+    kind, jobs = choose_pool(args, available_cores() if args.pool != "here" else 1)
+    plan = Plan(args.quick)
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(open_pool(kind, jobs))
+        out = stack.enter_context(locked(args.out))
+        store = Store(out)
+        store.claim(describe_surroundings(plan))
+        stopped = stack.enter_context(stop_signals())
+        _run_all(names, store, plan, pool, stopped)
+
+
+def _run_all(names: Sequence[str], store: Any, plan: Any, pool: Pool, stopped: list[int]) -> None:
+    """Run the experiments in turn; errors come at the end, when all others are done."""
+    from ..lab.experiments import EXPERIMENTS
+    from ..lab.running import describe_results, run_experiment
+
+    failures = {}
+    begun = time.monotonic()
+    expected = 0.0  # seconds of what was measured in this run
+    for number, name in enumerate(names, 1):
+        title = f"{name} ({number} of {len(names)})"
+        outcome = run_experiment(name, store, plan, pool, stopped, title=title)
+        if stopped:
+            text = f"{signal.Signals(stopped[0]).name}: stopped in experiment {name}"
+            raise Interrupted(f"{text}; the same command goes on", stopped[0])
+        failures.update(outcome.failures)
+        if outcome.measured:
+            expected += EXPERIMENTS[name].SECONDS
+        if outcome.results is None:
+            continue
+        seconds = sum(store.seconds(name).values())
+        print("\n".join(describe_results(outcome.results)))
+        print(printable(f"  {seconds:.0f} s of all cases -> {store.results_file(name)}"))
+        left = sum(EXPERIMENTS[other].SECONDS for other in names[number:])
+        if left and not plan.quick:
+            speed = (time.monotonic() - begun) / expected if expected else 1.0
+            print(f"  about {max(1, round(left * speed / 60))} minutes are left")
+    if failures:
+        case, first = next(iter(failures.items()))
+        raise SweepError(
+            f"{len(failures)} cases failed; {case}: {first['reason']}; "
+            "the same command tries them again",
+            first["exit_code"],
+        )
+
+
+COMMANDS = (
+    Command(
+        lab,
+        add_lab_options,
+        "Measure claims about LoRA, each with its control, over several seeds.",
+        "rank --out runs/lab",
+    ),
+)

@@ -1,0 +1,95 @@
+"""minilora lab: the list, a quick run that is killed and goes on, the gallery, refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from minilora.cli import main
+from minilora.lab.experiments import EXPERIMENTS
+
+pytestmark = pytest.mark.filterwarnings("default")
+POSIX = pytest.mark.skipif(not hasattr(os, "setsid"), reason="needs signals as POSIX has them")
+
+
+def run(line: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(shlex.split(line))
+    assert "Traceback" not in out.getvalue() + err.getvalue()
+    return code, out.getvalue(), err.getvalue()
+
+
+def results(folder):
+    return {
+        file.relative_to(folder): file.read_bytes()
+        for file in folder.rglob("*.json")
+        if file.name != "seconds.json"
+    }
+
+
+def test_lab_list_has_a_line_each_with_the_name_first():
+    code, out, _ = run("lab list")
+    lines = out.splitlines()[1:]
+    assert code == 0
+    assert [line.split()[0] for line in lines] == list(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("line", ["lab rnak", "lab rank everything"])
+def test_lab_unknown_name_is_told_what_there_is(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(line)
+    assert code == 2
+    assert "all" in err
+    assert "counts" in err
+    assert "gallery" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_lab_gallery_without_results_says_what_to_do(tmp_path):
+    code, _, err = run(f"lab gallery --out {tmp_path}")
+    assert code == 2
+    assert "run an experiment first" in err
+
+
+def test_lab_refuses_a_folder_of_full_runs_for_quick_ones(tmp_path):
+    assert run(f"lab counts --quick --pool here --out {tmp_path}/lab")[0] == 0
+    before = results(tmp_path)
+    code, _, err = run(f"lab counts --pool here --out {tmp_path}/lab")
+    assert code == 2
+    assert "the size of its runs was True, and now it is False" in err
+    assert results(tmp_path) == before
+
+
+@POSIX
+def test_lab_killed_goes_on_to_the_bytes_of_an_uninterrupted_run(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(f"lab rank --quick --pool here --out {whole}")[0] == 0
+    line = f"lab rank --quick --jobs 2 --out {killed}"
+    command = [sys.executable, "-m", "minilora", *shlex.split(line)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + 60
+    while not list(killed.glob("rank/cases/*.json")) and time.monotonic() < limit:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "rank" / "results.json").exists()
+    code, out, _ = run(line.replace("--jobs 2", "--pool here"))
+    assert code == 0
+    assert out.startswith("rank: ")
+    assert results(killed) == results(whole)
+    code, out, _ = run(f"lab gallery --out {killed}")
+    page = (killed / "README.md").read_text()
+    assert code == 0
+    assert "## rank" in page
+    assert EXPERIMENTS["rank"].CLAIM in page
+    assert "rank/rank.png" in page
