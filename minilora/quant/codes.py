@@ -195,11 +195,23 @@ def encode(
         raise NonFiniteError("a weight is NaN, infinite or beyond float32: it has no code")
     quantized = _encode(flat, kind, block_size)
     if double_quant:
-        absmax = quantized.absmax
-        offset = float(np.float32(backend.to_numpy(absmax.mean(dtype=np.float64))))
-        coded = _encode(absmax - offset, "dynamic", ABSMAX_BLOCK)
+        coded, offset = encode_absmax(quantized.absmax)
         quantized = replace(quantized, absmax=coded, offset=offset)
     return replace(quantized, shape=tuple(values.shape))
+
+
+def encode_absmax(absmax: Array) -> tuple[Quantized, float]:
+    """Double quantization of an array's absmax: (the codes of absmax - offset, offset)."""
+    mean = backend_of(absmax).to_numpy(absmax.mean(dtype=np.float64))
+    offset = float(np.float32(mean))
+    return _encode(absmax - offset, "dynamic", ABSMAX_BLOCK), offset
+
+
+def block_absmax(blocks: Array) -> Array:
+    """The absmax of each row of `blocks` (count, block_size): 0 without a normal number."""
+    xp = backend_of(blocks).xp
+    absmax = xp.abs(blocks).max(axis=1)
+    return xp.where(absmax < _SMALLEST, 0, absmax)
 
 
 def _encode(flat: Array, kind: str, block_size: int) -> Quantized:
@@ -211,8 +223,7 @@ def _encode(flat: Array, kind: str, block_size: int) -> Quantized:
     padded = xp.zeros((count * block_size,), np.float32)
     padded[:size] = flat
     blocks = padded.reshape(count, block_size)
-    absmax = xp.abs(blocks).max(axis=1)
-    absmax = xp.where(absmax < _SMALLEST, 0, absmax)
+    absmax = block_absmax(blocks)
     scaled = backend.divide_rows(blocks, absmax).reshape(-1)
     codes = xp.take(tables.order, xp.searchsorted(tables.thresholds, scaled, side="left"))
     per_byte = tables.values.shape[1]
