@@ -7,6 +7,7 @@ reporting  what pretrain and finetune show at their end
 using      generate, evaluate
 chatting   generate --chat: a conversation on standard input
 files      merge, combine, inspect, diff, extract, resize, convert: files in, files out
+auditing   audit
 checking   verify, devices
 reading    models and texts, as several commands read them
 continuing finetune --adapter: training goes on from an adapter
@@ -38,7 +39,7 @@ from ..display import printable
 from ..errors import ConfigError, Interrupted, MiniloraError
 from ..training.ranks import Alone, Ranks, connect, launched
 from ..training.signals import HANGUP, USER
-from . import checking, files, sweep, training, using
+from . import auditing, checking, files, sweep, training, using
 from .options import HelpFormatter, Parser, hyphenate, option
 from .streams import Stream, open_descriptors
 
@@ -47,6 +48,7 @@ COMMANDS = (
     *sweep.COMMANDS,
     *using.COMMANDS,
     *files.COMMANDS,
+    *auditing.COMMANDS,
     *checking.COMMANDS,
 )
 SUCCESS, FAILED, IO = 0, 1, 4  # besides the exit codes in errors.py

@@ -45,6 +45,7 @@ Array = np.ndarray
 NF4_BLOCK = 64
 SCOUT = 1 << 12  # numbers on which every hypothesis is tried
 PICKS = 1 << 13  # numbers whose bounds are computed at a time
+FEW = 1 << 8  # of them at first
 
 
 class Pair(NamedTuple):
@@ -70,13 +71,18 @@ class Pair(NamedTuple):
     def columns(self) -> int:
         return math.prod(self.shape[1:])
 
+    @property
+    def runs_down(self) -> bool:
+        """Does each block of NF4 run down one column?"""
+        return self.by_columns and self.shape[0] % NF4_BLOCK == 0
+
     def row_slices(self) -> list[slice]:
         """The rows in parts, the first of them small; no block of NF4 is in two of them."""
         unit = 1
         if self.encodable:
             unit = NF4_BLOCK // math.gcd(self.columns, NF4_BLOCK)
-            if self.by_columns:  # blocks run down a column
-                unit = NF4_BLOCK if self.shape[0] % NF4_BLOCK == 0 else self.shape[0]
+            if self.by_columns:
+                unit = NF4_BLOCK if self.runs_down else self.shape[0]
         group = unit * self.columns
         first = min(self.shape[0], unit * max(1, SCOUT // group))
         parts = [slice(0, first)]
@@ -95,6 +101,7 @@ class Block:
     bits: Array
     V: dict[str, Array] = field(default_factory=dict)
     E: dict[bool, Array] = field(default_factory=dict)
+    codes: Any = ...  # of M in NF4; None if it has none, ... if that is not known
 
 
 class Factors:
@@ -168,9 +175,10 @@ class Layer:
         self._absmax: Array | None = None
         self._lengths: dict[tuple[str, bool], Lengths] = {}
 
-    def hypotheses(self) -> Iterator[Hypothesis]:
+    def hypotheses(self, with_codes: bool) -> Iterator[Hypothesis]:
         for hypothesis in combine(self.changes):
-            if self.pair.encodable or not (hypothesis.onto or hypothesis.requantized):
+            is_plain = not (hypothesis.onto or hypothesis.requantized)
+            if is_plain or (with_codes and self.pair.encodable):
                 yield hypothesis
 
     def read(self, rows: slice) -> Block:
@@ -206,10 +214,12 @@ class Layer:
 
     def _places(self, rows: slice) -> Any:
         """Where the absmax of some rows are in the array that has all of them."""
-        if self.pair.by_columns:
+        if self.pair.runs_down:
             return slice(None), slice(rows.start // NF4_BLOCK, -(-rows.stop // NF4_BLOCK))
-        numbers = (rows.start * self.pair.columns, rows.stop * self.pair.columns)
-        return slice(numbers[0] // NF4_BLOCK, -(-numbers[1] // NF4_BLOCK))
+        if self.pair.by_columns:  # blocks run from one column to the next, and all rows are read
+            return slice(None)
+        start, stop = rows.start * self.pair.columns, rows.stop * self.pair.columns
+        return slice(start // NF4_BLOCK, -(-stop // NF4_BLOCK))
 
     def _double_absmax(self) -> Array:
         """The absmax of all blocks, decoded from their codes: (blocks,), or (O, blocks / O)."""
@@ -218,7 +228,7 @@ class Layer:
             for rows in self.pair.row_slices():
                 W = widen(self.pair.base(rows)).reshape(-1, self.pair.columns)
                 absmax = _absmax(self.oriented(W))
-                parts.append(absmax.reshape(W.shape[1], -1) if self.pair.by_columns else absmax)
+                parts.append(absmax.reshape(W.shape[1], -1) if self.pair.runs_down else absmax)
             whole = np.concatenate(parts, axis=-1)
             coded, offset = encode_absmax(whole.reshape(-1))
             self._absmax = (coded.decode() + np.float32(offset)).reshape(whole.shape)
@@ -263,10 +273,12 @@ class Layer:
 
     # ---- does a hypothesis explain the numbers? ----
 
-    def judge(self, hypothesis: Hypothesis, level: int, block: Block) -> tuple[int, int, int]:
-        """(the first level from `level` on that explains the block, numbers M unlike the rounded
-        sum, numbers outside every listed bound)."""
+    def judge(self, hypothesis: Hypothesis, level: int, block: Block) -> tuple[int, int, float]:
+        """(the first level from `level` on that explains the block, how many numbers differ from
+        the rounded sum, about which share of all is outside every listed bound)."""
         with np.errstate(all="ignore"):
+            if hypothesis.requantized and self._codes(block) is None:
+                return DEAD, block.M.size, 1.0
             c, k, length = self.scale(block, hypothesis)
             S = self.V(block, hypothesis.onto)
             if np.any(c):
@@ -277,29 +289,31 @@ class Layer:
                 return self._judge_codes(hypothesis, level, block, S)
             rounded = widen(round_to(S, self.pair.dtype))
             at = np.flatnonzero(~(rounded == block.M))
-            outside = len(at)
-            for parts in blocks(len(at), PICKS):
-                level, few = self._judge_numbers(hypothesis, level, block, S, at[parts])
-                outside += few - len(at[parts])
+            outside = 0.0
+            few = at[:FEW], *(at[parts] for parts in blocks(len(at), PICKS))
+            for some in few:  # most wrong hypotheses are refuted by the first few
+                level, share = self._judge_numbers(hypothesis, level, block, S, some)
+                outside = max(outside, share)
                 if level == DEAD:
-                    return DEAD, len(at), outside
-            return level, len(at), outside
+                    break
+            return level, len(at), outside * len(at) / max(1, block.M.size)
 
     def _judge_numbers(
         self, hypothesis: Hypothesis, level: int, block: Block, S: Array, at: Array
-    ) -> tuple[int, int]:
-        """(level, numbers outside the last listed bound) for the numbers at these places."""
+    ) -> tuple[int, float]:
+        """(level, the share outside the last listed bound) for the numbers at these places."""
         distance = np.abs(S.reshape(-1)[at] - block.M.reshape(-1)[at])
         distance -= half_step(block.M.reshape(-1)[at], self.pair.dtype)
-        outside = np.zeros(len(at), bool)
         last = self.radius(hypothesis, LISTED - 1, block, at, S)
         outside = ~(distance <= last)
-        widest = last if not outside.any() else self.radius(hypothesis, DEAD - 1, block, at, S)
-        if not (distance <= widest).all():
-            return DEAD, int(outside.sum())
+        share = float(outside.mean()) if len(at) else 0.0
+        if outside.any():
+            widest = self.radius(hypothesis, DEAD - 1, block, at, S)
+            if not (distance <= widest).all():
+                return DEAD, share
         while not (distance <= self.radius(hypothesis, level, block, at, S)).all():
             level += 1
-        return level, int(outside.sum())
+        return level, share
 
     def radius(
         self, hypothesis: Hypothesis, level: int, block: Block, at: Array, S: Array
@@ -360,47 +374,56 @@ class Layer:
 
     def _judge_codes(
         self, hypothesis: Hypothesis, level: int, block: Block, X: Array
-    ) -> tuple[int, int, int]:
-        """`judge` where X was encoded: M's codes must be those of X, M's absmax too.
+    ) -> tuple[int, int, float]:
+        """`judge` where X was encoded: M's codes must be those of X.
 
-        If only the absmax differ, as after double quantization, the level is that of rounded
-        factors: the absmax are not known then.
+        M's absmax must be those of X as well, or double quantization has changed them: then the
+        level is that of rounded factors, because they say nothing about X.
         """
-        count = X.size
-        M = _in_blocks(self.oriented(block.M))
-        a = np.abs(M).max(axis=1, keepdims=True)
-        levels = LEVELS["nf4"].astype(np.float64)
-        middles = (levels[1:] + levels[:-1]) / 2
-        codes = np.searchsorted(middles, M / np.where(a == 0, 1, a))
-        unit, tiny = ROUNDING[self.pair.dtype]
-        grid = levels[codes] * a
-        slack = compound(3, max(unit, ROUNDING["F32"][0]))
-        if not (np.abs(M - grid) <= slack * np.abs(grid) + tiny).all():
-            return DEAD, count, count
-        X, e = (_in_blocks(self.oriented(x)) for x in (X, self._radius_of_codes(hypothesis, block, X)))
+        codes, a = block.codes
+        e = _in_blocks(self.oriented(self._radius_of_codes(hypothesis, block, X)))
+        X = _in_blocks(self.oriented(X))
         top = np.abs(X).max(axis=1, keepdims=True)
         error = e.max(axis=1, keepdims=True) + 8 * ROUNDING["F32"][0] * top
-        edges = np.concatenate([[-np.inf], middles, [np.inf]])
+        edges = np.concatenate([[-np.inf], _middles(), [np.inf]])
         low, high = edges[codes], edges[codes + 1]
-        below = X + e < np.minimum(low * (top + error), low * (top - error)) - error * 2.0**-20
-        above = X - e > np.maximum(high * (top + error), high * (top - error)) + error * 2.0**-20
-        outside = int((below | above).sum())
-        if outside:
-            return DEAD, count, outside
-        plain = np.abs(a - top) <= error + unit * a + tiny
-        return max(level, 0 if plain.all() else LISTED - 1), 0, 0
+        outside = X + e < np.minimum(low * (top + error), low * (top - error))
+        outside |= X - e > np.maximum(high * (top + error), high * (top - error))
+        if outside.any():
+            return DEAD, X.size, float(outside.mean())
+        unit, tiny = ROUNDING[self.pair.dtype]
+        is_plain = (np.abs(a - top) <= error + unit * a + tiny).all()
+        return max(level, 0 if is_plain else LISTED - 1), 0, 0.0
+
+    def _codes(self, block: Block) -> tuple[Array, Array] | None:
+        """(codes, absmax) of M by blocks of NF4; None if its numbers are not what codes mean."""
+        if block.codes is ...:
+            M = _in_blocks(self.oriented(block.M))
+            a = np.abs(M).max(axis=1, keepdims=True)
+            codes = np.searchsorted(_middles(), M / np.where(a == 0, 1, a))
+            grid = LEVELS["nf4"].astype(np.float64)[codes] * a
+            unit, tiny = ROUNDING[self.pair.dtype]
+            slack = compound(3, max(unit, ROUNDING["F32"][0]))
+            on_grid = (np.abs(M - grid) <= slack * np.abs(grid) + tiny).all()
+            block.codes = (codes, a) if on_grid else None
+        return block.codes
 
     def _radius_of_codes(self, hypothesis: Hypothesis, block: Block, X: Array) -> Array:
         """How far the encoded numbers may be from X, which may have been rounded first."""
         at = np.arange(X.size)
         e = self.radius(hypothesis, LISTED - 1, block, at, X).reshape(X.shape)
-        steps = [half_step(X, dtype) for dtype in (*self.precision.types, self.pair.dtype)]
+        steps = [half_step(X, dtype) for dtype in self.precision.types + self.precision.coded]
         return np.asarray(e + np.max(steps, axis=0))
 
 
 def _once(change: Change, c: Any) -> Any:
     """The larger of the two factors of a change that is made twice; else c."""
     return np.maximum(np.abs(change.c), np.abs(c - change.c)) if change.again else c
+
+
+def _middles() -> Array:
+    levels = LEVELS["nf4"].astype(np.float64)
+    return np.asarray((levels[1:] + levels[:-1]) / 2)
 
 
 def _absmax(W: Array) -> Array:
@@ -476,9 +499,9 @@ class Explanation(NamedTuple):
         return [name for name, level in self.levels.items() if level == best < LISTED]
 
 
-def explain(layer: Layer, workers: Workers) -> Explanation:
-    """Try every hypothesis on a tensor."""
-    hypotheses = {hypothesis.name: hypothesis for hypothesis in layer.hypotheses()}
+def explain(layer: Layer, workers: Workers, with_codes: bool = True) -> Explanation:
+    """Try every hypothesis on a tensor; without codes, only those without NF4."""
+    hypotheses = {one.name: one for one in layer.hypotheses(with_codes)}
     levels = dict.fromkeys(hypotheses, 0)
     differing = dict.fromkeys(hypotheses, 0)
     first, *others = layer.pair.row_slices()
@@ -486,14 +509,14 @@ def explain(layer: Layer, workers: Workers) -> Explanation:
     shares: dict[str, float] = {}
     for name, hypothesis in hypotheses.items():
         levels[name], differing[name], outside = layer.judge(hypothesis, 0, block)
-        shares[name] = outside / max(1, block.M.size)
+        shares[name] = outside
     squares = float(np.vdot(block.W, block.W))
     finite = bool(np.isfinite(block.M).all())
 
     def alive() -> list[str]:
         return [name for name, level in levels.items() if level < DEAD]
 
-    def judge(block: Block) -> tuple[dict[str, tuple[int, int, int]], float]:
+    def judge(block: Block) -> tuple[dict[str, tuple[int, int, float]], float]:
         judged = {name: layer.judge(hypotheses[name], levels[name], block) for name in alive()}
         return judged, float(np.vdot(block.W, block.W))
 

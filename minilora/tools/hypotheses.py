@@ -136,10 +136,12 @@ class Precision(NamedTuple):
 
     dtype   of M
     types   the dtypes that a product or a factor may have been rounded to
+    coded   dtypes that a sum may have been rounded to before it was encoded, besides these
     """
 
     dtype: str
     types: tuple[str, ...]
+    coded: tuple[str, ...] = ()
 
     @property
     def unit(self) -> float:

@@ -145,7 +145,7 @@ def merge(
             source = plan.twins.get(key, key)
             if not changes:
                 bits = stored(checkpoint, source, code, allow_nonfinite)
-                return _resized(bits, plan.resized.get(source)), None
+                return resize_rows(bits, plan.resized.get(source)), None
             bits, row, total = _change_tensor(
                 checkpoint, source, changes, model_type, code, workers.map, plan.resized
             )
@@ -315,11 +315,11 @@ def _change_tensor(
         bits = round_to(adapter.file.read(new, np.float64), target)
         total = float(np.abs(widen(bits)).sum(dtype=np.float64))
         if rows:
-            table = _resized(stored(base, key, code, allow_nonfinite=True), resized.get(key))
+            table = resize_rows(stored(base, key, code, allow_nonfinite=True), resized.get(key))
             table[list(rows)] = bits
             bits = table
         return bits, None, total
-    bits = _resized(base.read_bits(key), resized.get(key))
+    bits = resize_rows(base.read_bits(key), resized.get(key))
     parts = [change.part() for change in changes]
     if is_stored_transposed(model_type, f"{path}.weight"):
         # Rows as models have them, so that the bits are theirs.
@@ -338,7 +338,7 @@ def _change_tensor(
     return bits, row, merged.lost + size
 
 
-def _resized(bits: Array, W: Array | None) -> Array:
+def resize_rows(bits: Array, W: Array | None) -> Array:
     """A tensor's bits with as many rows as W, of which the new ones are W's; themselves for None.
 
     Rows that both have keep their bits.
