@@ -26,6 +26,7 @@ from ..threads import Workers, blocks
 from .hypotheses import (
     DEAD,
     LISTED,
+    NOT_MERGED,
     ROUNDING,
     UNCHANGED,
     Change,
@@ -380,13 +381,13 @@ class Layer:
         M's absmax must be those of X as well, or double quantization has changed them: then the
         level is that of rounded factors, because they say nothing about X.
         """
-        codes, a = block.codes
+        lowest, highest, a = block.codes
         e = _in_blocks(self.oriented(self._radius_of_codes(hypothesis, block, X)))
         X = _in_blocks(self.oriented(X))
         top = np.abs(X).max(axis=1, keepdims=True)
         error = e.max(axis=1, keepdims=True) + 8 * ROUNDING["F32"][0] * top
         edges = np.concatenate([[-np.inf], _middles(), [np.inf]])
-        low, high = edges[codes], edges[codes + 1]
+        low, high = edges[lowest], edges[highest + 1]
         outside = X + e < np.minimum(low * (top + error), low * (top - error))
         outside |= X - e > np.maximum(high * (top + error), high * (top - error))
         if outside.any():
@@ -395,17 +396,21 @@ class Layer:
         is_plain = (np.abs(a - top) <= error + unit * a + tiny).all()
         return max(level, 0 if is_plain else LISTED - 1), 0, 0.0
 
-    def _codes(self, block: Block) -> tuple[Array, Array] | None:
-        """(codes, absmax) of M by blocks of NF4; None if its numbers are not what codes mean."""
+    def _codes(self, block: Block) -> tuple[Array, Array, Array] | None:
+        """(lowest, highest code that M may be, absmax) by blocks of NF4; None if M is not of codes.
+
+        The codes differ only among subnormal numbers, which are further apart than levels.
+        """
         if block.codes is ...:
             M = _in_blocks(self.oriented(block.M))
             a = np.abs(M).max(axis=1, keepdims=True)
-            codes = np.searchsorted(_middles(), M / np.where(a == 0, 1, a))
-            grid = LEVELS["nf4"].astype(np.float64)[codes] * a
             unit, tiny = ROUNDING[self.pair.dtype]
-            slack = compound(3, max(unit, ROUNDING["F32"][0]))
-            on_grid = (np.abs(M - grid) <= slack * np.abs(grid) + tiny).all()
-            block.codes = (codes, a) if on_grid else None
+            slack = compound(3, max(unit, ROUNDING["F32"][0])) * np.abs(M) + 3 * tiny
+            scale = np.where(a == 0, 1, a)
+            nearest = np.searchsorted(_middles(), M / scale)
+            on_grid = np.abs(M - LEVELS["nf4"].astype(np.float64)[nearest] * a) <= slack
+            codes = (np.searchsorted(_middles(), (M + e) / scale) for e in (-slack, slack))
+            block.codes = (*codes, a) if on_grid.all() else None
         return block.codes
 
     def _radius_of_codes(self, hypothesis: Hypothesis, block: Block, X: Array) -> Array:
@@ -526,6 +531,7 @@ def explain(layer: Layer, workers: Workers, with_codes: bool = True) -> Explanat
         for name, (level, different, _) in judged.items():
             levels[name] = max(levels[name], level)
             differing[name] += different
+    _settle(hypotheses, levels)
     scaling = None
     if min(levels.values()) >= LISTED:
         finite = finite and _is_finite(layer)
@@ -543,6 +549,37 @@ def explain(layer: Layer, workers: Workers, with_codes: bool = True) -> Explanat
         scaling,
         finite,
     )
+
+
+def _settle(hypotheses: Mapping[str, Hypothesis], levels: dict[str, int]) -> None:
+    """Let no hypothesis win only because its bound is wider, or because it needs none.
+
+    - Codes say less than numbers do, so they are no tighter an explanation than a sum is.
+    - dW added twice has one more rounding than 2 s dW added once, which may be alpha.
+    - Where M is V itself, what dW was is not in the numbers.
+
+    A hypothesis that is not refuted gets the level of the one that would hide it.
+    """
+    plain = min(levels[name] for name, one in hypotheses.items() if not one.requantized)
+    for name, one in hypotheses.items():
+        if one.requantized and levels[name] < plain < LISTED:
+            levels[name] = plain
+    for name, one in hypotheses.items():
+        for other, two in hypotheses.items():
+            if two._replace(change=one.change) != one or levels[other] >= LISTED:
+                continue
+            if (_is_unchanged(one) and not levels[name]) or _are_equal_twice(one.change, two.change):
+                levels[other] = min(levels[other], levels[name])
+
+
+def _is_unchanged(hypothesis: Hypothesis) -> bool:
+    return hypothesis.change.name == NOT_MERGED
+
+
+def _are_equal_twice(twice: Change, once: Change) -> bool:
+    """Do both add the same multiple of E, the first in two steps?"""
+    plain = once._replace(name=twice.name, c=twice.c, again=True)
+    return twice.again and plain == twice and math.isclose(once.c, 2 * twice.c)
 
 
 def _while_any(parts: Iterable[slice], alive: Callable[[], list[str]]) -> Iterator[slice]:
