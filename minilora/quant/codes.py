@@ -20,6 +20,7 @@ import numpy as np
 
 from ..backend import Array, Backend, Shape, backend_of
 from ..errors import ConfigError, NonFiniteError, Rule, check_fields, is_flag, one_of
+from ..threads import blocks
 
 # ---- the levels of each kind, in the order of its codes ------------------------------------------
 
@@ -61,6 +62,7 @@ _LISTS = {
 LEVELS = {kind: np.array(levels, np.float32) for kind, levels in _LISTS.items()}
 KINDS = ("nf4", "fp4", "int8")  # of weights
 BLOCK_SIZES = tuple(2**k for k in range(5, 13))  # 32 ... 4096
+PART = 1 << 16  # numbers that `nearest_codes` encodes at a time: whole blocks
 ABSMAX_BLOCK = 256  # how many absmax share one scale when they are quantised, too
 _SMALLEST = 2.0**-126  # the smallest normal float32: 1 / absmax of anything below could overflow
 OPTIONS = [
@@ -205,6 +207,31 @@ def encode_absmax(absmax: Array) -> tuple[Quantized, float]:
     mean = backend_of(absmax).to_numpy(absmax.mean(dtype=np.float64))
     offset = float(np.float32(mean))
     return _encode(absmax - offset, "dynamic", ABSMAX_BLOCK), offset
+
+
+def double_absmax(absmax: Array) -> Array:
+    """An array's absmax (blocks,) with the error of double quantization."""
+    coded, offset = encode_absmax(absmax)
+    return coded.decode() + np.float32(offset)
+
+
+def nearest_codes(values: Array, double_quant: bool = False) -> Array:
+    """What NF4 in blocks of 64 makes of an array: `encode(...).decode()` in little memory.
+
+    float32, of the shape of `values`. NonFiniteError as for `encode`.
+    """
+    flat = values.reshape(-1)
+    decoded = np.empty(flat.shape, np.float32)
+    parts = blocks(len(flat), PART)
+    coded = [encode(flat[part]) for part in parts] if double_quant else []
+    absmax = double_absmax(np.concatenate([part.absmax for part in coded])) if coded else None
+    for number, part in enumerate(parts):
+        if absmax is None:
+            quantized = encode(flat[part])
+        else:
+            quantized = replace(coded[number], absmax=absmax[part.start // 64 : -(-part.stop // 64)])
+        decoded[part] = quantized.decode()
+    return decoded.reshape(values.shape)
 
 
 def block_absmax(blocks: Array) -> Array:

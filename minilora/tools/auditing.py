@@ -102,7 +102,7 @@ def audit(
     merged; OSError. Memory holds a few rows of a tensor.
     """
     threads = available_cores() if threads is None else threads
-    check_fields({"--dtype": None, "--threads": threads}, RULES)
+    check_fields({"--dtype": None, "--onto": None, "--threads": threads}, RULES)
     with ExitStack() as opened:
         config, checkpoint, _ = read_dense(base)
         opened.enter_context(checkpoint)

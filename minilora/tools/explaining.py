@@ -21,7 +21,7 @@ import numpy as np
 from ..errors import FormatError
 from ..formats.dtypes import BLOCK, round_to, widen
 from ..lora.factors import Part
-from ..quant.codes import LEVELS, block_absmax, encode, encode_absmax
+from ..quant.codes import LEVELS, block_absmax, double_absmax, encode
 from ..threads import Workers, blocks
 from .hypotheses import (
     DEAD,
@@ -231,8 +231,7 @@ class Layer:
                 absmax = _absmax(self.oriented(W))
                 parts.append(absmax.reshape(W.shape[1], -1) if self.pair.runs_down else absmax)
             whole = np.concatenate(parts, axis=-1)
-            coded, offset = encode_absmax(whole.reshape(-1))
-            self._absmax = (coded.decode() + np.float32(offset)).reshape(whole.shape)
+            self._absmax = double_absmax(whole.reshape(-1)).reshape(whole.shape)
         return self._absmax
 
     def E(self, block: Block, transposed: bool) -> Array:
