@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..display import print_table, printable
 from ..errors import MiniloraError
+from ..formats.disk import JsonObject
 from .files import format_row, print_json
 from .options import Args, Command, Parser, add_base, add_json, find_models, option
 
@@ -13,6 +14,8 @@ def add_audit_options(parser: Parser) -> None:
     option(parser, "--adapter DIR", "the adapter, in PEFT's format", required=True)
     text = "the checkpoint that should be the base with the adapter merged, whoever made it"
     option(parser, "--merged DIR", text, required=True)
+    text = "what dW should be added to, as merge --onto has it: nf4 or nf4,double (default: to the "
+    option(parser, "--onto Q", text + "weights themselves)")
     option(parser, "--threads K", "threads, at least 1 (default: one per core)")
     add_json(parser)
 
@@ -21,7 +24,7 @@ def audit(args: Args) -> None:
     from ..tools.auditing import audit as run
 
     find_models(args)
-    report = run(args.base, args.adapter, args.merged, args.threads)
+    report = run(args.base, args.adapter, args.merged, args.onto, args.threads)
     if args.json:
         print_json(report)
     else:
@@ -30,10 +33,9 @@ def audit(args: Args) -> None:
         raise MiniloraError(f"{args.merged} is not a right merge: {report['verdict']}")
 
 
-def _print_report(report: dict) -> None:
-    rows = [format_row({k: v for k, v in row.items()}) for row in report["tensors"]]
-    if rows:
-        print_table(rows)
+def _print_report(report: JsonObject) -> None:
+    if report["tensors"]:
+        print_table([format_row(row) for row in report["tensors"]])
         print()
     for note in report["notes"]:
         print(printable(note))

@@ -9,8 +9,8 @@ in which it survives everywhere. The others must be the base's, bit by bit.
     alpha not divided by r  s = alpha                 alpha ignored     s = 1
     patterns ignored        lora_alpha / r everywhere
     twice, subtracted, transposed (dW^T), not merged, DoRA without magnitude
-    ... onto NF4            W was in NF4 (onto double-quantized NF4: its absmax too)
-    ..., requantized to NF4 the sum was encoded once more
+    onto NF4                dW was added to what NF4 makes of W (onto double-quantized NF4)
+    requantized to NF4      the sum was encoded; these two go with every other name
     partly merged           some tensors are as they should be, the others the base's
     several faults          each tensor has an explanation, but not the same
     other scaling           W + c B A with another c, which the tensor's row has
@@ -53,6 +53,7 @@ from .hypotheses import (
     Precision,
     Scales,
 )
+from .hypotheses import Change as Added
 from .merging import HEAD_WEIGHT, RULES, Change, MergePlan, plan_merge, resize_rows
 from .rewriting import Row, progress, read_dense
 
@@ -89,9 +90,15 @@ class Files(NamedTuple):
 
 
 def audit(
-    base: str | Path, adapter: str | Path, merged: str | Path, threads: int | None = None
+    base: str | Path,
+    adapter: str | Path,
+    merged: str | Path,
+    onto: str | None = None,
+    threads: int | None = None,
 ) -> Row:
     """What explains the checkpoint `merged` as a merge of `adapter` into `base`.
+
+    onto    "nf4" or "nf4,double" if dW should be on what NF4 makes of W, as `merge` has it
 
     {"verdict", "arithmetic", "right": bool, "notes", "equal": tensors without an adapter that equal
     the base's, "tensors": rows}. A row has, for a tensor that the adapter changes or that is not
@@ -102,7 +109,7 @@ def audit(
     merged; OSError. Memory holds a few rows of a tensor.
     """
     threads = available_cores() if threads is None else threads
-    check_fields({"--dtype": None, "--onto": None, "--threads": threads}, RULES)
+    check_fields({"--dtype": None, "--onto": onto, "--threads": threads}, RULES)
     with ExitStack() as opened:
         config, checkpoint, _ = read_dense(base)
         opened.enter_context(checkpoint)
@@ -119,7 +126,8 @@ def audit(
         types = (DTYPES[named],) if named in DTYPES else ()
         model_type = str(config.get("model_type"))
         files = Files(checkpoint, made, plan, model_type, types, workers)
-        return judge(files, places, notes)
+        wanted = Hypothesis(Added(RIGHT, 0.0), onto or "").name
+        return judge(files, places, wanted, notes)
 
 
 def _require_finite(adapter: AdapterFile) -> None:
@@ -295,8 +303,8 @@ def find(files: Files, place: Place) -> Finding:
     return Finding(place, explanation)
 
 
-def judge(files: Files, places: Sequence[Place], notes: list[str]) -> Row:
-    """The report of `audit`."""
+def judge(files: Files, places: Sequence[Place], wanted: str, notes: list[str]) -> Row:
+    """The report of `audit`; `wanted` is the hypothesis that is right."""
     findings = []
     equal = 0
     for place in progress(places, "audit", "tensors"):
@@ -315,7 +323,7 @@ def judge(files: Files, places: Sequence[Place], notes: list[str]) -> Row:
             equal += 1
             continue
         findings.append(finding)
-    verdict, arithmetic, right = conclude(findings, notes)
+    verdict, arithmetic, right = conclude(findings, wanted, notes)
     return {
         "verdict": verdict,
         "arithmetic": arithmetic,
@@ -326,7 +334,9 @@ def judge(files: Files, places: Sequence[Place], notes: list[str]) -> Row:
     }
 
 
-def conclude(findings: Sequence[Finding], notes: list[str]) -> tuple[str, str | None, bool]:
+def conclude(
+    findings: Sequence[Finding], wanted: str, notes: list[str]
+) -> tuple[str, str | None, bool]:
     """(the verdict on all tensors, its arithmetic or None, is it right?)."""
     tied = [finding.tied for finding in findings if finding.tied]
     changed = [f.explanation for f in findings if f.place.changes and not f.tied]
@@ -341,13 +351,13 @@ def conclude(findings: Sequence[Finding], notes: list[str]) -> tuple[str, str | 
             wider = WIDER[levels[RIGHT] - LISTED]
             notes.append(f"it would be right with {wider}, which no verdict allows for")
         return explain_apart(changed, others), None, False
-    names = [name for name, level in levels.items() if level == best] or [RIGHT]
+    names = [name for name, level in levels.items() if level == best] or [wanted]
     in_codes = any(known[name].onto or known[name].requantized for name in names if name in known)
     if not all(e.survivors() and in_codes for e in others):
         return "other base", None, False
-    if tied and RIGHT in names:
+    if tied and wanted in names:
         return tied[0], None, False
-    return join_names(names), ARITHMETICS[best], RIGHT in names
+    return join_names(names), ARITHMETICS[best], wanted in names
 
 
 def level_of(explanation: Explanation, hypothesis: Hypothesis) -> int:
@@ -404,6 +414,8 @@ def make_row(finding: Finding) -> Row:
         return row
     if names:
         row["verdict"] = join_names(names)
+        if not place.changes:
+            row["verdict"] = names[0].replace(NOT_MERGED, "the base's")
         first = explanation.hypotheses.get(sorted(names, key=lambda name: name != RIGHT)[0])
         if first is not None:
             row["c"] = first.change.c * (2 if first.change.again else 1)

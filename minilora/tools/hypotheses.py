@@ -43,7 +43,7 @@ DEAD = LISTED + len(WIDER)  # the level of a hypothesis that every arithmetic re
 FLUSHED = 2.0**-126  # a GPU may take what is smaller as 0
 TF32 = 2.0**-10  # the relative error of a factor, whether it is rounded or cut
 ONTO = ("", "nf4", "nf4,double")
-ONTO_NAMES = {"": "", "nf4": " onto NF4", "nf4,double": " onto double-quantized NF4"}
+ONTO_NAMES = {"nf4": "onto NF4", "nf4,double": "onto double-quantized NF4"}
 
 RIGHT = "right"
 NOT_MERGED = "not merged"
@@ -79,8 +79,10 @@ class Hypothesis(NamedTuple):
 
     @property
     def name(self) -> str:
-        again = ", requantized to NF4" if self.requantized else ""
-        return f"{self.change.name}{ONTO_NAMES[self.onto]}{again}"
+        parts = [ONTO_NAMES[self.onto]] if self.onto else []
+        parts += ["requantized to NF4"] if self.requantized else []
+        is_implied = bool(parts) and self.change.name == RIGHT
+        return ", ".join(parts if is_implied else [self.change.name, *parts])
 
 
 class Scales(NamedTuple):

@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora.formats.dtypes import round_to, widen
+from minilora.lora.factors import Part
+from minilora.threads import Workers
+from minilora.tools.explaining import Explanation, Layer, Pair, explain
+from minilora.tools.hypotheses import Precision, Scales
 
 Array = np.ndarray
 DTYPES = ("F32", "BF16", "F16")
@@ -78,9 +82,10 @@ def add(V: Array, A: Array, B: Array, c: float, dtype: str, arithmetic: str) -> 
 
 def merge_as(kind: str, W: Array, adapter: Adapter, dtype: str, arithmetic: str) -> Array:
     """The merged weight after what the verdict `kind` names."""
-    kind, _, again = kind.partition(", requantized")
-    kind, _, onto = kind.partition(" onto ")
-    V = nf4(W) if onto else W
+    words = kind.split(", ")
+    again = "requantized to NF4" in words
+    V = nf4(W) if "onto NF4" in words else W
+    kind = words[0] if words[0] in KINDS[:8] else "right"
     A, B, s = adapter.A, adapter.B, adapter.s
     factors = {
         "right": s,
@@ -104,19 +109,54 @@ def merge_as(kind: str, W: Array, adapter: Adapter, dtype: str, arithmetic: str)
 
 KINDS = (
     "right", "other root of r", "alpha not divided by r", "alpha ignored", "twice", "subtracted",
-    "transposed", "not merged", "right onto NF4", "right, requantized to NF4",
-    "right onto NF4, requantized to NF4", "twice onto NF4",
+    "transposed", "not merged", "onto NF4", "requantized to NF4", "onto NF4, requantized to NF4",
+    "twice, onto NF4",
 )  # fmt: skip
 
 
-def random_weight(
-    rng: np.random.Generator, O: int, I: int, r: int, relative: float, dtype: str
-) -> tuple[Array, Adapter]:
-    """A weight as `dtype` stores it, and an adapter with |dW| = `relative` |W|."""
+class Drawn(NamedTuple):
+    """A random merge of one weight."""
+
+    W: Array
+    M: Array
+    adapter: Adapter
+    dtype: str
+    kind: str
+    arithmetic: str
+    scale: float
+    relative: float
+
+
+def draw(seed: int) -> Drawn:
+    """A weight of 64 to 256 rows and columns, |dW| / |W| from 1e-4 to 1e-1, merged in some way."""
+    rng = np.random.default_rng(seed)
+    I = int(rng.choice([64, 96, 128, 200, 256]))
+    O = I if rng.integers(2) else int(rng.choice([64, 100, 256]))
+    r = int(rng.choice([1, 2, 3, 4, 8, 16]))
+    dtype, arithmetic = str(rng.choice(DTYPES)), str(rng.choice(ARITHMETICS))
+    relative = 10 ** rng.uniform(-4, -1)
+    kind = str(rng.choice(KINDS))
+    if kind == "transposed" and O != I:
+        kind = "right"
     scale = float(rng.choice([1.0, 0.02, 0.02, 1e-4, 1e-6]))  # the last are subnormal in float16
     W = rounded(scale * rng.standard_normal((O, I)), dtype)
     A = rng.standard_normal((r, I)).astype(np.float32) / np.float32(math.sqrt(I))
     B = rng.standard_normal((O, r))
     adapter = Adapter(A, B, float(rng.choice([1, 3, 8, 16, 32])), bool(rng.integers(2)))
     size = adapter.s * np.linalg.norm(B @ A)
-    return W, adapter._replace(B=np.float32(B * relative * np.linalg.norm(W.astype(float)) / size))
+    B = np.float32(B * relative * np.linalg.norm(W.astype(float)) / size)
+    adapter = adapter._replace(B=B)
+    M = merge_as(kind, W, adapter, dtype, arithmetic)
+    return Drawn(W, M, adapter, dtype, kind, arithmetic, scale, relative)
+
+
+def explain_drawn(drawn: Drawn) -> Explanation:
+    """What `explain` makes of it."""
+    adapter, dtype = drawn.adapter, drawn.dtype
+    W, M = round_to(drawn.W, dtype), round_to(drawn.M, dtype)
+    pair = Pair("W", W.shape, dtype, lambda at: W[at], lambda at: M[at], encodable=True)
+    part = Part(adapter.A.astype(float), adapter.B.astype(float), adapter.s)
+    scales = Scales(adapter.s, adapter.alpha, adapter.r, adapter.s)
+    layer = Layer(pair, part, scales, Precision(dtype, (dtype,)))
+    with Workers(1) as workers:
+        return explain(layer, workers)
