@@ -100,7 +100,7 @@ def audit(
 
     onto    "nf4" or "nf4,double" if dW should be on what NF4 makes of W, as `merge` has it
 
-    {"verdict", "arithmetic", "right": bool, "notes", "equal": tensors without an adapter that equal
+    {"verdict", "hypotheses": what the verdict names, in full, "arithmetic", "right": bool, "notes", "equal": tensors without an adapter that equal
     the base's, "tensors": rows}. A row has, for a tensor that the adapter changes or that is not
     the base's: its name, |dW| / |W|, the verdict, the arithmetic, c, the share of numbers that
     differ from the float64 sum rounded once, and the nearest hypothesis that was refuted.
@@ -323,41 +323,44 @@ def judge(files: Files, places: Sequence[Place], wanted: str, notes: list[str]) 
             equal += 1
             continue
         findings.append(finding)
-    verdict, arithmetic, right = conclude(findings, wanted, notes)
+    verdict, names, arithmetic = conclude(findings, wanted, notes)
     return {
         "verdict": verdict,
+        "hypotheses": names,
         "arithmetic": arithmetic,
-        "right": right,
+        "right": wanted in names,
         "notes": notes,
         "equal": equal,
         "tensors": [make_row(finding) for finding in findings],
     }
 
 
-def conclude(
-    findings: Sequence[Finding], wanted: str, notes: list[str]
-) -> tuple[str, str | None, bool]:
-    """(the verdict on all tensors, its arithmetic or None, is it right?)."""
+Conclusion = tuple[str, list[str], str | None]
+
+
+def conclude(findings: Sequence[Finding], wanted: str, notes: list[str]) -> Conclusion:
+    """(the verdict on all tensors, the hypotheses that explain them, their arithmetic or None)."""
     tied = [finding.tied for finding in findings if finding.tied]
     changed = [f.explanation for f in findings if f.place.changes and not f.tied]
     others = [f.explanation for f in findings if not f.place.changes and not f.tied]
     if not all(explanation.finite for explanation in (*changed, *others)):
-        return "not finite", None, False
+        return "not finite", [], None
     known = {name: h for e in changed for name, h in e.hypotheses.items()}
     levels = {name: max(level_of(e, h) for e in changed) for name, h in known.items()}
     best = min(levels.values(), default=0)
     if best >= LISTED:
-        if levels.get(RIGHT, DEAD) < DEAD:
-            wider = WIDER[levels[RIGHT] - LISTED]
+        level = levels.get(wanted, DEAD)
+        if level < DEAD:
+            wider = WIDER[level - LISTED]
             notes.append(f"it would be right with {wider}, which no verdict allows for")
-        return explain_apart(changed, others), None, False
+        return explain_apart(changed, others), [], None
     names = [name for name, level in levels.items() if level == best] or [wanted]
     in_codes = any(known[name].onto or known[name].requantized for name in names if name in known)
     if not all(e.survivors() and in_codes for e in others):
-        return "other base", None, False
+        return "other base", [], None
     if tied and wanted in names:
-        return tied[0], None, False
-    return join_names(names), ARITHMETICS[best], wanted in names
+        return tied[0], [], None
+    return join_names(names), names, ARITHMETICS[best]
 
 
 def level_of(explanation: Explanation, hypothesis: Hypothesis) -> int:

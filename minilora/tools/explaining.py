@@ -378,22 +378,25 @@ class Layer:
         """`judge` where X was encoded: M's codes must be those of X.
 
         M's absmax must be those of X as well, or double quantization has changed them: then the
-        level is that of rounded factors, because they say nothing about X.
+        level is the last listed one, because they say little about X.
         """
         lowest, highest, a = block.codes
-        e = _in_blocks(self.oriented(self._radius_of_codes(hypothesis, block, X)))
-        X = _in_blocks(self.oriented(X))
-        top = np.abs(X).max(axis=1, keepdims=True)
-        error = e.max(axis=1, keepdims=True) + 8 * ROUNDING["F32"][0] * top
         edges = np.concatenate([[-np.inf], _middles(), [np.inf]])
         low, high = edges[lowest], edges[highest + 1]
-        outside = X + e < np.minimum(low * (top + error), low * (top - error))
-        outside |= X - e > np.maximum(high * (top + error), high * (top - error))
-        if outside.any():
-            return DEAD, X.size, float(outside.mean())
+        sums = _in_blocks(self.oriented(X))
+        top = np.abs(sums).max(axis=1, keepdims=True)
         unit, tiny = ROUNDING[self.pair.dtype]
-        is_plain = (np.abs(a - top) <= error + unit * a + tiny).all()
-        return max(level, 0 if is_plain else LISTED - 1), 0, 0.0
+        share = 1.0
+        for number in range(level, LISTED):
+            e = _in_blocks(self.oriented(self._radius_of_codes(hypothesis, number, block, X)))
+            error = e.max(axis=1, keepdims=True) + 8 * ROUNDING["F32"][0] * top
+            outside = sums + e < np.minimum(low * (top + error), low * (top - error))
+            outside |= sums - e > np.maximum(high * (top + error), high * (top - error))
+            is_plain = (np.abs(a - top) <= error + unit * a + tiny).all()
+            share = float(outside.mean())
+            if not outside.any() and (is_plain or number == LISTED - 1):
+                return number, 0, 0.0
+        return DEAD, X.size, share
 
     def _codes(self, block: Block) -> tuple[Array, Array, Array] | None:
         """(lowest, highest code that M may be, absmax) by blocks of NF4; None if M is not of codes.
@@ -412,10 +415,12 @@ class Layer:
             block.codes = (*codes, a) if on_grid.all() else None
         return block.codes
 
-    def _radius_of_codes(self, hypothesis: Hypothesis, block: Block, X: Array) -> Array:
+    def _radius_of_codes(
+        self, hypothesis: Hypothesis, level: int, block: Block, X: Array
+    ) -> Array:
         """How far the encoded numbers may be from X, which may have been rounded first."""
         at = np.arange(X.size)
-        e = self.radius(hypothesis, LISTED - 1, block, at, X).reshape(X.shape)
+        e = self.radius(hypothesis, level, block, at, X).reshape(X.shape)
         steps = [half_step(X, dtype) for dtype in self.precision.types + self.precision.coded]
         return np.asarray(e + np.max(steps, axis=0))
 
