@@ -35,7 +35,7 @@ from ..errors import FormatError, check_fields
 from ..formats import Checkpoint
 from ..formats.checkpoint import BUFFERS, align_keys, are_equal, is_stored_transposed
 from ..formats.disk import quoted
-from ..formats.dtypes import DTYPES, FLOATS, widen
+from ..formats.dtypes import DTYPES, FLOATS, round_to, row_blocks, widen
 from ..lora.adalora import AdaLoraConfig
 from ..lora.factors import cat, singular_values
 from ..lora.files import AdapterFile, base_key
@@ -211,7 +211,8 @@ def explain_place(files: Files, place: Place, changes: Sequence[Change]) -> Expl
         return _explain_replaced(files, pair, change)
     adapter, path = change.adapter, change.path
     keys = (key for part, key in adapter.layers[path].items() if part in "AB")
-    precision = _precision(files, pair, *map(adapter.file.dtype, keys))
+    dtypes = files.base.dtype(place.source), *map(adapter.file.dtype, keys)
+    precision = _precision(files, pair, *dtypes)
     return explain(Layer(pair, change.part(), _scales(adapter, path), precision), files.workers)
 
 
@@ -231,19 +232,38 @@ def _pair(files: Files, place: Place, changes: Sequence[Change]) -> Pair:
     is_table = place.source.rpartition(".")[0].rpartition(".")[2] in EMBEDDINGS
     is_added = bool(changes) and not changes[0].key
     embeds = is_added and changes[0].adapter.embeds(changes[0].path)
+    dtype = _narrowest(merged, place.merged)
+
+    def read_merged(rows: slice) -> Array:
+        bits = merged.read_rows(place.merged, rows)
+        return bits if dtype == merged.dtype(place.merged) else round_to(bits, dtype)
+
     return Pair(
         quoted(place.key),
         shape,
-        merged.dtype(place.merged),
+        dtype,
         read,
-        lambda rows: merged.read_rows(place.merged, rows),
+        read_merged,
         embeds or is_stored_transposed(files.model_type, place.source),
         len(shape) == 2 and not is_table,
     )
 
 
+def _narrowest(file: Checkpoint, key: str) -> str:
+    """The dtype of 16 bits to which all numbers of a tensor were rounded, or the one it has.
+
+    Some models are merged in 16 bits and written in 32.
+    """
+    stored = file.dtype(key)
+    for dtype in ("BF16", "F16") if stored in ("F32", "F64") else ():
+        parts = (file.read_rows(key, rows) for rows in row_blocks(file.shape(key)))
+        if all(np.array_equal(widen(round_to(part, dtype)), part) for part in parts):
+            return dtype
+    return stored
+
+
 def _precision(files: Files, pair: Pair, *dtypes: str) -> Precision:
-    """What may have been rounded to the dtypes of the merged tensor and of the factors."""
+    """What may have been rounded: to the dtypes of the merged tensor, the base's, the factors'."""
     return Precision(pair.dtype, tuple(dict.fromkeys((pair.dtype, *dtypes))), files.types)
 
 
@@ -318,6 +338,9 @@ def judge(files: Files, places: Sequence[Place], wanted: str, notes: list[str]) 
                 )
             equal += 1
             continue
+        if not place.changes and _have_equal_bits(files, place):
+            equal += 1
+            continue
         finding = find(files, place)
         if not place.changes and finding.explanation.levels[NOT_MERGED] < LISTED:
             equal += 1
@@ -333,6 +356,17 @@ def judge(files: Files, places: Sequence[Place], wanted: str, notes: list[str]) 
         "equal": equal,
         "tensors": [make_row(finding) for finding in findings],
     }
+
+
+def _have_equal_bits(files: Files, place: Place) -> bool:
+    """Are the two tensors equal as they are stored? Most are that no adapter changes."""
+    base, merged = files.base, files.merged
+    if base.dtype(place.source) != merged.dtype(place.merged) or place.source in files.plan.resized:
+        return False
+    return all(
+        np.array_equal(base.read_rows(place.source, rows), merged.read_rows(place.merged, rows))
+        for rows in row_blocks(merged.shape(place.merged))
+    )
 
 
 Conclusion = tuple[str, list[str], str | None]

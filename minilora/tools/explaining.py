@@ -44,7 +44,7 @@ from .hypotheses import (
 
 Array = np.ndarray
 NF4_BLOCK = 64
-SCOUT = 1 << 12  # numbers on which every hypothesis is tried
+SCOUT = 1 << 10  # numbers on which every hypothesis is tried
 PICKS = 1 << 13  # numbers whose bounds are computed at a time
 FEW = 1 << 8  # of them at first
 
@@ -292,6 +292,8 @@ class Layer:
             outside = 0.0
             few = at[:FEW], *(at[parts] for parts in blocks(len(at), PICKS))
             for some in few:  # most wrong hypotheses are refuted by the first few
+                if not len(some):
+                    continue
                 level, share = self._judge_numbers(hypothesis, level, block, S, some)
                 outside = max(outside, share)
                 if level == DEAD:
@@ -306,7 +308,7 @@ class Layer:
         distance -= half_step(block.M.reshape(-1)[at], self.pair.dtype)
         last = self.radius(hypothesis, LISTED - 1, block, at, S)
         outside = ~(distance <= last)
-        share = float(outside.mean()) if len(at) else 0.0
+        share = float(outside.mean())
         if outside.any():
             widest = self.radius(hypothesis, DEAD - 1, block, at, S)
             if not (distance <= widest).all():
@@ -568,9 +570,10 @@ def _settle(hypotheses: Mapping[str, Hypothesis], levels: dict[str, int]) -> Non
     for name, one in hypotheses.items():
         if one.requantized and levels[name] < plain < LISTED:
             levels[name] = plain
-    for name, one in hypotheses.items():
-        for other, two in hypotheses.items():
-            if two._replace(change=one.change) != one or levels[other] >= LISTED:
+    alive = {name: one for name, one in hypotheses.items() if levels[name] < LISTED}
+    for name, one in alive.items():
+        for other, two in alive.items():
+            if two._replace(change=one.change) != one:
                 continue
             if (_is_unchanged(one) and not levels[name]) or _are_equal_twice(one.change, two.change):
                 levels[other] = min(levels[other], levels[name])
