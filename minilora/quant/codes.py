@@ -229,7 +229,9 @@ def nearest_codes(values: Array, double_quant: bool = False) -> Array:
         if absmax is None:
             quantized = encode(flat[part])
         else:
-            quantized = replace(coded[number], absmax=absmax[part.start // 64 : -(-part.stop // 64)])
+            quantized = replace(
+                coded[number], absmax=absmax[part.start // 64 : -(-part.stop // 64)]
+            )
         decoded[part] = quantized.decode()
     return decoded.reshape(values.shape)
 

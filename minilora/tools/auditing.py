@@ -41,7 +41,7 @@ from ..lora.factors import cat, singular_values
 from ..lora.files import AdapterFile, base_key
 from ..lora.plan import EMBEDDINGS, describe_checkpoint
 from ..threads import Workers, available_cores, keep_memory, one_blas_thread
-from .explaining import Explanation, Layer, Pair, explain
+from .explaining import Explanation, explain
 from .hypotheses import (
     ARITHMETICS,
     DEAD,
@@ -54,6 +54,7 @@ from .hypotheses import (
     Scales,
 )
 from .hypotheses import Change as Added
+from .layers import Layer, Pair
 from .merging import HEAD_WEIGHT, RULES, Change, MergePlan, plan_merge, resize_rows
 from .rewriting import Row, progress, read_dense
 
@@ -100,10 +101,11 @@ def audit(
 
     onto    "nf4" or "nf4,double" if dW should be on what NF4 makes of W, as `merge` has it
 
-    {"verdict", "hypotheses": what the verdict names, in full, "arithmetic", "right": bool, "notes", "equal": tensors without an adapter that equal
-    the base's, "tensors": rows}. A row has, for a tensor that the adapter changes or that is not
-    the base's: its name, |dW| / |W|, the verdict, the arithmetic, c, the share of numbers that
-    differ from the float64 sum rounded once, and the nearest hypothesis that was refuted.
+    The report has "verdict"; "hypotheses", all that it names; "arithmetic"; "right", a bool;
+    "notes"; "equal", how many tensors without an adapter equal the base's; and "tensors", a row for
+    each tensor that the adapter changes or that differs from the base's: its name, |dW| / |W| (for
+    DoRA before its scaling), the verdict, the arithmetic, c, the share of numbers that differ from
+    the float64 sum rounded once, and the nearest hypothesis that was refuted.
 
     FormatError if the files do not belong together; ConfigError for an adapter that cannot be
     merged; OSError. Memory holds a few rows of a tensor.
@@ -169,7 +171,11 @@ def find_places(
             continue
         source = key if key in base else ends[key]
         place = Place(
-            key, source, names[key], plan.changes.get(key, []), plan.changes.get(ends.get(key, ""), [])
+            key,
+            source,
+            names[key],
+            plan.changes.get(key, []),
+            plan.changes.get(ends.get(key, ""), []),
         )
         expected = plan.resized[source].shape if source in plan.resized else base.shape(source)
         if merged.shape(place.merged) != expected:
@@ -327,7 +333,9 @@ def judge(files: Files, places: Sequence[Place], wanted: str, notes: list[str]) 
     """The report of `audit`; `wanted` is the hypothesis that is right."""
     findings = []
     equal = 0
-    for place in progress(places, "audit", "tensors"):
+    by_key = {place.key: place for place in places}
+    for key in progress(by_key, "audit", "tensors"):
+        place = by_key[key]
         shape = files.merged.shape(place.merged)
         is_number = files.merged.dtype(place.merged) in FLOATS and all(shape) and shape
         if not place.changes and not is_number:
@@ -456,7 +464,7 @@ def make_row(finding: Finding) -> Row:
         first = explanation.hypotheses.get(sorted(names, key=lambda name: name != RIGHT)[0])
         if first is not None:
             row["c"] = first.change.c * (2 if first.change.again else 1)
-            row["differ"] = explanation.differing[first.name] / explanation.count
+            row["differ"] = explanation.differing[first.name] / explanation.numbers
             row["arithmetic"] = None if first.requantized else ARITHMETICS[explanation.best]
         return row
     scaling = explanation.scaling

@@ -192,8 +192,7 @@ def half_step(M: Array, dtype: str) -> Array:
     """Half the distance from |M| to the next larger number of the dtype: all that rounding adds."""
     unit, tiny = ROUNDING[dtype]
     _, exponents = np.frexp(M)  # |M| is in [2^(e-1), 2^e)
-    steps: Array = np.ldexp(unit, exponents - 1)
-    return np.maximum(steps, tiny)
+    return np.asarray(np.maximum(np.ldexp(unit, exponents - 1), tiny))
 
 
 def radius(

@@ -334,9 +334,7 @@ def _change_tensor(
             table[list(rows)] = bits
             bits = table
         return bits, None, total
-    bits = coded
-    if bits is None:
-        bits = resize_rows(base.read_bits(key), resized.get(key))
+    bits = resize_rows(base.read_bits(key), resized.get(key)) if coded is None else coded
     parts = [change.part() for change in changes]
     if is_stored_transposed(model_type, f"{path}.weight"):
         # Rows as models have them, so that the bits are theirs.

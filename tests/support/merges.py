@@ -13,8 +13,9 @@ import numpy as np
 from minilora.formats.dtypes import round_to, widen
 from minilora.lora.factors import Part
 from minilora.threads import Workers
-from minilora.tools.explaining import Explanation, Layer, Pair, explain
+from minilora.tools.explaining import Explanation, explain
 from minilora.tools.hypotheses import Precision, Scales
+from minilora.tools.layers import Layer, Pair
 
 Array = np.ndarray
 DTYPES = ("F32", "BF16", "F16")

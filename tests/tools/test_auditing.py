@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import merges
+import mlx_golden
 import numpy as np
 import pytest
 from merges import ARITHMETICS, KINDS, Adapter
@@ -22,16 +23,16 @@ from tool_files import (
     lora_tensors,
     read_weights,
     write_base,
-    write_small,
 )
 
 from minilora import CausalLM, PeftModel, dequantize, quantize
 from minilora.cli import main
 from minilora.errors import ConfigError, FormatError
 from minilora.formats import load_file, read_json, save_file, write_adapter, write_json
-from minilora.formats.dtypes import CODES, DTYPES
+from minilora.formats.dtypes import DTYPES
 from minilora.tools import hypotheses
 from minilora.tools.auditing import audit
+from minilora.tools.converting import convert
 from minilora.tools.merging import merge
 
 SHAPES = {
@@ -323,6 +324,26 @@ def test_audit_takes_a_merge_in_another_dtype(case: Case) -> None:
     assert case.audit(written)["verdict"] == "right"
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "bfloat16") for name in mlx_golden.FUSED), ("lora", "float32"), ("head", "float32")],
+)
+def test_audit_of_what_mlx_lm_fused_is_right(name: str, dtype: str, tmp_path: Path) -> None:
+    """mlx-lm had the base in bfloat16. That in `dtype` may be the one that was rounded to it."""
+    base = GOLDEN / mlx_golden.CASES[name][0]
+    if dtype == "bfloat16":
+        convert(base, tmp_path / "base", dtype=dtype)
+    convert(mlx_golden.FOLDER / name, tmp_path / "adapter", to="peft")
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    shutil.copy(base / "config.json", merged)
+    shutil.copy(mlx_golden.FOLDER / name / "fused.safetensors", merged / WEIGHTS)
+    given = base if dtype == "float32" else tmp_path / "base"
+    report = audit(given, tmp_path / "adapter", merged, threads=1)
+    assert report["right"], report
+    assert report["arithmetic"] == "product rounded before the sum"
+
+
 # ---- merge --onto ----
 
 
@@ -377,10 +398,10 @@ def changed(case: Case, change: Any) -> Path:
 
 def test_audit_refuses_other_names_and_shapes(case: Case) -> None:
     lost = changed(case, lambda weights: weights.pop("model.layers.1.self_attn.q_proj"))
-    with pytest.raises(FormatError, match="missing model.layers.1.self_attn.q_proj.weight"):
+    with pytest.raises(FormatError, match="missing model"):
         case.audit(lost)
     more = changed(case, lambda weights: weights.update(extra=np.zeros((2, 2))))
-    with pytest.raises(FormatError, match="unknown extra.weight"):
+    with pytest.raises(FormatError, match="unknown extra"):
         case.audit(more)
     rows = {"model.embed_tokens": np.zeros((47, 64), np.float32)}
     with pytest.raises(FormatError, match=r"is \(47, 64\), expected \(48, 64\)"):
@@ -454,7 +475,6 @@ def test_audit_holds_a_few_rows_of_a_tensor(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     path = "model.layers.0.q_proj"
     W = rng.standard_normal((2048, 2048)).astype(np.float32)
-    base, _ = write_small(tmp_path / "small")
     write_base(tmp_path / "base", {f"{path}.weight": W, "model.embed_tokens.weight": W})
     A, B = rng.standard_normal((2, 2048)), 1e-3 * rng.standard_normal((2048, 2))
     fields = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
@@ -466,4 +486,3 @@ def test_audit_holds_a_few_rows_of_a_tensor(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert report["right"]
     assert peak < W.nbytes
-    assert CODES["float32"] == "F32"
