@@ -272,9 +272,11 @@ class Layer:
 
     def judge(self, hypothesis: Hypothesis, level: int, block: Block) -> tuple[int, int, float]:
         """(the first level from `level` on that explains the block, how many numbers differ from
-        the rounded sum, about which share of all is outside every listed bound)."""
+        the rounded sum, about which share of all is outside the widest bound)."""
         with np.errstate(all="ignore"):
             if hypothesis.requantized and self._codes(block) is None:
+                return DEAD, block.M.size, 1.0
+            if self._no_absmax_explains(hypothesis, block):
                 return DEAD, block.M.size, 1.0
             c, k, length = self.scale(block, hypothesis)
             S = self.V(block, hypothesis.onto)
@@ -300,19 +302,20 @@ class Layer:
     def _judge_numbers(
         self, hypothesis: Hypothesis, level: int, block: Block, S: Array, at: Array
     ) -> tuple[int, float]:
-        """(level, the share outside the last listed bound) for the numbers at these places."""
+        """(level, the share outside the widest bound) for the numbers at these places."""
         distance = np.abs(S.reshape(-1)[at] - block.M.reshape(-1)[at])
         distance -= half_step(block.M.reshape(-1)[at], self.pair.dtype)
-        last = self.bound(hypothesis, LISTED - 1, block, at, S)
-        outside = ~(distance <= last)
-        share = float(outside.mean())
-        if outside.any():
-            widest = self.bound(hypothesis, DEAD - 1, block, at, S)
-            if not (distance <= widest).all():
-                return DEAD, share
-        while not (distance <= self.bound(hypothesis, level, block, at, S)).all():
-            level += 1
-        return level, share
+
+        def outside(level: int) -> Array:
+            return ~(distance <= self.bound(hypothesis, level, block, at, S))
+
+        if level == 0 or outside(level).any():
+            beyond = outside(DEAD - 1)
+            if beyond.any():
+                return DEAD, float(beyond.mean())
+            while outside(level).any():
+                level += 1
+        return level, 0.0
 
     def bound(self, hypothesis: Hypothesis, level: int, block: Block, at: Array, S: Array) -> Array:
         """The bound of an arithmetic for the numbers at these places of the block."""
@@ -397,6 +400,32 @@ class Layer:
             if not outside.any() and (is_plain or number == LISTED - 1):
                 return number, 0, 0.0
         return DEAD, X.size, share
+
+    def _no_absmax_explains(self, hypothesis: Hypothesis, block: Block) -> bool:
+        """Can double quantization be refuted without the absmax of the whole tensor?
+
+        M = level a + c E for each block of NF4, whatever a is: each number allows an interval of a,
+        and for a wrong hypothesis these have nothing in common.
+        """
+        is_simple = hypothesis.onto == "nf4,double" and not hypothesis.requantized
+        if not is_simple or self._absmax is not None or self.m is not None or not self.factors:
+            return False
+        change = hypothesis.change
+        V = self.V(block, "nf4")
+        M = block.M
+        if change.c:
+            M = M - change.c * (1 + change.again) * self.E(block, change.transposed)
+        at = np.arange(V.size)
+        plain = hypothesis._replace(onto="nf4")
+        error = self.bound(plain, DEAD - 1, block, at, V).reshape(V.shape)
+        error = 2 * error + half_step(block.M, self.pair.dtype)  # twice: a may be larger by far
+        M, error, V = (_in_blocks(self.oriented(x)) for x in (M, error, V))
+        levels = V / np.abs(V).max(axis=1, keepdims=True)
+        ends = (M - error) / levels, (M + error) / levels
+        known = levels != 0
+        low = np.where(known, np.minimum(*ends), -np.inf).max(axis=1)
+        high = np.where(known, np.maximum(*ends), np.inf).min(axis=1)
+        return bool((low > high).any())
 
     def _codes(self, block: Block) -> tuple[Array, Array, Array] | None:
         """(lowest, highest code that M may be, absmax) by blocks of NF4; None if M is not of codes.
