@@ -307,7 +307,7 @@ class Layer:
         distance -= half_step(block.M.reshape(-1)[at], self.pair.dtype)
 
         def outside(level: int) -> Array:
-            return ~(distance <= self.bound(hypothesis, level, block, at, S))
+            return np.asarray(~(distance <= self.bound(hypothesis, level, block, at, S)))
 
         if level == 0 or outside(level).any():
             beyond = outside(DEAD - 1)
