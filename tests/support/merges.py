@@ -81,6 +81,21 @@ def add(V: Array, A: Array, B: Array, c: float, dtype: str, arithmetic: str) -> 
     return rounded(V.astype(np.float32) + P.astype(np.float32), dtype)
 
 
+def add_dora(W: Array, adapter: Adapter, m: Array, dtype: str, arithmetic: str) -> Array:
+    """m (W + dW) / |W + dW| as a merge in this arithmetic computes it, rounded to `dtype`."""
+    A, B, s = adapter.A, adapter.B, adapter.s
+    if arithmetic == "float64":
+        V = W.astype(float) + s * (B.astype(float) @ A.astype(float))
+        return rounded(V * (m / np.linalg.norm(V, axis=1))[:, None], dtype)
+    if arithmetic == "float32":
+        V = W + np.float32(s) * (B @ A)
+        return rounded(V * (m / np.linalg.norm(V, axis=1))[:, None], dtype)
+    V = add(W, A, B, s, dtype, arithmetic).astype(np.float32)
+    norms = rounded(np.linalg.norm(V, axis=1), dtype)
+    k = rounded(rounded(m, dtype).astype(np.float32) / norms, dtype)
+    return rounded(V * k[:, None].astype(np.float32), dtype)
+
+
 def merge_as(kind: str, W: Array, adapter: Adapter, dtype: str, arithmetic: str) -> Array:
     """The merged weight after what the verdict `kind` names."""
     words = kind.split(", ")
@@ -154,10 +169,16 @@ def draw(seed: int) -> Drawn:
 
 def explain_drawn(drawn: Drawn) -> Explanation:
     """What `explain` makes of it."""
-    adapter, dtype = drawn.adapter, drawn.dtype
-    W, M = round_to(drawn.W, dtype), round_to(drawn.M, dtype)
-    pair = Pair("W", W.shape, dtype, lambda at: W[at], lambda at: M[at], encodable=True)
-    part = Part(adapter.A.astype(float), adapter.B.astype(float), adapter.s)
+    return explain_merge(drawn.W, drawn.M, drawn.adapter, drawn.dtype)
+
+
+def explain_merge(
+    W: Array, M: Array, adapter: Adapter, dtype: str, m: Array | None = None
+) -> Explanation:
+    """What `explain` makes of a weight and what was merged from it, both stored as `dtype`."""
+    base, merged = round_to(W, dtype), round_to(M, dtype)
+    pair = Pair("W", W.shape, dtype, lambda at: base[at], lambda at: merged[at], encodable=True)
+    part = Part(adapter.A.astype(float), adapter.B.astype(float), adapter.s, m)
     scales = Scales(adapter.s, adapter.alpha, adapter.r, adapter.s)
     layer = Layer(pair, part, scales, Precision(dtype, (dtype,)))
     with Workers(1) as workers:

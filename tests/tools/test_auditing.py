@@ -161,6 +161,48 @@ def test_audit_never_refutes_the_truth_in_random_merges() -> None:
             assert max(factors, default=0) - min(factors, default=0) < 1e-9, seed
 
 
+@pytest.mark.parametrize("dtype", merges.DTYPES)
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_explain_never_refutes_dora_in_a_listed_arithmetic(dtype: str, arithmetic: str) -> None:
+    rng = np.random.default_rng(3)
+    for r, relative in ((1, 1e-3), (4, 1e-2), (8, 0.3)):
+        W = merges.rounded(0.02 * rng.standard_normal((64, 96)), dtype)
+        A = rng.standard_normal((r, 96)).astype(np.float32)
+        B = rng.standard_normal((64, r))
+        B *= relative * np.linalg.norm(W.astype(float)) / np.linalg.norm(3 * B @ A)
+        adapter = Adapter(A, np.float32(B), 3.0 * r)
+        lengths = np.linalg.norm(W.astype(float) + 3 * B @ A, axis=1)
+        m = np.float32(lengths * rng.uniform(0.9, 1.1, 64))
+        M = merges.add_dora(W, adapter, m, dtype, arithmetic)
+        explanation = merges.explain_merge(W, M, adapter, dtype, m.astype(float))
+        assert explanation.levels["right"] <= ARITHMETICS.index(arithmetic)
+        assert "right" in explanation.survivors()
+
+
+def test_explain_names_both_where_twice_s_is_another_scaling() -> None:
+    """r = 4 and alpha / sqrt(r): twice s is alpha, and the bound of twice is the wider one."""
+    names = {"twice", "alpha not divided by r"}
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        W = merges.rounded(0.02 * rng.standard_normal((64, 64)), "BF16")
+        A = rng.standard_normal((4, 64)).astype(np.float32)
+        B = np.float32(1e-5 * rng.standard_normal((64, 4)))
+        adapter = Adapter(A, B, 8.0, rslora=True)
+        for kind in names:
+            M = merges.merge_as(kind, W, adapter, "BF16", "factors")
+            assert kind in merges.explain_merge(W, M, adapter, "BF16").survivors()
+
+
+def test_explain_names_all_changes_that_leave_every_number_alone() -> None:
+    """A dW below half a step is lost in rounding, whatever its factor was."""
+    rng = np.random.default_rng(0)
+    W = merges.rounded(rng.uniform(1, 2, (64, 64)), "BF16")
+    A, B = np.full((2, 64), 1e-3, np.float32), np.full((64, 2), 1e-3, np.float32)
+    adapter = Adapter(A, B, 8.0)
+    names = set(merges.explain_merge(W, W, adapter, "BF16").survivors())
+    assert {"right", "not merged", "subtracted", "twice"} <= names
+
+
 def test_audit_names_all_that_cannot_be_told_apart(tmp_path: Path) -> None:
     case = Case(tmp_path)
     fields = read_json(case.adapter / "adapter_config.json")
