@@ -25,7 +25,7 @@ from tool_files import (
     write_base,
 )
 
-from minilora import CausalLM, PeftModel, dequantize, quantize
+from minilora import CausalLM, LoraConfig, PeftModel, dequantize, get_peft_model, quantize
 from minilora.cli import main
 from minilora.errors import ConfigError, FormatError
 from minilora.formats import load_file, read_json, save_file, write_adapter, write_json
@@ -129,6 +129,8 @@ def test_audit_recognises_every_kind_of_merge(dtype: str, relative: float, tmp_p
         names = report["hypotheses"]
         assert kind in names
         assert report["right"] is (kind == "right")
+        sizes = [row["|dW|/|W|"] for row in report["tensors"] if row["|dW|/|W|"] is not None]
+        assert sizes == pytest.approx([relative] * len(SHAPES), rel=1e-3)
         if "requantized to NF4" not in kind or dtype == "float32":
             # 64 absmax are hardly changed by double quantization.
             assert {name.replace("double-quantized ", "") for name in names} == {kind}
@@ -343,6 +345,29 @@ def test_audit_sees_a_saved_module_that_was_left_out(tmp_path: Path) -> None:
     save_file(tmp_path / "merged" / WEIGHTS, weights)
     report = audit(GOLDEN / "llama", GOLDEN / name, tmp_path / "merged", threads=1)
     assert report["verdict"] == "partly merged"
+
+
+def test_audit_takes_rows_of_trained_tokens(tmp_path: Path) -> None:
+    base = GOLDEN / "llama"
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 5])
+    model = get_peft_model(CausalLM.from_pretrained(base), config)
+    rng = np.random.default_rng(0)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data + rng.standard_normal(p.shape).astype(np.float32)
+    model.save_pretrained(tmp_path / "adapter")
+    merge(base, [tmp_path / "adapter"], tmp_path / "merged")
+    assert audit(base, tmp_path / "adapter", tmp_path / "merged", threads=1)["right"]
+    weights = read_weights(tmp_path / "merged")
+    name = "model.embed_tokens.weight"
+    weights[name] = read_weights(base)[name]
+    save_file(tmp_path / "merged" / WEIGHTS, weights)
+    report = audit(base, tmp_path / "adapter", tmp_path / "merged", threads=1)
+    assert report["verdict"] == "partly merged"
+    weights[name][2] += 1
+    save_file(tmp_path / "merged" / WEIGHTS, weights)
+    report = audit(base, tmp_path / "adapter", tmp_path / "merged", threads=1)
+    assert report["verdict"] == "other adapter"
 
 
 @pytest.mark.parametrize("shards", [1, 3])
