@@ -6,12 +6,12 @@ from ..display import print_table, printable
 from ..errors import MiniloraError
 from ..formats.disk import JsonObject
 from .files import format_row, print_json
-from .options import Args, Command, Parser, add_base, add_json, find_models, option
+from .options import Args, Command, Once, Parser, add_base, add_json, find_models, option
 
 
 def add_audit_options(parser: Parser) -> None:
     add_base(parser)
-    option(parser, "--adapter DIR", "the adapter, in PEFT's format", required=True)
+    option(parser, "--adapter DIR", "the adapter, in PEFT's format", required=True, action=Once)
     text = "the checkpoint that should be the base with the adapter merged, whoever made it"
     option(parser, "--merged DIR", text, required=True)
     text = "what dW should be added to, as merge --onto has it: nf4 or nf4,double (default: to the "

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import FormatError, check_fields
+from ..errors import ConfigError, FormatError, check_fields
 from ..formats import Checkpoint
 from ..formats.checkpoint import BUFFERS, align_keys, are_equal, is_stored_transposed
 from ..formats.disk import quoted
@@ -39,6 +39,7 @@ from ..formats.dtypes import DTYPES, FLOATS, round_to, row_blocks, widen
 from ..lora.adalora import AdaLoraConfig
 from ..lora.factors import cat, singular_values
 from ..lora.files import AdapterFile, base_key
+from ..lora.multitask import FILE as MULTITASK
 from ..lora.plan import EMBEDDINGS, describe_checkpoint
 from ..threads import Workers, available_cores, keep_memory, one_blas_thread
 from .explaining import Explanation, explain
@@ -48,6 +49,7 @@ from .hypotheses import (
     LISTED,
     NOT_MERGED,
     RIGHT,
+    UNCHANGED,
     WIDER,
     Hypothesis,
     Precision,
@@ -112,6 +114,11 @@ def audit(
     """
     threads = available_cores() if threads is None else threads
     check_fields({"--dtype": None, "--onto": onto, "--threads": threads}, RULES)
+    if Path(adapter, MULTITASK).exists():
+        raise ConfigError(
+            f"{quoted(adapter)} has an adapter for each of several tasks: audit one of the folders "
+            "inside it, of a task that has no other adapter"
+        )
     with ExitStack() as opened:
         config, checkpoint, _ = read_dense(base)
         opened.enter_context(checkpoint)
@@ -128,7 +135,7 @@ def audit(
         types = (DTYPES[named],) if named in DTYPES else ()
         model_type = str(config.get("model_type"))
         files = Files(checkpoint, made, plan, model_type, types, workers)
-        wanted = Hypothesis(Added(RIGHT, 0.0), onto or "").name
+        wanted = Hypothesis(Added(RIGHT, 0.0), onto or "")
         return judge(files, places, wanted, notes)
 
 
@@ -164,7 +171,8 @@ def find_places(
         if embedding in names:  # one tensor of the file may be both
             names = {HEAD_WEIGHT: names[embedding], **names}
     wrong = [f"missing {key}" for key in keys if key not in names]
-    wrong += [f"unknown {key}" for name, key in names.items() if name not in (*keys, *ends)]
+    known = {*keys, *ends}
+    wrong += [f"unknown {key}" for name, key in names.items() if name not in known]
     places = []
     for key in keys:
         if key not in names:
@@ -323,13 +331,13 @@ def find(files: Files, place: Place) -> Finding:
     explanation = explain_place(files, place, place.changes)
     if place.other and not explanation.survivors():
         by_other = explain_place(files, place, place.other)
-        if RIGHT in by_other.survivors():
+        if set(by_other.survivors()) - {NOT_MERGED}:
             end = "head" if place.key == HEAD_WEIGHT else "embedding"
             return Finding(place, explanation, f"tied {end} changed")
     return Finding(place, explanation)
 
 
-def judge(files: Files, places: Sequence[Place], wanted: str, notes: list[str]) -> Row:
+def judge(files: Files, places: Sequence[Place], wanted: Hypothesis, notes: list[str]) -> Row:
     """The report of `audit`; `wanted` is the hypothesis that is right."""
     findings = []
     equal = 0
@@ -359,7 +367,7 @@ def judge(files: Files, places: Sequence[Place], wanted: str, notes: list[str]) 
         "verdict": verdict,
         "hypotheses": names,
         "arithmetic": arithmetic,
-        "right": wanted in names,
+        "right": wanted.name in names,
         "notes": notes,
         "equal": equal,
         "tensors": [make_row(finding) for finding in findings],
@@ -380,27 +388,33 @@ def _have_equal_bits(files: Files, place: Place) -> bool:
 Conclusion = tuple[str, list[str], str | None]
 
 
-def conclude(findings: Sequence[Finding], wanted: str, notes: list[str]) -> Conclusion:
+def conclude(findings: Sequence[Finding], wanted: Hypothesis, notes: list[str]) -> Conclusion:
     """(the verdict on all tensors, the hypotheses that explain them, their arithmetic or None)."""
     tied = [finding.tied for finding in findings if finding.tied]
     changed = [f.explanation for f in findings if f.place.changes and not f.tied]
     others = [f.explanation for f in findings if not f.place.changes and not f.tied]
     if not all(explanation.finite for explanation in (*changed, *others)):
         return "not finite", [], None
-    known = {name: h for e in changed for name, h in e.hypotheses.items()}
-    levels = {name: max(level_of(e, h) for e in changed) for name, h in known.items()}
-    best = min(levels.values(), default=0)
+    # An adapter may only replace tensors, which are right or not merged.
+    always = [wanted, Hypothesis(Added(RIGHT, 0.0)), *map(Hypothesis, UNCHANGED)]
+    known = {hypothesis.name: hypothesis for hypothesis in always}
+    for explanation in changed:
+        known |= explanation.hypotheses
+    levels = {}
+    for name, hypothesis in known.items():
+        levels[name] = max((level_of(e, hypothesis) for e in changed), default=0)
+    best = min(levels.values())
     if best >= LISTED:
-        level = levels.get(wanted, DEAD)
+        level = levels[wanted.name]
         if level < DEAD:
             wider = WIDER[level - LISTED]
             notes.append(f"it would be right with {wider}, which no verdict allows for")
         return explain_apart(changed, others), [], None
-    names = [name for name, level in levels.items() if level == best] or [wanted]
-    in_codes = any(known[name].onto or known[name].requantized for name in names if name in known)
+    names = [name for name, level in levels.items() if level == best] if changed else [wanted.name]
+    in_codes = any(known[name].onto or known[name].requantized for name in names)
     if not all(e.survivors() and in_codes for e in others):
         return "other base", [], None
-    if tied and wanted in names:
+    if tied and wanted.name in names:
         return tied[0], [], None
     return join_names(names), names, ARITHMETICS[best]
 

@@ -30,6 +30,7 @@ from minilora.cli import main
 from minilora.errors import ConfigError, FormatError
 from minilora.formats import load_file, read_json, save_file, write_adapter, write_json
 from minilora.formats.dtypes import DTYPES
+from minilora.lora.multitask import FILE as MULTITASK
 from minilora.tools import hypotheses
 from minilora.tools.auditing import audit
 from minilora.tools.converting import convert
@@ -324,6 +325,20 @@ def test_audit_sees_a_tied_head_that_changed(tmp_path: Path) -> None:
     assert verdicts["lm_head.weight"] == "tied head changed"
 
 
+def test_audit_sees_a_tied_weight_that_was_merged_twice(tmp_path: Path) -> None:
+    base, adapter = GOLDEN / "gpt2", GOLDEN / "gpt2--lora_wte"
+    merge(base, [adapter], tmp_path / "once", tied="share")
+    merge(tmp_path / "once", [adapter], tmp_path / "again", tied="share")
+    assert "twice" in audit(base, adapter, tmp_path / "again", threads=1)["hypotheses"]
+
+
+def test_audit_refuses_a_folder_of_several_tasks(case: Case, tmp_path: Path) -> None:
+    folder = shutil.copytree(case.adapter, tmp_path / "adapter")
+    write_json(folder / MULTITASK, {"tasks": {"a": ["default"]}})
+    with pytest.raises(ConfigError, match="an adapter for each of several tasks"):
+        audit(case.base, folder, case.base)
+
+
 def test_audit_takes_a_head_that_is_stored_beside_its_embedding(tmp_path: Path) -> None:
     name = "llama_tied_llama3rope--lora"
     merge(base_of(name), [GOLDEN / name], tmp_path / "merged")
@@ -368,6 +383,20 @@ def test_audit_takes_rows_of_trained_tokens(tmp_path: Path) -> None:
     save_file(tmp_path / "merged" / WEIGHTS, weights)
     report = audit(base, tmp_path / "adapter", tmp_path / "merged", threads=1)
     assert report["verdict"] == "other adapter"
+
+
+@pytest.mark.parametrize("onto", [None, "nf4"])
+def test_audit_of_an_adapter_that_only_replaces_tensors(onto: str | None, tmp_path: Path) -> None:
+    base = GOLDEN / "llama"
+    name = "model.embed_tokens.weight"
+    rows = np.ones((2, read_weights(base)[name].shape[1]), np.float32)
+    fields = {"target_modules": None, "trainable_token_indices": [1, 5], "r": 2}
+    key = f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"
+    write_adapter(tmp_path / "adapter", fields, {key: rows})
+    merge(base, [tmp_path / "adapter"], tmp_path / "merged", onto=onto)
+    assert audit(base, tmp_path / "adapter", tmp_path / "merged", onto, threads=1)["right"]
+    report = audit(base, tmp_path / "adapter", base, threads=1)
+    assert (report["verdict"], report["right"]) == ("not merged", False)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -536,14 +565,15 @@ def test_audit_command_ends_with_0_for_right_and_1_for_another_verdict(
     assert main(files[:-1]) == 2
     assert main([*files, str(GOLDEN / "llama")]) == 3
     assert main([*files, str(right), "--onto", "int8"]) == 2
+    assert main([*files, str(right), "--adapter", "other"]) == 2
 
 
 def test_audit_holds_a_few_rows_of_a_tensor(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     path = "model.layers.0.q_proj"
-    W = rng.standard_normal((2048, 2048)).astype(np.float32)
+    W = rng.standard_normal((1024, 1024)).astype(np.float32)
     write_base(tmp_path / "base", {f"{path}.weight": W, "model.embed_tokens.weight": W})
-    A, B = rng.standard_normal((2, 2048)), 1e-3 * rng.standard_normal((2048, 2))
+    A, B = rng.standard_normal((2, 1024)), 1e-3 * rng.standard_normal((1024, 2))
     fields = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
     write_adapter(tmp_path / "adapter", fields, lora_tensors(path, A, B))
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
@@ -552,4 +582,4 @@ def test_audit_holds_a_few_rows_of_a_tensor(tmp_path: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert report["right"]
-    assert peak < W.nbytes
+    assert peak < 2 * W.nbytes  # a read of both tensors would be four, in float64
