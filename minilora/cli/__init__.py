@@ -8,6 +8,7 @@ using      generate, evaluate
 chatting   generate --chat: a conversation on standard input
 graphing   graph: a layer or a block as it was computed
 files      merge, combine, inspect, diff, extract, resize, convert: files in, files out
+auditing   audit
 checking   verify, devices
 lab        lab: claims about LoRA measured
 reading    models and texts, as several commands read them
@@ -41,7 +42,7 @@ from ..display import printable
 from ..errors import ConfigError, Interrupted, MiniloraError
 from ..training.ranks import Alone, Ranks, connect, launched
 from ..training.signals import HANGUP, USER
-from . import checking, files, graphing, lab, sweep, training, using
+from . import auditing, checking, files, graphing, lab, sweep, training, using
 from .options import HelpFormatter, Parser, hyphenate, option
 from .streams import Stream, open_descriptors
 
@@ -51,6 +52,7 @@ COMMANDS = (
     *using.COMMANDS,
     *files.COMMANDS,
     *graphing.COMMANDS,
+    *auditing.COMMANDS,
     *checking.COMMANDS,
     *lab.COMMANDS,
 )

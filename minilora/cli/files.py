@@ -67,6 +67,9 @@ def add_merge_options(parser: Parser) -> None:
     text = "for an adapter of the embedding or of the head that shares its weight: untie keeps the "
     text += "output with two weights, share changes both places as peft does (default: refuse)"
     option(parser, "--tied WAY", text, choices=CHOICES)
+    text = "add dW to what NF4 makes of the linear layers, on which QLoRA trained: nf4, or "
+    text += "nf4,double with double quantization (default: to the weights themselves)"
+    option(parser, "--onto Q", text)
     _add_out(parser)
     add_allow_nonfinite(parser)
     add_json(parser)
@@ -91,6 +94,7 @@ def merge(args: Args) -> None:
         tied=args.tied,
         initial=args.initial,
         base_is=args.base_is,
+        onto=args.onto,
     )
     if args.json:
         print_json({"merged": args.out, "tensors": rows})
@@ -101,7 +105,7 @@ def merge(args: Args) -> None:
         return
     worst = max(known, key=lambda row: row["lost"])
     print(f"rounding took at most {worst['lost']:.2%} of a dW, in {printable(worst['tensor'])}")
-    if worst["lost"] > 0.01:
+    if worst["lost"] > 0.01 or args.onto:
         print_table([format_row(row) for row in rows])
 
 

@@ -262,7 +262,13 @@ def add_seed(parser: Any) -> None:
     option(parser, "--seed N", text, type=integer_from(0), default=0)
 
 
-MODELS = ("base", "tuned", "directory", "other")  # the options and arguments that name a model
+MODELS = (
+    "base",
+    "tuned",
+    "merged",
+    "directory",
+    "other",
+)  # the options and arguments that name a model
 
 
 def add_base(parser: Parser) -> None:

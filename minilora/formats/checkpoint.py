@@ -154,6 +154,10 @@ class Checkpoint(Tensors):
         """One tensor as it is stored; BF16 comes as uint16."""
         return self._file(key).read_bits(key)
 
+    def read_rows(self, key: str, rows: slice) -> Array:
+        """Some rows of one tensor, as `read_bits` gives them."""
+        return self._file(key).read_rows(key, rows)
+
     def read_bytes(self, key: str) -> Array:
         """The bytes of one tensor of any dtype: uint8 (bytes,)."""
         return self._file(key).read_bytes(key)

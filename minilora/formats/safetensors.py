@@ -277,6 +277,19 @@ class SafetensorsFile(Tensors):
         stored = data.view(DTYPES[entry.dtype]).reshape(entry.shape)
         return stored.astype(stored.dtype.newbyteorder("="), copy=False)
 
+    def read_rows(self, name: str, rows: slice) -> Array:
+        """Some rows of a tensor of one or more dimensions, as `read_bits` gives them."""
+        entry = self._entry(name)
+        if entry.dtype not in DTYPES:
+            return self.read_bits(name)[rows]  # raises
+        start, stop, _ = rows.indices(entry.shape[0])
+        shape = (max(0, stop - start), *entry.shape[1:])
+        kind = DTYPES[entry.dtype]
+        size = kind.itemsize * math.prod(entry.shape[1:])
+        begin = self._start + entry.begin + start * size
+        data = self._bytes(begin, shape[0] * size, f"tensor {quoted(name)}")
+        return data.view(kind).reshape(shape).astype(kind.newbyteorder("="), copy=False)
+
     def read(self, name: str, dtype: DTypeLike | None = None) -> Array:
         """One tensor as `read_bits` gives it, BF16 widened to float32, in `dtype` if given.
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..backend import Array, Backend, Shape, backend_of
 from ..errors import ConfigError, NonFiniteError, Rule, check_fields, is_flag, one_of
+from ..threads import blocks
 
 # ---- the levels of each kind, in the order of its codes ------------------------------------------
 
@@ -61,6 +62,7 @@ _LISTS = {
 LEVELS = {kind: np.array(levels, np.float32) for kind, levels in _LISTS.items()}
 KINDS = ("nf4", "fp4", "int8")  # of weights
 BLOCK_SIZES = tuple(2**k for k in range(5, 13))  # 32 ... 4096
+PART = 1 << 16  # numbers that `nearest_codes` encodes at a time: whole blocks
 ABSMAX_BLOCK = 256  # how many absmax share one scale when they are quantised, too
 _SMALLEST = 2.0**-126  # the smallest normal float32: 1 / absmax of anything below could overflow
 OPTIONS = [
@@ -195,11 +197,50 @@ def encode(
         raise NonFiniteError("a weight is NaN, infinite or beyond float32: it has no code")
     quantized = _encode(flat, kind, block_size)
     if double_quant:
-        absmax = quantized.absmax
-        offset = float(np.float32(backend.to_numpy(absmax.mean(dtype=np.float64))))
-        coded = _encode(absmax - offset, "dynamic", ABSMAX_BLOCK)
+        coded, offset = encode_absmax(quantized.absmax)
         quantized = replace(quantized, absmax=coded, offset=offset)
     return replace(quantized, shape=tuple(values.shape))
+
+
+def encode_absmax(absmax: Array) -> tuple[Quantized, float]:
+    """Double quantization of an array's absmax: (the codes of absmax - offset, offset)."""
+    mean = backend_of(absmax).to_numpy(absmax.mean(dtype=np.float64))
+    offset = float(np.float32(mean))
+    return _encode(absmax - offset, "dynamic", ABSMAX_BLOCK), offset
+
+
+def double_absmax(absmax: Array) -> Array:
+    """An array's absmax (blocks,) with the error of double quantization."""
+    coded, offset = encode_absmax(absmax)
+    return coded.decode() + np.float32(offset)
+
+
+def nearest_codes(values: Array, double_quant: bool = False) -> Array:
+    """What NF4 in blocks of 64 makes of an array: `encode(...).decode()` in little memory.
+
+    float32, of the shape of `values`. NonFiniteError as for `encode`.
+    """
+    flat = values.reshape(-1)
+    decoded = np.empty(flat.shape, np.float32)
+    parts = blocks(len(flat), PART)
+    coded = [encode(flat[part]) for part in parts] if double_quant else []
+    absmax = double_absmax(np.concatenate([part.absmax for part in coded])) if coded else None
+    for number, part in enumerate(parts):
+        if absmax is None:
+            quantized = encode(flat[part])
+        else:
+            quantized = replace(
+                coded[number], absmax=absmax[part.start // 64 : -(-part.stop // 64)]
+            )
+        decoded[part] = quantized.decode()
+    return decoded.reshape(values.shape)
+
+
+def block_absmax(blocks: Array) -> Array:
+    """The absmax of each row of `blocks` (count, block_size): 0 without a normal number."""
+    xp = backend_of(blocks).xp
+    absmax = xp.abs(blocks).max(axis=1)
+    return xp.where(absmax < _SMALLEST, 0, absmax)
 
 
 def _encode(flat: Array, kind: str, block_size: int) -> Quantized:
@@ -211,8 +252,7 @@ def _encode(flat: Array, kind: str, block_size: int) -> Quantized:
     padded = xp.zeros((count * block_size,), np.float32)
     padded[:size] = flat
     blocks = padded.reshape(count, block_size)
-    absmax = xp.abs(blocks).max(axis=1)
-    absmax = xp.where(absmax < _SMALLEST, 0, absmax)
+    absmax = block_absmax(blocks)
     scaled = backend.divide_rows(blocks, absmax).reshape(-1)
     codes = xp.take(tables.order, xp.searchsorted(tables.thresholds, scaled, side="left"))
     per_byte = tables.values.shape[1]

@@ -34,6 +34,7 @@ class DecodedCheckpoint(Checkpoint):
         self._model_type = model_type
         self._scheme = scheme
         self._coded: dict[str, list[str]] = {}
+        self._decoded: dict[str, Array] = {}
         try:
             self._find_layers()
             self._shapes = {key: self._shape_of(key) for key in self._coded}
@@ -106,6 +107,14 @@ class DecodedCheckpoint(Checkpoint):
 
     def read_bits(self, key: str) -> Array:
         return self._decode(key) if key in self._coded else super().read_bits(key)
+
+    def read_rows(self, key: str, rows: slice) -> Array:
+        """Some rows of one tensor. The last coded layer stays decoded for the next rows."""
+        if key not in self._coded:
+            return super().read_rows(key, rows)
+        if key not in self._decoded:
+            self._decoded = {key: self._decode(key)}
+        return self._decoded[key][rows]
 
     def read_bytes(self, key: str) -> Array:
         if key in self._coded:

@@ -3,6 +3,7 @@ no model.
 
 merging     base + adapters -> checkpoint: summed in float64, rounded once
 comparing   two checkpoints, tensor by tensor
+auditing    is a merged checkpoint right? From explaining, layers and hypotheses
 factoring   an adapter from two checkpoints; an adapter of another rank
 plain       an adapter of a changed base as plain LoRA
 combining   several adapters summed into one

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..errors import ConfigError, FormatError, NonFiniteError, Rule, check_fields
 from ..formats import Checkpoint
-from ..formats.checkpoint import is_stored_transposed
+from ..formats.checkpoint import is_stored_transposed, to_file_layout
 from ..formats.disk import quoted
 from ..formats.dtypes import DTYPES, FLOATS, NUMPY_FLOATS, round_to, too_large, widen
 from ..formats.folders import fingerprint, new_folder, require_outside
@@ -34,14 +34,18 @@ from ..lora.maps import MapConfig
 from ..lora.merging import Map, merge_weight
 from ..lora.plan import HEAD, describe_checkpoint, says_tied
 from ..lora.tying import are_transposed, choose
+from ..quant.codes import nearest_codes
+from ..quant.decoded import DecodedCheckpoint
 from ..threads import Workers, available_cores, keep_memory, one_blas_thread
 from .rewriting import DTYPE_RULE, Row, not_finite, read_dense, rewrite, stored
 
 Array = np.ndarray
 HEAD_WEIGHT = f"{HEAD}.weight"
 NUMPY_CODES = {np.dtype(kind): code for code, kind in NUMPY_FLOATS.items()}
+ONTO = ("nf4", "nf4,double")
 RULES = (
     DTYPE_RULE,
+    Rule("--onto", lambda onto: onto is None or onto in ONTO, " or ".join(ONTO)),
     Rule("--threads", lambda count: type(count) is int and count >= 1, "an integer of at least 1"),
 )
 
@@ -108,6 +112,7 @@ def merge(
     tied: str | None = None,
     initial: str | Path | None = None,
     base_is: str | None = None,
+    onto: str | None = None,
 ) -> list[Row]:
     """Merge PEFT adapters, times `weights` (1), into the checkpoint `base`; write the result to the
     folder `out`.
@@ -120,7 +125,8 @@ def merge(
     initial, base_is   of a single adapter whose start changed the base: see AdapterFile
 
     Files, index and keys are the base's; an untied head is one tensor more. Returns one row per
-    layer: |dW|, and how much of it rounding took. Memory holds one tensor.
+    layer: |dW|, and how much of it rounding took; with `onto`, also |V - W| / |dW|, where V is what
+    NF4 makes of W. Memory holds one tensor.
 
     FormatError if something does not fit; ConfigError for adapters that cannot be added up (DoRA
     beside another one, HydraLoRA) and if `tied` is needed; NonFiniteError for a NaN or infinity;
@@ -128,19 +134,26 @@ def merge(
     """
     weights = check_weights(adapters, weights, "--weights")
     threads = available_cores() if threads is None else threads
-    check_fields({"--dtype": dtype, "--threads": threads}, RULES)
+    check_fields({"--dtype": dtype, "--onto": onto, "--threads": threads}, RULES)
     require_outside(out, base=base)
     for folder in adapters:
         require_outside(out, adapter=folder)
     with ExitStack() as opened:
         config, checkpoint, dtype = read_dense(base, dtype)
         opened.enter_context(checkpoint)
+        encoded = _find_encoded(checkpoint, config) if onto else frozenset()
         start = {
             "initial": for_one(adapters, "--initial", initial),
             "base_is": for_one(adapters, "--base-is", base_is),
             "over_base": True,
         }
         files = [opened.enter_context(AdapterFile(folder, **start)) for folder in adapters]
+        for file in files:
+            if onto and not file.is_low_rank:
+                raise ConfigError(
+                    f"--onto {onto}: {file.where} began with loftq, and is for codes of its own: "
+                    "leave --onto out"
+                )
         plan = plan_merge(checkpoint, config, files, weights, tied)
         inputs = {
             "base": fingerprint(base),
@@ -151,6 +164,7 @@ def merge(
             "tied": tied,
             "initial": None if initial is None else fingerprint(initial),
             "base_is": base_is,
+            "onto": onto,
         }
         stage = opened.enter_context(new_folder(out, inputs))
         opened.enter_context(one_blas_thread())  # threads work on blocks of rows, not on products
@@ -162,11 +176,16 @@ def merge(
         def make(key: str) -> tuple[Array, Row | None]:
             changes = plan.changes.get(key)
             source = plan.twins.get(key, key)
+            coded = None
+            if source in encoded and not (changes and changes[0].key):
+                coded = _through_nf4(checkpoint, source, model_type, onto == "nf4,double")
+            if not changes and coded is not None:
+                return round_to(coded, code or checkpoint.dtype(source)), None
             if not changes:
                 bits = stored(checkpoint, source, code, allow_nonfinite)
-                return _resized(bits, plan.resized.get(source)), None
+                return resize_rows(bits, plan.resized.get(source)), None
             bits, row, total = _change_tensor(
-                checkpoint, source, changes, model_type, code, workers.map, plan.resized
+                checkpoint, source, changes, model_type, code, workers.map, plan.resized, coded
             )
             if allow_nonfinite or math.isfinite(total):
                 return bits, row
@@ -322,11 +341,13 @@ def _change_tensor(
     code: str | None,
     over: Map,
     resized: Mapping[str, Array],
+    coded: Array | None,
 ) -> tuple[Array, Row | None, float]:
     """A tensor's new bits, its row (None if it is replaced), and a sum: NaN or inf if a new number
     is.
 
     resized   of `MergePlan`
+    coded     what dW is added to in place of the stored weight, or None
     """
     source = base.dtype(key)
     target = code or source
@@ -344,11 +365,11 @@ def _change_tensor(
         bits = round_to(adapter.file.read(new, np.float64), target)
         total = float(np.abs(widen(bits)).sum(dtype=np.float64))
         if rows:
-            table = _resized(stored(base, key, code, allow_nonfinite=True), resized.get(key))
+            table = resize_rows(stored(base, key, code, allow_nonfinite=True), resized.get(key))
             table[list(rows)] = bits
             bits = table
         return bits, None, total
-    bits = _resized(base.read_bits(key), resized.get(key))
+    bits = resize_rows(base.read_bits(key), resized.get(key)) if coded is None else coded
     if not adapter.is_low_rank:
         bits = base_weight(adapter, path, widen(bits))
         source = "F64"
@@ -359,7 +380,7 @@ def _change_tensor(
         merged = merge_weight(W, parts, target, over=over)
         bits = np.ascontiguousarray(merged.weight.T)
     else:
-        out = bits if target == source else None
+        out = bits if target == source and coded is None else None
         parts = [change.part(bits) for change in changes]
         merged = merge_weight(bits, parts, target, adapter.embeds(path), out, over)
         bits = merged.weight
@@ -368,10 +389,35 @@ def _change_tensor(
     row: Row = {"tensor": key, "|dW|": None, "lost": None}
     if math.isfinite(lost):
         row |= {"|dW|": size, "lost": lost}
+    if coded is not None:
+        error = float(np.linalg.norm(coded - base.read(key, np.float64)))
+        row["|V-W|/|dW|"] = error / size if size else None
     return bits, row, merged.lost + size
 
 
-def _resized(bits: Array, W: Array | None) -> Array:
+def _find_encoded(base: Checkpoint, config: Mapping[str, Any]) -> frozenset[str]:
+    """The keys of the weights that QLoRA has in NF4: all linear layers but the head."""
+    if isinstance(base, DecodedCheckpoint):
+        raise ConfigError(
+            f"--onto: {quoted(base.directory)} is in 4 bits already, and its codes are what dW is "
+            "added to: leave --onto out"
+        )
+    described = describe_checkpoint(base, config)
+    linear = [path for path, layer in described.layers.items() if layer.kind == "linear"]
+    keys = [base_key(base, f"{path}.weight") for path in linear if path != HEAD]
+    return frozenset(key for key in keys if key is not None)
+
+
+def _through_nf4(base: Checkpoint, key: str, model_type: str, double: bool) -> Array:
+    """A weight as NF4 has it, in float32 and the file's layout."""
+    W = to_file_layout(model_type, key, widen(base.read_bits(key)))
+    try:
+        return to_file_layout(model_type, key, nearest_codes(W, double))
+    except NonFiniteError:
+        raise not_finite(base.directory, key) from None
+
+
+def resize_rows(bits: Array, W: Array | None) -> Array:
     """A tensor's bits with as many rows as W, of which the new ones are W's; themselves for None.
 
     Rows that both have keep their bits.

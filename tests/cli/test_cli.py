@@ -54,7 +54,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 NAMES = "demo pretrain finetune generate evaluate merge inspect verify devices combine diff extract"
-COMMANDS = [*NAMES.split(), "resize", "convert", "sweep", "graph"]
+COMMANDS = [*NAMES.split(), "resize", "convert", "sweep", "graph", "audit"]
 TINY = "--batch-size 2 --context 16 --threads 2"
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
 PRETRAIN = f"pretrain {TINY} {SHAPE}"
@@ -997,6 +997,7 @@ NEEDED = {  # so that some of them get past the parser
     "generate": "--base base --prompt x --max-new-tokens 3",
     "evaluate": "--base base --data short.txt",
     "merge": "--base base --adapter adapter --out merged",
+    "audit": "--base base --adapter adapter --merged base",
     "verify": "--cases 1",
     "combine": "--adapter adapter --adapter adapter --out combined",
     "diff": "base base",

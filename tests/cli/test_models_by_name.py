@@ -49,6 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             code, _, err = run(f"pretrain {TRAIN} {SHAPE} --seed {seed} --out {name}")
             assert code == 0, err
         assert run(f"finetune --base base {TRAIN} --out adapter")[0] == 0
+        assert run("merge --base base --adapter adapter --out merged")[0] == 0
         for name in ("base", "tuned"):
             put(folder / "cache", f"org/{name}", folder / name)
             shutil.rmtree(folder / name)
@@ -68,6 +69,7 @@ LINES = {
     "generate": "generate --base org/base --prompt the --max-new-tokens 2",
     "evaluate": "evaluate --base org/base --data book.txt --limit 1",
     "merge": "merge --base org/base --adapter adapter --out new",
+    "audit": "audit --base org/base --adapter adapter --merged merged",
     "inspect": "inspect org/base",
     "inspect --base": "inspect adapter --base org/base",
     "diff": "diff org/base org/tuned",

@@ -27,6 +27,7 @@ from minilora.formats import (
     save_file,
     write_stream,
 )
+from minilora.formats.dtypes import round_to
 from minilora.formats.safetensors import (
     BITS,
     DTYPES,
@@ -809,3 +810,15 @@ def test_load_file_is_stricter_than_the_reference_in_these_cases():
             reference.deserialize(content)
             taken.add(case)
     assert taken <= TAKEN
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_read_rows_has_the_rows_of_read_bits(dtype, tmp_path):
+    bits = round_to(np.random.default_rng(0).standard_normal((7, 2, 3)), dtype)
+    entries = [Entry(name, dtype, bits.shape, lambda: bits) for name in "ab"]
+    write_stream(tmp_path / "rows.safetensors", entries)
+    with SafetensorsFile(tmp_path / "rows.safetensors") as file:
+        for rows in (slice(0, 7), slice(2, 4), slice(6, 9), slice(3, 3)):
+            part = file.read_rows("b", rows)
+            assert part.dtype == bits.dtype
+            assert np.array_equal(part, bits[rows])

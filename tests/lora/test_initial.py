@@ -202,6 +202,7 @@ def test_loftq_is_read_over_the_codes_that_it_began_with(kind: str, tmp_path: Pa
     assert close(small.logits(merged), small.logits(read.eval()), 1e-6)
     for run in (
         lambda: resize(tmp_path / "adapter", 2, tmp_path / "out"),
+        lambda: merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", onto="nf4"),
         lambda: merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", [2.0]),
         lambda: make_plain(tmp_path / "adapter", tmp_path / "out", tmp_path / "base"),
     ):

@@ -81,3 +81,10 @@ def test_decoded_checkpoint_refuses_another_scheme_and_damaged_layers(tmp_path):
     save_file(tmp_path / "model.safetensors", {"a.weight": np.ones((2, 2), np.float32)})
     with pytest.raises(FormatError, match=r"quantization_config says nf4 .* no layer is stored so"):
         decoded(tmp_path)
+
+
+def test_read_rows_of_codes_has_the_rows_of_read_bits() -> None:
+    with decoded(GOLDEN) as checkpoint:
+        for key in checkpoint.keys():
+            bits = checkpoint.read_bits(key)
+            assert np.array_equal(checkpoint.read_rows(key, slice(1, 3)), bits[1:3])

@@ -42,6 +42,7 @@ from minilora.quant import (
     quantize,
     quantized_linear,
 )
+from minilora.quant.codes import nearest_codes
 from minilora.training.parallel import language_modelling_loss
 from minilora.verify import PROPERTIES, Case, cases_of, measure
 from minilora.verify import codes as of_codes
@@ -682,3 +683,13 @@ def test_merge_adapter_that_fails_half_way_leaves_every_layer_as_it_was() -> Non
         model.merge_adapter(["default", "bad"], requantize=False)
     assert all(isinstance(layer.base_layer, QuantizedLinear) for layer in layers)
     assert [layer.base_layer.dense_weight().tobytes() for layer in layers] == codes
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5), (64, 64), (300, 700)])
+def test_nearest_codes_is_encode_and_decode_in_parts(shape, double_quant):
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    whole = encode(values, "nf4", double_quant=double_quant).decode()
+    parts = nearest_codes(values, double_quant)
+    assert parts.dtype == np.float32
+    assert np.array_equal(parts, whole)

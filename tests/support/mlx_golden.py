@@ -23,7 +23,7 @@ import numpy as np
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDER = (
     GOLDEN / "mlx"
-)  # by case: mlx-lm's two files as its trainer saved them, and logits.npy, float32
+)  # by case: mlx-lm's two files as its trainer saved them, and logits.npy, float32; some fused
 IDS = np.arange(4)[None]
 # base, fine_tune_type, num_layers, lora_parameters' keys
 CASES: dict[str, tuple[str, str, int, list[str] | None]] = {
@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, str, int, list[str] | None]] = {
     "gpt2-embedding": ("gpt2", "lora", 1, ["model.wte"]),
     "dora-embedding": ("llama", "dora", 1, ["model.embed_tokens"]),
 }
+FUSED = ("lora", "dora", "head")
 REFUSED = ("gpt2-embedding", "dora-embedding")  # what PEFT cannot say
 
 
@@ -107,6 +108,21 @@ def train(name: str, folder: Path) -> None:
         np.save(folder / "logits.npy", logits(model))
 
 
+def fuse(name: str, folder: Path) -> None:
+    """Write what mlx-lm's `fuse` makes of a case in bfloat16: folder/fused.safetensors."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_unflatten
+    from mlx_lm.utils import load_adapters
+
+    model = load(GOLDEN / CASES[name][0])
+    model.set_dtype(mx.bfloat16)
+    model = load_adapters(model, str(folder))
+    layers = [(path, m.fuse()) for path, m in model.named_modules() if hasattr(m, "fuse")]
+    model.update_modules(tree_unflatten(layers))
+    tensors = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "fused.safetensors"), tensors, metadata={"format": "mlx"})
+
+
 if __name__ == "__main__":
     if len(sys.argv) == 3:
         from mlx_lm.utils import load_adapters
@@ -116,3 +132,5 @@ if __name__ == "__main__":
         shutil.rmtree(FOLDER, ignore_errors=True)
         for case in CASES:
             train(case, FOLDER / case)
+        for case in FUSED:
+            fuse(case, FOLDER / case)
