@@ -10,7 +10,7 @@ import numpy as np
 from ..formats import write_adapter
 from .config import NO_START, LoraConfig
 from .initial import FOLDER, plain_form, start_of
-from .names import factor_keys
+from .names import base_weight_key, factor_keys
 from .starts import find_start
 
 Array = np.ndarray
@@ -39,6 +39,10 @@ def write_started(model: Any, adapter_name: str, folder: Path, as_trained: bool)
         )
         for key, factor in factors.items():
             tensors[key] = factor.astype(tensors[key].dtype)
+        for path, layer in model.changed_layers.items():
+            key = base_weight_key(path)
+            if key in tensors:  # of a head, which no file stores transposed
+                tensors[key] = layer.unchanged_base.weight.numpy()
         fields |= changed
     if started and as_trained and not is_loftq:
         before: dict[str, Array] = {}
