@@ -8,7 +8,8 @@ from typing import Any
 from ..data.batches import Windows
 from ..errors import ConfigError
 from ..lora import LoraConfig
-from ..lora.starts import Start, find_start
+from ..lora.initial import start_of
+from ..lora.starts import STARTS, Start, find_start
 from ..quant.codes import KINDS
 from ..training.checkpoints import find_checkpoint
 from .options import Args
@@ -31,6 +32,11 @@ def check_start(args: Args, config: LoraConfig | None) -> None:
         if args.as_trained:
             raise ConfigError("--as-trained is for an adapter, and --method full trains the base")
         return
+    if args.as_trained and not (find_start(config.init_lora_weights) or start_of(config)):
+        raise ConfigError(
+            "--as-trained saves what a start left, and this adapter has none: leave it out, or "
+            f"give --init-lora-weights {', '.join(STARTS)}"
+        )
     if config.init_lora_weights == "loftq" and args.quantize not in KINDS:
         raise ConfigError(
             f"--init-lora-weights loftq begins from codes, and --quantize is {args.quantize}: "

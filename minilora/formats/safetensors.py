@@ -135,6 +135,11 @@ class SafetensorsFile(Tensors):
             self._entries[name] = _Stored(code, array.shape, 0, 0)
             self._overridden[name] = array
 
+    def hide(self, names: Iterable[str]) -> None:
+        """Leave out these tensors from now on, where they exist; the file stays."""
+        for name in names:
+            self._entries.pop(name, None)
+
     def _read_header(self) -> None:
         size = self._file.size()
         length = -1

@@ -12,8 +12,6 @@ Names may come from a file: whatever they contain, they are text in DOT and in S
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import subprocess
 from html import escape
 from typing import Any, NamedTuple
 
@@ -33,7 +31,6 @@ CHARACTER = 6.7  # width of a character of the monospaced font at FONT_SIZE
 FONT_SIZE = 11
 LINE = 14.0
 PADDING = 9.0
-SECONDS = 60  # for Graphviz
 LEGEND = (
     "solid: a gradient flows back; dashed: none; grey: frozen; red: trains; "
     "kept: bytes held until backward"
@@ -174,29 +171,7 @@ class Graph:
             lines.append(f'  n{source} -> n{target} [style={style}, color="{colour}"];')
         return "\n".join([*lines, "}", ""])
 
-    def to_svg(self, graphviz: bool = True) -> str:
-        """The picture: drawn by Graphviz's `dot` where that is installed, or by `layered`.
-
-        graphviz   may `dot` draw it?
-        """
-        drawn = _run_dot(self.to_dot()) if graphviz else None
-        return self._draw() if drawn is None else self._with_titles(drawn)
-
-    def _repr_html_(self) -> str:
-        """The picture, for a notebook."""
-        return self._draw()
-
-    def _caption(self) -> str:
-        return f"{_shorten(self.title, LONGEST_TITLE)}: {self._describe_bytes()}"
-
-    def _with_titles(self, svg: str) -> str:
-        """The output of `dot` with a description as the title of each vertex, not its number."""
-        for i in range(len(self.vertices)):
-            title = escape(_shorten(self.describe(i), LONGEST_TITLE))
-            svg = svg.replace(f"<title>n{i}</title>", f"<title>{title}</title>", 1)
-        return svg
-
-    def _draw(self) -> str:
+    def to_svg(self) -> str:
         """The picture as `layered` lays it out."""
         labels = [_label(vertex) for vertex in self.vertices]
         sizes = []
@@ -224,6 +199,13 @@ class Graph:
         for i in range(len(self.vertices)):
             parts.append(self._draw_vertex(i, labels[i], sizes[i], layout))
         return "\n".join([*parts, "</g>", "</svg>", ""])
+
+    def _repr_html_(self) -> str:
+        """The picture, for a notebook."""
+        return self.to_svg()
+
+    def _caption(self) -> str:
+        return f"{_shorten(self.title, LONGEST_TITLE)}: {self._describe_bytes()}"
 
     def _draw_edge(self, edge: Edge, points: list[tuple[float, float]]) -> str:
         names = [self.vertices[i].name for i in edge[:2]]
@@ -312,24 +294,6 @@ def _quote(text: str) -> str:
         line = line.replace("&", "&amp;")
         lines.append(line.replace("\\", "\\\\").replace('"', '\\"'))
     return '"' + "\\n".join(lines) + '"'
-
-
-def _run_dot(text: str) -> str | None:
-    """The picture of a DOT text, drawn by Graphviz; None if it is missing or fails."""
-    program = shutil.which("dot")
-    if program is None:
-        return None
-    try:
-        done = subprocess.run(
-            [program, "-Tsvg"],
-            input=text.encode(),
-            capture_output=True,
-            timeout=SECONDS,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.decode(errors="replace")
 
 
 # ---- SVG -----------------------------------------------------------------------------------------

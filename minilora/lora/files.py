@@ -36,6 +36,7 @@ from .hydra import HydraConfig
 from .initial import (
     check_choice,
     find_initial,
+    is_left_by_start,
     read_start,
     resolve_start,
     start_of,
@@ -49,8 +50,12 @@ from .names import (
     MODEL_PREFIX,
     PREFIX,
     TOKENS,
+    base_weight_key,
+    describe_tensors,
     find_ending,
+    has_tensor,
     keys_without_name,
+    map_tensors,
     read_config,
 )
 from .plan import DECODERS, FIRST_EMBEDDINGS, HEAD, Base, Plan, describe_checkpoint, plan_adapter
@@ -65,6 +70,7 @@ from .reading import (
 )
 from .repeats import Read, is_weight_of_base, keys_of_adapter, names_of_base
 
+SAME_METHOD = "peft_type in adapter_config.json must be that of the tensors"
 DECODER_PREFIXES = tuple(f"{decoder}." for decoder in DECODERS)
 
 Array = np.ndarray
@@ -148,6 +154,8 @@ class AdapterFile:
                 before = AdapterFile(place, check=False, is_initial=True) if place else None
                 with before or contextlib.nullcontext():
                     read_start(self, before, over_base)
+                if not (self.start or over_base):  # no base to compare with
+                    self._hide_changed_weights()
             for note in notes:
                 self.note(note)
         except BaseException:
@@ -168,6 +176,12 @@ class AdapterFile:
         """Warn of what was decided about this file."""
         self.notes.append(shorten(text))
         warnings.warn(self.notes[-1], stacklevel=4)
+
+    def _hide_changed_weights(self) -> None:
+        """Leave out the weights over which it trained: it is LoRA over the base as it was."""
+        self.file.hide(map(base_weight_key, self.initial))
+        if self._is_sorted:
+            self._sort_keys()
 
     def _sort_keys(self) -> None:
         file = self.file
@@ -206,7 +220,10 @@ class AdapterFile:
                 f"rename it, perhaps to {quoted(renamed)}, and the others likewise"
             )
         if name == key or (unknown and ending is None):
-            raise FormatError(f"{self.where}: {quoted(key)} is not a tensor of a known adapter")
+            advice = f": {SAME_METHOD}" if of_model in map_tensors() else ""
+            raise FormatError(
+                f"{self.where}: {quoted(key)} is not a tensor of a known adapter{advice}"
+            )
         if is_token:
             self.tokens[name.removesuffix(f".{TOKENS}")] = key
             return
@@ -231,14 +248,13 @@ class AdapterFile:
         config = self.config
         where = f"{self.where}: {path}"
         layer = {part: self.file.shape(key) for part, key in self.layers[path].items()}
+        others = [key for part, key in self.layers[path].items() if not has_tensor(config, part)]
+        if others:
+            raise FormatError(
+                f"{where}: {quoted(others[0])} is not a tensor of {config.peft_type}, which has "
+                f"{describe_tensors(config)}: {SAME_METHOD}"
+            )
         if isinstance(config, MapConfig):
-            others = [key for part, key in self.layers[path].items() if not config.has_tensor(part)]
-            if others:
-                valid = ", ".join(config.map.TENSORS) or "none in a layer"
-                raise FormatError(
-                    f"{where}: {quoted(others[0])} is not a tensor of {config.title}, which has "
-                    f"{valid}: peft_type in adapter_config.json must be that of the tensors"
-                )
             return
         A = layer.get("A", ())
         B = layer.get("B", ())
@@ -347,7 +363,7 @@ class AdapterFile:
         """
         if not self._is_sorted:
             return
-        self._sort_keys()
+        self._hide_changed_weights()
         self.maps = plan.maps()
         self.model_type = plan.base.model_type
         expected = plan.shapes()
@@ -508,7 +524,11 @@ def _repeats(adapter: AdapterFile, key: str, plan: Plan, read: Read) -> bool | N
                 part = _plain_part(file, path, plan.config)
             transposed = is_stored_transposed(plan.base.model_type, name)
             table = transposed or plan.base.layers[path].kind == "embedding" if part else False
-            return is_weight_of_base(file, key, read(name), part, table)
+            W = read(name)
+            if is_weight_of_base(file, key, W, part, table):
+                return True
+            is_linear = path in plan.targets and plan.base.layers[path].kind == "linear"
+            return is_linear and is_left_by_start(adapter, key, path, W, transposed)
     return None
 
 

@@ -40,7 +40,7 @@ from .factors import Part, product_norm
 from .names import LINEAR, PREFIX, factor_keys
 from .plan import Base
 from .reading import adapted_ranks
-from .repeats import Read
+from .repeats import Read, is_rounded_to
 from .starts import Given, begin
 
 Array = np.ndarray
@@ -176,6 +176,24 @@ def base_weight(adapter: Any, path: str, W: Array) -> Array:
     if adapter.is_low_rank or adapter.embeds(path):
         return W
     return coded_base(adapter.config, path, W.astype(np.float64), adapter.where)
+
+
+def is_left_by_start(adapter: Any, key: str, path: str, W: Array, transposed: bool) -> bool:
+    """Is a tensor of an AdapterFile the base's weight as its start left it?
+
+    W            the base's weight as it is in files: (O, I), or (I, O) if `transposed`
+
+    peft saves a targeted head with the weight R or Q over which it trained.
+    """
+    W = (W.T if transposed else W).astype(np.float64)
+    if not adapter.is_low_rank:
+        changed = base_weight(adapter, path, W)
+    elif path in adapter.initial:
+        A0, B0, s, *_ = adapter.initial[path]
+        changed = W - s * (B0 @ A0)
+    else:
+        return False
+    return is_rounded_to(adapter.file, key, changed.T if transposed else changed, W)
 
 
 def _become_plain(adapter: Any) -> None:

@@ -132,6 +132,11 @@ class LoraLinear(Merging, PreparedModule, Wrapper):
     def has_changed_base(self) -> bool:
         return self._unchanged is not None
 
+    @property
+    def unchanged_base(self) -> LinearBase:
+        """The base layer over W."""
+        return self._unchanged or self.base_layer
+
     def change_base(self, base: LinearBase) -> None:
         """Run over `base` until `restore_base`."""
         self._unchanged = self.base_layer
@@ -145,7 +150,7 @@ class LoraLinear(Merging, PreparedModule, Wrapper):
     def restore_base(self) -> LinearBase:
         """Run over W again; returns the other base."""
         changed = self.base_layer
-        self.base_layer = self._unchanged or changed
+        self.base_layer = self.unchanged_base
         self._unchanged = None
         return changed
 

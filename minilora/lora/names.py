@@ -91,6 +91,20 @@ def find_ending(name: str) -> tuple[str, str] | None:
     return None
 
 
+def has_tensor(config: LoraConfig, part: str) -> bool:
+    """Can a layer of this method have the tensor that `find_ending` calls `part`?"""
+    if isinstance(config, MapConfig):
+        return config.has_tensor(part)
+    return part in ENDINGS.values()
+
+
+def describe_tensors(config: LoraConfig) -> str:
+    """The names of the tensors that a method has in each layer, for messages."""
+    if isinstance(config, MapConfig):
+        return ", ".join(config.map.TENSORS) or "none in a layer"
+    return "lora_A and lora_B"
+
+
 def map_tensors() -> set[str]:
     """The names of all tensors of maps."""
     return {name for config in MAPS.values() for name in (*config.map.TENSORS, *config.map.SHARED)}
@@ -128,6 +142,11 @@ def factor_keys(path: str, embeds: bool = False) -> tuple[str, str]:
     """The keys of A and B of a layer in PEFT's file."""
     names = EMBEDDING if embeds else LINEAR
     return f"{PREFIX}{path}.{names['A']}", f"{PREFIX}{path}.{names['B']}"
+
+
+def base_weight_key(path: str) -> str:
+    """The key in PEFT's file of the weight under the adapter of a layer, where the file has it."""
+    return f"{PREFIX}{path}.base_layer.weight"
 
 
 # A name is made from its parts, here alone, and never taken apart: adapters have any names.

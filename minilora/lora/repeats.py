@@ -16,7 +16,7 @@ import numpy as np
 from ..formats import SafetensorsFile
 from ..formats.dtypes import FLOATS, round_to, row_blocks, widen
 from .factors import Part
-from .names import ENDS, PREFIX, TRANSPOSED
+from .names import ENDS, PREFIX, TRANSPOSED, base_weight_key
 from .plan import Plan
 from .targets import matches
 
@@ -25,6 +25,8 @@ Read = Callable[[str], Array]  # gives a tensor of the base by its name, such as
 
 # By dtype, the narrow ones first: a rounded number is off by at most this share of itself.
 UNITS = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-53}
+
+SLACK = 2.0**-16  # what 32 bits leave of the product of a start's factors
 
 
 # ---- to write them -------------------------------------------------------------------------------
@@ -46,7 +48,7 @@ def repeated(
     if _targets_name_an_end(plan):
         for path in plan.targets:
             if path in (base.embedding, base.head):
-                copies[f"{PREFIX}{path}.base_layer.weight"] = read(f"{path}.weight")
+                copies[base_weight_key(path)] = read(f"{path}.weight")
     if plan.resized:
         for path in filter(None, (base.embedding, base.head)):
             if path not in plan.saved:
@@ -179,6 +181,20 @@ def is_weight_of_base(
         return np.asarray(np.abs(f - w) <= bound)
 
     return left.shape[0] == len(F) and right.shape[1:] == F.shape[1:] and all_are(was_merged)
+
+
+def is_rounded_to(file: SafetensorsFile, key: str, R: Array, W: Array) -> bool:
+    """Is a tensor of a file R, computed from W (O, I) in 32 bits and rounded to the file's dtype?
+
+    In each place |F - R| <= u |R| + 2^-16 w, with w the length of W's longest row.
+    """
+    dtype = file.dtype(key)
+    if file.shape(key) != R.shape or dtype not in UNITS:
+        return False
+    F = file.read(key, np.float64)
+    longest = np.linalg.norm(W, axis=1).max(initial=0.0)
+    bound = UNITS[dtype] * np.abs(R) + SLACK * longest
+    return bool((np.abs(F - R) <= bound).all())
 
 
 def _rounded(numbers: Array, dtype: str) -> Array:

@@ -78,6 +78,7 @@ class Start(NamedTuple):
     needs          the field of Given that the user's data or options must fill; "" for none
     changes_base   whether another base takes the place of W
     fits           the largest r for W (O, I), as a function of min(O, I), or of I for eva
+    divides        whether it divides by the scaling s
     """
 
     begin: Begin
@@ -85,6 +86,7 @@ class Start(NamedTuple):
     needs: str = ""
     changes_base: bool = True
     fits: Callable[[int], int] = int
+    divides: bool = False
 
 
 # ---- the starts ----------------------------------------------------------------------------------
@@ -186,9 +188,9 @@ def _ga_scale(W: Array) -> float:
 PISSA_NITER = "pissa_niter_"
 STARTS = {
     "orthogonal": Start(orthogonal, "orthogonal", changes_base=False, fits=lambda side: 1 << 24),
-    "pissa": Start(pissa, "pissa"),
+    "pissa": Start(pissa, "pissa", divides=True),
     "olora": Start(olora, "olora"),
-    "loftq": Start(loftq, "loftq", needs="decode"),
+    "loftq": Start(loftq, "loftq", needs="decode", divides=True),
     "eva": Start(eva, "eva", needs="covariance", changes_base=False),
     "lora_ga": Start(lora_ga, "lora_ga", needs="gradient", fits=lambda side: side // 2),
     "lora_ga_stable": Start(
@@ -204,7 +206,7 @@ def find_start(name: Any) -> Start | None:
         return None
     number = name.removeprefix(PISSA_NITER)
     if number != name and number.isascii() and number.isdecimal() and len(number) < 10:
-        return Start(leading_pissa, name)
+        return Start(leading_pissa, name, divides=True)
     return STARTS.get(name)
 
 
@@ -228,12 +230,17 @@ def check_rank(name: str, path: str, shape: Sequence[int], r: int) -> None:
 def begin(name: str, path: str, W: Array, r: int, s: float, given: Given) -> StartValues:
     """First values of the layer `path` by the start `name`.    W (O, I) in float64
 
-    ConfigError for a rank that the start cannot have, NonFiniteError for a weight that is not
-    finite.
+    ConfigError for a rank or a scaling that the start cannot have, NonFiniteError for a weight that
+    is not finite.
     """
     check_rank(name, path, W.shape, r)
     start = find_start(name)
     assert start is not None
+    if start.divides and s == 0:
+        raise ConfigError(
+            f"init_lora_weights={name!r} divides by the scaling lora_alpha / r, which is 0 for "
+            f"{path}: set lora_alpha, and alpha_pattern, above 0"
+        )
     read = [W, getattr(given, start.needs)] if start.needs in ("covariance", "gradient") else [W]
     if not all(np.isfinite(array).all() for array in read):
         what = {"covariance": " or its inputs", "gradient": " or its gradient"}.get(start.needs, "")

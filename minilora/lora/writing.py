@@ -12,7 +12,7 @@ from ..formats import write_adapter
 from ..formats.disk import JsonObject
 from .config import NO_START, LoraConfig
 from .initial import FOLDER, plain_form, start_of
-from .names import factor_keys
+from .names import base_weight_key, factor_keys
 from .starts import find_start
 
 Array = np.ndarray
@@ -37,6 +37,10 @@ def write_started(model: Any, adapter_name: str, folder: Path, as_trained: bool)
         else:
             ranks = {path: a.r for path, a in model.adapters_by_path(adapter_name).items()}
             fields |= _make_plain(tensors, config, ranks, initial)
+            for path, layer in model.changed_layers.items():
+                key = base_weight_key(path)
+                if key in tensors:  # of a head, which no file stores transposed
+                    tensors[key] = layer.unchanged_base.weight.numpy()
     write_adapter(folder, fields, tensors)
 
 

@@ -23,6 +23,7 @@ from ..lora.factors import Part, error_row, product_norm, truncate_rank
 from ..lora.files import AdapterFile, base_key, fit, read_base
 from ..lora.merging import merge_weight
 from ..lora.plan import Base, describe_checkpoint
+from ..training.methods import NAMES, method_of
 from .factoring import factor_tensors
 from .rewriting import Row, progress
 
@@ -52,6 +53,13 @@ def make_plain(
     require_outside(out, adapter=adapter)
     rounding: dict[str, float] = {}
     with AdapterFile(adapter, initial=initial, over_base=base is not None) as file:
+        method = method_of(file.config)
+        if not file.began and method not in ("lora", "dora"):
+            raise ConfigError(
+                f"{file.where} is an adapter of {NAMES[method]}, over its base as it is: only "
+                "LoRA's starts change the base, so that there is nothing to take back: use the "
+                "adapter as it is"
+            )
         if not file.began:
             raise ConfigError(
                 f"{file.where}: init_lora_weights={file.raw.get('init_lora_weights', True)!r:.40} "

@@ -25,13 +25,22 @@ from minilora.data import Batch
 from minilora.errors import ConfigError, FormatError
 from minilora.formats import load_file, read_adapter, write_adapter
 from minilora.lora import LoraConfig, LoraLinear, PeftModel, get_peft_model
-from minilora.lora.maps import MAPS, HiraConfig, IA3Config, LoHaConfig, OFTConfig, VeraConfig
+from minilora.lora.maps import (
+    MAPS,
+    HiraConfig,
+    IA3Config,
+    LoHaConfig,
+    OFTConfig,
+    UniLoraConfig,
+    VeraConfig,
+)
 from minilora.lora.maps.scattered import scatter
 from minilora.quant import quantize
 from minilora.tools.combining import combine
 from minilora.tools.factoring import resize
 from minilora.tools.inspecting import inspect_adapter
 from minilora.tools.merging import merge
+from minilora.tools.plain import make_plain
 from minilora.training.parallel import ShardedStep
 from minilora.verify import verify_files
 
@@ -326,6 +335,8 @@ REFUSED: list[tuple[str, type, dict[str, Any]]] = [
     ("projection_prng_key must be", VeraConfig, {"projection_prng_key": -1}),
     ("feedforward_modules", IA3Config, {"target_modules": ["a"], "feedforward_modules": ["b"]}),
     ("hira_dropout must be", HiraConfig, {"hira_dropout": 1}),
+    ("d_initial must be", VeraConfig, {"d_initial": -1e308}),
+    ("init_theta_d_bound must be", UniLoraConfig, {"init_theta_d_bound": 1e308}),
 ]
 
 
@@ -345,6 +356,15 @@ MISFITS = [
     ("lokr", {"decompose_factor": 1, "r": 5}, None),
     ("miss", {"r": 17}, "r = 17 is above I"),
     ("miss-mini", {"mini_r": 3}, "mini_r = 3 does not divide O"),
+    ("miss", {"mini_r": 2}, "mini_r = 2 is for init_weights = 'mini'"),
+    ("vera", {"d_initial": 2.0, "init_weights": False}, "d_initial = 2.0 is for init_weights"),
+    (
+        "unilora",
+        {"init_theta_d_bound": 1, "init_weights": False},
+        "init_theta_d_bound = 1 is for init_weights",
+    ),
+    ("unilora", {"theta_d_length": 10**6}, r"over \d+ numbers, .*: set it to at most \d+"),
+    ("intrinsic", {"theta_d_length": 10**6}, r"over \d+ numbers, .*: set it to at most \d+"),
     ("ia3", {"feedforward_modules": ["dwn_proj"]}, "'dwn_proj' matches no target; the targets are"),
     ("fourierft", {"n_frequency": 129}, "fewer weights than n_frequency = 129: .* at most 128"),
 ]
@@ -425,6 +445,24 @@ def test_load_adapter_uses_a_file_with_rank_dropout_but_does_not_train_it(tmp_pa
     assert again.peft_config["default"].to_dict()["rank_dropout"] == 0.1
     with pytest.raises(ConfigError, match=r"rank_dropout = 0.1 would act in training"):
         PeftModel.from_pretrained(base("float32"), tmp_path, is_trainable=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"), [("loha", "hada_w1_a"), ("oft", "oft_R"), ("vera", "base_model.vera_A")]
+)
+def test_inspect_adapter_names_peft_type_where_another_method_has_the_tensors(
+    name: str, tensor: str, tmp_path: Path
+) -> None:
+    adapted(ROWS[name], "float32").save_pretrained(tmp_path)
+    write_adapter(tmp_path, LoraConfig().to_dict(), read_adapter(tmp_path)[1])
+    with pytest.raises(FormatError, match=f"{tensor}.* is not a tensor of .*peft_type in adapter_"):
+        inspect_adapter(tmp_path)
+
+
+def test_make_plain_names_the_method_that_has_no_start(tmp_path: Path) -> None:
+    adapted(ROWS["loha"], "float32").save_pretrained(tmp_path / "a")
+    with pytest.raises(ConfigError, match="is an adapter of LoHa, over its base as it is"):
+        make_plain(tmp_path / "a", tmp_path / "out")
 
 
 def test_tools_that_need_factors_refuse_a_map(tmp_path: Path) -> None:

@@ -203,6 +203,9 @@ def test_begin_refuses_ranks_and_weights_that_no_start_fits() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             begin(name, "proj", W, r, 1.0, Given(covariance=np.eye(6), gradient=W))
+    for name in ("pissa", "pissa_niter_4", "loftq"):
+        with pytest.raises(ConfigError, match=r"divides by the scaling .*, which is 0 for proj"):
+            begin(name, "proj", W, 1, 0.0, Given(decode=lambda W: W))
     with pytest.raises(NonFiniteError, match="proj: its weight is not finite"):
         begin("pissa", "proj", W * np.nan, 1, 1.0, Given())
     with pytest.raises(NonFiniteError, match="or its gradient is not finite"):

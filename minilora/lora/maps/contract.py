@@ -42,6 +42,8 @@ from ..targets import pattern_value
 Theta = Sequence[Array]
 Layers = Mapping[str, Shape]  # (O, I) of each adapted layer by its path
 
+LARGE = 1e30  # first values of this size are a mistake, and float32 holds them
+
 # The fields of LoraConfig that every method has, and those that most have.
 COMMON = (
     "target_modules",
@@ -314,3 +316,11 @@ def refuse_shape(map: Map, given: str, valid: str) -> ConfigError:
         f"{map.config.title}: {map.path} is {map.O} x {map.I}, and {given}: {valid}, "
         "or leave the layer out of target_modules"
     )
+
+
+def refuse_unused(config: MapConfig, field: str, use: str) -> None:
+    """ConfigError if a field is set, and only `use` would read it."""
+    value = getattr(config, field)
+    default = next(f.default for f in dataclasses.fields(config) if f.name == field)
+    if value != default:
+        raise ConfigError(f"{field} = {value!r:.60} is for {use}: leave it out, or set that too")

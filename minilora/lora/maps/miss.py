@@ -15,7 +15,16 @@ import numpy as np
 
 from ...backend import Array, Shape, backend_of
 from ...errors import Rule, integer_rules, is_plain_number, number_rules, one_of
-from .contract import USUAL, Layers, Map, MapConfig, Theta, refuse_shape, uniform_fan_in
+from .contract import (
+    USUAL,
+    Layers,
+    Map,
+    MapConfig,
+    Theta,
+    refuse_shape,
+    refuse_unused,
+    uniform_fan_in,
+)
 
 
 class MiSS(Map):
@@ -31,6 +40,10 @@ class MiSS(Map):
             valid = f"set mini_r to a divisor of {self.O}"
             raise refuse_shape(self, f"mini_r = {self.width} does not divide O", valid)
         self.row_of_input = np.arange(self.I) % self.r
+
+    def check(self) -> None:
+        if self.config.init_weights != "mini":  # type: ignore[attr-defined]
+            refuse_unused(self.config, "mini_r", "init_weights = 'mini'")
 
     def shapes(self) -> dict[str, Shape]:
         return {"miss_block": (self.r, self.width)}

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...backend import Array, Shape, backend_of
-from ...errors import Rule, integer_rules, is_flag, is_plain_number, number_rules
-from .contract import Layers, Map, MapConfig, Theta
+from ...errors import ConfigError, Rule, integer_rules, is_flag, is_plain_number, number_rules
+from .contract import LARGE, Layers, Map, MapConfig, Theta, refuse_unused
 
 # The order of the modules of a block: it decides which entries of x belong to which layer.
 ORDER = (
@@ -64,9 +64,17 @@ class Scattered(Map):
         for other in sorted(layers, key=module_order):
             start = total if other == path else start
             total += self.count(*layers[other])
+        self.total = total
         entries, scales = scatter(total, self.d, vars(config)["proj_seed"])
         self.entries = entries[start : start + self.count(self.O, self.I)]
         self.scales = scales[self.entries]
+
+    def check(self) -> None:
+        if self.d > self.total:
+            raise ConfigError(
+                f"theta_d_length = {self.d}: {self.config.title} scatters theta over {self.total} "
+                f"numbers, and the others would never train: set it to at most {self.total}"
+            )
 
     def count(self, O: int, I: int) -> int:
         """How many of the D numbers a layer (O, I) has."""
@@ -116,6 +124,13 @@ class UniLora(Scattered):
 
     def count(self, O: int, I: int) -> int:
         return vars(self.config)["r"] * (O + I)  # type: ignore[no-any-return]
+
+    def check(self) -> None:
+        super().check()
+        config = self.config
+        assert isinstance(config, UniLoraConfig)
+        if not config.init_weights:
+            refuse_unused(config, "init_theta_d_bound", "init_weights = True")
 
     def init_shared(self, rng: np.random.Generator) -> Sequence[Array]:
         config = self.config
@@ -193,6 +208,6 @@ class UniLoraConfig(MapConfig):
     RULES: ClassVar = [
         *IntrinsicConfig.RULES,
         *number_rules("unilora_dropout", is_kind=is_plain_number, least=0, below=1),
-        *number_rules("init_theta_d_bound", is_kind=is_plain_number, least=0),
+        *number_rules("init_theta_d_bound", is_kind=is_plain_number, least=0, below=LARGE),
         Rule("init_weights", is_flag, "True or False"),
     ]

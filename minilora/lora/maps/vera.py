@@ -16,7 +16,7 @@ import numpy as np
 
 from ...backend import Array, Shape
 from ...errors import Rule, integer_rules, is_flag, is_plain_number, number_rules
-from .contract import Map, MapConfig, Theta
+from .contract import LARGE, Map, MapConfig, Theta, refuse_unused
 from .streams import torch_uniform, torch_words
 
 
@@ -34,6 +34,10 @@ class VeRA(Map):
     @property
     def saves_shared(self) -> bool:
         return bool(self.config.save_projection)  # type: ignore[attr-defined]
+
+    def check(self) -> None:
+        if not self.config.init_weights:  # type: ignore[attr-defined]
+            refuse_unused(self.config, "d_initial", "init_weights = True")
 
     def init(self, rng: np.random.Generator) -> Sequence[Array]:
         if self.config.init_weights:  # type: ignore[attr-defined]
@@ -97,6 +101,6 @@ class VeraConfig(MapConfig):
         *integer_rules("projection_prng_key", least=0, limit=2**32),
         Rule("save_projection", is_flag, "True or False"),
         *number_rules("vera_dropout", is_kind=is_plain_number, least=0, below=1),
-        *number_rules("d_initial", is_kind=is_plain_number),
+        *number_rules("d_initial", is_kind=is_plain_number, least=-LARGE, below=LARGE),
         Rule("init_weights", is_flag, "True or False"),
     ]
