@@ -316,44 +316,61 @@ def _lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
+OFFSETS = {  # of the names in the picture, in points, where they would lie on each other
+    "VeRA": (-24, -10),
+    "LoKr": (-14, 7),
+    "Uni-LoRA": (-2, 8),
+    "intrinsic": (-14, -14),
+    "FourierFT": (7, -1),
+    "LoHa": (7, 2),
+    "HiRA": (-26, -4),
+    "MiSS": (7, -3),
+    "OFT": (-10, 7),
+}
+COLORS = {"better": "#2a6f97", "worse": "#c8553d", "level": "#222222", "cannot tell": "#999999"}
+
+
 def draw(rows: Mapping[str, dict[str, Any]], before: float) -> None:
-    """Write the picture: bits per byte against the number of trained parameters."""
-    from minilora.lab.plots import COOL, INK, QUIET, WARM, styled_pyplot
+    """Bits per byte against trained numbers, and each arm's difference from REFERENCE."""
+    from minilora.lab.plots import INK, WARM, styled_pyplot
 
     plt = styled_pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.6), constrained_layout=True)
-    names = list(ARMS)
-    starts = {group: names.index(first) for group, first in GROUPS.items()}
-    line = [rows[name] for name in rows if name.startswith("LoRA r=")]
-    line.sort(key=lambda row: row["trained"])
-    x, y = ([row[key] for row in line] for key in ("trained", "bits_per_byte"))
-    axes.plot(x, y, "-o", color=INK, label="LoRA r = 1, 4, 16")
-    axes.axhline(before, color=QUIET, linestyle=":", label="the base")
-    markers = {"others": ("s", QUIET), "relatives": ("o", WARM)}
-    markers |= {"starts": ("^", COOL), "optimisers": ("v", COOL)}
-    for name, row in rows.items():
-        if name.startswith("LoRA r="):
-            continue
-        place = names.index(name)
-        group = "others"
-        for candidate, first in starts.items():
-            if place >= first:
-                group = candidate
-        marker, color = markers[group]
-        axes.plot(row["trained"], row["bits_per_byte"], marker, color=color, markersize=5)
-        if group in ("others", "relatives"):
-            shift = (4, 4) if place % 2 else (4, -10)
-            point = row["trained"], row["bits_per_byte"]
-            axes.annotate(name, point, textcoords="offset points", xytext=shift, fontsize=7)
-    for label, (marker, color) in markers.items():
-        text = label if label in ("others", "relatives") else f"{label} of LoRA r = 4"
-        axes.plot([], [], marker, color=color, label=text)
-    axes.set_xscale("log")
-    axes.set_xlabel("trained numbers")
-    axes.set_ylabel("bits per byte of held-out code")
-    axes.set_title("Code after 160 steps, rates tuned, means of three seeds")
-    axes.legend(fontsize=7)
-    figure.savefig(PICTURE, metadata={"Software": None})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 5), constrained_layout=True)
+    loras = sorted((row for name, row in rows.items() if "LoRA r=" in name), key=_trained)
+    x, y = ([row[key] for row in loras] for key in ("trained", "bits_per_byte"))
+    left.plot(x, y, "-s", color=INK, label="LoRA, r = 1, 4, 16")
+    names = list(rows)
+    first, last = names.index("LoHa"), names.index("intrinsic")
+    for name in [*names[first : last + 1], "all weights"]:
+        point = rows[name]["trained"], rows[name]["bits_per_byte"]
+        left.plot(*point, "o", color=WARM, markersize=5)
+        shift = OFFSETS.get(name, (6, 3) if name != "all weights" else (-30, 7))
+        left.annotate(name, point, textcoords="offset points", xytext=shift, fontsize=8)
+    left.set_xscale("log")
+    left.set_xlabel("trained numbers")
+    left.set_ylabel("bits per byte of held-out code")
+    left.set_title(f"LoRA and its relatives (the base has {before:.2f} bits)")
+    left.legend(loc="upper right")
+    compared = [name for name in names if "difference" in rows[name]]
+    right.axvspan(-MARGIN, MARGIN, color="#eeeeee")
+    right.axvline(0, color=INK, linewidth=0.8)
+    for place, name in enumerate(compared):
+        row = rows[name]
+        color = COLORS[row["verdict"]]
+        right.plot(row["interval"], [place, place], color=color, linewidth=2)
+        right.plot(row["difference"], place, "o", color=color, markersize=4)
+    for word, color in COLORS.items():
+        right.plot([], [], "-o", color=color, markersize=4, label=word)
+    right.set_yticks(range(len(compared)), compared, fontsize=8)
+    right.invert_yaxis()
+    right.set_xlabel("bits per byte above LoRA r = 4, and 95 % interval")
+    right.set_title("Paired by seed; grey: the margin")
+    right.legend(loc="lower right")
+    figure.savefig(PICTURE, dpi=110, metadata={"Software": None})
+
+
+def _trained(row: Mapping[str, Any]) -> int:
+    return int(row["trained"])
 
 
 def print_table(result: Mapping[str, Any]) -> None:

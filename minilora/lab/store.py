@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -68,7 +69,7 @@ def describe_machine() -> JsonObject:
         "blas": ", ".join(sorted({*blas})),
         "kernels": ", ".join(sorted({*names})),
         "numpy": np.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
+        "system": f"{sys.platform} {platform.machine()}",
     }
 
 
