@@ -321,7 +321,7 @@ OFFSETS = {  # of the names in the picture, in points, where they would lie on e
     "LoKr": (-14, 7),
     "Uni-LoRA": (-2, 8),
     "intrinsic": (-14, -14),
-    "FourierFT": (7, -1),
+    "FourierFT": (-2, -15),
     "LoHa": (7, 2),
     "HiRA": (-26, -4),
     "MiSS": (7, -3),
