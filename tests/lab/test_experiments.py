@@ -104,8 +104,8 @@ def test_starts_verdict_holds_if_all_are_level():
 @pytest.mark.parametrize(
     ("losses", "moved", "expected"),
     [
-        ({"gaussian": 2.06}, 0.0, [FAILS, HOLDS, HOLDS, HOLDS, HOLDS]),
-        ({"gaussian": 1.94}, 0.0, [FAILS, HOLDS, HOLDS, HOLDS, HOLDS]),
+        ({"normal": 2.06}, 0.0, [FAILS, HOLDS, HOLDS, HOLDS, HOLDS]),
+        ({"normal": 1.94}, 0.0, [FAILS, HOLDS, HOLDS, HOLDS, HOLDS]),
         ({"OLoRA": 1.97}, 0.0, [HOLDS, HOLDS, FAILS, HOLDS, HOLDS]),
         ({}, 1e-3, [HOLDS, HOLDS, HOLDS, HOLDS, FAILS]),
     ],

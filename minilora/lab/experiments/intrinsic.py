@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..bench import Bench
 from ..panels import Panel, lines, series
 from ..protocol import SHUFFLED, Arm, Case, Plan, Row, full
-from ..tuning import at_best, curve, differences, mean, measure_fit, tuned
+from ..tuning import at_best, differences, mean, measure_fit, tuned
 from ..verdicts import Verdict, decide, interval, judge
 
 CLAIM = "A few hundred numbers reach 90 % of full training's gain, thanks to pretraining"
@@ -74,19 +74,18 @@ def verdict(rows: Sequence[Row]) -> Verdict:
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
-    content = []
-    for base, name in (("micro", "over the base"), (CONTROL_BASE, "over shuffled weights")):
-        sizes = SIZES if base == "micro" else CONTROL_SIZES
-        results = [interval(at_best(rows, f"{base} d={d}")) for d in sizes]
-        spread = [min(half, 1.0) for _, half in results]
-        means = [centre for centre, _ in results]
-        content.append(series(name, sizes, means, spread=spread, control=base != "micro"))
+    results = [interval(at_best(rows, f"micro d={d}")) for d in SIZES]
+    means = [centre for centre, _ in results]
+    spread = [min(half, 1.0) for _, half in results]
     before, best = (mean(at_best(rows, "full", field)) for field in ("before", "report"))
     levels = {"full training": best, "90 % of its gain": before - SHARE * (before - best)}
-    levels["shuffled, full training"] = mean(at_best(rows, f"{CONTROL_BASE} full"))
-    curves = [series(f"d = {d:,}", *curve(rows, f"micro d={d}")) for d in SIZES]
+    shuffled = [mean(at_best(rows, f"{CONTROL_BASE} d={d}")) for d in CONTROL_SIZES]
+    limits = {"shuffled, full training": mean(at_best(rows, f"{CONTROL_BASE} full"))}
     x, y = "trained numbers d", "bits per byte"
+    both = [series("the base", SIZES, means)]
+    both.append(series("shuffled", CONTROL_SIZES, shuffled, control=True))
+    one = [series("", SIZES, means, spread=spread)]
     return [
-        lines("At each size's best rate", x, y, content, log="x", levels=levels),
-        lines("Every rate", "learning rate", y, curves, log="x"),
+        lines("Each size at its best rate", x, y, one, log="x", levels=levels),
+        lines("Beside shuffled layers", x, y, both, log="x", levels=limits),
     ]
