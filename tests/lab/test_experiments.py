@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minilora.lab import experiments as folder
-from minilora.lab.experiments import EXPERIMENTS, intrinsic, starts
+from minilora.lab.experiments import EXPERIMENTS, family, intrinsic, starts
 from minilora.lab.protocol import BASES
 from minilora.lab.running import summarize_rates
 from minilora.lab.verdicts import FAILS, HOLDS, PARTLY, cannot_tell
@@ -156,3 +156,18 @@ def test_intrinsic_verdict_and_dimension(shares, shuffled, expected, dimension):
     verdict = intrinsic.verdict(rows_of_intrinsic(shares, shuffled))
     assert verdicts_of(verdict) == expected
     assert f"takes {dimension} numbers" in verdict["note"]
+
+
+def test_family_verdict_says_which_methods_lead_by_the_margin():
+    losses = {"HiRA": 1.95, "MiSS": 1.99, "LoRA r=16": 1.9, "LoRA r=1": 2.1}
+    rows = []
+    for arm in family.ARMS:
+        rows += tuned_rows(arm.name, losses.get(arm.name, 2.0), trained=100)
+    verdict = family.verdict(rows)
+    leading = {part["what"] for part in verdict["parts"] if part["verdict"] == HOLDS}
+    assert leading == {"bits by which HiRA is better"}
+    assert len(verdict["parts"]) == len(family.OTHERS)
+    assert "-0.100 for r = 1 and +0.100 for r = 16" in verdict["note"]
+    heat, dots = family.panels(rows)
+    assert heat["values"][heat["rows"].index("HiRA")] == pytest.approx([0.05] * 3)
+    assert dots["series"][1]["control"]

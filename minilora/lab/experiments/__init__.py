@@ -22,6 +22,7 @@ from . import (
     amplification,
     counts,
     dora,
+    family,
     forgets,
     interference,
     intrinsic,
@@ -57,4 +58,5 @@ EXPERIMENTS: dict[str, Any] = {
     "dora": dora,
     "adalora": adalora,
     "interference": interference,
+    "family": family,
 }

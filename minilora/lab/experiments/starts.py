@@ -16,7 +16,7 @@ from ..verdicts import Verdict, decide, fact, interval, judge
 CLAIM = "At tuned rates, all starts of LoRA end within 2 % of the plain one"
 SOURCE = "Lee et al. 2026, abstract (checked); against it PiSSA, table 4 (checked), OLoRA, LoRA-GA"
 CONTROL = "before the first step, every start computes what the base computes"
-SECONDS = 170
+SECONDS = 150
 BASES = ("micro",)
 
 R = 8
