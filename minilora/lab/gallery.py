@@ -140,7 +140,7 @@ def _read_page(page: Path) -> str:
 def _require_same_laboratory(folder: Path, results: Results, surroundings: JsonObject) -> None:
     """ConfigError if copies that stay in the folder were made with other surroundings."""
     for name, content in read_copies(folder)[0].items():
-        if name not in results and content["made_with"] != surroundings:
+        if name not in results and content.get("made_with") != surroundings:
             raise ConfigError(
                 f"{quoted(folder / name)}.json is of another laboratory than --out, and numbers of "
                 f"two are not mixed: run `minilora lab {name}` in --out, or remove that file"

@@ -187,6 +187,7 @@ def test_publish_gallery_keeps_experiments_of_the_same_laboratory(store, page, d
         ("quick", "ran without --quick"),
         ("no results", "no results yet"),
         ("another machine", "numbers of two are not mixed"),
+        ("another file", "numbers of two are not mixed"),
     ],
 )
 def test_publish_gallery_refuses_before_it_writes(store, page, drawn, fault, message):
@@ -206,7 +207,8 @@ def test_publish_gallery_refuses_before_it_writes(store, page, drawn, fault, mes
         publish_gallery(store, page)
         other = store.results_file("layers")
         copy = page.parent / COPIES / "layers.json"
-        copy.write_bytes(other.read_bytes().replace(b"a processor", b"another"))
+        foreign = b"{}" if fault == "another file" else other.read_bytes()
+        copy.write_bytes(foreign.replace(b"a processor", b"another"))
         other.unlink()
     before = files(page.parent)
     with pytest.raises(ConfigError, match=message):
