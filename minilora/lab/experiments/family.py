@@ -76,11 +76,11 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
     names = [arm.name for arm in OTHERS]
     columns = [f"seed {seed}" for seed in seeds_of(rows, PLAIN)]
     content = []
-    plain = [arm for arm in ARMS if arm.name.startswith("LoRA r=")]
-    for title, arms in (("others", OTHERS), ("LoRA", plain)):
-        trained = [at_best(rows, arm.name, "trained")[0] for arm in arms]
-        losses = [mean(at_best(rows, arm.name)) for arm in arms]
-        content.append(series(title, trained, losses, dots=True, control=arms is plain))
+    for title, chosen in (("others", names), ("LoRA", ["LoRA r=1", PLAIN, "LoRA r=16"])):
+        trained = [at_best(rows, name, "trained")[0] for name in chosen]
+        losses = [mean(at_best(rows, name)) for name in chosen]
+        is_control = chosen is not names
+        content.append(series(title, trained, losses, dots=not is_control, control=is_control))
     levels = {"full training": mean(at_best(rows, "full"))}
     x, y = "trained numbers", "bits per byte"
     return [
