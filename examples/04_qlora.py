@@ -1,35 +1,26 @@
 """QLoRA: a frozen base in four bits, and an adapter that trains over it as over the dense base.
 
 You should see why NF4: its 16 levels are placed for normally distributed weights, so its error is
-below FP4's and below that of equal steps. Then LoRA over a base in NF4, an eighth of its size, ends
-within a few hundredths of a bit of LoRA over the dense base. runs/qlora.png shows both.
+below FP4's and below that of equal steps. Then LoRA over a base in NF4 ends within a few hundredths
+of a bit of LoRA over the dense base, and its layers take an eighth of the bytes. runs/qlora.png
+shows both.
+
+The second half is the experiment `qlora` of the laboratory in short: one seed, one learning rate,
+and a base that was trained for seconds. `minilora lab qlora` tunes the rates, takes three seeds and
+compares all types and four ways to merge.
 """
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from minilora import AdamW, ByteTokenizer, CausalLM, LoraConfig, TransformerConfig
-from minilora.data import Windows
-from minilora.data.texts import prose, python_sources, split
 from minilora.lab import plots
-from minilora.lora import get_peft_model
+from minilora.lab.bench import Bench
+from minilora.lab.experiments import qlora
+from minilora.lab.panels import bar, bars, draw
+from minilora.lab.protocol import BriefPlan
 from minilora.quant import LEVELS, encode, quantization_report, quantize
-from minilora.training.loop import bits_per_byte, evaluate
-from minilora.training.parallel import ShardedStep
-
-
-def train(model, tokens, steps, lr):
-    """The loss of each step, in bits per byte."""
-    windows, losses = Windows(tokens, context=64, batch_size=16), []
-    optimizer = AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr=lr)
-    with ShardedStep(model.train()) as sharded:
-        for step in range(steps):
-            loss, grads = sharded.gradients(windows.batch(step), optimizer.params, step=step)
-            optimizer.step(grads)
-            losses.append(bits_per_byte(float(loss)))
-    return losses
-
 
 # ---- 1. sixteen levels for normal weights --------------------------------------------------------
 blocks = np.random.default_rng(0).standard_normal((1 << 14, 64)).astype(np.float32)
@@ -39,29 +30,19 @@ equal = absmax / 7  # int4: -7 ... 7 times this
 errors["int4"] = np.abs(np.round(blocks / equal) * equal - blocks).mean()
 print("mean error of a standard normal weight:", {k: f"{e:.4f}" for k, e in errors.items()})
 
-# ---- 2. a base trained on prose ------------------------------------------------------------------
-english, _ = map(ByteTokenizer().encode, split(prose()))
-python, held_out = map(ByteTokenizer().encode, split(python_sources(600_000)))
-shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
-base = CausalLM(TransformerConfig(**shape, tie_word_embeddings=True), seed=0)
-train(base, english, 200, 5e-3)
-
-# ---- 3. the same LoRA over the dense base and over its codes -------------------------------------
-lora = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")
-curves = {}
-for kind in ("dense", "nf4"):
-    model = CausalLM(base.config, seed=None)
-    for p, original in zip(model.parameters(), base.parameters(), strict=True):
-        p.data = original.numpy().copy()
-    if kind == "nf4":
-        report = quantization_report(quantize(model, kind))
-        share = sum(r.nbytes for r in report) / sum(4 * r.parameters for r in report)
-        error = np.mean([r.error for r in report])
-        print(f"{len(report)} layers take {share:.1%} of their bytes, with an error of {error:.1%}")
-    model = get_peft_model(model, lora, seed=0)
-    curves[kind] = train(model, python, 150, 5e-3)
-    bits = bits_per_byte(evaluate(model, held_out, 64, limit=256))
-    print(f"LoRA over the {kind:5} base: {bits:.3f} bits per byte of held-out code")
+# ---- 2. the same LoRA over a dense base and over its codes ---------------------------------------
+rows = {}
+with tempfile.TemporaryDirectory() as folder:
+    bench = Bench(folder, BriefPlan())
+    report = quantization_report(quantize(bench.base("micro"), "nf4"))
+    share = sum(r.nbytes for r in report) / sum(4 * r.parameters for r in report)
+    error = np.mean([r.error for r in report])
+    print(f"{len(report)} layers take {share:.1%} of their bytes, with an error of {error:.1%}")
+    for kind, name in ((qlora.DENSE, "dense"), ("nf4", "nf4")):
+        row = rows[name] = qlora.measure(bench, {"arm": kind, "lr": 8e-3, "seed": 0})
+        before, after = row["before"], row["report"]
+        print(f"LoRA over the {name:5} base: {before:.3f} -> {after:.3f} bits per byte of code")
+print(f"merged onto what the codes decode to: {rows['nf4']['onto_decoded']:.3f}")
 
 if plots.available():
     plt = plots.styled_pyplot()
@@ -71,8 +52,8 @@ if plots.available():
         left.plot(levels, np.full(len(levels), 3000 * i), "|", markersize=12, color="#222222")
     left.set_yticks([3000, 6000, 9000], [f"{kind}  {error:.3f}" for kind, error in errors.items()])
     left.set_title("Weights in blocks, levels, mean error", loc="left")
-    for kind, losses in curves.items():
-        right.plot(np.convolve(losses, np.full(10, 0.1), "valid"), label=f"{kind} base")
-    right.legend(title="LoRA on code, bits per byte")
+    stages = {"base": "before", "with LoRA": "report"}
+    content = [bar(name, [row[s] for s in stages.values()]) for name, row in rows.items()]
+    draw(right, bars("Bits per byte of code", "bits per byte", list(stages), content, zoom=True))
     Path("runs").mkdir(exist_ok=True)
     figure.savefig("runs/qlora.png")

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import test_layout as layout
 
+from minilora.lab import protocol
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACKAGE = ROOT / "minilora"
@@ -101,6 +103,16 @@ def test_an_example_runs(name, capsys, monkeypatch, tmp_path):
     if name == "06_adalora":  # the claim: ranks go where the updates are
         assert min(values["found"].values()) >= values["RANK"]
         assert np.mean(values["others"]) < 0.5
+
+
+@pytest.mark.parametrize("name", ["04_qlora", "05_dora"])
+def test_an_example_of_an_experiment_runs_in_its_quick_form(name, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(protocol, "BriefPlan", lambda: protocol.Plan(quick=True))
+    values = runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert "bits per byte" in capsys.readouterr().out
+    rows = values["rows"]
+    assert len(rows) == (2 if name == "04_qlora" else 3)
 
 
 def test_every_dependency_has_a_reason_on_the_page():

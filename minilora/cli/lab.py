@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..display import print_table, printable
-from ..errors import Interrupted, SweepError, check_names
+from ..errors import ConfigError, Interrupted, SweepError, check_names
 from ..formats.folders import locked
 from ..threads import available_cores
 from ..training.pool import POOLS, Pool, open_pool
@@ -30,6 +30,8 @@ def add_lab_options(parser: Parser) -> None:
     option(parser, "--jobs K", "cases at a time (default: one per core)")
     text = f"where cases are measured: {', '.join(POOLS)} (default: by --jobs)"
     option(parser, "--pool HOW", text, choices=POOLS)
+    text = "gallery: a Markdown file that gets the page between its two comments, beside pictures"
+    option(parser, "--page FILE", text)
     option(parser, "--quick", "runs of three steps, which show only that everything works")
 
 
@@ -37,6 +39,8 @@ def lab(args: Args) -> None:
     from ..lab.experiments import EXPERIMENTS
 
     check_names("lab", args.names, [*EXPERIMENTS, *OTHERS])
+    if args.page is not None and "gallery" not in args.names:
+        raise ConfigError("--page is of `minilora lab gallery`: leave it out, or give that name")
     if "list" in args.names:
         _print_list(EXPERIMENTS)
     elif "gallery" in args.names:
@@ -54,10 +58,12 @@ def _print_list(experiments: dict[str, Any]) -> None:
 
 
 def _write_gallery(args: Args) -> None:
-    from ..lab.gallery import write_gallery
+    from ..lab.gallery import publish_gallery, write_gallery
     from ..lab.store import Store
 
-    print(printable(f"-> {write_gallery(Store(args.out))}"))
+    store = Store(args.out)
+    page = write_gallery(store) if args.page is None else publish_gallery(store, args.page)
+    print(printable(f"-> {page}"))
 
 
 def _run(args: Args, names: Sequence[str]) -> None:

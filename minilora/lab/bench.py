@@ -38,10 +38,12 @@ from .protocol import (
     BASES,
     CODE,
     FIT,
+    SHUFFLED,
     VERSION,
     Arm,
     Plan,
     documents,
+    find_base,
     spread,
     texts_checksum,
     to_ids,
@@ -49,6 +51,7 @@ from .protocol import (
 )
 
 Weights = dict[str, np.ndarray]
+START_BATCHES = 8  # that a start may read
 LOST = 99.0  # bits per byte that stand for a loss which is not finite
 
 
@@ -68,7 +71,7 @@ class Bench:
 
     def base_folder(self, name: str) -> Path:
         """Where the base is stored: the name has a checksum of its configuration and its text."""
-        base = BASES[name]
+        base = find_base(name)
         content = {"model": base.model.to_dict(), "pretrain": dataclasses.asdict(base.pretrain)}
         return self.folder / "bases" / f"{name}-{_key(content | {'texts': texts_checksum()})[:12]}"
 
@@ -91,10 +94,15 @@ class Bench:
     def base(self, name: str) -> CausalLM:
         """A copy of the base, whose weights nobody else changes."""
         if name not in self._bases:
-            self.make_base(name)
-            model = CausalLM.from_pretrained(self.base_folder(name))
-            self._bases[name] = {key: p.numpy() for key, p in model.named_parameters()}
+            self._bases[name] = self._read_base(name)
         return self.model_with(name, self._bases[name])
+
+    def _read_base(self, name: str) -> Weights:
+        if name.startswith(SHUFFLED):
+            return shuffle_linear(self.base_weights(name.removeprefix(SHUFFLED)))
+        self.make_base(name)
+        model = CausalLM.from_pretrained(self.base_folder(name))
+        return {key: p.numpy() for key, p in model.named_parameters()}
 
     def base_weights(self, name: str) -> Weights:
         """The base's weights by name; do not change them."""
@@ -103,7 +111,7 @@ class Bench:
 
     def model_with(self, name: str, weights: Mapping[str, np.ndarray]) -> CausalLM:
         """A model of the base's shape with these weights."""
-        model = CausalLM(BASES[name].model, seed=None)
+        model = CausalLM(find_base(name).model, seed=None)
         for key, p in model.named_parameters():
             p.data = weights[key]
         model.eval()
@@ -138,10 +146,21 @@ class Bench:
                     module.weight.requires_grad = True
             return model
         config = adapter_config(arm.method, arm.quantize, arm.fields, self.settings(arm).steps)
-        return model if config is None else get_peft_model(model, config, seed=seed)
+        if config is None:
+            return model
+        return get_peft_model(model, config, seed=seed, data=self.start_batches(arm, seed))
+
+    def start_batches(self, arm: Arm, seed: int) -> list[Ids]:
+        """Batches (B, T + 1) of the arm's text for starts that read data: eva and lora_ga."""
+        ids = training_ids(arm.task)
+        size = FIT.context + 1
+        rng = np.random.default_rng(seed)
+        places = rng.integers(0, len(ids) - size, (START_BATCHES, FIT.batch_size, 1))
+        return list(ids[places + np.arange(size)])
 
     def settings(self, arm: Arm, lr: float = 1e-3, seed: int = 0) -> Settings:
-        given = {"steps": BASES[arm.base].fit_steps, "lr": lr, "seed": seed} | dict(arm.settings)
+        steps = find_base(arm.base).fit_steps
+        given = {"steps": steps, "lr": lr, "seed": seed} | dict(arm.settings)
         return self.plan.shorten(dataclasses.replace(FIT, **given))
 
     def fit(self, arm: Arm, lr: float, seed: int) -> JsonObject:
@@ -206,6 +225,16 @@ class Bench:
 def linear_names(weights: Mapping[str, np.ndarray]) -> list[str]:
     """The names of the weights of linear layers in the blocks."""
     return [name for name in weights if name.endswith("_proj.weight")]
+
+
+def shuffle_linear(weights: Weights) -> Weights:
+    """The weights with the entries of each linear layer in another order: nothing is learnt."""
+    rng = np.random.default_rng(0)
+    shuffled = {}
+    for name in linear_names(weights):
+        W = weights[name]
+        shuffled[name] = rng.permutation(W.reshape(-1)).reshape(W.shape)
+    return weights | shuffled
 
 
 def adapter_parts(model: PeftModel) -> list[Part]:

@@ -63,6 +63,17 @@ class Plan:
         return values[:most] if self.quick else values
 
 
+class BriefPlan(Plan):
+    """What an example measures in seconds: one seed, over a base that was trained for 200 steps."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return (0,)
+
+    def shorten(self, settings: Settings) -> Settings:
+        return dataclasses.replace(settings, steps=min(settings.steps, 200))
+
+
 @dataclasses.dataclass(frozen=True)
 class Base:
     """A model and how it is trained on prose; `fit_steps` is the length of a fit on top of it."""
@@ -91,11 +102,18 @@ BASES = {
     "narrow": Base(_shape(32, 96, 2), _PRETRAIN, 160),
     "wide": Base(_shape(128, 384, 2), _PRETRAIN, 160),
 }
+SHUFFLED = "shuffled "  # "shuffled NAME": the base with the entries of each linear layer shuffled
 FIT = Settings(batch_size=8, context=48, warmup=10, floor=0.1, max_grad_norm=1.0, threads=1)
 CODE = "code"  # the task unless an arm has another
 MEMORY = "memory "
 LORA_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 FULL_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+
+
+def find_base(name: str) -> Base:
+    """The model and settings of a base, which are the same if it is shuffled."""
+    return BASES[name.removeprefix(SHUFFLED)]
+
 
 # ---- texts ---------------------------------------------------------------------------------------
 
@@ -169,10 +187,10 @@ class Arm:
     """What is trained, and how: one line of a comparison.
 
     name      in rows and pictures; it does not change what is computed
-    method    lora, dora, adalora or full (training/methods.py), or linear: full training of the
-              linear layers alone, which are the ones that adapters change
+    method    as in training/methods.py, or linear: full training of the linear layers alone, which
+              are the ones that adapters change
     fields    the adapter's fields, by PEFT's names
-    base      of BASES
+    base      of BASES, perhaps behind SHUFFLED
     task      the text that it learns
     quantize  how the frozen base is stored
     settings  fields of Settings that differ from FIT, such as steps, optimizer and warmup

@@ -15,6 +15,7 @@ import pytest
 
 from minilora.cli import main
 from minilora.lab.experiments import EXPERIMENTS
+from minilora.lab.gallery import BEGIN, END
 
 pytestmark = pytest.mark.filterwarnings("default")
 POSIX = pytest.mark.skipif(not hasattr(os, "setsid"), reason="needs signals as POSIX has them")
@@ -59,6 +60,28 @@ def test_lab_gallery_without_results_says_what_to_do(tmp_path):
     code, _, err = run(f"lab gallery --out {tmp_path}")
     assert code == 2
     assert "run an experiment first" in err
+
+
+def test_lab_gallery_page_is_of_the_gallery_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("lab rank --quick --page README.md")
+    assert code == 2
+    assert "--page is of `minilora lab gallery`" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_lab_gallery_page_of_quick_runs_is_refused_and_stays(tmp_path):
+    page = tmp_path / "README.md"
+    text = f"# A page\n\n{BEGIN}\n{END}\n"
+    page.write_text(text, encoding="utf-8")
+    assert run(f"lab counts --quick --pool here --out {tmp_path}/lab")[0] == 0
+    code, _, err = run(f"lab gallery --out {tmp_path}/lab --page {page}")
+    assert code == 2
+    assert "without --quick" in err
+    assert page.read_text(encoding="utf-8") == text
+    code, _, err = run(f"lab gallery --out {tmp_path}/lab --page {tmp_path}/none.md")
+    assert code == 4
+    assert "none.md" in err
 
 
 def test_lab_refuses_a_folder_of_full_runs_for_quick_ones(tmp_path):

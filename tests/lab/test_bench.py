@@ -7,7 +7,7 @@ import pytest
 
 from minilora.lab import bench as bench_module
 from minilora.lab import protocol
-from minilora.lab.bench import Bench, interpolate, linear_names
+from minilora.lab.bench import Bench, interpolate, linear_names, shuffle_linear
 from minilora.lab.protocol import Arm, Plan, full, lora
 from minilora.lora import PeftModel
 
@@ -17,6 +17,8 @@ ARMS = [
     full(method="full"),
     Arm("DoRA", "dora", {"r": 2, "target_modules": "all-linear"}),
     lora(2, quantize="nf4"),
+    *(lora(2, start, fields={"init_lora_weights": start}) for start in ("pissa", "eva", "lora_ga")),
+    Arm("P", "intrinsic", {"theta_d_length": 100, "target_modules": "all-linear"}),
 ]
 
 
@@ -51,7 +53,29 @@ def test_base_gives_a_copy_each_time(bench):
     assert all((p.numpy() == weights[name]).all() for name, p in other.named_parameters())
 
 
-@pytest.mark.parametrize("arm", ARMS, ids=[f"{arm.method} {arm.quantize}" for arm in ARMS])
+def test_base_shuffled_has_the_same_numbers_in_another_order(bench):
+    before, after = bench.base_weights("micro"), bench.base_weights("shuffled micro")
+    for name, W in before.items():
+        is_linear = name in linear_names(before)
+        assert (after[name] != W).any() == is_linear
+        assert after[name].shape == W.shape
+        assert (np.sort(after[name], axis=None) == np.sort(W, axis=None)).all()
+    again = shuffle_linear(before)
+    assert all((again[name] == W).all() for name, W in after.items())
+    assert not bench.base_folder("shuffled micro").exists()
+    assert bench.base_folder("shuffled micro") != bench.base_folder("micro")
+
+
+def test_start_batches_depend_on_the_seed_and_hold_the_arm_s_text(bench):
+    one, again, other = (bench.start_batches(ARMS[0], seed) for seed in (0, 0, 1))
+    assert [batch.shape for batch in one] == [(8, 49)] * 8
+    assert (np.stack(one) == np.stack(again)).all()
+    assert (np.stack(one) != np.stack(other)).any()
+    text = protocol.training_ids("code").astype(np.uint8).tobytes()
+    assert one[0][3].astype(np.uint8).tobytes() in text
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=[f"{a.name} {a.quantize} {a.method}" for a in ARMS])
 def test_fit_is_stored_with_its_weights(bench, arm):
     figures = bench.fit(arm, 4e-3, 0)
     model = bench.trained(arm, 4e-3, 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minilora.lab import experiments as folder
-from minilora.lab.experiments import EXPERIMENTS
+from minilora.lab.experiments import EXPERIMENTS, family, intrinsic, starts
 from minilora.lab.protocol import BASES
 from minilora.lab.running import summarize_rates
 from minilora.lab.verdicts import FAILS, HOLDS, PARTLY, cannot_tell
@@ -71,3 +71,103 @@ def test_experiment_quick_comes_to_a_verdict(name, bench, monkeypatch):
     )
     assert is_control_shown or name in ("dora", "subspaces")  # theirs are in titles and panels
     assert 1 <= len(panels) <= 4
+
+
+# ---- rules of verdicts ---------------------------------------------------------------------------
+
+
+def tuned_rows(arm, loss, **others):
+    """The rows of an arm whose best rate, 2, has this loss and a little more with each seed."""
+    return [
+        {"arm": arm, "lr": lr, "seed": seed, "before": 3.0, **others}
+        | dict.fromkeys(("tune", "report"), loss + 0.001 * seed + abs(lr - 2.0))
+        for lr in (1.0, 2.0, 4.0)
+        for seed in (0, 1, 2)
+    ]
+
+
+def verdicts_of(verdict):
+    return [part["verdict"] for part in verdict["parts"]]
+
+
+def rows_of_starts(losses, moved=1e-7):
+    rows = []
+    for name in starts.STARTS:
+        rows += tuned_rows(name, losses.get(name, 2.0), moved=moved)
+    return rows
+
+
+def test_starts_verdict_holds_if_all_are_level():
+    assert set(verdicts_of(starts.verdict(rows_of_starts({"EVA": 2.03})))) == {HOLDS}
+
+
+@pytest.mark.parametrize(
+    ("losses", "moved", "expected"),
+    [
+        ({"normal": 2.06}, 0.0, [FAILS, HOLDS, HOLDS, HOLDS, HOLDS]),
+        ({"normal": 1.94}, 0.0, [FAILS, HOLDS, HOLDS, HOLDS, HOLDS]),
+        ({"OLoRA": 1.97}, 0.0, [HOLDS, HOLDS, FAILS, HOLDS, HOLDS]),
+        ({}, 1e-3, [HOLDS, HOLDS, HOLDS, HOLDS, FAILS]),
+    ],
+)
+def test_starts_verdict_notices_each_part(losses, moved, expected):
+    assert verdicts_of(starts.verdict(rows_of_starts(losses, moved))) == expected
+
+
+def test_starts_measure_notices_a_base_that_was_not_corrected(bench, monkeypatch):
+    """PiSSA's B A beside the whole W: the first output is another one."""
+    case = {"arm": "PiSSA", "lr": 1e-3, "seed": 0}
+    assert starts.measure(bench, case)["moved"] < starts.SAME
+    prepare = bench.prepare
+
+    def uncorrected(arm, seed):
+        model = prepare(arm, seed)
+        weights = bench.base_weights(arm.base)
+        for path, module in model.get_base_model().named_modules():
+            if f"{path}.weight" in weights and hasattr(module, "adapters"):
+                module.base_layer.weight.data = weights[f"{path}.weight"]
+        return model
+
+    monkeypatch.setattr(bench, "prepare", uncorrected)
+    assert starts.measure(bench, case)["moved"] > 1e-2
+
+
+def rows_of_intrinsic(shares, shuffled=2.9):
+    """Full training gains one bit; `shares` of it by d, and the loss of shuffled weights."""
+    rows = tuned_rows("full", 2.0) + tuned_rows(f"{intrinsic.CONTROL_BASE} full", 2.5)
+    for d in intrinsic.SIZES:
+        rows += tuned_rows(f"micro d={d}", 3.0 - shares.get(d, 0.0))
+    for d in intrinsic.CONTROL_SIZES:
+        rows += tuned_rows(f"{intrinsic.CONTROL_BASE} d={d}", shuffled)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("shares", "shuffled", "expected", "dimension"),
+    [
+        ({500: 0.95, 10_000: 1.0}, 2.9, [HOLDS, HOLDS], "100 to 500"),
+        ({500: 0.5, 50_000: 0.95}, 3.9, [FAILS, HOLDS], "10,000 to 50,000"),
+        ({500: 0.95, 10_000: 1.0}, 2.1, [HOLDS, FAILS], "100 to 500"),
+        ({10: 1.0}, 3.9, [FAILS, HOLDS], "at most 10"),
+        ({}, 3.9, [FAILS, HOLDS], "more than 50,000"),
+    ],
+)
+def test_intrinsic_verdict_and_dimension(shares, shuffled, expected, dimension):
+    verdict = intrinsic.verdict(rows_of_intrinsic(shares, shuffled))
+    assert verdicts_of(verdict) == expected
+    assert f"takes {dimension} numbers" in verdict["note"]
+
+
+def test_family_verdict_says_which_methods_lead_by_the_margin():
+    losses = {"HiRA": 1.95, "MiSS": 1.99, "LoRA r=16": 1.9, "LoRA r=1": 2.1}
+    rows = []
+    for arm in family.ARMS:
+        rows += tuned_rows(arm.name, losses.get(arm.name, 2.0), trained=100)
+    verdict = family.verdict(rows)
+    leading = {part["what"] for part in verdict["parts"] if part["verdict"] == HOLDS}
+    assert leading == {"bits by which HiRA is better"}
+    assert len(verdict["parts"]) == len(family.OTHERS)
+    assert "-0.100 for r = 1 and +0.100 for r = 16" in verdict["note"]
+    heat, dots = family.panels(rows)
+    assert heat["values"][heat["rows"].index("HiRA")] == pytest.approx([0.05] * 3)
+    assert dots["series"][1]["control"]

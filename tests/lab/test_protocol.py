@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from minilora.lab.protocol import Plan, documents, lora, spread
+from minilora.lab.protocol import BriefPlan, Plan, documents, lora, spread
 from minilora.training.loop import Settings
 
 
@@ -50,3 +50,11 @@ def test_documents_to_learn_by_heart_are_the_same_in_all_parts():
 def test_arm_identity_leaves_out_what_changes_no_fit():
     assert lora(2, "one name").identity() == lora(2, "another", rates=(1.0,)).identity()
     assert lora(2).identity() != lora(3).identity()
+
+
+def test_brief_plan_has_one_seed_and_shortens_what_is_long_alone():
+    plan = BriefPlan()
+    assert plan.seeds == (0,)
+    assert plan.shorten(Settings(steps=1500)).steps == 200
+    assert plan.shorten(Settings(steps=160, batch_size=8)) == Settings(steps=160, batch_size=8)
+    assert plan.held_out == Plan().held_out

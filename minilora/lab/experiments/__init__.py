@@ -22,8 +22,10 @@ from . import (
     amplification,
     counts,
     dora,
+    family,
     forgets,
     interference,
+    intrinsic,
     intruders,
     layers,
     lowrank,
@@ -33,6 +35,7 @@ from . import (
     regret,
     rslora,
     stability,
+    starts,
     subspaces,
 )
 
@@ -40,11 +43,13 @@ EXPERIMENTS: dict[str, Any] = {
     "counts": counts,
     "rank": rank,
     "lowrank": lowrank,
+    "intrinsic": intrinsic,
     "subspaces": subspaces,
     "amplification": amplification,
     "stability": stability,
     "rslora": rslora,
     "ratio": ratio,
+    "starts": starts,
     "layers": layers,
     "regret": regret,
     "forgets": forgets,
@@ -53,4 +58,5 @@ EXPERIMENTS: dict[str, Any] = {
     "dora": dora,
     "adalora": adalora,
     "interference": interference,
+    "family": family,
 }
