@@ -654,6 +654,7 @@ for task, spectrum in spectra.items():
     print(f"{task}: left", "  ".join(f"{v:.1%}" for v in left_by_training[task]), "at r =", ranks)
     pairs = list(zip(left_by_training[task], left_at_best[task], strict=True))
     assert all(-1e-4 < trained - best < 0.02 for trained, best in pairs)
+assert math.isclose(left_by_training["needs every direction"][ranks.index(8)], 0.75, rel_tol=0.02)
 print_verdicts("rank", "regret", "forgets")
 
 # %%
