@@ -32,6 +32,10 @@ if importlib.util.find_spec("minilora") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
     importlib.invalidate_caches()
 
+# %% [markdown]
+# The next cell imports what all sections use, and has two helpers: `picture` draws, and
+# `print_verdicts` reads what the laboratory measured. Skip it at first.
+
 # %%
 import atexit
 import math
@@ -41,35 +45,12 @@ from pathlib import Path
 import numpy as np
 
 import minilora
-from minilora import (
-    SGD,
-    AdaLoraConfig,
-    AdamW,
-    ByteTokenizer,
-    CausalLM,
-    Linear,
-    LoraConfig,
-    PeftModel,
-    Sequential,
-    Tensor,
-    TransformerConfig,
-    get_multitask_model,
-    get_peft_model,
-    gradients,
-    no_grad,
-)
-from minilora.data import Windows
-from minilora.data.texts import prose, python_sources, split
+from minilora import Linear, LoraConfig, Sequential, Tensor, get_peft_model, gradients
 from minilora.lab import costs, plots
 from minilora.lab.experiments import EXPERIMENTS
 from minilora.lab.panels import bar, bars, heat, lines, series
 from minilora.lab.running import describe_results
 from minilora.lab.store import Store
-from minilora.lora import RankAllocator
-from minilora.optim import clip_by_global_norm, warmup_cosine
-from minilora.quant import encode, quantization_report, quantize
-from minilora.training.loop import bits_per_byte, evaluate
-from minilora.training.parallel import ShardedStep
 
 FOLDER = tempfile.TemporaryDirectory()
 atexit.register(FOLDER.cleanup)
@@ -98,7 +79,7 @@ def read_results(name):
 
 
 def print_verdicts(*names):
-    """What the laboratory says about claims, or how to make it say something."""
+    """What the laboratory says about these claims, or how to measure them."""
     for name in names:
         print(f"\nClaim: {EXPERIMENTS[name].CLAIM}.")
         results = read_results(name)
@@ -106,18 +87,6 @@ def print_verdicts(*names):
             print(f"Not measured here yet: run `minilora lab {name}`.")
         else:
             print("\n".join(describe_results(results)))
-
-
-def fit(model, loss, steps, lr):
-    """Train what the model lets train, by AdamW; returns the losses. loss: step -> Tensor."""
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    losses = []
-    for step in range(steps):
-        value = loss(step)
-        scale = warmup_cosine(step, steps, warmup=10, floor=0.01)
-        optimizer.step(gradients(value, optimizer.params), scale)
-        losses.append(value.item())
-    return losses
 
 
 # %% [markdown]
@@ -149,9 +118,10 @@ assert (N, n) == (6_738_415_616, 4_194_304)
 assert [round(gigabytes, 1) for gigabytes in memory.values()] == [107.8, 13.5, 3.9]
 
 # %%
+labels = [f"{name}\n{gigabytes:.1f} GB" for name, gigabytes in memory.items()]
 picture(
     "What training takes before the first activation",
-    bars("Llama-2-7B", "GB", list(memory), [bar("", list(memory.values()))], log="y"),
+    bars("Llama-2-7B", "GB", labels, [bar("", list(memory.values()))]),
 )
 
 # %% [markdown]
@@ -189,7 +159,7 @@ assert share_left(simple)[2] < 0.01
 assert share_left(random)[2] > 0.8
 
 # %%
-ranks = list(range(0, 65, 4))
+ranks = [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 picture(
     "Rank 2 is nearly all of one matrix and almost nothing of the other",
     lines(
@@ -279,7 +249,8 @@ assert adapted.tolist() == (ones.numpy() @ merged).tolist() == [[26, 24, 36]]
 rows, columns = ["1", "2", "3", "4"], ["1", "2", "3"]
 picture(
     "Seven numbers change nine of twelve",
-    heat("W, frozen", rows, columns, W.tolist(), digits=0),
+    heat("A", rows, [""], A.tolist(), digits=0),
+    heat("B", [""], columns, B.tolist(), digits=0),
     heat("AB, of rank 1", rows, columns, (A @ B).tolist(), digits=0),
     heat("W + AB", rows, columns, merged.tolist(), digits=0),
 )
@@ -337,6 +308,8 @@ picture(
 # the step of full training, seen through the $r$ random directions in $A_0$.
 
 # %%
+from minilora import SGD
+
 size = 64
 inputs, targets = (Tensor(rng.standard_normal((32, size)).astype(np.float32)) for _ in range(2))
 
@@ -439,6 +412,22 @@ picture(
 # all.
 
 # %%
+from minilora import AdamW, CausalLM, TransformerConfig, no_grad
+from minilora.optim import warmup_cosine
+
+
+def fit(model, loss, steps, lr):
+    """Train what the model lets train, by AdamW; returns the losses. loss: step -> Tensor."""
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for step in range(steps):
+        value = loss(step)
+        scale = warmup_cosine(step, steps, warmup=10, floor=0.01)
+        optimizer.step(gradients(value, optimizer.params), scale)
+        losses.append(value.item())
+    return losses
+
+
 shape = TransformerConfig(
     vocab_size=64,
     hidden_size=32,
@@ -507,6 +496,12 @@ picture(
 # Python.
 
 # %%
+from minilora import ByteTokenizer
+from minilora.data import Windows
+from minilora.data.texts import prose, python_sources, split
+from minilora.training.loop import bits_per_byte, evaluate
+from minilora.training.parallel import ShardedStep
+
 to_ids = ByteTokenizer().encode
 english, held_out_english = map(to_ids, split(prose()))
 python, held_out_python = map(to_ids, split(python_sources(400_000)))
@@ -554,6 +549,8 @@ model = get_peft_model(base_model, config)
 model.print_trainable_parameters()
 
 # %%
+from minilora import PeftModel
+
 before = {"English": bits(model, held_out_english), "Python": bits(model, held_out_python)}
 losses += learn(model, python, 120, 1e-2)
 after = {"English": bits(model, held_out_english), "Python": bits(model, held_out_python)}
@@ -692,6 +689,8 @@ picture(
 # where few weights are.
 
 # %%
+from minilora.quant import encode, quantization_report, quantize
+
 blocks = rng.standard_normal((4096, 64)).astype(np.float32)
 absmax = np.abs(blocks).max(axis=1, keepdims=True)
 error = {"nf4": np.abs(encode(blocks, "nf4").decode() - blocks).mean()}
@@ -747,6 +746,10 @@ print_verdicts("dora")
 # until a budget is met. The teacher is that of section 7: one layer of fourteen has changed.
 
 # %%
+from minilora import AdaLoraConfig
+from minilora.lora import RankAllocator
+from minilora.optim import clip_by_global_norm
+
 STEPS = 150
 config = AdaLoraConfig(
     init_r=6,
@@ -795,6 +798,8 @@ show(plots.rank_allocation, history, STEPS)
 # a row gets does not depend on its neighbours.
 
 # %%
+from minilora import get_multitask_model
+
 base = CausalLM(base_model.config, seed=None)
 base.load_state_dict(state)
 config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
