@@ -114,6 +114,7 @@ memory = {
 print(f"{N:,} weights; LoRA trains {n:,} numbers, {100 * n / N:.3f} %")
 for name, gigabytes in memory.items():
     print(f"{name:18} {gigabytes:6.1f} GB, without activations")
+assert costs.STATE == 16
 assert (N, n) == (6_738_415_616, 4_194_304)
 assert [round(gigabytes, 1) for gigabytes in memory.values()] == [107.8, 13.5, 3.9]
 
@@ -264,8 +265,8 @@ picture(
 #
 # For $d = 768$, $k = 1024$ and $r = 64$ that is 114,688 of 786,432, or 14.6 %. The saving is a
 # matter of the rank: at $r = 8$ it is 1.8 %, and from $r = dk/(d+k) \approx 439$ on the two
-# factors are *larger* than the matrix. It grows with the matrix, too: $r(d+k)/dk = 2r/d$ for a
-# square one.
+# factors are *larger* than the matrix. The saving grows with the matrix, too: $r(d+k)/dk = 2r/d$
+# for a square one.
 
 # %%
 d, k, r = 768, 1024, 64
@@ -342,6 +343,7 @@ print(f"B = 0:        |dA| {np.linalg.norm(dA):.3f}   |dB| {np.linalg.norm(dB):.
 assert np.linalg.norm(dA) == 0 < np.linalg.norm(dB)
 
 s, eta, A0 = 2.0, 0.1, adapter.lora_A.numpy().copy()
+assert np.abs(A0).max() <= 1 / math.sqrt(size)  # uniform within 1 / sqrt(k)
 SGD([adapter.lora_A, adapter.lora_B], lr=eta).step([dA, dB])
 dW = model.get_base_model()[0].delta_weight("default")
 assert np.allclose(dW, -eta * s**2 * G @ A0.T @ A0, rtol=1e-3, atol=1e-7)
@@ -362,7 +364,7 @@ assert not np.array_equal(model(inputs).numpy(), before)
 # $s = \alpha/r$, and rsLoRA takes $s = \alpha/\sqrt r$. The entries of $A_0$ are uniform within
 # $\pm 1/\sqrt k$ and have the variance $1/3k$, so on average
 #
-# $$\Big\|\frac{\partial L}{\partial B}\Big\|^2 = s^2\, \|G A_0^\top\|^2
+# $$\left\lVert\frac{\partial L}{\partial B}\right\rVert^2 = s^2\, \|G A_0^\top\|^2
 # \approx s^2\, \frac{r}{3k}\, \|G\|^2 .$$
 #
 # With $\alpha/r$ the first gradient shrinks like $1/\sqrt r$: at $r = 64$ it is an eighth of that
@@ -387,7 +389,6 @@ for name, use_rslora in (("alpha / r", False), ("alpha / sqrt(r), rsLoRA", True)
 usual, stable = sizes.values()
 assert math.isclose(usual[0] / usual[-1], 8, rel_tol=0.1)
 assert max(stable) / min(stable) < 1.1
-print_verdicts("lowrank", "stability", "rslora")
 
 # %%
 picture(
@@ -402,13 +403,20 @@ picture(
 )
 
 # %% [markdown]
+# Two more things are said about this training: that full training would make a change of low rank
+# anyway, and that LoRA is the stabler of the two. No formula proves either; both can be measured.
+
+# %%
+print_verdicts("lowrank", "stability", "rslora")
+
+# %% [markdown]
 # ## 7. Which layers (Какие слои адаптировать)
 #
 # An adapter changes the layers that it is attached to and no others. The LoRA paper chose the
 # queries and values of attention (`target_modules=["q_proj", "v_proj"]`); today all linear layers
-# are usual (`"all-linear"`). The experiment is a case that we know the answer of. A teacher is the
-# base with a change of rank 4 in *one* layer of the MLP. Students see only the teacher's logits,
-# and have about as many numbers each: at $r = 17$ on q and v, at $r = 7$ on the MLP, at $r = 4$ on
+# are usual (`"all-linear"`). The experiment is a case whose answer is known. A teacher is the base
+# with a change of rank 4 in *one* layer of the MLP. Students see only the teacher's logits, and
+# have about as many numbers each: at $r = 17$ on q and v, at $r = 7$ on the MLP, at $r = 4$ on
 # all.
 
 # %%
@@ -617,9 +625,9 @@ picture(
 # ## 9. The rank, and where LoRA fails (Выбор ранга, и где LoRA не справляется)
 #
 # LoRA cannot make a change that needs a higher rank than it has. If full training would move $W$
-# by $\Delta W^*$, rank $r$ leaves at least what section 2 says,
+# by $\Delta W^\star$, rank $r$ leaves at least what section 2 says,
 #
-# $$\|\Delta W^* - sBA\|_F^2 \;\ge\; \sum_{i>r} \sigma_i(\Delta W^*)^2 ,$$
+# $$\|\Delta W^\star - sBA\|_F^2 \;\ge\; \sum_{i>r} \sigma_i(\Delta W^\star)^2 ,$$
 #
 # however long it trains. Here is a layer of 32 x 32 with two tasks: one needs rank 4, the other
 # needs all 32 directions alike. The inputs are the unit vectors, so that the loss *is* this
@@ -675,8 +683,8 @@ picture(
 # %% [markdown]
 # So the question of the rank is a question about the task. A style, a format, a narrow subject
 # need little; another language, or much new knowledge, needs a high rank, or full training. If a
-# run falls short, look at the learning rate first (an adapter's best one is several times that of
-# full training), then at which layers have adapters, and at the rank last.
+# run falls short, look at the learning rate first (the best one for an adapter is usually several
+# times that of full training), then at which layers have adapters, and at the rank last.
 
 # %% [markdown]
 # ## 10. Relatives (Родственники: QLoRA, DoRA, AdaLoRA, многозадачность)
@@ -689,13 +697,14 @@ picture(
 # where few weights are.
 
 # %%
-from minilora.quant import encode, quantization_report, quantize
+from minilora.quant import LEVELS, encode, quantization_report, quantize
 
 blocks = rng.standard_normal((4096, 64)).astype(np.float32)
 absmax = np.abs(blocks).max(axis=1, keepdims=True)
 error = {"nf4": np.abs(encode(blocks, "nf4").decode() - blocks).mean()}
 error["equal steps"] = np.abs(np.round(blocks / absmax * 7) * absmax / 7 - blocks).mean()
 print("mean error of a normal weight:", ", ".join(f"{k} {e:.3f}" for k, e in error.items()))
+assert len(LEVELS["nf4"]) == 16
 assert error["nf4"] < error["equal steps"]
 
 model = CausalLM(base_model.config, seed=None)
