@@ -834,5 +834,10 @@ print_verdicts("interference")
 # %%
 for name, experiment in EXPERIMENTS.items():
     results = read_results(name)
-    print(f"{name:14} {'not measured yet' if results is None else results['verdict']:22}", end=" ")
-    print(experiment.CLAIM)
+    if results is None:
+        verdict = "not measured yet"
+    elif results["made_with"]["quick"]:
+        verdict = "only tried, by --quick"
+    else:
+        verdict = results["verdict"]
+    print(f"{name:14} {verdict:23} {experiment.CLAIM}")

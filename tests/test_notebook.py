@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from notebooks import PLACEHOLDER, PROGRAMS, ROOT, notebook, notebook_of, read_repository
 
-SECONDS = 120  # for all cells
+SECONDS = 120  # that a cell may take
 MLP, LESSON = PROGRAMS
 RESULTS = {  # of an experiment, as `minilora lab` writes them, in what the lesson reads
     "experiment": "rank",
@@ -136,4 +136,6 @@ def test_notebook_of_the_lesson_runs_and_shows_pictures_and_verdicts(execute, tm
     assert "rank: in part\n" in shown  # measured
     assert "  share of the gain 0.5 +- 0.12 (claimed: at least 0.95): does not hold here" in shown
     assert "run `minilora lab qlora`" in shown  # not measured
+    assert "\nrank           in part " in shown  # the table at the end
+    assert "\nqlora          not measured yet " in shown
     assert "Warning" not in shown
