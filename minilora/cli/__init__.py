@@ -9,6 +9,7 @@ chatting   generate --chat: a conversation on standard input
 graphing   graph: a layer or a block as it was computed
 files      merge, combine, inspect, diff, extract, resize, convert: files in, files out
 auditing   audit
+explaining compare: how two adapters overlap and interfere
 checking   verify, devices
 lab        lab: claims about LoRA measured
 reading    models and texts, as several commands read them
@@ -42,7 +43,7 @@ from ..display import printable
 from ..errors import ConfigError, Interrupted, MiniloraError
 from ..training.ranks import Alone, Ranks, connect, launched
 from ..training.signals import HANGUP, USER
-from . import auditing, checking, files, graphing, lab, sweep, training, using
+from . import auditing, checking, explaining, files, graphing, lab, sweep, training, using
 from .options import HelpFormatter, Parser, hyphenate, option
 from .streams import Stream, open_descriptors
 
@@ -53,6 +54,7 @@ COMMANDS = (
     *files.COMMANDS,
     *graphing.COMMANDS,
     *auditing.COMMANDS,
+    *explaining.COMMANDS,
     *checking.COMMANDS,
     *lab.COMMANDS,
 )

@@ -70,6 +70,7 @@ LINES = {
     "evaluate": "evaluate --base org/base --data book.txt --limit 1",
     "merge": "merge --base org/base --adapter adapter --out new",
     "audit": "audit --base org/base --adapter adapter --merged merged",
+    "compare": "compare adapter adapter --base org/base --data book.txt",
     "inspect": "inspect org/base",
     "inspect --base": "inspect adapter --base org/base",
     "diff": "diff org/base org/tuned",

@@ -1,0 +1,167 @@
+"""compare and inspect --data: what adapters do to a text, from files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minilora import CausalLM, LoraConfig, PeftModel, TransformerConfig, get_peft_model
+from minilora.cli import main
+from minilora.data.tokenizer import ByteTokenizer
+from minilora.formats import load_file, save_file
+from minilora.lora.multitask import get_multitask_model
+
+CONFIG = TransformerConfig(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=32,
+    initializer_range=0.3,
+)
+DATA = "--base base --data book.txt --context 16 --threads 2"
+
+
+def run(line: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr)"""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(shlex.split(line))
+    return code, out.getvalue(), err.getvalue()
+
+
+def ok(line: str) -> str:
+    code, out, err = run(line)
+    assert code == 0, err
+    return out
+
+
+def refused(line: str, code: int, *words: str) -> None:
+    """The line ends with this code and one message that has the words."""
+    result, _, err = run(line)
+    assert result == code, err
+    last = err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert all(word in last for word in words), last
+
+
+def make_adapter(folder: Path, seed: int, **fields: Any) -> PeftModel:
+    """An adapter whose factors all differ from zero."""
+    options = {"r": 2, "target_modules": "all-linear", **fields}
+    model = get_peft_model(CausalLM(CONFIG), LoraConfig(**options), seed=seed)
+    rng = np.random.default_rng(seed)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data = rng.normal(0, 0.1, p.shape).astype(np.float32)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("explaining")
+    CausalLM(CONFIG).save_pretrained(folder / "base")
+    ByteTokenizer().save(folder / "base")
+    make_adapter(folder / "a", 1)
+    make_adapter(folder / "b", 2)
+    make_adapter(folder / "q", 3, target_modules=["q_proj"])
+    make_adapter(folder / "v", 4, target_modules=["v_proj"])
+    make_adapter(folder / "dora", 5, use_dora=True)
+    get_multitask_model(CausalLM(CONFIG), {"x": LoraConfig(r=2)}).save_pretrained(folder / "tasks")
+    text = "".join(f"{n} times {n} is {n * n}. " for n in range(20))
+    (folder / "book.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def world(made, monkeypatch):
+    monkeypatch.chdir(made)
+    return made
+
+
+# ---- compare -------------------------------------------------------------------------------------
+
+
+def test_compare_prints_a_row_for_each_layer_and_the_total(world):
+    lines = ok("compare a b").splitlines()
+    assert lines[0].split()[:2] == ["layer", "r"]
+    assert sum("self_attn" in line or "mlp" in line for line in lines) == 14
+    assert any(line.startswith("total") for line in lines)
+    report = json.loads(ok("compare a b --json"))
+    assert len(report["layers"]) == 14
+    assert report["only in a"] == report["only in b"] == []
+
+
+def test_compare_data_measures_the_interference(world):
+    report = json.loads(ok(f"compare a b {DATA} --json"))
+    losses = {name: one["mean"] for name, one in report["loss"].items()}
+    parts = losses["both"] - losses["a"] - losses["b"] + losses["base"]
+    assert losses["interference"] == pytest.approx(parts, abs=1e-6)
+    assert report["loss"]["interference"]["error"] > 0
+    for adapter in "ab":  # the model's own evaluation, whose shards round differently
+        line = f"evaluate --adapter {adapter} {DATA}"
+        assert f"loss {losses[adapter]:.3f}" in ok(line)
+    assert "interference" in ok(f"compare a b {DATA}")
+
+
+def test_compare_data_of_an_adapter_without_effect_is_exactly_the_base(world, tmp_path):
+    get_peft_model(CausalLM(CONFIG), LoraConfig(r=2)).save_pretrained(tmp_path / "new")
+    report = json.loads(ok(f"compare a '{tmp_path}/new' {DATA} --json"))
+    loss = report["loss"]
+    assert loss["b"] == loss["base"]
+    assert loss["both"] == loss["a"]
+    assert loss["interference"] == {"mean": 0.0, "error": 0.0}
+    assert report["total"]["cosine"] is None
+
+
+def test_compare_with_a_base_takes_adapters_without_a_common_layer(world):
+    refused("compare q v", 3, "no layer in common", "--base")
+    report = json.loads(ok("compare q v --base base --json"))
+    assert report["layers"] == []
+    assert report["total"]["<dW1, dW2>"] == 0
+    assert "total" in ok("compare q v --base base")
+
+
+def test_compare_refuses_what_does_not_belong_together(world, tmp_path):
+    refused("compare a dora", 2, "DoRA", "give an adapter of LoRA")
+    refused("compare a tasks", 2, "several tasks")
+    refused("compare a nowhere", 4, "nowhere")
+    refused("compare a base", 3, "adapter_config.json")
+    refused("compare a b --data book.txt", 2, "--base")
+    refused("compare a b --context 16", 2, "--context is for a text")
+    refused("compare a b --base base --limit 2", 2, "--limit is for a text")
+    other = TransformerConfig(**{**vars(CONFIG), "hidden_size": 32})
+    CausalLM(other).save_pretrained(tmp_path / "wide")
+    refused(f"compare a b --base '{tmp_path}/wide'", 3, "does not fit this base")
+    refused(f"compare a b {DATA.replace('16', '64')}", 2, "--context 64")
+    (tmp_path / "empty.txt").write_text("x")
+    refused(f"compare a b --base base --data '{tmp_path}/empty.txt'", 3, "at least 2 tokens")
+
+
+def test_compare_data_refuses_adapters_of_different_tokenizers(world, tmp_path):
+    shutil.copytree("b", tmp_path / "b")
+    ByteTokenizer().save(tmp_path / "b")
+    ok(f"compare a '{tmp_path}/b' {DATA}")  # the same tokens
+    config = json.loads((tmp_path / "b/tokenizer.json").read_text())
+    vocabulary = config["model"]["vocab"]
+    vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
+    (tmp_path / "b/tokenizer.json").write_text(json.dumps(config))
+    refused(f"compare a '{tmp_path}/b' {DATA}", 2, "different tokenizers", "leave out --data")
+
+
+def test_compare_data_refuses_weights_that_are_not_finite(world, tmp_path):
+    shutil.copytree("base", tmp_path / "base")
+    weights = {name: array.copy() for name, array in load_file("base/model.safetensors").items()}
+    weights["model.norm.weight"][0] = math.nan
+    save_file(tmp_path / "base/model.safetensors", weights)
+    line = f"compare a b {DATA}".replace("base base", f"base '{tmp_path}/base'")
+    refused(line, 5, "not finite")
