@@ -10,6 +10,7 @@ graphing   graph: a layer or a block as it was computed
 files      merge, combine, inspect, diff, extract, resize, convert: files in, files out
 auditing   audit
 explaining compare: how two adapters overlap and interfere
+measuring  what a model does to a text by windows: for compare, and for inspect --data
 checking   verify, devices
 lab        lab: claims about LoRA measured
 reading    models and texts, as several commands read them

@@ -6,11 +6,18 @@ from typing import Any
 
 from ..data.batches import Text
 from ..display import print_table, printable
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..formats.disk import JsonObject
 from ..lora import PeftModel
-from ..precision import FLOAT32
 from .files import format_row, print_json
+from .measuring import (
+    add_measuring_options,
+    format_estimate,
+    load_plain_base,
+    read_measured_text,
+    require_data,
+    require_vocabulary,
+)
 from .options import (
     DATA,
     Args,
@@ -18,67 +25,13 @@ from .options import (
     Parser,
     add_download,
     add_json,
-    add_strict,
     find_models,
     option,
     path,
-    positive_integer,
 )
-from .reading import (
-    Tokenizer,
-    has_tasks,
-    load_base,
-    read_tokenizer,
-    read_tokens,
-    require_context,
-    require_finite,
-)
+from .reading import has_tasks, read_tokenizer, require_finite
 
-CONTEXT = 256  # tokens per window, unless the model has fewer
 NAMES = ("first", "second")  # of the two adapters in a model
-NEEDS_DATA = ("context", "limit", "strict", "threads")
-
-
-def add_measuring_options(parser: Parser) -> None:
-    """How a text is measured in windows."""
-    text = f"tokens per window, at least 1 (default: up to {CONTEXT})"
-    option(parser, "--context T", text)
-    text = "most windows to measure, spread over the text, at least 1 (default: all)"
-    option(parser, "--limit N", text, type=positive_integer)
-    option(parser, "--threads K", "threads, each for a window, at least 1 (default: one per core)")
-    add_strict(parser)
-
-
-def require_data(args: Args) -> None:
-    """ConfigError for options that mean nothing without --data, or for --data without --base."""
-    given = [name for name in NEEDS_DATA if getattr(args, name)]
-    if given and args.data is None:
-        raise ConfigError(f"--{given[0]} is for a text: give --data FILE, or leave it out")
-    if args.data is not None and args.base is None:
-        raise ConfigError("--data measures a model: give its folder with --base, too")
-
-
-def read_measured_text(args: Args, tokenizer: Tokenizer, model: Any) -> tuple[Text, int]:
-    """(tokens of --data, tokens per window)"""
-    context = args.context or min(CONTEXT, model.config.context)
-    require_context(context, model.config)
-    tokens, _ = read_tokens(args.data, tokenizer, context, args.strict)
-    if len(tokens) < 2:
-        raise DataError(
-            f"--data {args.data}: needs at least 2 tokens, has {len(tokens)}: add to it"
-        )
-    return tokens, context
-
-
-def load_plain_base(args: Args) -> Any:
-    """The model of --base in float32 on the CPU."""
-    args.device = "cpu"
-    args.compute = FLOAT32
-    args.quantize = "none"
-    return load_base(args)
-
-
-# ---- compare -------------------------------------------------------------------------------------
 
 
 def add_compare_options(parser: Parser) -> None:
@@ -121,11 +74,7 @@ def _measure_interference(args: Args) -> JsonObject:
     tokenizers = [read_tokenizer(args.base, size, folder) for folder in folders]
     model: Any = PeftModel.from_pretrained(base, folders[0], NAMES[0])
     model.load_adapter(folders[1], NAMES[1])
-    if model.get_base_model().config.vocab_size != size:
-        raise ConfigError(
-            "--data compares losses over one vocabulary, and an adapter changes that of "
-            f"--base {args.base!r:.100}: leave out --data"
-        )
+    require_vocabulary(model, size, args.base)
     require_finite(model, args.base)
     model.set_adapter(list(NAMES), inference_mode=True)
     texts = [read_measured_text(args, tokenizer, base) for tokenizer in tokenizers]
@@ -136,7 +85,7 @@ def _measure_interference(args: Args) -> JsonObject:
             "different tokens of --data: their losses cannot be compared; leave out --data"
         )
     measured = measure_interference(model, NAMES, text, context, args.limit, args.threads)
-    return {name: one._asdict() for name, one in measured.items()}
+    return {name: one.as_dict() for name, one in measured.items()}
 
 
 def _are_equal_texts(one: Text, other: Text) -> bool:
@@ -165,7 +114,7 @@ def _print_comparison(report: JsonObject) -> None:
     print("phi: overlap of the first, or of all, directions of outputs and inputs, in [0, 1];")
     print("chance: phi of random directions; angle: the smallest, in degrees; total: means of phi")
     for name, one in report.get("loss", {}).items():
-        print(f"{name:12} {one['mean']:.6f} +- {one['error']:.6f} nats per token")
+        print(f"{name:12} {format_estimate(one)} nats per token")
 
 
 def _comparison_row(row: JsonObject) -> JsonObject:

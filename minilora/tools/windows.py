@@ -33,6 +33,10 @@ class Estimate(NamedTuple):
     mean: float
     error: float
 
+    def as_dict(self) -> dict[str, float | None]:
+        """For JSON, which has no NaN."""
+        return {"mean": self.mean, "error": None if math.isnan(self.error) else self.error}
+
 
 def estimate(sums: Array, tokens: Array) -> Estimate:
     """The mean per token of what each window adds, and its standard error over windows.

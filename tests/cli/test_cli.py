@@ -999,6 +999,7 @@ NEEDED = {  # so that some of them get past the parser
     "merge": "--base base --adapter adapter --out merged",
     "audit": "--base base --adapter adapter --merged base",
     "compare": "adapter adapter",
+    "inspect": "adapter",
     "verify": "--cases 1",
     "combine": "--adapter adapter --adapter adapter --out combined",
     "diff": "base base",

@@ -165,3 +165,55 @@ def test_compare_data_refuses_weights_that_are_not_finite(world, tmp_path):
     save_file(tmp_path / "base/model.safetensors", weights)
     line = f"compare a b {DATA}".replace("base base", f"base '{tmp_path}/base'")
     refused(line, 5, "not finite")
+
+
+# ---- inspect --data ------------------------------------------------------------------------------
+
+
+def test_inspect_data_has_a_row_for_each_layer_and_their_sum(world):
+    out = ok(f"inspect a {DATA} --directions o_proj")
+    assert "out: the loss without the layer" in out
+    assert out.count("+-") == 3 + 2 * 15 + 4 + 5  # losses, layers and sum, directions, lambda
+    report = json.loads(ok(f"inspect a {DATA} --directions layers.0.self_attn.o_proj --json"))
+    effects = report["effects"]
+    assert len(effects["layers"]) == 14
+    assert [row["i"] for row in effects["directions"]] == [1, 2]
+    gain = effects["base"]["mean"] - effects["adapter"]["mean"]
+    assert effects["gain"]["mean"] == pytest.approx(gain, abs=1e-9)
+    assert effects["lambda"][0]["loss"] == effects["base"]
+    assert effects["lambda"][-1]["loss"] == effects["adapter"]
+    assert effects["lambda"][0]["change"] == {"mean": 0.0, "error": 0.0}
+    total = sum(row["out"]["mean"] for row in effects["layers"])
+    assert effects["sum"]["out"]["mean"] == pytest.approx(total, abs=1e-9)
+
+
+def test_inspect_data_of_dora_has_no_lambda(world):
+    assert "no lambda" in ok(f"inspect dora {DATA} --limit 2")
+
+
+def test_inspect_data_has_the_same_bits_for_any_number_of_threads(world):
+    lines = [f"inspect a {DATA} --json --threads {n}" for n in (1, 3)]
+    one, other = (json.loads(ok(line.replace("--threads 2 ", ""))) for line in lines)
+    assert one == other
+
+
+def test_inspect_data_of_one_window_has_no_error(world):
+    effects = json.loads(ok(f"inspect a {DATA} --limit 1 --json"))["effects"]
+    assert effects["gain"]["error"] is None
+    assert "+- unknown" in ok(f"inspect a {DATA} --limit 1")
+
+
+def test_inspect_data_refuses_what_does_not_belong_together(world, tmp_path):
+    refused("inspect a --data book.txt", 2, "--base")
+    refused("inspect a --base base --directions q_proj", 2, "--directions is for a text")
+    refused("inspect base --data book.txt --base base", 2, "for an adapter")
+    refused(f"inspect a {DATA} --directions nothing", 2, "'nothing' is not the name")
+    refused(f"inspect dora {DATA} --directions q_proj", 2, "not s B A")
+    refused(f"inspect tasks {DATA}", 2, "inspect one of these")
+    other = TransformerConfig(**{**vars(CONFIG), "hidden_size": 32})
+    CausalLM(other).save_pretrained(tmp_path / "wide")
+    line = f"inspect a {DATA}".replace("base base", f"base '{tmp_path}/wide'")
+    refused(line, 3, "does not fit this base")
+    make_adapter(tmp_path / "biased", 6, bias="all")
+    code, _, err = run(f"inspect '{tmp_path}/biased' {DATA}")
+    assert code in (2, 3), err

@@ -73,6 +73,7 @@ LINES = {
     "compare": "compare adapter adapter --base org/base --data book.txt",
     "inspect": "inspect org/base",
     "inspect --base": "inspect adapter --base org/base",
+    "inspect --data": "inspect adapter --base org/base --data book.txt",
     "diff": "diff org/base org/tuned",
     "graph": "graph --base org/base --block 0",
     "extract": "extract --base org/base --tuned org/tuned --r 2 --out new",

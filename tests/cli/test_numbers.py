@@ -36,6 +36,7 @@ LINES = {
     "graph": "graph --base base --block 0",
     "audit": "audit --base base --adapter adapter --merged base",
     "compare": "compare adapter adapter --base base --data book.txt",
+    "inspect": "inspect adapter --base base --data book.txt",
     "lab": "lab counts --quick --out new",
     "combine": "combine --adapter adapter --how svd --out new",
     "extract": "extract --base base --tuned base --out new",
