@@ -64,6 +64,7 @@ from .options import (
 from .reading import (
     load_base,
     open_text,
+    read_also,
     read_tokenizer,
     read_training_text,
     require_bytes,
@@ -215,6 +216,8 @@ def pretrain(args: Args) -> None:
 
 def add_finetune_options(parser: Parser) -> None:
     add_folder_options(parser)
+    text = "a second text, evaluated at each evaluation: what the adapter forgets of it"
+    option(parser, "--also-evaluate FILE", text)
     add_tuning_options(parser)
     parser.set_defaults(method=None)  # to tell "lora" from an option that was not given
 
@@ -340,6 +343,7 @@ def run_finetune(
     )
     tokens: Any
     held_out: Any
+    also, also_ratio = read_also(args, tokenizer, settings.context, bool(tasks))
     if tasks:
         texts = {task: read(file, None, option="--tasks") for task, file in tasks.items()}
         tokens = {task: text.tokens for task, text in texts.items()}
@@ -375,6 +379,7 @@ def run_finetune(
         print(printable(f"{sizes} tokens -> {out}"))
         options = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
         options |= {"origin": origin, "title": "finetune", "ranks": args.ranks}
+        options |= {"also": also, "also_bytes_per_token": also_ratio}
         writes = args.ranks.rank == 0
         with saving(out):
             result = train(model, tokens, settings, out, **options)
@@ -385,7 +390,7 @@ def run_finetune(
                 copy_companions(args.base, out)
             if writes and args.adapter is not None and has_tokenizer(args.adapter):
                 tokenizer.save(out)
-        report = Report("finetune", out, result, ratio, trainable)
+        report = Report("finetune", out, result, ratio, trainable, also_ratio)
         has_ranks = isinstance(config, AdaLoraConfig)
         if writes and (reports or has_ranks):
             draw_pictures(report, losses=reports, ranks=has_ranks)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from typing import Any
+
 from ..errors import CheckpointError
 from ..formats.disk import JsonObject
 from ..optim import warmup_cosine
@@ -58,3 +62,28 @@ def _shown(value: object) -> str:
     text = repr(value)
     is_checksum = isinstance(value, str) and len(value) == CHECKSUM
     return f"{text[:9]}...'" if is_checksum else f"{text:.40}"
+
+
+def finite_loss(loss: Any) -> float:
+    """A loss of a checkpoint: a run with another one could not be saved again. Or ValueError."""
+    if type(loss) not in (int, float) or not math.isfinite(loss):
+        raise ValueError(f"a loss of {loss!r:.40}")
+    return float(loss)
+
+
+def read_also(state: Any, text: dict[str, str] | None) -> list[tuple[int, float]]:
+    """The evaluations of a second text that a checkpoint has; none, with a warning, of another one.
+
+    state   what the checkpoint says of it, or None
+    text    the checksums of the run's second text, or None
+    """
+    if state is None or text is None:
+        return []
+    if state["text"] != text:
+        warnings.warn(
+            "the second text to evaluate on is another one than before: its earlier losses are "
+            "left out",
+            stacklevel=4,
+        )
+        return []
+    return [(int(step), finite_loss(loss)) for step, loss in state["losses"]]

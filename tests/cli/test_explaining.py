@@ -217,3 +217,28 @@ def test_inspect_data_refuses_what_does_not_belong_together(world, tmp_path):
     make_adapter(tmp_path / "biased", 6, bias="all")
     code, _, err = run(f"inspect '{tmp_path}/biased' {DATA}")
     assert code in (2, 3), err
+
+
+# ---- finetune --also-evaluate --------------------------------------------------------------------
+
+TRAIN = "--batch-size 2 --context 16 --steps 4 --eval-every 2 --threads 2 --r 2"
+
+
+def test_finetune_evaluates_a_second_text(world, tmp_path):
+    (tmp_path / "old.txt").write_text("the quick brown fox. " * 9)
+    (tmp_path / "x.txt").write_text("x")
+    line = f"finetune --base base --data book.txt {TRAIN} --out '{tmp_path}/run'"
+    out = ok(f"{line} --also-evaluate '{tmp_path}/old.txt'")
+    text = (tmp_path / "run/eval.jsonl").read_text()
+    evaluations = [json.loads(line) for line in text.splitlines()]
+    assert [line["step"] for line in evaluations] == [0, 2, 4]
+    bits = [f"{line['also_bits_per_byte']:.3f}" for line in evaluations]
+    assert f"second text's bits per byte {bits[0]} -> {bits[-1]}" in out
+    assert f"second text {bits[1]}" in out
+    assert "second text's loss, last" in out
+    line = line.replace("/run'", "/other'")
+    refused(f"{line} --also-evaluate nowhere.txt", 4, "nowhere.txt")
+    refused(f"{line} --also-evaluate '{tmp_path}/x.txt'", 3, "at least 2 tokens")
+    tasks = line.replace("--data book.txt", f"--tasks book.txt '{tmp_path}/old.txt'")
+    refused(f"{tasks} --also-evaluate book.txt", 2, "--also-evaluate", "--tasks")
+    assert not (tmp_path / "other").exists()
