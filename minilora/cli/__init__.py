@@ -14,6 +14,8 @@ measuring  what a model does to a text by windows: for compare, and for inspect 
 checking   verify, devices
 lab        lab: claims about LoRA measured
 reading    models and texts, as several commands read them
+preparing  what finetune trains, from its options
+replaying  replay: a run once more, with one thing changed
 continuing finetune --adapter: training goes on from an adapter
 fields     options for fields that only some methods have
 options    the parser, how a value is read, and options that several commands take
@@ -44,13 +46,25 @@ from ..display import printable
 from ..errors import ConfigError, Interrupted, MiniloraError
 from ..training.ranks import Alone, Ranks, connect, launched
 from ..training.signals import HANGUP, USER
-from . import auditing, checking, explaining, files, graphing, lab, sweep, training, using
+from . import (
+    auditing,
+    checking,
+    explaining,
+    files,
+    graphing,
+    lab,
+    replaying,
+    sweep,
+    training,
+    using,
+)
 from .options import HelpFormatter, Parser, hyphenate, option
 from .streams import Stream, open_descriptors
 
 COMMANDS = (
     *training.COMMANDS,
     *sweep.COMMANDS,
+    *replaying.COMMANDS,
     *using.COMMANDS,
     *files.COMMANDS,
     *graphing.COMMANDS,

@@ -16,7 +16,7 @@ import signal
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ def train(
     ranks: Ranks | None = None,
     also: Ids | PackedRecords | None = None,
     also_bytes_per_token: float = 1.0,
+    changed: Collection[str] = (),
 ) -> Result:
     """Train every parameter that requires a gradient on `tokens` (N,); returns what was measured.
 
@@ -102,6 +103,7 @@ def train(
               the same result; all must see `out`, and rank 0 alone writes there (see ranks.py)
     also      a second text, evaluated beside the held-out one: what the run makes of, say, what the
               model knew before. It changes nothing of the training
+    changed   fields of the run that may differ from the checkpoint's: it is another run from there
 
     NonFiniteError for a loss or gradient that is not finite, in the step in which it happens and
     before any weight changes: the last good state is saved, and the log's last line is that step's.
@@ -132,7 +134,7 @@ def train(
         checksums = {"held-out text": held_out_checksums, "second text": run.also_text}
         ranks.require_same({**run.identity, **checksums}, ALIKE)
         if resume is not None:
-            run.restore(resume)
+            run.restore(resume, changed)
         if ranks.size > 1:
             ranks.require_same({"the steps done": run.done}, ALIKE)
             _require_same_weights(run, ALIKE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 from ..errors import CheckpointError
@@ -13,10 +14,13 @@ from ..optim import warmup_cosine
 CHECKSUM = 64  # characters of a SHA-256
 
 
-def require_same_run(folder: str, before: JsonObject, now: JsonObject, done: int) -> None:
+def require_same_run(
+    folder: str, before: JsonObject, now: JsonObject, done: int, changed: Collection[str] = ()
+) -> None:
     """CheckpointError unless a checkpoint after `done` steps belongs to this run.
 
     before, now   what makes the two runs what they are (`Run.identity`)
+    changed       fields that may differ
 
     Another number of steps is the same run if the steps that are done had the learning rates that
     this run gives them: it then ends with the bits of a run that began with that number.
@@ -36,7 +40,7 @@ def require_same_run(folder: str, before: JsonObject, now: JsonObject, done: int
     differences = []
     for field, value in now.items():
         was = before.get(field)
-        if was == value:
+        if was == value or field in changed:
             continue
         if field == "steps" and type(was) is int:
             if _learning_rates(now, was, done) == _learning_rates(now, value, done):

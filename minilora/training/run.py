@@ -9,7 +9,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -285,8 +285,8 @@ class Run:
         """A checksum of the parameters that train."""
         return weights_checksum(self.optimizer.params)
 
-    def restore(self, resume: str | Path) -> None:
-        """Continue from a checkpoint, "auto" for the newest one.
+    def restore(self, resume: str | Path, changed: Collection[str] = ()) -> None:
+        """Continue from a checkpoint, "auto" for the newest one; `changed` fields may be others.
 
         CheckpointError, with nothing changed, for a checkpoint that does not fit.
         """
@@ -297,7 +297,7 @@ class Run:
             # Older checkpoints do not say these.
             missing = {"compute": FLOAT32, "keep": "last", "optimizer": "adamw"}
             before = {**missing, **state["run"]}
-            require_same_run(str(folder), before, self.identity, done)
+            require_same_run(str(folder), before, self.identity, done, changed)
             numbers = dict(state["optimizer"])
             allocator_numbers = dict(state["allocator"]) if self.allocator else {}
             losses = [finite_loss(loss) for loss in state["losses"]]

@@ -54,7 +54,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 NAMES = "demo pretrain finetune generate evaluate merge inspect verify devices combine diff extract"
-COMMANDS = [*NAMES.split(), "resize", "convert", "sweep", "graph", "audit", "compare"]
+COMMANDS = [*NAMES.split(), "resize", "convert", "sweep", "graph", "audit", "compare", "replay"]
 TINY = "--batch-size 2 --context 16 --threads 2"
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
 PRETRAIN = f"pretrain {TINY} {SHAPE}"
@@ -1000,6 +1000,7 @@ NEEDED = {  # so that some of them get past the parser
     "audit": "--base base --adapter adapter --merged base",
     "compare": "adapter adapter",
     "inspect": "adapter",
+    "replay": "adapter --from 0",
     "verify": "--cases 1",
     "combine": "--adapter adapter --adapter adapter --out combined",
     "diff": "base base",

@@ -37,6 +37,7 @@ LINES = {
     "audit": "audit --base base --adapter adapter --merged base",
     "compare": "compare adapter adapter --base base --data book.txt",
     "inspect": "inspect adapter --base base --data book.txt",
+    "replay": "replay adapter --from 0",
     "lab": "lab counts --quick --out new",
     "combine": "combine --adapter adapter --how svd --out new",
     "extract": "extract --base base --tuned base --out new",
