@@ -114,7 +114,8 @@ def _print_comparison(report: JsonObject) -> None:
     print("phi: overlap of the first, or of all, directions of outputs and inputs, in [0, 1];")
     print("chance: phi of random directions; angle: the smallest, in degrees; total: means of phi")
     for name, one in report.get("loss", {}).items():
-        print(f"{name:12} {format_estimate(one)} nats per token")
+        measured = format_estimate(one, name == "interference")
+        print(f"{name:12} {measured} nats per token")
 
 
 def _comparison_row(row: JsonObject) -> JsonObject:

@@ -127,7 +127,7 @@ def print_effects(report: JsonObject, sizes: dict[str, str]) -> None:
     """
     print(f"\n{report['windows']} windows, {report['tokens']:,} tokens; nats per token")
     for name in ("base", "adapter", "gain"):
-        print(f"{name:18} {format_estimate(report[name])}")
+        print(f"{name:18} {format_estimate(report[name], name == 'gain')}")
     rows = []
     for row in [*report["layers"], {"layer": "sum", **report["sum"]}]:
         size = sizes.get(row["layer"], "")
@@ -155,7 +155,11 @@ def print_effects(report: JsonObject, sizes: dict[str, str]) -> None:
         print("\nno lambda: s does not scale all that this adapter does")
 
 
-def format_estimate(one: JsonObject) -> str:
-    """A mean with its standard error, which a single window does not have."""
+def format_estimate(one: JsonObject, is_difference: bool = True) -> str:
+    """A mean with its standard error, which a single window does not have.
+
+    A difference has its sign.
+    """
     error = "unknown" if one["error"] is None else f"{one['error']:.6f}"
-    return f"{one['mean']:+.6f} +- {error}"
+    sign = "+" if is_difference else ""
+    return f"{one['mean']:{sign}.6f} +- {error}"
