@@ -31,6 +31,7 @@ from .rewriting import progress
 
 Array = np.ndarray
 Report = dict[str, Any]
+LARGEST = 1e150  # whose square float64 has
 SUMS = ("|dW1|^2", "|dW2|^2", "<dW1, dW2>", "|B1 A2|^2", "|B2 A1|^2")
 
 
@@ -237,10 +238,12 @@ def _describe_layer(file: AdapterFile, path: str) -> str:
 
 
 def _read_part(file: AdapterFile, path: str) -> Part:
-    """s B A of a layer. NonFiniteError for factors, or a product of them, that are not finite."""
+    """s B A of a layer. NonFiniteError if it, or a sum of its squares, is not finite."""
     part: Part = file.part(path)
-    if not math.isfinite(part.c * product_norm(part.A, part.B)):
-        raise NonFiniteError(f"{file.where}: dW of {path} is not finite: repair the file")
+    if not abs(part.c) * product_norm(part.A, part.B) < LARGEST:
+        raise NonFiniteError(
+            f"{file.where}: dW of {path} is not finite, or its square is not: repair the file"
+        )
     return part
 
 

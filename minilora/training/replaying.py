@@ -38,7 +38,14 @@ NOT_COMPARED = "seconds"  # of a line of the log
 
 
 def write_command(out: Path, words: Sequence[str]) -> None:
-    """Note the words of the command that a run's folder is from."""
+    """Note the words of the command that a run's folder is from.
+
+    JSON has no bytes that are not UTF-8: a run of files with such names cannot be replayed.
+    """
+    try:
+        "".join(words).encode()
+    except UnicodeEncodeError:
+        return
     write_json(out / COMMAND, {"command": list(words)})
 
 
@@ -47,8 +54,8 @@ def read_command(run: Path) -> list[str]:
     path = run / COMMAND
     if not path.is_file():
         raise ConfigError(
-            f"{str(run)!r:.200} has no {COMMAND}, which finetune writes: give the folder of a run "
-            "of finetune that this version of minilora began"
+            f"{str(run)!r:.200} has no {COMMAND}, which finetune writes if all its arguments are "
+            "UTF-8: give the folder of a run of finetune that this version of minilora began"
         )
     words = read_json(path).get("command")
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):

@@ -169,6 +169,21 @@ def test_replay_refuses_what_cannot_be_replayed(world, tmp_path):
     refused("replay full --from 4 --set lora_alpha=3", 2, "lora")
 
 
+def test_replay_repeats_a_run_of_several_tasks(world, tmp_path):
+    Path("other.txt").write_text("the quick brown fox. " * 20)
+    ok(f"finetune --base base --tasks book.txt other.txt {TRAIN} --r 2 --out '{tmp_path}/tasks'")
+    out = ok(f"replay '{tmp_path}/tasks' --from 4 --set lr=0.1 --out '{tmp_path}/out'")
+    assert "has the bits of the log" in out
+
+
+def test_finetune_trains_on_a_file_whose_name_is_not_utf_8(world, tmp_path):
+    """Its command is no JSON, so that the run cannot be replayed."""
+    name = str(tmp_path / "book\udcff.txt")
+    shutil.copy("book.txt", name)
+    ok(f"finetune --base base --data '{name}' {TRAIN} --r 2 --out '{tmp_path}/run'")
+    refused(f"replay '{tmp_path}/run' --from 4", 2, "no command.json", "UTF-8")
+
+
 def test_replay_reads_the_command_as_finetune_does(world, tmp_path):
     """A command file is as strict as the command line, and only that of finetune."""
     shutil.copytree("lora", tmp_path / "run")

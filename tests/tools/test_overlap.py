@@ -186,11 +186,12 @@ def test_compare_refuses_adapters_of_other_models(tmp_path, layers, words):
         compare(a, b)
 
 
-def test_compare_refuses_numbers_that_are_not_finite(tmp_path):
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e38])
+def test_compare_refuses_numbers_that_are_not_finite(tmp_path, value):
     a = save(tmp_path / "a", {"x.q": (6, 4)})
     keys = [f"base_model.model.x.q.lora_{name}.weight" for name in "AB"]
-    arrays = [np.full((2, 4), np.nan, np.float32), np.ones((6, 2), np.float32)]
-    fields = {"r": 2, "target_modules": ["q"]}
+    arrays = [np.full((2, 4), value, np.float32), np.ones((6, 2), np.float32)]
+    fields = {"r": 2, "target_modules": ["q"], "lora_alpha": 1e120}
     write_adapter(tmp_path / "b", fields, dict(zip(keys, arrays, strict=True)))
     with pytest.raises(NonFiniteError, match=r"dW of x\.q is not finite"):
         compare(a, tmp_path / "b")
