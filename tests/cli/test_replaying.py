@@ -25,7 +25,7 @@ CONFIG = TransformerConfig(
     max_position_embeddings=32,
     initializer_range=0.3,
 )
-TRAIN = "--batch-size 2 --context 8 --steps 6 --warmup 0 --eval-every 3 --save-every 2 --threads 2"
+TRAIN = "--batch-size 2 --context 8 --steps 6 --warmup 0 --eval-every 3 --save-every 2 --threads 1"
 METHODS = {
     "lora": "--r 2 --lora-dropout 0.1",
     "adalora": "--method adalora --r 2 --tinit 1 --tfinal 1 --deltaT 1",
@@ -79,8 +79,7 @@ def world(made, monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("step", [0, 4])
+@pytest.mark.parametrize(("name", "step"), [("lora", 0), *((name, 4) for name in METHODS)])
 def test_replay_with_nothing_changed_has_the_bits_of_the_log(world, tmp_path, name, step):
     out = ok(f"replay {name} --from {step} --out '{tmp_path}/out'")
     assert f"has the bits of the log: {6 - step} steps from step {step}" in out
