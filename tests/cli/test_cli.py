@@ -580,7 +580,7 @@ def test_finetune_passes_an_option_to_the_configuration(name, world, monkeypatch
         seen.append(config)
         raise ConfigError("seen")
 
-    monkeypatch.setattr("minilora.cli.training.get_peft_model", look)
+    monkeypatch.setattr("minilora.cli.preparing.get_peft_model", look)
     word, value = (LORA_WORDS | ADALORA_WORDS)[name]
     line = shlex.split(f"{FINETUNE} --data book.txt")
     options = [f"--{name.replace('_', '-')}"]
