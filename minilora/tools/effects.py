@@ -36,6 +36,7 @@ from .windows import (
     estimate,
     evaluating,
     require_finite,
+    require_switchable,
     token_counts,
     windows_of,
     wrappers_of,
@@ -119,11 +120,7 @@ def measure_effects(
     """
     [name] = model.active_adapters
     config = model.peft_config[name]
-    if config.bias != "none":
-        raise ConfigError(
-            f"bias = {config.bias!r}: the adapter trained biases of the base, which cannot be "
-            "switched layer by layer: measure the whole adapter with evaluate"
-        )
+    require_switchable(model)
     wrappers = wrappers_of(model)
     chosen = _choose_layers(directions, wrappers, name, config)
     terms = {path: find_directions(wrappers[path].entries[name].part()) for path in chosen}

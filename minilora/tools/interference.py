@@ -16,6 +16,7 @@ from .windows import (
     Estimate,
     estimate,
     evaluating,
+    require_switchable,
     token_counts,
     window_losses,
     windows_of,
@@ -36,7 +37,10 @@ def measure_interference(
     """The loss of each of MODELS and "interference", in nats per token, with standard errors.
 
     model   a PeftModel with the two adapters `names`, both active
+
+    ConfigError for an adapter with trained biases; NonFiniteError.
     """
+    require_switchable(model)
     windows = windows_of(text, context, limit)
     tokens = token_counts(windows)
     wrappers = wrappers_of(model).values()

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..autograd import Tensor, no_grad
 from ..data.batches import Batch, Text, evaluation_windows
-from ..errors import NonFiniteError
+from ..errors import ConfigError, NonFiniteError
 from ..lora.layer import Wrapper
 from ..lora.plan import wrappers
 from ..threads import Workers, available_cores, one_blas_thread
@@ -80,6 +80,17 @@ def token_counts(windows: Sequence[Batch]) -> Array:
 def wrappers_of(model: Any) -> dict[str, Wrapper]:
     """The layers with adapters, and modules that are saved whole, by their paths in the base."""
     return dict(wrappers(model.get_base_model()))
+
+
+def require_switchable(model: Any) -> None:
+    """ConfigError if an active adapter changed the base in what no layer of it can switch."""
+    for name in model.active_adapters:
+        bias = model.peft_config[name].bias
+        if bias != "none":
+            raise ConfigError(
+                f"bias = {bias!r}: an adapter trained biases of the base, which cannot be switched "
+                "off with its layers: measure the whole with evaluate"
+            )
 
 
 def window_losses(model: Any, windows: Sequence[Batch], workers: Workers) -> Array:

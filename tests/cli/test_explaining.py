@@ -27,6 +27,7 @@ CONFIG = TransformerConfig(
     num_attention_heads=2,
     max_position_embeddings=32,
     initializer_range=0.3,
+    attention_bias=True,
 )
 DATA = "--base base --data book.txt --context 16 --threads 2"
 
@@ -215,8 +216,8 @@ def test_inspect_data_refuses_what_does_not_belong_together(world, tmp_path):
     line = f"inspect a {DATA}".replace("base base", f"base '{tmp_path}/wide'")
     refused(line, 3, "does not fit this base")
     make_adapter(tmp_path / "biased", 6, bias="all")
-    code, _, err = run(f"inspect '{tmp_path}/biased' {DATA}")
-    assert code in (2, 3), err
+    refused(f"inspect '{tmp_path}/biased' {DATA}", 2, "bias = 'all'", "evaluate")
+    refused(f"compare a '{tmp_path}/biased' {DATA}", 2, "bias = 'all'", "evaluate")
 
 
 # ---- finetune --also-evaluate --------------------------------------------------------------------

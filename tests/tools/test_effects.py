@@ -49,6 +49,12 @@ KINDS: dict[str, Any] = {
     "saved": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm", "lm_head"]),
     "loha": LoHaConfig(r=2, target_modules=["q_proj", "down_proj"]),
     "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "tied": LoraConfig(
+        r=2, target_modules=["embed_tokens", "lm_head", "q_proj"], ensure_weight_tying=True
+    ),
+    "tied copies": LoraConfig(
+        r=2, modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=True
+    ),
     "tokens": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 3]),
 }
 
@@ -58,7 +64,7 @@ def adapted(kind: str, seed: int = 0) -> Any:
     if kind == "gpt2":
         model = get_peft_model(CausalLM(GPT2, seed=1), LoraConfig(r=2, target_modules="all-linear"))
     else:
-        model = get_peft_model(small.base(tie_word_embeddings=False), KINDS[kind])
+        model = get_peft_model(small.base(tie_word_embeddings="tied" in kind), KINDS[kind])
     rng = np.random.default_rng(seed)
     for p in model.parameters():
         if p.requires_grad:
@@ -108,13 +114,13 @@ def test_measure_effects_has_the_adapter_and_the_base_to_the_bit(kind):
         assert effects.out[path] == estimate(out - whole, tokens)
         assert effects.alone[path] == estimate(base - alone, tokens)
     if effects.scaled:
-        assert kind in ("lora", "some", "adalora", "ends", "gpt2")
+        assert kind in ("lora", "some", "adalora", "ends", "tied", "gpt2")
         assert [factor for factor, _, _ in effects.scaled] == list(module.LAMBDAS)
         assert effects.scaled[0][1] == effects.base
         assert effects.scaled[-1][1] == effects.adapter
         assert (windows_losses(model, text) == whole).all()
     else:
-        assert kind in ("dora", "hydra", "saved", "tokens", "loha", "ia3")
+        assert kind in ("dora", "hydra", "saved", "tied copies", "tokens", "loha", "ia3")
 
 
 def test_measure_effects_agrees_with_evaluate():
