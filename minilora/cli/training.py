@@ -28,7 +28,7 @@ from ..training.methods import (
     FACTORED,
     format_weight_memory,
 )
-from ..training.replaying import write_command
+from ..training.replaying import noting_command
 from ..training.settings import KEEP
 from ..training.signals import stop_signals
 from .fields import add_fields_of_methods
@@ -308,10 +308,12 @@ def run_finetune(
         options = {**prepared.options, "resume": args.resume, "title": "finetune"}
         options["ranks"] = args.ranks
         writes = args.ranks.rank == 0
+        noting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if writes and reports:
-            write_command(out, args.parser.words)
+            noting = noting_command(out, args.parser.words)
         with saving(out):
-            result = train(model, prepared.tokens, prepared.settings, out, **options)
+            with noting:
+                result = train(model, prepared.tokens, prepared.settings, out, **options)
             if writes:
                 form = {"as_trained": True} if args.as_trained else {}
                 model.save_pretrained(out, **form)

@@ -5,10 +5,11 @@ OUT/command.json    the words of the command line
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..errors import CheckpointError, ConfigError, FormatError
+from ..errors import CheckpointError, ConfigError, FormatError, Interrupted
 from ..formats import read_json, write_json
 from ..formats.disk import JsonObject
 from .checkpoints import checkpoint_place, checkpoints_by_step, find_checkpoint, read_log
@@ -47,6 +48,20 @@ def write_command(out: Path, words: Sequence[str]) -> None:
     except UnicodeEncodeError:
         return
     write_json(out / COMMAND, {"command": list(words)})
+
+
+@contextlib.contextmanager
+def noting_command(out: Path, words: Sequence[str]) -> Iterator[None]:
+    """Note the command once the block's run has trained, to its end or until it was stopped.
+
+    A run that is refused, because its checkpoint belongs to another one, changes no file.
+    """
+    try:
+        yield
+    except Interrupted:
+        write_command(out, words)
+        raise
+    write_command(out, words)
 
 
 def read_command(run: Path) -> list[str]:

@@ -7,6 +7,7 @@ import io
 import json
 import shlex
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from minilora import CausalLM, TransformerConfig
 from minilora.cli import main
 from minilora.data.tokenizer import ByteTokenizer
 from minilora.training.replaying import CHANGEABLE
+from minilora.training.run import Run
 
 CONFIG = TransformerConfig(
     hidden_size=16,
@@ -166,6 +168,34 @@ def test_replay_refuses_what_cannot_be_replayed(world, tmp_path):
     refused("replay lora --from 4 --set loraplus_lr_ratio=2", 2, "optimizer")
     refused("replay lora --from 4 --set steps=3", 3, "more than steps = 3")
     refused("replay full --from 4 --set lora_alpha=3", 2, "lora")
+
+
+def test_finetune_that_is_refused_keeps_the_command_of_the_run(world, tmp_path):
+    shutil.copytree("lora", tmp_path / "run")
+    command = tmp_path / "run/command.json"
+    before = command.read_bytes()
+    line = f"finetune --base base --data book.txt {TRAIN} {METHODS['lora']} --out '{tmp_path}/run'"
+    refused(f"{line} --resume --seed 5", 3, "seed (was 0, now 5)")
+    assert command.read_bytes() == before
+
+
+def test_replay_of_a_run_that_was_stopped(world, tmp_path, monkeypatch):
+    """Its log ends early: what it has is compared."""
+    line = f"finetune --base base --data book.txt {TRAIN} {METHODS['lora']} --out '{tmp_path}/run'"
+    step = Run.step
+
+    def stopped(self: Run, sharded: Any) -> Any:
+        result = step(self, sharded)
+        if self.done == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(Run, "step", stopped)
+    assert run(line)[0] == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    monkeypatch.chdir(world)
+    out = ok(f"replay '{tmp_path}/run' --from 4 --out '{tmp_path}/out'")
+    assert "has the bits of the log: 1 steps from step 4" in out
 
 
 def test_replay_repeats_a_run_of_several_tasks(world, tmp_path):
