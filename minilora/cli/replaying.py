@@ -152,7 +152,8 @@ def _compare(out: Path, step: int) -> JsonObject:
 
 
 def _print_report(report: JsonObject) -> None:
-    steps = f"{report['equal steps']} steps from step {report['from']}"
+    count = report["equal steps"]
+    steps = f"{count} {'step' if count == 1 else 'steps'} from step {report['from']}"
     print(f"the unchanged twin has the bits of the log: {steps}")
     for name, value in report["set"].items():
         print(printable(f"changed: {name} = {value}\n", "\n"))

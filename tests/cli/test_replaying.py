@@ -34,6 +34,7 @@ METHODS = {
     "best": "--r 2 --keep best --optimizer loraplus",
     "pissa": "--r 2 --init-lora-weights pissa",
     "full": "--method full",
+    "lora_ga": "--r 2 --init-lora-weights lora_ga",
 }
 
 
@@ -130,6 +131,12 @@ def test_replay_can_change_what_belongs_to_an_optimizer(world, tmp_path):
     }
 
 
+def test_replay_keeps_the_start_of_the_run_whatever_changes(world, tmp_path):
+    """lora_ga begins from the first batches, which another seed would draw anew."""
+    out = ok(f"replay lora_ga --from 4 --set seed=3 --out '{tmp_path}/out'")
+    assert "changed: seed = 3" in out
+
+
 @pytest.mark.parametrize("file", ["log.jsonl", "eval.jsonl"])
 def test_replay_refuses_a_twin_that_differs_from_the_log(world, tmp_path, file):
     shutil.copytree("lora", tmp_path / "run")
@@ -195,7 +202,7 @@ def test_replay_of_a_run_that_was_stopped(world, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(world)
     out = ok(f"replay '{tmp_path}/run' --from 4 --out '{tmp_path}/out'")
-    assert "has the bits of the log: 1 steps from step 4" in out
+    assert "has the bits of the log: 1 step from step 4" in out
 
 
 def test_replay_repeats_a_run_of_several_tasks(world, tmp_path):
