@@ -9,9 +9,13 @@ chatting   generate --chat: a conversation on standard input
 graphing   graph: a layer or a block as it was computed
 files      merge, combine, inspect, diff, extract, resize, convert: files in, files out
 auditing   audit
+explaining compare: how two adapters overlap and interfere
+measuring  what a model does to a text by windows: for compare, and for inspect --data
 checking   verify, devices
 lab        lab: claims about LoRA measured
 reading    models and texts, as several commands read them
+preparing  what finetune trains, from its options
+replaying  replay: a run once more, with one thing changed
 continuing finetune --adapter: training goes on from an adapter
 fields     options for fields that only some methods have
 options    the parser, how a value is read, and options that several commands take
@@ -42,17 +46,30 @@ from ..display import printable
 from ..errors import ConfigError, Interrupted, MiniloraError
 from ..training.ranks import Alone, Ranks, connect, launched
 from ..training.signals import HANGUP, USER
-from . import auditing, checking, files, graphing, lab, sweep, training, using
+from . import (
+    auditing,
+    checking,
+    explaining,
+    files,
+    graphing,
+    lab,
+    replaying,
+    sweep,
+    training,
+    using,
+)
 from .options import HelpFormatter, Parser, hyphenate, option
 from .streams import Stream, open_descriptors
 
 COMMANDS = (
     *training.COMMANDS,
     *sweep.COMMANDS,
+    *replaying.COMMANDS,
     *using.COMMANDS,
     *files.COMMANDS,
     *graphing.COMMANDS,
     *auditing.COMMANDS,
+    *explaining.COMMANDS,
     *checking.COMMANDS,
     *lab.COMMANDS,
 )

@@ -15,6 +15,7 @@ from ..lora.combining import COMBINATION_TYPES
 from ..lora.multitask import FILE as MULTITASK
 from ..lora.pruning import MAJORITY_SIGNS, PRUNED
 from ..lora.tying import CHOICES
+from .measuring import add_effects_options, measure_adapter, print_effects, require_data
 from .options import (
     DTYPES,
     Args,
@@ -257,12 +258,14 @@ def add_inspect_options(parser: Parser) -> None:
     add_start(parser)
     text = f"draw the singular values of each layer's dW; ends in {', '.join(PICTURES)}"
     option(parser, "--plot FILE", text)
+    add_effects_options(parser)
     add_json(parser)
 
 
 def inspect(args: Args) -> None:
     from ..tools.inspecting import inspect_adapter, inspect_checkpoint
 
+    require_data(args)
     find_models(args)
     folder = Path(args.directory)
     if (folder / MULTITASK).exists():
@@ -271,7 +274,7 @@ def inspect(args: Args) -> None:
         raise ConfigError(f"{given}: inspect one of these folders inside it")
     is_adapter = (folder / "adapter_config.json").exists()
     if not is_adapter and (args.base or args.plot or args.initial or args.base_is):
-        message = "--base, --plot, --initial and --base-is are for an adapter, and "
+        message = "--base, --data, --plot, --initial and --base-is are for an adapter, and "
         message += f"{args.directory!r:.100} is none"
         raise ConfigError(f"{message}: leave them out, or compare checkpoints with diff")
     if args.plot and Path(args.plot).suffix not in PICTURES:
@@ -285,9 +288,15 @@ def inspect(args: Args) -> None:
         from ..lab import plots  # matplotlib is optional, and slow to import
 
         plots.spectra(Path(args.plot), spectra)
+    effects = measure_adapter(args, args.directory) if args.data is not None else None
     if not args.json:
         _print_report(report)
+        if effects is not None:
+            sizes = {row["layer"]: row["|dW| / |W|"] for row in report["tensors"]}
+            print_effects(effects, sizes)
         return
+    if effects is not None:
+        report["effects"] = effects
     if spectra:
         report["spectra"] = spectra
     print_json(report)

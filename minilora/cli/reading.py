@@ -253,6 +253,24 @@ def read_training_text(
     return Text(tokens, held_out, ratio)
 
 
+def read_also(
+    args: Args, tokenizer: Tokenizer, context: int, has_tasks: bool
+) -> tuple[Tokens | None, float]:
+    """(tokens, bytes per token) of --also-evaluate; (None, 1.0) without it, as in a sweep."""
+    file = getattr(args, "also_evaluate", None)
+    if file is None:
+        return None, 1.0
+    if has_tasks:
+        raise ConfigError(
+            f"--also-evaluate {file!r:.200} is for one adapter, and --tasks trains several: leave "
+            "it out, or give --data"
+        )
+    tokens, ratio = read_tokens(file, tokenizer, context, args.strict)
+    if len(tokens) < 2:
+        raise DataError(f"--also-evaluate {file}: needs at least 2 tokens, has {len(tokens)}")
+    return tokens, ratio
+
+
 @contextlib.contextmanager
 def _naming(what: str) -> Iterator[None]:
     """Errors of what is read here begin with the file or the option that they are about."""

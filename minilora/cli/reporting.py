@@ -31,6 +31,7 @@ class Report(NamedTuple):
     result: Any
     bytes_per_token: float
     trained: int
+    also_bytes_per_token: float = 1.0  # of the second text, if there is one
 
 
 def draw_pictures(report: Report, losses: bool = True, ranks: bool = False) -> None:
@@ -54,7 +55,10 @@ def draw_pictures(report: Report, losses: bool = True, ranks: bool = False) -> N
         if losses:
             training = [bits(loss) for loss in result.losses]
             held_out = [(step, bits(loss)) for step, loss in result.evaluations]
-            plots.losses_of_run(out / "loss.png", report.title, training, held_out, result.step)
+            ratio = report.also_bytes_per_token
+            also = [(step, bits_per_byte(loss, ratio)) for step, loss in result.also]
+            path = out / "loss.png"
+            plots.losses_of_run(path, report.title, training, held_out, result.step, also)
         if ranks:
             plots.rank_allocation(out / "rank_allocation.png", *rank_history(out))
     except Exception as error:  # a full disk, a font: the run is saved, whatever it is
@@ -83,6 +87,9 @@ def print_report(report: Report) -> None:
         named = {"first": result.evaluations[0], "best": best, "last": result.evaluations[-1]}
         for name, (step, loss) in named.items():
             add(f"held-out loss, {name}", f"{loss:.4f} {UNIT}", step)
+    if result.also:
+        for name, (step, loss) in {"first": result.also[0], "last": result.also[-1]}.items():
+            add(f"second text's loss, {name}", f"{loss:.4f} {UNIT}", step)
     add("weights saved", "", result.step)
     speed = _tokens_per_second(report.out / "log.jsonl")
     if speed is not None:
@@ -93,6 +100,11 @@ def print_report(report: Report) -> None:
     print(printable(f"files: {', '.join(names)}"))
     before = bits_per_byte(result.evaluations[0][1], report.bytes_per_token)
     after = bits_per_byte(result.loss, report.bytes_per_token)
+    if result.also:
+        first, last = result.also[0][1], result.also[-1][1]
+        saved = dict(result.also).get(result.step, last)
+        bits = [bits_per_byte(loss, report.also_bytes_per_token) for loss in (first, saved)]
+        print(f"second text's bits per byte {bits[0]:.3f} -> {bits[1]:.3f}")
     print(f"held-out bits per byte {before:.3f} -> {after:.3f} in {result.seconds:.0f} s")
 
 

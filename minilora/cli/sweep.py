@@ -58,8 +58,9 @@ from ..training.sweep import (
 )
 from .grid import Axis, read_grid
 from .options import Args, Command, Parser, option
+from .preparing import read_finetune_options
 from .reading import read_tokenizer, read_training_text, require_context
-from .training import add_finetune_options, add_tuning_options, read_finetune_options, run_finetune
+from .training import add_finetune_options, add_tuning_options, run_finetune
 
 OUTPUT = "output.txt"  # in a point's folder: what finetune would have printed
 MOST_POINTS = 256

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
-import os
 import signal
-import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +16,22 @@ from ..data.tokenizer import ByteTokenizer, has_tokenizer
 from ..display import printable
 from ..errors import ConfigError, Interrupted
 from ..formats.folders import locked, numbered_folder
-from ..formats.hub import model_name
-from ..lora import AdaLoraConfig, LoraConfig, get_multitask_model, get_peft_model
-from ..lora.optimizers import OPTIMIZERS, freeze_first_factors, require_optimizable
+from ..lora import AdaLoraConfig, LoraConfig
+from ..lora.optimizers import OPTIMIZERS
 from ..lora.starts import NAMES
 from ..models.config import TransformerConfig
 from ..models.transformer import CausalLM
 from ..precision import FLOAT32
-from ..quant.codes import KINDS
 from ..training.checkpoints import find_checkpoint, open_folder
 from ..training.methods import (
     CODES,
     FACTORED,
-    METHODS,
-    adapter_config,
     format_weight_memory,
-    measure_weight_memory,
 )
+from ..training.replaying import noting_command
 from ..training.settings import KEEP
 from ..training.signals import stop_signals
-from .continuing import continue_adapter, read_continued_config
-from .fields import add_fields_of_methods, select_adapter_fields
+from .fields import add_fields_of_methods
 from .options import (
     DATA,
     Args,
@@ -61,17 +53,14 @@ from .options import (
     select_fields,
     true_false_or_name,
 )
+from .preparing import prepare_finetune
 from .reading import (
-    load_base,
     open_text,
-    read_tokenizer,
     read_training_text,
     require_bytes,
     require_context,
-    require_finite,
 )
 from .reporting import Report, draw_pictures, print_report
-from .starting import check_start, read_start, require_start_for_tasks, start_of_new
 
 MAX_PARAMETERS = 2**32  # 64 GiB to train; a larger shape is a typing error
 
@@ -215,6 +204,8 @@ def pretrain(args: Args) -> None:
 
 def add_finetune_options(parser: Parser) -> None:
     add_folder_options(parser)
+    text = "a second text, evaluated at each evaluation: what the adapter forgets of it"
+    option(parser, "--also-evaluate FILE", text)
     add_tuning_options(parser)
     parser.set_defaults(method=None)  # to tell "lora" from an option that was not given
 
@@ -285,29 +276,6 @@ def finetune(args: Args) -> None:
     run_finetune(args, _run_folder(args, "finetune"), _saving, reports=True)
 
 
-def read_finetune_options(args: Args) -> tuple[Any, LoraConfig | None, dict[str, str]]:
-    """(settings, configuration of the adapter, files by task) that the options mean.
-
-    ConfigError for options that are out of range or do not fit together. No weight is read.
-    """
-    from ..training.loop import Settings
-
-    settings = Settings(**select_fields(args, Settings))
-    fields = select_adapter_fields(args)
-    config: LoraConfig | None
-    if args.adapter is None:
-        args.method = args.method or METHODS[0]
-        config = adapter_config(args.method, args.quantize, fields, settings.steps)
-        if config is None and args.compute != FLOAT32:
-            given = f"--method full trains all weights, and --compute {args.compute}"
-            raise ConfigError(f"{given} is for frozen ones: leave it out, or train an adapter")
-    else:
-        config = read_continued_config(args, fields, settings.steps)
-    require_optimizable(settings.optimizer, config)
-    check_start(args, config)
-    return settings, config, _name_tasks(args, config)
-
-
 def run_finetune(
     args: Args,
     folder: contextlib.AbstractContextManager[Path],
@@ -323,44 +291,8 @@ def run_finetune(
     from ..tools.rewriting import copy_companions
     from ..training.loop import train
 
-    settings, config, tasks = read_finetune_options(args)
-    start = start_of_new(args, config)
-    is_coded_later = start is not None and args.quantize in KINDS
-    model: Any = load_base(args, quantized=not is_coded_later)
-    if not args.allow_nonfinite:
-        require_finite(model, args.base)
-    memory = measure_weight_memory(model)
-    origin = None
-    if config is not None and args.adapter is not None:
-        model, origin = continue_adapter(args, model, config)
-    tokenizer = read_tokenizer(args.base, model.config.vocab_size, args.adapter)
-    require_context(settings.context, model.config)
-    read = functools.partial(
-        read_training_text, tokenizer=tokenizer, context=settings.context, strict=args.strict
-    )
-    tokens: Any
-    held_out: Any
-    if tasks:
-        texts = {task: read(file, None, option="--tasks") for task, file in tasks.items()}
-        tokens = {task: text.tokens for task, text in texts.items()}
-        held_out = {task: text.held_out for task, text in texts.items()}
-        ratio = statistics.fmean(text.bytes_per_token for text in texts.values())
-        sizes = ", ".join(f"{task} {len(text.tokens):,}" for task, text in texts.items())
-    else:
-        tokens, held_out, ratio = read(args.data, args.eval_data)
-        sizes = f"{len(tokens):,}"
-    if config is not None and args.adapter is None:
-        begin: dict[str, Any] = {"quantize": args.quantize if is_coded_later else None}
-        if start is not None and not tasks:
-            begin |= read_start(args, start, settings, tokens)
-        model = _add_adapters(args, model, config, tasks, begin)
-        memory = measure_weight_memory(model, is_adapted=True) if is_coded_later else memory
-    elif config is None and memory["layers"]:
-        given = f"--method full cannot train --base {args.base!r}"
-        raise ConfigError(f"{given}, which is held as {memory['kind']}: train an adapter")
-    if settings.optimizer == "lorafa":
-        freeze_first_factors(model)  # before the parameters that train are counted
-    trainable = sum(p.size for p in model.parameters() if p.requires_grad)
+    prepared = prepare_finetune(args)
+    model, config, memory = prepared.model, prepared.config, prepared.memory
     with folder as out:
         if memory["layers"]:
             print(format_weight_memory(memory))
@@ -370,65 +302,32 @@ def run_finetune(
             print(f"all {sum(p.size for p in model.parameters()):,} parameters of the base train")
         else:
             model.print_trainable_parameters()
-        if origin is not None:
+        if prepared.origin is not None:
             print(printable(f"goes on from {args.adapter}"))
-        print(printable(f"{sizes} tokens -> {out}"))
-        options = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
-        options |= {"origin": origin, "title": "finetune", "ranks": args.ranks}
+        print(printable(f"{prepared.sizes} tokens -> {out}"))
+        options = {**prepared.options, "resume": args.resume, "title": "finetune"}
+        options["ranks"] = args.ranks
         writes = args.ranks.rank == 0
+        noting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if writes and reports:
+            noting = noting_command(out, args.parser.words)
         with saving(out):
-            result = train(model, tokens, settings, out, **options)
+            with noting:
+                result = train(model, prepared.tokens, prepared.settings, out, **options)
             if writes:
                 form = {"as_trained": True} if args.as_trained else {}
                 model.save_pretrained(out, **form)
             if writes and config is None:
                 copy_companions(args.base, out)
             if writes and args.adapter is not None and has_tokenizer(args.adapter):
-                tokenizer.save(out)
-        report = Report("finetune", out, result, ratio, trainable)
+                prepared.tokenizer.save(out)
+        report = prepared.report(out, result)
         has_ranks = isinstance(config, AdaLoraConfig)
         if writes and (reports or has_ranks):
             draw_pictures(report, losses=reports, ranks=has_ranks)
         if reports:
             print_report(report)
-    return result, ratio, trainable
-
-
-def _name_tasks(args: Args, config: LoraConfig | None) -> dict[str, str]:
-    """{name of the file: file} of --tasks. ConfigError for options that do not fit together."""
-    if (args.data is None) == (args.tasks is None):
-        raise ConfigError("give --data FILE for one text, or --tasks FILE FILE ... for several")
-    if args.tasks is None:
-        if args.shared_r is not None:
-            raise ConfigError("--shared-r is for an adapter that tasks share: give --tasks too")
-        return {}
-    tasks = {Path(file).stem.replace(".", "-"): file for file in args.tasks}
-    if len(tasks) < len(args.tasks):
-        files = ", ".join(args.tasks)
-        raise ConfigError(f"--tasks {files}: each file names a task, and two are alike: rename one")
-    if args.batch_size * args.accumulate < len(tasks):
-        given = f"--batch-size {args.batch_size} times --accumulate {args.accumulate}"
-        raise ConfigError(f"{given} must be at least the number of --tasks, {len(tasks)}")
-    if args.eval_data is not None:
-        raise ConfigError("--tasks hold out the last tenth of each text: leave out --eval-data")
-    require_start_for_tasks(config)
-    if isinstance(config, AdaLoraConfig):
-        raise ConfigError("--method adalora does not support --tasks; train one adapter per run")
-    if args.shared_r is not None and (config is None or config.use_dora):
-        raise ConfigError(f"--method {args.method} does not support --shared-r; use --method lora")
-    return tasks
-
-
-def _add_adapters(
-    args: Args, model: Any, config: LoraConfig, tasks: Iterable[str], begin: dict[str, Any]
-) -> Any:
-    """The model with one adapter, which begins with `begin`, or with one per task."""
-    base = os.fsencode(model_name(args.base)).decode("utf-8", "replace")
-    config = dataclasses.replace(config, task_type="CAUSAL_LM", base_model_name_or_path=base)
-    if not tasks:
-        return get_peft_model(model, config, seed=args.seed, **begin)
-    shared = dataclasses.replace(config, r=args.shared_r) if args.shared_r else None
-    return get_multitask_model(model, dict.fromkeys(tasks, config), shared, seed=args.seed)
+    return result, report.bytes_per_token, report.trained
 
 
 # ---- both ----------------------------------------------------------------------------------------

@@ -187,11 +187,13 @@ def losses_of_run(
     losses: Sequence[float],
     held_out: Sequence[tuple[int, float]],
     step: int,
+    also: Sequence[tuple[int, float]] = (),
 ) -> None:
     """Draw the losses of one run as `loss_curves` does; a ring marks the weights that it has.
 
     losses, held_out   as a stage of `loss_curves`
     step               after which the run had those weights
+    also               the evaluations of a second text
     """
     figure, axis = _subplots(figsize=(6, 3.4))
     _draw_losses(axis, losses, held_out, "held out")
@@ -200,6 +202,9 @@ def losses_of_run(
         label = f"saved: step {step}, {values[step]:.2f}"
         ring = {"markersize": 9, "markerfacecolor": "none", "linewidth": 0}
         axis.plot(step, values[step], "o", color=WARM, label=label, **ring)
+    if also:
+        steps, bits = zip(*also, strict=True)
+        axis.plot(steps, bits, "--s", color=INK, markersize=3.5, label="second text")
     axis.set_title(title, loc="left")
     axis.set_ylabel("bits per byte")
     axis.legend(loc="upper right")

@@ -73,11 +73,17 @@ class BaseDecoder(Module):
                     is counted from there
         """
         _, blocks, norm = (getattr(self, name) for name in self.part_names)
+        x, positions = self.begin(ids, cache, first_key)
+        return norm(run_blocks(blocks, x, positions, self.recompute))  # type: ignore[no-any-return]
+
+    def begin(
+        self, ids: Array, cache: Cache | None = None, first_key: Array | None = None
+    ) -> tuple[Tensor, Positions]:
+        """(the input of the first block, what all blocks know of the positions): see `__call__`."""
         start = cache.length if cache else 0
         end = start + ids.shape[1]
         places = self.get_input_embeddings().weight.backend.xp.arange(start, end)
         if first_key is not None:
             places = places - first_key
         x = self.embed(ids, places)
-        positions = Positions(first_key, *self.rotation(places, end, x), cache)
-        return norm(run_blocks(blocks, x, positions, self.recompute))  # type: ignore[no-any-return]
+        return x, Positions(first_key, *self.rotation(places, end, x), cache)

@@ -238,9 +238,13 @@ class CausalLM(Module):
                     "use it under no_grad()"
                 )
             cache.advance(ids.shape[1])
-        head = self.lm_head
         if targets is None:
-            return head(hidden[:, -1:] if cache else hidden)
+            return self.lm_head(hidden[:, -1:] if cache else hidden)
+        return self.sum_losses(hidden, targets)
+
+    def sum_losses(self, hidden: Tensor, targets: Array) -> Tensor:
+        """The sum of -log p(target), a scalar, from the decoder's output (B, T, C)."""
+        head = self.lm_head
         if isinstance(head, Linear) and head.bias is None:
             return F.linear_cross_entropy(
                 hidden, head.weight, targets, reduction="sum", compute=head.compute

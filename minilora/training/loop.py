@@ -16,7 +16,7 @@ import signal
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,14 @@ class Result:
     """What a run measured: each step's loss, and (step, mean held-out loss) per evaluation.
 
     step   after which the model had its weights: the last one, or with keep = "best" the best one
+    also   the evaluations of a second text, if there is one
     """
 
     losses: list[float]
     evaluations: list[tuple[int, float]]
     seconds: float
     step: int = 0
+    also: list[tuple[int, float]] = dataclasses.field(default_factory=list)
 
     def _repr_html_(self) -> str:
         return render_result(self)
@@ -78,6 +80,9 @@ def train(
     title: str = "train",
     origin: str | None = None,
     ranks: Ranks | None = None,
+    also: Ids | PackedRecords | None = None,
+    also_bytes_per_token: float = 1.0,
+    changed: Collection[str] = (),
 ) -> Result:
     """Train every parameter that requires a gradient on `tokens` (N,); returns what was measured.
 
@@ -96,6 +101,9 @@ def train(
               it all: a run with another origin is another run
     ranks     the processes that train together: each calls this with the same arguments, and gets
               the same result; all must see `out`, and rank 0 alone writes there (see ranks.py)
+    also      a second text, evaluated beside the held-out one: what the run makes of, say, what the
+              model knew before. It changes nothing of the training
+    changed   fields of the run that may differ from the checkpoint's: it is another run from there
 
     NonFiniteError for a loss or gradient that is not finite, in the step in which it happens and
     before any weight changes: the last good state is saved, and the log's last line is that step's.
@@ -119,10 +127,14 @@ def train(
                 "those of the last step: set eval_every (--eval-every N)",
                 stacklevel=2,
             )
+        if also is not None:
+            _require_evaluable(model, held_out)
+            run.also_text = text_checksums(also)
         held_out_checksums = None if held_out is None else text_checksums(held_out)
-        ranks.require_same({**run.identity, "held-out text": held_out_checksums}, ALIKE)
+        checksums = {"held-out text": held_out_checksums, "second text": run.also_text}
+        ranks.require_same({**run.identity, **checksums}, ALIKE)
         if resume is not None:
-            run.restore(resume)
+            run.restore(resume, changed)
         if ranks.size > 1:
             ranks.require_same({"the steps done": run.done}, ALIKE)
             _require_same_weights(run, ALIKE)
@@ -167,6 +179,11 @@ def train(
                     losses[task] = evaluate(
                         model, ids, settings.context, sharded=sharded, stopped=received
                     )
+            also_loss = None
+            if also is not None:
+                also_loss = evaluate(
+                    model, also, settings.context, sharded=sharded, stopped=received
+                )
             if ranks.signal:
                 return  # the losses may cover a part of the text: a resumed run measures again
             loss = math.fsum(losses.values()) / len(losses)
@@ -175,9 +192,16 @@ def train(
             record: JsonObject = {"step": run.done, "loss": loss, "bits_per_byte": bits}
             if "" not in losses:
                 record["tasks"] = losses
+            if also_loss is not None:
+                run.also.append((run.done, also_loss))
+                record["also_loss"] = also_loss
+                also_bits = bits_per_byte(also_loss, also_bytes_per_token)
+                record["also_bits_per_byte"] = also_bits
             evaluation_log.write(**record)
             if writes and bar.disable:  # without a terminal: one line per evaluation, and no bar
                 line = f"{title}: step {run.done} of {steps}, held out {bits:.3f} bits per byte"
+                if also_loss is not None:
+                    line += f", second text {also_bits:.3f}"
                 # Whoever read it may have gone (`| head -1`), which is no reason to stop.
                 with contextlib.suppress(OSError, ValueError):
                     print(line, flush=True)
@@ -237,7 +261,20 @@ def train(
         run.allocator.prune()
     model.eval()
     step = run.best.step if run.best else run.done
-    return Result(run.losses, run.evaluations, time.perf_counter() - begun, step)
+    return Result(run.losses, run.evaluations, time.perf_counter() - begun, step, run.also)
+
+
+def _require_evaluable(model: Any, held_out: Text | None) -> None:
+    """ConfigError unless a second text can be evaluated whenever the held-out one is."""
+    if held_out is None:
+        raise ConfigError(
+            "also, a second text, is evaluated together with held_out: give that, too"
+        )
+    if isinstance(model, MultiTask):
+        raise ConfigError(
+            "also, a second text, has no task whose adapter could run: leave it out, or train one "
+            "adapter"
+        )
 
 
 def _require_shared(out: Path, ranks: Ranks) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Collection
+from typing import Any
+
 from ..errors import CheckpointError
 from ..formats.disk import JsonObject
 from ..optim import warmup_cosine
@@ -9,10 +14,13 @@ from ..optim import warmup_cosine
 CHECKSUM = 64  # characters of a SHA-256
 
 
-def require_same_run(folder: str, before: JsonObject, now: JsonObject, done: int) -> None:
+def require_same_run(
+    folder: str, before: JsonObject, now: JsonObject, done: int, changed: Collection[str] = ()
+) -> None:
     """CheckpointError unless a checkpoint after `done` steps belongs to this run.
 
     before, now   what makes the two runs what they are (`Run.identity`)
+    changed       fields that may differ
 
     Another number of steps is the same run if the steps that are done had the learning rates that
     this run gives them: it then ends with the bits of a run that began with that number.
@@ -32,7 +40,7 @@ def require_same_run(folder: str, before: JsonObject, now: JsonObject, done: int
     differences = []
     for field, value in now.items():
         was = before.get(field)
-        if was == value:
+        if was == value or field in changed:
             continue
         if field == "steps" and type(was) is int:
             if _learning_rates(now, was, done) == _learning_rates(now, value, done):
@@ -58,3 +66,28 @@ def _shown(value: object) -> str:
     text = repr(value)
     is_checksum = isinstance(value, str) and len(value) == CHECKSUM
     return f"{text[:9]}...'" if is_checksum else f"{text:.40}"
+
+
+def finite_loss(loss: Any) -> float:
+    """A loss of a checkpoint: a run with another one could not be saved again. Or ValueError."""
+    if type(loss) not in (int, float) or not math.isfinite(loss):
+        raise ValueError(f"a loss of {loss!r:.40}")
+    return float(loss)
+
+
+def read_also(state: Any, text: dict[str, str] | None) -> list[tuple[int, float]]:
+    """The evaluations of a second text that a checkpoint has; none, with a warning, of another one.
+
+    state   what the checkpoint says of it, or None
+    text    the checksums of the run's second text, or None
+    """
+    if state is None or text is None:
+        return []
+    if state["text"] != text:
+        warnings.warn(
+            "the second text to evaluate on is another one than before: its earlier losses are "
+            "left out",
+            stacklevel=4,
+        )
+        return []
+    return [(int(step), finite_loss(loss)) for step, loss in state["losses"]]

@@ -9,7 +9,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from .graphed import Divisors, GraphedStep, Step
 from .nonfinite import explain_non_finite
 from .parallel import ShardedStep, part_size, shard_size
 from .ranks import Alone, Ranks
-from .resuming import require_same_run
+from .resuming import finite_loss, read_also, require_same_run
 from .settings import Settings
 from .sums import FORM
 
@@ -115,6 +115,8 @@ class Run:
         self.losses: list[float] = []
         self.evaluations: list[tuple[int, float]] = []
         self.best: Best | None = None  # only if settings.keep is "best"
+        self.also: list[tuple[int, float]] = []  # evaluations of a second text
+        self.also_text: dict[str, str] | None = None  # its checksums
         self.checkpoint: tuple[int, Path] | None = None  # the latest, by its step
         self.graphs: GraphedStep | None = None
 
@@ -264,6 +266,8 @@ class Run:
         if self.best is not None:
             files |= self.best.files
             state["best"] = self.best.state
+        if self.also_text is not None:
+            state["also"] = {"text": self.also_text, "losses": self.also}
         state["numpy"] = np.__version__
 
         def write(folder: Path) -> None:
@@ -281,8 +285,8 @@ class Run:
         """A checksum of the parameters that train."""
         return weights_checksum(self.optimizer.params)
 
-    def restore(self, resume: str | Path) -> None:
-        """Continue from a checkpoint, "auto" for the newest one.
+    def restore(self, resume: str | Path, changed: Collection[str] = ()) -> None:
+        """Continue from a checkpoint, "auto" for the newest one; `changed` fields may be others.
 
         CheckpointError, with nothing changed, for a checkpoint that does not fit.
         """
@@ -293,11 +297,12 @@ class Run:
             # Older checkpoints do not say these.
             missing = {"compute": FLOAT32, "keep": "last", "optimizer": "adamw"}
             before = {**missing, **state["run"]}
-            require_same_run(str(folder), before, self.identity, done)
+            require_same_run(str(folder), before, self.identity, done, changed)
             numbers = dict(state["optimizer"])
             allocator_numbers = dict(state["allocator"]) if self.allocator else {}
-            losses = [_finite(loss) for loss in state["losses"]]
-            evaluations = [(int(step), _finite(loss)) for step, loss in state["evaluations"]]
+            losses = [finite_loss(loss) for loss in state["losses"]]
+            evaluations = [(int(step), finite_loss(loss)) for step, loss in state["evaluations"]]
+            also = read_also(state.get("also"), self.also_text)
             best = None
             if state.get("best") is not None:
                 parameters = _parameters_by_key(self.model)
@@ -338,6 +343,7 @@ class Run:
         self.done = done
         self.losses = losses
         self.evaluations = evaluations
+        self.also = also
         self.best = best
         self.checkpoint = done, folder
 
@@ -356,13 +362,6 @@ def _require_frozen_where_rounded(model: Any) -> None:
                 f"{path}.weight would train, but compute={layer.compute!r} is for frozen weights: "
                 "add an adapter, or train in float32 after model.set_compute('float32')"
             )
-
-
-def _finite(loss: Any) -> float:
-    """A loss of a checkpoint: a run with another one could not be saved again. Or ValueError."""
-    if type(loss) not in (int, float) or not math.isfinite(loss):
-        raise ValueError(f"a loss of {loss!r:.40}")
-    return float(loss)
 
 
 def _add(grad: Array | None, other: Array | None) -> Array | None:

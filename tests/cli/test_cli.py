@@ -54,7 +54,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 NAMES = "demo pretrain finetune generate evaluate merge inspect verify devices combine diff extract"
-COMMANDS = [*NAMES.split(), "resize", "convert", "sweep", "graph", "audit"]
+COMMANDS = [*NAMES.split(), "resize", "convert", "sweep", "graph", "audit", "compare", "replay"]
 TINY = "--batch-size 2 --context 16 --threads 2"
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
 PRETRAIN = f"pretrain {TINY} {SHAPE}"
@@ -580,7 +580,7 @@ def test_finetune_passes_an_option_to_the_configuration(name, world, monkeypatch
         seen.append(config)
         raise ConfigError("seen")
 
-    monkeypatch.setattr("minilora.cli.training.get_peft_model", look)
+    monkeypatch.setattr("minilora.cli.preparing.get_peft_model", look)
     word, value = (LORA_WORDS | ADALORA_WORDS)[name]
     line = shlex.split(f"{FINETUNE} --data book.txt")
     options = [f"--{name.replace('_', '-')}"]
@@ -655,7 +655,7 @@ def test_finetune_method_over_every_base_trains_and_is_used(method, kind, world,
         use = f"--base base --adapter '{out}' --quantize {kind}"
     if HAS_MATPLOTLIB:
         expected.add("loss.png")
-    assert files == expected
+    assert files == expected | {"command.json"}
     printed = ok(f"evaluate --data book.txt --context 16 {use}")
     ok(f"generate --prompt hi --max-new-tokens 2 {use}")
     # The same in Python. "stored" changes nothing, because the file has float32.
@@ -998,6 +998,9 @@ NEEDED = {  # so that some of them get past the parser
     "evaluate": "--base base --data short.txt",
     "merge": "--base base --adapter adapter --out merged",
     "audit": "--base base --adapter adapter --merged base",
+    "compare": "adapter adapter",
+    "inspect": "adapter",
+    "replay": "adapter --from 0",
     "verify": "--cases 1",
     "combine": "--adapter adapter --adapter adapter --out combined",
     "diff": "base base",
