@@ -42,12 +42,13 @@ from ..display import printable
 from ..errors import ConfigError, Interrupted, MiniloraError
 from ..training.ranks import Alone, Ranks, connect, launched
 from ..training.signals import HANGUP, USER
-from . import auditing, checking, files, graphing, lab, sweep, training, using
+from . import auditing, checking, files, graphing, lab, planning, sweep, training, using
 from .options import HelpFormatter, Parser, hyphenate, option
 from .streams import Stream, open_descriptors
 
 COMMANDS = (
     *training.COMMANDS,
+    *planning.COMMANDS,
     *sweep.COMMANDS,
     *using.COMMANDS,
     *files.COMMANDS,

@@ -11,7 +11,7 @@ import signal
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..backend import get_backend
 from ..data.texts import prose
@@ -323,6 +323,58 @@ def run_finetune(
     from ..tools.rewriting import copy_companions
     from ..training.loop import train
 
+    ready = prepare_finetune(args)
+    model, config = ready.model, ready.config
+    with folder as out:
+        print_preparation(args, ready)
+        print(printable(f"{ready.sizes} tokens -> {out}"))
+        options = {"held_out": ready.held_out, "resume": args.resume, "title": "finetune"}
+        options |= {"origin": ready.origin, "ranks": args.ranks}
+        options |= {"bytes_per_token": ready.bytes_per_token}
+        writes = args.ranks.rank == 0
+        with saving(out):
+            result = train(model, ready.tokens, ready.settings, out, **options)
+            if writes:
+                form = {"as_trained": True} if args.as_trained else {}
+                model.save_pretrained(out, **form)
+            if writes and config is None:
+                copy_companions(args.base, out)
+            if writes and args.adapter is not None and has_tokenizer(args.adapter):
+                ready.tokenizer.save(out)
+        report = Report("finetune", out, result, ready.bytes_per_token, ready.trainable)
+        has_ranks = isinstance(config, AdaLoraConfig)
+        if writes and (reports or has_ranks):
+            draw_pictures(report, losses=reports, ranks=has_ranks)
+        if reports:
+            print_report(report)
+    return result, ready.bytes_per_token, ready.trainable
+
+
+class Preparation(NamedTuple):
+    """All that a run of finetune begins with.
+
+    config      of the adapter; None: the base trains
+    sizes       the numbers of tokens, as text
+    memory      of the base's weights: see `measure_weight_memory`
+    origin      see `train`
+    trainable   how many numbers train
+    """
+
+    settings: Any
+    config: LoraConfig | None
+    model: Any
+    tokenizer: Any
+    tokens: Any
+    held_out: Any
+    bytes_per_token: float
+    sizes: str
+    memory: dict[str, Any]
+    origin: str | None
+    trainable: int
+
+
+def prepare_finetune(args: Args) -> Preparation:
+    """The model with what trains in it, and its text. Nothing is written."""
     settings, config, tasks = read_finetune_options(args)
     start = start_of_new(args, config)
     is_coded_later = start is not None and args.quantize in KINDS
@@ -361,37 +413,33 @@ def run_finetune(
     if settings.optimizer == "lorafa":
         freeze_first_factors(model)  # before the parameters that train are counted
     trainable = sum(p.size for p in model.parameters() if p.requires_grad)
-    with folder as out:
-        if memory["layers"]:
-            print(format_weight_memory(memory))
-        if args.compute != FLOAT32:
-            print(f"products with frozen weights: {args.compute}")
-        if config is None:
-            print(f"all {sum(p.size for p in model.parameters()):,} parameters of the base train")
-        else:
-            model.print_trainable_parameters()
-        if origin is not None:
-            print(printable(f"goes on from {args.adapter}"))
-        print(printable(f"{sizes} tokens -> {out}"))
-        options = {"held_out": held_out, "resume": args.resume, "bytes_per_token": ratio}
-        options |= {"origin": origin, "title": "finetune", "ranks": args.ranks}
-        writes = args.ranks.rank == 0
-        with saving(out):
-            result = train(model, tokens, settings, out, **options)
-            if writes:
-                form = {"as_trained": True} if args.as_trained else {}
-                model.save_pretrained(out, **form)
-            if writes and config is None:
-                copy_companions(args.base, out)
-            if writes and args.adapter is not None and has_tokenizer(args.adapter):
-                tokenizer.save(out)
-        report = Report("finetune", out, result, ratio, trainable)
-        has_ranks = isinstance(config, AdaLoraConfig)
-        if writes and (reports or has_ranks):
-            draw_pictures(report, losses=reports, ranks=has_ranks)
-        if reports:
-            print_report(report)
-    return result, ratio, trainable
+    return Preparation(
+        settings,
+        config,
+        model,
+        tokenizer,
+        tokens,
+        held_out,
+        ratio,
+        sizes,
+        memory,
+        origin,
+        trainable,
+    )
+
+
+def print_preparation(args: Args, ready: Preparation) -> None:
+    """Say how the base is stored and what of it trains."""
+    if ready.memory["layers"]:
+        print(format_weight_memory(ready.memory))
+    if args.compute != FLOAT32:
+        print(f"products with frozen weights: {args.compute}")
+    if ready.config is None:
+        print(f"all {sum(p.size for p in ready.model.parameters()):,} parameters of the base train")
+    else:
+        ready.model.print_trainable_parameters()
+    if ready.origin is not None:
+        print(printable(f"goes on from {args.adapter}"))
 
 
 def _name_tasks(args: Args, config: LoraConfig | None) -> dict[str, str]:
