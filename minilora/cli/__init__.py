@@ -9,6 +9,7 @@ chatting   generate --chat: a conversation on standard input
 graphing   graph: a layer or a block as it was computed
 files      merge, combine, inspect, diff, extract, resize, convert: files in, files out
 auditing   audit
+planning   plan: what a run of finetune would take
 checking   verify, devices
 lab        lab: claims about LoRA measured
 reading    models and texts, as several commands read them

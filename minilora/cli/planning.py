@@ -69,7 +69,8 @@ def _prepare(args: Args) -> tuple[Preparation, Any]:
     args.resume = None
     ready = prepare_finetune(args)
     settings = ready.settings
-    run = Run(ready.model, ready.tokens, settings, os.devnull, ready.origin)
+    held_out = {"held_out": ready.held_out}
+    run = Run(ready.model, ready.tokens, settings, os.devnull, ready.origin, **held_out)
     base = ready.model.train().get_base_model()
     base.gradient_checkpointing_enable(settings.gradient_checkpointing)
     return ready, run
@@ -99,7 +100,9 @@ def _describe_layers(ready: Preparation) -> JsonObject:
     """The layers with adapters, those without, and how many numbers train."""
     from ..lab.products import adapted_layers, layers_left_out
 
-    config = ready.config
+    config = None
+    if ready.config is not None:
+        config = next(iter(ready.model.peft_config.values()))  # with the targets it has chosen
     adapted = adapted_layers(ready.model, config)
     left_out = []
     if config is not None:

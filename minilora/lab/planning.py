@@ -27,6 +27,7 @@ import numpy as np
 
 from ..autograd import Tensor, gradients
 from ..data.batches import Batch, PackedRecords, TaskBatch
+from ..lora.plan import wrappers
 from ..nn import Parameter
 from ..optim import SMALL
 from ..threads import one_blas_thread
@@ -111,14 +112,15 @@ def probe_shard(
 
     edges   where its sequences are cut: see training/parts.py
     """
+    begun = time.perf_counter()
+    _backward(_forward(model, batch, edges), params)  # it also fills tables, such as rotary ones
+    seconds = time.perf_counter() - begun
     with _traced() as traced:
         losses = _forward(model, batch, edges)
         kept, _ = traced()
         _backward(losses, params)
         _, peak = traced()
-    begun = time.perf_counter()
-    _backward(_forward(model, batch, edges), params)
-    return Probe(edges[-1], kept, peak, time.perf_counter() - begun)
+    return Probe(edges[-1], kept, peak, seconds)
 
 
 def _forward(model: Any, batch: Batch, edges: Sequence[int]) -> list[Tensor]:
@@ -154,12 +156,15 @@ def extrapolate(lengths: Sequence[int], values: Sequence[float], length: int) ->
 
 @contextlib.contextmanager
 def _scaled_attention(backend: Any, ratio: float) -> Iterator[None]:
-    """Let attention keep the scores of a shorter sequence if it would keep those of the whole one.
+    """Let attention cut a shorter sequence into as many blocks as it would cut the whole one into.
 
-    ratio   of the lengths. The number of scores grows with the square of a length
+    ratio   of the lengths. Scores are kept in both or in neither: their number grows with the
+            square of a length
     """
     whole = backend.sizes
-    backend.sizes = whole._replace(kept_scores=int(whole.kept_scores * ratio**2))
+    queries = max(1, round(whole.queries * ratio))
+    kept_scores = int(whole.kept_scores * ratio**2)
+    backend.sizes = whole._replace(queries=queries, kept_scores=kept_scores)
     try:
         yield
     finally:
@@ -323,6 +328,11 @@ def weight_bytes(run: Run) -> dict[str, int]:
             kind = "trained parameters" if id(p) in trained else f"weights in {p.dtype}"
             size = p.size * p.dtype.itemsize
         result[kind] = result.get(kind, 0) + int(size)
+    for _, wrapper in wrappers(run.model.get_base_model()):
+        if getattr(wrapper, "has_changed_base", False):
+            size = sum(p.size * p.dtype.itemsize for p in wrapper.unchanged_base.parameters())
+            kind = "weights before the start"
+            result[kind] = result.get(kind, 0) + int(size)
     return result
 
 
