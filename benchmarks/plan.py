@@ -2,9 +2,9 @@
 
     python benchmarks/plan.py [--only NUMBER ...] [--scratch DIR] [--write]
 
-Each configuration is a command `minilora plan ... --measure --json` in a process of its own: methods,
-quantization, checkpointing, tasks, contexts from 64 to 2,048, and a GPT-2. The models have random
-weights. One condition is checked; exit code 1 if it does not hold:
+Each configuration is a command `minilora plan ... --measure --json` in a process of its own:
+methods, quantization, checkpointing, tasks, contexts from 64 to 2,048, and a GPT-2. The models have
+random weights. One condition is checked; exit code 1 if it does not hold:
 
     peak     the prediction is within 10 % of the peak of the process that takes two steps
 
@@ -72,7 +72,7 @@ CONFIGURATIONS = (
     "--base small --tasks text.txt other.txt",
     "--base middle --batch-size 8",
     "--base middle --batch-size 8 --method full",
-    "--base middle --batch-size 8 --method full --gradient-checkpointing --keep best --eval-every 1",
+    "--base middle --batch-size 8 --method full --gradient-checkpointing --keep best",
     "--base middle --batch-size 8 --quantize nf4",
     "--base middle --batch-size 8 --quantize int8 --compute bfloat16",
     "--base middle --batch-size 4 --quantize nf4 --gradient-checkpointing",

@@ -31,7 +31,7 @@ def add_plan_options(parser: Parser) -> None:
 
 
 def plan(args: Args) -> None:
-    from ..lab.planning import measure_work, predict_memory, read_resident, text_bytes
+    from ..lab.budget import measure_work, predict_memory, read_resident, text_bytes
 
     if args.device != "cpu":
         raise ConfigError(
@@ -81,7 +81,7 @@ def measure_steps(options: dict[str, Any]) -> JsonObject:
 
     It is for a process of its own, whose peak is that of the run.
     """
-    from ..lab.planning import read_resident
+    from ..lab.budget import read_resident
     from ..training.parallel import ShardedStep
 
     args = argparse.Namespace(**options, ranks=Alone())
@@ -136,20 +136,20 @@ def _describe_time(ready: Preparation, work: Any) -> JsonObject:
         "operations": operations,
         "operations_per_second": forward / seconds,
         "overhead": overhead,
-        "seconds_per_step": total * seconds / forward * overhead / work.together,
+        "seconds_per_step": total * seconds / forward * overhead / work.threads,
     }
 
 
 def _print_layers(report: JsonObject) -> None:
-    from ..lab.products import Adapted
+    from ..lab.products import Adapted, table_of_layers
 
     layers = [Adapted(**layer) for layer in report["layers"]]
     if layers:
         print()
-        print_table([layer.row() for layer in layers])
+        print_table(table_of_layers(layers))
     for layer in report["left_out"]:
         near = f": {layer['near']}" if layer["near"] else ""
-        print(printable(f"no adapter: {layer['count']} x {layer['name']}{near}"))
+        print(printable(f"no adapter: {layer['number']} x {layer['name']}{near}"))
 
 
 def _print_summary(report: JsonObject) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -36,12 +37,6 @@ class Adapted(NamedTuple):
     r: int | None
     numbers: int
 
-    def row(self) -> dict[str, Any]:
-        """For a table."""
-        size = f"{self.inputs} -> {self.outputs}"
-        rank = "-" if self.r is None else self.r
-        return {"layer": self.name, "I -> O": size, "r": rank, "trained": f"{self.numbers:,}"}
-
 
 class LeftOut(NamedTuple):
     """Layers of one name that get no adapter.
@@ -50,7 +45,7 @@ class LeftOut(NamedTuple):
     """
 
     name: str
-    count: int
+    number: int
     near: str
 
 
@@ -65,6 +60,23 @@ def adapted_layers(model: Any, config: LoraConfig | None) -> list[Adapted]:
         sizes = (layer.in_features, layer.out_features) if layer.shape else (0, 0)
         adapted.append(Adapted(path, *sizes, _rank(config, path, layer), numbers))
     return adapted
+
+
+def table_of_layers(layers: Iterable[Adapted]) -> list[dict[str, str]]:
+    """A row for all layers of one name, size and rank, with the numbers that train in them."""
+    counts = Counter(layer._replace(name=layer.name.rpartition(".")[2]) for layer in layers)
+    rows = []
+    for layer, count in counts.items():
+        rows.append(
+            {
+                "layers": f"{count} x {layer.name}",
+                "I -> O": f"{layer.inputs} -> {layer.outputs}",
+                "r": "-" if layer.r is None else str(layer.r),
+                "trained in each": f"{layer.numbers:,}",
+                "in all": f"{count * layer.numbers:,}",
+            }
+        )
+    return rows
 
 
 def _rank(config: LoraConfig | None, path: str, layer: Layer) -> int | None:

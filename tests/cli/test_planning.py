@@ -16,7 +16,7 @@ import pytest
 from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
 from minilora.cli import main
 from minilora.cli.planning import measure_steps
-from minilora.lab import planning
+from minilora.lab import budget
 
 CONFIG = TransformerConfig(
     hidden_size=32,
@@ -70,8 +70,8 @@ def as_json(line: str) -> Any:
 def test_plan_shows_layers_bytes_operations_and_seconds(world):
     out = ok(f"{LINE} --r 4")
     assert "trainable params: 1,024" in out
-    assert "model.layers.0.self_attn.q_proj  32 -> 32  4  256" in out
-    assert "no adapter: 2 x k_proj: the name is close to the target q_proj" in out
+    assert "2 x q_proj  32 -> 32  4  256              512\n" in out
+    assert "no adapter: 2 x k_proj: the name is close to the target v_proj" in out
     assert "no adapter: 2 x up_proj\n" in out
     for kind in ("process", "weights in float32", "moments", "activations", "working arrays"):
         assert f"\n{kind} " in out
@@ -153,7 +153,7 @@ def test_measure_steps_takes_two_steps_and_no_more(world, monkeypatch):
         return step(self, sharded)
 
     monkeypatch.setattr(Run, "step", counted)
-    monkeypatch.setattr(planning, "read_resident", lambda: planning.Resident(1, 2))
+    monkeypatch.setattr(budget, "read_resident", lambda: budget.Resident(1, 2))
     given: list[Any] = []
     monkeypatch.setattr("minilora.cli.planning.open_pool", lambda *kind: Here(given))
     report = as_json(f"{LINE} --measure")

@@ -16,6 +16,7 @@ from minilora.lab.products import (
     count_operations,
     layers_left_out,
     measure_products,
+    table_of_layers,
 )
 from minilora.lora.maps import MAPS
 
@@ -47,18 +48,26 @@ def test_adapted_layers_of_a_map_have_no_rank():
     layers = adapted_layers(model, config)
     assert {layer.r for layer in layers} == {None}
     assert sum(layer.numbers for layer in layers) == trained
-    assert layers[0].row()["r"] == "-"
+    assert table_of_layers(layers)[0]["r"] == "-"
 
 
-def test_adapted_row_is_text_for_a_table():
-    row = Adapted("q_proj", 16, 8, 2, 4800).row()
-    assert row == {"layer": "q_proj", "I -> O": "16 -> 8", "r": 2, "trained": "4,800"}
+def test_table_of_layers_has_a_row_for_equal_layers():
+    layers = [Adapted(f"layers.{i}.q_proj", 160, 80, 2, 480) for i in range(3)]
+    rows = table_of_layers([*layers, layers[0]._replace(r=4, numbers=960)])
+    assert rows[0] == {
+        "layers": "3 x q_proj",
+        "I -> O": "160 -> 80",
+        "r": "2",
+        "trained in each": "480",
+        "in all": "1,440",
+    }
+    assert [row["layers"] for row in rows] == ["3 x q_proj", "1 x q_proj"]
 
 
 def test_layers_left_out_name_near_misses_first():
     model, config = adapted(target_modules=["q_proj"], layers_to_transform=[1])
     left_out = layers_left_out(model, adapted_layers(model, config), ["q_proj"])
-    counts = {layer.name: layer.count for layer in left_out}
+    counts = {layer.name: layer.number for layer in left_out}
     assert counts.pop("q_proj") == 1
     assert counts.pop("lm_head") == 1
     assert set(counts.values()) == {2}

@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 from minilora import CausalLM, LoraConfig, get_peft_model, quantize
 from minilora.backend import NUMPY, BlockSizes
 from minilora.data.batches import PackedRecords
-from minilora.lab import planning
-from minilora.lab.planning import (
+from minilora.lab import budget
+from minilora.lab.budget import (
     LENGTHS,
     LOADING,
     SHARDS,
     THREAD,
     UPDATE,
     count_sums,
+    count_together,
     extrapolate,
     measure_work,
     predict_memory,
@@ -116,7 +117,7 @@ def test_extrapolate_returns_a_measured_value_as_it_is():
 @pytest.mark.parametrize("part", [64, 256])
 def test_measure_work_extrapolates_what_the_whole_length_takes(context, part, monkeypatch):
     """Attention keeps the scores of short parts, and computes those of long ones again."""
-    monkeypatch.setattr(planning, "LENGTHS", (64, 96, 128))
+    monkeypatch.setattr(budget, "LENGTHS", (64, 96, 128))
     monkeypatch.setattr(NUMPY, "sizes", BlockSizes(queries=32, kept_scores=4 * 200 * 200))
     model = adapted(CausalLM(LONG))
     settings = Settings(batch_size=1, context=context, threads=1, part=min(part, context))
@@ -160,6 +161,16 @@ def test_measure_work_measures_the_effective_weights_of_all_tasks():
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.1)
     linear = 2 * (4 * 32 * 32 + 3 * 32 * 64)
     assert 4 * linear <= sizes[0] <= 4 * linear + 14 * 3000  # and Python's objects, of each layer
+
+
+def test_count_together_of_whole_shards_and_of_parts():
+    assert count_together(shards=4, parts=1, threads=2) == 2
+    assert count_together(shards=1, parts=1, threads=2) == 1
+    assert count_together(shards=1, parts=2, threads=2) == 1
+    assert count_together(shards=8, parts=2, threads=2) == 1.5
+    assert count_together(shards=8, parts=4, threads=1) == 1
+    assert count_together(shards=8, parts=4, threads=8) == 2.25
+    assert count_together(shards=1, parts=2, threads=8) == 1
 
 
 @given(st.integers(1, 200), st.integers(1, 16))

@@ -27,6 +27,7 @@ import numpy as np
 
 from ..autograd import Tensor, gradients
 from ..data.batches import Batch, PackedRecords, TaskBatch
+from ..lora.layer import LoraLinear
 from ..lora.plan import wrappers
 from ..nn import Parameter
 from ..optim import SMALL
@@ -146,7 +147,10 @@ def _backward(losses: list[Tensor], params: Sequence[Parameter]) -> None:
 
 
 def extrapolate(lengths: Sequence[int], values: Sequence[float], length: int) -> float:
-    """a + b T + c T^2 at T = `length`, through values at three lengths; or the value at `length`."""
+    """a + b T + c T^2 at T = `length`, through values at three lengths.
+
+    A value that was measured at `length` is returned as it is.
+    """
     if length in lengths:
         return float(values[list(lengths).index(length)])
     scaled = np.asarray(lengths) / length  # so that the value is a sum of the terms
@@ -175,14 +179,14 @@ class Work(NamedTuple):
     """The shards of one step, and its largest one at one length or several.
 
     threads     that the step uses
-    together    how many shards run at the same time
+    together    how many shards' activations exist at the same time: see `count_together`
     sequences   of the largest shard, of `length` positions
     effective   bytes of the weights that all shards share
     """
 
     shards: int
     threads: int
-    together: int
+    together: float
     sequences: int
     length: int
     probes: list[Probe]
@@ -208,7 +212,6 @@ def measure_work(run: Run) -> Work:
     length = shard.ids.shape[1]
     edges = part_edges(model.config, length, settings.part or length)
     shards = sharded.count_shards(batch)
-    together = max(1, sharded.threads // (len(edges) - 1))
     params = run.optimizer.params
     probes = []
     try:
@@ -221,9 +224,23 @@ def measure_work(run: Run) -> Work:
                 probes.append(probe_shard(model, params, shard.positions(0, shorter), cut))
     finally:
         model.end_step()
-    threads = min(sharded.threads, shards * (len(edges) - 1))
-    together = min(together, shards)
+    parts = len(edges) - 1
+    threads = min(sharded.threads, shards * parts)
+    together = count_together(shards, parts, threads)
     return Work(shards, threads, together, len(shard), length, probes, effective)
+
+
+def count_together(shards: int, parts: int, threads: int) -> float:
+    """How many shards' activations exist at the same time: see `training.parts.schedule`.
+
+    Whole shards run one in each thread. Of shards in parts as many run as have parts for all
+    threads, and the first part of the next one begins while the last backward ends.
+    """
+    if parts == 1:
+        return min(threads, shards)
+    groups = max(1, threads // parts)
+    next_part = 1 / parts if threads > 1 and shards > groups else 0
+    return min(groups, shards) + next_part
 
 
 def _prepare(model: Any, task_batches: Sequence[TaskBatch]) -> int:
@@ -237,7 +254,7 @@ def _prepare(model: Any, task_batches: Sequence[TaskBatch]) -> int:
 
 
 def _running(model: Any, task: str | None) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if task is None else model.task(task)  # type: ignore[no-any-return]
+    return contextlib.nullcontext() if task is None else model.task(task)
 
 
 # ---- bytes ---------------------------------------------------------------------------------------
@@ -288,10 +305,10 @@ def predict_memory(run: Run, work: Work, process: int, text: int, loading: int) 
     model["best weights"] = trained if settings.keep == "best" else 0
     kept, peak = round(work.at_length("kept")), round(work.at_length("peak"))
     shards = {
-        "gradients": trained * count_sums(work.shards, work.together),
+        "gradients": trained * count_sums(work.shards, int(work.together)),
         "effective weights": work.effective,
-        "activations": work.together * kept,
-        "working arrays": work.together * max(0, peak - kept),
+        "activations": round(work.together * kept),
+        "working arrays": round(work.together * max(0, peak - kept)),
         "threads": work.threads * THREAD,
     }
     update = {
@@ -329,7 +346,7 @@ def weight_bytes(run: Run) -> dict[str, int]:
             size = p.size * p.dtype.itemsize
         result[kind] = result.get(kind, 0) + int(size)
     for _, wrapper in wrappers(run.model.get_base_model()):
-        if getattr(wrapper, "has_changed_base", False):
+        if isinstance(wrapper, LoraLinear) and wrapper.has_changed_base:
             size = sum(p.size * p.dtype.itemsize for p in wrapper.unchanged_base.parameters())
             kind = "weights before the start"
             result[kind] = result.get(kind, 0) + int(size)
