@@ -89,8 +89,10 @@ def measure_steps(options: dict[str, Any]) -> JsonObject:
         ready, run = _prepare(args)  # its notes are the first process's, too
     sizes = ready.settings.threads, run.settings.shard
     with ShardedStep(ready.model, *sizes, part=run.settings.part) as sharded:
-        lines = [run.step(sharded) for _ in range(min(MEASURED_STEPS, ready.settings.steps))]
-    return {"peak": read_resident().peak, "seconds": lines[-1]["seconds"]}
+        for _ in range(min(MEASURED_STEPS, ready.settings.steps)):
+            line = run.step(sharded)
+            run.add_evaluation(line["loss"])  # which copies the weights if the best ones are kept
+    return {"peak": read_resident().peak, "seconds": line["seconds"]}
 
 
 # ---- what is shown -------------------------------------------------------------------------------
