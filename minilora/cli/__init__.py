@@ -11,6 +11,7 @@ files      merge, combine, inspect, diff, extract, resize, convert: files in, fi
 auditing   audit
 explaining compare: how two adapters overlap and interfere
 measuring  what a model does to a text by windows: for compare, and for inspect --data
+planning   plan: what a run of finetune would take
 checking   verify, devices
 lab        lab: claims about LoRA measured
 reading    models and texts, as several commands read them
@@ -53,6 +54,7 @@ from . import (
     files,
     graphing,
     lab,
+    planning,
     replaying,
     sweep,
     training,
@@ -63,6 +65,7 @@ from .streams import Stream, open_descriptors
 
 COMMANDS = (
     *training.COMMANDS,
+    *planning.COMMANDS,
     *sweep.COMMANDS,
     *replaying.COMMANDS,
     *using.COMMANDS,

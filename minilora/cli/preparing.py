@@ -10,13 +10,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..display import printable
 from ..errors import ConfigError
 from ..formats.hub import model_name
 from ..lora import AdaLoraConfig, LoraConfig, get_multitask_model, get_peft_model
 from ..lora.optimizers import freeze_first_factors, require_optimizable
 from ..precision import FLOAT32
 from ..quant.codes import KINDS
-from ..training.methods import METHODS, adapter_config, measure_weight_memory
+from ..training.methods import (
+    METHODS,
+    adapter_config,
+    format_weight_memory,
+    measure_weight_memory,
+)
 from .continuing import continue_adapter, read_continued_config
 from .fields import select_adapter_fields
 from .options import Args, select_fields
@@ -107,6 +113,21 @@ def prepare_finetune(args: Args) -> Prepared:
     options = {"held_out": held_out, "origin": origin, "bytes_per_token": ratio}
     options |= {"also": also, "also_bytes_per_token": also_ratio}
     return Prepared(model, tokens, settings, options, config, tokenizer, memory, sizes, trainable)
+
+
+def print_preparation(args: Args, prepared: Prepared) -> None:
+    """Say how the base is stored and what of it trains."""
+    if prepared.memory["layers"]:
+        print(format_weight_memory(prepared.memory))
+    if args.compute != FLOAT32:
+        print(f"products with frozen weights: {args.compute}")
+    if prepared.config is None:
+        count = sum(p.size for p in prepared.model.parameters())
+        print(f"all {count:,} parameters of the base train")
+    else:
+        prepared.model.print_trainable_parameters()
+    if prepared.origin is not None:
+        print(printable(f"goes on from {args.adapter}"))
 
 
 def read_finetune_options(args: Args) -> tuple[Any, LoraConfig | None, dict[str, str]]:

@@ -21,12 +21,10 @@ from ..lora.optimizers import OPTIMIZERS
 from ..lora.starts import NAMES
 from ..models.config import TransformerConfig
 from ..models.transformer import CausalLM
-from ..precision import FLOAT32
 from ..training.checkpoints import find_checkpoint, open_folder
 from ..training.methods import (
     CODES,
     FACTORED,
-    format_weight_memory,
 )
 from ..training.replaying import noting_command
 from ..training.settings import KEEP
@@ -292,18 +290,9 @@ def run_finetune(
     from ..training.loop import train
 
     prepared = prepare_finetune(args)
-    model, config, memory = prepared.model, prepared.config, prepared.memory
+    model, config = prepared.model, prepared.config
     with folder as out:
-        if memory["layers"]:
-            print(format_weight_memory(memory))
-        if args.compute != FLOAT32:
-            print(f"products with frozen weights: {args.compute}")
-        if config is None:
-            print(f"all {sum(p.size for p in model.parameters()):,} parameters of the base train")
-        else:
-            model.print_trainable_parameters()
-        if prepared.origin is not None:
-            print(printable(f"goes on from {args.adapter}"))
+        print_preparation(args, prepared)
         print(printable(f"{prepared.sizes} tokens -> {out}"))
         options = {**prepared.options, "resume": args.resume, "title": "finetune"}
         options["ranks"] = args.ranks

@@ -54,7 +54,10 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 NAMES = "demo pretrain finetune generate evaluate merge inspect verify devices combine diff extract"
-COMMANDS = [*NAMES.split(), "resize", "convert", "sweep", "graph", "audit", "compare", "replay"]
+COMMANDS = [
+    *NAMES.split(),
+    *["resize", "convert", "sweep", "graph", "audit", "compare", "replay", "plan"],
+]
 TINY = "--batch-size 2 --context 16 --threads 2"
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
 PRETRAIN = f"pretrain {TINY} {SHAPE}"
@@ -818,8 +821,8 @@ def help_of(command: str, capsys: Any) -> list[str]:
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_fits_a_screen_and_shows_an_example(command, capsys):
     lines = help_of(command, capsys)
-    # finetune has 66 options, each with its help, and sweep has nearly all of them and its own.
-    assert len(lines) <= {"finetune": 79, "sweep": 84, "pretrain": 45}.get(command, 44)
+    # finetune has 66 options, each with its help; plan and sweep have nearly all, and their own.
+    assert len(lines) <= {"finetune": 79, "plan": 79, "sweep": 84, "pretrain": 45}.get(command, 44)
     assert max(map(len, lines)) <= 110
     if command:
         example = next(line for line in lines if line.startswith("example: "))
@@ -1008,6 +1011,7 @@ NEEDED = {  # so that some of them get past the parser
     "resize": "--adapter adapter --r 2 --out resized",
     "convert": "adapter --out converted",
     "graph": "--base base --block 0",
+    "plan": "--base base --data short.txt --batch-size 2 --context 8 --threads 1",
 }
 
 

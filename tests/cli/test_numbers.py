@@ -53,7 +53,7 @@ def options():
     finetune = [action.dest for action in commands.choices["finetune"]._actions]
     for command, parser in commands.choices.items():
         for action in parser._actions:
-            if command == "sweep" and action.dest in finetune:
+            if command in ("sweep", "plan") and action.dest in finetune:
                 continue  # finetune itself reads and checks them
             if action.metavar in (*INTEGERS, *NUMBERS, *LISTS):
                 yield command, action.option_strings[0], action.metavar
