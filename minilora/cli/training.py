@@ -51,7 +51,7 @@ from .options import (
     select_fields,
     true_false_or_name,
 )
-from .preparing import prepare_finetune
+from .preparing import prepare_finetune, print_preparation
 from .reading import (
     open_text,
     read_training_text,

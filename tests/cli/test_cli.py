@@ -54,10 +54,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 NAMES = "demo pretrain finetune generate evaluate merge inspect verify devices combine diff extract"
-COMMANDS = [
-    *NAMES.split(),
-    *["resize", "convert", "sweep", "graph", "audit", "compare", "replay", "plan"],
-]
+COMMANDS = f"{NAMES} resize convert sweep graph audit compare replay plan".split()
 TINY = "--batch-size 2 --context 16 --threads 2"
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
 PRETRAIN = f"pretrain {TINY} {SHAPE}"
