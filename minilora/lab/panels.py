@@ -166,8 +166,8 @@ def _draw_bars(axis: Any, panel: Panel) -> None:
         values += panel.get("levels", {}).values()
         space = (max(values) - min(values)) or 1.0
         low, high = min(values) - 0.25 * space, max(values) + 0.15 * space
-    room = 0.25 * (high - low) if count > 1 else 0.0  # for the legend
-    axis.set_ylim(low, high + room)
+    margin = 0.25 * (high - low) if count > 1 else 0.0  # for the legend
+    axis.set_ylim(low, high + margin)
     axis.set_ylabel(panel["y"])
     _add_legend(axis, panel)
 

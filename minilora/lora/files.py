@@ -380,8 +380,8 @@ class AdapterFile:
         self.file.close()
 
 
-def for_one(adapters: Sequence[Any], option: str, value: Any) -> Any:
-    """The value of an option about how an adapter began, which is for a single adapter."""
+def require_single_adapter(adapters: Sequence[Any], option: str, value: Any) -> Any:
+    """The value of an option; ConfigError if it is given for several adapters."""
     if value is not None and len(adapters) > 1:
         raise ConfigError(
             f"{option} {str(value)!r:.100} is for one adapter, got {len(adapters)}: make each "

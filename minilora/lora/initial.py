@@ -227,7 +227,7 @@ def _refusal(where: str, word: str, base_known: bool) -> FormatError:
     head = f"{where}: init_lora_weights={word!r:.40}: trained on "
     if name_of_changed_start(word) == "loftq":
         return FormatError(
-            f"{head}decoded codes Q, which lie a full rank away from W, so it is no adapter for W: "
+            f"{head}decoded codes Q; W - Q has full rank, so no adapter of low rank is for W: "
             "use it with its base (merge, generate), or give Q with --base-is residual"
         )
     if name_of_changed_start(word) in RECOMPUTED and not base_known:

@@ -143,7 +143,7 @@ class LoraLinear(Merging, PreparedModule, Wrapper):
         self.base_layer = base
 
     def move_unchanged(self, device: Any, dtype: Any) -> None:
-        """Move the layer over W, which is no child, as `Module.to` does."""
+        """Move the layer that has W, as `Module.to` does: it is not a child module."""
         if self._unchanged is not None:
             self._unchanged.to(device, dtype)
 

@@ -24,7 +24,7 @@ from ..lora.combining import (
     sum_layer,
 )
 from ..lora.factors import Part, Term, cat, rounding_error
-from ..lora.files import AdapterFile, for_one
+from ..lora.files import AdapterFile, require_single_adapter
 from ..lora.names import factor_keys
 from ..lora.plan import FIRST_EMBEDDINGS, HEAD
 from ..lora.pruning import Pruning
@@ -92,8 +92,8 @@ def combine(
         require_outside(out, adapter=folder)
     with ExitStack() as opened:
         start = {
-            "initial": for_one(adapters, "--initial", initial),
-            "base_is": for_one(adapters, "--base-is", base_is),
+            "initial": require_single_adapter(adapters, "--initial", initial),
+            "base_is": require_single_adapter(adapters, "--base-is", base_is),
         }
         files = [opened.enter_context(AdapterFile(folder, **start)) for folder in adapters]
         for file in files:
@@ -157,7 +157,7 @@ def _group_changes(
 
 
 def _warn_of_several_bases(files: Sequence[AdapterFile]) -> None:
-    """Warn if the adapters name different bases; it is no error, as a model may have two names."""
+    """Warn if the adapters name different bases; one model may have two names."""
     bases = {str(file.raw.get("base_model_name_or_path") or "") for file in files} - {""}
     if len(bases) > 1:
         names = ", ".join(map(quoted, sorted(bases)))

@@ -99,8 +99,8 @@ def _describe_config(config: LoraConfig) -> Report:
     """What a configuration says in a few fields."""
     if isinstance(config, MapConfig):
         fields = {name: getattr(config, name) for name in ("r",) if name in config.USES}
-        own = {field.name: getattr(config, field.name) for field in config.added_fields()}
-        return {"method": config.title, **fields, **own}
+        added = {field.name: getattr(config, field.name) for field in config.added_fields()}
+        return {"method": config.title, **fields, **added}
     r = config.init_r if isinstance(config, AdaLoraConfig) else config.r
     return {"r": r, "lora_alpha": config.lora_alpha}
 

@@ -237,7 +237,7 @@ class Layer:
         return block.E[transposed]
 
     def lengths(self, block: Block, onto: str, transposed: bool) -> Lengths:
-        """Of the outputs of the block's rows; of all outputs if columns are outputs."""
+        """Sums over the rows of the block if rows are outputs; otherwise over all outputs."""
         if not self.pair.by_columns:
             return _sum_lengths(self.V(block, onto), self.E(block, transposed), 1)
         key = onto, transposed

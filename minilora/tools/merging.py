@@ -28,7 +28,14 @@ from ..formats.dtypes import DTYPES, FLOATS, NUMPY_FLOATS, round_to, too_large, 
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import HydraConfig
 from ..lora.combining import check_weights
-from ..lora.files import AdapterFile, base_key, fit, for_one, read_base, reading_first
+from ..lora.files import (
+    AdapterFile,
+    base_key,
+    fit,
+    read_base,
+    reading_first,
+    require_single_adapter,
+)
 from ..lora.initial import base_weight
 from ..lora.maps import MapConfig
 from ..lora.merging import Map, merge_weight
@@ -143,8 +150,8 @@ def merge(
         opened.enter_context(checkpoint)
         encoded = _find_encoded(checkpoint, config) if onto else frozenset()
         start = {
-            "initial": for_one(adapters, "--initial", initial),
-            "base_is": for_one(adapters, "--base-is", base_is),
+            "initial": require_single_adapter(adapters, "--initial", initial),
+            "base_is": require_single_adapter(adapters, "--base-is", base_is),
             "over_base": True,
         }
         files = [opened.enter_context(AdapterFile(folder, **start)) for folder in adapters]

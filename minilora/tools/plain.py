@@ -68,7 +68,7 @@ def make_plain(
         if not file.is_low_rank:
             raise ConfigError(
                 f"{file.where}: init_lora_weights={file.began!r:.40}: its base is decoded codes, "
-                "which lie a full rank away from W, so it is no plain LoRA over W: merge it instead"
+                "from which W differs by full rank, so no plain LoRA is for W: merge it instead"
             )
         if base is not None:
             config, checkpoint = read_checkpoint(base)

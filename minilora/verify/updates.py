@@ -15,7 +15,7 @@ from ..autograd import Tensor
 from ..backend import Array
 from ..containers import Sequential
 from ..lora import LoraConfig, PeftModel, get_peft_model
-from ..lora.factors import factors_from_svd, truncate_rank
+from ..lora.factors import truncate_rank
 from ..nn import Linear
 from ..optim import AdamW
 from .case import unit_roundoff
@@ -24,7 +24,6 @@ from .measuring import (
     Property,
     count_differences,
     expect_zero,
-    leading_terms,
     svd_error,
     worst,
 )
@@ -51,24 +50,19 @@ STEPS = 4
 
 
 class Principal:
-    """A model that starts with the principal part of each W in its adapters, trained for a while.
+    """A model whose adapters started by PiSSA, trained for a few steps.
 
-    starts   W, A₀ and B₀ in float64 by layer; the base has W_res = fl(W - s B₀ A₀)
+    starts   A₀ (r, I) and B₀ (O, r) in float64 by layer; the base has W_res = fl(W - s B₀ A₀)
     """
 
     def __init__(self, study: Study):
         self.study = study
-        self.model = study.model()
-        self.starts: dict[str, tuple[Array, Array, Array]] = {}
-        for path, layer in adapted_layers(self.model).items():
-            W = weight_of(layer)
-            U, sigma, Vt = leading_terms(W, study.r)
-            A, B, _ = factors_from_svd(U, sigma, Vt, study.r)
-            root = math.sqrt(layer.adapters[NAME].scaling)
-            set_factors(layer, A / root, B / root)
-            A, B, s = factors_of(layer)
-            self.starts[path] = W, A, B
-            layer.base_layer.weight.data = (W - s * (B @ A)).astype(study.dtype)
+        self.model = study.model(init_lora_weights="pissa")
+        self.starts: dict[str, tuple[Array, Array]] = {}
+        for path, adapter in self.model.adapters_by_path(NAME).items():
+            assert adapter.initial is not None
+            A0, B0 = adapter.initial
+            self.starts[path] = A0.astype(np.float64), B0.astype(np.float64)
         train(self.model, AdamW(trained(self.model), lr=2.0**-6), study.batches(STEPS))
 
     def back(self, r: int, s: float) -> PeftModel:
@@ -89,7 +83,7 @@ def measure_pissa_and_back(study: Study) -> Measured:
     back = adapted_layers(principal.back(2 * study.r, s))
     pairs: Pairs = []
     for path, layer in layers.items():
-        _, A0, B0 = principal.starts[path]
+        A0, B0 = principal.starts[path]
         A, B, _ = factors_of(layer)
         set_factors(back[path], np.concatenate([A, A0]), np.concatenate([B, -B0], axis=1))
         W_res = weight_of(layer)
@@ -112,7 +106,7 @@ def measure_pissa_at_rank(study: Study) -> Measured:
     u = unit_roundoff(study.dtype)
     pairs: Pairs = []
     for path, layer in adapted_layers(principal.model).items():
-        _, A0, B0 = principal.starts[path]
+        A0, B0 = principal.starts[path]
         A, B, s = factors_of(layer)
         low_A, low_B, _ = truncate_rank(
             np.concatenate([A, A0]), np.concatenate([B, -B0], axis=1), s, study.r
