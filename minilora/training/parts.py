@@ -117,14 +117,21 @@ class Progress:
         return event in self._done
 
     def wait_for(self, events: Sequence[Event]) -> None:
-        """Return when all of them have happened. PartError if a part fails before."""
+        """Return when all of them have happened. PartError if one of them never will.
+
+        A part may fail in its backward pass while a later one is still in its forward pass. What
+        the part did before counts: the later one goes on, and the error that is raised is the
+        part's own.
+        """
+        missing: list[Event] = []
 
         def is_over() -> bool:
-            return self._done.issuperset(events) or any(e[0] in self._failed for e in events)
+            missing[:] = [event for event in events if event not in self._done]
+            return not missing or any(event[0] in self._failed for event in missing)
 
         with self._changed:
             self._changed.wait_for(is_over)
-            if not self._done.issuperset(events):
+            if missing:
                 raise PartError("another part of the same sequences has failed")
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import interleavings
@@ -319,6 +320,20 @@ def first_of(broken: set[tuple[int, str, int]]) -> tuple[int, str, int]:
         return (0, number, layer) if what == FORWARD else (1, -number, -layer)
 
     return min(broken, key=turn)
+
+
+def test_progress_waits_for_a_part_that_failed_after_what_is_waited_for() -> None:
+    progress = Progress()
+    progress.announce((1, FORWARD, 0))
+    progress.fail(1)  # in its backward pass, while part 2 is still in its forward pass
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(progress.wait_for, [(1, FORWARD, 0), (2, FORWARD, 0)])
+        with pytest.raises(TimeoutError):
+            waiting.result(0.05)
+        progress.announce((2, FORWARD, 0))
+        waiting.result(60)
+    with pytest.raises(PartError):
+        progress.wait_for([(1, FORWARD, 0), (1, FORWARD, 1)])
 
 
 PLACES = list(itertools.product(range(5), (FORWARD, BACKWARD), range(2)))
