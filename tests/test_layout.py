@@ -33,9 +33,9 @@ IMPORTERS = {  # the only files that may import an optional package
     "cupy": ("backend.py", "cuda/"),
     "cupyx": ("backend.py", "cuda/"),
     "matplotlib": ("lab/plots.py",),
-    "jinja2": ("data/sandboxed.py", "lab/report.py"),
+    "jinja2": ("data/sandboxed.py", "lab/report/page.py"),
     "tokenizers": ("data/sandboxed.py",),
-    "plotly": ("lab/report.py",),
+    "plotly": ("lab/report/page.py",),
     # Of ranks that take a step together, and of ranks that take calls one by one.
     "mpi4py": ("training/ranks.py", "training/pool.py"),
     "huggingface_hub": ("formats/hub.py",),
