@@ -105,8 +105,8 @@ def _run_all(names: Sequence[str], store: Any, plan: Any, pool: Pool, stopped: l
         print(printable(f"  {seconds:.0f} s of all cases -> {store.results_file(name)}"))
         left = sum(EXPERIMENTS[other].SECONDS for other in names[number:])
         if left and not plan.quick:
-            speed = (time.monotonic() - begun) / expected if expected else 1.0
-            print(f"  about {max(1, round(left * speed / 60))} minutes are left")
+            minutes = minutes_left(left, expected, time.monotonic() - begun)
+            print(f"  about {minutes} minutes are left")
     if failures:
         case, first = next(iter(failures.items()))
         raise SweepError(
@@ -114,6 +114,16 @@ def _run_all(names: Sequence[str], store: Any, plan: Any, pool: Pool, stopped: l
             "the same command tries them again",
             first["exit_code"],
         )
+
+
+def minutes_left(left: float, expected: float, taken: float) -> int:
+    """How long `left` expected seconds will take, after `expected` ones took `taken`; at least 1.
+
+    Five minutes at the expected speed count as taken too: the first experiments are short, and
+    make bases that later ones use.
+    """
+    prior = 300.0
+    return max(1, round(left * (taken + prior) / (expected + prior) / 60))
 
 
 COMMANDS = (

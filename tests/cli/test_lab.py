@@ -14,6 +14,7 @@ import time
 import pytest
 
 from minilora.cli import main
+from minilora.cli.lab import minutes_left
 from minilora.lab.experiments import EXPERIMENTS
 from minilora.lab.gallery import BEGIN, END
 
@@ -116,3 +117,11 @@ def test_lab_killed_goes_on_to_the_bytes_of_an_uninterrupted_run(tmp_path):
     assert "## rank" in page
     assert EXPERIMENTS["rank"].CLAIM in page
     assert "rank/rank.png" in page
+
+
+@pytest.mark.parametrize(
+    "left, expected, taken, minutes",
+    [(600, 0, 0, 10), (600, 0, 90, 13), (3600, 5, 60, 71), (3600, 3600, 7200, 115), (1, 9, 9, 1)],
+)
+def test_lab_minutes_left_are_near_the_expected_ones_at_first(left, expected, taken, minutes):
+    assert minutes_left(left, expected, taken) == minutes
