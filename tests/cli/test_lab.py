@@ -120,7 +120,7 @@ def test_lab_killed_goes_on_to_the_bytes_of_an_uninterrupted_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "left, expected, taken, minutes",
+    ("left", "expected", "taken", "minutes"),
     [(600, 0, 0, 10), (600, 0, 90, 13), (3600, 5, 60, 71), (3600, 3600, 7200, 115), (1, 9, 9, 1)],
 )
 def test_lab_minutes_left_are_near_the_expected_ones_at_first(left, expected, taken, minutes):
