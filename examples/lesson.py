@@ -48,13 +48,15 @@ import minilora
 from minilora import Linear, LoraConfig, Sequential, Tensor, get_peft_model, gradients
 from minilora.lab import costs, plots
 from minilora.lab.experiments import EXPERIMENTS
+from minilora.lab.gallery import read_copies
 from minilora.lab.panels import bar, bars, heat, lines, series
 from minilora.lab.running import describe_results
 from minilora.lab.store import Store
 
 FOLDER = tempfile.TemporaryDirectory()
 atexit.register(FOLDER.cleanup)
-LABS = ("runs/lab", "../runs/lab", "examples/lab", "lab")  # where `minilora lab` may have been
+LABS = ("runs/lab", "../runs/lab")  # where `minilora lab` may have been
+PUBLISHED = ("examples/lab", "lab")  # results that came with the repository
 
 
 def show(draw, *arguments):
@@ -70,12 +72,10 @@ def picture(title, *panels):
 
 
 def read_results(name):
-    """The laboratory's results of an experiment, or None if it was not run here."""
-    for folder in LABS:
-        results = Store(folder).read_results(name)
-        if results is not None:
-            return results
-    return None
+    """An experiment's results: measured here, or published, or None."""
+    measured = [Store(folder).read_results(name) for folder in LABS]
+    published = [read_copies(Path(folder))[0].get(name) for folder in PUBLISHED]
+    return next(filter(None, measured + published), None)
 
 
 def print_verdicts(*names):

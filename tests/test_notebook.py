@@ -130,12 +130,16 @@ def test_notebook_of_the_lesson_runs_and_shows_pictures_and_verdicts(execute, tm
     folder = tmp_path / "clone" / "runs" / "lab" / "rank"
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(RESULTS))
+    published = tmp_path / "clone" / "examples" / "lab"
+    (published / "qlora.json").unlink()
+    layers = json.loads((published / "layers.json").read_text(encoding="utf-8"))
     book, shown = execute(LESSON)
     pictures = [output for output in _outputs(book) if "image/png" in output.get("data", {})]
     assert len(pictures) >= 9
     assert "rank: in part\n" in shown  # measured
-    assert "  share of the gain 0.5 +- 0.12 (claimed: at least 0.95): does not hold here" in shown
-    assert "run `minilora lab qlora`" in shown  # not measured
+    assert "  share of the gain 0.50 +- 0.12 (claimed: at least 0.95): does not hold here" in shown
+    assert f"layers: {layers['verdict']}\n" in shown  # published
+    assert "run `minilora lab qlora`" in shown  # neither
     assert "\nrank           in part " in shown  # the table at the end
     assert "\nqlora          not measured yet " in shown
     assert "Warning" not in shown

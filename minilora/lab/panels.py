@@ -25,6 +25,7 @@ INK = "#222222"
 GREY = "#8a8a8a"
 CONTROLS = ((GREY, "x", "--"), ("#5a5a5a", "+", ":"), ("#b0b0b0", "1", "-."))
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b5a800")
+DIGIT = 7.0  # pixels: the width of a digit of a label at 100 dots per inch
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -118,6 +119,8 @@ def _draw_lines(axis: Any, panel: Panel) -> None:
         getattr(axis, f"set_{place}scale")("log")
     if "x" in panel.get("log", ""):
         _mark_values(axis, panel["series"])
+    if "y" in panel.get("log", ""):
+        _write_out_numbers(axis)
     _draw_levels(axis, panel)
     axis.set_xlabel(panel["x"])
     axis.set_ylabel(panel["y"])
@@ -125,12 +128,32 @@ def _draw_lines(axis: Any, panel: Panel) -> None:
 
 
 def _mark_values(axis: Any, content: Sequence[Series]) -> None:
-    """Label a logarithmic axis with the numbers that were measured, if they are few."""
+    """Label a logarithmic axis with the numbers that were measured, if they are few.
+
+    If there is not enough space for all labels, every second or third is left.
+    """
     values = sorted({value for line in content if not line.get("dots") for value in line["x"]})
-    if 0 < len(values) <= 12:
-        shown = values if len(values) <= 6 else values[::2]
-        axis.set_xticks(shown, [f"{value:g}" for value in shown], fontsize=8)
-        axis.set_xticks([], minor=True)
+    if not 0 < len(values) <= 12:
+        return
+    labels = [f"{value:g}" for value in values]
+    space = axis.get_window_extent().width / DIGIT
+    longest = max(map(len, labels)) + 1
+    step = max(1, math.ceil(len(labels) * longest / space))
+    axis.set_xticks(values[::step], labels[::step], fontsize=8)
+    axis.set_xticks([], minor=True)
+
+
+def _write_out_numbers(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers: 0.5 and 20, not powers of ten."""
+    low, high = axis.get_ylim()
+    is_short = high < 50 * low
+
+    def label(value: float, place: int) -> str:
+        first = f"{value:.0e}"[0]
+        return f"{value:g}" if first == "1" or (is_short and first in "25") else ""
+
+    axis.yaxis.set_major_formatter(label)
+    axis.yaxis.set_minor_formatter(label)
 
 
 def _draw_bars(axis: Any, panel: Panel) -> None:
@@ -159,6 +182,7 @@ def _draw_bars(axis: Any, panel: Panel) -> None:
     axis.tick_params(axis="x", length=0)
     if panel.get("log"):
         axis.set_yscale("log")
+        _write_out_numbers(axis)
     _draw_levels(axis, panel)
     low, high = axis.get_ylim()
     values = [value for line in panel["series"] for value in line["y"] if value is not None]

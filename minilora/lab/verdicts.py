@@ -96,9 +96,16 @@ def describe_part(part: Part) -> str:
     """The part in one line: what, its number with the interval, what was claimed, the verdict."""
     text = part["what"]
     if part["mean"] is not None:
-        text += f" {part['mean']:.4g}"
-    if part["half_width"] is not None:
-        text += f" +- {part['half_width']:.2g}"
+        text += f" {describe_number(part['mean'], part['half_width'])}"
     if part["claimed"]:
         text += f" (claimed: {part['claimed']})"
     return f"{text}: {part['verdict']}"
+
+
+def describe_number(mean: float, half_width: float | None) -> str:
+    """A number of four digits, or one with its interval, to the second digit of the half-width."""
+    if not half_width:
+        return f"{mean:.4g}"
+    decimals = 1 - math.floor(math.log10(half_width))
+    pair = [round(x, decimals) + 0.0 for x in (mean, half_width)]  # so that -0.0 is 0.0
+    return " +- ".join(f"{x:.{max(0, decimals)}f}" for x in pair)

@@ -52,7 +52,7 @@ def test_gallery_text_has_claim_picture_verdict_numbers_time_and_command():
         "LoRA is enough",
         "](rank/rank.png)",
         "does not hold here",
-        "0.6 +- 0.25",
+        "0.60 +- 0.25",
         "Control: full training.",
         "`minilora lab rank`: 12 seconds",
         "a processor",

@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from minilora.lab import plots
-from minilora.lab.panels import COLOURS, bar, bars, heat, lines, series
+from minilora.lab.panels import COLOURS, DIGIT, bar, bars, heat, lines, series
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install -e .[plot]")
 
@@ -79,6 +79,22 @@ def test_draw_leaves_out_what_is_not_known():
 def test_draw_marks_the_numbers_that_were_measured():
     labels = [label.get_text() for label in drawn(LINES).get_xticklabels()]
     assert labels == ["1", "4"]
+
+
+def test_draw_leaves_out_marks_that_would_overlap():
+    rates = [1e-4 * 2**k for k in range(12)]
+    axis = drawn(lines("", "rate", "loss", [series("", rates, [1.0] * 12)], log="x"))
+    labels = [label.get_text() for label in axis.get_xticklabels()]
+    assert labels[0] == "0.0001"
+    assert 3 <= len(labels) < 12
+    assert len(labels) * max(map(len, labels)) * DIGIT < axis.get_window_extent().width
+
+
+def test_draw_writes_out_the_numbers_of_a_logarithmic_axis():
+    axis = drawn(lines("", "r", "norm", [series("", [1, 4], [0.3, 2.2])], log="xy"))
+    axis.figure.draw_without_rendering()
+    ticks = [*axis.yaxis.get_major_ticks(), *axis.yaxis.get_minor_ticks()]
+    assert {"0.5", "1", "2"} <= {tick.label1.get_text() for tick in ticks}
 
 
 def test_draw_zooms_bars_to_their_differences():

@@ -15,6 +15,7 @@ from minilora.lab.verdicts import (
     PARTLY,
     cannot_tell,
     decide,
+    describe_number,
     describe_part,
     fact,
     interval,
@@ -84,5 +85,20 @@ def test_decide_joins_the_parts(states, expected):
 
 def test_describe_part_has_number_interval_claim_and_verdict():
     part = judge("gain", [0.5, 0.6, 0.7], at_least=0.95)
-    assert describe_part(part) == "gain 0.6 +- 0.25 (claimed: at least 0.95): does not hold here"
+    assert describe_part(part) == "gain 0.60 +- 0.25 (claimed: at least 0.95): does not hold here"
     assert describe_part(fact("the bits are equal", True)) == "the bits are equal: holds"
+
+
+@pytest.mark.parametrize(
+    ("mean", "half_width", "text"),
+    [
+        (0.12589, 0.0321, "0.126 +- 0.032"),
+        (-1.8e-17, 2.5, "0.0 +- 2.5"),
+        (-0.33, 1.4, "-0.3 +- 1.4"),
+        (1234.5, 120.0, "1230 +- 120"),
+        (0.06224, None, "0.06224"),
+        (6.4263, 0.0, "6.426"),
+    ],
+)
+def test_describe_number_ends_at_the_second_digit_of_the_half_width(mean, half_width, text):
+    assert describe_number(mean, half_width) == text
