@@ -21,8 +21,8 @@ def tuned(plan: Plan, rows: Sequence[Row], arms: Iterable[Arm]) -> list[Case]:
     """The cases that tune the arms.
 
     The whole grid with the first seed, extended while its best rate is at an edge; then the best
-    rate and its neighbours with the other seeds, and further neighbours while the best mean over
-    the seeds has one that was not measured with all of them.
+    rate and its neighbours with the other seeds, and further neighbours, beyond the grid too, while
+    the best mean over the seeds has one that was not measured with all of them.
     """
     return [case for arm in arms for case in _tuned(plan, rows, arm)]
 
@@ -56,28 +56,43 @@ def _tuned(plan: Plan, rows: Sequence[Row], arm: Arm) -> list[Case]:
     scores = {(row["lr"], row["seed"]): score(row) for row in rows if row["arm"] == arm.name}
     first, *others = plan.seeds
     rates = list(plan.pick(arm.rates))  # one alone if quick
-    for _ in range(plan.extensions):
-        if any((rate, first) not in scores for rate in rates):
+    most = len(rates) + plan.extensions
+
+    def are_known(rates: Iterable[float], seeds: Sequence[int]) -> bool:
+        return all((rate, seed) in scores for rate in rates for seed in seeds)
+
+    def best_for(seeds: Sequence[int], rates: Iterable[float]) -> float:
+        return min(sorted(rates), key=lambda rate: _mean(scores, rate, seeds))
+
+    confirmed: set[float] = set()  # rates for all seeds
+    while are_known(rates, [first]):
+        chosen = best_for([first], rates)
+        wider = _with_neighbours(rates, chosen, most)
+        if wider == rates:
+            confirmed.update(_around(rates, chosen))
             break
-        best = min(rates, key=lambda rate: scores[rate, first])
-        if best == rates[0]:
-            rates.insert(0, rates[0] / FACTOR)
-        elif best == rates[-1]:
-            rates.append(rates[-1] * FACTOR)
-        else:
+        rates = wider
+    while confirmed and are_known(confirmed, plan.seeds):
+        chosen = best_for(plan.seeds, confirmed)
+        rates = _with_neighbours(rates, chosen, most)
+        if confirmed.issuperset(_around(rates, chosen)):
             break
+        confirmed.update(_around(rates, chosen))
     cases = [{"arm": arm.name, "lr": rate, "seed": first} for rate in rates]
-    if any((rate, first) not in scores for rate in rates):
-        return cases
-    confirmed = {*_around(rates, min(rates, key=lambda rate: scores[rate, first]))}
-    while all((rate, seed) in scores for rate in confirmed for seed in others):
-        best = min(sorted(confirmed), key=lambda rate: _mean(scores, rate, plan.seeds))
-        if confirmed.issuperset(_around(rates, best)):
-            break
-        confirmed.update(_around(rates, best))
     for seed in others:
         cases += [{"arm": arm.name, "lr": rate, "seed": seed} for rate in sorted(confirmed)]
     return cases
+
+
+def _with_neighbours(rates: list[float], best: float, most: int) -> list[float]:
+    """The rates, and one more where the best is at an edge, up to `most` of them."""
+    if len(rates) == most:
+        return rates
+    if best == rates[0]:
+        return [rates[0] / FACTOR, *rates]
+    if best == rates[-1]:
+        return [*rates, rates[-1] * FACTOR]
+    return rates
 
 
 def _around(rates: Sequence[float], best: float) -> Sequence[float]:

@@ -191,8 +191,9 @@ def rounding_loss(X: Array, types: tuple[str, ...]) -> Array:
 def half_step(M: Array, dtype: str) -> Array:
     """Half the distance from |M| to the next larger number of the dtype: all that rounding adds."""
     unit, tiny = ROUNDING[dtype]
-    _, exponents = np.frexp(M)  # |M| is in [2^(e-1), 2^e)
-    return np.asarray(np.maximum(np.ldexp(unit, exponents - 1), tiny))
+    _, exponents = np.frexp(M)  # |M| is in [2^(e-1), 2^e); of 0 it is 0, as of numbers near 1
+    steps = np.where(M == 0, tiny, np.ldexp(unit, exponents - 1))
+    return np.asarray(np.maximum(steps, tiny))
 
 
 def radius(

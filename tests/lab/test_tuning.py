@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,6 +71,18 @@ def test_tuned_follows_the_mean_of_the_seeds_to_further_neighbours():
     for seed in (1, 2):
         confirmed = {row["lr"] for row in rows if row["seed"] == seed}
         assert {best / FACTOR, best, best * FACTOR} <= confirmed
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_tuned_extends_the_grid_where_the_mean_of_the_seeds_has_its_best_rate_at_an_edge(sign):
+    """The first seed is best in the middle of the grid, the others are beyond its edge."""
+
+    def loss(rate, seed):
+        return abs(math.log2(rate) - (1 if seed == 0 else 1 + 4 * sign))
+
+    rows = measured(loss)
+    assert not is_at_edge(rows, "arm")
+    assert best_rate(rows, "arm") not in ARM.rates
 
 
 def test_tuned_takes_a_fit_that_diverged_for_the_worst():
