@@ -137,7 +137,7 @@ def test_notebook_of_the_lesson_runs_and_shows_pictures_and_verdicts(execute, tm
     pictures = [output for output in _outputs(book) if "image/png" in output.get("data", {})]
     assert len(pictures) >= 9
     assert "rank: in part\n" in shown  # measured
-    assert "  share of the gain 0.50 +- 0.12 (claimed: at least 0.95): does not hold here" in shown
+    assert "  share of the gain: 0.50 +- 0.12, claimed at least 0.95: does not hold here" in shown
     assert f"layers: {layers['verdict']}\n" in shown  # published
     assert "run `minilora lab qlora`" in shown  # neither
     assert "\nrank           in part " in shown  # the table at the end

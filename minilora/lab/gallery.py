@@ -25,7 +25,7 @@ from .experiments import EXPERIMENTS
 from .plots import why_unavailable
 from .running import draw_results
 from .store import Store
-from .verdicts import describe_part
+from .verdicts import describe_number
 
 PAGE = "README.md"
 COPIES = "lab"
@@ -232,6 +232,9 @@ def _section(name: str, content: JsonObject, picture: str, seconds: float) -> li
         f"Control: {content['control']}.",
         "",
     ]
-    lines += [f"- {describe_part(part)}" for part in content["parts"]]
+    lines += ["| measured | number | claimed | verdict |", "|---|---|---|---|"]
+    for part in content["parts"]:
+        cells = part["what"], describe_number(part), part["claimed"], part["verdict"]
+        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
     lines += ["", f"`minilora lab {name}`: {seconds:.0f} seconds of all cases together."]
     return lines

@@ -94,16 +94,16 @@ def decide(*parts: Part, note: str = "") -> Verdict:
 
 def describe_part(part: Part) -> str:
     """The part in one line: what, its number with the interval, what was claimed, the verdict."""
-    text = part["what"]
-    if part["mean"] is not None:
-        text += f" {describe_number(part['mean'], part['half_width'])}"
-    if part["claimed"]:
-        text += f" (claimed: {part['claimed']})"
-    return f"{text}: {part['verdict']}"
+    claimed = part["claimed"] and f"claimed {part['claimed']}"
+    numbers = ", ".join(filter(None, [describe_number(part), claimed]))
+    return ": ".join(filter(None, [part["what"], numbers, part["verdict"]]))
 
 
-def describe_number(mean: float, half_width: float | None) -> str:
-    """A number of four digits, or one with its interval, to the second digit of the half-width."""
+def describe_number(part: Part) -> str:
+    """Its mean in four digits, or with its interval to the second digit of the half-width."""
+    mean, half_width = part["mean"], part["half_width"]
+    if mean is None:
+        return ""
     if not half_width:
         return f"{mean:.4g}"
     decimals = 1 - math.floor(math.log10(half_width))

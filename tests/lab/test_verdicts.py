@@ -85,7 +85,7 @@ def test_decide_joins_the_parts(states, expected):
 
 def test_describe_part_has_number_interval_claim_and_verdict():
     part = judge("gain", [0.5, 0.6, 0.7], at_least=0.95)
-    assert describe_part(part) == "gain 0.60 +- 0.25 (claimed: at least 0.95): does not hold here"
+    assert describe_part(part) == "gain: 0.60 +- 0.25, claimed at least 0.95: does not hold here"
     assert describe_part(fact("the bits are equal", True)) == "the bits are equal: holds"
 
 
@@ -101,4 +101,4 @@ def test_describe_part_has_number_interval_claim_and_verdict():
     ],
 )
 def test_describe_number_ends_at_the_second_digit_of_the_half_width(mean, half_width, text):
-    assert describe_number(mean, half_width) == text
+    assert describe_number({"mean": mean, "half_width": half_width}) == text
