@@ -187,6 +187,9 @@ def test_loftq_verdict_compares_before_and_after_training(before, after, expecte
     verdict = loftq.verdict(rows)
     assert verdicts_of(verdict) == expected
     assert "+0.020 bits above" in verdict["note"]
+    zero, start = loftq.panels(rows)[0]["series"]
+    assert zero["y"] == pytest.approx([0.0, 0.02])
+    assert start["y"] == pytest.approx([before - 3.0, after - 1.98])
 
 
 @pytest.mark.parametrize(

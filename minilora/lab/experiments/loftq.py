@@ -50,20 +50,20 @@ def verdict(rows: Sequence[Row]) -> Verdict:
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
-    names = [ZERO, LOFTQ]
-    before = bar("before training", [mean(at_best(rows, name, "before")) for name in names])
-    results = [interval(at_best(rows, name)) for name in names]
-    after = bar("after it", [m for m, _ in results], spread=[half for _, half in results])
-    levels = {
-        "float32, before": mean(at_best(rows, DENSE, "before")),
-        "float32, after": mean(at_best(rows, DENSE)),
-    }
+    content = []
+    for name in (ZERO, LOFTQ):
+        results = []
+        for field in ("before", "report"):
+            above = differences(at_best(rows, name, field), at_best(rows, DENSE, field))
+            results.append(interval(above))
+        spread = [half for _, half in results]
+        content.append(bar(name, [middle for middle, _ in results], spread=spread))
     curves = []
     for arm in ARMS:
         rates, losses = curve(rows, arm.name)
         curves.append(series(arm.name, rates, losses, control=arm.name == DENSE))
-    others = {"levels": levels, "zoom": True}
+    labels, y = ["before training", "after it"], "bits per byte above float32"
     return [
-        bars("LoRA over a base in NF4", "bits per byte", names, [before, after], **others),
+        bars("At best rates", y, labels, content, levels={"float32": 0.0}),
         lines("Every rate", "learning rate", "bits per byte", curves, log="x"),
     ]
