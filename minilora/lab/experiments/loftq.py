@@ -13,7 +13,7 @@ from ..verdicts import Verdict, decide, interval, judge
 CLAIM = "LoftQ's start makes up for the codes' error, and LoRA over NF4 ends lower for it"
 SOURCE = "Li et al. 2023 (not checked)"
 CONTROL = "LoRA over the float32 base, which has no error to make up for"
-SECONDS = 60
+SECONDS = 50
 BASES = ("micro",)
 
 R = 8

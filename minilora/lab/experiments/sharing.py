@@ -15,7 +15,7 @@ from .interference import MIXED, TASKS
 CLAIM = "An adapter for all tasks and one for each, added up, learn more than either form alone"
 SOURCE = "Yang et al. 2024, abstract (checked): in one adapter for all tasks these interfere"
 CONTROL = "training of all weights, once for all tasks"
-SECONDS = 300
+SECONDS = 160
 BASES = ("micro",)
 
 EACH, SHARED, BOTH, FULL = "one each, r = 4", "shared, r = 16", "both, r = 4 + 3", "all weights"
