@@ -210,7 +210,7 @@ def test_sharing_verdict_compares_both_with_each_form(shared, both, expected):
         rows += tuned_rows(way, loss, tasks=tasks, trained=16)
     verdict = sharing.verdict(rows)
     assert verdicts_of(verdict) == expected
-    assert f"wins {both - 1.8:+.3f} bits" in verdict["note"]
+    assert f"ends {1.8 - both:+.3f} bits" in verdict["note"]
     whole, each = sharing.panels(rows)
     assert whole["series"][0]["y"] == pytest.approx([2.001, shared, both])
     assert each["series"][0]["y"] == pytest.approx([1.701, 1.901, 2.101, 2.301])

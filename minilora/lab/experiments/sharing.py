@@ -68,8 +68,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     for way in (EACH, SHARED):
         won = differences(means(rows, way), means(rows, BOTH))
         parts.append(judge(f"bits that both win over {way}", won, at_least=BETTER))
-    lost = mean(differences(means(rows, BOTH), means(rows, FULL)))
-    return decide(*parts, note=f"Training all weights wins {lost:+.3f} bits over both.")
+    above = mean(differences(means(rows, FULL), means(rows, BOTH)))
+    return decide(*parts, note=f"Training all weights ends {above:+.3f} bits above both.")
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
