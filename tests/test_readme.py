@@ -1,9 +1,10 @@
-"""What README.md and CONTRIBUTING.md say must be true: the snippet, the tree, the commands."""
+"""What the pages say must be true: README's snippet, CONTRIBUTING's tree, commands, links."""
 
 import contextlib
 import io
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,16 +12,40 @@ import numpy as np
 import pytest
 import test_layout as layout
 
+from minilora.cli import COMMANDS, build_parser
+from minilora.cli.options import hyphenate
 from minilora.lab import protocol
 
 ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / name
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "benchmarks/README.md",
+        "examples/README.md",
+        "examples/commands.md",
+        "examples/files.md",
+    )
+]
+MOST_WORDS = 1550  # of the first page, with its program and its tables
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACKAGE = ROOT / "minilora"
 
 
-def blocks(language: str) -> list[str]:
-    fences = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, page: str = README) -> list[str]:
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     return [text for name, text in fences if name == language]
+
+
+def command_lines() -> list[str]:
+    """What follows `minilora` in each line of the pages that shows a command."""
+    lines = []
+    for page in PAGES:
+        for block in blocks("", page.read_text(encoding="utf-8")):
+            shown = re.findall(r"^(?:mpiexec .* -m )?minilora (\w.*)$", block, re.MULTILINE)
+            lines += [line for line in shown if "..." not in line]
+    return lines
 
 
 def test_the_snippet_prints_what_the_page_says():
@@ -37,6 +62,36 @@ def test_the_two_commands_are_the_first_install_lines():
     assert len(lines) == 2
     assert lines[0].endswith("&& python -m minilora demo")
     assert lines[1].endswith("&& python -m pytest -n auto --dist loadfile")
+
+
+def test_first_page_is_short():
+    words = [word for word in README.split() if set(word) - set("|-")]
+    assert len(words) <= MOST_WORDS
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_a_command_on_a_page_has_known_options(line):
+    argv = hyphenate(shlex.split(line, comments=True))
+    _, unknown = build_parser(argv).parse_known_args(argv)
+    assert not unknown
+
+
+def test_every_command_is_on_the_first_page_and_has_an_example():
+    names = {command.run.__name__ for command in COMMANDS}
+    table = README.split("## Commands")[1].split("\n## ")[0]
+    first = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(first))) == names
+    shown = {line.split()[0] for line in command_lines()}
+    assert names - shown <= {"demo", "devices"}  # one is the first command of all
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_of_a_page_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    places = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+    missing = [p for p in places if "://" not in p and not (page.parent / p).exists()]
+    assert places
+    assert not missing
 
 
 def test_reading_path_has_the_promised_minutes_and_counts_every_line():
@@ -107,14 +162,19 @@ def test_an_example_runs(name, capsys, monkeypatch, tmp_path):
         assert np.mean(values["others"]) < 0.5
 
 
-@pytest.mark.parametrize("name", ["04_qlora", "05_dora"])
-def test_an_example_of_an_experiment_runs_in_its_quick_form(name, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("name", "count"), [("04_qlora", 2), ("05_dora", 3), ("07_multitask", 5)])
+def test_an_example_of_an_experiment_runs_in_its_quick_form(
+    name, count, capsys, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(protocol, "BriefPlan", lambda: protocol.Plan(quick=True))
     values = runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     assert "bits per byte" in capsys.readouterr().out
-    rows = values["rows"]
-    assert len(rows) == (2 if name == "04_qlora" else 3)
+    assert len(values["rows"]) == count
+    if name == "07_multitask":  # what holds before training, too
+        assert values["error"] < 1e-5
+        assert values["reached"] == ["python"]
+        assert values["same"]
 
 
 def test_every_dependency_has_a_reason_on_the_page():

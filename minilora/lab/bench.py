@@ -25,7 +25,7 @@ from ..errors import NonFiniteError
 from ..formats import load_file, read_json, save_file, write_json
 from ..formats.disk import JsonObject
 from ..formats.folders import new_folder
-from ..lora import LoraLinear, PeftModel, get_peft_model
+from ..lora import LoraLinear, MultiTask, PeftModel, get_peft_model
 from ..lora.factors import Part
 from ..models.transformer import CausalLM
 from ..nn import Linear
@@ -136,7 +136,10 @@ class Bench:
     def prepare(self, arm: Arm, seed: int) -> Any:
         """The base with what the arm trains, before its first step."""
         model = self.base(arm.base)
-        if arm.quantize != "none":
+        codes = None  # that the start makes, because it depends on their error
+        if arm.fields.get("init_lora_weights") == "loftq":
+            codes = arm.quantize
+        elif arm.quantize != "none":
             quantize(model, arm.quantize)
         if arm.method == "linear":
             for p in model.parameters():
@@ -148,7 +151,8 @@ class Bench:
         config = adapter_config(arm.method, arm.quantize, arm.fields, self.settings(arm).steps)
         if config is None:
             return model
-        return get_peft_model(model, config, seed=seed, data=self.start_batches(arm, seed))
+        data = self.start_batches(arm, seed)
+        return get_peft_model(model, config, seed=seed, data=data, quantize=codes)
 
     def start_batches(self, arm: Arm, seed: int) -> list[Ids]:
         """Batches (B, T + 1) of the arm's text for starts that read data: eva and lora_ga."""
@@ -185,6 +189,25 @@ class Bench:
         save_file(place.with_suffix(".safetensors"), trained)
         write_json(place, result)  # the last: a fit that has this file is whole
         return result
+
+    def fit_tasks(self, model: MultiTask, arm: Arm, lr: float, seed: int) -> dict[str, list[float]]:
+        """Train a model of several tasks in batches with sequences of all of them; not stored.
+
+        Returns the bits per byte of both halves of each task's held-out text, in the model's order.
+        If training diverges, they are those of the last weights before it does.
+
+        arm   its base and settings; its task and method are not used
+        """
+        texts = {task: training_ids(task) for task in model.tasks}
+        settings = self.settings(arm, lr, seed)
+        least = max(settings.batch_size, len(texts))  # a quick plan's batches are smaller
+        _train(model, texts, dataclasses.replace(settings, batch_size=least))
+        measured: dict[str, list[float]] = {"tune": [], "report": []}
+        for task in model.tasks:
+            with model.task(task):
+                for part, bits in measured.items():
+                    bits.append(self.bits(model, part, task))
+        return measured
 
     def trained(self, arm: Arm, lr: float, seed: int) -> Any:
         """The model after a fit. Not of AdaLoRA, whose factors change their shapes."""

@@ -9,7 +9,7 @@ from minilora.lab import bench as bench_module
 from minilora.lab import protocol
 from minilora.lab.bench import Bench, interpolate, linear_names, shuffle_linear
 from minilora.lab.protocol import Arm, Plan, full, lora
-from minilora.lora import PeftModel
+from minilora.lora import LoraConfig, PeftModel, get_multitask_model
 
 ARMS = [
     lora(2),
@@ -17,6 +17,7 @@ ARMS = [
     full(method="full"),
     Arm("DoRA", "dora", {"r": 2, "target_modules": "all-linear"}),
     lora(2, quantize="nf4"),
+    lora(2, "loftq", quantize="nf4", fields={"init_lora_weights": "loftq"}),
     *(lora(2, start, fields={"init_lora_weights": start}) for start in ("pissa", "eva", "lora_ga")),
     Arm("P", "intrinsic", {"theta_d_length": 100, "target_modules": "all-linear"}),
 ]
@@ -140,6 +141,29 @@ def test_prepare_gives_every_seed_a_start_of_its_own(bench):
         starts.append([p.numpy() for n, p in model.named_parameters() if "lora_A" in n])
     assert all((a == b).all() for a, b in zip(starts[0], starts[1], strict=True))
     assert all((a != b).any() for a, b in zip(starts[0], starts[2], strict=True))
+
+
+def test_prepare_with_loftq_begins_nearer_to_the_base_than_its_codes_are(bench):
+    ids = bench.held_out("code")["report"][None, :48]
+    base = bench.base("micro")(ids).numpy()
+    coded, loftq = (bench.prepare(arm, 0).eval()(ids).numpy() for arm in ARMS[4:6])
+    assert 0 < np.abs(loftq - base).mean() < np.abs(coded - base).mean()
+
+
+def test_fit_tasks_trains_the_adapters_of_every_task(bench):
+    texts = ("json", "c", "python")  # one more than a quick plan has sequences in a batch
+    config = LoraConfig(r=2, target_modules="all-linear")
+    model = get_multitask_model(bench.base("micro"), dict.fromkeys(texts, config), seed=0)
+    before = [bench.bits(bench.base("micro"), "report", task) for task in texts]
+    measured = bench.fit_tasks(model, lora(2), 4e-3, 0)
+    assert list(measured) == ["tune", "report"]
+    assert all(np.array(measured["report"]) < before)
+    moved = {
+        n.split(".")[-2] for n, p in model.named_parameters() if "lora_B" in n and p.numpy().any()
+    }
+    assert moved == set(texts)
+    with model.task("c"):
+        assert bench.bits(model, "tune", "c") == measured["tune"][1]
 
 
 def test_interpolate_ends_at_both_ends():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minilora.lab import experiments as folder
-from minilora.lab.experiments import EXPERIMENTS, family, intrinsic, starts
+from minilora.lab.experiments import EXPERIMENTS, family, intrinsic, loftq, sharing, starts
 from minilora.lab.protocol import BASES
 from minilora.lab.running import summarize_rates
 from minilora.lab.verdicts import FAILS, HOLDS, PARTLY, cannot_tell
@@ -171,3 +171,47 @@ def test_family_verdict_says_which_methods_lead_by_the_margin():
     heat, dots = family.panels(rows)
     assert heat["values"][heat["rows"].index("HiRA")] == pytest.approx([0.05] * 3)
     assert dots["series"][1]["control"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (2.9, 1.99, [HOLDS, HOLDS]),
+        (2.9, 2.0, [HOLDS, FAILS]),
+        (3.1, 1.99, [FAILS, HOLDS]),
+    ],
+)
+def test_loftq_verdict_compares_before_and_after_training(before, after, expected):
+    rows = tuned_rows(loftq.DENSE, 1.98) + tuned_rows(loftq.ZERO, 2.0)
+    rows += [row | {"before": before} for row in tuned_rows(loftq.LOFTQ, after)]
+    verdict = loftq.verdict(rows)
+    assert verdicts_of(verdict) == expected
+    assert "+0.020 bits above" in verdict["note"]
+    zero, start = loftq.panels(rows)[0]["series"]
+    assert zero["y"] == pytest.approx([0.0, 0.02])
+    assert start["y"] == pytest.approx([before - 3.0, after - 1.98])
+
+
+@pytest.mark.parametrize(
+    ("shared", "both", "expected"),
+    [
+        (2.1, 1.9, [HOLDS, HOLDS]),
+        (1.9, 1.9, [HOLDS, FAILS]),
+        (2.1, 2.05, [FAILS, HOLDS]),
+    ],
+)
+def test_sharing_verdict_compares_both_with_each_form(shared, both, expected):
+    """One adapter for each task: 1.7, 1.9, 2.1 and 2.3 bits, and 2 in the mean."""
+    rows = []
+    for place, task in enumerate(sharing.TASKS):
+        rows += tuned_rows(task, 1.7 + 0.2 * place, trained=4)
+    for way, loss in ((sharing.SHARED, shared), (sharing.BOTH, both), (sharing.FULL, 1.8)):
+        tasks = [loss - 0.3, loss - 0.1, loss + 0.1, loss + 0.3]
+        rows += tuned_rows(way, loss, tasks=tasks, trained=16)
+    verdict = sharing.verdict(rows)
+    assert verdicts_of(verdict) == expected
+    assert f"ends {1.8 - both:+.3f} bits" in verdict["note"]
+    whole, each = sharing.panels(rows)
+    assert whole["series"][0]["y"] == pytest.approx([2.001, shared, both])
+    assert each["series"][0]["y"] == pytest.approx([1.701, 1.901, 2.101, 2.301])
+    assert each["series"][3]["control"]
