@@ -1,0 +1,77 @@
+"""The tree of a model's modules with the numbers of their parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ...display import equal_neighbours
+from ...formats.safetensors import SafetensorsFile
+from ...lora.layer import Wrapper
+from ...lora.maps.adapter import MapAdapter
+from .content import ModuleCount
+from .subject import Subject
+
+
+def draw_architecture(subject: Subject, title: str) -> ModuleCount:
+    """The modules of the model with the parameters that training changed, equal blocks as one."""
+    model = subject.adapted.get_base_model()
+    name = subject.name if subject.has_adapter else None
+    if name is None:
+        trained = {id(p) for p in model.parameters()}
+    else:
+        parameters = subject.adapted.adapter_parameters(name).values()
+        trained = {id(p) for p in parameters if not p.fixed}
+    tree = _count(model, type(model).__name__, name, trained)
+    return ModuleCount(title, tree.kind, tree.parameters, tree.trained, tree.note, tree.inside)
+
+
+def _count(module: Any, label: str, adapter: str | None, trained: set[int]) -> ModuleCount:
+    parameters = list(module.parameters())
+    total = sum(p.size for p in parameters)
+    changed = sum(p.size for p in parameters if id(p) in trained)
+    if isinstance(module, Wrapper):
+        entry = module.entries.get(adapter) if adapter else None
+        note = "" if entry is None else _describe(entry)
+        return ModuleCount(label, type(module.inner).__name__, total, changed, note)
+    inside = []
+    for names, _, child in equal_neighbours(module.named_children()):
+        size = "" if len(names) == 1 else f" ... {names[-1].rpartition('.')[2]}"
+        inside.append(_multiply(_count(child, names[0] + size, adapter, trained), len(names)))
+    return ModuleCount(label, type(module).__name__, total, changed, "", inside)
+
+
+def _multiply(one: ModuleCount, count: int) -> ModuleCount:
+    """The entry of `count` equal modules: the parameters of all, and inside those of one."""
+    if count == 1:
+        return one
+    note = f"{count} alike, {one.parameters:,} each"
+    total, trained = count * one.parameters, count * one.trained
+    return ModuleCount(one.name, one.kind, total, trained, note, one.inside)
+
+
+def _describe(entry: Any) -> str:
+    """An adapter of one layer in a few words."""
+    if isinstance(entry, MapAdapter):
+        return str(entry.map.config.title)
+    if hasattr(entry, "indices"):
+        return f"{len(entry.indices)} rows of it trained"
+    r = getattr(entry, "r", None)
+    if r is None:
+        return "trained as a copy"
+    title = type(entry).__name__.removesuffix("Adapter")
+    names = {"Lora": "LoRA", "Dora": "DoRA", "AdaLora": "AdaLoRA", "Hydra": "HydraLoRA"}
+    names |= {"Embedding": "LoRA", "DoraEmbedding": "DoRA", "Head": "LoRA, tied to the embedding"}
+    return f"{names.get(title, title)}, r = {r}"
+
+
+def draw_file(file: SafetensorsFile, title: str) -> ModuleCount:
+    """The tensors of an adapter's file, where its base is not at hand."""
+    inside = []
+    for key in file.keys():
+        shape = file.shape(key)
+        size = math.prod(shape)
+        form = " x ".join(map(str, shape))
+        inside.append(ModuleCount(key, f"tensor of {form}", size, size))
+    total = sum(one.parameters for one in inside)
+    return ModuleCount(title, "adapter alone", total, total, "the base is not at hand", inside)

@@ -1,0 +1,96 @@
+"""How a run went, from its logs: the losses of its batches, and of held-out texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...errors import ConfigError, FormatError
+from ...formats.disk import JsonObject
+from ...training.checkpoints import read_log
+from .content import Curve, Fact, Training
+from .measuring import UNIT, finite
+
+POINTS = 1000  # of a curve; more steps are averaged
+
+
+class History(NamedTuple):
+    """The lines of a run's logs: see training/checkpoints.py."""
+
+    steps: list[JsonObject]
+    evaluations: list[JsonObject]
+
+
+def read_history(run: Path) -> History:
+    """The logs of a run. ConfigError if it has none; FormatError for lines that are not a log's."""
+    if not (run / "log.jsonl").is_file():
+        raise ConfigError(f"{run.name} has no log.jsonl, in which a run notes its losses")
+    lines = []
+    for name in ("log.jsonl", "eval.jsonl"):
+        path = run / name
+        try:
+            lines.append(read_log(path) if path.is_file() else [])
+            for line in lines[-1]:
+                if int(line["step"]) < 0 or math.isinf(float(line["loss"])):
+                    continue
+        except (ValueError, KeyError, TypeError) as error:
+            raise FormatError(
+                f"{path}: a line is not one of a run's log ({error!r:.100})"
+            ) from None
+    return History(*lines)
+
+
+def draw_training(history: History) -> Training:
+    """The losses over the steps, in bits per byte if the evaluations say how long tokens are."""
+    ratio = _nats_per_bit(history.evaluations)
+    unit = UNIT if ratio else "nats per token"
+    steps = [int(line["step"]) for line in history.steps]
+    losses = [float(line["loss"]) / (ratio or 1.0) for line in history.steps]
+    curves = [Curve("training", *_average(steps, losses))]
+    field = "bits_per_byte" if ratio else "loss"
+    for name, key in (("held-out text", field), ("second text", f"also_{field}")):
+        lines = [line for line in history.evaluations if key in line]
+        if lines:
+            at = [int(line["step"]) for line in lines]
+            curves.append(Curve(name, at, [finite(float(line[key])) for line in lines]))
+    return Training(unit, curves)
+
+
+def _nats_per_bit(evaluations: Sequence[JsonObject]) -> float | None:
+    """Nats per token over bits per byte of the held-out text; None if no evaluation says it."""
+    for line in evaluations:
+        bits = float(line.get("bits_per_byte", 0))
+        if bits > 0 and math.isfinite(bits):
+            return float(line["loss"]) / bits
+    return None
+
+
+def _average(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], Any]:
+    """At most POINTS points: means of as many neighbours as that takes. None if not finite."""
+    size = max(1, math.ceil(len(steps) / POINTS))
+    places, means = [], []
+    for start in range(0, len(steps), size):
+        part = values[start : start + size]
+        places.append(steps[min(start + size, len(steps)) - 1])
+        means.append(finite(sum(part) / len(part)))
+    return places, means
+
+
+def list_results(history: History, saved: int | None = None) -> list[Fact]:
+    """The steps, and the losses before and after of the texts that the run evaluated.
+
+    saved   after how many steps the weights were that the run has saved; None: the last
+    """
+    facts = [Fact("Steps", f"{len(history.steps):,}")]
+    for name, key in (("Held-out", "bits_per_byte"), ("Second text's", "also_bits_per_byte")):
+        values = {
+            int(line["step"]): float(line[key]) for line in history.evaluations if key in line
+        }
+        if len(values) > 1:
+            before = next(iter(values.values()))
+            after = values.get(saved if saved is not None else -1, list(values.values())[-1])
+            text = f"{before:.4f} before, {after:.4f} after, {after - before:+.4f}"
+            facts.append(Fact(f"{name} {UNIT}", text))
+    return facts
