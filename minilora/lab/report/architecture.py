@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from ...display import equal_neighbours
@@ -16,28 +17,26 @@ from .subject import Subject
 def draw_architecture(subject: Subject, title: str) -> ModuleCount:
     """The modules of the model with the parameters that training changed, equal blocks as one."""
     model = subject.adapted.get_base_model()
-    name = subject.name if subject.has_adapter else None
-    if name is None:
-        trained = {id(p) for p in model.parameters()}
-    else:
+    names = subject.adapted.active_adapters if subject.has_adapter else []
+    trained = set() if names else {id(p) for p in model.parameters()}
+    for name in names:
         parameters = subject.adapted.adapter_parameters(name).values()
-        trained = {id(p) for p in parameters if not p.fixed}
-    tree = _count(model, type(model).__name__, name, trained)
-    return ModuleCount(title, tree.kind, tree.parameters, tree.trained, tree.note, tree.inside)
+        trained |= {id(p) for p in parameters if not p.fixed}
+    return _count(model, title, names, trained)
 
 
-def _count(module: Any, label: str, adapter: str | None, trained: set[int]) -> ModuleCount:
+def _count(module: Any, label: str, adapters: Sequence[str], trained: set[int]) -> ModuleCount:
     parameters = list(module.parameters())
     total = sum(p.size for p in parameters)
     changed = sum(p.size for p in parameters if id(p) in trained)
     if isinstance(module, Wrapper):
-        entry = module.entries.get(adapter) if adapter else None
-        note = "" if entry is None else _describe(entry)
+        entries = [module.entries[name] for name in adapters if name in module.entries]
+        note = "; ".join(map(_describe, entries))
         return ModuleCount(label, type(module.inner).__name__, total, changed, note)
     inside = []
     for names, _, child in equal_neighbours(module.named_children()):
         size = "" if len(names) == 1 else f" ... {names[-1].rpartition('.')[2]}"
-        inside.append(_multiply(_count(child, names[0] + size, adapter, trained), len(names)))
+        inside.append(_multiply(_count(child, names[0] + size, adapters, trained), len(names)))
     return ModuleCount(label, type(module).__name__, total, changed, "", inside)
 
 

@@ -76,7 +76,7 @@ class Sources:
     tokenizer   of the texts
     text, also  what was learned, and a second text: what the model knew before
     run         the folder of a run, which has its logs; None for an adapter by itself
-    saved       after how many steps of the run its weights were; None: the last
+    keeps_best  whether the run's weights are those with the lowest held-out loss, and not the last
     command     the words of the command that made the run
     settings    of the run, by name
     files       files and folders whose hashes are shown, by what they are for
@@ -91,7 +91,7 @@ class Sources:
     text: MeasuredText | None = None
     also: MeasuredText | None = None
     run: Path | None = None
-    saved: int | None = None
+    keeps_best: bool = False
     command: Sequence[str] = ()
     settings: Mapping[str, object] = dataclasses.field(default_factory=dict)
     files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
@@ -255,10 +255,11 @@ class _Gathering:
         return draw_rank_curve(self.subject, self._require_layers(), self.text, self.threads)
 
     def _text(self) -> ColouredText:
+        subject, text = self.subject, self.text
         tokenizer = self.sources.tokenizer
         if tokenizer is None:
-            raise ConfigError(self.sources.missing.get("data", "the tokenizer is not at hand"))
-        return colour_text(self.subject, tokenizer, self.text, self.tokens)
+            raise ConfigError("the tokenizer is not at hand")
+        return colour_text(subject, tokenizer, text, self.tokens)
 
     def _intruders(self) -> Intruders:
         counted = count_intruders(self._require_layers())
@@ -292,7 +293,7 @@ class _Gathering:
         if sources.base:
             facts.append(Fact("Base", sources.base))
         if self.history is not None:
-            facts += list_results(self.history, sources.saved)
+            facts += list_results(self.history, sources.keeps_best)
         if self.effects is not None:
             facts += self._describe_effects(self.effects, self.text)
         return facts

@@ -78,19 +78,19 @@ def _average(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], 
     return places, means
 
 
-def list_results(history: History, saved: int | None = None) -> list[Fact]:
+def list_results(history: History, keeps_best: bool = False) -> list[Fact]:
     """The steps, and the losses before and after of the texts that the run evaluated.
 
-    saved   after how many steps the weights were that the run has saved; None: the last
+    keeps_best   whether the run has saved the weights with the lowest held-out loss
     """
     facts = [Fact("Steps", f"{len(history.steps):,}")]
+    held_out = {int(line["step"]): float(line["loss"]) for line in history.evaluations}
     for name, key in (("Held-out", "bits_per_byte"), ("Second text's", "also_bits_per_byte")):
-        values = {
-            int(line["step"]): float(line[key]) for line in history.evaluations if key in line
-        }
+        lines = [line for line in history.evaluations if key in line]
+        values = {int(line["step"]): float(line[key]) for line in lines}
         if len(values) > 1:
-            before = next(iter(values.values()))
-            after = values.get(saved if saved is not None else -1, list(values.values())[-1])
-            text = f"{before:.4f} before, {after:.4f} after, {after - before:+.4f}"
+            saved = min(values, key=held_out.__getitem__) if keeps_best else max(values)
+            before, after = values[min(values)], values[saved]
+            text = f"{before:.4f} before, {after:.4f} after {saved:,} steps, {after - before:+.4f}"
             facts.append(Fact(f"{name} {UNIT}", text))
     return facts

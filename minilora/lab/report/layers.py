@@ -7,7 +7,7 @@ directions that the curve of ranks and the intruders need.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from .subject import Change, Subject, require_finite
 
 Array = np.ndarray
 TOP = 10  # left directions of W + dW that are compared with those of W
+RANKS = 8  # of a curve of ranks
 VALUES = 64  # singular values of a layer that a picture shows
 WORK = 1e11  # of all decompositions together: the sum of O I min(O, I), minutes on two cores
 RANK_MAP = (
@@ -41,7 +42,8 @@ class Factors(NamedTuple):
     Vt: Array
 
     def first(self, k: int) -> Factors:
-        return Factors(self.U[:, :k], self.values[:k], self.Vt[:k])
+        """The leading k, in arrays of their own: a view would keep the whole ones."""
+        return Factors(self.U[:, :k].copy(), self.values[:k].copy(), self.Vt[:k].copy())
 
 
 class Layer(NamedTuple):
@@ -50,7 +52,7 @@ class Layer(NamedTuple):
     relative   |dW| / |W|; None where W is zero
     values     the singular values of dW that rounding does not explain; None if not computed
     weight     the largest singular values of W; [] if not computed
-    update     dW's leading directions; None if not computed
+    update     as many of dW's leading directions as a curve of ranks needs; None if not computed
     likeness   (k,): how like a direction of W each of the first k of W + dW is; None as before
     leading    these k directions with their singular values
     is_linear  whether it is a linear layer, and not an embedding or a norm
@@ -73,20 +75,29 @@ def examine_layers(subject: Subject, work: float = WORK) -> dict[str, Layer]:
            values of W alone are computed, and nothing of a dW without factors
     """
     changes = subject.changes()
-    is_small = sum(_work_of(shape) for shape in subject.shapes().values()) <= work
+    shapes = [shape for shape in subject.shapes().values() if len(shape) == 2]
+    is_small = sum(float(math.prod(shape)) * min(shape) for shape in shapes) <= work
+    # All directions are those of the adapter itself, which the curve runs as it is.
+    most = choose_ranks(max(map(min, shapes), default=0))[-2:][0]
     layers = {}
     with one_blas_thread():
         for path in progress_bar(list(changes), desc="layers", unit=" layers", leave=False):
             change = require_finite(path, changes[path]())
-            layers[path] = _examine(path, change, is_small)
+            layers[path] = _examine(path, change, is_small, most)
     return layers
 
 
-def _work_of(shape: Sequence[int]) -> float:
-    return float(math.prod(shape)) * min(shape) if len(shape) == 2 else 0.0
+def choose_ranks(largest: int, count: int = RANKS) -> list[int]:
+    """At most `count` ranks from 0 to the largest, close together where they are small."""
+    if largest < count:
+        return list(range(largest + 1))
+    ranks = [0]
+    for rank in np.geomspace(1, largest, count - 1):
+        ranks.append(max(ranks[-1] + 1, round(float(rank))))
+    return ranks
 
 
-def _examine(path: str, change: Change, is_small: bool) -> Layer:
+def _examine(path: str, change: Change, is_small: bool, most: int) -> Layer:
     size = float(np.linalg.norm(change.W))
     is_matrix = change.W.ndim == 2
     update = _decompose_update(change, is_small)
@@ -103,6 +114,9 @@ def _examine(path: str, change: Change, is_small: bool) -> Layer:
     elif is_matrix:
         weight = leading_triplets(change.W, VALUES)[1][:VALUES].tolist()
     values = None if update is None else update.values
+    if update is not None and change.part is None:
+        first = update.first(most)
+        update = Factors(*(array.astype(np.float32) for array in first))
     relative = moved / size if size else None
     return Layer(path, relative, values, weight, update, nearest, leading, change.is_linear)
 

@@ -13,21 +13,9 @@ import numpy as np
 from ...errors import ConfigError
 from .altering import Altered, altered, require_alterable
 from .content import RankCurve
-from .layers import Layer
+from .layers import Layer, choose_ranks
 from .measuring import UNIT, MeasuredText, finite, measure_states
 from .subject import Subject
-
-RANKS = 8
-
-
-def choose_ranks(largest: int, count: int = RANKS) -> list[int]:
-    """At most `count` ranks from 0 to the largest, close together where they are small."""
-    if largest < count:
-        return list(range(largest + 1))
-    ranks = [0]
-    for rank in np.geomspace(1, largest, count - 1):
-        ranks.append(max(ranks[-1] + 1, round(float(rank))))
-    return ranks
 
 
 def draw_rank_curve(
