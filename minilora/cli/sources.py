@@ -187,7 +187,11 @@ class Reader:
             run=inputs.run,
             keeps_best=getattr(inputs.options, "keep", None) == "best",
             command=inputs.words,
-            settings={name: value for name, value in settings.items() if value is not None},
+            settings={
+                name: value
+                for name, value in settings.items()
+                if value is not None and name != "threads"  # which changes no bit
+            },
             files=self.files,
             missing=self.missing,
         )

@@ -125,7 +125,7 @@ def _decompose_update(change: Change, is_small: bool) -> Factors | None:
     """dW by its directions; None for a vector, and for a large dW without factors."""
     if change.part is not None:
         outputs, inputs, values = find_directions(change.part)
-        return Factors(outputs, values, inputs.T)
+        return Factors(outputs, values, inputs.T).first(len(values))
     assert change.dW is not None
     if change.dW.ndim != 2 or not is_small:
         return None

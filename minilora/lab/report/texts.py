@@ -11,6 +11,7 @@ import numpy as np
 from ...autograd import no_grad
 from ...data.batches import Batch, PackedRecords, evaluation_windows
 from ...data.tokenizer import Tokenizer
+from ...errors import NonFiniteError
 from ...functional import IGNORE
 from ...threads import one_blas_thread
 from .content import ColouredText, Guess, TokenChange
@@ -42,7 +43,7 @@ def colour_text(
 ) -> ColouredText:
     """The first tokens of a text, at most `most`, with their losses in nats in both models.
 
-    They are read in the windows in which the text is evaluated. ConfigError.
+    They are read in the windows in which the text is evaluated. ConfigError; NonFiniteError.
     """
     subject.require_comparable()
     ids, windows = _beginning(text, most)
@@ -103,8 +104,10 @@ def _predict(
 
 
 def _look_at(logits: Array, target: int) -> Prediction:
-    """logits (V,)"""
+    """logits (V,). NonFiniteError."""
     wide = logits.astype(np.float64)
+    if not np.isfinite(wide).all():
+        raise NonFiniteError("the model gives logits that are not finite: repair its weights")
     logarithms = wide - wide.max()
     logarithms -= math.log(np.exp(logarithms).sum())
     likeliest = np.argsort(-logarithms, kind="stable")[:GUESSES].tolist()
