@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..data.tokenizer import Tokenizer
 from ..errors import CheckpointError, ConfigError, DataError, MiniloraError, shorten
@@ -76,12 +76,19 @@ class Inputs:
 
 def inputs_of_adapter(given: Args) -> Inputs:
     """A base and an adapter that the user has given, and perhaps texts."""
-    places = [None if path is None else Place(path, True) for path in (given.data, given.also)]
-    base = Place(given.base, True)
-    limit = given.limit or WINDOWS
-    adapter = Path(given.adapter)
     return Inputs(
-        None, None, (), adapter, None, base, *places, given.context, limit, given.strict, {}
+        run=None,
+        options=None,
+        words=(),
+        adapter=Path(given.adapter),
+        trained=None,
+        base=Place(given.base, True),
+        data=None if given.data is None else Place(given.data, True),
+        also=None if given.also is None else Place(given.also, True),
+        context=given.context,
+        limit=given.limit or WINDOWS,
+        strict=given.strict,
+        missing={},
     )
 
 
@@ -103,10 +110,11 @@ def inputs_of_run(
         of_command = getattr(options, noted, None)
         if of_command is None and name == "base" and adapter is not None:
             of_command = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
-        is_named = isinstance(of_command, str) and of_command
-        places[name] = Place(of_command, False) if is_named else None
+        places[name] = None
         if path is not None:
             places[name] = Place(path, True)
+        elif isinstance(of_command, str) and of_command:
+            places[name] = Place(of_command, False)
     return Inputs(
         run=run,
         options=options,
@@ -225,7 +233,9 @@ class Reader:
             self.missing["model"] = "nothing names the base: give its folder with --base"
             return None
         size = base.config.vocab_size
-        start = {name: getattr(self.args, name, None) for name in ("initial", "base_is")}
+        start: dict[str, Any] = {
+            name: getattr(self.args, name, None) for name in ("initial", "base_is")
+        }
         adapted = PeftModel.from_pretrained(base, inputs.adapter, **start)
         require_finite(adapted, self.args.base)
         return Subject(adapted, resized=adapted.get_base_model().config.vocab_size != size)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import shlex
 import shutil
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import NAME, stand_in
 
-import minilora.lab.report
 from minilora.cli import main
 from minilora.lab.report.content import Report
 from minilora.lab.report.writing import MARK
@@ -50,30 +48,9 @@ def refused(line: str, code: int, *words: str) -> None:
     assert all(word in last for word in words), last
 
 
-class Pages:
-    """Stands in for the module that draws: it notes the reports, and writes them as JSON."""
-
-    def __init__(self) -> None:
-        self.reports: list[Report] = []
-        self.reason: str | None = None
-
-    def render(self, report: Report) -> str:
-        self.reports.append(report)
-        return json.dumps(dataclasses.asdict(report), allow_nan=False)
-
-    def why_unavailable(self) -> str | None:
-        return self.reason
-
-
 @pytest.fixture
 def pages(monkeypatch):
-    pages = Pages()
-    module: Any = types.ModuleType("minilora.lab.report.page")
-    module.render = pages.render
-    module.why_unavailable = pages.why_unavailable
-    monkeypatch.setitem(sys.modules, "minilora.lab.report.page", module)
-    monkeypatch.setattr(minilora.lab.report, "page", module, raising=False)
-    return pages
+    return stand_in(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +243,7 @@ def test_finetune_report_that_fails_leaves_the_run_as_it_is(world, monkeypatch):
     def fail(report: Report) -> str:
         raise RuntimeError("the pen is broken")
 
-    monkeypatch.setattr(minilora.lab.report.page, "render", fail)
+    monkeypatch.setattr(sys.modules[NAME], "render", fail)
     printed = ok(f"{FINETUNE} --out new --report")
     assert printed.splitlines()[-1] == "(no page: RuntimeError: the pen is broken)"
     assert Path("new/adapter_model.safetensors").is_file()

@@ -14,9 +14,9 @@ MARK = b"<!-- a report of minilora -->\n"  # the end of every file that is writt
 
 def why_unavailable() -> str | None:
     """Why no page can be written here; None if one can."""
-    from . import page
+    from .page import why_unavailable as why
 
-    return page.why_unavailable()
+    return why()
 
 
 def require_available() -> None:
@@ -54,9 +54,9 @@ def _is_report(path: Path) -> bool:
 
 def write_page(report: Report, path: Path) -> int:
     """Write the whole page, or leave the file as it was; returns the number of bytes."""
-    from . import page
+    from .page import render
 
-    data = page.render(report).encode("utf-8", "replace") + b"\n" + MARK
+    data = render(report).encode("utf-8", "replace") + b"\n" + MARK
     with atomic_file(path) as file:
         file.write(data)
     return len(data)
