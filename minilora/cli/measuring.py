@@ -21,7 +21,6 @@ from .reading import (
 )
 
 CONTEXT = 256  # tokens per window, unless the model has fewer
-WINDOWS = 32  # of each text that a report measures
 NEEDS_DATA = ("context", "limit", "strict", "threads", "directions")
 
 

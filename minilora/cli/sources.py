@@ -17,7 +17,7 @@ from ..errors import CheckpointError, ConfigError, DataError, MiniloraError, sho
 from ..formats import read_json
 from ..formats.adapter import CONFIG_FILE
 from ..lab.report.gathering import Sources
-from ..lab.report.measuring import MeasuredText
+from ..lab.report.measuring import MeasuredText, choose_windows
 from ..lab.report.subject import Subject
 from ..lora import PeftModel
 from ..lora.multitask import FILE as MULTITASK
@@ -25,7 +25,7 @@ from ..models.transformer import CausalLM
 from ..precision import FLOAT32
 from ..training.checkpoints import find_checkpoint
 from ..training.settings import Settings
-from .measuring import CONTEXT, WINDOWS
+from .measuring import CONTEXT
 from .options import Args, select_fields
 from .reading import (
     Tokens,
@@ -69,7 +69,7 @@ class Inputs:
     data: Place | None
     also: Place | None
     context: int | None
-    limit: int
+    limit: int | None
     strict: bool
     missing: dict[str, str]
 
@@ -86,7 +86,7 @@ def inputs_of_adapter(given: Args) -> Inputs:
         data=None if given.data is None else Place(given.data, True),
         also=None if given.also is None else Place(given.also, True),
         context=given.context,
-        limit=given.limit or WINDOWS,
+        limit=given.limit,
         strict=given.strict,
         missing={},
     )
@@ -123,7 +123,7 @@ def inputs_of_run(
         trained=trained,
         **places,
         context=getattr(given, "context", None) or getattr(options, "context", None),
-        limit=getattr(given, "limit", None) or WINDOWS,
+        limit=getattr(given, "limit", None),
         strict=bool(getattr(given, "strict", False) or getattr(options, "strict", False)),
         missing=missing,
     )
@@ -285,7 +285,7 @@ class Reader:
             if other is not None:
                 self.files["held-out text"] = Path(other)
         self.files["text"] = Path(place.path)
-        return self._measured(name, "--data", tokens, ratio, context)
+        return self._measured(subject, name, tokens, ratio)
 
     def _read_also(self, tokenizer: Tokenizer | None, subject: Subject) -> MeasuredText | None:
         place = self.inputs.also
@@ -294,14 +294,16 @@ class Reader:
         context = self._context(subject)
         tokens, ratio = read_tokens(place.path, tokenizer, context, self.inputs.strict)
         self.files["second text"] = Path(place.path)
-        return self._measured(Path(place.path).name, "--also", tokens, ratio, context)
+        return self._measured(subject, Path(place.path).name, tokens, ratio)
 
-    def _measured(
-        self, name: str, option: str, tokens: Tokens, ratio: float, context: int
-    ) -> MeasuredText:
+    def _measured(self, subject: Subject, name: str, tokens: Tokens, ratio: float) -> MeasuredText:
         if len(tokens) < 2:
-            raise DataError(f"{option}: {name} needs at least 2 tokens, has {len(tokens)}")
-        return MeasuredText(name, tokens, ratio, context, self.inputs.limit)
+            raise DataError(f"{name} needs at least 2 tokens to measure, has {len(tokens)}")
+        context = self._context(subject)
+        size = sum(p.size for p in subject.adapted.parameters())
+        layers = len(subject.wrappers) if subject.has_adapter else 0
+        limit = self.inputs.limit or choose_windows(size, layers, context)
+        return MeasuredText(name, tokens, ratio, context, limit)
 
     def _context(self, subject: Subject) -> int:
         config = subject.adapted.get_base_model().config

@@ -63,7 +63,6 @@ ADAPTER: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": "all-line
 ADALORA = {**ADAPTER, "lora_alpha": 256}
 ADALORA_LR = 1e-2
 HELD_OUT_BYTES = 20_000  # of the held-out text, measured while a run trains
-PAGE_WINDOWS = 32  # of each held-out text, for the page
 PROMPT = "def read("
 FORMULAS = {
     "lora": "dW = s B A",
@@ -356,11 +355,11 @@ def _sources_of_page(
     out: Path, plan: Plan, model: Any, held_out: Mapping[str, np.ndarray]
 ) -> Sources:
     from .report.gathering import Sources
-    from .report.measuring import MeasuredText
+    from .report.measuring import MOST_WINDOWS, MeasuredText
     from .report.subject import Subject
 
     context = plan.pretrain.context
-    limit = min(plan.windows, PAGE_WINDOWS)
+    limit = min(plan.windows, MOST_WINDOWS)
     texts = {
         name: MeasuredText(f"held-out {name}", ids, 1.0, context, limit)
         for name, ids in held_out.items()

@@ -22,6 +22,9 @@ from ...tools.windows import (
 
 Array = np.ndarray
 UNIT = "bits per byte"
+MOST_WINDOWS, LEAST_WINDOWS = 32, 4  # of each text, unless the user says how many
+WORK = 3e13  # multiplications and additions over which fewer windows are measured: minutes
+STATES = 32  # of a model with other ranks and scales, besides each layer out and alone
 
 
 class MeasuredText(NamedTuple):
@@ -46,6 +49,15 @@ class MeasuredText(NamedTuple):
     def bits(self, nats: float) -> float:
         """A loss, or a difference of losses, in bits per byte."""
         return nats / math.log(2) / self.bytes_per_token
+
+
+def choose_windows(parameters: int, layers: int, context: int) -> int:
+    """How many windows of a text are measured: fewer for a large model with many layers.
+
+    A layer out, and alone, take half a forward pass each: what is below the layer is known.
+    """
+    work = 2.0 * parameters * context * (layers + STATES)
+    return round(min(MOST_WINDOWS, max(LEAST_WINDOWS, WORK / work)))
 
 
 class Losses:

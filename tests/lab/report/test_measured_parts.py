@@ -16,6 +16,7 @@ from minilora.lab.report import intruders as module
 from minilora.lab.report.altering import Altered, altered
 from minilora.lab.report.intruders import choose_places, count_intruders, scale_intruders
 from minilora.lab.report.layers import choose_ranks, draw_map, examine_layers, place_of
+from minilora.lab.report.measuring import choose_windows
 from minilora.lab.report.ranks import draw_rank_curve
 from minilora.lab.report.subject import Subject
 from minilora.lora.embedding import LoraEmbedding
@@ -223,6 +224,12 @@ def test_altered_by_one_is_the_adapter_and_by_zero_the_base_to_the_bit(kind):
         raise ZeroDivisionError
     assert all(wrappers[path].entries["default"] is entry for path, entry in before.items())
     assert (model(ids).numpy() == whole).all()
+
+
+def test_choose_windows_takes_fewer_of_a_large_model():
+    assert choose_windows(123_200, 14, 48) == 32
+    assert choose_windows(124_439_808, 48, 256) == 6
+    assert choose_windows(7 * 10**9, 224, 256) == 4
 
 
 # ---- maps ----------------------------------------------------------------------------------------
