@@ -45,9 +45,7 @@ def add_report_options(parser: Parser) -> None:
     option(parser, "--out FILE", text)
     text = f"tokens per window, at least 1 (default: as in the run, or up to {CONTEXT})"
     option(parser, "--context T", text)
-    text = (
-        "most windows to measure, spread over each text, at least 1 (default: by the model's size)"
-    )
+    text = "most windows to measure of each text, at least 1 (default: by the model's size)"
     option(parser, "--limit N", text, type=positive_integer)
     option(parser, "--threads K", "threads, each for a window, at least 1 (default: one per core)")
     add_strict(parser)

@@ -184,6 +184,7 @@ class Reader:
                 also = self._read_also(tokenizer, subject)
         place = inputs.run or inputs.adapter
         settings = {} if inputs.options is None else select_fields(inputs.options, Settings)
+        settings.pop("threads", None)  # which changes no bit
         return Sources(
             title="minilora" if place is None else place.resolve().name,
             subject=subject,
@@ -195,11 +196,7 @@ class Reader:
             run=inputs.run,
             keeps_best=getattr(inputs.options, "keep", None) == "best",
             command=inputs.words,
-            settings={
-                name: value
-                for name, value in settings.items()
-                if value is not None and name != "threads"  # which changes no bit
-            },
+            settings=settings,
             files=self.files,
             missing=self.missing,
         )

@@ -219,7 +219,7 @@ def demo(
         summary["pictures"] = _draw(
             out, plan, lambda: _spectra(adapted, originals), pretrained, fine_tuned, say
         )
-        _write_page(out, plan, adapted, held_out, threads, say)
+        _write_page(out, plan, adapted, held_out, seed, threads, say)
     write_json(out / "summary.json", summary)
     _list_files(out, say)
     return summary
@@ -330,6 +330,7 @@ def _write_page(
     plan: Plan,
     model: Any,
     held_out: Mapping[str, np.ndarray],
+    seed: int,
     threads: int | None,
     say: Callable[[str], None],
 ) -> None:
@@ -342,7 +343,7 @@ def _write_page(
 
     try:
         writing.require_available()
-        report = gather(_sources_of_page(out, plan, model.to("cpu"), held_out), threads)
+        report = gather(_sources_of_page(out, plan, model.to("cpu"), held_out, seed), threads)
         writing.write_page(report, out / "report.html")
     except Exception as error:  # a full disk: the run is saved, whatever it is
         text = (
@@ -352,7 +353,7 @@ def _write_page(
 
 
 def _sources_of_page(
-    out: Path, plan: Plan, model: Any, held_out: Mapping[str, np.ndarray]
+    out: Path, plan: Plan, model: Any, held_out: Mapping[str, np.ndarray], seed: int
 ) -> Sources:
     from .report.gathering import Sources
     from .report.measuring import MOST_WINDOWS, MeasuredText
@@ -361,7 +362,7 @@ def _sources_of_page(
     context = plan.pretrain.context
     limit = min(plan.windows, MOST_WINDOWS)
     texts = {
-        name: MeasuredText(f"held-out {name}", ids, 1.0, context, limit)
+        name: MeasuredText(f"held-out {name}", ids[:HELD_OUT_BYTES], 1.0, context, limit)
         for name, ids in held_out.items()
     }
     run = out / ("adapter" if plan.adapter else "adapted")
@@ -374,7 +375,7 @@ def _sources_of_page(
         text=texts["code"],
         also=texts["prose"],
         run=run,
-        settings={"quantize": plan.quantize, **vars(plan.adapt)},
+        settings={"quantize": plan.quantize, **vars(plan.adapt), "seed": seed},
         files={"base": out / "base", "adapter": run},
     )
 

@@ -96,9 +96,10 @@ def test_report_of_a_run_has_every_part(world):
     assert summary["Steps"] == "4"
     for name, key in (("Held-out", "bits_per_byte"), ("Second text's", "also_bits_per_byte")):
         first, last = evaluations[0][key], evaluations[-1][key]
-        assert f"{first:.4f} before, {last:.4f} after" in summary[f"{name} bits per byte"]
-    held_out = f"{evaluations[0]['bits_per_byte']:.4f} before"
-    assert held_out in summary["bits per byte of the held-out part of book.txt"]
+        assert f"{first:.4f} -> {last:.4f} (" in summary[f"{name} bits per byte"]
+    assert "of the held-out part of book.txt" in summary["Measured for this page"]
+    first, last = (evaluations[place]["bits_per_byte"] for place in (0, -1))
+    assert f"{first:.4f} -> {last:.4f} (" in summary["Bits per byte there"]
     provenance = facts(report.provenance)
     assert provenance["command"].startswith("minilora finetune --base base --data book.txt")
     for what in ("base: model.safetensors", "adapter: adapter_model.safetensors"):
@@ -186,7 +187,7 @@ def test_report_of_a_base_and_an_adapter(world):
     ok(f"{GIVEN} --also record.jsonl --limit 1 --out x.html --quantize nf4")
     report = world.reports[-1]
     assert report.intruders.scalings[0].old
-    assert "1 windows" in facts(report.summary)["bits per byte of book.txt"]
+    assert facts(report.summary)["Measured for this page"] == "1 windows, 16 tokens of book.txt"
     ok("report --base base --adapter run --data record.jsonl --out x.html")
     assert any(one.adapted is not None for one in world.reports[-1].text.tokens)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,7 +41,7 @@ from .content import (
     Spectrum,
     Training,
 )
-from .history import History, draw_training, list_results, read_history
+from .history import History, draw_training, format_change, list_results, read_history
 from .intruders import count_intruders, scale_intruders
 from .layers import (
     RANK_MAP,
@@ -272,7 +271,8 @@ class _Gathering:
 
     def _provenance(self) -> list[Fact]:
         sources = self.sources
-        return list_provenance(sources.settings, sources.command, sources.files)
+        settings = {name: value for name, value in sources.settings.items() if value is not None}
+        return list_provenance(settings, sources.command, sources.files)
 
     def _architecture(self) -> ModuleCount:
         sources = self.sources
@@ -317,14 +317,10 @@ class _Gathering:
         return [*facts, Fact("Trained parameters", share)]
 
     def _describe_effects(self, effects: Effects, text: MeasuredText) -> list[Fact]:
-        base, adapter, gain = (
-            text.bits(one.mean) for one in (effects.base, effects.adapter, effects.gain)
-        )
-        error = text.bits(effects.gain.error)
-        margin = "" if math.isnan(error) else f" +- {error:.4f}"
-        amount = f"{effects.windows:,} windows, {effects.tokens:,} tokens"
-        value = f"{base:.4f} before, {adapter:.4f} after, {-gain:+.4f}{margin} ({amount})"
-        return [Fact(f"{UNIT} of {text.name}", value)]
+        before, after = text.bits(effects.base.mean), text.bits(effects.adapter.mean)
+        change = format_change(before, after, text.bits(effects.gain.error))
+        amount = f"{effects.windows:,} windows, {effects.tokens:,} tokens of {text.name}"
+        return [Fact("Measured for this page", amount), Fact(f"{UNIT.capitalize()} there", change)]
 
 
 def _describe_config(config: LoraConfig) -> list[Fact]:

@@ -81,6 +81,12 @@ def _average(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], 
     return places, means
 
 
+def format_change(before: float, after: float, error: float = math.nan) -> str:
+    """Both losses, their difference, and its standard error if there is one."""
+    margin = "" if math.isnan(error) else f" +- {error:.4f}"
+    return f"{before:.4f} -> {after:.4f} ({after - before:+.4f}{margin})"
+
+
 def list_results(history: History, keeps_best: bool = False) -> list[Fact]:
     """The steps, and the losses before and after of the texts that the run evaluated.
 
@@ -94,6 +100,8 @@ def list_results(history: History, keeps_best: bool = False) -> list[Fact]:
         if len(values) > 1:
             saved = min(values, key=held_out.__getitem__) if keeps_best else max(values)
             before, after = values[min(values)], values[saved]
-            text = f"{before:.4f} before, {after:.4f} after {saved:,} steps, {after - before:+.4f}"
-            facts.append(Fact(f"{name} {UNIT}", text))
+            facts.append(Fact(f"{name} {UNIT}", format_change(before, after)))
+            if saved != max(values):
+                where = Fact("Weights saved", f"after {saved:,} steps")
+                facts += [] if where in facts else [where]
     return facts

@@ -60,11 +60,13 @@ def test_list_results_are_those_of_the_saved_weights(tmp_path):
     history = read_history(write(tmp_path, steps, lines))
     last = {fact.name: fact.value for fact in list_results(history)}
     assert last["Steps"] == "8"
-    assert last["Held-out bits per byte"] == "4.0000 before, 2.0000 after 8 steps, -2.0000"
-    assert last["Second text's bits per byte"] == "2.0000 before, 3.0000 after 8 steps, +1.0000"
+    assert last["Held-out bits per byte"] == "4.0000 -> 2.0000 (-2.0000)"
+    assert last["Second text's bits per byte"] == "2.0000 -> 3.0000 (+1.0000)"
+    assert "Weights saved" not in last
     best = {fact.name: fact.value for fact in list_results(history, keeps_best=True)}
-    assert best["Held-out bits per byte"] == "4.0000 before, 1.5000 after 4 steps, -2.5000"
-    assert best["Second text's bits per byte"] == "2.0000 before, 2.2500 after 4 steps, +0.2500"
+    assert best["Held-out bits per byte"] == "4.0000 -> 1.5000 (-2.5000)"
+    assert best["Second text's bits per byte"] == "2.0000 -> 2.2500 (+0.2500)"
+    assert best["Weights saved"] == "after 4 steps"
 
 
 LINES = ["x", "[]", "{}", '{"step": "a", "loss": 1}', '{"step": 1}', '{"step": "inf", "loss": 1}']
