@@ -71,6 +71,8 @@ def _require_subject(args: Args) -> None:
         raise ConfigError("give either RUN, which has its adapter, or --base and --adapter")
     if args.directory is None and (args.base is None or args.adapter is None):
         raise ConfigError("give RUN, the folder of a run, or both --base DIR and --adapter DIR")
+    if args.directory is None and args.also is not None and args.data is None:
+        raise ConfigError("--also is measured beside --data: give both, or leave --also out")
     if args.directory is not None and not Path(args.directory).is_dir():
         raise ConfigError(f"RUN must be the folder of a run, got {args.directory!r:.200}")
     if args.adapter is not None and has_tasks(args.adapter, None):

@@ -178,8 +178,7 @@ class Reader:
             subject = self._read_subject()
         if subject is not None:
             with self._omitting("data", inputs.data):
-                tokenizer = self._read_tokenizer(subject)
-                text = self._read_text(tokenizer, subject)
+                tokenizer, text = self._read_text(subject)
             with self._omitting("also", inputs.also):
                 also = self._read_also(tokenizer, subject)
         place = inputs.run or inputs.adapter
@@ -261,13 +260,12 @@ class Reader:
         adapter = None if inputs.adapter is None else str(inputs.adapter)
         return read_tokenizer(str(folder), size, adapter)
 
-    def _read_text(self, tokenizer: Tokenizer, subject: Subject) -> MeasuredText | None:
-        """The given text, or what the run has held out of its own."""
+    def _read_text(self, subject: Subject) -> tuple[Tokenizer | None, MeasuredText | None]:
+        """(the tokenizer, the given text, or what the run has held out of its own)."""
         place, options = self.inputs.data, self.inputs.options
         if place is None:
-            if getattr(options, "tasks", None):
-                self.missing["data"] = "the run has a text for each of its tasks"
-            return None
+            return None, None
+        tokenizer = self._read_tokenizer(subject)
         context = self._context(subject)
         name = Path(place.path).name
         strict = self.inputs.strict
@@ -282,7 +280,7 @@ class Reader:
             if other is not None:
                 self.files["held-out text"] = Path(other)
         self.files["text"] = Path(place.path)
-        return self._measured(subject, name, tokens, ratio)
+        return tokenizer, self._measured(subject, name, tokens, ratio)
 
     def _read_also(self, tokenizer: Tokenizer | None, subject: Subject) -> MeasuredText | None:
         place = self.inputs.also

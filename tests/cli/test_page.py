@@ -187,7 +187,7 @@ def test_report_of_a_base_and_an_adapter(world):
     ok(f"{GIVEN} --also record.jsonl --limit 1 --out x.html --quantize nf4")
     report = world.reports[-1]
     assert report.intruders.scalings[0].old
-    assert facts(report.summary)["Measured for this page"] == "1 windows, 16 tokens of book.txt"
+    assert facts(report.summary)["Measured for this page"] == "1 window, 16 tokens of book.txt"
     ok("report --base base --adapter run --data record.jsonl --out x.html")
     assert any(one.adapted is not None for one in world.reports[-1].text.tokens)
 
@@ -196,6 +196,7 @@ def test_report_refuses_options_that_do_not_fit(world):
     refused("report", 2, "give RUN")
     refused("report --base base", 2, "--adapter DIR")
     refused("report run --adapter run", 2, "either RUN")
+    refused("report --base base --adapter run --also old.txt", 2, "--also", "--data")
     refused("report nowhere", 2, "RUN must be the folder of a run")
     refused("report book.txt", 2, "RUN must be the folder of a run")
     Path("empty").mkdir()

@@ -211,7 +211,8 @@ class _Gathering:
         model = self.subject.adapted
         self.effects = measure_effects(model, text.tokens, text.context, text.limit, self.threads)
         gain = text.bits(self.effects.gain.mean)
-        whole = f"The whole adapter lowers the loss of {text.name} by {gain:.4g} {UNIT}."
+        verb = "lowers" if gain >= 0 else "raises"
+        whole = f"The whole adapter {verb} the loss of {text.name} by {abs(gain):.4g} {UNIT}."
         out, alone = (
             {path: text.bits(one.mean) for path, one in effects.items() if path}
             for effects in (self.effects.out, self.effects.alone)
@@ -277,7 +278,7 @@ class _Gathering:
     def _architecture(self) -> ModuleCount:
         sources = self.sources
         if sources.subject is not None:
-            return draw_architecture(sources.subject, sources.base or "model")
+            return draw_architecture(sources.subject, Path(sources.base).name or "model")
         if sources.adapter is not None:
             with SafetensorsFile(sources.adapter / WEIGHTS_FILE) as file:
                 return draw_file(file, sources.adapter.name)
@@ -319,7 +320,8 @@ class _Gathering:
     def _describe_effects(self, effects: Effects, text: MeasuredText) -> list[Fact]:
         before, after = text.bits(effects.base.mean), text.bits(effects.adapter.mean)
         change = format_change(before, after, text.bits(effects.gain.error))
-        amount = f"{effects.windows:,} windows, {effects.tokens:,} tokens of {text.name}"
+        windows = "1 window" if effects.windows == 1 else f"{effects.windows:,} windows"
+        amount = f"{windows}, {effects.tokens:,} tokens of {text.name}"
         return [Fact("Measured for this page", amount), Fact(f"{UNIT.capitalize()} there", change)]
 
 

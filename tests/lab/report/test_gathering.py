@@ -88,6 +88,9 @@ def require_ends(report: Report, kind: str) -> None:
     assert whole.name == "all of dW"
     assert (whole.new[0], whole.new[-1]) == (curve.losses[0], curve.losses[-1])
     out = next(one for one in report.maps if one.title == "Loss without the layer")
+    verb = "lowers" if effects.gain.mean >= 0 else "raises"
+    amount = text.bits(abs(effects.gain.mean))
+    assert f"The whole adapter {verb} the loss of text by {amount:.4g} bits" in out.explanation
     shown = {value for row in out.values for value in row if value is not None}
     assert shown == {text.bits(one.mean) for path, one in effects.out.items() if path}
 
