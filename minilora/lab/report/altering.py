@@ -80,8 +80,8 @@ def _parameter(factor: Array, base: Any) -> Parameter:
 def altered(subject: Subject, entries: Mapping[str, Altered]) -> Iterator[None]:
     """A context in which these layers, by path, run `entries` in the place of their adapter."""
     name = subject.name
-    wrappers = {path: subject.wrappers[path] for path in entries}
-    before = {path: wrapper.entries[name] for path, wrapper in wrappers.items()}
+    wrappers = subject.wrappers
+    before = {path: wrappers[path].entries[name] for path in entries}
     try:
         for path, entry in entries.items():
             wrappers[path].entries[name] = entry

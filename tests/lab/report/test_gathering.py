@@ -31,7 +31,8 @@ OMITTED: dict[str, dict[str, str]] = {
 
 
 def report_of(kind: str, **fields: Any) -> Report:
-    given = {"tokenizer": ByteTokenizer(), "text": measured(), "also": measured(ALSO, "old")}
+    text, also = measured(limit=3), measured(ALSO, "old", limit=2)
+    given = {"tokenizer": ByteTokenizer(), "text": text, "also": also}
     sources = Sources("title", Subject(make_adapted(kind)), **{**given, **fields})
     return gather(sources, threads=1)
 
@@ -72,8 +73,9 @@ def test_gather_shows_every_method_or_says_why_not(kind):
 
 def require_ends(report: Report, kind: str) -> None:
     """The curve of ranks ends with the base and the adapter, to the bit, and so does lambda."""
-    text = measured()
-    effects = measure_effects(make_adapted(kind), text.tokens, text.context, threads=1)
+    text = measured(limit=3)
+    model = make_adapted(kind)
+    effects = measure_effects(model, text.tokens, text.context, text.limit, threads=1)
     curve = report.rank_curve
     assert curve is not None
     assert curve.ranks[0] == 0
