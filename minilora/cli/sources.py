@@ -34,7 +34,6 @@ from .reading import (
     read_tokens,
     read_training_text,
     require_context,
-    require_finite,
 )
 
 MODEL_CONFIG = "config.json"
@@ -221,7 +220,6 @@ class Reader:
         if inputs.trained is not None:
             self.files["model"] = inputs.trained
             model = CausalLM.from_pretrained(inputs.trained)
-            require_finite(model, str(inputs.trained))
             return Subject(model, base)
         assert inputs.adapter is not None
         self.files["adapter"] = inputs.adapter
@@ -233,7 +231,6 @@ class Reader:
             name: getattr(self.args, name, None) for name in ("initial", "base_is")
         }
         adapted = PeftModel.from_pretrained(base, inputs.adapter, **start)
-        require_finite(adapted, self.args.base)
         return Subject(adapted, resized=adapted.get_base_model().config.vocab_size != size)
 
     def _read_base(self) -> CausalLM | None:

@@ -318,6 +318,7 @@ def run_finetune(
         if reports:
             print_report(report)
         if writes and reports and args.report:
+            del prepared, model  # the page reads the model again, from its files
             write_page_of_run(out, args)
     return result, report.bytes_per_token, report.trained
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pages import NAME, stand_in
 
 from minilora.cli import main
+from minilora.formats import load_file, save_file
 from minilora.lab.report.content import Report
 from minilora.lab.report.writing import MARK
 
@@ -28,9 +31,13 @@ GIVEN = "report --base base --adapter run --data book.txt --context 16 --threads
 
 def run(line: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr)"""
+    return run_words(shlex.split(line))
+
+
+def run_words(words: list[str]) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(shlex.split(line))
+        code = main(words)
     return code, out.getvalue(), err.getvalue()
 
 
@@ -174,6 +181,31 @@ def test_report_of_full_training_and_of_tasks(world):
     assert world.reports[-1].rank_curve is not None
     ok("report base")
     assert "base is not at hand" in world.reports[-1].omitted["maps"]
+
+
+def test_report_of_damaged_weights_says_what_is_wrong(world):
+    weights = Path("run/adapter_model.safetensors")
+    tensors = load_file(weights)
+    save_file(weights, {key: a * np.float32(np.nan) for key, a in tensors.items()})
+    for line in ("report run", GIVEN):
+        ok(line)
+        omitted = world.reports[-1].omitted
+        assert all("not finite" in omitted[part] for part in ("maps", "spectra", "text"))
+    weights.write_bytes(weights.read_bytes()[:300])
+    ok("report run")
+    report = world.reports[-1]
+    assert "not a safetensors file" in report.omitted["architecture"]
+    assert report.training is not None
+    refused(GIVEN, 3, "not a safetensors file")
+
+
+def test_report_of_a_folder_with_an_odd_name(world):
+    name = os.fsdecode(b"\xff<b>&")
+    Path("run").rename(name)
+    code, out, err = run_words(["report", name])
+    assert code == 0, err
+    assert out.startswith(r"\udcff<b>&/report.html, ")
+    assert Path(name, "report.html").is_file()
 
 
 # ---- a base and an adapter -----------------------------------------------------------------------

@@ -279,9 +279,10 @@ class _Gathering:
         sources = self.sources
         if sources.subject is not None:
             return draw_architecture(sources.subject, Path(sources.base).name or "model")
-        if sources.adapter is not None:
-            with SafetensorsFile(sources.adapter / WEIGHTS_FILE) as file:
-                return draw_file(file, sources.adapter.name)
+        with self._noting("architecture"):
+            if sources.adapter is not None:
+                with SafetensorsFile(sources.adapter / WEIGHTS_FILE) as file:
+                    return draw_file(file, sources.adapter.name)
         return ModuleCount("model", "not at hand", 0, 0, sources.missing.get("model", ""))
 
     # ---- the summary -----------------------------------------------------------------------------
