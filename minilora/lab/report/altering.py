@@ -91,11 +91,19 @@ def altered(subject: Subject, entries: Mapping[str, Altered]) -> Iterator[None]:
             wrappers[path].entries[name] = adapter
 
 
+def find_whole(subject: Subject) -> list[str]:
+    """The paths of what trained as a copy, or by rows: it has no rank, and cannot be scaled."""
+    wrappers = subject.wrappers.items()
+    return [
+        path for path, one in wrappers if not isinstance(one.entries[subject.name], LoraAdapter)
+    ]
+
+
 def require_alterable(subject: Subject) -> None:
-    """ConfigError if a layer that the adapter changes has no adapter that could be scaled."""
-    for path, layer in subject.wrappers.items():
-        if not isinstance(layer.entries[subject.name], LoraAdapter):
-            raise ConfigError(
-                f"{path} was trained as a copy or by rows, beside dW of the other layers, and has "
-                "no rank or scale"
-            )
+    """ConfigError if something that trained has no adapter that could be scaled."""
+    whole = find_whole(subject)
+    if whole:
+        raise ConfigError(
+            f"{', '.join(whole):.150} trained as a copy or by rows, beside dW of the other layers: "
+            "it cannot be scaled with them"
+        )

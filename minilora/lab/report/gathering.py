@@ -29,6 +29,7 @@ from ...progress import progress_bar
 from ...tools.effects import Effects, measure_effects
 from ...tools.inspecting import inspect_adapter
 from ...training.methods import NAMES, method_of
+from .altering import find_whole
 from .architecture import draw_architecture, draw_file
 from .content import (
     ColouredText,
@@ -252,7 +253,14 @@ class _Gathering:
 
     def _rank_curve(self) -> RankCurve:
         self.subject.require_adapter()
-        return draw_rank_curve(self.subject, self._require_layers(), self.text, self.threads)
+        curve = draw_rank_curve(self.subject, self._require_layers(), self.text, self.threads)
+        whole = find_whole(self.subject)
+        if whole:
+            self.omitted["rank_curve"] = (
+                f"the ranks of {', '.join(whole):.150}, which trained as a copy or by rows: they "
+                "stay as trained at every rank above 0"
+            )
+        return curve
 
     def _text(self) -> ColouredText:
         subject, text = self.subject, self.text

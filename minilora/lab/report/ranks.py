@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import ConfigError
-from .altering import Altered, altered, require_alterable
+from .altering import Altered, altered, find_whole
 from .content import RankCurve
 from .layers import Layer, choose_ranks
 from .measuring import UNIT, MeasuredText, finite, measure_states
@@ -23,10 +23,14 @@ def draw_rank_curve(
 ) -> RankCurve:
     """The losses of a text with each layer's dW cut to few ranks. ConfigError; NonFiniteError.
 
-    At rank 0 the model is its base, and at the whole rank the adapter itself, to the bit.
+    At rank 0 the model is its base, and at the whole rank the adapter itself, to the bit. What
+    trained as a copy or by rows stays as it is at every other rank.
     """
     subject.require_adapter()
-    require_alterable(subject)
+    whole = find_whole(subject)
+    layers = {path: layer for path, layer in layers.items() if path not in whole}
+    if not layers:
+        raise ConfigError("only copies or rows of weights trained, which have no rank")
     for path, layer in layers.items():
         if layer.update is None:
             raise ConfigError(f"dW of {path} has no factors, and is too large to decompose")
