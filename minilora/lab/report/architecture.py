@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...display import equal_neighbours
-from ...formats.safetensors import SafetensorsFile
+from ...formats import SafetensorsFile
 from ...lora.layer import Wrapper
 from ...lora.maps.adapter import MapAdapter
 from .content import ModuleCount

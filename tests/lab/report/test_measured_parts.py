@@ -1,4 +1,4 @@
-"""The numbers of a report against computations of their own, over dense weights."""
+"""The numbers of a report against other computations of them, over dense weights."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def test_examine_layers_has_norms_and_ranks_of_dense_matrices(kind):
         np.testing.assert_allclose(layer.values, values[:count], rtol=1e-9, atol=1e-12)
         assert values[count:].max(initial=0) < 1e-12 * max(values[0], 1e-3)
         assert effective_rank(layer.values) == pytest.approx(effective_rank(values))
-        own = np.linalg.svd(change.W, compute_uv=False)
-        np.testing.assert_allclose(layer.weight, own[: len(layer.weight)])
+        before = np.linalg.svd(change.W, compute_uv=False)
+        np.testing.assert_allclose(layer.weight, before[: len(layer.weight)])
 
 
 def test_examine_layers_of_large_weights_decomposes_what_has_factors_alone():
@@ -117,14 +117,14 @@ def test_examine_layers_of_large_weights_decomposes_what_has_factors_alone():
 def test_examine_layers_keeps_little_in_memory(kind):
     """No array keeps a larger one alive, and all together are smaller than two of the weights."""
     subject = Subject(make_adapted(kind))
-    kept = 0
+    total = 0
     for layer in examine_layers(subject).values():
         for factors in (layer.update, layer.leading):
             for array in factors or ():
                 assert array.base is None
-                kept += array.nbytes
+                total += array.nbytes
     weights = sum(p.size for p in subject.adapted.parameters()) * 4
-    assert kept < 3 * weights  # of matrices with 16 columns the ten leading ones are most
+    assert total < 3 * weights  # of matrices with 16 columns the ten leading ones are most
 
 
 def test_choose_ranks_has_both_ends_and_rises():
@@ -169,9 +169,9 @@ def test_count_and_scale_intruders_agree_with_dense_decompositions(kind):
     after = {}
     for path, form in subject.changes().items():
         change = form()
-        own = np.linalg.svd(change.W, full_matrices=False)[0]
+        before = np.linalg.svd(change.W, full_matrices=False)[0]
         after[path] = np.linalg.svd(change.W + change.dense(), full_matrices=False)
-        cosines[path] = np.abs(own.T @ after[path][0][:, :10]).max(axis=0)
+        cosines[path] = np.abs(before.T @ after[path][0][:, :10]).max(axis=0)
     every = np.concatenate(list(cosines.values()))
     assert counted.examined == len(every)
     assert counted.counts == [int((every < limit).sum()) for limit in counted.limits]
