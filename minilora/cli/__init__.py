@@ -17,6 +17,8 @@ lab        lab: claims about LoRA measured
 reading    models and texts, as several commands read them
 preparing  what finetune trains, from its options
 replaying  replay: a run once more, with one thing changed
+page       report: one page about a run or an adapter
+sources    what such a page is made from
 continuing finetune --adapter: training goes on from an adapter
 fields     options for fields that only some methods have
 options    the parser, how a value is read, and options that several commands take
@@ -54,6 +56,7 @@ from . import (
     files,
     graphing,
     lab,
+    page,
     planning,
     replaying,
     sweep,
@@ -68,6 +71,7 @@ COMMANDS = (
     *planning.COMMANDS,
     *sweep.COMMANDS,
     *replaying.COMMANDS,
+    *page.COMMANDS,
     *using.COMMANDS,
     *files.COMMANDS,
     *graphing.COMMANDS,

@@ -278,7 +278,7 @@ def add_base(parser: Parser) -> None:
 
 
 def add_download(parser: Parser) -> None:
-    text = "fetch a model org/name that the Hugging Face hub's cache lacks (default: no network)"
+    text = "fetch a model org/name that the hub's cache lacks (default: no network)"
     option(parser, "--download", text)
 
 

@@ -48,11 +48,11 @@ def replay(args: Args) -> None:
     name, value = _read_change(args.changes)
     checkpoint = choose_checkpoint(run, args.step)
     read_steps(run, args.step)
-    twin_args = _parse_command(words, run, checkpoint, args.threads)
+    twin_args = parse_command(words, run, checkpoint, args.threads)
     changed_args = None
     if name:
         changing = [*words, f"--{name.replace('_', '-')}={value}"]
-        changed_args = _parse_command(changing, run, checkpoint, args.threads)
+        changed_args = parse_command(changing, run, checkpoint, args.threads)
         read_finetune_options(changed_args)  # a value that is out of range is refused here
     twin = prepare_finetune(twin_args)  # what is refused is refused before a folder is made
     with _new_folder(args.out) as out:
@@ -91,7 +91,7 @@ def _read_change(given: Sequence[str] | None) -> tuple[str, str]:
     return name, value
 
 
-def _parse_command(
+def parse_command(
     words: Sequence[str], run: Path, checkpoint: Path | None, threads: int | None
 ) -> Args:
     """The options of a run's command, to go on from its checkpoint."""

@@ -1,18 +1,20 @@
-"""What pretrain and finetune show at their end: a picture of the losses, and a table."""
+"""What pretrain and finetune show at their end: a picture of the losses, a table, and a page."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..display import print_table, printable
-from ..errors import shorten
+from ..errors import MiniloraError, shorten
 from ..formats.folders import LOCK
 from ..training.checkpoints import read_log
 
 UNIT = "nats per token"
+PAGE = "report.html"
 WINDOW = 10  # the last steps whose mean is the training loss at the end
 
 
@@ -64,6 +66,32 @@ def draw_pictures(report: Report, losses: bool = True, ranks: bool = False) -> N
     except Exception as error:  # a full disk, a font: the run is saved, whatever it is
         text = f"{type(error).__name__}: {error}"
         print(printable(f"(no picture: {shorten(text)})"))
+
+
+def write_page_of_run(out: Path, options: argparse.Namespace) -> None:
+    """Write report.html into the folder of a run of finetune that is done.
+
+    The command does not fail if the page cannot be written: one line says why.
+    """
+    from ..lab.report.gathering import gather
+    from ..lab.report.writing import require_available, require_replaceable, write_page
+    from .sources import Reader, inputs_of_run
+
+    args = argparse.Namespace(**vars(options))
+    args.initial = args.base_is = None  # of the adapter that training went on from
+    place = out / PAGE
+    try:
+        require_available()
+        require_replaceable(place)
+        inputs = inputs_of_run(out, options, options.parser.words, {})
+        size = write_page(gather(Reader(inputs, args).read(), options.threads), place)
+    except Exception as error:  # a full disk, a text that has changed: the run is saved
+        text = (
+            str(error) if isinstance(error, MiniloraError) else f"{type(error).__name__}: {error}"
+        )
+        print(printable(f"(no page: {shorten(text)})"))
+        return
+    print(printable(f"{place}, {size / 1e6:.1f} MB"))
 
 
 def print_report(report: Report) -> None:

@@ -58,7 +58,7 @@ from .reading import (
     require_bytes,
     require_context,
 )
-from .reporting import Report, draw_pictures, print_report
+from .reporting import PAGE, Report, draw_pictures, print_report, write_page_of_run
 
 MAX_PARAMETERS = 2**32  # 64 GiB to train; a larger shape is a typing error
 
@@ -204,6 +204,7 @@ def add_finetune_options(parser: Parser) -> None:
     add_folder_options(parser)
     text = "a second text, evaluated at each evaluation: what the adapter forgets of it"
     option(parser, "--also-evaluate FILE", text)
+    option(parser, "--report", f"write {PAGE}, a page about the adapter, at the end")
     add_tuning_options(parser)
     parser.set_defaults(method=None)  # to tell "lora" from an option that was not given
 
@@ -316,6 +317,9 @@ def run_finetune(
             draw_pictures(report, losses=reports, ranks=has_ranks)
         if reports:
             print_report(report)
+        if writes and reports and args.report:
+            del prepared, model  # the page reads the model again, from its files
+            write_page_of_run(out, args)
     return result, report.bytes_per_token, report.trained
 
 

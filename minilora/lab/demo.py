@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from ..autograd import no_grad
 from ..data.files import read_plain_text
 from ..data.texts import prose, python_sources, split, split_text
 from ..data.tokenizer import ByteTokenizer
-from ..errors import ConfigError
+from ..errors import ConfigError, MiniloraError, shorten
 from ..formats import write_json
 from ..formats.disk import JsonObject
 from ..lora import AdaLoraConfig, LoraConfig, LoraLinear, PeftModel, get_peft_model
@@ -40,6 +40,9 @@ from ..training.methods import (
     measure_weight_memory,
     method_of,
 )
+
+if TYPE_CHECKING:
+    from .report.gathering import Sources
 
 MODEL = TransformerConfig(
     vocab_size=256,
@@ -216,6 +219,7 @@ def demo(
         summary["pictures"] = _draw(
             out, plan, lambda: _spectra(adapted, originals), pretrained, fine_tuned, say
         )
+        _write_page(out, plan, adapted, held_out, seed, threads, say)
     write_json(out / "summary.json", summary)
     _list_files(out, say)
     return summary
@@ -321,6 +325,61 @@ def _draw(
     return ["loss.png", "delta_spectrum.png", "rank_allocation.png"]
 
 
+def _write_page(
+    out: Path,
+    plan: Plan,
+    model: Any,
+    held_out: Mapping[str, np.ndarray],
+    seed: int,
+    threads: int | None,
+    say: Callable[[str], None],
+) -> None:
+    """Write report.html, a page about the run on code; one line says why if that fails.
+
+    The model moves to the CPU.
+    """
+    from .report import writing
+    from .report.gathering import gather
+
+    try:
+        writing.require_available()
+        report = gather(_sources_of_page(out, plan, model.to("cpu"), held_out, seed), threads)
+        writing.write_page(report, out / "report.html")
+    except Exception as error:  # a full disk: the run is saved, whatever it is
+        text = (
+            str(error) if isinstance(error, MiniloraError) else f"{type(error).__name__}: {error}"
+        )
+        say(f"(no page: {shorten(text)})")
+
+
+def _sources_of_page(
+    out: Path, plan: Plan, model: Any, held_out: Mapping[str, np.ndarray], seed: int
+) -> Sources:
+    from .report.gathering import Sources
+    from .report.measuring import MOST_WINDOWS, MeasuredText
+    from .report.subject import Subject
+
+    context = plan.pretrain.context
+    limit = min(plan.windows, MOST_WINDOWS)
+    texts = {
+        name: MeasuredText(f"held-out {name}", ids[:HELD_OUT_BYTES], 1.0, context, limit)
+        for name, ids in held_out.items()
+    }
+    run = out / ("adapter" if plan.adapter else "adapted")
+    base = None if plan.adapter else CausalLM.from_pretrained(out / "base")
+    return Sources(
+        title=f"{NAMES[plan.method]} on code",
+        subject=Subject(model, base),
+        base="base",
+        tokenizer=ByteTokenizer(),
+        text=texts["code"],
+        also=texts["prose"],
+        run=run,
+        settings={"quantize": plan.quantize, **vars(plan.adapt), "seed": seed},
+        files={"base": out / "base", "adapter": run},
+    )
+
+
 def _in_bits(run: Result) -> tuple[list[float], list[tuple[int, float]]]:
     """A run's losses and its evaluations, (step, loss), in bits per byte."""
     evaluations = [(step, bits_per_byte(loss)) for step, loss in run.evaluations]
@@ -373,6 +432,7 @@ def _list_files(out: Path, say: Callable[[str], None]) -> None:
         "loss.png": "both runs",
         "delta_spectrum.png": "what training on code changed",
         "rank_allocation.png": "which layers kept their ranks",
+        "report.html": "a page about what training changed",
     }
     say("\nWritten")
     for name, content in contents.items():

@@ -99,13 +99,20 @@ def mean_overlaps(
     ]
 
 
+def likeness(before: Decomposition, after: Decomposition, top: int) -> Array:
+    """(top,): the largest |cosine| of each of the first left directions of `after` with `before`.
+
+    Fewer if `after` has fewer directions.
+    """
+    return np.asarray(np.abs(before.U.T @ after.U[:, :top]).max(axis=0))
+
+
 def find_intruders(W: Array, after: Decomposition, top: int, new: float) -> list[int]:
     """Which of the first `top` left directions of `after` are unlike every one of W.
 
     new   the largest |cosine| of an intruder with a direction of W is below it
     """
-    likeness = np.abs(decompose(W).U.T @ after.U[:, :top]).max(axis=0)
-    return np.flatnonzero(likeness < new).tolist()
+    return np.flatnonzero(likeness(decompose(W), after, top) < new).tolist()
 
 
 def rescale(parts: Decomposition, places: Sequence[int], share: float) -> Array:

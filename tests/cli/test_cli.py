@@ -28,6 +28,7 @@ import pytest
 from harness import snapshot
 from hypothesis import given
 from hypothesis import strategies as st
+from pages import stand_in
 
 import minilora.lab.demo
 import minilora.training.loop
@@ -54,7 +55,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 NAMES = "demo pretrain finetune generate evaluate merge inspect verify devices combine diff extract"
-COMMANDS = f"{NAMES} resize convert sweep graph audit compare replay plan".split()
+COMMANDS = f"{NAMES} resize convert sweep graph audit compare replay plan report".split()
 TINY = "--batch-size 2 --context 16 --threads 2"
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
 PRETRAIN = f"pretrain {TINY} {SHAPE}"
@@ -1008,6 +1009,7 @@ NEEDED = {  # so that some of them get past the parser
     "resize": "--adapter adapter --r 2 --out resized",
     "convert": "adapter --out converted",
     "graph": "--base base --block 0",
+    "report": "--base base --adapter adapter --out report.html",
     "plan": "--base base --data short.txt --batch-size 2 --context 8 --threads 1",
 }
 
@@ -1032,6 +1034,7 @@ def test_main_never_ends_in_a_traceback(playground, several):
         patch.chdir(playground)
         patch.setattr(minilora.lab.demo, "demo", lambda *arguments, **options: {})
         patch.setattr(minilora.training.loop, "train", train_nothing)
+        stand_in(patch)
         for argv in several:
             if argv:
                 argv = [argv[0], *NEEDED.get(argv[0], "").split(), *argv[1:]]

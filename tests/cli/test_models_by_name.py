@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import stand_in
 
 from minilora.cli import main
 
@@ -58,6 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    stand_in(monkeypatch)
     for path in made.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -76,6 +78,7 @@ LINES = {
     "inspect --data": "inspect adapter --base org/base --data book.txt",
     "diff": "diff org/base org/tuned",
     "graph": "graph --base org/base --block 0",
+    "report": "report --base org/base --adapter adapter --data book.txt --out new.html",
     "extract": "extract --base org/base --tuned org/tuned --r 2 --out new",
     "convert": "convert org/base --dtype float16 --out new",
     "verify": "verify --base org/base --adapter adapter",

@@ -38,6 +38,7 @@ LINES = {
     "compare": "compare adapter adapter --base base --data book.txt",
     "inspect": "inspect adapter --base base --data book.txt",
     "replay": "replay adapter --from 0",
+    "report": "report --base base --adapter adapter --data book.txt --out new.html",
     "lab": "lab counts --quick --out new",
     "combine": "combine --adapter adapter --how svd --out new",
     "extract": "extract --base base --tuned base --out new",

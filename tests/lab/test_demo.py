@@ -25,6 +25,7 @@ from minilora.training.loop import Settings, bits_per_byte, evaluate
 from minilora.training.methods import FACTORED, method_of
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+HAS_PAGE = all(importlib.util.find_spec(name) for name in ("jinja2", "plotly"))
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,8 @@ def test_demo_writes_all_that_it_promises(quick):
     out, summary, printed = quick
     pictures = ["loss.png", "delta_spectrum.png"] if HAS_MATPLOTLIB else []
     names = ["base", "adapter", "summary.json", *pictures]
+    names += ["report.html"] if HAS_PAGE else []
+    assert ("(no page: " in printed) != HAS_PAGE
     assert sorted(p.name for p in out.iterdir()) == sorted(names)
     assert [Path(p).name for p in summary["pictures"]] == pictures
     for name in pictures:
