@@ -16,6 +16,7 @@ from .content import ColouredText, Fact, Guess, ModuleCount, Report, TokenChange
 
 LONGEST = 500  # characters of any text
 LONGEST_TITLE = 120
+LONGEST_SUMMARY = 160
 LONGEST_TOKEN = 40
 LONGEST_LABEL = 32  # in a chart
 MOST_FACTS = 100
@@ -29,8 +30,8 @@ def clean(report: Report) -> Report:
     report = dataclasses.replace(
         report,
         title=_shorten(report.title, LONGEST_TITLE),
-        summary=_limit_facts(report.summary),
-        provenance=_limit_facts(report.provenance),
+        summary=_limit_facts(report.summary, LONGEST_SUMMARY),
+        provenance=_limit_facts(report.provenance, LONGEST),
         architecture=_limit_modules(report.architecture),
         text=report.text and _limit_text(report.text),
     )
@@ -38,9 +39,9 @@ def clean(report: Report) -> Report:
     return cleaned
 
 
-def label(text: str) -> str:
+def label(text: str, longest: int = LONGEST_LABEL) -> str:
     """A text for a chart: short, with the characters escaped that Plotly takes for markup."""
-    short = _shorten(printable(text), LONGEST_LABEL)
+    short = _shorten(printable(text), longest)
     return short.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -78,11 +79,11 @@ def _shorten(text: str, longest: int) -> str:
     return f"{text[: longest - end - 1]}\N{HORIZONTAL ELLIPSIS}{text[-end:]}"
 
 
-def _limit_facts(facts: list[Fact]) -> list[Fact]:
-    if len(facts) <= MOST_FACTS:
-        return facts
+def _limit_facts(facts: list[Fact], longest: int) -> list[Fact]:
+    """The first facts, with short values; those after them are counted."""
+    limited = [Fact(fact.name, _shorten(fact.value, longest)) for fact in facts[:MOST_FACTS]]
     rest = len(facts) - MOST_FACTS
-    return [*facts[:MOST_FACTS], Fact(f"and {rest:,} more", "")]
+    return limited if rest <= 0 else [*limited, Fact(f"and {rest:,} more", "")]
 
 
 def _limit_text(text: ColouredText) -> ColouredText:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
-from .cleaning import label
+from .cleaning import LONGEST_LABEL, label
 from .content import (
     Curve,
     Intruders,
@@ -108,7 +108,8 @@ def signed(value: float, digits: int = 3) -> str:
 
 def rounded(values: Iterable[Number], digits: int = 5) -> Row:
     """Numbers in few digits: they are for a chart, and the page should be small."""
-    return [float(f"{value:.{digits}g}") if is_known(value) else None for value in values]
+    short = [float(f"{value:.{digits}g}") if is_known(value) else None for value in values]
+    return [value if is_known(value) else None for value in short]  # the largest round to infinity
 
 
 def known(values: Iterable[Number]) -> list[float]:
@@ -147,9 +148,9 @@ def layout(x: dict[str, Any], y: dict[str, Any], **options: Any) -> dict[str, An
     return common | options
 
 
-def ticks(names: Sequence[str]) -> dict[str, Any]:
+def ticks(names: Sequence[str], longest: int = LONGEST_LABEL) -> dict[str, Any]:
     """An axis whose positions 0, 1, ... have names; equal names are different positions."""
-    texts = [label(name) for name in names]
+    texts = [label(name, longest) for name in names]
     return {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": texts}
 
 
@@ -330,6 +331,7 @@ def draw_map(table: LayerMap, index: int) -> Figure:
         "ygap": 2,
     } | _scale(lowest, largest)
     rows = len(table.blocks)
+    longest = max((len(label(kind, 20)) for kind in table.kinds), default=0)
     plain: dict[str, Any] = {"showgrid": False, "ticks": "", "showline": False}
     alt = f"Heat map of {table.title}: {len(table.kinds)} kinds of layers in {rows} blocks. "
     alt += _tell_extremes(table)
@@ -338,9 +340,9 @@ def draw_map(table: LayerMap, index: int) -> Figure:
         alt=alt,
         traces=[trace],
         layout=layout(
-            axis(side="top", tickangle=-40, **plain, **ticks(table.kinds)),
-            axis(autorange="reversed", **plain, **ticks(table.blocks)),
-            height=max(28 * rows, 40) + 96,
+            axis(side="top", tickangle=-90, **plain, **ticks(table.kinds, 20)),
+            axis(autorange="reversed", **plain, **ticks(table.blocks, 10)),
+            height=28 * max(rows, 1) + 7 * longest + 32,
         ),
         header=["block", *table.kinds],
         rows=[
@@ -355,7 +357,7 @@ def _common_exponent(largest: float) -> int:
     """0, or a multiple of 3: the power of ten that is taken out of all cells of a map."""
     if not largest or 0.01 <= largest < 10_000:
         return 0
-    return 3 * math.floor(math.log10(largest) / 3)
+    return max(3 * math.floor(math.log10(largest) / 3), -300)  # 10.0**-324 is 0
 
 
 def _decimals(values: list[float], largest: float, digits: int) -> int:
@@ -363,7 +365,7 @@ def _decimals(values: list[float], largest: float, digits: int) -> int:
     if all(value == round(value) for value in values):
         return 0
     before = math.floor(math.log10(largest)) + 1
-    return max(0, digits - before)
+    return min(max(0, digits - before), 8)
 
 
 def _cell(value: Number, exponent: int, decimals: int) -> str:
@@ -434,7 +436,7 @@ def draw_spectra(spectra: list[Spectrum]) -> Figure:
         traces=traces,
         layout=layout(
             axis("index", showgrid=False, rangemode="tozero", tickformat="d"),
-            axis("singular value", type="log", tickformat="~g", dtick=1),
+            axis("singular value", type="log", tickformat="~g"),
             hovermode="x unified",
         ),
         header=["layer", "singular values of dW", "the largest of W"],
