@@ -50,7 +50,8 @@
   for (const [name, figure] of Object.entries(data.figures)) chosen[name] = figure.start;
   drawAll();
   for (const control of document.querySelectorAll("[data-chart]")) {
-    control.addEventListener("input", () => choose(control));
+    const event = control.type === "range" ? "input" : "change";
+    control.addEventListener(event, () => choose(control));
   }
 
   // ---- light, dark, paper ----
