@@ -16,9 +16,10 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..plots import COOL, INK, PALE, QUIET, WARM
+from .charts import MINUS, Figure, show
 from .cleaning import clean
 from .content import Fact, Report
-from .figures import MINUS, Figure, draw_all, show
+from .figures import draw_all
 from .words import PARTS, Tokens, describe_tokens
 
 LIMIT = 5_500_000  # bytes of the page; Plotly's script has 4.8 million

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .charts import is_known, percent, show, signed
 from .content import ColouredText, Guess, TokenChange
-from .figures import is_known, percent, show, signed
 
 PARTS = {  # in the order of the page; the names are those of a Report's fields
     "summary": "Summary",
