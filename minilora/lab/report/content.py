@@ -100,6 +100,7 @@ class TokenChange:
     adapted: float | None
     base_guesses: list[Guess] = dataclasses.field(default_factory=list)
     adapted_guesses: list[Guess] = dataclasses.field(default_factory=list)
+    count: int = 1  # how many tokens it is: a character may be several, whose losses are added
 
 
 @dataclasses.dataclass(frozen=True)

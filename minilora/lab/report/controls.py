@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def draw_spectra(spectra: list[Spectrum]) -> Figure:
         traces=traces,
         layout=layout(
             axis("index", showgrid=False, rangemode="tozero", tickformat="d"),
-            axis("singular value", type="log", tickformat="~g"),
+            axis("singular value", type="log", tickformat="~g", dtick=_log_ticks(spectra)),
             hovermode="x unified",
         ),
         header=["layer", "singular values of dW", "the largest of W"],
@@ -71,6 +72,13 @@ def draw_spectra(spectra: list[Spectrum]) -> Figure:
         changed=[0, 1],
         choices=choices,
     )
+
+
+def _log_ticks(spectra: list[Spectrum]) -> str | int:
+    """Ticks at 1, 2 and 5 times powers of ten ("D2"), or at powers alone if these are many."""
+    values = [v for s in spectra for v in known([*s.update, *s.weight]) if v > 0]
+    decades = math.log10(max(values)) - math.log10(min(values)) if values else 0.0
+    return "D2" if decades <= 6 else 1
 
 
 def _indices(values: Sequence[Number]) -> list[int]:

@@ -74,12 +74,14 @@ def draw_losses(training: Training) -> Figure:
     widths = {f"each point of {c.name} is the mean of {n} steps" for c, n in thinned if n > 1}
     alt = "Line chart of losses over steps. " + " ".join([*told, *sorted(widths)])
     header = ["step", *(curve.name for curve, _ in thinned)]
+    last = max((step for curve, _ in thinned for step in curve.steps), default=0)
+    whole = {"dtick": 1} if last <= 10 else {}  # no ticks between steps
     return Figure(
         name="losses",
         alt=alt,
         traces=traces,
         layout=layout(
-            axis("step", showgrid=False), axis(label(training.unit)), hovermode="x unified"
+            axis("step", showgrid=False, **whole), axis(label(training.unit)), hovermode="x unified"
         ),
         header=header,
         rows=_join([curve for curve, _ in thinned]),

@@ -67,10 +67,15 @@ def describe_tokens(text: ColouredText) -> Tokens | None:
     tokens = [_describe(t, c, full) for t, c in zip(text.tokens, changes, strict=True)]
     falls = sum(token.way == "fall" for token in tokens)
     rises = sum(token.way == "rise" for token in tokens)
-    says = f"{len(tokens)} tokens: the loss falls at {falls} and rises at {rises}"
+    count = sum(token.count for token in text.tokens)
+    says = f"{count} tokens"
+    if count > len(tokens):
+        says += f", shown as {len(tokens)}, because some characters are several"
+    says += f": the loss falls at {falls} and rises at {rises}"
     if sizes:
-        mean = sum(change for change in changes if change is not None) / len(sizes)
-        says += f"; on average it changes by {signed(mean)} nats"
+        measured = sum(t.count for t, c in zip(text.tokens, changes, strict=True) if c is not None)
+        mean = sum(change for change in changes if change is not None) / measured
+        says += f"; on average it changes by {signed(mean)} nats per token"
     return Tokens(tokens, show(full, 2), f"{says}.")
 
 

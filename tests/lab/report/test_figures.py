@@ -189,6 +189,12 @@ def test_draw_spectra_leaves_zeros_out_of_the_chart_and_counts_them():
     assert second.says == "1 singular values of dW, all 0."
 
 
+@pytest.mark.parametrize(("smallest", "dtick"), [(1.0, "D2"), (1e-5, "D2"), (1e-9, 1)])
+def test_draw_spectra_has_ticks_that_fit_the_range(smallest, dtick):
+    figure = draw_spectra([Spectrum("a", [2.0, smallest], [9.0])])
+    assert figure.layout["yaxis"]["dtick"] == dtick
+
+
 def test_draw_rank_says_the_share_of_the_gain_and_of_the_energy():
     curve = RankCurve("bits", "t", [0, 2, 8], [3.0, 2.25, 2.0], [0.01, 0.002, None], [0, 0.5, 1])
     figure = draw_rank(curve)

@@ -326,6 +326,15 @@ def test_describe_tokens_colours_by_the_change_of_loss():
     assert describe_tokens(ColouredText("t", [])) is None
 
 
+def test_describe_tokens_counts_the_tokens_of_a_character():
+    text = ColouredText("t", [TokenChange("a", 2.0, 1.0), TokenChange("é", 3.0, 1.0, count=2)])
+    shown = describe_tokens(text)
+    assert shown.says == (
+        "3 tokens, shown as 2, because some characters are several: "
+        "the loss falls at 2 and rises at 0; on average it changes by −1 nats per token."
+    )
+
+
 # ---- optional packages ---------------------------------------------------------------------------
 
 
