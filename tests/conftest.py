@@ -78,6 +78,14 @@ def _why_no_mpi() -> str | None:
     return None if shutil.which("mpiexec") else "not installed: mpiexec"
 
 
+def _why_no_browser() -> str | None:
+    """What is missing to open a report's page in a browser, or None."""
+    names = ("selenium", "PIL", "jinja2", "plotly")
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    missing += [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    return f"not installed: {', '.join(missing)}" if missing else None
+
+
 @pytest.fixture
 def emulated() -> None:
     """Skips a test of what only the emulated device can show, such as exact counts."""
@@ -86,8 +94,13 @@ def emulated() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `oracle`, `gpu` or `mpi` if what they need is missing."""
-    reasons = (("oracle", _why_no_oracle), ("gpu", _why_no_gpu), ("mpi", _why_no_mpi))
+    """Skip the tests with the marks below if what they need is missing."""
+    reasons = (
+        ("oracle", _why_no_oracle),
+        ("gpu", _why_no_gpu),
+        ("mpi", _why_no_mpi),
+        ("browser", _why_no_browser),
+    )
     for mark, find_reason in reasons:
         marked = [item for item in items if item.get_closest_marker(mark)]
         reason = find_reason() if marked else None
