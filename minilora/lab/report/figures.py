@@ -61,7 +61,7 @@ def draw_losses(training: Training) -> Figure:
     traces = []
     for i, (curve, _) in enumerate(thinned):
         points = {"x": curve.steps, "name": label(curve.name)}
-        if i or len(curve.steps) < 40:
+        if i or len(curve.steps) < 80:  # the mean would be that of one step
             style = LINES[(i - 1) % len(LINES)] if i else {"line": {"color": "cool", "width": 2}}
             mode = "lines+markers" if len(curve.steps) <= 60 else "lines"
             traces.append(points | {"y": rounded(curve.values), "mode": mode} | style)
