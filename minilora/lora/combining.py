@@ -46,11 +46,11 @@ from .factors import (
     rounding_error,
     svd,
 )
-from .leading import distance, leading_triplets
 from .names import ENDS
 from .plan import Plan, check_wrapped, describe_model, plan_adapter
 from .pruning import PRUNED, Pruning, check_pruning, pruned_sum
 from .ranks import MAX_RANK
+from .singular import distance, leading_triplets
 
 Array = np.ndarray
 Row = dict[str, Any]

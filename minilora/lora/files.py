@@ -33,15 +33,6 @@ from .adalora import AdaLoraConfig
 from .config import NO_START, LoraConfig, name_of_changed_start
 from .factors import Dense, Part
 from .hydra import HydraConfig
-from .initial import (
-    check_choice,
-    find_initial,
-    is_left_by_start,
-    read_start,
-    resolve_start,
-    start_of,
-    without_start,
-)
 from .maps import Map, MapConfig
 from .maps.adapter import dense_part
 from .names import (
@@ -69,6 +60,15 @@ from .reading import (
     with_vocabulary,
 )
 from .repeats import Read, is_weight_of_base, keys_of_adapter, names_of_base
+from .starts.residual import (
+    check_choice,
+    find_initial,
+    is_left_by_start,
+    read_start,
+    resolve_start,
+    start_of,
+    without_start,
+)
 
 SAME_METHOD = "peft_type in adapter_config.json must be that of the tensors"
 DECODER_PREFIXES = tuple(f"{decoder}." for decoder in DECODERS)
@@ -112,7 +112,7 @@ class AdapterFile:
         to_train: bool = False,
         is_initial: bool = False,
     ) -> None:
-        """An adapter whose start changed the base is read as plain LoRA: see initial.py.
+        """An adapter whose start changed the base is read as plain LoRA: see starts/residual.py.
 
         check       False leaves it to `fit` to find what is unknown, missing or of another shape
         initial     the folder of the adapter as saved before training; by default the folder

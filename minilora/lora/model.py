@@ -20,7 +20,6 @@ from ..modules import LoadedState, load_parameters
 from ..nn import replace_module
 from ..quant.linear import QuantizedLinear
 from .adapted import AdaptedModel
-from .beginning import read_starts
 from .combining import add_weighted_adapter
 from .config import LoraConfig
 from .files import AdapterFile, fit
@@ -28,6 +27,7 @@ from .layer import Wrapper
 from .maps import MapConfig
 from .plan import check_wrapped, describe_model, modules_inside
 from .repeats import repeated
+from .starts.layers import read_starts
 from .tying import copy_to_share, embedding_and_head, model_type_of, prepare_tie
 from .vocabulary import check_resizable, resize_vocabulary
 from .writing import write_started

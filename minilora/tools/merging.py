@@ -36,10 +36,10 @@ from ..lora.files import (
     reading_first,
     require_single_adapter,
 )
-from ..lora.initial import base_weight
 from ..lora.maps import MapConfig
 from ..lora.merging import Map, merge_weight
 from ..lora.plan import HEAD, describe_checkpoint, says_tied
+from ..lora.starts.residual import base_weight
 from ..lora.tying import are_transposed, choose
 from ..quant.codes import nearest_codes
 from ..quant.decoded import DecodedCheckpoint

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array
-from ..lora import get_peft_model, initial, starts
-from ..lora.starts import Given, StartValues
+from ..lora import get_peft_model
+from ..lora.starts import residual, values
+from ..lora.starts.values import Given, StartValues
 from ..quant.codes import encode
 from .case import Case, unit_roundoff
 from .layers import OneLayer
@@ -57,7 +58,7 @@ def rank_of(case: Case, most: int) -> int:
 
 
 def begin(name: str, W: Array, r: int, s: float, given: Given) -> StartValues:
-    return starts.begin(name, "proj", W, r, s, given)
+    return values.begin(name, "proj", W, r, s, given)
 
 
 def gamma(n: int) -> float:
@@ -108,7 +109,7 @@ def measure_way_back(case: Case) -> Measured:
     A = adapter.lora_A.data.astype(np.float64)
     B = adapter.lora_B.data.astype(np.float64)
     A0, B0 = (case.rng.standard_normal(factor.shape) * abs(factor).max() for factor in (A, B))
-    new_A, new_B = initial.difference(A, B, A0, B0, s)
+    new_A, new_B = residual.difference(A, B, A0, B0, s)
     error = W + new_B @ new_A - (W - s * (B0 @ A0) + s * (B @ A))
     S = abs(W) + s * (abs(B) @ abs(A) + abs(B0) @ abs(A0))
     return compare(error, 2 * gamma(2 * len(A) + 6) * S)
@@ -142,9 +143,9 @@ def measure_orthogonal_ranks(case: Case) -> Measured:
     r, (A, B, *_) = begin_orthogonal(case)
     pairs: list[tuple[Any, Any]] = []
     for factor in (A, B):
-        values = np.linalg.svd(factor, compute_uv=False)
-        bound = svd_error(factor.shape, values[0], 4 + r)
-        pairs.append((values[r // 2 :].max(initial=0), bound))
+        S = np.linalg.svd(factor, compute_uv=False)
+        bound = svd_error(factor.shape, S[0], 4 + r)
+        pairs.append((S[r // 2 :].max(initial=0), bound))
         pairs.append((float(not factor.any()), 0))
     return worst(*pairs)
 
@@ -315,6 +316,6 @@ def measure_lora_ga(case: Case) -> Measured:
 def measure_lora_ga_scale(case: Case) -> Measured:
     """c² times Gram matrices of singular vectors, which are 1 to 10 k² u, k = min(O, I)."""
     G, _, (A, B, *_) = begin_lora_ga(case)
-    size = len(G) ** 0.5 / starts.GAMMA
+    size = len(G) ** 0.5 / values.GAMMA
     more = size * 10 * min(G.shape) ** 2 * U
     return worst(*((e, b + more) for e, b in (measure_gram(A.T, size), measure_gram(B, size))))

@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError, NonFiniteError
-from ..threads import one_blas_thread
-from .leading import leading_triplets
+from ...errors import ConfigError, NonFiniteError
+from ...threads import one_blas_thread
+from ..singular import leading_triplets
 
 Array = np.ndarray
 GAMMA = 16  # LoRA-GA: A and B are in proportion to 1 / sqrt(GAMMA)
