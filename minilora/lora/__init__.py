@@ -27,9 +27,7 @@ Models
     layer       wrappers: a module of the base with adapters, by name
     merging     adapters summed into a copy of a weight, and taken out again
     tying       an embedding and a head that share one weight
-    targets     which module names a configuration means, by PEFT's rules
-    patterns    regular expressions whose time is bounded
-    plan        the layers that a configuration means in a model or a checkpoint
+    targets     the layers that a configuration means in a model or a checkpoint
     injecting   an adapter put into a model
     adapted     a model with adapters: add, switch, count
     model       get_peft_model, and PeftModel, which merges, saves and loads them

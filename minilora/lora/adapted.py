@@ -23,10 +23,11 @@ from .injecting import inject
 from .layer import LoraLinear, Wrapper, use_adapters
 from .lora import LoraAdapter
 from .names import PREFIX, EntryParameter, entry_parameters
-from .plan import Plan, check_wrapped, describe_model, modules_inside, plan_adapter, wrappers
 from .starts.layers import LayerStart, begin_model, put_start, quantize_with_starts, restore_starts
 from .starts.values import find_start
 from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
+from .targets.base import describe_model, modules_inside
+from .targets.plan import Plan, check_wrapped, plan_adapter, wrappers
 
 
 class AdaptedModel(Module):

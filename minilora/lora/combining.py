@@ -47,10 +47,11 @@ from .factors import (
     svd,
 )
 from .names import ENDS
-from .plan import Plan, check_wrapped, describe_model, plan_adapter
 from .pruning import PRUNED, Pruning, check_pruning, pruned_sum
 from .ranks import MAX_RANK
 from .singular import distance, leading_triplets
+from .targets.base import describe_model
+from .targets.plan import Plan, check_wrapped, plan_adapter
 
 Array = np.ndarray
 Row = dict[str, Any]

@@ -22,10 +22,10 @@ from ..errors import (
 )
 from ..formats import PEFT_CONFIG_DEFAULTS
 from ..formats.disk import JsonObject
-from .endings import plain_text
-from .patterns import MAX_STATES, MAX_VISITS_PER_LETTER, compile_pattern
 from .starts.values import NAMES, find_start
-from .targets import Layers, pattern_value
+from .targets.endings import plain_text
+from .targets.patterns import MAX_STATES, MAX_VISITS_PER_LETTER, compile_pattern
+from .targets.rules import Layers, pattern_value
 
 # The targets of target_modules=None, by type of model (PEFT's table).
 DEFAULT_TARGETS = {name: ["q_proj", "v_proj"] for name in ("llama", "mistral", "qwen2", "qwen3")}

@@ -49,7 +49,6 @@ from .names import (
     map_tensors,
     read_config,
 )
-from .plan import DECODERS, FIRST_EMBEDDINGS, HEAD, Base, Plan, describe_checkpoint, plan_adapter
 from .reading import (
     adapted_ranks,
     decoder_of,
@@ -69,6 +68,8 @@ from .starts.residual import (
     start_of,
     without_start,
 )
+from .targets.base import DECODERS, FIRST_EMBEDDINGS, HEAD, Base, describe_checkpoint
+from .targets.plan import Plan, plan_adapter
 
 SAME_METHOD = "peft_type in adapter_config.json must be that of the tensors"
 DECODER_PREFIXES = tuple(f"{decoder}." for decoder in DECODERS)

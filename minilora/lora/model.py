@@ -25,9 +25,10 @@ from .config import LoraConfig
 from .files import AdapterFile, fit
 from .layer import Wrapper
 from .maps import MapConfig
-from .plan import check_wrapped, describe_model, modules_inside
 from .repeats import repeated
 from .starts.layers import read_starts
+from .targets.base import describe_model, modules_inside
+from .targets.plan import check_wrapped
 from .tying import copy_to_share, embedding_and_head, model_type_of, prepare_tie
 from .vocabulary import check_resizable, resize_vocabulary
 from .writing import write_started

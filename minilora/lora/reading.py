@@ -25,12 +25,12 @@ from ..errors import ConfigError, FormatError
 from ..formats import SafetensorsFile
 from ..formats.disk import JsonObject
 from .config import MAX_PATTERNS, LoraConfig, is_pattern
-from .endings import plain_text
 from .names import ENDINGS, PREFIX, map_tensors
-from .patterns import MAX_STATES, UnsupportedPattern, compile_pattern
-from .plan import DECODERS, HEAD, Base
 from .repeats import Read, is_weight_of_base
-from .targets import Layers, Targets
+from .targets.base import DECODERS, HEAD, Base
+from .targets.endings import plain_text
+from .targets.patterns import MAX_STATES, UnsupportedPattern, compile_pattern
+from .targets.rules import Layers, Targets
 
 Array = np.ndarray
 

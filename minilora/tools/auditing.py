@@ -40,7 +40,7 @@ from ..lora.adalora import AdaLoraConfig
 from ..lora.factors import cat, singular_values
 from ..lora.files import AdapterFile, base_key
 from ..lora.multitask import FILE as MULTITASK
-from ..lora.plan import EMBEDDINGS, describe_checkpoint
+from ..lora.targets.base import EMBEDDINGS, describe_checkpoint
 from ..threads import Workers, available_cores, keep_memory, one_blas_thread
 from .explaining import Explanation, explain
 from .hypotheses import (

@@ -26,7 +26,6 @@ from ..lora.combining import (
 from ..lora.factors import Part, Term, cat, rounding_error
 from ..lora.files import AdapterFile, require_single_adapter
 from ..lora.names import factor_keys
-from ..lora.plan import FIRST_EMBEDDINGS, HEAD
 from ..lora.pruning import Pruning
 from ..lora.ranks import (
     RankRule,
@@ -38,6 +37,7 @@ from ..lora.ranks import (
     rule_text,
 )
 from ..lora.repeats import is_weight_of_base
+from ..lora.targets.base import FIRST_EMBEDDINGS, HEAD
 from .factoring import ADALORA_FIELDS, Tensors, head_factors, rank_fields, target_name
 from .merging import Change, Changes, alike, changes_of, require_addable
 from .rewriting import Row, progress

@@ -54,9 +54,9 @@ from ..lora import LoraConfig
 from ..lora.config import MAX_COUNT
 from ..lora.files import AdapterFile
 from ..lora.names import PREFIX
-from ..lora.plan import HEAD
 from ..lora.reading import decoder_of
 from ..lora.starts.residual import FOLDER as INITIAL
+from ..lora.targets.base import HEAD
 from .rewriting import DTYPE_RULE, read_dense, rewrite, stored
 
 MLX_FILE = "adapters.safetensors"

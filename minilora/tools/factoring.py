@@ -28,9 +28,9 @@ from ..lora.config import plain_fields
 from ..lora.factors import factors_from_svd, product_norm, truncate_rank
 from ..lora.files import AdapterFile
 from ..lora.names import PREFIX, factor_keys
-from ..lora.plan import FIRST_EMBEDDINGS, HEAD, Base, canonical_names, describe_checkpoint
 from ..lora.ranks import Spectrum, check_rank_rule, choose_ranks, factors_spectrum, matrix_spectrum
 from ..lora.singular import leading_triplets
+from ..lora.targets.base import FIRST_EMBEDDINGS, HEAD, Base, canonical_names, describe_checkpoint
 from ..lora.tying import are_transposed
 from ..threads import one_blas_thread
 from .comparing import has_other_rows

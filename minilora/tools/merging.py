@@ -38,8 +38,8 @@ from ..lora.files import (
 )
 from ..lora.maps import MapConfig
 from ..lora.merging import Map, merge_weight
-from ..lora.plan import HEAD, describe_checkpoint, says_tied
 from ..lora.starts.residual import base_weight
+from ..lora.targets.base import HEAD, describe_checkpoint, says_tied
 from ..lora.tying import are_transposed, choose
 from ..quant.codes import nearest_codes
 from ..quant.decoded import DecodedCheckpoint

@@ -26,7 +26,7 @@ from ..formats import read_checkpoint
 from ..lora import HydraConfig
 from ..lora.factors import Part, product_norm
 from ..lora.files import AdapterFile, fit, read_base
-from ..lora.plan import describe_checkpoint
+from ..lora.targets.base import describe_checkpoint
 from .rewriting import progress
 
 Array = np.ndarray

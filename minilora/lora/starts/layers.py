@@ -33,7 +33,8 @@ from ..factors import Part
 from ..files import AdapterFile
 from ..merging import merge_weight
 from ..names import factor_keys
-from ..plan import Plan, modules_inside, plan_adapter
+from ..targets.base import modules_inside
+from ..targets.plan import Plan, plan_adapter
 from .recomputed import coded_base, loftq_fields
 from .statistics import measure_covariances, measure_gradients, read_batches
 from .values import RHO, Given, Start, begin, check_rank, find_start, redistribute

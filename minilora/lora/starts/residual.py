@@ -30,9 +30,9 @@ from ...threads import one_blas_thread
 from ..config import NO_START, LoraConfig, name_of_changed_start, plain_fields
 from ..factors import Part, product_norm
 from ..names import LINEAR, PREFIX, factor_keys
-from ..plan import Base
 from ..reading import adapted_ranks
 from ..repeats import Read, is_rounded_to
+from ..targets.base import Base
 from .recomputed import (
     LEAST_SHARE,
     RECOMPUTED,

@@ -20,7 +20,7 @@ from ...errors import ConfigError
 from ...functional import IGNORE, rows
 from ...nn import LinearBase, Module, Parameter, replace_module
 from ...threads import one_blas_thread
-from ..plan import modules_inside
+from ..targets.base import modules_inside
 from .values import STARTS
 
 Array = np.ndarray

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
 
-from ..errors import ConfigError
+from ...errors import ConfigError
 
 Test = Callable[[str], bool]  # whether one character fits
 
