@@ -39,11 +39,8 @@ Models
 
 Files
     names       PEFT's spellings of methods and tensors
-    reading     what an adapter's file means where its configuration leaves it open
-    repeats     what PEFT's files hold twice, or hold of the base
-    files       an adapter's file, and whether it fits a base
+    files       an adapter's file: read, fitted to a base, written
     vocabulary  a model resized to the vocabulary of an adapter
-    writing     an adapter of a model as PEFT's folder
 """
 
 from .adalora import AdaLoraAdapter, AdaLoraConfig

@@ -38,7 +38,8 @@ from ..formats.disk import quoted
 from ..formats.dtypes import DTYPES, FLOATS, round_to, row_blocks, widen
 from ..lora.adalora import AdaLoraConfig
 from ..lora.factors import cat, singular_values
-from ..lora.files import AdapterFile, base_key
+from ..lora.files.adapter import AdapterFile
+from ..lora.files.fitting import base_key
 from ..lora.multitask import FILE as MULTITASK
 from ..lora.targets.base import EMBEDDINGS, describe_checkpoint
 from ..threads import Workers, available_cores, keep_memory, one_blas_thread

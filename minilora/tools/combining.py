@@ -24,7 +24,8 @@ from ..lora.combining import (
     sum_layer,
 )
 from ..lora.factors import Part, Term, cat, rounding_error
-from ..lora.files import AdapterFile, require_single_adapter
+from ..lora.files.adapter import AdapterFile, require_single_adapter
+from ..lora.files.repeats import is_weight_of_base
 from ..lora.names import factor_keys
 from ..lora.pruning import Pruning
 from ..lora.ranks import (
@@ -36,7 +37,6 @@ from ..lora.ranks import (
     matrix_spectrum,
     rule_text,
 )
-from ..lora.repeats import is_weight_of_base
 from ..lora.targets.base import FIRST_EMBEDDINGS, HEAD
 from .factoring import ADALORA_FIELDS, Tensors, head_factors, rank_fields, target_name
 from .merging import Change, Changes, alike, changes_of, require_addable

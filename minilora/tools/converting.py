@@ -52,9 +52,9 @@ from ..formats.dtypes import DTYPES
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import LoraConfig
 from ..lora.config import MAX_COUNT
-from ..lora.files import AdapterFile
+from ..lora.files.adapter import AdapterFile
+from ..lora.files.reading import decoder_of
 from ..lora.names import PREFIX
-from ..lora.reading import decoder_of
 from ..lora.starts.residual import FOLDER as INITIAL
 from ..lora.targets.base import HEAD
 from .rewriting import DTYPE_RULE, read_dense, rewrite, stored

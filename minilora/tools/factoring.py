@@ -26,7 +26,7 @@ from ..formats.hub import model_name
 from ..lora import AdaLoraConfig, HydraConfig, LoraConfig
 from ..lora.config import plain_fields
 from ..lora.factors import factors_from_svd, product_norm, truncate_rank
-from ..lora.files import AdapterFile
+from ..lora.files.adapter import AdapterFile
 from ..lora.names import PREFIX, factor_keys
 from ..lora.ranks import Spectrum, check_rank_rule, choose_ranks, factors_spectrum, matrix_spectrum
 from ..lora.singular import leading_triplets

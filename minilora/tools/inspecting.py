@@ -17,7 +17,8 @@ from ..formats import Checkpoint, SafetensorsFile, read_checkpoint
 from ..formats.adapter import WEIGHTS_FILE
 from ..lora import AdaLoraConfig, HydraConfig, LoraConfig
 from ..lora.factors import effective_rank, singular_values
-from ..lora.files import AdapterFile, base_key, mismatches_with, read_base
+from ..lora.files.adapter import AdapterFile
+from ..lora.files.fitting import base_key, mismatches_with, read_base
 from ..lora.maps import MapConfig
 from ..threads import blocks
 from .rewriting import read_dense

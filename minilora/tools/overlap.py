@@ -25,7 +25,8 @@ from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import read_checkpoint
 from ..lora import HydraConfig
 from ..lora.factors import Part, product_norm
-from ..lora.files import AdapterFile, fit, read_base
+from ..lora.files.adapter import AdapterFile
+from ..lora.files.fitting import fit, read_base
 from ..lora.targets.base import describe_checkpoint
 from .rewriting import progress
 

@@ -14,7 +14,7 @@ from tool_files import WEIGHTS, lora_tensors, read_weights
 
 from minilora.formats import Entry, bf16_from, write_adapter, write_json, write_stream
 from minilora.lora import singular
-from minilora.lora.files import AdapterFile
+from minilora.lora.files.adapter import AdapterFile
 from minilora.lora.singular import SPARE, WORTH, leading_triplets
 from minilora.tools.factoring import extract
 from minilora.tools.merging import merge

@@ -30,7 +30,7 @@ from ...quant.half import Half, HalfLinear, HalfWeight
 from ...quant.linear import QuantizedLinear, quantize
 from ..config import LoraConfig
 from ..factors import Part
-from ..files import AdapterFile
+from ..files.adapter import AdapterFile
 from ..merging import merge_weight
 from ..names import factor_keys
 from ..targets.base import modules_inside

@@ -29,9 +29,9 @@ from ...formats.disk import JsonObject
 from ...threads import one_blas_thread
 from ..config import NO_START, LoraConfig, name_of_changed_start, plain_fields
 from ..factors import Part, product_norm
+from ..files.reading import adapted_ranks
+from ..files.repeats import Read, is_rounded_to
 from ..names import LINEAR, PREFIX, factor_keys
-from ..reading import adapted_ranks
-from ..repeats import Read, is_rounded_to
 from ..targets.base import Base
 from .recomputed import (
     LEAST_SHARE,

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ..formats import SafetensorsFile
-from ..formats.dtypes import FLOATS, round_to, row_blocks, widen
-from .factors import Part
-from .names import ENDS, PREFIX, TRANSPOSED, base_weight_key
-from .targets.plan import Plan
-from .targets.rules import matches
+from ...formats import SafetensorsFile
+from ...formats.dtypes import FLOATS, round_to, row_blocks, widen
+from ..factors import Part
+from ..names import ENDS, PREFIX, TRANSPOSED, base_weight_key
+from ..targets.plan import Plan
+from ..targets.rules import matches
 
 Array = np.ndarray
 Read = Callable[[str], Array]  # gives a tensor of the base by its name, such as "lm_head.weight"

@@ -10,7 +10,7 @@ layers it adapts and what it replaces, so they decide wherever the configuration
     settle_vocabulary  an embedding and a head with more or fewer rows than the base's
 
 All commands read an adapter through these: the first is called where a file is opened, the others
-where its base is known (see files.py). Each tells what it decided, in a note.
+where its base is known (see fitting.py). Each tells what it decided, in a note.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError, FormatError
-from ..formats import SafetensorsFile
-from ..formats.disk import JsonObject
-from .config import MAX_PATTERNS, LoraConfig, is_pattern
-from .names import ENDINGS, PREFIX, map_tensors
+from ...errors import ConfigError, FormatError
+from ...formats import SafetensorsFile
+from ...formats.disk import JsonObject
+from ..config import MAX_PATTERNS, LoraConfig, is_pattern
+from ..names import ENDINGS, PREFIX, map_tensors
+from ..targets.base import DECODERS, HEAD, Base
+from ..targets.endings import plain_text
+from ..targets.patterns import MAX_STATES, UnsupportedPattern, compile_pattern
+from ..targets.rules import Layers, Targets
 from .repeats import Read, is_weight_of_base
-from .targets.base import DECODERS, HEAD, Base
-from .targets.endings import plain_text
-from .targets.patterns import MAX_STATES, UnsupportedPattern, compile_pattern
-from .targets.rules import Layers, Targets
 
 Array = np.ndarray
 
