@@ -94,60 +94,18 @@ def find_targets(
 
     Sets config.target_modules.
     """
-    targets = config.target_modules
-    if targets is None:
-        tokens_alone = bool(keys) and not any(".lora_" in key for key in keys)
-        if config.trainable_token_indices is not None and tokens_alone:
+    if config.target_modules is None:
+        config.target_modules = _default_targets(base, config, linear, keys)
+        if config.target_modules is None:
             return {}
-        choices = DEFAULT_TARGETS
-        if isinstance(config, MapConfig) and config.TARGETS:
-            choices = dict(config.TARGETS)
-        if base.model_type not in choices:
-            raise ConfigError(
-                f"target_modules must be given for a model of type {base.model_type!r}; "
-                f"{candidates(linear)}"
-            )
-        targets = list(choices[base.model_type])
-        config.target_modules = targets
+    targets = config.target_modules
     all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
-    wanted = Targets([] if all_linear else targets)
-    chosen = {}
-    for path, layer in (linear if all_linear else base.layers).items():
-        if all_linear:
-            meant = path not in (base.head, "")
-        else:
-            meant = path != "" and wanted.mean(path) and not is_within(path, saved)
-        if meant:
-            chosen[path] = layer
-    if isinstance(targets, list):
-        # PEFT's files of "all-linear" also name what is inside a saved module, which is right.
-        paths = [path for path in base.layers if path] if chosen else []
-        unused = [name for name, meant_by in wanted.group(paths).items() if not meant_by]
-        # A file may have names for several kinds of model; its tensors say what it adapts.
-        if unused and keys and chosen:
-            notes.append(f"target_modules: {_quote(unused)} match nothing in this base")
-        elif unused:
-            raise ConfigError(
-                f"target_modules: {_quote(unused)} match nothing; {candidates(linear)}"
-            )
-    # Full names stay in any layer, as in PEFT.
-    whole = set(targets) if isinstance(targets, list) else set()
-    layers = Layers(config.layers_to_transform, config.layers_pattern)
-    outside = {path for path in chosen if not layers.contain(path)}
-    if len(whole) >= SHORTENED and outside & whole:
-        raise ConfigError(
-            f"layers_to_transform {config.layers_to_transform!r:.120} leaves out "
-            f"{min(outside & whole)}, which target_modules names in full: with {SHORTENED} names "
-            "or more PEFT might keep it or not, so leave one of the two out"
-        )
-    chosen = {p: layer for p, layer in chosen.items() if p in whole or p not in outside}
-    if config.exclude_modules:
-        excluded = Targets(config.exclude_modules)
-        remaining = {p: layer for p, layer in chosen.items() if not excluded.mean(p)}
-        if len(remaining) == len(chosen):
-            text = f"exclude_modules {config.exclude_modules!r:.200} excludes nothing"
-            warnings.warn(text, stacklevel=6)
-        chosen = remaining
+    if all_linear:
+        chosen = {path: layer for path, layer in linear.items() if path not in (base.head, "")}
+    else:
+        chosen = _named_targets(base, linear, saved, targets, notes if keys else None)
+    chosen = _keep_numbered_layers(chosen, config)
+    chosen = _leave_out_excluded(chosen, config)
     if not chosen:
         given = f"target_modules {targets!r:.120}"
         for field in ("layers_to_transform", "exclude_modules"):
@@ -158,6 +116,80 @@ def find_targets(
     if all_linear:
         config.target_modules = sorted(chosen)  # PEFT's files name them one by one
     return chosen
+
+
+def _default_targets(
+    base: Base, config: LoraConfig, linear: Mapping[str, Layer], keys: Collection[str]
+) -> list[str] | None:
+    """The method's targets for this type of model; None for a file of trained tokens alone."""
+    tokens_alone = bool(keys) and not any(".lora_" in key for key in keys)
+    if config.trainable_token_indices is not None and tokens_alone:
+        return None
+    choices = DEFAULT_TARGETS
+    if isinstance(config, MapConfig) and config.TARGETS:
+        choices = dict(config.TARGETS)
+    if base.model_type not in choices:
+        raise ConfigError(
+            f"target_modules must be given for a model of type {base.model_type!r}; "
+            f"{candidates(linear)}"
+        )
+    return list(choices[base.model_type])
+
+
+def _named_targets(
+    base: Base,
+    linear: Mapping[str, Layer],
+    saved: Container[str],
+    targets: str | list[str],
+    notes: list[str] | None,
+) -> dict[str, Layer]:
+    """The layers that `targets` means, without those inside saved modules.
+
+    `notes` gets names that match nothing, if others match; if it is None, they raise.
+    """
+    wanted = Targets(targets)
+    chosen = {}
+    for path, layer in base.layers.items():
+        if path != "" and wanted.mean(path) and not is_within(path, saved):
+            chosen[path] = layer
+    if isinstance(targets, str):
+        return chosen
+    # PEFT's files of "all-linear" also name what is inside a saved module, which is right.
+    paths = [path for path in base.layers if path] if chosen else []
+    unused = [name for name, matched in wanted.group(paths).items() if not matched]
+    # A file may have names for several kinds of model; its tensors say what it adapts.
+    if unused and notes is not None and chosen:
+        notes.append(f"target_modules: {_quote(unused)} match nothing in this base")
+    elif unused:
+        raise ConfigError(f"target_modules: {_quote(unused)} match nothing; {candidates(linear)}")
+    return chosen
+
+
+def _keep_numbered_layers(chosen: dict[str, Layer], config: LoraConfig) -> dict[str, Layer]:
+    """The layers that layers_to_transform leaves. Full names stay in any layer, as in PEFT."""
+    targets = config.target_modules
+    full_names = set(targets) if isinstance(targets, list) else set()
+    layers = Layers(config.layers_to_transform, config.layers_pattern)
+    outside = {path for path in chosen if not layers.contain(path)}
+    if len(full_names) >= SHORTENED and outside & full_names:
+        raise ConfigError(
+            f"layers_to_transform {config.layers_to_transform!r:.120} leaves out "
+            f"{min(outside & full_names)}, which target_modules names in full: with {SHORTENED} "
+            "names or more PEFT might keep it or not, so leave one of the two out"
+        )
+    return {p: layer for p, layer in chosen.items() if p in full_names or p not in outside}
+
+
+def _leave_out_excluded(chosen: dict[str, Layer], config: LoraConfig) -> dict[str, Layer]:
+    """The layers that exclude_modules leaves. Warns if it excludes none."""
+    if not config.exclude_modules:
+        return chosen
+    excluded = Targets(config.exclude_modules)
+    remaining = {p: layer for p, layer in chosen.items() if not excluded.mean(p)}
+    if len(remaining) == len(chosen):
+        text = f"exclude_modules {config.exclude_modules!r:.200} excludes nothing"
+        warnings.warn(text, stacklevel=7)
+    return remaining
 
 
 def add_head(
