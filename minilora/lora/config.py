@@ -32,8 +32,8 @@ DEFAULT_TARGETS = {name: ["q_proj", "v_proj"] for name in ("llama", "mistral", "
 DEFAULT_TARGETS["gpt2"] = ["c_attn"]
 HARMLESS = ("peft_version", "revision", "auto_mapping")  # PEFT's fields that change no meaning
 
-# What a file says of how training began, and for which task, is kept beside the configuration: it
-# is over, and the task chooses PEFT's class of model. Of the starts, these leave the base as it is.
+# How training began, and for which task, is stored beside the configuration: the start is over, and
+# the task chooses PEFT's class of model. These starts leave the base as it is.
 UNCHANGED = ("orthogonal", "eva", "mica")
 TASKS = ("FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 # These change the base: see starts/residual.py. pissa_niter_N has any N.

@@ -259,7 +259,7 @@ def _add_squares(total: dict[str, float], row: Mapping[str, Any]) -> None:
 
 
 def _total(sums: Mapping[str, float], rows: Sequence[Report]) -> Report:
-    """What the layers add up to. Without equal ranks everywhere there are no cross terms."""
+    """What the layers add up to. Cross terms need equal ranks everywhere."""
     total: Report = {}
     for key, value in sums.items():
         norm = value if key == "<dW1, dW2>" else math.sqrt(value)

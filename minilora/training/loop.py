@@ -202,7 +202,7 @@ def train(
                 line = f"{title}: step {run.done} of {steps}, held out {bits:.3f} bits per byte"
                 if also_loss is not None:
                     line += f", second text {also_bits:.3f}"
-                # Whoever read it may have gone (`| head -1`), which is no reason to stop.
+                # Whoever read it may have gone (`| head -1`): training goes on.
                 with contextlib.suppress(OSError, ValueError):
                     print(line, flush=True)
 

@@ -193,8 +193,8 @@ class AdapterFile:
         is_token = name.endswith(f".{TOKENS}")
         unknown = ".lora_" in name or (".token_adapter." in name and not is_token)
         if name == key and ending is not None:
-            _, found, rest = key.partition(PREFIX)
-            renamed = PREFIX + (rest if found else key)
+            _, prefix, rest = key.partition(PREFIX)
+            renamed = PREFIX + (rest if prefix else key)
             raise FormatError(
                 f"{self.where}: {quoted(key)} does not begin with {PREFIX!r}, as PEFT's keys do: "
                 f"rename it, perhaps to {quoted(renamed)}, and the others likewise"

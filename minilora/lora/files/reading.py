@@ -227,30 +227,30 @@ def settle_vocabulary(file: SafetensorsFile, base: Base, read: Read) -> dict[str
     the file has them for one of the two places alone.
     """
     ends = [path for path in (base.embedding, base.head) if path]
-    found = {}
+    key_of = {}
     for path in ends:
         C = base.layers[path].shape[1]
         keys = [f"{PREFIX}{path}.{ending}" for ending in WEIGHTS]
         shapes = {key: file.shape(key) for key in keys if key in file}
         fitting = [key for key, shape in shapes.items() if shape[1:] == (C,) and shape[0] > 0]
         if fitting:
-            found[path] = fitting[0]
-    sizes = {file.shape(key)[0] for key in found.values()}
+            key_of[path] = fitting[0]
+    sizes = {file.shape(key)[0] for key in key_of.values()}
     V = base.layers[base.embedding].shape[0] if base.embedding else 0
     if len(sizes) != 1 or sizes == {V} or not V:
         return {}
     (size,) = sizes
     if base.tied:
-        found = dict.fromkeys(ends, next(iter(found.values())))
-    missing = [path for path in ends if path not in found]
+        key_of = dict.fromkeys(ends, next(iter(key_of.values())))
+    missing = [path for path in ends if path not in key_of]
     if missing:
         raise ConfigError(
-            f"{next(iter(found.values()))} has {size} tokens, the base has {V}, and the file has "
+            f"{next(iter(key_of.values()))} has {size} tokens, the base has {V}, and the file has "
             f"no rows of {missing[0]} for the others: give the base after its vocabulary was "
             f"resized to {size}"
         )
     vocabulary: dict[str, Array] = {}
-    for path, key in found.items():
+    for path, key in key_of.items():
         W = read(f"{path}.weight")
         vocabulary[f"{path}.weight"] = np.concatenate([W[:size], file.read(key)[V:]])
     return vocabulary

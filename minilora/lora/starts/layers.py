@@ -42,7 +42,7 @@ from .values import RHO, Given, Start, begin, check_rank, find_start, redistribu
 Array = np.ndarray
 # Fields that exclude layers.
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
-BLOCK = 64  # weights per absmax of LoftQ's codes; there is no double quantisation
+BLOCK = 64  # weights per absmax of LoftQ's codes, whose absmax stay in float32
 
 
 class LayerStart(NamedTuple):
@@ -203,7 +203,7 @@ def quantize_with_starts(
 ) -> dict[str, LayerStart]:
     """The starts with quantized bases; the model's linear layers are quantized, too.
 
-    With name = "loftq" there is no double quantisation: Q was computed from codes without.
+    With name = "loftq" the scales are not quantized: Q was computed from codes like that.
     """
     bases = {path: start.base for path, start in layer_starts.items() if start.base is not None}
     unchanged = {path: modules_inside(model)[path] for path in bases}

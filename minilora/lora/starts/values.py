@@ -260,8 +260,8 @@ def redistribute(
     ratios   by layer, the eigenvalues of its inputs' covariance over their sum, falling
     ranks    by layer, before; a new rank is at most rho times that, rounded
 
-    The largest ratios of all layers count, one rank each. Of equal ones, as in layers that share an
-    input, the first layer's comes first.
+    The largest ratios of all layers count, one rank each. Where ratios are equal, as in layers that
+    share an input, the first layer's comes first.
     """
     candidates = []
     for number, (path, values) in enumerate(ratios.items()):
