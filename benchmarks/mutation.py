@@ -51,8 +51,13 @@ LIMIT = 60.0  # seconds per change
 ENGINE = "test_gradcheck test_functional test_promises test_autograd test_nn training/test_parallel"
 
 # The tests of each file, in the order in which they run; paths below tests/, without ".py".
-PEFT = "lora/test_peft_model lora/test_peft_files"
+PEFT = "lora/test_peft_model lora/files/test_peft_files"
 TOOLS = "tools/test_merging tools/test_merge_errors tools/test_rewriting"
+PLANNING = (
+    f"lora/targets/test_plan lora/targets/test_targets {PEFT} lora/test_embedding lora/test_tokens "
+    "tools/test_merge_errors lora/test_combining"
+)
+FITTING = f"lora/targets/test_plan {PEFT} tools/test_merge_errors lora/test_combining"
 TESTS = {
     "minilora/errors.py": f"test_errors test_optim {PEFT}",
     "minilora/threads.py": "test_threads training/test_parallel models/test_decoding",
@@ -70,16 +75,20 @@ TESTS = {
         "formats/test_checkpoint formats/test_weights models/test_transformer"
     ),
     "minilora/formats/adapter.py": f"formats/test_checkpoint {PEFT}",
-    "minilora/lora/config.py": f"lora/test_lora_config lora/test_targets lora/test_adalora {PEFT}",
-    "minilora/lora/names.py": f"{PEFT} lora/test_embedding lora/test_dora",
-    "minilora/lora/plan.py": (
-        f"lora/test_plan lora/test_targets {PEFT} lora/test_embedding lora/test_tokens "
-        "tools/test_merge_errors lora/test_combining"
+    "minilora/lora/config.py": (
+        f"lora/test_lora_config lora/targets/test_targets lora/test_adalora {PEFT}"
     ),
-    "minilora/lora/files.py": f"lora/test_plan {PEFT} tools/test_merge_errors lora/test_combining",
-    "minilora/lora/reading.py": "lora/test_reading tools/test_tied",
-    "minilora/lora/repeats.py": f"lora/test_reading {PEFT} lora/test_embedding tools/test_tied",
-    "minilora/lora/vocabulary.py": "lora/test_reading",
+    "minilora/lora/names.py": f"{PEFT} lora/test_embedding lora/test_dora",
+    "minilora/lora/targets/base.py": PLANNING,
+    "minilora/lora/targets/selection.py": PLANNING,
+    "minilora/lora/targets/plan.py": PLANNING,
+    "minilora/lora/files/adapter.py": FITTING,
+    "minilora/lora/files/fitting.py": FITTING,
+    "minilora/lora/files/reading.py": "lora/files/test_reading tools/test_tied",
+    "minilora/lora/files/repeats.py": (
+        f"lora/files/test_reading {PEFT} lora/test_embedding tools/test_tied"
+    ),
+    "minilora/lora/vocabulary.py": "lora/files/test_reading",
     "minilora/lora/merging.py": (
         f"lora/test_merge_weight {PEFT} lora/test_embedding lora/test_tokens tools/test_merging"
     ),
@@ -101,10 +110,13 @@ MECHANISMS = {
         "formats/adapter",
     ],
     "which layers a configuration selects, and whether an adapter fits": [
-        "lora/plan",
-        "lora/files",
-        "lora/reading",
-        "lora/repeats",
+        "lora/targets/base",
+        "lora/targets/selection",
+        "lora/targets/plan",
+        "lora/files/adapter",
+        "lora/files/fitting",
+        "lora/files/reading",
+        "lora/files/repeats",
         "lora/vocabulary",
     ],
     "names of an adapter's tensors": ["lora/names"],

@@ -81,11 +81,13 @@ class _Observer:
         xp = backend.xp
         name = operation_name(vjp)
         output = f"{name} {y.shape}"
-        kept = [(array, _checksum(backend, array)) for array in saved_arrays(vjp, type(y.data))]
+        checksums = [
+            (array, _checksum(backend, array)) for array in saved_arrays(vjp, type(y.data))
+        ]
 
         @functools.wraps(vjp)
         def checked(dy: Array) -> tuple[Array | None, ...]:
-            for array, before in kept:
+            for array, before in checksums:
                 if _checksum(backend, array) != before:
                     raise GraphError(
                         f"an array {array.shape} that the backward of '{name}' needs was "

@@ -33,8 +33,8 @@ def apply_rotary(
     swapped = z.reshape(B, T, *pairs)[..., ::-1, :]
     xp.multiply(swapped, sin.reshape(*sin.shape[:-1], *pairs), out=y.reshape(B, T, *pairs))
     whole = y.reshape(B, T, h * D)
-    kept = z.reshape(B, T, h * D) * cos
-    (xp.subtract if back else xp.add)(kept, whole, out=whole)
+    by_cos = z.reshape(B, T, h * D) * cos
+    (xp.subtract if back else xp.add)(by_cos, whole, out=whole)
     return y
 
 

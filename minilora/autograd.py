@@ -609,7 +609,7 @@ class Tensor(TensorBase):
     def read_rows(self, at: Any, compute: str = "float32") -> Array:
         """The rows `at` (a slice or integers) as an array: values, of which no graph knows.
 
-        Of codes only these are decoded, and none that a product by `compute` takes as they are.
+        Only these are decoded from codes, and none that a product by `compute` takes as codes.
         """
         take = self.backend.xp.take
         return self._array[at] if isinstance(at, slice) else take(self._array, at, axis=0)

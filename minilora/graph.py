@@ -135,8 +135,8 @@ def gradients(
                 f"params[{i}] is {got}, but only leaves have gradients: pass a tensor that was "
                 "made with requires_grad=True, and compute the loss from it"
             )
-    found = {id(leaf): g for leaf, g in leaf_gradients(loss, dy, retain_graph)}
-    return [found.get(id(p)) for p in params]
+    grads = {id(leaf): g for leaf, g in leaf_gradients(loss, dy, retain_graph)}
+    return [grads.get(id(p)) for p in params]
 
 
 def leaf_gradients(
@@ -202,7 +202,7 @@ def leaf_gradients(
             if parent is not None and g is not None:
                 add_gradient(parent, g)
     returned = {id(dy)}
-    found = []
+    results = []
     for leaf in leaves:
         g = sums[id(leaf)]
         # A new array is needed for a NumPy scalar, a view, dy itself or what another leaf has.
@@ -210,5 +210,5 @@ def leaf_gradients(
         if not is_array or id(g) in returned or g.dtype != leaf.dtype:
             g = leaf.backend.xp.array(g, dtype=leaf.dtype)
         returned.add(id(g))
-        found.append((leaf, g))
-    return found
+        results.append((leaf, g))
+    return results

@@ -443,11 +443,11 @@ def checkpoint(function: Callable[[Tensor], Tensor], x: Tensor, params: Sequence
         assert len(values) == len(params)
         if not again.requires_grad:
             return (None,) * (1 + len(params))
-        found = {id(p): g for p, g in leaf_gradients(again, dy, retain_graph=False)}
-        grads = tuple(found.pop(id(p), None) for p in (leaf, *params))
-        if found:
+        rest = {id(p): g for p, g in leaf_gradients(again, dy, retain_graph=False)}
+        grads = tuple(rest.pop(id(p), None) for p in (leaf, *params))
+        if rest:
             raise GraphError(
-                f"the function of checkpoint reads {len(found)} leaves that require a gradient and "
+                f"the function of checkpoint reads {len(rest)} leaves that require a gradient and "
                 "are not among params: their gradients would be lost"
             )
         return grads

@@ -59,7 +59,7 @@ def _listed_gradients(grads: Any) -> list[Any]:
 
 
 def _listed(params: Any) -> list[Any]:
-    """The parameters as a list. ConfigError for one alone: its rows are no parameters."""
+    """The parameters as a list. ConfigError for one alone, whose rows would be taken."""
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         got = f"one {type(params).__name__}"
         raise ConfigError(

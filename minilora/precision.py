@@ -60,8 +60,8 @@ def round_operand(backend: Any, x: Array, compute: str) -> Array:
     bits = x.view(np.uint32)
     is_odd = (bits >> np.uint32(dropped)) & np.uint32(1)  # the last bit that stays
     below_half = np.uint32((1 << (dropped - 1)) - 1)
-    kept = np.uint32((1 << 32) - (1 << dropped))
-    rounded = ((bits + (is_odd + below_half)) & kept).view(np.float32)
+    mask = np.uint32((1 << 32) - (1 << dropped))
+    rounded = ((bits + (is_odd + below_half)) & mask).view(np.float32)
     xp = backend.xp
     # The sum may have carried the bits of a NaN into those of a number.
     return xp.where(xp.isnan(x), np.float32(np.nan), rounded)

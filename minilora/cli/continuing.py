@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import ConfigError
 from ..formats.hub import model_name
 from ..lora import AdaLoraConfig, LoraConfig, PeftModel
-from ..lora.files import AdapterFile
+from ..lora.files.adapter import AdapterFile
 from ..lora.multitask import FILE as MULTITASK
 from ..training.methods import adalora_defaults, method_of
 from .options import Args

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..errors import ConfigError, FormatError, describe_integer
 from ..formats.disk import parse_json
 from ..formats.hub import find_model
-from ..lora.initial import RESIDUAL
+from ..lora.starts.residual import RESIDUAL
 from ..precision import FLOAT32, MANTISSA
 from ..training.methods import METHODS, QUANTIZE
 

@@ -8,8 +8,8 @@ from typing import Any
 from ..data.batches import Windows
 from ..errors import ConfigError
 from ..lora import LoraConfig
-from ..lora.initial import start_of
-from ..lora.starts import STARTS, Start, find_start
+from ..lora.starts.residual import start_of
+from ..lora.starts.values import STARTS, Start, find_start
 from ..quant.codes import KINDS
 from ..training.checkpoints import find_checkpoint
 from .options import Args

@@ -31,7 +31,8 @@ from ..errors import (
 from ..formats import find_model, read_checkpoint
 from ..formats.disk import JsonObject
 from ..formats.folders import LOCK, locked
-from ..lora.plan import Base, describe_checkpoint, plan_adapter
+from ..lora.targets.base import Base, describe_checkpoint
+from ..lora.targets.plan import plan_adapter
 from ..models.config import TransformerConfig
 from ..progress import progress_bar
 from ..training.checkpoints import find_checkpoint, read_log

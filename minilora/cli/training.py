@@ -18,7 +18,7 @@ from ..errors import ConfigError, Interrupted
 from ..formats.folders import locked, numbered_folder
 from ..lora import AdaLoraConfig, LoraConfig
 from ..lora.optimizers import OPTIMIZERS
-from ..lora.starts import NAMES
+from ..lora.starts.values import NAMES
 from ..models.config import TransformerConfig
 from ..models.transformer import CausalLM
 from ..training.checkpoints import find_checkpoint, open_folder

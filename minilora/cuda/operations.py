@@ -300,8 +300,8 @@ def row_scales(backend: Any, m: Array, norms: Array) -> tuple[Array, Pull] | Non
 
 @replaces("_row_norms")
 def row_norms(backend: Any, V: Array) -> Array | None:
-    found = scale_rows(backend, V, None, None, 0.0)
-    return None if found is None else found[0]
+    scaled = scale_rows(backend, V, None, None, 0.0)
+    return None if scaled is None else scaled[0]
 
 
 @replaces("_scale_rows")

@@ -28,7 +28,7 @@ import numpy as np
 from ..autograd import Tensor, gradients
 from ..data.batches import Batch, PackedRecords, TaskBatch
 from ..lora.layer import LoraLinear
-from ..lora.plan import wrappers
+from ..lora.targets.plan import wrappers
 from ..nn import Parameter
 from ..optim import SMALL
 from ..threads import one_blas_thread

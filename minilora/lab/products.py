@@ -15,7 +15,8 @@ import numpy as np
 
 from ..lora import LoraConfig
 from ..lora.maps import MapConfig
-from ..lora.plan import Layer, describe_model, wrappers
+from ..lora.targets.base import Layer, describe_model
+from ..lora.targets.plan import wrappers
 from ..threads import one_blas_thread
 
 REPEATS = 3  # of a product; the fastest counts

@@ -19,34 +19,28 @@ Adapters
     tokens      some trainable rows of an embedding
     factors     the algebra of (A, B, s) without dW
     optimizers  LoRA+, LoRA-FA and the Riemannian step
-    starts      first values of A and B: pissa, olora, orthogonal, loftq, eva, lora_ga
+    singular    leading singular triplets of a large matrix
+    starts      where training starts: pissa, olora, orthogonal, loftq, eva, lora_ga
+    maps        LoRA's relatives
 
 Models
     layer       wrappers: a module of the base with adapters, by name
     merging     adapters summed into a copy of a weight, and taken out again
     tying       an embedding and a head that share one weight
-    targets     which module names a configuration means, by PEFT's rules
-    patterns    regular expressions whose time is bounded
-    plan        the layers that a configuration means in a model or a checkpoint
+    targets     the layers that a configuration means in a model or a checkpoint
     injecting   an adapter put into a model
-    beginning   starts put into a model
     adapted     a model with adapters: add, switch, count
     model       get_peft_model, and PeftModel, which merges, saves and loads them
     status      what the layers of such a model are set to
     combining   several adapters added up to one
     pruning     sums of pruned dW
     ranks       ranks by energy, error or budget
-    leading     leading singular triplets of a large matrix
     multitask   several tasks in one batch, each with its adapters
 
 Files
     names       PEFT's spellings of methods and tensors
-    reading     what an adapter's file means where its configuration leaves it open
-    initial     an adapter that was trained over a changed base, and the way back
-    repeats     what PEFT's files hold twice, or hold of the base
-    files       an adapter's file, and whether it fits a base
+    files       an adapter's file: read, fitted to a base, written
     vocabulary  a model resized to the vocabulary of an adapter
-    writing     an adapter of a model as PEFT's folder
 """
 
 from .adalora import AdaLoraAdapter, AdaLoraConfig

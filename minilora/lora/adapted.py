@@ -17,16 +17,17 @@ from ..backend import Backend
 from ..display import render_adapted_model
 from ..errors import ConfigError, is_integer
 from ..nn import Module, Parameter, replace_module
-from .beginning import LayerStart, begin_model, put_start, quantize_with_starts, restore_starts
 from .config import LoraConfig, name_of_changed_start
 from .embedding import HeadAdapter
 from .injecting import inject
 from .layer import LoraLinear, Wrapper, use_adapters
 from .lora import LoraAdapter
 from .names import PREFIX, EntryParameter, entry_parameters
-from .plan import Plan, check_wrapped, describe_model, modules_inside, plan_adapter, wrappers
-from .starts import find_start
+from .starts.layers import LayerStart, begin_model, put_start, quantize_with_starts, restore_starts
+from .starts.values import find_start
 from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
+from .targets.base import describe_model, modules_inside
+from .targets.plan import Plan, check_wrapped, plan_adapter, wrappers
 
 
 class AdaptedModel(Module):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,11 +46,12 @@ from .factors import (
     rounding_error,
     svd,
 )
-from .leading import distance, leading_triplets
 from .names import ENDS
-from .plan import Plan, check_wrapped, describe_model, plan_adapter
 from .pruning import PRUNED, Pruning, check_pruning, pruned_sum
 from .ranks import MAX_RANK
+from .singular import distance, leading_triplets
+from .targets.base import describe_model
+from .targets.plan import Plan, check_wrapped, plan_adapter
 
 Array = np.ndarray
 Row = dict[str, Any]
@@ -265,28 +266,14 @@ def add_weighted_adapter(
     names = list(adapters)
     options = {"density": density, "majority_sign_method": majority_sign_method, "seed": seed}
     pruning = check_way(way, svd_rank, len(names), **options)
-    check_fields({"svd_clamp": svd_clamp}, [_CLAMP])
-    if svd_clamp is not None and way not in OF_ANY_RANK:
-        raise ConfigError(f"svd_clamp is for {', '.join(OF_ANY_RANK)}, not for {way}: leave it out")
+    _check_clamp(svd_clamp, way)
     self._require_known(names)
     for name in names:
         _require_plain(name, self._plans[name])
     sources = _collect_terms(self, names, weights)
     ranks = {path: [len(term.part.A) for term in terms] for path, terms in sources.items()}
     r = common_rank(ranks, way, svd_rank)
-    config = dataclasses.replace(
-        self.peft_config[names[0]],
-        r=r,
-        lora_alpha=r,
-        use_rslora=False,
-        rank_pattern={},
-        alpha_pattern={},
-        target_modules=sorted(map(_target_name, sources)),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        ensure_weight_tying=False,
-    )
+    config = _sum_config(self.peft_config[names[0]], r, sources)
     self._check_name(adapter_name, config)
     plan = plan_adapter(describe_model(self.model), config)
     check_wrapped(self.model, plan)
@@ -301,6 +288,30 @@ def add_weighted_adapter(
         adapter.lora_A.data = adapter.lora_A.backend.from_numpy(A)
         adapter.lora_B.data = adapter.lora_B.backend.from_numpy(B)
     return [row for _, _, row in combined.values()]
+
+
+def _check_clamp(clamp: float | None, way: str) -> None:
+    """ConfigError unless `clamp` is a quantile, and `way` clips factors by it."""
+    check_fields({"svd_clamp": clamp}, [_CLAMP])
+    if clamp is not None and way not in OF_ANY_RANK:
+        raise ConfigError(f"svd_clamp is for {', '.join(OF_ANY_RANK)}, not for {way}: leave it out")
+
+
+def _sum_config(config: LoraConfig, r: int, paths: Iterable[str]) -> LoraConfig:
+    """The sum's configuration: the first adapter's, with s = 1 and rank r in `paths`."""
+    return dataclasses.replace(
+        config,
+        r=r,
+        lora_alpha=r,
+        use_rslora=False,
+        rank_pattern={},
+        alpha_pattern={},
+        target_modules=sorted(map(_target_name, paths)),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        ensure_weight_tying=False,
+    )
 
 
 def _collect_terms(

@@ -22,21 +22,21 @@ from ..errors import (
 )
 from ..formats import PEFT_CONFIG_DEFAULTS
 from ..formats.disk import JsonObject
-from .endings import plain_text
-from .patterns import MAX_STATES, MAX_VISITS_PER_LETTER, compile_pattern
-from .starts import NAMES, find_start
-from .targets import Layers, pattern_value
+from .starts.values import NAMES, find_start
+from .targets.endings import plain_text
+from .targets.patterns import MAX_STATES, MAX_VISITS_PER_LETTER, compile_pattern
+from .targets.rules import Layers, pattern_value
 
 # The targets of target_modules=None, by type of model (PEFT's table).
 DEFAULT_TARGETS = {name: ["q_proj", "v_proj"] for name in ("llama", "mistral", "qwen2", "qwen3")}
 DEFAULT_TARGETS["gpt2"] = ["c_attn"]
 HARMLESS = ("peft_version", "revision", "auto_mapping")  # PEFT's fields that change no meaning
 
-# What a file says of how training began, and for which task, is kept beside the configuration: it
-# is over, and the task chooses PEFT's class of model. Of the starts, these leave the base as it is.
+# How training began, and for which task, is stored beside the configuration: the start is over, and
+# the task chooses PEFT's class of model. These starts leave the base as it is.
 UNCHANGED = ("orthogonal", "eva", "mica")
 TASKS = ("FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
-# These change the base: see initial.py. pissa_niter_N has any N.
+# These change the base: see starts/residual.py. pissa_niter_N has any N.
 CHANGED = ("pissa", "olora", "loftq", "corda", "lora_ga")
 # The fields of a file that say more about its start, which must be the one that reads them.
 START_FIELDS = {f"{start}_config": start for start in ("eva", "corda", "lora_ga", "loftq")}
@@ -148,7 +148,7 @@ class LoraConfig:
     use_rslora         s = lora_alpha / sqrt(r)    Kalajdzievski 2023
     use_dora           W' = m (W + dW) / |W + dW|: row lengths are trained apart    Liu et al. 2024
     init_lora_weights  True: A uniform within 1/sqrt(in), B zero; "gaussian": A ~ N(0, 1/r^2), B
-                       zero; False: B random; or the name of a start: see starts.py
+                       zero; False: B random; or the name of a start: see starts/
     rank_pattern, alpha_pattern    r and lora_alpha of names that match a pattern; the first counts
     layers_to_transform, layers_pattern    only layers of these numbers
     modules_to_save    endings of names of modules that are trained whole, as copies

@@ -81,18 +81,18 @@ class DoraAdapter(LoraAdapter):
         xp = backend.xp
         a = self.lora_A.data
         b = self.lora_B.data * self.scaling
-        found = []
+        pieces = []
         size = backend.sizes.row_norms // W.shape[1]
         for rows in blocks(len(W), size):
             V = backend.matmul(b[rows], a)  # (n, r) @ (r, I) -> (n, I)
             V += W[rows]
             if m is None:
-                found.append((backend.run(_row_norms, V), None))
+                pieces.append((backend.run(_row_norms, V), None))
             else:
-                found.append(backend.run(_scale_rows, V, m[rows], W[rows], LEAST))
-        if len(found) == 1:
-            return found[0]
-        norms, ks = zip(*found, strict=True)
+                pieces.append(backend.run(_scale_rows, V, m[rows], W[rows], LEAST))
+        if len(pieces) == 1:
+            return pieces[0]
+        norms, ks = zip(*pieces, strict=True)
         return xp.concatenate(norms), None if m is None else xp.concatenate(ks)
 
     def __call__(self, x: Tensor, y: Tensor, base: LinearBase) -> Tensor:

@@ -13,7 +13,7 @@ from .embedding import HeadAdapter, LoraEmbedding
 from .layer import LoraLinear, SavedModule
 from .maps.adapter import share
 from .names import adapter_class
-from .plan import Plan
+from .targets.plan import Plan
 from .tokens import TokenRows, TrainableTokens
 from .tying import unwrap
 

@@ -125,7 +125,7 @@ class LoraLinear(Merging, PreparedModule, Wrapper):
 
     base_layer: LinearBase
     adapters: dict[str, LoraAdapter]
-    # The base layer over W, while an adapter trains over another one: see beginning.py.
+    # The base layer over W, while an adapter trains over another one: see starts/layers.py.
     _unchanged: LinearBase | None = None
 
     @property

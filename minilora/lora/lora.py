@@ -49,7 +49,7 @@ class LoraAdapter(Module):
     INSIDE = ""  # follows the layer's path in these names
     NORMED = False  # whether it scales each row of W + dW by the row's norm
     MIXED = False  # whether it adds a different matrix at every position
-    # A0 and B0, if its start changed the base: see beginning.py.
+    # A0 and B0, if its start changed the base: see starts/layers.py.
     initial: tuple[np.ndarray, np.ndarray] | None = None
     FORMED = False  # whether it computes dW in any case, even where a step does not ask for it
     SHARED: tuple[str, ...] = ()  # tensors that all layers of a model share

@@ -169,7 +169,7 @@ class Merging:
     active: Sequence[str]  # this and the next two are the wrapper's
     merged: tuple[str, ...]
     requantized: bool
-    # With an underscore, because these modules are no children of this one.
+    # With an underscore, because named_children() must leave these out.
     _leader: Merging | None = None
     _follower: Any = None
     _original: Any = None  # the base while adapters are merged into a copy of it

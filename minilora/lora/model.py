@@ -20,17 +20,19 @@ from ..modules import LoadedState, load_parameters
 from ..nn import replace_module
 from ..quant.linear import QuantizedLinear
 from .adapted import AdaptedModel
-from .beginning import read_starts
 from .combining import add_weighted_adapter
 from .config import LoraConfig
-from .files import AdapterFile, fit
+from .files.adapter import AdapterFile
+from .files.fitting import fit
+from .files.repeats import repeated
+from .files.writing import write_started
 from .layer import Wrapper
 from .maps import MapConfig
-from .plan import check_wrapped, describe_model, modules_inside
-from .repeats import repeated
+from .starts.layers import read_starts
+from .targets.base import describe_model, modules_inside
+from .targets.plan import check_wrapped
 from .tying import copy_to_share, embedding_and_head, model_type_of, prepare_tie
 from .vocabulary import check_resizable, resize_vocabulary
-from .writing import write_started
 
 MAX_FOLDER_NAME = 255  # in bytes: the limit of most file systems
 

@@ -52,7 +52,7 @@ from .hydra import HydraAdapter
 from .layer import LoraLinear, use_adapters
 from .model import PeftModel, adapter_folder
 from .names import LINEAR, PREFIX
-from .plan import wrappers
+from .targets.plan import wrappers
 from .tokens import TrainableTokens
 
 BASE = "__base__"  # the task of rows that run no adapter: PEFT's word

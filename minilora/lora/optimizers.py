@@ -33,7 +33,7 @@ from .config import LoraConfig
 from .dora import DoraAdapter
 from .lora import LoraAdapter
 from .maps import MapConfig
-from .plan import wrappers
+from .targets.plan import wrappers
 
 OPTIMIZERS = ("adamw", "loraplus", "lorafa", "riemannian")
 FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")

@@ -32,7 +32,7 @@ from ..errors import (
     optional_rule,
 )
 from .factors import Part, rounding_error, singular_values
-from .leading import leading_triplets
+from .singular import leading_triplets
 
 Array = np.ndarray
 EPS = np.finfo(np.float64).eps

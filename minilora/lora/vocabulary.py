@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import ConfigError
 from ..nn import Embedding, Linear, Parameter
 from ..quant.half import HalfWeight, encode_half
-from .plan import Plan
+from .targets.plan import Plan
 from .tying import embedding_and_head, is_tied
 
 

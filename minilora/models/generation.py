@@ -266,7 +266,7 @@ def _order_likeliest(z: np.ndarray, k: int) -> np.ndarray:
     is_larger = z > least
     is_equal = z == least
     wanted = k - is_larger.sum(axis=-1, keepdims=True)  # of the equal ones
-    kept = is_larger | (is_equal & (is_equal.cumsum(axis=-1) <= wanted))
-    ids = np.nonzero(kept)[1].reshape(-1, k)
+    is_wanted = is_larger | (is_equal & (is_equal.cumsum(axis=-1) <= wanted))
+    ids = np.nonzero(is_wanted)[1].reshape(-1, k)
     order = np.argsort(-np.take_along_axis(z, ids, axis=-1), axis=-1, kind="stable")
     return np.take_along_axis(ids, order, axis=-1)

@@ -279,11 +279,12 @@ class CausalLM(Module):
                 f"first_key must be integers of the ids' shape {shape}, "
                 f"got {first_key.dtype} {first_key.shape}"
             )
-        own = np.arange(end - shape[1], end)
-        if first_key.min() < 0 or (first_key > own).any():
+        positions = np.arange(end - shape[1], end)
+        if first_key.min() < 0 or (first_key > positions).any():
             raise DataError(
                 "first_key must be at least 0 and at most each position's own key, "
-                f"got {first_key.min()} to {first_key.max()} for keys {own[0]} to {own[-1]}"
+                f"got {first_key.min()} to {first_key.max()} for keys {positions[0]} to "
+                f"{positions[-1]}"
             )
         return backend.from_numpy(first_key.astype(np.int64, copy=False))
 

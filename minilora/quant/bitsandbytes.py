@@ -261,9 +261,9 @@ def quantization_config(model: Module) -> JsonObject | None:
                 "dequantize first"
             )
     if len(schemes) > 1:
-        found = ", ".join(f"{path} is {scheme}" for scheme, path in schemes.items())
+        mixture = ", ".join(f"{path} is {scheme}" for scheme, path in schemes.items())
         raise ConfigError(
-            f"all quantised layers must have one scheme, but {found}; dequantize first"
+            f"all quantised layers must have one scheme, but {mixture}; dequantize first"
         )
     (scheme,) = schemes
     dense = [path for path, module in model.named_modules() if isinstance(module, Linear)]

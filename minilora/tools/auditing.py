@@ -1,8 +1,9 @@
 """Is a merged checkpoint right, and if not, what was done? From files alone, whoever made it.
 
-Each tensor of the merged checkpoint is explained from the base's and the adapter's (explaining.py).
-All adapted tensors must have one explanation in common: the hypothesis, and the tightest arithmetic
-in which it survives everywhere. The others must be the base's, bit by bit.
+Each tensor of the merged checkpoint (places.py) is explained from the base's and the adapter's
+(explaining.py). All adapted tensors must have one explanation in common: the hypothesis, and the
+tightest arithmetic in which it survives everywhere (conclusions.py). The others must be the base's,
+bit by bit.
 
     right                   W + dW, by the adapter's own configuration
     other root of r         alpha / r in place of alpha / sqrt(r), or the other way round
@@ -24,61 +25,33 @@ Several names joined by "or" cannot be told apart by these numbers: with alpha =
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import ConfigError, FormatError, check_fields
 from ..formats import Checkpoint
-from ..formats.checkpoint import BUFFERS, align_keys, are_equal, is_stored_transposed
+from ..formats.checkpoint import are_equal, is_stored_transposed
 from ..formats.disk import quoted
 from ..formats.dtypes import DTYPES, FLOATS, round_to, row_blocks, widen
 from ..lora.adalora import AdaLoraConfig
-from ..lora.factors import cat, singular_values
-from ..lora.files import AdapterFile, base_key
+from ..lora.files.adapter import AdapterFile
 from ..lora.multitask import FILE as MULTITASK
-from ..lora.plan import EMBEDDINGS, describe_checkpoint
+from ..lora.targets.base import EMBEDDINGS
 from ..threads import Workers, available_cores, keep_memory, one_blas_thread
+from .conclusions import Finding, conclude, make_row
 from .explaining import Explanation, explain
-from .hypotheses import (
-    ARITHMETICS,
-    DEAD,
-    LISTED,
-    NOT_MERGED,
-    RIGHT,
-    UNCHANGED,
-    WIDER,
-    Hypothesis,
-    Precision,
-    Scales,
-)
+from .hypotheses import LISTED, NOT_MERGED, RIGHT, Hypothesis, Precision, Scales
 from .hypotheses import Change as Added
 from .layers import Layer, Pair
 from .merging import HEAD_WEIGHT, RULES, Change, MergePlan, plan_merge, resize_rows
+from .places import Place, find_places
 from .rewriting import Row, progress, read_dense
 
 Array = np.ndarray
-UNMERGED = (".base_layer.", ".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector")
-
-
-class Place(NamedTuple):
-    """A tensor of the merged checkpoint.
-
-    key      as the base has it, or the new head's
-    source   the base's key that it is made from
-    merged   the merged checkpoint's key
-    changes  what the adapter does to it: one change, or none
-    other    the change of the weight that it is tied to; [] if it is not tied
-    """
-
-    key: str
-    source: str
-    merged: str
-    changes: Sequence[Change]
-    other: Sequence[Change] = ()
 
 
 class Files(NamedTuple):
@@ -157,67 +130,6 @@ def _require_finite(adapter: AdapterFile) -> None:
             raise FormatError(
                 f"{adapter.where}: {quoted(key)} has a NaN or an infinity, so no merge can be "
                 "right: save the adapter again"
-            )
-
-
-# ---- which tensors belong together ----
-
-
-def find_places(
-    base: Checkpoint, config: Mapping[str, Any], merged: Checkpoint, plan: MergePlan
-) -> tuple[list[Place], list[str]]:
-    """The tensors to compare, and notes. FormatError if names or shapes do not fit."""
-    keys = [key for key in base.keys() if not key.endswith(BUFFERS)]
-    made = [key for key in merged.keys() if not key.endswith(BUFFERS)]
-    _refuse_unmerged(merged, made)
-    alignment = align_keys(made, keys)
-    names = {alignment.names.get(key, key): key for key in made}
-    notes = [alignment.describe("the merged model", "the base")] if alignment.names else []
-    described = describe_checkpoint(base, config)
-    ends: dict[str, str] = {}  # a tied embedding and head, each with the other
-    if described.tied:
-        embedding = base_key(base, f"{described.embedding}.weight") or ""
-        ends = {embedding: HEAD_WEIGHT, HEAD_WEIGHT: embedding}
-        if HEAD_WEIGHT in names or any(map(plan.changes.get, ends)):
-            keys = [*dict.fromkeys([*keys, HEAD_WEIGHT])]
-        if embedding in names:  # one tensor of the file may be both
-            names = {HEAD_WEIGHT: names[embedding], **names}
-    wrong = [f"missing {key}" for key in keys if key not in names]
-    known = {*keys, *ends}
-    wrong += [f"unknown {key}" for name, key in names.items() if name not in known]
-    places = []
-    for key in keys:
-        if key not in names:
-            continue
-        source = key if key in base else ends[key]
-        place = Place(
-            key,
-            source,
-            names[key],
-            plan.changes.get(key, []),
-            plan.changes.get(ends.get(key, ""), []),
-        )
-        expected = plan.resized[source].shape if source in plan.resized else base.shape(source)
-        if merged.shape(place.merged) != expected:
-            wrong.append(f"{place.merged} is {merged.shape(place.merged)}, expected {expected}")
-        places.append(place)
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise FormatError(
-            f"{quoted(merged.directory)} is not a merge into {quoted(base.directory)}: "
-            f"{'; '.join(wrong[:3])}{more}"
-        )
-    return places, notes
-
-
-def _refuse_unmerged(merged: Checkpoint, keys: Sequence[str]) -> None:
-    """FormatError if the adapter is beside the base in one file: saved before it was merged."""
-    for key in keys:
-        if any(part in f"{key}." for part in UNMERGED):
-            raise FormatError(
-                f"{quoted(merged.directory)} has {quoted(key)}: the model was saved with its "
-                "adapter beside the weights; merge it, for example by merge_and_unload, and save "
-                "it again"
             )
 
 
@@ -327,17 +239,6 @@ def _explain_replaced(files: Files, pair: Pair, change: Change) -> Explanation:
 # ---- the whole checkpoint ----
 
 
-class Finding(NamedTuple):
-    """A tensor and what explains it.
-
-    tied   "tied head changed" or so: it has the change of the weight that it shares; or ""
-    """
-
-    place: Place
-    explanation: Explanation
-    tied: str = ""
-
-
 def find(files: Files, place: Place) -> Finding:
     """Explain one tensor; a tied one perhaps by the change of the other place."""
     explanation = explain_place(files, place, place.changes)
@@ -395,112 +296,3 @@ def _have_equal_bits(files: Files, place: Place) -> bool:
         np.array_equal(base.read_rows(place.source, rows), merged.read_rows(place.merged, rows))
         for rows in row_blocks(merged.shape(place.merged))
     )
-
-
-Conclusion = tuple[str, list[str], str | None]
-
-
-def conclude(findings: Sequence[Finding], wanted: Hypothesis, notes: list[str]) -> Conclusion:
-    """(the verdict on all tensors, the hypotheses that explain them, their arithmetic or None)."""
-    tied = [finding.tied for finding in findings if finding.tied]
-    changed = [f.explanation for f in findings if f.place.changes and not f.tied]
-    others = [f.explanation for f in findings if not f.place.changes and not f.tied]
-    if not all(explanation.finite for explanation in (*changed, *others)):
-        return "not finite", [], None
-    # An adapter may only replace tensors, which are right or not merged.
-    always = [wanted, Hypothesis(Added(RIGHT, 0.0)), *map(Hypothesis, UNCHANGED)]
-    known = {hypothesis.name: hypothesis for hypothesis in always}
-    for explanation in changed:
-        known |= explanation.hypotheses
-    levels = {}
-    for name, hypothesis in known.items():
-        levels[name] = max((level_of(e, hypothesis) for e in changed), default=0)
-    best = min(levels.values())
-    if best >= LISTED:
-        level = levels[wanted.name]
-        if level < DEAD:
-            wider = WIDER[level - LISTED]
-            notes.append(f"it would be right with {wider}, which no verdict allows for")
-        return explain_apart(changed, others), [], None
-    names = [name for name, level in levels.items() if level == best] if changed else [wanted.name]
-    in_codes = any(known[name].onto or known[name].requantized for name in names)
-    if not all(e.survivors() and in_codes for e in others):
-        return "other base", [], None
-    if tied and wanted.name in names:
-        return tied[0], [], None
-    return join_names(names), names, ARITHMETICS[best]
-
-
-def level_of(explanation: Explanation, hypothesis: Hypothesis) -> int:
-    """The level of a hypothesis for a tensor, or of what it means for that tensor.
-
-    A tensor that is not a square has no transposed sum, an embedding is not in NF4, and what is
-    replaced is right or not.
-    """
-    right = hypothesis.change._replace(name=RIGHT)
-    plain = Hypothesis(hypothesis.change)
-    if hypothesis.change.name == NOT_MERGED:
-        right = hypothesis.change
-    same = (hypothesis, plain, hypothesis._replace(change=right), Hypothesis(right))
-    return next(explanation.levels[h.name] for h in same if h.name in explanation.levels)
-
-
-def explain_apart(changed: Sequence[Explanation], others: Sequence[Explanation]) -> str:
-    """The verdict where no hypothesis explains all changed tensors."""
-    if not all(e.survivors() for e in others):
-        return "other base"
-    unexplained = [e for e in changed if not e.survivors()]
-    if unexplained:
-        fits = all(e.scaling is not None and e.scaling.fits for e in unexplained)
-        return "other scaling" if fits else "other adapter"
-    known = {name: h for e in changed for name, h in e.hypotheses.items()}
-    for name, hypothesis in known.items():
-        if hypothesis.change.name != NOT_MERGED and all(
-            level_of(e, hypothesis) == e.best or e.levels[NOT_MERGED] == e.best for e in changed
-        ):
-            return "partly merged" if name == RIGHT else f"partly merged ({name})"
-    return "several faults"
-
-
-def join_names(names: Sequence[str]) -> str:
-    """The hypotheses that cannot be told apart, the right one first."""
-    shown = sorted(names, key=lambda name: name != RIGHT)
-    more = [f"{len(shown) - 3} more"] if len(shown) > 4 else []
-    return " or ".join([*(shown[:3] if more else shown), *more])
-
-
-def make_row(finding: Finding) -> Row:
-    """The row of one tensor; None where something does not apply."""
-    place, explanation = finding.place, finding.explanation
-    row: Row = {"tensor": place.key, "|dW|/|W|": None, "verdict": finding.tied, "arithmetic": None}
-    row |= {"c": None, "differ": None, "runner-up": None}
-    names = explanation.survivors()
-    if place.changes and not place.changes[0].key and explanation.size:
-        size = np.linalg.norm(singular_values(*cat([place.changes[0].part()]), 1))
-        row["|dW|/|W|"] = float(size) / explanation.size
-    if explanation.runner_up is not None:
-        name, share = explanation.runner_up
-        row["runner-up"] = f"{name} ({share:.0%} outside)"
-    if finding.tied:
-        return row
-    if names:
-        row["verdict"] = join_names(names)
-        if not place.changes:
-            row["verdict"] = names[0].replace(NOT_MERGED, "the base's")
-        first = explanation.hypotheses.get(sorted(names, key=lambda name: name != RIGHT)[0])
-        if first is not None:
-            row["c"] = first.change.c * (2 if first.change.again else 1)
-            row["differ"] = explanation.differing[first.name] / explanation.numbers
-            row["arithmetic"] = None if first.requantized else ARITHMETICS[explanation.best]
-        return row
-    scaling = explanation.scaling
-    row["verdict"] = "not the base's"
-    if not explanation.finite:
-        row["verdict"] = "not finite"
-    elif place.changes:
-        row["verdict"] = "unexplained"
-        if scaling is not None:
-            row["c"] = scaling.c
-            row["verdict"] = "other scaling" if scaling.fits else "unexplained"
-            row["runner-up"] = f"W + c B A, off by {scaling.residual:.3g} times rounding's error"
-    return row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from ..lora.combining import (
     sum_layer,
 )
 from ..lora.factors import Part, Term, cat, rounding_error
-from ..lora.files import AdapterFile, require_single_adapter
+from ..lora.files.adapter import AdapterFile, require_single_adapter
+from ..lora.files.repeats import is_weight_of_base
 from ..lora.names import factor_keys
-from ..lora.plan import FIRST_EMBEDDINGS, HEAD
 from ..lora.pruning import Pruning
 from ..lora.ranks import (
     RankRule,
@@ -37,7 +37,7 @@ from ..lora.ranks import (
     matrix_spectrum,
     rule_text,
 )
-from ..lora.repeats import is_weight_of_base
+from ..lora.targets.base import FIRST_EMBEDDINGS, HEAD
 from .factoring import ADALORA_FIELDS, Tensors, head_factors, rank_fields, target_name
 from .merging import Change, Changes, alike, changes_of, require_addable
 from .rewriting import Row, progress
@@ -107,29 +107,15 @@ def combine(
         chosen = dict.fromkeys(layers, r)
         if rule.is_adaptive:
             chosen = _choose_ranks(files, layers, pruning, rule, tied)
-        tensors: Tensors = {}
-        for changes in plan.values():
-            for change in changes:
-                if change.key:
-                    tensors[change.key] = change.adapter.file.read(change.key)
-        for file in files:  # copies of the base's tensors, which also give the vocabulary
-            tensors |= {key: file.file.read(key) for key in file.of_base}
-        rows = []
-        for path in progress(layers, "combine"):
-            changes = layers[path]
-            A, B, row = combine_terms(path, _terms(files, changes), how, chosen[path], pruning)
-            rows.append(row)
-            if chosen[path]:
-                key_A, key_B = _keys(path, changes)
-                tensors |= {key_A: A, key_B: B}
-                tensors |= _other_tensors(path, changes)
+        tensors = _copied_tensors(files, plan)
+        summed, rows = _sum_layers(files, layers, how, chosen, pruning)
+        tensors |= summed
         layers = {path: changes for path, changes in layers.items() if chosen[path]}
         if tied in layers:
             tensors |= head_factors(tensors, tied)
         config = _fields(files, layers)
-        is_tied = tied in layers or any(map(_saves_one_weight, files))
-        chosen = {path: chosen[path] for path in layers}
-        config |= {"ensure_weight_tying": is_tied, **rank_fields(chosen)}
+        config["ensure_weight_tying"] = tied in layers or any(map(_saves_one_weight, files))
+        config |= rank_fields({path: chosen[path] for path in layers})
     LoraConfig.from_dict(config, str(out))  # so that what is written can be read
     sources = [fingerprint(folder) for folder in adapters]
     inputs: dict[str, Any] = {"adapters": sources, "weights": weights, "how": how, "r": r}
@@ -204,6 +190,39 @@ def _terms(files: Sequence[AdapterFile], changes: Sequence[Change]) -> list[Term
         part = change.adapter.part(change.path)._replace(m=None)
         terms.append(Term(part, change.weight, list(files).index(change.adapter)))
     return terms
+
+
+def _copied_tensors(files: Sequence[AdapterFile], plan: Changes) -> Tensors:
+    """The tensors that stay as they are, by key: those that replace the base's, or repeat it."""
+    tensors: Tensors = {}
+    for changes in plan.values():
+        for change in changes:
+            if change.key:
+                tensors[change.key] = change.adapter.file.read(change.key)
+    for file in files:  # copies of the base's tensors, which also give the vocabulary
+        tensors |= {key: file.file.read(key) for key in file.of_base}
+    return tensors
+
+
+def _sum_layers(
+    files: Sequence[AdapterFile],
+    layers: Changes,
+    how: str,
+    ranks: Mapping[str, int],
+    pruning: Pruning | None,
+) -> tuple[Tensors, list[Row]]:
+    """(the tensors of each layer's sum by key, rows of the report); no tensors at rank 0."""
+    tensors: Tensors = {}
+    rows = []
+    for path in progress(layers, "combine"):
+        changes = layers[path]
+        A, B, row = combine_terms(path, _terms(files, changes), how, ranks[path], pruning)
+        rows.append(row)
+        if ranks[path]:
+            key_A, key_B = _keys(path, changes)
+            tensors |= {key_A: A, key_B: B}
+            tensors |= _other_tensors(path, changes)
+    return tensors, rows
 
 
 def _choose_ranks(

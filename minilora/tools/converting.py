@@ -52,11 +52,11 @@ from ..formats.dtypes import DTYPES
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import LoraConfig
 from ..lora.config import MAX_COUNT
-from ..lora.files import AdapterFile
-from ..lora.initial import FOLDER as INITIAL
+from ..lora.files.adapter import AdapterFile
+from ..lora.files.reading import decoder_of
 from ..lora.names import PREFIX
-from ..lora.plan import HEAD
-from ..lora.reading import decoder_of
+from ..lora.starts.residual import FOLDER as INITIAL
+from ..lora.targets.base import HEAD
 from .rewriting import DTYPE_RULE, read_dense, rewrite, stored
 
 MLX_FILE = "adapters.safetensors"
@@ -193,6 +193,33 @@ def from_mlx(folder: str | Path) -> tuple[dict[str, Any], Tensors]:
     check_fields({**parameters, "fine_tune_type": kind}, MLX_RULES, f"{file_where}: ")
     r: Any = parameters["rank"]
     use_dora = kind == "dora"
+    tensors, layers = _read_mlx_tensors(folder)
+    for path, shapes in layers.items():
+        a, b, m = (shapes.get(ending, ()) for ending in ENDINGS)
+        if a[1:] != (r,) or b[:-1] != (r,) or m != (b[1:] if use_dora else ()):
+            raise FormatError(
+                f"{where}: {path}: lora_a {a}, lora_b {b}, m {m}: expected (in, {r}), ({r}, out), "
+                f"{'(out,)' if use_dora else '()'}"
+            )
+    base = fields.get("model")
+    peft_fields = {
+        "r": r,
+        "lora_alpha": r * parameters["scale"],
+        "target_modules": sorted(layers),
+        "lora_dropout": parameters["dropout"],
+        "task_type": "CAUSAL_LM",
+        "use_dora": use_dora,
+        "fan_in_fan_out": any(path.startswith("transformer.h.") for path in layers),
+        "ensure_weight_tying": any(path.endswith(EMBEDDING) for path in layers),
+        "base_model_name_or_path": base if isinstance(base, str) else None,
+    }
+    config = LoraConfig.from_dict(peft_fields, f"{where}: adapter_config.json")
+    return config.to_dict(), tensors
+
+
+def _read_mlx_tensors(folder: Path) -> tuple[Tensors, dict[str, dict[str, tuple[int, ...]]]]:
+    """(PEFT's tensors by key, mlx-lm's shapes by layer and ending) of mlx-lm's file."""
+    where = quoted(folder)
     tensors: Tensors = {}
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     with SafetensorsFile(folder / MLX_FILE) as file:
@@ -218,27 +245,7 @@ def from_mlx(folder: str | Path) -> tuple[dict[str, Any], Tensors]:
             array = file.read(key, np.float32)
             layers.setdefault(path, {})[ending] = array.shape
             tensors[f"{PREFIX}{path}.{names[ending]}"] = np.ascontiguousarray(array.T)
-    for path, shapes in layers.items():
-        a, b, m = (shapes.get(ending, ()) for ending in ENDINGS)
-        if a[1:] != (r,) or b[:-1] != (r,) or m != (b[1:] if use_dora else ()):
-            raise FormatError(
-                f"{where}: {path}: lora_a {a}, lora_b {b}, m {m}: expected (in, {r}), ({r}, out), "
-                f"{'(out,)' if use_dora else '()'}"
-            )
-    base = fields.get("model")
-    peft_fields = {
-        "r": r,
-        "lora_alpha": r * parameters["scale"],
-        "target_modules": sorted(layers),
-        "lora_dropout": parameters["dropout"],
-        "task_type": "CAUSAL_LM",
-        "use_dora": use_dora,
-        "fan_in_fan_out": any(path.startswith("transformer.h.") for path in layers),
-        "ensure_weight_tying": any(path.endswith(EMBEDDING) for path in layers),
-        "base_model_name_or_path": base if isinstance(base, str) else None,
-    }
-    config = LoraConfig.from_dict(peft_fields, f"{where}: adapter_config.json")
-    return config.to_dict(), tensors
+    return tensors, layers
 
 
 def to_mlx(

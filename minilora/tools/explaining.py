@@ -114,7 +114,7 @@ def explain(layer: Layer, workers: Workers, with_codes: bool = True) -> Explanat
 def _settle(hypotheses: Mapping[str, Hypothesis], levels: dict[str, int]) -> None:
     """Let no hypothesis win only because its bound is wider, or because it needs none.
 
-    - Codes say less than numbers do, so they are no tighter an explanation than a sum is.
+    - Codes say less than numbers do, so their level is at least that of a sum.
     - dW added twice has one more rounding than 2 s dW added once, which may be alpha.
     - Where M is V itself, what dW was is not in the numbers.
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,11 +26,11 @@ from ..formats.hub import model_name
 from ..lora import AdaLoraConfig, HydraConfig, LoraConfig
 from ..lora.config import plain_fields
 from ..lora.factors import factors_from_svd, product_norm, truncate_rank
-from ..lora.files import AdapterFile
-from ..lora.leading import leading_triplets
+from ..lora.files.adapter import AdapterFile
 from ..lora.names import PREFIX, factor_keys
-from ..lora.plan import FIRST_EMBEDDINGS, HEAD, Base, canonical_names, describe_checkpoint
 from ..lora.ranks import Spectrum, check_rank_rule, choose_ranks, factors_spectrum, matrix_spectrum
+from ..lora.singular import leading_triplets
+from ..lora.targets.base import FIRST_EMBEDDINGS, HEAD, Base, canonical_names, describe_checkpoint
 from ..lora.tying import are_transposed
 from ..threads import one_blas_thread
 from .comparing import has_other_rows
@@ -155,54 +155,77 @@ def extract(
     config, one = read_checkpoint(base)
     with one, read_checkpoint(tuned)[1] as other, one_blas_thread():
         pair = _Pair(one, other, describe_checkpoint(one, config))
-        changed = pair.changed_modules()
-        tied = pair.is_tied() and pair.described.embedding in changed
-        if tied:
-            changed.pop(HEAD, None)  # the same change of the one weight
-        linear = [path for path in changed if pair.is_linear(path, changed[path])]
-        if not linear:
-            raise ConfigError(
-                f"no weight of a linear layer of {other.directory!r} differs from the base's, and "
-                "an adapter needs one"
-            )
-        biases = [f"{path}.bias" for path in linear if f"{path}.bias" in pair.names]
-        biased = any(name in changed[name.removesuffix(".bias")] for name in biases)
-        ranks = dict.fromkeys(linear, r or 0)
+        changed = pair.changes()
+        ranks = dict.fromkeys(changed.linear, r or 0)
         if rule.is_adaptive:
-            ranks = choose_ranks({path: pair.spectrum(path, biased) for path in linear}, rule)
-        layers = [path for path in linear if ranks[path]]
-        whole = [path for path in changed if path not in linear]
-        tensors: Tensors = {}
-        rows = []
-        for path in progress(linear, "extract"):
-            D = pair.difference(f"{path}.weight")
-            triplets = leading_triplets(D, max(1, ranks[path]))
-            A, B, row = factors_from_svd(*triplets, ranks[path])
-            if ranks[path]:
-                tensors |= factor_tensors(path, A, B)
-            rows.append({"layer": path, "r": str(ranks[path]), **row})
-        for name in pair.names:
-            if name.rpartition(".")[0] in whole:
-                tensors[PREFIX + name] = pair.read_tuned(name, np.float32)
-        if tied:
-            tensors[PREFIX + HEAD_WEIGHT] = pair.read_tuned(HEAD_WEIGHT, np.float32)
-        if biased:
-            for name in biases:
-                path = name.removesuffix(".bias")
-                tensors[f"{PREFIX}{path}.base_layer.bias"] = pair.read_tuned(name, np.float32)
-        model_type = pair.described.model_type
-        fields = {
-            "target_modules": sorted(layers),
-            "modules_to_save": sorted(whole) or None,
-            "bias": "lora_only" if biased else "none",
-            "ensure_weight_tying": tied,
-            "task_type": "CAUSAL_LM",
-            "fan_in_fan_out": is_stored_transposed(model_type, f"{layers[-1]}.weight"),
-            "base_model_name_or_path": model_name(base),
-        }
-        ranks = {path: ranks[path] for path in layers}
+            biased = bool(changed.biases)
+            spectra = {path: pair.spectrum(path, biased) for path in changed.linear}
+            ranks = choose_ranks(spectra, rule)
+        tensors, rows = _factor_differences(pair, ranks)
+        tensors |= _whole_tensors(pair, changed)
+        ranks = {path: rank for path, rank in ranks.items() if rank}
+        fields = _extracted_fields(pair, changed, ranks)
+        fields["base_model_name_or_path"] = model_name(base)
         _write(out, base, {**fields, **rank_fields(ranks)}, tensors)
     return rows
+
+
+def _factor_differences(pair: _Pair, ranks: Mapping[str, int]) -> tuple[Tensors, list[Row]]:
+    """(the factors of each layer's difference by key, rows of the report); none at rank 0."""
+    tensors: Tensors = {}
+    rows = []
+    for path in progress(ranks, "extract"):
+        rank = ranks[path]
+        D = pair.difference(f"{path}.weight")
+        triplets = leading_triplets(D, max(1, rank))
+        A, B, row = factors_from_svd(*triplets, rank)
+        if rank:
+            tensors |= factor_tensors(path, A, B)
+        rows.append({"layer": path, "r": str(rank), **row})
+    return tensors, rows
+
+
+def _whole_tensors(pair: _Pair, changed: _Changes) -> Tensors:
+    """The tuned tensors that the adapter holds as they are, by key."""
+    tensors: Tensors = {}
+    for name in pair.names:
+        if name.rpartition(".")[0] in changed.whole:
+            tensors[PREFIX + name] = pair.read_tuned(name, np.float32)
+    if changed.tied:
+        tensors[PREFIX + HEAD_WEIGHT] = pair.read_tuned(HEAD_WEIGHT, np.float32)
+    for name in changed.biases:
+        path = name.removesuffix(".bias")
+        tensors[f"{PREFIX}{path}.base_layer.bias"] = pair.read_tuned(name, np.float32)
+    return tensors
+
+
+def _extracted_fields(pair: _Pair, changed: _Changes, layers: Iterable[str]) -> dict[str, Any]:
+    """The fields of adapter_config.json for factors of these layers, without their ranks."""
+    targets = list(layers)
+    model_type = pair.described.model_type
+    return {
+        "target_modules": sorted(targets),
+        "modules_to_save": sorted(changed.whole) or None,
+        "bias": "lora_only" if changed.biases else "none",
+        "ensure_weight_tying": changed.tied,
+        "task_type": "CAUSAL_LM",
+        "fan_in_fan_out": is_stored_transposed(model_type, f"{targets[-1]}.weight"),
+    }
+
+
+class _Changes(NamedTuple):
+    """What differs between two checkpoints.
+
+    linear   the linear layers whose weight changed
+    whole    the other modules that changed, which are saved whole
+    biases   the names of the biases of `linear`, if one of them changed
+    tied     have embedding and head one weight, before and after, which changed?
+    """
+
+    linear: list[str]
+    whole: list[str]
+    biases: list[str]
+    tied: bool
 
 
 class _Pair:
@@ -299,6 +322,25 @@ class _Pair:
             return True
         tuned = self.read_tuned(embedding)
         return np.array_equal(tuned, self.read_tuned(HEAD_WEIGHT), equal_nan=True)
+
+    def changes(self) -> _Changes:
+        """What differs. ConfigError if no weight of a linear layer does."""
+        changed = self.changed_modules()
+        tied = self.is_tied() and self.described.embedding in changed
+        if tied:
+            changed.pop(HEAD, None)  # the same change of the one weight
+        linear = [path for path in changed if self.is_linear(path, changed[path])]
+        if not linear:
+            raise ConfigError(
+                f"no weight of a linear layer of {self.tuned.directory!r} differs from the "
+                "base's, and an adapter needs one"
+            )
+        biases = [f"{path}.bias" for path in linear if f"{path}.bias" in self.names]
+        is_changed = [name in changed[name.removesuffix(".bias")] for name in biases]
+        if not any(is_changed):
+            biases = []
+        whole = [path for path in changed if path not in linear]
+        return _Changes(linear, whole, biases, tied)
 
     def changed_modules(self) -> dict[str, list[str]]:
         """The names of the tensors that differ, by the paths of their modules."""

@@ -17,7 +17,8 @@ from ..formats import Checkpoint, SafetensorsFile, read_checkpoint
 from ..formats.adapter import WEIGHTS_FILE
 from ..lora import AdaLoraConfig, HydraConfig, LoraConfig
 from ..lora.factors import effective_rank, singular_values
-from ..lora.files import AdapterFile, base_key, mismatches_with, read_base
+from ..lora.files.adapter import AdapterFile
+from ..lora.files.fitting import base_key, mismatches_with, read_base
 from ..lora.maps import MapConfig
 from ..threads import blocks
 from .rewriting import read_dense
@@ -51,15 +52,7 @@ def inspect_adapter(
         described = [_describe_map(file, path) for path in file.layers] if is_map else []
         if not is_map:
             described = [_describe_factors(file, path) for path in file.layers]
-        parameters = 0
-        broken = []
-        for key in file.file.keys():
-            array = file.file.read(key)
-            parameters += array.size
-            nan = np.isnan(array).sum()
-            infinite = np.isinf(array).sum()
-            if nan or infinite:
-                broken.append(f"{key}: {nan} NaN, {infinite} infinite")
+        parameters, broken = _count_numbers(file)
         report: Report = {
             "adapter": str(folder),
             "base": str(config.base_model_name_or_path),
@@ -78,11 +71,7 @@ def inspect_adapter(
                     described = [_describe_map(file, path, checkpoint) for path in file.maps]
                 for row, values in described:
                     size = float(np.linalg.norm(values))
-                    name = base_key(checkpoint, f"{row['layer']}.weight")
-                    W = 0.0
-                    if name is not None:
-                        checkpoint.require_floats([name])
-                        W = norm(checkpoint.read(name))
+                    W = _weight_norm(checkpoint, row["layer"])
                     row["|dW| / |W|"] = f"{size / W:.4g}" if W else "-"
         if file.began:
             report["start"] = f"{file.began}, shown over {_describe_base(file)}"
@@ -93,6 +82,29 @@ def inspect_adapter(
         if len(values) or not is_map:
             spectra[row["layer"]] = None if np.isnan(values).any() else values.tolist()
     return {**report, "spectra": spectra, "tensors": [row for row, _ in described]}
+
+
+def _count_numbers(file: AdapterFile) -> tuple[int, list[str]]:
+    """(how many numbers the file has, a line for each tensor with a NaN or an infinity)."""
+    count = 0
+    broken = []
+    for key in file.file.keys():
+        array = file.file.read(key)
+        count += array.size
+        nan = np.isnan(array).sum()
+        infinite = np.isinf(array).sum()
+        if nan or infinite:
+            broken.append(f"{key}: {nan} NaN, {infinite} infinite")
+    return count, broken
+
+
+def _weight_norm(base: Checkpoint, path: str) -> float:
+    """|W| of the layer `path`; 0 if the base does not have it."""
+    key = base_key(base, f"{path}.weight")
+    if key is None:
+        return 0.0
+    base.require_floats([key])
+    return norm(base.read(key))
 
 
 def _describe_config(config: LoraConfig) -> Report:

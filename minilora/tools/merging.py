@@ -28,18 +28,12 @@ from ..formats.dtypes import DTYPES, FLOATS, NUMPY_FLOATS, round_to, too_large, 
 from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import HydraConfig
 from ..lora.combining import check_weights
-from ..lora.files import (
-    AdapterFile,
-    base_key,
-    fit,
-    read_base,
-    reading_first,
-    require_single_adapter,
-)
-from ..lora.initial import base_weight
+from ..lora.files.adapter import AdapterFile, require_single_adapter
+from ..lora.files.fitting import base_key, fit, read_base, reading_first
 from ..lora.maps import MapConfig
 from ..lora.merging import Map, merge_weight
-from ..lora.plan import HEAD, describe_checkpoint, says_tied
+from ..lora.starts.residual import base_weight
+from ..lora.targets.base import HEAD, describe_checkpoint, says_tied
 from ..lora.tying import are_transposed, choose
 from ..quant.codes import nearest_codes
 from ..quant.decoded import DecodedCheckpoint

@@ -25,8 +25,9 @@ from ..errors import ConfigError, FormatError, NonFiniteError
 from ..formats import read_checkpoint
 from ..lora import HydraConfig
 from ..lora.factors import Part, product_norm
-from ..lora.files import AdapterFile, fit, read_base
-from ..lora.plan import describe_checkpoint
+from ..lora.files.adapter import AdapterFile
+from ..lora.files.fitting import fit, read_base
+from ..lora.targets.base import describe_checkpoint
 from .rewriting import progress
 
 Array = np.ndarray
@@ -258,7 +259,7 @@ def _add_squares(total: dict[str, float], row: Mapping[str, Any]) -> None:
 
 
 def _total(sums: Mapping[str, float], rows: Sequence[Report]) -> Report:
-    """What the layers add up to. Without equal ranks everywhere there are no cross terms."""
+    """What the layers add up to. Cross terms need equal ranks everywhere."""
     total: Report = {}
     for key, value in sums.items():
         norm = value if key == "<dW1, dW2>" else math.sqrt(value)

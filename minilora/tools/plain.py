@@ -20,9 +20,10 @@ from ..formats.folders import fingerprint, new_folder, require_outside
 from ..lora import LoraConfig
 from ..lora.config import plain_fields
 from ..lora.factors import Part, error_row, product_norm, truncate_rank
-from ..lora.files import AdapterFile, base_key, fit, read_base
+from ..lora.files.adapter import AdapterFile
+from ..lora.files.fitting import base_key, fit, read_base
 from ..lora.merging import merge_weight
-from ..lora.plan import Base, describe_checkpoint
+from ..lora.targets.base import Base, describe_checkpoint
 from ..training.methods import NAMES, method_of
 from .factoring import factor_tensors
 from .rewriting import Row, progress

@@ -17,7 +17,7 @@ from ..autograd import Tensor, no_grad
 from ..data.batches import Batch, Text, evaluation_windows
 from ..errors import ConfigError, NonFiniteError
 from ..lora.layer import Wrapper
-from ..lora.plan import wrappers
+from ..lora.targets.plan import wrappers
 from ..threads import Workers, available_cores, one_blas_thread
 
 Array = np.ndarray

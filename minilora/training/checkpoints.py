@@ -165,8 +165,8 @@ def save_checkpoint(out: Path, step: int, state: JsonObject, write: Callable[[Pa
                 entries[path.relative_to(temporary).as_posix()] = entry
         write_json(temporary / MANIFEST, {"step": step, "state": state, "files": entries})
     sync_folder(out)
-    own = [folder for folder in checkpoints_by_step(parent) if _is_own(folder)]
-    others = [folder for folder in own if folder not in (final, replaced)]
+    written = [folder for folder in checkpoints_by_step(parent) if _is_own(folder)]
+    others = [folder for folder in written if folder not in (final, replaced)]
     for old in [replaced, *others[: 1 - KEPT]]:
         _remove(old)
     return final

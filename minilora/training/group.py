@@ -150,13 +150,13 @@ class Group:
         slices = [slice(end - p.size, end) for p, end in zip(params, ends, strict=True)]
         rows = np.full((len(nodes), ends[-1]), -0.0, params[0].dtype)
         for row, node in zip(rows, nodes, strict=True):
-            own = [node.value.grads[i] for i in places]
-            present = [grad for grad in own if grad is not None]
+            grads = [node.value.grads[i] for i in places]
+            present = [grad for grad in grads if grad is not None]
             if not present:
                 continue
             joined = backend.to_numpy(backend.join(present))  # one transfer from a GPU
             start = 0
-            for grad, its in zip(own, slices, strict=True):
+            for grad, its in zip(grads, slices, strict=True):
                 if grad is not None:
                     row[its] = joined[start : start + grad.size]
                     start += grad.size

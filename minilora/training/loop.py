@@ -121,23 +121,11 @@ def train(
             stack.enter_context(locked(out))
         _require_shared(out, ranks)
         run = Run(model, tokens, settings, out, origin, ranks, held_out)
-        if settings.keep == "best" and settings.eval_every is None:
-            warnings.warn(
-                "keep = 'best' without eval_every chooses between the weights before training and "
-                "those of the last step: set eval_every (--eval-every N)",
-                stacklevel=2,
-            )
+        _warn_of_few_evaluations(settings)
         if also is not None:
             _require_evaluable(model, held_out)
             run.also_text = text_checksums(also)
-        held_out_checksums = None if held_out is None else text_checksums(held_out)
-        checksums = {"held-out text": held_out_checksums, "second text": run.also_text}
-        ranks.require_same({**run.identity, **checksums}, ALIKE)
-        if resume is not None:
-            run.restore(resume, changed)
-        if ranks.size > 1:
-            ranks.require_same({"the steps done": run.done}, ALIKE)
-            _require_same_weights(run, ALIKE)
+        _begin_alike(run, held_out, resume, changed)
         if writes:
             require_free_space(out, run.saved_bytes())
             remove_stale(out)
@@ -169,42 +157,17 @@ def train(
             total=steps, initial=run.done, desc=title, show=writes, dynamic_ncols=True
         )
         stack.enter_context(bar)
-
-        def measure(text: Text) -> None:
-            losses = {}
-            for task, ids in by_task(text).items():
-                with contextlib.ExitStack() as adapters:
-                    if task and isinstance(model, MultiTask):
-                        adapters.enter_context(model.task(task))
-                    losses[task] = evaluate(
-                        model, ids, settings.context, sharded=sharded, stopped=received
-                    )
-            also_loss = None
-            if also is not None:
-                also_loss = evaluate(
-                    model, also, settings.context, sharded=sharded, stopped=received
-                )
-            if ranks.signal:
-                return  # the losses may cover a part of the text: a resumed run measures again
-            loss = math.fsum(losses.values()) / len(losses)
-            bits = bits_per_byte(loss, bytes_per_token)
-            run.add_evaluation(loss)
-            record: JsonObject = {"step": run.done, "loss": loss, "bits_per_byte": bits}
-            if "" not in losses:
-                record["tasks"] = losses
-            if also_loss is not None:
-                run.also.append((run.done, also_loss))
-                record["also_loss"] = also_loss
-                also_bits = bits_per_byte(also_loss, also_bytes_per_token)
-                record["also_bits_per_byte"] = also_bits
-            evaluation_log.write(**record)
-            if writes and bar.disable:  # without a terminal: one line per evaluation, and no bar
-                line = f"{title}: step {run.done} of {steps}, held out {bits:.3f} bits per byte"
-                if also_loss is not None:
-                    line += f", second text {also_bits:.3f}"
-                # Whoever read it may have gone (`| head -1`), which is no reason to stop.
-                with contextlib.suppress(OSError, ValueError):
-                    print(line, flush=True)
+        evaluations = _Evaluations(
+            run,
+            sharded,
+            evaluation_log,
+            received,
+            bytes_per_token,
+            also,
+            also_bytes_per_token,
+            title,
+            prints=writes and bar.disable,  # without a terminal, where no bar is shown
+        )
 
         def save() -> Path:
             log.sync()
@@ -217,19 +180,14 @@ def train(
             due = run.done == 0 or last or _is_due(run.done, settings.eval_every)
             measured = run.evaluations and run.evaluations[-1][0] == run.done
             if held_out is not None and due and not measured:
-                measure(held_out)
+                evaluations.measure(held_out)
             is_saved = (settings.save_every and last) or _is_due(run.done, settings.save_every)
             if ranks.size > 1 and (is_saved or last):
                 _require_same_weights(run)
             if is_saved:
                 save()
             if ranks.signal:
-                folder = str(save())
-                name = signal.Signals(ranks.signal).name
-                raise Interrupted(
-                    f"{name}: stopped after {run.done} steps, saved in {folder!r:.300}",
-                    ranks.signal,
-                )
+                raise _interruption(run, save())
             if last:
                 break
             try:
@@ -244,12 +202,7 @@ def train(
             bar.update()
             reason = divergence(run.losses, model.config.vocab_size, settings.warmup)
             if reason and settings.abort_on_divergence:
-                saved = "no checkpoint was saved"
-                if run.checkpoint:
-                    saved = f"the latest checkpoint is {str(run.checkpoint[1])!r:.250}"
-                raise DivergenceError(
-                    f"step {line['step']}: the loss diverged but is still finite: {reason}; {saved}"
-                )
+                raise _divergence_error(run, line["step"], reason)
             if reason and not warned:
                 warned = True
                 warnings.warn(
@@ -262,6 +215,103 @@ def train(
     model.eval()
     step = run.best.step if run.best else run.done
     return Result(run.losses, run.evaluations, time.perf_counter() - begun, step, run.also)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluations:
+    """The evaluations of a run: of its held-out text, and perhaps of a second one.
+
+    log      gets a line for each
+    stopped  signals that ended the run: an evaluation ends early once it has one
+    also     the second text
+    prints   whether each evaluation is a line on standard output
+    """
+
+    run: Run
+    sharded: ShardedStep
+    log: Log
+    stopped: Sequence[int]
+    bytes_per_token: float
+    also: Ids | PackedRecords | None
+    also_bytes_per_token: float
+    title: str
+    prints: bool
+
+    def measure(self, held_out: Text) -> None:
+        """Evaluate the weights as they are, and note what was measured."""
+        run = self.run
+        losses = {task: self._loss(ids, task) for task, ids in by_task(held_out).items()}
+        also_loss = None if self.also is None else self._loss(self.also)
+        if run.ranks.signal:
+            return  # the losses may cover a part of the text: a resumed run measures again
+        loss = math.fsum(losses.values()) / len(losses)
+        bits = bits_per_byte(loss, self.bytes_per_token)
+        run.add_evaluation(loss)
+        record: JsonObject = {"step": run.done, "loss": loss, "bits_per_byte": bits}
+        line = f"{self.title}: step {run.done} of {run.settings.steps}, held out {bits:.3f}"
+        line += " bits per byte"
+        if "" not in losses:
+            record["tasks"] = losses
+        if also_loss is not None:
+            run.also.append((run.done, also_loss))
+            record["also_loss"] = also_loss
+            also_bits = bits_per_byte(also_loss, self.also_bytes_per_token)
+            record["also_bits_per_byte"] = also_bits
+            line += f", second text {also_bits:.3f}"
+        self.log.write(**record)
+        if self.prints:
+            # Whoever read it may have gone (`| head -1`): training goes on.
+            with contextlib.suppress(OSError, ValueError):
+                print(line, flush=True)
+
+    def _loss(self, ids: Ids | PackedRecords, task: str = "") -> float:
+        """The mean loss of a text by the adapters of its task, or by those that are active."""
+        model = self.run.model
+        with contextlib.ExitStack() as adapters:
+            if task and isinstance(model, MultiTask):
+                adapters.enter_context(model.task(task))
+            context = self.run.settings.context
+            return evaluate(model, ids, context, sharded=self.sharded, stopped=self.stopped)
+
+
+def _begin_alike(
+    run: Run, held_out: Text | None, resume: str | Path | None, changed: Collection[str]
+) -> None:
+    """Restore the checkpoint `resume`, if any. ConfigError if ranks would begin differently."""
+    ranks = run.ranks
+    held_out_checksums = None if held_out is None else text_checksums(held_out)
+    checksums = {"held-out text": held_out_checksums, "second text": run.also_text}
+    ranks.require_same({**run.identity, **checksums}, ALIKE)
+    if resume is not None:
+        run.restore(resume, changed)
+    if ranks.size > 1:
+        ranks.require_same({"the steps done": run.done}, ALIKE)
+        _require_same_weights(run, ALIKE)
+
+
+def _interruption(run: Run, folder: Path) -> Interrupted:
+    """The error that ends a run after a signal, once it is saved."""
+    number = run.ranks.signal
+    name = signal.Signals(number).name
+    return Interrupted(
+        f"{name}: stopped after {run.done} steps, saved in {str(folder)!r:.300}", number
+    )
+
+
+def _divergence_error(run: Run, step: int, reason: str) -> DivergenceError:
+    saved = "no checkpoint was saved"
+    if run.checkpoint:
+        saved = f"the latest checkpoint is {str(run.checkpoint[1])!r:.250}"
+    return DivergenceError(f"step {step}: the loss diverged but is still finite: {reason}; {saved}")
+
+
+def _warn_of_few_evaluations(settings: Settings) -> None:
+    if settings.keep == "best" and settings.eval_every is None:
+        warnings.warn(
+            "keep = 'best' without eval_every chooses between the weights before training and "
+            "those of the last step: set eval_every (--eval-every N)",
+            stacklevel=3,
+        )
 
 
 def _require_evaluable(model: Any, held_out: Text | None) -> None:

@@ -261,8 +261,8 @@ class ShardedStep:
             return jobs_of_parts(self._parts(shard), *of_shard)
 
         shards = list(self._cut(task_batches))
-        own = self.ranks.owned(len(shards))
-        own_shards = shards[own.start : own.stop]
+        indices = self.ranks.owned(len(shards))
+        own_shards = shards[indices.start : indices.stop]
         own_tasks = {shard.task for shard in own_shards}
         try:
             for task, task_batch in task_batches:
@@ -270,7 +270,9 @@ class ShardedStep:
                     with self._running(task):
                         self._prepare(task_batch.ids.size)
             jobs = schedule(map(jobs_of, own_shards), self.threads)
-            partials = enumerate(_add_parts(self._workers.map(_run, jobs), Partial.add), own.start)
+            partials = enumerate(
+                _add_parts(self._workers.map(_run, jobs), Partial.add), indices.start
+            )
             leaves = (Node(i, i + 1, partial) for i, partial in partials)
             nodes = add_up(leaves, len(shards), Partial.add)
         finally:

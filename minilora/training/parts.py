@@ -168,12 +168,12 @@ class Part(Cache):
     def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         progress = self.shared.progress
         keys, values = self.shared.data[layer]
-        own = self.number, FORWARD, layer
+        work = self.number, FORWARD, layer
         # With gradient checkpointing a block runs again: the same keys are there already.
-        if not progress.has(own):
+        if not progress.has(work):
             keys[:, self.length : self.stop] = k
             values[:, self.length : self.stop] = v
-            progress.announce(own)
+            progress.announce(work)
         progress.wait_for([(earlier, FORWARD, layer) for earlier in range(self.number)])
         return keys[:, : self.stop], values[:, : self.stop]
 
@@ -191,8 +191,8 @@ class Part(Cache):
             del shared.grads[layer]
         # From now on the earlier parts add to the rows before this part's.
         shared.progress.announce((self.number, BACKWARD, layer))
-        own = slice(self.length, self.stop)
-        return total_dk[:, own], total_dv[:, own]
+        rows = slice(self.length, self.stop)
+        return total_dk[:, rows], total_dv[:, rows]
 
     def run(self, work: Callable[[], T]) -> T:
         """The result of `work`, of whose failure those are told that wait for this part."""

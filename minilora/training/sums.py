@@ -1,7 +1,7 @@
 """The sum over the shards of a step: a binary tree over their numbers, whoever adds.
 
 A node covers the shards i 2^k to (i + 1) 2^k, or up to the last one, and is the sum of its two
-halves. Of 6 shards the sum is ((0 + 1) + (2 + 3)) + (4 + 5). Floating-point sums depend on their
+halves. The sum of 6 shards is ((0 + 1) + (2 + 3)) + (4 + 5). Floating-point sums depend on their
 form; this form depends on the number of shards alone. Neighbouring shards add up to few nodes
 without the others, so that a process which owns them sends little, and the bits of the whole sum
 do not depend on who owns what. Up to three shards the tree is the sum from left to right.

@@ -258,9 +258,9 @@ def seed_rows(grid: Mapping[str, Sequence[str]], rows: Sequence[JsonObject]) -> 
     others = [axis for axis in grid if axis != SEED]
     losses: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
-        found = losses.setdefault(tuple(row[axis] for axis in others), [])
+        of_setting = losses.setdefault(tuple(row[axis] for axis in others), [])
         if row["state"] == FINISHED:
-            found.append(row["loss"])
+            of_setting.append(row["loss"])
     result = []
     for setting, values in losses.items():
         row = dict(zip(others, setting, strict=True))
@@ -296,7 +296,7 @@ def describe_settings(
     losses: dict[str, list[float]] = {}
     for row in rows:
         label = ", ".join(f"{axis} {row[axis]}" for axis in several)
-        found = losses.setdefault(label, [])
+        of_setting = losses.setdefault(label, [])
         if row["state"] == FINISHED:
-            found.append(row["loss"])
+            of_setting.append(row["loss"])
     return losses

@@ -36,8 +36,8 @@ from ..lora import (
 )
 from ..lora.embedding import HeadAdapter
 from ..lora.maps import MapConfig
-from ..lora.plan import wrappers
-from ..lora.targets import pattern_value
+from ..lora.targets.plan import wrappers
+from ..lora.targets.rules import pattern_value
 from ..nn import Linear
 from ..quant.codes import BLOCK_SIZES, KINDS
 from ..quant.linear import QuantizedLinear

@@ -179,10 +179,10 @@ def measure_files(case: Case) -> Measured:
         "lm_head.lora_B.weight": A.T,
         "lm_head.base_layer.weight": W,
     }
-    found = {key.removeprefix("base_model.model."): a for key, a in stored.items()}
-    wrong += len(found.keys() ^ expected.keys())
-    for key in found.keys() & expected.keys():
-        wrong += count_differences(found[key], expected[key])
+    written = {key.removeprefix("base_model.model."): a for key, a in stored.items()}
+    wrong += len(written.keys() ^ expected.keys())
+    for key in written.keys() & expected.keys():
+        wrong += count_differences(written[key], expected[key])
     return expect_zero(wrong)
 
 
@@ -222,7 +222,7 @@ def measure_half_precision(case: Case) -> Measured:
 
 
 def power_of_two(a: Array) -> Array:
-    """The largest power of two that is at most |a|: float64's exponent alone. Of 0 it is 0."""
+    """The largest power of two that is at most |a|: float64's exponent alone; 0 for 0."""
     exponents = a.view(np.int64) & 0x7FF0_0000_0000_0000
     return exponents.view(np.float64)
 

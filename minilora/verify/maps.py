@@ -128,28 +128,50 @@ def fields_for(kind: type[MapConfig], O: int, I: int, rng: np.random.Generator) 
 def adjoint_error(map: Map, theta: Sequence[Array], W: Array, rng: Any) -> tuple[float, float]:
     """(<G, D delta[d]> - <pull(G), d>, its bound) for a random G and direction d."""
     G = rng.standard_normal(W.shape)
-    trained = len(theta) - len(map.SHARED) * (not map.SHARED_TRAINS)
-    d = [rng.standard_normal(t.shape) for t in theta[:trained]]
-    d += [np.zeros(t.shape) for t in theta[trained:]]
-    n = W.size + 8 * (sum(W.shape) + sum(t.size for t in theta)) + 32
+    count = len(theta)
+    if not map.SHARED_TRAINS:
+        count -= len(map.SHARED)
+    d = [rng.standard_normal(t.shape) for t in theta[:count]]
+    d += [np.zeros(t.shape) for t in theta[count:]]
     right = _inner_product(map.pull(theta, W, G), d)
+    sizes = [t.size for t in theta]
+    n = W.size + 8 * (sum(W.shape) + sum(sizes)) + 32
     if isinstance(map.config, FourierFTConfig):
-        difference = map.delta([theta[0] + d[0]], W) - map.delta(theta, W)
-        left = float((G * difference).sum())
-        sizes = np.abs(d[0]).sum() + 2 * np.abs(theta[0]).sum()
-        S = abs(map.alpha) / W.size * np.abs(G).sum() * sizes  # type: ignore[attr-defined]
+        left, S = _fourier_side(map, theta, W, G, d)
         return left - right, gamma(n) * S
     complex_theta = [t + 1j * STEP * x for t, x in zip(theta, d, strict=True)]
-    left = float((G * (map.delta(complex_theta, W).imag / STEP)).sum())
+    derivative = map.delta(complex_theta, W).imag / STEP
+    left = float((G * derivative).sum())
+    S = _derivative_size(map, theta, W, G, d)
+    return left - right, gamma(n) * S + np.finfo(np.float64).tiny
+
+
+def _fourier_side(
+    map: Map, theta: Sequence[Array], W: Array, G: Array, d: Sequence[Array]
+) -> tuple[float, float]:
+    """(<G, delta(theta + d) - delta(theta)> of FourierFT, the sum of its terms' sizes)."""
+    [coefficients] = theta
+    [direction] = d
+    difference = map.delta([coefficients + direction], W) - map.delta(theta, W)
+    left = float((G * difference).sum())
+    sizes = np.abs(direction).sum() + 2 * np.abs(coefficients).sum()
+    alpha = abs(map.alpha)  # type: ignore[attr-defined]
+    return left, alpha / W.size * np.abs(G).sum() * sizes
+
+
+def _derivative_size(
+    map: Map, theta: Sequence[Array], W: Array, G: Array, d: Sequence[Array]
+) -> float:
+    """S: the sum over absolute values that <G, D delta[d]> is bounded by."""
     if isinstance(map.config, OFTConfig):
         q = float(np.linalg.norm(theta[0])) * math.sqrt(2)
         slope = 2 + 4 * q + 6 * q**2 + 4 * q**3  # of the polynomial; Cayley's map has at most 2
         norms = [float(np.linalg.norm(array)) for array in (G, W, d[0])]
-        S = slope * math.prod(norms) * math.sqrt(2 * W.shape[1])
-    else:
-        absolute = map.pull([np.abs(t) for t in theta], np.abs(W), np.abs(G))
-        S = _inner_product([np.abs(p) for p in absolute], [np.abs(x) for x in d])
-    return left - right, gamma(n) * float(S) + np.finfo(np.float64).tiny
+        return slope * math.prod(norms) * math.sqrt(2 * W.shape[1])
+    absolute_theta = [np.abs(t) for t in theta]
+    pulls = map.pull(absolute_theta, np.abs(W), np.abs(G))
+    absolute_pulls = [np.abs(p) for p in pulls]
+    return _inner_product(absolute_pulls, [np.abs(x) for x in d])
 
 
 def _inner_product(grads: Sequence[Array], d: Sequence[Array]) -> float:
@@ -161,7 +183,7 @@ def _measure_pull(kind: type[MapConfig], variants: Sequence[Fields]) -> Any:
     def measure(case: Case) -> Measured:
         """Both sides are sums of the same products, each with at most n roundings."""
         errors = []
-        for fields in variants if not has_map(case) else [{}]:
+        for fields in [{}] if has_map(case) else variants:
             errors.append(adjoint_error(*numbers_of(case, kind, **fields), case.rng))
         return worst(*errors)
 
@@ -196,8 +218,10 @@ def rank_excess(map: Map, theta: Sequence[Array], W: Array, rank: int) -> Measur
     sigma = np.linalg.svd(dW, compute_uv=False)
     if rank >= len(sigma):
         return expect_zero(0)
-    absolute = np.abs(map.delta([np.abs(t) for t in theta], np.abs(W)))
-    bound = svd_error(W.shape, sigma[0]) + gamma(sum(W.shape) + 8) * np.linalg.norm(absolute)
+    absolute_theta = [np.abs(t) for t in theta]
+    absolute = np.abs(map.delta(absolute_theta, np.abs(W)))
+    forming = gamma(sum(W.shape) + 8) * np.linalg.norm(absolute)
+    bound = svd_error(W.shape, sigma[0]) + forming
     return compare(sigma[rank], bound)
 
 
@@ -212,8 +236,10 @@ def measure_lokr_spectrum(case: Case) -> Measured:
     """Three decompositions, and two roundings of each entry of dW, besides those of C and E."""
     map, theta, W = numbers_of(case, LoKrConfig)
     C, E, _, _ = map.factors(theta)  # type: ignore[attr-defined]
-    sigma_C, sigma_E = (np.linalg.svd(M, compute_uv=False) for M in (C, E))
-    expected = np.sort(map.s * np.outer(sigma_C, sigma_E).reshape(-1))[::-1]
+    sigma_C = np.linalg.svd(C, compute_uv=False)
+    sigma_E = np.linalg.svd(E, compute_uv=False)
+    products = map.s * np.outer(sigma_C, sigma_E)
+    expected = np.sort(products.reshape(-1))[::-1]
     sigma = np.linalg.svd(map.delta(theta, W), compute_uv=False)
     expected = np.pad(expected, (0, max(0, len(sigma) - len(expected))))
     norm = map.s * float(np.linalg.norm(C) * np.linalg.norm(E))
@@ -273,7 +299,9 @@ def measure_ia3_scaling(case: Case) -> Measured:
     """l - 1, its product with W, and the sum with W: three roundings."""
     map, theta, W = numbers_of(case, IA3Config)
     (l,) = theta
-    return compare(W + map.delta(theta, W) - l * W, gamma(4) * (np.abs(l) + 2) * np.abs(W))
+    error = W + map.delta(theta, W) - l * W
+    bound = gamma(4) * (np.abs(l) + 2) * np.abs(W)
+    return compare(error, bound)
 
 
 @holds(
@@ -293,7 +321,9 @@ def measure_fourierft_energy(case: Case) -> Measured:
     expected = alpha / math.sqrt(O * I) * np.linalg.norm((F + opposite) / 2)
     norm = np.linalg.norm(map.delta(theta, W))
     size = alpha / math.sqrt(O * I) * np.linalg.norm(F)
-    return compare(norm - expected, gamma(16 * (2 + int(math.log2(O * I))) + O * I) * size)
+    stages = 2 + int(math.log2(O * I))  # of the fast Fourier transform
+    bound = gamma(16 * stages + O * I) * size
+    return compare(norm - expected, bound)
 
 
 @holds(MissConfig, "repetition", "dW[:, i] = dW[:, i + r]", "Kang & Yin 2024, section 3")

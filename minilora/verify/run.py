@@ -19,7 +19,7 @@ from ..formats import Checkpoint, read_checkpoint
 from ..formats.dtypes import FLOATS, round_to, widen
 from ..lora import AdaLoraAdapter, PeftModel
 from ..lora.factors import effective_rank, singular_values
-from ..lora.files import base_key
+from ..lora.files.fitting import base_key
 from ..lora.maps.adapter import MapAdapter
 from ..models.transformer import CausalLM
 from ..progress import progress_bar

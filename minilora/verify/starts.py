@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array
-from ..lora import get_peft_model, initial, starts
-from ..lora.starts import Given, StartValues
+from ..lora import get_peft_model
+from ..lora.starts import residual, values
+from ..lora.starts.values import Given, StartValues
 from ..quant.codes import encode
 from .case import Case, unit_roundoff
 from .layers import OneLayer
@@ -57,7 +58,7 @@ def rank_of(case: Case, most: int) -> int:
 
 
 def begin(name: str, W: Array, r: int, s: float, given: Given) -> StartValues:
-    return starts.begin(name, "proj", W, r, s, given)
+    return values.begin(name, "proj", W, r, s, given)
 
 
 def gamma(n: int) -> float:
@@ -108,7 +109,7 @@ def measure_way_back(case: Case) -> Measured:
     A = adapter.lora_A.data.astype(np.float64)
     B = adapter.lora_B.data.astype(np.float64)
     A0, B0 = (case.rng.standard_normal(factor.shape) * abs(factor).max() for factor in (A, B))
-    new_A, new_B = initial.difference(A, B, A0, B0, s)
+    new_A, new_B = residual.difference(A, B, A0, B0, s)
     error = W + new_B @ new_A - (W - s * (B0 @ A0) + s * (B @ A))
     S = abs(W) + s * (abs(B) @ abs(A) + abs(B0) @ abs(A0))
     return compare(error, 2 * gamma(2 * len(A) + 6) * S)
@@ -142,9 +143,9 @@ def measure_orthogonal_ranks(case: Case) -> Measured:
     r, (A, B, *_) = begin_orthogonal(case)
     pairs: list[tuple[Any, Any]] = []
     for factor in (A, B):
-        values = np.linalg.svd(factor, compute_uv=False)
-        bound = svd_error(factor.shape, values[0], 4 + r)
-        pairs.append((values[r // 2 :].max(initial=0), bound))
+        S = np.linalg.svd(factor, compute_uv=False)
+        bound = svd_error(factor.shape, S[0], 4 + r)
+        pairs.append((S[r // 2 :].max(initial=0), bound))
         pairs.append((float(not factor.any()), 0))
     return worst(*pairs)
 
@@ -161,7 +162,8 @@ def measure_pissa(case: Case) -> Measured:
     sigma = np.linalg.svd(W, compute_uv=False)
     left = np.linalg.norm(W - s * (B @ A), 2)
     size = s * np.linalg.norm(abs(B) @ abs(A)) + np.linalg.norm(W)
-    return compare(left - sigma[r], svd_error(W.shape, sigma[0], 4) + gamma(r + 4) * size)
+    bound = svd_error(W.shape, sigma[0], 4) + gamma(r + 4) * size
+    return compare(left - sigma[r], bound)
 
 
 @holds("pissa is balanced", "A Aᵀ = Bᵀ B", "Meng et al. 2024, section 3")
@@ -188,7 +190,8 @@ def measure_leading(case: Case) -> Measured:
     sigma = np.linalg.svd(V, compute_uv=False)
     least = float((sigma[r:] ** 2).sum())
     square = float(np.linalg.norm(V - s * (B @ A)) ** 2)
-    return compare(square - least, 1e-10 * least + 160 * 150 * U * float((sigma**2).sum()))
+    whole = float((sigma**2).sum())
+    return compare(square - least, 1e-10 * least + V.size * U * whole)
 
 
 # ---- olora ---------------------------------------------------------------------------------------
@@ -244,7 +247,9 @@ def measure_loftq(case: Case) -> Measured:
     W, r, s, (A, B, Q, _) = begin_loftq(case, 2)
     D = W - Q
     sigma = np.linalg.svd(D, compute_uv=False)
-    error = np.linalg.norm(D - s * (B @ A)) ** 2 - (np.linalg.norm(D) ** 2 - (sigma[:r] ** 2).sum())
+    square = np.linalg.norm(D - s * (B @ A)) ** 2
+    expected = np.linalg.norm(D) ** 2 - (sigma[:r] ** 2).sum()
+    error = square - expected
     whole = (sigma**2).sum()
     bound = 8 * len(sigma) * sigma[0] * svd_error(W.shape, sigma[0])
     return compare(error, bound + gamma(W.size + r) * whole)
@@ -255,7 +260,10 @@ def measure_loftq_best(case: Case) -> Measured:
     """e_t² of iteration t is the sum of σᵢ² over i > r, for W - Q_t."""
     codes: list[Array] = []
     W, r, s, (A, B, Q, _) = begin_loftq(case, 5, codes)
-    errors = [np.linalg.norm(np.linalg.svd(W - Q_t, compute_uv=False)[r:]) for Q_t in codes]
+    errors = []
+    for Q_t in codes:
+        sigma = np.linalg.svd(W - Q_t, compute_uv=False)
+        errors.append(np.linalg.norm(sigma[r:]))
     error = np.linalg.norm(W - Q - s * (B @ A)) - min(errors)
     return compare(error, svd_error(W.shape, float(np.linalg.norm(W)), 4))
 
@@ -307,7 +315,8 @@ def measure_lora_ga(case: Case) -> Measured:
     step = B @ (B.T @ G) + (G @ A.T) @ A
     t = (step * G).sum() / (step * step).sum()
     sigma = np.linalg.svd(G, compute_uv=False)
-    error = np.linalg.norm(G - t * step) ** 2 - (sigma[2 * r :] ** 2).sum()
+    square = np.linalg.norm(G - t * step) ** 2
+    error = square - (sigma[2 * r :] ** 2).sum()
     return compare(error, 2 * sigma.sum() * svd_error(G.shape, sigma[0], 4))
 
 
@@ -315,6 +324,8 @@ def measure_lora_ga(case: Case) -> Measured:
 def measure_lora_ga_scale(case: Case) -> Measured:
     """c² times Gram matrices of singular vectors, which are 1 to 10 k² u, k = min(O, I)."""
     G, _, (A, B, *_) = begin_lora_ga(case)
-    size = len(G) ** 0.5 / starts.GAMMA
+    size = len(G) ** 0.5 / values.GAMMA
     more = size * 10 * min(G.shape) ** 2 * U
-    return worst(*((e, b + more) for e, b in (measure_gram(A.T, size), measure_gram(B, size))))
+    error_A, bound_A = measure_gram(A.T, size)
+    error_B, bound_B = measure_gram(B, size)
+    return worst((error_A, bound_A + more), (error_B, bound_B + more))

@@ -23,7 +23,7 @@ import numpy as np
 from ..backend import Array
 from ..data.batches import Batch
 from ..lora import LoraConfig, LoraLinear, PeftModel, get_peft_model
-from ..lora.plan import wrappers
+from ..lora.targets.plan import wrappers
 from ..models.config import TransformerConfig
 from ..models.transformer import CausalLM
 from ..nn import Parameter

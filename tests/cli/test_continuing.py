@@ -15,7 +15,7 @@ from minilora import CausalLM, PeftModel
 from minilora.cli import main
 from minilora.data.texts import split_text
 from minilora.formats import load_file, save_file
-from minilora.lora.files import AdapterFile
+from minilora.lora.files.adapter import AdapterFile
 from minilora.training.loop import Settings, train
 
 TRAIN = "--data book.txt --steps 4 --batch-size 2 --context 8 --threads 1 --lr 0.05"

@@ -25,7 +25,7 @@ from minilora.formats import read_adapter, write_adapter
 from minilora.lora import AdaLoraConfig, HydraConfig, LoraConfig, PeftModel, get_peft_model
 from minilora.lora.combining import FACTORWISE, combine_layer
 from minilora.lora.factors import Part
-from minilora.lora.files import AdapterFile
+from minilora.lora.files.adapter import AdapterFile
 from minilora.lora.pruning import PRUNED, RANDOM
 from minilora.tools.combining import combine
 from minilora.tools.merging import merge

@@ -13,7 +13,7 @@ import small
 from minilora.errors import ConfigError
 from minilora.formats import PEFT_CONFIG_DEFAULTS
 from minilora.lora import LoraConfig, get_peft_model
-from minilora.lora.starts import NAMES
+from minilora.lora.starts.values import NAMES
 
 # ---- bad values ----
 

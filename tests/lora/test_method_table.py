@@ -35,7 +35,8 @@ from minilora.formats import load_file, read_adapter, write_adapter
 from minilora.gradcheck import check_gradient
 from minilora.lora import LoraLinear, PeftModel, RankAllocator
 from minilora.lora.factors import Part
-from minilora.lora.plan import describe_model, plan_adapter
+from minilora.lora.targets.base import describe_model
+from minilora.lora.targets.plan import plan_adapter
 from minilora.models.decoding import Decoding, Weights
 from minilora.models.generation import generate
 from minilora.models.transformer import KeyValueCache

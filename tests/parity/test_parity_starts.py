@@ -17,8 +17,8 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from minilora import CausalLM, PeftModel, get_peft_model
 from minilora.errors import MiniloraError
 from minilora.formats import load_file
-from minilora.lora import LoraConfig, starts
-from minilora.lora.starts import Given
+from minilora.lora import LoraConfig
+from minilora.lora.starts.values import Given, begin
 from minilora.tools.inspecting import inspect_adapter
 from minilora.tools.merging import merge
 from minilora.tools.plain import make_plain
@@ -119,7 +119,7 @@ def test_begin_is_pefts_orthogonal_start(monkeypatch: pytest.MonkeyPatch) -> Non
         r=r,
         lora_alpha=r,
     )
-    A, B, *_ = starts.begin("orthogonal", "proj", np.zeros((O, I)), r, 1.0, Given(Drawn()))
+    A, B, *_ = begin("orthogonal", "proj", np.zeros((O, I)), r, 1.0, Given(Drawn()))
     assert close(A, layer.lora_A["default"].weight, 1e-9)
     assert close(B, layer.lora_B["default"].weight, 1e-9)
 

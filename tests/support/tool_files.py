@@ -12,7 +12,7 @@ import numpy as np
 from minilora import CausalLM
 from minilora.formats import Entry, bf16_from, load_file, write_adapter, write_json, write_stream
 from minilora.lora import PeftModel
-from minilora.lora.files import AdapterFile
+from minilora.lora.files.adapter import AdapterFile
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ADAPTERS = sorted(p.name for p in GOLDEN.iterdir() if (p / "adapter_config.json").exists())

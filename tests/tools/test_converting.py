@@ -29,7 +29,7 @@ from minilora.formats import (
     write_json,
 )
 from minilora.lora import LoraConfig, get_peft_model
-from minilora.lora.files import AdapterFile
+from minilora.lora.files.adapter import AdapterFile
 from minilora.tools.converting import convert
 
 ROUND_TRIPS = ["llama--lora", "llama--dora", "llama--regex_layer1", "llama--rslora_all"]

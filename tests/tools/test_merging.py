@@ -55,7 +55,8 @@ from minilora.formats import (
 )
 from minilora.formats.checkpoint import is_stored_transposed
 from minilora.formats.dtypes import DTYPES, widen
-from minilora.lora.files import AdapterFile, base_key
+from minilora.lora.files.adapter import AdapterFile
+from minilora.lora.files.fitting import base_key
 from minilora.tools.converting import convert
 from minilora.tools.factoring import resize
 from minilora.tools.merging import merge

@@ -22,18 +22,18 @@ import pytest
 from test_verify import BY_NAME, LORAS, OF_MAPS
 
 import minilora.functional as F
-import minilora.lora.beginning
 import minilora.lora.combining
 import minilora.lora.dora
 import minilora.lora.factors
 import minilora.lora.hydra
-import minilora.lora.initial
 import minilora.lora.layer
-import minilora.lora.leading
 import minilora.lora.merging
 import minilora.lora.model
 import minilora.lora.multitask
 import minilora.lora.pruning
+import minilora.lora.singular
+import minilora.lora.starts.layers
+import minilora.lora.starts.residual
 import minilora.nn
 import minilora.optim
 from minilora import quant
@@ -48,7 +48,6 @@ from minilora.lora import (
     LoraConfig,
     LoraLinear,
     RankAllocator,
-    starts,
 )
 from minilora.lora.embedding import EmbeddingAdapter, HeadAdapter
 from minilora.lora.factors import cat, pad_rank, truncate_rank
@@ -56,6 +55,7 @@ from minilora.lora.layer import Wrapper
 from minilora.lora.maps import MAPS
 from minilora.lora.maps.oft import OFT
 from minilora.lora.maps.scattered import UniLora
+from minilora.lora.starts import values as start_values
 from minilora.nn import Dropout, Parameter
 from minilora.optim import SGD
 from minilora.quant import KINDS, Quantized
@@ -890,11 +890,11 @@ def in_start(name: str) -> Callable[[Change], Patch]:
 
     def decorate(change: Change) -> Patch:
         def real(start, path, W, r, s, given):
-            begun = starts.find_start(start).begin(W, r, s, given)
+            begun = start_values.find_start(start).begin(W, r, s, given)
             return change(begun, W, r, s, given) if start.startswith(name) else begun
 
         def patch(mp):
-            mp.setattr(starts, "begin", real)
+            mp.setattr(start_values, "begin", real)
 
         patch.__name__ = change.__name__
         return patch
@@ -903,13 +903,13 @@ def in_start(name: str) -> Callable[[Change], Patch]:
 
 
 @breaks("changed base")
-@around(minilora.lora.beginning, "subtract")
+@around(minilora.lora.starts.layers, "subtract")
 def a_thousandth_too_much_leaves_the_base(real, layer, A, B, s):
     return real(layer, A, B, s * 1.001)
 
 
 @breaks("way back")
-@around(minilora.lora.initial, "difference")
+@around(minilora.lora.starts.residual, "difference")
 def the_way_back_forgets_the_scaling(real, A, B, A0, B0, s):
     new_A, new_B = real(A, B, A0, B0, s)
     return new_A, np.concatenate([new_B[:, : len(A)], -B0], axis=1)
@@ -933,7 +933,7 @@ def A_starts_at_zero(begun, *rest):
 def the_first_triplet_stays_in_the_base(begun, W, r, s, given):
     if given.rng is None and (r == min(W.shape) or len(W) == 160):
         return begun
-    A, B, *_ = starts.pissa(W, r + 1, s, given)
+    A, B, *_ = start_values.pissa(W, r + 1, s, given)
     return begun._replace(A=A[1:], B=B[:, 1:])
 
 
@@ -944,7 +944,7 @@ def B_has_the_larger_share(begun, *rest):
 
 
 @breaks("leading part")
-@after(minilora.lora.leading, "_iterate")
+@after(minilora.lora.singular, "_iterate")
 def block_krylov_stops_too_soon(triplets, D, r, rounds):
     U, values, Vt = triplets
     turned = Vt + 1e-3 * np.roll(Vt, 1, axis=1)
@@ -974,7 +974,7 @@ def the_factors_are_a_thousandth_too_large(begun, W, r, s, given):
 def the_codes_are_forgotten_after_several_rounds(begun, W, r, s, given):
     if given.rounds < 5:
         return begun
-    A, B, *_ = starts.pissa(W, max(1, r - 1), s, given)
+    A, B, *_ = start_values.pissa(W, max(1, r - 1), s, given)
     return begun._replace(A=A, B=B, Q=0 * W)
 
 

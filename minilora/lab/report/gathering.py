@@ -23,7 +23,7 @@ from ...formats import SafetensorsFile
 from ...formats.adapter import WEIGHTS_FILE
 from ...lora import AdaLoraConfig, HydraConfig, LoraConfig
 from ...lora.factors import effective_rank
-from ...lora.files import AdapterFile
+from ...lora.files.adapter import AdapterFile
 from ...lora.maps import MapConfig
 from ...progress import progress_bar
 from ...tools.effects import Effects, measure_effects

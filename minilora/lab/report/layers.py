@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...lora.factors import effective_rank
-from ...lora.leading import leading_triplets
+from ...lora.singular import leading_triplets
 from ...progress import progress_bar
 from ...threads import one_blas_thread
 from ...tools.overlap import find_directions

@@ -37,7 +37,7 @@ from ...backend import Array, Shape, backend_of
 from ...errors import ConfigError, Rule, check_fields
 from ...formats.disk import JsonObject
 from ..config import HARMLESS, LoraConfig, is_file_only
-from ..targets import pattern_value
+from ..targets.rules import pattern_value
 
 Theta = Sequence[Array]
 Layers = Mapping[str, Shape]  # (O, I) of each adapted layer by its path

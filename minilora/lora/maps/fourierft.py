@@ -21,7 +21,7 @@ import numpy as np
 
 from ...backend import Array, Shape, backend_of
 from ...errors import Rule, integer_rules, is_flag, is_plain_number, number_rules
-from ..targets import pattern_value
+from ..targets.rules import pattern_value
 from .contract import USUAL, Layers, Map, MapConfig, Theta, refuse_shape
 from .streams import torch_permutation
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...backend import Array, Shape
 from ...errors import ConfigError, Rule, is_flag
-from ..targets import Targets
+from ..targets.rules import Targets
 from .contract import Layers, Map, MapConfig, Theta
 
 FEEDFORWARD = ("down_proj", "mlp.c_proj")

@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError, NonFiniteError
-from ..threads import one_blas_thread
-from .leading import leading_triplets
+from ...errors import ConfigError, NonFiniteError
+from ...threads import one_blas_thread
+from ..singular import leading_triplets
 
 Array = np.ndarray
 GAMMA = 16  # LoRA-GA: A and B are in proportion to 1 / sqrt(GAMMA)
@@ -260,8 +260,8 @@ def redistribute(
     ratios   by layer, the eigenvalues of its inputs' covariance over their sum, falling
     ranks    by layer, before; a new rank is at most rho times that, rounded
 
-    The largest ratios of all layers count, one rank each. Of equal ones, as in layers that share an
-    input, the first layer's comes first.
+    The largest ratios of all layers count, one rank each. Where ratios are equal, as in layers that
+    share an input, the first layer's comes first.
     """
     candidates = []
     for number, (path, values) in enumerate(ratios.items()):

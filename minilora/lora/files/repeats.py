@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ..formats import SafetensorsFile
-from ..formats.dtypes import FLOATS, round_to, row_blocks, widen
-from .factors import Part
-from .names import ENDS, PREFIX, TRANSPOSED, base_weight_key
-from .plan import Plan
-from .targets import matches
+from ...formats import SafetensorsFile
+from ...formats.dtypes import FLOATS, round_to, row_blocks, widen
+from ..factors import Part
+from ..names import ENDS, PREFIX, TRANSPOSED, base_weight_key
+from ..targets.plan import Plan
+from ..targets.rules import matches
 
 Array = np.ndarray
 Read = Callable[[str], Array]  # gives a tensor of the base by its name, such as "lm_head.weight"
@@ -108,8 +108,8 @@ def names_of_base(key: str) -> Iterator[str]:
         path = name.removesuffix(f".base_layer.{tensor}")
         if path != name:
             yield f"{path.removesuffix('.token_adapter')}.{tensor}"
-    path, found, inside = name.partition(".original_module.")
-    if found:
+    path, marker, inside = name.partition(".original_module.")
+    if marker:
         yield f"{path}.{inside}"
 
 
@@ -118,8 +118,8 @@ def keys_of_adapter(key: str, follows: tuple[str, str] | None) -> Iterator[tuple
 
     follows   (head, embedding) of a `Plan`
     """
-    path, found, inside = key.partition(".modules_to_save.")
-    if found:
+    path, marker, inside = key.partition(".modules_to_save.")
+    if marker:
         yield f"{path}.{inside}", False
         yield f"{path}.{inside.partition('.')[2]}", False  # after the adapter's name
     head, embedding = follows or ("", "")
@@ -159,10 +159,10 @@ def is_weight_of_base(
             return all(test(f, w, at).all() for (f, w), at in zip(pairs, blocks, strict=True))
 
     def is_rounded(f: Array, w: Array, at: slice) -> Array:
-        found = _equal(f, _rounded(w, dtype))
+        equal = _equal(f, _rounded(w, dtype))
         for half in ("BF16", "F16"):
-            found |= _equal(f, _rounded(w, half)) | _equal(w, _rounded(f, half))
-        return found
+            equal |= _equal(f, _rounded(w, half)) | _equal(w, _rounded(f, half))
+        return equal
 
     if all_are(is_rounded):
         return True

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
 
-from ..errors import ConfigError
+from ...errors import ConfigError
 
 Test = Callable[[str], bool]  # whether one character fits
 
@@ -149,14 +149,14 @@ class Pattern:
             for after in self._states[state][1]:
                 before.setdefault(after, []).append(state)
         begins = set()
-        found: set[int] = set()  # at the position after this one
+        live_after: set[int] = set()  # at the position after this one
         for at in range(len(name), -1, -1):
             self._count(len(look.states))
             live = {ACCEPT}
             for state in look.states:
                 what, following = self._states[state]
                 consumes = callable(what) and at < len(name) and what(name[at])
-                if consumes and not found.isdisjoint(following):
+                if consumes and not live_after.isdisjoint(following):
                     live.add(state)
             pending = list(live)
             while pending:
@@ -166,7 +166,7 @@ class Pattern:
                         pending.append(state)
             if look.first in live:
                 begins.add(at)
-            found = live
+            live_after = live
         return begins
 
     def _count(self, visits: int) -> None:

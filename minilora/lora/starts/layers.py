@@ -16,36 +16,33 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..autograd import Tensor, gradients, no_grad
-from ..data.batches import Batch
-from ..errors import ConfigError
-from ..formats.dtypes import CODES
-from ..functional import IGNORE, rows
-from ..nn import LinearBase, Module, Parameter, frozen_linear, replace_module
-from ..quant.codes import encode
-from ..quant.half import Half, HalfLinear, HalfWeight
-from ..quant.linear import QuantizedLinear, quantize
-from ..threads import one_blas_thread
-from .config import LoraConfig
-from .factors import Part
-from .files import AdapterFile
-from .initial import coded_base, loftq_fields
-from .merging import merge_weight
-from .names import factor_keys
-from .plan import Plan, modules_inside, plan_adapter
-from .starts import RHO, STARTS, Given, Start, begin, check_rank, find_start, redistribute
+from ...errors import ConfigError
+from ...formats.dtypes import CODES
+from ...nn import LinearBase, frozen_linear, replace_module
+from ...quant.codes import encode
+from ...quant.half import Half, HalfLinear, HalfWeight
+from ...quant.linear import QuantizedLinear, quantize
+from ..config import LoraConfig
+from ..factors import Part
+from ..files.adapter import AdapterFile
+from ..merging import merge_weight
+from ..names import factor_keys
+from ..targets.base import modules_inside
+from ..targets.plan import Plan, plan_adapter
+from .recomputed import coded_base, loftq_fields
+from .statistics import measure_covariances, measure_gradients, read_batches
+from .values import RHO, Given, Start, begin, check_rank, find_start, redistribute
 
 Array = np.ndarray
 # Fields that exclude layers.
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
-BLOCK = 64  # weights per absmax of LoftQ's codes; there is no double quantisation
+BLOCK = 64  # weights per absmax of LoftQ's codes, whose absmax stay in float32
 
 
 class LayerStart(NamedTuple):
@@ -82,7 +79,7 @@ def begin_model(
     modules = modules_inside(model)
     paths = [path for path, layer in plan.targets.items() if layer.kind == "linear"]
     _check_startable(name, start, plan, paths, modules)
-    batches = _read_batches(name, start.needs, data)
+    batches = read_batches(name, start.needs, data)
     covariances: dict[str, Array] = {}
     weight_gradients: dict[str, Array] = {}
     if start.needs == "covariance":
@@ -206,7 +203,7 @@ def quantize_with_starts(
 ) -> dict[str, LayerStart]:
     """The starts with quantized bases; the model's linear layers are quantized, too.
 
-    With name = "loftq" there is no double quantisation: Q was computed from codes without.
+    With name = "loftq" the scales are not quantized: Q was computed from codes like that.
     """
     bases = {path: start.base for path, start in layer_starts.items() if start.base is not None}
     unchanged = {path: modules_inside(model)[path] for path in bases}
@@ -261,127 +258,6 @@ def _decoder(kind: str | None) -> Callable[[Array], Array] | None:
     if kind is None:
         return None
     return lambda W: encode(W.astype(np.float32), kind, BLOCK).decode(np.float64)
-
-
-# ---- statistics of the user's data ---------------------------------------------------------------
-
-
-def _read_batches(name: str, needs: str, data: Iterable[Any] | None) -> list[Batch]:
-    """`data` as batches, for a start that needs some; otherwise none."""
-    if needs not in ("covariance", "gradient"):
-        return []
-    batches = []
-    for batch in data or ():
-        ids = batch if isinstance(batch, Batch) else np.asarray(batch)
-        batches.append(ids if isinstance(ids, Batch) else Batch(ids[:, :-1], ids[:, 1:]))
-    if not any(batch.tokens for batch in batches):
-        others = [word for word, start in STARTS.items() if start.needs in ("", "decode")]
-        raise ConfigError(
-            f"init_lora_weights={name!r} begins from data, and none is given: pass data, a list of "
-            f"batches of ids, or choose a start without, such as {', '.join(others)}"
-        )
-    return batches
-
-
-class _Recorder(Module):
-    """A linear layer that sums its inputs: their number, their sum (I,), their Gram matrix (I, I).
-
-    counted   (N,) booleans: the rows of the next input (N, I) that count; None for all
-    """
-
-    running = ()
-
-    def __init__(self, layer: LinearBase):
-        self.layer = layer
-        self.bias = layer.bias
-        self.counted: Array | None = None
-        self.count = 0
-        self.total: Array = np.zeros(layer.in_features)
-        self.gram: Array = np.zeros((layer.in_features, layer.in_features))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        X = self.layer.backend.to_numpy(rows(x.data)).astype(np.float64)
-        X = X if self.counted is None else X[self.counted]
-        self.count += len(X)
-        self.total += X.sum(axis=0)
-        self.gram += X.T @ X
-        y: Tensor = self.layer(x)
-        return y
-
-    def covariance(self) -> Array:
-        """The covariance (I, I) of the inputs: E (x - mean)(x - mean)^T."""
-        mean = self.total / self.count
-        return self.gram / self.count - np.outer(mean, mean)
-
-
-def measure_covariances(
-    model: Any, paths: Sequence[str], batches: Sequence[Batch]
-) -> dict[str, Array]:
-    """The covariance (I, I) of each layer's inputs at positions that have a target."""
-    modules = modules_inside(model)
-    recorders = {path: _Recorder(modules[path]) for path in paths}
-    places = {path: _place(model, path) for path in paths}
-    for path, recorder in recorders.items():
-        replace_module(model, places[path], recorder)
-    try:
-        with no_grad(), _evaluating(model), one_blas_thread():
-            for batch in batches:
-                counted = (batch.targets != IGNORE).reshape(-1)
-                for recorder in recorders.values():
-                    recorder.counted = counted
-                model(batch.ids, first_key=batch.first_key)
-    finally:
-        for path, recorder in recorders.items():
-            replace_module(model, places[path], recorder.layer)
-    return {path: recorder.covariance() for path, recorder in recorders.items()}
-
-
-def measure_gradients(
-    model: Any, paths: Sequence[str], batches: Sequence[Batch]
-) -> dict[str, Array]:
-    """G (O, I) by path: dL/dW of the loss per token, averaged over the batches."""
-    modules = modules_inside(model)
-    weights: list[Parameter] = [modules[path].weight for path in paths]
-    fixed = [path for path, weight in zip(paths, weights, strict=True) if weight.fixed]
-    if fixed:
-        raise ConfigError(
-            f"lora_ga needs the gradient of {fixed[0]}.weight, which is in 16 bits: load the base "
-            "in float32"
-        )
-    trained = {id(p): p.requires_grad for p in model.parameters()}
-    sums = [np.zeros(weight.shape) for weight in weights]
-    try:
-        for p in model.parameters():
-            p.requires_grad = False
-        for weight in weights:
-            weight.requires_grad = True
-        with _evaluating(model), one_blas_thread():
-            for batch in batches:
-                batch = batch.to(weights[0].backend, model.config.vocab_size)
-                loss = model(batch.ids, targets=batch.targets, first_key=batch.first_key)
-                for total, grad in zip(sums, gradients(loss, weights), strict=True):
-                    total += weights[0].backend.to_numpy(grad) / max(1, batch.tokens)
-    finally:
-        for p in model.parameters():
-            p.requires_grad = trained[id(p)]
-    return {path: total / len(batches) for path, total in zip(paths, sums, strict=True)}
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Inside, the model is in eval mode, without dropout."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def _place(model: Any, path: str) -> str:
-    """The name in `model` of the base's module `path`, which may be inside a wrapper."""
-    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
-    return names[id(modules_inside(model)[path])]
 
 
 def _share_ranks(plan: Plan, covariances: Mapping[str, Array]) -> Plan:

@@ -10,7 +10,7 @@ layers it adapts and what it replaces, so they decide wherever the configuration
     settle_vocabulary  an embedding and a head with more or fewer rows than the base's
 
 All commands read an adapter through these: the first is called where a file is opened, the others
-where its base is known (see files.py). Each tells what it decided, in a note.
+where its base is known (see fitting.py). Each tells what it decided, in a note.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError, FormatError
-from ..formats import SafetensorsFile
-from ..formats.disk import JsonObject
-from .config import MAX_PATTERNS, LoraConfig, is_pattern
-from .endings import plain_text
-from .names import ENDINGS, PREFIX, map_tensors
-from .patterns import MAX_STATES, UnsupportedPattern, compile_pattern
-from .plan import DECODERS, HEAD, Base
+from ...errors import ConfigError, FormatError
+from ...formats import SafetensorsFile
+from ...formats.disk import JsonObject
+from ..config import MAX_PATTERNS, LoraConfig, is_pattern
+from ..names import ENDINGS, PREFIX, map_tensors
+from ..targets.base import DECODERS, HEAD, Base
+from ..targets.endings import plain_text
+from ..targets.patterns import MAX_STATES, UnsupportedPattern, compile_pattern
+from ..targets.rules import Layers, Targets
 from .repeats import Read, is_weight_of_base
-from .targets import Layers, Targets
 
 Array = np.ndarray
 
@@ -227,30 +227,30 @@ def settle_vocabulary(file: SafetensorsFile, base: Base, read: Read) -> dict[str
     the file has them for one of the two places alone.
     """
     ends = [path for path in (base.embedding, base.head) if path]
-    found = {}
+    key_of = {}
     for path in ends:
         C = base.layers[path].shape[1]
         keys = [f"{PREFIX}{path}.{ending}" for ending in WEIGHTS]
         shapes = {key: file.shape(key) for key in keys if key in file}
         fitting = [key for key, shape in shapes.items() if shape[1:] == (C,) and shape[0] > 0]
         if fitting:
-            found[path] = fitting[0]
-    sizes = {file.shape(key)[0] for key in found.values()}
+            key_of[path] = fitting[0]
+    sizes = {file.shape(key)[0] for key in key_of.values()}
     V = base.layers[base.embedding].shape[0] if base.embedding else 0
     if len(sizes) != 1 or sizes == {V} or not V:
         return {}
     (size,) = sizes
     if base.tied:
-        found = dict.fromkeys(ends, next(iter(found.values())))
-    missing = [path for path in ends if path not in found]
+        key_of = dict.fromkeys(ends, next(iter(key_of.values())))
+    missing = [path for path in ends if path not in key_of]
     if missing:
         raise ConfigError(
-            f"{next(iter(found.values()))} has {size} tokens, the base has {V}, and the file has "
+            f"{next(iter(key_of.values()))} has {size} tokens, the base has {V}, and the file has "
             f"no rows of {missing[0]} for the others: give the base after its vocabulary was "
             f"resized to {size}"
         )
     vocabulary: dict[str, Array] = {}
-    for path, key in found.items():
+    for path, key in key_of.items():
         W = read(f"{path}.weight")
         vocabulary[f"{path}.weight"] = np.concatenate([W[:size], file.read(key)[V:]])
     return vocabulary

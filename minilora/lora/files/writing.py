@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ..formats import write_adapter
-from ..formats.disk import JsonObject
-from .config import NO_START, LoraConfig
-from .initial import FOLDER, plain_form, start_of
-from .names import base_weight_key, factor_keys
-from .starts import find_start
+from ...formats import write_adapter
+from ...formats.disk import JsonObject
+from ..config import NO_START, LoraConfig
+from ..names import base_weight_key, factor_keys
+from ..starts.residual import FOLDER, plain_form, start_of
+from ..starts.values import find_start
 
 Array = np.ndarray
 

@@ -11,8 +11,9 @@ import small
 from minilora import AdaLoraConfig, LoraConfig, PeftModel, TransformerConfig, get_peft_model
 from minilora.errors import ConfigError, FormatError
 from minilora.formats import read_adapter, read_checkpoint, write_adapter
-from minilora.lora.files import AdapterFile
-from minilora.lora.plan import describe_checkpoint, describe_model, plan_adapter
+from minilora.lora.files.adapter import AdapterFile
+from minilora.lora.targets.base import describe_checkpoint, describe_model
+from minilora.lora.targets.plan import plan_adapter
 from minilora.tools.merging import merge
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minilora.errors import ConfigError
 from minilora.lora import LoraConfig
-from minilora.lora.patterns import (
+from minilora.lora.targets.patterns import (
     MAX_LENGTH,
     MAX_STATES,
     MAX_VISITS,
@@ -19,7 +19,7 @@ from minilora.lora.patterns import (
     Pattern,
     UnsupportedPattern,
 )
-from minilora.lora.targets import in_layers, layer_index, matches, pattern_value
+from minilora.lora.targets.rules import in_layers, layer_index, matches, pattern_value
 
 NAME = "model.layers.10.self_attn.q_proj"
 

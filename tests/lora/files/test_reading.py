@@ -27,8 +27,8 @@ from minilora.formats import SafetensorsFile, load_file, save_file
 from minilora.formats.dtypes import round_to, widen
 from minilora.lora import LoraConfig
 from minilora.lora.factors import Part
-from minilora.lora.files import AdapterFile
-from minilora.lora.repeats import UNITS, is_weight_of_base
+from minilora.lora.files.adapter import AdapterFile
+from minilora.lora.files.repeats import UNITS, is_weight_of_base
 from minilora.tools.combining import combine
 from minilora.tools.converting import convert
 from minilora.tools.factoring import resize

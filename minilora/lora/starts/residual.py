@@ -7,20 +7,14 @@
 So for W the adapter is plain LoRA of twice the rank, exact but for the rounding of R. Every command
 reads it in this form; only training goes on over R. The file of a trained adapter does not have A0
 and B0. They are read from the adapter as saved before training (`--initial`, or the folder
-`initial` in the adapter's folder), or computed from W:
-
-    pissa    s B0 A0 = the r leading terms of W's singular value decomposition
-    olora    B0 A0 = Q_r R_r of W's QR decomposition
-    loftq    the base is Q, which codes decode to, and is computed again; there are no A0, B0
-
-Signs, and rotations among equal singular values, cancel in B0 A0. A user who has R itself says so
-(`--base-is residual`); over R the adapter is plain LoRA.
+`initial` in the adapter's folder), or computed from W (recomputed.py). The start loftq has no A0
+and B0: its base is Q, which codes decode to. A user who has R itself says so (`--base-is
+residual`); over R the adapter is plain LoRA.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,31 +22,29 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, FormatError
-from ..formats import SafetensorsFile
-from ..formats.checkpoint import is_stored_transposed
-from ..formats.disk import JsonObject
-from ..formats.dtypes import round_to
-from ..quant.codes import KINDS, encode
-from ..threads import one_blas_thread
-from .config import NO_START, LoraConfig, name_of_changed_start, plain_fields
-from .factors import Part, product_norm
-from .names import LINEAR, PREFIX, factor_keys
-from .plan import Base
-from .reading import adapted_ranks
-from .repeats import Read, is_rounded_to
-from .starts import Given, begin
+from ...errors import ConfigError, FormatError
+from ...formats import SafetensorsFile
+from ...formats.checkpoint import is_stored_transposed
+from ...formats.disk import JsonObject
+from ...threads import one_blas_thread
+from ..config import NO_START, LoraConfig, name_of_changed_start, plain_fields
+from ..factors import Part, product_norm
+from ..files.reading import adapted_ranks
+from ..files.repeats import Read, is_rounded_to
+from ..names import LINEAR, PREFIX, factor_keys
+from ..targets.base import Base
+from .recomputed import (
+    LEAST_SHARE,
+    RECOMPUTED,
+    coded_base,
+    energy_along,
+    looks_like_residual,
+    recompute,
+)
 
 Array = np.ndarray
 FOLDER = "initial"  # inside an adapter's folder
 RESIDUAL = "residual"
-RECOMPUTED = ("pissa", "olora")
-# |Q^T W|^2, Q being an orthonormal basis of B's columns, over its maximum for that rank: less means
-# that W lacks what the start took out of it.
-LEAST_SHARE = 0.5
-EQUAL = 2.0**-18  # relative; nearer singular values or columns cannot be distinguished
-LOFTQ_KINDS = {4: "nf4", 8: "rows"}
-MOST_ROUNDS = 100
 
 
 def start_of(config: LoraConfig) -> str:
@@ -154,21 +146,8 @@ def _find_initial_values(adapter: Any, paths: Sequence[str], base: Base, read: R
 def _require_original(path: str, W: Array, initial: Part, adapter: Any) -> None:
     """FormatError if W (O, I) lacks what the start took out of it: then it is R already."""
     largest = product_norm(initial.A, initial.c * initial.B) ** 2  # |s B0 A0|^2
-    if _energy_along(initial.B, W) < LEAST_SHARE * largest:
-        raise _looks_like_residual(adapter.where, adapter.began, path)
-
-
-def _energy_along(B: Array, W: Array) -> float:
-    """|Q^T W|^2 for W (O, I), Q being an orthonormal basis of the columns of B (O, r)."""
-    Q = np.linalg.qr(B)[0]
-    return float(np.linalg.norm(Q.T @ W) ** 2)
-
-
-def _looks_like_residual(where: str, word: str, path: str) -> FormatError:
-    return FormatError(
-        f"{where}: init_lora_weights={word!r:.40}, but this base has nothing left where B points "
-        f"({path}): it looks like the residual already; say --base-is residual"
-    )
+    if energy_along(initial.B, W) < LEAST_SHARE * largest:
+        raise looks_like_residual(adapter.where, adapter.began, path)
 
 
 def base_weight(adapter: Any, path: str, W: Array) -> Array:
@@ -280,97 +259,6 @@ def read_initial(
         A0, B0 = (initial.file.read(key, np.float64) for key in keys)
         factors[path] = Part(A0, B0, now)
     return factors
-
-
-# ---- A0 and B0, or Q, from W ---------------------------------------------------------------------
-
-
-def recompute(word: str, path: str, W: Array, B: Array, s: float, where: str) -> Part:
-    """A0, B0 and s of a layer whose start was pissa or olora, computed from W.
-
-    W (O, I), and the trained B (O, r), in float64. FormatError if W does not determine A0 and B0,
-    or if this W is R already.
-    """
-    r = B.shape[1]
-    head = f"{where}: init_lora_weights={word!r}"
-    advice = "give --initial DIR (the adapter as saved before training)"
-    if not (np.isfinite(W).all() and np.isfinite(B).all()):
-        raise FormatError(f"{head}: {path} is not finite, so it has no first values: repair it")
-    if word == "pissa":
-        S = np.linalg.svd(W, compute_uv=False)
-        if r < len(S) and S[r - 1] - S[r] <= EQUAL * S[0]:
-            raise FormatError(
-                f"{head}: {path} has equal singular values number {r} and {r + 1}, so W does not "
-                f"say which of them the adapter began with: {advice}"
-            )
-        if _energy_along(B, W) < LEAST_SHARE * (S[:r] ** 2).sum() and r < len(S):
-            raise _looks_like_residual(where, word, path)
-    else:
-        R = np.linalg.qr(W[:, :r], mode="r")
-        if abs(np.diag(R)).min() <= EQUAL * np.linalg.norm(R, axis=0).max():
-            raise FormatError(
-                f"{head}: the first {r} columns of {path} depend on each other, so W does not say "
-                f"what the adapter began with: {advice}"
-            )
-    A0, B0, *_ = begin(word, path, W, r, s, Given())
-    return Part(A0, B0, s)
-
-
-def loftq_fields(kind: str, rounds: Mapping[str, int]) -> JsonObject:
-    """The loftq_config of a start with codes of this kind, and the iterations of each layer.
-
-    PEFT computes Q again from loftq_bits and loftq_iter. They are 0, which it refuses, if it does
-    not have these codes or the layers differ in their iterations. `kind` and `rounds` are
-    minilora's.
-    """
-    several = set(rounds.values())
-    iterations = several.pop() if len(several) == 1 else 0
-    bits = 4 if kind == "nf4" else 0
-    return {"loftq_bits": bits, "loftq_iter": iterations, "kind": kind, "rounds": dict(rounds)}
-
-
-def coded_base(config: LoraConfig, path: str, W: Array, where: str) -> Array:
-    """Q (O, I), the base over which a layer with the start loftq trained.    W (O, I) in float64
-
-    PEFT's codes are NF4 in blocks of 64, or int8 by rows of the weight in float16.
-    """
-    fields = config.extra.get("loftq_config") or {}
-    fields = fields if isinstance(fields, dict) else {}
-    kind = fields.get("kind", LOFTQ_KINDS.get(fields.get("loftq_bits", 4)))
-    several = fields.get("rounds")
-    rounds = several.get(path) if isinstance(several, dict) else fields.get("loftq_iter", 1)
-    if type(rounds) is not int or not 1 <= rounds <= MOST_ROUNDS or kind not in CODED:
-        raise ConfigError(
-            f"{where}: loftq_config must have loftq_bits 4 or 8 and loftq_iter from 1 to "
-            f"{MOST_ROUNDS}, got {fields!r:.100}"
-        )
-    decode = CODED[kind]
-    r = config.rank(path)
-    Q = decode(W)
-    with one_blas_thread():
-        for _ in range(rounds - 1):
-            U, S, Vt = np.linalg.svd(W - Q, full_matrices=False)
-            Q = decode(W - (U[:, :r] * S[:r]) @ Vt[:r])
-    return Q
-
-
-def _row_codes(W: Array) -> Array:
-    """Q (O, I) of int8 codes with one absmax per row, for W (O, I)."""
-    half = round_to(W, "F16").astype(np.float64)
-    absmax = abs(half).max(axis=1, keepdims=True)
-    scale = np.where(absmax == 0, 1, absmax) / 127
-    return np.asarray(np.rint(half / scale) * scale)
-
-
-def _block_codes(kind: str, W: Array) -> Array:
-    """Q (O, I) of blockwise codes of this kind, for W (O, I)."""
-    return np.asarray(encode(W.astype(np.float32), kind).decode(np.float64))
-
-
-CODED: dict[str, Callable[[Array], Array]] = {
-    kind: functools.partial(_block_codes, kind) for kind in KINDS
-}
-CODED["rows"] = _row_codes
 
 
 # ---- plain LoRA over W ---------------------------------------------------------------------------

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 import minilora
 from minilora.formats import write_adapter
 from minilora.lora import LoraConfig
-from minilora.lora.endings import ANY, plain_text
-from minilora.lora.patterns import Pattern
-from minilora.lora.plan import Base, Layer, plan_adapter
-from minilora.lora.targets import Patterns, Targets
+from minilora.lora.targets.base import Base, Layer
+from minilora.lora.targets.endings import ANY, plain_text
+from minilora.lora.targets.patterns import Pattern
+from minilora.lora.targets.plan import plan_adapter
+from minilora.lora.targets.rules import Patterns, Targets
 from minilora.tools.inspecting import inspect_adapter
 
 PACKAGE = str(Path(minilora.__file__).parent)

@@ -16,8 +16,8 @@ from threadpoolctl import threadpool_limits
 
 from minilora import CausalLM, get_peft_model, quantize
 from minilora.errors import ConfigError, NonFiniteError
-from minilora.lora import LoraConfig, starts
-from minilora.lora.starts import (
+from minilora.lora import LoraConfig
+from minilora.lora.starts.values import (
     GAMMA,
     STARTS,
     Given,
@@ -273,6 +273,6 @@ def test_begin_has_the_same_bits_for_any_number_of_blas_threads(name: str) -> No
     for threads in (1, 2):
         with threadpool_limits(threads):
             given = given._replace(rng=np.random.default_rng(1))
-            begun.append(starts.begin(name, "proj", W, 8, 1.0, given))
+            begun.append(begin(name, "proj", W, 8, 1.0, given))
     for one, two in zip(begun[0][:2], begun[1][:2], strict=True):
         assert one.tobytes() == two.tobytes()

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tool_files import WEIGHTS, lora_tensors, read_weights
 
 from minilora.formats import Entry, bf16_from, write_adapter, write_json, write_stream
-from minilora.lora import leading
-from minilora.lora.files import AdapterFile
-from minilora.lora.leading import SPARE, WORTH, leading_triplets
+from minilora.lora import singular
+from minilora.lora.files.adapter import AdapterFile
+from minilora.lora.singular import SPARE, WORTH, leading_triplets
 from minilora.tools.factoring import extract
 from minilora.tools.merging import merge
 
@@ -118,8 +118,8 @@ def test_leading_triplets_begin_anew_when_the_basis_is_full(monkeypatch):
     exact = svd(D, compute_uv=False)
     monkeypatch.setattr(np.linalg, "svd", watched)
     _, values, _ = leading_triplets(D, 4)
-    assert max(widths) == leading.BLOCKS * 12
-    assert len(widths) > 2 * leading.BLOCKS
+    assert max(widths) == singular.BLOCKS * 12
+    assert len(widths) > 2 * singular.BLOCKS
     assert values[4] == pytest.approx(np.linalg.norm(exact[4:]), rel=1e-10)
 
 
@@ -127,10 +127,10 @@ def test_leading_triplets_begin_anew_when_the_basis_is_full(monkeypatch):
 def test_leading_triplets_leave_some_matrices_to_lapack(why, monkeypatch):
     D = np.random.default_rng(0).standard_normal((WORTH * 12 - (why == "small"), 300))
     if why == "out of rounds":
-        monkeypatch.setattr(leading, "PRECISION", -1.0)
+        monkeypatch.setattr(singular, "PRECISION", -1.0)
     elif why == "not orthonormal":
         wrong = lambda D, B, A: 0.9 * np.linalg.norm(D - B @ A)  # noqa: E731
-        monkeypatch.setattr(leading, "distance", wrong)
+        monkeypatch.setattr(singular, "distance", wrong)
     _, values, _ = leading_triplets(D, 4)
     assert np.array_equal(values, np.linalg.svd(D)[1])
 

@@ -71,13 +71,13 @@ class Patterns:
     def first(self, name: str) -> int | None:
         """The number of the first pattern that matches, or None."""
         starts = _part_starts(name)
-        found = min((number for number, _ in self._find_plain(name, starts)), default=None)
+        plain = min((number for number, _ in self._find_plain(name, starts)), default=None)
         for number, pattern in self._others:
-            if found is not None and found < number:
+            if plain is not None and plain < number:
                 break
             if _matches_ending(pattern, name, starts):
                 return number
-        return found
+        return plain
 
     def unused(self, names: Iterable[str]) -> list[str]:
         """The patterns that match none of `names`."""
@@ -142,20 +142,20 @@ class Layers:
             return next((int(part) for part in parts[2:-1] if part.isdecimal()), None)
         numbers = _numbers_after(name)
         starts = _part_starts(name)
-        # The first pattern; of its matches the first; of its ends the last, as `re` takes them.
-        found: tuple[int, int, int] | None = None
+        # As `re` does: the first pattern, its first match, and the last end of that match.
+        best: tuple[int, int, int] | None = None
         for end in numbers:
             for pattern, start in self._plain.find(name, end, starts):
                 candidate = pattern, start, -end
-                found = candidate if found is None else min(found, candidate)
+                best = candidate if best is None else min(best, candidate)
         for pattern, compiled in self._others:
-            if found is not None and found[0] < pattern:
+            if best is not None and best[0] < pattern:
                 break
             for start in sorted(starts):
                 ends = compiled.ends(name, {start}) & numbers.keys()
                 if ends:
                     return numbers[max(ends)]
-        return None if found is None else numbers[-found[2]]
+        return None if best is None else numbers[-best[2]]
 
 
 def layer_index(name: str, layers_pattern: str | Sequence[str] | None = None) -> int | None:
