@@ -16,6 +16,7 @@ checking   verify, devices
 lab        lab: claims about LoRA measured
 reading    models and texts, as several commands read them
 preparing  what finetune trains, from its options
+rates      lab rates, finetune --lr auto: a learning rate from short runs
 replaying  replay: a run once more, with one thing changed
 continuing finetune --adapter: training goes on from an adapter
 fields     options for fields that only some methods have
@@ -128,12 +129,12 @@ def build_parser(argv: Sequence[str] | None = None) -> Parser:
             allow_abbrev=False,
         )
         its.words = argv or ()
-        if argv is None or name in argv:
-            command.add_options(its)
-        option(its, "--debug", "show a traceback when something fails")
         its.set_defaults(
             parser=its, run=command.run, prints=command.prints, has_ranks=command.has_ranks
         )
+        if argv is None or name in argv:
+            command.add_options(its)
+        option(its, "--debug", "show a traceback when something fails")
     return parser
 
 

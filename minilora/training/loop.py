@@ -171,14 +171,9 @@ def train(
         stack.enter_context(bar)
 
         def measure(text: Text) -> None:
-            losses = {}
-            for task, ids in by_task(text).items():
-                with contextlib.ExitStack() as adapters:
-                    if task and isinstance(model, MultiTask):
-                        adapters.enter_context(model.task(task))
-                    losses[task] = evaluate(
-                        model, ids, settings.context, sharded=sharded, stopped=received
-                    )
+            losses = evaluate_by_task(
+                model, text, settings.context, sharded=sharded, stopped=received
+            )
             also_loss = None
             if also is not None:
                 also_loss = evaluate(
@@ -378,6 +373,20 @@ def evaluate(
                 "the model's weights are not finite, or too large"
             )
     return math.fsum(loss for loss, _ in totals) / sum(count for _, count in totals)
+
+
+def evaluate_by_task(model: Any, text: Text, context: int, **options: Any) -> dict[str, float]:
+    """The loss of each task's text, with the adapters of that task; options as of `evaluate`.
+
+    The loss of a text without tasks has the empty name.
+    """
+    losses = {}
+    for task, ids in by_task(text).items():
+        with contextlib.ExitStack() as adapters:
+            if task and isinstance(model, MultiTask):
+                adapters.enter_context(model.task(task))
+            losses[task] = evaluate(model, ids, context, **options)
+    return losses
 
 
 def bits_per_byte(loss: float, bytes_per_token: float = 1.0) -> float:
