@@ -16,11 +16,11 @@ from ..threads import available_cores
 from ..training.pool import POOLS, Pool, open_pool
 from ..training.signals import stop_signals
 from .options import Args, Command, Parser, add_json, option
-from .rates import rates
+from .rates import lab_rates
 from .sweep import choose_pool
 from .training import add_tuning_options
 
-RATES = "rates"  # not an experiment of the laboratory, but of the user's: it has other options
+RATES = "rates"  # short runs of the user's own model, by the options of finetune
 RATES_USAGE = "minilora lab rates --base DIR --data FILE"
 OTHERS = ("all", "list", "gallery")
 OUT = "runs/lab"
@@ -56,7 +56,7 @@ def _add_rates_options(parser: Parser) -> None:
     parser.add_argument("name", choices=[RATES], help=argparse.SUPPRESS)
     add_tuning_options(parser)
     add_json(parser)
-    parser.set_defaults(method=None, run=rates, prints=True)
+    parser.set_defaults(method=None, run=lab_rates, prints=True)
 
 
 def lab(args: Args) -> None:

@@ -81,18 +81,18 @@ def choose_rate(args: Args, out: Path, search: Search | None) -> float:
     return rates.middle  # type: ignore[no-any-return]
 
 
-def rates(args: Args) -> None:
+def lab_rates(args: Args) -> None:
     search = Search(args)
-    found = search.find()
+    rates = search.find()
     if args.json:
-        print_json(found.to_dict())
+        print_json(rates.to_dict())
         return
-    print(_describe_runs(found))
+    print(_describe_runs(rates))
     print()
-    print_table(search.rows(found))
+    print_table(search.rows(rates))
     print()
-    print("held-out bits per byte; runs of the second order are made around the first one's best")
-    print(f"{_describe_interval(found)}: --lr {found.middle:g}")
+    print("held-out bits per byte; the second order has runs around the best rate of the first")
+    print(f"{_describe_interval(rates)}: --lr {rates.middle:g}")
 
 
 @contextlib.contextmanager

@@ -5,10 +5,10 @@ that run begins. It takes an eighth of the steps, and its schedule is shrunk ali
 ladder differ by factors of two; it goes on while the best rate is at an edge.
 
 Short runs know the best rate of the whole run only to a factor, so that the answer is an interval.
-Two orders of the data show how much of a difference is chance. The best rate of a run is higher
-than that of its eighth, by about a factor of two wherever the laboratory has measured it: the
-interval begins at the lowest of the short runs' best rates, and ends above the highest one.
-benchmarks/rates.py measures how often it holds the best rate.
+Two orders of the data show how much of a difference is chance. Where the laboratory has measured
+it, the best rate of a run is that of its eighth or twice as high: the interval begins at the lowest
+of the orders' best rates, and ends one rung above the highest. benchmarks/rates.py measures how
+often it holds the best rate.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ SHORTEST = 20  # steps that a short run has at least, if the whole run has as ma
 ORDERS = 2  # of the data
 RUNGS = 14  # the ladder ends so many rungs below and above the rate with which it begins
 ABOVE = 1  # rungs from the highest of the short runs' best rates to the end of the interval
-WIDTH = 2  # rungs from one end of the interval to the other, or more
 BIT = math.log(2)  # in nats
 LEAST_WINDOWS = 64  # of a held-out text, if it has as many
 HELD_OUT = "held-out loss"
@@ -155,8 +154,7 @@ def find_rates(
 
 def interval(bests: Sequence[int]) -> tuple[int, int]:
     """The rungs between which the whole run's best rate is, from the best one of each order."""
-    low = min(bests)
-    return low, max(max(bests) + ABOVE, low + WIDTH)
+    return min(bests), max(bests) + ABOVE
 
 
 def climb(measure: Callable[[int, int], Arm]) -> tuple[list[Arm], list[int]]:
@@ -230,7 +228,7 @@ class ShortRuns:
     def restore(self) -> None:
         """Give the model the weights with which each run begins."""
         for p, array in self.start:
-            p.data = p.backend.from_numpy(array.copy())
+            p.data = p.backend.from_numpy(array)
         self.model.eval()
 
     def train(self, rate: float, order: int) -> Arm:

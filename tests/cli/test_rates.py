@@ -130,13 +130,12 @@ def test_lab_rates_begins_at_lr(world):
 
 METHODS = [
     "--method full",
-    "--method adalora --r 2 --tinit 1 --tfinal 1 --deltaT 1",
+    "--method adalora --r 2 --steps 40 --tinit 20 --tfinal 10 --deltaT 5",
     "--method dora --r 2 --lora-dropout 0.1",
     "--method ia3 --target-modules v_proj,down_proj --feedforward-modules down_proj",
     "--r 2 --quantize nf4 --gradient-checkpointing",
     "--r 2 --optimizer loraplus --keep best --eval-every 2 --save-every 1",
     "--r 2 --init-lora-weights lora_ga",
-    "--r 2 --steps 40",
 ]
 
 
