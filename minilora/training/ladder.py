@@ -13,13 +13,12 @@ often it holds the best rate.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,7 +83,7 @@ class Rates:
     @property
     def middle(self) -> float:
         """The rate to train at: the middle of the interval by ratio, in three digits."""
-        return float(f"{math.sqrt(self.low * self.high):.3g}")
+        return float(f"{math.sqrt(self.low) * math.sqrt(self.high):.3g}")
 
     def curve(self) -> list[JsonObject]:
         """The losses of each rate, by order: None if the run was stopped or was not made."""
@@ -121,8 +120,8 @@ def find_rates(
 ) -> Rates:
     """An interval that holds the best learning rate of a run, from short runs.
 
-    model     ready to train; it comes back with the weights that it had. Its AdaLoRA adapter, if it
-              has one, plans its ranks for the steps of `shorten(settings)`
+    model     ready to train; it comes back in eval mode, with the weights that it had. An AdaLoRA
+              adapter must plan its ranks for the steps of `shorten(settings)`
     settings  of the whole run; the ladder begins at settings.lr
     held_out  the text that decides; without one, the training loss does
     report    is called with each short run
@@ -188,6 +187,12 @@ def _best_rung(ladder: dict[int, Arm]) -> int:
 
 
 def _describe_end(arm: Arm) -> str:
+    """What is wrong if the arm, at the end of the ladder, is its best one."""
+    if arm.loss is None:
+        return (
+            f"each short run was lost, also at the lowest rate, {arm.rate:.3g}: its loss was not "
+            "finite; look at the weights and the text, or give --lr a number"
+        )
     return (
         f"short runs do best at the last rate that they try, {arm.rate:.3g}: no rate between is "
         "best, perhaps because the text teaches the model nothing; give --lr a number"
@@ -245,7 +250,8 @@ class ShortRuns:
             graph=settings.graph,
             part=run.settings.part,
         )
-        with sharded, _silent():
+        # A rate that is too high for the numbers warns, and is one of the results.
+        with sharded, warnings.catch_warnings(action="ignore"):
             loss = self._train(run, sharded, order)
         arm = Arm(rate, order, loss, run.losses)
         if order not in self.best or arm.score < self.best[order].score:
@@ -283,10 +289,3 @@ class ShortRuns:
 
 def _copy(p: Parameter) -> np.ndarray:
     return np.array(p.backend.to_numpy(p.data))
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Without warnings: that a rate is too high for the numbers is one of the results."""
-    with warnings.catch_warnings(action="ignore"):
-        yield

@@ -96,7 +96,7 @@ def test_climb_ends_where_no_rate_between_is_best(best):
     with pytest.raises(ConfigError, match=r"the last rate that they try.* give --lr a number"):
         climb(valley(best, calls=calls))
     assert len(calls) <= RUNGS + 2
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="each short run was lost, also at the lowest rate"):
         climb(valley(0, lost=-math.inf))
 
 
