@@ -16,8 +16,9 @@ one are fresh. Conditions, exit code 1 if one does not hold:
     holds    the interval holds the best rate in at least nine of ten trials, and of fresh trials
     width    it has three rates of the grid on average, or fewer
 
-Beside it are shown how often the best rate of the short runs and its two neighbours would hold it, and the bits per byte that the middle of the interval loses against the best rate. `--write`
-stores the numbers in benchmarks/results/rates.json.
+Beside it are shown how often the best rate of the short runs and its two neighbours would hold it,
+and the bits per byte that the middle of the interval loses against the best rate. `--write` stores
+the numbers in benchmarks/results/rates.json.
 """
 
 from __future__ import annotations
