@@ -50,7 +50,7 @@ def _add_rates_options(parser: Parser) -> None:
     parser.usage = "minilora lab rates [options]"
     parser.description = (
         "Find the learning rate of a run of finetune by short runs, from --lr up and down.\n"
-        "The options are those of finetune."
+        "Together they take about as long as that run. The options are those of finetune."
     )
     parser.epilog = "example: minilora lab rates --base base --data notes.txt --r 8"
     parser.add_argument("name", choices=[RATES], help=argparse.SUPPRESS)
