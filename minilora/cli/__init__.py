@@ -16,6 +16,7 @@ checking   verify, devices
 lab        lab: claims about LoRA measured
 reading    models and texts, as several commands read them
 preparing  what finetune trains, from its options
+rates      lab rates, finetune --lr auto: a learning rate from short runs
 replaying  replay: a run once more, with one thing changed
 page       report: one page about a run or an adapter
 sources    what such a page is made from
@@ -132,12 +133,12 @@ def build_parser(argv: Sequence[str] | None = None) -> Parser:
             allow_abbrev=False,
         )
         its.words = argv or ()
-        if argv is None or name in argv:
-            command.add_options(its)
-        option(its, "--debug", "show a traceback when something fails")
         its.set_defaults(
             parser=its, run=command.run, prints=command.prints, has_ranks=command.has_ranks
         )
+        if argv is None or name in argv:
+            command.add_options(its)
+        option(its, "--debug", "show a traceback when something fails")
     return parser
 
 

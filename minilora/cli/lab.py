@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import signal
 import time
@@ -14,15 +15,23 @@ from ..formats.folders import locked
 from ..threads import available_cores
 from ..training.pool import POOLS, Pool, open_pool
 from ..training.signals import stop_signals
-from .options import Args, Command, Parser, option
+from .options import Args, Command, Parser, add_json, option
+from .rates import lab_rates
 from .sweep import choose_pool
+from .training import add_tuning_options
 
+RATES = "rates"  # short runs of the user's own model, by the options of finetune
+RATES_USAGE = "minilora lab rates --base DIR --data FILE"
 OTHERS = ("all", "list", "gallery")
 OUT = "runs/lab"
 
 
 def add_lab_options(parser: Parser) -> None:
-    text = "experiments by name, or all; list: what they are; gallery: a page of their results"
+    if [word for word in parser.words if word != "--debug"][:2] == ["lab", RATES]:
+        _add_rates_options(parser)
+        return
+    text = "experiments by name, all, list (what they are), gallery (a page of their results), or "
+    text += "rates, which has options of its own: minilora lab rates --help"
     parser.add_argument("names", nargs="+", metavar="NAME", help=text)
     option(
         parser, "--out DIR", "results: new, or of the same laboratory, which goes on", default=OUT
@@ -35,9 +44,26 @@ def add_lab_options(parser: Parser) -> None:
     option(parser, "--quick", "runs of three steps, which show only that everything works")
 
 
+def _add_rates_options(parser: Parser) -> None:
+    """The options of finetune, whose learning rate is wanted."""
+    parser.prog = "minilora lab rates"
+    parser.usage = "minilora lab rates [options]"
+    parser.description = (
+        "Find the learning rate of a run of finetune by short runs, from --lr up and down.\n"
+        "Together they take about as long as that run. The options are those of finetune."
+    )
+    parser.epilog = "example: minilora lab rates --base base --data notes.txt --r 8"
+    parser.add_argument("name", choices=[RATES], help=argparse.SUPPRESS)
+    add_tuning_options(parser)
+    add_json(parser)
+    parser.set_defaults(method=None, run=lab_rates, prints=True)
+
+
 def lab(args: Args) -> None:
     from ..lab.experiments import EXPERIMENTS
 
+    if RATES in args.names:
+        raise ConfigError(f"{RATES} has other options, and stands alone: {RATES_USAGE}")
     check_names("lab", args.names, [*EXPERIMENTS, *OTHERS])
     if args.page is not None and "gallery" not in args.names:
         raise ConfigError("--page is of `minilora lab gallery`: leave it out, or give that name")

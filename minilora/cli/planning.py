@@ -14,7 +14,8 @@ from ..training.pool import open_pool
 from ..training.ranks import Alone
 from .files import print_json
 from .options import Args, Command, Parser, add_json, option
-from .preparing import Prepared, prepare_finetune, print_preparation
+from .preparing import AUTO, Prepared, prepare_finetune, print_preparation
+from .rates import FIRST
 from .training import add_tuning_options
 
 FROM_MAIN = ("command", "parser", "run", "prints", "has_ranks", "ranks", "debug")
@@ -68,6 +69,7 @@ def _prepare(args: Args) -> tuple[Prepared, Any]:
     from ..training.run import Run
 
     args.resume = None
+    args.lr = FIRST if args.lr == AUTO else args.lr  # any rate takes the same memory and time
     ready = prepare_finetune(args)
     settings = ready.settings
     held_out = {"held_out": ready.options["held_out"]}

@@ -38,6 +38,8 @@ from .reading import (
 from .reporting import Report
 from .starting import check_start, read_start, require_start_for_tasks, start_of_new
 
+AUTO = "auto"  # --lr of finetune: see rates.py
+
 
 class Prepared(NamedTuple):
     """All that `train` needs.
@@ -137,6 +139,11 @@ def read_finetune_options(args: Args) -> tuple[Any, LoraConfig | None, dict[str,
     """
     from ..training.loop import Settings
 
+    if args.lr == AUTO:
+        raise ConfigError(
+            "--lr auto is for finetune, which trains once: give a number, such as the one that "
+            "`minilora lab rates` finds"
+        )
     settings = Settings(**select_fields(args, Settings))
     fields = select_adapter_fields(args)
     config: LoraConfig | None

@@ -51,7 +51,8 @@ from .options import (
     select_fields,
     true_false_or_name,
 )
-from .preparing import prepare_finetune, print_preparation
+from .preparing import AUTO, prepare_finetune, print_preparation
+from .rates import FIRST, Search, choose_rate, without_notes
 from .reading import (
     open_text,
     read_training_text,
@@ -112,7 +113,7 @@ def add_folder_options(parser: Parser) -> None:
     option(parser, "--resume auto|DIR", text, nargs="?", const="auto", type=path)
 
 
-def add_training_options(parser: Parser, lr: float) -> None:
+def add_training_options(parser: Parser, lr: float, auto: str = "") -> None:
     text = "text to evaluate on (default: the last tenth of the text, not trained on)"
     option(parser, "--eval-data FILE", text)
     add_strict(parser)
@@ -128,7 +129,7 @@ def add_training_options(parser: Parser, lr: float) -> None:
     option(run, "--batch-size N", "sequences per batch, at least 1", default=16)
     option(run, "--accumulate N", "batches per step, at least 1", default=1)
     option(run, "--context T", "tokens per sequence, at least 1", default=128)
-    option(run, "--lr X", "highest learning rate, above 0", default=lr)
+    option(run, "--lr X", f"highest learning rate, above 0{auto}", default=lr)
     text = "learning rate at the end / --lr, at least 0; 1: constant"
     option(run, "--floor X", text, default=0.1)
     option(
@@ -223,7 +224,7 @@ def add_tuning_options(parser: Parser) -> None:
     add_start(parser)
     text = "save A and B over the base that their start left, as peft does"
     option(parser, "--as-trained", text)
-    add_training_options(parser, lr=2e-3)
+    add_training_options(parser, lr=FIRST, auto="; auto: by short runs")
     _add_optimizers(parser)
     group = parser.add_argument_group("method and adapter (fields of PEFT's configuration)")
     add_method(group)
@@ -272,7 +273,24 @@ def _add_optimizers(parser: Parser) -> None:
 
 
 def finetune(args: Args) -> None:
-    run_finetune(args, _run_folder(args, "finetune"), _saving, reports=True)
+    if args.lr == AUTO:
+        _finetune_by_search(args)
+    else:
+        run_finetune(args, _run_folder(args, "finetune"), _saving, reports=True)
+
+
+def _finetune_by_search(args: Args) -> None:
+    """finetune --lr auto: find the rate, unless a run is resumed, and train as with that --lr."""
+    search = None
+    if args.resume is None:
+        with without_notes():
+            search = Search(args)
+    with _run_folder(args, "finetune") as out:
+        args.lr = choose_rate(args, out, search)
+        search = None  # its model
+        # For replay: the last one of two values counts.
+        args.parser.words = [*args.parser.words, f"--lr={args.lr!r}"]
+        run_finetune(args, contextlib.nullcontext(out), _saving, reports=True)
 
 
 def run_finetune(

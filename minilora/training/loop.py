@@ -240,8 +240,8 @@ class _Evaluations:
     def measure(self, held_out: Text) -> None:
         """Evaluate the weights as they are, and note what was measured."""
         run = self.run
-        losses = {task: self._loss(ids, task) for task, ids in by_task(held_out).items()}
-        also_loss = None if self.also is None else self._loss(self.also)
+        losses = self._losses(held_out)
+        also_loss = None if self.also is None else self._losses(self.also)[""]
         if run.ranks.signal:
             return  # the losses may cover a part of the text: a resumed run measures again
         loss = math.fsum(losses.values()) / len(losses)
@@ -264,14 +264,12 @@ class _Evaluations:
             with contextlib.suppress(OSError, ValueError):
                 print(line, flush=True)
 
-    def _loss(self, ids: Ids | PackedRecords, task: str = "") -> float:
-        """The mean loss of a text by the adapters of its task, or by those that are active."""
-        model = self.run.model
-        with contextlib.ExitStack() as adapters:
-            if task and isinstance(model, MultiTask):
-                adapters.enter_context(model.task(task))
-            context = self.run.settings.context
-            return evaluate(model, ids, context, sharded=self.sharded, stopped=self.stopped)
+    def _losses(self, text: Text) -> dict[str, float]:
+        """The loss of each task's text; of a text without tasks, by the empty name."""
+        context = self.run.settings.context
+        return evaluate_by_task(
+            self.run.model, text, context, sharded=self.sharded, stopped=self.stopped
+        )
 
 
 def _begin_alike(
@@ -428,6 +426,20 @@ def evaluate(
                 "the model's weights are not finite, or too large"
             )
     return math.fsum(loss for loss, _ in totals) / sum(count for _, count in totals)
+
+
+def evaluate_by_task(model: Any, text: Text, context: int, **options: Any) -> dict[str, float]:
+    """The loss of each task's text, with the adapters of that task; options as of `evaluate`.
+
+    The loss of a text without tasks has the empty name.
+    """
+    losses = {}
+    for task, ids in by_task(text).items():
+        with contextlib.ExitStack() as adapters:
+            if task and isinstance(model, MultiTask):
+                adapters.enter_context(model.task(task))
+            losses[task] = evaluate(model, ids, context, **options)
+    return losses
 
 
 def bits_per_byte(loss: float, bytes_per_token: float = 1.0) -> float:

@@ -86,6 +86,7 @@ LINES = {
     "finetune --adapter": f"finetune --base org/base --adapter adapter {TRAIN} --out new",
     "finetune full": f"finetune --base org/base --method full {TRAIN} --out new",
     "plan": f"plan --base org/base {TRAIN}",
+    "lab rates": f"lab rates --base org/base {TRAIN}",
     "sweep": f"sweep --grid r=1,2 --base org/base {TRAIN} --out new",
 }
 
