@@ -1,6 +1,6 @@
 """Is a merged checkpoint right, and if not, what was done? From files alone, whoever made it.
 
-Each tensor of the merged checkpoint is explained from the base's and the adapter's (explaining.py).
+Each tensor of the merged checkpoint is explained from the base's and the adapter's (places.py).
 All adapted tensors must have one explanation in common: the hypothesis, and the tightest arithmetic
 in which it survives everywhere. The others must be the base's, bit by bit.
 
@@ -23,26 +23,22 @@ Several names joined by "or" cannot be told apart by these numbers: with alpha =
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import ConfigError, FormatError, check_fields
-from ..formats import Checkpoint
-from ..formats.checkpoint import BUFFERS, align_keys, are_equal, is_stored_transposed
+from ..formats.checkpoint import are_equal
 from ..formats.disk import quoted
-from ..formats.dtypes import DTYPES, FLOATS, round_to, row_blocks, widen
-from ..lora.adalora import AdaLoraConfig
+from ..formats.dtypes import DTYPES, FLOATS, row_blocks
 from ..lora.factors import cat, singular_values
-from ..lora.files import AdapterFile, base_key
+from ..lora.files import AdapterFile
 from ..lora.multitask import FILE as MULTITASK
-from ..lora.plan import EMBEDDINGS, describe_checkpoint
 from ..threads import Workers, available_cores, keep_memory, one_blas_thread
-from .explaining import Explanation, explain
+from .explaining import Explanation
 from .hypotheses import (
     ARITHMETICS,
     DEAD,
@@ -52,44 +48,13 @@ from .hypotheses import (
     UNCHANGED,
     WIDER,
     Hypothesis,
-    Precision,
-    Scales,
 )
 from .hypotheses import Change as Added
-from .layers import Layer, Pair
-from .merging import HEAD_WEIGHT, RULES, Change, MergePlan, plan_merge, resize_rows
+from .merging import HEAD_WEIGHT, RULES, plan_merge
+from .places import Files, Place, compare_configs, explain_place, find_places, require_floats
 from .rewriting import Row, progress, read_dense
 
 Array = np.ndarray
-UNMERGED = (".base_layer.", ".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector")
-
-
-class Place(NamedTuple):
-    """A tensor of the merged checkpoint.
-
-    key      as the base has it, or the new head's
-    source   the base's key that it is made from
-    merged   the merged checkpoint's key
-    changes  what the adapter does to it: one change, or none
-    other    the change of the weight that it is tied to; [] if it is not tied
-    """
-
-    key: str
-    source: str
-    merged: str
-    changes: Sequence[Change]
-    other: Sequence[Change] = ()
-
-
-class Files(NamedTuple):
-    """The open files of an audit, and what a right merge does."""
-
-    base: Checkpoint
-    merged: Checkpoint
-    plan: MergePlan
-    model_type: str
-    types: tuple[str, ...]  # that codes may have been made from
-    workers: Workers
 
 
 def audit(
@@ -129,6 +94,7 @@ def audit(
         plan = plan_merge(checkpoint, config, [file], [1.0], "untie")
         _require_finite(file)
         places, notes = find_places(checkpoint, config, made, plan)
+        notes += compare_configs(config, made_config)
         opened.enter_context(one_blas_thread())
         keep_memory()
         workers = opened.enter_context(Workers(threads))
@@ -160,170 +126,6 @@ def _require_finite(adapter: AdapterFile) -> None:
             )
 
 
-# ---- which tensors belong together ----
-
-
-def find_places(
-    base: Checkpoint, config: Mapping[str, Any], merged: Checkpoint, plan: MergePlan
-) -> tuple[list[Place], list[str]]:
-    """The tensors to compare, and notes. FormatError if names or shapes do not fit."""
-    keys = [key for key in base.keys() if not key.endswith(BUFFERS)]
-    made = [key for key in merged.keys() if not key.endswith(BUFFERS)]
-    _refuse_unmerged(merged, made)
-    alignment = align_keys(made, keys)
-    names = {alignment.names.get(key, key): key for key in made}
-    notes = [alignment.describe("the merged model", "the base")] if alignment.names else []
-    described = describe_checkpoint(base, config)
-    ends: dict[str, str] = {}  # a tied embedding and head, each with the other
-    if described.tied:
-        embedding = base_key(base, f"{described.embedding}.weight") or ""
-        ends = {embedding: HEAD_WEIGHT, HEAD_WEIGHT: embedding}
-        if HEAD_WEIGHT in names or any(map(plan.changes.get, ends)):
-            keys = [*dict.fromkeys([*keys, HEAD_WEIGHT])]
-        if embedding in names:  # one tensor of the file may be both
-            names = {HEAD_WEIGHT: names[embedding], **names}
-    wrong = [f"missing {key}" for key in keys if key not in names]
-    known = {*keys, *ends}
-    wrong += [f"unknown {key}" for name, key in names.items() if name not in known]
-    places = []
-    for key in keys:
-        if key not in names:
-            continue
-        source = key if key in base else ends[key]
-        place = Place(
-            key,
-            source,
-            names[key],
-            plan.changes.get(key, []),
-            plan.changes.get(ends.get(key, ""), []),
-        )
-        expected = plan.resized[source].shape if source in plan.resized else base.shape(source)
-        if merged.shape(place.merged) != expected:
-            wrong.append(f"{place.merged} is {merged.shape(place.merged)}, expected {expected}")
-        places.append(place)
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise FormatError(
-            f"{quoted(merged.directory)} is not a merge into {quoted(base.directory)}: "
-            f"{'; '.join(wrong[:3])}{more}"
-        )
-    return places, notes
-
-
-def _refuse_unmerged(merged: Checkpoint, keys: Sequence[str]) -> None:
-    """FormatError if the adapter is beside the base in one file: saved before it was merged."""
-    for key in keys:
-        if any(part in f"{key}." for part in UNMERGED):
-            raise FormatError(
-                f"{quoted(merged.directory)} has {quoted(key)}: the model was saved with its "
-                "adapter beside the weights; merge it, for example by merge_and_unload, and save "
-                "it again"
-            )
-
-
-# ---- one tensor ----
-
-
-def explain_place(files: Files, place: Place, changes: Sequence[Change]) -> Explanation:
-    """What explains a tensor that `changes`, one or none, should have made."""
-    pair = _pair(files, place, changes)
-    if not changes:
-        plain = explain(Layer(pair, None, None, _precision(files, pair)), files.workers, False)
-        if plain.survivors() or not pair.encodable:
-            return plain
-        return explain(Layer(pair, None, None, _precision(files, pair)), files.workers)
-    [change] = changes
-    if change.key:
-        return _explain_replaced(files, pair, change)
-    adapter, path = change.adapter, change.path
-    keys = (key for part, key in adapter.layers[path].items() if part in "AB")
-    dtypes = files.base.dtype(place.source), *map(adapter.file.dtype, keys)
-    precision = _precision(files, pair, *dtypes)
-    return explain(Layer(pair, change.part(), _scales(adapter, path), precision), files.workers)
-
-
-def _pair(files: Files, place: Place, changes: Sequence[Change]) -> Pair:
-    base, merged = files.base, files.merged
-    for file, key in ((base, place.source), (merged, place.merged)):
-        if file.dtype(key) not in FLOATS:
-            raise FormatError(
-                f"{quoted(file.directory)}: {quoted(key)} is {file.dtype(key)}, and only "
-                f"{', '.join(FLOATS)} can be audited: convert it first"
-            )
-    shape = merged.shape(place.merged)
-    read = lambda rows: base.read_rows(place.source, rows)  # noqa: E731
-    if place.source in files.plan.resized:
-        whole = resize_rows(base.read_bits(place.source), files.plan.resized[place.source])
-        read = lambda rows: whole[rows]  # noqa: E731
-    is_table = place.source.rpartition(".")[0].rpartition(".")[2] in EMBEDDINGS
-    is_added = bool(changes) and not changes[0].key
-    embeds = is_added and changes[0].adapter.embeds(changes[0].path)
-    dtype = _narrowest(merged, place.merged)
-
-    def read_merged(rows: slice) -> Array:
-        bits = merged.read_rows(place.merged, rows)
-        return bits if dtype == merged.dtype(place.merged) else round_to(bits, dtype)
-
-    return Pair(
-        quoted(place.key),
-        shape,
-        dtype,
-        read,
-        read_merged,
-        embeds or is_stored_transposed(files.model_type, place.source),
-        len(shape) == 2 and not is_table,
-    )
-
-
-def _narrowest(file: Checkpoint, key: str) -> str:
-    """The dtype of 16 bits to which all numbers of a tensor were rounded, or the one it has.
-
-    Some models are merged in 16 bits and written in 32.
-    """
-    stored = file.dtype(key)
-    for dtype in ("BF16", "F16") if stored in ("F32", "F64") else ():
-        parts = (file.read_rows(key, rows) for rows in row_blocks(file.shape(key)))
-        if all(np.array_equal(widen(round_to(part, dtype)), part) for part in parts):
-            return dtype
-    return stored
-
-
-def _precision(files: Files, pair: Pair, *dtypes: str) -> Precision:
-    """What may have been rounded: to the dtypes of the merged tensor, the base's, the factors'."""
-    return Precision(pair.dtype, tuple(dict.fromkeys((pair.dtype, *dtypes))), files.types)
-
-
-def _scales(adapter: AdapterFile, path: str) -> Scales:
-    config = adapter.config
-    s = float(config.scaling(path))
-    if isinstance(config, AdaLoraConfig):
-        return Scales(s, config.lora_alpha, config.init_r, s)
-    r = math.sqrt(config.r) if config.use_rslora else config.r
-    return Scales(s, config.layer_alpha(path), config.rank(path), config.lora_alpha / r)
-
-
-def _explain_replaced(files: Files, pair: Pair, change: Change) -> Explanation:
-    """What explains a tensor that the adapter replaces, or some of whose rows it does."""
-    new = change.adapter.file.read(change.key, np.float64)
-
-    def read(rows: slice) -> Array:
-        if not change.rows:
-            return new[rows]
-        values = widen(pair.base(rows)).astype(np.float64)
-        for place, row in enumerate(change.rows):
-            if rows.start <= row < rows.stop:
-                values[row - rows.start] = new[place]
-        return values
-
-    def level(read: Callable[[slice], Array]) -> Explanation:
-        layer = Layer(pair._replace(base=read), None, None, _precision(files, pair))
-        return explain(layer, files.workers, False)
-
-    replaced, unchanged = level(read), level(pair.base)
-    levels = {RIGHT: replaced.best, NOT_MERGED: unchanged.best}
-    return unchanged._replace(levels=levels, hypotheses={}, differing={}, runner_up=None)
-
-
 # ---- the whole checkpoint ----
 
 
@@ -340,6 +142,7 @@ class Finding(NamedTuple):
 
 def find(files: Files, place: Place) -> Finding:
     """Explain one tensor; a tied one perhaps by the change of the other place."""
+    require_floats(files, place)
     explanation = explain_place(files, place, place.changes)
     if place.other and not explanation.survivors():
         by_other = explain_place(files, place, place.other)
