@@ -167,7 +167,8 @@ def _energy_along(B: Array, W: Array) -> float:
 def _looks_like_residual(where: str, word: str, path: str) -> FormatError:
     return FormatError(
         f"{where}: init_lora_weights={word!r:.40}, but this base has nothing left where B points "
-        f"({path}): it looks like the residual already; say --base-is residual"
+        f"({path}): it looks like the residual already; say --base-is residual, or give the "
+        "base as it was"
     )
 
 
@@ -239,7 +240,8 @@ def _refusal(where: str, word: str, base_known: bool) -> FormatError:
     return FormatError(
         f"{head}W-s B0 A0, and neither A0, B0 nor that base is given; on this base it is another "
         "model. Give --initial DIR (the adapter as saved before training), or the changed base "
-        "with --base-is residual"
+        "with --base-is residual; for a command without these, minilora convert --to plain takes "
+        "--initial"
     )
 
 
