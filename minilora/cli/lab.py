@@ -39,6 +39,12 @@ def lab(args: Args) -> None:
     from ..lab.experiments import EXPERIMENTS
 
     check_names("lab", args.names, [*EXPERIMENTS, *OTHERS])
+    alone = [name for name in OTHERS if name in args.names]
+    if alone and len(args.names) > 1:
+        raise ConfigError(
+            f"lab {alone[0]} is for all experiments, and {len(args.names)} names were given: give "
+            "it alone, or name experiments only"
+        )
     if args.page is not None and "gallery" not in args.names:
         raise ConfigError("--page is of `minilora lab gallery`: leave it out, or give that name")
     if "list" in args.names:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from minilora.errors import FormatError
 from minilora.formats import write_json
 from minilora.lab import running
 from minilora.lab.panels import lines, series
@@ -118,6 +119,19 @@ def test_run_experiment_does_not_repeat_what_is_there(tmp_path, claimed):
     before = content(store)
     store = claimed(tmp_path, None)  # calling it would fail
     assert run_experiment("toy", store, PLAN, Here()).measured == 0
+    assert content(store) == before
+
+
+@pytest.mark.parametrize("result", [{}, {"value": "x"}])
+@pytest.mark.parametrize("case", [{"n": 2}, {"n": 205}])
+def test_run_experiment_refuses_results_that_it_did_not_write(tmp_path, claimed, case, result):
+    """As a version has them whose cases had other results: the folder to remove is named."""
+    store = claimed(tmp_path)
+    run_experiment("toy", store, PLAN, Here())
+    store.write_case("toy", case, result, 1.0)
+    before = content(store)
+    with pytest.raises(FormatError, match=r"toy/cases' is not as .* measured again"):
+        run_experiment("toy", store, PLAN, Here())
     assert content(store) == before
 
 
