@@ -115,9 +115,9 @@ def _run_all(names: Sequence[str], store: Any, plan: Any, pool: Pool, stopped: l
             print(f"  about {max(1, round(left * speed / 60))} minutes are left")
     if failures:
         case, first = next(iter(failures.items()))
+        count = "1 case" if len(failures) == 1 else f"{len(failures)} cases"
         raise SweepError(
-            f"{len(failures)} cases failed; {case}: {first['reason']}; "
-            "the same command tries them again",
+            f"{count} failed; {case}: {first['reason']}; the same command tries them again",
             first["exit_code"],
         )
 
