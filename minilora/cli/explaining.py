@@ -75,7 +75,7 @@ def _measure_interference(args: Args) -> JsonObject:
     model: Any = PeftModel.from_pretrained(base, folders[0], NAMES[0])
     model.load_adapter(folders[1], NAMES[1])
     require_vocabulary(model, size, args.base)
-    require_finite(model, args.base)
+    require_finite(model, args.base, advice="")
     model.set_adapter(list(NAMES), inference_mode=True)
     texts = [read_measured_text(args, tokenizer, base) for tokenizer in tokenizers]
     (text, context), (other, _) = texts

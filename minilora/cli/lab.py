@@ -65,6 +65,12 @@ def lab(args: Args) -> None:
     if RATES in args.names:
         raise ConfigError(f"{RATES} has other options, and stands alone: {RATES_USAGE}")
     check_names("lab", args.names, [*EXPERIMENTS, *OTHERS])
+    alone = [name for name in OTHERS if name in args.names]
+    if alone and len(args.names) > 1:
+        raise ConfigError(
+            f"lab {alone[0]} is for all experiments, and {len(args.names)} names were given: give "
+            "it alone, or name experiments only"
+        )
     if args.page is not None and "gallery" not in args.names:
         raise ConfigError("--page is of `minilora lab gallery`: leave it out, or give that name")
     if "list" in args.names:
@@ -135,9 +141,9 @@ def _run_all(names: Sequence[str], store: Any, plan: Any, pool: Pool, stopped: l
             print(f"  about {minutes} minutes are left")
     if failures:
         case, first = next(iter(failures.items()))
+        count = "1 case" if len(failures) == 1 else f"{len(failures)} cases"
         raise SweepError(
-            f"{len(failures)} cases failed; {case}: {first['reason']}; "
-            "the same command tries them again",
+            f"{count} failed; {case}: {first['reason']}; the same command tries them again",
             first["exit_code"],
         )
 

@@ -84,7 +84,7 @@ def measure_adapter(args: Args, adapter: str) -> JsonObject:
     model: Any = PeftModel.from_pretrained(base, adapter, **start)
     tokenizer = read_tokenizer(args.base, model.get_base_model().config.vocab_size, adapter)
     require_vocabulary(model, size, args.base)
-    require_finite(model, args.base)
+    require_finite(model, args.base, advice="")
     text, context = read_measured_text(args, tokenizer, base)
     effects = measure_effects(model, text, context, args.limit, args.threads, args.directions or ())
     return {

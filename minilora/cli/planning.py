@@ -19,7 +19,7 @@ from .rates import FIRST
 from .training import add_tuning_options
 
 FROM_MAIN = ("command", "parser", "run", "prints", "has_ranks", "ranks", "debug")
-OWN = ("measure", "json")  # options that finetune does not have
+OWN = ("measure", "json", "out")  # options of which a step knows nothing
 MEASURED_STEPS = 2  # the second one has the optimiser's moments
 MIB = 1 << 20
 
@@ -30,6 +30,9 @@ def add_plan_options(parser: Parser) -> None:
     text = "take two steps in another process, and show its peak and seconds beside the prediction"
     option(parser, "--measure", text)
     add_json(parser)
+    # So that the line of finetune can be planned as it is; its help describes them.
+    option(parser, "--out DIR", argparse.SUPPRESS)
+    option(parser, "--also-evaluate FILE", argparse.SUPPRESS)
 
 
 def plan(args: Args) -> None:
@@ -44,7 +47,8 @@ def plan(args: Args) -> None:
     ready, run = _prepare(args)
     loading = read_resident().peak - process
     work = measure_work(run)
-    text = text_bytes(ready.tokens, ready.options["held_out"])
+    texts = (ready.options["held_out"], ready.options["also"])
+    text = text_bytes(ready.tokens, *(text for text in texts if text is not None))
     memory = predict_memory(run, work, process, text, loading)
     report = _describe_layers(ready)
     report["bytes"] = memory.phases

@@ -121,13 +121,16 @@ def choose_task(adapter: str, task: str | None, tasks: Iterable[str]) -> str:
     raise ConfigError(f"{known}: choose one of them with --task")
 
 
-def require_finite(model: Any, base: str) -> None:
-    """NonFiniteError for a weight that is NaN or infinite."""
+def require_finite(model: Any, base: str, advice: str = ", or give --allow-nonfinite") -> None:
+    """NonFiniteError for a weight that is NaN or infinite.
+
+    advice   what to do besides repairing it, if the command has such an option; or ""
+    """
     for name, p in model.named_parameters():
         isfinite = p.backend.xp.isfinite
         if not all(bool(isfinite(piece).all()) for piece in iterate_pieces(p)):
             message = f"{name} in {base!r} or in the adapter is not finite"
-            raise NonFiniteError(f"{message}: repair the weights, or give --allow-nonfinite")
+            raise NonFiniteError(f"{message}: repair the weights{advice}")
 
 
 # ---- texts ---------------------------------------------------------------------------------------

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..display import print_table, printable
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..formats.disk import JsonObject
-from ..formats.folders import locked, numbered_folder
-from ..training.checkpoints import open_folder
+from ..formats.folders import locked, numbered_folder, require_empty
 from ..training.ranks import Alone
 from ..training.replaying import (
     CHANGEABLE,
@@ -22,10 +21,11 @@ from ..training.replaying import (
     read_evaluations,
     read_steps,
     require_equal_logs,
+    require_replayable,
 )
 from .files import format_row, print_json
 from .options import Args, Command, Parser, add_json, hyphenate, integer_from, option, path
-from .preparing import prepare_finetune, read_finetune_options
+from .preparing import Prepared, prepare_finetune, read_finetune_options
 from .training import add_finetune_options
 
 TWIN, CHANGED = "twin", "changed"  # folders in --out
@@ -54,7 +54,12 @@ def replay(args: Args) -> None:
         changing = [*words, f"--{name.replace('_', '-')}={value}"]
         changed_args = parse_command(changing, run, checkpoint, args.threads)
         read_finetune_options(changed_args)  # a value that is out of range is refused here
-    twin = prepare_finetune(twin_args)  # what is refused is refused before a folder is made
+    # What is refused is refused before a folder is made, and before the twin has trained. Each
+    # model is made anew, so that only one is in memory.
+    require_replayable(run, checkpoint, _identity(twin_args))
+    if changed_args is not None:
+        _require_possible(changed_args, run, checkpoint, args.step, name, value)
+    twin = prepare_finetune(twin_args)
     with _new_folder(args.out) as out:
         with _quiet(args.json):
             _go_on(twin, out / TWIN, checkpoint, TWIN)
@@ -82,7 +87,7 @@ def _read_change(given: Sequence[str] | None) -> tuple[str, str]:
         )
     name, equals, value = given[0].partition("=")
     name = name.replace("-", "_")
-    if not equals or not value:
+    if not equals or not value or not name:
         raise ConfigError(f"--set must be name=value, such as lr=0.001, got {given[0]!r:.100}")
     if name not in CHANGEABLE:
         raise ConfigError(
@@ -110,8 +115,37 @@ def parse_command(
     return args
 
 
+def _require_possible(
+    changed_args: Args, run: Path, checkpoint: Path | None, step: int, name: str, value: str
+) -> None:
+    """ConfigError unless the changed run can go on from the checkpoint, with a step to take."""
+    if changed_args.steps <= step:
+        raise ConfigError(
+            f"--set {name}={value:.60} leaves no step to take after --from {step}: give at least "
+            f"steps={step + 1}, or an earlier step to start from"
+        )
+    identity = _identity(changed_args)
+    try:
+        require_replayable(run, checkpoint, identity, CHANGEABLE[name])
+    except CheckpointError as error:
+        raise ConfigError(
+            f"--set {name}={value:.60} changes what step {step} has behind it: {error}; here, "
+            "change something else, or start from an earlier step"
+        ) from None
+
+
+def _identity(args: Args) -> JsonObject:
+    """What makes a run with these options the run that it is."""
+    from ..training.run import Run
+
+    with contextlib.redirect_stderr(io.StringIO()):  # notes that come again when it trains
+        ready = prepare_finetune(args)
+    beginning = ready.model, ready.tokens, ready.settings, os.devnull
+    return Run(*beginning, ready.origin, held_out=ready.options["held_out"]).identity
+
+
 def _go_on(
-    prepared: Any,
+    prepared: Prepared,
     out: Path,
     checkpoint: Path | None,
     title: str,
@@ -128,7 +162,8 @@ def _go_on(
 @contextlib.contextmanager
 def _new_folder(given: str | None) -> Iterator[Path]:
     with locked(given or numbered_folder("runs", "replay")) as out:
-        yield open_folder(out)
+        require_empty(Path(out))
+        yield Path(out)
 
 
 @contextlib.contextmanager

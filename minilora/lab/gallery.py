@@ -24,7 +24,7 @@ from ..formats.disk import JsonObject, quoted
 from .experiments import EXPERIMENTS
 from .plots import why_unavailable
 from .running import draw_results
-from .store import Store
+from .store import LAB, Store, expecting
 from .verdicts import describe_number
 
 PAGE = "README.md"
@@ -42,24 +42,44 @@ def write_gallery(store: Store, say: Callable[[str], None] = print) -> Path:
     ConfigError if no experiment has results.
     """
     surroundings = store.surroundings()
-    results = _read_results(store)
+    results = _read_results(store, surroundings)
     _draw_missing(store, results, say)
     page = store.folder / PAGE
     _write_text(page, gallery_text(results, _read_seconds(store, results), surroundings))
     return page
 
 
-def _read_results(store: Store) -> Results:
+def _read_results(store: Store, surroundings: JsonObject) -> Results:
+    """The results of all experiments that have some.
+
+    FormatError if a file lacks what the page says; ConfigError if one was made otherwise than
+    `surroundings` say, or if no experiment has results.
+    """
+    with expecting(store.folder / LAB, "give the folder of `minilora lab`"):
+        _made_by(surroundings)
     results = {}
     for name in EXPERIMENTS:
         content = store.read_results(name)
-        if content is not None:
-            results[name] = content
+        if content is None:
+            continue
+        place = store.results_file(name)
+        with expecting(place, _again(name)):
+            _section(name, content, "", 0.0)
+        if content.get("made_with") != surroundings:
+            raise ConfigError(
+                f"{quoted(place)} was made with other versions, texts or another machine than "
+                f"{LAB} says, and such numbers are not mixed: {_again(name)}"
+            )
+        results[name] = content
     if not results:
         raise ConfigError(
             f"--out {quoted(store.folder)} has no results yet: run `minilora lab all` first"
         )
     return results
+
+
+def _again(name: str) -> str:
+    return f"run `minilora lab {name}` in --out"
 
 
 def _read_seconds(store: Store, results: Results) -> dict[str, float]:
@@ -72,7 +92,8 @@ def _draw_missing(store: Store, results: Results, say: Callable[[str], None]) ->
     for name, content in results.items():
         source, picture = store.results_file(name), store.picture_file(name)
         if not shows_results(picture, source):
-            draw_results(source, content, picture, say)
+            with expecting(source, _again(name)):
+                draw_results(source, content, picture, say)
 
 
 def shows_results(picture: Path, source: Path) -> bool:
@@ -98,12 +119,12 @@ def publish_gallery(store: Store, page: str | Path, say: Callable[[str], None] =
     page = Path(page)
     text = _read_page(page)
     surroundings = store.surroundings()
-    results = _read_results(store)
     if surroundings.get("quick"):
         raise ConfigError(
             f"--out {quoted(store.folder)} has results of --quick runs, which mean nothing: "
             "give the folder of a laboratory that ran without --quick"
         )
+    results = _read_results(store, surroundings)
     folder = page.parent / COPIES
     _require_same_laboratory(folder, results, surroundings)
     _draw_missing(store, results, say)
@@ -198,7 +219,6 @@ def gallery_text(
     pictures   by experiment the path of its picture, as a laboratory's folder has them
     level      of the first heading
     """
-    machine = surroundings["machine"]
     lines = [
         f"{'#' * level} What LoRA is said to do, measured",
         "",
@@ -206,8 +226,7 @@ def gallery_text(
         "at its best learning rate, over several seeds, beside a control. The rule of each verdict",
         "was fixed before the run; a half-width is that of a 95 % interval over the seeds.",
         "",
-        f"Made by minilora {surroundings['minilora']} with Python {surroundings['python']} and "
-        f"NumPy {machine['numpy']} on {machine['processor']}.",
+        _made_by(surroundings),
         "",
     ]
     if surroundings.get("quick"):
@@ -220,6 +239,14 @@ def gallery_text(
         lines += ["", f"{'#' * (level + 1)} {name}", ""]
         lines += _section(name, content, picture, seconds[name])
     return "\n".join(lines) + "\n"
+
+
+def _made_by(surroundings: JsonObject) -> str:
+    machine = surroundings["machine"]
+    return (
+        f"Made by minilora {surroundings['minilora']} with Python {surroundings['python']} and "
+        f"NumPy {machine['numpy']} on {machine['processor']}."
+    )
 
 
 def _section(name: str, content: JsonObject, picture: str, seconds: float) -> list[str]:

@@ -21,7 +21,7 @@ from . import plots
 from .bench import Bench
 from .experiments import EXPERIMENTS
 from .protocol import Case, Plan, Row
-from .store import Store, describe_machine, rows_in_order
+from .store import Store, describe_machine, expecting, rows_in_order
 from .tuning import best_rate, is_at_edge, rates_of
 from .verdicts import describe_part
 
@@ -94,9 +94,14 @@ def run_experiment(
     machine = store.surroundings().get("machine")
     with progress_bar(desc=title, unit="case", dynamic_ncols=True) as bar:
         while not failures and not stopped:
-            rows, missing = _look(experiment, store, name, plan)
-            if not missing:
-                return Outcome(_finish(experiment, store, name, rows, say), {}, measured)
+            cases = store.folder / name / "cases"
+            with expecting(cases, "remove the folder, and its cases are measured again"):
+                rows, missing = _look(experiment, store, name, plan)
+                results = None if missing else _conclude(experiment, store, name, rows)
+            if results is not None:
+                place = store.write_results(name, results)
+                draw_results(place, results, store.picture_file(name), say)
+                return Outcome(results, {}, measured)
             bar.total = len(rows) + len(missing)
             bar.n = len(rows)
             bar.refresh()
@@ -155,11 +160,10 @@ def _look(experiment: Any, store: Store, name: str, plan: Plan) -> tuple[list[Ro
         rows = known
 
 
-def _finish(
-    experiment: Any, store: Store, name: str, rows: Sequence[Row], say: Callable[[str], None]
-) -> JsonObject:
+def _conclude(experiment: Any, store: Store, name: str, rows: Sequence[Row]) -> JsonObject:
+    """What an experiment comes to, by the rows of all of its cases."""
     verdict = experiment.verdict(rows)
-    results: JsonObject = {
+    return {
         "experiment": name,
         "claim": experiment.CLAIM,
         "source": experiment.SOURCE,
@@ -170,8 +174,6 @@ def _finish(
         **verdict,
         "panels": experiment.panels(rows),
     }
-    draw_results(store.write_results(name, results), results, store.picture_file(name), say)
-    return results
 
 
 def summarize_rates(rows: Sequence[Row]) -> JsonObject:

@@ -18,8 +18,8 @@ from __future__ import annotations
 import functools
 import platform
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import numpy as np
 import threadpoolctl
 
 from .. import __version__
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, MiniloraError, is_plain_number
 from ..formats import read_json, write_json
 from ..formats.disk import JsonObject, quoted
 from ..formats.folders import LOCK, require_empty
@@ -35,6 +35,7 @@ from ..training.sweep import plain_name
 from .protocol import VERSION, Case, Plan, Row, texts_checksum
 
 LAB = "lab.json"
+is_duration = is_plain_number(least=0)
 # What lab.json says, and the words for it in an error.
 WORDS = {
     "quick": "the size of its runs",
@@ -140,9 +141,10 @@ class Store:
         write_json(place, {"case": case, "result": result})
 
     def seconds(self, experiment: str) -> JsonObject:
-        """Seconds by the name of the case."""
+        """Seconds by the name of the case; what is damaged in the file is left out."""
         with suppress(OSError, FormatError):
-            return read_json(self.folder / experiment / "seconds.json")
+            content = read_json(self.folder / experiment / "seconds.json")
+            return {name: value for name, value in content.items() if is_duration(value)}
         return {}
 
     def _place(self, experiment: str, case: Case) -> Path:
@@ -168,6 +170,23 @@ class Store:
 
     def picture_file(self, experiment: str) -> Path:
         return self.folder / experiment / f"{experiment}.png"
+
+
+@contextmanager
+def expecting(path: Path, cure: str) -> Iterator[None]:
+    """FormatError if the block misses in a file what the laboratory writes there.
+
+    It is JSON, but an older version or an editor wrote it. `cure` says what to do.
+    """
+    try:
+        yield
+    except MiniloraError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"{quoted(path)} is not as this version of the laboratory writes it "
+            f"({error!r:.99}): {cure}"
+        ) from error
 
 
 def _short(value: Any) -> str:

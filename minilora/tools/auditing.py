@@ -43,15 +43,17 @@ from ..lora.multitask import FILE as MULTITASK
 from ..lora.targets.base import EMBEDDINGS
 from ..threads import Workers, available_cores, keep_memory, one_blas_thread
 from .conclusions import Finding, conclude, make_row
-from .explaining import Explanation, explain
+from .explaining import Explanation, explain, join_explanations
 from .hypotheses import LISTED, NOT_MERGED, RIGHT, Hypothesis, Precision, Scales
 from .hypotheses import Change as Added
 from .layers import Layer, Pair
 from .merging import HEAD_WEIGHT, RULES, Change, MergePlan, plan_merge, resize_rows
-from .places import Place, find_places
+from .places import Place, compare_configs, find_places
 from .rewriting import Row, progress, read_dense
 
 Array = np.ndarray
+# Dtypes of 16 bits in which a tensor may have been merged before it was stored in another.
+COARSER = {"F64": ("BF16", "F16"), "F32": ("BF16", "F16"), "F16": ("BF16",), "BF16": ()}
 
 
 class Files(NamedTuple):
@@ -102,6 +104,7 @@ def audit(
         plan = plan_merge(checkpoint, config, [file], [1.0], "untie")
         _require_finite(file)
         places, notes = find_places(checkpoint, config, made, plan)
+        notes += compare_configs(config, made_config)
         opened.enter_context(one_blas_thread())
         keep_memory()
         workers = opened.enter_context(Workers(threads))
@@ -138,30 +141,37 @@ def _require_finite(adapter: AdapterFile) -> None:
 
 def explain_place(files: Files, place: Place, changes: Sequence[Change]) -> Explanation:
     """What explains a tensor that `changes`, one or none, should have made."""
-    pair = _pair(files, place, changes)
+    explanations = []
+    for dtype in _possible_dtypes(files.merged, place.merged):
+        explanations.append(_explain_rounded(files, place, changes, dtype))
+        if not changes and not explanations[-1].best:
+            break
+    return join_explanations(explanations)
+
+
+def _explain_rounded(
+    files: Files, place: Place, changes: Sequence[Change], dtype: str
+) -> Explanation:
+    """What explains a tensor whose numbers were rounded to `dtype`."""
+    pair = _pair(files, place, changes, dtype)
     if not changes:
-        plain = explain(Layer(pair, None, None, _precision(files, pair)), files.workers, False)
+        layer = Layer(pair, None, None, _precision(files, place, pair))
+        plain = explain(layer, files.workers, False)
         if plain.survivors() or not pair.encodable:
             return plain
-        return explain(Layer(pair, None, None, _precision(files, pair)), files.workers)
+        return explain(Layer(pair, None, None, layer.precision), files.workers)
     [change] = changes
     if change.key:
-        return _explain_replaced(files, pair, change)
+        return _explain_replaced(files, place, pair, change)
     adapter, path = change.adapter, change.path
     keys = (key for part, key in adapter.layers[path].items() if part in "AB")
     dtypes = files.base.dtype(place.source), *map(adapter.file.dtype, keys)
-    precision = _precision(files, pair, *dtypes)
+    precision = _precision(files, place, pair, *dtypes)
     return explain(Layer(pair, change.part(), _scales(adapter, path), precision), files.workers)
 
 
-def _pair(files: Files, place: Place, changes: Sequence[Change]) -> Pair:
+def _pair(files: Files, place: Place, changes: Sequence[Change], dtype: str) -> Pair:
     base, merged = files.base, files.merged
-    for file, key in ((base, place.source), (merged, place.merged)):
-        if file.dtype(key) not in FLOATS:
-            raise FormatError(
-                f"{quoted(file.directory)}: {quoted(key)} is {file.dtype(key)}, and only "
-                f"{', '.join(FLOATS)} can be audited: convert it first"
-            )
     shape = merged.shape(place.merged)
     read = lambda rows: base.read_rows(place.source, rows)  # noqa: E731
     if place.source in files.plan.resized:
@@ -170,7 +180,6 @@ def _pair(files: Files, place: Place, changes: Sequence[Change]) -> Pair:
     is_table = place.source.rpartition(".")[0].rpartition(".")[2] in EMBEDDINGS
     is_added = bool(changes) and not changes[0].key
     embeds = is_added and changes[0].adapter.embeds(changes[0].path)
-    dtype = _narrowest(merged, place.merged)
 
     def read_merged(rows: slice) -> Array:
         bits = merged.read_rows(place.merged, rows)
@@ -187,22 +196,29 @@ def _pair(files: Files, place: Place, changes: Sequence[Change]) -> Pair:
     )
 
 
-def _narrowest(file: Checkpoint, key: str) -> str:
-    """The dtype of 16 bits to which all numbers of a tensor were rounded, or the one it has.
+def _possible_dtypes(file: Checkpoint, key: str) -> list[str]:
+    """The dtypes to which the numbers of a tensor may have been rounded when they were summed.
 
-    Some models are merged in 16 bits and written in 32.
+    Some models are merged in 16 bits and written in 32, or in the other dtype of 16 bits. Numbers
+    that are subnormal in float16 may be numbers of bfloat16 as well.
     """
     stored = file.dtype(key)
-    for dtype in ("BF16", "F16") if stored in ("F32", "F64") else ():
-        parts = (file.read_rows(key, rows) for rows in row_blocks(file.shape(key)))
-        if all(np.array_equal(widen(round_to(part, dtype)), part) for part in parts):
-            return dtype
-    return stored
+    fitting = [dtype for dtype in COARSER[stored] if _has_numbers_of(file, key, dtype)]
+    return [stored, *fitting] if stored == "F16" else fitting or [stored]
 
 
-def _precision(files: Files, pair: Pair, *dtypes: str) -> Precision:
+def _has_numbers_of(file: Checkpoint, key: str, dtype: str) -> bool:
+    """Does rounding a tensor to a dtype change nothing?"""
+    parts = (file.read_rows(key, rows) for rows in row_blocks(file.shape(key)))
+    return all(np.array_equal(widen(round_to(part, dtype)), widen(part)) for part in parts)
+
+
+def _precision(files: Files, place: Place, pair: Pair, *dtypes: str) -> Precision:
     """What may have been rounded: to the dtypes of the merged tensor, the base's, the factors'."""
-    return Precision(pair.dtype, tuple(dict.fromkeys((pair.dtype, *dtypes))), files.types)
+    stored = files.merged.dtype(place.merged)
+    narrow = [stored] if stored in COARSER["F32"] else []
+    types = tuple(dict.fromkeys((pair.dtype, *narrow, *dtypes)))
+    return Precision(pair.dtype, types, files.types)
 
 
 def _scales(adapter: AdapterFile, path: str) -> Scales:
@@ -214,7 +230,7 @@ def _scales(adapter: AdapterFile, path: str) -> Scales:
     return Scales(s, config.layer_alpha(path), config.rank(path), config.lora_alpha / r)
 
 
-def _explain_replaced(files: Files, pair: Pair, change: Change) -> Explanation:
+def _explain_replaced(files: Files, place: Place, pair: Pair, change: Change) -> Explanation:
     """What explains a tensor that the adapter replaces, or some of whose rows it does."""
     new = change.adapter.file.read(change.key, np.float64)
 
@@ -228,7 +244,7 @@ def _explain_replaced(files: Files, pair: Pair, change: Change) -> Explanation:
         return values
 
     def level(read: Callable[[slice], Array]) -> Explanation:
-        layer = Layer(pair._replace(base=read), None, None, _precision(files, pair))
+        layer = Layer(pair._replace(base=read), None, None, _precision(files, place, pair))
         return explain(layer, files.workers, False)
 
     replaced, unchanged = level(read), level(pair.base)
@@ -236,11 +252,22 @@ def _explain_replaced(files: Files, pair: Pair, change: Change) -> Explanation:
     return unchanged._replace(levels=levels, hypotheses={}, differing={}, runner_up=None)
 
 
+def require_floats(files: Files, place: Place) -> None:
+    """FormatError unless both tensors are stored as floats that are read."""
+    for file, key in ((files.base, place.source), (files.merged, place.merged)):
+        if file.dtype(key) not in FLOATS:
+            raise FormatError(
+                f"{quoted(file.directory)}: {quoted(key)} is {file.dtype(key)}, and only "
+                f"{', '.join(FLOATS)} can be audited: convert it first"
+            )
+
+
 # ---- the whole checkpoint ----
 
 
 def find(files: Files, place: Place) -> Finding:
     """Explain one tensor; a tied one perhaps by the change of the other place."""
+    require_floats(files, place)
     explanation = explain_place(files, place, place.changes)
     if place.other and not explanation.survivors():
         by_other = explain_place(files, place, place.other)

@@ -7,7 +7,7 @@ those that remain are tried on all others. So memory is constant, and the time i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -111,6 +111,22 @@ def explain(layer: Layer, workers: Workers, with_codes: bool = True) -> Explanat
     )
 
 
+def join_explanations(explanations: Sequence[Explanation]) -> Explanation:
+    """What explains a tensor that was rounded to one of several dtypes, by the explanation of each.
+
+    A hypothesis has the lowest of its levels.
+    """
+    best = min(explanations, key=lambda explanation: explanation.best)
+    if len(explanations) == 1:
+        return best
+    levels = {name: min(e.levels.get(name, DEAD) for e in explanations) for name in best.levels}
+    _settle(best.hypotheses, levels)
+    differing: dict[str, int] = {}
+    for explanation in (*explanations, best):
+        differing |= explanation.differing
+    return best._replace(levels=levels, differing=differing)
+
+
 def _settle(hypotheses: Mapping[str, Hypothesis], levels: dict[str, int]) -> None:
     """Let no hypothesis win only because its bound is wider, or because it needs none.
 
@@ -120,7 +136,8 @@ def _settle(hypotheses: Mapping[str, Hypothesis], levels: dict[str, int]) -> Non
 
     A hypothesis that is not refuted gets the level of the one that would hide it.
     """
-    plain = min(levels[name] for name, one in hypotheses.items() if not one.requantized)
+    numbers = (levels[name] for name, one in hypotheses.items() if not one.requantized)
+    plain = min(numbers, default=DEAD)
     for name, one in hypotheses.items():
         if one.requantized and levels[name] < plain < LISTED:
             levels[name] = plain

@@ -153,6 +153,11 @@ class Precision(NamedTuple):
     def tiny(self) -> float:
         return max(ROUNDING[dtype][1] for dtype in self.types)
 
+    @property
+    def second(self) -> tuple[float, float]:
+        """The rounding to float16 before or after that to bfloat16; zeros if nothing was in it."""
+        return ROUNDING["F16"] if self.dtype == "BF16" and "F16" in self.types else (0.0, 0.0)
+
 
 class Sizes(NamedTuple):
     """What a bound is made of: absolute values of some numbers, or the norms of rows.
@@ -222,6 +227,9 @@ def radius(
         e = e + compound(2, TF32) * a * sizes.G
     if level >= 5:
         e = e + compound(n, ROUNDING["BF16"][0]) * a * sizes.G
+    if level >= 2:
+        u, smallest = precision.second
+        e = e + u * (size + e) + smallest * sizes.one
     if again:
         u, smallest = ROUNDING[precision.dtype]
         e = 3 * e + 2 * u * (size + e) + smallest * sizes.one

@@ -326,7 +326,8 @@ class Layer:
         if level >= 2 and (self.factors or hypothesis.onto):
             lost = rounding_loss(V, (self.pair.dtype,))
         if not self.factors:  # M must be V, rounded
-            return lost
+            unit, tiny = self.precision.second if level >= 2 else (0.0, 0.0)
+            return np.asarray(lost + unit * np.abs(V) + tiny)
         factors = self.factors[change.transposed]
         E = self.E(block, change.transposed).reshape(-1)[at]
         sizes = Sizes(np.abs(V), np.abs(E), *factors.sizes(i + block.rows.start, j), lost)

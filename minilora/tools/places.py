@@ -11,8 +11,11 @@ from ..formats.checkpoint import BUFFERS, align_keys
 from ..formats.disk import quoted
 from ..lora.files.fitting import base_key
 from ..lora.targets.base import describe_checkpoint
+from ..models.dialects import IGNORED
 from .merging import HEAD_WEIGHT, Change, MergePlan
 
+# Fields of config.json that do not change what equal weights compute.
+OF_STORAGE = {"dtype", "torch_dtype", "vocab_size", "use_cache", "tie_word_embeddings"}
 UNMERGED = (".base_layer.", ".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector")
 
 
@@ -89,3 +92,19 @@ def _refuse_unmerged(merged: Checkpoint, keys: Sequence[str]) -> None:
                 "adapter beside the weights; merge it, for example by merge_and_unload, and save "
                 "it again"
             )
+
+
+def compare_configs(base: Mapping[str, Any], merged: Mapping[str, Any]) -> list[str]:
+    """A note on the fields in which two config.json differ, with which equal weights differ, too.
+
+    A field that one of them lacks may have its default in the other.
+    """
+    different = [
+        f"{name} is {merged[name]!r:.40}, in the base {base[name]!r:.40}"
+        for name in sorted(base.keys() & merged.keys() - IGNORED - OF_STORAGE)
+        if base[name] != merged[name]
+    ]
+    if not different:
+        return []
+    more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+    return [f"config.json differs, and so may the outputs: {'; '.join(different[:3])}{more}"]

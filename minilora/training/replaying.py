@@ -11,8 +11,9 @@ from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError, FormatError, Interrupted
 from ..formats import read_json, write_json
-from ..formats.disk import JsonObject
+from ..formats.disk import JsonObject, require_folder
 from .checkpoints import checkpoint_place, checkpoints_by_step, find_checkpoint, read_log
+from .resuming import require_same_run
 
 COMMAND = "command.json"
 CUT = ("shard", "part")  # follow from the shape of a batch
@@ -66,11 +67,13 @@ def noting_command(out: Path, words: Sequence[str]) -> Iterator[None]:
 
 def read_command(run: Path) -> list[str]:
     """The words of the command that made a run. ConfigError if its folder does not say them."""
+    require_folder(run, "run")
     path = run / COMMAND
     if not path.is_file():
         raise ConfigError(
-            f"{str(run)!r:.200} has no {COMMAND}, which finetune writes if all its arguments are "
-            "UTF-8: give the folder of a run of finetune that this version of minilora began"
+            f"{str(run)!r:.200} has no {COMMAND}, which finetune writes when it ends or is stopped "
+            "by a signal (not pretrain or sweep, nor with arguments that are not UTF-8): give the "
+            "folder of such a run, or let finetune --resume finish it"
         )
     words = read_json(path).get("command")
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
@@ -86,14 +89,35 @@ def choose_checkpoint(run: Path, step: int) -> Path | None:
         return None
     place = checkpoint_place(run, step)
     if not place.is_dir():
-        names = [folder.name for folder in checkpoints_by_step(run / "checkpoints")]
-        steps = sorted({int(name.split("-")[1].split(".")[0]) for name in names})
+        steps = sorted({_step_of(folder) for folder in checkpoints_by_step(run / "checkpoints")})
         known = ", ".join(map(str, [0, *steps]))
         raise ConfigError(
             f"--from {step}: {str(run)!r:.150} has no checkpoint of this step: choose among {known}"
             "; finetune --save-every N writes more, and the last two stay"
         )
     return find_checkpoint(place, run)[0]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1].split(".")[0])
+
+
+def require_replayable(
+    run: Path, checkpoint: Path | None, identity: JsonObject, changed: Sequence[str] | None = None
+) -> None:
+    """CheckpointError unless what `identity` says is the run, or differs in `changed` alone.
+
+    checkpoint   where it goes on; for None, the run's newest one says what the run was, if any does
+    identity     `Run.identity`, of which no step is taken
+    """
+    newest = max(checkpoints_by_step(run / "checkpoints"), default=None, key=_step_of)
+    place = checkpoint or (newest if changed is None else None)
+    if place is None:
+        return
+    folder, manifest = find_checkpoint(place, run)
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # which restoring it refuses
+        before = dict(manifest["state"]["run"])
+        require_same_run(str(folder), before, identity, manifest["step"], changed or ())
 
 
 def read_steps(run: Path, step: int) -> list[JsonObject]:

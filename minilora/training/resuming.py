@@ -10,8 +10,11 @@ from typing import Any
 from ..errors import CheckpointError
 from ..formats.disk import JsonObject
 from ..optim import warmup_cosine
+from ..precision import FLOAT32
 
 CHECKSUM = 64  # characters of a SHA-256
+# What checkpoints mean that do not say these.
+OLDER: JsonObject = {"compute": FLOAT32, "keep": "last", "optimizer": "adamw"}
 
 
 def require_same_run(
@@ -19,12 +22,13 @@ def require_same_run(
 ) -> None:
     """CheckpointError unless a checkpoint after `done` steps belongs to this run.
 
-    before, now   what makes the two runs what they are (`Run.identity`)
+    before, now   what makes the two runs what they are (`Run.identity`); `before` may lack OLDER
     changed       fields that may differ
 
     Another number of steps is the same run if the steps that are done had the learning rates that
     this run gives them: it then ends with the bits of a run that began with that number.
     """
+    before = OLDER | before
     if now["steps"] < done:
         raise CheckpointError(
             f"{folder!r} has done {done} steps, more than steps = {now['steps']}: "

@@ -294,10 +294,7 @@ class Run:
         done = manifest["step"]
         state = manifest["state"]
         try:
-            # Older checkpoints do not say these.
-            missing = {"compute": FLOAT32, "keep": "last", "optimizer": "adamw"}
-            before = {**missing, **state["run"]}
-            require_same_run(str(folder), before, self.identity, done, changed)
+            require_same_run(str(folder), dict(state["run"]), self.identity, done, changed)
             numbers = dict(state["optimizer"])
             allocator_numbers = dict(state["allocator"]) if self.allocator else {}
             losses = [finite_loss(loss) for loss in state["losses"]]

@@ -17,7 +17,7 @@ import pytest
 from minilora import CausalLM, LoraConfig, PeftModel, TransformerConfig, get_peft_model
 from minilora.cli import main
 from minilora.data.tokenizer import ByteTokenizer
-from minilora.formats import load_file, save_file
+from minilora.formats import load_file, read_json, save_file, write_json
 from minilora.lora.multitask import get_multitask_model
 
 CONFIG = TransformerConfig(
@@ -243,3 +243,19 @@ def test_finetune_evaluates_a_second_text(world, tmp_path):
     tasks = line.replace("--data book.txt", f"--tasks book.txt '{tmp_path}/old.txt'")
     refused(f"{tasks} --also-evaluate book.txt", 2, "--also-evaluate", "--tasks")
     assert not (tmp_path / "other").exists()
+
+
+def test_compare_and_inspect_data_name_no_option_that_they_lack(world, tmp_path):
+    """Weights that are not finite, and an adapter whose first values are needed."""
+    base, adapter = shutil.copytree("base", tmp_path / "base"), tmp_path / "start"
+    weights = {**load_file(base / "model.safetensors")}
+    weights["lm_head.weight"] = np.full_like(weights["lm_head.weight"], np.nan)
+    save_file(base / "model.safetensors", weights)
+    for line in ("compare a b", "inspect a"):
+        _, _, err = run(f"{line} --base {base} --data book.txt --context 16")
+        assert err.endswith("is not finite: repair the weights\n")
+    shutil.copytree("a", adapter)
+    fields = {**read_json(adapter / "adapter_config.json"), "init_lora_weights": "pissa_niter_4"}
+    write_json(adapter / "adapter_config.json", fields)
+    for line in (f"compare a {adapter}", f"graph --base base --adapter {adapter} --block 0"):
+        refused(line, 3, "without these, minilora convert --to plain takes --initial")

@@ -57,6 +57,15 @@ def test_lab_unknown_name_is_told_what_there_is(line, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("line", ["lab gallery rank", "lab list counts", "lab rank all"])
+def test_lab_names_of_all_experiments_are_given_alone(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(line)
+    assert code == 2
+    assert "give it alone, or name experiments only" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_lab_gallery_without_results_says_what_to_do(tmp_path):
     code, _, err = run(f"lab gallery --out {tmp_path}")
     assert code == 2

@@ -142,6 +142,14 @@ def test_plan_refuses_what_finetune_refuses(world, options):
     assert words in err
 
 
+def test_plan_takes_the_line_of_finetune_as_it_is(world):
+    """--out is left alone, whatever it is; a second text takes its memory."""
+    one = as_json(f"{LINE} --out base")["bytes"]
+    two = as_json(f"{LINE} --out new --also-evaluate other.txt")["bytes"]
+    for phase in one.keys() - {"loading"}:
+        assert two[phase]["text"] > one[phase]["text"]
+
+
 def test_measure_steps_takes_two_steps_and_no_more(world, monkeypatch):
     from minilora.training.run import Run
 

@@ -164,7 +164,8 @@ def test_replay_refuses_files_that_are_not_those_of_the_run(world, tmp_path, mon
 
 def test_replay_refuses_what_cannot_be_replayed(world, tmp_path):
     refused("replay base --from 0", 2, "no command.json")
-    refused("replay nowhere --from 0", 2, "no command.json")
+    refused("replay nowhere --from 0", 4, "no such run folder", "nowhere")
+    refused("replay book.txt --from 0", 4, "the run must be a folder", "book.txt")
     refused("replay lora --from 3", 2, "choose among 0, 4, 6")
     refused("replay lora --from 6", 2, "nothing to replay")
     refused("replay lora --from 4 --set lr", 2, "--set must be name=value")
@@ -173,8 +174,37 @@ def test_replay_refuses_what_cannot_be_replayed(world, tmp_path):
     refused("replay lora --from 4 --set lr=-1", 2, "lr must be")
     refused("replay lora --from 4 --set lr=x", 2, "lr must be")
     refused("replay lora --from 4 --set loraplus_lr_ratio=2", 2, "optimizer")
-    refused("replay lora --from 4 --set steps=3", 3, "more than steps = 3")
+    refused("replay lora --from 4 --set =3", 2, "--set must be name=value")
+    refused(
+        "replay lora --from 4 --set lr=0.1 --out lora", 2, "choose another folder, or remove it"
+    )
     refused("replay full --from 4 --set lora_alpha=3", 2, "lora")
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("lora --set steps=3", 2, "--set steps=3 leaves no step to take after --from 4"),
+        ("lora --set steps=4", 2, "give at least steps=5"),
+        ("lora --set context=99", 2, "max_position_embeddings = 32"),
+        ("adalora --set steps=8", 2, "--set steps=8 changes what step 4 has behind it"),
+    ],
+)
+def test_replay_refuses_a_change_before_the_twin_trains(world, tmp_path, line, code, words):
+    name, _, change = line.partition(" ")
+    refused(f"replay {name} --from 4 {change} --out '{tmp_path}/out'", code, words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_replay_names_the_file_that_is_another_one(world, tmp_path, monkeypatch, step):
+    """Also from step 0, for which the run has no checkpoint; nothing is put down to --set."""
+    shutil.copytree(world, tmp_path / "world")
+    monkeypatch.chdir(tmp_path / "world")
+    Path("book.txt").write_text(Path("book.txt").read_text().replace("and", "und"))
+    for change in ("", "--set lr=0.1"):
+        refused(f"replay lora --from {step} --out new {change}", 3, "step-", "text (was")
+        assert not Path("new").exists()
 
 
 def test_finetune_that_is_refused_keeps_the_command_of_the_run(world, tmp_path):

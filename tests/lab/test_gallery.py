@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
 
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, FormatError
+from minilora.formats import write_json
 from minilora.lab import gallery
 from minilora.lab.experiments import EXPERIMENTS
 from minilora.lab.gallery import (
@@ -25,7 +27,8 @@ from minilora.lab.gallery import (
     write_gallery,
 )
 from minilora.lab.panels import lines, series
-from minilora.lab.store import Store
+from minilora.lab.plots import why_unavailable
+from minilora.lab.store import LAB, Store
 from minilora.lab.verdicts import decide, judge
 
 MADE_WITH = {
@@ -124,6 +127,40 @@ def test_write_gallery_draws_the_pictures_that_are_missing_or_of_other_results(s
     source = store.write_results("layers", RESULTS | {"claim": "Layers do not differ"})
     write_gallery(store)
     assert drawn[1:] == [source]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({}, "is not as this version of the laboratory writes it"),
+        ({"claim": "C"}, "run `minilora lab rank`"),
+        (RESULTS | {"parts": [{"x": 1}]}, "KeyError('what')"),
+        (RESULTS | {"parts": 5}, "is not as"),
+        (RESULTS | {"verdict": 3}, "is not as"),
+        (RESULTS | {"panels": [{"x": 1}]}, "is not as"),
+        (RESULTS | {"made_with": MADE_WITH | {"minilora": "0.9"}}, "such numbers are not mixed"),
+    ],
+)
+def test_write_gallery_refuses_results_that_the_laboratory_did_not_write(store, content, words):
+    store.write_results("rank", content)
+    if reason := why_unavailable():
+        pytest.skip(reason)
+    with pytest.raises((ConfigError, FormatError), match=re.escape(words)):
+        write_gallery(store)
+    assert not (store.folder / "README.md").exists()
+
+
+@pytest.mark.parametrize("machine", [None, "a machine", {}])
+def test_write_gallery_refuses_a_folder_that_does_not_say_its_machine(store, machine):
+    write_json(store.folder / LAB, MADE_WITH | {"machine": machine})
+    with pytest.raises(FormatError, match=r"lab\.json.*is not as this version"):
+        write_gallery(store)
+
+
+def test_write_gallery_leaves_out_seconds_that_are_none(store, drawn):
+    times = {"a": 2.0, "b": "x", "c": -5, "d": None}
+    write_json(store.folder / "rank" / "seconds.json", times)
+    assert "`minilora lab rank`: 2 seconds" in write_gallery(store).read_text(encoding="utf-8")
 
 
 # ---- a page elsewhere ----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from minilora.errors import FormatError
 from minilora.formats import write_json
 from minilora.lab import running
 from minilora.lab.panels import lines, series
@@ -121,6 +122,19 @@ def test_run_experiment_does_not_repeat_what_is_there(tmp_path, claimed):
     assert content(store) == before
 
 
+@pytest.mark.parametrize("result", [{}, {"value": "x"}])
+@pytest.mark.parametrize("case", [{"n": 2}, {"n": 205}])
+def test_run_experiment_refuses_results_that_it_did_not_write(tmp_path, claimed, case, result):
+    """As a version has them whose cases had other results: the folder to remove is named."""
+    store = claimed(tmp_path)
+    run_experiment("toy", store, PLAN, Here())
+    store.write_case("toy", case, result, 1.0)
+    before = content(store)
+    with pytest.raises(FormatError, match=r"toy/cases' is not as .* measured again"):
+        run_experiment("toy", store, PLAN, Here())
+    assert content(store) == before
+
+
 @pytest.mark.parametrize("lost", [0, 3, 6, 7])
 def test_run_experiment_resumes_after_any_case_with_the_same_bytes(tmp_path, claimed, lost):
     whole = claimed(tmp_path / "whole")
@@ -227,4 +241,4 @@ def test_describe_results_begins_with_the_verdict(tmp_path, claimed):
     first, second, *_ = describe_results(outcome.results)
     assert first.startswith("toy: ")
     assert "value" in second
-    assert "claimed: at least 0" in second
+    assert "claimed at least 0" in second

@@ -75,7 +75,8 @@ def looks_like_residual(where: str, word: str, path: str) -> FormatError:
     """The error for a base that already lacks what the start would take out of it."""
     return FormatError(
         f"{where}: init_lora_weights={word!r:.40}, but this base has nothing left where B points "
-        f"({path}): it looks like the residual already; say --base-is residual"
+        f"({path}): it looks like the residual already; say --base-is residual, or give the "
+        "base as it was"
     )
 
 

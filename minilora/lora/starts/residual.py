@@ -218,7 +218,8 @@ def _refusal(where: str, word: str, base_known: bool) -> FormatError:
     return FormatError(
         f"{head}W-s B0 A0, and neither A0, B0 nor that base is given; on this base it is another "
         "model. Give --initial DIR (the adapter as saved before training), or the changed base "
-        "with --base-is residual"
+        "with --base-is residual; for a command without these, minilora convert --to plain takes "
+        "--initial"
     )
 
 
