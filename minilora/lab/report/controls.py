@@ -202,7 +202,7 @@ def _ring(x: str, y: str) -> Trace:
 
 
 def _describe_rank(curve: RankCurve, i: int) -> str:
-    """What the slider description: the loss, the share of the gain, the energy."""
+    """The loss at a rank, the share of the gain, and the energy, in words."""
     base, loss, whole = curve.losses[0], curve.losses[i], curve.losses[-1]
     words = f"Rank {curve.ranks[i]}: {show(loss)} {curve.unit}"
     error = curve.errors[i]
