@@ -23,10 +23,10 @@ MINUS = "\N{MINUS SIGN}"
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One position of a control: what it says, and the points that change, by trace."""
+    """One position of a control: its description, and the points that change, by trace."""
 
     name: str
-    says: str
+    description: str
     x: list[list[Any]]
     y: list[list[Any]]
 

@@ -72,7 +72,7 @@ def _clean_token(text: str) -> str:
 
 
 def _shorten(text: str, longest: int) -> str:
-    """`text` in at most `longest` characters: its start and, of names, the telling end."""
+    """`text` in at most `longest` characters: its start and its end, which tells names apart."""
     if len(text) <= longest:
         return text
     end = longest // 3

@@ -1,4 +1,4 @@
-"""Charts in which a control chooses what is shown: a layer, a rank, a factor; and what it says."""
+"""Charts in which a control chooses what is shown: a layer, a rank, or a factor."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def draw_spectra(spectra: list[Spectrum]) -> Figure:
     choices = [
         Choice(
             name=spectrum.layer,
-            says=_tell_spectrum(spectrum),
+            description=_describe_spectrum(spectrum),
             x=[_indices(spectrum.weight), _indices(spectrum.update)],
             y=[_positive(spectrum.weight), _positive(spectrum.update)],
         )
@@ -94,7 +94,7 @@ def _list(values: Sequence[Number]) -> str:
     return "  ".join(show(value) for value in values)
 
 
-def _tell_spectrum(spectrum: Spectrum) -> str:
+def _describe_spectrum(spectrum: Spectrum) -> str:
     update = known(spectrum.update)
     used = [value for value in update if value > 0]
     if not used:
@@ -145,7 +145,7 @@ def draw_rank(curve: RankCurve) -> Figure:
     choices = [
         Choice(
             name=f"{rank}",
-            says=_tell_rank(curve, i),
+            description=_describe_rank(curve, i),
             x=[[i], [i]],
             y=[rounded([curve.losses[i]]), rounded([100 * curve.energies[i]])],
         )
@@ -201,8 +201,8 @@ def _ring(x: str, y: str) -> Trace:
     }
 
 
-def _tell_rank(curve: RankCurve, i: int) -> str:
-    """What the slider says: the loss, the share of the gain, the energy."""
+def _describe_rank(curve: RankCurve, i: int) -> str:
+    """The loss at a rank, the share of the gain, and the energy, in words."""
     base, loss, whole = curve.losses[0], curve.losses[i], curve.losses[-1]
     words = f"Rank {curve.ranks[i]}: {show(loss)} {curve.unit}"
     error = curve.errors[i]
@@ -226,13 +226,13 @@ def draw_counts(intruders: Intruders) -> Figure:
     """How many directions are intruders, for each limit of |cos|."""
     places = list(range(len(intruders.limits)))
     chosen = ["warm" if limit == intruders.limit else "quiet" for limit in intruders.limits]
-    told = ", ".join(
+    parts = ", ".join(
         f"{count} below {show(limit)}"
         for limit, count in zip(intruders.limits, intruders.counts, strict=True)
     )
     return Figure(
         name="intruder-counts",
-        alt=f"Bar chart of intruders among {intruders.examined} directions: {told}.",
+        alt=f"Bar chart of intruders among {intruders.examined} directions: {parts}.",
         traces=[
             {
                 "type": "bar",
@@ -329,7 +329,7 @@ def _choose_factor(factor: float, scalings: list[Scaling], has_old: bool, unit: 
     """The points of all scalings at a factor."""
     new: Row = []
     old: Row = []
-    told = []
+    parts = []
     for scaling in scalings:
         if factor not in scaling.factors:
             continue
@@ -337,11 +337,11 @@ def _choose_factor(factor: float, scalings: list[Scaling], has_old: bool, unit: 
         new.append(scaling.new[i])
         old.append(scaling.old[i])
         second = f" / {show(scaling.old[i])}" if is_known(scaling.old[i]) else ""
-        told.append(f"{scaling.name} {show(scaling.new[i])}{second}")
+        parts.append(f"{scaling.name} {show(scaling.new[i])}{second}")
     count = 2 if has_old else 1
     x: list[list[Any]] = [rounded([factor]) * len(new)] * count
     y: list[list[Any]] = [rounded(new), rounded(old)][:count]
     name = show(factor)
     what = f"learned / second text, {unit}" if has_old else unit
-    says = f"\N{GREEK SMALL LETTER LAMDA} = {name} ({what}): {', '.join(told)}."
-    return Choice(name=name, says=says, x=x, y=y)
+    description = f"\N{GREEK SMALL LETTER LAMDA} = {name} ({what}): {', '.join(parts)}."
+    return Choice(name=name, description=description, x=x, y=y)

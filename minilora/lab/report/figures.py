@@ -70,9 +70,9 @@ def draw_losses(training: Training) -> Figure:
         mean = points | {"y": rounded(running_mean(curve.values)), "mode": "lines"}
         traces.append(steps | {"line": {"color": "quiet", "width": 0.8}, "hoverinfo": "skip"})
         traces.append(mean | {"line": {"color": "cool", "width": 2}})
-    told = [_tell_curve(curve, training.unit) for curve in training.curves]
+    sentences = [_describe_curve(curve, training.unit) for curve in training.curves]
     widths = {f"each point of {c.name} is the mean of {n} steps" for c, n in thinned if n > 1}
-    alt = "Line chart of losses over steps. " + " ".join([*told, *sorted(widths)])
+    alt = "Line chart of losses over steps. " + " ".join([*sentences, *sorted(widths)])
     header = ["step", *(curve.name for curve, _ in thinned)]
     last = max((step for curve, _ in thinned for step in curve.steps), default=0)
     whole = {"dtick": 1} if last <= 10 else {}  # no ticks between steps
@@ -88,7 +88,7 @@ def draw_losses(training: Training) -> Figure:
     )
 
 
-def _tell_curve(curve: Curve, unit: str) -> str:
+def _describe_curve(curve: Curve, unit: str) -> str:
     points = [(s, v) for s, v in zip(curve.steps, curve.values, strict=True) if is_known(v)]
     if not points:
         return f"{curve.name}: no values."
@@ -206,7 +206,7 @@ def draw_map(table: LayerMap, index: int) -> Figure:
     longest = max((len(label(kind, 20)) for kind in table.kinds), default=0)
     plain: dict[str, Any] = {"showgrid": False, "ticks": "", "showline": False}
     alt = f"Heat map of {table.title}: {len(table.kinds)} kinds of layers in {rows} blocks. "
-    alt += _tell_extremes(table)
+    alt += _describe_extremes(table)
     return Figure(
         name=f"map-{index}",
         alt=alt,
@@ -255,7 +255,7 @@ def _scale(lowest: float, largest: float) -> Trace:
     return {"colorscale": scale, "zmin": -largest, "zmax": largest}
 
 
-def _tell_extremes(table: LayerMap) -> str:
+def _describe_extremes(table: LayerMap) -> str:
     places = [
         (value, f"{table.kinds[i]}, block {table.blocks[j]}")
         for i, row in enumerate(table.values)

@@ -40,8 +40,8 @@
     const figure = data.figures[name];
     chosen[name] = Number(control.value);
     const choice = figure.choices[chosen[name]];
-    document.getElementById(`${name}-output`).textContent = choice.says;
-    document.getElementById(name).setAttribute("aria-label", `${figure.alt} ${choice.says}`);
+    document.getElementById(`${name}-output`).textContent = choice.description;
+    document.getElementById(name).setAttribute("aria-label", `${figure.alt} ${choice.description}`);
     if (control.type === "range") control.setAttribute("aria-valuetext", choice.name);
     draw(name);
   }

@@ -1,4 +1,4 @@
-"""What a report's page says besides its figures: titles of parts, and tokens with their losses."""
+"""What a report's page says besides its charts: titles of parts, and tokens with their losses."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Token(NamedTuple):
     """A token as the page shows it.
 
     text       with visible line ends, each before the line end itself
-    way        "fall" or "rise" of the loss, or empty: hardly any change, or no loss
+    direction        "fall" or "rise" of the loss, or empty: hardly any change, or no loss
     strength   share of the full colour
     """
 
     text: str
-    way: str
+    direction: str
     strength: str
     base: str
     adapted: str
@@ -54,7 +54,7 @@ class Tokens(NamedTuple):
 
     tokens: list[Token]
     full: str
-    says: str
+    summary: str
 
 
 def describe_tokens(text: ColouredText) -> Tokens | None:
@@ -65,18 +65,18 @@ def describe_tokens(text: ColouredText) -> Tokens | None:
     sizes = sorted(abs(change) for change in changes if change is not None)
     full = max(sizes[len(sizes) * 9 // 10], LEAST_FULL) if sizes else LEAST_FULL
     tokens = [_describe(t, c, full) for t, c in zip(text.tokens, changes, strict=True)]
-    falls = sum(token.way == "fall" for token in tokens)
-    rises = sum(token.way == "rise" for token in tokens)
+    falls = sum(token.direction == "fall" for token in tokens)
+    rises = sum(token.direction == "rise" for token in tokens)
     count = sum(token.count for token in text.tokens)
-    says = f"{count} tokens"
+    summary = f"{count} tokens"
     if count > len(tokens):
-        says += f", shown as {len(tokens)}, because some characters are several"
-    says += f": the loss falls at {falls} and rises at {rises}"
+        summary += f", shown as {len(tokens)}, because some characters are several"
+    summary += f": the loss falls at {falls} and rises at {rises}"
     if sizes:
         measured = sum(t.count for t, c in zip(text.tokens, changes, strict=True) if c is not None)
         mean = sum(change for change in changes if change is not None) / measured
-        says += f"; on average it changes by {signed(mean)} nats per token"
-    return Tokens(tokens, show(full, 2), f"{says}.")
+        summary += f"; on average it changes by {signed(mean)} nats per token"
+    return Tokens(tokens, show(full, 2), f"{summary}.")
 
 
 def _change(token: TokenChange) -> float | None:
@@ -87,12 +87,12 @@ def _change(token: TokenChange) -> float | None:
 
 def _describe(token: TokenChange, change: float | None, full: float) -> Token:
     strength = min(abs(change or 0.0) / full, 1.0)
-    way = ""
+    direction = ""
     if change is not None and strength >= FAINTEST:
-        way = "fall" if change < 0 else "rise"
+        direction = "fall" if change < 0 else "rise"
     return Token(
         text=token.text.replace("\n", f"{LINE_END}\n"),
-        way=way,
+        direction=direction,
         strength=f"{strength:.2f}",
         base=show(token.base, 3),
         adapted=show(token.adapted, 3),

@@ -185,8 +185,8 @@ def test_draw_spectra_leaves_zeros_out_of_the_chart_and_counts_them():
     figure = draw_spectra([Spectrum("a", [2.0, 1.0, 0.0, 0.0], [9.0]), Spectrum("b", [0.0], [])])
     first, second = figure.choices
     assert first.y == [[9.0], [2.0, 1.0, None, None]]
-    assert "2 singular values of dW (and 2 that are 0), from 2 to 1" in first.says
-    assert second.says == "1 singular values of dW, all 0."
+    assert "2 singular values of dW (and 2 that are 0), from 2 to 1" in first.description
+    assert second.description == "1 singular values of dW, all 0."
 
 
 @pytest.mark.parametrize(("smallest", "dtick"), [(1.0, "D2"), (1e-5, "D2"), (1e-9, 1)])
@@ -199,7 +199,7 @@ def test_draw_rank_says_the_share_of_the_gain_and_of_the_energy():
     curve = RankCurve("bits", "t", [0, 2, 8], [3.0, 2.25, 2.0], [0.01, 0.002, None], [0, 0.5, 1])
     figure = draw_rank(curve)
     assert figure.start == 2
-    assert figure.choices[1].says == (
+    assert figure.choices[1].description == (
         "Rank 2: 2.25 bits ± 0.002, 75 % of the gain, 50 % of the energy."
     )
     assert figure.choices[1].x == [[1], [1]]
@@ -208,7 +208,7 @@ def test_draw_rank_says_the_share_of_the_gain_and_of_the_energy():
 
 def test_draw_rank_says_no_share_of_a_gain_that_is_none():
     curve = RankCurve("bits", "t", [0, 2], [2.0, 2.5], [None, None], [0, 1])
-    assert "gain" not in draw_rank(curve).choices[0].says
+    assert "gain" not in draw_rank(curve).choices[0].description
 
 
 def test_draw_scalings_works_without_a_second_text_and_with_other_factors():

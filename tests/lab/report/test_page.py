@@ -318,18 +318,18 @@ def test_describe_tokens_colours_by_the_change_of_loss():
     changes = [(None, None), (2.0, 1.0), (1.0, 2.0), (1.0, 1.01), (3.0, 2.5)]
     text = ColouredText("t", [TokenChange("a\n", base, after) for base, after in changes])
     shown = describe_tokens(text)
-    assert [token.way for token in shown.tokens] == ["", "fall", "rise", "", "fall"]
+    assert [token.direction for token in shown.tokens] == ["", "fall", "rise", "", "fall"]
     assert [token.strength for token in shown.tokens] == ["0.00", "1.00", "1.00", "0.01", "0.50"]
     assert [token.change for token in shown.tokens] == ["–", "−1", "+1", "+0.01", "−0.5"]
     assert shown.tokens[0].text == "a↵\n"
-    assert shown.says.startswith("5 tokens: the loss falls at 2 and rises at 1;")
+    assert shown.summary.startswith("5 tokens: the loss falls at 2 and rises at 1;")
     assert describe_tokens(ColouredText("t", [])) is None
 
 
 def test_describe_tokens_counts_the_tokens_of_a_character():
     text = ColouredText("t", [TokenChange("a", 2.0, 1.0), TokenChange("é", 3.0, 1.0, count=2)])
     shown = describe_tokens(text)
-    assert shown.says == (
+    assert shown.summary == (
         "3 tokens, shown as 2, because some characters are several: "
         "the loss falls at 2 and rises at 0; on average it changes by −1 nats per token."
     )
