@@ -42,6 +42,7 @@ class Explanation(NamedTuple):
                 there outside its bounds), or None
     scaling     None if there is a survivor
     finite      are all numbers of the merged tensor finite?
+    is_head     is it a head, which QLoRA leaves as it is where it encodes the linear layers?
     """
 
     levels: dict[str, int]
@@ -52,6 +53,7 @@ class Explanation(NamedTuple):
     runner_up: tuple[str, float] | None
     scaling: Scaling | None
     finite: bool
+    is_head: bool = False
 
     @property
     def best(self) -> int:
