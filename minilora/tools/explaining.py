@@ -133,15 +133,16 @@ def _settle(hypotheses: Mapping[str, Hypothesis], levels: dict[str, int]) -> Non
     """Let no hypothesis win only because its bound is wider, or because it needs none.
 
     - Codes say less than numbers do, so they are no tighter an explanation than a sum is.
-    - dW added twice has one more rounding than 2 s dW added once, which may be alpha.
+    - dW added twice has one more rounding than a sum, so it is no tighter an explanation either;
+      2 s dW added once, which may be alpha, is the same.
     - Where M is V itself, what dW was is not in the numbers.
 
     A hypothesis that is not refuted gets the level of the one that would hide it.
     """
-    numbers = (levels[name] for name, one in hypotheses.items() if not one.requantized)
-    plain = min(numbers, default=DEAD)
-    for name, one in hypotheses.items():
-        if one.requantized and levels[name] < plain < LISTED:
+    wider = {name for name, one in hypotheses.items() if one.requantized or one.change.again}
+    plain = min((levels[name] for name in hypotheses if name not in wider), default=DEAD)
+    for name in wider:
+        if levels[name] < plain < LISTED:
             levels[name] = plain
     alive = {name: one for name, one in hypotheses.items() if levels[name] < LISTED}
     for name, one in alive.items():
