@@ -146,7 +146,7 @@ def explain_place(files: Files, place: Place, changes: Sequence[Change]) -> Expl
         explanations.append(_explain_rounded(files, place, changes, dtype))
         if not changes and not explanations[-1].best:
             break
-    return join_explanations(explanations)
+    return join_explanations(explanations)._replace(is_head=place.key == HEAD_WEIGHT)
 
 
 def _explain_rounded(

@@ -35,6 +35,8 @@ def conclude(findings: Sequence[Finding], wanted: Hypothesis, notes: list[str]) 
     others = [f.explanation for f in findings if not f.place.changes and not f.tied]
     if not all(explanation.finite for explanation in (*changed, *others)):
         return "not finite", [], None
+    if not others and all(explanation.is_head for explanation in changed):
+        changed = [e._replace(is_head=False) for e in changed]  # nothing else may be in codes
     # An adapter may only replace tensors, which are right or not merged.
     always = [wanted, Hypothesis(Added(RIGHT, 0.0)), *map(Hypothesis, UNCHANGED)]
     known = {hypothesis.name: hypothesis for hypothesis in always}
@@ -51,26 +53,37 @@ def conclude(findings: Sequence[Finding], wanted: Hypothesis, notes: list[str]) 
             notes.append(f"it would be right with {wider}, which no verdict allows for")
         return explain_apart(changed, others), [], None
     names = [name for name, level in levels.items() if level == best] if changed else [wanted.name]
-    in_codes = any(known[name].onto or known[name].requantized for name in names)
-    if not all(e.survivors() and in_codes for e in others):
+    names = [name for name in names if all(_allows(known[name], e) for e in others)]
+    if not names:
         return "other base", [], None
     if tied and wanted.name in names:
         return tied[0], [], None
     return join_names(names), names, ARITHMETICS[best]
 
 
+def _allows(hypothesis: Hypothesis, other: Explanation) -> bool:
+    """Does a hypothesis allow a tensor without an adapter that is not the base's?"""
+    if hypothesis.requantized:
+        return bool(other.survivors())
+    unchanged = Hypothesis(UNCHANGED[0], hypothesis.onto)
+    return bool(hypothesis.onto) and other.levels.get(unchanged.name, DEAD) < LISTED
+
+
 def level_of(explanation: Explanation, hypothesis: Hypothesis) -> int:
     """The level of a hypothesis for a tensor, or of what it means for that tensor.
 
-    A tensor that is not a square has no transposed sum, an embedding is not in NF4, and what is
-    replaced is right or not.
+    A tensor that is not a square has no transposed sum, an embedding is not in NF4, a head is in it
+    or not, and what is replaced is right or not.
     """
     right = hypothesis.change._replace(name=RIGHT)
     plain = Hypothesis(hypothesis.change)
     if hypothesis.change.name == NOT_MERGED:
         right = hypothesis.change
     same = (hypothesis, plain, hypothesis._replace(change=right), Hypothesis(right))
-    return next(explanation.levels[h.name] for h in same if h.name in explanation.levels)
+    levels = [explanation.levels[h.name] for h in same if h.name in explanation.levels]
+    if explanation.is_head and {hypothesis.name, plain.name} <= explanation.levels.keys():
+        return min(levels[:2])
+    return levels[0]
 
 
 def explain_apart(changed: Sequence[Explanation], others: Sequence[Explanation]) -> str:

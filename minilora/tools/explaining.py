@@ -42,6 +42,7 @@ class Explanation(NamedTuple):
                 there outside its bounds), or None
     scaling     None if there is a survivor
     finite      are all numbers of the merged tensor finite?
+    is_head     is it a head, which QLoRA leaves as it is where it encodes the linear layers?
     """
 
     levels: dict[str, int]
@@ -52,6 +53,7 @@ class Explanation(NamedTuple):
     runner_up: tuple[str, float] | None
     scaling: Scaling | None
     finite: bool
+    is_head: bool = False
 
     @property
     def best(self) -> int:
@@ -131,15 +133,16 @@ def _settle(hypotheses: Mapping[str, Hypothesis], levels: dict[str, int]) -> Non
     """Let no hypothesis win only because its bound is wider, or because it needs none.
 
     - Codes say less than numbers do, so their level is at least that of a sum.
-    - dW added twice has one more rounding than 2 s dW added once, which may be alpha.
+    - dW added twice has one more rounding than a sum, so its level is at least that, too; 2 s dW
+      added once, which may be alpha, is the same.
     - Where M is V itself, what dW was is not in the numbers.
 
     A hypothesis that is not refuted gets the level of the one that would hide it.
     """
-    numbers = (levels[name] for name, one in hypotheses.items() if not one.requantized)
-    plain = min(numbers, default=DEAD)
-    for name, one in hypotheses.items():
-        if one.requantized and levels[name] < plain < LISTED:
+    wider = {name for name, one in hypotheses.items() if one.requantized or one.change.again}
+    plain = min((levels[name] for name in hypotheses if name not in wider), default=DEAD)
+    for name in wider:
+        if levels[name] < plain < LISTED:
             levels[name] = plain
     alive = {name: one for name, one in hypotheses.items() if levels[name] < LISTED}
     for name, one in alive.items():

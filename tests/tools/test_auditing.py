@@ -184,6 +184,21 @@ def test_explain_never_refutes_dora_in_a_listed_arithmetic(dtype: str, arithmeti
         assert "right" in explanation.survivors()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_explain_does_not_prefer_a_second_merge_for_its_wider_bound(seed: int) -> None:
+    """DoRA in 16 bits, dW far below the distance of two numbers: a right merge is not "twice"."""
+    rng = np.random.default_rng(seed)
+    W = (1e-4 * rng.standard_normal((64, 64))).astype(np.float32)
+    A = rng.standard_normal((16, 64)).astype(np.float32)
+    B = rng.standard_normal((64, 16))
+    B = np.float32(B * 1e-4 * np.linalg.norm(W) / np.linalg.norm(0.25 * B @ A))
+    adapter = Adapter(A, B, 1.0, True)
+    m = np.float32(np.linalg.norm(W, axis=1) * (1 + 0.05 * rng.standard_normal(64)))
+    M = merges.add_dora(W, adapter, m, "F16", "factors")
+    explanation = merges.explain_merge(merges.rounded(W, "F16"), M, adapter, "F16", m)
+    assert "right" in explanation.survivors()
+
+
 def test_explain_names_both_where_twice_s_is_another_scaling() -> None:
     """r = 4 and alpha / sqrt(r): twice s is alpha, and the bound of twice is the wider one."""
     names = {"twice", "alpha not divided by r"}

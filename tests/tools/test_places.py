@@ -14,6 +14,7 @@ from tool_files import lora_tensors, write_base
 from minilora.formats import write_adapter
 from minilora.formats.dtypes import DTYPES
 from minilora.tools.auditing import audit
+from minilora.tools.merging import merge
 from minilora.tools.places import compare_configs
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
@@ -108,3 +109,27 @@ def test_audit_does_not_let_one_dtype_decide_alone(seed: int, tmp_path: Path) ->
     write(tmp_path / "merged", {Q: M}, "F16")
     report = audit(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", threads=1)
     assert report["hypotheses"] == ["alpha not divided by r", "twice"]
+
+
+@pytest.mark.parametrize("onto", [None, "nf4", "nf4,double"])
+@pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "q_proj"], ["q_proj"]])
+def test_audit_leaves_a_head_out_of_nf4_as_merge_does(
+    targets: list[str], onto: str | None, tmp_path: Path
+) -> None:
+    """Right for what was asked and nothing else, also if the head alone has an adapter: then the
+    other layers say whether they are in NF4."""
+    rng = np.random.default_rng(3)
+    paths = {"lm_head": (48, 64), "model.embed_tokens": (48, 64), Q: (64, 64), K: (64, 64)}
+    weights = {path: 0.02 * rng.standard_normal(shape) for path, shape in paths.items()}
+    write(tmp_path / "base", weights, "F32")
+    tensors = {}
+    for path in (path for path in paths if path.rpartition(".")[2] in targets):
+        A, B = rng.standard_normal((2, 64)), 1e-3 * rng.standard_normal((paths[path][0], 2))
+        tensors |= lora_tensors(path, A.astype(np.float32), B.astype(np.float32))
+    fields = {"r": 2, "lora_alpha": 8.0, "target_modules": targets}
+    write_adapter(tmp_path / "adapter", fields, tensors)
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged", onto=onto)
+    for asked in (None, "nf4", "nf4,double"):
+        folders = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+        report = audit(*folders, onto=asked, threads=1)
+        assert report["right"] == (asked == onto), report
