@@ -149,6 +149,7 @@ def test_compare_refuses_what_does_not_belong_together(world, tmp_path):
 
 
 def test_compare_data_refuses_adapters_of_different_tokenizers(world, tmp_path):
+    pytest.importorskip("tokenizers", reason="needs tokenizers: pip install -e .[hf]")
     shutil.copytree("b", tmp_path / "b")
     ByteTokenizer().save(tmp_path / "b")
     ok(f"compare a '{tmp_path}/b' {DATA}")  # the same tokens
