@@ -345,7 +345,7 @@ def test_why_unavailable_says_what_to_install(monkeypatch, missing):
     monkeypatch.delitem(sys.modules, "plotly.offline", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     reason = why_unavailable()
-    assert 'pip install "minilora[page]"' in reason
+    assert "pip install -e .[page]" in reason
     assert "\n" not in reason
     with pytest.raises(ConfigError, match="page needs jinja2 and plotly"):
         render(reports.gpt2())
