@@ -211,8 +211,10 @@ class Reader:
                 raise
             if any(getattr(self.args, name, None) is not None for name in options):
                 raise
-            reason = f"{place.path!r:.150}, which the run names, cannot be read: {error}"
-            self.missing.setdefault(what, shorten(reason))
+            failed = f"{place.path!r:.150}, which the run names,"
+            if what == "model" and "base" in self.files:  # which has been read
+                failed = "what the run saved"
+            self.missing.setdefault(what, shorten(f"{failed} cannot be read: {error}"))
 
     # ---- models ----------------------------------------------------------------------------------
 

@@ -173,7 +173,7 @@ MISTAKES = {
     f"sweep --grid r=1,2 --out new {TRAIN}": "--lr auto is for finetune",
     f"sweep --grid lr=auto,0.1 --out new {GIVEN}": "lr=auto: --lr auto is for finetune",
     f"pretrain --data book.txt {SHORT} --lr auto --out new": "lr must be a finite number above 0",
-    f"finetune {TRAIN} --lr Auto --out new": "lr must be a finite number above 0, got 'Auto'",
+    f"finetune {TRAIN} --lr Auto --out new": "lr must be a finite number above 0, or auto",
     f"finetune {TRAIN} --context 100 --out new": "context",
     f"finetune {TRAIN} --out new --resume": "no checkpoint",
     f"finetune {TRAIN} --resume auto": "--resume auto needs --out",

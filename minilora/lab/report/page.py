@@ -144,7 +144,7 @@ def _omitted(report: Report, sections: dict[str, str]) -> list[Fact]:
     for name, reason in report.omitted.items():
         title = PARTS.get(name, name)
         titles.setdefault(reason, []).append(f"{title} (some of it)" if name in sections else title)
-    return [Fact(", ".join(names), reason) for reason, names in titles.items()]
+    return [Fact("; ".join(names), reason) for reason, names in titles.items()]
 
 
 def _read(name: str) -> str:
