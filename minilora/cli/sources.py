@@ -150,13 +150,19 @@ def _find_weights(run: Path, missing: dict[str, str]) -> tuple[Path | None, Path
             if not (run / "log.jsonl").is_file():
                 raise ConfigError(
                     f"{str(run)!r:.200} is not the folder of a run: it has neither an adapter, nor "
-                    "a model, nor log.jsonl"
+                    f"a model, nor log.jsonl{_name_runs_inside(run)}"
                 ) from None
             missing["model"] = str(error)
             return None, None
     if (folder / CONFIG_FILE).is_file():
         return folder, None
     return None, folder if (folder / MODEL_CONFIG).is_file() else None
+
+
+def _name_runs_inside(folder: Path) -> str:
+    """What to give in the place of a folder of runs, such as that of a sweep or of a replay."""
+    runs = sorted(log.parent for log in folder.glob("*/log.jsonl"))
+    return f"; give one of the runs in it, such as {str(runs[0])!r:.200}" if runs else ""
 
 
 # ---- reading -------------------------------------------------------------------------------------

@@ -344,3 +344,10 @@ def test_report_of_a_run_without_its_text_says_what_to_give(world):
     Path("run/command.json").unlink()
     ok("report run --out page.html")
     assert world.reports[-1].omitted["text"].startswith("give --data FILE")
+
+
+def test_report_of_a_folder_of_runs_names_one_of_them(world):
+    Path("swept").mkdir()
+    refused("report swept", 2, "not the folder of a run", "nor log.jsonl")
+    Path("run").rename("swept/r=2")
+    refused("report swept", 2, "give one of the runs in it, such as", "r=2")
