@@ -233,6 +233,16 @@ def test_render_says_that_some_of_a_shown_part_is_missing(short_script):
     assert names[-2:] == [f"{PARTS['maps']} (some of it)", PARTS["text"]]
 
 
+@needs_page
+def test_render_says_a_reason_of_several_parts_once(short_script):
+    omitted = {"maps": "too large", "text": "y", "rank_curve": "too large"}
+    report = dataclasses.replace(reports.clean(), omitted=omitted, text=None, rank_curve=None)
+    parsed = Parsed(render(report))
+    both = f"{PARTS['maps']} (some of it); {PARTS['rank_curve']}"
+    assert parsed.texts["dt"][-2:] == [both, PARTS["text"]]
+    assert parsed.texts["dd"][-2:] == ["too large", "y"]
+
+
 # ---- size ----------------------------------------------------------------------------------------
 
 
