@@ -120,14 +120,20 @@ def check_fields(
             raise error(f"{where}{field} must be {wanted}, got {values[field]!r:.200}")
 
 
+def describe_os_error(error: OSError) -> str:
+    """What the system says, and the file; without the number of the error."""
+    text = error.strerror or str(error)
+    return f"{text}: {error.filename!r}" if error.filename else text
+
+
 def check_names(where: str, given: Iterable[str], known: Sequence[str]) -> None:
     """ConfigError for the first name that is not known: it says the nearest one, and all."""
     for name in given:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {nearest[0]}? " if nearest else ""
+            hint = f"did you mean {nearest[0]}? It" if nearest else "it"
             raise ConfigError(
-                f"{where} does not know {name!r:.99}: {hint}It knows {', '.join(known)}"
+                f"{where} does not know {name!r:.99}: {hint} knows {', '.join(known)}"
             )
 
 

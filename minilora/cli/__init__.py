@@ -47,7 +47,7 @@ import numpy as np
 
 from .. import __version__
 from ..display import printable
-from ..errors import ConfigError, Interrupted, MiniloraError
+from ..errors import ConfigError, Interrupted, MiniloraError, describe_os_error
 from ..training.ranks import Alone, Ranks, connect, launched
 from ..training.signals import HANGUP, USER
 from . import (
@@ -251,10 +251,9 @@ def _report(error: BaseException) -> int:
         _print_error(kind, str(error))
         return error.exit_code
     if isinstance(error, OSError):
-        text = error.strerror or str(error)
         if isinstance(error, FileNotFoundError) and not _has_current_folder():
-            text = "the current folder no longer exists: change to another one"
-        _print_error("error", f"{text}: {error.filename!r}" if error.filename else text)
+            error.strerror = "the current folder no longer exists: change to another one"
+        _print_error("error", describe_os_error(error))
         return IO
     _print_error("error", str(error) or "out of memory")
     return FAILED

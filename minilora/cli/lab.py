@@ -32,6 +32,7 @@ def add_lab_options(parser: Parser) -> None:
         return
     text = "experiments by name, all, list (what they are), gallery (a page of their results), or "
     text += "rates, which has options of its own: minilora lab rates --help"
+    parser.set_defaults(prints="list" in parser.words)
     parser.add_argument("names", nargs="+", metavar="NAME", help=text)
     option(
         parser, "--out DIR", "results: new, or of the same laboratory, which goes on", default=OUT
@@ -64,7 +65,7 @@ def lab(args: Args) -> None:
 
     if RATES in args.names:
         raise ConfigError(f"{RATES} has other options, and stands alone: {RATES_USAGE}")
-    check_names("lab", args.names, [*EXPERIMENTS, *OTHERS])
+    check_names("lab", args.names, [*EXPERIMENTS, *OTHERS, RATES])
     alone = [name for name in OTHERS if name in args.names]
     if alone and len(args.names) > 1:
         raise ConfigError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..display import printable
 from ..errors import ConfigError, MiniloraError
-from ..training.replaying import COMMAND, read_command
+from ..training.replaying import read_command
 from .measuring import CONTEXT
 from .options import (
     DATA,
@@ -98,7 +98,7 @@ def _find_inputs(args: Args) -> Any:
             words = read_command(run)
             options = parse_command(words, run, None, args.threads)
         except MiniloraError as error:
-            missing["data"] = f"the run's {COMMAND} does not name its text: {error}"
+            missing["data"] = f"give --data FILE: the run does not name its text ({error})"
     return inputs_of_run(run, options, words, missing, args)
 
 

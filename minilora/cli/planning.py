@@ -174,8 +174,8 @@ def _print_summary(report: JsonObject) -> None:
     seconds = f"{report['seconds_per_step']:.3g} seconds per step"
     if measured:
         seconds += f"; measured {measured['seconds']:.3g}"
-    print(f"products: {rate:,.1f}e9 a second by one thread; all else takes their time")
-    print(f"{report['overhead']:.2f} times in all: {seconds}")
+    print(f"products: {rate:,.1f}e9 a second by one thread")
+    print(f"a whole step takes {report['overhead']:.2f} times as long as its products: {seconds}")
 
 
 COMMANDS = (

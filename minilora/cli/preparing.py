@@ -41,6 +41,12 @@ from .starting import check_start, read_start, require_start_for_tasks, start_of
 AUTO = "auto"  # --lr of finetune: see rates.py
 
 
+def require_rate(lr: object) -> None:
+    """ConfigError for a text that is neither a number nor `auto`."""
+    if isinstance(lr, str) and lr != AUTO:
+        raise ConfigError(f"--lr must be a finite number above 0, or {AUTO}, got {lr!r:.99}")
+
+
 class Prepared(NamedTuple):
     """All that `train` needs.
 

@@ -17,7 +17,7 @@ from ..progress import progress_bar
 from ..training.checkpoints import find_checkpoint
 from .files import print_json
 from .options import Args, select_fields
-from .preparing import AUTO, prepare_finetune, read_finetune_options
+from .preparing import AUTO, prepare_finetune, read_finetune_options, require_rate
 
 FIRST = 2e-3  # with which the ladder begins, unless --lr says another rate
 FILE = "rates.json"  # in the run's folder
@@ -34,6 +34,7 @@ class Search:
                 f"--lr auto is for one process, and mpiexec started {args.ranks.size}: find the "
                 "rate by `minilora lab rates` with the same options, and give it as --lr"
             )
+        require_rate(args.lr)
         whole = argparse.Namespace(**vars(args))
         whole.resume = None
         if whole.lr == AUTO:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..display import print_table, printable
-from ..errors import MiniloraError, shorten
+from ..errors import MiniloraError, describe_os_error, shorten
 from ..formats.folders import LOCK
 from ..training.checkpoints import read_log
 
@@ -64,8 +64,7 @@ def draw_pictures(report: Report, losses: bool = True, ranks: bool = False) -> N
         if ranks:
             plots.rank_allocation(out / "rank_allocation.png", *rank_history(out))
     except Exception as error:  # a full disk, a font: the run is saved, whatever it is
-        text = f"{type(error).__name__}: {error}"
-        print(printable(f"(no picture: {shorten(text)})"))
+        print(printable(f"(no picture: {_describe(error)})"))
 
 
 def write_page_of_run(out: Path, options: argparse.Namespace) -> None:
@@ -79,6 +78,7 @@ def write_page_of_run(out: Path, options: argparse.Namespace) -> None:
 
     args = argparse.Namespace(**vars(options))
     args.initial = args.base_is = None  # of the adapter that training went on from
+    args.quantize = "none"  # nothing is given for the page: what the run says counts
     place = out / PAGE
     try:
         require_available()
@@ -86,12 +86,18 @@ def write_page_of_run(out: Path, options: argparse.Namespace) -> None:
         inputs = inputs_of_run(out, options, options.parser.words, {})
         size = write_page(gather(Reader(inputs, args).read(), options.threads), place)
     except Exception as error:  # a full disk, a text that has changed: the run is saved
-        text = (
-            str(error) if isinstance(error, MiniloraError) else f"{type(error).__name__}: {error}"
-        )
-        print(printable(f"(no page: {shorten(text)})"))
+        print(printable(f"(no page: {_describe(error)})"))
         return
     print(printable(f"{place}, {size / 1e6:.1f} MB"))
+
+
+def _describe(error: Exception) -> str:
+    """What went wrong; an error that nobody expects has its kind before it."""
+    if isinstance(error, OSError):
+        return shorten(describe_os_error(error))
+    if isinstance(error, MiniloraError):
+        return str(error)
+    return shorten(f"{type(error).__name__}: {error}")
 
 
 def print_report(report: Report) -> None:

@@ -20,6 +20,7 @@ from ..lab.report.gathering import Sources
 from ..lab.report.measuring import MeasuredText, choose_windows
 from ..lab.report.subject import Subject
 from ..lora import PeftModel
+from ..lora.config import CHANGED
 from ..lora.multitask import FILE as MULTITASK
 from ..models.transformer import CausalLM
 from ..precision import FLOAT32
@@ -149,13 +150,19 @@ def _find_weights(run: Path, missing: dict[str, str]) -> tuple[Path | None, Path
             if not (run / "log.jsonl").is_file():
                 raise ConfigError(
                     f"{str(run)!r:.200} is not the folder of a run: it has neither an adapter, nor "
-                    "a model, nor log.jsonl"
+                    f"a model, nor log.jsonl{_name_runs_inside(run)}"
                 ) from None
             missing["model"] = str(error)
             return None, None
     if (folder / CONFIG_FILE).is_file():
         return folder, None
     return None, folder if (folder / MODEL_CONFIG).is_file() else None
+
+
+def _name_runs_inside(folder: Path) -> str:
+    """What to give in the place of a folder of runs, such as that of a sweep or of a replay."""
+    runs = sorted(log.parent for log in folder.glob("*/log.jsonl"))
+    return f"; give one of the runs in it, such as {str(runs[0])!r:.200}" if runs else ""
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -173,9 +180,10 @@ class Reader:
     def read(self) -> Sources:
         inputs = self.inputs
         subject = tokenizer = text = also = None
-        with self._omitting("model", inputs.base):
+        with self._omitting("model", inputs.base, "initial", "base_is"):
             subject = self._read_subject()
         if subject is not None:
+            self._context(subject)  # an error of --context is the user's, not the text's
             with self._omitting("data", inputs.data):
                 tokenizer, text = self._read_text(subject)
             with self._omitting("also", inputs.also):
@@ -200,15 +208,19 @@ class Reader:
         )
 
     @contextlib.contextmanager
-    def _omitting(self, what: str, place: Place | None) -> Iterator[None]:
-        """Note why something is left out, unless the user has given it."""
+    def _omitting(self, what: str, place: Place | None, *options: str) -> Iterator[None]:
+        """Note why something is left out, unless the user has given it, or one of `options`."""
         try:
             yield
         except (MiniloraError, OSError) as error:
             if place is None or place.is_given:
                 raise
-            reason = f"{place.path!r:.150}, which the run names, cannot be read: {error}"
-            self.missing.setdefault(what, shorten(reason))
+            if any(getattr(self.args, name, None) is not None for name in options):
+                raise
+            failed = f"{place.path!r:.150}, which the run names,"
+            if what == "model" and "base" in self.files:  # which has been read
+                failed = "what the run saved"
+            self.missing.setdefault(what, shorten(f"{failed} cannot be read: {error}"))
 
     # ---- models ----------------------------------------------------------------------------------
 
@@ -240,13 +252,18 @@ class Reader:
         args = self.args
         args.base = self.inputs.base.path
         args.device, args.compute = "cpu", FLOAT32
-        if args.quantize == "none":
+        if args.quantize == "none" and not self._started_changed():
             args.quantize = getattr(self.inputs.options, "quantize", "none")
         if args.quantize == "stored":
             args.quantize = "none"  # float32 has the same values
         base = load_base(args)
         self.files["base"] = Path(args.base)
         return base
+
+    def _started_changed(self) -> bool:
+        """Did the run begin over a changed base? Its adapter is for the weights, not for codes."""
+        start = getattr(self.inputs.options, "init_lora_weights", None)
+        return str(start).startswith(CHANGED)
 
     # ---- texts -----------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ from .options import (
     select_fields,
     true_false_or_name,
 )
-from .preparing import AUTO, prepare_finetune, print_preparation
+from .preparing import AUTO, prepare_finetune, print_preparation, require_rate
 from .rates import FIRST, Search, choose_rate, without_notes
 from .reading import (
     open_text,
@@ -273,6 +273,7 @@ def _add_optimizers(parser: Parser) -> None:
 
 
 def finetune(args: Args) -> None:
+    require_rate(args.lr)
     if args.lr == AUTO:
         _finetune_by_search(args)
     else:

@@ -38,7 +38,7 @@ LAB = "lab.json"
 is_duration = is_plain_number(least=0)
 # What lab.json says, and the words for it in an error.
 WORDS = {
-    "quick": "the size of its runs",
+    "quick": "--quick",
     "protocol": "the protocol's version",
     "minilora": "minilora's version",
     "python": "Python's version, whose files are the texts",
@@ -190,6 +190,8 @@ def expecting(path: Path, cure: str) -> Iterator[None]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if isinstance(value, dict):
         value = ", ".join(str(part) for part in value.values())
     text = str(value)

@@ -194,8 +194,9 @@ def _describe_end(arm: Arm) -> str:
             "finite; look at the weights and the text, or give --lr a number"
         )
     return (
-        f"short runs do best at the last rate that they try, {arm.rate:.3g}: no rate between is "
-        "best, perhaps because the text teaches the model nothing; give --lr a number"
+        f"short runs do best at the last rate that they try, {arm.rate:.3g}, {RUNGS} factors of "
+        f"{FACTOR:g} from the first: perhaps the text teaches the model nothing; begin at another "
+        "rate with `minilora lab rates --lr X`, or train with a number as --lr"
     )
 
 

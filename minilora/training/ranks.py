@@ -171,7 +171,7 @@ def connect() -> Ranks:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"{started}, which need mpi4py ({reason:.200}): install the extra mpi "
-            '(python -m pip install "minilora[mpi]"), or start minilora without mpiexec'
+            "(pip install -e .[mpi]), or start minilora without mpiexec"
         ) from None
     comm = MPI.COMM_WORLD
     if comm.Get_size() != size:

@@ -57,6 +57,22 @@ def test_lab_unknown_name_is_told_what_there_is(line, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("line", ["lab rate", "lab nosuch"])
+def test_lab_wrong_name_gets_one_sentence_that_knows_rates(line):
+    code, _, err = run(line)
+    assert code == 2
+    assert ("did you mean rates? It knows counts" in err) == (line == "lab rate")
+    assert ("'nosuch': it knows counts" in err) == (line == "lab nosuch")
+    assert err.rstrip().endswith("gallery, rates")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_lab_list_that_cannot_be_printed_fails():
+    words = [sys.executable, "-m", "minilora", "lab", "list"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(words, stdout=full, stderr=subprocess.PIPE).returncode == 4
+
+
 @pytest.mark.parametrize("line", ["lab gallery rank", "lab list counts", "lab rank all"])
 def test_lab_names_of_all_experiments_are_given_alone(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -99,7 +115,7 @@ def test_lab_refuses_a_folder_of_full_runs_for_quick_ones(tmp_path):
     before = results(tmp_path)
     code, _, err = run(f"lab counts --pool here --out {tmp_path}/lab")
     assert code == 2
-    assert "the size of its runs was True, and now it is False" in err
+    assert "in which --quick was on, and now it is off" in err
     assert results(tmp_path) == before
 
 

@@ -291,3 +291,63 @@ def test_finetune_without_report_writes_no_page(world):
     ok(f"{FINETUNE} --out new")
     assert not Path("new/report.html").exists()
     assert world.reports == []
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "loftq"])
+def test_finetune_report_of_a_changed_base_measures_over_the_weights(world, start):
+    """The adapter that is saved is for the weights, whatever codes the run trained over."""
+    ok(f"{FINETUNE} --out new --quantize nf4 --init-lora-weights {start} --report")
+    (report,) = world.reports
+    assert report.omitted == {}
+    bits = facts(report.summary)["Bits per byte there"].split(" (")[0].split(" -> ")
+    evaluation = Path("run/eval.jsonl").read_text().splitlines()[0]  # of the base's weights
+    expected = f"{json.loads(evaluation)['bits_per_byte']:.4f}"
+    assert (bits[0] == expected) == (start != "loftq")  # whose base is what its codes decode to
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "log.jsonl", "eval.jsonl"])
+def test_report_of_a_run_that_lacks_a_file_says_what_is_left_out(world, name):
+    Path("run", name).unlink()
+    ok("report run --out page.html")
+    (report,) = world.reports
+    assert ("maps" in report.omitted) == (name == "adapter_model.safetensors")
+    assert ("training" in report.omitted) == (name == "log.jsonl")
+    reasons = " ".join(report.omitted.values())
+    assert "Errno" not in reasons
+    assert "'base', which the run names" not in reasons  # nothing is wrong with it
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "word"),
+    [
+        ("--context 100000", 2, "100000"),
+        ("--initial nowhere", 2, "--initial"),
+        ("--data nowhere", 4, "nowhere"),
+    ],
+)
+def test_report_of_a_run_refuses_a_wrong_option_and_writes_nothing(world, options, code, word):
+    refused(f"report run {options}", code, word)
+    assert world.reports == []
+    assert not Path("run/report.html").exists()
+
+
+def test_finetune_report_says_an_error_of_the_disk_as_the_command_does(world, monkeypatch):
+    def fail(report: Report) -> str:
+        raise OSError(28, "No space left on device", "new/report.html")
+
+    monkeypatch.setattr(sys.modules[NAME], "render", fail)
+    printed = ok(f"{FINETUNE} --out new --report")
+    assert printed.splitlines()[-1] == "(no page: No space left on device: 'new/report.html')"
+
+
+def test_report_of_a_run_without_its_text_says_what_to_give(world):
+    Path("run/command.json").unlink()
+    ok("report run --out page.html")
+    assert world.reports[-1].omitted["text"].startswith("give --data FILE")
+
+
+def test_report_of_a_folder_of_runs_names_one_of_them(world):
+    Path("swept").mkdir()
+    refused("report swept", 2, "not the folder of a run", "nor log.jsonl")
+    Path("run").rename("swept/r=2")
+    refused("report swept", 2, "give one of the runs in it, such as", "r=2")

@@ -173,7 +173,7 @@ MISTAKES = {
     f"sweep --grid r=1,2 --out new {TRAIN}": "--lr auto is for finetune",
     f"sweep --grid lr=auto,0.1 --out new {GIVEN}": "lr=auto: --lr auto is for finetune",
     f"pretrain --data book.txt {SHORT} --lr auto --out new": "lr must be a finite number above 0",
-    f"finetune {TRAIN} --lr Auto --out new": "lr must be a finite number above 0, got 'Auto'",
+    f"finetune {TRAIN} --lr Auto --out new": "lr must be a finite number above 0, or auto",
     f"finetune {TRAIN} --context 100 --out new": "context",
     f"finetune {TRAIN} --out new --resume": "no checkpoint",
     f"finetune {TRAIN} --resume auto": "--resume auto needs --out",
@@ -190,7 +190,7 @@ def test_lab_rates_ends_where_nothing_can_be_chosen(world, monkeypatch):
     monkeypatch.setattr(ladder, "RUNGS", 1)
     monkeypatch.setattr(rates, "FIRST", 1e-4)
     line = f"{TRAIN} --r 2"
-    refused(f"lab rates {line}", "the last rate that they try", "give --lr a number")
+    refused(f"lab rates {line}", "the last rate that they try", "train with a number as --lr")
     refused(f"finetune {line} --out new", "the last rate that they try")
     assert not Path("new").exists()
 
@@ -272,3 +272,14 @@ def test_choose_rate_reads_that_of_a_resumed_run_and_names_a_damaged_one(monkeyp
     while states:
         with pytest.raises(CheckpointError, match="checkpoints' is damaged"):
             choose_rate(args, Path("run"), None)
+
+
+@pytest.mark.parametrize("command", ["lab rates", "finetune"])
+@pytest.mark.parametrize("rate", ["AUTO", "fast"])
+def test_lr_that_is_not_a_number_may_be_auto(world, command, rate):
+    line = f"{command} {GIVEN} --lr {rate}"
+    refused(line, f"--lr must be a finite number above 0, or auto, got '{rate}'")
+
+
+def test_lab_rates_at_the_end_of_the_ladder_says_how_to_begin_elsewhere(world):
+    refused(f"lab rates {GIVEN} --lr 1e-300", "begin at another rate with `minilora lab rates")

@@ -104,6 +104,6 @@ def require_alterable(subject: Subject) -> None:
     whole = find_whole(subject)
     if whole:
         raise ConfigError(
-            f"{', '.join(whole):.150} trained as a copy or by rows, beside dW of the other layers: "
-            "it cannot be scaled with them"
+            f"{', '.join(whole):.150} trained as a copy or by rows, which cannot be scaled with dW "
+            "of the other layers"
         )

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ...data.tokenizer import Tokenizer
-from ...errors import ConfigError, MiniloraError, shorten
+from ...errors import ConfigError, MiniloraError, describe_os_error, shorten
 from ...formats import SafetensorsFile
 from ...formats.adapter import WEIGHTS_FILE
 from ...lora import AdaLoraConfig, HydraConfig, LoraConfig
@@ -161,6 +161,8 @@ class _Gathering:
             yield
         except MiniloraError as error:
             self.omitted.setdefault(part, str(error))
+        except OSError as error:
+            self.omitted.setdefault(part, describe_os_error(error))
         except (np.linalg.LinAlgError, MemoryError) as error:
             self.omitted.setdefault(part, shorten(f"{type(error).__name__}: {error}"))
 

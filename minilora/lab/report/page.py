@@ -1,6 +1,6 @@
 """A report as one HTML file that needs nothing else.
 
-Only this file imports jinja2 and plotly, which are optional: `pip install "minilora[page]"`. The
+Only this file imports jinja2 and plotly, which are optional: `pip install -e .[page]`. The
 page is safe whatever the report's texts contain: they are cleaned (cleaning.py), the template
 escapes them, figures are JSON in an element that is not executed, and the page's policy runs the
 two scripts below, by their hashes, and loads nothing.
@@ -24,7 +24,7 @@ from .words import PARTS, Tokens, describe_tokens
 
 LIMIT = 5_500_000  # bytes of the page; Plotly's script has 4.8 million
 LARGEST_FIRST = ("spectra", "text", "training", "maps")
-INSTALL = 'pip install "minilora[page]"'
+INSTALL = "pip install -e .[page]"
 LIGHT = {
     "ink": INK,
     "muted": "#5d6063",
@@ -140,11 +140,11 @@ def _sections(
 
 def _omitted(report: Report, sections: dict[str, str]) -> list[Fact]:
     """What is missing, by the titles of parts, and why; some of a part that is shown may be."""
-    facts = []
+    titles: dict[str, list[str]] = {}  # by the reason
     for name, reason in report.omitted.items():
         title = PARTS.get(name, name)
-        facts.append(Fact(f"{title} (some of it)" if name in sections else title, reason))
-    return facts
+        titles.setdefault(reason, []).append(f"{title} (some of it)" if name in sections else title)
+    return [Fact("; ".join(names), reason) for reason, names in titles.items()]
 
 
 def _read(name: str) -> str:

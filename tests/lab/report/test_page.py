@@ -233,6 +233,16 @@ def test_render_says_that_some_of_a_shown_part_is_missing(short_script):
     assert names[-2:] == [f"{PARTS['maps']} (some of it)", PARTS["text"]]
 
 
+@needs_page
+def test_render_says_a_reason_of_several_parts_once(short_script):
+    omitted = {"maps": "too large", "text": "y", "rank_curve": "too large"}
+    report = dataclasses.replace(reports.clean(), omitted=omitted, text=None, rank_curve=None)
+    parsed = Parsed(render(report))
+    both = f"{PARTS['maps']} (some of it); {PARTS['rank_curve']}"
+    assert parsed.texts["dt"][-2:] == [both, PARTS["text"]]
+    assert parsed.texts["dd"][-2:] == ["too large", "y"]
+
+
 # ---- size ----------------------------------------------------------------------------------------
 
 
@@ -345,7 +355,7 @@ def test_why_unavailable_says_what_to_install(monkeypatch, missing):
     monkeypatch.delitem(sys.modules, "plotly.offline", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     reason = why_unavailable()
-    assert 'pip install "minilora[page]"' in reason
+    assert "pip install -e .[page]" in reason
     assert "\n" not in reason
     with pytest.raises(ConfigError, match="page needs jinja2 and plotly"):
         render(reports.gpt2())
