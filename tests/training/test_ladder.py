@@ -93,7 +93,7 @@ def test_climb_finds_the_best_rung_of_each_order():
 @pytest.mark.parametrize("best", [-RUNGS - 1, RUNGS + 1])
 def test_climb_ends_where_no_rate_between_is_best(best):
     calls: list[tuple[int, int]] = []
-    with pytest.raises(ConfigError, match=r"the last rate that they try.* give --lr a number"):
+    with pytest.raises(ConfigError, match=r"the last rate that they try.* a number as --lr"):
         climb(valley(best, calls=calls))
     assert len(calls) <= RUNGS + 2
     with pytest.raises(ConfigError, match="each short run was lost, also at the lowest rate"):
