@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from command_lines import ok, refused, run
 
 from minilora import CausalLM, LoraConfig, PeftModel, TransformerConfig, get_peft_model
-from minilora.cli import main
 from minilora.data.tokenizer import ByteTokenizer
 from minilora.formats import load_file, read_json, save_file, write_json
 from minilora.lora.multitask import get_multitask_model
@@ -30,29 +27,6 @@ CONFIG = TransformerConfig(
     attention_bias=True,
 )
 DATA = "--base base --data book.txt --context 16 --threads 2"
-
-
-def run(line: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr)"""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(shlex.split(line))
-    return code, out.getvalue(), err.getvalue()
-
-
-def ok(line: str) -> str:
-    code, out, err = run(line)
-    assert code == 0, err
-    return out
-
-
-def refused(line: str, code: int, *words: str) -> None:
-    """The line ends with this code and one message that has the words."""
-    result, _, err = run(line)
-    assert result == code, err
-    last = err.splitlines()[-1]
-    assert "Traceback" not in err
-    assert all(word in last for word in words), last
 
 
 def make_adapter(folder: Path, seed: int, **fields: Any) -> PeftModel:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
 import shlex
 import shutil
@@ -12,9 +10,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from command_lines import run
 
 from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
-from minilora.cli import main
 from minilora.lora.multitask import get_multitask_model
 
 CONFIG = TransformerConfig(
@@ -25,14 +23,6 @@ CONFIG = TransformerConfig(
     max_position_embeddings=32,
 )
 Q_PROJ = "model.layers.1.self_attn.q_proj"
-
-
-def run(line: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr)"""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(shlex.split(line))
-    return code, out.getvalue(), err.getvalue()
 
 
 def ok(line: str) -> str:

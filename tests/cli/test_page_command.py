@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -14,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_lines import ok, refused, run_words
 from pages import NAME, stand_in
 
-from minilora.cli import main
 from minilora.formats import load_file, save_file
 from minilora.lab.report.content import Report
 from minilora.lab.report.writing import MARK
@@ -27,32 +25,6 @@ TINY = "--batch-size 2 --context 16 --threads 1 --steps 4"
 SHAPE = "--hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2"
 FINETUNE = f"finetune --base base --data book.txt {TINY} --lr 0.05"
 GIVEN = "report --base base --adapter run --data book.txt --context 16 --threads 1"
-
-
-def run(line: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr)"""
-    return run_words(shlex.split(line))
-
-
-def run_words(words: list[str]) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(words)
-    return code, out.getvalue(), err.getvalue()
-
-
-def ok(line: str) -> str:
-    code, out, err = run(line)
-    assert code == 0, err
-    return out
-
-
-def refused(line: str, code: int, *words: str) -> None:
-    result, _, err = run(line)
-    assert result == code, err
-    last = err.splitlines()[-1]
-    assert "Traceback" not in err
-    assert all(word in last for word in words), last
 
 
 @pytest.fixture

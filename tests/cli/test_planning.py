@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import shlex
 import subprocess
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_lines import ok, run
 
 from minilora import CausalLM, LoraConfig, TransformerConfig, get_peft_model
-from minilora.cli import main
 from minilora.cli.planning import measure_steps
 from minilora.lab import budget
 
@@ -47,20 +46,6 @@ def world(made, monkeypatch):
     before = sorted(Path().rglob("*"))
     yield made
     assert sorted(Path().rglob("*")) == before, "plan writes nothing"
-
-
-def run(line: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr)"""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(shlex.split(line))
-    return code, out.getvalue(), err.getvalue()
-
-
-def ok(line: str) -> str:
-    code, out, err = run(line)
-    assert code == 0, err
-    return out
 
 
 def as_json(line: str) -> Any:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import shlex
 from pathlib import Path
 
 import pytest
+from command_lines import ok, run
 from special_folders import EOS, VOCAB_SIZE, write_folder
 
 from minilora import CausalLM, TransformerConfig, generate
-from minilora.cli import main
 from minilora.data.tokenizer import load_tokenizer
 from minilora.display import printable
 
@@ -30,21 +27,6 @@ CONFIG = TransformerConfig(
     initializer_range=0.5,  # far from uniform, so that the text varies
 )
 PROMPTS = ["the cat", "é", "a longer line of text", "the dog", "\ttab", "the cat"]
-
-
-def run(line: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a command line."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(shlex.split(line))
-    return code, out.getvalue(), err.getvalue()
-
-
-def ok(line: str) -> str:
-    """stdout of a command that succeeds."""
-    code, out, err = run(line)
-    assert code == 0, err
-    return out
 
 
 @pytest.fixture

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import shlex
 import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_lines import ok, refused, run
 
 from minilora import CausalLM, TransformerConfig
-from minilora.cli import main
 from minilora.data.tokenizer import ByteTokenizer
 from minilora.training.replaying import CHANGEABLE
 from minilora.training.run import Run
@@ -36,28 +34,6 @@ METHODS = {
     "full": "--method full",
     "lora_ga": "--r 2 --init-lora-weights lora_ga",
 }
-
-
-def run(line: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr)"""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(shlex.split(line))
-    return code, out.getvalue(), err.getvalue()
-
-
-def ok(line: str) -> str:
-    code, out, err = run(line)
-    assert code == 0, err
-    return out
-
-
-def refused(line: str, code: int, *words: str) -> None:
-    result, _, err = run(line)
-    assert result == code, err
-    last = err.splitlines()[-1]
-    assert "Traceback" not in err
-    assert all(word in last for word in words), last
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
