@@ -89,7 +89,7 @@ def _find_inputs(args: Args) -> Any:
     if args.directory is None:
         return inputs_of_adapter(args)
     run = Path(args.directory)
-    args.directory = None  # it is no model, which --download could fetch
+    args.directory = None  # a run is not on the hub: --download is for its base
     missing: dict[str, str] = {}
     words: Sequence[str] = ()
     options = None

@@ -183,6 +183,14 @@ def differences(one: Sequence[float], other: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip(one, other, strict=True)]
 
 
+def shares_of_gain(rows: Sequence[Row], arm: str, whole: str = "full") -> list[float]:
+    """By seed, the share of the bits per byte gained by `whole` that `arm` gains, each tuned."""
+    before = at_best(rows, whole, "before")
+    gains = differences(before, at_best(rows, arm))
+    gains_of_whole = differences(before, at_best(rows, whole))
+    return [gain / most for gain, most in zip(gains, gains_of_whole, strict=True)]
+
+
 def is_at_edge(rows: Sequence[Row], arm: str) -> bool:
     """Is the best rate the lowest or the highest that was measured?"""
     rates = rates_of(rows, arm)

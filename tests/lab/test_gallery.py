@@ -29,7 +29,7 @@ from minilora.lab.gallery import (
 from minilora.lab.panels import lines, series
 from minilora.lab.plots import why_unavailable
 from minilora.lab.store import LAB, Store
-from minilora.lab.verdicts import decide, judge
+from minilora.lab.verdicts import decide, describe_part, judge
 
 MADE_WITH = {
     "minilora": "1.0",
@@ -304,3 +304,14 @@ def test_gallery_of_the_examples_says_what_the_experiments_say():
         said = [content["claim"], content["source"], content["control"]]
         assert said == [experiment.CLAIM, experiment.SOURCE, experiment.CONTROL]
         assert not content["made_with"]["quick"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_published_results_follow_from_their_rows(name):
+    """Today's claim and rule give the same verdict, in the digits that a page shows."""
+    results, experiment = read_copies(EXAMPLES / "lab")[0][name], EXPERIMENTS[name]
+    again = experiment.verdict(results["rows"])
+    assert (results["claim"], results["control"]) == (experiment.CLAIM, experiment.CONTROL)
+    assert (results["verdict"], results["note"]) == (again["verdict"], again["note"])
+    assert list(map(describe_part, results["parts"])) == list(map(describe_part, again["parts"]))
+    assert not [arm for arm, rates in results["rates"].items() if rates["is_at_edge"]]

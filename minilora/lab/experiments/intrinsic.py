@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..bench import Bench
 from ..panels import Panel, lines, series
 from ..protocol import SHUFFLED, Arm, Case, Plan, Row, full
-from ..tuning import at_best, differences, mean, measure_fit, tuned
+from ..tuning import at_best, differences, mean, measure_fit, shares_of_gain, tuned
 from ..verdicts import Verdict, decide, interval, judge
 
 CLAIM = "A few hundred numbers reach 90 % of full training's gain, thanks to pretraining"
@@ -45,17 +45,9 @@ def measure(bench: Bench, case: Case) -> Row:
     return measure_fit(bench, ARMS, case)
 
 
-def shares(rows: Sequence[Row], d: int) -> list[float]:
-    """The share of full training's gain that d numbers reach, by seed."""
-    before = at_best(rows, "full", "before")
-    gains = differences(before, at_best(rows, f"micro d={d}"))
-    gains_of_full = differences(before, at_best(rows, "full"))
-    return [gain / whole for gain, whole in zip(gains, gains_of_full, strict=True)]
-
-
 def dimension(rows: Sequence[Row]) -> str:
     """Where the mean share passes SHARE: between which sizes."""
-    passed = [d for d in SIZES if mean(shares(rows, d)) >= SHARE]
+    passed = [d for d in SIZES if mean(shares_of_gain(rows, f"micro d={d}")) >= SHARE]
     if not passed:
         return f"more than {SIZES[-1]:,}"
     before = [d for d in SIZES if d < passed[0]]
@@ -66,8 +58,9 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     sizes = f"full's gain takes {dimension(rows)} numbers"
     worse = differences(at_best(rows, f"{CONTROL_BASE} d={MANY}"), at_best(rows, f"micro d={MANY}"))
     limit = mean(at_best(rows, f"{CONTROL_BASE} full"))
+    shares = shares_of_gain(rows, f"micro d={FEW}")
     return decide(
-        judge(f"share of full training's gain, {FEW} numbers", shares(rows, FEW), at_least=SHARE),
+        judge(f"share of full training's gain, {FEW} numbers", shares, at_least=SHARE),
         judge(f"bits that shuffled weights lose, {MANY:,} numbers", worse, at_least=WORSE),
         note=f"{SHARE:.0%} of {sizes}; shuffled and fully trained it is {limit:.2f} bits.",
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..bench import Bench
 from ..panels import Panel, lines, series
 from ..protocol import Case, Plan, Row, full, lora
-from ..tuning import at_best, curve, differences, mean, measure_fit, tuned
+from ..tuning import at_best, curve, differences, mean, measure_fit, shares_of_gain, tuned
 from ..verdicts import Verdict, decide, interval, judge
 
 CLAIM = "LoRA of rank 1 learns nearly as much as full training"
@@ -30,18 +30,11 @@ def measure(bench: Bench, case: Case) -> Row:
     return measure_fit(bench, ARMS, case)
 
 
-def shares(rows: Sequence[Row], r: int) -> list[float]:
-    """The share of full training's gain that rank r keeps, by seed."""
-    before = at_best(rows, "full", "before")
-    gains = differences(before, at_best(rows, f"LoRA r={r}"))
-    gains_of_full = differences(before, at_best(rows, "full"))
-    return [gain / whole for gain, whole in zip(gains, gains_of_full, strict=True)]
-
-
 def verdict(rows: Sequence[Row]) -> Verdict:
+    shares = shares_of_gain(rows, "LoRA r=1")
     rise = differences(at_best(rows, "LoRA r=1"), at_best(rows, "LoRA r=16"))
     return decide(
-        judge("share of full training's gain at r = 1", shares(rows, 1), at_least=SHARE),
+        judge("share of full training's gain at r = 1", shares, at_least=SHARE),
         judge("bits per byte that r = 16 gains over r = 1", rise, at_most=FLAT),
         note="The task is another language than the base's, which footnote 6 excepts.",
     )

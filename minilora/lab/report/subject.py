@@ -74,7 +74,7 @@ class Subject:
 
     @property
     def config(self) -> Any:
-        """Of the adapter."""
+        """The configuration of the adapter, as PeftModel has it."""
         return self.adapted.peft_config[self.name]
 
     @property
